@@ -1,0 +1,9 @@
+"""Jobs over the assets."""
+
+import dagster as dg
+
+flight_delays_job = dg.define_asset_job(
+    "flight_delays",
+    selection=dg.AssetSelection.groups("flight_delays"),
+    description="The whole example. Launched over a range of months, these are done in one run.",
+)

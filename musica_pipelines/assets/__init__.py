@@ -1,0 +1,1 @@
+"""Asset declarations, one file a domain."""

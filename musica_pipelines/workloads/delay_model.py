@@ -1,0 +1,85 @@
+"""Train the best trial's parameters on all months but the held-out ones, and judge the model on those."""
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xgboost as xgb
+from dagster_pipes import open_dagster_pipes
+from flight_delays import evaluation, reporting, storage
+from flight_delays.features import LABEL
+from matplotlib.figure import Figure
+
+HYPERPARAMETERS = ("max_depth", "eta", "subsample", "colsample_bytree", "min_child_weight")
+
+
+def read_best_trial() -> dict[str, Any]:
+    """The winner of the newest sweep."""
+    path = storage.trials_file()
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist: materialise delay_sweep first")
+    best: dict[str, Any] = json.loads(path.read_text())[0]
+    return best
+
+
+def calibration_picture(label: pd.Series, probability: np.ndarray) -> Figure:
+    """Predicted against observed share of late flights, in ten groups of equal size."""
+    groups = pd.qcut(probability, 10, duplicates="drop")
+    points = pd.DataFrame({"predicted": probability, "observed": label.to_numpy()}).groupby(groups, observed=True).mean()
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.7", linestyle="--", label="perfect")
+    axes.plot(points["predicted"], points["observed"], marker="o", label="model")
+    limit = float(points.to_numpy().max()) * 1.1
+    axes.set(xlim=(0, limit), ylim=(0, limit), xlabel="predicted chance to be late", ylabel="share that was late",
+             title="Calibration on the held-out months")
+    axes.legend()
+    return figure
+
+
+def importance_picture(booster: xgb.Booster) -> Figure:
+    """The mean gain of the splits on each feature."""
+    gain = pd.Series(booster.get_score(importance_type="gain")).sort_values()
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(gain.index, gain.to_numpy())
+    axes.set(xlabel="mean gain of a split", title="What the model looks at")
+    return figure
+
+
+def main() -> None:
+    with open_dagster_pipes() as pipes:
+        begun = time.monotonic()
+        best = read_best_trial()
+        training = storage.read_features(evaluation.TRAINING_MONTHS + evaluation.VALIDATION_MONTHS)
+        held_out = storage.read_features(evaluation.HELD_OUT_MONTHS)
+        parameters = {name: best[name] for name in HYPERPARAMETERS}
+        booster = xgb.train({**parameters, "objective": "binary:logistic"}, evaluation.dmatrix(training), best["rounds"])
+        probability = booster.predict(evaluation.dmatrix(held_out))
+        auc = evaluation.auc(held_out[LABEL], probability)
+        baseline = evaluation.baseline_auc(training, held_out)
+        path = storage.model_file()
+        storage.write_atomically(path, lambda part: part.write_bytes(booster.save_raw("ubj")))
+        pipes.log.info(f"AUC {auc:.4f} on {len(held_out)} held-out flights (baseline {baseline:.4f}) -> {path}")
+        pipes.report_asset_check(
+            "better_than_baseline",
+            passed=auc > baseline,
+            metadata={"auc": auc, "baseline_auc": baseline, "baseline": evaluation.BASELINE},
+        )
+        metadata = {
+            "auc": round(auc, 5),
+            "baseline_auc": round(baseline, 5),
+            "rows": len(training),
+            "held_out_rows": len(held_out),
+            "seconds": round(time.monotonic() - begun, 2),
+            "model": {"type": "path", "raw_value": str(path)},
+            "calibration": reporting.picture(calibration_picture(held_out[LABEL], probability), "calibration"),
+            "importance": reporting.picture(importance_picture(booster), "importance"),
+        }
+        pipes.report_asset_materialization(metadata=metadata)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Where the example keeps its files, and how they are written: whole or not at all."""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+
+
+def data_root() -> Path:
+    """The folder that every workload reads and writes below (environment variable DATA_ROOT)."""
+    try:
+        return Path(os.environ["DATA_ROOT"])
+    except KeyError:
+        raise SystemExit("DATA_ROOT is not set: it names the folder for this workload's files") from None
+
+
+def flights_file(month: str) -> Path:
+    """Flights of one month, `YYYY-MM`: one row a scheduled flight."""
+    return data_root() / "flights" / f"{month}.parquet"
+
+
+def features_file(month: str) -> Path:
+    """Model features of one month, `YYYY-MM`: one row a flight that arrived."""
+    return data_root() / "delay_features" / f"{month}.parquet"
+
+
+def trials_file() -> Path:
+    """The trials of the newest sweep, best first."""
+    return data_root() / "delay_sweep" / "trials.json"
+
+
+def model_file() -> Path:
+    """The trained model in XGBoost's own format."""
+    return data_root() / "delay_model" / "model.ubj"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with a temporary name beside `path`, then rename: readers see the old file or the new one.
+
+    Raises:
+        SystemExit: the folder cannot be written to; the message names it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.replace(path)
+    except PermissionError as error:
+        raise SystemExit(f"cannot write {path}: {error.strerror}. Is DATA_ROOT ({data_root()}) yours to write?") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def count_rows(path: Path) -> int:
+    """Rows of a parquet file, from its footer."""
+    return int(pq.read_metadata(path).num_rows)
+
+
+def read_features(months: Iterable[str]) -> pd.DataFrame:
+    """The features of several months, one after the other.
+
+    Raises:
+        SystemExit: months that have not been materialised; the message lists them.
+    """
+    wanted = list(months)
+    missing = [month for month in wanted if not features_file(month).exists()]
+    if missing:
+        raise SystemExit(
+            f"delay_features has no data for {', '.join(missing)} below {data_root()}: "
+            "materialise these partitions of flights and delay_features first"
+        )
+    return pd.concat([pd.read_parquet(features_file(month)) for month in wanted], ignore_index=True)

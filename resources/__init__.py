@@ -1,0 +1,48 @@
+"""How it runs: the resources of the code location, and what is particular to each supercomputer."""
+
+from typing import Any
+
+SUPERCOMPUTER_SITE_OVERRIDES: dict[str, dict[str, Any]] = {
+    # MUSICA, Austrian Scientific Computing: https://docs.asc.ac.at
+    "musica": {
+        "launchers": {"ray": {"pre_start_commands": ["ulimit -n 65536"]}},
+        "python_candidates": ["python3.12", "python3.11", "python3"],
+        "partitions": {
+            # Two AMD EPYC 9654. A job gets 190 of the 192 cores.
+            "zen4_0768": {
+                "cores": 190,
+                "mem": "768G",
+                "qos": {
+                    "zen4_0768": {"time_limit": "3-00"},
+                    "dev_zen4_0768": {"time_limit": "10", "nodes": 2},
+                    "idle_zen4_0768": {"preemptible": True},
+                    "fast_zen4_0768": {},
+                    "long_zen4_0768": {},
+                },
+            },
+            # The same with four H100 SXM5 of 94 GB. 22 cores for each GPU; the share of memory leaves the system a part.
+            "zen4_0768_h100x4": {
+                "cores": 190,
+                "mem": "768G",
+                "gpus": 4,
+                "cores_per_gpu": 22,
+                "mem_per_gpu": "180G",
+                "qos": {
+                    "zen4_0768_h100x4": {"time_limit": "3-00"},
+                    "dev_zen4_0768_h100x4": {"time_limit": "10", "nodes": 2},
+                    "idle_zen4_0768_h100x4": {"preemptible": True},
+                    "fast_zen4_0768_h100x4": {},
+                    "long_zen4_0768_h100x4": {},
+                },
+            },
+        },
+    },
+}
+"""By SLURM_SUPERCOMPUTER_SITE. What may stand in an entry: `resources.slurm.site.Site`."""
+
+
+def build_resources() -> dict[str, Any]:
+    """The resources of the code location. Settings are read when a run needs them, so that the location always loads."""
+    from resources.compute import ComputeResource
+
+    return {"compute": ComputeResource(site_overrides=SUPERCOMPUTER_SITE_OVERRIDES)}

@@ -1,0 +1,139 @@
+"""The one thing an asset calls: run this workload, wherever the deployment says."""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from resources.errors import ConfigurationError
+from resources.interrupts import run_interruptibly
+from resources.launchers import Launcher
+from resources.local import RunDirectory, run_workload, temporary_run_directory, workload_environment
+from resources.pipes import Session, explain_failure, open_session
+from resources.plan import Plan, make_plan
+from resources.settings import Settings, load_settings
+from resources.slurm import SlurmRequest
+
+
+class ComputeResource(dg.ConfigurableResource[Any]):
+    """Runs workloads: on this machine in `development`, through Slurm on the `*_supercomputer` deployments.
+
+    Dagster makes a new copy of a resource for each step, so it holds no state; all that a run needs is built in `run`.
+    """
+
+    site_overrides: dict[str, Any] = {}
+
+    def run(
+        self,
+        context: dg.AssetExecutionContext,
+        *,
+        workload: Path | str,
+        launcher: Launcher,
+        request: SlurmRequest | None = None,
+        extras: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> dg.PipesClientCompletedInvocation:
+        """Run a workload to its end and hand over what it reported through Dagster Pipes.
+
+        Args:
+            context: of the asset.
+            workload: a Python program that calls `open_dagster_pipes()`.
+            launcher: ScriptLauncher or RayLauncher.
+            request: what to ask Slurm for; the default is one CPU for an hour. Checked everywhere, used by Slurm.
+            extras: values for the workload's `pipes.extras`; JSON. `partition_keys` is added for partitioned assets.
+            env: further environment variables for the workload. Not for secrets.
+
+        Returns:
+            The results; an asset returns `.get_materialize_result()` of it.
+
+        Raises:
+            Failure: the workload or what was asked for it is at fault; the text says what to change.
+            DagsterExecutionInterruptedError: the run was terminated; nothing of the workload is left.
+        """
+        asset = ", ".join(sorted(key.to_user_string() for key in context.selected_asset_keys))
+        try:
+            settings = load_settings(self.site_overrides)
+            plan = make_plan(settings, self.site_overrides, Path(workload), launcher, request or SlurmRequest())
+            values = _check_extras(extras, context)
+        except ConfigurationError as error:
+            raise _failure(asset, str(error)) from None
+        for note in plan.allocation.notes if settings.on_supercomputer else ():
+            context.log.warning(note)
+        if settings.on_supercomputer:
+            raise _failure(
+                asset,
+                f"the deployment {settings.deployment} cannot submit jobs yet; see what it would submit with scripts/preview, "
+                "or run it here with DAGSTER_DEPLOYMENT=development",
+            )
+        return _run_here(context, asset, settings, plan, values, env or {})
+
+
+def _check_extras(extras: Mapping[str, Any] | None, context: dg.AssetExecutionContext) -> dict[str, Any]:
+    values = dict(extras or {})
+    for key, value in values.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"extras[{key!r}] cannot be sent to the workload as JSON: {error}") from None
+    if context.has_partition_key or context.has_partition_key_range:
+        values["partition_keys"] = list(context.partition_keys)
+    return values
+
+
+def _run_here(
+    context: dg.AssetExecutionContext, asset: str, settings: Settings, plan: Plan, extras: dict[str, Any], env: Mapping[str, str]
+) -> dg.PipesClientCompletedInvocation:
+    """Run the workload as a subprocess of this step."""
+    with temporary_run_directory() as folder:
+        directory = RunDirectory(Path(folder))
+        with open_session(context, extras, str(directory.context), str(directory.messages)) as session:
+            directory.context.write_text(session.context_document.text)
+            environment = {
+                **workload_environment(os.environ),
+                **plan.launcher.local_environment(),
+                "DATA_ROOT": str(settings.local_data_root()),
+                **env,
+                **session.environment,
+            }
+            command = [sys.executable, str(plan.workload)]
+            sinks = {
+                directory.stdout: session.stdout.feed,
+                directory.stderr: session.stderr.feed,
+                directory.messages: session.messages.feed,
+            }
+
+            def work(stop: threading.Event) -> int:
+                return run_workload(command, environment, directory, sinks, stop)
+
+            begun = time.monotonic()
+            exit_code = run_interruptibly(work)
+            seconds = time.monotonic() - begun
+        cause = explain_failure(session, exit_code, plan.workload.name)
+        if cause:
+            raise _failure(asset, cause, stderr=session.stderr.tail, exit_code=exit_code, workload=plan.workload)
+        _attach_partition_metadata(context, asset, session)
+        where = {"host": socket.gethostname(), "workload": str(plan.workload), "workload_seconds": round(seconds, 3)}
+        return dg.PipesClientCompletedInvocation(session.pipes, metadata=where)
+
+
+def _attach_partition_metadata(context: dg.AssetExecutionContext, asset: str, session: Session) -> None:
+    """Numbers that the workload reported for one partition of a run over several (custom messages of that form)."""
+    for message in session.pipes.get_custom_messages():
+        if isinstance(message, dict) and message.keys() == {"partition", "metadata"}:
+            if message["partition"] not in context.partition_keys:
+                raise _failure(asset, f"the workload reported the partition {message['partition']!r}, which is not of this run")
+            context.add_asset_metadata(message["metadata"], asset_key=context.asset_key, partition_key=message["partition"])
+
+
+def _failure(asset: str, cause: str, stderr: str = "", **details: Any) -> dg.Failure:
+    """A failure that a retry would not mend."""
+    description = f"{asset}: {cause}" + (f"\n\nLast lines of stderr:\n{stderr}" if stderr else "")
+    metadata = {name: str(value) if isinstance(value, Path) else value for name, value in details.items()}
+    return dg.Failure(description=description, metadata=metadata, allow_retries=False)

@@ -1,0 +1,75 @@
+"""What all launchers have in common."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from resources.errors import ConfigurationError, describe
+from resources.slurm.request import SlurmRequest
+
+
+class Launcher(BaseModel):
+    """How a workload is started inside an allocation.
+
+    A field that the asset leaves out comes from the site (SUPERCOMPUTER_SITE_OVERRIDES[site]["launchers"]), else it has
+    its default.
+
+    Raises:
+        ConfigurationError: a field is unknown or has a wrong value.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    key: ClassVar[str]
+    """Names the launcher in the site overrides."""
+
+    pre_start_commands: tuple[str, ...] = Field(
+        (), description="Shell commands on every node of the job before anything else; one that fails is told, and passed over."
+    )
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigurationError(describe(error, type(self).__name__, type(self).model_fields)) from None
+
+    def with_site(self, launchers: Mapping[str, Mapping[str, Any]]) -> Self:
+        """This launcher, its open fields filled from the site, field by field.
+
+        Args:
+            launchers: `Site.launchers`, by key.
+        """
+        return type(self)(**{**launchers.get(self.key, {}), **self.model_dump(exclude_unset=True)})
+
+    def local_environment(self) -> dict[str, str]:
+        """Variables for a workload that runs on this machine."""
+        return {}
+
+    def check(self, request: SlurmRequest) -> None:
+        """Refuse a request (after `allocate`) in which this launcher cannot work.
+
+        Raises:
+            ConfigurationError: with what to change.
+        """
+
+    def render(self, request: SlurmRequest, workload: str) -> str:
+        """The shell commands that run the workload inside the job; `$PYTHON` is the environment's interpreter.
+
+        Args:
+            request: after `allocate`.
+            workload: path of the program, as the job sees it.
+        """
+        raise NotImplementedError
+
+
+def render_pre_start(commands: tuple[str, ...]) -> str:
+    """The pre-start commands, each followed by a word on stderr if it fails.
+
+    `ulimit -n N` above the hard limit is what fails most: then the hard limit is taken.
+    """
+    lines = []
+    for command in commands:
+        fallback = 'ulimit -n "$(ulimit -Hn)"; ' if command.startswith("ulimit -n ") else ""
+        told = command.replace("'", "'\\''")
+        lines.append(f"{command} || {{ {fallback}echo '{told}: refused on '\"$HOSTNAME\"', going on' >&2; }}")
+    return "\n".join(lines)

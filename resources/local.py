@@ -1,0 +1,131 @@
+"""Running a workload on this machine: a process group of its own, followed through the files of a run directory."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from resources import supervisor
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 10.0
+"""Between SIGTERM and SIGKILL, when a run is terminated."""
+CHUNK = 1 << 20
+
+_PASSED_ON = frozenset(
+    "PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TERM VIRTUAL_ENV CONDA_PREFIX LD_LIBRARY_PATH DYLD_LIBRARY_PATH "
+    "CUDA_HOME CUDA_VISIBLE_DEVICES OMP_NUM_THREADS SSL_CERT_FILE SSL_CERT_DIR".split()
+)
+
+
+def workload_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a workload gets of this process's environment: an allow-list, so that no secret can be in it."""
+    kept = {name: value for name, value in environ.items() if name in _PASSED_ON or name.startswith("LC_")}
+    return {**kept, "PYTHONUNBUFFERED": "1"}
+
+
+class RunDirectory:
+    """The files of one run of a workload: context in; messages, stdout, stderr and exit code out."""
+
+    def __init__(self, path: Path) -> None:
+        """`path`: an empty folder that exists."""
+        self.path = path
+        self.context = path / "context.json"
+        self.messages = path / "messages.jsonl"
+        self.stdout = path / "stdout"
+        self.stderr = path / "stderr"
+        self.exit_code = path / "exit_code"
+
+
+def temporary_run_directory() -> "tempfile.TemporaryDirectory[str]":
+    """A private folder (mode 0700) that is removed at the end: all that matters in it has gone to Dagster by then."""
+    return tempfile.TemporaryDirectory(prefix="workload-", ignore_cleanup_errors=True)
+
+
+def run_workload(
+    command: list[str],
+    environment: Mapping[str, str],
+    directory: RunDirectory,
+    sinks: Mapping[Path, Callable[[bytes], None]],
+    stop: threading.Event,
+) -> int:
+    """Run a command to its end, passing on what it writes.
+
+    Args:
+        command: program and arguments.
+        environment: all of the variables that it gets.
+        directory: where its stdout, stderr and messages are written.
+        sinks: for each file to follow, who takes its new bytes.
+        stop: when set, the process group gets SIGTERM and after GRACE_SECONDS SIGKILL.
+
+    Returns:
+        The exit code; negative is the number of the signal that ended it.
+    """
+    process = _start(command, environment, directory)
+    try:
+        follower = _Follower(sinks)
+        while process.poll() is None and not stop.is_set():
+            follower.read()
+            stop.wait(POLL_SECONDS)
+        if stop.is_set():
+            _terminate(process)
+        follower.read()
+    finally:
+        _kill(process)
+    if directory.exit_code.exists():
+        return int(directory.exit_code.read_text())
+    return process.returncode
+
+
+def _start(command: list[str], environment: Mapping[str, str], directory: RunDirectory) -> "subprocess.Popen[bytes]":
+    with directory.stdout.open("wb") as stdout, directory.stderr.open("wb") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(supervisor.__file__), str(directory.exit_code), *command],
+            env=dict(environment),
+            stdin=subprocess.PIPE,  # held open and never written to: the supervisor sees our end by it
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+        )
+
+
+def _terminate(process: "subprocess.Popen[bytes]") -> None:
+    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_SECONDS)
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """End whatever is left of the process group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin:
+        process.stdin.close()
+
+
+class _Follower:
+    """Reads what has been appended to files since the last look."""
+
+    def __init__(self, sinks: Mapping[Path, Callable[[bytes], None]]) -> None:
+        self._offsets = dict.fromkeys(sinks, 0)
+        self._sinks = sinks
+
+    def read(self) -> None:
+        for path, sink in self._sinks.items():
+            for data in self._chunks(path):
+                sink(data)
+
+    def _chunks(self, path: Path) -> Iterable[bytes]:
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(self._offsets[path])
+            while data := file.read(CHUNK):
+                self._offsets[path] += len(data)
+                yield data

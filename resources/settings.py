@@ -1,0 +1,217 @@
+"""Every environment variable that the project reads: its type, what it means, its default. And where values come from.
+
+A value comes from the first of these that has one; blank means that it has none:
+
+1. the process environment
+2. `.env` at the root of the repository
+3. one file of `envs/`: `.env.development`, or for the `*_supercomputer` deployments `.env.<site>`
+"""
+
+import os
+import stat
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from dotenv import dotenv_values
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from resources.errors import ConfigurationError, nearest
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository."""
+
+Deployment = Literal["development", "staging_supercomputer", "production_supercomputer"]
+DEPLOYMENTS: tuple[str, ...] = get_args(Deployment)
+
+_OWN_PREFIXES = ("SLURM_", "ASC_", "DAGSTER_DEPLOYMENT")
+"""A name in a dotenv file that begins so and is unknown is taken for a typing error."""
+
+
+def _expanded(path: Path) -> Path:
+    return path.expanduser()
+
+
+def _https(url: str) -> str:
+    if not url.startswith(("https://", "http://")):
+        raise ValueError("not a URL: it begins with https://")
+    return url
+
+
+LocalPath = Annotated[Path, AfterValidator(_expanded)]
+Url = Annotated[str, AfterValidator(_https)]
+
+
+def _variable(default: Any, name: str, description: str, example: str) -> Any:
+    return Field(default, validation_alias=name, description=description, examples=[example])
+
+
+class Settings(BaseSettings):
+    """The settings of one deployment; `load_settings` makes them."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True, env_ignore_empty=True)
+
+    deployment: Deployment = _variable(
+        "development", "DAGSTER_DEPLOYMENT", "Where workloads run: " + ", ".join(DEPLOYMENTS) + ".", "production_supercomputer"
+    )
+    data_root: LocalPath | None = _variable(
+        None, "DATA_ROOT",
+        "Folder for the workloads' files. Default: `data/` of the repository; on a supercomputer `data` in SLURM_DEPLOYMENT_BASE_PATH.",
+        "~/flight-data",
+    )
+
+    supercomputer_site: str | None = _variable(
+        None, "SLURM_SUPERCOMPUTER_SITE", "The supercomputer: a key of SUPERCOMPUTER_SITE_OVERRIDES.", "musica"
+    )
+    edge_node_host: str | None = _variable(None, "SLURM_EDGE_NODE_HOST", "Name of the login node.", "musica.vie.asc.ac.at")
+    edge_node_port: int = Field(
+        22, ge=1, le=65535, validation_alias="SLURM_EDGE_NODE_PORT", description="SSH port of the login node.", examples=["22"]
+    )
+    edge_node_user: str | None = _variable(None, "SLURM_EDGE_NODE_USER", "Your user name there.", "xy12345")
+    edge_node_key_path: LocalPath | None = _variable(
+        None, "SLURM_EDGE_NODE_KEY_PATH", "Private SSH key; its certificate lies beside it.", "~/.ssh/id_musica"
+    )
+    deployment_base_path: str | None = _variable(
+        None, "SLURM_DEPLOYMENT_BASE_PATH",
+        "Folder on the supercomputer for runs, environments and data; every node must see it.", "/home/xy12345/dagster-slurm",
+    )
+    partition: str | None = _variable(
+        None, "SLURM_PARTITION", "Preferred partition; requests that it does not fit go to the site's other kind.", "zen4_0768_h100x4"
+    )
+    qos: str | None = _variable(
+        None, "SLURM_QOS", "Preferred QoS; on another partition the QoS of the same class (dev_, idle_, plain) is taken.",
+        "dev_zen4_0768_h100x4",
+    )
+
+    oidc_client_id: str | None = _variable(None, "ASC_OIDC_CLIENT_ID", "Client id of the step CA at authentik.", "abc123")
+    oidc_username: str | None = _variable(None, "ASC_OIDC_USERNAME", "Your user name at authentik.", "xy12345")
+    oidc_token_url: Url | None = _variable(
+        None, "ASC_OIDC_TOKEN_URL", "Where OIDC tokens are issued.", "https://auth.asc.ac.at/application/o/token/"
+    )
+    oidc_app_password: SecretStr | None = _variable(
+        None, "ASC_OIDC_APP_PASSWORD", "An app password of yours; one of the ways to begin.", "(secret)"
+    )
+    authentik_api_base: Url | None = _variable(None, "ASC_AUTHENTIK_API_BASE", "Address of authentik.", "https://auth.asc.ac.at")
+    authentik_credentials_file: LocalPath | None = _variable(
+        None, "ASC_AUTHENTIK_CREDENTIALS_FILE", "Where the credentials are kept that renew themselves.",
+        "~/.config/dagster-slurm/musica-auth.env",
+    )
+    authentik_api_token: SecretStr | None = _variable(
+        None, "ASC_AUTHENTIK_API_TOKEN", "An API token of yours, for the first time and for recovery only.", "(secret)"
+    )
+    authentik_token_identifier: str | None = _variable(
+        None, "ASC_AUTHENTIK_TOKEN_IDENTIFIER", "What the names of the tokens made for you begin with.", "dagster-slurm"
+    )
+    step_ca_url: Url | None = _variable(None, "ASC_STEP_CA_URL", "The certificate authority.", "https://auth.asc.ac.at:9000")
+    step_fingerprint: str | None = Field(
+        None, pattern=r"^[0-9a-fA-F]{64}$", validation_alias="ASC_STEP_FINGERPRINT",
+        description="SHA-256 of the certificate authority's root certificate.", examples=["44b04847..."],
+    )
+
+    @property
+    def on_supercomputer(self) -> bool:
+        """Whether workloads go to Slurm."""
+        return self.deployment != "development"
+
+    def local_data_root(self) -> Path:
+        """DATA_ROOT on this machine."""
+        return self.data_root or ROOT / "data"
+
+    def remote_data_root(self) -> str:
+        """DATA_ROOT on the supercomputer."""
+        return str(self.data_root) if self.data_root else f"{self.deployment_base_path}/data"
+
+
+REQUIRED_ON_SUPERCOMPUTER = ("supercomputer_site", "edge_node_host", "edge_node_user", "edge_node_key_path", "deployment_base_path")
+
+
+def load_settings(sites: Collection[str], root: Path = ROOT, deployment: Deployment | None = None) -> Settings:
+    """Read the settings from their layers (see the top of this module).
+
+    Args:
+        sites: the known sites, that is the keys of SUPERCOMPUTER_SITE_OVERRIDES.
+        root: the folder with `.env` and `envs/`.
+        deployment: instead of DAGSTER_DEPLOYMENT.
+
+    Raises:
+        ConfigurationError: all that is missing or wrong, at once, with names and examples; a dotenv file that holds a
+            secret and that others can read; no file or several for a supercomputer that is not named.
+    """
+    chosen = {"DAGSTER_DEPLOYMENT": deployment} if deployment else {}
+    file = _choose_file(root / "envs", {**_values(root / ".env"), **_not_blank(os.environ), **chosen}, sites)
+    files = (file, root / ".env")  # the later one wins, and the process environment over both
+    problems = [problem for path in files for problem in _problems(path)]
+    try:
+        settings = Settings(_env_file=files, **chosen)  # type: ignore[arg-type]  # pydantic does not see the aliases
+    except ValidationError as error:
+        raise ConfigurationError("\n".join([*problems, *_describe(error)])) from None
+    site = settings.supercomputer_site
+    if site and site not in sites:
+        problems.append(f"SLURM_SUPERCOMPUTER_SITE={site!r} is not a known site{nearest(site, sites)}")
+    if settings.on_supercomputer:
+        problems.extend(_missing(settings, file))
+    if problems:
+        raise ConfigurationError("\n".join(problems))
+    return settings
+
+
+def _alias(field: FieldInfo) -> str:
+    return str(field.validation_alias)
+
+
+def _choose_file(folder: Path, values: Mapping[str, str], sites: Collection[str]) -> Path:
+    """The one file of envs/ that is read: by deployment and site, as far as they are known without it."""
+    deployment, site = values.get("DAGSTER_DEPLOYMENT"), values.get("SLURM_SUPERCOMPUTER_SITE")
+    if deployment == "development" or not (deployment or site):
+        return folder / ".env.development"
+    if site:
+        return folder / f".env.{site}"
+    there = [folder / f".env.{name}" for name in sorted(sites) if (folder / f".env.{name}").is_file()]
+    if len(there) == 1:
+        return there[0]
+    choices = ", ".join(sorted(sites))
+    found = f"there are several: {', '.join(path.name for path in there)}" if there else f"{folder} has no .env.<site> file"
+    raise ConfigurationError(
+        f"DAGSTER_DEPLOYMENT={deployment} needs SLURM_SUPERCOMPUTER_SITE ({choices}), or exactly one file envs/.env.<site>; {found}. "
+        "Copy envs/.env.musica.example to envs/.env.musica and fill it in."
+    )
+
+
+def _not_blank(values: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in values.items() if value}
+
+
+def _values(path: Path) -> dict[str, str]:
+    return _not_blank(dotenv_values(path)) if path.is_file() else {}
+
+
+def _problems(path: Path) -> list[str]:
+    """What is wrong with a dotenv file as a file."""
+    values = _values(path)
+    fields = {_alias(field): field for field in Settings.model_fields.values()}
+    unknown = [name for name in values if name not in fields and name.startswith(_OWN_PREFIXES)]
+    problems = [f"{path}: unknown variable {name}{nearest(name, fields)}" for name in unknown]
+    secrets = [name for name in values if name in fields and fields[name].annotation == (SecretStr | None)]
+    if secrets and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        problems.append(f"{path} holds {', '.join(secrets)} and others can read it: chmod 600 '{path}'")
+    return problems
+
+
+def _missing(settings: Settings, file: Path) -> list[str]:
+    lacking = [Settings.model_fields[name] for name in REQUIRED_ON_SUPERCOMPUTER if getattr(settings, name) is None]
+    examples = [f"  {_alias(field)}={(field.examples or [''])[0]}   # {field.description}" for field in lacking]
+    head = f"DAGSTER_DEPLOYMENT={settings.deployment}: not set, neither in the environment nor in {file}; for example"
+    return [head, *examples] if lacking else []
+
+
+def _describe(error: ValidationError) -> list[str]:
+    """The problems by variable name; values are not repeated, since they may be secret."""
+    lines = []
+    for problem in error.errors(include_url=False, include_input=False):
+        name = str(problem["loc"][0])
+        field = next(field for field in Settings.model_fields.values() if _alias(field) == name)
+        text = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{name}: {text}. {field.description} Example: {(field.examples or [''])[0]}")
+    return lines

@@ -1,0 +1,73 @@
+"""What a supercomputer has: partitions, QoS, what to run before Python. From SUPERCOMPUTER_SITE_OVERRIDES."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from resources.errors import ConfigurationError, nearest
+from resources.slurm.request import Memory, Time
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Qos(_Part):
+    """Limits of a quality of service; what is not known is left out and not checked."""
+
+    time_limit: Time | None = Field(None, description="The longest time limit that it takes.")
+    nodes: PositiveInt | None = Field(None, description="The most nodes that a user may have in it.")
+    preemptible: bool = Field(False, description="Its jobs can be ended, or put back in the queue, for others.")
+
+
+class Partition(_Part):
+    """Nodes of one kind."""
+
+    cores: PositiveInt = Field(description="CPUs that a job can have on a node.")
+    mem: Memory = Field(description="Memory of a node.")
+    gpus: int = Field(0, ge=0, description="GPUs of a node.")
+    cores_per_gpu: PositiveInt | None = Field(None, description="CPUs for each GPU of a request that names none.")
+    mem_per_gpu: Memory | None = Field(None, description="Memory for each GPU of a request that names none.")
+    qos: dict[str, Qos] = Field({}, description="The QoS that it takes, the ordinary one first; empty: none is needed.")
+
+
+class Site(_Part):
+    """A supercomputer."""
+
+    partitions: dict[str, Partition] = Field({}, description="By name, the preferred one of each kind first.")
+    launchers: dict[str, dict[str, Any]] = Field({}, description="Fields of RayLauncher ('ray') and ScriptLauncher ('script').")
+    setup_commands: tuple[str, ...] = Field((), description="Shell commands before Python is looked for (module load ...).")
+    python_candidates: tuple[str, ...] = Field(("python3",), description="Interpreters to try, the best first.")
+
+
+def load_site(overrides: Mapping[str, Any], name: str) -> Site:
+    """The site of that name, checked.
+
+    Args:
+        overrides: SUPERCOMPUTER_SITE_OVERRIDES.
+        name: SLURM_SUPERCOMPUTER_SITE.
+
+    Raises:
+        ConfigurationError: the name is unknown, or its entry has an unknown key or a wrong value.
+    """
+    if name not in overrides:
+        raise ConfigurationError(f"SLURM_SUPERCOMPUTER_SITE={name!r} is not a known site{nearest(name, overrides)}")
+    try:
+        return Site.model_validate(overrides[name])
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False, include_input=False):
+            path = [str(part) for part in problem["loc"]]
+            place = f"SUPERCOMPUTER_SITE_OVERRIDES[{']['.join(map(repr, [name, *path]))}]"
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"{place}: unknown key{nearest(path[-1], _keys_beside(path))}")
+            else:
+                lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}")
+        raise ConfigurationError("\n".join(lines)) from None
+
+
+def _keys_beside(path: list[str]) -> list[str]:
+    """The valid keys where an unknown one stands: `path` ends with it."""
+    model: type[BaseModel] = {1: Site, 3: Partition}.get(len(path), Qos)
+    return list(model.model_fields)

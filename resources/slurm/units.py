@@ -1,0 +1,62 @@
+"""Slurm's notations for time and memory."""
+
+import re
+
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
+_MEMORY = re.compile(r"(?P<number>[1-9]\d*)(?P<unit>[KMGT]?)")
+_UNITS = {"K": 1, "M": 1024, "G": 1024**2, "T": 1024**3}
+
+
+def parse_time(text: str) -> int:
+    """Seconds of a time limit in one of the forms of `sbatch --time`.
+
+    Those are `minutes`, `minutes:seconds`, `hours:minutes:seconds`, `days-hours`, `days-hours:minutes` and
+    `days-hours:minutes:seconds` (man sbatch).
+
+    Raises:
+        ValueError: any other text, and zero.
+    """
+    match = _TIME.fullmatch(text)
+    if not match:
+        raise ValueError(
+            f"{text!r} is not a Slurm time: write hours:minutes:seconds as in '02:00:00', "
+            "days-hours as in '1-12', or minutes as in '90'"
+        )
+    numbers = [int(part) for part in match["rest"].split(":")]
+    if match["days"] is not None:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    elif len(numbers) == 3:
+        hours, minutes, seconds = numbers
+    else:
+        hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
+    total = int(match["days"] or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
+    if not total:
+        raise ValueError(f"{text!r} is no time at all")
+    return total
+
+
+def format_time(seconds: int) -> str:
+    """`D-HH:MM:SS`, or `HH:MM:SS` under a day: forms that Slurm and people read alike."""
+    days, rest = divmod(seconds, 86400)
+    clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
+    return f"{days}-{clock}" if days else clock
+
+
+def parse_memory(text: str) -> int:
+    """KiB of a memory size as `sbatch --mem` takes it: a whole number and K, M, G or T (M where there is none).
+
+    Raises:
+        ValueError: any other text.
+    """
+    match = _MEMORY.fullmatch(text)
+    if not match:
+        raise ValueError(f"{text!r} is not a Slurm memory size: write a whole number and K, M, G or T, as in '64G'")
+    return int(match["number"]) * _UNITS[match["unit"] or "M"]
+
+
+def format_memory(kib: int) -> str:
+    """The size in the largest unit that keeps it whole."""
+    for unit in "TGM":
+        if kib % _UNITS[unit] == 0:
+            return f"{kib // _UNITS[unit]}{unit}"
+    return f"{kib}K"

@@ -1,0 +1,108 @@
+"""Put a script into the project's environment, setting that up first where it is missing or out of date.
+
+Used by every script in this folder: `import _environment; _environment.activate()`. Standard library only, and nothing
+newer than Python 3.8, so that an interpreter that is too old gets an explanation instead of a SyntaxError.
+
+pixi is used where it is found on PATH, else uv, else `python -m venv` and pip with the locked, hashed requirements.
+"""
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+REQUIREMENTS = ROOT / "requirements" / "dev.txt"
+STAMP = VENV / "installed.sha256"  # written last: a set-up that was cut short is seen and done again
+SUPPORTED = ("3.11", "3.12", "3.13")
+
+
+def activate() -> None:
+    """Return when running inside the project's environment; anywhere else, run the calling script again inside it.
+
+    Raises:
+        SystemExit: the environment cannot be made; the message says what to install.
+    """
+    prefix = Path(sys.prefix).resolve()
+    if (ROOT / ".pixi" / "envs") in prefix.parents or (prefix == VENV and _is_current()):
+        return
+    command = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
+    pixi = shutil.which("pixi")
+    if pixi:
+        command = [pixi, "run", "--manifest-path", str(ROOT / "pixi.toml"), "python", *command]
+    else:
+        _set_up()
+        command = [str(VENV / "bin" / "python"), *command]
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def _wanted() -> str:
+    digest = hashlib.sha256()
+    for part in (REQUIREMENTS, ROOT / "pyproject.toml"):
+        digest.update(part.read_bytes())
+    digest.update(str(ROOT).encode())  # a moved folder: the scripts in .venv/bin carry the old path
+    return digest.hexdigest()
+
+
+def _is_current() -> bool:
+    return STAMP.is_file() and STAMP.read_text() == _wanted()
+
+
+def _set_up() -> None:
+    """Make .venv as the lock file says; two scripts that start at once wait for each other."""
+    with (ROOT / ".venv.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_current():
+            return
+        begun = time.monotonic()
+        uv = shutil.which("uv")
+        print(f"Setting up {VENV} with {'uv' if uv else 'pip'} (once; a minute or two) ...", file=sys.stderr, flush=True)
+        for command in _uv_commands(uv) if uv else _pip_commands():
+            done = subprocess.run(command, cwd=str(ROOT), stdin=subprocess.DEVNULL, check=False)
+            if done.returncode:
+                shown = " ".join(command)
+                raise SystemExit(f"Setting up {VENV} failed (exit code {done.returncode}); the output is above.\n"
+                                 f"Command: {shown}\nIt is safe to try again.")
+        STAMP.write_text(_wanted())
+        print(f"Environment ready after {time.monotonic() - begun:.0f} s.", file=sys.stderr, flush=True)
+
+
+def _uv_commands(uv: str) -> "list[list[str]]":
+    python = str(VENV / "bin" / "python")
+    return [
+        [uv, "venv", "--quiet", "--clear", "--python", ">={},<3.14".format(SUPPORTED[0]), str(VENV)],
+        [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", python, str(REQUIREMENTS)],
+        [uv, "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--python", python, "--editable", "."],
+    ]
+
+
+def _pip_commands() -> "list[list[str]]":
+    pip = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-compile"]
+    return [
+        [_interpreter(), "-m", "venv", "--clear", str(VENV)],
+        [*pip, "--require-hashes", "--use-pep517", "--requirement", str(REQUIREMENTS)],
+        [*pip, "--no-deps", "--no-build-isolation", "--editable", "."],
+    ]
+
+
+def _interpreter() -> str:
+    """A Python that the project supports and that can make virtual environments: this one, or one on PATH."""
+    running = "{}.{}".format(*sys.version_info[:2])
+    if running not in SUPPORTED:
+        for version in reversed(SUPPORTED):
+            found = shutil.which("python" + version)
+            if found:
+                return found
+        raise SystemExit(f"Python {SUPPORTED[0]} to {SUPPORTED[-1]} is needed; {sys.executable} is {running}, and no "
+                         "other was found on PATH. Install one, or pixi or uv, which bring their own.")
+    if importlib.util.find_spec("ensurepip") is None:
+        raise SystemExit(f"{sys.executable} cannot make virtual environments: its ensurepip module is missing. "
+                         f"On Debian and Ubuntu:\n    sudo apt install python{running}-venv")
+    return sys.executable
