@@ -6,11 +6,13 @@ from jobs import all_jobs
 from musica_pipelines.assets import flight_delays
 from resources import build_resources
 
+assets = dg.load_assets_from_modules([flight_delays])
+
 defs = dg.Definitions(
-    assets=dg.load_assets_from_modules([flight_delays]),
+    assets=assets,
     jobs=all_jobs,
     resources=build_resources(),
-    # One process a run: a step of its own would take 5 s to start, and these assets mostly wait for each other. Runs are
-    # parallel to each other. For parallel assets within a run: dg.multiprocess_executor.
+    # One process a run: a process a step would take 5 s to start, and these assets mostly wait for each other.
+    # Runs are parallel to each other. For parallel assets within a run: dg.multiprocess_executor.
     executor=dg.in_process_executor,
 )

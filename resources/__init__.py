@@ -20,7 +20,7 @@ SUPERCOMPUTER_SITE_OVERRIDES: dict[str, dict[str, Any]] = {
                     "long_zen4_0768": {},
                 },
             },
-            # The same with four H100 SXM5 of 94 GB. 22 cores for each GPU; the share of memory leaves the system a part.
+            # The same with four H100 SXM5 of 94 GB. 22 cores for each GPU; the memory leaves the system some.
             "zen4_0768_h100x4": {
                 "cores": 190,
                 "mem": "768G",
@@ -42,7 +42,7 @@ SUPERCOMPUTER_SITE_OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def build_resources() -> dict[str, Any]:
-    """The resources of the code location. Settings are read when a run needs them, so that the location always loads."""
+    """The resources of the code location. They read no settings until a run needs them: the location always loads."""
     from resources.compute import ComputeResource
 
     return {"compute": ComputeResource(site_overrides=SUPERCOMPUTER_SITE_OVERRIDES)}

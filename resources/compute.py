@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 from resources.errors import ConfigurationError
 from resources.interrupts import run_interruptibly
@@ -28,7 +29,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
     Dagster makes a new copy of a resource for each step, so it holds no state; all that a run needs is built in `run`.
     """
 
-    site_overrides: dict[str, Any] = {}
+    site_overrides: dict[str, Any] = Field({}, description="SUPERCOMPUTER_SITE_OVERRIDES.")
 
     def run(
         self,
@@ -69,8 +70,8 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         if settings.on_supercomputer:
             raise _failure(
                 asset,
-                f"the deployment {settings.deployment} cannot submit jobs yet; see what it would submit with scripts/preview, "
-                "or run it here with DAGSTER_DEPLOYMENT=development",
+                f"DAGSTER_DEPLOYMENT={settings.deployment} cannot submit jobs yet. Look at what it would submit with "
+                "scripts/preview, or run it here with DAGSTER_DEPLOYMENT=development",
             )
         return _run_here(context, asset, settings, plan, values, env or {})
 
@@ -88,7 +89,12 @@ def _check_extras(extras: Mapping[str, Any] | None, context: dg.AssetExecutionCo
 
 
 def _run_here(
-    context: dg.AssetExecutionContext, asset: str, settings: Settings, plan: Plan, extras: dict[str, Any], env: Mapping[str, str]
+    context: dg.AssetExecutionContext,
+    asset: str,
+    settings: Settings,
+    plan: Plan,
+    extras: dict[str, Any],
+    env: Mapping[str, str],
 ) -> dg.PipesClientCompletedInvocation:
     """Run the workload as a subprocess of this step."""
     with temporary_run_directory() as folder:
@@ -119,7 +125,11 @@ def _run_here(
         if cause:
             raise _failure(asset, cause, stderr=session.stderr.tail, exit_code=exit_code, workload=plan.workload)
         _attach_partition_metadata(context, asset, session)
-        where = {"host": socket.gethostname(), "workload": str(plan.workload), "workload_seconds": round(seconds, 3)}
+        where: dict[str, str | float] = {
+            "host": socket.gethostname(),
+            "workload": str(plan.workload),
+            "workload_seconds": round(seconds, 3),
+        }
         return dg.PipesClientCompletedInvocation(session.pipes, metadata=where)
 
 
@@ -128,8 +138,12 @@ def _attach_partition_metadata(context: dg.AssetExecutionContext, asset: str, se
     for message in session.pipes.get_custom_messages():
         if isinstance(message, dict) and message.keys() == {"partition", "metadata"}:
             if message["partition"] not in context.partition_keys:
-                raise _failure(asset, f"the workload reported the partition {message['partition']!r}, which is not of this run")
-            context.add_asset_metadata(message["metadata"], asset_key=context.asset_key, partition_key=message["partition"])
+                raise _failure(
+                    asset, f"the workload reported the partition {message['partition']!r}, which is not of this run"
+                )
+            context.add_asset_metadata(
+                message["metadata"], asset_key=context.asset_key, partition_key=message["partition"]
+            )
 
 
 def _failure(asset: str, cause: str, stderr: str = "", **details: Any) -> dg.Failure:

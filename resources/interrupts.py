@@ -13,8 +13,8 @@ def run_interruptibly(work: Callable[[threading.Event], T]) -> T:
     """Run `work(stop)` in a thread of its own and return its result.
 
     Dagster raises DagsterExecutionInterruptedError in the main thread, sometimes a second time while an `except` block
-    is at work, and a clean-up there is lost. Here the main thread only waits: an interrupt sets `stop`, `work` cleans up
-    and returns, and only then the interrupt goes on its way.
+    is at work, and a clean-up there is lost. Here the main thread only waits: an interrupt sets `stop`, `work` cleans
+    up and returns, and only then the interrupt goes on its way.
 
     Args:
         work: looks at `stop` often, and when it is set ends what it started, then returns or raises.

@@ -34,7 +34,7 @@ def make_plan(
 ) -> Plan:
     """Fill in and check everything that an asset passes to `ComputeResource.run`.
 
-    In `development` with several sites and none chosen there is nothing to check a request against; it is taken as it is.
+    In `development` with several sites and none chosen there is nothing to check a request against: it stays as it is.
 
     Raises:
         ConfigurationError: the workload, the launcher or the request cannot work; the text names the cause.
@@ -56,5 +56,7 @@ def _check_workload(workload: Path) -> Path:
     try:
         ast.parse(workload.read_bytes(), filename=str(workload))
     except SyntaxError as error:
-        raise ConfigurationError(f"{workload}, line {error.lineno}: {error.msg}\n    {(error.text or '').strip()}") from None
+        raise ConfigurationError(
+            f"{workload}, line {error.lineno}: {error.msg}\n    {(error.text or '').strip()}"
+        ) from None
     return workload.resolve()

@@ -54,38 +54,58 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True, env_ignore_empty=True)
 
     deployment: Deployment = _variable(
-        "development", "DAGSTER_DEPLOYMENT", "Where workloads run: " + ", ".join(DEPLOYMENTS) + ".", "production_supercomputer"
+        "development",
+        "DAGSTER_DEPLOYMENT",
+        "Where workloads run: " + ", ".join(DEPLOYMENTS) + ".",
+        "production_supercomputer",
     )
     data_root: LocalPath | None = _variable(
-        None, "DATA_ROOT",
-        "Folder for the workloads' files. Default: `data/` of the repository; on a supercomputer `data` in SLURM_DEPLOYMENT_BASE_PATH.",
+        None,
+        "DATA_ROOT",
+        "Folder for the workloads' files. Default: data/ of the repository, or of SLURM_DEPLOYMENT_BASE_PATH.",
         "~/flight-data",
     )
 
     supercomputer_site: str | None = _variable(
         None, "SLURM_SUPERCOMPUTER_SITE", "The supercomputer: a key of SUPERCOMPUTER_SITE_OVERRIDES.", "musica"
     )
-    edge_node_host: str | None = _variable(None, "SLURM_EDGE_NODE_HOST", "Name of the login node.", "musica.vie.asc.ac.at")
+    edge_node_host: str | None = _variable(
+        None, "SLURM_EDGE_NODE_HOST", "Name of the login node.", "musica.vie.asc.ac.at"
+    )
     edge_node_port: int = Field(
-        22, ge=1, le=65535, validation_alias="SLURM_EDGE_NODE_PORT", description="SSH port of the login node.", examples=["22"]
+        22,
+        ge=1,
+        le=65535,
+        validation_alias="SLURM_EDGE_NODE_PORT",
+        description="SSH port of the login node.",
+        examples=["22"],
     )
     edge_node_user: str | None = _variable(None, "SLURM_EDGE_NODE_USER", "Your user name there.", "xy12345")
     edge_node_key_path: LocalPath | None = _variable(
         None, "SLURM_EDGE_NODE_KEY_PATH", "Private SSH key; its certificate lies beside it.", "~/.ssh/id_musica"
     )
     deployment_base_path: str | None = _variable(
-        None, "SLURM_DEPLOYMENT_BASE_PATH",
-        "Folder on the supercomputer for runs, environments and data; every node must see it.", "/home/xy12345/dagster-slurm",
+        None,
+        "SLURM_DEPLOYMENT_BASE_PATH",
+        "Folder on the supercomputer for runs, environments and data; every node must see it.",
+        "/home/xy12345/dagster-slurm",
     )
     partition: str | None = _variable(
-        None, "SLURM_PARTITION", "Preferred partition; requests that it does not fit go to the site's other kind.", "zen4_0768_h100x4"
+        None,
+        "SLURM_PARTITION",
+        "Preferred partition; requests that it does not fit go to the site's other kind.",
+        "zen4_0768_h100x4",
     )
     qos: str | None = _variable(
-        None, "SLURM_QOS", "Preferred QoS; on another partition the QoS of the same class (dev_, idle_, plain) is taken.",
+        None,
+        "SLURM_QOS",
+        "Preferred QoS; on another partition the QoS of the same class (dev_, idle_, plain) is taken.",
         "dev_zen4_0768_h100x4",
     )
 
-    oidc_client_id: str | None = _variable(None, "ASC_OIDC_CLIENT_ID", "Client id of the step CA at authentik.", "abc123")
+    oidc_client_id: str | None = _variable(
+        None, "ASC_OIDC_CLIENT_ID", "Client id of the step CA at authentik.", "abc123"
+    )
     oidc_username: str | None = _variable(None, "ASC_OIDC_USERNAME", "Your user name at authentik.", "xy12345")
     oidc_token_url: Url | None = _variable(
         None, "ASC_OIDC_TOKEN_URL", "Where OIDC tokens are issued.", "https://auth.asc.ac.at/application/o/token/"
@@ -93,9 +113,13 @@ class Settings(BaseSettings):
     oidc_app_password: SecretStr | None = _variable(
         None, "ASC_OIDC_APP_PASSWORD", "An app password of yours; one of the ways to begin.", "(secret)"
     )
-    authentik_api_base: Url | None = _variable(None, "ASC_AUTHENTIK_API_BASE", "Address of authentik.", "https://auth.asc.ac.at")
+    authentik_api_base: Url | None = _variable(
+        None, "ASC_AUTHENTIK_API_BASE", "Address of authentik.", "https://auth.asc.ac.at"
+    )
     authentik_credentials_file: LocalPath | None = _variable(
-        None, "ASC_AUTHENTIK_CREDENTIALS_FILE", "Where the credentials are kept that renew themselves.",
+        None,
+        "ASC_AUTHENTIK_CREDENTIALS_FILE",
+        "Where the credentials are kept that renew themselves.",
         "~/.config/dagster-slurm/musica-auth.env",
     )
     authentik_api_token: SecretStr | None = _variable(
@@ -104,10 +128,15 @@ class Settings(BaseSettings):
     authentik_token_identifier: str | None = _variable(
         None, "ASC_AUTHENTIK_TOKEN_IDENTIFIER", "What the names of the tokens made for you begin with.", "dagster-slurm"
     )
-    step_ca_url: Url | None = _variable(None, "ASC_STEP_CA_URL", "The certificate authority.", "https://auth.asc.ac.at:9000")
+    step_ca_url: Url | None = _variable(
+        None, "ASC_STEP_CA_URL", "The certificate authority.", "https://auth.asc.ac.at:9000"
+    )
     step_fingerprint: str | None = Field(
-        None, pattern=r"^[0-9a-fA-F]{64}$", validation_alias="ASC_STEP_FINGERPRINT",
-        description="SHA-256 of the certificate authority's root certificate.", examples=["44b04847..."],
+        None,
+        pattern=r"^[0-9a-fA-F]{64}$",
+        validation_alias="ASC_STEP_FINGERPRINT",
+        description="SHA-256 of the certificate authority's root certificate.",
+        examples=["44b04847..."],
     )
 
     @property
@@ -119,12 +148,14 @@ class Settings(BaseSettings):
         """DATA_ROOT on this machine."""
         return self.data_root or ROOT / "data"
 
-    def remote_data_root(self) -> str:
-        """DATA_ROOT on the supercomputer."""
-        return str(self.data_root) if self.data_root else f"{self.deployment_base_path}/data"
 
-
-REQUIRED_ON_SUPERCOMPUTER = ("supercomputer_site", "edge_node_host", "edge_node_user", "edge_node_key_path", "deployment_base_path")
+REQUIRED_ON_SUPERCOMPUTER = (
+    "supercomputer_site",
+    "edge_node_host",
+    "edge_node_user",
+    "edge_node_key_path",
+    "deployment_base_path",
+)
 
 
 def load_settings(sites: Collection[str], root: Path = ROOT, deployment: Deployment | None = None) -> Settings:
@@ -172,9 +203,12 @@ def _choose_file(folder: Path, values: Mapping[str, str], sites: Collection[str]
     if len(there) == 1:
         return there[0]
     choices = ", ".join(sorted(sites))
-    found = f"there are several: {', '.join(path.name for path in there)}" if there else f"{folder} has no .env.<site> file"
+    found = (
+        f"there are several: {', '.join(path.name for path in there)}" if there else f"{folder} has no .env.<site> file"
+    )
     raise ConfigurationError(
-        f"DAGSTER_DEPLOYMENT={deployment} needs SLURM_SUPERCOMPUTER_SITE ({choices}), or exactly one file envs/.env.<site>; {found}. "
+        f"DAGSTER_DEPLOYMENT={deployment} needs SLURM_SUPERCOMPUTER_SITE ({choices}), "
+        f"or exactly one file envs/.env.<site>; {found}. "
         "Copy envs/.env.musica.example to envs/.env.musica and fill it in."
     )
 

@@ -44,11 +44,8 @@ def activate() -> None:
 
 
 def _wanted() -> str:
-    digest = hashlib.sha256()
-    for part in (REQUIREMENTS, ROOT / "pyproject.toml"):
-        digest.update(part.read_bytes())
-    digest.update(str(ROOT).encode())  # a moved folder: the scripts in .venv/bin carry the old path
-    return digest.hexdigest()
+    folder = str(ROOT).encode()  # the scripts in .venv/bin carry it: a moved folder needs new ones
+    return hashlib.sha256(REQUIREMENTS.read_bytes() + folder).hexdigest()
 
 
 def _is_current() -> bool:
@@ -62,22 +59,33 @@ def _set_up() -> None:
         if _is_current():
             return
         begun = time.monotonic()
-        uv = shutil.which("uv")
-        print(f"Setting up {VENV} with {'uv' if uv else 'pip'} (once; a minute or two) ...", file=sys.stderr, flush=True)
+        uv = shutil.which("uv", path=_path_without_venv())
+        print(
+            f"Setting up {VENV} with {'uv' if uv else 'pip'} (once; a minute or two) ...", file=sys.stderr, flush=True
+        )
         for command in _uv_commands(uv) if uv else _pip_commands():
             done = subprocess.run(command, cwd=str(ROOT), stdin=subprocess.DEVNULL, check=False)
             if done.returncode:
                 shown = " ".join(command)
-                raise SystemExit(f"Setting up {VENV} failed (exit code {done.returncode}); the output is above.\n"
-                                 f"Command: {shown}\nIt is safe to try again.")
+                raise SystemExit(
+                    f"Setting up {VENV} failed (exit code {done.returncode}); the output is above.\n"
+                    f"Command: {shown}\nIt is safe to try again."
+                )
         STAMP.write_text(_wanted())
         print(f"Environment ready after {time.monotonic() - begun:.0f} s.", file=sys.stderr, flush=True)
+
+
+def _path_without_venv() -> str:
+    """PATH less the environment that is about to be replaced, and that has a uv of its own."""
+    return os.pathsep.join(
+        part for part in os.environ.get("PATH", "").split(os.pathsep) if VENV not in Path(part).parents
+    )
 
 
 def _uv_commands(uv: str) -> "list[list[str]]":
     python = str(VENV / "bin" / "python")
     return [
-        [uv, "venv", "--quiet", "--clear", "--python", ">={},<3.14".format(SUPPORTED[0]), str(VENV)],
+        [uv, "venv", "--quiet", "--clear", "--python", f">={SUPPORTED[0]},<3.14", str(VENV)],
         [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", python, str(REQUIREMENTS)],
         [uv, "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--python", python, "--editable", "."],
     ]
@@ -97,12 +105,16 @@ def _interpreter() -> str:
     running = "{}.{}".format(*sys.version_info[:2])
     if running not in SUPPORTED:
         for version in reversed(SUPPORTED):
-            found = shutil.which("python" + version)
+            found = shutil.which("python" + version, path=_path_without_venv())
             if found:
                 return found
-        raise SystemExit(f"Python {SUPPORTED[0]} to {SUPPORTED[-1]} is needed; {sys.executable} is {running}, and no "
-                         "other was found on PATH. Install one, or pixi or uv, which bring their own.")
+        raise SystemExit(
+            f"Python {SUPPORTED[0]} to {SUPPORTED[-1]} is needed; {sys.executable} is {running}, and no "
+            "other was found on PATH. Install one, or pixi or uv, which bring their own."
+        )
     if importlib.util.find_spec("ensurepip") is None:
-        raise SystemExit(f"{sys.executable} cannot make virtual environments: its ensurepip module is missing. "
-                         f"On Debian and Ubuntu:\n    sudo apt install python{running}-venv")
-    return sys.executable
+        raise SystemExit(
+            f"{sys.executable} cannot make virtual environments: its ensurepip module is missing. "
+            f"On Debian and Ubuntu:\n    sudo apt install python{running}-venv"
+        )
+    return sys.executable if sys.prefix == sys.base_prefix else os.path.realpath(sys.executable)

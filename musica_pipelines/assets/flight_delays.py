@@ -23,10 +23,12 @@ months = dg.MonthlyPartitionsDefinition(start_date="2013-01", end_date="2014-01"
     owners=OWNERS,
     kinds={"python", "parquet"},
     check_specs=[
-        dg.AssetCheckSpec("rows_match_source", asset="flights", description="Every published flight was written, none twice.")
+        dg.AssetCheckSpec(
+            "rows_match_source", asset="flights", description="Every published flight was written, none twice."
+        )
     ],
 )
-def flights(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+def flights(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult[None]:
     """Every scheduled flight out of New York City, one parquet file a month (`flights/YYYY-MM.parquet`)."""
     return compute.run(
         context,
@@ -45,11 +47,13 @@ def flights(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.M
     owners=OWNERS,
     kinds={"python", "pandas", "parquet"},
     check_specs=[
-        dg.AssetCheckSpec("one_row_an_arrival", asset="delay_features", description="Every flight that arrived is there."),
+        dg.AssetCheckSpec(
+            "one_row_an_arrival", asset="delay_features", description="Every flight that arrived is there."
+        ),
         dg.AssetCheckSpec("no_nulls", asset="delay_features", description="No feature is missing anywhere."),
     ],
 )
-def delay_features(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+def delay_features(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult[None]:
     """What is known an hour before departure: schedule, route, plane and weather; and whether the flight was late."""
     return compute.run(
         context,
@@ -66,10 +70,12 @@ def delay_features(context: dg.AssetExecutionContext, compute: ComputeResource) 
     kinds={"ray", "slurm", "xgboost"},
     pool="gpu",
     check_specs=[
-        dg.AssetCheckSpec("better_than_baseline", asset="delay_sweep", description="The best trial beats the rate by hour of day.")
+        dg.AssetCheckSpec(
+            "better_than_baseline", asset="delay_sweep", description="The best trial beats the rate by hour of day."
+        )
     ],
 )
-def delay_sweep(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+def delay_sweep(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult[None]:
     """Search hyperparameters for the delay model on Ray, one trial a GPU where there are GPUs."""
     return compute.run(
         context,
@@ -88,11 +94,13 @@ def delay_sweep(context: dg.AssetExecutionContext, compute: ComputeResource) -> 
     kinds={"python", "xgboost"},
     check_specs=[
         dg.AssetCheckSpec(
-            "better_than_baseline", asset="delay_model", description="On months it never saw, the model beats the rate by hour of day."
+            "better_than_baseline",
+            asset="delay_model",
+            description="On months it never saw, the model beats the rate by hour of day.",
         )
     ],
 )
-def delay_model(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+def delay_model(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult[None]:
     """The best trial's model, trained on all months but the last two and judged on those."""
     return compute.run(
         context,

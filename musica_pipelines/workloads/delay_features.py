@@ -4,6 +4,7 @@ import time
 
 import pandas as pd
 from dagster_pipes import open_dagster_pipes
+
 from flight_delays import reporting, storage
 from flight_delays.features import FEATURES, LABEL, LATE_MINUTES, build_features
 
@@ -19,7 +20,7 @@ def main() -> None:
             flights = pd.read_parquet(path)
             table = build_features(flights)
             target = storage.features_file(month)
-            storage.write_atomically(target, lambda part, table=table: table.to_parquet(part, index=False))
+            storage.write_table(target, table)
             arrived += int(flights["arr_delay"].notna().sum())
             written += storage.count_rows(target)
             nulls += int(table.isna().sum().sum())
@@ -30,8 +31,9 @@ def main() -> None:
                 "seconds": round(time.monotonic() - begun, 3),
             }
             reporting.report_partition(pipes, month, numbers)
-        pipes.report_asset_check("one_row_an_arrival", passed=written == arrived,
-                                 metadata={"arrivals": arrived, "written": written})
+        pipes.report_asset_check(
+            "one_row_an_arrival", passed=written == arrived, metadata={"arrivals": arrived, "written": written}
+        )
         pipes.report_asset_check("no_nulls", passed=nulls == 0, metadata={"nulls": nulls})
         schema = {name: ("float32", meaning) for name, meaning in FEATURES.items()}
         schema[LABEL] = ("int8", f"1: arrived {LATE_MINUTES} minutes late or more")

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xgboost as xgb
-from dagster_pipes import open_dagster_pipes
+from dagster_pipes import PipesMetadataValue, open_dagster_pipes
+from matplotlib.figure import Figure
+
 from flight_delays import evaluation, reporting, storage
 from flight_delays.features import LABEL
-from matplotlib.figure import Figure
 
 HYPERPARAMETERS = ("max_depth", "eta", "subsample", "colsample_bytree", "min_child_weight")
 
@@ -27,14 +28,21 @@ def read_best_trial() -> dict[str, Any]:
 def calibration_picture(label: pd.Series, probability: np.ndarray) -> Figure:
     """Predicted against observed share of late flights, in ten groups of equal size."""
     groups = pd.qcut(probability, 10, duplicates="drop")
-    points = pd.DataFrame({"predicted": probability, "observed": label.to_numpy()}).groupby(groups, observed=True).mean()
+    points = (
+        pd.DataFrame({"predicted": probability, "observed": label.to_numpy()}).groupby(groups, observed=True).mean()
+    )
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.7", linestyle="--", label="perfect")
     axes.plot(points["predicted"], points["observed"], marker="o", label="model")
     limit = float(points.to_numpy().max()) * 1.1
-    axes.set(xlim=(0, limit), ylim=(0, limit), xlabel="predicted chance to be late", ylabel="share that was late",
-             title="Calibration on the held-out months")
+    axes.set(
+        xlim=(0, limit),
+        ylim=(0, limit),
+        xlabel="predicted chance to be late",
+        ylabel="share that was late",
+        title="Calibration on the held-out months",
+    )
     axes.legend()
     return figure
 
@@ -56,7 +64,9 @@ def main() -> None:
         training = storage.read_features(evaluation.TRAINING_MONTHS + evaluation.VALIDATION_MONTHS)
         held_out = storage.read_features(evaluation.HELD_OUT_MONTHS)
         parameters = {name: best[name] for name in HYPERPARAMETERS}
-        booster = xgb.train({**parameters, "objective": "binary:logistic"}, evaluation.dmatrix(training), best["rounds"])
+        booster = xgb.train(
+            {**parameters, "objective": "binary:logistic"}, evaluation.dmatrix(training), best["rounds"]
+        )
         probability = booster.predict(evaluation.dmatrix(held_out))
         auc = evaluation.auc(held_out[LABEL], probability)
         baseline = evaluation.baseline_auc(training, held_out)
@@ -68,7 +78,7 @@ def main() -> None:
             passed=auc > baseline,
             metadata={"auc": auc, "baseline_auc": baseline, "baseline": evaluation.BASELINE},
         )
-        metadata = {
+        metadata: dict[str, float | PipesMetadataValue] = {
             "auc": round(auc, 5),
             "baseline_auc": round(baseline, 5),
             "rows": len(training),

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import xgboost as xgb
 from dagster_pipes import PipesContext, open_dagster_pipes
+
 from flight_delays import evaluation, reporting, storage
 from flight_delays.features import LABEL
 
@@ -69,19 +70,24 @@ def run_trial(parameters: dict[str, Any], training: Any, validation: Any, thread
 
 def sweep(pipes: PipesContext, training: Any, validation: Any, trials: int) -> list[dict[str, Any]]:
     """All trials, best first; each is told as it ends."""
-    resources = ray.cluster_resources()
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+    nodes = len(ray.nodes())  # type: ignore[no-untyped-call]
     threads = max(cpus // gpus, 1) if gpus else 1
-    pipes.log.info(f"Ray: {len(ray.nodes())} node(s), {cpus} CPUs, {gpus} GPUs; {threads} thread(s) a trial")
+    pipes.log.info(f"Ray: {nodes} node(s), {cpus} CPUs, {gpus} GPUs; {threads} thread(s) a trial")
     task = ray.remote(num_cpus=threads, num_gpus=1 if gpus else 0)(run_trial)
     tables = ray.put(training), ray.put(validation)
-    running = {task.remote(parameters, *tables, threads): n for n, parameters in enumerate(sample_parameters(trials), 1)}
+    running = {
+        task.remote(parameters, *tables, threads): n for n, parameters in enumerate(sample_parameters(trials), 1)
+    }
     finished: list[dict[str, Any]] = []
     while running:
         done, _ = ray.wait(list(running))
         result = {"trial": running.pop(done[0]), **ray.get(done[0])}
         finished.append(result)
-        pipes.log.info(f"trial {result['trial']} ({len(finished)} of {trials}): AUC {result['auc']:.4f}, {result['seconds']} s")
+        pipes.log.info(
+            f"trial {result['trial']} ({len(finished)} of {trials}): AUC {result['auc']:.4f}, {result['seconds']} s"
+        )
         pipes.report_custom_message({"trial": result})
     return sorted(finished, key=lambda result: -result["auc"])
 

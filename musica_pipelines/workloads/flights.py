@@ -3,6 +3,7 @@
 import time
 
 from dagster_pipes import open_dagster_pipes
+
 from flight_delays import reporting, source, storage
 
 COLUMNS = {
@@ -26,10 +27,14 @@ def main() -> None:
         for month, table in tables.items():
             begun = time.monotonic()
             path = storage.flights_file(month)
-            storage.write_atomically(path, lambda part, table=table: table.to_parquet(part, index=False))
+            storage.write_table(path, table)
             pipes.log.info(f"{month}: {len(table)} flights -> {path}")
             seconds = reading / len(months) + time.monotonic() - begun
-            numbers = {"rows": len(table), "cancelled": int(table["dep_delay"].isna().sum()), "seconds": round(seconds, 3)}
+            numbers = {
+                "rows": len(table),
+                "cancelled": int(table["dep_delay"].isna().sum()),
+                "seconds": round(seconds, 3),
+            }
             reporting.report_partition(pipes, month, numbers)
         expected = source.count_flights(months)
         written = {month: storage.count_rows(storage.flights_file(month)) for month in months}
@@ -38,7 +43,8 @@ def main() -> None:
             passed=written == expected,
             metadata={"expected": sum(expected.values()), "written": sum(written.values())},
         )
-        schema = {name: (str(kind), COLUMNS.get(name, "")) for name, kind in tables[months[0]].dtypes.items()}
+        kinds = tables[months[0]].dtypes
+        schema = {str(name): (str(kind), COLUMNS.get(str(name), "")) for name, kind in kinds.items()}
         pipes.report_asset_materialization(metadata={"dagster/column_schema": reporting.column_schema(schema)})
 
 

@@ -24,7 +24,8 @@ class Launcher(BaseModel):
     """Names the launcher in the site overrides."""
 
     pre_start_commands: tuple[str, ...] = Field(
-        (), description="Shell commands on every node of the job before anything else; one that fails is told, and passed over."
+        (),
+        description="Shell commands on every node of the job, first; one that fails is told and passed over.",
     )
 
     def __init__(self, **fields: Any) -> None:

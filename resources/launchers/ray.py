@@ -18,23 +18,20 @@ mkdir -m 700 ray
 "$$PYTHON" -c 'import secrets; print(secrets.token_hex(32))' >ray/token
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$$PWD/ray/token" RAY_USAGE_STATS_ENABLED=0
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=5
-ray_node() {
+cat >ray/node.sh <<'NODE'
 $pre_start
-  local address
-  address=$$("$$PYTHON" -c '$own_address')
-  set -- --block --disable-usage-stats --temp-dir="/tmp/r-$$SLURM_JOB_ID" --node-ip-address="$$address" $arguments
-  if [ "$$SLURM_PROCID" = 0 ]; then
-    local port
-    port=$$("$$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    echo "$$address:$$port" >ray/address.part && mv ray/address.part ray/address
-    exec "$$PYTHON" -m ray.scripts.scripts start --head --port="$$port" --dashboard-host=127.0.0.1 "$$@"
-  fi
-  until [ -s ray/address ]; do sleep 0.1; done
-  exec "$$PYTHON" -m ray.scripts.scripts start --address="$$(cat ray/address)" "$$@"
-}
-export -f ray_node
-srun --overlap --export=ALL --nodes=$nodes --ntasks=$nodes --ntasks-per-node=1$step_options \\
-  --output=ray/node-%n.log bash -c ray_node &
+address=$$("$$PYTHON" -c '$own_address')
+set -- --block --disable-usage-stats --temp-dir="/tmp/r-$$SLURM_JOB_ID" --node-ip-address="$$address" $arguments
+if [ "$$SLURM_PROCID" = 0 ]; then
+  port=$$("$$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+  echo "$$address:$$port" >ray/address.part && mv ray/address.part ray/address
+  exec "$$PYTHON" -m ray.scripts.scripts start --head --port="$$port" --dashboard-host=127.0.0.1 "$$@"
+fi
+until [ -s ray/address ]; do sleep 0.1; done
+exec "$$PYTHON" -m ray.scripts.scripts start --address="$$(cat ray/address)" "$$@"
+NODE
+srun --overlap --export=ALL --nodes=$nodes --ntasks=$nodes --ntasks-per-node=1$step_options \
+  --output=ray/node-%n.log bash ray/node.sh &
 ray=$$!
 trap 'kill "$$ray" 2>/dev/null; wait "$$ray"' EXIT
 
@@ -48,7 +45,7 @@ RAY_ADDRESS=$$(cat ray/address)
 """
 )
 
-_OWN_ADDRESS = 'import socket; print(socket.gethostbyname(socket.gethostname()))'
+_OWN_ADDRESS = "import socket; print(socket.gethostbyname(socket.gethostname()))"
 _INTERFACE_ADDRESS = (
     "import fcntl, socket, struct; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); "
     'print(socket.inet_ntoa(fcntl.ioctl(s.fileno(), 0x8915, struct.pack("256s", b"$name"))[20:24]))'
@@ -93,10 +90,15 @@ class RayLauncher(Launcher):
     key: ClassVar[str] = "ray"
 
     ray_start_args: tuple[str, ...] = Field((), description="Further arguments of `ray start`, on every node.")
-    object_store_memory: Memory | None = Field(None, description="Size of the object store a node, for instance 64G; Ray chooses if not given.")
-    startup_time_limit: PositiveInt = Field(120, description="Seconds for all nodes to join; then the job fails and shows their logs.")
+    object_store_memory: Memory | None = Field(
+        None, description="Size of the object store a node, for instance 64G; Ray chooses if not given."
+    )
+    startup_time_limit: PositiveInt = Field(
+        120, description="Seconds for all nodes to join; then the job fails and shows their logs."
+    )
     network_interface: Annotated[str | None, AfterValidator(_interface)] = Field(
-        None, description="Interface whose address Ray uses, for instance ib0; if not given, what the hostname resolves to."
+        None,
+        description="Interface whose address Ray uses, for instance ib0; if not given, what the hostname resolves to.",
     )
 
     def local_environment(self) -> dict[str, str]:  # noqa: D102 - see Launcher
@@ -104,7 +106,9 @@ class RayLauncher(Launcher):
 
     def check(self, request: SlurmRequest) -> None:  # noqa: D102 - see Launcher
         if request.ntasks_per_node != 1:
-            raise ConfigurationError(f"ntasks_per_node={request.ntasks_per_node}: RayLauncher takes 1, Ray fills the node itself")
+            raise ConfigurationError(
+                f"ntasks_per_node={request.ntasks_per_node}: RayLauncher takes 1, Ray fills the node itself"
+            )
         if (request.cpus_per_task or 1) < request.gpus_per_node:
             raise ConfigurationError(
                 f"cpus_per_task={request.cpus_per_task or 1} with gpus_per_node={request.gpus_per_node}: "
@@ -118,15 +122,22 @@ class RayLauncher(Launcher):
             arguments.append(f"--object-store-memory={parse_memory(self.object_store_memory) * 1024}")
         # A step inherits neither of these from the job (since Slurm 22.05).
         step_options = f" --cpus-per-task={cpus}" + (f" --gres=gpu:{gpus}" if gpus else "")
-        own_address = Template(_INTERFACE_ADDRESS).substitute(name=self.network_interface) if self.network_interface else _OWN_ADDRESS
+        own_address = (
+            Template(_INTERFACE_ADDRESS).substitute(name=self.network_interface)
+            if self.network_interface
+            else _OWN_ADDRESS
+        )
         return _BODY.substitute(
-            pre_start=render_pre_start(self.pre_start_commands) or "  :",
+            pre_start=render_pre_start(self.pre_start_commands),
             own_address=own_address,
             arguments=shlex.join(arguments),
             nodes=request.nodes,
             step_options=step_options,
             ready=_READY.substitute(
-                seconds=self.startup_time_limit, nodes=request.nodes, cpus=cpus * request.nodes, gpus=gpus * request.nodes
+                seconds=self.startup_time_limit,
+                nodes=request.nodes,
+                cpus=cpus * request.nodes,
+                gpus=gpus * request.nodes,
             ),
             workload=shlex.quote(workload),
         )

@@ -78,7 +78,9 @@ def _choose_qos(request: SlurmRequest, site: Site, partition: str, preferred: st
     valid = site.partitions[partition].qos
     if request.qos:
         if request.qos not in valid:
-            raise ConfigurationError(f"qos={request.qos!r} is no QoS of partition {partition}{nearest(request.qos, valid)}")
+            raise ConfigurationError(
+                f"qos={request.qos!r} is no QoS of partition {partition}{nearest(request.qos, valid)}"
+            )
         return request.qos, False
     if not preferred:
         return next(iter(valid), None), False
@@ -88,12 +90,14 @@ def _choose_qos(request: SlurmRequest, site: Site, partition: str, preferred: st
     chosen = preferred if preferred in valid else classes[preferred] + partition
     if chosen not in valid:
         raise ConfigurationError(
-            f"SLURM_QOS={preferred}: partition {partition} has no QoS of that class; it has {', '.join(valid) or 'none'}"
+            f"SLURM_QOS={preferred}: partition {partition} has no QoS of that class, only {', '.join(valid) or 'none'}"
         )
     return chosen, True
 
 
-def _limit_time(request: SlurmRequest, partition: Partition, qos: str | None, from_environment: bool) -> tuple[str, tuple[str, ...]]:
+def _limit_time(
+    request: SlurmRequest, partition: Partition, qos: str | None, from_environment: bool
+) -> tuple[str, tuple[str, ...]]:
     """The time limit to submit with, and a note if it had to be shortened."""
     limit = partition.qos[qos].time_limit if qos in partition.qos else None
     if limit is None or request.seconds <= parse_time(limit):
@@ -108,7 +112,9 @@ def _size(request: SlurmRequest, name: str, partition: Partition) -> dict[str, i
     """CPUs and memory where the request leaves them open, after a look at what a node has."""
     gpus, tasks, cpus, mem = request.gpus_per_node, request.ntasks_per_node, request.cpus_per_task, request.mem
     if gpus > partition.gpus:
-        raise ConfigurationError(f"gpus_per_node={gpus}: a node of partition {name} has {partition.gpus}; ask for more nodes")
+        raise ConfigurationError(
+            f"gpus_per_node={gpus}: a node of partition {name} has {partition.gpus}; ask for more nodes"
+        )
     filled: dict[str, int | str] = {}
     if request.exclusive:  # whole nodes: all that they have, unless the asset says less
         if cpus is None:
@@ -122,7 +128,8 @@ def _size(request: SlurmRequest, name: str, partition: Partition) -> dict[str, i
             mem = filled["mem"] = format_memory(parse_memory(partition.mem_per_gpu) * gpus)
     if (cpus or 1) * tasks > partition.cores:
         raise ConfigurationError(
-            f"ntasks_per_node={tasks} with cpus_per_task={cpus or 1}: a node of partition {name} gives a job {partition.cores} CPUs"
+            f"ntasks_per_node={tasks} with cpus_per_task={cpus or 1}: "
+            f"a node of partition {name} gives a job {partition.cores} CPUs"
         )
     if mem and parse_memory(mem) > parse_memory(partition.mem):
         raise ConfigurationError(f"mem={mem}: a node of partition {name} has {partition.mem}")

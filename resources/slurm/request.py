@@ -9,10 +9,12 @@ from resources.errors import ConfigurationError, describe, nearest
 from resources.slurm.units import format_time, parse_memory, parse_time
 
 FURTHER_OPTIONS = frozenset(
-    "acctg-freq begin bb contiguous core-spec cores-per-socket cpu-freq deadline distribution gpu-bind gpu-freq "
-    "hint licenses mail-type mail-user mem-bind mincpus network nice no-requeue ntasks-per-core ntasks-per-socket "
-    "oversubscribe power prefer priority profile requeue sockets-per-node spread-job switches thread-spec "
-    "threads-per-core tmp use-min-nodes wckey".split()
+    """
+    acctg-freq begin bb contiguous core-spec cores-per-socket cpu-freq deadline distribution gpu-bind
+    gpu-freq hint licenses mail-type mail-user mem-bind mincpus network nice no-requeue ntasks-per-core
+    ntasks-per-socket oversubscribe power prefer priority profile requeue sockets-per-node spread-job
+    switches thread-spec threads-per-core tmp use-min-nodes wckey
+    """.split()
 )
 """Options of sbatch (man sbatch, Slurm 22.05) that `options` takes. Those with a field of their own, and those that the
 job script needs for itself (job-name, output, signal, export, array, ...), are not among them."""
@@ -63,7 +65,9 @@ class SlurmRequest(BaseModel):
 
     nodes: PositiveInt = Field(1, description="Number of nodes.")
     ntasks_per_node: PositiveInt = Field(1, description="Tasks a node; Ray takes one.")
-    cpus_per_task: PositiveInt | None = Field(None, description="CPUs a task. For GPU requests: the site's share a GPU.")
+    cpus_per_task: PositiveInt | None = Field(
+        None, description="CPUs a task. For GPU requests: the site's share a GPU."
+    )
     gpus_per_node: int = Field(0, ge=0, description="GPUs a node; becomes --gres=gpu:N.")
     mem: Memory | None = Field(None, description="Memory a node, for instance 64G. For GPU requests: the share a GPU.")
     mem_per_cpu: Memory | None = Field(None, description="Memory a CPU; instead of mem.")
@@ -75,7 +79,7 @@ class SlurmRequest(BaseModel):
     constraint: Constraint | None = Field(None, description="Features that the nodes must have.")
     exclude: NodeList | None = Field(None, description="Nodes not to be used.")
     nodelist: NodeList | None = Field(None, description="Nodes to be used.")
-    exclusive: bool = Field(False, description="Whole nodes, shared with nobody.")
+    exclusive: bool = Field(default=False, description="Whole nodes, shared with nobody.")
     dependency: Dependency | None = Field(None, description="Other jobs to wait for, for instance afterok:123.")
     options: tuple[str, ...] = Field((), description="Further options of sbatch, for instance ('--mail-type=END',).")
 
@@ -108,4 +112,6 @@ def _check_option(option: str) -> None:
     if field in SlurmRequest.model_fields or name in ("time", "gres", "gpus"):
         raise ValueError(f"options: --{name} has a field of its own in SlurmRequest")
     if name not in FURTHER_OPTIONS:
-        raise ValueError(f"options: --{name} is not an option of sbatch that can be passed on{nearest(name, FURTHER_OPTIONS)}")
+        raise ValueError(
+            f"options: --{name} is not an option of sbatch that can be passed on{nearest(name, FURTHER_OPTIONS)}"
+        )

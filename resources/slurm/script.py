@@ -8,9 +8,6 @@ from string import Template
 from resources.slurm.request import SlurmRequest
 from resources.slurm.site import Site
 
-WARNING_SECONDS = 120
-"""How long before the time limit the batch script gets SIGUSR2 (USR1 is taken by NCCL)."""
-
 _SCRIPT = Template(
     """\
 #!/bin/bash
@@ -22,11 +19,14 @@ umask 077
 ln -s "$$SLURM_JOB_ID" job 2>/dev/null
 [ "$$(readlink job)" = "$$SLURM_JOB_ID" ] || exit 0
 
-# The run's own record: one line at the start, one at the end. A code of null: the job was cut short, and Slurm knows why.
+# The run's own record: a line at the start, a line at the end. A code of null: cut short, and Slurm knows why.
 code=null
+# shellcheck disable=SC2317  # the trap calls it
 finish() {
-  printf '{"code": %s, "job": "%s", "time": %s, "sizes": {"messages.jsonl": %d, "stdout": %d, "stderr": %d}}\\n' \\
-    "$$code" "$$SLURM_JOB_ID" "$$(date +%s.%N)" "$$(stat -c %s messages.jsonl)" "$$(stat -c %s stdout)" "$$(stat -c %s stderr)" >>events
+  local sizes
+  mapfile -t sizes < <(stat -c %s messages.jsonl stdout stderr)
+  printf '{"code": %s, "job": "%s", "time": %s, "sizes": {"messages.jsonl": %s, "stdout": %s, "stderr": %s}}\n' \
+    "$$code" "$$SLURM_JOB_ID" "$$(date +%s.%N)" "$${sizes[@]}" >>events
 }
 trap finish EXIT
 touch messages.jsonl
@@ -69,7 +69,7 @@ def directives(request: SlurmRequest, job_name: str) -> list[str]:
         else:
             name = _NAMES.get(field, field).replace("_", "-")
             options.append(f"--{name}" if field in _FLAGS else f"--{name}={value}")
-    own = ["--output=stdout", "--error=stderr", "--open-mode=append", f"--signal=B:USR2@{WARNING_SECONDS}", "--export=NONE"]
+    own = ["--output=stdout", "--error=stderr", "--open-mode=append", "--export=NONE"]
     return [f"#SBATCH {option}" for option in (*options, *request.options, *own)]
 
 

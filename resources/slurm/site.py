@@ -18,7 +18,7 @@ class Qos(_Part):
 
     time_limit: Time | None = Field(None, description="The longest time limit that it takes.")
     nodes: PositiveInt | None = Field(None, description="The most nodes that a user may have in it.")
-    preemptible: bool = Field(False, description="Its jobs can be ended, or put back in the queue, for others.")
+    preemptible: bool = Field(default=False, description="Its jobs can be ended, or put back in the queue, for others.")
 
 
 class Partition(_Part):
@@ -36,8 +36,12 @@ class Site(_Part):
     """A supercomputer."""
 
     partitions: dict[str, Partition] = Field({}, description="By name, the preferred one of each kind first.")
-    launchers: dict[str, dict[str, Any]] = Field({}, description="Fields of RayLauncher ('ray') and ScriptLauncher ('script').")
-    setup_commands: tuple[str, ...] = Field((), description="Shell commands before Python is looked for (module load ...).")
+    launchers: dict[str, dict[str, Any]] = Field(
+        {}, description="Fields of RayLauncher ('ray') and ScriptLauncher ('script')."
+    )
+    setup_commands: tuple[str, ...] = Field(
+        (), description="Shell commands before Python is looked for (module load ...)."
+    )
     python_candidates: tuple[str, ...] = Field(("python3",), description="Interpreters to try, the best first.")
 
 
@@ -69,5 +73,5 @@ def load_site(overrides: Mapping[str, Any], name: str) -> Site:
 
 def _keys_beside(path: list[str]) -> list[str]:
     """The valid keys where an unknown one stands: `path` ends with it."""
-    model: type[BaseModel] = {1: Site, 3: Partition}.get(len(path), Qos)
-    return list(model.model_fields)
+    models: dict[int, type[BaseModel]] = {1: Site, 3: Partition}
+    return list(models.get(len(path), Qos).model_fields)

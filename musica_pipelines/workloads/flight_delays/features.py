@@ -6,7 +6,7 @@ import pandas as pd
 from . import source
 
 LATE_MINUTES = 15
-"""A flight that arrives this many minutes late counts as late, as in the statistics of the US Department of Transportation."""
+"""So many minutes after the scheduled arrival a flight counts as late, as in the US government's statistics."""
 
 LABEL = "late"
 
@@ -77,6 +77,4 @@ def _weather_before(flights: pd.DataFrame) -> dict[str, pd.Series]:
     ).set_index("row")
     # The first hours of the year have nothing before them: the airport's first observation stands in.
     first = observed.groupby("origin")[_WEATHER].first()
-    return {
-        name: joined[name].fillna(joined["origin"].map(first[name])).reindex(flights.index) for name in _WEATHER
-    }
+    return {name: joined[name].fillna(joined["origin"].map(first[name])).reindex(flights.index) for name in _WEATHER}

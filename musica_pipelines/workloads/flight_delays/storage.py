@@ -48,9 +48,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         temporary.replace(path)
     except PermissionError as error:
-        raise SystemExit(f"cannot write {path}: {error.strerror}. Is DATA_ROOT ({data_root()}) yours to write?") from error
+        raise SystemExit(
+            f"cannot write {path}: {error.strerror}. Is DATA_ROOT ({data_root()}) yours to write?"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as parquet, atomically."""
+    write_atomically(path, lambda part: table.to_parquet(part, index=False))
 
 
 def count_rows(path: Path) -> int:
