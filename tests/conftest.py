@@ -1,0 +1,38 @@
+"""For all tests: a clean environment, and what cannot run here is skipped with its reason, or fails in CI."""
+
+import os
+import shutil
+from collections.abc import Generator
+
+import pytest
+
+ROOT_VARIABLES = ("DAGSTER_", "SLURM_", "SBATCH_", "ASC_", "RAY_")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings of the person who runs the tests reach no test."""
+    for name in list(os.environ):
+        if name.startswith(ROOT_VARIABLES) or name == "DATA_ROOT":
+            monkeypatch.delenv(name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With CI=true a skipped test is a failed one."""
+    report = yield
+    if report.skipped and os.environ.get("CI") == "true":
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI: {report.longrepr}"
+    return report
+
+
+@pytest.fixture
+def shellcheck() -> str:
+    """Path of shellcheck; skips where there is none."""
+    path = shutil.which("shellcheck")
+    if path is None:
+        pytest.skip("shellcheck is not installed")
+    return path
