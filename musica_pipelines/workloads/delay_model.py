@@ -30,8 +30,6 @@ def calibration_picture(label: pd.Series, probability: np.ndarray) -> Figure:
     group = np.argsort(np.argsort(probability)) * 10 // len(probability)
     table = pd.DataFrame({"predicted": probability, "observed": label.to_numpy(), "group": group})
     points = table.groupby("group")[["predicted", "observed"]].mean()
-        pd.DataFrame({"predicted": probability, "observed": label.to_numpy()}).groupby(groups, observed=True).mean()
-    )
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.7", linestyle="--", label="perfect")
