@@ -28,7 +28,7 @@ months = dg.MonthlyPartitionsDefinition(start_date="2013-01", end_date="2014-01"
         )
     ],
 )
-def flights(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult[None]:
+def flights(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
     """Every scheduled flight out of New York City, one parquet file a month (`flights/YYYY-MM.parquet`)."""
     return compute.run(
         context,
@@ -53,7 +53,7 @@ def flights(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.M
         dg.AssetCheckSpec("no_nulls", asset="delay_features", description="No feature is missing anywhere."),
     ],
 )
-def delay_features(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult[None]:
+def delay_features(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
     """What is known an hour before departure: schedule, route, plane and weather; and whether the flight was late."""
     return compute.run(
         context,
@@ -75,7 +75,7 @@ def delay_features(context: dg.AssetExecutionContext, compute: ComputeResource) 
         )
     ],
 )
-def delay_sweep(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult[None]:
+def delay_sweep(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
     """Search hyperparameters for the delay model on Ray, one trial a GPU where there are GPUs."""
     return compute.run(
         context,
@@ -100,7 +100,7 @@ def delay_sweep(context: dg.AssetExecutionContext, compute: ComputeResource) -> 
         )
     ],
 )
-def delay_model(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult[None]:
+def delay_model(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
     """The best trial's model, trained on all months but the last two and judged on those."""
     return compute.run(
         context,

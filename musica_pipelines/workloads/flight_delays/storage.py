@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -47,12 +48,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         temporary.replace(path)
-    except PermissionError as error:
-        raise SystemExit(
-            f"cannot write {path}: {error.strerror}. Is DATA_ROOT ({data_root()}) yours to write?"
-        ) from error
+    except OSError as error:
+        text = f"cannot write {path}: {error.strerror}. Is there room, and is DATA_ROOT ({data_root()}) yours to write?"
+        raise SystemExit(text) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
