@@ -94,13 +94,12 @@ def _check_partition(definition: dg.AssetsDefinition, partition: str | None) -> 
 
 def _record_call(definition: dg.AssetsDefinition, resources: Mapping[str, Any], partition: str | None) -> _RunCallError:
     used = {name: resource for name, resource in resources.items() if name in definition.required_resource_keys}
-    context = dg.build_asset_context(
-        partition_key=partition, resources={**used, "compute": _RecordingCompute(site_overrides={})}
-    )
-    try:
-        definition(context)
-    except _RunCallError as call:
-        return call
+    recorded = {**used, "compute": _RecordingCompute(site_overrides={})}
+    with dg.build_asset_context(partition_key=partition, resources=recorded) as context:
+        try:
+            definition(context)
+        except _RunCallError as call:
+            return call
     raise ConfigurationError("the asset does not call compute.run: there is nothing to submit")
 
 

@@ -120,7 +120,7 @@ def _size(request: SlurmRequest, name: str, partition: Partition) -> dict[str, i
         if cpus is None:
             cpus = filled["cpus_per_task"] = partition.cores // tasks
         if mem is None and request.mem_per_cpu is None:
-            mem = filled["mem"] = partition.mem
+            mem = filled["mem"] = "0"
     elif gpus:
         if cpus is None and partition.cores_per_gpu:
             cpus = filled["cpus_per_task"] = max(partition.cores_per_gpu * gpus // tasks, 1)

@@ -3,7 +3,7 @@
 import re
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
-_MEMORY = re.compile(r"(?P<number>[1-9]\d*)(?P<unit>[KMGT]?)")
+_MEMORY = re.compile(r"(?P<number>0|[1-9]\d*)(?P<unit>[KMGT]?)")
 _UNITS = {"K": 1, "M": 1024, "G": 1024**2, "T": 1024**3}
 
 
@@ -43,7 +43,8 @@ def format_time(seconds: int) -> str:
 
 
 def parse_memory(text: str) -> int:
-    """KiB of a memory size as `sbatch --mem` takes it: a whole number and K, M, G or T (M where there is none).
+    """KiB of a memory size as `sbatch --mem` takes it: a whole number and K, M, G or T (M where there
+    is none). 0 is all that a node has.
 
     Raises:
         ValueError: any other text.

@@ -1,0 +1,116 @@
+"""From a request to what is submitted, by the rules of MUSICA."""
+
+from typing import Any
+
+import pytest
+
+from resources import SUPERCOMPUTER_SITE_OVERRIDES
+from resources.errors import ConfigurationError
+from resources.slurm import Site, SlurmRequest, allocate, load_site
+
+CPU, GPU = "zen4_0768", "zen4_0768_h100x4"
+SITE = load_site(SUPERCOMPUTER_SITE_OVERRIDES, "musica")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "partition", "qos", "wanted"),
+    [
+        (0, None, None, (CPU, CPU)),
+        (4, None, None, (GPU, GPU)),
+        (0, GPU, GPU, (CPU, CPU)),  # the document names the GPU partition; CPU work goes to the other one
+        (4, GPU, GPU, (GPU, GPU)),
+        (4, CPU, CPU, (GPU, GPU)),
+        (0, GPU, f"dev_{GPU}", (CPU, f"dev_{CPU}")),
+        (4, CPU, f"idle_{CPU}", (GPU, f"idle_{GPU}")),
+        (0, CPU, f"long_{GPU}", (CPU, f"long_{CPU}")),
+    ],
+)
+def test_partition_and_qos_are_derived(
+    gpus: int, partition: str | None, qos: str | None, wanted: tuple[str, str]
+) -> None:
+    request = allocate(SlurmRequest(gpus_per_node=gpus, time_limit="5"), SITE, partition, qos).request
+    assert (request.partition, request.qos) == wanted
+
+
+def test_what_the_asset_names_wins() -> None:
+    asked = SlurmRequest(partition=GPU, qos=f"fast_{GPU}")
+    request = allocate(asked, SITE, CPU, f"dev_{CPU}").request
+    assert (request.partition, request.qos) == (GPU, f"fast_{GPU}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "partition", "qos", "text"),
+    [
+        ({"gpus_per_node": 5}, None, None, f"a node of partition {GPU} has 4"),
+        ({"gpus_per_node": 1, "partition": CPU}, None, None, f"{CPU} has no GPUs; {GPU} has"),
+        ({"qos": CPU, "gpus_per_node": 1}, None, None, f"qos='{CPU}' is no QoS of partition {GPU}"),
+        ({"partition": "zen4_768"}, None, None, f"did you mean '{CPU}'"),
+        ({}, "zen4_768", None, f"did you mean '{CPU}'"),
+        ({}, None, "dev_zen4_768", f"did you mean 'dev_{CPU}'"),
+        ({"nodes": 3, "time_limit": "5"}, None, f"dev_{CPU}", "gives a user at most 2"),
+        ({"qos": f"dev_{CPU}", "time_limit": "11"}, None, None, "is over the 00:10:00"),
+        ({"time_limit": "4-00"}, None, None, "is over the 3-00:00:00"),
+        ({"cpus_per_task": 191}, None, None, "gives a job 190 CPUs"),
+        ({"cpus_per_task": 100, "ntasks_per_node": 2}, None, None, "gives a job 190 CPUs"),
+        ({"mem": "1T"}, None, None, "has 768G"),
+    ],
+)
+def test_what_the_site_cannot_give_is_refused(
+    fields: dict[str, Any], partition: str | None, qos: str | None, text: str
+) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        allocate(SlurmRequest(**fields), SITE, partition, qos)
+    assert text in str(error.value)
+
+
+def test_time_over_the_limit_of_a_qos_from_the_environment_is_shortened_with_a_note() -> None:
+    allocation = allocate(SlurmRequest(gpus_per_node=4, time_limit="02:00:00"), SITE, GPU, f"dev_{GPU}")
+    assert allocation.request.time_limit == "00:10:00"
+    assert "shortened to 00:10:00" in allocation.notes[0]
+
+
+@pytest.mark.parametrize(("gpus", "cpus", "mem"), [(1, 22, "180G"), (4, 88, "720G")])
+def test_a_gpu_brings_its_share_of_the_node(gpus: int, cpus: int, mem: str) -> None:
+    request = allocate(SlurmRequest(gpus_per_node=gpus), SITE).request
+    assert (request.cpus_per_task, request.mem) == (cpus, mem)
+
+
+def test_explicit_cpus_and_memory_stay() -> None:
+    request = allocate(SlurmRequest(gpus_per_node=2, cpus_per_task=8, mem_per_cpu="2G"), SITE).request
+    assert (request.cpus_per_task, request.mem, request.mem_per_cpu) == (8, None, "2G")
+
+
+def test_exclusive_means_the_whole_node() -> None:
+    request = allocate(SlurmRequest(exclusive=True), SITE).request
+    assert (request.cpus_per_task, request.mem) == (190, "0")
+
+
+def test_hours_are_what_the_job_may_use_at_most() -> None:
+    allocation = allocate(SlurmRequest(nodes=2, gpus_per_node=4, time_limit="02:00:00"), SITE)
+    assert (allocation.node_hours, allocation.gpu_hours) == (4, 16)
+
+
+def test_a_site_without_qos_gets_none() -> None:
+    site = Site.model_validate({"partitions": {"all": {"cores": 8, "mem": "16G"}}})
+    assert allocate(SlurmRequest(), site).request.qos is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ({"partition": {}}, "['musica']['partition']: unknown key; did you mean 'partitions'"),
+        ({"partitions": {"p": {"cores": 1, "mem": "1G", "gpu": 4}}}, "['partitions']['p']['gpu']: unknown key"),
+        (
+            {"partitions": {"p": {"cores": 1, "mem": "1G", "qos": {"q": {"timelimit": "1"}}}}},
+            "did you mean 'time_limit'",
+        ),
+        (
+            {"partitions": {"p": {"cores": 1, "mem": "many"}}},
+            "['partitions']['p']['mem']: 'many' is not a Slurm memory",
+        ),
+    ],
+)
+def test_mistakes_in_the_site_overrides_are_located(entry: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        load_site({"musica": entry}, "musica")
+    assert text in str(error.value)

@@ -1,0 +1,161 @@
+"""The batch script: golden texts, quoting, and what bash makes of it."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from resources import SUPERCOMPUTER_SITE_OVERRIDES
+from resources.launchers import Launcher, RayLauncher, ScriptLauncher
+from resources.slurm import Site, SlurmRequest, allocate, load_site, render_job_script
+
+GOLDEN = Path(__file__).parent / "golden"
+SITE = load_site(SUPERCOMPUTER_SITE_OVERRIDES, "musica")
+AWKWARD = """a'; echo "foo" $HOME `id` \\ é"""
+
+
+def render(
+    launcher: Launcher, request: SlurmRequest, site: Site = SITE, workload: str = "work load.py", data: str = "/d"
+) -> str:
+    complete = allocate(request, site).request
+    body = launcher.with_site(site.launchers).render(complete, workload)
+    environment = {"PYTHON": sys.executable, "DATA_ROOT": data}
+    return render_job_script(complete, site, job_name="flights-2013-01", environment=environment, body=body)
+
+
+CASES = {
+    "script": (ScriptLauncher(), SlurmRequest(cpus_per_task=2, mem="8G", time_limit="10", options=["--mail-type=END"])),
+    "ray": (RayLauncher(object_store_memory="64G"), SlurmRequest(nodes=2, gpus_per_node=4, time_limit="02:00:00")),
+    "ray-one-node": (
+        RayLauncher(network_interface="ib0", ray_start_args=["--include-dashboard=false"]),
+        SlurmRequest(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_script_is_the_golden_one(name: str) -> None:
+    """With UPDATE_GOLDEN=1 the golden files are written anew; look at the difference before you commit."""
+    text = render(*CASES[name]).replace(sys.executable, "/environment/bin/python")
+    path = GOLDEN / f"{name}.sh"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_script_is_clean(name: str, shellcheck: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.sh"
+    path.write_text(render(*CASES[name]))
+    done = subprocess.run([shellcheck, "--severity=style", str(path)], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+    assert done.returncode == 0
+
+
+def run_as_slurm_would(folder: Path, text: str) -> "subprocess.CompletedProcess[str]":
+    (folder / "job.sh").write_text(text)
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17", "HOME": str(folder)}
+    for name in ("stdout", "stderr"):
+        (folder / name).touch()
+    return subprocess.run(
+        ["bash", "job.sh"], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def read_events(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "events").read_text().splitlines()]
+
+
+def test_the_script_runs_the_workload_and_records_its_end(tmp_path: Path) -> None:
+    (tmp_path / "work load.py").write_text("import os, sys\nprint(os.environ['DATA_ROOT'])\nsys.exit(3)\n")
+    done = run_as_slurm_would(tmp_path, render(*CASES["script"], data=AWKWARD))
+    assert done.returncode == 3
+    assert done.stdout == AWKWARD + "\n"
+    started, ended = read_events(tmp_path)
+    assert "started" in started
+    assert (ended["code"], ended["job"]) == (3, "17")
+    assert ended["sizes"] == {"messages.jsonl": 0, "stdout": 0, "stderr": 0}
+
+
+def test_a_workload_that_calls_exit_cannot_skip_the_record(tmp_path: Path) -> None:
+    site = Site.model_validate({**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "launchers": {}})
+    text = render_job_script(allocate(SlurmRequest(), site).request, site, job_name="k", environment={}, body="exit 5")
+    assert run_as_slurm_would(tmp_path, text).returncode == 5
+    assert read_events(tmp_path)[-1]["code"] == 5
+
+
+def test_a_job_that_is_terminated_records_that_it_was_cut_short(tmp_path: Path) -> None:
+    """An EXIT trap sees the status of the command before the signal, 0: that must not pass for a success."""
+    site = Site.model_validate({**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "launchers": {}})
+    text = render_job_script(
+        allocate(SlurmRequest(), site).request, site, job_name="k", environment={}, body="sleep 600"
+    )
+    (tmp_path / "job.sh").write_text(text)
+    for name in ("stdout", "stderr"):
+        (tmp_path / name).touch()
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17"}
+    with subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment, start_new_session=True) as job:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "events").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(job.pid, signal.SIGTERM)  # as scancel does, to all processes of the job
+        job.wait(30)
+    assert read_events(tmp_path)[-1]["code"] is None
+
+
+def test_a_second_job_of_the_same_run_steps_back(tmp_path: Path) -> None:
+    (tmp_path / "work load.py").write_text("print('ran')\n")
+    (tmp_path / "job").symlink_to("16")
+    done = run_as_slurm_would(tmp_path, render(*CASES["script"]))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert not (tmp_path / "events").exists()
+
+
+@pytest.mark.parametrize("limit", ["64", "99999999"])
+def test_a_pre_start_command_that_is_refused_is_told_and_passed_over(tmp_path: Path, limit: str) -> None:
+    (tmp_path / "w.py").write_text("import resource\nprint(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n")
+    launcher = ScriptLauncher(pre_start_commands=[f"ulimit -n {limit}"])
+    script = "ulimit -n 128\n" + render(launcher, SlurmRequest(), workload="w.py")
+    done = run_as_slurm_would(tmp_path, script)
+    assert done.returncode == 0
+    assert done.stdout == ("64\n" if limit == "64" else "128\n")
+    assert ("refused on" in done.stderr) == (limit != "64")
+
+
+def test_setup_commands_of_the_site_come_before_python(tmp_path: Path) -> None:
+    site = Site.model_validate({**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "setup_commands": ["export MODULE=loaded"]})
+    (tmp_path / "w.py").write_text("import os\nprint(os.environ['MODULE'])\n")
+    assert run_as_slurm_would(tmp_path, render(ScriptLauncher(), SlurmRequest(), site, "w.py")).stdout == "loaded\n"
+
+
+def test_every_field_of_the_request_is_rendered() -> None:
+    request = SlurmRequest(
+        nodes=2, ntasks_per_node=3, cpus_per_task=4, gpus_per_node=1, mem_per_cpu="2G", time_limit="5", partition="p",
+        qos="q", account="a", reservation="r", constraint="c", exclude="n1", nodelist="n[2-3]", exclusive=True,
+        dependency="afterok:1", options=["--nice=5"],
+    )  # fmt: skip
+    text = render_job_script(request, Site(), job_name="key", environment={}, body="true")
+    options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert options == [
+        "--job-name=key", "--comment=key", "--nodes=2", "--ntasks-per-node=3", "--cpus-per-task=4", "--gres=gpu:1",
+        "--mem-per-cpu=2G", "--time=00:05:00", "--partition=p", "--qos=q", "--account=a", "--reservation=r",
+        "--constraint=c", "--exclude=n1", "--nodelist=n[2-3]", "--exclusive", "--dependency=afterok:1", "--nice=5",
+        "--output=stdout", "--error=stderr", "--open-mode=append", "--export=NONE",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a\n#SBATCH --uid=0", "-x", "é"])
+def test_a_job_name_is_a_plain_word(name: str) -> None:
+    with pytest.raises(ValueError, match="not a job name"):
+        render_job_script(SlurmRequest(), Site(), job_name=name, environment={}, body="true")
+
+
+def test_paths_are_quoted() -> None:
+    assert shlex.quote(AWKWARD) in ScriptLauncher().render(SlurmRequest(), AWKWARD)
+    assert shlex.quote(AWKWARD) in RayLauncher().render(SlurmRequest(), AWKWARD)
