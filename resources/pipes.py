@@ -155,7 +155,7 @@ def explain_failure(session: Session, exit_code: int, workload: str) -> str | No
     """
     exception = session.reader.exception
     if exception is not None:
-        return f"{workload} raised {_name_exception(exception)}"
+        return f"{workload} raised {_name_exception(exception, with_stack=exit_code == 0)}"
     if exit_code < 0:
         cause = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
         hint = " (the system does that when memory runs out)" if cause == "SIGKILL" else ""
@@ -169,9 +169,9 @@ def explain_failure(session: Session, exit_code: int, workload: str) -> str | No
     return None
 
 
-def _name_exception(exception: Mapping[str, Any]) -> str:
-    """Name, message and stack of a Pipes exception, as Python would print them."""
+def _name_exception(exception: Mapping[str, Any], *, with_stack: bool) -> str:
+    """Name and message of a Pipes exception; with the stack where stderr does not show it anyway."""
     name, message = exception.get("name") or "an exception", str(exception.get("message") or "").strip()
     head = message if message.startswith(f"{name}:") else f"{name}: {message}"
     stack = "".join(exception.get("stack") or [])
-    return f"{head}\n\n{stack}".rstrip() if stack and name != "SystemExit" else head
+    return f"{head}\n\n{stack}".rstrip() if stack and with_stack else head

@@ -56,13 +56,11 @@ class _RecordingCompute(ComputeResource):
         raise _RunCallError(workload, launcher, request or SlurmRequest())
 
 
-def preview_asset(
-    assets: Sequence[dg.AssetsDefinition], resources: Mapping[str, Any], asset: str, partition: str | None
-) -> Preview:
+def preview_asset(assets: Sequence[object], resources: Mapping[str, Any], asset: str, partition: str | None) -> Preview:
     """Work out what materialising an asset would submit.
 
     Args:
-        assets: of the code location.
+        assets: of the code location; what is not run by it (an AssetSpec) is passed over.
         resources: of the code location, with a ComputeResource named `compute`.
         asset: its key as people write it, `a/b`.
         partition: key of one partition, for a partitioned asset.
@@ -70,7 +68,8 @@ def preview_asset(
     Raises:
         ConfigurationError: there is no such asset or partition, or its run would be refused; the text says why.
     """
-    by_key = {key.to_user_string(): definition for definition in assets for key in definition.keys}
+    definitions = [definition for definition in assets if isinstance(definition, dg.AssetsDefinition)]
+    by_key = {key.to_user_string(): definition for definition in definitions for key in definition.keys}
     if asset not in by_key:
         raise ConfigurationError(f"there is no such asset{nearest(asset, by_key)}")
     _check_partition(by_key[asset], partition)

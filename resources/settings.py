@@ -195,6 +195,8 @@ def _alias(field: FieldInfo) -> str:
 def _choose_file(folder: Path, values: Mapping[str, str], sites: Collection[str]) -> Path:
     """The one file of envs/ that is read: by deployment and site, as far as they are known without it."""
     deployment, site = values.get("DAGSTER_DEPLOYMENT"), values.get("SLURM_SUPERCOMPUTER_SITE")
+    if deployment and deployment not in DEPLOYMENTS:
+        raise ConfigurationError(f"DAGSTER_DEPLOYMENT={deployment!r} is unknown; valid are {', '.join(DEPLOYMENTS)}")
     if deployment == "development" or not (deployment or site):
         return folder / ".env.development"
     if site:

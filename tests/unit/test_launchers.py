@@ -24,7 +24,7 @@ def test_an_unknown_field_names_the_nearest() -> None:
     with pytest.raises(
         ConfigurationError, match="RayLauncher: unknown field 'ray_start_arg'; did you mean 'ray_start_args'"
     ):
-        RayLauncher(ray_start_arg=["--verbose"])
+        RayLauncher(ray_start_arg=["--verbose"])  # type: ignore[call-arg]
 
 
 def test_an_unknown_field_in_the_site_is_an_error_too() -> None:

@@ -9,7 +9,7 @@ from resources import SUPERCOMPUTER_SITE_OVERRIDES
 from resources.errors import ConfigurationError
 from resources.settings import ROOT, Settings, load_settings
 
-SITES = {"musica": {}, "elsewhere": {}}
+SITES = ("musica", "elsewhere")
 
 DOCUMENT = """\
 # .env.musica: cluster access
@@ -143,7 +143,7 @@ def test_all_that_is_missing_is_told_at_once(root: Path, monkeypatch: pytest.Mon
 
 
 def test_all_that_is_wrong_is_told_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DAGSTER_DEPLOYMENT", "produktion")
+    monkeypatch.setenv("DAGSTER_DEPLOYMENT", "production_supercomputer")
     monkeypatch.setenv("SLURM_EDGE_NODE_PORT", "ssh")
     monkeypatch.setenv("ASC_STEP_CA_URL", "auth.asc.ac.at")
     write(root / "envs" / ".env.development", "")
@@ -151,10 +151,14 @@ def test_all_that_is_wrong_is_told_at_once(root: Path, monkeypatch: pytest.Monke
     with pytest.raises(ConfigurationError) as error:
         load_settings(SITES, root)
     text = str(error.value)
-    assert "DAGSTER_DEPLOYMENT" in text
-    assert "'staging_supercomputer'" in text
     assert "SLURM_EDGE_NODE_PORT" in text
     assert "ASC_STEP_CA_URL" in text
+
+
+def test_an_unknown_deployment_names_the_valid_ones(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAGSTER_DEPLOYMENT", "produktion")
+    with pytest.raises(ConfigurationError, match=r"'produktion'.*development, staging_supercomputer, production_super"):
+        load_settings(SITES, root)
 
 
 def test_an_unknown_site_names_the_nearest(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +179,7 @@ def test_a_secret_that_others_can_read_is_refused_and_not_repeated(root: Path) -
     write(path, "ASC_AUTHENTIK_API_TOKEN=test-api-token\n")
     load_settings(SITES, root)
     path.chmod(0o640)
-    with pytest.raises(ConfigurationError, match="ASC_AUTHENTIK_API_TOKEN.*chmod 600") as error:
+    with pytest.raises(ConfigurationError, match=r"ASC_AUTHENTIK_API_TOKEN.*chmod 600") as error:
         load_settings(SITES, root)
     assert "test-api-token" not in str(error.value)
 

@@ -49,7 +49,7 @@ def build_features(flights: pd.DataFrame) -> pd.DataFrame:
     local_day = pd.to_datetime(arrived[["year", "month", "day"]])
     columns = {
         "month": arrived["month"],
-        "weekday": local_day.dt.weekday,
+        "weekday": local_day.dt.day_of_week,
         "departure_minute": departure_minute,
         "flight_minutes": (arrival_minute - departure_minute) % 1440,
         "distance": arrived["distance"],

@@ -1,0 +1,87 @@
+"""One asset around a workload that a test writes, materialised with the project's own ComputeResource."""
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from resources import SUPERCOMPUTER_SITE_OVERRIDES
+from resources.compute import ComputeResource
+from resources.launchers import Launcher, ScriptLauncher
+from resources.slurm import SlurmRequest
+
+PIPES = """
+from dagster_pipes import open_dagster_pipes
+with open_dagster_pipes() as pipes:
+"""
+"""The beginning of most workloads; what follows is indented by four spaces."""
+
+
+@dataclass
+class Outcome:
+    """What a user would see of a run.
+
+    Attributes:
+        success: of the run.
+        error: the text of the step's failure.
+        materializations: of the asset, by partition (None: not partitioned).
+        checks: passed or not, by name.
+    """
+
+    success: bool
+    error: str
+    materializations: dict[str | None, list[dict[str, Any]]]
+    checks: dict[str, bool]
+
+
+def materialize(
+    workload: str | Path,
+    folder: Path,
+    *,
+    launcher: Launcher | None = None,
+    request: SlurmRequest | None = None,
+    extras: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+    checks: tuple[str, ...] = (),
+    partitions: tuple[str, ...] = (),
+    partition_key: str | None = None,
+) -> Outcome:
+    """Materialise the asset `probe` whose workload is the text, or the file, given."""
+    if isinstance(workload, str):
+        path = folder / "probe workload.py"
+        path.write_text(textwrap.dedent(workload))
+    else:
+        path = workload
+
+    @dg.asset(
+        name="probe",
+        check_specs=[dg.AssetCheckSpec(name, asset="probe") for name in checks],
+        partitions_def=dg.StaticPartitionsDefinition(list(partitions)) if partitions else None,
+    )
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        return compute.run(
+            context,
+            workload=path,
+            launcher=launcher or ScriptLauncher(),
+            request=request,
+            extras=extras,
+            env=env,
+        ).get_materialize_result()
+
+    resources = {"compute": ComputeResource(site_overrides=SUPERCOMPUTER_SITE_OVERRIDES)}
+    result = dg.materialize([probe], resources=resources, partition_key=partition_key, raise_on_error=False)
+    materializations: dict[str | None, list[dict[str, Any]]] = {}
+    for event in result.asset_materializations_for_node("probe"):
+        values = {name: value.value for name, value in event.metadata.items()}
+        materializations.setdefault(event.partition, []).append(values)
+    evaluations = result.get_asset_check_evaluations()
+    failures = [event.step_failure_data for event in result.get_step_failure_events()]
+    texts = [
+        f"{data.error}\n{data.user_failure_data.description if data.user_failure_data else ''}" for data in failures
+    ]
+    return Outcome(
+        result.success, "\n".join(texts), materializations, {found.check_name: found.passed for found in evaluations}
+    )

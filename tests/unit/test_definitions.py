@@ -1,0 +1,35 @@
+"""What the code location offers, as the UI would show it."""
+
+import dagster as dg
+
+from musica_pipelines.definitions import defs
+
+ASSETS = {"flights", "delay_features", "delay_sweep", "delay_model"}
+
+
+def test_the_definitions_are_loadable() -> None:
+    dg.Definitions.validate_loadable(defs)
+
+
+def test_every_asset_says_whose_and_of_what_kind_it_is() -> None:
+    keys = {key.to_user_string() for key in defs.resolve_all_asset_keys()}
+    assert keys == ASSETS
+    for key in defs.resolve_all_asset_keys():
+        spec = defs.resolve_assets_def(key).get_asset_spec(key)
+        assert spec.description
+        assert spec.owners
+        assert spec.kinds
+        assert spec.group_name == "flight_delays"
+
+
+def test_every_asset_has_a_check() -> None:
+    checked = {check.asset_key.to_user_string() for key in defs.resolve_all_asset_keys()
+               for check in defs.resolve_assets_def(key).check_keys}  # fmt: skip
+    assert checked == ASSETS
+
+
+def test_the_pipeline_job_covers_all_assets_over_twelve_months() -> None:
+    job = defs.resolve_job_def("flight_delays")
+    assert {key.to_user_string() for key in job.asset_layer.selected_asset_keys} == ASSETS
+    assert job.partitions_def is not None
+    assert len(job.partitions_def.get_partition_keys()) == 12

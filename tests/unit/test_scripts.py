@@ -1,0 +1,100 @@
+"""The commands for people: each explains itself and finds the project's environment; the pixi tasks call them."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from resources.settings import ROOT
+
+SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if not path.name.startswith("_") and path.is_file())
+TASKS = tomllib.loads((ROOT / "pixi.toml").read_text())["tasks"]
+
+
+def run(command: list[str], **options: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_explains_itself_from_any_folder(script: Path, tmp_path: Path) -> None:
+    assert os.access(script, os.X_OK)
+    done = run([sys.executable, str(script), "--help"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "usage: " in done.stdout
+    assert "exit codes" in done.stdout.lower()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_pixi_task_is_a_command_that_exists(name: str) -> None:
+    program, script = TASKS[name]["cmd"].split()
+    assert program == "python"
+    assert ROOT / script in SCRIPTS
+
+
+def test_pixi_asks_for_the_python_that_the_project_supports() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert tomllib.loads((ROOT / "pixi.toml").read_text())["dependencies"]["python"] == project["requires-python"]
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A project that has no environment yet, with nothing in it but a script."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "requirements").mkdir()
+    shutil.copy(ROOT / "scripts" / "_environment.py", tmp_path / "scripts")
+    (tmp_path / "requirements" / "dev.txt").write_text("")
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "copy"\nversion = "0"\n')
+    script = tmp_path / "scripts" / "show"
+    script.write_text("import _environment\n_environment.activate()\nimport sys\nprint(sys.prefix, sys.argv[1:])\n")
+    return tmp_path
+
+
+def test_pixi_is_used_where_it_is_found(copy: Path) -> None:
+    tools = copy / "tools"
+    tools.mkdir()
+    (tools / "pixi").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tools / "pixi").chmod(0o755)
+    environment = {"PATH": f"{tools}:/usr/bin:/bin"}
+    done = run([sys.executable, "scripts/show", "a b", "$HOME"], cwd=copy, env=environment)
+    wanted = ["run", "--manifest-path", f"{copy}/pixi.toml", "python", f"{copy}/scripts/show", "a b", "$HOME"]
+    assert done.stdout.splitlines() == wanted
+
+
+def test_a_failed_set_up_shows_the_command_and_leaves_no_stamp(copy: Path) -> None:
+    (copy / "requirements" / "dev.txt").write_text("no-such-package-at-all==1 --hash=sha256:00\n")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(copy), "PIP_NO_INDEX": "1"}
+    done = run([sys.executable, "scripts/show"], cwd=copy, env=environment)
+    assert done.returncode == 1
+    assert "Setting up" in done.stderr
+    assert "-m pip" in done.stderr
+    assert "try again" in done.stderr
+    assert not (copy / ".venv" / "installed.sha256").exists()
+
+
+def test_without_ensurepip_the_error_names_the_package(copy: Path) -> None:
+    """Debian's python3 without python3-venv: the module is not there."""
+    code = (
+        "import importlib.util, sys; sys.path.insert(0, 'scripts'); sys.argv = ['scripts/show']\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'ensurepip' else find(name, *rest)\n"
+        "import _environment; _environment.activate()"
+    )
+    done = run([sys.executable, "-c", code], cwd=copy, env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode == 1
+    assert f"sudo apt install python3.{sys.version_info.minor}-venv" in done.stderr
+
+
+def test_a_python_that_is_too_old_is_named(copy: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'scripts'); sys.argv = ['scripts/show']; sys.version_info = (3, 9, 2)\n"
+        "import _environment; _environment.activate()"
+    )
+    done = run([sys.executable, "-c", code], cwd=copy, env={"PATH": str(copy)})
+    assert done.returncode == 1
+    assert "Python 3.11 to 3.13 is needed" in done.stderr
+    assert "is 3.9" in done.stderr
