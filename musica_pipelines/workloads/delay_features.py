@@ -24,7 +24,7 @@ def main() -> None:
             arrived += int(flights["arr_delay"].notna().sum())
             written += storage.count_rows(target)
             nulls += int(table.isna().sum().sum())
-            pipes.log.info(f"{month}: {len(table)} rows, {table[LABEL].mean():.1%} late -> {target}")
+            pipes.log.info(f"{month}: {len(table)} rows, {table[LABEL].mean():.1%} late -> {storage.name(target)}")
             numbers = {
                 "rows": len(table),
                 "late_share": round(float(table[LABEL].mean()), 4),

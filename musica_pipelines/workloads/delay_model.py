@@ -71,7 +71,9 @@ def main() -> None:
         baseline = evaluation.baseline_auc(training, held_out)
         path = storage.model_file()
         storage.write_atomically(path, lambda part: part.write_bytes(booster.save_raw("ubj")))
-        pipes.log.info(f"AUC {auc:.4f} on {len(held_out)} held-out flights (baseline {baseline:.4f}) -> {path}")
+        pipes.log.info(
+            f"AUC {auc:.4f} on {len(held_out)} held-out flights (baseline {baseline:.4f}) -> {storage.name(path)}"
+        )
         pipes.report_asset_check(
             "better_than_baseline",
             passed=auc > baseline,

@@ -37,6 +37,11 @@ def model_file() -> Path:
     return data_root() / "delay_model" / "model.ubj"
 
 
+def name(path: Path) -> str:
+    """A path below the data root, as people call it."""
+    return str(path.relative_to(data_root()))
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary name beside `path`, then rename: readers see the old file or the new one.
 
