@@ -1,0 +1,75 @@
+"""A daemon on a simulated machine: start it, see whether it runs, stop it."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .errors import SiteError
+from .machines import Machine, spawn
+from .waiting import wait_until
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """A program that runs in the foreground on a machine until it is told to end.
+
+    Attributes:
+        name: names its pid file and its log.
+        command: its command line.
+        ready: returns true once it serves.
+    """
+
+    machine: Machine
+    name: str
+    command: Sequence[str]
+    ready: Callable[[], bool]
+
+    @property
+    def running(self) -> bool:
+        """Whether its process lives."""
+        pid = self._pid()
+        return pid is not None and self.machine.process_alive(pid)
+
+    def launch(self) -> None:
+        """Start it unless it runs, without waiting until it serves."""
+        if self.running:
+            return
+        file = self.machine.pid_file(self.name)
+        file.unlink(missing_ok=True)
+        keep_pid = ["sh", "-c", 'echo $$ >"$1"; shift; exec "$@"', "sh", str(file)]
+        spawn(self.machine.command([*keep_pid, *self.command]), self.machine.layout.log / f"{self.name}.log")
+        wait_until(lambda: self._pid() is not None, f"start of {self.name}", interval=0.02)
+
+    def start(self, timeout: float = 60.0) -> None:
+        """Start it unless it runs, and wait until it serves."""
+        self.launch()
+        self.wait_ready(timeout)
+
+    def wait_ready(self, timeout: float = 60.0) -> None:
+        """Wait until it serves.
+
+        Raises:
+            SiteError: it ended, or does not serve within `timeout` seconds; the message names its log.
+        """
+        log = self.machine.layout.log / f"{self.name}.log"
+        deadline = time.monotonic() + timeout
+        while not self.ready():
+            if not self.running:
+                raise SiteError(f"{self.name} ended; see {log}")
+            if time.monotonic() > deadline:
+                raise SiteError(f"{self.name} does not serve after {timeout:.0f} s; see {log}")
+            time.sleep(0.1)
+
+    def stop(self, signal_name: str = "TERM", timeout: float = 30.0) -> None:
+        """Tell it to end, and wait until it has; nothing to do if it does not run."""
+        pid = self._pid()
+        if pid is None or not self.machine.process_alive(pid):
+            return
+        self.machine.run(["kill", f"-{signal_name}", str(pid)], check=False)  # it may have ended meanwhile
+        wait_until(lambda: not self.machine.process_alive(pid), f"end of {self.name}", timeout, 0.05)
+
+    def _pid(self) -> int | None:
+        try:
+            return int(self.machine.pid_file(self.name).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return None
