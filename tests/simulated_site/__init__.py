@@ -10,7 +10,7 @@ Example:
 """
 
 from .authentik import AuthentikControl, AuthentikServer, Disturbance, ServedRequest
-from .errors import RequirementsMissing, SiteError
+from .errors import RequirementsError, SiteError
 from .faults import Fault, Faults
 from .layout import CERTIFICATE_USER, CPU_PARTITION, GPU_PARTITION, LOGIN_NAME, PLAIN_KEY_USER, TCSH_USER, USERS, User
 from .site import LoginProcess, SimulatedSite
@@ -30,7 +30,7 @@ __all__ = [
     "Fault",
     "Faults",
     "LoginProcess",
-    "RequirementsMissing",
+    "RequirementsError",
     "ServedRequest",
     "SimulatedSite",
     "SiteError",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .daemons import Daemon
 from .keys import Authorities
-from .layout import OIDC_CLIENT_ID, STEP_CA_PORT, Layout
+from .layout import CERTIFICATE_USER, OIDC_CLIENT_ID, STEP_CA_PORT, Layout
 from .machines import Machine
 from .smallstep import Programs
 
@@ -48,7 +48,7 @@ class CertificateAuthority:
             validity: how long a certificate lives for which the client asks no duration, `5s` to `24h`.
         """
         self.authorities.create()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(exist_ok=True)
         provisioner = {
             "type": "OIDC",
             "name": "authentik",
@@ -78,22 +78,26 @@ class CertificateAuthority:
         self._configuration.write_text(json.dumps(configuration, indent=2), encoding="utf-8")
 
     def set_validity(self, validity: str) -> None:
-        """Have it issue certificates of this length from now on, `5s` to `24h`; it is started anew.
+        """Have it issue certificates of this length from now on, `5s` to `24h`; if that is a change, it is started anew.
 
-        Tokens that were issued before are refused by it from now on, as by any step-ca that has started after them.
+        Tokens that were issued before are then refused, as by any step-ca that has started after them.
         """
-        self.daemon.stop()
+        before = self._configuration.read_text(encoding="utf-8")
         self.configure(validity)
+        if self._configuration.read_text(encoding="utf-8") != before:
+            self.daemon.stop()
         self.daemon.start()
 
-    def sign_with_step(self, key: Path, token: str) -> subprocess.CompletedProcess[str]:
+    def sign_with_step(
+        self, key: Path, token: str, email: str = CERTIFICATE_USER.email
+    ) -> subprocess.CompletedProcess[str]:
         """Make a new key and certificate with the real `step` client, as a user without a browser would.
 
         The token is passed in the environment: in an argument, every user of the machine could read it.
         """
         options = ["--ca-url", self.url, "--root", str(self.authorities.root_certificate)]
         return subprocess.run(
-            [self.step, "ssh", "certificate", "", key, "--no-password", "--insecure", "--force", *options],
+            [self.step, "ssh", "certificate", email, key, "--no-password", "--insecure", "--force", *options],
             env={"PATH": "/usr/bin:/bin", "HOME": str(key.parent), "STEP_TOKEN": token},
             stdin=subprocess.DEVNULL,
             capture_output=True,

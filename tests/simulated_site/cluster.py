@@ -56,10 +56,10 @@ class Cluster:
         return [self._authentication, self._database, self.accounting, self.controller, *self.node_daemons.values()]
 
     def configure(self) -> None:
-        """Write the configuration files; before any machine starts, since they are mounted into each."""
+        """Write the configuration files and make what the daemons need to start the first time."""
         layout = self._layout
-        folder = layout.etc / "slurm"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = layout.machine_etc / "slurm"
+        folder.mkdir(exist_ok=True)
         with_cgroups = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists()
         (folder / "slurm.conf").write_text(configuration.slurm_conf(layout, with_cgroups), encoding="utf-8")
         (folder / "gres.conf").write_text(configuration.gres_conf(layout), encoding="utf-8")
@@ -81,10 +81,9 @@ class Cluster:
             _write_owned(layout.log / f"{name}.log", "", "slurm")
             _write_owned(layout.run / f"{name}.pid", "", "slurm")
         key = layout.etc / "munge/munge.key"
-        if not key.exists():
-            key.write_bytes(os.urandom(128))
-            key.chmod(0o400)
-            shutil.chown(key, "munge", "munge")
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        shutil.chown(key, "munge", "munge")
         self._make_gpus()
         self._wrap_sbatch()
 
@@ -168,16 +167,14 @@ class Cluster:
 
     def _make_gpus(self) -> None:
         folder = self._layout.run / "gpus"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
         for i in range(4):
-            device = folder / f"nvidia{i}"
-            if not device.exists():
-                os.mknod(device, 0o666 | stat.S_IFCHR, _NULL_DEVICE)
+            os.mknod(folder / f"nvidia{i}", 0o666 | stat.S_IFCHR, _NULL_DEVICE)
 
     def _wrap_sbatch(self) -> None:
         """Keep a copy of the real sbatch, since the site's own is mounted over it on every machine."""
         for folder in ("bin", "libexec"):
-            (self._layout.state / folder).mkdir(exist_ok=True)
+            (self._layout.state / folder).mkdir()
         shutil.copy2("/usr/bin/sbatch", self._layout.state / "libexec/sbatch")
         wrapper = self._layout.state / "bin/sbatch"
         wrapper.write_text(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from . import requirements
 from .authentik import Disturbance
-from .errors import RequirementsMissing, SiteError
+from .errors import RequirementsError, SiteError
 from .faults import Fault, Faults
 from .site import SimulatedSite
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         requirements.check_system()
         code: int = options.run(options)
-    except RequirementsMissing as error:
+    except RequirementsError as error:
         print(f"sim: {error}", file=sys.stderr)
         return _EXIT_REQUIREMENTS
     except SiteError as error:
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "fault",
         help="make something go wrong, or mend it all",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"faults:\n{known}\n  mend\nEach stays until `mend`, except for scancel, requeue, ssh-drop and ssh-drop-after.",
+        epilog=f"faults:\n{known}\n  mend\nEach lasts until `mend`; scancel, requeue and ssh-drop* are events.",
     )
     fault.add_argument("fault", choices=[*_FAULTS, "mend"], metavar="FAULT")
     fault.add_argument("arguments", nargs="*", metavar="ARGUMENT")

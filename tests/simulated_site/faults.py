@@ -1,8 +1,8 @@
 """What can be made to go wrong, and how it is mended.
 
-A fault that lasts is a `Fault`: `with site.faults.node_off("n4001"): ...` injects it, and on leaving mends it and waits until the
-site is healthy again. One that is an event (`cancel_job`, `drop_connections`) is a plain method. `mend_all()` mends whatever is
-wrong, also what another process has injected.
+A fault that lasts is a `Fault`: `with site.faults.node_off("n4001"): ...` injects it, and on leaving mends it and waits
+until the site is healthy again. One that is an event (`cancel_job`, `drop_connections`) is a plain method. `mend_all()`
+mends whatever is wrong, also what another process has injected.
 """
 
 import subprocess
@@ -55,7 +55,7 @@ class Faults:
 
     def node_cut(self, node: str) -> Fault:
         """Unplug a node's network cable: its processes go on, unseen."""
-        return Fault(lambda: self._site.machines[node].plug(False), lambda: self._reconnect(node))
+        return Fault(self._site.machines[node].unplug, lambda: self._reconnect(node))
 
     # Slurm
 
@@ -75,8 +75,8 @@ class Faults:
         """Disturb sbatch as users call it.
 
         Args:
-            kind: `error-before` submits nothing and fails; `error-after` submits, and fails all the same; `silent-after`
-                submits and never answers; `slow` takes two seconds longer.
+            kind: `error-before` submits nothing and fails; `error-after` submits, and fails all the same;
+                `silent-after` submits and never answers; `slow` takes two seconds longer.
         """
         return Fault(lambda: self._disturb_sbatch(kind), lambda: self._sbatch_fault.unlink(missing_ok=True))
 
@@ -89,7 +89,7 @@ class Faults:
         self._site.cluster.query("scontrol", "requeue", str(job))
 
     def preemption(self, job: int) -> Fault:
-        """Have an administrator's job take the nodes of a running job, which is requeued (PREEMPTED in its accounting)."""
+        """Have an administrator's job take the nodes of a running job, which is requeued (sacct: PREEMPTED)."""
         return Fault(lambda: self._preempt(job), self._end_preemption)
 
     # The way to the login nodes
@@ -145,7 +145,7 @@ class Faults:
         self._let_accounting_through()
         for machine in site.machines.values():
             if machine.running:
-                machine.plug(True)
+                machine.plug()
         site.start()
         site.login.relay.mend()
         site.authentik.clear_disturbances()
@@ -159,7 +159,7 @@ class Faults:
 
     def _reconnect(self, node: str) -> None:
         """Plug a node in, and have its slurmd report: slurmctld would look again only after a minute or more."""
-        self._site.machines[node].plug(True)
+        self._site.machines[node].plug()
         if daemon := self._site.cluster.node_daemons.get(node):
             daemon.stop()
             daemon.start()

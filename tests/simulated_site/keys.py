@@ -1,7 +1,7 @@
 """Keys and certificates of a site, all of them test values made anew for each site.
 
-A root and an intermediate for step-ca's TLS, and two SSH authorities: one signs users (step-ca holds its key), one signs
-the login nodes' host keys, as MUSICA's does.
+A root and an intermediate for step-ca's TLS, and two SSH authorities: one signs users (step-ca holds its key), one
+signs the login nodes' host keys, as MUSICA's does.
 """
 
 import datetime

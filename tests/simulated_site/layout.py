@@ -46,7 +46,7 @@ class User:
 
 CERTIFICATE_USER = User("xy12345", 20001)
 PLAIN_KEY_USER = User("pk67890", 20002, certificate=False)
-TCSH_USER = User("tc24680", 20003, shell="/bin/tcsh")
+TCSH_USER = User("tc24680", 20003, shell="/bin/tcsh")  # noqa: S604  no subprocess
 USERS = (CERTIFICATE_USER, PLAIN_KEY_USER, TCSH_USER)
 
 
@@ -55,8 +55,8 @@ class MachineName:
     """A machine of the site: its hostname, and the last number of its address.
 
     Attributes:
-        own_tmp: it has a /tmp of its own, as a login or compute node has. The machines that only serve the site keep the
-            host's, since they run this project's Python, which may well be installed below /tmp.
+        own_tmp: it has a /tmp of its own, as a login or compute node has. The machines that only serve the site keep
+            the host's, since they run this project's Python, which may well be installed below /tmp.
     """
 
     hostname: str
@@ -117,8 +117,13 @@ class Layout:
 
     @property
     def etc(self) -> Path:
-        """Configuration files."""
+        """Keys, and configuration that is not below `machine_etc`."""
         return self.state / "etc"
+
+    @property
+    def machine_etc(self) -> Path:
+        """What every machine of the site has as /etc: a copy of the host's, with the site's users and Slurm's files."""
+        return self.state / "machine-etc"
 
     @property
     def run(self) -> Path:

@@ -62,18 +62,26 @@ class Login:
         self._machines = machines
 
     def configure(self) -> None:
-        """Write accounts, homes, host keys and sshd's configuration; before any machine starts."""
+        """Write accounts, keys and sshd's configuration."""
         self._write_accounts()
-        self._mount_home()
-        self._client.mkdir(exist_ok=True)
-        if not self.plain_key.exists():
-            keys.make_key(self.plain_key)
-        self.restore_homes()
+        self._client.mkdir()
+        keys.make_key(self.plain_key)
         for node in LOGIN_NODES:
             self._configure_sshd(self._machines[node.hostname])
         names = ",".join([self.address, LOGIN_NAME, *(self._machines[node.hostname].address for node in LOGIN_NODES)])
         authority = Path(f"{self._authorities.host_key}.pub").read_text(encoding="utf-8")
         self.known_hosts.write_text(f"@cert-authority {names} {authority}", encoding="utf-8")
+
+    def mount_home(self) -> None:
+        """Mount the homes' file system unless it is there; before any machine starts, since each takes it as /home.
+
+        It is one of known size, so that it can be made full without writing to it; it takes memory as it fills.
+        """
+        home = self._layout.home
+        if not home.is_mount():
+            home.mkdir(exist_ok=True)
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={HOME_SIZE},mode=755", "tmpfs", home], check=True)
+            self.restore_homes()
 
     def start(self) -> None:
         """Start sshd on both login nodes, and the relay."""
@@ -103,13 +111,8 @@ class Login:
         """Change the size of the homes' file system: a number of bytes, or with `m` or `g` behind it."""
         subprocess.run(["mount", "-o", f"remount,size={size}", self._layout.home], check=True)
 
-    def unmount_home(self) -> None:
-        """Take away the homes' file system with all that is on it."""
-        if self._layout.home.is_mount():
-            subprocess.run(["umount", self._layout.home], check=True)
-
     def ssh_command(self, user: User, key: Path, *command: str) -> list[str]:
-        """Return the command line of OpenSSH's client that logs in with strict host-key checking against `known_hosts`."""
+        """Return the command line of OpenSSH's client, with strict host-key checking against `known_hosts`."""
         options = {
             "User": user.name,
             "IdentityFile": str(key),
@@ -132,9 +135,8 @@ class Login:
         return True
 
     def _write_accounts(self) -> None:
-        """Write hosts, passwd, group and shadow for the machines: the host's own with the site's users behind them."""
-        etc = self._layout.etc
-        etc.mkdir(parents=True, exist_ok=True)
+        """Write the machines' names, and add the site's users to the accounts of the host."""
+        etc = self._layout.machine_etc
         hosts = "".join(f"{self._layout.address(m.number)} {m.hostname}\n" for m in MACHINES)
         (etc / "hosts").write_text(f"127.0.0.1 localhost\n{self._layout.address(FRONT.number)} {LOGIN_NAME}\n{hosts}")
         lines = {
@@ -144,17 +146,8 @@ class Login:
             "shadow": [f"{user.name}:*:19000:0:99999:7:::\n" for user in USERS],
         }
         for name, added in lines.items():
-            file = etc / name
-            shutil.copy2(Path("/etc") / name, file)
-            with file.open("a", encoding="utf-8") as output:
+            with (etc / name).open("a", encoding="utf-8") as output:
                 output.writelines(added)
-
-    def _mount_home(self) -> None:
-        """Mount a file system of known size, so that it can be filled without writing; it takes memory as it fills."""
-        home = self._layout.home
-        home.mkdir(exist_ok=True)
-        if not home.is_mount():
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={HOME_SIZE},mode=755", "tmpfs", home], check=True)
 
     def _sshd_folder(self, machine: Machine) -> Path:
         return self._layout.etc / "ssh" / machine.hostname
@@ -163,9 +156,8 @@ class Login:
         folder = self._sshd_folder(machine)
         folder.mkdir(parents=True, exist_ok=True)
         key = folder / "ssh_host_ed25519_key"
-        if not key.exists():
-            keys.make_key(key)
-            keys.sign_host_key(self._authorities, key, [LOGIN_NAME, self.address, machine.address, machine.hostname])
+        keys.make_key(key)
+        keys.sign_host_key(self._authorities, key, [LOGIN_NAME, self.address, machine.address, machine.hostname])
         (folder / "sshd_config").write_text(f"""\
 Port {SSH_PORT}
 ListenAddress {machine.address}

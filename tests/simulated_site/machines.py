@@ -1,7 +1,7 @@
 """Simulated machines: namespaces with an address, a hostname, /tmp and /dev/shm of their own, on one bridge.
 
-A machine is what its first process (`programs/machine-init`) holds: when that one is killed, the kernel ends every other
-process in its PID namespace, and with the last of them go its mounts, its network and its interface.
+A machine is what its first process (`programs/machine-init`) holds: when that one is killed, the kernel ends every
+other process in its PID namespace, and with the last of them go its mounts, its network and its interface.
 """
 
 import os
@@ -50,7 +50,7 @@ class Machine:
             folder.chmod(0o1777)
             tmp = str(folder)
         cgroup = self._make_cgroup()
-        # The shell leaves its own pid, which is then unshare's; the first process of the machine is unshare's only child.
+        # The shell leaves its own pid, which is then unshare's; the machine's first process is unshare's only child.
         start = (
             'echo $$ >"$1"; shift; exec unshare --mount --uts --ipc --net --pid --fork --kill-child --mount-proc "$@"'
         )
@@ -80,9 +80,13 @@ class Machine:
             0.02,
         )
 
-    def plug(self, connected: bool) -> None:
-        """Plug its network cable in or out; its processes keep running."""
-        ip("link", "set", self._interface, "up" if connected else "down")
+    def plug(self) -> None:
+        """Plug its network cable in."""
+        ip("link", "set", self._interface, "up")
+
+    def unplug(self) -> None:
+        """Pull its network cable out; its processes keep running."""
+        ip("link", "set", self._interface, "down")
 
     def command(self, arguments: Sequence[str], user: User | None = None) -> list[str]:
         """Return the command line that runs `arguments` on this machine as root or as `user`, in a clean environment.
@@ -98,7 +102,7 @@ class Machine:
             return [*enter, "env", "--ignore-environment", f"PATH={_ROOT_PATH}", "HOME=/root", *arguments]
         identity = [f"--reuid={user.uid}", f"--regid={user.uid}", "--clear-groups"]
         variables = [f"HOME={user.home}", f"USER={user.name}", f"LOGNAME={user.name}", f"SHELL={user.shell}"]
-        login = ["env", "--ignore-environment", *variables, "PATH=/usr/bin:/bin", f"--chdir={user.home}"]
+        login = ["env", "--ignore-environment", f"--chdir={user.home}", *variables, "PATH=/usr/bin:/bin"]
         return [*enter, "setpriv", *identity, *login, *arguments]
 
     def run(

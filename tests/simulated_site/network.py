@@ -44,7 +44,7 @@ def release(layout: Layout) -> None:
 
 
 def _free_subnet(name: str) -> int:
-    """Return a subnet that no interface and no route of this machine is in; the same for the same name where it can be."""
+    """Return a subnet that no interface and no route of this machine is in; for a name preferably the same."""
     taken = (
         json.loads(ip("-json", "-4", "address", "show")),
         json.loads(ip("-json", "-4", "route", "show", "table", "all")),

@@ -1,8 +1,8 @@
 """The way to the login nodes: a TCP relay that picks one of them at random, and can be disturbed.
 
-It runs as a program of its own (standard library only), and is told what to do over a Unix socket, one JSON object a line:
-settings to change, or `{"drop": true}`. It answers each with its present settings and number of connections.
-The kernel's own means (netem) are not there on every machine, and would act on packets, not on connections.
+It runs as a program of its own (standard library only), and is told what to do over a Unix socket, one JSON object a
+line: settings to change, or `{"drop": true}`. It answers each with its present settings and number of connections. The
+kernel's own means (netem) are not there on every machine, and would act on packets, not on connections.
 """
 
 import argparse
@@ -32,7 +32,8 @@ class Settings:
         frozen: nothing passes and nothing is closed, as when a laptop sleeps or a cable is pulled.
         delay: seconds that data is under way, in each direction.
         bandwidth: bytes a second that pass in each direction, all connections together; 0 for no limit.
-        drop_after: drop every connection once as soon as so many more bytes have come from the login nodes; 0 for never.
+        drop_after: drop every connection once as soon as so many more bytes have come from the login nodes; 0 for
+            never.
     """
 
     refuse: bool = False

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import RequirementsMissing, SiteError
+from .errors import RequirementsError, SiteError
 
 SUPPORTED_SYSTEMS = {"debian": ("12", "13"), "ubuntu": ()}
 """Distribution ids of os-release and the versions that are accepted; an empty tuple accepts all."""
@@ -34,7 +34,7 @@ _POLICY = Path("/usr/sbin/policy-rc.d")
 
 
 def check_system() -> None:
-    """Raise RequirementsMissing unless this is Linux, Debian or Ubuntu, and the caller is root."""
+    """Raise RequirementsError unless this is Linux, Debian or Ubuntu, and the caller is root."""
     try:
         release = dict(
             line.split("=", 1)
@@ -46,9 +46,9 @@ def check_system() -> None:
     system, version = (release.get(key, "").strip('"') for key in ("ID", "VERSION_ID"))
     versions = SUPPORTED_SYSTEMS.get(system)
     if versions is None or (versions and version not in versions):
-        raise RequirementsMissing("the simulated site needs Debian 12 or 13, or Ubuntu (its Slurm packages are used)")
+        raise RequirementsError("the simulated site needs Debian 12 or 13, or Ubuntu (its Slurm packages are used)")
     if os.geteuid() != 0:
-        raise RequirementsMissing("the simulated site needs root (it makes network, mount and process namespaces)")
+        raise RequirementsError("the simulated site needs root (it makes network, mount and process namespaces)")
 
 
 def missing_packages(packages: tuple[str, ...] = PACKAGES) -> list[str]:
@@ -72,16 +72,14 @@ def ensure_packages(install: bool) -> None:
     """Make sure that PACKAGES are installed.
 
     Raises:
-        RequirementsMissing: some are not, and `install` is false.
+        RequirementsError: some are not, and `install` is false.
         SiteError: apt-get failed.
     """
     missing = missing_packages()
     if not missing:
         return
     if not install:
-        raise RequirementsMissing(
-            f"packages are missing (`scripts/sim up --install` installs them): {' '.join(missing)}"
-        )
+        raise RequirementsError(f"packages are missing (`scripts/sim up --install` installs them): {' '.join(missing)}")
     install_packages(missing)
 
 
@@ -99,7 +97,7 @@ def install_packages(packages: list[str]) -> None:
 
 @contextlib.contextmanager
 def _no_service_starts() -> Iterator[None]:
-    """Have invoke-rc.d refuse every start meanwhile (exit 101 of policy-rc.d, see invoke-rc.d(8)), then put back what was."""
+    """Have invoke-rc.d(8) refuse every start meanwhile (exit 101 of policy-rc.d), then put back what was."""
     kept = _POLICY.with_name("policy-rc.d.kept-by-simulated-site")
     if _POLICY.exists() and not kept.exists():  # a kept one is the original: an earlier installation was killed
         shutil.copy2(_POLICY, kept)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import keys, network, requirements, smallstep
 from .authentik import AuthentikControl
-from .certificate_authority import CertificateAuthority
+from .certificate_authority import DEFAULT_VALIDITY, CertificateAuthority
 from .cluster import Cluster
 from .daemons import Daemon
 from .errors import SiteError
@@ -85,7 +85,7 @@ class SimulatedSite:
             install: install missing packages and build step, if need be.
 
         Raises:
-            RequirementsMissing: this machine lacks something, and `install` is false.
+            RequirementsError: this machine lacks something, and `install` is false.
             SiteError: a part did not start; the message names its log.
         """
         requirements.check_system()
@@ -129,6 +129,7 @@ class SimulatedSite:
 
     def start(self) -> None:
         """Start whatever of the site does not run: machines first, then all daemons side by side."""
+        self.login.mount_home()
         with ThreadPoolExecutor(len(self.machines)) as pool:
             list(pool.map(Machine.start, self.machines.values()))
             parts = [pool.submit(part) for part in (self.cluster.start, self.login.start, self._start_identity)]
@@ -152,13 +153,17 @@ class SimulatedSite:
         ]
 
     def reset(self) -> None:
-        """Give the next test a clean site: every fault mended, no jobs, no processes of users, empty homes, no tokens."""
+        """Give the next test a clean site: faults mended, no jobs, no processes of users, empty homes, no tokens.
+
+        Users that were added to authentik stay, and so does what root wrote outside of the homes.
+        """
         self.faults.mend_all()
         self.cluster.cancel_all()
         self.end_user_processes()
         self.login.resize_home(HOME_SIZE)
         self.login.restore_homes()
         self.authentik.reset()
+        self.certificate_authority.set_validity(DEFAULT_VALIDITY)
 
     # Users and their credentials
 
@@ -223,7 +228,7 @@ class SimulatedSite:
         }
 
     def login_command(self, *command: str, user: User = CERTIFICATE_USER) -> list[str]:
-        """Return the command line that logs in as `user`, or runs `command` there, with a new certificate of one hour."""
+        """Return the command line that logs in as `user`, or runs `command`, with a new certificate of one hour."""
         if not user.certificate:
             return self.login.ssh_command(user, self.login.plain_key, *command)
         key = self.layout.state / "client" / f"id_{user.name}"
@@ -272,7 +277,7 @@ class SimulatedSite:
         return self.cluster.query("sacct", "--allusers", *options)
 
     def submit(self, script: str, *options: str, user: User = CERTIFICATE_USER) -> int:
-        """Submit a shell script as a user, on a login node but without SSH and without the noise; return the job's id."""
+        """Submit a shell script as a user, on a login node but without SSH and noise; return the job's id."""
         sbatch = [str(self.layout.state / "libexec/sbatch"), "--parsable", *options, "--wrap", script]
         done = self.machines[LOGIN_NODES[0].hostname].run(sbatch, user)
         return int(done.stdout.strip())
@@ -282,9 +287,17 @@ class SimulatedSite:
         return self.squeue("--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
     def wait_for_job(self, job: int, *states: str, timeout: float = 60.0) -> None:
-        """Wait until a job is in one of the states, by default COMPLETED."""
+        """Wait until a job is in one of the states, by default COMPLETED.
+
+        Raises:
+            SiteError: it is not within `timeout` seconds; the message tells in which it is.
+        """
         wanted = states or ("COMPLETED",)
-        wait_until(lambda: self.job_state(job) in wanted, f"job {job} in {' or '.join(wanted)}", timeout)
+        try:
+            wait_until(lambda: self.job_state(job) in wanted, f"job {job} in {' or '.join(wanted)}", timeout)
+        except SiteError as error:
+            now = self.squeue("--noheader", "--states=all", f"--jobs={job}", "--format=%T %r").strip()
+            raise SiteError(f"{error}; it is {now}") from None
 
     # How it is made
 
@@ -293,11 +306,20 @@ class SimulatedSite:
         return f"{self.authentik_url}/application/o/{OIDC_APPLICATION}/"
 
     def _configure(self) -> None:
+        """Make the site's files, the first time; what an attempt that was cut short has left is made anew."""
+        done = self.layout.etc / "configured"
+        if done.exists():
+            return
+        for entry in self.layout.state.iterdir():
+            if entry.is_dir() and entry != self.layout.home:
+                shutil.rmtree(entry)
         for folder in (self.layout.etc, self.layout.run, self.layout.log):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir()
+        subprocess.run(["cp", "--archive", "/etc", self.layout.machine_etc], check=True)
         self.certificate_authority.configure()
         self.cluster.configure()
         self.login.configure()
+        done.touch()
 
     def _start_identity(self) -> None:
         """Start authentik's stand-in, give it its users, then start step-ca, which ends where it finds no issuer."""

@@ -107,7 +107,7 @@ AccountingStoreFlags=job_script,job_comment
 
 
 def gres_conf(layout: Layout) -> str:
-    """Text of gres.conf(5): four character devices stand for the GPUs of a node. A bare Count drains the node instead."""
+    """Text of gres.conf(5): four character devices stand for the GPUs of a node. A bare Count drains the node."""
     return f"AutoDetect=off\nNodeName={_hostnames(GPU_NODES)} Name=gpu Type=h100 File={layout.run}/gpus/nvidia[0-3]\n"
 
 
@@ -183,7 +183,7 @@ def accounting_commands() -> list[list[str]]:
 
 
 def gpu_accounting_commands() -> list[list[str]]:
-    """Arguments of the sacctmgr(1) calls that need GPUs to be known, which slurmctld tells slurmdbd when it first starts.
+    """Arguments of the sacctmgr(1) calls that name GPUs, which slurmctld tells slurmdbd of when it first starts.
 
     A job in the GPU partition that asks for no GPU is refused.
     """

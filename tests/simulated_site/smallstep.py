@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import requirements
-from .errors import RequirementsMissing, SiteError
+from .errors import RequirementsError, SiteError
 
 CACHE = Path("/var/cache/simulated-site")
 """Where the built programs stay between sites, outside of every clone."""
@@ -49,7 +49,7 @@ def ensure_programs(install: bool) -> Programs:
     """Return step and step-ca from PATH, from the cache, or freshly built (about two minutes, once a machine).
 
     Raises:
-        RequirementsMissing: they would have to be built, and `install` is false.
+        RequirementsError: they would have to be built, and `install` is false.
         SiteError: the build failed.
     """
     on_path = shutil.which("step"), shutil.which("step-ca")
@@ -58,7 +58,7 @@ def ensure_programs(install: bool) -> Programs:
     built = Programs(CACHE / "step", CACHE / "step-ca")
     if not (built.step.exists() and built.step_ca.exists()):
         if not install:
-            raise RequirementsMissing("step and step-ca are missing (`scripts/sim up --install` builds them)")
+            raise RequirementsError("step and step-ca are missing (`scripts/sim up --install` builds them)")
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="build-", dir=CACHE) as folder:
             _build(Path(folder))
@@ -137,14 +137,15 @@ def _unpack_ca(tarball: Path, target: Path) -> None:
     """Take step-ca's main program, without the key stores and authorities that Debian does not package."""
     _unpack(tarball, target.with_name("ca-source"))
     main = next(target.with_name("ca-source").glob("cmd/step-ca/main.go")).read_text(encoding="utf-8")
-    left_out = r'.*"github.com/smallstep/certificates/(kms/(awskms|azurekms|cloudkms|pkcs11|yubikey)|cas/(cloudcas|vaultcas))"\n'
+    unpackaged = "kms/(awskms|azurekms|cloudkms|pkcs11|yubikey)|cas/(cloudcas|vaultcas)"
+    left_out = rf'.*"github.com/smallstep/certificates/({unpackaged})"\n'
     target.mkdir()
     (target / "main.go").write_text(re.sub(left_out, "", main), encoding="utf-8")
     shutil.rmtree(target.with_name("ca-source"))
 
 
 def _unpack_client(tarball: Path, target: Path) -> None:
-    """Take the step client, with Debian's patched help printer, without what needs unpackaged libraries or an old API."""
+    """Take the step client, with Debian's help printer, without what needs unpackaged libraries or an old API."""
     _unpack(tarball, target)
     for name in ("printer.go", "renderer.go"):
         shutil.copy(_LIBRARIES / "src/github.com/smallstep/cli/usage" / name, target / "usage" / name)

@@ -7,7 +7,7 @@ from .errors import SiteError
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout: float = 60.0, interval: float = 0.1) -> None:
-    """Look every `interval` seconds until `condition` is true; raise SiteError that names `what` after `timeout` seconds."""
+    """Look every `interval` seconds until `condition` is true; after `timeout` seconds raise SiteError, with `what`."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:

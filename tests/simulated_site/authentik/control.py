@@ -106,7 +106,7 @@ class AuthentikControl:
         self._call("clear_disturbances")
 
     def requests(self) -> list[ServedRequest]:
-        """Return every request that was served, in order, also before a restart; calls of this control are not among them."""
+        """Return every request that was served, in order, also before a restart; this control's own are not kept."""
         return [ServedRequest(**request) for request in self._call("requests")]
 
     def reset(self) -> None:

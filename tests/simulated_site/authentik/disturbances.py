@@ -10,8 +10,8 @@ class Disturbance:
     """What goes wrong with the requests that match; a request that matches several gets the first.
 
     Attributes:
-        kind: `slow` waits before it does anything; `late` does it at once but answers late; `error` does nothing and answers
-            with `status`; `lost` does it and closes the connection without an answer.
+        kind: `slow` waits before it does anything; `late` does it at once but answers late; `error` does nothing and
+            answers with `status`; `lost` does it and closes the connection without an answer.
         seconds: wait of `slow` and `late`.
         status: HTTP status of `error`.
         method: only requests of this method; all when empty.

@@ -17,10 +17,10 @@ from .store import Store, User
 Answer = tuple[int, Any]
 _SCOPES = ("openid", "email", "profile")
 _ERRORS = {
-    "invalid_client": "Client authentication failed (e.g., unknown client, no client authentication included, or unsupported"
-    " authentication method)",
-    "invalid_grant": "The provided authorization grant or refresh token is invalid, expired, revoked, does not match the"
-    " redirection URI used in the authorization request, or was issued to another client",
+    "invalid_client": "Client authentication failed (e.g., unknown client, no client authentication included, or "
+    "unsupported authentication method)",
+    "invalid_grant": "The provided authorization grant or refresh token is invalid, expired, revoked, does not match "
+    "the redirection URI used in the authorization request, or was issued to another client",
     "unsupported_grant_type": "The authorization grant type is not supported by the authorization server",
 }
 
@@ -44,7 +44,7 @@ class Provider:
         self._public["e"] = _number(numbers.e)
 
     def discovery(self, base: str) -> Answer:
-        """GET .well-known/openid-configuration, with addresses below `base` (how the client reached us, as in authentik)."""
+        """GET .well-known/openid-configuration, with addresses below `base`: as the client has reached us."""
         root = f"{base}/application/o/"
         issuer = self.issuer(base)
         document = {
@@ -58,8 +58,14 @@ class Provider:
             "device_authorization_endpoint": f"{root}device/",
             "backchannel_logout_supported": True,
             "backchannel_logout_session_supported": True,
-            "response_types_supported": ["code", "id_token", "id_token token", "code token", "code id_token"]
-            + ["code id_token token"],
+            "response_types_supported": [
+                "code",
+                "id_token",
+                "id_token token",
+                "code token",
+                "code id_token",
+                "code id_token token",
+            ],
             "response_modes_supported": ["query", "fragment", "form_post"],
             "jwks_uri": f"{issuer}jwks/",
             "grant_types_supported": [
@@ -68,16 +74,32 @@ class Provider:
                 "implicit",
                 "client_credentials",
                 "password",
-            ]
-            + ["urn:ietf:params:oauth:grant-type:device_code"],
+                "urn:ietf:params:oauth:grant-type:device_code",
+            ],
             "id_token_signing_alg_values_supported": ["RS256"],
             "subject_types_supported": ["public"],
             "token_endpoint_auth_methods_supported": ["client_secret_post", "client_secret_basic"],
             "acr_values_supported": ["goauthentik.io/providers/oauth2/default"],
             "scopes_supported": list(_SCOPES),
             "request_parameter_supported": False,
-            "claims_supported": ["sub", "iss", "aud", "exp", "iat", "auth_time", "acr", "amr", "nonce", "email"]
-            + ["email_verified", "name", "given_name", "preferred_username", "nickname", "groups"],
+            "claims_supported": [
+                "sub",
+                "iss",
+                "aud",
+                "exp",
+                "iat",
+                "auth_time",
+                "acr",
+                "amr",
+                "nonce",
+                "email",
+                "email_verified",
+                "name",
+                "given_name",
+                "preferred_username",
+                "nickname",
+                "groups",
+            ],
             "claims_parameter_supported": False,
             "code_challenge_methods_supported": ["plain", "S256"],
         }
@@ -92,7 +114,7 @@ class Provider:
         return f"{base}/application/o/{self.application}/"
 
     def token(self, store: Store, base: str, form: dict[str, str]) -> Answer:
-        """POST token/: every wrong, expired or deleted app password and every unknown user gets the same `invalid_grant`."""
+        """POST token/: a wrong, expired or deleted app password and an unknown user get the same `invalid_grant`."""
         if form.get("client_id") != self.client_id:
             return _error("invalid_client")
         if form.get("grant_type") not in ("client_credentials", "password"):

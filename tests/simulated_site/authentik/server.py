@@ -43,7 +43,8 @@ class AuthentikServer:
         """Prepare the server; nothing listens before `start()`.
 
         Args:
-            folder: keeps users, tokens, signing key and the record of requests; a later server on it goes on from there.
+            folder: keeps users, tokens, signing key and the record of requests; a later server on it goes on from
+                there.
             port: 0 takes any free one.
         """
         folder.mkdir(parents=True, exist_ok=True)

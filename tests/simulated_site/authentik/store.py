@@ -1,4 +1,4 @@
-"""Users, tokens, settings and clock of the stand-in, kept in one file so that they outlive it. All keys are test values."""
+"""Users, tokens, settings and clock of the stand-in, in one file that outlives it. All keys are test values."""
 
 import dataclasses
 import datetime
@@ -12,6 +12,11 @@ from typing import Any
 
 _KEY_LENGTH = 60
 _KEY_LETTERS = string.ascii_letters + string.digits
+
+
+def new_key() -> str:
+    """Return a secret in authentik's form: 60 letters and digits."""
+    return "".join(secrets.choice(_KEY_LETTERS) for _ in range(_KEY_LENGTH))
 
 
 @dataclass
@@ -51,7 +56,7 @@ class Token:
     description: str = ""
     expiring: bool = True
     key_viewers: list[int] = field(default_factory=list)
-    key: str = field(default_factory=lambda: new_key())
+    key: str = field(default_factory=new_key)
     pk: str = field(default_factory=lambda: str(uuid.uuid4()))
 
 
@@ -141,7 +146,7 @@ class Store:
         return owner
 
     def expire_tokens(self) -> None:
-        """Do what authentik's background worker does: expired API tokens get a new key, expired app passwords vanish."""
+        """Do as authentik's background worker: expired API tokens get a new key, expired app passwords vanish."""
         for token in tuple(self.tokens):
             if token.expiring and token.expires <= self.now():
                 if token.intent == "api":
@@ -172,11 +177,6 @@ class Store:
             "expires": iso_time(token.expires),
             "expiring": token.expiring,
         }
-
-
-def new_key() -> str:
-    """Return a secret in authentik's form: 60 letters and digits."""
-    return "".join(secrets.choice(_KEY_LETTERS) for _ in range(_KEY_LENGTH))
 
 
 def iso_time(timestamp: float) -> str:

@@ -1,7 +1,7 @@
 """The calls below `/api/v3/core/`: who am I, and create, show, change, list and delete tokens.
 
-Each takes the store, the caller and the request, and returns a status with what the body holds. The wording of every error is
-authentik's own; clients look at it.
+Each takes the store, the caller and the request, and returns a status with what the body holds. The wording of every
+error is authentik's own; clients look at it.
 """
 
 import datetime
@@ -123,8 +123,8 @@ def show(call: Call, token: Token) -> Answer:
 def change(call: Call, token: Token) -> Answer:
     """PATCH tokens/IDENTIFIER/.
 
-    Left out, `intent` is taken as `api` and `user` as the caller: so a PATCH without intent turns an app password into an API
-    token with the same key, and an admin's takes the token away from its owner.
+    Left out, `intent` is taken as `api` and `user` as the caller: so a PATCH without intent turns an app password into
+    an API token with the same key, and an admin's takes the token away from its owner.
     """
     if call.body.get("user", token.user) != token.user:
         raise FieldError("user", "User cannot be changed")
