@@ -7,7 +7,6 @@ import urllib.error
 from pathlib import Path
 
 import pytest
-
 from simulated_site import (
     CERTIFICATE_USER,
     CPU_PARTITION,
@@ -232,14 +231,14 @@ def test_delay_and_bandwidth_of_the_login_path(site: SimulatedSite) -> None:
 
 
 def test_disk_full(site: SimulatedSite) -> None:
-    write = "mkdir -p dagster-slurm && echo content >dagster-slurm/file && cat dagster-slurm/file"
+    write = "mkdir -p dagster-slurm && cp /etc/hostname dagster-slurm/ && echo written"
     with site.faults.disk_full():
         full = site.run_on_login(CERTIFICATE_USER, write, check=False)
         assert full.returncode != 0
         assert "No space left on device" in full.stderr
         on_node = site.machines["n4001"].run(["cp", "/bin/true", "true"], CERTIFICATE_USER, check=False)
         assert "No space left on device" in on_node.stderr
-    assert site.run_on_login(CERTIFICATE_USER, write).stdout == "content\n"
+    assert site.run_on_login(CERTIFICATE_USER, write).stdout == "written\n"
 
 
 # Credentials

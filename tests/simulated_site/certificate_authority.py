@@ -78,9 +78,9 @@ class CertificateAuthority:
         self._configuration.write_text(json.dumps(configuration, indent=2), encoding="utf-8")
 
     def set_validity(self, validity: str) -> None:
-        """Have it issue certificates of this length from now on, `5s` to `24h`; if that is a change, it is started anew.
+        """Have it issue certificates of this length from now on, `5s` to `24h`.
 
-        Tokens that were issued before are then refused, as by any step-ca that has started after them.
+        If that is a change, it is started anew, and refuses tokens that were issued before, as any step-ca does.
         """
         before = self._configuration.read_text(encoding="utf-8")
         self.configure(validity)

@@ -22,6 +22,7 @@ from .layout import (
     AUTHENTIK_PORT,
     CERTIFICATE_USER,
     CPU_PARTITION,
+    DATABASE,
     DEPLOYMENT_FOLDER,
     HOME_SIZE,
     IDENTITY,
@@ -273,8 +274,8 @@ class SimulatedSite:
         return self.cluster.query("squeue", *options)
 
     def sacct(self, *options: str) -> str:
-        """Return what root's sacct(1) prints, of all users."""
-        return self.cluster.query("sacct", "--allusers", *options)
+        """Return what root's sacct(1) prints on the accounting's own machine, of all users."""
+        return self.machines[DATABASE.hostname].run(["sacct", "--allusers", *options]).stdout
 
     def submit(self, script: str, *options: str, user: User = CERTIFICATE_USER) -> int:
         """Submit a shell script as a user, on a login node but without SSH and noise; return the job's id."""
