@@ -247,17 +247,17 @@ def test_disk_full(site: SimulatedSite) -> None:
 def test_certificate_authority_down(site: SimulatedSite, tmp_path: Path) -> None:
     app_password = site.authentik.create_token(CERTIFICATE_USER.name, "app_password", "fault")
     with site.faults.certificate_authority_down():
-        failed = site.certificate_authority.sign_with_step(tmp_path / "id", site.oidc_token(app_password))
+        failed = site.certificate_authority.sign_with_step(tmp_path / "id", site.id_token(app_password))
         assert failed.returncode == 1
-    signed = site.certificate_authority.sign_with_step(tmp_path / "id", site.oidc_token(app_password))
+    signed = site.certificate_authority.sign_with_step(tmp_path / "id", site.id_token(app_password))
     assert signed.returncode == 0, signed.stderr
 
 
 def test_authentik_down_keeps_its_tokens(site: SimulatedSite) -> None:
     app_password = site.authentik.create_token(CERTIFICATE_USER.name, "app_password", "fault")
     with site.faults.authentik_down(), pytest.raises(urllib.error.URLError, match="Connection refused"):
-        site.oidc_token(app_password)
-    assert site.oidc_token(app_password)
+        site.id_token(app_password)
+    assert site.id_token(app_password)
 
 
 def test_authentik_disturbed(site: SimulatedSite) -> None:
@@ -266,10 +266,10 @@ def test_authentik_disturbed(site: SimulatedSite) -> None:
         site.faults.authentik_disturbed(Disturbance("error", status=502)),
         pytest.raises(urllib.error.HTTPError, match="502"),
     ):
-        site.oidc_token(app_password)
+        site.id_token(app_password)
     with site.faults.authentik_disturbed(Disturbance("slow", seconds=1.5)):
         begun = time.monotonic()
-        assert site.oidc_token(app_password)
+        assert site.id_token(app_password)
         assert time.monotonic() - begun >= 1.5
     assert [request.status for request in site.authentik.requests()] == [502, 200]
 

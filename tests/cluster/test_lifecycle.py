@@ -126,12 +126,20 @@ def test_nothing_of_users_stays_after_a_reset(site: SimulatedSite) -> None:
     site.submit("exec sleep 1000", *CPU_DEV)
     site.run_on_login(CERTIFICATE_USER, "mkdir -p dagster-slurm/run; sleep 1000 >/dev/null 2>&1 &")
     assert [process.command for process in site.processes_on_login()] == ["sleep 1000"]
-    site.authentik.create_token(CERTIFICATE_USER.name, "api", "left")
+    site.run_on_login(CERTIFICATE_USER, "echo left >/tmp/left")
+    site.environment()
+    site.login_command()
     site.reset()
     assert site.processes_on_login() == []
     assert site.squeue("--noheader") == ""
     assert sorted(entry.name for entry in (site.layout.home / CERTIFICATE_USER.name).iterdir()) == [".bashrc", ".ssh"]
+    assert site.run_on_node("login01", "ls /tmp").stdout == ""
     assert site.authentik.tokens() == []
+    assert {file.name for file in site.login.known_hosts.parent.iterdir()} == {
+        "known_hosts",
+        "id_plain",
+        "id_plain.pub",
+    }
 
 
 def test_without_root_it_says_what_it_needs(

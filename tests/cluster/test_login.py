@@ -48,7 +48,7 @@ def test_chain_from_bootstrap_token_to_logged_in_shell(site: SimulatedSite, key:
         tokens = "/api/v3/core/tokens/"
         authentik.post(tokens, json={"identifier": "shell", "intent": "app_password"}).raise_for_status()
         app_password = authentik.get(f"{tokens}shell/view_key/").json()["key"]
-    signed = site.certificate_authority.sign_with_step(key, site.oidc_token(app_password))
+    signed = site.certificate_authority.sign_with_step(key, site.id_token(app_password))
     assert signed.returncode == 0, signed.stderr
     shell = log_in(site, CERTIFICATE_USER, key, "id -un; sinfo --noheader | wc -l")
     assert shell.stdout.splitlines()[1:] == ["xy12345", "2"]
@@ -128,7 +128,7 @@ def test_user_whose_shell_is_not_bash(site: SimulatedSite) -> None:
 def test_certificate_of_seconds_expires(site: SimulatedSite, key: Path) -> None:
     site.certificate_authority.set_validity("5s")
     app_password = site.authentik.create_token(CERTIFICATE_USER.name, "app_password", "short")
-    signed = site.certificate_authority.sign_with_step(key, site.oidc_token(app_password))
+    signed = site.certificate_authority.sign_with_step(key, site.id_token(app_password))
     assert signed.returncode == 0, signed.stderr
     short = certificate(key)
     assert short.valid_before - time.time() <= 5
@@ -138,7 +138,7 @@ def test_certificate_of_seconds_expires(site: SimulatedSite, key: Path) -> None:
 
 def test_step_ca_takes_a_token_once(site: SimulatedSite, key: Path) -> None:
     app_password = site.authentik.create_token(CERTIFICATE_USER.name, "app_password", "twice")
-    token = site.oidc_token(app_password)
+    token = site.id_token(app_password)
     assert site.certificate_authority.sign_with_step(key, token).returncode == 0
     again = site.certificate_authority.sign_with_step(key.with_name("again"), token)
     assert again.returncode == 1
@@ -148,10 +148,10 @@ def test_step_ca_takes_a_token_once(site: SimulatedSite, key: Path) -> None:
 def test_expired_app_password_gets_no_token(site: SimulatedSite) -> None:
     site.authentik.set_lifetimes(token=30 * 24 * 3600)
     app_password = site.authentik.create_token(CERTIFICATE_USER.name, "app_password", "month")
-    assert site.oidc_token(app_password)
+    assert site.id_token(app_password)
     site.authentik.advance_clock(31 * 24 * 3600)
     with pytest.raises(urllib.error.HTTPError, match="400") as refused:
-        site.oidc_token(app_password)
+        site.id_token(app_password)
     assert b"invalid_grant" in refused.value.read()
 
 

@@ -139,15 +139,9 @@ class Cluster:
 
     def cancel_all(self) -> None:
         """Cancel every job and wait until none is left, running, pending or completing."""
-        if not self.query("squeue", "--noheader", "--format", "%i"):
-            return
-        self.query("scancel", "--signal=KILL", "--full", "--user", ",".join(self._job_owners()))
-        for owner in self._job_owners():
-            self.query("scancel", "--user", owner)
-        wait_until(lambda: not self.query("squeue", "--noheader", "--format", "%i"), "an empty queue", 90.0)
-
-    def _job_owners(self) -> list[str]:
-        return sorted(set(self.query("squeue", "--noheader", "--format", "%u").split()))
+        for owner in set(self.query("squeue", "--noheader", "--format=%u").split()):
+            self.query("scancel", f"--user={owner}")
+        wait_until(lambda: not self.query("squeue", "--noheader"), "an empty queue", 90.0)
 
     def _takes_jobs(self, hostname: str) -> bool:
         return self.node_state(hostname) in ("idle", "mix", "alloc")

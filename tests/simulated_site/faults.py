@@ -61,7 +61,8 @@ class Faults:
 
     def controller_down(self) -> Fault:
         """Stop slurmctld: squeue and sbatch cannot reach it, jobs run on, sacct answers."""
-        return Fault(self._site.cluster.controller.stop, self._mend_controller)
+        controller = self._site.cluster.controller
+        return Fault(controller.stop, controller.start)
 
     def accounting_off(self) -> Fault:
         """Stop slurmdbd: sacct fails, slurmctld keeps what it has to tell."""
@@ -128,7 +129,7 @@ class Faults:
 
     def authentik_down(self) -> Fault:
         """Stop authentik's stand-in. It keeps its users and tokens."""
-        daemon = self._site.authentik_daemon
+        daemon = self._site.identity_provider.daemon
         return Fault(daemon.stop, daemon.start)
 
     def authentik_disturbed(self, disturbance: Disturbance) -> Fault:
@@ -154,8 +155,12 @@ class Faults:
                 self._reconnect(node.hostname)
 
     def _bring_back(self, node: str) -> None:
-        self._site.machines[node].start()
-        self._site.start()
+        """Switch a node on, with the daemons that belong on it."""
+        machine = self._site.machines[node]
+        machine.start()
+        for daemon in self._site.daemons():
+            if daemon.machine is machine:
+                daemon.start()
 
     def _reconnect(self, node: str) -> None:
         """Plug a node in, and have its slurmd report: slurmctld would look again only after a minute or more."""
@@ -166,10 +171,6 @@ class Faults:
 
     def _takes_jobs(self, node: str) -> bool:
         return self._site.cluster.node_state(node) in ("idle", "mix", "alloc", "comp")
-
-    def _mend_controller(self) -> None:
-        self._site.cluster.controller.start()
-        wait_until(lambda: all(self._takes_jobs(node.hostname) for node in COMPUTE_NODES), "all nodes back")
 
     def _mend_accounting(self) -> None:
         self._let_accounting_through()

@@ -55,19 +55,19 @@ class MachineName:
     """A machine of the site: its hostname, and the last number of its address.
 
     Attributes:
-        own_tmp: it has a /tmp of its own, as a login or compute node has. The machines that only serve the site keep
-            the host's, since they run this project's Python, which may well be installed below /tmp.
+        for_users: it has the users' homes and a /tmp of its own, as a login or compute node has. The machines that only
+            serve the site keep the host's, since they run this project's Python, which may well be installed there.
     """
 
     hostname: str
     number: int
-    own_tmp: bool = True
+    for_users: bool = True
 
 
-CONTROLLER = MachineName("musica-ctl", 2, own_tmp=False)
-DATABASE = MachineName("musica-db", 3, own_tmp=False)
-IDENTITY = MachineName("auth", 4, own_tmp=False)
-FRONT = MachineName("musica", 9, own_tmp=False)
+CONTROLLER = MachineName("musica-ctl", 2, for_users=False)
+DATABASE = MachineName("musica-db", 3, for_users=False)
+IDENTITY = MachineName("auth", 4, for_users=False)
+FRONT = MachineName("musica", 9, for_users=False)
 LOGIN_NODES = (MachineName("login01", 11), MachineName("login02", 12))
 CPU_NODES = tuple(MachineName(f"n400{i}", 100 + i) for i in (1, 2, 3, 4))
 GPU_NODES = tuple(MachineName(f"g400{i}", 200 + i) for i in (1, 2))

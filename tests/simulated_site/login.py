@@ -107,6 +107,12 @@ class Login:
             for path in (home, *home.rglob("*")):
                 os.chown(path, user.uid, user.uid)
 
+    def remove_credentials(self) -> None:
+        """Remove the keys, certificates and credentials that clients have left in the site's folder for them."""
+        for file in self._client.iterdir():
+            if file not in (self.known_hosts, self.plain_key, self.plain_key.with_name("id_plain.pub")):
+                file.unlink()
+
     def resize_home(self, size: str) -> None:
         """Change the size of the homes' file system: a number of bytes, or with `m` or `g` behind it."""
         subprocess.run(["mount", "-o", f"remount,size={size}", self._layout.home], check=True)

@@ -43,23 +43,20 @@ class Machine:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
+        log = self.layout.log / f"machine-{self.hostname}.log"
         tmp = ""
-        if self.name.own_tmp:
+        if self.name.for_users:
             folder = self._folder / "tmp"
             folder.mkdir()
             folder.chmod(0o1777)
             tmp = str(folder)
         cgroup = self._make_cgroup()
         # The shell leaves its own pid, which is then unshare's; the machine's first process is unshare's only child.
-        start = (
-            'echo $$ >"$1"; shift; exec unshare --mount --uts --ipc --net --pid --fork --kill-child --mount-proc "$@"'
-        )
+        namespaces = "--mount --uts --ipc --net --pid --fork --kill-child --mount-proc"
+        start = f'echo $$ >"$1"; shift; exec unshare {namespaces} "$@"'
         init = [str(PROGRAMS / "machine-init"), str(self.layout.state), self.hostname, cgroup, tmp]
-        spawn(
-            ["sh", "-c", start, "sh", str(self._folder / "pid"), *init],
-            self.layout.log / f"machine-{self.hostname}.log",
-        )
-        wait_until((self._folder / "ready").exists, f"start of the machine {self.hostname}", interval=0.02)
+        spawn(["sh", "-c", start, "sh", str(self._folder / "pid"), *init], log)
+        wait_until((self._folder / "ready").exists, f"start of the machine {self.hostname}; see {log}", interval=0.02)
         self._connect()
 
     def stop(self) -> None:

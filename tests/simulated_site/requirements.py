@@ -49,6 +49,13 @@ def check_system() -> None:
         raise RequirementsError("the simulated site needs Debian 12 or 13, or Ubuntu (its Slurm packages are used)")
     if os.geteuid() != 0:
         raise RequirementsError("the simulated site needs root (it makes network, mount and process namespaces)")
+    namespaces = subprocess.run(
+        ["unshare", "--mount", "--net", "--pid", "--fork", "true"], capture_output=True, check=False
+    )
+    if namespaces.returncode:
+        raise RequirementsError(
+            "the simulated site needs the right to make namespaces (in a container: a privileged one)"
+        )
 
 
 def missing_packages(packages: tuple[str, ...] = PACKAGES) -> list[str]:

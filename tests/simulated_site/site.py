@@ -1,36 +1,29 @@
 """The whole simulated site: start it, look at it, use it, stop it."""
 
-import json
 import secrets
 import shutil
 import subprocess
-import sys
-import urllib.parse
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import keys, network, requirements, smallstep
-from .authentik import AuthentikControl
 from .certificate_authority import DEFAULT_VALIDITY, CertificateAuthority
 from .cluster import Cluster
 from .daemons import Daemon
 from .errors import SiteError
 from .faults import Faults
+from .identity_provider import IdentityProvider
 from .layout import (
-    AUTHENTIK_PORT,
     CERTIFICATE_USER,
+    COMPUTE_NODES,
     CPU_PARTITION,
     DATABASE,
     DEPLOYMENT_FOLDER,
-    HOME_SIZE,
     IDENTITY,
     LOGIN_NODES,
     MACHINES,
-    OIDC_APPLICATION,
     OIDC_CLIENT_ID,
-    TCSH_USER,
     USERS,
     Layout,
     User,
@@ -39,9 +32,6 @@ from .layout import (
 from .login import Login
 from .machines import Machine
 from .waiting import wait_until
-
-_PACKAGE = Path(__file__).parent
-_USERS_WITH_IDENTITY = (CERTIFICATE_USER, TCSH_USER)
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,8 @@ class SimulatedSite:
         cluster: Slurm.
         login: the login nodes and the way to them.
         certificate_authority: step-ca.
-        authentik: steers the stand-in for authentik.
+        identity_provider: authentik's stand-in, its addresses and its process.
+        authentik: steers it: clock, lifetimes, users, tokens, disturbances, what it served.
         faults: what can be made to go wrong.
     """
 
@@ -69,11 +60,9 @@ class SimulatedSite:
         self.layout = layout
         self.machines = {name.hostname: Machine(layout, name) for name in MACHINES}
         identity = self.machines[IDENTITY.hostname]
-        self.authentik_url = f"http://{identity.address}:{AUTHENTIK_PORT}"
-        """What ASC_AUTHENTIK_API_BASE holds."""
-        self.authentik = AuthentikControl(self.authentik_url)
-        self.authentik_daemon = Daemon(identity, "authentik", self._authentik_command(), self._authentik_answers)
-        self.certificate_authority = CertificateAuthority(layout, identity, programs, self._issuer)
+        self.identity_provider = IdentityProvider(layout, identity)
+        self.authentik = self.identity_provider.control
+        self.certificate_authority = CertificateAuthority(layout, identity, programs, self.identity_provider.issuer)
         self.cluster = Cluster(layout, self.machines)
         self.login = Login(layout, self.machines, self.certificate_authority.authorities)
         self.faults = Faults(self)
@@ -149,29 +138,24 @@ class SimulatedSite:
         return [
             *self.cluster.daemons(),
             *self.login.daemons.values(),
-            self.authentik_daemon,
+            self.identity_provider.daemon,
             self.certificate_authority.daemon,
         ]
 
     def reset(self) -> None:
-        """Give the next test a clean site: faults mended, no jobs, no processes of users, empty homes, no tokens.
+        """Give the next test a clean site: no faults, no jobs, no processes of users, empty homes and /tmp, no tokens.
 
-        Users that were added to authentik stay, and so does what root wrote outside of the homes.
+        Users that were added to authentik stay.
         """
         self.faults.mend_all()
         self.cluster.cancel_all()
-        self.end_user_processes()
-        self.login.resize_home(HOME_SIZE)
+        self.clean_machines()
         self.login.restore_homes()
+        self.login.remove_credentials()
         self.authentik.reset()
         self.certificate_authority.set_validity(DEFAULT_VALIDITY)
 
     # Users and their credentials
-
-    @property
-    def token_url(self) -> str:
-        """What ASC_OIDC_TOKEN_URL holds."""
-        return f"{self.authentik_url}/application/o/token/"
 
     def mint_certificate(self, key: Path, user: User = CERTIFICATE_USER, validity: str = "-1m:+1h") -> Path:
         """Make a key and, with the site's user CA but without asking step-ca, a certificate for it. Takes milliseconds.
@@ -187,22 +171,9 @@ class SimulatedSite:
             keys.make_key(key)
         return keys.sign_user_key(self.certificate_authority.authorities, key, user.name, validity)
 
-    def oidc_token(self, app_password: str, user: User = CERTIFICATE_USER) -> str:
-        """Change an app password for an id token, as a client without a browser does.
-
-        Raises:
-            urllib.error.HTTPError: authentik refused, or fails.
-        """
-        form = {
-            "grant_type": "client_credentials",
-            "client_id": OIDC_CLIENT_ID,
-            "username": user.name,
-            "password": app_password,
-            "scope": "openid email profile",
-        }
-        with urllib.request.urlopen(self.token_url, urllib.parse.urlencode(form).encode(), timeout=30) as answer:  # noqa: S310
-            token: str = json.load(answer)["id_token"]
-        return token
+    def id_token(self, app_password: str, user: User = CERTIFICATE_USER) -> str:
+        """Change an app password for an id token; raises urllib.error.HTTPError if authentik refuses."""
+        return self.identity_provider.id_token(app_password, user)
 
     def environment(self, user: User = CERTIFICATE_USER) -> dict[str, str]:
         """Return the document's variables for this site, with a fresh API token as bootstrap."""
@@ -219,8 +190,8 @@ class SimulatedSite:
             "DAGSTER_DEPLOYMENT": "staging_supercomputer",
             "ASC_OIDC_CLIENT_ID": OIDC_CLIENT_ID,
             "ASC_OIDC_USERNAME": user.name,
-            "ASC_OIDC_TOKEN_URL": self.token_url,
-            "ASC_AUTHENTIK_API_BASE": self.authentik_url,
+            "ASC_OIDC_TOKEN_URL": self.identity_provider.token_url,
+            "ASC_AUTHENTIK_API_BASE": self.identity_provider.url,
             "ASC_AUTHENTIK_CREDENTIALS_FILE": str(client / "musica-auth.env"),
             "ASC_AUTHENTIK_API_TOKEN": token,
             "ASC_AUTHENTIK_TOKEN_IDENTIFIER": "dagster-slurm",
@@ -261,13 +232,12 @@ class SimulatedSite:
                 found.append(LoginProcess(node.hostname, int(pid), command))
         return found
 
-    def end_user_processes(self) -> None:
-        """Kill every process of every user on the login nodes, and wait until they are gone."""
+    def clean_machines(self) -> None:
+        """Kill every process of every user on login and compute nodes, and empty their /tmp and /dev/shm."""
         uids = ",".join(str(user.uid) for user in USERS)
-        for node in LOGIN_NODES:
-            kill = ["sh", "-c", f"pids=$(ps -u {uids} -o pid=) && kill -KILL $pids"]
-            self.machines[node.hostname].run(kill, check=False)  # it fails where there is none
-        wait_until(lambda: not any(map(self.processes_on_login, USERS)), "end of the users' processes", 30.0, 0.05)
+        kill = f"while pids=$(ps -u {uids} -o pid=); do kill -KILL $pids; done"
+        for node in (*LOGIN_NODES, *COMPUTE_NODES):
+            self.run_on_node(node.hostname, f"{kill}; find /tmp /dev/shm -mindepth 1 -delete")
 
     def squeue(self, *options: str) -> str:
         """Return what root's squeue(1) prints."""
@@ -302,10 +272,6 @@ class SimulatedSite:
 
     # How it is made
 
-    @property
-    def _issuer(self) -> str:
-        return f"{self.authentik_url}/application/o/{OIDC_APPLICATION}/"
-
     def _configure(self) -> None:
         """Make the site's files, the first time; what an attempt that was cut short has left is made anew."""
         done = self.layout.etc / "configured"
@@ -323,25 +289,6 @@ class SimulatedSite:
         done.touch()
 
     def _start_identity(self) -> None:
-        """Start authentik's stand-in, give it its users, then start step-ca, which ends where it finds no issuer."""
-        folder = self.layout.run / "authentik"
-        first_time = not folder.exists()
-        self.authentik_daemon.start()
-        if first_time:
-            for user in _USERS_WITH_IDENTITY:
-                self.authentik.create_user(user.name, user.email)
-            self.authentik.create_user("akadmin", "admin@sim.test", superuser=True)
+        """Start authentik's stand-in, then step-ca, which ends where it finds no issuer."""
+        self.identity_provider.start()
         self.certificate_authority.daemon.start()
-
-    def _authentik_command(self) -> list[str]:
-        environment = ["env", f"PYTHONPATH={_PACKAGE.parent}", "PYTHONDONTWRITEBYTECODE=1"]
-        program = [sys.executable, "-m", f"{__package__}.authentik", "--folder", str(self.layout.run / "authentik")]
-        address = self.machines[IDENTITY.hostname].address
-        return [*environment, *program, "--host", address, "--port", str(AUTHENTIK_PORT)]
-
-    def _authentik_answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self._issuer}jwks/", timeout=5):  # noqa: S310
-                return True
-        except OSError:
-            return False
