@@ -4,8 +4,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from simulated_site import RequirementsError, SimulatedSite
-from simulated_site.requirements import installation_allowed
+
+from tests.simulated_site import RequirementsError, SimulatedSite
+from tests.simulated_site.requirements import installation_allowed
 
 SITE_NAME = "pytest"
 

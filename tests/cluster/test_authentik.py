@@ -1,5 +1,6 @@
 """The stand-in for authentik answers as the real one did, and can be steered. It needs neither root nor Slurm."""
 
+import base64
 import datetime
 import json
 import re
@@ -10,7 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from simulated_site import AuthentikServer, Disturbance
+
+from tests.simulated_site import AuthentikServer, Disturbance
 
 EXCHANGES = [
     json.loads(line)
@@ -164,6 +166,28 @@ def test_disturbances_act_before_or_after_the_deed(
             client.post("/api/v3/core/tokens/", json=request, timeout=1)
     assert ("disturbed" in {token.identifier for token in authentik.control.tokens()}) is created
     assert client.post("/api/v3/core/tokens/", json={**request, "identifier": "next"}).status_code == 201
+
+
+def test_jwt_times_are_the_machines_own_unless_skewed(authentik: AuthentikServer) -> None:
+    password = authentik.control.create_token(USER, "app_password", "login")
+    authentik.control.advance_clock(-1000)
+
+    def issued_at() -> float:
+        form = {"grant_type": "client_credentials", "client_id": "musica-step", "username": USER, "password": password}
+        token = httpx.post(authentik.token_url, data=form).raise_for_status().json()["access_token"]
+        claims = token.split(".")[1]
+        return float(json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))["iat"])
+
+    assert abs(issued_at() - time.time()) < TIME_TOLERANCE
+    authentik.control.set_jwt_skew(120)
+    assert abs(issued_at() - time.time() - 120) < TIME_TOLERANCE
+
+
+def test_an_administrator_deletes_all_tokens_of_a_user(authentik: AuthentikServer, client: httpx.Client) -> None:
+    authentik.control.create_token(ADMIN, "api", "admins")
+    authentik.control.delete_tokens(USER)
+    assert [token.identifier for token in authentik.control.tokens()] == ["admins"]
+    assert client.get("/api/v3/core/users/me/").status_code == 403
 
 
 def test_reset_keeps_users_alone(authentik: AuthentikServer, client: httpx.Client) -> None:

@@ -7,7 +7,8 @@ import urllib.error
 from pathlib import Path
 
 import pytest
-from simulated_site import (
+
+from tests.simulated_site import (
     CERTIFICATE_USER,
     CPU_PARTITION,
     Disturbance,

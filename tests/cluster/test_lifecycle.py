@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from simulated_site import CERTIFICATE_USER, CPU_PARTITION, RequirementsError, SimulatedSite, requirements
-from simulated_site.command_line import main
+
+from tests.simulated_site import CERTIFICATE_USER, CPU_PARTITION, RequirementsError, SimulatedSite, requirements
+from tests.simulated_site.command_line import main
 
 CPU_DEV = (f"--partition={CPU_PARTITION}", f"--qos=dev_{CPU_PARTITION}", "--time=5")
 SECOND = "pytest-second"

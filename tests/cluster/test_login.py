@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 from cryptography.hazmat.primitives.serialization import SSHCertificate, load_ssh_public_identity
-from simulated_site import (
+
+from tests.simulated_site import (
     CERTIFICATE_USER,
     LOGIN_NAME,
     PLAIN_KEY_USER,
@@ -18,7 +19,7 @@ from simulated_site import (
     User,
     wait_until,
 )
-from simulated_site.layout import LOGIN_NODES
+from tests.simulated_site.layout import LOGIN_NODES
 
 pytestmark = pytest.mark.cluster
 

@@ -4,7 +4,8 @@ import json
 import subprocess
 
 import pytest
-from simulated_site import (
+
+from tests.simulated_site import (
     CERTIFICATE_USER,
     CPU_PARTITION,
     GPU_PARTITION,

@@ -11,7 +11,8 @@ from .daemons import Daemon
 from .layout import AUTHENTIK_PORT, CERTIFICATE_USER, OIDC_APPLICATION, OIDC_CLIENT_ID, TCSH_USER, Layout, User
 from .machines import Machine
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = __package__ or ""
+_IMPORT_ROOT = Path(__file__).parents[_PACKAGE.count(".") + 1]
 _USERS = (CERTIFICATE_USER, TCSH_USER)
 
 
@@ -32,8 +33,8 @@ class IdentityProvider:
         self.issuer = f"{self.url}/application/o/{OIDC_APPLICATION}/"
         self.control = AuthentikControl(self.url)
         self._folder = layout.run / "authentik"
-        environment = ["env", f"PYTHONPATH={_PACKAGE.parent}", "PYTHONDONTWRITEBYTECODE=1"]
-        program = [sys.executable, "-m", f"{__package__}.authentik", "--folder", str(self._folder)]
+        environment = ["env", f"PYTHONPATH={_IMPORT_ROOT}", "PYTHONDONTWRITEBYTECODE=1"]
+        program = [sys.executable, "-m", f"{_PACKAGE}.authentik", "--folder", str(self._folder)]
         address = ["--host", machine.address, "--port", str(AUTHENTIK_PORT)]
         self.daemon = Daemon(machine, "authentik", [*environment, *program, *address], self._answers)
 
@@ -60,13 +61,13 @@ class IdentityProvider:
             "scope": "openid email profile",
         }
         body = urllib.parse.urlencode(form).encode()
-        with urllib.request.urlopen(self.token_url, body, timeout=30) as answer:  # noqa: S310  an address of our own
+        with urllib.request.urlopen(self.token_url, body, timeout=30) as answer:
             token: str = json.load(answer)["id_token"]
         return token
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.issuer}jwks/", timeout=5):  # noqa: S310  an address of our own
+            with urllib.request.urlopen(f"{self.issuer}jwks/", timeout=5):
                 return True
         except OSError:
             return False

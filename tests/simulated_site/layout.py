@@ -46,7 +46,7 @@ class User:
 
 CERTIFICATE_USER = User("xy12345", 20001)
 PLAIN_KEY_USER = User("pk67890", 20002, certificate=False)
-TCSH_USER = User("tc24680", 20003, shell="/bin/tcsh")  # noqa: S604  no subprocess
+TCSH_USER = User("tc24680", 20003, shell="/bin/tcsh")
 USERS = (CERTIFICATE_USER, PLAIN_KEY_USER, TCSH_USER)
 
 
@@ -87,7 +87,7 @@ def state_base() -> Path:
         SiteError: it lies below a folder that the site's machines have for themselves, and could not see.
     """
     base = Path(os.environ.get("SIMULATED_SITE_STATE", "/var/lib/simulated-site")).resolve()
-    for hidden in ("/tmp", "/run", "/home", "/dev/shm"):  # noqa: S108  compared, not written to
+    for hidden in ("/tmp", "/run", "/home", "/dev/shm"):
         if base.is_relative_to(hidden):
             raise SiteError(f"SIMULATED_SITE_STATE must not lie below {hidden}: each simulated machine has its own")
     return base

@@ -100,7 +100,7 @@ class Relay:
         self._connections.add(writer)
         try:
             await self._thawed.wait()
-            far_reader, far_writer = await asyncio.open_connection(*random.choice(self._backends))  # noqa: S311
+            far_reader, far_writer = await asyncio.open_connection(*random.choice(self._backends))
             ends.append(far_writer)
             self._connections.add(far_writer)
             async with asyncio.TaskGroup() as tasks:

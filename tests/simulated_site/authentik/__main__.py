@@ -9,7 +9,7 @@ from .server import AuthentikServer
 
 def main() -> None:
     """Serve on the given address."""
-    parser = argparse.ArgumentParser(prog="simulated_site.authentik", description=__doc__)
+    parser = argparse.ArgumentParser(prog="authentik", description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="keeps users, tokens, key and record of requests")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=9300)

@@ -115,7 +115,7 @@ class AuthentikControl:
 
     def _call(self, operation: str, **arguments: Any) -> Any:
         body = json.dumps({"operation": operation, "arguments": arguments}).encode()
-        request = urllib.request.Request(f"{self.base_url}{CONTROL_PATH}", body, method="POST")  # noqa: S310
+        request = urllib.request.Request(f"{self.base_url}{CONTROL_PATH}", body, method="POST")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=30) as answer:
             return json.load(answer)
