@@ -34,7 +34,7 @@ class Cluster:
         files = f"--socket=/run/munge/munge.socket.2 --pid-file={munge}/munged.pid --seed-file={munge}/munged.seed"
         log = f"--log-file={layout.log}/munge/munged.log"
         self._authentication = Daemon(
-            control, "munged", [*as_munge, *f"{munged} {files} {log}".split()], (munge / "munge.socket.2").exists
+            control, "munged", [*as_munge, *f"{munged} {files} {log}".split()], self._authentication_answers
         )
         self._database = Daemon(
             database, "mariadbd", ["mariadbd", f"--defaults-file={layout.etc}/database.cnf"], self._database_answers
@@ -46,7 +46,7 @@ class Cluster:
                 machines[name],
                 f"slurmd-{name}",
                 ["slurmd", "-D", "-N", name],
-                functools.partial(self._takes_jobs, name),
+                functools.partial(self.takes_jobs, name),
             )
             for name in (node.hostname for node in COMPUTE_NODES)
         }
@@ -125,17 +125,21 @@ class Cluster:
         for arguments in commands:
             self._machines[DATABASE.hostname].run(["sacctmgr", "--immediate", "--quiet", *arguments])
 
-    def query(self, *command: str, timeout: float = 30.0) -> str:
+    def query(self, *command: str) -> str:
         """Run one of Slurm's commands as root on the controller's machine and return what it printed on stdout.
 
         Raises:
             SiteError: it failed.
         """
-        return self._machines[CONTROLLER.hostname].run(command, timeout=timeout).stdout
+        return self._machines[CONTROLLER.hostname].run(command).stdout
 
     def node_state(self, hostname: str) -> str:
         """State of a node as sinfo(1) prints it, for example `idle` or `down*`."""
         return self.query("sinfo", "--noheader", "--Node", "--nodes", hostname, "--format", "%t").splitlines()[0]
+
+    def takes_jobs(self, hostname: str) -> bool:
+        """Whether a node is up and in service, idle or busy."""
+        return self.node_state(hostname) in ("idle", "mix", "alloc", "comp")
 
     def cancel_all(self) -> None:
         """Cancel every job and wait until none is left, running, pending or completing."""
@@ -143,8 +147,8 @@ class Cluster:
             self.query("scancel", f"--user={owner}")
         wait_until(lambda: not self.query("squeue", "--noheader"), "an empty queue", 90.0)
 
-    def _takes_jobs(self, hostname: str) -> bool:
-        return self.node_state(hostname) in ("idle", "mix", "alloc")
+    def _authentication_answers(self) -> bool:
+        return self._succeeds(CONTROLLER.hostname, "munge", "--no-input")
 
     def _database_answers(self) -> bool:
         return self._succeeds(DATABASE.hostname, "mariadb-admin", "ping")

@@ -3,10 +3,13 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import SiteError
 from .machines import Machine, spawn
 from .waiting import wait_until
+
+_START_WAIT, _STOP_WAIT = 60.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,7 @@ class Daemon:
     """A program that runs in the foreground on a machine until it is told to end.
 
     Attributes:
+        machine: where it runs.
         name: names its pid file and its log.
         command: its command line.
         ready: returns true once it serves.
@@ -37,36 +41,40 @@ class Daemon:
         file = self.machine.pid_file(self.name)
         file.unlink(missing_ok=True)
         keep_pid = ["sh", "-c", 'echo $$ >"$1"; shift; exec "$@"', "sh", str(file)]
-        spawn(self.machine.command([*keep_pid, *self.command]), self.machine.layout.log / f"{self.name}.log")
+        spawn(self.machine.command([*keep_pid, *self.command]), self._output)
         wait_until(lambda: self._pid() is not None, f"start of {self.name}", interval=0.02)
 
-    def start(self, timeout: float = 60.0) -> None:
+    def start(self) -> None:
         """Start it unless it runs, and wait until it serves."""
         self.launch()
-        self.wait_ready(timeout)
+        self.wait_ready()
 
-    def wait_ready(self, timeout: float = 60.0) -> None:
+    def wait_ready(self) -> None:
         """Wait until it serves.
 
         Raises:
-            SiteError: it ended, or does not serve within `timeout` seconds; the message names its log.
+            SiteError: it ended, or does not serve within a minute; the message names what it printed.
         """
-        log = self.machine.layout.log / f"{self.name}.log"
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + _START_WAIT
         while not self.ready():
             if not self.running:
-                raise SiteError(f"{self.name} ended; see {log}")
+                raise SiteError(f"{self.name} ended; see {self._output}")
             if time.monotonic() > deadline:
-                raise SiteError(f"{self.name} does not serve after {timeout:.0f} s; see {log}")
+                raise SiteError(f"{self.name} does not serve after {_START_WAIT:.0f} s; see {self._output}")
             time.sleep(0.1)
 
-    def stop(self, signal_name: str = "TERM", timeout: float = 30.0) -> None:
+    def stop(self) -> None:
         """Tell it to end, and wait until it has; nothing to do if it does not run."""
         pid = self._pid()
         if pid is None or not self.machine.process_alive(pid):
             return
-        self.machine.run(["kill", f"-{signal_name}", str(pid)], check=False)  # it may have ended meanwhile
-        wait_until(lambda: not self.machine.process_alive(pid), f"end of {self.name}", timeout, 0.05)
+        self.machine.run(["kill", str(pid)], check=False)  # it may have ended meanwhile
+        wait_until(lambda: not self.machine.process_alive(pid), f"end of {self.name}", _STOP_WAIT, 0.05)
+
+    @property
+    def _output(self) -> Path:
+        """What it prints; Slurm's daemons, MariaDB and munged also have logs of their own, beside it."""
+        return self.machine.layout.log / f"{self.name}.out"
 
     def _pid(self) -> int | None:
         try:

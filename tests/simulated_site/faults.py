@@ -5,13 +5,14 @@ until the site is healthy again. One that is an event (`cancel_job`, `drop_conne
 mends whatever is wrong, also what another process has injected.
 """
 
-import subprocess
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .authentik import Disturbance
 from .layout import COMPUTE_NODES, CONTROLLER, DATABASE, HOME_SIZE
+from .relay import Settings
 from .slurm_configuration import ADMIN_QOS
 from .waiting import wait_until
 
@@ -97,11 +98,11 @@ class Faults:
 
     def ssh_refused(self) -> Fault:
         """Refuse new connections; sessions that are open stay."""
-        return Fault(lambda: self._disturb_login(refuse=True), self._site.login.relay.mend)
+        return self._login_fault(refuse=True)
 
     def login_frozen(self) -> Fault:
         """Let nothing pass and close nothing, new connections included."""
-        return Fault(lambda: self._disturb_login(frozen=True), self._site.login.relay.mend)
+        return self._login_fault(frozen=True)
 
     def login_slow(self, delay: float = 0.0, bandwidth: float = 0.0) -> Fault:
         """Delay everything, and limit how much passes.
@@ -110,7 +111,7 @@ class Faults:
             delay: seconds under way, in each direction.
             bandwidth: bytes a second in each direction, all connections together; 0 for no limit.
         """
-        return Fault(lambda: self._disturb_login(delay=delay, bandwidth=bandwidth), self._site.login.relay.mend)
+        return self._login_fault(delay=delay, bandwidth=bandwidth)
 
     def drop_connections(self, after_bytes: int = 0) -> None:
         """Reset every SSH connection once: now, or as soon as the login nodes have sent so many bytes more."""
@@ -133,7 +134,7 @@ class Faults:
         return Fault(daemon.stop, daemon.start)
 
     def authentik_disturbed(self, disturbance: Disturbance) -> Fault:
-        """Disturb authentik's answers: slow, late, 5xx, lost; see Disturbance."""
+        """Disturb authentik's answers: slow, late, 5xx, lost; see Disturbance. Mending it ends all disturbances."""
         return Fault(lambda: self._site.authentik.disturb(disturbance), self._site.authentik.clear_disturbances)
 
     # Mending
@@ -151,7 +152,7 @@ class Faults:
         site.login.relay.mend()
         site.authentik.clear_disturbances()
         for node in COMPUTE_NODES:
-            if not self._takes_jobs(node.hostname):
+            if not site.cluster.takes_jobs(node.hostname):
                 self._reconnect(node.hostname)
 
     def _bring_back(self, node: str) -> None:
@@ -168,9 +169,6 @@ class Faults:
         if daemon := self._site.cluster.node_daemons.get(node):
             daemon.stop()
             daemon.start()
-
-    def _takes_jobs(self, node: str) -> bool:
-        return self._site.cluster.node_state(node) in ("idle", "mix", "alloc", "comp")
 
     def _mend_accounting(self) -> None:
         self._let_accounting_through()
@@ -207,15 +205,16 @@ class Faults:
         self._site.cluster.query("scancel", "--name=preemption", "--user=root")
         wait_until(lambda: not self._site.squeue("--noheader", "--name=preemption"), "end of the preemption", 90.0)
 
-    def _disturb_login(self, **settings: object) -> None:
-        self._site.login.relay.tell(**settings)
+    def _login_fault(self, **settings: object) -> Fault:
+        """Return a fault that changes some settings of the relay, and sets these alone back."""
+        relay, healthy = self._site.login.relay, asdict(Settings())
+
+        def tell(**values: object) -> None:
+            relay.tell(**values)
+
+        return Fault(lambda: tell(**settings), lambda: tell(**{name: healthy[name] for name in settings}))
 
     def _fill_home(self) -> None:
         """Make the file system as small as what is on it: it is full then, and nothing has to be written."""
-        used = subprocess.run(
-            ["df", "--block-size=1", "--output=used", self._site.layout.home],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        self._site.login.resize_home(used.stdout.split()[-1])
+        state = os.statvfs(self._site.layout.home)
+        self._site.login.resize_home(str((state.f_blocks - state.f_bfree) * state.f_frsize))

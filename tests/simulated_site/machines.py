@@ -43,7 +43,7 @@ class Machine:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        log = self.layout.log / f"machine-{self.hostname}.log"
+        log = self.layout.log / f"machine-{self.hostname}.out"
         tmp = ""
         if self.name.for_users:
             folder = self._folder / "tmp"

@@ -81,9 +81,14 @@ class SimulatedSite:
         requirements.check_system()
         requirements.ensure_packages(install)
         programs = smallstep.ensure_programs(install)
+        left = network.find(name)
+        if left is not None and not _completed(left).exists():
+            cls.down(name)  # an attempt that was cut short: its database may lack anything
         site = cls(network.claim(name), programs)
-        site._configure()
+        if not _completed(site.layout).exists():
+            site._configure()
         site.start()
+        _completed(site.layout).touch()
         return site
 
     @classmethod
@@ -273,22 +278,22 @@ class SimulatedSite:
     # How it is made
 
     def _configure(self) -> None:
-        """Make the site's files, the first time; what an attempt that was cut short has left is made anew."""
-        done = self.layout.etc / "configured"
-        if done.exists():
-            return
-        for entry in self.layout.state.iterdir():
-            if entry.is_dir() and entry != self.layout.home:
-                shutil.rmtree(entry)
+        """Make the site's files, before any machine starts."""
+        if self.layout.log.exists():
+            shutil.rmtree(self.layout.log)
         for folder in (self.layout.etc, self.layout.run, self.layout.log):
             folder.mkdir()
         subprocess.run(["cp", "--archive", "/etc", self.layout.machine_etc], check=True)
         self.certificate_authority.configure()
         self.cluster.configure()
         self.login.configure()
-        done.touch()
 
     def _start_identity(self) -> None:
         """Start authentik's stand-in, then step-ca, which ends where it finds no issuer."""
         self.identity_provider.start()
         self.certificate_authority.daemon.start()
+
+
+def _completed(layout: Layout) -> Path:
+    """The file that tells that a site has once been up as a whole."""
+    return layout.run / "completed"
