@@ -120,6 +120,9 @@ def test_commands(site: SimulatedSite, capfd: pytest.CaptureFixture[str]) -> Non
     assert sim("fault", "mend")[0] == 0
     assert sim("status")[0] == 0
     assert sim("fault", "node-off")[0] == 2
+    assert sim("fault", "node-off", "n9999")[0] == 1
+    assert sim("fault", "scancel", "nonsense")[0] == 2
+    assert sim("fault", "sbatch", "nonsense")[0] == 1
 
 
 @pytest.mark.cluster

@@ -140,7 +140,11 @@ def _fault(options: argparse.Namespace) -> int:
     if len(options.arguments) != len(names.split()):
         print(f"sim: usage: fault {options.fault} {names}", file=sys.stderr)
         return _EXIT_REQUIREMENTS
-    fault = call(faults, *options.arguments)
+    try:
+        fault = call(faults, *options.arguments)
+    except ValueError as error:
+        print(f"sim: fault {options.fault} {names}: {error}", file=sys.stderr)
+        return _EXIT_REQUIREMENTS
     if fault is not None:
         fault.inject()
     return 0

@@ -8,10 +8,12 @@ mends whatever is wrong, also what another process has injected.
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from .authentik import Disturbance
-from .layout import COMPUTE_NODES, CONTROLLER, DATABASE, HOME_SIZE
+from .errors import SiteError
+from .layout import COMPUTE_NODES, CONTROLLER, DATABASE, HOME_SIZE, LOGIN_NODES
+from .machines import Machine
 from .relay import Settings
 from .slurm_configuration import ADMIN_QOS
 from .waiting import wait_until
@@ -52,11 +54,11 @@ class Faults:
 
     def node_off(self, node: str) -> Fault:
         """Switch a compute or login node off: all its processes die. Its jobs end as NODE_FAIL, or are requeued."""
-        return Fault(self._site.machines[node].stop, lambda: self._bring_back(node))
+        return Fault(self._machine(node).stop, lambda: self._bring_back(node))
 
     def node_cut(self, node: str) -> Fault:
         """Unplug a node's network cable: its processes go on, unseen."""
-        return Fault(self._site.machines[node].unplug, lambda: self._reconnect(node))
+        return Fault(self._machine(node).unplug, lambda: self._reconnect(node))
 
     # Slurm
 
@@ -80,6 +82,8 @@ class Faults:
             kind: `error-before` submits nothing and fails; `error-after` submits, and fails all the same;
                 `silent-after` submits and never answers; `slow` takes two seconds longer.
         """
+        if kind not in get_args(SbatchFault):
+            raise SiteError(f"no such fault of sbatch: {kind}; there are {', '.join(get_args(SbatchFault))}")
         return Fault(lambda: self._disturb_sbatch(kind), lambda: self._sbatch_fault.unlink(missing_ok=True))
 
     def cancel_job(self, job: int) -> None:
@@ -148,12 +152,19 @@ class Faults:
         for machine in site.machines.values():
             if machine.running:
                 machine.plug()
+        site.identity_provider.daemon.start()
+        site.authentik.clear_disturbances()  # before step-ca starts, which would not without its issuer
         site.start()
         site.login.relay.mend()
-        site.authentik.clear_disturbances()
         for node in COMPUTE_NODES:
             if not site.cluster.takes_jobs(node.hostname):
                 self._reconnect(node.hostname)
+
+    def _machine(self, node: str) -> Machine:
+        nodes = [each.hostname for each in (*LOGIN_NODES, *COMPUTE_NODES)]
+        if node not in nodes:
+            raise SiteError(f"no such node: {node}; there are {', '.join(nodes)}")
+        return self._site.machines[node]
 
     def _bring_back(self, node: str) -> None:
         """Switch a node on, with the daemons that belong on it."""

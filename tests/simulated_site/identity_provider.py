@@ -66,8 +66,9 @@ class IdentityProvider:
         return token
 
     def _answers(self) -> bool:
+        """Whether it serves; asked over its control, which leaves no trace in its record and is never disturbed."""
         try:
-            with urllib.request.urlopen(f"{self.issuer}jwks/", timeout=5):
-                return True
+            self.control.tokens()
         except OSError:
             return False
+        return True

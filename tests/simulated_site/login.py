@@ -66,6 +66,8 @@ class Login:
         self._write_accounts()
         self._client.mkdir()
         keys.make_key(self.plain_key)
+        for path in (self._client, self.plain_key):
+            os.chown(path, int(os.environ.get("SUDO_UID", "0")), -1)  # who starts the site with sudo is its client
         for node in LOGIN_NODES:
             self._configure_sshd(self._machines[node.hostname])
         names = ",".join([self.address, LOGIN_NAME, *(self._machines[node.hostname].address for node in LOGIN_NODES)])
