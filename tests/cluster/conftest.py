@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.simulated_site import RequirementsError, SimulatedSite
-from tests.simulated_site.requirements import installation_allowed
+from tests.simulated_site.requirements import check_system, installation_allowed
 
 SITE_NAME = "pytest"
 
@@ -15,6 +15,8 @@ SITE_NAME = "pytest"
 def site_of_this_run() -> Iterator[SimulatedSite]:
     """Start the site, and remove it after the last test. Skip where it cannot run; with CI=true that is a failure."""
     try:
+        check_system()
+        SimulatedSite.down(SITE_NAME)  # what a run that was killed has left would run older code
         site = SimulatedSite.up(SITE_NAME, install=installation_allowed(asked=False))
     except RequirementsError as error:
         if os.environ.get("CI") == "true":

@@ -20,7 +20,7 @@ from tests.simulated_site import (
 pytestmark = pytest.mark.cluster
 
 CPU = (f"--partition={CPU_PARTITION}", f"--qos={CPU_PARTITION}", "--time=60")
-SSH_SENDING_FOR_EVER = "exec cat /dev/zero"
+FIFTY_MEGABYTES = "head -c 50000000 /dev/zero"
 
 
 def running_job(site: SimulatedSite, *options: str) -> int:
@@ -116,7 +116,7 @@ def test_sacct_lagging_answers_with_what_was_before(site: SimulatedSite) -> None
         site.wait_for_job(later)
         assert accounted_state(site, job) == "RUNNING|0:0"
         assert accounted_state(site, later) == ""
-    assert accounted_state(site, job) == "CANCELLED by 0|0:0"
+    assert accounted_state(site, job).startswith("CANCELLED by 0|")
     assert accounted_state(site, later) == "COMPLETED|0:0"
 
 
@@ -196,7 +196,7 @@ def test_all_connections_dropped_at_once(site: SimulatedSite) -> None:
 
 def test_connections_dropped_in_the_middle_of_a_transfer(site: SimulatedSite) -> None:
     site.faults.drop_connections(after_bytes=5_000_000)
-    done = subprocess.run(site.login_command(SSH_SENDING_FOR_EVER), capture_output=True, check=False, timeout=60)
+    done = subprocess.run(site.login_command(FIFTY_MEGABYTES), capture_output=True, check=False, timeout=60)
     assert done.returncode == 255
     assert 3_000_000 < len(done.stdout) < 6_000_000
     assert ssh(site).returncode == 0

@@ -4,7 +4,6 @@ import functools
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from . import keys
 from .daemons import Daemon
 from .keys import Authorities
 from .layout import FRONT, HOME_SIZE, LOGIN_NAME, LOGIN_NODES, MACHINES, PLAIN_KEY_USER, USERS, Layout, User
-from .machines import Machine
+from .machines import Machine, run_on_host
 from .relay import RelayControl
 
 SSH_PORT = 22
@@ -82,7 +81,7 @@ class Login:
         home = self._layout.home
         if not home.is_mount():
             home.mkdir(exist_ok=True)
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={HOME_SIZE},mode=755", "tmpfs", home], check=True)
+            run_on_host("mount", "-t", "tmpfs", "-o", f"size={HOME_SIZE},mode=755", "tmpfs", str(home))
             self.restore_homes()
 
     def start(self) -> None:
@@ -117,7 +116,7 @@ class Login:
 
     def resize_home(self, size: str) -> None:
         """Change the size of the homes' file system: a number of bytes, or with `m` or `g` behind it."""
-        subprocess.run(["mount", "-o", f"remount,size={size}", self._layout.home], check=True)
+        run_on_host("mount", "-o", f"remount,size={size}", str(self._layout.home))
 
     def ssh_command(self, user: User, key: Path, *command: str) -> list[str]:
         """Return the command line of OpenSSH's client, with strict host-key checking against `known_hosts`."""

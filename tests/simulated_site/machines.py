@@ -186,12 +186,17 @@ class Machine:
         return int(children[0]) if ours and children else None
 
 
-def ip(*arguments: str) -> str:
-    """Run ip(8) on the host and return its output; raise SiteError with its words if it fails."""
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+def run_on_host(*command: str) -> str:
+    """Run a command on the host and return its output; raise SiteError with its words if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SiteError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+        raise SiteError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout
+
+
+def ip(*arguments: str) -> str:
+    """Run ip(8) on the host and return its output; raises SiteError."""
+    return run_on_host("ip", *arguments)
 
 
 def spawn(command: Sequence[str], log: Path) -> None:

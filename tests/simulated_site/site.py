@@ -30,7 +30,7 @@ from .layout import (
     state_folder,
 )
 from .login import Login
-from .machines import Machine
+from .machines import Machine, run_on_host
 from .waiting import wait_until
 
 
@@ -115,7 +115,7 @@ class SimulatedSite:
         for machine in machines:
             machine.remove_cgroups()
         if layout.home.is_mount():
-            subprocess.run(["umount", layout.home], check=True)
+            run_on_host("umount", str(layout.home))
         network.release(layout)
         for entry in state_folder(name).iterdir():
             if entry.is_dir() and entry != layout.log:
@@ -283,7 +283,7 @@ class SimulatedSite:
             shutil.rmtree(self.layout.log)
         for folder in (self.layout.etc, self.layout.run, self.layout.log):
             folder.mkdir()
-        subprocess.run(["cp", "--archive", "/etc", self.layout.machine_etc], check=True)
+        run_on_host("cp", "--archive", "/etc", str(self.layout.machine_etc))
         self.certificate_authority.configure()
         self.cluster.configure()
         self.login.configure()

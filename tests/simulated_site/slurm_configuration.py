@@ -84,7 +84,7 @@ PreemptType=preempt/qos
 PreemptMode=REQUEUE
 JobRequeue=1
 # Short, so that faults show soon.
-SlurmdTimeout=15
+SlurmdTimeout=20
 SlurmctldTimeout=10
 MessageTimeout=10
 KillWait=5
