@@ -10,6 +10,7 @@ import pytest
 
 from tests.simulated_site import CERTIFICATE_USER, CPU_PARTITION, RequirementsError, SimulatedSite, requirements
 from tests.simulated_site.command_line import main
+from tests.simulated_site.machines import MEMORY_CGROUPS
 
 CPU_DEV = (f"--partition={CPU_PARTITION}", f"--qos=dev_{CPU_PARTITION}", "--time=5")
 SECOND = "pytest-second"
@@ -71,7 +72,7 @@ def test_two_sites_side_by_side_and_nothing_is_left_of_one_that_went_down(
     state = str(second.layout.state)
     assert len(site_namespaces) == len(NAMESPACES) * len(second.machines)
     assert len(processes_of(site_namespaces, state)) > len(second.machines)
-    assert cgroups() or not Path("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists()
+    assert bool(cgroups()) is MEMORY_CGROUPS
 
     SimulatedSite.down(second_name)
 
@@ -152,6 +153,15 @@ def test_without_root_it_says_what_it_needs(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert main(["up"]) == 2
     assert capsys.readouterr().err.startswith("sim: the simulated site needs ")
+
+
+def test_state_must_be_where_every_machine_can_see_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(requirements, "check_system", lambda: None)
+    monkeypatch.setenv("SIMULATED_SITE_STATE", "/tmp/below")
+    assert main(["status"]) == 1
+    assert "must not lie below /tmp" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named_and_not_installed_unasked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from . import slurm_configuration as configuration
 from .daemons import Daemon
 from .layout import COMPUTE_NODES, CONTROLLER, DATABASE, Layout
-from .machines import PROGRAMS, Machine
+from .machines import MEMORY_CGROUPS, PROGRAMS, Machine
 from .waiting import wait_until
 
 _NULL_DEVICE = os.makedev(1, 3)
@@ -60,10 +60,9 @@ class Cluster:
         layout = self._layout
         folder = layout.machine_etc / "slurm"
         folder.mkdir(exist_ok=True)
-        with_cgroups = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes").exists()
-        (folder / "slurm.conf").write_text(configuration.slurm_conf(layout, with_cgroups), encoding="utf-8")
+        (folder / "slurm.conf").write_text(configuration.slurm_conf(layout, MEMORY_CGROUPS), encoding="utf-8")
         (folder / "gres.conf").write_text(configuration.gres_conf(layout), encoding="utf-8")
-        if with_cgroups:
+        if MEMORY_CGROUPS:
             (folder / "cgroup.conf").write_text(configuration.cgroup_conf(), encoding="utf-8")
         _write_owned(folder / "slurmdbd.conf", configuration.slurmdbd_conf(layout), "slurm")
         (layout.etc / "database.cnf").write_text(configuration.database_conf(layout), encoding="utf-8")

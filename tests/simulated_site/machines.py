@@ -18,6 +18,9 @@ from .waiting import wait_until
 
 PROGRAMS = Path(__file__).parent / "programs"
 _CGROUP_MEMORY = Path("/sys/fs/cgroup/memory")
+MEMORY_CGROUPS = (_CGROUP_MEMORY / "memory.limit_in_bytes").exists()
+"""Whether the host has version 1 of the memory cgroup, with which Slurm can enforce a job's memory."""
+
 _EXIT_WAIT = 20.0
 _ROOT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -161,7 +164,7 @@ class Machine:
 
     def _make_cgroup(self) -> str:
         """Make the memory cgroup of this machine, where the host has version 1 of them; return its path, else ""."""
-        if not (_CGROUP_MEMORY / "memory.limit_in_bytes").exists():
+        if not MEMORY_CGROUPS:
             return ""
         self._cgroup.mkdir(exist_ok=True)
         return str(self._cgroup)

@@ -46,7 +46,7 @@ class Programs:
 
 
 def ensure_programs(install: bool) -> Programs:
-    """Return step and step-ca from PATH, from the cache, or freshly built (about two minutes, once a machine).
+    """Return step and step-ca from PATH, from the cache, or freshly built (a minute or two, once a machine).
 
     Raises:
         RequirementsError: they would have to be built, and `install` is false.
