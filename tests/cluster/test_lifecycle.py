@@ -1,0 +1,185 @@
+"""Starting, looking at and ending a site, with the command and from Python."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.simulated_site import CERTIFICATE_USER, CPU_PARTITION, RequirementsError, SimulatedSite, requirements
+from tests.simulated_site.command_line import main
+from tests.simulated_site.machines import MEMORY_CGROUPS
+
+CPU_DEV = (f"--partition={CPU_PARTITION}", f"--qos=dev_{CPU_PARTITION}", "--time=5")
+SECOND = "pytest-second"
+NAMESPACES = ("mnt", "net", "pid", "uts", "ipc")
+
+
+@pytest.fixture
+def second_name() -> Iterator[str]:
+    yield SECOND
+    SimulatedSite.down(SECOND)
+
+
+def interfaces() -> set[str]:
+    listing = subprocess.run(["ip", "-json", "link", "show"], capture_output=True, text=True, check=True)
+    return {interface["ifname"] for interface in json.loads(listing.stdout)}
+
+
+def mounts() -> set[str]:
+    return {line.split()[4] for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()}
+
+
+def cgroups() -> set[str]:
+    return {str(path) for path in Path("/sys/fs/cgroup").glob(f"*/*{SECOND}*")}
+
+
+def namespaces(process: Path) -> set[str]:
+    """The namespaces of a process that are not this one's."""
+    try:
+        mine = {name: (Path("/proc/self/ns") / name).readlink() for name in NAMESPACES}
+        return {str(link) for name, own in mine.items() if (link := (process / "ns" / name).readlink()) != own}
+    except OSError:  # it has ended meanwhile
+        return set()
+
+
+def processes_of(site_namespaces: set[str], state: str) -> list[str]:
+    """Command lines of every process that is in one of the namespaces, or names the site's folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text(encoding="utf-8").replace("\0", " ")
+        except OSError:
+            continue
+        if state in command or namespaces(process) & site_namespaces:
+            found.append(command)
+    return found
+
+
+@pytest.mark.cluster
+def test_two_sites_side_by_side_and_nothing_is_left_of_one_that_went_down(
+    site: SimulatedSite, second_name: str
+) -> None:
+    before = interfaces(), mounts()
+    second = SimulatedSite.up(second_name)
+    assert second.login.address != site.login.address
+    for each in (site, second):
+        each.wait_for_job(each.submit("hostname", *CPU_DEV))
+        assert subprocess.run(each.login_command("true"), capture_output=True, check=False, timeout=60).returncode == 0
+    site_namespaces = set[str]().union(*map(namespaces, machine_processes(second)))
+    state = str(second.layout.state)
+    assert len(site_namespaces) == len(NAMESPACES) * len(second.machines)
+    assert len(processes_of(site_namespaces, state)) > len(second.machines)
+    assert bool(cgroups()) is MEMORY_CGROUPS
+
+    SimulatedSite.down(second_name)
+
+    assert (interfaces(), mounts()) == before
+    assert cgroups() == set()
+    assert processes_of(site_namespaces, state) == []
+    assert [entry.name for entry in second.layout.state.iterdir()] == ["log"]
+    assert all(site.status().values())
+
+
+def machine_processes(site: SimulatedSite) -> list[Path]:
+    """The first process of every machine."""
+    found = []
+    for machine in site.machines.values():
+        parent = (site.layout.run / "machines" / machine.hostname / "pid").read_text(encoding="ascii").strip()
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii")
+        found += [Path("/proc") / child for child in children.split()]
+    return found
+
+
+@pytest.mark.cluster
+def test_up_again_leaves_what_runs_alone(site: SimulatedSite) -> None:
+    job = site.submit("exec sleep 1000", *CPU_DEV)
+    site.wait_for_job(job, "RUNNING")
+    before = machine_processes(site)
+    again = SimulatedSite.up(site.layout.name)
+    assert machine_processes(again) == before
+    assert again.job_state(job) == "RUNNING"
+
+
+@pytest.mark.cluster
+def test_commands(site: SimulatedSite, capfd: pytest.CaptureFixture[str]) -> None:
+    def sim(*arguments: str) -> tuple[int, str]:
+        code = main(["--name", site.layout.name, *arguments])
+        return code, capfd.readouterr().out
+
+    assert sim("status")[0] == 0
+    assert sim("login", "--", "id", "-un") == (0, sim("login", "true")[1] + "xy12345\n")
+    assert sim("login", "--", "exit 3")[0] == 3
+    code, dotenv = sim("env")
+    assert code == 0
+    assert f"SLURM_EDGE_NODE_HOST={site.login.address}\n" in dotenv
+    assert site.login.known_hosts.read_text(encoding="utf-8") in dotenv
+    assert sim("fault", "ca-down")[0] == 0
+    assert sim("status")[0] == 1
+    assert sim("fault", "mend")[0] == 0
+    assert sim("status")[0] == 0
+    assert sim("fault", "node-off")[0] == 2
+    assert sim("fault", "node-off", "n9999")[0] == 1
+    assert sim("fault", "scancel", "nonsense")[0] == 2
+    assert sim("fault", "sbatch", "nonsense")[0] == 1
+
+
+@pytest.mark.cluster
+def test_nothing_of_users_stays_after_a_reset(site: SimulatedSite) -> None:
+    site.submit("exec sleep 1000", *CPU_DEV)
+    site.run_on_login(CERTIFICATE_USER, "mkdir -p dagster-slurm/run; sleep 1000 >/dev/null 2>&1 &")
+    assert [process.command for process in site.processes_on_login()] == ["sleep 1000"]
+    site.run_on_login(CERTIFICATE_USER, "echo left >/tmp/left")
+    site.environment()
+    site.login_command()
+    site.reset()
+    assert site.processes_on_login() == []
+    assert site.squeue("--noheader") == ""
+    assert sorted(entry.name for entry in (site.layout.home / CERTIFICATE_USER.name).iterdir()) == [".bashrc", ".ssh"]
+    assert site.run_on_node("login01", "ls /tmp").stdout == ""
+    assert site.authentik.tokens() == []
+    assert {file.name for file in site.login.known_hosts.parent.iterdir()} == {
+        "known_hosts",
+        "id_plain",
+        "id_plain.pub",
+    }
+
+
+def test_without_root_it_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert main(["up"]) == 2
+    assert capsys.readouterr().err.startswith("sim: the simulated site needs ")
+
+
+def test_state_must_be_where_every_machine_can_see_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(requirements, "check_system", lambda: None)
+    monkeypatch.setenv("SIMULATED_SITE_STATE", "/tmp/below")
+    assert main(["status"]) == 1
+    assert "must not lie below /tmp" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named_and_not_installed_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "missing_packages", lambda: ["slurmctld", "munge"])
+    with pytest.raises(RequirementsError, match=r"--install.*: slurmctld munge"):
+        requirements.ensure_packages(install=False)
+
+
+@pytest.mark.parametrize("original", ["#!/bin/sh\nexit 0\n", None])
+def test_services_are_kept_from_starting_during_an_installation_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, original: str | None
+) -> None:
+    policy = tmp_path / "policy-rc.d"
+    if original is not None:
+        policy.write_text(original)
+        policy.chmod(0o755)
+    monkeypatch.setattr(requirements, "_POLICY", policy)
+    with requirements._no_service_starts():
+        assert subprocess.run([policy], check=False).returncode == 101
+    assert (policy.read_text() if policy.exists() else None) == original
+    assert len(list(tmp_path.iterdir())) == (original is not None)

@@ -1,0 +1,186 @@
+"""Slurm on the simulated machines: munge, database, accounting, controller, compute nodes."""
+
+import functools
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from . import slurm_configuration as configuration
+from .daemons import Daemon
+from .layout import COMPUTE_NODES, CONTROLLER, DATABASE, Layout
+from .machines import MEMORY_CGROUPS, PROGRAMS, Machine
+from .waiting import wait_until
+
+_NULL_DEVICE = os.makedev(1, 3)
+
+
+class Cluster:
+    """The Slurm of a site.
+
+    Attributes:
+        controller: slurmctld.
+        accounting: slurmdbd.
+        node_daemons: slurmd of each compute node, by hostname.
+    """
+
+    def __init__(self, layout: Layout, machines: dict[str, Machine]) -> None:
+        self._layout = layout
+        self._machines = machines
+        control, database = machines[CONTROLLER.hostname], machines[DATABASE.hostname]
+        as_munge = ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups"]
+        munge = layout.run / "munge"
+        munged = f"munged --foreground --num-threads=4 --key-file={layout.etc}/munge/munge.key"
+        files = f"--socket=/run/munge/munge.socket.2 --pid-file={munge}/munged.pid --seed-file={munge}/munged.seed"
+        log = f"--log-file={layout.log}/munge/munged.log"
+        self._authentication = Daemon(
+            control, "munged", [*as_munge, *f"{munged} {files} {log}".split()], self._authentication_answers
+        )
+        self._database = Daemon(
+            database, "mariadbd", ["mariadbd", f"--defaults-file={layout.etc}/database.cnf"], self._database_answers
+        )
+        self.accounting = Daemon(database, "slurmdbd", ["slurmdbd", "-D"], self._accounting_answers)
+        self.controller = Daemon(control, "slurmctld", ["slurmctld", "-D"], self._controller_answers)
+        self.node_daemons = {
+            name: Daemon(
+                machines[name],
+                f"slurmd-{name}",
+                ["slurmd", "-D", "-N", name],
+                functools.partial(self.takes_jobs, name),
+            )
+            for name in (node.hostname for node in COMPUTE_NODES)
+        }
+
+    def daemons(self) -> list[Daemon]:
+        """Return every daemon, in the order in which they start."""
+        return [self._authentication, self._database, self.accounting, self.controller, *self.node_daemons.values()]
+
+    def configure(self) -> None:
+        """Write the configuration files and make what the daemons need to start the first time."""
+        layout = self._layout
+        folder = layout.machine_etc / "slurm"
+        folder.mkdir(exist_ok=True)
+        (folder / "slurm.conf").write_text(configuration.slurm_conf(layout, MEMORY_CGROUPS), encoding="utf-8")
+        (folder / "gres.conf").write_text(configuration.gres_conf(layout), encoding="utf-8")
+        if MEMORY_CGROUPS:
+            (folder / "cgroup.conf").write_text(configuration.cgroup_conf(), encoding="utf-8")
+        _write_owned(folder / "slurmdbd.conf", configuration.slurmdbd_conf(layout), "slurm")
+        (layout.etc / "database.cnf").write_text(configuration.database_conf(layout), encoding="utf-8")
+        for path, owner in (
+            (layout.run / "munge", "munge"),
+            (layout.log / "munge", "munge"),
+            (layout.etc / "munge", "munge"),
+            (layout.run / "slurmctld", "slurm"),
+            (layout.run / "slurmd", "root"),
+        ):
+            path.mkdir(parents=True, exist_ok=True)
+            shutil.chown(path, owner, owner)
+        (layout.log / "munge").chmod(0o700)
+        for name in ("slurmctld", "slurmdbd"):
+            _write_owned(layout.log / f"{name}.log", "", "slurm")
+            _write_owned(layout.run / f"{name}.pid", "", "slurm")
+        key = layout.etc / "munge/munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        shutil.chown(key, "munge", "munge")
+        self._make_gpus()
+        self._wrap_sbatch()
+
+    def start(self) -> None:
+        """Start every daemon, fill the accounting the first time, and wait until all nodes are idle."""
+        self._authentication.launch()
+        first_time = self._start_accounting()
+        self.controller.start()
+        for daemon in self.node_daemons.values():
+            daemon.launch()
+        if first_time:
+            self._account(configuration.gpu_accounting_commands())
+        for daemon in self.node_daemons.values():
+            daemon.wait_ready()
+
+    def _start_accounting(self) -> bool:
+        """Start the database and slurmdbd, and return whether it was for the first time.
+
+        slurmctld will not start before slurmdbd knows the cluster.
+        """
+        data = self._layout.run / "database"
+        database = self._machines[DATABASE.hostname]
+        first_time = not data.exists()
+        if first_time:
+            options = ["--no-defaults", "--user=mysql", f"--datadir={data}", "--skip-test-db"]
+            database.run(["mariadb-install-db", *options, "--auth-root-authentication-method=socket"], timeout=120)
+        self._database.start()
+        if first_time:
+            account = "create user 'slurm'@'localhost' identified via unix_socket"
+            rights = "grant all on slurm_acct_db.* to 'slurm'@'localhost'"
+            database.run(["mariadb", "--execute", f"create database slurm_acct_db; {account}; {rights}"])
+        self._authentication.wait_ready()
+        self.accounting.start()
+        if first_time:
+            self._account(configuration.accounting_commands())
+        return first_time
+
+    def _account(self, commands: list[list[str]]) -> None:
+        for arguments in commands:
+            self._machines[DATABASE.hostname].run(["sacctmgr", "--immediate", "--quiet", *arguments])
+
+    def query(self, *command: str) -> str:
+        """Run one of Slurm's commands as root on the controller's machine and return what it printed on stdout.
+
+        Raises:
+            SiteError: it failed.
+        """
+        return self._machines[CONTROLLER.hostname].run(command).stdout
+
+    def node_state(self, hostname: str) -> str:
+        """State of a node as sinfo(1) prints it, for example `idle` or `down*`."""
+        return self.query("sinfo", "--noheader", "--Node", "--nodes", hostname, "--format", "%t").splitlines()[0]
+
+    def takes_jobs(self, hostname: str) -> bool:
+        """Whether a node is up and in service, idle or busy."""
+        return self.node_state(hostname) in ("idle", "mix", "alloc", "comp")
+
+    def cancel_all(self) -> None:
+        """Cancel every job and wait until none is left, running, pending or completing."""
+        for owner in set(self.query("squeue", "--noheader", "--format=%u").split()):
+            self.query("scancel", f"--user={owner}")
+        wait_until(lambda: not self.query("squeue", "--noheader"), "an empty queue", 90.0)
+
+    def _authentication_answers(self) -> bool:
+        return self._succeeds(CONTROLLER.hostname, "munge", "--no-input")
+
+    def _database_answers(self) -> bool:
+        return self._succeeds(DATABASE.hostname, "mariadb-admin", "ping")
+
+    def _accounting_answers(self) -> bool:
+        return self._succeeds(DATABASE.hostname, "sacctmgr", "--noheader", "show", "cluster")
+
+    def _controller_answers(self) -> bool:
+        return self._succeeds(CONTROLLER.hostname, "sinfo", "--noheader")
+
+    def _succeeds(self, hostname: str, *command: str) -> bool:
+        """Whether a command succeeds within 5 s: Slurm's own wait for long on a server that is not there."""
+        return self._machines[hostname].run(["timeout", "5", *command], check=False).returncode == 0
+
+    def _make_gpus(self) -> None:
+        folder = self._layout.run / "gpus"
+        folder.mkdir()
+        for i in range(4):
+            os.mknod(folder / f"nvidia{i}", 0o666 | stat.S_IFCHR, _NULL_DEVICE)
+
+    def _wrap_sbatch(self) -> None:
+        """Keep a copy of the real sbatch, since the site's own is mounted over it on every machine."""
+        for folder in ("bin", "libexec"):
+            (self._layout.state / folder).mkdir()
+        shutil.copy2("/usr/bin/sbatch", self._layout.state / "libexec/sbatch")
+        wrapper = self._layout.state / "bin/sbatch"
+        wrapper.write_text(
+            (PROGRAMS / "sbatch").read_text(encoding="utf-8").replace("@STATE@", str(self._layout.state))
+        )
+        wrapper.chmod(0o755)
+
+
+def _write_owned(file: Path, text: str, owner: str) -> None:
+    file.write_text(text, encoding="utf-8")
+    shutil.chown(file, owner, owner)
+    file.chmod(0o600)

@@ -1,0 +1,154 @@
+"""The command `scripts/sim`."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from . import requirements
+from .authentik import Disturbance
+from .errors import RequirementsError, SiteError
+from .faults import Fault, Faults
+from .site import SimulatedSite
+
+DEFAULT_NAME = "musica"
+_EXIT_FAILED, _EXIT_REQUIREMENTS = 1, 2
+
+_FAULTS: dict[str, tuple[str, Callable[..., Fault | None]]] = {
+    # name: (its arguments, what it calls with them)
+    "node-off": ("NODE", lambda faults, node: faults.node_off(node)),
+    "node-cut": ("NODE", lambda faults, node: faults.node_cut(node)),
+    "slurmctld-down": ("", lambda faults: faults.controller_down()),
+    "sacct-off": ("", lambda faults: faults.accounting_off()),
+    "sacct-lagging": ("", lambda faults: faults.accounting_lagging()),
+    "sbatch": ("error-before|error-after|silent-after|slow", lambda faults, kind: faults.sbatch(kind)),
+    "scancel": ("JOB", lambda faults, job: faults.cancel_job(int(job))),
+    "requeue": ("JOB", lambda faults, job: faults.requeue_job(int(job))),
+    "preempt": ("JOB", lambda faults, job: faults.preemption(int(job))),
+    "ssh-refused": ("", lambda faults: faults.ssh_refused()),
+    "ssh-drop": ("", lambda faults: faults.drop_connections()),
+    "ssh-drop-after": ("BYTES", lambda faults, after: faults.drop_connections(int(after))),
+    "login-frozen": ("", lambda faults: faults.login_frozen()),
+    "login-slow": (
+        "SECONDS BYTES_PER_SECOND",
+        lambda faults, delay, rate: faults.login_slow(float(delay), float(rate)),
+    ),
+    "disk-full": ("", lambda faults: faults.disk_full()),
+    "ca-down": ("", lambda faults: faults.certificate_authority_down()),
+    "authentik-down": ("", lambda faults: faults.authentik_down()),
+    "authentik-slow": (
+        "SECONDS",
+        lambda faults, seconds: faults.authentik_disturbed(Disturbance("slow", seconds=float(seconds))),
+    ),
+    "authentik-late": (
+        "SECONDS",
+        lambda faults, seconds: faults.authentik_disturbed(Disturbance("late", seconds=float(seconds))),
+    ),
+    "authentik-error": (
+        "STATUS",
+        lambda faults, status: faults.authentik_disturbed(Disturbance("error", status=int(status))),
+    ),
+    "authentik-lost": ("", lambda faults: faults.authentik_disturbed(Disturbance("lost"))),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    0: done. 1: something of the site failed. 2: this machine lacks what the site needs, or the command was wrong.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        requirements.check_system()
+        code: int = options.run(options)
+    except RequirementsError as error:
+        print(f"sim: {error}", file=sys.stderr)
+        return _EXIT_REQUIREMENTS
+    except SiteError as error:
+        print(f"sim: {error}", file=sys.stderr)
+        return _EXIT_FAILED
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sim", description="MUSICA in a box: a simulated Slurm site on this machine.")
+    parser.add_argument(
+        "--name", default=DEFAULT_NAME, help="which site; several can run side by side (default: %(default)s)"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    up = commands.add_parser("up", help="start it, or what of it does not run")
+    up.add_argument("--install", action="store_true", help="install missing packages and build step (in CI always)")
+    up.set_defaults(run=_up)
+    commands.add_parser("down", help="end and remove everything but the logs").set_defaults(run=_down)
+    commands.add_parser("status", help="show what runs; exit 1 unless all of it does").set_defaults(run=_status)
+    login = commands.add_parser("login", help="log in as xy12345, or run a command there")
+    login.add_argument("command", nargs="*", metavar="-- COMMAND", help="what to run there")
+    login.set_defaults(run=_login)
+    commands.add_parser("env", help="print a dotenv file for the site").set_defaults(run=_env)
+    known = "\n".join(f"  {name} {arguments}" for name, (arguments, _) in _FAULTS.items())
+    fault = commands.add_parser(
+        "fault",
+        help="make something go wrong, or mend it all",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"faults:\n{known}\n  mend\nEach lasts until `mend`; scancel, requeue and ssh-drop* are events.",
+    )
+    fault.add_argument("fault", choices=[*_FAULTS, "mend"], metavar="FAULT")
+    fault.add_argument("arguments", nargs="*", metavar="ARGUMENT")
+    fault.set_defaults(run=_fault)
+    return parser
+
+
+def _up(options: argparse.Namespace) -> int:
+    site = SimulatedSite.up(options.name, requirements.installation_allowed(options.install))
+    print(f"up: {site.login.address}, state and logs in {site.layout.state}")
+    return 0
+
+
+def _down(options: argparse.Namespace) -> int:
+    SimulatedSite.down(options.name)
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    status = SimulatedSite.running(options.name).status()
+    for part, running in status.items():
+        print(f"{part:20} {'runs' if running else 'DOWN'}")
+    return 0 if all(status.values()) else 1
+
+
+def _login(options: argparse.Namespace) -> int:
+    site = SimulatedSite.running(options.name)
+    return subprocess.run(site.login_command(*options.command), check=False).returncode
+
+
+def _env(options: argparse.Namespace) -> int:
+    site = SimulatedSite.running(options.name)
+    print("# Test values for the simulated site. Host keys are signed: put this line into your known_hosts.")
+    print(f"# {site.login.known_hosts.read_text(encoding='utf-8').strip()}")
+    for name, value in site.environment().items():
+        print(f"{name}={value}")
+    return 0
+
+
+def _fault(options: argparse.Namespace) -> int:
+    faults: Faults = SimulatedSite.running(options.name).faults
+    if options.fault == "mend":
+        faults.mend_all()
+        return 0
+    names, call = _FAULTS[options.fault]
+    if len(options.arguments) != len(names.split()):
+        print(f"sim: usage: fault {options.fault} {names}", file=sys.stderr)
+        return _EXIT_REQUIREMENTS
+    try:
+        fault = call(faults, *options.arguments)
+    except ValueError as error:
+        print(f"sim: fault {options.fault} {names}: {error}", file=sys.stderr)
+        return _EXIT_REQUIREMENTS
+    if fault is not None:
+        fault.inject()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

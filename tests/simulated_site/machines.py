@@ -1,0 +1,210 @@
+"""Simulated machines: namespaces with an address, a hostname, /tmp and /dev/shm of their own, on one bridge.
+
+A machine is what its first process (`programs/machine-init`) holds: when that one is killed, the kernel ends every
+other process in its PID namespace, and with the last of them go its mounts, its network and its interface.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import SiteError
+from .layout import Layout, MachineName, User
+from .waiting import wait_until
+
+PROGRAMS = Path(__file__).parent / "programs"
+_CGROUP_MEMORY = Path("/sys/fs/cgroup/memory")
+MEMORY_CGROUPS = (_CGROUP_MEMORY / "memory.limit_in_bytes").exists()
+"""Whether the host has version 1 of the memory cgroup, with which Slurm can enforce a job's memory."""
+
+_EXIT_WAIT = 20.0
+_ROOT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Machine:
+    """One machine of a site, running or not. All its state is in the site's folder, so any process may hold one."""
+
+    def __init__(self, layout: Layout, name: MachineName) -> None:
+        self.layout = layout
+        self.name = name
+        self.hostname = name.hostname
+        self.address = layout.address(name.number)
+        self._folder = layout.run / "machines" / name.hostname
+
+    @property
+    def running(self) -> bool:
+        """Whether its first process lives."""
+        return self._init_pid() is not None
+
+    def start(self) -> None:
+        """Switch it on, with the network plugged in; nothing to do if it is on."""
+        if self.running:
+            return
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        log = self.layout.log / f"machine-{self.hostname}.out"
+        tmp = ""
+        if self.name.for_users:
+            folder = self._folder / "tmp"
+            folder.mkdir()
+            folder.chmod(0o1777)
+            tmp = str(folder)
+        cgroup = self._make_cgroup()
+        # The shell leaves its own pid, which is then unshare's; the machine's first process is unshare's only child.
+        namespaces = "--mount --uts --ipc --net --pid --fork --kill-child --mount-proc"
+        start = f'echo $$ >"$1"; shift; exec unshare {namespaces} "$@"'
+        init = [str(PROGRAMS / "machine-init"), str(self.layout.state), self.hostname, cgroup, tmp]
+        spawn(["sh", "-c", start, "sh", str(self._folder / "pid"), *init], log)
+        wait_until((self._folder / "ready").exists, f"start of the machine {self.hostname}; see {log}", interval=0.02)
+        self._connect()
+
+    def stop(self) -> None:
+        """Switch it off as a power cut does: every process on it is killed. Returns when all of them are gone."""
+        init = self._init_pid()
+        if init is not None:
+            descriptor = os.pidfd_open(init)
+            try:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                wait_until(lambda: self._init_pid() is None, f"end of the machine {self.hostname}", _EXIT_WAIT, 0.02)
+            finally:
+                os.close(descriptor)
+        # The interface goes with the network namespace, which the kernel cleans up a moment after the last process.
+        wait_until(
+            lambda: not Path(f"/sys/class/net/{self._interface}").exists(),
+            f"end of {self._interface}",
+            _EXIT_WAIT,
+            0.02,
+        )
+
+    def plug(self) -> None:
+        """Plug its network cable in."""
+        ip("link", "set", self._interface, "up")
+
+    def unplug(self) -> None:
+        """Pull its network cable out; its processes keep running."""
+        ip("link", "set", self._interface, "down")
+
+    def command(self, arguments: Sequence[str], user: User | None = None) -> list[str]:
+        """Return the command line that runs `arguments` on this machine as root or as `user`, in a clean environment.
+
+        Raises:
+            SiteError: the machine is off.
+        """
+        init = self._init_pid()
+        if init is None:
+            raise SiteError(f"the machine {self.hostname} is switched off")
+        enter = ["nsenter", "--target", str(init), "--mount", "--uts", "--ipc", "--net", "--pid", "--wd=/"]
+        if user is None:
+            return [*enter, "env", "--ignore-environment", f"PATH={_ROOT_PATH}", "HOME=/root", *arguments]
+        identity = [f"--reuid={user.uid}", f"--regid={user.uid}", "--clear-groups"]
+        variables = [f"HOME={user.home}", f"USER={user.name}", f"LOGNAME={user.name}", f"SHELL={user.shell}"]
+        login = ["env", "--ignore-environment", f"--chdir={user.home}", *variables, "PATH=/usr/bin:/bin"]
+        return [*enter, "setpriv", *identity, *login, *arguments]
+
+    def run(
+        self, arguments: Sequence[str], user: User | None = None, timeout: float = 60.0, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on this machine to its end.
+
+        Raises:
+            SiteError: it failed (where `check` is true), with what it printed.
+            subprocess.TimeoutExpired: it took longer than `timeout` seconds.
+        """
+        done = subprocess.run(
+            self.command(arguments, user),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if check and done.returncode:
+            output = (done.stdout + done.stderr).strip()
+            raise SiteError(f"on {self.hostname}: {' '.join(arguments)} ended with {done.returncode}: {output}")
+        return done
+
+    def pid_file(self, daemon: str) -> Path:
+        """File for the PID of a daemon on this machine; it vanishes when the machine is switched on again."""
+        return self._folder / f"{daemon}.pid"
+
+    def process_alive(self, pid: int) -> bool:
+        """Whether a process of this PID (as counted on this machine) is there, be it with its last threads only."""
+        init = self._init_pid()
+        return init is not None and Path(f"/proc/{init}/root/proc/{pid}").exists()
+
+    def cgroups(self) -> list[Path]:
+        """Folders of the memory cgroups that were made for this machine, deepest first."""
+        top = self._cgroup
+        return [Path(folder) for folder, _, _ in os.walk(top, topdown=False)] if top.exists() else []
+
+    def remove_cgroups(self) -> None:
+        """Remove its cgroups, which the kernel allows a moment after their last process has ended."""
+        deadline = time.monotonic() + _EXIT_WAIT
+        for folder in self.cgroups():
+            while True:
+                try:
+                    folder.rmdir()
+                    break
+                except OSError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.05)
+
+    @property
+    def _interface(self) -> str:
+        return f"{self.layout.bridge}-{self.name.number}"
+
+    @property
+    def _cgroup(self) -> Path:
+        return _CGROUP_MEMORY / f"simulated-site-{self.layout.name}-{self.hostname}"
+
+    def _make_cgroup(self) -> str:
+        """Make the memory cgroup of this machine, where the host has version 1 of them; return its path, else ""."""
+        if not MEMORY_CGROUPS:
+            return ""
+        self._cgroup.mkdir(exist_ok=True)
+        return str(self._cgroup)
+
+    def _connect(self) -> None:
+        """Give it an interface `eth0` with its address, whose other end is on the site's bridge."""
+        init = str(self._init_pid())
+        ip("link", "add", self._interface, "type", "veth", "peer", "name", "eth0", "netns", init)
+        ip("link", "set", self._interface, "master", self.layout.bridge, "up")
+        self.run(["ip", "address", "add", f"{self.address}/24", "dev", "eth0"])
+        self.run(["ip", "link", "set", "eth0", "up"])
+
+    def _init_pid(self) -> int | None:
+        """PID of its first process on the host, or None. The recorded parent must be ours: numbers are used again."""
+        try:
+            parent = int((self._folder / "pid").read_text(encoding="ascii"))
+            arguments = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")
+            children = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii").split()
+        except (OSError, ValueError):
+            return None
+        ours = str(self.layout.state).encode() in arguments and self.hostname.encode() in arguments
+        return int(children[0]) if ours and children else None
+
+
+def run_on_host(*command: str) -> str:
+    """Run a command on the host and return its output; raise SiteError with its words if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SiteError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def ip(*arguments: str) -> str:
+    """Run ip(8) on the host and return its output; raises SiteError."""
+    return run_on_host("ip", *arguments)
+
+
+def spawn(command: Sequence[str], log: Path) -> None:
+    """Start a process that outlives this one and belongs to no terminal; what it prints is appended to `log`."""
+    with log.open("ab") as output:
+        subprocess.run(
+            ["setsid", "--fork", *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=True
+        )

@@ -1,0 +1,70 @@
+"""The network of a site: a subnet that nobody on this machine uses, and the bridge that joins its machines."""
+
+import fcntl
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .errors import SiteError
+from .layout import Layout, state_base, state_folder
+from .machines import ip
+
+_SUBNETS = 256
+
+
+def find(name: str) -> Layout | None:
+    """Return the layout of the site of that name, or None if it is not there."""
+    file = state_folder(name) / "site.json"
+    return Layout(name, json.loads(file.read_text(encoding="utf-8"))["subnet"]) if file.exists() else None
+
+
+def claim(name: str) -> Layout:
+    """Return the layout of the site of that name; a new one gets a free subnet and its bridge.
+
+    Raises:
+        SiteError: every subnet is taken.
+    """
+    state_base().mkdir(parents=True, exist_ok=True)
+    with _one_at_a_time():
+        layout = find(name) or Layout(name, _free_subnet(name))
+        layout.state.mkdir(exist_ok=True)
+        (layout.state / "site.json").write_text(json.dumps({"subnet": layout.subnet}), encoding="utf-8")
+        if not _exists(layout.bridge):
+            ip("link", "add", layout.bridge, "type", "bridge")
+            ip("address", "add", f"{layout.address(1)}/24", "dev", layout.bridge)
+        ip("link", "set", layout.bridge, "up")
+        return layout
+
+
+def release(layout: Layout) -> None:
+    """Remove the bridge."""
+    if _exists(layout.bridge):
+        ip("link", "delete", layout.bridge)
+
+
+def _free_subnet(name: str) -> int:
+    """Return a subnet that no interface and no route of this machine is in; for a name preferably the same."""
+    taken = (
+        json.loads(ip("-json", "-4", "address", "show")),
+        json.loads(ip("-json", "-4", "route", "show", "table", "all")),
+    )
+    addresses = {entry["local"] for interface in taken[0] for entry in interface.get("addr_info", ())}
+    addresses |= {str(route.get("dst", "")) for route in taken[1]}
+    first = zlib.crc32(name.encode()) % _SUBNETS
+    for i in range(_SUBNETS):
+        subnet = (first + i) % _SUBNETS
+        if not any(address.startswith(f"10.77.{subnet}.") for address in addresses):
+            return subnet
+    raise SiteError("every subnet of 10.77.0.0/16 is in use")
+
+
+def _exists(interface: str) -> bool:
+    return any(entry.get("ifname") == interface for entry in json.loads(ip("-json", "link", "show")))
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    with (state_base() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
