@@ -3,13 +3,13 @@
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from resources.launchers import RayLauncher
 from resources.slurm import SlurmRequest
+from tests.local.dagster_dev import gone, wait_for
 from tests.local.workload_asset import PIPES, materialize
 
 pytestmark = pytest.mark.local
@@ -20,21 +20,6 @@ def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "data root"
     monkeypatch.setenv("DATA_ROOT", str(folder))
     return folder
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended (a zombie has)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def wait_until(condition: "threading.Event | object", seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 # ---- what works
@@ -357,7 +342,7 @@ def test_what_a_workload_leaves_running_is_ended(tmp_path: Path) -> None:
     """
     )
     assert materialize(workload, tmp_path).success
-    wait_until(lambda: gone(int((tmp_path / "pid").read_text())))
+    wait_for(lambda: gone(int((tmp_path / "pid").read_text())), 20, "the child has ended")
 
 
 def test_the_run_directory_is_private_and_removed(tmp_path: Path) -> None:
@@ -392,4 +377,4 @@ def test_the_same_workload_finds_ray_by_itself(tmp_path: Path) -> None:
     (metadata,) = outcome.materializations[None]
     assert metadata["squares"] == [n * n for n in range(10)]
     assert metadata["nodes"] == 1
-    wait_until(lambda: all(gone(pid) for pid in metadata["pids"]))
+    wait_for(lambda: all(gone(pid) for pid in metadata["pids"]), 20, "Ray has ended")

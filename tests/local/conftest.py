@@ -1,0 +1,66 @@
+"""One `dagster dev` for all tests that need one, and the whole example, materialised in it once."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from resources.settings import ROOT
+from tests.local.dagster_dev import DagsterDev
+
+SLEEPER = """\
+import os, pathlib, subprocess, time
+from dagster_pipes import open_dagster_pipes
+with open_dagster_pipes() as pipes:
+    child = subprocess.Popen(["sleep", "600"])
+    pids = f"{os.getpid()} {child.pid} {os.getppid()}"
+    folder = pathlib.Path(os.environ["DATA_ROOT"])
+    folder.mkdir(exist_ok=True)
+    (folder / "pids.part").write_text(pids)
+    (folder / "pids.part").rename(folder / f"pids-{pipes.run_id}")
+    time.sleep(600)
+"""
+
+TALKER = """\
+import sys
+from dagster_pipes import open_dagster_pipes
+with open_dagster_pipes() as pipes:
+    for number in range(1000):
+        print(f"line {number}")
+    print("a word to stderr", file=sys.stderr)
+    pipes.report_asset_materialization()
+"""
+
+
+@pytest.fixture(scope="session")
+def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev]:
+    """`dagster dev` with the project's code location and one of the tests', and no variable set but DATA_ROOT."""
+    folder = tmp_path_factory.mktemp("dagster") / "project"
+    workloads = folder.parent / "workloads"
+    for path in (folder, workloads):
+        path.mkdir()
+    (workloads / "sleeper.py").write_text(SLEEPER)
+    (workloads / "talker.py").write_text(TALKER)
+    shutil.copy(ROOT / "dagster.yaml", folder)
+    probe = Path(__file__).with_name("probe_location.py")
+    extra = f"  - python_file: {{relative_path: {probe}, location_name: probe}}\n"
+    (folder / "workspace.yaml").write_text((ROOT / "workspace.yaml").read_text() + extra)
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    environment |= {"DATA_ROOT": str(folder.parent / "data"), "PROBE_WORKLOADS": str(workloads)}
+    server = DagsterDev(folder, environment)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def whole_example(dagster_dev: DagsterDev) -> str:
+    """Id of a run over all assets and all months."""
+    months = {"dagster__asset_partition_range_start": "2013-01", "dagster__asset_partition_range_end": "2013-12"}
+    run_id = dagster_dev.launch("flights", "delay_features", "delay_sweep", "delay_model", **months)
+    assert dagster_dev.wait(run_id, 300) == "SUCCESS"
+    return run_id

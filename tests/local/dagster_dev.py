@@ -1,0 +1,152 @@
+"""A real `dagster dev` in a folder of its own, and what a browser would ask of it, over GraphQL."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The first true value of the condition.
+
+    Raises:
+        AssertionError: it did not come true in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.1)
+    return value
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended (a zombie has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+class DagsterDev:
+    """`dagster dev`, started in `folder`, which holds dagster.yaml and workspace.yaml."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self.log = folder.parent / "dagster-dev.log"
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+
+    def start(self) -> None:
+        """Start it and wait until every code location is loaded."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # else the child ignores it, too
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "dagster", "dev", "--port", str(port)],
+                cwd=self.folder,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        wait_for(self._loaded, 120, f"dagster dev has loaded; see {self.log}")
+
+    def _loaded(self) -> bool:
+        assert self._process is not None and self._process.poll() is None, self.log.read_text()
+        try:
+            answer = self.ask("{ workspaceOrError { ... on Workspace { locationEntries { loadStatus } } } }")
+        except httpx.HTTPError:
+            return False
+        entries = answer["workspaceOrError"].get("locationEntries", [])
+        return bool(entries) and all(entry["loadStatus"] == "LOADED" for entry in entries)
+
+    def stop(self) -> None:
+        """As Ctrl-C does: SIGINT to the group."""
+        if self._process is None:
+            return
+        os.killpg(self._process.pid, signal.SIGINT)
+        try:
+            self._process.wait(60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def ask(self, query: str, **variables: Any) -> dict[str, Any]:
+        """The data of a GraphQL answer."""
+        response = httpx.post(f"{self.url}/graphql", json={"query": query, "variables": variables}, timeout=60)
+        answer = response.json()
+        assert "errors" not in answer, answer
+        data: dict[str, Any] = answer["data"]
+        return data
+
+    def launch(self, *assets: str, location: str = "musica_pipelines", **tags: str) -> str:
+        """Launch a run over assets as the UI does; its id. Double underscores in tag names stand for slashes."""
+        parameters = {
+            "selector": {
+                "repositoryLocationName": location,
+                "repositoryName": "__repository__",
+                "jobName": "__ASSET_JOB",
+                "assetSelection": [{"path": [asset]} for asset in assets],
+            },
+            "runConfigData": {},
+            "executionMetadata": {"tags": [{"key": k.replace("__", "/"), "value": v} for k, v in tags.items()]},
+        }
+        mutation = """
+            mutation Launch($parameters: ExecutionParams!) {
+              launchRun(executionParams: $parameters) { __typename ... on LaunchRunSuccess { run { runId } } }
+            }"""
+        answer = self.ask(mutation, parameters=parameters)["launchRun"]
+        assert answer["__typename"] == "LaunchRunSuccess", answer
+        return str(answer["run"]["runId"])
+
+    def status(self, run_id: str) -> str:
+        """Of a run."""
+        query = "query Status($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
+        return str(self.ask(query, id=run_id)["runOrError"]["status"])
+
+    def wait(self, run_id: str, seconds: float = 180) -> str:
+        """The status with which a run ended."""
+        wait_for(lambda: self.status(run_id) in ENDED, seconds, f"run {run_id} has ended")
+        return self.status(run_id)
+
+    def terminate(self, run_id: str) -> None:
+        """As the UI's Terminate does."""
+        mutation = "mutation End($id: String!) { terminateRun(runId: $id) { __typename } }"
+        assert self.ask(mutation, id=run_id)["terminateRun"]["__typename"] == "TerminateRunSuccess"
+
+    def materializations(self, asset: str, partition: str | None = None) -> list[dict[str, Any]]:
+        """Newest first: `runId`, `partition` and whole numbers by label."""
+        query = """
+            query Events($path: [String!]!, $partitions: [String!]) {
+              assetOrError(assetKey: {path: $path}) { ... on Asset {
+                assetMaterializations(partitions: $partitions) {
+                  runId partition metadataEntries { label ... on IntMetadataEntry { intValue } }
+            } } } }"""
+        partitions = None if partition is None else [partition]
+        answer = self.ask(query, path=[asset], partitions=partitions)["assetOrError"]
+        return [
+            {
+                "runId": event["runId"],
+                "partition": event["partition"],
+                **{entry["label"]: entry["intValue"] for entry in event["metadataEntries"] if "intValue" in entry},
+            }
+            for event in answer["assetMaterializations"]
+        ]

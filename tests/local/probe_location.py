@@ -1,0 +1,27 @@
+"""A code location of the tests: assets whose workloads sleep, or talk a lot. Loaded by `dagster dev`."""
+
+import os
+from pathlib import Path
+
+import dagster as dg
+
+from resources import build_resources
+from resources.compute import ComputeResource
+from resources.launchers import ScriptLauncher
+
+WORKLOADS = Path(os.environ["PROBE_WORKLOADS"])
+
+
+@dg.asset
+def sleeper(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    """Never ends by itself."""
+    return compute.run(context, workload=WORKLOADS / "sleeper.py", launcher=ScriptLauncher()).get_materialize_result()
+
+
+@dg.asset
+def talker(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    """Writes 1,000 lines to stdout and a few to stderr."""
+    return compute.run(context, workload=WORKLOADS / "talker.py", launcher=ScriptLauncher()).get_materialize_result()
+
+
+defs = dg.Definitions(assets=[sleeper, talker], resources=build_resources(), executor=dg.in_process_executor)
