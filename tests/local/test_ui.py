@@ -1,0 +1,86 @@
+"""What a person sees: the real UI in a headless Chromium.
+
+With UPDATE_SCREENSHOTS=1 the pictures of the README are taken anew; look at them before you commit.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from resources.settings import ROOT
+from tests.local.dagster_dev import DagsterDev
+
+pytestmark = pytest.mark.local
+
+ASSETS = ("flights", "delay_features", "delay_sweep", "delay_model")
+FLAGS = """
+    --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync
+    """.split()
+
+
+@pytest.fixture(scope="module")
+def page(dagster_dev: DagsterDev, whole_example: str) -> Iterator[Page]:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1400, "height": 900}, base_url=dagster_dev.url)
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+def take(page: Page, name: str, folder: Path) -> None:
+    """A screenshot of a page that has come to rest."""
+    target = ROOT / "docs" / "images" if os.environ.get("UPDATE_SCREENSHOTS") else folder
+    page.screenshot(path=target / name, animations="disabled")
+    assert 20_000 < (target / name).stat().st_size < 250_000
+
+
+def test_the_graph_shows_all_assets_materialised(page: Page, tmp_path: Path) -> None:
+    page.goto("/asset-groups")
+    for asset in ASSETS:
+        expect(page.get_by_text(asset, exact=True).first).to_be_visible(timeout=60_000)
+    take(page, "asset-graph.png", tmp_path)
+
+
+def test_a_materialised_asset_shows_numbers_checks_and_a_plot(page: Page, tmp_path: Path) -> None:
+    page.goto("/assets/delay_model")
+    expect(page.get_by_text("baseline_auc", exact=True)).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("flight-delays", exact=True).first).to_be_visible()
+    expect(page.get_by_text(re.compile(r"^0\.6\d+$")).first).to_be_visible()
+    take(page, "delay-model.png", tmp_path)
+    page.get_by_text("Plots", exact=True).click()
+    expect(page.locator("canvas").first).to_be_visible(timeout=60_000)
+
+
+def test_a_picture_is_shown(page: Page) -> None:
+    page.goto("/assets/delay_model")
+    page.get_by_text("[Show Markdown]").first.click(timeout=60_000)
+    picture = page.locator("img[alt=calibration]")
+    expect(picture).to_be_visible(timeout=60_000)
+    assert picture.evaluate("image => image.naturalWidth") > 300
+
+
+def test_the_table_of_trials_is_shown(page: Page) -> None:
+    page.goto("/assets/delay_sweep")
+    for heading in ("trial", "max_depth", "device"):
+        expect(page.get_by_text(heading, exact=True).first).to_be_visible(timeout=60_000)
+
+
+def test_the_columns_are_described(page: Page) -> None:
+    page.goto("/assets/delay_features")
+    expect(page.get_by_text("minutes after midnight, local time, as scheduled")).to_be_visible(timeout=60_000)
+
+
+def test_checks_passed(page: Page) -> None:
+    page.goto("/assets/delay_model/checks")
+    expect(page.get_by_text("better_than_baseline").first).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("Passed").or_(page.get_by_text("Succeeded")).first).to_be_visible()
