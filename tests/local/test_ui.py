@@ -45,9 +45,9 @@ def take(page: Page, name: str, folder: Path) -> None:
 
 
 def test_the_graph_shows_all_assets_materialised(page: Page, tmp_path: Path) -> None:
-    page.goto("/asset-groups")
+    page.goto("/locations/__repository__@musica_pipelines/asset-groups/flight_delays")
     for asset in ASSETS:
-        expect(page.get_by_text(asset, exact=True).first).to_be_visible(timeout=60_000)
+        expect(page.get_by_text(asset, exact=True).first).to_be_visible(timeout=30_000)
     take(page, "asset-graph.png", tmp_path)
 
 
@@ -81,6 +81,6 @@ def test_the_columns_are_described(page: Page) -> None:
 
 
 def test_checks_passed(page: Page) -> None:
-    page.goto("/assets/delay_model/checks")
+    page.goto("/assets/delay_model?view=checks")
     expect(page.get_by_text("better_than_baseline").first).to_be_visible(timeout=60_000)
     expect(page.get_by_text("Passed").or_(page.get_by_text("Succeeded")).first).to_be_visible()
