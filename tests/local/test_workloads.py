@@ -5,8 +5,10 @@ import sys
 import threading
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
+from resources.compute import ComputeResource
 from resources.launchers import RayLauncher
 from resources.slurm import SlurmRequest
 from tests.local.dagster_dev import gone, wait_for
@@ -303,6 +305,18 @@ def test_a_request_that_the_supercomputer_would_refuse_fails_here_too(
 ) -> None:
     outcome = materialize("", tmp_path, request=request_)
     assert f"probe: {text}" in outcome.error
+
+
+def test_a_request_that_is_wrong_in_itself_fails_the_asset_that_makes_it() -> None:
+    @dg.asset
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> None:
+        compute.run(context, workload="w.py", launcher=RayLauncher(), request=SlurmRequest(time_limit="2h"))
+
+    resources = {"compute": ComputeResource(site_overrides={})}
+    result = dg.materialize([probe], resources=resources, raise_on_error=False)
+    (failure,) = result.get_step_failure_events()
+    assert failure.step_key == "probe"
+    assert "SlurmRequest: time_limit: '2h' is not a Slurm time" in str(failure.step_failure_data.error)
 
 
 def test_settings_that_are_wrong_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
