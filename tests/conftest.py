@@ -6,14 +6,14 @@ from collections.abc import Generator
 
 import pytest
 
-ROOT_VARIABLES = ("DAGSTER_", "SLURM_", "SBATCH_", "ASC_", "RAY_")
+PREFIXES = ("DAGSTER_", "SLURM_", "SBATCH_", "ASC_", "RAY_")
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings of the person who runs the tests reach no test."""
     for name in list(os.environ):
-        if name.startswith(ROOT_VARIABLES) or name == "DATA_ROOT":
+        if name.startswith(PREFIXES) or name == "DATA_ROOT":
             monkeypatch.delenv(name)
 
 

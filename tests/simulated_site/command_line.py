@@ -13,6 +13,16 @@ from .site import SimulatedSite
 
 DEFAULT_NAME = "musica"
 _EXIT_FAILED, _EXIT_REQUIREMENTS = 1, 2
+_EPILOG = """\
+examples:
+  scripts/sim up --install
+  scripts/sim login -- sinfo
+  scripts/sim env > envs/.env.musica && chmod 600 envs/.env.musica
+  scripts/sim down
+
+exit codes: 0 done, 1 it failed (status: not all of it runs), 2 wrong usage, or this machine cannot run it (one line
+says what it needs); login: those of the remote command
+"""
 
 _FAULTS: dict[str, tuple[str, Callable[..., Fault | None]]] = {
     # name: (its arguments, what it calls with them)
@@ -71,7 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sim", description="MUSICA in a box: a simulated Slurm site on this machine.")
+    parser = argparse.ArgumentParser(
+        prog="sim",
+        description="MUSICA in a box: a simulated Slurm site on this machine. docs/simulated-site.md describes it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "--name", default=DEFAULT_NAME, help="which site; several can run side by side (default: %(default)s)"
     )
