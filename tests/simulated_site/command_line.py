@@ -17,7 +17,7 @@ _EPILOG = """\
 examples:
   scripts/sim up --install
   scripts/sim login -- sinfo
-  scripts/sim env > envs/.env.musica && chmod 600 envs/.env.musica
+  (umask 077; scripts/sim env >envs/.env.musica)
   scripts/sim down
 
 exit codes: 0 done, 1 it failed (status: not all of it runs), 2 wrong usage, or this machine cannot run it (one line
