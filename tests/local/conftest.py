@@ -23,6 +23,22 @@ with open_dagster_pipes() as pipes:
     time.sleep(600)
 """
 
+RAY_SLEEPER = """\
+import os, pathlib, time
+import ray
+from dagster_pipes import open_dagster_pipes
+@ray.remote
+def sleep(path, driver, supervisor):
+    path.with_suffix(".part").write_text(f"{driver} {os.getpid()} {supervisor}")
+    path.with_suffix(".part").rename(path)
+    time.sleep(600)
+with open_dagster_pipes() as pipes:
+    folder = pathlib.Path(os.environ["DATA_ROOT"])
+    folder.mkdir(exist_ok=True)
+    ray.init(log_to_driver=False, include_dashboard=False)
+    ray.get(sleep.remote(folder / f"pids-{pipes.run_id}", os.getpid(), os.getppid()))
+"""
+
 TALKER = """\
 import sys
 from dagster_pipes import open_dagster_pipes
@@ -36,19 +52,21 @@ with open_dagster_pipes() as pipes:
 
 @pytest.fixture(scope="session")
 def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev]:
-    """`dagster dev` with the project's code location and one of the tests', and no variable set but DATA_ROOT."""
+    """`dagster dev` with the project's code location and one of the tests', an empty home, and DATA_ROOT alone set."""
     folder = tmp_path_factory.mktemp("dagster") / "project"
     workloads = folder.parent / "workloads"
-    for path in (folder, workloads):
+    home = folder.parent / "home"
+    for path in (folder, workloads, home):
         path.mkdir()
     (workloads / "sleeper.py").write_text(SLEEPER)
+    (workloads / "ray_sleeper.py").write_text(RAY_SLEEPER)
     (workloads / "talker.py").write_text(TALKER)
     shutil.copy(ROOT / "dagster.yaml", folder)
     probe = Path(__file__).with_name("probe_location.py")
     extra = f"  - python_file: {{relative_path: {probe}, location_name: probe}}\n"
     (folder / "workspace.yaml").write_text((ROOT / "workspace.yaml").read_text() + extra)
-    environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    environment |= {"DATA_ROOT": str(folder.parent / "data"), "PROBE_WORKLOADS": str(workloads)}
+    environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    environment |= {"HOME": str(home), "DATA_ROOT": str(folder.parent / "data"), "PROBE_WORKLOADS": str(workloads)}
     server = DagsterDev(folder, environment)
     server.start()
     try:

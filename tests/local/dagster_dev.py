@@ -37,12 +37,25 @@ def gone(pid: int) -> bool:
         return True
 
 
+def workload_processes(data_root: Path) -> list[int]:
+    """Living processes that descend from a workload with that data root, whatever group they have put themselves in."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            pipes = any(variable.startswith(b"DAGSTER_PIPES_") for variable in variables)
+            if pipes and f"DATA_ROOT={data_root}".encode() in variables and not gone(int(folder.name)):
+                found.append(int(folder.name))
+    return found
+
+
 class DagsterDev:
     """`dagster dev`, started in `folder`, which holds dagster.yaml and workspace.yaml."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder = folder
         self.log = folder.parent / "dagster-dev.log"
+        self.data_root = Path(environment["DATA_ROOT"])
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
@@ -121,6 +134,12 @@ class DagsterDev:
         """Of a run."""
         query = "query Status($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
         return str(self.ask(query, id=run_id)["runOrError"]["status"])
+
+    def times(self, run_id: str) -> tuple[float, float]:
+        """Start and end of a run that has ended, in seconds since the epoch."""
+        query = "query Times($id: ID!) { runOrError(runId: $id) { ... on Run { startTime endTime } } }"
+        run = self.ask(query, id=run_id)["runOrError"]
+        return run["startTime"], run["endTime"]
 
     def wait(self, run_id: str, seconds: float = 180) -> str:
         """The status with which a run ended."""

@@ -7,7 +7,7 @@ import dagster as dg
 
 from resources import build_resources
 from resources.compute import ComputeResource
-from resources.launchers import ScriptLauncher
+from resources.launchers import RayLauncher, ScriptLauncher
 
 WORKLOADS = Path(os.environ["PROBE_WORKLOADS"])
 
@@ -19,9 +19,17 @@ def sleeper(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.M
 
 
 @dg.asset
+def ray_sleeper(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    """Has a Ray task that never ends; Ray gives its processes groups of their own."""
+    return compute.run(context, workload=WORKLOADS / "ray_sleeper.py", launcher=RayLauncher()).get_materialize_result()
+
+
+@dg.asset
 def talker(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
     """Writes 1,000 lines to stdout and a few to stderr."""
     return compute.run(context, workload=WORKLOADS / "talker.py", launcher=ScriptLauncher()).get_materialize_result()
 
 
-defs = dg.Definitions(assets=[sleeper, talker], resources=build_resources(), executor=dg.in_process_executor)
+defs = dg.Definitions(
+    assets=[sleeper, ray_sleeper, talker], resources=build_resources(), executor=dg.in_process_executor
+)
