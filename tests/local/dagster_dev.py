@@ -135,12 +135,6 @@ class DagsterDev:
         query = "query Status($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
         return str(self.ask(query, id=run_id)["runOrError"]["status"])
 
-    def times(self, run_id: str) -> tuple[float, float]:
-        """Start and end of a run that has ended, in seconds since the epoch."""
-        query = "query Times($id: ID!) { runOrError(runId: $id) { ... on Run { startTime endTime } } }"
-        run = self.ask(query, id=run_id)["runOrError"]
-        return run["startTime"], run["endTime"]
-
     def wait(self, run_id: str, seconds: float = 180) -> str:
         """The status with which a run ended."""
         wait_for(lambda: self.status(run_id) in ENDED, seconds, f"run {run_id} has ended")
