@@ -12,12 +12,14 @@ from tests.local.dagster_dev import DagsterDev
 
 SLEEPER = """\
 import os, pathlib, subprocess, time
-from dagster_pipes import open_dagster_pipes
+from dagster_pipes import decode_param, open_dagster_pipes
 with open_dagster_pipes() as pipes:
     child = subprocess.Popen(["sleep", "600"])
     pids = f"{os.getpid()} {child.pid} {os.getppid()}"
     folder = pathlib.Path(os.environ["DATA_ROOT"])
     folder.mkdir(exist_ok=True)
+    context = decode_param(os.environ["DAGSTER_PIPES_CONTEXT"])["path"]
+    (folder / f"run-directory-{pipes.run_id}").write_text(os.path.dirname(context))
     (folder / "pids.part").write_text(pids)
     (folder / "pids.part").rename(folder / f"pids-{pipes.run_id}")
     time.sleep(600)

@@ -97,6 +97,14 @@ def test_runs_at_once_share_no_process(dagster_dev: DagsterDev) -> None:
     assert dagster_dev.wait(second_run, 60) == "CANCELED"
 
 
+def test_a_killed_run_leaves_no_run_directory(dagster_dev: DagsterDev) -> None:
+    run_id, _, worker = start_sleeper(dagster_dev, "sleeper")
+    directory = Path((dagster_dev.data_root / f"run-directory-{run_id}").read_text())
+    assert (directory / "context.json").exists()
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: not directory.exists(), 20, "the run directory is removed")
+
+
 @pytest.mark.parametrize("asset", ["sleeper", "ray_sleeper"])
 def test_a_killed_run_takes_its_workload_with_it(asset: str, dagster_dev: DagsterDev) -> None:
     run_id, pids, worker = start_sleeper(dagster_dev, asset)
