@@ -56,7 +56,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
 
         Raises:
             Failure: the workload or what was asked for it is at fault; the text says what to change.
-            DagsterExecutionInterruptedError: the run was terminated; nothing of the workload is left.
+            DagsterExecutionInterruptedError: the run was terminated; the workload's process group has ended.
         """
         asset = ", ".join(sorted(key.to_user_string() for key in context.selected_asset_keys))
         try:
@@ -65,8 +65,6 @@ class ComputeResource(dg.ConfigurableResource[Any]):
             values = _check_extras(extras, context)
         except ConfigurationError as error:
             raise _failure(asset, str(error)) from None
-        for note in plan.allocation.notes if settings.on_supercomputer else ():
-            context.log.warning(note)
         if settings.on_supercomputer:
             raise _failure(
                 asset,
@@ -84,6 +82,8 @@ def _check_extras(extras: Mapping[str, Any] | None, context: dg.AssetExecutionCo
         except (TypeError, ValueError) as error:
             raise ConfigurationError(f"extras[{key!r}] cannot be sent to the workload as JSON: {error}") from None
     if context.has_partition_key or context.has_partition_key_range:
+        if "partition_keys" in values:
+            raise ConfigurationError("extras['partition_keys'] is taken: the partitions of the run stand there")
         values["partition_keys"] = list(context.partition_keys)
     return values
 
@@ -135,9 +135,10 @@ def _run_here(
 
 def _attach_partition_metadata(context: dg.AssetExecutionContext, asset: str, session: Session) -> None:
     """Numbers that the workload reported for one partition of a run over several (custom messages of that form)."""
+    partitions = context.partition_keys if context.has_partition_key or context.has_partition_key_range else ()
     for message in session.pipes.get_custom_messages():
         if isinstance(message, dict) and message.keys() == {"partition", "metadata"}:
-            if message["partition"] not in context.partition_keys:
+            if message["partition"] not in partitions:
                 raise _failure(
                     asset, f"the workload reported the partition {message['partition']!r}, which is not of this run"
                 )

@@ -36,7 +36,6 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         """`path`: an empty folder that exists."""
-        self.path = path
         self.context = path / "context.json"
         self.messages = path / "messages.jsonl"
         self.stdout = path / "stdout"

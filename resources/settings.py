@@ -145,8 +145,8 @@ class Settings(BaseSettings):
         return self.deployment != "development"
 
     def local_data_root(self) -> Path:
-        """DATA_ROOT on this machine."""
-        return self.data_root or ROOT / "data"
+        """DATA_ROOT on this machine; a relative one is meant from the repository, wherever Dagster was started."""
+        return ROOT / (self.data_root or "data")
 
 
 REQUIRED_ON_SUPERCOMPUTER = (
@@ -158,24 +158,22 @@ REQUIRED_ON_SUPERCOMPUTER = (
 )
 
 
-def load_settings(sites: Collection[str], root: Path = ROOT, deployment: Deployment | None = None) -> Settings:
+def load_settings(sites: Collection[str], root: Path = ROOT) -> Settings:
     """Read the settings from their layers (see the top of this module).
 
     Args:
         sites: the known sites, that is the keys of SUPERCOMPUTER_SITE_OVERRIDES.
         root: the folder with `.env` and `envs/`.
-        deployment: instead of DAGSTER_DEPLOYMENT.
 
     Raises:
         ConfigurationError: all that is missing or wrong, at once, with names and examples; a dotenv file that holds a
             secret and that others can read; no file or several for a supercomputer that is not named.
     """
-    chosen = {"DAGSTER_DEPLOYMENT": deployment} if deployment else {}
-    file = _choose_file(root / "envs", {**_values(root / ".env"), **_not_blank(os.environ), **chosen}, sites)
+    file = _choose_file(root / "envs", {**_values(root / ".env"), **_not_blank(os.environ)}, sites)
     files = (file, root / ".env")  # the later one wins, and the process environment over both
     problems = [problem for path in files for problem in _problems(path)]
     try:
-        settings = Settings(_env_file=files, **chosen)  # type: ignore[arg-type]  # pydantic does not see the aliases
+        settings = Settings(_env_file=files)
     except ValidationError as error:
         raise ConfigurationError("\n".join([*problems, *_describe(error)])) from None
     site = settings.supercomputer_site

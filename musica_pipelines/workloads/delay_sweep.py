@@ -48,13 +48,11 @@ def run_trial(parameters: dict[str, Any], training: Any, validation: Any, thread
     """Train once; the AUC on the validation months, with what it took."""
     begun = time.monotonic()
     device = usable_device()
-    progress: dict[str, Any] = {}
     booster = xgb.train(
         {**parameters, "objective": "binary:logistic", "eval_metric": "auc", "device": device, "nthread": threads},
         evaluation.dmatrix(training),
         num_boost_round=ROUNDS,
         evals=[(judged := evaluation.dmatrix(validation), "validation")],
-        evals_result=progress,
         early_stopping_rounds=STOP_AFTER,
         verbose_eval=False,
     )

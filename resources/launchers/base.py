@@ -1,5 +1,6 @@
 """What all launchers have in common."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
@@ -9,7 +10,7 @@ from resources.errors import ConfigurationError, describe
 from resources.slurm.request import SlurmRequest
 
 
-class Launcher(BaseModel):
+class Launcher(BaseModel, ABC):
     """How a workload is started inside an allocation.
 
     A field that the asset leaves out comes from the site (SUPERCOMPUTER_SITE_OVERRIDES[site]["launchers"]), else it has
@@ -53,6 +54,7 @@ class Launcher(BaseModel):
             ConfigurationError: with what to change.
         """
 
+    @abstractmethod
     def render(self, request: SlurmRequest, workload: str) -> str:
         """The shell commands that run the workload inside the job; `$PYTHON` is the environment's interpreter.
 
@@ -60,7 +62,6 @@ class Launcher(BaseModel):
             request: after `allocate`.
             workload: path of the program, as the job sees it.
         """
-        raise NotImplementedError
 
 
 def render_pre_start(commands: tuple[str, ...]) -> str:

@@ -1,5 +1,6 @@
 """A Ray cluster over the nodes of the allocation, with the workload as its driver."""
 
+import secrets
 import shlex
 from string import Template
 from typing import Annotated, ClassVar
@@ -102,7 +103,8 @@ class RayLauncher(Launcher):
     )
 
     def local_environment(self) -> dict[str, str]:  # noqa: D102 - see Launcher
-        return {"RAY_USAGE_STATS_ENABLED": "0"}
+        # Ray would write a token of its own into the home folder, for everybody to read.
+        return {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
     def check(self, request: SlurmRequest) -> None:  # noqa: D102 - see Launcher
         if request.ntasks_per_node != 1:

@@ -78,6 +78,8 @@ def test_no_secret_and_no_setting_reaches_a_workload(tmp_path: Path, monkeypatch
     allowed |= {
         "DATA_ROOT",
         "PYTHONUNBUFFERED",
+        "RAY_AUTH_MODE",
+        "RAY_AUTH_TOKEN",
         "RAY_USAGE_STATS_ENABLED",
         "DAGSTER_PIPES_CONTEXT",
         "DAGSTER_PIPES_MESSAGES",
@@ -293,6 +295,23 @@ def test_extras_that_are_not_json(tmp_path: Path) -> None:
     assert "extras['bad'] cannot be sent to the workload as JSON" in outcome.error
 
 
+def test_an_extra_that_the_partitions_would_overwrite(tmp_path: Path) -> None:
+    extras = {"partition_keys": ["mine"]}
+    outcome = materialize("", tmp_path, extras=extras, partitions=("a",), partition_key="a")
+    assert "probe: extras['partition_keys'] is taken" in outcome.error
+
+
+def test_numbers_for_a_partition_of_an_asset_that_has_none(tmp_path: Path) -> None:
+    workload = (
+        PIPES
+        + """
+    pipes.report_custom_message({"partition": "a", "metadata": {"rows": 1}})
+    """
+    )
+    outcome = materialize(workload, tmp_path)
+    assert "probe: the workload reported the partition 'a', which is not of this run" in outcome.error
+
+
 @pytest.mark.parametrize(
     ("request_", "text"),
     [
@@ -374,8 +393,11 @@ def test_the_run_directory_is_private_and_removed(tmp_path: Path) -> None:
     assert not Path(metadata["folder"]).exists()
 
 
-def test_the_same_workload_finds_ray_by_itself(tmp_path: Path) -> None:
-    """A real Ray: started by `ray.init()` here, and gone afterwards."""
+def test_the_same_workload_finds_ray_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real Ray: started by `ray.init()` here, gone afterwards, and no token of it left where others could read."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
     workload = (
         PIPES
         + """
@@ -391,4 +413,5 @@ def test_the_same_workload_finds_ray_by_itself(tmp_path: Path) -> None:
     (metadata,) = outcome.materializations[None]
     assert metadata["squares"] == [n * n for n in range(10)]
     assert metadata["nodes"] == 1
+    assert list(home.rglob("auth_token")) == []
     wait_for(lambda: all(gone(pid) for pid in metadata["pids"]), 20, "Ray has ended")

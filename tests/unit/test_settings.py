@@ -58,6 +58,12 @@ def test_with_nothing_set_workloads_run_here(root: Path) -> None:
     assert settings.local_data_root() == ROOT / "data"
 
 
+def test_a_relative_data_root_is_meant_from_the_repository(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_ROOT", "here/data")
+    monkeypatch.chdir(root)
+    assert load_settings(SITES, root).local_data_root() == ROOT / "here" / "data"
+
+
 def test_the_users_document_works_verbatim(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAGSTER_DEPLOYMENT", "production_supercomputer")
     monkeypatch.setenv("HOME", "/home/me")
