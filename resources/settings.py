@@ -128,6 +128,14 @@ class Settings(BaseSettings):
     authentik_token_identifier: str | None = _variable(
         None, "ASC_AUTHENTIK_TOKEN_IDENTIFIER", "What the names of the tokens made for you begin with.", "dagster-slurm"
     )
+    authentik_refresh_skew_days: float | None = Field(
+        None,
+        gt=0,
+        validation_alias="ASC_AUTHENTIK_REFRESH_SKEW_DAYS",
+        description="Days before their end when both stored secrets are replaced. "
+        "Default: 7, or a third of their lifetime where that is less.",
+        examples=["3"],
+    )
     step_ca_url: Url | None = _variable(
         None, "ASC_STEP_CA_URL", "The certificate authority.", "https://auth.asc.ac.at:9000"
     )
@@ -137,6 +145,19 @@ class Settings(BaseSettings):
         validation_alias="ASC_STEP_FINGERPRINT",
         description="SHA-256 of the certificate authority's root certificate.",
         examples=["44b04847..."],
+    )
+    step_refresh_skew: float | None = Field(
+        None,
+        gt=0,
+        validation_alias="ASC_STEP_REFRESH_SKEW",
+        description="Minutes before its end when the certificate is replaced. Default: after two thirds of its life.",
+        examples=["60"],
+    )
+    step_client: Literal["http", "step"] = Field(
+        "http",
+        validation_alias="ASC_STEP_CLIENT",
+        description="How certificates are asked for: by HTTP, or with the `step` program on PATH.",
+        examples=["step"],
     )
 
     @property
