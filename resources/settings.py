@@ -7,11 +7,13 @@ A value comes from the first of these that has one; blank means that it has none
 3. one file of `envs/`: `.env.development`, or for the `*_supercomputer` deployments `.env.<site>`
 """
 
+import ipaddress
 import os
 import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
@@ -35,9 +37,20 @@ def _expanded(path: Path) -> Path:
 
 
 def _https(url: str) -> str:
-    if not url.startswith(("https://", "http://")):
+    """Secrets travel to these addresses: plain http is for private networks, that is for tests."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("https", "http") or not parts.hostname:
         raise ValueError("not a URL: it begins with https://")
+    if parts.scheme == "http" and not _is_private(parts.hostname):
+        raise ValueError("plain http would show secrets to everyone on the way: use https://")
     return url
+
+
+def _is_private(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return host == "localhost"
 
 
 LocalPath = Annotated[Path, AfterValidator(_expanded)]
@@ -119,14 +132,18 @@ class Settings(BaseSettings):
     authentik_credentials_file: LocalPath | None = _variable(
         None,
         "ASC_AUTHENTIK_CREDENTIALS_FILE",
-        "Where the credentials are kept that renew themselves.",
+        "Where the credentials are kept that renew themselves. Default: ~/.config/musica-pipelines/<site>-auth.env.",
         "~/.config/dagster-slurm/musica-auth.env",
     )
     authentik_api_token: SecretStr | None = _variable(
         None, "ASC_AUTHENTIK_API_TOKEN", "An API token of yours, for the first time and for recovery only.", "(secret)"
     )
-    authentik_token_identifier: str | None = _variable(
-        None, "ASC_AUTHENTIK_TOKEN_IDENTIFIER", "What the names of the tokens made for you begin with.", "dagster-slurm"
+    authentik_token_identifier: str = Field(
+        "musica-pipelines",
+        pattern=r"^[A-Za-z0-9_-]{1,80}$",
+        validation_alias="ASC_AUTHENTIK_TOKEN_IDENTIFIER",
+        description="What the names of the tokens made for you begin with: letters, digits, _ and -.",
+        examples=["dagster-slurm"],
     )
     authentik_refresh_skew_days: float | None = Field(
         None,
@@ -165,6 +182,12 @@ class Settings(BaseSettings):
         """Whether workloads go to Slurm."""
         return self.deployment != "development"
 
+    @property
+    def credentials_file(self) -> Path:
+        """ASC_AUTHENTIK_CREDENTIALS_FILE or its default."""
+        default = Path(f"~/.config/musica-pipelines/{self.supercomputer_site}-auth.env")
+        return self.authentik_credentials_file or default.expanduser()
+
     def local_data_root(self) -> Path:
         """DATA_ROOT on this machine; a relative one is meant from the repository, wherever Dagster was started."""
         return ROOT / (self.data_root or "data")
@@ -179,18 +202,21 @@ REQUIRED_ON_SUPERCOMPUTER = (
 )
 
 
-def load_settings(sites: Collection[str], root: Path = ROOT) -> Settings:
+def load_settings(sites: Collection[str], root: Path = ROOT, supercomputer: bool = False) -> Settings:
     """Read the settings from their layers (see the top of this module).
 
     Args:
         sites: the known sites, that is the keys of SUPERCOMPUTER_SITE_OVERRIDES.
         root: the folder with `.env` and `envs/`.
+        supercomputer: read those of a supercomputer, also where the deployment is `development` or not set: for what
+            looks after access to it.
 
     Raises:
         ConfigurationError: all that is missing or wrong, at once, with names and examples; a dotenv file that holds a
             secret and that others can read; no file or several for a supercomputer that is not named.
     """
-    file = _choose_file(root / "envs", {**_values(root / ".env"), **_not_blank(os.environ)}, sites)
+    known = {**_values(root / ".env"), **_not_blank(os.environ)}
+    file = _choose_file(root / "envs", known, sites, supercomputer)
     files = (file, root / ".env")  # the later one wins, and the process environment over both
     problems = [problem for path in files for problem in _problems(path)]
     try:
@@ -200,7 +226,7 @@ def load_settings(sites: Collection[str], root: Path = ROOT) -> Settings:
     site = settings.supercomputer_site
     if site and site not in sites:
         problems.append(f"SLURM_SUPERCOMPUTER_SITE={site!r} is not a known site{nearest(site, sites)}")
-    if settings.on_supercomputer:
+    if settings.on_supercomputer or supercomputer:
         problems.extend(_missing(settings, file))
     if problems:
         raise ConfigurationError("\n".join(problems))
@@ -211,12 +237,12 @@ def _alias(field: FieldInfo) -> str:
     return str(field.validation_alias)
 
 
-def _choose_file(folder: Path, values: Mapping[str, str], sites: Collection[str]) -> Path:
+def _choose_file(folder: Path, values: Mapping[str, str], sites: Collection[str], supercomputer: bool) -> Path:
     """The one file of envs/ that is read: by deployment and site, as far as they are known without it."""
     deployment, site = values.get("DAGSTER_DEPLOYMENT"), values.get("SLURM_SUPERCOMPUTER_SITE")
     if deployment and deployment not in DEPLOYMENTS:
         raise ConfigurationError(f"DAGSTER_DEPLOYMENT={deployment!r} is unknown; valid are {', '.join(DEPLOYMENTS)}")
-    if deployment == "development" or not (deployment or site):
+    if not supercomputer and (deployment == "development" or not (deployment or site)):
         return folder / ".env.development"
     if site:
         return folder / f".env.{site}"
@@ -228,7 +254,7 @@ def _choose_file(folder: Path, values: Mapping[str, str], sites: Collection[str]
         f"there are several: {', '.join(path.name for path in there)}" if there else f"{folder} has no .env.<site> file"
     )
     raise ConfigurationError(
-        f"DAGSTER_DEPLOYMENT={deployment} needs SLURM_SUPERCOMPUTER_SITE ({choices}), "
+        f"{f'DAGSTER_DEPLOYMENT={deployment}' if deployment else 'This'} needs SLURM_SUPERCOMPUTER_SITE ({choices}), "
         f"or exactly one file envs/.env.<site>; {found}. "
         "Copy envs/.env.musica.example to envs/.env.musica and fill it in."
     )

@@ -1,0 +1,25 @@
+"""What time it is. The one place that tells, so that tests can wind it."""
+
+from datetime import UTC, datetime
+
+
+def now() -> datetime:
+    """This machine's time, in UTC."""
+    return datetime.now(UTC)
+
+
+def written(moment: datetime) -> str:
+    """A time as people read it and files hold it, for example `2026-11-24 09:05:12 UTC`."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def duration(seconds: float) -> str:
+    """A length of time with its two largest units, for example `29 d 23 h`."""
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    rest = int(abs(seconds))
+    parts: list[str] = []
+    for name, size in units:
+        count, rest = divmod(rest, size)
+        if count or (name == "s" and not parts):
+            parts.append(f"{count} {name}")
+    return " ".join(parts[:2])

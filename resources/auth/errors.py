@@ -1,0 +1,45 @@
+"""What can go wrong with access to the supercomputer. The texts are meant for users, and hold no secret."""
+
+
+class AccessError(Exception):
+    """Access could not be had or renewed.
+
+    Attributes:
+        temporary: trying again later may help, with nobody doing anything.
+    """
+
+    temporary = False
+
+
+class BootstrapError(AccessError):
+    """None of the ways to begin is open: no certificate, no stored credentials, no token and no app password."""
+
+
+class RefusedError(AccessError):
+    """A server does not accept a credential, and will not later: a person has to act."""
+
+
+class MisconfiguredError(AccessError):
+    """A setting, or what a server answers, cannot be right."""
+
+
+class UnsafeFileError(AccessError):
+    """A file with secrets that others can read or could have put there; it is not used."""
+
+
+class ClockError(AccessError):
+    """The clocks of two machines differ by more than certificates and tokens bear."""
+
+    temporary = True
+
+
+class UnavailableError(AccessError):
+    """A server does not answer, or says that it cannot now."""
+
+    temporary = True
+
+
+class LockTimeoutError(AccessError):
+    """Another process is refreshing the credentials, and did not end in time."""
+
+    temporary = True

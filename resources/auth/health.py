@@ -1,0 +1,172 @@
+"""How access is: what there is, how long it lasts, what happens next. Told from files alone, in milliseconds."""
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Literal
+
+from resources.auth import clock
+from resources.auth.attempts import Attempts, Failing, Part
+from resources.auth.certificate import Certificate
+from resources.auth.credentials import Secret
+from resources.auth.refresh import principals_problem
+from resources.auth.ways import Access, explain, look, plain_key
+from resources.settings import Settings
+
+Verdict = Literal["ok", "due", "failing", "broken"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that ends.
+
+    Attributes:
+        name: `certificate`, `API token` or `app password`.
+        where: its file, or the variable.
+        valid_until: None if it is not there or its end is not known.
+        renew_at: from when on it is replaced; None if it is not, or not known.
+        state: in words.
+    """
+
+    name: str
+    where: str
+    valid_until: datetime | None
+    renew_at: datetime | None
+    state: str
+
+
+@dataclass(frozen=True)
+class Health:
+    """How access is.
+
+    Attributes:
+        now: when it was looked at.
+        verdict: `ok`; `due`: a refresh is due; `failing`: a refresh fails, while access still works; `broken`: there
+            is no access.
+        summary: one sentence; for `broken` what to do.
+        items: the certificate and both secrets.
+        next_refresh: when something is to be done next; None if nothing renews itself.
+        failing: the parts whose last refresh failed.
+        notes: what people should know besides.
+    """
+
+    now: datetime
+    verdict: Verdict
+    summary: str
+    items: tuple[Item, ...]
+    next_refresh: datetime | None
+    failing: dict[Part, Failing] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def remaining(self, item: Item) -> timedelta | None:
+        """How long an item lasts; negative after its end."""
+        return None if item.valid_until is None else item.valid_until - self.now
+
+
+def check_health(settings: Settings) -> Health:
+    """Look at the files."""
+    access = look(settings)
+    attempts = Attempts(settings.credentials_file)
+    failing = {part: found for part in _PARTS if (found := attempts.failing(part))}
+    items = (_certificate_item(access), *_secret_items(access))
+    due = _due(access, failing)
+    next_refresh = min(due.values(), default=None)
+    verdict, summary = _judge(access, failing, next_refresh)
+    notes = [] if access.rotatable else [_not_self_renewing(access)]
+    principals = principals_problem(access.valid_certificate, settings)
+    return Health(
+        access.now,
+        verdict,
+        summary,
+        items,
+        next_refresh,
+        failing,
+        tuple(note for note in (*notes, principals) if note),
+    )
+
+
+_PARTS: tuple[Part, ...] = ("certificate", "rotation")
+
+
+def _due(access: Access, failing: dict[Part, Failing]) -> dict[Part, datetime]:
+    """When each part is to be tried next; parts that cannot be done by themselves are left out."""
+    settings = access.settings
+    due: dict[Part, datetime] = {}
+    certificate = access.valid_certificate
+    if certificate is None:
+        due["certificate"] = access.now
+    elif access.renewable:
+        due["certificate"] = certificate.renew_at(settings.step_refresh_skew)
+    if access.rotatable:
+        due["rotation"] = access.stored.renew_at(settings.authentik_refresh_skew_days, access.now)
+    pauses = {part: found.pause_ends for part, found in failing.items()}
+    return {part: max(moment, pauses.get(part, moment)) for part, moment in due.items()}
+
+
+def _judge(access: Access, failing: dict[Part, Failing], next_refresh: datetime | None) -> tuple[Verdict, str]:
+    certificate = access.valid_certificate
+    if certificate is None:
+        if plain_key(access):
+            return "ok", f"a plain key, {access.settings.edge_node_key_path}: nothing expires"
+        if not access.renewable or failing:
+            return "broken", _tell(failing) if access.renewable else str(explain(access, {}))
+    elif failing:
+        return "failing", f"{_tell(failing)}\nAccess works until {clock.written(certificate.valid_before)}"
+    if next_refresh is None:
+        return "ok", _not_self_renewing(access)
+    if next_refresh <= access.now:
+        return "due", f"a refresh is due since {clock.written(next_refresh)}"
+    wait = clock.duration((next_refresh - access.now).total_seconds())
+    return "ok", f"next refresh at {clock.written(next_refresh)}, in {wait}"
+
+
+def _tell(failing: dict[Part, Failing]) -> str:
+    return "\n".join(
+        f"{_NAMES[part]} could not be renewed since {clock.written(found.since)} (tried {found.count} times, "
+        f"last at {clock.written(found.last)}): {found.error}"
+        for part, found in failing.items()
+    )
+
+
+_NAMES: dict[Part, str] = {"certificate": "the certificate", "rotation": "the stored secrets"}
+
+
+def _not_self_renewing(access: Access) -> str:
+    """When access ends without a person, where nothing can replace the secrets."""
+    certificate, password = access.valid_certificate, access.stored.app_password
+    if plain_key(access):
+        return ""
+    if access.renewable and access.settings.oidc_app_password:
+        end = "with the app password in ASC_OIDC_APP_PASSWORD, whose end only authentik knows"
+    elif access.renewable and password and password.expires:
+        end = f"at {clock.written(password.expires)}, with the stored app password"
+    elif certificate:
+        end = f"at {clock.written(certificate.valid_before)}, with the certificate"
+    else:
+        return ""
+    return f"not self-renewing, ends {end}"
+
+
+def _certificate_item(access: Access) -> Item:
+    found, settings = access.certificate, access.settings
+    where = str(settings.edge_node_key_path) + "-cert.pub"
+    if not isinstance(found, Certificate):
+        return Item("certificate", where, None, None, "missing" if not plain_key(access) else "not used")
+    renew = found.renew_at(settings.step_refresh_skew) if access.renewable else None
+    state = "valid" if found.valid(access.now) else "not yet valid" if access.now < found.valid_after else "expired"
+    return Item("certificate", where, found.valid_before, renew, state)
+
+
+def _secret_items(access: Access) -> list[Item]:
+    settings, stored = access.settings, access.stored
+    entries: list[tuple[str, Secret | None]] = [("API token", stored.api_token), ("app password", stored.app_password)]
+    items = []
+    for name, secret in entries:
+        if secret is None:
+            state = "not usable" if access.credentials_problem else "missing"
+            items.append(Item(name, str(settings.credentials_file), None, None, state))
+            continue
+        renew = secret.renew_at(settings.authentik_refresh_skew_days) or access.now
+        state = "expired" if secret.expired(access.now) else "valid" if secret.expires else "end not known"
+        until = renew if access.rotatable else None
+        items.append(Item(name, str(settings.credentials_file), secret.expires, until, state))
+    return items
