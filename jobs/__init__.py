@@ -1,8 +1,12 @@
 """When it runs: jobs, schedules and sensors."""
 
+from jobs.credentials import access_health, musica_access, refresh_credentials_job, refresh_credentials_sensor
 from jobs.pipelines import flight_delays_job
 
-all_jobs = [flight_delays_job]
-"""What the code location offers."""
+all_jobs = (flight_delays_job, refresh_credentials_job)
+all_sensors = (refresh_credentials_sensor,)
+all_checks = (access_health,)
+all_observed = (musica_access,)
+"""What the code location offers; the last are things that are watched, not made."""
 
-__all__ = ["all_jobs", "flight_delays_job"]
+__all__ = ["all_checks", "all_jobs", "all_observed", "all_sensors"]

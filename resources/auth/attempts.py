@@ -34,9 +34,14 @@ class Failing:
 
     @property
     def pause_ends(self) -> datetime:
-        """Until when it is not tried again by itself: 1, 2, 4 ... minutes after the last failure, 30 at most."""
-        pause: timedelta = FIRST_PAUSE * 2 ** min(self.count - 1, 10)
-        return self.last + min(LONGEST_PAUSE, pause)
+        """Until when it is not tried again by itself."""
+        return self.last + pause_after(self.count)
+
+
+def pause_after(failures: int) -> timedelta:
+    """How long to wait after so many failures in a row (1 or more): 1, 2, 4 ... minutes, 30 at most."""
+    pause: timedelta = FIRST_PAUSE * 2 ** min(failures - 1, 10)
+    return min(LONGEST_PAUSE, pause)
 
 
 class Attempts:

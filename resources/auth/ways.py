@@ -126,7 +126,7 @@ def explain(access: Access, refusals: Mapping[Source, str]) -> BootstrapError:
     """
     settings = access.settings
     base = settings.authentik_api_base or "https://<ASC_AUTHENTIK_API_BASE>"
-    tokens = f"{base.rstrip('/')}/if/user/#/settings"
+    tokens = f"at {base.rstrip('/')}/if/user/#/settings, Tokens and App passwords"
     key = shlex.quote(str(settings.edge_node_key_path))
     lacking = f"{', '.join(access.lacking)} not set" if access.lacking else ""
     not_set = "not set, and asked for only once: the credentials file then renews itself"
@@ -144,12 +144,12 @@ def explain(access: Access, refusals: Mapping[Source, str]) -> BootstrapError:
         (
             "an API token in ASC_AUTHENTIK_API_TOKEN",
             refusals.get("bootstrap") or ("" if settings.authentik_api_token else not_set) or _lacking_api(access),
-            f"make one at {tokens} (Tokens and App passwords, 'Create Token'), then, and paste it:\n       {_ASK_FOR_TOKEN}",
+            f"make one {tokens} ('Create Token'); then, and paste it:\n       {_ASK_FOR_TOKEN}",
         ),
         (
             "an app password in ASC_OIDC_APP_PASSWORD",
             refusals.get("direct") or ("" if settings.oidc_app_password else "not set") or lacking,
-            f"make one at {tokens} (Tokens and App passwords, 'Create App password'), then, and paste it:\n       {_ASK_FOR_PASSWORD}",
+            f"make one {tokens} ('Create App password'); then, and paste it:\n       {_ASK_FOR_PASSWORD}",
         ),
     ]
     lines = [

@@ -1,0 +1,196 @@
+"""Access to the supercomputer, kept alive with no person: a job, the sensor that asks for it, what the UI shows."""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+
+from resources import SUPERCOMPUTER_SITE_OVERRIDES
+from resources.auth import AccessError, Health, Report, check_health, clock, refresh
+from resources.auth.attempts import pause_after
+from resources.errors import ConfigurationError
+from resources.settings import Settings, load_settings
+
+LONGEST_RUN = timedelta(minutes=15)
+"""A refresh takes five minutes at most (`resources.auth`); a run that is older was killed, whatever its status says."""
+
+musica_access = dg.AssetSpec(
+    "musica_access",
+    group_name="access",
+    kinds={"ssh"},
+    description="Access to the supercomputer: the SSH certificate and the two secrets that renew it. Each refresh adds "
+    "their remaining hours, which plot.",
+)
+
+
+@dg.asset_check(asset=musica_access.key, name="health", description="Whether access works and renews itself.")
+def access_health() -> dg.AssetCheckResult:
+    """Look at the files, now."""
+    try:
+        health = check_health(_settings())
+    except ConfigurationError as error:
+        return dg.AssetCheckResult(passed=False, description=str(error))
+    return dg.AssetCheckResult(
+        passed=_passed(health), description=health.summary, metadata=_numbers(health), severity=_severity(health)
+    )
+
+
+@dg.op(name="refresh_credentials", description="Replace the secrets and the certificate as far as they are due.")
+def refresh_credentials_op(context: dg.OpExecutionContext) -> None:
+    """Refresh, and show how access is then, also if that failed."""
+    failure: AccessError | None = None
+    report = Report()
+    try:
+        settings = _settings()
+        report = refresh(settings)
+    except ConfigurationError as error:
+        raise dg.Failure(str(error), allow_retries=False) from None
+    except AccessError as error:
+        failure = error
+    health = check_health(settings)
+    for warning in report.warnings:
+        context.log.warning(warning)
+    numbers = _numbers(health) | _deeds(report)
+    context.log_event(dg.AssetObservation(musica_access.key, description=health.summary, metadata=numbers))
+    context.log_event(
+        dg.AssetCheckEvaluation(  # type: ignore[arg-type]  # taken, but not in its annotation
+            asset_key=musica_access.key,
+            check_name="health",
+            passed=_passed(health),
+            description=health.summary,
+            severity=_severity(health),
+            metadata=numbers,
+        )
+    )
+    context.add_output_metadata(numbers)
+    if failure is not None:
+        raise dg.Failure(str(failure), metadata=numbers, allow_retries=False)
+
+
+@dg.job(
+    name="refresh_credentials",
+    description="Keeps access to the supercomputer alive; its sensor starts it when something is due.",
+    executor_def=dg.in_process_executor,
+    tags={"dagster/max_runtime": str(int(LONGEST_RUN.total_seconds())), "dagster/max_retries": "0"},
+)
+def refresh_credentials_job() -> None:
+    """One op."""
+    refresh_credentials_op()
+
+
+def _on_supercomputer() -> bool:
+    """Whether the sensor runs by itself. Settings that are wrong count as a supercomputer's: its ticks tell of them."""
+    try:
+        return load_settings(SUPERCOMPUTER_SITE_OVERRIDES).on_supercomputer
+    except ConfigurationError:
+        return True
+
+
+@dg.sensor(
+    job=refresh_credentials_job,
+    name="refresh_credentials_when_due",
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING if _on_supercomputer() else dg.DefaultSensorStatus.STOPPED,
+    description="Looks at the files of the credentials, asks nobody, and requests a refresh when one is due.",
+)
+def refresh_credentials_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    """One tick: the cursor holds what was asked for and has not helped yet; it is emptied when nothing is due."""
+    try:
+        health = check_health(_settings())
+    except ConfigurationError as error:
+        return dg.SensorResult(skip_reason=str(error))
+    if health.next_refresh is None:
+        return dg.SensorResult(skip_reason=health.summary, cursor="")
+    asked = _Asked.parse(context.cursor)
+    moment = max(health.next_refresh, asked.pause_ends)
+    if moment > health.now:
+        wait = clock.duration((moment - health.now).total_seconds())
+        reason = f"the next refresh is due at {clock.written(moment)}, in {wait}"
+        if health.verdict == "ok":
+            return dg.SensorResult(skip_reason=reason, cursor="")
+        return dg.SensorResult(skip_reason=f"{health.verdict}: {health.summary}\n{reason}", cursor=context.cursor)
+    running = _running(context.instance, health.now)
+    if running:
+        return dg.SensorResult(skip_reason=f"a refresh is due, and run {running} is at it", cursor=context.cursor)
+    request = dg.RunRequest(run_key=f"asked at {health.now.isoformat()}")
+    return dg.SensorResult(run_requests=[request], cursor=_Asked(health.now, asked.count + 1).render())
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The latest request for a need that is still there.
+
+    Attributes:
+        at: when it was made.
+        count: how many were made for that need.
+    """
+
+    at: datetime
+    count: int
+
+    @classmethod
+    def parse(cls, cursor: str | None) -> "_Asked":
+        if not cursor:
+            return cls(_NEVER, 0)
+        values = json.loads(cursor)
+        return cls(datetime.fromisoformat(values["at"]), values["count"])
+
+    def render(self) -> str:
+        return json.dumps({"at": self.at.isoformat(), "count": self.count})
+
+    @property
+    def pause_ends(self) -> datetime:
+        """Before when it is not asked for again."""
+        return self.at + (pause_after(self.count) if self.count else timedelta())
+
+
+_NEVER = datetime(1970, 1, 1, tzinfo=UTC)
+_ACTIVE = [
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+
+def _running(instance: dg.DagsterInstance, now: datetime) -> str | None:
+    """Id of a refresh that is on its way; one that should have ended long ago does not count."""
+    wanted = dg.RunsFilter(job_name=refresh_credentials_job.name, statuses=_ACTIVE, created_after=now - LONGEST_RUN)
+    records = instance.get_run_records(wanted, limit=1)
+    return records[0].dagster_run.run_id if records else None
+
+
+def _settings() -> Settings:
+    return load_settings(SUPERCOMPUTER_SITE_OVERRIDES, supercomputer=True)
+
+
+def _passed(health: Health) -> bool:
+    return health.verdict in ("ok", "due")
+
+
+def _severity(health: Health) -> dg.AssetCheckSeverity:
+    return dg.AssetCheckSeverity.ERROR if health.verdict == "broken" else dg.AssetCheckSeverity.WARN
+
+
+def _numbers(health: Health) -> dict[str, Any]:
+    """Remaining hours as numbers, which plot; ends as times; what is not known is left out."""
+    numbers: dict[str, Any] = {"verdict": health.verdict}
+    for item in health.items:
+        remaining = health.remaining(item)
+        if item.valid_until is not None and remaining is not None:
+            name = item.name.replace(" ", "_").lower()
+            numbers[f"{name}_hours"] = round(remaining.total_seconds() / 3600, 4)
+            numbers[f"{name}_valid_until"] = dg.MetadataValue.timestamp(item.valid_until)
+    for part, failing in health.failing.items():
+        numbers[f"{part}_failing_since"] = dg.MetadataValue.timestamp(failing.since)
+    if health.next_refresh is not None:
+        numbers["next_refresh"] = dg.MetadataValue.timestamp(health.next_refresh)
+    return numbers
+
+
+def _deeds(report: Report) -> dict[str, Any]:
+    deeds = {"secrets_replaced_with": report.rotated_with, "certificate_issued_with": report.issued_with}
+    return {name: f"the {source} credential" for name, source in deeds.items() if source}
