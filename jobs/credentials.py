@@ -102,14 +102,14 @@ def refresh_credentials_sensor(context: dg.SensorEvaluationContext) -> dg.Sensor
     except ConfigurationError as error:
         return dg.SensorResult(skip_reason=str(error))
     if health.next_refresh is None:
-        return dg.SensorResult(skip_reason=health.summary, cursor="")
+        return dg.SensorResult(skip_reason=health.summary, cursor=_NOTHING_ASKED)
     asked = _Asked.parse(context.cursor)
     moment = max(health.next_refresh, asked.pause_ends)
     if moment > health.now:
         wait = clock.duration((moment - health.now).total_seconds())
         reason = f"the next refresh is due at {clock.written(moment)}, in {wait}"
         if health.verdict == "ok":
-            return dg.SensorResult(skip_reason=reason, cursor="")
+            return dg.SensorResult(skip_reason=reason, cursor=_NOTHING_ASKED)
         return dg.SensorResult(skip_reason=f"{health.verdict}: {health.summary}\n{reason}", cursor=context.cursor)
     running = _running(context.instance, health.now)
     if running:
@@ -132,7 +132,7 @@ class _Asked:
 
     @classmethod
     def parse(cls, cursor: str | None) -> "_Asked":
-        if not cursor:
+        if not cursor or cursor == _NOTHING_ASKED:
             return cls(_NEVER, 0)
         values = json.loads(cursor)
         return cls(datetime.fromisoformat(values["at"]), values["count"])
@@ -146,6 +146,7 @@ class _Asked:
         return self.at + (pause_after(self.count) if self.count else timedelta())
 
 
+_NOTHING_ASKED = "{}"  # Dagster takes an empty cursor for none given, and keeps the old one
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 _ACTIVE = [
     dg.DagsterRunStatus.NOT_STARTED,

@@ -15,7 +15,7 @@ from resources.auth.errors import (
     UnsafeFileError,
 )
 from resources.auth.health import Health, Item, check_health
-from resources.auth.refresh import Report, ensure_certificate, refresh
+from resources.auth.renew import Report, ensure_certificate, refresh
 
 __all__ = [
     "AccessError",

@@ -1,13 +1,14 @@
 """What has failed since when: kept beside the credentials, so that people see it and nobody asks in vain too often."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
 from resources.auth import clock
-from resources.auth.errors import AccessError
+from resources.auth.errors import AccessError, UnsafeFileError
 from resources.auth.files import replace_file
 
 Part = Literal["rotation", "certificate"]
@@ -55,11 +56,12 @@ class Attempts:
         return self._read().get(part)
 
     def failed(self, part: Part, error: AccessError) -> None:
-        """Note a failure."""
+        """Note a failure; where that cannot be written either, the failure itself is what counts."""
         before = self._read()
         earlier, now = before.get(part), clock.now()
         since, count = (earlier.since, earlier.count + 1) if earlier else (now, 1)
-        self._write({**before, part: Failing(since, now, count, str(error))})
+        with suppress(UnsafeFileError):
+            self._write({**before, part: Failing(since, now, count, str(error))})
 
     def succeeded(self, part: Part) -> None:
         """Note a success."""

@@ -52,7 +52,7 @@ def replace_file(path: Path, text: str, mode: int = 0o600) -> None:
     Raises:
         UnsafeFileError: the folder cannot be written to, or the disk is full; the old file is as it was.
     """
-    new = path.with_name(f".{path.name}.new")
+    new = _new(path)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new.unlink(missing_ok=True)  # of a process that was killed
@@ -64,9 +64,18 @@ def replace_file(path: Path, text: str, mode: int = 0o600) -> None:
         new.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
+        remove_half_written(path)
         raise UnsafeFileError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def remove_half_written(path: Path) -> None:
+    """Remove what a `replace_file` of this path has left that was killed; for the holder of the lock."""
+    with suppress(OSError):
+        _new(path).unlink(missing_ok=True)
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ from resources.auth import clock
 from resources.auth.attempts import Attempts, Failing, Part
 from resources.auth.certificate import Certificate
 from resources.auth.credentials import Secret
-from resources.auth.refresh import principals_problem
+from resources.auth.renew import principals_problem
 from resources.auth.ways import Access, explain, look, plain_key
 from resources.settings import Settings
 

@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from resources.auth import clock
@@ -51,8 +51,9 @@ def _sign(descriptor: int) -> None:
     """Write into the lock file who holds it; the program's name alone, since arguments might be secret."""
     program = Path(sys.argv[0]).name or "python"
     text = f"process {os.getpid()} ({program}) on {socket.gethostname()} since {clock.written(clock.now())}\n"
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode(), 0)
+    with suppress(OSError):  # a full disk: the lock holds without a name
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
 
 
 def _holder(path: Path) -> str:

@@ -13,9 +13,16 @@ from typing import Literal
 from resources.auth import clock
 from resources.auth.attempts import Attempts, Part
 from resources.auth.authentik import OidcToken, request_oidc_token
-from resources.auth.certificate import Certificate, ensure_key, write_certificate
+from resources.auth.certificate import (
+    Certificate,
+    certificate_path,
+    ensure_key,
+    public_path,
+    write_certificate,
+)
 from resources.auth.credentials import CredentialsFile, Source
 from resources.auth.errors import AccessError, ClockError, LockTimeoutError, RefusedError, UnavailableError
+from resources.auth.files import remove_half_written
 from resources.auth.http import Http
 from resources.auth.issuer import issuer
 from resources.auth.lock import refresh_lock
@@ -116,6 +123,11 @@ class _Refresh:
         self._refusals: dict[Source, str] = {}
 
     def run(self, rotation: Wish, certificate: Wish) -> Report:
+        """Do what is wished; raises as `refresh` does."""
+        key = self._settings.edge_node_key_path
+        assert key
+        for path in (self._file.path, key, public_path(key), certificate_path(key)):
+            remove_half_written(path)
         if rotation != "no":
             self._rotate_or_warn(rotation)
         if certificate == "no":

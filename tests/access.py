@@ -1,0 +1,145 @@
+"""For tests of the credentials: settings, who works, and a process that kills itself at a chosen step."""
+
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+
+from resources.auth.credentials import Credentials
+from resources.settings import ROOT, Settings
+from tests.simulated_site import AuthentikControl
+
+USER, EMAIL, CLIENT_ID, PREFIX = "xy12345", "xy12345@sim.test", "musica-step", "dagster-slurm"
+DAY = 86400.0
+
+
+def environment(base_url: str, folder: Path) -> dict[str, str]:
+    """The document's variables for an authentik without a CA, and without any secret."""
+    return {
+        "DAGSTER_DEPLOYMENT": "production_supercomputer",
+        "SLURM_SUPERCOMPUTER_SITE": "musica",
+        "SLURM_EDGE_NODE_HOST": "musica.test",
+        "SLURM_EDGE_NODE_USER": USER,
+        "SLURM_EDGE_NODE_KEY_PATH": str(folder / "id_musica"),
+        "SLURM_DEPLOYMENT_BASE_PATH": "/home/xy12345/dagster-slurm",
+        "ASC_OIDC_CLIENT_ID": CLIENT_ID,
+        "ASC_OIDC_USERNAME": USER,
+        "ASC_OIDC_TOKEN_URL": f"{base_url}/application/o/token/",
+        "ASC_AUTHENTIK_API_BASE": base_url,
+        "ASC_AUTHENTIK_CREDENTIALS_FILE": str(folder / "musica-auth.env"),
+        "ASC_AUTHENTIK_TOKEN_IDENTIFIER": PREFIX,
+        "ASC_STEP_CA_URL": "https://127.0.0.1:1",
+        "ASC_STEP_FINGERPRINT": "0" * 64,
+    }
+
+
+def settings_of(variables: dict[str, str]) -> Settings:
+    """The settings that these variables make, and nothing else."""
+    return Settings.model_validate(variables)
+
+
+def bootstrap_token(control: AuthentikControl) -> str:
+    """An API token as a person makes it in the web interface."""
+    return control.create_token(USER, "api", f"bootstrap-{secrets.token_hex(4)}")
+
+
+def made_here(control: AuthentikControl) -> set[str]:
+    """Identifiers of the tokens at authentik that bear our prefix."""
+    return {token.identifier for token in control.tokens(USER) if token.identifier.startswith(PREFIX)}
+
+
+def api_token_works(settings: Settings, value: str) -> bool:
+    """Ask authentik."""
+    answer = httpx.get(
+        f"{settings.authentik_api_base}/api/v3/core/users/me/", headers={"Authorization": f"Bearer {value}"}
+    )
+    return answer.status_code == 200
+
+
+def app_password_works(settings: Settings, value: str) -> bool:
+    """Ask authentik."""
+    form = {
+        "grant_type": "client_credentials",
+        "client_id": settings.oidc_client_id,
+        "username": settings.oidc_username,
+        "password": value,
+        "scope": "openid profile email",
+    }
+    return httpx.post(str(settings.oidc_token_url), data=form).status_code == 200
+
+
+def delete_token(settings: Settings, owner: Credentials, identifier: str) -> None:
+    """Delete a token at authentik behind the back of whoever uses it."""
+    assert owner.api_token
+    url = f"{settings.authentik_api_base}/api/v3/core/tokens/{identifier}/"
+    httpx.delete(url, headers={"Authorization": f"Bearer {owner.api_token.value}"}).raise_for_status()
+
+
+KILLED_AT_STEP = """\
+import os, pathlib, signal, sys
+from resources import SUPERCOMPUTER_SITE_OVERRIDES
+from resources.auth import http, refresh
+from resources.settings import load_settings
+
+left = int(sys.argv[1])
+
+def step(function):
+    def counted(*arguments, **named):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+    return counted
+
+http.Http.call = step(http.Http.call)
+os.fsync = step(os.fsync)
+pathlib.Path.replace = step(pathlib.Path.replace)
+settings = load_settings(SUPERCOMPUTER_SITE_OVERRIDES)
+refresh(settings, rotation=sys.argv[2], certificate=sys.argv[3])
+print(left)
+"""
+"""Arguments: how many steps (HTTP calls, syncs, renames) to allow, then the wishes of `refresh`."""
+
+
+def start(program: str, variables: dict[str, str], *arguments: str) -> "subprocess.Popen[str]":
+    """Start a Python program with these variables alone."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        env={"PATH": os.environ["PATH"], **variables},
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_waiting(program: str, variables: dict[str, str], *arguments: str) -> "subprocess.Popen[str]":
+    """Start a program that reads a line from stdin before it begins."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        env={"PATH": os.environ["PATH"], **variables},
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def release(processes: "list[subprocess.Popen[str]]") -> list[str]:
+    """Let all of them begin at once; what each has said on stdout."""
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = []
+    for process in processes:
+        out, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        said.append(out.strip())
+    return said
