@@ -28,19 +28,26 @@ def read_private(path: Path) -> str | None:
                 f'To have the file itself there:  f=$(readlink -f {name}) && rm {name} && mv "$f" {name}'
             ) from None
         raise UnsafeFileError(f"{path} cannot be read: {error.strerror}") from None
-    with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UnsafeFileError(f"{path} is not a plain file; move it out of the way")
-        if status.st_uid != os.geteuid():
-            raise UnsafeFileError(
-                f"{path} belongs to another user (uid {status.st_uid}), who could read and change it; "
-                f"to begin with a new one:  mv {name} {shlex.quote(str(path) + '.foreign')}"
-            )
-        if status.st_mode & 0o077:
-            mode = stat.S_IMODE(status.st_mode)
-            raise UnsafeFileError(f"{path} can be read by others (mode {mode:04o}):  chmod 600 {name}")
-        return file.read()
+    try:
+        _check_private(path, os.fstat(descriptor))
+        with os.fdopen(os.dup(descriptor), encoding="utf-8", errors="replace") as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def _check_private(path: Path, status: os.stat_result) -> None:
+    name = shlex.quote(str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise UnsafeFileError(f"{path} is not a plain file; move it out of the way")
+    if status.st_uid != os.geteuid():
+        raise UnsafeFileError(
+            f"{path} belongs to another user (uid {status.st_uid}), who could read and change it; "
+            f"to begin with a new one:  mv {name} {shlex.quote(str(path) + '.foreign')}"
+        )
+    if status.st_mode & 0o077:
+        mode = stat.S_IMODE(status.st_mode)
+        raise UnsafeFileError(f"{path} can be read by others (mode {mode:04o}):  chmod 600 {name}")
 
 
 def replace_file(path: Path, text: str, mode: int = 0o600) -> None:
