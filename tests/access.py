@@ -4,6 +4,10 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -143,3 +147,35 @@ def release(processes: "list[subprocess.Popen[str]]") -> list[str]:
         assert process.returncode == 0, errors
         said.append(out.strip())
     return said
+
+
+def secrets_of(control: AuthentikControl) -> set[str]:
+    """Every secret that authentik has issued or was sent since its last reset."""
+    found = {token.key for token in control.tokens()}
+    for request in control.requests():
+        found.add(request.authorization.removeprefix("Bearer "))
+        found.update(urllib.parse.parse_qs(request.body).get("password", []))
+        if isinstance(request.response, dict):
+            found.update(str(request.response.get(name, "")) for name in ("key", "access_token", "id_token"))
+    return {secret for secret in found if len(secret) > 20}
+
+
+@contextmanager
+def watch_command_lines() -> Iterator[set[str]]:
+    """Collect the command lines of all processes of this machine, looked at without a pause."""
+    seen: set[str] = set()
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                with suppress(OSError):
+                    seen.add(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        watcher.join()

@@ -149,11 +149,11 @@ def write_certificate(key: Path, line: str) -> Certificate:
         CertificateError: it is not a user certificate of this key; the old one stays.
     """
     path = certificate_path(key)
-    certificate, of_key = parse_certificate(line.encode(), path, clock.now())
+    _, of_key = parse_certificate(line.encode(), path, clock.now())
     if of_key != _fields(ensure_key(key)):
         raise CertificateError("the certificate authority has certified another key than the one that was sent")
     replace_file(path, line.strip() + "\n", mode=0o644)
-    return certificate
+    return read_certificate(key)
 
 
 def _make_key(key: Path) -> str:

@@ -110,9 +110,13 @@ class Login:
 
     def remove_credentials(self) -> None:
         """Remove the keys, certificates and credentials that clients have left in the site's folder for them."""
-        for file in self._client.iterdir():
-            if file not in (self.known_hosts, self.plain_key, self.plain_key.with_name("id_plain.pub")):
-                file.unlink()
+        for path in self._client.iterdir():
+            if path in (self.known_hosts, self.plain_key, self.plain_key.with_name("id_plain.pub")):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)  # the `step` client makes ~/.step
+            else:
+                path.unlink()
 
     def resize_home(self, size: str) -> None:
         """Change the size of the homes' file system: a number of bytes, or with `m` or `g` behind it."""
