@@ -478,7 +478,7 @@ def test_a_refusal_of_the_ca_is_told_and_costs_few_tokens(
     key = key_of(variables)
     subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-b", "1024", "-N", "", "-f", key], check=True)
     before, served = key.read_bytes(), len(site.authentik.requests())
-    with pytest.raises(RefusedError, match=r"(?i)rsa key .* at least 2048 bits") as error:
+    with pytest.raises(RefusedError, match="at least 2048 bits") as error:
         ensure_certificate(settings)
     assert not error.value.temporary
     tokens = [each for each in site.authentik.requests()[served:] if each.path.startswith("/application/o/token/")]

@@ -1,0 +1,373 @@
+"""The job that refreshes, the sensor that asks for it, and what both show, with authentik's stand-in."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import dagster as dg
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import SSHCertificateBuilder, SSHCertificateType, load_ssh_private_key
+
+from jobs.credentials import (
+    access_health,
+    musica_access,
+    refresh_credentials_job,
+    refresh_credentials_sensor,
+)
+from resources.auth import check_health, clock
+from resources.auth.certificate import certificate_path, ensure_key
+from resources.settings import ROOT
+from tests import access
+from tests.simulated_site import AuthentikControl, AuthentikServer
+
+pytestmark = pytest.mark.local
+
+
+@pytest.fixture
+def authentik(tmp_path: Path) -> Iterator[AuthentikServer]:
+    with AuthentikServer(tmp_path / "authentik") as server:
+        server.control.create_user(access.USER)
+        server.control.set_lifetimes(token=30 * access.DAY)
+        yield server
+
+
+@pytest.fixture
+def control(authentik: AuthentikServer) -> AuthentikControl:
+    return authentik.control
+
+
+@pytest.fixture
+def variables(authentik: AuthentikServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """In the environment: the document's with a bootstrap token; and a certificate for 400 days beside the key."""
+    found = access.environment(authentik.base_url, tmp_path)
+    found["ASC_AUTHENTIK_API_TOKEN"] = access.bootstrap_token(authentik.control)
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    certify(Path(found["SLURM_EDGE_NODE_KEY_PATH"]), 400 * access.DAY)
+    return found
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    (tmp_path / "dagster").mkdir()
+    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster"), overrides={"telemetry": {"enabled": False}}) as made:
+        yield made
+
+
+def certify(key: Path, seconds: float) -> None:
+    """A certificate for so long, of no authority in particular: nobody logs in here."""
+    ensure_key(key)
+    private = load_ssh_private_key(key.read_bytes(), password=None)
+    assert isinstance(private, Ed25519PrivateKey)
+    now = int(time.time())
+    builder = SSHCertificateBuilder().public_key(private.public_key()).type(SSHCertificateType.USER)
+    builder = builder.valid_principals([b"xy12345"]).valid_after(now - 60).valid_before(int(now + seconds))
+    certificate_path(key).write_bytes(builder.sign(Ed25519PrivateKey.generate()).public_bytes())
+
+
+def tick(instance: dg.DagsterInstance, cursor: str | None = None) -> dg.SensorResult:
+    context = dg.build_sensor_context(instance=instance, cursor=cursor)
+    result = refresh_credentials_sensor(context)
+    assert isinstance(result, dg.SensorResult)
+    return result
+
+
+def reason(result: dg.SensorResult) -> str:
+    assert isinstance(result.skip_reason, dg.SkipReason)
+    return str(result.skip_reason.skip_message)
+
+
+class Wind(Protocol):
+    def __call__(self, **later: float) -> None: ...
+
+
+@pytest.fixture
+def wind(monkeypatch: pytest.MonkeyPatch) -> Wind:
+    """Stops this machine's clock, so much later than the test began."""
+    begun = datetime.now(UTC)
+
+    def stop_at(**later: float) -> None:
+        monkeypatch.setattr(clock, "now", lambda: begun + timedelta(**later))
+
+    return stop_at
+
+
+def run_job(instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
+    return refresh_credentials_job.execute_in_process(instance=instance, raise_on_error=False)
+
+
+def observations(instance: dg.DagsterInstance) -> list[dict[str, Any]]:
+    """Metadata of what was logged of the access, oldest first."""
+    records = instance.fetch_observations(musica_access.key, limit=100).records
+    found = [record.asset_observation for record in reversed(records)]
+    return [{name: each.value for name, each in one.metadata.items()} for one in found if one]
+
+
+def evaluations(instance: dg.DagsterInstance, result: dg.ExecuteInProcessResult) -> list[tuple[bool, str]]:
+    """Outcome and description of each evaluation of the check that a run has stored."""
+    entries = instance.all_logs(result.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+    found = [entry.get_dagster_event().event_specific_data for entry in entries]
+    return [(each.passed, str(each.description)) for each in found if isinstance(each, dg.AssetCheckEvaluation)]
+
+
+# The job
+
+
+def test_its_numbers_plot(variables: dict[str, str], instance: dg.DagsterInstance) -> None:
+    result = run_job(instance)
+    assert result.success
+    (numbers,) = observations(instance)
+    assert numbers["certificate_hours"] == pytest.approx(400 * 24, abs=0.1)
+    assert numbers["api_token_hours"] == pytest.approx(30 * 24, abs=0.1)
+    assert numbers["app_password_hours"] == pytest.approx(30 * 24, abs=0.1)
+    assert numbers["secrets_replaced_with"] == "the bootstrap credential"
+    health = check_health(access.settings_of(variables))
+    for item in health.items:
+        assert item.valid_until
+        assert numbers[f"{item.name.lower().replace(' ', '_')}_valid_until"] == item.valid_until.timestamp()
+    assert evaluations(instance, result) == [(True, health.summary)]
+    checked = access_health()
+    assert isinstance(checked, dg.AssetCheckResult)
+    assert checked.passed
+    assert checked.metadata["api_token_hours"].value == pytest.approx(30 * 24, abs=0.1)
+
+
+def test_a_failing_refresh_is_shown_before_anything_expires(
+    variables: dict[str, str],
+    instance: dg.DagsterInstance,
+    authentik: AuthentikServer,
+    monkeypatch: pytest.MonkeyPatch,
+    wind: Wind,
+) -> None:
+    run_job(instance)
+    authentik.stop()
+    wind(days=24)
+    result = run_job(instance)
+    assert result.success  # the certificate is good: a warning
+    numbers = observations(instance)[-1]
+    assert numbers["verdict"] == "failing"
+    assert numbers["api_token_hours"] == pytest.approx(6 * 24, abs=0.1)
+    assert numbers["rotation_failing_since"] == pytest.approx(clock.now().timestamp(), abs=60)
+    ((passed, description),) = evaluations(instance, result)
+    assert not passed
+    assert "the stored secrets could not be renewed since" in description
+    assert "Access works until" in description
+    authentik.start()
+    wind(days=24.1)
+    assert evaluations(instance, run_job(instance))[0][0]
+
+
+def test_without_access_the_run_fails_and_says_so_in_the_asset(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ASC_AUTHENTIK_API_TOKEN")
+    certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
+    result = run_job(instance)
+    assert not result.success
+    failure = next(event for event in result.all_events if event.is_step_failure).step_failure_data
+    assert failure.user_failure_data
+    assert "One of these is enough, and none holds" in str(failure.user_failure_data.description)
+    ((passed, description),) = evaluations(instance, result)
+    assert not passed
+    assert "none holds" in description
+    assert observations(instance)[-1]["verdict"] == "broken"
+
+
+def test_no_secret_is_in_dagsters_storage(
+    variables: dict[str, str],
+    instance: dg.DagsterInstance,
+    control: AuthentikControl,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    wind: Wind,
+) -> None:
+    run_job(instance)
+    wind(days=24)
+    run_job(instance)
+    monkeypatch.setenv("ASC_OIDC_CLIENT_ID", "nobody")
+    wind(days=50)
+    assert not run_job(instance).success or observations(instance)[-1]["verdict"] == "failing"
+    secrets = access.secrets_of(control)
+    assert len(secrets) > 5
+    content = b"".join(path.read_bytes() for path in (tmp_path / "dagster").rglob("*") if path.is_file())
+    assert b"musica_access" in content
+    assert not [secret for secret in secrets if secret.encode() in content]
+
+
+# The sensor
+
+
+def test_it_asks_when_something_is_due_and_says_when_that_will_be(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, wind: Wind
+) -> None:
+    first = tick(instance)
+    assert len(first.run_requests or ()) == 1
+    run_job(instance)
+    second = tick(instance, first.cursor)
+    assert not second.run_requests
+    assert "the next refresh is due at" in reason(second)
+    assert "in 22 d 23 h" in reason(second)
+    wind(days=22.9)
+    assert not tick(instance, second.cursor).run_requests
+    wind(days=23.1)
+    third = tick(instance, second.cursor)
+    assert len(third.run_requests or ()) == 1
+    assert third.run_requests
+    assert first.run_requests
+    assert third.run_requests[0].run_key != first.run_requests[0].run_key
+
+
+def test_a_tick_asks_nobody(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, wind: Wind
+) -> None:
+    run_job(instance)
+    monkeypatch.setattr(socket.socket, "connect", None)
+    for days in (0, 24, 31, 500):
+        wind(days=days)
+        assert bool(tick(instance).run_requests) == (days > 0)
+
+
+def add_run(instance: dg.DagsterInstance, status: dg.DagsterRunStatus) -> str:
+    run = instance.create_run_for_job(refresh_credentials_job, status=status)
+    return run.run_id
+
+
+@pytest.mark.parametrize("status", [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTED])
+def test_it_never_asks_twice_for_one_need(
+    variables: dict[str, str],
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    status: dg.DagsterRunStatus,
+) -> None:
+    run_id = add_run(instance, status)
+    skipped = tick(instance)
+    assert not skipped.run_requests
+    assert f"run {run_id} is at it" in reason(skipped)
+
+
+def test_a_run_that_was_left_started_does_not_block(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, wind: Wind
+) -> None:
+    add_run(instance, dg.DagsterRunStatus.STARTED)
+    wind(minutes=14)
+    assert not tick(instance).run_requests
+    wind(minutes=16)
+    assert tick(instance).run_requests
+
+
+def test_a_failed_refresh_is_asked_for_again_less_and_less_often(
+    variables: dict[str, str],
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    authentik: AuthentikServer,
+    wind: Wind,
+) -> None:
+    monkeypatch.setattr("resources.auth.renew.ISSUE_TRIES", 1)
+    certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
+    authentik.stop()
+    cursor, asked = None, []
+    for minute in range(100):
+        wind(minutes=minute)
+        result = tick(instance, cursor)
+        cursor = result.cursor
+        if result.run_requests:
+            asked.append(minute)
+            assert not run_job(instance).success
+        else:
+            assert "broken: " in reason(result)
+            assert "the next refresh is due at" in reason(result)
+    assert asked == [0, 1, 3, 7, 15, 31, 61, 91]
+
+
+def test_a_run_that_dies_without_a_word_is_asked_for_again_less_and_less_often(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, wind: Wind
+) -> None:
+    cursor, asked = None, []
+    for minute in range(70):
+        wind(minutes=minute)
+        result = tick(instance, cursor)
+        cursor = result.cursor
+        if result.run_requests:
+            asked.append(minute)
+    assert asked == [0, 1, 3, 7, 15, 31, 61]
+
+
+def test_access_that_does_not_renew_itself_is_left_alone(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, wind: Wind
+) -> None:
+    monkeypatch.delenv("ASC_AUTHENTIK_API_TOKEN")
+    wind(days=399)
+    assert "not self-renewing, ends at" in reason(tick(instance))
+    wind(days=401)
+    assert tick(instance).run_requests  # whose run fails, visibly
+
+
+def test_thirty_days_with_no_person(
+    variables: dict[str, str],
+    instance: dg.DagsterInstance,
+    control: AuthentikControl,
+    monkeypatch: pytest.MonkeyPatch,
+    wind: Wind,
+) -> None:
+    """Both clocks move together; the sensor alone decides; the bootstrap token is gone after the first day."""
+    cursor, runs, shift = None, [], 0.0
+    for _ in range(4 * 30):
+        wind(days=shift)
+        result = tick(instance, cursor)
+        cursor = result.cursor
+        if result.run_requests:
+            assert run_job(instance).success
+            runs.append(shift)
+        health = check_health(access.settings_of({k: v for k, v in variables.items() if "API_TOKEN" not in k}))
+        assert health.verdict == "ok", f"day {shift}: {health.summary}"
+        monkeypatch.delenv("ASC_AUTHENTIK_API_TOKEN", raising=False)
+        shift += 0.25
+        control.advance_clock(0.25 * access.DAY)
+    assert runs == [0.0, 23.25]  # a week before their end
+    assert len(access.made_here(control)) == 2
+
+
+# The code location
+
+STATUS = """\
+import json
+from musica_pipelines.definitions import defs
+sensor = defs.get_sensor_def("refresh_credentials_when_due")
+import dagster as dg
+result = sensor(dg.build_sensor_context(instance=dg.DagsterInstance.ephemeral()))
+print(json.dumps([sensor.default_status.value, result.skip_reason.skip_message if result.skip_reason else ""]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "said"),
+    [
+        ({}, "RUNNING", ""),
+        ({"DAGSTER_DEPLOYMENT": "staging_supercomputer"}, "RUNNING", ""),
+        ({"DAGSTER_DEPLOYMENT": "development"}, "STOPPED", ""),
+        ({"SLURM_EDGE_NODE_USER": ""}, "RUNNING", "SLURM_EDGE_NODE_USER="),
+        ({"SLURM_SUPERCOMPUTER_SITE": "musika"}, "RUNNING", "did you mean 'musica'"),
+    ],
+)
+def test_the_location_loads_and_the_sensor_runs_where_it_is_needed(
+    variables: dict[str, str], changes: dict[str, str], status: str, said: str
+) -> None:
+    process = access.start(STATUS, {**variables, **changes})
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    found, reason = json.loads(out.splitlines()[-1])
+    assert found == status
+    assert said in reason
+
+
+def test_access_knows_no_dagster() -> None:
+    program = "import sys, resources.auth; assert 'dagster' not in sys.modules, 'dagster'; print('ok')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "ok\n"
