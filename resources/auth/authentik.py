@@ -15,6 +15,7 @@ from resources.auth.http import Answer, Http
 from resources.settings import Settings
 
 SCOPE = "openid profile email"
+NEVER = datetime(9999, 1, 1, tzinfo=UTC)
 Intent = Literal["api", "app_password"]
 
 
@@ -41,7 +42,7 @@ class Authentik:
             raise MisconfiguredError(f"{self._base}/users/me/ answered without a user: {answer.reason}") from None
 
     def create(self, identifier: str, intent: Intent) -> datetime:
-        """Make a token of that name; when it expires, by the server's clock.
+        """Make a token of that name; when it expires, by the server's clock (NEVER if it does not).
 
         Asked again after a lost answer, it finds the token that the first request has made.
         """
@@ -51,13 +52,17 @@ class Authentik:
             answer = self._call("GET", f"/tokens/{identifier}/")
         if answer.status not in (200, 201):
             raise MisconfiguredError(f"authentik did not make a token {identifier!r}: {answer.reason}")
-        return datetime.fromisoformat(answer.data["expires"]).astimezone(UTC)
+        try:
+            written = answer.data["expires"]
+            return datetime.fromisoformat(written).astimezone(UTC) if written else NEVER
+        except (TypeError, KeyError, ValueError):
+            raise MisconfiguredError(f"authentik did not say when {identifier!r} expires: {answer.reason}") from None
 
     def view_key(self, identifier: str) -> str:
         """The secret of a token of one's own."""
         answer = self._call("GET", f"/tokens/{identifier}/view_key/")
-        if answer.status != 200:
-            raise MisconfiguredError(f"authentik did not show the key of {identifier!r}: {answer.reason}")
+        if answer.status != 200 or not isinstance(answer.data, dict) or not answer.data.get("key"):
+            raise MisconfiguredError(f"authentik did not show the key of {identifier!r}: HTTP {answer.status}")
         return str(answer.data["key"])
 
     def delete(self, identifier: str) -> None:

@@ -66,18 +66,18 @@ def read_certificate(key: Path) -> Certificate:
     Raises:
         CertificateError: there is none, or it is not of this key, or not a user certificate.
     """
-    path = certificate_path(key)
-    if not key.is_file():
-        raise CertificateError(f"{key} does not exist, so {path.name} would be of no use")
-    if key.stat().st_mode & 0o077:
-        raise CertificateError(f"{key} can be read by others:  chmod 600 {shlex.quote(str(key))}")
+    path, public = certificate_path(key), public_path(key)
     try:
+        if not key.is_file():
+            raise CertificateError(f"{key} does not exist, so {path.name} would be of no use")
+        if key.stat().st_mode & 0o077:
+            raise CertificateError(f"{key} can be read by others:  chmod 600 {shlex.quote(str(key))}")
         line, written = path.read_bytes(), path.stat().st_mtime
+        known = public.read_text(errors="replace") if public.is_file() else ""
     except OSError as error:
         raise CertificateError(f"{path}: {(error.strerror or 'cannot be read').lower()}") from None
     certificate, of_key = parse_certificate(line, path, datetime.fromtimestamp(written, UTC))
-    public = public_path(key)
-    if public.is_file() and _fields(public.read_text(errors="replace")) != of_key:
+    if known and _fields(known) != of_key:
         raise CertificateError(f"{path} is of another key than {public}")
     return certificate
 
@@ -122,7 +122,9 @@ def ensure_key(key: Path) -> str:
         MisconfiguredError: its public half is missing and cannot be had, or is of another key.
     """
     name = shlex.quote(str(key))
-    if not (key.exists() or key.is_symlink()):
+    if not key.exists():
+        if key.is_symlink():
+            raise UnsafeFileError(f"{key} is a symbolic link to nowhere: rm {name}")
         if public_path(key).exists():
             raise MisconfiguredError(
                 f"{public_path(key)} is there without its private key {key}: move it out of the way"

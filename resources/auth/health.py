@@ -92,9 +92,9 @@ def _due(access: Access, failing: dict[Part, Failing]) -> dict[Part, datetime]:
     settings = access.settings
     due: dict[Part, datetime] = {}
     certificate = access.valid_certificate
-    if certificate is None:
+    if certificate is None and not plain_key(access):
         due["certificate"] = access.now
-    elif access.renewable:
+    elif certificate is not None and access.renewable:
         due["certificate"] = certificate.renew_at(settings.step_refresh_skew)
     if access.rotatable:
         due["rotation"] = access.stored.renew_at(settings.authentik_refresh_skew_days, access.now)
@@ -103,20 +103,29 @@ def _due(access: Access, failing: dict[Part, Failing]) -> dict[Part, datetime]:
 
 
 def _judge(access: Access, failing: dict[Part, Failing], next_refresh: datetime | None) -> tuple[Verdict, str]:
+    problem = _problem(access, failing)
     certificate = access.valid_certificate
-    if certificate is None:
-        if plain_key(access):
-            return "ok", f"a plain key, {access.settings.edge_node_key_path}: nothing expires"
-        if not access.renewable or failing:
-            return "broken", _tell(failing) if access.renewable else str(explain(access, {}))
-    elif failing:
-        return "failing", f"{_tell(failing)}\nAccess works until {clock.written(certificate.valid_before)}"
+    if problem and certificate:
+        return "failing", f"{problem}\nAccess works until {clock.written(certificate.valid_before)}"
+    if problem:
+        return "broken", problem
     if next_refresh is None:
-        return "ok", _not_self_renewing(access)
+        return "ok", _not_self_renewing(access) or f"a plain key, {access.settings.edge_node_key_path}: nothing expires"
     if next_refresh <= access.now:
         return "due", f"a refresh is due since {clock.written(next_refresh)}"
     wait = clock.duration((next_refresh - access.now).total_seconds())
     return "ok", f"next refresh at {clock.written(next_refresh)}, in {wait}"
+
+
+def _problem(access: Access, failing: dict[Part, Failing]) -> str:
+    """What is wrong; empty if nothing is."""
+    if access.renewable or plain_key(access):
+        return _tell(failing)
+    if access.valid_certificate is None:
+        return str(explain(access, {}))
+    if access.credentials is None:
+        return ""  # a certificate by hand, and nothing else
+    return f"nothing can be renewed: {access.settings.credentials_file}: {access.credentials_state}"
 
 
 def _tell(failing: dict[Part, Failing]) -> str:

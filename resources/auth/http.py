@@ -98,6 +98,8 @@ class Http:
                     return _send(client, client.build_request(method, url, headers=headers, json=json_body, data=form))
             except httpx.HTTPError as error:
                 raise _explain(error, url) from None
+            except httpx.InvalidURL as error:
+                raise MisconfiguredError(f"{url} is not a URL: {error}") from None
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(UnavailableError),

@@ -21,7 +21,7 @@ from resources.auth.certificate import (
     write_certificate,
 )
 from resources.auth.credentials import CredentialsFile, Source
-from resources.auth.errors import AccessError, ClockError, LockTimeoutError, RefusedError, UnavailableError
+from resources.auth.errors import AccessError, ClockError, RefusedError, UnavailableError
 from resources.auth.files import remove_half_written
 from resources.auth.http import Http
 from resources.auth.issuer import issuer
@@ -103,7 +103,7 @@ def refresh(settings: Settings, rotation: Wish = "due", certificate: Wish = "due
     try:
         with refresh_lock(settings.credentials_file, LOCK_SECONDS if patient else LOCK_SECONDS_WITH_CERTIFICATE):
             return _Refresh(settings).run(rotation, certificate)
-    except LockTimeoutError as error:
+    except AccessError as error:  # the lock: all that comes after it keeps what works by itself
         if patient:
             raise
         return Report(access.valid_certificate, warnings=[f"{error}. The certificate is still valid"])

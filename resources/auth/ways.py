@@ -52,6 +52,21 @@ class Access:
         return str(self.credentials) if isinstance(self.credentials, UnsafeFileError) else ""
 
     @property
+    def credentials_state(self) -> str:
+        """What the credentials file lacks to be current; empty if it lacks nothing."""
+        if self.credentials is None:
+            return "the file is missing"
+        if self.credentials_problem:
+            return self.credentials_problem
+        problems = []
+        for name, secret in (("API token", self.stored.api_token), ("app password", self.stored.app_password)):
+            if secret is None:
+                problems.append(f"it has no {name}")
+            elif secret.expires and secret.expired(self.now):
+                problems.append(f"its {name} expired at {clock.written(secret.expires)}")
+        return " and ".join(problems)
+
+    @property
     def lacking(self) -> list[str]:
         """Variables without which no certificate can be asked for."""
         settings = self.settings
@@ -108,7 +123,7 @@ def plain_key(access: Access) -> bool:
 
 def explain_rotation(access: Access) -> RefusedError:
     """Why the stored secrets cannot be replaced."""
-    stored = _credentials_problem(access) or "there, but without effect"
+    stored = access.credentials_state or "there, but without effect"
     direct = "set" if access.settings.authentik_api_token else "not set"
     direct += f"; {_lacking_api(access)}" if _lacking_api(access) else ""
     return RefusedError(
@@ -138,7 +153,7 @@ def explain(access: Access, refusals: Mapping[Source, str]) -> BootstrapError:
         ),
         (
             f"current credentials in {settings.credentials_file}",
-            refusals.get("stored") or _credentials_problem(access) or lacking,
+            refusals.get("stored") or access.credentials_state or lacking,
             "see way 3, which makes this file anew",
         ),
         (
@@ -169,20 +184,6 @@ def _certificate_problem(access: Access) -> str:
     if access.now < found.valid_after:
         return f"valid only from {clock.written(found.valid_after)} on; this machine has {clock.written(access.now)}"
     return f"expired at {clock.written(found.valid_before)} (now {clock.written(access.now)})"
-
-
-def _credentials_problem(access: Access) -> str:
-    if access.credentials is None:
-        return "the file is missing"
-    if access.credentials_problem:
-        return access.credentials_problem
-    problems = []
-    for name, secret in (("API token", access.stored.api_token), ("app password", access.stored.app_password)):
-        if secret is None:
-            problems.append(f"it has no {name}")
-        elif secret.expires and secret.expired(access.now):
-            problems.append(f"its {name} expired at {clock.written(secret.expires)}")
-    return " and ".join(problems)
 
 
 def _lacking_api(access: Access) -> str:

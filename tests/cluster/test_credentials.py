@@ -253,6 +253,35 @@ def test_refused_secrets_are_told_way_by_way(without_secret: dict[str, str], sit
     assert "test-wrong-password" not in text
 
 
+def test_a_file_that_cannot_renew_any_more_is_told_while_the_certificate_works(
+    site: SimulatedSite, without_secret: dict[str, str]
+) -> None:
+    site.mint_certificate(key_of(without_secret))
+    file = Path(without_secret["ASC_AUTHENTIK_CREDENTIALS_FILE"])
+    file.write_text("ASC_OIDC_APP_PASSWORD=test-app-password\n")
+    file.chmod(0o644)
+    settings = access.settings_of(without_secret)
+    assert ensure_certificate(settings)
+    health = check_health(settings)
+    assert health.verdict == "failing"
+    assert "nothing can be renewed" in health.summary
+    assert "chmod 600" in health.summary
+
+
+def test_a_folder_that_cannot_be_written_to_keeps_what_works(
+    site: SimulatedSite, variables: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    settings = access.settings_of({**variables, "ASC_AUTHENTIK_CREDENTIALS_FILE": str(tmp_path / "file" / "auth.env")})
+    age_certificate(site, variables)
+    report = refresh(settings)
+    assert report.certificate
+    assert "the lock" in report.warnings[0]
+    certificate_path(key_of(variables)).unlink()
+    with pytest.raises(BootstrapError, match="cannot be read: Not a directory"):
+        ensure_certificate(settings)
+
+
 def test_a_plain_key_needs_nothing(site: SimulatedSite, without_secret: dict[str, str]) -> None:
     plain = {name: value for name, value in without_secret.items() if not name.startswith("ASC_")}
     settings = access.settings_of({**plain, "SLURM_EDGE_NODE_KEY_PATH": str(site.login.plain_key)})

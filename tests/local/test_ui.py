@@ -3,49 +3,26 @@
 With UPDATE_SCREENSHOTS=1 the pictures of the README are taken anew; look at them before you commit.
 """
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from musica_pipelines.assets.flight_delays import TRIALS
-from resources.settings import ROOT
+from tests.browser import open_ui, take
 from tests.local.dagster_dev import DagsterDev
 
 pytestmark = pytest.mark.local
 
 ASSETS = ("flights", "delay_features", "delay_sweep", "delay_model")
-FLAGS = """
-    --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync
-    """.split()
 
 
 @pytest.fixture(scope="module")
 def page(dagster_dev: DagsterDev, whole_example: str) -> Iterator[Page]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium is installed")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1400, "height": 900}, base_url=dagster_dev.url)
-        page.set_default_timeout(60_000)
-        page.goto("/overview")
-        page.get_by_text("Hide navigation").click()  # more room for what the tests look at
+    with open_ui(dagster_dev.url) as page:
         yield page
-        browser.close()
-
-
-def take(page: Page, name: str, folder: Path) -> None:
-    """A screenshot of a page that has come to rest."""
-    page.wait_for_load_state("networkidle")
-    target = ROOT / "docs" / "images" if os.environ.get("UPDATE_SCREENSHOTS") else folder
-    page.screenshot(path=target / name, animations="disabled")
-    assert 20_000 < (target / name).stat().st_size < 250_000
 
 
 def test_the_graph_shows_all_assets_materialised(page: Page, tmp_path: Path) -> None:

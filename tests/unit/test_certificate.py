@@ -184,6 +184,14 @@ def test_a_key_that_others_can_read_is_refused(key: Path) -> None:
         ensure_key(key)
 
 
+def test_a_link_to_nowhere_is_not_taken_for_no_key(key: Path) -> None:
+    key.parent.mkdir()
+    key.symlink_to("gone")
+    with pytest.raises(UnsafeFileError, match="is a symbolic link to nowhere"):
+        ensure_key(key)
+    assert key.is_symlink()
+
+
 def test_only_the_certificate_is_replaced_and_only_by_one_of_the_key(key: Path) -> None:
     private = write_key(key)
     good = certify(private)

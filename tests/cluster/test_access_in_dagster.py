@@ -1,0 +1,144 @@
+"""The whole chain in a real `dagster dev`: the sensor brings access to life, an asset logs in, with no person."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import expect
+
+from resources.settings import ROOT
+from tests import access
+from tests.browser import open_ui, take
+from tests.local.dagster_dev import DagsterDev, wait_for
+from tests.simulated_site import SimulatedSite
+
+pytestmark = pytest.mark.cluster
+
+LOCATION = """\
+import dagster as dg
+from resources import SUPERCOMPUTER_SITE_OVERRIDES
+from resources.auth import ensure_certificate
+from resources.settings import load_settings
+from resources.ssh import connect
+
+@dg.asset
+def login_node(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    settings = load_settings(SUPERCOMPUTER_SITE_OVERRIDES)
+    with connect(settings, ensure_certificate) as connection:
+        name = connection.run("hostname", hide=True).stdout.splitlines()[-1]
+    return dg.MaterializeResult(metadata={"hostname": name})
+
+defs = dg.Definitions(assets=[login_node])
+if __name__ == "__main__":
+    result = dg.materialize([login_node])
+    print(result.asset_materializations_for_node("login_node")[0].metadata["hostname"].value)
+"""
+
+SENSOR = """
+    query Sensor($selector: SensorSelector!) { sensorOrError(sensorSelector: $selector) { ... on Sensor {
+      sensorState { status ticks(limit: 5) { status skipReason runIds error { message } } } } } }"""
+
+
+@pytest.fixture
+def home(site: SimulatedSite, tmp_path: Path) -> Path:
+    """A home with the centre's line in known_hosts, and nothing else."""
+    folder = tmp_path / "home"
+    (folder / ".ssh").mkdir(parents=True, mode=0o700)
+    shutil.copy(site.login.known_hosts, folder / ".ssh" / "known_hosts")
+    return folder
+
+
+@pytest.fixture
+def variables(site: SimulatedSite, home: Path, tmp_path: Path) -> dict[str, str]:
+    site.authentik.set_lifetimes(token=30 * access.DAY)
+    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    return {**kept, **site.environment(), "HOME": str(home), "DATA_ROOT": str(tmp_path / "data")}
+
+
+@pytest.fixture
+def location(tmp_path: Path) -> Path:
+    path = tmp_path / "login_location.py"
+    path.write_text(LOCATION)
+    return path
+
+
+@pytest.fixture
+def dagster_dev(variables: dict[str, str], location: Path, tmp_path: Path) -> Iterator[DagsterDev]:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    shutil.copy(ROOT / "dagster.yaml", folder)
+    extra = f"  - python_file: {{relative_path: {location}, location_name: login}}\n"
+    (folder / "workspace.yaml").write_text((ROOT / "workspace.yaml").read_text() + extra)
+    server = DagsterDev(folder, variables)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def ticks(server: DagsterDev) -> list[dict[str, Any]]:
+    """The latest of the sensor, newest first."""
+    selector = {
+        "repositoryLocationName": "musica_pipelines",
+        "repositoryName": "__repository__",
+        "sensorName": "refresh_credentials_when_due",
+    }
+    state = server.ask(SENSOR, selector=selector)["sensorOrError"]["sensorState"]
+    assert state["status"] == "RUNNING"
+    found: list[dict[str, Any]] = state["ticks"]
+    assert not [tick for tick in found if tick["error"]]
+    return found
+
+
+def test_the_sensor_brings_access_to_life_and_an_asset_logs_in(
+    dagster_dev: DagsterDev, variables: dict[str, str], site: SimulatedSite, tmp_path: Path
+) -> None:
+    (run_id,) = wait_for(
+        lambda: next((tick["runIds"] for tick in ticks(dagster_dev) if tick["runIds"]), None), 90, "the sensor asks"
+    )
+    assert dagster_dev.wait(run_id) == "SUCCESS"
+    assert Path(variables["ASC_AUTHENTIK_CREDENTIALS_FILE"]).exists()
+    run_id = dagster_dev.launch("login_node", location="login")
+    assert dagster_dev.wait(run_id) == "SUCCESS"
+    # The certificate ends; a step gets itself a new one.
+    site.mint_certificate(Path(variables["SLURM_EDGE_NODE_KEY_PATH"]), validity="-2h:-1h")
+    run_id = dagster_dev.launch("login_node", location="login")
+    assert dagster_dev.wait(run_id) == "SUCCESS"
+    skipped = wait_for(
+        lambda: next((tick["skipReason"] for tick in ticks(dagster_dev) if tick["skipReason"]), None), 90, "a tick"
+    )
+    assert "the next refresh is due at" in skipped
+    with open_ui(dagster_dev.url) as page:
+        page.goto("/assets/musica_access")
+        expect(page.get_by_text("certificate_hours", exact=True)).to_be_visible()
+        expect(page.get_by_text("app_password_hours", exact=True)).to_be_visible()
+        expect(page.get_by_text("health", exact=True).first).to_be_visible()
+        take(page, "musica-access.png", tmp_path)
+    check_no_secret(site, tmp_path)
+
+
+def check_no_secret(site: SimulatedSite, folder: Path) -> None:
+    """Neither Dagster's storage nor its logs hold one, nor the folder of anybody but the owner."""
+    secrets = access.secrets_of(site.authentik)
+    assert len(secrets) > 5
+    looked_at = 0
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            looked_at += b"musica_access" in content
+            assert not [secret for secret in secrets if secret.encode() in content], path
+    assert looked_at
+
+
+def test_an_asset_in_a_plain_materialize_logs_in(location: Path, variables: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, location], env=variables, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("login01", "login02")
