@@ -87,14 +87,14 @@ class Http:
         import httpx
         import tenacity
 
-        self._public_trust = self._public_trust or httpx.create_ssl_context()
-        verify = trust or self._public_trust
+        if trust is None:
+            trust = self._trust_for(url)
 
         def attempt() -> Answer:
             if self.remaining() <= 0:
                 raise UnavailableError(f"{url}: no time left for another try")
             try:
-                with httpx.Client(verify=verify, timeout=min(TRY_SECONDS, self.remaining())) as client:
+                with httpx.Client(verify=trust, timeout=min(TRY_SECONDS, self.remaining())) as client:
                     return _send(client, client.build_request(method, url, headers=headers, json=json_body, data=form))
             except httpx.HTTPError as error:
                 raise _explain(error, url) from None
@@ -108,6 +108,15 @@ class Http:
             reraise=True,
         )
         return retrying(attempt)
+
+    def _trust_for(self, url: str) -> ssl.SSLContext:
+        """The public authorities, once for all calls; an empty one for plain http, which is not encrypted anyway."""
+        import httpx
+
+        if httpx.URL(url).scheme == "http":
+            return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._public_trust = self._public_trust or httpx.create_ssl_context()
+        return self._public_trust
 
 
 def _send(client: "httpx.Client", request: "httpx.Request") -> Answer:
