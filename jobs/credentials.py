@@ -20,6 +20,7 @@ musica_access = dg.AssetSpec(
     "musica_access",
     group_name="access",
     kinds={"ssh"},
+    owners=["team:platform"],
     description="Access to the supercomputer: the SSH certificate and the two secrets that renew it. Each refresh adds "
     "their remaining hours, which plot.",
 )
@@ -37,7 +38,10 @@ def access_health() -> dg.AssetCheckResult:
     )
 
 
-@dg.op(name="refresh_credentials", description="Replace the secrets and the certificate as far as they are due.")
+@dg.op(  # its job has the name `refresh_credentials`, and Dagster wants them different
+    name="refresh_credentials_op",
+    description="Replace the secrets and the certificate as far as they are due.",
+)
 def refresh_credentials_op(context: dg.OpExecutionContext) -> None:
     """Refresh, and show how access is then, also if that failed."""
     failure: AccessError | None = None

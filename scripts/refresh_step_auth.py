@@ -8,12 +8,13 @@ _environment.activate()
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from resources import SUPERCOMPUTER_SITE_OVERRIDES
-from resources.auth import AccessError, Health, Report, check_health, clock, refresh
+from resources.auth import AccessError, Health, Item, Report, check_health, clock, refresh
 from resources.errors import ConfigurationError
 from resources.settings import Settings, load_settings
 
@@ -98,21 +99,31 @@ def tell(report: Report, settings: Settings) -> None:
 def show(health: Health, settings: Settings) -> None:
     """The table for people."""
     console = Console()
-    table = Table("", "where", "state", "valid until", "remaining", "replaced from")
+    table = Table("what", Column("where", overflow="fold"), "state", "valid until (UTC)", "remaining", "next")
     for item in health.items:
         remaining = health.remaining(item)
+        left = remaining.total_seconds() if remaining else 0
         table.add_row(
             item.name,
-            item.where,
+            item.where.replace(str(Path.home()), "~", 1),
             item.state,
-            clock.written(item.valid_until) if item.valid_until else "",
-            clock.duration(remaining.total_seconds()) if remaining and remaining.total_seconds() > 0 else "",
-            clock.written(item.renew_at) if item.renew_at else "",
+            f"{item.valid_until:%Y-%m-%d %H:%M}" if item.valid_until else "",
+            clock.duration(left) if left > 0 else "",
+            next_action(item, health),
         )
     console.print(table)
     lines = [f"{settings.edge_node_user}@{settings.edge_node_host}: {health.verdict}. {health.summary}", *health.notes]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def next_action(item: Item, health: Health) -> str:
+    """What happens to an item next."""
+    if item.renew_at is None:
+        return "see below" if item.valid_until is None else "ends"
+    if item.renew_at > health.now:
+        return f"replaced from {item.renew_at:%Y-%m-%d %H:%M} on"
+    return "made at the next refresh" if item.valid_until is None else "replaced at the next refresh"
 
 
 def show_json(health: Health) -> None:

@@ -23,7 +23,7 @@ class Item:
         name: `certificate`, `API token` or `app password`.
         where: its file, or the variable.
         valid_until: None if it is not there or its end is not known.
-        renew_at: from when on it is replaced; None if it is not, or not known.
+        renew_at: from when on it is made or replaced; None if it is not.
         state: in words.
     """
 
@@ -80,7 +80,7 @@ def check_health(settings: Settings) -> Health:
         items,
         next_refresh,
         failing,
-        tuple(note for note in (*notes, principals) if note),
+        tuple(note for note in (*notes, principals) if note and note != summary),
     )
 
 
@@ -130,8 +130,9 @@ def _problem(access: Access, failing: dict[Part, Failing]) -> str:
 
 def _tell(failing: dict[Part, Failing]) -> str:
     return "\n".join(
-        f"{_NAMES[part]} could not be renewed since {clock.written(found.since)} (tried {found.count} times, "
-        f"last at {clock.written(found.last)}): {found.error}"
+        f"{_NAMES[part]} could not be renewed since {clock.written(found.since)} "
+        f"(tried {'once' if found.count == 1 else f'{found.count} times'}, last at {clock.written(found.last)}): "
+        f"{found.error}"
         for part, found in failing.items()
     )
 
@@ -159,7 +160,9 @@ def _certificate_item(access: Access) -> Item:
     found, settings = access.certificate, access.settings
     where = str(settings.edge_node_key_path) + "-cert.pub"
     if not isinstance(found, Certificate):
-        return Item("certificate", where, None, None, "missing" if not plain_key(access) else "not used")
+        if plain_key(access):
+            return Item("certificate", where, None, None, "not used")
+        return Item("certificate", where, None, access.now if access.renewable else None, "missing")
     renew = found.renew_at(settings.step_refresh_skew) if access.renewable else None
     state = "valid" if found.valid(access.now) else "not yet valid" if access.now < found.valid_after else "expired"
     return Item("certificate", where, found.valid_before, renew, state)
@@ -169,10 +172,11 @@ def _secret_items(access: Access) -> list[Item]:
     settings, stored = access.settings, access.stored
     entries: list[tuple[str, Secret | None]] = [("API token", stored.api_token), ("app password", stored.app_password)]
     items = []
+    made = access.now if access.rotatable else None
     for name, secret in entries:
         if secret is None:
             state = "not usable" if access.credentials_problem else "missing"
-            items.append(Item(name, str(settings.credentials_file), None, None, state))
+            items.append(Item(name, str(settings.credentials_file), None, made, state))
             continue
         renew = secret.renew_at(settings.authentik_refresh_skew_days) or access.now
         state = "expired" if secret.expired(access.now) else "valid" if secret.expires else "end not known"

@@ -1,6 +1,7 @@
 """Calls over HTTP with an end: time limits, repetition of what may pass, and errors that tell whose turn it is."""
 
 import json
+import re
 import ssl
 import time
 from collections.abc import Mapping
@@ -170,4 +171,5 @@ def _explain(error: "httpx.HTTPError", url: str) -> AccessError:
         error, httpx.RemoteProtocolError
     ):
         return MisconfiguredError(f"{url}: {error}")
-    return UnavailableError(f"{url}: {error}")
+    words = re.sub(r"^\[Errno -?\d+\] ", "", str(error))
+    return UnavailableError(f"{url} cannot be reached: {words}")
