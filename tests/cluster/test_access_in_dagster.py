@@ -118,8 +118,12 @@ def test_the_sensor_brings_access_to_life_and_an_asset_logs_in(
         page.goto("/assets/musica_access")
         expect(page.get_by_text("certificate_hours", exact=True)).to_be_visible()
         expect(page.get_by_text("app_password_hours", exact=True)).to_be_visible()
-        expect(page.get_by_text("health", exact=True).first).to_be_visible()
         take(page, "musica-access.png", tmp_path)
+        page.get_by_text("Plots", exact=True).click()
+        expect(page.locator("canvas").first).to_be_visible()
+        page.goto("/assets/musica_access?view=checks")
+        expect(page.get_by_text("health", exact=True).first).to_be_visible()
+        expect(page.get_by_text("Passed", exact=True).first).to_be_visible()
     check_no_secret(site, tmp_path)
 
 

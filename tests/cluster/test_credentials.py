@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import ssl
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from resources.auth import (
 from resources.auth.certificate import certificate_path, public_path
 from resources.auth.http import Http
 from resources.settings import ROOT, load_settings
+from resources.ssh import connect
 from tests import access
 from tests.simulated_site import CERTIFICATE_USER, Disturbance, SimulatedSite
 
@@ -557,6 +559,29 @@ def test_processes_and_threads_at_once_ask_for_one_certificate(site: SimulatedSi
     assert len(passwords) == 2  # one proves the new app password, one is for the certificate
 
 
+def test_certificates_of_twenty_seconds_are_kept_alive_for_three_minutes(
+    site: SimulatedSite, variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One connection stays open all the time, others come and go; nobody is ever without a valid certificate."""
+    (tmp_path / ".ssh").mkdir()
+    shutil.copy(site.login.known_hosts, tmp_path / ".ssh" / "known_hosts")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    site.certificate_authority.set_validity("20s")
+    settings, ends = access.settings_of(variables), set()
+    begun = time.monotonic()
+    with connect(settings, ensure_certificate) as lasting:
+        while time.monotonic() < begun + 180:
+            with connect(settings, ensure_certificate) as passing:
+                assert passing.run("true", hide=True, in_stream=False).ok
+            certificate = ensure_certificate(settings)
+            assert certificate
+            assert certificate.valid(datetime.now(UTC))
+            ends.add(certificate.valid_before)
+            answer = lasting.run("sleep 1; echo still here", hide=True, in_stream=False)  # paces the loop, too
+            assert answer.stdout.endswith("still here\n")
+    assert 11 <= len(ends) <= 16  # each is renewed after two thirds of its life
+
+
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -600,6 +625,15 @@ def test_the_script_does_what_the_document_says(script: Script, variables: dict[
     assert "New certificate" in done.stdout
     assert certificate_path(key).read_text() != first
     assert len(access.made_here(site.authentik)) == 2
+
+
+@pytest.mark.parametrize("zone", ["Europe/Vienna", "America/New_York", "UTC"])
+def test_times_are_right_in_every_time_zone(script: Script, zone: str) -> None:
+    assert script(TZ=zone).returncode == 0
+    items = json.loads(script("--status", "--json", TZ=zone).stdout)["items"]
+    assert items["certificate"]["remaining_hours"] == pytest.approx(16, abs=0.1)
+    assert items["api_token"]["remaining_hours"] == pytest.approx(30 * 24, abs=0.1)
+    assert items["certificate"]["valid_until"].endswith("+00:00")
 
 
 def test_the_script_tells_how_access_is(script: Script, variables: dict[str, str], site: SimulatedSite) -> None:
