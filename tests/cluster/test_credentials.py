@@ -572,12 +572,12 @@ def test_certificates_of_twenty_seconds_are_kept_alive_for_three_minutes(
     with connect(settings, ensure_certificate) as lasting:
         while time.monotonic() < begun + 180:
             with connect(settings, ensure_certificate) as passing:
-                assert passing.run("true", hide=True, in_stream=False).ok
+                assert passing.run("true", hide=True).ok
             certificate = ensure_certificate(settings)
             assert certificate
             assert certificate.valid(datetime.now(UTC))
             ends.add(certificate.valid_before)
-            answer = lasting.run("sleep 1; echo still here", hide=True, in_stream=False)  # paces the loop, too
+            answer = lasting.run("sleep 1; echo still here", hide=True)  # paces the loop, too
             assert answer.stdout.endswith("still here\n")
     assert 11 <= len(ends) <= 16  # each is renewed after two thirds of its life
 
