@@ -1,0 +1,89 @@
+"""What a login node says of itself: one script over one SSH channel, with any login shell and whatever that prints."""
+
+import shlex
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import fabric
+
+SECONDS = 90.0
+"""For the whole survey; each Slurm command has 20 s."""
+
+_SCRIPT = r"""
+report() { name=$1; shift; text=$("$@" 2>&1); printf '\036%s\037%s\037%s' "$name" "$?" "$text"; }
+commands() { for each in sbatch squeue scancel scontrol sinfo; do command -v "$each" >/dev/null || echo "$each"; done; }
+above() { folder=$BASE; while [ ! -e "$folder" ]; do folder=$(dirname "$folder"); done; printf %s "$folder"; }
+write() {
+  file=$(mktemp "$(above)/.doctor.XXXXXX") || return
+  head -c 1048576 /dev/zero > "$file"; code=$?; rm -f "$file"; return $code
+}
+space() { df -Pk "$(above)" | tail -n 1 | awk '{print $4}'; df -Pi "$(above)" | tail -n 1 | awk '{print $4}'; }
+python() { "$1" -c 'import sys; sys.stdout.write("%d.%d" % sys.version_info[:2])'; }
+report commands commands
+report controller timeout 20 scontrol ping
+report partitions timeout 20 scontrol --oneliner show partition
+report associations timeout 20 sacctmgr --noheader --parsable2 show assoc "user=$(id -un)" format=account,partition,qos
+report folder above
+report write write
+report space space
+for each in $PYTHONS; do report "python $each" python "$each"; done
+report temporary printf %s "${TMPDIR:-/tmp}"
+report files sh -c 'ulimit -Hn'
+printf '\036end\0370\037'
+"""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command on the login node said.
+
+    Attributes:
+        code: its exit code.
+        text: stdout and stderr.
+    """
+
+    code: int
+    text: str
+
+
+def take_survey(connection: "fabric.Connection", base: str, pythons: tuple[str, ...]) -> dict[str, Answer]:
+    """Ask a login node about Slurm, the deployment folder and Python.
+
+    Args:
+        connection: open.
+        base: SLURM_DEPLOYMENT_BASE_PATH; what is missing of it is not made.
+        pythons: interpreters to try.
+
+    Raises:
+        TimeoutError: it did not end within SECONDS.
+        OSError: the connection was lost, or the script was cut short.
+    """
+    names = " ".join(pythons)
+    script = f"BASE={shlex.quote(base)}\nPYTHONS={shlex.quote(names)}\n{_SCRIPT}"
+    channel = connection.transport.open_session()
+    try:
+        channel.settimeout(SECONDS)
+        channel.exec_command("exec /bin/sh -s")  # tcsh and fish take that, too
+        channel.sendall(script.encode())
+        channel.shutdown_write()
+        received, deadline = bytearray(), time.monotonic() + SECONDS
+        while data := channel.recv(65536):
+            received += data
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the login node did not answer all questions within {SECONDS:.0f} s")
+    finally:
+        channel.close()
+    return _parse(received.decode(errors="replace"))
+
+
+def _parse(text: str) -> dict[str, Answer]:
+    """The answers by name; what the shell printed before the first does not count."""
+    answers = {}
+    for part in text.split("\x1e")[1:]:
+        name, code, said = part.split("\x1f", 2)
+        answers[name] = Answer(int(code), said.strip())
+    if "end" not in answers:
+        raise OSError(f"the login node's shell did not run the questions; it said: {text.strip()[-300:]!r}")
+    return answers

@@ -1,0 +1,212 @@
+"""The doctor finds the first broken link, whichever it is, and says what mends it."""
+
+import copy
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resources import SUPERCOMPUTER_SITE_OVERRIDES
+from resources.doctor import Link, examine
+from resources.settings import ROOT
+from tests.simulated_site import CERTIFICATE_USER, TCSH_USER, SimulatedSite
+
+pytestmark = pytest.mark.cluster
+CHAIN = [
+    "settings", "credentials", "certificate", "name", "port", "login", "Slurm", "partitions", "account and QoS",
+    "deployment folder", "Python", "temporary folder", "open files",
+]  # fmt: skip
+Set = Callable[..., None]
+
+
+@pytest.fixture
+def set_variables(monkeypatch: pytest.MonkeyPatch) -> Set:
+    def set_them(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return set_them
+
+
+@pytest.fixture(autouse=True)
+def in_order(site: SimulatedSite, set_variables: Set, tmp_path: Path) -> None:
+    """A user for whom everything works."""
+    (tmp_path / ".ssh").mkdir()
+    shutil.copy(site.login.known_hosts, tmp_path / ".ssh" / "known_hosts")
+    set_variables(**site.environment(), HOME=str(tmp_path))
+
+
+def look(overrides: dict[str, Any] = SUPERCOMPUTER_SITE_OVERRIDES) -> list[Link]:
+    return list(examine(overrides))
+
+
+def broken(name: str, overrides: dict[str, Any] = SUPERCOMPUTER_SITE_OVERRIDES) -> Link:
+    """The link that is broken, which is the last one and has that name."""
+    links = look(overrides)
+    assert [link.name for link in links if link.state == "broken"] == [name] == [links[-1].name], links
+    assert links[-1].mend
+    return links[-1]
+
+
+def test_all_is_in_order(site: SimulatedSite) -> None:
+    links = look()
+    assert [link.name for link in links] == CHAIN
+    assert {link.name: link.state for link in links if link.state != "ok"} == {"open files": "warning"}
+    assert ".doctor" not in site.run_on_login(CERTIFICATE_USER, "find ~").stdout
+    assert not site.squeue("--noheader")
+
+
+def test_a_shell_of_another_kind_is_no_hindrance(site: SimulatedSite, set_variables: Set, tmp_path: Path) -> None:
+    site.mint_certificate(tmp_path / "id_tcsh", TCSH_USER)
+    set_variables(
+        SLURM_EDGE_NODE_USER=TCSH_USER.name,
+        SLURM_EDGE_NODE_KEY_PATH=str(tmp_path / "id_tcsh"),
+        SLURM_DEPLOYMENT_BASE_PATH=f"{TCSH_USER.home}/with spaces, 'quotes' and $HOME",
+    )
+    assert [link.name for link in look()] == CHAIN
+
+
+def test_wrong_settings(set_variables: Set) -> None:
+    set_variables(SLURM_EDGE_NODE_PORT="ssh")
+    assert "SLURM_EDGE_NODE_PORT" in broken("settings").found
+
+
+def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ASC_AUTHENTIK_API_TOKEN")
+    assert "One of these is enough" in broken("credentials").mend
+
+
+def test_no_certificate(site: SimulatedSite) -> None:
+    with site.faults.certificate_authority_down():
+        assert "cannot be reached" in broken("certificate").found
+
+
+def test_an_unknown_name(set_variables: Set) -> None:
+    set_variables(SLURM_EDGE_NODE_HOST="nowhere.invalid")
+    assert "nowhere.invalid" in broken("name").found
+
+
+def test_a_broken_client_configuration(tmp_path: Path) -> None:
+    (tmp_path / ".ssh" / "config").write_text("Host *\nPort many\n")
+    assert "Port many" in broken("name").found
+
+
+def test_a_port_that_refuses(site: SimulatedSite) -> None:
+    with site.faults.ssh_refused():
+        assert "refused" in broken("port").found
+
+
+def test_a_port_that_is_not_ssh(set_variables: Set) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        set_variables(SLURM_EDGE_NODE_HOST="127.0.0.1", SLURM_EDGE_NODE_PORT=str(server.getsockname()[1]))
+        assert "is not SSH: 'HTTP/1.1 400" in broken("port").found
+        thread.join()
+
+
+def test_an_unknown_host_key(tmp_path: Path) -> None:
+    (tmp_path / ".ssh" / "known_hosts").unlink()
+    assert "SHA256:" in broken("host key").found
+
+
+def test_a_login_that_is_refused(set_variables: Set) -> None:
+    set_variables(SLURM_EDGE_NODE_USER=TCSH_USER.name)
+    assert "has refused to log in" in broken("login").found
+
+
+def test_a_login_shell_that_runs_nothing(site: SimulatedSite) -> None:
+    site.run_on_login(CERTIFICATE_USER, "printf 'echo closed for maintenance; exit 1\\n' > ~/.bashrc")
+    assert "closed for maintenance" in broken("login").found
+
+
+def test_no_slurm_on_the_path(site: SimulatedSite) -> None:
+    site.run_on_login(CERTIFICATE_USER, "mkdir ~/bin; for c in mktemp dirname df awk head id tail rm timeout; do "
+                      "ln -s $(command -v $c) ~/bin/$c; done; echo 'PATH=$HOME/bin' > ~/.bashrc")  # fmt: skip
+    assert broken("Slurm").found == "not on PATH of the login node: sbatch, squeue, scancel, scontrol, sinfo"
+
+
+def test_a_controller_that_is_down(site: SimulatedSite) -> None:
+    with site.faults.controller_down():
+        assert "DOWN" in broken("Slurm").found
+
+
+def with_partition(name: str, qos: str) -> dict[str, Any]:
+    overrides = copy.deepcopy(SUPERCOMPUTER_SITE_OVERRIDES)
+    overrides["musica"]["partitions"].setdefault(name, {"cores": 8, "mem": "16G", "qos": {}})["qos"][qos] = {}
+    return overrides
+
+
+def test_a_partition_that_is_not_there() -> None:
+    link = broken("partitions", with_partition("zen5_2304_b200x8", "zen5"))
+    assert link.found == "there is no partition zen5_2304_b200x8"
+    assert "zen4_0768, zen4_0768_h100x4" in link.mend
+
+
+def test_a_qos_that_the_partition_does_not_take() -> None:
+    link = broken("partitions", with_partition("zen4_0768", "faster_zen4_0768"))
+    assert link.found == "partition zen4_0768 does not take QoS faster_zen4_0768"
+
+
+def test_a_qos_that_is_not_the_users(set_variables: Set) -> None:
+    set_variables(SLURM_QOS="admin")
+    assert broken("account and QoS").found == "SLURM_QOS=admin is not yours"
+
+
+def test_accounting_that_does_not_answer(site: SimulatedSite) -> None:
+    with site.faults.accounting_off():
+        links = {link.name: link for link in look()}
+    assert links["account and QoS"].state == "warning"
+    assert "accounting does not answer" in links["account and QoS"].found
+    assert "Python" in links
+
+
+def test_a_folder_that_is_not_the_users(set_variables: Set) -> None:
+    set_variables(SLURM_DEPLOYMENT_BASE_PATH="/root/dagster")
+    assert "/root cannot be written to" in broken("deployment folder").found
+
+
+def test_a_full_disk(site: SimulatedSite) -> None:
+    with site.faults.disk_full():
+        assert "No space left" in broken("deployment folder").found
+
+
+def test_no_python() -> None:
+    overrides = copy.deepcopy(SUPERCOMPUTER_SITE_OVERRIDES)
+    overrides["musica"]["python_candidates"] = ["python9", "false"]
+    assert "none of python9, false" in broken("Python", overrides).found
+
+
+def test_a_long_temporary_folder(site: SimulatedSite) -> None:
+    site.run_on_login(CERTIFICATE_USER, f"echo 'export TMPDIR=/tmp/{'x' * 60}' >> ~/.bashrc")
+    link = next(link for link in look() if link.name == "temporary folder")
+    assert (link.state, link.found) == ("warning", f"/tmp/{'x' * 60} has 65 characters")
+
+
+def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "scripts" / "doctor"), *options]
+        return subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
+
+    done = run("--json")
+    assert done.returncode == 0, done.stderr
+    assert [link["name"] for link in json.loads(done.stdout)] == CHAIN
+    monkeypatch.setenv("SLURM_QOS", "admin")
+    done = run()
+    assert done.returncode == 1
+    assert "broken  account and QoS   SLURM_QOS=admin is not yours\n        -> yours are dev_zen4_0768" in done.stdout
+    assert run("--no-such-option").returncode == 2
