@@ -3,14 +3,18 @@
     .venv/bin/python -m benchmarks.credentials
 
 Each pair is measured in turns in one run; what counts is the ratio. The floor of "nothing to do" is reading and parsing
-the certificate once; that of a new certificate is the `step` program, given a token that a bare request fetched.
+the certificate once; that of a new certificate is the `step` program, given a token that a bare request fetched; that
+of a connection is OpenSSH's `ssh`.
 """
 
+import os
+import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cryptography.hazmat.primitives.serialization import load_ssh_public_identity
 from rich.console import Console
@@ -18,6 +22,7 @@ from rich.table import Table
 
 from resources.auth import ensure_certificate, refresh
 from resources.settings import Settings
+from resources.ssh import connect
 from tests.simulated_site import CERTIFICATE_USER, SimulatedSite
 
 SITE_NAME = "benchmark"
@@ -27,11 +32,19 @@ def main() -> None:
     """Measure and print the table."""
     SimulatedSite.down(SITE_NAME)
     site = SimulatedSite.up(SITE_NAME, install=True)
+    with TemporaryDirectory() as home:
+        _measure(site, Path(home))
+
+
+def _measure(site: SimulatedSite, home: Path) -> None:
+    (home / ".ssh").mkdir()
+    shutil.copy(site.login.known_hosts, home / ".ssh" / "known_hosts")
+    os.environ["HOME"] = str(home)
     try:
         settings = Settings.model_validate(site.environment())
         certificate = ensure_certificate(settings)
         assert certificate
-        path = certificate.path
+        path, openssh = certificate.path, site.login_command("true")
         table = Table("", "runs", "ours, median", "worst", "floor, median", "ratio")
         for name, runs, ours, floor in (
             (
@@ -41,6 +54,12 @@ def main() -> None:
                 lambda: load_ssh_public_identity(path.read_bytes()),
             ),
             ("a new certificate", 20, lambda: refresh(settings, "no", "now"), lambda: _with_step(site, path.parent)),
+            (
+                "log in, run true",
+                20,
+                lambda: _connect(settings),
+                lambda: subprocess.run(openssh, capture_output=True, check=True),
+            ),
             ("secrets and certificate", 20, lambda: refresh(settings, "now", "now"), None),
         ):
             mine, bare = _alternate(ours, floor, runs)
@@ -70,6 +89,11 @@ def _seconds(function: Callable[[], object]) -> float:
 
 def _milliseconds(times: list[float]) -> str:
     return f"{statistics.median(times) * 1000:.2f} ms"
+
+
+def _connect(settings: Settings) -> None:
+    with connect(settings, ensure_certificate) as connection:
+        connection.run("true", hide=True)
 
 
 def _with_step(site: SimulatedSite, folder: Path) -> None:

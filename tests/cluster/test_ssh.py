@@ -99,13 +99,6 @@ def test_small_packets_go_at_once_and_silence_is_broken(site: SimulatedSite, mon
         wait_until(lambda: connection.transport.packetizer._Packetizer__sequence_number_out > sent, "keepalive", 10)
 
 
-def test_connecting_takes_well_under_a_second(site: SimulatedSite) -> None:
-    connect(settings(site), nothing).close()  # the first one imports fabric
-    begun = time.monotonic()
-    connect(settings(site), nothing).close()
-    assert time.monotonic() - begun < 1.0
-
-
 def test_the_refresh_comes_before_each_attempt_and_gets_the_settings(site: SimulatedSite, home: Path) -> None:
     asked, calls = settings(site), []
     certificate = home / ".ssh/id_musica-cert.pub"
