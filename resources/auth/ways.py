@@ -171,6 +171,8 @@ def explain(access: Access, refusals: Mapping[Source, str]) -> BootstrapError:
         f"  {number}. {name}\n     now: {why or 'there, but it did not help'}\n     mend: {mend}"
         for number, (name, why, mend) in enumerate(ways, 1)
     ]
+    if lacking:
+        lines.append(f"Ways 2 to 4 need this besides: {lacking} (docs/settings.md)")
     host = settings.edge_node_host
     return BootstrapError(f"No access to {host}. One of these is enough, and none holds:\n" + "\n".join(lines))
 

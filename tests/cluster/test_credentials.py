@@ -236,8 +236,9 @@ def test_without_any_way_it_says_so_before_it_asks_anybody(
 def test_variables_that_are_missing_are_named(without_secret: dict[str, str]) -> None:
     lacking = {name: value for name, value in without_secret.items() if name not in ("ASC_OIDC_CLIENT_ID",)}
     settings = access.settings_of({**lacking, "ASC_OIDC_APP_PASSWORD": "test-app-password"})
-    with pytest.raises(BootstrapError, match=r"4\. an app password.*\n     now: ASC_OIDC_CLIENT_ID not set"):
+    with pytest.raises(BootstrapError, match=r"4\. an app password.*\n     now: ASC_OIDC_CLIENT_ID not set") as error:
         ensure_certificate(settings)
+    assert "Ways 2 to 4 need this besides: ASC_OIDC_CLIENT_ID not set" in str(error.value)
 
 
 def test_refused_secrets_are_told_way_by_way(without_secret: dict[str, str], site: SimulatedSite) -> None:
