@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -99,16 +100,20 @@ def tell(report: Report, settings: Settings) -> None:
 def show(health: Health, settings: Settings) -> None:
     """The table for people."""
     console = Console()
-    table = Table("what", Column("where", overflow="fold"), "state", "valid until (UTC)", "remaining", "next")
+    headings = ("valid until (UTC)", "remaining", "replaced after")
+    columns = [
+        Column("what", no_wrap=True),
+        Column("where", overflow="fold"),
+        *(Column(h, no_wrap=True) for h in headings),
+    ]
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for item in health.items:
         remaining = health.remaining(item)
-        left = remaining.total_seconds() if remaining else 0
         table.add_row(
             item.name,
             item.where.replace(str(Path.home()), "~", 1),
-            item.state,
             f"{item.valid_until:%Y-%m-%d %H:%M}" if item.valid_until else "",
-            clock.duration(left) if left > 0 else "",
+            clock.duration(remaining.total_seconds()) if remaining and item.state == "valid" else item.state,
             next_action(item, health),
         )
     console.print(table)
@@ -118,12 +123,10 @@ def show(health: Health, settings: Settings) -> None:
 
 
 def next_action(item: Item, health: Health) -> str:
-    """What happens to an item next."""
+    """After what an item is made anew."""
     if item.renew_at is None:
-        return "see below" if item.valid_until is None else "ends"
-    if item.renew_at > health.now:
-        return f"replaced from {item.renew_at:%Y-%m-%d %H:%M} on"
-    return "made at the next refresh" if item.valid_until is None else "replaced at the next refresh"
+        return "see below" if item.valid_until is None else "never, it ends"
+    return f"{item.renew_at:%Y-%m-%d %H:%M}" if item.renew_at > health.now else "the next refresh"
 
 
 def show_json(health: Health) -> None:
