@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import dagster as dg
 from pydantic import Field
@@ -17,8 +18,9 @@ from resources.errors import ConfigurationError
 from resources.interrupts import run_interruptibly
 from resources.launchers import Launcher
 from resources.local import RunDirectory, run_workload, temporary_run_directory, workload_environment
-from resources.pipes import Session, explain_failure, open_session
+from resources.pipes import explain_failure, failure, open_session
 from resources.plan import Plan, make_plan
+from resources.remote import RemoteRun
 from resources.settings import Settings, load_settings
 from resources.slurm import SlurmRequest
 
@@ -56,7 +58,9 @@ class ComputeResource(dg.ConfigurableResource[Any]):
 
         Raises:
             Failure: the workload or what was asked for it is at fault; the text says what to change.
-            DagsterExecutionInterruptedError: the run was terminated; the workload's process group has ended.
+            RetryRequested: the supercomputer is: a node failed, the job was preempted.
+            DagsterExecutionInterruptedError: the run was terminated, and what it had started has ended; or Dagster is
+                stopping, and a Slurm job goes on.
         """
         asset = ", ".join(sorted(key.to_user_string() for key in context.selected_asset_keys))
         try:
@@ -64,14 +68,31 @@ class ComputeResource(dg.ConfigurableResource[Any]):
             plan = make_plan(settings, self.site_overrides, Path(workload), launcher, request or SlurmRequest())
             values = _check_extras(extras, context)
         except ConfigurationError as error:
-            raise _failure(asset, str(error)) from None
-        if settings.on_supercomputer:
-            raise _failure(
-                asset,
-                f"DAGSTER_DEPLOYMENT={settings.deployment} cannot submit jobs yet. Look at what it would submit with "
-                "scripts/preview, or run it here with DAGSTER_DEPLOYMENT=development",
-            )
-        return _run_here(context, asset, settings, plan, values, env or {})
+            raise failure(asset, str(error)) from None
+        for note in _notes(settings, plan):
+            context.log.warning(note)
+        if not settings.on_supercomputer:
+            return _run_here(context, asset, settings, plan, values, env or {})
+        done = RemoteRun(context, asset, settings, plan, _count_call(context)).run(values, env or {})
+        _attach_partition_metadata(context, asset, done)
+        return done
+
+
+_calls: "WeakKeyDictionary[dg.AssetExecutionContext, int]" = WeakKeyDictionary()
+
+
+def _count_call(context: dg.AssetExecutionContext) -> int:
+    """How often a step has called `run` before: its calls are told apart by it when they are found again."""
+    _calls[context] = _calls.get(context, -1) + 1
+    return _calls[context]
+
+
+def _notes(settings: Settings, plan: Plan) -> tuple[str, ...]:
+    """What was changed in the request, and what deserves a warning."""
+    notes, qos = plan.allocation.notes, plan.allocation.request.qos or ""
+    if settings.deployment == "production_supercomputer" and qos.startswith("dev_"):
+        notes += (f"QoS {qos} is for short tries, and this is {settings.deployment}: look at SLURM_QOS",)
+    return notes
 
 
 def _check_extras(extras: Mapping[str, Any] | None, context: dg.AssetExecutionContext) -> dict[str, Any]:
@@ -121,34 +142,31 @@ def _run_here(
             begun = time.monotonic()
             exit_code = run_interruptibly(work)
             seconds = time.monotonic() - begun
+            session.reader.hand_over()
         cause = explain_failure(session, exit_code, plan.workload.name)
         if cause:
-            raise _failure(asset, cause, stderr=session.stderr.tail, exit_code=exit_code, workload=plan.workload)
-        _attach_partition_metadata(context, asset, session)
+            raise failure(asset, cause, stderr=session.stderr.tail, exit_code=exit_code, workload=plan.workload)
         where: dict[str, str | float] = {
             "host": socket.gethostname(),
             "workload": str(plan.workload),
             "workload_seconds": round(seconds, 3),
         }
-        return dg.PipesClientCompletedInvocation(session.pipes, metadata=where)
+        done = dg.PipesClientCompletedInvocation(session.pipes, metadata=where)
+        _attach_partition_metadata(context, asset, done)
+        return done
 
 
-def _attach_partition_metadata(context: dg.AssetExecutionContext, asset: str, session: Session) -> None:
+def _attach_partition_metadata(
+    context: dg.AssetExecutionContext, asset: str, done: dg.PipesClientCompletedInvocation
+) -> None:
     """Numbers that the workload reported for one partition of a run over several (custom messages of that form)."""
     partitions = context.partition_keys if context.has_partition_key or context.has_partition_key_range else ()
-    for message in session.pipes.get_custom_messages():
+    for message in done.get_custom_messages():
         if isinstance(message, dict) and message.keys() == {"partition", "metadata"}:
             if message["partition"] not in partitions:
-                raise _failure(
+                raise failure(
                     asset, f"the workload reported the partition {message['partition']!r}, which is not of this run"
                 )
             context.add_asset_metadata(
                 message["metadata"], asset_key=context.asset_key, partition_key=message["partition"]
             )
-
-
-def _failure(asset: str, cause: str, stderr: str = "", **details: Any) -> dg.Failure:
-    """A failure that a retry would not mend."""
-    description = f"{asset}: {cause}" + (f"\n\nLast lines of stderr:\n{stderr}" if stderr else "")
-    metadata = {name: str(value) if isinstance(value, Path) else value for name, value in details.items()}
-    return dg.Failure(description=description, metadata=metadata, allow_retries=False)

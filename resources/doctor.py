@@ -1,4 +1,4 @@
-"""Walks the chain from the settings to Python on the login node, link by link, and stops at the first broken one."""
+"""Walks the chain from the settings to the jobs on the supercomputer, and stops at the first broken link."""
 
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from resources.auth import AccessError, check_health, clock, ensure_certificate
+from resources.environments import Environments
 from resources.errors import ConfigurationError
+from resources.runs import open_runs
 from resources.settings import Settings, load_settings
 from resources.slurm import Site, load_site
+from resources.slurm.gateway import RefusedError
 from resources.ssh import AuthenticationError, HostKeyError, SshError, connect
 from resources.survey import Answer, take_survey
 
@@ -23,6 +26,8 @@ OLDEST_PYTHON = (3, 6)
 LONGEST_TEMPORARY = 40
 """Characters. Ray puts sockets below it, whose paths may have 107 (unix(7))."""
 WANTED_FILES = 65536
+RUNS_SECONDS = 60.0
+"""For the agent on the login node to tell of all runs."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,15 @@ class Link:
     mend: str = ""
 
 
-def examine(site_overrides: Mapping[str, Any]) -> Iterator[Link]:
+def examine(site_overrides: Mapping[str, Any], knows_run: Callable[[str], bool]) -> Iterator[Link]:
     """Look at one link after the other, and stop behind the first broken one.
 
     Args:
         site_overrides: SUPERCOMPUTER_SITE_OVERRIDES.
+        knows_run: whether this Dagster has a run of that id.
     """
     with ExitStack() as open_until_the_end:
-        for link in _Examination(site_overrides, open_until_the_end).links():
+        for link in _Examination(site_overrides, knows_run, open_until_the_end).links():
             yield link
             if link.state == "broken":
                 return
@@ -63,8 +69,9 @@ class _Examination:
     connection: "fabric.Connection"
     survey: dict[str, Answer]
 
-    def __init__(self, site_overrides: Mapping[str, Any], stack: ExitStack) -> None:
+    def __init__(self, site_overrides: Mapping[str, Any], knows_run: Callable[[str], bool], stack: ExitStack) -> None:
         self._site_overrides = site_overrides
+        self._knows_run = knows_run
         self._stack = stack
 
     def links(self) -> Iterator[Link]:
@@ -82,6 +89,8 @@ class _Examination:
             "Python": self._python,
             "temporary folder": self._temporary,
             "open files": self._files,
+            "jobs": self._jobs,
+            "environment": self._environment,
         }
         for name, look in looks.items():
             yield look(name)
@@ -247,6 +256,32 @@ class _Examination:
             found = f"{limit} on the login node, less than the {WANTED_FILES} that Ray wants"
             return Link(name, "warning", found, "compute nodes may give more; jobs raise theirs as far as they may")
         return Link(name, "ok", limit)
+
+    def _jobs(self, name: str) -> Link:
+        try:
+            with open_runs(self.settings, self._site_overrides, RUNS_SECONDS) as runs:
+                going = [run for run in runs.all() if run.job and not run.end and runs.look(run)[0]]
+        except (AccessError, SshError, RefusedError) as error:
+            return Link(name, "broken", str(error), "try again; scripts/job lists what is there")
+        strange = [f"{run.job} ({run.about.asset})" for run in going if not self._knows_run(run.about.run)]
+        if strange:
+            mend = "leave them to the other Dagster that submitted them; if there is none: scripts/job JOB cancel"
+            return Link(name, "warning", f"of runs that this Dagster does not know: {', '.join(strange)}", mend)
+        return Link(name, "ok", f"{len(going)} waiting or running")
+
+    def _environment(self, name: str) -> Link:
+        if self.settings.deployment != "production_supercomputer":
+            return Link(name, "ok", f"a run on {self.settings.deployment} makes its own")
+        try:
+            with open_runs(self.settings, self._site_overrides, RUNS_SECONDS) as runs:
+                base = str(self.settings.deployment_base_path)
+                published = Environments(runs.gateway, base, self.site).published()
+        except (AccessError, SshError, RefusedError) as error:
+            return Link(name, "broken", str(error), "try again")
+        if published is None:
+            return Link(name, "broken", "nothing has been published: runs are refused", "scripts/deploy_environment.py")
+        revision = f", revision {published.revision}" if published.revision else ""
+        return Link(name, "ok", f"published at {published.at:%Y-%m-%d %H:%M} UTC{revision}")
 
 
 def _parse_partitions(text: str) -> dict[str, dict[str, str]]:

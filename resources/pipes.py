@@ -5,16 +5,19 @@ import json
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 import dagster as dg
-from dagster_pipes import PipesContextData
+from dagster_pipes import PipesContextData, PipesMessage
 
 TAIL_LINES = 30
 """Lines of stderr that a failure shows."""
+TAIL_CHARACTERS = 2000
+"""Of each of them: a progress bar may well write megabytes without a newline."""
 
 
 class ContextDocument(dg.PipesContextInjector):
@@ -40,7 +43,9 @@ class ContextDocument(dg.PipesContextInjector):
 class MessageLines(dg.PipesMessageReader):
     """Takes the workload's messages line by line from whoever follows its messages file.
 
-    Dagster's own reader tells nobody whether the session was closed, and with which exception.
+    Dagster's own reader tells nobody whether the session was closed, and with which exception; and it takes the results
+    of a job that was put back in the queue twice. Here they are held back until the end, and count if they are of the
+    workload's last life.
     """
 
     def __init__(self, path: str) -> None:
@@ -50,6 +55,7 @@ class MessageLines(dg.PipesMessageReader):
         self.closed = False
         self.exception: Mapping[str, Any] | None = None
         self._handler: dg.PipesMessageHandler | None = None
+        self._held: list[PipesMessage] = []
 
     @contextmanager
     def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[dict[str, Any]]:  # noqa: D102 - Dagster's
@@ -57,7 +63,7 @@ class MessageLines(dg.PipesMessageReader):
         yield {"path": self.path, "include_stdio_in_messages": False}
 
     def feed(self, line: str) -> None:
-        """Hand one line of the messages file to Dagster.
+        """Take one line of the messages file; what is logged goes to Dagster at once.
 
         Raises:
             ValueError: the line is not a Pipes message.
@@ -68,10 +74,21 @@ class MessageLines(dg.PipesMessageReader):
             method, params = message["method"], message.get("params") or {}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"not a Dagster Pipes message in {self.path}: {line[:200]!r}") from error
-        self.opened = True
-        if method == "closed":
+        if method == "opened":  # Ray's watch writes here too
+            self.opened, self.closed, self.exception = True, False, None
+            self._held.clear()
+        elif method == "closed":
             self.closed, self.exception = True, params.get("exception")
-        self._handler.handle_message(message)
+        if method == "closed" or method.startswith("report_"):
+            self._held.append(message)
+        else:
+            self._handler.handle_message(message)
+
+    def hand_over(self) -> None:
+        """Hand the results to Dagster, after the last line; raises what it has against one."""
+        assert self._handler is not None, "the Pipes session is not open"
+        for message in self._held:
+            self._handler.handle_message(message)
 
     def no_messages_debug_text(self) -> str:  # noqa: D102 - Dagster's
         return f"The workload was to write its messages to {self.path}."
@@ -92,13 +109,13 @@ class Output:
         self._target.write(text)
         self._target.flush()
         first, *rest = text.split("\n")
-        self._tail[-1] += first
-        self._tail.extend(rest)
+        self._tail[-1] = (self._tail[-1] + first)[:TAIL_CHARACTERS]
+        self._tail.extend(line[:TAIL_CHARACTERS] for line in rest)
 
     @property
     def tail(self) -> str:
         """The last lines, without blank ones at the end."""
-        return "\n".join(line[:2000] for line in self._tail).rstrip()
+        return "\n".join(self._tail).rstrip()
 
 
 class Messages:
@@ -113,6 +130,21 @@ class Messages:
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             self._reader.feed(line.decode())
+
+
+class MessageGuard:
+    """Takes messages until one of them cannot be taken: the job is followed to its end all the same."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def take(self, step: Callable[[], None]) -> None:
+        """Do it, unless an earlier one has failed; `error` tells."""
+        if self.error is None:
+            try:
+                step()
+            except Exception as error:  # noqa: BLE001 - whatever Dagster says to it; told at the end
+                self.error = error
 
 
 @dataclass
@@ -175,3 +207,17 @@ def _name_exception(exception: Mapping[str, Any], *, with_stack: bool) -> str:
     head = message if message.startswith(f"{name}:") else f"{name}: {message}"
     stack = "".join(exception.get("stack") or [])
     return f"{head}\n\n{stack}".rstrip() if stack and with_stack else head
+
+
+def failure(asset: str, cause: str, stderr: str = "", **details: Any) -> dg.Failure:
+    """A failure that a retry would not mend.
+
+    Args:
+        asset: whose.
+        cause: in words.
+        stderr: its last lines.
+        details: metadata.
+    """
+    description = f"{asset}: {cause}" + (f"\n\nLast lines of stderr:\n{stderr}" if stderr else "")
+    metadata = {name: str(value) if isinstance(value, Path) else value for name, value in details.items()}
+    return dg.Failure(description=description, metadata=metadata, allow_retries=False)

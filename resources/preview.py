@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Never
 
 import dagster as dg
-from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
 from resources.compute import ComputeResource
 from resources.errors import ConfigurationError, nearest
 from resources.launchers import Launcher
 from resources.plan import Plan, make_plan
 from resources.settings import Settings, load_settings
-from resources.slurm import SlurmRequest, render_job_script
+from resources.slurm import SlurmRequest
+from resources.submission import About, Place, render_job
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,13 @@ def _base(settings: Settings) -> str:
     return settings.deployment_base_path or "<SLURM_DEPLOYMENT_BASE_PATH>"
 
 
+def _place(settings: Settings, run: str) -> Place:
+    base = _base(settings)
+    environment = f"{base}/environments/<hash of its content>"
+    python = settings.python or f"{environment}/bin/python"
+    return Place(f"{base}/runs/{run}", python, f"{environment}/workloads", settings.data_root or f"{base}/data")
+
+
 def _summarise(plan: Plan, settings: Settings) -> dict[str, str]:
     request, allocation = plan.allocation.request, plan.allocation
     size = f"{request.nodes} node(s), {request.ntasks_per_node} task(s) a node"
@@ -121,23 +128,11 @@ def _summarise(plan: Plan, settings: Settings) -> dict[str, str]:
         "what": size,
         "how": type(plan.launcher).__name__,
         "time limit": f"{request.time_limit}; up to {allocation.node_hours:.2f} node-hours and {gpu_hours} GPU-hours",
-        "sent": f"job.sh, context.json, {plan.workload.name} -> {_base(settings)}/runs/",
-        "run by": f"{_base(settings)}/environments/<published>/bin/python",
+        "sent": f"job.sh, context.json -> {_base(settings)}/runs/",
+        "run by": _place(settings, "").python,
     }
 
 
 def _render(plan: Plan, settings: Settings, asset: str) -> str:
     key = "preview-" + re.sub(r"[^A-Za-z0-9_.-]", "_", asset)
-    base = _base(settings)
-    run, published = f"{base}/runs/{key}", f"{base}/environments/<published>"
-    environment = {
-        "PYTHON": f"{published}/bin/python",
-        "PYTHONPATH": f"{published}/workloads",
-        "DATA_ROOT": str(settings.data_root or f"{base}/data"),
-        DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"path": f"{run}/context.json"}),
-        DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param(
-            {"path": f"{run}/messages.jsonl", "include_stdio_in_messages": False}
-        ),
-    }
-    body = plan.launcher.render(plan.allocation.request, plan.workload.name)
-    return render_job_script(plan.allocation.request, plan.site, job_name=key, environment=environment, body=body)
+    return render_job(plan, _place(settings, key), About(run="", root="", asset=asset, partitions=""), {})

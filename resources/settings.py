@@ -9,6 +9,7 @@ A value comes from the first of these that has one; blank means that it has none
 
 import ipaddress
 import os
+import shutil
 import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -72,18 +73,21 @@ class Settings(BaseSettings):
         "Where workloads run: " + ", ".join(DEPLOYMENTS) + ".",
         "production_supercomputer",
     )
-    data_root: LocalPath | None = _variable(
+    data_root: str | None = _variable(
         None,
         "DATA_ROOT",
         "Folder for the workloads' files. Default: data/ of the repository, or of SLURM_DEPLOYMENT_BASE_PATH.",
-        "~/flight-data",
+        "~/data",
     )
 
     supercomputer_site: str | None = _variable(
         None, "SLURM_SUPERCOMPUTER_SITE", "The supercomputer: a key of SUPERCOMPUTER_SITE_OVERRIDES.", "musica"
     )
     edge_node_host: str | None = _variable(
-        None, "SLURM_EDGE_NODE_HOST", "Name of the login node.", "musica.vie.asc.ac.at"
+        None,
+        "SLURM_EDGE_NODE_HOST",
+        "Name of the login node; localhost where Dagster runs on it.",
+        "musica.vie.asc.ac.at",
     )
     edge_node_port: int = Field(
         22,
@@ -102,6 +106,12 @@ class Settings(BaseSettings):
         "SLURM_DEPLOYMENT_BASE_PATH",
         "Folder on the supercomputer for runs, environments and data; every node must see it.",
         "/home/xy12345/dagster-slurm",
+    )
+    python: str | None = _variable(
+        None,
+        "SLURM_PYTHON",
+        "An interpreter there that has dagster-pipes and all that workloads import. Default: an environment is made.",
+        "/home/xy12345/environment/bin/python",
     )
     partition: str | None = _variable(
         None,
@@ -132,7 +142,7 @@ class Settings(BaseSettings):
     authentik_credentials_file: LocalPath | None = _variable(
         None,
         "ASC_AUTHENTIK_CREDENTIALS_FILE",
-        "Where the credentials are kept that renew themselves. Default: ~/.config/musica-pipelines/<site>-auth.env.",
+        "The credentials that renew themselves. Default: ~/.config/musica-pipelines/<site>-auth.env.",
         "~/.config/dagster-slurm/musica-auth.env",
     )
     authentik_api_token: SecretStr | None = _variable(
@@ -183,6 +193,11 @@ class Settings(BaseSettings):
         return self.deployment != "development"
 
     @property
+    def on_login_node(self) -> bool:
+        """Whether this machine is the login node: Slurm is here, and no SSH needed."""
+        return self.edge_node_host == "localhost" and shutil.which("sbatch") is not None
+
+    @property
     def credentials_file(self) -> Path:
         """ASC_AUTHENTIK_CREDENTIALS_FILE or its default."""
         default = Path(f"~/.config/musica-pipelines/{self.supercomputer_site}-auth.env")
@@ -190,7 +205,7 @@ class Settings(BaseSettings):
 
     def local_data_root(self) -> Path:
         """DATA_ROOT on this machine; a relative one is meant from the repository, wherever Dagster was started."""
-        return ROOT / (self.data_root or "data")
+        return ROOT / Path(self.data_root or "data").expanduser()
 
 
 REQUIRED_ON_SUPERCOMPUTER = (
@@ -200,6 +215,7 @@ REQUIRED_ON_SUPERCOMPUTER = (
     "edge_node_key_path",
     "deployment_base_path",
 )
+NEEDED_FOR_SSH = ("edge_node_user", "edge_node_key_path")
 
 
 def load_settings(sites: Collection[str], root: Path = ROOT, supercomputer: bool = False) -> Settings:
@@ -281,7 +297,8 @@ def _problems(path: Path) -> list[str]:
 
 
 def _missing(settings: Settings, file: Path) -> list[str]:
-    lacking = [Settings.model_fields[name] for name in REQUIRED_ON_SUPERCOMPUTER if getattr(settings, name) is None]
+    required = [name for name in REQUIRED_ON_SUPERCOMPUTER if not (settings.on_login_node and name in NEEDED_FOR_SSH)]
+    lacking = [Settings.model_fields[name] for name in required if getattr(settings, name) is None]
     examples = [f"  {_alias(field)}={(field.examples or [''])[0]}   # {field.description}" for field in lacking]
     head = f"DAGSTER_DEPLOYMENT={settings.deployment}: not set, neither in the environment nor in {file}; for example"
     return [head, *examples] if lacking else []

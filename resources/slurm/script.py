@@ -34,11 +34,35 @@ printf '{"started": "%s", "time": %s}\\n' "$$HOSTNAME" "$$(date +%s.%N)" >>event
 
 $environment
 
-# In a subshell: whatever it does, the exit code is recorded.
+# When Slurm will end the job, in seconds since 1970. Slurm says so itself since 23.02.
+export SLURM_JOB_END_TIME=$${SLURM_JOB_END_TIME:-$$((EPOCHSECONDS + $seconds))}
+
+# Starts the workload, so that it can be told apart. One that handles SIGUSR1 gets it when the time limit is near.
+# shellcheck disable=SC2317  # the launcher's commands call it
+run_workload() { ( echo "$$BASHPID" >workload.pid; exec "$$PYTHON" -u "$$@" ) }
+# shellcheck disable=SC2317  # the trap calls it
+warn() {
+  local pid handled
+  warned=1
+  echo "time limit: $lead s left" >&2
+  pid=$$(cat workload.pid 2>/dev/null) || return
+  handled=$$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$$pid/status" 2>/dev/null)
+  if (( 0x$${handled: -4} & 0x200 )); then kill -USR1 "$$pid"; fi
+}
+trap warn USR1
+
+# In a subshell: whatever it does, the exit code is recorded. In the background: bash heeds the warning meanwhile.
 (
 $body
-)
-code=$$?
+) &
+body=$$!
+while :; do
+  warned=
+  wait "$$body"
+  status=$$?
+  [ "$$warned" ] || break
+done
+code=$$status
 exit "$$code"
 """
 )
@@ -46,21 +70,33 @@ exit "$$code"
 _FLAGS = ("exclusive",)
 _GPUS = "gpus_per_node"
 _NAMES = {"time_limit": "time"}
+_UNSAFE = re.compile(r"[^A-Za-z0-9_./-]")
 
 
-def directives(request: SlurmRequest, job_name: str) -> list[str]:
+LONGEST_LEAD = 300
+
+
+def warning_lead(request: SlurmRequest) -> int:
+    """Seconds before the time limit when the job is warned: a tenth of it, five minutes at most."""
+    return max(1, min(request.seconds // 10, LONGEST_LEAD))
+
+
+def directives(request: SlurmRequest, job_name: str, about: Mapping[str, str]) -> list[str]:
     """The #SBATCH lines of a request, in the order of its fields.
 
     Args:
         request: after `allocate`; its values are words without spaces or quotes.
-        job_name: the submission key; it is the comment, too, where accounting keeps it.
+        job_name: the submission key.
+        about: what else the job's comment tells, for people who look at the queue or the accounting.
 
     Raises:
         ValueError: the job name is not a plain word.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", job_name):
         raise ValueError(f"not a job name: {job_name!r}")
-    options = [f"--job-name={job_name}", f"--comment={job_name}"]
+    words = {"key": job_name, **about}
+    comment = ",".join(f"{name}={re.sub(_UNSAFE, '_', value)}" for name, value in words.items())
+    options = [f"--job-name={job_name}", f"--comment={comment}"]
     for field, value in request:
         if field == "options" or value in (None, False, 0):
             continue
@@ -70,11 +106,18 @@ def directives(request: SlurmRequest, job_name: str) -> list[str]:
             name = _NAMES.get(field, field).replace("_", "-")
             options.append(f"--{name}" if field in _FLAGS else f"--{name}={value}")
     own = ["--output=stdout", "--error=stderr", "--open-mode=append", "--export=NONE"]
+    own.append(f"--signal=B:USR1@{warning_lead(request)}")
     return [f"#SBATCH {option}" for option in (*options, *request.options, *own)]
 
 
 def render_job_script(
-    request: SlurmRequest, site: Site, *, job_name: str, environment: Mapping[str, str], body: str
+    request: SlurmRequest,
+    site: Site,
+    *,
+    job_name: str,
+    about: Mapping[str, str],
+    environment: Mapping[str, str],
+    body: str,
 ) -> str:
     """The whole batch script.
 
@@ -82,10 +125,15 @@ def render_job_script(
         request: after `allocate`.
         site: its setup commands come first.
         job_name: the submission key.
+        about: goes into the job's comment.
         environment: variables for the workload; values are quoted here.
         body: the launcher's commands (`Launcher.render`).
     """
     lines = [*site.setup_commands, *(f"export {name}={shlex.quote(value)}" for name, value in environment.items())]
     return _SCRIPT.substitute(
-        directives="\n".join(directives(request, job_name)), environment="\n".join(lines), body=body.rstrip()
+        directives="\n".join(directives(request, job_name, about)),
+        environment="\n".join(lines),
+        lead=warning_lead(request),
+        seconds=request.seconds,
+        body=body.rstrip(),
     )

@@ -6,14 +6,14 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from resources import SUPERCOMPUTER_SITE_OVERRIDES
-from resources.launchers import Launcher, RayLauncher, ScriptLauncher
+from resources.launchers import Launcher, RayLauncher, ScriptLauncher, ray
 from resources.slurm import Site, SlurmRequest, allocate, load_site, render_job_script
+from tests.simulated_site import wait_until
 
 GOLDEN = Path(__file__).parent / "golden"
 SITE = load_site(SUPERCOMPUTER_SITE_OVERRIDES, "musica")
@@ -26,7 +26,9 @@ def render(
     complete = allocate(request, site).request
     body = launcher.with_site(site.launchers).render(complete, workload)
     environment = {"PYTHON": sys.executable, "DATA_ROOT": data}
-    return render_job_script(complete, site, job_name="flights-2013-01", environment=environment, body=body)
+    return render_job_script(
+        complete, site, job_name="counts-2013-01", about={"asset": "a b"}, environment=environment, body=body
+    )
 
 
 CASES = {
@@ -58,6 +60,12 @@ def test_the_script_is_clean(name: str, shellcheck: str, tmp_path: Path) -> None
     assert done.returncode == 0
 
 
+def test_the_shell_part_of_ray_is_clean(shellcheck: str) -> None:
+    path = Path(ray.__file__).parent / "job" / "cluster.sh"
+    done = subprocess.run([shellcheck, "--severity=style", str(path)], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
 def run_as_slurm_would(folder: Path, text: str) -> "subprocess.CompletedProcess[str]":
     (folder / "job.sh").write_text(text)
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17", "HOME": str(folder)}
@@ -85,7 +93,9 @@ def test_the_script_runs_the_workload_and_records_its_end(tmp_path: Path) -> Non
 
 def test_a_workload_that_calls_exit_cannot_skip_the_record(tmp_path: Path) -> None:
     site = Site.model_validate({**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "launchers": {}})
-    text = render_job_script(allocate(SlurmRequest(), site).request, site, job_name="k", environment={}, body="exit 5")
+    text = render_job_script(
+        allocate(SlurmRequest(), site).request, site, job_name="k", about={}, environment={}, body="exit 5"
+    )
     assert run_as_slurm_would(tmp_path, text).returncode == 5
     assert read_events(tmp_path)[-1]["code"] == 5
 
@@ -94,16 +104,19 @@ def test_a_job_that_is_terminated_records_that_it_was_cut_short(tmp_path: Path) 
     """An EXIT trap sees the status of the command before the signal, 0: that must not pass for a success."""
     site = Site.model_validate({**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "launchers": {}})
     text = render_job_script(
-        allocate(SlurmRequest(), site).request, site, job_name="k", environment={}, body="sleep 600"
+        allocate(SlurmRequest(), site).request,
+        site,
+        job_name="k",
+        about={},
+        environment={},
+        body="touch begun; sleep 600",
     )
     (tmp_path / "job.sh").write_text(text)
     for name in ("stdout", "stderr"):
         (tmp_path / name).touch()
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17"}
     with subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment, start_new_session=True) as job:
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "events").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until((tmp_path / "begun").exists, "its body has begun", 30, 0.01)
         os.killpg(job.pid, signal.SIGTERM)  # as scancel does, to all processes of the job
         job.wait(30)
     assert read_events(tmp_path)[-1]["code"] is None
@@ -140,22 +153,43 @@ def test_every_field_of_the_request_is_rendered() -> None:
         qos="q", account="a", reservation="r", constraint="c", exclude="n1", nodelist="n[2-3]", exclusive=True,
         dependency="afterok:1", options=["--nice=5"],
     )  # fmt: skip
-    text = render_job_script(request, Site(), job_name="key", environment={}, body="true")
+    text = render_job_script(request, Site(), job_name="key", about={}, environment={}, body="true")
     options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
     assert options == [
-        "--job-name=key", "--comment=key", "--nodes=2", "--ntasks-per-node=3", "--cpus-per-task=4", "--gres=gpu:1",
+        "--job-name=key", "--comment=key=key", "--nodes=2", "--ntasks-per-node=3", "--cpus-per-task=4", "--gres=gpu:1",
         "--mem-per-cpu=2G", "--time=00:05:00", "--partition=p", "--qos=q", "--account=a", "--reservation=r",
         "--constraint=c", "--exclude=n1", "--nodelist=n[2-3]", "--exclusive", "--dependency=afterok:1", "--nice=5",
         "--output=stdout", "--error=stderr", "--open-mode=append", "--export=NONE",
+        "--signal=B:USR1@30",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a\n#SBATCH --uid=0", "-x", "é"])
 def test_a_job_name_is_a_plain_word(name: str) -> None:
     with pytest.raises(ValueError, match="not a job name"):
-        render_job_script(SlurmRequest(), Site(), job_name=name, environment={}, body="true")
+        render_job_script(SlurmRequest(), Site(), job_name=name, about={}, environment={}, body="true")
 
 
 def test_paths_are_quoted() -> None:
     assert shlex.quote(AWKWARD) in ScriptLauncher().render(SlurmRequest(), AWKWARD)
     assert shlex.quote(AWKWARD) in RayLauncher().render(SlurmRequest(), AWKWARD)
+
+
+@pytest.mark.parametrize("handles", [True, False])
+def test_a_warning_reaches_a_workload_that_handles_it_and_no_other(tmp_path: Path, handles: bool) -> None:
+    handler = "signal.signal(signal.SIGUSR1, lambda *_: print('saving', flush=True))\n" if handles else ""
+    text = "import pathlib, signal, time\n" + handler + "print('ready', flush=True)\n"
+    text += "while not pathlib.Path('go').exists(): time.sleep(0.02)\nraise SystemExit(7)\n"
+    (tmp_path / "work load.py").write_text(text)
+    (tmp_path / "job.sh").write_text(render(*CASES["script"]))
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17", "HOME": str(tmp_path)}
+    with (tmp_path / "stdout").open("w") as out, (tmp_path / "stderr").open("w") as err:
+        process = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment, stdout=out, stderr=err)
+    wait_until(lambda: (tmp_path / "stdout").read_text() == "ready\n", "the workload is ready")
+    process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: "time limit: 60 s left" in (tmp_path / "stderr").read_text(), "the warning")
+    if handles:
+        wait_until(lambda: "saving" in (tmp_path / "stdout").read_text(), "the workload has heard it")
+    (tmp_path / "go").touch()
+    assert process.wait(30) == 7
+    assert read_events(tmp_path)[-1]["code"] == 7

@@ -4,20 +4,37 @@ import os
 import select
 import shlex
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from resources.settings import Settings
+from resources.slurm.gateway.joined import join
+from resources.ssh import connect
 
-SOURCE = Path(__file__).with_name("agent.py").read_bytes()
+_MODULES = ("files", "slurm", "runs", "claims", "submission", "follower", "programs", "server")
+"""Of the agent, each after those that it uses."""
+_SOURCE = join(Path(__file__).with_name("agent"), _MODULES)
 # Reads exactly the source; what follows on stdin stays in the same buffer, for the agent. It has no single quotes, so
 # that every login shell takes it between some.
-_START = 'import sys; exec(compile(sys.stdin.buffer.read(%d), "agent", "exec"), {"__name__": "__main__"})'
+_START = (
+    f"import sys, zlib; source = zlib.decompress(sys.stdin.buffer.read({len(_SOURCE)})); "
+    'names = {}; exec(compile(source, "agent", "exec"), names); names["serve"]()'
+)
+# The first of some interpreters that is there.
+_CHOOSE = (
+    'for each in %s; do command -v "$each" >/dev/null 2>&1 && exec "$each" -I -S -u -c "$0"; done; '
+    'echo "none of %s is there" >&2; exit 127'
+)
 _WINDOW = 2 << 20
 """Bytes under way: paramiko's default, which bounds the memory here and is enough for 80 MB/s at 50 ms."""
 _PIECE = 1 << 18
+_WRITE_SECONDS = 45.0
+"""For a peer that takes nothing any more."""
+_PASSED_ON = frozenset("PATH HOME USER LOGNAME LANG TZ LD_LIBRARY_PATH SLURM_CONF".split())
+"""Of this process's environment, for an agent on this machine: Slurm's commands are not to get Dagster's secrets."""
 
 
 class Channel(Protocol):
@@ -42,51 +59,39 @@ class Channel(Protocol):
 OpenChannel = Callable[[], Channel]
 
 
-def ssh_channel(settings: Settings, python: str, refresh: Callable[[Settings], object]) -> OpenChannel:
-    """Opens a connection and one channel on it, each time it is called.
+def choose_channel(settings: Settings, pythons: Sequence[str], refresh: Callable[[Settings], object]) -> OpenChannel:
+    """The way to the agent: none but a subprocess where this machine is the login node.
 
     Args:
         settings: of the login node.
-        python: interpreter there, 3.6 or later.
+        pythons: interpreters there to try, the best first; 3.6 or later.
         refresh: `ensure_certificate`.
     """
-
-    def open_channel() -> Channel:
-        from resources.ssh import connect
-
-        return _SshChannel(connect(settings, refresh), python)
-
-    return open_channel
-
-
-def local_channel(python: str) -> OpenChannel:
-    """Starts the agent as a subprocess, each time it is called."""
-    return lambda: _LocalChannel(python)
-
-
-def _start_code() -> str:
-    return _START % len(SOURCE)
+    if settings.on_login_node:
+        return _LocalChannel
+    return lambda: _SshChannel(connect(settings, refresh), pythons)
 
 
 class _SshChannel:
-    def __init__(self, connection: Any, python: str) -> None:
+    def __init__(self, connection: Any, pythons: Sequence[str]) -> None:
         self._connection = connection
+        choose = _CHOOSE % (" ".join(pythons), ", ".join(pythons))
         try:
             self._channel = connection.transport.open_session(window_size=_WINDOW)
-            self._channel.exec_command(f"exec {shlex.quote(python)} -u -c {shlex.quote(_start_code())}")
+            self._channel.exec_command(f"exec /bin/sh -c {shlex.quote(choose)} {shlex.quote(_START)}")
+            self.write(_SOURCE)
         except BaseException as error:
             connection.close()
             if isinstance(error, Exception) and not isinstance(error, OSError | EOFError):
                 raise OSError(f"no channel: {error}") from error
             raise
-        self.write(SOURCE)
 
     def read(self, seconds: float) -> bytes:
         self._channel.settimeout(seconds)
         return bytes(self._channel.recv(_PIECE))
 
     def write(self, data: bytes) -> None:
-        self._channel.settimeout(None)
+        self._channel.settimeout(_WRITE_SECONDS)
         self._channel.sendall(data)
 
     def complaint(self) -> str:
@@ -98,16 +103,17 @@ class _SshChannel:
 
 
 class _LocalChannel:
-    def __init__(self, python: str) -> None:
+    def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [python, "-u", "-c", _start_code()],
+            [sys.executable, "-I", "-S", "-u", "-c", _START],
             bufsize=0,
+            env={name: value for name, value in os.environ.items() if name in _PASSED_ON},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for Dagster, which decides what becomes of the agent
         )
-        self.write(SOURCE)
+        self.write(_SOURCE)
 
     def read(self, seconds: float) -> bytes:
         assert self._process.stdout
@@ -135,4 +141,4 @@ class _LocalChannel:
             time.sleep(0.01)  # it leaves by itself; a submission under way is finished first, with nobody waiting
 
 
-__all__ = ["SOURCE", "Channel", "OpenChannel", "local_channel", "ssh_channel"]
+__all__ = ["Channel", "OpenChannel", "choose_channel"]

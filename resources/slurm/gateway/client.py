@@ -1,151 +1,224 @@
-"""The client's half of the gateway: one connection with an agent on it, opened anew as often as it takes.
+"""The client's half of the gateway.
 
 A lost connection says nothing about a job: every request is repeated until it is answered, and a run is followed on
 from the byte where it stopped.
 """
 
-import json
-import random
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+import base64
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
-from resources.auth import AccessError
-from resources.slurm.gateway.channel import Channel, OpenChannel
-from resources.ssh import SshError, UnreachableError
+from resources.slurm.gateway.answers import Claim, JobEnd, JobState, RefusedError, Submitted
+from resources.slurm.gateway.link import BrokenError, Link
 
-HELLO = "gateway-agent 1"
-BEAT_SECONDS = 15.0
-"""A ping so often, both ways on the clock: the agent leaves a client that is silent for 60 s."""
-DEAD_SECONDS = 45.0
-"""A connection on which nothing comes for so long is given up."""
-LOOK_SECONDS = 0.5
-"""How often a wait looks whether it is to stop."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0
+PIECE = 1 << 20
+ACCOUNTED = ("JobID", "State", "MaxRSS", "TotalCPU", "CPUTimeRAW")
+"""What sacct is asked for: a row for the job, then one for each of its steps."""
 
-T = TypeVar("T")
+Files = Mapping[str, str | bytes]
+Sinks = Mapping[str, Callable[[bytes], None]]
 
 
-class RefusedError(Exception):
-    """Slurm or the agent said no, for good; the text is theirs."""
-
-
-class StoppedError(Exception):
-    """The wait was ended from here; nothing is known of what was asked."""
-
-
-class _BrokenError(Exception):
-    """The connection is lost, or an answer decided nothing: ask again."""
-
-
-@dataclass(frozen=True)
-class Submitted:
-    """A run's job.
-
-    Attributes:
-        job: its id.
-        how: `submitted` now, `recorded` before, or `found` in Slurm after an answer that was lost.
-    """
-
-    job: str
-    how: str
-
-
-@dataclass(frozen=True)
-class JobState:
-    """What Slurm says of a job that is not over.
-
-    Attributes:
-        state: `PENDING`, `RUNNING`, ...
-        reason: why it waits; `None` (the word) if it does not.
-        start: expected start in seconds since 1970, if Slurm knows.
-    """
-
-    state: str
-    reason: str
-    start: float | None
-
-
-@dataclass(frozen=True)
-class JobEnd:
-    """How a job ended.
-
-    Attributes:
-        code: exit code of the workload; None if it was cut short.
-        state: Slurm's last state, where it was asked; empty if the job itself told its end.
-        short: streams of which less came than the job had written, and how much that was.
-    """
-
-    code: int | None
-    state: str
-    short: Mapping[str, int] = field(default_factory=dict)
-
-
-class Gateway:
+class Gateway(Link):
     """Requests to the agent on a login node; for one thread at a time."""
 
-    def __init__(
-        self,
-        open_channel: OpenChannel,
-        stop: threading.Event | None = None,
-        on_trouble: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        """Nothing is opened yet.
+    def claim(self, runs: str, family: str, token: str, who: str) -> Claim:
+        """Become the one that acts on a family of runs, for as long as the connection lives.
 
         Args:
-            open_channel: makes a connection with an agent on it.
-            stop: ends waits with StoppedError, when it is set.
-            on_trouble: is told of each lost connection, in words.
+            runs: folder of all runs; it is made.
+            family: first part of the submission keys of a step's attempts, which follow as `-1`, `-2`, ...
+            token: tells this client from others, also after it had to connect anew.
+            who: it is, for others.
         """
-        self._open_channel = open_channel
-        self.stop = stop or threading.Event()
-        self._on_trouble = on_trouble
-        self._wire: _Wire | None = None
+        claim = {"runs": runs, "family": family, "token": token, "who": who}
+        said = self.ask(do="claim", **claim)
+        if "held" in said:
+            return Claim(said["held"])
+        self.claimed = claim
+        end = JobEnd.parse(said["end"]) if said["end"] else None
+        attempt, over, judged = said["attempt"], said["over"], said["judged"]
+        return Claim(None, said["runs"], said["home"], attempt, over, end, said.get("job"), judged)
 
-    def close(self) -> None:
-        """End the connection."""
-        if self._wire:
-            self._wire.close()
-            self._wire = None
-
-    def submit(self, run: str, files: Mapping[str, str], options: Sequence[str]) -> Submitted:
+    def submit(self, run: str, files: Files | None, options: Sequence[str] = ()) -> Submitted:
         """Submit a run, once, however often it is asked for.
 
         Args:
             run: the run directory; its last part is the submission key, which the job has as its name.
-            files: content by name; one is `job.sh`.
+            files: content by name; one is `job.sh`. None: the run is there already.
             options: for sbatch, before the script's own.
 
         Raises:
             RefusedError: sbatch said no, or another run is there under that key.
             StoppedError: `stop` was set.
         """
-        answer = self._ask(do="submit", run=run, files=dict(files), options=list(options))
+        answer = self.ask(**_submission(run, files, options))
         return Submitted(answer["job"], answer["how"])
 
-    def cancel(self, run: str) -> str | None:
-        """Cancel a run's job; the state with which it is over, None if it never had a job."""
-        answer = self._ask(do="cancel", run=run)
-        if answer["job"] is None:
-            return None
-        if answer["over"] is None:
+    def cancel(self, run: str) -> JobEnd | None:
+        """Cancel a run, and wait until that is done; None if it never had a job.
+
+        Raises:
+            RefusedError: its job is not over after a minute.
+        """
+        answer = self.ask(do="cancel", run=run)
+        if answer["job"] and not answer["end"]:
             raise RefusedError(f"job {answer['job']} is not over a minute after it was cancelled")
-        return str(answer["over"]["state"])
+        return JobEnd.parse(answer["end"]) if answer["end"] else None
+
+    def look(self, run: str) -> tuple[JobState | None, JobEnd | None]:
+        """The state of a run's job, or how it ended; neither if it has no job."""
+        said = self.ask(do="look", run=run)
+        if said["end"]:
+            return None, JobEnd.parse(said["end"])
+        if not said["job"]:
+            return None, None
+        state, reason, start = said["row"] or ("PENDING", "None", "")
+        if said["started"] and state == "PENDING":  # the queue's view is older
+            state, reason, start = "RUNNING", "None", ""
+        return JobState(state, reason, float(start) if start.isdecimal() else None), None
+
+    def test(self, script: str) -> tuple[bool, str]:
+        """Whether Slurm would take a batch script, and what it says: the expected start, or why not."""
+        said = self.ask(do="test", script=script)
+        return said["code"] == 0, said["text"]
 
     def states(self) -> Mapping[str, Any]:
-        """The view of all of the user's jobs: `jobs` by id (state, reason, start, name), `at`, `calls`, `error`."""
-        return self._ask(do="states")
+        """The view of all of the user's jobs: `jobs` by id (state, reason, start, name), `at`, `calls`, `trouble`."""
+        return self.ask(do="states")
 
-    def accounting(self, run: str, fields: Sequence[str]) -> list[list[str]]:
-        """What sacct has of the run's job and its steps: a row each, with these fields."""
-        rows: list[list[str]] = self._ask(do="accounting", run=run, fields=",".join(fields))["rows"]
-        return rows
+    def runs(self, runs: str) -> list[Mapping[str, Any]]:
+        """Every run in the folder: `run` (its path), `about`, `job`, `end` (empty: not known), `at` (last word)."""
+        found: list[Mapping[str, Any]] = self.ask(do="runs", runs=runs)["found"]
+        return found
 
-    def follow(
-        self, run: str, sinks: Mapping[str, Callable[[bytes], None]], on_state: Callable[[JobState], None]
-    ) -> JobEnd:
+    def judged(self, run: str, *, well: bool) -> None:
+        """Note that a run's result was looked at: `well`, it is taken, and may be cleaned up when it is old.
+
+        From then on it is not taken by another run: executing the step again does it anew. No answer is waited for.
+        """
+        if self.wire:
+            with suppress(OSError, EOFError):
+                self.wire.send(do="judged", run=run, well=well)
+
+    def clean(self, runs: str, days: float) -> list[str]:
+        """Remove the runs that succeeded so many days ago; their names."""
+        cleaned: list[str] = self.ask(do="clean", runs=runs, days=days)["cleaned"]
+        return cleaned
+
+    def put(self, local: Path, path: str, on_progress: Callable[[int, int], None] = lambda *_: None) -> int:
+        """Send a file, from where an earlier try has stopped; it appears under its name when it is whole.
+
+        Args:
+            local: the file.
+            path: where it is to be.
+            on_progress: is told the bytes that are there, and how many there will be.
+
+        Returns:
+            The bytes that had to be sent.
+        """
+        with local.open("rb") as file:
+            whole, size = hashlib.file_digest(file, "sha256").hexdigest(), local.stat().st_size
+            about = {"path": path, "sha256": whole, "bytes": size}
+            sent = 0
+
+            def go_on() -> int:
+                nonlocal sent
+                at = next(self.exchange({"do": "put", **about}))[1]["at"]
+                file.seek(at)
+                while at < size:
+                    data = file.read(PIECE)
+                    at = next(self.exchange({"do": "piece", **about, "at": at}, data=data))[1]["at"]
+                    sent += len(data)
+                    on_progress(at, size)
+                return sent
+
+            return self.patiently(go_on)
+
+    def get(self, path: str, local: Path, on_progress: Callable[[int], None] = lambda _: None) -> None:
+        """Fetch a file, going on where a lost connection has stopped it; it appears under its name when it is whole.
+
+        Raises:
+            RefusedError: it cannot be read.
+        """
+        part = local.with_name(f"{local.name}.part")
+        with part.open("w+b") as file:
+
+            def go_on() -> None:
+                for _, head, data in self.exchange({"do": "get", "path": path, "at": file.tell()}):
+                    if "file" in head:
+                        file.write(data)
+                        on_progress(file.tell())
+                        continue
+                    file.seek(0)
+                    if hashlib.file_digest(file, "sha256").hexdigest() == head["sha256"]:
+                        return
+                    file.seek(0)
+                    file.truncate()
+                    raise BrokenError(f"{path} did not arrive as it was sent")
+
+            try:
+                self.patiently(go_on)
+            except BaseException:
+                part.unlink()
+                raise
+        part.replace(local)
+
+    def perform(self, program: bytes, document: Mapping[str, Any], on_line: Callable[[str], None]) -> None:
+        """Run a Python program on the login node, once more after each lost connection: it must bear that.
+
+        Args:
+            program: its source, compressed with zlib; Python 3.6, standard library. Its `serve()` is called.
+            document: JSON, for its stdin.
+            on_line: is told each line that it prints.
+
+        Raises:
+            RefusedError: it has failed; the text is the end of its stderr.
+        """
+
+        def go_on() -> None:
+            for _, head, _ in self.exchange({"do": "program", "document": document}, data=program):
+                if "line" not in head:
+                    return
+                on_line(head["line"])
+
+        self.patiently(go_on)
+
+    def consult(self, program: bytes, document: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a program's `answer(document)` returns, in the agent itself: what takes no time needs no process.
+
+        Raises:
+            RefusedError: it has raised its `Refused`.
+        """
+
+        def go_on() -> Mapping[str, Any]:
+            answer: Mapping[str, Any] = next(self.exchange(_consultation(document), data=program))[1]["answer"]
+            return answer
+
+        return self.patiently(go_on)
+
+    def consult_ahead(self, program: bytes, make: Callable[[], Mapping[str, Any] | None]) -> None:
+        """Let the next request take it along; `consult` with the same right after that costs no round trip.
+
+        Args:
+            program: as for `consult`.
+            make: the document, or None for nothing; called while the agent is at work on that next request.
+        """
+
+        def request() -> tuple[Mapping[str, Any], bytes] | None:
+            document = make()
+            return None if document is None else (_consultation(document), program)
+
+        self.send_ahead(request)
+
+    def ping(self) -> None:
+        """Keep the connection alive while other work takes long; raises StoppedError if `stop` was set meanwhile."""
+        self.ask(do="ping")
+
+    def follow(self, run: str, sinks: Sinks, on_state: Callable[[JobState], None]) -> JobEnd:
         """Pass on what a run writes, each byte once and in order, until its job is over.
 
         Args:
@@ -157,132 +230,62 @@ class Gateway:
             RefusedError: there is no such run.
             StoppedError: `stop` was set; the job goes on.
         """
+        return self._follow(run, sinks, on_state, [], lambda _: None)
+
+    def run(
+        self,
+        run: str,
+        files: Files | None,
+        sinks: Sinks,
+        on_submitted: Callable[[Submitted], None],
+        on_state: Callable[[JobState], None],
+    ) -> JobEnd:
+        """Submit and follow in one breath; see there."""
+        return self._follow(run, sinks, on_state, [_submission(run, files, ())], on_submitted)
+
+    def _follow(
+        self,
+        run: str,
+        sinks: Sinks,
+        on_state: Callable[[JobState], None],
+        before: list[dict[str, Any]],
+        on_submitted: Callable[[Submitted], None],
+    ) -> JobEnd:
         offsets = dict.fromkeys(sinks, 0)
+        follow = {"do": "follow", "run": run, "fields": ",".join(ACCOUNTED)}
 
         def go_on() -> JobEnd:
-            for head, data in self._exchange(do="follow", run=run, offsets=offsets):
-                if "file" in head:
+            for _, head, data in self.exchange(*before, {**follow, "offsets": offsets}):
+                if "end" in head:
+                    if before:  # its sbatch has never answered
+                        on_submitted(Submitted(head["job"], "found"))
+                    return JobEnd.parse(head["end"], head["short"], head["rows"])
+                if "job" in head:
+                    before.clear()
+                    on_submitted(Submitted(head["job"], head["how"]))
+                elif "file" in head:
                     name = head["file"]
                     if head["at"] != offsets[name]:
-                        raise _BrokenError(f"{name} came from byte {head['at']} on, not {offsets[name]}")
+                        raise BrokenError(f"{name} came from byte {head['at']} on, not {offsets[name]}")
                     offsets[name] += len(data)
                     sinks[name](data)
                 elif "state" in head:
                     start = float(head["start"]) if head["start"].isdecimal() else None
                     on_state(JobState(head["state"], head["reason"], start))
-                else:
-                    end = head["end"]
-                    return JobEnd(end.get("code"), end.get("state", ""), head["short"])
-            raise _BrokenError("the agent ended its answer")
+            raise BrokenError("the agent ended its answer")
 
-        return self._patiently(go_on)
-
-    def _ask(self, **request: Any) -> Mapping[str, Any]:
-        """The one answer to a request."""
-        return self._patiently(lambda: next(self._exchange(**request))[0])
-
-    def _exchange(self, **request: Any) -> Iterator[tuple[Mapping[str, Any], bytes]]:
-        """The answers to a request, as they come."""
-        try:
-            if self._wire is None:
-                self._wire = _Wire(self._open_channel())
-            ident = self._wire.send(**request)
-            while True:
-                if self.stop.is_set() and request["do"] != "cancel":
-                    raise StoppedError
-                frame = self._wire.receive()
-                if frame is None or frame[0]["id"] != ident:
-                    continue
-                error = frame[0].get("error")
-                if error == "refused":
-                    raise RefusedError(frame[0]["text"])
-                if error:
-                    raise _BrokenError(frame[0]["text"])
-                yield frame
-        except (OSError, EOFError, UnreachableError) as error:
-            raise _BrokenError(str(error) or type(error).__name__) from error
-        except AccessError as error:
-            if not error.temporary:
-                raise
-            raise _BrokenError(str(error)) from error
-
-    def _patiently(self, step: Callable[[], T]) -> T:
-        """Until it works, is refused, or is stopped; pauses grow while nothing works at all."""
-        pause = FIRST_PAUSE
-        while True:
-            try:
-                return step()
-            except _BrokenError as error:
-                if self._wire and self._wire.worked:
-                    pause = FIRST_PAUSE
-                self.close()
-                self._on_trouble(str(error))
-            except (RefusedError, StoppedError, SshError, AccessError):
-                raise
-            if self.stop.wait(pause * random.uniform(0.5, 1.0)):  # noqa: S311 (jitter)
-                raise StoppedError
-            pause = min(2 * pause, LONGEST_PAUSE)
+        return self.patiently(go_on)
 
 
-class _Wire:
-    """Frames over a channel: a line of JSON, and raw bytes behind it where it says so."""
+def _consultation(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {"do": "consult", "document": document}
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._buffer = bytearray()
-        self._ident = 0
-        self._greeted = False
-        self._heard = self._beaten = time.monotonic()
-        self.worked = False
 
-    def close(self) -> None:
-        self._channel.close()
-
-    def send(self, **request: Any) -> int:
-        self._ident += 1
-        self._channel.write(json.dumps({**request, "id": self._ident}).encode() + b"\n")
-        return self._ident
-
-    def receive(self) -> tuple[Mapping[str, Any], bytes] | None:
-        """The next frame; None if it has not come whole within LOOK_SECONDS."""
-        now = time.monotonic()
-        if now - self._beaten > BEAT_SECONDS:
-            self._beaten = now
-            self.send(do="ping")
-        frame = self._cut()
-        if frame is None:
-            self._fill(now)
-            frame = self._cut()
-        return frame
-
-    def _fill(self, now: float) -> None:
-        try:
-            data = self._channel.read(LOOK_SECONDS)
-        except TimeoutError:
-            if now - self._heard > DEAD_SECONDS:
-                raise OSError(f"nothing has come for {DEAD_SECONDS:.0f} s") from None
-            return
-        if not data:
-            raise EOFError("the connection was closed" if self._greeted else f"no agent: {self._channel.complaint()}")
-        self._heard = now
-        self._buffer += data
-
-    def _cut(self) -> tuple[Mapping[str, Any], bytes] | None:
-        """Take a whole frame off the buffer; what comes before the agent's greeting is a banner's or a profile's."""
-        while True:
-            end = self._buffer.find(b"\n")
-            if end < 0:
-                return None
-            line = bytes(self._buffer[:end])
-            if self._greeted:
-                break
-            del self._buffer[: end + 1]
-            self._greeted = HELLO.encode() in line
-        head = json.loads(line)
-        size = head.get("size", 0)
-        if len(self._buffer) < end + 1 + size:
-            return None
-        data = bytes(self._buffer[end + 1 : end + 1 + size])
-        del self._buffer[: end + 1 + size]
-        self.worked = True
-        return head, data
+def _submission(run: str, files: Files | None, options: Sequence[str]) -> dict[str, Any]:
+    if files is None:
+        return {"do": "submit", "run": run, "options": []}
+    contents = {
+        name: content if isinstance(content, str) else {"base64": base64.b64encode(content).decode()}
+        for name, content in files.items()
+    }
+    return {"do": "submit", "run": run, "options": list(options), "files": contents}

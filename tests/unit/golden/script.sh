@@ -1,6 +1,6 @@
 #!/bin/bash
-#SBATCH --job-name=flights-2013-01
-#SBATCH --comment=flights-2013-01
+#SBATCH --job-name=counts-2013-01
+#SBATCH --comment=key=counts-2013-01,asset=a_b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=2
@@ -13,6 +13,7 @@
 #SBATCH --error=stderr
 #SBATCH --open-mode=append
 #SBATCH --export=NONE
+#SBATCH --signal=B:USR1@60
 # Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
 
@@ -36,9 +37,33 @@ printf '{"started": "%s", "time": %s}\n' "$HOSTNAME" "$(date +%s.%N)" >>events
 export PYTHON=/environment/bin/python
 export DATA_ROOT=/d
 
-# In a subshell: whatever it does, the exit code is recorded.
+# When Slurm will end the job, in seconds since 1970. Slurm says so itself since 23.02.
+export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$((EPOCHSECONDS + 600))}
+
+# Starts the workload, so that it can be told apart. One that handles SIGUSR1 gets it when the time limit is near.
+# shellcheck disable=SC2317  # the launcher's commands call it
+run_workload() { ( echo "$BASHPID" >workload.pid; exec "$PYTHON" -u "$@" ) }
+# shellcheck disable=SC2317  # the trap calls it
+warn() {
+  local pid handled
+  warned=1
+  echo "time limit: 60 s left" >&2
+  pid=$(cat workload.pid 2>/dev/null) || return
+  handled=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$pid/status" 2>/dev/null)
+  if (( 0x${handled: -4} & 0x200 )); then kill -USR1 "$pid"; fi
+}
+trap warn USR1
+
+# In a subshell: whatever it does, the exit code is recorded. In the background: bash heeds the warning meanwhile.
 (
-"$PYTHON" -u 'work load.py'
-)
-code=$?
+run_workload 'work load.py'
+) &
+body=$!
+while :; do
+  warned=
+  wait "$body"
+  status=$?
+  [ "$warned" ] || break
+done
+code=$status
 exit "$code"

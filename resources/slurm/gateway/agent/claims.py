@@ -1,0 +1,107 @@
+"""Who acts on a family of runs, and cleaning up where nobody does.
+
+A claim is a lock on a file beside the runs, held by an agent and gone with it.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+import time
+
+from .files import read
+from .runs import DAY, checked, has, latest
+
+LOOK = 0.5  # seconds between looks whether this client's earlier agent has left
+
+HELD = {}  # by path: the locks that this agent holds, as long as it lives
+
+
+def take(path, holder):
+    """Lock a file and write the holder into it, unless another has it; whether that worked."""
+    while True:
+        file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
+                os.ftruncate(file, 0)
+                os.pwrite(file, json.dumps(holder).encode(), 0)
+                HELD[path] = file
+                return True
+        except BlockingIOError:
+            os.close(file)
+            return False
+        except OSError:
+            os.close(file)
+            raise
+        os.close(file)  # it was cleaned up in between
+
+
+def holder_of(path):
+    """Who has it, as far as that is written yet."""
+    text = read(path).decode()
+    return json.loads(text) if text.endswith("}") else {}
+
+
+def succeed(path, mine, say):
+    """Take over from this client's earlier agent when that has left; tell the client if somebody else was faster."""
+    while not take(path, mine):
+        there = holder_of(path)
+        if there and there["token"] != mine["token"]:
+            say(held=there["who"])
+            return
+        time.sleep(LOOK)
+
+
+# Requests
+
+
+def hold(ask, say):
+    """Make the client the one that acts on a family of runs, or tell who does.
+
+    A client that has lost its connection has an agent here that does not know it yet: the same token is let in beside
+    it, and takes over from it.
+    """
+    folder, family = os.path.expanduser(ask["runs"]), checked(ask["family"])
+    os.makedirs(folder, 0o700, exist_ok=True)
+    path, mine = os.path.join(folder, family + ".holder"), {"token": ask["token"], "who": ask["who"]}
+    if path in HELD or take(path, mine):
+        return {}
+    there = holder_of(path)
+    if there.get("token") != mine["token"]:
+        return {"held": there.get("who", "somebody")}
+    threading.Thread(target=succeed, args=(path, mine, say), daemon=True).start()
+    return {}
+
+
+def claim(ask, say):
+    """The same, and what the runs have come to."""
+    held = hold(ask, say)
+    if held:
+        return held
+    folder = os.path.expanduser(ask["runs"])
+    return dict(latest(folder, ask["family"]), runs=folder, home=os.path.expanduser("~"))
+
+
+def clean(ask, _):
+    """Remove the runs that have succeeded so many days ago, and what was begun and never finished."""
+    folder, cleaned = os.path.expanduser(ask["runs"]), []
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.endswith((".new", ".old")):
+            if time.time() - os.stat(path).st_mtime > DAY:
+                shutil.rmtree(path, ignore_errors=True)
+        elif has(path, "succeeded"):
+            if time.time() - os.stat(os.path.join(path, "succeeded")).st_mtime > ask["days"] * DAY:
+                os.rename(path, path + ".old")
+                shutil.rmtree(path + ".old", ignore_errors=True)
+                cleaned.append(name)
+    left = {name.rpartition("-")[0] for name in os.listdir(folder)} if names else ()
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.endswith(".holder") and name[: -len(".holder")] not in left and take(path, {}):
+            os.unlink(path)
+            os.close(HELD.pop(path))
+    return {"cleaned": cleaned}

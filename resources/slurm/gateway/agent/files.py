@@ -1,0 +1,123 @@
+"""Files: read and written as wholes, sent and fetched in pieces."""
+
+import fcntl
+import hashlib
+import os
+import threading
+
+CHUNK = 1 << 18
+
+
+class Failure(Exception):
+    """`refused`: Slurm or we said no, for good. `unknown`: nothing was decided, ask again."""
+
+    def __init__(self, kind, text):
+        super().__init__(text)
+        self.kind = kind
+
+
+def read(path):
+    """The content of a file; nothing if there is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def unique(path):
+    """A name beside `path` that no other thread, process or login node takes."""
+    return "%s.%s-%d-%d" % (path, os.uname()[1], os.getpid(), threading.get_ident())
+
+
+def write(path, data):
+    """Put a file in place, whole or not at all, for its owner alone."""
+    part = unique(path) + ".part"
+    try:
+        with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, path)
+    except OSError:
+        if os.path.exists(part):
+            os.unlink(part)
+        raise
+
+
+def hash_of(path):
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        for data in iter(lambda: file.read(CHUNK), b""):
+            found.update(data)
+    return found.hexdigest()
+
+
+# Requests
+
+
+def part_of(ask):
+    path = os.path.expanduser(ask["path"])
+    return path, "%s.%s.part" % (path, ask["sha256"][:16])
+
+
+def locked(path, flags=0):
+    """A file, open for one writer at a time: two clients may well put the same."""
+    while True:
+        file = os.open(path, os.O_RDWR | flags, 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                return os.fdopen(file, "r+b")
+        except FileNotFoundError:  # the one before has put it in place, or taken it away
+            pass
+        os.close(file)
+
+
+def put(ask, _):
+    """How much of a file is there already; all of it counts only with the right content."""
+    path, part = part_of(ask)
+    if os.path.isfile(path) and os.path.getsize(path) == ask["bytes"] and hash_of(path) == ask["sha256"]:
+        return {"at": ask["bytes"]}
+    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    with locked(part, os.O_CREAT) as file:
+        if os.fstat(file.fileno()).st_size >= ask["bytes"]:
+            file.truncate(0)
+        return {"at": os.fstat(file.fileno()).st_size}
+
+
+def piece(ask, _):
+    """The next bytes of a file that is being put; with the last ones it appears under its name."""
+    path, part = part_of(ask)
+    with locked(part) as file:
+        if os.fstat(file.fileno()).st_size != ask["at"]:
+            raise Failure("unknown", "%s: a piece does not follow the one before" % path)
+        file.seek(ask["at"])
+        file.write(ask["data"])
+        file.flush()
+        if ask["at"] + len(ask["data"]) < ask["bytes"]:
+            return {"at": ask["at"] + len(ask["data"])}
+        os.fsync(file.fileno())
+        if hash_of(part) != ask["sha256"]:
+            os.unlink(part)
+            raise Failure("unknown", "%s did not arrive as it was sent" % path)
+        os.rename(part, path)
+    return {"at": ask["bytes"]}
+
+
+def get(ask, say):
+    """A file from an offset on, then its hash."""
+    path, at = os.path.expanduser(ask["path"]), ask["at"]
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(at)
+            while at < size:
+                data = file.read(min(CHUNK, size - at))
+                if not data:
+                    raise Failure("unknown", "%s has become shorter" % path)
+                say(data, file=path, at=at)
+                at += len(data)
+    except FileNotFoundError as error:
+        raise Failure("refused", "%s: %s" % (path, error.strerror))
+    return {"sha256": hash_of(path), "bytes": size}

@@ -1,0 +1,119 @@
+"""Following a run: its output, messages, states and end, from given offsets on."""
+
+import os
+import time
+
+from .files import CHUNK, Failure
+from .runs import STREAMS, conclude, job_of, locate, quietly_conclude, words_of
+from .slurm import COMMAND_PATIENCE, OVER, QUEUE, SQUEUE_EVERY, Ledger
+from .submission import UNDER_WAY
+
+LAG = 15.0  # seconds for which a job's own words are waited for when Slurm says that it is over
+ABSENT = 10.0  # seconds for which a run directory may be on its way
+MOST_CHUNKS = 8  # of one stream in a row, so that none starves another
+
+
+class Follower:
+    def __init__(self, ask, say):
+        self.run, self.key = locate(ask)
+        self.say = say
+        self.at = {name: ask["offsets"][name] for name in STREAMS if name in ask["offsets"]}
+        self.fields = ask["fields"]
+        self.begun = self.moved = self.asked = time.time()
+        self.pause = 0.03
+        self.told = None
+        self.end, self.end_seen = None, 0.0
+        self.ledger = None
+
+    def follow(self):
+        QUEUE.wanted.set()
+        while not os.path.isdir(self.run):  # asked for in one breath with its submission
+            if time.time() - self.begun > ABSENT and self.run not in UNDER_WAY:
+                raise Failure("refused", "there is no run %s" % self.run)
+            time.sleep(0.02)
+        while True:
+            words = words_of(self.run)  # before the streams: what was written before the end is read after it
+            sent = [self.pump(name) for name in self.at]
+            if any(sent):
+                self.moved = time.time()
+            job, word = job_of(self.run), words.get("end")
+            if job and not self.end:
+                self.tell_state(job, words)
+                self.ask_for_end(job, word)
+            if self.end and not any(sent):
+                answer = self.finish(job, word)
+                if answer:
+                    return answer
+            if max(sent or [0]) < MOST_CHUNKS:
+                # 3 % of the silence: 0.02 s while things happen, 1 s for a job that works quietly
+                time.sleep(min(max(0.03 * (time.time() - self.moved), 0.02), 1))
+
+    def pump(self, name):
+        """Send what a file has beyond its offset; the number of chunks."""
+        try:  # opened anew each time: on NFS that is what shows another machine's appends
+            file = os.open(os.path.join(self.run, name), os.O_RDONLY)
+        except FileNotFoundError:
+            return 0
+        try:
+            for sent in range(MOST_CHUNKS):
+                data = os.pread(file, CHUNK, self.at[name])  # nothing beyond the end, nor where a view is old
+                if not data:
+                    return sent
+                self.say(data, file=name, at=self.at[name])
+                self.at[name] += len(data)
+            return MOST_CHUNKS
+        finally:
+            os.close(file)
+
+    def tell_state(self, job, words):
+        row = QUEUE.row(job, self.key)
+        if "started" in words and (not row or row[0] == "PENDING"):  # squeue's view is older
+            row = ["RUNNING", "None", ""]
+        if row and row[0] not in OVER and "end" not in words:
+            self.tell(*row)
+
+    def tell(self, state, reason, start=""):
+        if (state, reason) != self.told:
+            self.told = (state, reason)
+            self.say(state=state, reason=reason, start=start)
+
+    def ask_for_end(self, job, word):
+        """When the job has told its end, at once; where it was cut short, or is gone without a word, a little later."""
+        since, row = time.time() - self.asked, QUEUE.row(job, self.key)
+        if not word:  # nothing of an earlier life counts
+            self.ledger = None
+        told = word and word["code"] is not None and since > self.pause
+        cut_short = word and since > min(max(1, time.time() - self.moved), SQUEUE_EVERY)
+        gone = since > SQUEUE_EVERY and QUEUE.view["at"] > self.begun + 5 and (not row or row[0] in OVER)
+        if not (told or cut_short or gone):
+            return
+        self.asked = time.time()
+        if told:
+            self.pause = min(1.5 * self.pause, 5)
+            self.ledger = self.ledger or Ledger(job, self.fields)
+        try:
+            self.end = conclude(self.run, job)
+        except Failure as failure:
+            self.tell("COMPLETING", "waiting for Slurm's word on the end: %s" % failure)
+
+    def finish(self, job, word):
+        """The answer, once all that the job wrote is sent; a job that left no word may have one on its way."""
+        self.end_seen = self.end_seen or time.time()
+        waited = time.time() - self.end_seen
+        sizes = (word or {}).get("sizes", {})
+        short = {name: size for name, size in sizes.items() if name in self.at and self.at[name] < size}
+        if (short and waited < COMMAND_PATIENCE) or (not word and waited < LAG):
+            return None
+        if not word and not quietly_conclude(self.run, job):  # put back in the queue meanwhile
+            self.end, self.end_seen = None, 0.0
+            return None
+        start, end = self.end["times"][1:]
+        rows = (self.ledger or Ledger(job, self.fields)).settled(end - start) if start and end else []
+        return {"job": job, "end": dict(word or {}, **self.end), "short": short, "rows": rows}
+
+
+# Requests
+
+
+def follow(ask, say):
+    return Follower(ask, say).follow()

@@ -1,0 +1,152 @@
+"""The wire: requests in, answers out, and leaving when the client is gone."""
+
+import errno
+import json
+import os
+import sys
+import threading
+import time
+
+from .claims import claim, clean, hold
+from .files import CHUNK, Failure, get, piece, put
+from .follower import follow
+from .programs import consult, program
+from .runs import judged, look, runs
+from .slurm import QUEUE, states, test
+from .submission import SBATCH_PATIENCE, cancel, submit
+
+HELLO = "gateway-agent 1"
+SILENCE = 60.0  # seconds without a byte from the client: it is gone, though the connection does not say so
+# What asking again does not mend; other errors of the file system may pass.
+FINAL = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+
+
+def ping(_, __):
+    return {"pong": True}
+
+
+VERBS = {
+    verb.__name__: verb
+    for verb in (
+        hold,
+        claim,
+        submit,
+        test,
+        cancel,
+        look,
+        judged,
+        runs,
+        clean,
+        put,
+        piece,
+        get,
+        consult,
+        program,
+        states,
+        follow,
+        ping,
+    )
+}
+FINISHED = ("submit", "cancel")  # also when the client goes away in the middle
+AT_ONCE = ("hold", "judged", "piece")  # before the next request is looked at: what follows builds on them
+
+
+class Agent:
+    def __init__(self):
+        self.out = os.fdopen(os.dup(1), "wb")
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # nothing that a child prints gets between two answers
+        self.writing, self.counting = threading.Lock(), threading.Lock()
+        self.inbox = bytearray()
+        self.heard = time.monotonic()
+        self.busy = 0
+
+    def say(self, ident, payload=b"", **fields):
+        if payload:
+            fields["size"] = len(payload)
+        try:
+            with self.writing:
+                self.out.write(json.dumps(dict(fields, id=ident)).encode() + b"\n" + payload)
+                self.out.flush()
+        except OSError:
+            self.leave()
+
+    def receive(self, size=0):
+        """So many bytes of stdin, or a line; None at its end. Each piece that comes is a sign of life."""
+        while True:
+            cut = size or self.inbox.find(b"\n") + 1
+            if 0 < cut <= len(self.inbox):
+                data = bytes(self.inbox[:cut])
+                del self.inbox[:cut]
+                return data
+            more = sys.stdin.buffer.read1(CHUNK)
+            self.heard = time.monotonic()
+            if not more:
+                return None
+            self.inbox += more
+
+    def handle(self, ask):
+        ident = ask.get("id")
+
+        def say(payload=b"", **fields):
+            self.say(ident, payload, **fields)
+
+        try:
+            answer = VERBS[ask["do"]](ask, say)
+        except Failure as failure:
+            answer = {"error": failure.kind, "text": str(failure)}
+        except OSError as error:
+            text = "%s: %s" % (error.filename or ask["do"], error.strerror)
+            answer = {"error": "refused" if error.errno in FINAL else "unknown", "text": text}
+        except Exception as error:  # whatever it is, the client has to hear of it
+            answer = {"error": "unknown", "text": repr(error)}
+        if ask.get("do") in FINISHED:
+            with self.counting:
+                self.busy -= 1
+        self.say(ident, **answer)
+
+    def watch(self):
+        while time.monotonic() - self.heard < SILENCE:
+            time.sleep(1)
+        self.leave()
+
+    def leave(self):
+        """The client is gone. A submission is finished first, so that its id is on record; most else just stops."""
+        until = time.monotonic() + SBATCH_PATIENCE
+        while self.busy and time.monotonic() < until:
+            time.sleep(0.02)
+        os._exit(0)
+
+    def serve(self):
+        for target in (self.watch, QUEUE.keep):
+            threading.Thread(target=target, daemon=True).start()
+        self.say(0, hello=HELLO, pid=os.getpid(), python=sys.version.split()[0], host=os.uname()[1])
+        while True:
+            line = self.receive()
+            if line is None:
+                self.leave()
+            ask = json.loads(line.decode())
+            if ask.get("size"):
+                ask["data"] = self.receive(ask["size"])
+                if ask["data"] is None:
+                    self.leave()
+            if ask["do"] in AT_ONCE:
+                self.handle(ask)
+                continue
+            if ask["do"] in FINISHED:
+                with self.counting:
+                    self.busy += 1
+            threading.Thread(target=self.handle, args=(ask,), daemon=True).start()
+
+
+def serve():
+    """Until the client is gone."""
+    Agent().serve()

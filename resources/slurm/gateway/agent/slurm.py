@@ -1,0 +1,209 @@
+"""Slurm's commands: asked in an environment that changes nothing, and what their answers mean."""
+
+import fcntl
+import getpass
+import json
+import os
+import random
+import re
+import subprocess
+import threading
+import time
+
+from .files import Failure, read, write
+
+FIELD = re.compile(r"(\w+)=(\S*)")
+SQUEUE_EVERY = 15.0
+COMMAND_PATIENCE = 60.0
+ACCOUNTING_PATIENCE = 3.0
+FORGOTTEN = 240.0  # seconds after which squeue alone proves nothing: it forgets ended jobs after MinJobAge (300)
+OVER = frozenset(
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
+)
+
+
+def environment():
+    """For Slurm's commands: nothing that would change what they do or print."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SBATCH_", "SQUEUE_", "SACCT_", "SLURM_"))
+    }
+    if "SLURM_CONF" in os.environ:
+        kept["SLURM_CONF"] = os.environ["SLURM_CONF"]
+    kept["SLURM_TIME_FORMAT"] = "%s"
+    return kept
+
+
+def call(*command, patience=COMMAND_PATIENCE, stdin=b""):
+    """What a command did."""
+    try:
+        return subprocess.run(
+            command,
+            env=environment(),
+            input=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=patience,
+        )
+    except subprocess.TimeoutExpired:
+        raise Failure("unknown", "%s did not answer within %d s" % (command[0], patience))
+    except OSError as error:
+        raise Failure("refused", "%s: %s" % (command[0], error.strerror))
+
+
+def ask_slurm(*command, patience=COMMAND_PATIENCE):
+    """What a query prints."""
+    done = call(*command, patience=patience)
+    if done.returncode:
+        raise Failure("unknown", "%s: %s" % (command[0], done.stderr.decode(errors="replace").strip()))
+    return done.stdout.decode(errors="replace")
+
+
+def rows_of(*command, patience=COMMAND_PATIENCE):
+    """The rows that a query prints, split at `|`."""
+    return [line.split("|") for line in ask_slurm(*command, patience=patience).splitlines() if "|" in line]
+
+
+def look_up(key, since):
+    """The job of that name, also where its submitter never heard of it. `since`: when it may have been submitted."""
+    rows = rows_of("squeue", "-h", "-t", "all", "-u", getpass.getuser(), "-n", key, "-o", "%i|%j")
+    if not rows:
+        day = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - 120))
+        fields = ("-X", "-n", "-P", "-u", getpass.getuser(), "--name", key, "-S", day, "-o", "JobID,JobName")
+        try:
+            rows = rows_of("sacct", *fields)
+        except Failure:
+            if time.time() - since > FORGOTTEN:
+                raise
+    jobs = sorted(int(row[0]) for row in rows if row[1] == key and row[0].isdigit())
+    return str(jobs[0]) if jobs else None
+
+
+def verdict(job, key):
+    """State, exit code and times of a job that is over, by the controller, else the accounting; None if it is not.
+
+    Failure: `forgotten` if the controller has, and the accounting has nothing; `unknown` if they do not answer.
+    """
+    forgotten = False
+    try:
+        found = {}
+        for name, value in FIELD.findall(ask_slurm("scontrol", "-o", "show", "job", job)):
+            found.setdefault(name, value)  # the first of each: later ones stand in paths
+        if found.get("JobName") == key:  # ids are used again
+            return over([found[name] for name in ("JobState", "ExitCode", "SubmitTime", "StartTime", "EndTime")])
+        forgotten = True
+    except Failure as failure:
+        forgotten = "Invalid job id" in str(failure)
+    fields = "State,ExitCode,Submit,Start,End,JobName"
+    try:
+        rows = [row for row in rows_of("sacct", "-X", "-n", "-P", "-j", job, "-o", fields) if row[-1] == key]
+    except Failure as failure:
+        if not forgotten or "disabled" not in str(failure):
+            raise
+        rows = []
+    if not rows:
+        raise Failure("forgotten" if forgotten else "unknown", "Slurm does not tell of job %s" % job)
+    return over(rows[-1])
+
+
+def over(row):
+    state = row[0].split()[0].rstrip("+")  # "CANCELLED by 123", "COMPLETED+"
+    times = [int(text) if text.isdigit() else None for text in row[2:5]]
+    return {"state": state, "exit": row[1], "times": times} if state in OVER else None
+
+
+class Ledger:
+    """What sacct has of a job and its steps, a row each; it takes its time, and is asked beside other work."""
+
+    def __init__(self, job, fields):
+        self.job, self.fields, self.rows = job, fields, []
+        self.asking = threading.Thread(target=self.ask, daemon=True)
+        self.asking.start()
+
+    def ask(self):
+        """The rows; none where sacct does not answer."""
+        try:
+            self.rows = rows_of("sacct", "-n", "-P", "-j", self.job, "-o", self.fields, patience=ACCOUNTING_PATIENCE)
+        except Failure:
+            self.rows = None
+
+    def settled(self, ran):
+        """The rows once none of them is under way; it lags, and gets some time, the more the longer a job ran."""
+        self.asking.join()
+        until, pause = time.time() + min(0.05 * ran, 5), 0.0  # what was asked before the end is asked again at once
+        while self.rows is not None:
+            going = any(row[1] in ("PENDING", "RUNNING", "COMPLETING") for row in self.rows)
+            if self.rows and not going:
+                return self.rows
+            if time.time() > until:
+                break
+            time.sleep(pause)
+            pause = 0.3
+            self.ask()
+        return []
+
+
+class Queue:
+    """squeue for all of the user's jobs, asked every SQUEUE_EVERY by whichever agent on this machine is first."""
+
+    def __init__(self):
+        self.folder = os.path.join("/tmp", "gateway-%d" % os.getuid())
+        self.view = {"at": 0, "asked": 0, "calls": 0, "jobs": {}, "trouble": None}
+        self.wanted = threading.Event()
+
+    def refresh(self):
+        try:
+            os.mkdir(self.folder, 0o700)
+        except FileExistsError:
+            pass
+        mine = os.lstat(self.folder)
+        if mine.st_uid != os.getuid() or mine.st_mode & 0o077:
+            raise Failure("refused", "%s is not ours alone" % self.folder)
+        path = os.path.join(self.folder, "squeue.json")
+        with open(path + ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            view = json.loads(read(path).decode() or json.dumps(self.view))
+            if not 0 <= time.time() - max(view["at"], view["asked"]) < SQUEUE_EVERY:
+                view["asked"] = time.time()
+                view["calls"] += 1
+                try:
+                    rows = rows_of("squeue", "-h", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r|%S|%j")
+                    view.update(at=view["asked"], jobs={row[0]: row[1:] for row in rows}, trouble=None)
+                except Failure as failure:
+                    view["trouble"] = str(failure)  # the old view stays, with its age
+                write(path, json.dumps(view).encode())
+        self.view = view
+
+    def keep(self):
+        """In a thread of its own: a slow controller must not hold up the streams."""
+        while self.wanted.wait():
+            try:
+                self.refresh()
+                due = SQUEUE_EVERY - (time.time() - max(self.view["at"], self.view["asked"]))
+            except (Failure, OSError, ValueError) as error:
+                self.view, due = dict(self.view, trouble=str(error)), SQUEUE_EVERY
+            time.sleep(max(due, 0) + random.uniform(0.2, 2))
+
+    def row(self, job, key):
+        """State, reason and expected start of a job, as last seen; None if it was not seen."""
+        found = self.view["jobs"].get(job)
+        return found[:3] if found and found[3] == key else None
+
+
+QUEUE = Queue()
+
+
+# Requests
+
+
+def states(_, __):
+    """The view of all of the user's jobs."""
+    QUEUE.refresh()
+    return QUEUE.view
+
+
+def test(ask, _):
+    """What Slurm would say to a script: when it could start, or why it would be refused."""
+    done = call("sbatch", "--test-only", stdin=ask["script"].encode())
+    return {"code": done.returncode, "text": (done.stdout + done.stderr).decode(errors="replace").strip()}

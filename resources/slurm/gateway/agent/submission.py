@@ -1,0 +1,144 @@
+"""One job for each run: submitting, looking behind a submission that got no answer, cancelling."""
+
+import fcntl
+import getpass
+import os
+import re
+import subprocess
+import time
+
+from .files import Failure, read
+from .runs import digest, has, job_of, lay_out, locate, mark, quietly_conclude, settle
+from .slurm import COMMAND_PATIENCE, ask_slurm, environment, look_up
+
+JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
+SBATCH_PATIENCE = 120.0
+LATE = 20.0  # seconds after which a submission that got no answer can no longer turn up in the queue
+LOOK = 2.0
+CANCEL_LOOK = 0.5
+# Words of sbatch after which it is not known whether the job exists, or with which Slurm is not itself.
+UNSURE = re.compile(
+    r"timed out|timeout|contact slurm controller|communication|connection|unexpected message|zero bytes"
+    r"|temporarily|authentication error|munge",
+    re.I,
+)
+
+UNDER_WAY = set()  # the runs that this agent is about to submit
+
+
+class Locked:
+    """The lock of a run. Its sbatch inherits it: should the agent be killed, it stays until that sbatch has ended."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def __enter__(self):
+        self.file = os.open(os.path.join(self.run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        return self.file
+
+    def __exit__(self, *_):
+        os.close(self.file)
+
+
+def submit_once(run, key, ask):
+    """The run's job, and how it was come by: `recorded` before, `found` in Slurm, or `submitted` now."""
+    if not os.path.isdir(run):
+        if "files" not in ask:
+            raise Failure("refused", "there is no run %s" % run)
+        lay_out(run, ask["files"])
+    if has(run, "cancelled") and not job_of(run):
+        raise Failure("refused", "%s was cancelled before it was submitted" % run)
+    if "files" in ask and read(os.path.join(run, "digest")) != digest(ask["files"]):
+        raise Failure("refused", "%s is there already, with other content" % run)
+    if job_of(run):  # by its own word, perhaps, while its sbatch still holds the lock
+        return job_of(run), "recorded"
+    with Locked(run) as lock:
+        job, how = find_job(run, key)
+        if not job:
+            if has(run, "cancelled"):
+                raise Failure("refused", "%s was cancelled before it was submitted" % run)
+            mark(run, "tried")
+            job, how = sbatch(run, ask["options"], lock), "submitted"
+        return settle(run, job), how
+
+
+def find_job(run, key):
+    """The run's job, and how it was found; looks in Slurm's queue for one whose submission got no answer."""
+    job = job_of(run)
+    if job or not has(run, "tried"):
+        return job, "recorded"
+    since = os.stat(os.path.join(run, "tried")).st_mtime
+    job = look_up(key, since)
+    while not job and time.time() - since < LATE:
+        time.sleep(LOOK)
+        job = job_of(run) or look_up(key, since)
+    return job and settle(run, job), "found"
+
+
+def sbatch(run, options, lock):
+    """Hand the run's job.sh to Slurm; the job's id."""
+    try:
+        child = subprocess.Popen(
+            ["sbatch", "--parsable", "--chdir", run] + options + [os.path.join(run, "job.sh")],
+            cwd=run,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=[lock],
+        )
+    except OSError as error:
+        os.unlink(os.path.join(run, "tried"))
+        raise Failure("refused", "sbatch: %s" % error.strerror)
+    until = time.monotonic() + SBATCH_PATIENCE
+    while True:
+        try:
+            out, err = (text.decode(errors="replace") for text in child.communicate(timeout=LOOK))
+            break
+        except subprocess.TimeoutExpired:  # never ended by us: it may be about to submit
+            if job_of(run):
+                return job_of(run)
+            if time.monotonic() > until:
+                raise Failure("unknown", "sbatch did not answer within %d s" % SBATCH_PATIENCE)
+    found = JOB_ID.findall(out)  # wrappers and submit filters print more than the id
+    if child.returncode == 0 and found:
+        return found[-1]
+    if child.returncode <= 0 or UNSURE.search(err):
+        raise Failure("unknown", err.strip() or out.strip())
+    os.unlink(os.path.join(run, "tried"))
+    raise Failure("refused", err.strip())
+
+
+# Requests
+
+
+def submit(ask, _):
+    """Submit a run, once, however often and from wherever it is asked for; one without `files` has to be there."""
+    run, key = locate(ask)
+    UNDER_WAY.add(run)
+    try:
+        job, how = submit_once(run, key, ask)
+    finally:
+        UNDER_WAY.discard(run)
+    return {"job": job, "how": how}
+
+
+def cancel(ask, _):
+    """Cancel a run, and wait until Slurm says that it is over. One that is not submitted yet will not be."""
+    run, key = locate(ask)
+    os.makedirs(run, 0o700, exist_ok=True)
+    mark(run, "cancelled")
+    job = job_of(run)
+    if not job:
+        with Locked(run):  # a submission under way comes to its end first
+            job, _ = find_job(run, key)
+    if not job:
+        return {"job": None, "end": None}
+    end, until = quietly_conclude(run, job), time.time() + COMMAND_PATIENCE
+    if not end:
+        ask_slurm("scancel", "--user", getpass.getuser(), "--name", key)
+    while not end and time.time() < until:
+        time.sleep(CANCEL_LOOK)
+        end = quietly_conclude(run, job)
+    return {"job": job, "end": end}

@@ -1,0 +1,86 @@
+"""Frames over a channel to an agent: a line of JSON, and raw bytes behind it where it says so."""
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from resources.slurm.gateway.channel import Channel
+
+HELLO = "gateway-agent 1"
+BEAT_SECONDS = 15.0
+"""A ping so often, both ways on the clock: the agent leaves a client that is silent for 60 s."""
+DEAD_SECONDS = 45.0
+"""A connection on which nothing comes for so long is given up."""
+LOOK_SECONDS = 0.5
+"""How often a wait looks whether it is to stop."""
+
+
+class Wire:
+    """One connection with an agent on it; whether anything has `worked` on it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._buffer = bytearray()
+        self._ident = 0
+        self._greeted = False
+        self._heard = self._beaten = time.monotonic()
+        self.worked = False
+
+    def close(self) -> None:
+        """End it."""
+        self._channel.close()
+
+    def send(self, data: bytes = b"", **request: Any) -> int:
+        """Send a request, and bytes behind it; its number."""
+        self._ident += 1
+        size = {"size": len(data)} if data else {}
+        begun = time.monotonic()
+        self._channel.write(json.dumps({**request, **size, "id": self._ident}).encode() + b"\n" + data)
+        if time.monotonic() - begun > LOOK_SECONDS:  # a line that is slow, not dead: it has taken something meanwhile
+            self._heard = time.monotonic()
+        return self._ident
+
+    def receive(self) -> tuple[Mapping[str, Any], bytes] | None:
+        """The next frame; None if it has not come whole within LOOK_SECONDS."""
+        now = time.monotonic()
+        if now - self._beaten > BEAT_SECONDS:
+            self._beaten = now
+            self.send(do="ping")
+        frame = self._cut()
+        if frame is None:
+            self._fill(now)
+            frame = self._cut()
+        return frame
+
+    def _fill(self, now: float) -> None:
+        try:
+            data = self._channel.read(LOOK_SECONDS)
+        except TimeoutError:
+            if now - self._heard > DEAD_SECONDS:
+                raise OSError(f"nothing has come for {DEAD_SECONDS:.0f} s") from None
+            return
+        if not data:
+            raise EOFError("the connection was closed" if self._greeted else f"no agent: {self._channel.complaint()}")
+        self._heard = now
+        self._buffer += data
+
+    def _cut(self) -> tuple[Mapping[str, Any], bytes] | None:
+        """Take a whole frame off the buffer; what comes before the agent's greeting is a banner's or a profile's."""
+        while True:
+            end = self._buffer.find(b"\n")
+            if end < 0:
+                return None
+            line = bytes(self._buffer[:end])
+            if self._greeted:
+                break
+            del self._buffer[: end + 1]
+            self._greeted = HELLO.encode() in line
+        head = json.loads(line)
+        size = head.get("size", 0)
+        if len(self._buffer) < end + 1 + size:
+            return None
+        data = bytes(self._buffer[end + 1 : end + 1 + size])
+        del self._buffer[: end + 1 + size]
+        self.worked = True
+        return head, data

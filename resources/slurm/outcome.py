@@ -1,0 +1,77 @@
+"""Why a job did not end well, in words for whoever asked for it, and whether another try can help."""
+
+from dataclasses import dataclass
+
+from resources.slurm.gateway import JobEnd
+from resources.slurm.request import SlurmRequest
+from resources.slurm.units import format_memory, format_time, parse_memory
+
+CAUSES = {
+    "NODE_FAIL": "a node failed",
+    "BOOT_FAIL": "a node did not start",
+    "PREEMPTED": "it was preempted by another job",
+    "OUT_OF_MEMORY": "it ran out of memory",
+    "TIMEOUT": "it reached its time limit",
+    "DEADLINE": "it reached the deadline that its options set",
+    "CANCELLED": "it was cancelled on the cluster, by scancel or by its administrators",
+    "REVOKED": "it was taken over by another cluster",
+}
+MACHINES_DOING = frozenset({"NODE_FAIL", "BOOT_FAIL", "PREEMPTED"})
+"""The states after which the same job may well succeed the next time."""
+
+
+TRY_AGAIN = 75
+"""Exit code by which a workload, or a Ray cluster that has lost a node, asks for another try (EX_TEMPFAIL)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended, where it did not end well.
+
+    Attributes:
+        cause: in a sentence.
+        again: whether the same job may succeed on another try.
+    """
+
+    cause: str
+    again: bool = False
+
+
+def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
+    """What Slurm has to say against a job; None if nothing: then its exit code and its Pipes session decide.
+
+    Args:
+        end: of the job.
+        request: what it was submitted with.
+    """
+    if end.state in CAUSES:
+        cause = f"{CAUSES[end.state]} (Slurm: {end.state}){_advice(end.state, request)}"
+        return Outcome(cause, again=end.state in MACHINES_DOING)
+    if end.code is None:
+        told = f"Slurm says {end.state} {end.exit}" if end.state else "Slurm does not know it any more"
+        return Outcome(f"it left no word of its end, and {told}: look at its stderr and at the node")
+    if end.code == TRY_AGAIN or (end.code and end.cause):
+        cause = end.cause or f"it asks for another try (exit code {TRY_AGAIN}): its stderr says why"
+        return Outcome(cause, again=end.code == TRY_AGAIN)
+    if end.code == 0 and end.state not in ("COMPLETED", ""):
+        return Outcome(f"its script ended with 0, but Slurm says {end.state} {end.exit}")
+    if "messages.jsonl" in end.short:
+        return Outcome("its Pipes messages did not arrive in full: the file system lost some, or is very slow")
+    return None
+
+
+def _advice(state: str, request: SlurmRequest) -> str:
+    """What to change, where that is known."""
+    if state == "TIMEOUT":
+        longer = format_time(2 * request.seconds)
+        return (
+            f"; it had time_limit={request.time_limit!r}, ask for more, for instance time_limit={longer!r}, "
+            "or let the workload save its state and go on from there"
+        )
+    if state == "OUT_OF_MEMORY":
+        for name in ("mem", "mem_per_cpu"):
+            asked = getattr(request, name)
+            if asked and (kib := parse_memory(asked)):
+                return f"; it had {name}={asked!r}, ask for more, for instance {name}={format_memory(kib * 3 // 2)!r}"
+        return "; ask for more, for instance mem='32G'"
+    return ""

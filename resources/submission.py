@@ -1,0 +1,113 @@
+"""What a run on the supercomputer consists of: its name, its files, its batch script. Pure, the same for a preview."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
+
+from resources.plan import Plan
+from resources.slurm import render_job_script
+
+CONTEXT, MESSAGES = "context.json", "messages.jsonl"
+"""Names in a run directory."""
+LONGEST_NAME = 40
+
+
+@dataclass(frozen=True)
+class About:
+    """Whose run it is; kept beside it as `about.json`, and in the job's comment.
+
+    Attributes:
+        run: id of the Dagster run that submitted it.
+        root: id of the first run of which that one is a retry or a re-execution.
+        asset: keys of the assets.
+        partitions: first and last partition key; empty without partitions.
+        environment: name of the one that it uses; empty in what has none yet.
+    """
+
+    run: str
+    root: str
+    asset: str
+    partitions: str
+    environment: str = ""
+
+    @property
+    def comment(self) -> dict[str, str]:
+        """For the job's comment."""
+        return {name: value for name, value in (("run", self.run), ("asset", self.asset)) if value}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lies on the supercomputer.
+
+    Attributes:
+        run: the run directory; its last part is the submission key.
+        python: interpreter for the workload.
+        workloads: folder with the program, and what it imports of its own.
+        data_root: DATA_ROOT there.
+    """
+
+    run: str
+    python: str
+    workloads: str
+    data_root: str
+
+
+def family_of(root: str, assets: Iterable[str], partitions: Iterable[str], call: int) -> str:
+    """The name of all attempts at the same work: equal for the retries and re-executions of a step.
+
+    Args:
+        root: id of the first run.
+        assets: keys of the step's assets.
+        partitions: its partition keys.
+        call: which of the step's calls of `compute.run` it is.
+    """
+    names = sorted(assets)
+    what = json.dumps([root, names, sorted(partitions), call])
+    slug = re.sub(r"[^A-Za-z0-9_]+", "-", "-".join(names))[:LONGEST_NAME].strip("-_") or "asset"
+    return f"{slug}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+
+
+def render_job(plan: Plan, place: Place, about: About, env: Mapping[str, str]) -> str:
+    """The batch script of a run.
+
+    Args:
+        plan: the complete request and launcher.
+        place: where it lies.
+        about: whose it is.
+        env: further variables for the workload.
+    """
+    environment = {
+        "PYTHON": place.python,
+        "PYTHONPATH": place.workloads,
+        "PYTHONUNBUFFERED": "1",
+        "DATA_ROOT": place.data_root,
+        **env,
+        DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"path": f"{place.run}/{CONTEXT}"}),
+        DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param(
+            {"path": f"{place.run}/{MESSAGES}", "include_stdio_in_messages": False}
+        ),
+    }
+    request = plan.allocation.request
+    return render_job_script(
+        request,
+        plan.site,
+        job_name=place.run.rpartition("/")[2],
+        about=about.comment,
+        environment=environment,
+        body=plan.launcher.render(request, f"{place.workloads}/{plan.workload.name}"),
+    )
+
+
+def files_of(plan: Plan, place: Place, about: About, env: Mapping[str, str], context: str) -> dict[str, str]:
+    """All files of a run directory; `context` is the Pipes context."""
+    return {
+        **plan.launcher.files(plan.allocation.request),
+        "job.sh": render_job(plan, place, about, env),
+        CONTEXT: context,
+        "about.json": json.dumps(asdict(about)),
+    }

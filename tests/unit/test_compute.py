@@ -1,0 +1,36 @@
+"""What `compute.run` says before it connects anywhere."""
+
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from resources import build_resources
+from resources.compute import ComputeResource
+from resources.launchers import ScriptLauncher
+from tests import access
+
+
+@pytest.mark.parametrize(
+    ("deployment", "warned"), [("production_supercomputer", True), ("staging_supercomputer", False)]
+)
+def test_a_qos_for_tries_is_warned_about_in_production(
+    deployment: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = access.environment("https://127.0.0.1:1", tmp_path)
+    variables |= {"DAGSTER_DEPLOYMENT": deployment, "SLURM_QOS": "dev_zen4_0768"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "workload.py").write_text("")
+
+    @dg.asset
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        done = compute.run(context, workload=tmp_path / "workload.py", launcher=ScriptLauncher())
+        return done.get_materialize_result()
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([probe], resources=build_resources(), instance=instance, raise_on_error=False)
+        said = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    assert not result.success  # nobody has access
+    text = f"QoS dev_zen4_0768 is for short tries, and this is {deployment}: look at SLURM_QOS"
+    assert (text in said) is warned

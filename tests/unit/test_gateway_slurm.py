@@ -1,0 +1,162 @@
+"""What the agent makes of the words of Slurm's commands, said here by programs that stand in their place."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resources.settings import ROOT
+from resources.slurm.gateway.agent import files, slurm, submission
+from tests.simulated_site import wait_until
+
+Say = Callable[[str, str], None]
+RUNNING = "JobId=17 JobName=KEY JobState=RUNNING ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=Unknown"
+ENDED = "JobId=17 JobName=KEY JobState=COMPLETED ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=120"
+INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+
+
+@pytest.fixture
+def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
+    """`say(command, script)` lets one of Slurm's commands be that shell script."""
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "bin").mkdir()
+
+    def put(command: str, script: str) -> None:
+        part = tmp_path / "bin" / f"{command}.part"
+        part.write_text(f"#!/bin/sh\n{script}\n")
+        part.chmod(0o755)
+        part.rename(tmp_path / "bin" / command)
+
+    for command in ("squeue", "sacct", "scontrol", "sbatch"):
+        put(command, "true")
+    return put
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "sacct", "expected"),
+    [
+        (f"echo '{RUNNING}'", "", None),
+        (f"echo '{ENDED}'", "", ("COMPLETED", "0:0", [100, 110, 120])),
+        (f"echo '{ENDED} Comment=JobState=FAILED'", "", ("COMPLETED", "0:0", [100, 110, 120])),
+        (INVALID, "echo 'CANCELLED by 0|0:15|100|110|120|KEY'", ("CANCELLED", "0:15", [100, 110, 120])),
+        (INVALID, "echo 'COMPLETED+|0:0|100|Unknown|120|KEY'", ("COMPLETED", "0:0", [100, None, 120])),
+        (AWAY, "echo 'FAILED|3:0|100|110|120|KEY'", ("FAILED", "3:0", [100, 110, 120])),
+        (AWAY, "echo 'RUNNING|0:0|100|110|Unknown|KEY'", None),
+        # The id is another job's by now.
+        (f"echo '{ENDED.replace('KEY', 'other')}'", "echo 'FAILED|1:0|1|2|3|other'", "forgotten"),
+        (INVALID, "echo 'FAILED|1:0|1|2|3|other'", "forgotten"),
+        (INVALID, "echo 'Slurm accounting storage is disabled' >&2; exit 1", "forgotten"),
+        # An outage is no end.
+        (AWAY, "", "unknown"),
+        (AWAY, "echo 'Connection refused' >&2; exit 1", "unknown"),
+        (INVALID, "echo 'Connection refused' >&2; exit 1", "unknown"),
+    ],
+)
+def test_the_verdict_on_a_job(say: Say, scontrol: str, sacct: str, expected: Any) -> None:
+    say("scontrol", scontrol)
+    say("sacct", sacct)
+    if isinstance(expected, str):
+        with pytest.raises(files.Failure) as failure:
+            slurm.verdict("17", "KEY")
+        assert failure.value.kind == expected
+    else:
+        found = slurm.verdict("17", "KEY")
+        assert (tuple(found.values()) if found else None) == expected
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "expected"),
+    [
+        ("echo 17", "17"),
+        ("echo 17\\;musica", "17"),
+        ("echo '3 partitions'; echo 17; echo '12 node hours left'", "17"),
+        ("echo 'sbatch: error: Batch job submission failed: Invalid qos specification' >&2; exit 1", "refused"),
+        ("echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1", "unknown"),
+        ("echo 'sbatch: error: Zero Bytes were transmitted or received' >&2; exit 1", "unknown"),
+        ("echo 'sbatch: error: Unable to contact slurm controller' >&2; exit 1", "unknown"),
+        ("echo 'noise without an id'", "unknown"),
+        ("kill -9 $$", "unknown"),
+    ],
+)
+def test_the_answers_of_sbatch(say: Say, sbatch: str, expected: str, tmp_path: Path) -> None:
+    say("sbatch", sbatch)
+    (tmp_path / "tried").touch()
+    with submission.Locked(str(tmp_path)) as lock:
+        if expected in ("refused", "unknown"):
+            with pytest.raises(files.Failure) as failure:
+                submission.sbatch(str(tmp_path), [], lock)
+            assert failure.value.kind == expected
+        else:
+            assert submission.sbatch(str(tmp_path), [], lock) == expected
+    assert (tmp_path / "tried").exists() is (expected != "refused")  # refused: nothing to look behind
+
+
+QUICK = """\
+from resources.slurm.gateway.agent import follower, server, slurm
+slurm.SQUEUE_EVERY, follower.SQUEUE_EVERY, follower.LAG = 0.5, 0.5, 3
+server.serve()
+"""
+
+
+@pytest.mark.parametrize("meanwhile", ["its word appears", "it is put back in the queue", "nothing"])
+def test_slurms_word_alone_is_not_believed_at_once(meanwhile: str, say: Say, tmp_path: Path) -> None:
+    """Slurm says that the job is over, and its own record is not there: a file system may lag, a job be requeued."""
+    run, asked = tmp_path / "KEY", tmp_path / "asked"
+    run.mkdir()
+    for name in ("messages.jsonl", "stdout", "stderr", "events"):
+        (run / name).touch()
+    (run / "job").symlink_to("17")
+    say("scontrol", f"touch {asked}; echo '{ENDED}'")
+    agent = subprocess.Popen([sys.executable, "-c", QUICK], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert agent.stdin and agent.stdout
+    offsets = dict.fromkeys(("messages.jsonl", "stdout", "stderr"), 0)
+    follow = {"id": 1, "do": "follow", "run": str(run), "offsets": offsets, "fields": "JobID,State"}
+    agent.stdin.write(json.dumps(follow).encode() + b"\n")
+    agent.stdin.flush()
+    wait_until(asked.exists, "Slurm is asked", 30)
+    word = '{"code": 0, "time": 120, "sizes": {"stdout": 5, "stderr": 0, "messages.jsonl": 0}}\n'
+    if meanwhile == "it is put back in the queue":
+        say("scontrol", f"touch {asked}; echo '{RUNNING}'")
+        asked.unlink()
+        wait_until(asked.exists, "Slurm is asked again", 30)
+        say("scontrol", f"echo '{ENDED}'")
+    if meanwhile != "nothing":
+        (run / "stdout").write_text("late\n")
+        (run / "events").write_text(word)
+    answers: list[dict[str, Any]] = []
+    while not answers or "end" not in answers[-1]:
+        answers.append(json.loads(agent.stdout.readline()))
+        agent.stdout.read(answers[-1].get("size", 0))
+    agent.stdin.close()
+    agent.stdout.close()
+    assert agent.wait(10) == 0
+    end = answers[-1]["end"]
+    assert (end["state"], end.get("code")) == ("COMPLETED", None if meanwhile == "nothing" else 0)
+    assert [answer["size"] for answer in answers if "file" in answer] == ([] if meanwhile == "nothing" else [5])
+
+
+@pytest.mark.parametrize(
+    ("sacct", "ran", "expected"),
+    [
+        # What was asked before the end is asked again at once, also after a job too short for any patience.
+        (
+            "[ -e asked ] && echo '17|COMPLETED|1' || { touch asked; echo '17|RUNNING|'; }",
+            1,
+            [["17", "COMPLETED", "1"]],
+        ),
+        ("echo '17|COMPLETED|1'; echo '17.0|RUNNING|'", 0, []),
+        ("exit 1", 1000, []),
+    ],
+)
+def test_the_accounting_of_a_job_that_is_over(
+    sacct: str, ran: float, expected: list[list[str]], say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    say("sacct", sacct)
+    assert slurm.Ledger("17", "JobID,State,MaxRSS").settled(ran) == expected
