@@ -1,0 +1,99 @@
+"""Documents and folders that appear whole or not at all."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+
+HERE = "environment.json"
+
+
+class Refused(Exception):
+    pass
+
+
+def tell(**fields):
+    print(json.dumps(fields), flush=True)
+
+
+def load(path):
+    """A document; None if there is none."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def store(path, document):
+    """Put a document in place, whole or not at all."""
+    part = "%s.%d.part" % (path, os.getpid())
+    with open(part, "w") as file:
+        json.dump(document, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(part, path)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """One at a time; what was begun and not finished is nobody's then."""
+    os.makedirs(folder, 0o700, exist_ok=True)
+    with open(os.path.join(folder, ".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell(progress="waiting for another deployment to this folder")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for place in (folder, os.path.join(folder, "packages")):
+            for name in os.listdir(place) if os.path.isdir(place) else ():
+                if name.endswith((".new", ".old")):
+                    remove_tree(os.path.join(place, name))
+                elif name.endswith(".part"):
+                    with contextlib.suppress(FileNotFoundError):  # whoever wrote it has put it in place
+                        os.unlink(os.path.join(place, name))
+        yield
+
+
+def remove_tree(path):
+    for folder, _, _ in os.walk(path):
+        os.chmod(folder, 0o700)
+    shutil.rmtree(path)
+
+
+def seal(path):
+    """No file is added below a folder any more, byte code of Python included."""
+    for folder, _, _ in os.walk(path):
+        os.chmod(folder, 0o500)
+
+
+@contextlib.contextmanager
+def making(path):
+    """A folder that appears as `path`, sealed, once all went well.
+
+    Its name until then is of this process alone: a child of one that was killed may still be writing.
+    """
+    new = "%s.%d.new" % (path, os.getpid())
+    os.makedirs(new, 0o700)
+    try:
+        yield new
+        seal(new)
+        os.rename(new, path)
+    except BaseException:
+        remove_tree(new)
+        raise
+
+
+def touch(path):
+    """Note that an environment is used now; whether it is there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def drop(path):
+    os.rename(path, path + ".old")
+    remove_tree(path + ".old")

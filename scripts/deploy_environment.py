@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""Publish the environment that production runs on the supercomputer, and look after those that are there."""
+
+import _environment
+
+_environment.activate()
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich import box
+from rich import progress as bars
+from rich.console import Console
+from rich.table import Table
+
+from resources import SUPERCOMPUTER_SITE_OVERRIDES
+from resources.auth import AccessError, ensure_certificate
+from resources.environments import (
+    CLUSTER,
+    Comparison,
+    Environments,
+    LoggedProgress,
+    Progress,
+    Wanted,
+    choose_for_removal,
+    differences_from,
+    read_code,
+    read_lock,
+    revision_of,
+)
+from resources.errors import ConfigurationError
+from resources.runs import Runs
+from resources.settings import ROOT, Settings, load_settings
+from resources.slurm import load_site
+from resources.slurm.gateway import Gateway, RefusedError, choose_channel
+from resources.ssh import SshError
+
+WORKLOADS = ROOT / "musica_pipelines" / "workloads"
+DESCRIPTION = """\
+Publish what production_supercomputer runs: the packages of requirements/cluster.txt and the workloads as git tracks
+them. Packages are sent once; what is on the supercomputer is not sent again, and a broken connection is continued where
+it broke. From then on, runs whose workloads or packages differ from what was published are refused.
+
+Settings are those of a supercomputer deployment (docs/settings.md). With SLURM_PYTHON, the workloads alone are sent.
+"""
+EPILOG = """\
+examples:
+  scripts/deploy_environment.py                      publish what is here
+  scripts/deploy_environment.py --check              what would be sent; nothing is changed
+  scripts/deploy_environment.py --rollback           production runs what was published before, at once
+  scripts/deploy_environment.py --list
+  scripts/deploy_environment.py --remove --keep 3 --older-than 30
+
+exit codes:
+  0  done; with --check: what is here is what production runs
+  1  with --check: it is not
+  2  wrong usage, or something here is wrong: the settings, the lock, the workloads
+  3  the supercomputer cannot be reached, or refused: the text says why
+"""
+
+
+class BarProgress:
+    """A bar for a terminal: percent, size, speed, time left."""
+
+    def __init__(self, bar: bars.Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("sending", visible=False)
+
+    def step(self, text: str) -> None:
+        """Print it above the bar."""
+        self._bar.console.print(text, markup=False, highlight=False)
+
+    def sent(self, done: int, total: int) -> None:
+        """Move the bar, which appears with the first bytes."""
+        self._bar.update(self._task, completed=done, total=total, visible=True)
+
+
+@contextmanager
+def progress_on(console: Console) -> Iterator[Progress]:
+    """A bar on a terminal, lines anywhere else."""
+    if not console.is_terminal:
+        yield LoggedProgress(print)
+        return
+    numbers = (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
+    with bars.Progress(bars.TaskProgressColumn(), bars.BarColumn(), *numbers, console=console) as bar:
+        yield BarProgress(bar)
+
+
+def main() -> int:
+    asked = parse_arguments()
+    try:
+        settings = load_settings(SUPERCOMPUTER_SITE_OVERRIDES, supercomputer=True)
+        site = load_site(SUPERCOMPUTER_SITE_OVERRIDES, str(settings.supercomputer_site))
+        channel = choose_channel(settings, site.python_candidates, ensure_certificate)
+        gateway = Gateway(channel, on_trouble=lambda text: print(f"{text}; trying again", file=sys.stderr))
+        environments = Environments(gateway, str(settings.deployment_base_path), site)
+        try:
+            return act(asked, settings, gateway, environments)
+        finally:
+            gateway.close()
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (RefusedError, AccessError, SshError) as error:
+        print(error, file=sys.stderr)
+        return 3
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="say what would be sent, change nothing")
+    what.add_argument("--rollback", action="store_true", help="let production run what was published before")
+    what.add_argument("--list", action="store_true", help="show the environments that are there")
+    what.add_argument("--remove", action="store_true", help="remove old ones; never one that a job or production uses")
+    parser.add_argument("--keep", type=int, metavar="N", help="with --remove: the N that were used last stay")
+    parser.add_argument("--older-than", type=float, metavar="DAYS", help="with --remove: those used since then stay")
+    asked = parser.parse_args()
+    if asked.remove != (asked.keep is not None or asked.older_than is not None):
+        parser.error("--remove goes with --keep, --older-than or both")
+    return asked
+
+
+def act(asked: argparse.Namespace, settings: Settings, gateway: Gateway, environments: Environments) -> int:
+    if asked.rollback:
+        entry = environments.roll_back()
+        print(
+            f"production runs {entry['name']} again; the code for it: {entry['revision'] or 'of an unknown revision'}"
+        )
+        return 0
+    if asked.list:
+        show(environments)
+        return 0
+    if asked.remove:
+        used = Runs(gateway, settings).environments_in_use()
+        names = choose_for_removal(environments.inventory(), used, keep=asked.keep, older_than=asked.older_than)
+        removed = environments.remove(names)
+        print(f"removed {len(removed)}: {', '.join(removed)}" if removed else "there is nothing to remove")
+        return 0
+    code = read_code(WORKLOADS)
+    for name in code.left_out:
+        print(f"warning: git does not track {WORKLOADS / name}: it stays here", file=sys.stderr)
+    wanted = Wanted(code, read_lock(CLUSTER), settings.python)
+    return check(environments, wanted) if asked.check else publish(environments, wanted)
+
+
+def publish(environments: Environments, wanted: Wanted) -> int:
+    with progress_on(Console()) as progress:
+        environment = environments.ensure(wanted, progress)
+    new = environments.announce(environment, revision_of(wanted.code.folder))
+    print(f"{'published' if new else 'was published already'}: {environment.name}, Python {environment.target.version}")
+    return 0
+
+
+def check(environments: Environments, wanted: Wanted) -> int:
+    with tempfile.TemporaryDirectory(prefix="wheels-") as folder, progress_on(Console()) as progress:
+        found, _ = environments.compare(wanted, Path(folder), progress)
+    tell(found, wanted)
+    published = environments.published()
+    if published and not (differences := differences_from(published, wanted)):
+        print(f"production runs what is here: {published.environment.name}")
+        return 0
+    print("production does not run what is here" if published else "nothing has been published yet")
+    for difference in differences if published else ():
+        print(f"  {difference}")
+    return 1
+
+
+def tell(found: Comparison, wanted: Wanted) -> None:
+    """What would be sent."""
+    target = found.environment.target
+    print(f"environment {found.environment.name} for {target.executable}, Python {target.version}")
+    for wheel in found.wheels:
+        print(f"  {wheel.size / 1e6:8.1f} MB  {wheel.path.name}")
+    code = sum(map(len, wanted.code.files.values()))
+    if found.ready:
+        print("  is there: nothing would be sent")
+    else:
+        size = sum(wheel.size for wheel in found.wheels)
+        print(f"  {size / 1e6:8.1f} MB in {len(found.wheels)} wheels would be sent, and {code / 1e3:.1f} kB of code")
+
+
+def show(environments: Environments) -> None:
+    headings = ("name", "kind", "Python", "last used (UTC)", "production")
+    table = Table(*headings, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for row in environments.inventory():
+        environment = row.environment
+        used = f"{row.used:%Y-%m-%d %H:%M}"
+        table.add_row(environment.name, environment.kind, environment.target.version, used, row.published)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

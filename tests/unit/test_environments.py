@@ -1,0 +1,227 @@
+"""What goes into an environment: the lock for a target, the code as git has it; and what may be removed."""
+
+import subprocess
+import tomllib
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.tags import Tag
+
+from resources.environments import (
+    CLUSTER,
+    Environment,
+    LoggedProgress,
+    Row,
+    choose_for_removal,
+    read_code,
+    read_lock,
+    revision_of,
+)
+from resources.environments.target import NEWEST, OLDEST, Target
+from resources.errors import ConfigurationError
+from resources.settings import ROOT
+
+TARGET = Target("/usr/bin/python3.11", "3.11.2", "x86_64", "2.28")
+
+
+# The lock
+
+
+def lock_of(folder: Path, text: str) -> Path:
+    path = folder / "lock.txt"
+    path.write_text(text)
+    return path
+
+
+def test_the_lock_has_all_that_the_cluster_group_names() -> None:
+    group = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["cluster"]
+    lock = read_lock(CLUSTER)
+    assert {Requirement(each).name for each in group} <= {pin.name for pin in lock.pins}
+    assert lock.modules == ["dagster_pipes", "ray"]
+
+
+@pytest.mark.parametrize(("version", "numpy"), [("3.11.9", "<"), ("3.12.1", ">=")])
+def test_markers_are_judged_for_the_target(tmp_path: Path, version: str, numpy: str) -> None:
+    text = "numpy==1 ; python_full_version < '3.12' --hash=sha256:aa\n"
+    text += "numpy==2 ; python_full_version >= '3.12' --hash=sha256:bb\n"
+    text += "colorama==1 ; sys_platform == 'win32' --hash=sha256:cc\n"
+    pins = read_lock(lock_of(tmp_path, text)).pins_for(Target("/python", version, "x86_64", "2.28"))
+    assert [pin.text for pin in pins] == [f"numpy=={'1' if numpy == '<' else '2'}"]
+
+
+def test_each_version_that_the_project_supports_gets_every_package_once() -> None:
+    for minor in range(OLDEST[1], NEWEST[1] + 1):
+        pins = read_lock(CLUSTER).pins_for(Target("/python", f"3.{minor}.1", "x86_64", "2.28"))
+        names = [pin.name for pin in pins]
+        assert len(names) == len(set(names))
+        assert {"ray", "dagster-pipes", "pip", "xgboost"} <= set(names)
+
+
+def test_comments_and_order_do_not_count_but_hashes_do(tmp_path: Path) -> None:
+    one = read_lock(lock_of(tmp_path, "a==1 --hash=sha256:aa\nb==1 \\\n    --hash=sha256:bb\n    # via a\n"))
+    same = read_lock(lock_of(tmp_path, "# new\nb==1 --hash=sha256:bb\na==1 --hash=sha256:aa # via\n"))
+    other = read_lock(lock_of(tmp_path, "a==1 --hash=sha256:aa\nb==1 --hash=sha256:cc\n"))
+    assert one.digest == same.digest != other.digest
+
+
+@pytest.mark.parametrize("line", ["a>=1 --hash=sha256:aa", "a==1", "-e .", "a==1 ; what --hash=sha256:aa"])
+def test_what_is_not_exact_is_refused(tmp_path: Path, line: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"lock\.txt"):
+        read_lock(lock_of(tmp_path, line))
+
+
+def test_a_lock_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="scripts/lock"):
+        read_lock(tmp_path / "none.txt")
+
+
+# The target
+
+
+def test_the_versions_are_those_of_the_project() -> None:
+    wanted = SpecifierSet(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"])
+    there = [minor for minor in range(30) if f"3.{minor}" in wanted]
+    assert ((3, there[0]), (3, there[-1])) == (OLDEST, NEWEST)
+
+
+def test_wheels_for_an_older_glibc_work_and_for_a_newer_one_do_not() -> None:
+    tags = set(TARGET.tags)
+    assert Tag("cp311", "cp311", "manylinux_2_28_x86_64") in tags
+    assert Tag("cp311", "cp311", "manylinux2014_x86_64") in tags
+    assert Tag("cp39", "abi3", "manylinux_2_17_x86_64") in tags
+    assert Tag("py3", "none", "any") in tags
+    assert Tag("cp311", "cp311", "manylinux_2_29_x86_64") not in tags
+    assert Tag("cp312", "cp312", "manylinux_2_17_x86_64") not in tags
+    assert Tag("cp311", "cp311", "linux_x86_64") not in tags
+
+
+# The code
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A folder of workloads in a repository: all of it tracked."""
+    folder = tmp_path / "workloads"
+    (folder / "helpers" / "deep").mkdir(parents=True)
+    (folder / "helpers" / "deep" / "tool.py").write_text("WORD = 1\n")
+    (folder / "main.py").write_text("import helpers.deep.tool\n")
+    (tmp_path / "outside.py").write_text("")
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    return folder
+
+
+def git(folder: Path, *command: str) -> None:
+    subprocess.run(["git", "-C", str(folder), *command], check=True)
+
+
+def test_a_line_in_a_nested_package_makes_another_digest(repository: Path) -> None:
+    before = read_code(repository)
+    assert sorted(before.files) == ["helpers/deep/tool.py", "main.py"]
+    (repository / "helpers" / "deep" / "tool.py").write_text("WORD = 2\n")
+    after = read_code(repository)
+    changed = {name for name in after.digests if after.digests[name] != before.digests[name]}
+    assert changed == {"helpers/deep/tool.py"}
+
+
+def test_only_what_git_tracks_goes_along_and_the_rest_is_named(repository: Path) -> None:
+    (repository.parent / ".gitignore").write_text("*.log\n")
+    for name in ("new.py", "out.log", ".env", ".env.musica", "musica-auth.env"):
+        (repository / name).write_text("SECRET=1\n")
+    code = read_code(repository)
+    assert sorted(code.files) == ["helpers/deep/tool.py", "main.py"]
+    assert "new.py" in code.left_out
+    assert "out.log" not in code.left_out
+
+
+def test_a_dotenv_file_stays_here_though_git_tracks_it(repository: Path) -> None:
+    for name in (".env", ".env.musica", "musica-auth.env"):
+        (repository / name).write_text("SECRET=1\n")
+    git(repository, "add", "--force", ".")
+    assert not any("env" in name for name in read_code(repository).files)
+
+
+def test_a_file_that_was_deleted_is_no_part_of_it(repository: Path) -> None:
+    (repository / "main.py").unlink()
+    assert list(read_code(repository).files) == ["helpers/deep/tool.py"]
+
+
+def test_the_revision_is_told_with_whether_it_is_changed(repository: Path) -> None:
+    assert revision_of(repository) == ""
+    git(repository, "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--quiet", "--message=a")
+    revision = revision_of(repository)
+    assert len(revision) >= 7
+    (repository / "main.py").write_text("")
+    assert revision_of(repository) == f"{revision}-dirty"
+
+
+def test_the_environment_of_a_git_hook_does_not_mislead(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    assert len(read_code(repository).files) == 2
+
+
+def test_without_a_repository_all_but_hidden_files_and_caches(tmp_path: Path) -> None:
+    for name in ("main.py", "a/b.py", ".env", ".hidden/c.py", "a/__pycache__/b.pyc", "notes.env"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert sorted(read_code(tmp_path).files) == ["a/b.py", "main.py"]
+
+
+def test_without_git_as_without_a_repository(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(repository))
+    assert sorted(read_code(repository).files) == ["helpers/deep/tool.py", "main.py"]
+
+
+def test_data_in_the_code_is_too_much(tmp_path: Path) -> None:
+    (tmp_path / "data.bin").write_bytes(bytes(9 << 20))
+    with pytest.raises(ConfigurationError, match=r"more than 8 MB \(at data.bin\)"):
+        read_code(tmp_path)
+
+
+# What may go
+
+
+def row(name: str, days: float, published: str = "") -> Row:
+    environment = Environment(name, "path", "/python", "/w", TARGET, "/python", None, {})
+    return Row(environment, datetime.now(UTC) - timedelta(days=days), published)
+
+
+ROWS = [row("a", 0.1), row("b", 2), row("c", 3, "before"), row("d", 4, "current"), row("e", 5), row("f", 40)]
+
+
+@pytest.mark.parametrize(
+    ("used", "limits", "gone"),
+    [
+        ((), {"older_than": 1.0}, ["b", "e", "f"]),
+        (("e",), {"older_than": 1.0}, ["b", "f"]),
+        ((), {"keep": 2}, ["e", "f"]),
+        ((), {"keep": 0}, ["a", "b", "e", "f"]),
+        ((), {"keep": 1, "older_than": 10.0}, ["f"]),
+        (("f",), {"keep": 10}, []),
+    ],
+)
+def test_old_environments_go_but_none_that_is_needed(used: tuple[str], limits: dict[str, int], gone: list[str]) -> None:
+    assert choose_for_removal(ROWS, used, **limits) == gone
+
+
+# What is told
+
+
+def test_the_log_tells_percent_and_rate_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("resources.environments.progress.time.monotonic", lambda: now[0])
+    lines: list[str] = []
+    progress = LoggedProgress(lines.append)
+    progress.step("installing")
+    for second in range(26):
+        now[0] = 100.0 + second
+        progress.sent(second * 4_000_000, 100_000_000)
+    assert lines == [
+        "environment: installing",
+        "environment: sent 40 % of 100.0 MB, 4.0 MB/s",
+        "environment: sent 80 % of 100.0 MB, 4.0 MB/s",
+        "environment: sent 100 % of 100.0 MB, 4.0 MB/s",
+    ]
