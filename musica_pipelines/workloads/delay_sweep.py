@@ -1,7 +1,17 @@
-"""Search hyperparameters of the delay model on Ray: one trial a GPU where there are GPUs, else one a CPU."""
+"""Search hyperparameters of the delay model on Ray: one trial a GPU where there are GPUs, else one a CPU.
 
+Each finished trial is saved at once: a retry, after a preemption or a lost node, does the others only. When the time
+limit is near, no further trial begins.
+"""
+
+import hashlib
 import json
+import os
 import random
+import shutil
+import signal
+import socket
+import threading
 import time
 from typing import Any
 
@@ -14,6 +24,9 @@ from flight_delays.features import LABEL
 
 SEED = 2013
 ROUNDS = 150
+LOOK_SECONDS = 1.0
+TRY_AGAIN = 75
+"""Exit code that asks for another try (EX_TEMPFAIL)."""
 STOP_AFTER = 15
 """Rounds without a better AUC on the validation months."""
 
@@ -38,16 +51,19 @@ def usable_device() -> str:
     if not ray.get_gpu_ids():
         return "cpu"
     try:
-        xgb.train({"device": "cuda"}, xgb.DMatrix([[0.0], [1.0]], label=[0, 1]), num_boost_round=1)
+        booster = xgb.train({"device": "cuda"}, xgb.DMatrix([[0.0], [1.0]], label=[0, 1]), num_boost_round=1)
     except xgb.core.XGBoostError:
         return "cpu"
-    return "cuda"
+    # Where there is no GPU, XGBoost may go on without a word.
+    used = json.loads(booster.save_config())["learner"]["generic_param"]["device"]
+    return "cuda" if used.startswith("cuda") else "cpu"
 
 
 def run_trial(parameters: dict[str, Any], training: Any, validation: Any, threads: int) -> dict[str, Any]:
     """Train once; the AUC on the validation months, with what it took."""
     begun = time.monotonic()
     device = usable_device()
+    threads = min(threads, os.cpu_count() or 1)  # Ray counts what it was told, which a node may not have
     booster = xgb.train(
         {**parameters, "objective": "binary:logistic", "eval_metric": "auc", "device": device, "nthread": threads},
         evaluation.dmatrix(training),
@@ -62,32 +78,88 @@ def run_trial(parameters: dict[str, Any], training: Any, validation: Any, thread
         "rounds": booster.best_iteration + 1,
         "seconds": round(time.monotonic() - begun, 2),
         "device": device,
+        "gpu": next(iter(ray.get_gpu_ids()), None),
+        "host": socket.gethostname(),
         **parameters,
     }
 
 
-def sweep(pipes: PipesContext, training: Any, validation: Any, trials: int) -> list[dict[str, Any]]:
-    """All trials, best first; each is told as it ends."""
+def describe_devices(finished: list[dict[str, Any]]) -> str:
+    """On what the trials ran, and that they fell back where a GPU could not be used."""
+    devices = ", ".join(sorted({result["device"] for result in finished}))
+    unused = sum(result["device"] == "cpu" and result["gpu"] is not None for result in finished)
+    return f"{devices} ({unused} trial(s) had a GPU, but XGBoost could not use CUDA on it)" if unused else devices
+
+
+class Trials:
+    """The finished trials of one sweep, on disk: whoever does the same sweep again goes on from them.
+
+    Attributes:
+        drawn: the parameters of each trial; the first has the number 1.
+        finished: by number.
+        resumed: how many were there from the beginning.
+    """
+
+    def __init__(self, drawn: list[dict[str, Any]]) -> None:
+        self.drawn = drawn
+        months = evaluation.TRAINING_MONTHS + evaluation.VALIDATION_MONTHS
+        same = json.dumps([drawn, storage.features_version(months)])
+        self._folder = storage.finished_trials(hashlib.sha256(same.encode()).hexdigest()[:12])
+        found = [json.loads(path.read_text()) for path in self._folder.glob("trial-*.json")]
+        self.finished = {result["trial"]: result for result in found}
+        self.resumed = len(found)
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Keep one that has just finished."""
+        path = self._folder / f"trial-{result['trial']}.json"
+        storage.write_atomically(path, lambda part: part.write_text(json.dumps(result)))
+        self.finished[result["trial"]] = result
+
+    @property
+    def ranked(self) -> list[dict[str, Any]]:
+        """The best first."""
+        return sorted(self.finished.values(), key=lambda result: -result["auc"])
+
+    def remove(self) -> None:
+        """Once the sweep is over and its results are kept."""
+        shutil.rmtree(self._folder)
+
+
+def sweep(pipes: PipesContext, tables: tuple[Any, Any], trials: Trials) -> None:
+    """All trials that are not finished yet; each is told and kept as it ends.
+
+    Raises:
+        SystemExit: with exit code 75, which asks for another try: the time limit is near.
+    """
+    warned = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: warned.set())
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-    nodes = len(ray.nodes())  # type: ignore[no-untyped-call]
+    nodes, total = len(ray.nodes()), len(trials.drawn)  # type: ignore[no-untyped-call]
     threads = max(cpus // gpus, 1) if gpus else 1
     pipes.log.info(f"Ray: {nodes} node(s), {cpus} CPUs, {gpus} GPUs; {threads} thread(s) a trial")
-    task = ray.remote(num_cpus=threads, num_gpus=1 if gpus else 0)(run_trial)
-    tables = ray.put(training), ray.put(validation)
+    if trials.resumed:
+        pipes.log.info(f"{trials.resumed} of {total} trials were finished by an earlier try")
+    task = ray.remote(num_cpus=threads, num_gpus=1 if gpus else 0, scheduling_strategy="SPREAD")(run_trial)
+    training, validation = (ray.put(table) for table in tables)
     running = {
-        task.remote(parameters, *tables, threads): n for n, parameters in enumerate(sample_parameters(trials), 1)
+        task.remote(parameters, training, validation, threads): number
+        for number, parameters in enumerate(trials.drawn, 1)
+        if number not in trials.finished
     }
-    finished: list[dict[str, Any]] = []
     while running:
-        done, _ = ray.wait(list(running))
-        result = {"trial": running.pop(done[0]), **ray.get(done[0])}
-        finished.append(result)
-        pipes.log.info(
-            f"trial {result['trial']} ({len(finished)} of {trials}): AUC {result['auc']:.4f}, {result['seconds']} s"
-        )
-        pipes.report_custom_message({"trial": result})
-    return sorted(finished, key=lambda result: -result["auc"])
+        done, _ = ray.wait(list(running), timeout=LOOK_SECONDS)
+        for reference in done:
+            result = {"trial": running.pop(reference), **ray.get(reference)}
+            trials.add(result)
+            pipes.log.info(
+                f"trial {result['trial']} ({len(trials.finished)} of {total}): "
+                f"AUC {result['auc']:.4f}, {result['seconds']} s on {result['host']}"
+            )
+            pipes.report_custom_message({"trial": result})
+        if warned.is_set() and running:
+            pipes.log.warning(f"the time limit is near: {len(running)} trial(s) are left to another try")
+            raise SystemExit(TRY_AGAIN)
 
 
 def main() -> None:
@@ -95,13 +167,16 @@ def main() -> None:
         begun = time.monotonic()
         training = storage.read_features(evaluation.TRAINING_MONTHS)
         validation = storage.read_features(evaluation.VALIDATION_MONTHS)
+        trials = Trials(sample_parameters(int(pipes.get_extra("trials"))))
         ray.init(log_to_driver=False)
         try:
-            finished = sweep(pipes, training, validation, int(pipes.get_extra("trials")))
+            sweep(pipes, (training, validation), trials)
         finally:
             ray.shutdown()
+        finished = trials.ranked
         best, baseline = finished[0], evaluation.baseline_auc(training, validation)
         storage.write_atomically(storage.trials_file(), lambda part: part.write_text(json.dumps(finished, indent=1)))
+        trials.remove()
         pipes.report_asset_check(
             "better_than_baseline",
             passed=best["auc"] > baseline,
@@ -111,7 +186,9 @@ def main() -> None:
             "trials": len(finished),
             "best_auc": best["auc"],
             "baseline_auc": round(baseline, 5),
-            "device": ", ".join(sorted({result["device"] for result in finished})),
+            "trials_resumed": trials.resumed,
+            "device": describe_devices(finished),
+            "nodes": len({result["host"] for result in finished}),
             "rows": len(training) + len(validation),
             "seconds": round(time.monotonic() - begun, 2),
             "trial_seconds": round(sum(result["seconds"] for result in finished), 2),

@@ -54,9 +54,23 @@ class Launcher(BaseModel, ABC):
             ConfigurationError: with what to change.
         """
 
+    def files(self, request: SlurmRequest) -> dict[str, str]:  # noqa: ARG002
+        """Files that its commands need, by name in the run directory.
+
+        Args:
+            request: after `allocate`.
+        """
+        return {}
+
+    def hints(self, job: str) -> dict[str, str]:  # noqa: ARG002
+        """Commands for people who look at a running job, by what they show."""
+        return {}
+
     @abstractmethod
     def render(self, request: SlurmRequest, workload: str) -> str:
-        """The shell commands that run the workload inside the job; `$PYTHON` is the environment's interpreter.
+        """The shell commands that run the workload inside the job.
+
+        `$PYTHON` is the environment's interpreter; `run_workload PROGRAM` runs the workload with it.
 
         Args:
             request: after `allocate`.

@@ -13,4 +13,4 @@ class ScriptLauncher(Launcher):
     key: ClassVar[str] = "script"
 
     def render(self, request: SlurmRequest, workload: str) -> str:  # noqa: ARG002, D102 - see Launcher
-        return f'{render_pre_start(self.pre_start_commands)}\n"$PYTHON" -u {shlex.quote(workload)}'.lstrip()
+        return f"{render_pre_start(self.pre_start_commands)}\nrun_workload {shlex.quote(workload)}".lstrip()

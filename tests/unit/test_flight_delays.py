@@ -1,10 +1,12 @@
 """The example's own calculations."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from delay_sweep import sample_parameters
+from delay_sweep import Trials, sample_parameters
 
 from flight_delays import evaluation, source, storage
 from flight_delays.features import FEATURES, LABEL, build_features
@@ -80,3 +82,23 @@ def test_no_month_is_used_twice() -> None:
 def test_a_sweep_can_be_repeated() -> None:
     assert sample_parameters(5) == sample_parameters(5)
     assert sample_parameters(9)[:5] == sample_parameters(5)
+
+
+def test_a_sweep_goes_on_from_the_trials_that_were_finished_with_the_same_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    for month in evaluation.TRAINING_MONTHS + evaluation.VALIDATION_MONTHS:
+        storage.features_file(month).parent.mkdir(exist_ok=True)
+        storage.features_file(month).write_text(month)
+    drawn = sample_parameters(3)
+    for number, auc in ((2, 0.6), (3, 0.7)):
+        Trials(drawn).add({"trial": number, "auc": auc, **drawn[number - 1]})
+    again = Trials(drawn)
+    assert again.resumed == 2
+    assert [result["trial"] for result in again.ranked] == [3, 2]
+    assert Trials(sample_parameters(4)).resumed == 0
+    storage.features_file("2013-01").write_text("other data")
+    assert Trials(drawn).resumed == 0
+    again.remove()
+    assert not list(tmp_path.glob("delay_sweep/*"))

@@ -32,6 +32,17 @@ def trials_file() -> Path:
     return data_root() / "delay_sweep" / "trials.json"
 
 
+def finished_trials(sweep: str) -> Path:
+    """Folder of the trials that a sweep which is not over has finished, a file each."""
+    return data_root() / "delay_sweep" / f"unfinished-{sweep}"
+
+
+def features_version(months: Iterable[str]) -> str:
+    """Another text as soon as the features of one of these months were written anew."""
+    states = [features_file(month).stat() for month in months]
+    return " ".join(f"{state.st_mtime_ns}/{state.st_size}" for state in states)
+
+
 def model_file() -> Path:
     """The trained model in XGBoost's own format."""
     return data_root() / "delay_model" / "model.ubj"

@@ -1,6 +1,6 @@
 #!/bin/bash
-#SBATCH --job-name=flights-2013-01
-#SBATCH --comment=flights-2013-01
+#SBATCH --job-name=counts-2013-01
+#SBATCH --comment=key=counts-2013-01,asset=a_b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=01:00:00
@@ -10,6 +10,7 @@
 #SBATCH --error=stderr
 #SBATCH --open-mode=append
 #SBATCH --export=NONE
+#SBATCH --signal=B:USR1@300
 # Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
 
@@ -33,51 +34,40 @@ printf '{"started": "%s", "time": %s}\n' "$HOSTNAME" "$(date +%s.%N)" >>events
 export PYTHON=/environment/bin/python
 export DATA_ROOT=/d
 
-# In a subshell: whatever it does, the exit code is recorded.
-(
-# Ray: the head and the workers start at the same time, one a node; the head tells its address through a file.
-mkdir -m 700 ray
-"$PYTHON" -c 'import secrets; print(secrets.token_hex(32))' >ray/token
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$PWD/ray/token" RAY_USAGE_STATS_ENABLED=0
-export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=5
-cat >ray/node.sh <<'NODE'
-ulimit -n 65536 || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: refused on '"$HOSTNAME"', going on' >&2; }
-address=$("$PYTHON" -c 'import fcntl, socket, struct; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); print(socket.inet_ntoa(fcntl.ioctl(s.fileno(), 0x8915, struct.pack("256s", b"ib0"))[20:24]))')
-set -- --block --disable-usage-stats --temp-dir="/tmp/r-$SLURM_JOB_ID" --node-ip-address="$address" --num-cpus=1 --num-gpus=0 --include-dashboard=false
-if [ "$SLURM_PROCID" = 0 ]; then
-  port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-  echo "$address:$port" >ray/address.part && mv ray/address.part ray/address
-  exec "$PYTHON" -m ray.scripts.scripts start --head --port="$port" --dashboard-host=127.0.0.1 "$@"
-fi
-until [ -s ray/address ]; do sleep 0.1; done
-exec "$PYTHON" -m ray.scripts.scripts start --address="$(cat ray/address)" "$@"
-NODE
-srun --overlap --export=ALL --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1   --output=ray/node-%n.log bash ray/node.sh &
-ray=$!
-trap 'kill "$ray" 2>/dev/null; wait "$ray"' EXIT
+# When Slurm will end the job, in seconds since 1970. Slurm says so itself since 23.02.
+export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$((EPOCHSECONDS + 3600))}
 
-# The workload starts as soon as all nodes are there; if they are not in time, it is told which log to read.
-"$PYTHON" -u - <<'READY' || { tail -n 20 ray/node-*.log >&2; exit 1; }
-import os, sys, time
-until = time.monotonic() + 120
-while not os.path.exists("ray/address"):
-    if time.monotonic() > until:
-        sys.exit("Ray: the head did not start within 120 s")
-    time.sleep(0.1)
-import ray
-ray.init(address=open("ray/address").read().strip(), log_to_driver=False, logging_level="ERROR")
-while True:
-    alive, there = sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources()
-    if alive >= 1 and there.get("CPU", 0) >= 1 and there.get("GPU", 0) >= 0:
-        break
-    if time.monotonic() > until:
-        sys.exit(f"Ray: after 120 s there are {alive} of 1 nodes, {there.get('CPU', 0):.0f} of 1 CPUs, "
-                 f"{there.get('GPU', 0):.0f} of 0 GPUs")
-    time.sleep(0.1)
-READY
-export RAY_ADDRESS
-RAY_ADDRESS=$(cat ray/address)
-"$PYTHON" -u 'work load.py'
-)
-code=$?
+# Starts the workload, so that it can be told apart. One that handles SIGUSR1 gets it when the time limit is near.
+# shellcheck disable=SC2317  # the launcher's commands call it
+run_workload() { ( echo "$BASHPID" >workload.pid; exec "$PYTHON" -u "$@" ) }
+# shellcheck disable=SC2317  # the trap calls it
+warn() {
+  local pid handled
+  warned=1
+  echo "time limit: 300 s left" >&2
+  pid=$(cat workload.pid 2>/dev/null) || return
+  handled=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$pid/status" 2>/dev/null)
+  if (( 0x${handled: -4} & 0x200 )); then kill -USR1 "$pid"; fi
+}
+trap warn USR1
+
+# In a subshell: whatever it does, the exit code is recorded. In the background: bash heeds the warning meanwhile.
+(
+# On every node, before Ray.
+# shellcheck disable=SC2317
+pre_start() {
+ulimit -n 65536 || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: refused on '"$HOSTNAME"', going on' >&2; }
+}
+export -f pre_start
+# shellcheck source=/dev/null
+. ray/cluster.sh 'work load.py' --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1
+) &
+body=$!
+while :; do
+  warned=
+  wait "$body"
+  status=$?
+  [ "$warned" ] || break
+done
+code=$status
 exit "$code"

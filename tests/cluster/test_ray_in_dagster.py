@@ -1,0 +1,49 @@
+"""A Ray job that is terminated in the UI of a real `dagster dev`."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.background import nobody_left
+from tests.cluster.ray_run import HANG, NODES, PLACE, nothing_is_left
+from tests.local.dagster_dev import beside_location
+from tests.simulated_site import CERTIFICATE_USER, SimulatedSite, wait_until
+
+pytestmark = pytest.mark.cluster
+
+LOCATION = f"""\
+from pathlib import Path
+import dagster as dg
+from resources import build_resources
+from resources.compute import ComputeResource
+from resources.launchers import RayLauncher
+from resources.slurm import SlurmRequest
+
+@dg.asset
+def hangs(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    return compute.run(
+        context,
+        workload=Path(__file__).parent / "workloads" / "hangs.py",
+        launcher=RayLauncher(),
+        request=SlurmRequest(cpus_per_task=2, mem="3G", time_limit="00:10:00", **{PLACE}),
+        extras={{"name": "ready"}},
+    ).get_materialize_result()
+
+defs = dg.Definitions(assets=[hangs], resources=build_resources())
+"""
+
+
+def test_terminated_in_the_ui(on_supercomputer: dict[str, str], site: SimulatedSite, tmp_path: Path) -> None:
+    (tmp_path / "workloads").mkdir()
+    (tmp_path / "workloads" / "hangs.py").write_text(HANG)
+    (tmp_path / "location.py").write_text(LOCATION)
+    variables = {**on_supercomputer, "DATA_ROOT": f"{CERTIFICATE_USER.home}/data"}
+    with beside_location(tmp_path / "location.py", tmp_path / "project", variables) as server:
+        run = server.launch("hangs", location="probe")
+        ready = site.layout.home / CERTIFICATE_USER.name / "ready"
+        wait_until(ready.exists, "the workload runs", 180)
+        server.terminate(run)
+        assert server.wait(run, 90) == "CANCELED"
+    assert site.job_state(int(ready.read_text())) == "CANCELLED"
+    nothing_is_left(site, *NODES)
+    nobody_left(site)
