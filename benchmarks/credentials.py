@@ -3,8 +3,8 @@
     .venv/bin/python -m benchmarks.credentials
 
 Each pair is measured in turns in one run; what counts is the ratio. The floor of "nothing to do" is reading and parsing
-the certificate once; that of a new certificate is the `step` program, given a token that a bare request fetched; that
-of a connection is OpenSSH's `ssh`.
+the certificate once; that of a sensor's tick is the look at the files; that of a new certificate is the `step` program,
+given a token that a bare request fetched; that of a connection is OpenSSH's `ssh`.
 """
 
 import os
@@ -16,11 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import dagster as dg
 from cryptography.hazmat.primitives.serialization import load_ssh_public_identity
 from rich.console import Console
 from rich.table import Table
 
-from resources.auth import ensure_certificate, refresh
+from jobs.credentials import refresh_credentials_sensor
+from resources.auth import check_health, ensure_certificate, refresh
 from resources.settings import Settings
 from resources.ssh import connect
 from tests.simulated_site import CERTIFICATE_USER, SimulatedSite
@@ -39,12 +41,14 @@ def main() -> None:
 def _measure(site: SimulatedSite, home: Path) -> None:
     (home / ".ssh").mkdir()
     shutil.copy(site.login.known_hosts, home / ".ssh" / "known_hosts")
-    os.environ["HOME"] = str(home)
+    variables = site.environment()
+    os.environ |= {**variables, "HOME": str(home)}
     try:
-        settings = Settings.model_validate(site.environment())
+        settings = Settings.model_validate(variables)
         certificate = ensure_certificate(settings)
         assert certificate
         path, openssh = certificate.path, site.login_command("true")
+        instance = dg.DagsterInstance.ephemeral()
         table = Table("", "runs", "ours, median", "worst", "floor, median", "ratio")
         for name, runs, ours, floor in (
             (
@@ -53,6 +57,7 @@ def _measure(site: SimulatedSite, home: Path) -> None:
                 lambda: ensure_certificate(settings),
                 lambda: load_ssh_public_identity(path.read_bytes()),
             ),
+            ("a tick of the sensor", 100, lambda: _tick(instance), lambda: check_health(settings)),
             ("a new certificate", 20, lambda: refresh(settings, "no", "now"), lambda: _with_step(site, path.parent)),
             (
                 "log in, run true",
@@ -89,6 +94,11 @@ def _seconds(function: Callable[[], object]) -> float:
 
 def _milliseconds(times: list[float]) -> str:
     return f"{statistics.median(times) * 1000:.2f} ms"
+
+
+def _tick(instance: dg.DagsterInstance) -> None:
+    result = refresh_credentials_sensor(dg.build_sensor_context(instance=instance))
+    assert isinstance(result, dg.SensorResult) and result.skip_reason  # nothing is due
 
 
 def _connect(settings: Settings) -> None:

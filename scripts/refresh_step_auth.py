@@ -93,6 +93,8 @@ def tell(report: Report, settings: Settings) -> None:
             f"New certificate {report.certificate.path}, got with the {report.issued_with} app password: "
             f"for {', '.join(report.certificate.principals)}, until {clock.written(report.certificate.valid_before)}."
         )
+    if not report.certificate and not report.rotated_with:
+        print(f"{settings.edge_node_key_path} is a plain key: nothing has to be renewed.")
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 

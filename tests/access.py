@@ -5,13 +5,17 @@ import secrets
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import SSHCertificateBuilder, SSHCertificateType, load_ssh_private_key
 
+from resources.auth.certificate import certificate_path, ensure_key
 from resources.auth.credentials import Credentials
 from resources.settings import ROOT, Settings
 from tests.simulated_site import AuthentikControl
@@ -115,19 +119,6 @@ def start(program: str, variables: dict[str, str], *arguments: str) -> "subproce
         [sys.executable, "-c", program, *arguments],
         env={"PATH": os.environ["PATH"], **variables},
         cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def start_waiting(program: str, variables: dict[str, str], *arguments: str) -> "subprocess.Popen[str]":
-    """Start a program that reads a line from stdin before it begins."""
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        env={"PATH": os.environ["PATH"], **variables},
-        cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -136,7 +127,7 @@ def start_waiting(program: str, variables: dict[str, str], *arguments: str) -> "
 
 
 def release(processes: "list[subprocess.Popen[str]]") -> list[str]:
-    """Let all of them begin at once; what each has said on stdout."""
+    """Let programs that read a line from stdin first begin at once; what each has said on stdout."""
     for process in processes:
         assert process.stdin
         process.stdin.write("\n")
@@ -158,6 +149,17 @@ def secrets_of(control: AuthentikControl) -> set[str]:
         if isinstance(request.response, dict):
             found.update(str(request.response.get(name, "")) for name in ("key", "access_token", "id_token"))
     return {secret for secret in found if len(secret) > 20}
+
+
+def certify(key: Path, seconds: float) -> None:
+    """A certificate for so long, of no authority in particular: for where nobody logs in."""
+    ensure_key(key)
+    private = load_ssh_private_key(key.read_bytes(), password=None)
+    assert isinstance(private, Ed25519PrivateKey)
+    now = int(time.time())
+    builder = SSHCertificateBuilder().public_key(private.public_key()).type(SSHCertificateType.USER)
+    builder = builder.valid_principals([USER.encode()]).valid_after(now - 60).valid_before(int(now + seconds))
+    certificate_path(key).write_bytes(builder.sign(Ed25519PrivateKey.generate()).public_bytes())
 
 
 @contextmanager

@@ -92,7 +92,7 @@ class Credentials:
     previous_api_token: Secret | None = None
     previous_app_password: Secret | None = None
     record: tuple[str, ...] = ()
-    others: str = ""
+    others: str = field(default="", repr=False)
 
     @property
     def proven(self) -> bool:

@@ -12,7 +12,7 @@ class AccessError(Exception):
 
 
 class BootstrapError(AccessError):
-    """None of the ways to begin is open: no certificate, no stored credentials, no token and no app password."""
+    """There is nothing to get a certificate with: no stored credentials, no token, no app password."""
 
 
 class RefusedError(AccessError):

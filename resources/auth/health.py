@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal
 
+from pydantic import SecretStr
+
 from resources.auth import clock
 from resources.auth.attempts import Attempts, Failing, Part
 from resources.auth.certificate import Certificate
@@ -92,7 +94,7 @@ def _due(access: Access, failing: dict[Part, Failing]) -> dict[Part, datetime]:
     settings = access.settings
     due: dict[Part, datetime] = {}
     certificate = access.valid_certificate
-    if certificate is None and not plain_key(access):
+    if certificate is None and not access.key_alone:
         due["certificate"] = access.now
     elif certificate is not None and access.renewable:
         due["certificate"] = certificate.renew_at(settings.step_refresh_skew)
@@ -107,6 +109,8 @@ def _judge(access: Access, failing: dict[Part, Failing], next_refresh: datetime 
     certificate = access.valid_certificate
     if problem and certificate:
         return "failing", f"{problem}\nAccess works until {clock.written(certificate.valid_before)}"
+    if problem and access.renewable and "certificate" not in failing:
+        return "failing", f"{problem}\nA certificate can be had all the same"
     if problem:
         return "broken", problem
     if next_refresh is None:
@@ -125,7 +129,7 @@ def _problem(access: Access, failing: dict[Part, Failing]) -> str:
         return str(explain(access, {}))
     if access.credentials is None:
         return ""  # a certificate by hand, and nothing else
-    return f"nothing can be renewed: {access.settings.credentials_file}: {access.credentials_state}"
+    return f"nothing can be renewed: {access.stored_problem}"
 
 
 def _tell(failing: dict[Part, Failing]) -> str:
@@ -169,17 +173,21 @@ def _certificate_item(access: Access) -> Item:
 
 
 def _secret_items(access: Access) -> list[Item]:
+    """The stored secrets; where one is not there, the variable that stands in for it."""
     settings, stored = access.settings, access.stored
-    entries: list[tuple[str, Secret | None]] = [("API token", stored.api_token), ("app password", stored.app_password)]
+    entries: list[tuple[str, Secret | None, str, SecretStr | None]] = [
+        ("API token", stored.api_token, "ASC_AUTHENTIK_API_TOKEN", settings.authentik_api_token),
+        ("app password", stored.app_password, "ASC_OIDC_APP_PASSWORD", settings.oidc_app_password),
+    ]
     items = []
-    made = access.now if access.rotatable else None
-    for name, secret in entries:
-        if secret is None:
+    for name, secret, variable, direct in entries:
+        where, until, renew = str(settings.credentials_file), None, access.now
+        if secret:
+            until, renew = secret.expires, secret.renew_at(settings.authentik_refresh_skew_days) or access.now
+            state = "expired" if secret.expired(access.now) else "valid" if secret.expires else "end not known"
+        elif direct:
+            where, state = variable, "end not known"
+        else:
             state = "not usable" if access.credentials_problem else "missing"
-            items.append(Item(name, str(settings.credentials_file), None, made, state))
-            continue
-        renew = secret.renew_at(settings.authentik_refresh_skew_days) or access.now
-        state = "expired" if secret.expired(access.now) else "valid" if secret.expires else "end not known"
-        until = renew if access.rotatable else None
-        items.append(Item(name, str(settings.credentials_file), secret.expires, until, state))
+        items.append(Item(name, where, until, renew if access.rotatable else None, state))
     return items

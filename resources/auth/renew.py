@@ -21,7 +21,7 @@ from resources.auth.certificate import (
     write_certificate,
 )
 from resources.auth.credentials import CredentialsFile, Source
-from resources.auth.errors import AccessError, ClockError, RefusedError, UnavailableError
+from resources.auth.errors import AccessError, ClockError, MisconfiguredError, RefusedError, UnavailableError
 from resources.auth.files import remove_half_written
 from resources.auth.http import Http
 from resources.auth.issuer import issuer
@@ -92,13 +92,17 @@ def refresh(settings: Settings, rotation: Wish = "due", certificate: Wish = "due
     """Replace the secrets and the certificate as wished, one process at a time.
 
     Raises:
+        BootstrapError: there is nothing to get a certificate with, and none is valid, or one was asked for `now`.
         AccessError: a part that was asked for `now` failed, or there is no valid certificate and none was to be had.
     """
     access = look(settings)
     patient = access.valid_certificate is None or "now" in (rotation, certificate)
-    if access.valid_certificate is None and certificate == "due" and plain_key(access):
+    if plain_key(access):
+        if rotation == "now":
+            key = settings.edge_node_key_path
+            raise MisconfiguredError(f"{key} is a plain key and no ASC_ variable is set: there are no secrets")
         return Report()
-    if access.valid_certificate is None and not access.renewable:
+    if not access.renewable and (access.valid_certificate is None or certificate == "now"):
         raise explain(access, {})
     try:
         with refresh_lock(settings.credentials_file, LOCK_SECONDS if patient else LOCK_SECONDS_WITH_CERTIFICATE):

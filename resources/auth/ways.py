@@ -67,6 +67,12 @@ class Access:
         return " and ".join(problems)
 
     @property
+    def stored_problem(self) -> str:
+        """The same with the name of the file."""
+        state = self.credentials_state
+        return f"{self.settings.credentials_file}: {state}" if state and not self.credentials_problem else state
+
+    @property
     def lacking(self) -> list[str]:
         """Variables without which no certificate can be asked for."""
         settings = self.settings
@@ -78,6 +84,11 @@ class Access:
             "ASC_STEP_FINGERPRINT": settings.step_fingerprint,
         }
         return [name for name, value in needed.items() if value is None]
+
+    @property
+    def key_alone(self) -> bool:
+        """Whether no ASC_ variable is set: the key, or a certificate got by hand, is all that there is to be."""
+        return not any(name.startswith(_ASC_FIELDS) for name in self.settings.model_fields_set)
 
     @property
     def rotatable(self) -> bool:
@@ -117,23 +128,22 @@ def plain_key(access: Access) -> bool:
     """Whether the site takes plain keys: there is a key, no certificate beside it, and no ASC_ variable is set."""
     key = access.settings.edge_node_key_path
     assert key
-    asked = any(name.startswith(_ASC_FIELDS) for name in access.settings.model_fields_set)
-    return not asked and key.is_file() and not certificate_path(key).exists()
+    return access.key_alone and key.is_file() and not certificate_path(key).exists()
 
 
 def explain_rotation(access: Access) -> RefusedError:
     """Why the stored secrets cannot be replaced."""
-    stored = access.credentials_state or "there, but without effect"
+    stored = access.stored_problem or f"{access.settings.credentials_file}: there, but without effect"
     direct = "set" if access.settings.authentik_api_token else "not set"
     direct += f"; {_lacking_api(access)}" if _lacking_api(access) else ""
     return RefusedError(
-        f"The stored secrets cannot be replaced: {access.settings.credentials_file}: {stored}; "
+        f"The stored secrets cannot be replaced: {stored}; "
         f"ASC_AUTHENTIK_API_TOKEN: {direct}. An API token makes the file anew:\n  {_ASK_FOR_TOKEN}"
     )
 
 
 def explain(access: Access, refusals: Mapping[Source, str]) -> BootstrapError:
-    """The four ways, why none is open, and what opens each.
+    """The four ways, why none is open, and what opens each; without the first if a certificate still works.
 
     Args:
         access: what lies on this machine.
@@ -142,19 +152,13 @@ def explain(access: Access, refusals: Mapping[Source, str]) -> BootstrapError:
     settings = access.settings
     base = settings.authentik_api_base or "https://<ASC_AUTHENTIK_API_BASE>"
     tokens = f"at {base.rstrip('/')}/if/user/#/settings, Tokens and App passwords"
-    key = shlex.quote(str(settings.edge_node_key_path))
     lacking = f"{', '.join(access.lacking)} not set" if access.lacking else ""
     not_set = "not set, and asked for only once: the credentials file then renews itself"
     ways = [
         (
-            "a valid certificate",
-            _certificate_problem(access),
-            f"step ssh certificate 'your.email@example.com' {key} --no-password --insecure --force",
-        ),
-        (
             f"current credentials in {settings.credentials_file}",
             refusals.get("stored") or access.credentials_state or lacking,
-            "see way 3, which makes this file anew",
+            "see to that first" if access.credentials_problem else "see way 3, which makes this file anew",
         ),
         (
             "an API token in ASC_AUTHENTIK_API_TOKEN",
@@ -167,22 +171,46 @@ def explain(access: Access, refusals: Mapping[Source, str]) -> BootstrapError:
             f"make one {tokens} ('Create App password'); then, and paste it:\n       {_ASK_FOR_PASSWORD}",
         ),
     ]
+    if access.key_alone:
+        ways.append(_plain_way(access))
     lines = [
         f"  {number}. {name}\n     now: {why or 'there, but it did not help'}\n     mend: {mend}"
-        for number, (name, why, mend) in enumerate(ways, 1)
+        for number, (name, why, mend) in enumerate(ways, 2)
     ]
     if lacking:
         lines.append(f"Ways 2 to 4 need this besides: {lacking} (docs/settings.md)")
-    host = settings.edge_node_host
-    return BootstrapError(f"No access to {host}. One of these is enough, and none holds:\n" + "\n".join(lines))
+    return BootstrapError("\n".join([*_first_way(access), *lines]))
+
+
+def _first_way(access: Access) -> list[str]:
+    """How access is without the other ways, and the first one if that is closed, too."""
+    enough, certificate = "One of these is enough, and none holds:", access.valid_certificate
+    if certificate:
+        return [f"The certificate works until {clock.written(certificate.valid_before)}, but is not renewed. {enough}"]
+    key = shlex.quote(str(access.settings.edge_node_key_path))
+    return [
+        f"No access to {access.settings.edge_node_host}. {enough}",
+        f"  1. a valid certificate\n     now: {_certificate_problem(access)}",
+        f"     mend: step ssh certificate 'your.email@example.com' {key} --no-password --insecure --force",
+    ]
+
+
+def _plain_way(access: Access) -> tuple[str, str, str]:
+    """For sites that take plain keys: name, why it does not hold, what mends it."""
+    key = access.settings.edge_node_key_path
+    assert key
+    name, quoted = f"a plain key in {key}, where the site takes one", shlex.quote(str(key))
+    if key.is_file():
+        certificate = certificate_path(key)
+        return name, f"{certificate} lies beside it", f"if it is of no use:  rm {shlex.quote(str(certificate))}"
+    return name, f"{key} does not exist", f"ssh-keygen -t ed25519 -N '' -f {quoted}, and give the site {key.name}.pub"
 
 
 def _certificate_problem(access: Access) -> str:
+    """Why the certificate is not valid."""
     found = access.certificate
     if isinstance(found, CertificateError):
         return str(found)
-    if found.valid(access.now):
-        return ""
     if access.now < found.valid_after:
         return f"valid only from {clock.written(found.valid_after)} on; this machine has {clock.written(access.now)}"
     return f"expired at {clock.written(found.valid_before)} (now {clock.written(access.now)})"

@@ -14,7 +14,7 @@ from playwright.sync_api import expect
 from resources.settings import ROOT
 from tests import access
 from tests.browser import open_ui, take
-from tests.local.dagster_dev import DagsterDev, wait_for
+from tests.local.dagster_dev import DagsterDev, beside_location, wait_for
 from tests.simulated_site import SimulatedSite
 
 pytestmark = pytest.mark.cluster
@@ -56,8 +56,7 @@ def home(site: SimulatedSite, tmp_path: Path) -> Path:
 @pytest.fixture
 def variables(site: SimulatedSite, home: Path, tmp_path: Path) -> dict[str, str]:
     site.authentik.set_lifetimes(token=30 * access.DAY)
-    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    return {**kept, **site.environment(), "HOME": str(home), "DATA_ROOT": str(tmp_path / "data")}
+    return {**site.environment(), "HOME": str(home), "DATA_ROOT": str(tmp_path / "data")}
 
 
 @pytest.fixture
@@ -69,17 +68,8 @@ def location(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dagster_dev(variables: dict[str, str], location: Path, tmp_path: Path) -> Iterator[DagsterDev]:
-    folder = tmp_path / "project"
-    folder.mkdir()
-    shutil.copy(ROOT / "dagster.yaml", folder)
-    extra = f"  - python_file: {{relative_path: {location}, location_name: login}}\n"
-    (folder / "workspace.yaml").write_text((ROOT / "workspace.yaml").read_text() + extra)
-    server = DagsterDev(folder, variables)
-    server.start()
-    try:
+    with beside_location(location, tmp_path / "project", variables, "login") as server:
         yield server
-    finally:
-        server.stop()
 
 
 def ticks(server: DagsterDev) -> list[dict[str, Any]]:
@@ -142,7 +132,13 @@ def check_no_secret(site: SimulatedSite, folder: Path) -> None:
 
 def test_an_asset_in_a_plain_materialize_logs_in(location: Path, variables: dict[str, str]) -> None:
     done = subprocess.run(
-        [sys.executable, location], env=variables, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, location],
+        env={**variables, "PATH": os.environ["PATH"]},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in ("login01", "login02")

@@ -156,8 +156,9 @@ def test_expired_app_password_gets_no_token(site: SimulatedSite) -> None:
     assert b"invalid_grant" in refused.value.read()
 
 
-def test_environment_file_holds_the_documents_names_only(site: SimulatedSite) -> None:
+def test_environment_file_holds_the_documents_names_and_an_interpreter(site: SimulatedSite) -> None:
     assert set(site.environment()) <= {
+        "SLURM_PYTHON",
         "SLURM_EDGE_NODE_HOST",
         "SLURM_EDGE_NODE_USER",
         "SLURM_EDGE_NODE_KEY_PATH",

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +19,7 @@ from resources.auth import (
     clock,
     refresh,
 )
+from resources.auth.authentik import Authentik
 from resources.auth.credentials import Credentials, CredentialsFile, Secret
 from resources.settings import Settings
 from tests import access
@@ -28,19 +28,6 @@ from tests.simulated_site import AuthentikControl, AuthentikServer, Disturbance
 pytestmark = pytest.mark.local
 STRESS = os.environ.get("STRESS") == "1"
 ROUNDS = 30 if STRESS else 3
-
-
-@pytest.fixture
-def authentik(tmp_path: Path) -> Iterator[AuthentikServer]:
-    with AuthentikServer(tmp_path / "authentik") as server:
-        server.control.create_user(access.USER)
-        server.control.set_lifetimes(token=30 * access.DAY)
-        yield server
-
-
-@pytest.fixture
-def control(authentik: AuthentikServer) -> AuthentikControl:
-    return authentik.control
 
 
 @pytest.fixture
@@ -112,6 +99,18 @@ def test_the_stored_token_makes_the_next_pair(later: Settings, control: Authenti
     assert second.api_token.value != first.api_token.value
     assert not access.api_token_works(later, first.api_token.value)
     assert not access.app_password_works(later, first.app_password.value)
+
+
+def test_the_old_pair_leaves_the_file_before_it_is_deleted(later: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_the_file, delete = [], Authentik.delete
+
+    def look_and_delete(authentik: Authentik, identifier: str) -> None:
+        in_the_file.append(stored(later).proven)
+        delete(authentik, identifier)
+
+    monkeypatch.setattr(Authentik, "delete", look_and_delete)
+    refresh(later, rotation="now", certificate="no")
+    assert in_the_file == [True, True]
 
 
 def test_nothing_is_done_before_it_is_due(
@@ -260,13 +259,21 @@ def test_a_passing_disturbance_changes_nothing(
 
 
 @pytest.mark.parametrize("path", ["/users/me/", "/core/tokens/", "/view_key/", "/application/o/token/"])
-@pytest.mark.parametrize("kind", ["error", "lost", "slow"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("error", "it cannot answer now"),
+        ("lost", "cannot be reached"),
+        ("late", "no answer within"),
+        ("slow", "no answer within|the answer takes longer"),
+    ],
+)
 def test_a_lasting_disturbance_keeps_a_working_pair(
-    later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch, path: str, kind: str
+    later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch, path: str, kind: str, words: str
 ) -> None:
     monkeypatch.setattr("resources.auth.http.TRY_SECONDS", 0.2)
     control.disturb(Disturbance(kind, seconds=0.4, path=path))  # type: ignore[arg-type]
-    with pytest.raises(UnavailableError):
+    with pytest.raises(UnavailableError, match=words):
         refresh(later, rotation="now", certificate="no")
     health = check_health(later)
     assert health.failing["rotation"].count == 1
@@ -410,7 +417,7 @@ def test_eight_processes_at_once_end_with_one_working_pair(
         control.delete_tokens(access.USER)
         Path(variables["ASC_AUTHENTIK_CREDENTIALS_FILE"]).unlink(missing_ok=True)
         chosen = {**variables, "ASC_AUTHENTIK_API_TOKEN": access.bootstrap_token(control)}
-        processes = [access.start_waiting(REFRESH, chosen, wish) for _ in range(8)]
+        processes = [access.start(REFRESH, chosen, wish) for _ in range(8)]
         said = access.release(processes)
         if wish == "due":
             assert sorted(said) == ["None"] * 7 + ["bootstrap"]

@@ -4,6 +4,7 @@ import os
 import shlex
 import stat
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def test_dotenv_and_the_shell_read_it_alike(path: Path) -> None:
 
 
 def test_secrets_are_in_no_representation() -> None:
+    assert "of the user" not in repr(replace(PAIR, others="OTHER_SECRET='of the user'\n"))
     assert "test-api-token" not in repr(PAIR)
     assert "test-app-password" not in repr(PAIR)
 
