@@ -7,14 +7,13 @@ from typing import Any
 
 import dagster as dg
 
-from resources import SUPERCOMPUTER_SITE_OVERRIDES
+from jobs.deployment import running_on_supercomputer, supercomputer_settings
 from resources.auth import AccessError, Health, Report, check_health, clock, refresh
 from resources.auth.attempts import pause_after
 from resources.errors import ConfigurationError
-from resources.settings import Settings, load_settings
 
 LONGEST_RUN = timedelta(minutes=15)
-"""A refresh takes five minutes at most (`resources.auth`); a run that is older was killed, whatever its status says."""
+"""A refresh takes five minutes at most (`resources.auth`): a run whose status has stood still for longer was killed."""
 
 musica_access = dg.AssetSpec(
     "musica_access",
@@ -30,11 +29,11 @@ musica_access = dg.AssetSpec(
 def access_health() -> dg.AssetCheckResult:
     """Look at the files, now."""
     try:
-        health = check_health(_settings())
+        health = check_health(supercomputer_settings())
     except ConfigurationError as error:
         return dg.AssetCheckResult(passed=False, description=str(error))
     return dg.AssetCheckResult(
-        passed=_passed(health), description=health.summary, metadata=_numbers(health), severity=_severity(health)
+        passed=_passed(health), description=_markdown(health), metadata=_numbers(health), severity=_severity(health)
     )
 
 
@@ -47,7 +46,7 @@ def refresh_credentials_op(context: dg.OpExecutionContext) -> None:
     failure: AccessError | None = None
     report = Report()
     try:
-        settings = _settings()
+        settings = supercomputer_settings()
         report = refresh(settings)
     except ConfigurationError as error:
         raise dg.Failure(str(error), allow_retries=False) from None
@@ -57,13 +56,13 @@ def refresh_credentials_op(context: dg.OpExecutionContext) -> None:
     for warning in report.warnings:
         context.log.warning(warning)
     numbers = _numbers(health) | _deeds(report)
-    context.log_event(dg.AssetObservation(musica_access.key, description=health.summary, metadata=numbers))
+    context.log_event(dg.AssetObservation(musica_access.key, description=_markdown(health), metadata=numbers))
     context.log_event(
         dg.AssetCheckEvaluation(  # type: ignore[arg-type]  # taken, but not in its annotation
             asset_key=musica_access.key,
             check_name="health",
             passed=_passed(health),
-            description=health.summary,
+            description=_markdown(health),
             severity=_severity(health),
             metadata=numbers,
         )
@@ -77,32 +76,28 @@ def refresh_credentials_op(context: dg.OpExecutionContext) -> None:
     name="refresh_credentials",
     description="Keeps access to the supercomputer alive; its sensor starts it when something is due.",
     executor_def=dg.in_process_executor,
-    tags={"dagster/max_runtime": str(int(LONGEST_RUN.total_seconds())), "dagster/max_retries": "0"},
+    tags={
+        "dagster/max_runtime": str(int(LONGEST_RUN.total_seconds())),
+        "dagster/max_retries": "0",
+        "dagster/priority": "10",  # before the workloads that wait in the queue
+    },
 )
 def refresh_credentials_job() -> None:
     """One op."""
     refresh_credentials_op()
 
 
-def _on_supercomputer() -> bool:
-    """Whether the sensor runs by itself. Settings that are wrong count as a supercomputer's: its ticks tell of them."""
-    try:
-        return load_settings(SUPERCOMPUTER_SITE_OVERRIDES).on_supercomputer
-    except ConfigurationError:
-        return True
-
-
 @dg.sensor(
     job=refresh_credentials_job,
     name="refresh_credentials_when_due",
     minimum_interval_seconds=30,
-    default_status=dg.DefaultSensorStatus.RUNNING if _on_supercomputer() else dg.DefaultSensorStatus.STOPPED,
+    default_status=running_on_supercomputer(),
     description="Looks at the files of the credentials, asks nobody, and requests a refresh when one is due.",
 )
 def refresh_credentials_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     """One tick: the cursor holds what was asked for and has not helped yet; it is emptied when nothing is due."""
     try:
-        health = check_health(_settings())
+        health = check_health(supercomputer_settings())
     except ConfigurationError as error:
         return dg.SensorResult(skip_reason=str(error))
     if health.next_refresh is None:
@@ -154,7 +149,6 @@ _NOTHING_ASKED = "{}"  # Dagster takes an empty cursor for none given, and keeps
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 _ACTIVE = [
     dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.STARTING,
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
@@ -162,18 +156,24 @@ _ACTIVE = [
 
 
 def _running(instance: dg.DagsterInstance, now: datetime) -> str | None:
-    """Id of a refresh that is on its way; one that should have ended long ago does not count."""
-    wanted = dg.RunsFilter(job_name=refresh_credentials_job.name, statuses=_ACTIVE, created_after=now - LONGEST_RUN)
-    records = instance.get_run_records(wanted, limit=1)
-    return records[0].dagster_run.run_id if records else None
-
-
-def _settings() -> Settings:
-    return load_settings(SUPERCOMPUTER_SITE_OVERRIDES, supercomputer=True)
+    """Id of a refresh that is on its way: waiting in the queue, however long, or at work and not left over."""
+    job = refresh_credentials_job.name
+    for wanted in (
+        dg.RunsFilter(job_name=job, statuses=[dg.DagsterRunStatus.QUEUED]),
+        dg.RunsFilter(job_name=job, statuses=_ACTIVE, updated_after=now - LONGEST_RUN),
+    ):
+        if records := instance.get_run_records(wanted, limit=1):
+            return records[0].dagster_run.run_id
+    return None
 
 
 def _passed(health: Health) -> bool:
     return health.verdict in ("ok", "due")
+
+
+def _markdown(health: Health) -> str:
+    """The summary as the UI is to show it: line by line."""
+    return health.summary.replace("\n", "  \n")
 
 
 def _severity(health: Health) -> dg.AssetCheckSeverity:

@@ -13,7 +13,7 @@ from tests.simulated_site.command_line import main
 from tests.simulated_site.machines import MEMORY_CGROUPS
 
 CPU_DEV = (f"--partition={CPU_PARTITION}", f"--qos=dev_{CPU_PARTITION}", "--time=5")
-SECOND = "pytest-second"
+SECOND = f"pytest-second{os.environ.get('PYTEST_XDIST_WORKER', '')}"
 NAMESPACES = ("mnt", "net", "pid", "uts", "ipc")
 
 
@@ -23,13 +23,16 @@ def second_name() -> Iterator[str]:
     SimulatedSite.down(SECOND)
 
 
-def interfaces() -> set[str]:
+def interfaces(bridge: str) -> set[str]:
+    """Those of a site, of which other ones may come and go meanwhile."""
     listing = subprocess.run(["ip", "-json", "link", "show"], capture_output=True, text=True, check=True)
-    return {interface["ifname"] for interface in json.loads(listing.stdout)}
+    names = {interface["ifname"] for interface in json.loads(listing.stdout)}
+    return {name for name in names if name == bridge or name.startswith(f"{bridge}-")}
 
 
-def mounts() -> set[str]:
-    return {line.split()[4] for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()}
+def mounts(state: str) -> set[str]:
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    return {point for line in lines if (point := line.split()[4]).startswith(state)}
 
 
 def cgroups() -> set[str]:
@@ -62,21 +65,22 @@ def processes_of(site_namespaces: set[str], state: str) -> list[str]:
 def test_two_sites_side_by_side_and_nothing_is_left_of_one_that_went_down(
     site: SimulatedSite, second_name: str
 ) -> None:
-    before = interfaces(), mounts()
     second = SimulatedSite.up(second_name)
+    bridge, state = second.layout.bridge, str(second.layout.state)
+    assert interfaces(bridge) and mounts(state)
     assert second.login.address != site.login.address
     for each in (site, second):
         each.wait_for_job(each.submit("hostname", *CPU_DEV))
         assert subprocess.run(each.login_command("true"), capture_output=True, check=False, timeout=60).returncode == 0
     site_namespaces = set[str]().union(*map(namespaces, machine_processes(second)))
-    state = str(second.layout.state)
     assert len(site_namespaces) == len(NAMESPACES) * len(second.machines)
     assert len(processes_of(site_namespaces, state)) > len(second.machines)
     assert bool(cgroups()) is MEMORY_CGROUPS
 
     SimulatedSite.down(second_name)
 
-    assert (interfaces(), mounts()) == before
+    assert not interfaces(bridge)
+    assert not mounts(state)
     assert cgroups() == set()
     assert processes_of(site_namespaces, state) == []
     assert [entry.name for entry in second.layout.state.iterdir()] == ["log"]
