@@ -6,12 +6,16 @@ from collections.abc import Generator
 
 import pytest
 
+from resources.settings import load_settings
+
 PREFIXES = ("DAGSTER_", "SLURM_", "SBATCH_", "ASC_", "RAY_")
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings of the person who runs the tests reach no test."""
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Settings of the person who runs the tests reach no test, by variables or by dotenv files."""
+    _, *others = load_settings.__defaults__ or ()
+    monkeypatch.setattr(load_settings, "__defaults__", (tmp_path_factory.getbasetemp() / "no-dotenv-files", *others))
     for name in list(os.environ):
         if name.startswith(PREFIXES) or name == "DATA_ROOT":
             monkeypatch.delenv(name)

@@ -1,14 +1,17 @@
 """The simulated site for the tests: one for the whole run, in a clean state for each test."""
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.simulated_site import RequirementsError, SimulatedSite
+from tests.simulated_site import CPU_PARTITION, RequirementsError, SimulatedSite
 from tests.simulated_site.requirements import check_system, installation_allowed
 
-SITE_NAME = "pytest"
+SITE_NAME = os.environ.get("SIMULATED_SITE_NAME", "pytest") + os.environ.get("PYTEST_XDIST_WORKER", "")
+"""Two test runs on one machine need two, and so do two workers of one (`scripts/test -n 2`)."""
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +36,29 @@ def site(site_of_this_run: SimulatedSite) -> SimulatedSite:
     """The running site, with every fault of an earlier test mended, no jobs, empty homes and no tokens."""
     site_of_this_run.reset()
     return site_of_this_run
+
+
+@pytest.fixture
+def client_home(site: SimulatedSite, tmp_path: Path) -> Path:
+    """A home with the centre's line in known_hosts, and nothing else."""
+    folder = tmp_path / "home"
+    (folder / ".ssh").mkdir(parents=True, mode=0o700)
+    shutil.copy(site.login.known_hosts, folder / ".ssh" / "known_hosts")
+    return folder
+
+
+@pytest.fixture
+def on_supercomputer(site: SimulatedSite, client_home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """This process's environment is that of a `staging_supercomputer` deployment; the variables that were set."""
+    variables = {**site.environment(), "SLURM_QOS": CPU_PARTITION, "HOME": str(client_home)}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return variables
+
+
+@pytest.fixture
+def workloads(tmp_path: Path) -> Path:
+    """A folder for them alone: all of it goes along."""
+    folder = tmp_path / "workloads"
+    folder.mkdir()
+    return folder

@@ -22,7 +22,7 @@ from tests.simulated_site import CERTIFICATE_USER, TCSH_USER, SimulatedSite
 pytestmark = pytest.mark.cluster
 CHAIN = [
     "settings", "credentials", "certificate", "name", "port", "login", "Slurm", "partitions", "account and QoS",
-    "deployment folder", "Python", "temporary folder", "open files",
+    "deployment folder", "Python", "temporary folder", "open files", "jobs", "environment",
 ]  # fmt: skip
 Set = Callable[..., None]
 
@@ -45,7 +45,7 @@ def in_order(site: SimulatedSite, set_variables: Set, tmp_path: Path) -> None:
 
 
 def look(overrides: dict[str, Any] = SUPERCOMPUTER_SITE_OVERRIDES) -> list[Link]:
-    return list(examine(overrides))
+    return list(examine(overrides, lambda _: False))
 
 
 def broken(name: str, overrides: dict[str, Any] = SUPERCOMPUTER_SITE_OVERRIDES) -> Link:
@@ -62,6 +62,11 @@ def test_all_is_in_order(site: SimulatedSite) -> None:
     assert {link.name: link.state for link in links if link.state != "ok"} == {"open files": "warning"}
     assert ".doctor" not in site.run_on_login(CERTIFICATE_USER, "find ~").stdout
     assert not site.squeue("--noheader")
+
+
+def test_production_without_anything_published(set_variables: Set) -> None:
+    set_variables(DAGSTER_DEPLOYMENT="production_supercomputer")
+    assert broken("environment").mend == "scripts/deploy_environment.py"
 
 
 def test_a_shell_of_another_kind_is_no_hindrance(site: SimulatedSite, set_variables: Set, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One `dagster dev` for all tests that need one, and the whole example, materialised in it once."""
+"""One `dagster dev` for all tests that need one, with the whole example materialised in it once; an authentik."""
 
 import os
 import shutil
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from resources.settings import ROOT
+from tests import access
 from tests.local.dagster_dev import DagsterDev
+from tests.simulated_site import AuthentikControl, AuthentikServer
 
 SLEEPER = """\
 import os, pathlib, subprocess, time
@@ -84,3 +86,16 @@ def whole_example(dagster_dev: DagsterDev) -> str:
     run_id = dagster_dev.launch("flights", "delay_features", "delay_sweep", "delay_model", **months)
     assert dagster_dev.wait(run_id, 300) == "SUCCESS"
     return run_id
+
+
+@pytest.fixture
+def authentik(tmp_path: Path) -> Iterator[AuthentikServer]:
+    with AuthentikServer(tmp_path / "authentik") as server:
+        server.control.create_user(access.USER)
+        server.control.set_lifetimes(token=30 * access.DAY)
+        yield server
+
+
+@pytest.fixture
+def control(authentik: AuthentikServer) -> AuthentikControl:
+    return authentik.control

@@ -1,17 +1,21 @@
 """A real `dagster dev` in a folder of its own, and what a browser would ask of it, over GraphQL."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
+
+from resources.settings import ROOT
 
 ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
 
@@ -102,6 +106,27 @@ class DagsterDev:
             self._process.wait()
             self._process = None
 
+    def kill(self, spared: psutil.Process) -> None:
+        """As a power cut does: SIGKILL to it and all that it started, but for one process."""
+        assert self._process is not None
+        main = psutil.Process(self._process.pid)
+        doomed = [each for each in (main, *main.children(recursive=True)) if each != spared]
+        for each in doomed:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        self._process.wait()
+        psutil.wait_procs(doomed, timeout=20)
+        self._process = None
+
+    def newest_run_but(self, *known: str) -> str | None:
+        """The id of the newest run of an asset that is none of those."""
+        runs = self.ask("{ runsOrError(limit: 20) { ... on Runs { results { runId jobName } } } }")["runsOrError"][
+            "results"
+        ]
+        return next(
+            (run["runId"] for run in runs if run["jobName"] == "__ASSET_JOB" and run["runId"] not in known), None
+        )
+
     def ask(self, query: str, **variables: Any) -> dict[str, Any]:
         """The data of a GraphQL answer."""
         response = httpx.post(f"{self.url}/graphql", json={"query": query, "variables": variables}, timeout=60)
@@ -163,3 +188,28 @@ class DagsterDev:
             }
             for event in answer["assetMaterializations"]
         ]
+
+
+@contextmanager
+def beside_location(
+    file: Path, folder: Path, environment: Mapping[str, str], name: str = "probe"
+) -> Iterator[DagsterDev]:
+    """The project's `dagster dev` with one more code location, until the end of the block.
+
+    Args:
+        file: defines the location.
+        folder: where it is started; it is made.
+        environment: its variables, beside PATH and LANG.
+        name: of the location.
+    """
+    folder.mkdir()
+    shutil.copy(ROOT / "dagster.yaml", folder)
+    extra = f"  - python_file: {{relative_path: {file}, location_name: {name}}}\n"
+    (folder / "workspace.yaml").write_text((ROOT / "workspace.yaml").read_text() + extra)
+    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    server = DagsterDev(folder, {**kept, **environment})
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

@@ -113,11 +113,13 @@ def test_a_killed_run_takes_its_workload_with_it(asset: str, dagster_dev: Dagste
     assert dagster_dev.wait(run_id, 120) == "FAILURE"
 
 
-def test_history_survives_a_restart(dagster_dev: DagsterDev, whole_example: str) -> None:
-    before = dagster_dev.materializations("flights", "2013-02")
+def test_history_survives_a_restart(dagster_dev: DagsterDev) -> None:
+    run_id = dagster_dev.launch("talker", location="probe")
+    assert dagster_dev.wait(run_id) == "SUCCESS"
+    before = dagster_dev.materializations("talker")
     dagster_dev.stop()
     dagster_dev.start()
-    assert dagster_dev.status(whole_example) == "SUCCESS"
-    assert dagster_dev.materializations("flights", "2013-02") == before
+    assert dagster_dev.status(run_id) == "SUCCESS"
+    assert dagster_dev.materializations("talker") == before
     kept = {path.name for path in dagster_dev.folder.iterdir() if not path.name.startswith(".tmp_dagster_home_")}
     assert kept == {".dagster", "dagster.yaml", "workspace.yaml"}

@@ -26,13 +26,17 @@ class Outcome:
 
     Attributes:
         success: of the run.
+        run_id: its id.
         error: the text of the step's failure.
+        retries: texts of the step's failures after which it was tried again.
         materializations: of the asset, by partition (None: not partitioned).
         checks: passed or not, by name.
     """
 
     success: bool
+    run_id: str
     error: str
+    retries: list[str]
     materializations: dict[str | None, list[dict[str, Any]]]
     checks: dict[str, bool]
 
@@ -82,6 +86,9 @@ def materialize(
     texts = [
         f"{data.error}\n{data.user_failure_data.description if data.user_failure_data else ''}" for data in failures
     ]
-    return Outcome(
-        result.success, "\n".join(texts), materializations, {found.check_name: found.passed for found in evaluations}
-    )
+    retries = [
+        str(event.event_specific_data.error)  # type: ignore[union-attr]
+        for event in result.filter_events(lambda event: event.event_type_value == "STEP_UP_FOR_RETRY")
+    ]
+    checks_passed = {found.check_name: found.passed for found in evaluations}
+    return Outcome(result.success, result.run_id, "\n".join(texts), retries, materializations, checks_passed)

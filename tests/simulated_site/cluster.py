@@ -108,7 +108,11 @@ class Cluster:
         first_time = not data.exists()
         if first_time:
             options = ["--no-defaults", "--user=mysql", f"--datadir={data}", "--skip-test-db"]
-            database.run(["mariadb-install-db", *options, "--auth-root-authentication-method=socket"], timeout=120)
+            temporary = data.with_name("database-tmp")  # two sites' would meet in /tmp, under the same names
+            temporary.mkdir()
+            temporary.chmod(0o1777)
+            install = ["env", f"TMPDIR={temporary}", "mariadb-install-db", *options]
+            database.run([*install, "--auth-root-authentication-method=socket"], timeout=120)
         self._database.start()
         if first_time:
             account = "create user 'slurm'@'localhost' identified via unix_socket"

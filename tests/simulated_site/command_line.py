@@ -28,6 +28,7 @@ _FAULTS: dict[str, tuple[str, Callable[..., Fault | None]]] = {
     # name: (its arguments, what it calls with them)
     "node-off": ("NODE", lambda faults, node: faults.node_off(node)),
     "node-cut": ("NODE", lambda faults, node: faults.node_cut(node)),
+    "node-down": ("NODE", lambda faults, node: faults.node_down(node)),
     "slurmctld-down": ("", lambda faults: faults.controller_down()),
     "sacct-off": ("", lambda faults: faults.accounting_off()),
     "sacct-lagging": ("", lambda faults: faults.accounting_lagging()),

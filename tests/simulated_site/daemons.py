@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import SiteError
-from .machines import Machine, spawn
+from .host import spawn
+from .machines import Machine
 from .waiting import wait_until
 
 _START_WAIT, _STOP_WAIT = 60.0, 30.0

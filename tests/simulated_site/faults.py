@@ -60,6 +60,10 @@ class Faults:
         """Unplug a node's network cable: its processes go on, unseen."""
         return Fault(self._machine(node).unplug, lambda: self._reconnect(node))
 
+    def node_down(self, node: str) -> Fault:
+        """Have an administrator take a compute node out of service: its jobs end at once, as when it fails."""
+        return Fault(lambda: self._take_down(self._machine(node)), lambda: self._reconnect(node))
+
     # Slurm
 
     def controller_down(self) -> Fault:
@@ -173,6 +177,9 @@ class Faults:
         for daemon in self._site.daemons():
             if daemon.machine is machine:
                 daemon.start()
+
+    def _take_down(self, machine: Machine) -> None:
+        self._site.cluster.query("scontrol", "update", f"nodename={machine.hostname}", "state=down", "reason=fault")
 
     def _reconnect(self, node: str) -> None:
         """Plug a node in, and have its slurmd report: slurmctld would look again only after a minute or more."""

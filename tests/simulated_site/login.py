@@ -9,9 +9,10 @@ from pathlib import Path
 
 from . import keys
 from .daemons import Daemon
+from .host import run_on_host
 from .keys import Authorities
 from .layout import FRONT, HOME_SIZE, LOGIN_NAME, LOGIN_NODES, MACHINES, PLAIN_KEY_USER, USERS, Layout, User
-from .machines import Machine, run_on_host
+from .machines import Machine
 from .relay import RelayControl
 
 SSH_PORT = 22

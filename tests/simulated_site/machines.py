@@ -12,7 +12,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import interpreter
 from .errors import SiteError
+from .host import ip, spawn
 from .layout import Layout, MachineName, User
 from .waiting import wait_until
 
@@ -21,7 +23,7 @@ _CGROUP_MEMORY = Path("/sys/fs/cgroup/memory")
 MEMORY_CGROUPS = (_CGROUP_MEMORY / "memory.limit_in_bytes").exists()
 """Whether the host has version 1 of the memory cgroup, with which Slurm can enforce a job's memory."""
 
-_EXIT_WAIT = 20.0
+_EXIT_WAIT = 120.0
 _ROOT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -47,8 +49,9 @@ class Machine:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         log = self.layout.log / f"machine-{self.hostname}.out"
-        tmp = ""
+        tmp, lent = "", []
         if self.name.for_users:
+            lent = interpreter.mounts(self.layout)
             folder = self._folder / "tmp"
             folder.mkdir()
             folder.chmod(0o1777)
@@ -57,7 +60,7 @@ class Machine:
         # The shell leaves its own pid, which is then unshare's; the machine's first process is unshare's only child.
         namespaces = "--mount --uts --ipc --net --pid --fork --kill-child --mount-proc"
         start = f'echo $$ >"$1"; shift; exec unshare {namespaces} "$@"'
-        init = [str(PROGRAMS / "machine-init"), str(self.layout.state), self.hostname, cgroup, tmp]
+        init = [str(PROGRAMS / "machine-init"), str(self.layout.state), self.hostname, cgroup, tmp, *lent]
         spawn(["sh", "-c", start, "sh", str(self._folder / "pid"), *init], log)
         wait_until((self._folder / "ready").exists, f"start of the machine {self.hostname}; see {log}", interval=0.02)
         self._connect()
@@ -187,24 +190,3 @@ class Machine:
             return None
         ours = str(self.layout.state).encode() in arguments and self.hostname.encode() in arguments
         return int(children[0]) if ours and children else None
-
-
-def run_on_host(*command: str) -> str:
-    """Run a command on the host and return its output; raise SiteError with its words if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SiteError(f"{' '.join(command)}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def ip(*arguments: str) -> str:
-    """Run ip(8) on the host and return its output; raises SiteError."""
-    return run_on_host("ip", *arguments)
-
-
-def spawn(command: Sequence[str], log: Path) -> None:
-    """Start a process that outlives this one and belongs to no terminal; what it prints is appended to `log`."""
-    with log.open("ab") as output:
-        subprocess.run(
-            ["setsid", "--fork", *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=True
-        )

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .errors import SiteError
+from .host import ip
 from .layout import Layout, state_base, state_folder
-from .machines import ip
 
 _SUBNETS = 256
 

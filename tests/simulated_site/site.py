@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import keys, network, requirements, smallstep
+from . import interpreter, keys, network, requirements, smallstep
 from .certificate_authority import DEFAULT_VALIDITY, CertificateAuthority
 from .cluster import Cluster
 from .daemons import Daemon
 from .errors import SiteError
 from .faults import Faults
+from .host import run_on_host
 from .identity_provider import IdentityProvider
 from .layout import (
     CERTIFICATE_USER,
@@ -30,7 +31,7 @@ from .layout import (
     state_folder,
 )
 from .login import Login
-from .machines import Machine, run_on_host
+from .machines import Machine
 from .waiting import wait_until
 
 
@@ -82,7 +83,9 @@ class SimulatedSite:
         requirements.ensure_packages(install)
         programs = smallstep.ensure_programs(install)
         left = network.find(name)
-        if left is not None and not _completed(left).exists():
+        if left is None:
+            _remove_files(name)  # somebody may have written there after it went down
+        elif not _completed(left).exists():
             cls.down(name)  # an attempt that was cut short: its database may lack anything
         site = cls(network.claim(name), programs)
         if not _completed(site.layout).exists():
@@ -117,9 +120,7 @@ class SimulatedSite:
         if layout.home.is_mount():
             run_on_host("umount", str(layout.home))
         network.release(layout)
-        for entry in state_folder(name).iterdir():
-            if entry.is_dir() and entry != layout.log:
-                shutil.rmtree(entry)
+        _remove_files(name)
         (layout.state / "site.json").unlink()
 
     def start(self) -> None:
@@ -189,6 +190,7 @@ class SimulatedSite:
             "SLURM_EDGE_NODE_USER": user.name,
             "SLURM_EDGE_NODE_KEY_PATH": str(client / "id_musica"),
             "SLURM_DEPLOYMENT_BASE_PATH": f"{user.home}/{DEPLOYMENT_FOLDER}",
+            "SLURM_PYTHON": str(interpreter.interpreter(self.layout)),
             "SLURM_PARTITION": CPU_PARTITION,
             "SLURM_QOS": f"dev_{CPU_PARTITION}",
             "SLURM_SUPERCOMPUTER_SITE": "musica",
@@ -284,6 +286,7 @@ class SimulatedSite:
         for folder in (self.layout.etc, self.layout.run, self.layout.log):
             folder.mkdir()
         run_on_host("cp", "--archive", "/etc", str(self.layout.machine_etc))
+        interpreter.make(self.layout)
         self.certificate_authority.configure()
         self.cluster.configure()
         self.login.configure()
@@ -292,6 +295,14 @@ class SimulatedSite:
         """Start authentik's stand-in, then step-ca, which ends where it finds no issuer."""
         self.identity_provider.start()
         self.certificate_authority.daemon.start()
+
+
+def _remove_files(name: str) -> None:
+    """Remove what a site that is down has left, but for its logs."""
+    folder = state_folder(name)
+    for entry in folder.iterdir() if folder.exists() else ():
+        if entry.is_dir() and entry.name != "log":
+            shutil.rmtree(entry)
 
 
 def _completed(layout: Layout) -> Path:

@@ -146,6 +146,7 @@ def database_conf(layout: Layout) -> str:
     return f"""\
 [mysqld]
 datadir={layout.run}/database
+tmpdir={layout.run}/database-tmp
 socket=/run/mysqld/mysqld.sock
 pid-file=/run/mysqld/mysqld.pid
 user=mysql

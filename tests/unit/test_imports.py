@@ -20,7 +20,7 @@ def test_the_code_location_leaves_heavy_packages_out() -> None:
     assert loaded("import musica_pipelines.definitions", heavy) == []
 
 
-@pytest.mark.parametrize("module", ["settings", "slurm", "launchers", "plan", "local"])
+@pytest.mark.parametrize("module", ["settings", "auth", "ssh", "slurm", "launchers", "plan", "local"])
 def test_the_lower_rooms_know_no_dagster(module: str) -> None:
     assert loaded(f"import resources.{module}", ("dagster",)) == []
 

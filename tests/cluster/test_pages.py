@@ -1,0 +1,70 @@
+"""Listings of the documentation that need a supercomputer, as they stand there."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any, ClassVar
+
+import dagster as dg
+import pytest
+from pydantic import Field
+
+from resources import build_resources
+from resources.compute import ComputeResource
+from resources.errors import ConfigurationError
+from resources.launchers import Launcher
+from resources.launchers.base import render_pre_start
+from resources.settings import ROOT
+from resources.slurm import SlurmRequest
+
+WORKLOAD = """\
+import os, pathlib, time
+from dagster_pipes import open_dagster_pipes
+folder = pathlib.Path(os.environ["DATA_ROOT"])
+folder.mkdir(parents=True, exist_ok=True)
+(folder / os.uname().nodename).touch()
+if os.environ["SLURM_PROCID"] == "0":
+    with open_dagster_pipes() as pipes:
+        while len(names := sorted(path.name for path in folder.iterdir())) < 2:
+            time.sleep(0.1)
+        pipes.report_asset_materialization(metadata={"nodes": names})
+"""
+
+
+@pytest.fixture
+def each_node() -> Any:
+    """The launcher that docs/launchers.md shows."""
+    (listing,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "launchers.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {
+        "ClassVar": ClassVar, "ConfigurationError": ConfigurationError, "Field": Field, "Launcher": Launcher,
+        "SlurmRequest": SlurmRequest, "render_pre_start": render_pre_start, "shlex": shlex, "__name__": "page",
+    }  # fmt: skip
+    exec(compile(listing, "launchers.md", "exec"), names)
+    return names["EachNodeLauncher"]
+
+
+def test_the_launcher_refuses_what_it_cannot_do(each_node: Any) -> None:
+    with pytest.raises(ConfigurationError, match="did you mean 'label'"):
+        each_node(lable=True)
+    with pytest.raises(ConfigurationError, match="it starts one a node"):
+        each_node().check(SlurmRequest(ntasks_per_node=2))
+    assert "--label" in each_node().with_site({"each_node": {"label": True}}).render(SlurmRequest(), "w.py")
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("on_supercomputer")
+def test_the_launcher_runs_on_every_node(each_node: Any, workloads: Path) -> None:
+    program = workloads / "each.py"
+    program.write_text(WORKLOAD)
+
+    @dg.asset
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        request = SlurmRequest(nodes=2, mem="100M", time_limit="5")
+        done = compute.run(context, workload=program, launcher=each_node(label=True), request=request)
+        return done.get_materialize_result()
+
+    result = dg.materialize([probe], resources=build_resources())
+    (event,) = result.asset_materializations_for_node("probe")
+    nodes = event.metadata["nodes"].value
+    assert isinstance(nodes, list)
+    assert len(set(nodes)) == 2

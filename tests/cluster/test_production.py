@@ -1,0 +1,115 @@
+"""The document's .env.musica verbatim, in a fresh clone: first credentials, deployment, everything from the UI."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from resources.settings import ROOT
+from tests.browser import open_ui, take
+from tests.local.dagster_dev import DagsterDev, wait_for
+from tests.simulated_site import CERTIFICATE_USER, SimulatedSite
+from tests.unit.test_settings import DOCUMENT
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
+
+FILLED_IN = (
+    "SLURM_EDGE_NODE_HOST", "ASC_OIDC_CLIENT_ID", "ASC_OIDC_TOKEN_URL", "ASC_AUTHENTIK_API_BASE",
+    "ASC_AUTHENTIK_API_TOKEN", "ASC_STEP_CA_URL", "ASC_STEP_FINGERPRINT",
+)  # fmt: skip
+"""What differs at the simulated site."""
+BACKFILL = "{ partitionBackfillsOrError(limit: 1) { ... on PartitionBackfills { results { status } } } }"
+# scripts/... of the clone, in the environment of these tests: setting up another one is the demo's business.
+SCRIPT = """\
+import runpy, sys
+sys.path.insert(0, "scripts")
+import _environment
+_environment.activate = lambda: None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def variables(site: SimulatedSite, tmp_path: Path) -> dict[str, str]:
+    """A person's environment: a home with the centre's line in known_hosts, and the deployment."""
+    (tmp_path / "home" / ".ssh").mkdir(parents=True, mode=0o700)
+    shutil.copy(site.login.known_hosts, tmp_path / "home" / ".ssh" / "known_hosts")
+    site.authentik.set_lifetimes(token=30 * 86400.0)
+    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    return {**kept, "HOME": str(tmp_path / "home"), "DAGSTER_DEPLOYMENT": "production_supercomputer"}
+
+
+@pytest.fixture
+def clone(site: SimulatedSite, tmp_path: Path) -> Path:
+    """A fresh clone, and in it nothing but the document's file, its values filled in."""
+    folder = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+    text, values = DOCUMENT, site.environment()
+    for name in FILLED_IN:
+        text = re.sub(rf"^{name}=\S+", f"{name}={values[name]}", text, flags=re.MULTILINE)
+    text = re.sub(r"^ASC_OIDC_APP_PASSWORD=\S+", "ASC_OIDC_APP_PASSWORD=", text, flags=re.MULTILINE)
+    file = folder / "envs" / ".env.musica"
+    file.touch(mode=0o600)
+    file.write_text(text)
+    return folder
+
+
+@pytest.fixture
+def dagster_dev(clone: Path, variables: dict[str, str], tmp_path: Path) -> Iterator[DagsterDev]:
+    server = DagsterDev(clone, {**variables, "PYTHONPATH": str(clone), "DATA_ROOT": ""})
+    yield server
+    server.stop()
+
+
+def run_script(clone: Path, variables: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        cwd=clone,
+        env={**variables, "PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+
+
+def test_materialize_all_from_the_ui(
+    clone: Path, variables: dict[str, str], dagster_dev: DagsterDev, site: SimulatedSite, tmp_path: Path
+) -> None:
+    deployed = run_script(clone, variables, "scripts/deploy_environment.py")
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    assert (tmp_path / "home" / ".config" / "dagster-slurm" / "musica-auth.env").stat().st_mode & 0o777 == 0o600
+    dagster_dev.start()
+    with open_ui(dagster_dev.url) as page:
+        page.goto("/asset-groups")
+        page.get_by_text("Materialize all").click()
+        page.get_by_role("button", name="All", exact=True).click()
+        page.get_by_role("button", name="Launch backfill").click()
+        page.get_by_text("Created backfill").wait_for()
+        wait_for(lambda: backfill(dagster_dev) not in ("REQUESTED", "COMPLETING"), 900, "the backfill has ended")
+        assert backfill(dagster_dev) == "COMPLETED_SUCCESS"
+        page.goto("/asset-groups?groups=flight_delays")
+        take(page, "materialized-on-the-supercomputer.png", tmp_path)
+    runs = site.run_on_login(CERTIFICATE_USER, "ls -d dagster-slurm/runs/*/").stdout.split()
+    keys = [run.strip("/").rpartition("/")[2] for run in runs if "dagster-slurm/runs/" in run]
+    jobs = site.sacct(
+        "-XnP", "--starttime=now-1days", f"--name={','.join(keys)}", "--format=JobName,Partition,QOS,State,NNodes"
+    ).splitlines()
+    ran = {name.partition("-")[0]: row for name, *row in (line.split("|") for line in jobs)}
+    gpu = ["zen4_0768_h100x4", "zen4_0768_h100x4", "COMPLETED", "2"]
+    cpu = ["zen4_0768", "zen4_0768", "COMPLETED", "1"]
+    assert ran == {"flights": cpu, "delay_features": cpu, "delay_sweep": gpu, "delay_model": cpu}
+    assert len(jobs) == len(keys) == 4
+    assert len(dagster_dev.materializations("flights")) == 12
+
+
+def backfill(server: DagsterDev) -> str:
+    """The status of the newest."""
+    (newest,) = server.ask(BACKFILL)["partitionBackfillsOrError"]["results"]
+    return str(newest["status"])

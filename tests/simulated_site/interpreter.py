@@ -1,0 +1,48 @@
+"""The Python environment that every user of the site can run: this project's own, lent read-only to its machines."""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+from .host import run_on_host
+from .layout import Layout
+
+
+def interpreter(layout: Layout) -> Path:
+    """Path of the interpreter, as the site's machines for users see it."""
+    return layout.state / "python" / "bin" / "python3"
+
+
+def make(layout: Layout) -> None:
+    """Make a virtual environment around two empty folders, over which the machines mount what they are lent."""
+    folder = layout.state / "python"
+    base, packages = _places(layout)
+    for path in (folder / "bin", base, packages):
+        path.mkdir(parents=True, exist_ok=True)
+    (folder / "pyvenv.cfg").write_text(f"home = {base}/bin\n", encoding="utf-8")
+    interpreter(layout).symlink_to(base / "bin" / _name())
+    if sysconfig.get_config_var("Py_ENABLE_SHARED"):
+        _make_library_known(layout, base)
+
+
+def mounts(layout: Layout) -> list[str]:
+    """What is lent and where, in pairs: the interpreter's installation and the packages of this environment."""
+    base, packages = _places(layout)
+    return [sys.base_prefix, str(base), sysconfig.get_path("purelib"), str(packages)]
+
+
+def _make_library_known(layout: Layout, base: Path) -> None:
+    """Enter libpython's new place into the machines' cache of the loader: it may only look where users cannot."""
+    etc = layout.machine_etc
+    (etc / "ld.so.conf.d" / "00-python.conf").write_text(f"{base}/lib\n", encoding="utf-8")
+    script = f'mount --bind "$1" "$2" && mount --bind {etc} /etc && ldconfig'
+    run_on_host("unshare", "--mount", "sh", "-c", script, "sh", sys.base_prefix, str(base))
+
+
+def _name() -> str:
+    return f"python{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _places(layout: Layout) -> tuple[Path, Path]:
+    folder = layout.state / "python"
+    return folder / "base", folder / "lib" / _name() / "site-packages"
