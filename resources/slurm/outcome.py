@@ -46,6 +46,8 @@ def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
     """
     if end.state in CAUSES:
         cause = f"{CAUSES[end.state]} (Slurm: {end.state}){_advice(end.state, request)}"
+        if end.state == "NODE_FAIL" and end.cause:
+            cause += f"; {end.cause}"  # that may tell which one
         return Outcome(cause, again=end.state in MACHINES_DOING)
     if end.code is None:
         told = f"Slurm says {end.state} {end.exit}" if end.state else "Slurm does not know it any more"

@@ -13,6 +13,7 @@ from tests.simulated_site.faults import Fault
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 BY_SLURM = "a node failed (Slurm: NODE_FAIL)"
 BY_RAY = "Ray: lost the node n4002: "
+"""Alone, or after Slurm's word if Slurm declares the node lost before the rest of the job has ended."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def test_while_ray_starts(kind: str, site: SimulatedSite, tmp_path: Path) -> Non
     with make_fault(site, kind, "n4002"):
         site.wait_for_job(int(begun.read_text()), "NODE_FAIL", timeout=90)
         nothing_is_left(site, "n4001")
-    assert another_try_succeeds(site, run) == BY_SLURM
+    assert another_try_succeeds(site, run).startswith(BY_SLURM)
 
 
 WATCHFUL = "export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=1000"
@@ -68,4 +69,4 @@ def test_in_mid_run(name: str, site: SimulatedSite, tmp_path: Path) -> None:
         site.wait_for_job(job, "FAILED", "NODE_FAIL", timeout=90)
         nothing_is_left(site, *(set(NODES) - {node}))
     cause = another_try_succeeds(site, run)
-    assert any(cause.startswith(known) for known in causes), cause
+    assert any(known in cause for known in causes), cause

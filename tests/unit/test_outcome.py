@@ -1,0 +1,69 @@
+"""What a job's end means: whether it went well, why not, and whether another try can help."""
+
+import pytest
+
+from resources.slurm import SlurmRequest
+from resources.slurm.gateway import JobEnd
+from resources.slurm.outcome import TRY_AGAIN, Outcome, judge
+
+REQUEST = SlurmRequest(mem="8G", time_limit="01:00:00")
+LOST = "Ray: lost the node n4002: health check failed"
+
+
+@pytest.mark.parametrize(
+    ("job", "outcome"),
+    [
+        (JobEnd(0, "COMPLETED"), None),
+        (JobEnd(0, ""), None),  # Slurm has forgotten it; its own word stands
+        (JobEnd(7, "FAILED"), None),  # its exit code tells
+        (JobEnd(None, "NODE_FAIL"), Outcome("a node failed (Slurm: NODE_FAIL)", again=True)),
+        (JobEnd(None, "NODE_FAIL", cause=LOST), Outcome(f"a node failed (Slurm: NODE_FAIL); {LOST}", again=True)),
+        (JobEnd(TRY_AGAIN, "FAILED", cause=LOST), Outcome(LOST, again=True)),
+        (
+            JobEnd(TRY_AGAIN, "FAILED"),
+            Outcome("it asks for another try (exit code 75): its stderr says why", again=True),
+        ),
+        (JobEnd(1, "FAILED", cause="Ray on n4001: there is no python3"), Outcome("Ray on n4001: there is no python3")),
+        (JobEnd(None, "BOOT_FAIL"), Outcome("a node did not start (Slurm: BOOT_FAIL)", again=True)),
+        (
+            JobEnd(None, "PREEMPTED", cause=LOST),
+            Outcome("it was preempted by another job (Slurm: PREEMPTED)", again=True),
+        ),
+        (
+            JobEnd(None, "FAILED", exit="0:9"),
+            Outcome("it left no word of its end, and Slurm says FAILED 0:9: look at its stderr and at the node"),
+        ),
+        (
+            JobEnd(None, ""),
+            Outcome(
+                "it left no word of its end, and Slurm does not know it any more: look at its stderr and at the node"
+            ),
+        ),
+        (
+            JobEnd(0, "FAILED", exit="1:0"),
+            Outcome("its script ended with 0, but Slurm says FAILED 1:0"),
+        ),
+        (
+            JobEnd(0, "COMPLETED", short={"messages.jsonl": 10}),
+            Outcome("its Pipes messages did not arrive in full: the file system lost some, or is very slow"),
+        ),
+    ],
+)
+def test_an_end_is_judged(job: JobEnd, outcome: Outcome | None) -> None:
+    assert judge(job, REQUEST) == outcome
+
+
+@pytest.mark.parametrize(
+    ("state", "request_", "advice"),
+    [
+        ("TIMEOUT", REQUEST, "time_limit='02:00:00'"),
+        ("OUT_OF_MEMORY", REQUEST, "mem='12G'"),
+        ("OUT_OF_MEMORY", SlurmRequest(mem_per_cpu="2G"), "mem_per_cpu='3G'"),
+        ("OUT_OF_MEMORY", SlurmRequest(), "mem='32G'"),
+    ],
+)
+def test_the_advice_is_to_ask_for_more(state: str, request_: SlurmRequest, advice: str) -> None:
+    outcome = judge(JobEnd(None, state), request_)
+    assert outcome
+    assert not outcome.again
+    assert advice in outcome.cause
