@@ -144,13 +144,14 @@ def test_slurms_word_alone_is_not_believed_at_once(meanwhile: str, say: Say, tmp
 @pytest.mark.parametrize(
     ("sacct", "ran", "expected"),
     [
-        # What was asked before the end is asked again at once, also after a job too short for any patience.
+        # What was asked before the end is asked again.
         (
             "[ -e asked ] && echo '17|COMPLETED|1' || { touch asked; echo '17|RUNNING|'; }",
-            1,
+            1000,
             [["17", "COMPLETED", "1"]],
         ),
-        ("echo '17|COMPLETED|1'; echo '17.0|RUNNING|'", 0, []),
+        ("echo '17|COMPLETED|1'; echo '17.0|RUNNING|'", 1, []),
+        ("sleep 2; echo '17|COMPLETED|1'", 1, []),  # a short job is not held up
         ("exit 1", 1000, []),
     ],
 )

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 
 HERE = "environment.json"
 
@@ -57,6 +56,8 @@ def locked(folder):
 
 
 def remove_tree(path):
+    import shutil  # loading it takes longer than most runs have a use for it
+
     for folder, _, _ in os.walk(path):
         os.chmod(folder, 0o700)
     shutil.rmtree(path)

@@ -1,13 +1,12 @@
 """Making environments: packages from wheels, and own code over them."""
 
-import base64
+import binascii
 import hashlib
 import json
 import os
-import shutil
 import time
 
-from .files import HERE, Refused, locked, making, store, tell, touch
+from .files import HERE, Refused, locked, making, remove_tree, store, tell, touch
 from .interpreters import choose, dotted, in_setup, run, skeleton
 
 FORMAT = 1  # part of every name: a new way of making environments makes new ones
@@ -80,7 +79,7 @@ def install(ask, content):
         tell(progress="compiling")
         compiler = (python, "-I", "-m", "compileall", "-q", "-j", str(COMPILERS), library)
         in_setup(ask, 'exec "$@"', *compiler)  # it fails where a file is only a template for one
-        shutil.rmtree(os.path.join(new, "bin"))  # its commands name this folder; programs are started by `python -m`
+        remove_tree(os.path.join(new, "bin"))  # its commands name this folder; programs are started by `python -m`
         os.unlink(os.path.join(new, "pyvenv.cfg"))
         store(os.path.join(new, "packages.json"), sorted(ask["wheels"]))
 
@@ -112,7 +111,7 @@ def assemble(ask, content, new):
         path = os.path.join(new, "workloads", name)
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         with open(path, "wb") as file:
-            file.write(base64.b64decode(text))
+            file.write(binascii.a2b_base64(text))
     store(os.path.join(new, HERE), dict(content, made=time.time()))
 
 

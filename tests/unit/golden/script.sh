@@ -18,8 +18,7 @@
 umask 077
 
 # One job a run: the first to make this link is the run's job, any other steps back. Slurm may run the same job again.
-ln -s "$SLURM_JOB_ID" job 2>/dev/null
-[ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
+ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
 
 # The run's own record: a line at the start, a line at the end. A code of null: cut short, and Slurm knows why.
 code=null
@@ -31,7 +30,7 @@ finish() {
 '     "$code" "$SLURM_JOB_ID" "$(date +%s.%N)" "${sizes[@]}" >>events
 }
 trap finish EXIT
-touch messages.jsonl
+: >>messages.jsonl
 printf '{"started": "%s", "time": %s}\n' "$HOSTNAME" "$(date +%s.%N)" >>events
 
 export PYTHON=/environment/bin/python

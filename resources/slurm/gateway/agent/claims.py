@@ -6,11 +6,10 @@ A claim is a lock on a file beside the runs, held by an agent and gone with it.
 import fcntl
 import json
 import os
-import shutil
 import threading
 import time
 
-from .files import read
+from .files import read, remove_tree
 from .runs import DAY, checked, has, latest
 
 LOOK = 0.5  # seconds between looks whether this client's earlier agent has left
@@ -92,11 +91,11 @@ def clean(ask, _):
         path = os.path.join(folder, name)
         if name.endswith((".new", ".old")):
             if time.time() - os.stat(path).st_mtime > DAY:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_tree(path)
         elif has(path, "succeeded"):
             if time.time() - os.stat(os.path.join(path, "succeeded")).st_mtime > ask["days"] * DAY:
                 os.rename(path, path + ".old")
-                shutil.rmtree(path + ".old", ignore_errors=True)
+                remove_tree(path + ".old")
                 cleaned.append(name)
     left = {name.rpartition("-")[0] for name in os.listdir(folder)} if names else ()
     for name in names:

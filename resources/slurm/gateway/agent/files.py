@@ -45,6 +45,13 @@ def write(path, data):
         raise
 
 
+def remove_tree(path):
+    """Remove a folder, or as much of it as can be."""
+    import shutil  # loading it takes longer than most runs have a use for it
+
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def hash_of(path):
     found = hashlib.sha256()
     with open(path, "rb") as file:

@@ -12,16 +12,15 @@ KEY/            0700; its name is the submission key, and the job's name
   succeeded, failed    what the client thought of it
 """
 
-import base64
+import binascii
 import errno
 import hashlib
 import json
 import os
 import re
-import shutil
 import time
 
-from .files import Failure, read, unique, write
+from .files import Failure, read, remove_tree, unique, write
 from .slurm import FORGOTTEN, QUEUE, verdict
 
 STREAMS = ("messages.jsonl", "stdout", "stderr")
@@ -64,7 +63,7 @@ def lay_out(run, files):
             os.makedirs(os.path.dirname(os.path.join(new, name)), 0o700, exist_ok=True)
             write(
                 os.path.join(new, name),
-                base64.b64decode(content["base64"]) if isinstance(content, dict) else content.encode(),
+                binascii.a2b_base64(content["base64"]) if isinstance(content, dict) else content.encode(),
             )
         write(os.path.join(new, "digest"), digest(files))
         os.rename(new, run)
@@ -72,7 +71,8 @@ def lay_out(run, files):
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if os.path.isdir(new):
+            remove_tree(new)
 
 
 def digest(files):

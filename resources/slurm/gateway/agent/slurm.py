@@ -1,10 +1,9 @@
 """Slurm's commands: asked in an environment that changes nothing, and what their answers mean."""
 
 import fcntl
-import getpass
 import json
 import os
-import random
+import pwd
 import re
 import subprocess
 import threading
@@ -33,6 +32,11 @@ def environment():
         kept["SLURM_CONF"] = os.environ["SLURM_CONF"]
     kept["SLURM_TIME_FORMAT"] = "%s"
     return kept
+
+
+def user():
+    """The user's name."""
+    return pwd.getpwuid(os.getuid()).pw_name
 
 
 def call(*command, patience=COMMAND_PATIENCE, stdin=b""):
@@ -67,10 +71,10 @@ def rows_of(*command, patience=COMMAND_PATIENCE):
 
 def look_up(key, since):
     """The job of that name, also where its submitter never heard of it. `since`: when it may have been submitted."""
-    rows = rows_of("squeue", "-h", "-t", "all", "-u", getpass.getuser(), "-n", key, "-o", "%i|%j")
+    rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-n", key, "-o", "%i|%j")
     if not rows:
         day = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - 120))
-        fields = ("-X", "-n", "-P", "-u", getpass.getuser(), "--name", key, "-S", day, "-o", "JobID,JobName")
+        fields = ("-X", "-n", "-P", "-u", user(), "--name", key, "-S", day, "-o", "JobID,JobName")
         try:
             rows = rows_of("sacct", *fields)
         except Failure:
@@ -117,31 +121,32 @@ class Ledger:
     """What sacct has of a job and its steps, a row each; it takes its time, and is asked beside other work."""
 
     def __init__(self, job, fields):
-        self.job, self.fields, self.rows = job, fields, []
+        self.command = ("sacct", "-n", "-P", "-j", job, "-o", fields)
+        self.begin()
+
+    def begin(self):
+        self.rows = None
         self.asking = threading.Thread(target=self.ask, daemon=True)
         self.asking.start()
 
     def ask(self):
-        """The rows; none where sacct does not answer."""
         try:
-            self.rows = rows_of("sacct", "-n", "-P", "-j", self.job, "-o", self.fields, patience=ACCOUNTING_PATIENCE)
-        except Failure:
-            self.rows = None
+            self.rows = rows_of(*self.command, patience=ACCOUNTING_PATIENCE)
+        except Failure:  # it does without
+            pass
 
     def settled(self, ran):
-        """The rows once none of them is under way; it lags, and gets some time, the more the longer a job ran."""
-        self.asking.join()
+        """The rows once none of them is under way; none if that takes over 5 % of the time for which the job ran."""
         until, pause = time.time() + min(0.05 * ran, 5), 0.0  # what was asked before the end is asked again at once
-        while self.rows is not None:
-            going = any(row[1] in ("PENDING", "RUNNING", "COMPLETING") for row in self.rows)
-            if self.rows and not going:
+        while True:
+            self.asking.join(max(until - time.time(), 0))
+            if self.asking.is_alive() or self.rows is None:
+                return []
+            if self.rows and not any(row[1] in ("PENDING", "RUNNING", "COMPLETING") for row in self.rows):
                 return self.rows
-            if time.time() > until:
-                break
             time.sleep(pause)
             pause = 0.3
-            self.ask()
-        return []
+            self.begin()
 
 
 class Queue:
@@ -168,7 +173,7 @@ class Queue:
                 view["asked"] = time.time()
                 view["calls"] += 1
                 try:
-                    rows = rows_of("squeue", "-h", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r|%S|%j")
+                    rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-o", "%i|%T|%r|%S|%j")
                     view.update(at=view["asked"], jobs={row[0]: row[1:] for row in rows}, trouble=None)
                 except Failure as failure:
                     view["trouble"] = str(failure)  # the old view stays, with its age
@@ -183,7 +188,7 @@ class Queue:
                 due = SQUEUE_EVERY - (time.time() - max(self.view["at"], self.view["asked"]))
             except (Failure, OSError, ValueError) as error:
                 self.view, due = dict(self.view, trouble=str(error)), SQUEUE_EVERY
-            time.sleep(max(due, 0) + random.uniform(0.2, 2))
+            time.sleep(max(due, 0) + 0.2 + os.urandom(1)[0] / 142)  # not all agents at once, 0.2 to 2 s late
 
     def row(self, job, key):
         """State, reason and expected start of a job, as last seen; None if it was not seen."""

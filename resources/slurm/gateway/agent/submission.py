@@ -1,7 +1,6 @@
 """One job for each run: submitting, looking behind a submission that got no answer, cancelling."""
 
 import fcntl
-import getpass
 import os
 import re
 import subprocess
@@ -9,7 +8,7 @@ import time
 
 from .files import Failure, read
 from .runs import digest, has, job_of, lay_out, locate, mark, quietly_conclude, settle
-from .slurm import COMMAND_PATIENCE, ask_slurm, environment, look_up
+from .slurm import COMMAND_PATIENCE, ask_slurm, environment, look_up, user
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
 SBATCH_PATIENCE = 120.0
@@ -137,7 +136,7 @@ def cancel(ask, _):
         return {"job": None, "end": None}
     end, until = quietly_conclude(run, job), time.time() + COMMAND_PATIENCE
     if not end:
-        ask_slurm("scancel", "--user", getpass.getuser(), "--name", key)
+        ask_slurm("scancel", "--user", user(), "--name", key)
     while not end and time.time() < until:
         time.sleep(CANCEL_LOOK)
         end = quietly_conclude(run, job)
