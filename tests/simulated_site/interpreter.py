@@ -1,5 +1,10 @@
-"""The Python environment that every user of the site can run: this project's own, lent read-only to its machines."""
+"""The Python environment that every user of the site can run: this project's own, lent read-only to its machines.
 
+Its byte code is made here, as in an environment on a real site: nobody can write it there, and each process of Ray
+would spend seconds on it.
+"""
+
+import compileall
 import sys
 import sysconfig
 from pathlib import Path
@@ -17,6 +22,7 @@ def make(layout: Layout) -> None:
     """Make a virtual environment around two empty folders, over which the machines mount what they are lent."""
     folder = layout.state / "python"
     base, packages = _places(layout)
+    _compile(Path(sysconfig.get_path("purelib")))
     for path in (folder / "bin", base, packages):
         path.mkdir(parents=True, exist_ok=True)
     (folder / "pyvenv.cfg").write_text(f"home = {base}/bin\n", encoding="utf-8")
@@ -29,6 +35,14 @@ def mounts(layout: Layout) -> list[str]:
     """What is lent and where, in pairs: the interpreter's installation and the packages of this environment."""
     base, packages = _places(layout)
     return [sys.base_prefix, str(base), sysconfig.get_path("purelib"), str(packages)]
+
+
+def _compile(packages: Path) -> None:
+    """Make the byte code of all packages, unless that was done since the last one came."""
+    done = packages / ".compiled"
+    if not done.exists() or done.stat().st_mtime < packages.stat().st_mtime:
+        compileall.compile_dir(packages, quiet=2, workers=0)  # it fails where a file is only a template for one
+        done.touch()
 
 
 def _make_library_known(layout: Layout, base: Path) -> None:
