@@ -5,7 +5,7 @@ import time
 
 from .files import CHUNK, Failure
 from .runs import STREAMS, conclude, job_of, locate, quietly_conclude, words_of
-from .slurm import COMMAND_PATIENCE, OVER, QUEUE, SQUEUE_EVERY, Ledger
+from .slurm import COMMAND_PATIENCE, OVER, QUEUE, SQUEUE_EVERY, account
 from .submission import UNDER_WAY
 
 LAG = 15.0  # seconds for which a job's own words are waited for when Slurm says that it is over
@@ -23,7 +23,6 @@ class Follower:
         self.pause = 0.03
         self.told = None
         self.end, self.end_seen = None, 0.0
-        self.ledger = None
 
     def follow(self):
         QUEUE.wanted.set()
@@ -80,8 +79,6 @@ class Follower:
     def ask_for_end(self, job, word):
         """When the job has told its end, at once; where it was cut short, or is gone without a word, a little later."""
         since, row = time.time() - self.asked, QUEUE.row(job, self.key)
-        if not word:  # nothing of an earlier life counts
-            self.ledger = None
         told = word and word["code"] is not None and since > self.pause
         cut_short = word and since > min(max(1, time.time() - self.moved), SQUEUE_EVERY)
         gone = since > SQUEUE_EVERY and QUEUE.view["at"] > self.begun + 5 and (not row or row[0] in OVER)
@@ -90,7 +87,6 @@ class Follower:
         self.asked = time.time()
         if told:
             self.pause = min(1.5 * self.pause, 5)
-            self.ledger = self.ledger or Ledger(job, self.fields)
         try:
             self.end = conclude(self.run, job)
         except Failure as failure:
@@ -108,7 +104,7 @@ class Follower:
             self.end, self.end_seen = None, 0.0
             return None
         start, end = self.end["times"][1:]
-        rows = (self.ledger or Ledger(job, self.fields)).settled(end - start) if start and end else []
+        rows = account(job, self.fields, end - start) if start and end else []
         return {"job": job, "end": dict(word or {}, **self.end), "short": short, "rows": rows}
 
 

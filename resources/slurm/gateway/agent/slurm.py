@@ -14,7 +14,7 @@ from .files import Failure, read, write
 FIELD = re.compile(r"(\w+)=(\S*)")
 SQUEUE_EVERY = 15.0
 COMMAND_PATIENCE = 60.0
-ACCOUNTING_PATIENCE = 3.0
+ACCOUNTING_TAKES = 0.1  # seconds: sacct asks a database
 FORGOTTEN = 240.0  # seconds after which squeue alone proves nothing: it forgets ended jobs after MinJobAge (300)
 OVER = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
@@ -117,36 +117,22 @@ def over(row):
     return {"state": state, "exit": row[1], "times": times} if state in OVER else None
 
 
-class Ledger:
-    """What sacct has of a job and its steps, a row each; it takes its time, and is asked beside other work."""
+def account(job, fields, ran):
+    """What sacct has of a job that is over and of its steps, a row each, once none of them is under way there.
 
-    def __init__(self, job, fields):
-        self.command = ("sacct", "-n", "-P", "-j", job, "-o", fields)
-        self.begin()
-
-    def begin(self):
-        self.rows = None
-        self.asking = threading.Thread(target=self.ask, daemon=True)
-        self.asking.start()
-
-    def ask(self):
+    Nothing if that takes over 5 % of the time for which the job ran: it lags, and a short job is not to wait for it.
+    """
+    until, pause = time.time() + min(0.05 * ran, 5), 0.05
+    while until - time.time() > ACCOUNTING_TAKES:
         try:
-            self.rows = rows_of(*self.command, patience=ACCOUNTING_PATIENCE)
+            rows = rows_of("sacct", "-n", "-P", "-j", job, "-o", fields, patience=until - time.time())
         except Failure:  # it does without
-            pass
-
-    def settled(self, ran):
-        """The rows once none of them is under way; none if that takes over 5 % of the time for which the job ran."""
-        until, pause = time.time() + min(0.05 * ran, 5), 0.0  # what was asked before the end is asked again at once
-        while True:
-            self.asking.join(max(until - time.time(), 0))
-            if self.asking.is_alive() or self.rows is None:
-                return []
-            if self.rows and not any(row[1] in ("PENDING", "RUNNING", "COMPLETING") for row in self.rows):
-                return self.rows
-            time.sleep(pause)
-            pause = 0.3
-            self.begin()
+            break
+        if rows and not any(row[1] in ("PENDING", "RUNNING", "COMPLETING") for row in rows):
+            return rows
+        time.sleep(pause)
+        pause *= 2
+    return []
 
 
 class Queue:
