@@ -2,10 +2,11 @@
 
     .venv/bin/python -m benchmarks.slurm [--runs 10]
 
-As root. Each pair is measured in turns in one run, from a random moment between Slurm's own ticks, once directly and
-once with 25 ms on the way in each direction. The floor logs in by the same SSH library, submits the same sleep, and
-waits for a file of it. Slurm starts a job after 0.1 to 1 s, by its own ticks: that is taken out of each, and the median
-of all put back into all before they are compared. What counts are the ratios; docs/performance.md has a table of them.
+As root. All are measured in turns in one run, from a random moment between Slurm's own ticks, once directly and once
+with 25 ms on the way in each direction. The floor logs in, submits the same sleep, and waits for a file of it: by the
+same SSH library, and by ssh(1). Slurm starts a job after 0.1 to 1 s, by its own ticks: that is taken out of each, and
+the median of all put back into all before they are compared. What counts are the ratios; docs/performance.md has a
+table of them.
 """
 
 import argparse
@@ -70,10 +71,11 @@ class Times:
 
 @dataclass(frozen=True)
 class _Ways:
-    """Ours, the bare one, and seconds that Dagster takes for an asset that does nothing but tell as much."""
+    """Ours, the floor by two means, and seconds that Dagster takes for an asset that does nothing but tell as much."""
 
     ours: list[Times] = field(default_factory=list)
     floor: list[Times] = field(default_factory=list)
+    by_ssh: list[Times] = field(default_factory=list)
     events: list[float] = field(default_factory=list)
 
 
@@ -111,6 +113,7 @@ def _measure_overhead(site: SimulatedSite, settings: Settings, home: Path, runs:
     (home / "workload").mkdir()
     workload = home / "workload" / "sleep.py"
     workload.write_text(WORKLOAD)
+    ssh = site.login_command()
     measured = {}
     with dg.DagsterInstance.ephemeral() as instance:
         _materialize(site, instance, workload)  # imports and caches are warm
@@ -121,21 +124,29 @@ def _measure_overhead(site: SimulatedSite, settings: Settings, home: Path, runs:
                     _pause()
                     ways.ours.append(_materialize(site, instance, workload))
                     _pause()
-                    ways.floor.append(_run_bare(settings))
+                    ways.floor.append(_run_bare(lambda command: _by_library(settings, command)))
+                    _pause()
+                    ways.by_ssh.append(_run_bare(lambda command: _by_ssh(ssh, command)))
                     _pause()
                     ways.events.append(_seconds(lambda: _materialize_nothing(instance)))
-    slurm = statistics.median(each.slurm for ways in measured.values() for each in (*ways.ours, *ways.floor))
-    table = Table("", "ours", "floor", "ratio", "of both: Slurm's start", "of ours: Dagster's events", "our own part")
+    every = [times for ways in measured.values() for times in (*ways.ours, *ways.floor, *ways.by_ssh)]
+    slurm = statistics.median(each.slurm for each in every)
+    table = Table(
+        "", "ours", "floor", "ratio", "floor by ssh", "ratio", "Slurm's start", "Dagster's events", "our own part"
+    )
     for name, ways in measured.items():
         events = statistics.median(ways.events)
-        own = statistics.median(each.overhead - each.slurm for each in ways.ours) - events
-        bare = statistics.median(each.overhead - each.slurm for each in ways.floor)
+        ours, floor, by_ssh = (_without_start(times) + slurm for times in (ways.ours, ways.floor, ways.by_ssh))
         told = statistics.median(each.told for each in ways.ours)
-        mine, floor = slurm + events + own, slurm + bare
-        seconds = [f"{value:.2f} s" for value in (mine, floor, slurm, events, own)]
-        table.add_row(name, *seconds[:2], f"{mine / floor:.2f}", *seconds[2:])
+        seconds = [f"{value:.2f} s" for value in (slurm, events, ours - slurm - events)]
+        against = [text for value in (floor, by_ssh) for text in (f"{value:.2f} s", f"{ours / value:.2f}")]
+        table.add_row(name, f"{ours:.2f} s", *against, *seconds)
         CONSOLE.print(f"{name}, {runs} runs of each: Dagster knows of the end {told:.2f} s after it (median)")
     CONSOLE.print(table)
+
+
+def _without_start(times: list[Times]) -> float:
+    return statistics.median(each.overhead - each.slurm for each in times)
 
 
 def _pause() -> None:
@@ -175,17 +186,25 @@ def _materialize_nothing(instance: dg.DagsterInstance) -> None:
     dg.materialize([nothing], resources=build_resources(), instance=instance)
 
 
-def _run_bare(settings: Settings) -> Times:
-    """Log in, submit a sleep, wait for its file: what a person's script of three lines would do."""
+def _run_bare(run: Callable[[str], str]) -> Times:
+    """Submit a sleep and wait for its file, by one command on the login node: a person's script of three lines."""
     name = f"floor-{random.randrange(1 << 40)}"  # noqa: S311 - a name
     script = f"#!/bin/sh\ndate +%s.%N >{name}-begun\nsleep {WORK_SECONDS}\ntouch {name}\n"
     submit = f"sbatch --parsable -p zen4_0768 --qos=dev_zen4_0768 -t 5 -o /dev/null <<'E'\n{script}E"
     wait = f"until [ -e {name} ]; do sleep 0.05; done"
     command = f"submitted=$(date +%s.%N); {submit}\n{wait}; echo $submitted $(cat {name}-begun); rm {name}*"
     begun = time.perf_counter()
-    with connect(settings, ensure_certificate) as connection:
-        *_, submitted, started = connection.run(command, hide=True).stdout.split()  # profiles and sbatch print, too
+    *_, submitted, started = run(command).split()  # profiles and sbatch print, too
     return Times(time.perf_counter() - begun - WORK_SECONDS, float(started) - float(submitted))
+
+
+def _by_library(settings: Settings, command: str) -> str:
+    with connect(settings, ensure_certificate) as connection:
+        return str(connection.run(command, hide=True).stdout)
+
+
+def _by_ssh(ssh: list[str], command: str) -> str:
+    return subprocess.run([*ssh, command], capture_output=True, text=True, check=True).stdout
 
 
 # A lot of output

@@ -22,14 +22,15 @@ ln -s "$$SLURM_JOB_ID" job 2>/dev/null || [ "$$(readlink job)" = "$$SLURM_JOB_ID
 code=null
 # shellcheck disable=SC2317  # the trap calls it
 finish() {
-  local sizes
+  local sizes now=$${EPOCHREALTIME:-$$(date +%s.%N)}
   mapfile -t sizes < <(stat -c %s messages.jsonl stdout stderr)
-  printf '{"code": %s, "job": "%s", "time": %s, "sizes": {"messages.jsonl": %s, "stdout": %s, "stderr": %s}}\n' \
-    "$$code" "$$SLURM_JOB_ID" "$$(date +%s.%N)" "$${sizes[@]}" >>events
+  printf '{"code": %s, "job": "%s", "time": %s, "sizes": {"messages.jsonl": %s, "stdout": %s, "stderr": %s}}\\n' \\
+    "$$code" "$$SLURM_JOB_ID" "$${now/,/.}" "$${sizes[@]}" >>events
 }
 trap finish EXIT
 : >>messages.jsonl
-printf '{"started": "%s", "time": %s}\\n' "$$HOSTNAME" "$$(date +%s.%N)" >>events
+now=$${EPOCHREALTIME:-$$(date +%s.%N)} # with the locale's decimal point
+printf '{"started": "%s", "time": %s}\\n' "$$HOSTNAME" "$${now/,/.}" >>events
 
 $environment
 

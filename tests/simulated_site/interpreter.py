@@ -25,7 +25,8 @@ def make(layout: Layout) -> None:
     _compile(Path(sysconfig.get_path("purelib")))
     for path in (folder / "bin", base, packages):
         path.mkdir(parents=True, exist_ok=True)
-    (folder / "pyvenv.cfg").write_text(f"home = {base}/bin\n", encoding="utf-8")
+    text = f"home = {base}/bin\ninclude-system-site-packages = false\n"
+    (folder / "pyvenv.cfg").write_text(text, encoding="utf-8")
     interpreter(layout).symlink_to(base / "bin" / _name())
     if sysconfig.get_config_var("Py_ENABLE_SHARED"):
         _make_library_known(layout, base)

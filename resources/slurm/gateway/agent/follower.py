@@ -20,7 +20,7 @@ class Follower:
         self.at = {name: ask["offsets"][name] for name in STREAMS if name in ask["offsets"]}
         self.fields = ask["fields"]
         self.begun = self.moved = self.asked = time.time()
-        self.pause = 0.03
+        self.pause = 0.015
         self.told = None
         self.end, self.end_seen = None, 0.0
 
@@ -44,8 +44,8 @@ class Follower:
                 if answer:
                     return answer
             if max(sent or [0]) < MOST_CHUNKS:
-                # 3 % of the silence: 0.02 s while things happen, 1 s for a job that works quietly
-                time.sleep(min(max(0.03 * (time.time() - self.moved), 0.02), 1))
+                # 2 % of the silence: 0.02 s while things happen, 1 s for a job that works quietly
+                time.sleep(min(max(0.02 * (time.time() - self.moved), 0.02), 1))
 
     def pump(self, name):
         """Send what a file has beyond its offset; the number of chunks."""
