@@ -112,3 +112,11 @@ node.kill_descendants()
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
     pid = int((tmp_path / "pid").read_text())
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the daemon is gone", 10)
+
+
+def test_ray_start_does_not_load_what_the_other_commands_need() -> None:
+    look = "import start, sys; print('start' in start.import_command_line().cli.commands, 'pandas' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", look], env={"PYTHONPATH": str(JOB)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True False\n"

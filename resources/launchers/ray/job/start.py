@@ -12,6 +12,18 @@ from typing import Any
 
 from job_cluster import CALL_SECONDS, POLL_SECONDS, await_head, end_with_parent, read_settings
 
+OTHER_COMMANDS = ("ray.dashboard.modules.job.cli", "ray.serve.scripts", "ray.util.state.state_cli")
+"""Parts of Ray's command line that it can do without, and whose import takes longer than that of all the rest."""
+
+
+def import_command_line() -> Any:
+    """The module of `ray start`."""
+    for name in OTHER_COMMANDS:
+        sys.modules[name] = None  # type: ignore[assignment]  # then importing it is an ImportError
+    from ray.scripts import scripts
+
+    return scripts
+
 
 def await_registration(address: str) -> None:
     """Wait until the head is a node of its own cluster: only then do others know where to join, and Ray soon gives up.
@@ -84,10 +96,9 @@ def know_agent_port() -> None:
 def main() -> None:
     """Become `ray start`."""
     end_with_parent()
-    from ray.scripts import scripts
-
+    scripts = import_command_line()
     # No Ray Client server: nobody needs it here, and its port could not be left out.
-    scripts.get_ray_client_dependency_error = lambda: ImportError("not wanted")  # type: ignore[attr-defined]
+    scripts.get_ray_client_dependency_error = lambda: ImportError("not wanted")
     know_agent_port()
     be_patient(read_settings()["startup_time_limit"])
     arguments = sys.argv[1:]
@@ -97,7 +108,7 @@ def main() -> None:
         await_registration(head.ray_address)
         arguments.append(f"--address={head.ray_address}")
     sys.argv = ["ray", "start", *arguments]
-    scripts.main()  # type: ignore[no-untyped-call]
+    scripts.main()
 
 
 if __name__ == "__main__":
