@@ -7,6 +7,7 @@ looks for WORDS in a copy and fails where one is left. What the copy gets in the
 LEFT_OUT = (
     "docs/images/asset-graph.png",
     "docs/images/delay-model.png",
+    "docs/images/sweep-on-the-supercomputer.png",
     "musica_pipelines/assets/flight_delays.py",
     "musica_pipelines/workloads/*",
     "scripts/_example.py",
@@ -65,7 +66,11 @@ TEXTS = {
     ".gitignore": (("run directories; the data of the example.", "run directories; the workloads' data."),),
     "CONTRIBUTING.md": (
         ("shellcheck), the\n  demo and the tests", "shellcheck) and\n  the tests"),
-        (" The pictures: `UPDATE_SCREENSHOTS=1 scripts/test\n  tests/local/test_ui.py`. Look", "\n  Look"),
+        (
+            " The pictures: `UPDATE_SCREENSHOTS=1 scripts/test\n  tests/local/test_ui.py`; that of the sweep: "
+            "`tests/cluster/test_production.py`. Look",
+            "\n  Look",
+        ),
     ),
     "docs/assets.md": (
         (

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect
 
 from resources.settings import ROOT
 from tests.browser import open_ui, take
@@ -94,8 +95,10 @@ def test_materialize_all_from_the_ui(
         page.get_by_text("Created backfill").wait_for()
         wait_for(lambda: backfill(dagster_dev) not in ("REQUESTED", "COMPLETING"), 900, "the backfill has ended")
         assert backfill(dagster_dev) == "COMPLETED_SUCCESS"
-        page.goto("/asset-groups?groups=flight_delays")
-        take(page, "materialized-on-the-supercomputer.png", tmp_path)
+        (sweep,) = dagster_dev.materializations("delay_sweep")
+        page.goto(f"/runs/{sweep['runId']}")
+        expect(page.get_by_text(re.compile("^job [0-9]+: RUNNING$")).first).to_be_visible()
+        take(page, "sweep-on-the-supercomputer.png", tmp_path)
     runs = site.run_on_login(CERTIFICATE_USER, "ls -d dagster-slurm/runs/*/").stdout.split()
     keys = [run.strip("/").rpartition("/")[2] for run in runs if "dagster-slurm/runs/" in run]
     jobs = site.sacct(

@@ -1,4 +1,4 @@
-"""A Ray job that is terminated in the UI of a real `dagster dev`."""
+"""A Ray job that is followed, and terminated, in the UI of a real `dagster dev`."""
 
 from pathlib import Path
 
@@ -33,7 +33,9 @@ defs = dg.Definitions(assets=[hangs], resources=build_resources())
 """
 
 
-def test_terminated_in_the_ui(on_supercomputer: dict[str, str], site: SimulatedSite, tmp_path: Path) -> None:
+def test_followed_and_terminated_in_the_ui(
+    on_supercomputer: dict[str, str], site: SimulatedSite, tmp_path: Path
+) -> None:
     (tmp_path / "workloads").mkdir()
     (tmp_path / "workloads" / "hangs.py").write_text(HANG)
     (tmp_path / "location.py").write_text(LOCATION)
@@ -42,6 +44,8 @@ def test_terminated_in_the_ui(on_supercomputer: dict[str, str], site: SimulatedS
         run = server.launch("hangs", location="probe")
         ready = site.layout.home / CERTIFICATE_USER.name / "ready"
         wait_until(ready.exists, "the workload runs", 180)
+        progress = "Ray: 2 node(s), 0 of 4 CPUs in use, 0 task(s) waiting"
+        wait_until(lambda: progress in server.messages(run), "progress of the cluster in the run's events", 120)
         server.terminate(run)
         assert server.wait(run, 90) == "CANCELED"
     assert site.job_state(int(ready.read_text())) == "CANCELLED"

@@ -170,6 +170,14 @@ class DagsterDev:
         mutation = "mutation End($id: String!) { terminateRun(runId: $id) { __typename } }"
         assert self.ask(mutation, id=run_id)["terminateRun"]["__typename"] == "TerminateRunSuccess"
 
+    def messages(self, run_id: str) -> list[str]:
+        """Of a run's events."""
+        query = """
+            query Messages($id: ID!) {
+              logsForRun(runId: $id) { ... on EventConnection { events { ... on MessageEvent { message } } } }
+            }"""
+        return [event["message"] for event in self.ask(query, id=run_id)["logsForRun"]["events"]]
+
     def materializations(self, asset: str, partition: str | None = None) -> list[dict[str, Any]]:
         """Newest first: `runId`, `partition` and whole numbers by label."""
         query = """

@@ -14,7 +14,7 @@ from typing import Any
 from job_cluster import CALL_SECONDS, await_head, end_with_parent, fail, state
 
 LOOK_SECONDS = 2
-START_SECONDS = 5
+START_SECONDS = 10
 FIRST_WORD, LAST_PAUSE = 10, 300
 """Seconds until the first word; the pause between two doubles up to the other number."""
 POLL_SECONDS = 0.5
