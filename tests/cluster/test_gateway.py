@@ -308,7 +308,7 @@ def test_a_controller_that_is_away_is_waited_for(gateway: Gateway, site: Simulat
 
 
 def test_accounting_and_states(gateway: Gateway, site: SimulatedSite) -> None:
-    run = Run("sleep 20")  # a twentieth of that is waited for the accounting
+    run = Run("sleep 30")  # a twentieth of that is waited for the accounting
     job = submit(gateway, run)
     end = follow(gateway, run)
     assert (end.state, end.exit) == ("COMPLETED", "0:0")

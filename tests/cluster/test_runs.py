@@ -42,7 +42,7 @@ def test_result_output_and_numbers(site: SimulatedSite, workloads: Path, capfd: 
         print(f"line {number}" if number % 10 else "")
     print("a word to stderr", file=sys.stderr)
     ballast = bytearray(os.urandom(64 << 20))
-    time.sleep(15)  # Slurm measures every 5 s, and a twentieth of this is waited for the accounting
+    time.sleep(30)  # Slurm measures every 5 s, and a twentieth of this is waited for the accounting
     pipes.report_asset_check("fine", passed=True)
     where = {"run": pipes.run_id, "mine": os.environ["MINE"], "node": os.uname().nodename, "word": neighbour.WORD}
     secrets = [name for name in os.environ if name.startswith("ASC_")]
@@ -67,7 +67,7 @@ def test_result_output_and_numbers(site: SimulatedSite, workloads: Path, capfd: 
     assert metadata["attach"] == (
         f"ssh -t {CERTIFICATE_USER.name}@{site.login.address} srun --jobid={job} --overlap --pty bash"
     )
-    assert 15 <= metadata["elapsed_seconds"] < 60
+    assert 30 <= metadata["elapsed_seconds"] < 90
     assert metadata["queue_seconds"] >= 0
     assert metadata["node_hours"] == pytest.approx(metadata["elapsed_seconds"] / 3600, abs=1e-6)
     assert "gpu_hours" not in metadata
