@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,9 +67,9 @@ def test_the_shell_part_of_ray_is_clean(shellcheck: str) -> None:
     assert (done.stdout, done.returncode) == ("", 0)
 
 
-def run_as_slurm_would(folder: Path, text: str) -> "subprocess.CompletedProcess[str]":
+def run_as_slurm_would(folder: Path, text: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     (folder / "job.sh").write_text(text)
-    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17", "HOME": str(folder)}
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17", "HOME": str(folder), **variables}
     for name in ("stdout", "stderr"):
         (folder / name).touch()
     return subprocess.run(
@@ -89,6 +90,23 @@ def test_the_script_runs_the_workload_and_records_its_end(tmp_path: Path) -> Non
     assert "started" in started
     assert (ended["code"], ended["job"]) == (3, "17")
     assert ended["sizes"] == {"messages.jsonl": 0, "stdout": 0, "stderr": 0}
+
+
+@pytest.mark.parametrize(
+    ("bash", "earliest"),
+    [
+        ("", time.time()),
+        ("unset EPOCHREALTIME", time.time()),  # as before bash 5
+        ("unset EPOCHREALTIME; EPOCHREALTIME=1795633537,344380", 1795633537.34438),  # where 1,5 is one and a half
+    ],
+)
+def test_the_record_has_times_with_any_bash_and_locale(bash: str, earliest: float, tmp_path: Path) -> None:
+    (tmp_path / "work load.py").touch()
+    (tmp_path / "bash").write_text(bash)
+    run_as_slurm_would(tmp_path, render(*CASES["script"]), BASH_ENV=str(tmp_path / "bash"))
+    times = [event["time"] for event in read_events(tmp_path)]
+    assert len(times) == 2
+    assert all(isinstance(each, float) and earliest <= each < earliest + 86400 for each in times)
 
 
 def test_a_workload_that_calls_exit_cannot_skip_the_record(tmp_path: Path) -> None:
