@@ -35,7 +35,7 @@ printf '{"started": "%s", "time": %s}\\n' "$$HOSTNAME" "$${now/,/.}" >>events
 $environment
 
 # When Slurm will end the job, in seconds since 1970. Slurm says so itself since 23.02.
-export SLURM_JOB_END_TIME=$${SLURM_JOB_END_TIME:-$$((EPOCHSECONDS + $seconds))}
+export SLURM_JOB_END_TIME=$${SLURM_JOB_END_TIME:-$$(($${EPOCHSECONDS:-$$(date +%s)} + $seconds))}
 
 # Starts the workload, so that it can be told apart. One that handles SIGUSR1 gets it when the time limit is near.
 # shellcheck disable=SC2317  # the launcher's commands call it

@@ -38,7 +38,7 @@ export PYTHON=/environment/bin/python
 export DATA_ROOT=/d
 
 # When Slurm will end the job, in seconds since 1970. Slurm says so itself since 23.02.
-export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$((EPOCHSECONDS + 600))}
+export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$((${EPOCHSECONDS:-$(date +%s)} + 600))}
 
 # Starts the workload, so that it can be told apart. One that handles SIGUSR1 gets it when the time limit is near.
 # shellcheck disable=SC2317  # the launcher's commands call it
