@@ -1,7 +1,6 @@
 """The whole chain in a real `dagster dev`: the sensor brings access to life, an asset logs in, with no person."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,18 +44,9 @@ SENSOR = """
 
 
 @pytest.fixture
-def home(site: SimulatedSite, tmp_path: Path) -> Path:
-    """A home with the centre's line in known_hosts, and nothing else."""
-    folder = tmp_path / "home"
-    (folder / ".ssh").mkdir(parents=True, mode=0o700)
-    shutil.copy(site.login.known_hosts, folder / ".ssh" / "known_hosts")
-    return folder
-
-
-@pytest.fixture
-def variables(site: SimulatedSite, home: Path, tmp_path: Path) -> dict[str, str]:
+def variables(site: SimulatedSite, client_home: Path, tmp_path: Path) -> dict[str, str]:
     site.authentik.set_lifetimes(token=30 * access.DAY)
-    return {**site.environment(), "HOME": str(home), "DATA_ROOT": str(tmp_path / "data")}
+    return {**site.environment(), "HOME": str(client_home), "DATA_ROOT": str(tmp_path / "data")}
 
 
 @pytest.fixture
