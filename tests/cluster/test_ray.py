@@ -14,10 +14,12 @@ from resources.runs import open_runs
 from resources.settings import load_settings
 from tests.cluster.background import STRESS
 from tests.cluster.ray_run import CONNECT, HANG, RayRun, nothing_is_left
-from tests.simulated_site import SimulatedSite
+from tests.simulated_site import CERTIFICATE_USER, SimulatedSite, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 STARTS = 20 if STRESS else 3
+ACCOMPANYING = {"ray::DashboardAgent": {19}, "/log_monitor.py": {19}, "/monitor.py": {19}, "ray::IDLE": {15}}
+"""Processes of Ray, and their niceness."""
 
 
 def test_two_nodes_with_four_gpus_each(site: SimulatedSite, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -85,12 +87,22 @@ def pages(number: int) -> tuple[str, int, int]:
         return client.get("/").text, nodes.status_code, client.get("/api/v0/nodes").status_code
 
 
+def niceness(site: SimulatedSite, node: str) -> dict[str, set[int]]:
+    """Of what accompanies the workload on a node, and of Ray's workers, in all jobs."""
+    found = site.run_on_node(node, f"ps -u {CERTIFICATE_USER.uid} -o ni=,args= ww").stdout.splitlines()
+    return {part: {int(line.split()[0]) for line in found if part in line} for part in ACCOMPANYING}
+
+
 def test_two_jobs_on_one_node_do_not_see_each_other(site: SimulatedSite, tmp_path: Path) -> None:
-    """Each has a dashboard, on the loopback interface; the first job to end leaves the other running."""
+    """Each has a dashboard, on the loopback interface; the first job to end leaves the other running.
+
+    What accompanies them gets less CPU time than Ray's workers.
+    """
     runs = [RayRun(site, tmp_path, HANG, name=name, nodelist="n4002") for name in ("one", "two")]
     for run in runs:
         run.wait_until_ready()
     first, second = runs
+    wait_until(lambda: niceness(site, "n4002") == ACCOMPANYING, f"niceness {ACCOMPANYING}", 60)
     page, with_token, without = pages(second.job)
     assert "<title>Ray Dashboard</title>" in page
     assert (with_token, without) == (200, 401)
