@@ -64,16 +64,13 @@ with open_dagster_pipes() as pipes:
 
 
 @pytest.fixture
-def project(site: SimulatedSite, tmp_path: Path) -> Path:
+def project(site: SimulatedSite, tmp_path: Path, client_home: Path) -> Path:
     """A clone with the page's entry and dotenv file; names and addresses are the simulated site's."""
     folder = tmp_path / "project"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), folder], check=True)
     entry, file = re.findall(r"```(?:python|bash)\n(.*?)```", PAGE, re.DOTALL)[:2]
-    home = tmp_path / "home"
-    (home / ".ssh").mkdir(parents=True)
-    shutil.copy(site.login.known_hosts, home / ".ssh" / "known_hosts")
-    shutil.copy(site.login.plain_key, home / ".ssh" / "id_borealis")
-    (home / ".ssh" / "id_borealis").chmod(0o600)
+    shutil.copy(site.login.plain_key, client_home / ".ssh" / "id_borealis")
+    (client_home / ".ssh" / "id_borealis").chmod(0o600)
     names = {
         "accelerated": GPU_PARTITION,
         "batch": CPU_PARTITION,

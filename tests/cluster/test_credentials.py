@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import ssl
 import subprocess
 import sys
@@ -561,12 +560,10 @@ def test_processes_and_threads_at_once_ask_for_one_certificate(site: SimulatedSi
 
 
 def test_certificates_of_twenty_seconds_are_kept_alive_for_three_minutes(
-    site: SimulatedSite, variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: SimulatedSite, variables: dict[str, str], client_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One connection stays open all the time, others come and go; nobody is ever without a valid certificate."""
-    (tmp_path / ".ssh").mkdir()
-    shutil.copy(site.login.known_hosts, tmp_path / ".ssh" / "known_hosts")
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(client_home))
     site.certificate_authority.set_validity("20s")
     settings, ends = access.settings_of(variables), set()
     begun = time.monotonic()

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -37,11 +36,9 @@ def set_variables(monkeypatch: pytest.MonkeyPatch) -> Set:
 
 
 @pytest.fixture(autouse=True)
-def in_order(site: SimulatedSite, set_variables: Set, tmp_path: Path) -> None:
+def in_order(site: SimulatedSite, set_variables: Set, client_home: Path) -> None:
     """A user for whom everything works."""
-    (tmp_path / ".ssh").mkdir()
-    shutil.copy(site.login.known_hosts, tmp_path / ".ssh" / "known_hosts")
-    set_variables(**site.environment(), HOME=str(tmp_path))
+    set_variables(**site.environment(), HOME=str(client_home))
 
 
 def look(overrides: dict[str, Any] = SUPERCOMPUTER_SITE_OVERRIDES) -> list[Link]:
@@ -99,8 +96,8 @@ def test_an_unknown_name(set_variables: Set) -> None:
     assert "nowhere.invalid" in broken("name").found
 
 
-def test_a_broken_client_configuration(tmp_path: Path) -> None:
-    (tmp_path / ".ssh" / "config").write_text("Host *\nPort many\n")
+def test_a_broken_client_configuration(client_home: Path) -> None:
+    (client_home / ".ssh" / "config").write_text("Host *\nPort many\n")
     assert "Port many" in broken("name").found
 
 
@@ -124,8 +121,8 @@ def test_a_port_that_is_not_ssh(set_variables: Set) -> None:
         thread.join()
 
 
-def test_an_unknown_host_key(tmp_path: Path) -> None:
-    (tmp_path / ".ssh" / "known_hosts").unlink()
+def test_an_unknown_host_key(client_home: Path) -> None:
+    (client_home / ".ssh" / "known_hosts").unlink()
     assert "SHA256:" in broken("host key").found
 
 

@@ -3,7 +3,6 @@
 import copy
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import threading
@@ -69,12 +68,10 @@ def pip_variables(index: Path) -> dict[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def in_order(site: SimulatedSite, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_order(site: SimulatedSite, index: Path, client_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user with the document's variables and no others; a small lock instead of the cluster group's."""
-    (tmp_path / ".ssh").mkdir()
-    shutil.copy(site.login.known_hosts, tmp_path / ".ssh" / "known_hosts")
     variables = {name: value for name, value in site.environment().items() if name != "SLURM_PYTHON"}
-    for name, value in {**variables, **pip_variables(index), "HOME": str(tmp_path)}.items():
+    for name, value in {**variables, **pip_variables(index), "HOME": str(client_home)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(run_module, "CLUSTER", index / "lock.txt")
 

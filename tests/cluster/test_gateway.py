@@ -1,7 +1,6 @@
 """Submitting and following on the real Slurm, over the real SSH, whatever happens in between."""
 
 import secrets
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,10 +41,8 @@ class Run:
 
 
 @pytest.fixture
-def settings(site: SimulatedSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    (tmp_path / ".ssh").mkdir()
-    shutil.copy(site.login.known_hosts, tmp_path / ".ssh" / "known_hosts")
-    monkeypatch.setenv("HOME", str(tmp_path))
+def settings(site: SimulatedSite, client_home: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setenv("HOME", str(client_home))
     return Settings.model_validate(site.environment())
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,13 +36,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.fixture
-def variables(site: SimulatedSite, tmp_path: Path) -> dict[str, str]:
+def variables(site: SimulatedSite, client_home: Path) -> dict[str, str]:
     """A person's environment: a home with the centre's line in known_hosts, and the deployment."""
-    (tmp_path / "home" / ".ssh").mkdir(parents=True, mode=0o700)
-    shutil.copy(site.login.known_hosts, tmp_path / "home" / ".ssh" / "known_hosts")
     site.authentik.set_lifetimes(token=30 * 86400.0)
     kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    return {**kept, "HOME": str(tmp_path / "home"), "DAGSTER_DEPLOYMENT": "production_supercomputer"}
+    return {**kept, "HOME": str(client_home), "DAGSTER_DEPLOYMENT": "production_supercomputer"}
 
 
 @pytest.fixture
@@ -81,11 +78,12 @@ def run_script(clone: Path, variables: dict[str, str], *arguments: str) -> "subp
 
 
 def test_materialize_all_from_the_ui(
-    clone: Path, variables: dict[str, str], dagster_dev: DagsterDev, site: SimulatedSite, tmp_path: Path
-) -> None:
+    clone: Path, variables: dict[str, str], dagster_dev: DagsterDev, site: SimulatedSite,
+    client_home: Path, tmp_path: Path,
+) -> None:  # fmt: skip
     deployed = run_script(clone, variables, "scripts/deploy_environment.py")
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-    assert (tmp_path / "home" / ".config" / "dagster-slurm" / "musica-auth.env").stat().st_mode & 0o777 == 0o600
+    assert (client_home / ".config" / "dagster-slurm" / "musica-auth.env").stat().st_mode & 0o777 == 0o600
     dagster_dev.start()
     with open_ui(dagster_dev.url) as page:
         page.goto("/asset-groups")

@@ -1,7 +1,6 @@
 """Dagster and all that it started is killed at once, as in a power cut, while a job runs on the supercomputer."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,14 +46,11 @@ with open_dagster_pipes() as pipes:
 
 
 @pytest.fixture
-def dagster_dev(site: SimulatedSite, tmp_path: Path) -> Iterator[DagsterDev]:
-    home = tmp_path / "home"
-    (home / ".ssh").mkdir(parents=True)
-    shutil.copy(site.login.known_hosts, home / ".ssh" / "known_hosts")
+def dagster_dev(site: SimulatedSite, tmp_path: Path, client_home: Path) -> Iterator[DagsterDev]:
     (tmp_path / "waiting").mkdir()
     (tmp_path / "waiting" / "waiter.py").write_text(WAITER)
     (tmp_path / "location.py").write_text(LOCATION)
-    variables = {**site.environment(), "HOME": str(home), "WAITER": str(tmp_path / "waiting" / "waiter.py")}
+    variables = {**site.environment(), "HOME": str(client_home), "WAITER": str(tmp_path / "waiting" / "waiter.py")}
     variables["DATA_ROOT"] = f"{CERTIFICATE_USER.home}/data"
     with beside_location(tmp_path / "location.py", tmp_path / "project", variables, "waiting") as server:
         yield server

@@ -145,13 +145,11 @@ class Services(DagsterDev):
 
 
 @pytest.fixture
-def services(site: SimulatedSite, tmp_path: Path) -> Iterator[Services]:
+def services(site: SimulatedSite, tmp_path: Path, client_home: Path) -> Iterator[Services]:
     """Started, with an asset whose workload waits."""
-    home, folder = tmp_path / "home", tmp_path / "home" / UNITS[0].stem.rpartition("-")[0]
-    (home / ".ssh").mkdir(parents=True)
-    (home / "run").mkdir()
+    folder = client_home / UNITS[0].stem.rpartition("-")[0]
+    (client_home / "run").mkdir()
     folder.mkdir()
-    shutil.copy(site.login.known_hosts, home / ".ssh" / "known_hosts")
     shutil.copy(ROOT / "dagster.yaml", folder)
     shutil.copytree(ROOT / "deploy", folder / "deploy")
     (folder / ".venv").symlink_to(ROOT / ".venv")
@@ -159,9 +157,9 @@ def services(site: SimulatedSite, tmp_path: Path) -> Iterator[Services]:
     (tmp_path / "waiting").mkdir()
     (tmp_path / "waiting" / "waiter.py").write_text(WAITER)
     variables = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    variables |= {**site.environment(), "HOME": str(home), "WAITER": str(tmp_path / "waiting" / "waiter.py")}
+    variables |= {**site.environment(), "HOME": str(client_home), "WAITER": str(tmp_path / "waiting" / "waiter.py")}
     variables["DATA_ROOT"] = f"{CERTIFICATE_USER.home}/data"
-    made = Services(folder, variables, home)
+    made = Services(folder, variables, client_home)
     try:
         made.start()
         yield made

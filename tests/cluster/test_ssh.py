@@ -24,14 +24,12 @@ pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(autouse=True)
-def home(site: SimulatedSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(site: SimulatedSite, client_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's home with the centre's line in ~/.ssh/known_hosts, and a valid key with its certificate."""
     warn_once.cache_clear()
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".ssh").mkdir()
-    (tmp_path / ".ssh/known_hosts").write_text(site.login.known_hosts.read_text())
-    site.mint_certificate(tmp_path / ".ssh/id_musica")
-    return tmp_path
+    monkeypatch.setenv("HOME", str(client_home))
+    site.mint_certificate(client_home / ".ssh/id_musica")
+    return client_home
 
 
 def settings(site: SimulatedSite, user: User = CERTIFICATE_USER, **values: object) -> Settings:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -60,11 +59,9 @@ with open_dagster_pipes() as pipes:
 
 
 @pytest.fixture(autouse=True)
-def variables(site: SimulatedSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def variables(site: SimulatedSite, client_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user for whom everything works."""
-    (tmp_path / ".ssh").mkdir()
-    shutil.copy(site.login.known_hosts, tmp_path / ".ssh" / "known_hosts")
-    for name, value in {**site.environment(), "HOME": str(tmp_path)}.items():
+    for name, value in {**site.environment(), "HOME": str(client_home)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(orphans, "GRACE", timedelta())
 
