@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,8 +67,9 @@ def take_survey(connection: "fabric.Connection", base: str, pythons: tuple[str, 
     try:
         channel.settimeout(SECONDS)
         channel.exec_command("exec /bin/sh -s")  # tcsh and fish take that, too
-        channel.sendall(script.encode())
-        channel.shutdown_write()
+        with suppress(OSError):  # a shell that has ended takes nothing; what it has said is read all the same
+            channel.sendall(script.encode())
+            channel.shutdown_write()
         received, deadline = bytearray(), time.monotonic() + SECONDS
         while data := channel.recv(65536):
             received += data

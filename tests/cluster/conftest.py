@@ -5,9 +5,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import paramiko
 import pytest
 
-from tests.simulated_site import CPU_PARTITION, RequirementsError, SimulatedSite
+from tests.simulated_site import CPU_PARTITION, RequirementsError, SimulatedSite, wait_until
 from tests.simulated_site.requirements import check_system, installation_allowed
 
 SITE_NAME = os.environ.get("SIMULATED_SITE_NAME", "pytest") + os.environ.get("PYTEST_XDIST_WORKER", "")
@@ -54,6 +55,18 @@ def on_supercomputer(site: SimulatedSite, client_home: Path, monkeypatch: pytest
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return variables
+
+
+@pytest.fixture
+def shells_that_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sent to a program on a login node until that has ended: what it was to be sent comes too late."""
+    send = paramiko.Channel.send
+
+    def send_late(channel: paramiko.Channel, data: bytes) -> int:
+        wait_until(lambda: channel.closed, "the program has ended", 20)
+        return int(send(channel, data))
+
+    monkeypatch.setattr(paramiko.Channel, "send", send_late)
 
 
 @pytest.fixture

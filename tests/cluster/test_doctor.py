@@ -131,6 +131,7 @@ def test_a_login_that_is_refused(set_variables: Set) -> None:
     assert "has refused to log in" in broken("login").found
 
 
+@pytest.mark.usefixtures("shells_that_end_at_once")
 def test_a_login_shell_that_runs_nothing(site: SimulatedSite) -> None:
     site.run_on_login(CERTIFICATE_USER, "printf 'echo closed for maintenance; exit 1\\n' > ~/.bashrc")
     assert "closed for maintenance" in broken("login").found

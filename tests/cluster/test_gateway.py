@@ -315,10 +315,16 @@ def test_accounting_and_states(gateway: Gateway, site: SimulatedSite) -> None:
     assert gateway.states()["jobs"][job][3] == run.key
 
 
-def test_without_python_there_it_is_told_why(settings: Settings) -> None:
+@pytest.mark.usefixtures("shells_that_end_at_once")
+@pytest.mark.parametrize("profile", [False, True])
+def test_without_agent_it_is_told_why(site: SimulatedSite, settings: Settings, *, profile: bool) -> None:
+    """Neither a login node without Python nor a profile that ends the shell leaves anybody to send the agent to."""
     told: list[str] = []
     stop = threading.Event()
-    gateway = Gateway(choose_channel(settings, ["nosuchpython"], ensure_certificate), stop, told.append)
+    if profile:
+        site.run_on_login(CERTIFICATE_USER, "printf 'echo closed for maintenance; exit 1\\n' > ~/.bashrc")
+    pythons = PYTHONS if profile else ["nosuchpython"]
+    gateway = Gateway(choose_channel(settings, pythons, ensure_certificate), stop, told.append)
 
     def ask() -> None:
         with pytest.raises(StoppedError):
@@ -329,8 +335,9 @@ def test_without_python_there_it_is_told_why(settings: Settings) -> None:
     wait_until(lambda: told, "the trouble is told", 20)
     stop.set()
     thread.join(20)
+    reason = "closed for maintenance" if profile else "none of nosuchpython is there"
     assert "no agent: " in told[0]
-    assert "none of nosuchpython is there" in told[0]
+    assert reason in told[0]
     gateway.close()
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,7 +80,8 @@ class _SshChannel:
         try:
             self._channel = connection.transport.open_session(window_size=_WINDOW)
             self._channel.exec_command(f"exec /bin/sh -c {shlex.quote(choose)} {shlex.quote(_START)}")
-            self.write(_SOURCE)
+            with suppress(OSError):  # a shell that has ended takes nothing: reading tells of it
+                self.write(_SOURCE)
         except BaseException as error:
             connection.close()
             if isinstance(error, Exception) and not isinstance(error, OSError | EOFError):

@@ -24,6 +24,7 @@ class Wire:
         self._buffer = bytearray()
         self._ident = 0
         self._greeted = False
+        self._said = ""
         self._heard = self._beaten = time.monotonic()
         self.worked = False
 
@@ -36,7 +37,11 @@ class Wire:
         self._ident += 1
         size = {"size": len(data)} if data else {}
         begun = time.monotonic()
-        self._channel.write(json.dumps({**request, **size, "id": self._ident}).encode() + b"\n" + data)
+        try:
+            self._channel.write(json.dumps({**request, **size, "id": self._ident}).encode() + b"\n" + data)
+        except OSError as error:
+            if self._greeted or isinstance(error, TimeoutError):
+                raise  # otherwise there is no agent: what has come instead is told when it is read
         if time.monotonic() - begun > LOOK_SECONDS:  # a line that is slow, not dead: it has taken something meanwhile
             self._heard = time.monotonic()
         return self._ident
@@ -61,9 +66,13 @@ class Wire:
                 raise OSError(f"nothing has come for {DEAD_SECONDS:.0f} s") from None
             return
         if not data:
-            raise EOFError("the connection was closed" if self._greeted else f"no agent: {self._channel.complaint()}")
+            raise EOFError("the connection was closed" if self._greeted else f"no agent: {self._no_agent()}")
         self._heard = now
         self._buffer += data
+
+    def _no_agent(self) -> str:
+        """Why there is none: what has come instead of its greeting, on stderr and on stdout."""
+        return "\n".join(filter(None, (self._channel.complaint(), self._said))) or "the connection was closed"
 
     def _cut(self) -> tuple[Mapping[str, Any], bytes] | None:
         """Take a whole frame off the buffer; what comes before the agent's greeting is a banner's or a profile's."""
@@ -75,6 +84,7 @@ class Wire:
             if self._greeted:
                 break
             del self._buffer[: end + 1]
+            self._said = line.decode(errors="replace").strip() or self._said
             self._greeted = HELLO.encode() in line
         head = json.loads(line)
         size = head.get("size", 0)
