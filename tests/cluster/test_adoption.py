@@ -81,31 +81,34 @@ def test_the_job_has_ended_while_nobody_looked(
     one_job_each(site)
 
 
+LAST_KILL = 8.0
+LINES = 70
+"""Ten a second: with the submission's two seconds that takes longer than until the last kill."""
 COUNTS = (
     PIPES
-    + """
+    + f"""
     import time
-    for number in range(40):
-        print(f"line {number}", flush=True)
+    for number in range({LINES}):
+        print(f"line {{number}}", flush=True)
         time.sleep(0.1)
-    pipes.report_asset_materialization(metadata={"rows": 7})
+    pipes.report_asset_materialization(metadata={{"rows": 7}})
     """
 )
 
 
 @pytest.mark.parametrize("rounds", [20 if STRESS else 3])
 def test_killed_at_random_moments(rounds: int, site: SimulatedSite, tmp_path: Path, variables: dict[str, str]) -> None:
-    """Between the connection and the end of the job, most of them around a submission of two seconds."""
+    """Between the connection and the end of the job, some of them during a submission of two seconds."""
     failures: list[str] = []
 
     def play(number: int) -> None:
         step = Step(tmp_path / f"step-{number}", variables, COUNTS)
         process = step.start(again=False)
         wait_until(lambda: step.begun(process), "it begins", 90)
-        threading.Event().wait(random.uniform(0, 8))
+        threading.Event().wait(random.uniform(0, LAST_KILL))
         kill(process)
         success, error, _ = step.result(step.start(again=True))
-        if not success or step.output.splitlines() != [f"line {line}" for line in range(40)]:
+        if not success or step.output.splitlines() != [f"line {line}" for line in range(LINES)]:
             failures.append(f"{error}\n{step.log}\n{step.output}")
 
     with site.faults.sbatch("slow"):
