@@ -65,7 +65,6 @@ class Cluster:
         if MEMORY_CGROUPS:
             (folder / "cgroup.conf").write_text(configuration.cgroup_conf(), encoding="utf-8")
         _write_owned(folder / "slurmdbd.conf", configuration.slurmdbd_conf(layout), "slurm")
-        (layout.machine_etc / "profile.d" / "threads.sh").write_text(configuration.THREADS, encoding="utf-8")
         (layout.etc / "database.cnf").write_text(configuration.database_conf(layout), encoding="utf-8")
         for path, owner in (
             (layout.run / "munge", "munge"),

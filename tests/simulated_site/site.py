@@ -286,6 +286,9 @@ class SimulatedSite:
         for folder in (self.layout.etc, self.layout.run, self.layout.log):
             folder.mkdir()
         run_on_host("cp", "--archive", "/etc", str(self.layout.machine_etc))
+        # All nodes share the few CPUs of this machine: a thread that waits for others must not spin on one.
+        profile = self.layout.machine_etc / "profile.d" / "threads.sh"
+        profile.write_text("export OMP_WAIT_POLICY=PASSIVE\n", encoding="utf-8")
         interpreter.make(self.layout)
         self.certificate_authority.configure()
         self.cluster.configure()

@@ -106,10 +106,6 @@ AccountingStoreFlags=job_script,job_comment
 """
 
 
-THREADS = "export OMP_WAIT_POLICY=PASSIVE\n"
-"""For login shells and jobs. All nodes share the few CPUs of this machine: a thread that waits must not spin on one."""
-
-
 def gres_conf(layout: Layout) -> str:
     """Text of gres.conf(5): four character devices stand for the GPUs of a node. A bare Count drains the node."""
     return f"AutoDetect=off\nNodeName={_hostnames(GPU_NODES)} Name=gpu Type=h100 File={layout.run}/gpus/nvidia[0-3]\n"
