@@ -15,7 +15,7 @@ from job_cluster import CALL_SECONDS, POLL_SECONDS, await_head, end_with_parent,
 OTHER_COMMANDS = ("ray.dashboard.modules.job.cli", "ray.serve.scripts", "ray.util.state.state_cli")
 """Parts of Ray's command line that it can do without, and whose import takes longer than that of all the rest."""
 
-LAST = ("nice", "-n", "19")
+LOW_PRIORITY = ("nice", "-n", "19")
 """What is begun with this gives way to everything else, Ray's workers included: those have niceness 15."""
 
 
@@ -108,9 +108,9 @@ def let_workload_go_first() -> None:
 
     def start_in_order(command: list[str], process_type: str, *arguments: Any, **options: Any) -> Any:
         if process_type in (ray_constants.PROCESS_TYPE_LOG_MONITOR, ray_constants.PROCESS_TYPE_MONITOR):
-            command = [*LAST, *command]
-        last = f"{agent}{' '.join(LAST)} "
-        command = [last + word[len(agent) :] if word.startswith(agent) else word for word in command]  # the raylet's
+            command = [*LOW_PRIORITY, *command]
+        low = f"{agent}{' '.join(LOW_PRIORITY)} "
+        command = [low + word[len(agent) :] if word.startswith(agent) else word for word in command]  # the raylet's
         return start(command, process_type, *arguments, **options)
 
     services.start_ray_process = start_in_order
