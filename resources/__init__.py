@@ -6,6 +6,9 @@ SUPERCOMPUTER_SITE_OVERRIDES: dict[str, dict[str, Any]] = {
     # MUSICA, Austrian Scientific Computing: https://docs.asc.ac.at
     "musica": {
         "launchers": {"ray": {"pre_start_commands": ["ulimit -n 65536"]}},
+        # Leaves the layout of a job as it is requested: otherwise the centre's submit plugin refuses or rewrites it.
+        "script_header": ["#ASC --vanilla"],
+        "threads_per_core": 1,
         "python_candidates": ["python3.12", "python3.11", "python3"],
         "partitions": {
             # Two AMD EPYC 9654. A job gets 190 of the 192 cores.
@@ -20,12 +23,13 @@ SUPERCOMPUTER_SITE_OVERRIDES: dict[str, dict[str, Any]] = {
                     "long_zen4_0768": {},
                 },
             },
-            # The same with four H100 SXM5 of 94 GB. 22 cores for each GPU; the memory leaves the system some.
+            # The same with four H100 SXM5 of 94 GB. A job gets 176 of the 192 cores: a quarter of them, and of what
+            # the system leaves of the memory, for each GPU.
             "zen4_0768_h100x4": {
-                "cores": 190,
+                "cores": 176,
                 "mem": "768G",
                 "gpus": 4,
-                "cores_per_gpu": 22,
+                "cores_per_gpu": 44,
                 "mem_per_gpu": "180G",
                 "qos": {
                     "zen4_0768_h100x4": {"time_limit": "3-00"},

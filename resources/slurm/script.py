@@ -11,7 +11,7 @@ from resources.slurm.site import Site
 _SCRIPT = Template(
     """\
 #!/bin/bash
-$directives
+$header
 # Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
 
@@ -70,6 +70,8 @@ exit "$$code"
 _FLAGS = ("exclusive",)
 _GPUS = "gpus_per_node"
 _NAMES = {"time_limit": "time"}
+_THREADS = ("--threads-per-core", "--hint")
+"""Options that decide whether hardware threads count; sbatch takes one of them only."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_./-]")
 
 
@@ -81,11 +83,12 @@ def warning_lead(request: SlurmRequest) -> int:
     return max(1, min(request.seconds // 10, LONGEST_LEAD))
 
 
-def directives(request: SlurmRequest, job_name: str, about: Mapping[str, str]) -> list[str]:
-    """The #SBATCH lines of a request, in the order of its fields.
+def directives(request: SlurmRequest, site: Site, job_name: str, about: Mapping[str, str]) -> list[str]:
+    """Return the #SBATCH lines of a request, in the order of its fields.
 
     Args:
         request: after `allocate`; its values are words without spaces or quotes.
+        site: its threads_per_core holds unless the request has an option that says the same.
         job_name: the submission key.
         about: what else the job's comment tells, for people who look at the queue or the accounting.
 
@@ -105,6 +108,8 @@ def directives(request: SlurmRequest, job_name: str, about: Mapping[str, str]) -
         else:
             name = _NAMES.get(field, field).replace("_", "-")
             options.append(f"--{name}" if field in _FLAGS else f"--{name}={value}")
+    if site.threads_per_core and not any(option.startswith(_THREADS) for option in request.options):
+        options.append(f"--threads-per-core={site.threads_per_core}")
     own = ["--output=stdout", "--error=stderr", "--open-mode=append", "--export=NONE"]
     own.append(f"--signal=B:USR1@{warning_lead(request)}")
     return [f"#SBATCH {option}" for option in (*options, *request.options, *own)]
@@ -123,7 +128,7 @@ def render_job_script(
 
     Args:
         request: after `allocate`.
-        site: its setup commands come first.
+        site: its header comes before the directives, its setup commands come before all other commands.
         job_name: the submission key.
         about: goes into the job's comment.
         environment: variables for the workload; values are quoted here.
@@ -131,7 +136,7 @@ def render_job_script(
     """
     lines = [*site.setup_commands, *(f"export {name}={shlex.quote(value)}" for name, value in environment.items())]
     return _SCRIPT.substitute(
-        directives="\n".join(directives(request, job_name, about)),
+        header="\n".join([*site.script_header, *directives(request, site, job_name, about)]),
         environment="\n".join(lines),
         lead=warning_lead(request),
         seconds=request.seconds,

@@ -1,12 +1,18 @@
 """What a supercomputer has: partitions, QoS, what to run before Python. From SUPERCOMPUTER_SITE_OVERRIDES."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from resources.errors import ConfigurationError, nearest
 from resources.slurm.request import Memory, Time
+
+
+def _comment(text: str) -> str:
+    if not text.startswith("#") or text.splitlines() != [text]:
+        raise ValueError(f"{text!r} is not a comment: write one line that begins with #; commands go to setup_commands")
+    return text
 
 
 class _Part(BaseModel):
@@ -24,7 +30,7 @@ class Qos(_Part):
 class Partition(_Part):
     """Nodes of one kind."""
 
-    cores: PositiveInt = Field(description="CPUs that a job can have on a node.")
+    cores: PositiveInt = Field(description="CPUs that a job can have on a node; cores if threads_per_core is 1.")
     mem: Memory = Field(description="Memory of a node.")
     gpus: int = Field(0, ge=0, description="GPUs of a node.")
     cores_per_gpu: PositiveInt | None = Field(None, description="CPUs for each GPU of a request that names none.")
@@ -38,6 +44,14 @@ class Site(_Part):
     partitions: dict[str, Partition] = Field({}, description="By name, the preferred one of each kind first.")
     launchers: dict[str, dict[str, Any]] = Field(
         {}, description="Fields of RayLauncher ('ray') and ScriptLauncher ('script')."
+    )
+    script_header: tuple[Annotated[str, AfterValidator(_comment)], ...] = Field(
+        (), description="Comment lines of the job script, before the #SBATCH lines: for the site's submit plugin."
+    )
+    threads_per_core: Literal[1, 2, 4, 8] | None = Field(
+        None,
+        description="Hardware threads that a job uses of each core. With 1, CPUs are cores everywhere; "
+        "if not given, Slurm decides what a CPU is.",
     )
     setup_commands: tuple[str, ...] = Field(
         (), description="Shell commands before Python is looked for (module load ...)."
@@ -62,16 +76,16 @@ def load_site(overrides: Mapping[str, Any], name: str) -> Site:
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False, include_input=False):
-            path = [str(part) for part in problem["loc"]]
+            path = problem["loc"]
             place = f"SUPERCOMPUTER_SITE_OVERRIDES[{']['.join(map(repr, [name, *path]))}]"
             if problem["type"] == "extra_forbidden":
-                lines.append(f"{place}: unknown key{nearest(path[-1], _keys_beside(path))}")
+                lines.append(f"{place}: unknown key{nearest(str(path[-1]), _keys_beside(len(path)))}")
             else:
                 lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}")
         raise ConfigurationError("\n".join(lines)) from None
 
 
-def _keys_beside(path: list[str]) -> list[str]:
-    """The valid keys where an unknown one stands: `path` ends with it."""
+def _keys_beside(depth: int) -> list[str]:
+    """Return the valid keys beside an unknown one; `depth`: how many keys lead to it from the site's entry."""
     models: dict[int, type[BaseModel]] = {1: Site, 3: Partition}
-    return list(models.get(len(path), Qos).model_fields)
+    return list(models.get(depth, Qos).model_fields)

@@ -52,6 +52,7 @@ def test_what_the_asset_names_wins() -> None:
         ({"time_limit": "4-00"}, None, None, "is over the 3-00:00:00"),
         ({"cpus_per_task": 191}, None, None, "gives a job 190 CPUs"),
         ({"cpus_per_task": 100, "ntasks_per_node": 2}, None, None, "gives a job 190 CPUs"),
+        ({"cpus_per_task": 177, "gpus_per_node": 4}, None, None, "gives a job 176 CPUs"),
         ({"mem": "1T"}, None, None, "has 768G"),
     ],
 )
@@ -69,7 +70,7 @@ def test_time_over_the_limit_of_a_qos_from_the_environment_is_shortened_with_a_n
     assert "shortened to 00:10:00" in allocation.notes[0]
 
 
-@pytest.mark.parametrize(("gpus", "cpus", "mem"), [(1, 22, "180G"), (4, 88, "720G")])
+@pytest.mark.parametrize(("gpus", "cpus", "mem"), [(1, 44, "180G"), (4, 176, "720G")])
 def test_a_gpu_brings_its_share_of_the_node(gpus: int, cpus: int, mem: str) -> None:
     request = allocate(SlurmRequest(gpus_per_node=gpus), SITE).request
     assert (request.cpus_per_task, request.mem) == (cpus, mem)
@@ -80,9 +81,10 @@ def test_explicit_cpus_and_memory_stay() -> None:
     assert (request.cpus_per_task, request.mem, request.mem_per_cpu) == (8, None, "2G")
 
 
-def test_exclusive_means_the_whole_node() -> None:
-    request = allocate(SlurmRequest(exclusive=True), SITE).request
-    assert (request.cpus_per_task, request.mem) == (190, "0")
+@pytest.mark.parametrize(("gpus", "cpus"), [(0, 190), (4, 176)])
+def test_exclusive_means_the_whole_node(gpus: int, cpus: int) -> None:
+    request = allocate(SlurmRequest(gpus_per_node=gpus, exclusive=True), SITE).request
+    assert (request.cpus_per_task, request.mem) == (cpus, "0")
 
 
 def test_hours_are_what_the_job_may_use_at_most() -> None:
@@ -108,6 +110,11 @@ def test_a_site_without_qos_gets_none() -> None:
             {"partitions": {"p": {"cores": 1, "mem": "many"}}},
             "['partitions']['p']['mem']: 'many' is not a Slurm memory",
         ),
+        ({"script_header": ["ASC --vanilla"]}, "['script_header'][0]: 'ASC --vanilla' is not a comment: write one"),
+        ({"script_header": ["#ASC --vanilla\nrm x"]}, "['script_header'][0]: '#ASC --vanilla\\nrm x' is not a comment"),
+        ({"script_header": ["#ASC --vanilla", "#\r"]}, "['script_header'][1]: '#\\r' is not a comment"),
+        ({"threads_per_core": 3}, "['threads_per_core']: Input should be 1, 2, 4 or 8"),
+        ({"thread_per_core": 1}, "['thread_per_core']: unknown key; did you mean 'threads_per_core'"),
     ],
 )
 def test_mistakes_in_the_site_overrides_are_located(entry: dict[str, Any], text: str) -> None:

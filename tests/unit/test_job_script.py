@@ -184,6 +184,28 @@ def test_every_field_of_the_request_is_rendered() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), ["--threads-per-core=1"]),
+        (("--nice=5",), ["--threads-per-core=1"]),
+        (("--threads-per-core=2",), ["--threads-per-core=2"]),
+        (("--hint=multithread",), ["--hint=multithread"]),  # sbatch refuses it beside --threads-per-core
+    ],
+)
+def test_an_asset_that_chooses_hardware_threads_wins(options: tuple[str, ...], expected: list[str]) -> None:
+    site = Site(threads_per_core=1)
+    text = render_job_script(SlurmRequest(options=options), site, job_name="k", about={}, environment={}, body="true")
+    directives = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert [option for option in directives if option.startswith(("--threads", "--hint"))] == expected
+
+
+def test_the_header_of_the_site_stands_between_the_shebang_and_the_directives() -> None:
+    site = Site(script_header=("#ASC --vanilla", "# another"))
+    text = render_job_script(SlurmRequest(), site, job_name="k", about={}, environment={}, body="true")
+    assert text.splitlines()[:4] == ["#!/bin/bash", "#ASC --vanilla", "# another", "#SBATCH --job-name=k"]
+
+
 @pytest.mark.parametrize("name", ["", "a b", "a\n#SBATCH --uid=0", "-x", "é"])
 def test_a_job_name_is_a_plain_word(name: str) -> None:
     with pytest.raises(ValueError, match="not a job name"):

@@ -1,14 +1,16 @@
 #!/bin/bash
+#ASC --vanilla
 #SBATCH --job-name=counts-2013-01
 #SBATCH --comment=key=counts-2013-01,asset=a_b
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
-#SBATCH --cpus-per-task=88
+#SBATCH --cpus-per-task=176
 #SBATCH --gres=gpu:4
 #SBATCH --mem=720G
 #SBATCH --time=02:00:00
 #SBATCH --partition=zen4_0768_h100x4
 #SBATCH --qos=zen4_0768_h100x4
+#SBATCH --threads-per-core=1
 #SBATCH --output=stdout
 #SBATCH --error=stderr
 #SBATCH --open-mode=append
@@ -64,7 +66,7 @@ ulimit -n 65536 || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: refused o
 export -f pre_start
 export RAY_prestart_worker_first_driver=${RAY_prestart_worker_first_driver:-0}
 # shellcheck source=/dev/null
-. ray/cluster.sh 'work load.py' --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=88 --gres=gpu:4
+. ray/cluster.sh 'work load.py' --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=176 --gres=gpu:4
 ) &
 body=$!
 while :; do

@@ -1,4 +1,5 @@
 #!/bin/bash
+#ASC --vanilla
 #SBATCH --job-name=counts-2013-01
 #SBATCH --comment=key=counts-2013-01,asset=a_b
 #SBATCH --nodes=1
@@ -8,6 +9,7 @@
 #SBATCH --time=00:10:00
 #SBATCH --partition=zen4_0768
 #SBATCH --qos=zen4_0768
+#SBATCH --threads-per-core=1
 #SBATCH --mail-type=END
 #SBATCH --output=stdout
 #SBATCH --error=stderr
