@@ -44,7 +44,7 @@ def make_plan(
     if name is None:
         return Plan(program, launcher, Site(), Allocation(request))
     site = load_site(site_overrides, name)
-    allocation = allocate(request, site, settings.partition, settings.qos)
+    allocation = allocate(request, site, settings.partition, settings.qos, settings.account, settings.reservation)
     complete = launcher.with_site(site.launchers)
     complete.check(allocation.request)
     return Plan(program, complete, site, allocation)

@@ -32,7 +32,7 @@ from resources.slurm.gateway import (
     Submitted,
     choose_channel,
 )
-from resources.slurm.outcome import judge
+from resources.slurm.outcome import explain_refusal, judge
 from resources.ssh import SshError
 from resources.submission import CONTEXT, MESSAGES, About, Place, family_of, files_of
 
@@ -64,6 +64,8 @@ class RemoteRun:
         self._run: str | None = None
         self._job: str | None = None
         self._trouble: str | None = None
+        self._project: str | None = None
+        self._state: list[str] = []
 
     def run(self, extras: Mapping[str, Any], env: Mapping[str, str]) -> dg.PipesClientCompletedInvocation:
         """Run it to its end; see `ComputeResource.run`."""
@@ -86,7 +88,7 @@ class RemoteRun:
         except LostClaimError as error:
             raise self._failure(f"while this step was cut off, {error} took the run over and follows it") from None
         except RefusedError as error:
-            raise self._failure(f"refused on the supercomputer: {error}") from None
+            raise self._failure(f"refused on the supercomputer: {self._explain(gateway, error)}") from None
         except (AccessError, SshError, ConfigurationError) as error:
             raise self._failure(f"{error}{self._goes_on}") from None
         finally:
@@ -149,6 +151,7 @@ class RemoteRun:
             }
             end = gateway.run(run, files, sinks, self._tell_submitted, self._tell_state)
             messages.take(session.reader.hand_over)
+        self._tell_project(end.account)
         try:
             self._check(session, messages, end)
         except (dg.Failure, dg.RetryRequested):
@@ -217,13 +220,27 @@ class RemoteRun:
         for shown, command in self._plan.launcher.hints(submitted.job).items():
             self._context.log.info(f"{shown}, while it runs: {command}")
 
+    def _explain(self, gateway: Gateway, error: RefusedError) -> str:
+        try:
+            return explain_refusal(str(error), self._plan.allocation.request, gateway.projects)
+        except (RefusedError, StoppedError, AccessError, SshError):  # the refusal itself is what counts
+            return str(error)
+
+    def _tell_project(self, account: str) -> None:
+        if account and account != self._project:
+            self._project = account
+            self._context.log.info(f"job {self._job} is charged to project {account}")
+
     def _tell_state(self, state: JobState) -> None:
+        self._tell_project(state.account)
         words = [state.state]
         if state.reason != "None":
             words.append(state.reason)
         if state.start and state.state == "PENDING":
             words.append(f"expected to start at {datetime.fromtimestamp(state.start, UTC):%Y-%m-%d %H:%M:%S} UTC")
-        self._context.log.info(f"job {self._job or '(just submitted)'}: {', '.join(words)}")
+        if words != self._state:
+            self._state = words
+            self._context.log.info(f"job {self._job or '(just submitted)'}: {', '.join(words)}")
 
     def _tell_trouble(self, text: str) -> None:
         if text != self._trouble:
@@ -246,7 +263,8 @@ class RemoteRun:
         request = self._plan.allocation.request
         where = {"job_id": int(self._job or 0), "run_directory": self._run, "attach": self._attach}
         where |= self._plan.launcher.hints(self._job or "")
-        slurm = {"partition": request.partition, "qos": request.qos, "workload": str(self._plan.workload)}
+        slurm = {"partition": request.partition, "qos": request.qos, "account": end.account or None}
+        slurm["workload"] = str(self._plan.workload)
         numbers = accounting.count(end, request)
         return {name: value for name, value in {**where, **slurm, **numbers}.items() if value is not None}
 

@@ -54,6 +54,7 @@ def _is_private(host: str) -> bool:
         return host == "localhost"
 
 
+SLURM_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 LocalPath = Annotated[Path, AfterValidator(_expanded)]
 Url = Annotated[str, AfterValidator(_https)]
 
@@ -124,6 +125,21 @@ class Settings(BaseSettings):
         "SLURM_QOS",
         "Preferred QoS; on another partition the QoS of the same class (dev_, idle_, plain) is taken.",
         "dev_zen4_0768_h100x4",
+    )
+    account: str | None = Field(
+        None,
+        pattern=SLURM_NAME,
+        validation_alias="SLURM_ACCOUNT",
+        description="Project that jobs are charged to, unless an asset names one. "
+        "Default: SBATCH_ACCOUNT of the login shell there, else your default project.",
+        examples=["p71234"],
+    )
+    reservation: str | None = Field(
+        None,
+        pattern=SLURM_NAME,
+        validation_alias="SLURM_RESERVATION",
+        description="Reservation of the site in which jobs run, unless an asset names one.",
+        examples=["course_2026"],
     )
 
     oidc_client_id: str | None = _variable(

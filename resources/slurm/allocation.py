@@ -31,7 +31,14 @@ class Allocation:
         return self.node_hours * self.request.gpus_per_node
 
 
-def allocate(request: SlurmRequest, site: Site, partition: str | None = None, qos: str | None = None) -> Allocation:
+def allocate(
+    request: SlurmRequest,
+    site: Site,
+    partition: str | None = None,
+    qos: str | None = None,
+    account: str | None = None,
+    reservation: str | None = None,
+) -> Allocation:
     """Fill in what the request leaves open, and check it against the site.
 
     Args:
@@ -39,6 +46,8 @@ def allocate(request: SlurmRequest, site: Site, partition: str | None = None, qo
         site: partitions and limits.
         partition: SLURM_PARTITION; taken if its nodes fit the request (GPUs or none), else the site's first that do.
         qos: SLURM_QOS; taken if it belongs to the partition, else the same class (`dev_`, `idle_`, plain) of it.
+        account: SLURM_ACCOUNT; used if the request names none.
+        reservation: SLURM_RESERVATION; used if the request names none.
 
     Raises:
         ConfigurationError: the site cannot give that; the text names the limit and the choices.
@@ -50,6 +59,7 @@ def allocate(request: SlurmRequest, site: Site, partition: str | None = None, qo
     if most and request.nodes > most:
         raise ConfigurationError(f"nodes={request.nodes}: QoS {chosen_qos} gives a user at most {most}")
     filled = {**_size(request, name, nodes), "partition": name, "qos": chosen_qos, "time_limit": time_limit}
+    filled |= {"account": request.account or account, "reservation": request.reservation or reservation}
     return Allocation(request.model_copy(update=filled), notes)
 
 

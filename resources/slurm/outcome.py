@@ -1,8 +1,10 @@
 """Why a job did not end well, in words for whoever asked for it, and whether another try can help."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from resources.slurm.gateway import JobEnd
+from resources.slurm.gateway import JobEnd, Projects
 from resources.slurm.request import SlurmRequest
 from resources.slurm.units import format_memory, format_time, parse_memory
 
@@ -60,6 +62,36 @@ def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
     if "messages.jsonl" in end.short:
         return Outcome("its Pipes messages did not arrive in full: the file system lost some, or is very slow")
     return None
+
+
+_ABOUT_PROJECTS = re.compile(r"account|qos|association", re.IGNORECASE)
+
+
+def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects]) -> str:
+    """Return why sbatch refused a job, with the project that it would be charged to if the refusal may be about that.
+
+    Args:
+        text: what sbatch says.
+        request: of the job, after `allocate`.
+        ask: asks the login node for the user's projects; it is called only if the answer is needed.
+    """
+    if not _ABOUT_PROJECTS.search(text):
+        return text
+    projects = ask()
+    charged, others = projects.charged(request.account), ", ".join(sorted(projects.qos))
+    elsewhere = "name another one in SLURM_ACCOUNT, or in the asset's SlurmRequest(account=...)"
+    if not projects.qos:
+        return f"{text}\nThe job names the project {charged or 'that is your default'}; {elsewhere}"
+    if charged not in projects.qos:
+        return f"{text}\n{charged!r} is not a project of yours. Yours are {others}: {elsewhere}"
+    allowed = projects.qos[charged]
+    if request.qos and request.qos not in allowed:
+        return (
+            f"{text}\nProject {charged} may not use QoS {request.qos}, only {', '.join(sorted(allowed))}. "
+            "A project that has used up its budget may use the idle_ ones only. "
+            f"Set SLURM_QOS to one of these, or charge another project ({others}): {elsewhere}"
+        )
+    return f"{text}\nThe job would be charged to project {charged}. Yours are {others}: {elsewhere}"
 
 
 def _advice(state: str, request: SlurmRequest) -> str:

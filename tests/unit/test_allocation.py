@@ -76,6 +76,14 @@ def test_a_gpu_brings_its_share_of_the_node(gpus: int, cpus: int, mem: str) -> N
     assert (request.cpus_per_task, request.mem) == (cpus, mem)
 
 
+@pytest.mark.parametrize("name", ["account", "reservation"])
+def test_what_the_deployment_charges_and_where_it_runs_yields_to_the_asset(name: str) -> None:
+    for asked, wanted in (({}, "deployments"), ({name: "assets"}, "assets")):
+        request = allocate(SlurmRequest(**asked), SITE, **{name: "deployments"}).request
+        assert getattr(request, name) == wanted
+    assert getattr(allocate(SlurmRequest(), SITE).request, name) is None
+
+
 def test_explicit_cpus_and_memory_stay() -> None:
     request = allocate(SlurmRequest(gpus_per_node=2, cpus_per_task=8, mem_per_cpu="2G"), SITE).request
     assert (request.cpus_per_task, request.mem, request.mem_per_cpu) == (8, None, "2G")

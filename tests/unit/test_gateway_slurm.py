@@ -16,8 +16,8 @@ from resources.slurm.gateway.agent import files, slurm, submission
 from tests.simulated_site import wait_until
 
 Say = Callable[[str, str], None]
-RUNNING = "JobId=17 JobName=KEY JobState=RUNNING ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=Unknown"
-ENDED = "JobId=17 JobName=KEY JobState=COMPLETED ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=120"
+RUNNING = "JobId=17 JobName=KEY Account=p1 JobState=RUNNING ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=Unknown"
+ENDED = "JobId=17 JobName=KEY Account=p1 JobState=COMPLETED ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=120"
 INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
 
@@ -43,15 +43,15 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
     ("scontrol", "sacct", "expected"),
     [
         (f"echo '{RUNNING}'", "", None),
-        (f"echo '{ENDED}'", "", ("COMPLETED", "0:0", [100, 110, 120])),
-        (f"echo '{ENDED} Comment=JobState=FAILED'", "", ("COMPLETED", "0:0", [100, 110, 120])),
-        (INVALID, "echo 'CANCELLED by 0|0:15|100|110|120|KEY'", ("CANCELLED", "0:15", [100, 110, 120])),
-        (INVALID, "echo 'COMPLETED+|0:0|100|Unknown|120|KEY'", ("COMPLETED", "0:0", [100, None, 120])),
-        (AWAY, "echo 'FAILED|3:0|100|110|120|KEY'", ("FAILED", "3:0", [100, 110, 120])),
-        (AWAY, "echo 'RUNNING|0:0|100|110|Unknown|KEY'", None),
+        (f"echo '{ENDED}'", "", ("COMPLETED", "0:0", [100, 110, 120], "p1")),
+        (f"echo '{ENDED} Comment=JobState=FAILED'", "", ("COMPLETED", "0:0", [100, 110, 120], "p1")),
+        (INVALID, "echo 'CANCELLED by 0|0:15|100|110|120|p1|KEY'", ("CANCELLED", "0:15", [100, 110, 120], "p1")),
+        (INVALID, "echo 'COMPLETED+|0:0|100|Unknown|120|p1|KEY'", ("COMPLETED", "0:0", [100, None, 120], "p1")),
+        (AWAY, "echo 'FAILED|3:0|100|110|120|p1|KEY'", ("FAILED", "3:0", [100, 110, 120], "p1")),
+        (AWAY, "echo 'RUNNING|0:0|100|110|Unknown|p1|KEY'", None),
         # The id is another job's by now.
-        (f"echo '{ENDED.replace('KEY', 'other')}'", "echo 'FAILED|1:0|1|2|3|other'", "forgotten"),
-        (INVALID, "echo 'FAILED|1:0|1|2|3|other'", "forgotten"),
+        (f"echo '{ENDED.replace('KEY', 'other')}'", "echo 'FAILED|1:0|1|2|3|p1|other'", "forgotten"),
+        (INVALID, "echo 'FAILED|1:0|1|2|3|p1|other'", "forgotten"),
         (INVALID, "echo 'Slurm accounting storage is disabled' >&2; exit 1", "forgotten"),
         # An outage is no end.
         (AWAY, "", "unknown"),
@@ -96,6 +96,50 @@ def test_the_answers_of_sbatch(say: Say, sbatch: str, expected: str, tmp_path: P
         else:
             assert submission.sbatch(str(tmp_path), [], lock) == expected
     assert (tmp_path / "tried").exists() is (expected != "refused")  # refused: nothing to look behind
+
+
+SHOW_VARIABLES = 'echo 17; env | grep -E "^(SBATCH|SLURM|SQUEUE)_" | sort >"$(dirname "$0")/variables"'
+EXPORTED = {
+    "SBATCH_ACCOUNT": "p2", "SBATCH_PARTITION": "x", "SLURM_CONF": "/c", "SLURM_CONF_SERVER": "ctl:6817",
+    "SLURM_JWT": "token", "SLURM_JOB_ID": "5", "SLURM_ACCOUNT": "p3", "SQUEUE_FORMAT": "%i",
+}  # fmt: skip
+REACHES_SLURM = ["SLURM_CONF=/c", "SLURM_CONF_SERVER=ctl:6817", "SLURM_JWT=token", "SLURM_TIME_FORMAT=%s"]
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("#!/bin/bash\n#SBATCH --qos=q\n", ["SBATCH_ACCOUNT=p2", *REACHES_SLURM]),
+        ("#!/bin/bash\n#SBATCH --account=p1\n", REACHES_SLURM),  # sbatch itself would prefer the variable
+    ],
+)
+@pytest.mark.parametrize("way", ["submit", "test"])
+def test_what_a_shell_exports_for_slurm(
+    way: str, script: str, expected: list[str], say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in EXPORTED.items():
+        monkeypatch.setenv(name, value)
+    say("sbatch", SHOW_VARIABLES)
+    if way == "test":
+        assert slurm.test({"script": script}, None)["code"] == 0
+    else:
+        (tmp_path / "tried").touch()
+        (tmp_path / "job.sh").write_text(script)
+        with submission.Locked(str(tmp_path)) as lock:
+            submission.sbatch(str(tmp_path), [], lock)
+    assert (tmp_path / "bin" / "variables").read_text().splitlines() == expected
+
+
+@pytest.mark.parametrize(
+    ("sacctmgr", "rows"),
+    [("echo 'p1|p1|a,b'; echo 'p1|p2|c'", [["p1", "p1", "a,b"], ["p1", "p2", "c"]]), ("exit 1", [])],
+)
+def test_the_projects_of_a_user(
+    sacctmgr: str, rows: list[list[str]], say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_ACCOUNT", "p2")
+    say("sacctmgr", sacctmgr)
+    assert slurm.projects({}, None) == {"rows": rows, "exported": "p2"}
 
 
 QUICK = """\

@@ -3,8 +3,8 @@
 import pytest
 
 from resources.slurm import SlurmRequest
-from resources.slurm.gateway import JobEnd
-from resources.slurm.outcome import TRY_AGAIN, Outcome, judge
+from resources.slurm.gateway import JobEnd, Projects
+from resources.slurm.outcome import TRY_AGAIN, Outcome, explain_refusal, judge
 
 REQUEST = SlurmRequest(mem="8G", time_limit="01:00:00")
 LOST = "Ray: lost the node n4002: health check failed"
@@ -67,3 +67,46 @@ def test_the_advice_is_to_ask_for_more(state: str, request_: SlurmRequest, advic
     assert outcome
     assert not outcome.again
     assert advice in outcome.cause
+
+
+BAD_ACCOUNT = "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified"
+BAD_QOS = "sbatch: error: Batch job submission failed: Invalid qos specification"
+ROWS = [["p1", "p1", "q,idle_q"], ["p1", "p2", "idle_q"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "account", "rows", "exported", "expected"),
+    [
+        (
+            BAD_ACCOUNT,
+            "p9",
+            ROWS,
+            "",
+            "'p9' is not a project of yours. Yours are p1, p2: name another one in SLURM_ACC",
+        ),
+        (BAD_ACCOUNT, None, ROWS, "p8", "'p8' is not a project of yours. Yours are p1, p2"),
+        (BAD_QOS, "p2", ROWS, "p8", "Project p2 may not use QoS q, only idle_q. A project that has used up its budget"),
+        (BAD_QOS, "p2", ROWS, "p8", "Set SLURM_QOS to one of these, or charge another project (p1, p2)"),
+        (BAD_QOS, None, [["p2", "p2", "idle_q"]], "", "Project p2 may not use QoS q, only idle_q."),
+        (BAD_QOS, None, ROWS, "", "The job would be charged to project p1. Yours are p1, p2"),
+        (BAD_ACCOUNT, "p9", [], "", "The job names the project p9; name another one in SLURM_ACCOUNT"),
+        (BAD_ACCOUNT, None, [], "", "The job names the project that is your default; name another one"),
+    ],
+)
+def test_a_refusal_for_the_project_names_it_and_what_to_change(
+    text: str, account: str | None, rows: list[list[str]], exported: str, expected: str
+) -> None:
+    projects = Projects.parse(rows, exported)
+    said = explain_refusal(text, SlurmRequest(qos="q", account=account), lambda: projects)
+    assert said.startswith(f"{text}\n")
+    assert expected in said
+
+
+def test_another_refusal_stays_as_it_is_and_asks_for_no_projects() -> None:
+    def ask() -> Projects:
+        raise AssertionError
+
+    assert (
+        explain_refusal("sbatch: error: Memory specification", SlurmRequest(), ask)
+        == "sbatch: error: Memory specification"
+    )

@@ -199,6 +199,15 @@ def test_files_never_reach_the_process_environment(root: Path, monkeypatch: pyte
     assert "ASC_OIDC_APP_PASSWORD" not in os.environ
 
 
+@pytest.mark.parametrize("name", ["SLURM_ACCOUNT", "SLURM_RESERVATION"])
+def test_a_name_that_goes_into_the_job_script_is_one_word(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "p1\n#SBATCH --uid=0")
+    with pytest.raises(ConfigurationError, match=f"{name}: .* Example: "):
+        load_settings(SITES, root)
+
+
 def test_every_site_of_the_project_is_valid() -> None:
     from resources.slurm import load_site
 

@@ -38,11 +38,13 @@ class JobState:
         state: `PENDING`, `RUNNING`, ...
         reason: why it waits; `None` (the word) if it does not.
         start: expected start in seconds since 1970, if Slurm knows.
+        account: project that it is charged to; empty until Slurm was asked.
     """
 
     state: str
     reason: str
     start: float | None
+    account: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class JobEnd:
         cause: why it failed, by the word of something in it; empty if nothing there knows more than the code.
         short: streams of which less came than the job had written, and up to where it came.
         rows: of sacct, the job and its steps, with ACCOUNTED; empty if it did not answer in time.
+        account: project that it was charged to; empty if not known.
     """
 
     code: int | None
@@ -68,6 +71,7 @@ class JobEnd:
     cause: str = ""
     short: Mapping[str, int] = field(default_factory=dict)
     rows: Sequence[Sequence[str]] = ()
+    account: str = ""
 
     @classmethod
     def parse(
@@ -75,8 +79,37 @@ class JobEnd:
     ) -> "JobEnd":
         """From what the agent says."""
         submitted, started, ended = end["times"]
-        cause = end.get("cause", "")
-        return cls(end.get("code"), end["state"], end["exit"], submitted, started, ended, cause, short or {}, rows)
+        cause, account = end.get("cause", ""), end.get("account") or ""
+        return cls(
+            end.get("code"), end["state"], end["exit"], submitted, started, ended, cause, short or {}, rows, account
+        )
+
+
+@dataclass(frozen=True)
+class Projects:
+    """The projects (Slurm's accounts) that a user may charge jobs to.
+
+    Attributes:
+        qos: the QoS that each project's jobs may have, by project; empty if the accounting does not answer.
+        default: the project of a job that names none.
+        exported: SBATCH_ACCOUNT of the login shell, which goes before the default; empty if there is none.
+    """
+
+    qos: Mapping[str, frozenset[str]]
+    default: str = ""
+    exported: str = ""
+
+    @classmethod
+    def parse(cls, rows: Sequence[Sequence[str]], exported: str) -> "Projects":
+        """From what the agent says: rows of default account, account and its QoS, separated by commas."""
+        qos: dict[str, frozenset[str]] = {}
+        for _, account, names in rows:  # one for each partition, if a project has more than one
+            qos[account] = qos.get(account, frozenset()) | frozenset(filter(None, names.split(",")))
+        return cls(qos, rows[0][0] if rows else "", exported)
+
+    def charged(self, account: str | None) -> str:
+        """Return the project of a job whose script names `account`; empty if that is not known."""
+        return account or self.exported or self.default
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from resources.settings import Settings
+from resources.slurm.gateway.agent.slurm import KEPT
 from resources.slurm.gateway.joined import join
 from resources.ssh import connect
 
@@ -34,7 +35,7 @@ _WINDOW = 2 << 20
 _PIECE = 1 << 18
 _WRITE_SECONDS = 45.0
 """For a peer that takes nothing any more."""
-_PASSED_ON = frozenset("PATH HOME USER LOGNAME LANG TZ LD_LIBRARY_PATH SLURM_CONF".split())
+_PASSED_ON = frozenset("PATH HOME USER LOGNAME LANG TZ LD_LIBRARY_PATH".split()) | KEPT
 """Of this process's environment, for an agent on this machine: Slurm's commands are not to get Dagster's secrets."""
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from resources.slurm.gateway.answers import Claim, JobEnd, JobState, RefusedError, Submitted
+from resources.slurm.gateway.answers import Claim, JobEnd, JobState, Projects, RefusedError, Submitted
 from resources.slurm.gateway.link import BrokenError, Link
 
 PIECE = 1 << 20
@@ -76,7 +76,7 @@ class Gateway(Link):
             return None, JobEnd.parse(said["end"])
         if not said["job"]:
             return None, None
-        state, reason, start = said["row"] or ("PENDING", "None", "")
+        state, reason, start, *_ = said["row"] or ("PENDING", "None", "")
         if said["started"] and state == "PENDING":  # the queue's view is older
             state, reason, start = "RUNNING", "None", ""
         return JobState(state, reason, float(start) if start.isdecimal() else None), None
@@ -86,8 +86,16 @@ class Gateway(Link):
         said = self.ask(do="test", script=script)
         return said["code"] == 0, said["text"]
 
+    def projects(self) -> Projects:
+        """Return the projects that the user may charge jobs to."""
+        said = self.ask(do="projects")
+        return Projects.parse(said["rows"], said["exported"])
+
     def states(self) -> Mapping[str, Any]:
-        """The view of all of the user's jobs: `jobs` by id (state, reason, start, name), `at`, `calls`, `trouble`."""
+        """Return the view of all of the user's jobs: `jobs`, `at`, `calls`, `trouble`.
+
+        `jobs` has a list of state, reason, start, name and account for each job id.
+        """
         return self.ask(do="states")
 
     def runs(self, runs: str) -> list[Mapping[str, Any]]:
@@ -271,7 +279,7 @@ class Gateway(Link):
                     sinks[name](data)
                 elif "state" in head:
                     start = float(head["start"]) if head["start"].isdecimal() else None
-                    on_state(JobState(head["state"], head["reason"], start))
+                    on_state(JobState(head["state"], head["reason"], start, head["account"]))
             raise BrokenError("the agent ended its answer")
 
         return self.patiently(go_on)

@@ -67,14 +67,14 @@ class Follower:
     def tell_state(self, job, words):
         row = QUEUE.row(job, self.key)
         if "started" in words and (not row or row[0] == "PENDING"):  # squeue's view is older
-            row = ["RUNNING", "None", ""]
+            row = ["RUNNING", "None", ""] + (row or [])[3:]
         if row and row[0] not in OVER and "end" not in words:
             self.tell(*row)
 
-    def tell(self, state, reason, start=""):
-        if (state, reason) != self.told:
-            self.told = (state, reason)
-            self.say(state=state, reason=reason, start=start)
+    def tell(self, state, reason, start="", project=""):
+        if (state, reason, project) != self.told:
+            self.told = (state, reason, project)
+            self.say(state=state, reason=reason, start=start, account=project)
 
     def ask_for_end(self, job, word):
         """When the job has told its end, at once; where it was cut short, or is gone without a word, a little later."""

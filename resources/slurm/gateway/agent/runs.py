@@ -121,7 +121,7 @@ def conclude(run, job):
         old = word.get("code") is not None and time.time() - word["time"] > FORGOTTEN
         if failure.kind != "forgotten" and not old:
             raise
-        said = {"state": "", "exit": "", "times": [None] * 3}
+        said = {"state": "", "exit": "", "times": [None] * 3, "account": ""}
     if said is None:
         return None
     word = words_of(run).get("end") or {}  # once more: it may have come in the meantime

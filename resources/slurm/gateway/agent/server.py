@@ -12,7 +12,7 @@ from .files import CHUNK, Failure, get, piece, put
 from .follower import follow
 from .programs import consult, program
 from .runs import judged, look, runs
-from .slurm import QUEUE, states, test
+from .slurm import QUEUE, projects, states, test
 from .submission import SBATCH_PATIENCE, cancel, submit
 
 HELLO = "gateway-agent 1"
@@ -52,6 +52,7 @@ VERBS = {
         consult,
         program,
         states,
+        projects,
         follow,
         ping,
     )

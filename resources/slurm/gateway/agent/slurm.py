@@ -11,6 +11,9 @@ import time
 
 from .files import Failure, read, write
 
+KEPT = frozenset("SLURM_CONF SLURM_CONF_SERVER SLURM_JWT SBATCH_ACCOUNT".split())
+"""How to reach Slurm, and the project that the user has chosen: of all that shells export for Slurm's commands."""
+ACCOUNT = re.compile(r"^#SBATCH --account=", re.M)
 FIELD = re.compile(r"(\w+)=(\S*)")
 SQUEUE_EVERY = 15.0
 COMMAND_PATIENCE = 60.0
@@ -21,15 +24,19 @@ OVER = frozenset(
 )
 
 
-def environment():
-    """For Slurm's commands: nothing that would change what they do or print."""
+def environment(script=""):
+    """Return the variables for Slurm's commands, without those that would change what they do or print.
+
+    script: of a job that sbatch gets. If it names an account, SBATCH_ACCOUNT is left out, which sbatch would prefer.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("SBATCH_", "SQUEUE_", "SACCT_", "SLURM_"))
     }
-    if "SLURM_CONF" in os.environ:
-        kept["SLURM_CONF"] = os.environ["SLURM_CONF"]
+    kept.update((name, os.environ[name]) for name in KEPT if name in os.environ)
+    if ACCOUNT.search(script):
+        kept.pop("SBATCH_ACCOUNT", None)
     kept["SLURM_TIME_FORMAT"] = "%s"
     return kept
 
@@ -39,13 +46,13 @@ def user():
     return pwd.getpwuid(os.getuid()).pw_name
 
 
-def call(*command, patience=COMMAND_PATIENCE, stdin=b""):
-    """What a command did."""
+def call(*command, patience=COMMAND_PATIENCE, script=""):
+    """Return what a command did; `script` is the job that it reads from its stdin."""
     try:
         return subprocess.run(
             command,
-            env=environment(),
-            input=stdin,
+            env=environment(script),
+            input=script.encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             timeout=patience,
@@ -85,7 +92,9 @@ def look_up(key, since):
 
 
 def verdict(job, key):
-    """State, exit code and times of a job that is over, by the controller, else the accounting; None if it is not.
+    """Return state, exit code, times and account of a job that is over, None of one that is not.
+
+    The controller is asked first, then the accounting.
 
     Failure: `forgotten` if the controller has, and the accounting has nothing; `unknown` if they do not answer.
     """
@@ -95,11 +104,12 @@ def verdict(job, key):
         for name, value in FIELD.findall(ask_slurm("scontrol", "-o", "show", "job", job)):
             found.setdefault(name, value)  # the first of each: later ones stand in paths
         if found.get("JobName") == key:  # ids are used again
-            return over([found[name] for name in ("JobState", "ExitCode", "SubmitTime", "StartTime", "EndTime")])
+            names = ("JobState", "ExitCode", "SubmitTime", "StartTime", "EndTime")
+            return over([found[name] for name in names], found.get("Account"))
         forgotten = True
     except Failure as failure:
         forgotten = "Invalid job id" in str(failure)
-    fields = "State,ExitCode,Submit,Start,End,JobName"
+    fields = "State,ExitCode,Submit,Start,End,Account,JobName"
     try:
         rows = [row for row in rows_of("sacct", "-X", "-n", "-P", "-j", job, "-o", fields) if row[-1] == key]
     except Failure as failure:
@@ -108,13 +118,13 @@ def verdict(job, key):
         rows = []
     if not rows:
         raise Failure("forgotten" if forgotten else "unknown", "Slurm does not tell of job %s" % job)
-    return over(rows[-1])
+    return over(rows[-1], rows[-1][5])
 
 
-def over(row):
+def over(row, project):
     state = row[0].split()[0].rstrip("+")  # "CANCELLED by 123", "COMPLETED+"
     times = [int(text) if text.isdigit() else None for text in row[2:5]]
-    return {"state": state, "exit": row[1], "times": times} if state in OVER else None
+    return {"state": state, "exit": row[1], "times": times, "account": project} if state in OVER else None
 
 
 def account(job, fields, ran):
@@ -159,7 +169,7 @@ class Queue:
                 view["asked"] = time.time()
                 view["calls"] += 1
                 try:
-                    rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-o", "%i|%T|%r|%S|%j")
+                    rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-o", "%i|%T|%r|%S|%j|%a")
                     view.update(at=view["asked"], jobs={row[0]: row[1:] for row in rows}, trouble=None)
                 except Failure as failure:
                     view["trouble"] = str(failure)  # the old view stays, with its age
@@ -177,9 +187,9 @@ class Queue:
             time.sleep(max(due, 0) + 0.2 + os.urandom(1)[0] / 142)  # not all agents at once, 0.2 to 2 s late
 
     def row(self, job, key):
-        """State, reason and expected start of a job, as last seen; None if it was not seen."""
+        """State, reason, expected start and account of a job, as last seen; None if it was not seen."""
         found = self.view["jobs"].get(job)
-        return found[:3] if found and found[3] == key else None
+        return found[:3] + found[4:] if found and found[3] == key else None
 
 
 QUEUE = Queue()
@@ -196,5 +206,15 @@ def states(_, __):
 
 def test(ask, _):
     """What Slurm would say to a script: when it could start, or why it would be refused."""
-    done = call("sbatch", "--test-only", stdin=ask["script"].encode())
+    done = call("sbatch", "--test-only", script=ask["script"])
     return {"code": done.returncode, "text": (done.stdout + done.stderr).decode(errors="replace").strip()}
+
+
+def projects(_, __):
+    """The user's projects as rows of default account, account and its QoS, and SBATCH_ACCOUNT; no rows if not known."""
+    fields = ("show", "user", user(), "withassoc", "format=DefaultAccount,Account,QOS")
+    try:
+        rows = rows_of("sacctmgr", "--noheader", "--parsable2", *fields)
+    except Failure:
+        rows = []
+    return {"rows": rows, "exported": os.environ.get("SBATCH_ACCOUNT", "")}

@@ -81,7 +81,7 @@ def sbatch(run, options, lock):
         child = subprocess.Popen(
             ["sbatch", "--parsable", "--chdir", run] + options + [os.path.join(run, "job.sh")],
             cwd=run,
-            env=environment(),
+            env=environment(read(os.path.join(run, "job.sh")).decode(errors="replace")),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
