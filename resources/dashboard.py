@@ -52,6 +52,8 @@ def open_dashboard(settings: Settings, runs: Runs, run: RunRecord) -> Iterator[D
         AccessError, SshError: there is no access; see there.
     """
     head = _fetch(runs, run, "head.json")
+    if not head:
+        raise ConfigurationError(f"the Ray cluster of {run.key} has not started yet: try again in some seconds")
     told = json.loads(head)
     relay = [told["python"], f"{run.path}/ray/relay.py", str(told["dashboard_port"])]
     command = [

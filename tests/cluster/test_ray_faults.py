@@ -23,7 +23,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 ONE_NODE = {"nodelist": "n4001"}
 SHAM = "d=$(mktemp -d ~/sham.XXXX); "
 OTHER_RAY = (
-    SHAM + 'mkdir "$d/ray-2.9.0.dist-info"; printf "Name: ray\\nVersion: 2.9.0\\n" >"$d/ray-2.9.0.dist-info/METADATA"'
+    SHAM + 'mkdir "$d/ray-2.53.0.dist-info"; '
+    'printf "Name: ray\\nVersion: 2.53.0\\n" >"$d/ray-2.53.0.dist-info/METADATA"'
 )
 LISTENER = "python3 -m http.server 28761 >/dev/null 2>&1"
 LISTENS = "until (: </dev/tcp/127.0.0.1/28761) 2>/dev/null; do sleep 0.1; done"
@@ -41,7 +42,7 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "another Ray on a node": (
         {"pre_start_commands": [f'{ON_THE_SECOND}{{ {OTHER_RAY}; export PYTHONPATH="$d"; }}']},
         PLACE,
-        ["Ray on n4002: Ray 2.9.0 (", "on the head, n4001"],
+        ["Ray on n4002: Ray 2.53.0 (", "on the head, n4001"],
     ),
     "a port is taken": (
         {
@@ -69,7 +70,7 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "nowhere to write": (
         {"temp_dir": "/proc"},
         ONE_NODE,
-        ["Ray on n4001: cannot make /proc/r-", "RayLauncher's temp_dir says where"],
+        ["Ray on n4001: cannot make a folder in /proc (", "RayLauncher's temp_dir says where"],
     ),
     "a GPU is broken": (
         {

@@ -38,7 +38,7 @@ def test_an_unknown_field_in_the_site_is_an_error_too() -> None:
         ({"startup_time_limit": 0}, "startup_time_limit"),
         ({"object_store_memory": "lots"}, "64G"),
         ({"network_interface": "ib0; rm"}, "such as 'ib0'"),
-        ({"temp_dir": "/local/a/long/way/down/to/it"}, "at most 23 characters"),
+        ({"temp_dir": "/local/a/long/way/down/to/it"}, "at most 25 characters"),
         ({"temp_dir": "tmp"}, "not an absolute path"),
         ({"ray_start_args": ["--num-gpus=8"]}, "RayLauncher sets --num-gpus itself"),
         ({"ray_start_args": ["verbose"]}, "write --name=value"),

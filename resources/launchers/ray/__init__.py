@@ -24,7 +24,7 @@ _OWN_ARGUMENTS = frozenset(
 )
 LONGEST_TEMP_DIR = 40
 """Characters of Ray's own folder: a Unix socket's path takes 107, and Ray adds up to 66 for it."""
-_JOB_FOLDER = "/r-0123456789/ray"
+_JOB_FOLDER = "/r-abcd1234/ray"
 
 
 def _argument(text: str) -> str:
@@ -77,8 +77,8 @@ class RayLauncher(Launcher):
         description="Interface whose address Ray uses, for instance ib0; if not given, what the hostname resolves to.",
     )
     temp_dir: Annotated[str, AfterValidator(_temp_dir)] = Field(
-        "/tmp",  # noqa: S108 - node.py makes a private folder in it
-        description="Where on each node Ray's own folder lies, `r-JOB`, until the job ends: a local disk.",
+        "/tmp",  # noqa: S108 - folder.py makes a private folder in it
+        description="Where Ray's own folder, `r-XXXXXXXX`, lies on each node until the job ends: a local disk.",
     )
     collect_logs: bool = Field(
         default=True, description="Keep Ray's logs in the run directory, as ray/logs-NODE.tar.gz."

@@ -124,14 +124,21 @@ def _shut(connection: socket.socket) -> None:
 
 def main() -> None:
     """Be the far end."""
+    from ports import is_ours  # beside this file in the run directory
+
     port = int(sys.argv[1])
+
+    def connect() -> socket.socket:
+        if not is_ours(port):  # what is sent there holds the token
+            raise ConnectionRefusedError
+        return socket.create_connection(("127.0.0.1", port))
 
     def write(data: bytes) -> None:
         while data:
             data = data[os.write(1, data) :]
 
     write(HELLO)
-    Relay(lambda size: os.read(0, size), write, lambda: socket.create_connection(("127.0.0.1", port))).run()
+    Relay(lambda size: os.read(0, size), write, connect).run()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ export RAY_JOB_STATE RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_JOB_STATE/toke
 mkdir "$RAY_JOB_STATE"
 ln -sfn "${RAY_JOB_STATE##*/}" ray/state # for people, and for `scripts/job JOB dashboard`
 od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH"
+# Made before anybody asks for it: an NFS client may go on saying "no such file" for a minute.
+: >"$RAY_JOB_STATE/head.json"
 : >cause
 
 # Leave word of why the cluster failed, unless somebody has before.

@@ -15,6 +15,7 @@ from typing import Any
 POLL_SECONDS = 0.05
 TAIL_LINES = 20
 PR_SET_PDEATHSIG = 1
+HEAD_FILE = "head.json"
 CALL_SECONDS = 10
 """For one question to the head."""
 
@@ -64,19 +65,19 @@ class Head:
         """As Ray takes it."""
         return f"{self.address}:{self.port}"
 
-    def tell(self) -> None:
-        """Let the others know."""
-        part = state() / "head.json.part"
-        part.write_text(json.dumps(asdict(self)))
-        part.rename(state() / "head.json")
+    def publish(self) -> None:
+        """Write it for the other nodes, into the empty file that cluster.sh has made.
+
+        They ask for the file from their first moment. If it did not exist then, an NFS client could go on saying so
+        for a minute (nfs(5), lookupcache).
+        """
+        (state() / HEAD_FILE).write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def read(cls) -> "Head | None":
-        """What the head has told; None if nothing yet."""
-        try:
-            return cls(**json.loads((state() / "head.json").read_text()))
-        except FileNotFoundError:
-            return None
+        """Return what the head has published; None if it has not, or is at it."""
+        text = (state() / HEAD_FILE).read_text()
+        return cls(**json.loads(text)) if text.endswith("\n") else None
 
     def answers(self) -> bool:
         """Whether it takes connections: a client of Ray that comes too early waits for long, or gives up."""

@@ -18,18 +18,23 @@ import socket
 import struct
 import subprocess
 import sys
-import tarfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from folder import keep_logs, make_folder
 from job_cluster import POLL_SECONDS, Head, NodeError, fail, read_settings, state, tail
-from ports import check_ports, claim_ports
+from ports import check_ports, claim_ports, is_ours
 
 AGENT_PORTS = ("runtime-env-agent", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export")
 """Of Ray's agents. For those that choose them the raylet waits, and it dies where that takes more than 15 s."""
+RAY_FOLDER = "ray"
+"""Below the private folder: Ray opens its own to everybody."""
+OLDEST_RAY = (2, 52)
+"""The first with token authentication."""
 SIOCGIFADDR = 0x8915
 PR_SET_CHILD_SUBREAPER = 36
 OBJECT_STORE_SHARE, SHARED_MEMORY_SHARE = 0.3, 0.9
@@ -60,23 +65,6 @@ def own_address(interface: str | None) -> str:
     return address
 
 
-def make_private_folder(path: Path) -> None:
-    """Make a folder in a place where others may write, for this user alone; what an earlier life left goes.
-
-    Raises:
-        NodeError: the name is taken by somebody else, or nothing can be written there.
-    """
-    with suppress(FileNotFoundError):
-        there = path.lstat()
-        if there.st_uid != os.getuid():
-            raise NodeError(f"{path} belongs to user {there.st_uid}")
-        shutil.rmtree(path)
-    try:
-        path.mkdir(mode=0o700)
-    except OSError as error:
-        raise NodeError(f"cannot make {path} ({error.strerror}): RayLauncher's temp_dir says where") from None
-
-
 def check_gpus(wanted: int) -> None:
     """Compare the GPUs that Slurm gave, and those that the driver sees, with those that were asked for.
 
@@ -92,10 +80,20 @@ def check_gpus(wanted: int) -> None:
         done = subprocess.run(
             ["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
-        seen = len(re.findall(r"^GPU \d+:", done.stdout, re.M))
+        seen = count_gpus(done.stdout)
         if done.returncode or seen < wanted:
             said = "; ".join(tail(done.stdout).splitlines())
             raise NodeError(f"{seen} of {wanted} GPUs are there; nvidia-smi says: {said}")
+
+
+def count_gpus(listing: str) -> int:
+    """Return how many devices `nvidia-smi -L` lists that a program can use: the MIG slices of a GPU, or the GPU.
+
+    Args:
+        listing: a line `GPU 0: ...` per GPU, each followed by its slices as indented lines `  MIG 1g.12gb ...`.
+    """
+    gpus = re.split(r"^GPU \d+:", listing, flags=re.M)[1:]
+    return sum(len(re.findall(r"^\s+MIG ", gpu, re.M)) or 1 for gpu in gpus)
 
 
 def memory_arguments(object_store: int | None, environ: Mapping[str, str]) -> list[str]:
@@ -120,6 +118,12 @@ def versions() -> dict[str, str]:
         ray = importlib.metadata.version("ray")
     except importlib.metadata.PackageNotFoundError:
         raise NodeError(f"there is no Ray in the environment of {sys.executable}") from None
+    if tuple(int(part) for part in re.findall(r"\d+", ray)[:2]) < OLDEST_RAY:
+        oldest = ".".join(map(str, OLDEST_RAY))
+        raise NodeError(
+            f"Ray {ray} ({sys.executable}) is too old. It has no authentication: every user of the network could run "
+            f"programs in your name. Install Ray {oldest} or later"
+        )
     return {"Ray": ray, "Python": platform.python_version()}
 
 
@@ -165,8 +169,7 @@ class Node:
         self._settings = settings
         self._host = socket.gethostname()
         self._head = os.environ["SLURM_PROCID"] == "0"
-        self._folder = Path(settings["temp_dir"], f"r-{os.environ['SLURM_JOB_ID']}")
-        self._ray_folder = self._folder / "ray"  # in a private one: Ray opens its own to everybody
+        self._folder: Path | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
         self._claims: list[socket.socket] = []
@@ -177,52 +180,66 @@ class Node:
         Raises:
             NodeError: it ended by itself, or did not start.
         """
-        make_private_folder(self._folder)
+        mine = versions()
+        self._folder = make_folder(Path(self._settings["temp_dir"]), os.environ["SLURM_JOB_ID"])
         check_gpus(self._settings["gpus"])
-        command = [sys.executable, "-u", str(Path(__file__).with_name("start.py")), *self._arguments()]
+        address = own_address(self._settings["network_interface"])
+        ports, self._claims = claim_ports(len(AGENT_PORTS) + 2 * self._head)
+        arguments = self._arguments(self._folder, address, ports)
         output = state() / f"ray-start-{self._host}.out"
         with output.open("w") as file:
             ray = subprocess.Popen(
-                command,
+                [sys.executable, "-u", str(Path(__file__).with_name("start.py")), *arguments],
                 env={**os.environ, "TMPDIR": str(self._folder)},  # what is killed cannot tidy up
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
-        self._selector.register(os.pidfd_open(ray.pid), selectors.EVENT_READ, ray)
-        if not self._head:
-            self._compare_versions()
+        self._selector.register(_wait_in_background(ray), selectors.EVENT_READ, ray)
+        if self._head:
+            gcs, dashboard = ports[-2:]
+            self._announce(Head(self._host, address, gcs, dashboard, sys.executable, mine))
+        else:
+            self._compare_versions(mine)
         for key, _ in self._selector.select():
             if key.data is ray:
                 raise NodeError(explain(ray.wait(), output.read_text(errors="replace")))
 
-    def _arguments(self) -> list[str]:
+    def _arguments(self, folder: Path, address: str, ports: list[int]) -> list[str]:
         """Of `ray start`. A port of 0 is one that the raylet chooses when it binds it: nobody can come between."""
         settings = self._settings
         further = settings["ray_start_args"]
         check_ports(further)
-        address = own_address(settings["network_interface"])
         arguments = [
             "--block",
             "--log-color=false",
             "--disable-usage-stats",
-            f"--temp-dir={self._ray_folder}",
+            f"--temp-dir={folder / RAY_FOLDER}",
             f"--node-ip-address={address}",
+            f"--num-cpus={settings['cpus']}",
+            f"--num-gpus={settings['gpus']}",
+            "--node-manager-port=0",
+            "--object-manager-port=0",
         ]
-        arguments += [f"--num-cpus={settings['cpus']}", f"--num-gpus={settings['gpus']}"]
-        ports, self._claims = claim_ports(len(AGENT_PORTS) + 2 * self._head, int(os.environ["SLURM_JOB_ID"]) * 7)
-        arguments += ["--node-manager-port=0", "--object-manager-port=0"]
         arguments += [f"--{part}-port={port}" for part, port in zip(AGENT_PORTS, ports, strict=False)]
         arguments += memory_arguments(settings["object_store_memory"], os.environ)
         if self._head:
             gcs, dashboard = ports[-2:]
             arguments += ["--head", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-            Head(self._host, address, gcs, dashboard, sys.executable, versions()).tell()
         return [*arguments, *(each for each in further if self._head or not each.startswith("--include-dashboard"))]
 
-    def _compare_versions(self) -> None:
-        """Wait for the head's word, and end with it if this node has another Ray or Python."""
-        mine = versions()
+    def _announce(self, head: Head) -> None:
+        """Publish the head's address as soon as Ray listens there.
+
+        Earlier, another user could take the port, and would be sent the token of the cluster.
+        """
+        while not is_ours(head.port):
+            if self._selector.select(POLL_SECONDS):
+                return
+        head.publish()
+
+    def _compare_versions(self, mine: Mapping[str, str]) -> None:
+        """Wait for the head's address; end with an error if this node has another Ray or Python than the head."""
         while not (head := Head.read()):
             if self._selector.select(POLL_SECONDS):
                 return
@@ -235,20 +252,29 @@ class Node:
     def clean_up(self) -> None:
         """End what runs, keep its logs and remove the rest."""
         kill_descendants()
+        if not self._folder:
+            return
         try:
-            if self._settings["collect_logs"]:
-                self._keep_logs()
+            logs = self._folder / RAY_FOLDER / "session_latest" / "logs"
+            if self._settings["collect_logs"] and logs.exists():
+                keep_logs(logs.resolve(), Path("ray", f"logs-{self._host}.tar.gz"))
         finally:
-            if self._folder.exists() and self._folder.stat().st_uid == os.getuid():
-                shutil.rmtree(self._folder)
+            shutil.rmtree(self._folder)
 
-    def _keep_logs(self) -> None:
-        logs = self._ray_folder / "session_latest" / "logs"
-        if logs.exists():
-            part = Path("ray", f"logs-{self._host}.tar.gz.part")
-            with tarfile.open(part, "w:gz", compresslevel=1) as archive:
-                archive.add(logs.resolve(), f"logs-{self._host}")
-            part.rename(part.with_suffix(""))
+
+def _wait_in_background(process: subprocess.Popen[bytes]) -> int:
+    """Return a file descriptor that becomes readable when a process has ended.
+
+    os.pidfd_open would do the same, but kernels before 5.3 do not have it, and neither have some builds of Python.
+    """
+    reader, writer = os.pipe()
+
+    def wait() -> None:
+        process.wait()
+        os.close(writer)
+
+    threading.Thread(target=wait, daemon=True).start()
+    return reader
 
 
 def main() -> None:

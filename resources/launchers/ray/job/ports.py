@@ -1,42 +1,65 @@
 """Ports for the processes of Ray on this node."""
 
+import os
 import re
+import secrets
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 
 from job_cluster import NodeError
 
 PORTS = range(20000, 32768)
 """Below those that Linux gives to outgoing connections (ip_local_port_range)."""
+_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+_LISTENING = "0A"
 
 
-def claim_ports(count: int, first: int) -> tuple[list[int], list[socket.socket]]:
-    """Free ports, and what keeps the launchers of other jobs on this node from them.
+def claim_ports(count: int) -> tuple[list[int], list[socket.socket]]:
+    """Reserve free ports, from a random one on, for processes that are about to start.
+
+    The kernel holds the claims: a socket that is bound and does not listen keeps its port from everybody who binds
+    without SO_REUSEADDR, this function included. Ray's processes bind with it, so they can have the port.
 
     Args:
         count: how many.
-        first: where to begin to look; another number for each job.
 
     Returns:
-        The ports, and sockets (in the abstract namespace, one a port) to be held as long as they are used.
+        The ports, and the sockets that hold them: keep these open as long as the ports are used.
+
+    Raises:
+        NodeError: there are not so many free ports.
     """
     ports: list[int] = []
     claims: list[socket.socket] = []
+    first = secrets.randbelow(len(PORTS))
     for step in range(len(PORTS)):
         port = PORTS[(first + step) % len(PORTS)]
-        claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        claim = socket.socket()
         try:
-            claim.bind(f"\0ray-job-port-{port}")
-            with socket.socket() as probe:
-                probe.bind(("", port))
+            claim.bind(("", port))
         except OSError:
             claim.close()
             continue
+        claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         ports.append(port)
         claims.append(claim)
         if len(ports) == count:
             return ports, claims
     raise NodeError(f"no {count} free ports from {PORTS.start} to {PORTS.stop - 1}")
+
+
+def is_ours(port: int) -> bool:
+    """Return whether a process of this user listens on a TCP port of this node, and nobody else does."""
+    owners = set()
+    for table in _TABLES:
+        with suppress(FileNotFoundError):  # no IPv6 here
+            for line in table.read_text().splitlines()[1:]:
+                _, local, _, connection, *_, owner = line.split()[:8]
+                if connection == _LISTENING and int(local.rpartition(":")[2], 16) == port:
+                    owners.add(int(owner))
+    return owners == {os.getuid()}
 
 
 def check_ports(arguments: Iterable[str]) -> None:
