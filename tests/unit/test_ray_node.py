@@ -220,27 +220,35 @@ def test_the_end_of_ray_is_seen_without_pidfd_open(monkeypatch: pytest.MonkeyPat
     os.close(descriptor)
 
 
+def run_cluster_script(folder: Path, text: str, srun: str) -> subprocess.CompletedProcess[str]:
+    """Run a text of cluster.sh in a folder, as the job script does, with a sham srun."""
+    programs = folder / "bin"
+    programs.mkdir()
+    (programs / "srun").write_text(f"#!/bin/bash\n{srun}\n")
+    (programs / "srun").chmod(0o755)
+    (folder / "ray").mkdir()
+    (folder / "ray/watch.py").touch()
+    (folder / "cluster.sh").write_text(text)
+    script = "run_workload() { echo $BASHPID >workload.pid; exec sleep 60; }; . ./cluster.sh program.py"
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHON": sys.executable}
+    return subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
 def test_the_heads_file_is_there_before_any_node_asks_for_it(tmp_path: Path) -> None:
     """An NFS client that was told "no such file" may repeat that for a minute."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "srun").write_text('#!/bin/bash\nls -s "$RAY_JOB_STATE" >seen\nexit 3\n')
-    (programs / "srun").chmod(0o755)
-    (tmp_path / "ray").mkdir()
-    (tmp_path / "ray/watch.py").touch()
-    script = f"run_workload() {{ echo $BASHPID >workload.pid; exec sleep 60; }}; . {JOB}/cluster.sh program.py"
-    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHON": sys.executable}
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, timeout=60, check=False)
+    done = run_cluster_script(tmp_path, (JOB / "cluster.sh").read_text(), 'ls "$RAY_JOB_STATE" >seen; exit 3')
     assert done.returncode == 1
     assert "head.json" in (tmp_path / "seen").read_text()
 
 
-def test_gpus_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    node.check_gpus(2)
-    with pytest.raises(job_cluster.NodeError, match="2 of 4 GPUs: Slurm gave CUDA_VISIBLE_DEVICES='0,1'"):
-        node.check_gpus(4)
+def test_a_bash_that_is_too_old_is_named(tmp_path: Path) -> None:
+    text = (JOB / "cluster.sh").read_text().replace("BASH_VERSINFO", "SHAM_VERSION")
+    done = run_cluster_script(tmp_path, f"SHAM_VERSION=(4 2)\n{text}", "exit 0")
+    assert done.returncode == 1
+    assert "and 4.3 or later is needed" in (tmp_path / "cause").read_text()
+    assert not (tmp_path / "workload.pid").exists()
 
 
 def test_what_ray_start_says_of_its_dead_comes_first() -> None:

@@ -3,6 +3,10 @@
 # pre_start, sources this with the program, then the options of srun: the nodes, and what each has.
 workload=$1
 shift
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 403)); then # `wait -n` is missing
+  echo "Ray: $HOSTNAME has bash $BASH_VERSION, and 4.3 or later is needed" | tee cause >&2
+  exit 1
+fi
 
 # What a login shell may have set would lead elsewhere.
 unset RAY_ADDRESS RAY_API_SERVER_ADDRESS RAY_AUTH_TOKEN RAY_NAMESPACE RAY_REDIS_ADDRESS RAY_TMPDIR
