@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 from tests.simulated_site import CPU_PARTITION, RequirementsError, SimulatedSite, wait_until
 from tests.simulated_site.requirements import check_system, installation_allowed
 
-SITE_NAME = os.environ.get("SIMULATED_SITE_NAME", "pytest") + os.environ.get("PYTEST_XDIST_WORKER", "")
-"""Two test runs on one machine need two, and so do two workers of one (`scripts/test -n 2`)."""
+_CLONE = f"test-{zlib.crc32(str(Path(__file__).parent).encode()):08x}"
+SITE_NAME = os.environ.get("SIMULATED_SITE_NAME", _CLONE) + os.environ.get("PYTEST_XDIST_WORKER", "")
+"""Each clone of the repository has its own, so that two can be tested at once, and so has each worker of a run."""
 
 
 @pytest.fixture(scope="session")
