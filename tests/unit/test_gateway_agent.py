@@ -98,7 +98,7 @@ def test_a_request_that_makes_no_sense_is_answered(tmp_path: Path) -> None:
     with start() as agent:
         answer(agent)
         ask(agent, do="dance")
-        assert answer(agent)["error"] == "unknown"
+        assert answer(agent)["error"] == "broken"
         ask(agent, do="submit", run=f"{tmp_path}/--wrap", files={}, options=[])
         assert answer(agent) == {"id": 1, "error": "refused", "text": "not a name for runs: '--wrap'"}
         ask(agent, do="submit", run=f"{tmp_path}/KEY", files={"../out": "x"}, options=[])

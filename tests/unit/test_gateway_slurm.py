@@ -54,9 +54,9 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         (INVALID, "echo 'FAILED|1:0|1|2|3|p1|other'", "forgotten"),
         (INVALID, "echo 'Slurm accounting storage is disabled' >&2; exit 1", "forgotten"),
         # An outage is no end.
-        (AWAY, "", "unknown"),
-        (AWAY, "echo 'Connection refused' >&2; exit 1", "unknown"),
-        (INVALID, "echo 'Connection refused' >&2; exit 1", "unknown"),
+        (AWAY, "", "temporary"),
+        (AWAY, "echo 'Connection refused' >&2; exit 1", "temporary"),
+        (INVALID, "echo 'Connection refused' >&2; exit 1", "temporary"),
     ],
 )
 def test_the_verdict_on_a_job(say: Say, scontrol: str, sacct: str, expected: Any) -> None:
@@ -71,31 +71,65 @@ def test_the_verdict_on_a_job(say: Say, scontrol: str, sacct: str, expected: Any
         assert (tuple(found.values()) if found else None) == expected
 
 
+VIOLATES = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+
+
 @pytest.mark.parametrize(
     ("sbatch", "expected"),
     [
         ("echo 17", "17"),
         ("echo 17\\;musica", "17"),
         ("echo '3 partitions'; echo 17; echo '12 node hours left'", "17"),
-        ("echo 'sbatch: error: Batch job submission failed: Invalid qos specification' >&2; exit 1", "refused"),
-        ("echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1", "unknown"),
-        ("echo 'sbatch: error: Zero Bytes were transmitted or received' >&2; exit 1", "unknown"),
-        ("echo 'sbatch: error: Unable to contact slurm controller' >&2; exit 1", "unknown"),
-        ("echo 'noise without an id'", "unknown"),
-        ("kill -9 $$", "unknown"),
+        ("echo 'noise without an id'", "temporary"),
+        ("kill -9 $$", "temporary"),
     ],
 )
 def test_the_answers_of_sbatch(say: Say, sbatch: str, expected: str, tmp_path: Path) -> None:
     say("sbatch", sbatch)
     (tmp_path / "tried").touch()
     with submission.Locked(str(tmp_path)) as lock:
-        if expected in ("refused", "unknown"):
+        if expected == "temporary":
             with pytest.raises(files.Failure) as failure:
                 submission.sbatch(str(tmp_path), [], lock)
             assert failure.value.kind == expected
         else:
             assert submission.sbatch(str(tmp_path), [], lock) == expected
-    assert (tmp_path / "tried").exists() is (expected != "refused")  # refused: nothing to look behind
+    assert (tmp_path / "tried").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "submitted"),
+    [
+        ("Invalid qos specification", "refused", "no"),
+        (f"QOSMaxWallDurationPerJobLimit\n{VIOLATES}", "refused", "no"),
+        (f"AssocMaxCpuPerJobLimit\n{VIOLATES}", "refused", "no"),
+        (f"QOSMaxSubmitJobPerUserLimit\n{VIOLATES}", "temporary", "no"),
+        (f"AssocMaxSubmitJobLimit\n{VIOLATES}", "temporary", "no"),
+        (f"QOSGrpSubmitJobsLimit\n{VIOLATES}", "temporary", "no"),
+        (f"AssocMaxJobsLimit\n{VIOLATES}", "temporary", "no"),
+        (VIOLATES, "temporary", "no"),
+        ("Slurm backup controller in standby mode", "temporary", "no"),
+        ("Could not establish a configuration source", "temporary", "no"),
+        ("Job submission disabled", "temporary", "no"),
+        ("Requested operation is presently disabled", "temporary", "no"),
+        ("Required partition not available (inactive or drain)", "temporary", "no"),
+        ("I/O error writing script/environment to file", "temporary", "no"),
+        ("Slurm temporarily unable to accept job, sleeping and retrying", "temporary", "perhaps"),
+        ("Resource temporarily unavailable", "temporary", "perhaps"),
+        ("Socket timed out on send/recv operation", "temporary", "perhaps"),
+        ("Zero Bytes were transmitted or received", "temporary", "perhaps"),
+        ("Unable to contact slurm controller", "temporary", "perhaps"),
+    ],
+)
+def test_what_sbatch_refuses(say: Say, words: str, kind: str, submitted: str, tmp_path: Path) -> None:
+    """What may pass is repeated; the queue is searched for the job only where there may be one."""
+    (tmp_path / "words").write_text(words)
+    say("sbatch", f"cat {tmp_path}/words >&2; exit 1")
+    (tmp_path / "tried").touch()
+    with submission.Locked(str(tmp_path)) as lock, pytest.raises(files.Failure) as failure:
+        submission.sbatch(str(tmp_path), [], lock)
+    assert (failure.value.kind, str(failure.value)) == (kind, words)
+    assert (tmp_path / "tried").exists() is (submitted == "perhaps")
 
 
 SHOW_VARIABLES = 'echo 17; env | grep -E "^(SBATCH|SLURM|SQUEUE)_" | sort >"$(dirname "$0")/variables"'

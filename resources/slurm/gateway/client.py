@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from resources.slurm.gateway.answers import Claim, JobEnd, JobState, Projects, RefusedError, Submitted
-from resources.slurm.gateway.link import BrokenError, Link
+from resources.slurm.gateway.link import AgainError, Link
 
 PIECE = 1 << 20
 ACCOUNTED = ("JobID", "State", "MaxRSS", "TotalCPU", "CPUTimeRAW")
@@ -166,7 +166,7 @@ class Gateway(Link):
                         return
                     file.seek(0)
                     file.truncate()
-                    raise BrokenError(f"{path} did not arrive as it was sent")
+                    raise AgainError(f"{path} did not arrive as it was sent")
 
             try:
                 self.patiently(go_on)
@@ -238,7 +238,7 @@ class Gateway(Link):
             RefusedError: there is no such run.
             StoppedError: `stop` was set; the job goes on.
         """
-        return self._follow(run, sinks, on_state, [], lambda _: None)
+        return self._follow(run, sinks, on_state, [], lambda _: None, lasting=lambda: False)
 
     def run(
         self,
@@ -249,7 +249,8 @@ class Gateway(Link):
         on_state: Callable[[JobState], None],
     ) -> JobEnd:
         """Submit and follow in one breath; see there."""
-        return self._follow(run, sinks, on_state, [_submission(run, files, ())], on_submitted)
+        before = [_submission(run, files, ())]
+        return self._follow(run, sinks, on_state, before, on_submitted, lasting=lambda: not before)
 
     def _follow(
         self,
@@ -258,6 +259,7 @@ class Gateway(Link):
         on_state: Callable[[JobState], None],
         before: list[dict[str, Any]],
         on_submitted: Callable[[Submitted], None],
+        lasting: Callable[[], bool],
     ) -> JobEnd:
         offsets = dict.fromkeys(sinks, 0)
         follow = {"do": "follow", "run": run, "fields": ",".join(ACCOUNTED)}
@@ -274,15 +276,15 @@ class Gateway(Link):
                 elif "file" in head:
                     name = head["file"]
                     if head["at"] != offsets[name]:
-                        raise BrokenError(f"{name} came from byte {head['at']} on, not {offsets[name]}")
+                        raise AgainError(f"{name} came from byte {head['at']} on, not {offsets[name]}")
                     offsets[name] += len(data)
                     sinks[name](data)
                 elif "state" in head:
                     start = float(head["start"]) if head["start"].isdecimal() else None
                     on_state(JobState(head["state"], head["reason"], start, head["account"]))
-            raise BrokenError("the agent ended its answer")
+            raise AgainError("the agent ended its answer")
 
-        return self.patiently(go_on)
+        return self.patiently(go_on, lasting)
 
 
 def _consultation(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """A connection with an agent on it, opened anew as often as it takes.
 
-A lost connection says nothing about a job: every request is repeated until it is answered.
+A lost connection says nothing about a job: every request is repeated until it is answered. The agent's errors are of
+three kinds: `refused` is final; `temporary` is repeated over the same connection, with growing pauses; `broken`, an
+error of the agent itself, is repeated a few times only.
 """
 
 import random
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, TypeVar
 
 from resources.auth import AccessError
@@ -17,9 +19,14 @@ from resources.slurm.gateway.channel import OpenChannel
 from resources.slurm.gateway.wire import Wire
 from resources.ssh import AuthenticationError, UnreachableError
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 15.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 60.0
+"""Seconds between two tries of a request: each pause is twice as long as the one before."""
+MOST_LOGINS, LOGINS_SECONDS = 20, 600.0
+"""A link that has opened so many connections within so many seconds waits LONGEST_PAUSE before each further one."""
+BROKEN_TRIES = 4
+"""After so many broken answers to a request in a row it fails."""
 DENIED_PAUSE, DENIED_PATIENCE = 60.0, 86400.0
-"""For a login node that has let this client in and does so no more: somebody may mend that while the job runs."""
+"""For a login node that has let this client in and does so no more: somebody may fix that while the job runs."""
 T = TypeVar("T")
 _Frame = tuple[Mapping[str, Any], bytes]
 _Ahead = Callable[[], tuple[Mapping[str, Any], bytes] | None]
@@ -29,12 +36,24 @@ def _nothing() -> None:
     """No request."""
 
 
-class BrokenError(Exception):
-    """The connection is lost, or an answer decided nothing: ask again."""
+class AgainError(Exception):
+    """The request got no final answer; repeat it over a new connection."""
 
 
-class _DeniedError(BrokenError):
-    """There is no way in any more, for as long as nobody does something about it."""
+class _DeniedError(AgainError):
+    """The login node refuses this client; a person may change that."""
+
+
+class _TemporaryError(AgainError):
+    """The agent could not do what was asked, for now; repeat the request over the same connection."""
+
+
+class _BrokenError(_TemporaryError):
+    """The agent failed by an error of its own."""
+
+
+_ERRORS = {"refused": RefusedError, "broken": _BrokenError}
+"""By the kind that the agent names; any other is temporary."""
 
 
 @dataclass
@@ -73,6 +92,8 @@ class Link:
         self._let_in: float | None = None
         self._ahead: _Ahead = _nothing
         self._early: _Early | None = None
+        self._opened: deque[float] = deque(maxlen=MOST_LOGINS)
+        self._advanced = False
 
     def close(self) -> None:
         """End the connection."""
@@ -106,15 +127,15 @@ class Link:
                 if frame is None or frame[0]["id"] not in idents:
                     continue
                 if "error" in frame[0]:
-                    final = frame[0]["error"] == "refused"
-                    raise (RefusedError if final else BrokenError)(frame[0]["text"])
+                    raise _ERRORS.get(frame[0]["error"], _TemporaryError)(frame[0]["text"])
+                self._advanced |= bool(frame[1] or data)
                 yield idents.index(frame[0]["id"]), *frame
         except (OSError, EOFError, UnreachableError) as error:
-            raise BrokenError(str(error) or type(error).__name__) from error
+            raise AgainError(str(error) or type(error).__name__) from error
         except (AccessError, AuthenticationError) as error:
             if isinstance(error, AccessError) and error.temporary:
-                raise BrokenError(str(error)) from error
-            if self._let_in is None or time.monotonic() - self._let_in > DENIED_PATIENCE:
+                raise AgainError(str(error)) from error
+            if self._let_in is None or monotonic() - self._let_in > DENIED_PATIENCE:
                 raise
             raise _DeniedError(str(error)) from error
 
@@ -139,7 +160,7 @@ class Link:
     def _receive(self, wire: Wire) -> _Frame | None:
         """The next frame, if one has come; what is to a request that was sent ahead is kept."""
         frame = wire.receive()
-        self._let_in = time.monotonic()
+        self._let_in = monotonic()
         if frame and frame[0]["id"] == self._hold and "held" in frame[0]:
             raise LostClaimError(frame[0]["held"])
         if frame and self._early and frame[0]["id"] == self._early.ident:
@@ -149,22 +170,56 @@ class Link:
     def _connect(self) -> Wire:
         """The connection; on a new one, what was claimed is held on to first."""
         if self.wire is None:
+            self._opened.append(monotonic())
             self.wire = Wire(self._open_channel())
             self._hold = self.wire.send(do="hold", **self.claimed) if self.claimed else -1
         return self.wire
 
-    def patiently(self, step: Callable[[], T]) -> T:
-        """Until it works, is refused, or is stopped; pauses grow while nothing works at all."""
-        pause = FIRST_PAUSE
+    def patiently(self, step: Callable[[], T], lasting: Callable[[], bool] = lambda: False) -> T:
+        """Repeat a request until it works, is refused, is broken again and again, or is stopped.
+
+        Pauses grow for as long as the request does not advance, whether connections are lost or the agent answers.
+
+        Args:
+            step: makes the request.
+            lasting: whether broken answers do not end it either.
+
+        Raises:
+            RefusedError: also for BROKEN_TRIES broken answers in a row.
+            StoppedError: `stop` was set.
+        """
+        pause, broken = FIRST_PAUSE, 0
         while True:
+            begun, self._advanced = monotonic(), False
             try:
                 return step()
-            except BrokenError as error:
-                if self.wire and self.wire.worked:
-                    pause = FIRST_PAUSE
-                self.close()
+            except AgainError as error:
+                if self._advanced or monotonic() - begun > LONGEST_PAUSE:
+                    pause, broken = FIRST_PAUSE, 0
+                broken += isinstance(error, _BrokenError)
+                if broken >= BROKEN_TRIES and not lasting():
+                    raise RefusedError(str(error)) from error
+                if not isinstance(error, _TemporaryError):
+                    self.close()
                 self._on_trouble(str(error))
                 wait = DENIED_PAUSE if isinstance(error, _DeniedError) else pause
-            if self.stop.wait(wait * random.uniform(0.5, 1.0)):  # noqa: S311 (jitter)
-                raise StoppedError
+            self._wait(wait * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait before the next try; a connection that is there stays alive, and what comes over it is dropped."""
+        until = monotonic() + seconds
+        while True:
+            if self.wire:
+                try:
+                    self._receive(self.wire)
+                except (OSError, EOFError, UnreachableError):
+                    self.close()
+            many = len(self._opened) == MOST_LOGINS and monotonic() - self._opened[0] < LOGINS_SECONDS
+            if many and not self.wire:
+                until = max(until, self._opened[-1] + LONGEST_PAUSE)
+            left = until - monotonic()
+            if self.stop.wait(0 if self.wire else max(left, 0)):
+                raise StoppedError
+            if left <= 0:
+                return

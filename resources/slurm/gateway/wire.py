@@ -17,7 +17,7 @@ LOOK_SECONDS = 0.5
 
 
 class Wire:
-    """One connection with an agent on it; whether anything has `worked` on it."""
+    """One connection with an agent on it."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -26,7 +26,6 @@ class Wire:
         self._greeted = False
         self._said = ""
         self._heard = self._beaten = time.monotonic()
-        self.worked = False
 
     def close(self) -> None:
         """End it."""
@@ -86,11 +85,13 @@ class Wire:
             del self._buffer[: end + 1]
             self._said = line.decode(errors="replace").strip() or self._said
             self._greeted = HELLO.encode() in line
-        head = json.loads(line)
+        try:
+            head = json.loads(line)
+        except ValueError as error:
+            raise OSError(f"something else than the agent writes to the connection: {line[:100]!r}") from error
         size = head.get("size", 0)
         if len(self._buffer) < end + 1 + size:
             return None
         data = bytes(self._buffer[end + 1 : end + 1 + size])
         del self._buffer[: end + 1 + size]
-        self.worked = True
         return head, data

@@ -7,7 +7,8 @@ Standard library, Python 3.6: the client sends these modules along as one progra
     stdout  {"id": 0, "hello": "gateway-agent 1", ...}          what comes before is not ours: banners, profiles
             {"id": 1, "job": "1184", "how": "submitted"}
             {"id": 2, "file": "stdout", "at": 0, "size": 13}    13 raw bytes follow that line
-            {"id": 1, "error": "refused", "text": "..."}        final; anything else: nothing was decided, ask again
+            {"id": 1, "error": "refused", "text": "..."}        final; `temporary`: the client repeats the request with
+                                                                growing pauses; `broken`: a few times
 
 A request with a `size` is followed by so many raw bytes, too. What can be asked for is in `server.VERBS`.
 

@@ -9,7 +9,7 @@ CHUNK = 1 << 18
 
 
 class Failure(Exception):
-    """`refused`: Slurm or we said no, for good. `unknown`: nothing was decided, ask again."""
+    """`refused`: a permanent error. `temporary`: the client repeats the request, with growing pauses."""
 
     def __init__(self, kind, text):
         super().__init__(text)
@@ -98,7 +98,7 @@ def piece(ask, _):
     path, part = part_of(ask)
     with locked(part) as file:
         if os.fstat(file.fileno()).st_size != ask["at"]:
-            raise Failure("unknown", "%s: a piece does not follow the one before" % path)
+            raise Failure("temporary", "%s: a piece does not follow the one before" % path)
         file.seek(ask["at"])
         file.write(ask["data"])
         file.flush()
@@ -107,7 +107,7 @@ def piece(ask, _):
         os.fsync(file.fileno())
         if hash_of(part) != ask["sha256"]:
             os.unlink(part)
-            raise Failure("unknown", "%s did not arrive as it was sent" % path)
+            raise Failure("temporary", "%s did not arrive as it was sent" % path)
         os.rename(part, path)
     return {"at": ask["bytes"]}
 
@@ -122,7 +122,7 @@ def get(ask, say):
             while at < size:
                 data = file.read(min(CHUNK, size - at))
                 if not data:
-                    raise Failure("unknown", "%s has become shorter" % path)
+                    raise Failure("temporary", "%s has become shorter" % path)
                 say(data, file=path, at=at)
                 at += len(data)
     except FileNotFoundError as error:

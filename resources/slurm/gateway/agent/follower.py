@@ -12,6 +12,8 @@ LAG = 15.0  # seconds for which a job's own words are waited for when Slurm says
 ABSENT = 10.0  # seconds for which a run directory may be on its way
 MOST_CHUNKS = 8  # of one stream in a row, so that none starves another
 
+LATEST = {}  # by run: who follows it; a client that asks once more has given up what it asked for before
+
 
 class Follower:
     def __init__(self, ask, say):
@@ -26,11 +28,12 @@ class Follower:
 
     def follow(self):
         QUEUE.wanted.set()
+        LATEST[self.run] = self
         while not os.path.isdir(self.run):  # asked for in one breath with its submission
             if time.time() - self.begun > ABSENT and self.run not in UNDER_WAY:
                 raise Failure("refused", "there is no run %s" % self.run)
             time.sleep(0.02)
-        while True:
+        while LATEST[self.run] is self:
             words = words_of(self.run)  # before the streams: what was written before the end is read after it
             sent = [self.pump(name) for name in self.at]
             if any(sent):
@@ -46,6 +49,7 @@ class Follower:
             if max(sent or [0]) < MOST_CHUNKS:
                 # 2 % of the silence: 0.02 s while things happen, 1 s for a job that works quietly
                 time.sleep(min(max(0.02 * (time.time() - self.moved), 0.02), 1))
+        return {}
 
     def pump(self, name):
         """Send what a file has beyond its offset; the number of chunks."""

@@ -57,5 +57,5 @@ def program(ask, say):
     code = child.wait()
     reader.join()
     if code:
-        raise Failure("unknown" if code < 0 else "refused", words[0].decode(errors="replace").strip()[-2000:])
+        raise Failure("temporary" if code < 0 else "refused", words[0].decode(errors="replace").strip()[-2000:])
     return {"code": code}

@@ -17,17 +17,47 @@ from .submission import SBATCH_PATIENCE, cancel, submit
 
 HELLO = "gateway-agent 1"
 SILENCE = 60.0  # seconds without a byte from the client: it is gone, though the connection does not say so
-# What asking again does not mend; other errors of the file system may pass.
+# Errors of the file system that repeating the request does not fix.
 FINAL = (
     errno.EACCES,
     errno.EDQUOT,
     errno.EISDIR,
+    errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.ENOSPC,
     errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,
 )
+# Those that pass by themselves: a server that is away, a node that is short of something. All others are `broken`.
+PASSING = (
+    errno.EAGAIN,
+    errno.EBUSY,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EINTR,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.ENOTCONN,
+    errno.EREMOTEIO,
+    errno.ESHUTDOWN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
+
+
+def kind_of(error):
+    """The kind of an error of the file system or of a system call."""
+    if error.errno in FINAL:
+        return "refused"
+    return "temporary" if error.errno in PASSING else "broken"
 
 
 def ping(_, __):
@@ -105,10 +135,11 @@ class Agent:
         except Failure as failure:
             answer = {"error": failure.kind, "text": str(failure)}
         except OSError as error:
-            text = "%s: %s" % (error.filename or ask["do"], error.strerror)
-            answer = {"error": "refused" if error.errno in FINAL else "unknown", "text": text}
-        except Exception as error:  # whatever it is, the client has to hear of it
-            answer = {"error": "unknown", "text": repr(error)}
+            answer = {"error": kind_of(error), "text": "%s: %s" % (error.filename or ask["do"], error.strerror)}
+        except Exception:  # whatever it is, the client has to hear of it
+            import traceback  # loading it takes longer than most agents have a use for it
+
+            answer = {"error": "broken", "text": "the gateway agent failed:\n%s" % traceback.format_exc(-3).strip()}
         if ask.get("do") in FINISHED:
             with self.counting:
                 self.busy -= 1

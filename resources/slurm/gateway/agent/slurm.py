@@ -58,7 +58,7 @@ def call(*command, patience=COMMAND_PATIENCE, script=""):
             timeout=patience,
         )
     except subprocess.TimeoutExpired:
-        raise Failure("unknown", "%s did not answer within %d s" % (command[0], patience))
+        raise Failure("temporary", "%s did not answer within %d s" % (command[0], patience))
     except OSError as error:
         raise Failure("refused", "%s: %s" % (command[0], error.strerror))
 
@@ -67,7 +67,7 @@ def ask_slurm(*command, patience=COMMAND_PATIENCE):
     """What a query prints."""
     done = call(*command, patience=patience)
     if done.returncode:
-        raise Failure("unknown", "%s: %s" % (command[0], done.stderr.decode(errors="replace").strip()))
+        raise Failure("temporary", "%s: %s" % (command[0], done.stderr.decode(errors="replace").strip()))
     return done.stdout.decode(errors="replace")
 
 
@@ -96,7 +96,7 @@ def verdict(job, key):
 
     The controller is asked first, then the accounting.
 
-    Failure: `forgotten` if the controller has, and the accounting has nothing; `unknown` if they do not answer.
+    Failure: `forgotten` if the controller has, and the accounting has nothing; `temporary` if they do not answer.
     """
     forgotten = False
     try:
@@ -117,7 +117,7 @@ def verdict(job, key):
             raise
         rows = []
     if not rows:
-        raise Failure("forgotten" if forgotten else "unknown", "Slurm does not tell of job %s" % job)
+        raise Failure("forgotten" if forgotten else "temporary", "Slurm does not tell of job %s" % job)
     return over(rows[-1], rows[-1][5])
 
 

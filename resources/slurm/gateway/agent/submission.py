@@ -21,6 +21,16 @@ UNSURE = re.compile(
     r"|temporarily|authentication error|munge",
     re.I,
 )
+# Words of sbatch after which there is no job, and the same job may be accepted later.
+LATER = re.compile(
+    r"(Assoc|QOS)(Max|Grp)\w*(Submit|Jobs)\w*|MaxSubmit|MaxJobCount|standby|configuration source"
+    r"|(submissions?|operation) (is |are )?(currently |presently )?disabled|inactive or drain|maintenance"
+    r"|shutting down|shutdown|try again|writing script",
+    re.I,
+)
+# Slurm says the same of too many jobs and of one that is too large; the line before it names the limit.
+LIMIT = re.compile(r"violates accounting/QOS policy", re.I)
+NAMED_LIMIT = re.compile(r"\b(Assoc|QOS)\w*(Limit|Max|Min|Per)\w*")
 
 UNDER_WAY = set()  # the runs that this agent is about to submit
 
@@ -99,14 +109,15 @@ def sbatch(run, options, lock):
             if job_of(run):
                 return job_of(run)
             if time.monotonic() > until:
-                raise Failure("unknown", "sbatch did not answer within %d s" % SBATCH_PATIENCE)
+                raise Failure("temporary", "sbatch did not answer within %d s" % SBATCH_PATIENCE)
     found = JOB_ID.findall(out)  # wrappers and submit filters print more than the id
     if child.returncode == 0 and found:
         return found[-1]
     if child.returncode <= 0 or UNSURE.search(err):
-        raise Failure("unknown", err.strip() or out.strip())
+        raise Failure("temporary", err.strip() or out.strip())
     os.unlink(os.path.join(run, "tried"))
-    raise Failure("refused", err.strip())
+    later = LATER.search(err) or (LIMIT.search(err) and not NAMED_LIMIT.search(err))
+    raise Failure("temporary" if later else "refused", err.strip())
 
 
 # Requests
