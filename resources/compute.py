@@ -6,9 +6,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 from weakref import WeakKeyDictionary
 
 import dagster as dg
@@ -69,6 +70,8 @@ class ComputeResource(dg.ConfigurableResource[Any]):
             values = _check_extras(extras, context)
         except ConfigurationError as error:
             raise failure(asset, str(error)) from None
+        if _intercept:
+            _intercept(asset, settings, plan, env or {})
         for note in _notes(settings, plan):
             context.log.warning(note)
         if not settings.on_supercomputer:
@@ -76,6 +79,25 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         done = RemoteRun(context, asset, settings, plan, _count_call(context)).run(values, env or {})
         _attach_partition_metadata(context, asset, done)
         return done
+
+
+_Intercept = Callable[[str, Settings, Plan, Mapping[str, str]], Never]
+_intercept: _Intercept | None = None
+
+
+@contextmanager
+def intercept_runs(intercept: _Intercept) -> Iterator[None]:
+    """Call `intercept` in place of every run in this process, nested resources and other threads included.
+
+    Args:
+        intercept: gets the step's name, the settings, the plan and `env`, and raises.
+    """
+    global _intercept  # noqa: PLW0603 - for all threads; a context variable does not reach those that an asset starts
+    _intercept = intercept
+    try:
+        yield
+    finally:
+        _intercept = None
 
 
 _calls: "WeakKeyDictionary[dg.AssetExecutionContext, int]" = WeakKeyDictionary()

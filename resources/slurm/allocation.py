@@ -15,10 +15,12 @@ class Allocation:
     Attributes:
         request: what is submitted; partition is always set, QoS where the site has any.
         notes: what was changed or deserves a warning, for the run's log.
+        partition: what the site says of the partition; None if no site is known.
     """
 
     request: SlurmRequest
     notes: tuple[str, ...] = ()
+    partition: Partition | None = None
 
     @property
     def node_hours(self) -> float:
@@ -29,6 +31,17 @@ class Allocation:
     def gpu_hours(self) -> float:
         """GPU-hours if the job runs to its time limit."""
         return self.node_hours * self.request.gpus_per_node
+
+    @property
+    def share(self) -> float:
+        """How much of each node the job takes, from 0 to 1: the largest share of its cores, GPUs and memory."""
+        request, node = self.request, self.partition
+        if request.exclusive or node is None:
+            return 1
+        cores = (request.cpus_per_task or 1) * request.ntasks_per_node
+        kib = parse_memory(request.mem) if request.mem else parse_memory(request.mem_per_cpu or "0") * cores
+        shares = [cores / node.cores, request.gpus_per_node / max(node.gpus, 1), kib / parse_memory(node.mem)]
+        return 1 if request.mem and not kib else min(max(shares), 1)
 
 
 def allocate(
@@ -60,7 +73,7 @@ def allocate(
         raise ConfigurationError(f"nodes={request.nodes}: QoS {chosen_qos} gives a user at most {most}")
     filled = {**_size(request, name, nodes), "partition": name, "qos": chosen_qos, "time_limit": time_limit}
     filled |= {"account": request.account or account, "reservation": request.reservation or reservation}
-    return Allocation(request.model_copy(update=filled), notes)
+    return Allocation(request.model_copy(update=filled), notes, nodes)
 
 
 def _choose_partition(request: SlurmRequest, site: Site, preferred: str | None) -> tuple[str, Partition]:
