@@ -66,7 +66,8 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         asset = ", ".join(sorted(key.to_user_string() for key in context.selected_asset_keys))
         try:
             settings = load_settings(self.site_overrides)
-            plan = make_plan(settings, self.site_overrides, Path(workload), launcher, request or SlurmRequest())
+            wanted = SlurmRequest() if request is None else request
+            plan = make_plan(settings, self.site_overrides, workload, launcher, wanted)
             values = _check_extras(extras, context)
         except ConfigurationError as error:
             raise failure(asset, str(error)) from None
@@ -118,6 +119,8 @@ def _notes(settings: Settings, plan: Plan) -> tuple[str, ...]:
 
 
 def _check_extras(extras: Mapping[str, Any] | None, context: dg.AssetExecutionContext) -> dict[str, Any]:
+    if not isinstance(extras, Mapping | None):
+        raise ConfigurationError(f"extras={extras!r} is no dictionary. Write for instance extras={{'trials': 3}}")
     values = dict(extras or {})
     for key, value in values.items():
         try:

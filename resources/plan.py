@@ -30,7 +30,11 @@ class Plan:
 
 
 def make_plan(
-    settings: Settings, site_overrides: Mapping[str, Any], workload: Path, launcher: Launcher, request: SlurmRequest
+    settings: Settings,
+    site_overrides: Mapping[str, Any],
+    workload: Path | str,
+    launcher: Launcher,
+    request: SlurmRequest,
 ) -> Plan:
     """Fill in and check everything that an asset passes to `ComputeResource.run`.
 
@@ -39,7 +43,8 @@ def make_plan(
     Raises:
         ConfigurationError: the workload, the launcher or the request cannot work; the text names the cause.
     """
-    program = _check_workload(workload)
+    _check_types(workload, launcher, request)
+    program = _check_workload(Path(workload))
     name = settings.supercomputer_site or (next(iter(site_overrides)) if len(site_overrides) == 1 else None)
     if name is None:
         return Plan(program, launcher, Site(), Allocation(request))
@@ -48,6 +53,19 @@ def make_plan(
     complete = launcher.with_site(site.launchers)
     complete.check(allocation.request)
     return Plan(program, complete, site, allocation)
+
+
+def _check_types(workload: object, launcher: object, request: object) -> None:
+    if not isinstance(workload, str | Path):
+        raise ConfigurationError(f"workload={workload!r} is no path. Write for instance WORKLOADS / 'flights.py'")
+    if isinstance(launcher, type) and issubclass(launcher, Launcher):
+        raise ConfigurationError(f"launcher={launcher.__name__} is a class. Write launcher={launcher.__name__}()")
+    if not isinstance(launcher, Launcher):
+        raise ConfigurationError(f"launcher={launcher!r} is no launcher. Write for instance launcher=ScriptLauncher()")
+    if not isinstance(request, SlurmRequest):
+        raise ConfigurationError(
+            f"request={request!r} is no SlurmRequest. Write for instance request=SlurmRequest(cpus_per_task=2)"
+        )
 
 
 def _check_workload(workload: Path) -> Path:

@@ -151,9 +151,16 @@ def _size(request: SlurmRequest, name: str, partition: Partition) -> dict[str, i
             mem = filled["mem"] = format_memory(parse_memory(partition.mem_per_gpu) * gpus)
     if (cpus or 1) * tasks > partition.cores:
         raise ConfigurationError(
-            f"ntasks_per_node={tasks} with cpus_per_task={cpus or 1}: "
-            f"a node of partition {name} gives a job {partition.cores} CPUs"
+            f"ntasks_per_node={tasks} with cpus_per_task={cpus or 1}: a node of partition {name} gives a job "
+            f"{partition.cores} CPUs. Request at most cpus_per_task={partition.cores // tasks}, or more nodes"
+            if tasks <= partition.cores
+            else f"ntasks_per_node={tasks}: a node of partition {name} gives a job {partition.cores} CPUs. "
+            "Request fewer tasks per node, or more nodes"
         )
-    if mem and parse_memory(mem) > parse_memory(partition.mem):
-        raise ConfigurationError(f"mem={mem}: a node of partition {name} has {partition.mem}")
+    per_node = parse_memory(mem) if mem else parse_memory(request.mem_per_cpu or "0") * (cpus or 1) * tasks
+    if per_node > parse_memory(partition.mem):
+        what = f"mem={mem}" if mem else f"mem_per_cpu={request.mem_per_cpu} for {(cpus or 1) * tasks} CPUs"
+        raise ConfigurationError(
+            f"{what}: a node of partition {name} has {partition.mem}. Request less memory per node, or more nodes"
+        )
     return filled

@@ -52,7 +52,14 @@ def test_what_the_asset_names_wins() -> None:
         ({"time_limit": "4-00"}, None, None, "is over the 3-00:00:00"),
         ({"cpus_per_task": 191}, None, None, "gives a job 190 CPUs"),
         ({"cpus_per_task": 100, "ntasks_per_node": 2}, None, None, "gives a job 190 CPUs"),
-        ({"cpus_per_task": 177, "gpus_per_node": 4}, None, None, "gives a job 176 CPUs"),
+        (
+            {"cpus_per_task": 177, "gpus_per_node": 4},
+            None,
+            None,
+            "gives a job 176 CPUs. Request at most cpus_per_task=176, or more nodes",
+        ),
+        ({"ntasks_per_node": 191}, None, None, "gives a job 190 CPUs. Request fewer tasks per node"),
+        ({"mem_per_cpu": "8G", "cpus_per_task": 97}, None, None, "for 97 CPUs: a node of partition zen4_0768 has 768G"),
         ({"mem": "1T"}, None, None, "has 768G"),
     ],
 )

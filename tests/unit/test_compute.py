@@ -1,6 +1,7 @@
 """What `compute.run` says before it connects anywhere."""
 
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -34,3 +35,25 @@ def test_a_qos_for_tries_is_warned_about_in_production(
     assert not result.success  # nobody has access
     text = f"QoS dev_zen4_0768 is for short tries, and this is {deployment}: look at SLURM_QOS"
     assert (text in said) is warned
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "text"),
+    [
+        ("launcher", ScriptLauncher, "launcher=ScriptLauncher is a class. Write launcher=ScriptLauncher()"),
+        ("launcher", "ray", "launcher='ray' is no launcher. Write for instance launcher=ScriptLauncher()"),
+        ("request", {"nodes": 2}, "request={'nodes': 2} is no SlurmRequest. Write for instance request=SlurmRequest("),
+        ("request", {}, "request={} is no SlurmRequest"),
+        ("workload", None, "workload=None is no path. Write for instance WORKLOADS / "),
+        ("extras", ["trials", 3], "extras=['trials', 3] is no dictionary"),
+    ],
+)
+def test_an_argument_of_a_wrong_kind_says_what_to_write(argument: str, value: object, text: str) -> None:
+    @dg.asset
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> None:
+        arguments: dict[str, Any] = {"workload": __file__, "launcher": ScriptLauncher(), argument: value}
+        compute.run(context, **arguments)
+
+    with pytest.raises(dg.Failure) as error:
+        dg.materialize([probe], resources=build_resources())
+    assert text in str(error.value.description)

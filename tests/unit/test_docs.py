@@ -18,6 +18,11 @@ Values come from the process environment, else from `.env` at the root of the re
 your home. A file that holds a secret must be yours alone (`chmod 600`). An unknown variable in a file whose name
 begins with `SLURM_`, `ASC_` or `DAGSTER_DEPLOYMENT` is an error. This table is made from `resources/settings.py`.
 
+`SLURM_PARTITION`, `SLURM_QOS`, `SLURM_ACCOUNT` and `SLURM_RESERVATION` are also variables of `srun`, with the same
+meaning. Where a module or profile exports one of them on the machine on which Dagster runs, that value wins over the
+file, as any variable of the process environment does. `scripts/preview ASSET` shows the result; `unset` the variable if
+it is not meant.
+
 | variable | meaning | default | example |
 |---|---|---|---|
 """
