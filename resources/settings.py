@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -37,19 +37,23 @@ def _expanded(path: Path) -> Path:
     return path.expanduser()
 
 
-def _https(url: str) -> str:
-    """Secrets travel to these addresses: plain http is for private networks, that is for tests."""
-    parts = urlsplit(url)
+def _https(url: str, values: ValidationInfo) -> str:
+    """Return the address; secrets travel there, so plain http is for this machine, unless ASC_ALLOW_HTTP is set."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"not a URL: {error}") from None
     if parts.scheme not in ("https", "http") or not parts.hostname:
         raise ValueError("not a URL: it begins with https://")
-    if parts.scheme == "http" and not _is_private(parts.hostname):
+    if parts.scheme == "http" and not values.data.get("allow_http") and not _is_loopback(parts.hostname):
         raise ValueError("plain http would show secrets to everyone on the way: use https://")
     return url
 
 
-def _is_private(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_private
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
@@ -142,6 +146,13 @@ class Settings(BaseSettings):
         examples=["course_2026"],
     )
 
+    allow_http: bool = Field(  # before the addresses, whose check reads it
+        False,  # noqa: FBT003 (pydantic's way)
+        validation_alias="ASC_ALLOW_HTTP",
+        description="Accept http:// in the ASC_ addresses also for other machines. Secrets are then readable on the "
+        "network: for tests.",
+        examples=["true"],
+    )
     oidc_client_id: str | None = _variable(
         None, "ASC_OIDC_CLIENT_ID", "Client id of the step CA at authentik.", "abc123"
     )

@@ -1,16 +1,18 @@
-"""Calls over HTTP with an end: time limits, repetition of what may pass, and errors that tell whose turn it is."""
+"""HTTP calls that end: time limits, retries of temporary failures, and errors that say who has to act."""
 
 import json
+import random
 import re
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from resources.auth.errors import AccessError, MisconfiguredError, UnavailableError
+from resources.auth.network import Proxy, proxy_for, public_trust, trust_variable
 
 if TYPE_CHECKING:
     import httpx
@@ -20,13 +22,15 @@ TRY_SECONDS = 10.0
 TRIES = 3
 BUDGET_SECONDS = 60.0
 """For all calls of one refresh together."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0
+"""Seconds between tries; each pause is a random part of a limit that doubles."""
 _LARGEST_ANSWER = 1 << 20
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
+_TEMPORARY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said.
+    """A server's answer.
 
     Attributes:
         status: HTTP status.
@@ -40,12 +44,12 @@ class Answer:
 
     @property
     def reason(self) -> str:
-        """The server's own words, cut short, for an error's text."""
+        """Return the server's own words, cut short, for an error's text; never what a success holds."""
         if isinstance(self.data, dict):
             for name in ("detail", "error_description", "message", "error"):
                 if isinstance(self.data.get(name), str):
                     return f"HTTP {self.status}: {self.data[name][:300]}"
-        return f"HTTP {self.status}: {json.dumps(self.data)[:300]}"
+        return f"HTTP {self.status}" + (f": {json.dumps(self.data)[:300]}" if self.status >= 400 else "")
 
 
 class Http:
@@ -56,7 +60,7 @@ class Http:
         self._public_trust: ssl.SSLContext | None = None
 
     def remaining(self) -> float:
-        """Seconds that are left of the budget."""
+        """Return the seconds that are left of the budget."""
         return self._ends - time.monotonic()
 
     def call(
@@ -70,7 +74,7 @@ class Http:
         trust: ssl.SSLContext | None = None,
         tries: int = TRIES,
     ) -> Answer:
-        """Send a request, up to `tries` times while the server is away or says that it cannot now.
+        """Send a request, up to `tries` times while the server is away or says that it cannot answer now.
 
         Args:
             method: of HTTP.
@@ -78,76 +82,89 @@ class Http:
             headers: of the request.
             json_body: body as JSON.
             form: body as a form.
-            trust: for https; by default the public authorities.
+            trust: for https; by default what the environment says, else the public authorities.
             tries: 1 where the body serves once only.
 
         Raises:
-            UnavailableError: no usable answer in time, or HTTP 5xx.
-            MisconfiguredError: another server than was meant: a wrong certificate, a redirection, no JSON.
+            UnavailableError: no usable answer in time, HTTP 5xx, or an error page that is not the server's own.
+            MisconfiguredError: another server than was meant (a wrong certificate, a redirection, no JSON), or
+                variables of the environment that cannot be used (certificates, proxies).
         """
-        import httpx
-        import tenacity
-
-        if trust is None:
-            trust = self._trust_for(url)
-
-        def attempt() -> Answer:
+        failures = 0
+        while True:
             if self.remaining() <= 0:
                 raise UnavailableError(f"{url}: no time left for another try")
             try:
-                with httpx.Client(verify=trust, timeout=min(TRY_SECONDS, self.remaining())) as client:
-                    return _send(client, client.build_request(method, url, headers=headers, json=json_body, data=form))
-            except httpx.HTTPError as error:
-                raise _explain(error, url) from None
-            except httpx.InvalidURL as error:
-                raise MisconfiguredError(f"{url} is not a URL: {error}") from None
+                return self._send(trust, method, url, headers=headers, json=json_body, data=form)
+            except UnavailableError:
+                failures += 1
+                pause = random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**failures))  # noqa: S311 (jitter)
+                if failures >= tries or pause >= self.remaining():
+                    raise
+                time.sleep(pause)
 
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(UnavailableError),
-            stop=tenacity.stop_after_attempt(tries) | tenacity.stop_before_delay(max(0.0, self.remaining())),
-            wait=tenacity.wait_random_exponential(multiplier=0.5, max=5),
-            reraise=True,
-        )
-        return retrying(attempt)
-
-    def _trust_for(self, url: str) -> ssl.SSLContext:
-        """The public authorities, once for all calls; an empty one for plain http, which is not encrypted anyway."""
+    def _send(self, trust: ssl.SSLContext | None, method: str, url: str, **content: Any) -> Answer:
+        """Send a request once; `content` is what httpx calls so."""
         import httpx
 
-        if httpx.URL(url).scheme == "http":
+        try:
+            address = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise MisconfiguredError(f"{url} is not a URL: {error}") from None
+        proxy = proxy_for(address.scheme, address.host, address.port)
+        to_proxy = self._trust_for("https") if proxy and proxy.encrypted else None
+        through = httpx.Proxy(proxy.url, ssl_context=to_proxy) if proxy else None
+        ours = trust or self._trust_for(address.scheme)
+        seconds = min(TRY_SECONDS, self.remaining())
+        try:
+            with httpx.Client(verify=ours, timeout=seconds, proxy=through, trust_env=False) as client:
+                return _receive(client.send(client.build_request(method, address, **content), stream=True), proxy)
+        except httpx.HTTPError as error:
+            raise _explain(error, address, proxy, public=trust is None) from None
+
+    def _trust_for(self, scheme: str) -> ssl.SSLContext:
+        """Return whom to trust, read once for all calls; nobody for plain http, which is not encrypted anyway."""
+        if scheme != "https":
             return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._public_trust = self._public_trust or httpx.create_ssl_context()
+        self._public_trust = self._public_trust or public_trust()
         return self._public_trust
 
 
-def _send(client: "httpx.Client", request: "httpx.Request") -> Answer:
+def _receive(response: "httpx.Response", proxy: Proxy | None) -> Answer:
     deadline = time.monotonic() + TRY_SECONDS
-    place = f"{request.url.scheme}://{request.url.netloc.decode()}{request.url.path}"
+    place, status = _place(response.request.url), response.status_code
     received = bytearray()
-    response = client.send(request, stream=True)
     try:
         for chunk in response.iter_bytes():
             received += chunk
             if time.monotonic() > deadline:
                 raise UnavailableError(f"{place}: the answer takes longer than {TRY_SECONDS:.0f} s")
             if len(received) > _LARGEST_ANSWER:
-                raise MisconfiguredError(f"{place}: the answer is far too long")
+                raise MisconfiguredError(f"{place}: the answer is far too long. Check the address in the settings")
     finally:
         response.close()
     if response.is_redirect:
         raise MisconfiguredError(f"{place} has moved to {response.headers.get('Location', '?')}: set that address")
-    if response.status_code in _PASSING:
-        raise UnavailableError(f"{place}: HTTP {response.status_code}, it cannot answer now")
-    return Answer(response.status_code, _document(bytes(received), place), _date(response.headers.get("Date")))
+    if status == 407 and proxy:
+        raise _refused_by(proxy, response.request.url, "HTTP 407: it asks for a user name and a password")
+    if status in _TEMPORARY:
+        raise UnavailableError(f"{place}: HTTP {status}, it cannot answer now")
+    return Answer(status, _document(bytes(received), place, status), _date(response.headers.get("Date")))
 
 
-def _document(body: bytes, place: str) -> Any:
+def _document(body: bytes, place: str, status: int) -> Any:
     if not body.strip():
         return None
     try:
         return json.loads(body)
     except ValueError:
-        raise MisconfiguredError(f"{place} answered, but not as expected (no JSON): is the address right?") from None
+        pass
+    if status < 400:
+        raise MisconfiguredError(f"{place} answered, but not as expected (no JSON): is the address right?")
+    raise UnavailableError(
+        f"{place} answered with an error page that is not its own (HTTP {status}, no JSON). A proxy in front of it "
+        "does so while the server restarts; it is tried again. If it lasts, check the address in the settings"
+    )
 
 
 def _date(header: str | None) -> datetime | None:
@@ -157,19 +174,43 @@ def _date(header: str | None) -> datetime | None:
         return None
 
 
-def _explain(error: "httpx.HTTPError", url: str) -> AccessError:
+def _place(url: "httpx.URL") -> str:
+    return f"{url.scheme}://{url.netloc.decode()}{url.path}"
+
+
+def _explain(error: "httpx.HTTPError", url: "httpx.URL", proxy: Proxy | None, *, public: bool) -> AccessError:
+    """Say whether to wait or to act; what stands between us and the server is named."""
     import httpx
 
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return MisconfiguredError(f"{url}: its TLS certificate is not trusted: {cause.verify_message}")
-        cause = cause.__cause__ or cause.__context__
+    causes = list(_causes(error))
+    place = f"{_place(url)} (through the proxy {proxy})" if proxy else _place(url)
+    untrusted = next((cause for cause in causes if isinstance(cause, ssl.SSLCertVerificationError)), None)
+    if untrusted:
+        return _untrusted(place, untrusted.verify_message, public=public)
+    words = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
     if isinstance(error, httpx.TimeoutException):
-        return UnavailableError(f"{url}: no answer within {TRY_SECONDS:.0f} s")
-    if isinstance(error, httpx.UnsupportedProtocol | httpx.ProtocolError) and not isinstance(
-        error, httpx.RemoteProtocolError
-    ):
-        return MisconfiguredError(f"{url}: {error}")
-    words = re.sub(r"^\[Errno -?\d+\] ", "", str(error))
-    return UnavailableError(f"{url} cannot be reached: {words}")
+        words = f"no answer within {TRY_SECONDS:.0f} s"
+    connecting = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+    if proxy and connecting and not any(isinstance(cause, ssl.SSLError) for cause in causes):
+        return MisconfiguredError(f"The proxy {proxy} cannot be reached: {words}. {proxy.advice(url.host)}")
+    if proxy and isinstance(error, httpx.ProxyError) and not re.match(r"5\d\d", words):
+        return _refused_by(proxy, url, words)
+    if isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+        return MisconfiguredError(f"{place}: {words}")
+    return UnavailableError(f"{place} cannot be reached: {words}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _untrusted(place: str, why: str, *, public: bool) -> MisconfiguredError:
+    variable = trust_variable() if public else None
+    hint = f" The authorities are those of {variable}; to use the public ones:\n  unset {variable}" if variable else ""
+    return MisconfiguredError(f"{place}: its TLS certificate is not trusted: {why}.{hint}")
+
+
+def _refused_by(proxy: Proxy, url: "httpx.URL", words: str) -> MisconfiguredError:
+    return MisconfiguredError(f"The proxy {proxy} refused to connect to {url.host}: {words}. {proxy.advice(url.host)}")

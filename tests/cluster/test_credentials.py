@@ -132,6 +132,7 @@ def test_the_document_filled_in_and_otherwise_verbatim_works(
     path.write_text("\n".join(lines))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DAGSTER_DEPLOYMENT", "production_supercomputer")
+    monkeypatch.setenv("ASC_ALLOW_HTTP", variables["ASC_ALLOW_HTTP"])
     settings = load_settings(SUPERCOMPUTER_SITE_OVERRIDES, tmp_path)
     assert ensure_certificate(settings)
     home = tmp_path / "home"

@@ -156,7 +156,9 @@ def test_expired_app_password_gets_no_token(site: SimulatedSite) -> None:
     assert b"invalid_grant" in refused.value.read()
 
 
-def test_environment_file_holds_the_documents_names_and_an_interpreter(site: SimulatedSite) -> None:
+def test_environment_file_holds_the_documents_names_an_interpreter_and_leave_for_plain_http(
+    site: SimulatedSite,
+) -> None:
     assert set(site.environment()) <= {
         "SLURM_PYTHON",
         "SLURM_EDGE_NODE_HOST",
@@ -167,6 +169,7 @@ def test_environment_file_holds_the_documents_names_and_an_interpreter(site: Sim
         "SLURM_QOS",
         "SLURM_SUPERCOMPUTER_SITE",
         "DAGSTER_DEPLOYMENT",
+        "ASC_ALLOW_HTTP",
         "ASC_OIDC_CLIENT_ID",
         "ASC_OIDC_USERNAME",
         "ASC_OIDC_TOKEN_URL",

@@ -40,7 +40,8 @@ def variables(site: SimulatedSite, client_home: Path) -> dict[str, str]:
     """A person's environment: a home with the centre's line in known_hosts, and the deployment."""
     site.authentik.set_lifetimes(token=30 * 86400.0)
     kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    return {**kept, "HOME": str(client_home), "DAGSTER_DEPLOYMENT": "production_supercomputer"}
+    own = {"HOME": str(client_home), "DAGSTER_DEPLOYMENT": "production_supercomputer"}
+    return {**kept, **own, "ASC_ALLOW_HTTP": "true"}  # the site's authentik has no certificate
 
 
 @pytest.fixture

@@ -195,6 +195,7 @@ class SimulatedSite:
             "SLURM_QOS": f"dev_{CPU_PARTITION}",
             "SLURM_SUPERCOMPUTER_SITE": "musica",
             "DAGSTER_DEPLOYMENT": "staging_supercomputer",
+            "ASC_ALLOW_HTTP": "true",
             "ASC_OIDC_CLIENT_ID": OIDC_CLIENT_ID,
             "ASC_OIDC_USERNAME": user.name,
             "ASC_OIDC_TOKEN_URL": self.identity_provider.token_url,

@@ -213,3 +213,33 @@ def test_every_site_of_the_project_is_valid() -> None:
 
     for name in SUPERCOMPUTER_SITE_OVERRIDES:
         assert load_site(SUPERCOMPUTER_SITE_OVERRIDES, name).partitions
+
+
+@pytest.mark.parametrize(
+    ("url", "switch", "problem"),
+    [
+        ("http://127.0.0.1:9000", "", ""),
+        ("http://[::1]:9000", "", ""),
+        ("http://localhost", "", ""),
+        ("http://10.77.1.4:9300", "", "plain http would show secrets"),
+        ("http://192.168.1.1", "", "plain http would show secrets"),
+        ("http://169.254.169.254", "", "plain http would show secrets"),
+        ("http://[fe80::1]", "", "plain http would show secrets"),
+        ("http://auth.example.org", "", "plain http would show secrets"),
+        ("http://10.77.1.4:9300", "true", ""),
+        ("https://auth.example.org", "", ""),
+        ("https://auth.example.org:port", "", "not a URL"),
+        ("https://[::1", "", "not a URL"),
+        ("auth.example.org", "true", "not a URL"),
+    ],
+)
+def test_secrets_travel_in_the_clear_within_this_machine_only(
+    root: Path, monkeypatch: pytest.MonkeyPatch, url: str, switch: str, problem: str
+) -> None:
+    monkeypatch.setenv("ASC_ALLOW_HTTP", switch)
+    monkeypatch.setenv("ASC_STEP_CA_URL", url)
+    if not problem:
+        assert load_settings(SITES, root).step_ca_url == url
+        return
+    with pytest.raises(ConfigurationError, match=f"ASC_STEP_CA_URL: {problem}"):
+        load_settings(SITES, root)
