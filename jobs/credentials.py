@@ -1,6 +1,7 @@
 """Access to the supercomputer, kept alive with no person: a job, the sensor that asks for it, what the UI shows."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -56,17 +57,8 @@ def refresh_credentials_op(context: dg.OpExecutionContext) -> None:
     for warning in report.warnings:
         context.log.warning(warning)
     numbers = _numbers(health) | _deeds(report)
-    context.log_event(dg.AssetObservation(musica_access.key, description=_markdown(health), metadata=numbers))
-    context.log_event(
-        dg.AssetCheckEvaluation(  # type: ignore[arg-type]  # taken, but not in its annotation
-            asset_key=musica_access.key,
-            check_name="health",
-            passed=_passed(health),
-            description=_markdown(health),
-            severity=_severity(health),
-            metadata=numbers,
-        )
-    )
+    for event in _events(health, numbers):
+        context.log_event(event)  # type: ignore[arg-type]  # takes a check's evaluation, though its annotation does not
     context.add_output_metadata(numbers)
     if failure is not None:
         raise dg.Failure(str(failure), metadata=numbers, allow_retries=False)
@@ -95,26 +87,23 @@ def refresh_credentials_job() -> None:
     description="Looks at the files of the credentials, asks nobody, and requests a refresh when one is due.",
 )
 def refresh_credentials_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-    """One tick: the cursor holds what was asked for and has not helped yet; it is emptied when nothing is due."""
-    try:
-        health = check_health(supercomputer_settings())
-    except ConfigurationError as error:
-        return dg.SensorResult(skip_reason=str(error))
-    if health.next_refresh is None:
-        return dg.SensorResult(skip_reason=health.summary, cursor=_NOTHING_ASKED)
-    asked = _Asked.parse(context.cursor)
-    moment = max(health.next_refresh, asked.pause_ends)
-    if moment > health.now:
-        wait = clock.duration((moment - health.now).total_seconds())
-        reason = f"the next refresh is due at {clock.written(moment)}, in {wait}"
-        if health.verdict == "ok":
-            return dg.SensorResult(skip_reason=reason, cursor=_NOTHING_ASKED)
-        return dg.SensorResult(skip_reason=f"{health.verdict}: {health.summary}\n{reason}", cursor=context.cursor)
-    running = _running(context.instance, health.now)
-    if running:
-        return dg.SensorResult(skip_reason=f"a refresh is due, and run {running} is at it", cursor=context.cursor)
-    request = dg.RunRequest(run_key=f"asked at {health.now.isoformat()}")
-    return dg.SensorResult(run_requests=[request], cursor=_Asked(health.now, asked.count + 1).render())
+    """Make one tick; the first one, and each that finds access better or worse than before, shows how it is.
+
+    The cursor holds what was asked for and has not helped yet, and what was shown.
+
+    Raises:
+        ConfigurationError: the settings are wrong: the tick fails.
+    """
+    health = check_health(supercomputer_settings())
+    cursor = _Cursor.parse(context.cursor)
+    shown = "ok" if _passed(health) else health.verdict
+    asked, requests, reason = _decide(context.instance, health, cursor.asked)
+    return dg.SensorResult(
+        run_requests=requests,
+        skip_reason=reason,
+        cursor=_Cursor(asked, shown).render(),
+        asset_events=[] if cursor.shown == shown else _events(health, _numbers(health)),
+    )
 
 
 @dataclass(frozen=True)
@@ -129,30 +118,62 @@ class _Asked:
     at: datetime
     count: int
 
-    @classmethod
-    def parse(cls, cursor: str | None) -> "_Asked":
-        if not cursor or cursor == _NOTHING_ASKED:
-            return cls(_NEVER, 0)
-        values = json.loads(cursor)
-        return cls(datetime.fromisoformat(values["at"]), values["count"])
-
-    def render(self) -> str:
-        return json.dumps({"at": self.at.isoformat(), "count": self.count})
-
     @property
     def pause_ends(self) -> datetime:
         """Before when it is not asked for again."""
         return self.at + (pause_after(self.count) if self.count else timedelta())
 
 
-_NOTHING_ASKED = "{}"  # Dagster takes an empty cursor for none given, and keeps the old one
-_NEVER = datetime(1970, 1, 1, tzinfo=UTC)
+@dataclass(frozen=True)
+class _Cursor:
+    """What the sensor knows of its earlier ticks.
+
+    Attributes:
+        asked: the latest request.
+        shown: the verdict that `musica_access` was last given by the sensor; empty before the first tick.
+    """
+
+    asked: _Asked
+    shown: str
+
+    @classmethod
+    def parse(cls, text: str | None) -> "_Cursor":
+        values = json.loads(text or "{}")
+        asked = _Asked(datetime.fromisoformat(values["at"]), values["count"]) if values.get("count") else _NOTHING_ASKED
+        return cls(asked, values.get("shown", ""))
+
+    def render(self) -> str:
+        asked = {"at": self.asked.at.isoformat(), "count": self.asked.count} if self.asked.count else {}
+        return json.dumps({**asked, "shown": self.shown})
+
+
+_NOTHING_ASKED = _Asked(datetime(1970, 1, 1, tzinfo=UTC), 0)
 _ACTIVE = [
     dg.DagsterRunStatus.NOT_STARTED,
     dg.DagsterRunStatus.STARTING,
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
 ]
+
+
+def _decide(
+    instance: dg.DagsterInstance, health: Health, asked: _Asked
+) -> tuple[_Asked, list[dg.RunRequest], str | None]:
+    """Decide whether a refresh is to be requested: what is then asked for, the request, or why there is none."""
+    if health.next_refresh is None:
+        return _NOTHING_ASKED, [], health.summary
+    moment = max(health.next_refresh, asked.pause_ends)
+    if moment > health.now:
+        wait = clock.duration((moment - health.now).total_seconds())
+        reason = f"the next refresh is due at {clock.written(moment)}, in {wait}"
+        if health.verdict == "ok":
+            return _NOTHING_ASKED, [], reason
+        return asked, [], f"{health.verdict}: {health.summary}\n{reason}"
+    running = _running(instance, health.now)
+    if running:
+        return asked, [], f"a refresh is due, and run {running} is at it"
+    request = dg.RunRequest(run_key=f"asked at {health.now.isoformat()}")
+    return _Asked(health.now, asked.count + 1), [request], None
 
 
 def _running(instance: dg.DagsterInstance, now: datetime) -> str | None:
@@ -165,6 +186,22 @@ def _running(instance: dg.DagsterInstance, now: datetime) -> str | None:
         if records := instance.get_run_records(wanted, limit=1):
             return records[0].dagster_run.run_id
     return None
+
+
+def _events(health: Health, numbers: Mapping[str, Any]) -> list[dg.AssetObservation | dg.AssetCheckEvaluation]:
+    """What shows how access is at `musica_access`."""
+    text = _markdown(health)
+    return [
+        dg.AssetObservation(musica_access.key, description=text, metadata=numbers),
+        dg.AssetCheckEvaluation(
+            asset_key=musica_access.key,
+            check_name="health",
+            passed=_passed(health),
+            description=text,
+            severity=_severity(health),
+            metadata=numbers,
+        ),
+    ]
 
 
 def _passed(health: Health) -> bool:

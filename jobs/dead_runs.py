@@ -1,55 +1,84 @@
 """Runs whose process is gone: after a reboot or a killed service, Dagster leaves them STARTED for ever."""
 
+import json
+from pathlib import Path
+
 import dagster as dg
 import psutil
 
-CLOCK_SECONDS = 5.0
-"""A process that began so much later than its run's first word is another one under the same number."""
 OWN_LAUNCHER = "DefaultRunLauncher"
 """Starts runs on this machine; what other launchers start cannot be seen from here."""
+PROC = Path("/proc")
 
 
 @dg.sensor(
     name="end_dead_runs",
     minimum_interval_seconds=30,
     default_status=dg.DefaultSensorStatus.RUNNING,
-    description="Fails runs whose process has gone without a word, so that they are retried; a retry adopts the Slurm "
-    "job of its predecessor.",
+    description="Fails runs whose process has ended without reporting it, so that they are retried; a retry adopts the "
+    "Slurm job of its predecessor.",
 )
-def end_dead_runs_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
-    """One tick; the first comes right after Dagster's start."""
+def end_dead_runs_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    """Make one tick; the first comes right after Dagster's start. The cursor holds the processes of living runs."""
     instance = context.instance
-    if type(instance.run_launcher).__name__ != OWN_LAUNCHER:
-        return dg.SkipReason(
-            f"runs are started by {type(instance.run_launcher).__name__}, which looks after them itself"
-        )
+    launcher = type(instance.run_launcher).__name__
+    if launcher != OWN_LAUNCHER:
+        return dg.SensorResult(skip_reason=f"runs are started by {launcher}, which watches them itself")
+    known: dict[str, str] = json.loads(context.cursor or "{}")
+    living: dict[str, str] = {}
     ended = []
     for record in instance.get_run_records(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
-        run = record.dagster_run
-        pid = find_dead_process(instance, run.run_id)
-        if pid is not None:
-            instance.report_run_failed(run, f"Process {pid} of this run is gone, and has not said how the run ended.")
-            ended.append(run.run_id)
-    return dg.SkipReason(f"ended {', '.join(ended)}" if ended else "every run that has started has a living process")
+        run_id = record.dagster_run.run_id
+        pid = _find_pid(instance, run_id)
+        if pid is None:
+            continue
+        key = f"{run_id} {pid}"
+        process = _identify(pid, known.get(key))
+        if process is not None:
+            living[key] = process
+        elif _is_started(instance, run_id):  # asked after the process: one that ends well reports it before it goes
+            instance.report_run_failed(
+                record.dagster_run, f"Process {pid} of this run is gone, and has not reported how the run ended."
+            )
+            ended.append(run_id)
+    reason = f"ended {', '.join(ended)}" if ended else "every run that has started has a living process"
+    return dg.SensorResult(skip_reason=reason, cursor=json.dumps(living))
 
 
-def find_dead_process(instance: dg.DagsterInstance, run_id: str) -> int | None:
-    """The pid of a run that is STARTED and whose process is gone; None if it lives, or has ended properly."""
+def _find_pid(instance: dg.DagsterInstance, run_id: str) -> int | None:
     started = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.RUN_START, limit=1, ascending=False)
-    if not started.records:
-        return None
-    entry = started.records[0].event_log_entry
-    pid = entry.get_dagster_event().pid
-    if pid is None or _lives(pid, entry.timestamp):
-        return None
-    run = instance.get_run_by_id(run_id)  # after that look: a process that ends well says so before it goes
-    return pid if run is not None and run.status == dg.DagsterRunStatus.STARTED else None
+    return started.records[0].event_log_entry.get_dagster_event().pid if started.records else None
 
 
-def _lives(pid: int, spoken: float) -> bool:
-    """Whether a process is the one that spoke at that time (seconds since 1970)."""
+def _is_started(instance: dg.DagsterInstance, run_id: str) -> bool:
+    run = instance.get_run_by_id(run_id)
+    return run is not None and run.status == dg.DagsterRunStatus.STARTED
+
+
+def _identify(pid: int, known: str | None) -> str | None:
+    """Identify a run's process without the clock, which may be set at any time; None if it is gone.
+
+    Args:
+        pid: of the run.
+        known: what this has returned for it before. A process that was not seen before is the run's if it is a Python.
+    """
     try:
         process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= spoken + CLOCK_SECONDS
-    except psutil.NoSuchProcess:
-        return False
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        found = _begin(process)
+        if known is None:
+            return found if "python" in Path(process.exe()).name else None
+        return found if found == known else None
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # the latter is another user's
+        return None
+
+
+def _begin(process: psutil.Process) -> str:
+    """When a process began: in clock ticks after which boot of the machine; elsewhere than on Linux, by the clock."""
+    try:
+        boot = (PROC / "sys" / "kernel" / "random" / "boot_id").read_text().strip()
+        stat = (PROC / str(process.pid) / "stat").read_text()
+    except FileNotFoundError:
+        return str(process.create_time())
+    return f"{boot} {stat.rpartition(')')[2].split()[19]}"  # field 22 of proc_pid_stat(5)

@@ -17,7 +17,7 @@ def supercomputer_settings() -> Settings:
 
 
 def running_on_supercomputer() -> dg.DefaultSensorStatus:
-    """Whether such a sensor runs by itself. Wrong settings count as a supercomputer's: its ticks tell of them."""
+    """Whether such a sensor runs by itself. Wrong settings count as a supercomputer's: its ticks fail with them."""
     try:
         runs = load_settings(SUPERCOMPUTER_SITE_OVERRIDES).on_supercomputer
     except ConfigurationError:

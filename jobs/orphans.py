@@ -11,7 +11,6 @@ import dagster as dg
 from jobs.deployment import running_on_supercomputer, supercomputer_settings
 from resources import SUPERCOMPUTER_SITE_OVERRIDES
 from resources.auth import AccessError, check_health
-from resources.errors import ConfigurationError
 from resources.runs import RunRecord, Runs, open_runs
 from resources.slurm.gateway import RefusedError
 from resources.ssh import SshError
@@ -39,6 +38,7 @@ _UNHAPPY = [dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE]
 )
 def cancel_orphaned_jobs_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     """One tick; the cursor holds the runs that are not settled yet."""
+    settings = supercomputer_settings()  # the tick fails where they are wrong
     instance, now = context.instance, datetime.now(UTC)
     cursor = _Cursor.parse(context.cursor, now)
     ended, since = _find_ended(instance, cursor.since)
@@ -48,13 +48,13 @@ def cancel_orphaned_jobs_sensor(context: dg.SensorEvaluationContext) -> dg.Senso
     told = [f"run {root}: {standings[root]}" for root in sorted(left)]
     if abandoned:
         try:
-            with open_runs(supercomputer_settings(), SUPERCOMPUTER_SITE_OVERRIDES, TICK_SECONDS) as runs:
+            with open_runs(settings, SUPERCOMPUTER_SITE_OVERRIDES, TICK_SECONDS) as runs:
                 for deed in _cancel(instance, runs, abandoned):
                     context.log.info(deed.text)
                     told.append(deed.text)
                     if not deed.done:
                         left.add(deed.root)
-        except (AccessError, SshError, RefusedError, ConfigurationError) as error:
+        except (AccessError, SshError, RefusedError) as error:
             left |= abandoned
             told.append(str(error))
     reason = "\n".join(told) or "no run has ended with a job left behind"
@@ -69,13 +69,14 @@ def cancel_orphaned_jobs_sensor(context: dg.SensorEvaluationContext) -> dg.Senso
 )
 def clean_run_directories_sensor() -> dg.SkipReason:
     """One tick. Access is brought to life by the job that shows how: it is not begun here."""
+    settings = supercomputer_settings()  # the tick fails where they are wrong
+    health = check_health(settings)
+    if health.verdict != "ok":
+        return dg.SkipReason(f"waits until access is in order: {health.summary}")
     try:
-        health = check_health(supercomputer_settings())
-        if health.verdict != "ok":
-            return dg.SkipReason(f"waits until access is in order: {health.summary}")
-        with open_runs(supercomputer_settings(), SUPERCOMPUTER_SITE_OVERRIDES, TICK_SECONDS) as runs:
+        with open_runs(settings, SUPERCOMPUTER_SITE_OVERRIDES, TICK_SECONDS) as runs:
             cleaned = runs.gateway.clean(runs.folder, KEEP_DAYS)
-    except (AccessError, SshError, RefusedError, ConfigurationError) as error:
+    except (AccessError, SshError, RefusedError) as error:
         return dg.SkipReason(str(error))
     return dg.SkipReason(f"removed {', '.join(cleaned)}" if cleaned else "nothing is old enough")
 

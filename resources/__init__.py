@@ -3,8 +3,13 @@
 from typing import Any
 
 SUPERCOMPUTER_SITE_OVERRIDES: dict[str, dict[str, Any]] = {
-    # MUSICA, Austrian Scientific Computing: https://docs.asc.ac.at
+    # MUSICA, Austrian Scientific Computing
     "musica": {
+        "documentation": "https://docs.asc.ac.at",
+        "host_authorities": [
+            "@cert-authority *.asc.ac.at ecdsa-sha2-nistp256 "
+            "AAAAE2VjZHNhLXNoYTItbmlzdHAyNTYAAAAIbmlzdHAyNTYAAABBBADeLjSj4J0MFrdxdn9M/mcZi1fqKnQB6ZHjysUlontzFXI9PVoxPjYqMDDO0hM6IM6NCnkiiFqveEvSoXDnGWI="
+        ],
         "launchers": {"ray": {"pre_start_commands": ["ulimit -n 65536"]}},
         # Leaves the layout of a job as it is requested: otherwise the centre's submit plugin refuses or rewrites it.
         "script_header": ["#ASC --vanilla"],

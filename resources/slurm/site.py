@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 from resources.errors import ConfigurationError, nearest
 from resources.slurm.request import Memory, Time
+from resources.ssh.known_hosts import parse_authority
 
 
 def _comment(text: str) -> str:
@@ -38,6 +39,11 @@ class Partition(_Part):
     qos: dict[str, Qos] = Field({}, description="The QoS that it takes, the ordinary one first; empty: none is needed.")
 
 
+def _authority(line: str) -> str:
+    parse_authority(line)
+    return line
+
+
 class Site(_Part):
     """A supercomputer."""
 
@@ -56,6 +62,11 @@ class Site(_Part):
     setup_commands: tuple[str, ...] = Field(
         (), description="Shell commands before Python is looked for (module load ...)."
     )
+    host_authorities: tuple[Annotated[str, AfterValidator(_authority)], ...] = Field(
+        (),
+        description="Lines `@cert-authority ...`, for hosts that the user's known_hosts does not have.",
+    )
+    documentation: str | None = Field(None, description="Address of the centre's documentation.")
     python_candidates: tuple[str, ...] = Field(("python3",), description="Interpreters to try, the best first.")
 
 

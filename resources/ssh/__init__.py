@@ -3,7 +3,7 @@
 See docs/ssh.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from resources.settings import Settings
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["AuthenticationError", "HostKeyError", "SshError", "UnreachableError", "connect"]
 
 
-def connect(settings: Settings, refresh: Callable[[Settings], object]) -> "fabric.Connection":
+def connect(
+    settings: Settings, refresh: Callable[[Settings], object], host_authorities: Sequence[str] = ()
+) -> "fabric.Connection":
     """Open a connection to the login node; one attempt.
 
     For a channel of bytes, use `connection.transport.open_session()`: its window is 2 MB, its stderr is apart from
@@ -29,6 +31,7 @@ def connect(settings: Settings, refresh: Callable[[Settings], object]) -> "fabri
     Args:
         settings: SLURM_EDGE_NODE_HOST, _PORT, _USER and _KEY_PATH are used; ~/.ssh/config fills in what they leave out.
         refresh: called with the settings before each attempt, so that the certificate is valid; what it raises passes.
+        host_authorities: the site's `@cert-authority` lines, for hosts that the user's known_hosts does not have.
 
     Returns:
         The opened connection, a context manager that closes it and the jump host's.
@@ -44,7 +47,7 @@ def connect(settings: Settings, refresh: Callable[[Settings], object]) -> "fabri
     from resources.ssh.connection import Connection
 
     login, jump = read_route(settings)
-    gateway = Connection(jump, None, lambda: None) if jump else None
-    connection = Connection(login, gateway, lambda: refresh(settings))
+    gateway = Connection(jump, None, lambda: None, host_authorities) if jump else None
+    connection = Connection(login, gateway, lambda: refresh(settings), host_authorities)
     connection.open()
     return connection

@@ -3,7 +3,7 @@
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -101,15 +101,22 @@ class Connection(fabric.Connection):  # type: ignore[misc]  # fabric has no type
         hop: the machine.
         gateway: the connection to the jump host, opened and closed with this one.
         before_opening: called before each attempt.
+        host_authorities: of the site.
     """
 
-    def __init__(self, hop: Hop, gateway: "Connection | None", before_opening: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        hop: Hop,
+        gateway: "Connection | None",
+        before_opening: Callable[[], object],
+        host_authorities: Sequence[str],
+    ) -> None:
         # `lazy` keeps fabric from reading ~/.fabric.yml and the like, an empty SSHConfig from reading ~/.ssh/config;
         # and run() is not to take this program's own standard input for the command's.
         overrides = {"run": {"in_stream": False}}
         config = fabric.Config(lazy=True, ssh_config=paramiko.SSHConfig(), overrides=overrides)
         super().__init__(hop.host, user=hop.user, port=hop.port, config=config, gateway=gateway)
-        self._set(_hop=hop, _before_opening=before_opening)
+        self._set(_hop=hop, _before_opening=before_opening, _host_authorities=host_authorities)
 
     def open(self) -> None:
         """Connect, check the host key, log in; nothing if it is open. Raises what `resources.ssh.connect` does."""
@@ -119,7 +126,7 @@ class Connection(fabric.Connection):  # type: ignore[misc]  # fabric has no type
         self._before_opening()
         hop: Hop = self._hop
         key = UserKey.load(hop.key)
-        known = KnownHosts.read(hop.known_hosts)
+        known = KnownHosts.read(hop.known_hosts, self._host_authorities)
         self.client.set_missing_host_key_policy(_CheckHostKey(hop, known))
         self.connect_kwargs = {
             "transport_factory": partial(Transport, hop, known),

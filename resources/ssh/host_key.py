@@ -21,6 +21,8 @@ _CHANGED = """\
 Either the centre has given the machine a new key, which it then announces, or the name stands for several machines, or
 somebody stands between you and it. Compare the fingerprint with those that the centre publishes. Only if it is one of
 them, correct the lines above; better, put the centre's `@cert-authority` line there, which covers all machines."""
+_UNUSED = """
+SUPERCOMPUTER_SITE_OVERRIDES names an authority for it, {authorities}, which counts once the lines above are removed."""
 _REVOKED = "Do not connect. This key is known to be in wrong hands; ask your computing centre."
 _BAD_CERTIFICATE = "Only your computing centre can put that right; tell it."
 
@@ -57,7 +59,8 @@ def check(blob: bytes, host: str, port: int, known: KnownHosts) -> None:
 
     A certificate counts if an authority that known_hosts names for the host has signed it, not with SHA-1, and it is a
     host's, carries the name, is valid now and holds no critical option. Otherwise the plain key in it is judged, as
-    ssh(1) does. Stricter than ssh(1): a certificate without names is not one for all of them, and a key that is
+    ssh(1) does. The site's authorities count only for hosts for which known_hosts names neither an authority nor a
+    key. Stricter than ssh(1): a certificate without names is not one for all of them, and a key that is
     revoked for a host is revoked on all its ports.
 
     Args:
@@ -78,8 +81,9 @@ def check(blob: bytes, host: str, port: int, known: KnownHosts) -> None:
     if revoked := _revoked(shown, names, known):
         raise HostKeyError(_text(where, "its key is revoked", shown, revoked, known, _REVOKED))
 
-    authorities = _matching(known, names, CERT_AUTHORITY)
-    keys = next(filter(None, (known.matching(name, "") for name in names)), [])
+    entries = trusted_entries(known, host, port)
+    authorities = [entry for entry in entries if entry.marker == CERT_AUTHORITY]
+    keys = [entry for entry in entries if not entry.marker]
     reason = _certificate_problem(shown.certificate, host, authorities) if shown.certificate else "no certificate"
     if not reason or shown.key in [entry.key for entry in keys]:
         return
@@ -91,7 +95,20 @@ def check(blob: bytes, host: str, port: int, known: KnownHosts) -> None:
         reason = "its key is another than the known one" if keys else "its key is not known"
         advice = _CHANGED if keys else _UNKNOWN_KEY
     advice = advice.format(host=host, port=port, file=known.files[0])
-    raise HostKeyError(_text(where, reason, shown, [*authorities, *keys], known, advice))
+    if entries and (unused := [entry for entry in _site_authorities(known, names) if entry not in entries]):
+        advice += _UNUSED.format(authorities=", ".join(fingerprint(entry.key) for entry in unused))
+    raise HostKeyError(_text(where, reason, shown, entries, known, advice))
+
+
+def trusted_entries(known: KnownHosts, host: str, port: int) -> list[Entry]:
+    """Return the entries that a machine is checked with: authorities first, then plain keys.
+
+    Those of the files, as ssh(1) reads them; the site's authorities where the files have none of both.
+    """
+    names = names_of(host, port)
+    keys = next(filter(None, (known.matching(name, "") for name in names)), [])
+    own = [*_matching(known, names, CERT_AUTHORITY), *keys]
+    return own or _site_authorities(known, names)
 
 
 def preferred_algorithms(available: tuple[str, ...], host: str, port: int, known: KnownHosts) -> tuple[str, ...]:
@@ -100,9 +117,8 @@ def preferred_algorithms(available: tuple[str, ...], host: str, port: int, known
     First certificates, if known_hosts names an authority for the host; then types of known keys; then certificates all
     the same, since an error can say more about one; then the rest.
     """
-    names = names_of(host, port)
-    by_authority = bool(_matching(known, names, CERT_AUTHORITY))
-    types = {entry.key_type for entry in _matching(known, names, "")}
+    by_authority = any(entry.marker == CERT_AUTHORITY for entry in trusted_entries(known, host, port))
+    types = {entry.key_type for entry in _matching(known, names_of(host, port), "")}
 
     def rank(algorithm: str) -> int:
         if algorithm.endswith(CERTIFICATE_SUFFIX):
@@ -120,6 +136,10 @@ def _type_of(blob: bytes) -> bytes:
 def _matching(known: KnownHosts, names: list[str], marker: str) -> list[Entry]:
     entries = [entry for name in names for entry in known.matching(name, marker)]
     return list(dict.fromkeys(entries))
+
+
+def _site_authorities(known: KnownHosts, names: list[str]) -> list[Entry]:
+    return [entry for entry in known.site_authorities if any(entry.matches(name) for name in names)]
 
 
 def _revoked(shown: HostKey, names: list[str], known: KnownHosts) -> list[Entry]:
@@ -148,7 +168,7 @@ def _certificate_problem(certificate: Certificate, host: str, authorities: list[
 
 def _text(where: str, reason: str, shown: HostKey, entries: list[Entry], known: KnownHosts, advice: str) -> str:
     if entries:
-        facts = ["known_hosts has for it", *(f"  {entry}" for entry in entries)]
+        facts = ["Known for it:", *(f"  {entry}" for entry in entries)]
     else:
         files = (f"{file}{'' if file.exists() else ' (missing)'}" for file in known.files)
         facts = [f"Nothing is known for it in {', '.join(files)}"]

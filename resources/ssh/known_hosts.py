@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from resources.ssh.reports import warn_once
@@ -26,6 +26,7 @@ class Entry:
         hosts: patterns, or one hashed name.
         key_type: for example `ssh-ed25519`.
         key: the public key as it is sent over the wire (RFC 4253, section 6.6).
+        from_site: it stands in the site's entry, not in a file.
     """
 
     place: str
@@ -33,6 +34,7 @@ class Entry:
     hosts: str
     key_type: str
     key: bytes
+    from_site: bool = False
 
     def matches(self, name: str) -> bool:
         """Whether the line is for a name: a host in lower case, or `[host]:port`."""
@@ -44,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class KnownHosts:
-    """What all known_hosts files together say.
+    """What all known_hosts files together say, and the authorities of the site's entry.
 
     Attributes:
         files: the ones that were looked for, whether they exist or not.
@@ -52,15 +54,22 @@ class KnownHosts:
 
     files: tuple[Path, ...]
     entries: tuple[Entry, ...]
+    site_authorities: tuple[Entry, ...] = ()
 
     @classmethod
-    def read(cls, files: Iterable[Path]) -> "KnownHosts":
-        """Read the files that exist; what cannot be read is warned about, and the rest is used all the same."""
+    def read(cls, files: Iterable[Path], site_authorities: Iterable[str] = ()) -> "KnownHosts":
+        """Read the files that exist; what cannot be read is warned about, and the rest is used all the same.
+
+        Args:
+            files: the user's first.
+            site_authorities: lines that `parse_authority` takes.
+        """
         files = tuple(files)
-        return cls(files, tuple(entry for file in files for entry in _read_file(file)))
+        entries = tuple(entry for file in files for entry in _read_file(file))
+        return cls(files, entries, tuple(map(parse_authority, site_authorities)))
 
     def matching(self, name: str, marker: str) -> list[Entry]:
-        """The entries of that kind for a name."""
+        """Return the files' entries of that kind for a name."""
         return [entry for entry in self.entries if entry.marker == marker and entry.matches(name)]
 
 
@@ -73,6 +82,18 @@ def names_of(host: str, port: int) -> list[str]:
 def fingerprint(key: bytes) -> str:
     """The fingerprint of a public key as `ssh-keygen -l` prints it."""
     return "SHA256:" + base64.b64encode(hashlib.sha256(key).digest()).decode().rstrip("=")
+
+
+def parse_authority(line: str) -> Entry:
+    """Parse a `@cert-authority` line of a site's entry.
+
+    Raises:
+        ValueError: it is no such line; the text says why.
+    """
+    words = line.split()
+    if not words or words[0] != CERT_AUTHORITY:
+        raise ValueError(f"the line does not begin with {CERT_AUTHORITY}")
+    return replace(_parse("SUPERCOMPUTER_SITE_OVERRIDES", words), from_site=True)
 
 
 def _read_file(file: Path) -> list[Entry]:

@@ -39,8 +39,8 @@ def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.Mat
     ).get_materialize_result()
 
 settings = load_settings(SUPERCOMPUTER_SITE_OVERRIDES, supercomputer=True)
-looked = examine(SUPERCOMPUTER_SITE_OVERRIDES, lambda run: None)
-found = {"links": [[link.name, link.state, link.found, link.mend] for link in looked]}
+looked = examine(SUPERCOMPUTER_SITE_OVERRIDES, dg.DagsterInstance.ephemeral)
+found = {"links": [[link.name, link.state, link.found, link.fix] for link in looked]}
 health = check_health(settings)
 found["health"] = [health.verdict, health.summary, list(health.notes)]
 with dg.DagsterInstance.ephemeral() as instance:
@@ -135,11 +135,11 @@ def test_a_plain_key_is_all_that_is_needed(project: Path, site: SimulatedSite) -
 def test_a_key_that_is_missing_is_asked_for_and_not_a_token(project: Path, site: SimulatedSite) -> None:
     (project.parent / "home" / ".ssh" / "id_borealis").unlink()
     found = look(project, site)
-    name, state, _, mend = found["links"][-1]
+    name, state, _, fix = found["links"][-1]
     assert (name, state) == ("credentials", "broken")
-    assert "id_borealis does not exist" in mend
-    assert "plain key" in mend
-    assert "ssh-keygen -t ed25519 -N '' -f " in mend
+    assert "id_borealis does not exist" in fix
+    assert "plain key" in fix
+    assert "ssh-keygen -t ed25519 -N '' -f " in fix
     assert found["health"][0] == "broken"
     assert found["tick"] == found["health"][1]
     assert found["job"] is False

@@ -1,4 +1,4 @@
-"""The doctor finds the first broken link, whichever it is, and says what mends it."""
+"""The doctor finds the first thing that is broken, whichever it is, and says how to fix it."""
 
 import copy
 import json
@@ -11,18 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 
 from resources import SUPERCOMPUTER_SITE_OVERRIDES
-from resources.doctor import Link, examine
+from resources.doctor import CHECKS, Finding, examine
 from resources.settings import ROOT
 from tests.simulated_site import CERTIFICATE_USER, TCSH_USER, SimulatedSite
 
 pytestmark = pytest.mark.cluster
-CHAIN = [
-    "settings", "credentials", "certificate", "name", "port", "login", "Slurm", "partitions", "account and QoS",
-    "deployment folder", "Python", "temporary folder", "open files", "jobs", "environment",
-]  # fmt: skip
+CHAIN = list(CHECKS)
 Set = Callable[..., None]
 
 
@@ -41,29 +39,29 @@ def in_order(site: SimulatedSite, set_variables: Set, client_home: Path) -> None
     set_variables(**site.environment(), HOME=str(client_home))
 
 
-def look(overrides: dict[str, Any] = SUPERCOMPUTER_SITE_OVERRIDES) -> list[Link]:
-    return list(examine(overrides, lambda _: False))
+def look(overrides: dict[str, Any] = SUPERCOMPUTER_SITE_OVERRIDES) -> list[Finding]:
+    return list(examine(overrides, dg.DagsterInstance.ephemeral))
 
 
-def broken(name: str, overrides: dict[str, Any] = SUPERCOMPUTER_SITE_OVERRIDES) -> Link:
-    """The link that is broken, which is the last one and has that name."""
-    links = look(overrides)
-    assert [link.name for link in links if link.state == "broken"] == [name] == [links[-1].name], links
-    assert links[-1].mend
-    return links[-1]
+def broken(name: str, overrides: dict[str, Any] = SUPERCOMPUTER_SITE_OVERRIDES) -> Finding:
+    """What is broken, which is found last and has that name."""
+    findings = look(overrides)
+    assert [each.name for each in findings if each.state == "broken"] == [name] == [findings[-1].name], findings
+    assert findings[-1].fix
+    return findings[-1]
 
 
 def test_all_is_in_order(site: SimulatedSite) -> None:
-    links = look()
-    assert [link.name for link in links] == CHAIN
-    assert {link.name: link.state for link in links if link.state != "ok"} == {"open files": "warning"}
+    findings = look()
+    assert [finding.name for finding in findings] == CHAIN
+    assert {finding.name: finding.state for finding in findings if finding.state != "ok"} == {"open files": "warning"}
     assert ".doctor" not in site.run_on_login(CERTIFICATE_USER, "find ~").stdout
     assert not site.squeue("--noheader")
 
 
 def test_production_without_anything_published(set_variables: Set) -> None:
     set_variables(DAGSTER_DEPLOYMENT="production_supercomputer")
-    assert broken("environment").mend == "scripts/deploy_environment.py"
+    assert broken("environment").fix == "scripts/deploy_environment.py"
 
 
 def test_a_shell_of_another_kind_is_no_hindrance(site: SimulatedSite, set_variables: Set, tmp_path: Path) -> None:
@@ -73,7 +71,7 @@ def test_a_shell_of_another_kind_is_no_hindrance(site: SimulatedSite, set_variab
         SLURM_EDGE_NODE_KEY_PATH=str(tmp_path / "id_tcsh"),
         SLURM_DEPLOYMENT_BASE_PATH=f"{TCSH_USER.home}/with spaces, 'quotes' and $HOME",
     )
-    assert [link.name for link in look()] == CHAIN
+    assert [finding.name for finding in look()] == CHAIN
 
 
 def test_wrong_settings(set_variables: Set) -> None:
@@ -83,7 +81,7 @@ def test_wrong_settings(set_variables: Set) -> None:
 
 def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ASC_AUTHENTIK_API_TOKEN")
-    assert "One of these is enough" in broken("credentials").mend
+    assert "One of these is enough" in broken("credentials").fix
 
 
 def test_no_certificate(site: SimulatedSite) -> None:
@@ -123,7 +121,24 @@ def test_a_port_that_is_not_ssh(set_variables: Set) -> None:
 
 def test_an_unknown_host_key(client_home: Path) -> None:
     (client_home / ".ssh" / "known_hosts").unlink()
-    assert "SHA256:" in broken("host key").found
+    assert "SHA256:" in broken("login").found
+
+
+def test_the_authority_of_the_sites_entry(site: SimulatedSite, client_home: Path) -> None:
+    """For a user without a line in known_hosts it is enough; the user's own `@revoked` wins."""
+    known_hosts = client_home / ".ssh" / "known_hosts"
+    line = known_hosts.read_text().strip()
+    key = " ".join(line.split()[2:4])
+    known_hosts.unlink()
+    overrides = copy.deepcopy(SUPERCOMPUTER_SITE_OVERRIDES)
+    overrides["musica"]["host_authorities"].append(line)
+    findings = {finding.name: finding for finding in look(overrides)}
+    assert list(findings) == CHAIN
+    shown = subprocess.run(["ssh-keygen", "-lf", "-"], input=key, capture_output=True, text=True, check=True).stdout
+    assert shown.split()[1] in findings["host authority"].found
+    assert findings["host authority"].found.endswith("compare it with https://docs.asc.ac.at")
+    known_hosts.write_text(f"@revoked * {key}\n")
+    assert "its key is revoked" in broken("login", overrides).found
 
 
 def test_a_login_that_is_refused(set_variables: Set) -> None:
@@ -155,14 +170,14 @@ def with_partition(name: str, qos: str) -> dict[str, Any]:
 
 
 def test_a_partition_that_is_not_there() -> None:
-    link = broken("partitions", with_partition("zen5_2304_b200x8", "zen5"))
-    assert link.found == "there is no partition zen5_2304_b200x8"
-    assert "zen4_0768, zen4_0768_h100x4" in link.mend
+    finding = broken("partitions", with_partition("zen5_2304_b200x8", "zen5"))
+    assert finding.found == "there is no partition zen5_2304_b200x8"
+    assert "zen4_0768, zen4_0768_h100x4" in finding.fix
 
 
 def test_a_qos_that_the_partition_does_not_take() -> None:
-    link = broken("partitions", with_partition("zen4_0768", "faster_zen4_0768"))
-    assert link.found == "partition zen4_0768 does not take QoS faster_zen4_0768"
+    finding = broken("partitions", with_partition("zen4_0768", "faster_zen4_0768"))
+    assert finding.found == "partition zen4_0768 does not take QoS faster_zen4_0768"
 
 
 def test_a_qos_that_is_not_the_users(set_variables: Set) -> None:
@@ -172,10 +187,10 @@ def test_a_qos_that_is_not_the_users(set_variables: Set) -> None:
 
 def test_accounting_that_does_not_answer(site: SimulatedSite) -> None:
     with site.faults.accounting_off():
-        links = {link.name: link for link in look()}
-    assert links["account and QoS"].state == "warning"
-    assert "accounting does not answer" in links["account and QoS"].found
-    assert "Python" in links
+        findings = {finding.name: finding for finding in look()}
+    assert findings["account and QoS"].state == "warning"
+    assert "accounting does not answer" in findings["account and QoS"].found
+    assert "Python" in findings
 
 
 def test_a_folder_that_is_not_the_users(set_variables: Set) -> None:
@@ -196,8 +211,8 @@ def test_no_python() -> None:
 
 def test_a_long_temporary_folder(site: SimulatedSite) -> None:
     site.run_on_login(CERTIFICATE_USER, f"echo 'export TMPDIR=/tmp/{'x' * 60}' >> ~/.bashrc")
-    link = next(link for link in look() if link.name == "temporary folder")
-    assert (link.state, link.found) == ("warning", f"/tmp/{'x' * 60} has 65 characters")
+    finding = next(finding for finding in look() if finding.name == "temporary folder")
+    assert (finding.state, finding.found) == ("warning", f"/tmp/{'x' * 60} has 65 characters")
 
 
 def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +222,13 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     done = run("--json")
     assert done.returncode == 0, done.stderr
-    assert [link["name"] for link in json.loads(done.stdout)] == CHAIN
+    assert [finding["name"] for finding in json.loads(done.stdout)] == CHAIN
+    assert run().stdout.endswith("\nready, with 1 warning\n")
     monkeypatch.setenv("SLURM_QOS", "admin")
     done = run()
     assert done.returncode == 1
-    assert "broken  account and QoS   SLURM_QOS=admin is not yours\n        -> yours are dev_zen4_0768" in done.stdout
+    assert "\nbroken  account and QoS   SLURM_QOS=admin is not yours\n" in done.stdout
+    assert "\n                          -> yours are dev_zen4_0768, " in done.stdout
+    assert done.stdout.endswith("\nfirst thing to fix: account and QoS\n")
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert run("--no-such-option").returncode == 2

@@ -110,8 +110,9 @@ class Dagster:
 
     def end_dead_runs(self) -> str:
         said = end_dead_runs_sensor(dg.build_sensor_context(instance=self.instance))
-        assert isinstance(said, dg.SkipReason)
-        return str(said.skip_message)
+        assert isinstance(said, dg.SensorResult)
+        assert isinstance(said.skip_reason, dg.SkipReason)
+        return str(said.skip_reason.skip_message)
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ def test_a_run_that_is_killed_is_ended_and_its_job_cancelled(
     assert ours.tick(cursor)[0] == "no run has ended with a job left behind"
     # What another Dagster has submitted is left alone, and told by the doctor.
     assert site.job_state(int(theirs.job or 0)) == "RUNNING"
-    links = {link.name: link for link in examine(SUPERCOMPUTER_SITE_OVERRIDES, ours.instance.has_run)}
+    links = {link.name: link for link in examine(SUPERCOMPUTER_SITE_OVERRIDES, lambda: ours.instance)}
     assert links["jobs"].found == f"of runs that this Dagster does not know: {theirs.job} (probe)"
     assert job(str(theirs.job), "cancel").stdout == f"job {theirs.job}: CANCELLED\n"
     assert site.job_state(int(theirs.job or 0)) == "CANCELLED"

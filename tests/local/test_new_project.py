@@ -19,7 +19,7 @@ pytestmark = pytest.mark.local
 QUICK = ["-k", "not pools", "tests/unit/test_definitions.py", "tests/unit/test_docs.py", "tests/unit/test_imports.py",
          "tests/unit/test_pages.py", "tests/unit/test_plain_key.py", "tests/unit/test_preview.py",
          "tests/unit/test_scripts.py::test_a_script_explains_itself_from_any_folder", "tests/local/test_pi_estimate.py",
-         "tests/local/test_refresh_job.py::test_the_location_loads_and_the_sensor_runs_where_it_is_needed",
+         "tests/local/test_refresh_job.py::test_the_location_loads_and_the_sensors_run_where_they_are_needed",
          ]  # fmt: skip
 """Those that a copy could break; with STRESS=1 all that need no cluster."""
 

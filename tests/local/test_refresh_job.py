@@ -301,6 +301,30 @@ def test_a_run_that_dies_without_a_word_is_asked_for_again_less_and_less_often(
     assert asked == [0, 1, 3, 7, 15, 31, 61]
 
 
+def test_the_first_tick_shows_how_access_is_and_later_ones_what_has_become_of_it(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, wind: Wind
+) -> None:
+    def shown(result: dg.SensorResult) -> list[Any]:
+        for event in result.asset_events:
+            instance.report_runless_asset_event(event)
+        return [each.passed for each in result.asset_events if isinstance(each, dg.AssetCheckEvaluation)]
+
+    monkeypatch.delenv("ASC_AUTHENTIK_API_TOKEN")
+    wind(days=1)
+    first = tick(instance)
+    assert shown(first) == [True]
+    (observation,) = instance.fetch_observations(musica_access.key, limit=1).records
+    assert observation.asset_observation
+    assert observation.asset_observation.metadata["verdict"].value == "ok"
+    second = tick(instance, first.cursor)
+    assert shown(second) == []
+    wind(days=401)
+    third = tick(instance, second.cursor)
+    assert shown(third) == [False]
+    assert third.run_requests
+    assert shown(tick(instance, third.cursor)) == []
+
+
 def test_access_that_does_not_renew_itself_is_left_alone(
     variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, wind: Wind
 ) -> None:
@@ -341,15 +365,23 @@ def test_thirty_days_with_no_person(
 STATUS = """\
 import json
 from musica_pipelines.definitions import defs
-sensor = defs.get_sensor_def("refresh_credentials_when_due")
 import dagster as dg
-result = sensor(dg.build_sensor_context(instance=dg.DagsterInstance.ephemeral()))
-print(json.dumps([sensor.default_status.value, result.skip_reason.skip_message if result.skip_reason else ""]))
+from resources.errors import ConfigurationError
+found = {}
+for name in ("refresh_credentials_when_due", "cancel_orphaned_jobs", "clean_run_directories"):
+    sensor = defs.get_sensor_def(name)
+    with dg.build_sensor_context(instance=dg.DagsterInstance.ephemeral()) as context:
+        try:
+            sensor.evaluate_tick(context)
+            found[name] = sensor.default_status.value, ""
+        except ConfigurationError as error:
+            found[name] = sensor.default_status.value, str(error)
+print(json.dumps(found))
 """
 
 
 @pytest.mark.parametrize(
-    ("changes", "status", "said"),
+    ("changes", "status", "error"),
     [
         ({}, "RUNNING", ""),
         ({"DAGSTER_DEPLOYMENT": "staging_supercomputer"}, "RUNNING", ""),
@@ -358,12 +390,13 @@ print(json.dumps([sensor.default_status.value, result.skip_reason.skip_message i
         ({"SLURM_SUPERCOMPUTER_SITE": "musika"}, "RUNNING", "did you mean 'musica'"),
     ],
 )
-def test_the_location_loads_and_the_sensor_runs_where_it_is_needed(
-    variables: dict[str, str], changes: dict[str, str], status: str, said: str, tmp_path: Path
+def test_the_location_loads_and_the_sensors_run_where_they_are_needed(
+    variables: dict[str, str], changes: dict[str, str], status: str, error: str, tmp_path: Path
 ) -> None:
+    """With wrong settings their ticks fail; a skipped tick looks healthy in the UI."""
     (tmp_path / "status.py").write_text(STATUS)
     done = run_program(tmp_path / "status.py", files=tmp_path, variables={**variables, **changes})
     assert done.returncode == 0, done.stderr
-    found, reason = json.loads(done.stdout.splitlines()[-1])
-    assert found == status
-    assert said in reason
+    for found, said in json.loads(done.stdout.splitlines()[-1]).values():
+        assert found == status
+        assert (error in said) if error else said == ""

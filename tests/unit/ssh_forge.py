@@ -90,7 +90,9 @@ def openssh_trusts(sshd: list[str], known_hosts: Path, host: str, port: int, key
     return True
 
 
-def our_error(sshd: list[str], known_hosts: Path, host: str, port: int, key: Path) -> HostKeyError | None:
+def our_error(
+    sshd: list[str], known_hosts: Path, host: str, port: int, key: Path, host_authorities: tuple[str, ...] = ()
+) -> HostKeyError | None:
     """Why our connection does not get beyond the host key, if it does not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(known_hosts.parent))
@@ -107,7 +109,7 @@ def our_error(sshd: list[str], known_hosts: Path, host: str, port: int, key: Pat
             SLURM_EDGE_NODE_KEY_PATH=key,
         )
         try:
-            connect(settings, lambda _: None).close()
+            connect(settings, lambda _: None, host_authorities).close()
         except HostKeyError as error:
             return error
         except AuthenticationError:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from resources.errors import ConfigurationError
+from resources.slurm import load_site
 from resources.ssh import HostKeyError
 from resources.ssh.host_key import check
 from resources.ssh.known_hosts import KnownHosts
@@ -139,6 +141,65 @@ def test_stricter_than_openssh_a_key_revoked_on_another_port(forge: Forge, tmp_p
     assert verdicts(forge, tmp_path, forge.sshd("ed25519"), lines, port=2222) == (True, False)
 
 
+SITE = {
+    "nothing is known": ("", True),
+    "another host is known": ("other.example <ed25519-2>\n@cert-authority *.other.example <ecdsa-ca2>", True),
+    "known on another port only": (f"[{HOST}]:2222 <ed25519-2>", True),
+    "the same authority": (AUTHORITY, True),
+    "another authority": ("@cert-authority * <ecdsa-ca2>", False),
+    "the plain key": (f"{HOST} <ed25519>", True),
+    "another plain key": (f"{HOST} <ed25519-2>", False),
+    "the authority is revoked": ("@revoked * <ecdsa-ca>", False),
+    "the key is revoked": ("@revoked * <ed25519>", False),
+    "the authority is revoked for another host": ("@revoked other.example <ecdsa-ca>", True),
+}
+
+
+def with_site(forge: Forge, folder: Path, lines: str, site: str = AUTHORITY) -> HostKeyError | None:
+    """Our error where the user's known_hosts has those lines, and the site's entry the other one."""
+    forge.certify("ed25519", CERTIFIED)
+    known_hosts = folder / "known_hosts"
+    known_hosts.write_text(forge.lines(lines) + "\n")
+    sshd = forge.sshd("ed25519", certified="ed25519")
+    return our_error(sshd, known_hosts, HOST, 22, forge.key("ed25519-user"), (forge.lines(site),))
+
+
+@pytest.mark.parametrize("case", SITE)
+def test_the_sites_authority_counts_where_the_users_lines_do_not_decide(
+    forge: Forge, tmp_path: Path, case: str
+) -> None:
+    lines, trusted = SITE[case]
+    assert (with_site(forge, tmp_path, lines) is None) == trusted
+
+
+def test_the_sites_authority_counts_for_its_own_hosts_only(forge: Forge, tmp_path: Path) -> None:
+    assert with_site(forge, tmp_path, "", "@cert-authority *.wien.example <ecdsa-ca>") is not None
+
+
+def test_the_text_for_a_users_line_that_keeps_the_sites_authority_out(forge: Forge, tmp_path: Path) -> None:
+    text = str(with_site(forge, tmp_path, f"{HOST} <ed25519-2>"))
+    assert "/known_hosts:1: ssh-ed25519 SHA256:" in text
+    assert "SUPERCOMPUTER_SITE_OVERRIDES names an authority for it, SHA256:" in text
+    other = str(with_site(forge, tmp_path, "", "@cert-authority * <ecdsa-ca2>"))
+    assert "SUPERCOMPUTER_SITE_OVERRIDES: @cert-authority ecdsa-sha2-nistp256 SHA256:" in other
+    assert "names an authority for it" not in other
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (f"{HOST} <ed25519>", "does not begin with @cert-authority"),
+        ("@revoked * <ed25519>", "does not begin with @cert-authority"),
+        ("@cert-authority *.vie.example", "needs names"),
+        ("@cert-authority * ssh-rsa AAAA", "cut short or damaged"),
+        ("", "does not begin with @cert-authority"),
+    ],
+)
+def test_a_line_of_the_site_that_is_no_authority_is_refused(forge: Forge, line: str, reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"\['musica'\]\['host_authorities'\]\['0'\]: .*{reason}"):
+        load_site({"musica": {"host_authorities": [forge.lines(line)]}}, "musica")
+
+
 def refused(forge: Forge, folder: Path, lines: str, certificate: str = "") -> str:
     """The text of the error, with the forge's key names in place of fingerprints."""
     if certificate:
@@ -169,7 +230,7 @@ def test_text_for_an_unknown_key(forge: Forge, tmp_path: Path) -> None:
 def test_text_for_a_changed_key(forge: Forge, tmp_path: Path) -> None:
     text = refused(forge, tmp_path, f"# comment\n{HOST} <ed25519-2>")
     assert "its key is another than the known one. It has shown\n  ssh-ed25519 <ed25519>\n" in text
-    assert "known_hosts has for it\n  KNOWN_HOSTS:2: ssh-ed25519 <ed25519-2>\n" in text
+    assert "Known for it:\n  KNOWN_HOSTS:2: ssh-ed25519 <ed25519-2>\n" in text
     assert "Only if it is one of\nthem, correct the lines above" in text
 
 

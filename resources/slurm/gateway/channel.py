@@ -61,17 +61,23 @@ class Channel(Protocol):
 OpenChannel = Callable[[], Channel]
 
 
-def choose_channel(settings: Settings, pythons: Sequence[str], refresh: Callable[[Settings], object]) -> OpenChannel:
+def choose_channel(
+    settings: Settings,
+    pythons: Sequence[str],
+    refresh: Callable[[Settings], object],
+    host_authorities: Sequence[str] = (),
+) -> OpenChannel:
     """The way to the agent: none but a subprocess where this machine is the login node.
 
     Args:
         settings: of the login node.
         pythons: interpreters there to try, the best first; 3.6 or later.
         refresh: `ensure_certificate`.
+        host_authorities: of the site.
     """
     if settings.on_login_node:
         return _LocalChannel
-    return lambda: _SshChannel(connect(settings, refresh), pythons)
+    return lambda: _SshChannel(connect(settings, refresh, host_authorities), pythons)
 
 
 class _SshChannel:

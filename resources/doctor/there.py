@@ -1,0 +1,162 @@
+"""Checks on the login node."""
+
+from resources.auth import AccessError, ensure_certificate
+from resources.doctor.finding import Facts, Verdict, broken, ok, warning
+from resources.doctor.survey import take_survey
+from resources.environments import Environments
+from resources.runs import open_runs
+from resources.slurm.gateway import RefusedError
+from resources.ssh import SshError, connect
+
+LEAST_FREE_KIB, LEAST_FREE_FILES = 1 << 20, 10_000
+OLDEST_PYTHON = (3, 6)
+"""For what runs on the login node; workloads have an environment of their own."""
+LONGEST_TEMPORARY = 40
+"""Characters. Ray puts sockets below it, whose paths may have 107 (unix(7))."""
+WANTED_FILES = 65536
+RUNS_SECONDS = 60.0
+"""For the agent on the login node to list all runs."""
+
+
+def check_login(facts: Facts) -> Verdict:
+    """Log in, and ask the login node everything that the checks after this one judge."""
+    settings, site = facts.settings, facts.site
+    try:
+        connection = connect(settings, ensure_certificate, site.host_authorities)
+        facts.connection = facts.until_the_end.enter_context(connection)
+    except SshError as error:
+        return broken(str(error), "do what the error says; scripts/refresh_step_auth.py --status shows the certificate")
+    try:
+        facts.survey = take_survey(facts.connection, str(settings.deployment_base_path), site.python_candidates)
+    except OSError as error:
+        return broken(str(error), "try again; check what your login shell does on the login node")
+    return ok(f"{settings.edge_node_user} at {settings.edge_node_host}")
+
+
+def check_slurm(facts: Facts) -> Verdict:
+    """Find Slurm's commands, and ping its controller."""
+    missing = facts.survey["commands"].text.split()
+    if missing:
+        fix = "ask the centre; is a module to be loaded in your login shell's profile?"
+        return broken(f"not on PATH of the login node: {', '.join(missing)}", fix)
+    controller = facts.survey["controller"]
+    if controller.code or " UP" not in controller.text.upper().replace(" IS", " "):
+        return broken(controller.text, "slurmctld does not answer: wait, or ask the centre")
+    return ok(controller.text.splitlines()[0])
+
+
+def check_partitions(facts: Facts) -> Verdict:
+    """Compare the site's entry with Slurm's partitions."""
+    there = _parse_partitions(facts.survey["partitions"].text)
+    for partition, wanted in facts.site.partitions.items():
+        if partition not in there:
+            fix = f"correct SUPERCOMPUTER_SITE_OVERRIDES; the cluster has {', '.join(sorted(there))}"
+            return broken(f"there is no partition {partition}", fix)
+        allowed = there[partition].get("AllowQos", "ALL").split(",")
+        refused = [qos for qos in wanted.qos if allowed != ["ALL"] and qos not in allowed]
+        if refused:
+            fix = f"correct SUPERCOMPUTER_SITE_OVERRIDES; it takes {', '.join(allowed)}"
+            return broken(f"partition {partition} does not take QoS {', '.join(refused)}", fix)
+    down = [partition for partition in facts.site.partitions if there[partition].get("State") != "UP"]
+    if down:
+        return warning(f"not UP: {', '.join(down)}", "jobs wait until the centre opens it")
+    return ok(", ".join(facts.site.partitions))
+
+
+def check_account(facts: Facts) -> Verdict:
+    """Compare the user's associations with the settings and the site's entry."""
+    answer = facts.survey["associations"]
+    if answer.code:
+        return warning(f"accounting does not answer: {answer.text}", "try again later")
+    rows = [line.split("|") for line in answer.text.splitlines() if line.count("|") >= 2]
+    if not rows:
+        return broken(f"{facts.settings.edge_node_user} has no account", "ask the centre for a project")
+    mine = {qos for row in rows for qos in row[2].split(",") if qos}
+    wanted = {qos for partition in facts.site.partitions.values() for qos in partition.qos}
+    preferred = facts.settings.qos
+    if preferred and mine and preferred not in mine:
+        return broken(f"SLURM_QOS={preferred} is not yours", f"yours are {', '.join(sorted(mine))}")
+    accounts = ", ".join(sorted({row[0] for row in rows}))
+    lacking = sorted(wanted - mine) if mine else []
+    if lacking:
+        return warning(f"{accounts}, without QoS {', '.join(lacking)}", "assets cannot ask for those")
+    return ok(accounts)
+
+
+def check_folder(facts: Facts) -> Verdict:
+    """Check that SLURM_DEPLOYMENT_BASE_PATH can be written to and has room."""
+    base, above = facts.settings.deployment_base_path, facts.survey["folder"].text
+    write, space = facts.survey["write"], facts.survey["space"]
+    if write.code:
+        fix = "choose another SLURM_DEPLOYMENT_BASE_PATH, or make room (your quota?)"
+        return broken(f"{above} cannot be written to: {write.text}", fix)
+    kib, files = (int(word) if word.isdecimal() else LEAST_FREE_FILES for word in space.text.split())
+    if kib < LEAST_FREE_KIB or files < LEAST_FREE_FILES:
+        return warning(f"{above} has {kib >> 10} MB and {files} files left", "make room there")
+    there = "" if above == base else " is made by the first run;"
+    return ok(f"{base}{there} {kib >> 20} GB free")
+
+
+def check_python(facts: Facts) -> Verdict:
+    """Find an interpreter for the agent on the login node."""
+    said = {each: facts.survey[f"python {each}"] for each in facts.site.python_candidates}
+    for candidate, answer in said.items():
+        if answer.code == 0 and tuple(map(int, answer.text.split("."))) >= OLDEST_PYTHON:
+            return ok(f"{candidate} is {answer.text}")
+    oldest = ".".join(map(str, OLDEST_PYTHON))
+    fix = f"name one of at least {oldest} in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES"
+    return broken(f"none of {', '.join(said)} is there on the login node", fix)
+
+
+def check_temporary_folder(facts: Facts) -> Verdict:
+    """Check the length of TMPDIR."""
+    path = facts.survey["temporary"].text
+    if len(path) > LONGEST_TEMPORARY:
+        fix = f"let TMPDIR have {LONGEST_TEMPORARY} characters at most: Ray's sockets lie below it"
+        return warning(f"{path} has {len(path)} characters", fix)
+    return ok(path)
+
+
+def check_open_files(facts: Facts) -> Verdict:
+    """Check the hard limit on open files."""
+    limit = facts.survey["files"].text
+    if limit.isdecimal() and int(limit) < WANTED_FILES:
+        found = f"{limit} on the login node, less than the {WANTED_FILES} that Ray wants"
+        return warning(found, "compute nodes may give more; jobs raise theirs as far as they may")
+    return ok(limit)
+
+
+def check_jobs(facts: Facts) -> Verdict:
+    """Look for jobs of runs that this Dagster does not know."""
+    try:
+        with open_runs(facts.settings, facts.site_overrides, RUNS_SECONDS) as runs:
+            going = [run for run in runs.all() if run.job and not run.end and runs.look(run)[0]]
+    except (AccessError, SshError, RefusedError) as error:
+        return broken(str(error), "try again; scripts/job lists what is there")
+    strange = [f"{run.job} ({run.about.asset})" for run in going if not facts.instance.has_run(run.about.run)]
+    if strange:
+        fix = "leave them to the other Dagster that submitted them; if there is none: scripts/job JOB cancel"
+        return warning(f"of runs that this Dagster does not know: {', '.join(strange)}", fix)
+    return ok(f"{len(going)} waiting or running")
+
+
+def check_environment(facts: Facts) -> Verdict:
+    """Find what production runs."""
+    settings = facts.settings
+    if settings.deployment != "production_supercomputer":
+        return ok(f"a run on {settings.deployment} makes its own")
+    try:
+        with open_runs(settings, facts.site_overrides, RUNS_SECONDS) as runs:
+            published = Environments(runs.gateway, str(settings.deployment_base_path), facts.site).published()
+    except (AccessError, SshError, RefusedError) as error:
+        return broken(str(error), "try again")
+    if published is None:
+        return broken("nothing has been published: runs are refused", "scripts/deploy_environment.py")
+    revision = f", revision {published.revision}" if published.revision else ""
+    return ok(f"published at {published.at:%Y-%m-%d %H:%M} UTC{revision}")
+
+
+def _parse_partitions(text: str) -> dict[str, dict[str, str]]:
+    """Parse `scontrol --oneliner show partition`, by partition."""
+    rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines()]
+    return {row["PartitionName"]: row for row in rows if "PartitionName" in row}
