@@ -124,7 +124,7 @@ def test_sacct_lagging_answers_with_what_was_before(site: SimulatedSite) -> None
     ("kind", "accepted"), [("error-before", False), ("error-after", True), ("silent-after", True), ("slow", True)]
 )
 def test_sbatch_fails_before_or_after_it_has_accepted(site: SimulatedSite, kind: str, accepted: bool) -> None:
-    command = f"sbatch --parsable --job-name={kind} {' '.join(CPU)} --wrap true"
+    command = f"sbatch --parsable --job-name={kind} {' '.join(CPU)} --nodes=1 --wrap true"
     with site.faults.sbatch(kind):  # type: ignore[arg-type]
         asked = site.run_on_login(CERTIFICATE_USER, f"timeout 5 {command}", check=False)
         jobs = site.squeue("--noheader", "--states=all", f"--name={kind}", "--format=%i").split()

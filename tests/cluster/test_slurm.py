@@ -1,6 +1,7 @@
 """Slurm on the simulated site: both partitions, MUSICA's rules, and what jobs see."""
 
 import json
+import shlex
 import subprocess
 
 import pytest
@@ -11,6 +12,7 @@ from tests.simulated_site import (
     GPU_PARTITION,
     PLAIN_KEY_USER,
     TCSH_USER,
+    VANILLA,
     SimulatedSite,
     wait_until,
 )
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.cluster
 CPU = (f"--partition={CPU_PARTITION}", f"--qos={CPU_PARTITION}")
 CPU_DEV = (f"--partition={CPU_PARTITION}", f"--qos=dev_{CPU_PARTITION}", "--time=5")
 GPU_DEV = (f"--partition={GPU_PARTITION}", f"--qos=dev_{GPU_PARTITION}", "--time=5", "--gres=gpu:1")
+WRAP_HOSTNAME = f"--wrap {shlex.quote(VANILLA + 'hostname')}"
 
 
 def output_of(site: SimulatedSite, job: int) -> str:
@@ -30,8 +33,8 @@ def output_of(site: SimulatedSite, job: int) -> str:
 
 def test_nodes_are_as_large_as_musicas(site: SimulatedSite) -> None:
     nodes = site.cluster.query("sinfo", "--noheader", "--Node", "--format=%N %R %c %m %G").splitlines()
-    cpu = [f"n400{i} zen4_0768 192 768000 (null)" for i in (1, 2, 3, 4)]
-    gpu = [f"g400{i} zen4_0768_h100x4 192 768000 gpu:h100:4" for i in (1, 2)]
+    cpu = [f"n400{i} zen4_0768 384 768000 (null)" for i in (1, 2, 3, 4)]
+    gpu = [f"g400{i} zen4_0768_h100x4 384 768000 gpu:h100:4" for i in (1, 2)]
     assert sorted(nodes) == sorted(cpu + gpu)
 
 
@@ -88,7 +91,7 @@ def test_machines_have_their_own_folders_and_share_homes(site: SimulatedSite) ->
     ],
 )
 def test_wrong_requests_are_refused_at_submission(site: SimulatedSite, options: tuple[str, ...], reason: str) -> None:
-    command = f"sbatch --parsable {' '.join(options)} --wrap hostname"
+    command = f"sbatch --parsable {' '.join(options)} {WRAP_HOSTNAME}"
     refused = site.run_on_login(CERTIFICATE_USER, command, check=False)
     assert refused.returncode == 1
     assert reason in refused.stderr
@@ -100,7 +103,7 @@ def test_wrong_requests_are_refused_at_submission(site: SimulatedSite, options: 
 def test_each_qos_is_accepted_in_its_partition(site: SimulatedSite, partition: str, qos: str) -> None:
     gpus = ["--gres=gpu:1"] if partition == GPU_PARTITION else []
     command = ["sbatch", "--test-only", f"--partition={partition}", f"--qos={qos}{partition}", "--time=5", *gpus]
-    accepted = site.run_on_login(CERTIFICATE_USER, f"{' '.join(command)} --wrap hostname")
+    accepted = site.run_on_login(CERTIFICATE_USER, f"{' '.join(command)} {WRAP_HOSTNAME}")
     assert "to start at" in accepted.stderr
 
 
@@ -123,7 +126,7 @@ def test_job_beyond_its_memory_ends_as_out_of_memory_where_that_is_enforced(site
 
 
 def test_sbatch_prints_noise_on_both_streams_around_its_answer(site: SimulatedSite) -> None:
-    done = site.run_on_login(CERTIFICATE_USER, f"sbatch --parsable {' '.join(CPU_DEV)} --wrap hostname")
+    done = site.run_on_login(CERTIFICATE_USER, f"sbatch --parsable {' '.join(CPU_DEV)} --nodes=1 --wrap hostname")
     lines = done.stdout.splitlines()
     assert len(lines) == 3
     assert lines[1].isdecimal()
@@ -137,7 +140,7 @@ def test_squeue_speaks_json(site: SimulatedSite) -> None:
 
 
 def test_user_of_another_shell_submits(site: SimulatedSite) -> None:
-    command = site.login_command(f"sbatch --parsable {' '.join(CPU_DEV)} --wrap 'echo $0'", user=TCSH_USER)
+    command = site.login_command(f"sbatch --parsable {' '.join(CPU_DEV)} --nodes=1 --wrap 'echo $0'", user=TCSH_USER)
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     job = int(done.stdout.splitlines()[1])
     site.wait_for_job(job)

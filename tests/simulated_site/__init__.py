@@ -13,7 +13,7 @@ from .authentik import AuthentikControl, AuthentikServer, Disturbance, ServedReq
 from .errors import RequirementsError, SiteError
 from .faults import Fault, Faults
 from .layout import CERTIFICATE_USER, CPU_PARTITION, GPU_PARTITION, LOGIN_NAME, PLAIN_KEY_USER, TCSH_USER, USERS, User
-from .site import LoginProcess, SimulatedSite
+from .site import VANILLA, LoginProcess, SimulatedSite
 from .waiting import wait_until
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "PLAIN_KEY_USER",
     "TCSH_USER",
     "USERS",
+    "VANILLA",
     "AuthentikControl",
     "AuthentikServer",
     "Disturbance",

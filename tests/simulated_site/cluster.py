@@ -62,6 +62,7 @@ class Cluster:
         folder.mkdir(exist_ok=True)
         (folder / "slurm.conf").write_text(configuration.slurm_conf(layout, MEMORY_CGROUPS), encoding="utf-8")
         (folder / "gres.conf").write_text(configuration.gres_conf(layout), encoding="utf-8")
+        shutil.copy(PROGRAMS / "job_submit.lua", folder)
         if MEMORY_CGROUPS:
             (folder / "cgroup.conf").write_text(configuration.cgroup_conf(), encoding="utf-8")
         _write_owned(folder / "slurmdbd.conf", configuration.slurmdbd_conf(layout), "slurm")

@@ -34,6 +34,9 @@ from .login import Login
 from .machines import Machine
 from .waiting import wait_until
 
+VANILLA = "#ASC --vanilla\n"
+"""Line before a script's first command that makes the submit plugin leave the job alone."""
+
 
 @dataclass(frozen=True)
 class LoginProcess:
@@ -256,8 +259,11 @@ class SimulatedSite:
         return self.machines[DATABASE.hostname].run(["sacct", "--allusers", *options]).stdout
 
     def submit(self, script: str, *options: str, user: User = CERTIFICATE_USER) -> int:
-        """Submit a shell script as a user, on a login node but without SSH and noise; return the job's id."""
-        sbatch = [str(self.layout.state / "libexec/sbatch"), "--parsable", *options, "--wrap", script]
+        """Submit a shell script as a user, on a login node but without SSH and noise; return the job's id.
+
+        The script begins with VANILLA.
+        """
+        sbatch = [str(self.layout.state / "libexec/sbatch"), "--parsable", *options, "--wrap", VANILLA + script]
         done = self.machines[LOGIN_NODES[0].hostname].run(sbatch, user)
         return int(done.stdout.strip())
 

@@ -1,6 +1,7 @@
-"""The site's Slurm configuration: files as text, and MUSICA's QoS rules as sacctmgr commands. No side effects."""
+"""The site's Slurm configuration: files as text; MUSICA's QoS and projects as sacctmgr commands. No side effects."""
 
 from .layout import (
+    CERTIFICATE_USER,
     CLUSTER_NAME,
     CONTROLLER,
     CPU_NODES,
@@ -14,15 +15,20 @@ from .layout import (
 )
 
 ACCOUNT = "p71234"
+"""The default project of every user."""
+SECOND_ACCOUNT = "p75678"
+"""Another project of CERTIFICATE_USER."""
+SPENT_ACCOUNT = "p70001"
+"""A project of CERTIFICATE_USER without budget: Slurm accepts its jobs in the `idle_*` QoS only."""
 ADMIN_QOS = "admin"
 """QoS of root alone: its jobs take the nodes of every other job, in every partition (fault "preemption")."""
 
 _QOS_CLASSES = {
-    # What is known of the real ones is in docs/simulated-site.md; the wall times of fast_ and long_ are assumed.
+    # docs/simulated-site.md says what is known of the real ones.
     "": "Priority=100 MaxWall=3-00:00:00",
     "dev_": "Priority=200 MaxWall=00:10:00 MaxTRESPerUser=node=2",
     "idle_": "Priority=0 MaxWall=3-00:00:00",
-    "fast_": "Priority=300 MaxWall=1-00:00:00",
+    "fast_": "Priority=300 MaxWall=3-00:00:00",
     "long_": "Priority=50 MaxWall=10-00:00:00",
 }
 
@@ -40,13 +46,13 @@ def slurm_conf(layout: Layout, with_cgroups: bool) -> str:
     """
     run = layout.run
     nodes = "\n".join(
-        f"NodeName={node.hostname} NodeAddr={layout.address(node.number)} Sockets=2 CoresPerSocket=96 ThreadsPerCore=1"
-        f" RealMemory=768000{gres} State=UNKNOWN"
-        for group, gres in ((CPU_NODES, ""), (GPU_NODES, " Gres=gpu:h100:4"))
+        f"NodeName={node.hostname} NodeAddr={layout.address(node.number)} Boards=1 SocketsPerBoard=8"
+        f" CoresPerSocket=24 ThreadsPerCore=2 RealMemory=768000 {own} State=UNKNOWN"
+        for group, own in ((CPU_NODES, "CoreSpecCount=2"), (GPU_NODES, "CoreSpecCount=16 Gres=gpu:h100:4"))
         for node in group
     )
     partitions = "\n".join(
-        f"PartitionName={partition} Nodes={_hostnames(group)} MaxTime=10-00:00:00 DefaultTime=01:00:00"
+        f"PartitionName={partition} Nodes={_hostnames(group)} MaxTime=UNLIMITED DefaultTime=01:00:00"
         f" AllowQos={','.join([*qos_names(partition), ADMIN_QOS])}"
         for partition, group in ((CPU_PARTITION, CPU_NODES), (GPU_PARTITION, GPU_NODES))
     )
@@ -74,7 +80,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 GresTypes=gpu
-DefMemPerCPU=4000
+DefMemPerCPU=2000
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=3,sched_interval=3,batch_sched_delay=1,default_queue_depth=1000,bf_max_job_test=2000
 PriorityType=priority/multifactor
@@ -91,6 +97,7 @@ KillWait=5
 InactiveLimit=0
 MinJobAge=300
 ReturnToService=2
+JobSubmitPlugins=lua
 # Wrong and over-long requests are refused at submission, not left pending.
 EnforcePartLimits=ALL
 MaxJobCount=20000
@@ -160,7 +167,7 @@ innodb_flush_log_at_trx_commit=0
 
 
 def accounting_commands() -> list[list[str]]:
-    """Arguments of the sacctmgr(1) calls that make the cluster, the QoS, the project and its users, in this order.
+    """Arguments of the sacctmgr(1) calls that make the cluster, the QoS, the projects and their users, in this order.
 
     The default QoS of every user is `normal`, which no partition allows: a job without `--qos` is refused.
     """
@@ -173,12 +180,14 @@ def accounting_commands() -> list[list[str]]:
     commands += [
         ["add", "qos", ADMIN_QOS, "set", "Priority=1000", f"Preempt={','.join(users_qos)}"],
         ["modify", "user", "root", "set", f"QOS+={ADMIN_QOS}"],
-        ["add", "account", ACCOUNT, f"Cluster={CLUSTER_NAME}", "Description=test", "Organization=test"],
+        ["add", "account", f"{ACCOUNT},{SECOND_ACCOUNT},{SPENT_ACCOUNT}", "Description=test", "Organization=test"],
     ]
-    allowed = f"QOS=normal,{','.join(users_qos)}"
+    everything = [f"QOS=normal,{','.join(users_qos)}", "DefaultQOS=normal"]
+    commands += [["add", "user", user.name, f"Account={ACCOUNT}", *everything] for user in USERS]
+    idle = f"QOS={','.join(name for name in users_qos if name.startswith('idle_'))}"
     commands += [
-        ["add", "user", user.name, f"Account={ACCOUNT}", f"Cluster={CLUSTER_NAME}", allowed, "DefaultQOS=normal"]
-        for user in USERS
+        ["add", "user", CERTIFICATE_USER.name, f"Account={SECOND_ACCOUNT}", *everything],
+        ["add", "user", CERTIFICATE_USER.name, f"Account={SPENT_ACCOUNT}", idle],
     ]
     return commands
 
