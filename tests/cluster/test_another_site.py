@@ -65,13 +65,14 @@ with open_dagster_pipes() as pipes:
 
 @pytest.fixture
 def project(site: SimulatedSite, tmp_path: Path, client_home: Path) -> Path:
-    """A clone with the page's entry and dotenv file; names and addresses are the simulated site's."""
+    """A clone with the page's entry and dotenv file; names, addresses and submit plugin are the simulated site's."""
     folder = tmp_path / "project"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), folder], check=True)
     entry, file = re.findall(r"```(?:python|bash)\n(.*?)```", PAGE, re.DOTALL)[:2]
     shutil.copy(site.login.plain_key, client_home / ".ssh" / "id_borealis")
     (client_home / ".ssh" / "id_borealis").chmod(0o600)
     names = {
+        '"borealis": {': '"borealis": {"script_header": ["#ASC --vanilla"],',
         "accelerated": GPU_PARTITION,
         "batch": CPU_PARTITION,
         "login.borealis.example": site.login.address,
