@@ -11,6 +11,7 @@ import dagster as dg
 from jobs.deployment import running_on_supercomputer, supercomputer_settings
 from resources import SUPERCOMPUTER_SITE_OVERRIDES
 from resources.auth import AccessError, check_health
+from resources.history import is_stored
 from resources.runs import RunRecord, Runs, open_runs
 from resources.slurm.gateway import RefusedError
 from resources.ssh import SshError
@@ -65,20 +66,27 @@ def cancel_orphaned_jobs_sensor(context: dg.SensorEvaluationContext) -> dg.Senso
     name="clean_run_directories",
     minimum_interval_seconds=CLEAN_EVERY,
     default_status=running_on_supercomputer(),
-    description=f"Removes run directories from the supercomputer, {KEEP_DAYS} days after their run has succeeded.",
+    description=f"Removes run directories from the supercomputer {KEEP_DAYS} days after their job has ended well, if "
+    "Dagster has stored the result.",
 )
-def clean_run_directories_sensor() -> dg.SkipReason:
+def clean_run_directories_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     """One tick. Access is brought to life by the job that shows how: it is not begun here."""
-    settings = supercomputer_settings()  # the tick fails where they are wrong
+    settings, oldest = supercomputer_settings(), datetime.now(UTC) - timedelta(days=KEEP_DAYS)
     health = check_health(settings)
     if health.verdict != "ok":
         return dg.SkipReason(f"waits until access is in order: {health.summary}")
     try:
         with open_runs(settings, SUPERCOMPUTER_SITE_OVERRIDES, TICK_SECONDS) as runs:
-            cleaned = runs.gateway.clean(runs.folder, KEEP_DAYS)
+            cleaned = runs.remove(run for run in runs.all() if run.heard < oldest and _is_done(context.instance, run))
     except (AccessError, SshError, RefusedError) as error:
         return dg.SkipReason(str(error))
     return dg.SkipReason(f"removed {', '.join(cleaned)}" if cleaned else "nothing is old enough")
+
+
+def _is_done(instance: dg.DagsterInstance, run: RunRecord) -> bool:
+    """Whether a run has ended well, and Dagster has stored its result."""
+    well = run.end is not None and run.end.code == 0 and run.end.state in ("COMPLETED", "")
+    return well and is_stored(instance, run.followers, run.about.step)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Never
-from weakref import WeakKeyDictionary
 
 import dagster as dg
 from pydantic import Field
@@ -77,7 +76,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
             context.log.warning(note)
         if not settings.on_supercomputer:
             return _run_here(context, asset, settings, plan, values, env or {})
-        done = RemoteRun(context, asset, settings, plan, _count_call(context)).run(values, env or {})
+        done = RemoteRun(context, asset, settings, plan).run(values, env or {})
         _attach_partition_metadata(context, asset, done)
         return done
 
@@ -99,15 +98,6 @@ def intercept_runs(intercept: _Intercept) -> Iterator[None]:
         yield
     finally:
         _intercept = None
-
-
-_calls: "WeakKeyDictionary[dg.AssetExecutionContext, int]" = WeakKeyDictionary()
-
-
-def _count_call(context: dg.AssetExecutionContext) -> int:
-    """How often a step has called `run` before: its calls are told apart by it when they are found again."""
-    _calls[context] = _calls.get(context, -1) + 1
-    return _calls[context]
 
 
 def _notes(settings: Settings, plan: Plan) -> tuple[str, ...]:

@@ -1,19 +1,18 @@
 """A workload on the supercomputer, as its Dagster step sees it: claim, submit or adopt, follow to the end, judge."""
 
-import os
 import signal
-import socket
 import threading
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
 
+from resources.adoption import digest_of, inputs_of, request_of
+from resources.attempts import Attempts, Submission
 from resources.auth import AccessError, ensure_certificate
+from resources.calls import calls_of, step_key
 from resources.environments import Environments, RunEnvironment
 from resources.errors import ConfigurationError
 from resources.interrupts import run_interruptibly
@@ -22,7 +21,6 @@ from resources.plan import Plan
 from resources.settings import Settings
 from resources.slurm import accounting
 from resources.slurm.gateway import (
-    Claim,
     Gateway,
     JobEnd,
     JobState,
@@ -34,12 +32,9 @@ from resources.slurm.gateway import (
 )
 from resources.slurm.outcome import explain_refusal, judge
 from resources.ssh import SshError
-from resources.submission import CONTEXT, MESSAGES, About, Place, family_of, files_of
+from resources.stopping import is_to_be_cancelled, show_on_terminal, watching
+from resources.submission import CONTEXT, MESSAGES, About, Place, files_of
 
-HOLDER_SECONDS = 5.0
-"""Between looks whether another step that acts on the same runs is gone."""
-LIFE_SECONDS = 10.0
-"""Between looks whether Dagster still counts this run among the living."""
 CANCEL_SECONDS = 170.0
 """For cancelling a job; `cancel_timeout_seconds` of dagster.yaml is a little longer."""
 MOST_RETRIES = 3
@@ -50,17 +45,13 @@ RETRY_SECONDS = 10
 class RemoteRun:
     """One call of `compute.run` on the supercomputer."""
 
-    def __init__(
-        self, context: dg.AssetExecutionContext, asset: str, settings: Settings, plan: Plan, call: int
-    ) -> None:
-        """`call`: which of the step's calls it is."""
+    def __init__(self, context: dg.AssetExecutionContext, asset: str, settings: Settings, plan: Plan) -> None:
         self._context, self._asset, self._settings, self._plan = context, asset, settings, plan
-        partitions = list(context.partition_keys) if _is_partitioned(context) else []
+        self._step = context.op_execution_context
+        self._partitions = tuple(context.partition_keys) if _is_partitioned(context) else ()
         root = context.run.root_run_id or context.run_id
-        keys = [key.to_user_string() for key in context.selected_asset_keys]
-        self._family = family_of(root, keys, partitions, call)
-        ends = sorted({*partitions[:1], *partitions[-1:]})
-        self._about = About(run=context.run_id, root=root, asset=asset, partitions=" to ".join(ends))
+        ends = " to ".join(sorted({*self._partitions[:1], *self._partitions[-1:]}))
+        self._about = About(context.run_id, root, asset, ends, step=step_key(self._step))
         self._run: str | None = None
         self._job: str | None = None
         self._trouble: str | None = None
@@ -80,92 +71,85 @@ class RemoteRun:
         environments = Environments(gateway, str(self._settings.deployment_base_path), self._plan.site)
         environment = RunEnvironment(environments, self._settings, self._plan.workload)
         try:
-            with _watching(self._context, stop):
+            submission = self._submission(environment.inputs, extras, env)
+            attempts = Attempts(self._step, gateway, str(self._settings.deployment_base_path), submission)
+            with watching(self._step, stop):
                 environment.ask_ahead()
-                claim = self._claim(gateway)
-                return self._follow(gateway, claim, environment, extras, env)
+                return self._attempt(gateway, attempts, environment, submission.record, extras, env)
         except StoppedError:
             raise self._end(gateway) from None
         except LostClaimError as error:
-            raise self._failure(f"while this step was cut off, {error} took the run over and follows it") from None
+            raise self._failure(f"While this step was cut off, another run ({error}) attached to its job.") from None
         except RefusedError as error:
-            raise self._failure(f"refused on the supercomputer: {self._explain(gateway, error)}") from None
+            raise self._failure(
+                f"refused on the supercomputer: {self._explain(gateway, error)}{self._still_running}"
+            ) from None
         except (AccessError, SshError, ConfigurationError) as error:
-            raise self._failure(f"{error}{self._goes_on}") from None
+            raise self._failure(f"{error}{self._still_running}") from None
         finally:
             gateway.close()
 
-    # To the job
+    def _submission(self, code: Mapping[str, str], extras: Mapping[str, Any], env: Mapping[str, str]) -> Submission:
+        """Register this call, and name what decides its result."""
+        assets = tuple(sorted(key.to_user_string() for key in self._step.selected_asset_keys))
+        data_root = self._settings.data_root or self._settings.deployment_base_path
+        inputs = inputs_of(self._plan, code, extras, env, assets, str(data_root))
+        root, step = self._about.root, self._about.step
+        call = calls_of(self._step).begin(root, step, digest_of(inputs))
+        return Submission(root, step, assets, self._partitions, call, inputs, request_of(self._plan))
 
-    def _claim(self, gateway: Gateway) -> Claim:
-        """Wait until nobody else acts on the runs of this step."""
-        runs = f"{self._settings.deployment_base_path}/runs"
-        token = uuid.uuid4().hex
-        who = f"run {self._context.run_id}, process {os.getpid()} on {socket.gethostname()}"
-        told = None
-        while True:
-            claim = gateway.claim(runs, self._family, token, who)
-            if claim.held_by is None:
-                return claim
-            if told != claim.held_by:
-                told = claim.held_by
-                self._context.log.warning(f"{told} is at work on the same; waiting for its end")
-            if gateway.stop.wait(HOLDER_SECONDS):
-                raise StoppedError
+    # Submit and follow
 
-    def _choose(self, claim: Claim) -> tuple[int, bool]:
-        """The number of the attempt, and whether it is there already."""
-        self._job = claim.job
-        if claim.attempt and not claim.over:
-            self._context.log.info(
-                f"job {claim.job or '(just submitted)'} is on its way since an earlier run of this step: following it"
-            )
-            return claim.attempt, True
-        end = claim.end
-        if not claim.judged and end and end.code == 0 and end.state in ("COMPLETED", ""):
-            self._context.log.info(f"job {claim.job} of an earlier run of this step ended well: taking its result")
-            return claim.attempt, True
-        self._job = None
-        return claim.attempt + 1, False
-
-    # With the job
+    def _attempt(
+        self,
+        gateway: Gateway,
+        attempts: Attempts,
+        environment: RunEnvironment,
+        record: Mapping[str, Any],
+        extras: Mapping[str, Any],
+        env: Mapping[str, str],
+    ) -> dg.PipesClientCompletedInvocation:
+        """Adopt the job of an earlier attempt, or submit a new one; follow it to its end."""
+        claim, choice = attempts.choose()
+        found = None if choice.adopt else environment.find(self._context.log.info)
+        while not choice.adopt and attempts.cancel_outdated(claim):
+            claim, choice = attempts.choose()
+        run = f"{claim.runs}/{attempts.family}-{choice.attempt}"
+        self._run, self._job = run, claim.job if choice.adopt else None
+        place = None
+        if found and not choice.adopt:
+            self._about = replace(self._about, environment=found.name)
+            place = Place(run, found.python, found.workloads, _data_root(self._settings, claim.home))
+        return self._follow(gateway, run, place, record, extras, env)
 
     def _follow(
         self,
         gateway: Gateway,
-        claim: Claim,
-        environment: RunEnvironment,
+        run: str,
+        place: Place | None,
+        record: Mapping[str, Any],
         extras: Mapping[str, Any],
         env: Mapping[str, str],
     ) -> dg.PipesClientCompletedInvocation:
-        attempt, adopt = self._choose(claim)
-        self._run = run = f"{claim.runs}/{self._family}-{attempt}"
-        place = None if adopt else self._place(environment, claim, run)
+        """Follow the job of a run; submit it first, if it is to have a `place`."""
         with open_session(self._context, extras, f"{run}/{CONTEXT}", f"{run}/{MESSAGES}") as session:
             text = session.context_document.text
-            files = files_of(self._plan, place, self._about, env, text) if place else None
+            files = files_of(self._plan, place, self._about, env, text, record) if place else None
             messages = MessageGuard()
             sinks = {
                 MESSAGES: lambda data: messages.take(lambda: session.messages.feed(data)),
                 "stdout": session.stdout.feed,
                 "stderr": session.stderr.feed,
             }
-            end = gateway.run(run, files, sinks, self._tell_submitted, self._tell_state)
+            end = gateway.run(run, files, sinks, self._tell_submitted, self._tell_state, self._context.run_id)
             messages.take(session.reader.hand_over)
         self._tell_project(end.account)
         try:
             self._check(session, messages, end)
         except (dg.Failure, dg.RetryRequested):
-            gateway.judged(run, well=False)
+            gateway.reject(run)
             raise
-        gateway.judged(run, well=True)
         return dg.PipesClientCompletedInvocation(session.pipes, metadata=self._metadata(end))
-
-    def _place(self, environment: RunEnvironment, claim: Claim, run: str) -> Place:
-        """Where a new job finds what it needs. Its environment is made if it is not there, and if that is allowed."""
-        found = environment.find(self._context.log.info)
-        self._about = replace(self._about, environment=found.name)
-        return Place(run, found.python, found.workloads, _data_root(self._settings, claim.home))
 
     def _check(self, session: Session, messages: "MessageGuard", end: JobEnd) -> None:
         """Raise what did not end well."""
@@ -187,33 +171,39 @@ class RemoteRun:
             lost = ", ".join(f"{name} from byte {size} on" for name, size in end.short.items())
             self._context.log.warning(f"not all of the job's output arrived: {lost}; it is in {self._run}")
 
-    # Without the job
+    # Terminate
 
     def _end(self, gateway: Gateway) -> dg.Failure:
-        """After a stop: cancel what a user has terminated, leave what Dagster was only cut off from."""
-        run = self._context.instance.get_run_by_id(self._context.run_id)
-        wanted = run is None or run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
+        """Cancel the job of an interrupted step, or leave it to the next attempt; return the step's failure."""
         if self._run is None:
             return self._failure("stopped before there was a job")
-        if not wanted:
-            self._context.log.info(f"stopped{self._goes_on}")
-            return self._failure(f"Dagster has ended this run while its step lived on{self._goes_on}")
+        if not is_to_be_cancelled(self._step):
+            show_on_terminal(f"{self._asset}: stopped.{self._still_running}")
+            self._context.log.info(f"Stopped.{self._still_running}")
+            return self._failure(f"Dagster has stopped this step.{self._still_running}")
+        show_on_terminal(f"{self._asset}: cancelling Slurm job {self._job or '(just submitted)'} ...")
         gateway.stop = threading.Event()
         limit = threading.Timer(CANCEL_SECONDS, gateway.stop.set)
         limit.start()
         try:
             end = gateway.cancel(self._run)
-        except (RefusedError, StoppedError, LostClaimError, AccessError, SshError) as error:
-            text = f"job {self._job} could not be cancelled: {error or 'the login node cannot be reached'}"
+        except (RefusedError, StoppedError, LostClaimError, AccessError, SshError, ConfigurationError) as error:
+            text = (
+                f"Slurm job {self._job} could not be cancelled, and may still be running. "
+                f"{error or self._trouble or 'The login node cannot be reached.'}\n"
+                f"Cancel it later:\n  scripts/job {self._job or self._run.rpartition('/')[2]} cancel"
+            )
+            show_on_terminal(text)
             self._context.log.error(text)
             return self._failure(text)
         finally:
             limit.cancel()
-        text = f"job {self._job} is over: {end.state}" if end else "nothing was submitted"
-        self._context.log.info(f"terminated; {text}")
-        return self._failure(f"terminated; {text}")
+        text = f"Slurm job {self._job} is over: {end.state}" if end else "nothing was submitted"
+        show_on_terminal(f"{self._asset}: {text}")
+        self._context.log.info(f"Terminated. {text}")
+        return self._failure(f"Terminated. {text}")
 
-    # Words
+    # Messages
 
     def _tell_submitted(self, submitted: Submitted) -> None:
         self._job = submitted.job
@@ -246,12 +236,14 @@ class RemoteRun:
     def _tell_trouble(self, text: str) -> None:
         if text != self._trouble:
             self._trouble = text
-            self._context.log.warning(f"{self._settings.edge_node_host}: {text}; trying again{self._goes_on}")
+            self._context.log.warning(f"{self._settings.edge_node_host}: {text}; trying again")
 
     @property
-    def _goes_on(self) -> str:
-        """What to know about the job when nobody looks at it."""
-        return f"; job {self._job} goes on, and the next attempt of this step with it" if self._job else ""
+    def _still_running(self) -> str:
+        """What to do about a job that this step does not follow any more; empty without one."""
+        if not self._job:
+            return ""
+        return f"\nSlurm job {self._job} is still running. Re-execute this run to attach to it again."
 
     @property
     def _attach(self) -> str:
@@ -273,27 +265,6 @@ class RemoteRun:
         if self._run:
             cause += f"\n\nRun directory on {self._settings.edge_node_host}: {self._run}"
         return failure(self._asset, cause, stderr, **details)
-
-
-@contextmanager
-def _watching(context: dg.AssetExecutionContext, stop: threading.Event) -> Iterator[None]:
-    """Set `stop` when Dagster takes the run for ended, though the step lives: nobody would look at what it does."""
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(LIFE_SECONDS):
-            run = context.instance.get_run_by_id(context.run_id)
-            if run is None or run.is_finished:
-                stop.set()
-                return
-
-    watcher = threading.Thread(target=watch, name="run watcher", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
 
 
 def _exit_code(end: JobEnd) -> int:

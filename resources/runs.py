@@ -2,7 +2,7 @@
 
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -32,6 +32,7 @@ class RunRecord:
         about: whose run it is.
         end: how it ended, as far as somebody has already asked Slurm.
         heard: when the job last said something of itself: that it was laid out, started, or ended.
+        followers: ids of the Dagster runs that submitted or adopted it.
     """
 
     path: str
@@ -39,6 +40,7 @@ class RunRecord:
     about: About
     end: JobEnd | None
     heard: datetime
+    followers: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -54,7 +56,8 @@ class RunRecord:
     def parse(cls, row: Mapping[str, Any]) -> "RunRecord":
         """From what the agent says."""
         end = JobEnd.parse(row["end"]) if row["end"] else None
-        return cls(row["run"], row["job"], About(**row["about"]), end, datetime.fromtimestamp(row["at"], UTC))
+        about, heard = About(**row["about"]), datetime.fromtimestamp(row["at"], UTC)
+        return cls(row["run"], row["job"], about, end, heard, tuple(row["followers"] or [about.run]))
 
 
 class Runs:
@@ -81,6 +84,10 @@ class Runs:
                 f"or the submission key {name!r}; scripts/job lists all"
             )
         return found
+
+    def remove(self, found: Iterable[RunRecord]) -> list[str]:
+        """Remove run directories whose job is over; their names. What was begun there and never finished goes, too."""
+        return self.gateway.clean(self.folder, [run.key for run in found])
 
     def look(self, run: RunRecord) -> tuple[JobState | None, JobEnd | None]:
         """What Slurm says of a run's job now: its state, or how it ended; neither if it has no job."""

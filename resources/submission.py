@@ -5,13 +5,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
 from resources.plan import Plan
 from resources.slurm import render_job_script
 
-CONTEXT, MESSAGES = "context.json", "messages.jsonl"
+CONTEXT, MESSAGES, RECORD = "context.json", "messages.jsonl", "submitted_with.json"
 """Names in a run directory."""
 LONGEST_NAME = 40
 
@@ -26,6 +27,7 @@ class About:
         asset: keys of the assets.
         partitions: first and last partition key; empty without partitions.
         environment: name of the one that it uses; empty in what has none yet.
+        step: Dagster's key of the step; empty in what an older version has submitted.
     """
 
     run: str
@@ -33,6 +35,7 @@ class About:
     asset: str
     partitions: str
     environment: str = ""
+    step: str = ""
 
     @property
     def comment(self) -> dict[str, str]:
@@ -57,19 +60,39 @@ class Place:
     data_root: str
 
 
-def family_of(root: str, assets: Iterable[str], partitions: Iterable[str], call: int) -> str:
-    """The name of all attempts at the same work: equal for the retries and re-executions of a step.
+def step_prefix(root: str, step: str) -> str:
+    """Return the beginning of the submission keys of a step, of its retries and of its re-executions.
 
     Args:
         root: id of the first run.
-        assets: keys of the step's assets.
-        partitions: its partition keys.
-        call: which of the step's calls of `compute.run` it is.
+        step: Dagster's key of the step.
     """
+    slug = re.sub(r"[^A-Za-z0-9_]+", "-", step)[:LONGEST_NAME].strip("-_") or "step"
+    return f"{slug}-{_short([root, step])}"
+
+
+def family_of(root: str, step: str, digest: str, twin: int) -> str:
+    """Return the first part of the submission keys of all attempts at the same work.
+
+    Args:
+        root: id of the first run.
+        step: Dagster's key of the step.
+        digest: of everything that decides the result.
+        twin: number of the call among those of the step with that digest.
+    """
+    return f"{step_prefix(root, step)}-{_short([digest, twin])}"
+
+
+def former_family_of(root: str, assets: Iterable[str], partitions: Iterable[str], call: int) -> str:
+    """Return the same as versions before November 2026 made it: their jobs may still be running."""
     names = sorted(assets)
     what = json.dumps([root, names, sorted(partitions), call])
     slug = re.sub(r"[^A-Za-z0-9_]+", "-", "-".join(names))[:LONGEST_NAME].strip("-_") or "asset"
     return f"{slug}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+
+
+def _short(what: object) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
 
 
 def render_job(plan: Plan, place: Place, about: About, env: Mapping[str, str]) -> str:
@@ -103,11 +126,23 @@ def render_job(plan: Plan, place: Place, about: About, env: Mapping[str, str]) -
     )
 
 
-def files_of(plan: Plan, place: Place, about: About, env: Mapping[str, str], context: str) -> dict[str, str]:
-    """All files of a run directory; `context` is the Pipes context."""
+def files_of(
+    plan: Plan, place: Place, about: About, env: Mapping[str, str], context: str, record: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return all files of a run directory by name.
+
+    Args:
+        plan: the complete request and launcher.
+        place: where it lies.
+        about: whose it is.
+        env: further variables for the workload.
+        context: the Pipes context.
+        record: what a later attempt compares its own inputs with: `run`, `call`, `inputs`, `request`.
+    """
     return {
         **plan.launcher.files(plan.allocation.request),
         "job.sh": render_job(plan, place, about, env),
         CONTEXT: context,
         "about.json": json.dumps(asdict(about)),
+        RECORD: json.dumps(record),
     }

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -129,18 +129,9 @@ class Environments:
         said = self._look_up("look", **self._describe(wanted))
         return Comparison(Environment.parse(said["environment"]), said["ready"], said["installed"])
 
-    def look_ahead(self, make: Callable[[], Wanted | None]) -> None:
-        """Let the gateway's next request take a `look` along, which then costs no round trip right after that.
-
-        Args:
-            make: what is wanted, or None for nothing; called while that request is on its way.
-        """
-
-        def document() -> dict[str, Any] | None:
-            wanted = make()
-            return self._document("look", self._describe(wanted)) if wanted else None
-
-        self._gateway.consult_ahead(_KEEPER, document)
+    def look_ahead(self, wanted: Wanted) -> None:
+        """Send a `look` together with the gateway's next request: right after that it costs no round trip."""
+        self._gateway.consult_ahead(_KEEPER, lambda: self._document("look", self._describe(wanted)))
 
     def compare(self, wanted: Wanted, folder: Path, progress: Progress) -> tuple[Comparison, list[Wheel]]:
         """What would be sent, and all wheels of the environment, which are gathered in a folder if they are needed.

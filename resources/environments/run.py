@@ -1,7 +1,6 @@
 """The environment of a run: made on demand in staging, only what was published in production."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -31,16 +30,21 @@ class RunEnvironment:
         self._published_only = settings.deployment == "production_supercomputer"
 
     def ask_ahead(self) -> None:
-        """Let the gateway's next request take along what `find` asks first; the code is read while that is answered."""
+        """Send what `find` asks first together with the gateway's next request."""
         if self._published_only:
             self._environments.published_ahead()
         else:
-            self._environments.look_ahead(self._readable)
+            self._environments.look_ahead(self._wanted)
 
-    def _readable(self) -> Wanted | None:
-        with suppress(ConfigurationError, OSError):  # `find` says so, if it comes to that
-            return self._wanted
-        return None
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Digests of the code and the packages that a job would get, by name.
+
+        Raises:
+            ConfigurationError: the workload is not part of the code.
+        """
+        code = {f"code {name}": digest for name, digest in self._wanted.code.digests.items()}
+        return {**code, "packages": self._wanted.lock.digest, "SLURM_PYTHON": self._wanted.python or ""}
 
     def find(self, log: Callable[[str], None]) -> Environment:
         """Find it, or make it where that is allowed; at most one round trip if it is there.

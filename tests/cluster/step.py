@@ -12,7 +12,7 @@ import dagster as dg
 from resources.settings import ROOT
 
 PROGRAM = """\
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 import dagster as dg
 from resources import build_resources
@@ -21,14 +21,20 @@ from resources.launchers import ScriptLauncher
 from resources.slurm import SlurmRequest
 
 FOLDER = Path(__file__).parent
-REQUEST = SlurmRequest(time_limit="00:30:00")
+CALL = json.loads((FOLDER / "call.json").read_text())
+REQUEST = SlurmRequest(time_limit=CALL["time_limit"])
 
 @dg.asset
 def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
     (FOLDER / f"begun-{os.getpid()}").touch()
     workload = FOLDER / "workloads" / "workload.py"
-    done = compute.run(context, workload=workload, launcher=ScriptLauncher(), request=REQUEST)
-    return done.get_materialize_result()
+    done = compute.run(
+        context, workload=workload, launcher=ScriptLauncher(), request=REQUEST, extras=CALL["extras"], env=CALL["env"]
+    )
+    if not (FOLDER / "hold").exists():
+        return done.get_materialize_result()
+    (FOLDER / "held").touch()
+    time.sleep(600)
 
 def make_job():
     job = dg.define_asset_job("all", selection="*", executor_def=dg.in_process_executor)
@@ -58,8 +64,31 @@ class Step:
             path.mkdir(parents=True)
         (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
         (folder / "step.py").write_text(PROGRAM)
-        (folder / "workloads" / "workload.py").write_text(workload)
+        self.change(workload)
+        self.call()
         self._variables = {**variables, "DAGSTER_HOME": str(home), "PYTHONPATH": str(ROOT)}
+
+    def change(self, workload: str) -> None:
+        """Write another workload."""
+        (self._folder / "workloads" / "workload.py").write_text(workload)
+
+    def call(
+        self, extras: dict[str, Any] | None = None, env: dict[str, str] | None = None, time_limit: str = "00:30:00"
+    ) -> None:
+        """Let the next start pass other arguments to `compute.run`."""
+        call = {"extras": extras or {}, "env": env or {}, "time_limit": time_limit}
+        (self._folder / "call.json").write_text(json.dumps(call))
+
+    def hold(self) -> None:
+        """Let the next start stay in its asset when it has the result."""
+        (self._folder / "hold").touch()
+
+    def held(self) -> bool:
+        """Whether it is there; the starts after it do not stay."""
+        if not (self._folder / "held").exists():
+            return False
+        (self._folder / "hold").unlink(missing_ok=True)
+        return True
 
     def runs(self) -> list[str]:
         """Ids of all runs, the oldest first."""

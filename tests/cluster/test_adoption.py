@@ -3,15 +3,26 @@
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.background import STRESS, WAITS, events, go_on, jobs_of, nobody_left, only_job, runs_there
+from resources.submission import former_family_of
+from tests.cluster.background import (
+    REPORTS,
+    STRESS,
+    WAITS,
+    events,
+    go_on,
+    jobs_of,
+    nobody_left,
+    only_job,
+    runs_there,
+)
 from tests.cluster.step import Step, kill
 from tests.local.workload_asset import PIPES
-from tests.simulated_site import SimulatedSite, wait_until
+from tests.simulated_site import CERTIFICATE_USER, SimulatedSite, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -33,10 +44,12 @@ def test_two_at_once_then_killed_then_done_anew(site: SimulatedSite, tmp_path: P
     first = step.start(again=False)
     job = only_job(site, "RUNNING")
     second = step.start(again=True)
-    told = f"run {step.runs()[0]}, process {first.pid} on "
-    wait_until(lambda: told in step.log and "is at work on the same" in step.log, "the second is told who", 60)
+    told = f"Another run (run {step.runs()[0]}, process {first.pid} on "
+    wait_until(lambda: told in step.log and "is already executing this step" in step.log, "the second is told who", 60)
     kill(first)
-    wait_until(lambda: f"job {job} is on its way since an earlier run" in step.log, "the second follows", 60)
+    wait_until(
+        lambda: f"Slurm job {job} was submitted by an earlier run of this step" in step.log, "the second follows", 60
+    )
     go_on(site)
     success, error, metadata = step.result(second)
     assert (success, error) == (True, "")
@@ -52,9 +65,9 @@ def test_two_at_once_then_killed_then_done_anew(site: SimulatedSite, tmp_path: P
 
 
 ENDS = {
-    "well": (WAITS, "taking its result", 1),
+    "well": (WAITS, "Using its result", 1),
     "badly": (f"{WAITS.rstrip()}\n    raise SystemExit(3)\n", "", 2),
-    "without closing Pipes": (f"{WAITS.rstrip()}\n    import os; os._exit(0)\n", "taking its result", 2),
+    "without closing Pipes": (f"{WAITS.rstrip()}\n    import os; os._exit(0)\n", "Using its result", 2),
 }
 
 
@@ -76,9 +89,91 @@ def test_the_job_has_ended_while_nobody_looked(
         success, error, _ = step.result(step.start(again=True))
         assert not success
         assert "without closing its Dagster Pipes session" in error
-        assert "taking its result" not in step.log
+        assert "Using its result" not in step.log
     assert len(runs_there(site)) == attempts
     one_job_each(site)
+
+
+def test_killed_between_the_result_and_dagsters_record_of_it(
+    site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    step = Step(tmp_path / "step", variables, REPORTS)
+    step.hold()
+    process = step.start(again=False)
+    wait_until(step.held, "the asset has the result", 90)
+    kill(process)
+    success, error, first = step.result(step.start(again=True))
+    assert (success, error) == (True, "")
+    assert "Using its result" in step.log
+    assert first["run_directory"].endswith("-1")
+    success, error, second = step.result(step.start(again=True))  # now it is stored
+    assert (success, error) == (True, "")
+    assert second["job_id"] != first["job_id"]
+    one_job_each(site)
+
+
+LATER = WAITS.replace("gone on", "gone on, later")
+
+
+def test_what_decides_the_result_is_changed_while_the_job_runs(
+    site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    """The job is cancelled, the differences are named without values. Another Slurm request is no difference."""
+    step = Step(tmp_path / "step", variables, WAITS)
+    step.call(extras={"n": 1}, env={"TOKEN": "secret 1"})
+    process = step.start(again=False)
+    jobs = [only_job(site, "RUNNING")]
+    kill(process)
+    changes: list[tuple[str, Callable[[], None]]] = [
+        ("env['TOKEN'], extras['n']", lambda: step.call({"n": 2}, {"TOKEN": "secret 2"})),
+        ("code workload.py", lambda: step.change(LATER)),
+        ("env['TOKEN'], extras['n']", lambda: step.call({"n": 1}, {"TOKEN": "secret 1"})),
+    ]
+    for named, change in changes:
+        change()
+        process = step.start(again=True)
+        wait_until(lambda: site.job_state(jobs[-1]) == "CANCELLED", "the outdated job is cancelled", 90)
+        jobs.append(only_job(site, "RUNNING"))
+        kill(process)
+        assert (
+            f"Slurm job {jobs[-2]} was submitted by an earlier run of this step with other inputs ({named})" in step.log
+        )
+        assert "WARNING" in step.log
+        assert "secret" not in step.log
+    step.call({"n": 1}, {"TOKEN": "secret 1"}, time_limit="00:40:00")
+    process = step.start(again=True)
+    wait_until(lambda: "time_limit=00:30:00 (now 00:40:00)" in step.log, "the job is adopted", 90)
+    go_on(site)
+    success, error, metadata = step.result(process)
+    assert (success, error, metadata["job_id"]) == (True, "", jobs[-1])
+    assert step.output.endswith("gone on, later\n")
+    assert len(set(jobs)) == 4
+    one_job_each(site)
+
+
+def test_a_job_of_an_older_version_is_not_adopted(
+    site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    """Nothing says what it was submitted with."""
+    step = Step(tmp_path / "step", variables, WAITS)
+    process = step.start(again=False)
+    job = only_job(site, "RUNNING")
+    kill(process)
+    (run,) = runs_there(site)
+    former = former_family_of(step.runs()[0], ["probe"], [], 0)
+    folder = f"{CERTIFICATE_USER.home}/dagster-slurm/runs"
+    site.run_on_login(CERTIFICATE_USER, f"cd {folder} && mv {run} {former}-1 && rm {former}-1/submitted_with.json")
+    process = step.start(again=True)
+    wait_until(lambda: "no record of what it was submitted with" in step.log, "it is reported", 90)
+    wait_until(lambda: f"{former}-1/cancelled" in cancelled_there(site), "it is cancelled", 30)
+    go_on(site)
+    success, error, metadata = step.result(process)
+    assert (success, error) == (True, "")
+    assert metadata["job_id"] != job
+
+
+def cancelled_there(site: SimulatedSite) -> str:
+    return site.run_on_login(CERTIFICATE_USER, "ls dagster-slurm/runs/*/cancelled", check=False).stdout
 
 
 LAST_KILL = 8.0

@@ -15,7 +15,7 @@ import pytest
 
 from resources.auth import MisconfiguredError
 from resources.settings import ROOT, Settings
-from resources.slurm.gateway import Gateway, LostClaimError, RefusedError, StoppedError, choose_channel, link
+from resources.slurm.gateway import Gateway, LostClaimError, OtherRun, RefusedError, StoppedError, choose_channel, link
 from resources.slurm.gateway.channel import Channel
 from resources.ssh import AuthenticationError
 from tests.simulated_site import wait_until
@@ -152,35 +152,70 @@ def test_a_family_goes_on_from_its_latest_attempt(open_gateway: Callable[[], Gat
     for name in ("family-9", "family-10", "family-10.new", "family-x", "family-other-11"):
         (runs / name).mkdir(parents=True)
     claim = open_gateway().claim(str(runs), "family", "token", "me")
-    assert (claim.attempt, claim.over, claim.end, claim.judged) == (10, True, None, False)
+    assert (claim.attempt, claim.over, claim.end, claim.rejected) == (10, True, None, False)
     end = {"code": 0, "state": "COMPLETED", "exit": "0:0", "times": [1, 2, 3]}
     (runs / "family-10" / "job").symlink_to("17")
     (runs / "family-10" / "end").write_text(json.dumps(end))
     gateway = open_gateway()
     assert gateway.claim(str(runs), "family", "token", "me").attempt == 10
-    gateway.judged(str(runs / "family-10"), well=False)  # answers nothing
+    gateway.reject(str(runs / "family-10"))  # answers nothing
     wait_until((runs / "family-10" / "failed").exists, "the mark", 10, 0.01)
     claim = gateway.claim(str(runs), "family", "token", "me")
-    assert claim.judged
+    assert claim.rejected
     assert claim.end is not None
     assert (claim.job, claim.over, claim.end.code, claim.end.ended) == ("17", True, 0, 3)
 
 
-def test_what_is_old_and_has_succeeded_is_cleaned_up(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
-    runs, gateway = tmp_path / "runs", open_gateway()
-    for name, mark in {"a-1": "succeeded", "a-2": "failed", "b-1": "succeeded", "c-1": ""}.items():
+def test_what_else_a_step_has_there_is_reported(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
+    """Its runs with other inputs whose jobs may not be over, with what they were submitted with."""
+    runs = tmp_path / "runs"
+    marks = {
+        "step-a-1": "end",
+        "step-b-1": "",
+        "step-b-2": "cancelled",
+        "step-c-1": "",
+        "other-a-1": "",
+        "former-1": "",
+    }
+    for name, mark in marks.items():
         (runs / name).mkdir(parents=True)
+        if name != "step-c-1":  # laid out and never submitted
+            (runs / name / "job").symlink_to("17")
         if mark:
             (runs / name / mark).touch()
+    record = {"call": 0, "inputs": {}, "request": {}}
+    (runs / "step-b-1" / "submitted_with.json").write_text(json.dumps(record))
+    claim = open_gateway().claim(str(runs), "step-d", "token", "me", ("step-", "former-"))
+    assert list(claim.others) == [
+        OtherRun("former", str(runs / "former-1"), "17", None),
+        OtherRun("step-b", str(runs / "step-b-1"), "17", record),
+    ]
+    assert not open_gateway().claim(str(runs), "step-e", "token", "me").others
+
+
+def test_who_follows_a_run_is_noted(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "family-1"
+    run.mkdir(parents=True)
+    (run / "job").symlink_to("17")
+    (run / "end").write_text(json.dumps({"code": 0, "state": "COMPLETED", "exit": "0:0", "times": [1, 2, 3]}))
+    gateway = open_gateway()
+    for follower in ("run-1", "run-2", "run-2"):
+        assert gateway.ask(do="submit", run=str(run), options=[], follower=follower)["how"] == "recorded"
+    assert gateway.claim(str(run.parent), "family", "token", "me").followers == ["run-1", "run-2"]
+
+
+def test_runs_that_are_over_are_cleaned_up(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
+    runs, gateway = tmp_path / "runs", open_gateway()
+    for name, mark in {"a-1": "end", "a-2": "end", "b-1": "job"}.items():
+        (runs / name).mkdir(parents=True)
+        (runs / name / mark).touch()
     long_ago = time.time() - 40 * 86400
-    os.utime(runs / "a-1" / "succeeded", (long_ago, long_ago))
-    os.utime(runs / "a-2" / "failed", (long_ago, long_ago))
     (runs / "left-1.node-7-7.new").mkdir()
     os.utime(runs / "left-1.node-7-7.new", (long_ago, long_ago))
     (runs / "gone.holder").touch()
     (runs / "b.holder").touch()
-    assert gateway.clean(str(runs), days=30) == ["a-1"]
-    assert sorted(path.name for path in runs.iterdir()) == ["a-2", "b-1", "b.holder", "c-1"]
+    assert gateway.clean(str(runs), ["a-1", "b-1", "../b-1"]) == ["a-1"]
+    assert sorted(path.name for path in runs.iterdir()) == ["a-2", "b-1", "b.holder"]
 
 
 def test_a_file_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Requests that are sent ahead of their turn, to a real agent on this machine."""
 
-import subprocess
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +7,7 @@ from typing import Any
 
 import pytest
 
-from resources import SUPERCOMPUTER_SITE_OVERRIDES
-from resources.environments import Environments, RunEnvironment
-from resources.errors import ConfigurationError
 from resources.settings import Settings
-from resources.slurm import load_site
 from resources.slurm.gateway import Gateway, RefusedError, choose_channel
 from resources.slurm.gateway.channel import Channel
 from tests.simulated_site import wait_until
@@ -124,16 +119,3 @@ def test_its_refusal_is_told_when_it_is_asked_for(gateway: Gateway, tmp_path: Pa
     gateway.ping()
     with pytest.raises(RefusedError, match="no number"):
         gateway.consult(program.source, {})
-
-
-def test_code_that_cannot_go_along_does_not_hold_up_the_claim(gateway: Gateway, tmp_path: Path) -> None:
-    """An earlier job may be there to be followed; who wants a new one is told."""
-    workload = tmp_path / "code" / "new.py"
-    subprocess.run(["git", "init", "-q", workload.parent], check=True)
-    workload.touch()
-    environments = Environments(gateway, str(tmp_path), load_site(SUPERCOMPUTER_SITE_OVERRIDES, "musica"))
-    environment = RunEnvironment(environments, Settings(), workload)
-    environment.ask_ahead()
-    assert gateway.claim(str(tmp_path / "runs"), "family", "token", "me").held_by is None
-    with pytest.raises(ConfigurationError, match=r"git does not track .*/new\.py, .*: git add new\.py"):
-        environment.find(print)

@@ -114,7 +114,7 @@ def test_ten_minutes_without_slurm(words: str, slurm: Path) -> None:
         files = {"job.sh": "#!/bin/sh\n"}
         try:
             gateway.claim(str(slurm / "runs"), f"family{number}", "token", "me")
-            return gateway.run(f"{slurm}/runs/sweep-{number}", files, sinks, lambda _: None, lambda _: None)
+            return gateway.run(f"{slurm}/runs/sweep-{number}", files, sinks, lambda _: None, lambda _: None, "a-run")
         finally:
             gateway.close()
 

@@ -113,8 +113,25 @@ class Projects:
 
 
 @dataclass(frozen=True)
+class OtherRun:
+    """A run of the same step in another family, whose job may be waiting or running.
+
+    Attributes:
+        family: first part of its submission key.
+        run: its run directory.
+        job: its job's id; None while sbatch has not answered.
+        record: what it was submitted with; None if nothing says that.
+    """
+
+    family: str
+    run: str
+    job: str | None
+    record: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
 class Claim:
-    """What a family of runs has come to, and who acts on it.
+    """The state of a family of runs, and who acts on it.
 
     Attributes:
         held_by: who else does, in words; then nothing more is known.
@@ -124,7 +141,10 @@ class Claim:
         over: whether that one is.
         end: how it ended; None if it is not over, or was never submitted.
         job: its id.
-        judged: whether its result was looked at, and taken or found wanting.
+        rejected: whether a step has found its result wanting.
+        followers: ids of the Dagster runs that submitted or adopted it.
+        record: what it was submitted with.
+        others: further runs of the step.
     """
 
     held_by: str | None
@@ -134,4 +154,18 @@ class Claim:
     over: bool = True
     end: JobEnd | None = None
     job: str | None = None
-    judged: bool = False
+    rejected: bool = False
+    followers: Sequence[str] = ()
+    record: Mapping[str, Any] | None = None
+    others: Sequence[OtherRun] = ()
+
+    @classmethod
+    def parse(cls, said: Mapping[str, Any]) -> "Claim":
+        """From what the agent says."""
+        if "held" in said:
+            return cls(said["held"])
+        end = JobEnd.parse(said["end"]) if said["end"] else None
+        others = [OtherRun(**each) for each in said["others"]]
+        same = {name: said[name] for name in ("runs", "home", "attempt", "over", "job")}
+        seen = {name: said[name] for name in ("rejected", "followers", "record")}
+        return cls(None, **same, **seen, end=end, others=others)

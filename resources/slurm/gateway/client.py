@@ -25,23 +25,21 @@ Sinks = Mapping[str, Callable[[bytes], None]]
 class Gateway(Link):
     """Requests to the agent on a login node; for one thread at a time."""
 
-    def claim(self, runs: str, family: str, token: str, who: str) -> Claim:
+    def claim(self, runs: str, family: str, token: str, who: str, related: Sequence[str] = ()) -> Claim:
         """Become the one that acts on a family of runs, for as long as the connection lives.
 
         Args:
             runs: folder of all runs; it is made.
-            family: first part of the submission keys of a step's attempts, which follow as `-1`, `-2`, ...
+            family: first part of the submission keys of the attempts, which follow as `-1`, `-2`, ...
             token: tells this client from others, also after it had to connect anew.
             who: it is, for others.
+            related: beginnings of the submission keys of further runs to report if their jobs may not be over.
         """
         claim = {"runs": runs, "family": family, "token": token, "who": who}
-        said = self.ask(do="claim", **claim)
-        if "held" in said:
-            return Claim(said["held"])
-        self.claimed = claim
-        end = JobEnd.parse(said["end"]) if said["end"] else None
-        attempt, over, judged = said["attempt"], said["over"], said["judged"]
-        return Claim(None, said["runs"], said["home"], attempt, over, end, said.get("job"), judged)
+        found = Claim.parse(self.ask(do="claim", related=list(related), **claim))
+        if found.held_by is None:
+            self.claimed = claim
+        return found
 
     def submit(self, run: str, files: Files | None, options: Sequence[str] = ()) -> Submitted:
         """Submit a run, once, however often it is asked for.
@@ -103,18 +101,18 @@ class Gateway(Link):
         found: list[Mapping[str, Any]] = self.ask(do="runs", runs=runs)["found"]
         return found
 
-    def judged(self, run: str, *, well: bool) -> None:
-        """Note that a run's result was looked at: `well`, it is taken, and may be cleaned up when it is old.
+    def reject(self, run: str) -> None:
+        """Note that a run's result was found wanting: no attempt uses it again. No answer is waited for.
 
-        From then on it is not taken by another run: executing the step again does it anew. No answer is waited for.
+        If the note is lost, the next attempt examines the result, rejects it and fails; the one after that is new.
         """
         if self.wire:
             with suppress(OSError, EOFError):
-                self.wire.send(do="judged", run=run, well=well)
+                self.wire.send(do="reject", run=run)
 
-    def clean(self, runs: str, days: float) -> list[str]:
-        """Remove the runs that succeeded so many days ago; their names."""
-        cleaned: list[str] = self.ask(do="clean", runs=runs, days=days)["cleaned"]
+    def clean(self, runs: str, names: Sequence[str]) -> list[str]:
+        """Remove the runs of these names, and what was begun and never finished; names of the runs removed."""
+        cleaned: list[str] = self.ask(do="clean", runs=runs, names=list(names))["cleaned"]
         return cleaned
 
     def put(self, local: Path, path: str, on_progress: Callable[[int, int], None] = lambda *_: None) -> int:
@@ -247,9 +245,13 @@ class Gateway(Link):
         sinks: Sinks,
         on_submitted: Callable[[Submitted], None],
         on_state: Callable[[JobState], None],
+        follower: str,
     ) -> JobEnd:
-        """Submit and follow in one breath; see there."""
-        before = [_submission(run, files, ())]
+        """Submit and follow in one request; see there.
+
+        `follower` is the id of the Dagster run; it is noted in the run directory.
+        """
+        before = [{**_submission(run, files, ()), "follower": follower}]
         return self._follow(run, sinks, on_state, before, on_submitted, lasting=lambda: not before)
 
     def _follow(

@@ -10,7 +10,7 @@ import threading
 import time
 
 from .files import read, remove_tree
-from .runs import DAY, checked, has, latest
+from .runs import DAY, checked, has, latest, others
 
 LOOK = 0.5  # seconds between looks whether this client's earlier agent has left
 
@@ -80,11 +80,13 @@ def claim(ask, say):
     if held:
         return held
     folder = os.path.expanduser(ask["runs"])
-    return dict(latest(folder, ask["family"]), runs=folder, home=os.path.expanduser("~"))
+    found = latest(folder, ask["family"])
+    found["others"] = others(folder, ask["family"], ask.get("related", ()))
+    return dict(found, runs=folder, home=os.path.expanduser("~"))
 
 
 def clean(ask, _):
-    """Remove the runs that have succeeded so many days ago, and what was begun and never finished."""
+    """Remove the runs of some names, if they are over, and what was begun and never finished."""
     folder, cleaned = os.path.expanduser(ask["runs"]), []
     names = os.listdir(folder) if os.path.isdir(folder) else []
     for name in names:
@@ -92,11 +94,10 @@ def clean(ask, _):
         if name.endswith((".new", ".old")):
             if time.time() - os.stat(path).st_mtime > DAY:
                 remove_tree(path)
-        elif has(path, "succeeded"):
-            if time.time() - os.stat(os.path.join(path, "succeeded")).st_mtime > ask["days"] * DAY:
-                os.rename(path, path + ".old")
-                remove_tree(path + ".old")
-                cleaned.append(name)
+        elif name in ask["names"] and has(path, "end"):
+            os.rename(path, path + ".old")
+            remove_tree(path + ".old")
+            cleaned.append(name)
     left = {name.rpartition("-")[0] for name in os.listdir(folder)} if names else ()
     for name in names:
         path = os.path.join(folder, name)

@@ -9,7 +9,8 @@ KEY/            0700; its name is the submission key, and the job's name
   cause         why it failed, in a sentence, where something in it knows better than the exit code
   end           how it ended, by those words and Slurm's
   cancelled     it must not be submitted any more
-  succeeded, failed    what the client thought of it
+  failed        a step found its result wanting
+  follower-ID   a Dagster run that submitted or adopted it
 """
 
 import binascii
@@ -25,6 +26,7 @@ from .slurm import FORGOTTEN, QUEUE, verdict
 
 STREAMS = ("messages.jsonl", "stdout", "stderr")
 EVENTS, CAUSE = "events", "cause"
+FOLLOWER = "follower-"
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
 DAY = 86400
 
@@ -149,11 +151,46 @@ def latest(folder, family):
     number = max([int(text) for text in attempts if text.isdigit()] or [0])
     run = os.path.join(folder, "%s-%d" % (family, number))
     job = job_of(run)
+    found = {"attempt": number, "over": True, "end": None, "job": job, "rejected": False, "followers": []}
+    found["record"] = record_of(run)
     if not number or not (job or has(run, "tried")):  # never submitted: sbatch refused it, or nobody came so far
-        return {"attempt": number, "over": True, "end": None, "judged": False}
+        return found
     end = conclude(run, job) if job else None
-    looked_at = has(run, "succeeded") or has(run, "failed")
-    return {"attempt": number, "over": bool(end), "end": end, "job": job, "judged": looked_at}
+    return dict(found, over=bool(end), end=end, rejected=has(run, "failed"), followers=followers_of(run))
+
+
+def others(folder, family, beginnings):
+    """Runs of other families, by the beginnings of their names, whose job may be waiting or running."""
+    found = []
+    for name in sorted(os.listdir(folder)) if beginnings else ():
+        run, its = os.path.join(folder, name), name.rpartition("-")[0]
+        if its == family or not name.startswith(tuple(beginnings)) or not name.rpartition("-")[2].isdigit():
+            continue
+        job = job_of(run)
+        if (job or has(run, "tried")) and not has(run, "end") and not has(run, "cancelled"):
+            found.append({"family": its, "run": run, "job": job, "record": record_of(run)})
+    return found
+
+
+def record_of(run):
+    """What a run was submitted with; None where nothing says that."""
+    try:
+        return json.loads(read(os.path.join(run, "submitted_with.json")).decode())
+    except ValueError:
+        return None
+
+
+def note_follower(run, follower):
+    """Note a Dagster run that follows the job. If the disk is full, its result may be offered once more."""
+    try:
+        mark(run, FOLLOWER + checked(follower))
+    except OSError:
+        pass
+
+
+def followers_of(run):
+    """The Dagster runs that submitted or adopted the job."""
+    return sorted(name[len(FOLLOWER) :] for name in os.listdir(run) if name.startswith(FOLLOWER))
 
 
 # Requests
@@ -170,10 +207,10 @@ def look(ask, _):
     return {"job": job, "end": end, "row": row, "started": "started" in words_of(run)}
 
 
-def judged(ask, _):
-    """Note what the client thinks of a run that is over; one whose result is taken may be cleaned up when it is old."""
+def reject(ask, _):
+    """Note that a step found the result of a run wanting."""
     run, _ = locate(ask)
-    mark(run, "succeeded" if ask["well"] else "failed")
+    mark(run, "failed")
     return {}
 
 
@@ -187,5 +224,6 @@ def runs(ask, _):
             end = read(os.path.join(run, "end")).decode()
             row = {"run": run, "job": job_of(run), "about": json.loads(about.decode()), "end": end and json.loads(end)}
             row["at"] = os.stat(os.path.join(run, EVENTS)).st_mtime
+            row["followers"] = followers_of(run)
             found.append(row)
     return {"found": found}

@@ -11,7 +11,7 @@ from .claims import claim, clean, hold
 from .files import CHUNK, Failure, get, piece, put
 from .follower import follow
 from .programs import consult, program
-from .runs import judged, look, runs
+from .runs import look, reject, runs
 from .slurm import QUEUE, projects, states, test
 from .submission import SBATCH_PATIENCE, cancel, submit
 
@@ -73,7 +73,7 @@ VERBS = {
         test,
         cancel,
         look,
-        judged,
+        reject,
         runs,
         clean,
         put,
@@ -88,7 +88,7 @@ VERBS = {
     )
 }
 FINISHED = ("submit", "cancel")  # also when the client goes away in the middle
-AT_ONCE = ("hold", "judged", "piece")  # before the next request is looked at: what follows builds on them
+AT_ONCE = ("hold", "reject", "piece")  # before the next request is looked at: what follows builds on them
 
 
 class Agent:

@@ -7,7 +7,7 @@ import subprocess
 import time
 
 from .files import Failure, read
-from .runs import digest, has, job_of, lay_out, locate, mark, quietly_conclude, settle
+from .runs import digest, has, job_of, lay_out, locate, mark, note_follower, quietly_conclude, settle
 from .slurm import COMMAND_PATIENCE, ask_slurm, environment, look_up, user
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
@@ -129,6 +129,8 @@ def submit(ask, _):
     UNDER_WAY.add(run)
     try:
         job, how = submit_once(run, key, ask)
+        if "follower" in ask:
+            note_follower(run, ask["follower"])
     finally:
         UNDER_WAY.discard(run)
     return {"job": job, "how": how}
