@@ -16,9 +16,10 @@ def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
 
     Returns:
         `queue_seconds`, `elapsed_seconds`, `node_hours`, `gpu_hours`, `max_rss_mib` (of the step's largest task),
-        `cpu_efficiency` (0 to 1: CPU time over what was allocated).
+        `cpu_efficiency` (0 to 1: CPU time over that of the CPUs that were requested).
     """
     found: dict[str, float] = {}
+    rows = [dict(zip(ACCOUNTED, row, strict=True)) for row in end.rows]
     if end.started is not None and end.ended is not None and end.started <= end.ended:
         elapsed = end.ended - end.started
         if end.submitted is not None:
@@ -27,14 +28,13 @@ def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
         found["node_hours"] = round(request.nodes * elapsed / 3600, 6)
         if request.gpus_per_node:
             found["gpu_hours"] = round(request.nodes * request.gpus_per_node * elapsed / 3600, 6)
-    rows = [dict(zip(ACCOUNTED, row, strict=True)) for row in end.rows]
+        used = _seconds(rows[0]["TotalCPU"]) if rows else None
+        if used is not None and elapsed:
+            cpus = request.nodes * request.ntasks_per_node * (request.cpus_per_task or 1)
+            found["cpu_efficiency"] = round(used / (cpus * elapsed), 4)
     peaks = [parse_memory(_whole(row["MaxRSS"])) for row in rows if row["MaxRSS"] not in ("", "0")]
     if peaks:
         found["max_rss_mib"] = round(max(peaks) / 1024, 1)
-    if rows and rows[0]["CPUTimeRAW"].isdecimal() and int(rows[0]["CPUTimeRAW"]):
-        used = _seconds(rows[0]["TotalCPU"])
-        if used is not None:
-            found["cpu_efficiency"] = round(used / int(rows[0]["CPUTimeRAW"]), 4)
     return found
 
 

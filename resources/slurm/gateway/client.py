@@ -15,7 +15,7 @@ from resources.slurm.gateway.answers import Claim, JobEnd, JobState, Projects, R
 from resources.slurm.gateway.link import AgainError, Link
 
 PIECE = 1 << 20
-ACCOUNTED = ("JobID", "State", "MaxRSS", "TotalCPU", "CPUTimeRAW")
+ACCOUNTED = ("JobID", "State", "MaxRSS", "TotalCPU")
 """What sacct is asked for: a row for the job, then one for each of its steps."""
 
 Files = Mapping[str, str | bytes]

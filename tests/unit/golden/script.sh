@@ -58,6 +58,7 @@ trap warn USR1
 
 # In a subshell: whatever it does, the exit code is recorded. In the background: bash heeds the warning meanwhile.
 (
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 run_workload 'work load.py'
 ) &
 body=$!

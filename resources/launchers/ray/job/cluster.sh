@@ -29,6 +29,7 @@ export -f ray_failed
 coproc NODES {
   exec srun --overlap --export=ALL --kill-on-bad-exit=1 "$@" \
     bash -c 'HOSTNAME=$SLURMD_NODENAME # Slurm hands on that of the first node
+      SLURM_CPUS_ON_NODE=$SLURM_CPUS_PER_TASK # in a step, Slurm counts hardware threads
       pre_start
       type -P "$PYTHON" >/dev/null || ray_failed "Ray on $HOSTNAME: there is no $PYTHON"
       exec "$PYTHON" ray/node.py' >&2

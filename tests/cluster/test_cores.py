@@ -1,0 +1,79 @@
+"""One number of cores: what was requested, what Slurm's variables say, what Ray has, and what the workload sees."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resources.launchers import Launcher, ScriptLauncher
+from resources.slurm import SlurmRequest
+from tests.cluster.ray_run import NO_DASHBOARD
+from tests.local.workload_asset import PIPES, materialize
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
+
+SEES = (
+    PIPES
+    + """
+    import os
+    names = ("SLURM_CPUS_ON_NODE", "SLURM_CPUS_PER_TASK", "SLURM_JOB_CPUS_PER_NODE", "OMP_NUM_THREADS")
+    def seen():
+        return {"raw_value": {name: os.environ.get(name, "") for name in names}, "type": "json"}
+    found = {"job": seen()}
+"""
+)
+SCRIPT = SEES + "    pipes.report_asset_materialization(metadata=found)\n"
+RAY = (
+    SEES
+    + """
+    import ray
+    ray.init(log_to_driver=False, logging_level="ERROR")
+    total = ray.cluster_resources()
+    found["task"] = ray.get(ray.remote(num_cpus=3)(seen).remote())
+    memory = (total["memory"] + total["object_store_memory"]) / 2**30
+    found |= {"cpus": total["CPU"], "gpus": total.get("GPU", 0), "memory": memory}
+    pipes.report_asset_materialization(metadata=found)
+"""
+)
+
+
+def run(workload: str, folder: Path, launcher: Launcher, request: dict[str, Any]) -> dict[str, Any]:
+    wanted = SlurmRequest(time_limit="5", **request)
+    outcome = materialize(workload, folder, launcher=launcher, request=wanted)
+    assert outcome.error == ""
+    (metadata,) = outcome.materializations[None]
+    return metadata
+
+
+@pytest.mark.parametrize(
+    ("request_", "nodes", "cores", "gpus", "memory"),
+    [
+        ({"gpus_per_node": 1}, 1, 44, 1, 180),
+        ({"gpus_per_node": 2}, 1, 88, 2, 360),
+        ({"gpus_per_node": 4}, 1, 176, 4, 720),
+        ({"gpus_per_node": 4, "nodes": 2}, 2, 176, 4, 720),
+        ({"gpus_per_node": 4, "exclusive": True}, 1, 176, 4, None),
+        ({"cpus_per_task": 3, "mem_per_cpu": "1G"}, 1, 3, 0, 3),
+    ],
+)
+def test_ray_has_the_cores_and_the_memory_that_were_requested(
+    request_: dict[str, Any], nodes: int, cores: int, gpus: int, memory: int | None, workloads: Path
+) -> None:
+    found = run(RAY, workloads, NO_DASHBOARD, request_)
+    assert (found["cpus"], found["gpus"]) == (nodes * cores, nodes * gpus)
+    assert memory is None or found["memory"] == pytest.approx(nodes * memory, rel=0.01)
+    for place in ("job", "task"):
+        seen = found[place]
+        assert (seen["SLURM_CPUS_ON_NODE"], seen["SLURM_CPUS_PER_TASK"]) == (str(cores), str(cores)), place
+        assert seen["SLURM_JOB_CPUS_PER_NODE"] == (f"{cores}(x{nodes})" if nodes > 1 else str(cores)), place
+    assert found["task"]["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("request_", "cores"), [({"cpus_per_task": 2, "mem": "1G"}, 2), ({"exclusive": True}, 190), ({}, 1)]
+)
+def test_a_script_sees_the_cores_that_were_requested(request_: dict[str, Any], cores: int, workloads: Path) -> None:
+    seen = run(SCRIPT, workloads, ScriptLauncher(), request_)["job"]
+    assert (seen["SLURM_CPUS_ON_NODE"], seen["SLURM_JOB_CPUS_PER_NODE"]) == (str(cores), str(cores))
+    assert seen["SLURM_CPUS_PER_TASK"] in ("", str(cores))
+    assert seen["OMP_NUM_THREADS"] == str(cores)
