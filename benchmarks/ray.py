@@ -110,7 +110,7 @@ class Bench:
             job_name="ours",
             about={},
             environment={"PYTHON": self._python},
-            body=launcher.with_site(site.launchers).render(request, "work.py"),
+            body=launcher.with_site(site.launchers).render(request, ["work.py"]),
         )
         return self._measure(nodes, {"job.sh": script, **launcher.files(request)})
 

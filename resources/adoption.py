@@ -23,29 +23,28 @@ def inputs_of(
     plan: Plan,
     code: Mapping[str, str],
     extras: Mapping[str, Any],
-    env: Mapping[str, str],
     assets: Iterable[str],
     data_root: str | None,
 ) -> dict[str, str]:
     """Return everything that decides a call's result: a digest by name. The Slurm request is not part of it.
 
     Args:
-        plan: launcher, workload and site.
+        plan: launcher, workload with its arguments, variables, and site.
         code: digests of code and packages, by name; see `RunEnvironment.inputs`.
         extras: as the workload gets them, partition keys included.
-        env: the call's own variables.
         assets: keys of the step's assets.
         data_root: DATA_ROOT, if it is set.
     """
     launcher = plan.launcher.model_dump(mode="json")
     values: dict[str, Any] = {
         "workload": plan.workload.name,
+        "args": plan.workload.args,
         "assets": sorted(assets),
         "launcher": plan.launcher.key,
         **{f"launcher.{name}": value for name, value in launcher.items()},
         **{f"extras[{name!r}]": value for name, value in extras.items() if name != "partition_keys"},
         "partitions": sorted(extras.get("partition_keys", ())),
-        **{f"env[{name!r}]": value for name, value in env.items()},
+        **{f"env[{name!r}]": value for name, value in plan.env.items()},
         "setup_commands": plan.site.setup_commands,
         "DATA_ROOT": data_root,
     }

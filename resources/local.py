@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from resources import supervisor
@@ -15,6 +16,8 @@ from resources import supervisor
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0
 """Between SIGTERM and SIGKILL, when a run is terminated."""
+KILL_SECONDS = 5.0
+"""For the supervisor to kill what is left."""
 CHUNK = 1 << 20
 
 _PASSED_ON = frozenset(
@@ -32,15 +35,29 @@ def workload_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 class RunDirectory:
-    """The files of one run of a workload: context in; messages, stdout, stderr and exit code out."""
+    """The files of one run of a workload: context in; messages, stdout, stderr and how it ended out."""
 
     def __init__(self, path: Path) -> None:
-        """`path`: an empty folder that exists."""
+        """`path`: an empty folder that exists; the workload runs in it."""
+        self.path = path
         self.context = path / "context.json"
         self.messages = path / "messages.jsonl"
         self.stdout = path / "stdout"
         self.stderr = path / "stderr"
-        self.exit_code = path / "exit_code"
+        self.end = path / "end"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a workload ended.
+
+    Attributes:
+        exit_code: of its process; negative is the number of the signal that ended it.
+        seconds: how long it ran; 0 if that is not known.
+    """
+
+    exit_code: int
+    seconds: float
 
 
 def temporary_run_directory() -> "tempfile.TemporaryDirectory[str]":
@@ -54,8 +71,8 @@ def run_workload(
     directory: RunDirectory,
     sinks: Mapping[Path, Callable[[bytes], None]],
     stop: threading.Event,
-) -> int:
-    """Run a command to its end, passing on what it writes.
+) -> Ended:
+    """Run a command to its end in its run directory, passing on what it writes.
 
     Args:
         command: program and arguments.
@@ -63,9 +80,6 @@ def run_workload(
         directory: where its stdout, stderr and messages are written.
         sinks: for each file to follow, who takes its new bytes.
         stop: when set, the process group gets SIGTERM and after GRACE_SECONDS SIGKILL.
-
-    Returns:
-        The exit code; negative is the number of the signal that ended it.
     """
     process = _start(command, environment, directory)
     try:
@@ -78,16 +92,18 @@ def run_workload(
         follower.read()
     finally:
         _kill(process)
-    if directory.exit_code.exists():
-        return int(directory.exit_code.read_text())
-    return process.returncode
+    if directory.end.exists():
+        code, seconds = directory.end.read_text().split()
+        return Ended(int(code), float(seconds))
+    return Ended(process.returncode, 0.0)
 
 
 def _start(command: list[str], environment: Mapping[str, str], directory: RunDirectory) -> "subprocess.Popen[bytes]":
     with directory.stdout.open("wb") as stdout, directory.stderr.open("wb") as stderr:
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", str(supervisor.__file__), str(directory.exit_code), *command],
+            [sys.executable, "-I", "-S", str(supervisor.__file__), str(directory.end), *command],
             env=dict(environment),
+            cwd=directory.path,
             stdin=subprocess.PIPE,  # held open and never written to: the supervisor sees our end by it
             stdout=stdout,
             stderr=stderr,
@@ -102,12 +118,14 @@ def _terminate(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """End whatever is left of the process group."""
+    """End whatever the workload has left: the supervisor does when its standard input ends."""
+    if process.stdin:
+        process.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(KILL_SECONDS)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    if process.stdin:
-        process.stdin.close()
 
 
 class _Follower:

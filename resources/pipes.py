@@ -2,22 +2,26 @@
 
 import codecs
 import json
-import signal
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TextIO
 
 import dagster as dg
-from dagster_pipes import PipesContextData, PipesMessage
+from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesContextData, PipesMessage
+
+from resources.failures import is_success, name_exception, name_exit, shorten, shorten_exception
+from resources.results import PARTITION, StepContext, attach_partitions
 
 TAIL_LINES = 30
 """Lines of stderr that a failure shows."""
 TAIL_CHARACTERS = 2000
 """Of each of them: a progress bar may well write megabytes without a newline."""
+JOB_STARTED = "job_started"
+"""Method of the line that the job script writes into the messages file whenever Slurm starts the job."""
 
 
 class ContextDocument(dg.PipesContextInjector):
@@ -40,111 +44,159 @@ class ContextDocument(dg.PipesContextInjector):
         return f"The workload was to read its context from {self.path}."
 
 
-class MessageLines(dg.PipesMessageReader):
-    """Takes the workload's messages line by line from whoever follows its messages file.
+class Messages(dg.PipesMessageReader):
+    """Reads the workload's messages file, whose bytes arrive from whoever follows it.
 
-    Dagster's own reader tells nobody whether the session was closed, and with which exception; and it takes the results
-    of a job that was put back in the queue twice. Here they are held back until the end, and count if they are of the
-    workload's last life.
+    Dagster's own reader does not tell whether all sessions were closed and with which exception, and it counts the
+    results of a job that Slurm requeued twice. Here results are held back until `finish`, and only those of the job's
+    last life count. The first message that cannot be read or that Dagster refuses is kept in `error`: the job is
+    followed to its end all the same.
+
+    Attributes:
+        opened: whether a process has opened a Pipes session.
+        open: how many sessions are open now. A process that the workload starts may open one of its own.
+        exception: the one with which a session ended that lay in no other one.
+        inner_exception: the same for a session inside another one, which may have handled it.
+        error: what was wrong with the messages; None if nothing was.
     """
 
     def __init__(self, path: str) -> None:
         """`path`: where the workload will write its messages."""
         self.path = path
-        self.opened = False
-        self.closed = False
-        self.exception: Mapping[str, Any] | None = None
+        self._rest = b""
         self._handler: dg.PipesMessageHandler | None = None
-        self._held: list[PipesMessage] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget everything: the job begins, for the first time or once more."""
+        self.opened = False
+        self.open = 0
+        self.exception: Mapping[str, Any] | None = None
+        self.inner_exception: Mapping[str, Any] | None = None
+        self.error: Exception | None = None
+        self._closed: PipesMessage | None = None
+        self._results: list[PipesMessage] = []
+        self._partitions: list[Any] = []
 
     @contextmanager
     def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[dict[str, Any]]:  # noqa: D102 - Dagster's
         self._handler = handler
         yield {"path": self.path, "include_stdio_in_messages": False}
 
-    def feed(self, line: str) -> None:
-        """Take one line of the messages file; what is logged goes to Dagster at once.
+    def feed(self, data: bytes) -> None:
+        """Read the next bytes; log messages go to Dagster at once. An incomplete last line waits for its rest."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            if line:
+                self._keep_error(lambda line=line: self._take(line))  # type: ignore[misc]
 
-        Raises:
-            ValueError: the line is not a Pipes message.
-        """
-        assert self._handler is not None, "the Pipes session is not open"
+    def finish(self, context: StepContext) -> None:
+        """Hand the results to Dagster, after the last byte."""
+        self._keep_error(lambda: self._hand_over(context))
+
+    def _keep_error(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except Exception as error:  # noqa: BLE001 - whatever Dagster has against a message; the step reports it
+            self.error = self.error or error
+
+    def _take(self, line: bytes) -> None:
         try:
             message = json.loads(line)
             method, params = message["method"], message.get("params") or {}
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"not a Dagster Pipes message in {self.path}: {line[:200]!r}") from error
-        if method == "opened":  # Ray's watch writes here too
-            self.opened, self.closed, self.exception = True, False, None
-            self._held.clear()
-        elif method == "closed":
-            self.closed, self.exception = True, params.get("exception")
-        if method == "closed" or method.startswith("report_"):
-            self._held.append(message)
-        else:
-            self._handler.handle_message(message)
+            text = line[:200].decode(errors="replace")
+            raise ValueError(f"not a Dagster Pipes message in {self.path}: {text!r}") from error
+        if method == JOB_STARTED:
+            self._begin()
+        elif self.error is None:
+            self._sort(message, method, params)
 
-    def hand_over(self) -> None:
-        """Hand the results to Dagster, after the last line; raises what it has against one."""
+    def _sort(self, message: PipesMessage, method: str, params: Mapping[str, Any]) -> None:
+        if method == "opened":
+            self.opened = True
+            self.open += 1
+        elif method == "closed":
+            self._close(params.get("exception"))
+            return
+        payload = params.get("payload") if method == "report_custom_message" else None
+        if isinstance(payload, dict) and payload.keys() == {PARTITION}:
+            self._partitions.append(payload[PARTITION])
+        elif method.startswith("report_"):
+            self._results.append(message)
+        else:
+            self._deliver(message)
+
+    def _close(self, exception: Mapping[str, Any] | None) -> None:
+        self.open -= 1
+        shortened = shorten_exception(exception) if exception else None
+        if shortened and self.open > 0:
+            self.inner_exception = shortened
+        elif shortened:
+            self.exception = self.exception or shortened
+        params = {"exception": shortened} if shortened else {}
+        self._closed = {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": "closed", "params": params}
+
+    def _hand_over(self, context: StepContext) -> None:
+        for message in self._results:
+            self._deliver(message)
+        attach_partitions(context, self, self._partitions)
+        if self._closed:  # the last one alone: Dagster warns of what follows the first
+            self._deliver(self._closed)
+
+    def _deliver(self, message: PipesMessage) -> None:
         assert self._handler is not None, "the Pipes session is not open"
-        for message in self._held:
-            self._handler.handle_message(message)
+        self._handler.handle_message(message)
 
     def no_messages_debug_text(self) -> str:  # noqa: D102 - Dagster's
         return f"The workload was to write its messages to {self.path}."
 
 
 class Output:
-    """Passes one stream of the workload on to the step's own, as it comes, and remembers its last lines."""
+    """Passes one stream of the workload on to the step's own, as UTF-8, and remembers its last lines."""
 
-    def __init__(self, target: TextIO) -> None:
-        """`target`: the step's stdout or stderr."""
+    def __init__(self, target: TextIO, on_error: Callable[[OSError], None]) -> None:
+        """Nothing is written yet.
+
+        Args:
+            target: the step's stdout or stderr.
+            on_error: called once, if the target cannot be written to; the workload runs on.
+        """
         self._target = target
+        self._on_error: Callable[[OSError], None] | None = on_error
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._tail: deque[str] = deque([""], maxlen=TAIL_LINES + 1)
 
     def feed(self, data: bytes) -> None:
         """Pass on the next bytes; a character may be cut anywhere."""
         text = self._decoder.decode(data)
-        self._target.write(text)
-        self._target.flush()
+        try:
+            self._write(text)
+        except OSError as error:
+            if self._on_error:
+                self._on_error(error)
+                self._on_error = None
         first, *rest = text.split("\n")
         self._tail[-1] = (self._tail[-1] + first)[:TAIL_CHARACTERS]
         self._tail.extend(line[:TAIL_CHARACTERS] for line in rest)
+
+    def _write(self, text: str) -> None:
+        """Write UTF-8 whatever the locale is, past the buffer: what a full disk refuses must not wait in there."""
+        try:
+            number = self._target.fileno()
+        except (AttributeError, OSError):  # a test's, a notebook's
+            self._target.write(text)
+            self._target.flush()
+            return
+        self._target.flush()
+        data = text.encode(errors="replace")  # half of a surrogate pair
+        while data:
+            data = data[os.write(number, data) :]
 
     @property
     def tail(self) -> str:
         """The last lines, without blank ones at the end."""
         return "\n".join(self._tail).rstrip()
-
-
-class Messages:
-    """Cuts the bytes of the messages file into whole lines for a MessageLines."""
-
-    def __init__(self, reader: MessageLines) -> None:
-        self._reader = reader
-        self._rest = b""
-
-    def feed(self, data: bytes) -> None:
-        """Pass on the next bytes; what follows the last newline waits."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self._reader.feed(line.decode())
-
-
-class MessageGuard:
-    """Takes messages until one of them cannot be taken: the job is followed to its end all the same."""
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-
-    def take(self, step: Callable[[], None]) -> None:
-        """Do it, unless an earlier one has failed; `error` tells."""
-        if self.error is None:
-            try:
-                step()
-            except Exception as error:  # noqa: BLE001 - whatever Dagster says to it; told at the end
-                self.error = error
 
 
 @dataclass
@@ -153,7 +205,6 @@ class Session:
 
     pipes: dg.PipesSession
     context_document: ContextDocument
-    reader: MessageLines
     messages: Messages
     stdout: Output
     stderr: Output
@@ -166,58 +217,42 @@ class Session:
 
 @contextmanager
 def open_session(
-    context: dg.AssetExecutionContext, extras: Mapping[str, Any], context_path: str, messages_path: str
+    context: StepContext, extras: Mapping[str, Any], context_path: str, messages_path: str
 ) -> Iterator[Session]:
     """Open a Pipes session whose files lie at the paths given (as the workload sees them)."""
-    document, reader = ContextDocument(context_path), MessageLines(messages_path)
-    with dg.open_pipes_session(context, document, reader, extras=dict(extras)) as pipes:
-        yield Session(pipes, document, reader, Messages(reader), Output(sys.stdout), Output(sys.stderr))
+
+    def write_to(target: TextIO, name: str) -> Output:
+        def warn(error: OSError) -> None:
+            context.log.warning(f"the step's {name} cannot be written ({error.strerror}): its lines are missing there")
+
+        return Output(target, warn)
+
+    document, messages = ContextDocument(context_path), Messages(messages_path)
+    with dg.open_pipes_session(context, document, messages, extras=dict(extras)) as pipes:
+        yield Session(pipes, document, messages, write_to(sys.stdout, "stdout"), write_to(sys.stderr, "stderr"))
 
 
 def explain_failure(session: Session, exit_code: int, workload: str) -> str | None:
     """Why the workload failed, in words for its author; None if it succeeded.
 
-    Success is an exit code of 0 and a Pipes session that was opened and closed without an exception: a workload that
-    raises after it has reported a materialization, or never ran, must not pass for a success.
+    Success is an exit code of 0, every Pipes session closed, and no exception but `sys.exit(0)`: a workload that raises
+    after it has reported a materialization, or never ran, must not pass for a success.
 
     Args:
-        session: after the last message has been fed.
+        session: after `messages.finish`.
         exit_code: of the workload's process; negative is the signal that ended it, as in `subprocess`.
-        workload: its file name, for the text.
+        workload: its name, for the text.
     """
-    exception = session.reader.exception
-    if exception is not None:
-        return f"{workload} raised {_name_exception(exception, with_stack=exit_code == 0)}"
-    if exit_code < 0:
-        cause = signal.Signals(-exit_code).name if -exit_code in set(signal.Signals) else f"signal {-exit_code}"
-        hint = " (the system does that when memory runs out)" if cause == "SIGKILL" else ""
-        return f"{workload} was killed by {cause}{hint}"
+    messages = session.messages
+    exception = messages.exception or (messages.inner_exception if messages.open > 0 else None)
+    if exception is not None and not is_success(exception):
+        return f"{workload} raised {name_exception(exception, with_stack=exit_code == 0)}"
     if exit_code:
-        return f"{workload} ended with exit code {exit_code}"
-    if not session.reader.opened:
+        return f"{workload} {name_exit(exit_code)}"
+    if messages.error:
+        return f"what {workload} reported cannot be used: {shorten(str(messages.error))}"
+    if not messages.opened:
         return f"{workload} ended without opening a Dagster Pipes session: wrap its work in `with open_dagster_pipes()`"
-    if not session.reader.closed:
+    if messages.open > 0:
         return f"{workload} ended without closing its Dagster Pipes session: it left in the middle of its work"
     return None
-
-
-def _name_exception(exception: Mapping[str, Any], *, with_stack: bool) -> str:
-    """Name and message of a Pipes exception; with the stack where stderr does not show it anyway."""
-    name, message = exception.get("name") or "an exception", str(exception.get("message") or "").strip()
-    head = message if message.startswith(f"{name}:") else f"{name}: {message}"
-    stack = "".join(exception.get("stack") or [])
-    return f"{head}\n\n{stack}".rstrip() if stack and with_stack else head
-
-
-def failure(asset: str, cause: str, stderr: str = "", **details: Any) -> dg.Failure:
-    """A failure that a retry would not mend.
-
-    Args:
-        asset: whose.
-        cause: in words.
-        stderr: its last lines.
-        details: metadata.
-    """
-    description = f"{asset}: {cause}" + (f"\n\nLast lines of stderr:\n{stderr}" if stderr else "")
-    metadata = {name: str(value) if isinstance(value, Path) else value for name, value in details.items()}
-    return dg.Failure(description=description, metadata=metadata, allow_retries=False)

@@ -1,15 +1,30 @@
 """What a run will do, worked out before anything happens: pure, the same for a run, a preview and a test."""
 
-import ast
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from resources.errors import ConfigurationError
+from resources.imports import find_missing
 from resources.launchers import Launcher
 from resources.settings import Settings
 from resources.slurm import Allocation, Site, SlurmRequest, allocate, load_site
+from resources.workload import Workload, read_workload
+
+LONGEST_VARIABLE = 128 << 10
+"""Bytes that Linux takes as one variable, with its name (MAX_ARG_STRLEN of execve(2))."""
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_RESERVED = {
+    "PATH": "Extend it in the workload, or call programs by their full path.",
+    "PYTHONPATH": "Put modules into the code root, beside the workload.",
+    "PYTHONHOME": "",
+    "PYTHON": "",
+    "DATA_ROOT": "It is a setting of the deployment.",
+    "RAY_ADDRESS": "",
+}
+_RESERVED_PREFIXES = ("DAGSTER_PIPES_", "SLURM_", "RAY_AUTH_", "RAY_JOB_")
 
 
 @dataclass(frozen=True)
@@ -17,16 +32,20 @@ class Plan:
     """A workload with all that was left open filled in.
 
     Attributes:
-        workload: absolute path of a Python program that parses.
+        workload: the program, which parses.
         launcher: with the site's fields.
         site: the one that the request was checked against; in `development` the only one there is, or the one set.
         allocation: the complete request.
+        env: further variables for the workload.
+        notes: what deserves a warning: changes of the request, imports that cannot work on the supercomputer.
     """
 
-    workload: Path
+    workload: Workload
     launcher: Launcher
     site: Site
     allocation: Allocation
+    env: Mapping[str, str]
+    notes: tuple[str, ...]
 
 
 def make_plan(
@@ -35,6 +54,9 @@ def make_plan(
     workload: Path | str,
     launcher: Launcher,
     request: SlurmRequest,
+    *,
+    args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
 ) -> Plan:
     """Fill in and check everything that an asset passes to `ComputeResource.run`.
 
@@ -44,15 +66,16 @@ def make_plan(
         ConfigurationError: the workload, the launcher or the request cannot work; the text names the cause.
     """
     _check_types(workload, launcher, request)
-    program = _check_workload(Path(workload))
+    program, variables = read_workload(Path(workload), args), _check_variables(env or {})
+    missing = find_missing(program, own_packages=settings.python is not None)
     name = settings.supercomputer_site or (next(iter(site_overrides)) if len(site_overrides) == 1 else None)
     if name is None:
-        return Plan(program, launcher, Site(), Allocation(request))
+        return Plan(program, launcher, Site(), Allocation(request), variables, tuple(missing))
     site = load_site(site_overrides, name)
     allocation = allocate(request, site, settings.partition, settings.qos, settings.account, settings.reservation)
     complete = launcher.with_site(site.launchers)
     complete.check(allocation.request)
-    return Plan(program, complete, site, allocation)
+    return Plan(program, complete, site, allocation, variables, (*allocation.notes, *missing))
 
 
 def _check_types(workload: object, launcher: object, request: object) -> None:
@@ -68,13 +91,17 @@ def _check_types(workload: object, launcher: object, request: object) -> None:
         )
 
 
-def _check_workload(workload: Path) -> Path:
-    if not workload.is_file():
-        raise ConfigurationError(f"the workload {workload} does not exist")
-    try:
-        ast.parse(workload.read_bytes(), filename=str(workload))
-    except SyntaxError as error:
-        raise ConfigurationError(
-            f"{workload}, line {error.lineno}: {error.msg}\n    {(error.text or '').strip()}"
-        ) from None
-    return workload.resolve()
+def _check_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """The further variables of a workload, if they can be set everywhere."""
+    for name, value in env.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ConfigurationError(f"env[{name!r}] is not the name of a variable: letters, digits and _")
+        if name in _RESERVED or name.startswith(_RESERVED_PREFIXES):
+            raise ConfigurationError(
+                f"env[{name!r}]: the deployment sets this variable. {_RESERVED.get(name, '')}".rstrip()
+            )
+        if type(value) is not str:  # Dagster's EnvVar is one, and would be its name
+            raise ConfigurationError(f"env[{name!r}] is not a text but {value!r} ({type(value).__name__})")
+        if "\0" in value or len(f"{name}={value}".encode(errors="replace")) >= LONGEST_VARIABLE:
+            raise ConfigurationError(f"env[{name!r}] cannot be a variable: it holds NUL or has 128 KiB. Use extras.")
+    return dict(env)

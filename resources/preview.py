@@ -65,8 +65,8 @@ def preview_asset(
     job = dg.Definitions(jobs=[dg.define_asset_job(JOB, selection=selection)])
     found: list[Preview] = []
 
-    def record(step: str, settings: Settings, plan: Plan, env: Mapping[str, str]) -> Never:
-        found.append(Preview(plan, _summarise(step, plan, settings), _render(plan, settings, step, env)))
+    def record(step: str, settings: Settings, plan: Plan) -> Never:
+        found.append(Preview(plan, _summarise(step, plan, settings), _render(plan, settings, step)))
         raise _Intercepted
 
     with dg.DagsterInstance.ephemeral() as instance, intercept_runs(record), _quiet():
@@ -251,6 +251,6 @@ def _hours(number: float) -> str:
     return f"{number:.2f}" if number >= 1 or not number else f"{number:.2g}"
 
 
-def _render(plan: Plan, settings: Settings, step: str, env: Mapping[str, str]) -> str:
+def _render(plan: Plan, settings: Settings, step: str) -> str:
     key = "preview-" + re.sub(r"[^A-Za-z0-9_.-]", "_", step)
-    return render_job(plan, _place(settings, key), About(run="", root="", asset=step, partitions=""), env)
+    return render_job(plan, _place(settings, key), About(run="", root="", asset=step, partitions=""))

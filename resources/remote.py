@@ -15,9 +15,11 @@ from resources.auth import AccessError, ensure_certificate
 from resources.calls import calls_of, step_key
 from resources.environments import Environments, RunEnvironment
 from resources.errors import ConfigurationError
+from resources.failures import failure
 from resources.interrupts import run_interruptibly
-from resources.pipes import MessageGuard, Session, explain_failure, failure, open_session
+from resources.pipes import Session, explain_failure, open_session
 from resources.plan import Plan
+from resources.results import StepContext, complete, op_context, partitions_of
 from resources.settings import Settings
 from resources.slurm import accounting
 from resources.slurm.gateway import (
@@ -45,10 +47,10 @@ RETRY_SECONDS = 10
 class RemoteRun:
     """One call of `compute.run` on the supercomputer."""
 
-    def __init__(self, context: dg.AssetExecutionContext, asset: str, settings: Settings, plan: Plan) -> None:
+    def __init__(self, context: StepContext, asset: str, settings: Settings, plan: Plan) -> None:
         self._context, self._asset, self._settings, self._plan = context, asset, settings, plan
-        self._step = context.op_execution_context
-        self._partitions = tuple(context.partition_keys) if _is_partitioned(context) else ()
+        self._step = op_context(context)
+        self._partitions = tuple(partitions_of(context))
         root = context.run.root_run_id or context.run_id
         ends = " to ".join(sorted({*self._partitions[:1], *self._partitions[-1:]}))
         self._about = About(context.run_id, root, asset, ends, step=step_key(self._step))
@@ -58,42 +60,43 @@ class RemoteRun:
         self._project: str | None = None
         self._state: list[str] = []
 
-    def run(self, extras: Mapping[str, Any], env: Mapping[str, str]) -> dg.PipesClientCompletedInvocation:
+    def run(self, extras: Mapping[str, Any]) -> dg.PipesClientCompletedInvocation:
         """Run it to its end; see `ComputeResource.run`."""
-        return run_interruptibly(lambda stop: self._work(stop, extras, env))
+        return run_interruptibly(lambda stop: self._work(stop, extras))
 
-    def _work(
-        self, stop: threading.Event, extras: Mapping[str, Any], env: Mapping[str, str]
-    ) -> dg.PipesClientCompletedInvocation:
+    def _work(self, stop: threading.Event, extras: Mapping[str, Any]) -> dg.PipesClientCompletedInvocation:
         site = self._plan.site
         channel = choose_channel(self._settings, site.python_candidates, ensure_certificate, site.host_authorities)
         gateway = Gateway(channel, stop, self._tell_trouble)
         environments = Environments(gateway, str(self._settings.deployment_base_path), self._plan.site)
         environment = RunEnvironment(environments, self._settings, self._plan.workload)
         try:
-            submission = self._submission(environment.inputs, extras, env)
+            submission = self._submission(environment.inputs, extras)
             attempts = Attempts(self._step, gateway, str(self._settings.deployment_base_path), submission)
             with watching(self._step, stop):
                 environment.ask_ahead()
-                return self._attempt(gateway, attempts, environment, submission.record, extras, env)
+                return self._attempt(gateway, attempts, environment, submission.record, extras)
         except StoppedError:
             raise self._end(gateway) from None
         except LostClaimError as error:
-            raise self._failure(f"While this step was cut off, another run ({error}) attached to its job.") from None
+            raise self._failure(
+                f"While this step was cut off, another run ({error}) attached to its job.", final=True
+            ) from None
         except RefusedError as error:
             raise self._failure(
                 f"refused on the supercomputer: {self._explain(gateway, error)}{self._still_running}"
             ) from None
         except (AccessError, SshError, ConfigurationError) as error:
-            raise self._failure(f"{error}{self._still_running}") from None
+            final = isinstance(error, ConfigurationError)
+            raise self._failure(f"{error}{self._still_running}", final=final) from None
         finally:
             gateway.close()
 
-    def _submission(self, code: Mapping[str, str], extras: Mapping[str, Any], env: Mapping[str, str]) -> Submission:
+    def _submission(self, code: Mapping[str, str], extras: Mapping[str, Any]) -> Submission:
         """Register this call, and name what decides its result."""
         assets = tuple(sorted(key.to_user_string() for key in self._step.selected_asset_keys))
         data_root = self._settings.data_root or self._settings.deployment_base_path
-        inputs = inputs_of(self._plan, code, extras, env, assets, str(data_root))
+        inputs = inputs_of(self._plan, code, extras, assets, str(data_root))
         root, step = self._about.root, self._about.step
         call = calls_of(self._step).begin(root, step, digest_of(inputs))
         return Submission(root, step, assets, self._partitions, call, inputs, request_of(self._plan))
@@ -107,7 +110,6 @@ class RemoteRun:
         environment: RunEnvironment,
         record: Mapping[str, Any],
         extras: Mapping[str, Any],
-        env: Mapping[str, str],
     ) -> dg.PipesClientCompletedInvocation:
         """Adopt the job of an earlier attempt, or submit a new one; follow it to its end."""
         claim, choice = attempts.choose()
@@ -120,7 +122,7 @@ class RemoteRun:
         if found and not choice.adopt:
             self._about = replace(self._about, environment=found.name)
             place = Place(run, found.python, found.workloads, _data_root(self._settings, claim.home))
-        return self._follow(gateway, run, place, record, extras, env)
+        return self._follow(gateway, run, place, record, extras)
 
     def _follow(
         self,
@@ -129,38 +131,33 @@ class RemoteRun:
         place: Place | None,
         record: Mapping[str, Any],
         extras: Mapping[str, Any],
-        env: Mapping[str, str],
     ) -> dg.PipesClientCompletedInvocation:
         """Follow the job of a run; submit it first, if it is to have a `place`."""
         with open_session(self._context, extras, f"{run}/{CONTEXT}", f"{run}/{MESSAGES}") as session:
             text = session.context_document.text
-            files = files_of(self._plan, place, self._about, env, text, record) if place else None
-            messages = MessageGuard()
+            files = files_of(self._plan, place, self._about, text, record) if place else None
             sinks = {
-                MESSAGES: lambda data: messages.take(lambda: session.messages.feed(data)),
+                MESSAGES: session.messages.feed,
                 "stdout": session.stdout.feed,
                 "stderr": session.stderr.feed,
             }
             end = gateway.run(run, files, sinks, self._tell_submitted, self._tell_state, self._context.run_id)
-            messages.take(session.reader.hand_over)
+            session.messages.finish(self._context)
         self._tell_project(end.account)
         try:
-            self._check(session, messages, end)
+            self._check(session, end)
         except (dg.Failure, dg.RetryRequested):
             gateway.reject(run)
             raise
-        return dg.PipesClientCompletedInvocation(session.pipes, metadata=self._metadata(end))
+        return complete(self._context, session.pipes, self._where(end), self._costs(end))
 
-    def _check(self, session: Session, messages: "MessageGuard", end: JobEnd) -> None:
+    def _check(self, session: Session, end: JobEnd) -> None:
         """Raise what did not end well."""
         request, workload = self._plan.allocation.request, self._plan.workload
         outcome = judge(end, request)
-        cause = outcome.cause if outcome else None
-        if not cause and messages.error:
-            cause = f"what {workload.name} reported could not be taken: {messages.error}"
-        cause = cause or explain_failure(session, _exit_code(end), workload.name)
+        cause = outcome.cause if outcome else explain_failure(session, _exit_code(end), workload.name)
         if cause:
-            error = self._failure(cause, stderr=session.stderr.tail, **self._metadata(end))
+            error = self._failure(cause, stderr=session.stderr.tail, **(self._where(end) | self._costs(end)))
             if outcome and outcome.again and self._context.retry_number < MOST_RETRIES:
                 self._context.log.warning(f"{cause}; another attempt follows")
                 raise dg.RetryRequested(MOST_RETRIES, RETRY_SECONDS) from error
@@ -176,11 +173,11 @@ class RemoteRun:
     def _end(self, gateway: Gateway) -> dg.Failure:
         """Cancel the job of an interrupted step, or leave it to the next attempt; return the step's failure."""
         if self._run is None:
-            return self._failure("stopped before there was a job")
+            return self._failure("stopped before there was a job", final=True)
         if not is_to_be_cancelled(self._step):
             show_on_terminal(f"{self._asset}: stopped.{self._still_running}")
             self._context.log.info(f"Stopped.{self._still_running}")
-            return self._failure(f"Dagster has stopped this step.{self._still_running}")
+            return self._failure(f"Dagster has stopped this step.{self._still_running}", final=True)
         show_on_terminal(f"{self._asset}: cancelling Slurm job {self._job or '(just submitted)'} ...")
         gateway.stop = threading.Event()
         limit = threading.Timer(CANCEL_SECONDS, gateway.stop.set)
@@ -195,13 +192,13 @@ class RemoteRun:
             )
             show_on_terminal(text)
             self._context.log.error(text)
-            return self._failure(text)
+            return self._failure(text, final=True)
         finally:
             limit.cancel()
         text = f"Slurm job {self._job} is over: {end.state}" if end else "nothing was submitted"
         show_on_terminal(f"{self._asset}: {text}")
         self._context.log.info(f"Terminated. {text}")
-        return self._failure(f"Terminated. {text}")
+        return self._failure(f"Terminated. {text}", final=True)
 
     # Messages
 
@@ -252,29 +249,29 @@ class RemoteRun:
             return command
         return f"ssh -t {self._settings.edge_node_user}@{self._settings.edge_node_host} {command}"
 
-    def _metadata(self, end: JobEnd) -> dict[str, Any]:
+    def _where(self, end: JobEnd) -> dict[str, Any]:
+        """Metadata for everything that the job reports."""
         request = self._plan.allocation.request
         where = {"job_id": int(self._job or 0), "run_directory": self._run, "attach": self._attach}
         where |= self._plan.launcher.hints(self._job or "")
         slurm = {"partition": request.partition, "qos": request.qos, "account": end.account or None}
-        slurm["workload"] = str(self._plan.workload)
-        numbers = accounting.count(end, request)
-        return {name: value for name, value in {**where, **slurm, **numbers}.items() if value is not None}
+        slurm["workload"] = str(self._plan.workload.path)
+        return {name: value for name, value in {**where, **slurm}.items() if value is not None}
 
-    def _failure(self, cause: str, stderr: str = "", **details: Any) -> dg.Failure:
-        if self._run:
+    def _costs(self, end: JobEnd) -> dict[str, float]:
+        """Metadata of the whole job."""
+        return accounting.count(end, self._plan.allocation.request)
+
+    def _failure(self, cause: str, stderr: str = "", *, final: bool = False, **details: Any) -> dg.Failure:
+        if self._job:
             cause += f"\n\nRun directory on {self._settings.edge_node_host}: {self._run}"
-        return failure(self._asset, cause, stderr, **details)
+        return failure(self._asset, cause, stderr, final=final, **details)
 
 
 def _exit_code(end: JobEnd) -> int:
     """As in `subprocess`: the shell's 128 + N, where a signal N has ended the workload, becomes -N."""
     code = end.code or 0
     return 128 - code if code - 128 in set(signal.Signals) else code
-
-
-def _is_partitioned(context: dg.AssetExecutionContext) -> bool:
-    return bool(context.has_partition_key or context.has_partition_key_range)
 
 
 def _data_root(settings: Settings, home: str) -> str:

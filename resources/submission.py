@@ -50,7 +50,7 @@ class Place:
     Attributes:
         run: the run directory; its last part is the submission key.
         python: interpreter for the workload.
-        workloads: folder with the program, and what it imports of its own.
+        workloads: the code root there.
         data_root: DATA_ROOT there.
     """
 
@@ -95,21 +95,19 @@ def _short(what: object) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
 
 
-def render_job(plan: Plan, place: Place, about: About, env: Mapping[str, str]) -> str:
+def render_job(plan: Plan, place: Place, about: About) -> str:
     """The batch script of a run.
 
     Args:
         plan: the complete request and launcher.
         place: where it lies.
         about: whose it is.
-        env: further variables for the workload.
     """
     environment = {
         "PYTHON": place.python,
         "PYTHONPATH": place.workloads,
         "PYTHONUNBUFFERED": "1",
         "DATA_ROOT": place.data_root,
-        **env,
         DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"path": f"{place.run}/{CONTEXT}"}),
         DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param(
             {"path": f"{place.run}/{MESSAGES}", "include_stdio_in_messages": False}
@@ -122,26 +120,24 @@ def render_job(plan: Plan, place: Place, about: About, env: Mapping[str, str]) -
         job_name=place.run.rpartition("/")[2],
         about=about.comment,
         environment=environment,
-        body=plan.launcher.render(request, f"{place.workloads}/{plan.workload.name}"),
+        body=plan.launcher.render(request, plan.workload.command(place.workloads)),
+        variables=plan.env,
     )
 
 
-def files_of(
-    plan: Plan, place: Place, about: About, env: Mapping[str, str], context: str, record: Mapping[str, Any]
-) -> dict[str, str]:
+def files_of(plan: Plan, place: Place, about: About, context: str, record: Mapping[str, Any]) -> dict[str, str]:
     """Return all files of a run directory by name.
 
     Args:
         plan: the complete request and launcher.
         place: where it lies.
         about: whose it is.
-        env: further variables for the workload.
         context: the Pipes context.
         record: what a later attempt compares its own inputs with: `run`, `call`, `inputs`, `request`.
     """
     return {
         **plan.launcher.files(plan.allocation.request),
-        "job.sh": render_job(plan, place, about, env),
+        "job.sh": render_job(plan, place, about),
         CONTEXT: context,
         "about.json": json.dumps(asdict(about)),
         RECORD: json.dumps(record),

@@ -34,12 +34,12 @@ from resources.environments import (
 )
 from resources.errors import ConfigurationError
 from resources.runs import Runs
-from resources.settings import ROOT, Settings, load_settings
+from resources.settings import Settings, load_settings
 from resources.slurm import load_site
 from resources.slurm.gateway import Gateway, RefusedError, choose_channel
 from resources.ssh import SshError
+from resources.workload import WORKLOADS
 
-WORKLOADS = ROOT / "musica_pipelines" / "workloads"
 DESCRIPTION = """\
 Publish what production_supercomputer runs: the packages of requirements/cluster.txt and the workloads as git tracks
 them. Packages are sent once; what is on the supercomputer is not sent again, and a broken connection is continued where
@@ -144,8 +144,8 @@ def act(asked: argparse.Namespace, settings: Settings, gateway: Gateway, environ
         print(f"removed {len(removed)}: {', '.join(removed)}" if removed else "there is nothing to remove")
         return 0
     code = read_code(WORKLOADS)
-    for name in code.left_out:
-        print(f"warning: git does not track {WORKLOADS / name}: it stays here", file=sys.stderr)
+    for note in code.notes:
+        print(f"warning: {note}", file=sys.stderr)
     wanted = Wanted(code, read_lock(CLUSTER), settings.python)
     return check(environments, wanted) if asked.check else publish(environments, wanted)
 

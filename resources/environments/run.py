@@ -1,8 +1,8 @@
 """The environment of a run: made on demand in staging, only what was published in production."""
 
+import shlex
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 
 from resources.environments.code import read_code
 from resources.environments.environments import Environment, Environments, Published, Wanted
@@ -10,6 +10,7 @@ from resources.environments.lock import CLUSTER, read_lock
 from resources.environments.progress import LoggedProgress
 from resources.errors import ConfigurationError
 from resources.settings import Settings
+from resources.workload import Workload
 
 COMMAND = "scripts/deploy_environment.py"
 MOST_NAMES = 5
@@ -18,13 +19,13 @@ MOST_NAMES = 5
 class RunEnvironment:
     """The environment of a run; an adopted job does without."""
 
-    def __init__(self, environments: Environments, settings: Settings, workload: Path) -> None:
+    def __init__(self, environments: Environments, settings: Settings, workload: Workload) -> None:
         """Nothing is read yet.
 
         Args:
             environments: of the deployment.
             settings: say which deployment it is, and whether it has an interpreter of its own.
-            workload: the program; its folder is the own code.
+            workload: its code root is the own code.
         """
         self._environments, self._settings, self._workload = environments, settings, workload
         self._published_only = settings.deployment == "production_supercomputer"
@@ -56,8 +57,8 @@ class RunEnvironment:
             ConfigurationError: the workload is not part of the code; or in production: not what was published.
         """
         wanted = self._wanted
-        for name in wanted.code.left_out:
-            log(f"environment: git does not track {wanted.code.folder / name}: it stays here")
+        for note in wanted.code.notes:
+            log(f"environment: {note}")
         if not self._published_only:
             return self._environments.ensure(wanted, LoggedProgress(log))
         published, deployment = self._environments.published(), self._settings.deployment
@@ -75,9 +76,12 @@ class RunEnvironment:
 
     @cached_property
     def _wanted(self) -> Wanted:
-        code, name = read_code(self._workload.parent), self._workload.name
+        code, name = read_code(self._workload.root), self._workload.relative
         if name not in code.files:
-            raise ConfigurationError(f"git does not track {self._workload}, and only that goes along: git add {name}")
+            raise ConfigurationError(
+                f"git does not track {self._workload.path}, and only what it tracks is sent:\n"
+                f"git add {shlex.quote(str(self._workload.path))}"
+            )
         return Wanted(code, read_lock(CLUSTER), self._settings.python)
 
 

@@ -1,7 +1,7 @@
 """What all launchers have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -67,14 +67,15 @@ class Launcher(BaseModel, ABC):
         return {}
 
     @abstractmethod
-    def render(self, request: SlurmRequest, workload: str) -> str:
+    def render(self, request: SlurmRequest, command: Sequence[str]) -> str:
         """The shell commands that run the workload inside the job.
 
-        `$PYTHON` is the environment's interpreter; `run_workload PROGRAM` runs the workload with it.
+        `run_workload COMMAND...` starts the environment's Python as the workload, `run_python COMMAND...` becomes one
+        beside it; both have the variables that the asset names.
 
         Args:
             request: after `allocate`.
-            workload: path of the program, as the job sees it.
+            command: Python's arguments: the program as the job sees it, or -m and a package; then the workload's own.
         """
 
 

@@ -1,6 +1,7 @@
 """A Python program, started once."""
 
 import shlex
+from collections.abc import Sequence
 from typing import ClassVar
 
 from resources.launchers.base import Launcher, render_pre_start
@@ -16,7 +17,7 @@ class ScriptLauncher(Launcher):
 
     key: ClassVar[str] = "script"
 
-    def render(self, request: SlurmRequest, workload: str) -> str:  # noqa: D102 - see Launcher
+    def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
         threads = f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{request.cpus_per_task or 1}}}"
-        lines = [threads, render_pre_start(self.pre_start_commands), f"run_workload {shlex.quote(workload)}"]
+        lines = [threads, render_pre_start(self.pre_start_commands), f"run_workload {shlex.join(command)}"]
         return "\n".join(filter(None, lines))

@@ -28,7 +28,7 @@ finish() {
     "$$code" "$$SLURM_JOB_ID" "$${now/,/.}" "$${sizes[@]}" >>events
 }
 trap finish EXIT
-: >>messages.jsonl
+printf '\\n{"method": "job_started"}\\n' >>messages.jsonl # after what an earlier life may have cut off
 now=$${EPOCHREALTIME:-$$(date +%s.%N)} # with the locale's decimal point
 printf '{"started": "%s", "time": %s}\\n' "$$HOSTNAME" "$${now/,/.}" >>events
 
@@ -37,9 +37,13 @@ $environment
 # When Slurm will end the job, in seconds since 1970. Slurm says so itself since 23.02.
 export SLURM_JOB_END_TIME=$${SLURM_JOB_END_TIME:-$$(($${EPOCHSECONDS:-$$(date +%s)} + $seconds))}
 
+# Becomes Python with the variables that the asset names; the script itself does without them.
+# shellcheck disable=SC2317  # the launcher's commands call it
+run_python() { exec $env"$$PYTHON" -u "$$@"; }
+export -f run_python
 # Starts the workload, so that it can be told apart. One that handles SIGUSR1 gets it when the time limit is near.
 # shellcheck disable=SC2317  # the launcher's commands call it
-run_workload() { ( echo "$$BASHPID" >workload.pid; exec "$$PYTHON" -u "$$@" ) }
+run_workload() { ( echo "$$BASHPID" >workload.pid; run_python "$$@" ) }
 # shellcheck disable=SC2317  # the trap calls it
 warn() {
   local pid handled
@@ -123,6 +127,7 @@ def render_job_script(
     about: Mapping[str, str],
     environment: Mapping[str, str],
     body: str,
+    variables: Mapping[str, str] | None = None,
 ) -> str:
     """The whole batch script.
 
@@ -131,13 +136,16 @@ def render_job_script(
         site: its header comes before the directives, its setup commands come before all other commands.
         job_name: the submission key.
         about: goes into the job's comment.
-        environment: variables for the workload; values are quoted here.
+        environment: variables of the script; values are quoted here.
         body: the launcher's commands (`Launcher.render`).
+        variables: those that the workload has besides.
     """
     lines = [*site.setup_commands, *(f"export {name}={shlex.quote(value)}" for name, value in environment.items())]
+    assignments = [f"{name}={value}" for name, value in (variables or {}).items()]
     return _SCRIPT.substitute(
         header="\n".join([*site.script_header, *directives(request, site, job_name, about)]),
         environment="\n".join(lines),
+        env=shlex.join(["env", *assignments]) + " " if assignments else "",
         lead=warning_lead(request),
         seconds=request.seconds,
         body=body.rstrip(),

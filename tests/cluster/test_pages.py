@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,7 +37,8 @@ def each_node() -> Any:
     """The launcher that docs/launchers.md shows."""
     (listing,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "launchers.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {
-        "ClassVar": ClassVar, "ConfigurationError": ConfigurationError, "Field": Field, "Launcher": Launcher,
+        "ClassVar": ClassVar, "Sequence": Sequence, "ConfigurationError": ConfigurationError,
+        "Field": Field, "Launcher": Launcher,
         "SlurmRequest": SlurmRequest, "render_pre_start": render_pre_start, "shlex": shlex, "__name__": "page",
     }  # fmt: skip
     exec(compile(listing, "launchers.md", "exec"), names)
@@ -48,7 +50,7 @@ def test_the_launcher_refuses_what_it_cannot_do(each_node: Any) -> None:
         each_node(lable=True)
     with pytest.raises(ConfigurationError, match="it starts one a node"):
         each_node().check(SlurmRequest(ntasks_per_node=2))
-    assert "--label" in each_node().with_site({"each_node": {"label": True}}).render(SlurmRequest(), "w.py")
+    assert "--label" in each_node().with_site({"each_node": {"label": True}}).render(SlurmRequest(), ["w.py"])
 
 
 @pytest.mark.cluster

@@ -4,9 +4,12 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from resources import workload
+from resources.launchers import Launcher, RayLauncher, ScriptLauncher
 from resources.slurm import SlurmRequest
 from tests.cluster.background import (
     REPORTS,
@@ -19,6 +22,7 @@ from tests.cluster.background import (
     output_there,
     runs_there,
 )
+from tests.local.code_root import check_metadata, make_package, make_program
 from tests.local.workload_asset import PIPES, Outcome, materialize
 from tests.simulated_site import CERTIFICATE_USER, CPU_PARTITION, SimulatedSite, wait_until
 from tests.simulated_site.machines import MEMORY_CGROUPS
@@ -79,6 +83,22 @@ def test_result_output_and_numbers(site: SimulatedSite, workloads: Path, capfd: 
     assert (about["run"], about["root"], about["asset"]) == (outcome.run_id, outcome.run_id, "probe")
     assert site.run_on_login(CERTIFICATE_USER, f"stat -c %a {run}").stdout.strip() == "700"
     wait_until(lambda: [each.command for each in site.processes_on_login()] == before, "nothing is left there", 10)
+
+
+@pytest.mark.parametrize(
+    ("make", "launcher"),
+    [(make_program, ScriptLauncher()), (make_package, RayLauncher(ray_start_args=["--include-dashboard=false"]))],
+    ids=["program", "package with Ray"],
+)
+def test_a_program_in_a_subfolder_and_a_package(
+    make: Callable[..., Any], launcher: Launcher, workloads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workload, "WORKLOADS", workloads)
+    path, arguments = make(workloads)
+    request = SlurmRequest(time_limit="5", cpus_per_task=2, mem="3G")
+    outcome = materialize(path, workloads, launcher=launcher, request=request, **arguments)
+    assert outcome.error == ""
+    check_metadata(outcome.materializations[None][0])
 
 
 def test_a_run_takes_one_connection_and_one_channel(site: SimulatedSite, workloads: Path) -> None:

@@ -1,7 +1,7 @@
 """One asset around a workload that a test writes, materialised with the project's own ComputeResource."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ def materialize(
     request: SlurmRequest | None = None,
     extras: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
+    args: Sequence[str] = (),
     checks: tuple[str, ...] = (),
     partitions: tuple[str, ...] = (),
     partition_key: str | None = None,
@@ -73,6 +74,7 @@ def materialize(
             request=request,
             extras=extras,
             env=env,
+            args=args,
         ).get_materialize_result()
 
     resources = {"compute": ComputeResource(site_overrides=SUPERCOMPUTER_SITE_OVERRIDES)}

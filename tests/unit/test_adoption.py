@@ -24,6 +24,7 @@ from resources.launchers import Launcher, RayLauncher, ScriptLauncher
 from resources.plan import Plan
 from resources.slurm import Allocation, Site, SlurmRequest
 from resources.slurm.gateway import Claim, JobEnd, OtherRun
+from resources.workload import Workload
 
 WELL = JobEnd(0, "COMPLETED", "0:0")
 FORGOTTEN = JobEnd(0, "", "")
@@ -58,14 +59,18 @@ BASE: dict[str, Any] = {
     "code": {"code a.py": "1", "packages": "2"},
     "extras": {"n": 1},
     "env": {"X": "1"},
+    "args": ("-v",),
     "assets": ["a"],
     "data_root": "/data",
 }
 
 
 def inputs(launcher: Launcher | None = None, request: SlurmRequest | None = None, **changes: Any) -> dict[str, str]:
-    plan = Plan(Path("a.py"), launcher or ScriptLauncher(), Site(), Allocation(request or SlurmRequest()))
-    return inputs_of(plan, **{**BASE, **changes})
+    values = {**BASE, **changes}
+    workload = Workload(Path("/root/a.py"), Path("/root"), None, values.pop("args"))
+    allocation = Allocation(request or SlurmRequest())
+    plan = Plan(workload, launcher or ScriptLauncher(), Site(), allocation, values.pop("env"), ())
+    return inputs_of(plan, **values)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +85,7 @@ def inputs(launcher: Launcher | None = None, request: SlurmRequest | None = None
         ({"extras": {"n": 1, "partition_keys": ["p"]}}, "partitions"),
         ({"env": {"X": "2"}}, "env['X']"),
         ({"env": {}}, "env['X'] (new)"),
+        ({"args": ()}, "args"),
         ({"assets": ["a", "b"]}, "assets"),
         ({"data_root": "/other"}, "DATA_ROOT"),
         ({"launcher": ScriptLauncher(pre_start_commands=("true",))}, "launcher.pre_start_commands"),

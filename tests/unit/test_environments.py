@@ -1,6 +1,5 @@
 """What goes into an environment: the lock for a target, the code as git has it; and what may be removed."""
 
-import subprocess
 import tomllib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,9 +15,7 @@ from resources.environments import (
     LoggedProgress,
     Row,
     choose_for_removal,
-    read_code,
     read_lock,
-    revision_of,
 )
 from resources.environments.target import NEWEST, OLDEST, Target
 from resources.errors import ConfigurationError
@@ -96,89 +93,6 @@ def test_wheels_for_an_older_glibc_work_and_for_a_newer_one_do_not() -> None:
     assert Tag("cp311", "cp311", "manylinux_2_29_x86_64") not in tags
     assert Tag("cp312", "cp312", "manylinux_2_17_x86_64") not in tags
     assert Tag("cp311", "cp311", "linux_x86_64") not in tags
-
-
-# The code
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """A folder of workloads in a repository: all of it tracked."""
-    folder = tmp_path / "workloads"
-    (folder / "helpers" / "deep").mkdir(parents=True)
-    (folder / "helpers" / "deep" / "tool.py").write_text("WORD = 1\n")
-    (folder / "main.py").write_text("import helpers.deep.tool\n")
-    (tmp_path / "outside.py").write_text("")
-    git(tmp_path, "init", "--quiet")
-    git(tmp_path, "add", ".")
-    return folder
-
-
-def git(folder: Path, *command: str) -> None:
-    subprocess.run(["git", "-C", str(folder), *command], check=True)
-
-
-def test_a_line_in_a_nested_package_makes_another_digest(repository: Path) -> None:
-    before = read_code(repository)
-    assert sorted(before.files) == ["helpers/deep/tool.py", "main.py"]
-    (repository / "helpers" / "deep" / "tool.py").write_text("WORD = 2\n")
-    after = read_code(repository)
-    changed = {name for name in after.digests if after.digests[name] != before.digests[name]}
-    assert changed == {"helpers/deep/tool.py"}
-
-
-def test_only_what_git_tracks_goes_along_and_the_rest_is_named(repository: Path) -> None:
-    (repository.parent / ".gitignore").write_text("*.log\n")
-    for name in ("new.py", "out.log", ".env", ".env.musica", "musica-auth.env"):
-        (repository / name).write_text("SECRET=1\n")
-    code = read_code(repository)
-    assert sorted(code.files) == ["helpers/deep/tool.py", "main.py"]
-    assert "new.py" in code.left_out
-    assert "out.log" not in code.left_out
-
-
-def test_a_dotenv_file_stays_here_though_git_tracks_it(repository: Path) -> None:
-    for name in (".env", ".env.musica", "musica-auth.env"):
-        (repository / name).write_text("SECRET=1\n")
-    git(repository, "add", "--force", ".")
-    assert not any("env" in name for name in read_code(repository).files)
-
-
-def test_a_file_that_was_deleted_is_no_part_of_it(repository: Path) -> None:
-    (repository / "main.py").unlink()
-    assert list(read_code(repository).files) == ["helpers/deep/tool.py"]
-
-
-def test_the_revision_is_told_with_whether_it_is_changed(repository: Path) -> None:
-    assert revision_of(repository) == ""
-    git(repository, "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--quiet", "--message=a")
-    revision = revision_of(repository)
-    assert len(revision) >= 7
-    (repository / "main.py").write_text("")
-    assert revision_of(repository) == f"{revision}-dirty"
-
-
-def test_the_environment_of_a_git_hook_does_not_mislead(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GIT_DIR", "/nowhere")
-    assert len(read_code(repository).files) == 2
-
-
-def test_without_a_repository_all_but_hidden_files_and_caches(tmp_path: Path) -> None:
-    for name in ("main.py", "a/b.py", ".env", ".hidden/c.py", "a/__pycache__/b.pyc", "notes.env"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
-    assert sorted(read_code(tmp_path).files) == ["a/b.py", "main.py"]
-
-
-def test_without_git_as_without_a_repository(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(repository))
-    assert sorted(read_code(repository).files) == ["helpers/deep/tool.py", "main.py"]
-
-
-def test_data_in_the_code_is_too_much(tmp_path: Path) -> None:
-    (tmp_path / "data.bin").write_bytes(bytes(9 << 20))
-    with pytest.raises(ConfigurationError, match=r"more than 8 MB \(at data.bin\)"):
-        read_code(tmp_path)
 
 
 # What may go

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from resources import SUPERCOMPUTER_SITE_OVERRIDES
 from resources.launchers import Launcher, RayLauncher, ScriptLauncher, ray
+from resources.pipes import JOB_STARTED
 from resources.slurm import Site, SlurmRequest, allocate, load_site, render_job_script
 from tests.simulated_site import wait_until
 
@@ -22,13 +24,24 @@ AWKWARD = """a'; echo "foo" $HOME `id` \\ é"""
 
 
 def render(
-    launcher: Launcher, request: SlurmRequest, site: Site = SITE, workload: str = "work load.py", data: str = "/d"
+    launcher: Launcher,
+    request: SlurmRequest,
+    site: Site = SITE,
+    data: str = "/d",
+    variables: dict[str, str] | None = None,
+    command: Sequence[str] = ("work load.py",),
 ) -> str:
     complete = allocate(request, site).request
-    body = launcher.with_site(site.launchers).render(complete, workload)
+    body = launcher.with_site(site.launchers).render(complete, command)
     environment = {"PYTHON": sys.executable, "DATA_ROOT": data}
     return render_job_script(
-        complete, site, job_name="counts-2013-01", about={"asset": "a b"}, environment=environment, body=body
+        complete,
+        site,
+        job_name="counts-2013-01",
+        about={"asset": "a b"},
+        environment=environment,
+        variables=variables or {},
+        body=body,
     )
 
 
@@ -88,8 +101,11 @@ def test_the_script_runs_the_workload_and_records_its_end(tmp_path: Path) -> Non
     assert done.stdout == AWKWARD + "\n"
     started, ended = read_events(tmp_path)
     assert "started" in started
+    messages = (tmp_path / "messages.jsonl").read_text()
+    assert json.loads(messages) == {"method": JOB_STARTED}
+    assert messages.startswith("\n")
     assert (ended["code"], ended["job"]) == (3, "17")
-    assert ended["sizes"] == {"messages.jsonl": 0, "stdout": 0, "stderr": 0}
+    assert ended["sizes"] == {"messages.jsonl": len(messages), "stdout": 0, "stderr": 0}
 
 
 @pytest.mark.parametrize(
@@ -111,10 +127,29 @@ def test_times_are_told_with_any_bash_and_locale(bash: str, told: float | None, 
     assert int(done.stdout) > before
 
 
+def test_variables_and_arguments_reach_the_workload_and_not_the_script(tmp_path: Path) -> None:
+    """As nobody should name them, but a script must bear it."""
+    program = "import json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
+    (tmp_path / "work load.py").write_text(program)
+    variables = {"BASH_ENV": "/none", "IFS": "a", "RANDOM": "r", "UID": "u", "code": "7", "now": "then", "X": AWKWARD}
+    arguments = [AWKWARD, "-m", "--nodes=2", "", "*"]
+    script = (ScriptLauncher(), SlurmRequest())
+    done = run_as_slurm_would(tmp_path, render(*script, variables=variables, command=["work load.py", *arguments]))
+    received, environment = json.loads(done.stdout)
+    assert received == arguments
+    assert {name: environment[name] for name in variables} == variables
+    assert (done.stderr, read_events(tmp_path)[-1]["code"]) == ("", 0)
+
+
 def test_a_workload_that_calls_exit_cannot_skip_the_record(tmp_path: Path) -> None:
     site = Site.model_validate({**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "launchers": {}})
     text = render_job_script(
-        allocate(SlurmRequest(), site).request, site, job_name="k", about={}, environment={}, body="exit 5"
+        allocate(SlurmRequest(), site).request,
+        site,
+        job_name="k",
+        about={},
+        environment={},
+        body="exit 5",
     )
     assert run_as_slurm_would(tmp_path, text).returncode == 5
     assert read_events(tmp_path)[-1]["code"] == 5
@@ -154,7 +189,7 @@ def test_a_second_job_of_the_same_run_steps_back(tmp_path: Path) -> None:
 def test_a_pre_start_command_that_is_refused_is_told_and_passed_over(tmp_path: Path, limit: str) -> None:
     (tmp_path / "w.py").write_text("import resource\nprint(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n")
     launcher = ScriptLauncher(pre_start_commands=[f"ulimit -n {limit}"])
-    script = "ulimit -n 128\n" + render(launcher, SlurmRequest(), workload="w.py")
+    script = "ulimit -n 128\n" + render(launcher, SlurmRequest(), command=["w.py"])
     done = run_as_slurm_would(tmp_path, script)
     assert done.returncode == 0
     assert done.stdout == ("64\n" if limit == "64" else "128\n")
@@ -164,7 +199,8 @@ def test_a_pre_start_command_that_is_refused_is_told_and_passed_over(tmp_path: P
 def test_setup_commands_of_the_site_come_before_python(tmp_path: Path) -> None:
     site = Site.model_validate({**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "setup_commands": ["export MODULE=loaded"]})
     (tmp_path / "w.py").write_text("import os\nprint(os.environ['MODULE'])\n")
-    assert run_as_slurm_would(tmp_path, render(ScriptLauncher(), SlurmRequest(), site, "w.py")).stdout == "loaded\n"
+    text = render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"])
+    assert run_as_slurm_would(tmp_path, text).stdout == "loaded\n"
 
 
 def test_every_field_of_the_request_is_rendered() -> None:
@@ -213,8 +249,8 @@ def test_a_job_name_is_a_plain_word(name: str) -> None:
 
 
 def test_paths_are_quoted() -> None:
-    assert shlex.quote(AWKWARD) in ScriptLauncher().render(SlurmRequest(), AWKWARD)
-    assert shlex.quote(AWKWARD) in RayLauncher().render(SlurmRequest(), AWKWARD)
+    assert shlex.quote(AWKWARD) in ScriptLauncher().render(SlurmRequest(), [AWKWARD])
+    assert shlex.quote(AWKWARD) in RayLauncher().render(SlurmRequest(), [AWKWARD])
 
 
 @pytest.mark.parametrize("handles", [True, False])

@@ -19,7 +19,7 @@ def partition_keys(pipes: PipesContext) -> list[str]:
 
 def report_partition(pipes: PipesContext, partition: str, metadata: Mapping[str, int | float | str]) -> None:
     """Attach numbers to one partition of this run (a run over many partitions has but one materialization message)."""
-    pipes.report_custom_message({"partition": partition, "metadata": dict(metadata)})
+    pipes.report_custom_message({"musica.partition": {"partition": partition, "metadata": dict(metadata)}})
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> PipesMetadataValue:

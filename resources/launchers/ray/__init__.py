@@ -3,6 +3,7 @@
 import json
 import secrets
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -117,7 +118,7 @@ class RayLauncher(Launcher):
     def hints(self, job: str) -> dict[str, str]:  # noqa: D102 - see Launcher
         return {} if _NO_DASHBOARD in self.ray_start_args else {"dashboard": f"scripts/job {job} dashboard"}
 
-    def render(self, request: SlurmRequest, workload: str) -> str:  # noqa: D102 - see Launcher
+    def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
         nodes, cpus, gpus = request.nodes, request.cpus_per_task or 1, request.gpus_per_node
         # A step inherits neither CPUs nor GPUs from the job (since Slurm 22.05).
         step = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={cpus}"]
@@ -127,5 +128,6 @@ class RayLauncher(Launcher):
         pre_start = render_pre_start(self.pre_start_commands) or ":"
         return (
             f"# On every node, before Ray.\n# shellcheck disable=SC2317\npre_start() {{\n{pre_start}\n}}\n"
-            f"export -f pre_start\n{few}# shellcheck source=/dev/null\n. ray/cluster.sh {shlex.join([workload, *step])}"
+            f"export -f pre_start\n{few}# shellcheck source=/dev/null\n"
+            f". ray/cluster.sh {len(command)} {shlex.join([*command, *step])}"
         )

@@ -32,7 +32,7 @@ finish() {
     "$code" "$SLURM_JOB_ID" "${now/,/.}" "${sizes[@]}" >>events
 }
 trap finish EXIT
-: >>messages.jsonl
+printf '\n{"method": "job_started"}\n' >>messages.jsonl # after what an earlier life may have cut off
 now=${EPOCHREALTIME:-$(date +%s.%N)} # with the locale's decimal point
 printf '{"started": "%s", "time": %s}\n' "$HOSTNAME" "${now/,/.}" >>events
 
@@ -42,9 +42,13 @@ export DATA_ROOT=/d
 # When Slurm will end the job, in seconds since 1970. Slurm says so itself since 23.02.
 export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$((${EPOCHSECONDS:-$(date +%s)} + 600))}
 
+# Becomes Python with the variables that the asset names; the script itself does without them.
+# shellcheck disable=SC2317  # the launcher's commands call it
+run_python() { exec "$PYTHON" -u "$@"; }
+export -f run_python
 # Starts the workload, so that it can be told apart. One that handles SIGUSR1 gets it when the time limit is near.
 # shellcheck disable=SC2317  # the launcher's commands call it
-run_workload() { ( echo "$BASHPID" >workload.pid; exec "$PYTHON" -u "$@" ) }
+run_workload() { ( echo "$BASHPID" >workload.pid; run_python "$@" ) }
 # shellcheck disable=SC2317  # the trap calls it
 warn() {
   local pid handled

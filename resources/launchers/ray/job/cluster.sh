@@ -1,8 +1,9 @@
 # shellcheck shell=bash
-# A Ray cluster over the allocation, with the workload as its driver. The job script, which has run_workload and
-# pre_start, sources this with the program, then the options of srun: the nodes, and what each has.
-workload=$1
-shift
+# A Ray cluster over the allocation, with the workload as its driver. The job script, which has run_workload, run_python
+# and pre_start, sources this with the number of words of the workload's command, these words, then the options of srun:
+# the nodes, and what each has.
+workload=("${@:2:$1}")
+shift "$(($1 + 1))"
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 403)); then # `wait -n` is missing
   echo "Ray: $HOSTNAME has bash $BASH_VERSION, and 4.3 or later is needed" | tee cause >&2
   exit 1
@@ -32,10 +33,10 @@ coproc NODES {
       SLURM_CPUS_ON_NODE=$SLURM_CPUS_PER_TASK # in a step, Slurm counts hardware threads
       pre_start
       type -P "$PYTHON" >/dev/null || ray_failed "Ray on $HOSTNAME: there is no $PYTHON"
-      exec "$PYTHON" ray/node.py' >&2
+      run_python ray/node.py' >&2
 }
 nodes=$NODES_PID hold=${NODES[1]}
-run_workload ray/driver.py "$workload" &
+run_workload ray/driver.py "${workload[@]}" &
 driver=$!
 "$PYTHON" ray/watch.py &
 watch=$! node_lost=75

@@ -1,6 +1,6 @@
 """Waits until the Ray cluster of the job is complete, then becomes the workload, in the same process.
 
-usage: driver.py WORKLOAD   in the run directory
+usage: driver.py PROGRAM [ARGUMENT...], or driver.py -m PACKAGE [ARGUMENT...]; in the run directory
 
 Importing Ray takes seconds: it is done while the nodes start, once for this and for the workload. A cluster that is
 not complete in time is told, with the log of what is missing, and the workload does not run.
@@ -86,10 +86,16 @@ def main() -> None:
     end_with_parent()
     os.environ["RAY_ADDRESS"] = await_cluster(read_settings())
     (state() / "complete").touch()
-    workload = sys.argv[1]
-    sys.argv = [workload]
-    sys.path[0] = str(Path(workload).parent.resolve())
-    runpy.run_path(workload, run_name="__main__")
+    if sys.argv[1] == "-m":
+        module = sys.argv[2]
+        sys.argv = sys.argv[2:]  # runpy puts the path of the file in the place of the name
+        sys.path[0] = str(Path.cwd())
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        program = sys.argv[1]
+        sys.argv = sys.argv[1:]
+        sys.path[0] = str(Path(program).parent.resolve())
+        runpy.run_path(program, run_name="__main__")
 
 
 if __name__ == "__main__":

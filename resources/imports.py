@@ -1,0 +1,123 @@
+"""Imports of a workload that work on this machine and cannot work on the supercomputer, found without running it."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+from packaging.utils import canonicalize_name
+
+from resources.environments import CLUSTER, read_lock
+from resources.errors import ConfigurationError
+from resources.settings import ROOT
+from resources.workload import Workload
+
+_CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
+
+
+def find_missing(workload: Workload, *, own_packages: bool) -> list[str]:
+    """Name the imports of a workload, and of the modules in its code root that it imports, which fail over there.
+
+    An import that the code itself expects to fail (`try: ... except ImportError`) or that only a type checker follows
+    is not one of them.
+
+    Args:
+        workload: parses.
+        own_packages: SLURM_PYTHON is set: the packages over there are not those of the lock.
+
+    Returns:
+        A sentence for each: what, where, and what to do.
+    """
+    roots = [workload.root] if workload.module else [workload.path.parent, workload.root]
+    found: dict[str, str] = {}
+    seen: set[Path] = set()
+    waiting = [workload.path]
+    while waiting:
+        file = waiting.pop()
+        if file in seen or not file.is_file():
+            continue
+        seen.add(file)
+        with suppress(SyntaxError, ValueError):  # a module that nobody may ever import
+            for line, level, module, names in _imports(ast.parse(file.read_bytes())):
+                top = module.partition(".")[0]
+                bases = [file.parents[level - 1]] if level else roots
+                local = [each for base in bases for each in _files(base, module, names)]
+                waiting += local
+                if level == 0 and not local and top not in found and (reason := _reason(top, own_packages)):
+                    found[top] = (
+                        f"{file}, line {line}: `import {top}` works here and not on the supercomputer: {reason}"
+                    )
+    return list(found.values())
+
+
+def _imports(tree: ast.AST) -> Iterator[tuple[int, int, str, list[str]]]:
+    """Line, level of a relative import, module, and the names imported from it."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, 0, alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, node.level, node.module or "", [alias.name for alias in node.names]
+        elif isinstance(node, ast.Try) and any(map(_catches, node.handlers)):
+            for part in (*node.handlers, *node.orelse, *node.finalbody):
+                yield from _imports(part)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for part in node.orelse:
+                yield from _imports(ast.Module([part], []))
+        else:
+            yield from _imports(node)
+
+
+def _catches(handler: ast.ExceptHandler) -> bool:
+    return handler.type is None or any(
+        isinstance(each, ast.Name) and each.id in _CAUGHT for each in ast.walk(handler.type)
+    )
+
+
+def _files(folder: Path, module: str, names: list[str]) -> Iterator[Path]:
+    """The files below a folder that an import reads; empty if the module is not there."""
+    for name in filter(None, module.split(".")):
+        folder /= name
+        if folder.with_name(f"{name}.py").is_file():
+            yield folder.with_name(f"{name}.py")
+        elif folder.is_dir():
+            yield folder / "__init__.py"
+        else:
+            return
+    for name in names:
+        if (folder / f"{name}.py").is_file():
+            yield folder / f"{name}.py"
+        elif (folder / name).is_dir():
+            yield folder / name / "__init__.py"
+
+
+def _reason(module: str, own_packages: bool) -> str | None:
+    """Why a module cannot be imported there; None if it can, or if nothing is known about it."""
+    if module in sys.stdlib_module_names:
+        return None
+    if (ROOT / module).is_dir() or (ROOT / f"{module}.py").is_file():
+        return "it is a part of this project outside the code root, and is not sent. Move it into the code root."
+    locked = _locked()
+    if own_packages or not locked or canonicalize_name(module) in locked:
+        return None
+    bringing = [canonicalize_name(name) for name in _installed().get(module, [])]
+    if not bringing or locked.intersection(bringing):
+        return None
+    return (
+        f"the package {bringing[0]} is not in {CLUSTER.name}. "
+        "Add it to the `cluster` group of pyproject.toml and run scripts/lock."
+    )
+
+
+def _locked() -> set[str]:
+    with suppress(ConfigurationError):
+        return {str(pin.name) for pin in read_lock(CLUSTER).pins}
+    return set()
+
+
+@cache
+def _installed() -> dict[str, list[str]]:
+    """Distributions by module, on this machine."""
+    return {module: list(names) for module, names in packages_distributions().items()}

@@ -1,0 +1,119 @@
+"""What a step adds to the events of its assets: numbers for one partition, and the costs of its job."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import dagster as dg
+from dagster_pipes import PIPES_METADATA_TYPE_INFER, PIPES_PROTOCOL_VERSION
+
+StepContext: TypeAlias = dg.AssetExecutionContext | dg.OpExecutionContext
+
+PARTITION = "musica.partition"
+"""The only key of the custom message by which a workload reports on one partition; see docs/assets.md."""
+_FIELDS = ("partition", "metadata", "asset_key", "data_version")
+
+
+def op_context(context: StepContext) -> dg.OpExecutionContext:
+    """The same step's context as one of its op."""
+    return context.op_execution_context if isinstance(context, dg.AssetExecutionContext) else context
+
+
+def partitions_of(context: StepContext) -> Sequence[str]:
+    """The partition keys of the step; empty without partitions."""
+    return list(context.partition_keys) if context.has_partition_key or context.has_partition_key_range else []
+
+
+def attach_partitions(context: StepContext, reader: dg.PipesMessageReader, reports: Sequence[Any]) -> None:
+    """Attach what the workload reported on single partitions to their materializations.
+
+    Args:
+        context: of the step.
+        reader: of its messages.
+        reports: the values of the PARTITION messages, in the order in which they came.
+
+    Raises:
+        ValueError: a report has not the documented form, or names an asset or a partition that is not of this run.
+    """
+    if not reports:
+        return
+    partitions = dict.fromkeys(partitions_of(context))
+    handler = dg.PipesMessageHandler(context, reader)  # Dagster's own reading of metadata of all types
+    found: dict[tuple[dg.AssetKey, str], dict[str, Any]] = {}
+    for report in reports:
+        key = _find_asset(context, report)
+        if report["partition"] not in partitions:
+            raise ValueError(f"the partition {report['partition']!r} is not of this run")
+        metadata = {name: _typed(value) for name, value in (report.get("metadata") or {}).items()}
+        params = {
+            "asset_key": key.to_escaped_user_string(),
+            "metadata": metadata,
+            "data_version": report.get("data_version"),
+        }
+        handler.handle_message(
+            {
+                "__dagster_pipes_version": PIPES_PROTOCOL_VERSION,
+                "method": "report_asset_materialization",
+                "params": params,
+            }
+        )
+        found.setdefault((key, report["partition"]), {})
+    for report, result in zip(reports, handler.get_reported_results(), strict=True):
+        assert isinstance(result, dg.MaterializeResult)
+        assert result.asset_key is not None
+        entry = found[result.asset_key, report["partition"]]
+        entry |= result.metadata or {}
+        if result.data_version and len(partitions) == 1:
+            context.set_data_version(result.asset_key, result.data_version)
+        elif result.data_version:  # Dagster stores one per asset and step
+            entry["data_version"] = result.data_version.value
+    for (key, partition), metadata in found.items():
+        _asset_context(context).add_asset_metadata(metadata, asset_key=key, partition_key=partition)
+
+
+def _find_asset(context: StepContext, report: Any) -> dg.AssetKey:
+    """Check the form of a report, and find out whose it is."""
+    form = f'{{"{PARTITION}": {{"partition": KEY, "metadata": {{...}}, "asset_key": KEY, "data_version": TEXT}}}}'
+    known = isinstance(report, dict) and report.keys() <= set(_FIELDS) and isinstance(report.get("partition"), str)
+    if not known or not isinstance(report.get("metadata") or {}, dict):
+        raise ValueError(f"not a report on a partition: {str(report)[:200]}; its form is {form}")
+    keys: dict[str, dg.AssetKey] = {key.to_escaped_user_string(): key for key in sorted(context.selected_asset_keys)}
+    name = report.get("asset_key")
+    if name is None and len(keys) == 1:
+        return next(iter(keys.values()))
+    if name not in keys:
+        said = "without an asset_key" if name is None else f"for the asset {name!r}"
+        raise ValueError(f"a report on a partition {said}; the assets of this run are {', '.join(keys) or 'none'}")
+    return keys[name]
+
+
+def _typed(value: Any) -> Any:
+    """A metadata value as Pipes sends it; a plain one gets the type that Dagster infers."""
+    typed = isinstance(value, dict) and value.keys() == {"raw_value", "type"}
+    return value if typed else {"raw_value": value, "type": PIPES_METADATA_TYPE_INFER}
+
+
+def _asset_context(context: StepContext) -> dg.AssetExecutionContext:
+    """The same step's context as one of an asset, however the asset's function has annotated it."""
+    return context if isinstance(context, dg.AssetExecutionContext) else dg.AssetExecutionContext(context)
+
+
+def complete(
+    context: StepContext, session: dg.PipesSession, where: Mapping[str, Any], costs: Mapping[str, Any]
+) -> dg.PipesClientCompletedInvocation:
+    """The completed invocation, whose costs Dagster shows once.
+
+    Args:
+        context: of the step.
+        session: with what the workload reported.
+        where: metadata for all results.
+        costs: metadata of the whole job: for the first partition of the first asset alone, so that sums are right.
+    """
+    reported = [
+        result.asset_key for result in session.get_reported_results() if isinstance(result, dg.MaterializeResult)
+    ]
+    keys = sorted(key for key in reported if key) or sorted(context.selected_asset_keys)
+    if not keys:  # an op, or the function of an asset check: its results have nothing else to appear in
+        return dg.PipesClientCompletedInvocation(session, metadata={**where, **costs})
+    partition = next(iter(partitions_of(context)), None)
+    _asset_context(context).add_asset_metadata(costs, asset_key=keys[0], partition_key=partition)
+    return dg.PipesClientCompletedInvocation(session, metadata=dict(where))
