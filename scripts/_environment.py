@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,16 @@ def activate() -> None:
         command = [str(VENV / "bin" / "python"), *command]
     sys.stdout.flush()
     os.execv(command[0], command)
+
+
+def restore_signals() -> None:
+    """Give SIGINT and SIGTERM their default actions, for this process and those that it starts.
+
+    A process that a script starts in the background, also with nohup, inherits that SIGINT is ignored. Dagster gives
+    SIGTERM the same handler: nothing but SIGKILL would end it, nor a run of it.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _wanted() -> str:

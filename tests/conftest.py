@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -9,6 +10,12 @@ import pytest
 from resources.settings import load_settings
 
 PREFIXES = ("DAGSTER_", "SLURM_", "SBATCH_", "ASC_", "RAY_")
+
+
+def pytest_configure() -> None:
+    """SIGINT and SIGTERM have their default actions however pytest was started: processes of tests inherit them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,10 @@ from pathlib import Path
 import dagster as dg
 
 from resources.auth import AccessError, check_health, clock, ensure_certificate
+from resources.configuration import check_configuration
 from resources.doctor.finding import Facts, Verdict, broken, ok, warning
 from resources.errors import ConfigurationError
-from resources.settings import ROOT, load_settings
+from resources.settings import ROOT
 from resources.slurm import load_site
 from resources.ssh.client_config import Hop, read_route
 from resources.ssh.host_key import trusted_entries
@@ -19,9 +20,9 @@ TCP_SECONDS = 10.0
 
 
 def check_settings(facts: Facts) -> Verdict:
-    """Read the settings and the site's entry."""
+    """Check the settings and the entries of the sites."""
     try:
-        facts.settings = settings = load_settings(facts.site_overrides, supercomputer=True)
+        facts.settings = settings = check_configuration(facts.site_overrides, supercomputer=True)
         facts.site = load_site(facts.site_overrides, settings.supercomputer_site or "")
     except ConfigurationError as error:
         return broken(str(error), "correct the settings; docs/settings.md has all of them")

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -68,14 +67,14 @@ class Person:
         file.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
 
     def starts_and_ends(self, command: str) -> None:
-        """One that goes on until Ctrl-C: it loads the code location, and ends well."""
+        """One that runs until it is ended: it loads the code location. It is started as nohup in a script starts it."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         log = self.folder / "dev.log"
         with log.open("w") as output:
             process = subprocess.Popen(
-                ["bash", "-c", f"trap - INT; exec {'env ' if '=' in command else ''}{command} --port {port}"],
+                ["bash", "-c", f"trap '' INT TERM; exec {'env ' if '=' in command else ''}{command} --port {port}"],
                 cwd=self.folder, env=self.variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
@@ -92,7 +91,7 @@ class Person:
         try:
             wait_for(loaded, 120, f"{command} has loaded the code location")
         finally:
-            os.killpg(process.pid, signal.SIGINT)
+            process.terminate()
             process.wait(60)
 
 

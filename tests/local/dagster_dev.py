@@ -70,8 +70,6 @@ class DagsterDev:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # else the child ignores it, too
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "dagster", "dev", "--port", str(port)],

@@ -1,0 +1,87 @@
+"""A wrong setting is seen before a run meets it: scripts/dev does not start, and scripts/doctor --settings fails."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from resources import SUPERCOMPUTER_SITE_OVERRIDES
+from resources.configuration import check_configuration
+from resources.errors import ConfigurationError
+from resources.settings import ROOT
+from tests import access
+
+
+@pytest.fixture
+def variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """In the environment: complete settings of a supercomputer."""
+    found = access.environment("https://127.0.0.1:1", tmp_path)
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    return found
+
+
+WRONG = {
+    "deployment": ({"DAGSTER_DEPLOYMENT": "moon"}, "DAGSTER_DEPLOYMENT='moon' is unknown"),
+    "site": ({"SLURM_SUPERCOMPUTER_SITE": "musika"}, "did you mean 'musica'"),
+    "missing": ({"SLURM_EDGE_NODE_USER": ""}, "SLURM_EDGE_NODE_USER=xy12345"),
+    "port": ({"SLURM_EDGE_NODE_PORT": "ssh"}, "SLURM_EDGE_NODE_PORT"),
+    "QoS": ({"SLURM_QOS": "fats_zen4_0768"}, "fats_zen4_0768"),
+    "partition": ({"SLURM_PARTITION": "zen5"}, "zen5"),
+}
+
+
+def run(script: str, *arguments: str, **changes: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
+    environment = {**os.environ, **changes}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_each_is_named(variables: Mapping[str, str], monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    changes, text = WRONG[case]
+    check_configuration(SUPERCOMPUTER_SITE_OVERRIDES)
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=text):
+        check_configuration(SUPERCOMPUTER_SITE_OVERRIDES)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("partitons", {}, "unknown key"),
+        ("launchers", {"ray": {"pre_start_comands": []}}, "did you mean 'pre_start_commands'"),
+        ("host_authorities", ["musica ssh-rsa AAAA"], "does not begin with @cert-authority"),
+    ],
+)
+def test_so_is_a_mistake_in_the_entry_of_any_site(key: str, value: Any, text: str) -> None:
+    """Also where another site is used, or none."""
+    overrides = copy.deepcopy(SUPERCOMPUTER_SITE_OVERRIDES) | {"other": {key: value}}
+    with pytest.raises(ConfigurationError, match=text):
+        check_configuration(overrides)
+
+
+@pytest.mark.usefixtures("variables")
+def test_dev_does_not_start() -> None:
+    changes, text = WRONG["deployment"]
+    done = run("dev", **changes)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Dagster is not started, because the settings are wrong.\n")
+    assert text in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.usefixtures("variables")
+def test_the_command_for_ci() -> None:
+    done = run("doctor", "--settings")
+    assert (done.returncode, done.stdout) == (0, "the settings are right: production_supercomputer, musica\n")
+    changes, text = WRONG["QoS"]
+    done = run("doctor", "--settings", **changes)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert text in done.stderr
