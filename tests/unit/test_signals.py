@@ -18,9 +18,6 @@ SHOW = """\
 import json, signal
 ignored = [number.name for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is signal.SIG_IGN]
 """
-TEST = (
-    "import subprocess, sys\ndef test_it(): print(subprocess.check_output([sys.executable, {program!r}], text=True))\n"
-)
 
 
 def run_with_ignored_signals(command: list[str], **variables: str) -> "subprocess.CompletedProcess[str]":
