@@ -26,6 +26,7 @@ from tests.local.code_root import check_metadata, make_package, make_program
 from tests.local.workload_asset import PIPES, Outcome, materialize
 from tests.simulated_site import CERTIFICATE_USER, CPU_PARTITION, SimulatedSite, wait_until
 from tests.simulated_site.machines import MEMORY_CGROUPS
+from tests.simulated_site.slurm_configuration import ACCOUNT, SECOND_ACCOUNT, SPENT_ACCOUNT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 SHORT = SlurmRequest(time_limit="00:10:00")
@@ -99,6 +100,30 @@ def test_a_program_in_a_subfolder_and_a_package(
     outcome = materialize(path, workloads, launcher=launcher, request=request, **arguments)
     assert outcome.error == ""
     check_metadata(outcome.materializations[None][0])
+
+
+def test_which_project_is_charged(
+    site: SimulatedSite, workloads: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The asset's, else the deployment's, else that of the login shell, else the user's default."""
+    home = site.layout.home / CERTIFICATE_USER.name
+
+    def charged(request: SlurmRequest) -> str:
+        outcome = materialize(REPORTS, workloads, request=request)
+        (metadata,) = outcome.materializations[None]
+        job, project = metadata["job_id"], str(metadata["account"])
+        assert f"job {job} is charged to project {project}" in capfd.readouterr().err
+        assert site.squeue("--noheader", "--states=all", f"--jobs={job}", "--format=%a").strip() == project
+        return project
+
+    assert charged(SHORT) == ACCOUNT
+    for name in (".profile", ".bash_profile", ".bashrc"):
+        with (home / name).open("a") as file:
+            file.write(f"export SBATCH_ACCOUNT={SECOND_ACCOUNT}\n")
+    assert charged(SHORT) == SECOND_ACCOUNT
+    monkeypatch.setenv("SLURM_ACCOUNT", ACCOUNT)
+    assert charged(SHORT) == ACCOUNT
+    assert charged(SHORT.model_copy(update={"account": SECOND_ACCOUNT})) == SECOND_ACCOUNT
 
 
 def test_a_run_takes_one_connection_and_one_channel(site: SimulatedSite, workloads: Path) -> None:
@@ -273,7 +298,8 @@ def test_a_time_limit_that_is_reached(workloads: Path) -> None:
     ("request_", "text"),
     [
         (SlurmRequest(nodelist="n4009"), "Invalid node name specified"),
-        (SlurmRequest(account="nobody"), "Invalid account"),
+        (SlurmRequest(account="nobody"), "'nobody' is not a project of yours. Yours are p70001, p71234, p75678"),
+        (SlurmRequest(account=SPENT_ACCOUNT), f"Project {SPENT_ACCOUNT} may not use QoS {CPU_PARTITION}, only idle_"),
     ],
 )
 def test_what_slurm_refuses_is_told_in_its_words(

@@ -21,6 +21,7 @@ from resources.doctor import examine
 from resources.runs import RunRecord, open_runs
 from resources.settings import ROOT, load_settings
 from tests.simulated_site import CERTIFICATE_USER, SimulatedSite, wait_until
+from tests.simulated_site.slurm_configuration import ACCOUNT, SPENT_ACCOUNT
 
 pytestmark = pytest.mark.cluster
 
@@ -254,11 +255,13 @@ def test_slurm_is_asked_for_the_start_or_the_reason_of_a_refusal() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "preview"), "flights", "--partition", "2013-01", "--test-only"]
     taken = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert taken.returncode == 0, taken.stderr
-    assert re.search(r" to start at \w{3} \w{3} .* using 2 processors", taken.stdout), taken.stdout
-    with open_runs(load_settings(SUPERCOMPUTER_SITE_OVERRIDES), SUPERCOMPUTER_SITE_OVERRIDES, 60) as runs:
-        accepted, said = runs.gateway.test("#!/bin/bash\n#SBATCH --partition=zen4_0768\n#SBATCH --qos=nonsense\n")
-    assert not accepted
-    assert "Invalid qos specification" in said
+    assert re.search(r" to start at \w{3} \w{3} .* using \d processors", taken.stdout), taken.stdout
+    assert f"charged to project {ACCOUNT}\n" in taken.stdout
+    environment = {**os.environ, "SLURM_ACCOUNT": SPENT_ACCOUNT}
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert refused.returncode == 1
+    assert "Invalid qos specification" in refused.stdout
+    assert f"Project {SPENT_ACCOUNT} may not use QoS dev_zen4_0768, only idle_" in refused.stdout
 
 
 def count_agents(site: SimulatedSite) -> int:
