@@ -50,6 +50,7 @@ with open_dagster_pipes():
 """
 MEGABYTES = 100
 AT_ONCE = 50
+RUNS = f"{CERTIFICATE_USER.home}/dagster-slurm/runs"
 SITE = load_site(SUPERCOMPUTER_SITE_OVERRIDES, "musica")
 CONSOLE = Console(width=120)
 
@@ -247,10 +248,10 @@ def _measure_many(settings: Settings) -> None:
         deadline = time.monotonic() + 120
         while len(_agents()) < AT_ONCE + 1 and time.monotonic() < deadline:
             time.sleep(1)
-        before, begun = watcher.states()["calls"], time.monotonic()
+        before, begun = watcher.states(RUNS)["calls"], time.monotonic()
         cpu = {pid: _cpu(pid) for pid in _agents()}
         time.sleep(60)
-        calls, seconds = watcher.states()["calls"] - before, time.monotonic() - begun
+        calls, seconds = watcher.states(RUNS)["calls"] - before, time.monotonic() - begun
         memory = [psutil.Process(pid).memory_info().rss / 1e6 for pid in _agents()]
         busy = [_cpu(pid) - cpu[pid] for pid in _agents() if pid in cpu]
         stop.set()
@@ -300,7 +301,7 @@ def _submit(gateway: Gateway, body: str, name: str) -> tuple[str, str]:
     key = f"{name}-{random.randrange(1 << 40)}"  # noqa: S311 - a name
     request = allocate(SlurmRequest(time_limit="5"), SITE, qos="zen4_0768").request
     script = render_job_script(request, SITE, job_name=key, about={}, environment={}, body=body)
-    run = f"{CERTIFICATE_USER.home}/dagster-slurm/runs/{key}"
+    run = f"{RUNS}/{key}"
     gateway.submit(run, {"job.sh": script})
     return run, key
 

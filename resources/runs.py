@@ -56,7 +56,7 @@ class RunRecord:
     def parse(cls, row: Mapping[str, Any]) -> "RunRecord":
         """From what the agent says."""
         end = JobEnd.parse(row["end"]) if row["end"] else None
-        about, heard = About(**row["about"]), datetime.fromtimestamp(row["at"], UTC)
+        about, heard = About.parse(row["about"]), datetime.fromtimestamp(row["at"], UTC)
         return cls(row["run"], row["job"], about, end, heard, tuple(row["followers"] or [about.run]))
 
 
@@ -103,7 +103,7 @@ class Runs:
         Raises:
             RefusedError: Slurm does not answer: then nothing is known.
         """
-        queue = self.gateway.states()
+        queue = self.gateway.states(self.folder)
         if queue["trouble"]:
             raise RefusedError(f"Slurm does not tell which jobs there are: {queue['trouble']}")
         lately = datetime.now(UTC) - UNJUDGED

@@ -4,13 +4,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
 from resources.plan import Plan
 from resources.slurm import render_job_script
+from resources.slurm.gateway.agent.disk import FORMAT
 
 CONTEXT, MESSAGES, RECORD = "context.json", "messages.jsonl", "submitted_with.json"
 """Names in a run directory."""
@@ -28,6 +29,7 @@ class About:
         partitions: first and last partition key; empty without partitions.
         environment: name of the one that it uses; empty in what has none yet.
         step: Dagster's key of the step; empty in what an older version has submitted.
+        format: of the file; 0 in those from before there was one.
     """
 
     run: str
@@ -36,6 +38,13 @@ class About:
     partitions: str
     environment: str = ""
     step: str = ""
+    format: int = FORMAT
+
+    @classmethod
+    def parse(cls, said: Mapping[str, Any]) -> "About":
+        """Take what this version knows of a file, which may be of another one."""
+        known = {field.name: said.get(field.name, "") for field in fields(cls) if field.name != "format"}
+        return cls(**known, format=said.get("format", 0))
 
     @property
     def comment(self) -> dict[str, str]:

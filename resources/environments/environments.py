@@ -15,9 +15,11 @@ from resources.environments.target import NEWEST, OLDEST, Target
 from resources.environments.wheels import Wheel, gather_wheels
 from resources.slurm import Site
 from resources.slurm.gateway import Gateway
+from resources.slurm.gateway.agent import disk
 from resources.slurm.gateway.joined import join
 
-_KEEPER = join(Path(__file__).with_name("keeper"), ("files", "interpreters", "making", "shelf", "server"))
+_MODULES = ("files", "interpreters", "making", "shelf", "server")
+_KEEPER = join(Path(disk.__file__), *(Path(__file__).with_name("keeper") / f"{name}.py" for name in _MODULES))
 FOLDER = "environments"
 """Below SLURM_DEPLOYMENT_BASE_PATH."""
 

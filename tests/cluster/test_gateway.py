@@ -312,7 +312,7 @@ def test_accounting_and_states(gateway: Gateway, site: SimulatedSite) -> None:
     assert end.rows[0][:2] == [job, "COMPLETED"]
     assert end.submitted and end.started and end.ended
     assert end.submitted <= end.started < end.ended
-    assert gateway.states()["jobs"][job][3] == run.key
+    assert gateway.states(run.path.rpartition("/")[0])["jobs"][job][3] == run.key
 
 
 @pytest.mark.usefixtures("shells_that_end_at_once")
@@ -328,7 +328,7 @@ def test_without_agent_it_is_told_why(site: SimulatedSite, settings: Settings, *
 
     def ask() -> None:
         with pytest.raises(StoppedError):
-            gateway.states()
+            gateway.states("runs")
 
     thread = threading.Thread(target=ask)
     thread.start()

@@ -48,7 +48,8 @@ def queries(site: SimulatedSite) -> int:
     """How often squeue has been called, on both login nodes, by their shared views."""
     calls = 0
     for node in ("login01", "login02"):
-        text = site.run_on_node(node, f"cat /tmp/gateway-{CERTIFICATE_USER.uid}/squeue.json", check=False).stdout
+        view = f"{CERTIFICATE_USER.home}/runs/.queue-{node}.json"
+        text = site.run_on_login(CERTIFICATE_USER, f"cat {view}", check=False).stdout
         calls += json.loads(text)["calls"] if text else 0
     return calls
 

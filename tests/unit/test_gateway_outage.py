@@ -82,7 +82,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    patient = f'sys.modules["agent.server"].SILENCE *= {SPEED}; names["serve"]()'  # the wire's own clock is not faster
+    server = 'sys.modules["resources.slurm.gateway.agent.server"]'
+    patient = f'{server}.SILENCE *= {SPEED}; names["serve"]()'  # the wire's own clock is not faster
     start = channels._START.replace('names["serve"]()', patient)
     monkeypatch.setattr(channels, "_START", FAST.format(speed=SPEED, since=time.time()) + start)
     monkeypatch.setattr(link, "monotonic", lambda: time.monotonic() * SPEED)
@@ -154,8 +155,7 @@ def test_a_login_node_that_fails_is_not_hammered(way: str, slurm: Path, monkeypa
     monkeypatch.setattr(link, "monotonic", lambda: clock.now)
     run = slurm / "runs" / "sweep-1"
     run.mkdir(parents=True, mode=0o700)
-    with (run / "stdout").open("wb") as file:
-        file.truncate(1 << 30)
+    (run / "stdout").write_bytes(b"x" * (1 << 24))
 
     def open_channel() -> Channel:
         if clock.now > OUTAGE:

@@ -1,9 +1,10 @@
-"""Documents and folders that appear whole or not at all."""
+"""Folders that appear whole or not at all."""
 
 import contextlib
-import fcntl
 import json
 import os
+
+from resources.slurm.gateway.agent.disk import check, lock, own, unique
 
 HERE = "environment.json"
 
@@ -16,35 +17,17 @@ def tell(**fields):
     print(json.dumps(fields), flush=True)
 
 
-def load(path):
-    """A document; None if there is none."""
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def store(path, document):
-    """Put a document in place, whole or not at all."""
-    part = "%s.%d.part" % (path, os.getpid())
-    with open(part, "w") as file:
-        json.dump(document, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(part, path)
-
-
 @contextlib.contextmanager
 def locked(folder):
     """One at a time; what was begun and not finished is nobody's then."""
-    os.makedirs(folder, 0o700, exist_ok=True)
-    with open(os.path.join(folder, ".lock"), "w") as lock:
+    own(folder)
+    path = os.path.join(folder, ".lock")
+    with open(path, "w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, path, wait=False)
         except BlockingIOError:
             tell(progress="waiting for another deployment to this folder")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock(file, path)
         for place in (folder, os.path.join(folder, "packages")):
             for name in os.listdir(place) if os.path.isdir(place) else ():
                 if name.endswith((".new", ".old")):
@@ -53,6 +36,13 @@ def locked(folder):
                     with contextlib.suppress(FileNotFoundError):  # whoever wrote it has put it in place
                         os.unlink(os.path.join(place, name))
         yield
+
+
+def trust(folder):
+    """Refuse a folder of environments that others own or can write to, and those in it that many environments share."""
+    for name in ("packages", "wheels"):
+        check(os.path.join(folder, name))
+    check(folder)
 
 
 def remove_tree(path):
@@ -75,7 +65,7 @@ def making(path):
 
     Its name until then is of this process alone: a child of one that was killed may still be writing.
     """
-    new = "%s.%d.new" % (path, os.getpid())
+    new = unique(path) + ".new"
     os.makedirs(new, 0o700)
     try:
         yield new

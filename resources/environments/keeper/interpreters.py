@@ -7,7 +7,9 @@ import os
 import subprocess
 import time
 
-from .files import Refused, load, store
+from resources.slurm.gateway.agent.disk import load, store
+
+from .files import Refused
 
 REMEMBERED = 86400.0  # seconds; a better candidate may have come since
 STAMP = ("st_ino", "st_size", "st_mtime_ns")
@@ -38,7 +40,7 @@ def choose(ask):
     parts = [os.uname()[1], DESCRIBE] + [ask[name] for name in ("setup", "asked", "candidates", "oldest", "newest")]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     path = os.path.join(ask["folder"], ".interpreter-%s.json" % key)
-    known = load(path)
+    known = load(path, "found", "stamp", "at")
     if known and time.time() - known["at"] < REMEMBERED and known["stamp"] == stamp(ask, known["found"]):
         return known["found"]
     found = probe(ask)

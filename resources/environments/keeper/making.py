@@ -6,7 +6,9 @@ import json
 import os
 import time
 
-from .files import HERE, Refused, locked, making, remove_tree, store, tell, touch
+from resources.slurm.gateway.agent.disk import store
+
+from .files import HERE, Refused, locked, making, remove_tree, tell, touch
 from .interpreters import choose, dotted, in_setup, run, skeleton
 
 FORMAT = 1  # part of every name: a new way of making environments makes new ones
@@ -81,7 +83,7 @@ def install(ask, content):
         in_setup(ask, 'exec "$@"', *compiler)  # it fails where a file is only a template for one
         remove_tree(os.path.join(new, "bin"))  # its commands name this folder; programs are started by `python -m`
         os.unlink(os.path.join(new, "pyvenv.cfg"))
-        store(os.path.join(new, "packages.json"), sorted(ask["wheels"]))
+        store(os.path.join(new, "packages.json"), {"wheels": sorted(ask["wheels"])})
 
 
 def unpack(ask, python, listed):

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 
-from .files import Refused, tell
+from .files import Refused, tell, trust
 from .making import lacking, look, publish
 from .shelf import announce, inventory, published, remove, roll_back
 
@@ -22,7 +22,9 @@ def end_with_stdin():
 
 def answer(ask):
     """What is asked for; raises Refused."""
-    return VERBS[ask["do"]](dict(ask, folder=os.path.expanduser(ask["folder"])))
+    folder = os.path.expanduser(ask["folder"])
+    trust(folder)
+    return VERBS[ask["do"]](dict(ask, folder=folder))
 
 
 def serve():

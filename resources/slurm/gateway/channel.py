@@ -16,9 +16,9 @@ from resources.slurm.gateway.agent.slurm import KEPT
 from resources.slurm.gateway.joined import join
 from resources.ssh import connect
 
-_MODULES = ("files", "slurm", "runs", "claims", "submission", "follower", "programs", "server")
+_MODULES = ("disk", "files", "slurm", "runs", "claims", "submission", "follower", "programs", "server")
 """Of the agent, each after those that it uses."""
-_SOURCE = join(Path(__file__).with_name("agent"), _MODULES)
+_SOURCE = join(*(Path(__file__).with_name("agent") / f"{name}.py" for name in _MODULES))
 # Reads exactly the source; what follows on stdin stays in the same buffer, for the agent. It has no single quotes, so
 # that every login shell takes it between some.
 _START = (

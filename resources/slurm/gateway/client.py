@@ -89,12 +89,13 @@ class Gateway(Link):
         said = self.ask(do="projects")
         return Projects.parse(said["rows"], said["exported"])
 
-    def states(self) -> Mapping[str, Any]:
-        """Return the view of all of the user's jobs: `jobs`, `at`, `calls`, `trouble`.
+    def states(self, runs: str) -> Mapping[str, Any]:
+        """Return the view of all of the user's jobs, which the agents share in the folder of all runs.
 
-        `jobs` has a list of state, reason, start, name and account for each job id.
+        Returns:
+            `jobs` by id (state, reason, start, name, account), `at`, `calls`, `trouble`.
         """
-        return self.ask(do="states")
+        return self.ask(do="states", runs=runs)
 
     def runs(self, runs: str) -> list[Mapping[str, Any]]:
         """Every run in the folder: `run` (its path), `about`, `job`, `end` (empty: not known), `at` (last word)."""
@@ -281,6 +282,8 @@ class Gateway(Link):
                         raise AgainError(f"{name} came from byte {head['at']} on, not {offsets[name]}")
                     offsets[name] += len(data)
                     sinks[name](data)
+                elif "trouble" in head:
+                    self._on_trouble(head["trouble"])
                 elif "state" in head:
                     start = float(head["start"]) if head["start"].isdecimal() else None
                     on_state(JobState(head["state"], head["reason"], start, head["account"]))

@@ -3,13 +3,13 @@
 A claim is a lock on a file beside the runs, held by an agent and gone with it.
 """
 
-import fcntl
 import json
 import os
 import threading
 import time
 
-from .files import read, remove_tree
+from .disk import lock, own, parse, read
+from .files import remove_tree
 from .runs import DAY, checked, has, latest, others
 
 LOOK = 0.5  # seconds between looks whether this client's earlier agent has left
@@ -22,10 +22,12 @@ def take(path, holder):
     while True:
         file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, path, wait=False)
             if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
-                os.ftruncate(file, 0)
-                os.pwrite(file, json.dumps(holder).encode(), 0)
+                text = json.dumps(holder).encode()
+                if read(path) != text:  # a client that is back writes nothing: the disk may be full by now
+                    os.pwrite(file, text.ljust(os.fstat(file).st_size), 0)
+                    os.ftruncate(file, len(text))
                 HELD[path] = file
                 return True
         except BlockingIOError:
@@ -38,9 +40,8 @@ def take(path, holder):
 
 
 def holder_of(path):
-    """Who has it, as far as that is written yet."""
-    text = read(path).decode()
-    return json.loads(text) if text.endswith("}") else {}
+    """Return who has it, as far as that is written yet."""
+    return parse(read(path), "token", "who") or {}
 
 
 def succeed(path, mine, say):
@@ -63,7 +64,7 @@ def hold(ask, say):
     it, and takes over from it.
     """
     folder, family = os.path.expanduser(ask["runs"]), checked(ask["family"])
-    os.makedirs(folder, 0o700, exist_ok=True)
+    own(folder)
     path, mine = os.path.join(folder, family + ".holder"), {"token": ask["token"], "who": ask["who"]}
     if path in HELD or take(path, mine):
         return {}

@@ -1,9 +1,9 @@
-"""Files: read and written as wholes, sent and fetched in pieces."""
+"""Files: sent and fetched in pieces."""
 
-import fcntl
 import hashlib
 import os
-import threading
+
+from .disk import lock
 
 CHUNK = 1 << 18
 
@@ -14,35 +14,6 @@ class Failure(Exception):
     def __init__(self, kind, text):
         super().__init__(text)
         self.kind = kind
-
-
-def read(path):
-    """The content of a file; nothing if there is none."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        return b""
-
-
-def unique(path):
-    """A name beside `path` that no other thread, process or login node takes."""
-    return "%s.%s-%d-%d" % (path, os.uname()[1], os.getpid(), threading.get_ident())
-
-
-def write(path, data):
-    """Put a file in place, whole or not at all, for its owner alone."""
-    part = unique(path) + ".part"
-    try:
-        with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(part, path)
-    except OSError:
-        if os.path.exists(part):
-            os.unlink(part)
-        raise
 
 
 def remove_tree(path):
@@ -72,12 +43,15 @@ def locked(path, flags=0):
     """A file, open for one writer at a time: two clients may well put the same."""
     while True:
         file = os.open(path, os.O_RDWR | flags, 0o600)
-        fcntl.flock(file, fcntl.LOCK_EX)
         try:
+            lock(file, path)
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return os.fdopen(file, "r+b")
         except FileNotFoundError:  # the one before has put it in place, or taken it away
             pass
+        except OSError:
+            os.close(file)
+            raise
         os.close(file)
 
 
@@ -113,18 +87,21 @@ def piece(ask, _):
 
 
 def get(ask, say):
-    """A file from an offset on, then its hash."""
+    """Send a file as it is now, from an offset on, then the hash of that; what is appended meanwhile does not count."""
     path, at = os.path.expanduser(ask["path"]), ask["at"]
+    found, done = hashlib.sha256(), 0
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            file.seek(at)
-            while at < size:
-                data = file.read(min(CHUNK, size - at))
+            while done < size:
+                data = file.read(min(CHUNK, size - done))
                 if not data:
                     raise Failure("temporary", "%s has become shorter" % path)
-                say(data, file=path, at=at)
-                at += len(data)
+                found.update(data)
+                done += len(data)
+                new = data[-(done - at) :] if done > at else b""
+                if new:
+                    say(new, file=path, at=done - len(new))
     except FileNotFoundError as error:
         raise Failure("refused", "%s: %s" % (path, error.strerror))
-    return {"sha256": hash_of(path), "bytes": size}
+    return {"sha256": found.hexdigest(), "bytes": size}

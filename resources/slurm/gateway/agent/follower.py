@@ -4,10 +4,12 @@ import os
 import time
 
 from .files import CHUNK, Failure
-from .runs import STREAMS, conclude, job_of, locate, quietly_conclude, words_of
+from .runs import MESSAGES, STREAMS, conclude, job_of, locate, quietly_conclude, words_of
 from .slurm import COMMAND_PATIENCE, OVER, QUEUE, SQUEUE_EVERY, account
 from .submission import UNDER_WAY
 
+UNSEEN = 60.0  # seconds without an answer of squeue, after which Slurm is asked about the one job, as often
+HOLE = 10.0  # seconds for which NUL bytes are held back: on NFS, they may stand for what a node's cache still has
 LAG = 15.0  # seconds for which a job's own words are waited for when Slurm says that it is over
 ABSENT = 10.0  # seconds for which a run directory may be on its way
 MOST_CHUNKS = 8  # of one stream in a row, so that none starves another
@@ -23,11 +25,12 @@ class Follower:
         self.fields = ask["fields"]
         self.begun = self.moved = self.asked = time.time()
         self.pause = 0.015
-        self.told = None
+        self.told, self.trouble = None, None
+        self.holes = {}  # by stream: the size that it had when NUL bytes were first seen, and when that was
         self.end, self.end_seen = None, 0.0
 
     def follow(self):
-        QUEUE.wanted.set()
+        QUEUE.want(os.path.dirname(self.run))
         LATEST[self.run] = self
         while not os.path.isdir(self.run):  # asked for in one breath with its submission
             if time.time() - self.begun > ABSENT and self.run not in UNDER_WAY:
@@ -60,6 +63,7 @@ class Follower:
         try:
             for sent in range(MOST_CHUNKS):
                 data = os.pread(file, CHUNK, self.at[name])  # nothing beyond the end, nor where a view is old
+                data = data[: self.whole(name, data, file)]
                 if not data:
                     return sent
                 self.say(data, file=name, at=self.at[name])
@@ -68,12 +72,29 @@ class Follower:
         finally:
             os.close(file)
 
+    def whole(self, name, data, file):
+        """Return how much of some bytes of a stream can be sent: what stands before NUL bytes that may be a hole."""
+        place = data.find(b"\0")
+        if place < 0:
+            return len(data)
+        if name == MESSAGES:  # JSON has none
+            return place
+        size, since = self.holes.get(name, (0, 0))
+        if size <= self.at[name] + place:
+            size, since = self.holes[name] = os.fstat(file).st_size, time.time()
+        if time.time() - since < HOLE:
+            return place
+        return min(len(data), size - self.at[name])  # it was written so
+
     def tell_state(self, job, words):
         row = QUEUE.row(job, self.key)
         if "started" in words and (not row or row[0] == "PENDING"):  # squeue's view is older
             row = ["RUNNING", "None", ""] + (row or [])[3:]
         if row and row[0] not in OVER and "end" not in words:
             self.tell(*row)
+        if QUEUE.view["trouble"] and QUEUE.view["trouble"] != self.trouble:
+            self.trouble = QUEUE.view["trouble"]
+            self.say(trouble=self.trouble)
 
     def tell(self, state, reason, start="", project=""):
         if (state, reason, project) != self.told:
@@ -86,7 +107,8 @@ class Follower:
         told = word and word["code"] is not None and since > self.pause
         cut_short = word and since > min(max(1, time.time() - self.moved), SQUEUE_EVERY)
         gone = since > SQUEUE_EVERY and QUEUE.view["at"] > self.begun + 5 and (not row or row[0] in OVER)
-        if not (told or cut_short or gone):
+        unseen = since > UNSEEN and time.time() - QUEUE.view["at"] > UNSEEN
+        if not (told or cut_short or gone or unseen):
             return
         self.asked = time.time()
         if told:
@@ -94,7 +116,8 @@ class Follower:
         try:
             self.end = conclude(self.run, job)
         except Failure as failure:
-            self.tell("COMPLETING", "waiting for Slurm's word on the end: %s" % failure)
+            if word:
+                self.tell("COMPLETING", "waiting for Slurm to confirm the end: %s" % failure)
 
     def finish(self, job, word):
         """The answer, once all that the job wrote is sent; a job that left no word may have one on its way."""

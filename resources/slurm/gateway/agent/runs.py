@@ -21,10 +21,12 @@ import os
 import re
 import time
 
-from .files import Failure, read, remove_tree, unique, write
+from .disk import load, parse, read, store, unique, write
+from .files import Failure, remove_tree
 from .slurm import FORGOTTEN, QUEUE, verdict
 
-STREAMS = ("messages.jsonl", "stdout", "stderr")
+MESSAGES = "messages.jsonl"
+STREAMS = (MESSAGES, "stdout", "stderr")
 EVENTS, CAUSE = "events", "cause"
 FOLLOWER = "follower-"
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
@@ -86,9 +88,8 @@ def words_of(run):
     """The words of the job's last life, by `started` and `end`; a job that runs again begins anew."""
     words = {}
     for line in read(os.path.join(run, EVENTS)).split(b"\n")[:-1]:  # the last piece is not a whole line yet
-        try:
-            word = json.loads(line.decode())
-        except ValueError:  # cut off by a full disk
+        word = parse(line, "time")
+        if not word:  # cut off by a full disk
             continue
         words = dict(words, end=word) if "code" in word else {"started": word}
     return words
@@ -103,19 +104,22 @@ def job_of(run):
 
 
 def settle(run, job):
-    """Note the run's job, unless there is one."""
+    """Note the run's job, unless there is one; return which it is."""
     try:
         os.symlink(job, os.path.join(run, "job"))
     except FileExistsError:
         pass
-    return job_of(run)
+    except OSError as error:  # the job exists all the same, and notes itself when it starts
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+    return job_of(run) or job
 
 
 def conclude(run, job):
     """How the run ended, by its own word and Slurm's; None while it has not."""
-    known = read(os.path.join(run, "end"))
+    known = load(os.path.join(run, "end"), "state", "exit", "times")
     if known:
-        return json.loads(known.decode())
+        return known
     word = words_of(run).get("end") or {}
     try:
         said = verdict(job, os.path.basename(run))
@@ -131,7 +135,7 @@ def conclude(run, job):
     end = dict(word, cause=cause, **said)
     if word:
         try:
-            write(os.path.join(run, "end"), json.dumps(end).encode())
+            store(os.path.join(run, "end"), end)
         except OSError:  # the disk is full: it is worked out again the next time
             pass
     return end
@@ -202,7 +206,7 @@ def look(ask, _):
     job = job_of(run)
     end = conclude(run, job) if job else None
     if job and not end:
-        QUEUE.refresh()
+        QUEUE.refresh(os.path.dirname(run))
     row = QUEUE.row(job, key) if job else None
     return {"job": job, "end": end, "row": row, "started": "started" in words_of(run)}
 
@@ -219,11 +223,13 @@ def runs(ask, _):
     folder, found = os.path.expanduser(ask["runs"]), []
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         run = os.path.join(folder, name)
-        about = read(os.path.join(run, "about.json")) if os.path.isdir(run) else b""
+        about = load(os.path.join(run, "about.json"), "run", "asset")
         if about:
-            end = read(os.path.join(run, "end")).decode()
-            row = {"run": run, "job": job_of(run), "about": json.loads(about.decode()), "end": end and json.loads(end)}
-            row["at"] = os.stat(os.path.join(run, EVENTS)).st_mtime
-            row["followers"] = followers_of(run)
+            try:
+                at, followers = os.stat(os.path.join(run, EVENTS)).st_mtime, followers_of(run)
+            except FileNotFoundError:  # it is being removed
+                continue
+            end = load(os.path.join(run, "end"), "state", "exit", "times")
+            row = {"run": run, "job": job_of(run), "about": about, "end": end, "at": at, "followers": followers}
             found.append(row)
     return {"found": found}

@@ -181,4 +181,5 @@ class Agent:
 
 def serve():
     """Until the client is gone."""
+    os.umask(0o077)
     Agent().serve()

@@ -1,21 +1,22 @@
 """Slurm's commands: asked in an environment that changes nothing, and what their answers mean."""
 
-import fcntl
-import json
 import os
 import pwd
 import re
+import signal
 import subprocess
 import threading
 import time
 
-from .files import Failure, read, write
+from .disk import load, lock, own, store
+from .files import Failure
 
 KEPT = frozenset("SLURM_CONF SLURM_CONF_SERVER SLURM_JWT SBATCH_ACCOUNT".split())
 """How to reach Slurm, and the project that the user has chosen: of all that shells export for Slurm's commands."""
 ACCOUNT = re.compile(r"^#SBATCH --account=", re.M)
 FIELD = re.compile(r"(\w+)=(\S*)")
 SQUEUE_EVERY = 15.0
+UNSHARED_EVERY = 60.0  # seconds between two calls of squeue by an agent that asks for itself
 COMMAND_PATIENCE = 60.0
 ACCOUNTING_TAKES = 0.1  # seconds: sacct asks a database
 FORGOTTEN = 240.0  # seconds after which squeue alone proves nothing: it forgets ended jobs after MinJobAge (300)
@@ -42,25 +43,39 @@ def environment(script=""):
 
 
 def user():
-    """The user's name."""
-    return pwd.getpwuid(os.getuid()).pw_name
+    """Return the user's name; the number while the directory of users does not answer."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def call(*command, patience=COMMAND_PATIENCE, script=""):
     """Return what a command did; `script` is the job that it reads from its stdin."""
+    pipe = subprocess.PIPE
     try:
-        return subprocess.run(
-            command,
-            env=environment(script),
-            input=script.encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            timeout=patience,
+        child = subprocess.Popen(
+            command, env=environment(script), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
         )
-    except subprocess.TimeoutExpired:
-        raise Failure("temporary", "%s did not answer within %d s" % (command[0], patience))
     except OSError as error:
         raise Failure("refused", "%s: %s" % (command[0], error.strerror))
+    try:
+        out, err = child.communicate(script.encode(), timeout=patience)
+    except subprocess.TimeoutExpired:
+        end(child)
+        raise Failure("temporary", "%s did not answer within %d s" % (command[0], patience))
+    return subprocess.CompletedProcess(command, child.returncode, out, err)
+
+
+def end(child):
+    """Kill a command and what it has started; one that hangs in the kernel is not waited for."""
+    os.killpg(child.pid, signal.SIGKILL)
+    for pipe in (child.stdin, child.stdout, child.stderr):
+        pipe.close()
+    try:
+        child.wait(1)
+    except subprocess.TimeoutExpired:
+        pass
 
 
 def ask_slurm(*command, patience=COMMAND_PATIENCE):
@@ -145,51 +160,77 @@ def account(job, fields, ran):
     return []
 
 
+def asked(view):
+    return max(view["at"], view["asked"])
+
+
 class Queue:
-    """squeue for all of the user's jobs, asked every SQUEUE_EVERY by whichever agent on this machine is first."""
+    """squeue for all of the user's jobs, asked every SQUEUE_EVERY by whichever agent on this machine is first.
+
+    The view lies beside the runs, in a folder of the user. An agent that cannot share it asks for itself, less often.
+    """
 
     def __init__(self):
-        self.folder = os.path.join("/tmp", "gateway-%d" % os.getuid())
         self.view = {"at": 0, "asked": 0, "calls": 0, "jobs": {}, "trouble": None}
+        self.every = SQUEUE_EVERY
+        self.folder = None
         self.wanted = threading.Event()
 
-    def refresh(self):
+    def want(self, folder):
+        """Keep the view fresh from now on; `folder`: of the runs."""
+        self.folder = folder
+        self.wanted.set()
+
+    def refresh(self, folder):
+        """Bring the view up to date."""
+        path = os.path.join(folder, ".queue-%s.json" % os.uname()[1])
         try:
-            os.mkdir(self.folder, 0o700)
-        except FileExistsError:
-            pass
-        mine = os.lstat(self.folder)
-        if mine.st_uid != os.getuid() or mine.st_mode & 0o077:
-            raise Failure("refused", "%s is not ours alone" % self.folder)
-        path = os.path.join(self.folder, "squeue.json")
-        with open(path + ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            view = json.loads(read(path).decode() or json.dumps(self.view))
-            if not 0 <= time.time() - max(view["at"], view["asked"]) < SQUEUE_EVERY:
-                view["asked"] = time.time()
-                view["calls"] += 1
-                try:
-                    rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-o", "%i|%T|%r|%S|%j|%a")
-                    view.update(at=view["asked"], jobs={row[0]: row[1:] for row in rows}, trouble=None)
-                except Failure as failure:
-                    view["trouble"] = str(failure)  # the old view stays, with its age
-                write(path, json.dumps(view).encode())
-        self.view = view
+            own(folder)
+            with open(path + ".lock", "w") as file:
+                lock(file, path)
+                shared = load(path, *self.view) or self.view
+                if asked(shared) > asked(self.view):
+                    self.view, self.every = shared, SQUEUE_EVERY
+                if not self.fresh():
+                    self.view = self.ask()
+                    store(path, self.view)
+                    self.every = SQUEUE_EVERY
+        except OSError as error:
+            self.every = UNSHARED_EVERY
+            if not self.fresh():
+                self.view = self.ask()
+            if not self.view["trouble"]:
+                text = "each run asks squeue for itself, since the answer cannot be shared: %s: %s"
+                self.view["trouble"] = text % (error.filename or path, error.strerror)
+
+    def fresh(self):
+        return 0 <= time.time() - asked(self.view) < self.every
+
+    def ask(self):
+        """Return squeue's answer as a view; what is known stays, with its age, if there is none."""
+        view = dict(self.view, asked=time.time(), calls=self.view["calls"] + 1, trouble=None)
+        try:
+            rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-o", "%i|%T|%r|%S|%j|%a")
+            view.update(at=view["asked"], jobs={row[0]: row[1:] for row in rows})
+        except Failure as failure:
+            view["trouble"] = str(failure)
+        return view
 
     def keep(self):
         """In a thread of its own: a slow controller must not hold up the streams."""
         while self.wanted.wait():
             try:
-                self.refresh()
-                due = SQUEUE_EVERY - (time.time() - max(self.view["at"], self.view["asked"]))
-            except (Failure, OSError, ValueError) as error:
-                self.view, due = dict(self.view, trouble=str(error)), SQUEUE_EVERY
-            time.sleep(max(due, 0) + 0.2 + os.urandom(1)[0] / 142)  # not all agents at once, 0.2 to 2 s late
+                self.refresh(self.folder)
+            except Exception as error:  # the thread is needed for as long as the agent lives
+                self.view = dict(self.view, trouble=repr(error), asked=time.time())
+            due = SQUEUE_EVERY - (time.time() - asked(self.view))
+            # Not all agents at once: 0.2 to 2 s late.
+            time.sleep(min(max(due, 0), SQUEUE_EVERY) + 0.2 + 1.8 * os.urandom(1)[0] / 255)
 
     def row(self, job, key):
         """State, reason, expected start and account of a job, as last seen; None if it was not seen."""
         found = self.view["jobs"].get(job)
-        return found[:3] + found[4:] if found and found[3] == key else None
+        return found[:3] + found[4:5] if found and found[3] == key else None
 
 
 QUEUE = Queue()
@@ -198,9 +239,9 @@ QUEUE = Queue()
 # Requests
 
 
-def states(_, __):
-    """The view of all of the user's jobs."""
-    QUEUE.refresh()
+def states(ask, _):
+    """Return the view of all of the user's jobs."""
+    QUEUE.refresh(os.path.expanduser(ask["runs"]))
     return QUEUE.view
 
 

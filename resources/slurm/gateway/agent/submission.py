@@ -1,12 +1,12 @@
 """One job for each run: submitting, looking behind a submission that got no answer, cancelling."""
 
-import fcntl
 import os
 import re
 import subprocess
 import time
 
-from .files import Failure, read
+from .disk import lock, own, read
+from .files import Failure
 from .runs import digest, has, job_of, lay_out, locate, mark, note_follower, quietly_conclude, settle
 from .slurm import COMMAND_PATIENCE, ask_slurm, environment, look_up, user
 
@@ -43,7 +43,11 @@ class Locked:
 
     def __enter__(self):
         self.file = os.open(os.path.join(self.run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
-        fcntl.flock(self.file, fcntl.LOCK_EX)
+        try:
+            lock(self.file, self.run)
+        except OSError:
+            os.close(self.file)
+            raise
         return self.file
 
     def __exit__(self, *_):
@@ -55,6 +59,7 @@ def submit_once(run, key, ask):
     if not os.path.isdir(run):
         if "files" not in ask:
             raise Failure("refused", "there is no run %s" % run)
+        own(os.path.dirname(run))
         lay_out(run, ask["files"])
     if has(run, "cancelled") and not job_of(run):
         raise Failure("refused", "%s was cancelled before it was submitted" % run)
@@ -139,18 +144,27 @@ def submit(ask, _):
 def cancel(ask, _):
     """Cancel a run, and wait until Slurm says that it is over. One that is not submitted yet will not be."""
     run, key = locate(ask)
+    job = job_of(run)
+    if job:
+        return {"job": job, "end": end_job(run, key, job)}
+    own(os.path.dirname(run))
     os.makedirs(run, 0o700, exist_ok=True)
     mark(run, "cancelled")
-    job = job_of(run)
-    if not job:
-        with Locked(run):  # a submission under way comes to its end first
-            job, _ = find_job(run, key)
-    if not job:
-        return {"job": None, "end": None}
+    with Locked(run):  # a submission under way comes to its end first
+        job, _ = find_job(run, key)
+    return {"job": job, "end": job and end_job(run, key, job)}
+
+
+def end_job(run, key, job):
+    """Cancel a run's job; return how it ended, None if it has not within a minute."""
     end, until = quietly_conclude(run, job), time.time() + COMMAND_PATIENCE
     if not end:
         ask_slurm("scancel", "--user", user(), "--name", key)
+    try:
+        mark(run, "cancelled")
+    except OSError:  # the disk is full; a run that has a job is not submitted again
+        pass
     while not end and time.time() < until:
         time.sleep(CANCEL_LOOK)
         end = quietly_conclude(run, job)
-    return {"job": job, "end": end}
+    return end

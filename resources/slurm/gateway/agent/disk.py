@@ -1,0 +1,120 @@
+"""The shared disk, for agent and keeper: whole files, locks, and folders that nobody else can change.
+
+Every document has a `format`. Readers use what they know of a newer one, and skip one that they cannot read.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import stat
+import threading
+
+FORMAT = 1
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def read(path):
+    """Return the content of a file; nothing if there is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def unique(path):
+    """Return a name beside `path` that no other thread, process or login node uses."""
+    return "%s.%s-%d-%d" % (path, os.uname()[1], os.getpid(), threading.get_ident())
+
+
+def write(path, data):
+    """Put a file in place, whole or not at all, for its owner alone."""
+    part = unique(path) + ".part"
+    try:
+        with open(part, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, path)
+    except OSError:
+        if os.path.exists(part):
+            os.unlink(part)
+        raise
+
+
+def store(path, document):
+    """Put a JSON document in place, whole or not at all."""
+    write(path, json.dumps(dict(document, format=FORMAT), indent=1, sort_keys=True).encode())
+
+
+def parse(data, *names):
+    """Return a JSON document; None if it is none, or lacks one of the names."""
+    try:
+        found = json.loads(data.decode())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and all(name in found for name in names) else None
+
+
+def load(path, *names):
+    """Return the document in a file; None if there is none that can be read and has these names."""
+    try:
+        return parse(read(path), *names)
+    except NotADirectoryError:
+        return None
+
+
+def lock(file, path, wait=True):
+    """Lock an open file, for as long as it is open.
+
+    BlockingIOError: another has it, and `wait` is not set.
+    OSError: this file system has no locks; the text says what to do.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        text = (
+            "this file system has no file locks (flock: %s). Without them, two Dagsters could act on the same run. "
+            "Set SLURM_DEPLOYMENT_BASE_PATH to a folder on another file system, such as your home, or ask the centre "
+            "to switch on locks (for Lustre: the mount option `flock`)" % error.strerror
+        )
+        raise OSError(error.errno, text, path)
+
+
+def own(folder):
+    """Make a folder below the base path (and that itself) for the user alone; refuse those that others could change."""
+    os.makedirs(folder, 0o700, exist_ok=True)
+    check(folder)
+
+
+def check(folder):
+    """Refuse a folder that others own or can write to, or whose base path they do.
+
+    OSError: with the command that fixes it.
+    """
+    base, me = os.path.dirname(folder), os.getuid()
+    for path in (base, folder):
+        try:
+            found, given = os.stat(path), os.lstat(path)
+        except FileNotFoundError:
+            continue
+        strangers = [each.st_uid for each in (found, given) if each.st_uid not in (me, 0)]
+        sticky = found.st_uid == 0 and found.st_mode & stat.S_ISVTX
+        if strangers:
+            text = "user %d owns it, and could change what your jobs run. Choose another SLURM_DEPLOYMENT_BASE_PATH"
+            text += ", or let an administrator run:\n  chown %d '%s'"
+            raise OSError(errno.EPERM, text % (strangers[0], me, path), path)
+        if found.st_mode & 0o022 and not sticky:
+            text = "other users can write to it, and could change what your jobs run. Close it:\n  chmod go-w '%s'"
+            raise OSError(errno.EPERM, text % path, path)
+    above = os.path.realpath(base)
+    while above != os.path.dirname(above):
+        above = os.path.dirname(above)
+        mode = os.stat(above).st_mode if os.path.exists(above) else 0
+        if mode & 0o002 and not mode & stat.S_ISVTX:
+            text = "everybody can rename what lies in it, and so exchange %s, which has what your jobs run. Choose "
+            text += "another SLURM_DEPLOYMENT_BASE_PATH, or let its owner run:\n  chmod o-w '%s'"
+            raise OSError(errno.EPERM, text % (base, above), above)
