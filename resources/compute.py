@@ -1,7 +1,6 @@
 """The one thing an asset calls: run this workload, wherever the deployment says."""
 
 import json
-import os
 import socket
 import sys
 import threading
@@ -139,7 +138,7 @@ def _run_here(
         with open_session(context, extras, str(directory.context), str(directory.messages)) as session:
             directory.context.write_text(session.context_document.text)
             environment = {
-                **workload_environment(os.environ),
+                **workload_environment(),
                 **plan.launcher.local_environment(),
                 "DATA_ROOT": str(settings.local_data_root()),
                 "PYTHONPATH": str(plan.workload.root),

@@ -17,11 +17,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from resources.auth import ensure_certificate
+from resources.children import child_environment
 from resources.errors import ConfigurationError
 from resources.launchers.ray.relay import Relay, await_far_end
 from resources.runs import RunRecord, Runs
 from resources.settings import Settings
 from resources.slurm.gateway import RefusedError
+from resources.slurm.gateway.agent.slurm import KEPT
 from resources.ssh import connect
 
 STATE = "ray/state"
@@ -90,7 +92,7 @@ def _start(settings: Settings, command: list[str]) -> Iterator[tuple[Callable[[i
     """A command on the login node: how to read from it, and to write to it."""
     if settings.on_login_node:
         pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0) as process:
+        with subprocess.Popen(command, env=child_environment(*KEPT), stdin=pipe, stdout=pipe, bufsize=0) as process:
             assert process.stdin
             assert process.stdout
             yield process.stdout.read, process.stdin.write

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resources import supervisor
+from resources.children import child_environment
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0
@@ -20,18 +21,12 @@ KILL_SECONDS = 5.0
 """For the supervisor to kill what is left."""
 CHUNK = 1 << 20
 
-_PASSED_ON = frozenset(
-    """
-    PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TERM VIRTUAL_ENV CONDA_PREFIX LD_LIBRARY_PATH DYLD_LIBRARY_PATH
-    CUDA_HOME CUDA_VISIBLE_DEVICES OMP_NUM_THREADS SSL_CERT_FILE SSL_CERT_DIR
-    """.split()
-)
+_MACHINE = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
-def workload_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """What a workload gets of this process's environment: an allow-list, so that no secret can be in it."""
-    kept = {name: value for name, value in environ.items() if name in _PASSED_ON or name.startswith("LC_")}
-    return {**kept, "PYTHONUNBUFFERED": "1"}
+def workload_environment() -> dict[str, str]:
+    """Return what a workload gets of this process's environment."""
+    return child_environment(*_MACHINE, PYTHONUNBUFFERED="1")
 
 
 class RunDirectory:

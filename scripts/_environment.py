@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -74,8 +75,10 @@ def _set_up() -> None:
         print(
             f"Setting up {VENV} with {'uv' if uv else 'pip'} (once; a minute or two) ...", file=sys.stderr, flush=True
         )
+        children = runpy.run_path(str(ROOT / "resources" / "children.py"))
+        environment = children["child_environment"]("UV_", "PIP_", *children["NETWORK"])
         for command in _uv_commands(uv) if uv else _pip_commands():
-            done = subprocess.run(command, cwd=str(ROOT), stdin=subprocess.DEVNULL, check=False)
+            done = subprocess.run(command, cwd=str(ROOT), env=environment, stdin=subprocess.DEVNULL, check=False)
             if done.returncode:
                 shown = " ".join(command)
                 raise SystemExit(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import _example
 import _locking
+from resources.children import NETWORK, child_environment
 
 OLD_PACKAGE, OLD_PROJECT = "musica_pipelines", "musica-pipelines"
 SKELETON = Path("scripts/_skeleton")
@@ -43,9 +44,8 @@ def git(folder: Path, *arguments: str) -> str:
     Raises:
         CopyError: it failed.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-C", str(folder), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise CopyError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
     return done.stdout
@@ -181,7 +181,7 @@ def _tidy_imports(folder: Path) -> None:
 
 def _run(folder: Path, *arguments: str) -> None:
     command = [sys.executable, "-m", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise CopyError(f"`{' '.join(command)}` failed:\n{done.stdout}{done.stderr}".strip())
 
@@ -190,7 +190,8 @@ def _lock(folder: Path) -> None:
     """The versions of the template, less those of the example."""
     for name, selection in _locking.FILES.items():
         command = _locking.command(selection, folder / "requirements" / name)
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        environment = child_environment("UV_", *NETWORK)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise CopyError(f"the dependencies could not be resolved:\n{done.stderr.strip()}")
 

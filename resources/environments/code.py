@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from resources.children import child_environment
 from resources.errors import ConfigurationError
 
 MOST_BYTES = 8 << 20
@@ -154,11 +155,10 @@ def _submodules(folder: Path) -> list[str]:
 
 
 def _git(folder: Path, *command: str) -> subprocess.CompletedProcess[str] | None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # of a hook
     try:
         return subprocess.run(
             ["git", "-C", str(folder), *command],
-            env={**environment, "LC_ALL": "C"},
+            env=child_environment(LC_ALL="C"),  # without GIT_..., which a hook has
             capture_output=True,
             text=True,
             check=False,

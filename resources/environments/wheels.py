@@ -1,7 +1,6 @@
 """Wheels for the supercomputer, fetched and built here."""
 
 import hashlib
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from packaging.utils import parse_wheel_filename
 
+from resources.children import NETWORK, child_environment
 from resources.environments.lock import Lock
 from resources.environments.target import Target
 from resources.errors import ConfigurationError
@@ -43,7 +43,8 @@ class Wheel:
 def gather_wheels(lock: Lock, target: Target, folder: Path, alive: Callable[[], None]) -> list[Wheel]:
     """Fetch every wheel of a lock that an interpreter needs, and build those of which there is only source.
 
-    Indices, proxies and credentials are those of pip's own configuration, and so is its cache.
+    Indices, proxies and credentials are those of pip's own configuration, and so is its cache. Nothing else of this
+    process's environment reaches pip or the build code of packages.
 
     Args:
         lock: what is wanted.
@@ -99,7 +100,7 @@ def _pip(command: list[str], lock: Lock, alive: Callable[[], None]) -> None:
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet", *command],
-        env={**os.environ, **_REPRODUCIBLE},
+        env=child_environment("PIP_", *NETWORK, **_REPRODUCIBLE),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

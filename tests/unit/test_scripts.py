@@ -47,6 +47,8 @@ def copy(tmp_path: Path) -> Path:
     (tmp_path / "scripts").mkdir()
     (tmp_path / "requirements").mkdir()
     shutil.copy(ROOT / "scripts" / "_environment.py", tmp_path / "scripts")
+    (tmp_path / "resources").mkdir()
+    shutil.copy(ROOT / "resources" / "children.py", tmp_path / "resources")
     (tmp_path / "requirements" / "dev.txt").write_text("")
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "copy"\nversion = "0"\n')
     script = tmp_path / "scripts" / "show"

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from resources.children import child_environment
 from resources.settings import Settings
 from resources.slurm.gateway.agent.slurm import KEPT
 from resources.slurm.gateway.joined import join
@@ -35,8 +36,6 @@ _WINDOW = 2 << 20
 _PIECE = 1 << 18
 _WRITE_SECONDS = 45.0
 """For a peer that takes nothing any more."""
-_PASSED_ON = frozenset("PATH HOME USER LOGNAME LANG TZ LD_LIBRARY_PATH".split()) | KEPT
-"""Of this process's environment, for an agent on this machine: Slurm's commands are not to get Dagster's secrets."""
 
 
 class Channel(Protocol):
@@ -116,7 +115,7 @@ class _LocalChannel:
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-u", "-c", _START],
             bufsize=0,
-            env={name: value for name, value in os.environ.items() if name in _PASSED_ON},
+            env=child_environment(*KEPT),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
