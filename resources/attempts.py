@@ -13,6 +13,7 @@ from resources.adoption import Choice, choose, name_differences, name_request_ch
 from resources.calls import Call
 from resources.history import is_stored
 from resources.slurm.gateway import Claim, Gateway, OtherRun, RefusedError, StoppedError
+from resources.steplog import StepLog
 from resources.submission import former_family_of, step_prefix
 
 HOLDER_SECONDS = 5.0
@@ -54,6 +55,7 @@ class Attempts:
     def __init__(self, context: dg.OpExecutionContext, gateway: Gateway, base: str, submission: Submission) -> None:
         """`base`: SLURM_DEPLOYMENT_BASE_PATH."""
         self._context, self._gateway, self._submission = context, gateway, submission
+        self._log = StepLog(context)
         self._folder = f"{base}/runs"
         self._token = uuid.uuid4().hex
         self.family = submission.call.family
@@ -67,9 +69,9 @@ class Attempts:
         stored = claim.over and is_stored(self._context.instance, claim.followers, submission.step)
         choice = choose(claim, stored=stored)
         if choice.reason:
-            self._context.log.info(choice.reason)
+            self._log.info(choice.reason)
         if choice.adopt and (changes := name_request_changes(submission.request, claim.record)):
-            self._context.log.info(f"Its Slurm request is another one and stays as it is: {changes}")
+            self._log.info(f"Its Slurm request is another one and stays as it is: {changes}")
         return claim, choice
 
     def cancel_outdated(self, claim: Claim) -> bool:
@@ -93,14 +95,14 @@ class Attempts:
         self._claim(run.family)  # while another run follows that job, this one waits
         differences = name_differences(self._submission.inputs, run.record)
         job = f"Slurm job {run.job}" if run.job else f"The Slurm job of {run.run}"
-        self._context.log.warning(
+        self._log.warning(
             f"{job} was submitted by an earlier run of this step with other inputs ({differences}). "
             "It is cancelled, and a new job is submitted."
         )
         try:
             self._gateway.cancel(run.run)
         except RefusedError as error:
-            self._context.log.warning(f"{job} could not be cancelled. {error}")
+            self._log.warning(f"{job} could not be cancelled. {error}")
 
     def _claim(self, family: str, related: tuple[str, ...] = ()) -> Claim:
         who = f"run {self._context.run_id}, process {os.getpid()} on {socket.gethostname()}"
@@ -111,7 +113,7 @@ class Attempts:
                 return claim
             if reported != claim.held_by:
                 reported = claim.held_by
-                self._context.log.warning(
+                self._log.warning(
                     f"Another run ({reported}) is already executing this step. Waiting until it finishes."
                 )
             if self._gateway.stop.wait(HOLDER_SECONDS):

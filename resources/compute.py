@@ -23,6 +23,7 @@ from resources.remote import RemoteRun
 from resources.results import StepContext, complete, partitions_of
 from resources.settings import Settings, load_settings
 from resources.slurm import SlurmRequest
+from resources.steplog import StepLog
 
 
 class ComputeResource(dg.ConfigurableResource[Any]):
@@ -76,7 +77,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         if _intercept:
             _intercept(name, settings, plan)
         for note in _notes(settings, plan):
-            step.log.warning(note)
+            StepLog(step).warning(note)
         if not settings.on_supercomputer:
             return _run_here(step, name, settings, plan, values)
         return RemoteRun(step, name, settings, plan).run(values)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -15,6 +15,7 @@ from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesContextData, PipesMessage
 
 from resources.failures import is_success, name_exception, name_exit, shorten, shorten_exception
 from resources.results import PARTITION, StepContext, attach_partitions
+from resources.steplog import StepLog
 
 TAIL_LINES = 30
 """Lines of stderr that a failure shows."""
@@ -125,7 +126,8 @@ class Messages(dg.PipesMessageReader):
         elif method.startswith("report_"):
             self._results.append(message)
         else:
-            self._deliver(message)
+            with suppress(Exception):  # a line of the log that Dagster cannot store decides nothing
+                self._deliver(message)
 
     def _close(self, exception: Mapping[str, Any] | None) -> None:
         self.open -= 1
@@ -221,9 +223,11 @@ def open_session(
 ) -> Iterator[Session]:
     """Open a Pipes session whose files lie at the paths given (as the workload sees them)."""
 
+    log = StepLog(context)
+
     def write_to(target: TextIO, name: str) -> Output:
         def warn(error: OSError) -> None:
-            context.log.warning(f"the step's {name} cannot be written ({error.strerror}): its lines are missing there")
+            log.warning(f"the step's {name} cannot be written ({error.strerror}): its lines are missing there")
 
         return Output(target, warn)
 

@@ -34,6 +34,7 @@ from resources.slurm.gateway import (
 )
 from resources.slurm.outcome import explain_refusal, judge
 from resources.ssh import SshError
+from resources.steplog import StepLog
 from resources.stopping import is_to_be_cancelled, show_on_terminal, watching
 from resources.submission import CONTEXT, MESSAGES, About, Place, files_of
 
@@ -49,7 +50,7 @@ class RemoteRun:
 
     def __init__(self, context: StepContext, asset: str, settings: Settings, plan: Plan) -> None:
         self._context, self._asset, self._settings, self._plan = context, asset, settings, plan
-        self._step = op_context(context)
+        self._step, self._log = op_context(context), StepLog(context)
         self._partitions = tuple(partitions_of(context))
         root = context.run.root_run_id or context.run_id
         ends = " to ".join(sorted({*self._partitions[:1], *self._partitions[-1:]}))
@@ -113,7 +114,7 @@ class RemoteRun:
     ) -> dg.PipesClientCompletedInvocation:
         """Adopt the job of an earlier attempt, or submit a new one; follow it to its end."""
         claim, choice = attempts.choose()
-        found = None if choice.adopt else environment.find(self._context.log.info)
+        found = None if choice.adopt else environment.find(self._log.info)
         while not choice.adopt and attempts.cancel_outdated(claim):
             claim, choice = attempts.choose()
         run = f"{claim.runs}/{attempts.family}-{choice.attempt}"
@@ -159,14 +160,14 @@ class RemoteRun:
         if cause:
             error = self._failure(cause, stderr=session.stderr.tail, **(self._where(end) | self._costs(end)))
             if outcome and outcome.again and self._context.retry_number < MOST_RETRIES:
-                self._context.log.warning(f"{cause}; another attempt follows")
+                self._log.warning(f"{cause}; another attempt follows")
                 raise dg.RetryRequested(MOST_RETRIES, RETRY_SECONDS) from error
             raise error
         if not end.state:
-            self._context.log.warning("Slurm does not know the job any more: its own record of its end is relied upon")
+            self._log.warning("Slurm does not know the job any more: its own record of its end is relied upon")
         if end.short:
             lost = ", ".join(f"{name} from byte {size} on" for name, size in end.short.items())
-            self._context.log.warning(f"not all of the job's output arrived: {lost}; it is in {self._run}")
+            self._log.warning(f"not all of the job's output arrived: {lost}; it is in {self._run}")
 
     # Terminate
 
@@ -176,7 +177,7 @@ class RemoteRun:
             return self._failure("stopped before there was a job", final=True)
         if not is_to_be_cancelled(self._step):
             show_on_terminal(f"{self._asset}: stopped.{self._still_running}")
-            self._context.log.info(f"Stopped.{self._still_running}")
+            self._log.info(f"Stopped.{self._still_running}")
             return self._failure(f"Dagster has stopped this step.{self._still_running}", final=True)
         show_on_terminal(f"{self._asset}: cancelling Slurm job {self._job or '(just submitted)'} ...")
         gateway.stop = threading.Event()
@@ -191,22 +192,22 @@ class RemoteRun:
                 f"Cancel it later:\n  scripts/job {self._job or self._run.rpartition('/')[2]} cancel"
             )
             show_on_terminal(text)
-            self._context.log.error(text)
+            self._log.error(text)
             return self._failure(text, final=True)
         finally:
             limit.cancel()
         text = f"Slurm job {self._job} is over: {end.state}" if end else "nothing was submitted"
         show_on_terminal(f"{self._asset}: {text}")
-        self._context.log.info(f"Terminated. {text}")
+        self._log.info(f"Terminated. {text}")
         return self._failure(f"Terminated. {text}", final=True)
 
     # Messages
 
     def _tell_submitted(self, submitted: Submitted) -> None:
         self._job = submitted.job
-        self._context.log.info(f"job {submitted.job} ({submitted.how}) in {self._run}; to look at it: {self._attach}")
+        self._log.info(f"job {submitted.job} ({submitted.how}) in {self._run}; to look at it: {self._attach}")
         for shown, command in self._plan.launcher.hints(submitted.job).items():
-            self._context.log.info(f"{shown}, while it runs: {command}")
+            self._log.info(f"{shown}, while it runs: {command}")
 
     def _explain(self, gateway: Gateway, error: RefusedError) -> str:
         try:
@@ -217,7 +218,7 @@ class RemoteRun:
     def _tell_project(self, account: str) -> None:
         if account and account != self._project:
             self._project = account
-            self._context.log.info(f"job {self._job} is charged to project {account}")
+            self._log.info(f"job {self._job} is charged to project {account}")
 
     def _tell_state(self, state: JobState) -> None:
         self._tell_project(state.account)
@@ -228,12 +229,12 @@ class RemoteRun:
             words.append(f"expected to start at {datetime.fromtimestamp(state.start, UTC):%Y-%m-%d %H:%M:%S} UTC")
         if words != self._state:
             self._state = words
-            self._context.log.info(f"job {self._job or '(just submitted)'}: {', '.join(words)}")
+            self._log.info(f"job {self._job or '(just submitted)'}: {', '.join(words)}")
 
     def _tell_trouble(self, text: str) -> None:
         if text != self._trouble:
             self._trouble = text
-            self._context.log.warning(f"{self._settings.edge_node_host}: {text}; trying again")
+            self._log.warning(f"{self._settings.edge_node_host}: {text}; trying again")
 
     @property
     def _still_running(self) -> str:

@@ -1,6 +1,8 @@
 """What a workload reports: sessions, per-partition numbers, several assets, checks, ops; and what comes of it."""
 
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,48 @@ def test_two_megabytes_of_exception_are_shortened(tmp_path: Path) -> None:
     assert "characters left out" in error
     assert "end" in error
     assert len(error) < 50_000
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_and_an_ascii_locale_do_not_end_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dagster's database and the step's output are refused while the workload runs; then there is room again."""
+    full = tmp_path / "full"
+    workload = (
+        PIPES
+        + f"""
+    import pathlib, sys, time
+    full = pathlib.Path({str(full)!r})
+    full.touch()
+    for number in range(100):
+        print("\u2713", number)
+        print("\u2713", number, file=sys.stderr)
+        pipes.log.info(str(number))
+    pipes.report_asset_materialization(metadata={{"rows": 7}})
+    deadline = time.monotonic() + 60
+    while not (full.parent / "refused").exists():
+        assert time.monotonic() < deadline, "nothing was refused"
+        time.sleep(0.01)
+    full.unlink()
+    """
+    )
+    store = dg.DagsterInstance.handle_new_event
+
+    def refuse(*arguments: Any, **names: Any) -> Any:
+        if full.exists():
+            (tmp_path / "refused").touch()
+            raise OSError(28, "No space left on device")
+        return store(*arguments, **names)
+
+    monkeypatch.setattr(dg.DagsterInstance, "handle_new_event", refuse)
+    output = open("/dev/full", "w", encoding="ascii")  # noqa: PTH123, SIM115 - it cannot be closed
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(sys, "stderr", output)
+    outcome = materialize(workload, tmp_path)
+    monkeypatch.undo()
+    with suppress(OSError):
+        output.close()
+    assert outcome.error == ""
+    assert outcome.materializations[None][0]["rows"] == 7
 
 
 # Reports on partitions
