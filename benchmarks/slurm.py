@@ -290,7 +290,9 @@ def _cpu(pid: int) -> float:
 
 @contextmanager
 def _gateway(settings: Settings, stop: threading.Event | None = None) -> Iterator[Gateway]:
-    gateway = Gateway(choose_channel(settings, SITE.python_candidates, ensure_certificate), stop)
+    gateway = Gateway(
+        choose_channel(settings, SITE.python_candidates, ensure_certificate, setup=SITE.setup_commands), stop
+    )
     try:
         yield gateway
     finally:

@@ -33,6 +33,7 @@ class Submission:
         call: the call.
         inputs: digests of all that decides the result, by name.
         request: of Slurm.
+        data_root: DATA_ROOT, as it was written.
     """
 
     root: str
@@ -42,6 +43,7 @@ class Submission:
     call: Call
     inputs: Mapping[str, str]
     request: Mapping[str, Any]
+    data_root: str
 
     @property
     def record(self) -> dict[str, Any]:
@@ -108,7 +110,9 @@ class Attempts:
         who = f"run {self._context.run_id}, process {os.getpid()} on {socket.gethostname()}"
         reported = None
         while True:
-            claim = self._gateway.claim(self._folder, family, self._token, who, related)
+            claim = self._gateway.claim(
+                self._folder, family, self._token, who, related, self._submission.data_root
+            )
             if claim.held_by is None:
                 return claim
             if reported != claim.held_by:

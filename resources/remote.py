@@ -67,7 +67,7 @@ class RemoteRun:
 
     def _work(self, stop: threading.Event, extras: Mapping[str, Any]) -> dg.PipesClientCompletedInvocation:
         site = self._plan.site
-        channel = choose_channel(self._settings, site.python_candidates, ensure_certificate, site.host_authorities)
+        channel = choose_channel(self._settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands)
         gateway = Gateway(channel, stop, self._tell_trouble)
         environments = Environments(gateway, str(self._settings.deployment_base_path), self._plan.site)
         environment = RunEnvironment(environments, self._settings, self._plan.workload)
@@ -96,11 +96,11 @@ class RemoteRun:
     def _submission(self, code: Mapping[str, str], extras: Mapping[str, Any]) -> Submission:
         """Register this call, and name what decides its result."""
         assets = tuple(sorted(key.to_user_string() for key in self._step.selected_asset_keys))
-        data_root = self._settings.data_root or self._settings.deployment_base_path
-        inputs = inputs_of(self._plan, code, extras, assets, str(data_root))
+        data_root = self._settings.data_root or f"{self._settings.deployment_base_path}/data"
+        inputs = inputs_of(self._plan, code, extras, assets, data_root)
         root, step = self._about.root, self._about.step
         call = calls_of(self._step).begin(root, step, digest_of(inputs))
-        return Submission(root, step, assets, self._partitions, call, inputs, request_of(self._plan))
+        return Submission(root, step, assets, self._partitions, call, inputs, request_of(self._plan), data_root)
 
     # Submit and follow
 
@@ -122,7 +122,7 @@ class RemoteRun:
         place = None
         if found and not choice.adopt:
             self._about = replace(self._about, environment=found.name)
-            place = Place(run, found.python, found.workloads, _data_root(self._settings, claim.home))
+            place = Place(run, found.python, found.workloads, claim.data_root)
         return self._follow(gateway, run, place, record, extras)
 
     def _follow(
@@ -275,11 +275,3 @@ def _exit_code(end: JobEnd) -> int:
     return 128 - code if code - 128 in set(signal.Signals) else code
 
 
-def _data_root(settings: Settings, home: str) -> str:
-    """DATA_ROOT as the job sees it; `home` is the user's there."""
-    root = settings.data_root or f"{settings.deployment_base_path}/data"
-    if root.startswith("~/"):
-        return home + root[1:]
-    if not root.startswith("/"):
-        raise ConfigurationError(f"DATA_ROOT={root!r} is not an absolute path, as it has to be on a supercomputer")
-    return root

@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from resources.errors import ConfigurationError, nearest
+from resources.places import BRACES, check_remote_path, expand_here
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository."""
@@ -59,7 +60,10 @@ def _is_loopback(host: str) -> bool:
 
 
 SLURM_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+_REMOTE_PATHS = ("deployment_base_path", "data_root", "python")
+
 LocalPath = Annotated[Path, AfterValidator(_expanded)]
+RemotePath = Annotated[str, AfterValidator(check_remote_path)]
 Url = Annotated[str, AfterValidator(_https)]
 
 
@@ -106,17 +110,17 @@ class Settings(BaseSettings):
     edge_node_key_path: LocalPath | None = _variable(
         None, "SLURM_EDGE_NODE_KEY_PATH", "Private SSH key; its certificate lies beside it.", "~/.ssh/id_musica"
     )
-    deployment_base_path: str | None = _variable(
+    deployment_base_path: RemotePath | None = _variable(
         None,
         "SLURM_DEPLOYMENT_BASE_PATH",
-        "Folder on the supercomputer for runs, environments and data; every node must see it.",
-        "/home/xy12345/dagster-slurm",
+        "Folder on the supercomputer for runs, environments and data, which every node sees.",
+        "$DATA/dagster-slurm",
     )
-    python: str | None = _variable(
+    python: RemotePath | None = _variable(
         None,
         "SLURM_PYTHON",
         "An interpreter there that has dagster-pipes and all that workloads import. Default: an environment is made.",
-        "/home/xy12345/environment/bin/python",
+        "$DATA/environment/bin/python",
     )
     partition: str | None = _variable(
         None,
@@ -232,7 +236,7 @@ class Settings(BaseSettings):
 
     def local_data_root(self) -> Path:
         """DATA_ROOT on this machine; a relative one is meant from the repository, wherever Dagster was started."""
-        return ROOT / Path(self.data_root or "data").expanduser()
+        return ROOT / expand_here(self.data_root or "data")
 
 
 REQUIRED_ON_SUPERCOMPUTER = (
@@ -269,6 +273,7 @@ def load_settings(sites: Collection[str], root: Path = ROOT, supercomputer: bool
     site = settings.supercomputer_site
     if site and site not in sites:
         problems.append(f"SLURM_SUPERCOMPUTER_SITE={site!r} is not a known site{nearest(site, sites)}")
+    problems.extend(_data_root_problems(settings))
     if settings.on_supercomputer or supercomputer:
         problems.extend(_missing(settings, file))
     if problems:
@@ -320,7 +325,24 @@ def _problems(path: Path) -> list[str]:
     secrets = [name for name in values if name in fields and fields[name].annotation == (SecretStr | None)]
     if secrets and stat.S_IMODE(path.stat().st_mode) & 0o077:
         problems.append(f"{path} holds {', '.join(secrets)} and others can read it: chmod 600 '{path}'")
+    raw = dotenv_values(path, interpolate=False) if path.is_file() else {}
+    for name in (_alias(Settings.model_fields[field]) for field in _REMOTE_PATHS):
+        if found := BRACES.search(raw.get(name) or ""):
+            problems.append(
+                f"{path}: {name}: {found[0]} would be replaced by this machine's variable. Write ${found[1]}"
+            )
     return problems
+
+
+def _data_root_problems(settings: Settings) -> list[str]:
+    """What is wrong with DATA_ROOT, which lies on this machine in `development`."""
+    if settings.data_root is None:
+        return []
+    try:
+        (check_remote_path if settings.on_supercomputer else expand_here)(settings.data_root)
+    except ValueError as error:
+        return [f"DATA_ROOT: {error}"]
+    return []
 
 
 def _missing(settings: Settings, file: Path) -> list[str]:
@@ -338,5 +360,6 @@ def _describe(error: ValidationError) -> list[str]:
         name = str(problem["loc"][0])
         field = next(field for field in Settings.model_fields.values() if _alias(field) == name)
         text = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{name}: {text}. {field.description} Example: {(field.examples or [''])[0]}")
+        text += "" if text.endswith("?") else "."
+        lines.append(f"{name}: {text} {field.description} Example: {(field.examples or [''])[0]}")
     return lines

@@ -6,6 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from resources.places import to_shell
+from resources.slurm.gateway.shell import after_login_profile, for_any_shell
+
 if TYPE_CHECKING:
     import fabric
 
@@ -26,6 +29,7 @@ report commands commands
 report controller timeout 20 scontrol ping
 report partitions timeout 20 scontrol --oneliner show partition
 report associations timeout 20 sacctmgr --noheader --parsable2 show assoc "user=$(id -un)" format=account,partition,qos
+report base printf %s "$BASE"
 report folder above
 report write write
 report space space
@@ -49,24 +53,27 @@ class Answer:
     text: str
 
 
-def take_survey(connection: "fabric.Connection", base: str, pythons: tuple[str, ...]) -> dict[str, Answer]:
+def take_survey(
+    connection: "fabric.Connection", base: str, pythons: tuple[str, ...], setup: tuple[str, ...]
+) -> dict[str, Answer]:
     """Ask a login node about Slurm, the deployment folder and Python.
 
     Args:
         connection: open.
         base: SLURM_DEPLOYMENT_BASE_PATH; what is missing of it is not made.
         pythons: interpreters to try.
+        setup: the site's setup commands; they and the login profile come before the questions, as for the agent.
 
     Raises:
         TimeoutError: it did not end within SECONDS.
         OSError: the connection was lost, or the script was cut short.
     """
     names = " ".join(pythons)
-    script = f"BASE={shlex.quote(base)}\nPYTHONS={shlex.quote(names)}\n{_SCRIPT}"
+    script = f"BASE={to_shell(base)}\nPYTHONS={shlex.quote(names)}\n{_SCRIPT}"
     channel = connection.transport.open_session()
     try:
         channel.settimeout(SECONDS)
-        channel.exec_command("exec /bin/sh -s")  # tcsh and fish take that, too
+        channel.exec_command(for_any_shell(after_login_profile(setup, "exec /bin/sh -s")))
         with suppress(OSError):  # a shell that has ended takes nothing; what it has said is read all the same
             channel.sendall(script.encode())
             channel.shutdown_write()

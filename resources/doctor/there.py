@@ -27,7 +27,9 @@ def check_login(facts: Facts) -> Verdict:
     except SshError as error:
         return broken(str(error), "do what the error says; scripts/refresh_step_auth.py --status shows the certificate")
     try:
-        facts.survey = take_survey(facts.connection, str(settings.deployment_base_path), site.python_candidates)
+        facts.survey = take_survey(
+            facts.connection, str(settings.deployment_base_path), site.python_candidates, site.setup_commands
+        )
     except OSError as error:
         return broken(str(error), "try again; check what your login shell does on the login node")
     return ok(f"{settings.edge_node_user} at {settings.edge_node_host}")
@@ -93,7 +95,7 @@ def check_folder(facts: Facts) -> Verdict:
     kib, files = (int(word) if word.isdecimal() else LEAST_FREE_FILES for word in space.text.split())
     if kib < LEAST_FREE_KIB or files < LEAST_FREE_FILES:
         return warning(f"{above} has {kib >> 10} MB and {files} files left", "make room there")
-    there = "" if above == base else " is made by the first run;"
+    there = "" if facts.survey["base"].text == above else " is made by the first run;"
     return ok(f"{base}{there} {kib >> 20} GB free")
 
 

@@ -228,6 +228,7 @@ class Environments:
             "oldest": list(OLDEST),
             "newest": list(NEWEST),
             "asked": wanted.python,
+            "python": wanted.python,
             "lock": wanted.lock.digest,
             "modules": wanted.lock.modules,
             "code": wanted.code.digests,

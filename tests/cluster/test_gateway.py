@@ -19,6 +19,8 @@ from tests.simulated_site.faults import SbatchFault
 pytestmark = pytest.mark.cluster
 SITE = load_site(SUPERCOMPUTER_SITE_OVERRIDES, "musica")
 PYTHONS = ("nosuchpython", "python3")
+BROKEN_PYTHON = "#!/bin/sh\\necho libpython is missing >&2\\nexit 127\\n"
+PATHS = "echo 'PATH=$HOME/bin' >> .bashrc"
 LINES = 'i=0; while [ $i -lt 20000 ]; do echo "line $i äöü"; i=$((i+1)); done'
 
 
@@ -316,15 +318,12 @@ def test_accounting_and_states(gateway: Gateway, site: SimulatedSite) -> None:
 
 
 @pytest.mark.usefixtures("shells_that_end_at_once")
-@pytest.mark.parametrize("profile", [False, True])
-def test_without_agent_it_is_told_why(site: SimulatedSite, settings: Settings, *, profile: bool) -> None:
-    """Neither a login node without Python nor a profile that ends the shell leaves anybody to send the agent to."""
+def test_without_agent_it_is_told_why(site: SimulatedSite, settings: Settings) -> None:
+    """A profile that ends the shell leaves nobody to send the agent to."""
     told: list[str] = []
     stop = threading.Event()
-    if profile:
-        site.run_on_login(CERTIFICATE_USER, "printf 'echo closed for maintenance; exit 1\\n' > ~/.bashrc")
-    pythons = PYTHONS if profile else ["nosuchpython"]
-    gateway = Gateway(choose_channel(settings, pythons, ensure_certificate), stop, told.append)
+    site.run_on_login(CERTIFICATE_USER, "printf 'echo closed for maintenance; exit 1\\n' > ~/.bashrc")
+    gateway = Gateway(choose_channel(settings, PYTHONS, ensure_certificate), stop, told.append)
 
     def ask() -> None:
         with pytest.raises(StoppedError):
@@ -335,10 +334,57 @@ def test_without_agent_it_is_told_why(site: SimulatedSite, settings: Settings, *
     wait_until(lambda: told, "the trouble is told", 20)
     stop.set()
     thread.join(20)
-    reason = "closed for maintenance" if profile else "none of nosuchpython is there"
     assert "no agent: " in told[0]
-    assert reason in told[0]
+    assert "closed for maintenance" in told[0]
     gateway.close()
+
+
+def test_a_login_node_on_which_no_python_starts_is_an_error(site: SimulatedSite, settings: Settings) -> None:
+    """P-17: it was asked again for ever."""
+    site.run_on_login(
+        CERTIFICATE_USER, f"mkdir bin; printf '{BROKEN_PYTHON}' > bin/broken; chmod +x bin/broken; {PATHS}"
+    )
+    gateway = Gateway(choose_channel(settings, ["nosuchpython", "broken"], ensure_certificate))
+    with pytest.raises(RefusedError) as raised:
+        gateway.states()
+    text = str(raised.value)
+    assert "no Python: none of nosuchpython, broken starts on login0" in text
+    assert "libpython is missing" in text
+    assert "python_candidates of SUPERCOMPUTER_SITE_OVERRIDES" in text
+
+
+def test_slurm_that_only_login_shells_find(site: SimulatedSite, settings: Settings) -> None:
+    """P-17: and a Python that is there and does not start."""
+    site.run_on_login(
+        CERTIFICATE_USER,
+        "mkdir bin; ln -s /usr/bin/* bin; rm bin/sbatch bin/squeue bin/scontrol bin/scancel bin/sacct; "
+        f"printf '{BROKEN_PYTHON}' > bin/broken; chmod +x bin/broken; {PATHS}; "
+        "echo 'PATH=/usr/bin:/bin; cat >/dev/null' > .bash_profile",
+    )
+    gateway = Gateway(choose_channel(settings, ["broken", "python3"], ensure_certificate))
+    run = Run("echo works")
+    assert submit(gateway, run)
+    assert follow(gateway, run).code == 0
+    gateway.close()
+    nobody_left(site)
+
+
+def test_setup_commands_come_before_the_agent(site: SimulatedSite, settings: Settings) -> None:
+    """A function of the login profile, a Python that it alone finds, and a user of tcsh."""
+    changes = {"edge_node_user": TCSH_USER.name, "edge_node_key_path": site.layout.state / "client" / "id_tcsh"}
+    site.mint_certificate(changes["edge_node_key_path"], TCSH_USER)
+    site.run_on_login(
+        TCSH_USER,
+        "mkdir of-module; ln -s /usr/bin/python3 of-module/a-python; "
+        """echo 'module() { [ "$2" = "it'"'"'s!" ] && PATH=$HOME/of-module:$PATH; }' > .bash_profile; """
+        "echo 'export SCRATCH=$HOME/scratch' >> .bash_profile",
+    )
+    setup = ['module load "it\'s!"', "[ -t 0 ] || cat  # what it reads is not the agent's"]
+    channel = choose_channel(settings.model_copy(update=changes), ["a-python"], lambda _: None, setup=setup)
+    gateway = Gateway(channel)
+    assert gateway.claim("$SCRATCH/runs", "family", "token", "me").runs == f"{TCSH_USER.home}/scratch/runs"
+    gateway.close()
+    nobody_left(site)
 
 
 def test_what_is_cancelled_before_it_is_submitted_stays_so(gateway: Gateway, site: SimulatedSite) -> None:

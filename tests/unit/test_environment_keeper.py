@@ -41,7 +41,8 @@ def request_of_it(interpreter: Interpreter, tmp_path: Path) -> dict[str, Any]:
     folder = tmp_path / "environments"
     folder.mkdir()
     limits = {"oldest": [3, 11], "newest": [3, 99]}
-    return {"folder": str(folder), "setup": [], "candidates": [], "asked": str(interpreter.path), **limits}
+    asked = {"asked": str(interpreter.path), "python": str(interpreter.path)}
+    return {"folder": str(folder), "setup": [], "candidates": [], **asked, **limits}
 
 
 def test_an_interpreter_is_asked_once(interpreter: Interpreter, request_of_it: dict[str, Any]) -> None:

@@ -243,3 +243,74 @@ def test_secrets_travel_in_the_clear_within_this_machine_only(
         return
     with pytest.raises(ConfigurationError, match=f"ASC_STEP_CA_URL: {problem}"):
         load_settings(SITES, root)
+
+
+FORMS = "Valid forms: /absolute/path, ~/path, $HOME/path, $DATA/path, $SCRATCH/path"
+
+
+@pytest.mark.parametrize("path", ["/home/xy12345/dagster-slurm", "~/d", "$HOME/d '$e'", "$DATA", "$SCRATCH/a/b"])
+def test_a_path_on_the_supercomputer_stays_as_it_was_written(
+    root: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client does not know what the login profile there sets."""
+    monkeypatch.setenv("HOME", "/home/of/this/machine")
+    monkeypatch.setenv("DAGSTER_DEPLOYMENT", "staging_supercomputer")
+    write(root / "envs" / ".env.musica", DOCUMENT + f"SLURM_DEPLOYMENT_BASE_PATH={path}/\nDATA_ROOT={path}\n")
+    settings = load_settings(SITES, root)
+    assert (settings.deployment_base_path, settings.data_root) == (path, path)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("$SCRACH/dagster", "$SCRACH is unknown. " + FORMS + "; did you mean '$SCRATCH'?"),
+        ("$DATAX/dagster", "$DATAX is unknown. "),
+        ("$DATA-1/dagster", "$DATA counts only as the first part, without braces. "),
+        ("/data/$USER/dagster", "$USER is unknown. "),
+        ("/data/$HOME", "$HOME counts only as the first part"),
+        ("dagster", "is not an absolute path. " + FORMS),
+        ("./dagster", "is not an absolute path. "),
+        ("~xy12345/dagster", "is not an absolute path. "),
+    ],
+)
+@pytest.mark.parametrize("name", ["SLURM_DEPLOYMENT_BASE_PATH", "DATA_ROOT", "SLURM_PYTHON"])
+def test_any_other_path_there_is_refused(
+    root: Path, path: str, text: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P-9: it was accepted, and a folder of that name was made in the home."""
+    write(root / "envs" / ".env.musica", DOCUMENT)
+    monkeypatch.setenv("DAGSTER_DEPLOYMENT", "production_supercomputer")
+    monkeypatch.setenv(name, path)
+    with pytest.raises(ConfigurationError) as raised:
+        load_settings(SITES, root)
+    assert f"{name}: {path!r}" in str(raised.value)
+    assert text in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["SLURM_DEPLOYMENT_BASE_PATH", "DATA_ROOT"])
+def test_a_misspelt_variable_is_refused_in_development_too(
+    root: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "$SCRACH/dagster")
+    with pytest.raises(ConfigurationError, match=r"\$SCRACH is unknown.*did you mean '\$SCRATCH'"):
+        load_settings(SITES, root)
+
+
+def test_variables_of_this_machine_count_for_data_here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data/of/mine")
+    monkeypatch.delenv("SCRATCH", raising=False)
+    known = {"$DATA/a": "/data/of/mine/a", "$HOME": "/home/me", "~/b": "/home/me/b", "c": f"{ROOT}/c"}
+    for text, path in known.items():
+        monkeypatch.setenv("DATA_ROOT", text)
+        assert load_settings(SITES, root).local_data_root() == Path(path)
+    monkeypatch.setenv("DATA_ROOT", "$SCRATCH/a")
+    with pytest.raises(ConfigurationError, match=r"\$SCRATCH, which is not set on this machine"):
+        load_settings(SITES, root)
+
+
+def test_braces_that_dotenv_would_replace_by_nothing_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAGSTER_DEPLOYMENT", "staging_supercomputer")
+    write(root / "envs" / ".env.musica", DOCUMENT + "SLURM_DEPLOYMENT_BASE_PATH=${DATA}/dagster\n")
+    with pytest.raises(ConfigurationError, match=r"SLURM_DEPLOYMENT_BASE_PATH: \$\{DATA\} would be .* Write \$DATA"):
+        load_settings(SITES, root)

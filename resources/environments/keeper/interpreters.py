@@ -26,7 +26,7 @@ def in_setup(ask, script, *arguments):
     """Run a piece of bash after the site's setup commands; its exit code, and all that was printed."""
     text = "\n".join(list(ask["setup"]) + [script])
     done = subprocess.run(
-        ["bash", "-l", "-c", text, "bash"] + list(arguments),
+        ["/bin/bash", "-l", "-c", text, "bash"] + list(arguments),
         check=False,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -51,13 +51,13 @@ def choose(ask):
 
 def stamp(ask, found):
     """What tells an interpreter from another in its place."""
-    paths = (os.path.expanduser(ask["asked"] or found["given"]), found["executable"])
+    paths = (ask["python"] or found["given"], found["executable"])
     return [os.path.exists(path) and [getattr(os.stat(path), name) for name in STAMP] for path in paths]
 
 
 def probe(ask):
     """The one that is set, or the first candidate that fits."""
-    fixed = ask["asked"] and os.path.expanduser(ask["asked"])
+    fixed = ask["python"]
     names = [fixed] if fixed else ask["candidates"]
     _, said = in_setup(ask, 'code=$1; shift; for each; do echo; "$each" -I -c "$code"; done', DESCRIBE, *names)
     found = [json.loads(line[1:]) for line in said.split("\n") if line.startswith(MARK)]

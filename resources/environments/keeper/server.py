@@ -22,9 +22,8 @@ def end_with_stdin():
 
 def answer(ask):
     """What is asked for; raises Refused."""
-    folder = os.path.expanduser(ask["folder"])
-    trust(folder)
-    return VERBS[ask["do"]](dict(ask, folder=folder))
+    trust(ask["folder"])
+    return VERBS[ask["do"]](ask)
 
 
 def serve():

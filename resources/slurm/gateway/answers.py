@@ -136,7 +136,7 @@ class Claim:
     Attributes:
         held_by: who else does, in words; then nothing more is known.
         runs: the folder of all runs, as an absolute path.
-        home: the user's home there.
+        data_root: DATA_ROOT, as an absolute path.
         attempt: number of the latest attempt; 0 if there is none.
         over: whether that one is.
         end: how it ended; None if it is not over, or was never submitted.
@@ -149,7 +149,7 @@ class Claim:
 
     held_by: str | None
     runs: str = ""
-    home: str = ""
+    data_root: str = ""
     attempt: int = 0
     over: bool = True
     end: JobEnd | None = None
@@ -166,6 +166,6 @@ class Claim:
             return cls(said["held"])
         end = JobEnd.parse(said["end"]) if said["end"] else None
         others = [OtherRun(**each) for each in said["others"]]
-        same = {name: said[name] for name in ("runs", "home", "attempt", "over", "job")}
+        same = {name: said[name] for name in ("runs", "data_root", "attempt", "over", "job")}
         seen = {name: said[name] for name in ("rejected", "followers", "record")}
         return cls(None, **same, **seen, end=end, others=others)

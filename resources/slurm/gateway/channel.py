@@ -15,22 +15,30 @@ from resources.children import child_environment
 from resources.settings import Settings
 from resources.slurm.gateway.agent.slurm import KEPT
 from resources.slurm.gateway.joined import join
+from resources.slurm.gateway.shell import after_login_profile, for_any_shell
 from resources.ssh import connect
 
-_MODULES = ("disk", "files", "slurm", "runs", "claims", "submission", "follower", "programs", "server")
+_MODULES = ("disk", "files", "places", "slurm", "runs", "claims", "submission", "follower", "programs", "server")
 """Of the agent, each after those that it uses."""
 _SOURCE = join(*(Path(__file__).with_name("agent") / f"{name}.py" for name in _MODULES))
-# Reads exactly the source; what follows on stdin stays in the same buffer, for the agent. It has no single quotes, so
-# that every login shell takes it between some.
+# Reads exactly the source; what follows on stdin stays in the same buffer, for the agent.
 _START = (
-    f"import sys, zlib; source = zlib.decompress(sys.stdin.buffer.read({len(_SOURCE)})); "
-    'names = {}; exec(compile(source, "agent", "exec"), names); names["serve"]()'
+    "import sys, zlib; sys.version_info < (3, 6) and sys.exit('it is Python ' + sys.version.split()[0]); "
+    f"source = zlib.decompress(sys.stdin.buffer.read({len(_SOURCE)})); "
+    "names = {}; exec(compile(source, 'agent', 'exec'), names); names['serve']()"
 )
-# The first of some interpreters that is there.
-_CHOOSE = (
-    'for each in %s; do command -v "$each" >/dev/null 2>&1 && exec "$each" -I -S -u -c "$0"; done; '
-    'echo "none of %s is there" >&2; exit 127'
-)
+NO_PYTHON = "gateway-agent: no Python"
+"""Begins the line that comes instead of the agent's greeting where none of the interpreters starts."""
+# The first of some interpreters that starts. An agent ends with 0 or by a signal.
+_CHOOSE = """\
+for each in {pythons}; do
+  command -v "$each" >/dev/null 2>&1 || continue
+  "$each" -I -S -u -c {start}
+  code=$?
+  if [ $code = 0 ] || [ $code -gt 128 ]; then exit $code; fi
+  echo "$each ended with exit code $code" >&2
+done
+"""
 _WINDOW = 2 << 20
 """Bytes under way: paramiko's default, which bounds the memory here and is enough for 80 MB/s at 50 ms."""
 _PIECE = 1 << 18
@@ -65,6 +73,7 @@ def choose_channel(
     pythons: Sequence[str],
     refresh: Callable[[Settings], object],
     host_authorities: Sequence[str] = (),
+    setup: Sequence[str] = (),
 ) -> OpenChannel:
     """The way to the agent: none but a subprocess where this machine is the login node.
 
@@ -73,19 +82,31 @@ def choose_channel(
         pythons: interpreters there to try, the best first; 3.6 or later.
         refresh: `ensure_certificate`.
         host_authorities: of the site.
+        setup: the site's setup commands, for the agent and for what it starts.
     """
     if settings.on_login_node:
-        return _LocalChannel
-    return lambda: _SshChannel(connect(settings, refresh, host_authorities), pythons)
+        return lambda: _LocalChannel(setup)
+    return lambda: _SshChannel(connect(settings, refresh, host_authorities), _start(pythons, setup))
+
+
+def _start(pythons: Sequence[str], setup: Sequence[str]) -> str:
+    """Return the script of /bin/sh that starts an agent.
+
+    Login profiles can be slow. One is read for the setup commands, and where Slurm or Python are not found without it.
+    """
+    choose = _CHOOSE.format(pythons=shlex.join(pythons), start=shlex.quote(_START))
+    none = f"{NO_PYTHON}: none of {', '.join(pythons)} starts on"
+    last = f'{choose}echo; echo {shlex.quote(none)} "$(uname -n)"'
+    first = "" if setup else f"if command -v sbatch >/dev/null 2>&1; then\n{choose}fi\n"
+    return first + after_login_profile(setup, last)
 
 
 class _SshChannel:
-    def __init__(self, connection: Any, pythons: Sequence[str]) -> None:
+    def __init__(self, connection: Any, script: str) -> None:
         self._connection = connection
-        choose = _CHOOSE % (" ".join(pythons), ", ".join(pythons))
         try:
             self._channel = connection.transport.open_session(window_size=_WINDOW)
-            self._channel.exec_command(f"exec /bin/sh -c {shlex.quote(choose)} {shlex.quote(_START)}")
+            self._channel.exec_command(for_any_shell(script))
             with suppress(OSError):  # a shell that has ended takes nothing: reading tells of it
                 self.write(_SOURCE)
         except BaseException as error:
@@ -111,9 +132,11 @@ class _SshChannel:
 
 
 class _LocalChannel:
-    def __init__(self) -> None:
+    def __init__(self, setup: Sequence[str]) -> None:
+        agent = [sys.executable, "-I", "-S", "-u", "-c", _START]
+        script = after_login_profile(setup, f"exec {shlex.join(agent)}")
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-u", "-c", _START],
+            ["/bin/sh", "-c", script] if setup else agent,
             bufsize=0,
             env=child_environment(*KEPT),
             stdin=subprocess.PIPE,

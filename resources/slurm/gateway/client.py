@@ -25,7 +25,9 @@ Sinks = Mapping[str, Callable[[bytes], None]]
 class Gateway(Link):
     """Requests to the agent on a login node; for one thread at a time."""
 
-    def claim(self, runs: str, family: str, token: str, who: str, related: Sequence[str] = ()) -> Claim:
+    def claim(
+        self, runs: str, family: str, token: str, who: str, related: Sequence[str] = (), data_root: str = ""
+    ) -> Claim:
         """Become the one that acts on a family of runs, for as long as the connection lives.
 
         Args:
@@ -34,9 +36,10 @@ class Gateway(Link):
             token: tells this client from others, also after it had to connect anew.
             who: it is, for others.
             related: beginnings of the submission keys of further runs to report if their jobs may not be over.
+            data_root: DATA_ROOT, for which the answer has the absolute path.
         """
         claim = {"runs": runs, "family": family, "token": token, "who": who}
-        found = Claim.parse(self.ask(do="claim", related=list(related), **claim))
+        found = Claim.parse(self.ask(do="claim", related=list(related), data_root=data_root, **claim))
         if found.held_by is None:
             self.claimed = claim
         return found

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from resources.auth import AccessError
 from resources.slurm.gateway.answers import LostClaimError, RefusedError, StoppedError
 from resources.slurm.gateway.channel import OpenChannel
-from resources.slurm.gateway.wire import Wire
+from resources.slurm.gateway.wire import NoPythonError, Wire
 from resources.ssh import AuthenticationError, UnreachableError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 60.0
@@ -27,6 +27,10 @@ BROKEN_TRIES = 4
 """After so many broken answers to a request in a row it fails."""
 DENIED_PAUSE, DENIED_PATIENCE = 60.0, 86400.0
 """For a login node that has let this client in and does so no more: somebody may fix that while the job runs."""
+PYTHON_ADVICE = (
+    "The agent needs Python 3.6 or newer. Name one in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES, "
+    "or load one in its setup_commands."
+)
 T = TypeVar("T")
 _Frame = tuple[Mapping[str, Any], bytes]
 _Ahead = Callable[[], tuple[Mapping[str, Any], bytes] | None]
@@ -90,6 +94,7 @@ class Link:
         self.claimed: Mapping[str, Any] | None = None
         self._hold = -1
         self._let_in: float | None = None
+        self._had_agent = False
         self._ahead: _Ahead = _nothing
         self._early: _Early | None = None
         self._opened: deque[float] = deque(maxlen=MOST_LOGINS)
@@ -132,6 +137,8 @@ class Link:
                 yield idents.index(frame[0]["id"]), *frame
         except (OSError, EOFError, UnreachableError) as error:
             raise AgainError(str(error) or type(error).__name__) from error
+        except NoPythonError as error:
+            raise (AgainError if self._had_agent else RefusedError)(f"{error}\n{PYTHON_ADVICE}") from error
         except (AccessError, AuthenticationError) as error:
             if isinstance(error, AccessError) and error.temporary:
                 raise AgainError(str(error)) from error
@@ -160,6 +167,7 @@ class Link:
     def _receive(self, wire: Wire) -> _Frame | None:
         """The next frame, if one has come; what is to a request that was sent ahead is kept."""
         frame = wire.receive()
+        self._had_agent |= frame is not None
         self._let_in = monotonic()
         if frame and frame[0]["id"] == self._hold and "held" in frame[0]:
             raise LostClaimError(frame[0]["held"])

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from resources.slurm.gateway.channel import Channel
+from resources.slurm.gateway.channel import NO_PYTHON, Channel
 
 HELLO = "gateway-agent 1"
 BEAT_SECONDS = 15.0
@@ -14,6 +14,10 @@ DEAD_SECONDS = 45.0
 """A connection on which nothing comes for so long is given up."""
 LOOK_SECONDS = 0.5
 """How often a wait looks whether it is to stop."""
+
+
+class NoPythonError(Exception):
+    """No interpreter starts on the login node; the text says what was tried."""
 
 
 class Wire:
@@ -85,6 +89,8 @@ class Wire:
             del self._buffer[: end + 1]
             self._said = line.decode(errors="replace").strip() or self._said
             self._greeted = HELLO.encode() in line
+            if line.startswith(NO_PYTHON.encode()):
+                raise NoPythonError(self._no_agent())
         try:
             head = json.loads(line)
         except ValueError as error:

@@ -63,7 +63,7 @@ def hold(ask, say):
     A client that has lost its connection has an agent here that does not know it yet: the same token is let in beside
     it, and takes over from it.
     """
-    folder, family = os.path.expanduser(ask["runs"]), checked(ask["family"])
+    folder, family = ask["runs"], checked(ask["family"])
     own(folder)
     path, mine = os.path.join(folder, family + ".holder"), {"token": ask["token"], "who": ask["who"]}
     if path in HELD or take(path, mine):
@@ -76,19 +76,19 @@ def hold(ask, say):
 
 
 def claim(ask, say):
-    """The same, and what the runs have come to."""
+    """The same, and the state of the latest attempt; `runs` and `data_root` are answered as absolute paths."""
     held = hold(ask, say)
     if held:
         return held
-    folder = os.path.expanduser(ask["runs"])
+    folder = ask["runs"]
     found = latest(folder, ask["family"])
     found["others"] = others(folder, ask["family"], ask.get("related", ()))
-    return dict(found, runs=folder, home=os.path.expanduser("~"))
+    return dict(found, runs=folder, data_root=ask.get("data_root", ""))
 
 
 def clean(ask, _):
     """Remove the runs of some names, if they are over, and what was begun and never finished."""
-    folder, cleaned = os.path.expanduser(ask["runs"]), []
+    folder, cleaned = ask["runs"], []
     names = os.listdir(folder) if os.path.isdir(folder) else []
     for name in names:
         path = os.path.join(folder, name)

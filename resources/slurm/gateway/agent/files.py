@@ -35,7 +35,7 @@ def hash_of(path):
 
 
 def part_of(ask):
-    path = os.path.expanduser(ask["path"])
+    path = ask["path"]
     return path, "%s.%s.part" % (path, ask["sha256"][:16])
 
 
@@ -88,7 +88,7 @@ def piece(ask, _):
 
 def get(ask, say):
     """Send a file as it is now, from an offset on, then the hash of that; what is appended meanwhile does not count."""
-    path, at = os.path.expanduser(ask["path"]), ask["at"]
+    path, at = ask["path"], ask["at"]
     found, done = hashlib.sha256(), 0
     try:
         with open(path, "rb") as file:

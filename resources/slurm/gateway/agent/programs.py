@@ -7,6 +7,7 @@ import threading
 import zlib
 
 from .files import Failure
+from .places import with_paths
 from .slurm import environment
 
 BOOT = "import json, sys; names = {}; exec(compile(json.loads(sys.stdin.readline()), 'program', 'exec'), names)"
@@ -23,7 +24,7 @@ def consult(ask, _):
     with LOADING:
         exec(compile(zlib.decompress(ask["data"]), "program", "exec"), names)
     try:
-        return {"answer": names["answer"](ask["document"])}
+        return {"answer": names["answer"](with_paths(ask["document"]))}
     except names["Refused"] as refused:
         raise Failure("refused", str(refused))
 
@@ -35,6 +36,7 @@ def program(ask, say):
     Its stdin has the source, then a document, and stays open for as long as this agent lives: a program that may run
     for long ends itself when it closes.
     """
+    document = with_paths(ask["document"])
     child = subprocess.Popen(
         [sys.executable, "-I", "-S", "-u", "-c", BOOT],
         env=environment(),
@@ -48,7 +50,7 @@ def program(ask, say):
     reader.start()
     try:
         source = zlib.decompress(ask["data"]).decode()
-        child.stdin.write("".join(json.dumps(part) + "\n" for part in (source, ask["document"])).encode())
+        child.stdin.write("".join(json.dumps(part) + "\n" for part in (source, document)).encode())
         child.stdin.flush()
     except OSError:
         pass  # it has ended already: its last words tell why

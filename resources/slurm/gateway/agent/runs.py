@@ -35,7 +35,7 @@ DAY = 86400
 
 def locate(ask):
     """A run directory and the submission key, which is its name."""
-    run = os.path.expanduser(ask["run"])
+    run = ask["run"]
     return run, checked(os.path.basename(run))
 
 
@@ -220,7 +220,7 @@ def reject(ask, _):
 
 def runs(ask, _):
     """All that is known of every run without asking Slurm."""
-    folder, found = os.path.expanduser(ask["runs"]), []
+    folder, found = ask["runs"], []
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         run = os.path.join(folder, name)
         about = load(os.path.join(run, "about.json"), "run", "asset")

@@ -10,6 +10,7 @@ import time
 from .claims import claim, clean, hold
 from .files import CHUNK, Failure, get, piece, put
 from .follower import follow
+from .places import with_paths
 from .programs import consult, program
 from .runs import look, reject, runs
 from .slurm import QUEUE, projects, states, test
@@ -131,7 +132,7 @@ class Agent:
             self.say(ident, payload, **fields)
 
         try:
-            answer = VERBS[ask["do"]](ask, say)
+            answer = VERBS[ask["do"]](with_paths(ask), say)
         except Failure as failure:
             answer = {"error": failure.kind, "text": str(failure)}
         except OSError as error:

@@ -241,7 +241,7 @@ QUEUE = Queue()
 
 def states(ask, _):
     """Return the view of all of the user's jobs."""
-    QUEUE.refresh(os.path.expanduser(ask["runs"]))
+    QUEUE.refresh(ask["runs"])
     return QUEUE.view
 
 

@@ -1,0 +1,114 @@
+"""Paths as users write them: absolute, or beginning with `~`, `$HOME`, `$DATA` or `$SCRATCH`.
+
+What starts the agent may be a shell that has not read the login profile, which sets the last two. The profile takes up
+to a second on some machines, so what it says is remembered for a while.
+"""
+
+import os
+import re
+import select
+import subprocess
+import threading
+import time
+
+from .disk import load, store
+from .files import Failure
+
+START = re.compile(r"(?:~|\$(HOME|DATA|SCRATCH))(?=/|\Z)")
+FIELDS = ("data_root", "folder", "path", "python", "run", "runs")  # of requests and documents, that are paths
+ASK_PROFILE = r"""printf '\036%s' "$DATA" "$SCRATCH" ''"""  # what a profile prints comes before the first mark
+PROFILE_PATIENCE = 30.0  # seconds, less than the client waits for a sign of life
+REMEMBERED = "~/.cache/musica-pipelines/login-profile-%s.json"
+REMEMBERED_FOR = 3600.0  # seconds; a file of the profile that changes ends it sooner
+PROFILES = ("/etc/profile", "/etc/profile.d", "/etc/bash.bashrc")
+PROFILES += ("~/.bash_profile", "~/.bash_login", "~/.profile", "~/.bashrc")
+
+
+def expanded(path):
+    """The path without a variable; those that begin otherwise stay as they are."""
+    found = START.match(path)
+    if not found:
+        return path
+    name = found.group(1) or "HOME"
+    value = os.path.expanduser("~") if name == "HOME" else os.environ.get(name) or PROFILE.value(name)
+    if not value.startswith("/"):
+        what = "sets no $%s" % name if not value else "sets $%s to %r, which is not an absolute path" % (name, value)
+        raise Failure(
+            "refused",
+            "%s cannot be used: the login profile on %s %s. Write the path itself" % (path, os.uname()[1], what),
+        )
+    return value.rstrip("/") + path[found.end() :]
+
+
+def with_paths(ask):
+    """A request or document with its paths expanded."""
+    return dict(ask, **{name: expanded(ask[name]) for name in FIELDS if ask.get(name)})
+
+
+class Profile:
+    """What the login profile sets."""
+
+    def __init__(self):
+        self.values = {}
+        self.lock = threading.Lock()
+
+    def value(self, name):
+        """The value of a variable; empty if the profile does not set it."""
+        with self.lock:
+            self.values = self.values or recall()
+            if not self.values.get(name, "").startswith("/"):
+                self.values = read_profile()
+                remember(self.values)
+            return self.values[name]
+
+
+def recall():
+    """Return what was remembered, unless that is old."""
+    known = load(os.path.expanduser(REMEMBERED) % os.uname()[1], "values", "stamps", "at")
+    fresh = known and known["stamps"] == stamps() and 0 <= time.time() - known["at"] < REMEMBERED_FOR
+    return known["values"] if fresh else {}
+
+
+def remember(values):
+    path = os.path.expanduser(REMEMBERED) % os.uname()[1]
+    try:
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        store(path, {"values": values, "stamps": stamps(), "at": time.time()})
+    except OSError:  # the disk is full: the profile is read again the next time
+        pass
+
+
+def stamps():
+    """When the files of the profile have changed last."""
+    paths = [os.path.expanduser(path) for path in PROFILES]
+    return [os.stat(path).st_mtime if os.path.exists(path) else None for path in paths]
+
+
+def read_profile():
+    """DATA and SCRATCH as a login shell has them."""
+    child = subprocess.Popen(
+        ["/bin/bash", "-l", "-c", ASK_PROFILE],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    said, until = b"", time.monotonic() + PROFILE_PATIENCE
+    try:
+        while said.count(b"\x1e") < 3:  # not to its end: a process that the profile left may hold it
+            if not select.select([child.stdout], [], [], max(until - time.monotonic(), 0))[0]:
+                text = "the login profile on %s did not end within %d s" % (os.uname()[1], PROFILE_PATIENCE)
+                raise Failure("temporary", text + ". See what it waits for: bash -lc true")
+            more = os.read(child.stdout.fileno(), 65536)
+            if not more:
+                raise Failure("refused", "the login profile on %s ended the shell: bash -lc true" % os.uname()[1])
+            said += more
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    data, scratch = said.decode(errors="replace").split("\x1e")[-3:-1]
+    return {"DATA": data, "SCRATCH": scratch}
+
+
+PROFILE = Profile()
