@@ -20,7 +20,6 @@ pytestmark = pytest.mark.cluster
 SITE = load_site(SUPERCOMPUTER_SITE_OVERRIDES, "musica")
 PYTHONS = ("nosuchpython", "python3")
 BROKEN_PYTHON = "#!/bin/sh\\necho libpython is missing >&2\\nexit 127\\n"
-PATHS = "echo 'PATH=$HOME/bin' >> .bashrc"
 LINES = 'i=0; while [ $i -lt 20000 ]; do echo "line $i äöü"; i=$((i+1)); done'
 
 
@@ -342,7 +341,9 @@ def test_without_agent_it_is_told_why(site: SimulatedSite, settings: Settings) -
 def test_a_login_node_on_which_no_python_starts_is_an_error(site: SimulatedSite, settings: Settings) -> None:
     """P-17: it was asked again for ever."""
     site.run_on_login(
-        CERTIFICATE_USER, f"mkdir bin; printf '{BROKEN_PYTHON}' > bin/broken; chmod +x bin/broken; {PATHS}"
+        CERTIFICATE_USER,
+        f"mkdir bin; printf '{BROKEN_PYTHON}' > bin/broken; chmod +x bin/broken; "
+        "echo 'PATH=~/bin:$PATH' > .bash_profile",
     )
     gateway = Gateway(choose_channel(settings, ["nosuchpython", "broken"], ensure_certificate))
     with pytest.raises(RefusedError) as raised:
@@ -358,7 +359,7 @@ def test_slurm_that_only_login_shells_find(site: SimulatedSite, settings: Settin
     site.run_on_login(
         CERTIFICATE_USER,
         "mkdir bin; ln -s /usr/bin/* bin; rm bin/sbatch bin/squeue bin/scontrol bin/scancel bin/sacct; "
-        f"printf '{BROKEN_PYTHON}' > bin/broken; chmod +x bin/broken; {PATHS}; "
+        f"printf '{BROKEN_PYTHON}' > bin/broken; chmod +x bin/broken; echo 'PATH=~/bin' >> .bashrc; "
         "echo 'PATH=/usr/bin:/bin; cat >/dev/null' > .bash_profile",
     )
     gateway = Gateway(choose_channel(settings, ["broken", "python3"], ensure_certificate))
@@ -371,15 +372,16 @@ def test_slurm_that_only_login_shells_find(site: SimulatedSite, settings: Settin
 
 def test_setup_commands_come_before_the_agent(site: SimulatedSite, settings: Settings) -> None:
     """A function of the login profile, a Python that it alone finds, and a user of tcsh."""
-    changes = {"edge_node_user": TCSH_USER.name, "edge_node_key_path": site.layout.state / "client" / "id_tcsh"}
-    site.mint_certificate(changes["edge_node_key_path"], TCSH_USER)
+    key = site.layout.state / "client" / "id_tcsh"
+    changes = {"edge_node_user": TCSH_USER.name, "edge_node_key_path": key}
+    site.mint_certificate(key, TCSH_USER)
     site.run_on_login(
         TCSH_USER,
         "mkdir of-module; ln -s /usr/bin/python3 of-module/a-python; "
-        """echo 'module() { [ "$2" = "it'"'"'s!" ] && PATH=$HOME/of-module:$PATH; }' > .bash_profile; """
+        """echo 'provide() { [ "$2" = "it'"'"'s!" ] && PATH=$HOME/of-module:$PATH; }' > .bash_profile; """
         "echo 'export SCRATCH=$HOME/scratch' >> .bash_profile",
     )
-    setup = ['module load "it\'s!"', "[ -t 0 ] || cat  # what it reads is not the agent's"]
+    setup = ['provide a "it\'s!"', "[ -t 0 ] || cat  # what it reads is not the agent's"]
     channel = choose_channel(settings.model_copy(update=changes), ["a-python"], lambda _: None, setup=setup)
     gateway = Gateway(channel)
     assert gateway.claim("$SCRATCH/runs", "family", "token", "me").runs == f"{TCSH_USER.home}/scratch/runs"
