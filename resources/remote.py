@@ -67,7 +67,9 @@ class RemoteRun:
 
     def _work(self, stop: threading.Event, extras: Mapping[str, Any]) -> dg.PipesClientCompletedInvocation:
         site = self._plan.site
-        channel = choose_channel(self._settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands)
+        channel = choose_channel(
+            self._settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands
+        )
         gateway = Gateway(channel, stop, self._tell_trouble)
         environments = Environments(gateway, str(self._settings.deployment_base_path), self._plan.site)
         environment = RunEnvironment(environments, self._settings, self._plan.workload)

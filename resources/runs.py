@@ -134,7 +134,9 @@ def open_runs(settings: Settings, site_overrides: Mapping[str, Any], seconds: fl
     """
     site = load_site(site_overrides, settings.supercomputer_site or "")
     stop, troubles = threading.Event(), ["no answer"]
-    channel = choose_channel(settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands)
+    channel = choose_channel(
+        settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands
+    )
     gateway = Gateway(channel, stop, troubles.append)
     limit = threading.Timer(seconds, stop.set) if seconds else None
     if limit:

@@ -95,7 +95,9 @@ def main() -> int:
     try:
         settings = load_settings(SUPERCOMPUTER_SITE_OVERRIDES, supercomputer=True)
         site = load_site(SUPERCOMPUTER_SITE_OVERRIDES, str(settings.supercomputer_site))
-        channel = choose_channel(settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands)
+        channel = choose_channel(
+            settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands
+        )
         gateway = Gateway(channel, on_trouble=lambda text: print(f"{text}; trying again", file=sys.stderr))
         environments = Environments(gateway, str(settings.deployment_base_path), site)
         try:

@@ -87,7 +87,7 @@ def check_account(facts: Facts) -> Verdict:
 
 def check_folder(facts: Facts) -> Verdict:
     """Check that SLURM_DEPLOYMENT_BASE_PATH can be written to and has room."""
-    base, above = facts.settings.deployment_base_path, facts.survey["folder"].text
+    base, above = facts.survey["base"].text, facts.survey["folder"].text
     write, space = facts.survey["write"], facts.survey["space"]
     if write.code:
         fix = "choose another SLURM_DEPLOYMENT_BASE_PATH, or make room (your quota?)"
@@ -95,7 +95,7 @@ def check_folder(facts: Facts) -> Verdict:
     kib, files = (int(word) if word.isdecimal() else LEAST_FREE_FILES for word in space.text.split())
     if kib < LEAST_FREE_KIB or files < LEAST_FREE_FILES:
         return warning(f"{above} has {kib >> 10} MB and {files} files left", "make room there")
-    there = "" if facts.survey["base"].text == above else " is made by the first run;"
+    there = "" if above == base else " is made by the first run;"
     return ok(f"{base}{there} {kib >> 20} GB free")
 
 
