@@ -110,9 +110,7 @@ class Attempts:
         who = f"run {self._context.run_id}, process {os.getpid()} on {socket.gethostname()}"
         reported = None
         while True:
-            claim = self._gateway.claim(
-                self._folder, family, self._token, who, related, self._submission.data_root
-            )
+            claim = self._gateway.claim(self._folder, family, self._token, who, related, self._submission.data_root)
             if claim.held_by is None:
                 return claim
             if reported != claim.held_by:

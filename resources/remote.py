@@ -224,7 +224,7 @@ class RemoteRun:
 
     def _tell_state(self, state: JobState) -> None:
         self._tell_project(state.account)
-        words = [state.state]
+        words = [f"{state.state} on {state.node}, temporary files in {state.temporary}" if state.node else state.state]
         if state.reason != "None":
             words.append(state.reason)
         if state.start and state.state == "PENDING":
@@ -275,5 +275,3 @@ def _exit_code(end: JobEnd) -> int:
     """As in `subprocess`: the shell's 128 + N, where a signal N has ended the workload, becomes -N."""
     code = end.code or 0
     return 128 - code if code - 128 in set(signal.Signals) else code
-
-

@@ -10,7 +10,7 @@ from resources.slurm.site import Site
 
 _SCRIPT = Template(
     """\
-#!/bin/bash
+#!$shell
 $header
 # Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
@@ -28,10 +28,21 @@ finish() {
     "$$code" "$$SLURM_JOB_ID" "$${now/,/.}" "$${sizes[@]}" >>events
 }
 trap finish EXIT
+# Where temporary files lie on a node: its own disk, if something can be written to it.
+temporary_folder() {
+  local probe=$disk/.$$SLURM_JOB_ID-$$RANDOM
+  if (set -C && echo >"$$probe" && rm "$$probe") 2>/dev/null; then echo $disk; else echo /tmp; fi
+}
+JOB_TMPDIR=$$(temporary_folder)
+export JOB_TMPDIR
+export -f temporary_folder
 printf '\\n{"method": "job_started"}\\n' >>messages.jsonl # after what an earlier life may have cut off
 now=$${EPOCHREALTIME:-$$(date +%s.%N)} # with the locale's decimal point
-printf '{"started": "%s", "time": %s}\\n' "$$HOSTNAME" "$${now/,/.}" >>events
+printf '{"started": "%s", "time": %s, "temporary": "%s"}\\n' "$$HOSTNAME" "$${now/,/.}" "$$JOB_TMPDIR" >>events
 
+$setup# Neither a module's Python nor packages in the home may get between $$PYTHON and its own packages.
+unset PYTHONHOME PYTHONPLATLIBDIR PYTHONSAFEPATH
+export PYTHONNOUSERSITE=1 TMPDIR=$$JOB_TMPDIR
 $environment
 
 # When Slurm will end the job, in seconds since 1970. Slurm says so itself since 23.02.
@@ -133,19 +144,22 @@ def render_job_script(
 
     Args:
         request: after `allocate`.
-        site: its header comes before the directives, its setup commands come before all other commands.
+        site: its header comes before the directives; its setup commands come first, in a login shell.
         job_name: the submission key.
         about: goes into the job's comment.
         environment: variables of the script; values are quoted here.
         body: the launcher's commands (`Launcher.render`).
         variables: those that the workload has besides.
     """
-    lines = [*site.setup_commands, *(f"export {name}={shlex.quote(value)}" for name, value in environment.items())]
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     assignments = [f"{name}={value}" for name, value in (variables or {}).items()]
     return _SCRIPT.substitute(
         header="\n".join([*site.script_header, *directives(request, site, job_name, about)]),
+        shell="/bin/bash -l" if site.setup_commands else "/bin/bash",  # `module` is a function of login shells
+        setup="".join(f"{command}\n" for command in site.setup_commands),
         environment="\n".join(lines),
         env=shlex.join(["env", *assignments]) + " " if assignments else "",
+        disk=site.local_disk,
         lead=warning_lead(request),
         seconds=request.seconds,
         body=body.rstrip(),

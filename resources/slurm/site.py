@@ -67,6 +67,11 @@ class Site(_Part):
         description="Lines `@cert-authority ...`, for hosts that the user's known_hosts does not have.",
     )
     documentation: str | None = Field(None, description="Address of the centre's documentation.")
+    local_disk: str = Field(
+        "/local",
+        pattern=r"^/[A-Za-z0-9._/-]{1,24}$",
+        description="Folder on each node's own disk, for temporary files; /tmp where it cannot be written to.",
+    )
     python_candidates: tuple[str, ...] = Field(("python3",), description="Interpreters to try, the best first.")
 
 

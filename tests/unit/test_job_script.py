@@ -82,11 +82,18 @@ def test_the_shell_part_of_ray_is_clean(shellcheck: str) -> None:
 
 def run_as_slurm_would(folder: Path, text: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     (folder / "job.sh").write_text(text)
+    (folder / "job.sh").chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17", "HOME": str(folder), **variables}
     for name in ("stdout", "stderr"):
         (folder / name).touch()
     return subprocess.run(
-        ["bash", "job.sh"], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-c", "exec ./job.sh"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
@@ -196,11 +203,53 @@ def test_a_pre_start_command_that_is_refused_is_told_and_passed_over(tmp_path: P
     assert ("refused on" in done.stderr) == (limit != "64")
 
 
-def test_setup_commands_of_the_site_come_before_python(tmp_path: Path) -> None:
-    site = Site.model_validate({**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "setup_commands": ["export MODULE=loaded"]})
+def test_setup_commands_of_the_site_come_before_python_in_a_login_shell(tmp_path: Path) -> None:
+    """Only login shells have `module`."""
+    (tmp_path / ".bash_profile").write_text("provide() { export MODULE=$1; }\n")
+    site = Site.model_validate({**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "setup_commands": ["provide loaded"]})
     (tmp_path / "w.py").write_text("import os\nprint(os.environ['MODULE'])\n")
-    text = render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"])
-    assert run_as_slurm_would(tmp_path, text).stdout == "loaded\n"
+    done = run_as_slurm_would(tmp_path, render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"]))
+    assert (done.stdout, done.returncode) == ("loaded\n", 0), done.stderr
+
+
+def test_nothing_of_the_home_or_of_a_module_shadows_the_packages_of_the_environment(tmp_path: Path) -> None:
+    """P-18: ~/.local came first, and a PYTHONHOME of a module kept Python from starting."""
+    python = os.path.realpath(sys.executable)
+    shadow = tmp_path / ".local" / "lib" / "python{}.{}".format(*sys.version_info[:2]) / "site-packages"
+    shadow.mkdir(parents=True)
+    (shadow / "a_module.py").write_text("raise SystemExit('shadow')\n")
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "a_module.py").write_text("WORD = 'right'\n")
+    (tmp_path / "w.py").write_text(
+        f"import subprocess, sys\nsys.path.append({str(tmp_path / 'packages')!r})\nimport a_module\n"
+        "print(a_module.WORD, subprocess.run([sys.executable, '-c', 'import a_module']).returncode)\n"
+    )
+    site = Site.model_validate(
+        {**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "setup_commands": ["export PYTHONHOME=/nonexistent"]}
+    )
+    text = render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"]).replace(sys.executable, python)
+    done = run_as_slurm_would(tmp_path, text, PYTHONSAFEPATH="1")
+    assert (done.stdout, done.returncode) == ("right 1\n", 0), done.stderr
+    assert "shadow" not in done.stderr
+    assert "No module named 'a_module'" in done.stderr  # where nothing shadows it, it is not found at all
+
+
+@pytest.mark.parametrize("disk", ["there", "missing", "a file", "full"])
+def test_temporary_files_lie_on_the_disk_of_the_node_if_it_can_be_written_to(tmp_path: Path, disk: str) -> None:
+    path = {"full": Path("/proc")}.get(disk, tmp_path / "disk")
+    if disk == "there":
+        path.mkdir()
+    elif disk == "a file":
+        path.touch()
+    site = SITE.model_copy(update={"local_disk": str(path)})
+    (tmp_path / "w.py").write_text("import tempfile\nprint(tempfile.gettempdir())\n")
+    done = run_as_slurm_would(
+        tmp_path, render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"]), TMPDIR="/of/a/profile"
+    )
+    expected = str(path) if disk == "there" else "/tmp"
+    assert (done.stdout, done.stderr) == (f"{expected}\n", "")
+    assert read_events(tmp_path)[0]["temporary"] == expected
+    assert disk != "there" or list(path.iterdir()) == []
 
 
 def test_every_field_of_the_request_is_rendered() -> None:

@@ -37,7 +37,9 @@ def _argument(text: str) -> str:
     return text
 
 
-def _temp_dir(text: str) -> str:
+def _temp_dir(text: str | None) -> str | None:
+    if text is None:
+        return None
     longest = LONGEST_TEMP_DIR - len(_JOB_FOLDER)
     if not text.startswith("/") or len(text) > longest:
         raise ValueError(
@@ -77,9 +79,10 @@ class RayLauncher(Launcher):
         None,
         description="Interface whose address Ray uses, for instance ib0; if not given, what the hostname resolves to.",
     )
-    temp_dir: Annotated[str, AfterValidator(_temp_dir)] = Field(
-        "/tmp",  # noqa: S108 - folder.py makes a private folder in it
-        description="Where Ray's own folder, `r-XXXXXXXX`, lies on each node until the job ends: a local disk.",
+    temp_dir: Annotated[str | None, AfterValidator(_temp_dir)] = Field(
+        None,
+        description="Where on each node Ray's own folder lies, `r-XXXXXXXX`, until the job ends: a local disk. If not "
+        "given, the site's `local_disk`, or /tmp where that cannot be written to.",
     )
     collect_logs: bool = Field(
         default=True, description="Keep Ray's logs in the run directory, as ray/logs-NODE.tar.gz."

@@ -39,12 +39,16 @@ class JobState:
         reason: why it waits; `None` (the word) if it does not.
         start: expected start in seconds since 1970, if Slurm knows.
         account: project that it is charged to; empty until Slurm was asked.
+        node: its first node; empty until the job itself has told.
+        temporary: where temporary files lie on that node; empty until then, too.
     """
 
     state: str
     reason: str
     start: float | None
     account: str = ""
+    node: str = ""
+    temporary: str = ""
 
 
 @dataclass(frozen=True)

@@ -289,7 +289,8 @@ class Gateway(Link):
                     self._on_trouble(head["trouble"])
                 elif "state" in head:
                     start = float(head["start"]) if head["start"].isdecimal() else None
-                    on_state(JobState(head["state"], head["reason"], start, head["account"]))
+                    place = {name: head[name] for name in ("account", "node", "temporary")}
+                    on_state(JobState(head["state"], head["reason"], start, **place))
             raise AgainError("the agent ended its answer")
 
         return self.patiently(go_on, lasting)

@@ -29,10 +29,21 @@ finish() {
     "$code" "$SLURM_JOB_ID" "${now/,/.}" "${sizes[@]}" >>events
 }
 trap finish EXIT
+# Where temporary files lie on a node: its own disk, if something can be written to it.
+temporary_folder() {
+  local probe=/local/.$SLURM_JOB_ID-$RANDOM
+  if (set -C && echo >"$probe" && rm "$probe") 2>/dev/null; then echo /local; else echo /tmp; fi
+}
+JOB_TMPDIR=$(temporary_folder)
+export JOB_TMPDIR
+export -f temporary_folder
 printf '\n{"method": "job_started"}\n' >>messages.jsonl # after what an earlier life may have cut off
 now=${EPOCHREALTIME:-$(date +%s.%N)} # with the locale's decimal point
-printf '{"started": "%s", "time": %s}\n' "$HOSTNAME" "${now/,/.}" >>events
+printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "${now/,/.}" "$JOB_TMPDIR" >>events
 
+# Neither a module's Python nor packages in the home may get between $PYTHON and its own packages.
+unset PYTHONHOME PYTHONPLATLIBDIR PYTHONSAFEPATH
+export PYTHONNOUSERSITE=1 TMPDIR=$JOB_TMPDIR
 export PYTHON=/environment/bin/python
 export DATA_ROOT=/d
 

@@ -91,15 +91,16 @@ class Follower:
         if "started" in words and (not row or row[0] == "PENDING"):  # squeue's view is older
             row = ["RUNNING", "None", ""] + (row or [])[3:]
         if row and row[0] not in OVER and "end" not in words:
-            self.tell(*row)
+            self.tell(*row, **(words.get("started") or {}))
         if QUEUE.view["trouble"] and QUEUE.view["trouble"] != self.trouble:
             self.trouble = QUEUE.view["trouble"]
             self.say(trouble=self.trouble)
 
-    def tell(self, state, reason, start="", project=""):
-        if (state, reason, project) != self.told:
-            self.told = (state, reason, project)
-            self.say(state=state, reason=reason, start=start, account=project)
+    def tell(self, state, reason, start="", project="", started="", temporary="", **_):
+        if (state, reason, project, started) != self.told:
+            self.told = (state, reason, project, started)
+            place = {"node": started, "temporary": temporary}
+            self.say(state=state, reason=reason, start=start, account=project, **place)
 
     def ask_for_end(self, job, word):
         """When the job has told its end, at once; where it was cut short, or is gone without a word, a little later."""
