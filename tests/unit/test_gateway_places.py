@@ -67,11 +67,11 @@ def open_gateway() -> Iterator[Callable[[], Gateway]]:
 
 
 def test_the_login_profile_says_where_data_is_and_is_read_once(home: Home, open_gateway: Callable[[], Gateway]) -> None:
-    claim = open_gateway().claim("$DATA/d/runs", "family", "token", "me", "~/files")
+    claim = open_gateway().claim("$DATA/d/runs", "family", "token", "me", data_root="~/files")
     assert (claim.runs, claim.data_root) == (f"{home.folder}/data/d/runs", f"{home.folder}/files")
     assert (home.folder / "data" / "d" / "runs").is_dir()
     gateway = open_gateway()
-    assert gateway.claim("$DATA/d/runs", "other", "token", "me", "$HOME").data_root == str(home.folder)
+    assert gateway.claim("$DATA/d/runs", "other", "token", "me", data_root="~").data_root == str(home.folder)
     assert gateway.runs("$DATA/d/runs") == []
     assert home.times_read == 1
 
