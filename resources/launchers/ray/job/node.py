@@ -181,7 +181,9 @@ class Node:
             NodeError: it ended by itself, or did not start.
         """
         mine = versions()
-        self._folder = make_folder(Path(self._settings["temp_dir"] or os.environ["JOB_TMPDIR"]), os.environ["SLURM_JOB_ID"])
+        self._folder = make_folder(
+            Path(self._settings["temp_dir"] or os.environ["JOB_TMPDIR"]), os.environ["SLURM_JOB_ID"]
+        )
         check_gpus(self._settings["gpus"])
         address = own_address(self._settings["network_interface"])
         ports, self._claims = claim_ports(len(AGENT_PORTS) + 2 * self._head)
