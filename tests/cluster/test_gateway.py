@@ -347,7 +347,7 @@ def test_a_login_node_on_which_no_python_starts_is_an_error(site: SimulatedSite,
     )
     gateway = Gateway(choose_channel(settings, ["nosuchpython", "broken"], ensure_certificate))
     with pytest.raises(RefusedError) as raised:
-        gateway.states()
+        gateway.states(Run("").path)
     text = str(raised.value)
     assert "no Python: none of nosuchpython, broken starts on login0" in text
     assert "libpython is missing" in text
