@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 
 from resources import workload
@@ -84,6 +85,25 @@ def test_result_output_and_numbers(site: SimulatedSite, workloads: Path, capfd: 
     assert (about["run"], about["root"], about["asset"]) == (outcome.run_id, outcome.run_id, "probe")
     assert site.run_on_login(CERTIFICATE_USER, f"stat -c %a {run}").stdout.strip() == "700"
     wait_until(lambda: [each.command for each in site.processes_on_login()] == before, "nothing is left there", 10)
+
+
+def test_a_retry_policy_starts_another_job(site: SimulatedSite, workloads: Path) -> None:
+    workload = (
+        PIPES
+        + """
+    import pathlib
+    attempt = pathlib.Path.cwd().name.rpartition("-")[2]
+    assert attempt == "2", f"attempt {attempt}"
+    pipes.report_asset_materialization(metadata={"attempt": attempt})
+    """
+    )
+    policy = dg.RetryPolicy(max_retries=2)
+    outcome = materialize(workload, workloads, request=SHORT, retry_policy=policy)
+    assert outcome.error == ""
+    assert [text.count("attempt 1") > 0 for text in outcome.retries] == [True]
+    (metadata,) = outcome.materializations[None]
+    assert metadata["attempt"] == "2"
+    assert len(runs_there(site)) == 2
 
 
 @pytest.mark.parametrize(
@@ -307,5 +327,6 @@ def test_what_slurm_refuses_is_told_in_its_words(
 ) -> None:
     outcome = materialize(REPORTS, workloads, request=request_)
     assert "refused on the supercomputer" in outcome.error
+    assert "Run directory" not in outcome.error  # no job has written into it
     assert text in outcome.error
     assert outcome.retries == []

@@ -51,6 +51,7 @@ def materialize(
     env: Mapping[str, str] | None = None,
     args: Sequence[str] = (),
     checks: tuple[str, ...] = (),
+    retry_policy: dg.RetryPolicy | None = None,
     partitions: tuple[str, ...] = (),
     partition_key: str | None = None,
 ) -> Outcome:
@@ -63,6 +64,7 @@ def materialize(
 
     @dg.asset(
         name="probe",
+        retry_policy=retry_policy,
         check_specs=[dg.AssetCheckSpec(name, asset="probe") for name in checks],
         partitions_def=dg.StaticPartitionsDefinition(list(partitions)) if partitions else None,
     )

@@ -3,23 +3,31 @@
 import tomllib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.tags import Tag
 
+from resources import SUPERCOMPUTER_SITE_OVERRIDES, workload
 from resources.environments import (
     CLUSTER,
     Environment,
+    Environments,
     LoggedProgress,
     Row,
+    RunEnvironment,
     choose_for_removal,
+    read_code,
     read_lock,
 )
 from resources.environments.target import NEWEST, OLDEST, Target
 from resources.errors import ConfigurationError
-from resources.settings import ROOT
+from resources.settings import ROOT, Settings
+from resources.slurm import load_site
+from resources.slurm.gateway import Gateway
+from resources.workload import read_workload
 
 TARGET = Target("/usr/bin/python3.11", "3.11.2", "x86_64", "2.28")
 
@@ -93,6 +101,25 @@ def test_wheels_for_an_older_glibc_work_and_for_a_newer_one_do_not() -> None:
     assert Tag("cp311", "cp311", "manylinux_2_29_x86_64") not in tags
     assert Tag("cp312", "cp312", "manylinux_2_17_x86_64") not in tags
     assert Tag("cp311", "cp311", "linux_x86_64") not in tags
+
+
+# The code of a run
+
+
+def test_every_workload_below_the_workloads_folder_has_the_same_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what scripts/deploy_environment.py publishes, so production can run each of them."""
+    for name in ("top.py", "climate/prog.py", "climate/model/__main__.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(workload, "WORKLOADS", tmp_path)
+    site = load_site(SUPERCOMPUTER_SITE_OVERRIDES, "musica")
+    environments = Environments(cast(Gateway, None), "/base", site)
+    for given in ("top.py", "climate/prog.py", "climate/model"):
+        inputs = RunEnvironment(environments, Settings(), read_workload(tmp_path / given)).inputs
+        code = {name.removeprefix("code "): digest for name, digest in inputs.items() if name.startswith("code ")}
+        assert code == read_code(tmp_path).digests
 
 
 # What may go
