@@ -9,7 +9,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from resources import workload
+from resources import build_resources, workload
+from resources.compute import ComputeResource
 from resources.launchers import Launcher, RayLauncher, ScriptLauncher
 from resources.slurm import SlurmRequest
 from tests.cluster.background import (
@@ -85,6 +86,39 @@ def test_result_output_and_numbers(site: SimulatedSite, workloads: Path, capfd: 
     assert (about["run"], about["root"], about["asset"]) == (outcome.run_id, outcome.run_id, "probe")
     assert site.run_on_login(CERTIFICATE_USER, f"stat -c %a {run}").stdout.strip() == "700"
     wait_until(lambda: [each.command for each in site.processes_on_login()] == before, "nothing is left there", 10)
+
+
+def test_an_asset_check_and_an_asset_with_partitions_report_from_jobs_of_their_own(
+    site: SimulatedSite, workloads: Path
+) -> None:
+    """What the job cost is metadata of the check, and of one of the partitions."""
+    report = "for key in pipes.extras['partition_keys']:\n        "
+    report += "pipes.report_custom_message({'musica.partition': {'partition': key, 'metadata': {'rows': len(key)}}})\n"
+    (workloads / "probe.py").write_text(f"{PIPES}    {report}")
+    (workloads / "fresh.py").write_text(
+        f"{PIPES}    pipes.report_asset_check('fresh', passed=True, asset_key='probe')\n"
+    )
+
+    @dg.asset(partitions_def=dg.StaticPartitionsDefinition(["a", "bb"]), backfill_policy=dg.BackfillPolicy.single_run())
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        done = compute.run(context, workload=workloads / "probe.py", launcher=ScriptLauncher(), request=SHORT)
+        return done.get_materialize_result()
+
+    @dg.asset_check(asset=probe)
+    def fresh(context: dg.AssetCheckExecutionContext, compute: ComputeResource) -> dg.AssetCheckResult:
+        done = compute.run(context, workload=workloads / "fresh.py", launcher=ScriptLauncher(), request=SHORT)
+        return done.get_asset_check_result()
+
+    tags = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "bb"}
+    result = dg.materialize([probe, fresh], resources=build_resources(), tags=tags)
+    events = result.asset_materializations_for_node("probe")
+    assert {event.partition: event.metadata["rows"].value for event in events} == {"a": 1, "bb": 2}
+    assert [event.partition for event in events if "node_hours" in event.metadata] == ["a"]
+    jobs = {event.metadata["job_id"].value for event in events}
+    (evaluation,) = result.get_asset_check_evaluations()
+    assert evaluation.passed
+    assert "node_hours" in evaluation.metadata
+    assert len(jobs | {evaluation.metadata["job_id"].value}) == 2
 
 
 def test_a_retry_policy_starts_another_job(site: SimulatedSite, workloads: Path) -> None:
