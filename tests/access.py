@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import SSHCertificateBuilder, 
 from resources.auth.certificate import certificate_path, ensure_key
 from resources.auth.credentials import Credentials
 from resources.settings import ROOT, Settings
-from tests.simulated_site import AuthentikControl
+from tests.simulated_site import CERTIFICATE_USER, AuthentikControl, SimulatedSite
 
 USER, EMAIL, CLIENT_ID, PREFIX = "xy12345", "xy12345@sim.test", "musica-step", "dagster-slurm"
 DAY = 86400.0
@@ -77,6 +77,24 @@ def app_password_works(settings: Settings, value: str) -> bool:
         "scope": "openid profile email",
     }
     return httpx.post(str(settings.oidc_token_url), data=form).status_code == 200
+
+
+def key_of(variables: dict[str, str]) -> Path:
+    """The private key."""
+    return Path(variables["SLURM_EDGE_NODE_KEY_PATH"])
+
+
+def logs_in(site: SimulatedSite, variables: dict[str, str]) -> bool:
+    """Whether the key and its certificate open the login node."""
+    command = site.login.ssh_command(CERTIFICATE_USER, key_of(variables), "true")
+    return subprocess.run(command, capture_output=True, timeout=30, check=False).returncode == 0
+
+
+def age_certificate(site: SimulatedSite, variables: dict[str, str]) -> None:
+    """Put one in the place of the certificate that is valid, and due."""
+    path = site.mint_certificate(key_of(variables), validity="-50m:+10m")
+    begun = time.time() - 50 * 60
+    os.utime(path, (begun, begun))
 
 
 def delete_token(settings: Settings, owner: Credentials, identifier: str) -> None:

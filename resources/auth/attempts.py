@@ -1,4 +1,4 @@
-"""What has failed since when: kept beside the credentials, so that people see it and nobody asks in vain too often."""
+"""Record which part of the refresh fails, and since when: for people to see, and for pauses between the attempts."""
 
 import json
 from contextlib import suppress
@@ -26,45 +26,49 @@ class Failing:
         last: the latest one.
         count: how many.
         error: text of the latest one; no secret.
+        temporary: whether the latest one may pass by itself.
     """
 
     since: datetime
     last: datetime
     count: int
     error: str
+    temporary: bool = False
 
     @property
     def pause_ends(self) -> datetime:
-        """Until when it is not tried again by itself."""
+        """Return until when it is not tried again by itself."""
         return self.last + pause_after(self.count)
 
 
 def pause_after(failures: int) -> timedelta:
-    """How long to wait after so many failures in a row (1 or more): 1, 2, 4 ... minutes, 30 at most."""
+    """Return how long to wait after so many failures in a row (1 or more): 1, 2, 4 ... minutes, 30 at most."""
     pause: timedelta = FIRST_PAUSE * 2 ** min(failures - 1, 10)
     return min(LONGEST_PAUSE, pause)
 
 
 class Attempts:
-    """The file `<credentials file>.failing`; it is there only while something fails. Writers hold the lock."""
+    """The file `<credentials file>.failing`; it is there only while something fails. Writers hold the lock.
+
+    A file that cannot be read or written changes nothing about access itself: it decides only about pauses.
+    """
 
     def __init__(self, credentials_file: Path) -> None:
         self._path = credentials_file.with_name(credentials_file.name + ".failing")
 
     def failing(self, part: Part) -> Failing | None:
-        """How a part fails, or None. A file that cannot be understood says nothing: it decides only about pauses."""
+        """Return how a part fails; None if it does not."""
         return self._read().get(part)
 
     def failed(self, part: Part, error: AccessError) -> None:
-        """Note a failure; where that cannot be written either, the failure itself is what counts."""
+        """Record a failure."""
         before = self._read()
         earlier, now = before.get(part), clock.now()
         since, count = (earlier.since, earlier.count + 1) if earlier else (now, 1)
-        with suppress(UnsafeFileError):
-            self._write({**before, part: Failing(since, now, count, str(error))})
+        self._write({**before, part: Failing(since, now, count, str(error), error.temporary)})
 
     def succeeded(self, part: Part) -> None:
-        """Note a success."""
+        """Record a success."""
         before = self._read()
         if part in before:
             self._write({name: failing for name, failing in before.items() if name != part})
@@ -78,6 +82,7 @@ class Attempts:
                     datetime.fromisoformat(entry["last"]),
                     int(entry["count"]),
                     str(entry["error"]),
+                    entry.get("temporary") is True,
                 )
                 for part, entry in raw.items()
             }
@@ -85,8 +90,9 @@ class Attempts:
             return {}
 
     def _write(self, parts: dict[str, Failing]) -> None:
-        if parts:
-            entries = {part: asdict(failing) for part, failing in parts.items()}
-            replace_file(self._path, json.dumps(entries, default=datetime.isoformat, indent=1) + "\n")
-        else:
-            self._path.unlink(missing_ok=True)
+        entries = {part: asdict(failing) for part, failing in parts.items()}
+        with suppress(UnsafeFileError, OSError):
+            if parts:
+                replace_file(self._path, json.dumps(entries, default=datetime.isoformat, indent=1) + "\n")
+            else:
+                self._path.unlink(missing_ok=True)

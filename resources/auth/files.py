@@ -3,10 +3,24 @@
 import os
 import shlex
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from resources.auth.errors import UnsafeFileError
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn an OSError into an error of ours: whoever connects would take it for a lost connection, and wait."""
+    try:
+        yield
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise UnsafeFileError(
+            f"A file that access needs cannot be used: {place}{error.strerror or error}. Check its folder, its "
+            "permissions and the space on that disk"
+        ) from error
 
 
 def read_private(path: Path) -> str | None:

@@ -100,6 +100,8 @@ def _due(access: Access, failing: dict[Part, Failing]) -> dict[Part, datetime]:
         due["certificate"] = certificate.renew_at(settings.step_refresh_skew)
     if access.rotatable:
         due["rotation"] = access.stored.renew_at(settings.authentik_refresh_skew_days, access.now)
+    if "rotation" in due and "rotation" in failing:
+        due["rotation"] = access.now  # one that has failed is due until it succeeds
     pauses = {part: found.pause_ends for part, found in failing.items()}
     return {part: max(moment, pauses.get(part, moment)) for part, moment in due.items()}
 

@@ -44,15 +44,25 @@ def _issue_by_http(settings: Settings, http: Http, public_key: str, token: OidcT
     answer = http.call("POST", f"{_base(settings)}/1.0/ssh/sign", json_body=body, trust=trust, tries=1)
     if answer.status == 401:
         _compare_clocks(token, answer.date)
-        raise RefusedError(f"the certificate authority refused the OIDC token ({answer.reason})")
+        raise RefusedError(
+            f"the certificate authority refused the OIDC token ({answer.reason}). {_refused_token(settings, token)}"
+        )
     if answer.status == 403:
-        raise RefusedError(f"the certificate authority refused the certificate ({answer.reason})")
+        raise RefusedError(
+            f"the certificate authority refused a certificate for {token.email} ({answer.reason}). Ask the centre "
+            "with this text"
+        )
     if answer.status != 201:
-        raise MisconfiguredError(f"the certificate authority did not certify the {kind} key ({answer.reason})")
+        raise MisconfiguredError(
+            f"the certificate authority did not certify the {kind} key ({answer.reason}). If the key is the cause, "
+            f"move {settings.edge_node_key_path} away, and a new one is made; else ask the centre with this text"
+        )
     try:
         certificate = base64.b64decode(answer.data["crt"], validate=True)
     except (KeyError, TypeError, ValueError):
-        raise MisconfiguredError("the certificate authority answered without a certificate") from None
+        raise MisconfiguredError(
+            f"{_base(settings)} answered without a certificate. Check ASC_STEP_CA_URL, or ask the centre"
+        ) from None
     length = int.from_bytes(certificate[:4], "big")
     return f"{certificate[4 : 4 + length].decode(errors='replace')} {answer.data['crt']} {token.email}"
 
@@ -86,7 +96,18 @@ def _issue_with_step(settings: Settings, http: Http, public_key: str, token: Oid
         said = _COLOUR.sub("", done.stderr).replace(token.value, "(token)").strip()[:500]
     health = http.call("GET", f"{_base(settings)}/health", trust=_unverified())
     _compare_clocks(token, health.date)
-    raise RefusedError(f"`step ssh certificate` ended with {done.returncode}: {said}")
+    raise RefusedError(
+        f"`step ssh certificate` ended with {done.returncode}: {said}. {_refused_token(settings, token)}"
+    )
+
+
+def _refused_token(settings: Settings, token: OidcToken) -> str:
+    """Say what the authority compares with its own configuration."""
+    return (
+        f"The token's issuer (iss) is {token.issuer}, its audience (aud) {token.audience}, and the authority knows one "
+        f"of each. authentik takes the issuer from the host name in ASC_OIDC_TOKEN_URL={settings.oidc_token_url}, the "
+        "audience is ASC_OIDC_CLIENT_ID: compare both with the centre's documentation"
+    )
 
 
 def _fetch_root(settings: Settings, http: Http) -> str:
@@ -128,6 +149,6 @@ def _compare_clocks(token: OidcToken, authority: datetime | None) -> None:
     here = clock.now()
     raise ClockError(
         f"the clocks differ: authentik issued the token at {clock.written(token.issued)}, while the certificate "
-        f"authority has {clock.written(authority)} and this machine {clock.written(here)}. Nothing here can mend "
-        "that; tell the centre if it lasts, or set this machine's clock if it is the odd one"
+        f"authority has {clock.written(authority)} and this machine {clock.written(here)}. It is tried again; "
+        "tell the centre if it lasts, or set this machine's clock if it is the one that differs"
     )

@@ -1,18 +1,25 @@
 """The one refresh that joins the parts: secrets at authentik, an OIDC token, a certificate from the CA.
 
 `ensure_certificate` is called before each connect. `refresh` is the same with a wish and a report, for the job and
-the script. Both take the same lock, look again once they have it, and keep what works when something fails.
+the script. Both take the same lock, read the files again once they have it, and keep what works when something fails.
 """
 
 import logging
 import random
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
 from resources.auth import clock
 from resources.auth.attempts import Attempts, Part
-from resources.auth.authentik import OidcToken, request_oidc_token
+from resources.auth.authentik import (
+    APP_BUTTON,
+    Authentik,
+    OidcToken,
+    refused_password,
+    request_oidc_token,
+)
 from resources.auth.certificate import (
     Certificate,
     certificate_path,
@@ -22,7 +29,7 @@ from resources.auth.certificate import (
 )
 from resources.auth.credentials import CredentialsFile, Source
 from resources.auth.errors import AccessError, ClockError, MisconfiguredError, RefusedError, UnavailableError
-from resources.auth.files import remove_half_written
+from resources.auth.files import explained, remove_half_written
 from resources.auth.http import Http
 from resources.auth.issuer import issuer
 from resources.auth.lock import refresh_lock
@@ -58,6 +65,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
 
+@explained()
 def ensure_certificate(settings: Settings) -> Certificate | None:
     """Return a certificate that is good to connect with, renewing it first if that is due.
 
@@ -68,8 +76,9 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
         The certificate; None where plain keys are used: no certificate, and no ASC_ variable is set.
 
     Raises:
-        BootstrapError: there is no way to get one; told from files alone, before any network.
-        AccessError: it could not be had now; `temporary` tells whether trying again may help.
+        BootstrapError: there is no way to get one; known from files alone, before any network.
+        AccessError: it could not be had now; `temporary` says whether trying again may help. Never an OSError: the
+            caller takes that for a lost connection.
     """
     access = look(settings)
     certificate = access.valid_certificate
@@ -88,6 +97,7 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
     return report.certificate
 
 
+@explained()
 def refresh(settings: Settings, rotation: Wish = "due", certificate: Wish = "due") -> Report:
     """Replace the secrets and the certificate as wished, one process at a time.
 
@@ -124,7 +134,8 @@ class _Refresh:
         self._rotator = Rotator(settings, self._file, self._http)
         self._attempts = Attempts(settings.credentials_file)
         self._report = Report()
-        self._refusals: dict[Source, str] = {}
+        self._refusals: dict[Source, list[str]] = {}
+        self._rotation_failure: AccessError | None = None
 
     def run(self, rotation: Wish, certificate: Wish) -> Report:
         """Do what is wished; raises as `refresh` does."""
@@ -133,7 +144,7 @@ class _Refresh:
         for path in (self._file.path, key, public_path(key), certificate_path(key)):
             remove_half_written(path)
         if rotation != "no":
-            self._rotate_or_warn(rotation)
+            self._rotate_or_warn(forced=rotation == "now")
         if certificate == "no":
             return self._report
         self._report.certificate = self._access.valid_certificate
@@ -142,37 +153,55 @@ class _Refresh:
         self._check_principals()
         return self._report
 
-    def _rotate_or_warn(self, rotation: Wish) -> None:
-        """Replace the secrets; while a certificate or an app password works, a failure is but a warning."""
+    def _rotate_or_warn(self, *, forced: bool) -> None:
+        """Replace the secrets; a failure is but a warning, unless a person has asked for it."""
         access = self._access
         if not access.rotatable:
-            if rotation == "now":
-                raise explain_rotation(access)
+            if forced:
+                raise explain_rotation(access, {})
             return
-        pausing = access.renewable and _pausing(self._attempts, "rotation", access)
-        if pausing and rotation != "now":
+        if not forced and _pausing(self._attempts, "rotation", access):
             return
         try:
-            self._rotate(forced=rotation == "now")
+            self._rotate(forced=forced)
         except AccessError as error:
-            self._attempts.failed("rotation", error)
-            if isinstance(error, NoTokenError):
-                self._refusals |= error.refusals
-            if rotation == "now":
+            if forced:
                 raise
             self._report.warnings.append(f"the secrets could not be replaced: {error}")
-        else:
-            self._attempts.succeeded("rotation")
-        self._access = look(self._settings)
 
-    def _rotate(self, forced: bool) -> None:
-        stored = self._rotator.settle(self._access.stored)
-        if forced or stored.renew_at(self._settings.authentik_refresh_skew_days, clock.now()) <= clock.now():
+    def _rotate(self, *, forced: bool) -> None:
+        """Replace the secrets if they are due or a rotation has failed, and record how that went."""
+        try:
+            with explained():
+                self._rotate_if_due(forced=forced)
+        except NoTokenError as error:
+            for source, why in error.refusals.items():
+                self._refuse(source, f"API token: {why}" if source == "stored" else why)
+            self._rotation_failure = explain_rotation(self._access, error.refusals)
+        except RefusedError as error:
+            self._rotation_failure = explain_rotation(self._access, {"stored": str(error)})
+        except AccessError as error:
+            self._rotation_failure = error
+        self._access = look(self._settings)
+        if self._rotation_failure is None:
+            self._attempts.succeeded("rotation")
+        else:
+            self._attempts.failed("rotation", self._rotation_failure)
+            raise self._rotation_failure
+
+    def _rotate_if_due(self, *, forced: bool) -> None:
+        before = self._access.stored
+        stored = self._rotator.settle(before)
+        completed = not before.proven and stored.api_token == before.api_token
+        failed = self._attempts.failing("rotation") is not None and not completed
+        due = stored.renew_at(self._settings.authentik_refresh_skew_days, clock.now()) <= clock.now()
+        if forced or failed or due:
             done = self._rotator.rotate(stored)
             self._report.rotated_with = done.used
             self._report.warnings.extend(done.warnings)
         else:
             self._report.warnings.extend(self._rotator.clean(stored)[1])
+            self._rotator.check(stored)
 
     def _certificate_due(self) -> bool:
         certificate = self._access.valid_certificate
@@ -181,7 +210,8 @@ class _Refresh:
     def _issue_or_warn(self, forced: bool) -> None:
         valid = self._access.valid_certificate
         try:
-            self._report.certificate = self._issue()
+            with explained():
+                self._report.certificate = self._issue(forced=forced)
         except AccessError as error:
             self._attempts.failed("certificate", error)
             if valid is None or forced:
@@ -191,13 +221,13 @@ class _Refresh:
         else:
             self._attempts.succeeded("certificate")
 
-    def _issue(self) -> Certificate:
+    def _issue(self, *, forced: bool) -> Certificate:
         """Ask for a certificate, each time with a fresh token: one works once, also when the CA fails."""
         assert self._settings.edge_node_key_path
         key = self._settings.edge_node_key_path
         public = ensure_key(key)
         for left in reversed(range(ISSUE_TRIES)):
-            token, source = self._oidc_token()
+            token, source = self._oidc_token(forced=forced)
             try:
                 line = issuer(self._settings)(self._settings, self._http, public, token)
             except (UnavailableError, RefusedError):
@@ -211,38 +241,68 @@ class _Refresh:
         _check_own_clock(certificate)
         return certificate
 
-    def _oidc_token(self) -> tuple[OidcToken, Source]:
+    def _oidc_token(self, *, forced: bool) -> tuple[OidcToken, Source]:
         """By the stored app password, else the direct one; if the stored one is refused, by a new one."""
         found = self._try_app_passwords()
         if found is None and self._report.rotated_with is None and self._access.rotatable:
-            self._rotate_or_warn_once()
+            self._replace_refused(forced=forced)
             found = self._try_app_passwords()
         if found is None:
-            raise explain(self._access, self._refusals)
+            raise explain(self._access, {source: "; ".join(reasons) for source, reasons in self._refusals.items()})
         return found
 
-    def _rotate_or_warn_once(self) -> None:
-        try:
-            self._rotate(forced=True)
-        except NoTokenError as error:
-            self._refusals |= error.refusals
-        self._access = look(self._settings)
+    def _replace_refused(self, *, forced: bool) -> None:
+        """Replace the pair, since no app password works: once, and not while an earlier failure pauses.
+
+        Raises:
+            AccessError: the replacement failed temporarily, now or lately.
+        """
+        failing = self._attempts.failing("rotation")
+        failure = self._rotation_failure
+        if failure is None and failing and not forced and self._access.now < failing.pause_ends:
+            failure = UnavailableError(failing.error) if failing.temporary else RefusedError(failing.error)
+        if failure is None:
+            try:
+                self._rotate(forced=True)
+            except AccessError as error:
+                failure = error
+            else:
+                return
+        if failure.temporary:
+            raise failure
+        if "stored" not in self._refusals or not isinstance(failure, RefusedError):
+            self._refuse("stored", f"new ones cannot be had: {str(failure).splitlines()[0]}")
+
+    def _refuse(self, source: Source, why: str) -> None:
+        reasons = self._refusals.setdefault(source, [])
+        if why not in reasons:
+            reasons.append(why)
 
     def _try_app_passwords(self) -> tuple[OidcToken, Source] | None:
         direct, stored = self._settings.oidc_app_password, self._access.stored
-        candidates: list[tuple[str, Source, str]] = [
-            (f"the app password in {self._file.path}", "stored", secret.value)
-            for secret in (stored.app_password, stored.previous_app_password)
-            if secret
+        candidates: list[tuple[Source, str]] = [
+            ("stored", secret.value) for secret in (stored.app_password, stored.previous_app_password) if secret
         ]
         if direct:
-            candidates.append(("ASC_OIDC_APP_PASSWORD", "direct", direct.get_secret_value()))
-        for name, source, value in candidates:
+            candidates.append(("direct", direct.get_secret_value()))
+        for source, value in candidates:
             try:
                 return request_oidc_token(self._settings, value, self._http), source
             except RefusedError as error:
-                self._refusals[source] = f"{name}: {error}"
+                why = self._why_refused(source, value, error)
+                self._refuse(source, f"app password: {why}" if source == "stored" else why)
         return None
+
+    def _why_refused(self, source: Source, value: str, error: RefusedError) -> str:
+        """Say why authentik may have refused an app password; it refuses an API token in the same words."""
+        if source == "direct" and self._settings.authentik_api_base:
+            with suppress(AccessError):
+                Authentik(self._settings.authentik_api_base, value, self._http).user(tries=1)
+                return (
+                    "it is an API token, and an app password is needed: put it into ASC_AUTHENTIK_API_TOKEN instead, "
+                    f"or make an app password with {APP_BUTTON}"
+                )
+        return f"{error}. {refused_password(self._settings)}"
 
     def _check_principals(self) -> None:
         warning = principals_problem(self._report.certificate, self._settings)
@@ -256,7 +316,8 @@ def principals_problem(certificate: Certificate | None, settings: Settings) -> s
         return ""
     return (
         f"the certificate is for the login names {', '.join(certificate.principals) or '(none)'}, not for "
-        f"SLURM_EDGE_NODE_USER={settings.edge_node_user}: the login node may refuse it"
+        f"SLURM_EDGE_NODE_USER={settings.edge_node_user}: the login node may refuse it. Set SLURM_EDGE_NODE_USER to "
+        "one of those, or ask the centre to correct your email at authentik"
     )
 
 

@@ -1,28 +1,45 @@
-"""Replacing both stored secrets, so that a kill at any moment leaves a file with a pair that works.
+"""Replace both stored secrets, so that a kill at any moment leaves a file with a pair that works.
 
-The order of the steps is the safety: names are noted before tokens are made, the new pair is in the file before it is
-tried, the old one leaves the file only after the new one has worked, and is deleted last.
+The order of the steps is the safety: names are recorded before tokens are made, the new pair is in the file before it
+is tried, the old pair leaves the file only after the new one has worked, and is deleted last. A rotation that fails
+deletes what it has made; what it cannot delete stays in the record, and the next refresh deletes it.
 """
 
 import secrets
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 
 from resources.auth import clock
-from resources.auth.authentik import Authentik, Intent, request_oidc_token
+from resources.auth.authentik import (
+    API_BUTTON,
+    APP_BUTTON,
+    Authentik,
+    Intent,
+    not_allowed,
+    request_oidc_token,
+)
 from resources.auth.credentials import Credentials, CredentialsFile, Secret, Source
-from resources.auth.errors import AccessError, MisconfiguredError, RefusedError
+from resources.auth.errors import AccessError, MisconfiguredError, RefusedError, UnavailableError
 from resources.auth.http import Http
 from resources.settings import Settings
+
+LATE_REQUEST = timedelta(hours=1)
+"""For so long a request to make a token may still be under way after its client has died: a proxy may hold it."""
+MOST_LEFT = 4
+"""Tokens of ours that may wait for their deletion; with so many, no more are made."""
+_TIME = "%Y%m%d%H%M%S"
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """What a rotation did.
+    """The outcome of a rotation.
 
     Attributes:
         credentials: the new pair.
         used: which API token made it.
-        warnings: tokens that could not be deleted yet, and the like.
+        warnings: tokens that could not be deleted yet.
     """
 
     credentials: Credentials
@@ -37,7 +54,7 @@ class NoTokenError(RefusedError):
         refusals: of each that was tried, why.
     """
 
-    def __init__(self, refusals: dict[Source, str]) -> None:
+    def __init__(self, refusals: Mapping[Source, str]) -> None:
         super().__init__("; ".join(refusals.values()) or "there is no API token")
         self.refusals = refusals
 
@@ -55,7 +72,7 @@ class Rotator:
         """End a rotation that was cut short: keep the new pair if it works, else the one before.
 
         Raises:
-            UnavailableError: it cannot be told now; the file keeps both.
+            UnavailableError: authentik cannot say now; the file keeps both.
         """
         if stored.proven:
             return stored
@@ -71,48 +88,92 @@ class Rotator:
         self._file.write(settled)
         return settled
 
+    def check(self, stored: Credentials) -> None:
+        """Ask authentik whether the stored API token still works, long before it is due; an outage says nothing.
+
+        Raises:
+            NoTokenError: it does not.
+        """
+        if stored.api_token is None:
+            return
+        try:
+            with suppress(UnavailableError):
+                self._authentik(stored.api_token.value).user(tries=1)
+        except RefusedError as error:
+            raise NoTokenError({"stored": self._stored_refused(stored.api_token.value, error)}) from None
+
     def rotate(self, stored: Credentials) -> Rotation:
-        """Make a new pair, keep it, try it, then delete the old one and what earlier crashes have left.
+        """Make a new pair, keep it, try it, then delete the old one and what earlier failures have left.
 
         Args:
             stored: what the file holds; settled.
 
         Raises:
-            NoTokenError: no API token works; the text says of each why.
+            NoTokenError: no API token works; the text says why, for each.
             UnavailableError: authentik is away; the file holds a pair that works, if it did before.
-            MisconfiguredError: see the text.
+            MisconfiguredError: the new secrets do not work, or the file cannot hold them.
         """
         authentik, used = self._choose(stored)
+        stored, failures = self._delete_unused(authentik, stored)
+        if len(failures) >= MOST_LEFT:
+            raise _too_many_left(failures)
         names: dict[Intent, str] = {intent: self._new_name(intent) for intent in ("api", "app_password")}
         known = [each.identifier for each in (stored.api_token, stored.app_password) if each and each.identifier]
         record = tuple(dict.fromkeys([*stored.record, *known, *names.values()]))
-        self._file.write(replace(stored, record=record))
-        made = clock.now()
-        expiries = {intent: authentik.create(name, intent) for intent, name in names.items()}
-        pair = {
-            intent: Secret(authentik.view_key(name), name, expiries[intent], made) for intent, name in names.items()
-        }
-        unproven = replace(
-            stored,
-            api_token=pair["api"],
-            app_password=pair["app_password"],
-            previous_api_token=stored.api_token,
-            previous_app_password=stored.app_password,
-            record=record,
-        )
-        self._file.write(unproven)
+        stored = replace(stored, record=record)
+        self._file.write(stored)
+        try:
+            api_token, app_password = self._make(authentik, names)
+            unproven = replace(
+                stored,
+                api_token=api_token,
+                app_password=app_password,
+                previous_api_token=stored.api_token,
+                previous_app_password=stored.app_password,
+            )
+            self._file.write(unproven)
+        except AccessError:
+            self._delete_unused(authentik, stored)
+            raise
         try:
             self._prove(unproven)
-        except RefusedError as error:
-            self._file.write(replace(stored, record=record))
-            raise MisconfiguredError(f"a token that authentik has just made does not work: {error}") from None
+        except AccessError as error:
+            if error.temporary:  # the file keeps both, and the next refresh decides
+                raise
+            self._file.write(stored)
+            self._delete_unused(authentik, stored)
+            raise not_allowed(self._settings, error) if isinstance(error, RefusedError) else error from None
         proven = unproven.without_previous()
         self._file.write(proven)
         cleaned, warnings = self.clean(proven)
         return Rotation(cleaned, used, tuple(warnings))
 
+    def clean(self, current: Credentials) -> tuple[Credentials, list[str]]:
+        """Delete at authentik what was made here and is not in use; what cannot be deleted now stays in the record.
+
+        Args:
+            current: what the file holds; proven.
+
+        Returns:
+            What the file holds now, and a warning for each token that is left.
+        """
+        if not current.api_token:
+            return current, []
+        cleaned, failures = self._delete_unused(self._authentik(current.api_token.value), current)
+        left = [f"the old token {name} could not be deleted yet: {error}" for name, error in failures.items()]
+        return cleaned, left
+
+    def _make(self, authentik: Authentik, names: Mapping[Intent, str]) -> tuple[Secret, Secret]:
+        """Make both tokens; return the API token and the app password with their secrets."""
+        made = clock.now()
+        expiries = {intent: authentik.create(name, intent) for intent, name in names.items()}
+        pair = {
+            intent: Secret(authentik.view_key(name), name, expiries[intent], made) for intent, name in names.items()
+        }
+        return pair["api"], pair["app_password"]
+
     def _choose(self, stored: Credentials) -> tuple[Authentik, Source]:
-        """The API token to work with: the stored one, else the one for bootstrap."""
+        """Return the API token to work with: the stored one, else the one for bootstrap."""
         bootstrap = self._settings.authentik_api_token
         candidates: list[tuple[str, Source, str]] = []
         if stored.api_token:
@@ -125,24 +186,32 @@ class Rotator:
             try:
                 user = authentik.user()
             except RefusedError as error:
-                refusals[source] = f"{name}: {self._why_refused(value, error)}"
+                stored_one = source == "stored"
+                refusals[source] = (self._stored_refused if stored_one else self._refused)(value, error)
                 continue
             if user != self._settings.oidc_username:
                 raise MisconfiguredError(
-                    f"{name} belongs to {user!r}, not to ASC_OIDC_USERNAME={self._settings.oidc_username}"
+                    f"{name} belongs to {user!r}, not to ASC_OIDC_USERNAME={self._settings.oidc_username}. "
+                    "Correct ASC_OIDC_USERNAME, or use a token of that user"
                 )
             return authentik, source
         raise NoTokenError(refusals)
 
-    def _why_refused(self, value: str, error: RefusedError) -> str:
-        """An app password is refused like any wrong token; only trying it as one tells."""
+    def _stored_refused(self, value: str, error: RefusedError) -> str:
+        return (
+            f"{self._refused(value, error)}. Or {self._file.path} is a copy of another machine's file, which went "
+            "stale when that machine replaced the secrets"
+        )
+
+    def _refused(self, value: str, error: RefusedError) -> str:
+        """Say why authentik may have refused an API token; it refuses an app password in the same words."""
         try:
             request_oidc_token(self._settings, value, self._http)
-        except RefusedError:
-            return str(error)
+        except AccessError:
+            return f"{error}. It is wrong, expired or deleted, or its user is not active"
         return (
-            "refused, since it is an App Password. An API token is needed: in authentik, Settings -> Tokens and App "
-            "passwords, take 'Create Token' (New Token), not 'Create App password' (New App Password)"
+            "it is an App Password, and an API token is needed: in authentik, Settings, Tokens and App passwords, use "
+            f"{API_BUTTON}, not {APP_BUTTON}"
         )
 
     def _prove(self, credentials: Credentials) -> None:
@@ -152,33 +221,34 @@ class Rotator:
         self._authentik(credentials.api_token.value).user()
         request_oidc_token(self._settings, credentials.app_password.value, self._http)
 
-    def clean(self, current: Credentials) -> tuple[Credentials, list[str]]:
-        """Delete at authentik what was made here and is not in use; what cannot be deleted now stays in the record.
+    def _delete_unused(self, authentik: Authentik, current: Credentials) -> tuple[Credentials, dict[str, AccessError]]:
+        """Delete the tokens in our record that bear our prefix and are not in use.
 
-        Only tokens that are in our own record and have our prefix are touched.
-
-        Args:
-            current: what the file holds; proven.
+        A name that authentik does not know stays in the record for LATE_REQUEST: its token may yet be made.
 
         Returns:
-            What the file holds now, and a warning for each token that is left.
+            What the file holds now, and the names that could not be deleted, each with the reason.
         """
-        secrets_in_use = [each for each in (current.api_token, current.app_password) if each]
-        in_use = [each.identifier for each in secrets_in_use if each.identifier]
+        in_use = [each.identifier for each in (current.api_token, current.app_password) if each]
         old = [name for name in current.record if name not in in_use and name.startswith(f"{self._prefix}-")]
-        if not current.api_token or not old:
-            return current, []
-        authentik = self._authentik(current.api_token.value)
-        left, warnings = [], []
+        kept: list[str] = []
+        failures: dict[str, AccessError] = {}
+        failure: AccessError | None = None
         for name in old:
             try:
-                authentik.delete(name)
+                if failure is not None and (failure.temporary or isinstance(failure, RefusedError)):
+                    raise failure  # the others would fail alike, one by one
+                if not authentik.delete(name) and self._may_be_made_yet(name):
+                    kept.append(name)
             except AccessError as error:
-                left.append(name)
-                warnings.append(f"the old token {name} could not be deleted yet: {error}")
-        cleaned = replace(current, record=tuple([name for name in current.record if name in in_use] + left))
+                failure = failures[name] = error
+                kept.append(name)
+        record = tuple([name for name in current.record if name in in_use] + kept)
+        if record == current.record:
+            return current, failures
+        cleaned = replace(current, record=record)
         self._file.write(cleaned)
-        return cleaned, warnings
+        return cleaned, failures
 
     def _authentik(self, api_token: str) -> Authentik:
         return Authentik(self._settings.authentik_api_base or "", api_token, self._http)
@@ -188,5 +258,22 @@ class Rotator:
         return self._settings.authentik_token_identifier
 
     def _new_name(self, intent: Intent) -> str:
-        """Random, since two processes on two machines may make one in the same second."""
-        return f"{self._prefix}-{'api' if intent == 'api' else 'app'}-{secrets.token_hex(8)}"
+        """Return a name with the time, and random, since two machines may make one in the same second."""
+        kind = "api" if intent == "api" else "app"
+        return f"{self._prefix}-{kind}-{clock.now().astimezone(UTC):{_TIME}}-{secrets.token_hex(8)}"
+
+    def _may_be_made_yet(self, name: str) -> bool:
+        try:
+            made = datetime.strptime(name.removeprefix(f"{self._prefix}-").split("-")[1], _TIME).replace(tzinfo=UTC)
+        except (IndexError, ValueError):
+            return False  # a name of an earlier version
+        return abs(clock.now() - made) < LATE_REQUEST
+
+
+def _too_many_left(failures: Mapping[str, AccessError]) -> AccessError:
+    *_, last = failures.values()
+    kind = UnavailableError if last.temporary else MisconfiguredError
+    return kind(
+        f"{len(failures)} tokens that were made before could not be deleted at authentik ({last}), so no more are "
+        f"made. If that lasts, delete them there, in Tokens and App passwords: {', '.join(failures)}"
+    )

@@ -1,4 +1,4 @@
-"""The ways to begin: any one of four is enough. Which are open is told from the files and settings alone."""
+"""The ways to begin: any one of four is enough. Which are open is read from the files and settings alone."""
 
 import shlex
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from resources.auth import clock
+from resources.auth.authentik import API_BUTTON, APP_BUTTON
 from resources.auth.certificate import Certificate, CertificateError, certificate_path, read_certificate
 from resources.auth.credentials import Credentials, CredentialsFile, Source
 from resources.auth.errors import BootstrapError, RefusedError, UnsafeFileError
@@ -21,11 +22,11 @@ _ASK_FOR_PASSWORD = f"read -rs ASC_OIDC_APP_PASSWORD && export ASC_OIDC_APP_PASS
 
 @dataclass(frozen=True)
 class Access:
-    """What lies on this machine.
+    """The files and settings on this machine that decide about access.
 
     Attributes:
-        settings: that say where.
-        now: when it was looked at.
+        settings: say where the files are.
+        now: when the files were read.
         certificate: beside the key, valid or not; or why there is none.
         credentials: in the credentials file; None where there is none; or why it is not used.
     """
@@ -106,7 +107,7 @@ class Access:
 
 
 def look(settings: Settings) -> Access:
-    """Look at the files. No network, no lock."""
+    """Read the files. No network, no lock."""
     assert settings.edge_node_key_path
     certificate: Certificate | CertificateError
     credentials: Credentials | UnsafeFileError | None
@@ -131,83 +132,136 @@ def plain_key(access: Access) -> bool:
     return access.key_alone and key.is_file() and not certificate_path(key).exists()
 
 
-def explain_rotation(access: Access) -> RefusedError:
-    """Why the stored secrets cannot be replaced."""
-    stored = access.stored_problem or f"{access.settings.credentials_file}: there, but without effect"
-    direct = "set" if access.settings.authentik_api_token else "not set"
-    direct += f"; {_lacking_api(access)}" if _lacking_api(access) else ""
+def explain_rotation(access: Access, refusals: Mapping[Source, str]) -> RefusedError:
+    """Return why the stored secrets cannot be replaced, and the command that makes them anew.
+
+    Args:
+        access: what lies on this machine.
+        refusals: what authentik has said, by `stored` and `bootstrap`.
+    """
+    file, lacking = access.settings.credentials_file, _lacking_api(access)
+    token = "set" if access.settings.authentik_api_token else "not set"
+    reasons = [
+        f"the API token in {file}: {refusals['stored']}" if "stored" in refusals else access.stored_problem,
+        f"ASC_AUTHENTIK_API_TOKEN: {refusals.get('bootstrap') or token}",
+        lacking,
+    ]
     return RefusedError(
-        f"The stored secrets cannot be replaced: {stored}; "
-        f"ASC_AUTHENTIK_API_TOKEN: {direct}. An API token makes the file anew:\n  {_ASK_FOR_TOKEN}"
+        f"The stored secrets cannot be replaced: {'; '.join(reason for reason in reasons if reason)}. "
+        f"{_make_token(access)}\n  {_ASK_FOR_TOKEN}"
     )
 
 
+@dataclass(frozen=True)
+class _Way:
+    """One of the ways to begin.
+
+    Attributes:
+        name: what it is.
+        variable: the setting that names or holds it.
+        closed: why it is not open; empty if nothing is known against it.
+        advice: what opens it.
+        command: to type for that; empty if there is none.
+    """
+
+    name: str
+    variable: str
+    closed: str
+    advice: str
+    command: str = ""
+
+    def render(self, number: int) -> str:
+        """Return its paragraph in an error's text."""
+        lines = [
+            f"  {number}. {self.name}: {self.variable}",
+            f"     status: {self.closed or 'present, but it did not help'}",
+            f"     to do: {self.advice}",
+            *([f"       {self.command}"] if self.command else []),
+        ]
+        return "\n".join(lines)
+
+
 def explain(access: Access, refusals: Mapping[Source, str]) -> BootstrapError:
-    """The four ways, why none is open, and what opens each; without the first if a certificate still works.
+    """Return the four ways, why none is open, and what opens each; without the first if a certificate still works.
 
     Args:
         access: what lies on this machine.
         refusals: what servers have said, by `stored`, `bootstrap` and `direct`.
     """
+    settings, certificate = access.settings, access.valid_certificate
+    enough = "One of these is enough, and none holds:"
+    head = (
+        f"The certificate works until {clock.written(certificate.valid_before)}, but is not renewed. {enough}"
+        if certificate
+        else f"No access to {settings.edge_node_host}. {enough}"
+    )
+    ways = [*_ways(access, refusals), *([_plain_way(access)] if access.key_alone else [])]
+    shown = [way.render(number) for number, way in enumerate(ways, 1) if number > 1 or not certificate]
+    if access.lacking:
+        shown.append(f"Ways 2 to 4 need this besides: {', '.join(access.lacking)} not set (docs/settings.md)")
+    return BootstrapError("\n".join([head, *shown]))
+
+
+def _ways(access: Access, refusals: Mapping[Source, str]) -> list[_Way]:
     settings = access.settings
-    base = settings.authentik_api_base or "https://<ASC_AUTHENTIK_API_BASE>"
-    tokens = f"at {base.rstrip('/')}/if/user/#/settings, Tokens and App passwords"
+    key = shlex.quote(str(settings.edge_node_key_path))
     lacking = f"{', '.join(access.lacking)} not set" if access.lacking else ""
-    not_set = "not set, and asked for only once: the credentials file then renews itself"
-    ways = [
-        (
-            f"current credentials in {settings.credentials_file}",
-            refusals.get("stored") or access.credentials_state or lacking,
-            "see to that first" if access.credentials_problem else "see way 3, which makes this file anew",
-        ),
-        (
-            "an API token in ASC_AUTHENTIK_API_TOKEN",
-            refusals.get("bootstrap") or ("" if settings.authentik_api_token else not_set) or _lacking_api(access),
-            f"make one {tokens} ('Create Token'); then, and paste it:\n       {_ASK_FOR_TOKEN}",
-        ),
-        (
-            "an app password in ASC_OIDC_APP_PASSWORD",
-            refusals.get("direct") or ("" if settings.oidc_app_password else "not set") or lacking,
-            f"make one {tokens} ('Create App password'); then, and paste it:\n       {_ASK_FOR_PASSWORD}",
-        ),
-    ]
-    if access.key_alone:
-        ways.append(_plain_way(access))
-    lines = [
-        f"  {number}. {name}\n     now: {why or 'there, but it did not help'}\n     mend: {mend}"
-        for number, (name, why, mend) in enumerate(ways, 2)
-    ]
-    if lacking:
-        lines.append(f"Ways 2 to 4 need this besides: {lacking} (docs/settings.md)")
-    return BootstrapError("\n".join([*_first_way(access), *lines]))
-
-
-def _first_way(access: Access) -> list[str]:
-    """How access is without the other ways, and the first one if that is closed, too."""
-    enough, certificate = "One of these is enough, and none holds:", access.valid_certificate
-    if certificate:
-        return [f"The certificate works until {clock.written(certificate.valid_before)}, but is not renewed. {enough}"]
-    key = shlex.quote(str(access.settings.edge_node_key_path))
+    not_set = "not set; it is needed only once: the credentials file then renews itself"
     return [
-        f"No access to {access.settings.edge_node_host}. {enough}",
-        f"  1. a valid certificate\n     now: {_certificate_problem(access)}",
-        f"     mend: step ssh certificate 'your.email@example.com' {key} --no-password --insecure --force",
+        _Way(
+            "a valid certificate beside the key",
+            f"SLURM_EDGE_NODE_KEY_PATH={settings.edge_node_key_path}",
+            _certificate_problem(access),
+            "log in with a browser:",
+            f"step ssh certificate 'your.email@example.com' {key} --no-password --insecure --force",
+        ),
+        _Way(
+            "stored credentials",
+            f"ASC_AUTHENTIK_CREDENTIALS_FILE={settings.credentials_file}",
+            refusals.get("stored") or access.credentials_state or lacking,
+            "do that first" if access.credentials_problem else "way 3 makes this file anew",
+        ),
+        _Way(
+            "an API token",
+            "ASC_AUTHENTIK_API_TOKEN",
+            refusals.get("bootstrap") or ("" if settings.authentik_api_token else not_set) or _lacking_api(access),
+            _make_token(access),
+            _ASK_FOR_TOKEN,
+        ),
+        _Way(
+            "an app password",
+            "ASC_OIDC_APP_PASSWORD",
+            refusals.get("direct") or ("" if settings.oidc_app_password else "not set") or lacking,
+            f"make one with {APP_BUTTON} {_page(access)}; then run this, and paste it:",
+            _ASK_FOR_PASSWORD,
+        ),
     ]
 
 
-def _plain_way(access: Access) -> tuple[str, str, str]:
-    """For sites that take plain keys: name, why it does not hold, what mends it."""
+def _plain_way(access: Access) -> _Way:
+    """For sites that take plain keys."""
     key = access.settings.edge_node_key_path
     assert key
-    name, quoted = f"a plain key in {key}, where the site takes one", shlex.quote(str(key))
+    name, variable = "a plain key, where the site takes one", f"SLURM_EDGE_NODE_KEY_PATH={key}"
     if key.is_file():
         certificate = certificate_path(key)
-        return name, f"{certificate} lies beside it", f"if it is of no use:  rm {shlex.quote(str(certificate))}"
-    return name, f"{key} does not exist", f"ssh-keygen -t ed25519 -N '' -f {quoted}, and give the site {key.name}.pub"
+        remove = f"rm {shlex.quote(str(certificate))}"
+        return _Way(name, variable, f"{certificate} lies beside it", "if that is of no use:", remove)
+    make = f"ssh-keygen -t ed25519 -N '' -f {shlex.quote(str(key))}"
+    return _Way(name, variable, f"{key} does not exist", f"make one, and give the site {key.name}.pub:", make)
+
+
+def _make_token(access: Access) -> str:
+    return f"Make an API token with {API_BUTTON} {_page(access)}; then run this, and paste it:"
+
+
+def _page(access: Access) -> str:
+    base = access.settings.authentik_api_base or "https://<ASC_AUTHENTIK_API_BASE>"
+    return f"at {base.rstrip('/')}/if/user/#/settings, Tokens and App passwords"
 
 
 def _certificate_problem(access: Access) -> str:
-    """Why the certificate is not valid."""
+    """Return why the certificate is not valid."""
     found = access.certificate
     if isinstance(found, CertificateError):
         return str(found)
@@ -221,4 +275,4 @@ def _lacking_api(access: Access) -> str:
     if lacking:
         return f"{', '.join(lacking)} not set"
     problem = access.credentials_problem
-    return f"the credentials file has to be mended first: {problem}" if problem else ""
+    return f"the credentials file cannot be used: {problem}" if problem else ""

@@ -9,6 +9,7 @@ from pathlib import Path
 import paramiko
 import pytest
 
+from tests import access
 from tests.simulated_site import CPU_PARTITION, RequirementsError, SimulatedSite, wait_until
 from tests.simulated_site.requirements import check_system, installation_allowed
 
@@ -77,3 +78,22 @@ def workloads(tmp_path: Path) -> Path:
     folder = tmp_path / "workloads"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture
+def variables(site: SimulatedSite) -> dict[str, str]:
+    """The document's, with a bootstrap token."""
+    site.authentik.set_lifetimes(token=30 * access.DAY)
+    return site.environment()
+
+
+@pytest.fixture
+def without_secret(variables: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name != "ASC_AUTHENTIK_API_TOKEN"}
+
+
+@pytest.fixture(params=["http", "step"])
+def client(request: pytest.FixtureRequest, site: SimulatedSite, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """ASC_STEP_CLIENT, with the real `step` on PATH."""
+    monkeypatch.setenv("PATH", f"{Path(site.certificate_authority.step).parent}{os.pathsep}{os.environ['PATH']}")
+    return {"ASC_STEP_CLIENT": request.param}

@@ -1,4 +1,4 @@
-"""What is told of access from the files alone: what there is, what ends, what is wrong and what mends it."""
+"""What is said of access from the files alone: what there is, what ends, what is wrong, and what to do."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from resources.auth import AccessError, BootstrapError, check_health, refresh
+from resources.auth import AccessError, BootstrapError, check_health, clock, ensure_certificate, refresh
 from resources.auth.attempts import Attempts
 from resources.auth.certificate import certificate_path
 from resources.auth.credentials import Credentials, CredentialsFile, Secret
@@ -47,7 +47,7 @@ def test_a_certificate_that_nothing_renews_works_until_its_end(variables: dict[s
     assert text.startswith("The certificate works until 20")
     assert "but is not renewed" in text
     assert "1. a valid certificate" not in text
-    assert "2. current credentials in" in text
+    assert "2. stored credentials: ASC_AUTHENTIK_CREDENTIALS_FILE=" in text
     assert check_health(settings).verdict == "ok"
     assert check_health(settings).failing == {}  # to ask was wrong; nothing is broken
 
@@ -76,7 +76,7 @@ def test_a_file_that_others_can_read_is_told_with_the_one_command_that_mends_it(
     assert f"nothing can be renewed: {file.path} can be read by others (mode 0644):  chmod 600 " in health.summary
     assert [item.state for item in health.items] == ["valid", "not usable", "not usable"]
     certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
-    with pytest.raises(BootstrapError, match=r"chmod 600 \S+\n     mend: see to that first\n"):
+    with pytest.raises(BootstrapError, match=r"chmod 600 \S+\n     to do: do that first\n"):
         refresh(settings)
     with pytest.raises(AccessError, match=r"chmod 600"):
         refresh(settings, rotation="now", certificate="no")
@@ -105,3 +105,43 @@ def test_what_has_expired_is_told_with_its_end(variables: dict[str, str]) -> Non
     assert health.verdict == "broken"
     assert "its API token expired at 2026-01-02 03:04:05 UTC and it has no app password" in health.summary
     assert [item.state for item in health.items] == ["missing", "expired", "missing"]
+
+
+def test_without_any_way_the_four_are_named_with_their_variables(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, file = variables["SLURM_EDGE_NODE_KEY_PATH"], file_of(variables)
+    assert PAIR.api_token
+    expired = replace(PAIR.api_token, expires=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
+    file.write(Credentials(api_token=expired))
+    later = datetime.now(UTC) + timedelta(hours=2)
+    monkeypatch.setattr(clock, "now", lambda: later)  # the certificate has expired
+    for function in (ensure_certificate, refresh):
+        with pytest.raises(BootstrapError) as error:
+            function(access.settings_of(variables))
+        text = str(error.value)
+        for words in (
+            f"  1. a valid certificate beside the key: SLURM_EDGE_NODE_KEY_PATH={key}\n     status: expired at 20",
+            f"       step ssh certificate 'your.email@example.com' {key} ",
+            f"  2. stored credentials: ASC_AUTHENTIK_CREDENTIALS_FILE={file.path}\n"
+            "     status: its API token expired at 2026-01-02 03:04:05 UTC and it has no app password",
+            "  3. an API token: ASC_AUTHENTIK_API_TOKEN\n     status: not set",
+            "       read -rs ASC_AUTHENTIK_API_TOKEN && export ASC_AUTHENTIK_API_TOKEN && "
+            "scripts/refresh_step_auth.py --rotate-credentials --refresh-step-after-rotate\n",
+            "  4. an app password: ASC_OIDC_APP_PASSWORD\n     status: not set",
+            "'New Token' (before 2026.2: 'Create Token')",
+            "'New App Password' (before 2026.2: 'Create App password')",
+        ):
+            assert words in text
+        assert "test-api-token" not in text
+    assert check_health(access.settings_of(variables)).verdict == "broken"
+
+
+def test_variables_that_are_missing_are_named(variables: dict[str, str]) -> None:
+    certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
+    del variables["ASC_OIDC_CLIENT_ID"]
+    with pytest.raises(
+        BootstrapError, match=r"4\. an app password.*\n     status: ASC_OIDC_CLIENT_ID not set"
+    ) as error:
+        ensure_certificate(access.settings_of({**variables, **PASSWORD}))
+    assert "Ways 2 to 4 need this besides: ASC_OIDC_CLIENT_ID not set" in str(error.value)

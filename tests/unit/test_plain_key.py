@@ -41,14 +41,14 @@ def test_with_a_key_nothing_is_to_be_done(settings: Settings) -> None:
 def test_without_a_key_nothing_is_asked_for_again_and_again(settings: Settings) -> None:
     health = check_health(settings)
     assert (health.verdict, health.next_refresh) == ("broken", None)
-    asked = r"5\. a plain key in \S+, where .*\n.*does not exist\n.*ssh-keygen -t ed25519"
+    asked = r"5\. a plain key, where .*\n.*does not exist\n.*\n +ssh-keygen -t ed25519"
     with pytest.raises(BootstrapError, match=asked):
         ensure_certificate(settings)
 
 
 def test_a_certificate_that_is_of_no_use_is_named(settings: Settings, key: Path) -> None:
     certificate_path(key).write_text("nonsense")
-    with pytest.raises(BootstrapError, match=r"id_musica-cert\.pub lies beside it\n.*rm \S+id_musica-cert\.pub"):
+    with pytest.raises(BootstrapError, match=r"id_musica-cert\.pub lies beside it\n.*\n +rm \S+id_musica-cert\.pub"):
         ensure_certificate(settings)
 
 

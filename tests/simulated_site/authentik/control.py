@@ -69,7 +69,8 @@ class AuthentikControl:
         return created
 
     def change_user(self, username: str, **fields: Any) -> None:
-        """Change fields of a user: `email`, `name`, `groups`, `maximum_lifetime`, `token_expires` (see store.User)."""
+        """Change fields of a user: `email`, `name`, `groups`, `maximum_lifetime`, `token_expires`, `active`, `allowed`,
+        `views_keys` (see store.User)."""
         self._call("change_user", username=username, fields=fields)
 
     def create_token(self, username: str, intent: Intent, identifier: str, viewable: bool = True) -> str:
@@ -110,7 +111,10 @@ class AuthentikControl:
         return [ServedRequest(**request) for request in self._call("requests")]
 
     def reset(self) -> None:
-        """Go back to no tokens, no disturbances, default settings, the right time and an empty record; users stay."""
+        """Go back to no tokens, no disturbances, default settings, the right time and an empty record.
+
+        Users stay; each is active and allowed again.
+        """
         self._call("reset")
 
     def _call(self, operation: str, **arguments: Any) -> Any:
@@ -207,6 +211,8 @@ class Operator:
     def reset(self) -> None:
         """See AuthentikControl."""
         self._store.tokens.clear()
+        for user in self._store.users:
+            user.active = user.allowed = user.views_keys = True
         self._store.settings = Settings()
         self._store.clock_offset = 0.0
         self._disturbances.clear()

@@ -114,19 +114,21 @@ class Provider:
         return f"{base}/application/o/{self.application}/"
 
     def token(self, store: Store, base: str, form: dict[str, str]) -> Answer:
-        """POST token/: a wrong, expired or deleted app password and an unknown user get the same `invalid_grant`."""
+        """POST token/: `invalid_grant`, in the same words, for a wrong, expired or deleted app password, a user that is
+        unknown, not active or not allowed to use the application, and a provider without application."""
         if form.get("client_id") != self.client_id:
             return _error("invalid_client")
         if form.get("grant_type") not in ("client_credentials", "password"):
             return _error("unsupported_grant_type")
         user = store.use_token(form.get("password", ""), "app_password", form.get("username", ""))
-        if user is None:
+        if user is None or not user.allowed:
             return _error("invalid_grant")
         scopes = [scope for scope in form.get("scope", "").split() if scope in _SCOPES]
         scope = " ".join(scopes)
         lifetime = int(store.settings.access_token_lifetime)
+        of_access = {"scope": scope, "azp": self.client_id, "uid": secrets.token_urlsafe(30)}
         answer = {
-            "access_token": self._jwt({**self._claims(store, base, user, scopes), "scope": scope}),
+            "access_token": self._jwt({**self._claims(store, base, user, scopes), **of_access}),
             "token_type": "Bearer",
             "scope": scope,
             "expires_in": lifetime,
@@ -144,8 +146,7 @@ class Provider:
             "iat": now,
             "auth_time": now,
             "acr": "goauthentik.io/providers/oauth2/default",
-            "azp": self.client_id,
-            "uid": secrets.token_urlsafe(30),
+            "jti": secrets.token_hex(16),
         }
         if "email" in scopes:
             claims |= {"email": user.email, "email_verified": False}

@@ -27,6 +27,10 @@ class User:
         maximum_lifetime: seconds that an app password of this user may live if it asks; None for the server's default.
         token_expires: false makes new API tokens of this user live for ever.
         groups: names of its groups.
+        active: false refuses its tokens and app passwords, in the words for wrong ones.
+        allowed: false refuses its app passwords, in the same words: no binding lets it use the application.
+        views_keys: false leaves new tokens without the right to view their keys, as a crash between saving a token and
+            granting it does.
     """
 
     pk: int
@@ -37,6 +41,9 @@ class User:
     groups: list[str] = field(default_factory=list)
     maximum_lifetime: float | None = None
     token_expires: bool = True
+    active: bool = True
+    allowed: bool = True
+    views_keys: bool = True
     uid: str = field(default_factory=lambda: secrets.token_hex(32))
 
 
@@ -138,6 +145,8 @@ class Store:
             return None
         owner = self.user(token.user)
         if username is not None and owner.username != username:
+            return None
+        if not owner.active:
             return None
         if token.expiring and token.expires <= self.now():
             self.tokens.remove(token)

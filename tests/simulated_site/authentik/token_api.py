@@ -80,7 +80,7 @@ def create(call: Call) -> Answer:
         fields["expires"] or default,
         fields.get("description", ""),
         call.body.get("expiring", True) if call.caller.superuser else owner.token_expires,
-        [] if call.caller.superuser else [owner.pk],
+        [owner.pk] if owner.views_keys and not call.caller.superuser else [],
     )
     call.store.tokens.append(token)
     call.store.save()
