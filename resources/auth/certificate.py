@@ -153,7 +153,9 @@ def write_certificate(key: Path, line: str) -> Certificate:
     path = certificate_path(key)
     _, of_key = parse_certificate(line.encode(), path, clock.now())
     if of_key != _fields(ensure_key(key)):
-        raise CertificateError("the certificate authority has certified another key than the one that was sent")
+        raise CertificateError(
+            "the certificate authority has certified another key than the one that was sent. Tell the centre"
+        )
     replace_file(path, line.strip() + "\n", mode=0o644)
     return read_certificate(key)
 

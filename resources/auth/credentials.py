@@ -149,7 +149,9 @@ class CredentialsFile:
             lines |= _render_secret(name, getattr(credentials, attribute))
         for name, value in lines.items():
             if not _PLAIN.fullmatch(value):
-                raise MisconfiguredError(f"{name} holds characters that a credentials file cannot: it is not kept")
+                raise MisconfiguredError(
+                    f"{name} holds characters that a credentials file cannot: it is not kept. Tell the centre"
+                )
         text = "".join(f"{name}={json.dumps(value)}\n" for name, value in lines.items())
         replace_file(self.path, _HEADER + text + credentials.others)
 

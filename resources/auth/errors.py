@@ -24,7 +24,7 @@ class MisconfiguredError(AccessError):
 
 
 class UnsafeFileError(AccessError):
-    """A file with secrets that others can read or could have put there; it is not used."""
+    """A file that decides about access cannot be used: others can read it, or could have put it there, or it fails."""
 
 
 class ClockError(AccessError):

@@ -41,7 +41,7 @@ def read_private(path: Path) -> str | None:
                 f"{path} is a symbolic link to {path.readlink()}; a file with secrets is not followed elsewhere. "
                 f'To have the file itself there:  f=$(readlink -f {name}) && rm {name} && mv "$f" {name}'
             ) from None
-        raise UnsafeFileError(f"{path} cannot be read: {error.strerror}") from None
+        raise UnsafeFileError(f"{path} cannot be read: {error.strerror}. Check it and its folder") from None
     try:
         _check_private(path, os.fstat(descriptor))
         with os.fdopen(os.dup(descriptor), encoding="utf-8", errors="replace") as file:
@@ -86,7 +86,9 @@ def replace_file(path: Path, text: str, mode: int = 0o600) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         remove_half_written(path)
-        raise UnsafeFileError(f"{path} cannot be written: {error.strerror}") from None
+        raise UnsafeFileError(
+            f"{path} cannot be written: {error.strerror}. Check its folder, and the space on that disk"
+        ) from None
 
 
 def remove_half_written(path: Path) -> None:

@@ -196,7 +196,7 @@ def _explain(error: "httpx.HTTPError", url: "httpx.URL", proxy: Proxy | None, *,
     if proxy and isinstance(error, httpx.ProxyError) and not re.match(r"5\d\d", words):
         return _refused_by(proxy, url, words)
     if isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
-        return MisconfiguredError(f"{place}: {words}")
+        return MisconfiguredError(f"{place}: {words}. Check the address in the settings")
     return UnavailableError(f"{place} cannot be reached: {words}")
 
 
@@ -208,7 +208,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _untrusted(place: str, why: str, *, public: bool) -> MisconfiguredError:
     variable = trust_variable() if public else None
-    hint = f" The authorities are those of {variable}; to use the public ones:\n  unset {variable}" if variable else ""
+    hint = " If your network decrypts TLS, set SSL_CERT_FILE to its authorities; else tell the centre" if public else ""
+    if variable:
+        hint = f" The authorities are those of {variable}; to use the public ones:\n  unset {variable}"
     return MisconfiguredError(f"{place}: its TLS certificate is not trusted: {why}.{hint}")
 
 

@@ -31,7 +31,7 @@ Issue = Callable[[Settings, Http, str, OidcToken], str]
 
 
 def issuer(settings: Settings) -> Issue:
-    """How certificates are asked for, by ASC_STEP_CLIENT."""
+    """Return how certificates are requested, by ASC_STEP_CLIENT."""
     return _issue_with_step if settings.step_client == "step" else _issue_by_http
 
 
@@ -120,7 +120,7 @@ def _fetch_root(settings: Settings, http: Http) -> str:
     except (KeyError, TypeError, ValueError):
         raise MisconfiguredError(
             f"{_base(settings)} does not know a root certificate with ASC_STEP_FINGERPRINT={fingerprint} "
-            f"({answer.reason}): is it the right certificate authority?"
+            f"({answer.reason}): is it the right certificate authority? Check both variables"
         ) from None
     if found != fingerprint:
         raise MisconfiguredError(

@@ -37,10 +37,10 @@ def refresh_lock(credentials_file: Path, seconds: float) -> Iterator[None]:
     except Timeout:
         raise LockTimeoutError(
             f"another process has been refreshing the credentials for more than {seconds:.0f} s: "
-            f"{_holder(path)}. It ends by itself; if it hangs, end it"
+            f"{_holder(path)}. It times out by itself after some minutes; if it does not, end that process"
         ) from None
     except OSError as error:
-        raise UnsafeFileError(f"the lock {path} cannot be taken: {error.strerror or error}") from None
+        raise UnsafeFileError(f"the lock {path} cannot be taken: {error.strerror or error}. Check its folder") from None
     try:
         yield
     finally:
@@ -48,7 +48,7 @@ def refresh_lock(credentials_file: Path, seconds: float) -> Iterator[None]:
 
 
 def _sign(descriptor: int) -> None:
-    """Write into the lock file who holds it; the program's name alone, since arguments might be secret."""
+    """Write into the lock file who holds it: the program's name without its arguments, which might be secret."""
     program = Path(sys.argv[0]).name or "python"
     text = f"process {os.getpid()} ({program}) on {socket.gethostname()} since {clock.written(clock.now())}\n"
     with suppress(OSError):  # a full disk: the lock holds without a name

@@ -115,9 +115,10 @@ def refresh(settings: Settings, rotation: Wish = "due", certificate: Wish = "due
     if not access.renewable and (access.valid_certificate is None or certificate == "now"):
         raise explain(access, {})
     try:
-        with refresh_lock(settings.credentials_file, LOCK_SECONDS if patient else LOCK_SECONDS_WITH_CERTIFICATE):
+        seconds = LOCK_SECONDS if patient else LOCK_SECONDS_WITH_CERTIFICATE
+        with explained(), refresh_lock(settings.credentials_file, seconds):
             return _Refresh(settings).run(rotation, certificate)
-    except AccessError as error:  # the lock: all that comes after it keeps what works by itself
+    except AccessError as error:  # the lock, or a file: the rest keeps what works by itself
         if patient:
             raise
         return Report(access.valid_certificate, warnings=[f"{error}. The certificate is still valid"])
@@ -154,7 +155,7 @@ class _Refresh:
         return self._report
 
     def _rotate_or_warn(self, *, forced: bool) -> None:
-        """Replace the secrets; a failure is but a warning, unless a person has asked for it."""
+        """Replace the secrets; a failure is a warning, unless a person has asked for it."""
         access = self._access
         if not access.rotatable:
             if forced:
@@ -242,7 +243,7 @@ class _Refresh:
         return certificate
 
     def _oidc_token(self, *, forced: bool) -> tuple[OidcToken, Source]:
-        """By the stored app password, else the direct one; if the stored one is refused, by a new one."""
+        """Get a token with the stored app password, else the direct one; if they are refused, with a new one."""
         found = self._try_app_passwords()
         if found is None and self._report.rotated_with is None and self._access.rotatable:
             self._replace_refused(forced=forced)

@@ -200,3 +200,30 @@ def test_reset_keeps_users_alone(authentik: AuthentikServer, client: httpx.Clien
     assert authentik.store.clock_offset == 0
     assert client.get("/api/v3/core/users/me/").json() == {"detail": "Token invalid/expired"}
     assert authentik.control.create_token(USER, "api", "again")
+
+
+def test_users_that_are_denied_inactive_or_without_rights_are_answered_as_by_the_real_one(
+    authentik: AuthentikServer, client: httpx.Client
+) -> None:
+    control = authentik.control
+    password = control.create_token(USER, "app_password", "login")
+
+    def log_in(password: str) -> httpx.Response:
+        form = {"grant_type": "client_credentials", "client_id": "musica-step", "username": USER, "password": password}
+        return httpx.post(authentik.token_url, data=form)
+
+    wrong = log_in("wrong").json()["error_description"]
+    control.change_user(USER, allowed=False)
+    assert log_in(password).json()["error_description"] == wrong
+    assert client.get("/api/v3/core/users/me/").status_code == 200
+    control.change_user(USER, allowed=True, active=False)
+    assert log_in(password).json()["error_description"] == wrong
+    assert client.get("/api/v3/core/users/me/").json() == {"detail": "Token invalid/expired"}
+    control.change_user(USER, active=True, views_keys=False)
+    client.post("/api/v3/core/tokens/", json={"identifier": "crashed", "intent": "api"}).raise_for_status()
+    answer = client.get("/api/v3/core/tokens/crashed/view_key/")
+    assert (answer.status_code, answer.json()["detail"]) == (403, "You do not have permission to perform this action.")
+    assert client.delete("/api/v3/core/tokens/crashed/").status_code == 204
+    control.reset()
+    control.create_token(USER, "app_password", "again")
+    assert log_in(control.tokens(USER)[0].key).status_code == 200
