@@ -33,6 +33,7 @@ from resources.slurm.gateway import (
     choose_channel,
 )
 from resources.slurm.outcome import explain_refusal, judge
+from resources.slurm.waiting import advise
 from resources.ssh import SshError
 from resources.steplog import StepLog
 from resources.stopping import is_to_be_cancelled, show_on_terminal, watching
@@ -232,6 +233,9 @@ class RemoteRun:
         if words != self._state:
             self._state = words
             self._log.info(f"job {self._job or '(just submitted)'}: {', '.join(words)}")
+            advice = advise(state.reason, self._job or "JOB") if state.state == "PENDING" else None
+            if advice:
+                self._log.warning(f"Slurm job {self._job} may never start ({state.reason}): {advice}")
 
     def _tell_trouble(self, text: str) -> None:
         if text != self._trouble:

@@ -3,6 +3,7 @@
 finding    what a check says, and what is known so far
 here       checks on this machine, and of the way to the login node
 there      checks on the login node; survey asks it everything over one SSH channel
+locks      the check of locks, over connections to two login nodes
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 import dagster as dg
 
-from resources.doctor import here, there
+from resources.doctor import here, locks, there
 from resources.doctor.finding import Facts, Finding, Verdict
 
 __all__ = ["CHECKS", "Finding", "examine"]
@@ -32,6 +33,7 @@ CHECKS: dict[str, Callable[[Facts], Verdict]] = {
     "Python": there.check_python,
     "temporary folder": there.check_temporary_folder,
     "open files": there.check_open_files,
+    "locks": locks.check_locks,
     "jobs": there.check_jobs,
     "environment": there.check_environment,
 }

@@ -4,7 +4,6 @@ import re
 
 from resources.slurm.gateway import ACCOUNTED, JobEnd
 from resources.slurm.request import SlurmRequest
-from resources.slurm.units import parse_memory
 
 
 def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
@@ -19,7 +18,7 @@ def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
         `cpu_efficiency` (0 to 1: CPU time over that of the CPUs that were requested).
     """
     found: dict[str, float] = {}
-    rows = [dict(zip(ACCOUNTED, row, strict=True)) for row in end.rows]
+    rows = [dict(zip(ACCOUNTED, row, strict=True)) for row in end.rows if len(row) == len(ACCOUNTED)]
     if end.started is not None and end.ended is not None and end.started <= end.ended:
         elapsed = end.ended - end.started
         if end.submitted is not None:
@@ -32,24 +31,21 @@ def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
         if used is not None and elapsed:
             cpus = request.nodes * request.ntasks_per_node * (request.cpus_per_task or 1)
             found["cpu_efficiency"] = round(used / (cpus * elapsed), 4)
-    peaks = [parse_memory(_whole(row["MaxRSS"])) for row in rows if row["MaxRSS"] not in ("", "0")]
+    peaks = [size for row in rows if (size := _mebibytes(row["MaxRSS"]))]
     if peaks:
-        found["max_rss_mib"] = round(max(peaks) / 1024, 1)
+        found["max_rss_mib"] = round(max(peaks), 1)
     return found
 
 
-def _whole(size: str) -> str:
-    """sacct prints `12.50M` as well as `12800K`."""
-    number, unit = re.fullmatch(r"([\d.]+)([KMGT]?)", size).groups()  # type: ignore[union-attr]
-    if "." not in number:
-        return f"{number}{unit or 'K'}"
-    smaller = {"T": "G", "G": "M", "M": "K"}[unit]
-    return f"{round(float(number) * 1024)}{smaller}"
+def _mebibytes(size: str) -> float | None:
+    """Return a size as sacct prints it (`12800K`, `12.50M`; KiB without a unit); None of any other text."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGTPE]?)", size)
+    return float(match[1]) * 1024.0 ** ("KMGTPE".index(match[2] or "K") - 1) if match else None
 
 
 def _seconds(text: str) -> float | None:
     """Of `[DD-[HH:]]MM:SS[.mmm]`, as sacct writes CPU times."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):([\d.]+)", text)
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)", text)
     if not match:
         return None
     days, hours, minutes, seconds = (float(part or 0) for part in match.groups())

@@ -1,6 +1,7 @@
 """The user's private key and its certificate: loading them, and saying why a server may have refused them."""
 
 import io
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +49,18 @@ class UserKey:
         """Read a private key without passphrase and the certificate beside it, if there is one.
 
         Raises:
-            AuthenticationError: the key is missing, encrypted or damaged; the certificate is damaged or another key's.
+            AuthenticationError: the key is missing, encrypted, damaged or open to others; or the certificate is damaged
+                or another key's.
         """
         certificate_path = Path(f"{path}-cert.pub")
         certificate = _read_certificate(certificate_path)
         try:
             private = _load_private(path.read_bytes())
+            if path.stat().st_mode & 0o077:
+                raise AuthenticationError(
+                    f"Others can read the private key {path}, and log in with it. Close it:\n"
+                    f"  chmod 600 {shlex.quote(str(path))}"
+                )
             if certificate:
                 private.load_certificate(certificate_path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:

@@ -14,7 +14,7 @@ import pytest
 
 from resources import remote
 from resources.slurm import SlurmRequest
-from resources.slurm.gateway import wire
+from resources.slurm.gateway import link, wire
 from tests.cluster.background import (
     REPORTS,
     SLEEPS,
@@ -117,10 +117,11 @@ def expected_log(lines: int) -> Iterator[str]:
 
 
 def test_dropped_before_during_and_after_the_submission_twenty_times(
-    site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]
+    site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A log of 200,000 lines, some blank, some of a megabyte, some no UTF-8: each once, in order."""
     before, lines = logins(site), 200_000
+    monkeypatch.setattr(link, "MOST_LOGINS", 100)
     with site.faults.sbatch("slow"), drops(site, 20) as dropped:
         run = Background(lambda: materialize(write_log(lines), workloads, request=REQUEST))
         assert dropped.wait(120)
@@ -267,6 +268,38 @@ def test_the_accounting_is_off(site: SimulatedSite, workloads: Path) -> None:
     (metadata,) = outcome.materializations[None]
     assert metadata["elapsed_seconds"] >= 0
     assert not {"max_rss_mib", "cpu_efficiency"} & set(metadata)
+
+
+def test_a_submit_limit_is_waited_for_and_a_job_that_is_held_is_warned_about(
+    site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def limit(jobs: int) -> None:
+        change = ["modify", "qos", CPU_PARTITION, "set", f"MaxSubmitJobsPerUser={jobs}"]
+        site.run_on_node("slurmdbd", " ".join(["sacctmgr", "--immediate", *change]))
+
+    said = ""
+
+    def says(words: str) -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return words in said
+
+    limit(0)
+    before = logins(site)
+    try:
+        request = SlurmRequest(time_limit="00:30:00", options=("--hold",))
+        run = Background(lambda: materialize(REPORTS, workloads, request=request))
+        wait_until(lambda: says("QOSMaxSubmitJobPerUserLimit"), "the limit is reported", 60)
+        pause(3)
+    finally:
+        limit(-1)
+    job = only_job(site, "PENDING", 120)
+    wait_until(lambda: says(f"scontrol release {job}"), "the advice", 60)
+    site.run_on_login(CERTIFICATE_USER, f"scontrol release {job}")
+    one_job_did_it(site, run.outcome())
+    assert says("may never start (JobHeldUser)")
+    assert said.count("QOSMaxSubmitJobPerUserLimit") == 1
+    assert sum(logins(site).values()) == sum(before.values()) + 1
 
 
 # ---- what happens to nodes and jobs

@@ -22,3 +22,29 @@ def test_cpu_efficiency_counts_the_cpus_that_were_requested(
 ) -> None:
     end = JobEnd(0, "COMPLETED", started=1000, ended=1100, rows=[["7", "COMPLETED", "", used]])
     assert count(end, SlurmRequest(**fields)).get("cpu_efficiency") == efficiency
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [
+        (["", "12800K"], 12.5),
+        (["12.50M"], 12.5),
+        (["0.50K", "1024"], 1.0),
+        (["1.2P"], 1.2 * 1024**3),
+        (["1E"], 1024.0**4),
+        (["16?"], None),
+        (["16?", "3M"], 3.0),
+        (["12,5M", "-1", "0", "M", "1.2.3K", "many"], None),
+    ],
+)
+def test_a_size_that_cannot_be_read_is_left_out(sizes: list[str], most: float | None) -> None:
+    end = JobEnd(0, "COMPLETED", started=1, ended=2, rows=[["7", "COMPLETED", size, "1.2.3"] for size in sizes])
+    found = count(end, SlurmRequest())
+    assert found.get("max_rss_mib") == (most and pytest.approx(most, abs=0.05))
+
+
+@pytest.mark.parametrize("used", ["00:1.2.3", "INVALID", "1:2:3:4", "-", "00:.."])
+def test_times_and_rows_that_cannot_be_read_are_left_out(used: str) -> None:
+    """A site's wrapper may print other columns."""
+    for rows in ([["7", "COMPLETED", "", used]], [["7"]], [["7", "COMPLETED", "", used, "more"]]):
+        assert "cpu_efficiency" not in count(JobEnd(0, "COMPLETED", started=1, ended=2, rows=rows), SlurmRequest())

@@ -123,3 +123,11 @@ def test_what_a_refusal_says(key: Path, authority: Path, options: str, advice: s
     assert re.search(advice, text), text
     if "20200102" in options:
         assert "for xy12345; valid from 2020-01-02 03:04:05 UTC to 2020-01-02 04:04:05 UTC; signed by" in text
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660])
+def test_a_key_that_others_can_read_is_refused(key: Path, mode: int) -> None:
+    """With or without a certificate beside it."""
+    key.chmod(mode)
+    with pytest.raises(AuthenticationError, match=rf"Others can read the private key {key}.*\n  chmod 600 {key}"):
+        UserKey.load(key)

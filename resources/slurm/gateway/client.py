@@ -224,6 +224,10 @@ class Gateway(Link):
 
         self.send_ahead(request)
 
+    def host(self) -> str:
+        """Return the name of the login node."""
+        return str(self.ask(do="ping")["host"])
+
     def ping(self) -> None:
         """Keep the connection alive while other work takes long; raises StoppedError if `stop` was set meanwhile."""
         self.ask(do="ping")

@@ -62,7 +62,7 @@ def kind_of(error):
 
 
 def ping(_, __):
-    return {"pong": True}
+    return {"pong": True, "host": os.uname()[1]}
 
 
 VERBS = {

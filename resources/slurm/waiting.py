@@ -1,0 +1,45 @@
+"""Why a job that waits may wait for ever, and what to do about it."""
+
+import re
+
+_ADVICE = (
+    (
+        r"DependencyNeverSatisfied",
+        "the job that it depends on did not end as its `dependency` asks. Terminate this run, and execute it again "
+        "without that dependency, or after the other job.",
+    ),
+    (
+        r"JobHeldUser|JobHeldAdmin|[Hh]eld",
+        "Slurm holds it. An administrator did, you did (scontrol hold), or its node failed to start it. Find out why, "
+        "then release it on the login node, or Terminate this run:\n  scontrol release {job}",
+    ),
+    (
+        r"BadConstraints|ReqNodeNotAvail.*UnavailableNodes|NodeDown$|FrontEndDown",
+        "no node that is there has what its request asks for. Terminate this run if the nodes do not come back, and "
+        "change `constraint`, `nodelist`, `exclude` or GPUs in its SlurmRequest.",
+    ),
+    (
+        r"Partition(Config|NodeLimit|TimeLimit)|Invalid(Account|QOS)|(Account|QOS)NotAllowed|ReservationDeleted"
+        r"|Reservation.*(Invalid|deleted)|QOSMin\w*|((Assoc|QOS)\w*|Max\w*)Per(Job|Node)\w*|QOSNotAllowed|DeadLine",
+        "a limit of its account, QoS, partition or reservation does not allow a job of this size. Terminate this run, "
+        "and change its SlurmRequest; `scripts/preview ASSET --test-only` asks Slurm beforehand.",
+    ),
+    (
+        r"(Assoc|QOS)\w*Minutes\w*",
+        "the project has used up its computing time. It starts once there is more; Terminate this run if there will be "
+        "none.",
+    ),
+)
+
+
+def advise(reason: str, job: str) -> str | None:
+    """Return what to do about a job that may never start; None if it only waits for its turn.
+
+    Args:
+        reason: Slurm's, for a job that is pending (squeue(1), JOB REASON CODES).
+        job: its id.
+    """
+    for pattern, advice in _ADVICE:
+        if re.search(pattern, reason):
+            return advice.format(job=job)
+    return None
