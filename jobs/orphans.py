@@ -23,8 +23,8 @@ GRACE = timedelta(minutes=1)
 TICK_SECONDS = 40.0
 """For the supercomputer to answer; Dagster gives a tick 60."""
 CLEAN_EVERY = 6 * 3600
-KEEP_DAYS = 14
-"""Run directories of runs that have succeeded are kept for so long; those of runs that have failed are kept."""
+KEEP_DAYS, KEEP_FAILED_DAYS = 14, 90
+"""For which run directories are kept: those of runs that have succeeded, and all others whose job has ended."""
 
 Standing = Literal["alive", "retry due", "just ended", "abandoned", "unknown"]
 _UNHAPPY = [dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE]
@@ -67,25 +67,29 @@ def cancel_orphaned_jobs_sensor(context: dg.SensorEvaluationContext) -> dg.Senso
     minimum_interval_seconds=CLEAN_EVERY,
     default_status=running_on_supercomputer(),
     description=f"Removes run directories from the supercomputer {KEEP_DAYS} days after their job has ended well, if "
-    "Dagster has stored the result.",
+    f"Dagster has stored the result; those of all other jobs {KEEP_FAILED_DAYS} days after their end.",
 )
 def clean_run_directories_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     """One tick. Access is brought to life by the job that shows how: it is not begun here."""
-    settings, oldest = supercomputer_settings(), datetime.now(UTC) - timedelta(days=KEEP_DAYS)
+    settings, now = supercomputer_settings(), datetime.now(UTC)
     health = check_health(settings)
     if health.verdict != "ok":
         return dg.SkipReason(f"waits until access is in order: {health.summary}")
     try:
         with open_runs(settings, SUPERCOMPUTER_SITE_OVERRIDES, TICK_SECONDS) as runs:
-            cleaned = runs.remove(run for run in runs.all() if run.heard < oldest and _is_done(context.instance, run))
+            cleaned = runs.remove(run for run in runs.all() if _may_go(context.instance, run, now - run.heard))
     except (AccessError, SshError, RefusedError) as error:
         return dg.SkipReason(str(error))
     return dg.SkipReason(f"removed {', '.join(cleaned)}" if cleaned else "nothing is old enough")
 
 
-def _is_done(instance: dg.DagsterInstance, run: RunRecord) -> bool:
-    """Whether a run has ended well, and Dagster has stored its result."""
-    well = run.end is not None and run.end.code == 0 and run.end.state in ("COMPLETED", "")
+def _may_go(instance: dg.DagsterInstance, run: RunRecord, age: timedelta) -> bool:
+    """Return whether nobody needs a run directory any more; `age`: since its job last said something."""
+    if run.end is None or age < timedelta(days=KEEP_DAYS):
+        return False
+    if age > timedelta(days=KEEP_FAILED_DAYS):
+        return True
+    well = run.end.code == 0 and run.end.state in ("COMPLETED", "")
     return well and is_stored(instance, run.followers, run.about.step)
 
 

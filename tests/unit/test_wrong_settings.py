@@ -85,3 +85,17 @@ def test_the_command_for_ci() -> None:
     done = run("doctor", "--settings", **changes)
     assert (done.returncode, done.stdout) == (1, "")
     assert text in done.stderr
+
+
+def test_the_ui_is_not_opened_to_the_users_of_a_login_node(
+    variables: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\n")
+    sbatch.chmod(0o755)
+    here = {"SLURM_EDGE_NODE_HOST": "localhost", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = run("dev", "--no-such-option", **here)
+    assert done.returncode == 1
+    assert "Every user of this node could open it" in done.stderr
+    accepted = run("dev", "--no-such-option", "--anyone-on-this-machine", **here)
+    assert "No such option" in accepted.stderr, "it comes as far as Dagster"
