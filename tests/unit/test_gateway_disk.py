@@ -80,8 +80,8 @@ def prepare(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prepare]:
     monkeypatch.setattr(link, "FIRST_PAUSE", 0.01)
 
     def make(code: str = "", told: list[str] | None = None) -> Gateway:
-        begin = 'hurry(); names["serve"]()' if code.startswith(HURRIED) else 'names["serve"]()'
-        monkeypatch.setattr(channels, "_START", code + "\n" + start.replace('names["serve"]()', begin))
+        begin = "hurry(); names['serve']()" if code.startswith(HURRIED) else "names['serve']()"
+        monkeypatch.setattr(channels, "_START", code + "\n" + start.replace("names['serve']()", begin))
         on_trouble = (lambda _: None) if told is None else told.append
         made.append(Gateway(choose_channel(SETTINGS, (), lambda _: None), on_trouble=on_trouble))
         return made[-1]

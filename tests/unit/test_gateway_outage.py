@@ -83,8 +83,9 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     server = 'sys.modules["resources.slurm.gateway.agent.server"]'
-    patient = f'{server}.SILENCE *= {SPEED}; names["serve"]()'  # the wire's own clock is not faster
-    start = channels._START.replace('names["serve"]()', patient)
+    patient = f"{server}.SILENCE *= {SPEED}; names['serve']()"  # the wire's own clock is not faster
+    assert "names['serve']()" in channels._START
+    start = channels._START.replace("names['serve']()", patient)
     monkeypatch.setattr(channels, "_START", FAST.format(speed=SPEED, since=time.time()) + start)
     monkeypatch.setattr(link, "monotonic", lambda: time.monotonic() * SPEED)
     monkeypatch.setattr(wire, "LOOK_SECONDS", wire.LOOK_SECONDS / SPEED)
