@@ -40,7 +40,7 @@ def find_missing(workload: Workload, *, own_packages: bool) -> list[str]:
         if file in seen or not file.is_file():
             continue
         seen.add(file)
-        with suppress(SyntaxError, ValueError):  # a module that nobody may ever import
+        with suppress(SyntaxError, ValueError, IndexError, RecursionError):  # nobody may ever import this module
             for line, level, module, names in _imports(ast.parse(file.read_bytes())):
                 top = module.partition(".")[0]
                 bases = [file.parents[level - 1]] if level else roots
@@ -66,7 +66,7 @@ def _imports(tree: ast.AST) -> Iterator[tuple[int, int, str, list[str]]]:
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             for part in node.orelse:
                 yield from _imports(ast.Module([part], []))
-        else:
+        elif isinstance(node, ast.stmt | ast.excepthandler | ast.match_case):  # an expression imports nothing
             yield from _imports(node)
 
 

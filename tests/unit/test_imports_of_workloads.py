@@ -47,6 +47,9 @@ def test_an_import_that_fails_there_is_named(text: str, reason: str, tmp_path: P
         "try:\n    import dagster\nexcept (ValueError, ModuleNotFoundError):\n    dagster = None",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import dagster",
         "import helper, package.sub\nfrom package import other",
+        "from ..................................... import far",
+        f"x = {'+'.join(['1'] * 1500)}",
+        "if x:\n    pass\n" + "elif x:\n    pass\n" * 1500,
     ],
 )
 def test_any_other_import_is_not(text: str, tmp_path: Path) -> None:
