@@ -26,6 +26,10 @@ TRY_AGAIN = 75
 """Exit code by which a workload, or a Ray cluster that has lost a node, asks for another try (EX_TEMPFAIL)."""
 
 
+NOT_STARTED = "0:53"
+"""Exit code and signal of a job whose output files slurmd could not open."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a job ended, where it did not end well.
@@ -52,8 +56,7 @@ def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
             cause += f"; {end.cause}"  # that may tell which one
         return Outcome(cause, again=end.state in MACHINES_DOING)
     if end.code is None:
-        told = f"Slurm says {end.state} {end.exit}" if end.state else "Slurm does not know it any more"
-        return Outcome(f"it left no word of its end, and {told}: look at its stderr and at the node")
+        return _explain_cut_short(end)
     if end.code == TRY_AGAIN or (end.code and end.cause):
         cause = end.cause or f"it asks for another try (exit code {TRY_AGAIN}): its stderr says why"
         return Outcome(cause, again=end.code == TRY_AGAIN)
@@ -92,6 +95,18 @@ def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects
             f"Set SLURM_QOS to one of these, or charge another project ({others}): {elsewhere}"
         )
     return f"{text}\nThe job would be charged to project {charged}. Yours are {others}: {elsewhere}"
+
+
+def _explain_cut_short(end: JobEnd) -> Outcome:
+    """Return the outcome of a job that has not recorded its own end."""
+    if end.exit == NOT_STARTED:
+        return Outcome(
+            f"the job could not start in its run directory (Slurm: {end.state} {end.exit}). Its compute node does not "
+            "see that folder, or cannot write to it. Set SLURM_DEPLOYMENT_BASE_PATH to a folder that every node sees, "
+            "such as $DATA/dagster-slurm"
+        )
+    told = f"Slurm says {end.state} {end.exit}" if end.state else "Slurm does not know it any more"
+    return Outcome(f"it left no word of its end, and {told}: look at its stderr and at the node")
 
 
 def _advice(state: str, request: SlurmRequest) -> str:
