@@ -9,6 +9,7 @@ from typing import Any
 
 import fabric
 import paramiko
+from paramiko.ssh_exception import PartialAuthentication
 
 from resources.ssh import host_key
 from resources.ssh.client_config import Hop
@@ -91,7 +92,8 @@ class _ShowUserKey(paramiko.AuthStrategy):  # type: ignore[misc]
         error = transport.get_exception()
         if not transport.is_active():
             raise error or paramiko.SSHException("the connection was closed during the login")
-        raise self._key.refused(self._hop, list(getattr(error, "allowed_types", [])))
+        methods = list(getattr(error, "allowed_types", []))
+        raise self._key.refused(self._hop, methods, partial=isinstance(error, PartialAuthentication))
 
 
 class Connection(fabric.Connection):  # type: ignore[misc]  # fabric has no types

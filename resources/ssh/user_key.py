@@ -22,6 +22,7 @@ from resources.ssh.client_config import Hop
 from resources.ssh.errors import AuthenticationError
 from resources.ssh.known_hosts import fingerprint
 
+_FOR_PEOPLE = "keyboard-interactive"
 _RENEW = "Get a new certificate: python scripts/refresh_step_auth.py"
 
 _KINDS = (
@@ -78,13 +79,20 @@ class UserKey:
             raise AuthenticationError(f"{certificate_path} is not a certificate of the key {path}. {_RENEW}")
         return cls(path, private, certificate)
 
-    def refused(self, hop: Hop, methods: list[str]) -> AuthenticationError:
-        """The error to raise when a server has refused the key.
+    def refused(self, hop: Hop, methods: list[str], *, partial: bool) -> AuthenticationError:
+        """Return the error to raise when a server has not let the key in.
 
         Args:
             hop: which server, and as which user.
             methods: the ways of logging in that it named in its answer.
+            partial: it has accepted the key, and wants one of those ways in addition.
         """
+        if partial:
+            return AuthenticationError(
+                f"{hop} has accepted the key {self.path} of {hop.user!r} and asks for a second factor: "
+                f"{', '.join(methods)}. That is for people, and nobody is there to answer. "
+                "Ask your computing centre for a way to log in with the certificate alone."
+            )
         name = self.private.get_name()
         lines = [
             f"{hop} has refused to log in {hop.user!r}. It was shown",
@@ -95,6 +103,11 @@ class UserKey:
         ]
         if methods:
             lines.append(f"It takes: {', '.join(methods)}")
+        if _FOR_PEOPLE in methods:
+            lines.append(
+                f"{_FOR_PEOPLE} is the login for people: a link to open in a browser, or a password. "
+                "This program does not use it and needs a valid certificate."
+            )
         return AuthenticationError("\n".join([*lines, self._advice(hop)]))
 
     def _advice(self, hop: Hop) -> str:

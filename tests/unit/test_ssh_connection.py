@@ -189,6 +189,41 @@ def test_closed_within_the_login_is_no_refusal_of_the_key(forge: Forge) -> None:
         assert "cannot be reached" in unreachable(forge, port)
 
 
+class AsksForMore(paramiko.ServerInterface):  # type: ignore[misc]
+    """Lets nobody in with a key alone."""
+
+    def __init__(self, answer: int) -> None:
+        self._answer = answer
+
+    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
+        return self._answer
+
+    def get_allowed_auths(self, username: str) -> str:
+        return "keyboard-interactive"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (paramiko.AUTH_FAILED, "keyboard-interactive is the login for people: a link to open in a browser"),
+        (paramiko.AUTH_PARTIALLY_SUCCESSFUL, "asks for a second factor: keyboard-interactive. That is for people"),
+    ],
+)
+def test_a_login_for_people_is_named_and_not_waited_for(forge: Forge, answer: int, text: str) -> None:
+    def serve(connection: socket.socket) -> None:
+        transport = paramiko.Transport(connection)
+        transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
+        transport.start_server(server=AsksForMore(answer))
+        transport.join(20)
+
+    with server(serve) as port:
+        (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
+        with pytest.raises(AuthenticationError) as raised:
+            connect(settings(forge, port), lambda _: None)
+    assert text in str(raised.value)
+    assert ("does not trust its authority" in str(raised.value)) is False
+
+
 class Impostor(paramiko.Ed25519Key):  # type: ignore[misc]
     """Shows what another machine has shown, and signs with a key of its own."""
 

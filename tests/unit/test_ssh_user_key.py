@@ -116,7 +116,7 @@ def test_the_certificate_of_another_key_is_told(tmp_path: Path, key: Path, autho
 def test_what_a_refusal_says(key: Path, authority: Path, options: str, advice: str) -> None:
     keygen("-s", authority, "-I", "test", *options.split(), f"{key}.pub")
     hop = Hop("musica.example", 22, "xy12345", key, ())
-    text = str(UserKey.load(key).refused(hop, ["publickey", "hostbased"]))
+    text = str(UserKey.load(key).refused(hop, ["publickey", "hostbased"], partial=False))
     assert text.startswith("musica.example (port 22) has refused to log in 'xy12345'. It was shown\n")
     assert f"  the key {key} (ssh-ed25519 SHA256:" in text
     assert "It takes: publickey, hostbased\n" in text
