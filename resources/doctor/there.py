@@ -39,7 +39,7 @@ def check_slurm(facts: Facts) -> Verdict:
     """Find Slurm's commands, and ping its controller."""
     missing = facts.survey["commands"].text.split()
     if missing:
-        fix = "ask the centre; is a module to be loaded in your login shell's profile?"
+        fix = "load the module that has them in setup_commands of SUPERCOMPUTER_SITE_OVERRIDES, or ask the centre"
         return broken(f"not on PATH of the login node: {', '.join(missing)}", fix)
     controller = facts.survey["controller"]
     if controller.code or " UP" not in controller.text.upper().replace(" IS", " "):
