@@ -29,6 +29,7 @@ from resources.slurm import SlurmRequest, load_site
 from resources.slurm.gateway import Gateway, RefusedError, choose_channel
 from tests.environments import lines_of_the_lock, make_source
 from tests.simulated_site import CERTIFICATE_USER, SimulatedSite, wait_until
+from tests.simulated_site.storage import MODULE, MODULE_PYTHON
 
 pytestmark = pytest.mark.cluster
 BASE = f"{CERTIFICATE_USER.home}/dagster-slurm"
@@ -345,6 +346,19 @@ def test_the_interpreter_comes_from_the_candidates_after_the_setup_commands(
     with Client(wanted, python_candidates=["python-old", "python-new"], setup_commands=load) as client:
         target = client.environments.look(wanted).environment.target
     assert (target.executable, target.minor) == ("/usr/bin/python3.11", (3, 11))
+
+
+@pytest.mark.usefixtures("fetched")
+def test_a_module_provides_the_python_of_agent_environment_and_job(
+    site: SimulatedSite, workload: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only login shells have `module`, nothing else has that interpreter, and its PYTHONHOME breaks the environment."""
+    musica = SUPERCOMPUTER_SITE_OVERRIDES["musica"]
+    monkeypatch.setitem(musica, "setup_commands", [f"module load {MODULE}"])
+    monkeypatch.setitem(musica, "python_candidates", [MODULE_PYTHON])
+    workload.write_text(PROGRAM.replace('"word": WORD', '"word": WORD, "module": os.environ["EBROOTPYTHON"]'))
+    workload.write_text("import os\n" + workload.read_text())
+    assert metadata(materialize(workload))["module"] == f"{site.layout.state}/software/{MODULE}"
 
 
 def test_what_cannot_be_imported_is_not_published(site: SimulatedSite, client: Client, index: Path) -> None:

@@ -45,6 +45,7 @@ _FAULTS: dict[str, tuple[str, Callable[..., Fault | None]]] = {
         lambda faults, delay, rate: faults.login_slow(float(delay), float(rate)),
     ),
     "disk-full": ("", lambda faults: faults.disk_full()),
+    "no-more-files": ("", lambda faults: faults.no_more_files()),
     "ca-down": ("", lambda faults: faults.certificate_authority_down()),
     "authentik-down": ("", lambda faults: faults.authentik_down()),
     "authentik-slow": (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from .authentik import Disturbance
 from .errors import SiteError
-from .layout import COMPUTE_NODES, CONTROLLER, DATABASE, HOME_SIZE, LOGIN_NODES
+from .layout import COMPUTE_NODES, CONTROLLER, DATABASE, LOGIN_NODES
 from .machines import Machine
 from .relay import Settings
 from .slurm_configuration import ADMIN_QOS
@@ -127,7 +127,11 @@ class Faults:
 
     def disk_full(self) -> Fault:
         """Leave no space in the homes' file system, and with that in every deployment folder."""
-        return Fault(self._fill_home, lambda: self._site.login.resize_home(HOME_SIZE))
+        return Fault(self._fill_home, self._site.storage.limit_home)
+
+    def no_more_files(self) -> Fault:
+        """Leave no file in the homes' quota of files, though there is space."""
+        return Fault(self._use_up_files, self._site.storage.limit_home)
 
     # Credentials
 
@@ -151,7 +155,7 @@ class Faults:
         """Mend every fault, whoever injected it, and wait until the whole site serves."""
         site = self._site
         self._sbatch_fault.unlink(missing_ok=True)
-        site.login.resize_home(HOME_SIZE)
+        site.storage.limit_home()
         self._let_accounting_through()
         for machine in site.machines.values():
             if machine.running:
@@ -235,4 +239,8 @@ class Faults:
     def _fill_home(self) -> None:
         """Make the file system as small as what is on it: it is full then, and nothing has to be written."""
         state = os.statvfs(self._site.layout.home)
-        self._site.login.resize_home(str((state.f_blocks - state.f_bfree) * state.f_frsize))
+        self._site.storage.limit_home(size=str((state.f_blocks - state.f_bfree) * state.f_frsize))
+
+    def _use_up_files(self) -> None:
+        state = os.statvfs(self._site.layout.home)
+        self._site.storage.limit_home(files=state.f_files - state.f_ffree)

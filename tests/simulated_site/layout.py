@@ -16,8 +16,8 @@ LOGIN_NAME = "musica.sim"
 DEPLOYMENT_FOLDER = "dagster-slurm"
 """Folder in a user's home that SLURM_DEPLOYMENT_BASE_PATH names."""
 
-HOME_SIZE = "8g"
-"""Size of the file system that holds all homes: a tmpfs, so its content takes memory."""
+PROJECT_FOLDER = "fs71234"
+"""Folder of the users' project below /data and /scratch."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,16 @@ class User:
     def home(self) -> str:
         """Home folder as the machines of the site see it."""
         return f"/home/{self.name}"
+
+    @property
+    def data(self) -> str:
+        """$DATA as the machines of the site see it."""
+        return f"/data/{PROJECT_FOLDER}/{self.name}"
+
+    @property
+    def scratch(self) -> str:
+        """$SCRATCH as the machines of the site see it."""
+        return f"/scratch/{PROJECT_FOLDER}/{self.name}"
 
     @property
     def email(self) -> str:
@@ -87,7 +97,7 @@ def state_base() -> Path:
         SiteError: it lies below a folder that the site's machines have for themselves, and could not see.
     """
     base = Path(os.environ.get("SIMULATED_SITE_STATE", "/var/lib/simulated-site")).resolve()
-    for hidden in ("/tmp", "/run", "/home", "/dev/shm"):
+    for hidden in ("/tmp", "/run", "/home", "/dev/shm", "/data", "/scratch", "/local"):
         if base.is_relative_to(hidden):
             raise SiteError(f"SIMULATED_SITE_STATE must not lie below {hidden}: each simulated machine has its own")
     return base
@@ -114,6 +124,21 @@ class Layout:
     def home(self) -> Path:
         """The homes as seen from the host; /home on the site's machines."""
         return self.state / "home"
+
+    @property
+    def data(self) -> Path:
+        """What is /data on the site's machines, as seen from the host."""
+        return self.state / "data"
+
+    @property
+    def scratch(self) -> Path:
+        """What is /scratch on the site's machines, as seen from the host."""
+        return self.state / "scratch"
+
+    @property
+    def epilog(self) -> Path:
+        """The program that slurmd runs when a job has ended."""
+        return self.etc / "epilog"
 
     @property
     def etc(self) -> Path:

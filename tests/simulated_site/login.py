@@ -9,9 +9,8 @@ from pathlib import Path
 
 from . import keys
 from .daemons import Daemon
-from .host import run_on_host
 from .keys import Authorities
-from .layout import FRONT, HOME_SIZE, LOGIN_NAME, LOGIN_NODES, MACHINES, PLAIN_KEY_USER, USERS, Layout, User
+from .layout import FRONT, LOGIN_NAME, LOGIN_NODES, MACHINES, PLAIN_KEY_USER, USERS, Layout, User
 from .machines import Machine
 from .relay import RelayControl
 
@@ -21,6 +20,14 @@ _BASHRC = """\
 echo "* MUSICA (simulated): your project p71234 has 1234.5 node hours left *"
 echo "* maintenance in 31 days *" >&2
 """
+DEVICE_LOGIN = "https://auth.asc.ac.at/device?code=ABCD-1234"
+_PAM = """\
+auth required pam_echo.so file=/etc/security/device-login
+auth required pam_unix.so
+account required pam_permit.so
+session required pam_permit.so
+"""
+"""Shows a link and waits for an answer; since no account has a password, none is right."""
 _RELAY_PROGRAM = Path(__file__).parent / "relay.py"
 
 
@@ -70,20 +77,12 @@ class Login:
             os.chown(path, int(os.environ.get("SUDO_UID", "0")), -1)  # who starts the site with sudo is its client
         for node in LOGIN_NODES:
             self._configure_sshd(self._machines[node.hostname])
+        etc = self._layout.machine_etc
+        (etc / "pam.d" / "sshd").write_text(_PAM, encoding="ascii")
+        (etc / "security" / "device-login").write_text(f"Open this link to log in:\n{DEVICE_LOGIN}\n", encoding="ascii")
         names = ",".join([self.address, LOGIN_NAME, *(self._machines[node.hostname].address for node in LOGIN_NODES)])
         authority = Path(f"{self._authorities.host_key}.pub").read_text(encoding="utf-8")
         self.known_hosts.write_text(f"@cert-authority {names} {authority}", encoding="utf-8")
-
-    def mount_home(self) -> None:
-        """Mount the homes' file system unless it is there; before any machine starts, since each takes it as /home.
-
-        It is one of known size, so that it can be made full without writing to it; it takes memory as it fills.
-        """
-        home = self._layout.home
-        if not home.is_mount():
-            home.mkdir(exist_ok=True)
-            run_on_host("mount", "-t", "tmpfs", "-o", f"size={HOME_SIZE},mode=755", "tmpfs", str(home))
-            self.restore_homes()
 
     def start(self) -> None:
         """Start sshd on both login nodes, and the relay."""
@@ -118,10 +117,6 @@ class Login:
                 shutil.rmtree(path)  # the `step` client makes ~/.step
             else:
                 path.unlink()
-
-    def resize_home(self, size: str) -> None:
-        """Change the size of the homes' file system: a number of bytes, or with `m` or `g` behind it."""
-        run_on_host("mount", "-o", f"remount,size={size}", str(self._layout.home))
 
     def ssh_command(self, user: User, key: Path, *command: str) -> list[str]:
         """Return the command line of OpenSSH's client, with strict host-key checking against `known_hosts`."""
@@ -180,10 +175,11 @@ HostCertificate {key}-cert.pub
 TrustedUserCAKeys {self._authorities.user_key}.pub
 AuthorizedKeysFile none
 PasswordAuthentication no
-KbdInteractiveAuthentication no
+# Who shows no valid certificate is asked to open a link.
+KbdInteractiveAuthentication yes
+UsePAM yes
 PermitRootLogin no
 AllowUsers {" ".join(user.name for user in USERS)}
-UsePAM no
 LogLevel VERBOSE
 Subsystem sftp internal-sftp
 Match User {PLAIN_KEY_USER.name}

@@ -15,7 +15,7 @@ from pathlib import Path
 from . import interpreter
 from .errors import SiteError
 from .host import ip, spawn
-from .layout import Layout, MachineName, User
+from .layout import COMPUTE_NODES, Layout, MachineName, User
 from .waiting import wait_until
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -52,10 +52,9 @@ class Machine:
         tmp, lent = "", []
         if self.name.for_users:
             lent = interpreter.mounts(self.layout)
-            folder = self._folder / "tmp"
-            folder.mkdir()
-            folder.chmod(0o1777)
-            tmp = str(folder)
+            tmp = str(self._make_open_folder("tmp"))
+        if self.name in COMPUTE_NODES:
+            self._make_open_folder("local")  # machine-init mounts it as /local
         cgroup = self._make_cgroup()
         # The shell leaves its own pid, which is then unshare's; the machine's first process is unshare's only child.
         namespaces = "--mount --uts --ipc --net --pid --fork --kill-child --mount-proc"
@@ -164,6 +163,12 @@ class Machine:
     @property
     def _cgroup(self) -> Path:
         return _CGROUP_MEMORY / f"simulated-site-{self.layout.name}-{self.hostname}"
+
+    def _make_open_folder(self, name: str) -> Path:
+        folder = self._folder / name
+        folder.mkdir()
+        folder.chmod(0o1777)
+        return folder
 
     def _make_cgroup(self) -> str:
         """Make the memory cgroup of this machine, where the host has version 1 of them; return its path, else ""."""

@@ -14,6 +14,7 @@ SUPPORTED_SYSTEMS = {"debian": ("12", "13"), "ubuntu": ()}
 
 PACKAGES = (
     "iproute2",
+    "lmod",
     "mariadb-client",
     "mariadb-server",
     "munge",

@@ -32,6 +32,7 @@ from .layout import (
 )
 from .login import Login
 from .machines import Machine
+from .storage import Storage
 from .waiting import wait_until
 
 VANILLA = "#ASC --vanilla\n"
@@ -54,6 +55,7 @@ class SimulatedSite:
         machines: every simulated machine by hostname.
         cluster: Slurm.
         login: the login nodes and the way to them.
+        storage: the file systems that they share with the compute nodes.
         certificate_authority: step-ca.
         identity_provider: authentik's stand-in, its addresses and its process.
         authentik: steers it: clock, lifetimes, users, tokens, disturbances, what it served.
@@ -68,6 +70,7 @@ class SimulatedSite:
         self.authentik = self.identity_provider.control
         self.certificate_authority = CertificateAuthority(layout, identity, programs, self.identity_provider.issuer)
         self.cluster = Cluster(layout, self.machines)
+        self.storage = Storage(layout)
         self.login = Login(layout, self.machines, self.certificate_authority.authorities)
         self.faults = Faults(self)
 
@@ -120,15 +123,16 @@ class SimulatedSite:
             list(pool.map(Machine.stop, machines))
         for machine in machines:
             machine.remove_cgroups()
-        if layout.home.is_mount():
-            run_on_host("umount", str(layout.home))
+        Storage(layout).unmount()
         network.release(layout)
         _remove_files(name)
         (layout.state / "site.json").unlink()
 
     def start(self) -> None:
         """Start whatever of the site does not run: machines first, then all daemons side by side."""
-        self.login.mount_home()
+        if self.storage.mount():
+            self.login.restore_homes()
+            self.storage.restore_project()
         with ThreadPoolExecutor(len(self.machines)) as pool:
             list(pool.map(Machine.start, self.machines.values()))
             parts = [pool.submit(part) for part in (self.cluster.start, self.login.start, self._start_identity)]
@@ -152,7 +156,7 @@ class SimulatedSite:
         ]
 
     def reset(self) -> None:
-        """Give the next test a clean site: no faults, no jobs, no processes of users, empty homes and /tmp, no tokens.
+        """Give the next test a clean site: no faults, no jobs, no processes of users, nothing on any disk, no tokens.
 
         Users that were added to authentik stay.
         """
@@ -160,6 +164,7 @@ class SimulatedSite:
         self.cluster.cancel_all()
         self.clean_machines()
         self.login.restore_homes()
+        self.storage.restore_project()
         self.login.remove_credentials()
         self.authentik.reset()
         self.certificate_authority.set_validity(DEFAULT_VALIDITY)
@@ -244,11 +249,12 @@ class SimulatedSite:
         return found
 
     def clean_machines(self) -> None:
-        """Kill every process of every user on login and compute nodes, and empty their /tmp and /dev/shm."""
+        """Kill every process of every user on login and compute nodes, and empty their /tmp, /dev/shm and /local."""
         uids = ",".join(str(user.uid) for user in USERS)
         kill = f"while pids=$(ps -u {uids} -o pid=); do kill -KILL $pids; done"
         for node in (*LOGIN_NODES, *COMPUTE_NODES):
-            self.run_on_node(node.hostname, f"{kill}; find /tmp /dev/shm -mindepth 1 -delete")
+            places = "/tmp /dev/shm /local" if node in COMPUTE_NODES else "/tmp /dev/shm"
+            self.run_on_node(node.hostname, f"{kill}; find {places} -mindepth 1 -delete")
 
     def squeue(self, *options: str) -> str:
         """Return what root's squeue(1) prints."""
@@ -300,6 +306,7 @@ class SimulatedSite:
         self.certificate_authority.configure()
         self.cluster.configure()
         self.login.configure()
+        self.storage.configure()
 
     def _start_identity(self) -> None:
         """Start authentik's stand-in, then step-ca, which ends where it finds no issuer."""

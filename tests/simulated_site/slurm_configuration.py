@@ -89,6 +89,7 @@ PriorityWeightAge=1000
 PreemptType=preempt/qos
 PreemptMode=REQUEUE
 JobRequeue=1
+Epilog={layout.epilog}
 # Short, so that faults show soon.
 SlurmdTimeout=20
 SlurmctldTimeout=10
