@@ -22,8 +22,10 @@ from resources.errors import ConfigurationError
 from resources.launchers.ray.relay import Relay, await_far_end
 from resources.runs import RunRecord, Runs
 from resources.settings import Settings
+from resources.slurm import Site
 from resources.slurm.gateway import RefusedError
 from resources.slurm.gateway.agent.slurm import KEPT
+from resources.slurm.gateway.shell import after_login_profile, for_any_shell
 from resources.ssh import connect
 
 STATE = "ray/state"
@@ -46,7 +48,7 @@ class Dashboard:
 
 
 @contextmanager
-def open_dashboard(settings: Settings, runs: Runs, run: RunRecord) -> Iterator[Dashboard]:
+def open_dashboard(settings: Settings, site: Site, runs: Runs, run: RunRecord) -> Iterator[Dashboard]:
     """Open a way to the dashboard of a run's Ray cluster; it closes when the context ends.
 
     Raises:
@@ -68,7 +70,7 @@ def open_dashboard(settings: Settings, runs: Runs, run: RunRecord) -> Iterator[D
         f"--nodelist={told['hostname']}",
     ]
     with ExitStack() as stack:
-        read, write = stack.enter_context(_start(settings, [*command, *relay]))
+        read, write = stack.enter_context(_start(settings, site, [*command, *relay]))
         if not await_far_end(read):
             raise ConfigurationError(f"no step could be started in job {run.job}: is it still running?")
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
@@ -88,7 +90,9 @@ def _fetch(runs: Runs, run: RunRecord, name: str) -> str:
 
 
 @contextmanager
-def _start(settings: Settings, command: list[str]) -> Iterator[tuple[Callable[[int], bytes], Callable[[bytes], Any]]]:
+def _start(
+    settings: Settings, site: Site, command: list[str]
+) -> Iterator[tuple[Callable[[int], bytes], Callable[[bytes], Any]]]:
     """A command on the login node: how to read from it, and to write to it."""
     if settings.on_login_node:
         pipe = subprocess.PIPE
@@ -98,9 +102,10 @@ def _start(settings: Settings, command: list[str]) -> Iterator[tuple[Callable[[i
             yield process.stdout.read, process.stdin.write
             process.terminate()
         return
-    with connect(settings, ensure_certificate) as connection:
+    with connect(settings, ensure_certificate, site.host_authorities) as connection:
         channel = connection.transport.open_session()
-        channel.exec_command(shlex.join(command))
+        script = after_login_profile(site.setup_commands, f"exec {shlex.join(command)}")
+        channel.exec_command(for_any_shell(script))
         yield channel.recv, channel.sendall
         channel.close()
 

@@ -12,6 +12,7 @@ from resources.dashboard import open_dashboard
 from resources.launchers import RayLauncher
 from resources.runs import open_runs
 from resources.settings import load_settings
+from resources.slurm import load_site
 from tests.cluster.background import STRESS
 from tests.cluster.ray_run import CONNECT, HANG, RayRun, nothing_is_left
 from tests.simulated_site import CERTIFICATE_USER, SimulatedSite, wait_until
@@ -76,10 +77,10 @@ def test_two_nodes_with_four_gpus_each(site: SimulatedSite, tmp_path: Path, capf
 
 def pages(number: int) -> tuple[str, int, int]:
     """What a job's dashboard shows through a way opened for it: the page, its nodes with the token, and without."""
-    settings = load_settings(SUPERCOMPUTER_SITE_OVERRIDES)
+    settings, site = load_settings(SUPERCOMPUTER_SITE_OVERRIDES), load_site(SUPERCOMPUTER_SITE_OVERRIDES, "musica")
     with (
         open_runs(settings, SUPERCOMPUTER_SITE_OVERRIDES) as runs,
-        open_dashboard(settings, runs, runs.find(str(number))[-1]) as dashboard,
+        open_dashboard(settings, site, runs, runs.find(str(number))[-1]) as dashboard,
         httpx.Client(base_url=dashboard.address, timeout=60) as client,
     ):
         bearer = {"Authorization": f"Bearer {dashboard.token}"}
