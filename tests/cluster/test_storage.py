@@ -88,7 +88,7 @@ def test_without_a_certificate_the_site_shows_a_link(site: SimulatedSite) -> Non
     transport = paramiko.Transport((site.login.address, 22))
     transport.start_client(timeout=30)
 
-    def answer(title: str, instructions: str, prompts: object) -> list[str]:
+    def answer(_: str, instructions: str, __: object) -> list[str]:
         told.append(instructions)
         transport.close()
         return []
