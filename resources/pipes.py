@@ -157,15 +157,15 @@ class Messages(dg.PipesMessageReader):
 class Output:
     """Passes one stream of the workload on to the step's own, as UTF-8, and remembers its last lines."""
 
-    def __init__(self, target: TextIO, on_error: Callable[[OSError], None]) -> None:
+    def __init__(self, target: TextIO | None, on_error: Callable[[Exception], None]) -> None:
         """Nothing is written yet.
 
         Args:
-            target: the step's stdout or stderr.
+            target: the step's stdout or stderr; None where that is closed, as Python has it.
             on_error: called once, if the target cannot be written to; the workload runs on.
         """
         self._target = target
-        self._on_error: Callable[[OSError], None] | None = on_error
+        self._on_error: Callable[[Exception], None] | None = on_error
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._tail: deque[str] = deque([""], maxlen=TAIL_LINES + 1)
 
@@ -173,8 +173,9 @@ class Output:
         """Pass on the next bytes; a character may be cut anywhere."""
         text = self._decoder.decode(data)
         try:
-            self._write(text)
-        except OSError as error:
+            if self._target:
+                self._write(self._target, text)
+        except (OSError, ValueError) as error:  # ValueError: it was closed meanwhile
             if self._on_error:
                 self._on_error(error)
                 self._on_error = None
@@ -182,15 +183,16 @@ class Output:
         self._tail[-1] = (self._tail[-1] + first)[:TAIL_CHARACTERS]
         self._tail.extend(line[:TAIL_CHARACTERS] for line in rest)
 
-    def _write(self, text: str) -> None:
+    @staticmethod
+    def _write(target: TextIO, text: str) -> None:
         """Write UTF-8 whatever the locale is, past the buffer: what a full disk refuses must not wait in there."""
         try:
-            number = self._target.fileno()
+            number = target.fileno()
         except (AttributeError, OSError):  # a test's, a notebook's
-            self._target.write(text)
-            self._target.flush()
+            target.write(text)
+            target.flush()
             return
-        self._target.flush()
+        target.flush()
         data = text.encode(errors="replace")  # half of a surrogate pair
         while data:
             data = data[os.write(number, data) :]
@@ -225,9 +227,9 @@ def open_session(
 
     log = StepLog(context)
 
-    def write_to(target: TextIO, name: str) -> Output:
-        def warn(error: OSError) -> None:
-            log.warning(f"the step's {name} cannot be written ({error.strerror}): its lines are missing there")
+    def write_to(target: TextIO | None, name: str) -> Output:
+        def warn(error: Exception) -> None:
+            log.warning(f"The step's {name} cannot be written ({error}). Lines of the workload are missing there.")
 
         return Output(target, warn)
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,12 +93,12 @@ def test_output_is_utf_8_whatever_the_locale_is(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_reported_once_and_the_last_lines_are_known_all_the_same() -> None:
-    errors: list[OSError] = []
+    errors: list[Exception] = []
     with open("/dev/full", "w") as target:  # noqa: PTH123
         output = Output(target, errors.append)
         output.feed(b"first\n")
         output.feed(b"second\n")
-    assert [error.strerror for error in errors] == [os.strerror(28)]
+    assert [str(error) for error in errors] == ["[Errno 28] No space left on device"]
     assert output.tail == "first\nsecond"
 
 
@@ -107,3 +106,13 @@ def test_output_to_what_is_no_file() -> None:
     target = io.StringIO()
     Output(target, lambda error: pytest.fail(str(error))).feed("\u2713".encode())
     assert target.getvalue() == "\u2713"
+
+
+def test_output_to_what_is_closed(tmp_path: Path) -> None:
+    errors: list[Exception] = []
+    with (tmp_path / "stdout").open("w") as target:
+        output = Output(target, errors.append)
+    for each in (output, Output(None, errors.append)):  # Python's sys.stdout, if the file descriptor is closed
+        each.feed(b"a line\n")
+        assert each.tail == "a line"
+    assert [str(error) for error in errors] == ["I/O operation on closed file"]
