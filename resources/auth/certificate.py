@@ -1,4 +1,4 @@
-"""The user certificate and its key, as they lie on this machine."""
+"""The user certificate and its key: their files on this machine."""
 
 import shlex
 from dataclasses import dataclass
@@ -6,8 +6,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from resources.auth import clock
-from resources.auth.errors import AccessError, MisconfiguredError, UnsafeFileError
+from resources.auth.errors import AccessError, ClockError, MisconfiguredError, UnsafeFileError
 from resources.auth.files import replace_file
+from resources.settings import Settings
 
 _FOR_EVER = datetime(9999, 1, 1, tzinfo=UTC)
 
@@ -133,14 +134,14 @@ def ensure_key(key: Path) -> str:
     if key.stat().st_mode & 0o077:
         raise UnsafeFileError(f"{key} can be read by others:  chmod 600 {name}")
     public, derived = public_path(key), _derive_public(key)
-    mend = f"ssh-keygen -y -f {name} > {shlex.quote(str(public))}"
+    repair = f"ssh-keygen -y -f {name} > {shlex.quote(str(public))}"
     if not public.is_file():
         if derived is None:
-            raise MisconfiguredError(f"{public} is missing, and {key} does not open without a passphrase:  {mend}")
+            raise MisconfiguredError(f"{public} is missing, and {key} does not open without a passphrase:  {repair}")
         return derived
     line = public.read_text(errors="replace")
     if derived is not None and _fields(line) != _fields(derived):
-        raise MisconfiguredError(f"{public} is not the public half of {key}:  {mend}")
+        raise MisconfiguredError(f"{public} is not the public half of {key}:  {repair}")
     return line.strip()
 
 
@@ -158,6 +159,27 @@ def write_certificate(key: Path, line: str) -> Certificate:
         )
     replace_file(path, line.strip() + "\n", mode=0o644)
     return read_certificate(key)
+
+
+def principals_problem(certificate: Certificate | None, settings: Settings) -> str:
+    """Return a warning for a certificate that does not carry the login name; empty if it does."""
+    if certificate is None or settings.edge_node_user in certificate.principals:
+        return ""
+    return (
+        f"the certificate is for the login names {', '.join(certificate.principals) or '(none)'}, not for "
+        f"SLURM_EDGE_NODE_USER={settings.edge_node_user}: the login node may refuse it. Set SLURM_EDGE_NODE_USER to "
+        "one of those, or ask the centre to correct your email at authentik"
+    )
+
+
+def check_own_clock(certificate: Certificate) -> None:
+    """Raise ClockError if a new certificate is not valid by this machine's clock."""
+    now = clock.now()
+    if not certificate.valid(now):
+        raise ClockError(
+            f"the new certificate is valid from {clock.written(certificate.valid_after)} until "
+            f"{clock.written(certificate.valid_before)}, but this machine has {clock.written(now)}: set its clock"
+        )
 
 
 def _make_key(key: Path) -> str:

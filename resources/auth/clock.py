@@ -1,10 +1,10 @@
-"""What time it is. The one place that tells, so that tests can wind it."""
+"""The time of this machine: read in one place, so that tests can move it."""
 
 from datetime import UTC, datetime
 
 
 def now() -> datetime:
-    """This machine's time, in UTC."""
+    """Return this machine's time, in UTC."""
     return datetime.now(UTC)
 
 

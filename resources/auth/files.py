@@ -28,7 +28,7 @@ def read_private(path: Path) -> str | None:
 
     Raises:
         UnsafeFileError: it is a symbolic link, not a plain file, of another owner, readable by group or others, or
-            cannot be read at all. The text has the command that mends it.
+            cannot be read at all. The text has the command that repairs it.
     """
     name = shlex.quote(str(path))
     try:

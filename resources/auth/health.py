@@ -1,4 +1,4 @@
-"""How access is: what there is, how long it lasts, what happens next. Told from files alone, in milliseconds."""
+"""The state of the access: what there is, how long it lasts, what happens next. From files alone, in milliseconds."""
 
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -8,10 +8,9 @@ from pydantic import SecretStr
 
 from resources.auth import clock
 from resources.auth.attempts import Attempts, Failing, Part
-from resources.auth.certificate import Certificate
+from resources.auth.certificate import Certificate, principals_problem
 from resources.auth.credentials import Secret
-from resources.auth.renew import principals_problem
-from resources.auth.ways import Access, explain, look, plain_key
+from resources.auth.ways import AccessState, explain, plain_key, read_access
 from resources.settings import Settings
 
 Verdict = Literal["ok", "due", "failing", "broken"]
@@ -38,13 +37,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Health:
-    """How access is.
+    """The state of the access.
 
     Attributes:
-        now: when it was looked at.
+        now: when the files were read.
         verdict: `ok`; `due`: a refresh is due; `failing`: a refresh fails, while access still works; `broken`: there
             is no access.
-        summary: one sentence; for `broken` what to do.
+        summary: what is wrong and what to do; one sentence where nothing is.
         items: the certificate and both secrets.
         next_refresh: when something is to be done next; None if nothing renews itself.
         failing: the parts whose last refresh failed.
@@ -65,8 +64,8 @@ class Health:
 
 
 def check_health(settings: Settings) -> Health:
-    """Look at the files."""
-    access = look(settings)
+    """Return the state of the access, from the files alone."""
+    access = read_access(settings)
     attempts = Attempts(settings.credentials_file)
     failing = {part: found for part in _PARTS if (found := attempts.failing(part))}
     items = (_certificate_item(access), *_secret_items(access))
@@ -89,7 +88,7 @@ def check_health(settings: Settings) -> Health:
 _PARTS: tuple[Part, ...] = ("certificate", "rotation")
 
 
-def _due(access: Access, failing: dict[Part, Failing]) -> dict[Part, datetime]:
+def _due(access: AccessState, failing: dict[Part, Failing]) -> dict[Part, datetime]:
     """When each part is to be tried next; parts that cannot be done by themselves are left out."""
     settings = access.settings
     due: dict[Part, datetime] = {}
@@ -106,7 +105,7 @@ def _due(access: Access, failing: dict[Part, Failing]) -> dict[Part, datetime]:
     return {part: max(moment, pauses.get(part, moment)) for part, moment in due.items()}
 
 
-def _judge(access: Access, failing: dict[Part, Failing], next_refresh: datetime | None) -> tuple[Verdict, str]:
+def _judge(access: AccessState, failing: dict[Part, Failing], next_refresh: datetime | None) -> tuple[Verdict, str]:
     problem = _problem(access, failing)
     certificate = access.valid_certificate
     if problem and certificate:
@@ -123,7 +122,7 @@ def _judge(access: Access, failing: dict[Part, Failing], next_refresh: datetime 
     return "ok", f"next refresh at {clock.written(next_refresh)}, in {wait}"
 
 
-def _problem(access: Access, failing: dict[Part, Failing]) -> str:
+def _problem(access: AccessState, failing: dict[Part, Failing]) -> str:
     """What is wrong; empty if nothing is."""
     if access.renewable or plain_key(access):
         return _tell(failing)
@@ -146,7 +145,7 @@ def _tell(failing: dict[Part, Failing]) -> str:
 _NAMES: dict[Part, str] = {"certificate": "the certificate", "rotation": "the stored secrets"}
 
 
-def _not_self_renewing(access: Access) -> str:
+def _not_self_renewing(access: AccessState) -> str:
     """When access ends without a person, where nothing can replace the secrets."""
     certificate, password = access.valid_certificate, access.stored.app_password
     if plain_key(access):
@@ -162,7 +161,7 @@ def _not_self_renewing(access: Access) -> str:
     return f"not self-renewing, ends {end}"
 
 
-def _certificate_item(access: Access) -> Item:
+def _certificate_item(access: AccessState) -> Item:
     found, settings = access.certificate, access.settings
     where = str(settings.edge_node_key_path) + "-cert.pub"
     if not isinstance(found, Certificate):
@@ -174,7 +173,7 @@ def _certificate_item(access: Access) -> Item:
     return Item("certificate", where, found.valid_before, renew, state)
 
 
-def _secret_items(access: Access) -> list[Item]:
+def _secret_items(access: AccessState) -> list[Item]:
     """The stored secrets; where one is not there, the variable that stands in for it."""
     settings, stored = access.settings, access.stored
     entries: list[tuple[str, Secret | None, str, SecretStr | None]] = [

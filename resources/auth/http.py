@@ -35,7 +35,7 @@ class Answer:
     Attributes:
         status: HTTP status.
         data: the JSON document; None for an empty answer.
-        date: the server's clock, if it told.
+        date: the server's clock, if the answer has it.
     """
 
     status: int

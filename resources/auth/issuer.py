@@ -131,7 +131,7 @@ def _fetch_root(settings: Settings, http: Http) -> str:
 
 
 def _unverified() -> ssl.SSLContext:
-    """For what is checked by itself afterwards, or tells nothing that matters."""
+    """Return a context for answers that are checked otherwise, or of which nothing depends."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

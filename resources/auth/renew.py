@@ -1,6 +1,6 @@
 """The one refresh that joins the parts: secrets at authentik, an OIDC token, a certificate from the CA.
 
-`ensure_certificate` is called before each connect. `refresh` is the same with a wish and a report, for the job and
+`ensure_certificate` is called before each connect. `refresh` is the same with options and a report, for the job and
 the script. Both take the same lock, read the files again once they have it, and keep what works when something fails.
 """
 
@@ -23,18 +23,20 @@ from resources.auth.authentik import (
 from resources.auth.certificate import (
     Certificate,
     certificate_path,
+    check_own_clock,
     ensure_key,
+    principals_problem,
     public_path,
     write_certificate,
 )
 from resources.auth.credentials import CredentialsFile, Source
-from resources.auth.errors import AccessError, ClockError, MisconfiguredError, RefusedError, UnavailableError
+from resources.auth.errors import AccessError, MisconfiguredError, RefusedError, UnavailableError
 from resources.auth.files import explained, remove_half_written
 from resources.auth.http import Http
 from resources.auth.issuer import issuer
 from resources.auth.lock import refresh_lock
 from resources.auth.rotation import NoTokenError, Rotator
-from resources.auth.ways import Access, explain, explain_rotation, look, plain_key
+from resources.auth.ways import AccessState, explain, explain_rotation, plain_key, read_access
 from resources.settings import Settings
 
 Wish = Literal["due", "now", "no"]
@@ -50,10 +52,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Report:
-    """What a refresh did.
+    """The outcome of a refresh.
 
     Attributes:
-        certificate: the one that is good now; None on sites that take plain keys, or if none was wished for.
+        certificate: the one that is good now; None on sites that take plain keys, or if none was asked for.
         rotated_with: which API token replaced the two secrets; None if they were not replaced.
         issued_with: which app password the certificate was got with; None if there is no new one.
         warnings: what failed without harm so far.
@@ -80,7 +82,7 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
         AccessError: it could not be had now; `temporary` says whether trying again may help. Never an OSError: the
             caller takes that for a lost connection.
     """
-    access = look(settings)
+    access = read_access(settings)
     certificate = access.valid_certificate
     if certificate is None:
         if plain_key(access):
@@ -99,13 +101,13 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
 
 @explained()
 def refresh(settings: Settings, rotation: Wish = "due", certificate: Wish = "due") -> Report:
-    """Replace the secrets and the certificate as wished, one process at a time.
+    """Replace the secrets and the certificate as asked for, one process at a time.
 
     Raises:
         BootstrapError: there is nothing to get a certificate with, and none is valid, or one was asked for `now`.
         AccessError: a part that was asked for `now` failed, or there is no valid certificate and none was to be had.
     """
-    access = look(settings)
+    access = read_access(settings)
     patient = access.valid_certificate is None or "now" in (rotation, certificate)
     if plain_key(access):
         if rotation == "now":
@@ -129,7 +131,7 @@ class _Refresh:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._access = look(settings)  # again: another process may have done it meanwhile
+        self._access = read_access(settings)  # again: another process may have done it meanwhile
         self._http = Http()
         self._file = CredentialsFile(settings.credentials_file)
         self._rotator = Rotator(settings, self._file, self._http)
@@ -139,7 +141,7 @@ class _Refresh:
         self._rotation_failure: AccessError | None = None
 
     def run(self, rotation: Wish, certificate: Wish) -> Report:
-        """Do what is wished; raises as `refresh` does."""
+        """Do what is asked for; raises as `refresh` does."""
         key = self._settings.edge_node_key_path
         assert key
         for path in (self._file.path, key, public_path(key), certificate_path(key)):
@@ -183,7 +185,7 @@ class _Refresh:
             self._rotation_failure = explain_rotation(self._access, {"stored": str(error)})
         except AccessError as error:
             self._rotation_failure = error
-        self._access = look(self._settings)
+        self._access = read_access(self._settings)
         if self._rotation_failure is None:
             self._attempts.succeeded("rotation")
         else:
@@ -239,7 +241,7 @@ class _Refresh:
             break
         certificate = write_certificate(key, line)
         self._report.issued_with = source
-        _check_own_clock(certificate)
+        check_own_clock(certificate)
         return certificate
 
     def _oidc_token(self, *, forced: bool) -> tuple[OidcToken, Source]:
@@ -311,27 +313,7 @@ class _Refresh:
             self._report.warnings.append(warning)
 
 
-def principals_problem(certificate: Certificate | None, settings: Settings) -> str:
-    """What to say of a certificate that does not carry the login name; empty if there is nothing to say."""
-    if certificate is None or settings.edge_node_user in certificate.principals:
-        return ""
-    return (
-        f"the certificate is for the login names {', '.join(certificate.principals) or '(none)'}, not for "
-        f"SLURM_EDGE_NODE_USER={settings.edge_node_user}: the login node may refuse it. Set SLURM_EDGE_NODE_USER to "
-        "one of those, or ask the centre to correct your email at authentik"
-    )
-
-
-def _check_own_clock(certificate: Certificate) -> None:
-    now = clock.now()
-    if not certificate.valid(now):
-        raise ClockError(
-            f"the new certificate is valid from {clock.written(certificate.valid_after)} until "
-            f"{clock.written(certificate.valid_before)}, but this machine has {clock.written(now)}: set its clock"
-        )
-
-
-def _pausing(attempts: Attempts, part: Part, access: Access) -> bool:
-    """Whether a part has failed so lately that it is not tried again by itself."""
+def _pausing(attempts: Attempts, part: Part, access: AccessState) -> bool:
+    """Return whether a part has failed so lately that it is not tried again by itself."""
     failing = attempts.failing(part)
     return failing is not None and access.now < failing.pause_ends

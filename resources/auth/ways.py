@@ -21,7 +21,7 @@ _ASK_FOR_PASSWORD = f"read -rs ASC_OIDC_APP_PASSWORD && export ASC_OIDC_APP_PASS
 
 
 @dataclass(frozen=True)
-class Access:
+class AccessState:
     """The files and settings on this machine that decide about access.
 
     Attributes:
@@ -106,7 +106,7 @@ class Access:
         return self.rotatable or bool(usable and not self.lacking)
 
 
-def look(settings: Settings) -> Access:
+def read_access(settings: Settings) -> AccessState:
     """Read the files. No network, no lock."""
     assert settings.edge_node_key_path
     certificate: Certificate | CertificateError
@@ -119,20 +119,20 @@ def look(settings: Settings) -> Access:
         credentials = CredentialsFile(settings.credentials_file).read()
     except UnsafeFileError as error:
         credentials = error
-    return Access(settings, clock.now(), certificate, credentials)
+    return AccessState(settings, clock.now(), certificate, credentials)
 
 
 _ASC_FIELDS = ("oidc_", "authentik_", "step_")
 
 
-def plain_key(access: Access) -> bool:
+def plain_key(access: AccessState) -> bool:
     """Whether the site takes plain keys: there is a key, no certificate beside it, and no ASC_ variable is set."""
     key = access.settings.edge_node_key_path
     assert key
     return access.key_alone and key.is_file() and not certificate_path(key).exists()
 
 
-def explain_rotation(access: Access, refusals: Mapping[Source, str]) -> RefusedError:
+def explain_rotation(access: AccessState, refusals: Mapping[Source, str]) -> RefusedError:
     """Return why the stored secrets cannot be replaced, and the command that makes them anew.
 
     Args:
@@ -181,7 +181,7 @@ class _Way:
         return "\n".join(lines)
 
 
-def explain(access: Access, refusals: Mapping[Source, str]) -> BootstrapError:
+def explain(access: AccessState, refusals: Mapping[Source, str]) -> BootstrapError:
     """Return the four ways, why none is open, and what opens each; without the first if a certificate still works.
 
     Args:
@@ -202,7 +202,7 @@ def explain(access: Access, refusals: Mapping[Source, str]) -> BootstrapError:
     return BootstrapError("\n".join([head, *shown]))
 
 
-def _ways(access: Access, refusals: Mapping[Source, str]) -> list[_Way]:
+def _ways(access: AccessState, refusals: Mapping[Source, str]) -> list[_Way]:
     settings = access.settings
     key = shlex.quote(str(settings.edge_node_key_path))
     lacking = f"{', '.join(access.lacking)} not set" if access.lacking else ""
@@ -238,7 +238,7 @@ def _ways(access: Access, refusals: Mapping[Source, str]) -> list[_Way]:
     ]
 
 
-def _plain_way(access: Access) -> _Way:
+def _plain_way(access: AccessState) -> _Way:
     """For sites that take plain keys."""
     key = access.settings.edge_node_key_path
     assert key
@@ -251,16 +251,16 @@ def _plain_way(access: Access) -> _Way:
     return _Way(name, variable, f"{key} does not exist", f"make one, and give the site {key.name}.pub:", make)
 
 
-def _make_token(access: Access) -> str:
+def _make_token(access: AccessState) -> str:
     return f"Make an API token with {API_BUTTON} {_page(access)}; then run this, and paste it:"
 
 
-def _page(access: Access) -> str:
+def _page(access: AccessState) -> str:
     base = access.settings.authentik_api_base or "https://<ASC_AUTHENTIK_API_BASE>"
     return f"at {base.rstrip('/')}/if/user/#/settings, Tokens and App passwords"
 
 
-def _certificate_problem(access: Access) -> str:
+def _certificate_problem(access: AccessState) -> str:
     """Return why the certificate is not valid."""
     found = access.certificate
     if isinstance(found, CertificateError):
@@ -270,7 +270,7 @@ def _certificate_problem(access: Access) -> str:
     return f"expired at {clock.written(found.valid_before)} (now {clock.written(access.now)})"
 
 
-def _lacking_api(access: Access) -> str:
+def _lacking_api(access: AccessState) -> str:
     lacking = [*access.lacking, *([] if access.settings.authentik_api_base else ["ASC_AUTHENTIK_API_BASE"])]
     if lacking:
         return f"{', '.join(lacking)} not set"

@@ -19,9 +19,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from resources.auth import AccessError, MisconfiguredError, UnavailableError
+from resources.auth import AccessError, MisconfiguredError, UnavailableError, ensure_certificate
 from resources.auth.http import Http
 from resources.auth.network import proxy_for
+from resources.slurm.gateway.channel import Channel
+from resources.slurm.gateway.link import Link
+from tests import access
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 NOBODY = "http://127.0.0.1:1"
@@ -272,6 +275,37 @@ def test_a_proxy_that_refuses_differs_from_one_that_cannot_reach_the_server(
     error = failure("https://auth.example.test/")
     assert error.temporary is temporary
     assert f"HTTPS_PROXY={server.url}" in str(error)
+
+
+# A run that connects
+
+
+def test_a_run_waits_for_an_outage_and_fails_at_a_stale_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What stands in the way is blamed, not the login node."""
+    monkeypatch.setattr("resources.slurm.gateway.link.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("resources.auth.renew.ISSUE_TRIES", 1)
+    monkeypatch.setattr("resources.auth.http.FIRST_PAUSE", 0.0)
+    secret = {"ASC_OIDC_APP_PASSWORD": "test-app-password"}
+    settings = access.settings_of({**access.environment("https://127.0.0.1:1", tmp_path), **secret})
+    told: list[str] = []
+
+    def heard(text: str) -> None:
+        told.append(text)
+        monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent/ca.pem")
+
+    def open_channel() -> Channel:
+        ensure_certificate(settings)
+        raise AssertionError("there is a certificate")
+
+    link = Link(open_channel, on_trouble=heard)
+    with pytest.raises(MisconfiguredError, match=r"SSL_CERT_FILE=/nonexistent/ca\.pem cannot be used"):
+        link.ask(do="describe")
+    (text,) = told
+    assert text.startswith(
+        "no certificate to log in with: https://127.0.0.1:1/application/o/token/ cannot be reached: "
+    )
 
 
 # Answers

@@ -140,11 +140,12 @@ class Link:
         except NoPythonError as error:
             raise (AgainError if self._had_agent else RefusedError)(f"{error}\n{PYTHON_ADVICE}") from error
         except (AccessError, AuthenticationError) as error:
+            text = f"no certificate to log in with: {error}" if isinstance(error, AccessError) else str(error)
             if isinstance(error, AccessError) and error.temporary:
-                raise AgainError(str(error)) from error
+                raise AgainError(text) from error
             if self._let_in is None or monotonic() - self._let_in > DENIED_PATIENCE:
                 raise
-            raise _DeniedError(str(error)) from error
+            raise _DeniedError(text) from error
 
     def _send(
         self, wire: Wire, requests: tuple[Mapping[str, Any], ...], data: bytes
