@@ -258,7 +258,7 @@ class _Refresh:
         """Replace the pair, since no app password works: once, and not while an earlier failure pauses.
 
         Raises:
-            AccessError: the replacement failed temporarily, now or lately.
+            AccessError: the replacement failed, now or lately, for another reason than refused secrets.
         """
         failing = self._attempts.failing("rotation")
         failure = self._rotation_failure
@@ -271,7 +271,7 @@ class _Refresh:
                 failure = error
             else:
                 return
-        if failure.temporary:
+        if failure.temporary or not self._refusals:
             raise failure
         if "stored" not in self._refusals or not isinstance(failure, RefusedError):
             self._refuse("stored", f"new ones cannot be had: {str(failure).splitlines()[0]}")
