@@ -143,7 +143,7 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
     answer = http.call("POST", settings.oidc_token_url, form=form)
     error = answer.data.get("error") if isinstance(answer.data, dict) else None
     if error == "invalid_grant":
-        raise RefusedError(f"authentik refused it for ASC_OIDC_USERNAME={settings.oidc_username} ({answer.reason})")
+        raise RefusedError(f"authentik refused it for ASC_OIDC_USERNAME={settings.oidc_username} ({error})")
     if error == "invalid_client":
         raise MisconfiguredError(
             f"authentik does not know ASC_OIDC_CLIENT_ID={settings.oidc_client_id}. Correct it; the centre's "

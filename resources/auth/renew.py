@@ -273,7 +273,7 @@ class _Refresh:
                 return
         if failure.temporary or not self._refusals:
             raise failure
-        if "stored" not in self._refusals or not isinstance(failure, RefusedError):
+        if failure is not self._rotation_failure or not isinstance(failure, RefusedError):  # else it is among them
             self._refuse("stored", f"new ones cannot be had: {str(failure).splitlines()[0]}")
 
     def _refuse(self, source: Source, why: str) -> None:

@@ -148,7 +148,7 @@ def explain_rotation(access: AccessState, refusals: Mapping[Source, str]) -> Ref
     ]
     return RefusedError(
         f"The stored secrets cannot be replaced: {'; '.join(reason for reason in reasons if reason)}. "
-        f"{_make_token(access)}\n  {_ASK_FOR_TOKEN}"
+        f"To replace them by hand, {_make_token(access)}\n  {_ASK_FOR_TOKEN}"
     )
 
 
@@ -252,7 +252,7 @@ def _plain_way(access: AccessState) -> _Way:
 
 
 def _make_token(access: AccessState) -> str:
-    return f"Make an API token with {API_BUTTON} {_page(access)}; then run this, and paste it:"
+    return f"make an API token with {API_BUTTON} {_page(access)}; then run this, and paste it:"
 
 
 def _page(access: AccessState) -> str:

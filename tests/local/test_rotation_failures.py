@@ -296,6 +296,8 @@ def test_a_user_who_may_not_use_the_application_gets_the_four_ways_and_why(
         assert f": {variable}" in text
     assert "not allowed to use the application of ASC_OIDC_CLIENT_ID=musica-step" in text
     assert "authentik refuses a secret that it has just made" in text
+    with pytest.raises(BootstrapError, match="authentik refuses a secret that it has just made"):
+        refresh(settings)  # while the failure pauses, it is said all the same
 
 
 def test_a_token_made_by_a_crashing_authentik_is_temporary(settings: Settings, control: AuthentikControl) -> None:
