@@ -275,7 +275,7 @@ def test_a_submit_limit_is_waited_for_and_a_job_that_is_held_is_warned_about(
 ) -> None:
     def limit(jobs: int) -> None:
         change = ["modify", "qos", CPU_PARTITION, "set", f"MaxSubmitJobsPerUser={jobs}"]
-        site.run_on_node("slurmdbd", " ".join(["sacctmgr", "--immediate", *change]))
+        site.run_on_node("musica-db", " ".join(["sacctmgr", "--immediate", *change]))
 
     said = ""
 

@@ -47,6 +47,19 @@ def hurry():
     for each in (slurm.call, slurm.ask_slurm, slurm.rows_of):
         each.__kwdefaults__["patience"] = 0.5
 """
+SPOILT = """
+def spoil():
+    import os, sys
+    follower = sys.modules["resources.slurm.gateway.agent.follower"]
+    words_of = follower.words_of
+    def fail(run):
+        with open({counted!r}, "a") as file:
+            file.write("x")
+        if os.path.getsize({counted!r}) <= {times}:
+            raise {error}
+        return words_of(run)
+    follower.words_of = fail
+"""
 CANCELLED = "JobName=KEY JobState=CANCELLED ExitCode=0:15 SubmitTime=100 StartTime=110 EndTime=120"
 RUNNING = "JobName=KEY JobState=RUNNING ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=Unknown"
 SETTINGS = Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"})
@@ -80,7 +93,7 @@ def prepare(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prepare]:
     monkeypatch.setattr(link, "FIRST_PAUSE", 0.01)
 
     def make(code: str = "", told: list[str] | None = None) -> Gateway:
-        begin = "hurry(); names['serve']()" if code.startswith(HURRIED) else "names['serve']()"
+        begin = "[globals()[name]() for name in ('hurry', 'spoil') if name in globals()]; names['serve']()"
         monkeypatch.setattr(channels, "_START", code + "\n" + start.replace("names['serve']()", begin))
         on_trouble = (lambda _: None) if told is None else told.append
         made.append(Gateway(choose_channel(SETTINGS, (), lambda _: None), on_trouble=on_trouble))
@@ -240,6 +253,24 @@ def test_a_full_disk_after_the_submission_does_not_lose_the_job(prepare: Prepare
     put(slurm, "sbatch", "echo 17")
     gateway = prepare("import os\ndef full(*_): raise OSError(28, 'No space left on device')\nos.symlink = full")
     assert gateway.submit(f"{tmp_path}/runs/KEY", {"job.sh": ""}).job == "17"
+
+
+@pytest.mark.parametrize(
+    "error", ["KeyError('state')", "OSError(13, 'Permission denied')", "OSError(38, 'No such call')"]
+)
+def test_errors_of_the_agent_do_not_cost_a_job_and_are_shown(
+    error: str, prepare: Prepare, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than end a request without a job."""
+    put(slurm, "sbatch", "echo 17")
+    put(slurm, "scontrol", f"echo '{CANCELLED}'")
+    times, told = 2 * link.BROKEN_TRIES, list[str]()
+    gateway = prepare(HURRIED + SPOILT.format(counted=f"{tmp_path}/counted", times=times, error=error), told)
+    run, job = f"{tmp_path}/runs/KEY", list[str]()
+    sinks = {"stdout": lambda _: None}
+    end = gateway.run(run, {"job.sh": ""}, sinks, lambda found: job.append(found.job), lambda _: None, "follower")
+    assert (end.state, set(job)) == ("CANCELLED", {"17"})
+    assert len([text for text in told if error.split("'")[1] in text]) >= times
 
 
 # Files that grow, and holes

@@ -260,7 +260,10 @@ class Gateway(Link):
         `follower` is the id of the Dagster run; it is noted in the run directory.
         """
         before = [{**_submission(run, files, ()), "follower": follower}]
-        return self._follow(run, sinks, on_state, before, on_submitted, lasting=lambda: not before)
+        # An error of the following itself ends nothing: its job exists, or is about to.
+        return self._follow(
+            run, sinks, on_state, before, on_submitted, lasting=lambda: not before or self._failed == len(before)
+        )
 
     def _follow(
         self,

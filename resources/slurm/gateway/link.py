@@ -98,7 +98,7 @@ class Link:
         self._ahead: _Ahead = _nothing
         self._early: _Early | None = None
         self._opened: deque[float] = deque(maxlen=MOST_LOGINS)
-        self._advanced = False
+        self._advanced, self._failed = False, 0
 
     def close(self) -> None:
         """End the connection."""
@@ -132,6 +132,7 @@ class Link:
                 if frame is None or frame[0]["id"] not in idents:
                     continue
                 if "error" in frame[0]:
+                    self._failed = idents.index(frame[0]["id"])
                     raise _ERRORS.get(frame[0]["error"], _TemporaryError)(frame[0]["text"])
                 self._advanced |= bool(frame[1] or data)
                 yield idents.index(frame[0]["id"]), *frame
@@ -191,7 +192,7 @@ class Link:
 
         Args:
             step: makes the request.
-            lasting: whether broken answers do not end it either.
+            lasting: whether there is a job to follow: then neither broken nor refused answers end the request.
 
         Raises:
             RefusedError: also for BROKEN_TRIES broken answers in a row.
@@ -202,7 +203,9 @@ class Link:
             begun, self._advanced = monotonic(), False
             try:
                 return step()
-            except AgainError as error:
+            except (AgainError, RefusedError) as error:
+                if isinstance(error, RefusedError) and not lasting():
+                    raise
                 if self._advanced or monotonic() - begun > LONGEST_PAUSE:
                     pause, broken = FIRST_PAUSE, 0
                 broken += isinstance(error, _BrokenError)
