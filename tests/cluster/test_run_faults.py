@@ -247,10 +247,11 @@ def tried(site: SimulatedSite) -> str:
 def test_the_controller_is_down_at_the_submission_in_mid_run_and_at_the_end(
     site: SimulatedSite, workloads: Path
 ) -> None:
+    before = logins(site)
     with site.faults.controller_down():
         run = Background(lambda: materialize(WAITS, workloads, request=REQUEST))
         wait_until(lambda: "tried" in tried(site), "the first try", 30)
-        pause(2)
+        pause(600 if STRESS else 2)
     only_job(site, "RUNNING", 90)
     with site.faults.controller_down():
         pause(30 if STRESS else 2)
@@ -259,6 +260,7 @@ def test_the_controller_is_down_at_the_submission_in_mid_run_and_at_the_end(
         wait_until(lambda: '"code": 0' in events(site), "the job's own word on its end", 30)
         pause(30 if STRESS else 2)
     one_job_did_it(site, run.outcome())
+    assert sum(logins(site).values()) == sum(before.values()) + 1
 
 
 def test_the_accounting_is_off(site: SimulatedSite, workloads: Path) -> None:

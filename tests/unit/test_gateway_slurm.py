@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import subprocess
 import sys
 import time
@@ -244,3 +245,13 @@ def test_the_accounting_of_a_job_that_is_over(
     begun = time.monotonic()
     assert slurm.account("17", "JobID,State,MaxRSS", ran) == expected
     assert time.monotonic() - begun < 15
+
+
+def test_a_directory_of_users_that_does_not_answer_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's commands take the number of a user as well."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert slurm.user() == str(os.getuid())
