@@ -92,8 +92,19 @@ class _ShowUserKey(paramiko.AuthStrategy):  # type: ignore[misc]
         error = transport.get_exception()
         if not transport.is_active():
             raise error or paramiko.SSHException("the connection was closed during the login")
-        methods = list(getattr(error, "allowed_types", []))
-        raise self._key.refused(self._hop, methods, partial=isinstance(error, PartialAuthentication))
+        partial = isinstance(error, PartialAuthentication)
+        methods = list(getattr(error, "allowed_types", [])) or self._ask_methods(transport)
+        raise self._key.refused(self._hop, methods, partial=partial)
+
+    def _ask_methods(self, transport: paramiko.Transport) -> list[str]:
+        """Return the ways of logging in that the server names; none if it does not answer."""
+        try:
+            transport.auth_none(self._hop.user)
+        except paramiko.BadAuthenticationType as error:
+            return list(error.allowed_types)
+        except (paramiko.SSHException, EOFError):
+            pass
+        return []
 
 
 class Connection(fabric.Connection):  # type: ignore[misc]  # fabric has no types

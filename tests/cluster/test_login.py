@@ -110,13 +110,13 @@ def test_wrong_certificates_are_refused(site: SimulatedSite, key: Path, validity
     site.mint_certificate(key, principal, validity)
     refused = log_in(site, CERTIFICATE_USER, key)
     assert refused.returncode == 255
-    assert "Permission denied (publickey)" in refused.stderr
+    assert "Permission denied (publickey,keyboard-interactive)" in refused.stderr
 
 
 def test_plain_key_is_refused_unless_the_user_is_the_plain_key_one(site: SimulatedSite) -> None:
     shutil.copy(f"{site.login.plain_key}.pub", site.layout.home / CERTIFICATE_USER.name / ".ssh/authorized_keys")
     refused = log_in(site, CERTIFICATE_USER, site.login.plain_key)
-    assert "Permission denied (publickey)" in refused.stderr
+    assert "Permission denied (publickey,keyboard-interactive)" in refused.stderr
     assert log_in(site, PLAIN_KEY_USER, site.login.plain_key).returncode == 0
 
 
@@ -134,7 +134,7 @@ def test_certificate_of_seconds_expires(site: SimulatedSite, key: Path) -> None:
     short = certificate(key)
     assert short.valid_before - time.time() <= 5
     wait_until(lambda: time.time() > short.valid_before, "the end of the certificate", 10)
-    assert "Permission denied (publickey)" in log_in(site, CERTIFICATE_USER, key).stderr
+    assert "Permission denied (publickey,keyboard-interactive)" in log_in(site, CERTIFICATE_USER, key).stderr
 
 
 def test_step_ca_takes_a_token_once(site: SimulatedSite, key: Path) -> None:

@@ -88,8 +88,8 @@ def test_without_a_certificate_the_site_shows_a_link(site: SimulatedSite) -> Non
     transport = paramiko.Transport((site.login.address, 22))
     transport.start_client(timeout=30)
 
-    def answer(_: str, instructions: str, __: object) -> list[str]:
-        told.append(instructions)
+    def answer(_: str, __: str, prompts: list[tuple[str, bool]]) -> list[str]:
+        told.extend(text for text, _ in prompts)
         transport.close()
         return []
 

@@ -199,7 +199,7 @@ class AsksForMore(paramiko.ServerInterface):  # type: ignore[misc]
         return self._answer
 
     def get_allowed_auths(self, username: str) -> str:
-        return "keyboard-interactive"
+        return "publickey,keyboard-interactive" if self._answer == paramiko.AUTH_FAILED else "keyboard-interactive"
 
 
 @pytest.mark.parametrize(
