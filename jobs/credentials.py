@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 
 from jobs.deployment import running_on_supercomputer, supercomputer_settings
+from resources.attention import ACCESS
 from resources.auth import AccessError, Health, Report, check_health, clock, refresh
 from resources.auth.attempts import pause_after
 from resources.errors import ConfigurationError
@@ -17,7 +18,7 @@ LONGEST_RUN = timedelta(minutes=15)
 """A refresh takes five minutes at most (`resources.auth`): a run whose status has stood still for longer was killed."""
 
 musica_access = dg.AssetSpec(
-    "musica_access",
+    ACCESS,
     group_name="access",
     kinds={"ssh"},
     owners=["team:platform"],

@@ -11,6 +11,7 @@ import dagster as dg
 
 from resources.adoption import digest_of, inputs_of, request_of
 from resources.attempts import Attempts, Submission
+from resources.attention import report_reachable
 from resources.auth import AccessError, ensure_certificate
 from resources.calls import calls_of, step_key
 from resources.environments import Environments, RunEnvironment
@@ -71,7 +72,7 @@ class RemoteRun:
         channel = choose_channel(
             self._settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands
         )
-        gateway = Gateway(channel, stop, self._tell_trouble)
+        gateway = Gateway(channel, stop, lambda text: self._tell_trouble(gateway, text), self._tell_recovered)
         environments = Environments(gateway, str(self._settings.deployment_base_path), self._plan.site)
         environment = RunEnvironment(environments, self._settings, self._plan.workload)
         try:
@@ -122,6 +123,7 @@ class RemoteRun:
             claim, choice = attempts.choose()
         run = f"{claim.runs}/{attempts.family}-{choice.attempt}"
         self._run, self._job = run, claim.job if choice.adopt else None
+        gateway.committed = True
         place = None
         if found and not choice.adopt:
             self._about = replace(self._about, environment=found.name)
@@ -237,10 +239,25 @@ class RemoteRun:
             if advice:
                 self._log.warning(f"Slurm job {self._job} may never start ({state.reason}): {advice}")
 
-    def _tell_trouble(self, text: str) -> None:
-        if text != self._trouble:
-            self._trouble = text
-            self._log.warning(f"{self._settings.edge_node_host}: {text}; trying again")
+    def _tell_trouble(self, gateway: Gateway, text: str) -> None:
+        if text == self._trouble:
+            return
+        self._trouble, where = text, self._settings.edge_node_host
+        if not gateway.blocked:
+            self._log.warning(f"{where}: {text}; trying again")
+            return
+        said = (
+            f"The step cannot reach its Slurm job {self._job or '(just submitted)'} on {where}, which is not affected. "
+            f"{text}\nFix that while the run waits: it tries again by itself. Every link of the chain is tested by\n"
+            "  scripts/doctor"
+        )
+        self._log.error(said)
+        report_reachable(self._context.instance, passed=False, description=f"Run {self._context.run_id}: {said}")
+
+    def _tell_recovered(self) -> None:
+        said = f"The step reaches its Slurm job {self._job or '(just submitted)'} again."
+        self._log.info(said)
+        report_reachable(self._context.instance, passed=True, description=f"Run {self._context.run_id}: {said}")
 
     @property
     def _still_running(self) -> str:

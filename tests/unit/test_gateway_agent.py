@@ -14,10 +14,19 @@ from typing import Any
 import pytest
 
 from resources.auth import MisconfiguredError
+from resources.errors import ConfigurationError
 from resources.settings import ROOT, Settings
-from resources.slurm.gateway import Gateway, LostClaimError, OtherRun, RefusedError, StoppedError, choose_channel, link
+from resources.slurm.gateway import (
+    Gateway,
+    LostClaimError,
+    OtherRun,
+    RefusedError,
+    StoppedError,
+    choose_channel,
+    link,
+)
 from resources.slurm.gateway.channel import Channel
-from resources.ssh import AuthenticationError
+from resources.ssh import AuthenticationError, HostKeyError, SshError
 from tests.simulated_site import wait_until
 
 SERVE = "from resources.slurm.gateway.agent import server; server.SILENCE = {silence}; server.serve()"
@@ -283,4 +292,45 @@ def test_a_login_that_has_worked_and_is_refused_is_tried_again(
     refusals[:] = kept
     assert gateway.runs(str(tmp_path)) == []
     assert told == ["what to do", "no"]
+    gateway.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HostKeyError("login02 is not trusted"),
+        SshError("no common algorithm"),
+        ConfigurationError("~/.ssh/config: ProxyCommand is not supported"),
+        AuthenticationError("no"),
+        MisconfiguredError("what to do"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_error_on_the_way_is_final_once_a_job_may_exist(
+    error: Exception, no_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "DENIED_PAUSE", 0.01)
+    monkeypatch.setattr(link, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(link, "DENIED_PATIENCE", -1.0)  # a day has passed
+    local = choose_channel(Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"}), (), lambda _: None)
+    errors, told, recovered = [error] * 3, [], []
+
+    def open_channel() -> Channel:
+        if errors:
+            raise errors.pop()
+        return local()
+
+    gateway = Gateway(
+        open_channel, None, lambda text: told.append((text, gateway.blocked)), lambda: recovered.append(1)
+    )
+    with pytest.raises(type(error)):
+        gateway.runs(str(tmp_path))
+    gateway.committed = True
+    assert gateway.runs(str(tmp_path)) == []
+    assert told == [(str(error), True)] * 2
+    assert recovered == [1]
+    gateway.close()
+    errors[:] = [OSError("gone")]  # nobody has to do anything about that
+    assert gateway.runs(str(tmp_path)) == []
+    assert (told[2:], recovered) == ([("gone", False)], [1])
     gateway.close()

@@ -14,10 +14,11 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from resources.auth import AccessError
+from resources.errors import ConfigurationError
 from resources.slurm.gateway.answers import LostClaimError, RefusedError, StoppedError
 from resources.slurm.gateway.channel import OpenChannel
 from resources.slurm.gateway.wire import NoPythonError, Wire
-from resources.ssh import AuthenticationError, UnreachableError
+from resources.ssh import AuthenticationError, SshError, UnreachableError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 60.0
 """Seconds between two tries of a request: each pause is twice as long as the one before."""
@@ -44,7 +45,11 @@ class AgainError(Exception):
     """The request got no final answer; repeat it over a new connection."""
 
 
-class _DeniedError(AgainError):
+class _BlockedError(AgainError):
+    """Something on the way to the login node is wrong that a person may have to fix."""
+
+
+class _DeniedError(_BlockedError):
     """The login node refuses this client; a person may change that."""
 
 
@@ -79,6 +84,7 @@ class Link:
         open_channel: OpenChannel,
         stop: threading.Event | None = None,
         on_trouble: Callable[[str], None] = lambda _: None,
+        on_recovered: Callable[[], None] = lambda: None,
     ) -> None:
         """Nothing is opened yet.
 
@@ -86,10 +92,16 @@ class Link:
             open_channel: makes a connection with an agent on it.
             stop: ends waits with StoppedError, when it is set.
             on_trouble: is told of each lost connection, in words.
+            on_recovered: is called when the login node answers again after the link was `blocked`.
+
+        Attributes:
+            committed: set it when a job may exist: from then on no error on the way to the login node is final.
+            blocked: whether a person may have to fix the latest error.
         """
         self._open_channel = open_channel
         self.stop = stop or threading.Event()
-        self._on_trouble = on_trouble
+        self._on_trouble, self._on_recovered = on_trouble, on_recovered
+        self.committed = self.blocked = False
         self.wire: Wire | None = None
         self.claimed: Mapping[str, Any] | None = None
         self._hold = -1
@@ -139,14 +151,23 @@ class Link:
         except (OSError, EOFError, UnreachableError) as error:
             raise AgainError(str(error) or type(error).__name__) from error
         except NoPythonError as error:
-            raise (AgainError if self._had_agent else RefusedError)(f"{error}\n{PYTHON_ADVICE}") from error
-        except (AccessError, AuthenticationError) as error:
-            text = f"no certificate to log in with: {error}" if isinstance(error, AccessError) else str(error)
-            if isinstance(error, AccessError) and error.temporary:
-                raise AgainError(text) from error
-            if self._let_in is None or monotonic() - self._let_in > DENIED_PATIENCE:
+            kind = _BlockedError if self.committed else AgainError if self._had_agent else RefusedError
+            raise kind(f"{error}\n{PYTHON_ADVICE}") from error
+        except (AccessError, SshError, ConfigurationError) as error:
+            again = self._classify(error)
+            if again is None:
                 raise
-            raise _DeniedError(text) from error
+            raise again from error
+
+    def _classify(self, error: AccessError | SshError | ConfigurationError) -> AgainError | None:
+        """Return what an error on the way to the login node means for a request; None: it is final."""
+        text = f"no certificate to log in with: {error}" if isinstance(error, AccessError) else str(error)
+        if isinstance(error, AccessError) and error.temporary:
+            return AgainError(text)
+        if isinstance(error, AccessError | AuthenticationError):
+            lately = self._let_in is not None and monotonic() - self._let_in <= DENIED_PATIENCE
+            return _DeniedError(text) if self.committed or lately else None
+        return _BlockedError(text) if self.committed else None
 
     def _send(
         self, wire: Wire, requests: tuple[Mapping[str, Any], ...], data: bytes
@@ -171,6 +192,9 @@ class Link:
         frame = wire.receive()
         self._had_agent |= frame is not None
         self._let_in = monotonic()
+        if frame and self.blocked:
+            self.blocked = False
+            self._on_recovered()
         if frame and frame[0]["id"] == self._hold and "held" in frame[0]:
             raise LostClaimError(frame[0]["held"])
         if frame and self._early and frame[0]["id"] == self._early.ident:
@@ -213,6 +237,7 @@ class Link:
                     raise RefusedError(str(error)) from error
                 if not isinstance(error, _TemporaryError):
                     self.close()
+                self.blocked = isinstance(error, _BlockedError)
                 self._on_trouble(str(error))
                 wait = DENIED_PAUSE if isinstance(error, _DeniedError) else pause
             self._wait(wait * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
