@@ -16,7 +16,7 @@ import pytest
 from jobs import orphans
 from jobs.dead_runs import end_dead_runs_sensor
 from jobs.orphans import cancel_orphaned_jobs_sensor, clean_run_directories_sensor
-from resources import SUPERCOMPUTER_SITE_OVERRIDES
+from resources import SUPERCOMPUTER_SITE_OVERRIDES, ownership
 from resources.doctor import examine
 from resources.runs import RunRecord, open_runs
 from resources.settings import ROOT, load_settings
@@ -35,13 +35,23 @@ from resources.slurm import SlurmRequest
 
 @dg.asset
 def probe(context: dg.AssetExecutionContext, compute: dg.ResourceParam[object]) -> dg.MaterializeResult:
-    return compute.run(
-        context, workload=Path(sys.argv[1]), launcher=ScriptLauncher(), request=SlurmRequest(time_limit="8")
-    ).get_materialize_result()
+    workload = Path(__file__).parent / "workloads" / "workload.py"
+    request = SlurmRequest(time_limit="8")
+    return compute.run(context, workload=workload, launcher=ScriptLauncher(), request=request).get_materialize_result()
 
-with dg.DagsterInstance.get() as instance:
-    done = dg.materialize([probe], resources=build_resources(), instance=instance, raise_on_error=False)
-raise SystemExit(0 if done.success else 1)
+def make_job():
+    job = dg.define_asset_job("all", selection="*", executor_def=dg.in_process_executor)
+    return dg.Definitions(assets=[probe], jobs=[job], resources=build_resources()).resolve_job_def("all")
+
+if __name__ == "__main__":
+    options, job = {}, dg.reconstructable(make_job)
+    with dg.DagsterInstance.get() as instance:
+        if sys.argv[1:]:  # as the UI does it
+            parent = instance.get_run_by_id(sys.argv[1])
+            options["reexecution_options"] = dg.ReexecutionOptions(parent_run_id=parent.run_id)
+            options["tags"] = {"dagster/root_run_id": parent.root_run_id or parent.run_id}
+        with dg.execute_job(job, instance, **options) as result:
+            raise SystemExit(0 if result.success else 1)
 """
 SLEEPER = """\
 import time
@@ -64,7 +74,7 @@ def variables(site: SimulatedSite, client_home: Path, monkeypatch: pytest.Monkey
     """A user for whom everything works."""
     for name, value in {**site.environment(), "HOME": str(client_home)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(orphans, "GRACE", timedelta())
+    monkeypatch.setattr(ownership, "GRACE", timedelta())
 
 
 class Dagster:
@@ -76,14 +86,17 @@ class Dagster:
         (folder / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
         self.instance = dg.DagsterInstance.from_config(str(folder))
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.checks: list[tuple[bool, str]] = []
 
-    def start(self, workload: str) -> "subprocess.Popen[bytes]":
-        """Materialise an asset with that workload, in another process."""
-        for name, text in (("program.py", PROGRAM), ("workload.py", workload)):
+    def start(self, workload: str, *, again: bool = False) -> "subprocess.Popen[bytes]":
+        """Materialise an asset with that workload, in another process; `again` re-executes the latest run."""
+        parent = [self.run_id] if again else []
+        (self.folder / "workloads").mkdir(exist_ok=True)
+        for name, text in (("program.py", PROGRAM), ("workloads/workload.py", workload)):
             (self.folder / name).write_text(text)
         with (self.folder / "log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, self.folder / "program.py", self.folder / "workload.py"],
+                [sys.executable, self.folder / "program.py", *parent],
                 env={**os.environ, "DAGSTER_HOME": str(self.folder), "PYTHONPATH": str(ROOT)},
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -93,26 +106,35 @@ class Dagster:
 
     @property
     def run_id(self) -> str:
-        """Of the only run."""
-        (record,) = self.instance.get_run_records()
-        return record.dagster_run.run_id
+        """Of the latest run."""
+        return self.instance.get_run_records()[0].dagster_run.run_id
 
     def status(self) -> dg.DagsterRunStatus:
-        """Of the only run."""
-        (record,) = self.instance.get_run_records()
-        return record.dagster_run.status
+        """Of the latest run."""
+        return self.instance.get_run_records()[0].dagster_run.status
+
+    @property
+    def log(self) -> str:
+        """What Dagster has logged in the latest run."""
+        return (self.folder / "log").read_text()
 
     def tick(self, cursor: str | None = None) -> tuple[str, str | None]:
-        """What the sensor of the orphans says, and its cursor."""
+        """What the sensor of the orphans says, and its cursor; `checks` has its evaluations."""
         said = cancel_orphaned_jobs_sensor(dg.build_sensor_context(instance=self.instance, cursor=cursor))
         assert isinstance(said, dg.SensorResult)
         assert isinstance(said.skip_reason, dg.SkipReason)
+        for event in said.asset_events:
+            assert isinstance(event, dg.AssetCheckEvaluation)
+            self.checks.append((event.passed, str(event.description)))
         return str(said.skip_reason.skip_message), said.cursor
 
     def end_dead_runs(self) -> str:
         said = end_dead_runs_sensor(dg.build_sensor_context(instance=self.instance))
         assert isinstance(said, dg.SensorResult)
         assert isinstance(said.skip_reason, dg.SkipReason)
+        for event in said.asset_events:
+            assert isinstance(event, dg.AssetCheckEvaluation)
+            self.checks.append((event.passed, str(event.description)))
         return str(said.skip_reason.skip_message)
 
 
@@ -152,30 +174,72 @@ def job(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_a_run_that_is_killed_is_ended_and_its_job_cancelled(
-    site: SimulatedSite, make_dagster: Callable[[str], Dagster]
+def end(process: "subprocess.Popen[bytes]") -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_job_whose_step_failed_is_kept_listed_and_attached_to(
+    site: SimulatedSite, make_dagster: Callable[[str], Dagster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, others = make_dagster("ours"), make_dagster("others")
     process = ours.start(SLEEPER)
     (mine,) = wait_for_job(site)
+    number = int(mine.job or 0)
     others.start(SLEEPER)
     theirs = next(each for each in wait_for_job(site, 2) if each.key != mine.key)
     assert ours.end_dead_runs() == "every run that has started has a living process"
     _, cursor = ours.tick()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert site.job_state(int(mine.job or 0)) == "RUNNING"
+
+    # Its process is killed: the job is listed, and not cancelled.
+    end(process)
     assert ours.status() == dg.DagsterRunStatus.STARTED
     assert ours.end_dead_runs() == f"ended {ours.run_id}"
     assert ours.status() == dg.DagsterRunStatus.FAILURE
+    listed = (
+        f"Slurm job {number} (probe) is RUNNING, and no Dagster run follows it. "
+        f"Re-execute run {ours.run_id} to attach to it again, or cancel it:\n  scripts/job {number} cancel"
+    )
     said, cursor = ours.tick(cursor)
-    assert said == f"job {mine.job} of run {ours.run_id} (probe): CANCELLED"
-    assert site.job_state(int(mine.job or 0)) == "CANCELLED"
+    assert said == listed
+    assert ours.checks == [(False, listed.replace("\n", "  \n"))]
+    assert ours.tick(cursor) == (said, cursor)  # without asking the supercomputer again
+    assert len(ours.checks) == 1
+    monkeypatch.setenv("DAGSTER_HOME", str(ours.folder))
+    assert listed in job().stdout
+
+    # The re-execution attaches to it. Its step fails, too, since Dagster takes the run for ended.
+    process = ours.start(SLEEPER, again=True)
+    attached = f"Slurm job {number} was submitted by an earlier run of this step. Attaching to it."
+    wait_until(lambda: attached in ours.log, "it attaches", 90)
+    said, cursor = ours.tick(cursor)
+    assert said == f"run {mine.about.run}: alive"
+    assert ours.checks[1:] == [(True, "Every job that is waiting or running is followed by a run.")]
+    run = ours.instance.get_run_by_id(ours.run_id)
+    assert run is not None
+    ours.instance.report_run_failed(run)
+    assert process.wait(90) == 1
+    assert f"Slurm job {number} is still running. Re-execute this run to attach to it again." in ours.log
+    said, cursor = ours.tick(cursor)
+    assert f"Re-execute run {ours.run_id} to attach to it again" in said
+    assert site.job_state(number) == "RUNNING"
+
+    # A person terminates the run that has attached again, while nobody can cancel the job.
+    process = ours.start(SLEEPER, again=True)
+    wait_until(lambda: attached in ours.log, "it attaches again", 90)
+    end(process)
+    run = ours.instance.get_run_by_id(ours.run_id)
+    assert run is not None
+    ours.instance.report_run_canceled(run)
+    said, cursor = ours.tick(cursor)
+    assert said == f"job {number} of run {mine.about.run} (probe): CANCELLED, since its run was terminated"
+    assert site.job_state(number) == "CANCELLED"
     assert ours.tick(cursor)[0] == "no run has ended with a job left behind"
-    # What another Dagster has submitted is left alone, and told by the doctor.
+
+    # What another Dagster has submitted is left alone, and reported by the doctor.
     assert site.job_state(int(theirs.job or 0)) == "RUNNING"
-    links = {link.name: link for link in examine(SUPERCOMPUTER_SITE_OVERRIDES, lambda: ours.instance)}
-    assert links["jobs"].found == f"of runs that this Dagster does not know: {theirs.job} (probe)"
+    findings = {finding.name: finding for finding in examine(SUPERCOMPUTER_SITE_OVERRIDES, lambda: ours.instance)}
+    assert findings["jobs"].found == f"of runs that this Dagster does not know: {theirs.job} (probe)"
     assert job(str(theirs.job), "cancel").stdout == f"job {theirs.job}: CANCELLED\n"
     assert site.job_state(int(theirs.job or 0)) == "CANCELLED"
 
@@ -188,9 +252,10 @@ def test_a_job_whose_run_is_alive_or_comes_again_is_left_alone(
     (mine,) = wait_for_job(site)
     # Alive, though an earlier tick has taken it for ended: the claim is the step's.
     with monkeypatch.context() as patched:
-        patched.setattr(orphans, "judge", lambda *_: "abandoned")
+        patched.setattr(orphans, "standing_of", lambda *_: "over")
+        patched.setattr(orphans, "reason_to_cancel", lambda *_: "its run was terminated")
         said, cursor = ours.tick(f'{{"since": "{datetime.now(UTC).isoformat()}", "roots": ["{ours.run_id}"]}}')
-    assert "is at work on it" in said
+    assert "acts on it" in said
     assert ours.run_id in str(cursor)
     assert ours.tick(cursor)[0] == f"run {ours.run_id}: alive"
     process.send_signal(signal.SIGKILL)
@@ -202,17 +267,20 @@ def test_a_job_whose_run_is_alive_or_comes_again_is_left_alone(
     assert said == f"run {ours.run_id}: retry due"
     # A re-execution may be on its way.
     ours.instance.add_run_tags(ours.run_id, {"dagster/will_retry": "false"})
-    monkeypatch.setattr(orphans, "GRACE", timedelta(hours=1))
+    monkeypatch.setattr(ownership, "GRACE", timedelta(hours=1))
     assert ours.tick(cursor)[0] == f"run {ours.run_id}: just ended"
     assert site.job_state(int(mine.job or 0)) == "RUNNING"
     # Without a way to the supercomputer it is kept in mind.
-    monkeypatch.setattr(orphans, "GRACE", timedelta())
+    monkeypatch.setattr(ownership, "GRACE", timedelta())
     monkeypatch.setattr(orphans, "TICK_SECONDS", 2.0)
     with site.faults.ssh_refused():
         said, cursor = ours.tick(cursor)
     assert "(after 2 s)" in said
     monkeypatch.setattr(orphans, "TICK_SECONDS", 40.0)
-    assert "CANCELLED" in ours.tick(cursor)[0]
+    run = ours.instance.get_run_by_id(ours.run_id)
+    assert run is not None
+    ours.instance.report_run_canceled(run)
+    assert "CANCELLED, since its run was terminated" in ours.tick(cursor)[0]
 
 
 def test_what_people_can_do_without_ssh(
