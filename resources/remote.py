@@ -37,11 +37,11 @@ from resources.slurm.outcome import explain_refusal, judge
 from resources.slurm.waiting import advise
 from resources.ssh import SshError
 from resources.steplog import StepLog
-from resources.stopping import is_to_be_cancelled, show_on_terminal, watching
+from resources.stopping import read_interruption, show_on_terminal, watching
 from resources.submission import CONTEXT, MESSAGES, About, Place, files_of
 
-CANCEL_SECONDS = 170.0
-"""For cancelling a job; `cancel_timeout_seconds` of dagster.yaml is a little longer."""
+CANCEL_SECONDS = {"terminated": 170.0, "command": 30.0}
+"""For cancelling a job. `cancel_timeout_seconds` of dagster.yaml is a little longer; a person waits at a terminal."""
 MOST_RETRIES = 3
 """After what the machine did: a node that failed, a job that was preempted."""
 RETRY_SECONDS = 10
@@ -180,13 +180,14 @@ class RemoteRun:
         """Cancel the job of an interrupted step, or leave it to the next attempt; return the step's failure."""
         if self._run is None:
             return self._failure("stopped before there was a job", final=True)
-        if not is_to_be_cancelled(self._step):
+        interruption = read_interruption(self._step)
+        if interruption == "stopped":
             show_on_terminal(f"{self._asset}: stopped.{self._still_running}")
             self._log.info(f"Stopped.{self._still_running}")
             return self._failure(f"Dagster has stopped this step.{self._still_running}", final=True)
         show_on_terminal(f"{self._asset}: cancelling Slurm job {self._job or '(just submitted)'} ...")
         gateway.stop = threading.Event()
-        limit = threading.Timer(CANCEL_SECONDS, gateway.stop.set)
+        limit = threading.Timer(CANCEL_SECONDS[interruption], gateway.stop.set)
         limit.start()
         try:
             end = gateway.cancel(self._run)

@@ -32,7 +32,7 @@ class RunRecord:
         about: whose run it is.
         end: how it ended, as far as somebody has already asked Slurm.
         heard: when the job last said something of itself: that it was laid out, started, or ended.
-        followers: ids of the Dagster runs that submitted or adopted it.
+        followers: ids of the Dagster runs that submitted or adopted it, in that order.
     """
 
     path: str

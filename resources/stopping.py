@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Literal
 
 import dagster as dg
 
@@ -36,16 +37,22 @@ def watching(context: dg.OpExecutionContext, stop: threading.Event) -> Iterator[
         watcher.join()
 
 
-def is_to_be_cancelled(context: dg.OpExecutionContext) -> bool:
-    """Return whether the job of an interrupted step is to be cancelled.
+Interruption = Literal["terminated", "command", "stopped"]
 
-    It is if a person has terminated or deleted the run; and if the run was started by a command in a terminal, which
-    was interrupted: no daemon retries such a run. Else Dagster is stopping, and a later attempt adopts the job.
+
+def read_interruption(context: dg.OpExecutionContext) -> Interruption:
+    """Return why a step is interrupted.
+
+    Returns:
+        `terminated`: a person has terminated or deleted the run; its job is to be cancelled.
+        `command`: the run was started by a command in a terminal, and that was interrupted. No daemon retries such a
+        run: its job is to be cancelled.
+        `stopped`: Dagster is stopping, or counts the run as ended. A later attempt adopts the job.
     """
     run = context.instance.get_run_by_id(context.run_id)
     if run is None or run.status in _TERMINATED:
-        return True
-    return not run.is_finished and run.remote_job_origin is None
+        return "terminated"
+    return "command" if not run.is_finished and run.remote_job_origin is None else "stopped"
 
 
 def show_on_terminal(text: str) -> None:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
-from resources import remote
+from resources import attention, remote
 from resources.slurm import SlurmRequest
 from resources.slurm.gateway import link, wire
 from tests.cluster.background import (
@@ -143,6 +144,37 @@ def test_refused_for_a_while(site: SimulatedSite, workloads: Path) -> None:
         pause(60 if STRESS else 4)
         go_on(site)
     one_job_did_it(site, run.outcome())
+
+
+def test_no_error_on_the_way_to_a_job_ends_the_step(
+    site: SimulatedSite, workloads: Path, client_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong ~/.ssh/config, then a login node that is not trusted; a check says so, and that it is over."""
+    reported: list[tuple[bool, str]] = []
+    report = attention.report_reachable
+
+    def note(instance: dg.DagsterInstance, *, passed: bool, description: str) -> None:
+        reported.append((passed, description))
+        report(instance, passed=passed, description=description)
+
+    monkeypatch.setattr(remote, "report_reachable", note)
+    run = Background(lambda: materialize(WAITS, workloads, request=REQUEST))
+    job = only_job(site, "RUNNING")
+    config, known = client_home / ".ssh" / "config", client_home / ".ssh" / "known_hosts"
+    trusted = known.read_text()
+    config.write_text("Host *\n  Port none\n")
+    known.write_text("")
+    site.faults.drop_connections()
+    wait_until(lambda: any("is no port" in text for _, text in reported), "the wrong Port is reported", 30)
+    config.unlink()
+    wait_until(lambda: any("is not trusted" in text for _, text in reported), "the host key is reported", 60)
+    assert all(f"cannot reach its Slurm job {job}" in text and "scripts/doctor" in text for _, text in reported)
+    assert not any(passed for passed, _ in reported)
+    assert not run.ended
+    go_on(site)
+    known.write_text(trusted)
+    one_job_did_it(site, run.outcome())
+    assert [passed for passed, _ in reported][-1]
 
 
 def test_refused_when_it_begins(site: SimulatedSite, workloads: Path) -> None:

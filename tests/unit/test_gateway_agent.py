@@ -208,9 +208,9 @@ def test_who_follows_a_run_is_noted(open_gateway: Callable[[], Gateway], tmp_pat
     (run / "job").symlink_to("17")
     (run / "end").write_text(json.dumps({"code": 0, "state": "COMPLETED", "exit": "0:0", "times": [1, 2, 3]}))
     gateway = open_gateway()
-    for follower in ("run-1", "run-2", "run-2"):
+    for follower in ("run-2", "run-1", "run-1"):
         assert gateway.ask(do="submit", run=str(run), options=[], follower=follower)["how"] == "recorded"
-    assert gateway.claim(str(run.parent), "family", "token", "me").followers == ["run-1", "run-2"]
+    assert gateway.claim(str(run.parent), "family", "token", "me").followers == ["run-2", "run-1"]
 
 
 def test_runs_that_are_over_are_cleaned_up(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:

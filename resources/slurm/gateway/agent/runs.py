@@ -193,8 +193,10 @@ def note_follower(run, follower):
 
 
 def followers_of(run):
-    """The Dagster runs that submitted or adopted the job."""
-    return sorted(name[len(FOLLOWER) :] for name in os.listdir(run) if name.startswith(FOLLOWER))
+    """The Dagster runs that submitted or adopted the job, in that order."""
+    marks = [name for name in os.listdir(run) if name.startswith(FOLLOWER)]
+    marks.sort(key=lambda name: os.stat(os.path.join(run, name)).st_mtime)
+    return [name[len(FOLLOWER) :] for name in marks]
 
 
 # Requests
