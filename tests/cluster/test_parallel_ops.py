@@ -164,7 +164,7 @@ def test_parallel_ops_killed_at_random_moments(
 
     def play(lane: int) -> None:
         graph, number, value = graphs[lane], lane, 0
-        while number < rounds:
+        while number < rounds and not wrong:
             process = graph.start(value)
             if random.random() < 0.75 and number + lanes < rounds:
                 threading.Event().wait(random.uniform(4, 24))
