@@ -291,7 +291,7 @@ def test_a_login_that_has_worked_and_is_refused_is_tried_again(
     gateway.close()
     refusals[:] = kept
     assert gateway.runs(str(tmp_path)) == []
-    assert told == ["what to do", "no"]
+    assert told == ["no certificate to log in with: what to do", "no"]
     gateway.close()
 
 
@@ -327,7 +327,7 @@ def test_no_error_on_the_way_is_final_once_a_job_may_exist(
         gateway.runs(str(tmp_path))
     gateway.committed = True
     assert gateway.runs(str(tmp_path)) == []
-    assert told == [(str(error), True)] * 2
+    assert [(text.endswith(str(error)), blocked) for text, blocked in told] == [(True, True)] * 2
     assert recovered == [1]
     gateway.close()
     errors[:] = [OSError("gone")]  # nobody has to do anything about that
