@@ -77,7 +77,7 @@ TEXTS = {
             "rename, as\n  `flight_delays/storage.py` does, so that nobody sees half a file.",
             "rename, so that\n  nobody sees half a file.",
         ),
-        ("\n`md`; `flight_delays/reporting.py` makes them. Checks", "\n`md`. Checks"),
+        ("\n`md`; `flight_delays/reporting.py` makes them. What", "\n`md`. What"),
         (" `delay_sweep.py` runs one trial a GPU where there\nare any, else one a CPU.", ""),
     ),
     "docs/another-site.md": (
