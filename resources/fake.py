@@ -42,7 +42,7 @@ class FakeCompute(ComputeResource):
 
     Example:
         compute = FakeCompute(site_overrides=SUPERCOMPUTER_SITE_OVERRIDES, metadata={"rows": 3})
-        result = dg.materialize([flights], resources={"compute": compute}, partition_key="2013-01")
+        result = dg.materialize([counts], resources={"compute": compute}, partition_key="2013-01")
         assert compute.calls[0].plan.allocation.request.cpus_per_task == 2
     """
 

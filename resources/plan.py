@@ -80,7 +80,7 @@ def make_plan(
 
 def _check_types(workload: object, launcher: object, request: object) -> None:
     if not isinstance(workload, str | Path):
-        raise ConfigurationError(f"workload={workload!r} is no path. Write for instance WORKLOADS / 'flights.py'")
+        raise ConfigurationError(f"workload={workload!r} is no path. Write for instance WORKLOADS / 'counts.py'")
     if isinstance(launcher, type) and issubclass(launcher, Launcher):
         raise ConfigurationError(f"launcher={launcher.__name__} is a class. Write launcher={launcher.__name__}()")
     if not isinstance(launcher, Launcher):

@@ -97,6 +97,7 @@ TEXTS = {
             "  scripts/preview pi_estimate\n",
         ),
     ),
+    "tests/unit/test_children.py": (('DAGSTER_ITSELF = {"scripts/demo"}', "DAGSTER_ITSELF: set[str] = set()"),),
     "tests/cluster/test_lifecycle_in_dagster.py": (
         (
             '    months = {"dagster__asset_partition_range_start": "2013-01", '

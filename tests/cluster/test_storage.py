@@ -119,12 +119,12 @@ def test_a_run_below_data_with_its_temporary_files_on_the_nodes_disk(
     site: SimulatedSite, workloads: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURM_DEPLOYMENT_BASE_PATH", "$DATA/dagster-slurm")
-    monkeypatch.setenv("DATA_ROOT", "$SCRATCH/flights")
+    monkeypatch.setenv("DATA_ROOT", "$SCRATCH/rivers")
     outcome = materialize(WHERE, workloads, request=SHORT)
     assert outcome.error == ""
     (metadata,) = outcome.materializations[None]
     assert str(metadata["run_directory"]).startswith(f"{CERTIFICATE_USER.data}/dagster-slurm/runs/probe-")
-    assert (metadata["data"], metadata["temporary"]) == (f"{CERTIFICATE_USER.scratch}/flights", "/local")
+    assert (metadata["data"], metadata["temporary"]) == (f"{CERTIFICATE_USER.scratch}/rivers", "/local")
     assert "temporary files in /local" in capfd.readouterr().err
     assert as_user(site, "ls").split() == []  # nothing of it is in the home
 
