@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Never
 
 import dagster as dg
@@ -14,9 +15,12 @@ from resources.compute import ComputeResource, intercept_runs
 from resources.errors import ConfigurationError, nearest
 from resources.plan import Plan
 from resources.settings import Settings
+from resources.slurm.gateway import Gateway, Projects
+from resources.slurm.outcome import explain_refusal
 from resources.submission import About, Place, render_job
 
 JOB = "preview_of_an_asset"
+_TIME = re.compile(r"(?<= to start at )\d+")
 MOST_NAMES = 12
 """Partition keys that an error lists; of more than these it names the first and the last."""
 
@@ -34,6 +38,10 @@ class Preview:
     plan: Plan
     summary: Mapping[str, str]
     script: str
+
+
+class NotPreviewedError(ConfigurationError):
+    """What an asset would submit cannot be found out here; a run of it may well work."""
 
 
 class _Intercepted(BaseException):
@@ -58,6 +66,7 @@ def preview_asset(
 
     Raises:
         ConfigurationError: there is no such asset or partition, or its run would be refused; the text says why.
+        NotPreviewedError: its code did not come to a call of compute.run here; the text says why.
     """
     definition = _find(definitions, asset)
     keys = {dg.AssetKey.from_user_string(asset)} if definition.can_subset else definition.keys
@@ -81,14 +90,44 @@ def preview_asset(
             )
         except dg.DagsterInvalidConfigError as error:
             problems = "\n".join(problem.message for problem in error.errors)
-            raise ConfigurationError(
+            raise NotPreviewedError(
                 f"its config is incomplete or wrong. Give it with --config-json, as in Dagster's launchpad.\n{problems}"
             ) from None
         except dg.DagsterError as error:
-            raise ConfigurationError(f"Dagster refuses to run it: {error}") from None
+            raise NotPreviewedError(f"Dagster refuses to run it: {error}") from None
     if not found:
-        raise ConfigurationError(_explain(result, asset))
+        raise _explain(result, asset)
     return found
+
+
+def find_submitting(definitions: dg.Definitions, instance: dg.DagsterInstance) -> list[tuple[str, str | None]]:
+    """Return the assets that submit jobs, one for each function, each with its last partition.
+
+    Args:
+        definitions: of the code location.
+        instance: knows the keys of dynamic partitions.
+    """
+    found = []
+    for each in definitions.assets or ():
+        if isinstance(each, dg.AssetsDefinition) and each.keys and _submits(each, definitions):
+            partitions = each.partitions_def
+            keys = partitions.get_partition_keys(dynamic_partitions_store=instance) if partitions else ()
+            found.append((min(key.to_user_string() for key in each.keys), keys[-1] if keys else None))
+    return found
+
+
+def try_script(gateway: Gateway, preview: Preview, projects: Projects) -> tuple[bool, str]:
+    """Ask Slurm whether it would accept the script: its expected start and the project, or why not."""
+    request = preview.plan.allocation.request
+    accepted, said = gateway.test(preview.script)
+    if not accepted:
+        return False, explain_refusal(said, request, lambda: projects)
+    project = projects.charged(request.account) or "(the accounting does not answer)"
+    return True, f"{_TIME.sub(_written, said)}\ncharged to project {project}"
+
+
+def _written(time: re.Match[str]) -> str:
+    return f"{datetime.fromtimestamp(int(time[0])).astimezone():%c %Z}"
 
 
 def _find(definitions: dg.Definitions, asset: str) -> dg.AssetsDefinition:
@@ -100,13 +139,17 @@ def _find(definitions: dg.Definitions, asset: str) -> dg.AssetsDefinition:
             raise ConfigurationError("no code of this project makes it, so there is nothing to submit")
         raise ConfigurationError(f"there is no such asset{nearest(asset, by_key)}")
     found = by_key[asset]
-    resources = definitions.resources or {}
-    if not any(_holds_compute(resources.get(name)) for name in found.required_resource_keys):
+    if not _submits(found, definitions):
         raise ConfigurationError(
             "none of its resources is a ComputeResource, so it submits nothing. "
             "Preview runs no such asset. One that submits has the parameter `compute: ComputeResource`"
         )
     return found
+
+
+def _submits(asset: dg.AssetsDefinition, definitions: dg.Definitions) -> bool:
+    resources = definitions.resources or {}
+    return any(_holds_compute(resources.get(name)) for name in asset.required_resource_keys)
 
 
 def _holds_compute(resource: object) -> bool:
@@ -133,7 +176,7 @@ def _check_partition(
 ) -> None:
     if partitions is None:
         if key:
-            raise ConfigurationError("the asset has no partitions. Leave --partition out")
+            raise NotPreviewedError("the asset has no partitions. Leave --partition out")
         return
     _add_dynamic(partitions, key or "", instance)
     keys = partitions.get_partition_keys(dynamic_partitions_store=instance)
@@ -144,10 +187,10 @@ def _check_partition(
         what += f". A key is {'|'.join(each.name for each in partitions.partitions_defs)}"
     if keys:
         valid = ", ".join(keys) if len(keys) <= MOST_NAMES else f"{keys[0]} to {keys[-1]}"
-        raise ConfigurationError(f"{what}. Valid are {valid}")
+        raise NotPreviewedError(f"{what}. Valid are {valid}")
     if isinstance(partitions, dg.TimeWindowPartitionsDefinition):
-        raise ConfigurationError(f"the asset has no partition yet: its first one begins at {partitions.start}")
-    raise ConfigurationError(
+        raise NotPreviewedError(f"the asset has no partition yet: its first one begins at {partitions.start}")
+    raise NotPreviewedError(
         f"{what}. Dynamic partitions are added while Dagster runs: any key of them can be previewed"
     )
 
@@ -161,28 +204,30 @@ def _add_dynamic(partitions: dg.PartitionsDefinition[Any], key: str, instance: d
             _add_dynamic(dimension.partitions_def, part, instance)
 
 
-def _explain(result: dg.ExecuteInProcessResult, asset: str) -> str:
-    """Return why no step has called compute.run."""
+def _explain(result: dg.ExecuteInProcessResult, asset: str) -> ConfigurationError:
+    """Return the error that says why no step has called compute.run."""
     event = next((event for event in result.all_events if event.is_failure), None)
     if event is None:
-        return "it ran to its end without calling compute.run, so there is nothing to submit"
+        return NotPreviewedError("it ran to its end without calling compute.run, so there is nothing to submit")
     refusal = event.step_failure_data.user_failure_data if event.is_step_failure else None
     if refusal:
-        return str(refusal.description).removeprefix(f"{asset}: ")
+        return ConfigurationError(str(refusal.description).removeprefix(f"{asset}: "))
     error = event.step_failure_data.error if event.is_step_failure else event.job_failure_data.error
     kind, root = (error.cls_name, error) if error else ("", None)
     while root and root.cause:
         root = root.cause
     why = f"{root.message.strip()}\n{root.stack[-1].rstrip() if root.stack else ''}" if root else "Dagster says no more"
     if kind == "DagsterExecutionLoadInputError":
-        return (
+        return NotPreviewedError(
             "it takes the value of another asset from an IO manager, and that value cannot be loaded in the temporary "
             "Dagster instance of a preview. Name the other asset in `deps=`, and let the workload read its file, "
             f"or materialize this one to see its request.\n{why}"
         )
     if kind == "DagsterResourceFunctionError":
-        return f"a resource that it needs cannot be made here. Set what that resource reads.\n{why}"
-    return f"its own code failed before it called compute.run; preview runs that code. Correct it.\n{why}"
+        return NotPreviewedError(f"a resource that it needs cannot be made here. Set what that resource reads.\n{why}")
+    return NotPreviewedError(
+        f"its own code failed before it called compute.run; preview runs that code. Correct it.\n{why}"
+    )
 
 
 def _base(settings: Settings) -> str:

@@ -4,6 +4,7 @@ finding    what a check says, and what is known so far
 here       checks on this machine, and of the way to the login node
 there      checks on the login node; survey asks it everything over one SSH channel
 locks      the check of locks, over connections to two login nodes
+jobs       checks over one connection to the agent there: projects, jobs, what Slurm says to each asset's job script
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 import dagster as dg
 
-from resources.doctor import here, locks, there
+from resources.doctor import here, jobs, locks, there
 from resources.doctor.finding import Facts, Finding, Verdict
 
 __all__ = ["CHECKS", "Finding", "examine"]
@@ -28,31 +29,39 @@ CHECKS: dict[str, Callable[[Facts], Verdict]] = {
     "login": there.check_login,
     "Slurm": there.check_slurm,
     "partitions": there.check_partitions,
-    "account and QoS": there.check_account,
+    "storage": there.check_storage,
     "deployment folder": there.check_folder,
     "Python": there.check_python,
+    "projects": jobs.check_projects,
     "temporary folder": there.check_temporary_folder,
     "open files": there.check_open_files,
     "locks": locks.check_locks,
-    "jobs": there.check_jobs,
-    "environment": there.check_environment,
+    "jobs": jobs.check_jobs,
+    "environment": jobs.check_environment,
 }
 """In this order; each may use what those before it have put into the facts."""
 
 
 def examine(
-    site_overrides: Mapping[str, Any], open_instance: Callable[[], dg.DagsterInstance] = dg.DagsterInstance.get
+    site_overrides: Mapping[str, Any],
+    definitions: dg.Definitions | None = None,
+    open_instance: Callable[[], dg.DagsterInstance] = dg.DagsterInstance.get,
 ) -> Iterator[Finding]:
     """Make one check after the other, and stop after the first one that is broken.
 
+    The last ones are about the job scripts of the assets; all of these are made.
+
     Args:
         site_overrides: SUPERCOMPUTER_SITE_OVERRIDES.
+        definitions: of the code location; None: no job scripts are tried.
         open_instance: opens the Dagster instance whose runs this project's jobs belong to.
     """
     with ExitStack() as until_the_end:
-        facts = Facts(site_overrides, open_instance, until_the_end)
+        facts = Facts(site_overrides, definitions, open_instance, until_the_end)
         for name, check in CHECKS.items():
             finding = Finding(name, *check(facts))
             yield finding
             if finding.state == "broken":
                 return
+        for name, verdict in jobs.try_job_scripts(facts):
+            yield Finding(name, *verdict)

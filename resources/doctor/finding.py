@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import dagster as dg
 
 from resources.doctor.survey import Answer
+from resources.runs import Runs
 from resources.settings import Settings
 from resources.slurm import Site
+from resources.slurm.gateway import Projects
 
 if TYPE_CHECKING:
     import fabric
@@ -38,11 +40,13 @@ class Facts:
 
     Attributes:
         site_overrides: SUPERCOMPUTER_SITE_OVERRIDES.
+        definitions: of the code location; None: no job scripts are tried.
         open_instance: opens Dagster's instance.
         until_the_end: closes what checks have opened for those after them.
     """
 
     site_overrides: Mapping[str, Any]
+    definitions: dg.Definitions | None
     open_instance: Callable[[], dg.DagsterInstance]
     until_the_end: ExitStack
     instance: dg.DagsterInstance = field(init=False)
@@ -50,6 +54,8 @@ class Facts:
     site: Site = field(init=False)
     connection: "fabric.Connection" = field(init=False)
     survey: dict[str, Answer] = field(init=False)
+    runs: Runs = field(init=False)
+    projects: Projects = field(init=False)
 
 
 Verdict = tuple[Literal["ok", "warning", "broken"], str, str]

@@ -23,16 +23,20 @@ write() {
   file=$(mktemp "$(above)/.doctor.XXXXXX") || return
   head -c 1048576 /dev/zero > "$file"; code=$?; rm -f "$file"; return $code
 }
-space() { df -Pk "$(above)" | tail -n 1 | awk '{print $4}'; df -Pi "$(above)" | tail -n 1 | awk '{print $4}'; }
+room() { timeout 10 df -Pk "$1" 2>/dev/null; printf '\035'; timeout 10 df -Pi "$1" 2>/dev/null; }
 python() { "$1" -c 'import sys; sys.stdout.write("%d.%d" % sys.version_info[:2])'; }
 report commands commands
 report controller timeout 20 scontrol ping
 report partitions timeout 20 scontrol --oneliner show partition
-report associations timeout 20 sacctmgr --noheader --parsable2 show assoc "user=$(id -un)" format=account,partition,qos
 report base printf %s "$BASE"
 report folder above
 report write write
-report space space
+report room room "$(above)"
+for each in HOME DATA SCRATCH; do
+  eval "path=\$$each"
+  if [ -n "$path" ]; then report "path $each" printf %s "$path"; report "room $each" room "$path"; fi
+done
+report quota timeout 10 quota -w -p
 for each in $PYTHONS; do report "python $each" python "$each"; done
 report temporary printf %s "${TMPDIR:-/tmp}"
 report files sh -c 'ulimit -Hn'
@@ -68,14 +72,12 @@ def take_survey(
         TimeoutError: it did not end within SECONDS.
         OSError: the connection was lost, or the script was cut short.
     """
-    names = " ".join(pythons)
-    script = f"BASE={to_shell(base)}\nPYTHONS={shlex.quote(names)}\n{_SCRIPT}"
     channel = connection.transport.open_session()
     try:
         channel.settimeout(SECONDS)
         channel.exec_command(for_any_shell(after_login_profile(setup, "exec /bin/sh -s")))
         with suppress(OSError):  # a shell that has ended takes nothing; what it has said is read all the same
-            channel.sendall(script.encode())
+            channel.sendall(render(base, pythons).encode())
             channel.shutdown_write()
         received, deadline = bytearray(), time.monotonic() + SECONDS
         while data := channel.recv(65536):
@@ -84,11 +86,21 @@ def take_survey(
                 raise TimeoutError(f"the login node did not answer all questions within {SECONDS:.0f} s")
     finally:
         channel.close()
-    return _parse(received.decode(errors="replace"))
+    return parse(received.decode(errors="replace"))
 
 
-def _parse(text: str) -> dict[str, Answer]:
-    """The answers by name; what the shell printed before the first does not count."""
+def render(base: str, pythons: tuple[str, ...]) -> str:
+    """Return the questions as a script of /bin/sh; for the arguments, see `take_survey`."""
+    names = " ".join(pythons)
+    return f"BASE={to_shell(base)}\nPYTHONS={shlex.quote(names)}\n{_SCRIPT}"
+
+
+def parse(text: str) -> dict[str, Answer]:
+    """Return the answers by name; what the shell printed before the first does not count.
+
+    Raises:
+        OSError: the last answer is missing.
+    """
     answers = {}
     for part in text.split("\x1e")[1:]:
         name, code, said = part.split("\x1f", 2)

@@ -1,11 +1,9 @@
 """Checks on the login node."""
 
-from resources.auth import AccessError, ensure_certificate
+from resources.auth import ensure_certificate
 from resources.doctor.finding import Facts, Verdict, broken, ok, warning
+from resources.doctor.storage import Room, parse_room
 from resources.doctor.survey import take_survey
-from resources.environments import Environments
-from resources.runs import open_runs
-from resources.slurm.gateway import RefusedError
 from resources.ssh import SshError, connect
 
 LEAST_FREE_KIB, LEAST_FREE_FILES = 1 << 20, 10_000
@@ -14,8 +12,6 @@ OLDEST_PYTHON = (3, 6)
 LONGEST_TEMPORARY = 40
 """Characters. Ray puts sockets below it, whose paths may have 107 (unix(7))."""
 WANTED_FILES = 65536
-RUNS_SECONDS = 60.0
-"""For the agent on the login node to list all runs."""
 
 
 def check_login(facts: Facts) -> Verdict:
@@ -65,38 +61,39 @@ def check_partitions(facts: Facts) -> Verdict:
     return ok(", ".join(facts.site.partitions))
 
 
-def check_account(facts: Facts) -> Verdict:
-    """Compare the user's associations with the settings and the site's entry."""
-    answer = facts.survey["associations"]
-    if answer.code:
-        return warning(f"accounting does not answer: {answer.text}", "try again later")
-    rows = [line.split("|") for line in answer.text.splitlines() if line.count("|") >= 2]
-    if not rows:
-        return broken(f"{facts.settings.edge_node_user} has no account", "ask the centre for a project")
-    mine = {qos for row in rows for qos in row[2].split(",") if qos}
-    wanted = {qos for partition in facts.site.partitions.values() for qos in partition.qos}
-    preferred = facts.settings.qos
-    if preferred and mine and preferred not in mine:
-        return broken(f"SLURM_QOS={preferred} is not yours", f"yours are {', '.join(sorted(mine))}")
-    accounts = ", ".join(sorted({row[0] for row in rows}))
-    lacking = sorted(wanted - mine) if mine else []
-    if lacking:
-        return warning(f"{accounts}, without QoS {', '.join(lacking)}", "assets cannot ask for those")
-    return ok(accounts)
+def check_storage(facts: Facts) -> Verdict:
+    """Show the room in the user's own folders."""
+    survey, found, full = facts.survey, [], []
+    for name in ("HOME", "DATA", "SCRATCH"):
+        if f"path {name}" in survey:
+            room = parse_room(survey[f"room {name}"].text, survey["quota"].text)
+            found.append(f"${name} {survey[f'path {name}'].text}: {room}")
+            if _is_short(room):
+                full.append(f"${name}")
+    if full:
+        return warning("\n".join(found), f"make room in {' and '.join(full)}: remove what you do not need there")
+    return ok("\n".join(found))
 
 
 def check_folder(facts: Facts) -> Verdict:
     """Check that SLURM_DEPLOYMENT_BASE_PATH can be written to and has room."""
     base, above = facts.survey["base"].text, facts.survey["folder"].text
-    write, space = facts.survey["write"], facts.survey["space"]
+    write = facts.survey["write"]
     if write.code:
         fix = "choose another SLURM_DEPLOYMENT_BASE_PATH, or make room (your quota?)"
         return broken(f"{above} cannot be written to: {write.text}", fix)
-    kib, files = (int(word) if word.isdecimal() else LEAST_FREE_FILES for word in space.text.split())
-    if kib < LEAST_FREE_KIB or files < LEAST_FREE_FILES:
-        return warning(f"{above} has {kib >> 10} MB and {files} files left", "make room there")
-    there = "" if above == base else " is made by the first run;"
-    return ok(f"{base}{there} {kib >> 20} GB free")
+    room = parse_room(facts.survey["room"].text, facts.survey["quota"].text)
+    if _is_short(room):
+        return warning(f"{above}: {room}", "make room there: scripts/deploy_environment.py --help says how")
+    there = "" if above == base else "; the first run makes it"
+    return ok(f"{base}: {room}{there}")
+
+
+def _is_short(room: Room) -> bool:
+    """Whether little is left; what is not known is no alarm."""
+    return (room.kib is not None and room.kib < LEAST_FREE_KIB) or (
+        room.files is not None and room.files < LEAST_FREE_FILES
+    )
 
 
 def check_python(facts: Facts) -> Verdict:
@@ -126,36 +123,6 @@ def check_open_files(facts: Facts) -> Verdict:
         found = f"{limit} on the login node, less than the {WANTED_FILES} that Ray wants"
         return warning(found, "compute nodes may give more; jobs raise theirs as far as they may")
     return ok(limit)
-
-
-def check_jobs(facts: Facts) -> Verdict:
-    """Look for jobs of runs that this Dagster does not know."""
-    try:
-        with open_runs(facts.settings, facts.site_overrides, RUNS_SECONDS) as runs:
-            going = [run for run in runs.all() if run.job and not run.end and runs.look(run)[0]]
-    except (AccessError, SshError, RefusedError) as error:
-        return broken(str(error), "try again; scripts/job lists what is there")
-    strange = [f"{run.job} ({run.about.asset})" for run in going if not facts.instance.has_run(run.about.run)]
-    if strange:
-        fix = "leave them to the other Dagster that submitted them; if there is none: scripts/job JOB cancel"
-        return warning(f"of runs that this Dagster does not know: {', '.join(strange)}", fix)
-    return ok(f"{len(going)} waiting or running")
-
-
-def check_environment(facts: Facts) -> Verdict:
-    """Find what production runs."""
-    settings = facts.settings
-    if settings.deployment != "production_supercomputer":
-        return ok(f"a run on {settings.deployment} makes its own")
-    try:
-        with open_runs(settings, facts.site_overrides, RUNS_SECONDS) as runs:
-            published = Environments(runs.gateway, str(settings.deployment_base_path), facts.site).published()
-    except (AccessError, SshError, RefusedError) as error:
-        return broken(str(error), "try again")
-    if published is None:
-        return broken("nothing has been published: runs are refused", "scripts/deploy_environment.py")
-    revision = f", revision {published.revision}" if published.revision else ""
-    return ok(f"published at {published.at:%Y-%m-%d %H:%M} UTC{revision}")
 
 
 def _parse_partitions(text: str) -> dict[str, dict[str, str]]:

@@ -39,7 +39,7 @@ def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.Mat
     ).get_materialize_result()
 
 settings = load_settings(SUPERCOMPUTER_SITE_OVERRIDES, supercomputer=True)
-looked = examine(SUPERCOMPUTER_SITE_OVERRIDES, dg.DagsterInstance.ephemeral)
+looked = examine(SUPERCOMPUTER_SITE_OVERRIDES, open_instance=dg.DagsterInstance.ephemeral)
 found = {"links": [[link.name, link.state, link.found, link.fix] for link in looked]}
 health = check_health(settings)
 found["health"] = [health.verdict, health.summary, list(health.notes)]

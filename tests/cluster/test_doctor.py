@@ -14,10 +14,12 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from musica_pipelines.definitions import defs
 from resources import SUPERCOMPUTER_SITE_OVERRIDES
 from resources.doctor import CHECKS, Finding, examine
 from resources.settings import ROOT
-from tests.simulated_site import CERTIFICATE_USER, TCSH_USER, SimulatedSite
+from tests.simulated_site import CERTIFICATE_USER, CPU_PARTITION, GPU_PARTITION, TCSH_USER, SimulatedSite
+from tests.simulated_site.slurm_configuration import ACCOUNT, SECOND_ACCOUNT, SPENT_ACCOUNT
 
 pytestmark = pytest.mark.cluster
 CHAIN = list(CHECKS)
@@ -40,7 +42,7 @@ def in_order(site: SimulatedSite, set_variables: Set, client_home: Path) -> None
 
 
 def look(overrides: dict[str, Any] = SUPERCOMPUTER_SITE_OVERRIDES) -> list[Finding]:
-    return list(examine(overrides, dg.DagsterInstance.ephemeral))
+    return list(examine(overrides, open_instance=dg.DagsterInstance.ephemeral))
 
 
 def broken(name: str, overrides: dict[str, Any] = SUPERCOMPUTER_SITE_OVERRIDES) -> Finding:
@@ -183,17 +185,28 @@ def test_a_qos_that_the_partition_does_not_take() -> None:
     assert finding.found == "partition zen4_0768 does not take QoS faster_zen4_0768"
 
 
-def test_a_qos_that_is_not_the_users(set_variables: Set) -> None:
-    set_variables(SLURM_QOS="admin")
-    assert broken("account and QoS").found == "SLURM_QOS=admin is not yours"
+def test_a_project_that_is_not_the_users(set_variables: Set) -> None:
+    set_variables(SLURM_ACCOUNT="p99999")
+    finding = broken("projects")
+    assert finding.found == "p99999 (SLURM_ACCOUNT) is not a project of yours"
+    assert ACCOUNT in finding.fix
+
+
+def test_a_project_without_budget(site: SimulatedSite, set_variables: Set) -> None:
+    set_variables(SLURM_ACCOUNT=SPENT_ACCOUNT)
+    (finding,) = (finding for finding in look() if finding.name == "projects")
+    assert finding.state == "warning"
+    assert f"{SECOND_ACCOUNT}; jobs are charged to {SPENT_ACCOUNT} (SLURM_ACCOUNT), without QoS" in finding.found
+    set_variables(SLURM_QOS=CPU_PARTITION)
+    assert broken("projects").found == f"project {SPENT_ACCOUNT} may not use SLURM_QOS={CPU_PARTITION}"
 
 
 def test_accounting_that_does_not_answer(site: SimulatedSite) -> None:
     with site.faults.accounting_off():
         findings = {finding.name: finding for finding in look()}
-    assert findings["account and QoS"].state == "warning"
-    assert "accounting does not answer" in findings["account and QoS"].found
-    assert "Python" in findings
+    assert findings["projects"].state == "warning"
+    assert "accounting does not answer" in findings["projects"].found
+    assert "environment" in findings
 
 
 def test_a_folder_that_is_not_the_users(set_variables: Set) -> None:
@@ -218,6 +231,26 @@ def test_a_long_temporary_folder(site: SimulatedSite) -> None:
     assert (finding.state, finding.found) == ("warning", f"/tmp/{'x' * 60} has 65 characters")
 
 
+def test_what_slurm_says_to_the_assets_job_scripts(set_variables: Set) -> None:
+    def tried() -> dict[str, Finding]:
+        findings = list(examine(SUPERCOMPUTER_SITE_OVERRIDES, defs, dg.DagsterInstance.ephemeral))
+        assert [finding.name for finding in findings[: len(CHAIN)]] == CHAIN
+        return {finding.name: finding for finding in findings[len(CHAIN) :]}
+
+    findings = tried()
+    assert set(findings) == {f"asset {name}" for name in ("flights", "delay_features", "delay_sweep", "delay_model")}
+    for finding in findings.values():
+        assert finding.state == "ok", finding
+        assert " to start at " in finding.found
+        assert finding.found.endswith(f"charged to project {ACCOUNT}")
+    set_variables(SLURM_RESERVATION="nobodys", DAGSTER_DEPLOYMENT="development", SLURM_QOS=f"dev_{GPU_PARTITION}")
+    findings = tried()
+    assert {finding.state for finding in findings.values()} == {"broken"}
+    assert "reservation" in findings["asset flights"].found
+    assert findings["asset flights"].fix.endswith("scripts/preview flights --partition '2013-12' --test-only")
+    assert "its run would be refused" in findings["asset delay_sweep"].found  # two hours in a QoS for ten minutes
+
+
 def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "scripts" / "doctor"), *options]
@@ -225,13 +258,13 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     done = run("--json")
     assert done.returncode == 0, done.stderr
-    assert [finding["name"] for finding in json.loads(done.stdout)] == CHAIN
+    assert [finding["name"] for finding in json.loads(done.stdout)][: len(CHAIN)] == CHAIN
     assert run().stdout.endswith("\nready, with 1 warning\n")
-    monkeypatch.setenv("SLURM_QOS", "admin")
+    monkeypatch.setenv("SLURM_ACCOUNT", "p99999")
     done = run()
     assert done.returncode == 1
-    assert "\nbroken  account and QoS   SLURM_QOS=admin is not yours\n" in done.stdout
-    assert "\n                          -> yours are dev_zen4_0768, " in done.stdout
-    assert done.stdout.endswith("\nfirst thing to fix: account and QoS\n")
+    assert "\nbroken  projects          p99999 (SLURM_ACCOUNT) is not a project of yours\n" in done.stdout
+    assert f"\n                          -> yours are p70001, {ACCOUNT}, " in done.stdout
+    assert done.stdout.endswith("\nfirst thing to fix: projects\n")
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert run("--no-such-option").returncode == 2
