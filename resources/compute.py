@@ -24,6 +24,7 @@ from resources.results import StepContext, complete, partitions_of
 from resources.settings import Settings, load_settings
 from resources.slurm import SlurmRequest
 from resources.steplog import StepLog
+from resources.tags import tag_deployment
 
 
 class ComputeResource(dg.ConfigurableResource[Any]):
@@ -76,6 +77,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
             raise failure(name, str(error), final=True) from None
         if _intercept:
             _intercept(name, settings, plan)
+        tag_deployment(step, settings.deployment, settings.supercomputer_site if settings.on_supercomputer else None)
         for note in _notes(settings, plan):
             StepLog(step).warning(note)
         if not settings.on_supercomputer:

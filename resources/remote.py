@@ -62,6 +62,7 @@ class RemoteRun:
         self._trouble: str | None = None
         self._project: str | None = None
         self._state: list[str] = []
+        self._call = 0
 
     def run(self, extras: Mapping[str, Any]) -> dg.PipesClientCompletedInvocation:
         """Run it to its end; see `ComputeResource.run`."""
@@ -104,6 +105,7 @@ class RemoteRun:
         inputs = inputs_of(self._plan, code, extras, assets, data_root)
         root, step = self._about.root, self._about.step
         call = calls_of(self._step).begin(root, step, digest_of(inputs))
+        self._call = call.number
         return Submission(root, step, assets, self._partitions, call, inputs, request_of(self._plan), data_root)
 
     # Submit and follow
@@ -211,6 +213,7 @@ class RemoteRun:
 
     def _tell_submitted(self, submitted: Submitted) -> None:
         self._job = submitted.job
+        self._call = call.number
         self._log.info(f"job {submitted.job} ({submitted.how}) in {self._run}; to look at it: {self._attach}")
         for shown, command in self._plan.launcher.hints(submitted.job).items():
             self._log.info(f"{shown}, while it runs: {command}")

@@ -100,27 +100,22 @@ def tell(report: Report, settings: Settings) -> None:
 
 
 def show(health: Health, settings: Settings) -> None:
-    """The table for people."""
+    """Print the table for people, and below it where everything is: paths do not fit into a table of 80 columns."""
     console = Console()
-    headings = ("valid until (UTC)", "remaining", "replaced after")
-    columns = [
-        Column("what", no_wrap=True),
-        Column("where", overflow="fold"),
-        *(Column(h, no_wrap=True) for h in headings),
-    ]
-    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    headings = ("what", "valid until (UTC)", "remaining", "replaced after")
+    table = Table(*(Column(heading, no_wrap=True) for heading in headings), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for item in health.items:
         remaining = health.remaining(item)
         table.add_row(
             item.name,
-            item.where.replace(str(Path.home()), "~", 1),
             f"{item.valid_until:%Y-%m-%d %H:%M}" if item.valid_until else "",
             clock.duration(remaining.total_seconds()) if remaining and item.state == "valid" else item.state,
             next_action(item, health),
         )
     console.print(table)
-    lines = [f"{settings.edge_node_user}@{settings.edge_node_host}: {health.verdict}. {health.summary}", *health.notes]
-    for line in lines:
+    places = [f"{item.name}: {item.where.replace(str(Path.home()), '~', 1)}" for item in health.items]
+    state = f"{settings.edge_node_user}@{settings.edge_node_host}: {health.verdict}. {health.summary}"
+    for line in (*places, "", state, *health.notes):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

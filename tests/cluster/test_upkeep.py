@@ -293,6 +293,7 @@ def test_what_people_can_do_without_ssh(
     assert process.wait(120) == 0
     (mine,) = remote_runs()
     listed = job().stdout
+    assert max(map(len, listed.splitlines())) <= 80
     assert "probe" in listed and ours.run_id[:8] in listed and "COMPLETED 0:0" in listed
     said = job(ours.run_id[:8], "logs")
     assert (said.stdout, said.stderr, said.returncode) == ("quick\n", "a word\n", 0)
