@@ -39,6 +39,7 @@ from resources.ssh import SshError
 from resources.steplog import StepLog
 from resources.stopping import read_interruption, show_on_terminal, watching
 from resources.submission import CONTEXT, MESSAGES, About, Place, files_of
+from resources.tags import tag_job
 
 CANCEL_SECONDS = {"terminated": 170.0, "command": 30.0}
 """For cancelling a job. `cancel_timeout_seconds` of dagster.yaml is a little longer; a person waits at a terminal."""
@@ -213,7 +214,7 @@ class RemoteRun:
 
     def _tell_submitted(self, submitted: Submitted) -> None:
         self._job = submitted.job
-        self._call = call.number
+        tag_job(self._context, submitted.job, self._call)
         self._log.info(f"job {submitted.job} ({submitted.how}) in {self._run}; to look at it: {self._attach}")
         for shown, command in self._plan.launcher.hints(submitted.job).items():
             self._log.info(f"{shown}, while it runs: {command}")

@@ -193,7 +193,7 @@ def test_a_project_that_is_not_the_users(set_variables: Set) -> None:
 
 
 def test_a_project_without_budget(site: SimulatedSite, set_variables: Set) -> None:
-    set_variables(SLURM_ACCOUNT=SPENT_ACCOUNT)
+    set_variables(SLURM_ACCOUNT=SPENT_ACCOUNT, SLURM_QOS="")
     (finding,) = (finding for finding in look() if finding.name == "projects")
     assert finding.state == "warning"
     assert f"{SECOND_ACCOUNT}; jobs are charged to {SPENT_ACCOUNT} (SLURM_ACCOUNT), without QoS" in finding.found
