@@ -136,6 +136,7 @@ def test_a_pools_limit_can_be_set_like_that(tmp_path: Path, monkeypatch: pytest.
 
 def test_every_message_that_the_troubleshooting_page_quotes_is_one() -> None:
     sources = [path for folder in ("resources", "jobs") for path in (ROOT / folder).rglob("*.py")]
+    sources += [path for path in (ROOT / "scripts").iterdir() if path.is_file()]
     trees = [ast.parse(path.read_text()) for path in sources]
     texts = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     said = " ".join("\n".join(text for text in texts if isinstance(text, str)).split())
