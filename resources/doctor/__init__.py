@@ -57,7 +57,7 @@ def examine(
         open_instance: opens the Dagster instance whose runs this project's jobs belong to.
     """
     with ExitStack() as until_the_end:
-        facts = Facts(site_overrides, definitions, open_instance, until_the_end)
+        facts = Facts(site_overrides, open_instance, until_the_end, definitions)
         for name, check in CHECKS.items():
             finding = Finding(name, *check(facts))
             yield finding

@@ -40,15 +40,15 @@ class Facts:
 
     Attributes:
         site_overrides: SUPERCOMPUTER_SITE_OVERRIDES.
-        definitions: of the code location; None: no job scripts are tried.
         open_instance: opens Dagster's instance.
         until_the_end: closes what checks have opened for those after them.
+        definitions: of the code location; None: no job scripts are tried.
     """
 
     site_overrides: Mapping[str, Any]
-    definitions: dg.Definitions | None
     open_instance: Callable[[], dg.DagsterInstance]
     until_the_end: ExitStack
+    definitions: dg.Definitions | None = None
     instance: dg.DagsterInstance = field(init=False)
     settings: Settings = field(init=False)
     site: Site = field(init=False)
