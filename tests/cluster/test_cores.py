@@ -9,6 +9,7 @@ from resources.launchers import Launcher, ScriptLauncher
 from resources.slurm import SlurmRequest
 from tests.cluster.ray_run import NO_DASHBOARD
 from tests.local.workload_asset import PIPES, materialize
+from tests.simulated_site import SimulatedSite
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 
@@ -37,29 +38,36 @@ RAY = (
 )
 
 
-def run(workload: str, folder: Path, launcher: Launcher, request: dict[str, Any]) -> dict[str, Any]:
+def run(
+    site: SimulatedSite, workload: str, folder: Path, launcher: Launcher, request: dict[str, Any], cores: int
+) -> dict[str, Any]:
+    """Run a workload; check what Slurm has given to its job, and return what it has reported."""
     wanted = SlurmRequest(time_limit="5", **request)
     outcome = materialize(workload, folder, launcher=launcher, request=wanted)
     assert outcome.error == ""
     (metadata,) = outcome.materializations[None]
+    row = site.squeue("--noheader", "--states=all", f"--jobs={metadata['job_id']}", "--format=%C %D %h").split()
+    hardware_threads = 2 * cores * wanted.nodes
+    assert row == [str(hardware_threads), str(wanted.nodes), "NO" if wanted.exclusive else "OK"]
     return metadata
 
 
 @pytest.mark.parametrize(
-    ("request_", "nodes", "cores", "gpus", "memory"),
+    ("request_", "cores", "memory"),
     [
-        ({"gpus_per_node": 1}, 1, 44, 1, 180),
-        ({"gpus_per_node": 2}, 1, 88, 2, 360),
-        ({"gpus_per_node": 4}, 1, 176, 4, 720),
-        ({"gpus_per_node": 4, "nodes": 2}, 2, 176, 4, 720),
-        ({"gpus_per_node": 4, "exclusive": True}, 1, 176, 4, None),
-        ({"cpus_per_task": 3, "mem_per_cpu": "1G"}, 1, 3, 0, 3),
+        ({"gpus_per_node": 1}, 44, 180),
+        ({"gpus_per_node": 2}, 88, 360),
+        ({"gpus_per_node": 4}, 176, 720),
+        ({"gpus_per_node": 4, "nodes": 2}, 176, 720),
+        ({"gpus_per_node": 4, "exclusive": True}, 176, None),
+        ({"cpus_per_task": 3, "mem_per_cpu": "1G"}, 3, 3),
     ],
 )
 def test_ray_has_the_cores_and_the_memory_that_were_requested(
-    request_: dict[str, Any], nodes: int, cores: int, gpus: int, memory: int | None, workloads: Path
+    request_: dict[str, Any], cores: int, memory: int | None, site: SimulatedSite, workloads: Path
 ) -> None:
-    found = run(RAY, workloads, NO_DASHBOARD, request_)
+    nodes, gpus = request_.get("nodes", 1), request_.get("gpus_per_node", 0)
+    found = run(site, RAY, workloads, NO_DASHBOARD, request_, cores)
     assert (found["cpus"], found["gpus"]) == (nodes * cores, nodes * gpus)
     assert memory is None or found["memory"] == pytest.approx(nodes * memory, rel=0.01)
     for place in ("job", "task"):
@@ -72,8 +80,10 @@ def test_ray_has_the_cores_and_the_memory_that_were_requested(
 @pytest.mark.parametrize(
     ("request_", "cores"), [({"cpus_per_task": 2, "mem": "1G"}, 2), ({"exclusive": True}, 190), ({}, 1)]
 )
-def test_a_script_sees_the_cores_that_were_requested(request_: dict[str, Any], cores: int, workloads: Path) -> None:
-    seen = run(SCRIPT, workloads, ScriptLauncher(), request_)["job"]
+def test_a_script_sees_the_cores_that_were_requested(
+    request_: dict[str, Any], cores: int, site: SimulatedSite, workloads: Path
+) -> None:
+    seen = run(site, SCRIPT, workloads, ScriptLauncher(), request_, cores)["job"]
     assert (seen["SLURM_CPUS_ON_NODE"], seen["SLURM_JOB_CPUS_PER_NODE"]) == (str(cores), str(cores))
     assert seen["SLURM_CPUS_PER_TASK"] in ("", str(cores))
     assert seen["OMP_NUM_THREADS"] == str(cores)

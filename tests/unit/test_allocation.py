@@ -50,6 +50,7 @@ def test_what_the_asset_names_wins() -> None:
         ({"nodes": 3, "time_limit": "5"}, None, f"dev_{CPU}", "gives a user at most 2"),
         ({"qos": f"dev_{CPU}", "time_limit": "11"}, None, None, "is over the 00:10:00"),
         ({"time_limit": "4-00"}, None, None, "is over the 3-00:00:00"),
+        ({"time_limit": "4-00", "qos": f"fast_{GPU}", "gpus_per_node": 1}, None, None, "is over the 3-00:00:00"),
         ({"cpus_per_task": 191}, None, None, "gives a job 190 CPUs"),
         ({"cpus_per_task": 100, "ntasks_per_node": 2}, None, None, "gives a job 190 CPUs"),
         (
