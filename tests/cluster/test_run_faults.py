@@ -321,15 +321,16 @@ def test_a_submit_limit_is_waited_for_and_a_job_that_is_held_is_warned_about(
     limit(0)
     before = logins(site)
     try:
-        request = SlurmRequest(time_limit="00:30:00", options=("--hold",))
+        request = SlurmRequest(time_limit="00:30:00", options=("--begin=now+1hour",))
         run = Background(lambda: materialize(REPORTS, workloads, request=request))
         wait_until(lambda: says("QOSMaxSubmitJobPerUserLimit"), "the limit is reported", 60)
         pause(3)
     finally:
         limit(-1)
     job = only_job(site, "PENDING", 120)
+    site.run_on_login(CERTIFICATE_USER, f"scontrol hold {job}")
     wait_until(lambda: says(f"scontrol release {job}"), "the advice", 60)
-    site.run_on_login(CERTIFICATE_USER, f"scontrol release {job}")
+    site.run_on_login(CERTIFICATE_USER, f"scontrol update JobId={job} StartTime=now; scontrol release {job}")
     one_job_did_it(site, run.outcome())
     assert says("may never start (JobHeldUser)")
     assert said.count("QOSMaxSubmitJobPerUserLimit") == 1

@@ -229,7 +229,7 @@ def test_without_a_free_inode_the_end_is_seen_and_a_job_can_be_cancelled(
     put(slurm, "scancel", f'echo "$@" >{tmp_path}/scancel')
     follower, canceller = prepare(HURRIED + NO_INODES, told), prepare(HURRIED + NO_INODES)
     ends: list[JobEnd] = []
-    thread = threading.Thread(target=lambda: ends.append(follow(follower, run, stdout=lambda _: None)))
+    thread = threading.Thread(target=lambda: ends.append(follow(follower, run, stdout=lambda _: None)), daemon=True)
     thread.start()
     cancelled = canceller.cancel(str(run))
     thread.join(60)
