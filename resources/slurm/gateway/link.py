@@ -22,7 +22,7 @@ from resources.ssh import AuthenticationError, SshError, UnreachableError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 60.0
 """Seconds between two tries of a request: each pause is twice as long as the one before."""
-MOST_LOGINS, LOGINS_SECONDS = 20, 600.0
+MOST_LOGINS, LOGINS_SECONDS = 15, 600.0
 """A link that has opened so many connections within so many seconds waits LONGEST_PAUSE before each further one."""
 BROKEN_TRIES = 4
 """After so many broken answers to a request in a row it fails."""
