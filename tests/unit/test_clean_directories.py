@@ -18,7 +18,7 @@ from resources.submission import About
         (JobEnd(1, "FAILED"), KEEP_FAILED_DAYS - 1, False),
         (JobEnd(1, "FAILED"), KEEP_FAILED_DAYS + 1, True),
         (JobEnd(0, "COMPLETED"), KEEP_DAYS + 1, False),  # this Dagster has not stored its result
-        (JobEnd(0, "COMPLETED"), KEEP_FAILED_DAYS + 1, True),
+        (JobEnd(0, "COMPLETED"), KEEP_FAILED_DAYS + 1, False),
         (None, KEEP_FAILED_DAYS + 1, False),  # its job may be running
     ],
 )
