@@ -40,6 +40,7 @@ import sys
 def hurry():
     for name, values in {
         "slurm": dict(SQUEUE_EVERY=0.5, UNSHARED_EVERY=0.5),
+        "submission": dict(COMMAND_PATIENCE=3),
         "follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5, HOLE=0.5),
     }.items():
         vars(sys.modules["resources.slurm.gateway.agent." + name]).update(values)
@@ -246,6 +247,13 @@ def test_a_job_that_is_gone_is_noticed_though_squeue_hangs(prepare: Prepare, slu
     put(slurm, "scontrol", f"echo '{CANCELLED}'")
     assert follow(prepare(HURRIED, told), run).state == "CANCELLED"
     assert told == ["squeue did not answer within 0 s"]
+
+
+def test_a_job_that_ends_slowly_is_cancelled_all_the_same(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:
+    run = lay_out(tmp_path)
+    put(slurm, "scontrol", f"echo '{RUNNING.replace('RUNNING', 'COMPLETING')}'")
+    with pytest.raises(RefusedError, match=r"has accepted that job 17 is cancelled(.|\n)*scripts/job 17 state"):
+        prepare(HURRIED).cancel(str(run))
 
 
 def test_a_full_disk_after_the_submission_does_not_lose_the_job(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:

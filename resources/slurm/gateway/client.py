@@ -67,7 +67,10 @@ class Gateway(Link):
         """
         answer = self.ask(do="cancel", run=run)
         if answer["job"] and not answer["end"]:
-            raise RefusedError(f"job {answer['job']} is not over a minute after it was cancelled")
+            raise RefusedError(
+                f"Slurm has accepted that job {answer['job']} is cancelled, and it is not over after a minute. Its "
+                f"epilog or its node may be slow. See how it stands with\n  scripts/job {answer['job']} state"
+            )
         return JobEnd.parse(answer["end"]) if answer["end"] else None
 
     def look(self, run: str) -> tuple[JobState | None, JobEnd | None]:
