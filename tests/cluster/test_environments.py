@@ -131,12 +131,20 @@ def wanted(workload: Path, index: Path) -> Wanted:
 
 
 @pytest.fixture(scope="module")
-def gathered(index: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Wheel]:
+def site_python(site_of_this_run: SimulatedSite) -> tuple[str, str]:
+    """Path and version of the machines' own Python."""
+    ask = "import os, platform, sys; print(os.path.realpath(sys.executable), platform.python_version())"
+    path, version = site_of_this_run.run_on_login(CERTIFICATE_USER, f"python3 -c '{ask}'").stdout.split()
+    return path, version
+
+
+@pytest.fixture(scope="module")
+def gathered(index: Path, site_python: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[Wheel]:
     """The wheels for the site's Python."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in pip_variables(index).items():
             patch.setenv(name, value)
-        target = Target("/usr/bin/python3.11", "3.11.2", platform.machine(), "2.31")
+        target = Target(*site_python, platform.machine(), "2.31")
         return gather_wheels(read_lock(index / "lock.txt"), target, tmp_path_factory.mktemp("wheels"), lambda: None)
 
 
@@ -333,9 +341,9 @@ def test_a_full_disk_while_it_installs(site: SimulatedSite, wanted: Wanted) -> N
 
 
 def test_the_interpreter_comes_from_the_candidates_after_the_setup_commands(
-    site: SimulatedSite, wanted: Wanted
+    site: SimulatedSite, wanted: Wanted, site_python: tuple[str, str]
 ) -> None:
-    there(site, f"mkdir modules; cd modules; ln -s /usr/bin/python3.11 python-new; cat >python-old <<'END'\n{OLD}END\n"
+    there(site, f"mkdir modules; cd modules; ln -s {site_python[0]} python-new; cat >python-old <<'END'\n{OLD}END\n"
                 "chmod +x python-old")  # fmt: skip
     load = ["echo 'the module greets'; export PATH=$HOME/modules:$PATH"]
     none = pytest.raises(RefusedError, match=r"no Python 3\.11 to 3\.13 on login0\d: of python9, python-new, none")
@@ -346,7 +354,7 @@ def test_the_interpreter_comes_from_the_candidates_after_the_setup_commands(
         client.environments.look(wanted)
     with Client(wanted, python_candidates=["python-old", "python-new"], setup_commands=load) as client:
         target = client.environments.look(wanted).environment.target
-    assert (target.executable, target.minor) == ("/usr/bin/python3.11", (3, 11))
+    assert (target.executable, target.version) == site_python
 
 
 @pytest.mark.usefixtures("fetched")
@@ -362,8 +370,10 @@ def test_a_module_provides_the_python_of_agent_environment_and_job(
     assert metadata(materialize(workload))["module"] == f"{site.layout.state}/software/{MODULE}"
 
 
-def test_what_cannot_be_imported_is_not_published(site: SimulatedSite, client: Client, index: Path) -> None:
-    client.wanted = Wanted(client.wanted.code, client.wanted.lock, python="/usr/bin/python3.11")
+def test_what_cannot_be_imported_is_not_published(
+    site: SimulatedSite, client: Client, site_python: tuple[str, str]
+) -> None:
+    client.wanted = Wanted(client.wanted.code, client.wanted.lock, python=site_python[0])
     with pytest.raises(RefusedError, match="No module named 'dagster_pipes'"):
         client.ensure()
     assert names(site) == []
@@ -371,7 +381,11 @@ def test_what_cannot_be_imported_is_not_published(site: SimulatedSite, client: C
 
 @pytest.mark.usefixtures("fetched")
 def test_production_runs_only_what_was_published(
-    site: SimulatedSite, workload: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+    site: SimulatedSite,
+    workload: Path,
+    client: Client,
+    site_python: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DAGSTER_DEPLOYMENT", "production_supercomputer")
     assert "nothing has been published" in failure_of(materialize(workload))
@@ -399,8 +413,8 @@ def test_production_runs_only_what_was_published(
     with pytest.raises(RefusedError, match="nothing to go back to"):
         client.environments.roll_back()
 
-    monkeypatch.setenv("SLURM_PYTHON", "/usr/bin/python3.11")
-    assert "SLURM_PYTHON: /usr/bin/python3.11, was not set" in failure_of(materialize(workload))
+    monkeypatch.setenv("SLURM_PYTHON", site_python[0])
+    assert f"SLURM_PYTHON: {site_python[0]}, was not set" in failure_of(materialize(workload))
 
 
 @pytest.mark.usefixtures("fetched")
