@@ -20,6 +20,8 @@ from tests.simulated_site import (
 pytestmark = pytest.mark.cluster
 
 CPU = (f"--partition={CPU_PARTITION}", f"--qos={CPU_PARTITION}", "--time=60")
+NODE_FAIL = ("NODE_FAIL|0:0", "NODE_FAIL|1:0")
+"""State and exit code of a job on a failed node, in Slurm 22.05 and in 24.11."""
 FIFTY_MEGABYTES = "head -c 50000000 /dev/zero"
 
 
@@ -53,7 +55,7 @@ def test_node_off_ends_its_job_as_node_fail(site: SimulatedSite) -> None:
     job = running_job(site, "--nodelist=n4003", "--no-requeue")
     with site.faults.node_off("n4003"):
         wait_until(lambda: site.cluster.node_state("n4003") == "down*", "the node down", 120)
-        wait_accounted(site, job, "NODE_FAIL|0:0")
+        wait_accounted(site, job, *NODE_FAIL)
     assert site.cluster.node_state("n4003") == "idle"
 
 
@@ -65,9 +67,26 @@ def test_node_cut_requeues_its_job_which_completes_elsewhere(site: SimulatedSite
     with site.faults.node_cut(node):
         assert site.machines[node].running
         site.wait_for_job(job, "PENDING", timeout=120)
-        wait_accounted(site, job, "NODE_FAIL|0:0")
+        wait_accounted(site, job, *NODE_FAIL)
         site.wait_for_job(job, timeout=120)
     assert site.cluster.node_state(node) == "idle"
+
+
+@pytest.mark.older_slurm
+def test_node_down_lasts_until_it_is_mended_though_its_slurmd_registers(site: SimulatedSite) -> None:
+    job = running_job(site, "--nodelist=n4003", "--no-requeue")
+
+    def slurmd_started() -> str:
+        return site.cluster.query("scontrol", "show", "node", "n4003").partition("SlurmdStartTime=")[2].split()[0]
+
+    with site.faults.node_down("n4003"):
+        wait_accounted(site, job, *NODE_FAIL)
+        before, slurmd = slurmd_started(), site.cluster.node_daemons["n4003"]
+        slurmd.stop()
+        slurmd.launch()
+        wait_until(lambda: slurmd_started() != before, "the registration of slurmd")
+        assert site.cluster.node_state("n4003") == "down"
+    assert site.cluster.node_state("n4003") == "idle"
 
 
 def test_login_node_off_leaves_the_other(site: SimulatedSite) -> None:

@@ -189,6 +189,7 @@ def test_a_run_takes_one_connection_and_one_channel(site: SimulatedSite, workloa
     assert sum(logins(site, begun).values()) == channels + 1
 
 
+@pytest.mark.older_slurm
 def test_a_line_is_seen_while_the_workload_runs(site: SimulatedSite, workloads: Path) -> None:
     """The workload ends only once its own line has come out at the other side."""
     workload = (

@@ -31,6 +31,7 @@ def output_of(site: SimulatedSite, job: int) -> str:
     return (site.layout.home / CERTIFICATE_USER.name / f"slurm-{job}.out").read_text(encoding="utf-8")
 
 
+@pytest.mark.older_slurm
 def test_nodes_are_as_large_as_musicas(site: SimulatedSite) -> None:
     nodes = site.cluster.query("sinfo", "--noheader", "--Node", "--format=%N %R %c %m %G").splitlines()
     cpu = [f"n400{i} zen4_0768 384 768000 (null)" for i in (1, 2, 3, 4)]
@@ -54,6 +55,7 @@ def test_job_on_the_cpu_partition(site: SimulatedSite) -> None:
     wait_until(lambda: site.sacct(*accounting) == "COMPLETED|0:0|dev_zen4_0768|2\n", "the job's accounting", 30)
 
 
+@pytest.mark.older_slurm
 def test_job_on_the_gpu_partition_sees_its_gpus(site: SimulatedSite) -> None:
     job = site.submit("hostname; echo $CUDA_VISIBLE_DEVICES", *GPU_DEV[:3], "--gres=gpu:4")
     site.wait_for_job(job)
@@ -119,6 +121,7 @@ def test_plain_job_preempts_idle_one_which_runs_again(site: SimulatedSite) -> No
     assert site.squeue("--noheader", f"--jobs={idle}", "--Format=RestartCnt").strip() == "1"
 
 
+@pytest.mark.older_slurm
 def test_job_beyond_its_memory_ends_as_out_of_memory_where_that_is_enforced(site: SimulatedSite) -> None:
     program = "exec python3 -c 'bytearray(500 << 20)'"
     job = site.submit(program, *CPU_DEV, "--mem=100M", "--chdir=/tmp", "--output=/dev/null")
@@ -134,6 +137,7 @@ def test_sbatch_prints_noise_on_both_streams_around_its_answer(site: SimulatedSi
     site.wait_for_job(int(lines[1]))
 
 
+@pytest.mark.older_slurm
 def test_squeue_speaks_json(site: SimulatedSite) -> None:
     job = site.submit("exec sleep 1000", *CPU_DEV)
     assert [each["job_id"] for each in json.loads(site.squeue("--json"))["jobs"] if each["job_id"] == job] == [job]

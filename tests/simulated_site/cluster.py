@@ -6,9 +6,10 @@ import shutil
 import stat
 from pathlib import Path
 
+from . import roots
 from . import slurm_configuration as configuration
 from .daemons import Daemon
-from .layout import COMPUTE_NODES, CONTROLLER, DATABASE, Layout
+from .layout import COMPUTE_NODES, CONTROLLER, DATABASE, MACHINES, Layout
 from .machines import MEMORY_CGROUPS, PROGRAMS, Machine
 from .waiting import wait_until
 
@@ -24,18 +25,25 @@ class Cluster:
         node_daemons: slurmd of each compute node, by hostname.
     """
 
+    # Newer Slurm has each node decode a launch credential, which one munged for all would refuse as replayed.
+
     def __init__(self, layout: Layout, machines: dict[str, Machine]) -> None:
         self._layout = layout
         self._machines = machines
         control, database = machines[CONTROLLER.hostname], machines[DATABASE.hostname]
-        as_munge = ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups"]
-        munge = layout.run / "munge"
-        munged = f"munged --foreground --num-threads=4 --key-file={layout.etc}/munge/munge.key"
-        files = f"--socket=/run/munge/munge.socket.2 --pid-file={munge}/munged.pid --seed-file={munge}/munged.seed"
-        log = f"--log-file={layout.log}/munge/munged.log"
-        self._authentication = Daemon(
-            control, "munged", [*as_munge, *f"{munged} {files} {log}".split()], self._authentication_answers
-        )
+        as_munge = "setpriv --reuid=munge --regid=munge --clear-groups"
+        munged = f"munged --foreground --num-threads=2 --key-file={layout.etc}/munge/munge.key"
+        files = "--pid-file=/run/munge/munged.pid --seed-file=/run/munge/munged.seed"
+        log = f"--log-file={layout.log}/munge"
+        self._authentication = [
+            Daemon(
+                machines[name],
+                f"munged-{name}",
+                f"{as_munge} {munged} {files} {log}/{name}.log".split(),
+                functools.partial(self._succeeds, name, "munge", "--no-input"),
+            )
+            for name in (machine.hostname for machine in MACHINES if not machine.of_host)
+        ]
         self._database = Daemon(
             database, "mariadbd", ["mariadbd", f"--defaults-file={layout.etc}/database.cnf"], self._database_answers
         )
@@ -53,7 +61,7 @@ class Cluster:
 
     def daemons(self) -> list[Daemon]:
         """Return every daemon, in the order in which they start."""
-        return [self._authentication, self._database, self.accounting, self.controller, *self.node_daemons.values()]
+        return [*self._authentication, self._database, self.accounting, self.controller, *self.node_daemons.values()]
 
     def configure(self) -> None:
         """Write the configuration files and make what the daemons need to start the first time."""
@@ -65,31 +73,29 @@ class Cluster:
         shutil.copy(PROGRAMS / "job_submit.lua", folder)
         if MEMORY_CGROUPS:
             (folder / "cgroup.conf").write_text(configuration.cgroup_conf(), encoding="utf-8")
-        _write_owned(folder / "slurmdbd.conf", configuration.slurmdbd_conf(layout), "slurm")
+        self._write(folder / "slurmdbd.conf", configuration.slurmdbd_conf(layout), "slurm")
         (layout.etc / "database.cnf").write_text(configuration.database_conf(layout), encoding="utf-8")
+        (layout.run / "slurmd").mkdir()
         for path, owner in (
-            (layout.run / "munge", "munge"),
             (layout.log / "munge", "munge"),
             (layout.etc / "munge", "munge"),
             (layout.run / "slurmctld", "slurm"),
-            (layout.run / "slurmd", "root"),
         ):
-            path.mkdir(parents=True, exist_ok=True)
-            shutil.chown(path, owner, owner)
-        (layout.log / "munge").chmod(0o700)
+            path.mkdir()
+            self._give(path, owner, 0o700)
         for name in ("slurmctld", "slurmdbd"):
-            _write_owned(layout.log / f"{name}.log", "", "slurm")
-            _write_owned(layout.run / f"{name}.pid", "", "slurm")
+            self._write(layout.log / f"{name}.log", "", "slurm")
+            self._write(layout.run / f"{name}.pid", "", "slurm")
         key = layout.etc / "munge/munge.key"
         key.write_bytes(os.urandom(128))
-        key.chmod(0o400)
-        shutil.chown(key, "munge", "munge")
+        self._give(key, "munge", 0o400)
         self._make_gpus()
         self._wrap_sbatch()
 
     def start(self) -> None:
         """Start every daemon, fill the accounting the first time, and wait until all nodes are idle."""
-        self._authentication.launch()
+        for daemon in self._authentication:
+            daemon.launch()
         first_time = self._start_accounting()
         self.controller.start()
         for daemon in self.node_daemons.values():
@@ -119,7 +125,8 @@ class Cluster:
             account = "create user 'slurm'@'localhost' identified via unix_socket"
             rights = "grant all on slurm_acct_db.* to 'slurm'@'localhost'"
             database.run(["mariadb", "--execute", f"create database slurm_acct_db; {account}; {rights}"])
-        self._authentication.wait_ready()
+        for daemon in self._authentication:
+            daemon.wait_ready()
         self.accounting.start()
         if first_time:
             self._account(configuration.accounting_commands())
@@ -151,9 +158,6 @@ class Cluster:
             self.query("scancel", f"--user={owner}")
         wait_until(lambda: not self.query("squeue", "--noheader"), "an empty queue", 90.0)
 
-    def _authentication_answers(self) -> bool:
-        return self._succeeds(CONTROLLER.hostname, "munge", "--no-input")
-
     def _database_answers(self) -> bool:
         return self._succeeds(DATABASE.hostname, "mariadb-admin", "ping")
 
@@ -177,15 +181,20 @@ class Cluster:
         """Keep a copy of the real sbatch, since the site's own is mounted over it on every machine."""
         for folder in ("bin", "libexec"):
             (self._layout.state / folder).mkdir()
-        shutil.copy2("/usr/bin/sbatch", self._layout.state / "libexec/sbatch")
+        shutil.copy2(roots.root(self._layout.slurm) / "usr/bin/sbatch", self._layout.state / "libexec/sbatch")
         wrapper = self._layout.state / "bin/sbatch"
         wrapper.write_text(
             (PROGRAMS / "sbatch").read_text(encoding="utf-8").replace("@STATE@", str(self._layout.state))
         )
         wrapper.chmod(0o755)
 
+    def _write(self, file: Path, text: str, owner: str) -> None:
+        file.write_text(text, encoding="utf-8")
+        self._give(file, owner, 0o600)
 
-def _write_owned(file: Path, text: str, owner: str) -> None:
-    file.write_text(text, encoding="utf-8")
-    shutil.chown(file, owner, owner)
-    file.chmod(0o600)
+    def _give(self, path: Path, owner: str, mode: int) -> None:
+        """Give a file to an account of the machines, which the host may not have, or with another number."""
+        accounts = (self._layout.machine_etc / "passwd").read_text(encoding="utf-8").splitlines()
+        uid, gid = next(line.split(":")[2:4] for line in accounts if line.startswith(f"{owner}:"))
+        os.chown(path, int(uid), int(gid))
+        path.chmod(mode)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from . import requirements
+from . import requirements, roots
 from .authentik import Disturbance
 from .errors import RequirementsError, SiteError
 from .faults import Fault, Faults
@@ -95,7 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     up = commands.add_parser("up", help="start it, or what of it does not run")
-    up.add_argument("--install", action="store_true", help="install missing packages and build step (in CI always)")
+    up.add_argument(
+        "--install", action="store_true", help="install packages, make its file system, build step (in CI always)"
+    )
+    up.add_argument(
+        "--slurm",
+        choices=sorted(roots.SUITES),
+        default="",
+        help="version of Slurm of a new site (default: $SIMULATED_SITE_SLURM, else the newest)",
+    )
     up.set_defaults(run=_up)
     commands.add_parser("down", help="end and remove everything but the logs").set_defaults(run=_down)
     commands.add_parser("status", help="show what runs; exit 1 unless all of it does").set_defaults(run=_status)
@@ -117,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _up(options: argparse.Namespace) -> int:
-    site = SimulatedSite.up(options.name, requirements.installation_allowed(options.install))
+    site = SimulatedSite.up(options.name, requirements.installation_allowed(options.install), options.slurm)
     print(f"up: {site.login.address}, state and logs in {site.layout.state}")
     return 0
 

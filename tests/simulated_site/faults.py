@@ -61,7 +61,10 @@ class Faults:
         return Fault(self._machine(node).unplug, lambda: self._reconnect(node))
 
     def node_down(self, node: str) -> Fault:
-        """Have an administrator take a compute node out of service: its jobs end at once, as when it fails."""
+        """Have an administrator take a compute node out of service: its jobs end at once, as when it fails.
+
+        The node stays out of service until the fault is ended.
+        """
         return Fault(lambda: self._take_down(self._machine(node)), lambda: self._reconnect(node))
 
     # Slurm
@@ -186,10 +189,15 @@ class Faults:
         self._site.cluster.query("scontrol", "update", f"nodename={machine.hostname}", "state=down", "reason=fault")
 
     def _reconnect(self, node: str) -> None:
-        """Plug a node in, and have its slurmd report: slurmctld would look again only after a minute or more."""
+        """Plug a node in, put it back into service, and have its slurmd report.
+
+        slurmctld would contact it again only after a minute or more.
+        """
         self._site.machines[node].plug()
         if daemon := self._site.cluster.node_daemons.get(node):
             daemon.stop()
+            resume = ["scontrol", "update", f"nodename={node}", "state=resume"]
+            self._site.machines[CONTROLLER.hostname].run(resume, check=False)  # it fails where the node is in service
             daemon.start()
 
     def _mend_accounting(self) -> None:

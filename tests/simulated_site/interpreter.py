@@ -9,7 +9,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from .host import run_on_host
 from .layout import Layout
 
 
@@ -28,8 +27,9 @@ def make(layout: Layout) -> None:
     text = f"home = {base}/bin\ninclude-system-site-packages = false\n"
     (folder / "pyvenv.cfg").write_text(text, encoding="utf-8")
     interpreter(layout).symlink_to(base / "bin" / _name())
-    if sysconfig.get_config_var("Py_ENABLE_SHARED"):
-        _make_library_known(layout, base)
+    # `ldconfig` on a machine enters it into the loader's cache: libpython's own place may be hidden from users.
+    libraries = layout.machine_etc / "ld.so.conf.d" / "00-python.conf"
+    libraries.write_text(f"{base}/lib\n", encoding="utf-8")
 
 
 def mounts(layout: Layout) -> list[str]:
@@ -44,14 +44,6 @@ def _compile(packages: Path) -> None:
     if not done.exists() or done.stat().st_mtime < packages.stat().st_mtime:
         compileall.compile_dir(packages, quiet=2, workers=0)  # it fails where a file is only a template for one
         done.touch()
-
-
-def _make_library_known(layout: Layout, base: Path) -> None:
-    """Enter libpython's new place into the machines' cache of the loader: it may only look where users cannot."""
-    etc = layout.machine_etc
-    (etc / "ld.so.conf.d" / "00-python.conf").write_text(f"{base}/lib\n", encoding="utf-8")
-    script = f'mount --bind "$1" "$2" && mount --bind {etc} /etc && ldconfig'
-    run_on_host("unshare", "--mount", "sh", "-c", script, "sh", sys.base_prefix, str(base))
 
 
 def _name() -> str:

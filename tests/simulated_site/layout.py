@@ -65,19 +65,21 @@ class MachineName:
     """A machine of the site: its hostname, and the last number of its address.
 
     Attributes:
-        for_users: it has the users' homes and a /tmp of its own, as a login or compute node has. The machines that only
-            serve the site keep the host's, since they run this project's Python, which may well be installed there.
+        for_users: it has the users' homes and this project's Python, as a login or compute node has.
+        of_host: it has the host's file system, since it runs this project's code. The others have one of Debian with
+            Slurm (roots.py), and a /tmp of their own.
     """
 
     hostname: str
     number: int
     for_users: bool = True
+    of_host: bool = False
 
 
 CONTROLLER = MachineName("musica-ctl", 2, for_users=False)
 DATABASE = MachineName("musica-db", 3, for_users=False)
-IDENTITY = MachineName("auth", 4, for_users=False)
-FRONT = MachineName("musica", 9, for_users=False)
+IDENTITY = MachineName("auth", 4, for_users=False, of_host=True)
+FRONT = MachineName("musica", 9, for_users=False, of_host=True)
 LOGIN_NODES = (MachineName("login01", 11), MachineName("login02", 12))
 CPU_NODES = tuple(MachineName(f"n400{i}", 100 + i) for i in (1, 2, 3, 4))
 GPU_NODES = tuple(MachineName(f"g400{i}", 200 + i) for i in (1, 2))
@@ -110,10 +112,12 @@ class Layout:
     Attributes:
         name: tells copies on one machine apart; lower-case letters, digits and `-`.
         subnet: third number of its addresses, 10.77.<subnet>.0/24.
+        slurm: version of Slurm, a key of roots.SUITES.
     """
 
     name: str
     subnet: int
+    slurm: str
 
     @property
     def state(self) -> Path:
@@ -147,7 +151,7 @@ class Layout:
 
     @property
     def machine_etc(self) -> Path:
-        """What every machine of the site has as /etc: a copy of the host's, with the site's users and Slurm's files."""
+        """What the machines have as /etc: a copy of their root's, with the site's users and Slurm's files."""
         return self.state / "machine-etc"
 
     @property

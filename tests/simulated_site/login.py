@@ -7,7 +7,7 @@ import socket
 import sys
 from pathlib import Path
 
-from . import keys
+from . import keys, roots
 from .daemons import Daemon
 from .keys import Authorities
 from .layout import FRONT, LOGIN_NAME, LOGIN_NODES, MACHINES, PLAIN_KEY_USER, USERS, Layout, User
@@ -165,7 +165,10 @@ class Login:
         key = folder / "ssh_host_ed25519_key"
         keys.make_key(key)
         keys.sign_host_key(self._authorities, key, [LOGIN_NAME, self.address, machine.address, machine.hostname])
+        # OpenSSH 9.8 and newer refuses an address after failed logins, and here all have the relay's.
+        penalties = (roots.root(self._layout.slurm) / "usr/lib/openssh/sshd-session").exists()
         (folder / "sshd_config").write_text(f"""\
+{"PerSourcePenalties no" if penalties else ""}
 Port {SSH_PORT}
 ListenAddress {machine.address}
 PidFile /run/sshd.pid

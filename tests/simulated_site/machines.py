@@ -1,4 +1,4 @@
-"""Simulated machines: namespaces with an address, a hostname, /tmp and /dev/shm of their own, on one bridge.
+"""Simulated machines: namespaces with an address, a hostname and mostly a file system of their own, on one bridge.
 
 A machine is what its first process (`programs/machine-init`) holds: when that one is killed, the kernel ends every
 other process in its PID namespace, and with the last of them go its mounts, its network and its interface.
@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import interpreter
+from . import interpreter, roots
 from .errors import SiteError
 from .host import ip, spawn
 from .layout import COMPUTE_NODES, Layout, MachineName, User
@@ -49,17 +49,17 @@ class Machine:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         log = self.layout.log / f"machine-{self.hostname}.out"
-        tmp, lent = "", []
-        if self.name.for_users:
-            lent = interpreter.mounts(self.layout)
-            tmp = str(self._make_open_folder("tmp"))
+        root = "" if self.name.of_host else str(roots.root(self.layout.slurm))
+        lent = interpreter.mounts(self.layout) if self.name.for_users else []
+        self._make_folder("root", 0o755)
+        self._make_folder("tmp", 0o1777)
         if self.name in COMPUTE_NODES:
-            self._make_open_folder("local")  # machine-init mounts it as /local
+            self._make_folder("local", 0o1777)
         cgroup = self._make_cgroup()
         # The shell leaves its own pid, which is then unshare's; the machine's first process is unshare's only child.
         namespaces = "--mount --uts --ipc --net --pid --fork --kill-child --mount-proc"
         start = f'echo $$ >"$1"; shift; exec unshare {namespaces} "$@"'
-        init = [str(PROGRAMS / "machine-init"), str(self.layout.state), self.hostname, cgroup, tmp, *lent]
+        init = [str(PROGRAMS / "machine-init"), str(self.layout.state), self.hostname, root, cgroup, *lent]
         spawn(["sh", "-c", start, "sh", str(self._folder / "pid"), *init], log)
         wait_until((self._folder / "ready").exists, f"start of the machine {self.hostname}; see {log}", interval=0.02)
         self._connect()
@@ -99,9 +99,9 @@ class Machine:
         init = self._init_pid()
         if init is None:
             raise SiteError(f"the machine {self.hostname} is switched off")
-        enter = ["nsenter", "--target", str(init), "--mount", "--uts", "--ipc", "--net", "--pid", "--wd=/"]
+        enter = ["nsenter", "--target", str(init), "--mount", "--uts", "--ipc", "--net", "--pid"]
         if user is None:
-            return [*enter, "env", "--ignore-environment", f"PATH={_ROOT_PATH}", "HOME=/root", *arguments]
+            return [*enter, "env", "--ignore-environment", "--chdir=/", f"PATH={_ROOT_PATH}", "HOME=/root", *arguments]
         identity = [f"--reuid={user.uid}", f"--regid={user.uid}", "--clear-groups"]
         variables = [f"HOME={user.home}", f"USER={user.name}", f"LOGNAME={user.name}", f"SHELL={user.shell}"]
         login = ["env", "--ignore-environment", f"--chdir={user.home}", *variables, "PATH=/usr/bin:/bin"]
@@ -164,11 +164,11 @@ class Machine:
     def _cgroup(self) -> Path:
         return _CGROUP_MEMORY / f"simulated-site-{self.layout.name}-{self.hostname}"
 
-    def _make_open_folder(self, name: str) -> Path:
+    def _make_folder(self, name: str, mode: int) -> None:
+        """Make a folder that machine-init mounts, or mounts something on."""
         folder = self._folder / name
         folder.mkdir()
-        folder.chmod(0o1777)
-        return folder
+        folder.chmod(mode)
 
     def _make_cgroup(self) -> str:
         """Make the memory cgroup of this machine, where the host has version 1 of them; return its path, else ""."""

@@ -16,20 +16,24 @@ _SUBNETS = 256
 def find(name: str) -> Layout | None:
     """Return the layout of the site of that name, or None if it is not there."""
     file = state_folder(name) / "site.json"
-    return Layout(name, json.loads(file.read_text(encoding="utf-8"))["subnet"]) if file.exists() else None
+    if not file.exists():
+        return None
+    about = json.loads(file.read_text(encoding="utf-8"))
+    return Layout(name, about["subnet"], about.get("slurm", "22.05"))  # a site of an earlier version does not say
 
 
-def claim(name: str) -> Layout:
-    """Return the layout of the site of that name; a new one gets a free subnet and its bridge.
+def claim(name: str, slurm: str) -> Layout:
+    """Return the layout of the site of that name; a new one gets a free subnet, its bridge and that version of Slurm.
 
     Raises:
         SiteError: every subnet is taken.
     """
     state_base().mkdir(parents=True, exist_ok=True)
     with _one_at_a_time():
-        layout = find(name) or Layout(name, _free_subnet(name))
+        layout = find(name) or Layout(name, _free_subnet(name), slurm)
         layout.state.mkdir(exist_ok=True)
-        (layout.state / "site.json").write_text(json.dumps({"subnet": layout.subnet}), encoding="utf-8")
+        about = {"subnet": layout.subnet, "slurm": layout.slurm}
+        (layout.state / "site.json").write_text(json.dumps(about), encoding="utf-8")
         if not _exists(layout.bridge):
             ip("link", "add", layout.bridge, "type", "bridge")
             ip("address", "add", f"{layout.address(1)}/24", "dev", layout.bridge)

@@ -1,10 +1,7 @@
-"""What the simulated site needs from this machine: root, Debian or Ubuntu, and packages of the distribution."""
+"""What the simulated site needs from this machine: root, Debian or Ubuntu, and a few of its packages."""
 
-import contextlib
 import os
-import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import RequirementsError, SiteError
@@ -13,25 +10,17 @@ SUPPORTED_SYSTEMS = {"debian": ("12", "13"), "ubuntu": ()}
 """Distribution ids of os-release and the versions that are accepted; an empty tuple accepts all."""
 
 PACKAGES = (
+    "debian-archive-keyring",
+    "debootstrap",
     "iproute2",
-    "lmod",
-    "mariadb-client",
-    "mariadb-server",
-    "munge",
     "openssh-client",
-    "openssh-server",
     "procps",
-    "slurm-client",
-    "slurm-wlm-basic-plugins",
-    "slurm-wlm-mysql-plugin",
-    "slurmctld",
-    "slurmd",
-    "slurmdbd",
-    "tcsh",
     "util-linux",
 )
+"""What the host itself needs; what the machines need is in roots.py."""
 
-_POLICY = Path("/usr/sbin/policy-rc.d")
+CACHE = Path("/var/cache/simulated-site")
+"""Where what is built stays between sites, outside of every clone."""
 
 
 def check_system() -> None:
@@ -47,7 +36,7 @@ def check_system() -> None:
     system, version = (release.get(key, "").strip('"') for key in ("ID", "VERSION_ID"))
     versions = SUPPORTED_SYSTEMS.get(system)
     if versions is None or (versions and version not in versions):
-        raise RequirementsError("the simulated site needs Debian 12 or 13, or Ubuntu (its Slurm packages are used)")
+        raise RequirementsError("the simulated site needs Debian 12 or 13, or Ubuntu (it uses their packages)")
     if os.geteuid() != 0:
         raise RequirementsError("the simulated site needs root (it makes network, mount and process namespaces)")
     namespaces = subprocess.run(
@@ -92,29 +81,17 @@ def ensure_packages(install: bool) -> None:
 
 
 def install_packages(packages: list[str]) -> None:
-    """Install packages of the distribution without starting any service that they bring."""
+    """Install packages of the distribution; raises SiteError."""
+    apt_get("update")
+    apt_get("install", "--yes", "--no-install-recommends", *packages)
+
+
+def apt_get(*arguments: str) -> str:
+    """Run apt-get(8) and return its output; raise SiteError with its words if it fails."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    with _no_service_starts():
-        for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
-            apt = subprocess.run(
-                ["apt-get", "--quiet=2", *command], env=environment, capture_output=True, text=True, check=False
-            )
-            if apt.returncode:
-                raise SiteError(f"apt-get {command[0]} failed:\n{(apt.stdout + apt.stderr)[-3000:]}")
-
-
-@contextlib.contextmanager
-def _no_service_starts() -> Iterator[None]:
-    """Have invoke-rc.d(8) refuse every start meanwhile (exit 101 of policy-rc.d), then put back what was."""
-    kept = _POLICY.with_name("policy-rc.d.kept-by-simulated-site")
-    if _POLICY.exists() and not kept.exists():  # a kept one is the original: an earlier installation was killed
-        shutil.copy2(_POLICY, kept)
-    _POLICY.unlink(missing_ok=True)
-    _POLICY.write_text("#!/bin/sh\nexit 101\n", encoding="ascii")
-    _POLICY.chmod(0o755)
-    try:
-        yield
-    finally:
-        _POLICY.unlink()
-        if kept.exists():
-            kept.rename(_POLICY)
+    apt = subprocess.run(
+        ["apt-get", "--quiet=2", *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    if apt.returncode:
+        raise SiteError(f"apt-get {arguments[0]} failed:\n{(apt.stdout + apt.stderr)[-3000:]}")
+    return apt.stdout

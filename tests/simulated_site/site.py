@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import interpreter, keys, network, requirements, smallstep
+from . import interpreter, keys, network, requirements, roots, smallstep
 from .certificate_authority import DEFAULT_VALIDITY, CertificateAuthority
 from .cluster import Cluster
 from .daemons import Daemon
@@ -75,15 +75,16 @@ class SimulatedSite:
         self.faults = Faults(self)
 
     @classmethod
-    def up(cls, name: str, install: bool = False) -> "SimulatedSite":
+    def up(cls, name: str, install: bool = False, slurm: str = "") -> "SimulatedSite":
         """Start the site of that name, or whatever of it does not run, and return it when all of it serves.
 
         Args:
-            install: install missing packages and build step, if need be.
+            install: install missing packages, make the machines' file system and build step, if need be.
+            slurm: version of Slurm, a key of roots.SUITES; by default that of the site, for a new one roots.chosen().
 
         Raises:
             RequirementsError: this machine lacks something, and `install` is false.
-            SiteError: a part did not start; the message names its log.
+            SiteError: a part did not start, and the message names its log; or the site has another version of Slurm.
         """
         requirements.check_system()
         requirements.ensure_packages(install)
@@ -93,7 +94,11 @@ class SimulatedSite:
             _remove_files(name)  # somebody may have written there after it went down
         elif not _completed(left).exists():
             cls.down(name)  # an attempt that was cut short: its database may lack anything
-        site = cls(network.claim(name), programs)
+        layout = network.claim(name, slurm or roots.chosen())
+        if slurm and layout.slurm != slurm:
+            raise SiteError(f"the site {name!r} has Slurm {layout.slurm} (`scripts/sim down` ends it)")
+        roots.ensure(layout.slurm, install)
+        site = cls(layout, programs)
         if not _completed(site.layout).exists():
             site._configure()
         site.start()
@@ -135,6 +140,7 @@ class SimulatedSite:
             self.storage.restore_project()
         with ThreadPoolExecutor(len(self.machines)) as pool:
             list(pool.map(Machine.start, self.machines.values()))
+            self.machines[LOGIN_NODES[0].hostname].run(["ldconfig"])  # for all of them, since they share /etc
             parts = [pool.submit(part) for part in (self.cluster.start, self.login.start, self._start_identity)]
             for part in parts:
                 part.result()
@@ -298,7 +304,7 @@ class SimulatedSite:
             shutil.rmtree(self.layout.log)
         for folder in (self.layout.etc, self.layout.run, self.layout.log):
             folder.mkdir()
-        run_on_host("cp", "--archive", "/etc", str(self.layout.machine_etc))
+        run_on_host("cp", "--archive", str(roots.root(self.layout.slurm) / "etc"), str(self.layout.machine_etc))
         # All nodes share the few CPUs of this machine: a thread that waits for others must not spin on one.
         profile = self.layout.machine_etc / "profile.d" / "threads.sh"
         profile.write_text("export OMP_WAIT_POLICY=PASSIVE\n", encoding="utf-8")

@@ -97,7 +97,8 @@ MessageTimeout=10
 KillWait=5
 InactiveLimit=0
 MinJobAge=300
-ReturnToService=2
+# A node that did not respond returns when its slurmd registers; one that an administrator took down does not.
+ReturnToService=1
 JobSubmitPlugins=lua
 # Wrong and over-long requests are refused at submission, not left pending.
 EnforcePartLimits=ALL
@@ -124,7 +125,6 @@ def cgroup_conf() -> str:
     return """\
 CgroupPlugin=cgroup/v1
 CgroupMountpoint=/sys/fs/cgroup
-CgroupAutomount=no
 ConstrainRAMSpace=yes
 ConstrainSwapSpace=no
 ConstrainCores=no

@@ -16,9 +16,7 @@ from pathlib import Path
 
 from . import requirements
 from .errors import RequirementsError, SiteError
-
-CACHE = Path("/var/cache/simulated-site")
-"""Where the built programs stay between sites, outside of every clone."""
+from .requirements import CACHE
 
 _CLI_SOURCE = "golang-github-smallstep-cli=0.15.16+ds-3"
 _CA_SOURCE = "golang-github-smallstep-certificates=0.19.0-1"
