@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -57,6 +58,11 @@ def test_all_is_in_order(site: SimulatedSite) -> None:
     findings = look()
     assert [finding.name for finding in findings] == CHAIN
     assert {finding.name: finding.state for finding in findings if finding.state != "ok"} == {"open files": "warning"}
+    (storage,) = (finding.found for finding in findings if finding.name == "storage")
+    for name in ("HOME", "DATA", "SCRATCH"):
+        assert re.search(rf"\${name} /\S+: [\d.,]+ GB and [\d,]+ files free", storage), storage
+    (projects,) = (finding.found for finding in findings if finding.name == "projects")
+    assert projects.endswith(f"jobs are charged to {ACCOUNT} (your default)")
     assert ".doctor" not in site.run_on_login(CERTIFICATE_USER, "find ~").stdout
     assert not site.squeue("--noheader")
 

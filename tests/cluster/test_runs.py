@@ -71,6 +71,8 @@ def test_result_output_and_numbers(site: SimulatedSite, workloads: Path, capfd: 
     assert (metadata["partition"], metadata["qos"]) == (CPU_PARTITION, CPU_PARTITION)
     run, job = metadata["run_directory"], str(metadata["job_id"])
     assert jobs_of(site, run) == [job]
+    assert (outcome.tags["deployment"], outcome.tags["site"]) == ("staging_supercomputer", "musica")
+    assert outcome.tags["slurm_job/probe"] == job
     assert metadata["attach"] == (
         f"ssh -t {CERTIFICATE_USER.name}@{site.login.address} srun --jobid={job} --overlap --pty bash"
     )

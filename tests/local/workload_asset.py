@@ -31,6 +31,7 @@ class Outcome:
         retries: texts of the step's failures after which it was tried again.
         materializations: of the asset, by partition (None: not partitioned).
         checks: passed or not, by name.
+        tags: of the run.
     """
 
     success: bool
@@ -39,6 +40,7 @@ class Outcome:
     retries: list[str]
     materializations: dict[str | None, list[dict[str, Any]]]
     checks: dict[str, bool]
+    tags: dict[str, str]
 
 
 def materialize(
@@ -80,7 +82,11 @@ def materialize(
         ).get_materialize_result()
 
     resources = {"compute": ComputeResource(site_overrides=SUPERCOMPUTER_SITE_OVERRIDES)}
-    result = dg.materialize([probe], resources=resources, partition_key=partition_key, raise_on_error=False)
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize(
+            [probe], resources=resources, partition_key=partition_key, raise_on_error=False, instance=instance
+        )
+        (run,) = instance.get_runs()
     materializations: dict[str | None, list[dict[str, Any]]] = {}
     for event in result.asset_materializations_for_node("probe"):
         values = {name: value.value for name, value in event.metadata.items()}
@@ -95,4 +101,6 @@ def materialize(
         for event in result.filter_events(lambda event: event.event_type_value == "STEP_UP_FOR_RETRY")
     ]
     checks_passed = {found.check_name: found.passed for found in evaluations}
-    return Outcome(result.success, result.run_id, "\n".join(texts), retries, materializations, checks_passed)
+    return Outcome(
+        result.success, result.run_id, "\n".join(texts), retries, materializations, checks_passed, dict(run.tags)
+    )
