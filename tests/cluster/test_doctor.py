@@ -18,6 +18,7 @@ import pytest
 from musica_pipelines.definitions import defs
 from resources import SUPERCOMPUTER_SITE_OVERRIDES
 from resources.doctor import CHECKS, Finding, examine
+from resources.preview import find_submitting
 from resources.settings import ROOT
 from tests.simulated_site import CERTIFICATE_USER, CPU_PARTITION, TCSH_USER, SimulatedSite
 from tests.simulated_site.slurm_configuration import ACCOUNT, SECOND_ACCOUNT, SPENT_ACCOUNT
@@ -243,17 +244,21 @@ def test_what_slurm_says_to_the_assets_job_scripts(set_variables: Set) -> None:
         assert [finding.name for finding in findings[: len(CHAIN)]] == CHAIN
         return {finding.name: finding for finding in findings[len(CHAIN) :]}
 
+    with dg.DagsterInstance.ephemeral() as instance:
+        submitting = find_submitting(defs, instance)
     findings = tried()
-    assert set(findings) == {f"asset {name}" for name in ("flights", "delay_features", "delay_sweep", "delay_model")}
+    assert list(findings) == [f"asset {name}" for name, _ in submitting]
     for finding in findings.values():
         assert finding.state == "ok", finding
         assert " to start at " in finding.found
         assert finding.found.endswith(f"charged to project {ACCOUNT}")
     set_variables(SLURM_RESERVATION="nobodys", DAGSTER_DEPLOYMENT="development")
     findings = tried()
-    assert {finding.state for finding in findings.values()} == {"broken"}
-    assert "reservation" in findings["asset flights"].found
-    assert findings["asset flights"].fix.endswith("scripts/preview flights --partition '2013-12' --test-only")
+    assert {finding.state for finding in findings.values()} == {"broken"}  # not the first one alone
+    for name, partition in submitting:
+        assert "reservation" in findings[f"asset {name}"].found
+        command = f"scripts/preview {name}" + (f" --partition '{partition}'" if partition else "")
+        assert findings[f"asset {name}"].fix.endswith(f"{command} --test-only")
 
 
 def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
