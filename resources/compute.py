@@ -30,7 +30,7 @@ from resources.tags import tag_deployment
 class ComputeResource(dg.ConfigurableResource[Any]):
     """Runs workloads: on this machine in `development`, through Slurm on the `*_supercomputer` deployments."""
 
-    # Dagster makes a new copy of a resource for each step, so it holds no state; all that a run needs is built in `run`.
+    # Dagster copies a resource for each step, so it holds no state; all that a run needs is built in `run`.
     site_overrides: dict[str, Any] = Field({}, description="The sites: SUPERCOMPUTER_SITE_OVERRIDES.")
 
     def run(

@@ -84,18 +84,22 @@ def check_name(facts: Facts) -> Verdict:
 def check_port(facts: Facts) -> Verdict:
     """Connect to the first machine on the way, and read its greeting."""
     hop = _first_hop(facts)
+    maintenance = "check whether the centre announces a maintenance"
     try:
-        with socket.create_connection((hop.host, hop.port), TCP_SECONDS) as connection:
-            greeting = connection.recv(64).decode(errors="replace").strip()
+        connection = socket.create_connection((hop.host, hop.port), TCP_SECONDS)
     except TimeoutError:
         return broken(
             f"{hop} does not answer within {TCP_SECONDS:.0f} s: this network does not reach it",
             "connect from the network of a partner university, or start the centre's VPN; "
-            "if you have done so, check whether the centre announces a maintenance",
+            f"if you have done so, {maintenance}",
         )
     except OSError as error:
-        fix = "check SLURM_EDGE_NODE_PORT, and whether the centre announces a maintenance"
-        return broken(f"{hop}: {error.strerror or error}", fix)
+        return broken(f"{hop}: {error.strerror or error}", f"check SLURM_EDGE_NODE_PORT, and {maintenance}")
+    try:
+        with connection:
+            greeting = connection.recv(64).decode(errors="replace").strip()
+    except OSError as error:
+        return broken(f"{hop} accepts a connection and says nothing: {error.strerror or error}", maintenance)
     if not greeting.startswith("SSH-"):
         return broken(f"{hop} is not SSH: {greeting!r}", "check SLURM_EDGE_NODE_PORT")
     return ok(f"{hop} answers: {greeting}")

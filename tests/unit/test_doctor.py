@@ -1,12 +1,18 @@
 """What the doctor makes of a login node's answers, whatever its commands print."""
 
+import socket
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
+from resources.doctor import here
+from resources.doctor.finding import Facts
 from resources.doctor.storage import Room, parse_room
 from resources.doctor.survey import Answer, parse, render
+from resources.settings import Settings
 
 SPACE = "Filesystem     1024-blocks     Used Available Capacity Mounted on\n"
 INODES = "Filesystem       Inodes  IUsed   IFree IUse% Mounted on\n"
@@ -46,6 +52,44 @@ def test_room_in_words() -> None:
     assert str(Room(51380224, 999990)) == "49.0 GB and 999,990 files free"
     assert str(Room(1024, None)) == "0.0 GB free"
     assert str(Room(None, None)) == "free space not known"
+
+
+def facts_of(address: tuple[str, int], folder: Path) -> Facts:
+    facts = Facts({}, dg.DagsterInstance.ephemeral, ExitStack())
+    facts.settings = Settings(
+        SLURM_EDGE_NODE_HOST=address[0],
+        SLURM_EDGE_NODE_PORT=address[1],
+        SLURM_EDGE_NODE_USER="me",
+        SLURM_EDGE_NODE_KEY_PATH=folder / "key",
+    )
+    return facts
+
+
+@pytest.fixture
+def short_patience(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(here, "TCP_SECONDS", 0.5)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("short_patience")
+def test_a_network_from_which_port_22_times_out(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, ExitStack() as stack:
+        for _ in range(4):  # the places in the queue; from then on, packets are dropped as by a firewall
+            waiting = stack.enter_context(socket.socket())
+            waiting.settimeout(0)
+            waiting.connect_ex(server.getsockname())
+        state, found, fix = here.check_port(facts_of(server.getsockname(), tmp_path))
+    assert state == "broken"
+    assert found.endswith("does not answer within 0 s: this network does not reach it")
+    assert "partner university" in fix
+    assert "VPN" in fix
+
+
+@pytest.mark.usefixtures("short_patience")
+def test_a_server_that_says_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        state, found, _ = here.check_port(facts_of(server.getsockname(), tmp_path))
+    assert (state, "accepts a connection and says nothing" in found) == ("broken", True)
 
 
 def survey(folder: Path, df: str, **variables: str) -> dict[str, Answer]:
