@@ -13,12 +13,12 @@ from resources.errors import ConfigurationError
 from resources.preview import NotPreviewedError, find_submitting, preview_asset, try_script
 from resources.runs import open_runs
 from resources.settings import Settings
-from resources.slurm.gateway import RefusedError
+from resources.slurm.gateway import RefusedError, StoppedError
 from resources.ssh import SshError
 
 SECONDS = 240.0
 """For the agent to answer everything; Slurm takes some seconds for each job script."""
-FAILURES = (AccessError, SshError, RefusedError)
+FAILURES = (AccessError, SshError, RefusedError, StoppedError)
 
 
 def check_projects(facts: Facts) -> Verdict:
@@ -28,7 +28,7 @@ def check_projects(facts: Facts) -> Verdict:
         facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.site_overrides, SECONDS))
         facts.projects = projects = facts.runs.gateway.projects()
     except FAILURES as error:
-        return broken(str(error), "try again")
+        return broken(_describe(error), "try again")
     charged = projects.charged(settings.account)
     if not projects.qos:
         return warning("the accounting does not answer, or knows no project of yours", "try again; ask the centre")
@@ -53,7 +53,7 @@ def check_jobs(facts: Facts) -> Verdict:
     try:
         going = [run for run in facts.runs.all() if run.job and not run.end and facts.runs.look(run)[0]]
     except FAILURES as error:
-        return broken(str(error), "try again; scripts/job lists what is there")
+        return broken(_describe(error), "try again; scripts/job lists what is there")
     strange = [f"{run.job} ({run.about.asset})" for run in going if not facts.instance.has_run(run.about.run)]
     if strange:
         fix = "leave them to the other Dagster that submitted them; if there is none: scripts/job JOB cancel"
@@ -70,7 +70,7 @@ def check_environment(facts: Facts) -> Verdict:
         base = str(settings.deployment_base_path)
         published = Environments(facts.runs.gateway, base, facts.site).published()
     except FAILURES as error:
-        return broken(str(error), "try again")
+        return broken(_describe(error), "try again")
     if published is None:
         return broken("nothing has been published: runs are refused", "scripts/deploy_environment.py")
     revision = f", revision {published.revision}" if published.revision else ""
@@ -95,11 +95,15 @@ def try_job_scripts(facts: Facts) -> Iterator[tuple[str, Verdict]]:
             try:
                 accepted, said = try_script(facts.runs.gateway, preview, facts.projects)
             except FAILURES as error:
-                yield f"asset {name}", broken(str(error), "try again")
+                yield f"asset {name}", broken(_describe(error), "try again")
                 return
             step = preview.summary["step"]
             label = f"asset {name}" if step == name else f"asset {name}, {step}"
             yield label, ok(said) if accepted else broken(said, f"correct the asset's request; {command} --test-only")
+
+
+def _describe(error: Exception) -> str:
+    return str(error) or f"the login node has not answered everything within {SECONDS:.0f} s"
 
 
 @contextmanager

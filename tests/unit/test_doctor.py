@@ -8,11 +8,12 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from resources.doctor import here
+from resources.doctor import here, jobs
 from resources.doctor.finding import Facts
 from resources.doctor.storage import Room, parse_room
 from resources.doctor.survey import Answer, parse, render
 from resources.settings import Settings
+from resources.slurm.gateway import StoppedError
 
 SPACE = "Filesystem     1024-blocks     Used Available Capacity Mounted on\n"
 INODES = "Filesystem       Inodes  IUsed   IFree IUse% Mounted on\n"
@@ -90,6 +91,19 @@ def test_a_server_that_says_nothing(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         state, found, _ = here.check_port(facts_of(server.getsockname(), tmp_path))
     assert (state, "accepts a connection and says nothing" in found) == ("broken", True)
+
+
+def test_an_agent_that_stops_answering_is_no_traceback(tmp_path: Path) -> None:
+    """Its time limit ends the requests with an error without text."""
+
+    class Silent:
+        def all(self) -> None:
+            raise StoppedError
+
+    facts = facts_of(("login.example", 22), tmp_path)
+    facts.runs = Silent()  # type: ignore[assignment]
+    state, found, _ = jobs.check_jobs(facts)
+    assert (state, found) == ("broken", "the login node has not answered everything within 240 s")
 
 
 def survey(folder: Path, df: str, **variables: str) -> dict[str, Answer]:
