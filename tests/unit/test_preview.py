@@ -1,6 +1,7 @@
 """The plan of an asset, worked out offline."""
 
 import asyncio
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
@@ -15,6 +16,7 @@ from resources.compute import ComputeResource
 from resources.errors import ConfigurationError
 from resources.launchers import RayLauncher, ScriptLauncher
 from resources.preview import Preview, preview_asset
+from resources.settings import ROOT
 from resources.slurm import SlurmRequest
 
 CPU, GPU = "zen4_0768", "zen4_0768_h100x4"
@@ -343,3 +345,11 @@ def test_a_cpu_asset_leaves_the_gpu_partition_that_the_environment_names(monkeyp
     monkeypatch.setenv("SLURM_QOS", f"dev_{GPU}")
     request = preview("counts", "2013-01").plan.allocation.request
     assert (request.partition, request.qos) == (CPU, f"dev_{CPU}")
+
+
+@pytest.mark.parametrize("text", ["trials=3", "3", "[]"])
+def test_a_config_that_is_no_json_object_is_wrong_usage(text: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "preview"), "anything", "--config-json", text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert f"{text!r} is no JSON object" in done.stderr
