@@ -155,22 +155,6 @@ def test_dropped_again_and_again_each_line_comes_once(settings: Settings, site: 
     nobody_left(site)
 
 
-def test_refused_for_a_while(settings: Settings, site: SimulatedSite) -> None:
-    gateway = Gateway(choose_channel(settings, PYTHONS, ensure_certificate))
-    run = Run("sleep 2; echo done")
-    submit(gateway, run)
-    gateway.close()
-    with site.faults.ssh_refused():
-        thread = threading.Thread(target=follow, args=(gateway, run))
-        thread.start()
-        begun = time.monotonic()
-        wait_until(lambda: time.monotonic() - begun > 5, "five seconds without a way in", 10)
-    thread.join(60)
-    assert not thread.is_alive()
-    assert run.stdout == b"done\n"
-    gateway.close()
-
-
 @pytest.mark.parametrize(
     ("kind", "how"),
     [("error-after", {"found", "recorded"}), ("error-before", {"submitted"}), ("slow", {"submitted"})],
