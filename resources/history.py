@@ -1,31 +1,43 @@
 """What Dagster has recorded of a step."""
 
 from collections.abc import Iterable
+from datetime import UTC, datetime
 
 import dagster as dg
 
 PAGE = 1000
+CREATED_SECONDS = 1.0
+"""SQLite cuts the fraction off the time at which a run was created."""
 
 
-def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str) -> bool:
+def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str, before: datetime | None = None) -> bool:
     """Return whether Dagster has stored the result of a step in one of some runs.
 
     Args:
         instance: that knows the runs; one that was deleted has stored nothing.
         runs: their ids.
         step: Dagster's key of the step; empty: every step of the run.
+        before: count only what was stored by then.
     """
-    return any(_succeeded(instance, run, step) for run in runs)
+    latest = before.timestamp() + CREATED_SECONDS if before else float("inf")
+    return any(_succeeded(instance, run, step, latest) for run in runs)
 
 
-def _succeeded(instance: dg.DagsterInstance, run_id: str, step: str) -> bool:
+def created_at(instance: dg.DagsterInstance, run_id: str) -> datetime | None:
+    """Return when a run was asked for; None if it was deleted."""
+    record = instance.get_run_record_by_id(run_id)
+    return record.create_timestamp.astimezone(UTC) if record else None
+
+
+def _succeeded(instance: dg.DagsterInstance, run_id: str, step: str, latest: float) -> bool:
     if not step:
         run = instance.get_run_by_id(run_id)
         return run is not None and run.status == dg.DagsterRunStatus.SUCCESS
     cursor, more = None, True
     while more:
         page = instance.get_records_for_run(run_id, cursor, of_type=dg.DagsterEventType.STEP_SUCCESS, limit=PAGE)
-        if any(record.event_log_entry.step_key == step for record in page.records):
+        entries = [record.event_log_entry for record in page.records]
+        if any(entry.step_key == step and entry.timestamp <= latest for entry in entries):
             return True
         cursor, more = page.cursor, page.has_more
     return False

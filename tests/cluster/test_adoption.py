@@ -60,6 +60,18 @@ def test_two_at_once_then_killed_then_done_anew(site: SimulatedSite, tmp_path: P
     assert (success, error) == (True, "")
     assert metadata["job_id"] != job
     assert metadata["run_directory"].endswith("-2")
+    # Asked for while the same is executed: it waits, and uses that result.
+    site.run_on_login(CERTIFICATE_USER, "rm go-on")
+    fourth = step.start(again=True)
+    only_job(site, "RUNNING")
+    fifth = step.start(again=True)
+    wait_until(lambda: "is already executing this step" in step.log, "the fifth waits", 90)
+    go_on(site)
+    _, _, first_result = step.result(fourth)
+    success, error, metadata = step.result(fifth)
+    assert (success, error) == (True, "")
+    assert metadata["job_id"] == first_result["job_id"]
+    assert metadata["run_directory"].endswith("-3")
     one_job_each(site)
     nobody_left(site)
 

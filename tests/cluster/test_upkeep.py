@@ -226,7 +226,7 @@ def test_a_job_whose_step_failed_is_kept_listed_and_attached_to(
 
     # A person terminates the run that has attached again, while nobody can cancel the job.
     process = ours.start(SLEEPER, again=True)
-    wait_until(lambda: attached in ours.log, "it attaches again", 90)
+    wait_until(lambda: attached in ours.log and f"job {number}: RUNNING" in ours.log, "it attaches again", 90)
     end(process)
     run = ours.instance.get_run_by_id(ours.run_id)
     assert run is not None
