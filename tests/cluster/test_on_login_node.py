@@ -10,6 +10,7 @@ from resources.settings import ROOT
 from tests.cluster.background import nobody_left
 from tests.simulated_site import CERTIFICATE_USER, CPU_PARTITION, SimulatedSite, wait_until
 from tests.simulated_site.interpreter import interpreter
+from tests.simulated_site.slurm_configuration import SECOND_ACCOUNT
 
 pytestmark = pytest.mark.cluster
 
@@ -56,6 +57,7 @@ def test_a_run_without_ssh(site: SimulatedSite) -> None:
         "SLURM_DEPLOYMENT_BASE_PATH": f"{CERTIFICATE_USER.home}/dagster-slurm",
         "SLURM_PYTHON": python,
         "SLURM_QOS": CPU_PARTITION,
+        "SBATCH_ACCOUNT": SECOND_ACCOUNT,
         "ASC_OIDC_APP_PASSWORD": "not to be passed on",
     }
     command = ["env", *(f"{name}={value}" for name, value in variables.items())]
@@ -73,7 +75,7 @@ def test_a_run_without_ssh(site: SimulatedSite) -> None:
     site.run_on_login(CERTIFICATE_USER, "touch go-on")
     thread.join(60)
     metadata = json.loads(said[0].splitlines()[-1])
-    assert metadata["rows"] == 7
+    assert (metadata["rows"], metadata["account"]) == (7, SECOND_ACCOUNT)
     assert metadata["attach"] == f"srun --jobid={metadata['job_id']} --overlap --pty bash"
     assert site.job_state(metadata["job_id"]) == "COMPLETED"
     nobody_left(site)
