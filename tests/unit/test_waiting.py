@@ -1,7 +1,12 @@
 """Jobs that may never start are told from those that wait for their turn."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from resources.remote import RemoteRun
+from resources.slurm.gateway import JobState
 from resources.slurm.waiting import advise
 
 
@@ -42,3 +47,14 @@ def test_a_job_that_may_never_start(reason: str, says: str) -> None:
 )
 def test_a_job_that_waits_for_its_turn(reason: str) -> None:
     assert advise(reason, "17") is None
+
+
+def test_the_step_warns_once_with_the_advice() -> None:
+    warned: list[str] = []
+    log = SimpleNamespace(info=lambda _: None, warning=warned.append)
+    step: Any = SimpleNamespace(_job="17", _state=None, _log=log, _tell_project=lambda _: None)
+    for reason in ("Priority", "JobHeldUser", "JobHeldUser", "None"):
+        RemoteRun._tell_state(step, JobState("PENDING", reason, None))
+    (text,) = warned
+    assert text.startswith("Slurm job 17 may never start (JobHeldUser): ")
+    assert text.endswith("\n  scontrol release 17")
