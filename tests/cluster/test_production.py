@@ -12,6 +12,7 @@ from playwright.sync_api import expect
 
 from resources.settings import ROOT
 from tests.browser import open_ui, take
+from tests.cluster.background import STRESS
 from tests.local.dagster_dev import DagsterDev, wait_for
 from tests.simulated_site import CERTIFICATE_USER, SimulatedSite
 from tests.unit.test_settings import DOCUMENT
@@ -44,13 +45,23 @@ def variables(site: SimulatedSite, client_home: Path) -> dict[str, str]:
     return {**kept, **own, "ASC_ALLOW_HTTP": "true"}  # the site's authentik has no certificate
 
 
+BASES = ("dagster-slurm", "$DATA/dagster-slurm") if STRESS else ("dagster-slurm",)
+"""Deployment folders: the document's, in the home, and the recommended one. The second takes as long as the first."""
+
+
+@pytest.fixture(params=BASES)
+def base(request: pytest.FixtureRequest) -> str:
+    """The deployment folder, as a login shell on the supercomputer takes it."""
+    return str(request.param)
+
+
 @pytest.fixture
-def clone(site: SimulatedSite, tmp_path: Path) -> Path:
+def clone(site: SimulatedSite, tmp_path: Path, base: str) -> Path:
     """A fresh clone, and in it nothing but the document's file, its values filled in."""
     folder = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
-    text, values = DOCUMENT, site.environment()
-    for name in FILLED_IN:
+    text, values = DOCUMENT, {**site.environment(), "SLURM_DEPLOYMENT_BASE_PATH": base}
+    for name in (*FILLED_IN, *(["SLURM_DEPLOYMENT_BASE_PATH"] if base.startswith("$") else [])):
         text = re.sub(rf"^{name}=\S+", f"{name}={values[name]}", text, flags=re.MULTILINE)
     text = re.sub(r"^ASC_OIDC_APP_PASSWORD=\S+", "ASC_OIDC_APP_PASSWORD=", text, flags=re.MULTILINE)
     file = folder / "envs" / ".env.musica"
@@ -80,11 +91,11 @@ def run_script(clone: Path, variables: dict[str, str], *arguments: str) -> "subp
 
 def test_materialize_all_from_the_ui(
     clone: Path, variables: dict[str, str], dagster_dev: DagsterDev, site: SimulatedSite,
-    client_home: Path, tmp_path: Path,
+    tmp_path: Path, base: str,
 ) -> None:  # fmt: skip
     deployed = run_script(clone, variables, "scripts/deploy_environment.py")
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-    assert (client_home / ".config" / "dagster-slurm" / "musica-auth.env").stat().st_mode & 0o777 == 0o600
+    assert Path(variables["HOME"], ".config", "dagster-slurm", "musica-auth.env").stat().st_mode & 0o777 == 0o600
     dagster_dev.start()
     with open_ui(dagster_dev.url) as page:
         page.goto("/asset-groups")
@@ -98,7 +109,7 @@ def test_materialize_all_from_the_ui(
         page.goto(f"/runs/{sweep['runId']}?levels=info")
         expect(page.get_by_text(re.compile("^job [0-9]+: RUNNING on g400[12]")).first).to_be_visible()
         take(page, "sweep-on-the-supercomputer.png", tmp_path)
-    runs = site.run_on_login(CERTIFICATE_USER, "ls -d dagster-slurm/runs/*/").stdout.split()
+    runs = site.run_on_login(CERTIFICATE_USER, f"bash -lc 'ls -d {base}/runs/*/'").stdout.split()
     keys = [run.strip("/").rpartition("/")[2] for run in runs if "dagster-slurm/runs/" in run]
     jobs = site.sacct(
         "-XnP", "--starttime=now-1days", f"--name={','.join(keys)}", "--format=JobName,Partition,QOS,State,NNodes"
