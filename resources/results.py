@@ -19,8 +19,12 @@ def op_context(context: StepContext) -> dg.OpExecutionContext:
 
 
 def partitions_of(context: StepContext) -> Sequence[str]:
-    """The partition keys of the step; empty without partitions."""
-    return list(context.partition_keys) if context.has_partition_key or context.has_partition_key_range else []
+    """Return the partition keys of the step; none for assets without partitions, also in a run over partitions."""
+    if not (context.has_partition_key or context.has_partition_key_range):
+        return []
+    step = op_context(context)
+    unpartitioned = step.has_assets_def and step.assets_def.partitions_def is None
+    return [] if unpartitioned else list(context.partition_keys)
 
 
 def attach_partitions(context: StepContext, reader: dg.PipesMessageReader, reports: Sequence[Any]) -> None:

@@ -38,6 +38,28 @@ def error_of(result: dg.ExecuteInProcessResult) -> str:
     return f"{data.error}\n{data.user_failure_data.description if data.user_failure_data else ''}"
 
 
+def test_an_asset_without_partitions_in_a_run_over_partitions(tmp_path: Path) -> None:
+    """As the example's model after its months: it gets no partition keys, and its costs once."""
+    path = write(
+        tmp_path, "    pipes.report_asset_materialization(metadata={'keys': pipes.extras.get('partition_keys')})\n"
+    )
+
+    @dg.asset(partitions_def=LETTERS, backfill_policy=dg.BackfillPolicy.single_run())
+    def letters(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        return compute.run(context, workload=path, launcher=ScriptLauncher()).get_materialize_result()
+
+    @dg.asset(deps=[letters])
+    def word(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        return compute.run(context, workload=path, launcher=ScriptLauncher()).get_materialize_result()
+
+    result = dg.materialize([letters, word], resources=COMPUTE, tags=RANGE)
+    (event,) = result.asset_materializations_for_node("word")
+    assert event.metadata["keys"].value is None
+    assert "workload_seconds" in event.metadata
+    each = result.asset_materializations_for_node("letters")
+    assert [event.metadata["keys"].value for event in each] == [["a", "b", "c"]] * 3
+
+
 # Sessions
 
 
