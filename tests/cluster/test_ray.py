@@ -36,7 +36,7 @@ def test_two_nodes_with_four_gpus_each(site: SimulatedSite, tmp_path: Path, capf
         + """
     import resource, stat, subprocess
     total = ray.cluster_resources()
-    (temporary,) = pathlib.Path("/tmp").glob("r-*")
+    (temporary,) = pathlib.Path("/local").glob("r-*")
     token = pathlib.Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     stolen = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64}
     import sys
