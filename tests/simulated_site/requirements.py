@@ -12,6 +12,7 @@ SUPPORTED_SYSTEMS = {"debian": ("12", "13"), "ubuntu": ()}
 PACKAGES = (
     "debian-archive-keyring",
     "debootstrap",
+    "gpgv",
     "iproute2",
     "openssh-client",
     "procps",
