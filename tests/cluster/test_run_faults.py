@@ -304,39 +304,6 @@ def test_the_accounting_is_off(site: SimulatedSite, workloads: Path) -> None:
     assert not {"max_rss_mib", "cpu_efficiency"} & set(metadata)
 
 
-def test_a_submit_limit_is_waited_for_and_a_job_that_is_held_is_warned_about(
-    site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def limit(jobs: int) -> None:
-        change = ["modify", "qos", CPU_PARTITION, "set", f"MaxSubmitJobsPerUser={jobs}"]
-        site.run_on_node("musica-db", " ".join(["sacctmgr", "--immediate", *change]))
-
-    said = ""
-
-    def says(words: str) -> bool:
-        nonlocal said
-        said += capfd.readouterr().err
-        return words in said
-
-    limit(0)
-    before = logins(site)
-    try:
-        request = SlurmRequest(time_limit="00:30:00", options=("--begin=now+1hour",))
-        run = Background(lambda: materialize(REPORTS, workloads, request=request))
-        wait_until(lambda: says("QOSMaxSubmitJobPerUserLimit"), "the limit is reported", 60)
-        pause(3)
-    finally:
-        limit(-1)
-    job = only_job(site, "PENDING", 120)
-    site.run_on_login(CERTIFICATE_USER, f"scontrol hold {job}")
-    wait_until(lambda: says(f"scontrol release {job}"), "the advice", 60)
-    site.run_on_login(CERTIFICATE_USER, f"scontrol update JobId={job} StartTime=now; scontrol release {job}")
-    one_job_did_it(site, run.outcome())
-    assert says("may never start (JobHeldUser)")
-    assert said.count("QOSMaxSubmitJobPerUserLimit") == 1
-    assert sum(logins(site).values()) == sum(before.values()) + 1
-
-
 # ---- what happens to nodes and jobs
 
 FIRST_SLEEPS = (
