@@ -39,7 +39,7 @@ from resources.ssh import SshError
 from resources.steplog import StepLog
 from resources.stopping import read_interruption, show_on_terminal, watching
 from resources.submission import CONTEXT, MESSAGES, About, Place, files_of
-from resources.tags import tag_job
+from resources.tags import left_job, tag_job
 
 CANCEL_SECONDS = {"terminated": 170.0, "command": 30.0}
 """For cancelling a job. `cancel_timeout_seconds` of dagster.yaml is a little longer; a person waits at a terminal."""
@@ -60,6 +60,7 @@ class RemoteRun:
         self._about = About(context.run_id, root, asset, ends, step=step_key(self._step))
         self._run: str | None = None
         self._job: str | None = None
+        self._left: str | None = None
         self._trouble: str | None = None
         self._project: str | None = None
         self._state: list[str] = []
@@ -75,6 +76,8 @@ class RemoteRun:
             self._settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands
         )
         gateway = Gateway(channel, stop, lambda text: self._tell_trouble(gateway, text), self._tell_recovered)
+        self._left = left_job(self._context)
+        gateway.committed = self._left is not None
         environments = Environments(gateway, str(self._settings.deployment_base_path), self._plan.site)
         environment = RunEnvironment(environments, self._settings, self._plan.workload)
         try:
@@ -251,16 +254,17 @@ class RemoteRun:
         if not gateway.blocked:
             self._log.warning(f"{where}: {text}; trying again")
             return
+        job = self._job or self._left or "(just submitted)"
         said = (
-            f"The step cannot reach its Slurm job {self._job or '(just submitted)'} on {where}, which is not affected. "
-            f"{text}\nFix that while the run waits: it tries again by itself. Every link of the chain is tested by\n"
+            f"The step cannot reach its Slurm job {job} on {where}, which is not affected. {text}\n"
+            "Fix that while the run waits: it tries again by itself. Every link of the chain is tested by\n"
             "  scripts/doctor"
         )
         self._log.error(said)
         report_reachable(self._context.instance, passed=False, description=f"Run {self._context.run_id}: {said}")
 
     def _tell_recovered(self) -> None:
-        said = f"The step reaches its Slurm job {self._job or '(just submitted)'} again."
+        said = f"The step reaches its Slurm job {self._job or self._left or '(just submitted)'} again."
         self._log.info(said)
         report_reachable(self._context.instance, passed=True, description=f"Run {self._context.run_id}: {said}")
 

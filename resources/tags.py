@@ -3,6 +3,7 @@
 import re
 
 from resources.calls import step_key
+from resources.history import has_ended
 from resources.results import StepContext, op_context
 from resources.steplog import StepLog
 
@@ -25,8 +26,28 @@ def tag_job(context: StepContext, job: str, call: int) -> None:
         job: its id.
         call: how many calls of `compute.run` the step made before this one.
     """
-    step = step_key(op_context(context)) + (f".{call + 1}" if call else "")
-    _tag(context, {f"{JOB}/{re.sub(r'[^A-Za-z0-9_.-]', '_', step)[-_LONGEST:]}": job})
+    _tag(context, {_job_tag(step_key(op_context(context)) + (f".{call + 1}" if call else "")): job})
+
+
+def left_job(context: StepContext) -> str | None:
+    """Return the Slurm job that an earlier run submitted or followed when this step was interrupted in it.
+
+    None if there is no such run, or if the step has ended in it.
+    """
+    step = op_context(context)
+    key, parent = step_key(step), step.run.parent_run_id
+    while parent:
+        run = step.instance.get_run_by_id(parent)
+        if run is None or has_ended(step.instance, parent, key):
+            return None
+        if job := run.tags.get(_job_tag(key)):
+            return job
+        parent = run.parent_run_id
+    return None
+
+
+def _job_tag(step: str) -> str:
+    return f"{JOB}/{re.sub(r'[^A-Za-z0-9_.-]', '_', step)[-_LONGEST:]}"
 
 
 def _tag(context: StepContext, tags: dict[str, str]) -> None:

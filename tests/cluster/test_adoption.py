@@ -128,7 +128,7 @@ LATER = WAITS.replace("gone on", "gone on, later")
 
 
 def test_what_decides_the_result_is_changed_while_the_job_runs(
-    site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
+    site: SimulatedSite, tmp_path: Path, variables: dict[str, str], client_home: Path
 ) -> None:
     """The job is cancelled, the differences are named without values. Another Slurm request is no difference."""
     step = Step(tmp_path / "step", variables, WAITS)
@@ -146,6 +146,7 @@ def test_what_decides_the_result_is_changed_while_the_job_runs(
         process = step.start(again=True)
         wait_until(lambda: site.job_state(jobs[-1]) == "CANCELLED", "the outdated job is cancelled", 90)
         jobs.append(only_job(site, "RUNNING"))
+        wait_until(lambda: f"job {jobs[-1]}: RUNNING" in step.log, "the step follows it", 60)
         kill(process)
         assert (
             f"Slurm job {jobs[-2]} was submitted by an earlier run of this step with other inputs ({named})" in step.log
@@ -153,7 +154,12 @@ def test_what_decides_the_result_is_changed_while_the_job_runs(
         assert "WARNING" in step.log
         assert "secret" not in step.log
     step.call({"n": 1}, {"TOKEN": "secret 1"}, time_limit="00:40:00")
+    known = client_home / ".ssh" / "known_hosts"
+    trusted = known.read_text()
+    known.write_text("")
     process = step.start(again=True)
+    wait_until(lambda: f"cannot reach its Slurm job {jobs[-1]}" in step.log, "the job is not forgotten", 90)
+    known.write_text(trusted)
     wait_until(lambda: "time_limit=00:30:00 (now 00:40:00)" in step.log, "the job is adopted", 90)
     go_on(site)
     success, error, metadata = step.result(process)
