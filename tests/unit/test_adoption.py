@@ -133,7 +133,8 @@ def test_calls_have_the_same_names_in_any_order() -> None:
     first, second = StepCalls(), StepCalls()
     names = [first.begin("root", "step", digest).family for digest in digests]
     assert len(set(names)) == 4
-    assert sorted(second.begin("root", "step", digest).family for digest in reversed(digests)) == sorted(names)
+    again = [(digest, second.begin("root", "step", digest).family) for digest in reversed(digests)]
+    assert sorted(again) == sorted(zip(digests, names, strict=True))
     assert not {StepCalls().begin("root", "step[a]", digest).family for digest in digests} & set(names)
     assert not {StepCalls().begin("another", "step", digest).family for digest in digests} & set(names)
 
