@@ -26,8 +26,8 @@ TRY_AGAIN = 75
 """Exit code by which a workload, or a Ray cluster that has lost a node, asks for another try (EX_TEMPFAIL)."""
 
 
-NOT_STARTED = "0:53"
-"""Exit code and signal of a job whose output files slurmd could not open."""
+NOT_STARTED = ("0:53", "2:0")
+"""Exit code and signal of a job whose output files slurmd could not open, by Slurm 22.05 and 24.11."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects
 
 def _explain_cut_short(end: JobEnd) -> Outcome:
     """Return the outcome of a job that has not recorded its own end."""
-    if end.exit == NOT_STARTED:
+    if end.state == "FAILED" and end.exit in NOT_STARTED:
         return Outcome(
             f"the job could not start in its run directory (Slurm: {end.state} {end.exit}). Its compute node does not "
             "see that folder, or cannot write to it. Set SLURM_DEPLOYMENT_BASE_PATH to a folder that every node sees, "

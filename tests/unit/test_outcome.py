@@ -34,6 +34,14 @@ LOST = "Ray: lost the node n4002: health check failed"
             Outcome("it left no word of its end, and Slurm says FAILED 0:9: look at its stderr and at the node"),
         ),
         (
+            JobEnd(None, "FAILED", exit="2:0"),
+            Outcome(
+                "the job could not start in its run directory (Slurm: FAILED 2:0). Its compute node does not see that "
+                "folder, or cannot write to it. Set SLURM_DEPLOYMENT_BASE_PATH to a folder that every node sees, "
+                "such as $DATA/dagster-slurm"
+            ),
+        ),
+        (
             JobEnd(None, "FAILED", exit="0:53"),
             Outcome(
                 "the job could not start in its run directory (Slurm: FAILED 0:53). Its compute node does not see that "
