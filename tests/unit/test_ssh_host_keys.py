@@ -196,7 +196,7 @@ def test_the_text_for_a_users_line_that_keeps_the_sites_authority_out(forge: For
     ],
 )
 def test_a_line_of_the_site_that_is_no_authority_is_refused(forge: Forge, line: str, reason: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"\['musica'\]\['host_authorities'\]\['0'\]: .*{reason}"):
+    with pytest.raises(ConfigurationError, match=rf"\['musica'\]\['host_authorities'\]\[0\]: .*{reason}"):
         load_site({"musica": {"host_authorities": [forge.lines(line)]}}, "musica")
 
 
