@@ -201,8 +201,14 @@ def one_job_for_each_run(site: SimulatedSite) -> Counter[str]:
     command = "cd dagster-slurm/runs && for run in */; do echo $run $(readlink ${run}job); done"
     listing = site.run_on_login(CERTIFICATE_USER, command).stdout.replace("/ ", " ")
     there = dict(line.split() for line in listing.splitlines() if " " in line.strip())
-    rows = site.sacct("-XnP", "--starttime=now-1days", "--format=JobName,JobID").split()
-    jobs = [(name, job) for name, job in (row.split("|") for row in rows) if name.startswith("joined-")]
+    jobs: list[tuple[str, str]] = []
+
+    def accounted() -> bool:
+        rows = site.sacct("-XnP", "--starttime=now-1days", "--format=JobName,JobID").split()
+        jobs[:] = [(name, job) for name, job in (row.split("|") for row in rows) if name.startswith("joined-")]
+        return {job for _, job in jobs} >= set(there.values())
+
+    wait_until(accounted, "the accounting has the last jobs", 60)
     assert len(jobs) == len(dict(jobs)), "a run directory has had two jobs"
     assert dict(jobs) == there
     wait_until(lambda: not rows_of(site, "%i", "--states=PENDING,RUNNING"), "no job is left", 60)
