@@ -119,7 +119,8 @@ def find_submitting(definitions: dg.Definitions, instance: dg.DagsterInstance) -
 def try_script(gateway: Gateway, preview: Preview, projects: Projects) -> tuple[bool, str]:
     """Ask Slurm whether it would accept the script: its expected start and the project, or why not."""
     request = preview.plan.allocation.request
-    accepted, said = gateway.test(preview.script)
+    accepted, text = gateway.test(preview.script)
+    said = "\n".join(line for line in text.splitlines() if line.startswith("sbatch:")) or text  # centres print more
     if not accepted:
         return False, explain_refusal(said, request, lambda: projects)
     project = projects.charged(request.account) or "(the accounting does not answer)"

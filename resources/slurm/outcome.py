@@ -68,6 +68,7 @@ def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
 
 
 _ABOUT_PROJECTS = re.compile(r"account|qos|association", re.IGNORECASE)
+_ABOUT_LIMITS = "violates accounting/QOS policy"
 
 
 def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects]) -> str:
@@ -78,6 +79,12 @@ def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects
         request: of the job, after `allocate`.
         ask: asks the login node for the user's projects; it is called only if the answer is needed.
     """
+    if _ABOUT_LIMITS in text:
+        qos = request.qos or "(the default)"
+        return (
+            f"{text}\nThe request is outside a limit of QoS {qos} or of the project. Request less time or fewer nodes, "
+            "or another QoS: SLURM_QOS, or the asset's SlurmRequest(qos=...)"
+        )
     if not _ABOUT_PROJECTS.search(text):
         return text
     projects = ask()

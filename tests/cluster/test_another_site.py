@@ -73,6 +73,7 @@ def project(site: SimulatedSite, tmp_path: Path, client_home: Path) -> Path:
     (client_home / ".ssh" / "id_borealis").chmod(0o600)
     names = {
         '"borealis": {': '"borealis": {"script_header": ["#ASC --vanilla"],',
+        '"time_limit": "30"': '"time_limit": "10"',
         "accelerated": GPU_PARTITION,
         "batch": CPU_PARTITION,
         "login.borealis.example": site.login.address,

@@ -118,6 +118,13 @@ def test_a_refusal_for_the_project_names_it_and_what_to_change(
     assert expected in said
 
 
+def test_a_refusal_for_a_limit_does_not_blame_the_project() -> None:
+    text = "sbatch: error: QOSMaxWallDurationPerJobLimit\nallocation failure: Job violates accounting/QOS policy (...)"
+    said = explain_refusal(text, SlurmRequest(qos="dev_q"), lambda: Projects.parse(ROWS, ""))
+    assert said.startswith(f"{text}\nThe request is outside a limit of QoS dev_q or of the project. Request less time")
+    assert "SLURM_ACCOUNT" not in said
+
+
 def test_another_refusal_stays_as_it_is_and_asks_for_no_projects() -> None:
     def ask() -> Projects:
         raise AssertionError
