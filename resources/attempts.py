@@ -11,7 +11,7 @@ import dagster as dg
 
 from resources.adoption import Choice, choose, name_differences, name_request_changes, outdated_runs
 from resources.calls import Call
-from resources.history import created_at, is_stored
+from resources.history import first_heard, is_stored
 from resources.slurm.gateway import Claim, Gateway, OtherRun, RefusedError, StoppedError
 from resources.steplog import StepLog
 from resources.submission import former_family_of, step_prefix
@@ -68,7 +68,7 @@ class Attempts:
         former = former_family_of(submission.root, submission.assets, submission.partitions, submission.call.number)
         related = (f"{step_prefix(submission.root, submission.step)}-", f"{former}-")
         claim = self._claim(self.family, related)
-        instance, asked = self._context.instance, created_at(self._context.instance, self._context.run_id)
+        instance, asked = self._context.instance, first_heard(self._context.instance, self._context.run_id)
         stored = claim.over and is_stored(instance, claim.followers, submission.step, before=asked)
         choice = choose(claim, stored=stored)
         if choice.reason:

@@ -1,25 +1,22 @@
 """What Dagster has recorded of a step."""
 
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
 
 import dagster as dg
 
 PAGE = 1000
-CREATED_SECONDS = 1.0
-"""SQLite cuts the fraction off the time at which a run was created."""
 
 
-def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str, before: datetime | None = None) -> bool:
+def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str, before: float | None = None) -> bool:
     """Return whether Dagster has stored the result of a step in one of some runs.
 
     Args:
         instance: that knows the runs; one that was deleted has stored nothing.
         runs: their ids.
         step: Dagster's key of the step; empty: every step of the run.
-        before: count only what was stored by then.
+        before: count only what was stored by then, in seconds since 1970.
     """
-    latest = before.timestamp() + CREATED_SECONDS if before else float("inf")
+    latest = float("inf") if before is None else before
     return any(_succeeded(instance, run, step, latest) for run in runs)
 
 
@@ -29,10 +26,13 @@ def has_ended(instance: dg.DagsterInstance, run: str, step: str) -> bool:
     return any(entry.step_key == step for entry in _events(instance, run, ends))
 
 
-def created_at(instance: dg.DagsterInstance, run_id: str) -> datetime | None:
-    """Return when a run was asked for; None if it was deleted."""
-    record = instance.get_run_record_by_id(run_id)
-    return record.create_timestamp.astimezone(UTC) if record else None
+def first_heard(instance: dg.DagsterInstance, run_id: str) -> float | None:
+    """Return the time of a run's first event, in seconds since 1970; None if it was deleted.
+
+    That is when it was asked for. Dagster's own time of its creation has no fraction of a second in SQLite.
+    """
+    records = instance.get_records_for_run(run_id, limit=1, ascending=True).records
+    return records[0].event_log_entry.timestamp if records else None
 
 
 def _succeeded(instance: dg.DagsterInstance, run_id: str, step: str, latest: float) -> bool:

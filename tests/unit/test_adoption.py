@@ -1,7 +1,6 @@
 """Which job a step adopts, what counts as the same work, and what is said about it."""
 
 import threading
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from resources.adoption import (
     outdated_runs,
 )
 from resources.calls import StepCalls, step_key
-from resources.history import created_at, is_stored
+from resources.history import first_heard, is_stored
 from resources.launchers import Launcher, RayLauncher, ScriptLauncher
 from resources.plan import Plan
 from resources.slurm import Allocation, Site, SlurmRequest
@@ -187,8 +186,8 @@ def test_steps_of_a_graph_have_keys_and_success_is_read_by_them() -> None:
         result = outer.execute_in_process(instance=instance, raise_on_error=False)
         assert seen == ["inner.work[a]", "inner.work[b]"]
         assert [is_stored(instance, ["unknown", result.run_id], step) for step in [*seen, ""]] == [True, False, False]
-        begun = created_at(instance, result.run_id)
+        begun = first_heard(instance, result.run_id)
         assert begun is not None
-        assert not is_stored(instance, [result.run_id], seen[0], before=begun - timedelta(seconds=5))
-        assert is_stored(instance, [result.run_id], seen[0], before=begun + timedelta(seconds=60))
-        assert created_at(instance, "unknown") is None
+        assert not is_stored(instance, [result.run_id], seen[0], before=begun)
+        assert is_stored(instance, [result.run_id], seen[0], before=begun + 60)
+        assert first_heard(instance, "unknown") is None
