@@ -6,6 +6,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
+from resources.launchers.ray import relay
 from resources.launchers.ray.relay import HELLO, Relay, await_far_end
 from tests.simulated_site import wait_until
 
@@ -75,6 +78,21 @@ def test_a_connection_that_is_refused_at_the_far_end_is_closed_at_the_near_one()
         user.sendall(b"hello")
         user.settimeout(10)
         assert user.recv(10) == b""
+        user.close()
+
+
+def test_a_connection_that_takes_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what the dashboard sends to a browser that stalls would fill the memory."""
+    monkeypatch.setattr(relay, "MOST_WAITING", 10)
+    with socket.create_server(("127.0.0.1", 0)) as server, relayed(server.getsockname()[1]) as near:
+        user, end = socket.socketpair()
+        near.add(end)
+        user.sendall(b"send me much")
+        dashboard = server.accept()[0]
+        with pytest.raises(OSError, match=r"Broken pipe|reset"):
+            while True:
+                dashboard.sendall(bytes(relay.PIECE))
+        dashboard.close()
         user.close()
 
 

@@ -17,6 +17,8 @@ from queue import SimpleQueue
 
 HEADER = struct.Struct(">II")
 PIECE = 1 << 16
+MOST_WAITING = 1024
+"""Pieces that wait for one connection. One that takes nothing any more, a browser that stalls, is closed then."""
 HELLO = b"\0relay\n"
 """What the far end begins with; a login shell may have printed something before."""
 
@@ -95,9 +97,12 @@ class Relay:
             except OSError:
                 self._send(number, b"")
         if number in self._waiting:
-            self._waiting[number].put(data)
-            if not data:
+            stalled = self._waiting[number].qsize() >= MOST_WAITING
+            self._waiting[number].put(b"" if stalled else data)
+            if stalled or not data:
                 del self._waiting[number]
+            if stalled:
+                self._send(number, b"")
 
     def _send(self, number: int, data: bytes) -> None:
         with self._writing, suppress(OSError, EOFError):  # the other end is gone: `run` sees that, too
