@@ -119,11 +119,12 @@ class Bench:
 
         def measure(nodes: int) -> float | None:
             options = [f"--partition={CPU_PARTITION}", f"--qos={CPU_PARTITION}", f"--nodes={nodes}", "--time=5"]
+            options += ["--ntasks-per-node=1", "--threads-per-core=1"]
             head = "".join(f"#SBATCH {each}\n" for each in (*options, f"--cpus-per-task={CPUS}", "--mem=3G"))
             filled = text.replace("ARGUMENTS", ARGUMENTS).replace("NODES", str(nodes)).replace("CPUS", str(CPUS))
             python = shlex.quote(self._python)
             variables = f"export PYTHON={python} BIN={shlex.quote(str(Path(self._python).parent))}\n"
-            return self._measure(nodes, {"job.sh": f"#!/bin/bash\n{head}{variables}{filled}"})
+            return self._measure(nodes, {"job.sh": f"#!/bin/bash\n#ASC --vanilla\n{head}{variables}{filled}"})
 
         return measure
 

@@ -190,10 +190,10 @@ def _materialize_nothing(instance: dg.DagsterInstance) -> None:
 def _run_bare(run: Callable[[str], str]) -> Times:
     """Submit a sleep and wait for its file, by one command on the login node: a person's script of three lines."""
     name = f"floor-{random.randrange(1 << 40)}"  # noqa: S311 - a name
-    script = f"#!/bin/sh\ndate +%s.%N >{name}-begun\nsleep {WORK_SECONDS}\ntouch {name}\n"
+    script = f"#!/bin/sh\n#ASC --vanilla\ndate +%s.%N >{name}-begun\nsleep {WORK_SECONDS}\ntouch {name}\n"
     submit = f"sbatch --parsable -p zen4_0768 --qos=dev_zen4_0768 -t 5 -o /dev/null <<'E'\n{script}E"
     wait = f"until [ -e {name} ]; do sleep 0.05; done"
-    command = f"submitted=$(date +%s.%N); {submit}\n{wait}; echo $submitted $(cat {name}-begun); rm {name}*"
+    command = f"set -e; submitted=$(date +%s.%N); {submit}\n{wait}; echo $submitted $(cat {name}-begun); rm {name}*"
     begun = time.perf_counter()
     *_, submitted, started = run(command).split()  # profiles and sbatch print, too
     return Times(time.perf_counter() - begun - WORK_SECONDS, float(started) - float(submitted))
