@@ -72,7 +72,7 @@ def check_name(facts: Facts) -> Verdict:
     try:
         hop = _first_hop(facts)
     except ConfigurationError as error:
-        return broken(str(error), "correct ~/.ssh/config; docs/ssh.md lists what of it is read")
+        return broken(str(error), "correct ~/.ssh/config; docs/ssh.md lists the options that are read")
     try:
         found = socket.getaddrinfo(hop.host, hop.port, type=socket.SOCK_STREAM)
     except OSError as error:

@@ -113,7 +113,7 @@ def _explain_cut_short(end: JobEnd) -> Outcome:
             "such as $DATA/dagster-slurm"
         )
     told = f"Slurm says {end.state} {end.exit}" if end.state else "Slurm does not know it any more"
-    return Outcome(f"it left no word of its end, and {told}: look at its stderr and at the node")
+    return Outcome(f"it recorded no exit code, and {told}: look at its stderr and at the node")
 
 
 def _advice(state: str, request: SlurmRequest) -> str:

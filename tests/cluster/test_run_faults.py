@@ -403,7 +403,7 @@ def test_a_job_that_vanishes_without_a_word(site: SimulatedSite, workloads: Path
     ((node,),) = rows_of(site, "%N", f"--jobs={job}")
     site.run_on_node(node, "kill -KILL $(pgrep -f [s]lurm_script)")
     outcome = run.outcome()
-    assert re.search("it left no word of its end, and Slurm says (FAILED|COMPLETED)", outcome.error)
+    assert re.search("it recorded no exit code, and Slurm says (FAILED|COMPLETED)", outcome.error)
     go_on(site)
 
 
@@ -430,4 +430,4 @@ def test_a_disk_that_is_full_in_mid_run(site: SimulatedSite, workloads: Path) ->
         (site.layout.home / CERTIFICATE_USER.name / Path(go_on_there).name).touch()  # takes no space
         outcome = run.outcome()
     assert not outcome.success
-    assert "No space left on device" in outcome.error or "left no word of its end" in outcome.error
+    assert "No space left on device" in outcome.error or "recorded no exit code" in outcome.error

@@ -31,7 +31,7 @@ LOST = "Ray: lost the node n4002: health check failed"
         ),
         (
             JobEnd(None, "FAILED", exit="0:9"),
-            Outcome("it left no word of its end, and Slurm says FAILED 0:9: look at its stderr and at the node"),
+            Outcome("it recorded no exit code, and Slurm says FAILED 0:9: look at its stderr and at the node"),
         ),
         (
             JobEnd(None, "FAILED", exit="2:0"),
@@ -52,7 +52,7 @@ LOST = "Ray: lost the node n4002: health check failed"
         (
             JobEnd(None, ""),
             Outcome(
-                "it left no word of its end, and Slurm does not know it any more: look at its stderr and at the node"
+                "it recorded no exit code, and Slurm does not know it any more: look at its stderr and at the node"
             ),
         ),
         (
