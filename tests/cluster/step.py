@@ -49,7 +49,7 @@ if __name__ == "__main__":
             for name, value in event.materialization.metadata.items():
                 metadata[name] = value.value
         failed = [event for event in result.all_events if event.is_step_failure]
-        errors = [str(event.step_failure_data.user_failure_data) for event in failed]
+        errors = [event.step_failure_data.error_display_string for event in failed]
         (FOLDER / f"result-{os.getpid()}").write_text(json.dumps([result.success, errors, metadata]))
 """
 

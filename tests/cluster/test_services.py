@@ -171,7 +171,7 @@ def services(site: SimulatedSite, tmp_path: Path, client_home: Path) -> Iterator
 def test_a_run_outlives_restarts_of_all_services(services: Services, site: SimulatedSite) -> None:
     def jobs() -> list[str]:
         listed = site.squeue("--noheader", "--states=all", "--format=%i %T %k").splitlines()
-        return [line for line in listed if "asset=dies" in line]
+        return [line for line in listed if f"run={first}" in line]
 
     first = services.launch("dies")
     wait_for(lambda: [each for each in jobs() if "RUNNING" in each], 120, "the job runs")
