@@ -4,10 +4,16 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from resources import SUPERCOMPUTER_SITE_OVERRIDES
+from resources.auth import ensure_certificate
+from resources.settings import Settings
+from resources.slurm import SlurmRequest, allocate, load_site, render_job_script
+from resources.slurm.gateway import Gateway, choose_channel
 from resources.submission import former_family_of
 from tests.cluster.background import (
     REPORTS,
@@ -22,7 +28,7 @@ from tests.cluster.background import (
 )
 from tests.cluster.step import Step, kill
 from tests.local.workload_asset import PIPES
-from tests.simulated_site import CERTIFICATE_USER, SimulatedSite, wait_until
+from tests.simulated_site import CERTIFICATE_USER, CPU_PARTITION, SimulatedSite, wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -172,26 +178,35 @@ def test_what_decides_the_result_is_changed_while_the_job_runs(
 def test_a_job_of_an_older_version_is_not_adopted(
     site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
 ) -> None:
-    """Nothing says what it was submitted with."""
+    """Nothing says what it was submitted with: it is cancelled, and does not get in the way of the new job."""
     step = Step(tmp_path / "step", variables, WAITS)
-    process = step.start(again=False)
-    job = only_job(site, "RUNNING")
-    kill(process)
-    (run,) = runs_there(site)
+    step.call(env={"PATH": "/"})  # refused before anything is submitted
+    success, *_ = step.result(step.start(again=False))
+    assert not success
     former = former_family_of(step.runs()[0], ["probe"], [], 0)
-    folder = f"{CERTIFICATE_USER.home}/dagster-slurm/runs"
-    site.run_on_login(CERTIFICATE_USER, f"cd {folder} && mv {run} {former}-1 && rm {former}-1/submitted_with.json")
+    job = submit_by_hand(site, f"{former}-1")
+    site.wait_for_job(job, "RUNNING")
+    step.call()
     process = step.start(again=True)
-    wait_until(lambda: "no record of what it was submitted with" in step.log, "it is reported", 90)
-    wait_until(lambda: f"{former}-1/cancelled" in cancelled_there(site), "it is cancelled", 30)
+    wait_until(lambda: site.job_state(job) == "CANCELLED", "it is cancelled", 90)
     go_on(site)
     success, error, metadata = step.result(process)
     assert (success, error) == (True, "")
+    assert f"Slurm job {job} was submitted by an earlier run of this step" in step.log
+    assert "no record of what it was submitted with" in step.log
     assert metadata["job_id"] != job
+    one_job_each(site)
 
 
-def cancelled_there(site: SimulatedSite) -> str:
-    return site.run_on_login(CERTIFICATE_USER, "ls dagster-slurm/runs/*/cancelled", check=False).stdout
+def submit_by_hand(site: SimulatedSite, key: str) -> int:
+    """Submit a job that sleeps, and nothing beside its script; its id."""
+    musica = load_site(SUPERCOMPUTER_SITE_OVERRIDES, "musica")
+    request = allocate(SlurmRequest(), musica, qos=CPU_PARTITION).request
+    script = render_job_script(request, musica, job_name=key, about={}, environment={}, body="sleep 600")
+    settings = Settings.model_validate(site.environment())
+    with closing(Gateway(choose_channel(settings, ["python3"], ensure_certificate))) as gateway:
+        run = f"{CERTIFICATE_USER.home}/dagster-slurm/runs/{key}"
+        return int(gateway.submit(run, {"job.sh": script}).job)
 
 
 LAST_KILL = 8.0
