@@ -17,6 +17,7 @@ from resources.plan import Plan
 from resources.settings import Settings
 from resources.slurm.gateway import Gateway, Projects
 from resources.slurm.outcome import explain_refusal
+from resources.slurm.units import format_time
 from resources.submission import About, Place, render_job
 
 JOB = "preview_of_an_asset"
@@ -254,7 +255,7 @@ def _summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
         **_summarise_nodes(plan),
         "project": request.account
         or "not named: SBATCH_ACCOUNT of the login shell there, else your default (--test-only says which)",
-        "time limit": request.time_limit,
+        "time limit": format_time(request.time_limit),
         "cost": _summarise_cost(plan),
         "files": f"job.sh, context.json, ... in {_base(settings)}/runs/",
         "python": _place(settings, "").python,

@@ -1,11 +1,12 @@
 """From what an asset asks for to what is submitted: partition, QoS, CPUs, memory and time, by the rules of the site."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 from resources.errors import ConfigurationError, nearest
 from resources.slurm.request import SlurmRequest
 from resources.slurm.site import Partition, Site
-from resources.slurm.units import format_memory, parse_memory, parse_time
+from resources.slurm.units import format_memory, format_time, parse_memory
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Allocation:
     @property
     def node_hours(self) -> float:
         """Node-hours if the job runs to its time limit."""
-        return self.request.nodes * self.request.seconds / 3600
+        return self.request.nodes * self.request.time_limit.total_seconds() / 3600
 
     @property
     def gpu_hours(self) -> float:
@@ -120,15 +121,16 @@ def _choose_qos(request: SlurmRequest, site: Site, partition: str, preferred: st
 
 def _limit_time(
     request: SlurmRequest, partition: Partition, qos: str | None, from_environment: bool
-) -> tuple[str, tuple[str, ...]]:
-    """The time limit to submit with, and a note if it had to be shortened."""
+) -> tuple[timedelta, tuple[str, ...]]:
+    """Return the time limit to submit with, and a note if it had to be shortened."""
     limit = partition.qos[qos].time_limit if qos in partition.qos else None
-    if limit is None or request.seconds <= parse_time(limit):
+    if limit is None or request.time_limit <= limit:
         return request.time_limit, ()
-    text = f"time_limit {request.time_limit} is over the {limit} that QoS {qos} allows"
+    longest = format_time(limit)
+    text = f"time_limit {format_time(request.time_limit)} is over the {longest} that QoS {qos} allows"
     if not from_environment:
         raise ConfigurationError(f"{text}: ask for less, or for another QoS ({', '.join(partition.qos)})")
-    return limit, (f"{text} (from SLURM_QOS): shortened to {limit}",)
+    return limit, (f"{text} (from SLURM_QOS): shortened to {longest}",)
 
 
 def _size(request: SlurmRequest, name: str, partition: Partition) -> dict[str, int | str]:

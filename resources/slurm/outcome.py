@@ -119,9 +119,9 @@ def _explain_cut_short(end: JobEnd) -> Outcome:
 def _advice(state: str, request: SlurmRequest) -> str:
     """What to change, where that is known."""
     if state == "TIMEOUT":
-        longer = format_time(2 * request.seconds)
+        limit, longer = format_time(request.time_limit), format_time(2 * request.time_limit)
         return (
-            f"; it had time_limit={request.time_limit!r}, ask for more, for instance time_limit={longer!r}, "
+            f"; it had time_limit={limit!r}, ask for more, for instance time_limit={longer!r}, "
             "or let the workload save its state and go on from there"
         )
     if state == "OUT_OF_MEMORY":

@@ -1,9 +1,20 @@
 """What an asset asks Slurm for, in Slurm's own words."""
 
 import re
+from datetime import timedelta
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from resources.errors import ConfigurationError, describe, nearest
 from resources.slurm.units import format_time, parse_memory, parse_time
@@ -20,8 +31,11 @@ FURTHER_OPTIONS = frozenset(
 job script needs for itself (job-name, output, signal, export, array, ...), are not among them."""
 
 
-def _time(text: str) -> str:
-    return format_time(parse_time(text))
+def _time(value: object) -> timedelta:
+    """Read a time in Slurm's notation, or take one of at least a second as it is."""
+    if isinstance(value, timedelta) and value >= timedelta(seconds=1):
+        return value
+    return parse_time(value if isinstance(value, str) else repr(value))
 
 
 def _memory(text: str) -> str:
@@ -40,7 +54,7 @@ def _word(pattern: str, example: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Time = Annotated[str, AfterValidator(_time)]
+Time = Annotated[timedelta, PlainValidator(_time), PlainSerializer(format_time)]
 Memory = Annotated[str, AfterValidator(_memory)]
 Name = Annotated[str, _word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "zen4_0768")]
 NodeList = Annotated[str, _word(r"[A-Za-z0-9_.,\[\]-]+", "n[4001-4003],n4007")]
@@ -71,7 +85,9 @@ class SlurmRequest(BaseModel):
     gpus_per_node: int = Field(0, ge=0, description="GPUs a node; becomes --gres=gpu:N.")
     mem: Memory | None = Field(None, description="Memory a node, for instance 64G. For GPU requests: the share a GPU.")
     mem_per_cpu: Memory | None = Field(None, description="Memory a CPU; instead of mem.")
-    time_limit: Time = Field("01:00:00", description="Limit of the run time, for instance 02:00:00 or 1-12.")
+    time_limit: Time = Field(
+        timedelta(hours=1), description="Limit of the run time, for instance '02:00:00' or '1-12', or a timedelta."
+    )
     partition: Name | None = Field(None, description="Only where the deployment's choice does not do.")
     qos: Name | None = Field(None, description="Only where the deployment's choice does not do.")
     account: Name | None = Field(None, description="Whom the site charges.")
@@ -96,11 +112,6 @@ class SlurmRequest(BaseModel):
         for option in self.options:
             _check_option(option)
         return self
-
-    @property
-    def seconds(self) -> int:
-        """The time limit in seconds."""
-        return parse_time(self.time_limit)
 
 
 def _check_option(option: str) -> None:

@@ -7,6 +7,7 @@ from string import Template
 
 from resources.slurm.request import SlurmRequest
 from resources.slurm.site import Site
+from resources.slurm.units import format_time
 
 _SCRIPT = Template(
     """\
@@ -84,7 +85,6 @@ exit "$$code"
 
 _FLAGS = ("exclusive",)
 _GPUS = "gpus_per_node"
-_NAMES = {"time_limit": "time"}
 _THREADS = ("--threads-per-core", "--hint")
 """Options that decide whether hardware threads count; sbatch takes one of them only."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_./-]")
@@ -95,7 +95,7 @@ LONGEST_LEAD = 300
 
 def warning_lead(request: SlurmRequest) -> int:
     """Seconds before the time limit when the job is warned: a tenth of it, five minutes at most."""
-    return max(1, min(request.seconds // 10, LONGEST_LEAD))
+    return max(1, min(int(request.time_limit.total_seconds()) // 10, LONGEST_LEAD))
 
 
 def directives(request: SlurmRequest, site: Site, job_name: str, about: Mapping[str, str]) -> list[str]:
@@ -120,8 +120,10 @@ def directives(request: SlurmRequest, site: Site, job_name: str, about: Mapping[
             continue
         if field == _GPUS:
             options.append(f"--gres=gpu:{value}")
+        elif field == "time_limit":
+            options.append(f"--time={format_time(value)}")
         else:
-            name = _NAMES.get(field, field).replace("_", "-")
+            name = field.replace("_", "-")
             options.append(f"--{name}" if field in _FLAGS else f"--{name}={value}")
     if site.threads_per_core and not any(option.startswith(_THREADS) for option in request.options):
         options.append(f"--threads-per-core={site.threads_per_core}")
@@ -161,6 +163,6 @@ def render_job_script(
         env=shlex.join(["env", *assignments]) + " " if assignments else "",
         disk=site.local_disk,
         lead=warning_lead(request),
-        seconds=request.seconds,
+        seconds=int(request.time_limit.total_seconds()),
         body=body.rstrip(),
     )

@@ -1,14 +1,15 @@
 """Slurm's notations for time and memory."""
 
 import re
+from datetime import timedelta
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 _MEMORY = re.compile(r"(?P<number>0|[1-9]\d*)(?P<unit>[KMGT]?)")
 _UNITS = {"K": 1, "M": 1024, "G": 1024**2, "T": 1024**3}
 
 
-def parse_time(text: str) -> int:
-    """Seconds of a time limit in one of the forms of `sbatch --time`.
+def parse_time(text: str) -> timedelta:
+    """Return a time limit that is written in one of the forms of `sbatch --time`.
 
     Those are `minutes`, `minutes:seconds`, `hours:minutes:seconds`, `days-hours`, `days-hours:minutes` and
     `days-hours:minutes:seconds` (man sbatch).
@@ -29,17 +30,17 @@ def parse_time(text: str) -> int:
         hours, minutes, seconds = numbers
     else:
         hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
-    total = int(match["days"] or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
+    total = timedelta(int(match["days"] or 0), hours=hours, minutes=minutes, seconds=seconds)
     if not total:
         raise ValueError(f"{text!r} is no time at all")
     return total
 
 
-def format_time(seconds: int) -> str:
-    """`D-HH:MM:SS`, or `HH:MM:SS` under a day: forms that Slurm and people read alike."""
-    days, rest = divmod(seconds, 86400)
+def format_time(time: timedelta) -> str:
+    """Return `D-HH:MM:SS`, or `HH:MM:SS` under a day: forms that Slurm and people read alike."""
+    rest = time.seconds
     clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
-    return f"{days}-{clock}" if days else clock
+    return f"{time.days}-{clock}" if time.days else clock
 
 
 def parse_memory(text: str) -> int:

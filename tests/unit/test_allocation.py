@@ -1,5 +1,6 @@
 """From a request to what is submitted, by the rules of MUSICA."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def test_what_the_site_cannot_give_is_refused(
 
 def test_time_over_the_limit_of_a_qos_from_the_environment_is_shortened_with_a_note() -> None:
     allocation = allocate(SlurmRequest(gpus_per_node=4, time_limit="02:00:00"), SITE, GPU, f"dev_{GPU}")
-    assert allocation.request.time_limit == "00:10:00"
+    assert allocation.request.time_limit == timedelta(minutes=10)
     assert "shortened to 00:10:00" in allocation.notes[0]
 
 

@@ -1,5 +1,7 @@
 """Slurm's notations, and what a request refuses."""
 
+from datetime import timedelta
+
 import pytest
 
 from resources.errors import ConfigurationError
@@ -19,8 +21,21 @@ from resources.slurm.units import format_memory, format_time, parse_memory, pars
     ],
 )
 def test_times_are_those_of_sbatch(text: str, seconds: int) -> None:
-    assert parse_time(text) == seconds
-    assert parse_time(format_time(seconds)) == seconds
+    assert parse_time(text) == timedelta(seconds=seconds)
+    assert parse_time(format_time(parse_time(text))) == timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize("time_limit", ["1-12", timedelta(days=1.5)])
+def test_a_time_limit_may_be_a_timedelta(time_limit: object) -> None:
+    request = SlurmRequest(time_limit=time_limit)
+    assert request.time_limit == timedelta(days=1.5)
+    assert request.model_dump(mode="json")["time_limit"] == "1-12:00:00"
+
+
+@pytest.mark.parametrize("time_limit", [5.5, None, timedelta(), timedelta(days=-1)])
+def test_a_time_limit_is_nothing_else(time_limit: object) -> None:
+    with pytest.raises(ConfigurationError, match="SlurmRequest: time_limit: "):
+        SlurmRequest(time_limit=time_limit)
 
 
 @pytest.mark.parametrize("text", ["2h", "", "1:2:3:4", "-5", "0", "00:00:00", "1-", "one", "1:00:00\n"])
@@ -87,5 +102,5 @@ def test_valid_values_pass() -> None:
         constraint="[a|b]",
         options=["--mail-type=END"],
     )
-    assert request.time_limit == "01:00:00"
+    assert request.time_limit == timedelta(hours=1)
     assert request.options == ("--mail-type=END",)
