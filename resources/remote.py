@@ -84,7 +84,6 @@ class RemoteRun:
             submission = self._submission(environment.inputs, extras)
             attempts = Attempts(self._step, gateway, str(self._settings.deployment_base_path), submission)
             with watching(self._step, stop):
-                environment.ask_ahead()
                 return self._attempt(gateway, attempts, environment, submission.record, extras)
         except StoppedError:
             raise self._end(gateway) from None

@@ -131,10 +131,6 @@ class Environments:
         said = self._look_up("look", **self._describe(wanted))
         return Comparison(Environment.parse(said["environment"]), said["ready"], said["installed"])
 
-    def look_ahead(self, wanted: Wanted) -> None:
-        """Send a `look` together with the gateway's next request: right after that it costs no round trip."""
-        self._gateway.consult_ahead(_KEEPER, lambda: self._document("look", self._describe(wanted)))
-
     def compare(self, wanted: Wanted, folder: Path, progress: Progress) -> tuple[Comparison, list[Wheel]]:
         """What would be sent, and all wheels of the environment, which are gathered in a folder if they are needed.
 
@@ -184,10 +180,6 @@ class Environments:
         entry = said["entry"]
         at = datetime.fromtimestamp(entry["at"], UTC)
         return Published(Environment.parse(said["environment"]), entry["revision"], at)
-
-    def published_ahead(self) -> None:
-        """The same for `published`."""
-        self._gateway.consult_ahead(_KEEPER, lambda: self._document("published", {}))
 
     def announce(self, environment: Environment, revision: str) -> bool:
         """Let production run an environment; False if it did before."""

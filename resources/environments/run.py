@@ -30,13 +30,6 @@ class RunEnvironment:
         self._environments, self._settings, self._workload = environments, settings, workload
         self._published_only = settings.deployment == "production_supercomputer"
 
-    def ask_ahead(self) -> None:
-        """Send what `find` asks first together with the gateway's next request."""
-        if self._published_only:
-            self._environments.published_ahead()
-        else:
-            self._environments.look_ahead(self._wanted)
-
     @property
     def inputs(self) -> dict[str, str]:
         """Digests of the code and the packages that a job would get, by name.

@@ -208,24 +208,11 @@ class Gateway(Link):
         """
 
         def go_on() -> Mapping[str, Any]:
-            answer: Mapping[str, Any] = next(self.exchange(_consultation(document), data=program))[1]["answer"]
+            _, head, _ = next(self.exchange({"do": "consult", "document": document}, data=program))
+            answer: Mapping[str, Any] = head["answer"]
             return answer
 
         return self.patiently(go_on)
-
-    def consult_ahead(self, program: bytes, make: Callable[[], Mapping[str, Any] | None]) -> None:
-        """Let the next request take it along; `consult` with the same right after that costs no round trip.
-
-        Args:
-            program: as for `consult`.
-            make: the document, or None for nothing; called while the agent is at work on that next request.
-        """
-
-        def request() -> tuple[Mapping[str, Any], bytes] | None:
-            document = make()
-            return None if document is None else (_consultation(document), program)
-
-        self.send_ahead(request)
 
     def host(self) -> str:
         """Return the name of the login node."""
@@ -304,10 +291,6 @@ class Gateway(Link):
             raise AgainError("the agent ended its answer")
 
         return self.patiently(go_on, lasting)
-
-
-def _consultation(document: Mapping[str, Any]) -> dict[str, Any]:
-    return {"do": "consult", "document": document}
 
 
 def _submission(run: str, files: Files | None, options: Sequence[str]) -> dict[str, Any]:

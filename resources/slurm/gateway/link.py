@@ -9,7 +9,6 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -34,11 +33,6 @@ PYTHON_ADVICE = (
 )
 T = TypeVar("T")
 _Frame = tuple[Mapping[str, Any], bytes]
-_Ahead = Callable[[], tuple[Mapping[str, Any], bytes] | None]
-
-
-def _nothing() -> None:
-    """No request."""
 
 
 class AgainError(Exception):
@@ -63,17 +57,6 @@ class _BrokenError(_TemporaryError):
 
 _ERRORS = {"refused": RefusedError, "broken": _BrokenError}
 """By the kind that the agent names; any other is temporary."""
-
-
-@dataclass
-class _Early:
-    """A request that was sent ahead, and what has come to it so far."""
-
-    request: Mapping[str, Any]
-    data: bytes
-    wire: Wire
-    ident: int
-    frames: deque[_Frame] = field(default_factory=deque)
 
 
 class Link:
@@ -107,8 +90,6 @@ class Link:
         self._hold = -1
         self._let_in: float | None = None
         self._had_agent = False
-        self._ahead: _Ahead = _nothing
-        self._early: _Early | None = None
         self._opened: deque[float] = deque(maxlen=MOST_LOGINS)
         self._advanced, self._failed = False, 0
 
@@ -117,14 +98,6 @@ class Link:
         if self.wire:
             self.wire.close()
             self.wire = None
-
-    def send_ahead(self, make: _Ahead) -> None:
-        """Let the next exchange take along what the one after it will ask for: that costs no round trip then.
-
-        Args:
-            make: the request and its data, or None; called once the next exchange's own requests are on their way.
-        """
-        self._ahead = make
 
     def ask(self, **request: Any) -> Mapping[str, Any]:
         """The one answer to a request."""
@@ -136,11 +109,12 @@ class Link:
         """The answers to some requests, as they come, with which of them they are to; `data` goes behind the last."""
         try:
             wire = self._connect()
-            idents, come = self._send(wire, requests, data)
+            last = len(requests) - 1
+            idents = [wire.send(data if which == last else b"", **request) for which, request in enumerate(requests)]
             while True:
                 if self.stop.is_set():
                     raise StoppedError
-                frame = come.popleft() if come else self._receive(wire)
+                frame = self._receive(wire)
                 if frame is None or frame[0]["id"] not in idents:
                     continue
                 if "error" in frame[0]:
@@ -169,26 +143,8 @@ class Link:
             return _DeniedError(text) if self.committed or lately else None
         return _BlockedError(text) if self.committed else None
 
-    def _send(
-        self, wire: Wire, requests: tuple[Mapping[str, Any], ...], data: bytes
-    ) -> tuple[list[int], deque[_Frame]]:
-        """The requests' numbers, and what has come to them already."""
-        early, self._early = self._early, None
-        if early and early.wire is wire and (requests, data) == ((early.request,), early.data):
-            idents, come = [early.ident], early.frames
-        else:
-            last = len(requests) - 1
-            idents = [wire.send(data if which == last else b"", **request) for which, request in enumerate(requests)]
-            come = deque()
-        make, self._ahead = self._ahead, _nothing
-        ahead = make()
-        if ahead:
-            request, data = ahead
-            self._early = _Early(request, data, wire, wire.send(data, **request))
-        return idents, come
-
     def _receive(self, wire: Wire) -> _Frame | None:
-        """The next frame, if one has come; what is to a request that was sent ahead is kept."""
+        """Return the next frame, if one has come."""
         frame = wire.receive()
         self._had_agent |= frame is not None
         self._let_in = monotonic()
@@ -197,8 +153,6 @@ class Link:
             self._on_recovered()
         if frame and frame[0]["id"] == self._hold and "held" in frame[0]:
             raise LostClaimError(frame[0]["held"])
-        if frame and self._early and frame[0]["id"] == self._early.ident:
-            self._early.frames.append(frame)
         return frame
 
     def _connect(self) -> Wire:
