@@ -1,4 +1,4 @@
-"""What a supercomputer has: partitions, QoS, what to run before Python. From SUPERCOMPUTER_SITE_OVERRIDES."""
+"""The facts about a supercomputer that the client needs: partitions, QoS, commands to run before Python."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from resources.errors import ConfigurationError, nearest
+from resources.sites import SITES
 from resources.slurm.request import Memory, Time
 from resources.ssh.known_hosts import parse_authority
 
@@ -76,7 +77,9 @@ class Site(_Part):
 
 
 def load_site(overrides: Mapping[str, Any], name: str) -> Site:
-    """The site of that name, checked.
+    """Return a site: what the project knows of it, with its entry in `overrides` merged over that.
+
+    Dictionaries are merged key by key, any other value replaces the known one; None removes it.
 
     Args:
         overrides: SUPERCOMPUTER_SITE_OVERRIDES.
@@ -85,10 +88,11 @@ def load_site(overrides: Mapping[str, Any], name: str) -> Site:
     Raises:
         ConfigurationError: the name is unknown, or its entry has an unknown key or a wrong value.
     """
-    if name not in overrides:
-        raise ConfigurationError(f"SLURM_SUPERCOMPUTER_SITE={name!r} is not a known site{nearest(name, overrides)}")
+    known = SITES.keys() | overrides.keys()
+    if name not in known:
+        raise ConfigurationError(f"SLURM_SUPERCOMPUTER_SITE={name!r} is not a known site{nearest(name, known)}")
     try:
-        return Site.model_validate(overrides[name])
+        return Site.model_validate(_merge(SITES.get(name, {}), overrides.get(name, {})))
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False, include_input=False):
@@ -99,6 +103,16 @@ def load_site(overrides: Mapping[str, Any], name: str) -> Site:
             else:
                 lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}")
         raise ConfigurationError("\n".join(lines)) from None
+
+
+def _merge(known: Mapping[str, Any], changes: Any) -> Any:
+    if not isinstance(changes, Mapping):
+        return changes
+    merged = {**known}
+    for key, value in changes.items():
+        old = known.get(key)
+        merged[key] = _merge(old if isinstance(old, Mapping) else {}, value)
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 def _keys_beside(depth: int) -> list[str]:

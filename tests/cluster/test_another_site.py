@@ -68,7 +68,7 @@ def project(site: SimulatedSite, tmp_path: Path, client_home: Path) -> Path:
     """A clone with the page's entry and dotenv file; names, addresses and submit plugin are the simulated site's."""
     folder = tmp_path / "project"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), folder], check=True)
-    entry, file = re.findall(r"```(?:python|bash)\n(.*?)```", PAGE, re.DOTALL)[:2]
+    entry, file = (re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL)[0] for kind in ("python", "bash"))
     shutil.copy(site.login.plain_key, client_home / ".ssh" / "id_borealis")
     (client_home / ".ssh" / "id_borealis").chmod(0o600)
     names = {

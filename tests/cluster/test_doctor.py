@@ -1,6 +1,5 @@
 """The doctor finds the first thing that is broken, whichever it is, and says how to fix it."""
 
-import copy
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from resources import SUPERCOMPUTER_SITE_OVERRIDES
 from resources.doctor import CHECKS, Finding, examine
 from resources.preview import find_submitting
 from resources.settings import ROOT
+from resources.sites import SITES
 from tests.simulated_site import CERTIFICATE_USER, CPU_PARTITION, TCSH_USER, SimulatedSite
 from tests.simulated_site.slurm_configuration import ACCOUNT, SECOND_ACCOUNT, SPENT_ACCOUNT
 
@@ -139,8 +139,7 @@ def test_the_authority_of_the_sites_entry(site: SimulatedSite, client_home: Path
     line = known_hosts.read_text().strip()
     key = " ".join(line.split()[2:4])
     known_hosts.unlink()
-    overrides = copy.deepcopy(SUPERCOMPUTER_SITE_OVERRIDES)
-    overrides["musica"]["host_authorities"].append(line)
+    overrides: dict[str, Any] = {"musica": {"host_authorities": [*SITES["musica"]["host_authorities"], line]}}
     findings = {finding.name: finding for finding in look(overrides)}
     assert list(findings) == CHAIN
     shown = subprocess.run(["ssh-keygen", "-lf", "-"], input=key, capture_output=True, text=True, check=True).stdout
@@ -176,9 +175,8 @@ def test_a_controller_that_is_down(site: SimulatedSite) -> None:
 
 
 def with_partition(name: str, qos: str) -> dict[str, Any]:
-    overrides = copy.deepcopy(SUPERCOMPUTER_SITE_OVERRIDES)
-    overrides["musica"]["partitions"].setdefault(name, {"cores": 8, "mem": "16G", "qos": {}})["qos"][qos] = {}
-    return overrides
+    new = {} if name in SITES["musica"]["partitions"] else {"cores": 8, "mem": "16G"}
+    return {"musica": {"partitions": {name: {**new, "qos": {qos: {}}}}}}
 
 
 def test_a_partition_that_is_not_there() -> None:
@@ -227,8 +225,7 @@ def test_a_full_disk(site: SimulatedSite) -> None:
 
 
 def test_no_python() -> None:
-    overrides = copy.deepcopy(SUPERCOMPUTER_SITE_OVERRIDES)
-    overrides["musica"]["python_candidates"] = ["python9", "false"]
+    overrides = {"musica": {"python_candidates": ["python9", "false"]}}
     assert "none of python9, false" in broken("Python", overrides).found
 
 

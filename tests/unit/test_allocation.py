@@ -1,5 +1,7 @@
 """From a request to what is submitted, by the rules of MUSICA."""
 
+import ast
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 
 from resources import SUPERCOMPUTER_SITE_OVERRIDES
 from resources.errors import ConfigurationError
+from resources.settings import ROOT
 from resources.slurm import Site, SlurmRequest, allocate, load_site
 
 CPU, GPU = "zen4_0768", "zen4_0768_h100x4"
@@ -138,3 +141,31 @@ def test_mistakes_in_the_site_overrides_are_located(entry: dict[str, Any], text:
     with pytest.raises(ConfigurationError) as error:
         load_site({"musica": entry}, "musica")
     assert text in str(error.value)
+
+
+def test_the_overrides_are_what_the_seed_document_shows_and_are_merged_over_the_known_facts() -> None:
+    assert SUPERCOMPUTER_SITE_OVERRIDES == {
+        "musica": {"launchers": {"ray": {"pre_start_commands": ["ulimit -n 65536"]}}}
+    }
+    bare = load_site({}, "musica")
+    assert load_site(SUPERCOMPUTER_SITE_OVERRIDES, "musica").partitions == bare.partitions
+    corrected = {"cores": 180, "qos": {f"dev_{CPU}": {"nodes": 4}, f"long_{CPU}": None}}
+    site = load_site({"musica": {"partitions": {CPU: corrected, GPU: None}, "script_header": []}}, "musica")
+    assert list(site.partitions) == [CPU]
+    assert (site.partitions[CPU].cores, site.partitions[CPU].mem, site.script_header) == (180, "768G", ())
+    qos = site.partitions[CPU].qos
+    assert (qos[f"dev_{CPU}"].nodes, qos[f"dev_{CPU}"].time_limit) == (
+        4,
+        bare.partitions[CPU].qos[f"dev_{CPU}"].time_limit,
+    )
+    assert qos.keys() == bare.partitions[CPU].qos.keys() - {f"long_{CPU}"}
+    assert load_site({}, "musica") == bare
+
+
+def test_the_correction_of_a_known_site_that_the_documentation_shows() -> None:
+    page = (ROOT / "docs" / "another-site.md").read_text()
+    _, listing = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    site = load_site(ast.literal_eval("{" + listing + "}"), "musica")
+    assert site.partitions[CPU].qos.keys() == SITE.partitions[CPU].qos.keys() - {f"long_{CPU}"}
+    assert site.partitions[CPU].qos[f"dev_{CPU}"].time_limit == timedelta(minutes=30)
+    assert site.partitions[GPU] == SITE.partitions[GPU]

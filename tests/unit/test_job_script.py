@@ -149,7 +149,7 @@ def test_variables_and_arguments_reach_the_workload_and_not_the_script(tmp_path:
 
 
 def test_a_workload_that_calls_exit_cannot_skip_the_record(tmp_path: Path) -> None:
-    site = Site.model_validate({**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "launchers": {}})
+    site = load_site({}, "musica")
     text = render_job_script(
         allocate(SlurmRequest(), site).request,
         site,
@@ -164,7 +164,7 @@ def test_a_workload_that_calls_exit_cannot_skip_the_record(tmp_path: Path) -> No
 
 def test_a_job_that_is_terminated_records_that_it_was_cut_short(tmp_path: Path) -> None:
     """An EXIT trap sees the status of the command before the signal, 0: that must not pass for a success."""
-    site = Site.model_validate({**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "launchers": {}})
+    site = load_site({}, "musica")
     text = render_job_script(
         allocate(SlurmRequest(), site).request,
         site,
@@ -206,7 +206,7 @@ def test_a_pre_start_command_that_is_refused_is_told_and_passed_over(tmp_path: P
 def test_setup_commands_of_the_site_come_before_python_in_a_login_shell(tmp_path: Path) -> None:
     """Only login shells have `module`."""
     (tmp_path / ".bash_profile").write_text("provide() { export MODULE=$1; }\n")
-    site = Site.model_validate({**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "setup_commands": ["provide loaded"]})
+    site = load_site({"musica": {"setup_commands": ["provide loaded"]}}, "musica")
     (tmp_path / "w.py").write_text("import os\nprint(os.environ['MODULE'])\n")
     done = run_as_slurm_would(tmp_path, render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"]))
     assert (done.stdout, done.returncode) == ("loaded\n", 0), done.stderr
@@ -224,9 +224,7 @@ def test_nothing_of_the_home_or_of_a_module_shadows_the_packages_of_the_environm
         f"import subprocess, sys\nsys.path.append({str(tmp_path / 'packages')!r})\nimport a_module\n"
         "print(a_module.WORD, subprocess.run([sys.executable, '-c', 'import a_module']).returncode)\n"
     )
-    site = Site.model_validate(
-        {**SUPERCOMPUTER_SITE_OVERRIDES["musica"], "setup_commands": ["export PYTHONHOME=/nonexistent"]}
-    )
+    site = load_site({"musica": {"setup_commands": ["export PYTHONHOME=/nonexistent"]}}, "musica")
     text = render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"]).replace(sys.executable, python)
     done = run_as_slurm_would(tmp_path, text, PYTHONSAFEPATH="1")
     assert (done.stdout, done.returncode) == ("right 1\n", 0), done.stderr

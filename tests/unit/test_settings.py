@@ -209,9 +209,10 @@ def test_a_name_that_goes_into_the_job_script_is_one_word(
 
 
 def test_every_site_of_the_project_is_valid() -> None:
+    from resources.sites import SITES
     from resources.slurm import load_site
 
-    for name in SUPERCOMPUTER_SITE_OVERRIDES:
+    for name in SITES.keys() | SUPERCOMPUTER_SITE_OVERRIDES.keys():
         assert load_site(SUPERCOMPUTER_SITE_OVERRIDES, name).partitions
 
 
