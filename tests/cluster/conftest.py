@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,33 +10,24 @@ import pytest
 
 from tests import access
 from tests.simulated_site import CPU_PARTITION, RequirementsError, SimulatedSite, wait_until
-from tests.simulated_site.requirements import check_system, installation_allowed
-
-_CLONE = f"test-{zlib.crc32(str(Path(__file__).parent).encode()):08x}"
-SITE_NAME = os.environ.get("SIMULATED_SITE_NAME", _CLONE) + os.environ.get("PYTEST_XDIST_WORKER", "")
-"""Each clone of the repository has its own, so that two can be tested at once, and so has each worker of a run."""
+from tests.simulated_site.requirements import installation_allowed
 
 
 @pytest.fixture(scope="session")
 def site_of_this_run() -> Iterator[SimulatedSite]:
     """Start the site, and remove it after the last test. Skip where it cannot run; with CI=true that is a failure."""
     try:
-        check_system()
-        SimulatedSite.down(SITE_NAME)  # what a run that was killed has left would run older code
-        site = SimulatedSite.up(SITE_NAME, install=installation_allowed(asked=False))
+        with SimulatedSite.temporary(install=installation_allowed(asked=False)) as site:
+            yield site
     except RequirementsError as error:
         if os.environ.get("CI") == "true":
             raise
         pytest.skip(str(error))
-    try:
-        yield site
-    finally:
-        SimulatedSite.down(SITE_NAME)
 
 
 @pytest.fixture
 def site(site_of_this_run: SimulatedSite) -> SimulatedSite:
-    """The running site, with every fault of an earlier test mended, no jobs, empty homes and no tokens."""
+    """The running site, with every fault of an earlier test repaired, no jobs, empty homes and no tokens."""
     site_of_this_run.reset()
     return site_of_this_run
 

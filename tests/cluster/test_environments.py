@@ -334,7 +334,7 @@ def test_a_full_disk_while_it_installs(site: SimulatedSite, wanted: Wanted) -> N
     with Client(wanted, fill) as client, pytest.raises(RefusedError, match="No space left"):
         client.ensure()
     assert names(site) == []
-    fault.mend()
+    fault.repair()
     with Client(wanted) as client:
         client.ensure()
     nothing_is_unfinished(site)

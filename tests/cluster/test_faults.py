@@ -1,4 +1,4 @@
-"""Every fault shows what it is known to show, and is over when it has been mended."""
+"""Every fault shows what it is known to show, and is over when it has been repaired."""
 
 import json
 import subprocess
@@ -73,7 +73,7 @@ def test_node_cut_requeues_its_job_which_completes_elsewhere(site: SimulatedSite
 
 
 @pytest.mark.older_slurm
-def test_node_down_lasts_until_it_is_mended_though_its_slurmd_registers(site: SimulatedSite) -> None:
+def test_node_down_lasts_until_it_is_repaired_though_its_slurmd_registers(site: SimulatedSite) -> None:
     job = running_job(site, "--nodelist=n4003", "--no-requeue")
 
     def slurmd_started() -> str:
@@ -297,7 +297,7 @@ def test_authentik_disturbed(site: SimulatedSite) -> None:
 # All of them
 
 
-def test_everything_is_mended_at_once_whoever_broke_it(site: SimulatedSite) -> None:
+def test_everything_is_repaired_at_once_whoever_broke_it(site: SimulatedSite) -> None:
     for fault in (
         site.faults.node_off("n4001"),
         site.faults.node_cut("n4002"),

@@ -164,7 +164,7 @@ def test_sbatch_that_lies_is_looked_behind(
 ) -> None:
     run = Run("echo once")
     with site.faults.sbatch(kind):
-        threading.Timer(3, site.faults.mend_all).start()
+        threading.Timer(3, site.faults.repair_all).start()
         job = gateway.submit(run.path, run.files)
     assert job.how in how  # recorded: the job itself was faster
     follow(gateway, run)

@@ -2,25 +2,32 @@
 
 import json
 import os
+import signal
 import subprocess
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.simulated_site import CERTIFICATE_USER, CPU_PARTITION, RequirementsError, SimulatedSite, requirements
+from tests.simulated_site import CERTIFICATE_USER, CPU_PARTITION, NotInstalledError, SimulatedSite, requirements
+from tests.simulated_site import site as site_module
 from tests.simulated_site.command_line import main
 from tests.simulated_site.machines import MEMORY_CGROUPS
 
 CPU_DEV = (f"--partition={CPU_PARTITION}", f"--qos=dev_{CPU_PARTITION}", "--time=5")
-SECOND = f"pytest-second{os.environ.get('PYTEST_XDIST_WORKER', '')}"
+SECOND = f"lifecycle-{os.getpid()}"
 NAMESPACES = ("mnt", "net", "pid", "uts", "ipc")
 
 
-@pytest.fixture
-def second_name() -> Iterator[str]:
-    yield SECOND
-    SimulatedSite.down(SECOND)
+OWNER_THAT_IS_KILLED = f"""
+import os, signal
+from {SimulatedSite.__module__} import SimulatedSite
+with SimulatedSite.temporary(prefix="{SECOND}") as site:
+    job = site.submit("exec sleep 1000", *{CPU_DEV})
+    site.wait_for_job(job, "RUNNING")
+    print(site.layout.name, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def interfaces(bridge: str) -> set[str]:
@@ -35,8 +42,8 @@ def mounts(state: str) -> set[str]:
     return {point for line in lines if (point := line.split()[4]).startswith(state)}
 
 
-def cgroups() -> set[str]:
-    return {str(path) for path in Path("/sys/fs/cgroup").glob(f"*/*{SECOND}*")}
+def cgroups(bridge: str) -> set[str]:
+    return {str(path) for path in Path("/sys/fs/cgroup").glob(f"*/simulated-site-{bridge}-*")}
 
 
 def namespaces(process: Path) -> set[str]:
@@ -62,29 +69,50 @@ def processes_of(site_namespaces: set[str], state: str) -> list[str]:
 
 
 @pytest.mark.cluster
-def test_two_sites_side_by_side_and_nothing_is_left_of_one_that_went_down(
-    site: SimulatedSite, second_name: str
+def test_temporary_sites_run_side_by_side_replace_one_whose_owner_was_killed_and_leave_nothing(
+    site: SimulatedSite,
 ) -> None:
-    second = SimulatedSite.up(second_name)
-    bridge, state = second.layout.bridge, str(second.layout.state)
-    assert interfaces(bridge) and mounts(state)
-    assert second.login.address != site.login.address
-    for each in (site, second):
-        each.wait_for_job(each.submit("hostname", *CPU_DEV))
-        assert subprocess.run(each.login_command("true"), capture_output=True, check=False, timeout=60).returncode == 0
-    site_namespaces = set[str]().union(*map(namespaces, machine_processes(second)))
-    assert len(site_namespaces) == len(NAMESPACES) * len(second.machines)
-    assert len(processes_of(site_namespaces, state)) > len(second.machines)
-    assert bool(cgroups()) is MEMORY_CGROUPS
+    killed = subprocess.run([sys.executable, "-c", OWNER_THAT_IS_KILLED], capture_output=True, text=True, check=False)
+    assert (killed.returncode, killed.stdout) == (-signal.SIGKILL, f"{SECOND}-1\n"), killed.stderr
+    left = SimulatedSite.running(f"{SECOND}-1")
+    assert all(left.status().values())
 
-    SimulatedSite.down(second_name)
+    with SimulatedSite.temporary(prefix=SECOND) as second:
+        assert second.layout.name == f"{SECOND}-1"
+        assert second.squeue("--noheader") == ""
+        bridge, state = second.layout.bridge, str(second.layout.state)
+        assert interfaces(bridge) and mounts(state)
+        assert second.login.address != site.login.address
+        for each in (site, second):
+            each.wait_for_job(each.submit("hostname", *CPU_DEV))
+            ssh = subprocess.run(each.login_command("true"), capture_output=True, check=False, timeout=60)
+            assert ssh.returncode == 0
+        site_namespaces = set[str]().union(*map(namespaces, machine_processes(second)))
+        assert len(site_namespaces) == len(NAMESPACES) * len(second.machines)
+        assert len(processes_of(site_namespaces, state)) > len(second.machines)
+        assert bool(cgroups(bridge)) is MEMORY_CGROUPS
 
     assert not interfaces(bridge)
     assert not mounts(state)
-    assert cgroups() == set()
+    assert cgroups(bridge) == set()
     assert processes_of(site_namespaces, state) == []
     assert [entry.name for entry in second.layout.state.iterdir()] == ["log"]
     assert all(site.status().values())
+
+
+def test_a_temporary_site_takes_no_name_that_another_process_uses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    named: list[str] = []
+    monkeypatch.setattr(requirements, "check_system", lambda: None)
+    monkeypatch.setattr(site_module, "state_base", lambda: tmp_path)
+    monkeypatch.setattr(SimulatedSite, "up", lambda name, *_: named.append(name))
+    monkeypatch.setattr(SimulatedSite, "down", lambda name: None)
+    with SimulatedSite.temporary(), SimulatedSite.temporary():
+        pass
+    with SimulatedSite.temporary():
+        pass
+    assert named == ["test-1", "test-2", "test-1"]
 
 
 def machine_processes(site: SimulatedSite) -> list[Path]:
@@ -122,7 +150,7 @@ def test_commands(site: SimulatedSite, capfd: pytest.CaptureFixture[str]) -> Non
     assert site.login.known_hosts.read_text(encoding="utf-8") in dotenv
     assert sim("fault", "ca-down")[0] == 0
     assert sim("status")[0] == 1
-    assert sim("fault", "mend")[0] == 0
+    assert sim("fault", "repair")[0] == 0
     assert sim("status")[0] == 0
     assert sim("fault", "node-off")[0] == 2
     assert sim("fault", "node-off", "n9999")[0] == 1
@@ -156,7 +184,7 @@ def test_without_root_it_says_what_it_needs(
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert main(["up"]) == 2
-    assert capsys.readouterr().err.startswith("sim: the simulated site needs ")
+    assert capsys.readouterr().err.startswith("python -m slurm_in_a_box: the simulated site needs ")
 
 
 def test_state_must_be_where_every_machine_can_see_it(
@@ -170,5 +198,5 @@ def test_state_must_be_where_every_machine_can_see_it(
 
 def test_missing_packages_are_named_and_not_installed_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requirements, "missing_packages", lambda: ["debootstrap", "procps"])
-    with pytest.raises(RequirementsError, match=r"--install.*: debootstrap procps"):
+    with pytest.raises(NotInstalledError, match="packages are missing: debootstrap procps"):
         requirements.ensure_packages(install=False)

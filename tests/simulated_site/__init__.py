@@ -10,7 +10,7 @@ Example:
 """
 
 from .authentik import AuthentikControl, AuthentikServer, Disturbance, ServedRequest
-from .errors import RequirementsError, SiteError
+from .errors import NotInstalledError, RequirementsError, SiteError
 from .faults import Fault, Faults
 from .layout import CERTIFICATE_USER, CPU_PARTITION, GPU_PARTITION, LOGIN_NAME, PLAIN_KEY_USER, TCSH_USER, USERS, User
 from .site import VANILLA, LoginProcess, SimulatedSite
@@ -31,6 +31,7 @@ __all__ = [
     "Fault",
     "Faults",
     "LoginProcess",
+    "NotInstalledError",
     "RequirementsError",
     "ServedRequest",
     "SimulatedSite",

@@ -1,4 +1,4 @@
-"""The command `scripts/sim`."""
+"""The command `python -m slurm_in_a_box`."""
 
 import argparse
 import subprocess
@@ -7,21 +7,22 @@ from collections.abc import Callable, Sequence
 
 from . import requirements, roots
 from .authentik import Disturbance
-from .errors import RequirementsError, SiteError
+from .errors import NotInstalledError, RequirementsError, SiteError
 from .faults import Fault, Faults
 from .site import SimulatedSite
 
+PROGRAM = "python -m slurm_in_a_box"
 DEFAULT_NAME = "musica"
 _EXIT_FAILED, _EXIT_REQUIREMENTS = 1, 2
 _EPILOG = """\
 examples:
-  scripts/sim up --install
-  scripts/sim login -- sinfo
-  (umask 077; scripts/sim env >envs/.env.musica)
-  scripts/sim down
+  {program} up --install
+  {program} login -- sinfo
+  (umask 077; {program} env >.env)
+  {program} down
 
-exit codes: 0 done, 1 it failed (status: not all of it runs), 2 wrong usage, or this machine cannot run it (one line
-says what it needs); login: those of the remote command
+exit codes: 0 success; 1 the site failed, or (status) a part of it does not run; 2 wrong usage, or this machine cannot
+run the site (the message names what it needs); login: exit code of the remote command
 """
 
 _FAULTS: dict[str, tuple[str, Callable[..., Fault | None]]] = {
@@ -64,39 +65,48 @@ _FAULTS: dict[str, tuple[str, Callable[..., Fault | None]]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Run the command and return its exit code.
 
-    0: done. 1: something of the site failed. 2: this machine lacks what the site needs, or the command was wrong.
+    Args:
+        arguments: the words of the command line; by default those of this process.
+        program: how the user calls it, for help and messages.
+
+    Returns:
+        0: success. 1: the site failed. 2: this machine lacks something that the site needs, or the usage was wrong.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser(program).parse_args(arguments)
     try:
         requirements.check_system()
         code: int = options.run(options)
-    except RequirementsError as error:
-        print(f"sim: {error}", file=sys.stderr)
-        return _EXIT_REQUIREMENTS
     except SiteError as error:
-        print(f"sim: {error}", file=sys.stderr)
-        return _EXIT_FAILED
+        print(f"{program}: {error}", file=sys.stderr)
+        if isinstance(error, NotInstalledError):
+            print(
+                f"Install what is missing (as root; it needs some minutes):\n\n    {program} up --install",
+                file=sys.stderr,
+            )
+        return _EXIT_REQUIREMENTS if isinstance(error, RequirementsError) else _EXIT_FAILED
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="sim",
-        description="MUSICA in a box: a simulated Slurm site on this machine. docs/simulated-site.md describes it.",
-        epilog=_EPILOG,
+        prog=program,
+        description="Start, use, disturb and end a simulated Slurm site on this machine.",
+        epilog=_EPILOG.format(program=program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--name", default=DEFAULT_NAME, help="which site; several can run side by side (default: %(default)s)"
+        "--name", default=DEFAULT_NAME, help="name of the site; several can run side by side (default: %(default)s)"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    up = commands.add_parser("up", help="start it, or what of it does not run")
+    up = commands.add_parser("up", help="start the site, or those parts of it that do not run")
     up.add_argument(
-        "--install", action="store_true", help="install packages, make its file system, build step (in CI always)"
+        "--install",
+        action="store_true",
+        help="install what is missing (implied by CI=true)",
     )
     up.add_argument(
         "--slurm",
@@ -105,8 +115,10 @@ def _parser() -> argparse.ArgumentParser:
         help="version of Slurm of a new site (default: $SIMULATED_SITE_SLURM, else the newest)",
     )
     up.set_defaults(run=_up)
-    commands.add_parser("down", help="end and remove everything but the logs").set_defaults(run=_down)
-    commands.add_parser("status", help="show what runs; exit 1 unless all of it does").set_defaults(run=_status)
+    commands.add_parser("down", help="end the site and remove everything but its logs").set_defaults(run=_down)
+    commands.add_parser("status", help="list the parts and whether they run; exit 1 unless all do").set_defaults(
+        run=_status
+    )
     login = commands.add_parser("login", help="log in as xy12345, or run a command there")
     login.add_argument("command", nargs="*", metavar="-- COMMAND", help="what to run there")
     login.set_defaults(run=_login)
@@ -114,11 +126,11 @@ def _parser() -> argparse.ArgumentParser:
     known = "\n".join(f"  {name} {arguments}" for name, (arguments, _) in _FAULTS.items())
     fault = commands.add_parser(
         "fault",
-        help="make something go wrong, or mend it all",
+        help="inject a fault, or repair all faults",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"faults:\n{known}\n  mend\nEach lasts until `mend`; scancel, requeue and ssh-drop* are events.",
+        epilog=f"faults:\n{known}\n  repair\nEach lasts until `repair`; scancel, requeue and ssh-drop* are events.",
     )
-    fault.add_argument("fault", choices=[*_FAULTS, "mend"], metavar="FAULT")
+    fault.add_argument("fault", choices=[*_FAULTS, "repair"], metavar="FAULT")
     fault.add_argument("arguments", nargs="*", metavar="ARGUMENT")
     fault.set_defaults(run=_fault)
     return parser
@@ -149,7 +161,7 @@ def _login(options: argparse.Namespace) -> int:
 
 def _env(options: argparse.Namespace) -> int:
     site = SimulatedSite.running(options.name)
-    print("# Test values for the simulated site. Host keys are signed: put this line into your known_hosts.")
+    print("# Test values for the simulated site. Its host keys are signed: add this line to your known_hosts.")
     print(f"# {site.login.known_hosts.read_text(encoding='utf-8').strip()}")
     for name, value in site.environment().items():
         print(f"{name}={value}")
@@ -158,22 +170,18 @@ def _env(options: argparse.Namespace) -> int:
 
 def _fault(options: argparse.Namespace) -> int:
     faults: Faults = SimulatedSite.running(options.name).faults
-    if options.fault == "mend":
-        faults.mend_all()
+    if options.fault == "repair":
+        faults.repair_all()
         return 0
     names, call = _FAULTS[options.fault]
     if len(options.arguments) != len(names.split()):
-        print(f"sim: usage: fault {options.fault} {names}", file=sys.stderr)
+        print(f"usage: fault {options.fault} {names}", file=sys.stderr)
         return _EXIT_REQUIREMENTS
     try:
         fault = call(faults, *options.arguments)
     except ValueError as error:
-        print(f"sim: fault {options.fault} {names}: {error}", file=sys.stderr)
+        print(f"fault {options.fault} {names}: {error}", file=sys.stderr)
         return _EXIT_REQUIREMENTS
     if fault is not None:
         fault.inject()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

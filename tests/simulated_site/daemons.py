@@ -1,4 +1,4 @@
-"""A daemon on a simulated machine: start it, see whether it runs, stop it."""
+"""Start and stop daemons on the simulated machines."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ _START_WAIT, _STOP_WAIT = 60.0, 30.0
 
 @dataclass(frozen=True)
 class Daemon:
-    """A program that runs in the foreground on a machine until it is told to end.
+    """A program that runs in the foreground on a machine until it gets SIGTERM.
 
     Attributes:
         machine: where it runs.
@@ -36,7 +36,7 @@ class Daemon:
         return pid is not None and self.machine.process_alive(pid)
 
     def launch(self) -> None:
-        """Start it unless it runs, without waiting until it serves."""
+        """Start it unless it runs; do not wait until it serves."""
         if self.running:
             return
         file = self.machine.pid_file(self.name)
@@ -65,7 +65,7 @@ class Daemon:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Tell it to end, and wait until it has; nothing to do if it does not run."""
+        """Send it SIGTERM, and wait until it has ended; do nothing if it does not run."""
         pid = self._pid()
         if pid is None or not self.machine.process_alive(pid):
             return

@@ -1,9 +1,13 @@
-"""The two ways in which the simulated site fails."""
+"""The errors of the simulated site."""
 
 
 class SiteError(RuntimeError):
-    """Something of the site did not start, stop or answer; the message says what, and which log to read."""
+    """A part of the site did not start, stop or answer. The message names the part and its log."""
 
 
 class RequirementsError(SiteError):
-    """This machine cannot run the site as it is; the message says in one line what it needs."""
+    """This machine lacks something that the site needs; the message names it in one line."""
+
+
+class NotInstalledError(RequirementsError):
+    """The machine lacks something that `up --install` installs."""

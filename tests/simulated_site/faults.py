@@ -1,8 +1,8 @@
-"""What can be made to go wrong, and how it is mended.
+"""Inject faults into a site, and repair them.
 
-A fault that lasts is a `Fault`: `with site.faults.node_off("n4001"): ...` injects it, and on leaving mends it and waits
-until the site is healthy again. One that is an event (`cancel_job`, `drop_connections`) is a plain method. `mend_all()`
-mends whatever is wrong, also what another process has injected.
+A fault that lasts is a context manager: `with site.faults.node_off("n4001"): ...` injects it; on leaving, it repairs it
+and waits until the site is healthy again. A fault that is an event (`cancel_job`, `drop_connections`) is a plain
+method. `repair_all()` repairs every fault, also those that another process has injected.
 """
 
 import os
@@ -26,21 +26,21 @@ SbatchFault = Literal["error-before", "error-after", "silent-after", "slow"]
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault that lasts until it is mended.
+    """A fault that lasts until it is repaired.
 
     Attributes:
-        inject: makes it; returns when it is in force.
-        mend: ends it; returns when the site is healthy again.
+        inject: starts it, and returns when it is in force.
+        repair: ends it, and returns when the site is healthy again.
     """
 
     inject: Callable[[], None]
-    mend: Callable[[], None]
+    repair: Callable[[], None]
 
     def __enter__(self) -> None:
         self.inject()
 
     def __exit__(self, *_: object) -> None:
-        self.mend()
+        self.repair()
 
 
 class Faults:
@@ -57,7 +57,7 @@ class Faults:
         return Fault(self._machine(node).stop, lambda: self._bring_back(node))
 
     def node_cut(self, node: str) -> Fault:
-        """Unplug a node's network cable: its processes go on, unseen."""
+        """Unplug a node's network cable: its processes keep running."""
         return Fault(self._machine(node).unplug, lambda: self._reconnect(node))
 
     def node_down(self, node: str) -> Fault:
@@ -75,12 +75,12 @@ class Faults:
         return Fault(controller.stop, controller.start)
 
     def accounting_off(self) -> Fault:
-        """Stop slurmdbd: sacct fails, slurmctld keeps what it has to tell."""
-        return Fault(self._site.cluster.accounting.stop, self._mend_accounting)
+        """Stop slurmdbd: sacct fails, and slurmctld keeps its records until slurmdbd is back."""
+        return Fault(self._site.cluster.accounting.stop, self._repair_accounting)
 
     def accounting_lagging(self) -> Fault:
-        """Keep slurmctld's news from slurmdbd: sacct answers, but with what was known before."""
-        return Fault(self._delay_accounting, self._mend_accounting)
+        """Hold back slurmctld's records from slurmdbd: sacct answers, but with old data."""
+        return Fault(self._delay_accounting, self._repair_accounting)
 
     def sbatch(self, kind: SbatchFault) -> Fault:
         """Disturb sbatch as users call it.
@@ -112,28 +112,28 @@ class Faults:
         return self._login_fault(refuse=True)
 
     def login_frozen(self) -> Fault:
-        """Let nothing pass and close nothing, new connections included."""
+        """Stop all traffic without closing any connection; new connections hang, too."""
         return self._login_fault(frozen=True)
 
     def login_slow(self, delay: float = 0.0, bandwidth: float = 0.0) -> Fault:
-        """Delay everything, and limit how much passes.
+        """Delay all traffic, and limit its bandwidth.
 
         Args:
-            delay: seconds under way, in each direction.
-            bandwidth: bytes a second in each direction, all connections together; 0 for no limit.
+            delay: seconds of delay in each direction.
+            bandwidth: bytes per second in each direction, of all connections together; 0 for no limit.
         """
         return self._login_fault(delay=delay, bandwidth=bandwidth)
 
     def drop_connections(self, after_bytes: int = 0) -> None:
-        """Reset every SSH connection once: now, or as soon as the login nodes have sent so many bytes more."""
-        self._site.login.relay.tell(**({"drop_after": after_bytes} if after_bytes else {"drop": True}))
+        """Reset every SSH connection once: now, or after the login nodes have sent that many more bytes."""
+        self._site.login.relay.send(**({"drop_after": after_bytes} if after_bytes else {"drop": True}))
 
     def disk_full(self) -> Fault:
-        """Leave no space in the homes' file system, and with that in every deployment folder."""
+        """Leave no free space in the file system of the homes, where deployment folders are, too."""
         return Fault(self._fill_home, self._site.storage.limit_home)
 
     def no_more_files(self) -> Fault:
-        """Leave no file in the homes' quota of files, though there is space."""
+        """Use up the quota of files of the homes, though there is free space."""
         return Fault(self._use_up_files, self._site.storage.limit_home)
 
     # Credentials
@@ -149,13 +149,13 @@ class Faults:
         return Fault(daemon.stop, daemon.start)
 
     def authentik_disturbed(self, disturbance: Disturbance) -> Fault:
-        """Disturb authentik's answers: slow, late, 5xx, lost; see Disturbance. Mending it ends all disturbances."""
+        """Disturb authentik's answers: slow, late, 5xx, lost; see Disturbance. Repairing it ends all disturbances."""
         return Fault(lambda: self._site.authentik.disturb(disturbance), self._site.authentik.clear_disturbances)
 
-    # Mending
+    # Repairing
 
-    def mend_all(self) -> None:
-        """Mend every fault, whoever injected it, and wait until the whole site serves."""
+    def repair_all(self) -> None:
+        """Repair every fault, whichever process injected it, and wait until all parts of the site serve."""
         site = self._site
         self._sbatch_fault.unlink(missing_ok=True)
         site.storage.limit_home()
@@ -166,7 +166,7 @@ class Faults:
         site.identity_provider.daemon.start()
         site.authentik.clear_disturbances()  # before step-ca starts, which would not without its issuer
         site.start()
-        site.login.relay.mend()
+        site.login.relay.repair()
         for node in COMPUTE_NODES:
             if not site.cluster.takes_jobs(node.hostname):
                 self._reconnect(node.hostname)
@@ -178,7 +178,7 @@ class Faults:
         return self._site.machines[node]
 
     def _bring_back(self, node: str) -> None:
-        """Switch a node on, with the daemons that belong on it."""
+        """Switch a node on, and start its daemons."""
         machine = self._site.machines[node]
         machine.start()
         for daemon in self._site.daemons():
@@ -189,9 +189,9 @@ class Faults:
         self._site.cluster.query("scontrol", "update", f"nodename={machine.hostname}", "state=down", "reason=fault")
 
     def _reconnect(self, node: str) -> None:
-        """Plug a node in, put it back into service, and have its slurmd report.
+        """Plug a node in, put it back into service, and restart its slurmd.
 
-        slurmctld would contact it again only after a minute or more.
+        A restarted slurmd registers at once; slurmctld would contact the node only after a minute or more.
         """
         self._site.machines[node].plug()
         if daemon := self._site.cluster.node_daemons.get(node):
@@ -200,10 +200,10 @@ class Faults:
             self._site.machines[CONTROLLER.hostname].run(resume, check=False)  # it fails where the node is in service
             daemon.start()
 
-    def _mend_accounting(self) -> None:
+    def _repair_accounting(self) -> None:
         self._let_accounting_through()
         self._site.cluster.accounting.start()
-        wait_until(self._nothing_untold, "slurmctld's news in the accounting", 90.0)
+        wait_until(self._accounting_is_current, "all records of slurmctld in the accounting", 90.0)
 
     def _delay_accounting(self) -> None:
         """Drop slurmctld's packets to slurmdbd, as if the line had gone dead, by a route of its machine."""
@@ -217,8 +217,8 @@ class Faults:
     def _database_address(self) -> str:
         return f"{self._site.machines[DATABASE.hostname].address}/32"
 
-    def _nothing_untold(self) -> bool:
-        """Whether slurmctld holds no messages for slurmdbd back."""
+    def _accounting_is_current(self) -> bool:
+        """Whether slurmctld has sent all of its records to slurmdbd."""
         return "DBD Agent queue size: 0" in self._site.cluster.query("sdiag")
 
     def _disturb_sbatch(self, kind: SbatchFault) -> None:
@@ -236,13 +236,13 @@ class Faults:
         wait_until(lambda: not self._site.squeue("--noheader", "--name=preemption"), "end of the preemption", 90.0)
 
     def _login_fault(self, **settings: object) -> Fault:
-        """Return a fault that changes some settings of the relay, and sets these alone back."""
+        """Return a fault that changes some settings of the relay, and resets only these."""
         relay, healthy = self._site.login.relay, asdict(Settings())
 
-        def tell(**values: object) -> None:
-            relay.tell(**values)
+        def send(**values: object) -> None:
+            relay.send(**values)
 
-        return Fault(lambda: tell(**settings), lambda: tell(**{name: healthy[name] for name in settings}))
+        return Fault(lambda: send(**settings), lambda: send(**{name: healthy[name] for name in settings}))
 
     def _fill_home(self) -> None:
         """Make the file system as small as what is on it: it is full then, and nothing has to be written."""

@@ -1,7 +1,9 @@
-"""Commands on the host."""
+"""Commands and locks on the host."""
 
+import fcntl
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import SiteError
@@ -26,3 +28,23 @@ def spawn(command: Sequence[str], log: Path) -> None:
         subprocess.run(
             ["setsid", "--fork", *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=True
         )
+
+
+@contextmanager
+def locked(file: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on `file`, which is made if need be; the kernel releases it when this process ends.
+
+    Args:
+        wait: wait until no other process holds it. Otherwise try once.
+
+    Yields:
+        Whether this process holds the lock.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

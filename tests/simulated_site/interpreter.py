@@ -1,7 +1,6 @@
-"""The Python environment that every user of the site can run: this project's own, lent read-only to its machines.
+"""Give the site's users a Python environment: the one that runs this process, mounted read-only on the machines.
 
-Its byte code is made here, as in an environment on a real site: nobody can write it there, and each process of Ray
-would spend seconds on it.
+Its byte code is compiled here, because users cannot write it there: each process of Ray would spend seconds on it.
 """
 
 import compileall
@@ -18,7 +17,7 @@ def interpreter(layout: Layout) -> Path:
 
 
 def make(layout: Layout) -> None:
-    """Make a virtual environment around two empty folders, over which the machines mount what they are lent."""
+    """Make a virtual environment around two empty folders, on which machines mount the interpreter and its packages."""
     folder = layout.state / "python"
     base, packages = _places(layout)
     _compile(Path(sysconfig.get_path("purelib")))
@@ -33,13 +32,13 @@ def make(layout: Layout) -> None:
 
 
 def mounts(layout: Layout) -> list[str]:
-    """What is lent and where, in pairs: the interpreter's installation and the packages of this environment."""
+    """Return what the machines mount, in pairs of source and target: the installation of Python, and the packages."""
     base, packages = _places(layout)
     return [sys.base_prefix, str(base), sysconfig.get_path("purelib"), str(packages)]
 
 
 def _compile(packages: Path) -> None:
-    """Make the byte code of all packages, unless that was done since the last one came."""
+    """Compile the byte code of all packages, unless that was done after the last change of the folder."""
     done = packages / ".compiled"
     if not done.exists() or done.stat().st_mtime < packages.stat().st_mtime:
         compileall.compile_dir(packages, quiet=2, workers=0)  # it fails where a file is only a template for one

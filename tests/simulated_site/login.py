@@ -136,7 +136,7 @@ class Login:
 
     def _relay_answers(self) -> bool:
         try:
-            self.relay.tell()
+            self.relay.send()
         except OSError:
             return False
         return True

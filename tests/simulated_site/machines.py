@@ -162,7 +162,7 @@ class Machine:
 
     @property
     def _cgroup(self) -> Path:
-        return _CGROUP_MEMORY / f"simulated-site-{self.layout.name}-{self.hostname}"
+        return _CGROUP_MEMORY / f"simulated-site-{self._interface}"
 
     def _make_folder(self, name: str, mode: int) -> None:
         """Make a folder that machine-init mounts, or mounts something on."""

@@ -1,13 +1,10 @@
 """The network of a site: a subnet that nobody on this machine uses, and the bridge that joins its machines."""
 
-import fcntl
 import json
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from .errors import SiteError
-from .host import ip
+from .host import ip, locked
 from .layout import Layout, state_base, state_folder
 
 _SUBNETS = 256
@@ -28,8 +25,7 @@ def claim(name: str, slurm: str) -> Layout:
     Raises:
         SiteError: every subnet is taken.
     """
-    state_base().mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time():
+    with locked(state_base() / "lock"):
         layout = find(name) or Layout(name, _free_subnet(name), slurm)
         layout.state.mkdir(exist_ok=True)
         about = {"subnet": layout.subnet, "slurm": layout.slurm}
@@ -65,10 +61,3 @@ def _free_subnet(name: str) -> int:
 
 def _exists(interface: str) -> bool:
     return any(entry.get("ifname") == interface for entry in json.loads(ip("-json", "link", "show")))
-
-
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    with (state_base() / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -1,8 +1,8 @@
-"""The way to the login nodes: a TCP relay that picks one of them at random, and can be disturbed.
+"""Relay TCP connections to the login nodes, and disturb them on request; each goes to a node picked at random.
 
-It runs as a program of its own (standard library only), and is told what to do over a Unix socket, one JSON object a
-line: settings to change, or `{"drop": true}`. It answers each with its present settings and number of connections. The
-kernel's own means (netem) are not there on every machine, and would act on packets, not on connections.
+The relay is a program of its own (standard library only). It reads requests from a Unix socket, one JSON object per
+line: settings to change, or `{"drop": true}`. It answers each with its settings and its number of connections. The
+kernel's own means (netem) do not exist on every machine, and act on packets instead of connections.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _UnderWay = asyncio.Queue[tuple[float, bytes]]
-"""Data between its two sockets, each piece with the time when it is due; an empty piece is the end."""
+"""Data between the two sockets of a connection: (time when it is due, data); empty data is the end."""
 
 _CHUNK = 64 * 1024
 _CHUNKS_UNDER_WAY = 64
@@ -25,15 +25,14 @@ _ABORT_AT_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER with no time to linger: c
 
 @dataclass
 class Settings:
-    """What the relay does to traffic; these defaults are a healthy one.
+    """What the relay does to traffic. The defaults disturb nothing.
 
     Attributes:
         refuse: new connections are refused (nothing listens); those that are open stay.
-        frozen: nothing passes and nothing is closed, as when a laptop sleeps or a cable is pulled.
-        delay: seconds that data is under way, in each direction.
-        bandwidth: bytes a second that pass in each direction, all connections together; 0 for no limit.
-        drop_after: drop every connection once as soon as so many more bytes have come from the login nodes; 0 for
-            never.
+        frozen: no data passes and no connection is closed, as when a laptop sleeps or a cable is pulled.
+        delay: seconds of delay in each direction.
+        bandwidth: bytes per second in each direction, of all connections together; 0 for no limit.
+        drop_after: drop every connection once, after that many more bytes from the login nodes; 0 for never.
     """
 
     refuse: bool = False
@@ -156,12 +155,12 @@ async def _sleep_until(due: float) -> None:
 
 
 class RelayControl:
-    """Tells a running relay what to do."""
+    """Controls a running relay."""
 
     def __init__(self, socket_path: Path) -> None:
         self._path = socket_path
 
-    def tell(self, **request: object) -> dict[str, Any]:
+    def send(self, **request: object) -> dict[str, Any]:
         """Send one request and return the relay's settings and its number of `connections`."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(10)
@@ -171,9 +170,9 @@ class RelayControl:
                 settings: dict[str, Any] = json.loads(answer.readline())
         return settings
 
-    def mend(self) -> None:
-        """Set it back to healthy; open connections stay."""
-        self.tell(**asdict(Settings()))
+    def repair(self) -> None:
+        """Reset all settings; open connections stay."""
+        self.send(**asdict(Settings()))
 
 
 def _endpoint(text: str) -> tuple[str, int]:

@@ -1,10 +1,11 @@
-"""What the simulated site needs from this machine: root, Debian or Ubuntu, and a few of its packages."""
+"""Check and install what the site needs from this machine: root, Debian or Ubuntu, and some packages."""
 
 import os
 import subprocess
 from pathlib import Path
 
-from .errors import RequirementsError, SiteError
+from .errors import NotInstalledError, RequirementsError, SiteError
+from .host import locked
 
 SUPPORTED_SYSTEMS = {"debian": ("12", "13"), "ubuntu": ()}
 """Distribution ids of os-release and the versions that are accepted; an empty tuple accepts all."""
@@ -18,10 +19,10 @@ PACKAGES = (
     "procps",
     "util-linux",
 )
-"""What the host itself needs; what the machines need is in roots.py."""
+"""Packages of the host; those of the simulated machines are in roots.py."""
 
 CACHE = Path("/var/cache/simulated-site")
-"""Where what is built stays between sites, outside of every clone."""
+"""Folder for what is built once per machine and used by every site."""
 
 
 def check_system() -> None:
@@ -50,7 +51,7 @@ def check_system() -> None:
 
 
 def missing_packages(packages: tuple[str, ...] = PACKAGES) -> list[str]:
-    """Return those of the packages that dpkg does not know as installed."""
+    """Return those of the packages that are not installed."""
     query = subprocess.run(
         ["dpkg-query", "--show", "--showformat", "${Package} ${db:Status-Status}\n", *packages],
         capture_output=True,
@@ -70,15 +71,16 @@ def ensure_packages(install: bool) -> None:
     """Make sure that PACKAGES are installed.
 
     Raises:
-        RequirementsError: some are not, and `install` is false.
+        NotInstalledError: some are not, and `install` is false.
         SiteError: apt-get failed.
     """
     missing = missing_packages()
     if not missing:
         return
     if not install:
-        raise RequirementsError(f"packages are missing (`scripts/sim up --install` installs them): {' '.join(missing)}")
-    install_packages(missing)
+        raise NotInstalledError(f"packages are missing: {' '.join(missing)}")
+    with locked(CACHE / "lock"):
+        install_packages(missing)
 
 
 def install_packages(packages: list[str]) -> None:

@@ -3,7 +3,6 @@
 A machine has the /usr of such a root and a copy of its /etc: the host's distribution and packages do not matter to it.
 """
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -11,7 +10,8 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from .errors import RequirementsError, SiteError
+from .errors import NotInstalledError, SiteError
+from .host import locked
 from .requirements import CACHE, apt_get
 
 SUITES = {"22.05": "bookworm", "24.11": "trixie"}
@@ -57,18 +57,14 @@ def ensure(slurm: str, install: bool) -> None:
     """Make the root with that version of Slurm unless it is there (a minute or two, once per machine).
 
     Raises:
-        RequirementsError: it would have to be made, and `install` is false.
+        NotInstalledError: it is not there, and `install` is false.
         SiteError: debootstrap failed.
     """
     if root(slurm).exists():
         return
     if not install:
-        raise RequirementsError(
-            f"the file system with Slurm {slurm} is missing (`scripts/sim up --install --slurm {slurm}` makes it)"
-        )
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        raise NotInstalledError(f"the file system of the machines with Slurm {slurm} is missing")
+    with locked(CACHE / "lock"):
         if not root(slurm).exists():
             with tempfile.TemporaryDirectory(prefix="root-", dir=CACHE) as folder:
                 _make(SUITES[slurm], Path(folder))

@@ -1,9 +1,12 @@
-"""The whole simulated site: start it, look at it, use it, stop it."""
+"""Start, use, inspect and end a simulated site."""
 
+import itertools
 import secrets
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from .cluster import Cluster
 from .daemons import Daemon
 from .errors import SiteError
 from .faults import Faults
-from .host import run_on_host
+from .host import locked, run_on_host
 from .identity_provider import IdentityProvider
 from .layout import (
     CERTIFICATE_USER,
@@ -28,6 +31,7 @@ from .layout import (
     USERS,
     Layout,
     User,
+    state_base,
     state_folder,
 )
 from .login import Login
@@ -36,7 +40,7 @@ from .storage import Storage
 from .waiting import wait_until
 
 VANILLA = "#ASC --vanilla\n"
-"""Line before a script's first command that makes the submit plugin leave the job alone."""
+"""A line before the first command of a script; with it, the submit plugin leaves the job as it is."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class LoginProcess:
 
 
 class SimulatedSite:
-    """A running MUSICA in a box. Made by `SimulatedSite.up()` or, if it runs already, `SimulatedSite.running()`.
+    """A running site, from `SimulatedSite.temporary()`, `SimulatedSite.up()` or `SimulatedSite.running()`.
 
     Attributes:
         machines: every simulated machine by hostname.
@@ -58,8 +62,8 @@ class SimulatedSite:
         storage: the file systems that they share with the compute nodes.
         certificate_authority: step-ca.
         identity_provider: authentik's stand-in, its addresses and its process.
-        authentik: steers it: clock, lifetimes, users, tokens, disturbances, what it served.
-        faults: what can be made to go wrong.
+        authentik: its control: clock, lifetimes, users, tokens, disturbances, record of requests.
+        faults: injects faults and repairs them.
     """
 
     def __init__(self, layout: Layout, programs: smallstep.Programs) -> None:
@@ -76,10 +80,10 @@ class SimulatedSite:
 
     @classmethod
     def up(cls, name: str, install: bool = False, slurm: str = "") -> "SimulatedSite":
-        """Start the site of that name, or whatever of it does not run, and return it when all of it serves.
+        """Start the site of that name, or those parts of it that do not run; return it when all parts serve.
 
         Args:
-            install: install missing packages, make the machines' file system and build step, if need be.
+            install: install missing packages, make the machines' file system and build step where they are missing.
             slurm: version of Slurm, a key of roots.SUITES; by default that of the site, for a new one roots.chosen().
 
         Raises:
@@ -96,7 +100,7 @@ class SimulatedSite:
             cls.down(name)  # an attempt that was cut short: its database may lack anything
         layout = network.claim(name, slurm or roots.chosen())
         if slurm and layout.slurm != slurm:
-            raise SiteError(f"the site {name!r} has Slurm {layout.slurm} (`scripts/sim down` ends it)")
+            raise SiteError(f"the site {name!r} runs with Slurm {layout.slurm}; end it with `down` before")
         roots.ensure(layout.slurm, install)
         site = cls(layout, programs)
         if not _completed(site.layout).exists():
@@ -104,6 +108,36 @@ class SimulatedSite:
         site.start()
         _completed(site.layout).touch()
         return site
+
+    @classmethod
+    @contextmanager
+    def temporary(cls, install: bool = False, slurm: str = "", prefix: str = "test") -> Iterator["SimulatedSite"]:
+        """Start a new site that no other process uses, and remove it at the end; for a run of tests.
+
+        Its name is the first of `test-1`, `test-2`, ... that no other process uses. A process that is killed leaves its
+        site running; the next process that takes the name replaces the site.
+
+        Args:
+            install: see `up`.
+            slurm: see `up`.
+            prefix: what its name begins with.
+
+        Raises:
+            RequirementsError: see `up`.
+            SiteError: see `up`.
+        """
+        requirements.check_system()
+        for number in itertools.count(1):
+            name = f"{prefix}-{number}"
+            with locked(state_base() / f"{name}.in-use", wait=False) as ours:
+                if not ours:
+                    continue
+                cls.down(name)
+                try:
+                    yield cls.up(name, install, slurm)
+                finally:
+                    cls.down(name)
+                return
 
     @classmethod
     def running(cls, name: str) -> "SimulatedSite":
@@ -114,12 +148,12 @@ class SimulatedSite:
         """
         layout = network.find(name)
         if layout is None:
-            raise SiteError(f"the site {name!r} is not up (`scripts/sim up` starts it)")
+            raise SiteError(f"the site {name!r} is not up; start it with `up`")
         return cls(layout, smallstep.ensure_programs(install=False))
 
     @classmethod
     def down(cls, name: str) -> None:
-        """End and remove everything of the site of that name but its logs; nothing to do if it is not there."""
+        """End the site of that name and remove everything but its logs; do nothing if there is no such site."""
         layout = network.find(name)
         if layout is None:
             return
@@ -134,7 +168,7 @@ class SimulatedSite:
         (layout.state / "site.json").unlink()
 
     def start(self) -> None:
-        """Start whatever of the site does not run: machines first, then all daemons side by side."""
+        """Start those parts of the site that do not run: machines first, then all daemons in parallel."""
         if self.storage.mount():
             self.login.restore_homes()
             self.storage.restore_project()
@@ -146,7 +180,7 @@ class SimulatedSite:
                 part.result()
 
     def status(self) -> dict[str, bool]:
-        """Tell of each machine and daemon whether it runs."""
+        """Return for each machine and daemon whether it runs."""
         return {
             **{f"machine {machine.hostname}": machine.running for machine in self.machines.values()},
             **{daemon.name: daemon.running for daemon in self.daemons()},
@@ -162,11 +196,11 @@ class SimulatedSite:
         ]
 
     def reset(self) -> None:
-        """Give the next test a clean site: no faults, no jobs, no processes of users, nothing on any disk, no tokens.
+        """Clean the site for the next test: no faults, jobs, processes of users, files of users or tokens.
 
         Users that were added to authentik stay.
         """
-        self.faults.mend_all()
+        self.faults.repair_all()
         self.cluster.cancel_all()
         self.clean_machines()
         self.login.restore_homes()
@@ -192,11 +226,11 @@ class SimulatedSite:
         return keys.sign_user_key(self.certificate_authority.authorities, key, user.name, validity)
 
     def id_token(self, app_password: str, user: User = CERTIFICATE_USER) -> str:
-        """Change an app password for an id token; raises urllib.error.HTTPError if authentik refuses."""
+        """Exchange an app password for an id token; raise urllib.error.HTTPError if authentik refuses."""
         return self.identity_provider.id_token(app_password, user)
 
     def environment(self, user: User = CERTIFICATE_USER) -> dict[str, str]:
-        """Return the document's variables for this site, with a fresh API token as bootstrap."""
+        """Return the environment variables of a dagster-sbatch deployment on this site, with a fresh API token."""
         client = self.layout.state / "client"
         token = self.authentik.create_token(user.name, "api", f"bootstrap-{secrets.token_hex(4)}")
         return {
@@ -287,7 +321,7 @@ class SimulatedSite:
         """Wait until a job is in one of the states, by default COMPLETED.
 
         Raises:
-            SiteError: it is not within `timeout` seconds; the message tells in which it is.
+            SiteError: it is not within `timeout` seconds; the message says in which state it is.
         """
         wanted = states or ("COMPLETED",)
         try:
@@ -321,7 +355,7 @@ class SimulatedSite:
 
 
 def _remove_files(name: str) -> None:
-    """Remove what a site that is down has left, but for its logs."""
+    """Remove what a site that is down has left, except its logs."""
     folder = state_folder(name)
     for entry in folder.iterdir() if folder.exists() else ():
         if entry.is_dir() and entry.name != "log":
@@ -329,5 +363,5 @@ def _remove_files(name: str) -> None:
 
 
 def _completed(layout: Layout) -> Path:
-    """The file that tells that a site has once been up as a whole."""
+    """The file that exists once all parts of a site have been up."""
     return layout.run / "completed"

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import requirements
-from .errors import RequirementsError, SiteError
+from .errors import NotInstalledError, SiteError
+from .host import locked
 from .requirements import CACHE
 
 _CLI_SOURCE = "golang-github-smallstep-cli=0.15.16+ds-3"
@@ -47,7 +48,7 @@ def ensure_programs(install: bool) -> Programs:
     """Return step and step-ca from PATH, from the cache, or freshly built (a minute or two, once a machine).
 
     Raises:
-        RequirementsError: they would have to be built, and `install` is false.
+        NotInstalledError: they are not there, and `install` is false.
         SiteError: the build failed.
     """
     on_path = shutil.which("step"), shutil.which("step-ca")
@@ -56,10 +57,11 @@ def ensure_programs(install: bool) -> Programs:
     built = Programs(CACHE / "step", CACHE / "step-ca")
     if not (built.step.exists() and built.step_ca.exists()):
         if not install:
-            raise RequirementsError("step and step-ca are missing (`scripts/sim up --install` builds them)")
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="build-", dir=CACHE) as folder:
-            _build(Path(folder))
+            raise NotInstalledError("the programs step and step-ca are missing")
+        with locked(CACHE / "lock"):
+            if not (built.step.exists() and built.step_ca.exists()):
+                with tempfile.TemporaryDirectory(prefix="build-", dir=CACHE) as folder:
+                    _build(Path(folder))
     return built
 
 

@@ -1,4 +1,4 @@
-"""Waiting for a condition, never for a time."""
+"""Wait for a condition, never for a time."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,11 @@ from .errors import SiteError
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout: float = 60.0, interval: float = 0.1) -> None:
-    """Look every `interval` seconds until `condition` is true; after `timeout` seconds raise SiteError, with `what`."""
+    """Wait until `condition` is true; check it every `interval` seconds.
+
+    Raises:
+        SiteError: it is not true after `timeout` seconds; the message names `what` was awaited.
+    """
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:

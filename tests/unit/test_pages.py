@@ -113,7 +113,7 @@ def test_no_command_hides_in_a_block_of_another_kind(page: Path) -> None:
 def test_who_is_said_to_run_a_command_names_it(beginning: str) -> None:
     script = beginning.removeprefix("sudo ").split()[0]
     wanted = {
-        "sudo scripts/sim": 'sim("fault", "mend")',
+        "sudo scripts/sim": 'sim("fault", "repair")',
         "(umask 077; sudo scripts/sim env": 'sim("env")',
         ".venv/bin/dagster instance concurrency": "instance concurrency set gpu 4",
     }
