@@ -211,12 +211,6 @@ class Settings(BaseSettings):
         description="Minutes before its end when the certificate is replaced. Default: after two thirds of its life.",
         examples=["60"],
     )
-    step_client: Literal["http", "step"] = Field(
-        "http",
-        validation_alias="ASC_STEP_CLIENT",
-        description="How certificates are asked for: by HTTP, or with the `step` program on PATH.",
-        examples=["step"],
-    )
 
     @property
     def on_supercomputer(self) -> bool:

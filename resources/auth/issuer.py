@@ -1,41 +1,37 @@
-"""step CA: an SSH user certificate in exchange for an OIDC token, by HTTP or with the `step` program.
+"""step CA: exchange an OIDC token for an SSH user certificate.
 
 Source: https://smallstep.com/docs/step-ca and its API `/root/{sha}`, `/1.0/ssh/sign`.
 """
 
 import base64
 import hashlib
-import os
-import re
-import shutil
 import ssl
-import subprocess
-import tempfile
-from collections.abc import Callable
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from resources.auth import clock
 from resources.auth.authentik import OidcToken
-from resources.auth.errors import ClockError, MisconfiguredError, RefusedError, UnavailableError
+from resources.auth.errors import ClockError, MisconfiguredError, RefusedError
 from resources.auth.http import Http
 from resources.settings import Settings
 
 CLOCK_TOLERANCE = timedelta(seconds=30)
-STEP_SECONDS = 30.0
-_STEP_OPTIONS = ("--sign", "--force", "--no-password", "--insecure")
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-
-Issue = Callable[[Settings, Http, str, OidcToken], str]
-"""Settings, the refresh's calls, a public key line and a fresh token; gives the certificate's line."""
 
 
-def issuer(settings: Settings) -> Issue:
-    """Return how certificates are requested, by ASC_STEP_CLIENT."""
-    return _issue_with_step if settings.step_client == "step" else _issue_by_http
+def issue_certificate(settings: Settings, http: Http, public_key: str, token: OidcToken) -> str:
+    """Request a certificate for a public key; return it as OpenSSH's line `<type> <base64> <comment>`.
 
+    Args:
+        settings: ASC_STEP_CA_URL and ASC_STEP_FINGERPRINT.
+        http: the calls of this refresh.
+        public_key: `<type> <base64> [comment]`.
+        token: a fresh one, since the authority accepts each token once.
 
-def _issue_by_http(settings: Settings, http: Http, public_key: str, token: OidcToken) -> str:
+    Raises:
+        UnavailableError: the authority does not answer.
+        ClockError: the authority's clock differs from authentik's.
+        RefusedError: the authority does not accept the token, or issues no certificate to this user.
+        MisconfiguredError: it is another authority than ASC_STEP_FINGERPRINT says, or it does not certify this key.
+    """
     trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody yet
     trust.load_verify_locations(cadata=_fetch_root(settings, http))
     kind, blob = public_key.split()[:2]
@@ -65,40 +61,6 @@ def _issue_by_http(settings: Settings, http: Http, public_key: str, token: OidcT
         ) from None
     length = int.from_bytes(certificate[:4], "big")
     return f"{certificate[4 : 4 + length].decode(errors='replace')} {answer.data['crt']} {token.email}"
-
-
-def _issue_with_step(settings: Settings, http: Http, public_key: str, token: OidcToken) -> str:
-    step = shutil.which("step")
-    if step is None:
-        raise MisconfiguredError("ASC_STEP_CLIENT=step, but there is no `step` on PATH; unset it to do without")
-    with tempfile.TemporaryDirectory(prefix="step-") as made:
-        folder = Path(made)
-        root, public = folder / "root.pem", folder / "id.pub"
-        root.write_text(_fetch_root(settings, http))
-        public.write_text(public_key + "\n")
-        place = ["--ca-url", _base(settings), "--root", str(root)]
-        environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": made, "STEPPATH": made}
-        try:
-            done = subprocess.run(
-                [step, "ssh", "certificate", token.email, str(public), *_STEP_OPTIONS, *place],
-                env={**environment, "STEP_TOKEN": token.value, "STEPDEBUG": "1"},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=max(1.0, min(STEP_SECONDS, http.remaining())),
-                check=False,
-                start_new_session=True,  # without a terminal it fails where it would ask
-            )
-        except subprocess.TimeoutExpired:
-            raise UnavailableError(f"`step ssh certificate` took longer than {STEP_SECONDS:.0f} s") from None
-        if done.returncode == 0:
-            return (folder / "id-cert.pub").read_text().strip()
-        said = _COLOUR.sub("", done.stderr).replace(token.value, "(token)").strip()[:500]
-    health = http.call("GET", f"{_base(settings)}/health", trust=_unverified())
-    _compare_clocks(token, health.date)
-    raise RefusedError(
-        f"`step ssh certificate` ended with {done.returncode}: {said}. {_refused_token(settings, token)}"
-    )
 
 
 def _refused_token(settings: Settings, token: OidcToken) -> str:

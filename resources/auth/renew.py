@@ -33,7 +33,7 @@ from resources.auth.credentials import CredentialsFile, Source
 from resources.auth.errors import AccessError, MisconfiguredError, RefusedError, UnavailableError
 from resources.auth.files import explained, remove_half_written
 from resources.auth.http import Http
-from resources.auth.issuer import issuer
+from resources.auth.issuer import issue_certificate
 from resources.auth.lock import refresh_lock
 from resources.auth.rotation import NoTokenError, Rotator
 from resources.auth.ways import AccessState, explain, explain_rotation, plain_key, read_access
@@ -43,7 +43,7 @@ Wish = Literal["due", "now", "no"]
 """Do a part if it is due, in any case, or not at all."""
 
 LOCK_SECONDS = 150.0
-"""Longer than a refresh can take: all calls 60 s (`http.BUDGET_SECONDS`), the last one a little more, `step` 30 s."""
+"""Longer than a refresh can take: all calls 60 s (`http.BUDGET_SECONDS`), the last one a little more."""
 LOCK_SECONDS_WITH_CERTIFICATE = 5.0
 ISSUE_TRIES = 3
 
@@ -232,7 +232,7 @@ class _Refresh:
         for left in reversed(range(ISSUE_TRIES)):
             token, source = self._oidc_token(forced=forced)
             try:
-                line = issuer(self._settings)(self._settings, self._http, public, token)
+                line = issue_certificate(self._settings, self._http, public, token)
             except (UnavailableError, RefusedError):
                 if not left or self._http.remaining() <= 0:
                     raise

@@ -80,10 +80,3 @@ def variables(site: SimulatedSite) -> dict[str, str]:
 @pytest.fixture
 def without_secret(variables: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name != "ASC_AUTHENTIK_API_TOKEN"}
-
-
-@pytest.fixture(params=["http", "step"])
-def client(request: pytest.FixtureRequest, site: SimulatedSite, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """ASC_STEP_CLIENT, with the real `step` on PATH."""
-    monkeypatch.setenv("PATH", f"{Path(site.certificate_authority.step).parent}{os.pathsep}{os.environ['PATH']}")
-    return {"ASC_STEP_CLIENT": request.param}

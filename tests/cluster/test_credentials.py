@@ -1,7 +1,5 @@
-"""From an authentik token to a certificate that opens the login node: real step-ca, real sshd, both ways of asking."""
+"""From an authentik token to a certificate that opens the login node: a real step-ca and a real sshd."""
 
-import os
-import subprocess
 import threading
 import time
 from datetime import UTC, datetime
@@ -28,29 +26,29 @@ pytestmark = pytest.mark.cluster
 
 
 def test_each_of_the_four_ways_is_enough(
-    site: SimulatedSite, variables: dict[str, str], without_secret: dict[str, str], client: dict[str, str]
+    site: SimulatedSite, variables: dict[str, str], without_secret: dict[str, str]
 ) -> None:
     key, file = access.key_of(variables), Path(variables["ASC_AUTHENTIK_CREDENTIALS_FILE"])
     # 3: an API token, which makes the credentials file
-    refresh(access.settings_of({**variables, **client}))
+    refresh(access.settings_of(variables))
     assert access.logs_in(site, variables)
     # 1: a valid certificate, and nothing else
     stored = file.read_text()
     file.unlink()
-    assert ensure_certificate(access.settings_of({**without_secret, **client}))
+    assert ensure_certificate(access.settings_of(without_secret))
     assert not file.exists()
     # 2: stored credentials, and nothing else
     file.touch(mode=0o600)
     file.write_text(stored)
     certificate_path(key).unlink()
-    report = refresh(access.settings_of({**without_secret, **client}))
+    report = refresh(access.settings_of(without_secret))
     assert (report.issued_with, report.rotated_with) == ("stored", None)
     assert access.logs_in(site, variables)
     # 4: an app password, and nothing else
     file.unlink()
     certificate_path(key).unlink()
     password = {"ASC_OIDC_APP_PASSWORD": site.authentik.create_token(access.USER, "app_password", "by-hand")}
-    settings = access.settings_of({**without_secret, **client, **password})
+    settings = access.settings_of({**without_secret, **password})
     assert refresh(settings).issued_with == "direct"
     assert access.logs_in(site, variables)
     assert not file.exists()
@@ -115,33 +113,17 @@ def test_what_a_person_got_with_step_is_taken_as_it_is(
 
 
 def test_the_key_that_step_made_is_kept_when_its_certificate_is_renewed(
-    site: SimulatedSite, variables: dict[str, str], client: dict[str, str]
+    site: SimulatedSite, variables: dict[str, str]
 ) -> None:
     password = site.authentik.create_token(access.USER, "app_password", "by-hand")
     done = site.certificate_authority.sign_with_step(access.key_of(variables), site.id_token(password))
     assert done.returncode == 0, done.stderr
     key, public = access.key_of(variables).read_bytes(), public_path(access.key_of(variables)).read_bytes()
     first = certificate_path(access.key_of(variables)).read_bytes()
-    assert refresh(access.settings_of({**variables, **client}), certificate="now").issued_with == "stored"
+    assert refresh(access.settings_of(variables), certificate="now").issued_with == "stored"
     assert (access.key_of(variables).read_bytes(), public_path(access.key_of(variables)).read_bytes()) == (key, public)
     assert certificate_path(access.key_of(variables)).read_bytes() != first
     assert access.logs_in(site, variables)
-
-
-def test_both_clients_get_the_same_certificate(
-    site: SimulatedSite, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", f"{Path(site.certificate_authority.step).parent}{os.pathsep}{os.environ['PATH']}")
-    found = []
-    for client in ("http", "step"):
-        settings = access.settings_of({**variables, "ASC_STEP_CLIENT": client})
-        certificate = refresh(settings, certificate="now").certificate
-        assert certificate
-        listing = subprocess.run(
-            ["ssh-keygen", "-L", "-f", certificate.path], capture_output=True, text=True, check=True
-        ).stdout
-        found.append([line for line in listing.splitlines() if "Serial" not in line and "Valid" not in line])
-    assert found[0] == found[1]
 
 
 def test_a_due_certificate_is_renewed_before_it_ends(site: SimulatedSite, variables: dict[str, str]) -> None:

@@ -46,9 +46,9 @@ def test_a_folder_that_cannot_be_written_to_keeps_what_works(
 
 
 def test_a_ca_that_is_down_keeps_what_works(
-    site: SimulatedSite, variables: dict[str, str], client: dict[str, str], caplog: pytest.LogCaptureFixture
+    site: SimulatedSite, variables: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = access.settings_of({**variables, **client})
+    settings = access.settings_of(variables)
     with site.faults.certificate_authority_down():
         with pytest.raises(UnavailableError, match=rf"{site.certificate_authority.url}.*refused"):
             ensure_certificate(settings)
@@ -68,10 +68,8 @@ def test_a_ca_that_is_down_keeps_what_works(
     assert check_health(settings).verdict == "ok"
 
 
-def test_an_authentik_that_is_down_keeps_what_works(
-    site: SimulatedSite, variables: dict[str, str], client: dict[str, str]
-) -> None:
-    settings = access.settings_of({**variables, **client})
+def test_an_authentik_that_is_down_keeps_what_works(site: SimulatedSite, variables: dict[str, str]) -> None:
+    settings = access.settings_of(variables)
     refresh(settings)
     access.age_certificate(site, variables)
     with site.faults.authentik_down():
@@ -95,10 +93,8 @@ def test_an_authentik_that_is_slow_or_fails_once_is_borne(
         assert refresh(access.settings_of(variables)).issued_with == "stored"
 
 
-def test_clocks_that_differ_are_told_as_such(
-    site: SimulatedSite, variables: dict[str, str], client: dict[str, str]
-) -> None:
-    settings = access.settings_of({**variables, **client})
+def test_clocks_that_differ_are_told_as_such(site: SimulatedSite, variables: dict[str, str]) -> None:
+    settings = access.settings_of(variables)
     refresh(settings)
     access.age_certificate(site, variables)
     site.authentik.set_jwt_skew(120)
@@ -123,9 +119,9 @@ def test_a_machine_whose_clock_is_wrong_is_told(
 
 
 def test_a_token_that_has_expired_when_it_reaches_the_ca_is_told(
-    site: SimulatedSite, variables: dict[str, str], client: dict[str, str]
+    site: SimulatedSite, variables: dict[str, str]
 ) -> None:
-    settings = access.settings_of({**variables, **client})
+    settings = access.settings_of(variables)
     refresh(settings, certificate="no")
     site.authentik.set_lifetimes(access_token=-600)
     with pytest.raises(ClockError, match="the clocks differ"):
@@ -147,12 +143,10 @@ def test_wrong_addresses_and_client_ids_are_told_as_such(variables: dict[str, st
         assert not error.value.temporary
 
 
-def test_a_certificate_for_other_login_names_is_told_with_both(
-    site: SimulatedSite, variables: dict[str, str], client: dict[str, str]
-) -> None:
+def test_a_certificate_for_other_login_names_is_told_with_both(site: SimulatedSite, variables: dict[str, str]) -> None:
     site.authentik.change_user(access.USER, email="first.last@sim.test")
     try:
-        settings = access.settings_of({**variables, **client})
+        settings = access.settings_of(variables)
         report = refresh(settings)
     finally:
         site.authentik.change_user(access.USER, email=access.EMAIL)
@@ -164,10 +158,8 @@ def test_a_certificate_for_other_login_names_is_told_with_both(
     assert any("not for SLURM_EDGE_NODE_USER=xy12345" in note for note in check_health(settings).notes)
 
 
-def test_a_refusal_of_the_ca_is_told_and_costs_few_tokens(
-    site: SimulatedSite, variables: dict[str, str], client: dict[str, str]
-) -> None:
-    settings = access.settings_of({**variables, **client})
+def test_a_refusal_of_the_ca_is_told_and_costs_few_tokens(site: SimulatedSite, variables: dict[str, str]) -> None:
+    settings = access.settings_of(variables)
     refresh(settings, certificate="no")
     key = access.key_of(variables)
     subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-b", "1024", "-N", "", "-f", key], check=True)
@@ -181,23 +173,21 @@ def test_a_refusal_of_the_ca_is_told_and_costs_few_tokens(
     assert not certificate_path(key).exists()
 
 
-def test_a_wrong_fingerprint_stops_before_the_token_leaves(
-    site: SimulatedSite, variables: dict[str, str], client: dict[str, str]
-) -> None:
+def test_a_wrong_fingerprint_stops_before_the_token_leaves(site: SimulatedSite, variables: dict[str, str]) -> None:
     refresh(access.settings_of(variables), certificate="no")
     wrong = {"ASC_STEP_FINGERPRINT": "0" * 64}
     with pytest.raises(MisconfiguredError, match="ASC_STEP_FINGERPRINT=0000"):
-        ensure_certificate(access.settings_of({**variables, **client, **wrong}))
+        ensure_certificate(access.settings_of({**variables, **wrong}))
 
 
 def test_a_ca_with_another_root_than_it_says_is_not_spoken_to(
-    site: SimulatedSite, variables: dict[str, str], tmp_path: Path, client: dict[str, str]
+    site: SimulatedSite, variables: dict[str, str], tmp_path: Path
 ) -> None:
     """Somebody in between answers with a root of his own."""
     server = _Impostor(tmp_path, site)
     try:
         with pytest.raises(MisconfiguredError, match="somebody is between you and it"):
-            ensure_certificate(access.settings_of({**variables, **client, "ASC_STEP_CA_URL": server.url}))
+            ensure_certificate(access.settings_of({**variables, "ASC_STEP_CA_URL": server.url}))
         assert server.posts == 0
     finally:
         server.stop()
@@ -242,7 +232,7 @@ class _Impostor:
 
 
 def test_another_name_of_authentik_is_told_with_the_issuer_that_it_makes(
-    site: SimulatedSite, variables: dict[str, str], client: dict[str, str]
+    site: SimulatedSite, variables: dict[str, str]
 ) -> None:
     """authentik derives the issuer from the name that it is called by; the authority knows one."""
     base = site.identity_provider.url
@@ -250,7 +240,7 @@ def test_another_name_of_authentik_is_told_with_the_issuer_that_it_makes(
     other = base.replace(address, str(int(ipaddress.ip_address(address))))  # the same, for a resolver
     token_url = {"ASC_OIDC_TOKEN_URL": f"{other}/application/o/token/"}
     with pytest.raises(RefusedError) as error:
-        ensure_certificate(access.settings_of({**variables, **client, **token_url}))
+        ensure_certificate(access.settings_of({**variables, **token_url}))
     text = str(error.value)
     assert f"issuer (iss) is {other}/application/o/musica-step/, its audience (aud) musica-step" in text
     assert f"ASC_OIDC_TOKEN_URL={other}/" in text

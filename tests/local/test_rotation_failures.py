@@ -324,16 +324,6 @@ def test_refused_secrets_are_told_way_by_way(variables: dict[str, str], control:
     assert "test-wrong-password" not in text
 
 
-def test_without_step_on_path_it_is_told(
-    variables: dict[str, str], control: AuthentikControl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    password = control.create_token(access.USER, "app_password", "by-hand")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    chosen = {**variables, "ASC_OIDC_APP_PASSWORD": password, "ASC_STEP_CLIENT": "step"}
-    with pytest.raises(MisconfiguredError, match="ASC_STEP_CLIENT=step, but there is no `step` on PATH"):
-        ensure_certificate(access.settings_of(chosen))
-
-
 def test_an_api_token_given_as_app_password_is_told_in_words(
     variables: dict[str, str], control: AuthentikControl
 ) -> None:
