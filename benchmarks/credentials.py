@@ -23,6 +23,7 @@ from rich.table import Table
 
 from jobs.credentials import refresh_credentials_sensor
 from resources.auth import check_health, ensure_certificate, refresh
+from resources.auth.key_files import certificate_path
 from resources.settings import Settings
 from resources.ssh import connect
 from tests.simulated_site import CERTIFICATE_USER, SimulatedSite
@@ -45,9 +46,8 @@ def _measure(site: SimulatedSite, home: Path) -> None:
     os.environ |= {**variables, "HOME": str(home)}
     try:
         settings = Settings.model_validate(variables)
-        certificate = ensure_certificate(settings)
-        assert certificate
-        path, openssh = certificate.path, site.login_command("true")
+        assert ensure_certificate(settings) and settings.edge_node_key_path
+        path, openssh = certificate_path(settings.edge_node_key_path), site.login_command("true")
         instance = dg.DagsterInstance.ephemeral()
         table = Table("", "runs", "ours, median", "worst", "floor, median", "ratio")
         for name, runs, ours, floor in (

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from resources import SUPERCOMPUTER_SITE_OVERRIDES
 from resources.auth import AccessError, Health, Item, Report, check_health, clock, refresh
+from resources.auth.key_files import certificate_path
 from resources.errors import ConfigurationError
 from resources.settings import Settings, load_settings
 
@@ -88,9 +89,10 @@ def tell(report: Report, settings: Settings) -> None:
     """Say what was done, and with which credential."""
     if report.rotated_with:
         print(f"Replaced both secrets in {settings.credentials_file} with the {report.rotated_with} API token.")
-    if report.certificate and report.issued_with:
+    if report.certificate and report.issued_with and settings.edge_node_key_path:
+        path = certificate_path(settings.edge_node_key_path)
         print(
-            f"New certificate {report.certificate.path}, got with the {report.issued_with} app password: "
+            f"New certificate {path}, got with the {report.issued_with} app password: "
             f"for {', '.join(report.certificate.principals)}, until {clock.written(report.certificate.valid_before)}."
         )
     if not report.certificate and not report.rotated_with:

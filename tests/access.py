@@ -15,8 +15,8 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import SSHCertificateBuilder, SSHCertificateType, load_ssh_private_key
 
-from resources.auth.certificate import certificate_path, ensure_key
 from resources.auth.credentials import Credentials
+from resources.auth.key_files import certificate_path, ensure_key
 from resources.settings import ROOT, Settings
 from tests.simulated_site import CERTIFICATE_USER, AuthentikControl, SimulatedSite
 

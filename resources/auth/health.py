@@ -8,7 +8,7 @@ from pydantic import SecretStr
 
 from resources.auth import clock
 from resources.auth.attempts import Attempts, Failing, Part
-from resources.auth.certificate import Certificate, principals_problem
+from resources.auth.certificate import Certificate
 from resources.auth.credentials import Secret
 from resources.auth.ways import AccessState, explain, plain_key, read_access
 from resources.settings import Settings
@@ -73,7 +73,7 @@ def check_health(settings: Settings) -> Health:
     next_refresh = min(due.values(), default=None)
     verdict, summary = _judge(access, failing, next_refresh)
     notes = [] if access.rotatable else [_not_self_renewing(access)]
-    principals = principals_problem(access.valid_certificate, settings)
+    principals = access.valid_certificate.principals_problem(settings) if access.valid_certificate else ""
     return Health(
         access.now,
         verdict,
@@ -169,7 +169,8 @@ def _certificate_item(access: AccessState) -> Item:
             return Item("certificate", where, None, None, "not used")
         return Item("certificate", where, None, access.now if access.renewable else None, "missing")
     renew = found.renew_at(settings.step_refresh_skew) if access.renewable else None
-    state = "valid" if found.valid(access.now) else "not yet valid" if access.now < found.valid_after else "expired"
+    ended = "expired" if access.now >= found.valid_before else "valid"
+    state = "not yet valid" if access.now < found.valid_after else ended
     return Item("certificate", where, found.valid_before, renew, state)
 
 

@@ -20,20 +20,13 @@ from resources.auth.authentik import (
     refused_password,
     request_oidc_token,
 )
-from resources.auth.certificate import (
-    Certificate,
-    certificate_path,
-    check_own_clock,
-    ensure_key,
-    principals_problem,
-    public_path,
-    write_certificate,
-)
+from resources.auth.certificate import Certificate
 from resources.auth.credentials import CredentialsFile, Source
 from resources.auth.errors import AccessError, MisconfiguredError, RefusedError, UnavailableError
 from resources.auth.files import explained, remove_half_written
 from resources.auth.http import Http
 from resources.auth.issuer import issue_certificate
+from resources.auth.key_files import certificate_path, ensure_key, public_path, write_certificate
 from resources.auth.lock import refresh_lock
 from resources.auth.rotation import NoTokenError, Rotator
 from resources.auth.ways import AccessState, explain, explain_rotation, plain_key, read_access
@@ -153,7 +146,9 @@ class _Refresh:
         self._report.certificate = self._access.valid_certificate
         if certificate == "now" or self._certificate_due():
             self._issue_or_warn(forced=certificate == "now")
-        self._check_principals()
+        found = self._report.certificate
+        if found and (warning := found.principals_problem(self._settings)):
+            self._report.warnings.append(warning)
         return self._report
 
     def _rotate_or_warn(self, *, forced: bool) -> None:
@@ -241,7 +236,7 @@ class _Refresh:
             break
         certificate = write_certificate(key, line)
         self._report.issued_with = source
-        check_own_clock(certificate)
+        certificate.check_own_clock()
         return certificate
 
     def _oidc_token(self, *, forced: bool) -> tuple[OidcToken, Source]:
@@ -306,11 +301,6 @@ class _Refresh:
                     f"or make an app password with {APP_BUTTON}"
                 )
         return f"{error}. {refused_password(self._settings)}"
-
-    def _check_principals(self) -> None:
-        warning = principals_problem(self._report.certificate, self._settings)
-        if warning:
-            self._report.warnings.append(warning)
 
 
 def _pausing(attempts: Attempts, part: Part, access: AccessState) -> bool:

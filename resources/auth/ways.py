@@ -7,9 +7,10 @@ from datetime import datetime
 
 from resources.auth import clock
 from resources.auth.authentik import API_BUTTON, APP_BUTTON
-from resources.auth.certificate import Certificate, CertificateError, certificate_path, read_certificate
+from resources.auth.certificate import Certificate
 from resources.auth.credentials import Credentials, CredentialsFile, Source
-from resources.auth.errors import BootstrapError, RefusedError, UnsafeFileError
+from resources.auth.errors import AccessError, BootstrapError, RefusedError, UnsafeFileError
+from resources.auth.key_files import certificate_path, read_certificate
 from resources.settings import Settings
 
 _SCRIPT = "scripts/refresh_step_auth.py"
@@ -33,14 +34,14 @@ class AccessState:
 
     settings: Settings
     now: datetime
-    certificate: Certificate | CertificateError
+    certificate: Certificate | AccessError
     credentials: Credentials | UnsafeFileError | None
 
     @property
     def valid_certificate(self) -> Certificate | None:
         """The certificate, if servers accept it now."""
         found = self.certificate
-        return found if isinstance(found, Certificate) and found.valid(self.now) else None
+        return found if isinstance(found, Certificate) and not found.validity_problem(self.now) else None
 
     @property
     def stored(self) -> Credentials:
@@ -109,11 +110,11 @@ class AccessState:
 def read_access(settings: Settings) -> AccessState:
     """Read the files. No network, no lock."""
     assert settings.edge_node_key_path
-    certificate: Certificate | CertificateError
+    certificate: Certificate | AccessError
     credentials: Credentials | UnsafeFileError | None
     try:
         certificate = read_certificate(settings.edge_node_key_path)
-    except CertificateError as error:
+    except AccessError as error:
         certificate = error
     try:
         credentials = CredentialsFile(settings.credentials_file).read()
@@ -263,11 +264,9 @@ def _page(access: AccessState) -> str:
 def _certificate_problem(access: AccessState) -> str:
     """Return why the certificate is not valid."""
     found = access.certificate
-    if isinstance(found, CertificateError):
+    if isinstance(found, AccessError):
         return str(found)
-    if access.now < found.valid_after:
-        return f"valid only from {clock.written(found.valid_after)} on; this machine has {clock.written(access.now)}"
-    return f"expired at {clock.written(found.valid_before)} (now {clock.written(access.now)})"
+    return found.validity_problem(access.now)
 
 
 def _lacking_api(access: AccessState) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import dagster as dg
 
 from resources.auth import AccessError, check_health, clock, ensure_certificate
+from resources.auth.certificate import fingerprint
 from resources.configuration import check_configuration
 from resources.doctor.finding import Facts, Verdict, broken, ok, warning
 from resources.errors import ConfigurationError
@@ -14,7 +15,7 @@ from resources.settings import ROOT
 from resources.slurm import load_site
 from resources.ssh.client_config import Hop, read_route
 from resources.ssh.host_key import trusted_entries
-from resources.ssh.known_hosts import CERT_AUTHORITY, KnownHosts, fingerprint
+from resources.ssh.known_hosts import CERT_AUTHORITY, KnownHosts
 
 TCP_SECONDS = 10.0
 

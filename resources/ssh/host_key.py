@@ -1,12 +1,12 @@
 """Whether a host key may be trusted: OpenSSH's rules with StrictHostKeyChecking=yes, and words for what is refused."""
 
 import base64
-import time
 from dataclasses import dataclass
 
-from resources.ssh.certificate import Certificate
+from resources.auth import clock
+from resources.auth.certificate import Certificate, fingerprint
 from resources.ssh.errors import HostKeyError
-from resources.ssh.known_hosts import CERT_AUTHORITY, REVOKED, Entry, KnownHosts, fingerprint, names_of
+from resources.ssh.known_hosts import CERT_AUTHORITY, REVOKED, Entry, KnownHosts, names_of
 
 CERTIFICATE_SUFFIX = "-cert-v01@openssh.com"
 
@@ -149,7 +149,7 @@ def _revoked(shown: HostKey, names: list[str], known: KnownHosts) -> list[Entry]
 
 def _certificate_problem(certificate: Certificate, host: str, authorities: list[Entry]) -> str:
     """Why a host certificate does not count for a name, or empty."""
-    expired = certificate.validity_problem(time.time())
+    expired = certificate.validity_problem(clock.now())
     options = ", ".join(certificate.critical_options)
     problems = (
         (not authorities, "no authority is known for its certificate"),

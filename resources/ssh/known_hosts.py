@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from resources.auth.certificate import fingerprint
 from resources.ssh.reports import warn_once
 
 CERT_AUTHORITY = "@cert-authority"
@@ -77,11 +78,6 @@ def names_of(host: str, port: int) -> list[str]:
     """The names that a host is looked up by, the first that is known being the one that counts; as ssh(1) does it."""
     host = host.lower()
     return [host] if port == 22 else [f"[{host}]:{port}", host]
-
-
-def fingerprint(key: bytes) -> str:
-    """The fingerprint of a public key as `ssh-keygen -l` prints it."""
-    return "SHA256:" + base64.b64encode(hashlib.sha256(key).digest()).decode().rstrip("=")
 
 
 def parse_authority(line: str) -> Entry:

@@ -1,36 +1,36 @@
-"""The user's private key and its certificate: loading them, and saying why a server may have refused them."""
+"""The user's private key and its certificate, as paramiko needs them; and why a server may have refused them."""
 
 import io
 import shlex
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import paramiko
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    load_pem_private_key,
-    load_ssh_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from resources.ssh.certificate import Certificate
+from resources.auth import clock
+from resources.auth.certificate import Certificate, fingerprint
+from resources.auth.key_files import (
+    CertificateError,
+    KeyFileError,
+    certificate_path,
+    read_certificate,
+    read_private_key,
+)
 from resources.ssh.client_config import Hop
 from resources.ssh.errors import AuthenticationError
-from resources.ssh.known_hosts import fingerprint
 
-_FOR_PEOPLE = "keyboard-interactive"
-_RENEW = "Get a new certificate: python scripts/refresh_step_auth.py"
+_KEYBOARD_INTERACTIVE = "keyboard-interactive"
+_RENEW = "Get a new certificate:\n  scripts/refresh_step_auth.py"
 
 _KINDS = (
     (rsa.RSAPrivateKey, paramiko.RSAKey, PrivateFormat.TraditionalOpenSSL),
     (ec.EllipticCurvePrivateKey, paramiko.ECDSAKey, PrivateFormat.TraditionalOpenSSL),
     (ed25519.Ed25519PrivateKey, paramiko.Ed25519Key, PrivateFormat.OpenSSH),
 )
-"""Kinds of keys: for cryptography, for paramiko, and the layout that the one can hand the other."""
+"""Kinds of keys: in cryptography, in paramiko, and the layout that both know. Paramiko's own reader fails on some keys
+(without a comment, PKCS #8)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class UserKey:
     """A private key, ready to be used.
 
     Attributes:
-        private: with the certificate, if there is one; then that is what is shown to servers, and not the plain key.
+        path: its file.
+        private: with the certificate, if there is one; then servers are shown that, and not the plain key.
+        certificate: beside it.
     """
 
     path: Path
@@ -47,36 +49,21 @@ class UserKey:
 
     @classmethod
     def load(cls, path: Path) -> "UserKey":
-        """Read a private key without passphrase and the certificate beside it, if there is one.
+        """Read a private key without passphrase, and the certificate beside it if there is one.
 
         Raises:
-            AuthenticationError: the key is missing, encrypted, damaged or open to others; or the certificate is damaged
-                or another key's.
+            AuthenticationError: the key or its certificate cannot be used (`resources.auth.key_files`).
         """
-        certificate_path = Path(f"{path}-cert.pub")
-        certificate = _read_certificate(certificate_path)
+        beside = certificate_path(path)
         try:
-            private = _load_private(path.read_bytes())
-            if path.stat().st_mode & 0o077:
-                raise AuthenticationError(
-                    f"Others can read the private key {path}, and log in with it. Close it:\n"
-                    f"  chmod 600 {shlex.quote(str(path))}"
-                )
-            if certificate:
-                private.load_certificate(certificate_path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise AuthenticationError(f"There is no {error.filename} (SLURM_EDGE_NODE_KEY_PATH). {_RENEW}") from None
-        except OSError as error:
-            raise AuthenticationError(f"The private key {path} cannot be read: {error.strerror}") from None
-        except TypeError:  # cryptography's word for a missing passphrase
-            raise AuthenticationError(
-                f"The private key {path} has a passphrase, and nobody is there to type it. Use a separate key without "
-                f"one, whose certificate lives for hours only; or remove it: ssh-keygen -p -N '' -f {path}"
-            ) from None
-        except (ValueError, UnsupportedAlgorithm):
-            raise AuthenticationError(f"{path} is not a private SSH key (RSA, ECDSA or Ed25519), or damaged") from None
-        if certificate and certificate.key != _public(private):
-            raise AuthenticationError(f"{certificate_path} is not a certificate of the key {path}. {_RENEW}")
+            private = _for_paramiko(read_private_key(path), path)
+            certificate = read_certificate(path) if beside.exists() else None
+        except KeyFileError as error:
+            raise AuthenticationError(str(error)) from None
+        except CertificateError as error:
+            raise AuthenticationError(f"{error}. {_RENEW}") from None
+        if certificate:
+            private.load_certificate(beside.read_text(encoding="utf-8"))
         return cls(path, private, certificate)
 
     def refused(self, hop: Hop, methods: list[str], *, partial: bool) -> AuthenticationError:
@@ -84,28 +71,28 @@ class UserKey:
 
         Args:
             hop: which server, and as which user.
-            methods: the ways of logging in that it named in its answer.
-            partial: it has accepted the key, and wants one of those ways in addition.
+            methods: the ways to log in that the server named in its answer.
+            partial: it has accepted the key, and requires one of those ways in addition.
         """
         if partial:
             return AuthenticationError(
-                f"{hop} has accepted the key {self.path} of {hop.user!r} and asks for a second factor: "
+                f"{hop} has accepted the key {self.path} of {hop.user!r} and requires a second factor: "
                 f"{', '.join(methods)}. That is for people, and nobody is there to answer. "
                 "Ask your computing centre for a way to log in with the certificate alone."
             )
-        name = self.private.get_name()
+        public = fingerprint(self.private.asbytes())
         lines = [
             f"{hop} has refused to log in {hop.user!r}. It was shown",
-            f"  the key {self.path} ({name} {fingerprint(_public(self.private))})",
+            f"  the key {self.path} ({self.private.get_name()} {public})",
             f"  with the certificate {self.path.name}-cert.pub, {self.certificate}"
             if self.certificate
             else "  without a certificate",
         ]
         if methods:
-            lines.append(f"It takes: {', '.join(methods)}")
-        if _FOR_PEOPLE in methods:
+            lines.append(f"It accepts: {', '.join(methods)}")
+        if _KEYBOARD_INTERACTIVE in methods:
             lines.append(
-                f"{_FOR_PEOPLE} is the login for people: a link to open in a browser, or a password. "
+                f"{_KEYBOARD_INTERACTIVE} is the login for people: a link to open in a browser, or a password. "
                 "This program does not use it and needs a valid certificate."
             )
         return AuthenticationError("\n".join([*lines, self._advice(hop)]))
@@ -113,10 +100,8 @@ class UserKey:
     def _advice(self, hop: Hop) -> str:
         certificate = self.certificate
         if certificate is None:
-            return f"Many centres take certificates only, and there is no {self.path}-cert.pub. {_RENEW}"
-        if certificate.for_host:
-            return f"The certificate is a host's, not a user's. {_RENEW}"
-        if problem := certificate.validity_problem(time.time()):
+            return f"Many centres accept certificates only, and there is no {self.path}-cert.pub. {_RENEW}"
+        if problem := certificate.validity_problem(clock.now()):
             return f"The certificate {problem}. {_RENEW}"
         if hop.user not in certificate.principals:
             return (
@@ -125,34 +110,14 @@ class UserKey:
             )
         return (
             f"The certificate is valid and for {hop.user!r}, so the server does not trust its authority, or has closed "
-            f"the account. Try `ssh -v -i {self.path} -p {hop.port} {hop.user}@{hop.host}`; ask your computing centre."
+            "the account. Ask your computing centre, with the output of\n"
+            f"  ssh -v -i {shlex.quote(str(self.path))} -p {hop.port} {hop.user}@{hop.host}"
         )
 
 
-def _load_private(data: bytes) -> paramiko.PKey:
-    """Read a private key in any of OpenSSH's formats. Paramiko's own reader fails on some (no comment, PKCS #8)."""
-    try:
-        key = load_ssh_private_key(data, password=None)
-    except ValueError:
-        key = load_pem_private_key(data, password=None)  # type: ignore[assignment]  # its kind is looked at below
+def _for_paramiko(key: object, path: Path) -> paramiko.PKey:
     for kind, ours, layout in _KINDS:
         if isinstance(key, kind):
             text = key.private_bytes(Encoding.PEM, layout, NoEncryption()).decode()
             return ours.from_private_key(io.StringIO(text))
-    raise ValueError("a kind of key that paramiko does not have")
-
-
-def _public(key: paramiko.PKey) -> bytes:
-    return bytes(key.asbytes())
-
-
-def _read_certificate(path: Path) -> Certificate | None:
-    try:
-        certificate = Certificate.parse(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise AuthenticationError(f"{path} cannot be read as a certificate ({error}). {_RENEW}") from None
-    if certificate is None:
-        raise AuthenticationError(f"{path} holds a plain public key, not a certificate. {_RENEW}")
-    return certificate
+    raise AuthenticationError(f"{path} is not a private SSH key of a kind that is supported (RSA, ECDSA or Ed25519)")

@@ -14,9 +14,9 @@ from resources.auth import (
     ensure_certificate,
     refresh,
 )
-from resources.auth.certificate import certificate_path, public_path
 from resources.auth.credentials import CredentialsFile
 from resources.auth.http import Http
+from resources.auth.key_files import certificate_path, public_path
 from resources.settings import ROOT, load_settings
 from resources.ssh import connect
 from tests import access
@@ -198,7 +198,7 @@ def test_certificates_of_twenty_seconds_are_kept_alive_for_a_minute(
                 assert passing.run("true", hide=True).ok
             certificate = ensure_certificate(settings)
             assert certificate
-            assert certificate.valid(datetime.now(UTC))
+            assert not certificate.validity_problem(datetime.now(UTC))
             ends.add(certificate.valid_before)
             answer = lasting.run("sleep 1; echo still here", hide=True)  # paces the loop, too
             assert answer.stdout.endswith("still here\n")

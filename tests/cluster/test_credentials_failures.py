@@ -24,7 +24,7 @@ from resources.auth import (
     ensure_certificate,
     refresh,
 )
-from resources.auth.certificate import certificate_path
+from resources.auth.key_files import certificate_path
 from tests import access
 from tests.simulated_site import Disturbance, SimulatedSite
 

@@ -12,7 +12,7 @@ import pytest
 from resources.auth import (
     refresh,
 )
-from resources.auth.certificate import certificate_path
+from resources.auth.key_files import certificate_path
 from resources.settings import ROOT
 from tests import access
 from tests.simulated_site import SimulatedSite

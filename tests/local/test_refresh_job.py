@@ -21,7 +21,7 @@ from jobs.credentials import (
     refresh_credentials_sensor,
 )
 from resources.auth import check_health, clock
-from resources.auth.certificate import certificate_path
+from resources.auth.key_files import certificate_path
 from resources.settings import load_settings
 from tests import access
 from tests.own_files import run_program

@@ -8,9 +8,9 @@ import pytest
 
 from resources.auth import AccessError, BootstrapError, check_health, clock, ensure_certificate, refresh
 from resources.auth.attempts import Attempts
-from resources.auth.certificate import certificate_path
 from resources.auth.credentials import Credentials, CredentialsFile, Secret
 from resources.auth.http import Http
+from resources.auth.key_files import certificate_path
 from tests import access
 
 HOUR = 3600.0

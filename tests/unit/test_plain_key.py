@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from resources.auth import BootstrapError, MisconfiguredError, Report, check_health, ensure_certificate, refresh
-from resources.auth.certificate import certificate_path, ensure_key
+from resources.auth.key_files import certificate_path, ensure_key
 from resources.settings import ROOT, Settings
 from tests import access
 from tests.own_files import run_program

@@ -256,15 +256,15 @@ def test_text_for_another_authority(forge: Forge, tmp_path: Path) -> None:
     ("options", "reason"),
     [
         ("-s ecdsa-ca -h -n login01.vie.example", f"its certificate is not for the name {HOST}"),
-        (f"{CERTIFIED} -V -2h:-1h", "its certificate has expired"),
-        (f"{CERTIFIED} -V +1h:+2h", "its certificate is not valid yet (is the clock of this machine right?)"),
+        (f"{CERTIFIED} -V -2h:-1h", "its certificate expired at 20"),
+        (f"{CERTIFIED} -V +1h:+2h", "its certificate is not valid before 20"),
         (f"{CERTIFIED} -O critical:weather=1", "its certificate has critical options that are not known: weather"),
         ("-s ecdsa-ca -h", f"its certificate is not for the name {HOST}"),
     ],
 )
 def test_texts_for_certificates_that_are_not_valid(forge: Forge, tmp_path: Path, options: str, reason: str) -> None:
     text = refused(forge, tmp_path, AUTHORITY, options)
-    assert f"is not trusted: {reason}. It has shown" in text
+    assert f"is not trusted: {reason}" in text
     assert text.endswith("Only your computing centre can put that right; tell it.")
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from resources.ssh.known_hosts import CERT_AUTHORITY, REVOKED, KnownHosts, fingerprint, names_of
+from resources.auth.certificate import fingerprint
+from resources.ssh.known_hosts import CERT_AUTHORITY, REVOKED, KnownHosts, names_of
 from resources.ssh.reports import warn_once
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGGmRHV2v1x5rpIjXHqDvnVBGWgXqwWRV6tAAjuULVsD"

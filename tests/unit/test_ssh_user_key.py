@@ -59,7 +59,7 @@ def test_a_passphrase_is_told(tmp_path: Path, options: str) -> None:
 
 
 def test_a_missing_key_is_told(tmp_path: Path) -> None:
-    with pytest.raises(AuthenticationError, match=r"There is no .*id \(SLURM_EDGE_NODE_KEY_PATH\).*refresh_step_auth"):
+    with pytest.raises(AuthenticationError, match=r"id \(SLURM_.*\) does not exist.*\n.*refresh_step_auth"):
         UserKey.load(tmp_path / "id")
 
 
@@ -84,13 +84,13 @@ def test_a_public_key_in_place_of_the_private_one_is_told(key: Path) -> None:
 
 def test_a_damaged_certificate_is_told(key: Path) -> None:
     Path(f"{key}-cert.pub").write_text("ssh-ed25519-cert-v01@openssh.com AAAA")
-    with pytest.raises(AuthenticationError, match=r"id_test-cert.pub cannot be read as a certificate"):
+    with pytest.raises(AuthenticationError, match=r"id_test-cert.pub does not hold an SSH certificate"):
         UserKey.load(key)
 
 
 def test_a_public_key_in_place_of_the_certificate_is_told(key: Path) -> None:
     shutil.copy(f"{key}.pub", f"{key}-cert.pub")
-    with pytest.raises(AuthenticationError, match="holds a plain public key, not a certificate"):
+    with pytest.raises(AuthenticationError, match="does not hold an SSH user certificate"):
         UserKey.load(key)
 
 
@@ -105,12 +105,14 @@ def test_the_certificate_of_another_key_is_told(tmp_path: Path, key: Path, autho
 @pytest.mark.parametrize(
     ("options", "advice"),
     [
-        ("-n xy12345 -V 20200102030405Z:20200102040405Z", r"has expired\. Get a new certificate"),
-        ("-n xy12345 -V +1h:+2h", "is not valid yet .is the clock of this machine right"),
+        (
+            "-n xy12345 -V 20200102030405Z:20200102040405Z",
+            "expired at 2020-01-02 04:04:05 UTC. Get a new",
+        ),
+        ("-n xy12345 -V +1h:+2h", "is not valid before 20.*this machine's clock shows 20.* is it right"),
         ("-n jane -V -1h:+1h", "is not for 'xy12345': set SLURM_EDGE_NODE_USER to a name that it is for"),
         ("-V -1h:+1h", "is not for 'xy12345'"),
-        ("-h -n xy12345", "is a host's, not a user's"),
-        ("-n jane,xy12345 -V -1h:+1h", "does not trust its authority, or has closed the account. Try `ssh -v -i"),
+        ("-n jane,xy12345 -V -1h:+1h", "does not trust its authority, or has closed the account.*\n  ssh -v -i "),
     ],
 )
 def test_what_a_refusal_says(key: Path, authority: Path, options: str, advice: str) -> None:
@@ -119,7 +121,7 @@ def test_what_a_refusal_says(key: Path, authority: Path, options: str, advice: s
     text = str(UserKey.load(key).refused(hop, ["publickey", "hostbased"], partial=False))
     assert text.startswith("musica.example (port 22) has refused to log in 'xy12345'. It was shown\n")
     assert f"  the key {key} (ssh-ed25519 SHA256:" in text
-    assert "It takes: publickey, hostbased\n" in text
+    assert "It accepts: publickey, hostbased\n" in text
     assert re.search(advice, text), text
     if "20200102" in options:
         assert "for xy12345; valid from 2020-01-02 03:04:05 UTC to 2020-01-02 04:04:05 UTC; signed by" in text
