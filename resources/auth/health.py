@@ -1,16 +1,14 @@
-"""The state of the access: what there is, how long it lasts, what happens next. From files alone, in milliseconds."""
+"""The state of the access: how long it lasts and what happens next; from files alone, in milliseconds."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
-from pydantic import SecretStr
-
 from resources.auth import clock
-from resources.auth.attempts import Attempts, Failing, Part
+from resources.auth.attempts import Failing, Part
 from resources.auth.certificate import Certificate
-from resources.auth.credentials import Secret
-from resources.auth.ways import AccessState, explain, plain_key, read_access
+from resources.auth.ways import AccessState, read_access
 from resources.settings import Settings
 
 Verdict = Literal["ok", "due", "failing", "broken"]
@@ -55,63 +53,52 @@ class Health:
     summary: str
     items: tuple[Item, ...]
     next_refresh: datetime | None
-    failing: dict[Part, Failing] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    failing: Mapping[Part, Failing]
+    notes: tuple[str, ...]
 
     def remaining(self, item: Item) -> timedelta | None:
-        """How long an item lasts; negative after its end."""
+        """Return how long an item lasts; negative after its end."""
         return None if item.valid_until is None else item.valid_until - self.now
 
 
 def check_health(settings: Settings) -> Health:
     """Return the state of the access, from the files alone."""
     access = read_access(settings)
-    attempts = Attempts(settings.credentials_file)
-    failing = {part: found for part in _PARTS if (found := attempts.failing(part))}
-    items = (_certificate_item(access), *_secret_items(access))
-    due = _due(access, failing)
-    next_refresh = min(due.values(), default=None)
-    verdict, summary = _judge(access, failing, next_refresh)
-    notes = [] if access.rotatable else [_not_self_renewing(access)]
-    principals = access.valid_certificate.principals_problem(settings) if access.valid_certificate else ""
-    return Health(
-        access.now,
-        verdict,
-        summary,
-        items,
-        next_refresh,
-        failing,
-        tuple(note for note in (*notes, principals) if note and note != summary),
-    )
-
-
-_PARTS: tuple[Part, ...] = ("certificate", "rotation")
-
-
-def _due(access: AccessState, failing: dict[Part, Failing]) -> dict[Part, datetime]:
-    """When each part is to be tried next; parts that cannot be done by themselves are left out."""
-    settings = access.settings
-    due: dict[Part, datetime] = {}
+    next_refresh = _next_refresh(access)
+    verdict, summary = _judge(access, next_refresh)
     certificate = access.valid_certificate
-    if certificate is None and not access.key_alone:
+    notes = (
+        "" if access.rotatable else _not_self_renewing(access),
+        certificate.principals_problem(settings) if certificate else "",
+    )
+    shown = tuple(note for note in notes if note and note != summary)
+    return Health(access.now, verdict, summary, _items(access), next_refresh, access.failing, shown)
+
+
+def _next_refresh(access: AccessState) -> datetime | None:
+    """Return when the first part is to be refreshed next; None if there is none that can be."""
+    settings, certificate = access.settings, access.valid_certificate
+    due: dict[Part, datetime] = {}
+    if certificate is None and not access.no_asc_settings:
         due["certificate"] = access.now
     elif certificate is not None and access.renewable:
         due["certificate"] = certificate.renew_at(settings.step_refresh_skew)
-    if access.rotatable:
-        due["rotation"] = access.stored.renew_at(settings.authentik_refresh_skew_days, access.now)
-    if "rotation" in due and "rotation" in failing:
-        due["rotation"] = access.now  # one that has failed is due until it succeeds
-    pauses = {part: found.pause_ends for part, found in failing.items()}
-    return {part: max(moment, pauses.get(part, moment)) for part, moment in due.items()}
+    if access.rotatable:  # one that has failed is due until it succeeds
+        due["rotation"] = (
+            access.now
+            if "rotation" in access.failing
+            else access.stored.renew_at(settings.authentik_refresh_skew_days, access.now)
+        )
+    pauses = {part: found.pause_ends for part, found in access.failing.items()}
+    return min((max(moment, pauses.get(part, moment)) for part, moment in due.items()), default=None)
 
 
-def _judge(access: AccessState, failing: dict[Part, Failing], next_refresh: datetime | None) -> tuple[Verdict, str]:
-    problem = _problem(access, failing)
-    certificate = access.valid_certificate
+def _judge(access: AccessState, next_refresh: datetime | None) -> tuple[Verdict, str]:
+    problem, certificate = _problem(access), access.valid_certificate
     if problem and certificate:
         return "failing", f"{problem}\nAccess works until {clock.written(certificate.valid_before)}"
-    if problem and access.renewable and "certificate" not in failing:
-        return "failing", f"{problem}\nA certificate can be had all the same"
+    if problem and access.renewable and "certificate" not in access.failing:
+        return "failing", f"{problem}\nA certificate can be requested all the same"
     if problem:
         return "broken", problem
     if next_refresh is None:
@@ -122,33 +109,27 @@ def _judge(access: AccessState, failing: dict[Part, Failing], next_refresh: date
     return "ok", f"next refresh at {clock.written(next_refresh)}, in {wait}"
 
 
-def _problem(access: AccessState, failing: dict[Part, Failing]) -> str:
-    """What is wrong; empty if nothing is."""
-    if access.renewable or plain_key(access):
-        return _tell(failing)
+def _problem(access: AccessState) -> str:
+    """Return what is wrong; empty if nothing is."""
+    if access.renewable or access.plain_key:
+        names: dict[Part, str] = {"certificate": "the certificate", "rotation": "the stored secrets"}
+        return "\n".join(
+            f"{names[part]} could not be renewed since {clock.written(found.since)} "
+            f"(tried {'once' if found.count == 1 else f'{found.count} times'}, last at {clock.written(found.last)}): "
+            f"{found.error}"
+            for part, found in sorted(access.failing.items())
+        )
     if access.valid_certificate is None:
-        return str(explain(access, {}))
-    if access.credentials is None:
-        return ""  # a certificate by hand, and nothing else
-    return f"nothing can be renewed: {access.stored_problem}"
-
-
-def _tell(failing: dict[Part, Failing]) -> str:
-    return "\n".join(
-        f"{_NAMES[part]} could not be renewed since {clock.written(found.since)} "
-        f"(tried {'once' if found.count == 1 else f'{found.count} times'}, last at {clock.written(found.last)}): "
-        f"{found.error}"
-        for part, found in failing.items()
-    )
-
-
-_NAMES: dict[Part, str] = {"certificate": "the certificate", "rotation": "the stored secrets"}
+        return str(access.explain({}))
+    if access.file_problem or access.stored.api_token or access.stored.app_password:
+        return f"nothing can be renewed: {access.stored_problem}"
+    return ""  # a certificate that a person requested, and nothing else
 
 
 def _not_self_renewing(access: AccessState) -> str:
-    """When access ends without a person, where nothing can replace the secrets."""
+    """Return when access ends if no person acts, where nothing can replace the secrets."""
     certificate, password = access.valid_certificate, access.stored.app_password
-    if plain_key(access):
+    if access.plain_key:
         return ""
     if access.renewable and access.settings.oidc_app_password:
         end = "with the app password in ASC_OIDC_APP_PASSWORD, whose end only authentik knows"
@@ -161,35 +142,25 @@ def _not_self_renewing(access: AccessState) -> str:
     return f"not self-renewing, ends {end}"
 
 
-def _certificate_item(access: AccessState) -> Item:
-    found, settings = access.certificate, access.settings
-    where = str(settings.edge_node_key_path) + "-cert.pub"
-    if not isinstance(found, Certificate):
-        if plain_key(access):
-            return Item("certificate", where, None, None, "not used")
-        return Item("certificate", where, None, access.now if access.renewable else None, "missing")
-    renew = found.renew_at(settings.step_refresh_skew) if access.renewable else None
-    ended = "expired" if access.now >= found.valid_before else "valid"
-    state = "not yet valid" if access.now < found.valid_after else ended
-    return Item("certificate", where, found.valid_before, renew, state)
-
-
-def _secret_items(access: AccessState) -> list[Item]:
-    """The stored secrets; where one is not there, the variable that stands in for it."""
-    settings, stored = access.settings, access.stored
-    entries: list[tuple[str, Secret | None, str, SecretStr | None]] = [
+def _items(access: AccessState) -> tuple[Item, ...]:
+    """Return the certificate and both secrets; for a secret that is not stored, the variable that holds one."""
+    settings, stored, found, now = access.settings, access.stored, access.certificate, access.now
+    state, until, renew = "not used" if access.plain_key else "missing", None, now if access.renewable else None
+    if isinstance(found, Certificate):
+        state = "not yet valid" if now < found.valid_after else "expired" if now >= found.valid_before else "valid"
+        until, renew = found.valid_before, found.renew_at(settings.step_refresh_skew) if access.renewable else None
+    items = [Item("certificate", f"{settings.edge_node_key_path}-cert.pub", until, renew, state)]
+    for name, secret, variable, direct in (
         ("API token", stored.api_token, "ASC_AUTHENTIK_API_TOKEN", settings.authentik_api_token),
         ("app password", stored.app_password, "ASC_OIDC_APP_PASSWORD", settings.oidc_app_password),
-    ]
-    items = []
-    for name, secret, variable, direct in entries:
-        where, until, renew = str(settings.credentials_file), None, access.now
+    ):
+        where, until, renew = str(settings.credentials_file), None, now
         if secret:
-            until, renew = secret.expires, secret.renew_at(settings.authentik_refresh_skew_days) or access.now
-            state = "expired" if secret.expired(access.now) else "valid" if secret.expires else "end not known"
+            until, renew = secret.expires, secret.renew_at(settings.authentik_refresh_skew_days) or now
+            state = "expired" if secret.expired(now) else "valid" if secret.expires else "end not known"
         elif direct:
             where, state = variable, "end not known"
         else:
-            state = "not usable" if access.credentials_problem else "missing"
+            state = "not usable" if access.file_problem else "missing"
         items.append(Item(name, where, until, renew if access.rotatable else None, state))
-    return items
+    return tuple(items)

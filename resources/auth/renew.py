@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from resources.auth import clock
-from resources.auth.attempts import Attempts, Part
+from resources.auth.attempts import RefreshFailures
 from resources.auth.authentik import (
     APP_BUTTON,
     Authentik,
@@ -29,7 +29,7 @@ from resources.auth.issuer import issue_certificate
 from resources.auth.key_files import certificate_path, ensure_key, public_path, write_certificate
 from resources.auth.lock import refresh_lock
 from resources.auth.rotation import NoTokenError, Rotator
-from resources.auth.ways import AccessState, explain, explain_rotation, plain_key, read_access
+from resources.auth.ways import read_access
 from resources.settings import Settings
 
 Wish = Literal["due", "now", "no"]
@@ -78,13 +78,9 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
     access = read_access(settings)
     certificate = access.valid_certificate
     if certificate is None:
-        if plain_key(access):
+        if access.plain_key:
             return None
-    elif (
-        access.now < certificate.renew_at(settings.step_refresh_skew)
-        or not access.renewable
-        or _pausing(Attempts(settings.credentials_file), "certificate", access)
-    ):
+    elif not access.certificate_due or not access.renewable or access.pausing("certificate"):
         return certificate
     report = refresh(settings)
     for warning in report.warnings:
@@ -102,13 +98,13 @@ def refresh(settings: Settings, rotation: Wish = "due", certificate: Wish = "due
     """
     access = read_access(settings)
     patient = access.valid_certificate is None or "now" in (rotation, certificate)
-    if plain_key(access):
+    if access.plain_key:
         if rotation == "now":
             key = settings.edge_node_key_path
             raise MisconfiguredError(f"{key} is a plain key and no ASC_ variable is set: there are no secrets")
         return Report()
     if not access.renewable and (access.valid_certificate is None or certificate == "now"):
-        raise explain(access, {})
+        raise access.explain({})
     try:
         seconds = LOCK_SECONDS if patient else LOCK_SECONDS_WITH_CERTIFICATE
         with explained(), refresh_lock(settings.credentials_file, seconds):
@@ -128,7 +124,7 @@ class _Refresh:
         self._http = Http()
         self._file = CredentialsFile(settings.credentials_file)
         self._rotator = Rotator(settings, self._file, self._http)
-        self._attempts = Attempts(settings.credentials_file)
+        self._failures = RefreshFailures(settings.credentials_file)
         self._report = Report()
         self._refusals: dict[Source, list[str]] = {}
         self._rotation_failure: AccessError | None = None
@@ -144,7 +140,7 @@ class _Refresh:
         if certificate == "no":
             return self._report
         self._report.certificate = self._access.valid_certificate
-        if certificate == "now" or self._certificate_due():
+        if certificate == "now" or self._access.certificate_due:
             self._issue_or_warn(forced=certificate == "now")
         found = self._report.certificate
         if found and (warning := found.principals_problem(self._settings)):
@@ -156,9 +152,9 @@ class _Refresh:
         access = self._access
         if not access.rotatable:
             if forced:
-                raise explain_rotation(access, {})
+                raise access.explain_rotation({})
             return
-        if not forced and _pausing(self._attempts, "rotation", access):
+        if not forced and access.pausing("rotation"):
             return
         try:
             self._rotate(forced=forced)
@@ -175,23 +171,24 @@ class _Refresh:
         except NoTokenError as error:
             for source, why in error.refusals.items():
                 self._refuse(source, f"API token: {why}" if source == "stored" else why)
-            self._rotation_failure = explain_rotation(self._access, error.refusals)
+            self._rotation_failure = self._access.explain_rotation(error.refusals)
         except RefusedError as error:
-            self._rotation_failure = explain_rotation(self._access, {"stored": str(error)})
+            self._rotation_failure = self._access.explain_rotation({"stored": str(error)})
         except AccessError as error:
             self._rotation_failure = error
-        self._access = read_access(self._settings)
         if self._rotation_failure is None:
-            self._attempts.succeeded("rotation")
+            self._failures.clear("rotation")
         else:
-            self._attempts.failed("rotation", self._rotation_failure)
+            self._failures.add("rotation", self._rotation_failure)
+        self._access = read_access(self._settings)
+        if self._rotation_failure is not None:
             raise self._rotation_failure
 
     def _rotate_if_due(self, *, forced: bool) -> None:
         before = self._access.stored
         stored = self._rotator.settle(before)
         completed = not before.proven and stored.api_token == before.api_token
-        failed = self._attempts.failing("rotation") is not None and not completed
+        failed = "rotation" in self._access.failing and not completed
         due = stored.renew_at(self._settings.authentik_refresh_skew_days, clock.now()) <= clock.now()
         if forced or failed or due:
             done = self._rotator.rotate(stored)
@@ -201,23 +198,19 @@ class _Refresh:
             self._report.warnings.extend(self._rotator.clean(stored)[1])
             self._rotator.check(stored)
 
-    def _certificate_due(self) -> bool:
-        certificate = self._access.valid_certificate
-        return certificate is None or self._access.now >= certificate.renew_at(self._settings.step_refresh_skew)
-
     def _issue_or_warn(self, forced: bool) -> None:
         valid = self._access.valid_certificate
         try:
             with explained():
                 self._report.certificate = self._issue(forced=forced)
         except AccessError as error:
-            self._attempts.failed("certificate", error)
+            self._failures.add("certificate", error)
             if valid is None or forced:
                 raise
             until = clock.written(valid.valid_before)
             self._report.warnings.append(f"the certificate, valid until {until}, could not be renewed: {error}")
         else:
-            self._attempts.succeeded("certificate")
+            self._failures.clear("certificate")
 
     def _issue(self, *, forced: bool) -> Certificate:
         """Ask for a certificate, each time with a fresh token: one works once, also when the CA fails."""
@@ -246,7 +239,7 @@ class _Refresh:
             self._replace_refused(forced=forced)
             found = self._try_app_passwords()
         if found is None:
-            raise explain(self._access, {source: "; ".join(reasons) for source, reasons in self._refusals.items()})
+            raise self._access.explain({source: "; ".join(reasons) for source, reasons in self._refusals.items()})
         return found
 
     def _replace_refused(self, *, forced: bool) -> None:
@@ -255,7 +248,7 @@ class _Refresh:
         Raises:
             AccessError: the replacement failed, now or lately, for another reason than refused secrets.
         """
-        failing = self._attempts.failing("rotation")
+        failing = self._access.failing.get("rotation")
         failure = self._rotation_failure
         if failure is None and failing and not forced and self._access.now < failing.pause_ends:
             failure = UnavailableError(failing.error) if failing.temporary else RefusedError(failing.error)
@@ -301,9 +294,3 @@ class _Refresh:
                     f"or make an app password with {APP_BUTTON}"
                 )
         return f"{error}. {refused_password(self._settings)}"
-
-
-def _pausing(attempts: Attempts, part: Part, access: AccessState) -> bool:
-    """Return whether a part has failed so lately that it is not tried again by itself."""
-    failing = attempts.failing(part)
-    return failing is not None and access.now < failing.pause_ends

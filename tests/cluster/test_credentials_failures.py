@@ -114,7 +114,7 @@ def test_a_machine_whose_clock_is_wrong_is_told(
     variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, site: SimulatedSite
 ) -> None:
     monkeypatch.setattr(clock, "now", lambda: datetime.now(UTC) - timedelta(hours=2))
-    with pytest.raises(ClockError, match=r"but this machine has .*: set its clock"):
+    with pytest.raises(ClockError, match=r"but this machine's clock shows .*\. Set this machine's clock"):
         ensure_certificate(access.settings_of(variables))
 
 

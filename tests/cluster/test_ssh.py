@@ -143,7 +143,7 @@ def test_a_key_without_certificate(site: SimulatedSite, home: Path) -> None:
     assert "has refused to log in 'xy12345'" in text
     assert "without a certificate" in text
     assert text.endswith(
-        f"there is no {home}/.ssh/id_musica-cert.pub. Get a new certificate: python scripts/refresh_step_auth.py"
+        f"there is no {home}/.ssh/id_musica-cert.pub. Get a new certificate:\n  scripts/refresh_step_auth.py"
     )
 
 

@@ -22,7 +22,7 @@ from resources.auth import (
     ensure_certificate,
     refresh,
 )
-from resources.auth.attempts import Attempts
+from resources.auth.attempts import RefreshFailures
 from resources.auth.authentik import request_oidc_token
 from resources.auth.credentials import Credentials, CredentialsFile
 from resources.auth.http import Answer, Http
@@ -392,18 +392,18 @@ def test_the_way_into_a_run_names_a_stale_list_of_authorities(
 def test_a_success_that_cannot_be_recorded_is_one(
     settings: Settings, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attempts = Attempts(settings.credentials_file)
-    for part in ("certificate", "rotation"):
-        attempts.failed(part, UnavailableError("away"))
+    failures = RefreshFailures(settings.credentials_file)
+    failures.add("certificate", UnavailableError("away"))
+    failures.add("rotation", UnavailableError("away"))
 
     def refuse(*_: object) -> None:
         raise UnsafeFileError("no space")
 
     with monkeypatch.context() as patch:
         patch.setattr("resources.auth.attempts.replace_file", refuse)
-        attempts.succeeded("certificate")
-    attempts.succeeded("certificate")
+        failures.clear("certificate")
+    failures.clear("certificate")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", lambda *_, **__: Path("/nonexistent").read_text())
-        attempts.succeeded("rotation")
+        failures.clear("rotation")
     assert set(check_health(settings).failing) == {"rotation"}

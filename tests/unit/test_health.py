@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from resources.auth import AccessError, BootstrapError, check_health, clock, ensure_certificate, refresh
-from resources.auth.attempts import Attempts
+from resources.auth.attempts import RefreshFailures
 from resources.auth.credentials import Credentials, CredentialsFile, Secret
 from resources.auth.http import Http
 from resources.auth.key_files import certificate_path
@@ -85,14 +85,14 @@ def test_a_file_that_others_can_read_is_told_with_the_one_command_that_mends_it(
 def test_secrets_that_are_not_replaced_do_not_keep_from_a_certificate(variables: dict[str, str]) -> None:
     file = file_of(variables)
     file.write(PAIR)
-    Attempts(file.path).failed("rotation", AccessError("authentik is away"))
+    RefreshFailures(file.path).add("rotation", AccessError("authentik is away"))
     settings = access.settings_of(variables)
     assert "Access works until" in check_health(settings).summary
     certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
     health = check_health(settings)
     assert health.verdict == "failing"
-    assert health.summary.endswith("authentik is away\nA certificate can be had all the same")
-    Attempts(file.path).failed("certificate", AccessError("the authority is away"))
+    assert health.summary.endswith("authentik is away\nA certificate can be requested all the same")
+    RefreshFailures(file.path).add("certificate", AccessError("the authority is away"))
     assert check_health(settings).verdict == "broken"
 
 
@@ -124,7 +124,7 @@ def test_without_any_way_the_four_are_named_with_their_variables(
             f"  1. a valid certificate beside the key: SLURM_EDGE_NODE_KEY_PATH={key}\n     status: expired at 20",
             f"       step ssh certificate 'your.email@example.com' {key} ",
             f"  2. stored credentials: ASC_AUTHENTIK_CREDENTIALS_FILE={file.path}\n"
-            "     status: its API token expired at 2026-01-02 03:04:05 UTC and it has no app password",
+            f"     status: {file.path}: its API token expired at 2026-01-02 03:04:05 UTC and it has no app password",
             "  3. an API token: ASC_AUTHENTIK_API_TOKEN\n     status: not set",
             "       read -rs ASC_AUTHENTIK_API_TOKEN && export ASC_AUTHENTIK_API_TOKEN && "
             "scripts/refresh_step_auth.py --rotate-credentials --refresh-step-after-rotate\n",
@@ -144,4 +144,4 @@ def test_variables_that_are_missing_are_named(variables: dict[str, str]) -> None
         BootstrapError, match=r"4\. an app password.*\n     status: ASC_OIDC_CLIENT_ID not set"
     ) as error:
         ensure_certificate(access.settings_of({**variables, **PASSWORD}))
-    assert "Ways 2 to 4 need this besides: ASC_OIDC_CLIENT_ID not set" in str(error.value)
+    assert "Ways 2 to 4 also need these settings: ASC_OIDC_CLIENT_ID not set" in str(error.value)
