@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from resources.plan import Plan
+from resources.plan import PARTITION_KEYS, Plan
 from resources.slurm.gateway import Claim, OtherRun
 
 MOST_NAMES = 8
@@ -22,16 +22,14 @@ def digest_of(value: Any) -> str:
 def inputs_of(
     plan: Plan,
     code: Mapping[str, str],
-    extras: Mapping[str, Any],
     assets: Iterable[str],
     data_root: str | None,
 ) -> dict[str, str]:
     """Return everything that decides a call's result: a digest by name. The Slurm request is not part of it.
 
     Args:
-        plan: launcher, workload with its arguments, variables, and site.
+        plan: launcher, workload with its arguments, variables, extras, and site.
         code: digests of code and packages, by name; see `RunEnvironment.inputs`.
-        extras: as the workload gets them, partition keys included.
         assets: keys of the step's assets.
         data_root: DATA_ROOT, if it is set.
     """
@@ -42,8 +40,8 @@ def inputs_of(
         "assets": sorted(assets),
         "launcher": plan.launcher.key,
         **{f"launcher.{name}": value for name, value in launcher.items()},
-        **{f"extras[{name!r}]": value for name, value in extras.items() if name != "partition_keys"},
-        "partitions": sorted(extras.get("partition_keys", ())),
+        **{f"extras[{name!r}]": value for name, value in plan.extras.items() if name != PARTITION_KEYS},
+        "partitions": sorted(plan.extras.get(PARTITION_KEYS, ())),
         **{f"env[{name!r}]": value for name, value in plan.env.items()},
         "setup_commands": plan.site.setup_commands,
         "DATA_ROOT": data_root,

@@ -56,7 +56,7 @@ class Attempts:
 
     def __init__(self, context: dg.OpExecutionContext, gateway: Gateway, base: str, submission: Submission) -> None:
         """`base`: SLURM_DEPLOYMENT_BASE_PATH."""
-        self._context, self._gateway, self._submission = context, gateway, submission
+        self._context, self._gateway, self.submission = context, gateway, submission
         self._log = StepLog(context)
         self._folder = f"{base}/runs"
         self._token = uuid.uuid4().hex
@@ -64,7 +64,7 @@ class Attempts:
 
     def choose(self) -> tuple[Claim, Choice]:
         """Claim the call's runs, as soon as no other run acts on them; adopt an attempt, or begin a new one."""
-        submission = self._submission
+        submission = self.submission
         former = former_family_of(submission.root, submission.assets, submission.partitions, submission.call.number)
         related = (f"{step_prefix(submission.root, submission.step)}-", f"{former}-")
         claim = self._claim(self.family, related)
@@ -87,7 +87,7 @@ class Attempts:
             return False
         if self._gateway.stop.wait(SIBLING_SECONDS):
             raise StoppedError
-        step, cancelled = self._submission.call.step, False
+        step, cancelled = self.submission.call.step, False
         for each in outdated_runs(claim.others, step.begun):
             if step.claim_once(each.family):
                 self._cancel(each)
@@ -96,7 +96,7 @@ class Attempts:
 
     def _cancel(self, run: OtherRun) -> None:
         self._claim(run.family)  # while another run follows that job, this one waits
-        differences = name_differences(self._submission.inputs, run.record)
+        differences = name_differences(self.submission.inputs, run.record)
         job = f"Slurm job {run.job}" if run.job else f"The Slurm job of {run.run}"
         self._log.warning(
             f"{job} was submitted by an earlier run of this step with other inputs ({differences}). "
@@ -111,7 +111,7 @@ class Attempts:
         who = f"run {self._context.run_id}, process {os.getpid()} on {socket.gethostname()}"
         reported = None
         while True:
-            claim = self._gateway.claim(self._folder, family, self._token, who, related, self._submission.data_root)
+            claim = self._gateway.claim(self._folder, family, self._token, who, related, self.submission.data_root)
             if claim.held_by is None:
                 return claim
             if reported != claim.held_by:

@@ -9,10 +9,11 @@ REACHABLE, LEFT_JOBS = "jobs_are_reachable", "jobs_are_followed"
 """Its checks about jobs on the supercomputer."""
 
 
-def report_reachable(instance: dg.DagsterInstance, *, passed: bool, description: str) -> None:
+def report_reachable(context: dg.OpExecutionContext, *, passed: bool, description: str) -> None:
     """Report whether the step that follows a job can reach the login node; the run's log says the same."""
+    evaluation = evaluate(REACHABLE, passed=passed, description=f"Run {context.run_id}: {description}")
     with suppress(Exception):  # a step that waits for its job does not fail because of a report
-        instance.report_runless_asset_event(evaluate(REACHABLE, passed=passed, description=description))
+        context.instance.report_runless_asset_event(evaluation)
 
 
 def evaluate(check: str, *, passed: bool, description: str) -> dg.AssetCheckEvaluation:

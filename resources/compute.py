@@ -1,9 +1,7 @@
 """The one thing an asset calls: run this workload, wherever the deployment says."""
 
-import json
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +14,9 @@ from resources.errors import ConfigurationError
 from resources.failures import failure
 from resources.interrupts import run_interruptibly
 from resources.launchers import Launcher
-from resources.local import Ended, RunDirectory, run_workload, temporary_run_directory, workload_environment
+from resources.local import RunDirectory, run_workload, temporary_run_directory, workload_environment
 from resources.pipes import explain_failure, open_session
-from resources.plan import Plan, make_plan
+from resources.plan import Plan, complete_extras, make_plan
 from resources.remote import RemoteRun
 from resources.results import StepContext, complete, partitions_of
 from resources.settings import Settings, load_settings
@@ -67,20 +65,35 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         step = context.op_execution_context if isinstance(context, dg.AssetCheckExecutionContext) else context
         name = ", ".join(sorted(key.to_user_string() for key in step.selected_asset_keys)) or step.op_def.name
         try:
-            settings = load_settings(self.site_overrides)
-            wanted = SlurmRequest() if request is None else request
-            plan = make_plan(settings, self.site_overrides, workload, launcher, wanted, args=args, env=env)
-            values = _check_extras(extras, step)
+            settings = self._settings()
+            plan = make_plan(
+                settings,
+                self.site_overrides,
+                workload,
+                launcher,
+                SlurmRequest() if request is None else request,
+                args=args,
+                extras=complete_extras(extras, partitions_of(step)),
+                env=env,
+            )
         except ConfigurationError as error:
             raise failure(name, str(error), final=True) from None
+        return self._execute(step, name, settings, plan)
+
+    def _settings(self) -> Settings:
+        return load_settings(self.site_overrides)
+
+    def _execute(
+        self, context: StepContext, name: str, settings: Settings, plan: Plan
+    ) -> dg.PipesClientCompletedInvocation:
         if _intercept:
             _intercept(name, settings, plan)
-        tag_deployment(step, settings.deployment, settings.supercomputer_site if settings.on_supercomputer else None)
-        for note in _notes(settings, plan):
-            StepLog(step).warning(note)
-        if not settings.on_supercomputer:
-            return _run_here(step, name, settings, plan, values)
-        return RemoteRun(step, name, settings, plan).run(values)
+        tag_deployment(context, settings.deployment, settings.supercomputer_site if settings.on_supercomputer else None)
+        for note in plan.notes:
+            StepLog(context).warning(note)
+        if settings.on_supercomputer:
+            return RemoteRun(context, name, settings, plan).run()
+        return _run_here(context, name, settings, plan)
 
 
 _Intercept = Callable[[str, Settings, Plan], Never]
@@ -102,41 +115,11 @@ def intercept_runs(intercept: _Intercept) -> Iterator[None]:
         _intercept = None
 
 
-def _notes(settings: Settings, plan: Plan) -> tuple[str, ...]:
-    """What was changed in the request, and what deserves a warning."""
-    notes, qos = plan.notes, plan.allocation.request.qos or ""
-    if settings.deployment == "production_supercomputer" and qos.startswith("dev_"):
-        notes += (f"QoS {qos} is for short tries, and this is {settings.deployment}: look at SLURM_QOS",)
-    return notes
-
-
-def _check_extras(extras: Mapping[str, Any] | None, context: StepContext) -> dict[str, Any]:
-    if not isinstance(extras, Mapping | None):
-        raise ConfigurationError(f"extras={extras!r} is no dictionary. Write for instance extras={{'trials': 3}}")
-    values = dict(extras or {})
-    for key, value in values.items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(f"extras[{key!r}] cannot be sent to the workload as JSON: {error}") from None
-    if partitions := partitions_of(context):
-        if "partition_keys" in values:
-            raise ConfigurationError("extras['partition_keys'] is taken: the partitions of the run stand there")
-        values["partition_keys"] = partitions
-    return values
-
-
-def _run_here(
-    context: StepContext,
-    name: str,
-    settings: Settings,
-    plan: Plan,
-    extras: dict[str, Any],
-) -> dg.PipesClientCompletedInvocation:
+def _run_here(context: StepContext, name: str, settings: Settings, plan: Plan) -> dg.PipesClientCompletedInvocation:
     """Run the workload as a subprocess of this step."""
     with temporary_run_directory() as folder:
         directory = RunDirectory(Path(folder))
-        with open_session(context, extras, str(directory.context), str(directory.messages)) as session:
+        with open_session(context, plan.extras, str(directory.context), str(directory.messages)) as session:
             directory.context.write_text(session.context_document.text)
             environment = {
                 **workload_environment(),
@@ -153,10 +136,7 @@ def _run_here(
                 directory.messages: session.messages.feed,
             }
 
-            def work(stop: threading.Event) -> Ended:
-                return run_workload(command, environment, directory, sinks, stop)
-
-            ended = run_interruptibly(work)
+            ended = run_interruptibly(lambda stop: run_workload(command, environment, directory, sinks, stop))
             session.messages.finish(context)
         cause = explain_failure(session, ended.exit_code, plan.workload.name)
         if cause:

@@ -1,24 +1,21 @@
 """A `compute` for unit tests: it checks what an asset asks for, runs nothing, and reports what the test says."""
 
+import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
-from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesContextData, PipesMessage
+from dagster_pipes import PIPES_PROTOCOL_VERSION
 from pydantic import Field
 
 from resources.compute import ComputeResource
-from resources.errors import ConfigurationError
 from resources.failures import failure
-from resources.launchers import Launcher
-from resources.plan import Plan, make_plan
+from resources.pipes import explain_failure, open_session
+from resources.plan import PARTITION_KEYS, Plan
 from resources.results import StepContext
 from resources.settings import Settings
-from resources.slurm import SlurmRequest
 
 
 @dataclass(frozen=True)
@@ -27,11 +24,14 @@ class Call:
 
     Attributes:
         plan: the workload, the launcher, the request as Slurm would get it (`plan.allocation.request`), and `env`.
-        extras: as passed.
     """
 
     plan: Plan
-    extras: Mapping[str, Any]
+
+    @property
+    def extras(self) -> Mapping[str, Any]:
+        """The extras as the asset passed them."""
+        return {name: value for name, value in self.plan.extras.items() if name != PARTITION_KEYS}
 
 
 _calls: dict[str, list[Call]] = {}
@@ -58,38 +58,31 @@ class FakeCompute(ComputeResource):
         """The calls so far, the first one first."""
         return _calls.setdefault(self.name, [])
 
-    def run(
-        self,
-        context: StepContext | dg.AssetCheckExecutionContext,
-        *,
-        workload: Path | str,
-        launcher: Launcher,
-        args: Sequence[str] = (),
-        request: SlurmRequest | None = None,
-        extras: Mapping[str, Any] | None = None,
-        env: Mapping[str, str] | None = None,
-    ) -> dg.PipesClientCompletedInvocation:
-        """Check and note the call, and report as a workload would; see `ComputeResource.run`.
+    def _settings(self) -> Settings:
+        return Settings.model_construct()
 
-        Raises:
-            Failure: `compute.run` would have refused the call.
-        """
-        step = context.op_execution_context if isinstance(context, dg.AssetCheckExecutionContext) else context
-        try:
-            wanted = SlurmRequest() if request is None else request
-            settings = Settings.model_construct()
-            plan = make_plan(settings, self.site_overrides, workload, launcher, wanted, args=args, env=env)
-        except ConfigurationError as error:
-            raise failure(step.op_def.name, str(error), final=True) from None
-        self.calls.append(Call(plan, dict(extras or {})))
-        reader = _Direct()
-        with dg.open_pipes_session(step, _Nowhere(), reader) as session:
-            for method, params in self._reports(step):
-                reader.report(method, params)
-        return dg.PipesClientCompletedInvocation(session)
+    def _execute(
+        self,
+        context: StepContext,
+        name: str,
+        settings: Settings,  # noqa: ARG002
+        plan: Plan,
+    ) -> dg.PipesClientCompletedInvocation:
+        """Record the call, and report as a workload would."""
+        self.calls.append(Call(plan))
+        with open_session(context, plan.extras, "", "") as session:
+            for method, params in self._reports(context):
+                message = {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": params}
+                session.messages.feed(json.dumps(message).encode() + b"\n")
+            session.messages.finish(context)
+        cause = explain_failure(session, 0, plan.workload.name)
+        if cause:
+            raise failure(name, cause)
+        return dg.PipesClientCompletedInvocation(session.pipes)
 
     def _reports(self, step: StepContext) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What a workload would report: a method of Dagster Pipes and its parameters."""
+        """Yield what a workload would report: a method of Dagster Pipes and its parameters."""
+        yield "opened", {"extras": {}}
         metadata = {name: {"raw_value": value, "type": "__infer__"} for name, value in self.metadata.items()}
         for key in step.selected_asset_keys:
             named = {"asset_key": key.to_escaped_user_string()}
@@ -98,36 +91,4 @@ class FakeCompute(ComputeResource):
             named = {"asset_key": check.asset_key.to_escaped_user_string(), "check_name": check.name}
             passed = check.name not in self.failed_checks
             yield "report_asset_check", {**named, "passed": passed, "severity": "ERROR", "metadata": {}}
-
-
-class _Nowhere(dg.PipesContextInjector):
-    """No workload reads the context."""
-
-    @contextmanager
-    def inject_context(self, context: PipesContextData) -> Iterator[dict[str, Any]]:  # noqa: ARG002
-        yield {}
-
-    def no_messages_debug_text(self) -> str:
-        return "There is no workload: this is a FakeCompute."
-
-
-class _Direct(dg.PipesMessageReader):
-    """Hands messages to Dagster in this process."""
-
-    def __init__(self) -> None:
-        self._handler: dg.PipesMessageHandler | None = None
-
-    @contextmanager
-    def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[dict[str, Any]]:
-        self._handler = handler
-        self.report("opened", {"extras": {}})
-        yield {}
-        self.report("closed", {})
-
-    def report(self, method: str, params: Mapping[str, Any]) -> None:
-        assert self._handler is not None, "the Pipes session is not open"
-        message: PipesMessage = {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": params}
-        self._handler.handle_message(message)
-
-    def no_messages_debug_text(self) -> str:
-        return "There is no workload: this is a FakeCompute."
+        yield "closed", {}

@@ -1,5 +1,6 @@
-"""What a run will do, worked out before anything happens: pure, the same for a run, a preview and a test."""
+"""What a run will do, decided before anything happens: pure, and the same for a run, a preview and a test."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from resources.settings import Settings
 from resources.slurm import Allocation, Site, SlurmRequest, allocate, load_site
 from resources.workload import Workload, read_workload
 
+PARTITION_KEYS = "partition_keys"
+"""The one of the extras that holds the partitions of the run."""
 LONGEST_VARIABLE = 128 << 10
 """Bytes that Linux takes as one variable, with its name (MAX_ARG_STRLEN of execve(2))."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -29,7 +32,7 @@ _RESERVED_PREFIXES = ("DAGSTER_PIPES_", "SLURM_", "RAY_AUTH_", "RAY_JOB_")
 
 @dataclass(frozen=True)
 class Plan:
-    """A workload with all that was left open filled in.
+    """A call of `compute.run`, checked, with all that was left open filled in.
 
     Attributes:
         workload: the program, which parses.
@@ -37,6 +40,7 @@ class Plan:
         site: the one that the request was checked against; in `development` the only one there is, or the one set.
         allocation: the complete request.
         env: further variables for the workload.
+        extras: JSON values for the workload, with the partitions of the run as `partition_keys`, if it has any.
         notes: what deserves a warning: changes of the request, imports that cannot work on the supercomputer.
     """
 
@@ -45,6 +49,7 @@ class Plan:
     site: Site
     allocation: Allocation
     env: Mapping[str, str]
+    extras: Mapping[str, Any]
     notes: tuple[str, ...]
 
 
@@ -56,26 +61,32 @@ def make_plan(
     request: SlurmRequest,
     *,
     args: Sequence[str] = (),
+    extras: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Fill in and check everything that an asset passes to `ComputeResource.run`.
+    """Check what an asset passes to `ComputeResource.run`, and fill in what it leaves open.
 
     In `development` with several sites and none chosen there is nothing to check a request against: it stays as it is.
 
     Raises:
-        ConfigurationError: the workload, the launcher or the request cannot work; the text names the cause.
+        ConfigurationError: the workload, the launcher, the request or a variable cannot work; the text says why.
     """
     _check_types(workload, launcher, request)
-    program, variables = read_workload(Path(workload), args), _check_variables(env or {})
-    missing = find_missing(program, own_packages=settings.python is not None)
+    variables = dict(env or {})
+    _check_variables(variables)
+    program = read_workload(Path(workload), args)
+    notes = find_missing(program, own_packages=settings.python is not None)
     name = settings.supercomputer_site or (next(iter(site_overrides)) if len(site_overrides) == 1 else None)
-    if name is None:
-        return Plan(program, launcher, Site(), Allocation(request), variables, tuple(missing))
-    site = load_site(site_overrides, name)
-    allocation = allocate(request, site, settings.partition, settings.qos, settings.account, settings.reservation)
-    complete = launcher.with_site(site.launchers)
-    complete.check(allocation.request)
-    return Plan(program, complete, site, allocation, variables, (*allocation.notes, *missing))
+    site, allocation = Site(), Allocation(request)
+    if name:
+        site = load_site(site_overrides, name)
+        allocation = allocate(request, site, settings.partition, settings.qos, settings.account, settings.reservation)
+        launcher = launcher.with_site(site.launchers)
+        launcher.check(allocation.request)
+    qos = allocation.request.qos or ""
+    if settings.deployment == "production_supercomputer" and qos.startswith("dev_"):
+        notes.append(f"QoS {qos} is for short tests, and this is {settings.deployment}. Check SLURM_QOS.")
+    return Plan(program, launcher, site, allocation, variables, extras or {}, (*allocation.notes, *notes))
 
 
 def _check_types(workload: object, launcher: object, request: object) -> None:
@@ -91,8 +102,29 @@ def _check_types(workload: object, launcher: object, request: object) -> None:
         )
 
 
-def _check_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """The further variables of a workload, if they can be set everywhere."""
+def complete_extras(extras: Mapping[str, Any] | None, partitions: Sequence[str]) -> dict[str, Any]:
+    """Return the extras as the workload gets them: JSON, with the partitions of the run.
+
+    Raises:
+        ConfigurationError: they are no dictionary, or a value is not JSON.
+    """
+    if not isinstance(extras, Mapping | None):
+        raise ConfigurationError(f"extras={extras!r} is no dictionary. Write for instance extras={{'trials': 3}}")
+    values = dict(extras or {})
+    for key, value in values.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"extras[{key!r}] cannot be sent to the workload as JSON: {error}") from None
+    if not partitions:
+        return values
+    if PARTITION_KEYS in values:
+        raise ConfigurationError(f"extras[{PARTITION_KEYS!r}] is taken: the partitions of the run stand there")
+    return {**values, PARTITION_KEYS: list(partitions)}
+
+
+def _check_variables(env: Mapping[str, str]) -> None:
+    """Refuse variables that cannot be set everywhere."""
     for name, value in env.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigurationError(f"env[{name!r}] is not the name of a variable: letters, digits and _")
@@ -104,4 +136,3 @@ def _check_variables(env: Mapping[str, str]) -> dict[str, str]:
             raise ConfigurationError(f"env[{name!r}] is not a text but {value!r} ({type(value).__name__})")
         if "\0" in value or len(f"{name}={value}".encode(errors="replace")) >= LONGEST_VARIABLE:
             raise ConfigurationError(f"env[{name!r}] cannot be a variable: it holds NUL or has 128 KiB. Use extras.")
-    return dict(env)

@@ -2,7 +2,6 @@
 
 import signal
 import threading
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -44,7 +43,7 @@ from resources.tags import left_job, tag_job
 CANCEL_SECONDS = {"terminated": 170.0, "command": 30.0}
 """For cancelling a job. `cancel_timeout_seconds` of dagster.yaml is a little longer; a person waits at a terminal."""
 MOST_RETRIES = 3
-"""After what the machine did: a node that failed, a job that was preempted."""
+"""After a fault of the machine: a node that failed, a job that was preempted."""
 RETRY_SECONDS = 10
 
 
@@ -58,54 +57,50 @@ class RemoteRun:
         root = context.run.root_run_id or context.run_id
         ends = " to ".join(sorted({*self._partitions[:1], *self._partitions[-1:]}))
         self._about = About(context.run_id, root, asset, ends, step=step_key(self._step))
+        self._call = 0
         self._run: str | None = None
         self._job: str | None = None
-        self._left: str | None = None
+        self._left = left_job(context)
         self._trouble: str | None = None
         self._project: str | None = None
         self._state: list[str] = []
-        self._call = 0
 
-    def run(self, extras: Mapping[str, Any]) -> dg.PipesClientCompletedInvocation:
+    def run(self) -> dg.PipesClientCompletedInvocation:
         """Run it to its end; see `ComputeResource.run`."""
-        return run_interruptibly(lambda stop: self._work(stop, extras))
+        return run_interruptibly(self._work)
 
-    def _work(self, stop: threading.Event, extras: Mapping[str, Any]) -> dg.PipesClientCompletedInvocation:
-        site = self._plan.site
+    def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
+        site, base = self._plan.site, str(self._settings.deployment_base_path)
         channel = choose_channel(
             self._settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands
         )
-        gateway = Gateway(channel, stop, lambda text: self._tell_trouble(gateway, text), self._tell_recovered)
-        self._left = left_job(self._context)
+        gateway = Gateway(channel, stop, lambda text: self._report_trouble(gateway, text), self._report_recovered)
         gateway.committed = self._left is not None
-        environments = Environments(gateway, str(self._settings.deployment_base_path), self._plan.site)
-        environment = RunEnvironment(environments, self._settings, self._plan.workload)
+        environment = RunEnvironment(Environments(gateway, base, site), self._settings, self._plan.workload)
         try:
-            submission = self._submission(environment.inputs, extras)
-            attempts = Attempts(self._step, gateway, str(self._settings.deployment_base_path), submission)
+            attempts = Attempts(self._step, gateway, base, self._register(environment))
             with watching(self._step, stop):
-                return self._attempt(gateway, attempts, environment, submission.record, extras)
+                place = self._choose(gateway, attempts, environment)
+                return self._follow(gateway, attempts.submission, place)
         except StoppedError:
             raise self._end(gateway) from None
         except LostClaimError as error:
-            raise self._failure(
-                f"While this step was cut off, another run ({error}) attached to its job.", final=True
-            ) from None
+            text = f"While the connection of this step was lost, another run ({error}) attached to its job."
+            raise self._failure(text, final=True) from None
         except RefusedError as error:
-            raise self._failure(
-                f"refused on the supercomputer: {self._explain(gateway, error)}{self._still_running}"
-            ) from None
+            text = f"refused on the supercomputer: {self._explain(gateway, error)}{self._still_running}"
+            raise self._failure(text) from None
         except (AccessError, SshError, ConfigurationError) as error:
             final = isinstance(error, ConfigurationError)
             raise self._failure(f"{error}{self._still_running}", final=final) from None
         finally:
             gateway.close()
 
-    def _submission(self, code: Mapping[str, str], extras: Mapping[str, Any]) -> Submission:
-        """Register this call, and name what decides its result."""
+    def _register(self, environment: RunEnvironment) -> Submission:
+        """Register this call, and compute digests of everything that decides its result."""
         assets = tuple(sorted(key.to_user_string() for key in self._step.selected_asset_keys))
         data_root = self._settings.data_root or f"{self._settings.deployment_base_path}/data"
-        inputs = inputs_of(self._plan, code, extras, assets, data_root)
+        inputs = inputs_of(self._plan, environment.inputs, assets, data_root)
         root, step = self._about.root, self._about.step
         call = calls_of(self._step).begin(root, step, digest_of(inputs))
         self._call = call.number
@@ -113,48 +108,32 @@ class RemoteRun:
 
     # Submit and follow
 
-    def _attempt(
-        self,
-        gateway: Gateway,
-        attempts: Attempts,
-        environment: RunEnvironment,
-        record: Mapping[str, Any],
-        extras: Mapping[str, Any],
-    ) -> dg.PipesClientCompletedInvocation:
-        """Adopt the job of an earlier attempt, or submit a new one; follow it to its end."""
+    def _choose(self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment) -> Place | None:
+        """Choose the attempt; return where a new one is to be submitted, None if an earlier one is adopted."""
         claim, choice = attempts.choose()
         found = None if choice.adopt else environment.find(self._log.info)
         while not choice.adopt and attempts.cancel_outdated(claim):
             claim, choice = attempts.choose()
-        run = f"{claim.runs}/{attempts.family}-{choice.attempt}"
-        self._run, self._job = run, claim.job if choice.adopt else None
+        self._run = f"{claim.runs}/{attempts.family}-{choice.attempt}"
+        self._job = claim.job if choice.adopt else None
         gateway.committed = True
-        place = None
-        if found and not choice.adopt:
-            self._about = replace(self._about, environment=found.name)
-            place = Place(run, found.python, found.workloads, claim.data_root)
-        return self._follow(gateway, run, place, record, extras)
+        if found is None or choice.adopt:
+            return None
+        self._about = replace(self._about, environment=found.name)
+        return Place(self._run, found.python, found.workloads, claim.data_root)
 
     def _follow(
-        self,
-        gateway: Gateway,
-        run: str,
-        place: Place | None,
-        record: Mapping[str, Any],
-        extras: Mapping[str, Any],
+        self, gateway: Gateway, submission: Submission, place: Place | None
     ) -> dg.PipesClientCompletedInvocation:
-        """Follow the job of a run; submit it first, if it is to have a `place`."""
-        with open_session(self._context, extras, f"{run}/{CONTEXT}", f"{run}/{MESSAGES}") as session:
-            text = session.context_document.text
-            files = files_of(self._plan, place, self._about, text, record) if place else None
-            sinks = {
-                MESSAGES: session.messages.feed,
-                "stdout": session.stdout.feed,
-                "stderr": session.stderr.feed,
-            }
-            end = gateway.run(run, files, sinks, self._tell_submitted, self._tell_state, self._context.run_id)
+        """Submit the job, if it has a place, and follow it to its end."""
+        run = str(self._run)
+        with open_session(self._context, self._plan.extras, f"{run}/{CONTEXT}", f"{run}/{MESSAGES}") as session:
+            document = session.context_document.text
+            files = files_of(self._plan, place, self._about, document, submission.record) if place else None
+            sinks = {MESSAGES: session.messages.feed, "stdout": session.stdout.feed, "stderr": session.stderr.feed}
+            end = gateway.run(run, files, sinks, self._report_submitted, self._report_state, self._context.run_id)
             session.messages.finish(self._context)
-        self._tell_project(end.account)
+        self._report_project(end.account)
         try:
             self._check(session, end)
         except (dg.Failure, dg.RetryRequested):
@@ -163,7 +142,7 @@ class RemoteRun:
         return complete(self._context, session.pipes, self._where(end), self._costs(end))
 
     def _check(self, session: Session, end: JobEnd) -> None:
-        """Raise what did not end well."""
+        """Raise if the job or its workload failed."""
         request, workload = self._plan.allocation.request, self._plan.workload
         outcome = judge(end, request)
         cause = outcome.cause if outcome else explain_failure(session, _exit_code(end), workload.name)
@@ -174,17 +153,17 @@ class RemoteRun:
                 raise dg.RetryRequested(MOST_RETRIES, RETRY_SECONDS) from error
             raise error
         if not end.state:
-            self._log.warning("Slurm does not know the job any more: its own record of its end is relied upon")
+            self._log.warning("Slurm does not know the job any more. The job's own record of its end is used.")
         if end.short:
             lost = ", ".join(f"{name} from byte {size} on" for name, size in end.short.items())
-            self._log.warning(f"not all of the job's output arrived: {lost}; it is in {self._run}")
+            self._log.warning(f"Not all output of the job arrived: {lost}. It is in {self._run}.")
 
     # Terminate
 
     def _end(self, gateway: Gateway) -> dg.Failure:
         """Cancel the job of an interrupted step, or leave it to the next attempt; return the step's failure."""
         if self._run is None:
-            return self._failure("stopped before there was a job", final=True)
+            return self._failure("The step was interrupted before it had a job.", final=True)
         interruption = read_interruption(self._step)
         if interruption == "stopped":
             show_on_terminal(f"{self._asset}: stopped.{self._still_running}")
@@ -207,17 +186,17 @@ class RemoteRun:
             return self._failure(text, final=True)
         finally:
             limit.cancel()
-        text = f"Slurm job {self._job} is over: {end.state}" if end else "nothing was submitted"
+        text = f"Slurm job {self._job} is over: {end.state}" if end else "No job was submitted."
         show_on_terminal(f"{self._asset}: {text}")
         self._log.info(f"Terminated. {text}")
         return self._failure(f"Terminated. {text}", final=True)
 
     # Messages
 
-    def _tell_submitted(self, submitted: Submitted) -> None:
+    def _report_submitted(self, submitted: Submitted) -> None:
         self._job = submitted.job
         tag_job(self._context, submitted.job, self._call)
-        self._log.info(f"job {submitted.job} ({submitted.how}) in {self._run}; to look at it: {self._attach}")
+        self._log.info(f"job {submitted.job} ({submitted.how}) in {self._run}. A shell inside it: {self._attach}")
         for shown, command in self._plan.launcher.hints(submitted.job).items():
             self._log.info(f"{shown}, while it runs: {command}")
 
@@ -227,13 +206,13 @@ class RemoteRun:
         except (RefusedError, StoppedError, AccessError, SshError):  # the refusal itself is what counts
             return str(error)
 
-    def _tell_project(self, account: str) -> None:
+    def _report_project(self, account: str) -> None:
         if account and account != self._project:
             self._project = account
             self._log.info(f"job {self._job} is charged to project {account}")
 
-    def _tell_state(self, state: JobState) -> None:
-        self._tell_project(state.account)
+    def _report_state(self, state: JobState) -> None:
+        self._report_project(state.account)
         words = [f"{state.state} on {state.node}, temporary files in {state.temporary}" if state.node else state.state]
         if state.reason != "None":
             words.append(state.reason)
@@ -246,7 +225,8 @@ class RemoteRun:
             if advice:
                 self._log.warning(f"Slurm job {self._job} may never start ({state.reason}): {advice}")
 
-    def _tell_trouble(self, gateway: Gateway, text: str) -> None:
+    def _report_trouble(self, gateway: Gateway, text: str) -> None:
+        """Log a lost connection or a temporary error, once; report an error that a person may have to fix."""
         if text == self._trouble:
             return
         self._trouble, where = text, self._settings.edge_node_host
@@ -254,18 +234,18 @@ class RemoteRun:
             self._log.warning(f"{where}: {text}; trying again")
             return
         job = self._job or self._left or "(just submitted)"
-        said = (
+        report = (
             f"The step cannot reach its Slurm job {job} on {where}, which is not affected. {text}\n"
             "Fix that while the run waits: it tries again by itself. Every link of the chain is tested by\n"
             "  scripts/doctor"
         )
-        self._log.error(said)
-        report_reachable(self._context.instance, passed=False, description=f"Run {self._context.run_id}: {said}")
+        self._log.error(report)
+        report_reachable(self._step, passed=False, description=report)
 
-    def _tell_recovered(self) -> None:
-        said = f"The step reaches its Slurm job {self._job or self._left or '(just submitted)'} again."
-        self._log.info(said)
-        report_reachable(self._context.instance, passed=True, description=f"Run {self._context.run_id}: {said}")
+    def _report_recovered(self) -> None:
+        report = f"The step reaches its Slurm job {self._job or self._left or '(just submitted)'} again."
+        self._log.info(report)
+        report_reachable(self._step, passed=True, description=report)
 
     @property
     def _still_running(self) -> str:
@@ -282,16 +262,22 @@ class RemoteRun:
         return f"ssh -t {self._settings.edge_node_user}@{self._settings.edge_node_host} {command}"
 
     def _where(self, end: JobEnd) -> dict[str, Any]:
-        """Metadata for everything that the job reports."""
+        """Return metadata for everything that the job reports."""
         request = self._plan.allocation.request
-        where = {"job_id": int(self._job or 0), "run_directory": self._run, "attach": self._attach}
-        where |= self._plan.launcher.hints(self._job or "")
-        slurm = {"partition": request.partition, "qos": request.qos, "account": end.account or None}
-        slurm["workload"] = str(self._plan.workload.path)
-        return {name: value for name, value in {**where, **slurm}.items() if value is not None}
+        where = {
+            "job_id": int(self._job or 0),
+            "run_directory": self._run,
+            "attach": self._attach,
+            **self._plan.launcher.hints(self._job or ""),
+            "partition": request.partition,
+            "qos": request.qos,
+            "account": end.account or None,
+            "workload": str(self._plan.workload.path),
+        }
+        return {name: value for name, value in where.items() if value is not None}
 
     def _costs(self, end: JobEnd) -> dict[str, float]:
-        """Metadata of the whole job."""
+        """Return metadata of the whole job."""
         return accounting.count(end, self._plan.allocation.request)
 
     def _failure(self, cause: str, stderr: str = "", *, final: bool = False, **details: Any) -> dg.Failure:

@@ -153,9 +153,9 @@ def test_no_error_on_the_way_to_a_job_ends_the_step(
     reported: list[tuple[bool, str]] = []
     report = attention.report_reachable
 
-    def note(instance: dg.DagsterInstance, *, passed: bool, description: str) -> None:
+    def note(context: dg.OpExecutionContext, *, passed: bool, description: str) -> None:
         reported.append((passed, description))
-        report(instance, passed=passed, description=description)
+        report(context, passed=passed, description=description)
 
     monkeypatch.setattr(remote, "report_reachable", note)
     run = Background(lambda: materialize(WAITS, workloads, request=REQUEST))

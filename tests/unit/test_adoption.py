@@ -69,7 +69,8 @@ def inputs(launcher: Launcher | None = None, request: SlurmRequest | None = None
     values = {**BASE, **changes}
     workload = Workload(Path("/root/a.py"), Path("/root"), None, values.pop("args"))
     allocation = Allocation(request or SlurmRequest())
-    plan = Plan(workload, launcher or ScriptLauncher(), Site(), allocation, values.pop("env"), ())
+    env, extras = values.pop("env"), values.pop("extras")
+    plan = Plan(workload, launcher or ScriptLauncher(), Site(), allocation, env, extras, ())
     return inputs_of(plan, **values)
 
 

@@ -33,7 +33,7 @@ def test_a_qos_for_tries_is_warned_about_in_production(
         result = dg.materialize([probe], resources=build_resources(), instance=instance, raise_on_error=False)
         said = [entry.user_message for entry in instance.all_logs(result.run_id)]
     assert not result.success  # nobody has access
-    text = f"QoS dev_zen4_0768 is for short tries, and this is {deployment}: look at SLURM_QOS"
+    text = f"QoS dev_zen4_0768 is for short tests, and this is {deployment}. Check SLURM_QOS."
     assert (text in said) is warned
 
 
