@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import dagster as dg
 
@@ -41,36 +41,39 @@ _NO_ACCESS = (AccessError, SshError, RefusedError)
     "only when there are such runs; jobs of runs that this Dagster does not know are left alone.",
 )
 def cancel_orphaned_jobs_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-    """One tick; the cursor holds the groups of runs that are not settled yet, and the jobs that are listed."""
+    """Make one tick; the cursor holds the groups of runs that are not settled yet, and what the check reports."""
     settings = supercomputer_settings()  # the tick fails where they are wrong
     instance, now = context.instance, datetime.now(UTC)
     cursor = _Cursor.parse(context.cursor, now)
     ended, since = _find_ended(instance, cursor.since)
-    standings = {root: standing_of(instance, root, now) for root in sorted({*cursor.roots, *cursor.left, *ended})}
-    open_ones = {root for root, standing in standings.items() if standing in ("alive", "retry due", "just ended")}
-    over = {root for root, standing in standings.items() if standing == "over"}
-    listed = {root: left for root, left in cursor.left.items() if root in over - ended and not left.is_due(now)}
-    said = [f"run {root}: {standings[root]}" for root in sorted(open_ones)]
-    if over - set(listed):
+    standings = {root: standing_of(instance, root, now) for root in sorted({*cursor.groups, *ended})}
+    groups = {
+        root: _Group() for root, standing in standings.items() if standing in ("alive", "retry due", "just ended")
+    }
+    said = [f"run {root}: {standings[root]}" for root in groups]
+    over = {root: cursor.groups.get(root, _Group()) for root, standing in standings.items() if standing == "over"}
+    due = {root for root, group in over.items() if root in ended or group.is_due(now)}
+    groups |= {root: group for root, group in over.items() if root not in due}
+    if due:
         try:
             with open_runs(settings, SUPERCOMPUTER_SITE_OVERRIDES, TICK_SECONDS) as runs:
-                for deed in _settle(instance, runs, over - set(listed)):
-                    context.log.info(deed.text)
-                    if deed.left:
-                        listed[deed.root] = _Left(now, (*listed.get(deed.root, _Left(now)).jobs, deed.text))
-                    else:
-                        said.append(deed.text)
-                        if not deed.done:
-                            open_ones.add(deed.root)
+                found = list(_settle(instance, runs, due))
         except _NO_ACCESS as error:
-            open_ones |= over - set(listed)
+            groups |= {root: _Group(0, over[root].jobs) for root in due}
             said.append(str(error))
-    jobs = [job for left in listed.values() for job in left.jobs]
+        else:
+            said += [finding.text for finding in found if finding.kind != "left"]
+            for root in sorted({finding.root for finding in found if finding.kind != "cancelled"}):
+                left = [finding.text for finding in found if finding.root == root and finding.kind == "left"]
+                later = any(finding.root == root and finding.kind == "later" for finding in found)
+                groups[root] = _Group(0 if later else now.timestamp(), tuple(left))
+    for text in said:
+        context.log.info(text)
+    jobs = [job for group in groups.values() for job in group.jobs]
     report = "\n".join(jobs)
     events = [evaluate(LEFT_JOBS, passed=not jobs, description=report or _NONE_LEFT)] if report != cursor.report else []
     reason = "\n".join([*said, *jobs]) or "no run has ended with a job left behind"
-    rendered = _Cursor(since, tuple(sorted(open_ones)), listed, report).render()
-    return dg.SensorResult(skip_reason=reason, cursor=rendered, asset_events=events)
+    return dg.SensorResult(skip_reason=reason, cursor=_Cursor(since, groups, report).render(), asset_events=events)
 
 
 _NONE_LEFT = "Every job that is waiting or running is followed by a run."
@@ -146,20 +149,20 @@ def _may_go(instance: dg.DagsterInstance, run: RunRecord, age: timedelta) -> boo
 
 
 @dataclass(frozen=True)
-class _Left:
-    """Jobs of a group of runs that are listed.
+class _Group:
+    """A run, its retries and its re-executions, which are not settled yet.
 
     Attributes:
-        at: when the supercomputer was asked about them.
-        jobs: what is said about each.
+        asked: when the supercomputer was asked about their jobs, in seconds since 1970.
+        jobs: the report on each job that no run follows.
     """
 
-    at: datetime
+    asked: float = 0
     jobs: tuple[str, ...] = ()
 
     def is_due(self, now: datetime) -> bool:
-        """Whether to ask again."""
-        return now - self.at >= LEFT_PAUSE
+        """Return whether to ask again."""
+        return now.timestamp() - self.asked >= LEFT_PAUSE.total_seconds()
 
 
 @dataclass(frozen=True)
@@ -167,59 +170,54 @@ class _Cursor:
     """What a tick leaves to the next one.
 
     Attributes:
-        since: up to when runs that have ended are examined.
-        roots: first runs of the groups that are not settled.
-        left: by the first run of their group: jobs that are listed.
-        report: what the check says of them.
+        since: runs that ended before that time have been examined.
+        groups: by the id of their first run.
+        report: what the check reported last.
     """
 
     since: datetime
-    roots: tuple[str, ...] = ()
-    left: dict[str, _Left] = field(default_factory=dict)
+    groups: dict[str, _Group] = field(default_factory=dict)
     report: str = ""
 
     @classmethod
     def parse(cls, text: str | None, now: datetime) -> "_Cursor":
-        if not text:
+        """Read a cursor; without one, and with one of an older version, runs of the last days are examined."""
+        values = json.loads(text or "{}")
+        if "groups" not in values:
             return cls(now - LOOK_BACK)
-        values = json.loads(text)
-        left = {
-            root: _Left(datetime.fromisoformat(at), tuple(jobs)) for root, (at, jobs) in values.get("left", {}).items()
-        }
-        since = datetime.fromisoformat(values["since"])
-        return cls(since, tuple(values["roots"]), left, values.get("report", ""))
+        groups = {root: _Group(asked, tuple(jobs)) for root, (asked, jobs) in values["groups"].items()}
+        return cls(datetime.fromisoformat(values["since"]), groups, values["report"])
 
     def render(self) -> str:
-        left = {root: (each.at.isoformat(), each.jobs) for root, each in self.left.items()}
-        return json.dumps({"since": self.since.isoformat(), "roots": self.roots, "left": left, "report": self.report})
+        """Return it as text."""
+        groups = {root: (group.asked, group.jobs) for root, group in self.groups.items()}
+        return json.dumps({"since": self.since.isoformat(), "groups": groups, "report": self.report})
 
 
 def _find_ended(instance: dg.DagsterInstance, since: datetime) -> tuple[set[str], datetime]:
-    """First runs of the groups in which a run has ended without success since then; and up to when that is."""
+    """Return the first runs of the groups in which a run has ended without success since then, and the latest end."""
     records = instance.get_run_records(dg.RunsFilter(statuses=_UNHAPPY, updated_after=since))
     latest = max((record.update_timestamp.astimezone(UTC) for record in records), default=since)
     return {record.dagster_run.root_run_id or record.dagster_run.run_id for record in records}, max(latest, since)
 
 
 @dataclass(frozen=True)
-class _Deed:
-    """What was done about a job.
+class _Finding:
+    """What was found or done about a job.
 
     Attributes:
         root: first run of its group.
         text: for people.
-        done: whether that settles it.
-        left: whether it stays as it is and is listed.
+        kind: `cancelled`: it is over. `later`: it cannot be settled now. `left`: it runs, and no run follows it.
     """
 
     root: str
     text: str
-    done: bool = True
-    left: bool = False
+    kind: Literal["cancelled", "later", "left"]
 
 
-def _settle(instance: dg.DagsterInstance, runs: Runs, over: set[str]) -> Iterator[_Deed]:
-    """Cancel or list the jobs of runs that are over."""
+def _settle(instance: dg.DagsterInstance, runs: Runs, over: set[str]) -> Iterator[_Finding]:
+    """Cancel or report the jobs of groups that are over."""
     for run in runs.all():
         if run.about.root not in over or run.end is not None:
             continue
@@ -228,16 +226,16 @@ def _settle(instance: dg.DagsterInstance, runs: Runs, over: set[str]) -> Iterato
         if reason:
             yield _cancel(instance, runs, run, reason)
         elif state:
-            yield _Deed(run.about.root, LeftJob(run, state.state).text, left=True)
+            yield _Finding(run.about.root, LeftJob(run, state.state).text, "left")
 
 
-def _cancel(instance: dg.DagsterInstance, runs: Runs, run: RunRecord, reason: str) -> _Deed:
+def _cancel(instance: dg.DagsterInstance, runs: Runs, run: RunRecord, reason: str) -> _Finding:
     """Cancel a job, holding the claim on it: a re-execution that comes now waits, and finds it cancelled."""
-    name = f"job {run.job or run.key} of run {run.about.run} ({run.about.asset})"
+    root, name = run.about.root, f"job {run.job or run.key} of run {run.about.run} ({run.about.asset})"
     holder = runs.claim(run, "the sensor cancel_orphaned_jobs")
     if holder:
-        return _Deed(run.about.root, f"{name}: {holder} acts on it", done=False)
-    if standing_of(instance, run.about.root, datetime.now(UTC)) != "over":
-        return _Deed(run.about.root, f"{name}: a new run has come for it", done=False)
+        return _Finding(root, f"{name}: {holder} acts on it", "later")
+    if standing_of(instance, root, datetime.now(UTC)) != "over":
+        return _Finding(root, f"{name}: a new run has come for it", "later")
     end = runs.gateway.cancel(run.path)
-    return _Deed(run.about.root, f"{name}: {end.state if end else 'was never submitted'}, since {reason}")
+    return _Finding(root, f"{name}: {end.state if end else 'was never submitted'}, since {reason}", "cancelled")

@@ -256,7 +256,9 @@ def test_a_job_whose_run_is_alive_or_comes_again_is_left_alone(
     with monkeypatch.context() as patched:
         patched.setattr(orphans, "standing_of", lambda *_: "over")
         patched.setattr(orphans, "reason_to_cancel", lambda *_: "its run was terminated")
-        said, cursor = ours.tick(f'{{"since": "{datetime.now(UTC).isoformat()}", "roots": ["{ours.run_id}"]}}')
+        said, cursor = ours.tick(
+            f'{{"since": "{datetime.now(UTC).isoformat()}", "groups": {{"{ours.run_id}": [0, []]}}, "report": ""}}'
+        )
     assert "acts on it" in said
     assert ours.run_id in str(cursor)
     assert ours.tick(cursor)[0] == f"run {ours.run_id}: alive"
