@@ -26,9 +26,9 @@ JOB_STARTED = "job_started"
 
 
 class ContextDocument(dg.PipesContextInjector):
-    """Keeps the Pipes context as text, for whoever lays out the run directory; the workload reads it from a file.
+    """Keeps the Pipes context as text, to be written into the run directory, where the workload reads it.
 
-    A file since an environment variable holds no more than 128 KiB.
+    It is a file because an environment variable has 128 KiB at most.
     """
 
     def __init__(self, path: str) -> None:
@@ -46,18 +46,18 @@ class ContextDocument(dg.PipesContextInjector):
 
 
 class Messages(dg.PipesMessageReader):
-    """Reads the workload's messages file, whose bytes arrive from whoever follows it.
+    """Reads the bytes of the workload's messages file, in pieces of any size.
 
-    Dagster's own reader does not tell whether all sessions were closed and with which exception, and it counts the
-    results of a job that Slurm requeued twice. Here results are held back until `finish`, and only those of the job's
-    last life count. The first message that cannot be read or that Dagster refuses is kept in `error`: the job is
-    followed to its end all the same.
+    Dagster's own reader does not report whether all sessions were closed and with which exception, and it counts the
+    results of a job that Slurm requeued twice. Here results wait until `finish`, and only those since the last start of
+    the job count. `error` keeps the first message that cannot be read or that Dagster refuses; the step follows the job
+    to its end in spite of it.
 
     Attributes:
         opened: whether a process has opened a Pipes session.
         open: how many sessions are open now. A process that the workload starts may open one of its own.
-        exception: the one with which a session ended that lay in no other one.
-        inner_exception: the same for a session inside another one, which may have handled it.
+        exception: that ended an outermost session.
+        inner_exception: that ended a session inside another one, which may have handled it.
         error: what was wrong with the messages; None if nothing was.
     """
 
@@ -87,45 +87,49 @@ class Messages(dg.PipesMessageReader):
     def feed(self, data: bytes) -> None:
         """Read the next bytes; log messages go to Dagster at once. An incomplete last line waits for its rest."""
         *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            if line:
-                self._keep_error(lambda line=line: self._take(line))  # type: ignore[misc]
+        for line in filter(None, lines):
+            with self._error_kept():
+                self._read(line)
 
     def finish(self, context: StepContext) -> None:
         """Hand the results to Dagster, after the last byte."""
-        self._keep_error(lambda: self._hand_over(context))
+        with self._error_kept():
+            for message in self._results:
+                self._deliver(message)
+            attach_partitions(context, self, self._partitions)
+            if self._closed:  # the last one alone: Dagster warns of what follows the first
+                self._deliver(self._closed)
 
-    def _keep_error(self, step: Callable[[], None]) -> None:
+    @contextmanager
+    def _error_kept(self) -> Iterator[None]:
+        """Keep the first error, whatever Dagster has against a message; the step reports it."""
         try:
-            step()
-        except Exception as error:  # noqa: BLE001 - whatever Dagster has against a message; the step reports it
+            yield
+        except Exception as error:  # noqa: BLE001
             self.error = self.error or error
 
-    def _take(self, line: bytes) -> None:
+    def _read(self, line: bytes) -> None:
         try:
-            message = json.loads(line)
+            message: PipesMessage = json.loads(line)
             method, params = message["method"], message.get("params") or {}
         except (ValueError, TypeError, KeyError) as error:
             text = line[:200].decode(errors="replace")
             raise ValueError(f"not a Dagster Pipes message in {self.path}: {text!r}") from error
+        payload = params.get("payload") if method == "report_custom_message" else None
         if method == JOB_STARTED:
             self._begin()
-        elif self.error is None:
-            self._sort(message, method, params)
-
-    def _sort(self, message: PipesMessage, method: str, params: Mapping[str, Any]) -> None:
-        if method == "opened":
-            self.opened = True
-            self.open += 1
+        elif self.error:
+            return
         elif method == "closed":
             self._close(params.get("exception"))
-            return
-        payload = params.get("payload") if method == "report_custom_message" else None
-        if isinstance(payload, dict) and payload.keys() == {PARTITION}:
+        elif isinstance(payload, dict) and payload.keys() == {PARTITION}:
             self._partitions.append(payload[PARTITION])
         elif method.startswith("report_"):
             self._results.append(message)
         else:
+            if method == "opened":
+                self.opened = True
+                self.open += 1
             with suppress(Exception):  # a line of the log that Dagster cannot store decides nothing
                 self._deliver(message)
 
@@ -139,13 +143,6 @@ class Messages(dg.PipesMessageReader):
         params = {"exception": shortened} if shortened else {}
         self._closed = {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": "closed", "params": params}
 
-    def _hand_over(self, context: StepContext) -> None:
-        for message in self._results:
-            self._deliver(message)
-        attach_partitions(context, self, self._partitions)
-        if self._closed:  # the last one alone: Dagster warns of what follows the first
-            self._deliver(self._closed)
-
     def _deliver(self, message: PipesMessage) -> None:
         assert self._handler is not None, "the Pipes session is not open"
         self._handler.handle_message(message)
@@ -155,14 +152,14 @@ class Messages(dg.PipesMessageReader):
 
 
 class Output:
-    """Passes one stream of the workload on to the step's own, as UTF-8, and remembers its last lines."""
+    """Writes one stream of the workload to the step's own, as UTF-8, and remembers its last lines."""
 
     def __init__(self, target: TextIO | None, on_error: Callable[[Exception], None]) -> None:
         """Nothing is written yet.
 
         Args:
             target: the step's stdout or stderr; None where that is closed, as Python has it.
-            on_error: called once, if the target cannot be written to; the workload runs on.
+            on_error: called once, if the target cannot be written to; the workload continues.
         """
         self._target = target
         self._on_error: Callable[[Exception], None] | None = on_error
@@ -170,7 +167,7 @@ class Output:
         self._tail: deque[str] = deque([""], maxlen=TAIL_LINES + 1)
 
     def feed(self, data: bytes) -> None:
-        """Pass on the next bytes; a character may be cut anywhere."""
+        """Write the next bytes; a character may be cut anywhere."""
         text = self._decoder.decode(data)
         try:
             if self._target:
@@ -205,7 +202,7 @@ class Output:
 
 @dataclass
 class Session:
-    """A Pipes session with its three streams, however the workload's bytes arrive."""
+    """A Pipes session with its three streams."""
 
     pipes: dg.PipesSession
     context_document: ContextDocument
@@ -223,8 +220,7 @@ class Session:
 def open_session(
     context: StepContext, extras: Mapping[str, Any], context_path: str, messages_path: str
 ) -> Iterator[Session]:
-    """Open a Pipes session whose files lie at the paths given (as the workload sees them)."""
-
+    """Open a Pipes session; the paths of its files are the workload's."""
     log = StepLog(context)
 
     def write_to(target: TextIO | None, name: str) -> Output:
@@ -239,10 +235,10 @@ def open_session(
 
 
 def explain_failure(session: Session, exit_code: int, workload: str) -> str | None:
-    """Why the workload failed, in words for its author; None if it succeeded.
+    """Return why the workload failed, for its author; None if it succeeded.
 
-    Success is an exit code of 0, every Pipes session closed, and no exception but `sys.exit(0)`: a workload that raises
-    after it has reported a materialization, or never ran, must not pass for a success.
+    It succeeded if its exit code is 0, every Pipes session was closed, and no exception but `sys.exit(0)` ended one: a
+    workload that raises after it has reported a materialization, or that never ran, has failed.
 
     Args:
         session: after `messages.finish`.
@@ -260,5 +256,5 @@ def explain_failure(session: Session, exit_code: int, workload: str) -> str | No
     if not messages.opened:
         return f"{workload} ended without opening a Dagster Pipes session: wrap its work in `with open_dagster_pipes()`"
     if messages.open > 0:
-        return f"{workload} ended without closing its Dagster Pipes session: it left in the middle of its work"
+        return f"{workload} ended without closing its Dagster Pipes session: something ended it in mid-work"
     return None
