@@ -1,4 +1,4 @@
-"""The own code of an environment: a code root as git has it."""
+"""The user's own code in an environment: a code root, as git tracks it."""
 
 import base64
 import hashlib
@@ -13,20 +13,21 @@ from resources.children import child_environment
 from resources.errors import ConfigurationError
 
 MOST_BYTES = 8 << 20
+"""Size of all files together; more than this is data, not code."""
 MOST_NAMES = 20
-"""Files that a note lists."""
-_SUBMODULE_MODE = "160000 "
+"""Files that a note lists by name."""
+_SUBMODULE_MODE = "160000"
 
 
 @dataclass(frozen=True)
 class Code:
-    """A code root: programs, and the modules and packages that they import.
+    """The files of a code root.
 
     Attributes:
-        folder: where it lies here.
+        folder: the code root on this machine.
         files: content by path below the folder.
-        left_out: files in it that git neither tracks nor ignores, and that are not sent.
-        in_git: whether git says what belongs to it.
+        left_out: files that git neither tracks nor ignores. They are not sent.
+        in_git: False if the folder is in no git repository; then all its files are sent.
     """
 
     folder: Path
@@ -36,17 +37,17 @@ class Code:
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each file's content."""
+        """SHA-256 of each file's content, by path."""
         return {name: hashlib.sha256(content).hexdigest() for name, content in sorted(self.files.items())}
 
     @property
     def encoded(self) -> dict[str, str]:
-        """The files in base64, for JSON."""
+        """Content of each file in base64, by path; for JSON."""
         return {name: base64.b64encode(content).decode() for name, content in self.files.items()}
 
     @property
     def notes(self) -> list[str]:
-        """What people should know of what is sent."""
+        """Sentences for the user: files that are not sent, and files that are sent because there is no git."""
         found = [f"git does not track {self.folder / name}: it is not sent" for name in self.left_out]
         if not self.in_git:
             names, more = sorted(self.files)[:MOST_NAMES], len(self.files) - MOST_NAMES
@@ -56,14 +57,16 @@ class Code:
 
 
 def read_code(folder: Path) -> Code:
-    """Read what git tracks below a folder, as it is now; without a repository, all but hidden files and caches.
+    """Read the files that git tracks below a folder, with uncommitted changes.
 
-    Submodules are included. A link is sent as what it points to. A dotenv file is never sent.
+    Without a git repository, read all files but hidden ones and caches. Submodules are included. A link is replaced by
+    what it points to. A dotenv file is never read.
 
     Raises:
-        ConfigurationError: it is too much, a link leaves the folder, a submodule is not there, or git does not answer.
+        ConfigurationError: the files are larger than MOST_BYTES, a link leads out of the folder, a submodule is not
+            checked out, or git fails.
     """
-    listed = _list(folder)
+    listed = _ask_git(folder)
     names, left_out = (sorted(_walk(folder)), []) if listed is None else listed
     files: dict[str, bytes] = {}
     size = 0
@@ -74,14 +77,20 @@ def read_code(folder: Path) -> Code:
             size += len(files[name])
             if size > MOST_BYTES:
                 raise ConfigurationError(
-                    f"{folder} goes to the supercomputer as code, and has more than {MOST_BYTES >> 20} MB (at {name}): "
-                    "keep data elsewhere, for instance below DATA_ROOT"
+                    f"{folder} has more than {MOST_BYTES >> 20} MB (at {name}). All of it is sent to the supercomputer "
+                    "as code. Keep data elsewhere, for instance below DATA_ROOT."
                 )
     return Code(folder, files, tuple(left_out), in_git=listed is not None)
 
 
+def revision_of(folder: Path) -> str:
+    """Return `git describe` of a folder's repository, with `-dirty` if files are changed; empty without a commit."""
+    described = _git(folder, "describe", "--always", "--dirty", "--tags")
+    return described.stdout.strip() if described and described.returncode == 0 else ""
+
+
 def _follow_links(folder: Path, names: Sequence[str]) -> Iterator[str]:
-    """The names, and for a link to a folder those of what lies in it, below the name of the link."""
+    """Yield the names; in place of a link to a folder, yield each file of that folder below the link's name."""
     root = folder.resolve()
 
     def expand(name: str, above: tuple[Path, ...]) -> Iterator[str]:
@@ -90,7 +99,7 @@ def _follow_links(folder: Path, names: Sequence[str]) -> Iterator[str]:
         if not target.is_relative_to(root):
             raise ConfigurationError(
                 f"{path} is a link to {target}, outside the code root {folder}. Only the code root is sent to the "
-                "supercomputer: move there what the workloads need, or remove the link."
+                "supercomputer. Move there what the workloads need, or remove the link."
             )
         if not (path.is_symlink() and target.is_dir()):
             yield name
@@ -106,13 +115,8 @@ def _follow_links(folder: Path, names: Sequence[str]) -> Iterator[str]:
         yield from expand(name, ())
 
 
-def revision_of(folder: Path) -> str:
-    """What git calls the state of a folder's repository, with `-dirty` if it is changed; empty without a commit."""
-    described = _git(folder, "describe", "--always", "--dirty", "--tags")
-    return described.stdout.strip() if described and described.returncode == 0 else ""
-
-
 def _walk(folder: Path) -> Iterator[str]:
+    """Yield the files and links to folders below a folder, without hidden ones and caches."""
     for path, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
         linked = [name for name in folders if os.path.islink(f"{path}/{name}")]  # noqa: PTH114
@@ -125,36 +129,37 @@ def _is_dotenv(name: str) -> bool:
     return name == ".env" or name.startswith(".env.") or name.endswith(".env")
 
 
-def _list(folder: Path) -> tuple[list[str], list[str]] | None:
-    """Paths below the folder: what git tracks, and what it neither tracks nor ignores; None without a repository."""
-    listed = _git(folder, "ls-files", "-z", "-t", "--cached", "--others", "--exclude-standard")
+def _ask_git(folder: Path) -> tuple[list[str], list[str]] | None:
+    """Return the paths that git tracks, and those that it neither tracks nor ignores; None without a repository."""
+    listed = _git(folder, "ls-files", "-z", "-t", "--cached", "--stage", "--others", "--exclude-standard")
     if listed is None or "not a git repository" in listed.stderr:
         return None
     if listed.returncode:
         raise ConfigurationError(f"git ls-files in {folder}: {listed.stderr.strip()}")
-    rows = [row.split(" ", 1) for row in listed.stdout.split("\0") if row]
-    tracked = {name for tag, name in rows if tag != "?"}  # one in conflict is listed for each side
-    left_out = [name for tag, name in rows if tag == "?"]
-    for name in _submodules(folder):
-        inner = _list(folder / name) if (folder / name / ".git").exists() else None
+    tracked: set[str] = set()  # a file in conflict is listed once for each side
+    left_out: list[str] = []
+    for row in filter(None, listed.stdout.split("\0")):
+        tag, _, rest = row.partition(" ")  # `? PATH`, or `H MODE OBJECT STAGE<tab>PATH`
+        if tag == "?":
+            left_out.append(rest)
+            continue
+        details, _, name = rest.partition("\t")
+        if not details.startswith(_SUBMODULE_MODE):
+            tracked.add(name)
+            continue
+        inner = _ask_git(folder / name) if (folder / name / ".git").exists() else None
         if inner is None:
             raise ConfigurationError(
-                f"the submodule {folder / name} is not checked out here:\n"
+                f"the submodule {folder / name} is not checked out here. Its files cannot be sent. Check it out:\n"
                 f"git -C {shlex.quote(str(folder))} submodule update --init --recursive"
             )
-        tracked = (tracked - {name}) | {f"{name}/{each}" for each in inner[0]}
+        tracked.update(f"{name}/{each}" for each in inner[0])
         left_out += [f"{name}/{each}" for each in inner[1]]
     return sorted(tracked), left_out
 
 
-def _submodules(folder: Path) -> list[str]:
-    """Paths of the submodules below the folder."""
-    staged = _git(folder, "ls-files", "-z", "--stage")
-    rows = staged.stdout.split("\0") if staged else []
-    return [row.partition("\t")[2] for row in rows if row.startswith(_SUBMODULE_MODE)]
-
-
 def _git(folder: Path, *command: str) -> subprocess.CompletedProcess[str] | None:
+    """Run git in a folder; None if git is not installed."""
     try:
         return subprocess.run(
             ["git", "-C", str(folder), *command],
