@@ -23,15 +23,14 @@ from resources.environments import (
     CLUSTER,
     Comparison,
     Environments,
+    EnvironmentSpec,
     LoggedProgress,
     Progress,
-    Wanted,
-    choose_for_removal,
-    differences_from,
     read_code,
     read_lock,
     revision_of,
 )
+from resources.environments.retention import choose_for_removal
 from resources.errors import ConfigurationError
 from resources.runs import Runs
 from resources.settings import Settings, load_settings
@@ -148,24 +147,25 @@ def act(asked: argparse.Namespace, settings: Settings, gateway: Gateway, environ
     code = read_code(WORKLOADS)
     for note in code.notes:
         print(f"warning: {note}", file=sys.stderr)
-    wanted = Wanted(code, read_lock(CLUSTER), settings.python)
+    wanted = EnvironmentSpec(code, read_lock(CLUSTER), settings.python)
     return check(environments, wanted) if asked.check else publish(environments, wanted)
 
 
-def publish(environments: Environments, wanted: Wanted) -> int:
+def publish(environments: Environments, wanted: EnvironmentSpec) -> int:
     with progress_on(Console()) as progress:
         environment = environments.ensure(wanted, progress)
-    new = environments.announce(environment, revision_of(wanted.code.folder))
-    print(f"{'published' if new else 'was published already'}: {environment.name}, Python {environment.target.version}")
+    new = environments.publish(environment, revision_of(wanted.code.folder))
+    how = "published" if new else "was published already"
+    print(f"{how}: {environment.name}, Python {environment.interpreter.version}")
     return 0
 
 
-def check(environments: Environments, wanted: Wanted) -> int:
+def check(environments: Environments, wanted: EnvironmentSpec) -> int:
     with tempfile.TemporaryDirectory(prefix="wheels-") as folder, progress_on(Console()) as progress:
-        found, _ = environments.compare(wanted, Path(folder), progress)
+        found = environments.compare(wanted, Path(folder), progress)
     tell(found, wanted)
     published = environments.published()
-    if published and not (differences := differences_from(published, wanted)):
+    if published and not (differences := wanted.differences_from(published.environment)):
         print(f"production runs what is here: {published.environment.name}")
         return 0
     print("production does not run what is here" if published else "nothing has been published yet")
@@ -174,18 +174,18 @@ def check(environments: Environments, wanted: Wanted) -> int:
     return 1
 
 
-def tell(found: Comparison, wanted: Wanted) -> None:
+def tell(found: Comparison, wanted: EnvironmentSpec) -> None:
     """What would be sent."""
-    target = found.environment.target
-    print(f"environment {found.environment.name} for {target.executable}, Python {target.version}")
-    for wheel in found.wheels:
+    python = found.environment.interpreter
+    print(f"environment {found.environment.name} for {python.executable}, Python {python.version}")
+    for wheel in found.missing:
         print(f"  {wheel.size / 1e6:8.1f} MB  {wheel.path.name}")
     code = sum(map(len, wanted.code.files.values()))
     if found.ready:
         print("  is there: nothing would be sent")
     else:
-        size = sum(wheel.size for wheel in found.wheels)
-        print(f"  {size / 1e6:8.1f} MB in {len(found.wheels)} wheels would be sent, and {code / 1e3:.1f} kB of code")
+        size = sum(wheel.size for wheel in found.missing)
+        print(f"  {size / 1e6:8.1f} MB in {len(found.missing)} wheels would be sent, and {code / 1e3:.1f} kB of code")
 
 
 def show(environments: Environments) -> None:
@@ -194,7 +194,7 @@ def show(environments: Environments) -> None:
     for row in environments.inventory():
         environment = row.environment
         used = f"{row.used:%Y-%m-%d %H:%M}"
-        table.add_row(environment.name, environment.kind, environment.target.version, used, row.published)
+        table.add_row(environment.name, environment.kind, environment.interpreter.version, used, row.published)
     Console().print(table)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import tarfile
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -58,6 +59,19 @@ def make_source(folder: Path, name: str, tag: str = "py3-none-any", ballast: int
             about.size = len(data)
             archive.addfile(about, io.BytesIO(data))
     return f"{name}==1.0 --hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+
+
+def make_wheels(folder: Path, name: str, tags: Iterable[str]) -> str:
+    """Write an empty wheel of one distribution for each tag; the distribution's line in a lock."""
+    hashes = []
+    for tag in tags:
+        path, about = folder / f"{name}-1.0-{tag}.whl", f"{name}-1.0.dist-info"
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+            wheel.writestr(f"{about}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n")
+            wheel.writestr(f"{about}/RECORD", "")
+        hashes.append(f"--hash=sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}")
+    return f"{name}==1.0 {' '.join(hashes)}\n"
 
 
 def lines_of_the_lock(names: Iterable[str]) -> str:

@@ -1,17 +1,17 @@
-"""The environments on the supercomputer, as they are seen from here; what is done there is in keeper/."""
+"""The environments on the supercomputer: which exist, which one production runs; make, publish and remove them."""
 
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from resources.environments.code import Code
-from resources.environments.lock import Lock
+from resources.environments.lock import LockFile
 from resources.environments.progress import Progress
-from resources.environments.target import NEWEST, OLDEST, Target
+from resources.environments.target import NEWEST, OLDEST, Interpreter
 from resources.environments.wheels import Wheel, gather_wheels
 from resources.slurm import Site
 from resources.slurm.gateway import Gateway
@@ -22,20 +22,22 @@ _MODULES = ("files", "interpreters", "making", "shelf", "server")
 _KEEPER = join(Path(disk.__file__), *(Path(__file__).with_name("keeper") / f"{name}.py" for name in _MODULES))
 FOLDER = "environments"
 """Below SLURM_DEPLOYMENT_BASE_PATH."""
+MOST_NAMES = 5
+"""Files that a refusal lists by name."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """An environment on the supercomputer, whether it is there or would be.
+    """An environment that exists on the supercomputer, or that would.
 
     Attributes:
-        name: hash of all that it consists of; its folder has it as its name.
-        kind: `wheelhouse`: made from wheels that were sent; `path`: an interpreter that was there.
+        name: hash of all that it consists of, and the name of its folder.
+        kind: `wheelhouse`: made from wheels that were sent; `path`: SLURM_PYTHON with the user's code.
         python: path of the interpreter for workloads.
-        workloads: path of the own code there.
-        target: the interpreter that it is made for.
+        workloads: path of the user's code there.
+        interpreter: the Python that it is made for.
         asked: SLURM_PYTHON, if it was set.
-        lock: digest of the lock; None for the kind `path`.
+        lock: digest of the lock file; None for the kind `path`.
         code: SHA-256 by file.
     """
 
@@ -43,17 +45,17 @@ class Environment:
     kind: str
     python: str
     workloads: str
-    target: Target
+    interpreter: Interpreter
     asked: str | None
     lock: str | None
     code: Mapping[str, str]
 
     @classmethod
-    def parse(cls, said: Mapping[str, Any]) -> "Environment":
-        """From what the keeper says."""
-        target = Target(**{name: said["interpreter"][name] for name in ("executable", "version", "machine", "glibc")})
-        same = {name: said[name] for name in ("name", "kind", "python", "workloads", "asked", "lock", "code")}
-        return cls(**same, target=target)
+    def parse(cls, answer: Mapping[str, Any]) -> "Environment":
+        """Read what the keeper answers."""
+        about = {name: answer["interpreter"][name] for name in ("executable", "version", "machine", "glibc")}
+        same = {name: answer[name] for name in ("name", "kind", "python", "workloads", "asked", "lock", "code")}
+        return cls(**same, interpreter=Interpreter(**about))
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,13 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Row:
-    """An environment that is there.
+class EnvironmentListing:
+    """An environment that exists, with its use.
 
     Attributes:
-        environment: which.
+        environment: the environment.
         used: when it was used last.
-        published: `current`: production runs it; `before`: it is the one to go back to; else empty.
+        published: `current`: production runs it; `before`: a rollback returns to it; else empty.
     """
 
     environment: Environment
@@ -87,8 +89,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What an environment is to consist of.
+class EnvironmentSpec:
+    """What an environment consists of.
 
     Attributes:
         code: the workloads.
@@ -97,25 +99,41 @@ class Wanted:
     """
 
     code: Code
-    lock: Lock
+    lock: LockFile
     python: str | None = None
+
+    def differences_from(self, published: Environment) -> list[str]:
+        """Say what of the lock file, the interpreter and the code differs from a published environment."""
+        found = []
+        if published.asked != self.python:
+            found.append(f"SLURM_PYTHON: {self.python or 'not set'}, was {published.asked or 'not set'}")
+        elif published.lock not in (None, self.lock.digest):
+            found.append(f"{self.lock.path.name}: other packages")
+        here, there = self.code.digests, published.code
+        names = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
+        for name in names[:MOST_NAMES]:
+            how = "is new" if name not in there else "is gone" if name not in here else "is changed"
+            found.append(f"{self.code.folder / name} {how}")
+        if len(names) > MOST_NAMES:
+            found.append(f"and {len(names) - MOST_NAMES} more files")
+        return found
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What would have to be done for an environment.
+    """What has to be sent for an environment.
 
     Attributes:
-        environment: the one that is wanted.
-        ready: whether it is there.
-        installed: whether its packages are; for the kind `path`, they are by definition.
-        wheels: those that are not there; only known after they were gathered.
+        environment: the environment.
+        ready: whether it exists.
+        wheels: all its wheels; empty if its packages are installed.
+        missing: those of the wheels that are not on the supercomputer.
     """
 
     environment: Environment
     ready: bool
-    installed: bool
-    wheels: Sequence[Wheel] = field(default=())
+    wheels: Sequence[Wheel] = ()
+    missing: Sequence[Wheel] = ()
 
 
 class Environments:
@@ -126,104 +144,100 @@ class Environments:
         self._gateway, self._site = gateway, site
         self._folder = f"{base}/{FOLDER}"
 
-    def look(self, wanted: Wanted) -> Comparison:
-        """Whether an environment is there: one round trip."""
-        said = self._look_up("look", **self._describe(wanted))
-        return Comparison(Environment.parse(said["environment"]), said["ready"], said["installed"])
-
-    def compare(self, wanted: Wanted, folder: Path, progress: Progress) -> tuple[Comparison, list[Wheel]]:
-        """What would be sent, and all wheels of the environment, which are gathered in a folder if they are needed.
+    def compare(self, spec: EnvironmentSpec, folder: Path, progress: Progress) -> Comparison:
+        """Find out whether an environment exists, in one round trip; if not, gather its wheels in an empty folder.
 
         Raises:
             ConfigurationError: see `gather_wheels`.
         """
-        found = self.look(wanted)
-        if found.ready or found.installed:
-            return found, []
-        target = found.environment.target
-        progress.step(f"fetching the wheels of {wanted.lock.path.name} for Python {target.version}, {target.machine}")
-        wheels = gather_wheels(wanted.lock, target, folder, self._gateway.ping)
+        answer = self._look_up("look", **self._describe(spec))
+        environment = Environment.parse(answer["environment"])
+        if answer["ready"] or answer["installed"]:
+            return Comparison(environment, answer["ready"])
+        interpreter = environment.interpreter
+        wanted = f"Python {interpreter.version}, {interpreter.machine}"
+        progress.step(f"fetching the wheels of {spec.lock.path.name} for {wanted}")
+        wheels = gather_wheels(spec.lock, interpreter, folder, self._gateway.ping)
         lacking = set(self._look_up("lacking", wheels=[wheel.place for wheel in wheels])["lacking"])
-        missing = [wheel for wheel in wheels if wheel.place in lacking]
-        return Comparison(found.environment, ready=False, installed=False, wheels=missing), wheels
+        return Comparison(
+            environment, ready=False, wheels=wheels, missing=[wheel for wheel in wheels if wheel.place in lacking]
+        )
 
-    def ensure(self, wanted: Wanted, progress: Progress) -> Environment:
-        """Make an environment, unless it is there; only what is missing is sent."""
+    def ensure(self, spec: EnvironmentSpec, progress: Progress) -> Environment:
+        """Make an environment, unless it exists. Only wheels that are missing there are sent.
+
+        Raises:
+            ConfigurationError: see `gather_wheels`.
+        """
         with tempfile.TemporaryDirectory(prefix="wheels-") as folder:
-            found, wheels = self.compare(wanted, Path(folder), progress)
+            found = self.compare(spec, Path(folder), progress)
             if found.ready:
                 return found.environment
-            self._send(found.wheels, progress)
-            places = {wheel.place: wheel.digest for wheel in wheels}
-            describe = self._describe(wanted)
-            said = self._do("publish", progress, **describe, wheels=places, files=wanted.code.encoded)
-        return Environment.parse(said["environment"])
+            self._send(found.missing, progress)
+            wheels = {wheel.place: wheel.digest for wheel in found.wheels}
+            answer = self._do("publish", progress, **self._describe(spec), wheels=wheels, files=spec.code.encoded)
+        return Environment.parse(answer["environment"])
 
     def _send(self, wheels: Sequence[Wheel], progress: Progress) -> None:
         total, before = sum(wheel.size for wheel in wheels), 0
         for wheel in sorted(wheels, key=lambda wheel: wheel.size):
-            there = before
 
-            def tell(done: int, _: int, there: int = there) -> None:
-                progress.sent(there + done, total)
+            def report(done: int, _: int, before: int = before) -> None:
+                progress.sent(before + done, total)
 
-            self._gateway.put(wheel.path, f"{self._folder}/wheels/{wheel.place}", tell)
+            self._gateway.put(wheel.path, f"{self._folder}/wheels/{wheel.place}", report)
             before += wheel.size
 
-    # Production
-
     def published(self) -> Published | None:
-        """What production runs; None if nothing was published. One round trip."""
-        said = self._look_up("published")
-        if said["environment"] is None:
+        """Return what production runs; None if nothing was published. One round trip."""
+        answer = self._look_up("published")
+        if answer["environment"] is None:
             return None
-        entry = said["entry"]
+        entry = answer["entry"]
         at = datetime.fromtimestamp(entry["at"], UTC)
-        return Published(Environment.parse(said["environment"]), entry["revision"], at)
+        return Published(Environment.parse(answer["environment"]), entry["revision"], at)
 
-    def announce(self, environment: Environment, revision: str) -> bool:
-        """Let production run an environment; False if it did before."""
+    def publish(self, environment: Environment, revision: str) -> bool:
+        """Let production run an environment; return False if it does already."""
         return bool(self._do("announce", name=environment.name, about={"revision": revision})["new"])
 
     def roll_back(self) -> Mapping[str, Any]:
-        """Let production run what was published before; `name` and `revision` of that."""
+        """Let production run what was published before; return its `name` and `revision`."""
         entry: Mapping[str, Any] = self._do("roll_back")["entry"]
         return entry
 
-    # What is there
-
-    def inventory(self) -> list[Row]:
-        """All environments, the one used last first."""
-        said = self._look_up("inventory")
-        marks = dict(zip(said["published"][-2:][::-1], ("current", "before"), strict=False))
-        rows = [
-            Row(environment, datetime.fromtimestamp(each["used"], UTC), marks.get(environment.name, ""))
-            for each in said["found"]
+    def inventory(self) -> list[EnvironmentListing]:
+        """Return all environments that exist, the one used last first."""
+        answer = self._look_up("inventory")
+        marks = dict(zip(answer["published"][-2:][::-1], ("current", "before"), strict=False))
+        found = [
+            EnvironmentListing(environment, datetime.fromtimestamp(each["used"], UTC), marks.get(environment.name, ""))
+            for each in answer["found"]
             for environment in [Environment.parse(each["environment"])]
         ]
-        return sorted(rows, key=lambda row: row.used, reverse=True)
+        return sorted(found, key=lambda each: each.used, reverse=True)
 
-    def remove(self, names: Sequence[str]) -> list[str]:
-        """Remove environments, and packages and wheels that no other needs; the names of those that are gone.
+    def remove(self, names: Sequence[str]) -> Sequence[str]:
+        """Remove environments, then packages and wheels that no other needs; return the names that were removed.
 
-        What production runs or could go back to, and what was used within the last hour, stays.
+        An environment stays if production runs it or can go back to it, or if it was used within the last hour.
         """
-        removed: list[str] = self._do("remove", names=list(names))["removed"]
+        removed: Sequence[str] = self._do("remove", names=list(names))["removed"]
         return removed
 
     # The keeper
 
-    def _describe(self, wanted: Wanted) -> dict[str, Any]:
+    def _describe(self, spec: EnvironmentSpec) -> dict[str, Any]:
         return {
             "setup": list(self._site.setup_commands),
             "candidates": list(self._site.python_candidates),
             "oldest": list(OLDEST),
             "newest": list(NEWEST),
-            "asked": wanted.python,
-            "python": wanted.python,
-            "lock": wanted.lock.digest,
-            "modules": wanted.lock.modules,
-            "code": wanted.code.digests,
+            "asked": spec.python,
+            "python": spec.python,
+            "lock": spec.lock.digest,
+            "modules": spec.lock.modules,
+            "code": spec.code.digests,
         }
 
     def _look_up(self, verb: str, **fields: Any) -> Mapping[str, Any]:

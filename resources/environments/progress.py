@@ -1,40 +1,41 @@
-"""What is told while an environment is made."""
+"""How far the making of an environment is, for the user."""
 
 import time
 from collections.abc import Callable
 from typing import Protocol
 
-TOLD_SECONDS = 10.0
+LOG_SECONDS = 10.0
+"""Between two lines about bytes that were sent."""
 
 
 class Progress(Protocol):
-    """Whoever shows how far it is."""
+    """Shows the user how far it is."""
 
     def step(self, text: str) -> None:
-        """What is being done now."""
+        """Show what is done now."""
 
     def sent(self, done: int, total: int) -> None:
-        """So many bytes are there, of so many; those that were there before count."""
+        """Show how many bytes of how many are on the supercomputer."""
 
 
 class LoggedProgress:
-    """For a log: each step, and every ten seconds how much is sent."""
+    """Progress as lines of a log: each step, and every ten seconds how much was sent."""
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self._log = log
-        self._begun: tuple[float, int] | None = None
-        self._told = 0.0
+        self._first: tuple[float, int] | None = None
+        self._logged = 0.0
 
     def step(self, text: str) -> None:  # noqa: D102 - see Progress
         self._log(f"environment: {text}")
 
     def sent(self, done: int, total: int) -> None:  # noqa: D102 - see Progress
         now = time.monotonic()
-        if self._begun is None:
-            self._begun, self._told = (now, done), now
-        if done < total and now - self._told < TOLD_SECONDS:
+        if self._first is None:
+            self._first, self._logged = (now, done), now
+        if done < total and now - self._logged < LOG_SECONDS:
             return
-        self._told = now
-        since, first = self._begun
-        rate = (done - first) / max(now - since, 1e-3)
+        self._logged = now
+        since, before = self._first
+        rate = (done - before) / max(now - since, 1e-3)
         self._log(f"environment: sent {100 * done // total} % of {total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s")

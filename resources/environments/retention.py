@@ -3,11 +3,15 @@
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
 
-from resources.environments.environments import Row
+from resources.environments.environments import EnvironmentListing
 
 
 def choose_for_removal(
-    rows: Sequence[Row], used: Collection[str], *, keep: int | None = None, older_than: float | None = None
+    rows: Sequence[EnvironmentListing],
+    used: Collection[str],
+    *,
+    keep: int | None = None,
+    older_than: float | None = None,
 ) -> list[str]:
     """Names of the environments that may go.
 

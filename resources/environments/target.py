@@ -1,22 +1,19 @@
-"""The Python that an environment is made for, as it has described itself on the login node."""
+"""The Python interpreter on the supercomputer that an environment is made for."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from packaging.tags import Tag, compatible_tags, cpython_tags
-
 OLDEST, NEWEST = (3, 11), (3, 13)
-"""Versions that the lock is made for: `requires-python` of pyproject.toml."""
-OLDEST_GLIBC = 5
-"""Minor version; wheels for older ones have names of their own."""
+"""Versions that the lock file is resolved for: `requires-python` of pyproject.toml."""
+OLDEST_MANYLINUX = 17
+"""Minor version of the oldest glibc whose wheels are named `manylinux_2_N`; pip knows the names of older ones."""
 
 
 @dataclass(frozen=True)
-class Target:
-    """An interpreter on the supercomputer.
+class Interpreter:
+    """A CPython on the supercomputer, as it described itself on the login node.
 
     Attributes:
-        executable: absolute path, without links.
+        executable: absolute path, with links resolved.
         version: such as `3.11.9`.
         machine: such as `x86_64`.
         glibc: such as `2.28`.
@@ -28,31 +25,28 @@ class Target:
     glibc: str
 
     @property
-    def minor(self) -> tuple[int, int]:
-        """Such as (3, 11)."""
-        first, second, *_ = self.version.split(".")
-        return int(first), int(second)
+    def minor(self) -> str:
+        """Such as `3.11`."""
+        return ".".join(self.version.split(".")[:2])
 
     @property
-    def platforms(self) -> list[str]:
-        """Of wheels that work there, the best first (PEP 600). Not `linux_...`: what was compiled here is for here."""
-        newest = int(self.glibc.split(".")[1])
-        names = [f"manylinux_2_{minor}" for minor in range(newest, OLDEST_GLIBC - 1, -1)]
-        old = {"manylinux2014": 17, "manylinux2010": 12, "manylinux1": 5}
-        names += [name for name, minor in old.items() if minor <= newest]
-        return [f"{name}_{self.machine}" for name in names]
+    def pip_options(self) -> list[str]:
+        """Options with which `pip download` selects wheels for this interpreter.
+
+        The platforms are those of PEP 600, the newest glibc first. `linux_...` is not among them: such a wheel may need
+        libraries of the machine that it was built on.
+        """
+        glibc = int(self.glibc.split(".")[1])
+        platforms = [f"manylinux_2_{minor}" for minor in range(glibc, OLDEST_MANYLINUX - 1, -1)] + ["manylinux2014"]
+        options = [f"--platform={each}_{self.machine}" for each in platforms]
+        abi = f"cp{self.minor.replace('.', '')}"
+        return ["--python-version", self.minor, "--implementation", "cp", "--abi", abi, *options]
 
     @property
-    def tags(self) -> Iterator[Tag]:
-        """Of wheels that work there (PEP 425)."""
-        yield from cpython_tags(self.minor, platforms=self.platforms)
-        yield from compatible_tags(self.minor, f"cp{self.minor[0]}{self.minor[1]}", self.platforms)
-
-    @property
-    def markers(self) -> Mapping[str, str]:
+    def markers(self) -> dict[str, str]:
         """Values of the environment markers (PEP 508)."""
         return {
-            "python_version": "{}.{}".format(*self.minor),
+            "python_version": self.minor,
             "python_full_version": self.version,
             "implementation_version": self.version,
             "implementation_name": "cpython",

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,10 @@ import pytest
 from resources import SUPERCOMPUTER_SITE_OVERRIDES, build_resources
 from resources.auth import ensure_certificate
 from resources.compute import ComputeResource
-from resources.environments import Environment, Environments, Wanted, read_code, read_lock
+from resources.environments import Comparison, Environment, Environments, EnvironmentSpec, read_code, read_lock
 from resources.environments import environments as environments_module
 from resources.environments import run as run_module
-from resources.environments.target import Target
+from resources.environments.target import Interpreter
 from resources.environments.wheels import Wheel, gather_wheels
 from resources.launchers import ScriptLauncher
 from resources.runs import open_runs
@@ -91,7 +92,9 @@ def workload(tmp_path: Path) -> Path:
 class Client:
     """A deployment: a connection, and what it is told."""
 
-    def __init__(self, wanted: Wanted, on_step: Callable[[str], None] = lambda _: None, **of_site: Any) -> None:
+    def __init__(
+        self, wanted: EnvironmentSpec, on_step: Callable[[str], None] = lambda _: None, **of_site: Any
+    ) -> None:
         settings = load_settings(SUPERCOMPUTER_SITE_OVERRIDES)
         overrides = copy.deepcopy(SUPERCOMPUTER_SITE_OVERRIDES)
         overrides["musica"].update(of_site)
@@ -112,6 +115,10 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.gateway.close()
 
+    def compare(self) -> Comparison:
+        with tempfile.TemporaryDirectory() as folder:
+            return self.environments.compare(self.wanted, Path(folder), self)
+
     def ensure(self) -> Environment:
         return self.environments.ensure(self.wanted, self)
 
@@ -126,8 +133,8 @@ class Client:
 
 
 @pytest.fixture
-def wanted(workload: Path, index: Path) -> Wanted:
-    return Wanted(read_code(workload.parent), read_lock(index / "lock.txt"))
+def wanted(workload: Path, index: Path) -> EnvironmentSpec:
+    return EnvironmentSpec(read_code(workload.parent), read_lock(index / "lock.txt"))
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +151,8 @@ def gathered(index: Path, site_python: tuple[str, str], tmp_path_factory: pytest
     with pytest.MonkeyPatch.context() as patch:
         for name, value in pip_variables(index).items():
             patch.setenv(name, value)
-        target = Target(*site_python, platform.machine(), "2.31")
-        return gather_wheels(read_lock(index / "lock.txt"), target, tmp_path_factory.mktemp("wheels"), lambda: None)
+        python = Interpreter(*site_python, platform.machine(), "2.31")
+        return gather_wheels(read_lock(index / "lock.txt"), python, tmp_path_factory.mktemp("wheels"), lambda: None)
 
 
 @pytest.fixture
@@ -155,7 +162,7 @@ def fetched(gathered: list[Wheel], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def client(wanted: Wanted) -> Iterator[Client]:
+def client(wanted: EnvironmentSpec) -> Iterator[Client]:
     with Client(wanted) as made:
         yield made
 
@@ -269,7 +276,7 @@ def test_a_connection_that_breaks_while_wheels_are_sent(site: SimulatedSite, cli
 
 
 @pytest.mark.usefixtures("fetched")
-def test_two_deployments_at_once(site: SimulatedSite, wanted: Wanted) -> None:
+def test_two_deployments_at_once(site: SimulatedSite, wanted: EnvironmentSpec) -> None:
     with Client(wanted) as one, Client(wanted) as two, ThreadPoolExecutor() as pool:
         made = [future.result() for future in [pool.submit(one.ensure), pool.submit(two.ensure)]]
         installed = [step for step in (*one.steps, *two.steps) if step.startswith("installing")]
@@ -281,7 +288,7 @@ def test_two_deployments_at_once(site: SimulatedSite, wanted: Wanted) -> None:
 
 @pytest.mark.usefixtures("fetched")
 @pytest.mark.parametrize("moment", ["installing", "verifying"])
-def test_killed_while_it_publishes(site: SimulatedSite, wanted: Wanted, moment: str) -> None:
+def test_killed_while_it_publishes(site: SimulatedSite, wanted: EnvironmentSpec, moment: str) -> None:
     def kill_once(step: str) -> None:
         if step.startswith(moment) and not killed:
             keepers = [each for each in site.processes_on_login() if "exec(compile(json.loads" in each.command]
@@ -299,7 +306,7 @@ def test_killed_while_it_publishes(site: SimulatedSite, wanted: Wanted, moment: 
 
 
 @pytest.mark.usefixtures("fetched")
-def test_a_client_that_goes_away_leaves_nothing_running(site: SimulatedSite, wanted: Wanted) -> None:
+def test_a_client_that_goes_away_leaves_nothing_running(site: SimulatedSite, wanted: EnvironmentSpec) -> None:
     class GoneError(Exception):
         pass
 
@@ -324,7 +331,7 @@ def test_a_full_disk_while_wheels_are_sent(site: SimulatedSite, client: Client) 
 
 
 @pytest.mark.usefixtures("fetched")
-def test_a_full_disk_while_it_installs(site: SimulatedSite, wanted: Wanted) -> None:
+def test_a_full_disk_while_it_installs(site: SimulatedSite, wanted: EnvironmentSpec) -> None:
     fault = site.faults.disk_full()
 
     def fill(step: str) -> None:
@@ -340,21 +347,22 @@ def test_a_full_disk_while_it_installs(site: SimulatedSite, wanted: Wanted) -> N
     nothing_is_unfinished(site)
 
 
+@pytest.mark.usefixtures("fetched")
 def test_the_interpreter_comes_from_the_candidates_after_the_setup_commands(
-    site: SimulatedSite, wanted: Wanted, site_python: tuple[str, str]
+    site: SimulatedSite, wanted: EnvironmentSpec, site_python: tuple[str, str]
 ) -> None:
     there(site, f"mkdir modules; cd modules; ln -s {site_python[0]} python-new; cat >python-old <<'END'\n{OLD}END\n"
                 "chmod +x python-old")  # fmt: skip
     load = ["echo 'the module greets'; export PATH=$HOME/modules:$PATH"]
     none = pytest.raises(RefusedError, match=r"no Python 3\.11 to 3\.13 on login0\d: of python9, python-new, none")
     with Client(wanted, python_candidates=["python9", "python-new"]) as client, none:
-        client.environments.look(wanted)
+        client.compare()
     too_old = pytest.raises(RefusedError, match=r"/opt/old is 3\.9\.18\. Name another .* set SLURM_PYTHON")
     with Client(wanted, python_candidates=["python9", "python-old"], setup_commands=load) as client, too_old:
-        client.environments.look(wanted)
+        client.compare()
     with Client(wanted, python_candidates=["python-old", "python-new"], setup_commands=load) as client:
-        target = client.environments.look(wanted).environment.target
-    assert (target.executable, target.version) == site_python
+        python = client.compare().environment.interpreter
+    assert (python.executable, python.version) == site_python
 
 
 @pytest.mark.usefixtures("fetched")
@@ -373,7 +381,7 @@ def test_a_module_provides_the_python_of_agent_environment_and_job(
 def test_what_cannot_be_imported_is_not_published(
     site: SimulatedSite, client: Client, site_python: tuple[str, str]
 ) -> None:
-    client.wanted = Wanted(client.wanted.code, client.wanted.lock, python=site_python[0])
+    client.wanted = EnvironmentSpec(client.wanted.code, client.wanted.lock, python=site_python[0])
     with pytest.raises(RefusedError, match="No module named 'dagster_pipes'"):
         client.ensure()
     assert names(site) == []
@@ -391,7 +399,7 @@ def test_production_runs_only_what_was_published(
     assert "nothing has been published" in failure_of(materialize(workload))
     assert site.squeue("--noheader") == ""
 
-    assert client.environments.announce(client.ensure(), "v1")
+    assert client.environments.publish(client.ensure(), "v1")
     assert metadata(materialize(workload))["word"] == "one"
 
     helper = workload.parent / "helpers" / "deep" / "__init__.py"
@@ -401,9 +409,9 @@ def test_production_runs_only_what_was_published(
     assert "revision v1" in said
     assert "scripts/deploy_environment.py" in said
 
-    client.wanted = Wanted(read_code(workload.parent), client.wanted.lock)
-    assert client.environments.announce(client.ensure(), "v2")
-    assert not client.environments.announce(client.ensure(), "v2")
+    client.wanted = EnvironmentSpec(read_code(workload.parent), client.wanted.lock)
+    assert client.environments.publish(client.ensure(), "v2")
+    assert not client.environments.publish(client.ensure(), "v2")
     assert metadata(materialize(workload))["word"] == "two"
 
     assert client.environments.roll_back()["revision"] == "v1"

@@ -8,28 +8,27 @@ from typing import cast
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.tags import Tag
 
 from resources import SUPERCOMPUTER_SITE_OVERRIDES, workload
 from resources.environments import (
     CLUSTER,
     Environment,
+    EnvironmentListing,
     Environments,
     LoggedProgress,
-    Row,
     RunEnvironment,
-    choose_for_removal,
     read_code,
     read_lock,
 )
-from resources.environments.target import NEWEST, OLDEST, Target
+from resources.environments.retention import choose_for_removal
+from resources.environments.target import NEWEST, OLDEST, Interpreter
 from resources.errors import ConfigurationError
 from resources.settings import ROOT, Settings
 from resources.slurm import load_site
 from resources.slurm.gateway import Gateway
 from resources.workload import read_workload
 
-TARGET = Target("/usr/bin/python3.11", "3.11.2", "x86_64", "2.28")
+PYTHON = Interpreter("/usr/bin/python3.11", "3.11.2", "x86_64", "2.28")
 
 
 # The lock
@@ -48,19 +47,21 @@ def test_the_lock_has_all_that_the_cluster_group_names() -> None:
     assert lock.modules == ["dagster_pipes", "ray"]
 
 
-@pytest.mark.parametrize(("version", "numpy"), [("3.11.9", "<"), ("3.12.1", ">=")])
-def test_markers_are_judged_for_the_target(tmp_path: Path, version: str, numpy: str) -> None:
+@pytest.mark.parametrize(
+    ("version", "numpy"), [("3.11.9", "numpy==1 --hash=sha256:aa"), ("3.12.1", "numpy==2 --hash=sha256:bb")]
+)
+def test_markers_are_evaluated_for_the_interpreter(tmp_path: Path, version: str, numpy: str) -> None:
     text = "numpy==1 ; python_full_version < '3.12' --hash=sha256:aa\n"
     text += "numpy==2 ; python_full_version >= '3.12' --hash=sha256:bb\n"
     text += "colorama==1 ; sys_platform == 'win32' --hash=sha256:cc\n"
-    pins = read_lock(lock_of(tmp_path, text)).pins_for(Target("/python", version, "x86_64", "2.28"))
-    assert [pin.text for pin in pins] == [f"numpy=={'1' if numpy == '<' else '2'}"]
+    lines = read_lock(lock_of(tmp_path, text)).requirements_for(Interpreter("/python", version, "x86_64", "2.28"))
+    assert lines == [numpy]
 
 
 def test_each_version_that_the_project_supports_gets_every_package_once() -> None:
     for minor in range(OLDEST[1], NEWEST[1] + 1):
-        pins = read_lock(CLUSTER).pins_for(Target("/python", f"3.{minor}.1", "x86_64", "2.28"))
-        names = [pin.name for pin in pins]
+        lines = read_lock(CLUSTER).requirements_for(Interpreter("/python", f"3.{minor}.1", "x86_64", "2.28"))
+        names = [line.partition("==")[0] for line in lines]
         assert len(names) == len(set(names))
         assert {"ray", "dagster-pipes", "pip", "xgboost"} <= set(names)
 
@@ -83,24 +84,13 @@ def test_a_lock_that_is_not_there(tmp_path: Path) -> None:
         read_lock(tmp_path / "none.txt")
 
 
-# The target
+# The interpreter
 
 
 def test_the_versions_are_those_of_the_project() -> None:
     wanted = SpecifierSet(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"])
     there = [minor for minor in range(30) if f"3.{minor}" in wanted]
     assert ((3, there[0]), (3, there[-1])) == (OLDEST, NEWEST)
-
-
-def test_wheels_for_an_older_glibc_work_and_for_a_newer_one_do_not() -> None:
-    tags = set(TARGET.tags)
-    assert Tag("cp311", "cp311", "manylinux_2_28_x86_64") in tags
-    assert Tag("cp311", "cp311", "manylinux2014_x86_64") in tags
-    assert Tag("cp39", "abi3", "manylinux_2_17_x86_64") in tags
-    assert Tag("py3", "none", "any") in tags
-    assert Tag("cp311", "cp311", "manylinux_2_29_x86_64") not in tags
-    assert Tag("cp312", "cp312", "manylinux_2_17_x86_64") not in tags
-    assert Tag("cp311", "cp311", "linux_x86_64") not in tags
 
 
 # The code of a run
@@ -125,12 +115,19 @@ def test_every_workload_below_the_workloads_folder_has_the_same_code(
 # What may go
 
 
-def row(name: str, days: float, published: str = "") -> Row:
-    environment = Environment(name, "path", "/python", "/w", TARGET, "/python", None, {})
-    return Row(environment, datetime.now(UTC) - timedelta(days=days), published)
+def listing(name: str, days: float, published: str = "") -> EnvironmentListing:
+    environment = Environment(name, "path", "/python", "/w", PYTHON, "/python", None, {})
+    return EnvironmentListing(environment, datetime.now(UTC) - timedelta(days=days), published)
 
 
-ROWS = [row("a", 0.1), row("b", 2), row("c", 3, "before"), row("d", 4, "current"), row("e", 5), row("f", 40)]
+LISTINGS = [
+    listing("a", 0.1),
+    listing("b", 2),
+    listing("c", 3, "before"),
+    listing("d", 4, "current"),
+    listing("e", 5),
+    listing("f", 40),
+]
 
 
 @pytest.mark.parametrize(
@@ -145,13 +142,13 @@ ROWS = [row("a", 0.1), row("b", 2), row("c", 3, "before"), row("d", 4, "current"
     ],
 )
 def test_old_environments_go_but_none_that_is_needed(used: tuple[str], limits: dict[str, int], gone: list[str]) -> None:
-    assert choose_for_removal(ROWS, used, **limits) == gone
+    assert choose_for_removal(LISTINGS, used, **limits) == gone
 
 
-# What is told
+# Progress
 
 
-def test_the_log_tells_percent_and_rate_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_shows_percent_and_rate_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("resources.environments.progress.time.monotonic", lambda: now[0])
     lines: list[str] = []

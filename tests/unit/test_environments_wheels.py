@@ -5,17 +5,33 @@ from pathlib import Path
 import pytest
 
 from resources.environments import read_lock
-from resources.environments.target import Target
+from resources.environments.target import Interpreter
 from resources.environments.wheels import Wheel, gather_wheels
 from resources.errors import ConfigurationError
-from tests.environments import make_source
+from tests.environments import make_source, make_wheels
 
-TARGET = Target("/usr/bin/python3.12", "3.12.4", "x86_64", "2.28")
+WORKING = [
+    "cp312-cp312-manylinux_2_28_x86_64",
+    "cp312-cp312-manylinux2014_x86_64",
+    "cp312-cp312-manylinux1_x86_64",
+    "cp39-abi3-manylinux_2_17_x86_64",
+    "py3-none-any",
+]
+"""Tags of wheels for Python 3.12 and glibc 2.28."""
+NOT_WORKING = [
+    "cp312-cp312-manylinux_2_29_x86_64",
+    "cp311-cp311-manylinux_2_17_x86_64",
+    "cp313-abi3-manylinux_2_17_x86_64",
+    "cp312-cp312-manylinux_2_28_aarch64",
+    "cp312-cp312-musllinux_1_2_x86_64",
+    "cp312-cp312-linux_x86_64",
+]
+PYTHON = Interpreter("/usr/bin/python3.12", "3.12.4", "x86_64", "2.28")
 
 
 @pytest.fixture(autouse=True)
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only place where pip looks."""
+    """The only index that pip reads."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -28,7 +44,13 @@ def gather(text: str, tmp_path: Path, name: str = "one") -> list[Wheel]:
     lock = tmp_path / "lock.txt"
     lock.write_text(text)
     (tmp_path / name).mkdir()
-    return gather_wheels(read_lock(lock), TARGET, tmp_path / name, lambda: None)
+    return gather_wheels(read_lock(lock), PYTHON, tmp_path / name, lambda: None)
+
+
+def test_wheels_are_chosen_for_the_python_and_the_glibc_there(index: Path, tmp_path: Path) -> None:
+    lock = "".join(make_wheels(index, f"package{number}", [tag, *NOT_WORKING]) for number, tag in enumerate(WORKING))
+    found = [wheel.path.name.removesuffix(".whl").partition("-1.0-")[2] for wheel in gather(lock, tmp_path)]
+    assert found == WORKING
 
 
 def test_source_is_built_into_the_same_wheel_each_time(index: Path, tmp_path: Path) -> None:
@@ -52,13 +74,13 @@ def test_what_was_compiled_for_this_machine_is_refused(index: Path, tmp_path: Pa
         gather(text, tmp_path)
 
 
-def test_what_is_nowhere_is_told_in_pips_words(tmp_path: Path) -> None:
+def test_a_version_that_does_not_exist_is_reported_in_pips_words(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"(?s)pip download for .*No matching distribution found for nothing"):
         gather("nothing==1 --hash=sha256:aa\n", tmp_path)
 
 
-def test_work_that_is_not_wanted_any_more_ends(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resources.environments.wheels.LOOK_SECONDS", 0.01)
+def test_an_exception_of_alive_ends_the_work(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resources.environments.wheels.POLL_SECONDS", 0.01)
 
     def stop() -> None:
         raise InterruptedError
@@ -66,4 +88,4 @@ def test_work_that_is_not_wanted_any_more_ends(index: Path, tmp_path: Path, monk
     lock = tmp_path / "lock.txt"
     lock.write_text(make_source(index, "tiny"))
     with pytest.raises(InterruptedError):
-        gather_wheels(read_lock(lock), TARGET, tmp_path, stop)
+        gather_wheels(read_lock(lock), PYTHON, tmp_path, stop)
