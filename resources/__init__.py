@@ -1,15 +1,25 @@
 """How it runs: the resources of the code location, and what is particular to each supercomputer."""
 
+from pathlib import Path
 from typing import Any
+
+from dagster_sbatch import Project
 
 SUPERCOMPUTER_SITE_OVERRIDES: dict[str, dict[str, Any]] = {
     "musica": {"launchers": {"ray": {"pre_start_commands": ["ulimit -n 65536"]}}},
 }
-"""By SLURM_SUPERCOMPUTER_SITE. Each entry is merged over what the project knows of that site (`resources/sites/`)."""
+"""By SLURM_SUPERCOMPUTER_SITE; merged over what dagster_sbatch knows of the site. What may stand in an entry:
+`dagster_sbatch.Site`."""
+
+PROJECT = Project(
+    root=Path(__file__).resolve().parent.parent,
+    site_overrides=SUPERCOMPUTER_SITE_OVERRIDES,
+    workloads="musica_pipelines/workloads",
+)
 
 
 def build_resources() -> dict[str, Any]:
     """The resources of the code location. They read no settings until a run needs them: the location always loads."""
-    from resources.compute import ComputeResource
+    from dagster_sbatch import ComputeResource
 
-    return {"compute": ComputeResource(site_overrides=SUPERCOMPUTER_SITE_OVERRIDES)}
+    return {"compute": ComputeResource.of(PROJECT)}

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
-import runpy
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 REQUIREMENTS = ROOT / "requirements" / "dev.txt"
 STAMP = VENV / "installed.sha256"  # written last: a set-up that was cut short is seen and done again
+EDITABLE = ("packages/dagster-sbatch", "packages/slurm-in-a-box", ".")
+PASSED_ON = re.compile(
+    r"PATH|HOME|USER|LOGNAME|LANG|LC_.*|TMPDIR|XDG_CACHE_HOME|XDG_CONFIG_HOME|LD_LIBRARY_PATH|SSL_CERT_FILE|SSL_CERT_DIR"
+    r"|(?i:https?_proxy|all_proxy|no_proxy)|UV_.*|PIP_.*"
+)
+"""Variables that the installer gets. Secrets are not among them, but those of a package index or a proxy may be."""
 SUPPORTED = ("3.11", "3.12", "3.13")
 
 
@@ -75,8 +81,7 @@ def _set_up() -> None:
         print(
             f"Setting up {VENV} with {'uv' if uv else 'pip'} (once; a minute or two) ...", file=sys.stderr, flush=True
         )
-        children = runpy.run_path(str(ROOT / "resources" / "children.py"))
-        environment = children["child_environment"]("UV_", "PIP_", *children["NETWORK"])
+        environment = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
         for command in _uv_commands(uv) if uv else _pip_commands():
             done = subprocess.run(command, cwd=str(ROOT), env=environment, stdin=subprocess.DEVNULL, check=False)
             if done.returncode:
@@ -101,7 +106,7 @@ def _uv_commands(uv: str) -> "list[list[str]]":
     return [
         [uv, "venv", "--quiet", "--clear", "--python", f">={SUPPORTED[0]},<3.14", str(VENV)],
         [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", python, str(REQUIREMENTS)],
-        [uv, "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--python", python, "--editable", "."],
+        [uv, "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--python", python, *_editable()],
     ]
 
 
@@ -110,8 +115,12 @@ def _pip_commands() -> "list[list[str]]":
     return [
         [_interpreter(), "-m", "venv", "--clear", str(VENV)],
         [*pip, "--require-hashes", "--use-pep517", "--requirement", str(REQUIREMENTS)],
-        [*pip, "--no-deps", "--no-build-isolation", "--editable", "."],
+        [*pip, "--no-deps", "--no-build-isolation", *_editable()],
     ]
+
+
+def _editable() -> "list[str]":
+    return [word for folder in EDITABLE for word in ("--editable", folder)]
 
 
 def _interpreter() -> str:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import _example
-import _locking
-from resources.children import NETWORK, child_environment
+from dagster_sbatch.children import NETWORK, child_environment
+from dagster_sbatch.commands import lock
 
 OLD_PACKAGE, OLD_PROJECT = "musica_pipelines", "musica-pipelines"
 SKELETON = Path("scripts/_skeleton")
@@ -188,8 +188,8 @@ def _run(folder: Path, *arguments: str) -> None:
 
 def _lock(folder: Path) -> None:
     """The versions of the template, less those of the example."""
-    for name, selection in _locking.FILES.items():
-        command = _locking.command(selection, folder / "requirements" / name)
+    for name, selection in lock.FILES.items():
+        command = lock.resolution(selection, folder / "requirements" / name)
         environment = child_environment("UV_", *NETWORK)
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -4,9 +4,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from resources.compute import ComputeResource
-from resources.launchers import RayLauncher, ScriptLauncher
-from resources.slurm import SlurmRequest
+from dagster_sbatch import ComputeResource, RayLauncher, ScriptLauncher, SlurmRequest
 
 WORKLOADS = Path(__file__).resolve().parent.parent / "workloads"
 GROUP = "flight_delays"

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from resources.settings import ROOT
-from tests.simulated_site import CPU_PARTITION, GPU_PARTITION, PLAIN_KEY_USER, SimulatedSite
+from slurm_in_a_box import CPU_PARTITION, GPU_PARTITION, PLAIN_KEY_USER, SimulatedSite
+from support import ROOT
 
 pytestmark = pytest.mark.cluster
 
@@ -22,14 +22,14 @@ LOCATION = '''\
 import json, sys
 from pathlib import Path
 import dagster as dg
-from jobs import credentials
-from resources import SUPERCOMPUTER_SITE_OVERRIDES, build_resources
-from resources.auth import check_health
-from resources.compute import ComputeResource
-from resources.doctor import examine
-from resources.launchers import ScriptLauncher
-from resources.settings import load_settings
-from resources.slurm import SlurmRequest
+from dagster_sbatch.upkeep import credentials
+from resources import PROJECT, build_resources
+from dagster_sbatch.auth import check_health
+from dagster_sbatch.run.compute import ComputeResource
+from dagster_sbatch.inspect.doctor import examine
+from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.settings import load_settings
+from dagster_sbatch.slurm import SlurmRequest
 
 @dg.asset
 def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
@@ -38,8 +38,8 @@ def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.Mat
         request=SlurmRequest(time_limit="5", mem="100M"),
     ).get_materialize_result()
 
-settings = load_settings(SUPERCOMPUTER_SITE_OVERRIDES, supercomputer=True)
-looked = examine(SUPERCOMPUTER_SITE_OVERRIDES, open_instance=dg.DagsterInstance.ephemeral)
+settings = PROJECT.load_settings(supercomputer=True)
+looked = examine(PROJECT, open_instance=dg.DagsterInstance.ephemeral)
 found = {"links": [[link.name, link.state, link.found, link.fix] for link in looked]}
 health = check_health(settings)
 found["health"] = [health.verdict, health.summary, list(health.notes)]

@@ -10,9 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from resources.settings import ROOT
-from tests.local.dagster_dev import wait_for
-from tests.simulated_site import CERTIFICATE_USER, SimulatedSite
+from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
+from support import ROOT
+from support.dagster_dev import wait_for
 from tests.unit.test_pages import PAGES, commands, runner_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]

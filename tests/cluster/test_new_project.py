@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.new_project import PACKAGE, made_in, plain_environment
+from support.new_project import PACKAGE, made_in, plain_environment
 
 pytestmark = pytest.mark.cluster
 

@@ -10,13 +10,13 @@ import dagster as dg
 import pytest
 from pydantic import Field
 
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.launchers import Launcher
+from dagster_sbatch.launchers.base import render_pre_start
+from dagster_sbatch.run.compute import ComputeResource
+from dagster_sbatch.slurm import SlurmRequest
 from resources import build_resources
-from resources.compute import ComputeResource
-from resources.errors import ConfigurationError
-from resources.launchers import Launcher
-from resources.launchers.base import render_pre_start
-from resources.settings import ROOT
-from resources.slurm import SlurmRequest
+from support import ROOT
 
 WORKLOAD = """\
 import os, pathlib, time

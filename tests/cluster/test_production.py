@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from resources.settings import ROOT
-from tests.browser import open_ui, take
-from tests.cluster.background import STRESS
-from tests.local.dagster_dev import DagsterDev, wait_for
-from tests.simulated_site import CERTIFICATE_USER, SimulatedSite
-from tests.unit.test_settings import DOCUMENT
+from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
+from support import ROOT
+from support.background import STRESS
+from support.browser import open_ui, take
+from support.dagster_dev import DagsterDev, wait_for
+from unit.test_settings import DOCUMENT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 

@@ -10,8 +10,8 @@ import pytest
 
 from musica_pipelines.assets.flight_delays import TRIALS, delay_sweep
 from resources import build_resources
-from tests.cluster.background import only_job
-from tests.simulated_site import CERTIFICATE_USER, GPU_PARTITION, SimulatedSite, wait_until
+from slurm_in_a_box import CERTIFICATE_USER, GPU_PARTITION, SimulatedSite, wait_until
+from support.background import only_job
 
 from flight_delays import evaluation, source, storage
 from flight_delays.features import build_features

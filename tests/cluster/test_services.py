@@ -14,10 +14,10 @@ import httpx
 import psutil
 import pytest
 
-from resources.settings import ROOT
-from tests.cluster.test_reboot import LOCATION, WAITER
-from tests.local.dagster_dev import DagsterDev, wait_for
-from tests.simulated_site import CERTIFICATE_USER, SimulatedSite
+from cluster.test_reboot import LOCATION, WAITER
+from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
+from support import ROOT
+from support.dagster_dev import DagsterDev, wait_for
 
 ORDER = ("code", "daemon", "webserver")
 UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))

@@ -1,101 +1,14 @@
-"""One `dagster dev` for all tests that need one, with the whole example materialised in it once; an authentik."""
+"""Fixtures of the local tests."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
-from resources.settings import ROOT
-from tests import access
-from tests.local.dagster_dev import DagsterDev
-from tests.simulated_site import AuthentikControl, AuthentikServer
-
-SLEEPER = """\
-import os, pathlib, subprocess, time
-from dagster_pipes import decode_param, open_dagster_pipes
-with open_dagster_pipes() as pipes:
-    child = subprocess.Popen(["sleep", "600"])
-    pids = f"{os.getpid()} {child.pid} {os.getppid()}"
-    folder = pathlib.Path(os.environ["DATA_ROOT"])
-    folder.mkdir(exist_ok=True)
-    context = decode_param(os.environ["DAGSTER_PIPES_CONTEXT"])["path"]
-    (folder / f"run-directory-{pipes.run_id}").write_text(os.path.dirname(context))
-    (folder / "pids.part").write_text(pids)
-    (folder / "pids.part").rename(folder / f"pids-{pipes.run_id}")
-    time.sleep(600)
-"""
-
-RAY_SLEEPER = """\
-import os, pathlib, time
-import ray
-from dagster_pipes import open_dagster_pipes
-@ray.remote
-def sleep(path, driver, supervisor):
-    path.with_suffix(".part").write_text(f"{driver} {os.getpid()} {supervisor}")
-    path.with_suffix(".part").rename(path)
-    time.sleep(600)
-with open_dagster_pipes() as pipes:
-    folder = pathlib.Path(os.environ["DATA_ROOT"])
-    folder.mkdir(exist_ok=True)
-    ray.init(log_to_driver=False, include_dashboard=False)
-    ray.get(sleep.remote(folder / f"pids-{pipes.run_id}", os.getpid(), os.getppid()))
-"""
-
-TALKER = """\
-import sys
-from dagster_pipes import open_dagster_pipes
-with open_dagster_pipes() as pipes:
-    for number in range(1000):
-        print(f"line {number}")
-    print("a word to stderr", file=sys.stderr)
-    pipes.report_asset_materialization()
-"""
-
-
-@pytest.fixture(scope="session")
-def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev]:
-    """`dagster dev` with the project's code location and one of the tests', an empty home, and DATA_ROOT alone set."""
-    folder = tmp_path_factory.mktemp("dagster") / "project"
-    workloads = folder.parent / "workloads"
-    home = folder.parent / "home"
-    for path in (folder, workloads, home):
-        path.mkdir()
-    (workloads / "sleeper.py").write_text(SLEEPER)
-    (workloads / "ray_sleeper.py").write_text(RAY_SLEEPER)
-    (workloads / "talker.py").write_text(TALKER)
-    shutil.copy(ROOT / "dagster.yaml", folder)
-    probe = Path(__file__).with_name("probe_location.py")
-    extra = f"  - python_file: {{relative_path: {probe}, location_name: probe}}\n"
-    (folder / "workspace.yaml").write_text((ROOT / "workspace.yaml").read_text() + extra)
-    environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    environment |= {"HOME": str(home), "DATA_ROOT": str(folder.parent / "data"), "PROBE_WORKLOADS": str(workloads)}
-    server = DagsterDev(folder, environment)
-    server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="session")
-def whole_example(dagster_dev: DagsterDev) -> str:
-    """Id of a run over all assets and all months."""
-    months = {"dagster__asset_partition_range_start": "2013-01", "dagster__asset_partition_range_end": "2013-12"}
-    run_id = dagster_dev.launch("flights", "delay_features", "delay_sweep", "delay_model", **months)
-    assert dagster_dev.wait(run_id, 300) == "SUCCESS"
-    return run_id
-
-
-@pytest.fixture
-def authentik(tmp_path: Path) -> Iterator[AuthentikServer]:
-    with AuthentikServer(tmp_path / "authentik") as server:
-        server.control.create_user(access.USER)
-        server.control.set_lifetimes(token=30 * access.DAY)
-        yield server
-
-
-@pytest.fixture
-def control(authentik: AuthentikServer) -> AuthentikControl:
-    return authentik.control
+from support.local_fixtures import (
+    authentik as authentik,
+)
+from support.local_fixtures import (
+    control as control,
+)
+from support.local_fixtures import (
+    dagster_dev as dagster_dev,
+)
+from support.local_fixtures import (
+    whole_example as whole_example,
+)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from resources.settings import ROOT
-from tests.new_project import NAME, PACKAGE, SCRIPT, made_in, new_project, plain_environment
+from support import ROOT
+from support.new_project import NAME, PACKAGE, SCRIPT, made_in, new_project, plain_environment
 
 pytestmark = pytest.mark.local
 
@@ -34,7 +34,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The modules of scripts/ can be imported."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     yield
-    for name in ("_example", "_locking", "_project_copy"):
+    for name in ("_example", "_project_copy"):
         sys.modules.pop(name, None)
 
 

@@ -11,8 +11,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from musica_pipelines.assets.flight_delays import TRIALS
-from tests.browser import open_ui, take
-from tests.local.dagster_dev import DagsterDev
+from support.browser import open_ui, take
+from support.dagster_dev import DagsterDev
 
 pytestmark = pytest.mark.local
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from resources.doctor.finding import Facts, Verdict
-from resources.doctor.here import check_dagster_home
-from resources.settings import ROOT
+from dagster_sbatch.inspect.doctor.finding import Facts, Verdict
+from dagster_sbatch.inspect.doctor.here import check_dagster_home
+from resources import PROJECT
+from support import ROOT
 
 
 def test_dev_uses_the_projects_own(tmp_path: Path) -> None:
@@ -31,7 +32,7 @@ def test_dev_uses_the_projects_own(tmp_path: Path) -> None:
 def checked(home: Path, monkeypatch: pytest.MonkeyPatch) -> Verdict:
     monkeypatch.setenv("DAGSTER_HOME", str(home))
     with ExitStack() as stack:
-        return check_dagster_home(Facts({}, dg.DagsterInstance.get, stack))
+        return check_dagster_home(Facts(PROJECT, dg.DagsterInstance.get, stack))
 
 
 def test_the_doctor_warns_about_another_dagster_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,16 +7,24 @@ from typing import Any
 
 import pytest
 
-from resources.settings import ROOT, Settings
+from dagster_sbatch.settings import Settings
+from support import ENGINE, ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ENGINE_DOCS = ROOT / "packages" / "dagster-sbatch" / "docs"
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("packages/*/docs/*.md")),
+    *sorted(ROOT.glob("packages/*/README.md")),
+]
 HEAD = """\
 # Settings
 
 Values come from the process environment, else from `.env` at the root of the repository, else from one file of `envs/`:
 `.env.development`, or for the `*_supercomputer` deployments `.env.<SLURM_SUPERCOMPUTER_SITE>`. Blank means unset, `~`
 your home. A file that holds a secret must be yours alone (`chmod 600`). An unknown variable in a file whose name
-begins with `SLURM_`, `ASC_` or `DAGSTER_DEPLOYMENT` is an error. This table is made from `resources/settings.py`.
+begins with `SLURM_`, `ASC_` or `DAGSTER_DEPLOYMENT` is an error. This table is made from `dagster_sbatch.settings`.
 
 `SLURM_PARTITION`, `SLURM_QOS`, `SLURM_ACCOUNT` and `SLURM_RESERVATION` are also variables of `srun`, with the same
 meaning. Where a module or profile exports one of them on the machine on which Dagster runs, that value wins over the
@@ -38,7 +46,7 @@ def settings_page() -> str:
 
 
 def test_the_table_of_variables_is_current() -> None:
-    path = ROOT / "docs" / "settings.md"
+    path = ENGINE_DOCS / "settings.md"
     if os.environ.get("UPDATE_DOCS"):
         path.write_text(settings_page())
     assert path.read_text() == settings_page()
@@ -51,15 +59,18 @@ def test_links_and_paths_exist(page: Path) -> None:
         if "://" not in target:
             assert (page.parent / target).exists(), target
     for path in re.findall(
-        r"`((?:scripts|docs|envs|tests|resources|jobs|musica_pipelines|requirements)/[\w./-]*)", text
+        r"`((?:packages|dagster_sbatch|slurm_in_a_box|benchmarks|scripts|docs|envs|tests|resources|jobs|musica_pipelines|requirements)/[\w./-]*)",
+        text,
     ):
-        assert (ROOT / path).exists() or path.endswith("count_planes.py"), path
+        assert any(
+            (base / path).exists() for base in (ROOT, *ROOT.glob("packages/*"), *ROOT.glob("packages/*/src"))
+        ) or path.endswith("count_planes.py"), path
 
 
 def test_the_architecture_page_names_every_module() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    for module in (ROOT / "resources").iterdir():
-        if not module.name.startswith("__pycache__"):
+    text = (ENGINE_DOCS / "architecture.md").read_text()
+    for module in ENGINE.iterdir():
+        if not module.name.startswith("__"):
             assert module.name in text, module.name
 
 
@@ -67,10 +78,10 @@ def test_the_readmes_asset_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The two listings of "Write your own asset", put together and materialised."""
     import dagster as dg
 
+    from dagster_sbatch.launchers import ScriptLauncher
+    from dagster_sbatch.run.compute import ComputeResource
+    from dagster_sbatch.slurm import SlurmRequest
     from resources import build_resources
-    from resources.compute import ComputeResource
-    from resources.launchers import ScriptLauncher
-    from resources.slurm import SlurmRequest
 
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
     workload, asset = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -10,9 +10,16 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from resources.settings import ROOT, Settings
+from dagster_sbatch.settings import Settings
+from support import ENGINE, ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("packages/*/docs/*.md")),
+    *sorted(ROOT.glob("packages/*/README.md")),
+]
 VARIABLES = {str(field.validation_alias) for field in Settings.model_fields.values()}
 AS_THEY_STAND = "tests/cluster/test_commands.py"
 """Runs what the pages say, literally."""
@@ -27,17 +34,17 @@ RUN_BY = {
     "scripts/doctor": AS_THEY_STAND,
     "SLURM_SUPERCOMPUTER_SITE=borealis scripts/doctor": "tests/cluster/test_another_site.py",
     "scripts/job": AS_THEY_STAND,
-    "scripts/job 1184 ": "tests/cluster/test_upkeep.py",
-    "scripts/job 3f2a9c1d ": "tests/cluster/test_upkeep.py",
+    "scripts/job 1184 ": "packages/dagster-sbatch/tests/cluster/test_upkeep.py",
+    "scripts/job 3f2a9c1d ": "packages/dagster-sbatch/tests/cluster/test_upkeep.py",
     "scripts/lock": AS_THEY_STAND,
-    "scripts/new_project": "tests/new_project.py",
+    "scripts/new_project": "packages/dagster-sbatch/tests/support/new_project.py",
     "scripts/preview": AS_THEY_STAND,
     "scripts/refresh_step_auth.py": AS_THEY_STAND,
     "scripts/test": ".ci/run",
     "scripts/test --version": AS_THEY_STAND,
     "sudo scripts/sim up --install": ".ci/run",
-    "sudo scripts/sim": "tests/cluster/test_lifecycle.py",
-    "(umask 077; sudo scripts/sim env": "tests/cluster/test_lifecycle.py",
+    "sudo scripts/sim": "packages/slurm-in-a-box/tests/test_lifecycle.py",
+    "(umask 077; sudo scripts/sim env": "packages/slurm-in-a-box/tests/test_lifecycle.py",
     ".venv/bin/dagster instance concurrency": "tests/unit/test_pages.py",
 }
 """Beginnings of commands, and what runs them: the longest counts."""
@@ -135,12 +142,12 @@ def test_a_pools_limit_can_be_set_like_that(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_every_message_that_the_troubleshooting_page_quotes_is_one() -> None:
-    sources = [path for folder in ("resources", "jobs") for path in (ROOT / folder).rglob("*.py")]
+    sources = [*ENGINE.rglob("*.py"), *(ROOT / "jobs").rglob("*.py")]
     sources += [path for path in (ROOT / "scripts").iterdir() if path.is_file()]
     trees = [ast.parse(path.read_text()) for path in sources]
     texts = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     said = " ".join("\n".join(text for text in texts if isinstance(text, str)).split())
-    sections = (ROOT / "docs" / "troubleshooting.md").read_text().split("\n## ")[1:]
+    sections = (ROOT / "packages" / "dagster-sbatch" / "docs" / "troubleshooting.md").read_text().split("\n## ")[1:]
     rows = [
         row for each in sections if not each.startswith("The UI") for row in re.findall(r"^\| (`.*?) \|", each, re.M)
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from resources.settings import ROOT
+from support import ROOT
 
 SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if not path.name.startswith("_") and path.is_file())
 TASKS = tomllib.loads((ROOT / "pixi.toml").read_text())["tasks"]
@@ -47,8 +47,6 @@ def copy(tmp_path: Path) -> Path:
     (tmp_path / "scripts").mkdir()
     (tmp_path / "requirements").mkdir()
     shutil.copy(ROOT / "scripts" / "_environment.py", tmp_path / "scripts")
-    (tmp_path / "resources").mkdir()
-    shutil.copy(ROOT / "resources" / "children.py", tmp_path / "resources")
     (tmp_path / "requirements" / "dev.txt").write_text("")
     (tmp_path / "pyproject.toml").write_text('[project]\nname = "copy"\nversion = "0"\n')
     script = tmp_path / "scripts" / "show"

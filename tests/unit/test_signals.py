@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from resources.settings import ROOT
+from support import ROOT
 
 SHOW = """\
 import json, signal
@@ -69,7 +69,7 @@ def test_the_test_suite(program: Path, tmp_path: Path, workers: list[str]) -> No
         f"    said = subprocess.check_output([sys.executable, {str(program)!r}], text=True)\n"
         f"    pathlib.Path({str(said)!r}).write_text(said)\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-p", "tests.conftest"]
+    command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-p", "conftest"]
     done = run_with_ignored_signals([*command, *workers, str(test)])
     assert done.returncode == 0, done.stdout + done.stderr
     assert ignored_in(said.read_text()) == []

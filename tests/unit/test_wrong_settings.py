@@ -1,20 +1,19 @@
 """A wrong setting is seen before a run meets it: scripts/dev does not start, and scripts/doctor --settings fails."""
 
-import copy
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from resources import SUPERCOMPUTER_SITE_OVERRIDES
-from resources.configuration import check_configuration
-from resources.errors import ConfigurationError
-from resources.settings import ROOT
-from tests import access
+from dagster_sbatch.configuration import check_configuration
+from dagster_sbatch.errors import ConfigurationError
+from resources import PROJECT
+from support import ROOT, access
 
 
 @pytest.fixture
@@ -45,11 +44,11 @@ def run(script: str, *arguments: str, **changes: str) -> "subprocess.CompletedPr
 @pytest.mark.parametrize("case", WRONG)
 def test_each_is_named(variables: Mapping[str, str], monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     changes, text = WRONG[case]
-    check_configuration(SUPERCOMPUTER_SITE_OVERRIDES)
+    check_configuration(PROJECT)
     for name, value in changes.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=text):
-        check_configuration(SUPERCOMPUTER_SITE_OVERRIDES)
+        check_configuration(PROJECT)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +61,9 @@ def test_each_is_named(variables: Mapping[str, str], monkeypatch: pytest.MonkeyP
 )
 def test_so_is_a_mistake_in_the_entry_of_any_site(key: str, value: Any, text: str) -> None:
     """Also where another site is used, or none."""
-    overrides = copy.deepcopy(SUPERCOMPUTER_SITE_OVERRIDES) | {"other": {key: value}}
+    project = replace(PROJECT, site_overrides={**PROJECT.site_overrides, "other": {key: value}})
     with pytest.raises(ConfigurationError, match=text):
-        check_configuration(overrides)
+        check_configuration(project)
 
 
 @pytest.mark.usefixtures("variables")

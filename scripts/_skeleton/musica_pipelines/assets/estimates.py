@@ -4,9 +4,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from resources.compute import ComputeResource
-from resources.launchers import ScriptLauncher
-from resources.slurm import SlurmRequest
+from dagster_sbatch import ComputeResource, ScriptLauncher, SlurmRequest
 
 WORKLOADS = Path(__file__).resolve().parent.parent / "workloads"
 POINTS = 200_000

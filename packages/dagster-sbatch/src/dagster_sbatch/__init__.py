@@ -1,0 +1,49 @@
+"""Dagster assets that run on a supercomputer through Slurm, and unchanged on a laptop.
+
+The names in `__all__` are the public interface. Everything else is private and may change with any version.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dagster_sbatch.launchers import Launcher, RayLauncher, ScriptLauncher
+    from dagster_sbatch.project import Project
+    from dagster_sbatch.run.compute import ComputeResource
+    from dagster_sbatch.run.fake import FakeCompute
+    from dagster_sbatch.slurm import Site, SlurmRequest
+    from dagster_sbatch.upkeep.credentials import CredentialRefresh, make_credential_refresh
+    from dagster_sbatch.upkeep.upkeep import Upkeep, make_upkeep
+
+__all__ = [
+    "ComputeResource",
+    "CredentialRefresh",
+    "FakeCompute",
+    "Launcher",
+    "Project",
+    "RayLauncher",
+    "ScriptLauncher",
+    "Site",
+    "SlurmRequest",
+    "Upkeep",
+    "make_credential_refresh",
+    "make_upkeep",
+]
+
+_MODULES = {
+    "dagster_sbatch.launchers": ("Launcher", "RayLauncher", "ScriptLauncher"),
+    "dagster_sbatch.project": ("Project",),
+    "dagster_sbatch.run.compute": ("ComputeResource",),
+    "dagster_sbatch.run.fake": ("FakeCompute",),
+    "dagster_sbatch.slurm": ("Site", "SlurmRequest"),
+    "dagster_sbatch.upkeep.credentials": ("CredentialRefresh", "make_credential_refresh"),
+    "dagster_sbatch.upkeep.upkeep": ("Upkeep", "make_upkeep"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: commands that need no Dagster start without it (PEP 562)."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

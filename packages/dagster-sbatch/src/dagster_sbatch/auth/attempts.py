@@ -1,0 +1,87 @@
+"""Record which part of the refresh fails, and since when: for people, and for the pauses between retries."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from dagster_sbatch.auth import clock
+from dagster_sbatch.auth.errors import AccessError, UnsafeFileError
+from dagster_sbatch.auth.files import replace_file
+
+Part = Literal["certificate", "rotation"]
+
+FIRST_PAUSE = timedelta(minutes=1)
+LONGEST_PAUSE = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Failing:
+    """A part of the refresh that has failed since its last success.
+
+    Attributes:
+        since: the first failure.
+        last: the latest one.
+        count: how many.
+        error: text of the latest one; no secret.
+        temporary: whether the latest one may pass by itself.
+    """
+
+    since: datetime
+    last: datetime
+    count: int
+    error: str
+    temporary: bool = False
+
+    @property
+    def pause_ends(self) -> datetime:
+        """Return until when it is not retried without being asked for."""
+        return self.last + pause_after(self.count)
+
+
+def pause_after(failures: int) -> timedelta:
+    """Return the pause after so many failures in a row (1 or more): 1, 2, 4 ... minutes, 30 at most."""
+    pause: timedelta = FIRST_PAUSE * 2 ** min(failures - 1, 10)
+    return min(LONGEST_PAUSE, pause)
+
+
+class RefreshFailures:
+    """The file `<credentials file>.failing`, which exists only while something fails. Writers hold the lock.
+
+    A file that cannot be read or written changes nothing about access itself: it only decides about pauses.
+    """
+
+    _format = TypeAdapter(dict[Part, Failing])
+
+    def __init__(self, credentials_file: Path) -> None:
+        self._path = credentials_file.with_name(credentials_file.name + ".failing")
+
+    def read(self) -> dict[Part, Failing]:
+        """Return the parts that fail."""
+        try:
+            return self._format.validate_json(self._path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+    def add(self, part: Part, error: AccessError) -> None:
+        """Record a failure."""
+        failing, now = self.read(), clock.now()
+        before = failing.get(part)
+        since, count = (before.since, before.count + 1) if before else (now, 1)
+        self._write({**failing, part: Failing(since, now, count, str(error), error.temporary)})
+
+    def clear(self, part: Part) -> None:
+        """Record a success."""
+        failing = self.read()
+        if failing.pop(part, None):
+            self._write(failing)
+
+    def _write(self, failing: dict[Part, Failing]) -> None:
+        with suppress(UnsafeFileError, OSError):
+            if failing:
+                replace_file(self._path, self._format.dump_json(failing, indent=1).decode() + "\n")
+            else:
+                self._path.unlink(missing_ok=True)

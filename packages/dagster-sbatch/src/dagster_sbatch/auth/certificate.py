@@ -1,0 +1,155 @@
+"""OpenSSH's certificates, of users and of hosts (OpenSSH's PROTOCOL.certkeys)."""
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from dagster_sbatch.auth import clock
+from dagster_sbatch.auth.errors import ClockError
+from dagster_sbatch.settings import Settings
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives import serialization
+
+_FOREVER = datetime(9999, 1, 1, tzinfo=UTC)
+_ALWAYS = datetime.fromtimestamp(0, UTC)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a certificate says; `signature_problem` tells whether its authority has really said so.
+
+    Attributes:
+        for_host: whether it is a host's certificate rather than a user's.
+        key: the public key that it certifies, as sent over the wire (RFC 4253, section 6.6).
+        authority: the public key that signed it, likewise.
+        principals: the login names or host names that it is for.
+        valid_after: when its validity begins.
+        valid_before: when its validity ends; in the year 9999 if it does not.
+        critical_options: names of restrictions that whoever accepts it must know.
+        signature_problem: why the signature does not count, or empty.
+        obtained: when it was written to its file here, within its validity; step-ca dates the begin a minute back.
+    """
+
+    for_host: bool
+    key: bytes
+    authority: bytes
+    principals: tuple[str, ...]
+    valid_after: datetime
+    valid_before: datetime
+    critical_options: tuple[str, ...]
+    signature_problem: str
+    obtained: datetime
+
+    @classmethod
+    def parse(cls, line: bytes, written: datetime = _ALWAYS) -> "Certificate | None":
+        """Read a certificate from `type base64 [comment]`; None for a plain public key.
+
+        Args:
+            line: as in OpenSSH's `-cert.pub` files.
+            written: when it was written to its file.
+
+        Raises:
+            ValueError: it is damaged, or of a type that is not supported.
+        """
+        from cryptography.exceptions import UnsupportedAlgorithm
+        from cryptography.hazmat.primitives.serialization import (
+            SSHCertificate,
+            SSHCertificateType,
+            load_ssh_public_identity,
+        )
+
+        try:
+            identity = load_ssh_public_identity(line)
+            if not isinstance(identity, SSHCertificate):
+                return None
+            authority = on_the_wire(identity.signature_key())
+        except UnsupportedAlgorithm as error:
+            raise ValueError(str(error)) from None
+        begin, end = _time(identity.valid_after), _time(identity.valid_before)
+        return cls(
+            for_host=identity.type is SSHCertificateType.HOST,
+            key=on_the_wire(identity.public_key()),
+            authority=authority,
+            principals=tuple(name.decode(errors="replace") for name in identity.valid_principals),
+            valid_after=begin,
+            valid_before=end,
+            critical_options=tuple(name.decode(errors="replace") for name in identity.critical_options),
+            signature_problem=_signature_problem(identity, authority),
+            obtained=min(max(begin, written), end),
+        )
+
+    def validity_problem(self, now: datetime) -> str:
+        """Return why it is not valid at a time; empty if it is."""
+        if now < self.valid_after:
+            begin = clock.written(self.valid_after)
+            return f"is not valid before {begin}, and this machine's clock shows {clock.written(now)}: is it right?"
+        return f"expired at {clock.written(self.valid_before)}" if now >= self.valid_before else ""
+
+    def renew_at(self, skew_minutes: float | None) -> datetime:
+        """Return when it should be replaced: after two thirds of its life, or so many minutes before its end.
+
+        Args:
+            skew_minutes: ASC_STEP_REFRESH_SKEW; at most half of its life counts.
+        """
+        life = self.valid_before - self.obtained
+        if skew_minutes is None:
+            return self.obtained + life * 2 / 3
+        return self.valid_before - min(timedelta(minutes=skew_minutes), life / 2)
+
+    def principals_problem(self, settings: Settings) -> str:
+        """Return a warning if it is not for the login name; empty if it is."""
+        if settings.edge_node_user in self.principals:
+            return ""
+        return (
+            f"The certificate is for the login names {', '.join(self.principals) or '(none)'}, not for "
+            f"SLURM_EDGE_NODE_USER={settings.edge_node_user}. The login node may refuse it. Set SLURM_EDGE_NODE_USER "
+            "to one of those, or ask the centre to correct your email at authentik"
+        )
+
+    def check_own_clock(self) -> None:
+        """Raise ClockError if this certificate, which is new, is not valid by this machine's clock."""
+        if self.validity_problem(clock.now()):
+            raise ClockError(
+                f"The new certificate is valid from {clock.written(self.valid_after)} until "
+                f"{clock.written(self.valid_before)}, but this machine's clock shows {clock.written(clock.now())}. "
+                "Set this machine's clock"
+            )
+
+    def __str__(self) -> str:
+        names = ", ".join(self.principals) or "nobody"
+        begin = "always" if self.valid_after == _ALWAYS else clock.written(self.valid_after)
+        end = "for ever" if self.valid_before == _FOREVER else clock.written(self.valid_before)
+        return f"for {names}; valid from {begin} to {end}; signed by the authority {fingerprint(self.authority)}"
+
+
+def fingerprint(key: bytes) -> str:
+    """Return the fingerprint of a public key as `ssh-keygen -l` prints it."""
+    return "SHA256:" + base64.b64encode(hashlib.sha256(key).digest()).decode().rstrip("=")
+
+
+def on_the_wire(key: "serialization.SSHPublicKeyTypes") -> bytes:
+    """Return a public key as it is sent over the wire (RFC 4253, section 6.6)."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return base64.b64decode(key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()[1])
+
+
+def _signature_problem(certificate: "serialization.SSHCertificate", authority: bytes) -> str:
+    from cryptography.exceptions import InvalidSignature
+
+    # A certificate ends with the authority's key and the signature, each after its length; so does the signature's type
+    signature = base64.b64decode(certificate.public_bytes().split()[1]).rpartition(authority)[2]
+    if signature[8:].startswith(b"ssh-rsa"):
+        return "is signed with SHA-1, which is not safe"
+    try:
+        certificate.verify_cert_signature()
+    except (InvalidSignature, ValueError):
+        return "has a forged or damaged signature"
+    return ""
+
+
+def _time(seconds: int) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC) if seconds < _FOREVER.timestamp() else _FOREVER

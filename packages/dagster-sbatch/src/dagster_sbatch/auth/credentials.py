@@ -1,0 +1,181 @@
+"""The file with the two secrets that renew themselves: an authentik API token and an app password.
+
+A dotenv file that python-dotenv and `source` read alike. Variables that are not ours are kept as they stand.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from io import StringIO
+from pathlib import Path
+from typing import Literal
+
+from dotenv import dotenv_values
+from dotenv.parser import parse_stream
+
+from dagster_sbatch.auth.errors import MisconfiguredError
+from dagster_sbatch.auth.files import read_private, replace_file
+
+REFRESH_WINDOW = timedelta(days=7)
+"""Before its end when a secret is replaced; a third of its lifetime where that is less."""
+
+Source = Literal["stored", "bootstrap", "direct"]
+"""Where a credential came from: the credentials file, ASC_AUTHENTIK_API_TOKEN, ASC_OIDC_APP_PASSWORD."""
+
+_VARIABLES = {
+    "api_token": "ASC_AUTHENTIK_API_TOKEN",
+    "app_password": "ASC_OIDC_APP_PASSWORD",
+    "previous_api_token": "ASC_PREVIOUS_API_TOKEN",
+    "previous_app_password": "ASC_PREVIOUS_APP_PASSWORD",
+}
+_ATTRIBUTES = ("_ID", "_EXPIRES_AT", "_CREATED_AT")
+_RECORD = "ASC_AUTHENTIK_TOKEN_RECORD"
+_OWN = {name + suffix for name in _VARIABLES.values() for suffix in ("", *_ATTRIBUTES)} | {_RECORD}
+_PLAIN = re.compile(r"[A-Za-z0-9_.:+\- ]*")
+_HEADER = """\
+# Kept by the project: replaced before they expire. Never copy this file to a second machine, whose copy would go stale.
+# Status: scripts/refresh_step_auth.py --status
+"""
+
+
+@dataclass(frozen=True)
+class Secret:
+    """One secret of authentik's.
+
+    Attributes:
+        value: the secret itself.
+        identifier: its name at authentik; empty if it is not known.
+        expires: as authentik said.
+        created: by this machine's clock, when it is one of ours.
+    """
+
+    value: str = field(repr=False)
+    identifier: str = ""
+    expires: datetime | None = None
+    created: datetime | None = None
+
+    def renew_at(self, skew_days: float | None) -> datetime | None:
+        """From when on it should be replaced; None for at once, since its end is not known.
+
+        Args:
+            skew_days: ASC_AUTHENTIK_REFRESH_SKEW_DAYS; at most half the lifetime of it counts.
+        """
+        if self.expires is None:
+            return None
+        window = REFRESH_WINDOW if skew_days is None else timedelta(days=skew_days)
+        if self.created is not None and self.created < self.expires:
+            lifetime = self.expires - self.created
+            window = min(window, lifetime / (3 if skew_days is None else 2))
+        return self.expires - window
+
+    def expired(self, now: datetime) -> bool:
+        """Whether it certainly does not work any more."""
+        return self.expires is not None and self.expires <= now
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What the credentials file holds.
+
+    Attributes:
+        api_token: can make tokens and app passwords.
+        app_password: can be changed for OIDC tokens.
+        previous_api_token: of the pair before, as long as it is not certain that the new pair works.
+        previous_app_password: likewise.
+        record: identifiers of all tokens made here that are not known to be deleted.
+        others: lines of the file that are not ours.
+    """
+
+    api_token: Secret | None = None
+    app_password: Secret | None = None
+    previous_api_token: Secret | None = None
+    previous_app_password: Secret | None = None
+    record: tuple[str, ...] = ()
+    others: str = field(default="", repr=False)
+
+    @property
+    def proven(self) -> bool:
+        """Whether the pair is known to have worked: no rotation was cut short."""
+        return self.previous_api_token is None and self.previous_app_password is None
+
+    def renew_at(self, skew_days: float | None, now: datetime) -> datetime:
+        """From when on the pair should be replaced: the earlier of both; `now` for an incomplete or unproven pair."""
+        secrets = (self.api_token, self.app_password)
+        moments = [now if each is None else each.renew_at(skew_days) or now for each in secrets]
+        return min(moments) if self.proven else now
+
+    def without_previous(self) -> "Credentials":
+        """The same after the new pair has worked."""
+        return replace(self, previous_api_token=None, previous_app_password=None)
+
+
+class CredentialsFile:
+    """Where the credentials are kept; whoever writes holds the lock (`dagster_sbatch.auth.lock`)."""
+
+    def __init__(self, path: Path) -> None:
+        """`path`: ASC_AUTHENTIK_CREDENTIALS_FILE; it need not exist."""
+        self.path = path
+
+    def read(self) -> Credentials | None:
+        """What it holds, as far as it can be understood; None where there is no file.
+
+        Raises:
+            UnsafeFileError: others can read it, or could have put it there.
+        """
+        text = read_private(self.path)
+        if text is None:
+            return None
+        values = dotenv_values(stream=StringIO(text), interpolate=False)
+        return Credentials(
+            **{attribute: _parse_secret(name, values) for attribute, name in _VARIABLES.items()},
+            record=tuple((values.get(_RECORD) or "").split()),
+            others="".join(
+                binding.original.string.strip() + "\n"
+                for binding in parse_stream(StringIO(text))
+                if binding.key is not None and binding.key not in _OWN
+            ),
+        )
+
+    def write(self, credentials: Credentials) -> None:
+        """Replace the file, mode 0600.
+
+        Raises:
+            UnsafeFileError: it cannot be written; what was there is untouched.
+            MisconfiguredError: a value holds characters that not every reader of dotenv files takes alike.
+        """
+        lines = {_RECORD: " ".join(credentials.record)}
+        for attribute, name in _VARIABLES.items():
+            lines |= _render_secret(name, getattr(credentials, attribute))
+        for name, value in lines.items():
+            if not _PLAIN.fullmatch(value):
+                raise MisconfiguredError(
+                    f"{name} holds characters that a credentials file cannot: it is not kept. Tell the centre"
+                )
+        text = "".join(f"{name}={json.dumps(value)}\n" for name, value in lines.items())
+        replace_file(self.path, _HEADER + text + credentials.others)
+
+
+def _parse_secret(name: str, values: dict[str, str | None]) -> Secret | None:
+    value = values.get(name)
+    if not value:
+        return None
+    identifier, expires, created = (values.get(name + suffix) or "" for suffix in _ATTRIBUTES)
+    return Secret(value, identifier, _parse_time(expires), _parse_time(created))
+
+
+def _parse_time(text: str) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def _render_secret(name: str, secret: Secret | None) -> dict[str, str]:
+    if secret is None:
+        return {}
+    moments = {"_EXPIRES_AT": secret.expires, "_CREATED_AT": secret.created}
+    times = {name + suffix: moment.isoformat() for suffix, moment in moments.items() if moment is not None}
+    identifier = {name + "_ID": secret.identifier} if secret.identifier else {}
+    return {name: secret.value, **identifier, **times}

@@ -1,0 +1,218 @@
+"""HTTP calls that end: time limits, retries of temporary failures, and errors that say who has to act."""
+
+import json
+import random
+import re
+import ssl
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+
+from dagster_sbatch.auth.errors import AccessError, MisconfiguredError, UnavailableError
+from dagster_sbatch.auth.network import Proxy, proxy_for, public_trust, trust_variable
+
+if TYPE_CHECKING:
+    import httpx
+
+TRY_SECONDS = 10.0
+"""Between two signs of life of a server, and for its whole answer."""
+TRIES = 3
+BUDGET_SECONDS = 60.0
+"""For all calls of one refresh together."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0
+"""Seconds between tries; each pause is a random part of a limit that doubles."""
+_LARGEST_ANSWER = 1 << 20
+_TEMPORARY = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A server's answer.
+
+    Attributes:
+        status: HTTP status.
+        data: the JSON document; None for an empty answer.
+        date: the server's clock, if the answer has it.
+    """
+
+    status: int
+    data: Any
+    date: datetime | None
+
+    @property
+    def reason(self) -> str:
+        """Return the server's own words, cut short, for an error's text; never what a success holds."""
+        if isinstance(self.data, dict):
+            for name in ("detail", "error_description", "message", "error"):
+                if isinstance(self.data.get(name), str):
+                    return f"HTTP {self.status}: {self.data[name][:300]}"
+        return f"HTTP {self.status}" + (f": {json.dumps(self.data)[:300]}" if self.status >= 400 else "")
+
+
+class Http:
+    """Makes the calls of one refresh, within BUDGET_SECONDS."""
+
+    def __init__(self, budget: float = BUDGET_SECONDS) -> None:
+        self._ends = time.monotonic() + budget
+        self._public_trust: ssl.SSLContext | None = None
+
+    def remaining(self) -> float:
+        """Return the seconds that are left of the budget."""
+        return self._ends - time.monotonic()
+
+    def call(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        json_body: Any = None,
+        form: Mapping[str, str] | None = None,
+        trust: ssl.SSLContext | None = None,
+        tries: int = TRIES,
+    ) -> Answer:
+        """Send a request, up to `tries` times while the server is away or says that it cannot answer now.
+
+        Args:
+            method: of HTTP.
+            url: where to; a redirection is not followed.
+            headers: of the request.
+            json_body: body as JSON.
+            form: body as a form.
+            trust: for https; by default what the environment says, else the public authorities.
+            tries: 1 where the body serves once only.
+
+        Raises:
+            UnavailableError: no usable answer in time, HTTP 5xx, or an error page that is not the server's own.
+            MisconfiguredError: another server than was meant (a wrong certificate, a redirection, no JSON), or
+                variables of the environment that cannot be used (certificates, proxies).
+        """
+        failures = 0
+        while True:
+            if self.remaining() <= 0:
+                raise UnavailableError(f"{url}: no time left for another try")
+            try:
+                return self._send(trust, method, url, headers=headers, json=json_body, data=form)
+            except UnavailableError:
+                failures += 1
+                pause = random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**failures))  # noqa: S311 (jitter)
+                if failures >= tries or pause >= self.remaining():
+                    raise
+                time.sleep(pause)
+
+    def _send(self, trust: ssl.SSLContext | None, method: str, url: str, **content: Any) -> Answer:
+        """Send a request once; `content` is what httpx calls so."""
+        import httpx
+
+        try:
+            address = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise MisconfiguredError(f"{url} is not a URL: {error}") from None
+        proxy = proxy_for(address.scheme, address.host, address.port)
+        to_proxy = self._trust_for("https") if proxy and proxy.encrypted else None
+        through = httpx.Proxy(proxy.url, ssl_context=to_proxy) if proxy else None
+        ours = trust or self._trust_for(address.scheme)
+        seconds = min(TRY_SECONDS, self.remaining())
+        try:
+            with httpx.Client(verify=ours, timeout=seconds, proxy=through, trust_env=False) as client:
+                return _receive(client.send(client.build_request(method, address, **content), stream=True), proxy)
+        except httpx.HTTPError as error:
+            raise _explain(error, address, proxy, public=trust is None) from None
+
+    def _trust_for(self, scheme: str) -> ssl.SSLContext:
+        """Return whom to trust, read once for all calls; nobody for plain http, which is not encrypted anyway."""
+        if scheme != "https":
+            return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._public_trust = self._public_trust or public_trust()
+        return self._public_trust
+
+
+def _receive(response: "httpx.Response", proxy: Proxy | None) -> Answer:
+    deadline = time.monotonic() + TRY_SECONDS
+    place, status = _place(response.request.url), response.status_code
+    received = bytearray()
+    try:
+        for chunk in response.iter_bytes():
+            received += chunk
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"{place}: the answer takes longer than {TRY_SECONDS:.0f} s")
+            if len(received) > _LARGEST_ANSWER:
+                raise MisconfiguredError(f"{place}: the answer is far too long. Check the address in the settings")
+    finally:
+        response.close()
+    if response.is_redirect:
+        raise MisconfiguredError(f"{place} has moved to {response.headers.get('Location', '?')}: set that address")
+    if status == 407 and proxy:
+        raise _refused_by(proxy, response.request.url, "HTTP 407: it asks for a user name and a password")
+    if status in _TEMPORARY:
+        raise UnavailableError(f"{place}: HTTP {status}, it cannot answer now")
+    return Answer(status, _document(bytes(received), place, status), _date(response.headers.get("Date")))
+
+
+def _document(body: bytes, place: str, status: int) -> Any:
+    if not body.strip():
+        return None
+    try:
+        return json.loads(body)
+    except ValueError:
+        pass
+    if status < 400:
+        raise MisconfiguredError(f"{place} answered, but not as expected (no JSON): is the address right?")
+    raise UnavailableError(
+        f"{place} answered with an error page that is not its own (HTTP {status}, no JSON). A proxy in front of it "
+        "does so while the server restarts; it is tried again. If it lasts, check the address in the settings"
+    )
+
+
+def _date(header: str | None) -> datetime | None:
+    try:
+        return parsedate_to_datetime(header or "")
+    except ValueError:
+        return None
+
+
+def _place(url: "httpx.URL") -> str:
+    return f"{url.scheme}://{url.netloc.decode()}{url.path}"
+
+
+def _explain(error: "httpx.HTTPError", url: "httpx.URL", proxy: Proxy | None, *, public: bool) -> AccessError:
+    """Say whether to wait or to act; what stands between us and the server is named."""
+    import httpx
+
+    causes = list(_causes(error))
+    place = f"{_place(url)} (through the proxy {proxy})" if proxy else _place(url)
+    untrusted = next((cause for cause in causes if isinstance(cause, ssl.SSLCertVerificationError)), None)
+    if untrusted:
+        return _untrusted(place, untrusted.verify_message, public=public)
+    words = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
+    if isinstance(error, httpx.TimeoutException):
+        words = f"no answer within {TRY_SECONDS:.0f} s"
+    connecting = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+    if proxy and connecting and not any(isinstance(cause, ssl.SSLError) for cause in causes):
+        return MisconfiguredError(f"The proxy {proxy} cannot be reached: {words}. {proxy.advice(url.host)}")
+    if proxy and isinstance(error, httpx.ProxyError) and not re.match(r"5\d\d", words):
+        return _refused_by(proxy, url, words)
+    if isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
+        return MisconfiguredError(f"{place}: {words}. Check the address in the settings")
+    return UnavailableError(f"{place} cannot be reached: {words}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _untrusted(place: str, why: str, *, public: bool) -> MisconfiguredError:
+    variable = trust_variable() if public else None
+    hint = " If your network decrypts TLS, set SSL_CERT_FILE to its authorities; else tell the centre" if public else ""
+    if variable:
+        hint = f" The authorities are those of {variable}; to use the public ones:\n  unset {variable}"
+    return MisconfiguredError(f"{place}: its TLS certificate is not trusted: {why}.{hint}")
+
+
+def _refused_by(proxy: Proxy, url: "httpx.URL", words: str) -> MisconfiguredError:
+    return MisconfiguredError(f"The proxy {proxy} refused to connect to {url.host}: {words}. {proxy.advice(url.host)}")

@@ -1,0 +1,116 @@
+"""step CA: exchange an OIDC token for an SSH user certificate.
+
+Source: https://smallstep.com/docs/step-ca and its API `/root/{sha}`, `/1.0/ssh/sign`.
+"""
+
+import base64
+import hashlib
+import ssl
+from datetime import datetime, timedelta
+
+from dagster_sbatch.auth import clock
+from dagster_sbatch.auth.authentik import OidcToken
+from dagster_sbatch.auth.errors import ClockError, MisconfiguredError, RefusedError
+from dagster_sbatch.auth.http import Http
+from dagster_sbatch.settings import Settings
+
+CLOCK_TOLERANCE = timedelta(seconds=30)
+
+
+def issue_certificate(settings: Settings, http: Http, public_key: str, token: OidcToken) -> str:
+    """Request a certificate for a public key; return it as OpenSSH's line `<type> <base64> <comment>`.
+
+    Args:
+        settings: ASC_STEP_CA_URL and ASC_STEP_FINGERPRINT.
+        http: the calls of this refresh.
+        public_key: `<type> <base64> [comment]`.
+        token: a fresh one, since the authority accepts each token once.
+
+    Raises:
+        UnavailableError: the authority does not answer.
+        ClockError: the authority's clock differs from authentik's.
+        RefusedError: the authority does not accept the token, or issues no certificate to this user.
+        MisconfiguredError: it is another authority than ASC_STEP_FINGERPRINT says, or it does not certify this key.
+    """
+    trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody yet
+    trust.load_verify_locations(cadata=_fetch_root(settings, http))
+    kind, blob = public_key.split()[:2]
+    # No principals: the CA derives them from the token's email, and refuses a request for others.
+    body = {"publicKey": blob, "ott": token.value, "certType": "user", "keyID": token.email}
+    answer = http.call("POST", f"{_base(settings)}/1.0/ssh/sign", json_body=body, trust=trust, tries=1)
+    if answer.status == 401:
+        _compare_clocks(token, answer.date)
+        raise RefusedError(
+            f"the certificate authority refused the OIDC token ({answer.reason}). {_refused_token(settings, token)}"
+        )
+    if answer.status == 403:
+        raise RefusedError(
+            f"the certificate authority refused a certificate for {token.email} ({answer.reason}). Ask the centre "
+            "with this text"
+        )
+    if answer.status != 201:
+        raise MisconfiguredError(
+            f"the certificate authority did not certify the {kind} key ({answer.reason}). If the key is the cause, "
+            f"move {settings.edge_node_key_path} away, and a new one is made; else ask the centre with this text"
+        )
+    try:
+        certificate = base64.b64decode(answer.data["crt"], validate=True)
+    except (KeyError, TypeError, ValueError):
+        raise MisconfiguredError(
+            f"{_base(settings)} answered without a certificate. Check ASC_STEP_CA_URL, or ask the centre"
+        ) from None
+    length = int.from_bytes(certificate[:4], "big")
+    return f"{certificate[4 : 4 + length].decode(errors='replace')} {answer.data['crt']} {token.email}"
+
+
+def _refused_token(settings: Settings, token: OidcToken) -> str:
+    """Say what the authority compares with its own configuration."""
+    return (
+        f"The token's issuer (iss) is {token.issuer}, its audience (aud) {token.audience}, and the authority knows one "
+        f"of each. authentik takes the issuer from the host name in ASC_OIDC_TOKEN_URL={settings.oidc_token_url}, the "
+        "audience is ASC_OIDC_CLIENT_ID: compare both with the centre's documentation"
+    )
+
+
+def _fetch_root(settings: Settings, http: Http) -> str:
+    """The CA's root certificate, as PEM; trusted since its SHA-256 is the pinned fingerprint."""
+    fingerprint = (settings.step_fingerprint or "").lower()
+    answer = http.call("GET", f"{_base(settings)}/root/{fingerprint}", trust=_unverified())
+    try:
+        pem = str(answer.data["ca"])
+        found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
+    except (KeyError, TypeError, ValueError):
+        raise MisconfiguredError(
+            f"{_base(settings)} does not know a root certificate with ASC_STEP_FINGERPRINT={fingerprint} "
+            f"({answer.reason}): is it the right certificate authority? Check both variables"
+        ) from None
+    if found != fingerprint:
+        raise MisconfiguredError(
+            f"{_base(settings)} sent a root certificate with the fingerprint {found}, not ASC_STEP_FINGERPRINT="
+            f"{fingerprint}: it is another one, or somebody is between you and it. Ask the centre before changing it"
+        )
+    return pem
+
+
+def _unverified() -> ssl.SSLContext:
+    """Return a context for answers that are checked otherwise, or of which nothing depends."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _base(settings: Settings) -> str:
+    return (settings.step_ca_url or "").rstrip("/")
+
+
+def _compare_clocks(token: OidcToken, authority: datetime | None) -> None:
+    """Raise ClockError if the token is not valid by the authority's clock."""
+    if authority is None or token.issued - CLOCK_TOLERANCE <= authority < token.expires:
+        return
+    here = clock.now()
+    raise ClockError(
+        f"the clocks differ: authentik issued the token at {clock.written(token.issued)}, while the certificate "
+        f"authority has {clock.written(authority)} and this machine {clock.written(here)}. It is tried again; "
+        "tell the centre if it lasts, or set this machine's clock if it is the one that differs"
+    )

@@ -1,0 +1,63 @@
+"""One refresh at a time, over all processes and threads that use the same credentials file."""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dagster_sbatch.auth import clock
+from dagster_sbatch.auth.errors import LockTimeoutError, UnsafeFileError
+
+POLL_SECONDS = 0.05
+
+
+@contextmanager
+def refresh_lock(credentials_file: Path, seconds: float) -> Iterator[None]:
+    """Hold the lock `<credentials file>.lock`, which ends with the process, whatever ends it.
+
+    Args:
+        credentials_file: whose lock; it need not exist.
+        seconds: how long to wait for another holder.
+
+    Raises:
+        LockTimeoutError: another one holds it for longer; the text says who.
+        UnsafeFileError: the lock file cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    path = credentials_file.with_name(credentials_file.name + ".lock")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = FileLock(
+            path, timeout=seconds, mode=0o600, poll_interval=POLL_SECONDS, on_acquired=_sign, fallback_to_soft=False
+        )
+        lock.acquire()
+    except Timeout:
+        raise LockTimeoutError(
+            f"another process has been refreshing the credentials for more than {seconds:.0f} s: "
+            f"{_holder(path)}. It times out by itself after some minutes; if it does not, end that process"
+        ) from None
+    except OSError as error:
+        raise UnsafeFileError(f"the lock {path} cannot be taken: {error.strerror or error}. Check its folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _sign(descriptor: int) -> None:
+    """Write into the lock file who holds it: the program's name without its arguments, which might be secret."""
+    program = Path(sys.argv[0]).name or "python"
+    text = f"process {os.getpid()} ({program}) on {socket.gethostname()} since {clock.written(clock.now())}\n"
+    with suppress(OSError):  # a full disk: the lock holds without a name
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text().strip() or "it has not said who it is"
+    except OSError:
+        return "its name cannot be read"

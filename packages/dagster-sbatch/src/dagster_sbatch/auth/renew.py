@@ -1,0 +1,296 @@
+"""The one refresh that joins the parts: secrets at authentik, an OIDC token, a certificate from the CA.
+
+`ensure_certificate` is called before each connect. `refresh` is the same with options and a report, for the job and
+the script. Both take the same lock, read the files again once they have it, and keep what works when something fails.
+"""
+
+import logging
+import random
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dagster_sbatch.auth import clock
+from dagster_sbatch.auth.attempts import RefreshFailures
+from dagster_sbatch.auth.authentik import (
+    APP_BUTTON,
+    Authentik,
+    OidcToken,
+    refused_password,
+    request_oidc_token,
+)
+from dagster_sbatch.auth.certificate import Certificate
+from dagster_sbatch.auth.credentials import CredentialsFile, Source
+from dagster_sbatch.auth.errors import AccessError, MisconfiguredError, RefusedError, UnavailableError
+from dagster_sbatch.auth.files import explained, remove_half_written
+from dagster_sbatch.auth.http import Http
+from dagster_sbatch.auth.issuer import issue_certificate
+from dagster_sbatch.auth.key_files import certificate_path, ensure_key, public_path, write_certificate
+from dagster_sbatch.auth.lock import refresh_lock
+from dagster_sbatch.auth.rotation import NoTokenError, Rotator
+from dagster_sbatch.auth.ways import read_access
+from dagster_sbatch.settings import Settings
+
+Wish = Literal["due", "now", "no"]
+"""Do a part if it is due, in any case, or not at all."""
+
+LOCK_SECONDS = 150.0
+"""Longer than a refresh can take: all calls 60 s (`http.BUDGET_SECONDS`), the last one a little more."""
+LOCK_SECONDS_WITH_CERTIFICATE = 5.0
+ISSUE_TRIES = 3
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Report:
+    """The outcome of a refresh.
+
+    Attributes:
+        certificate: the one that is good now; None on sites that take plain keys, or if none was asked for.
+        rotated_with: which API token replaced the two secrets; None if they were not replaced.
+        issued_with: which app password the certificate was got with; None if there is no new one.
+        warnings: what failed without harm so far.
+    """
+
+    certificate: Certificate | None = None
+    rotated_with: Source | None = None
+    issued_with: Source | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+@explained()
+def ensure_certificate(settings: Settings) -> Certificate | None:
+    """Return a certificate that is good to connect with, renewing it first if that is due.
+
+    With a good one this only reads files. A renewal that fails is a warning as long as the certificate is valid, and
+    is not tried again for a minute or more.
+
+    Returns:
+        The certificate; None where plain keys are used: no certificate, and no ASC_ variable is set.
+
+    Raises:
+        BootstrapError: there is no way to get one; known from files alone, before any network.
+        AccessError: it could not be had now; `temporary` says whether trying again may help. Never an OSError: the
+            caller takes that for a lost connection.
+    """
+    access = read_access(settings)
+    certificate = access.valid_certificate
+    if certificate is None:
+        if access.plain_key:
+            return None
+    elif not access.certificate_due or not access.renewable or access.pausing("certificate"):
+        return certificate
+    report = refresh(settings)
+    for warning in report.warnings:
+        _log.warning("%s", warning)
+    return report.certificate
+
+
+@explained()
+def refresh(settings: Settings, rotation: Wish = "due", certificate: Wish = "due") -> Report:
+    """Replace the secrets and the certificate as asked for, one process at a time.
+
+    Raises:
+        BootstrapError: there is nothing to get a certificate with, and none is valid, or one was asked for `now`.
+        AccessError: a part that was asked for `now` failed, or there is no valid certificate and none was to be had.
+    """
+    access = read_access(settings)
+    patient = access.valid_certificate is None or "now" in (rotation, certificate)
+    if access.plain_key:
+        if rotation == "now":
+            key = settings.edge_node_key_path
+            raise MisconfiguredError(f"{key} is a plain key and no ASC_ variable is set: there are no secrets")
+        return Report()
+    if not access.renewable and (access.valid_certificate is None or certificate == "now"):
+        raise access.explain({})
+    try:
+        seconds = LOCK_SECONDS if patient else LOCK_SECONDS_WITH_CERTIFICATE
+        with explained(), refresh_lock(settings.credentials_file, seconds):
+            return _Refresh(settings).run(rotation, certificate)
+    except AccessError as error:  # the lock, or a file: the rest keeps what works by itself
+        if patient:
+            raise
+        return Report(access.valid_certificate, warnings=[f"{error}. The certificate is still valid"])
+
+
+class _Refresh:
+    """One refresh, by the holder of the lock."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._access = read_access(settings)  # again: another process may have done it meanwhile
+        self._http = Http()
+        self._file = CredentialsFile(settings.credentials_file)
+        self._rotator = Rotator(settings, self._file, self._http)
+        self._failures = RefreshFailures(settings.credentials_file)
+        self._report = Report()
+        self._refusals: dict[Source, list[str]] = {}
+        self._rotation_failure: AccessError | None = None
+
+    def run(self, rotation: Wish, certificate: Wish) -> Report:
+        """Do what is asked for; raises as `refresh` does."""
+        key = self._settings.edge_node_key_path
+        assert key
+        for path in (self._file.path, key, public_path(key), certificate_path(key)):
+            remove_half_written(path)
+        if rotation != "no":
+            self._rotate_or_warn(forced=rotation == "now")
+        if certificate == "no":
+            return self._report
+        self._report.certificate = self._access.valid_certificate
+        if certificate == "now" or self._access.certificate_due:
+            self._issue_or_warn(forced=certificate == "now")
+        found = self._report.certificate
+        if found and (warning := found.principals_problem(self._settings)):
+            self._report.warnings.append(warning)
+        return self._report
+
+    def _rotate_or_warn(self, *, forced: bool) -> None:
+        """Replace the secrets; a failure is a warning, unless a person has asked for it."""
+        access = self._access
+        if not access.rotatable:
+            if forced:
+                raise access.explain_rotation({})
+            return
+        if not forced and access.pausing("rotation"):
+            return
+        try:
+            self._rotate(forced=forced)
+        except AccessError as error:
+            if forced:
+                raise
+            self._report.warnings.append(f"the secrets could not be replaced: {error}")
+
+    def _rotate(self, *, forced: bool) -> None:
+        """Replace the secrets if they are due or a rotation has failed, and record how that went."""
+        try:
+            with explained():
+                self._rotate_if_due(forced=forced)
+        except NoTokenError as error:
+            for source, why in error.refusals.items():
+                self._refuse(source, f"API token: {why}" if source == "stored" else why)
+            self._rotation_failure = self._access.explain_rotation(error.refusals)
+        except RefusedError as error:
+            self._rotation_failure = self._access.explain_rotation({"stored": str(error)})
+        except AccessError as error:
+            self._rotation_failure = error
+        if self._rotation_failure is None:
+            self._failures.clear("rotation")
+        else:
+            self._failures.add("rotation", self._rotation_failure)
+        self._access = read_access(self._settings)
+        if self._rotation_failure is not None:
+            raise self._rotation_failure
+
+    def _rotate_if_due(self, *, forced: bool) -> None:
+        before = self._access.stored
+        stored = self._rotator.settle(before)
+        completed = not before.proven and stored.api_token == before.api_token
+        failed = "rotation" in self._access.failing and not completed
+        due = stored.renew_at(self._settings.authentik_refresh_skew_days, clock.now()) <= clock.now()
+        if forced or failed or due:
+            done = self._rotator.rotate(stored)
+            self._report.rotated_with = done.used
+            self._report.warnings.extend(done.warnings)
+        else:
+            self._report.warnings.extend(self._rotator.clean(stored)[1])
+            self._rotator.check(stored)
+
+    def _issue_or_warn(self, forced: bool) -> None:
+        valid = self._access.valid_certificate
+        try:
+            with explained():
+                self._report.certificate = self._issue(forced=forced)
+        except AccessError as error:
+            self._failures.add("certificate", error)
+            if valid is None or forced:
+                raise
+            until = clock.written(valid.valid_before)
+            self._report.warnings.append(f"the certificate, valid until {until}, could not be renewed: {error}")
+        else:
+            self._failures.clear("certificate")
+
+    def _issue(self, *, forced: bool) -> Certificate:
+        """Ask for a certificate, each time with a fresh token: one works once, also when the CA fails."""
+        assert self._settings.edge_node_key_path
+        key = self._settings.edge_node_key_path
+        public = ensure_key(key)
+        for left in reversed(range(ISSUE_TRIES)):
+            token, source = self._oidc_token(forced=forced)
+            try:
+                line = issue_certificate(self._settings, self._http, public, token)
+            except (UnavailableError, RefusedError):
+                if not left or self._http.remaining() <= 0:
+                    raise
+                time.sleep(random.uniform(0.2, 1.0) * (ISSUE_TRIES - left))  # noqa: S311 (jitter)
+                continue
+            break
+        certificate = write_certificate(key, line)
+        self._report.issued_with = source
+        certificate.check_own_clock()
+        return certificate
+
+    def _oidc_token(self, *, forced: bool) -> tuple[OidcToken, Source]:
+        """Get a token with the stored app password, else the direct one; if they are refused, with a new one."""
+        found = self._try_app_passwords()
+        if found is None and self._report.rotated_with is None and self._access.rotatable:
+            self._replace_refused(forced=forced)
+            found = self._try_app_passwords()
+        if found is None:
+            raise self._access.explain({source: "; ".join(reasons) for source, reasons in self._refusals.items()})
+        return found
+
+    def _replace_refused(self, *, forced: bool) -> None:
+        """Replace the pair, since no app password works: once, and not while an earlier failure pauses.
+
+        Raises:
+            AccessError: the replacement failed, now or lately, for another reason than refused secrets.
+        """
+        failing = self._access.failing.get("rotation")
+        failure = self._rotation_failure
+        if failure is None and failing and not forced and self._access.now < failing.pause_ends:
+            failure = UnavailableError(failing.error) if failing.temporary else RefusedError(failing.error)
+        if failure is None:
+            try:
+                self._rotate(forced=True)
+            except AccessError as error:
+                failure = error
+            else:
+                return
+        if failure.temporary or not self._refusals:
+            raise failure
+        if failure is not self._rotation_failure or not isinstance(failure, RefusedError):  # else it is among them
+            self._refuse("stored", f"new ones cannot be had: {str(failure).splitlines()[0]}")
+
+    def _refuse(self, source: Source, why: str) -> None:
+        reasons = self._refusals.setdefault(source, [])
+        if why not in reasons:
+            reasons.append(why)
+
+    def _try_app_passwords(self) -> tuple[OidcToken, Source] | None:
+        direct, stored = self._settings.oidc_app_password, self._access.stored
+        candidates: list[tuple[Source, str]] = [
+            ("stored", secret.value) for secret in (stored.app_password, stored.previous_app_password) if secret
+        ]
+        if direct:
+            candidates.append(("direct", direct.get_secret_value()))
+        for source, value in candidates:
+            try:
+                return request_oidc_token(self._settings, value, self._http), source
+            except RefusedError as error:
+                why = self._why_refused(source, value, error)
+                self._refuse(source, f"app password: {why}" if source == "stored" else why)
+        return None
+
+    def _why_refused(self, source: Source, value: str, error: RefusedError) -> str:
+        """Say why authentik may have refused an app password; it refuses an API token in the same words."""
+        if source == "direct" and self._settings.authentik_api_base:
+            with suppress(AccessError):
+                Authentik(self._settings.authentik_api_base, value, self._http).user(tries=1)
+                return (
+                    "it is an API token, and an app password is needed: put it into ASC_AUTHENTIK_API_TOKEN instead, "
+                    f"or make an app password with {APP_BUTTON}"
+                )
+        return f"{error}. {refused_password(self._settings)}"

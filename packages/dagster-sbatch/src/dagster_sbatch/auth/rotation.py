@@ -1,0 +1,279 @@
+"""Replace both stored secrets, so that a kill at any moment leaves a file with a pair that works.
+
+The order of the steps is the safety: names are recorded before tokens are made, the new pair is in the file before it
+is tried, the old pair leaves the file only after the new one has worked, and is deleted last. A rotation that fails
+deletes what it has made; what it cannot delete stays in the record, and the next refresh deletes it.
+"""
+
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+
+from dagster_sbatch.auth import clock
+from dagster_sbatch.auth.authentik import (
+    API_BUTTON,
+    APP_BUTTON,
+    Authentik,
+    Intent,
+    not_allowed,
+    request_oidc_token,
+)
+from dagster_sbatch.auth.credentials import Credentials, CredentialsFile, Secret, Source
+from dagster_sbatch.auth.errors import AccessError, MisconfiguredError, RefusedError, UnavailableError
+from dagster_sbatch.auth.http import Http
+from dagster_sbatch.settings import Settings
+
+LATE_REQUEST = timedelta(hours=1)
+"""For so long a request to make a token may still be under way after its client has died: a proxy may hold it."""
+MOST_LEFT = 4
+"""Tokens of ours that may wait for their deletion; with so many, no more are made."""
+_TIME = "%Y%m%d%H%M%S"
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The outcome of a rotation.
+
+    Attributes:
+        credentials: the new pair.
+        used: which API token made it.
+        warnings: tokens that could not be deleted yet.
+    """
+
+    credentials: Credentials
+    used: Source
+    warnings: tuple[str, ...] = ()
+
+
+class NoTokenError(RefusedError):
+    """No API token works.
+
+    Attributes:
+        refusals: of each that was tried, why.
+    """
+
+    def __init__(self, refusals: Mapping[Source, str]) -> None:
+        super().__init__("; ".join(refusals.values()) or "there is no API token")
+        self.refusals = refusals
+
+
+class Rotator:
+    """Rotates the credentials in one file; its owner holds the lock."""
+
+    def __init__(self, settings: Settings, file: CredentialsFile, http: Http) -> None:
+        """Needs the settings of authentik and OIDC."""
+        self._settings = settings
+        self._file = file
+        self._http = http
+
+    def settle(self, stored: Credentials) -> Credentials:
+        """End a rotation that was cut short: keep the new pair if it works, else the one before.
+
+        Raises:
+            UnavailableError: authentik cannot say now; the file keeps both.
+        """
+        if stored.proven:
+            return stored
+        try:
+            self._prove(stored)
+            settled = stored.without_previous()
+        except RefusedError:
+            settled = replace(
+                stored.without_previous(),
+                api_token=stored.previous_api_token,
+                app_password=stored.previous_app_password,
+            )
+        self._file.write(settled)
+        return settled
+
+    def check(self, stored: Credentials) -> None:
+        """Ask authentik whether the stored API token still works, long before it is due; an outage says nothing.
+
+        Raises:
+            NoTokenError: it does not.
+        """
+        if stored.api_token is None:
+            return
+        try:
+            with suppress(UnavailableError):
+                self._authentik(stored.api_token.value).user(tries=1)
+        except RefusedError as error:
+            raise NoTokenError({"stored": self._stored_refused(stored.api_token.value, error)}) from None
+
+    def rotate(self, stored: Credentials) -> Rotation:
+        """Make a new pair, keep it, try it, then delete the old one and what earlier failures have left.
+
+        Args:
+            stored: what the file holds; settled.
+
+        Raises:
+            NoTokenError: no API token works; the text says why, for each.
+            UnavailableError: authentik is away; the file holds a pair that works, if it did before.
+            MisconfiguredError: the new secrets do not work, or the file cannot hold them.
+        """
+        authentik, used = self._choose(stored)
+        stored, failures = self._delete_unused(authentik, stored)
+        if len(failures) >= MOST_LEFT:
+            raise _too_many_left(failures)
+        names: dict[Intent, str] = {intent: self._new_name(intent) for intent in ("api", "app_password")}
+        known = [each.identifier for each in (stored.api_token, stored.app_password) if each and each.identifier]
+        record = tuple(dict.fromkeys([*stored.record, *known, *names.values()]))
+        stored = replace(stored, record=record)
+        self._file.write(stored)
+        try:
+            api_token, app_password = self._make(authentik, names)
+            unproven = replace(
+                stored,
+                api_token=api_token,
+                app_password=app_password,
+                previous_api_token=stored.api_token,
+                previous_app_password=stored.app_password,
+            )
+            self._file.write(unproven)
+        except AccessError:
+            self._delete_unused(authentik, stored)
+            raise
+        try:
+            self._prove(unproven)
+        except AccessError as error:
+            if error.temporary:  # the file keeps both, and the next refresh decides
+                raise
+            self._file.write(stored)
+            self._delete_unused(authentik, stored)
+            raise not_allowed(self._settings, error) if isinstance(error, RefusedError) else error from None
+        proven = unproven.without_previous()
+        self._file.write(proven)
+        cleaned, warnings = self.clean(proven)
+        return Rotation(cleaned, used, tuple(warnings))
+
+    def clean(self, current: Credentials) -> tuple[Credentials, list[str]]:
+        """Delete at authentik what was made here and is not in use; what cannot be deleted now stays in the record.
+
+        Args:
+            current: what the file holds; proven.
+
+        Returns:
+            What the file holds now, and a warning for each token that is left.
+        """
+        if not current.api_token:
+            return current, []
+        cleaned, failures = self._delete_unused(self._authentik(current.api_token.value), current)
+        left = [f"the old token {name} could not be deleted yet: {error}" for name, error in failures.items()]
+        return cleaned, left
+
+    def _make(self, authentik: Authentik, names: Mapping[Intent, str]) -> tuple[Secret, Secret]:
+        """Make both tokens; return the API token and the app password with their secrets."""
+        made = clock.now()
+        expiries = {intent: authentik.create(name, intent) for intent, name in names.items()}
+        pair = {
+            intent: Secret(authentik.view_key(name), name, expiries[intent], made) for intent, name in names.items()
+        }
+        return pair["api"], pair["app_password"]
+
+    def _choose(self, stored: Credentials) -> tuple[Authentik, Source]:
+        """Return the API token to work with: the stored one, else the one for bootstrap."""
+        bootstrap = self._settings.authentik_api_token
+        candidates: list[tuple[str, Source, str]] = []
+        if stored.api_token:
+            candidates.append((f"the API token in {self._file.path}", "stored", stored.api_token.value))
+        if bootstrap:
+            candidates.append(("ASC_AUTHENTIK_API_TOKEN", "bootstrap", bootstrap.get_secret_value()))
+        refusals: dict[Source, str] = {}
+        for name, source, value in candidates:
+            authentik = self._authentik(value)
+            try:
+                user = authentik.user()
+            except RefusedError as error:
+                stored_one = source == "stored"
+                refusals[source] = (self._stored_refused if stored_one else self._refused)(value, error)
+                continue
+            if user != self._settings.oidc_username:
+                raise MisconfiguredError(
+                    f"{name} belongs to {user!r}, not to ASC_OIDC_USERNAME={self._settings.oidc_username}. "
+                    "Correct ASC_OIDC_USERNAME, or use a token of that user"
+                )
+            return authentik, source
+        raise NoTokenError(refusals)
+
+    def _stored_refused(self, value: str, error: RefusedError) -> str:
+        return (
+            f"{self._refused(value, error)}. Or {self._file.path} is a copy of another machine's file, which went "
+            "stale when that machine replaced the secrets"
+        )
+
+    def _refused(self, value: str, error: RefusedError) -> str:
+        """Say why authentik may have refused an API token; it refuses an app password in the same words."""
+        try:
+            request_oidc_token(self._settings, value, self._http)
+        except AccessError:
+            return f"{error}. It is wrong, expired or deleted, or its user is not active"
+        return (
+            "it is an App Password, and an API token is needed: in authentik, Settings, Tokens and App passwords, use "
+            f"{API_BUTTON}, not {APP_BUTTON}"
+        )
+
+    def _prove(self, credentials: Credentials) -> None:
+        """Raise RefusedError unless both secrets work."""
+        if credentials.api_token is None or credentials.app_password is None:
+            raise RefusedError("the pair is incomplete")
+        self._authentik(credentials.api_token.value).user()
+        request_oidc_token(self._settings, credentials.app_password.value, self._http)
+
+    def _delete_unused(self, authentik: Authentik, current: Credentials) -> tuple[Credentials, dict[str, AccessError]]:
+        """Delete the tokens in our record that bear our prefix and are not in use.
+
+        A name that authentik does not know stays in the record for LATE_REQUEST: its token may yet be made.
+
+        Returns:
+            What the file holds now, and the names that could not be deleted, each with the reason.
+        """
+        in_use = [each.identifier for each in (current.api_token, current.app_password) if each]
+        old = [name for name in current.record if name not in in_use and name.startswith(f"{self._prefix}-")]
+        kept: list[str] = []
+        failures: dict[str, AccessError] = {}
+        failure: AccessError | None = None
+        for name in old:
+            try:
+                if failure is not None and (failure.temporary or isinstance(failure, RefusedError)):
+                    raise failure  # the others would fail alike, one by one
+                if not authentik.delete(name) and self._may_be_made_yet(name):
+                    kept.append(name)
+            except AccessError as error:
+                failure = failures[name] = error
+                kept.append(name)
+        record = tuple([name for name in current.record if name in in_use] + kept)
+        if record == current.record:
+            return current, failures
+        cleaned = replace(current, record=record)
+        self._file.write(cleaned)
+        return cleaned, failures
+
+    def _authentik(self, api_token: str) -> Authentik:
+        return Authentik(self._settings.authentik_api_base or "", api_token, self._http)
+
+    @property
+    def _prefix(self) -> str:
+        return self._settings.authentik_token_identifier
+
+    def _new_name(self, intent: Intent) -> str:
+        """Return a name with the time, and random, since two machines may make one in the same second."""
+        kind = "api" if intent == "api" else "app"
+        return f"{self._prefix}-{kind}-{clock.now().astimezone(UTC):{_TIME}}-{secrets.token_hex(8)}"
+
+    def _may_be_made_yet(self, name: str) -> bool:
+        try:
+            made = datetime.strptime(name.removeprefix(f"{self._prefix}-").split("-")[1], _TIME).replace(tzinfo=UTC)
+        except (IndexError, ValueError):
+            return False  # a name of an earlier version
+        return abs(clock.now() - made) < LATE_REQUEST
+
+
+def _too_many_left(failures: Mapping[str, AccessError]) -> AccessError:
+    *_, last = failures.values()
+    kind = UnavailableError if last.temporary else MisconfiguredError
+    return kind(
+        f"{len(failures)} tokens that were made before could not be deleted at authentik ({last}), so no more are "
+        f"made. If that lasts, delete them there, in Tokens and App passwords: {', '.join(failures)}"
+    )

@@ -1,0 +1,149 @@
+"""Look after access to the supercomputer: renew the SSH certificate, replace the stored secrets, tell how it is."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Column, Table
+
+from dagster_sbatch.auth import AccessError, Health, Item, Report, check_health, clock, refresh
+from dagster_sbatch.auth.key_files import certificate_path
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.project import Project
+from dagster_sbatch.settings import Settings
+
+DESCRIPTION = """\
+Renew the SSH certificate from the stored credentials; ASC_AUTHENTIK_API_TOKEN need not be set for that.
+
+The credentials file (ASC_AUTHENTIK_CREDENTIALS_FILE) holds an authentik API token and an app password. Both are
+replaced before they expire. ASC_AUTHENTIK_API_TOKEN is needed the first time only, or when both have expired.
+
+Settings are those of the supercomputer (docs/settings.md), also with DAGSTER_DEPLOYMENT unset. Nothing that is printed
+is secret.
+"""
+EPILOG = """\
+examples:
+  scripts/refresh_step_auth.py                         renew the certificate now, and the secrets if due
+  scripts/refresh_step_auth.py --rotate-credentials    replace both stored secrets, and stop before talking to step
+  scripts/refresh_step_auth.py --rotate-credentials --refresh-step-after-rotate
+  scripts/refresh_step_auth.py --status                what there is, until when, and what happens next
+  scripts/refresh_step_auth.py --status --json | jq .verdict
+
+exit codes:
+  0  done; with --status: access works, and what is due is on its way
+  1  a person has to act: the text says how
+  2  wrong usage, or the settings are wrong
+  3  not now: a server is away or clocks differ, trying again later may help; with --status: a refresh fails, while
+     access still works
+"""
+
+
+def main(project: Project) -> int:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rotate-credentials", action="store_true", help="create or replace both stored secrets")
+    parser.add_argument(
+        "--refresh-step-after-rotate", action="store_true", help="then renew the certificate, in the same run"
+    )
+    parser.add_argument("--status", action="store_true", help="tell how access is; changes nothing, asks nobody")
+    parser.add_argument("--json", action="store_true", help="with --status: for programs")
+    asked = parser.parse_args()
+    if asked.refresh_step_after_rotate and not asked.rotate_credentials:
+        parser.error("--refresh-step-after-rotate goes with --rotate-credentials")
+    if asked.status and asked.rotate_credentials:
+        parser.error("--status changes nothing: ask for it without --rotate-credentials")
+    if asked.json and not asked.status:
+        parser.error("--json goes with --status")
+    try:
+        settings = project.load_settings(supercomputer=True)
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if asked.status:
+        health = check_health(settings)
+        show_json(health) if asked.json else show(health, settings)
+        return {"ok": 0, "due": 0, "failing": 3, "broken": 1}[health.verdict]
+    try:
+        report = refresh(
+            settings,
+            rotation="now" if asked.rotate_credentials else "due",
+            certificate="no" if asked.rotate_credentials and not asked.refresh_step_after_rotate else "now",
+        )
+    except AccessError as error:
+        print(error, file=sys.stderr)
+        return 3 if error.temporary else 1
+    tell(report, settings)
+    return 0
+
+
+def tell(report: Report, settings: Settings) -> None:
+    """Say what was done, and with which credential."""
+    if report.rotated_with:
+        print(f"Replaced both secrets in {settings.credentials_file} with the {report.rotated_with} API token.")
+    if report.certificate and report.issued_with and settings.edge_node_key_path:
+        path = certificate_path(settings.edge_node_key_path)
+        print(
+            f"New certificate {path}, got with the {report.issued_with} app password: "
+            f"for {', '.join(report.certificate.principals)}, until {clock.written(report.certificate.valid_before)}."
+        )
+    if not report.certificate and not report.rotated_with:
+        print(f"{settings.edge_node_key_path} is a plain key: nothing has to be renewed.")
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def show(health: Health, settings: Settings) -> None:
+    """Print the table for people, and below it where everything is: paths do not fit into a table of 80 columns."""
+    console = Console()
+    headings = ("what", "valid until (UTC)", "remaining", "replaced after")
+    table = Table(*(Column(heading, no_wrap=True) for heading in headings), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for item in health.items:
+        remaining = health.remaining(item)
+        table.add_row(
+            item.name,
+            f"{item.valid_until:%Y-%m-%d %H:%M}" if item.valid_until else "",
+            clock.duration(remaining.total_seconds()) if remaining and item.state == "valid" else item.state,
+            next_action(item, health),
+        )
+    console.print(table)
+    places = [f"{item.name}: {item.where.replace(str(Path.home()), '~', 1)}" for item in health.items]
+    state = f"{settings.edge_node_user}@{settings.edge_node_host}: {health.verdict}. {health.summary}"
+    for line in (*places, "", state, *health.notes):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def next_action(item: Item, health: Health) -> str:
+    """After what an item is made anew."""
+    if item.renew_at is None:
+        return "see below" if item.valid_until is None else "never, it ends"
+    return f"{item.renew_at:%Y-%m-%d %H:%M}" if item.renew_at > health.now else "the next refresh"
+
+
+def show_json(health: Health) -> None:
+    """The same for programs; times are ISO 8601 in UTC, lengths are hours."""
+    items = {}
+    for item in health.items:
+        remaining = health.remaining(item)
+        items[item.name.replace(" ", "_").lower()] = {
+            "where": item.where,
+            "state": item.state,
+            "valid_until": item.valid_until.isoformat() if item.valid_until else None,
+            "remaining_hours": remaining.total_seconds() / 3600 if remaining else None,
+            "replaced_from": item.renew_at.isoformat() if item.renew_at else None,
+        }
+    document = {
+        "verdict": health.verdict,
+        "summary": health.summary,
+        "items": items,
+        "next_refresh": health.next_refresh.isoformat() if health.next_refresh else None,
+        "failing": {
+            part: {"since": found.since.isoformat(), "count": found.count, "error": found.error}
+            for part, found in health.failing.items()
+        },
+        "notes": list(health.notes),
+    }
+    print(json.dumps(document, indent=2))

@@ -1,0 +1,262 @@
+"""The environments on the supercomputer: which exist, which one production runs; make, publish and remove them."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dagster_sbatch.environments.code import Code
+from dagster_sbatch.environments.lock import LockFile
+from dagster_sbatch.environments.progress import Progress
+from dagster_sbatch.environments.target import NEWEST, OLDEST, Interpreter
+from dagster_sbatch.environments.wheels import Wheel, gather_wheels
+from dagster_sbatch.slurm import Site
+from dagster_sbatch.slurm.gateway import Gateway
+from dagster_sbatch.slurm.gateway.agent import disk
+from dagster_sbatch.slurm.gateway.joined import join
+
+_MODULES = ("files", "interpreters", "making", "shelf", "server")
+_KEEPER = join(Path(disk.__file__), *(Path(__file__).with_name("keeper") / f"{name}.py" for name in _MODULES))
+FOLDER = "environments"
+"""Below SLURM_DEPLOYMENT_BASE_PATH."""
+MOST_NAMES = 5
+"""Files that a refusal lists by name."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """An environment that exists on the supercomputer, or that would.
+
+    Attributes:
+        name: hash of all that it consists of, and the name of its folder.
+        kind: `wheelhouse`: made from wheels that were sent; `path`: SLURM_PYTHON with the user's code.
+        python: path of the interpreter for workloads.
+        workloads: path of the user's code there.
+        interpreter: the Python that it is made for.
+        asked: SLURM_PYTHON, if it was set.
+        lock: digest of the lock file; None for the kind `path`.
+        code: SHA-256 by file.
+    """
+
+    name: str
+    kind: str
+    python: str
+    workloads: str
+    interpreter: Interpreter
+    asked: str | None
+    lock: str | None
+    code: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, answer: Mapping[str, Any]) -> "Environment":
+        """Read what the keeper answers."""
+        about = {name: answer["interpreter"][name] for name in ("executable", "version", "machine", "glibc")}
+        same = {name: answer[name] for name in ("name", "kind", "python", "workloads", "asked", "lock", "code")}
+        return cls(**same, interpreter=Interpreter(**about))
+
+
+@dataclass(frozen=True)
+class Published:
+    """What production runs.
+
+    Attributes:
+        environment: the environment.
+        revision: of the repository, as git described it; may be empty.
+        at: when it was published.
+    """
+
+    environment: Environment
+    revision: str
+    at: datetime
+
+
+@dataclass(frozen=True)
+class EnvironmentListing:
+    """An environment that exists, with its use.
+
+    Attributes:
+        environment: the environment.
+        used: when it was used last.
+        published: `current`: production runs it; `before`: a rollback returns to it; else empty.
+    """
+
+    environment: Environment
+    used: datetime
+    published: str
+
+
+@dataclass(frozen=True)
+class EnvironmentSpec:
+    """What an environment consists of.
+
+    Attributes:
+        code: the workloads.
+        lock: the packages.
+        python: SLURM_PYTHON: an interpreter that has the packages; None: the packages are sent.
+    """
+
+    code: Code
+    lock: LockFile
+    python: str | None = None
+
+    def differences_from(self, published: Environment) -> list[str]:
+        """Say what of the lock file, the interpreter and the code differs from a published environment."""
+        found = []
+        if published.asked != self.python:
+            found.append(f"SLURM_PYTHON: {self.python or 'not set'}, was {published.asked or 'not set'}")
+        elif published.lock not in (None, self.lock.digest):
+            found.append(f"{self.lock.path.name}: other packages")
+        here, there = self.code.digests, published.code
+        names = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
+        for name in names[:MOST_NAMES]:
+            how = "is new" if name not in there else "is gone" if name not in here else "is changed"
+            found.append(f"{self.code.folder / name} {how}")
+        if len(names) > MOST_NAMES:
+            found.append(f"and {len(names) - MOST_NAMES} more files")
+        return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What has to be sent for an environment.
+
+    Attributes:
+        environment: the environment.
+        ready: whether it exists.
+        wheels: all its wheels; empty if its packages are installed.
+        missing: those of the wheels that are not on the supercomputer.
+    """
+
+    environment: Environment
+    ready: bool
+    wheels: Sequence[Wheel] = ()
+    missing: Sequence[Wheel] = ()
+
+
+class Environments:
+    """All environments of a deployment; methods raise what `Gateway` raises."""
+
+    def __init__(self, gateway: Gateway, base: str, site: Site) -> None:
+        """`base`: SLURM_DEPLOYMENT_BASE_PATH."""
+        self._gateway, self._site = gateway, site
+        self._folder = f"{base}/{FOLDER}"
+
+    def compare(self, spec: EnvironmentSpec, folder: Path, progress: Progress) -> Comparison:
+        """Find out whether an environment exists, in one round trip; if not, gather its wheels in an empty folder.
+
+        Raises:
+            ConfigurationError: see `gather_wheels`.
+        """
+        answer = self._look_up("look", **self._describe(spec))
+        environment = Environment.parse(answer["environment"])
+        if answer["ready"] or answer["installed"]:
+            return Comparison(environment, answer["ready"])
+        interpreter = environment.interpreter
+        wanted = f"Python {interpreter.version}, {interpreter.machine}"
+        progress.step(f"fetching the wheels of {spec.lock.path.name} for {wanted}")
+        wheels = gather_wheels(spec.lock, interpreter, folder, self._gateway.ping)
+        lacking = set(self._look_up("lacking", wheels=[wheel.place for wheel in wheels])["lacking"])
+        return Comparison(
+            environment, ready=False, wheels=wheels, missing=[wheel for wheel in wheels if wheel.place in lacking]
+        )
+
+    def ensure(self, spec: EnvironmentSpec, progress: Progress) -> Environment:
+        """Make an environment, unless it exists. Only wheels that are missing there are sent.
+
+        Raises:
+            ConfigurationError: see `gather_wheels`.
+        """
+        with tempfile.TemporaryDirectory(prefix="wheels-") as folder:
+            found = self.compare(spec, Path(folder), progress)
+            if found.ready:
+                return found.environment
+            self._send(found.missing, progress)
+            wheels = {wheel.place: wheel.digest for wheel in found.wheels}
+            answer = self._do("publish", progress, **self._describe(spec), wheels=wheels, files=spec.code.encoded)
+        return Environment.parse(answer["environment"])
+
+    def _send(self, wheels: Sequence[Wheel], progress: Progress) -> None:
+        total, before = sum(wheel.size for wheel in wheels), 0
+        for wheel in sorted(wheels, key=lambda wheel: wheel.size):
+
+            def report(done: int, _: int, before: int = before) -> None:
+                progress.sent(before + done, total)
+
+            self._gateway.put(wheel.path, f"{self._folder}/wheels/{wheel.place}", report)
+            before += wheel.size
+
+    def published(self) -> Published | None:
+        """Return what production runs; None if nothing was published. One round trip."""
+        answer = self._look_up("published")
+        if answer["environment"] is None:
+            return None
+        entry = answer["entry"]
+        at = datetime.fromtimestamp(entry["at"], UTC)
+        return Published(Environment.parse(answer["environment"]), entry["revision"], at)
+
+    def publish(self, environment: Environment, revision: str) -> bool:
+        """Let production run an environment; return False if it does already."""
+        return bool(self._do("announce", name=environment.name, about={"revision": revision})["new"])
+
+    def roll_back(self) -> Mapping[str, Any]:
+        """Let production run what was published before; return its `name` and `revision`."""
+        entry: Mapping[str, Any] = self._do("roll_back")["entry"]
+        return entry
+
+    def inventory(self) -> list[EnvironmentListing]:
+        """Return all environments that exist, the one used last first."""
+        answer = self._look_up("inventory")
+        marks = dict(zip(answer["published"][-2:][::-1], ("current", "before"), strict=False))
+        found = [
+            EnvironmentListing(environment, datetime.fromtimestamp(each["used"], UTC), marks.get(environment.name, ""))
+            for each in answer["found"]
+            for environment in [Environment.parse(each["environment"])]
+        ]
+        return sorted(found, key=lambda each: each.used, reverse=True)
+
+    def remove(self, names: Sequence[str]) -> Sequence[str]:
+        """Remove environments, then packages and wheels that no other needs; return the names that were removed.
+
+        An environment stays if production runs it or can go back to it, or if it was used within the last hour.
+        """
+        removed: Sequence[str] = self._do("remove", names=list(names))["removed"]
+        return removed
+
+    # The keeper
+
+    def _describe(self, spec: EnvironmentSpec) -> dict[str, Any]:
+        return {
+            "setup": list(self._site.setup_commands),
+            "candidates": list(self._site.python_candidates),
+            "oldest": list(OLDEST),
+            "newest": list(NEWEST),
+            "asked": spec.python,
+            "python": spec.python,
+            "lock": spec.lock.digest,
+            "modules": spec.lock.modules,
+            "code": spec.code.digests,
+        }
+
+    def _look_up(self, verb: str, **fields: Any) -> Mapping[str, Any]:
+        """The keeper's answer to what takes no time."""
+        return self._gateway.consult(_KEEPER, self._document(verb, fields))
+
+    def _do(self, verb: str, progress: Progress | None = None, **fields: Any) -> Mapping[str, Any]:
+        """The keeper's answer to what may take long."""
+        answer: dict[str, Any] = {}
+
+        def take(line: str) -> None:
+            said = json.loads(line)
+            if "answer" in said:
+                answer.update(said["answer"])
+            elif progress:
+                progress.step(said["progress"])
+
+        self._gateway.perform(_KEEPER, self._document(verb, fields), take)
+        return answer
+
+    def _document(self, verb: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {"do": verb, "folder": self._folder, **fields}

@@ -1,0 +1,1 @@
+"""What people look at: runs on the supercomputer, the doctor, previews, dashboards."""

@@ -1,0 +1,123 @@
+"""Checks on this machine, and of the way to the login node."""
+
+import os
+import socket
+from pathlib import Path
+
+import dagster as dg
+
+from dagster_sbatch.auth import AccessError, check_health, clock, ensure_certificate
+from dagster_sbatch.auth.certificate import fingerprint
+from dagster_sbatch.configuration import check_configuration
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.inspect.doctor.finding import Facts, Verdict, broken, ok, warning
+from dagster_sbatch.ssh.client_config import Hop, read_route
+from dagster_sbatch.ssh.host_key import trusted_entries
+from dagster_sbatch.ssh.known_hosts import CERT_AUTHORITY, KnownHosts
+
+TCP_SECONDS = 10.0
+
+
+def check_settings(facts: Facts) -> Verdict:
+    """Check the settings and the entries of the sites."""
+    try:
+        facts.settings = settings = check_configuration(facts.project, supercomputer=True)
+        facts.site = facts.project.load_site(settings.supercomputer_site)
+    except ConfigurationError as error:
+        return broken(str(error), "correct the settings; docs/settings.md has all of them")
+    return ok(f"{settings.deployment}, {settings.supercomputer_site}, {settings.edge_node_user}")
+
+
+def check_dagster_home(facts: Facts) -> Verdict:
+    """Open Dagster's instance. One elsewhere must retry runs and watch over them as the project's dagster.yaml does."""
+    home = os.environ.get("DAGSTER_HOME", "")
+    fix = f"unset DAGSTER_HOME, or copy {facts.project.root / 'dagster.yaml'} to that folder"
+    try:
+        facts.instance = instance = facts.until_the_end.enter_context(facts.open_instance())
+    except (dg.DagsterError, OSError) as error:
+        return broken(f"DAGSTER_HOME={home} cannot be used: {error}", fix)
+    if not home or Path(home).resolve() == facts.project.root:
+        return ok(str(facts.project.root))
+    settings = {"run_retries": instance.run_retries_enabled, "run_monitoring": instance.run_monitoring_enabled}
+    lacking = [name for name, enabled in settings.items() if not enabled]
+    if lacking:
+        return warning(f"DAGSTER_HOME={home} has a dagster.yaml without {' and '.join(lacking)}", fix)
+    return ok(home)
+
+
+def check_credentials(facts: Facts) -> Verdict:
+    """Check what there is to get a certificate with; asks no server."""
+    health = check_health(facts.settings)
+    if health.verdict == "broken":
+        return broken("there is no access", health.summary)
+    if health.verdict == "failing":
+        return warning(health.summary, "scripts/refresh_step_auth.py --status")
+    return ok(health.summary)
+
+
+def check_certificate(facts: Facts) -> Verdict:
+    """Get a valid certificate, renewed if that is due."""
+    try:
+        certificate = ensure_certificate(facts.settings)
+    except AccessError as error:
+        return broken(str(error), "do what the error says, then run scripts/refresh_step_auth.py")
+    if certificate is None:
+        return ok("none: a plain key")
+    return ok(f"for {', '.join(certificate.principals)}, until {clock.written(certificate.valid_before)}")
+
+
+def check_name(facts: Facts) -> Verdict:
+    """Resolve the name of the first machine on the way."""
+    try:
+        hop = _first_hop(facts)
+    except ConfigurationError as error:
+        return broken(str(error), "correct ~/.ssh/config; docs/ssh.md lists the options that are read")
+    try:
+        found = socket.getaddrinfo(hop.host, hop.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        return broken(f"{hop.host}: {error.strerror}", "check SLURM_EDGE_NODE_HOST, and this machine's network")
+    addresses = sorted({str(address[4][0]) for address in found})
+    return ok(f"{hop.host} is {', '.join(addresses)}")
+
+
+def check_port(facts: Facts) -> Verdict:
+    """Connect to the first machine on the way, and read its greeting."""
+    hop = _first_hop(facts)
+    maintenance = "check whether the centre announces a maintenance"
+    try:
+        connection = socket.create_connection((hop.host, hop.port), TCP_SECONDS)
+    except TimeoutError:
+        return broken(
+            f"{hop} does not answer within {TCP_SECONDS:.0f} s: this network does not reach it",
+            "connect from the network of a partner university, or start the centre's VPN; "
+            f"if you have done so, {maintenance}",
+        )
+    except OSError as error:
+        return broken(f"{hop}: {error.strerror or error}", f"check SLURM_EDGE_NODE_PORT, and {maintenance}")
+    try:
+        with connection:
+            greeting = connection.recv(64).decode(errors="replace").strip()
+    except OSError as error:
+        return broken(f"{hop} accepts a connection and says nothing: {error.strerror or error}", maintenance)
+    if not greeting.startswith("SSH-"):
+        return broken(f"{hop} is not SSH: {greeting!r}", "check SLURM_EDGE_NODE_PORT")
+    return ok(f"{hop} answers: {greeting}")
+
+
+def check_host_authority(facts: Facts) -> Verdict:
+    """Show which authority or key the login node is going to be checked with, and where to compare it."""
+    login, _ = read_route(facts.settings)
+    entries = trusted_entries(KnownHosts.read(login.known_hosts, facts.site.host_authorities), login.host, login.port)
+    if not entries:
+        return warning(f"nothing is known for {login.host}", "docs/ssh.md: What you have to do once")
+    kinds = {CERT_AUTHORITY: "authority", "": "key"}
+    found = ", ".join(f"{kinds[each.marker]} {fingerprint(each.key)} of {each.place}" for each in entries).replace(
+        str(Path.home()), "~"
+    )
+    page = facts.site.documentation
+    return ok(f"{found}; compare it with {page}" if page and any(each.from_site for each in entries) else found)
+
+
+def _first_hop(facts: Facts) -> Hop:
+    login, jump = read_route(facts.settings)
+    return jump or login

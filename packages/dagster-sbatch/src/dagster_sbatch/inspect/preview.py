@@ -1,0 +1,303 @@
+"""What an asset would submit to Slurm: the plan and the batch script of each of its calls of compute.run."""
+
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Never
+
+import dagster as dg
+
+from dagster_sbatch.errors import ConfigurationError, nearest
+from dagster_sbatch.run.compute import ComputeResource, intercept_runs
+from dagster_sbatch.run.plan import Plan
+from dagster_sbatch.run.submission import About, Place, render_job
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import Gateway, Projects
+from dagster_sbatch.slurm.outcome import explain_refusal
+from dagster_sbatch.slurm.units import format_time
+
+JOB = "preview_of_an_asset"
+_TIME = re.compile(r"(?<= to start at )\d+")
+MOST_NAMES = 12
+"""Partition keys that an error lists; of more than these it names the first and the last."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A submission that is not made.
+
+    Attributes:
+        plan: the complete request and launcher.
+        summary: for people: what is asked for, by heading.
+        script: the batch script.
+    """
+
+    plan: Plan
+    summary: Mapping[str, str]
+    script: str
+
+
+class NotPreviewedError(ConfigurationError):
+    """What an asset would submit cannot be found out here; a run of it may well work."""
+
+
+class _Intercepted(BaseException):
+    """Ends a step that has called compute.run."""
+
+
+def preview_asset(
+    definitions: dg.Definitions, asset: str, partition: str | None = None, config: Mapping[str, Any] | None = None
+) -> list[Preview]:
+    """Run an asset in a temporary Dagster instance up to its calls of compute.run, and return what they would submit.
+
+    The asset's own code before the call runs, and so do the resources and the IO managers that it needs.
+
+    Args:
+        definitions: of the code location.
+        asset: its key as people write it, `a/b`.
+        partition: key of one partition, for a partitioned asset.
+        config: run config, as in the launchpad.
+
+    Returns:
+        One preview for each step that calls compute.run; only a graph asset has more than one.
+
+    Raises:
+        ConfigurationError: there is no such asset or partition, or its run would be refused; the text says why.
+        NotPreviewedError: its code did not come to a call of compute.run here; the text says why.
+    """
+    definition = _find(definitions, asset)
+    keys = {dg.AssetKey.from_user_string(asset)} if definition.can_subset else definition.keys
+    selection = dg.AssetSelection.assets(*keys)
+    job = dg.Definitions(jobs=[dg.define_asset_job(JOB, selection=selection)])
+    found: list[Preview] = []
+
+    def record(step: str, settings: Settings, plan: Plan) -> Never:
+        found.append(Preview(plan, _summarise(step, plan, settings), _render(plan, settings, step)))
+        raise _Intercepted
+
+    with dg.DagsterInstance.ephemeral() as instance, intercept_runs(record), _quiet():
+        _check_partition(definition.partitions_def, partition, instance)
+        try:
+            result = (
+                dg.Definitions.merge(definitions, job)
+                .resolve_job_def(JOB)
+                .execute_in_process(
+                    instance=instance, partition_key=partition, run_config=dict(config or {}), raise_on_error=False
+                )
+            )
+        except dg.DagsterInvalidConfigError as error:
+            problems = "\n".join(problem.message for problem in error.errors)
+            raise NotPreviewedError(
+                f"its config is incomplete or wrong. Give it with --config-json, as in Dagster's launchpad.\n{problems}"
+            ) from None
+        except dg.DagsterError as error:
+            raise NotPreviewedError(f"Dagster refuses to run it: {error}") from None
+    if not found:
+        raise _explain(result, asset)
+    return found
+
+
+def find_submitting(definitions: dg.Definitions, instance: dg.DagsterInstance) -> list[tuple[str, str | None]]:
+    """Return the assets that submit jobs, one for each function, each with its last partition.
+
+    Args:
+        definitions: of the code location.
+        instance: knows the keys of dynamic partitions.
+    """
+    found = []
+    for each in definitions.assets or ():
+        if isinstance(each, dg.AssetsDefinition) and each.keys and _submits(each, definitions):
+            partitions = each.partitions_def
+            keys = partitions.get_partition_keys(dynamic_partitions_store=instance) if partitions else ()
+            found.append((min(key.to_user_string() for key in each.keys), keys[-1] if keys else None))
+    return found
+
+
+def try_script(gateway: Gateway, preview: Preview, projects: Projects) -> tuple[bool, str]:
+    """Ask Slurm whether it would accept the script: its expected start and the project, or why not."""
+    request = preview.plan.allocation.request
+    accepted, text = gateway.test(preview.script)
+    said = "\n".join(line for line in text.splitlines() if line.startswith("sbatch:")) or text  # centres print more
+    if not accepted:
+        return False, explain_refusal(said, request, lambda: projects)
+    project = projects.charged(request.account) or "(the accounting does not answer)"
+    return True, f"{_TIME.sub(_written, said)}\ncharged to project {project}"
+
+
+def _written(time: re.Match[str]) -> str:
+    return f"{datetime.fromtimestamp(int(time[0])).astimezone():%c %Z}"
+
+
+def _find(definitions: dg.Definitions, asset: str) -> dg.AssetsDefinition:
+    known = [each for each in definitions.assets or () if isinstance(each, dg.AssetsDefinition)]
+    by_key = {key.to_user_string(): each for each in known for key in each.keys}
+    if asset not in by_key:
+        specs = {spec.key.to_user_string() for spec in definitions.resolve_all_asset_specs()}
+        if asset in specs:
+            raise ConfigurationError("no code of this project makes it, so there is nothing to submit")
+        raise ConfigurationError(f"there is no such asset{nearest(asset, by_key)}")
+    found = by_key[asset]
+    if not _submits(found, definitions):
+        raise ConfigurationError(
+            "none of its resources is a ComputeResource, so it submits nothing. "
+            "Preview runs no such asset. One that submits has the parameter `compute: ComputeResource`"
+        )
+    return found
+
+
+def _submits(asset: dg.AssetsDefinition, definitions: dg.Definitions) -> bool:
+    resources = definitions.resources or {}
+    return any(_holds_compute(resources.get(name)) for name in asset.required_resource_keys)
+
+
+def _holds_compute(resource: object) -> bool:
+    """Whether a resource is a ComputeResource, or has one as a field."""
+    if isinstance(resource, ComputeResource):
+        return True
+    return isinstance(resource, dg.ConfigurableResource) and any(_holds_compute(value) for _, value in resource)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Dagster's events off the terminal, and what the asset prints off stdout."""
+    before = logging.root.manager.disable
+    logging.disable()
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _check_partition(
+    partitions: dg.PartitionsDefinition[Any] | None, key: str | None, instance: dg.DagsterInstance
+) -> None:
+    if partitions is None:
+        if key:
+            raise NotPreviewedError("the asset has no partitions. Leave --partition out")
+        return
+    _add_dynamic(partitions, key or "", instance)
+    keys = partitions.get_partition_keys(dynamic_partitions_store=instance)
+    if key in keys:
+        return
+    what = f"{key!r} is not a partition of the asset" if key else "the asset is partitioned. Give --partition"
+    if isinstance(partitions, dg.MultiPartitionsDefinition):
+        what += f". A key is {'|'.join(each.name for each in partitions.partitions_defs)}"
+    if keys:
+        valid = ", ".join(keys) if len(keys) <= MOST_NAMES else f"{keys[0]} to {keys[-1]}"
+        raise NotPreviewedError(f"{what}. Valid are {valid}")
+    if isinstance(partitions, dg.TimeWindowPartitionsDefinition):
+        raise NotPreviewedError(f"the asset has no partition yet: its first one begins at {partitions.start}")
+    raise NotPreviewedError(
+        f"{what}. Dynamic partitions are added while Dagster runs: any key of them can be previewed"
+    )
+
+
+def _add_dynamic(partitions: dg.PartitionsDefinition[Any], key: str, instance: dg.DagsterInstance) -> None:
+    """Let the temporary instance know a key of dynamic partitions, since only Dagster's own instance has them."""
+    if isinstance(partitions, dg.DynamicPartitionsDefinition) and partitions.name and key:
+        instance.add_dynamic_partitions(partitions.name, [key])
+    elif isinstance(partitions, dg.MultiPartitionsDefinition):
+        for dimension, part in zip(partitions.partitions_defs, key.split("|"), strict=False):
+            _add_dynamic(dimension.partitions_def, part, instance)
+
+
+def _explain(result: dg.ExecuteInProcessResult, asset: str) -> ConfigurationError:
+    """Return the error that says why no step has called compute.run."""
+    event = next((event for event in result.all_events if event.is_failure), None)
+    if event is None:
+        return NotPreviewedError("it ran to its end without calling compute.run, so there is nothing to submit")
+    refusal = event.step_failure_data.user_failure_data if event.is_step_failure else None
+    if refusal:
+        return ConfigurationError(str(refusal.description).removeprefix(f"{asset}: "))
+    error = event.step_failure_data.error if event.is_step_failure else event.job_failure_data.error
+    kind, root = (error.cls_name, error) if error else ("", None)
+    while root and root.cause:
+        root = root.cause
+    why = f"{root.message.strip()}\n{root.stack[-1].rstrip() if root.stack else ''}" if root else "Dagster says no more"
+    if kind == "DagsterExecutionLoadInputError":
+        return NotPreviewedError(
+            "it takes the value of another asset from an IO manager, and that value cannot be loaded in the temporary "
+            "Dagster instance of a preview. Name the other asset in `deps=`, and let the workload read its file, "
+            f"or materialize this one to see its request.\n{why}"
+        )
+    if kind == "DagsterResourceFunctionError":
+        return NotPreviewedError(f"a resource that it needs cannot be made here. Set what that resource reads.\n{why}")
+    return NotPreviewedError(
+        f"its own code failed before it called compute.run; preview runs that code. Correct it.\n{why}"
+    )
+
+
+def _base(settings: Settings) -> str:
+    return settings.deployment_base_path or "<SLURM_DEPLOYMENT_BASE_PATH>"
+
+
+def _place(settings: Settings, run: str) -> Place:
+    base = _base(settings)
+    environment = f"{base}/environments/<hash of its content>"
+    python = settings.python or f"{environment}/bin/python"
+    return Place(f"{base}/runs/{run}", python, f"{environment}/workloads", settings.data_root or f"{base}/data")
+
+
+def _summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
+    request = plan.allocation.request
+    where = f"partition {request.partition}, QoS {request.qos or 'of the partition'}"
+    unknown = "no site is chosen, so partition and limits are not known: set SLURM_SUPERCOMPUTER_SITE"
+    name = settings.supercomputer_site or "the only site"
+    return {
+        "step": step,
+        "how": f"{plan.workload.name} with {type(plan.launcher).__name__}",
+        "where": f"{name}: {where}" if request.partition else unknown,
+        **_summarise_nodes(plan),
+        "project": request.account
+        or "not named: SBATCH_ACCOUNT of the login shell there, else your default (--test-only says which)",
+        "time limit": format_time(request.time_limit),
+        "cost": _summarise_cost(plan),
+        "files": f"job.sh, context.json, ... in {_base(settings)}/runs/",
+        "python": _place(settings, "").python,
+    }
+
+
+def _summarise_nodes(plan: Plan) -> dict[str, str]:
+    """What is requested of each node, of how much, and whether others may use the rest."""
+    request, partition = plan.allocation.request, plan.allocation.partition
+    cores = (request.cpus_per_task or 1) * request.ntasks_per_node
+    mem = request.mem or (f"{request.mem_per_cpu} per core" if request.mem_per_cpu else "Slurm's default")
+    rows = {"cores": str(cores), "GPUs": str(request.gpus_per_node), "memory": "all" if mem == "0" else mem}
+    if partition:
+        available = {"cores": partition.cores, "GPUs": partition.gpus, "memory": partition.mem}
+        rows = {name: f"{value} of {available[name]}" for name, value in rows.items()}
+    if request.exclusive:
+        shared = "not shared: `exclusive` reserves them whole"
+    elif partition and cores == partition.cores:
+        shared = "not shared: all of their cores are requested"
+    else:
+        shared = "shared: other jobs may use the rest of them"
+    tasks = f", {request.ntasks_per_node} tasks per node" if request.ntasks_per_node > 1 else ""
+    return {
+        "nodes": f"{request.nodes}{tasks}; {shared}",
+        "per node": ", ".join(
+            f"{value} {name}" if name != "memory" else f"memory {value}" for name, value in rows.items()
+        ),
+    }
+
+
+def _summarise_cost(plan: Plan) -> str:
+    allocation = plan.allocation
+    text = f"at most {_hours(allocation.node_hours)} node-hours and {_hours(allocation.gpu_hours)} GPU-hours"
+    if allocation.share < 1:
+        text += f"; {_hours(allocation.node_hours * allocation.share)} node-hours where shares of a node are charged"
+    return text
+
+
+def _hours(number: float) -> str:
+    return f"{number:.2f}" if number >= 1 or not number else f"{number:.2g}"
+
+
+def _render(plan: Plan, settings: Settings, step: str) -> str:
+    key = "preview-" + re.sub(r"[^A-Za-z0-9_.-]", "_", step)
+    return render_job(plan, _place(settings, key), About(run="", root="", asset=step, partitions=""))

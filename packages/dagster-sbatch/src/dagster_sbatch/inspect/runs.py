@@ -1,0 +1,151 @@
+"""The runs that lie on the supercomputer, for whoever looks after them: sensors, the doctor, `scripts/job`."""
+
+import threading
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from dagster_sbatch.auth import ensure_certificate
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.project import Project
+from dagster_sbatch.run.submission import About
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import Gateway, JobEnd, JobState, RefusedError, StoppedError, choose_channel
+from dagster_sbatch.ssh import UnreachableError
+
+SHORTEST_ID = 6
+"""Characters of a Dagster run's id that are taken for it; the UI shows eight."""
+UNJUDGED = timedelta(days=1)
+"""For which a run whose end is not known counts as one that goes on: the view of the queue may be older than it."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run directory, and the job in it.
+
+    Attributes:
+        path: of the run directory.
+        job: its Slurm id; None if sbatch has not answered, or said no.
+        about: whose run it is.
+        end: how it ended, as far as somebody has already asked Slurm.
+        heard: when the job last said something of itself: that it was laid out, started, or ended.
+        followers: ids of the Dagster runs that submitted or adopted it, in that order.
+    """
+
+    path: str
+    job: str | None
+    about: About
+    end: JobEnd | None
+    heard: datetime
+    followers: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The submission key, which is the job's name."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def family(self) -> str:
+        """What all attempts at the same work have in common."""
+        return self.key.rpartition("-")[0]
+
+    @classmethod
+    def parse(cls, row: Mapping[str, Any]) -> "RunRecord":
+        """From what the agent says."""
+        end = JobEnd.parse(row["end"]) if row["end"] else None
+        about, heard = About.parse(row["about"]), datetime.fromtimestamp(row["at"], UTC)
+        return cls(row["run"], row["job"], about, end, heard, tuple(row["followers"] or [about.run]))
+
+
+class Runs:
+    """All runs below SLURM_DEPLOYMENT_BASE_PATH, over one connection; `open_runs` makes it."""
+
+    def __init__(self, gateway: Gateway, settings: Settings) -> None:
+        self.gateway = gateway
+        self.folder = f"{settings.deployment_base_path}/runs"
+
+    def all(self) -> list[RunRecord]:
+        """Every run, the one that was heard of last at the end."""
+        return sorted(map(RunRecord.parse, self.gateway.runs(self.folder)), key=lambda run: run.heard)
+
+    def find(self, name: str) -> list[RunRecord]:
+        """The runs of that name: a Slurm job id, the beginning of a Dagster run id, or a submission key.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        found = [run for run in self.all() if _is_called(run, name)]
+        if not found:
+            raise ConfigurationError(
+                f"no run in {self.folder} has the job id, the Dagster run id (at least {SHORTEST_ID} characters of it) "
+                f"or the submission key {name!r}; scripts/job lists all"
+            )
+        return found
+
+    def remove(self, found: Iterable[RunRecord]) -> list[str]:
+        """Remove run directories whose job is over; their names. What was begun there and never finished goes, too."""
+        return self.gateway.clean(self.folder, [run.key for run in found])
+
+    def look(self, run: RunRecord) -> tuple[JobState | None, JobEnd | None]:
+        """What Slurm says of a run's job now: its state, or how it ended; neither if it has no job."""
+        return self.gateway.look(run.path)
+
+    def claim(self, run: RunRecord, who: str) -> str | None:
+        """Become the one that acts on a run and its other attempts, until the connection ends; who else does, if so."""
+        return self.gateway.claim(self.folder, run.family, uuid.uuid4().hex, who).held_by
+
+    def environments_in_use(self) -> set[str]:
+        """Names of the environments of all runs whose job is in Slurm's queue, or may come there.
+
+        Raises:
+            RefusedError: Slurm does not answer: then nothing is known.
+        """
+        queue = self.gateway.states(self.folder)
+        if queue["trouble"]:
+            raise RefusedError(f"Slurm does not tell which jobs there are: {queue['trouble']}")
+        lately = datetime.now(UTC) - UNJUDGED
+        return {
+            run.about.environment
+            for run in self.all()
+            if run.job in queue["jobs"] or (run.end is None and run.heard > lately)
+        }
+
+
+def _is_called(run: RunRecord, name: str) -> bool:
+    return name in (run.job, run.key) or (len(name) >= SHORTEST_ID and run.about.run.startswith(name))
+
+
+@contextmanager
+def open_runs(settings: Settings, project: Project, seconds: float | None = None) -> Iterator[Runs]:
+    """The runs on the supercomputer.
+
+    Args:
+        settings: of a supercomputer.
+        project: the code location.
+        seconds: for everything that is done with them; without a limit, answers are waited for as long as it takes.
+
+    Raises:
+        UnreachableError: not all was answered in time.
+        AccessError, SshError: there is no access; see there.
+        RefusedError: the agent or Slurm said no.
+    """
+    site = project.load_site(settings.supercomputer_site)
+    stop, troubles = threading.Event(), ["no answer"]
+    channel = choose_channel(
+        settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands
+    )
+    gateway = Gateway(channel, stop, troubles.append)
+    limit = threading.Timer(seconds, stop.set) if seconds else None
+    if limit:
+        limit.start()
+    try:
+        yield Runs(gateway, settings)
+    except StoppedError:
+        raise UnreachableError(f"{settings.edge_node_host}: {troubles[-1]} (after {seconds:.0f} s)") from None
+    finally:
+        if limit:
+            limit.cancel()
+        gateway.close()

@@ -1,0 +1,23 @@
+"""A Python program, started once."""
+
+import shlex
+from collections.abc import Sequence
+from typing import ClassVar
+
+from dagster_sbatch.launchers.base import Launcher, render_pre_start
+from dagster_sbatch.slurm.request import SlurmRequest
+
+
+class ScriptLauncher(Launcher):
+    """Runs the workload as one process on the first node of the allocation.
+
+    OMP_NUM_THREADS is the number of CPUs per task, unless the asset's `env` or the login shell sets it: libraries would
+    otherwise start a thread for each hardware thread that they see.
+    """
+
+    key: ClassVar[str] = "script"
+
+    def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
+        threads = f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{request.cpus_per_task or 1}}}"
+        lines = [threads, render_pre_start(self.pre_start_commands), f"run_workload {shlex.join(command)}"]
+        return "\n".join(filter(None, lines))

@@ -1,0 +1,1 @@
+"""From what an asset asks for to the result that Dagster stores."""

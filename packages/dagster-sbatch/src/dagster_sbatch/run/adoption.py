@@ -1,0 +1,122 @@
+"""What decides the result of a job, and whether a step adopts the job of an earlier attempt. Pure functions."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dagster_sbatch.run.plan import PARTITION_KEYS, Plan
+from dagster_sbatch.slurm.gateway import Claim, OtherRun
+
+MOST_NAMES = 8
+"""Differences that a message names."""
+NO_RECORD = "no record of what it was submitted with"
+
+
+def digest_of(value: Any) -> str:
+    """Return a short digest of a JSON value; it is stored instead of the value, which may be private."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def inputs_of(
+    plan: Plan,
+    code: Mapping[str, str],
+    assets: Iterable[str],
+    data_root: str | None,
+) -> dict[str, str]:
+    """Return everything that decides a call's result: a digest by name. The Slurm request is not part of it.
+
+    Args:
+        plan: launcher, workload with its arguments, variables, extras, and site.
+        code: digests of code and packages, by name; see `RunEnvironment.inputs`.
+        assets: keys of the step's assets.
+        data_root: DATA_ROOT, if it is set.
+    """
+    launcher = plan.launcher.model_dump(mode="json")
+    values: dict[str, Any] = {
+        "workload": plan.workload.name,
+        "args": plan.workload.args,
+        "assets": sorted(assets),
+        "launcher": plan.launcher.key,
+        **{f"launcher.{name}": value for name, value in launcher.items()},
+        **{f"extras[{name!r}]": value for name, value in plan.extras.items() if name != PARTITION_KEYS},
+        "partitions": sorted(plan.extras.get(PARTITION_KEYS, ())),
+        **{f"env[{name!r}]": value for name, value in plan.env.items()},
+        "setup_commands": plan.site.setup_commands,
+        "DATA_ROOT": data_root,
+    }
+    return {**{name: digest_of(value) for name, value in values.items()}, **code}
+
+
+def request_of(plan: Plan) -> dict[str, Any]:
+    """Return the Slurm request as it is stored with a job; it does not decide the result."""
+    return plan.allocation.request.model_dump(mode="json", exclude_defaults=True)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a step does.
+
+    Attributes:
+        attempt: number of the attempt.
+        adopt: whether that one is there already; else it is to be submitted.
+        reason: why, for the log; empty for a first attempt.
+    """
+
+    attempt: int
+    adopt: bool
+    reason: str = ""
+
+
+def choose(claim: Claim, *, stored: bool) -> Choice:
+    """Choose between the latest attempt with the same inputs and a new one.
+
+    Args:
+        claim: of the family of attempts with these inputs.
+        stored: whether Dagster has stored the result of the latest attempt.
+    """
+    job = f"Slurm job {claim.job}" if claim.job else "The Slurm job"
+    if claim.attempt and not claim.over:
+        reason = f"{job} was submitted by an earlier run of this step. Attaching to it."
+        return Choice(claim.attempt, adopt=True, reason=reason)
+    end = claim.end
+    if end and end.code == 0 and end.state in ("COMPLETED", "") and not claim.rejected and not stored:
+        reason = f"{job} of an earlier run of this step has ended. Using its result."
+        return Choice(claim.attempt, adopt=True, reason=reason)
+    return Choice(claim.attempt + 1, adopt=False)
+
+
+def outdated_runs(others: Iterable[OtherRun], begun: int) -> list[OtherRun]:
+    """Return the jobs that earlier executions of a step submitted with other inputs, in the place of calls made by now.
+
+    Jobs in the place of calls that this execution has not made yet are left alone: those calls may adopt them.
+
+    Args:
+        others: runs of the step with other inputs whose jobs may be waiting or running.
+        begun: the number of calls that this execution of the step has made.
+    """
+    return [each for each in others if each.record is None or each.record["call"] < begun]
+
+
+def name_differences(mine: Mapping[str, str], record: Mapping[str, Any] | None) -> str:
+    """Name the inputs that differ between a call and the job of an earlier one; values are not shown."""
+    if record is None:
+        return NO_RECORD
+    theirs = record["inputs"]
+    names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+    shown = [f"{name}{_how(name, mine, theirs)}" for name in names[:MOST_NAMES]]
+    if len(names) > MOST_NAMES:
+        shown.append(f"and {len(names) - MOST_NAMES} more")
+    return ", ".join(shown)
+
+
+def _how(name: str, mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    return " (new)" if name not in theirs else " (gone)" if name not in mine else ""
+
+
+def name_request_changes(mine: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
+    """Name the fields of the Slurm request that an adopted job had otherwise, with both values; empty if none."""
+    theirs = record["request"] if record else {}
+    names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
+    return ", ".join(f"{name}={theirs.get(name, 'default')} (now {mine.get(name, 'default')})" for name in names)

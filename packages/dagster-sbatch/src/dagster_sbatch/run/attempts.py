@@ -1,0 +1,123 @@
+"""Claiming a step's runs on the supercomputer, adopting the job of an earlier attempt, cancelling what is outdated."""
+
+import os
+import socket
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+
+from dagster_sbatch.run.adoption import Choice, choose, name_differences, name_request_changes, outdated_runs
+from dagster_sbatch.run.calls import Call
+from dagster_sbatch.run.history import first_heard, is_stored
+from dagster_sbatch.run.steplog import StepLog
+from dagster_sbatch.run.submission import former_family_of, step_prefix
+from dagster_sbatch.slurm.gateway import Claim, Gateway, OtherRun, RefusedError, StoppedError
+
+HOLDER_SECONDS = 5.0
+"""Pause before asking again whether another run still executes this step."""
+SIBLING_SECONDS = 2.0
+"""For other threads of the step to make their calls, before jobs with other inputs count as outdated."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a call of `compute.run` submits, and by what its jobs are found again.
+
+    Attributes:
+        root: id of the first run of which this one is a retry or a re-execution.
+        step: Dagster's key of the step.
+        assets, partitions: of the step.
+        call: the call.
+        inputs: digests of all that decides the result, by name.
+        request: of Slurm.
+        data_root: DATA_ROOT, as it was written.
+    """
+
+    root: str
+    step: str
+    assets: tuple[str, ...]
+    partitions: tuple[str, ...]
+    call: Call
+    inputs: Mapping[str, str]
+    request: Mapping[str, Any]
+    data_root: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a later attempt compares its own inputs with."""
+        return {"call": self.call.number, "inputs": self.inputs, "request": self.request}
+
+
+class Attempts:
+    """The attempts at one call of `compute.run`, over a connection to the login node."""
+
+    def __init__(self, context: dg.OpExecutionContext, gateway: Gateway, base: str, submission: Submission) -> None:
+        """`base`: SLURM_DEPLOYMENT_BASE_PATH."""
+        self._context, self._gateway, self.submission = context, gateway, submission
+        self._log = StepLog(context)
+        self._folder = f"{base}/runs"
+        self._token = uuid.uuid4().hex
+        self.family = submission.call.family
+
+    def choose(self) -> tuple[Claim, Choice]:
+        """Claim the call's runs, as soon as no other run acts on them; adopt an attempt, or begin a new one."""
+        submission = self.submission
+        former = former_family_of(submission.root, submission.assets, submission.partitions, submission.call.number)
+        related = (f"{step_prefix(submission.root, submission.step)}-", f"{former}-")
+        claim = self._claim(self.family, related)
+        instance, asked = self._context.instance, first_heard(self._context.instance, self._context.run_id)
+        stored = claim.over and is_stored(instance, claim.followers, submission.step, before=asked)
+        choice = choose(claim, stored=stored)
+        if choice.reason:
+            self._log.info(choice.reason)
+        if choice.adopt and (changes := name_request_changes(submission.request, claim.record)):
+            self._log.info(f"Its Slurm request is another one and stays as it is: {changes}")
+        return claim, choice
+
+    def cancel_outdated(self, claim: Claim) -> bool:
+        """Cancel the jobs that earlier executions of this step submitted with other inputs.
+
+        Returns:
+            Whether there were any; then the call's own runs have to be claimed again.
+        """
+        if not claim.others:
+            return False
+        if self._gateway.stop.wait(SIBLING_SECONDS):
+            raise StoppedError
+        step, cancelled = self.submission.call.step, False
+        for each in outdated_runs(claim.others, step.begun):
+            if step.claim_once(each.family):
+                self._cancel(each)
+                cancelled = True
+        return cancelled
+
+    def _cancel(self, run: OtherRun) -> None:
+        self._claim(run.family)  # while another run follows that job, this one waits
+        differences = name_differences(self.submission.inputs, run.record)
+        job = f"Slurm job {run.job}" if run.job else f"The Slurm job of {run.run}"
+        self._log.warning(
+            f"{job} was submitted by an earlier run of this step with other inputs ({differences}). "
+            "It is cancelled, and a new job is submitted."
+        )
+        try:
+            self._gateway.cancel(run.run)
+        except RefusedError as error:
+            self._log.warning(f"{job} could not be cancelled. {error}")
+
+    def _claim(self, family: str, related: tuple[str, ...] = ()) -> Claim:
+        who = f"run {self._context.run_id}, process {os.getpid()} on {socket.gethostname()}"
+        reported = None
+        while True:
+            claim = self._gateway.claim(self._folder, family, self._token, who, related, self.submission.data_root)
+            if claim.held_by is None:
+                return claim
+            if reported != claim.held_by:
+                reported = claim.held_by
+                self._log.warning(
+                    f"Another run ({reported}) is already executing this step. Waiting until it finishes."
+                )
+            if self._gateway.stop.wait(HOLDER_SECONDS):
+                raise StoppedError

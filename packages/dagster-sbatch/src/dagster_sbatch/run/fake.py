@@ -1,0 +1,94 @@
+"""A `compute` for unit tests: it checks what an asset asks for, runs nothing, and reports what the test says."""
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+from dagster_pipes import PIPES_PROTOCOL_VERSION
+from pydantic import Field
+
+from dagster_sbatch.run.compute import ComputeResource
+from dagster_sbatch.run.failures import failure
+from dagster_sbatch.run.pipes import explain_failure, open_session
+from dagster_sbatch.run.plan import PARTITION_KEYS, Plan
+from dagster_sbatch.run.results import StepContext
+from dagster_sbatch.settings import Settings
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `compute.run`.
+
+    Attributes:
+        plan: the workload, the launcher, the request as Slurm would get it (`plan.allocation.request`), and `env`.
+    """
+
+    plan: Plan
+
+    @property
+    def extras(self) -> Mapping[str, Any]:
+        """The extras as the asset passed them."""
+        return {name: value for name, value in self.plan.extras.items() if name != PARTITION_KEYS}
+
+
+_calls: dict[str, list[Call]] = {}
+
+
+class FakeCompute(ComputeResource):
+    """Stands in for `compute`. Neither settings nor dotenv files are read, and nothing is connected to.
+
+    Example:
+        compute = FakeCompute(site_overrides=SUPERCOMPUTER_SITE_OVERRIDES, metadata={"rows": 3})
+        result = dg.materialize([counts], resources={"compute": compute}, partition_key="2013-01")
+        assert compute.calls[0].plan.allocation.request.cpus_per_task == 2
+    """
+
+    metadata: dict[str, Any] = Field({}, description="What each workload reports of each of its assets.")
+    failed_checks: list[str] = Field([], description="Names of declared asset checks that do not pass; all others do.")
+    name: str = Field("", description="Tells it from others. Dagster copies resources; the copies have the same calls.")
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**{"name": uuid.uuid4().hex, **fields})
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls so far, the first one first."""
+        return _calls.setdefault(self.name, [])
+
+    def _settings(self) -> Settings:
+        return Settings.model_construct()
+
+    def _execute(
+        self,
+        context: StepContext,
+        name: str,
+        settings: Settings,  # noqa: ARG002
+        plan: Plan,
+    ) -> dg.PipesClientCompletedInvocation:
+        """Record the call, and report as a workload would."""
+        self.calls.append(Call(plan))
+        with open_session(context, plan.extras, "", "") as session:
+            for method, params in self._reports(context):
+                message = {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": params}
+                session.messages.feed(json.dumps(message).encode() + b"\n")
+            session.messages.finish(context)
+        cause = explain_failure(session, 0, plan.workload.name)
+        if cause:
+            raise failure(name, cause)
+        return dg.PipesClientCompletedInvocation(session.pipes)
+
+    def _reports(self, step: StepContext) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield what a workload would report: a method of Dagster Pipes and its parameters."""
+        yield "opened", {"extras": {}}
+        metadata = {name: {"raw_value": value, "type": "__infer__"} for name, value in self.metadata.items()}
+        for key in step.selected_asset_keys:
+            named = {"asset_key": key.to_escaped_user_string()}
+            yield "report_asset_materialization", {**named, "data_version": None, "metadata": metadata}
+        for check in step.selected_asset_check_keys:
+            named = {"asset_key": check.asset_key.to_escaped_user_string(), "check_name": check.name}
+            passed = check.name not in self.failed_checks
+            yield "report_asset_check", {**named, "passed": passed, "severity": "ERROR", "metadata": {}}
+        yield "closed", {}

@@ -1,0 +1,134 @@
+"""Imports of a workload that work on this machine and cannot work on the supercomputer, found without running it."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import packages_distributions
+from importlib.util import find_spec
+from pathlib import Path
+
+from packaging.utils import canonicalize_name
+
+from dagster_sbatch.environments import read_lock
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.project import Project
+from dagster_sbatch.run.workload import Workload
+
+_CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
+
+
+def find_missing(workload: Workload, project: Project, *, own_packages: bool) -> list[str]:
+    """Name the imports of a workload, and of the modules in its code root that it imports, which fail over there.
+
+    An import that the code itself expects to fail (`try: ... except ImportError`) or that only a type checker follows
+    is not one of them.
+
+    Args:
+        workload: parses.
+        project: whose.
+        own_packages: SLURM_PYTHON is set: the packages over there are not those of the lock.
+
+    Returns:
+        A sentence for each: what, where, and what to do.
+    """
+    roots = [workload.root] if workload.module else [workload.path.parent, workload.root]
+    found: dict[str, str] = {}
+    seen: set[Path] = set()
+    waiting = [workload.path]
+    while waiting:
+        file = waiting.pop()
+        if file in seen or not file.is_file():
+            continue
+        seen.add(file)
+        with suppress(SyntaxError, ValueError, IndexError, RecursionError):  # nobody may ever import this module
+            for line, level, module, names in _imports(ast.parse(file.read_bytes())):
+                top = module.partition(".")[0]
+                bases = [file.parents[level - 1]] if level else roots
+                local = [each for base in bases for each in _files(base, module, names)]
+                waiting += local
+                if level == 0 and not local and top not in found and (reason := _reason(top, project, own_packages)):
+                    found[top] = (
+                        f"{file}, line {line}: `import {top}` works here and not on the supercomputer: {reason}"
+                    )
+    return list(found.values())
+
+
+def _imports(tree: ast.AST) -> Iterator[tuple[int, int, str, list[str]]]:
+    """Line, level of a relative import, module, and the names imported from it."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, 0, alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.lineno, node.level, node.module or "", [alias.name for alias in node.names]
+        elif isinstance(node, ast.Try) and any(map(_catches, node.handlers)):
+            for part in (*node.handlers, *node.orelse, *node.finalbody):
+                yield from _imports(part)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for part in node.orelse:
+                yield from _imports(ast.Module([part], []))
+        elif isinstance(node, ast.stmt | ast.excepthandler | ast.match_case):  # an expression imports nothing
+            yield from _imports(node)
+
+
+def _catches(handler: ast.ExceptHandler) -> bool:
+    return handler.type is None or any(
+        isinstance(each, ast.Name) and each.id in _CAUGHT for each in ast.walk(handler.type)
+    )
+
+
+def _files(folder: Path, module: str, names: list[str]) -> Iterator[Path]:
+    """The files below a folder that an import reads; empty if the module is not there."""
+    for name in filter(None, module.split(".")):
+        folder /= name
+        if folder.with_name(f"{name}.py").is_file():
+            yield folder.with_name(f"{name}.py")
+        elif folder.is_dir():
+            yield folder / "__init__.py"
+        else:
+            return
+    for name in names:
+        if (folder / f"{name}.py").is_file():
+            yield folder / f"{name}.py"
+        elif (folder / name).is_dir():
+            yield folder / name / "__init__.py"
+
+
+def _reason(module: str, project: Project, own_packages: bool) -> str | None:
+    """Why a module cannot be imported there; None if it can, or if nothing is known about it."""
+    if module in sys.stdlib_module_names:
+        return None
+    if _lies_in(module, project.root):
+        return "it is a part of this project outside the code root, and is not sent. Move it into the code root."
+    locked = _locked(project.lock)
+    if own_packages or not locked or canonicalize_name(module) in locked:
+        return None
+    bringing = [canonicalize_name(name) for name in _installed().get(module, [])]
+    if not bringing or locked.intersection(bringing):
+        return None
+    return (
+        f"the package {bringing[0]} is not in {project.lock.name}. "
+        "Add it to the `cluster` group of pyproject.toml and run scripts/lock."
+    )
+
+
+def _locked(lock: Path) -> set[str]:
+    with suppress(ConfigurationError):
+        return {str(pin.name) for pin in read_lock(lock).pins}
+    return set()
+
+
+def _lies_in(module: str, root: Path) -> bool:
+    """Whether a module belongs to the project; its virtual environment, which may lie there too, does not."""
+    if (root / module).is_dir() or (root / f"{module}.py").is_file():
+        return True
+    spec = find_spec(module)
+    origin = Path(spec.origin) if spec and spec.origin else Path("/")
+    return origin.is_relative_to(root) and not origin.is_relative_to(sys.prefix)
+
+
+@cache
+def _installed() -> dict[str, list[str]]:
+    """Distributions by module, on this machine."""
+    return {module: list(names) for module, names in packages_distributions().items()}

@@ -1,0 +1,145 @@
+"""Running a workload on this machine: a process group of its own, followed through the files of a run directory."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dagster_sbatch.children import child_environment
+from dagster_sbatch.run import supervisor
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 10.0
+"""Between SIGTERM and SIGKILL, when a run is terminated."""
+KILL_SECONDS = 5.0
+"""For the supervisor to kill what is left."""
+CHUNK = 1 << 20
+
+_MACHINE = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+
+
+def workload_environment() -> dict[str, str]:
+    """Return what a workload gets of this process's environment."""
+    return child_environment(*_MACHINE, PYTHONUNBUFFERED="1")
+
+
+class RunDirectory:
+    """The files of one run of a workload: context in; messages, stdout, stderr and how it ended out."""
+
+    def __init__(self, path: Path) -> None:
+        """`path`: an empty folder that exists; the workload runs in it."""
+        self.path = path
+        self.context = path / "context.json"
+        self.messages = path / "messages.jsonl"
+        self.stdout = path / "stdout"
+        self.stderr = path / "stderr"
+        self.end = path / "end"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a workload ended.
+
+    Attributes:
+        exit_code: of its process; negative is the number of the signal that ended it.
+        seconds: how long it ran; 0 if that is not known.
+    """
+
+    exit_code: int
+    seconds: float
+
+
+def temporary_run_directory() -> "tempfile.TemporaryDirectory[str]":
+    """A private folder (mode 0700) that is removed at the end: all that matters in it has gone to Dagster by then."""
+    return tempfile.TemporaryDirectory(prefix="workload-", ignore_cleanup_errors=True)
+
+
+def run_workload(
+    command: list[str],
+    environment: Mapping[str, str],
+    directory: RunDirectory,
+    sinks: Mapping[Path, Callable[[bytes], None]],
+    stop: threading.Event,
+) -> Ended:
+    """Run a command to its end in its run directory, passing on what it writes.
+
+    Args:
+        command: program and arguments.
+        environment: all of the variables that it gets.
+        directory: where its stdout, stderr and messages are written.
+        sinks: for each file to follow, who takes its new bytes.
+        stop: when set, the process group gets SIGTERM and after GRACE_SECONDS SIGKILL.
+    """
+    process = _start(command, environment, directory)
+    try:
+        follower = _Follower(sinks)
+        while process.poll() is None and not stop.is_set():
+            follower.read()
+            stop.wait(POLL_SECONDS)
+        if stop.is_set():
+            _terminate(process)
+        follower.read()
+    finally:
+        _kill(process)
+    if directory.end.exists():
+        code, seconds = directory.end.read_text().split()
+        return Ended(int(code), float(seconds))
+    return Ended(process.returncode, 0.0)
+
+
+def _start(command: list[str], environment: Mapping[str, str], directory: RunDirectory) -> "subprocess.Popen[bytes]":
+    with directory.stdout.open("wb") as stdout, directory.stderr.open("wb") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(supervisor.__file__), str(directory.end), *command],
+            env=dict(environment),
+            cwd=directory.path,
+            stdin=subprocess.PIPE,  # held open and never written to: the supervisor sees our end by it
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+        )
+
+
+def _terminate(process: "subprocess.Popen[bytes]") -> None:
+    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_SECONDS)
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """End whatever the workload has left: the supervisor does when its standard input ends."""
+    if process.stdin:
+        process.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(KILL_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+class _Follower:
+    """Reads what has been appended to files since the last look."""
+
+    def __init__(self, sinks: Mapping[Path, Callable[[bytes], None]]) -> None:
+        self._offsets = dict.fromkeys(sinks, 0)
+        self._sinks = sinks
+
+    def read(self) -> None:
+        for path, sink in self._sinks.items():
+            for data in self._chunks(path):
+                sink(data)
+
+    def _chunks(self, path: Path) -> Iterable[bytes]:
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(self._offsets[path])
+            while data := file.read(CHUNK):
+                self._offsets[path] += len(data)
+                yield data

@@ -1,0 +1,141 @@
+"""What a run will do, decided before anything happens: pure, and the same for a run, a preview and a test."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.launchers import Launcher
+from dagster_sbatch.project import Project
+from dagster_sbatch.run.imports import find_missing
+from dagster_sbatch.run.workload import Workload, read_workload
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import Allocation, Site, SlurmRequest, allocate
+
+PARTITION_KEYS = "partition_keys"
+"""The one of the extras that holds the partitions of the run."""
+LONGEST_VARIABLE = 128 << 10
+"""Bytes that Linux takes as one variable, with its name (MAX_ARG_STRLEN of execve(2))."""
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_RESERVED = {
+    "PATH": "Extend it in the workload, or call programs by their full path.",
+    "PYTHONPATH": "Put modules into the code root, beside the workload.",
+    "PYTHONHOME": "",
+    "PYTHON": "",
+    "DATA_ROOT": "It is a setting of the deployment.",
+    "RAY_ADDRESS": "",
+}
+_RESERVED_PREFIXES = ("DAGSTER_PIPES_", "SLURM_", "RAY_AUTH_", "RAY_JOB_")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A call of `compute.run`, checked, with all that was left open filled in.
+
+    Attributes:
+        project: the code location.
+        workload: the program, which parses.
+        launcher: with the site's fields.
+        site: the one that the request was checked against; in `development` the only one there is, or the one set.
+        allocation: the complete request.
+        env: further variables for the workload.
+        extras: JSON values for the workload, with the partitions of the run as `partition_keys`, if it has any.
+        notes: what deserves a warning: changes of the request, imports that cannot work on the supercomputer.
+    """
+
+    project: Project
+    workload: Workload
+    launcher: Launcher
+    site: Site
+    allocation: Allocation
+    env: Mapping[str, str]
+    extras: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+def make_plan(
+    settings: Settings,
+    project: Project,
+    workload: Path | str,
+    launcher: Launcher,
+    request: SlurmRequest,
+    *,
+    args: Sequence[str] = (),
+    extras: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Plan:
+    """Check what an asset passes to `ComputeResource.run`, and fill in what it leaves open.
+
+    In `development` with several sites and none chosen there is nothing to check a request against: it stays as it is.
+
+    Raises:
+        ConfigurationError: the workload, the launcher, the request or a variable cannot work; the text says why.
+    """
+    _check_types(workload, launcher, request)
+    variables = dict(env or {})
+    _check_variables(variables)
+    program = read_workload(Path(workload), args, Path(project.workloads))
+    notes = find_missing(program, project, own_packages=settings.python is not None)
+    name = settings.supercomputer_site or project.only_site
+    site, allocation = Site(), Allocation(request)
+    if name:
+        site = project.load_site(name)
+        allocation = allocate(request, site, settings.partition, settings.qos, settings.account, settings.reservation)
+        launcher = launcher.with_site(site.launchers)
+        launcher.check(allocation.request)
+    qos = allocation.request.qos or ""
+    if settings.deployment == "production_supercomputer" and qos.startswith("dev_"):
+        notes.append(f"QoS {qos} is for short tests, and this is {settings.deployment}. Check SLURM_QOS.")
+    return Plan(project, program, launcher, site, allocation, variables, extras or {}, (*allocation.notes, *notes))
+
+
+def _check_types(workload: object, launcher: object, request: object) -> None:
+    if not isinstance(workload, str | Path):
+        raise ConfigurationError(f"workload={workload!r} is no path. Write for instance WORKLOADS / 'counts.py'")
+    if isinstance(launcher, type) and issubclass(launcher, Launcher):
+        raise ConfigurationError(f"launcher={launcher.__name__} is a class. Write launcher={launcher.__name__}()")
+    if not isinstance(launcher, Launcher):
+        raise ConfigurationError(f"launcher={launcher!r} is no launcher. Write for instance launcher=ScriptLauncher()")
+    if not isinstance(request, SlurmRequest):
+        raise ConfigurationError(
+            f"request={request!r} is no SlurmRequest. Write for instance request=SlurmRequest(cpus_per_task=2)"
+        )
+
+
+def complete_extras(extras: Mapping[str, Any] | None, partitions: Sequence[str]) -> dict[str, Any]:
+    """Return the extras as the workload gets them: JSON, with the partitions of the run.
+
+    Raises:
+        ConfigurationError: they are no dictionary, or a value is not JSON.
+    """
+    if not isinstance(extras, Mapping | None):
+        raise ConfigurationError(f"extras={extras!r} is no dictionary. Write for instance extras={{'trials': 3}}")
+    values = dict(extras or {})
+    for key, value in values.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"extras[{key!r}] cannot be sent to the workload as JSON: {error}") from None
+    if not partitions:
+        return values
+    if PARTITION_KEYS in values:
+        raise ConfigurationError(f"extras[{PARTITION_KEYS!r}] is taken: the partitions of the run stand there")
+    return {**values, PARTITION_KEYS: list(partitions)}
+
+
+def _check_variables(env: Mapping[str, str]) -> None:
+    """Refuse variables that cannot be set everywhere."""
+    for name, value in env.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ConfigurationError(f"env[{name!r}] is not the name of a variable: letters, digits and _")
+        if name in _RESERVED or name.startswith(_RESERVED_PREFIXES):
+            raise ConfigurationError(
+                f"env[{name!r}]: the deployment sets this variable. {_RESERVED.get(name, '')}".rstrip()
+            )
+        if type(value) is not str:  # Dagster's EnvVar is one, and would be its name
+            raise ConfigurationError(f"env[{name!r}] is not a text but {value!r} ({type(value).__name__})")
+        if "\0" in value or len(f"{name}={value}".encode(errors="replace")) >= LONGEST_VARIABLE:
+            raise ConfigurationError(f"env[{name!r}] cannot be a variable: it holds NUL or has 128 KiB. Use extras.")

@@ -1,0 +1,101 @@
+"""The program that an asset names: what Python runs, and the folder of code that it needs."""
+
+import ast
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dagster_sbatch.errors import ConfigurationError
+
+MAIN = "__main__.py"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A program or a package, with its arguments.
+
+    Attributes:
+        path: absolute path of the program; for a package that of its `__main__.py`.
+        root: the code root: the folder that is sent to the supercomputer, and from which modules are imported.
+        module: name of the package; None for a program.
+        args: its arguments.
+    """
+
+    path: Path
+    root: Path
+    module: str | None = None
+    args: tuple[str, ...] = ()
+
+    @property
+    def relative(self) -> str:
+        """Path of the program below the code root."""
+        return self.path.relative_to(self.root).as_posix()
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.module or self.relative
+
+    def command(self, root: str | Path) -> list[str]:
+        """Python's arguments that run it; `root`: where the code root lies."""
+        return [*(["-m", self.module] if self.module else [f"{root}/{self.relative}"]), *self.args]
+
+
+def read_workload(path: Path, args: Sequence[str], workloads: Path) -> Workload:
+    """Find out how to run a workload.
+
+    Args:
+        path: a Python program, or the folder of a package with a `__main__.py`.
+        args: its arguments.
+        workloads: the code root of every workload below it.
+
+    Raises:
+        ConfigurationError: there is no such program, it does not parse, or an argument is not text.
+    """
+    if isinstance(args, str) or not all(isinstance(each, str) and "\0" not in each for each in args):
+        raise ConfigurationError(f"args={args!r}: a list of texts is needed, as on a command line")
+    given = Path(os.path.abspath(path))  # noqa: PTH100 - links are kept: what they point to is checked when code is sent
+    program = given / MAIN if given.is_dir() else given
+    if not program.is_file():
+        lacking = f"the package {given} has no {MAIN}" if given.is_dir() else f"the workload {given} does not exist"
+        raise ConfigurationError(lacking)
+    _check_syntax(program)
+    root, program = _find_root(program, workloads, package=given.is_dir())
+    if not given.is_dir():
+        return Workload(program, root, None, tuple(args))
+    parts = program.parent.relative_to(root).parts
+    if not parts or not all(part.isidentifier() for part in parts):
+        raise ConfigurationError(
+            f"the package {given} cannot be imported: {'.'.join(parts) or given.name!r} is no name"
+        )
+    return Workload(program, root, ".".join(parts), tuple(args))
+
+
+def _check_syntax(program: Path) -> None:
+    try:
+        ast.parse(program.read_bytes(), filename=str(program))
+    except (SyntaxError, ValueError) as error:  # ValueError: NUL bytes
+        line = getattr(error, "lineno", None)
+        shown = f"\n    {(getattr(error, 'text', None) or '').strip()}".rstrip()
+        raise ConfigurationError(
+            f"{program}{f', line {line}' if line else ''}: {getattr(error, 'msg', error)}{shown}\n"
+            "A workload is a Python program; let a short one run anything else with `subprocess`."
+        ) from None
+
+
+def _find_root(program: Path, workloads: Path, *, package: bool) -> tuple[Path, Path]:
+    """The code root, and the program's path below it.
+
+    Below `workloads` that is the root, whatever the path it is reached by. Elsewhere it is the folder of the program,
+    or of the outermost package that the program belongs to.
+    """
+    if program.is_relative_to(workloads):
+        return workloads, program
+    resolved = program.parent.resolve() / program.name
+    if resolved.is_relative_to(workloads.resolve()):
+        return workloads, workloads / resolved.relative_to(workloads.resolve())
+    root = program.parent.parent if package else program.parent
+    while (root / "__init__.py").exists():
+        root = root.parent
+    return root, program

@@ -1,0 +1,352 @@
+"""Every environment variable that the project reads: its type, what it means, its default. And where values come from.
+
+A value comes from the first of these that has one; blank means that it has none:
+
+1. the process environment
+2. `.env` at the root of the repository
+3. one file of `envs/`: `.env.development`, or for the `*_supercomputer` deployments `.env.<site>`
+"""
+
+import ipaddress
+import os
+import shutil
+import stat
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, ValidationInfo
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from dagster_sbatch.errors import ConfigurationError, nearest
+from dagster_sbatch.places import BRACES, check_remote_path, expand_here
+
+Deployment = Literal["development", "staging_supercomputer", "production_supercomputer"]
+DEPLOYMENTS: tuple[str, ...] = get_args(Deployment)
+
+_OWN_PREFIXES = ("SLURM_", "ASC_", "DAGSTER_DEPLOYMENT")
+"""A name in a dotenv file that begins so and is unknown is taken for a typing error."""
+
+
+def _expanded(path: Path) -> Path:
+    return path.expanduser()
+
+
+def _https(url: str, values: ValidationInfo) -> str:
+    """Return the address; secrets travel there, so plain http is for this machine, unless ASC_ALLOW_HTTP is set."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError as error:
+        raise ValueError(f"not a URL: {error}") from None
+    if parts.scheme not in ("https", "http") or not parts.hostname:
+        raise ValueError("not a URL: it begins with https://")
+    if parts.scheme == "http" and not values.data.get("allow_http") and not _is_loopback(parts.hostname):
+        raise ValueError("plain http would show secrets to everyone on the way: use https://")
+    return url
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+SLURM_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+_REMOTE_PATHS = ("deployment_base_path", "data_root", "python")
+
+LocalPath = Annotated[Path, AfterValidator(_expanded)]
+RemotePath = Annotated[str, AfterValidator(check_remote_path)]
+Url = Annotated[str, AfterValidator(_https)]
+
+
+def _variable(default: Any, name: str, description: str, example: str) -> Any:
+    return Field(default, validation_alias=name, description=description, examples=[example])
+
+
+class Settings(BaseSettings):
+    """The settings of one deployment; `load_settings` makes them."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True, env_ignore_empty=True)
+
+    deployment: Deployment = _variable(
+        "development",
+        "DAGSTER_DEPLOYMENT",
+        "Where workloads run: " + ", ".join(DEPLOYMENTS) + ".",
+        "production_supercomputer",
+    )
+    data_root: str | None = _variable(
+        None,
+        "DATA_ROOT",
+        "Folder for the workloads' files. Default: data/ of the repository, or of SLURM_DEPLOYMENT_BASE_PATH.",
+        "~/data",
+    )
+
+    supercomputer_site: str | None = _variable(
+        None, "SLURM_SUPERCOMPUTER_SITE", "The supercomputer: a key of SUPERCOMPUTER_SITE_OVERRIDES.", "musica"
+    )
+    edge_node_host: str | None = _variable(
+        None,
+        "SLURM_EDGE_NODE_HOST",
+        "Name of the login node; localhost where Dagster runs on it.",
+        "musica.vie.asc.ac.at",
+    )
+    edge_node_port: int = Field(
+        22,
+        ge=1,
+        le=65535,
+        validation_alias="SLURM_EDGE_NODE_PORT",
+        description="SSH port of the login node.",
+        examples=["22"],
+    )
+    edge_node_user: str | None = _variable(None, "SLURM_EDGE_NODE_USER", "Your user name there.", "xy12345")
+    edge_node_key_path: LocalPath | None = _variable(
+        None, "SLURM_EDGE_NODE_KEY_PATH", "Private SSH key; its certificate lies beside it.", "~/.ssh/id_musica"
+    )
+    deployment_base_path: RemotePath | None = _variable(
+        None,
+        "SLURM_DEPLOYMENT_BASE_PATH",
+        "Folder on the supercomputer for runs, environments and data, which every node sees.",
+        "$DATA/dagster-slurm",
+    )
+    python: RemotePath | None = _variable(
+        None,
+        "SLURM_PYTHON",
+        "An interpreter there that has dagster-pipes and all that workloads import. Default: an environment is made.",
+        "$DATA/environment/bin/python",
+    )
+    partition: str | None = _variable(
+        None,
+        "SLURM_PARTITION",
+        "Preferred partition; requests that it does not fit go to the site's other kind.",
+        "zen4_0768_h100x4",
+    )
+    qos: str | None = _variable(
+        None,
+        "SLURM_QOS",
+        "Preferred QoS; on another partition the QoS of the same class (dev_, idle_, plain) is taken.",
+        "dev_zen4_0768_h100x4",
+    )
+    account: str | None = Field(
+        None,
+        pattern=SLURM_NAME,
+        validation_alias="SLURM_ACCOUNT",
+        description="Project that jobs are charged to, unless an asset names one. "
+        "Default: SBATCH_ACCOUNT of the login shell there, else your default project.",
+        examples=["p71234"],
+    )
+    reservation: str | None = Field(
+        None,
+        pattern=SLURM_NAME,
+        validation_alias="SLURM_RESERVATION",
+        description="Reservation of the site in which jobs run, unless an asset names one.",
+        examples=["course_2026"],
+    )
+
+    allow_http: bool = Field(  # before the addresses, whose check reads it
+        False,  # noqa: FBT003 (pydantic's way)
+        validation_alias="ASC_ALLOW_HTTP",
+        description="Accept http:// in the ASC_ addresses also for other machines. Secrets are then readable on the "
+        "network: for tests.",
+        examples=["true"],
+    )
+    oidc_client_id: str | None = _variable(
+        None, "ASC_OIDC_CLIENT_ID", "Client id of the step CA at authentik.", "abc123"
+    )
+    oidc_username: str | None = _variable(None, "ASC_OIDC_USERNAME", "Your user name at authentik.", "xy12345")
+    oidc_token_url: Url | None = _variable(
+        None, "ASC_OIDC_TOKEN_URL", "Where OIDC tokens are issued.", "https://auth.asc.ac.at/application/o/token/"
+    )
+    oidc_app_password: SecretStr | None = _variable(
+        None, "ASC_OIDC_APP_PASSWORD", "An app password of yours; one of the ways to begin.", "(secret)"
+    )
+    authentik_api_base: Url | None = _variable(
+        None, "ASC_AUTHENTIK_API_BASE", "Address of authentik.", "https://auth.asc.ac.at"
+    )
+    authentik_credentials_file: LocalPath | None = _variable(
+        None,
+        "ASC_AUTHENTIK_CREDENTIALS_FILE",
+        "The credentials that renew themselves. Default: ~/.config/musica-pipelines/<site>-auth.env.",
+        "~/.config/dagster-slurm/musica-auth.env",
+    )
+    authentik_api_token: SecretStr | None = _variable(
+        None, "ASC_AUTHENTIK_API_TOKEN", "An API token of yours, for the first time and for recovery only.", "(secret)"
+    )
+    authentik_token_identifier: str = Field(
+        "musica-pipelines",
+        pattern=r"^[A-Za-z0-9_-]{1,80}$",
+        validation_alias="ASC_AUTHENTIK_TOKEN_IDENTIFIER",
+        description="What the names of the tokens made for you begin with: letters, digits, _ and -.",
+        examples=["dagster-slurm"],
+    )
+    authentik_refresh_skew_days: float | None = Field(
+        None,
+        gt=0,
+        validation_alias="ASC_AUTHENTIK_REFRESH_SKEW_DAYS",
+        description="Days before their end when both stored secrets are replaced. "
+        "Default: 7, or a third of their lifetime where that is less.",
+        examples=["3"],
+    )
+    step_ca_url: Url | None = _variable(
+        None, "ASC_STEP_CA_URL", "The certificate authority.", "https://auth.asc.ac.at:9000"
+    )
+    step_fingerprint: str | None = Field(
+        None,
+        pattern=r"^[0-9a-fA-F]{64}$",
+        validation_alias="ASC_STEP_FINGERPRINT",
+        description="SHA-256 of the certificate authority's root certificate.",
+        examples=["44b04847..."],
+    )
+    step_refresh_skew: float | None = Field(
+        None,
+        gt=0,
+        validation_alias="ASC_STEP_REFRESH_SKEW",
+        description="Minutes before its end when the certificate is replaced. Default: after two thirds of its life.",
+        examples=["60"],
+    )
+
+    @property
+    def on_supercomputer(self) -> bool:
+        """Whether workloads go to Slurm."""
+        return self.deployment != "development"
+
+    @property
+    def on_login_node(self) -> bool:
+        """Whether this machine is the login node: Slurm is here, and no SSH needed."""
+        return self.edge_node_host == "localhost" and shutil.which("sbatch") is not None
+
+    @property
+    def credentials_file(self) -> Path:
+        """ASC_AUTHENTIK_CREDENTIALS_FILE or its default."""
+        default = Path(f"~/.config/musica-pipelines/{self.supercomputer_site}-auth.env")
+        return self.authentik_credentials_file or default.expanduser()
+
+
+REQUIRED_ON_SUPERCOMPUTER = (
+    "supercomputer_site",
+    "edge_node_host",
+    "edge_node_user",
+    "edge_node_key_path",
+    "deployment_base_path",
+)
+NEEDED_FOR_SSH = ("edge_node_user", "edge_node_key_path")
+
+
+def load_settings(sites: Collection[str], root: Path, supercomputer: bool = False) -> Settings:
+    """Read the settings from their layers (see the top of this module).
+
+    Args:
+        sites: the known sites, that is the keys of SUPERCOMPUTER_SITE_OVERRIDES.
+        root: the folder with `.env` and `envs/`.
+        supercomputer: read those of a supercomputer, also where the deployment is `development` or not set: for what
+            looks after access to it.
+
+    Raises:
+        ConfigurationError: all that is missing or wrong, at once, with names and examples; a dotenv file that holds a
+            secret and that others can read; no file or several for a supercomputer that is not named.
+    """
+    known = {**_values(root / ".env"), **_not_blank(os.environ)}
+    file = _choose_file(root / "envs", known, sites, supercomputer)
+    files = (file, root / ".env")  # the later one wins, and the process environment over both
+    problems = [problem for path in files for problem in _problems(path)]
+    try:
+        settings = Settings(_env_file=files)
+    except ValidationError as error:
+        raise ConfigurationError("\n".join([*problems, *_describe(error)])) from None
+    site = settings.supercomputer_site
+    if site and site not in sites:
+        problems.append(f"SLURM_SUPERCOMPUTER_SITE={site!r} is not a known site{nearest(site, sites)}")
+    problems.extend(_data_root_problems(settings))
+    if settings.on_supercomputer or supercomputer:
+        problems.extend(_missing(settings, file))
+    if problems:
+        raise ConfigurationError("\n".join(problems))
+    return settings
+
+
+def _alias(field: FieldInfo) -> str:
+    return str(field.validation_alias)
+
+
+def _choose_file(folder: Path, values: Mapping[str, str], sites: Collection[str], supercomputer: bool) -> Path:
+    """The one file of envs/ that is read: by deployment and site, as far as they are known without it."""
+    deployment, site = values.get("DAGSTER_DEPLOYMENT"), values.get("SLURM_SUPERCOMPUTER_SITE")
+    if deployment and deployment not in DEPLOYMENTS:
+        raise ConfigurationError(f"DAGSTER_DEPLOYMENT={deployment!r} is unknown; valid are {', '.join(DEPLOYMENTS)}")
+    if not supercomputer and (deployment == "development" or not (deployment or site)):
+        return folder / ".env.development"
+    if site:
+        return folder / f".env.{site}"
+    there = [folder / f".env.{name}" for name in sorted(sites) if (folder / f".env.{name}").is_file()]
+    if len(there) == 1:
+        return there[0]
+    choices = ", ".join(sorted(sites))
+    found = (
+        f"there are several: {', '.join(path.name for path in there)}" if there else f"{folder} has no .env.<site> file"
+    )
+    raise ConfigurationError(
+        f"{f'DAGSTER_DEPLOYMENT={deployment}' if deployment else 'This'} needs SLURM_SUPERCOMPUTER_SITE ({choices}), "
+        f"or exactly one file envs/.env.<site>; {found}. "
+        "Copy envs/.env.musica.example to envs/.env.musica and fill it in."
+    )
+
+
+def _not_blank(values: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in values.items() if value}
+
+
+def _values(path: Path) -> dict[str, str]:
+    return _not_blank(dotenv_values(path)) if path.is_file() else {}
+
+
+def _problems(path: Path) -> list[str]:
+    """What is wrong with a dotenv file as a file."""
+    values = _values(path)
+    fields = {_alias(field): field for field in Settings.model_fields.values()}
+    unknown = [name for name in values if name not in fields and name.startswith(_OWN_PREFIXES)]
+    problems = [f"{path}: unknown variable {name}{nearest(name, fields)}" for name in unknown]
+    secrets = [name for name in values if name in fields and fields[name].annotation == (SecretStr | None)]
+    if secrets and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        problems.append(f"{path} holds {', '.join(secrets)} and others can read it: chmod 600 '{path}'")
+    raw = dotenv_values(path, interpolate=False) if path.is_file() else {}
+    for name in (_alias(Settings.model_fields[field]) for field in _REMOTE_PATHS):
+        if found := BRACES.search(raw.get(name) or ""):
+            problems.append(
+                f"{path}: {name}: {found[0]} would be replaced by this machine's variable. Write ${found[1]}"
+            )
+    return problems
+
+
+def _data_root_problems(settings: Settings) -> list[str]:
+    """What is wrong with DATA_ROOT, which lies on this machine in `development`."""
+    if settings.data_root is None:
+        return []
+    try:
+        (check_remote_path if settings.on_supercomputer else expand_here)(settings.data_root)
+    except ValueError as error:
+        return [f"DATA_ROOT: {error}"]
+    return []
+
+
+def _missing(settings: Settings, file: Path) -> list[str]:
+    required = [name for name in REQUIRED_ON_SUPERCOMPUTER if not (settings.on_login_node and name in NEEDED_FOR_SSH)]
+    lacking = [Settings.model_fields[name] for name in required if getattr(settings, name) is None]
+    examples = [f"  {_alias(field)}={(field.examples or [''])[0]}   # {field.description}" for field in lacking]
+    head = f"DAGSTER_DEPLOYMENT={settings.deployment}: not set, neither in the environment nor in {file}; for example"
+    return [head, *examples] if lacking else []
+
+
+def _describe(error: ValidationError) -> list[str]:
+    """The problems by variable name; values are not repeated, since they may be secret."""
+    lines = []
+    for problem in error.errors(include_url=False, include_input=False):
+        name = str(problem["loc"][0])
+        field = next(field for field in Settings.model_fields.values() if _alias(field) == name)
+        text = problem["msg"].removeprefix("Value error, ")
+        text += "" if text.endswith("?") else "."
+        lines.append(f"{name}: {text} {field.description} Example: {(field.examples or [''])[0]}")
+    return lines

@@ -1,0 +1,52 @@
+"""Numbers of a job that plot over time: how long it waited and ran, what it took, how well it used it."""
+
+import re
+
+from dagster_sbatch.slurm.gateway import ACCOUNTED, JobEnd
+from dagster_sbatch.slurm.request import SlurmRequest
+
+
+def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
+    """The numbers as far as they are known; what is not is left out.
+
+    Args:
+        end: of the job, with its times and what the accounting said.
+        request: its nodes and GPUs.
+
+    Returns:
+        `queue_seconds`, `elapsed_seconds`, `node_hours`, `gpu_hours`, `max_rss_mib` (of the step's largest task),
+        `cpu_efficiency` (0 to 1: CPU time over that of the CPUs that were requested).
+    """
+    found: dict[str, float] = {}
+    rows = [dict(zip(ACCOUNTED, row, strict=True)) for row in end.rows if len(row) == len(ACCOUNTED)]
+    if end.started is not None and end.ended is not None and end.started <= end.ended:
+        elapsed = end.ended - end.started
+        if end.submitted is not None:
+            found["queue_seconds"] = end.started - end.submitted
+        found["elapsed_seconds"] = elapsed
+        found["node_hours"] = round(request.nodes * elapsed / 3600, 6)
+        if request.gpus_per_node:
+            found["gpu_hours"] = round(request.nodes * request.gpus_per_node * elapsed / 3600, 6)
+        used = _seconds(rows[0]["TotalCPU"]) if rows else None
+        if used is not None and elapsed:
+            cpus = request.nodes * request.ntasks_per_node * (request.cpus_per_task or 1)
+            found["cpu_efficiency"] = round(used / (cpus * elapsed), 4)
+    peaks = [size for row in rows if (size := _mebibytes(row["MaxRSS"]))]
+    if peaks:
+        found["max_rss_mib"] = round(max(peaks), 1)
+    return found
+
+
+def _mebibytes(size: str) -> float | None:
+    """Return a size as sacct prints it (`12800K`, `12.50M`; KiB without a unit); None of any other text."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGTPE]?)", size)
+    return float(match[1]) * 1024.0 ** ("KMGTPE".index(match[2] or "K") - 1) if match else None
+
+
+def _seconds(text: str) -> float | None:
+    """Of `[DD-[HH:]]MM:SS[.mmm]`, as sacct writes CPU times."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)", text)
+    if not match:
+        return None
+    days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return days * 86400 + hours * 3600 + minutes * 60 + seconds

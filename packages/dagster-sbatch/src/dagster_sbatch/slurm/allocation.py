@@ -1,0 +1,168 @@
+"""From what an asset asks for to what is submitted: partition, QoS, CPUs, memory and time, by the rules of the site."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from dagster_sbatch.errors import ConfigurationError, nearest
+from dagster_sbatch.slurm.request import SlurmRequest
+from dagster_sbatch.slurm.site import Partition, Site
+from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A request with every gap filled.
+
+    Attributes:
+        request: what is submitted; partition is always set, QoS where the site has any.
+        notes: what was changed or deserves a warning, for the run's log.
+        partition: what the site says of the partition; None if no site is known.
+    """
+
+    request: SlurmRequest
+    notes: tuple[str, ...] = ()
+    partition: Partition | None = None
+
+    @property
+    def node_hours(self) -> float:
+        """Node-hours if the job runs to its time limit."""
+        return self.request.nodes * self.request.time_limit.total_seconds() / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU-hours if the job runs to its time limit."""
+        return self.node_hours * self.request.gpus_per_node
+
+    @property
+    def share(self) -> float:
+        """How much of each node the job takes, from 0 to 1: the largest share of its cores, GPUs and memory."""
+        request, node = self.request, self.partition
+        if request.exclusive or node is None:
+            return 1
+        cores = (request.cpus_per_task or 1) * request.ntasks_per_node
+        kib = parse_memory(request.mem) if request.mem else parse_memory(request.mem_per_cpu or "0") * cores
+        shares = [cores / node.cores, request.gpus_per_node / max(node.gpus, 1), kib / parse_memory(node.mem)]
+        return 1 if request.mem and not kib else min(max(shares), 1)
+
+
+def allocate(
+    request: SlurmRequest,
+    site: Site,
+    partition: str | None = None,
+    qos: str | None = None,
+    account: str | None = None,
+    reservation: str | None = None,
+) -> Allocation:
+    """Fill in what the request leaves open, and check it against the site.
+
+    Args:
+        request: of the asset; what it names wins.
+        site: partitions and limits.
+        partition: SLURM_PARTITION; taken if its nodes fit the request (GPUs or none), else the site's first that do.
+        qos: SLURM_QOS; taken if it belongs to the partition, else the same class (`dev_`, `idle_`, plain) of it.
+        account: SLURM_ACCOUNT; used if the request names none.
+        reservation: SLURM_RESERVATION; used if the request names none.
+
+    Raises:
+        ConfigurationError: the site cannot give that; the text names the limit and the choices.
+    """
+    name, nodes = _choose_partition(request, site, partition)
+    chosen_qos, from_environment = _choose_qos(request, site, name, qos)
+    time_limit, notes = _limit_time(request, nodes, chosen_qos, from_environment)
+    most = nodes.qos[chosen_qos].nodes if chosen_qos in nodes.qos else None
+    if most and request.nodes > most:
+        raise ConfigurationError(f"nodes={request.nodes}: QoS {chosen_qos} gives a user at most {most}")
+    filled = {**_size(request, name, nodes), "partition": name, "qos": chosen_qos, "time_limit": time_limit}
+    filled |= {"account": request.account or account, "reservation": request.reservation or reservation}
+    return Allocation(request.model_copy(update=filled), notes, nodes)
+
+
+def _choose_partition(request: SlurmRequest, site: Site, preferred: str | None) -> tuple[str, Partition]:
+    wants_gpus = request.gpus_per_node > 0
+    for name in (request.partition, preferred):
+        if name and name not in site.partitions:
+            raise ConfigurationError(f"the site has no partition {name!r}{nearest(name, site.partitions)}")
+    fitting = [name for name, nodes in site.partitions.items() if bool(nodes.gpus) == wants_gpus]
+    if request.partition:
+        if wants_gpus and request.partition not in fitting:
+            raise ConfigurationError(
+                f"gpus_per_node={request.gpus_per_node}: partition {request.partition} has no GPUs"
+                + (f"; {', '.join(fitting)} has" if fitting else "")
+            )
+        return request.partition, site.partitions[request.partition]
+    if preferred in fitting:
+        return preferred, site.partitions[preferred]
+    if not fitting:
+        raise ConfigurationError(f"the site has no partition {'with' if wants_gpus else 'without'} GPUs")
+    return fitting[0], site.partitions[fitting[0]]
+
+
+def _choose_qos(request: SlurmRequest, site: Site, partition: str, preferred: str | None) -> tuple[str | None, bool]:
+    """The QoS to submit with (None: the site has none), and whether SLURM_QOS led to it."""
+    valid = site.partitions[partition].qos
+    if request.qos:
+        if request.qos not in valid:
+            raise ConfigurationError(
+                f"qos={request.qos!r} is no QoS of partition {partition}{nearest(request.qos, valid)}"
+            )
+        return request.qos, False
+    if not preferred:
+        return next(iter(valid), None), False
+    classes = {qos: qos.removesuffix(name) for name, nodes in site.partitions.items() for qos in nodes.qos}
+    if preferred not in classes:
+        raise ConfigurationError(f"SLURM_QOS={preferred!r} is not a QoS of this site{nearest(preferred, classes)}")
+    chosen = preferred if preferred in valid else classes[preferred] + partition
+    if chosen not in valid:
+        raise ConfigurationError(
+            f"SLURM_QOS={preferred}: partition {partition} has no QoS of that class, only {', '.join(valid) or 'none'}"
+        )
+    return chosen, True
+
+
+def _limit_time(
+    request: SlurmRequest, partition: Partition, qos: str | None, from_environment: bool
+) -> tuple[timedelta, tuple[str, ...]]:
+    """Return the time limit to submit with, and a note if it had to be shortened."""
+    limit = partition.qos[qos].time_limit if qos in partition.qos else None
+    if limit is None or request.time_limit <= limit:
+        return request.time_limit, ()
+    longest = format_time(limit)
+    text = f"time_limit {format_time(request.time_limit)} is over the {longest} that QoS {qos} allows"
+    if not from_environment:
+        raise ConfigurationError(f"{text}: ask for less, or for another QoS ({', '.join(partition.qos)})")
+    return limit, (f"{text} (from SLURM_QOS): shortened to {longest}",)
+
+
+def _size(request: SlurmRequest, name: str, partition: Partition) -> dict[str, int | str]:
+    """CPUs and memory where the request leaves them open, after a look at what a node has."""
+    gpus, tasks, cpus, mem = request.gpus_per_node, request.ntasks_per_node, request.cpus_per_task, request.mem
+    if gpus > partition.gpus:
+        raise ConfigurationError(
+            f"gpus_per_node={gpus}: a node of partition {name} has {partition.gpus}; ask for more nodes"
+        )
+    filled: dict[str, int | str] = {}
+    if request.exclusive:  # whole nodes: all that they have, unless the asset says less
+        if cpus is None:
+            cpus = filled["cpus_per_task"] = partition.cores // tasks
+        if mem is None and request.mem_per_cpu is None:
+            mem = filled["mem"] = "0"
+    elif gpus:
+        if cpus is None and partition.cores_per_gpu:
+            cpus = filled["cpus_per_task"] = max(partition.cores_per_gpu * gpus // tasks, 1)
+        if mem is None and request.mem_per_cpu is None and partition.mem_per_gpu:
+            mem = filled["mem"] = format_memory(parse_memory(partition.mem_per_gpu) * gpus)
+    if (cpus or 1) * tasks > partition.cores:
+        raise ConfigurationError(
+            f"ntasks_per_node={tasks} with cpus_per_task={cpus or 1}: a node of partition {name} gives a job "
+            f"{partition.cores} CPUs. Request at most cpus_per_task={partition.cores // tasks}, or more nodes"
+            if tasks <= partition.cores
+            else f"ntasks_per_node={tasks}: a node of partition {name} gives a job {partition.cores} CPUs. "
+            "Request fewer tasks per node, or more nodes"
+        )
+    per_node = parse_memory(mem) if mem else parse_memory(request.mem_per_cpu or "0") * (cpus or 1) * tasks
+    if per_node > parse_memory(partition.mem):
+        what = f"mem={mem}" if mem else f"mem_per_cpu={request.mem_per_cpu} for {(cpus or 1) * tasks} CPUs"
+        raise ConfigurationError(
+            f"{what}: a node of partition {name} has {partition.mem}. Request less memory per node, or more nodes"
+        )
+    return filled

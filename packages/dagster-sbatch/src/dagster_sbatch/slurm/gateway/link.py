@@ -1,0 +1,216 @@
+"""A connection with an agent on it, opened anew as often as it takes.
+
+A lost connection says nothing about a job: every request is repeated until it is answered. The agent's errors are of
+three kinds: `refused` is final; `temporary` is repeated over the same connection, with growing pauses; `broken`, an
+error of the agent itself, is repeated a few times only.
+"""
+
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from time import monotonic
+from typing import Any, TypeVar
+
+from dagster_sbatch.auth import AccessError
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.slurm.gateway.answers import LostClaimError, RefusedError, StoppedError
+from dagster_sbatch.slurm.gateway.channel import OpenChannel
+from dagster_sbatch.slurm.gateway.wire import NoPythonError, Wire
+from dagster_sbatch.ssh import AuthenticationError, SshError, UnreachableError
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.2, 60.0
+"""Seconds between two tries of a request: each pause is twice as long as the one before."""
+MOST_LOGINS, LOGINS_SECONDS = 15, 600.0
+"""A link that has opened so many connections within so many seconds waits LONGEST_PAUSE before each further one."""
+BROKEN_TRIES = 4
+"""After so many broken answers to a request in a row it fails."""
+DENIED_PAUSE, DENIED_PATIENCE = 60.0, 86400.0
+"""For a login node that has let this client in and does so no more: somebody may fix that while the job runs."""
+PYTHON_ADVICE = (
+    "The agent needs Python 3.6 or newer. Name one in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES, "
+    "or load one in its setup_commands."
+)
+T = TypeVar("T")
+_Frame = tuple[Mapping[str, Any], bytes]
+
+
+class AgainError(Exception):
+    """The request got no final answer; repeat it over a new connection."""
+
+
+class _BlockedError(AgainError):
+    """Something on the way to the login node is wrong that a person may have to fix."""
+
+
+class _DeniedError(_BlockedError):
+    """The login node refuses this client; a person may change that."""
+
+
+class _TemporaryError(AgainError):
+    """The agent could not do what was asked, for now; repeat the request over the same connection."""
+
+
+class _BrokenError(_TemporaryError):
+    """The agent failed by an error of its own."""
+
+
+_ERRORS = {"refused": RefusedError, "broken": _BrokenError}
+"""By the kind that the agent names; any other is temporary."""
+
+
+class Link:
+    """Requests and their answers, over whatever connection there is at the moment; for one thread at a time."""
+
+    def __init__(
+        self,
+        open_channel: OpenChannel,
+        stop: threading.Event | None = None,
+        on_trouble: Callable[[str], None] = lambda _: None,
+        on_recovered: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            open_channel: makes a connection with an agent on it.
+            stop: ends waits with StoppedError, when it is set.
+            on_trouble: is told of each lost connection, in words.
+            on_recovered: is called when the login node answers again after the link was `blocked`.
+
+        Attributes:
+            committed: set it when a job may exist: from then on no error on the way to the login node is final.
+            blocked: whether a person may have to fix the latest error.
+        """
+        self._open_channel = open_channel
+        self.stop = stop or threading.Event()
+        self._on_trouble, self._on_recovered = on_trouble, on_recovered
+        self.committed = self.blocked = False
+        self.wire: Wire | None = None
+        self.claimed: Mapping[str, Any] | None = None
+        self._hold = -1
+        self._let_in: float | None = None
+        self._had_agent = False
+        self._opened: deque[float] = deque(maxlen=MOST_LOGINS)
+        self._advanced, self._failed = False, 0
+
+    def close(self) -> None:
+        """End the connection."""
+        if self.wire:
+            self.wire.close()
+            self.wire = None
+
+    def ask(self, **request: Any) -> Mapping[str, Any]:
+        """The one answer to a request."""
+        return self.patiently(lambda: next(self.exchange(request))[1])
+
+    def exchange(
+        self, *requests: Mapping[str, Any], data: bytes = b""
+    ) -> Iterator[tuple[int, Mapping[str, Any], bytes]]:
+        """The answers to some requests, as they come, with which of them they are to; `data` goes behind the last."""
+        try:
+            wire = self._connect()
+            last = len(requests) - 1
+            idents = [wire.send(data if which == last else b"", **request) for which, request in enumerate(requests)]
+            while True:
+                if self.stop.is_set():
+                    raise StoppedError
+                frame = self._receive(wire)
+                if frame is None or frame[0]["id"] not in idents:
+                    continue
+                if "error" in frame[0]:
+                    self._failed = idents.index(frame[0]["id"])
+                    raise _ERRORS.get(frame[0]["error"], _TemporaryError)(frame[0]["text"])
+                self._advanced |= bool(frame[1] or data)
+                yield idents.index(frame[0]["id"]), *frame
+        except (OSError, EOFError, UnreachableError) as error:
+            raise AgainError(str(error) or type(error).__name__) from error
+        except NoPythonError as error:
+            kind = _BlockedError if self.committed else AgainError if self._had_agent else RefusedError
+            raise kind(f"{error}\n{PYTHON_ADVICE}") from error
+        except (AccessError, SshError, ConfigurationError) as error:
+            again = self._classify(error)
+            if again is None:
+                raise
+            raise again from error
+
+    def _classify(self, error: AccessError | SshError | ConfigurationError) -> AgainError | None:
+        """Return what an error on the way to the login node means for a request; None: it is final."""
+        text = f"no certificate to log in with: {error}" if isinstance(error, AccessError) else str(error)
+        if isinstance(error, AccessError) and error.temporary:
+            return AgainError(text)
+        if isinstance(error, AccessError | AuthenticationError):
+            lately = self._let_in is not None and monotonic() - self._let_in <= DENIED_PATIENCE
+            return _DeniedError(text) if self.committed or lately else None
+        return _BlockedError(text) if self.committed else None
+
+    def _receive(self, wire: Wire) -> _Frame | None:
+        """Return the next frame, if one has come."""
+        frame = wire.receive()
+        self._had_agent |= frame is not None
+        self._let_in = monotonic()
+        if frame and self.blocked:
+            self.blocked = False
+            self._on_recovered()
+        if frame and frame[0]["id"] == self._hold and "held" in frame[0]:
+            raise LostClaimError(frame[0]["held"])
+        return frame
+
+    def _connect(self) -> Wire:
+        """The connection; on a new one, what was claimed is held on to first."""
+        if self.wire is None:
+            self._opened.append(monotonic())
+            self.wire = Wire(self._open_channel())
+            self._hold = self.wire.send(do="hold", **self.claimed) if self.claimed else -1
+        return self.wire
+
+    def patiently(self, step: Callable[[], T], lasting: Callable[[], bool] = lambda: False) -> T:
+        """Repeat a request until it works, is refused, is broken again and again, or is stopped.
+
+        Pauses grow for as long as the request does not advance, whether connections are lost or the agent answers.
+
+        Args:
+            step: makes the request.
+            lasting: whether there is a job to follow: then neither broken nor refused answers end the request.
+
+        Raises:
+            RefusedError: also for BROKEN_TRIES broken answers in a row.
+            StoppedError: `stop` was set.
+        """
+        pause, broken = FIRST_PAUSE, 0
+        while True:
+            begun, self._advanced = monotonic(), False
+            try:
+                return step()
+            except (AgainError, RefusedError) as error:
+                if isinstance(error, RefusedError) and not lasting():
+                    raise
+                if self._advanced or monotonic() - begun > LONGEST_PAUSE:
+                    pause, broken = FIRST_PAUSE, 0
+                broken += isinstance(error, _BrokenError)
+                if broken >= BROKEN_TRIES and not lasting():
+                    raise RefusedError(str(error)) from error
+                if not isinstance(error, _TemporaryError):
+                    self.close()
+                self.blocked = isinstance(error, _BlockedError)
+                self._on_trouble(str(error))
+                wait = DENIED_PAUSE if isinstance(error, _DeniedError) else pause
+            self._wait(wait * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait before the next try; a connection that is there stays alive, and what comes over it is dropped."""
+        until = monotonic() + seconds
+        while True:
+            if self.wire:
+                try:
+                    self._receive(self.wire)
+                except (OSError, EOFError, UnreachableError):
+                    self.close()
+            many = len(self._opened) == MOST_LOGINS and monotonic() - self._opened[0] < LOGINS_SECONDS
+            if many and not self.wire:
+                until = max(until, self._opened[-1] + LONGEST_PAUSE)
+            left = until - monotonic()
+            if self.stop.wait(0 if self.wire else max(left, 0)):
+                raise StoppedError
+            if left <= 0:
+                return

@@ -1,0 +1,128 @@
+"""What an asset asks Slurm for, in Slurm's own words."""
+
+import re
+from datetime import timedelta
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from dagster_sbatch.errors import ConfigurationError, describe, nearest
+from dagster_sbatch.slurm.units import format_time, parse_memory, parse_time
+
+FURTHER_OPTIONS = frozenset(
+    """
+    acctg-freq begin bb contiguous core-spec cores-per-socket cpu-freq deadline distribution gpu-bind
+    gpu-freq hint licenses mail-type mail-user mem-bind mincpus network nice no-requeue ntasks-per-core
+    ntasks-per-socket oversubscribe power prefer priority profile requeue sockets-per-node spread-job
+    switches thread-spec threads-per-core tmp use-min-nodes wckey
+    """.split()
+)
+"""Options of sbatch (man sbatch, Slurm 22.05) that `options` takes. Those with a field of their own, and those that the
+job script needs for itself (job-name, output, signal, export, array, ...), are not among them."""
+
+
+def _time(value: object) -> timedelta:
+    """Read a time in Slurm's notation, or take one of at least a second as it is."""
+    if isinstance(value, timedelta) and value >= timedelta(seconds=1):
+        return value
+    return parse_time(value if isinstance(value, str) else repr(value))
+
+
+def _memory(text: str) -> str:
+    parse_memory(text)
+    return text
+
+
+def _word(pattern: str, example: str) -> AfterValidator:
+    """A value that may stand in an #SBATCH line as it is: no space, no quote, no newline."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{text!r} is not valid here; an example is {example!r}")
+        return text
+
+    return AfterValidator(check)
+
+
+Time = Annotated[timedelta, PlainValidator(_time), PlainSerializer(format_time)]
+Memory = Annotated[str, AfterValidator(_memory)]
+Name = Annotated[str, _word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "zen4_0768")]
+NodeList = Annotated[str, _word(r"[A-Za-z0-9_.,\[\]-]+", "n[4001-4003],n4007")]
+Constraint = Annotated[str, _word(r"[A-Za-z0-9_.,&|*()\[\]-]+", "hdr&nvme")]
+Dependency = Annotated[str, _word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)?)*)*", "afterok:123:124")]
+
+
+class SlurmRequest(BaseModel):
+    """The allocation that an asset needs. Each field is the option of sbatch of that name (man sbatch).
+
+    What is left out is filled in by the deployment and the site: partition, QoS, and for GPU requests the CPUs and the
+    memory that belong to a GPU. The request is checked in `development` too, so that a mistake is found on the laptop.
+
+    Example:
+        SlurmRequest(nodes=2, gpus_per_node=4, time_limit="02:00:00")
+
+    Raises:
+        ConfigurationError: a field is unknown or its value is not what Slurm takes; all problems are told at once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nodes: PositiveInt = Field(1, description="Number of nodes.")
+    ntasks_per_node: PositiveInt = Field(1, description="Tasks a node; Ray takes one.")
+    cpus_per_task: PositiveInt | None = Field(
+        None, description="CPUs a task. For GPU requests: the site's share a GPU."
+    )
+    gpus_per_node: int = Field(0, ge=0, description="GPUs a node; becomes --gres=gpu:N.")
+    mem: Memory | None = Field(None, description="Memory a node, for instance 64G. For GPU requests: the share a GPU.")
+    mem_per_cpu: Memory | None = Field(None, description="Memory a CPU; instead of mem.")
+    time_limit: Time = Field(
+        timedelta(hours=1), description="Limit of the run time, for instance '02:00:00' or '1-12', or a timedelta."
+    )
+    partition: Name | None = Field(None, description="Only where the deployment's choice does not do.")
+    qos: Name | None = Field(None, description="Only where the deployment's choice does not do.")
+    account: Name | None = Field(None, description="Whom the site charges.")
+    reservation: Name | None = Field(None, description="A reservation of the site.")
+    constraint: Constraint | None = Field(None, description="Features that the nodes must have.")
+    exclude: NodeList | None = Field(None, description="Nodes not to be used.")
+    nodelist: NodeList | None = Field(None, description="Nodes to be used.")
+    exclusive: bool = Field(default=False, description="Whole nodes, shared with nobody.")
+    dependency: Dependency | None = Field(None, description="Other jobs to wait for, for instance afterok:123.")
+    options: tuple[str, ...] = Field((), description="Further options of sbatch, for instance ('--mail-type=END',).")
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigurationError(describe(error, "SlurmRequest", type(self).model_fields)) from None
+
+    @model_validator(mode="after")
+    def _check(self) -> "SlurmRequest":
+        if self.mem and self.mem_per_cpu:
+            raise ValueError("give mem or mem_per_cpu, not both")
+        for option in self.options:
+            _check_option(option)
+        return self
+
+
+def _check_option(option: str) -> None:
+    match = re.fullmatch(r"--([a-z][a-z-]*)(=[A-Za-z0-9@%_.,:+/*&|\[\]-]+)?", option)
+    if not match:
+        raise ValueError(f"options: {option!r} is not of the form '--name=value' or '--name' (no spaces, no quotes)")
+    name = match[1]
+    field = name.replace("-", "_")
+    if field in SlurmRequest.model_fields or name in ("time", "gres", "gpus"):
+        raise ValueError(f"options: --{name} has a field of its own in SlurmRequest")
+    if name not in FURTHER_OPTIONS:
+        raise ValueError(
+            f"options: --{name} is not an option of sbatch that can be passed on{nearest(name, FURTHER_OPTIONS)}"
+        )

@@ -1,0 +1,121 @@
+"""The facts about a supercomputer that the client needs: partitions, QoS, commands to run before Python."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from dagster_sbatch.errors import ConfigurationError, nearest
+from dagster_sbatch.sites import SITES
+from dagster_sbatch.slurm.request import Memory, Time
+from dagster_sbatch.ssh.known_hosts import parse_authority
+
+
+def _comment(text: str) -> str:
+    if not text.startswith("#") or text.splitlines() != [text]:
+        raise ValueError(f"{text!r} is not a comment: write one line that begins with #; commands go to setup_commands")
+    return text
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Qos(_Part):
+    """Limits of a quality of service; what is not known is left out and not checked."""
+
+    time_limit: Time | None = Field(None, description="The longest time limit that it takes.")
+    nodes: PositiveInt | None = Field(None, description="The most nodes that a user may have in it.")
+    preemptible: bool = Field(default=False, description="Its jobs can be ended, or put back in the queue, for others.")
+
+
+class Partition(_Part):
+    """Nodes of one kind."""
+
+    cores: PositiveInt = Field(description="CPUs that a job can have on a node; cores if threads_per_core is 1.")
+    mem: Memory = Field(description="Memory of a node.")
+    gpus: int = Field(0, ge=0, description="GPUs of a node.")
+    cores_per_gpu: PositiveInt | None = Field(None, description="CPUs for each GPU of a request that names none.")
+    mem_per_gpu: Memory | None = Field(None, description="Memory for each GPU of a request that names none.")
+    qos: dict[str, Qos] = Field({}, description="The QoS that it takes, the ordinary one first; empty: none is needed.")
+
+
+def _authority(line: str) -> str:
+    parse_authority(line)
+    return line
+
+
+class Site(_Part):
+    """A supercomputer."""
+
+    partitions: dict[str, Partition] = Field({}, description="By name, the preferred one of each kind first.")
+    launchers: dict[str, dict[str, Any]] = Field(
+        {}, description="Fields of RayLauncher ('ray') and ScriptLauncher ('script')."
+    )
+    script_header: tuple[Annotated[str, AfterValidator(_comment)], ...] = Field(
+        (), description="Comment lines of the job script, before the #SBATCH lines: for the site's submit plugin."
+    )
+    threads_per_core: Literal[1, 2, 4, 8] | None = Field(
+        None,
+        description="Hardware threads that a job uses of each core. With 1, CPUs are cores everywhere; "
+        "if not given, Slurm decides what a CPU is.",
+    )
+    setup_commands: tuple[str, ...] = Field(
+        (), description="Shell commands before Python is looked for (module load ...)."
+    )
+    host_authorities: tuple[Annotated[str, AfterValidator(_authority)], ...] = Field(
+        (),
+        description="Lines `@cert-authority ...`, for hosts that the user's known_hosts does not have.",
+    )
+    documentation: str | None = Field(None, description="Address of the centre's documentation.")
+    local_disk: str = Field(
+        "/local",
+        pattern=r"^/[A-Za-z0-9._/-]{1,24}$",
+        description="Folder on each node's own disk, for temporary files; /tmp where it cannot be written to.",
+    )
+    python_candidates: tuple[str, ...] = Field(("python3",), description="Interpreters to try, the best first.")
+
+
+def load_site(overrides: Mapping[str, Any], name: str) -> Site:
+    """Return a site: what the project knows of it, with its entry in `overrides` merged over that.
+
+    Dictionaries are merged key by key, any other value replaces the known one; None removes it.
+
+    Args:
+        overrides: SUPERCOMPUTER_SITE_OVERRIDES.
+        name: SLURM_SUPERCOMPUTER_SITE.
+
+    Raises:
+        ConfigurationError: the name is unknown, or its entry has an unknown key or a wrong value.
+    """
+    known = SITES.keys() | overrides.keys()
+    if name not in known:
+        raise ConfigurationError(f"SLURM_SUPERCOMPUTER_SITE={name!r} is not a known site{nearest(name, known)}")
+    try:
+        return Site.model_validate(_merge(SITES.get(name, {}), overrides.get(name, {})))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False, include_input=False):
+            path = problem["loc"]
+            place = f"SUPERCOMPUTER_SITE_OVERRIDES[{']['.join(map(repr, [name, *path]))}]"
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"{place}: unknown key{nearest(str(path[-1]), _keys_beside(len(path)))}")
+            else:
+                lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}")
+        raise ConfigurationError("\n".join(lines)) from None
+
+
+def _merge(known: Mapping[str, Any], changes: Any) -> Any:
+    if not isinstance(changes, Mapping):
+        return changes
+    merged = {**known}
+    for key, value in changes.items():
+        old = known.get(key)
+        merged[key] = _merge(old if isinstance(old, Mapping) else {}, value)
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def _keys_beside(depth: int) -> list[str]:
+    """Return the valid keys beside an unknown one; `depth`: how many keys lead to it from the site's entry."""
+    models: dict[int, type[BaseModel]] = {1: Site, 3: Partition}
+    return list(models.get(depth, Qos).model_fields)

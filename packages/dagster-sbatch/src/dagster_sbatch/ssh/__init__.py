@@ -1,0 +1,53 @@
+"""SSH to a login node: a user certificate, strictly checked host keys and host certificates, at most one jump host.
+
+See docs/ssh.md.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.ssh.errors import AuthenticationError, HostKeyError, SshError, UnreachableError
+
+if TYPE_CHECKING:
+    import fabric
+
+__all__ = ["AuthenticationError", "HostKeyError", "SshError", "UnreachableError", "connect"]
+
+
+def connect(
+    settings: Settings, refresh: Callable[[Settings], object], host_authorities: Sequence[str] = ()
+) -> "fabric.Connection":
+    """Open a connection to the login node; one attempt.
+
+    For a channel of bytes, use `connection.transport.open_session()`: its window is 2 MB, its stderr is apart from
+    its stdout. A connection that was lost opens anew on `connection.open()`, with `refresh` first, as here.
+
+    Example:
+        with connect(settings, ensure_certificate) as connection:
+            channel = connection.transport.open_session()
+            channel.exec_command("hostname")
+
+    Args:
+        settings: SLURM_EDGE_NODE_HOST, _PORT, _USER and _KEY_PATH are used; ~/.ssh/config fills in what they leave out.
+        refresh: called with the settings before each attempt, so that the certificate is valid; what it raises passes.
+        host_authorities: the site's `@cert-authority` lines, for hosts that the user's known_hosts does not have.
+
+    Returns:
+        The opened connection, a context manager that closes it and the jump host's.
+
+    Raises:
+        ConfigurationError: the settings or ~/.ssh/config name no host or key, or something that is not supported.
+        HostKeyError: the machine's host key or host certificate is unknown, changed, revoked or not valid.
+        AuthenticationError: the private key or its certificate cannot be used, or was refused.
+        UnreachableError: no answer, refused, lost, or too slow; the caller may try again, with a random delay.
+        SshError: the two sides have no algorithm in common.
+    """
+    from dagster_sbatch.ssh.client_config import read_route
+    from dagster_sbatch.ssh.connection import Connection
+
+    login, jump = read_route(settings)
+    gateway = Connection(jump, None, lambda: None, host_authorities) if jump else None
+    connection = Connection(login, gateway, lambda: refresh(settings), host_authorities)
+    connection.open()
+    return connection

@@ -1,0 +1,167 @@
+"""Which way to the login node: the settings, filled in from ~/.ssh/config (ssh_config(5))."""
+
+import getpass
+import ipaddress
+import re
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from paramiko import SSHConfig
+from paramiko.ssh_exception import ConfigParseError
+
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.ssh.reports import warn_once
+
+SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
+
+_READ = frozenset({"hostname", "port", "user", "proxyjump", "identityfile", "userknownhostsfile"})
+_REPORTED = frozenset(
+    {"hostkeyalias", "proxycommand", "certificatefile", "globalknownhostsfile", "revokedhostkeys", "knownhostscommand"}
+)
+"""Not read, though they change which machine is reached or what is trusted: told where they are for this host."""
+
+_JUMP = re.compile(r"(?:ssh://)?(?:(?P<user>[^@]+)@)?(?P<host>\[[^]]+\]|[^:,]+)(?::(?P<port>\d+))?")
+
+
+@dataclass(frozen=True)
+class Hop:
+    """A machine to log in to.
+
+    Attributes:
+        host: name or address; host keys and certificates are checked for it.
+        key: the private key; its certificate is the file beside it whose name ends in `-cert.pub`.
+        known_hosts: files with the keys that are trusted.
+    """
+
+    host: str
+    port: int
+    user: str
+    key: Path
+    known_hosts: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        return f"{self.host} (port {self.port})"
+
+
+def read_route(settings: Settings) -> tuple[Hop, Hop | None]:
+    """The login node and, with ProxyJump, the jump host before it.
+
+    Raises:
+        ConfigurationError: no host or key is named, there is more than one jump host, or ~/.ssh/config is not valid.
+    """
+    if settings.edge_node_host is None:
+        raise ConfigurationError("SLURM_EDGE_NODE_HOST is not set: the name of the login node")
+    config = _UserConfig(Path("~/.ssh/config").expanduser())
+    options = config.of(settings.edge_node_host)
+    key = settings.edge_node_key_path or options.key
+    if key is None:
+        raise ConfigurationError("SLURM_EDGE_NODE_KEY_PATH is not set: your private SSH key, like ~/.ssh/id_musica")
+    login = Hop(
+        host=options.host,
+        port=settings.edge_node_port if "edge_node_port" in settings.model_fields_set else options.port or 22,
+        user=settings.edge_node_user or options.user or getpass.getuser(),
+        key=key,
+        known_hosts=options.known_hosts,
+    )
+    return login, _jump(config, options.jump, login) if options.jump else None
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What ~/.ssh/config says about a host; `host` is itself where there is no HostName."""
+
+    host: str
+    port: int | None
+    user: str | None
+    key: Path | None
+    jump: str | None
+    known_hosts: tuple[Path, ...]
+
+
+class _UserConfig:
+    """The user's ssh_config file. Of the system's, nothing is read."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        try:
+            self._config = SSHConfig.from_text(_without_unread(file))
+        except ConfigParseError as error:
+            raise ConfigurationError(f"{file}: {error}") from None
+
+    def of(self, alias: str) -> _Options:
+        """The options for a host as the user calls it."""
+        found = self._config.lookup(alias)
+        for option in sorted(_REPORTED & {name for name, value in found.items() if value}):
+            warn_once(f"{self._file}: {option} is not read here, though it is set for {alias}")
+        port = found.get("port")
+        if port is not None and not (port.isdecimal() and 1 <= int(port) <= 65535):
+            raise ConfigurationError(f"{self._file}: Port {port} for {alias} is no port")
+        files = shlex.split(found.get("userknownhostsfile", "~/.ssh/known_hosts ~/.ssh/known_hosts2"))
+        keys = [Path(name) for name in found.get("identityfile", []) if name.lower() != "none"]
+        jump = found.get("proxyjump", "none")
+        return _Options(
+            host=_checked(found["hostname"], f"{self._file} or SLURM_EDGE_NODE_HOST"),
+            port=int(port) if port else None,
+            user=found.get("user"),
+            key=next((key for key in keys if key.exists()), keys[0] if keys else None),
+            jump=None if jump.lower() == "none" else jump,
+            known_hosts=(*(Path(name).expanduser() for name in files if name != "none"), SYSTEM_KNOWN_HOSTS),
+        )
+
+
+def _jump(config: _UserConfig, text: str, login: Hop) -> Hop:
+    user, alias, port = _split_jump(text)
+    options = config.of(alias)
+    if options.jump and _split_jump(options.jump)[1] != alias:  # with `Host *`, a jump host would jump over itself
+        raise ConfigurationError(f"~/.ssh/config: {alias} is itself behind {options.jump}; one jump host is supported")
+    return replace(
+        login,
+        host=options.host,
+        port=port or options.port or 22,
+        user=user or options.user or login.user,
+        key=options.key or login.key,
+        known_hosts=options.known_hosts,
+    )
+
+
+def _split_jump(text: str) -> tuple[str | None, str, int | None]:
+    match = _JUMP.fullmatch(text.rstrip("/"))
+    if match is None:
+        raise ConfigurationError(f"~/.ssh/config: ProxyJump {text} is not one host as [user@]host[:port]")
+    return match["user"], match["host"].strip("[]"), int(match["port"]) if match["port"] else None
+
+
+def _checked(host: str, where: str) -> str:
+    """The host, if it is a name or an address and nothing else."""
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        if re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?", host):
+            return host
+    raise ConfigurationError(f"{host!r} is not the name of a host (in {where}); user and port are set apart from it")
+
+
+def _without_unread(file: Path) -> str:
+    """The text with what is not read left out; `Include` and `Match` are reported, since they might say more."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from None
+    kept = []
+    in_match = False
+    for number, line in enumerate(lines, 1):
+        word = re.split(r"[\s=]", line.strip(), maxsplit=1)[0].lower()
+        if word == "include":
+            warn_once(f"{file}:{number}: Include is not read here; copy what is needed from that file into this one")
+        elif word == "match":
+            in_match = True
+            warn_once(f"{file}:{number}: Match is not read here, with all that follows until the next Host")
+        elif word == "host":
+            in_match = False
+        if word == "host" or (word in _READ | _REPORTED and not in_match):
+            kept.append(line)
+    return "\n".join(kept)

@@ -1,0 +1,188 @@
+"""A fabric connection that checks host keys as OpenSSH does, and shows one private key and nothing else."""
+
+import logging
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import fabric
+import paramiko
+from paramiko.ssh_exception import PartialAuthentication
+
+from dagster_sbatch.ssh import host_key
+from dagster_sbatch.ssh.client_config import Hop
+from dagster_sbatch.ssh.errors import HostKeyError, SshError, UnreachableError
+from dagster_sbatch.ssh.known_hosts import KnownHosts
+from dagster_sbatch.ssh.user_key import UserKey
+
+CONNECT_SECONDS = 10.0
+"""For TCP, to each address of the host. Looking up the name takes as long as the system lets it (resolv.conf(5))."""
+HANDSHAKE_SECONDS = 30.0
+"""From the server's greeting to the end of the key exchange; half of it for the greeting itself."""
+AUTHENTICATION_SECONDS = 30.0
+CHANNEL_SECONDS = 30.0
+"""To open a channel, also the one through a jump host."""
+KEEPALIVE_SECONDS = 15.0
+"""Keeps firewalls from forgetting a silent connection. It does not notice that the other side is gone."""
+
+# Paramiko logs what it raises, too. Without a handler of one's own, that would be printed on stderr.
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
+
+
+class Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
+    """Asks for the kinds of host keys that can be checked, and keeps the one that was shown.
+
+    `preferred_keys` and `_verify_key` are internals of paramiko; tests/unit/test_ssh_connection.py holds them.
+    """
+
+    def __init__(self, hop: Hop, known: KnownHosts, sock: Any, **options: Any) -> None:
+        self._hop = hop
+        self._known = known
+        self.host_key_blob = b""
+        super().__init__(sock, **options)
+
+    @property
+    def preferred_keys(self) -> tuple[str, ...]:
+        """The algorithms for host keys, the best first."""
+        return host_key.preferred_algorithms(super().preferred_keys, self._hop.host, self._hop.port, self._known)
+
+    def _verify_key(self, blob: bytes, signature: bytes) -> None:
+        try:
+            super()._verify_key(blob, signature)
+        except paramiko.SSHException as error:
+            raise HostKeyError(f"{self._hop} has not proved that it holds the host key it shows: {error}") from error
+        self.host_key_blob = blob
+
+    def start_client(self, event: threading.Event | None = None, timeout: float | None = None) -> None:
+        """Exchange keys; unlike paramiko's own, it fails when time (in seconds) is up."""
+        super().start_client(event, timeout)
+        if not self.initial_kex_done:
+            raise paramiko.SSHException(f"no key exchange within {timeout} s")
+
+
+class _CheckHostKey(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
+    """Is asked about every host key, since no key is ever put into paramiko's own list."""
+
+    def __init__(self, hop: Hop, known: KnownHosts) -> None:
+        self._hop = hop
+        self._known = known
+
+    def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:  # noqa: ARG002
+        host_key.check(client.get_transport().host_key_blob, self._hop.host, self._hop.port, self._known)
+
+
+class _ShowUserKey(paramiko.AuthStrategy):  # type: ignore[misc]
+    """Logs in with one key: no agent, no other keys, no password, no question on the terminal."""
+
+    def __init__(self, hop: Hop, key: UserKey) -> None:
+        super().__init__(ssh_config=paramiko.SSHConfig())
+        self._hop = hop
+        self._key = key
+
+    def authenticate(self, transport: paramiko.Transport) -> None:
+        """Log in; raises AuthenticationError if the server said no, SSHException if it did not say."""
+        answered = threading.Event()
+        transport.auth_publickey(self._hop.user, self._key.private, answered)
+        if not answered.wait(AUTHENTICATION_SECONDS):
+            raise paramiko.SSHException(f"no answer to the login within {AUTHENTICATION_SECONDS} s")
+        if transport.is_authenticated():
+            return
+        error = transport.get_exception()
+        if not transport.is_active():
+            raise error or paramiko.SSHException("the connection was closed during the login")
+        partial = isinstance(error, PartialAuthentication)
+        methods = list(getattr(error, "allowed_types", [])) or self._ask_methods(transport)
+        raise self._key.refused(self._hop, methods, partial=partial)
+
+    def _ask_methods(self, transport: paramiko.Transport) -> list[str]:
+        """Return the ways of logging in that the server names; none if it does not answer."""
+        try:
+            transport.auth_none(self._hop.user)
+        except paramiko.BadAuthenticationType as error:
+            return list(error.allowed_types)
+        except (paramiko.SSHException, EOFError):
+            pass
+        return []
+
+
+class Connection(fabric.Connection):  # type: ignore[misc]  # fabric has no types
+    """A connection to one machine, perhaps through another.
+
+    Args:
+        hop: the machine.
+        gateway: the connection to the jump host, opened and closed with this one.
+        before_opening: called before each attempt.
+        host_authorities: of the site.
+    """
+
+    def __init__(
+        self,
+        hop: Hop,
+        gateway: "Connection | None",
+        before_opening: Callable[[], object],
+        host_authorities: Sequence[str],
+    ) -> None:
+        # `lazy` keeps fabric from reading ~/.fabric.yml and the like, an empty SSHConfig from reading ~/.ssh/config;
+        # and run() is not to take this program's own standard input for the command's.
+        overrides = {"run": {"in_stream": False}}
+        config = fabric.Config(lazy=True, ssh_config=paramiko.SSHConfig(), overrides=overrides)
+        super().__init__(hop.host, user=hop.user, port=hop.port, config=config, gateway=gateway)
+        self._set(_hop=hop, _before_opening=before_opening, _host_authorities=host_authorities)
+
+    def open(self) -> None:
+        """Connect, check the host key, log in; nothing if it is open. Raises what `dagster_sbatch.ssh.connect` does."""
+        if self.is_connected:
+            return
+        self.close()
+        self._before_opening()
+        hop: Hop = self._hop
+        key = UserKey.load(hop.key)
+        known = KnownHosts.read(hop.known_hosts, self._host_authorities)
+        self.client.set_missing_host_key_policy(_CheckHostKey(hop, known))
+        self.connect_kwargs = {
+            "transport_factory": partial(Transport, hop, known),
+            "auth_strategy": _ShowUserKey(hop, key),
+            "timeout": HANDSHAKE_SECONDS,
+            "banner_timeout": HANDSHAKE_SECONDS / 2,
+            "channel_timeout": CHANNEL_SECONDS,
+        }
+        try:
+            if self.gateway is None:
+                self.connect_kwargs["sock"] = _connect_tcp(hop)
+            super().open()
+        except paramiko.IncompatiblePeer as error:
+            self.close()
+            raise SshError(f"{hop} and this program have no SSH algorithm in common: {error}") from error
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            self.close()
+            raise UnreachableError(_describe(error, hop, self.gateway)) from error
+        except BaseException:
+            self.close()
+            raise
+        self.transport.set_keepalive(KEEPALIVE_SECONDS)
+
+    def close(self) -> None:
+        """Close it, at whatever stage it is, and the jump host's after it."""
+        super().close()
+        self.client.close()
+        if self.gateway is not None:
+            self.gateway.close()
+
+
+def _connect_tcp(hop: Hop) -> socket.socket:
+    connection = socket.create_connection((hop.host, hop.port), CONNECT_SECONDS)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+def _describe(error: Exception, hop: Hop, gateway: Connection | None) -> str:
+    through = f" through the jump host {gateway.host}" if gateway else ""
+    if isinstance(error, socket.gaierror):
+        reason = f"the name is not known ({error.strerror})"
+    elif isinstance(error, ConnectionRefusedError):
+        reason = "it refuses connections; SSH is switched off there, or the port is another"
+    else:
+        reason = str(error) or type(error).__name__
+    return f"{hop} cannot be reached{through}: {reason}"

@@ -1,0 +1,169 @@
+"""The known_hosts files of OpenSSH, as sshd(8) describes them under "SSH_KNOWN_HOSTS FILE FORMAT"."""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dagster_sbatch.auth.certificate import fingerprint
+from dagster_sbatch.ssh.reports import warn_once
+
+CERT_AUTHORITY = "@cert-authority"
+REVOKED = "@revoked"
+_MARKERS = (CERT_AUTHORITY, REVOKED)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a known_hosts file.
+
+    Attributes:
+        place: `file:line`.
+        marker: CERT_AUTHORITY, REVOKED, or empty for an ordinary host key.
+        hosts: patterns, or one hashed name.
+        key_type: for example `ssh-ed25519`.
+        key: the public key as it is sent over the wire (RFC 4253, section 6.6).
+        from_site: it stands in the site's entry, not in a file.
+    """
+
+    place: str
+    marker: str
+    hosts: str
+    key_type: str
+    key: bytes
+    from_site: bool = False
+
+    def matches(self, name: str) -> bool:
+        """Whether the line is for a name: a host in lower case, or `[host]:port`."""
+        return _is_hash_of(self.hosts, name) if self.hosts.startswith("|") else _matches_patterns(self.hosts, name)
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.marker} {self.key_type} {fingerprint(self.key)}".replace(":  ", ": ")
+
+
+@dataclass(frozen=True)
+class KnownHosts:
+    """What all known_hosts files together say, and the authorities of the site's entry.
+
+    Attributes:
+        files: the ones that were looked for, whether they exist or not.
+    """
+
+    files: tuple[Path, ...]
+    entries: tuple[Entry, ...]
+    site_authorities: tuple[Entry, ...] = ()
+
+    @classmethod
+    def read(cls, files: Iterable[Path], site_authorities: Iterable[str] = ()) -> "KnownHosts":
+        """Read the files that exist; what cannot be read is warned about, and the rest is used all the same.
+
+        Args:
+            files: the user's first.
+            site_authorities: lines that `parse_authority` takes.
+        """
+        files = tuple(files)
+        entries = tuple(entry for file in files for entry in _read_file(file))
+        return cls(files, entries, tuple(map(parse_authority, site_authorities)))
+
+    def matching(self, name: str, marker: str) -> list[Entry]:
+        """Return the files' entries of that kind for a name."""
+        return [entry for entry in self.entries if entry.marker == marker and entry.matches(name)]
+
+
+def names_of(host: str, port: int) -> list[str]:
+    """The names that a host is looked up by, the first that is known being the one that counts; as ssh(1) does it."""
+    host = host.lower()
+    return [host] if port == 22 else [f"[{host}]:{port}", host]
+
+
+def parse_authority(line: str) -> Entry:
+    """Parse a `@cert-authority` line of a site's entry.
+
+    Raises:
+        ValueError: it is no such line; the text says why.
+    """
+    words = line.split()
+    if not words or words[0] != CERT_AUTHORITY:
+        raise ValueError(f"the line does not begin with {CERT_AUTHORITY}")
+    return replace(_parse("SUPERCOMPUTER_SITE_OVERRIDES", words), from_site=True)
+
+
+def _read_file(file: Path) -> list[Entry]:
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        warn_once(f"{file} cannot be read and is left out: {error.strerror}")
+        return []
+    entries = []
+    for number, line in enumerate(text.split("\n"), 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        place = f"{file}:{number}"
+        try:
+            entries.append(_parse(place, words))
+        except ValueError as error:
+            warn_once(f"{place} is no line of a known_hosts file and is left out: {error}")
+    return entries
+
+
+def _parse(place: str, words: list[str]) -> Entry:
+    marker = words.pop(0) if words[0].startswith("@") else ""
+    if marker and marker not in _MARKERS:
+        raise ValueError(f"unknown marker {marker}")
+    if len(words) < 3:
+        raise ValueError("it needs names, the key's type and the key")
+    hosts, key_type, encoded = words[:3]
+    try:
+        key = base64.b64decode(encoded, validate=True)
+    except binascii.Error:
+        raise ValueError("the key is not base64") from None
+    if _strings(key)[0] != key_type.encode():
+        raise ValueError(f"the key is not of the type {key_type}")
+    return Entry(place, marker, hosts, key_type, key)
+
+
+def _strings(key: bytes) -> list[bytes]:
+    """The strings that a public key consists of, each after its length in four bytes."""
+    parts = []
+    rest = key
+    while len(rest) >= 4:
+        end = 4 + int.from_bytes(rest[:4], "big")
+        if end > len(rest):
+            break
+        parts.append(rest[4:end])
+        rest = rest[end:]
+    if rest or len(parts) < 2:
+        raise ValueError("the key is cut short or damaged")
+    return parts
+
+
+def _is_hash_of(hashed: str, name: str) -> bool:
+    """Whether `|1|salt|hash` (HashKnownHosts) is of that name."""
+    try:
+        version, salt, digest = hashed[1:].split("|")
+        expected = hmac.new(base64.b64decode(salt), name.encode(), hashlib.sha1).digest()
+        return version == "1" and hmac.compare_digest(base64.b64decode(digest), expected)
+    except ValueError:
+        return False
+
+
+def _matches_patterns(patterns: str, name: str) -> bool:
+    """Whether a name fits a list of patterns with `*`, `?` and `!`, as in ssh_config(5) under PATTERNS."""
+    found = False
+    for pattern in patterns.lower().split(","):
+        if re.fullmatch(_as_regex(pattern.removeprefix("!")), name):
+            if pattern.startswith("!"):
+                return False
+            found = True
+    return found
+
+
+def _as_regex(pattern: str) -> str:
+    return "".join({"*": ".*", "?": "."}.get(character, re.escape(character)) for character in pattern)

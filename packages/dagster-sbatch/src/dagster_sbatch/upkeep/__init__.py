@@ -1,0 +1,1 @@
+"""What runs by itself: credentials, orphaned jobs, runs whose process is gone."""

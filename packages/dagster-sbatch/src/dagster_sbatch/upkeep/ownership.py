@@ -1,0 +1,94 @@
+"""Which Slurm jobs still belong to a Dagster run, and what becomes of those that no run follows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+import dagster as dg
+
+from dagster_sbatch.inspect.runs import RunRecord, Runs
+from dagster_sbatch.run.history import is_stored
+
+GRACE = timedelta(minutes=1)
+"""After the end of a run, in which a retry or a re-execution of it may be asked for."""
+Standing = Literal["alive", "retry due", "just ended", "over", "unknown"]
+
+
+def standing_of(instance: dg.DagsterInstance, root: str, now: datetime) -> Standing:
+    """Return how a run, its retries and its re-executions stand together.
+
+    Args:
+        instance: which knows the runs; one that was deleted is unknown to it.
+        root: id of the first run.
+        now: with a zone.
+    """
+    records = _group(instance, root)
+    if not any(record.dagster_run.run_id == root for record in records):
+        return "unknown"
+    if not all(record.dagster_run.is_finished for record in records):
+        return "alive"
+    if any(_is_to_be_retried(record.dagster_run) for record in records):
+        return "retry due"
+    ended = max(record.end_time or record.update_timestamp.timestamp() for record in records)
+    return "just ended" if now.timestamp() - ended < GRACE.total_seconds() else "over"
+
+
+def _group(instance: dg.DagsterInstance, root: str) -> list[dg.RunRecord]:
+    groups = (dg.RunsFilter(run_ids=[root]), dg.RunsFilter(tags={"dagster/root_run_id": root}))
+    return [record for wanted in groups for record in instance.get_run_records(wanted)]
+
+
+def _is_to_be_retried(run: dg.DagsterRun) -> bool:
+    """Whether Dagster has promised a retry and not made it yet."""
+    promised = run.status == dg.DagsterRunStatus.FAILURE and run.tags.get("dagster/will_retry") == "true"
+    return promised and "dagster/auto_retry_run_id" not in run.tags
+
+
+def reason_to_cancel(instance: dg.DagsterInstance, run: RunRecord) -> str:
+    """Return why nobody wants the job of a run any more; empty if a re-execution may attach to it.
+
+    A job whose step or process failed while it was running is kept. It is cancelled if a person terminated the last
+    run that followed it, or if the step has succeeded since, in that run or a later one, with another job.
+
+    Args:
+        instance: that knows the run.
+        run: one whose Dagster runs are all over.
+    """
+    group = {record.dagster_run.run_id: record for record in _group(instance, run.about.root)}
+    followers = [group[each] for each in run.followers if each in group]
+    if not followers:
+        return ""
+    last = max(followers, key=lambda record: record.create_timestamp)
+    if last.dagster_run.status == dg.DagsterRunStatus.CANCELED:
+        return "its run was terminated"
+    since = [each for each, record in group.items() if record.create_timestamp >= last.create_timestamp]
+    return "its step has succeeded with another job" if is_stored(instance, since, run.about.step) else ""
+
+
+@dataclass(frozen=True)
+class LeftJob:
+    """A job that no run follows, and that a re-execution can attach to."""
+
+    run: RunRecord
+    state: str
+
+    @property
+    def text(self) -> str:
+        """What it is and what to do, for people."""
+        run = self.run
+        return (
+            f"Slurm job {run.job} ({run.about.asset}) is {self.state}, and no Dagster run follows it. "
+            f"Re-execute run {run.followers[-1]} to attach to it again, or cancel it:\n  scripts/job {run.job} cancel"
+        )
+
+
+def left_jobs(instance: dg.DagsterInstance, runs: Runs, now: datetime | None = None) -> Iterator[LeftJob]:
+    """Find the waiting and running jobs that no run follows and that are not to be cancelled."""
+    now = now or datetime.now(UTC)
+    for run in runs.all():
+        if not run.job or run.end or standing_of(instance, run.about.root, now) not in ("over", "just ended"):
+            continue
+        state = None if reason_to_cancel(instance, run) else runs.look(run)[0]
+        if state:
+            yield LeftJob(run, state.state)

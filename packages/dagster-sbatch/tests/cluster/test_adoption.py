@@ -1,0 +1,257 @@
+"""A step that was killed and is executed again goes on with the job that is there: one job for each attempt."""
+
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.auth import ensure_certificate
+from dagster_sbatch.run.submission import former_family_of
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import SlurmRequest, allocate, render_job_script
+from dagster_sbatch.slurm.gateway import Gateway, choose_channel
+from resources import PROJECT
+from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, SimulatedSite, wait_until
+from support.background import (
+    REPORTS,
+    STRESS,
+    WAITS,
+    events,
+    go_on,
+    jobs_of,
+    nobody_left,
+    only_job,
+    runs_there,
+)
+from support.step import Step, kill
+from support.workload_asset import PIPES
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture
+def variables(on_supercomputer: dict[str, str]) -> dict[str, str]:
+    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    return {**kept, **on_supercomputer}
+
+
+def one_job_each(site: SimulatedSite) -> None:
+    """For each run directory there has been one job."""
+    for run in runs_there(site):
+        assert len(jobs_of(site, run)) == 1, run
+
+
+def test_two_at_once_then_killed_then_done_anew(site: SimulatedSite, tmp_path: Path, variables: dict[str, str]) -> None:
+    step = Step(tmp_path / "step", variables, WAITS)
+    first = step.start(again=False)
+    job = only_job(site, "RUNNING")
+    second = step.start(again=True)
+    told = f"Another run (run {step.runs()[0]}, process {first.pid} on "
+    wait_until(lambda: told in step.log and "is already executing this step" in step.log, "the second is told who", 60)
+    kill(first)
+    wait_until(
+        lambda: f"Slurm job {job} was submitted by an earlier run of this step" in step.log, "the second follows", 60
+    )
+    go_on(site)
+    success, error, metadata = step.result(second)
+    assert (success, error) == (True, "")
+    assert (metadata["job_id"], metadata["run_directory"][-2:]) == (job, "-1")
+    assert step.output == "begun\ngone on\n"
+    third = step.start(again=True)  # what is materialised is not taken again
+    success, error, metadata = step.result(third)
+    assert (success, error) == (True, "")
+    assert metadata["job_id"] != job
+    assert metadata["run_directory"].endswith("-2")
+    # Asked for while the same is executed: it waits, and uses that result.
+    site.run_on_login(CERTIFICATE_USER, "rm go-on")
+    fourth = step.start(again=True)
+    only_job(site, "RUNNING")
+    fifth = step.start(again=True)
+    wait_until(lambda: "is already executing this step" in step.log, "the fifth waits", 90)
+    go_on(site)
+    _, _, first_result = step.result(fourth)
+    success, error, metadata = step.result(fifth)
+    assert (success, error) == (True, "")
+    assert metadata["job_id"] == first_result["job_id"]
+    assert metadata["run_directory"].endswith("-3")
+    one_job_each(site)
+    nobody_left(site)
+
+
+ENDS = {
+    "well": (WAITS, "Using its result", 1),
+    "badly": (f"{WAITS.rstrip()}\n    raise SystemExit(3)\n", "", 2),
+    "without closing Pipes": (f"{WAITS.rstrip()}\n    import os; os._exit(0)\n", "Using its result", 2),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_the_job_has_ended_while_nobody_looked(
+    how: str, site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    workload, told, attempts = ENDS[how]
+    step = Step(tmp_path / "step", variables, workload)
+    process = step.start(again=False)
+    only_job(site, "RUNNING")
+    kill(process)
+    go_on(site)
+    wait_until(lambda: '"code"' in events(site), "the end of the job", 60)
+    success, error, _ = step.result(step.start(again=True))
+    assert told in step.log
+    assert success is (how == "well"), error
+    if how == "without closing Pipes":  # its result was looked at, and is not taken a second time
+        success, error, _ = step.result(step.start(again=True))
+        assert not success
+        assert "without closing its Dagster Pipes session" in error
+        assert "Using its result" not in step.log
+    assert len(runs_there(site)) == attempts
+    one_job_each(site)
+
+
+def test_killed_between_the_result_and_dagsters_record_of_it(
+    site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    step = Step(tmp_path / "step", variables, REPORTS)
+    step.hold()
+    process = step.start(again=False)
+    wait_until(step.held, "the asset has the result", 90)
+    kill(process)
+    success, error, first = step.result(step.start(again=True))
+    assert (success, error) == (True, "")
+    assert "Using its result" in step.log
+    assert first["run_directory"].endswith("-1")
+    success, error, second = step.result(step.start(again=True))  # now it is stored
+    assert (success, error) == (True, "")
+    assert second["job_id"] != first["job_id"]
+    one_job_each(site)
+
+
+LATER = WAITS.replace("gone on", "gone on, later")
+
+
+def test_what_decides_the_result_is_changed_while_the_job_runs(
+    site: SimulatedSite, tmp_path: Path, variables: dict[str, str], client_home: Path
+) -> None:
+    """The job is cancelled, the differences are named without values. Another Slurm request is no difference."""
+    step = Step(tmp_path / "step", variables, WAITS)
+    step.call(extras={"n": 1}, env={"TOKEN": "secret 1"})
+    process = step.start(again=False)
+    jobs = [only_job(site, "RUNNING")]
+    kill(process)
+    changes: list[tuple[str, Callable[[], None]]] = [
+        ("env['TOKEN'], extras['n']", lambda: step.call({"n": 2}, {"TOKEN": "secret 2"})),
+        ("code workload.py", lambda: step.change(LATER)),
+        ("env['TOKEN'], extras['n']", lambda: step.call({"n": 1}, {"TOKEN": "secret 1"})),
+    ]
+    for named, change in changes:
+        change()
+        process = step.start(again=True)
+        wait_until(lambda: site.job_state(jobs[-1]) == "CANCELLED", "the outdated job is cancelled", 90)
+        jobs.append(only_job(site, "RUNNING"))
+        wait_until(lambda: f"job {jobs[-1]}: RUNNING" in step.log, "the step follows it", 60)
+        kill(process)
+        assert (
+            f"Slurm job {jobs[-2]} was submitted by an earlier run of this step with other inputs ({named})" in step.log
+        )
+        assert "WARNING" in step.log
+        assert "secret" not in step.log
+    step.call({"n": 1}, {"TOKEN": "secret 1"}, time_limit="00:40:00")
+    known = client_home / ".ssh" / "known_hosts"
+    trusted = known.read_text()
+    known.write_text("")
+    process = step.start(again=True)
+    wait_until(lambda: f"cannot reach its Slurm job {jobs[-1]}" in step.log, "the job is not forgotten", 90)
+    known.write_text(trusted)
+    wait_until(lambda: "time_limit=00:30:00 (now 00:40:00)" in step.log, "the job is adopted", 90)
+    go_on(site)
+    success, error, metadata = step.result(process)
+    assert (success, error, metadata["job_id"]) == (True, "", jobs[-1])
+    assert step.output.endswith("gone on, later\n")
+    assert len(set(jobs)) == 4
+    one_job_each(site)
+
+
+def test_a_job_of_an_older_version_is_not_adopted(
+    site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    """Nothing says what it was submitted with: it is cancelled, and does not get in the way of the new job."""
+    step = Step(tmp_path / "step", variables, WAITS)
+    step.call(env={"PATH": "/"})  # refused before anything is submitted
+    success, *_ = step.result(step.start(again=False))
+    assert not success
+    former = former_family_of(step.runs()[0], ["probe"], [], 0)
+    job = submit_by_hand(site, f"{former}-1")
+    site.wait_for_job(job, "RUNNING")
+    step.call()
+    process = step.start(again=True)
+    wait_until(lambda: site.job_state(job) == "CANCELLED", "it is cancelled", 90)
+    go_on(site)
+    success, error, metadata = step.result(process)
+    assert (success, error) == (True, "")
+    assert f"Slurm job {job} was submitted by an earlier run of this step" in step.log
+    assert "no record of what it was submitted with" in step.log
+    assert metadata["job_id"] != job
+    one_job_each(site)
+
+
+def submit_by_hand(site: SimulatedSite, key: str) -> int:
+    """Submit a job that sleeps, and nothing beside its script; its id."""
+    musica = PROJECT.load_site("musica")
+    request = allocate(SlurmRequest(), musica, qos=CPU_PARTITION).request
+    script = render_job_script(request, musica, job_name=key, about={}, environment={}, body="sleep 600")
+    settings = Settings.model_validate(site.environment())
+    with closing(Gateway(choose_channel(settings, ["python3"], ensure_certificate))) as gateway:
+        run = f"{CERTIFICATE_USER.home}/dagster-slurm/runs/{key}"
+        return int(gateway.submit(run, {"job.sh": script}).job)
+
+
+LAST_KILL = 8.0
+LINES = 70
+"""Ten a second: with the submission's two seconds that takes longer than until the last kill."""
+COUNTS = (
+    PIPES
+    + f"""
+    import time
+    for number in range({LINES}):
+        print(f"line {{number}}", flush=True)
+        time.sleep(0.1)
+    pipes.report_asset_materialization(metadata={{"rows": 7}})
+    """
+)
+
+
+@pytest.mark.parametrize("rounds", [20 if STRESS else 3])
+def test_killed_at_random_moments(rounds: int, site: SimulatedSite, tmp_path: Path, variables: dict[str, str]) -> None:
+    """Between the connection and the end of the job, some of them during a submission of two seconds."""
+    failures: list[str] = []
+
+    def play(number: int) -> None:
+        step = Step(tmp_path / f"step-{number}", variables, COUNTS)
+        process = step.start(again=False)
+        wait_until(lambda: step.begun(process), "it begins", 90)
+        threading.Event().wait(random.uniform(0, LAST_KILL))
+        kill(process)
+        success, error, _ = step.result(step.start(again=True))
+        if not success or step.output.splitlines() != [f"line {line}" for line in range(LINES)]:
+            failures.append(f"{error}\n{step.log}\n{step.output}")
+
+    with site.faults.sbatch("slow"):
+        for some in batches(range(rounds), 3):
+            threads = [threading.Thread(target=play, args=(number,)) for number in some]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert not failures
+    assert len(runs_there(site)) == rounds
+    one_job_each(site)
+    nobody_left(site)
+
+
+def batches(numbers: range, size: int) -> Iterator[range]:
+    for start in range(0, len(numbers), size):
+        yield numbers[start : start + size]

@@ -1,0 +1,425 @@
+"""Submitting and following on the real Slurm, over the real SSH, whatever happens in between."""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.auth import ensure_certificate
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import SlurmRequest, allocate, render_job_script
+from dagster_sbatch.slurm.gateway import Gateway, JobEnd, JobState, RefusedError, StoppedError, choose_channel
+from resources import PROJECT
+from slurm_in_a_box import CERTIFICATE_USER, TCSH_USER, SimulatedSite, wait_until
+from slurm_in_a_box.faults import SbatchFault
+
+pytestmark = pytest.mark.cluster
+SITE = PROJECT.load_site("musica")
+PYTHONS = ("nosuchpython", "python3")
+BROKEN_PYTHON = "#!/bin/sh\\necho libpython is missing >&2\\nexit 127\\n"
+LINES = 'i=0; while [ $i -lt 20000 ]; do echo "line $i äöü"; i=$((i+1)); done'
+
+
+class Run:
+    """A run on the site: its files, and what came of it."""
+
+    def __init__(self, body: str) -> None:
+        self.key = f"test-{secrets.token_hex(4)}"
+        self.path = f"{CERTIFICATE_USER.home}/dagster-slurm/runs/{self.key}"
+        wanted = SlurmRequest(time_limit="5")
+        complete = allocate(wanted, SITE, qos="dev_zen4_0768").request
+        script = render_job_script(complete, SITE, job_name=self.key, about={}, environment={}, body=body)
+        self.files = {"job.sh": script}
+        self.stdout, self.stderr, self.messages = bytearray(), bytearray(), bytearray()
+        self.states: list[JobState] = []
+
+    @property
+    def sinks(self) -> dict[str, Callable[[bytes], None]]:
+        return {"stdout": self.stdout.extend, "stderr": self.stderr.extend, "messages.jsonl": self.messages.extend}
+
+
+@pytest.fixture
+def settings(site: SimulatedSite, client_home: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setenv("HOME", str(client_home))
+    return Settings.model_validate(site.environment())
+
+
+@pytest.fixture
+def gateway(settings: Settings) -> Iterator[Gateway]:
+    made = Gateway(choose_channel(settings, PYTHONS, ensure_certificate))
+    yield made
+    made.close()
+
+
+def submit(gateway: Gateway, run: Run) -> str:
+    return gateway.submit(run.path, run.files).job
+
+
+def follow(gateway: Gateway, run: Run) -> JobEnd:
+    return gateway.follow(run.path, run.sinks, run.states.append)
+
+
+def jobs_named(site: SimulatedSite, run: Run) -> list[str]:
+    return site.squeue("--noheader", "--states=all", f"--name={run.key}", "--format=%i").split()
+
+
+def nobody_left(site: SimulatedSite) -> None:
+    wait_until(lambda: not site.processes_on_login(), "no process on the login nodes", 10)
+
+
+@pytest.mark.older_slurm
+def test_a_run_from_submission_to_its_end(gateway: Gateway, site: SimulatedSite) -> None:
+    run = Run(f"{LINES}; echo to stderr >&2; echo '{{}}' >> messages.jsonl; exit 3")
+    first = gateway.submit(run.path, run.files)
+    assert first.how == "submitted"
+    end = follow(gateway, run)
+    assert (end.code, end.short) == (3, {})
+    assert run.stdout.decode().splitlines() == [f"line {i} äöü" for i in range(20000)]
+    assert run.stderr.decode() == "to stderr\n"
+    assert run.messages.decode().endswith("\n{}\n")
+    assert run.states[-1].state == "RUNNING"
+    again = gateway.submit(run.path, run.files)
+    assert (again.job, again.how) == (first.job, "recorded")
+    assert jobs_named(site, run) == [first.job]
+    mode = site.run_on_login(CERTIFICATE_USER, f"stat -c %a {run.path}").stdout.strip()
+    assert mode == "700"
+    gateway.close()
+    nobody_left(site)
+
+
+def test_a_refusal_is_final_and_in_slurms_words(gateway: Gateway, site: SimulatedSite) -> None:
+    run = Run("true")
+    with pytest.raises(RefusedError, match="Invalid qos specification"):
+        gateway.submit(run.path, run.files, ["--qos=admin"])
+    with pytest.raises(RefusedError, match="is there already, with other content"):
+        gateway.submit(run.path, {"job.sh": "#!/bin/sh\n"}, [])
+    assert submit(gateway, run)  # corrected
+
+
+def test_cancelled_and_gone(gateway: Gateway, site: SimulatedSite) -> None:
+    run = Run("sleep 300")
+    job = submit(gateway, run)
+    site.wait_for_job(int(job), "RUNNING")
+    cancelled = gateway.cancel(run.path)
+    assert cancelled is not None
+    assert cancelled.state == site.job_state(int(job)) == "CANCELLED"
+    end = follow(gateway, run)
+    assert (end.code, end.state) == (None, "CANCELLED")
+
+
+def test_a_wait_that_is_stopped_leaves_the_job_alone(settings: Settings, site: SimulatedSite) -> None:
+    stop = threading.Event()
+    gateway = Gateway(choose_channel(settings, PYTHONS, ensure_certificate), stop)
+    run = Run("echo begun; sleep 300")
+    job = submit(gateway, run)
+    site.wait_for_job(int(job), "RUNNING")
+    threading.Timer(0.5, stop.set).start()
+    with pytest.raises(StoppedError):
+        follow(gateway, run)
+    assert site.job_state(int(job)) == "RUNNING"
+    gateway.stop = threading.Event()
+    cancelled = gateway.cancel(run.path)
+    assert cancelled is not None
+    assert cancelled.state == "CANCELLED"
+    gateway.close()
+
+
+@pytest.mark.parametrize("drops", [12])
+def test_dropped_again_and_again_each_line_comes_once(settings: Settings, site: SimulatedSite, drops: int) -> None:
+    told: list[str] = []
+    gateway = Gateway(choose_channel(settings, PYTHONS, ensure_certificate), on_trouble=told.append)
+    run = Run(f"for round in 1 2 3 4 5 6; do {LINES}; sleep 0.5; done")
+    over = threading.Event()
+
+    def disturb() -> None:
+        for _ in range(drops):
+            if not over.wait(0.4):
+                site.faults.drop_connections()
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        submit(gateway, run)
+        end = gateway.follow(run.path, run.sinks, run.states.append)
+    finally:
+        over.set()
+        thread.join()
+        gateway.close()
+    assert end.code == 0
+    assert run.stdout.decode().splitlines() == 6 * [f"line {i} äöü" for i in range(20000)]
+    assert len(told) >= 3
+    assert len(jobs_named(site, run)) == 1
+    nobody_left(site)
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [("error-after", {"found", "recorded"}), ("error-before", {"submitted"}), ("slow", {"submitted"})],
+)
+def test_sbatch_that_lies_is_looked_behind(
+    gateway: Gateway, site: SimulatedSite, kind: SbatchFault, how: set[str]
+) -> None:
+    run = Run("echo once")
+    with site.faults.sbatch(kind):
+        threading.Timer(3, site.faults.repair_all).start()
+        job = gateway.submit(run.path, run.files)
+    assert job.how in how  # recorded: the job itself was faster
+    follow(gateway, run)
+    assert run.stdout == b"once\n"
+    assert jobs_named(site, run) == [job.job]
+
+
+def test_a_shell_that_is_not_bash(site: SimulatedSite, settings: Settings, tmp_path: Path) -> None:
+    site.mint_certificate(tmp_path / "id_tcsh", TCSH_USER)
+    changes = {"edge_node_user": TCSH_USER.name, "edge_node_key_path": tmp_path / "id_tcsh"}
+    gateway = Gateway(choose_channel(settings.model_copy(update=changes), PYTHONS, lambda _: None))
+    run = Run("echo from tcsh")
+    run.path = f"{TCSH_USER.home}/with space, 'quote' and $HOME/runs/{run.key}"
+    submit(gateway, run)
+    follow(gateway, run)
+    assert run.stdout == b"from tcsh\n"
+    gateway.close()
+
+
+def test_many_at_once_submit_one_job(settings: Settings, site: SimulatedSite) -> None:
+    run, found = Run("echo once"), []
+
+    def ask() -> None:
+        gateway = Gateway(choose_channel(settings, PYTHONS, ensure_certificate))
+        found.append(gateway.submit(run.path, run.files))
+        gateway.close()
+
+    ensure_certificate(settings)
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len({each.job for each in found}) == 1
+    assert sorted(each.how for each in found) == ["recorded", "recorded", "recorded", "submitted"]
+    assert len(jobs_named(site, run)) == 1
+
+
+def test_a_submission_that_hangs_is_not_overtaken(settings: Settings, site: SimulatedSite) -> None:
+    """sbatch has submitted and never answers; its agent is gone; a second one waits for it, and finds the job."""
+    run = Run("echo once")
+    first = Gateway(choose_channel(settings, PYTHONS, ensure_certificate), threading.Event())
+    with site.faults.sbatch("silent-after"):
+
+        def ask() -> None:
+            with pytest.raises(StoppedError):
+                first.submit(run.path, run.files)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        wait_until(lambda: jobs_named(site, run), "the job is there", 30)
+        first.stop.set()
+        thread.join(30)
+        first.close()
+    second = Gateway(choose_channel(settings, PYTHONS, ensure_certificate))
+    end = follow(second, run)
+    assert end.code == 0
+    assert run.stdout == b"once\n"
+    assert len(jobs_named(site, run)) == 1
+    second.close()
+
+
+def test_a_submission_that_is_stopped_cannot_submit_beside_a_new_one(settings: Settings, site: SimulatedSite) -> None:
+    """Agent and sbatch are stopped before anything is submitted; a second client asks; then they are let go."""
+    run, found = Run("echo once"), []
+    first, second = (Gateway(choose_channel(settings, PYTHONS, ensure_certificate)) for _ in range(2))
+
+    def give_up() -> None:
+        with pytest.raises(StoppedError):
+            first.submit(run.path, run.files)
+
+    with site.faults.sbatch("slow"):
+        thread = threading.Thread(target=give_up)
+        thread.start()
+        wait_until(lambda: any("--parsable" in each.command for each in site.processes_on_login()), "sbatch", 30, 0.02)
+        stopped = site.processes_on_login()
+        for each in stopped:
+            site.run_on_node(each.machine, f"kill -STOP {each.pid}", check=False)
+        first.stop.set()
+        thread.join(30)
+        first.close()
+        other = threading.Thread(target=lambda: found.append(second.submit(run.path, run.files)))
+        other.start()
+        other.join(3)
+        assert other.is_alive(), "it has not waited for the first"
+        assert not jobs_named(site, run)
+        for each in stopped:
+            site.run_on_node(each.machine, f"kill -CONT {each.pid}", check=False)
+        other.join(60)
+    assert [submitted.how for submitted in found] == ["recorded"]
+    follow(second, run)
+    assert run.stdout == b"once\n"
+    assert jobs_named(site, run) == [found[0].job]
+    second.close()
+
+
+def test_a_job_that_is_put_back_in_the_queue_is_followed_into_its_second_life(
+    gateway: Gateway, site: SimulatedSite
+) -> None:
+    run = Run('if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then echo first; sleep 300; fi; echo second')
+    job = int(submit(gateway, run))
+    thread = threading.Thread(target=follow, args=(gateway, run))
+    thread.start()
+    wait_until(lambda: bytes(run.stdout) == b"first\n", "the first life", 30)
+    site.faults.requeue_job(job)
+    thread.join(180)
+    assert not thread.is_alive()
+    assert run.stdout == b"first\nsecond\n"
+
+
+def test_a_controller_that_is_away_is_waited_for(gateway: Gateway, site: SimulatedSite) -> None:
+    run, done = Run("echo done"), []
+    with site.faults.controller_down():
+        thread = threading.Thread(target=lambda: done.append(gateway.submit(run.path, run.files)))
+        thread.start()
+        begun = time.monotonic()
+        wait_until(lambda: time.monotonic() - begun > 3, "three seconds without a controller", 10)
+        assert not done
+    thread.join(120)
+    assert len(done) == 1
+    follow(gateway, run)
+    assert run.stdout == b"done\n"
+    assert len(jobs_named(site, run)) == 1
+
+
+@pytest.mark.older_slurm
+def test_accounting_and_states(gateway: Gateway, site: SimulatedSite) -> None:
+    run = Run("sleep 30")  # a twentieth of that is waited for the accounting
+    job = submit(gateway, run)
+    end = follow(gateway, run)
+    assert (end.state, end.exit) == ("COMPLETED", "0:0")
+    assert end.rows[0][:2] == [job, "COMPLETED"]
+    assert end.submitted and end.started and end.ended
+    assert end.submitted <= end.started < end.ended
+    assert gateway.states(run.path.rpartition("/")[0])["jobs"][job][3] == run.key
+
+
+@pytest.mark.usefixtures("shells_that_end_at_once")
+def test_without_agent_it_is_told_why(site: SimulatedSite, settings: Settings) -> None:
+    """A profile that ends the shell leaves nobody to send the agent to."""
+    told: list[str] = []
+    stop = threading.Event()
+    site.run_on_login(CERTIFICATE_USER, "printf 'echo closed for maintenance; exit 1\\n' > ~/.bashrc")
+    gateway = Gateway(choose_channel(settings, PYTHONS, ensure_certificate), stop, told.append)
+
+    def ask() -> None:
+        with pytest.raises(StoppedError):
+            gateway.states("runs")
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    wait_until(lambda: told, "the trouble is told", 20)
+    stop.set()
+    thread.join(20)
+    assert "no agent: " in told[0]
+    assert "closed for maintenance" in told[0]
+    gateway.close()
+
+
+def test_a_login_node_on_which_no_python_starts_is_an_error(site: SimulatedSite, settings: Settings) -> None:
+    """P-17: it was asked again for ever."""
+    site.run_on_login(
+        CERTIFICATE_USER,
+        f"mkdir bin; printf '{BROKEN_PYTHON}' > bin/broken; chmod +x bin/broken; "
+        "echo 'PATH=~/bin:$PATH' > .bash_profile",
+    )
+    gateway = Gateway(choose_channel(settings, ["nosuchpython", "broken"], ensure_certificate))
+    with pytest.raises(RefusedError) as raised:
+        gateway.states(Run("").path)
+    text = str(raised.value)
+    assert "no Python: none of nosuchpython, broken starts on login0" in text
+    assert "libpython is missing" in text
+    assert "python_candidates of SUPERCOMPUTER_SITE_OVERRIDES" in text
+
+
+def test_slurm_that_only_login_shells_find(site: SimulatedSite, settings: Settings) -> None:
+    """P-17: and a Python that is there and does not start."""
+    site.run_on_login(
+        CERTIFICATE_USER,
+        "mkdir bin; ln -s /usr/bin/* bin; rm bin/sbatch bin/squeue bin/scontrol bin/scancel bin/sacct; "
+        f"printf '{BROKEN_PYTHON}' > bin/broken; chmod +x bin/broken; echo 'PATH=~/bin' >> .bashrc; "
+        "echo 'PATH=/usr/bin:/bin; cat >/dev/null' > .bash_profile",
+    )
+    gateway = Gateway(choose_channel(settings, ["broken", "python3"], ensure_certificate))
+    run = Run("echo works")
+    assert submit(gateway, run)
+    assert follow(gateway, run).code == 0
+    gateway.close()
+    nobody_left(site)
+
+
+def test_setup_commands_come_before_the_agent(site: SimulatedSite, settings: Settings) -> None:
+    """A function of the login profile, a Python that it alone finds, and a user of tcsh."""
+    key = site.layout.state / "client" / "id_tcsh"
+    changes = {"edge_node_user": TCSH_USER.name, "edge_node_key_path": key}
+    site.mint_certificate(key, TCSH_USER)
+    site.run_on_login(
+        TCSH_USER,
+        "mkdir of-module; ln -s /usr/bin/python3 of-module/a-python; "
+        """echo 'provide() { [ "$2" = "it'"'"'s!" ] && PATH=$HOME/of-module:$PATH; }' > .bash_profile; """
+        "echo 'export SCRATCH=$HOME/scratch' >> .bash_profile",
+    )
+    setup = ['provide a "it\'s!"', "[ -t 0 ] || cat  # what it reads is not the agent's"]
+    channel = choose_channel(settings.model_copy(update=changes), ["a-python"], lambda _: None, setup=setup)
+    gateway = Gateway(channel)
+    assert gateway.claim("$SCRATCH/runs", "family", "token", "me").runs == f"{TCSH_USER.home}/scratch/runs"
+    gateway.close()
+    nobody_left(site)
+
+
+def test_what_is_cancelled_before_it_is_submitted_stays_so(gateway: Gateway, site: SimulatedSite) -> None:
+    run = Run("echo never")
+    assert gateway.cancel(run.path) is None
+    with pytest.raises(RefusedError):
+        gateway.submit(run.path, run.files)
+    assert not jobs_named(site, run)
+
+
+def test_files_there_and_back_through_lost_connections(gateway: Gateway, site: SimulatedSite, tmp_path: Path) -> None:
+    local, back, there = tmp_path / "a file", tmp_path / "back", f"{CERTIFICATE_USER.home}/put here/a $file"
+    content = secrets.token_bytes(1 << 20) * 24
+    local.write_bytes(content)
+    told: list[int] = []
+    drops = iter((4 << 20, 9 << 20, 9 << 20))
+    due = next(drops)
+
+    def progress(at: int, _: int = 0) -> None:
+        nonlocal due
+        told.append(at)
+        if at > due:
+            due = next(drops, 1 << 40)
+            site.faults.drop_connections()
+
+    assert len(content) <= gateway.put(local, there, progress) < 2 * len(content)
+    assert told[-1] == len(content)
+    assert gateway.put(local, there) == 0
+    drops = iter((4 << 20, 9 << 20, 9 << 20))
+    due = next(drops)
+    gateway.get(there, back, progress)
+    assert back.read_bytes() == content
+    with pytest.raises(RefusedError, match="No such file"):
+        gateway.get(f"{there} not", back)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["a file", "back"]
+    assert site.run_on_login(CERTIFICATE_USER, "ls -A 'put here'").stdout.splitlines()[-1] == "a $file"
+
+
+def test_one_acts_on_a_run_and_the_other_is_told_who(settings: Settings, site: SimulatedSite) -> None:
+    first, second, third = (Gateway(choose_channel(settings, PYTHONS, ensure_certificate)) for _ in range(3))
+    runs, family = f"{CERTIFICATE_USER.home}/dagster-slurm/runs", f"family-{secrets.token_hex(4)}"
+    mine = first.claim(runs, family, "token 1", "run 1")
+    assert (mine.held_by, mine.runs, mine.attempt) == (None, runs, 0)
+    assert second.claim(runs, family, "token 2", "run 2").held_by == "run 1"
+    assert third.claim(runs, family, "token 1", "run 1").held_by is None  # the same, who had to connect anew
+    first.close()
+    wait_until(lambda: second.claim(runs, family, "token 2", "run 2").held_by == "run 1", "the third holds it", 10)
+    third.close()
+    wait_until(lambda: second.claim(runs, family, "token 2", "run 2").held_by is None, "the second's turn", 10)
+    second.close()

@@ -1,0 +1,113 @@
+"""Ctrl-C at a terminal in which a command runs an asset: no daemon would retry that run, so its job is cancelled."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from slurm_in_a_box import SimulatedSite, wait_until
+from support import ROOT
+from support.background import SLEEPS, rows_of
+
+pytestmark = pytest.mark.cluster
+
+LOCATION = """\
+from pathlib import Path
+import dagster as dg
+from resources import build_resources
+from dagster_sbatch.run.compute import ComputeResource
+from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.slurm import SlurmRequest
+
+@dg.asset
+def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    workload = Path(__file__).parent / "workloads" / "sleeps.py"
+    request = SlurmRequest(time_limit="00:30:00")
+    return compute.run(context, workload=workload, launcher=ScriptLauncher(), request=request).get_materialize_result()
+
+defs = dg.Definitions(
+    assets=[probe],
+    jobs=[dg.define_asset_job("all")],
+    resources=build_resources(),
+    executor=dg.EXECUTOR,
+)
+"""
+COMMANDS = {
+    "asset materialize": ("asset", "materialize", "--select", "probe"),
+    "job execute": ("job", "execute", "--job", "all"),
+}
+
+
+class Terminal:
+    """A `dagster` command in a terminal of its own, without DAGSTER_HOME."""
+
+    def __init__(self, folder: Path, variables: dict[str, str], command: str, executor: str) -> None:
+        (folder / "workloads").mkdir(parents=True)
+        (folder / "workloads" / "sleeps.py").write_text(SLEEPS)
+        location = folder / "location.py"
+        location.write_text(LOCATION.replace("EXECUTOR", executor))
+        dagster = str(Path(sys.executable).with_name("dagster"))
+        self._master, slave = os.openpty()
+        self._process = subprocess.Popen(
+            ["setsid", "--ctty", dagster, *COMMANDS[command], "--python-file", str(location)],
+            env={**variables, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+            cwd=folder,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+        )
+        os.close(slave)
+        self.shown = ""
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                self.shown += os.read(self._master, 65536).decode(errors="replace")
+            except OSError:  # nobody has the terminal any more
+                return
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._master, b"\x03")
+
+    def wait(self) -> int:
+        code = self._process.wait(120)
+        self._reader.join(60)
+        os.close(self._master)
+        return code
+
+
+def test_ctrl_c_cancels_the_job_or_says_how_to(
+    site: SimulatedSite, tmp_path: Path, on_supercomputer: dict[str, str]
+) -> None:
+    variables = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **on_supercomputer}
+    kinds = itertools.product(COMMANDS, ("in_process_executor", "multiprocess_executor"))
+    terminals = [Terminal(tmp_path / str(number), variables, *kind) for number, kind in enumerate(kinds)]
+
+    def running() -> list[str]:
+        return [job for job, state in rows_of(site, "%i %T") if state == "RUNNING"]
+
+    wait_until(lambda: all("RUNNING" in terminal.shown for terminal in terminals), "all jobs run", 240)
+    jobs = {re.findall(r"job (\d+): RUNNING", terminal.shown)[0]: terminal for terminal in terminals}
+    assert sorted(jobs) == sorted(running())
+    last = jobs.popitem()
+    for job, terminal in jobs.items():
+        terminal.press_ctrl_c()
+        assert terminal.wait() != 0
+        assert f"probe: cancelling Slurm job {job}" in terminal.shown
+        assert f"probe: Slurm job {job} is over: CANCELLED" in terminal.shown
+        assert site.job_state(int(job)) == "CANCELLED"
+    job, terminal = last
+    with site.faults.ssh_refused():
+        site.faults.drop_connections()
+        terminal.press_ctrl_c()
+        assert terminal.wait() != 0
+    assert f"Slurm job {job} could not be cancelled, and may still be running." in terminal.shown
+    assert f"scripts/job {job} cancel" in terminal.shown
+    assert running() == [job]

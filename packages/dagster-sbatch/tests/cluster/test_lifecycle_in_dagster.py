@@ -1,0 +1,147 @@
+"""Runs on the supercomputer in a real `dagster dev`: the example, terminating, killing, restarting."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
+from support.background import nobody_left, rows_of
+from support.dagster_dev import DagsterDev, beside_location, wait_for
+
+pytestmark = pytest.mark.cluster
+
+LOCATION = """\
+import json, os
+from pathlib import Path
+import dagster as dg
+from resources import build_resources
+from dagster_sbatch.run.compute import ComputeResource
+from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.slurm import SlurmRequest
+
+FOLDER = Path(__file__).parent
+
+def waiting(name):
+    @dg.asset(name=name)
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        (FOLDER / f"pids-{context.run_id}").write_text(json.dumps([os.getpid(), os.getppid()]))
+        workload = FOLDER / "workloads" / "waits.py"
+        request = SlurmRequest(time_limit="00:30:00")
+        done = compute.run(context, workload=workload, launcher=ScriptLauncher(), request=request)
+        return done.get_materialize_result()
+    return probe
+
+names = ("terminated", "orphaned", "restarted")
+defs = dg.Definitions(assets=[waiting(name) for name in names], resources=build_resources())
+"""
+
+WAITS = f"""\
+import pathlib, time
+from dagster_pipes import open_dagster_pipes
+with open_dagster_pipes() as pipes:
+    print("begun", flush=True)
+    while not pathlib.Path("{CERTIFICATE_USER.home}", f"go-on-{{pipes.asset_key}}").exists():
+        time.sleep(0.1)
+    print("gone on", flush=True)
+    pipes.report_asset_materialization()
+"""
+
+
+@pytest.fixture
+def location(tmp_path: Path) -> Path:
+    folder = tmp_path / "location"
+    (folder / "workloads").mkdir(parents=True)
+    (folder / "workloads" / "waits.py").write_text(WAITS)
+    (folder / "location.py").write_text(LOCATION)
+    return folder
+
+
+@pytest.fixture
+def dagster_dev(on_supercomputer: dict[str, str], location: Path, tmp_path: Path) -> Iterator[DagsterDev]:
+    variables = {**on_supercomputer, "DATA_ROOT": f"{CERTIFICATE_USER.home}/data"}
+    with beside_location(location / "location.py", tmp_path / "project", variables) as server:
+        yield server
+
+
+def running_job(site: SimulatedSite, asset: str) -> str:
+    """The asset's only job, when it runs."""
+
+    def look() -> str:
+        rows = [row for row in rows_of(site, "%i %T %j") if row[2].startswith(f"{asset}-")]
+        assert len(rows) <= 1, rows
+        return rows[0][0] if rows and rows[0][1] == "RUNNING" else ""
+
+    return str(wait_for(look, 180, f"{asset} runs"))
+
+
+def go_on(site: SimulatedSite, asset: str) -> None:
+    site.run_on_login(CERTIFICATE_USER, f"touch go-on-{asset}")
+
+
+def child_of(server: DagsterDev, run_id: str) -> str:
+    """The run that is the retry of another."""
+    query = """
+        query Retries($filter: RunsFilter!) { runsOrError(filter: $filter) { ... on Runs { results { runId } } } }"""
+    tags = [{"key": "dagster/parent_run_id", "value": run_id}]
+    found: list[dict[str, Any]] = server.ask(query, filter={"tags": tags})["runsOrError"]["results"]
+    return str(found[0]["runId"]) if found else ""
+
+
+def adopted(server: DagsterDev, site: SimulatedSite, asset: str, run_id: str, job: str) -> None:
+    """The run has failed; its retry goes on with its job, to the end."""
+    assert server.wait(run_id, 120) == "FAILURE"
+    retry = wait_for(lambda: child_of(server, run_id), 120, "Dagster tries it again")
+    pids = server.folder.parent / "location" / f"pids-{retry}"
+    wait_for(pids.exists, 120, "the retry has begun")
+    go_on(site, asset)
+    assert server.wait(retry, 120) == "SUCCESS"
+    events = server.materializations(asset)
+    assert [(event["runId"], event["job_id"]) for event in events] == [(retry, int(job))]
+    (out,) = (server.folder / ".dagster" / "compute_logs" / retry).rglob("*.out")
+    assert out.read_text() == "begun\ngone on\n"
+
+
+def job_ids(site: SimulatedSite) -> set[str]:
+    """Of all jobs, those that the controller has forgotten included."""
+    return set(site.sacct("-XnP", "--starttime=now-1days", "--format=JobID").split())
+
+
+def test_the_example_and_the_life_of_a_run(dagster_dev: DagsterDev, site: SimulatedSite, location: Path) -> None:
+    before = job_ids(site)
+    months = {"dagster__asset_partition_range_start": "2013-01", "dagster__asset_partition_range_end": "2013-12"}
+    example = dagster_dev.launch("flights", "delay_features", **months)
+    runs = {asset: dagster_dev.launch(asset, location="probe") for asset in ("terminated", "orphaned", "restarted")}
+    jobs = {asset: running_job(site, asset) for asset in runs}
+
+    # Terminated in the UI: the job is cancelled, and the run ended only when it is gone.
+    dagster_dev.terminate(runs["terminated"])
+    assert dagster_dev.wait(runs["terminated"], 90) == "CANCELED"
+    assert site.job_state(int(jobs["terminated"])) == "CANCELLED"
+
+    # The run worker is killed: its step lives on for a while, and leaves the job to the retry.
+    step, worker = json.loads((location / f"pids-{runs['orphaned']}").read_text())
+    os.kill(worker, signal.SIGKILL)
+    wait_for(lambda: not Path(f"/proc/{step}").exists(), 60, "the step that was left over has ended")
+    adopted(dagster_dev, site, "orphaned", runs["orphaned"], jobs["orphaned"])
+
+    # The example: every month of both assets.
+    assert dagster_dev.wait(example, 300) == "SUCCESS"
+    for asset in ("flights", "delay_features"):
+        events = [event for event in dagster_dev.materializations(asset) if event["runId"] == example]
+        assert sorted(event["partition"] for event in events) == [f"2013-{month:02}" for month in range(1, 13)]
+        assert {event["partition"]: event["rows"] for event in events}["2013-01"] > 10_000
+
+    # Dagster is stopped and started again.
+    dagster_dev.stop()
+    assert site.job_state(int(jobs["restarted"])) == "RUNNING"
+    nobody_left(site, 90)
+    dagster_dev.start()
+    adopted(dagster_dev, site, "restarted", runs["restarted"], jobs["restarted"])
+
+    assert len(job_ids(site) - before) == 3 + 2
+    nobody_left(site)

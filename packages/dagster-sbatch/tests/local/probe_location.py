@@ -1,0 +1,35 @@
+"""A code location of the tests: assets whose workloads sleep, or talk a lot. Loaded by `dagster dev`."""
+
+import os
+from pathlib import Path
+
+import dagster as dg
+
+from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
+from dagster_sbatch.run.compute import ComputeResource
+from resources import build_resources
+
+WORKLOADS = Path(os.environ["PROBE_WORKLOADS"])
+
+
+@dg.asset
+def sleeper(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    """Never ends by itself."""
+    return compute.run(context, workload=WORKLOADS / "sleeper.py", launcher=ScriptLauncher()).get_materialize_result()
+
+
+@dg.asset
+def ray_sleeper(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    """Has a Ray task that never ends; Ray gives its processes groups of their own."""
+    return compute.run(context, workload=WORKLOADS / "ray_sleeper.py", launcher=RayLauncher()).get_materialize_result()
+
+
+@dg.asset
+def talker(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    """Writes 1,000 lines to stdout and a few to stderr."""
+    return compute.run(context, workload=WORKLOADS / "talker.py", launcher=ScriptLauncher()).get_materialize_result()
+
+
+defs = dg.Definitions(
+    assets=[sleeper, ray_sleeper, talker], resources=build_resources(), executor=dg.in_process_executor
+)

@@ -1,0 +1,393 @@
+"""The job that refreshes, the sensor that asks for it, and what both show, with authentik's stand-in."""
+
+import json
+import socket
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import dagster as dg
+import pytest
+from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
+from dagster._core.test_utils import freeze_time
+
+from dagster_sbatch.auth import check_health, clock
+from dagster_sbatch.auth.key_files import certificate_path
+from jobs.credentials import access_health, musica_access, refresh_credentials_job, refresh_credentials_sensor
+from slurm_in_a_box import AuthentikControl, AuthentikServer
+from support import access
+from support.own_files import run_program
+
+pytestmark = pytest.mark.local
+
+
+@pytest.fixture
+def variables(authentik: AuthentikServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """In the environment: the document's with a bootstrap token; and a certificate for 400 days beside the key."""
+    found = access.environment(authentik.base_url, tmp_path)
+    found["ASC_AUTHENTIK_API_TOKEN"] = access.bootstrap_token(authentik.control)
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    access.certify(Path(found["SLURM_EDGE_NODE_KEY_PATH"]), 400 * access.DAY)
+    return found
+
+
+@pytest.fixture
+def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    (tmp_path / "dagster").mkdir()
+    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster"), overrides={"telemetry": {"enabled": False}}) as made:
+        yield made
+
+
+def tick(instance: dg.DagsterInstance, cursor: str | None = None) -> dg.SensorResult:
+    context = dg.build_sensor_context(instance=instance, cursor=cursor)
+    result = refresh_credentials_sensor(context)
+    assert isinstance(result, dg.SensorResult)
+    return result
+
+
+def reason(result: dg.SensorResult) -> str:
+    assert isinstance(result.skip_reason, dg.SkipReason)
+    return str(result.skip_reason.skip_message)
+
+
+class Wind(Protocol):
+    def __call__(self, **later: float) -> None: ...
+
+
+@pytest.fixture
+def wind(monkeypatch: pytest.MonkeyPatch) -> Wind:
+    """Stops this machine's clock, so much later than the test began."""
+    begun = datetime.now(UTC)
+
+    def stop_at(**later: float) -> None:
+        monkeypatch.setattr(clock, "now", lambda: begun + timedelta(**later))
+
+    return stop_at
+
+
+def run_job(instance: dg.DagsterInstance) -> dg.ExecuteInProcessResult:
+    return refresh_credentials_job.execute_in_process(instance=instance, raise_on_error=False)
+
+
+def observations(instance: dg.DagsterInstance) -> list[dict[str, Any]]:
+    """Metadata of what was logged of the access, oldest first."""
+    records = instance.fetch_observations(musica_access.key, limit=100).records
+    found = [record.asset_observation for record in reversed(records)]
+    return [{name: each.value for name, each in one.metadata.items()} for one in found if one]
+
+
+def evaluations(instance: dg.DagsterInstance, result: dg.ExecuteInProcessResult) -> list[tuple[bool, str]]:
+    """Outcome and description of each evaluation of the check that a run has stored."""
+    entries = instance.all_logs(result.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+    found = [entry.get_dagster_event().event_specific_data for entry in entries]
+    return [(each.passed, str(each.description)) for each in found if isinstance(each, dg.AssetCheckEvaluation)]
+
+
+# The job
+
+
+def test_its_numbers_plot(variables: dict[str, str], instance: dg.DagsterInstance) -> None:
+    result = run_job(instance)
+    assert result.success
+    (numbers,) = observations(instance)
+    assert numbers["certificate_hours"] == pytest.approx(400 * 24, abs=0.1)
+    assert numbers["api_token_hours"] == pytest.approx(30 * 24, abs=0.1)
+    assert numbers["app_password_hours"] == pytest.approx(30 * 24, abs=0.1)
+    assert numbers["secrets_replaced_with"] == "the bootstrap credential"
+    health = check_health(access.settings_of(variables))
+    for item in health.items:
+        assert item.valid_until
+        assert numbers[f"{item.name.lower().replace(' ', '_')}_valid_until"] == item.valid_until.timestamp()
+    assert evaluations(instance, result) == [(True, health.summary)]
+    checked = access_health()
+    assert isinstance(checked, dg.AssetCheckResult)
+    assert checked.passed
+    assert checked.metadata["api_token_hours"].value == pytest.approx(30 * 24, abs=0.1)
+
+
+def test_a_failing_refresh_is_shown_before_anything_expires(
+    variables: dict[str, str],
+    instance: dg.DagsterInstance,
+    authentik: AuthentikServer,
+    monkeypatch: pytest.MonkeyPatch,
+    wind: Wind,
+) -> None:
+    run_job(instance)
+    authentik.stop()
+    wind(days=24)
+    result = run_job(instance)
+    assert result.success  # the certificate is good: a warning
+    numbers = observations(instance)[-1]
+    assert numbers["verdict"] == "failing"
+    assert numbers["api_token_hours"] == pytest.approx(6 * 24, abs=0.1)
+    assert numbers["rotation_failing_since"] == pytest.approx(clock.now().timestamp(), abs=60)
+    ((passed, description),) = evaluations(instance, result)
+    assert not passed
+    assert "the stored secrets could not be renewed since" in description
+    assert "Access works until" in description
+    authentik.start()
+    wind(days=24.1)
+    assert evaluations(instance, run_job(instance))[0][0]
+
+
+def test_without_access_the_run_fails_and_says_so_in_the_asset(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ASC_AUTHENTIK_API_TOKEN")
+    certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
+    result = run_job(instance)
+    assert not result.success
+    failure = next(event for event in result.all_events if event.is_step_failure).step_failure_data
+    assert failure.user_failure_data
+    assert "One of these is enough, and none holds" in str(failure.user_failure_data.description)
+    ((passed, description),) = evaluations(instance, result)
+    assert not passed
+    assert "none holds:  \n" in description  # a line of its own also in Markdown
+    assert observations(instance)[-1]["verdict"] == "broken"
+
+
+def test_no_secret_is_in_dagsters_storage(
+    variables: dict[str, str],
+    instance: dg.DagsterInstance,
+    control: AuthentikControl,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    wind: Wind,
+) -> None:
+    run_job(instance)
+    wind(days=24)
+    run_job(instance)
+    monkeypatch.setenv("ASC_OIDC_CLIENT_ID", "nobody")
+    wind(days=50)
+    assert not run_job(instance).success or observations(instance)[-1]["verdict"] == "failing"
+    secrets = access.secrets_of(control)
+    assert len(secrets) > 5
+    content = b"".join(path.read_bytes() for path in (tmp_path / "dagster").rglob("*") if path.is_file())
+    assert b"musica_access" in content
+    assert not [secret for secret in secrets if secret.encode() in content]
+
+
+# The sensor
+
+
+def test_it_asks_when_something_is_due_and_says_when_that_will_be(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, wind: Wind
+) -> None:
+    first = tick(instance)
+    assert len(first.run_requests or ()) == 1
+    run_job(instance)
+    second = tick(instance, first.cursor)
+    assert not second.run_requests
+    assert "the next refresh is due at" in reason(second)
+    assert "in 22 d 23 h" in reason(second)
+    wind(days=22.9)
+    assert not tick(instance, second.cursor).run_requests
+    wind(days=23.1)
+    third = tick(instance, second.cursor)
+    assert len(third.run_requests or ()) == 1
+    assert third.run_requests
+    assert first.run_requests
+    assert third.run_requests[0].run_key != first.run_requests[0].run_key
+
+
+def test_a_tick_asks_nobody(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, wind: Wind
+) -> None:
+    run_job(instance)
+    monkeypatch.setattr(socket.socket, "connect", None)
+    for days in (0, 24, 31, 500):
+        wind(days=days)
+        assert bool(tick(instance).run_requests) == (days > 0)
+
+
+def add_run(instance: dg.DagsterInstance, status: dg.DagsterRunStatus) -> str:
+    repository = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("musica_pipelines"), "__repository__")
+    origin = RemoteJobOrigin(repository, refresh_credentials_job.name)
+    run = instance.create_run_for_job(refresh_credentials_job, status=status, remote_job_origin=origin)
+    return run.run_id
+
+
+@pytest.mark.parametrize("status", [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTED])
+def test_it_never_asks_twice_for_one_need(
+    variables: dict[str, str],
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    status: dg.DagsterRunStatus,
+) -> None:
+    run_id = add_run(instance, status)
+    skipped = tick(instance)
+    assert not skipped.run_requests
+    assert f"run {run_id} is at it" in reason(skipped)
+
+
+def test_a_run_that_was_left_started_does_not_block(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, wind: Wind
+) -> None:
+    add_run(instance, dg.DagsterRunStatus.STARTED)
+    wind(minutes=14)
+    assert not tick(instance).run_requests
+    wind(minutes=16)
+    assert tick(instance).run_requests
+
+
+def test_a_run_that_waits_in_the_queue_for_long_is_waited_for(
+    variables: dict[str, str], instance: dg.DagsterInstance, wind: Wind
+) -> None:
+    run_id = add_run(instance, dg.DagsterRunStatus.QUEUED)
+    wind(hours=10)
+    assert f"run {run_id} is at it" in reason(tick(instance))
+
+
+def test_a_run_that_has_waited_in_the_queue_for_long_is_at_work(
+    variables: dict[str, str], instance: dg.DagsterInstance, wind: Wind
+) -> None:
+    """What counts is since when it is at work, not since when it exists."""
+    run_id = add_run(instance, dg.DagsterRunStatus.QUEUED)
+    run = instance.get_run_by_id(run_id)
+    assert run
+    wind(hours=10)
+    with freeze_time(clock.now()):
+        instance.report_dagster_event(dg.DagsterEvent(dg.DagsterEventType.RUN_START.value, run.job_name), run_id)
+    assert f"run {run_id} is at it" in reason(tick(instance))
+    wind(hours=10, minutes=16)
+    assert tick(instance).run_requests
+
+
+def test_a_failed_refresh_is_asked_for_again_less_and_less_often(
+    variables: dict[str, str],
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    authentik: AuthentikServer,
+    wind: Wind,
+) -> None:
+    monkeypatch.setattr("dagster_sbatch.auth.renew.ISSUE_TRIES", 1)
+    certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
+    authentik.stop()
+    cursor, asked = None, []
+    for minute in range(100):
+        wind(minutes=minute)
+        result = tick(instance, cursor)
+        cursor = result.cursor
+        if result.run_requests:
+            asked.append(minute)
+            assert not run_job(instance).success
+        else:
+            assert "broken: " in reason(result)
+            assert "the next refresh is due at" in reason(result)
+    assert asked == [0, 1, 3, 7, 15, 31, 61, 91]
+
+
+def test_a_run_that_dies_without_a_word_is_asked_for_again_less_and_less_often(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, wind: Wind
+) -> None:
+    cursor, asked = None, []
+    for minute in range(70):
+        wind(minutes=minute)
+        result = tick(instance, cursor)
+        cursor = result.cursor
+        if result.run_requests:
+            asked.append(minute)
+    assert asked == [0, 1, 3, 7, 15, 31, 61]
+
+
+def test_the_first_tick_shows_how_access_is_and_later_ones_what_has_become_of_it(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, wind: Wind
+) -> None:
+    def shown(result: dg.SensorResult) -> list[Any]:
+        for event in result.asset_events:
+            instance.report_runless_asset_event(event)
+        return [each.passed for each in result.asset_events if isinstance(each, dg.AssetCheckEvaluation)]
+
+    monkeypatch.delenv("ASC_AUTHENTIK_API_TOKEN")
+    wind(days=1)
+    first = tick(instance)
+    assert shown(first) == [True]
+    (observation,) = instance.fetch_observations(musica_access.key, limit=1).records
+    assert observation.asset_observation
+    assert observation.asset_observation.metadata["verdict"].value == "ok"
+    second = tick(instance, first.cursor)
+    assert shown(second) == []
+    wind(days=401)
+    third = tick(instance, second.cursor)
+    assert shown(third) == [False]
+    assert third.run_requests
+    assert shown(tick(instance, third.cursor)) == []
+
+
+def test_access_that_does_not_renew_itself_is_left_alone(
+    variables: dict[str, str], instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch, wind: Wind
+) -> None:
+    monkeypatch.delenv("ASC_AUTHENTIK_API_TOKEN")
+    wind(days=399)
+    assert "not self-renewing, ends at" in reason(tick(instance))
+    wind(days=401)
+    assert tick(instance).run_requests  # whose run fails, visibly
+
+
+def test_thirty_days_with_no_person(
+    variables: dict[str, str],
+    instance: dg.DagsterInstance,
+    control: AuthentikControl,
+    monkeypatch: pytest.MonkeyPatch,
+    wind: Wind,
+) -> None:
+    """Both clocks move together; the sensor alone decides; the bootstrap token is gone after the first day."""
+    cursor, runs, shift = None, [], 0.0
+    for _ in range(4 * 30):
+        wind(days=shift)
+        result = tick(instance, cursor)
+        cursor = result.cursor
+        if result.run_requests:
+            assert run_job(instance).success
+            runs.append(shift)
+        health = check_health(access.settings_of({k: v for k, v in variables.items() if "API_TOKEN" not in k}))
+        assert health.verdict == "ok", f"day {shift}: {health.summary}"
+        monkeypatch.delenv("ASC_AUTHENTIK_API_TOKEN", raising=False)
+        shift += 0.25
+        control.advance_clock(0.25 * access.DAY)
+    assert runs == [0.0, 23.25]  # a week before their end
+    assert len(access.made_here(control)) == 2
+
+
+# The code location
+
+STATUS = """\
+import json
+from musica_pipelines.definitions import defs
+import dagster as dg
+from dagster_sbatch.errors import ConfigurationError
+found = {}
+for name in ("refresh_credentials_when_due", "cancel_orphaned_jobs", "clean_run_directories"):
+    sensor = defs.get_sensor_def(name)
+    with dg.build_sensor_context(instance=dg.DagsterInstance.ephemeral()) as context:
+        try:
+            sensor.evaluate_tick(context)
+            found[name] = sensor.default_status.value, ""
+        except ConfigurationError as error:
+            found[name] = sensor.default_status.value, str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "error"),
+    [
+        ({}, "RUNNING", ""),
+        ({"DAGSTER_DEPLOYMENT": "staging_supercomputer"}, "RUNNING", ""),
+        ({"DAGSTER_DEPLOYMENT": "development"}, "STOPPED", ""),
+        ({"SLURM_EDGE_NODE_USER": ""}, "RUNNING", "SLURM_EDGE_NODE_USER="),
+        ({"SLURM_SUPERCOMPUTER_SITE": "musika"}, "RUNNING", "did you mean 'musica'"),
+    ],
+)
+def test_the_location_loads_and_the_sensors_run_where_they_are_needed(
+    variables: dict[str, str], changes: dict[str, str], status: str, error: str, tmp_path: Path
+) -> None:
+    """With wrong settings their ticks fail; a skipped tick looks healthy in the UI."""
+    (tmp_path / "status.py").write_text(STATUS)
+    done = run_program(tmp_path / "status.py", files=tmp_path, variables={**variables, **changes})
+    assert done.returncode == 0, done.stderr
+    for found, said in json.loads(done.stdout.splitlines()[-1]).values():
+        assert found == status
+        assert (error in said) if error else said == ""

@@ -1,0 +1,481 @@
+"""Rotation of the stored secrets against authentik's stand-in: nothing lost, nothing left, whatever happens when."""
+
+import os
+import re
+import signal
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.auth import (
+    AccessError,
+    BootstrapError,
+    MisconfiguredError,
+    RefusedError,
+    UnavailableError,
+    check_health,
+    clock,
+    refresh,
+)
+from dagster_sbatch.auth.authentik import Authentik
+from dagster_sbatch.auth.credentials import Credentials, CredentialsFile, Secret
+from dagster_sbatch.settings import Settings
+from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance
+from support import access
+
+pytestmark = pytest.mark.local
+STRESS = os.environ.get("STRESS") == "1"
+ROUNDS = 30 if STRESS else 3
+
+
+@pytest.fixture
+def variables(authentik: AuthentikServer, tmp_path: Path) -> dict[str, str]:
+    return access.environment(authentik.base_url, tmp_path)
+
+
+@pytest.fixture
+def settings(variables: dict[str, str], control: AuthentikControl) -> Settings:
+    """With a fresh bootstrap token."""
+    return access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": access.bootstrap_token(control)})
+
+
+@pytest.fixture
+def later(settings: Settings, variables: dict[str, str]) -> Settings:
+    """A pair is stored, and the bootstrap token is not set any more."""
+    refresh(settings, rotation="now", certificate="no")
+    return access.settings_of(variables)
+
+
+def stored(settings: Settings) -> Credentials:
+    credentials = CredentialsFile(settings.credentials_file).read()
+    assert credentials is not None
+    return credentials
+
+
+def check_one_working_pair(settings: Settings, control: AuthentikControl) -> Credentials:
+    """The file has a pair that works, and authentik has no other token of ours."""
+    pair = stored(settings)
+    assert pair.api_token is not None
+    assert pair.app_password is not None
+    assert access.api_token_works(settings, pair.api_token.value)
+    assert access.app_password_works(settings, pair.app_password.value)
+    assert pair.proven
+    assert access.made_here(control) == {pair.api_token.identifier, pair.app_password.identifier}
+    assert set(pair.record) >= access.made_here(control)  # and names whose requests may yet arrive
+    assert settings.credentials_file.stat().st_mode & 0o777 == 0o600
+    return pair
+
+
+def in_days(monkeypatch: pytest.MonkeyPatch, days: float) -> None:
+    """Move this machine's clock."""
+    monkeypatch.setattr(clock, "now", lambda: datetime.now(UTC) + timedelta(days=days))
+
+
+def test_the_bootstrap_token_makes_the_file(settings: Settings, control: AuthentikControl) -> None:
+    before = datetime.now(UTC)
+    report = refresh(settings, rotation="now", certificate="no")
+    assert report.rotated_with == "bootstrap"
+    pair = check_one_working_pair(settings, control)
+    assert pair.api_token
+    assert pair.api_token.expires
+    by_server = next(token for token in control.tokens() if token.identifier == pair.api_token.identifier)
+    assert pair.api_token.expires.timestamp() == pytest.approx(by_server.expires, abs=0.001)
+    assert pair.api_token.created
+    assert before <= pair.api_token.created <= datetime.now(UTC)
+    created = [request for request in control.requests() if request.method == "POST" and "/tokens/" in request.path]
+    assert len(created) == 2
+    assert all('"expires"' not in request.body and '"expiring"' not in request.body for request in created)
+
+
+def test_the_stored_token_makes_the_next_pair(later: Settings, control: AuthentikControl) -> None:
+    first = stored(later)
+    report = refresh(later, rotation="now", certificate="no")
+    assert report.rotated_with == "stored"
+    second = check_one_working_pair(later, control)
+    assert first.api_token
+    assert first.app_password
+    assert second.api_token
+    assert second.api_token.value != first.api_token.value
+    assert not access.api_token_works(later, first.api_token.value)
+    assert not access.app_password_works(later, first.app_password.value)
+
+
+def test_the_old_pair_leaves_the_file_before_it_is_deleted(later: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_the_file, delete = [], Authentik.delete
+
+    def look_and_delete(authentik: Authentik, identifier: str) -> None:
+        in_the_file.append(stored(later).proven)
+        delete(authentik, identifier)
+
+    monkeypatch.setattr(Authentik, "delete", look_and_delete)
+    refresh(later, rotation="now", certificate="no")
+    assert in_the_file == [True, True]
+
+
+def test_nothing_is_done_before_it_is_due(
+    later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for days, rotated in ((22.9, None), (23.1, "stored")):
+        in_days(monkeypatch, days)
+        assert refresh(later, certificate="no").rotated_with == rotated
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "skew_days", "due_before_end"),
+    [
+        (30 * access.DAY, None, 7 * access.DAY),
+        (1800, None, 600),
+        (9 * access.DAY, None, 3 * access.DAY),
+        (30 * access.DAY, "10", 10 * access.DAY),
+        (30 * access.DAY, "20", 15 * access.DAY),  # not always due
+        (1800, "7", 900),
+    ],
+)
+def test_when_it_is_due(
+    variables: dict[str, str], control: AuthentikControl, lifetime: float, skew_days: str | None, due_before_end: float
+) -> None:
+    bootstrap = access.bootstrap_token(control)
+    control.set_lifetimes(token=lifetime)
+    skew = {"ASC_AUTHENTIK_REFRESH_SKEW_DAYS": skew_days} if skew_days else {}
+    settings = access.settings_of({**variables, **skew, "ASC_AUTHENTIK_API_TOKEN": bootstrap})
+    refresh(settings, rotation="now", certificate="no")
+    health = check_health(settings)
+    token = next(item for item in health.items if item.name == "API token")
+    assert token.valid_until
+    assert token.renew_at
+    assert (token.valid_until - token.renew_at).total_seconds() == pytest.approx(due_before_end, abs=5)
+    assert refresh(settings, certificate="no").rotated_with is None
+
+
+def test_an_expired_stored_token_does_not_stand_before_a_fresh_bootstrap_token(
+    later: Settings, variables: dict[str, str], control: AuthentikControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control.advance_clock(31 * access.DAY)
+    in_days(monkeypatch, 31)
+    with pytest.raises(BootstrapError, match=r"its API token expired at .* and its app password expired at"):
+        refresh(later, certificate="no")
+    again = access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": access.bootstrap_token(control)})
+    assert refresh(again, certificate="no").rotated_with == "bootstrap"
+    check_one_working_pair(again, control)
+
+
+def test_a_stored_token_that_was_deleted_gives_way_to_the_bootstrap_token(
+    later: Settings, variables: dict[str, str], control: AuthentikControl
+) -> None:
+    control.delete_tokens(access.USER)
+    with pytest.raises(RefusedError, match=r"musica-auth.env: authentik refused it .*Token invalid/expired"):
+        refresh(later, rotation="now", certificate="no")
+    again = access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": access.bootstrap_token(control)})
+    assert refresh(again, rotation="now", certificate="no").rotated_with == "bootstrap"
+    check_one_working_pair(again, control)
+
+
+def test_an_app_password_given_as_api_token_is_told_in_words(
+    variables: dict[str, str], control: AuthentikControl
+) -> None:
+    password = control.create_token(access.USER, "app_password", "by-hand")
+    settings = access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": password})
+    with pytest.raises(RefusedError, match=r"it is an App Password.*use 'New Token' .*, not 'New App") as error:
+        refresh(settings, rotation="now", certificate="no")
+    assert password not in str(error.value)
+    assert not settings.credentials_file.exists()
+
+
+def test_a_token_of_another_user_is_refused_before_anything_is_made(
+    variables: dict[str, str], control: AuthentikControl
+) -> None:
+    control.create_user("colleague")
+    token = control.create_token("colleague", "api", "theirs")
+    settings = access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": token})
+    with pytest.raises(MisconfiguredError, match="belongs to 'colleague', not to ASC_OIDC_USERNAME=xy12345"):
+        refresh(settings, rotation="now", certificate="no")
+    assert [each.identifier for each in control.tokens("colleague")] == ["theirs"]
+
+
+@pytest.mark.parametrize("value", ["two words", "line\nbreak", "ümlaut"])
+def test_a_token_that_was_pasted_wrongly_is_refused_without_being_shown(variables: dict[str, str], value: str) -> None:
+    settings = access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": value})
+    with pytest.raises(RefusedError, match="was it pasted whole") as error:
+        refresh(settings, rotation="now", certificate="no")
+    assert value not in str(error.value)
+
+
+def test_files_of_dagster_slurm_are_kept_going(variables: dict[str, str], control: AuthentikControl) -> None:
+    api = control.create_token(access.USER, "api", "dagster-slurm-api-20261101120000")
+    app = control.create_token(access.USER, "app_password", "dagster-slurm-app-20261101120000")
+    settings = access.settings_of(variables)
+    settings.credentials_file.touch(mode=0o600)
+    settings.credentials_file.write_text(
+        f'ASC_AUTHENTIK_API_TOKEN="{api}"\n'
+        'ASC_AUTHENTIK_API_TOKEN_ID="dagster-slurm-api-20261101120000"\n'
+        'ASC_AUTHENTIK_API_TOKEN_EXPIRES_AT="2026-11-28T12:00:00Z"\n'
+        f'ASC_OIDC_APP_PASSWORD="{app}"\n'
+        'ASC_OIDC_APP_PASSWORD_ID="dagster-slurm-app-20261101120000"\n'
+        'ASC_OIDC_APP_PASSWORD_EXPIRES_AT="2026-11-28T12:00:00Z"\n'
+        "export OF_THE_USER='a $value'  # and a word on it\n"
+    )
+    assert stored(settings).app_password == Secret(
+        app, "dagster-slurm-app-20261101120000", datetime(2026, 11, 28, 12, tzinfo=UTC)
+    )
+    assert refresh(settings, rotation="now", certificate="no").rotated_with == "stored"
+    check_one_working_pair(settings, control)
+    assert "export OF_THE_USER='a $value'  # and a word on it\n" in settings.credentials_file.read_text()
+
+
+def test_tokens_that_are_not_ours_are_left_alone(later: Settings, control: AuthentikControl) -> None:
+    control.create_token(access.USER, "api", "dagster-slurm-api-of-another-machine")  # our prefix, not in our record
+    control.create_token(access.USER, "api", "by-hand")
+    file = CredentialsFile(later.credentials_file)
+    file.write(replace(stored(later), record=(*stored(later).record, "by-hand")))  # in our record, not our prefix
+    refresh(later, rotation="now", certificate="no")
+    left = {token.identifier for token in control.tokens(access.USER)}
+    assert {"dagster-slurm-api-of-another-machine", "by-hand"} <= left
+    assert len(access.made_here(control)) == 3
+
+
+def test_an_old_token_that_cannot_be_deleted_is_deleted_by_the_next_refresh(
+    later: Settings, control: AuthentikControl
+) -> None:
+    control.disturb(Disturbance("error", status=403, method="DELETE"))
+    report = refresh(later, rotation="now", certificate="no")
+    assert len(report.warnings) == 2
+    assert "could not be deleted yet" in report.warnings[0]
+    assert len(access.made_here(control)) == 4
+    control.clear_disturbances()
+    assert refresh(later, certificate="no").warnings == []
+    check_one_working_pair(later, control)
+
+
+@pytest.mark.parametrize("path", ["/users/me/", "/core/tokens/", "/view_key/", "/application/o/token/"])
+@pytest.mark.parametrize("kind", ["error", "lost", "late"])
+def test_a_passing_disturbance_changes_nothing(
+    later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch, path: str, kind: str
+) -> None:
+    monkeypatch.setattr("dagster_sbatch.auth.http.TRY_SECONDS", 0.3)
+    control.disturb(Disturbance(kind, seconds=0.6, path=path, times=1))  # type: ignore[arg-type]
+    assert refresh(later, rotation="now", certificate="no").rotated_with == "stored"
+    check_one_working_pair(later, control)
+
+
+@pytest.mark.parametrize("path", ["/users/me/", "/core/tokens/", "/view_key/", "/application/o/token/"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("error", "it cannot answer now"),
+        ("lost", "cannot be reached"),
+        ("late", "no answer within"),
+        ("slow", "no answer within|the answer takes longer"),
+    ],
+)
+def test_a_lasting_disturbance_keeps_a_working_pair(
+    later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch, path: str, kind: str, words: str
+) -> None:
+    monkeypatch.setattr("dagster_sbatch.auth.http.TRY_SECONDS", 0.2)
+    control.disturb(Disturbance(kind, seconds=0.4, path=path))  # type: ignore[arg-type]
+    with pytest.raises(UnavailableError, match=words):
+        refresh(later, rotation="now", certificate="no")
+    health = check_health(later)
+    assert health.failing["rotation"].count == 1
+    control.clear_disturbances()
+    refresh(later, rotation="now", certificate="no")
+    check_one_working_pair(later, control)
+    assert check_health(later).failing == {}
+
+
+def test_an_authentik_that_is_down_is_told_as_such(
+    later: Settings, authentik: AuthentikServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authentik.stop()
+    in_days(monkeypatch, 25)
+    report = refresh(later, certificate="no")
+    assert "the secrets could not be replaced: http://127.0.0.1" in report.warnings[0]
+    assert "refused" in report.warnings[0]  # the connection
+    authentik.start()
+    in_days(monkeypatch, 25.01)  # the pause is over
+    assert refresh(later, certificate="no").rotated_with == "stored"
+    check_one_working_pair(later, authentik.control)
+
+
+def test_after_failures_it_waits_longer_and_longer(
+    later: Settings, authentik: AuthentikServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authentik.stop()
+    start, tried = datetime.now(UTC) + timedelta(days=25), []
+    for minute in range(120):
+        now = start + timedelta(minutes=minute)
+        monkeypatch.setattr(clock, "now", lambda now=now: now)
+        if refresh(later, certificate="no").warnings:
+            tried.append(minute)
+    assert tried == [0, 1, 3, 7, 15, 31, 61, 91]
+    failing = check_health(later).failing["rotation"]
+    assert (failing.since, failing.count) == (start, 8)
+
+
+@pytest.mark.parametrize("gone", ["api_token", "app_password"])
+def test_a_new_pair_that_does_not_work_is_not_taken(
+    later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """One of the two new tokens disappears at authentik before it is tried."""
+    before, write = stored(later), CredentialsFile.write
+
+    def write_and_delete(file: CredentialsFile, credentials: Credentials) -> None:
+        write(file, credentials)
+        if not credentials.proven:
+            access.delete_token(later, credentials, getattr(credentials, gone).identifier)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CredentialsFile, "write", write_and_delete)
+        with pytest.raises(MisconfiguredError, match="authentik refuses a secret that it has just made"):
+            refresh(later, rotation="now", certificate="no")
+    assert check_one_working_pair(later, control).api_token == before.api_token  # what was made is gone again
+    in_days(monkeypatch, 0.01)  # the pause is over
+    assert refresh(later, certificate="no").rotated_with == "stored"
+    assert check_one_working_pair(later, control).api_token != before.api_token
+
+
+def test_while_it_cannot_be_told_whether_the_new_pair_works_both_are_kept(
+    later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = stored(later)
+    control.disturb(Disturbance("error", status=503, path="/application/o/token/"))
+    with pytest.raises(UnavailableError, match=r"HTTP 503"):
+        refresh(later, rotation="now", certificate="no")
+    between = stored(later)
+    assert (between.previous_api_token, between.previous_app_password) == (before.api_token, before.app_password)
+    control.clear_disturbances()
+    in_days(monkeypatch, 0.01)
+    assert refresh(later, certificate="no").rotated_with is None
+    assert check_one_working_pair(later, control).api_token == between.api_token
+
+
+def count_steps(variables: dict[str, str]) -> int:
+    process = access.start(access.KILLED_AT_STEP, variables, "1000", "now", "no")
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    return 1000 - int(out)
+
+
+def test_a_kill_at_every_step_of_a_rotation_loses_nothing(
+    later: Settings, variables: dict[str, str], control: AuthentikControl
+) -> None:
+    steps = count_steps(variables)
+    assert steps > 15
+    for step in range(steps):
+        process = access.start(access.KILLED_AT_STEP, variables, str(step), "now", "no")
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        left = stored(later)  # readable, and something in it works
+        works = [
+            access.app_password_works(later, each.value)
+            for each in (left.app_password, left.previous_app_password)
+            if each
+        ]
+        assert any(works), f"killed before step {step}"
+        refresh(later, certificate="no")
+        check_one_working_pair(later, control)
+        leftovers = {path.name for path in later.credentials_file.parent.iterdir() if path.is_file()}
+        assert leftovers <= {"musica-auth.env", "musica-auth.env.lock"}
+
+
+def test_a_kill_at_every_step_of_a_bootstrap_is_mended_by_the_next(
+    authentik: AuthentikServer, tmp_path: Path, control: AuthentikControl
+) -> None:
+    def variables(name: str) -> dict[str, str]:
+        (tmp_path / name).mkdir()
+        token = {"ASC_AUTHENTIK_API_TOKEN": access.bootstrap_token(control)}
+        return {**access.environment(authentik.base_url, tmp_path / name), **token}
+
+    steps = count_steps(variables("whole"))
+    control.delete_tokens(access.USER)
+    for step in range(0, steps, 1 if STRESS else 3):
+        chosen = variables(f"step-{step}")
+        process = access.start(access.KILLED_AT_STEP, chosen, str(step), "now", "no")
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        refresh(access.settings_of(chosen), certificate="no")
+        check_one_working_pair(access.settings_of(chosen), control)
+        control.delete_tokens(access.USER)
+
+
+REFRESH = """\
+import sys
+from resources import PROJECT
+from dagster_sbatch.auth import refresh
+from dagster_sbatch.settings import load_settings
+settings = PROJECT.load_settings()
+sys.stdin.readline()
+print(refresh(settings, rotation=sys.argv[1], certificate="no").rotated_with)
+"""
+
+
+@pytest.mark.parametrize("wish", ["due", "now"])
+def test_eight_processes_at_once_end_with_one_working_pair(
+    variables: dict[str, str], control: AuthentikControl, wish: str
+) -> None:
+    for _ in range(ROUNDS):
+        control.delete_tokens(access.USER)
+        Path(variables["ASC_AUTHENTIK_CREDENTIALS_FILE"]).unlink(missing_ok=True)
+        chosen = {**variables, "ASC_AUTHENTIK_API_TOKEN": access.bootstrap_token(control)}
+        processes = [access.start(REFRESH, chosen, wish) for _ in range(8)]
+        said = access.release(processes)
+        if wish == "due":
+            assert sorted(said) == ["None"] * 7 + ["bootstrap"]
+        else:
+            assert sorted(said) == ["bootstrap"] + ["stored"] * 7
+        check_one_working_pair(access.settings_of(chosen), control)
+
+
+def test_the_holder_of_the_lock_is_named(later: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dagster_sbatch.auth.lock import refresh_lock
+
+    monkeypatch.setattr("dagster_sbatch.auth.renew.LOCK_SECONDS", 0.2)
+    with (
+        refresh_lock(later.credentials_file, 1),
+        pytest.raises(AccessError, match=rf"more than 0 s: process {os.getpid()} \(.+\) on .+ since .+ UTC") as error,
+    ):
+        refresh(later, rotation="now", certificate="no")
+    assert error.value.temporary
+    refresh(later, rotation="now", certificate="no")
+
+
+FULL_DISK = """\
+import resource, signal
+from resources import PROJECT
+from dagster_sbatch.auth import refresh
+from dagster_sbatch.settings import load_settings
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # writing more fails, as on a full disk
+refresh(PROJECT.load_settings(), rotation="now", certificate="no")
+"""
+
+
+def test_a_failure_to_write_leaves_the_old_file_and_no_stray(
+    later: Settings, variables: dict[str, str], control: AuthentikControl
+) -> None:
+    before = later.credentials_file.read_text()
+    process = access.start(FULL_DISK, variables)
+    _, errors = process.communicate(timeout=60)
+    assert re.search(r"UnsafeFileError: \S+/musica-auth\.env cannot be written: File too large", errors)
+    assert later.credentials_file.read_text() == before
+    check_one_working_pair(later, control)
+
+
+@pytest.mark.parametrize("days", [0.02, 30])
+def test_thirty_days_of_the_two_secrets(
+    variables: dict[str, str], control: AuthentikControl, monkeypatch: pytest.MonkeyPatch, days: float
+) -> None:
+    """Both clocks move together; each quarter of a window somebody looks, and nobody else does anything."""
+    bootstrap = access.bootstrap_token(control)
+    control.set_lifetimes(token=days * access.DAY)
+    refresh(access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": bootstrap}), rotation="now", certificate="no")
+    settings = access.settings_of(variables)
+    rotations, now = 0, 0.0
+    while now < 6 * days:
+        now += days / 15
+        control.advance_clock(days / 15 * access.DAY)
+        in_days(monkeypatch, now)
+        rotations += refresh(settings, certificate="no").rotated_with is not None
+        check_one_working_pair(settings, control)
+    assert 7 <= rotations <= 9

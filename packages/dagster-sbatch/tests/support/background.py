@@ -1,0 +1,105 @@
+"""Runs in the background, while something is done to the supercomputer."""
+
+import os
+import threading
+from collections.abc import Callable
+
+from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
+from support.workload_asset import PIPES, Outcome
+
+STRESS = os.environ.get("STRESS") == "1"
+"""Whether loops for chance have their full count, and waits their full length."""
+
+REPORTS = PIPES + "    pipes.report_asset_materialization(metadata={'rows': 7})\n"
+SLEEPS = PIPES + "    import time\n    print('begun', flush=True)\n    time.sleep(600)\n"
+WAITS = (
+    PIPES
+    + f"""
+    import pathlib, time
+    print("begun", flush=True)
+    while not pathlib.Path("{CERTIFICATE_USER.home}/go-on").exists():
+        time.sleep(0.1)
+    print("gone on", flush=True)
+    pipes.report_asset_materialization(metadata={{"rows": 7}})
+    """
+)
+"""Until `go_on`."""
+
+
+def go_on(site: SimulatedSite) -> None:
+    """Let every workload that waits end."""
+    site.run_on_login(CERTIFICATE_USER, "touch go-on")
+
+
+class Background:
+    """A run in a thread of its own."""
+
+    def __init__(self, run: Callable[[], Outcome]) -> None:
+        self._outcomes: list[Outcome] = []
+        self._thread = threading.Thread(target=lambda: self._outcomes.append(run()))
+        self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over."""
+        return not self._thread.is_alive()
+
+    def outcome(self, seconds: float = 120) -> Outcome:
+        """What came of it."""
+        self._thread.join(seconds)
+        assert not self._thread.is_alive(), "the run does not end"
+        return self._outcomes[0]
+
+
+def rows_of(site: SimulatedSite, shown: str, *options: str) -> list[list[str]]:
+    """The words of squeue's lines, of all jobs that the controller remembers."""
+    listing = site.squeue("--noheader", "--states=all", f"--format={shown}", *options)
+    return [row.split() for row in listing.splitlines()]
+
+
+def only_job(site: SimulatedSite, state: str, seconds: float = 60) -> int:
+    """The id of the only job that has that state, as soon as there is one."""
+    found: list[int] = []
+
+    def look() -> bool:
+        found[:] = [int(job) for job, its in rows_of(site, "%i %T") if its == state]
+        return bool(found)
+
+    wait_until(look, f"a job that is {state}", seconds)
+    (job,) = found
+    return job
+
+
+def jobs_of(site: SimulatedSite, run_directory: str) -> list[str]:
+    """The jobs that have ever been submitted for a run directory; the controller forgets them after five minutes."""
+    key = run_directory.rpartition("/")[2]
+    options = ("--noheader", "--allocations", "--starttime=now-1day", f"--name={key}", "--format=JobID")
+    return [row[0] for row in rows_of(site, "%i", f"--name={key}")] or site.sacct(*options).split()
+
+
+def runs_there(site: SimulatedSite) -> list[str]:
+    """Names of all run directories."""
+    listing = site.run_on_login(CERTIFICATE_USER, "ls dagster-slurm/runs").stdout.split()
+    return [name for name in listing if not name.endswith(".holder")]
+
+
+def output_there(site: SimulatedSite) -> str:
+    """The stdout of all runs, as it is in their directories."""
+    return site.run_on_login(CERTIFICATE_USER, "cat dagster-slurm/runs/*/stdout", check=False).stdout
+
+
+def events(site: SimulatedSite) -> str:
+    """The jobs' own words, of all runs."""
+    return site.run_on_login(CERTIFICATE_USER, "cat dagster-slurm/runs/*/events", check=False).stdout
+
+
+def nobody_left(site: SimulatedSite, seconds: float = 10) -> None:
+    """Wait until no process of the user is left on the login nodes."""
+    wait_until(lambda: not site.processes_on_login(), "no process on the login nodes", seconds)
+
+
+def logins(site: SimulatedSite, said: str = "Accepted publickey") -> dict[str, int]:
+    """How often each login node's sshd has said so of the user since the site is up."""
+    words = f"{said} for {CERTIFICATE_USER.name} "
+    logs = {node: site.layout.log / f"sshd-{node}.out" for node in ("login01", "login02")}
+    return {node: log.read_text(errors="replace").count(words) for node, log in logs.items()}

@@ -1,0 +1,41 @@
+"""A headless Chromium for the tests that look at the UI."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+from support import ROOT
+
+FLAGS = """
+    --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync
+    """.split()
+
+
+@contextmanager
+def open_ui(url: str) -> Iterator[Page]:
+    """Dagster's UI at that address, without its side bar. Skips where there is no Chromium."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1400, "height": 900}, base_url=url)
+        page.set_default_timeout(60_000)
+        page.goto("/overview")
+        page.get_by_text("Hide navigation").click()  # more room for what the tests look at
+        yield page
+        browser.close()
+
+
+def take(page: Page, name: str, folder: Path) -> None:
+    """A screenshot of a page that has come to rest; with UPDATE_SCREENSHOTS=1 it becomes the documentation's."""
+    page.wait_for_load_state("networkidle")
+    target = ROOT / "docs" / "images" if os.environ.get("UPDATE_SCREENSHOTS") else folder
+    page.screenshot(path=target / name, animations="disabled")
+    assert 20_000 < (target / name).stat().st_size < 250_000

@@ -1,0 +1,221 @@
+"""A real `dagster dev` in a folder of its own, and what a browser would ask of it, over GraphQL."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from support import ROOT
+
+ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The first true value of the condition.
+
+    Raises:
+        AssertionError: it did not come true in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(0.1)
+    return value
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended (a zombie has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def workload_processes(data_root: Path) -> list[int]:
+    """Living processes that descend from a workload with that data root, whatever group they have put themselves in."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            pipes = any(variable.startswith(b"DAGSTER_PIPES_") for variable in variables)
+            if pipes and f"DATA_ROOT={data_root}".encode() in variables and not gone(int(folder.name)):
+                found.append(int(folder.name))
+    return found
+
+
+class DagsterDev:
+    """`dagster dev`, started in `folder`, which holds dagster.yaml and workspace.yaml."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self.log = folder.parent / "dagster-dev.log"
+        self.data_root = Path(environment["DATA_ROOT"])
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+
+    def start(self) -> None:
+        """Start it and wait until every code location is loaded."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "dagster", "dev", "--port", str(port)],
+                cwd=self.folder,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        wait_for(self._loaded, 120, f"dagster dev has loaded; see {self.log}")
+
+    def _loaded(self) -> bool:
+        assert self._process is not None and self._process.poll() is None, self.log.read_text()
+        try:
+            answer = self.ask("{ workspaceOrError { ... on Workspace { locationEntries { loadStatus } } } }")
+        except httpx.HTTPError:
+            return False
+        entries = answer["workspaceOrError"].get("locationEntries", [])
+        return bool(entries) and all(entry["loadStatus"] == "LOADED" for entry in entries)
+
+    def stop(self) -> None:
+        """As Ctrl-C does: SIGINT to the group."""
+        if self._process is None:
+            return
+        os.killpg(self._process.pid, signal.SIGINT)
+        try:
+            self._process.wait(60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def kill(self, spared: psutil.Process) -> None:
+        """As a power cut does: SIGKILL to it and all that it started, but for one process."""
+        assert self._process is not None
+        main = psutil.Process(self._process.pid)
+        doomed = [each for each in (main, *main.children(recursive=True)) if each != spared]
+        for each in doomed:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        self._process.wait()
+        psutil.wait_procs(doomed, timeout=20)
+        self._process = None
+
+    def newest_run_but(self, *known: str) -> str | None:
+        """The id of the newest run of an asset that is none of those."""
+        runs = self.ask("{ runsOrError(limit: 20) { ... on Runs { results { runId jobName } } } }")["runsOrError"][
+            "results"
+        ]
+        return next(
+            (run["runId"] for run in runs if run["jobName"] == "__ASSET_JOB" and run["runId"] not in known), None
+        )
+
+    def ask(self, query: str, **variables: Any) -> dict[str, Any]:
+        """The data of a GraphQL answer."""
+        response = httpx.post(f"{self.url}/graphql", json={"query": query, "variables": variables}, timeout=60)
+        answer = response.json()
+        assert "errors" not in answer, answer
+        data: dict[str, Any] = answer["data"]
+        return data
+
+    def launch(self, *assets: str, location: str = "musica_pipelines", **tags: str) -> str:
+        """Launch a run over assets as the UI does; its id. Double underscores in tag names stand for slashes."""
+        parameters = {
+            "selector": {
+                "repositoryLocationName": location,
+                "repositoryName": "__repository__",
+                "jobName": "__ASSET_JOB",
+                "assetSelection": [{"path": [asset]} for asset in assets],
+            },
+            "runConfigData": {},
+            "executionMetadata": {"tags": [{"key": k.replace("__", "/"), "value": v} for k, v in tags.items()]},
+        }
+        mutation = """
+            mutation Launch($parameters: ExecutionParams!) {
+              launchRun(executionParams: $parameters) { __typename ... on LaunchRunSuccess { run { runId } } }
+            }"""
+        answer = self.ask(mutation, parameters=parameters)["launchRun"]
+        assert answer["__typename"] == "LaunchRunSuccess", answer
+        return str(answer["run"]["runId"])
+
+    def status(self, run_id: str) -> str:
+        """Of a run."""
+        query = "query Status($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
+        return str(self.ask(query, id=run_id)["runOrError"]["status"])
+
+    def wait(self, run_id: str, seconds: float = 180) -> str:
+        """The status with which a run ended."""
+        wait_for(lambda: self.status(run_id) in ENDED, seconds, f"run {run_id} has ended")
+        return self.status(run_id)
+
+    def terminate(self, run_id: str) -> None:
+        """As the UI's Terminate does."""
+        mutation = "mutation End($id: String!) { terminateRun(runId: $id) { __typename } }"
+        assert self.ask(mutation, id=run_id)["terminateRun"]["__typename"] == "TerminateRunSuccess"
+
+    def messages(self, run_id: str) -> list[str]:
+        """Of a run's events."""
+        query = """
+            query Messages($id: ID!) {
+              logsForRun(runId: $id) { ... on EventConnection { events { ... on MessageEvent { message } } } }
+            }"""
+        return [event["message"] for event in self.ask(query, id=run_id)["logsForRun"]["events"]]
+
+    def materializations(self, asset: str, partition: str | None = None) -> list[dict[str, Any]]:
+        """Newest first: `runId`, `partition` and whole numbers by label."""
+        query = """
+            query Events($path: [String!]!, $partitions: [String!]) {
+              assetOrError(assetKey: {path: $path}) { ... on Asset {
+                assetMaterializations(partitions: $partitions) {
+                  runId partition metadataEntries { label ... on IntMetadataEntry { intValue } }
+            } } } }"""
+        partitions = None if partition is None else [partition]
+        answer = self.ask(query, path=[asset], partitions=partitions)["assetOrError"]
+        return [
+            {
+                "runId": event["runId"],
+                "partition": event["partition"],
+                **{entry["label"]: entry["intValue"] for entry in event["metadataEntries"] if "intValue" in entry},
+            }
+            for event in answer["assetMaterializations"]
+        ]
+
+
+@contextmanager
+def beside_location(
+    file: Path, folder: Path, environment: Mapping[str, str], name: str = "probe"
+) -> Iterator[DagsterDev]:
+    """The project's `dagster dev` with one more code location, until the end of the block.
+
+    Args:
+        file: defines the location.
+        folder: where it is started; it is made.
+        environment: its variables, beside PATH and LANG.
+        name: of the location.
+    """
+    folder.mkdir()
+    shutil.copy(ROOT / "dagster.yaml", folder)
+    extra = f"  - python_file: {{relative_path: {file}, location_name: {name}}}\n"
+    (folder / "workspace.yaml").write_text((ROOT / "workspace.yaml").read_text() + extra)
+    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    server = DagsterDev(folder, {**kept, **environment})
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

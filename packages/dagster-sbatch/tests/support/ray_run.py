@@ -1,0 +1,121 @@
+"""A Ray job of a test on the simulated site: started in the background, disturbed, and looked at as a user would."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from dagster_sbatch.launchers import RayLauncher
+from dagster_sbatch.slurm import SlurmRequest
+from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
+from support.background import Background
+from support.workload_asset import PIPES, Outcome, materialize
+
+NODES = ("n4001", "n4002")
+PLACE: dict[str, Any] = {"nodes": 2, "nodelist": ",".join(NODES)}
+NO_DASHBOARD = RayLauncher(ray_start_args=["--include-dashboard=false"])
+ON_THE_SECOND = '[ "$SLURM_PROCID" = 0 ] || '
+"""Begins a pre-start command for the node that is not the head."""
+FEW_CPUS = 2
+CONNECT = (
+    PIPES
+    + """
+    import os, pathlib, socket, time
+    import ray
+    ray.init(log_to_driver=False, logging_level="ERROR")
+    home = pathlib.Path.home()
+
+    @ray.remote(num_cpus=1, scheduling_strategy="SPREAD")
+    def where():
+        time.sleep(0.1)
+        return socket.gethostname()
+
+    def hosts():
+        '''The nodes that take tasks, once all of them do.'''
+        found = set()
+        while len(found) < len(ray.nodes()):
+            found |= set(ray.get([where.remote() for _ in range(2 * len(ray.nodes()))]))
+        return sorted(found)
+
+    def say_ready():
+        part = home / "part"
+        part.write_text(os.environ["SLURM_JOB_ID"])
+        part.rename(home / pipes.extras["name"])
+
+    def wait_for(name):
+        while not (home / name).exists():
+            time.sleep(0.1)
+"""
+)
+"""Beginning of a workload that has connected to its cluster; what follows is indented by four spaces."""
+HANG = (
+    CONNECT
+    + """
+    hosts()
+    say_ready()
+    wait_for("go")
+    pipes.report_asset_materialization(metadata={"hosts": hosts()})
+"""
+)
+"""Says that all nodes have worked, and waits for the file `go`."""
+
+
+class RayRun:
+    """A run under way."""
+
+    def __init__(
+        self, site: SimulatedSite, folder: Path, workload: str, *, name: str = "ready",
+        launcher: RayLauncher | None = None, **request: Any,
+    ) -> None:  # fmt: skip
+        """`name`: of the file in the user's home that says that the workload runs; `request`: of SlurmRequest."""
+        self._site, self._name = site, name
+        folder = folder / name
+        folder.mkdir()
+        wanted = SlurmRequest(**{"cpus_per_task": FEW_CPUS, "mem": "3G", "time_limit": "5", **request})
+        ray = launcher or RayLauncher()
+        self._run = Background(
+            lambda: materialize(workload, folder, launcher=ray, request=wanted, extras={"name": name})
+        )
+
+    @property
+    def _word(self) -> Path:
+        return self.home / self._name
+
+    @property
+    def home(self) -> Path:
+        """The user's home, as the host sees it."""
+        return self._site.layout.home / CERTIFICATE_USER.name
+
+    def wait_until_ready(self) -> None:
+        """Wait for the workload's word."""
+        wait_until(lambda: self._word.exists() or self._run.ended, f"the workload of {self._name} runs", 180)
+        assert self._word.exists(), self.finish().error
+
+    @property
+    def job(self) -> int:
+        """The id of its job, once it is ready."""
+        return int(self._word.read_text())
+
+    def finish(self) -> Outcome:
+        """Wait for its end."""
+        return self._run.outcome(240)
+
+
+def cause_of(text: str) -> str:
+    """The first line of a failure's text, be the step tried again or not."""
+    found = re.search(r"Failure: probe: (.*)", text)
+    assert found, text
+    return found[1]
+
+
+def leftovers(site: SimulatedSite, *nodes: str) -> str:
+    """What is left of Ray, or of anything else of the user, on some nodes."""
+    look = f"ps -u {CERTIFICATE_USER.uid} -o pid=,args=; find /tmp /dev/shm -mindepth 1"
+    return "".join(site.run_on_node(node, look, check=False).stdout for node in nodes)
+
+
+def nothing_is_left(site: SimulatedSite, *nodes: str) -> None:
+    """Wait for the nodes to be as clean as before the job."""
+    try:
+        wait_until(lambda: not leftovers(site, *nodes), "clean nodes", 30)
+    except Exception as error:
+        raise AssertionError(f"left: {leftovers(site, *nodes)}") from error

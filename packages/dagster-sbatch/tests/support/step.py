@@ -1,0 +1,136 @@
+"""A step in a process of its own that can be killed, with a Dagster instance that outlives it."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from support import ROOT
+
+PROGRAM = """\
+import json, os, sys, time
+from pathlib import Path
+import dagster as dg
+from resources import build_resources
+from dagster_sbatch.run.compute import ComputeResource
+from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.slurm import SlurmRequest
+
+FOLDER = Path(__file__).parent
+CALL = json.loads((FOLDER / "call.json").read_text())
+REQUEST = SlurmRequest(time_limit=CALL["time_limit"])
+
+@dg.asset
+def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    (FOLDER / f"begun-{os.getpid()}").touch()
+    workload = FOLDER / "workloads" / "workload.py"
+    done = compute.run(
+        context, workload=workload, launcher=ScriptLauncher(), request=REQUEST, extras=CALL["extras"], env=CALL["env"]
+    )
+    if not (FOLDER / "hold").exists():
+        return done.get_materialize_result()
+    (FOLDER / "held").touch()
+    time.sleep(600)
+
+def make_job():
+    job = dg.define_asset_job("all", selection="*", executor_def=dg.in_process_executor)
+    return dg.Definitions(assets=[probe], jobs=[job], resources=build_resources()).resolve_job_def("all")
+
+if __name__ == "__main__":
+    parent = dg.ReexecutionOptions(parent_run_id=sys.argv[1]) if sys.argv[1:] else None
+    job = dg.reconstructable(make_job)
+    with dg.DagsterInstance.get() as instance, dg.execute_job(job, instance, reexecution_options=parent) as result:
+        metadata = {}
+        for event in result.filter_events(lambda event: event.event_type_value == "ASSET_MATERIALIZATION"):
+            for name, value in event.materialization.metadata.items():
+                metadata[name] = value.value
+        failed = [event for event in result.all_events if event.is_step_failure]
+        errors = [event.step_failure_data.error_display_string for event in failed]
+        (FOLDER / f"result-{os.getpid()}").write_text(json.dumps([result.success, errors, metadata]))
+"""
+
+
+class Step:
+    """One asset whose workload lies in `folder/workloads`; each start is a run, or a re-execution of the one before."""
+
+    def __init__(self, folder: Path, variables: dict[str, str], workload: str) -> None:
+        self._folder = folder
+        home = folder / "dagster"
+        for path in (home, folder / "workloads"):
+            path.mkdir(parents=True)
+        (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+        (folder / "step.py").write_text(PROGRAM)
+        self.change(workload)
+        self.call()
+        self._variables = {**variables, "DAGSTER_HOME": str(home), "PYTHONPATH": str(ROOT)}
+
+    def change(self, workload: str) -> None:
+        """Write another workload."""
+        (self._folder / "workloads" / "workload.py").write_text(workload)
+
+    def call(
+        self, extras: dict[str, Any] | None = None, env: dict[str, str] | None = None, time_limit: str = "00:30:00"
+    ) -> None:
+        """Let the next start pass other arguments to `compute.run`."""
+        call = {"extras": extras or {}, "env": env or {}, "time_limit": time_limit}
+        (self._folder / "call.json").write_text(json.dumps(call))
+
+    def hold(self) -> None:
+        """Let the next start stay in its asset when it has the result."""
+        (self._folder / "hold").touch()
+
+    def held(self) -> bool:
+        """Whether it is there; the starts after it do not stay."""
+        if not (self._folder / "held").exists():
+            return False
+        (self._folder / "hold").unlink(missing_ok=True)
+        return True
+
+    def runs(self) -> list[str]:
+        """Ids of all runs, the oldest first."""
+        with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
+            return [record.dagster_run.run_id for record in instance.get_run_records()][::-1]
+
+    def start(self, *, again: bool) -> "subprocess.Popen[bytes]":
+        """Start a run; `again` makes it a re-execution of the latest one."""
+        parent = self.runs()[-1:] if again else []
+        number = len(list(self._folder.glob("log-*")))
+        with (self._folder / f"log-{number}").open("wb") as log, (self._folder / f"out-{number}").open("wb") as out:
+            return subprocess.Popen(
+                [sys.executable, str(self._folder / "step.py"), *parent],
+                env=self._variables,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=log,
+            )
+
+    def begun(self, process: "subprocess.Popen[bytes]") -> bool:
+        """Whether its asset has begun."""
+        return (self._folder / f"begun-{process.pid}").exists()
+
+    def result(self, process: "subprocess.Popen[bytes]") -> tuple[bool, str, dict[str, Any]]:
+        """Of one that ends by itself: success, the text of its failure, the metadata of its materialization."""
+        assert process.wait(180) == 0, self.log
+        success, errors, metadata = json.loads((self._folder / f"result-{process.pid}").read_text())
+        return success, "\n".join(errors), metadata
+
+    @property
+    def log(self) -> str:
+        """What Dagster has logged in the latest run."""
+        return sorted(self._folder.glob("log-*"))[-1].read_text()
+
+    @property
+    def output(self) -> str:
+        """What the latest run has written to its stdout."""
+        return sorted(self._folder.glob("out-*"))[-1].read_text()
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """End it as a power cut does."""
+    process.send_signal(signal.SIGKILL)
+    process.wait()

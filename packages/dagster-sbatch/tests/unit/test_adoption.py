@@ -1,0 +1,195 @@
+"""Which job a step adopts, what counts as the same work, and what is said about it."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch.launchers import Launcher, RayLauncher, ScriptLauncher
+from dagster_sbatch.project import Project
+from dagster_sbatch.run import adoption
+from dagster_sbatch.run.adoption import (
+    NO_RECORD,
+    Choice,
+    choose,
+    digest_of,
+    inputs_of,
+    name_differences,
+    name_request_changes,
+    outdated_runs,
+)
+from dagster_sbatch.run.calls import StepCalls, step_key
+from dagster_sbatch.run.history import first_heard, is_stored
+from dagster_sbatch.run.plan import Plan
+from dagster_sbatch.run.workload import Workload
+from dagster_sbatch.slurm import Allocation, Site, SlurmRequest
+from dagster_sbatch.slurm.gateway import Claim, JobEnd, OtherRun
+
+WELL = JobEnd(0, "COMPLETED", "0:0")
+FORGOTTEN = JobEnd(0, "", "")
+BADLY = JobEnd(3, "FAILED", "3:0")
+
+
+@pytest.mark.parametrize(
+    ("claim", "stored", "attempt", "adopt"),
+    [
+        (Claim(None), False, 1, False),
+        (Claim(None, attempt=1, over=True), False, 2, False),  # laid out, never submitted
+        (Claim(None, attempt=1, over=False, job="7"), False, 1, True),
+        (Claim(None, attempt=1, over=False, job=None), False, 1, True),  # sbatch has not answered
+        (Claim(None, attempt=3, over=True, end=WELL, job="7"), False, 3, True),
+        (Claim(None, attempt=3, over=True, end=FORGOTTEN, job="7"), False, 3, True),
+        (Claim(None, attempt=3, over=True, end=WELL, job="7"), True, 4, False),
+        (Claim(None, attempt=3, over=True, end=WELL, job="7", rejected=True), False, 4, False),
+        (Claim(None, attempt=3, over=True, end=BADLY, job="7"), False, 4, False),
+        (Claim(None, attempt=3, over=True, end=JobEnd(0, "CANCELLED", "0:15"), job="7"), False, 4, False),
+    ],
+)
+def test_the_latest_attempt_or_a_new_one(claim: Claim, stored: bool, attempt: int, adopt: bool) -> None:
+    choice = choose(claim, stored=stored)
+    assert (choice.attempt, choice.adopt, bool(choice.reason)) == (attempt, adopt, adopt)
+
+
+def test_a_first_attempt_needs_no_reason() -> None:
+    assert choose(Claim(None), stored=False) == Choice(1, adopt=False)
+
+
+BASE: dict[str, Any] = {
+    "code": {"code a.py": "1", "packages": "2"},
+    "extras": {"n": 1},
+    "env": {"X": "1"},
+    "args": ("-v",),
+    "assets": ["a"],
+    "data_root": "/data",
+}
+
+
+def inputs(launcher: Launcher | None = None, request: SlurmRequest | None = None, **changes: Any) -> dict[str, str]:
+    values = {**BASE, **changes}
+    workload = Workload(Path("/root/a.py"), Path("/root"), None, values.pop("args"))
+    allocation = Allocation(request or SlurmRequest())
+    env, extras = values.pop("env"), values.pop("extras")
+    plan = Plan(Project(Path("/root")), workload, launcher or ScriptLauncher(), Site(), allocation, env, extras, ())
+    return inputs_of(plan, **values)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"code": {"code a.py": "9", "packages": "2"}}, "code a.py"),
+        ({"code": {"code a.py": "1", "code b.py": "1", "packages": "2"}}, "code b.py (gone)"),
+        ({"code": {"code a.py": "1", "packages": "3"}}, "packages"),
+        ({"extras": {"n": 2}}, "extras['n']"),
+        ({"extras": {}}, "extras['n'] (new)"),
+        ({"extras": {"n": 1, "m": None}}, "extras['m'] (gone)"),
+        ({"extras": {"n": 1, "partition_keys": ["p"]}}, "partitions"),
+        ({"env": {"X": "2"}}, "env['X']"),
+        ({"env": {}}, "env['X'] (new)"),
+        ({"args": ()}, "args"),
+        ({"assets": ["a", "b"]}, "assets"),
+        ({"data_root": "/other"}, "DATA_ROOT"),
+        ({"launcher": ScriptLauncher(pre_start_commands=("true",))}, "launcher.pre_start_commands"),
+    ],
+)
+def test_what_decides_the_result_is_named_without_its_value(changed: dict[str, Any], named: str) -> None:
+    assert name_differences(inputs(), {"inputs": inputs(**changed)}) == named
+
+
+def test_another_launcher_and_the_order_of_names() -> None:
+    assert "launcher, launcher." in name_differences(inputs(), {"inputs": inputs(launcher=RayLauncher())})
+    assert inputs(extras={"a": 1, "b": {"x": 1, "y": 2}}) == inputs(extras={"b": {"y": 2, "x": 1}, "a": 1})
+
+
+def test_the_slurm_request_is_not_an_input() -> None:
+    assert inputs(request=SlurmRequest(time_limit="02:00:00", nodes=2)) == inputs()
+
+
+def test_many_differences_are_counted_and_no_record_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adoption, "MOST_NAMES", 2)
+    assert name_differences({"a": "1", "b": "1", "c": "1"}, {"inputs": {}}) == "a (new), b (new), and 1 more"
+    assert name_differences(inputs(), None) == NO_RECORD
+
+
+def test_changes_of_the_request_are_named_with_their_values() -> None:
+    mine, theirs = {"nodes": 2, "time_limit": "02:00:00"}, {"time_limit": "01:00:00", "qos": "q"}
+    said = name_request_changes(mine, {"request": theirs})
+    assert said == "nodes=default (now 2), qos=q (now default), time_limit=01:00:00 (now 02:00:00)"
+    assert name_request_changes(mine, {"request": mine}) == ""
+
+
+def other(call: int | None) -> OtherRun:
+    return OtherRun(f"family-{call}", "run", "7", None if call is None else {"call": call})
+
+
+def test_jobs_of_calls_that_are_still_to_come_are_not_outdated() -> None:
+    others = [other(0), other(1), other(2), other(None)]
+    assert outdated_runs(others, 2) == [others[0], others[1], others[3]]
+
+
+def test_calls_have_the_same_names_in_any_order() -> None:
+    """Threads of a step may call in another order the next time; equal calls are interchangeable."""
+    digests = [digest_of(n) for n in (1, 2, 3, 3)]
+    first, second = StepCalls(), StepCalls()
+    names = [first.begin("root", "step", digest).family for digest in digests]
+    assert len(set(names)) == 4
+    again = [(digest, second.begin("root", "step", digest).family) for digest in reversed(digests)]
+    assert sorted(again) == sorted(zip(digests, names, strict=True))
+    assert not {StepCalls().begin("root", "step[a]", digest).family for digest in digests} & set(names)
+    assert not {StepCalls().begin("another", "step", digest).family for digest in digests} & set(names)
+
+
+def test_calls_of_many_threads_are_counted() -> None:
+    step, numbers = StepCalls(), []
+    threads = [
+        threading.Thread(target=lambda: numbers.append(step.begin("root", "step", "same").number)) for _ in range(50)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(numbers) == list(range(50))
+    assert step.begun == 50
+
+
+def test_one_call_of_a_step_acts_on_an_outdated_job() -> None:
+    step = StepCalls()
+    mine = step.begin("root", "step", "digest").family
+    assert not step.claim_once(mine)
+    assert step.claim_once("theirs")
+    assert not step.claim_once("theirs")
+
+
+def test_steps_of_a_graph_have_keys_and_success_is_read_by_them() -> None:
+    """The keys are those of Dagster's events, with the mapping key of a dynamic output."""
+    seen = []
+
+    @dg.op(out=dg.DynamicOut())
+    def fan() -> Any:
+        for name in ("a", "b"):
+            yield dg.DynamicOutput(name, mapping_key=name)
+
+    @dg.op
+    def work(context: dg.OpExecutionContext, name: str) -> None:
+        seen.append(step_key(context))
+        if name == "b":
+            raise ValueError(name)
+
+    @dg.graph
+    def inner() -> None:
+        fan().map(work)
+
+    @dg.job
+    def outer() -> None:
+        inner()
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = outer.execute_in_process(instance=instance, raise_on_error=False)
+        assert seen == ["inner.work[a]", "inner.work[b]"]
+        assert [is_stored(instance, ["unknown", result.run_id], step) for step in [*seen, ""]] == [True, False, False]
+        begun = first_heard(instance, result.run_id)
+        assert begun is not None
+        assert not is_stored(instance, [result.run_id], seen[0], before=begun)
+        assert is_stored(instance, [result.run_id], seen[0], before=begun + 60)
+        assert first_heard(instance, "unknown") is None

@@ -1,0 +1,195 @@
+"""The code root as it is sent: what git tracks, submodules, links, and folders without git."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.environments import read_code, revision_of
+from dagster_sbatch.errors import ConfigurationError
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A folder of workloads in a repository: all of it tracked."""
+    folder = tmp_path / "workloads"
+    (folder / "helpers" / "deep").mkdir(parents=True)
+    (folder / "helpers" / "deep" / "tool.py").write_text("WORD = 1\n")
+    (folder / "main.py").write_text("import helpers.deep.tool\n")
+    (tmp_path / "outside.py").write_text("")
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    return folder
+
+
+def git(folder: Path, *command: str) -> None:
+    subprocess.run(["git", "-C", str(folder), *command], check=True)
+
+
+def test_a_line_in_a_nested_package_makes_another_digest(repository: Path) -> None:
+    before = read_code(repository)
+    assert sorted(before.files) == ["helpers/deep/tool.py", "main.py"]
+    (repository / "helpers" / "deep" / "tool.py").write_text("WORD = 2\n")
+    after = read_code(repository)
+    changed = {name for name in after.digests if after.digests[name] != before.digests[name]}
+    assert changed == {"helpers/deep/tool.py"}
+
+
+def test_only_what_git_tracks_goes_along_and_the_rest_is_named(repository: Path) -> None:
+    (repository.parent / ".gitignore").write_text("*.log\n")
+    for name in ("new.py", "out.log", ".env", ".env.musica", "musica-auth.env"):
+        (repository / name).write_text("SECRET=1\n")
+    code = read_code(repository)
+    assert sorted(code.files) == ["helpers/deep/tool.py", "main.py"]
+    assert "new.py" in code.left_out
+    assert "out.log" not in code.left_out
+
+
+def test_a_dotenv_file_stays_here_though_git_tracks_it(repository: Path) -> None:
+    for name in (".env", ".env.musica", "musica-auth.env"):
+        (repository / name).write_text("SECRET=1\n")
+    git(repository, "add", "--force", ".")
+    assert not any("env" in name for name in read_code(repository).files)
+
+
+def test_a_file_that_was_deleted_is_no_part_of_it(repository: Path) -> None:
+    (repository / "main.py").unlink()
+    assert list(read_code(repository).files) == ["helpers/deep/tool.py"]
+
+
+def test_the_revision_is_told_with_whether_it_is_changed(repository: Path) -> None:
+    assert revision_of(repository) == ""
+    git(repository, "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--quiet", "--message=a")
+    revision = revision_of(repository)
+    assert len(revision) >= 7
+    (repository / "main.py").write_text("")
+    assert revision_of(repository) == f"{revision}-dirty"
+
+
+def test_the_environment_of_a_git_hook_does_not_mislead(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    assert len(read_code(repository).files) == 2
+
+
+def test_without_a_repository_all_but_hidden_files_and_caches(tmp_path: Path) -> None:
+    for name in ("main.py", "a/b.py", ".env", ".hidden/c.py", "a/__pycache__/b.pyc", "notes.env"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert sorted(read_code(tmp_path).files) == ["a/b.py", "main.py"]
+
+
+def test_without_git_as_without_a_repository(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(repository))
+    assert sorted(read_code(repository).files) == ["helpers/deep/tool.py", "main.py"]
+
+
+def test_data_in_the_code_is_too_much(tmp_path: Path) -> None:
+    (tmp_path / "data.bin").write_bytes(bytes(9 << 20))
+    with pytest.raises(ConfigurationError, match=r"more than 8 MB \(at data.bin\)"):
+        read_code(tmp_path)
+
+
+def test_without_a_repository_the_log_lists_what_is_sent(tmp_path: Path) -> None:
+    for number in range(25):
+        (tmp_path / f"m{number:02}.py").write_text("")
+    (tmp_path / "id_rsa").write_text("key")
+    (note,) = read_code(tmp_path).notes
+    assert f"{tmp_path} is in no git repository: all 26 files in it are sent: id_rsa, m00.py, m01.py" in note
+    assert note.endswith("m18.py and 6 more")
+
+
+def test_what_git_does_not_track_is_noted(repository: Path) -> None:
+    (repository / "new.py").write_text("")
+    assert read_code(repository).notes == [f"git does not track {repository}/new.py: it is not sent"]
+
+
+# Links and submodules
+
+
+@pytest.fixture(params=["with git", "without git"])
+def folder(request: pytest.FixtureRequest, repository: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    if request.param == "without git":
+        monkeypatch.setenv("PATH", str(repository))
+    return repository
+
+
+def add(folder: Path) -> None:
+    subprocess.run(["/usr/bin/git", "-C", str(folder), "add", "--force", "."], check=True)
+
+
+def test_a_link_within_the_code_root_is_sent_as_what_it_points_to(folder: Path) -> None:
+    (folder / "tools").symlink_to("helpers")
+    (folder / "helpers" / "again.py").symlink_to(folder / "main.py")
+    add(folder)
+    files = read_code(folder).files
+    assert files["helpers/again.py"] == files["tools/again.py"] == files["main.py"]
+    assert files["tools/deep/tool.py"] == files["helpers/deep/tool.py"]
+
+
+@pytest.mark.parametrize("target", ["../outside.py", "../shared", "/etc/hostname", "../nothing"])
+def test_a_link_that_leaves_the_code_root_is_refused(target: str, folder: Path) -> None:
+    (folder.parent / "shared").mkdir()
+    (folder.parent / "shared" / "x.py").write_text("")
+    (folder / "linked").symlink_to(target)
+    add(folder)
+    with pytest.raises(ConfigurationError, match=r"workloads/linked is a link to /.*, outside the code root"):
+        read_code(folder)
+
+
+def test_a_link_to_a_dotenv_file_is_not_sent(folder: Path) -> None:
+    (folder / ".env").write_text("SECRET=1")
+    (folder / "settings").symlink_to(".env")
+    add(folder)
+    assert "settings" not in read_code(folder).files
+
+
+def test_a_folder_on_the_way_that_became_a_link_is_refused(repository: Path) -> None:
+    (repository / "helpers").rename(repository.parent / "helpers")
+    (repository / "helpers").symlink_to("../helpers")
+    with pytest.raises(ConfigurationError, match=r"helpers/deep/tool\.py is a link to .*, outside the code root"):
+        read_code(repository)
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        {"loop": "."},
+        {"helpers/up": ".."},
+        {"helpers/x": "../other", "other/y": "../helpers"},
+    ],
+)
+def test_links_in_a_circle_are_refused(links: dict[str, str], folder: Path) -> None:
+    (folder / "other").mkdir()
+    (folder / "other" / "z.py").write_text("")
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    add(folder)
+    with pytest.raises(ConfigurationError, match="which contains it"):
+        read_code(folder)
+
+
+@pytest.fixture
+def submodule(repository: Path, tmp_path: Path) -> Path:
+    origin = tmp_path / "origin"
+    (origin / "inner").mkdir(parents=True)
+    (origin / "inner" / "lib.py").write_text("")
+    git(origin, "init", "--quiet")
+    git(origin, "add", ".")
+    git(origin, "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--quiet", "--message=a")
+    git(repository, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(origin), "sub")
+    return repository / "sub"
+
+
+def test_a_submodule_is_sent(repository: Path, submodule: Path) -> None:
+    (submodule / "new.py").write_text("")
+    (repository / "short").symlink_to("sub/inner")
+    git(repository, "add", "short")
+    code = read_code(repository)
+    assert {"sub/inner/lib.py", "short/lib.py"} <= code.files.keys()
+    assert code.left_out == ("sub/new.py",)
+
+
+def test_a_submodule_that_is_not_checked_out_is_refused(repository: Path, submodule: Path) -> None:
+    git(repository, "submodule", "--quiet", "deinit", "--force", "sub")
+    with pytest.raises(ConfigurationError, match=r"(?s)/sub is not checked out here.*\ngit -C .* submodule"):
+        read_code(repository)

@@ -1,0 +1,59 @@
+"""What `compute.run` says before it connects anywhere."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.run.compute import ComputeResource
+from resources import build_resources
+from support import access
+
+
+@pytest.mark.parametrize(
+    ("deployment", "warned"), [("production_supercomputer", True), ("staging_supercomputer", False)]
+)
+def test_a_qos_for_tries_is_warned_about_in_production(
+    deployment: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = access.environment("https://127.0.0.1:1", tmp_path)
+    variables |= {"DAGSTER_DEPLOYMENT": deployment, "SLURM_QOS": "dev_zen4_0768"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "workload.py").write_text("")
+
+    @dg.asset
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        done = compute.run(context, workload=tmp_path / "workload.py", launcher=ScriptLauncher())
+        return done.get_materialize_result()
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([probe], resources=build_resources(), instance=instance, raise_on_error=False)
+        said = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    assert not result.success  # nobody has access
+    text = f"QoS dev_zen4_0768 is for short tests, and this is {deployment}. Check SLURM_QOS."
+    assert (text in said) is warned
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "text"),
+    [
+        ("launcher", ScriptLauncher, "launcher=ScriptLauncher is a class. Write launcher=ScriptLauncher()"),
+        ("launcher", "ray", "launcher='ray' is no launcher. Write for instance launcher=ScriptLauncher()"),
+        ("request", {"nodes": 2}, "request={'nodes': 2} is no SlurmRequest. Write for instance request=SlurmRequest("),
+        ("request", {}, "request={} is no SlurmRequest"),
+        ("workload", None, "workload=None is no path. Write for instance WORKLOADS / "),
+        ("extras", ["trials", 3], "extras=['trials', 3] is no dictionary"),
+    ],
+)
+def test_an_argument_of_a_wrong_kind_says_what_to_write(argument: str, value: object, text: str) -> None:
+    @dg.asset
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> None:
+        arguments: dict[str, Any] = {"workload": __file__, "launcher": ScriptLauncher(), argument: value}
+        compute.run(context, **arguments)
+
+    with pytest.raises(dg.Failure) as error:
+        dg.materialize([probe], resources=build_resources())
+    assert text in str(error.value.description)

@@ -1,0 +1,143 @@
+"""What the doctor makes of a login node's answers, whatever its commands print."""
+
+import socket
+import subprocess
+from contextlib import ExitStack
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch.inspect.doctor import here, jobs
+from dagster_sbatch.inspect.doctor.finding import Facts
+from dagster_sbatch.inspect.doctor.storage import Room, parse_room
+from dagster_sbatch.inspect.doctor.survey import Answer, parse, render
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import StoppedError
+from resources import PROJECT
+
+SPACE = "Filesystem     1024-blocks     Used Available Capacity Mounted on\n"
+INODES = "Filesystem       Inodes  IUsed   IFree IUse% Mounted on\n"
+HOME_KIB = "nas:/home 52428800 1048576 51380224 2% /home\n"
+HOME_FILES = "nas:/home 1000000 10 999990 1% /home\n"
+QUOTA = "Quotas of xy12345 (uid 1001):\n  Filesystem  blocks  quota  limit  grace  files  quota  limit  grace\n"
+
+
+@pytest.mark.parametrize(
+    ("space", "inodes", "quotas", "room"),
+    [
+        (HOME_KIB, HOME_FILES, "", Room(51380224, 999990)),
+        (
+            "with spaces in /it 1000 400 600 40% /a folder\n",
+            "with spaces in /it 50 20 30 40% /a folder\n",
+            "",
+            Room(600, 30),
+        ),
+        (HOME_KIB, "nas:/home 0 0 0 - /home\n", "", Room(51380224, None)),
+        (HOME_KIB, "nas:/home - - - - /home\n", "", Room(51380224, None)),
+        ("", "", "", Room(None, None)),
+        ("nas:/home 100 110 -10 110% /home\n", HOME_FILES, "", Room(0, 999990)),
+        (HOME_KIB, HOME_FILES, "nas:/home 40000 0 50000 0 900 1000 0 0\n", Room(10000, 100)),
+        (HOME_KIB, HOME_FILES, "nas:/home 40000* 30000 50000 1700000000 1000* 1000 1000 0\n", Room(10000, 0)),
+        (HOME_KIB, HOME_FILES, "nas:/data 40000 0 50000 0 900 1000 0 0\n", Room(51380224, 999990)),
+        (HOME_KIB, HOME_FILES, "nas:/home 40000 0 0 0 900 0 0 0\n", Room(51380224, 999990)),
+        (HOME_KIB, HOME_FILES, "sh: quota: not found", Room(51380224, 999990)),
+        (HOME_KIB, HOME_FILES, "nas:/home none\n", Room(51380224, 999990)),
+    ],
+)
+def test_room(space: str, inodes: str, quotas: str, room: Room) -> None:
+    text = f"{SPACE if space else ''}{space}\x1d{INODES if inodes else ''}{inodes}"
+    assert parse_room(text, QUOTA + quotas if quotas.startswith("nas") else quotas) == room
+
+
+def test_room_in_words() -> None:
+    assert str(Room(51380224, 999990)) == "49.0 GB and 999,990 files free"
+    assert str(Room(1024, None)) == "0.0 GB free"
+    assert str(Room(None, None)) == "free space not known"
+
+
+def facts_of(address: tuple[str, int], folder: Path) -> Facts:
+    facts = Facts(PROJECT, dg.DagsterInstance.ephemeral, ExitStack())
+    facts.settings = Settings(
+        SLURM_EDGE_NODE_HOST=address[0],
+        SLURM_EDGE_NODE_PORT=address[1],
+        SLURM_EDGE_NODE_USER="me",
+        SLURM_EDGE_NODE_KEY_PATH=folder / "key",
+    )
+    return facts
+
+
+@pytest.fixture
+def short_patience(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(here, "TCP_SECONDS", 0.5)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("short_patience")
+def test_a_network_from_which_port_22_times_out(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, ExitStack() as stack:
+        for _ in range(4):  # the places in the queue; from then on, packets are dropped as by a firewall
+            waiting = stack.enter_context(socket.socket())
+            waiting.settimeout(0)
+            waiting.connect_ex(server.getsockname())
+        state, found, fix = here.check_port(facts_of(server.getsockname(), tmp_path))
+    assert state == "broken"
+    assert found.endswith("does not answer within 0 s: this network does not reach it")
+    assert "partner university" in fix
+    assert "VPN" in fix
+
+
+@pytest.mark.usefixtures("short_patience")
+def test_a_server_that_says_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        state, found, _ = here.check_port(facts_of(server.getsockname(), tmp_path))
+    assert (state, "accepts a connection and says nothing" in found) == ("broken", True)
+
+
+def test_an_agent_that_stops_answering_is_no_traceback(tmp_path: Path) -> None:
+    """Its time limit ends the requests with an error without text."""
+
+    class Silent:
+        def all(self) -> None:
+            raise StoppedError
+
+    facts = facts_of(("login.example", 22), tmp_path)
+    facts.runs = Silent()  # type: ignore[assignment]
+    state, found, _ = jobs.check_jobs(facts)
+    assert (state, found) == ("broken", "the login node has not answered everything within 240 s")
+
+
+def survey(folder: Path, df: str, **variables: str) -> dict[str, Answer]:
+    """The answers of this machine, with a df of one's own."""
+    (folder / "df").write_text(f"#!/bin/sh\n{df}\n")
+    (folder / "df").chmod(0o755)
+    script = render(str(folder / "base"), ("python3",))
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", **variables}
+    done = subprocess.run(["/bin/sh", "-s"], input=script, env=environment, capture_output=True, text=True, check=True)
+    return parse(f"Welcome!\n{done.stdout}")
+
+
+@pytest.mark.parametrize(
+    ("df", "room"),
+    [
+        ("exit 0", Room(None, None)),
+        ("echo stale NFS file handle >&2; exit 1", Room(None, None)),
+        (f"case $1 in *i) echo 'nas 0 0 0 - /x';; *) echo '{HOME_KIB.strip()}';; esac", Room(51380224, None)),
+    ],
+    ids=["nothing", "an error", "no inodes"],
+)
+def test_a_df_that_says_little(tmp_path: Path, df: str, room: Room) -> None:
+    answers = survey(tmp_path, df, HOME=str(tmp_path))
+    assert parse_room(answers["room"].text, answers["quota"].text) == room
+    assert parse_room(answers["room HOME"].text, answers["quota"].text) == room
+
+
+def test_the_folders_of_the_login_profile_are_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "a folder").mkdir()
+    answers = survey(
+        tmp_path, "printf '%s\\n' \"x 9 1 8 2% $2\"", HOME=str(tmp_path), SCRATCH=str(tmp_path / "a folder")
+    )
+    assert answers["path SCRATCH"].text == str(tmp_path / "a folder")
+    assert answers["room SCRATCH"].text.endswith("a folder")
+    assert "path DATA" not in answers
+    assert answers["folder"].text == str(tmp_path)

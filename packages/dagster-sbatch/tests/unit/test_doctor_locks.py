@@ -1,0 +1,71 @@
+"""The doctor and locks, with real agents on this machine that stand for those on two login nodes."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_sbatch.inspect.doctor import locks
+from dagster_sbatch.inspect.doctor.finding import Facts
+from dagster_sbatch.inspect.runs import Runs
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import Gateway, choose_channel
+from dagster_sbatch.slurm.gateway import channel as channels
+from resources import PROJECT
+
+NAMED = "import os\nos.uname = lambda: ('Linux', {host!r})\n"
+LOCAL = "import fcntl\nfcntl.flock = lambda *_: None\n"
+
+
+def found(hosts: list[str], second: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[str, str, str]:
+    """What the doctor says where connections come to these login nodes; `second`: what is so with all but the first."""
+    settings = Settings.model_validate(
+        {"SLURM_EDGE_NODE_HOST": "localhost", "SLURM_DEPLOYMENT_BASE_PATH": f"{tmp_path}/base"}
+    )
+    start, names = channels._START, cycle(hosts)
+    opened = 0
+
+    @contextmanager
+    def open_runs(*_: Any) -> Iterator[Runs]:
+        nonlocal opened
+        opened += 1
+        code = NAMED.format(host=next(names)) + (second if opened > 1 else "")
+        monkeypatch.setattr(channels, "_START", code + start)
+        gateway = Gateway(choose_channel(settings, (), lambda _: None))
+        try:
+            yield Runs(gateway, settings)
+        finally:
+            gateway.close()
+
+    monkeypatch.setattr(locks, "open_runs", open_runs)
+    facts = Facts(PROJECT, lambda: pytest.fail("not needed"), ExitStack())
+    facts.settings = settings
+    return locks.check_locks(facts)
+
+
+def test_a_lock_is_seen_on_another_login_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    verdict = found(["login01", "login01", "login02"], "", monkeypatch, tmp_path)
+    assert verdict == ("ok", "what login01 locks is locked on login02", "")
+
+
+def test_a_lock_that_only_its_own_node_sees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    state, text, fix = found(["login01", "login02"], LOCAL, monkeypatch, tmp_path)
+    assert (state, text.partition(":")[0]) == ("warning", "a lock that login01 holds is not seen on login02")
+    assert "SLURM_EDGE_NODE_HOST" in fix
+
+
+def test_one_login_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    state, text, _ = found(["login01"], "", monkeypatch, tmp_path)
+    assert state == "ok"
+    assert "no other login node was reached" in text
+
+
+def test_what_the_agent_refuses_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base").chmod(0o777)
+    state, text, _ = found(["login01"], "", monkeypatch, tmp_path)
+    assert state == "broken"
+    assert f"chmod go-w '{tmp_path}/base'" in text

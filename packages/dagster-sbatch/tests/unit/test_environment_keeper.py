@@ -1,0 +1,88 @@
+"""What the keeper remembers of the site's interpreters, on this machine."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_sbatch.environments.keeper.files import Refused
+from dagster_sbatch.environments.keeper.interpreters import REMEMBERED, choose
+
+PYTHON = '#!/bin/sh\necho >>"{calls}"\nexec {python} "$@"\n'
+
+
+class Interpreter:
+    """A Python that counts how often it is asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self._calls = folder / "a-python", folder / "calls"
+        self.install()
+
+    def install(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.path.write_text(PYTHON.format(calls=self._calls, python=os.path.realpath(sys.executable)))
+        self.path.chmod(0o755)
+
+    @property
+    def asked(self) -> int:
+        return len(self._calls.read_text().splitlines())
+
+
+@pytest.fixture
+def interpreter(tmp_path: Path) -> Interpreter:
+    return Interpreter(tmp_path)
+
+
+@pytest.fixture
+def request_of_it(interpreter: Interpreter, tmp_path: Path) -> dict[str, Any]:
+    folder = tmp_path / "environments"
+    folder.mkdir()
+    limits = {"oldest": [3, 11], "newest": [3, 99]}
+    asked = {"asked": str(interpreter.path), "python": str(interpreter.path)}
+    return {"folder": str(folder), "setup": [], "candidates": [], **asked, **limits}
+
+
+def test_an_interpreter_is_asked_once(interpreter: Interpreter, request_of_it: dict[str, Any]) -> None:
+    first = choose(request_of_it)
+    assert first["executable"] == os.path.realpath(sys.executable)
+    assert choose(request_of_it) == first
+    assert interpreter.asked == 1
+    choose({**request_of_it, "setup": ["true"]})
+    assert interpreter.asked == 2
+
+
+def test_it_is_asked_again_when_another_is_in_its_place(
+    interpreter: Interpreter, request_of_it: dict[str, Any]
+) -> None:
+    choose(request_of_it)
+    interpreter.path.rename(interpreter.path.with_name("kept"))  # its inode is not given to the new one
+    interpreter.install()
+    choose(request_of_it)
+    assert interpreter.asked == 2
+    interpreter.path.unlink()
+    with pytest.raises(Refused, match="does not run"):
+        choose(request_of_it)
+
+
+def test_it_is_asked_again_after_a_day(interpreter: Interpreter, request_of_it: dict[str, Any]) -> None:
+    choose(request_of_it)
+    (memory,) = Path(request_of_it["folder"]).iterdir()
+    known = json.loads(memory.read_text())
+    memory.write_text(json.dumps({**known, "at": known["at"] - REMEMBERED + 60}))
+    choose(request_of_it)
+    assert interpreter.asked == 1
+    memory.write_text(json.dumps({**known, "at": known["at"] - REMEMBERED}))
+    choose(request_of_it)
+    assert interpreter.asked == 2
+
+
+def test_before_the_first_deployment_nothing_is_remembered(
+    interpreter: Interpreter, request_of_it: dict[str, Any], tmp_path: Path
+) -> None:
+    nowhere = {**request_of_it, "folder": str(tmp_path / "none")}
+    assert choose(nowhere) == choose(nowhere)
+    assert interpreter.asked == 2
+    assert not (tmp_path / "none").exists()

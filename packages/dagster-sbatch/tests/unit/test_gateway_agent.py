@@ -1,0 +1,337 @@
+"""The agent as a plain subprocess: what it does with files and pipes, where there is no Slurm."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_sbatch.auth import MisconfiguredError
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import (
+    Gateway,
+    LostClaimError,
+    OtherRun,
+    RefusedError,
+    StoppedError,
+    choose_channel,
+    link,
+)
+from dagster_sbatch.slurm.gateway.channel import Channel
+from dagster_sbatch.ssh import AuthenticationError, HostKeyError, SshError
+from slurm_in_a_box import wait_until
+from support import ROOT
+
+SERVE = "from dagster_sbatch.slurm.gateway.agent import server; server.SILENCE = {silence}; server.serve()"
+
+
+@pytest.fixture
+def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH on which sbatch stands for a Slurm that refuses."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: Invalid qos specification' >&2\nexit 1\n")
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return folder
+
+
+@pytest.fixture
+def open_gateway(no_slurm: Path) -> Iterator[Callable[[], Gateway]]:
+    settings, made = Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"}), []
+
+    def make() -> Gateway:
+        made.append(Gateway(choose_channel(settings, (), lambda _: None)))
+        return made[-1]
+
+    yield make
+    for gateway in made:
+        gateway.close()
+
+
+def start(silence: float = 60) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", SERVE.format(silence=silence)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+def ask(agent: "subprocess.Popen[bytes]", **request: Any) -> None:
+    assert agent.stdin
+    agent.stdin.write(json.dumps({"id": 1, **request}).encode() + b"\n")
+    agent.stdin.flush()
+
+
+def answer(agent: "subprocess.Popen[bytes]") -> dict[str, Any]:
+    assert agent.stdout
+    found: dict[str, Any] = json.loads(agent.stdout.readline())
+    return found
+
+
+def test_a_client_that_is_silent_is_left_and_one_that_is_slow_is_not() -> None:
+    """Of a slow client a long request comes in small pieces: each of them is a sign of life."""
+    with start(silence=2) as agent:
+        assert answer(agent)["hello"]
+        assert agent.stdin
+        request = json.dumps({"id": 1, "do": "ping", "padding": "x" * 60}).encode() + b"\n"
+        for place in range(0, len(request), 10):
+            agent.stdin.write(request[place : place + 10])
+            agent.stdin.flush()
+            time.sleep(0.4)
+        assert answer(agent)["pong"]
+        assert agent.wait(30) == 0
+
+
+@pytest.mark.parametrize("last", [b"", b'{"id": 1, "do": "su'])
+def test_it_leaves_when_its_client_is_gone(last: bytes) -> None:
+    """Also in the middle of a request."""
+    with start() as agent:
+        assert answer(agent)["hello"]
+        assert agent.stdin
+        agent.stdin.write(last)
+        agent.stdin.close()
+        assert agent.wait(10) == 0
+
+
+def test_a_request_that_makes_no_sense_is_answered(tmp_path: Path) -> None:
+    with start() as agent:
+        answer(agent)
+        ask(agent, do="dance")
+        assert answer(agent)["error"] == "broken"
+        ask(agent, do="submit", run=f"{tmp_path}/--wrap", files={}, options=[])
+        assert answer(agent) == {"id": 1, "error": "refused", "text": "not a name for runs: '--wrap'"}
+        ask(agent, do="submit", run=f"{tmp_path}/KEY", files={"../out": "x"}, options=[])
+        assert "not a path below the run directory" in answer(agent)["text"]
+        assert list(tmp_path.iterdir()) == []
+        assert agent.stdin
+        agent.stdin.close()
+
+
+def test_a_run_directory_is_there_as_a_whole_and_for_its_owner(
+    open_gateway: Callable[[], Gateway], tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "KEY"
+    files: dict[str, str | bytes] = {"job.sh": "#!/bin/sh\n", "workloads/a/b": b"\xff\x00", "ä": "ö"}
+    gateway = open_gateway()
+    with pytest.raises(RefusedError, match="Invalid qos specification"):
+        gateway.submit(str(run), files)
+    assert run.stat().st_mode & 0o777 == 0o700
+    assert all(path.stat().st_mode & 0o077 == 0 for path in run.rglob("*") if path.is_file())
+    assert (run / "workloads/a/b").read_bytes() == b"\xff\x00"
+    assert (run / "ä").read_text() == "ö"
+    assert (run / "stdout").read_bytes() == b""
+    assert not (run / "tried").exists()
+    with pytest.raises(RefusedError, match="is there already, with other content"):
+        gateway.submit(str(run), {**files, "ä": "o"})
+    with pytest.raises(RefusedError, match="Invalid qos specification"):
+        gateway.submit(str(run), files)
+    assert [path.name for path in run.parent.iterdir()] == ["KEY"]
+
+
+def test_what_was_cancelled_first_is_not_submitted(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
+    gateway = open_gateway()
+    assert gateway.cancel(str(tmp_path / "KEY")) is None
+    with pytest.raises(RefusedError, match="was cancelled before it was submitted"):
+        gateway.submit(str(tmp_path / "KEY"), {"job.sh": ""})
+
+
+def test_a_claim_is_lost_to_whoever_was_faster(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
+    """The first was cut off, its agent left, another came: when the first is back, it learns of that."""
+    runs = str(tmp_path / "runs")
+    first, second = open_gateway(), open_gateway()
+    assert first.claim(runs, "family", "token 1", "run 1").held_by is None
+    first.close()
+    assert second.claim(runs, "family", "token 2", "run 2").held_by is None
+    with pytest.raises(LostClaimError, match="run 2"):
+        first.follow(f"{runs}/family-1", {}, lambda _: None)
+
+
+def test_a_family_goes_on_from_its_latest_attempt(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for name in ("family-9", "family-10", "family-10.new", "family-x", "family-other-11"):
+        (runs / name).mkdir(parents=True)
+    claim = open_gateway().claim(str(runs), "family", "token", "me")
+    assert (claim.attempt, claim.over, claim.end, claim.rejected) == (10, True, None, False)
+    end = {"code": 0, "state": "COMPLETED", "exit": "0:0", "times": [1, 2, 3]}
+    (runs / "family-10" / "job").symlink_to("17")
+    (runs / "family-10" / "end").write_text(json.dumps(end))
+    gateway = open_gateway()
+    assert gateway.claim(str(runs), "family", "token", "me").attempt == 10
+    gateway.reject(str(runs / "family-10"))  # answers nothing
+    wait_until((runs / "family-10" / "failed").exists, "the mark", 10, 0.01)
+    claim = gateway.claim(str(runs), "family", "token", "me")
+    assert claim.rejected
+    assert claim.end is not None
+    assert (claim.job, claim.over, claim.end.code, claim.end.ended) == ("17", True, 0, 3)
+
+
+def test_what_else_a_step_has_there_is_reported(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
+    """Its runs with other inputs whose jobs may not be over, with what they were submitted with."""
+    runs = tmp_path / "runs"
+    marks = {
+        "step-a-1": "end",
+        "step-b-1": "",
+        "step-b-2": "cancelled",
+        "step-c-1": "",
+        "other-a-1": "",
+        "former-1": "",
+    }
+    for name, mark in marks.items():
+        (runs / name).mkdir(parents=True)
+        if name != "step-c-1":  # laid out and never submitted
+            (runs / name / "job").symlink_to("17")
+        if mark:
+            (runs / name / mark).touch()
+    record = {"call": 0, "inputs": {}, "request": {}}
+    (runs / "step-b-1" / "submitted_with.json").write_text(json.dumps(record))
+    claim = open_gateway().claim(str(runs), "step-d", "token", "me", ("step-", "former-"))
+    assert list(claim.others) == [
+        OtherRun("former", str(runs / "former-1"), "17", None),
+        OtherRun("step-b", str(runs / "step-b-1"), "17", record),
+    ]
+    assert not open_gateway().claim(str(runs), "step-e", "token", "me").others
+
+
+def test_who_follows_a_run_is_noted(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "family-1"
+    run.mkdir(parents=True)
+    (run / "job").symlink_to("17")
+    (run / "end").write_text(json.dumps({"code": 0, "state": "COMPLETED", "exit": "0:0", "times": [1, 2, 3]}))
+    gateway = open_gateway()
+    for follower in ("run-2", "run-1", "run-1"):
+        assert gateway.ask(do="submit", run=str(run), options=[], follower=follower)["how"] == "recorded"
+    assert gateway.claim(str(run.parent), "family", "token", "me").followers == ["run-2", "run-1"]
+
+
+def test_runs_that_are_over_are_cleaned_up(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
+    runs, gateway = tmp_path / "runs", open_gateway()
+    for name, mark in {"a-1": "end", "a-2": "end", "b-1": "job"}.items():
+        (runs / name).mkdir(parents=True)
+        (runs / name / mark).touch()
+    long_ago = time.time() - 40 * 86400
+    (runs / "left-1.node-7-7.new").mkdir()
+    os.utime(runs / "left-1.node-7-7.new", (long_ago, long_ago))
+    (runs / "gone.holder").touch()
+    (runs / "b.holder").touch()
+    assert gateway.clean(str(runs), ["a-1", "b-1", "../b-1"]) == ["a-1"]
+    assert sorted(path.name for path in runs.iterdir()) == ["a-2", "b-1", "b.holder"]
+
+
+def test_a_file_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    content = os.urandom(1000)
+    about = {"path": f"{tmp_path}/a file", "sha256": hashlib.sha256(content).hexdigest(), "bytes": 1000}
+    for at in (0, 600):
+        with start() as agent:
+            answer(agent)
+            ask(agent, do="put", **about)
+            assert answer(agent)["at"] == at
+            data = content[at : at + 600]
+            ask(agent, do="piece", at=at, size=len(data), **about)
+            assert agent.stdin
+            agent.stdin.write(data)
+            agent.stdin.flush()
+            assert answer(agent)["at"] == at + len(data)
+            ask(agent, do="piece", at=17, size=1, **about)
+            agent.stdin.write(b"x")
+            agent.stdin.close()
+            assert "error" in answer(agent)
+    assert (tmp_path / "a file").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
+
+
+def test_no_secret_of_dagster_reaches_an_agent_on_this_machine(
+    open_gateway: Callable[[], Gateway], no_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASC_OIDC_APP_PASSWORD", "secret")
+    monkeypatch.setenv("SBATCH_QOS", "wrong")
+    (no_slurm / "sbatch").write_text(f"#!/bin/sh\nenv >{tmp_path}/environment\necho 17\n")
+    assert open_gateway().test("#!/bin/sh\n") == (True, "17")
+    names = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
+    assert "SLURM_TIME_FORMAT" in names
+    assert not {name for name in names if name.startswith(("ASC_", "SBATCH_"))}
+
+
+def test_waiting_ends_when_it_is_stopped(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
+    gateway = open_gateway()
+    (tmp_path / "KEY").mkdir()
+    threading.Timer(0.3, gateway.stop.set).start()
+    with pytest.raises(StoppedError):
+        gateway.follow(str(tmp_path / "KEY"), {}, lambda _: None)
+
+
+def test_a_login_that_has_worked_and_is_refused_is_tried_again(
+    no_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first time it is final: nothing is at stake yet."""
+    monkeypatch.setattr(link, "DENIED_PAUSE", 0.01)
+    local = choose_channel(Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"}), (), lambda _: None)
+    told: list[str] = []
+    refusals = [AuthenticationError("no"), MisconfiguredError("what to do"), AuthenticationError("no")]
+
+    def open_channel() -> Channel:
+        if refusals:
+            raise refusals.pop()
+        return local()
+
+    gateway = Gateway(open_channel, on_trouble=told.append)
+    with pytest.raises(AuthenticationError):
+        gateway.runs(str(tmp_path))
+    kept, refusals[:] = refusals[:], []
+    assert gateway.runs(str(tmp_path)) == []
+    gateway.close()
+    refusals[:] = kept
+    assert gateway.runs(str(tmp_path)) == []
+    assert told == ["no certificate to log in with: what to do", "no"]
+    gateway.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HostKeyError("login02 is not trusted"),
+        SshError("no common algorithm"),
+        ConfigurationError("~/.ssh/config: ProxyCommand is not supported"),
+        AuthenticationError("no"),
+        MisconfiguredError("what to do"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_error_on_the_way_is_final_once_a_job_may_exist(
+    error: Exception, no_slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "DENIED_PAUSE", 0.01)
+    monkeypatch.setattr(link, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(link, "DENIED_PATIENCE", -1.0)  # a day has passed
+    local = choose_channel(Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"}), (), lambda _: None)
+    errors, told, recovered = [error] * 3, [], []
+
+    def open_channel() -> Channel:
+        if errors:
+            raise errors.pop()
+        return local()
+
+    gateway = Gateway(
+        open_channel, None, lambda text: told.append((text, gateway.blocked)), lambda: recovered.append(1)
+    )
+    with pytest.raises(type(error)):
+        gateway.runs(str(tmp_path))
+    gateway.committed = True
+    assert gateway.runs(str(tmp_path)) == []
+    assert [(text.endswith(str(error)), blocked) for text, blocked in told] == [(True, True)] * 2
+    assert recovered == [1]
+    gateway.close()
+    errors[:] = [OSError("gone")]  # nobody has to do anything about that
+    assert gateway.runs(str(tmp_path)) == []
+    assert (told[2:], recovered) == ([("gone", False)], [1])
+    gateway.close()

@@ -1,0 +1,192 @@
+"""How often the login node and Slurm are asked while they fail: real clients and agents, whose clocks run faster."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, StoppedError, choose_channel, link, wire
+from dagster_sbatch.slurm.gateway import channel as channels
+from dagster_sbatch.slurm.gateway.channel import Channel
+
+SPEED = 60
+"""Seconds on these clocks per second."""
+OUTAGE = 600.0
+MOST_LOGINS, MOST_LOGINS_OF_TWENTY = 30, 120
+FAST = """
+import sys, time
+def speed_up(clock, sleep):
+    time.time = time.monotonic = lambda: {since} + (clock() - {since}) * {speed}
+    time.sleep = lambda seconds: sleep(seconds / {speed})
+speed_up(time.time, time.sleep)
+"""
+SLURM = {
+    "sbatch": """echo '{"code": 0, "time": 1, "sizes": {}}' >>"$3/events"; echo "${3##*-}" """,
+    "scontrol": """echo "JobName=sweep-$4 JobState=COMPLETED ExitCode=0:0 SubmitTime=1 StartTime=1 EndTime=2" """,
+    "squeue": "",
+    "sacct": "",
+}
+CALLED = """#!/bin/sh
+echo {name} >>{folder}/calls
+if [ -e {folder}/down ]; then cat {folder}/down >&2; exit 1; fi
+{script}
+"""
+
+
+class Stop(threading.Event):
+    """Waits as long as the fast clock says."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return super().wait(timeout and timeout / SPEED)
+
+
+class Clock(threading.Event):
+    """A clock that each wait winds on at once."""
+
+    now = 0.0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.now += timeout or 0
+        return self.is_set()
+
+
+class Logins:
+    """Opens agents on this machine, and counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._open = choose_channel(Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"}), (), lambda _: None)
+
+    def __call__(self) -> Channel:
+        self.count += 1
+        return self._open()
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder: Slurm's commands say what its file `down` says, for as long as that is there; `calls` has each call."""
+    (tmp_path / "bin").mkdir()
+    for name, script in SLURM.items():
+        command = tmp_path / "bin" / name
+        command.write_text(CALLED.format(name=name, folder=tmp_path, script=script))
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = 'sys.modules["dagster_sbatch.slurm.gateway.agent.server"]'
+    patient = f"{server}.SILENCE *= {SPEED}; names['serve']()"  # the wire's own clock is not faster
+    assert "names['serve']()" in channels._START
+    start = channels._START.replace("names['serve']()", patient)
+    monkeypatch.setattr(channels, "_START", FAST.format(speed=SPEED, since=time.time()) + start)
+    monkeypatch.setattr(link, "monotonic", lambda: time.monotonic() * SPEED)
+    monkeypatch.setattr(wire, "LOOK_SECONDS", wire.LOOK_SECONDS / SPEED)
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+        "sbatch: error: QOSMaxSubmitJobPerUserLimit\n"
+        "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size "
+        "and/or time limits)",
+    ],
+    ids=["no controller", "submit limit"],
+)
+def test_ten_minutes_without_slurm(words: str, slurm: Path) -> None:
+    """Twenty runs wait over the connections that they have; each tells its trouble, and is submitted afterwards."""
+    (slurm / "down").write_text(words)
+    told: list[set[str]] = []
+    logins = [Logins() for _ in range(20)]
+
+    def run(number: int) -> JobEnd:
+        troubles: set[str] = set()
+        told.append(troubles)
+        gateway = Gateway(logins[number], Stop(), troubles.add)
+        sinks = dict.fromkeys(("messages.jsonl", "stdout", "stderr"), lambda _: None)
+        files = {"job.sh": "#!/bin/sh\n"}
+        try:
+            gateway.claim(str(slurm / "runs"), f"family{number}", "token", "me")
+            return gateway.run(f"{slurm}/runs/sweep-{number}", files, sinks, lambda _: None, lambda _: None, "a-run")
+        finally:
+            gateway.close()
+
+    with ThreadPoolExecutor(len(logins)) as pool:
+        ends = [pool.submit(run, number) for number in range(len(logins))]
+        time.sleep(OUTAGE / SPEED)
+        calls = Counter((slurm / "calls").read_text().split())
+        (slurm / "down").unlink()
+        assert [each.result(60).code for each in ends] == [0] * len(logins)
+    counts = [each.count for each in logins]
+    print(f"20 runs: {sum(counts)} logins, at most {max(counts)} of one; Slurm calls: {dict(calls)}")
+    assert max(counts) <= MOST_LOGINS
+    assert sum(counts) <= MOST_LOGINS_OF_TWENTY
+    assert calls["sbatch"] <= 30 * len(logins)
+    assert calls["squeue"] <= 20 * OUTAGE / 15
+    assert all(troubles == {words} or words in troubles for troubles in told)
+
+
+class Cut:
+    """A connection that is lost as soon as something of a job's output has come over it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel, self._come = channel, 0
+        self.write, self.complaint, self.close = channel.write, channel.complaint, channel.close
+
+    def read(self, seconds: float) -> bytes:
+        if self._come > 1 << 18:
+            raise EOFError("cut")
+        data = self._channel.read(seconds)
+        self._come += len(data)
+        return data
+
+
+@pytest.mark.parametrize("way", ["nobody is let in", "each connection is cut"])
+def test_a_login_node_that_fails_is_not_hammered(way: str, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, logins = Clock(), Logins()
+    monkeypatch.setattr(link, "monotonic", lambda: clock.now)
+    run = slurm / "runs" / "sweep-1"
+    run.mkdir(parents=True, mode=0o700)
+    (run / "stdout").write_bytes(b"x" * (1 << 24))
+
+    def open_channel() -> Channel:
+        if clock.now > OUTAGE:
+            clock.set()
+        if way == "nobody is let in":
+            logins.count += 1
+            raise OSError("connection refused")
+        return Cut(logins())
+
+    gateway = Gateway(open_channel, clock)
+    with pytest.raises(StoppedError):
+        gateway.follow(str(run), {"stdout": lambda _: None}, lambda _: None)
+    gateway.close()
+    print(f"{way}: {logins.count} logins")
+    assert 5 < logins.count <= MOST_LOGINS
+
+
+@pytest.fixture
+def gateway(slurm: Path) -> Iterator[tuple[Gateway, Logins, list[str]]]:
+    logins, told = Logins(), list[str]()
+    made = Gateway(logins, Clock(), told.append)
+    yield made, logins, told
+    made.close()
+
+
+def test_an_error_of_the_agent_itself_ends_a_request_and_is_shown(
+    gateway: tuple[Gateway, Logins, list[str]],
+) -> None:
+    asked, logins, told = gateway
+    with pytest.raises(RefusedError, match=r"the gateway agent failed:[^$]*KeyError: 'dance'"):
+        asked.ask(do="dance")
+    assert logins.count == 1
+    assert len(told) == link.BROKEN_TRIES - 1

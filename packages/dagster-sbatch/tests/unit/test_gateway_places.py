@@ -1,0 +1,121 @@
+"""Paths that begin with a variable of the login profile: the agent on this machine, with a home of its own."""
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import Gateway, RefusedError, choose_channel
+
+PROFILE = """\
+read -r line && export DATA=$line
+echo "welcome"
+sleep 60 &
+echo >>{home}/read
+export DATA={home}/data SCRATCH=scratch
+"""
+"""Prints, reads its input, leaves a process behind, and notes that it was read."""
+GIVE_BACK = """\
+class Refused(Exception):
+    pass
+
+def answer(document):
+    return document
+
+def serve():
+    import json, sys
+    print(sys.stdin.readline())
+"""
+
+
+class Home:
+    """A home folder with a login profile."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.profile = folder / ".bash_profile"
+        self.profile.write_text(PROFILE.format(home=folder))
+
+    @property
+    def times_read(self) -> int:
+        return len((self.folder / "read").read_text().splitlines()) if (self.folder / "read").exists() else 0
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA", "/of/another/machine")
+    return Home(tmp_path)
+
+
+@pytest.fixture
+def open_gateway() -> Iterator[Callable[[], Gateway]]:
+    settings, made = Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"}), []
+
+    def make() -> Gateway:
+        made.append(Gateway(choose_channel(settings, (), lambda _: None)))
+        return made[-1]
+
+    yield make
+    for gateway in made:
+        gateway.close()
+
+
+def test_the_login_profile_says_where_data_is_and_is_read_once(home: Home, open_gateway: Callable[[], Gateway]) -> None:
+    claim = open_gateway().claim("$DATA/d/runs", "family", "token", "me", data_root="~/files")
+    assert (claim.runs, claim.data_root) == (f"{home.folder}/data/d/runs", f"{home.folder}/files")
+    assert (home.folder / "data" / "d" / "runs").is_dir()
+    gateway = open_gateway()
+    assert gateway.claim("$DATA/d/runs", "other", "token", "me", data_root="~").data_root == str(home.folder)
+    assert gateway.runs("$DATA/d/runs") == []
+    assert home.times_read == 1
+
+
+def test_a_profile_that_has_changed_is_read_again(home: Home, open_gateway: Callable[[], Gateway]) -> None:
+    open_gateway().runs("$DATA/d/runs")
+    time.sleep(0.02)  # the clock of the file system ticks
+    home.profile.write_text(f"export DATA={home.folder}/elsewhere\n")
+    claim = open_gateway().claim("$DATA/d/runs", "family", "token", "me")
+    assert claim.runs == f"{home.folder}/elsewhere/d/runs"
+
+
+@pytest.mark.parametrize(
+    ("profile", "text"),
+    [
+        ("true", r"\$DATA/d/runs cannot be used: the login profile on \S+ sets no \$DATA\. Write the path itself"),
+        ("export DATA=data", r"sets \$DATA to 'data', which is not an absolute path"),
+        ("exit 3", "the login profile on .* ended the shell"),
+    ],
+)
+def test_what_the_profile_does_not_say_is_refused_and_not_remembered(
+    home: Home, open_gateway: Callable[[], Gateway], profile: str, text: str
+) -> None:
+    home.profile.write_text(profile)
+    gateway = open_gateway()
+    with pytest.raises(RefusedError, match=text):
+        gateway.runs("$DATA/d/runs")
+    assert not (home.folder / "$DATA").exists()
+    stamp = home.profile.stat()
+    home.profile.write_text(f"export DATA={home.folder}")
+    os.utime(home.profile, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert gateway.runs("$DATA/d/runs") == []
+
+
+def test_a_home_that_is_full_is_no_obstacle(home: Home, open_gateway: Callable[[], Gateway]) -> None:
+    (home.folder / ".cache").write_text("no folder can be made here\n")
+    assert open_gateway().claim("$DATA/d/runs", "family", "token", "me").runs == f"{home.folder}/data/d/runs"
+
+
+def test_programs_get_absolute_paths(home: Home, open_gateway: Callable[[], Gateway]) -> None:
+    gateway, source = open_gateway(), zlib.compress(GIVE_BACK.encode())
+    document = {"folder": "$DATA/environments", "asked": "$DATA/python", "python": None}
+    absolute = {**document, "folder": f"{home.folder}/data/environments"}
+    assert gateway.consult(source, document) == absolute
+    lines: list[str] = []
+    gateway.perform(source, document, lines.append)
+    assert json.loads(lines[0]) == absolute

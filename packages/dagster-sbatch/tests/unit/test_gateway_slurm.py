@@ -1,0 +1,257 @@
+"""What the agent makes of the words of Slurm's commands, said here by programs that stand in their place."""
+
+import json
+import os
+import pwd
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_sbatch.slurm.gateway.agent import files, slurm, submission
+from slurm_in_a_box import wait_until
+from support import ROOT
+
+Say = Callable[[str, str], None]
+RUNNING = "JobId=17 JobName=KEY Account=p1 JobState=RUNNING ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=Unknown"
+ENDED = "JobId=17 JobName=KEY Account=p1 JobState=COMPLETED ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=120"
+INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+
+
+@pytest.fixture
+def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
+    """`say(command, script)` lets one of Slurm's commands be that shell script."""
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "bin").mkdir()
+
+    def put(command: str, script: str) -> None:
+        part = tmp_path / "bin" / f"{command}.part"
+        part.write_text(f"#!/bin/sh\n{script}\n")
+        part.chmod(0o755)
+        part.rename(tmp_path / "bin" / command)
+
+    for command in ("squeue", "sacct", "scontrol", "sbatch"):
+        put(command, "true")
+    return put
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "sacct", "expected"),
+    [
+        (f"echo '{RUNNING}'", "", None),
+        (f"echo '{ENDED}'", "", ("COMPLETED", "0:0", [100, 110, 120], "p1")),
+        (f"echo '{ENDED} Comment=JobState=FAILED'", "", ("COMPLETED", "0:0", [100, 110, 120], "p1")),
+        (INVALID, "echo 'CANCELLED by 0|0:15|100|110|120|p1|KEY'", ("CANCELLED", "0:15", [100, 110, 120], "p1")),
+        (INVALID, "echo 'COMPLETED+|0:0|100|Unknown|120|p1|KEY'", ("COMPLETED", "0:0", [100, None, 120], "p1")),
+        (AWAY, "echo 'FAILED|3:0|100|110|120|p1|KEY'", ("FAILED", "3:0", [100, 110, 120], "p1")),
+        (AWAY, "echo 'RUNNING|0:0|100|110|Unknown|p1|KEY'", None),
+        # The id is another job's by now.
+        (f"echo '{ENDED.replace('KEY', 'other')}'", "echo 'FAILED|1:0|1|2|3|p1|other'", "forgotten"),
+        (INVALID, "echo 'FAILED|1:0|1|2|3|p1|other'", "forgotten"),
+        (INVALID, "echo 'Slurm accounting storage is disabled' >&2; exit 1", "forgotten"),
+        # An outage is no end.
+        (AWAY, "", "temporary"),
+        (AWAY, "echo 'Connection refused' >&2; exit 1", "temporary"),
+        (INVALID, "echo 'Connection refused' >&2; exit 1", "temporary"),
+    ],
+)
+def test_the_verdict_on_a_job(say: Say, scontrol: str, sacct: str, expected: Any) -> None:
+    say("scontrol", scontrol)
+    say("sacct", sacct)
+    if isinstance(expected, str):
+        with pytest.raises(files.Failure) as failure:
+            slurm.verdict("17", "KEY")
+        assert failure.value.kind == expected
+    else:
+        found = slurm.verdict("17", "KEY")
+        assert (tuple(found.values()) if found else None) == expected
+
+
+VIOLATES = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "expected"),
+    [
+        ("echo 17", "17"),
+        ("echo 17\\;musica", "17"),
+        ("echo '3 partitions'; echo 17; echo '12 node hours left'", "17"),
+        ("echo 'noise without an id'", "temporary"),
+        ("kill -9 $$", "temporary"),
+    ],
+)
+def test_the_answers_of_sbatch(say: Say, sbatch: str, expected: str, tmp_path: Path) -> None:
+    say("sbatch", sbatch)
+    (tmp_path / "tried").touch()
+    with submission.Locked(str(tmp_path)) as lock:
+        if expected == "temporary":
+            with pytest.raises(files.Failure) as failure:
+                submission.sbatch(str(tmp_path), [], lock)
+            assert failure.value.kind == expected
+        else:
+            assert submission.sbatch(str(tmp_path), [], lock) == expected
+    assert (tmp_path / "tried").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "submitted"),
+    [
+        ("Invalid qos specification", "refused", "no"),
+        (f"QOSMaxWallDurationPerJobLimit\n{VIOLATES}", "refused", "no"),
+        (f"AssocMaxCpuPerJobLimit\n{VIOLATES}", "refused", "no"),
+        (f"QOSMaxSubmitJobPerUserLimit\n{VIOLATES}", "temporary", "no"),
+        (f"AssocMaxSubmitJobLimit\n{VIOLATES}", "temporary", "no"),
+        (f"QOSGrpSubmitJobsLimit\n{VIOLATES}", "temporary", "no"),
+        (f"AssocMaxJobsLimit\n{VIOLATES}", "temporary", "no"),
+        (VIOLATES, "temporary", "no"),
+        ("Slurm backup controller in standby mode", "temporary", "no"),
+        ("Could not establish a configuration source", "temporary", "no"),
+        ("Job submission disabled", "temporary", "no"),
+        ("Requested operation is presently disabled", "temporary", "no"),
+        ("Required partition not available (inactive or drain)", "temporary", "no"),
+        ("I/O error writing script/environment to file", "temporary", "no"),
+        ("Slurm temporarily unable to accept job, sleeping and retrying", "temporary", "perhaps"),
+        ("Resource temporarily unavailable", "temporary", "perhaps"),
+        ("Socket timed out on send/recv operation", "temporary", "perhaps"),
+        ("Zero Bytes were transmitted or received", "temporary", "perhaps"),
+        ("Unable to contact slurm controller", "temporary", "perhaps"),
+    ],
+)
+def test_what_sbatch_refuses(say: Say, words: str, kind: str, submitted: str, tmp_path: Path) -> None:
+    """What may pass is repeated; the queue is searched for the job only where there may be one."""
+    (tmp_path / "words").write_text(words)
+    say("sbatch", f"cat {tmp_path}/words >&2; exit 1")
+    (tmp_path / "tried").touch()
+    with submission.Locked(str(tmp_path)) as lock, pytest.raises(files.Failure) as failure:
+        submission.sbatch(str(tmp_path), [], lock)
+    assert (failure.value.kind, str(failure.value)) == (kind, words)
+    assert (tmp_path / "tried").exists() is (submitted == "perhaps")
+
+
+SHOW_VARIABLES = 'echo 17; env | grep -E "^(SBATCH|SLURM|SQUEUE)_" | sort >"$(dirname "$0")/variables"'
+EXPORTED = {
+    "SBATCH_ACCOUNT": "p2", "SBATCH_PARTITION": "x", "SLURM_CONF": "/c", "SLURM_CONF_SERVER": "ctl:6817",
+    "SLURM_JWT": "token", "SLURM_JOB_ID": "5", "SLURM_ACCOUNT": "p3", "SQUEUE_FORMAT": "%i",
+}  # fmt: skip
+REACHES_SLURM = ["SLURM_CONF=/c", "SLURM_CONF_SERVER=ctl:6817", "SLURM_JWT=token", "SLURM_TIME_FORMAT=%s"]
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("#!/bin/bash\n#SBATCH --qos=q\n", ["SBATCH_ACCOUNT=p2", *REACHES_SLURM]),
+        ("#!/bin/bash\n#SBATCH --account=p1\n", REACHES_SLURM),  # sbatch itself would prefer the variable
+    ],
+)
+@pytest.mark.parametrize("way", ["submit", "test"])
+def test_what_a_shell_exports_for_slurm(
+    way: str, script: str, expected: list[str], say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in EXPORTED.items():
+        monkeypatch.setenv(name, value)
+    say("sbatch", SHOW_VARIABLES)
+    if way == "test":
+        assert slurm.test({"script": script}, None)["code"] == 0
+    else:
+        (tmp_path / "tried").touch()
+        (tmp_path / "job.sh").write_text(script)
+        with submission.Locked(str(tmp_path)) as lock:
+            submission.sbatch(str(tmp_path), [], lock)
+    assert (tmp_path / "bin" / "variables").read_text().splitlines() == expected
+
+
+@pytest.mark.parametrize(
+    ("sacctmgr", "rows"),
+    [("echo 'p1|p1|a,b'; echo 'p1|p2|c'", [["p1", "p1", "a,b"], ["p1", "p2", "c"]]), ("exit 1", [])],
+)
+def test_the_projects_of_a_user(
+    sacctmgr: str, rows: list[list[str]], say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_ACCOUNT", "p2")
+    say("sacctmgr", sacctmgr)
+    assert slurm.projects({}, None) == {"rows": rows, "exported": "p2"}
+
+
+QUICK = """\
+from dagster_sbatch.slurm.gateway.agent import follower, server, slurm
+slurm.SQUEUE_EVERY, follower.SQUEUE_EVERY, follower.LAG = 0.5, 0.5, 3
+server.serve()
+"""
+
+
+@pytest.mark.parametrize("meanwhile", ["its word appears", "it is put back in the queue", "nothing"])
+def test_slurms_word_alone_is_not_believed_at_once(meanwhile: str, say: Say, tmp_path: Path) -> None:
+    """Slurm says that the job is over, and its own record is not there: a file system may lag, a job be requeued."""
+    run, asked = tmp_path / "KEY", tmp_path / "asked"
+    run.mkdir()
+    for name in ("messages.jsonl", "stdout", "stderr", "events"):
+        (run / name).touch()
+    (run / "job").symlink_to("17")
+    say("scontrol", f"touch {asked}; echo '{ENDED}'")
+    agent = subprocess.Popen([sys.executable, "-c", QUICK], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert agent.stdin and agent.stdout
+    offsets = dict.fromkeys(("messages.jsonl", "stdout", "stderr"), 0)
+    follow = {"id": 1, "do": "follow", "run": str(run), "offsets": offsets, "fields": "JobID,State"}
+    agent.stdin.write(json.dumps(follow).encode() + b"\n")
+    agent.stdin.flush()
+    wait_until(asked.exists, "Slurm is asked", 30)
+    word = '{"code": 0, "time": 120, "sizes": {"stdout": 5, "stderr": 0, "messages.jsonl": 0}}\n'
+    if meanwhile == "it is put back in the queue":
+        say("scontrol", f"touch {asked}; echo '{RUNNING}'")
+        asked.unlink()
+        wait_until(asked.exists, "Slurm is asked again", 30)
+        say("scontrol", f"echo '{ENDED}'")
+    if meanwhile != "nothing":
+        (run / "stdout").write_text("late\n")
+        (run / "events").write_text(word)
+    answers: list[dict[str, Any]] = []
+    while not answers or "end" not in answers[-1]:
+        answers.append(json.loads(agent.stdout.readline()))
+        agent.stdout.read(answers[-1].get("size", 0))
+    agent.stdin.close()
+    agent.stdout.close()
+    assert agent.wait(10) == 0
+    end = answers[-1]["end"]
+    assert (end["state"], end.get("code")) == ("COMPLETED", None if meanwhile == "nothing" else 0)
+    assert [answer["size"] for answer in answers if "file" in answer] == ([] if meanwhile == "nothing" else [5])
+
+
+@pytest.mark.parametrize(
+    ("sacct", "ran", "expected"),
+    [
+        # It lags, and is asked again.
+        (
+            "[ -e asked ] && echo '17|COMPLETED|1' || { touch asked; echo '17|RUNNING|'; }",
+            100,
+            [["17", "COMPLETED", "1"]],
+        ),
+        # A twentieth of the job's time is all that it gets.
+        ("echo '17|COMPLETED|1'; echo '17.0|RUNNING|'", 10, []),
+        ("exec sleep 20", 10, []),
+        ("echo '17|COMPLETED|1'", 1, []),
+        ("exit 1", 100, []),
+    ],
+)
+def test_the_accounting_of_a_job_that_is_over(
+    sacct: str, ran: float, expected: list[list[str]], say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    say("sacct", sacct)
+    begun = time.monotonic()
+    assert slurm.account("17", "JobID,State,MaxRSS", ran) == expected
+    assert time.monotonic() - begun < 15
+
+
+def test_a_directory_of_users_that_does_not_answer_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's commands take the number of a user as well."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert slurm.user() == str(os.getuid())

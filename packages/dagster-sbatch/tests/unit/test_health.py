@@ -1,0 +1,147 @@
+"""What is said of access from the files alone: what there is, what ends, what is wrong, and what to do."""
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.auth import AccessError, BootstrapError, check_health, clock, ensure_certificate, refresh
+from dagster_sbatch.auth.attempts import RefreshFailures
+from dagster_sbatch.auth.credentials import Credentials, CredentialsFile, Secret
+from dagster_sbatch.auth.http import Http
+from dagster_sbatch.auth.key_files import certificate_path
+from support import access
+
+HOUR = 3600.0
+LATER = datetime.now(UTC) + timedelta(days=30)
+PAIR = Credentials(Secret("test-api-token", "x-api", LATER), Secret("test-app-password", "x-app", LATER))
+PASSWORD = {"ASC_OIDC_APP_PASSWORD": "test-app-password"}
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Http, "call", None)
+
+
+@pytest.fixture
+def variables(tmp_path: Path) -> dict[str, str]:
+    """No secret, and a certificate of a person's for an hour."""
+    found = access.environment("http://127.0.0.1:1", tmp_path)
+    access.certify(Path(found["SLURM_EDGE_NODE_KEY_PATH"]), HOUR)
+    return found
+
+
+def file_of(variables: dict[str, str]) -> CredentialsFile:
+    return CredentialsFile(access.settings_of(variables).credentials_file)
+
+
+def test_a_certificate_that_nothing_renews_works_until_its_end(variables: dict[str, str]) -> None:
+    settings = access.settings_of(variables)
+    health = check_health(settings)
+    assert (health.verdict, health.next_refresh) == ("ok", None)
+    assert "not self-renewing, ends at" in health.summary
+    with pytest.raises(BootstrapError) as error:  # a new one is asked for, and there is nothing to get it with
+        refresh(settings, certificate="now")
+    text = str(error.value)
+    assert text.startswith("The certificate works until 20")
+    assert "but is not renewed" in text
+    assert "1. a valid certificate" not in text
+    assert "2. stored credentials: ASC_AUTHENTIK_CREDENTIALS_FILE=" in text
+    assert check_health(settings).verdict == "ok"
+    assert check_health(settings).failing == {}  # to ask was wrong; nothing is broken
+
+
+def test_secrets_in_variables_are_shown_with_the_variable(variables: dict[str, str]) -> None:
+    token = {"ASC_AUTHENTIK_API_TOKEN": "test-api-token"}
+    expected = {
+        "API token": ("ASC_AUTHENTIK_API_TOKEN", "end not known"),
+        "app password": ("ASC_OIDC_APP_PASSWORD", "end not known"),
+    }
+    items = check_health(access.settings_of({**variables, **PASSWORD, **token})).items
+    assert {item.name: (item.where, item.state) for item in items[1:]} == expected
+    file_of(variables).write(PAIR)  # what is stored comes first
+    items = check_health(access.settings_of({**variables, **PASSWORD, **token})).items
+    assert {item.state for item in items[1:]} == {"valid"}
+    assert {item.where for item in items[1:]} == {variables["ASC_AUTHENTIK_CREDENTIALS_FILE"]}
+
+
+def test_a_file_that_others_can_read_is_told_with_the_one_command_that_mends_it(variables: dict[str, str]) -> None:
+    file = file_of(variables)
+    file.write(PAIR)
+    file.path.chmod(0o644)
+    settings = access.settings_of(variables)
+    health = check_health(settings)
+    assert health.verdict == "failing"
+    assert f"nothing can be renewed: {file.path} can be read by others (mode 0644):  chmod 600 " in health.summary
+    assert [item.state for item in health.items] == ["valid", "not usable", "not usable"]
+    certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
+    with pytest.raises(BootstrapError, match=r"chmod 600 \S+\n     to do: do that first\n"):
+        refresh(settings)
+    with pytest.raises(AccessError, match=r"chmod 600"):
+        refresh(settings, rotation="now", certificate="no")
+
+
+def test_secrets_that_are_not_replaced_do_not_keep_from_a_certificate(variables: dict[str, str]) -> None:
+    file = file_of(variables)
+    file.write(PAIR)
+    RefreshFailures(file.path).add("rotation", AccessError("authentik is away"))
+    settings = access.settings_of(variables)
+    assert "Access works until" in check_health(settings).summary
+    certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
+    health = check_health(settings)
+    assert health.verdict == "failing"
+    assert health.summary.endswith("authentik is away\nA certificate can be requested all the same")
+    RefreshFailures(file.path).add("certificate", AccessError("the authority is away"))
+    assert check_health(settings).verdict == "broken"
+
+
+def test_what_has_expired_is_told_with_its_end(variables: dict[str, str]) -> None:
+    certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
+    assert PAIR.api_token
+    expired = replace(PAIR.api_token, expires=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
+    file_of(variables).write(replace(PAIR, api_token=expired, app_password=None))
+    health = check_health(access.settings_of(variables))
+    assert health.verdict == "broken"
+    assert "its API token expired at 2026-01-02 03:04:05 UTC and it has no app password" in health.summary
+    assert [item.state for item in health.items] == ["missing", "expired", "missing"]
+
+
+def test_without_any_way_the_four_are_named_with_their_variables(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, file = variables["SLURM_EDGE_NODE_KEY_PATH"], file_of(variables)
+    assert PAIR.api_token
+    expired = replace(PAIR.api_token, expires=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
+    file.write(Credentials(api_token=expired))
+    later = datetime.now(UTC) + timedelta(hours=2)
+    monkeypatch.setattr(clock, "now", lambda: later)  # the certificate has expired
+    for function in (ensure_certificate, refresh):
+        with pytest.raises(BootstrapError) as error:
+            function(access.settings_of(variables))
+        text = str(error.value)
+        for words in (
+            f"  1. a valid certificate beside the key: SLURM_EDGE_NODE_KEY_PATH={key}\n     status: expired at 20",
+            f"       step ssh certificate 'your.email@example.com' {key} ",
+            f"  2. stored credentials: ASC_AUTHENTIK_CREDENTIALS_FILE={file.path}\n"
+            f"     status: {file.path}: its API token expired at 2026-01-02 03:04:05 UTC and it has no app password",
+            "  3. an API token: ASC_AUTHENTIK_API_TOKEN\n     status: not set",
+            "       read -rs ASC_AUTHENTIK_API_TOKEN && export ASC_AUTHENTIK_API_TOKEN && "
+            "scripts/refresh_step_auth.py --rotate-credentials --refresh-step-after-rotate\n",
+            "  4. an app password: ASC_OIDC_APP_PASSWORD\n     status: not set",
+            "'New Token' (before 2026.2: 'Create Token')",
+            "'New App Password' (before 2026.2: 'Create App password')",
+        ):
+            assert words in text
+        assert "test-api-token" not in text
+    assert check_health(access.settings_of(variables)).verdict == "broken"
+
+
+def test_variables_that_are_missing_are_named(variables: dict[str, str]) -> None:
+    certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
+    del variables["ASC_OIDC_CLIENT_ID"]
+    with pytest.raises(
+        BootstrapError, match=r"4\. an app password.*\n     status: ASC_OIDC_CLIENT_ID not set"
+    ) as error:
+        ensure_certificate(access.settings_of({**variables, **PASSWORD}))
+    assert "Ways 2 to 4 also need these settings: ASC_OIDC_CLIENT_ID not set" in str(error.value)

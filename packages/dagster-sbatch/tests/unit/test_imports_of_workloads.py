@@ -1,0 +1,81 @@
+"""Imports that work here and cannot work on the supercomputer."""
+
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.run.imports import find_missing
+from dagster_sbatch.run.workload import read_workload
+from resources import PROJECT
+
+WORKLOADS = Path(PROJECT.workloads)
+
+
+def missing(folder: Path, text: str, *, own_packages: bool = False) -> list[str]:
+    (folder / "prog.py").write_text(text)
+    return find_missing(read_workload(folder / "prog.py", [], WORKLOADS), PROJECT, own_packages=own_packages)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import resources", "it is a part of this project outside the code root"),
+        ("from dagster_sbatch import Site", "it is a part of this project outside the code root"),
+        ("import os, musica_pipelines.assets as a", "it is a part of this project outside the code root"),
+        ("def f():\n    import tests", "it is a part of this project outside the code root"),
+        ("import dagster", "the package dagster is not in cluster.txt. Add it"),
+        ("import dagster_graphql.client", "the package dagster-graphql is not in cluster.txt"),
+        ("from dotenv import load_dotenv", "the package python-dotenv is not in cluster.txt"),
+        ("if True:\n    with open('x'):\n        import httpx", "the package httpx is not in cluster.txt"),
+        ("try:\n    import dagster\nfinally:\n    pass", "the package dagster is not"),
+        ("try:\n    pass\nexcept ImportError:\n    import dagster", "the package dagster is not"),
+    ],
+)
+def test_an_import_that_fails_there_is_named(text: str, reason: str, tmp_path: Path) -> None:
+    (note,) = missing(tmp_path, text)
+    assert note.startswith(f"{tmp_path}/prog.py, line ")
+    assert "works here and not on the supercomputer" in note
+    assert reason in note
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import os, sys, tomllib",
+        "import ray.tune, numpy as np",
+        "from dagster_pipes import open_dagster_pipes",
+        "import yaml",  # of PyYAML, which Ray brings
+        "import no_such_module_anywhere",  # fails here, too
+        "try:\n    import dagster\nexcept ImportError:\n    dagster = None",
+        "try:\n    import dagster\nexcept (ValueError, ModuleNotFoundError):\n    dagster = None",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import dagster",
+        "import helper, package.sub\nfrom package import other",
+        "from ..................................... import far",
+        f"x = {'+'.join(['1'] * 1500)}",
+        "if x:\n    pass\n" + "elif x:\n    pass\n" * 1500,
+    ],
+)
+def test_any_other_import_is_not(text: str, tmp_path: Path) -> None:
+    (tmp_path / "package" / "sub").mkdir(parents=True)
+    for name in ("helper.py", "package/__init__.py", "package/other.py", "package/sub/__init__.py"):
+        (tmp_path / name).write_text("")
+    assert missing(tmp_path, text) == []
+
+
+def test_modules_of_the_code_root_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "package" / "sub").mkdir(parents=True)
+    (tmp_path / "package" / "__init__.py").write_text("from .sub import deep")
+    (tmp_path / "package" / "sub" / "deep.py").write_text("from .. import beside\n")
+    (tmp_path / "package" / "beside.py").write_text("import package\nimport dagster\n")
+    (note,) = missing(tmp_path, "import package")
+    assert note.startswith(f"{tmp_path}/package/beside.py, line 2: `import dagster`")
+
+
+def test_packages_of_slurm_python_are_not_known(tmp_path: Path) -> None:
+    assert missing(tmp_path, "import dagster", own_packages=True) == []
+    assert len(missing(tmp_path, "import resources", own_packages=True)) == 1
+
+
+@pytest.mark.parametrize("path", sorted(WORKLOADS.glob("*.py")), ids=lambda path: path.name)
+def test_the_workloads_of_this_project_are_complete(path: Path) -> None:
+    assert find_missing(read_workload(path, [], WORKLOADS), PROJECT, own_packages=False) == []

@@ -1,0 +1,320 @@
+"""The batch script: golden texts, quoting, and what bash makes of it."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.launchers import Launcher, RayLauncher, ScriptLauncher, ray
+from dagster_sbatch.run.pipes import JOB_STARTED
+from dagster_sbatch.slurm import Site, SlurmRequest, allocate, load_site, render_job_script
+from resources import PROJECT
+from slurm_in_a_box import wait_until
+
+GOLDEN = Path(__file__).parent / "golden"
+SITE = PROJECT.load_site("musica")
+AWKWARD = """a'; echo "foo" $HOME `id` \\ é"""
+
+
+def render(
+    launcher: Launcher,
+    request: SlurmRequest,
+    site: Site = SITE,
+    data: str = "/d",
+    variables: dict[str, str] | None = None,
+    command: Sequence[str] = ("work load.py",),
+) -> str:
+    complete = allocate(request, site).request
+    body = launcher.with_site(site.launchers).render(complete, command)
+    environment = {"PYTHON": sys.executable, "DATA_ROOT": data}
+    return render_job_script(
+        complete,
+        site,
+        job_name="counts-2013-01",
+        about={"asset": "a b"},
+        environment=environment,
+        variables=variables or {},
+        body=body,
+    )
+
+
+CASES = {
+    "script": (ScriptLauncher(), SlurmRequest(cpus_per_task=2, mem="8G", time_limit="10", options=["--mail-type=END"])),
+    "ray": (RayLauncher(object_store_memory="64G"), SlurmRequest(nodes=2, gpus_per_node=4, time_limit="02:00:00")),
+    "ray-one-node": (
+        RayLauncher(network_interface="ib0", ray_start_args=["--include-dashboard=false"]),
+        SlurmRequest(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_script_is_the_golden_one(name: str) -> None:
+    """With UPDATE_GOLDEN=1 the golden files are written anew; look at the difference before you commit."""
+    text = render(*CASES[name]).replace(sys.executable, "/environment/bin/python")
+    path = GOLDEN / f"{name}.sh"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_script_is_clean(name: str, shellcheck: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.sh"
+    path.write_text(render(*CASES[name]))
+    done = subprocess.run([shellcheck, "--severity=style", str(path)], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+    assert done.returncode == 0
+
+
+def test_the_shell_part_of_ray_is_clean(shellcheck: str) -> None:
+    path = Path(ray.__file__).parent / "job" / "cluster.sh"
+    done = subprocess.run([shellcheck, "--severity=style", str(path)], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
+def run_as_slurm_would(folder: Path, text: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    (folder / "job.sh").write_text(text)
+    (folder / "job.sh").chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17", "HOME": str(folder), **variables}
+    for name in ("stdout", "stderr"):
+        (folder / name).touch()
+    return subprocess.run(
+        ["bash", "-c", "exec ./job.sh"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def read_events(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "events").read_text().splitlines()]
+
+
+def test_the_script_runs_the_workload_and_records_its_end(tmp_path: Path) -> None:
+    (tmp_path / "work load.py").write_text("import os, sys\nprint(os.environ['DATA_ROOT'])\nsys.exit(3)\n")
+    done = run_as_slurm_would(tmp_path, render(*CASES["script"], data=AWKWARD))
+    assert done.returncode == 3
+    assert done.stdout == AWKWARD + "\n"
+    started, ended = read_events(tmp_path)
+    assert "started" in started
+    messages = (tmp_path / "messages.jsonl").read_text()
+    assert json.loads(messages) == {"method": JOB_STARTED}
+    assert messages.startswith("\n")
+    assert (ended["code"], ended["job"]) == (3, "17")
+    assert ended["sizes"] == {"messages.jsonl": len(messages), "stdout": 0, "stderr": 0}
+
+
+@pytest.mark.parametrize(
+    ("bash", "told"),
+    [
+        ("", None),
+        ("unset EPOCHREALTIME EPOCHSECONDS", None),  # as before bash 5
+        ("unset EPOCHREALTIME; EPOCHREALTIME=1795633537,344380", 1795633537.34438),  # where 1,5 is one and a half
+    ],
+)
+def test_times_are_told_with_any_bash_and_locale(bash: str, told: float | None, tmp_path: Path) -> None:
+    (tmp_path / "work load.py").write_text("import os\nprint(os.environ['SLURM_JOB_END_TIME'])\n")
+    (tmp_path / "bash").write_text(bash)
+    before = time.time()
+    done = run_as_slurm_would(tmp_path, render(*CASES["script"]), BASH_ENV=str(tmp_path / "bash"))
+    times = [event["time"] for event in read_events(tmp_path)]
+    assert len(times) == 2
+    assert all(each == told if told else isinstance(each, float) and each > before - 1 for each in times)
+    assert int(done.stdout) > before
+
+
+def test_variables_and_arguments_reach_the_workload_and_not_the_script(tmp_path: Path) -> None:
+    """As nobody should name them, but a script must bear it."""
+    program = "import json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
+    (tmp_path / "work load.py").write_text(program)
+    variables = {"BASH_ENV": "/none", "IFS": "a", "RANDOM": "r", "UID": "u", "code": "7", "now": "then", "X": AWKWARD}
+    arguments = [AWKWARD, "-m", "--nodes=2", "", "*"]
+    script = (ScriptLauncher(), SlurmRequest())
+    done = run_as_slurm_would(tmp_path, render(*script, variables=variables, command=["work load.py", *arguments]))
+    received, environment = json.loads(done.stdout)
+    assert received == arguments
+    assert {name: environment[name] for name in variables} == variables
+    assert (done.stderr, read_events(tmp_path)[-1]["code"]) == ("", 0)
+
+
+def test_a_workload_that_calls_exit_cannot_skip_the_record(tmp_path: Path) -> None:
+    site = load_site({}, "musica")
+    text = render_job_script(
+        allocate(SlurmRequest(), site).request,
+        site,
+        job_name="k",
+        about={},
+        environment={},
+        body="exit 5",
+    )
+    assert run_as_slurm_would(tmp_path, text).returncode == 5
+    assert read_events(tmp_path)[-1]["code"] == 5
+
+
+def test_a_job_that_is_terminated_records_that_it_was_cut_short(tmp_path: Path) -> None:
+    """An EXIT trap sees the status of the command before the signal, 0: that must not pass for a success."""
+    site = load_site({}, "musica")
+    text = render_job_script(
+        allocate(SlurmRequest(), site).request,
+        site,
+        job_name="k",
+        about={},
+        environment={},
+        body="touch begun; sleep 600",
+    )
+    (tmp_path / "job.sh").write_text(text)
+    for name in ("stdout", "stderr"):
+        (tmp_path / name).touch()
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17"}
+    with subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment, start_new_session=True) as job:
+        wait_until((tmp_path / "begun").exists, "its body has begun", 30, 0.01)
+        os.killpg(job.pid, signal.SIGTERM)  # as scancel does, to all processes of the job
+        job.wait(30)
+    assert read_events(tmp_path)[-1]["code"] is None
+
+
+def test_a_second_job_of_the_same_run_steps_back(tmp_path: Path) -> None:
+    (tmp_path / "work load.py").write_text("print('ran')\n")
+    (tmp_path / "job").symlink_to("16")
+    done = run_as_slurm_would(tmp_path, render(*CASES["script"]))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert not (tmp_path / "events").exists()
+
+
+@pytest.mark.parametrize("limit", ["64", "99999999"])
+def test_a_pre_start_command_that_is_refused_is_told_and_passed_over(tmp_path: Path, limit: str) -> None:
+    (tmp_path / "w.py").write_text("import resource\nprint(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n")
+    launcher = ScriptLauncher(pre_start_commands=[f"ulimit -n {limit}"])
+    script = "ulimit -n 128\n" + render(launcher, SlurmRequest(), command=["w.py"])
+    done = run_as_slurm_would(tmp_path, script)
+    assert done.returncode == 0
+    assert done.stdout == ("64\n" if limit == "64" else "128\n")
+    assert ("refused on" in done.stderr) == (limit != "64")
+
+
+def test_setup_commands_of_the_site_come_before_python_in_a_login_shell(tmp_path: Path) -> None:
+    """Only login shells have `module`."""
+    (tmp_path / ".bash_profile").write_text("provide() { export MODULE=$1; }\n")
+    site = load_site({"musica": {"setup_commands": ["provide loaded"]}}, "musica")
+    (tmp_path / "w.py").write_text("import os\nprint(os.environ['MODULE'])\n")
+    done = run_as_slurm_would(tmp_path, render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"]))
+    assert (done.stdout, done.returncode) == ("loaded\n", 0), done.stderr
+
+
+def test_nothing_of_the_home_or_of_a_module_shadows_the_packages_of_the_environment(tmp_path: Path) -> None:
+    """P-18: ~/.local came first, and a PYTHONHOME of a module kept Python from starting."""
+    python = os.path.realpath(sys.executable)
+    shadow = tmp_path / ".local" / "lib" / "python{}.{}".format(*sys.version_info[:2]) / "site-packages"
+    shadow.mkdir(parents=True)
+    (shadow / "a_module.py").write_text("raise SystemExit('shadow')\n")
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "a_module.py").write_text("WORD = 'right'\n")
+    (tmp_path / "w.py").write_text(
+        f"import subprocess, sys\nsys.path.append({str(tmp_path / 'packages')!r})\nimport a_module\n"
+        "print(a_module.WORD, subprocess.run([sys.executable, '-c', 'import a_module']).returncode)\n"
+    )
+    site = load_site({"musica": {"setup_commands": ["export PYTHONHOME=/nonexistent"]}}, "musica")
+    text = render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"]).replace(sys.executable, python)
+    done = run_as_slurm_would(tmp_path, text, PYTHONSAFEPATH="1")
+    assert (done.stdout, done.returncode) == ("right 1\n", 0), done.stderr
+    assert "shadow" not in done.stderr
+    assert "No module named 'a_module'" in done.stderr  # where nothing shadows it, it is not found at all
+
+
+@pytest.mark.parametrize("disk", ["there", "missing", "a file", "full"])
+def test_temporary_files_lie_on_the_disk_of_the_node_if_it_can_be_written_to(tmp_path: Path, disk: str) -> None:
+    path = {"full": Path("/proc")}.get(disk, tmp_path / "disk")
+    if disk == "there":
+        path.mkdir()
+    elif disk == "a file":
+        path.touch()
+    site = SITE.model_copy(update={"local_disk": str(path)})
+    (tmp_path / "w.py").write_text("import tempfile\nprint(tempfile.gettempdir())\n")
+    done = run_as_slurm_would(
+        tmp_path, render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"]), TMPDIR="/of/a/profile"
+    )
+    expected = str(path) if disk == "there" else "/tmp"
+    assert (done.stdout, done.stderr) == (f"{expected}\n", "")
+    assert read_events(tmp_path)[0]["temporary"] == expected
+    assert disk != "there" or list(path.iterdir()) == []
+
+
+def test_every_field_of_the_request_is_rendered() -> None:
+    request = SlurmRequest(
+        nodes=2, ntasks_per_node=3, cpus_per_task=4, gpus_per_node=1, mem_per_cpu="2G", time_limit="5", partition="p",
+        qos="q", account="a", reservation="r", constraint="c", exclude="n1", nodelist="n[2-3]", exclusive=True,
+        dependency="afterok:1", options=["--nice=5"],
+    )  # fmt: skip
+    text = render_job_script(request, Site(), job_name="key", about={}, environment={}, body="true")
+    options = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert options == [
+        "--job-name=key", "--comment=key=key", "--nodes=2", "--ntasks-per-node=3", "--cpus-per-task=4", "--gres=gpu:1",
+        "--mem-per-cpu=2G", "--time=00:05:00", "--partition=p", "--qos=q", "--account=a", "--reservation=r",
+        "--constraint=c", "--exclude=n1", "--nodelist=n[2-3]", "--exclusive", "--dependency=afterok:1", "--nice=5",
+        "--output=stdout", "--error=stderr", "--open-mode=append", "--export=NONE",
+        "--signal=B:USR1@30",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), ["--threads-per-core=1"]),
+        (("--nice=5",), ["--threads-per-core=1"]),
+        (("--threads-per-core=2",), ["--threads-per-core=2"]),
+        (("--hint=multithread",), ["--hint=multithread"]),  # sbatch refuses it beside --threads-per-core
+    ],
+)
+def test_an_asset_that_chooses_hardware_threads_wins(options: tuple[str, ...], expected: list[str]) -> None:
+    site = Site(threads_per_core=1)
+    text = render_job_script(SlurmRequest(options=options), site, job_name="k", about={}, environment={}, body="true")
+    directives = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert [option for option in directives if option.startswith(("--threads", "--hint"))] == expected
+
+
+def test_the_header_of_the_site_stands_between_the_shebang_and_the_directives() -> None:
+    site = Site(script_header=("#ASC --vanilla", "# another"))
+    text = render_job_script(SlurmRequest(), site, job_name="k", about={}, environment={}, body="true")
+    assert text.splitlines()[:4] == ["#!/bin/bash", "#ASC --vanilla", "# another", "#SBATCH --job-name=k"]
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a\n#SBATCH --uid=0", "-x", "é"])
+def test_a_job_name_is_a_plain_word(name: str) -> None:
+    with pytest.raises(ValueError, match="not a job name"):
+        render_job_script(SlurmRequest(), Site(), job_name=name, about={}, environment={}, body="true")
+
+
+def test_paths_are_quoted() -> None:
+    assert shlex.quote(AWKWARD) in ScriptLauncher().render(SlurmRequest(), [AWKWARD])
+    assert shlex.quote(AWKWARD) in RayLauncher().render(SlurmRequest(), [AWKWARD])
+
+
+@pytest.mark.parametrize("handles", [True, False])
+def test_a_warning_reaches_a_workload_that_handles_it_and_no_other(tmp_path: Path, handles: bool) -> None:
+    handler = "signal.signal(signal.SIGUSR1, lambda *_: print('saving', flush=True))\n" if handles else ""
+    text = "import pathlib, signal, time\n" + handler + "print('ready', flush=True)\n"
+    text += "while not pathlib.Path('go').exists(): time.sleep(0.02)\nraise SystemExit(7)\n"
+    (tmp_path / "work load.py").write_text(text)
+    (tmp_path / "job.sh").write_text(render(*CASES["script"]))
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17", "HOME": str(tmp_path)}
+    with (tmp_path / "stdout").open("w") as out, (tmp_path / "stderr").open("w") as err:
+        process = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment, stdout=out, stderr=err)
+    wait_until(lambda: (tmp_path / "stdout").read_text() == "ready\n", "the workload is ready")
+    process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: "time limit: 60 s left" in (tmp_path / "stderr").read_text(), "the warning")
+    if handles:
+        wait_until(lambda: "saving" in (tmp_path / "stdout").read_text(), "the workload has heard it")
+    (tmp_path / "go").touch()
+    assert process.wait(30) == 7
+    assert read_events(tmp_path)[-1]["code"] == 7

@@ -1,0 +1,61 @@
+"""Fields of the launchers: checked, and merged with the site's field by field."""
+
+import pytest
+
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
+from dagster_sbatch.slurm import SlurmRequest
+
+SITE = {"ray": {"pre_start_commands": ["ulimit -n 65536"], "ray_start_args": ["--include-dashboard=false"]}}
+
+
+def test_an_open_field_comes_from_the_site_and_the_assets_own_stays() -> None:
+    merged = RayLauncher(ray_start_args=["--verbose"], startup_time_limit=60).with_site(SITE)
+    assert merged.pre_start_commands == ("ulimit -n 65536",)
+    assert merged.ray_start_args == ("--verbose",)
+    assert merged.startup_time_limit == 60
+
+
+def test_a_launcher_takes_only_its_own_entry_of_the_site() -> None:
+    assert ScriptLauncher().with_site(SITE).pre_start_commands == ()
+
+
+def test_an_unknown_field_names_the_nearest() -> None:
+    with pytest.raises(
+        ConfigurationError, match="RayLauncher: unknown field 'ray_start_arg'; did you mean 'ray_start_args'"
+    ):
+        RayLauncher(ray_start_arg=["--verbose"])  # type: ignore[call-arg]
+
+
+def test_an_unknown_field_in_the_site_is_an_error_too() -> None:
+    with pytest.raises(ConfigurationError, match="num_gpu_per_node"):
+        RayLauncher().with_site({"ray": {"num_gpu_per_node": 4}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"startup_time_limit": 0}, "startup_time_limit"),
+        ({"object_store_memory": "lots"}, "64G"),
+        ({"network_interface": "ib0; rm"}, "such as 'ib0'"),
+        ({"temp_dir": "/local/a/long/way/down/to/it"}, "at most 25 characters"),
+        ({"temp_dir": "tmp"}, "not an absolute path"),
+        ({"ray_start_args": ["--num-gpus=8"]}, "RayLauncher sets --num-gpus itself"),
+        ({"ray_start_args": ["verbose"]}, "write --name=value"),
+    ],
+)
+def test_wrong_values_are_named(fields: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        RayLauncher(**fields)
+
+
+@pytest.mark.parametrize(
+    ("request_", "text"),
+    [
+        (SlurmRequest(gpus_per_node=4, cpus_per_task=2), "at least one CPU for each GPU"),
+        (SlurmRequest(ntasks_per_node=2), "RayLauncher takes 1"),
+    ],
+)
+def test_ray_refuses_what_it_cannot_work_in(request_: SlurmRequest, text: str) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        RayLauncher().check(request_)

@@ -1,0 +1,65 @@
+"""The job of a step that was interrupted in an earlier run: it may be running, and errors on the way are not final."""
+
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch.run.tags import left_job
+
+
+class Step:
+    """As much of a step's context as is read."""
+
+    def __init__(self, instance: dg.DagsterInstance, parent: str | None) -> None:
+        self.instance = instance
+        self.run = dg.DagsterRun(job_name="job", parent_run_id=parent, root_run_id=parent)
+        self.op_handle = "work"
+        self.op_execution_context = self
+
+    def get_mapping_key(self) -> None:
+        """It is no dynamic output's."""
+
+
+def left(instance: dg.DagsterInstance, parent: str | None) -> str | None:
+    context: Any = Step(instance, parent)
+    return left_job(context)
+
+
+def interrupted(instance: dg.DagsterInstance, parent: str | None = None, **tags: str) -> str:
+    """Make a run in which no step has ended."""
+    run = dg.DagsterRun(job_name="job", parent_run_id=parent, root_run_id=parent)
+    instance.add_run(run)
+    if tags:
+        instance.add_run_tags(run.run_id, {f"slurm_job/{step}": job for step, job in tags.items()})
+    return run.run_id
+
+
+@pytest.fixture
+def instance() -> dg.DagsterInstance:
+    return dg.DagsterInstance.ephemeral()
+
+
+def test_the_job_of_an_interrupted_step(instance: dg.DagsterInstance) -> None:
+    first = interrupted(instance, work="79")
+    assert left(instance, first) == "79"
+    assert left(instance, interrupted(instance, first)) == "79"  # that one never came to it
+    assert left(instance, interrupted(instance, other="79")) is None
+    assert left(instance, None) is None
+    assert left(instance, "deleted") is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_that_has_ended_left_nothing(instance: dg.DagsterInstance, fails: bool) -> None:
+    @dg.op
+    def work(context: dg.OpExecutionContext) -> None:
+        context.instance.add_run_tags(context.run_id, {"slurm_job/work": "79"})
+        if fails:
+            raise ValueError
+
+    @dg.job
+    def job() -> None:
+        work()
+
+    parent = job.execute_in_process(instance=instance, raise_on_error=False).run_id
+    assert left(instance, parent) is None

@@ -1,0 +1,75 @@
+"""A command on this machine, as `run_workload` follows it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from dagster_sbatch.run.local import RunDirectory, run_workload
+from slurm_in_a_box import wait_until
+
+
+def test_how_long_it_ran_does_not_include_what_its_output_costs_us(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    slow = 0.5
+
+    def store(data: bytes) -> None:
+        """As a database that takes its time."""
+        wait_until(directory.end.exists, "the command has ended", 60, 0.01)
+        time.sleep(slow)
+
+    begun = time.monotonic()
+    command = [sys.executable, "-c", "print('a line')"]
+    ended = run_workload(command, os.environ, directory, {directory.stdout: store}, threading.Event())
+    assert ended.exit_code == 0
+    assert 0 < ended.seconds <= time.monotonic() - begun - slow
+
+
+CHILD = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+pathlib.Path(sys.argv[1] + ".part").write_text(str(child.pid))
+pathlib.Path(sys.argv[1] + ".part").rename(sys.argv[1])
+time.sleep(600)
+"""
+"""A workload with a child in a session of its own."""
+STEP = """
+import os, pathlib, sys, threading
+from dagster_sbatch.run.local import RunDirectory, run_workload
+folder, *command = sys.argv[1:]
+run_workload(command, os.environ, RunDirectory(pathlib.Path(folder)), {}, threading.Event())
+"""
+
+
+def is_gone(pid: int) -> bool:
+    """Or dead, and not yet collected by a container's init."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_workload_that_is_terminated_leaves_nothing_running(tmp_path: Path) -> None:
+    pid, stop, directory = tmp_path / "pid", threading.Event(), RunDirectory(tmp_path)
+
+    def terminate() -> None:
+        wait_until(pid.exists, "the child runs", 60, 0.01)
+        stop.set()
+
+    threading.Thread(target=terminate).start()
+    ended = run_workload([sys.executable, "-c", CHILD, str(pid)], os.environ, directory, {}, stop)
+    assert ended.exit_code == -signal.SIGTERM
+    wait_until(lambda: is_gone(int(pid.read_text())), "the child has ended", 20)
+
+
+def test_nothing_outlives_a_step_that_was_killed(tmp_path: Path) -> None:
+    pid, folder = tmp_path / "pid", tmp_path / "run"
+    folder.mkdir()
+    command = [sys.executable, "-c", STEP, str(folder), sys.executable, "-c", CHILD, str(pid)]
+    with subprocess.Popen(command) as step:
+        wait_until(pid.exists, "the child runs", 60, 0.01)
+        step.kill()
+    wait_until(lambda: is_gone(int(pid.read_text())), "the child has ended", 20)
+    wait_until(lambda: not folder.exists(), "the run directory is gone", 20)

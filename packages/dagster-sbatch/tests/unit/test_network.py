@@ -1,0 +1,345 @@
+"""Certificates, proxies and answers of HTTP calls: what the environment says, and who has to act when one fails."""
+
+import datetime
+import ipaddress
+import json
+import os
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import certifi
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from dagster_sbatch.auth import AccessError, MisconfiguredError, UnavailableError, ensure_certificate
+from dagster_sbatch.auth.http import Http
+from dagster_sbatch.auth.network import proxy_for
+from dagster_sbatch.slurm.gateway.channel import Channel
+from dagster_sbatch.slurm.gateway.link import Link
+from support import access
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+NOBODY = "http://127.0.0.1:1"
+"""Where nothing listens."""
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", *PROXIES, *(name.upper() for name in PROXIES)):
+        monkeypatch.delenv(name, raising=False)
+
+
+class Server:
+    """Answers every request with what it is told, as a server or as a proxy for plain http."""
+
+    def __init__(self, certificate: Path | None = None) -> None:
+        self.status, self.body, self.seen = 200, b'{"server": "ours"}', list[str]()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.seen.append(self.path)
+                self.send_response(outer.status)
+                self.send_header("Content-Length", str(len(outer.body)))
+                self.end_headers()
+                self.wfile.write(outer.body)
+
+            do_CONNECT = do_GET  # noqa: N815 (the base class asks for that name)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"{'https' if certificate else 'http'}://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """Of 127.0.0.1, signed by itself, and its key in the same file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    builder = builder.serial_number(x509.random_serial_number()).add_extension(address, critical=False)
+    builder = builder.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(1))
+    path = tmp_path / "certificate.pem"
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM) + private)
+    return path
+
+
+@pytest.fixture
+def tls_server(certificate: Path) -> Iterator[Server]:
+    made = Server(certificate)
+    yield made
+    made.stop()
+
+
+def failure(url: str) -> AccessError:
+    with pytest.raises(AccessError) as error:
+        Http().call("GET", url, tries=1)
+    return error.value
+
+
+# Certificates
+
+
+def test_the_authorities_of_the_environment_are_trusted(
+    tls_server: Server, certificate: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "its TLS certificate is not trusted" in str(failure(tls_server.url))
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert Http().call("GET", tls_server.url).data == {"server": "ours"}
+    monkeypatch.setenv("SSL_CERT_FILE", "")  # blank means unset
+    assert "is not trusted" in str(failure(tls_server.url))
+    folder = tmp_path / "authorities"
+    folder.mkdir()
+    hashed = f"{_subject_hash(certificate)}.0"
+    (folder / hashed).write_bytes(certificate.read_bytes())
+    monkeypatch.setenv("SSL_CERT_DIR", str(folder))
+    assert Http().call("GET", tls_server.url).data == {"server": "ours"}
+
+
+def _subject_hash(certificate: Path) -> str:
+    command = ["openssl", "x509", "-noout", "-subject_hash", "-in", str(certificate)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def make(path: Path, kind: str) -> Path:
+    """Put something into a path that is no list of certificates."""
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind != "missing":
+        path.write_text({"empty": "", "rubbish": "not a certificate"}[kind])
+    return path
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "rubbish", "folder", "pipe"])
+def test_a_stale_list_of_authorities_is_named_and_is_not_temporary(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, kind: str
+) -> None:
+    path = make(tmp_path / "stale", kind)
+    monkeypatch.setenv(variable, str(path))
+    error = failure("https://127.0.0.1:1/")
+    assert isinstance(error, MisconfiguredError)
+    assert not error.temporary
+    assert f"{variable}={path} cannot be used as the list of trusted authorities: " in str(error)
+    assert str(error).endswith(f"\n  unset {variable}")
+
+
+def test_authorities_that_do_not_know_the_server_are_named(
+    tls_server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", certifi.where())
+    error = failure(tls_server.url)
+    assert not error.temporary
+    assert "is not trusted" in str(error)
+    assert str(error).endswith("\n  unset SSL_CERT_FILE")
+
+
+def test_a_key_log_that_cannot_be_written_does_not_matter(
+    tls_server: Server, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("SSLKEYLOGFILE", "/nonexistent/keys.log")
+    assert Http().call("GET", tls_server.url).status == 200
+
+
+# Proxies
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
+def test_the_proxy_of_the_environment_is_used(server: Server, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, server.url.removeprefix("http://") if variable == "ALL_PROXY" else server.url)
+    assert Http().call("GET", "http://auth.example.test/x").data == {"server": "ours"}
+    assert server.seen == ["http://auth.example.test/x"]
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "direct"),
+    [
+        ("127.0.0.1", True),
+        ("example.org, 127.0.0.1", True),
+        ("127.0.0.0/8", True),
+        ("10.0.0.0/8,::1", False),
+        ("*", True),
+        ("0.0.1,.example.org,localhost", False),
+    ],
+)
+def test_no_proxy_excepts_hosts(server: Server, monkeypatch: pytest.MonkeyPatch, no_proxy: str, direct: bool) -> None:
+    monkeypatch.setenv("ALL_PROXY", NOBODY)
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    if direct:
+        assert Http().call("GET", server.url).status == 200
+    else:
+        assert f"The proxy ALL_PROXY={NOBODY} cannot be reached" in str(failure(server.url))
+
+
+@pytest.mark.parametrize(
+    ("entry", "host", "direct"),
+    [
+        ("example.org", "auth.example.org", True),
+        (".example.org", "auth.example.org", True),
+        ("*.example.org", "auth.example.org", True),
+        ("example.org:443", "auth.example.org", False),
+        ("example.org:1", "auth.example.org", True),
+        ("ample.org", "example.org", False),
+    ],
+)
+def test_no_proxy_excepts_domains(monkeypatch: pytest.MonkeyPatch, entry: str, host: str, direct: bool) -> None:
+    monkeypatch.setenv("https_proxy", NOBODY)
+    monkeypatch.setenv("no_proxy", entry)
+    assert (proxy_for("https", host, 1) is None) is direct
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h", "socks4", "socks", "ftp"])
+def test_a_proxy_that_is_not_supported_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    monkeypatch.setenv("ALL_PROXY", f"{scheme}://user:test-password@127.0.0.1:1080")
+    error = failure("https://auth.example.test/")
+    assert isinstance(error, MisconfiguredError)
+    assert f"ALL_PROXY={scheme}://127.0.0.1:1080 is a proxy of a kind that is not supported" in str(error)
+    assert str(error).endswith("\n  export NO_PROXY=auth.example.test")
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
+@pytest.mark.parametrize(
+    "value",
+    ["http://", "http://proxy:port", "http://proxy:99999", "http://[::1", "two words", "http://u:test-password@a b:1"],
+)
+def test_a_malformed_proxy_is_named_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    error = failure("https://auth.example.test/")
+    assert isinstance(error, MisconfiguredError)
+    assert f"{variable}=http://" in str(error)
+    assert "is not the address of a proxy" in str(error)
+    assert "test-password" not in str(error)
+
+
+@pytest.mark.parametrize("entry", ["http://[bad", "[::1", "a/b", "10.0.0.0/99"])
+def test_a_malformed_no_proxy_is_named(monkeypatch: pytest.MonkeyPatch, entry: str) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", NOBODY)
+    monkeypatch.setenv("NO_PROXY", f"localhost,{entry}")
+    assert "NO_PROXY has the entry" in str(failure("https://auth.example.test/"))
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("proxy", [NOBODY, "http://no-such-host.invalid:3128"])
+def test_a_proxy_that_is_away_is_blamed_and_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, proxy: str
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy.replace("//", "//user:test-password@"))
+    error = failure(f"{scheme}://auth.example.test/")
+    assert not error.temporary
+    assert f"The proxy ALL_PROXY={proxy} cannot be reached: " in str(error)
+    assert "test-password" not in str(error)
+
+
+@pytest.mark.parametrize(("status", "temporary"), [(403, False), (407, False), (502, True), (503, True), (504, True)])
+def test_a_proxy_that_refuses_differs_from_one_that_cannot_reach_the_server(
+    server: Server, monkeypatch: pytest.MonkeyPatch, status: int, temporary: bool
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", server.url)
+    server.status, server.body = status, b"<html>"
+    error = failure("https://auth.example.test/")
+    assert error.temporary is temporary
+    assert f"HTTPS_PROXY={server.url}" in str(error)
+
+
+# A run that connects
+
+
+def test_a_run_waits_for_an_outage_and_fails_at_a_stale_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What stands in the way is blamed, not the login node."""
+    monkeypatch.setattr("dagster_sbatch.slurm.gateway.link.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("dagster_sbatch.auth.renew.ISSUE_TRIES", 1)
+    monkeypatch.setattr("dagster_sbatch.auth.http.FIRST_PAUSE", 0.0)
+    secret = {"ASC_OIDC_APP_PASSWORD": "test-app-password"}
+    settings = access.settings_of({**access.environment("https://127.0.0.1:1", tmp_path), **secret})
+    told: list[str] = []
+
+    def heard(text: str) -> None:
+        told.append(text)
+        monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent/ca.pem")
+
+    def open_channel() -> Channel:
+        ensure_certificate(settings)
+        raise AssertionError("there is a certificate")
+
+    link = Link(open_channel, on_trouble=heard)
+    with pytest.raises(MisconfiguredError, match=r"SSL_CERT_FILE=/nonexistent/ca\.pem cannot be used"):
+        link.ask(do="describe")
+    (text,) = told
+    assert text.startswith(
+        "no certificate to log in with: https://127.0.0.1:1/application/o/token/ cannot be reached: "
+    )
+
+
+# Answers
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410, 418])
+def test_an_error_page_that_is_not_the_servers_own_is_temporary(server: Server, status: int) -> None:
+    server.status, server.body = status, b"<html>404 page not found</html>"
+    error = failure(server.url)
+    assert isinstance(error, UnavailableError)
+    assert f"HTTP {status}, no JSON" in str(error)
+    server.body = json.dumps({"detail": "no"}).encode()
+    assert Http().call("GET", server.url).status == status
+
+
+def test_a_page_that_is_no_error_is_another_server(server: Server) -> None:
+    server.body = b"<html>Welcome</html>"
+    assert isinstance(failure(server.url), MisconfiguredError)
+
+
+def test_temporary_failures_are_tried_again_and_others_are_not(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dagster_sbatch.auth.http.FIRST_PAUSE", 0.01)
+    server.status = 503
+    with pytest.raises(UnavailableError):
+        Http().call("GET", server.url)
+    assert len(server.seen) == 3
+    with pytest.raises(UnavailableError, match="no time left"):
+        Http(budget=0).call("GET", server.url)
+    server.status = 302
+    with pytest.raises(MisconfiguredError, match="has moved to"):
+        Http().call("GET", server.url)
+    assert len(server.seen) == 4
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:port/", "ftp://127.0.0.1/", "nowhere"])
+def test_an_address_that_is_none_is_told_as_such(url: str) -> None:
+    assert isinstance(failure(url), MisconfiguredError)

@@ -1,0 +1,135 @@
+"""What a job's end means: whether it went well, why not, and whether another try can help."""
+
+import pytest
+
+from dagster_sbatch.slurm import SlurmRequest
+from dagster_sbatch.slurm.gateway import JobEnd, Projects
+from dagster_sbatch.slurm.outcome import TRY_AGAIN, Outcome, explain_refusal, judge
+
+REQUEST = SlurmRequest(mem="8G", time_limit="01:00:00")
+LOST = "Ray: lost the node n4002: health check failed"
+
+
+@pytest.mark.parametrize(
+    ("job", "outcome"),
+    [
+        (JobEnd(0, "COMPLETED"), None),
+        (JobEnd(0, ""), None),  # Slurm has forgotten it; its own word stands
+        (JobEnd(7, "FAILED"), None),  # its exit code tells
+        (JobEnd(None, "NODE_FAIL"), Outcome("a node failed (Slurm: NODE_FAIL)", again=True)),
+        (JobEnd(None, "NODE_FAIL", cause=LOST), Outcome(f"a node failed (Slurm: NODE_FAIL); {LOST}", again=True)),
+        (JobEnd(TRY_AGAIN, "FAILED", cause=LOST), Outcome(LOST, again=True)),
+        (
+            JobEnd(TRY_AGAIN, "FAILED"),
+            Outcome("it asks for another try (exit code 75): its stderr says why", again=True),
+        ),
+        (JobEnd(1, "FAILED", cause="Ray on n4001: there is no python3"), Outcome("Ray on n4001: there is no python3")),
+        (JobEnd(None, "BOOT_FAIL"), Outcome("a node did not start (Slurm: BOOT_FAIL)", again=True)),
+        (
+            JobEnd(None, "PREEMPTED", cause=LOST),
+            Outcome("it was preempted by another job (Slurm: PREEMPTED)", again=True),
+        ),
+        (
+            JobEnd(None, "FAILED", exit="0:9"),
+            Outcome("it recorded no exit code, and Slurm says FAILED 0:9: look at its stderr and at the node"),
+        ),
+        (
+            JobEnd(None, "FAILED", exit="2:0"),
+            Outcome(
+                "the job could not start in its run directory (Slurm: FAILED 2:0). Its compute node does not see that "
+                "folder, or cannot write to it. Set SLURM_DEPLOYMENT_BASE_PATH to a folder that every node sees, "
+                "such as $DATA/dagster-slurm"
+            ),
+        ),
+        (
+            JobEnd(None, "FAILED", exit="0:53"),
+            Outcome(
+                "the job could not start in its run directory (Slurm: FAILED 0:53). Its compute node does not see that "
+                "folder, or cannot write to it. Set SLURM_DEPLOYMENT_BASE_PATH to a folder that every node sees, "
+                "such as $DATA/dagster-slurm"
+            ),
+        ),
+        (
+            JobEnd(None, ""),
+            Outcome(
+                "it recorded no exit code, and Slurm does not know it any more: look at its stderr and at the node"
+            ),
+        ),
+        (
+            JobEnd(0, "FAILED", exit="1:0"),
+            Outcome("its script ended with 0, but Slurm says FAILED 1:0"),
+        ),
+        (
+            JobEnd(0, "COMPLETED", short={"messages.jsonl": 10}),
+            Outcome("its Pipes messages did not arrive in full: the file system lost some, or is very slow"),
+        ),
+    ],
+)
+def test_an_end_is_judged(job: JobEnd, outcome: Outcome | None) -> None:
+    assert judge(job, REQUEST) == outcome
+
+
+@pytest.mark.parametrize(
+    ("state", "request_", "advice"),
+    [
+        ("TIMEOUT", REQUEST, "time_limit='02:00:00'"),
+        ("OUT_OF_MEMORY", REQUEST, "mem='12G'"),
+        ("OUT_OF_MEMORY", SlurmRequest(mem_per_cpu="2G"), "mem_per_cpu='3G'"),
+        ("OUT_OF_MEMORY", SlurmRequest(), "mem='32G'"),
+    ],
+)
+def test_the_advice_is_to_ask_for_more(state: str, request_: SlurmRequest, advice: str) -> None:
+    outcome = judge(JobEnd(None, state), request_)
+    assert outcome
+    assert not outcome.again
+    assert advice in outcome.cause
+
+
+BAD_ACCOUNT = "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified"
+BAD_QOS = "sbatch: error: Batch job submission failed: Invalid qos specification"
+ROWS = [["p1", "p1", "q,idle_q"], ["p1", "p2", "idle_q"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "account", "rows", "exported", "expected"),
+    [
+        (
+            BAD_ACCOUNT,
+            "p9",
+            ROWS,
+            "",
+            "'p9' is not a project of yours. Yours are p1, p2: name another one in SLURM_ACC",
+        ),
+        (BAD_ACCOUNT, None, ROWS, "p8", "'p8' is not a project of yours. Yours are p1, p2"),
+        (BAD_QOS, "p2", ROWS, "p8", "Project p2 may not use QoS q, only idle_q. A project that has used up its budget"),
+        (BAD_QOS, "p2", ROWS, "p8", "Set SLURM_QOS to one of these, or charge another project (p1, p2)"),
+        (BAD_QOS, None, [["p2", "p2", "idle_q"]], "", "Project p2 may not use QoS q, only idle_q."),
+        (BAD_QOS, None, ROWS, "", "The job would be charged to project p1. Yours are p1, p2"),
+        (BAD_ACCOUNT, "p9", [], "", "The job names the project p9; name another one in SLURM_ACCOUNT"),
+        (BAD_ACCOUNT, None, [], "", "The job names the project that is your default; name another one"),
+    ],
+)
+def test_a_refusal_for_the_project_names_it_and_what_to_change(
+    text: str, account: str | None, rows: list[list[str]], exported: str, expected: str
+) -> None:
+    projects = Projects.parse(rows, exported)
+    said = explain_refusal(text, SlurmRequest(qos="q", account=account), lambda: projects)
+    assert said.startswith(f"{text}\n")
+    assert expected in said
+
+
+def test_a_refusal_for_a_limit_does_not_blame_the_project() -> None:
+    text = "sbatch: error: QOSMaxWallDurationPerJobLimit\nallocation failure: Job violates accounting/QOS policy (...)"
+    said = explain_refusal(text, SlurmRequest(qos="dev_q"), lambda: Projects.parse(ROWS, ""))
+    assert said.startswith(f"{text}\nThe request is outside a limit of QoS dev_q or of the project. Request less time")
+    assert "SLURM_ACCOUNT" not in said
+
+
+def test_another_refusal_stays_as_it_is_and_asks_for_no_projects() -> None:
+    def ask() -> Projects:
+        raise AssertionError
+
+    assert (
+        explain_refusal("sbatch: error: Memory specification", SlurmRequest(), ask)
+        == "sbatch: error: Memory specification"
+    )

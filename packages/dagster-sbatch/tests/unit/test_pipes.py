@@ -1,0 +1,118 @@
+"""The messages and the output of a workload, byte by byte, without one."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch.run.pipes import JOB_STARTED, Messages, Output
+from dagster_sbatch.run.results import StepContext
+
+CONTEXT = cast(StepContext, None)
+"""Not needed without reports on partitions."""
+STARTED = b'\n{"method": "' + JOB_STARTED.encode() + b'"}\n'
+
+
+class Handler:
+    """Keeps what Dagster would be given."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+
+    def handle_message(self, message: dict[str, Any]) -> None:
+        self.taken.append(f"{message['method']} {message['params'].get('text', '')}".strip())
+
+
+@pytest.fixture
+def handler() -> Handler:
+    return Handler()
+
+
+@pytest.fixture
+def messages(handler: Handler) -> Messages:
+    reader = Messages("messages.jsonl")
+    with reader.read_messages(cast(dg.PipesMessageHandler, handler)):
+        return reader
+
+
+def line(method: str, text: str = "") -> bytes:
+    return json.dumps({"method": method, "params": {"text": text}}).encode() + b"\n"
+
+
+def test_only_the_last_life_of_a_requeued_job_counts(messages: Messages, handler: Handler) -> None:
+    first = STARTED + line("opened") + line("report_asset_check", "old") + line("closed")
+    messages.feed(first + STARTED + line("opened") + line("report_asset_check", "new") + line("closed"))
+    messages.finish(CONTEXT)
+    assert handler.taken == ["opened", "opened", "report_asset_check new", "closed"]
+    assert (messages.error, messages.open) == (None, 0)
+
+
+def test_a_line_that_the_end_of_an_earlier_life_has_cut_off_does_no_harm(messages: Messages, handler: Handler) -> None:
+    messages.feed(STARTED + line("opened") + line("report_asset_check", "old") + b'{"method": "clo')
+    assert messages.open == 1
+    messages.feed(STARTED + line("opened") + line("report_asset_check", "new") + line("closed"))
+    messages.finish(CONTEXT)
+    assert handler.taken == ["opened", "opened", "report_asset_check new", "closed"]
+    assert messages.error is None
+
+
+def test_a_session_opened_by_a_child_discards_nothing(messages: Messages, handler: Handler) -> None:
+    messages.feed(STARTED + line("opened") + line("report_asset_check", "first") + line("opened") + line("closed"))
+    assert messages.open == 1
+    messages.feed(line("report_asset_check", "second") + line("closed"))
+    messages.finish(CONTEXT)
+    assert handler.taken[2:] == ["report_asset_check first", "report_asset_check second", "closed"]
+    assert messages.open == 0
+
+
+def test_messages_may_be_cut_anywhere(messages: Messages, handler: Handler) -> None:
+    for byte in STARTED + line("opened") + line("report_asset_check", "\u00e9") + line("closed"):
+        messages.feed(bytes([byte]))
+    messages.finish(CONTEXT)
+    assert handler.taken == ["opened", "report_asset_check \u00e9", "closed"]
+
+
+@pytest.mark.parametrize("rubbish", [b"rubbish\n", b"[1]\n", b'{"params": {}}\n', b"\xff\xfe\n"])
+def test_rubbish_is_kept_as_the_error_and_nothing_is_handed_over_after_it(rubbish: bytes, messages: Messages) -> None:
+    messages.feed(STARTED + line("opened") + rubbish + line("closed"))
+    messages.finish(CONTEXT)
+    assert "not a Dagster Pipes message" in str(messages.error)
+
+
+def test_output_is_utf_8_whatever_the_locale_is(tmp_path: Path) -> None:
+    path = tmp_path / "stdout"
+    with path.open("w", encoding="ascii") as target:
+        target.write("before ")
+        output = Output(target, lambda error: pytest.fail(str(error)))
+        for byte in "\u2713 caf\u00e9\n".encode() + b"\xff\n":
+            output.feed(bytes([byte]))
+    assert path.read_text(encoding="utf-8") == "before \u2713 caf\u00e9\n\ufffd\n"
+
+
+def test_a_full_disk_is_reported_once_and_the_last_lines_are_known_all_the_same() -> None:
+    errors: list[Exception] = []
+    with open("/dev/full", "w") as target:  # noqa: PTH123
+        output = Output(target, errors.append)
+        output.feed(b"first\n")
+        output.feed(b"second\n")
+    assert [str(error) for error in errors] == ["[Errno 28] No space left on device"]
+    assert output.tail == "first\nsecond"
+
+
+def test_output_to_what_is_no_file() -> None:
+    target = io.StringIO()
+    Output(target, lambda error: pytest.fail(str(error))).feed("\u2713".encode())
+    assert target.getvalue() == "\u2713"
+
+
+def test_output_to_what_is_closed(tmp_path: Path) -> None:
+    errors: list[Exception] = []
+    with (tmp_path / "stdout").open("w") as target:
+        output = Output(target, errors.append)
+    for each in (output, Output(None, errors.append)):  # Python's sys.stdout, if the file descriptor is closed
+        each.feed(b"a line\n")
+        assert each.tail == "a line"
+    assert [str(error) for error in errors] == ["I/O operation on closed file"]

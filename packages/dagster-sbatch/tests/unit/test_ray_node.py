@@ -1,0 +1,295 @@
+"""What a node of a Ray job does around Ray: ports, memory, its folder, and leaving nothing behind."""
+
+import importlib.metadata
+import os
+import select
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import node
+from slurm_in_a_box import wait_until
+
+import folder
+import job_cluster
+import ports
+
+JOB = Path(node.__file__).parent
+
+
+def bind(port: int, uid: int) -> subprocess.Popen[str]:
+    """Another user's process that listens on a port, or says why it cannot."""
+    program = (
+        f"import os, socket, sys; os.setuid({uid}); server = socket.socket()\n"
+        "server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
+        f"server.bind(('', {port})); server.listen(); print('listens', flush=True); sys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, text=True)
+
+
+def test_claimed_ports_are_free_and_kept_from_others_and_ray_can_have_them() -> None:
+    (first, second), claims = ports.claim_ports(2)
+    assert first != second
+    for port in (first, second):
+        with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
+            other.bind(("", port))  # what another launcher does
+        assert not ports.is_ours(port)
+        with socket.create_server(("", port)):  # what Ray does: with SO_REUSEADDR
+            assert ports.is_ours(port)
+    for claim in claims:
+        claim.close()
+
+
+def test_ports_that_are_taken_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("", 0)) as server:
+        taken = server.getsockname()[1]
+        monkeypatch.setattr(ports, "PORTS", range(taken, taken + 1))
+        with pytest.raises(job_cluster.NodeError, match="no 1 free ports"):
+            ports.claim_ports(1)
+
+
+def test_a_claim_does_not_show_which_port_it_holds() -> None:
+    (port,), (claim,) = ports.claim_ports(1)
+    shown = "".join(Path("/proc/net", name).read_text() for name in ("tcp", "tcp6", "unix"))
+    assert f":{port:04X}" not in shown
+    assert str(port) not in shown
+    claim.close()
+
+
+def batch_script(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A standard input for a node; return its other end, which stays open as long as the batch script runs."""
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(fileno=lambda: reader))
+    return writer
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+def test_a_head_whose_port_another_user_has_taken_is_never_announced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The other nodes would send the token of the cluster there."""
+    monkeypatch.setenv("RAY_JOB_STATE", str(tmp_path))
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    (tmp_path / "head.json").touch()
+    (port,), (claim,) = ports.claim_ports(1)
+    writer = batch_script(monkeypatch)
+    head = node.Node({})
+    there = job_cluster.Head("n1", "10.0.0.1", port, 0, sys.executable, {})
+    with bind(port, 12345) as thief:
+        assert thief.stdout
+        assert thief.stdout.readline() == "listens\n"
+        assert not ports.is_ours(port)
+        announcing = threading.Thread(target=head._announce, args=(there,))
+        announcing.start()
+        announcing.join(10 * job_cluster.POLL_SECONDS)
+        assert announcing.is_alive()
+        os.close(writer)  # the job ends
+        announcing.join(10)
+        thief.communicate()
+    assert job_cluster.Head.read() is None
+    claim.close()
+
+
+def test_a_head_is_announced_when_ray_listens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_JOB_STATE", str(tmp_path))
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    (tmp_path / "head.json").touch()
+    assert job_cluster.Head.read() is None
+    (tmp_path / "head.json").write_text('{"hostname": "n1", "addr')
+    assert job_cluster.Head.read() is None, "the head is writing it"
+    writer = batch_script(monkeypatch)
+    with socket.create_server(("", 0)) as server:
+        there = job_cluster.Head("n1", "10.0.0.1", server.getsockname()[1], 0, sys.executable, {"Ray": "2.60.0"})
+        node.Node({})._announce(there)
+    os.close(writer)
+    assert job_cluster.Head.read() == there
+
+
+def test_a_port_that_was_chosen_and_is_taken_is_named() -> None:
+    with socket.create_server(("", 0)) as server:
+        taken = server.getsockname()[1]
+        with pytest.raises(job_cluster.NodeError, match=f"={taken} cannot be had: Address already in use"):
+            ports.check_ports(["--verbose", "--node-manager-port=0", f"--metrics-export-port={taken}"])
+        ports.check_ports([f"--min-worker-port={taken}", "--node-manager-port=0", "--verbose"])
+    ports.check_ports([f"--metrics-export-port={taken}"])
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "expected"),
+    [
+        (None, {}, []),
+        (5, {}, ["--object-store-memory=5"]),
+        (None, {"SLURM_MEM_PER_NODE": "10"}, [f"--object-store-memory={3 << 20}", f"--memory={7 << 20}"]),
+        (1 << 20, {"SLURM_MEM_PER_CPU": "2", "SLURM_CPUS_ON_NODE": "4"},
+         [f"--object-store-memory={1 << 20}", f"--memory={7 << 20}"]),
+    ],
+)  # fmt: skip
+def test_the_memory_is_the_jobs(given: int | None, environ: dict[str, str], expected: list[str]) -> None:
+    assert node.memory_arguments(given, environ) == expected
+
+
+def test_the_folder_is_private_and_new(tmp_path: Path) -> None:
+    """What an earlier life of the job has left is removed; other jobs' folders stay."""
+    earlier, other = folder.make_folder(tmp_path, "7"), folder.make_folder(tmp_path, "8")
+    again = folder.make_folder(tmp_path, "7")
+    assert sorted(tmp_path.iterdir()) == sorted([other, again])
+    assert not earlier.exists()
+    assert again.stat().st_mode & 0o777 == 0o700
+    assert len(f"/{again.name}/{node.RAY_FOLDER}") <= len("/r-abcd1234/ray")  # as RayLauncher counts
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_that_somebody_else_made_beforehand_stops_nothing(tmp_path: Path) -> None:
+    for name in ("r-7", "r-abcd1234"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "job").write_text("7")
+        os.chown(tmp_path / name, 12345, 12345)
+    made = folder.make_folder(tmp_path, "7")
+    assert {path.name for path in tmp_path.iterdir()} == {"r-7", "r-abcd1234", made.name}
+
+
+def test_big_logs_are_cut_and_small_ones_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A workload whose tasks print gigabytes must not keep the node, nor fill the user's quota."""
+    monkeypatch.setattr(folder, "FILE_BYTES", 1000)
+    monkeypatch.setattr(folder, "ALL_BYTES", 2500)
+    logs = tmp_path / "logs"
+    (logs / "old").mkdir(parents=True)
+    (logs / "raylet.out").write_text("small")
+    for name in ("one", "two", "old/three"):
+        (logs / name).write_bytes(b"begin" + bytes(5000) + b"end")
+    folder.keep_logs(logs, tmp_path / "logs-n1.tar.gz")
+    with tarfile.open(tmp_path / "logs-n1.tar.gz") as archive:
+        sizes = {entry.name: entry.size for entry in archive.getmembers()}
+        note = archive.extractfile("logs-n1/LEFT_OUT")
+        assert note
+        text = note.read().decode()
+        kept = [name for name in sizes if sizes[name] == 1000]
+        assert sizes["logs-n1/raylet.out"] == 5
+        assert len(kept) == 2
+        for name in kept:
+            end = archive.extractfile(name)
+            assert end
+            assert end.read().endswith(b"end")
+    assert text.count("5008 bytes, the last 1000 are kept") == 2
+    assert text.count("5008 bytes, left out") == 1
+
+
+OLD_LISTING = "GPU 0: NVIDIA H100 (UUID: GPU-1)\nGPU 1: NVIDIA H100 (UUID: GPU-2)\n"
+SLICES = """\
+GPU 0: NVIDIA H100 (UUID: GPU-1)
+  MIG 3g.47gb     Device  0: (UUID: MIG-1)
+  MIG 3g.47gb     Device  1: (UUID: MIG-2)
+GPU 1: NVIDIA H100 (UUID: GPU-2)
+"""
+
+
+@pytest.mark.parametrize(("listing", "expected"), [(OLD_LISTING, 2), (SLICES, 3), ("No devices were found\n", 0)])
+def test_slices_of_a_gpu_count_as_gpus(listing: str, expected: int) -> None:
+    assert node.count_gpus(listing) == expected
+
+
+@pytest.mark.parametrize("version", ["2.51.2", "2.9.3", "1.13.0"])
+def test_a_ray_without_authentication_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    with pytest.raises(job_cluster.NodeError, match=f"Ray {version}.*is too old.*Install Ray 2.52 or later"):
+        node.versions()
+
+
+@pytest.mark.parametrize("version", ["2.52.0", "2.60.0rc1", "3.0.0.dev0"])
+def test_a_ray_with_authentication_is_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    assert node.versions()["Ray"] == version
+
+
+def test_the_end_of_ray_is_seen_without_pidfd_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels before 5.3 lack it, and so do some builds of Python."""
+    monkeypatch.delattr(os, "pidfd_open")
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        descriptor = node._wait_in_background(process)
+        assert select.select([descriptor], [], [], 0) == ([], [], [])
+        assert process.stdin
+        process.stdin.close()
+        assert select.select([descriptor], [], [], 10)[0] == [descriptor]
+    os.close(descriptor)
+
+
+def run_cluster_script(folder: Path, text: str, srun: str) -> subprocess.CompletedProcess[str]:
+    """Run a text of cluster.sh in a folder, as the job script does, with a sham srun."""
+    programs = folder / "bin"
+    programs.mkdir()
+    (programs / "srun").write_text(f"#!/bin/bash\n{srun}\n")
+    (programs / "srun").chmod(0o755)
+    (folder / "ray").mkdir()
+    (folder / "ray/watch.py").touch()
+    (folder / "cluster.sh").write_text(text)
+    script = "run_workload() { echo $BASHPID >workload.pid; exec sleep 60; }; . ./cluster.sh program.py"
+    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHON": sys.executable}
+    return subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_heads_file_is_there_before_any_node_asks_for_it(tmp_path: Path) -> None:
+    """An NFS client that was told "no such file" may repeat that for a minute."""
+    done = run_cluster_script(tmp_path, (JOB / "cluster.sh").read_text(), 'ls "$RAY_JOB_STATE" >seen; exit 3')
+    assert done.returncode == 1
+    assert "head.json" in (tmp_path / "seen").read_text()
+
+
+def test_a_bash_that_is_too_old_is_named(tmp_path: Path) -> None:
+    text = (JOB / "cluster.sh").read_text().replace("BASH_VERSINFO", "SHAM_VERSION")
+    done = run_cluster_script(tmp_path, f"SHAM_VERSION=(4 2)\n{text}", "exit 0")
+    assert done.returncode == 1
+    assert "and 4.3 or later is needed" in (tmp_path / "cause").read_text()
+    assert not (tmp_path / "workload.pid").exists()
+
+
+def test_what_ray_start_says_of_its_dead_comes_first() -> None:
+    output = "started\n ERR scripts.py:87 -- raylet [exit code=-9]\n" + "[state-dump] x\n" * 99 + "last\n" * 30
+    first, *more = node.explain(1, output).splitlines()
+    assert first == "`ray start` ended with exit code 1: raylet [exit code=-9]"
+    assert more == ["last"] * job_cluster.TAIL_LINES
+    assert node.explain(1, "begun\nOSError: why\n\n").startswith("`ray start` ended with exit code 1: OSError: why\n")
+
+
+def test_the_first_failure_counts_and_the_others_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_JOB_STATE", str(tmp_path))
+    job_cluster.fail("Ray on n1: broken\nits log")
+    job_cluster.fail("Ray on n2: broken, too")
+    assert (tmp_path / "failed").read_text() == "Ray on n1: broken\nits log\n"
+    assert capsys.readouterr().err == "Ray on n2: broken, too\n"
+
+
+def test_a_daemon_that_went_its_own_way_is_ended_too(tmp_path: Path) -> None:
+    program = f"""
+import ctypes, os, subprocess, sys, time
+sys.path.insert(0, {str(JOB)!r})
+import job_cluster
+import node
+import ports
+ctypes.CDLL(None).prctl(node.PR_SET_CHILD_SUBREAPER, 1)
+subprocess.run(["setsid", "--fork", "sh", "-c", "echo $$ >pid; exec sleep 600"])
+while not os.path.exists("pid") or not open("pid").read().strip():
+    time.sleep(0.01)
+node.kill_descendants()
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
+    pid = int((tmp_path / "pid").read_text())
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the daemon is gone", 10)
+
+
+def test_ray_start_does_not_load_what_the_other_commands_need() -> None:
+    look = "import start, sys; print('start' in start.import_command_line().cli.commands, 'pandas' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", look], env={"PYTHONPATH": str(JOB)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True False\n"

@@ -1,0 +1,50 @@
+"""The tags by which the UI finds a run."""
+
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.run.compute import ComputeResource
+from dagster_sbatch.run.tags import tag_deployment, tag_job
+from resources import build_resources
+
+WORKLOAD = "from dagster_pipes import open_dagster_pipes\nwith open_dagster_pipes(): pass\n"
+
+
+@pytest.mark.filterwarnings("ignore:AssetExecutionContext.run_id:DeprecationWarning")
+def test_a_run_has_its_deployment_and_jobs(tmp_path: Path) -> None:
+    (tmp_path / "nothing.py").write_text(WORKLOAD)
+
+    @dg.asset(key_prefix="a-group")
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        done = compute.run(context, workload=tmp_path / "nothing.py", launcher=ScriptLauncher())
+        for number, job in enumerate(("101", "102")):  # as on a supercomputer, for two calls
+            tag_job(context, job, number)
+        return done.get_materialize_result()
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([probe], resources=build_resources(), instance=instance)
+        for tags in (
+            {"deployment": "development"},
+            {"slurm_job/a_group__probe": "101"},
+            {"slurm_job/a_group__probe.2": "102"},
+        ):
+            (run,) = instance.get_runs(dg.RunsFilter(tags=tags))
+            assert run.run_id == result.run_id
+
+
+def test_an_asset_that_is_called_directly_has_no_run() -> None:
+    with dg.build_asset_context() as context:
+        tag_deployment(context, "development", None)
+        assert context.instance.get_runs() == []
+
+
+def test_a_database_that_takes_no_tag_does_not_end_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with dg.build_asset_context() as context:
+        monkeypatch.setattr(context.instance, "has_run", fail)
+        tag_deployment(context, "development", None)

@@ -1,0 +1,134 @@
+"""Which folder is sent with a program, and how Python runs it; the variables that it may have."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.run.plan import Plan, make_plan
+from dagster_sbatch.run.workload import read_workload
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import SlurmRequest
+from resources import PROJECT
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    names = "main.py climate/prog.py climate/model/__main__.py climate/model/__init__.py a-b/__main__.py"
+    names += " deep/__init__.py deep/er/__init__.py deep/er/run.py deep/er/__main__.py"
+    for name in names.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [
+        ("main.py", ["/there/main.py"]),
+        ("climate/prog.py", ["/there/climate/prog.py"]),
+        ("climate/model", ["-m", "climate.model"]),
+        ("climate/model/__main__.py", ["/there/climate/model/__main__.py"]),
+        ("deep/er", ["-m", "deep.er"]),
+        ("climate/../main.py", ["/there/main.py"]),
+    ],
+)
+def test_all_below_the_workloads_folder_has_that_as_its_code_root(given: str, command: list[str], folder: Path) -> None:
+    found = read_workload(folder / given, ["--n", "1"], folder)
+    assert found.root == folder
+    assert found.command("/there") == [*command, "--n", "1"]
+
+
+def test_a_link_on_the_way_to_the_workloads_folder_changes_nothing(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    link = tmp_path_factory.mktemp("link") / "project"
+    link.symlink_to(folder)
+    assert read_workload(link / "climate" / "prog.py", [], folder).command("/there") == ["/there/climate/prog.py"]
+    assert read_workload(link / "climate" / "prog.py", [], folder).root == folder
+
+
+@pytest.mark.parametrize(
+    ("given", "root", "command"),
+    [
+        ("main.py", ".", ["/there/main.py"]),
+        ("climate/prog.py", "climate", ["/there/prog.py"]),
+        ("climate/model", "climate", ["-m", "model"]),
+        ("deep/er/run.py", ".", ["/there/deep/er/run.py"]),
+        ("deep/er", ".", ["-m", "deep.er"]),
+    ],
+)
+def test_elsewhere_it_is_the_folder_of_the_program_or_of_its_outermost_package(
+    given: str, root: str, command: list[str], folder: Path
+) -> None:
+    found = read_workload(folder / given, [], folder / "workloads")
+    assert found.root == folder / root
+    assert found.command("/there") == command
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("none.py", "the workload .*/none.py does not exist"),
+        ("climate", "the package .*/climate has no __main__.py"),
+        ("a-b", "the package .*/a-b cannot be imported"),
+        ("w.sh", "w.sh, line 2: .*\n.*\nA workload is a Python program"),
+        ("binary", "A workload is a Python program"),
+    ],
+)
+def test_what_cannot_run(given: str, text: str, folder: Path) -> None:
+    (folder / "w.sh").write_text("#!/bin/sh\nexec echo hello\n")
+    (folder / "binary").write_bytes(b"\x7fELF\0\0")
+    with pytest.raises(ConfigurationError, match=text):
+        read_workload(folder / given, [], folder / "workloads")
+
+
+def plan(folder: Path, **arguments: Any) -> Plan:
+    given: dict[str, Any] = {"launcher": ScriptLauncher(), "request": SlurmRequest(), **arguments}
+    return make_plan(Settings(), PROJECT, folder / "main.py", **given)
+
+
+@pytest.mark.parametrize("args", ["--trials 3", ["--trials", 3], [Path("/x")], ["a\0b"], [None]])
+def test_arguments_are_a_list_of_texts(args: Any, folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match="a list of texts is needed"):
+        plan(folder, args=args)
+
+
+@pytest.mark.parametrize(
+    ("env", "text"),
+    [
+        ({"A-B": "1"}, "env['A-B'] is not the name of a variable"),
+        ({"X; touch f; Y": "1"}, "is not the name of a variable"),
+        ({"": "1"}, "is not the name of a variable"),
+        ({"1A": "1"}, "is not the name of a variable"),
+        ({"A\n": "1"}, "is not the name of a variable"),
+        ({"\u00e9": "1"}, "is not the name of a variable"),
+        ({5: "1"}, "is not the name of a variable"),
+        ({"N": 5}, "env['N'] is not a text but 5 (int)"),
+        ({"N": None}, "env['N'] is not a text but None"),
+        ({"X": dg.EnvVar("HOME")}, "(EnvVar)"),
+        ({"X": "a\0b"}, "holds NUL"),
+        ({"X": "y" * 131072}, "128 KiB"),
+        ({"PATH": "/mine"}, "the deployment sets this variable. Extend it in the workload"),
+        ({"PYTHON": "python3"}, "the deployment sets this variable."),
+        ({"PYTHONPATH": "/pp"}, "Put modules into the code root"),
+        ({"PYTHONHOME": "/pp"}, "the deployment sets this variable."),
+        ({"DATA_ROOT": "/d"}, "a setting of the deployment"),
+        ({"DAGSTER_PIPES_CONTEXT": ""}, "the deployment sets this variable."),
+        ({"SLURM_JOB_ID": "1"}, "the deployment sets this variable."),
+        ({"RAY_ADDRESS": "auto"}, "the deployment sets this variable."),
+        ({"RAY_AUTH_TOKEN": "a"}, "the deployment sets this variable."),
+    ],
+)
+def test_a_variable_that_could_not_be_the_same_everywhere_is_refused(env: Any, text: str, folder: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        plan(folder, env=env)
+    assert text in str(caught.value)
+
+
+def test_ordinary_variables_stay_as_they_are(folder: Path) -> None:
+    env = {"OMP_NUM_THREADS": "4", "LD_LIBRARY_PATH": "/x", "_a1": "", "TEXT": "a'b $HOME\n\u00e9"}
+    assert plan(folder, env=env).env == env

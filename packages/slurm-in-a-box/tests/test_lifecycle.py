@@ -1,0 +1,202 @@
+"""Starting, looking at and ending a site, with the command and from Python."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, NotInstalledError, SimulatedSite, requirements
+from slurm_in_a_box import site as site_module
+from slurm_in_a_box.command_line import main
+from slurm_in_a_box.machines import MEMORY_CGROUPS
+
+CPU_DEV = (f"--partition={CPU_PARTITION}", f"--qos=dev_{CPU_PARTITION}", "--time=5")
+SECOND = f"lifecycle-{os.getpid()}"
+NAMESPACES = ("mnt", "net", "pid", "uts", "ipc")
+
+
+OWNER_THAT_IS_KILLED = f"""
+import os, signal
+from {SimulatedSite.__module__} import SimulatedSite
+with SimulatedSite.temporary(prefix="{SECOND}") as site:
+    job = site.submit("exec sleep 1000", *{CPU_DEV})
+    site.wait_for_job(job, "RUNNING")
+    print(site.layout.name, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def interfaces(bridge: str) -> set[str]:
+    """Those of a site, of which other ones may come and go meanwhile."""
+    listing = subprocess.run(["ip", "-json", "link", "show"], capture_output=True, text=True, check=True)
+    names = {interface["ifname"] for interface in json.loads(listing.stdout)}
+    return {name for name in names if name == bridge or name.startswith(f"{bridge}-")}
+
+
+def mounts(state: str) -> set[str]:
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    return {point for line in lines if (point := line.split()[4]).startswith(state)}
+
+
+def cgroups(bridge: str) -> set[str]:
+    return {str(path) for path in Path("/sys/fs/cgroup").glob(f"*/simulated-site-{bridge}-*")}
+
+
+def namespaces(process: Path) -> set[str]:
+    """The namespaces of a process that are not this one's."""
+    try:
+        mine = {name: (Path("/proc/self/ns") / name).readlink() for name in NAMESPACES}
+        return {str(link) for name, own in mine.items() if (link := (process / "ns" / name).readlink()) != own}
+    except OSError:  # it has ended meanwhile
+        return set()
+
+
+def processes_of(site_namespaces: set[str], state: str) -> list[str]:
+    """Command lines of every process that is in one of the namespaces, or names the site's folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text(encoding="utf-8").replace("\0", " ")
+        except OSError:
+            continue
+        if state in command or namespaces(process) & site_namespaces:
+            found.append(command)
+    return found
+
+
+@pytest.mark.cluster
+def test_temporary_sites_run_side_by_side_replace_one_whose_owner_was_killed_and_leave_nothing(
+    site: SimulatedSite,
+) -> None:
+    killed = subprocess.run([sys.executable, "-c", OWNER_THAT_IS_KILLED], capture_output=True, text=True, check=False)
+    assert (killed.returncode, killed.stdout) == (-signal.SIGKILL, f"{SECOND}-1\n"), killed.stderr
+    left = SimulatedSite.running(f"{SECOND}-1")
+    assert all(left.status().values())
+
+    with SimulatedSite.temporary(prefix=SECOND) as second:
+        assert second.layout.name == f"{SECOND}-1"
+        assert second.squeue("--noheader") == ""
+        bridge, state = second.layout.bridge, str(second.layout.state)
+        assert interfaces(bridge) and mounts(state)
+        assert second.login.address != site.login.address
+        for each in (site, second):
+            each.wait_for_job(each.submit("hostname", *CPU_DEV))
+            ssh = subprocess.run(each.login_command("true"), capture_output=True, check=False, timeout=60)
+            assert ssh.returncode == 0
+        site_namespaces = set[str]().union(*map(namespaces, machine_processes(second)))
+        assert len(site_namespaces) == len(NAMESPACES) * len(second.machines)
+        assert len(processes_of(site_namespaces, state)) > len(second.machines)
+        assert bool(cgroups(bridge)) is MEMORY_CGROUPS
+
+    assert not interfaces(bridge)
+    assert not mounts(state)
+    assert cgroups(bridge) == set()
+    assert processes_of(site_namespaces, state) == []
+    assert [entry.name for entry in second.layout.state.iterdir()] == ["log"]
+    assert all(site.status().values())
+
+
+def test_a_temporary_site_takes_no_name_that_another_process_uses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    named: list[str] = []
+    monkeypatch.setattr(requirements, "check_system", lambda: None)
+    monkeypatch.setattr(site_module, "state_base", lambda: tmp_path)
+    monkeypatch.setattr(SimulatedSite, "up", lambda name, *_: named.append(name))
+    monkeypatch.setattr(SimulatedSite, "down", lambda name: None)
+    with SimulatedSite.temporary(), SimulatedSite.temporary():
+        pass
+    with SimulatedSite.temporary():
+        pass
+    assert named == ["test-1", "test-2", "test-1"]
+
+
+def machine_processes(site: SimulatedSite) -> list[Path]:
+    """The first process of every machine."""
+    found = []
+    for machine in site.machines.values():
+        parent = (site.layout.run / "machines" / machine.hostname / "pid").read_text(encoding="ascii").strip()
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii")
+        found += [Path("/proc") / child for child in children.split()]
+    return found
+
+
+@pytest.mark.cluster
+def test_up_again_leaves_what_runs_alone(site: SimulatedSite) -> None:
+    job = site.submit("exec sleep 1000", *CPU_DEV)
+    site.wait_for_job(job, "RUNNING")
+    before = machine_processes(site)
+    again = SimulatedSite.up(site.layout.name)
+    assert machine_processes(again) == before
+    assert again.job_state(job) == "RUNNING"
+
+
+@pytest.mark.cluster
+def test_commands(site: SimulatedSite, capfd: pytest.CaptureFixture[str]) -> None:
+    def sim(*arguments: str) -> tuple[int, str]:
+        code = main(["--name", site.layout.name, *arguments])
+        return code, capfd.readouterr().out
+
+    assert sim("status")[0] == 0
+    assert sim("login", "--", "id", "-un") == (0, sim("login", "true")[1] + "xy12345\n")
+    assert sim("login", "--", "exit 3")[0] == 3
+    code, dotenv = sim("env")
+    assert code == 0
+    assert f"SLURM_EDGE_NODE_HOST={site.login.address}\n" in dotenv
+    assert site.login.known_hosts.read_text(encoding="utf-8") in dotenv
+    assert sim("fault", "ca-down")[0] == 0
+    assert sim("status")[0] == 1
+    assert sim("fault", "repair")[0] == 0
+    assert sim("status")[0] == 0
+    assert sim("fault", "node-off")[0] == 2
+    assert sim("fault", "node-off", "n9999")[0] == 1
+    assert sim("fault", "scancel", "nonsense")[0] == 2
+    assert sim("fault", "sbatch", "nonsense")[0] == 1
+
+
+@pytest.mark.cluster
+def test_nothing_of_users_stays_after_a_reset(site: SimulatedSite) -> None:
+    site.submit("exec sleep 1000", *CPU_DEV)
+    site.run_on_login(CERTIFICATE_USER, "mkdir -p dagster-slurm/run; sleep 1000 >/dev/null 2>&1 &")
+    assert [process.command for process in site.processes_on_login()] == ["sleep 1000"]
+    site.run_on_login(CERTIFICATE_USER, "echo left >/tmp/left")
+    site.environment()
+    site.login_command()
+    site.reset()
+    assert site.processes_on_login() == []
+    assert site.squeue("--noheader") == ""
+    assert sorted(entry.name for entry in (site.layout.home / CERTIFICATE_USER.name).iterdir()) == [".bashrc", ".ssh"]
+    assert site.run_on_node("login01", "ls /tmp").stdout == ""
+    assert site.authentik.tokens() == []
+    assert {file.name for file in site.login.known_hosts.parent.iterdir()} == {
+        "known_hosts",
+        "id_plain",
+        "id_plain.pub",
+    }
+
+
+def test_without_root_it_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert main(["up"]) == 2
+    assert capsys.readouterr().err.startswith("python -m slurm_in_a_box: the simulated site needs ")
+
+
+def test_state_must_be_where_every_machine_can_see_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(requirements, "check_system", lambda: None)
+    monkeypatch.setenv("SIMULATED_SITE_STATE", "/tmp/below")
+    assert main(["status"]) == 1
+    assert "must not lie below /tmp" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named_and_not_installed_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "missing_packages", lambda: ["debootstrap", "procps"])
+    with pytest.raises(NotInstalledError, match="packages are missing: debootstrap procps"):
+        requirements.ensure_packages(install=False)

@@ -1,8 +1,0 @@
-"""Facts about supercomputers, by SLURM_SUPERCOMPUTER_SITE. SUPERCOMPUTER_SITE_OVERRIDES is merged over them."""
-
-from typing import Any
-
-from resources.sites.musica import MUSICA
-
-SITES: dict[str, dict[str, Any]] = {"musica": MUSICA}
-"""The keys of an entry: `resources.slurm.site.Site`."""
