@@ -25,15 +25,12 @@ class Wheel:
     Attributes:
         path: its file.
         digest: SHA-256 of the file.
+        size: in bytes.
     """
 
     path: Path
     digest: str
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return self.path.stat().st_size
+    size: int
 
     @property
     def place(self) -> str:
@@ -72,7 +69,7 @@ def gather_wheels(lock: LockFile, interpreter: Interpreter, folder: Path, alive:
                 "SLURM_PYTHON."
             )
     found = sorted([*downloaded.glob("*.whl"), *built.glob("*.whl")], key=lambda path: path.name)
-    return [Wheel(path, _digest(path)) for path in found]
+    return [Wheel(path, _digest(path), path.stat().st_size) for path in found]
 
 
 def _digest(path: Path) -> str:
