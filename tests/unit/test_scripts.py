@@ -1,5 +1,6 @@
 """The commands for people: each explains itself and finds the project's environment; the pixi tasks call them."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -27,6 +28,28 @@ def test_a_script_explains_itself_from_any_folder(script: Path, tmp_path: Path) 
     assert "usage: " in done.stdout
     assert "exit codes" in done.stdout.lower()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ["-n", "WORKERS", "--dist", "loadfile"]),
+        (["unit", "-x"], ["-m", "not cluster and not local", "-x", "-n", "WORKERS", "--dist", "loadfile"]),
+        (["smoke", "-n", "1"], ["-m", "smoke", "-n", "1"]),
+        (["tests/unit/test_scripts.py::test_it"], ["tests/unit/test_scripts.py::test_it"]),
+        (["-k", "unit", "--pdb"], ["-k", "unit", "--pdb"]),
+    ],
+)
+def test_the_tests_run_in_parallel_unless_the_options_say_otherwise(
+    words: list[str], expected: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "pytest").mkdir()
+    (tmp_path / "pytest" / "__init__.py").touch()
+    (tmp_path / "pytest" / "__main__.py").write_text("import json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    command = [sys.executable, str(ROOT / "scripts" / "test"), *words]
+    done = run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    workers = str(min((os.cpu_count() or 1) + 1, 8))
+    assert json.loads(done.stdout) == [workers if word == "WORKERS" else word for word in expected]
 
 
 @pytest.mark.parametrize("name", TASKS)

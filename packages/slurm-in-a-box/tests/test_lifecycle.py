@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,8 +97,9 @@ def test_temporary_sites_run_side_by_side_replace_one_whose_owner_was_killed_and
     assert not mounts(state)
     assert cgroups(bridge) == set()
     assert processes_of(site_namespaces, state) == []
-    assert [entry.name for entry in second.layout.state.iterdir()] == ["log"]
+    assert {entry.name for entry in second.layout.state.iterdir()} == {"in-use", "log"}
     assert all(site.status().values())
+    shutil.rmtree(second.layout.state)
 
 
 def test_a_temporary_site_takes_no_name_that_another_process_uses(
@@ -105,7 +107,7 @@ def test_a_temporary_site_takes_no_name_that_another_process_uses(
 ) -> None:
     named: list[str] = []
     monkeypatch.setattr(requirements, "check_system", lambda: None)
-    monkeypatch.setattr(site_module, "state_base", lambda: tmp_path)
+    monkeypatch.setattr(site_module, "state_folder", lambda name: tmp_path / name)
     monkeypatch.setattr(SimulatedSite, "up", lambda name, *_: named.append(name))
     monkeypatch.setattr(SimulatedSite, "down", lambda name: None)
     with SimulatedSite.temporary(), SimulatedSite.temporary():

@@ -31,7 +31,6 @@ from .layout import (
     USERS,
     Layout,
     User,
-    state_base,
     state_folder,
 )
 from .login import Login
@@ -129,7 +128,7 @@ class SimulatedSite:
         requirements.check_system()
         for number in itertools.count(1):
             name = f"{prefix}-{number}"
-            with locked(state_base() / f"{name}.in-use", wait=False) as ours:
+            with locked(state_folder(name) / "in-use", wait=False) as ours:
                 if not ours:
                     continue
                 cls.down(name)
