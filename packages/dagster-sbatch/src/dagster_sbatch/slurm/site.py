@@ -46,7 +46,7 @@ def _authority(line: str) -> str:
 
 
 class Site(_Part):
-    """A supercomputer."""
+    """A supercomputer: its entry in SUPERCOMPUTER_SITE_OVERRIDES, merged over the facts that this package has."""
 
     partitions: dict[str, Partition] = Field({}, description="By name, the preferred one of each kind first.")
     launchers: dict[str, dict[str, Any]] = Field(
