@@ -16,7 +16,7 @@ from support import ROOT
 
 pytestmark = pytest.mark.cluster
 
-PAGE = (ROOT / "docs" / "another-site.md").read_text()
+PAGE = (ROOT / "packages" / "dagster-sbatch" / "docs" / "another-site.md").read_text()
 LOCATION = '''\
 """One asset, and what there is to say about the site."""
 import json, sys

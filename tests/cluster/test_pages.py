@@ -35,7 +35,9 @@ if os.environ["SLURM_PROCID"] == "0":
 @pytest.fixture
 def each_node() -> Any:
     """The launcher that docs/launchers.md shows."""
-    (listing,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "launchers.md").read_text(), re.DOTALL)
+    (listing,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "packages" / "dagster-sbatch" / "docs" / "launchers.md").read_text(), re.DOTALL
+    )
     names: dict[str, Any] = {
         "ClassVar": ClassVar, "Sequence": Sequence, "ConfigurationError": ConfigurationError,
         "Field": Field, "Launcher": Launcher,

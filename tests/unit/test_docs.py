@@ -14,7 +14,6 @@ ENGINE_DOCS = ROOT / "packages" / "dagster-sbatch" / "docs"
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted(ROOT.glob("docs/*.md")),
     *sorted(ROOT.glob("packages/*/docs/*.md")),
     *sorted(ROOT.glob("packages/*/README.md")),
 ]

@@ -16,7 +16,6 @@ from support import ENGINE, ROOT
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted(ROOT.glob("docs/*.md")),
     *sorted(ROOT.glob("packages/*/docs/*.md")),
     *sorted(ROOT.glob("packages/*/README.md")),
 ]

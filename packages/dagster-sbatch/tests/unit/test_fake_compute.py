@@ -84,7 +84,9 @@ def test_the_page(tmp_path: Path) -> None:
         done = compute.run(context, workload=tmp_path / "my_workload.py", launcher=ScriptLauncher(), request=request)
         return done.get_materialize_result()
 
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "testing.md").read_text(), re.DOTALL)
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "packages" / "dagster-sbatch" / "docs" / "testing.md").read_text(), re.DOTALL
+    )
     own = "from musica_pipelines.assets.my_assets import my_asset\n"
     assert own in example
     exec(example.replace(own, ""), {"my_asset": my_asset})
