@@ -39,7 +39,7 @@ def test_a_folder_that_cannot_be_written_to_keeps_what_works(
     access.age_certificate(site, variables)
     report = refresh(settings)
     assert report.certificate
-    assert "the lock" in report.warnings[0]
+    assert "The lock" in report.warnings[0]
     certificate_path(access.key_of(variables)).unlink()
     with pytest.raises(BootstrapError, match="cannot be read: Not a directory"):
         ensure_certificate(settings)
@@ -60,7 +60,7 @@ def test_a_ca_that_is_down_keeps_what_works(
         assert not caplog.messages  # it has just failed, and is not asked again at once
         report = refresh(settings)
         assert report.issued_with is None
-        assert "could not be renewed" in report.warnings[0]
+        assert "the certificate could not be replaced" in report.warnings[0]
         health = check_health(settings)
         assert health.verdict == "failing"
         assert health.failing["certificate"].count == 2

@@ -117,9 +117,9 @@ def test_what_can_be_understood_of_a_broken_file_is_read(
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o604, 0o620])
-def test_a_file_that_others_can_read_or_write_is_refused_with_the_command_that_mends_it(path: Path, mode: int) -> None:
+def test_a_file_that_others_can_read_or_write_is_refused_with_the_command_that_fixes_it(path: Path, mode: int) -> None:
     file = write(path, "ASC_OIDC_APP_PASSWORD=test-app-password\n", mode)
-    with pytest.raises(UnsafeFileError, match=rf"mode {mode:04o}.*chmod 600 ") as error:
+    with pytest.raises(UnsafeFileError, match=rf"mode {mode:04o}\). Close it:\n  chmod 600 ") as error:
         file.read()
     assert "test-app-password" not in str(error.value)
     run_last_line(error.value)
@@ -128,10 +128,10 @@ def test_a_file_that_others_can_read_or_write_is_refused_with_the_command_that_m
 
 def run_last_line(error: Exception) -> None:
     """The command that the text ends with, run as a user would."""
-    subprocess.run(["sh", "-c", str(error).rsplit(":  ", 1)[1]], check=True)
+    subprocess.run(["sh", "-c", str(error).splitlines()[-1]], check=True)
 
 
-def test_a_symbolic_link_is_refused_with_the_command_that_mends_it(path: Path, tmp_path: Path) -> None:
+def test_a_symbolic_link_is_refused_with_the_command_that_fixes_it(path: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "it's elsewhere"
     write(path, "").write(PAIR)
     path.rename(elsewhere)
@@ -143,7 +143,7 @@ def test_a_symbolic_link_is_refused_with_the_command_that_mends_it(path: Path, t
     assert not elsewhere.exists()
 
 
-def test_a_file_of_another_user_is_refused_with_the_command_that_mends_it(
+def test_a_file_of_another_user_is_refused_with_the_command_that_fixes_it(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write(path, "ASC_OIDC_APP_PASSWORD=test\n")

@@ -66,17 +66,20 @@ def test_secrets_in_variables_are_shown_with_the_variable(variables: dict[str, s
     assert {item.where for item in items[1:]} == {variables["ASC_AUTHENTIK_CREDENTIALS_FILE"]}
 
 
-def test_a_file_that_others_can_read_is_told_with_the_one_command_that_mends_it(variables: dict[str, str]) -> None:
+def test_a_file_that_others_can_read_is_told_with_the_one_command_that_fixes_it(variables: dict[str, str]) -> None:
     file = file_of(variables)
     file.write(PAIR)
     file.path.chmod(0o644)
     settings = access.settings_of(variables)
     health = check_health(settings)
     assert health.verdict == "failing"
-    assert f"nothing can be renewed: {file.path} can be read by others (mode 0644):  chmod 600 " in health.summary
+    assert (
+        f"nothing can be renewed: {file.path} can be read by others (mode 0644). Close it:\n  chmod 600 "
+        in health.summary
+    )
     assert [item.state for item in health.items] == ["valid", "not usable", "not usable"]
     certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
-    with pytest.raises(BootstrapError, match=r"chmod 600 \S+\n     to do: do that first\n"):
+    with pytest.raises(BootstrapError, match=r"       chmod 600 \S+\n     to do: do that first\n"):
         refresh(settings)
     with pytest.raises(AccessError, match=r"chmod 600"):
         refresh(settings, rotation="now", certificate="no")

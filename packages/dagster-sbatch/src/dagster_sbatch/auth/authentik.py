@@ -49,7 +49,7 @@ class Authentik:
     def create(self, identifier: str, intent: Intent) -> datetime:
         """Make a token of that name; return when it expires, by the server's clock (NEVER if it does not).
 
-        Repeated after a lost answer, it finds the token that the first request has made.
+        A retry after a lost answer finds the token that the first request has made.
         """
         body = {"identifier": identifier, "intent": intent, "description": "Made and replaced by musica-pipelines"}
         answer = self._call("POST", "/tokens/", body)
@@ -78,8 +78,8 @@ class Authentik:
         answer = self._call("GET", f"/tokens/{identifier}/view_key/")
         if answer.status == 403:
             raise UnavailableError(
-                f"authentik has made {identifier!r} without the right to see its secret ({answer.reason}). Another "
-                "token is made at the next try; if it lasts, ask the centre to let users see their own tokens"
+                f"authentik has made {identifier!r} without the right to see its secret ({answer.reason}). The next "
+                "retry makes another token. If this repeats, ask the centre to let users see their own tokens"
             )
         if answer.status != 200 or not isinstance(answer.data, dict) or not answer.data.get("key"):
             raise MisconfiguredError(
@@ -97,7 +97,7 @@ class Authentik:
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None, tries: int = TRIES) -> Answer:
         """Call the API; a 403 is returned only if the token works and the user lacks a right."""
         if not self._usable:
-            raise RefusedError("it holds characters that no token has: was it pasted whole?")
+            raise RefusedError("it has characters that no token has: was it pasted whole?")
         answer = self._http.call(method, self._base + path, headers=self._headers, json_body=body, tries=tries)
         if answer.status == 401 or (answer.status == 403 and "permission" not in answer.reason):
             raise RefusedError(f"authentik refused it ({answer.reason})")
@@ -129,7 +129,7 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
     """Exchange an app password for an OIDC token.
 
     Raises:
-        RefusedError: authentik does not take the app password, or the user for this application; it answers alike.
+        RefusedError: authentik does not accept the app password, or the user for this application; it answers alike.
         MisconfiguredError: the client id is not known, or the token lacks what the certificate authority needs.
     """
     assert settings.oidc_token_url and settings.oidc_client_id and settings.oidc_username
@@ -164,7 +164,7 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
 
 
 def refused_password(settings: Settings) -> str:
-    """Return the causes that authentik has for one and the same refusal of an app password."""
+    """Return the reasons why authentik may refuse an app password; it does not tell them apart."""
     return (
         "It is wrong, expired, deleted or of another user; or the user is not active, or not allowed to use the "
         f"application of ASC_OIDC_CLIENT_ID={settings.oidc_client_id} (has the project ended?)"
@@ -172,7 +172,7 @@ def refused_password(settings: Settings) -> str:
 
 
 def not_allowed(settings: Settings, error: RefusedError) -> MisconfiguredError:
-    """Return the error of a rotation whose new secrets do not work: they were right, so it is something else."""
+    """Return the error of a rotation whose new secrets do not work: they are right, so the reason is another one."""
     return MisconfiguredError(
         f"authentik refuses a secret that it has just made, which was deleted again: {error}. The user "
         f"{settings.oidc_username} is not allowed to use the application of ASC_OIDC_CLIENT_ID="

@@ -1,4 +1,4 @@
-"""Reading and replacing files that decide about access: nothing half-written, nothing that others can read."""
+"""Read and replace files that decide about access: nothing half-written, nothing that others can read."""
 
 import os
 import shlex
@@ -12,7 +12,7 @@ from dagster_sbatch.auth.errors import UnsafeFileError
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn an OSError into an error of ours: whoever connects would take it for a lost connection, and wait."""
+    """Turn an OSError into an AccessError: whoever connects would take it for a lost connection, and retry."""
     try:
         yield
     except OSError as error:
@@ -24,11 +24,11 @@ def explained() -> Iterator[None]:
 
 
 def read_private(path: Path) -> str | None:
-    """The text of a file that only its owner can read; None where there is no file.
+    """Return the text of a file that only its owner can read; None where there is no file.
 
     Raises:
         UnsafeFileError: it is a symbolic link, not a plain file, of another owner, readable by group or others, or
-            cannot be read at all. The text has the command that repairs it.
+            cannot be read at all. The last line of the text is the command that corrects it.
     """
     name = shlex.quote(str(path))
     try:
@@ -38,8 +38,8 @@ def read_private(path: Path) -> str | None:
     except OSError as error:
         if path.is_symlink():
             raise UnsafeFileError(
-                f"{path} is a symbolic link to {path.readlink()}; a file with secrets is not followed elsewhere. "
-                f'To have the file itself there:  f=$(readlink -f {name}) && rm {name} && mv "$f" {name}'
+                f"{path} is a symbolic link to {path.readlink()}. A link to a file with secrets is not followed. "
+                f'Put the file itself there:\n  f=$(readlink -f {name}) && rm {name} && mv "$f" {name}'
             ) from None
         raise UnsafeFileError(f"{path} cannot be read: {error.strerror}. Check it and its folder") from None
     try:
@@ -53,25 +53,25 @@ def read_private(path: Path) -> str | None:
 def _check_private(path: Path, status: os.stat_result) -> None:
     name = shlex.quote(str(path))
     if not stat.S_ISREG(status.st_mode):
-        raise UnsafeFileError(f"{path} is not a plain file; move it out of the way")
+        raise UnsafeFileError(f"{path} is not a plain file. Move it away")
     if status.st_uid != os.geteuid():
         raise UnsafeFileError(
-            f"{path} belongs to another user (uid {status.st_uid}), who could read and change it; "
-            f"to begin with a new one:  mv {name} {shlex.quote(str(path) + '.foreign')}"
+            f"{path} belongs to another user (uid {status.st_uid}), who could read and change it. "
+            f"Move it away, and a new one is made:\n  mv {name} {shlex.quote(str(path) + '.foreign')}"
         )
     if status.st_mode & 0o077:
         mode = stat.S_IMODE(status.st_mode)
-        raise UnsafeFileError(f"{path} can be read by others (mode {mode:04o}):  chmod 600 {name}")
+        raise UnsafeFileError(f"{path} can be read by others (mode {mode:04o}). Close it:\n  chmod 600 {name}")
 
 
 def replace_file(path: Path, text: str, mode: int = 0o600) -> None:
-    """Put a text in the place of a file: after a crash at any moment, the old or the new one is there, whole.
+    """Replace a file: after a crash at any moment, the old or the new one is there, whole.
 
-    The new file has its mode from its first byte. Its folder is made (mode 0700) if need be. Two callers at once for
-    one path need a lock around this.
+    The new file has its mode from its first byte. A missing folder is made (mode 0700). Two callers at once for one
+    path need a lock.
 
     Raises:
-        UnsafeFileError: the folder cannot be written to, or the disk is full; the old file is as it was.
+        UnsafeFileError: the folder cannot be written to, or the disk is full; the old file stays.
     """
     new = _new(path)
     try:
@@ -92,7 +92,7 @@ def replace_file(path: Path, text: str, mode: int = 0o600) -> None:
 
 
 def remove_half_written(path: Path) -> None:
-    """Remove what a `replace_file` of this path has left that was killed; for the holder of the lock."""
+    """Remove what a killed `replace_file` of this path has left; for the holder of the lock."""
     with suppress(OSError):
         _new(path).unlink(missing_ok=True)
 

@@ -44,7 +44,7 @@ class Answer:
 
     @property
     def reason(self) -> str:
-        """Return the server's own words, cut short, for an error's text; never what a success holds."""
+        """Return the server's own words, shortened, for an error's text; never the content of a success."""
         if isinstance(self.data, dict):
             for name in ("detail", "error_description", "message", "error"):
                 if isinstance(self.data.get(name), str):
@@ -74,7 +74,7 @@ class Http:
         trust: ssl.SSLContext | None = None,
         tries: int = TRIES,
     ) -> Answer:
-        """Send a request, up to `tries` times while the server is away or says that it cannot answer now.
+        """Send a request, up to `tries` times while the server does not answer, or says that it cannot answer now.
 
         Args:
             method: of HTTP.
@@ -163,7 +163,7 @@ def _document(body: bytes, place: str, status: int) -> Any:
         raise MisconfiguredError(f"{place} answered, but not as expected (no JSON): is the address right?")
     raise UnavailableError(
         f"{place} answered with an error page that is not its own (HTTP {status}, no JSON). A proxy in front of it "
-        "does so while the server restarts; it is tried again. If it lasts, check the address in the settings"
+        "does so while the server restarts. The request is retried; if this repeats, check the address in the settings"
     )
 
 
@@ -179,7 +179,7 @@ def _place(url: "httpx.URL") -> str:
 
 
 def _explain(error: "httpx.HTTPError", url: "httpx.URL", proxy: Proxy | None, *, public: bool) -> AccessError:
-    """Say whether to wait or to act; what stands between us and the server is named."""
+    """Return a temporary or a permanent error, which names the proxy or the trusted certificates in between."""
     import httpx
 
     causes = list(_causes(error))

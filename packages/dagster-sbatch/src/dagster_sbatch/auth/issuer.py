@@ -64,7 +64,7 @@ def issue_certificate(settings: Settings, http: Http, public_key: str, token: Oi
 
 
 def _refused_token(settings: Settings, token: OidcToken) -> str:
-    """Say what the authority compares with its own configuration."""
+    """Return what the authority compares with its own configuration."""
     return (
         f"The token's issuer (iss) is {token.issuer}, its audience (aud) {token.audience}, and the authority knows one "
         f"of each. authentik takes the issuer from the host name in ASC_OIDC_TOKEN_URL={settings.oidc_token_url}, the "
@@ -73,7 +73,7 @@ def _refused_token(settings: Settings, token: OidcToken) -> str:
 
 
 def _fetch_root(settings: Settings, http: Http) -> str:
-    """The CA's root certificate, as PEM; trusted since its SHA-256 is the pinned fingerprint."""
+    """Return the CA's root certificate, as PEM; it is trusted since its SHA-256 is ASC_STEP_FINGERPRINT."""
     fingerprint = (settings.step_fingerprint or "").lower()
     answer = http.call("GET", f"{_base(settings)}/root/{fingerprint}", trust=_unverified())
     try:
@@ -93,7 +93,7 @@ def _fetch_root(settings: Settings, http: Http) -> str:
 
 
 def _unverified() -> ssl.SSLContext:
-    """Return a context for answers that are checked otherwise, or of which nothing depends."""
+    """Return a context that trusts everybody, for an answer that is checked by its fingerprint."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -111,6 +111,6 @@ def _compare_clocks(token: OidcToken, authority: datetime | None) -> None:
     here = clock.now()
     raise ClockError(
         f"the clocks differ: authentik issued the token at {clock.written(token.issued)}, while the certificate "
-        f"authority has {clock.written(authority)} and this machine {clock.written(here)}. It is tried again; "
-        "tell the centre if it lasts, or set this machine's clock if it is the one that differs"
+        f"authority has {clock.written(authority)} and this machine {clock.written(here)}. The refresh is "
+        "retried. Tell the centre if this repeats, or set this machine's clock if it is the one that differs"
     )

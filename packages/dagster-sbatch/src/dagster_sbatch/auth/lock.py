@@ -36,11 +36,13 @@ def refresh_lock(credentials_file: Path, seconds: float) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise LockTimeoutError(
-            f"another process has been refreshing the credentials for more than {seconds:.0f} s: "
-            f"{_holder(path)}. It times out by itself after some minutes; if it does not, end that process"
+            f"Another process has been refreshing the credentials for more than {seconds:.0f} s: {_holder(path)}. "
+            "It times out by itself after some minutes; if it does not, end that process"
         ) from None
     except OSError as error:
-        raise UnsafeFileError(f"the lock {path} cannot be taken: {error.strerror or error}. Check its folder") from None
+        raise UnsafeFileError(
+            f"The lock {path} cannot be acquired: {error.strerror or error}. Check its folder"
+        ) from None
     try:
         yield
     finally:
@@ -58,6 +60,6 @@ def _sign(descriptor: int) -> None:
 
 def _holder(path: Path) -> str:
     try:
-        return path.read_text().strip() or "it has not said who it is"
+        return path.read_text().strip() or "it did not write its name"
     except OSError:
         return "its name cannot be read"

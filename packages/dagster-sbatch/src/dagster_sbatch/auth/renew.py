@@ -1,7 +1,7 @@
-"""The one refresh that joins the parts: secrets at authentik, an OIDC token, a certificate from the CA.
+"""The refresh: new secrets from authentik, an OIDC token, a certificate from the step CA.
 
 `ensure_certificate` is called before each connect. `refresh` is the same with options and a report, for the job and
-the script. Both take the same lock, read the files again once they have it, and keep what works when something fails.
+the command. Both take the same lock, read the files again once they hold it, and keep what works when something fails.
 """
 
 import logging
@@ -12,14 +12,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.attempts import RefreshFailures
-from dagster_sbatch.auth.authentik import (
-    APP_BUTTON,
-    Authentik,
-    OidcToken,
-    refused_password,
-    request_oidc_token,
-)
+from dagster_sbatch.auth.attempts import Part, RefreshFailures
+from dagster_sbatch.auth.authentik import APP_BUTTON, Authentik, OidcToken, refused_password, request_oidc_token
 from dagster_sbatch.auth.certificate import Certificate
 from dagster_sbatch.auth.credentials import CredentialsFile, Source
 from dagster_sbatch.auth.errors import AccessError, MisconfiguredError, RefusedError, UnavailableError
@@ -32,11 +26,11 @@ from dagster_sbatch.auth.rotation import NoTokenError, Rotator
 from dagster_sbatch.auth.ways import read_access
 from dagster_sbatch.settings import Settings
 
-Wish = Literal["due", "now", "no"]
-"""Do a part if it is due, in any case, or not at all."""
+When = Literal["due", "now", "no"]
+"""Do a part of the refresh if it is due, in any case, or not at all."""
 
 LOCK_SECONDS = 150.0
-"""Longer than a refresh can take: all calls 60 s (`http.BUDGET_SECONDS`), the last one a little more."""
+"""Longer than a refresh can take: all calls together 60 s (`http.BUDGET_SECONDS`), the last one a little more."""
 LOCK_SECONDS_WITH_CERTIFICATE = 5.0
 ISSUE_TRIES = 3
 
@@ -48,10 +42,10 @@ class Report:
     """The outcome of a refresh.
 
     Attributes:
-        certificate: the one that is good now; None on sites that take plain keys, or if none was asked for.
+        certificate: the valid one; None on sites that accept plain keys, or if none was asked for.
         rotated_with: which API token replaced the two secrets; None if they were not replaced.
-        issued_with: which app password the certificate was got with; None if there is no new one.
-        warnings: what failed without harm so far.
+        issued_with: which app password the certificate was requested with; None if there is no new one.
+        warnings: failures that have done no harm so far.
     """
 
     certificate: Certificate | None = None
@@ -62,18 +56,18 @@ class Report:
 
 @explained()
 def ensure_certificate(settings: Settings) -> Certificate | None:
-    """Return a certificate that is good to connect with, renewing it first if that is due.
+    """Return a valid certificate to connect with, renewing it first if that is due.
 
-    With a good one this only reads files. A renewal that fails is a warning as long as the certificate is valid, and
-    is not tried again for a minute or more.
+    While it is not due, this only reads files. A renewal that fails is a warning as long as the certificate is valid,
+    and is not retried for a minute or more.
 
     Returns:
         The certificate; None where plain keys are used: no certificate, and no ASC_ variable is set.
 
     Raises:
         BootstrapError: there is no way to get one; known from files alone, before any network.
-        AccessError: it could not be had now; `temporary` says whether trying again may help. Never an OSError: the
-            caller takes that for a lost connection.
+        AccessError: there is none now; `temporary` says whether a retry may help. Never an OSError: the caller would
+            take that for a lost connection.
     """
     access = read_access(settings)
     certificate = access.valid_certificate
@@ -89,15 +83,15 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
 
 
 @explained()
-def refresh(settings: Settings, rotation: Wish = "due", certificate: Wish = "due") -> Report:
-    """Replace the secrets and the certificate as asked for, one process at a time.
+def refresh(settings: Settings, rotation: When = "due", certificate: When = "due") -> Report:
+    """Replace the secrets (`rotation`) and the certificate as asked for, one process at a time.
 
     Raises:
-        BootstrapError: there is nothing to get a certificate with, and none is valid, or one was asked for `now`.
-        AccessError: a part that was asked for `now` failed, or there is no valid certificate and none was to be had.
+        BootstrapError: there is no way to get a certificate, and none is valid, or one was asked for `now`.
+        AccessError: a part that was asked for `now` failed, or there is no valid certificate.
     """
     access = read_access(settings)
-    patient = access.valid_certificate is None or "now" in (rotation, certificate)
+    needed = access.valid_certificate is None or "now" in (rotation, certificate)
     if access.plain_key:
         if rotation == "now":
             key = settings.edge_node_key_path
@@ -106,11 +100,11 @@ def refresh(settings: Settings, rotation: Wish = "due", certificate: Wish = "due
     if not access.renewable and (access.valid_certificate is None or certificate == "now"):
         raise access.explain({})
     try:
-        seconds = LOCK_SECONDS if patient else LOCK_SECONDS_WITH_CERTIFICATE
+        seconds = LOCK_SECONDS if needed else LOCK_SECONDS_WITH_CERTIFICATE
         with explained(), refresh_lock(settings.credentials_file, seconds):
             return _Refresh(settings).run(rotation, certificate)
-    except AccessError as error:  # the lock, or a file: the rest keeps what works by itself
-        if patient:
+    except AccessError as error:  # of the lock, or of a file
+        if needed:
             raise
         return Report(access.valid_certificate, warnings=[f"{error}. The certificate is still valid"])
 
@@ -120,7 +114,7 @@ class _Refresh:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._access = read_access(settings)  # again: another process may have done it meanwhile
+        self._access = read_access(settings)  # again: another process may have refreshed it meanwhile
         self._http = Http()
         self._file = CredentialsFile(settings.credentials_file)
         self._rotator = Rotator(settings, self._file, self._http)
@@ -129,42 +123,42 @@ class _Refresh:
         self._refusals: dict[Source, list[str]] = {}
         self._rotation_failure: AccessError | None = None
 
-    def run(self, rotation: Wish, certificate: Wish) -> Report:
+    def run(self, rotation: When, certificate: When) -> Report:
         """Do what is asked for; raises as `refresh` does."""
         key = self._settings.edge_node_key_path
         assert key
         for path in (self._file.path, key, public_path(key), certificate_path(key)):
             remove_half_written(path)
-        if rotation != "no":
-            self._rotate_or_warn(forced=rotation == "now")
+        if rotation == "now" and not self._access.rotatable:
+            raise self._access.explain_rotation({})
+        if rotation == "now" or (rotation == "due" and self._access.rotatable and not self._access.pausing("rotation")):
+            self._attempt("rotation", forced=rotation == "now", needed=rotation == "now")
         if certificate == "no":
             return self._report
         self._report.certificate = self._access.valid_certificate
         if certificate == "now" or self._access.certificate_due:
-            self._issue_or_warn(forced=certificate == "now")
+            needed = certificate == "now" or self._access.valid_certificate is None
+            self._attempt("certificate", forced=certificate == "now", needed=needed)
         found = self._report.certificate
         if found and (warning := found.principals_problem(self._settings)):
             self._report.warnings.append(warning)
         return self._report
 
-    def _rotate_or_warn(self, *, forced: bool) -> None:
-        """Replace the secrets; a failure is a warning, unless a person has asked for it."""
-        access = self._access
-        if not access.rotatable:
-            if forced:
-                raise access.explain_rotation({})
-            return
-        if not forced and access.pausing("rotation"):
-            return
+    def _attempt(self, part: Part, *, forced: bool, needed: bool) -> None:
+        """Refresh a part; a failure is a warning unless the part is needed now."""
         try:
-            self._rotate(forced=forced)
+            if part == "rotation":
+                self._rotate(forced=forced)
+            else:
+                self._issue(forced=forced)
         except AccessError as error:
-            if forced:
+            if needed:
                 raise
-            self._report.warnings.append(f"the secrets could not be replaced: {error}")
+            name = "the secrets" if part == "rotation" else "the certificate"
+            self._report.warnings.append(f"{name} could not be replaced: {error}")
 
     def _rotate(self, *, forced: bool) -> None:
-        """Replace the secrets if they are due or a rotation has failed, and record how that went."""
+        """Replace the secrets if they are due or a rotation has failed, and record the outcome."""
         try:
             with explained():
                 self._rotate_if_due(forced=forced)
@@ -198,42 +192,37 @@ class _Refresh:
             self._report.warnings.extend(self._rotator.clean(stored)[1])
             self._rotator.check(stored)
 
-    def _issue_or_warn(self, forced: bool) -> None:
-        valid = self._access.valid_certificate
+    def _issue(self, *, forced: bool) -> None:
+        """Request a certificate, and record the outcome."""
         try:
             with explained():
-                self._report.certificate = self._issue(forced=forced)
+                self._report.certificate = self._request_certificate(forced=forced)
         except AccessError as error:
             self._failures.add("certificate", error)
-            if valid is None or forced:
-                raise
-            until = clock.written(valid.valid_before)
-            self._report.warnings.append(f"the certificate, valid until {until}, could not be renewed: {error}")
-        else:
-            self._failures.clear("certificate")
+            raise
+        self._failures.clear("certificate")
 
-    def _issue(self, *, forced: bool) -> Certificate:
-        """Ask for a certificate, each time with a fresh token: one works once, also when the CA fails."""
-        assert self._settings.edge_node_key_path
+    def _request_certificate(self, *, forced: bool) -> Certificate:
+        """Request a certificate, each time with a fresh token: the CA accepts each once, also when it fails then."""
         key = self._settings.edge_node_key_path
+        assert key
         public = ensure_key(key)
         for left in reversed(range(ISSUE_TRIES)):
             token, source = self._oidc_token(forced=forced)
             try:
                 line = issue_certificate(self._settings, self._http, public, token)
+                break
             except (UnavailableError, RefusedError):
                 if not left or self._http.remaining() <= 0:
                     raise
                 time.sleep(random.uniform(0.2, 1.0) * (ISSUE_TRIES - left))  # noqa: S311 (jitter)
-                continue
-            break
         certificate = write_certificate(key, line)
         self._report.issued_with = source
         certificate.check_own_clock()
         return certificate
 
     def _oidc_token(self, *, forced: bool) -> tuple[OidcToken, Source]:
-        """Get a token with the stored app password, else the direct one; if they are refused, with a new one."""
+        """Request a token with the stored app password, else with the direct one, else with a new one."""
         found = self._try_app_passwords()
         if found is None and self._report.rotated_with is None and self._access.rotatable:
             self._replace_refused(forced=forced)
@@ -250,19 +239,18 @@ class _Refresh:
         """
         failing = self._access.failing.get("rotation")
         failure = self._rotation_failure
-        if failure is None and failing and not forced and self._access.now < failing.pause_ends:
+        if failure is None and failing and not forced and self._access.pausing("rotation"):
             failure = UnavailableError(failing.error) if failing.temporary else RefusedError(failing.error)
         if failure is None:
             try:
                 self._rotate(forced=True)
+                return
             except AccessError as error:
                 failure = error
-            else:
-                return
         if failure.temporary or not self._refusals:
             raise failure
         if failure is not self._rotation_failure or not isinstance(failure, RefusedError):  # else it is among them
-            self._refuse("stored", f"new ones cannot be had: {str(failure).splitlines()[0]}")
+            self._refuse("stored", f"new ones cannot be made: {str(failure).splitlines()[0]}")
 
     def _refuse(self, source: Source, why: str) -> None:
         reasons = self._refusals.setdefault(source, [])
@@ -285,7 +273,7 @@ class _Refresh:
         return None
 
     def _why_refused(self, source: Source, value: str, error: RefusedError) -> str:
-        """Say why authentik may have refused an app password; it refuses an API token in the same words."""
+        """Return why authentik may have refused an app password; it refuses an API token in the same words."""
         if source == "direct" and self._settings.authentik_api_base:
             with suppress(AccessError):
                 Authentik(self._settings.authentik_api_base, value, self._http).user(tries=1)

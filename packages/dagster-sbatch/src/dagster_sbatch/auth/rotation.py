@@ -1,8 +1,8 @@
 """Replace both stored secrets, so that a kill at any moment leaves a file with a pair that works.
 
-The order of the steps is the safety: names are recorded before tokens are made, the new pair is in the file before it
-is tried, the old pair leaves the file only after the new one has worked, and is deleted last. A rotation that fails
-deletes what it has made; what it cannot delete stays in the record, and the next refresh deletes it.
+The order of the steps guarantees that: names are recorded before their tokens are made, the new pair is written before
+it is tried, the old pair leaves the file only after the new one has worked, and is deleted last. A rotation that fails
+deletes the tokens that it has made; those that it cannot delete stay in the record, and the next refresh deletes them.
 """
 
 import secrets
@@ -26,9 +26,9 @@ from dagster_sbatch.auth.http import Http
 from dagster_sbatch.settings import Settings
 
 LATE_REQUEST = timedelta(hours=1)
-"""For so long a request to make a token may still be under way after its client has died: a proxy may hold it."""
+"""How long a request for a token may still arrive after its client has died: a proxy may delay it."""
 MOST_LEFT = 4
-"""Tokens of ours that may wait for their deletion; with so many, no more are made."""
+"""With so many tokens that could not be deleted, no more are made."""
 _TIME = "%Y%m%d%H%M%S"
 
 
@@ -51,7 +51,7 @@ class NoTokenError(RefusedError):
     """No API token works.
 
     Attributes:
-        refusals: of each that was tried, why.
+        refusals: the reason for each token that was tried.
     """
 
     def __init__(self, refusals: Mapping[Source, str]) -> None:
@@ -60,7 +60,7 @@ class NoTokenError(RefusedError):
 
 
 class Rotator:
-    """Rotates the credentials in one file; its owner holds the lock."""
+    """Rotates the credentials in one file; its caller holds the lock."""
 
     def __init__(self, settings: Settings, file: CredentialsFile, http: Http) -> None:
         """Needs the settings of authentik and OIDC."""
@@ -69,10 +69,10 @@ class Rotator:
         self._http = http
 
     def settle(self, stored: Credentials) -> Credentials:
-        """End a rotation that was cut short: keep the new pair if it works, else the one before.
+        """Finish a rotation that was cut short: keep the new pair if it works, else the one before.
 
         Raises:
-            UnavailableError: authentik cannot say now; the file keeps both.
+            UnavailableError: authentik does not answer; the file keeps both.
         """
         if stored.proven:
             return stored
@@ -89,7 +89,7 @@ class Rotator:
         return settled
 
     def check(self, stored: Credentials) -> None:
-        """Ask authentik whether the stored API token still works, long before it is due; an outage says nothing.
+        """Ask authentik whether the stored API token still works, long before it is due; an outage is no failure.
 
         Raises:
             NoTokenError: it does not.
@@ -103,14 +103,14 @@ class Rotator:
             raise NoTokenError({"stored": self._stored_refused(stored.api_token.value, error)}) from None
 
     def rotate(self, stored: Credentials) -> Rotation:
-        """Make a new pair, keep it, try it, then delete the old one and what earlier failures have left.
+        """Make a new pair, write it, try it, then delete the old one and what earlier failures have left.
 
         Args:
             stored: what the file holds; settled.
 
         Raises:
             NoTokenError: no API token works; the text says why, for each.
-            UnavailableError: authentik is away; the file holds a pair that works, if it did before.
+            UnavailableError: authentik does not answer; the file holds a pair that works, if it did before.
             MisconfiguredError: the new secrets do not work, or the file cannot hold them.
         """
         authentik, used = self._choose(stored)
@@ -149,7 +149,7 @@ class Rotator:
         return Rotation(cleaned, used, tuple(warnings))
 
     def clean(self, current: Credentials) -> tuple[Credentials, list[str]]:
-        """Delete at authentik what was made here and is not in use; what cannot be deleted now stays in the record.
+        """Delete the tokens made here that are not in use; those that cannot be deleted now stay in the record.
 
         Args:
             current: what the file holds; proven.
@@ -173,7 +173,7 @@ class Rotator:
         return pair["api"], pair["app_password"]
 
     def _choose(self, stored: Credentials) -> tuple[Authentik, Source]:
-        """Return the API token to work with: the stored one, else the one for bootstrap."""
+        """Return an API token that works: the stored one, else ASC_AUTHENTIK_API_TOKEN."""
         bootstrap = self._settings.authentik_api_token
         candidates: list[tuple[str, Source, str]] = []
         if stored.api_token:
@@ -199,12 +199,12 @@ class Rotator:
 
     def _stored_refused(self, value: str, error: RefusedError) -> str:
         return (
-            f"{self._refused(value, error)}. Or {self._file.path} is a copy of another machine's file, which went "
-            "stale when that machine replaced the secrets"
+            f"{self._refused(value, error)}. Or {self._file.path} is a copy of another machine's file: that "
+            "machine has replaced the secrets since"
         )
 
     def _refused(self, value: str, error: RefusedError) -> str:
-        """Say why authentik may have refused an API token; it refuses an app password in the same words."""
+        """Return why authentik may have refused an API token; it refuses an app password in the same words."""
         try:
             request_oidc_token(self._settings, value, self._http)
         except AccessError:
@@ -237,7 +237,7 @@ class Rotator:
         for name in old:
             try:
                 if failure is not None and (failure.temporary or isinstance(failure, RefusedError)):
-                    raise failure  # the others would fail alike, one by one
+                    raise failure  # the others would fail alike
                 if not authentik.delete(name) and self._may_be_made_yet(name):
                     kept.append(name)
             except AccessError as error:

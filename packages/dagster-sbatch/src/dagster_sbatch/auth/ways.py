@@ -160,7 +160,8 @@ class AccessState:
         lines = [head]
         for number, (name, status, advice, command) in enumerate(self._ways(refusals), 1):
             if number > 1 or not valid:
-                lines += [f"  {number}. {name}", f"     status: {status or 'present, but it did not help'}"]
+                found = (status or "present, but the server rejected it").replace("\n", "\n     ")
+                lines += [f"  {number}. {name}", f"     status: {found}"]
                 lines += [f"     to do: {advice}", *([f"       {command}"] if command else [])]
         if self.missing_settings:
             names = ", ".join(self.missing_settings)
