@@ -165,7 +165,7 @@ def test_include_and_match_are_reported_once_and_not_read(config: Path, caplog: 
     for _ in range(2):
         login, _ = read_route(settings())
         assert (login.user, login.port) == ("right", 2222)
-    assert [message.split(" is not")[0] for message in caplog.messages] == [
+    assert [message.split(" is ignored")[0] for message in caplog.messages] == [
         f"{config}:1: Include",
         f"{config}:2: Match",
         f"{config}:6: Include",
@@ -178,7 +178,7 @@ def test_options_that_change_whom_one_trusts_are_reported_where_they_apply(
     config.write_text("Host else\nProxyCommand nc\nHost musica\nHostKeyAlias other\nProxyCommand none\n")
     login, _ = read_route(settings())
     assert login.host == "musica"
-    assert caplog.messages == [f"{config}: hostkeyalias is not read here, though it is set for musica"]
+    assert caplog.messages == [f"{config}: hostkeyalias is ignored here, though it is set for musica"]
 
 
 def test_lookups_in_the_dns_are_not_for_the_config_to_order(config: Path) -> None:

@@ -265,7 +265,7 @@ def test_text_for_another_authority(forge: Forge, tmp_path: Path) -> None:
 def test_texts_for_certificates_that_are_not_valid(forge: Forge, tmp_path: Path, options: str, reason: str) -> None:
     text = refused(forge, tmp_path, AUTHORITY, options)
     assert f"is not trusted: {reason}" in text
-    assert text.endswith("Only your computing centre can put that right; tell it.")
+    assert text.endswith("Only your computing centre can correct that. Tell it.")
 
 
 def test_text_for_sha1(forge: Forge, tmp_path: Path) -> None:

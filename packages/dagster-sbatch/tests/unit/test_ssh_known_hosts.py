@@ -132,5 +132,5 @@ def test_missing_and_unreadable_files(tmp_path: Path, file: Path, caplog: pytest
     file.write_bytes(b"caf\xe9.example broken\n" + f"plain.example {KEY}\r\n".encode())
     known = KnownHosts.read([tmp_path / "missing", folder, file])
     assert len(known.matching("plain.example", "")) == 1
-    assert caplog.messages[0] == f"{folder} cannot be read and is left out: Is a directory"
+    assert caplog.messages[0] == f"{folder} cannot be read and is skipped: Is a directory"
     assert len(caplog.messages) == 2

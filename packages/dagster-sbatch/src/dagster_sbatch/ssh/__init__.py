@@ -20,8 +20,8 @@ def connect(
 ) -> "fabric.Connection":
     """Open a connection to the login node; one attempt.
 
-    For a channel of bytes, use `connection.transport.open_session()`: its window is 2 MB, its stderr is apart from
-    its stdout. A connection that was lost opens anew on `connection.open()`, with `refresh` first, as here.
+    For a channel of bytes, use `connection.transport.open_session()`: its window is 2 MB, its stderr is separate from
+    its stdout. `connection.open()` reopens a lost connection, and calls `refresh` first, as here.
 
     Example:
         with connect(settings, ensure_certificate) as connection:
@@ -29,8 +29,8 @@ def connect(
             channel.exec_command("hostname")
 
     Args:
-        settings: SLURM_EDGE_NODE_HOST, _PORT, _USER and _KEY_PATH are used; ~/.ssh/config fills in what they leave out.
-        refresh: called with the settings before each attempt, so that the certificate is valid; what it raises passes.
+        settings: SLURM_EDGE_NODE_HOST, _PORT, _USER and _KEY_PATH; ~/.ssh/config fills in those that are not set.
+        refresh: called with the settings before each attempt, to renew the certificate; its exceptions pass through.
         host_authorities: the site's `@cert-authority` lines, for hosts that the user's known_hosts does not have.
 
     Returns:
@@ -40,7 +40,7 @@ def connect(
         ConfigurationError: the settings or ~/.ssh/config name no host or key, or something that is not supported.
         HostKeyError: the machine's host key or host certificate is unknown, changed, revoked or not valid.
         AuthenticationError: the private key or its certificate cannot be used, or was refused.
-        UnreachableError: no answer, refused, lost, or too slow; the caller may try again, with a random delay.
+        UnreachableError: no answer, refused, lost, or too slow; the caller may retry, after a random delay.
         SshError: the two sides have no algorithm in common.
     """
     from dagster_sbatch.ssh.client_config import read_route

@@ -1,4 +1,4 @@
-"""Which way to the login node: the settings, filled in from ~/.ssh/config (ssh_config(5))."""
+"""Where to log in, and as whom: the settings, filled in from ~/.ssh/config (ssh_config(5))."""
 
 import getpass
 import ipaddress
@@ -20,7 +20,7 @@ _READ = frozenset({"hostname", "port", "user", "proxyjump", "identityfile", "use
 _REPORTED = frozenset(
     {"hostkeyalias", "proxycommand", "certificatefile", "globalknownhostsfile", "revokedhostkeys", "knownhostscommand"}
 )
-"""Not read, though they change which machine is reached or what is trusted: told where they are for this host."""
+"""Ignored, though they change which machine is reached or trusted: reported if they are set for the host."""
 
 _JUMP = re.compile(r"(?:ssh://)?(?:(?P<user>[^@]+)@)?(?P<host>\[[^]]+\]|[^:,]+)(?::(?P<port>\d+))?")
 
@@ -46,7 +46,7 @@ class Hop:
 
 
 def read_route(settings: Settings) -> tuple[Hop, Hop | None]:
-    """The login node and, with ProxyJump, the jump host before it.
+    """Return the login node and, with ProxyJump, the jump host before it.
 
     Raises:
         ConfigurationError: no host or key is named, there is more than one jump host, or ~/.ssh/config is not valid.
@@ -81,7 +81,7 @@ class _Options:
 
 
 class _UserConfig:
-    """The user's ssh_config file. Of the system's, nothing is read."""
+    """The user's ssh_config file. The system's is not read."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -94,7 +94,7 @@ class _UserConfig:
         """The options for a host as the user calls it."""
         found = self._config.lookup(alias)
         for option in sorted(_REPORTED & {name for name, value in found.items() if value}):
-            warn_once(f"{self._file}: {option} is not read here, though it is set for {alias}")
+            warn_once(f"{self._file}: {option} is ignored here, though it is set for {alias}")
         port = found.get("port")
         if port is not None and not (port.isdecimal() and 1 <= int(port) <= 65535):
             raise ConfigurationError(f"{self._file}: Port {port} for {alias} is no port")
@@ -134,17 +134,17 @@ def _split_jump(text: str) -> tuple[str | None, str, int | None]:
 
 
 def _checked(host: str, where: str) -> str:
-    """The host, if it is a name or an address and nothing else."""
+    """Return the host if it is a name or an address and nothing else."""
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:
         if re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?", host):
             return host
-    raise ConfigurationError(f"{host!r} is not the name of a host (in {where}); user and port are set apart from it")
+    raise ConfigurationError(f"{host!r} is not the name of a host (in {where}). User and port are separate settings")
 
 
 def _without_unread(file: Path) -> str:
-    """The text with what is not read left out; `Include` and `Match` are reported, since they might say more."""
+    """Return the text without ignored options; `Include` and `Match` are reported."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
@@ -156,10 +156,10 @@ def _without_unread(file: Path) -> str:
     for number, line in enumerate(lines, 1):
         word = re.split(r"[\s=]", line.strip(), maxsplit=1)[0].lower()
         if word == "include":
-            warn_once(f"{file}:{number}: Include is not read here; copy what is needed from that file into this one")
+            warn_once(f"{file}:{number}: Include is ignored here. Copy the needed options from that file into this one")
         elif word == "match":
             in_match = True
-            warn_once(f"{file}:{number}: Match is not read here, with all that follows until the next Host")
+            warn_once(f"{file}:{number}: Match is ignored here, with all lines until the next Host")
         elif word == "host":
             in_match = False
         if word == "host" or (word in _READ | _REPORTED and not in_match):

@@ -1,4 +1,4 @@
-"""A fabric connection that checks host keys as OpenSSH does, and shows one private key and nothing else."""
+"""A fabric connection that checks host keys as OpenSSH does, and logs in with one private key and nothing else."""
 
 import logging
 import socket
@@ -18,21 +18,21 @@ from dagster_sbatch.ssh.known_hosts import KnownHosts
 from dagster_sbatch.ssh.user_key import UserKey
 
 CONNECT_SECONDS = 10.0
-"""For TCP, to each address of the host. Looking up the name takes as long as the system lets it (resolv.conf(5))."""
+"""For TCP, to each address of the host. The system limits the lookup of the name (resolv.conf(5))."""
 HANDSHAKE_SECONDS = 30.0
 """From the server's greeting to the end of the key exchange; half of it for the greeting itself."""
 AUTHENTICATION_SECONDS = 30.0
 CHANNEL_SECONDS = 30.0
 """To open a channel, also the one through a jump host."""
 KEEPALIVE_SECONDS = 15.0
-"""Keeps firewalls from forgetting a silent connection. It does not notice that the other side is gone."""
+"""Stops firewalls from dropping an idle connection. It does not detect that the other side is gone."""
 
 # Paramiko logs what it raises, too. Without a handler of one's own, that would be printed on stderr.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 
 class Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
-    """Asks for the kinds of host keys that can be checked, and keeps the one that was shown.
+    """A transport that asks for host keys that can be checked, and keeps the one that was shown.
 
     `preferred_keys` and `_verify_key` are internals of paramiko; tests/unit/test_ssh_connection.py holds them.
     """
@@ -63,7 +63,7 @@ class Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no ty
 
 
 class _CheckHostKey(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
-    """Is asked about every host key, since no key is ever put into paramiko's own list."""
+    """Checks every host key: paramiko calls it for unknown keys, and its own list stays empty."""
 
     def __init__(self, hop: Hop, known: KnownHosts) -> None:
         self._hop = hop
@@ -74,7 +74,7 @@ class _CheckHostKey(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
 
 
 class _ShowUserKey(paramiko.AuthStrategy):  # type: ignore[misc]
-    """Logs in with one key: no agent, no other keys, no password, no question on the terminal."""
+    """Logs in with one key: no agent, no other key, no password, no question on the terminal."""
 
     def __init__(self, hop: Hop, key: UserKey) -> None:
         super().__init__(ssh_config=paramiko.SSHConfig())
@@ -82,7 +82,7 @@ class _ShowUserKey(paramiko.AuthStrategy):  # type: ignore[misc]
         self._key = key
 
     def authenticate(self, transport: paramiko.Transport) -> None:
-        """Log in; raises AuthenticationError if the server said no, SSHException if it did not say."""
+        """Log in; raises AuthenticationError if the server refused the key, SSHException if it did not answer."""
         answered = threading.Event()
         transport.auth_publickey(self._hop.user, self._key.private, answered)
         if not answered.wait(AUTHENTICATION_SECONDS):
@@ -97,7 +97,7 @@ class _ShowUserKey(paramiko.AuthStrategy):  # type: ignore[misc]
         raise self._key.refused(self._hop, methods, partial=partial)
 
     def _ask_methods(self, transport: paramiko.Transport) -> list[str]:
-        """Return the ways of logging in that the server names; none if it does not answer."""
+        """Return the ways to log in that the server names; none if it does not answer."""
         try:
             transport.auth_none(self._hop.user)
         except paramiko.BadAuthenticationType as error:
@@ -132,7 +132,7 @@ class Connection(fabric.Connection):  # type: ignore[misc]  # fabric has no type
         self._set(_hop=hop, _before_opening=before_opening, _host_authorities=host_authorities)
 
     def open(self) -> None:
-        """Connect, check the host key, log in; nothing if it is open. Raises what `dagster_sbatch.ssh.connect` does."""
+        """Connect, check the host key, log in; do nothing if it is open. Raises what `resources.ssh.connect` does."""
         if self.is_connected:
             return
         self.close()
@@ -164,7 +164,7 @@ class Connection(fabric.Connection):  # type: ignore[misc]  # fabric has no type
         self.transport.set_keepalive(KEEPALIVE_SECONDS)
 
     def close(self) -> None:
-        """Close it, at whatever stage it is, and the jump host's after it."""
+        """Close it, at any stage, and then the jump host's."""
         super().close()
         self.client.close()
         if self.gateway is not None:
@@ -182,7 +182,7 @@ def _describe(error: Exception, hop: Hop, gateway: Connection | None) -> str:
     if isinstance(error, socket.gaierror):
         reason = f"the name is not known ({error.strerror})"
     elif isinstance(error, ConnectionRefusedError):
-        reason = "it refuses connections; SSH is switched off there, or the port is another"
+        reason = "it refuses connections. SSH is switched off there, or uses another port"
     else:
         reason = str(error) or type(error).__name__
     return f"{hop} cannot be reached{through}: {reason}"

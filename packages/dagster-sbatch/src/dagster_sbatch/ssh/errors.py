@@ -1,4 +1,4 @@
-"""What can go wrong with an SSH connection: each kind asks for something else to be done."""
+"""Errors of SSH connections; each kind needs another reaction."""
 
 
 class SshError(Exception):
@@ -6,12 +6,12 @@ class SshError(Exception):
 
 
 class HostKeyError(SshError):
-    """The machine that answers is not known to be the one that was meant. Trying again is no help."""
+    """The machine that answers is not trusted. A retry does not help."""
 
 
 class AuthenticationError(SshError):
-    """The private key cannot be used, or the login node does not take it or its certificate."""
+    """The private key cannot be used, or the server does not accept it or its certificate."""
 
 
 class UnreachableError(SshError):
-    """No answer, or the connection was lost: nothing is known about the other side, and trying again can help."""
+    """No answer, or the connection was lost. A retry may help."""

@@ -1,4 +1,4 @@
-"""Whether a host key may be trusted: OpenSSH's rules with StrictHostKeyChecking=yes, and words for what is refused."""
+"""Decide whether a host key is trusted, by OpenSSH's rules for StrictHostKeyChecking=yes, and explain a refusal."""
 
 import base64
 from dataclasses import dataclass
@@ -11,25 +11,26 @@ from dagster_sbatch.ssh.known_hosts import CERT_AUTHORITY, REVOKED, Entry, Known
 CERTIFICATE_SUFFIX = "-cert-v01@openssh.com"
 
 _UNKNOWN_AUTHORITY = """\
-Take the line `@cert-authority PATTERN TYPE KEY` from your computing centre's documentation (for MUSICA it begins with
-`@cert-authority *.asc.ac.at ecdsa-sha2-nistp256`), see that `ssh-keygen -lf` shows the fingerprint of the authority
-above for its key, and append it to {file}."""
+Copy the line `@cert-authority PATTERN TYPE KEY` from your computing centre's documentation (for MUSICA it begins with
+`@cert-authority *.asc.ac.at ecdsa-sha2-nistp256`). Check that `ssh-keygen -lf` shows the fingerprint of the authority
+above for its key. Then append it to {file}."""
 _UNKNOWN_KEY = """\
 Ask your computing centre for a `@cert-authority` line, or for the fingerprints of its login nodes. If one of them is
-the one above, log in once with `ssh -p {port} {host}`, compare again, and say yes: that writes {file}."""
+the one above, log in once, compare again, and answer yes, which writes {file}:
+  ssh -p {port} {host}"""
 _CHANGED = """\
-Either the centre has given the machine a new key, which it then announces, or the name stands for several machines, or
-somebody stands between you and it. Compare the fingerprint with those that the centre publishes. Only if it is one of
+The centre may have given the machine a new key, which it then announces; the name may stand for several machines; or
+somebody intercepts the connection. Compare the fingerprint with those that the centre publishes. Only if it is one of
 them, correct the lines above; better, put the centre's `@cert-authority` line there, which covers all machines."""
 _UNUSED = """
 SUPERCOMPUTER_SITE_OVERRIDES names an authority for it, {authorities}, which counts once the lines above are removed."""
-_REVOKED = "Do not connect. This key is known to be in wrong hands; ask your computing centre."
-_BAD_CERTIFICATE = "Only your computing centre can put that right; tell it."
+_REVOKED = "Do not connect. The key was revoked, since somebody else may have it. Ask your computing centre."
+_BAD_CERTIFICATE = "Only your computing centre can correct that. Tell it."
 
 
 @dataclass(frozen=True)
 class HostKey:
-    """What a machine has shown, having proved that it holds the private key.
+    """What a machine has shown, after it proved that it holds the private key.
 
     Attributes:
         key: the plain public key as sent over the wire.
@@ -55,13 +56,13 @@ class HostKey:
 
 
 def check(blob: bytes, host: str, port: int, known: KnownHosts) -> None:
-    """Return if the host key may be trusted.
+    """Return if the host key is trusted.
 
-    A certificate counts if an authority that known_hosts names for the host has signed it, not with SHA-1, and it is a
-    host's, carries the name, is valid now and holds no critical option. Otherwise the plain key in it is judged, as
-    ssh(1) does. The site's authorities count only for hosts for which known_hosts names neither an authority nor a
-    key. Stricter than ssh(1): a certificate without names is not one for all of them, and a key that is
-    revoked for a host is revoked on all its ports.
+    A certificate is trusted if an authority that known_hosts names for the host has signed it, not with SHA-1, and it
+    is a host's, has the name, is valid now and has no critical option. Otherwise its plain key is checked, as ssh(1)
+    does. The site's authorities count only for hosts for which known_hosts names neither an authority nor a key.
+    Stricter than ssh(1): a certificate without names is for no host, and a key revoked for a host is revoked on all
+    its ports.
 
     Args:
         blob: the host key or host certificate as it was sent.
@@ -70,7 +71,7 @@ def check(blob: bytes, host: str, port: int, known: KnownHosts) -> None:
         known: what is trusted.
 
     Raises:
-        HostKeyError: it may not be trusted; the text says why, what was shown, what is known, and what to do.
+        HostKeyError: it is not trusted; the text says why, what was shown, what is known, and what to do.
     """
     where = f"{host} (port {port})"
     try:
@@ -114,8 +115,8 @@ def trusted_entries(known: KnownHosts, host: str, port: int) -> list[Entry]:
 def preferred_algorithms(available: tuple[str, ...], host: str, port: int, known: KnownHosts) -> tuple[str, ...]:
     """Order the algorithms so that the server shows a key that can be checked, as ssh(1) does with HostKeyAlgorithms.
 
-    First certificates, if known_hosts names an authority for the host; then types of known keys; then certificates all
-    the same, since an error can say more about one; then the rest.
+    First certificates, if known_hosts names an authority for the host; then types of known keys; then certificates
+    without an authority, since the error can say more about one; then the rest.
     """
     by_authority = any(entry.marker == CERT_AUTHORITY for entry in trusted_entries(known, host, port))
     types = {entry.key_type for entry in _matching(known, names_of(host, port), "")}
@@ -148,7 +149,7 @@ def _revoked(shown: HostKey, names: list[str], known: KnownHosts) -> list[Entry]
 
 
 def _certificate_problem(certificate: Certificate, host: str, authorities: list[Entry]) -> str:
-    """Why a host certificate does not count for a name, or empty."""
+    """Return why a host certificate is not trusted for a name; empty if it is."""
     expired = certificate.validity_problem(clock.now())
     options = ", ".join(certificate.critical_options)
     problems = (

@@ -27,7 +27,7 @@ class Entry:
         hosts: patterns, or one hashed name.
         key_type: for example `ssh-ed25519`.
         key: the public key as it is sent over the wire (RFC 4253, section 6.6).
-        from_site: it stands in the site's entry, not in a file.
+        from_site: it is from the site's entry, not from a file.
     """
 
     place: str
@@ -47,10 +47,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class KnownHosts:
-    """What all known_hosts files together say, and the authorities of the site's entry.
+    """The lines of all known_hosts files, and the authorities of the site's entry.
 
     Attributes:
-        files: the ones that were looked for, whether they exist or not.
+        files: those that were read, including missing ones.
     """
 
     files: tuple[Path, ...]
@@ -59,11 +59,11 @@ class KnownHosts:
 
     @classmethod
     def read(cls, files: Iterable[Path], site_authorities: Iterable[str] = ()) -> "KnownHosts":
-        """Read the files that exist; what cannot be read is warned about, and the rest is used all the same.
+        """Read the files that exist; lines and files that cannot be read are reported and skipped.
 
         Args:
             files: the user's first.
-            site_authorities: lines that `parse_authority` takes.
+            site_authorities: lines that `parse_authority` accepts.
         """
         files = tuple(files)
         entries = tuple(entry for file in files for entry in _read_file(file))
@@ -75,7 +75,7 @@ class KnownHosts:
 
 
 def names_of(host: str, port: int) -> list[str]:
-    """The names that a host is looked up by, the first that is known being the one that counts; as ssh(1) does it."""
+    """Return the names to search known_hosts for, in order: the first one that is known counts, as in ssh(1)."""
     host = host.lower()
     return [host] if port == 22 else [f"[{host}]:{port}", host]
 
@@ -98,7 +98,7 @@ def _read_file(file: Path) -> list[Entry]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        warn_once(f"{file} cannot be read and is left out: {error.strerror}")
+        warn_once(f"{file} cannot be read and is skipped: {error.strerror}")
         return []
     entries = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -109,7 +109,7 @@ def _read_file(file: Path) -> list[Entry]:
         try:
             entries.append(_parse(place, words))
         except ValueError as error:
-            warn_once(f"{place} is no line of a known_hosts file and is left out: {error}")
+            warn_once(f"{place} is no line of a known_hosts file and is skipped: {error}")
     return entries
 
 
@@ -130,7 +130,7 @@ def _parse(place: str, words: list[str]) -> Entry:
 
 
 def _strings(key: bytes) -> list[bytes]:
-    """The strings that a public key consists of, each after its length in four bytes."""
+    """Return the strings of a public key, each of which follows its length in four bytes."""
     parts = []
     rest = key
     while len(rest) >= 4:
@@ -145,7 +145,7 @@ def _strings(key: bytes) -> list[bytes]:
 
 
 def _is_hash_of(hashed: str, name: str) -> bool:
-    """Whether `|1|salt|hash` (HashKnownHosts) is of that name."""
+    """Return whether `|1|salt|hash` (HashKnownHosts) is the hash of a name."""
     try:
         version, salt, digest = hashed[1:].split("|")
         expected = hmac.new(base64.b64decode(salt), name.encode(), hashlib.sha1).digest()
@@ -155,7 +155,7 @@ def _is_hash_of(hashed: str, name: str) -> bool:
 
 
 def _matches_patterns(patterns: str, name: str) -> bool:
-    """Whether a name fits a list of patterns with `*`, `?` and `!`, as in ssh_config(5) under PATTERNS."""
+    """Return whether a name matches a list of patterns with `*`, `?` and `!`, as in ssh_config(5) under PATTERNS."""
     found = False
     for pattern in patterns.lower().split(","):
         if re.fullmatch(_as_regex(pattern.removeprefix("!")), name):
