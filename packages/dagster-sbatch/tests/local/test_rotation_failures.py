@@ -16,7 +16,6 @@ from dagster_sbatch.auth import (
     MisconfiguredError,
     RefusedError,
     UnavailableError,
-    UnsafeFileError,
     check_health,
     clock,
     ensure_certificate,
@@ -397,7 +396,7 @@ def test_a_success_that_cannot_be_recorded_is_one(
     failures.add("rotation", UnavailableError("away"))
 
     def refuse(*_: object) -> None:
-        raise UnsafeFileError("no space")
+        raise OSError("no space")
 
     with monkeypatch.context() as patch:
         patch.setattr("dagster_sbatch.auth.attempts.replace_file", refuse)

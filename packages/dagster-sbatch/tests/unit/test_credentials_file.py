@@ -13,7 +13,6 @@ from dotenv import dotenv_values
 
 from dagster_sbatch.auth import MisconfiguredError, UnsafeFileError
 from dagster_sbatch.auth.credentials import Credentials, CredentialsFile, Secret
-from dagster_sbatch.auth.files import replace_file
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 PAIR = Credentials(
@@ -170,7 +169,7 @@ def test_a_folder_or_a_pipe_in_its_place_is_refused(path: Path) -> None:
 def test_a_value_that_the_shell_would_change_is_not_kept(path: Path) -> None:
     file = CredentialsFile(path)
     file.write(PAIR)
-    with pytest.raises(MisconfiguredError, match="ASC_AUTHENTIK_API_TOKEN holds characters") as error:
+    with pytest.raises(MisconfiguredError, match="ASC_AUTHENTIK_API_TOKEN has characters") as error:
         file.write(Credentials(api_token=Secret("a$(rm)b")))
     assert "rm" not in str(error.value)
     assert file.read() == PAIR
@@ -178,8 +177,8 @@ def test_a_value_that_the_shell_would_change_is_not_kept(path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UnsafeFileError, match=r"auth\.env cannot be written: File exists"):
-        replace_file(tmp_path / "file" / "auth.env", "x")
+    with pytest.raises(UnsafeFileError, match=r"/file: File exists\. Check its folder"):
+        CredentialsFile(tmp_path / "file" / "auth.env").write(PAIR)
 
 
 @pytest.mark.parametrize(

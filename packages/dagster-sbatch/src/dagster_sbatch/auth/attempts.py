@@ -8,9 +8,9 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
+from dagster_sbatch.atomic_write import replace_file
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.errors import AccessError, UnsafeFileError
-from dagster_sbatch.auth.files import replace_file
+from dagster_sbatch.auth.errors import AccessError
 
 Part = Literal["certificate", "rotation"]
 
@@ -80,7 +80,7 @@ class RefreshFailures:
             self._write(failing)
 
     def _write(self, failing: dict[Part, Failing]) -> None:
-        with suppress(UnsafeFileError, OSError):
+        with suppress(OSError):
             if failing:
                 replace_file(self._path, self._format.dump_json(failing, indent=1).decode() + "\n")
             else:

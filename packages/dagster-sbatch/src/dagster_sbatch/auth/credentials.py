@@ -1,6 +1,6 @@
 """The file with the two secrets that renew themselves: an authentik API token and an app password.
 
-A dotenv file that python-dotenv and `source` read alike. Variables that are not ours are kept as they stand.
+A dotenv file that python-dotenv and `source` read alike. Other variables in it are kept as they are.
 """
 
 import json
@@ -14,11 +14,12 @@ from typing import Literal
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
 
+from dagster_sbatch.atomic_write import replace_file
 from dagster_sbatch.auth.errors import MisconfiguredError
-from dagster_sbatch.auth.files import read_private, replace_file
+from dagster_sbatch.auth.files import explained, read_private
 
 REFRESH_WINDOW = timedelta(days=7)
-"""Before its end when a secret is replaced; a third of its lifetime where that is less."""
+"""How long before it expires a secret is replaced; a third of its lifetime where that is less."""
 
 Source = Literal["stored", "bootstrap", "direct"]
 """Where a credential came from: the credentials file, ASC_AUTHENTIK_API_TOKEN, ASC_OIDC_APP_PASSWORD."""
@@ -34,7 +35,7 @@ _RECORD = "ASC_AUTHENTIK_TOKEN_RECORD"
 _OWN = {name + suffix for name in _VARIABLES.values() for suffix in ("", *_ATTRIBUTES)} | {_RECORD}
 _PLAIN = re.compile(r"[A-Za-z0-9_.:+\- ]*")
 _HEADER = """\
-# Kept by the project: replaced before they expire. Never copy this file to a second machine, whose copy would go stale.
+# Written by the project, which replaces these secrets before they expire. Do not copy this file: copies stop working.
 # Status: scripts/refresh_step_auth.py --status
 """
 
@@ -56,7 +57,7 @@ class Secret:
     created: datetime | None = None
 
     def renew_at(self, skew_days: float | None) -> datetime | None:
-        """From when on it should be replaced; None for at once, since its end is not known.
+        """Return when it should be replaced; None for at once, since it is not known when it expires.
 
         Args:
             skew_days: ASC_AUTHENTIK_REFRESH_SKEW_DAYS; at most half the lifetime of it counts.
@@ -70,7 +71,7 @@ class Secret:
         return self.expires - window
 
     def expired(self, now: datetime) -> bool:
-        """Whether it certainly does not work any more."""
+        """Return whether it has certainly expired."""
         return self.expires is not None and self.expires <= now
 
 
@@ -79,12 +80,12 @@ class Credentials:
     """What the credentials file holds.
 
     Attributes:
-        api_token: can make tokens and app passwords.
-        app_password: can be changed for OIDC tokens.
-        previous_api_token: of the pair before, as long as it is not certain that the new pair works.
+        api_token: makes tokens and app passwords.
+        app_password: is exchanged for OIDC tokens.
+        previous_api_token: of the pair before, until the new pair has worked.
         previous_app_password: likewise.
         record: identifiers of all tokens made here that are not known to be deleted.
-        others: lines of the file that are not ours.
+        others: lines of the file with other variables.
     """
 
     api_token: Secret | None = None
@@ -96,11 +97,11 @@ class Credentials:
 
     @property
     def proven(self) -> bool:
-        """Whether the pair is known to have worked: no rotation was cut short."""
+        """Whether the pair has worked: no rotation was cut short."""
         return self.previous_api_token is None and self.previous_app_password is None
 
     def renew_at(self, skew_days: float | None, now: datetime) -> datetime:
-        """From when on the pair should be replaced: the earlier of both; `now` for an incomplete or unproven pair."""
+        """Return when the pair should be replaced: the earlier of both; `now` for an incomplete or unproven pair."""
         secrets = (self.api_token, self.app_password)
         moments = [now if each is None else each.renew_at(skew_days) or now for each in secrets]
         return min(moments) if self.proven else now
@@ -111,19 +112,20 @@ class Credentials:
 
 
 class CredentialsFile:
-    """Where the credentials are kept; whoever writes holds the lock (`dagster_sbatch.auth.lock`)."""
+    """Reads and writes the credentials file; writers hold the lock (`resources.auth.lock`)."""
 
     def __init__(self, path: Path) -> None:
         """`path`: ASC_AUTHENTIK_CREDENTIALS_FILE; it need not exist."""
         self.path = path
 
     def read(self) -> Credentials | None:
-        """What it holds, as far as it can be understood; None where there is no file.
+        """Return what it holds, as far as it can be parsed; None where there is no file.
 
         Raises:
-            UnsafeFileError: others can read it, or could have put it there.
+            UnsafeFileError: others can read it, or could have written it; or it cannot be read.
         """
-        text = read_private(self.path)
+        with explained():
+            text = read_private(self.path)
         if text is None:
             return None
         values = dotenv_values(stream=StringIO(text), interpolate=False)
@@ -141,8 +143,8 @@ class CredentialsFile:
         """Replace the file, mode 0600.
 
         Raises:
-            UnsafeFileError: it cannot be written; what was there is untouched.
-            MisconfiguredError: a value holds characters that not every reader of dotenv files takes alike.
+            UnsafeFileError: it cannot be written; the old file stays.
+            MisconfiguredError: a value has characters that not all readers of dotenv files understand alike.
         """
         lines = {_RECORD: " ".join(credentials.record)}
         for attribute, name in _VARIABLES.items():
@@ -150,10 +152,11 @@ class CredentialsFile:
         for name, value in lines.items():
             if not _PLAIN.fullmatch(value):
                 raise MisconfiguredError(
-                    f"{name} holds characters that a credentials file cannot: it is not kept. Tell the centre"
+                    f"{name} has characters that a credentials file cannot hold, so it was not stored. Tell the centre"
                 )
         text = "".join(f"{name}={json.dumps(value)}\n" for name, value in lines.items())
-        replace_file(self.path, _HEADER + text + credentials.others)
+        with explained():
+            replace_file(self.path, _HEADER + text + credentials.others)
 
 
 def _parse_secret(name: str, values: dict[str, str | None]) -> Secret | None:

@@ -5,9 +5,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dagster_sbatch.atomic_write import replace_file
 from dagster_sbatch.auth.certificate import Certificate, on_the_wire
 from dagster_sbatch.auth.errors import AccessError, MisconfiguredError, UnsafeFileError
-from dagster_sbatch.auth.files import replace_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives import serialization
@@ -103,7 +103,8 @@ def ensure_key(key: Path) -> str:
     Raises:
         KeyFileError: there is a key that cannot be used.
         MisconfiguredError: there is a public half without the private one.
-        UnsafeFileError: the key is a symbolic link to nowhere, or the files cannot be written.
+        UnsafeFileError: the key is a symbolic link to nowhere.
+        OSError: the files cannot be written.
     """
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 

@@ -1,4 +1,4 @@
-"""One refresh at a time, over all processes and threads that use the same credentials file."""
+"""The lock that lets one process or thread refresh at a time, of all that use the same credentials file."""
 
 import os
 import socket
@@ -8,22 +8,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.errors import LockTimeoutError, UnsafeFileError
+from dagster_sbatch.auth.errors import LockTimeoutError
 
 POLL_SECONDS = 0.05
 
 
 @contextmanager
 def refresh_lock(credentials_file: Path, seconds: float) -> Iterator[None]:
-    """Hold the lock `<credentials file>.lock`, which ends with the process, whatever ends it.
+    """Hold the lock `<credentials file>.lock`; the system releases it when the process ends.
 
     Args:
         credentials_file: whose lock; it need not exist.
         seconds: how long to wait for another holder.
 
     Raises:
-        LockTimeoutError: another one holds it for longer; the text says who.
-        UnsafeFileError: the lock file cannot be made.
+        LockTimeoutError: another process holds it for longer; the text names it.
+        OSError: the lock file cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -38,10 +38,6 @@ def refresh_lock(credentials_file: Path, seconds: float) -> Iterator[None]:
         raise LockTimeoutError(
             f"Another process has been refreshing the credentials for more than {seconds:.0f} s: {_holder(path)}. "
             "It times out by itself after some minutes; if it does not, end that process"
-        ) from None
-    except OSError as error:
-        raise UnsafeFileError(
-            f"The lock {path} cannot be acquired: {error.strerror or error}. Check its folder"
         ) from None
     try:
         yield

@@ -11,13 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dagster_sbatch.atomic_write import remove_half_written
 from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.attempts import Part, RefreshFailures
 from dagster_sbatch.auth.authentik import APP_BUTTON, Authentik, OidcToken, refused_password, request_oidc_token
 from dagster_sbatch.auth.certificate import Certificate
 from dagster_sbatch.auth.credentials import CredentialsFile, Source
 from dagster_sbatch.auth.errors import AccessError, MisconfiguredError, RefusedError, UnavailableError
-from dagster_sbatch.auth.files import explained, remove_half_written
+from dagster_sbatch.auth.files import explained
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.auth.issuer import issue_certificate
 from dagster_sbatch.auth.key_files import certificate_path, ensure_key, public_path, write_certificate
