@@ -132,7 +132,7 @@ class Connection(fabric.Connection):  # type: ignore[misc]  # fabric has no type
         self._set(_hop=hop, _before_opening=before_opening, _host_authorities=host_authorities)
 
     def open(self) -> None:
-        """Connect, check the host key, log in; do nothing if it is open. Raises what `resources.ssh.connect` does."""
+        """Connect, check the host key, log in; do nothing if it is open. Raises as `ssh.connect`."""
         if self.is_connected:
             return
         self.close()
