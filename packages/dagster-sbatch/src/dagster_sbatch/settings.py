@@ -1,6 +1,6 @@
-"""Every environment variable that the project reads: its type, what it means, its default. And where values come from.
+"""Every environment variable that the project reads, with its type, meaning and default; and the files they come from.
 
-A value comes from the first of these that has one; blank means that it has none:
+The first of these that has a value that is not blank wins:
 
 1. the process environment
 2. `.env` at the root of the repository
@@ -28,7 +28,7 @@ Deployment = Literal["development", "staging_supercomputer", "production_superco
 DEPLOYMENTS: tuple[str, ...] = get_args(Deployment)
 
 _OWN_PREFIXES = ("SLURM_", "ASC_", "DAGSTER_DEPLOYMENT")
-"""A name in a dotenv file that begins so and is unknown is taken for a typing error."""
+"""An unknown variable of a dotenv file with one of these prefixes is an error."""
 
 
 def _expanded(path: Path) -> Path:
@@ -36,7 +36,7 @@ def _expanded(path: Path) -> Path:
 
 
 def _https(url: str, values: ValidationInfo) -> str:
-    """Return the address; secrets travel there, so plain http is for this machine, unless ASC_ALLOW_HTTP is set."""
+    """Check an address: https, or http to this machine; http to others only with ASC_ALLOW_HTTP, as secrets go there."""
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -64,8 +64,8 @@ RemotePath = Annotated[str, AfterValidator(check_remote_path)]
 Url = Annotated[str, AfterValidator(_https)]
 
 
-def _variable(default: Any, name: str, description: str, example: str) -> Any:
-    return Field(default, validation_alias=name, description=description, examples=[example])
+def _variable(default: Any, name: str, description: str, example: str, **limits: Any) -> Any:
+    return Field(default, validation_alias=name, description=description, examples=[example], **limits)
 
 
 class Settings(BaseSettings):
@@ -86,83 +86,77 @@ class Settings(BaseSettings):
         "~/data",
     )
 
-    supercomputer_site: str | None = _variable(
-        None, "SLURM_SUPERCOMPUTER_SITE", "The supercomputer: a key of SUPERCOMPUTER_SITE_OVERRIDES.", "musica"
-    )
+    supercomputer_site: str | None = _variable(None, "SLURM_SUPERCOMPUTER_SITE", "Name of the supercomputer.", "musica")
     edge_node_host: str | None = _variable(
         None,
         "SLURM_EDGE_NODE_HOST",
-        "Name of the login node; localhost where Dagster runs on it.",
+        "Name of the login node; localhost if Dagster runs on it.",
         "musica.vie.asc.ac.at",
     )
-    edge_node_port: int = Field(
-        22,
-        ge=1,
-        le=65535,
-        validation_alias="SLURM_EDGE_NODE_PORT",
-        description="SSH port of the login node.",
-        examples=["22"],
+    edge_node_port: int = _variable(22, "SLURM_EDGE_NODE_PORT", "SSH port of the login node.", "22", ge=1, le=65535)
+    edge_node_user: str | None = _variable(
+        None, "SLURM_EDGE_NODE_USER", "Your user name on the supercomputer.", "xy12345"
     )
-    edge_node_user: str | None = _variable(None, "SLURM_EDGE_NODE_USER", "Your user name there.", "xy12345")
     edge_node_key_path: LocalPath | None = _variable(
-        None, "SLURM_EDGE_NODE_KEY_PATH", "Private SSH key; its certificate lies beside it.", "~/.ssh/id_musica"
+        None, "SLURM_EDGE_NODE_KEY_PATH", "Private SSH key; its certificate is the file beside it.", "~/.ssh/id_musica"
     )
     deployment_base_path: RemotePath | None = _variable(
         None,
         "SLURM_DEPLOYMENT_BASE_PATH",
-        "Folder on the supercomputer for runs, environments and data, which every node sees.",
+        "Folder on the supercomputer for runs, environments and data; every node must see it.",
         "$DATA/dagster-slurm",
     )
     python: RemotePath | None = _variable(
         None,
         "SLURM_PYTHON",
-        "An interpreter there that has dagster-pipes and all that workloads import. Default: an environment is made.",
+        "An interpreter on the supercomputer that has dagster-pipes and everything that workloads import. "
+        "Default: the client makes an environment.",
         "$DATA/environment/bin/python",
     )
     partition: str | None = _variable(
         None,
         "SLURM_PARTITION",
-        "Preferred partition; requests that it does not fit go to the site's other kind.",
+        "Preferred partition. A request that needs the other kind (with GPUs, without) gets a partition of that kind.",
         "zen4_0768_h100x4",
     )
     qos: str | None = _variable(
         None,
         "SLURM_QOS",
-        "Preferred QoS; on another partition the QoS of the same class (dev_, idle_, plain) is taken.",
+        "Preferred QoS. On another partition, jobs use the QoS of the same class (dev_, idle_, plain).",
         "dev_zen4_0768_h100x4",
     )
-    account: str | None = Field(
+    account: str | None = _variable(
         None,
+        "SLURM_ACCOUNT",
+        "Project that jobs are charged to, unless an asset names one. "
+        "Default: SBATCH_ACCOUNT of the login shell on the supercomputer, else your default project.",
+        "p71234",
         pattern=SLURM_NAME,
-        validation_alias="SLURM_ACCOUNT",
-        description="Project that jobs are charged to, unless an asset names one. "
-        "Default: SBATCH_ACCOUNT of the login shell there, else your default project.",
-        examples=["p71234"],
     )
-    reservation: str | None = Field(
+    reservation: str | None = _variable(
         None,
+        "SLURM_RESERVATION",
+        "Reservation of the site in which jobs run, unless an asset names one.",
+        "course_2026",
         pattern=SLURM_NAME,
-        validation_alias="SLURM_RESERVATION",
-        description="Reservation of the site in which jobs run, unless an asset names one.",
-        examples=["course_2026"],
     )
 
-    allow_http: bool = Field(  # before the addresses, whose check reads it
+    allow_http: bool = _variable(  # before the addresses, whose check reads it
         False,  # noqa: FBT003 (pydantic's way)
-        validation_alias="ASC_ALLOW_HTTP",
-        description="Accept http:// in the ASC_ addresses also for other machines. Secrets are then readable on the "
-        "network: for tests.",
-        examples=["true"],
+        "ASC_ALLOW_HTTP",
+        "Accept http:// in the ASC_ addresses also for other machines. Secrets are then readable on the network: "
+        "for tests.",
+        "true",
     )
     oidc_client_id: str | None = _variable(
         None, "ASC_OIDC_CLIENT_ID", "Client id of the step CA at authentik.", "abc123"
     )
     oidc_username: str | None = _variable(None, "ASC_OIDC_USERNAME", "Your user name at authentik.", "xy12345")
     oidc_token_url: Url | None = _variable(
-        None, "ASC_OIDC_TOKEN_URL", "Where OIDC tokens are issued.", "https://auth.asc.ac.at/application/o/token/"
+        None, "ASC_OIDC_TOKEN_URL", "Address that issues OIDC tokens.", "https://auth.asc.ac.at/application/o/token/"
     )
     oidc_app_password: SecretStr | None = _variable(
-        None, "ASC_OIDC_APP_PASSWORD", "An app password of yours; one of the ways to begin.", "(secret)"
+        None, "ASC_OIDC_APP_PASSWORD", "An app password of yours; one of the ways to get access.", "(secret)"
     )
     authentik_api_base: Url | None = _variable(
         None, "ASC_AUTHENTIK_API_BASE", "Address of authentik.", "https://auth.asc.ac.at"
@@ -170,48 +164,48 @@ class Settings(BaseSettings):
     authentik_credentials_file: LocalPath | None = _variable(
         None,
         "ASC_AUTHENTIK_CREDENTIALS_FILE",
-        "The credentials that renew themselves. Default: ~/.config/musica-pipelines/<site>-auth.env.",
+        "File with the credentials that renew themselves. Default: ~/.config/musica-pipelines/<site>-auth.env.",
         "~/.config/dagster-slurm/musica-auth.env",
     )
     authentik_api_token: SecretStr | None = _variable(
         None, "ASC_AUTHENTIK_API_TOKEN", "An API token of yours, for the first time and for recovery only.", "(secret)"
     )
-    authentik_token_identifier: str = Field(
+    authentik_token_identifier: str = _variable(
         "musica-pipelines",
+        "ASC_AUTHENTIK_TOKEN_IDENTIFIER",
+        "Prefix of the names of the tokens that the client makes for you: letters, digits, _ and -.",
+        "dagster-slurm",
         pattern=r"^[A-Za-z0-9_-]{1,80}$",
-        validation_alias="ASC_AUTHENTIK_TOKEN_IDENTIFIER",
-        description="What the names of the tokens made for you begin with: letters, digits, _ and -.",
-        examples=["dagster-slurm"],
     )
-    authentik_refresh_skew_days: float | None = Field(
+    authentik_refresh_skew_days: float | None = _variable(
         None,
+        "ASC_AUTHENTIK_REFRESH_SKEW_DAYS",
+        "Days before they expire when both stored secrets are replaced. "
+        "Default: 7, or a third of their lifetime if that is less.",
+        "3",
         gt=0,
-        validation_alias="ASC_AUTHENTIK_REFRESH_SKEW_DAYS",
-        description="Days before their end when both stored secrets are replaced. "
-        "Default: 7, or a third of their lifetime where that is less.",
-        examples=["3"],
     )
     step_ca_url: Url | None = _variable(
         None, "ASC_STEP_CA_URL", "The certificate authority.", "https://auth.asc.ac.at:9000"
     )
-    step_fingerprint: str | None = Field(
+    step_fingerprint: str | None = _variable(
         None,
+        "ASC_STEP_FINGERPRINT",
+        "SHA-256 of the certificate authority's root certificate.",
+        "44b04847...",
         pattern=r"^[0-9a-fA-F]{64}$",
-        validation_alias="ASC_STEP_FINGERPRINT",
-        description="SHA-256 of the certificate authority's root certificate.",
-        examples=["44b04847..."],
     )
-    step_refresh_skew: float | None = Field(
+    step_refresh_skew: float | None = _variable(
         None,
+        "ASC_STEP_REFRESH_SKEW",
+        "Minutes before it expires when the certificate is replaced. Default: after two thirds of its life.",
+        "60",
         gt=0,
-        validation_alias="ASC_STEP_REFRESH_SKEW",
-        description="Minutes before its end when the certificate is replaced. Default: after two thirds of its life.",
-        examples=["60"],
     )
 
     @property
     def on_supercomputer(self) -> bool:
-        """Whether workloads go to Slurm."""
+        """Whether workloads run as Slurm jobs."""
         return self.deployment != "development"
 
     @property
