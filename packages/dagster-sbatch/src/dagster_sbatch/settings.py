@@ -36,7 +36,7 @@ def _expanded(path: Path) -> Path:
 
 
 def _https(url: str, values: ValidationInfo) -> str:
-    """Check an address: https, or http to this machine; http to others only with ASC_ALLOW_HTTP, as secrets go there."""
+    """Check an address: https, since secrets go there; http to this machine only, or with ASC_ALLOW_HTTP."""
     try:
         parts = urlsplit(url)
         _ = parts.port

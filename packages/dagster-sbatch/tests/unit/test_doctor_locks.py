@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.inspect.doctor import locks
+from dagster_sbatch.inspect.doctor import jobs, make
 from dagster_sbatch.inspect.doctor.finding import Facts
 from dagster_sbatch.inspect.runs import Runs
 from dagster_sbatch.settings import Settings
@@ -40,10 +40,10 @@ def found(hosts: list[str], second: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
         finally:
             gateway.close()
 
-    monkeypatch.setattr(locks, "open_runs", open_runs)
+    monkeypatch.setattr(jobs, "open_runs", open_runs)
     facts = Facts(PROJECT, lambda: pytest.fail("not needed"), ExitStack())
     facts.settings = settings
-    return locks.check_locks(facts)
+    return make(jobs.check_locks, facts)
 
 
 def test_a_lock_is_seen_on_another_login_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,20 +1,18 @@
-"""Checks everything between the settings and the jobs on the supercomputer, and stops at what keeps jobs from running.
-
-finding    what a check says, and what is known so far
-here       checks on this machine, and of the way to the login node
-there      checks on the login node; survey asks it everything over one SSH channel
-locks      the check of locks, over connections to two login nodes
-jobs       checks over one connection to the agent there: projects, jobs, what Slurm says to each asset's job script
-"""
+"""Checks everything between the settings and the jobs on the supercomputer; stops at what keeps jobs from running."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import dagster as dg
 
-from dagster_sbatch.inspect.doctor import here, jobs, locks, there
-from dagster_sbatch.inspect.doctor.finding import Facts, Finding, Verdict
+from dagster_sbatch.auth import AccessError
+from dagster_sbatch.inspect.doctor import here, jobs, there
+from dagster_sbatch.inspect.doctor.finding import Facts, Finding, Verdict, broken
+from dagster_sbatch.inspect.preview import find_submitting
 from dagster_sbatch.project import Project
+from dagster_sbatch.slurm.gateway import RefusedError, StoppedError
+from dagster_sbatch.ssh import SshError
 
 __all__ = ["CHECKS", "Finding", "examine"]
 
@@ -35,7 +33,7 @@ CHECKS: dict[str, Callable[[Facts], Verdict]] = {
     "projects": jobs.check_projects,
     "temporary folder": there.check_temporary_folder,
     "open files": there.check_open_files,
-    "locks": locks.check_locks,
+    "locks": jobs.check_locks,
     "jobs": jobs.check_jobs,
     "environment": jobs.check_environment,
 }
@@ -49,7 +47,7 @@ def examine(
 ) -> Iterator[Finding]:
     """Make one check after the other, and stop after the first one that is broken.
 
-    The last ones are about the job scripts of the assets; all of these are made.
+    The last checks ask Slurm about the job scripts of the assets; none of these stops the others.
 
     Args:
         project: the code location.
@@ -57,11 +55,21 @@ def examine(
         open_instance: opens the Dagster instance whose runs this project's jobs belong to.
     """
     with ExitStack() as until_the_end:
-        facts = Facts(project, open_instance, until_the_end, definitions)
+        facts = Facts(project, open_instance, until_the_end)
         for name, check in CHECKS.items():
-            finding = Finding(name, *check(facts))
+            finding = Finding(name, *make(check, facts))
             yield finding
             if finding.state == "broken":
                 return
-        for name, verdict in jobs.try_job_scripts(facts):
-            yield Finding(name, *verdict)
+        definitions = definitions or dg.Definitions()
+        for asset, partition in find_submitting(definitions, facts.instance):
+            yield Finding(f"asset {asset}", *make(jobs.check_job_script, facts, definitions, asset, partition))
+
+
+def make(check: Callable[..., Verdict], *arguments: Any) -> Verdict:
+    """Return the verdict of a check; `broken` if the login node cannot be reached or refuses the request."""
+    try:
+        return check(*arguments)
+    except (AccessError, SshError, RefusedError, StoppedError) as error:
+        text = str(error) or f"the login node has not answered everything within {jobs.SECONDS:.0f} s"
+        return broken(text, "do what the error says; if it says nothing to do, try again")

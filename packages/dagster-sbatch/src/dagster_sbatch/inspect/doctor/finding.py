@@ -1,32 +1,32 @@
-"""What a check says, and what the checks before it have found out."""
+"""What a check returns, and what the checks before it have found out."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import dagster as dg
 
-from dagster_sbatch.inspect.doctor.survey import Answer
+from dagster_sbatch.inspect.doctor.survey import Output
 from dagster_sbatch.inspect.runs import Runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Projects
 
-if TYPE_CHECKING:
-    import fabric
+Verdict = tuple[Literal["ok", "warning", "broken"], str, str]
+"""The last three fields of a Finding."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check says.
+    """The result of a check.
 
     Attributes:
         name: of the check.
-        state: `ok`; `warning`: jobs run all the same; `broken`: the checks after it were not made.
+        state: `ok`; `warning`: jobs run all the same; `broken`: the doctor has stopped here.
         found: in words.
-        fix: what to do; empty if it is ok.
+        fix: what to do; empty if the state is ok.
     """
 
     name: str
@@ -37,30 +37,23 @@ class Finding:
 
 @dataclass
 class Facts:
-    """What is known so far. Each check fills in what those after it need.
+    """What is known so far. Each check adds what those after it need.
 
     Attributes:
         project: the code location.
         open_instance: opens Dagster's instance.
         until_the_end: closes what checks have opened for those after them.
-        definitions: of the code location; None: no job scripts are tried.
     """
 
     project: Project
     open_instance: Callable[[], dg.DagsterInstance]
     until_the_end: ExitStack
-    definitions: dg.Definitions | None = None
     instance: dg.DagsterInstance = field(init=False)
     settings: Settings = field(init=False)
     site: Site = field(init=False)
-    connection: "fabric.Connection" = field(init=False)
-    survey: dict[str, Answer] = field(init=False)
+    survey: dict[str, Output] = field(init=False)
     runs: Runs = field(init=False)
     projects: Projects = field(init=False)
-
-
-Verdict = tuple[Literal["ok", "warning", "broken"], str, str]
-"""The last three fields of a Finding."""
 
 
 def ok(found: str) -> Verdict:
@@ -69,10 +62,10 @@ def ok(found: str) -> Verdict:
 
 
 def warning(found: str, fix: str) -> Verdict:
-    """Return the verdict for what jobs can live with."""
+    """Return the verdict for a fault that does not keep jobs from running."""
     return "warning", found, fix
 
 
 def broken(found: str, fix: str) -> Verdict:
-    """Return the verdict for what keeps jobs from running."""
+    """Return the verdict for a fault that keeps jobs from running."""
     return "broken", found, fix

@@ -1,4 +1,4 @@
-"""Checks on this machine, and of the way to the login node."""
+"""Checks of this machine, and of the network up to the login node."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ TCP_SECONDS = 10.0
 
 
 def check_settings(facts: Facts) -> Verdict:
-    """Check the settings and the entries of the sites."""
+    """Check the settings, and the sites in SUPERCOMPUTER_SITE_OVERRIDES."""
     try:
         facts.settings = settings = check_configuration(facts.project, supercomputer=True)
         facts.site = facts.project.load_site(settings.supercomputer_site)
@@ -29,7 +29,7 @@ def check_settings(facts: Facts) -> Verdict:
 
 
 def check_dagster_home(facts: Facts) -> Verdict:
-    """Open Dagster's instance. One elsewhere must retry runs and watch over them as the project's dagster.yaml does."""
+    """Open Dagster's instance; a dagster.yaml elsewhere must retry and monitor runs as the project's own does."""
     home = os.environ.get("DAGSTER_HOME", "")
     fix = f"unset DAGSTER_HOME, or copy {facts.project.root / 'dagster.yaml'} to that folder"
     try:
@@ -46,7 +46,7 @@ def check_dagster_home(facts: Facts) -> Verdict:
 
 
 def check_credentials(facts: Facts) -> Verdict:
-    """Check what there is to get a certificate with; asks no server."""
+    """Check what this machine has to get a certificate with, without asking a server."""
     health = check_health(facts.settings)
     if health.verdict == "broken":
         return broken("there is no access", health.summary)
@@ -67,7 +67,7 @@ def check_certificate(facts: Facts) -> Verdict:
 
 
 def check_name(facts: Facts) -> Verdict:
-    """Resolve the name of the first machine on the way."""
+    """Resolve the name of the jump host, or of the login node if there is none."""
     try:
         hop = _first_hop(facts)
     except ConfigurationError as error:
@@ -81,7 +81,7 @@ def check_name(facts: Facts) -> Verdict:
 
 
 def check_port(facts: Facts) -> Verdict:
-    """Connect to the first machine on the way, and read its greeting."""
+    """Connect to the jump host or login node, and read its greeting."""
     hop = _first_hop(facts)
     maintenance = "check whether the centre announces a maintenance"
     try:
@@ -105,7 +105,7 @@ def check_port(facts: Facts) -> Verdict:
 
 
 def check_host_authority(facts: Facts) -> Verdict:
-    """Show which authority or key the login node is going to be checked with, and where to compare it."""
+    """Show which authority or key the login node's key must match, and where to compare it."""
     login, _ = read_route(facts.settings)
     entries = trusted_entries(KnownHosts.read(login.known_hosts, facts.site.host_authorities), login.host, login.port)
     if not entries:

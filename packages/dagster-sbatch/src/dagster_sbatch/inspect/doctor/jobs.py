@@ -1,34 +1,32 @@
-"""Checks over one connection to the agent on the login node: projects, jobs, each asset's own job script."""
+"""Checks through the agent on the login node: projects, locks, jobs, the environment, each asset's job script."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import dagster as dg
 
-from dagster_sbatch.auth import AccessError
 from dagster_sbatch.environments import Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.doctor.finding import Facts, Verdict, broken, ok, warning
-from dagster_sbatch.inspect.preview import NotPreviewedError, find_submitting, preview_asset, try_script
+from dagster_sbatch.inspect.preview import NotPreviewedError, preview_asset, try_script
 from dagster_sbatch.inspect.runs import open_runs
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import RefusedError, StoppedError
-from dagster_sbatch.ssh import SshError
 
 SECONDS = 240.0
-"""For the agent to answer everything; Slurm takes some seconds for each job script."""
-FAILURES = (AccessError, SshError, RefusedError, StoppedError)
+"""For the agent to answer all requests; Slurm takes some seconds for each job script."""
+LOCK_SECONDS = 60.0
+LOCK_TRIES = 6
+"""Connections to open: each may reach the login node that holds the lock."""
+LOCK_FAMILY = "lock-test"
 
 
 def check_projects(facts: Facts) -> Verdict:
-    """Open the connection; say which projects the user has, and which of them is charged."""
+    """Open the connection; check the user's projects, and which of them is charged."""
     settings = facts.settings
-    try:
-        facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.project, SECONDS))
-        facts.projects = projects = facts.runs.gateway.projects()
-    except FAILURES as error:
-        return broken(_describe(error), "try again")
+    facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.project, SECONDS))
+    facts.projects = projects = facts.runs.gateway.projects()
     charged = projects.charged(settings.account)
     if not projects.qos:
         return warning("the accounting does not answer, or knows no project of yours", "try again; ask the centre")
@@ -48,67 +46,74 @@ def check_projects(facts: Facts) -> Verdict:
     return warning(f"{found}, without QoS {', '.join(lacking)}", "assets cannot use those") if lacking else ok(found)
 
 
+def check_locks(facts: Facts) -> Verdict:
+    """Check that a lock on one login node is seen on another: two Dagsters must not act on the same run."""
+    with open_runs(facts.settings, facts.project, LOCK_SECONDS) as runs:
+        if runs.gateway.claim(runs.folder, LOCK_FAMILY, uuid.uuid4().hex, "scripts/doctor").held_by:
+            return ok("another doctor holds the lock")
+        return _try_to_lock(facts, runs.gateway.host())
+
+
+def _try_to_lock(facts: Facts, holder: str) -> Verdict:
+    for _ in range(LOCK_TRIES):
+        with open_runs(facts.settings, facts.project, LOCK_SECONDS) as runs:
+            host = runs.gateway.host()
+            if runs.gateway.claim(runs.folder, LOCK_FAMILY, uuid.uuid4().hex, "scripts/doctor").held_by is None:
+                return warning(
+                    f"a lock that {holder} holds is not seen on {host}: two Dagsters could act on the same run, or "
+                    "make the same environment",
+                    "set SLURM_DEPLOYMENT_BASE_PATH to a folder on another file system, or SLURM_EDGE_NODE_HOST to one "
+                    "login node; or ask the centre to switch on locks for the whole cluster",
+                )
+        if host != holder:
+            return ok(f"what {holder} locks is locked on {host}")
+    return ok(f"what one process on {holder} locks is locked for others there; no other login node was reached")
+
+
 def check_jobs(facts: Facts) -> Verdict:
-    """Look for jobs of runs that this Dagster does not know."""
-    try:
-        going = [run for run in facts.runs.all() if run.job and not run.end and facts.runs.look(run)[0]]
-    except FAILURES as error:
-        return broken(_describe(error), "try again; scripts/job lists what is there")
-    strange = [f"{run.job} ({run.about.asset})" for run in going if not facts.instance.has_run(run.about.run)]
+    """Check for jobs of runs that this Dagster does not know."""
+    waiting = [run for run in facts.runs.all() if run.job and not run.end and facts.runs.look(run)[0]]
+    strange = [f"{run.job} ({run.about.asset})" for run in waiting if not facts.instance.has_run(run.about.run)]
     if strange:
         fix = "leave them to the other Dagster that submitted them; if there is none: scripts/job JOB cancel"
         return warning(f"of runs that this Dagster does not know: {', '.join(strange)}", fix)
-    return ok(f"{len(going)} waiting or running")
+    return ok(f"{len(waiting)} waiting or running")
 
 
 def check_environment(facts: Facts) -> Verdict:
-    """Find what production runs."""
+    """Check that an environment is published, if the deployment is production."""
     settings = facts.settings
     if settings.deployment != "production_supercomputer":
         return ok(f"a run on {settings.deployment} makes its own")
-    try:
-        base = str(settings.deployment_base_path)
-        published = Environments(facts.runs.gateway, base, facts.site).published()
-    except FAILURES as error:
-        return broken(_describe(error), "try again")
+    published = Environments(facts.runs.gateway, str(settings.deployment_base_path), facts.site).published()
     if published is None:
         return broken("nothing has been published: runs are refused", "scripts/deploy_environment.py")
     revision = f", revision {published.revision}" if published.revision else ""
     return ok(f"published at {published.at:%Y-%m-%d %H:%M} UTC{revision}")
 
 
-def try_job_scripts(facts: Facts) -> Iterator[tuple[str, Verdict]]:
-    """Ask Slurm about each asset's own job script, with `sbatch --test-only`; of a partitioned asset, the last one."""
-    definitions = facts.definitions or dg.Definitions()
-    for name, partition in find_submitting(definitions, facts.instance):
-        command = f"scripts/preview {name}" + (f" --partition '{partition}'" if partition else "")
-        try:
-            with _deployment(facts.settings):
-                previews = preview_asset(definitions, name, partition)
-        except NotPreviewedError as error:
-            yield f"asset {name}", warning(f"not tried: {error}", command)
-            continue
-        except ConfigurationError as error:
-            yield f"asset {name}", broken(f"its run would be refused: {error}", f"correct the asset; {command}")
-            continue
-        for preview in previews:
-            try:
-                accepted, said = try_script(facts.runs.gateway, preview, facts.projects)
-            except FAILURES as error:
-                yield f"asset {name}", broken(_describe(error), "try again")
-                return
-            step = preview.summary["step"]
-            label = f"asset {name}" if step == name else f"asset {name}, {step}"
-            yield label, ok(said) if accepted else broken(said, f"correct the asset's request; {command} --test-only")
-
-
-def _describe(error: Exception) -> str:
-    return str(error) or f"the login node has not answered everything within {SECONDS:.0f} s"
+def check_job_script(facts: Facts, definitions: dg.Definitions, asset: str, partition: str | None) -> Verdict:
+    """Ask Slurm about the job scripts of an asset with `sbatch --test-only`."""
+    command = f"scripts/preview {asset}" + (f" --partition '{partition}'" if partition else "")
+    try:
+        with _deployment(facts.settings):
+            previews = preview_asset(definitions, asset, partition)
+    except NotPreviewedError as error:
+        return warning(f"not tried: {error}", command)
+    except ConfigurationError as error:
+        return broken(f"its run would be refused: {error}", f"correct the asset; {command}")
+    answers = [
+        (preview.summary["step"], *try_script(facts.runs.gateway, preview, facts.projects)) for preview in previews
+    ]
+    found = "\n".join(said if step == asset else f"{step}: {said}" for step, _, said in answers)
+    if all(accepted for _, accepted, _ in answers):
+        return ok(found)
+    return broken(found, f"correct the asset's request; {command} --test-only")
 
 
 @contextmanager
 def _deployment(settings: Settings) -> Iterator[None]:
-    """Let `load_settings` read those of the supercomputer, also where DAGSTER_DEPLOYMENT is `development` or unset."""
+    """Let `load_settings` read the supercomputer's settings, also if DAGSTER_DEPLOYMENT is `development` or unset."""
     before = os.environ.get("DAGSTER_DEPLOYMENT", "")
     os.environ["DAGSTER_DEPLOYMENT"] = settings.deployment if settings.on_supercomputer else "staging_supercomputer"
     try:

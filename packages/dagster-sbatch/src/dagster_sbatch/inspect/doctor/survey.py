@@ -1,10 +1,10 @@
-"""What a login node says of itself: one script over one SSH channel, with any login shell and whatever that prints."""
+"""One shell script, over one SSH channel, that asks a login node all the doctor wants to know, with any login shell."""
 
+import re
 import shlex
-import time
-from contextlib import suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dagster_sbatch.places import to_shell
 from dagster_sbatch.slurm.gateway.shell import after_login_profile, for_any_shell
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import fabric
 
 SECONDS = 90.0
-"""For the whole survey; each Slurm command has 20 s."""
+"""In which the login node must print something more; each Slurm command has 20 s."""
 
 _SCRIPT = r"""
 report() { name=$1; shift; text=$("$@" 2>&1); printf '\036%s\037%s\037%s' "$name" "$?" "$text"; }
@@ -23,7 +23,7 @@ write() {
   file=$(mktemp "$(above)/.doctor.XXXXXX") || return
   head -c 1048576 /dev/zero > "$file"; code=$?; rm -f "$file"; return $code
 }
-room() { timeout 10 df -Pk "$1" 2>/dev/null; printf '\035'; timeout 10 df -Pi "$1" 2>/dev/null; }
+room() { timeout 10 df -k --output=source,avail,itotal,iavail "$1"; }
 python() { "$1" -c 'import sys; sys.stdout.write("%d.%d" % sys.version_info[:2])'; }
 report commands commands
 report controller timeout 20 scontrol ping
@@ -44,14 +44,8 @@ printf '\036end\0370\037'
 """
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a command on the login node said.
-
-    Attributes:
-        code: its exit code.
-        text: stdout and stderr.
-    """
+class Output(NamedTuple):
+    """The exit code of a command on the login node, and its stdout and stderr."""
 
     code: int
     text: str
@@ -59,52 +53,92 @@ class Answer:
 
 def take_survey(
     connection: "fabric.Connection", base: str, pythons: tuple[str, ...], setup: tuple[str, ...]
-) -> dict[str, Answer]:
-    """Ask a login node about Slurm, the deployment folder and Python.
+) -> dict[str, Output]:
+    """Run the script on the login node, after the login profile and the site's setup commands, as the agent runs.
 
     Args:
         connection: open.
-        base: SLURM_DEPLOYMENT_BASE_PATH; what is missing of it is not made.
+        base: SLURM_DEPLOYMENT_BASE_PATH; the script does not create it.
         pythons: interpreters to try.
-        setup: the site's setup commands; they and the login profile come before the questions, as for the agent.
+        setup: the site's setup commands.
 
     Raises:
-        TimeoutError: it did not end within SECONDS.
-        OSError: the connection was lost, or the script was cut short.
+        TimeoutError: the login node printed nothing for SECONDS.
+        OSError: the connection was lost, or the script did not run to its end.
     """
-    channel = connection.transport.open_session()
-    try:
+    script = f"exec /bin/sh -c {shlex.quote(render(base, pythons))}"
+    with connection.transport.open_session() as channel:
         channel.settimeout(SECONDS)
-        channel.exec_command(for_any_shell(after_login_profile(setup, "exec /bin/sh -s")))
-        with suppress(OSError):  # a shell that has ended takes nothing; what it has said is read all the same
-            channel.sendall(render(base, pythons).encode())
-            channel.shutdown_write()
-        received, deadline = bytearray(), time.monotonic() + SECONDS
-        while data := channel.recv(65536):
-            received += data
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"the login node did not answer all questions within {SECONDS:.0f} s")
-    finally:
-        channel.close()
-    return parse(received.decode(errors="replace"))
+        channel.exec_command(for_any_shell(after_login_profile(setup, script)))
+        try:
+            printed = channel.makefile("rb").read()
+        except TimeoutError:
+            raise TimeoutError(f"the login node printed nothing for {SECONDS:.0f} s") from None
+    return parse(printed.decode(errors="replace"))
 
 
 def render(base: str, pythons: tuple[str, ...]) -> str:
-    """Return the questions as a script of /bin/sh; for the arguments, see `take_survey`."""
-    names = " ".join(pythons)
-    return f"BASE={to_shell(base)}\nPYTHONS={shlex.quote(names)}\n{_SCRIPT}"
+    """Return the script for /bin/sh; for the arguments, see `take_survey`."""
+    return f"BASE={to_shell(base)}\nPYTHONS={shlex.quote(' '.join(pythons))}\n{_SCRIPT}"
 
 
-def parse(text: str) -> dict[str, Answer]:
-    """Return the answers by name; what the shell printed before the first does not count.
+def parse(text: str) -> dict[str, Output]:
+    """Return the output of each command by name, without what the login shell printed before the first.
 
     Raises:
-        OSError: the last answer is missing.
+        OSError: the script did not run to its end.
     """
-    answers = {}
-    for part in text.split("\x1e")[1:]:
-        name, code, said = part.split("\x1f", 2)
-        answers[name] = Answer(int(code), said.strip())
-    if "end" not in answers:
-        raise OSError(f"the login node's shell did not run the questions; it said: {text.strip()[-300:]!r}")
-    return answers
+    parts = [part.split("\x1f", 2) for part in text.split("\x1e")[1:]]
+    found = {name: Output(int(code), said.strip()) for name, code, said in parts}
+    if "end" not in found:
+        raise OSError(f"the login node's shell did not run the doctor's script; it printed: {text.strip()[-300:]!r}")
+    return found
+
+
+@dataclass(frozen=True)
+class Room:
+    """What may still be written to a folder.
+
+    Attributes:
+        kib: KiB; None if not known.
+        files: number of files; None if not known, or if the file system does not count them.
+    """
+
+    kib: int | None
+    files: int | None
+
+    def __str__(self) -> str:
+        parts = [] if self.kib is None else [f"{self.kib / (1 << 20):,.1f} GB"]
+        parts += [] if self.files is None else [f"{self.files:,} files"]
+        return f"{' and '.join(parts)} free" if parts else "free space not known"
+
+
+# Columns source, avail, itotal, iavail; df prints "-" for a number that it does not know.
+_DF = re.compile(r"^(.*?) +(-?\d+|-) +(\d+|-) +(\d+|-)$", re.M)
+# Columns of `quota -w -p`: the file system, then used, quota, limit and grace of its KiB and of its files.
+_QUOTA = re.compile(r"^\s*(\S+)\s+(\d+)\*?\s+(\d+)\s+(\d+)\s+\d+\s+(\d+)\*?\s+(\d+)\s+(\d+)\s+\d+\s*$", re.M)
+
+
+def parse_room(df: str, quotas: str) -> Room:
+    """Return the room of a folder: what its file system has left, or what the user's quota leaves if that is less.
+
+    Args:
+        df: the output of `room` in the script.
+        quotas: the output of `quota -w -p`, or its error.
+    """
+    source, *columns = [("", "-", "-", "-"), *_DF.findall(df)][-1]
+    kib, total, files = (None if column == "-" else max(0, int(column)) for column in columns)
+    rooms = [Room(kib, files if total else None)]  # btrfs, CephFS and BeeGFS count no inodes: they show 0 of 0
+    for name, *numbers in _QUOTA.findall(quotas):
+        if name == source:
+            used_kib, soft_kib, hard_kib, used_files, soft_files, hard_files = map(int, numbers)
+            rooms.append(Room(_left(used_kib, hard_kib or soft_kib), _left(used_files, hard_files or soft_files)))
+    return Room(_least(each.kib for each in rooms), _least(each.files for each in rooms))
+
+
+def _left(used: int, limit: int) -> int | None:
+    return max(0, limit - used) if limit else None
+
+
+def _least(numbers: Iterable[int | None]) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)

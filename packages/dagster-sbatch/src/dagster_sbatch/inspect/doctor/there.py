@@ -1,38 +1,34 @@
-"""Checks on the login node."""
+"""Checks of what the login node's survey says."""
 
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.inspect.doctor.finding import Facts, Verdict, broken, ok, warning
-from dagster_sbatch.inspect.doctor.storage import Room, parse_room
-from dagster_sbatch.inspect.doctor.survey import take_survey
+from dagster_sbatch.inspect.doctor.survey import Room, parse_room, take_survey
 from dagster_sbatch.ssh import SshError, connect
 
 LEAST_FREE_KIB, LEAST_FREE_FILES = 1 << 20, 10_000
 OLDEST_PYTHON = (3, 6)
-"""For what runs on the login node; workloads have an environment of their own."""
+"""Needed by what the client runs on the login node; workloads have their own environment."""
 LONGEST_TEMPORARY = 40
-"""Characters. Ray puts sockets below it, whose paths may have 107 (unix(7))."""
+"""Characters. Ray creates sockets below it, and the path of a socket has at most 107 (unix(7))."""
 WANTED_FILES = 65536
 
 
 def check_login(facts: Facts) -> Verdict:
-    """Log in, and ask the login node everything that the checks after this one judge."""
+    """Log in, and take the survey that the checks below read."""
     settings, site = facts.settings, facts.site
     try:
-        connection = connect(settings, ensure_certificate, site.host_authorities)
-        facts.connection = facts.until_the_end.enter_context(connection)
+        with connect(settings, ensure_certificate, site.host_authorities) as connection:
+            base = str(settings.deployment_base_path)
+            facts.survey = take_survey(connection, base, site.python_candidates, site.setup_commands)
     except SshError as error:
         return broken(str(error), "do what the error says; scripts/refresh_step_auth.py --status shows the certificate")
-    try:
-        facts.survey = take_survey(
-            facts.connection, str(settings.deployment_base_path), site.python_candidates, site.setup_commands
-        )
     except OSError as error:
         return broken(str(error), "try again; check what your login shell does on the login node")
     return ok(f"{settings.edge_node_user} at {settings.edge_node_host}")
 
 
 def check_slurm(facts: Facts) -> Verdict:
-    """Find Slurm's commands, and ping its controller."""
+    """Check that Slurm's commands are there and that its controller answers."""
     missing = facts.survey["commands"].text.split()
     if missing:
         fix = "load the module that has them in setup_commands of SUPERCOMPUTER_SITE_OVERRIDES, or ask the centre"
@@ -44,8 +40,10 @@ def check_slurm(facts: Facts) -> Verdict:
 
 
 def check_partitions(facts: Facts) -> Verdict:
-    """Compare the site's entry with Slurm's partitions."""
-    there = _parse_partitions(facts.survey["partitions"].text)
+    """Compare the facts about the site with Slurm's partitions."""
+    text = facts.survey["partitions"].text
+    rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines()]
+    there = {row["PartitionName"]: row for row in rows if "PartitionName" in row}
     for partition, wanted in facts.site.partitions.items():
         if partition not in there:
             fix = f"correct SUPERCOMPUTER_SITE_OVERRIDES; the cluster has {', '.join(sorted(there))}"
@@ -62,56 +60,55 @@ def check_partitions(facts: Facts) -> Verdict:
 
 
 def check_storage(facts: Facts) -> Verdict:
-    """Show the room in the user's own folders."""
-    survey, found, full = facts.survey, [], []
-    for name in ("HOME", "DATA", "SCRATCH"):
-        if f"path {name}" in survey:
-            room = parse_room(survey[f"room {name}"].text, survey["quota"].text)
-            found.append(f"${name} {survey[f'path {name}'].text}: {room}")
-            if _is_short(room):
-                full.append(f"${name}")
+    """Check the room in the user's own folders."""
+    folders = [name for name in ("HOME", "DATA", "SCRATCH") if f"path {name}" in facts.survey]
+    rooms = {name: _room(facts, f"room {name}") for name in folders}
+    found = "\n".join(f"${name} {facts.survey[f'path {name}'].text}: {room}" for name, room in rooms.items())
+    full = [f"${name}" for name, room in rooms.items() if _is_short(room)]
     if full:
-        return warning("\n".join(found), f"make room in {' and '.join(full)}: remove what you do not need there")
-    return ok("\n".join(found))
+        return warning(found, f"make room in {' and '.join(full)}: remove what you do not need there")
+    return ok(found)
 
 
 def check_folder(facts: Facts) -> Verdict:
     """Check that SLURM_DEPLOYMENT_BASE_PATH can be written to and has room."""
-    base, above = facts.survey["base"].text, facts.survey["folder"].text
-    write = facts.survey["write"]
+    base, above, write = (facts.survey[name] for name in ("base", "folder", "write"))
     if write.code:
         fix = "choose another SLURM_DEPLOYMENT_BASE_PATH, or make room (your quota?)"
-        return broken(f"{above} cannot be written to: {write.text}", fix)
-    room = parse_room(facts.survey["room"].text, facts.survey["quota"].text)
+        return broken(f"{above.text} cannot be written to: {write.text}", fix)
+    room = _room(facts, "room")
     if _is_short(room):
-        return warning(f"{above}: {room}", "make room there: scripts/deploy_environment.py --help says how")
-    there = "" if above == base else "; the first run makes it"
-    return ok(f"{base}: {room}{there}")
+        return warning(f"{above.text}: {room}", "make room there: scripts/deploy_environment.py --help says how")
+    return ok(f"{base.text}: {room}{'' if above.text == base.text else '; the first run creates it'}")
+
+
+def _room(facts: Facts, name: str) -> Room:
+    return parse_room(facts.survey[name].text, facts.survey["quota"].text)
 
 
 def _is_short(room: Room) -> bool:
-    """Whether little is left; what is not known is no alarm."""
+    """Whether little room is left; unknown room is not short."""
     return (room.kib is not None and room.kib < LEAST_FREE_KIB) or (
         room.files is not None and room.files < LEAST_FREE_FILES
     )
 
 
 def check_python(facts: Facts) -> Verdict:
-    """Find an interpreter for the agent on the login node."""
-    said = {each: facts.survey[f"python {each}"] for each in facts.site.python_candidates}
-    for candidate, answer in said.items():
-        if answer.code == 0 and tuple(map(int, answer.text.split("."))) >= OLDEST_PYTHON:
-            return ok(f"{candidate} is {answer.text}")
+    """Check that the login node has an interpreter for the agent."""
+    for candidate in facts.site.python_candidates:
+        code, version = facts.survey[f"python {candidate}"]
+        if code == 0 and tuple(map(int, version.split("."))) >= OLDEST_PYTHON:
+            return ok(f"{candidate} is {version}")
     oldest = ".".join(map(str, OLDEST_PYTHON))
     fix = f"name one of at least {oldest} in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES"
-    return broken(f"none of {', '.join(said)} is there on the login node", fix)
+    return broken(f"none of {', '.join(facts.site.python_candidates)} is there on the login node", fix)
 
 
 def check_temporary_folder(facts: Facts) -> Verdict:
     """Check the length of TMPDIR."""
     path = facts.survey["temporary"].text
     if len(path) > LONGEST_TEMPORARY:
-        fix = f"let TMPDIR have {LONGEST_TEMPORARY} characters at most: Ray's sockets lie below it"
+        fix = f"set TMPDIR to a path of at most {LONGEST_TEMPORARY} characters: Ray creates sockets below it"
         return warning(f"{path} has {len(path)} characters", fix)
     return ok(path)
 
@@ -121,11 +118,5 @@ def check_open_files(facts: Facts) -> Verdict:
     limit = facts.survey["files"].text
     if limit.isdecimal() and int(limit) < WANTED_FILES:
         found = f"{limit} on the login node, less than the {WANTED_FILES} that Ray wants"
-        return warning(found, "compute nodes may give more; jobs raise theirs as far as they may")
+        return warning(found, "compute nodes may allow more; jobs raise their limit as far as the node allows")
     return ok(limit)
-
-
-def _parse_partitions(text: str) -> dict[str, dict[str, str]]:
-    """Parse `scontrol --oneliner show partition`, by partition."""
-    rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines()]
-    return {row["PartitionName"]: row for row in rows if "PartitionName" in row}
