@@ -1,4 +1,4 @@
-"""What an asset would submit to Slurm: the plan and the batch script of each of its calls of compute.run."""
+"""Previews what an asset would submit to Slurm: the plan and the batch script of each of its calls of compute.run."""
 
 import logging
 import re
@@ -42,7 +42,7 @@ class Preview:
 
 
 class NotPreviewedError(ConfigurationError):
-    """What an asset would submit cannot be found out here; a run of it may well work."""
+    """The preview failed for a reason that need not make a run of the asset fail."""
 
 
 class _Intercepted(BaseException):
@@ -54,7 +54,7 @@ def preview_asset(
 ) -> list[Preview]:
     """Run an asset in a temporary Dagster instance up to its calls of compute.run, and return what they would submit.
 
-    The asset's own code before the call runs, and so do the resources and the IO managers that it needs.
+    This runs the asset's own code before the call, and the resources and IO managers that it needs.
 
     Args:
         definitions: of the code location.
@@ -66,8 +66,8 @@ def preview_asset(
         One preview for each step that calls compute.run; only a graph asset has more than one.
 
     Raises:
-        ConfigurationError: there is no such asset or partition, or its run would be refused; the text says why.
-        NotPreviewedError: its code did not come to a call of compute.run here; the text says why.
+        ConfigurationError: there is no such asset or partition, or the client would refuse its run.
+        NotPreviewedError: its code did not get to a call of compute.run here.
     """
     definition = _find(definitions, asset)
     keys = {dg.AssetKey.from_user_string(asset)} if definition.can_subset else definition.keys
@@ -106,11 +106,11 @@ def find_submitting(definitions: dg.Definitions, instance: dg.DagsterInstance) -
 
     Args:
         definitions: of the code location.
-        instance: knows the keys of dynamic partitions.
+        instance: has the keys of dynamic partitions.
     """
     found = []
-    for each in definitions.assets or ():
-        if isinstance(each, dg.AssetsDefinition) and each.keys and _submits(each, definitions):
+    for each in _with_code(definitions):
+        if each.keys and _submits(each, definitions):
             partitions = each.partitions_def
             keys = partitions.get_partition_keys(dynamic_partitions_store=instance) if partitions else ()
             found.append((min(key.to_user_string() for key in each.keys), keys[-1] if keys else None))
@@ -118,7 +118,7 @@ def find_submitting(definitions: dg.Definitions, instance: dg.DagsterInstance) -
 
 
 def try_script(gateway: Gateway, preview: Preview, projects: Projects) -> tuple[bool, str]:
-    """Ask Slurm whether it would accept the script: its expected start and the project, or why not."""
+    """Ask Slurm whether it would accept the script; return that, and the expected start and the project, or why not."""
     request = preview.plan.allocation.request
     accepted, text = gateway.test(preview.script)
     said = "\n".join(line for line in text.splitlines() if line.startswith("sbatch:")) or text  # centres print more
@@ -133,20 +133,21 @@ def _written(time: re.Match[str]) -> str:
 
 
 def _find(definitions: dg.Definitions, asset: str) -> dg.AssetsDefinition:
-    known = [each for each in definitions.assets or () if isinstance(each, dg.AssetsDefinition)]
-    by_key = {key.to_user_string(): each for each in known for key in each.keys}
+    by_key = {key.to_user_string(): each for each in _with_code(definitions) for key in each.keys}
     if asset not in by_key:
-        specs = {spec.key.to_user_string() for spec in definitions.resolve_all_asset_specs()}
-        if asset in specs:
+        if asset in {spec.key.to_user_string() for spec in definitions.resolve_all_asset_specs()}:
             raise ConfigurationError("no code of this project makes it, so there is nothing to submit")
         raise ConfigurationError(f"there is no such asset{nearest(asset, by_key)}")
-    found = by_key[asset]
-    if not _submits(found, definitions):
+    if not _submits(by_key[asset], definitions):
         raise ConfigurationError(
             "none of its resources is a ComputeResource, so it submits nothing. "
             "Preview runs no such asset. One that submits has the parameter `compute: ComputeResource`"
         )
-    return found
+    return by_key[asset]
+
+
+def _with_code(definitions: dg.Definitions) -> list[dg.AssetsDefinition]:
+    return [each for each in definitions.assets or () if isinstance(each, dg.AssetsDefinition)]
 
 
 def _submits(asset: dg.AssetsDefinition, definitions: dg.Definitions) -> bool:
@@ -198,7 +199,7 @@ def _check_partition(
 
 
 def _add_dynamic(partitions: dg.PartitionsDefinition[Any], key: str, instance: dg.DagsterInstance) -> None:
-    """Let the temporary instance know a key of dynamic partitions, since only Dagster's own instance has them."""
+    """Add a key of dynamic partitions to the temporary instance: only Dagster's own instance has them."""
     if isinstance(partitions, dg.DynamicPartitionsDefinition) and partitions.name and key:
         instance.add_dynamic_partitions(partitions.name, [key])
     elif isinstance(partitions, dg.MultiPartitionsDefinition):
@@ -232,57 +233,49 @@ def _explain(result: dg.ExecuteInProcessResult, asset: str) -> ConfigurationErro
     )
 
 
-def _base(settings: Settings) -> str:
-    return settings.deployment_base_path or "<SLURM_DEPLOYMENT_BASE_PATH>"
-
-
 def _place(settings: Settings, run: str) -> Place:
-    base = _base(settings)
+    base = settings.deployment_base_path or "<SLURM_DEPLOYMENT_BASE_PATH>"
     environment = f"{base}/environments/<hash of its content>"
     python = settings.python or f"{environment}/bin/python"
     return Place(f"{base}/runs/{run}", python, f"{environment}/workloads", settings.data_root or f"{base}/data")
 
 
 def _summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
-    request = plan.allocation.request
-    where = f"partition {request.partition}, QoS {request.qos or 'of the partition'}"
-    unknown = "no site is chosen, so partition and limits are not known: set SLURM_SUPERCOMPUTER_SITE"
-    name = settings.supercomputer_site or "the only site"
+    request, place = plan.allocation.request, _place(settings, "")
+    site = settings.supercomputer_site or "the only site"
     return {
         "step": step,
         "how": f"{plan.workload.name} with {type(plan.launcher).__name__}",
-        "where": f"{name}: {where}" if request.partition else unknown,
+        "where": f"{site}: partition {request.partition}, QoS {request.qos or 'of the partition'}"
+        if request.partition
+        else "no site is chosen, so partition and limits are not known: set SLURM_SUPERCOMPUTER_SITE",
         **_summarise_nodes(plan),
         "project": request.account
         or "not named: SBATCH_ACCOUNT of the login shell there, else your default (--test-only says which)",
         "time limit": format_time(request.time_limit),
         "cost": _summarise_cost(plan),
-        "files": f"job.sh, context.json, ... in {_base(settings)}/runs/",
-        "python": _place(settings, "").python,
+        "files": f"job.sh, context.json, ... in {place.run}",
+        "python": place.python,
     }
 
 
 def _summarise_nodes(plan: Plan) -> dict[str, str]:
-    """What is requested of each node, of how much, and whether others may use the rest."""
-    request, partition = plan.allocation.request, plan.allocation.partition
+    """Return what the job requests of each node, of how much, and whether others may use the rest."""
+    request, node = plan.allocation.request, plan.allocation.partition
     cores = (request.cpus_per_task or 1) * request.ntasks_per_node
     mem = request.mem or (f"{request.mem_per_cpu} per core" if request.mem_per_cpu else "Slurm's default")
-    rows = {"cores": str(cores), "GPUs": str(request.gpus_per_node), "memory": "all" if mem == "0" else mem}
-    if partition:
-        available = {"cores": partition.cores, "GPUs": partition.gpus, "memory": partition.mem}
-        rows = {name: f"{value} of {available[name]}" for name, value in rows.items()}
+    of = {name: f" of {value}" for name, value in node} if node else {"cores": "", "gpus": "", "mem": ""}
     if request.exclusive:
         shared = "not shared: `exclusive` reserves them whole"
-    elif partition and cores == partition.cores:
+    elif node and cores == node.cores:
         shared = "not shared: all of their cores are requested"
     else:
         shared = "shared: other jobs may use the rest of them"
     tasks = f", {request.ntasks_per_node} tasks per node" if request.ntasks_per_node > 1 else ""
     return {
         "nodes": f"{request.nodes}{tasks}; {shared}",
-        "per node": ", ".join(
-            f"{value} {name}" if name != "memory" else f"memory {value}" for name, value in rows.items()
-        ),
+        "per node": f"{cores}{of['cores']} cores, {request.gpus_per_node}{of['gpus']} GPUs, "
+        f"memory {'all' if mem == '0' else mem}{of['mem']}",
     }
 
 
