@@ -1,4 +1,4 @@
-"""The runs that lie on the supercomputer, for whoever looks after them: sensors, the doctor, `scripts/job`."""
+"""The runs on the supercomputer, as sensors, the doctor and `scripts/job` see them."""
 
 import threading
 import uuid
@@ -17,9 +17,9 @@ from dagster_sbatch.slurm.gateway import Gateway, JobEnd, JobState, RefusedError
 from dagster_sbatch.ssh import UnreachableError
 
 SHORTEST_ID = 6
-"""Characters of a Dagster run's id that are taken for it; the UI shows eight."""
-UNJUDGED = timedelta(days=1)
-"""For which a run whose end is not known counts as one that goes on: the view of the queue may be older than it."""
+"""Characters of a Dagster run's id that identify it; the UI shows eight."""
+ACTIVE_WITHOUT_END = timedelta(days=1)
+"""A run without a recorded end counts as active for this long: the cached squeue output may be older than its job."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class RunRecord:
 
     Attributes:
         path: of the run directory.
-        job: its Slurm id; None if sbatch has not answered, or said no.
-        about: whose run it is.
-        end: how it ended, as far as somebody has already asked Slurm.
-        heard: when the job last said something of itself: that it was laid out, started, or ended.
+        job: its Slurm id; None if sbatch has not answered, or refused.
+        about: the Dagster run that it belongs to.
+        end: how the job ended; None if it has not, or if nobody has asked Slurm since.
+        heard: when the run directory last changed: created, job started, job ended.
         followers: ids of the Dagster runs that submitted or adopted it, in that order.
     """
 
@@ -49,35 +49,39 @@ class RunRecord:
 
     @property
     def family(self) -> str:
-        """What all attempts at the same work have in common."""
+        """The part of the key that all attempts of one step share."""
         return self.key.rpartition("-")[0]
 
     @classmethod
     def parse(cls, row: Mapping[str, Any]) -> "RunRecord":
-        """From what the agent says."""
+        """Return the record for an entry of the agent's list."""
         end = JobEnd.parse(row["end"]) if row["end"] else None
         about, heard = About.parse(row["about"]), datetime.fromtimestamp(row["at"], UTC)
         return cls(row["run"], row["job"], about, end, heard, tuple(row["followers"] or [about.run]))
 
 
 class Runs:
-    """All runs below SLURM_DEPLOYMENT_BASE_PATH, over one connection; `open_runs` makes it."""
+    """All runs below SLURM_DEPLOYMENT_BASE_PATH, over one connection; `open_runs` opens it."""
 
     def __init__(self, gateway: Gateway, settings: Settings) -> None:
         self.gateway = gateway
         self.folder = f"{settings.deployment_base_path}/runs"
 
     def all(self) -> list[RunRecord]:
-        """Every run, the one that was heard of last at the end."""
+        """Return every run, by the time of its last change."""
         return sorted(map(RunRecord.parse, self.gateway.runs(self.folder)), key=lambda run: run.heard)
 
     def find(self, name: str) -> list[RunRecord]:
-        """The runs of that name: a Slurm job id, the beginning of a Dagster run id, or a submission key.
+        """Return the runs of that name: a Slurm job id, the beginning of a Dagster run id, or a submission key.
 
         Raises:
             ConfigurationError: there is none.
         """
-        found = [run for run in self.all() if _is_called(run, name)]
+        found = [
+            run
+            for run in self.all()
+            if name in (run.job, run.key) or (len(name) >= SHORTEST_ID and run.about.run.startswith(name))
+        ]
         if not found:
             raise ConfigurationError(
                 f"no run in {self.folder} has the job id, the Dagster run id (at least {SHORTEST_ID} characters of it) "
@@ -86,27 +90,27 @@ class Runs:
         return found
 
     def remove(self, found: Iterable[RunRecord]) -> list[str]:
-        """Remove run directories whose job is over; their names. What was begun there and never finished goes, too."""
+        """Remove run directories whose job has ended, and unfinished ones; return the names of those removed."""
         return self.gateway.clean(self.folder, [run.key for run in found])
 
     def look(self, run: RunRecord) -> tuple[JobState | None, JobEnd | None]:
-        """What Slurm says of a run's job now: its state, or how it ended; neither if it has no job."""
+        """Return what Slurm says of a run's job now: its state, or how it ended; neither if it has no job."""
         return self.gateway.look(run.path)
 
     def claim(self, run: RunRecord, who: str) -> str | None:
-        """Become the one that acts on a run and its other attempts, until the connection ends; who else does, if so."""
+        """Claim a run and its other attempts until the connection ends; return who holds the claim, if somebody else does."""
         return self.gateway.claim(self.folder, run.family, uuid.uuid4().hex, who).held_by
 
     def environments_in_use(self) -> set[str]:
-        """Names of the environments of all runs whose job is in Slurm's queue, or may come there.
+        """Return the names of the environments of all runs whose job is in Slurm's queue, or may still get there.
 
         Raises:
-            RefusedError: Slurm does not answer: then nothing is known.
+            RefusedError: Slurm does not answer.
         """
         queue = self.gateway.states(self.folder)
         if queue["trouble"]:
             raise RefusedError(f"Slurm does not tell which jobs there are: {queue['trouble']}")
-        lately = datetime.now(UTC) - UNJUDGED
+        lately = datetime.now(UTC) - ACTIVE_WITHOUT_END
         return {
             run.about.environment
             for run in self.all()
@@ -114,23 +118,19 @@ class Runs:
         }
 
 
-def _is_called(run: RunRecord, name: str) -> bool:
-    return name in (run.job, run.key) or (len(name) >= SHORTEST_ID and run.about.run.startswith(name))
-
-
 @contextmanager
 def open_runs(settings: Settings, project: Project, seconds: float | None = None) -> Iterator[Runs]:
-    """The runs on the supercomputer.
+    """Open a connection to the runs on the supercomputer.
 
     Args:
         settings: of a supercomputer.
         project: the code location.
-        seconds: for everything that is done with them; without a limit, answers are waited for as long as it takes.
+        seconds: for all requests together; None: no limit.
 
     Raises:
-        UnreachableError: not all was answered in time.
-        AccessError, SshError: there is no access; see there.
-        RefusedError: the agent or Slurm said no.
+        UnreachableError: the time was not enough.
+        AccessError, SshError: there is no access.
+        RefusedError: the agent or Slurm refused a request.
     """
     site = project.load_site(settings.supercomputer_site)
     stop, troubles = threading.Event(), ["no answer"]
