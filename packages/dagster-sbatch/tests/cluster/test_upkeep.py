@@ -305,7 +305,7 @@ def test_what_people_can_do_without_ssh(
     missing = job(str(mine.job), "fetch", "no such file", "--to", str(target))
     assert (missing.returncode, "No such file" in missing.stderr) == (1, True)
     kept = job(str(mine.job), "fetch", "README.md")
-    assert (kept.returncode, "would be overwritten" in kept.stderr) == (1, True)
+    assert (kept.returncode, "does not overwrite it" in kept.stderr) == (1, True)
     unknown = job("424242", "logs")
     assert unknown.returncode == 1
     assert "no run in" in unknown.stderr and "scripts/job lists all" in unknown.stderr

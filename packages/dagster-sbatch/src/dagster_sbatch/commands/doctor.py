@@ -1,9 +1,7 @@
 """Check everything between the settings and a job on the supercomputer, and say what to fix first."""
 
-import argparse
 import json
 import os
-import sys
 import textwrap
 from dataclasses import asdict
 
@@ -11,20 +9,21 @@ import dagster as dg
 from rich.console import Console
 from rich.markup import escape
 
+from dagster_sbatch.commands.command_line import exit_code_of, make_parser
 from dagster_sbatch.configuration import check_configuration
-from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.doctor import Finding, examine
 from dagster_sbatch.project import Project
 
 DESCRIPTION = """\
 Check everything between your settings and a job on the supercomputer: settings, Dagster's home, credentials,
-certificate, network, host authority, login, Slurm, partitions, storage, deployment folder, Python, projects, jobs that
-no run here knows of, what is published. It stops at the first check that fails, and says how to fix that. At the end it
-asks Slurm about each asset's own job script: when the job could start, or why it would be refused.
+certificate, network, host authority, login, Slurm, partitions, storage, deployment folder, Python, projects, locks,
+jobs of runs that this Dagster does not know, the published environment. The doctor stops at the first check that
+fails, and says how to fix it. Then it asks Slurm about each asset's own job script: when the job could start, or why
+Slurm would refuse it.
 
-Nothing is submitted. The certificate is renewed if that is due; in the deployment folder, a file of 1 MB is written and
-removed; the assets' own code runs here up to its call of compute.run. The last line says "ready", or names the first
-thing to fix.
+The doctor submits nothing. It renews the certificate if that is due, writes and removes a file of 1 MB in the
+deployment folder, and runs the assets' own code on this machine up to the call of compute.run. Its last line says
+"ready", or names the first thing to fix.
 """
 EPILOG = """\
 examples:
@@ -32,23 +31,21 @@ examples:
   DAGSTER_DEPLOYMENT=production_supercomputer scripts/doctor --settings     # for CI
   scripts/doctor --json | jq '.[] | select(.state != "ok")'
 
-exit codes: 0 ready (warnings do not count), 1 something is to be fixed first, 2 wrong usage
+exit codes: 0 ready (warnings do not count), 1 you must fix something first, 2 wrong usage
 """
 INDENT = 26
 MARKS = {"ok": "[green]ok     [/green]", "warning": "[yellow]warning[/yellow]", "broken": "[red]broken [/red]"}
 
 
 def main(project: Project, definitions: dg.Definitions) -> int:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument(
-        "--settings", action="store_true", help="check the settings and the sites' entries alone, connect to nothing"
+        "--settings", action="store_true", help="check only the settings and the sites; open no connection"
     )
     parser.add_argument("--json", action="store_true", help="for programs: a list of name, state, found, fix")
     asked = parser.parse_args()
     if asked.settings:
-        return check_settings(project)
+        return exit_code_of(lambda: check_settings(project))
     os.chdir(project.root)  # where dagster.yaml is, and the history that it names
     os.environ.setdefault("DAGSTER_HOME", str(project.root))
     findings = []
@@ -64,12 +61,8 @@ def main(project: Project, definitions: dg.Definitions) -> int:
 
 
 def check_settings(project: Project) -> int:
-    """Check the settings of the deployment that is set: for CI, where nothing can be connected to."""
-    try:
-        settings = check_configuration(project)
-    except ConfigurationError as error:
-        print(error, file=sys.stderr)
-        return 1
+    """Check the settings of the deployment, for instance in CI, where there is no connection."""
+    settings = check_configuration(project)
     site = f", {settings.supercomputer_site}" if settings.supercomputer_site else ""
     print(f"the settings are right: {settings.deployment}{site}")
     return 0

@@ -11,22 +11,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dagster_sbatch.auth import AccessError
+from dagster_sbatch.commands.command_line import exit_code_of, make_parser
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.preview import Preview, preview_asset, try_script
 from dagster_sbatch.inspect.runs import open_runs
 from dagster_sbatch.project import Project
-from dagster_sbatch.slurm.gateway import RefusedError
-from dagster_sbatch.ssh import SshError
 
 DESCRIPTION = """\
 Show what an asset would submit to Slurm: where it would run, what it requests of each node, which project is charged,
-the highest possible cost, and the batch script. Nothing is submitted, and without --test-only nothing is connected to.
+the highest possible cost, and the batch script. It submits nothing, and opens no connection without --test-only.
 
-The asset's own code runs here up to its call of compute.run, in a temporary Dagster instance, with the resources and IO
-managers of the project. A graph asset is shown step by step; steps that need the result of another are left out.
+It runs the asset's own code on this machine up to the call of compute.run, in a temporary Dagster instance, with the
+resources and IO managers of the project. It shows a graph asset step by step, without the steps that need the result of
+another step.
 
-Settings are those of a supercomputer deployment (docs/settings.md); what is not set is shown as <NAME OF THE VARIABLE>.
+It reads the settings of a supercomputer deployment (docs/settings.md). For a variable that is not set it shows <NAME>.
 """
 EPILOG = """\
 examples:
@@ -36,40 +35,40 @@ examples:
   scripts/preview delay_sweep --test-only
   scripts/preview my_asset --config-json '{"ops": {"my_asset": {"config": {"trials": 3}}}}'
 
-exit codes: 0 shown, 1 the asset could not run like this (the reason is printed), 2 wrong usage, 3 the supercomputer
-cannot be reached
+exit codes: 0 done, 1 the asset could not run like this (the reason is printed), 2 wrong usage,
+3 the supercomputer cannot be reached
 """
 PATIENCE = 60.0
 """Seconds for the supercomputer to answer."""
 
 
 def main(project: Project, definitions: dg.Definitions) -> int:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument("asset", help="asset key, for instance delay_sweep")
     parser.add_argument("--partition", metavar="KEY", help="partition key, for instance 2013-01")
-    parser.add_argument("--script", action="store_true", help="print the batch script alone")
+    parser.add_argument("--script", action="store_true", help="print only the batch script")
     parser.add_argument(
         "--test-only",
         action="store_true",
-        help="ask Slurm for the expected start, or why it would refuse the job; show that and the project alone",
+        help="ask Slurm when the job could start, or why it would refuse it; print only that and the project",
     )
     parser.add_argument("--config-json", metavar="JSON", type=run_config, help="run config, as in Dagster's launchpad")
     asked = parser.parse_args()
-    try:
-        previews = preview_asset(definitions, asked.asset, asked.partition, asked.config_json)
+
+    def command() -> int:
+        try:
+            previews = preview_asset(definitions, asked.asset, asked.partition, asked.config_json)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{asked.asset}: {error}") from None
         if asked.test_only:
             return test(project, previews)
-    except (ConfigurationError, RefusedError) as error:
-        return complain(f"{asked.asset}: {error}", 1)
-    except (AccessError, SshError) as error:
-        return complain(str(error), 3)
-    for preview in previews:
-        if not asked.script:
-            show(preview)
-        print(preview.script, end="")
-    return 0
+        for preview in previews:
+            if not asked.script:
+                show(preview)
+            print(preview.script, end="")
+        return 0
+
+    return exit_code_of(command)
 
 
 def run_config(text: str) -> Mapping[str, Any]:
@@ -79,11 +78,6 @@ def run_config(text: str) -> Mapping[str, Any]:
         if isinstance(config, dict):
             return config
     raise argparse.ArgumentTypeError(f'{text!r} is no JSON object; an example is {{"ops": {{}}}}')
-
-
-def complain(text: str, code: int) -> int:
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
-    return code
 
 
 def test(project: Project, previews: Sequence[Preview]) -> int:

@@ -98,7 +98,7 @@ class Runs:
         return self.gateway.look(run.path)
 
     def claim(self, run: RunRecord, who: str) -> str | None:
-        """Claim a run and its other attempts until the connection ends; return who holds the claim, if somebody else does."""
+        """Claim a run and its other attempts until the connection ends; return who else holds the claim, if so."""
         return self.gateway.claim(self.folder, run.family, uuid.uuid4().hex, who).held_by
 
     def environments_in_use(self) -> set[str]:
