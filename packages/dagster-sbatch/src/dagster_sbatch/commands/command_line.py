@@ -25,9 +25,9 @@ def exit_code_of(command: Callable[[], int]) -> int:
     try:
         return command()
     except (ConfigurationError, RefusedError) as error:
-        problem, code = error, 1
+        problem, code = str(error), 1
     except (AccessError, SshError) as error:
-        problem, code = error, 3
+        problem, code = str(error), 3
     except KeyboardInterrupt:
         return 130
     print(problem, file=sys.stderr)
