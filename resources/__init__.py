@@ -14,7 +14,7 @@ SUPERCOMPUTER_SITE_OVERRIDES: dict[str, dict[str, Any]] = {
 PROJECT = Project(
     root=Path(__file__).resolve().parent.parent,
     site_overrides=SUPERCOMPUTER_SITE_OVERRIDES,
-    workloads="musica_pipelines/workloads",
+    workload_folder="musica_pipelines/workloads",
 )
 
 

@@ -17,7 +17,7 @@ class Project:
     Attributes:
         root: its folder, with `.env`, `envs/`, `dagster.yaml` and `requirements/`.
         site_overrides: SUPERCOMPUTER_SITE_OVERRIDES, merged over the facts that this package has about each site.
-        workloads: the folder of its workloads. It is sent to the supercomputer as a whole.
+        workload_folder: of its workloads, below the root. It is sent to the supercomputer as a whole.
 
     Example:
         PROJECT = Project(Path(__file__).resolve().parent.parent, SUPERCOMPUTER_SITE_OVERRIDES, "my_project/workloads")
@@ -25,10 +25,12 @@ class Project:
 
     root: Path
     site_overrides: Mapping[str, Any] = field(default_factory=dict)
-    workloads: Path | str = "workloads"
+    workload_folder: str = "workloads"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "workloads", self.root / self.workloads)
+    @property
+    def workloads(self) -> Path:
+        """The folder of the workloads, as an absolute path."""
+        return self.root / self.workload_folder
 
     @property
     def lock(self) -> Path:

@@ -152,7 +152,7 @@ def test_a_retry_policy_starts_another_job(site: SimulatedSite, workloads: Path)
 def test_a_program_in_a_subfolder_and_a_package(
     make: Callable[..., Any], launcher: Launcher, workloads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workload_asset, "PROJECT", replace(PROJECT, workloads=workloads))
+    monkeypatch.setattr(workload_asset, "PROJECT", replace(PROJECT, workload_folder=str(workloads)))
     path, arguments = make(workloads)
     request = SlurmRequest(time_limit="5", cpus_per_task=2, mem="3G")
     outcome = materialize(path, workloads, launcher=launcher, request=request, **arguments)

@@ -20,7 +20,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "workloads"
     folder.mkdir()
     monkeypatch.setenv("DATA_ROOT", str(tmp_path / "data"))
-    monkeypatch.setattr(workload_asset, "PROJECT", replace(PROJECT, workloads=folder))
+    monkeypatch.setattr(workload_asset, "PROJECT", replace(PROJECT, workload_folder=str(folder)))
     return folder
 
 

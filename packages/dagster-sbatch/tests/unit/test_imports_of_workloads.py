@@ -8,7 +8,7 @@ from dagster_sbatch.run.imports import find_missing
 from dagster_sbatch.run.workload import read_workload
 from resources import PROJECT
 
-WORKLOADS = Path(PROJECT.workloads)
+WORKLOADS = PROJECT.workloads
 
 
 def missing(folder: Path, text: str, *, own_packages: bool = False) -> list[str]:

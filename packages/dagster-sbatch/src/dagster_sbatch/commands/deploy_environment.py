@@ -138,7 +138,7 @@ def act(
         removed = environments.remove(names)
         print(f"removed {len(removed)}: {', '.join(removed)}" if removed else "there is nothing to remove")
         return 0
-    code = read_code(Path(project.workloads))
+    code = read_code(project.workloads)
     for note in code.notes:
         print(f"warning: {note}", file=sys.stderr)
     wanted = EnvironmentSpec(code, read_lock(project.lock), settings.python)

@@ -77,7 +77,7 @@ def make_plan(
     _check_types(workload, launcher, request)
     variables = dict(env or {})
     _check_variables(variables)
-    program = read_workload(Path(workload), args, Path(project.workloads))
+    program = read_workload(Path(workload), args, project.workloads)
     notes = find_missing(program, project, own_packages=settings.python is not None)
     name = settings.supercomputer_site or project.only_site
     site, allocation = Site(), Allocation(request)
