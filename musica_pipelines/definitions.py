@@ -2,15 +2,15 @@
 
 import dagster as dg
 
+from dagster_sbatch import link_to_source
 from jobs import all_checks, all_jobs, all_observed, all_sensors
-from musica_pipelines.assets import flight_delays
-from resources import build_resources
-
-assets = dg.load_assets_from_modules([flight_delays])
+from musica_pipelines import assets
+from resources import PROJECT, build_resources
 
 defs = dg.Definitions(
-    assets=[*assets, *all_observed],
-    asset_checks=all_checks,
+    # Every asset and asset check in assets/ is found; the UI links each asset to its source code.
+    assets=[*link_to_source(dg.load_assets_from_package_module(assets), PROJECT.root), *all_observed],
+    asset_checks=[*dg.load_asset_checks_from_package_module(assets), *all_checks],
     jobs=all_jobs,
     sensors=all_sensors,
     resources=build_resources(),

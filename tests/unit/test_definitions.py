@@ -1,5 +1,7 @@
 """What the code location offers, as the UI would show it."""
 
+from pathlib import Path
+
 import dagster as dg
 
 from musica_pipelines.definitions import defs
@@ -26,6 +28,19 @@ def test_every_asset_has_a_check() -> None:
               for key in definition.check_keys}  # fmt: skip
     checks |= {key for definition in defs.asset_checks or () for key in definition.check_keys}
     assert {key.asset_key.to_user_string() for key in checks} == ASSETS | {"musica_access"}
+
+
+def test_every_asset_links_to_its_function() -> None:
+    linked = set()
+    for spec in defs.resolve_all_asset_specs():
+        name, references = spec.key.to_user_string(), spec.metadata.get("dagster/code_references")
+        if references:
+            *_, file = references.code_references
+            lines = Path(file.file_path).read_text().splitlines()[file.line_number - 1 :]
+            assert lines[0] == "@dg.asset("
+            assert next(line for line in lines if line.startswith("def ")).startswith(f"def {name}(")
+            linked.add(name)
+    assert linked == ASSETS
 
 
 def test_the_pipeline_job_covers_all_assets_over_twelve_months() -> None:

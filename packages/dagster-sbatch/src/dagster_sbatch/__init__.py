@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dagster_sbatch.inspect.source_links import link_to_source
     from dagster_sbatch.launchers import Launcher, RayLauncher, ScriptLauncher
     from dagster_sbatch.project import Project
     from dagster_sbatch.run.compute import ComputeResource
@@ -26,11 +27,13 @@ __all__ = [
     "Site",
     "SlurmRequest",
     "Upkeep",
+    "link_to_source",
     "make_credential_refresh",
     "make_upkeep",
 ]
 
 _MODULES = {
+    "dagster_sbatch.inspect.source_links": ("link_to_source",),
     "dagster_sbatch.launchers": ("Launcher", "RayLauncher", "ScriptLauncher"),
     "dagster_sbatch.project": ("Project",),
     "dagster_sbatch.run.compute": ("ComputeResource",),
