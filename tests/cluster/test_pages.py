@@ -50,7 +50,7 @@ def each_node() -> Any:
 def test_the_launcher_refuses_what_it_cannot_do(each_node: Any) -> None:
     with pytest.raises(ConfigurationError, match="did you mean 'label'"):
         each_node(lable=True)
-    with pytest.raises(ConfigurationError, match="it starts one a node"):
+    with pytest.raises(ConfigurationError, match="EachNodeLauncher starts one process per node"):
         each_node().check(SlurmRequest(ntasks_per_node=2))
     assert "--label" in each_node().with_site({"each_node": {"label": True}}).render(SlurmRequest(), ["w.py"])
 

@@ -50,7 +50,7 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
             "pre_start_commands": [f"{ON_THE_SECOND}{{ {LISTENER} & {LISTENS}; }}"],
         },
         PLACE,
-        ["Ray on n4002: the port of --node-manager-port=28761 cannot be had: Address already in use"],
+        ["Ray on n4002: cannot use the port of --node-manager-port=28761: Address already in use"],
     ),
     "Ray does not know an argument": (
         {"ray_start_args": ["--bogus=1"]},
@@ -60,7 +60,7 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "a node has no words": (
         {"pre_start_commands": ["exit 3"]},
         ONE_NODE,
-        ["Ray: srun ended with exit code 3, and no node has said why"],
+        ["Ray: srun ended with exit code 3, and no node has reported why"],
     ),
     "no such interface": (
         {"network_interface": "ib7"},
@@ -70,7 +70,7 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
     "nowhere to write": (
         {"temp_dir": "/proc"},
         ONE_NODE,
-        ["Ray on n4001: cannot make a folder in /proc (", "RayLauncher's temp_dir says where"],
+        ["Ray on n4001: cannot make a folder in /proc (", "set RayLauncher's temp_dir"],
     ),
     "a GPU is broken": (
         {
@@ -86,8 +86,8 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
         {"startup_time_limit": 15, "pre_start_commands": [f"{ON_THE_SECOND}{{ echo dawdling; sleep 300; }}"]},
         PLACE,
         [
-            "Ray: after 15 s there are 1 of 2 nodes, 2 of 4 CPUs, 0 of 0 GPUs; not joined: n4002",
-            "The end of what `ray start` says on n4002:\n(nothing)",
+            "Ray: after 15 s, 1 of 2 nodes have joined; missing: n4002",
+            "The last lines of `ray start` on n4002:\n(nothing)",
             "dawdling",
         ],
     ),
@@ -108,8 +108,11 @@ def test_a_start_that_fails(name: str, site: SimulatedSite, tmp_path: Path) -> N
 
 
 def test_a_start_under_difficulties(site: SimulatedSite, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The raylet waits no longer than 15 s for agents that choose their ports, too short where much else runs."""
-    slow = "echo \"import sys, time; time.sleep(20 * any(word.endswith('agent.py') for word in sys.orig_argv))\""
+    """The raylet waits no longer than 15 s for its agents. The second start is quicker, from files in memory."""
+    slow = (
+        "echo \"import os, sys, time; agent = any(word.endswith('agent.py') for word in sys.orig_argv); "
+        "time.sleep(20 * (agent and not os.path.exists('$d/ended'))); agent and open('$d/ended', 'w').close()\""
+    )
     launcher = RayLauncher(
         pre_start_commands=[
             "ulimit -n 2000000000",
@@ -125,7 +128,7 @@ def test_a_start_under_difficulties(site: SimulatedSite, tmp_path: Path, capfd: 
     assert outcome.error == ""
     soft, hard = outcome.materializations[None][0]["limits"]
     assert soft == hard
-    assert "ulimit -n 2000000000: refused on n4001, going on" in capfd.readouterr().err
+    assert "ulimit -n 2000000000: failed on n4001; the job continues" in capfd.readouterr().err
 
 
 BAD_WORKLOADS = {
@@ -161,9 +164,7 @@ def test_a_part_of_ray_is_killed(name: str, site: SimulatedSite, tmp_path: Path)
     site.run_on_node(node, f"kill -KILL $(pgrep -x {program})")
     outcome = run.finish()
     cause = cause_of(outcome.error)
-    assert f"Ray on {node}: `ray start` ended with exit code 1: " in cause
-    assert f"{program} [exit code=-9]" in cause
-    assert "Remaining processes will be killed." in outcome.error
+    assert f"Ray on {node}: {program} was killed by signal 9" in cause
     nothing_is_left(site, *NODES)
 
 

@@ -109,7 +109,7 @@ def cause_of(text: str) -> str:
 
 def leftovers(site: SimulatedSite, *nodes: str) -> str:
     """What is left of Ray, or of anything else of the user, on some nodes."""
-    look = f"ps -u {CERTIFICATE_USER.uid} -o pid=,args=; find /tmp /dev/shm -mindepth 1"
+    look = f"ps -u {CERTIFICATE_USER.uid} -o pid=,args=; find /tmp /local /dev/shm -mindepth 1"
     return "".join(site.run_on_node(node, look, check=False).stdout for node in nodes)
 
 

@@ -2,23 +2,23 @@
 
 import importlib.metadata
 import os
-import select
 import socket
 import subprocess
 import sys
 import tarfile
-import threading
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import node
 from slurm_in_a_box import wait_until
 
+import checks
 import folder
 import job_cluster
 import ports
+import processes
 
 JOB = Path(node.__file__).parent
 
@@ -63,59 +63,102 @@ def test_a_claim_does_not_show_which_port_it_holds() -> None:
     claim.close()
 
 
-def batch_script(monkeypatch: pytest.MonkeyPatch) -> int:
-    """A standard input for a node; return its other end, which stays open as long as the batch script runs."""
-    reader, writer = os.pipe()
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(fileno=lambda: reader))
-    return writer
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> node.Node:
+    """The node of a head, whose state folder is made as cluster.sh makes it."""
+    monkeypatch.setenv("RAY_JOB_STATE", str(tmp_path))
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    (tmp_path / "head.json").touch()
+    return node.Node({})
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
-def test_a_head_whose_port_another_user_has_taken_is_never_announced(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_head_whose_port_another_user_has_taken_is_never_published(head: node.Node) -> None:
     """The other nodes would send the token of the cluster there."""
-    monkeypatch.setenv("RAY_JOB_STATE", str(tmp_path))
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    (tmp_path / "head.json").touch()
-    (port,), (claim,) = ports.claim_ports(1)
-    writer = batch_script(monkeypatch)
-    head = node.Node({})
-    there = job_cluster.Head("n1", "10.0.0.1", port, 0, sys.executable, {})
+    (port, dashboard), claims = ports.claim_ports(2)
     with bind(port, 12345) as thief:
         assert thief.stdout
         assert thief.stdout.readline() == "listens\n"
-        assert not ports.is_ours(port)
-        announcing = threading.Thread(target=head._announce, args=(there,))
-        announcing.start()
-        announcing.join(10 * job_cluster.POLL_SECONDS)
-        assert announcing.is_alive()
-        os.close(writer)  # the job ends
-        announcing.join(10)
+        with pytest.raises(job_cluster.NodeError, match=f"a process of another user listens on port {port}"):
+            head._publish_head("10.0.0.1", port, dashboard, {})
         thief.communicate()
-    assert job_cluster.Head.read() is None
+    assert job_cluster.read_published("head.json") is None
+    for claim in claims:
+        claim.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+def test_a_dashboard_whose_port_another_user_has_taken_is_not_published(head: node.Node) -> None:
+    """A browser would send the token of the cluster there."""
+    (dashboard,), (claim,) = ports.claim_ports(1)
+    with bind(dashboard, 12345) as thief, socket.create_server(("", 0)) as server:
+        assert thief.stdout
+        assert thief.stdout.readline() == "listens\n"
+        head._publish_head("10.0.0.1", server.getsockname()[1], dashboard, {})
+        thief.communicate()
+    published = job_cluster.read_published("head.json")
+    assert published
+    assert published["dashboard_address"] is None
     claim.close()
 
 
-def test_a_head_is_announced_when_ray_listens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("RAY_JOB_STATE", str(tmp_path))
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    (tmp_path / "head.json").touch()
-    assert job_cluster.Head.read() is None
-    (tmp_path / "head.json").write_text('{"hostname": "n1", "addr')
-    assert job_cluster.Head.read() is None, "the head is writing it"
-    writer = batch_script(monkeypatch)
+def test_a_head_is_published_with_its_dashboard(head: node.Node, tmp_path: Path) -> None:
+    (tmp_path / "head.json").write_text('{"node": "n1", "addr')
+    assert job_cluster.read_published("head.json") is None, "the head is writing it"
     with socket.create_server(("", 0)) as server:
-        there = job_cluster.Head("n1", "10.0.0.1", server.getsockname()[1], 0, sys.executable, {"Ray": "2.60.0"})
-        node.Node({})._announce(there)
+        port = server.getsockname()[1]
+        head._publish_head("10.0.0.1", port, port, {"Ray": "2.60.0"})
+    assert job_cluster.read_published("head.json") == {
+        "node": "n1",
+        "ray_address": f"10.0.0.1:{port}",
+        "dashboard_address": ["10.0.0.1", port],
+        "versions": {"Ray": "2.60.0"},
+    }
+
+
+def ray_start(codes: list[int], output: Path) -> Any:
+    """What begins a sham `ray start`: each reads its arguments and ends with the next exit code."""
+
+    def begin(_: object) -> subprocess.Popen[str]:
+        program = f"cat; echo; echo OSError: why; exit {codes.pop(0)}"
+        with output.open("w") as file:
+            return subprocess.Popen(["sh", "-c", program], stdin=subprocess.PIPE, stdout=file, text=True)
+
+    return begin
+
+
+@pytest.mark.parametrize(("codes", "works"), [([0], True), ([1, 0], True), ([1, 1], False), ([2, 0], False)])
+def test_a_ray_that_does_not_start_is_started_a_second_time(
+    codes: list[int], works: bool, head: node.Node, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """But one that does not know its arguments is not."""
+    left, failed = list(codes), codes[-1] if codes[0] != 2 else 2
+    killed: list[bool] = []
+    monkeypatch.setattr(node, "kill_descendants", lambda: killed.append(True))
+    monkeypatch.setattr(head, "_folder", tmp_path)
+    begin = ray_start(left, tmp_path / "ray-start-n1.out")
+    monkeypatch.setattr(head, "_import_ray", begin)
+    reader, writer = os.pipe()  # the batch script keeps the node's standard input open
+    with os.fdopen(reader) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        if works:
+            head._start(begin(tmp_path), ["--head"])
+        else:
+            with pytest.raises(job_cluster.NodeError, match=f"`ray start` ended with exit code {failed}: OSError: why"):
+                head._start(begin(tmp_path), ["--head"])
     os.close(writer)
-    assert job_cluster.Head.read() == there
+    assert (tmp_path / "ray-start-n1.out").read_text() == '["--head"]\nOSError: why\n'
+    assert len(killed) == (codes[0] == 1)
+    assert len(left) == (codes[0] == 2)
 
 
 def test_a_port_that_was_chosen_and_is_taken_is_named() -> None:
     with socket.create_server(("", 0)) as server:
         taken = server.getsockname()[1]
-        with pytest.raises(job_cluster.NodeError, match=f"={taken} cannot be had: Address already in use"):
+        with pytest.raises(
+            job_cluster.NodeError, match=f"cannot use the port of --metrics-export-port={taken}: Address already in use"
+        ):
             ports.check_ports(["--verbose", "--node-manager-port=0", f"--metrics-export-port={taken}"])
         ports.check_ports([f"--min-worker-port={taken}", "--node-manager-port=0", "--verbose"])
     ports.check_ports([f"--metrics-export-port={taken}"])
@@ -132,7 +175,7 @@ def test_a_port_that_was_chosen_and_is_taken_is_named() -> None:
     ],
 )  # fmt: skip
 def test_the_memory_is_the_jobs(given: int | None, environ: dict[str, str], expected: list[str]) -> None:
-    assert node.memory_arguments(given, environ) == expected
+    assert checks.memory_arguments(given, environ) == expected
 
 
 def test_the_folder_is_private_and_new(tmp_path: Path) -> None:
@@ -192,32 +235,20 @@ GPU 1: NVIDIA H100 (UUID: GPU-2)
 
 @pytest.mark.parametrize(("listing", "expected"), [(OLD_LISTING, 2), (SLICES, 3), ("No devices were found\n", 0)])
 def test_slices_of_a_gpu_count_as_gpus(listing: str, expected: int) -> None:
-    assert node.count_gpus(listing) == expected
+    assert checks.count_gpus(listing) == expected
 
 
 @pytest.mark.parametrize("version", ["2.51.2", "2.9.3", "1.13.0"])
 def test_a_ray_without_authentication_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
     with pytest.raises(job_cluster.NodeError, match=f"Ray {version}.*is too old.*Install Ray 2.52 or later"):
-        node.versions()
+        checks.versions()
 
 
 @pytest.mark.parametrize("version", ["2.52.0", "2.60.0rc1", "3.0.0.dev0"])
 def test_a_ray_with_authentication_is_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
-    assert node.versions()["Ray"] == version
-
-
-def test_the_end_of_ray_is_seen_without_pidfd_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels before 5.3 lack it, and so do some builds of Python."""
-    monkeypatch.delattr(os, "pidfd_open")
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
-        descriptor = node._wait_in_background(process)
-        assert select.select([descriptor], [], [], 0) == ([], [], [])
-        assert process.stdin
-        process.stdin.close()
-        assert select.select([descriptor], [], [], 10)[0] == [descriptor]
-    os.close(descriptor)
+    assert checks.versions()["Ray"] == version
 
 
 def run_cluster_script(folder: Path, text: str, srun: str) -> subprocess.CompletedProcess[str]:
@@ -251,12 +282,37 @@ def test_a_bash_that_is_too_old_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "workload.pid").exists()
 
 
-def test_what_ray_start_says_of_its_dead_comes_first() -> None:
-    output = "started\n ERR scripts.py:87 -- raylet [exit code=-9]\n" + "[state-dump] x\n" * 99 + "last\n" * 30
-    first, *more = node.explain(1, output).splitlines()
-    assert first == "`ray start` ended with exit code 1: raylet [exit code=-9]"
-    assert more == ["last"] * job_cluster.TAIL_LINES
-    assert node.explain(1, "begun\nOSError: why\n\n").startswith("`ray start` ended with exit code 1: OSError: why\n")
+def test_a_failed_start_is_described_by_its_last_line() -> None:
+    first, *more = node.describe_failed_start(1, "begun\n" * 30 + "OSError: why\n\n").splitlines()
+    assert first == "`ray start` ended with exit code 1: OSError: why"
+    assert more == ["begun"] * (job_cluster.TAIL_LINES - 1) + ["OSError: why"]
+
+
+def test_the_death_of_a_process_comes_with_the_end_of_its_log(tmp_path: Path) -> None:
+    (tmp_path / "raylet.out").write_text("started\n" + "[state-dump] x\n" * 99 + "last\n" * 30)
+    (tmp_path / "raylet.err").touch()
+    first, *more = processes.describe_death({"raylet": -9, "monitor": 3}, tmp_path).splitlines()
+    assert first == "raylet was killed by signal 9, monitor ended with exit code 3"
+    assert more == ["The last lines of raylet.out:", *["last"] * job_cluster.TAIL_LINES]
+
+
+def test_a_process_that_has_ended_is_named(tmp_path: Path) -> None:
+    program = f"""
+import os, subprocess, sys, time
+sys.path.insert(0, {str(JOB)!r})
+import processes
+child = subprocess.Popen(["sleep", "600"])
+while processes.process_name(child.pid) != "sleep":
+    time.sleep(0.01)
+assert processes.children()[os.getpid()] == [child.pid]
+assert list(processes.reap()) == []
+child.kill()
+while not (ended := list(processes.reap())):
+    time.sleep(0.01)
+assert ended == [(child.pid, -9)], ended
+assert list(processes.reap()) == []
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
 
 
 def test_the_first_failure_counts_and_the_others_are_told(
@@ -285,11 +341,3 @@ node.kill_descendants()
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
     pid = int((tmp_path / "pid").read_text())
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the daemon is gone", 10)
-
-
-def test_ray_start_does_not_load_what_the_other_commands_need() -> None:
-    look = "import start, sys; print('start' in start.import_command_line().cli.commands, 'pandas' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", look], env={"PYTHONPATH": str(JOB)}, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "True False\n"

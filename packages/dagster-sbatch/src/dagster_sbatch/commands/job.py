@@ -88,8 +88,8 @@ def act(asked: argparse.Namespace, project: Project, runs: Runs, settings: Setti
         elif asked.action == "dashboard":
             site = project.load_site(settings.supercomputer_site)
             with open_dashboard(settings, site, runs, run) as dashboard:
-                print(f"{dashboard.address}\nit asks for this token: {dashboard.token}", flush=True)
-                dashboard.ended.wait()
+                print(f"{dashboard.url}\nThe page asks for this token: {dashboard.token}", flush=True)
+                dashboard.wait_until_gone()
         else:
             path = asked.path if asked.path.startswith(("/", "~")) else f"{run.path}/{asked.path}"
             target = asked.to or Path(Path(asked.path).name)

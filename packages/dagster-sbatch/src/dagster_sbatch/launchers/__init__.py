@@ -1,4 +1,4 @@
-"""What runs inside an allocation: a plain script, or a Ray cluster around it."""
+"""Launchers: start the workload inside an allocation, as one process or as the driver of a Ray cluster."""
 
 from dagster_sbatch.launchers.base import Launcher
 from dagster_sbatch.launchers.ray import RayLauncher

@@ -1,4 +1,4 @@
-"""What all launchers have in common."""
+"""The interface of all launchers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from dagster_sbatch.slurm.request import SlurmRequest
 class Launcher(BaseModel, ABC):
     """How a workload is started inside an allocation.
 
-    A field that the asset leaves out comes from the site (SUPERCOMPUTER_SITE_OVERRIDES[site]["launchers"]), else it has
-    its default.
+    A field that the asset leaves out has the site's value (SUPERCOMPUTER_SITE_OVERRIDES[site]["launchers"]), or its
+    default.
 
     Raises:
         ConfigurationError: a field is unknown or has a wrong value.
@@ -22,11 +22,11 @@ class Launcher(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     key: ClassVar[str]
-    """Names the launcher in the site overrides."""
+    """Name of the launcher in the site overrides."""
 
     pre_start_commands: tuple[str, ...] = Field(
         (),
-        description="Shell commands on every node of the job, first; one that fails is told and passed over.",
+        description="Shell commands that every node of the job runs first; a failing one is reported and skipped.",
     )
 
     def __init__(self, **fields: Any) -> None:
@@ -36,7 +36,7 @@ class Launcher(BaseModel, ABC):
             raise ConfigurationError(describe(error, type(self).__name__, type(self).model_fields)) from None
 
     def with_site(self, launchers: Mapping[str, Mapping[str, Any]]) -> Self:
-        """This launcher, its open fields filled from the site, field by field.
+        """Return this launcher with the site's values in the fields that the asset left out.
 
         Args:
             launchers: `Site.launchers`, by key.
@@ -44,18 +44,21 @@ class Launcher(BaseModel, ABC):
         return type(self)(**{**launchers.get(self.key, {}), **self.model_dump(exclude_unset=True)})
 
     def local_environment(self) -> dict[str, str]:
-        """Variables for a workload that runs on this machine."""
+        """Return the variables for a workload that runs on this machine."""
         return {}
 
     def check(self, request: SlurmRequest) -> None:
-        """Refuse a request (after `allocate`) in which this launcher cannot work.
+        """Refuse a request in which this launcher cannot work.
+
+        Args:
+            request: after `allocate`.
 
         Raises:
-            ConfigurationError: with what to change.
+            ConfigurationError: says what to change.
         """
 
     def files(self, request: SlurmRequest) -> dict[str, str]:  # noqa: ARG002
-        """Files that its commands need, by name in the run directory.
+        """Return the files that its commands need, by name in the run directory.
 
         Args:
             request: after `allocate`.
@@ -63,15 +66,15 @@ class Launcher(BaseModel, ABC):
         return {}
 
     def hints(self, job: str) -> dict[str, str]:  # noqa: ARG002
-        """Commands for people who look at a running job, by what they show."""
+        """Return commands that show people something of a running job, by what they show."""
         return {}
 
     @abstractmethod
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:
-        """The shell commands that run the workload inside the job.
+        """Return the shell commands that run the workload inside the job.
 
-        `run_workload COMMAND...` starts the environment's Python as the workload, `run_python COMMAND...` becomes one
-        beside it; both have the variables that the asset names.
+        They can use two functions: `run_workload COMMAND...` starts the environment's Python as the workload, and
+        `run_python COMMAND...` replaces its shell with another Python. Both set the variables of the asset's `env`.
 
         Args:
             request: after `allocate`.
@@ -80,13 +83,13 @@ class Launcher(BaseModel, ABC):
 
 
 def render_pre_start(commands: tuple[str, ...]) -> str:
-    """The pre-start commands, each followed by a word on stderr if it fails.
+    """Return the pre-start commands; each reports on stderr if it fails.
 
-    `ulimit -n N` above the hard limit is what fails most: then the hard limit is taken.
+    `ulimit -n N` fails most often, because N is above the hard limit; it then sets the hard limit.
     """
     lines = []
     for command in commands:
         fallback = 'ulimit -n "$(ulimit -Hn)"; ' if command.startswith("ulimit -n ") else ""
-        told = command.replace("'", "'\\''")
-        lines.append(f"{command} || {{ {fallback}echo '{told}: refused on '\"$HOSTNAME\"', going on' >&2; }}")
+        quoted = command.replace("'", "'\\''")
+        lines.append(f"{command} || {{ {fallback}echo '{quoted}: failed on '\"$HOSTNAME\"'; the job continues' >&2; }}")
     return "\n".join(lines)

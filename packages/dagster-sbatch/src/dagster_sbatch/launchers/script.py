@@ -1,4 +1,4 @@
-"""A Python program, started once."""
+"""Start the workload as one process."""
 
 import shlex
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from dagster_sbatch.slurm.request import SlurmRequest
 class ScriptLauncher(Launcher):
     """Runs the workload as one process on the first node of the allocation.
 
-    OMP_NUM_THREADS is the number of CPUs per task, unless the asset's `env` or the login shell sets it: libraries would
-    otherwise start a thread for each hardware thread that they see.
+    OMP_NUM_THREADS is the number of CPUs per task, unless the asset's `env` or the login shell sets it. Without it,
+    libraries start one thread per hardware thread of the node.
     """
 
     key: ClassVar[str] = "script"

@@ -70,10 +70,10 @@ trap warn USR1
 
 # In a subshell: whatever it does, the exit code is recorded. In the background: bash heeds the warning meanwhile.
 (
-# On every node, before Ray.
+# Every node runs this before Ray.
 # shellcheck disable=SC2317
 pre_start() {
-ulimit -n 65536 || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: refused on '"$HOSTNAME"', going on' >&2; }
+ulimit -n 65536 || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on '"$HOSTNAME"'; the job continues' >&2; }
 }
 export -f pre_start
 # shellcheck source=/dev/null

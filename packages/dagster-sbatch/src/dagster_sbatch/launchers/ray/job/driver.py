@@ -1,90 +1,72 @@
-"""Waits until the Ray cluster of the job is complete, then becomes the workload, in the same process.
+"""Wait until all nodes have joined the job's Ray cluster, then become the workload, in the same process.
 
 usage: driver.py PROGRAM [ARGUMENT...], or driver.py -m PACKAGE [ARGUMENT...]; in the run directory
 
-Importing Ray takes seconds: it is done while the nodes start, once for this and for the workload. A cluster that is
-not complete in time is told, with the log of what is missing, and the workload does not run.
+Ray is imported while the nodes start, once for this program and the workload. If a node is missing at the end of
+startup_time_limit, the workload does not run, and the cause names the node with the end of its log.
 """
 
+import importlib
 import os
 import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from job_cluster import CALL_SECONDS, POLL_SECONDS, await_head, end_with_parent, fail, read_settings, state, tail
+from job_cluster import (
+    HEAD_FILE,
+    POLL_SECONDS,
+    end_with_parent,
+    fail,
+    joined_file,
+    read_published,
+    read_settings,
+    state,
+    tail,
+)
 
 
-def await_cluster(settings: Mapping[str, Any]) -> str:
-    """The address of the cluster, once all of its nodes have joined with all that was asked for.
+def await_cluster(seconds: int) -> str:
+    """Return the address of the cluster when all of its nodes have joined.
 
     Raises:
-        SystemExit: that took too long; it is told what is missing.
+        SystemExit: a node has not joined in this time.
     """
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.core.generated import gcs_pb2
-    from ray.exceptions import RpcError
-
-    until = time.monotonic() + settings["startup_time_limit"]
-    joined: list[Any] = []
-    head = await_head(lambda: time.monotonic() < until)
-    if head:
-        client = GcsClient(address=head.ray_address)
-        while time.monotonic() < until:
-            with suppress(RpcError):
-                nodes = client.get_all_node_info(timeout=CALL_SECONDS).values()
-                joined = [node for node in nodes if node.state == gcs_pb2.GcsNodeInfo.ALIVE]  # type: ignore[attr-defined]
-            if is_complete(joined, settings):
-                return head.ray_address
-            time.sleep(POLL_SECONDS)
-    fail(describe_missing(joined, settings))
-    raise SystemExit(1)
-
-
-def is_complete(joined: list[Any], settings: Mapping[str, Any]) -> bool:
-    """Whether the nodes have what was asked for; `joined`: of Ray's GcsNodeInfo."""
-    return len(joined) >= settings["nodes"] and all(
-        count(joined, name) >= settings["nodes"] * settings[setting]
-        for name, setting in (("CPU", "cpus"), ("GPU", "gpus"))
-    )
-
-
-def count(joined: list[Any], resource: str) -> int:
-    """How much of a resource all nodes have."""
-    return int(sum(node.resources_total.get(resource, 0) for node in joined))
-
-
-def describe_missing(joined: list[Any], settings: Mapping[str, Any]) -> str:
-    """What there is of what was asked for, and the last lines of each node that is not there."""
-    nodes = settings["nodes"]
-    text = (
-        f"Ray: after {settings['startup_time_limit']} s there are {len(joined)} of {nodes} nodes, "
-        f"{count(joined, 'CPU')} of {nodes * settings['cpus']} CPUs, "
-        f"{count(joined, 'GPU')} of {nodes * settings['gpus']} GPUs"
-    )
-    there = {node.node_manager_hostname for node in joined}
+    until = time.monotonic() + seconds
     command = ["scontrol", "show", "hostnames"]
-    hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    missing = [name for name in hosts if name not in there]
-    if missing:
-        text += f"; not joined: {', '.join(missing)}"
-    return "\n".join([text, *(f"The end of what `ray start` says on {name}:\n{log_tail(name)}" for name in missing)])
+    nodes = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    for node in nodes:
+        (state() / joined_file(node)).touch()
+    importlib.import_module("ray")
+    missing = nodes
+    while missing := [node for node in missing if not read_published(joined_file(node))]:
+        if time.monotonic() > until:
+            fail(describe_missing(seconds, nodes, missing))
+            raise SystemExit(1)
+        time.sleep(POLL_SECONDS)
+    head = read_published(HEAD_FILE)
+    assert head
+    return str(head["ray_address"])
 
 
-def log_tail(host: str) -> str:
-    """The last lines of `ray start` on a node."""
-    path = state() / f"ray-start-{host}.out"
-    return tail(path.read_text(errors="replace")) if path.exists() else "(nothing)"
+def describe_missing(seconds: int, nodes: list[str], missing: list[str]) -> str:
+    """Return how many nodes have joined, which have not, and the last lines of `ray start` on these."""
+    joined = len(nodes) - len(missing)
+    text = f"Ray: after {seconds} s, {joined} of {len(nodes)} nodes have joined; missing: {', '.join(missing)}"
+    return "\n".join([text, *(f"The last lines of `ray start` on {node}:\n{log_tail(node)}" for node in missing)])
+
+
+def log_tail(node: str) -> str:
+    """Return the last lines of `ray start` on a node."""
+    path = state() / f"ray-start-{node}.out"
+    return (tail(path.read_text(errors="replace")) if path.exists() else "") or "(nothing)"
 
 
 def main() -> None:
     """Wait, then run the workload."""
     end_with_parent()
-    os.environ["RAY_ADDRESS"] = await_cluster(read_settings())
+    os.environ["RAY_ADDRESS"] = await_cluster(read_settings()["startup_time_limit"])
     (state() / "complete").touch()
     if sys.argv[1] == "-m":
         module = sys.argv[2]

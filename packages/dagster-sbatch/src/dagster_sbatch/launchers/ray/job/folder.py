@@ -1,66 +1,56 @@
-"""The private folder of a job's Ray on this node: make it, keep its logs, remove it."""
+"""Make the private folder of a job's Ray on this node, and keep its logs."""
 
 import io
 import os
 import shutil
 import tarfile
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from job_cluster import NodeError
 
 _PREFIX = "r-"
 _MARK = "job"
-"""File in the folder that names its job: what an earlier life of the job has left is found by it."""
+"""File in the folder with the job's id: a requeued job finds what its earlier run has left."""
 FILE_BYTES, ALL_BYTES = 10 << 20, 100 << 20
-"""What is kept of one log, and of all logs of a node: both the time for packing and the user's quota are short."""
+"""Limits of one log, and of all logs of a node: the time for packing and the user's quota are short."""
 
 
 def make_folder(base: Path, job: str) -> Path:
-    """Make a folder for this user alone, under a name that nobody can take beforehand.
+    """Make a folder that only this user can read, under a name that nobody can take beforehand.
 
-    Folders that an earlier life of the job has left are removed.
+    Folders that an earlier run of the same job has left are removed.
 
     Args:
-        base: a folder in which others may write, too, such as /tmp.
+        base: a folder that other users may write to as well, such as /tmp.
         job: id of the Slurm job.
 
     Raises:
-        NodeError: nothing can be written there.
+        NodeError: the base folder is not writable.
     """
     try:
-        for folder in _folders_of(base, job):
-            shutil.rmtree(folder)
+        for folder in base.glob(f"{_PREFIX}*"):
+            if _is_left_by(job, folder):
+                shutil.rmtree(folder)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
         (folder / _MARK).write_text(job)
     except OSError as error:
-        raise NodeError(
-            f"cannot make a folder in {base} ({error.strerror}): RayLauncher's temp_dir says where"
-        ) from None
+        raise NodeError(f"cannot make a folder in {base} ({error.strerror}): set RayLauncher's temp_dir") from None
     return folder
 
 
-def _folders_of(base: Path, job: str) -> list[Path]:
-    return [folder for folder in base.glob(f"{_PREFIX}*") if _is_ours(folder) and _job_of(folder) == job]
-
-
-def _is_ours(folder: Path) -> bool:
-    there = folder.lstat()
-    return there.st_uid == os.getuid()
-
-
-def _job_of(folder: Path) -> str | None:
-    try:
-        return (folder / _MARK).read_text()
-    except OSError:
-        return None
+def _is_left_by(job: str, folder: Path) -> bool:
+    with suppress(OSError):
+        return folder.lstat().st_uid == os.getuid() and (folder / _MARK).read_text() == job
+    return False
 
 
 def keep_logs(logs: Path, archive: Path) -> None:
-    """Pack a folder of logs, the small ones first, so that what Ray's own processes say is there in any case.
+    """Pack a folder of logs, the smallest first, so that the logs of Ray's own processes are always included.
 
-    A log over FILE_BYTES is kept from there to its end; after ALL_BYTES the rest is left out. A file `LEFT_OUT` in the
-    archive names both.
+    Of a longer log, the last FILE_BYTES are kept; logs beyond ALL_BYTES are left out. A file `LEFT_OUT` in the archive
+    names both.
 
     Args:
         logs: the folder.

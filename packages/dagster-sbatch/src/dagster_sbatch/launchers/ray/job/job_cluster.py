@@ -1,14 +1,11 @@
-"""What the programs of a Ray job tell each other, through files in the run directory."""
+"""What the programs of a Ray job share: the launcher's settings, and the files through which they inform each other."""
 
 import ctypes
 import json
 import os
 import signal
-import socket
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,6 @@ POLL_SECONDS = 0.05
 TAIL_LINES = 20
 PR_SET_PDEATHSIG = 1
 HEAD_FILE = "head.json"
-CALL_SECONDS = 10
-"""For one question to the head."""
 
 
 class NodeError(Exception):
@@ -25,81 +20,43 @@ class NodeError(Exception):
 
 
 def end_with_parent() -> None:
-    """Be killed as soon as the process that started this one ends, however it does."""
+    """Have the kernel kill this process when its parent ends, however the parent ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def read_settings() -> dict[str, Any]:
-    """The launcher's fields, with the nodes, CPUs and GPUs of the request."""
+    """Return the launcher's fields, with the nodes, CPUs and GPUs of the request."""
     settings: dict[str, Any] = json.loads(Path("ray/settings.json").read_text())
     return settings
 
 
 def state() -> Path:
-    """The folder of this life of the job: one that is requeued has another."""
+    """Return the state folder of the job; a job that Slurm has requeued has a new one."""
     return Path(os.environ["RAY_JOB_STATE"])
 
 
-@dataclass(frozen=True)
-class Head:
-    """Where the head of the cluster is.
+def joined_file(node: str) -> str:
+    """Return the name of the file that a node publishes when it has joined the cluster."""
+    return f"joined-{node}.json"
 
-    Attributes:
-        hostname: of its node.
-        address: IPv4, for the other nodes.
-        port: of its GCS.
-        dashboard_port: on its loopback interface.
-        python: its interpreter.
-        versions: of Ray and Python.
+
+def publish(name: str, facts: Mapping[str, Any]) -> None:
+    """Write a file of the state folder for the programs on other nodes.
+
+    The file already exists, empty: if a reader asked for it before, an NFS client could repeat "no such file" for a
+    minute (nfs(5), lookupcache).
     """
-
-    hostname: str
-    address: str
-    port: int
-    dashboard_port: int
-    python: str
-    versions: dict[str, str]
-
-    @property
-    def ray_address(self) -> str:
-        """As Ray takes it."""
-        return f"{self.address}:{self.port}"
-
-    def publish(self) -> None:
-        """Write it for the other nodes, into the empty file that cluster.sh has made.
-
-        They ask for the file from their first moment. If it did not exist then, an NFS client could go on saying so
-        for a minute (nfs(5), lookupcache).
-        """
-        (state() / HEAD_FILE).write_text(json.dumps(asdict(self)) + "\n")
-
-    @classmethod
-    def read(cls) -> "Head | None":
-        """Return what the head has published; None if it has not, or is at it."""
-        text = (state() / HEAD_FILE).read_text()
-        return cls(**json.loads(text)) if text.endswith("\n") else None
-
-    def answers(self) -> bool:
-        """Whether it takes connections: a client of Ray that comes too early waits for long, or gives up."""
-        try:
-            socket.create_connection((self.address, self.port), timeout=5).close()
-        except OSError:
-            return False
-        return True
+    (state() / name).write_text(json.dumps(facts) + "\n")
 
 
-def await_head(go_on: Callable[[], bool] = lambda: True) -> Head | None:
-    """The head, as soon as it can be talked to; None if `go_on` says no before."""
-    while go_on():
-        head = Head.read()
-        if head and head.answers():
-            return head
-        time.sleep(POLL_SECONDS)
-    return None
+def read_published(name: str) -> dict[str, Any] | None:
+    """Return what another program has published; None if it has not, or is still writing."""
+    text = (state() / name).read_text()
+    return json.loads(text) if text.endswith("\n") else None
 
 
 def fail(text: str) -> None:
-    """Leave word of why the cluster failed; that of the first failure counts.
+    """Record why the cluster failed. The first failure counts; later ones go to stderr.
 
     Args:
         text: its first line becomes the cause of the run's failure.
@@ -112,5 +69,5 @@ def fail(text: str) -> None:
 
 
 def tail(text: str) -> str:
-    """The last lines."""
+    """Return the last lines."""
     return "\n".join(text.rstrip().splitlines()[-TAIL_LINES:])

@@ -1,165 +1,56 @@
-"""One node of a job's Ray cluster: starts Ray, watches over it, and leaves nothing of it behind.
+"""One node of a job's Ray cluster: start Ray, watch its processes, and leave nothing of it behind.
 
-srun runs it on every node, in the run directory; task 0 is the head. It ends when its standard input does (the batch
-script is done, or gone), when Slurm terminates it, or when Ray does, which is a failure: why is written to
-$RAY_JOB_STATE/failed, by whoever is the first.
+srun runs this program on every node, in the run directory; task 0 is the head. It ends when its standard input ends
+(the batch script is done, or was killed), when Slurm terminates it, or when a process of Ray ends. The last is a
+failure: the first node that sees one writes the reason to $RAY_JOB_STATE/failed.
 """
 
 import ctypes
-import fcntl
-import importlib.metadata
+import importlib.util
+import json
 import os
-import platform
-import re
-import selectors
+import select
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from checks import check_gpus, memory_arguments, own_address, versions
 from folder import keep_logs, make_folder
-from job_cluster import POLL_SECONDS, Head, NodeError, fail, read_settings, state, tail
+from job_cluster import (
+    HEAD_FILE,
+    POLL_SECONDS,
+    NodeError,
+    fail,
+    joined_file,
+    publish,
+    read_published,
+    read_settings,
+    state,
+    tail,
+)
 from ports import check_ports, claim_ports, is_ours
+from processes import children, describe_death, kill_descendants, process_name, reap
 
 AGENT_PORTS = ("runtime-env-agent", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export")
-"""Of Ray's agents. For those that choose them the raylet waits, and it dies where that takes more than 15 s."""
+"""Of Ray's agents. The raylet does not wait for an agent whose port it knows."""
 RAY_FOLDER = "ray"
 """Below the private folder: Ray opens its own to everybody."""
-OLDEST_RAY = (2, 52)
-"""The first with token authentication."""
-SIOCGIFADDR = 0x8915
 PR_SET_CHILD_SUBREAPER = 36
-OBJECT_STORE_SHARE, SHARED_MEMORY_SHARE = 0.3, 0.9
-"""Ray's own share of the memory for its object store, here of the job's; and how full it may make /dev/shm."""
+WATCH_SECONDS = 0.5
+WRONG_ARGUMENTS = 2
+"""Exit code of `ray start`."""
 
 
-def own_address(interface: str | None) -> str:
-    """The IPv4 address of an interface; without one, what this host's name resolves to.
-
-    Raises:
-        NodeError: there is none that other nodes can reach.
-    """
-    if interface:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()))
-            except OSError as error:
-                names = ", ".join(name for _, name in socket.if_nameindex())
-                raise NodeError(f"network_interface={interface!r}: {error.strerror}; there are {names}") from None
-        return socket.inet_ntoa(found[20:24])
-    name = socket.gethostname()
-    try:
-        address = socket.gethostbyname(name)
-    except OSError as error:
-        raise NodeError(f"the host name {name} has no address ({error}): set network_interface") from None
-    if address.startswith("127."):
-        raise NodeError(f"the host name {name} resolves to {address}, of use to nobody else: set network_interface")
-    return address
-
-
-def check_gpus(wanted: int) -> None:
-    """Compare the GPUs that Slurm gave, and those that the driver sees, with those that were asked for.
-
-    Raises:
-        NodeError: there are fewer.
-    """
-    if not wanted:
-        return
-    given = [number for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number]
-    if len(given) < wanted:
-        raise NodeError(f"{len(given)} of {wanted} GPUs: Slurm gave CUDA_VISIBLE_DEVICES={','.join(given)!r}")
-    if shutil.which("nvidia-smi"):
-        done = subprocess.run(
-            ["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-        seen = count_gpus(done.stdout)
-        if done.returncode or seen < wanted:
-            said = "; ".join(tail(done.stdout).splitlines())
-            raise NodeError(f"{seen} of {wanted} GPUs are there; nvidia-smi says: {said}")
-
-
-def count_gpus(listing: str) -> int:
-    """Return how many devices `nvidia-smi -L` lists that a program can use: the MIG slices of a GPU, or the GPU.
-
-    Args:
-        listing: a line `GPU 0: ...` per GPU, each followed by its slices as indented lines `  MIG 1g.12gb ...`.
-    """
-    gpus = re.split(r"^GPU \d+:", listing, flags=re.M)[1:]
-    return sum(len(re.findall(r"^\s+MIG ", gpu, re.M)) or 1 for gpu in gpus)
-
-
-def memory_arguments(object_store: int | None, environ: Mapping[str, str]) -> list[str]:
-    """Ray's memory from the job's: by itself it would take the whole node for its own.
-
-    Args:
-        object_store: bytes that the launcher was given for the object store, if any.
-        environ: Slurm's variables.
-    """
-    per_node = int(environ.get("SLURM_MEM_PER_NODE", 0))
-    total = (per_node or int(environ.get("SLURM_MEM_PER_CPU", 0)) * int(environ.get("SLURM_CPUS_ON_NODE", 1))) << 20
-    if not total:  # all that the node has
-        return [f"--object-store-memory={object_store}"] if object_store else []
-    shared = shutil.disk_usage("/dev/shm").free  # noqa: S108 - Ray's place, not a temporary file
-    store = object_store or int(min(total * OBJECT_STORE_SHARE, shared * SHARED_MEMORY_SHARE))
-    return [f"--object-store-memory={store}", f"--memory={max(total - store, 0)}"]
-
-
-def versions() -> dict[str, str]:
-    """What has to be the same on all nodes."""
-    try:
-        ray = importlib.metadata.version("ray")
-    except importlib.metadata.PackageNotFoundError:
-        raise NodeError(f"there is no Ray in the environment of {sys.executable}") from None
-    if tuple(int(part) for part in re.findall(r"\d+", ray)[:2]) < OLDEST_RAY:
-        oldest = ".".join(map(str, OLDEST_RAY))
-        raise NodeError(
-            f"Ray {ray} ({sys.executable}) is too old. It has no authentication: every user of the network could run "
-            f"programs in your name. Install Ray {oldest} or later"
-        )
-    return {"Ray": ray, "Python": platform.python_version()}
-
-
-def explain(code: int, output: str) -> str:
-    """Why `ray start` ended: in a line, which of its processes have died, or its last words; then its last lines."""
-    lines = [line for line in output.splitlines() if "[state-dump]" not in line]
-    dead = [line for line in lines if "[exit code=" in line] or [line for line in lines if line.strip()][-1:]
-    words = ", ".join(line.rpartition(" -- ")[2].strip() for line in dead)
-    return f"`ray start` ended with exit code {code}: {words}\n" + tail("\n".join(lines))
-
-
-def descendants(pid: int) -> Iterator[int]:
-    """All processes below one, its orphans included if it is a subreaper (prctl(2)); deepest last."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
-    waiting = list(children.get(pid, []))
-    while waiting:
-        found = waiting.pop()
-        yield found
-        waiting += children.get(found, [])
-
-
-def kill_descendants() -> None:
-    """End everything that was started here, whatever became of it, and nothing else."""
-    while found := list(descendants(os.getpid())):
-        for pid in found:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        time.sleep(POLL_SECONDS / 5)
+def describe_failed_start(code: int, output: str) -> str:
+    """Return in a line how `ray start` ended and its last line, then its last lines."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    return f"`ray start` ended with exit code {code}: {''.join(lines[-1:])}\n" + tail("\n".join(lines))
 
 
 class Node:
@@ -167,18 +58,17 @@ class Node:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = settings
-        self._host = socket.gethostname()
-        self._head = os.environ["SLURM_PROCID"] == "0"
+        self._name = os.environ["SLURMD_NODENAME"]
+        self._is_head = os.environ["SLURM_PROCID"] == "0"
         self._folder: Path | None = None
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
         self._claims: list[socket.socket] = []
 
-    def run(self) -> None:
-        """Start Ray and stay until it is to end.
+    def run(self) -> NoReturn:
+        """Start Ray and watch it until the batch script ends.
 
         Raises:
-            NodeError: it ended by itself, or did not start.
+            NodeError: Ray cannot run here, did not start, or a process of it has ended.
+            SystemExit: the batch script has ended.
         """
         mine = versions()
         self._folder = make_folder(
@@ -186,34 +76,28 @@ class Node:
         )
         check_gpus(self._settings["gpus"])
         address = own_address(self._settings["network_interface"])
-        ports, self._claims = claim_ports(len(AGENT_PORTS) + 2 * self._head)
-        arguments = self._arguments(self._folder, address, ports)
-        output = state() / f"ray-start-{self._host}.out"
-        with output.open("w") as file:
-            ray = subprocess.Popen(
-                [sys.executable, "-u", str(Path(__file__).with_name("start.py")), *arguments],
-                env={**os.environ, "TMPDIR": str(self._folder)},  # what is killed cannot tidy up
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-        self._selector.register(_wait_in_background(ray), selectors.EVENT_READ, ray)
-        if self._head:
-            gcs, dashboard = ports[-2:]
-            self._announce(Head(self._host, address, gcs, dashboard, sys.executable, mine))
-        else:
-            self._compare_versions(mine)
-        for key, _ in self._selector.select():
-            if key.data is ray:
-                raise NodeError(explain(ray.wait(), output.read_text(errors="replace")))
+        arguments, gcs, dashboard = self._arguments(self._folder, address)
+        process = self._import_ray(self._folder)
+        if not self._is_head:
+            head = self._await_head(mine)
+            arguments.append(f"--address={head['ray_address']}")
+        self._start(process, arguments)
+        if self._is_head:
+            self._publish_head(address, gcs, dashboard, mine)
+        publish(joined_file(self._name), {"address": address})
+        self._watch()
 
-    def _arguments(self, folder: Path, address: str, ports: list[int]) -> list[str]:
-        """Of `ray start`. A port of 0 is one that the raylet chooses when it binds it: nobody can come between."""
+    def _arguments(self, folder: Path, address: str) -> tuple[list[str], int, int]:
+        """Return the arguments of `ray start`, and the ports of the head's GCS and dashboard.
+
+        A port of 0 is one that the raylet chooses when it binds it: nobody can come between.
+        """
         settings = self._settings
         further = settings["ray_start_args"]
         check_ports(further)
+        ports, self._claims = claim_ports(len(AGENT_PORTS) + 3)
+        gcs, dashboard, client, *agents = ports
         arguments = [
-            "--block",
             "--log-color=false",
             "--disable-usage-stats",
             f"--temp-dir={folder / RAY_FOLDER}",
@@ -222,34 +106,91 @@ class Node:
             f"--num-gpus={settings['gpus']}",
             "--node-manager-port=0",
             "--object-manager-port=0",
+            *(f"--{part}-port={port}" for part, port in zip(AGENT_PORTS, agents, strict=True)),
+            *memory_arguments(settings["object_store_memory"], os.environ),
         ]
-        arguments += [f"--{part}-port={port}" for part, port in zip(AGENT_PORTS, ports, strict=False)]
-        arguments += memory_arguments(settings["object_store_memory"], os.environ)
-        if self._head:
-            gcs, dashboard = ports[-2:]
-            arguments += ["--head", f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-        return [*arguments, *(each for each in further if self._head or not each.startswith("--include-dashboard"))]
+        if self._is_head:
+            arguments += ["--head", f"--port={gcs}", f"--dashboard-host={address}", f"--dashboard-port={dashboard}"]
+            if importlib.util.find_spec("grpc"):  # then Ray starts its client server, whose default port is fixed
+                arguments.append(f"--ray-client-server-port={client}")
+        arguments += [each for each in further if self._is_head or not each.startswith("--include-dashboard")]
+        return arguments, gcs, dashboard
 
-    def _announce(self, head: Head) -> None:
-        """Publish the head's address as soon as Ray listens there.
+    def _import_ray(self, folder: Path) -> subprocess.Popen[str]:
+        """Begin start.py, which imports Ray and waits for the arguments of `ray start`."""
+        with (state() / f"ray-start-{self._name}.out").open("w") as output:
+            return subprocess.Popen(
+                [sys.executable, "-u", str(Path(__file__).with_name("start.py"))],
+                env={**os.environ, "TMPDIR": str(folder)},  # a process that is killed does not remove its files
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
 
-        Earlier, another user could take the port, and would be sent the token of the cluster.
+    def _await_head(self, mine: Mapping[str, str]) -> dict[str, Any]:
+        """Return what the head has published.
+
+        Raises:
+            NodeError: this node has another Ray or Python than the head.
         """
-        while not is_ours(head.port):
-            if self._selector.select(POLL_SECONDS):
-                return
-        head.publish()
-
-    def _compare_versions(self, mine: Mapping[str, str]) -> None:
-        """Wait for the head's address; end with an error if this node has another Ray or Python than the head."""
-        while not (head := Head.read()):
-            if self._selector.select(POLL_SECONDS):
-                return
+        while not (head := read_published(HEAD_FILE)):
+            _pause(POLL_SECONDS)
         for name, version in mine.items():
-            if version != head.versions[name]:
+            if version != head["versions"][name]:
                 raise NodeError(
-                    f"{name} {version} ({sys.executable}), but {head.versions[name]} on the head, {head.hostname}"
+                    f"{name} {version} ({sys.executable}), but {head['versions'][name]} on the head, {head['node']}"
                 )
+        return head
+
+    def _start(self, process: subprocess.Popen[str], arguments: list[str]) -> None:
+        """Run `ray start`, and a second time if it fails.
+
+        Ray gives an agent 15 s and a raylet 30 s to start. If the node is busy, or the environment's files are not in
+        its memory yet, that can be too short; the second start then finds them there.
+        """
+        assert self._folder
+        for again in (True, False):
+            assert process.stdin
+            with suppress(BrokenPipeError), process.stdin:
+                json.dump(arguments, process.stdin)
+            while (code := process.poll()) is None:
+                _pause(POLL_SECONDS)
+            if code == 0:
+                return
+            output = (state() / f"ray-start-{self._name}.out").read_text(errors="replace")
+            failure = describe_failed_start(code, output)
+            if code == WRONG_ARGUMENTS or not again:
+                raise NodeError(failure)
+            print(f"Ray on {self._name}: {failure}\nStarting it a second time.", file=sys.stderr)
+            kill_descendants()
+            process = self._import_ray(self._folder)
+
+    def _publish_head(self, address: str, gcs: int, dashboard: int, mine: Mapping[str, str]) -> None:
+        """Publish where the head and its dashboard listen. Clients send the token of the cluster there.
+
+        Raises:
+            NodeError: another user's process has taken the head's port.
+        """
+        if not is_ours(gcs):
+            raise NodeError(f"a process of another user listens on port {gcs}, which was reserved for Ray's head")
+        facts = {
+            "node": self._name,
+            "ray_address": f"{address}:{gcs}",
+            "dashboard_address": [address, dashboard] if is_ours(dashboard) else None,
+            "versions": mine,
+        }
+        publish(HEAD_FILE, facts)
+
+    def _watch(self) -> NoReturn:
+        """Watch the processes that `ray start` has left to this one, until one ends."""
+        assert self._folder
+        names = {pid: process_name(pid) for pid in children().get(os.getpid(), [])}
+        while True:
+            dead = {names[pid]: code for pid, code in reap() if pid in names}
+            if dead:
+                raise NodeError(describe_death(dead, self._folder / RAY_FOLDER / "session_latest" / "logs"))
+            _pause(WATCH_SECONDS)
 
     def clean_up(self) -> None:
         """End what runs, keep its logs and remove the rest."""
@@ -259,24 +200,15 @@ class Node:
         try:
             logs = self._folder / RAY_FOLDER / "session_latest" / "logs"
             if self._settings["collect_logs"] and logs.exists():
-                keep_logs(logs.resolve(), Path("ray", f"logs-{self._host}.tar.gz"))
+                keep_logs(logs.resolve(), Path("ray", f"logs-{self._name}.tar.gz"))
         finally:
             shutil.rmtree(self._folder)
 
 
-def _wait_in_background(process: subprocess.Popen[bytes]) -> int:
-    """Return a file descriptor that becomes readable when a process has ended.
-
-    os.pidfd_open would do the same, but kernels before 5.3 do not have it, and neither have some builds of Python.
-    """
-    reader, writer = os.pipe()
-
-    def wait() -> None:
-        process.wait()
-        os.close(writer)
-
-    threading.Thread(target=wait, daemon=True).start()
-    return reader
+def _pause(seconds: float) -> None:
+    """Wait; end this program if its standard input has ended: the batch script is done, or was killed."""
+    if select.select([sys.stdin.fileno()], [], [], seconds)[0]:
+        raise SystemExit
 
 
 def main() -> None:
@@ -292,7 +224,7 @@ def main() -> None:
     try:
         node.run()
     except NodeError as error:
-        fail(f"Ray on {socket.gethostname()}: {error}")
+        fail(f"Ray on {os.environ['SLURMD_NODENAME']}: {error}")
         raise SystemExit(1) from None
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

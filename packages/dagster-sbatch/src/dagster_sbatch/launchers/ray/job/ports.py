@@ -1,4 +1,4 @@
-"""Ports for the processes of Ray on this node."""
+"""Reserve and check ports for the processes of Ray on this node."""
 
 import os
 import re
@@ -11,25 +11,25 @@ from pathlib import Path
 from job_cluster import NodeError
 
 PORTS = range(20000, 32768)
-"""Below those that Linux gives to outgoing connections (ip_local_port_range)."""
+"""Below the ports that Linux uses for outgoing connections (ip_local_port_range)."""
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LISTENING = "0A"
 
 
 def claim_ports(count: int) -> tuple[list[int], list[socket.socket]]:
-    """Reserve free ports, from a random one on, for processes that are about to start.
+    """Reserve free ports for processes that are about to start; begin at a random port.
 
-    The kernel holds the claims: a socket that is bound and does not listen keeps its port from everybody who binds
-    without SO_REUSEADDR, this function included. Ray's processes bind with it, so they can have the port.
+    A socket that is bound and does not listen keeps its port from every process that binds without SO_REUSEADDR, as
+    this function does. Ray's processes bind with it, so they get the port.
 
     Args:
         count: how many.
 
     Returns:
-        The ports, and the sockets that hold them: keep these open as long as the ports are used.
+        The ports, and the sockets that reserve them: keep these open as long as the ports are used.
 
     Raises:
-        NodeError: there are not so many free ports.
+        NodeError: there are fewer free ports.
     """
     ports: list[int] = []
     claims: list[socket.socket] = []
@@ -63,7 +63,7 @@ def is_ours(port: int) -> bool:
 
 
 def check_ports(arguments: Iterable[str]) -> None:
-    """See that the ports which somebody has chosen can be had: Ray says so only in the middle of its logs.
+    """Check that the ports which the user has chosen are free: Ray reports a taken port only deep in its logs.
 
     Args:
         arguments: of `ray start`.
@@ -75,8 +75,8 @@ def check_ports(arguments: Iterable[str]) -> None:
         chosen = re.fullmatch(r"--(?!m(?:in|ax)-worker-)[a-z-]+-port=([1-9][0-9]*)", argument)
         if chosen:
             with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Ray does: not what a late packet holds
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Ray does: a port in TIME_WAIT is free
                 try:
                     probe.bind(("", int(chosen[1])))
                 except OSError as error:
-                    raise NodeError(f"the port of {argument} cannot be had: {error.strerror}") from None
+                    raise NodeError(f"cannot use the port of {argument}: {error.strerror}") from None
