@@ -13,7 +13,7 @@ from dagster_sbatch.auth import (
     ensure_certificate,
     refresh,
 )
-from dagster_sbatch.auth.credentials import CredentialsFile
+from dagster_sbatch.auth.credentials_file import CredentialsFile
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.auth.key_files import certificate_path, public_path
 from dagster_sbatch.settings import load_settings

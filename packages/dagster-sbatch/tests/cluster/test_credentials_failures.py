@@ -17,7 +17,7 @@ from dagster_sbatch.auth import (
     BootstrapError,
     ClockError,
     MisconfiguredError,
-    RefusedError,
+    RejectedError,
     UnavailableError,
     check_health,
     clock,
@@ -164,7 +164,7 @@ def test_a_refusal_of_the_ca_is_told_and_costs_few_tokens(site: SimulatedSite, v
     key = access.key_of(variables)
     subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-b", "1024", "-N", "", "-f", key], check=True)
     before, served = key.read_bytes(), len(site.authentik.requests())
-    with pytest.raises(RefusedError, match="at least 2048 bits") as error:
+    with pytest.raises(RejectedError, match="at least 2048 bits") as error:
         ensure_certificate(settings)
     assert not error.value.temporary
     tokens = [each for each in site.authentik.requests()[served:] if each.path.startswith("/application/o/token/")]
@@ -239,7 +239,7 @@ def test_another_name_of_authentik_is_told_with_the_issuer_that_it_makes(
     address = base.removeprefix("http://").partition(":")[0]
     other = base.replace(address, str(int(ipaddress.ip_address(address))))  # the same, for a resolver
     token_url = {"ASC_OIDC_TOKEN_URL": f"{other}/application/o/token/"}
-    with pytest.raises(RefusedError) as error:
+    with pytest.raises(RejectedError) as error:
         ensure_certificate(access.settings_of({**variables, **token_url}))
     text = str(error.value)
     assert f"issuer (iss) is {other}/application/o/musica-step/, its audience (aud) musica-step" in text

@@ -219,7 +219,7 @@ def test_it_never_asks_twice_for_one_need(
     run_id = add_run(instance, status)
     skipped = tick(instance)
     assert not skipped.run_requests
-    assert f"run {run_id} is at it" in reason(skipped)
+    assert f"run {run_id} does it" in reason(skipped)
 
 
 def test_a_run_that_was_left_started_does_not_block(
@@ -237,7 +237,7 @@ def test_a_run_that_waits_in_the_queue_for_long_is_waited_for(
 ) -> None:
     run_id = add_run(instance, dg.DagsterRunStatus.QUEUED)
     wind(hours=10)
-    assert f"run {run_id} is at it" in reason(tick(instance))
+    assert f"run {run_id} does it" in reason(tick(instance))
 
 
 def test_a_run_that_has_waited_in_the_queue_for_long_is_at_work(
@@ -250,7 +250,7 @@ def test_a_run_that_has_waited_in_the_queue_for_long_is_at_work(
     wind(hours=10)
     with freeze_time(clock.now()):
         instance.report_dagster_event(dg.DagsterEvent(dg.DagsterEventType.RUN_START.value, run.job_name), run_id)
-    assert f"run {run_id} is at it" in reason(tick(instance))
+    assert f"run {run_id} does it" in reason(tick(instance))
     wind(hours=10, minutes=16)
     assert tick(instance).run_requests
 

@@ -13,14 +13,14 @@ from dagster_sbatch.auth import (
     AccessError,
     BootstrapError,
     MisconfiguredError,
-    RefusedError,
+    RejectedError,
     UnavailableError,
     check_health,
     clock,
     refresh,
 )
 from dagster_sbatch.auth.authentik import Authentik
-from dagster_sbatch.auth.credentials import Credentials, CredentialsFile, Secret
+from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Secret
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance
 from support import access
@@ -165,7 +165,7 @@ def test_a_stored_token_that_was_deleted_gives_way_to_the_bootstrap_token(
     later: Settings, variables: dict[str, str], control: AuthentikControl
 ) -> None:
     control.delete_tokens(access.USER)
-    with pytest.raises(RefusedError, match=r"musica-auth.env: authentik refused it .*Token invalid/expired"):
+    with pytest.raises(RejectedError, match=r"musica-auth.env: authentik refused it .*Token invalid/expired"):
         refresh(later, rotation="now", certificate="no")
     again = access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": access.bootstrap_token(control)})
     assert refresh(again, rotation="now", certificate="no").rotated_with == "bootstrap"
@@ -177,7 +177,7 @@ def test_an_app_password_given_as_api_token_is_told_in_words(
 ) -> None:
     password = control.create_token(access.USER, "app_password", "by-hand")
     settings = access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": password})
-    with pytest.raises(RefusedError, match=r"it is an App Password.*use 'New Token' .*, not 'New App") as error:
+    with pytest.raises(RejectedError, match=r"it is an App Password.*use 'New Token' .*, not 'New App") as error:
         refresh(settings, rotation="now", certificate="no")
     assert password not in str(error.value)
     assert not settings.credentials_file.exists()
@@ -197,7 +197,7 @@ def test_a_token_of_another_user_is_refused_before_anything_is_made(
 @pytest.mark.parametrize("value", ["two words", "line\nbreak", "ümlaut"])
 def test_a_token_that_was_pasted_wrongly_is_refused_without_being_shown(variables: dict[str, str], value: str) -> None:
     settings = access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": value})
-    with pytest.raises(RefusedError, match="was it pasted whole") as error:
+    with pytest.raises(RejectedError, match="was it pasted whole") as error:
         refresh(settings, rotation="now", certificate="no")
     assert value not in str(error.value)
 
@@ -428,7 +428,7 @@ def test_eight_processes_at_once_end_with_one_working_pair(
 
 
 def test_the_holder_of_the_lock_is_named(later: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dagster_sbatch.auth.lock import refresh_lock
+    from dagster_sbatch.auth.refresh_lock import refresh_lock
 
     monkeypatch.setattr("dagster_sbatch.auth.renew.LOCK_SECONDS", 0.2)
     with (

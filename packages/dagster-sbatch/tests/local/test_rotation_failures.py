@@ -14,17 +14,17 @@ from dagster_sbatch.auth import (
     AccessError,
     BootstrapError,
     MisconfiguredError,
-    RefusedError,
+    RejectedError,
     UnavailableError,
     check_health,
     clock,
     ensure_certificate,
     refresh,
 )
-from dagster_sbatch.auth.attempts import RefreshFailures
 from dagster_sbatch.auth.authentik import request_oidc_token
-from dagster_sbatch.auth.credentials import Credentials, CredentialsFile
-from dagster_sbatch.auth.http import Answer, Http
+from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile
+from dagster_sbatch.auth.http import Http, HttpAnswer
+from dagster_sbatch.auth.refresh_failures import RefreshFailures
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance
 from support import access
@@ -210,7 +210,7 @@ def test_a_rotation_that_has_failed_stays_so_until_one_succeeds(
     settings: Settings, variables: dict[str, str], control: AuthentikControl, wind: Wind
 ) -> None:
     delete_api_token(settings)
-    with pytest.raises(RefusedError):
+    with pytest.raises(RejectedError):
         refresh(settings, rotation="now", certificate="no")
     for attempt in range(2, 5):
         wind(timedelta(hours=attempt))
@@ -262,7 +262,7 @@ def test_a_forced_rotation_without_a_token_that_works_says_what_to_do(
     settings: Settings, control: AuthentikControl, spoil: Callable[[Settings, AuthentikControl], None]
 ) -> None:
     spoil(settings, control)
-    with pytest.raises(RefusedError) as error:
+    with pytest.raises(RejectedError) as error:
         refresh(settings, rotation="now", certificate="no")
     for words in ("HTTP 403", "expired", "user is not active", "a copy of another machine's file", f"\n  {TO_DO}"):
         assert words in str(error.value)
@@ -273,7 +273,7 @@ def test_a_revoked_bootstrap_token_is_told_with_what_to_do(
 ) -> None:
     settings = access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": access.bootstrap_token(control)})
     control.delete_tokens(access.USER)
-    with pytest.raises(RefusedError) as error:
+    with pytest.raises(RejectedError) as error:
         refresh(settings, rotation="now", certificate="no")
     assert "ASC_AUTHENTIK_API_TOKEN: authentik refused it (HTTP 403" in str(error.value)
     assert str(error.value).splitlines()[-1].strip().startswith(TO_DO)
@@ -350,7 +350,7 @@ def jwt(**claims: object) -> str:
 def test_a_token_that_is_of_no_use_is_told_with_its_cause(
     variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, id_token: str | None, words: str
 ) -> None:
-    answer = Answer(200, {"id_token": id_token} if id_token else {"access_token": "test-secret"}, None)
+    answer = HttpAnswer(200, {"id_token": id_token} if id_token else {"access_token": "test-secret"}, None)
     monkeypatch.setattr(Http, "call", lambda *_, **__: answer)
     with pytest.raises(MisconfiguredError, match=words) as error:
         request_oidc_token(access.settings_of(variables), "x", Http())
@@ -359,7 +359,7 @@ def test_a_token_that_is_of_no_use_is_told_with_its_cause(
 
 
 def test_what_a_success_holds_is_in_no_text() -> None:
-    assert Answer(202, {"access_token": "test-secret"}, None).reason == "HTTP 202"
+    assert HttpAnswer(202, {"access_token": "test-secret"}, None).reason == "HTTP 202"
 
 
 # Files
@@ -399,7 +399,7 @@ def test_a_success_that_cannot_be_recorded_is_one(
         raise OSError("no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dagster_sbatch.auth.attempts.replace_file", refuse)
+        patch.setattr("dagster_sbatch.auth.refresh_failures.replace_file", refuse)
         failures.clear("certificate")
     failures.clear("certificate")
     with monkeypatch.context() as patch:

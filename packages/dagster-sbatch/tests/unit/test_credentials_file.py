@@ -12,7 +12,7 @@ import pytest
 from dotenv import dotenv_values
 
 from dagster_sbatch.auth import MisconfiguredError, UnsafeFileError
-from dagster_sbatch.auth.credentials import Credentials, CredentialsFile, Secret
+from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Secret
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 PAIR = Credentials(

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.auth import AccessError, BootstrapError, check_health, clock, ensure_certificate, refresh
-from dagster_sbatch.auth.attempts import RefreshFailures
-from dagster_sbatch.auth.credentials import Credentials, CredentialsFile, Secret
+from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Secret
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.auth.key_files import certificate_path
+from dagster_sbatch.auth.refresh_failures import RefreshFailures
 from support import access
 
 HOUR = 3600.0

@@ -4,28 +4,28 @@
 script.
 """
 
-from dagster_sbatch.auth.errors import (
+from dagster_sbatch.auth.access_errors import (
     AccessError,
     BootstrapError,
     ClockError,
     LockTimeoutError,
     MisconfiguredError,
-    RefusedError,
+    RejectedError,
     UnavailableError,
     UnsafeFileError,
 )
-from dagster_sbatch.auth.health import Health, Item, check_health
+from dagster_sbatch.auth.health import AccessHealth, HealthItem, check_health
 from dagster_sbatch.auth.renew import Report, ensure_certificate, refresh
 
 __all__ = [
     "AccessError",
+    "AccessHealth",
     "BootstrapError",
     "ClockError",
-    "Health",
-    "Item",
+    "HealthItem",
     "LockTimeoutError",
     "MisconfiguredError",
-    "RefusedError",
+    "RejectedError",
     "Report",
     "UnavailableError",
     "UnsafeFileError",

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from dagster_sbatch.auth.errors import MisconfiguredError, RefusedError, UnavailableError
-from dagster_sbatch.auth.http import TRIES, Answer, Http
+from dagster_sbatch.auth.access_errors import MisconfiguredError, RejectedError, UnavailableError
+from dagster_sbatch.auth.http import TRIES, Http, HttpAnswer
 from dagster_sbatch.settings import Settings
 
 SCOPE = "openid profile email"
@@ -36,7 +36,7 @@ class Authentik:
         """Return the user name that the token belongs to: the cheapest proof that it works.
 
         Raises:
-            RefusedError: unknown, expired, an app password, or of a user that is not active: the server answers alike.
+            RejectedError: unknown, expired, an app password, or of a user that is not active: the server answers alike.
         """
         answer = self._call("GET", "/users/me/", tries=tries)
         try:
@@ -94,13 +94,13 @@ class Authentik:
             raise MisconfiguredError(f"authentik did not delete {identifier!r} ({answer.reason}). {_ADDRESS}")
         return answer.status == 204
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None, tries: int = TRIES) -> Answer:
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None, tries: int = TRIES) -> HttpAnswer:
         """Call the API; a 403 is returned only if the token works and the user lacks a right."""
         if not self._usable:
-            raise RefusedError("it has characters that no token has: was it pasted whole?")
+            raise RejectedError("it has characters that no token has: was it pasted whole?")
         answer = self._http.call(method, self._base + path, headers=self._headers, json_body=body, tries=tries)
         if answer.status == 401 or (answer.status == 403 and "permission" not in answer.reason):
-            raise RefusedError(f"authentik refused it ({answer.reason})")
+            raise RejectedError(f"authentik refused it ({answer.reason})")
         return answer
 
 
@@ -129,7 +129,7 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
     """Exchange an app password for an OIDC token.
 
     Raises:
-        RefusedError: authentik does not accept the app password, or the user for this application; it answers alike.
+        RejectedError: authentik does not accept the app password, or the user for this application; it answers alike.
         MisconfiguredError: the client id is not known, or the token lacks what the certificate authority needs.
     """
     assert settings.oidc_token_url and settings.oidc_client_id and settings.oidc_username
@@ -143,7 +143,7 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
     answer = http.call("POST", settings.oidc_token_url, form=form)
     error = answer.data.get("error") if isinstance(answer.data, dict) else None
     if error == "invalid_grant":
-        raise RefusedError(f"authentik refused it for ASC_OIDC_USERNAME={settings.oidc_username} ({error})")
+        raise RejectedError(f"authentik refused it for ASC_OIDC_USERNAME={settings.oidc_username} ({error})")
     if error == "invalid_client":
         raise MisconfiguredError(
             f"authentik does not know ASC_OIDC_CLIENT_ID={settings.oidc_client_id}. Correct it; the centre's "
@@ -171,7 +171,7 @@ def refused_password(settings: Settings) -> str:
     )
 
 
-def not_allowed(settings: Settings, error: RefusedError) -> MisconfiguredError:
+def not_allowed(settings: Settings, error: RejectedError) -> MisconfiguredError:
     """Return the error of a rotation whose new secrets do not work: they are right, so the reason is another one."""
     return MisconfiguredError(
         f"authentik refuses a secret that it has just made, which was deleted again: {error}. The user "

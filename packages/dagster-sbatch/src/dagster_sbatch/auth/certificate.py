@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.errors import ClockError
+from dagster_sbatch.auth.access_errors import ClockError
 from dagster_sbatch.settings import Settings
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.attempts import Failing, Part
 from dagster_sbatch.auth.certificate import Certificate
+from dagster_sbatch.auth.refresh_failures import Failing, Part
 from dagster_sbatch.auth.ways import AccessState, read_access
 from dagster_sbatch.settings import Settings
 
@@ -15,7 +15,7 @@ Verdict = Literal["ok", "due", "failing", "broken"]
 
 
 @dataclass(frozen=True)
-class Item:
+class HealthItem:
     """One thing that ends.
 
     Attributes:
@@ -34,7 +34,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Health:
+class AccessHealth:
     """The state of the access.
 
     Attributes:
@@ -51,17 +51,17 @@ class Health:
     now: datetime
     verdict: Verdict
     summary: str
-    items: tuple[Item, ...]
+    items: tuple[HealthItem, ...]
     next_refresh: datetime | None
     failing: Mapping[Part, Failing]
     notes: tuple[str, ...]
 
-    def remaining(self, item: Item) -> timedelta | None:
+    def remaining(self, item: HealthItem) -> timedelta | None:
         """Return how long an item lasts; negative after its end."""
         return None if item.valid_until is None else item.valid_until - self.now
 
 
-def check_health(settings: Settings) -> Health:
+def check_health(settings: Settings) -> AccessHealth:
     """Return the state of the access, from the files alone."""
     access = read_access(settings)
     next_refresh = _next_refresh(access)
@@ -72,7 +72,7 @@ def check_health(settings: Settings) -> Health:
         certificate.principals_problem(settings) if certificate else "",
     )
     shown = tuple(note for note in notes if note and note != summary)
-    return Health(access.now, verdict, summary, _items(access), next_refresh, access.failing, shown)
+    return AccessHealth(access.now, verdict, summary, _items(access), next_refresh, access.failing, shown)
 
 
 def _next_refresh(access: AccessState) -> datetime | None:
@@ -142,14 +142,14 @@ def _not_self_renewing(access: AccessState) -> str:
     return f"not self-renewing, ends {end}"
 
 
-def _items(access: AccessState) -> tuple[Item, ...]:
+def _items(access: AccessState) -> tuple[HealthItem, ...]:
     """Return the certificate and both secrets; for a secret that is not stored, the variable that holds one."""
     settings, stored, found, now = access.settings, access.stored, access.certificate, access.now
     state, until, renew = "not used" if access.plain_key else "missing", None, now if access.renewable else None
     if isinstance(found, Certificate):
         state = "not yet valid" if now < found.valid_after else "expired" if now >= found.valid_before else "valid"
         until, renew = found.valid_before, found.renew_at(settings.step_refresh_skew) if access.renewable else None
-    items = [Item("certificate", f"{settings.edge_node_key_path}-cert.pub", until, renew, state)]
+    items = [HealthItem("certificate", f"{settings.edge_node_key_path}-cert.pub", until, renew, state)]
     for name, secret, variable, direct in (
         ("API token", stored.api_token, "ASC_AUTHENTIK_API_TOKEN", settings.authentik_api_token),
         ("app password", stored.app_password, "ASC_OIDC_APP_PASSWORD", settings.oidc_app_password),
@@ -162,5 +162,5 @@ def _items(access: AccessState) -> tuple[Item, ...]:
             where, state = variable, "end not known"
         else:
             state = "not usable" if access.file_problem else "missing"
-        items.append(Item(name, where, until, renew if access.rotatable else None, state))
+        items.append(HealthItem(name, where, until, renew if access.rotatable else None, state))
     return tuple(items)

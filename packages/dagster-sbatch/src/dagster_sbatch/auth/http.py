@@ -11,7 +11,7 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
-from dagster_sbatch.auth.errors import AccessError, MisconfiguredError, UnavailableError
+from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, UnavailableError
 from dagster_sbatch.auth.network import Proxy, proxy_for, public_trust, trust_variable
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _TEMPORARY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpAnswer:
     """A server's answer.
 
     Attributes:
@@ -73,7 +73,7 @@ class Http:
         form: Mapping[str, str] | None = None,
         trust: ssl.SSLContext | None = None,
         tries: int = TRIES,
-    ) -> Answer:
+    ) -> HttpAnswer:
         """Send a request, up to `tries` times while the server does not answer, or says that it cannot answer now.
 
         Args:
@@ -103,7 +103,7 @@ class Http:
                     raise
                 time.sleep(pause)
 
-    def _send(self, trust: ssl.SSLContext | None, method: str, url: str, **content: Any) -> Answer:
+    def _send(self, trust: ssl.SSLContext | None, method: str, url: str, **content: Any) -> HttpAnswer:
         """Send a request once; `content` is what httpx calls so."""
         import httpx
 
@@ -130,7 +130,7 @@ class Http:
         return self._public_trust
 
 
-def _receive(response: "httpx.Response", proxy: Proxy | None) -> Answer:
+def _receive(response: "httpx.Response", proxy: Proxy | None) -> HttpAnswer:
     deadline = time.monotonic() + TRY_SECONDS
     place, status = _place(response.request.url), response.status_code
     received = bytearray()
@@ -149,7 +149,7 @@ def _receive(response: "httpx.Response", proxy: Proxy | None) -> Answer:
         raise _refused_by(proxy, response.request.url, "HTTP 407: it asks for a user name and a password")
     if status in _TEMPORARY:
         raise UnavailableError(f"{place}: HTTP {status}, it cannot answer now")
-    return Answer(status, _document(bytes(received), place, status), _date(response.headers.get("Date")))
+    return HttpAnswer(status, _document(bytes(received), place, status), _date(response.headers.get("Date")))
 
 
 def _document(body: bytes, place: str, status: int) -> Any:

@@ -9,8 +9,8 @@ import ssl
 from datetime import datetime, timedelta
 
 from dagster_sbatch.auth import clock
+from dagster_sbatch.auth.access_errors import ClockError, MisconfiguredError, RejectedError
 from dagster_sbatch.auth.authentik import OidcToken
-from dagster_sbatch.auth.errors import ClockError, MisconfiguredError, RefusedError
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.settings import Settings
 
@@ -29,7 +29,7 @@ def issue_certificate(settings: Settings, http: Http, public_key: str, token: Oi
     Raises:
         UnavailableError: the authority does not answer.
         ClockError: the authority's clock differs from authentik's.
-        RefusedError: the authority does not accept the token, or issues no certificate to this user.
+        RejectedError: the authority does not accept the token, or issues no certificate to this user.
         MisconfiguredError: it is another authority than ASC_STEP_FINGERPRINT says, or it does not certify this key.
     """
     trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody yet
@@ -40,11 +40,11 @@ def issue_certificate(settings: Settings, http: Http, public_key: str, token: Oi
     answer = http.call("POST", f"{_base(settings)}/1.0/ssh/sign", json_body=body, trust=trust, tries=1)
     if answer.status == 401:
         _compare_clocks(token, answer.date)
-        raise RefusedError(
+        raise RejectedError(
             f"the certificate authority refused the OIDC token ({answer.reason}). {_refused_token(settings, token)}"
         )
     if answer.status == 403:
-        raise RefusedError(
+        raise RejectedError(
             f"the certificate authority refused a certificate for {token.email} ({answer.reason}). Ask the centre "
             "with this text"
         )

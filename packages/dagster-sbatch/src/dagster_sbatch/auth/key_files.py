@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dagster_sbatch.atomic_write import replace_file
+from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, UnsafeFileError
 from dagster_sbatch.auth.certificate import Certificate, on_the_wire
-from dagster_sbatch.auth.errors import AccessError, MisconfiguredError, UnsafeFileError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives import serialization

@@ -11,7 +11,7 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
-from dagster_sbatch.auth.errors import MisconfiguredError
+from dagster_sbatch.auth.access_errors import MisconfiguredError
 
 _HOST = re.compile(r"\.?[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?(:\d{1,5})?")
 _PROXY = re.compile(

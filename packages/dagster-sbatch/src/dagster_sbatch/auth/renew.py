@@ -13,16 +13,16 @@ from typing import Literal
 
 from dagster_sbatch.atomic_write import remove_half_written
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.attempts import Part, RefreshFailures
+from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, RejectedError, UnavailableError
 from dagster_sbatch.auth.authentik import APP_BUTTON, Authentik, OidcToken, refused_password, request_oidc_token
 from dagster_sbatch.auth.certificate import Certificate
-from dagster_sbatch.auth.credentials import CredentialsFile, Source
-from dagster_sbatch.auth.errors import AccessError, MisconfiguredError, RefusedError, UnavailableError
-from dagster_sbatch.auth.files import explained
+from dagster_sbatch.auth.credentials_file import CredentialsFile, Source
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.auth.issuer import issue_certificate
 from dagster_sbatch.auth.key_files import certificate_path, ensure_key, public_path, write_certificate
-from dagster_sbatch.auth.lock import refresh_lock
+from dagster_sbatch.auth.private_file import explained
+from dagster_sbatch.auth.refresh_failures import Part, RefreshFailures
+from dagster_sbatch.auth.refresh_lock import refresh_lock
 from dagster_sbatch.auth.rotation import NoTokenError, Rotator
 from dagster_sbatch.auth.ways import read_access
 from dagster_sbatch.settings import Settings
@@ -167,7 +167,7 @@ class _Refresh:
             for source, why in error.refusals.items():
                 self._refuse(source, f"API token: {why}" if source == "stored" else why)
             self._rotation_failure = self._access.explain_rotation(error.refusals)
-        except RefusedError as error:
+        except RejectedError as error:
             self._rotation_failure = self._access.explain_rotation({"stored": str(error)})
         except AccessError as error:
             self._rotation_failure = error
@@ -213,7 +213,7 @@ class _Refresh:
             try:
                 line = issue_certificate(self._settings, self._http, public, token)
                 break
-            except (UnavailableError, RefusedError):
+            except (UnavailableError, RejectedError):
                 if not left or self._http.remaining() <= 0:
                     raise
                 time.sleep(random.uniform(0.2, 1.0) * (ISSUE_TRIES - left))  # noqa: S311 (jitter)
@@ -241,7 +241,7 @@ class _Refresh:
         failing = self._access.failing.get("rotation")
         failure = self._rotation_failure
         if failure is None and failing and not forced and self._access.pausing("rotation"):
-            failure = UnavailableError(failing.error) if failing.temporary else RefusedError(failing.error)
+            failure = UnavailableError(failing.error) if failing.temporary else RejectedError(failing.error)
         if failure is None:
             try:
                 self._rotate(forced=True)
@@ -250,7 +250,7 @@ class _Refresh:
                 failure = error
         if failure.temporary or not self._refusals:
             raise failure
-        if failure is not self._rotation_failure or not isinstance(failure, RefusedError):  # else it is among them
+        if failure is not self._rotation_failure or not isinstance(failure, RejectedError):  # else it is among them
             self._refuse("stored", f"new ones cannot be made: {str(failure).splitlines()[0]}")
 
     def _refuse(self, source: Source, why: str) -> None:
@@ -268,12 +268,12 @@ class _Refresh:
         for source, value in candidates:
             try:
                 return request_oidc_token(self._settings, value, self._http), source
-            except RefusedError as error:
+            except RejectedError as error:
                 why = self._why_refused(source, value, error)
                 self._refuse(source, f"app password: {why}" if source == "stored" else why)
         return None
 
-    def _why_refused(self, source: Source, value: str, error: RefusedError) -> str:
+    def _why_refused(self, source: Source, value: str, error: RejectedError) -> str:
         """Return why authentik may have refused an app password; it refuses an API token in the same words."""
         if source == "direct" and self._settings.authentik_api_base:
             with suppress(AccessError):

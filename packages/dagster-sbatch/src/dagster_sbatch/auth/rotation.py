@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from dagster_sbatch.auth import clock
+from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, RejectedError, UnavailableError
 from dagster_sbatch.auth.authentik import (
     API_BUTTON,
     APP_BUTTON,
@@ -20,8 +21,7 @@ from dagster_sbatch.auth.authentik import (
     not_allowed,
     request_oidc_token,
 )
-from dagster_sbatch.auth.credentials import Credentials, CredentialsFile, Secret, Source
-from dagster_sbatch.auth.errors import AccessError, MisconfiguredError, RefusedError, UnavailableError
+from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Secret, Source
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.settings import Settings
 
@@ -47,7 +47,7 @@ class Rotation:
     warnings: tuple[str, ...] = ()
 
 
-class NoTokenError(RefusedError):
+class NoTokenError(RejectedError):
     """No API token works.
 
     Attributes:
@@ -79,7 +79,7 @@ class Rotator:
         try:
             self._prove(stored)
             settled = stored.without_previous()
-        except RefusedError:
+        except RejectedError:
             settled = replace(
                 stored.without_previous(),
                 api_token=stored.previous_api_token,
@@ -99,7 +99,7 @@ class Rotator:
         try:
             with suppress(UnavailableError):
                 self._authentik(stored.api_token.value).user(tries=1)
-        except RefusedError as error:
+        except RejectedError as error:
             raise NoTokenError({"stored": self._stored_refused(stored.api_token.value, error)}) from None
 
     def rotate(self, stored: Credentials) -> Rotation:
@@ -142,7 +142,7 @@ class Rotator:
                 raise
             self._file.write(stored)
             self._delete_unused(authentik, stored)
-            raise not_allowed(self._settings, error) if isinstance(error, RefusedError) else error from None
+            raise not_allowed(self._settings, error) if isinstance(error, RejectedError) else error from None
         proven = unproven.without_previous()
         self._file.write(proven)
         cleaned, warnings = self.clean(proven)
@@ -185,7 +185,7 @@ class Rotator:
             authentik = self._authentik(value)
             try:
                 user = authentik.user()
-            except RefusedError as error:
+            except RejectedError as error:
                 stored_one = source == "stored"
                 refusals[source] = (self._stored_refused if stored_one else self._refused)(value, error)
                 continue
@@ -197,13 +197,13 @@ class Rotator:
             return authentik, source
         raise NoTokenError(refusals)
 
-    def _stored_refused(self, value: str, error: RefusedError) -> str:
+    def _stored_refused(self, value: str, error: RejectedError) -> str:
         return (
             f"{self._refused(value, error)}. Or {self._file.path} is a copy of another machine's file: that "
             "machine has replaced the secrets since"
         )
 
-    def _refused(self, value: str, error: RefusedError) -> str:
+    def _refused(self, value: str, error: RejectedError) -> str:
         """Return why authentik may have refused an API token; it refuses an app password in the same words."""
         try:
             request_oidc_token(self._settings, value, self._http)
@@ -215,9 +215,9 @@ class Rotator:
         )
 
     def _prove(self, credentials: Credentials) -> None:
-        """Raise RefusedError unless both secrets work."""
+        """Raise RejectedError unless both secrets work."""
         if credentials.api_token is None or credentials.app_password is None:
-            raise RefusedError("the pair is incomplete")
+            raise RejectedError("the pair is incomplete")
         self._authentik(credentials.api_token.value).user()
         request_oidc_token(self._settings, credentials.app_password.value, self._http)
 
@@ -236,7 +236,7 @@ class Rotator:
         failure: AccessError | None = None
         for name in old:
             try:
-                if failure is not None and (failure.temporary or isinstance(failure, RefusedError)):
+                if failure is not None and (failure.temporary or isinstance(failure, RejectedError)):
                     raise failure  # the others would fail alike
                 if not authentik.delete(name) and self._may_be_made_yet(name):
                     kept.append(name)

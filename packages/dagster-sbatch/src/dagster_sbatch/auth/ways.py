@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.attempts import Failing, Part, RefreshFailures
+from dagster_sbatch.auth.access_errors import AccessError, BootstrapError, RejectedError, UnsafeFileError
 from dagster_sbatch.auth.authentik import API_BUTTON, APP_BUTTON
 from dagster_sbatch.auth.certificate import Certificate
-from dagster_sbatch.auth.credentials import Credentials, CredentialsFile, Source
-from dagster_sbatch.auth.errors import AccessError, BootstrapError, RefusedError, UnsafeFileError
+from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Source
 from dagster_sbatch.auth.key_files import certificate_path, read_certificate
+from dagster_sbatch.auth.refresh_failures import Failing, Part, RefreshFailures
 from dagster_sbatch.settings import Settings
 
 _SCRIPT = "scripts/refresh_step_auth.py"
@@ -127,7 +127,7 @@ class AccessState:
         base = self.settings.authentik_api_base or "https://<ASC_AUTHENTIK_API_BASE>"
         return f"at {base.rstrip('/')}/if/user/#/settings, Tokens and App passwords"
 
-    def explain_rotation(self, refusals: Mapping[Source, str]) -> RefusedError:
+    def explain_rotation(self, refusals: Mapping[Source, str]) -> RejectedError:
         """Return why the stored secrets cannot be replaced, and the command that makes new ones.
 
         Args:
@@ -140,7 +140,7 @@ class AccessState:
             f"ASC_AUTHENTIK_API_TOKEN: {token}",
             "" if self._rotation_problem == self.stored_problem else self._rotation_problem,
         )
-        return RefusedError(
+        return RejectedError(
             f"The stored secrets cannot be replaced: {'; '.join(filter(None, reasons))}. "
             f"To replace them by hand, {self._make_token}\n  {_ASK_FOR_TOKEN}"
         )

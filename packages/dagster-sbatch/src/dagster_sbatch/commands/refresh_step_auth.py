@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from dagster_sbatch.auth import AccessError, Health, Item, Report, check_health, clock, refresh
+from dagster_sbatch.auth import AccessError, AccessHealth, HealthItem, Report, check_health, clock, refresh
 from dagster_sbatch.auth.key_files import certificate_path
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
@@ -96,7 +96,7 @@ def tell(report: Report, settings: Settings) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def show(health: Health, settings: Settings) -> None:
+def show(health: AccessHealth, settings: Settings) -> None:
     """Print the table for people, and below it where everything is: paths do not fit into a table of 80 columns."""
     console = Console()
     headings = ("what", "valid until (UTC)", "remaining", "replaced after")
@@ -116,14 +116,14 @@ def show(health: Health, settings: Settings) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def next_action(item: Item, health: Health) -> str:
+def next_action(item: HealthItem, health: AccessHealth) -> str:
     """After what an item is made anew."""
     if item.renew_at is None:
         return "see below" if item.valid_until is None else "never, it ends"
     return f"{item.renew_at:%Y-%m-%d %H:%M}" if item.renew_at > health.now else "the next refresh"
 
 
-def show_json(health: Health) -> None:
+def show_json(health: AccessHealth) -> None:
     """The same for programs; times are ISO 8601 in UTC, lengths are hours."""
     items = {}
     for item in health.items:

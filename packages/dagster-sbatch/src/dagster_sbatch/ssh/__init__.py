@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.ssh.errors import AuthenticationError, HostKeyError, SshError, UnreachableError
+from dagster_sbatch.ssh.ssh_errors import AuthenticationError, HostKeyError, SshError, UnreachableError
 
 if TYPE_CHECKING:
     import fabric

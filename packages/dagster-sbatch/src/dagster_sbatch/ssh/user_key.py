@@ -19,7 +19,7 @@ from dagster_sbatch.auth.key_files import (
     read_private_key,
 )
 from dagster_sbatch.ssh.client_config import Hop
-from dagster_sbatch.ssh.errors import AuthenticationError
+from dagster_sbatch.ssh.ssh_errors import AuthenticationError
 
 _KEYBOARD_INTERACTIVE = "keyboard-interactive"
 _RENEW = "Get a new certificate:\n  scripts/refresh_step_auth.py"

@@ -1,22 +1,22 @@
-"""Access to the supercomputer, kept alive with no person: a job, the sensor that asks for it, what the UI shows."""
+"""Access to the supercomputer renews itself: a job, the sensor that requests it, and what the UI shows."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from typing import Any
 
 import dagster as dg
+from pydantic import TypeAdapter
 
-from dagster_sbatch.auth import AccessError, Health, Report, check_health, clock, refresh
-from dagster_sbatch.auth.attempts import pause_after
+from dagster_sbatch.auth import AccessError, AccessHealth, Report, check_health, clock, refresh
+from dagster_sbatch.auth.refresh_failures import pause_after
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.attention import ACCESS
 from dagster_sbatch.upkeep.deployment import running_on_supercomputer, supercomputer_settings
 
 LONGEST_RUN = timedelta(minutes=15)
-"""A refresh takes five minutes at most: a run whose status has stood still for longer was killed."""
+"""A refresh takes five minutes at most: a run whose status has not changed for longer was killed."""
 JOB = "refresh_credentials"
 
 MUSICA_ACCESS = dg.AssetSpec(
@@ -31,14 +31,14 @@ MUSICA_ACCESS = dg.AssetSpec(
 
 @dataclass(frozen=True)
 class CredentialRefresh:
-    """What keeps access to the supercomputer alive.
+    """The definitions that renew access to the supercomputer.
 
     Attributes:
-        op: replaces the secrets and the certificate as far as they are due.
-        job: one op.
-        sensor: requests the job when something is due.
-        asset: shows how access is.
-        check: of the asset, whether access works and renews itself.
+        op: replaces the secrets and the certificate if they are due, and records the state of the access.
+        job: the op alone.
+        sensor: reads the files every 30 s, connects to nothing, and requests the job when something is due.
+        asset: `musica_access`, whose metadata are the remaining hours of the certificate and of both secrets.
+        check: fails if access does not work, or does not renew itself.
     """
 
     op: dg.OpDefinition
@@ -49,22 +49,35 @@ class CredentialRefresh:
 
 
 def make_credential_refresh(project: Project) -> CredentialRefresh:
-    """Make the definitions that keep access to the supercomputer alive."""
+    """Make the definitions that renew access to the supercomputer.
+
+    Example:
+        refresh = make_credential_refresh(PROJECT)
+        defs = dg.Definitions(
+            assets=[refresh.asset], asset_checks=[refresh.check], jobs=[refresh.job], sensors=[refresh.sensor]
+        )
+    """
 
     @dg.asset_check(asset=MUSICA_ACCESS.key, name="health", description="Whether access works and renews itself.")
     def health() -> dg.AssetCheckResult:
-        return _check(project)
+        try:
+            found = check_health(supercomputer_settings(project))
+        except ConfigurationError as error:
+            return dg.AssetCheckResult(passed=False, description=str(error))
+        return dg.AssetCheckResult(
+            passed=_passed(found), description=_markdown(found), metadata=_numbers(found), severity=_severity(found)
+        )
 
-    @dg.op(  # its job has the name `refresh_credentials`, and Dagster wants them different
-        name="refresh_credentials_op",
-        description="Replace the secrets and the certificate as far as they are due.",
+    @dg.op(  # Dagster wants its name to differ from its job's
+        name=f"{JOB}_op",
+        description="Replace the secrets and the certificate if they are due.",
     )
     def refresh_op(context: dg.OpExecutionContext) -> None:
         _refresh(project, context)
 
     @dg.job(
         name=JOB,
-        description="Keeps access to the supercomputer alive; its sensor starts it when something is due.",
+        description="Renews access to the supercomputer; its sensor starts it when something is due.",
         executor_def=dg.in_process_executor,
         tags={
             "dagster/max_runtime": str(int(LONGEST_RUN.total_seconds())),
@@ -77,10 +90,10 @@ def make_credential_refresh(project: Project) -> CredentialRefresh:
 
     @dg.sensor(
         job=refresh_job,
-        name="refresh_credentials_when_due",
+        name=f"{JOB}_when_due",
         minimum_interval_seconds=30,
         default_status=running_on_supercomputer(project),
-        description="Looks at the files of the credentials, asks nobody, and requests a refresh when one is due.",
+        description="Reads the files of the credentials, connects to nothing, and requests a refresh when one is due.",
     )
     def refresh_when_due(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         return _tick(project, context)
@@ -88,19 +101,8 @@ def make_credential_refresh(project: Project) -> CredentialRefresh:
     return CredentialRefresh(refresh_op, refresh_job, refresh_when_due, MUSICA_ACCESS, health)
 
 
-def _check(project: Project) -> dg.AssetCheckResult:
-    """Look at the files, now."""
-    try:
-        health = check_health(supercomputer_settings(project))
-    except ConfigurationError as error:
-        return dg.AssetCheckResult(passed=False, description=str(error))
-    return dg.AssetCheckResult(
-        passed=_passed(health), description=_markdown(health), metadata=_numbers(health), severity=_severity(health)
-    )
-
-
 def _refresh(project: Project, context: dg.OpExecutionContext) -> None:
-    """Refresh, and show how access is then, also if that failed."""
+    """Refresh, and record the state of the access, also if the refresh failed."""
     failure: AccessError | None = None
     report = Report()
     try:
@@ -113,117 +115,87 @@ def _refresh(project: Project, context: dg.OpExecutionContext) -> None:
     health = check_health(settings)
     for warning in report.warnings:
         context.log.warning(warning)
-    numbers = _numbers(health) | _deeds(report)
+    sources = {"secrets_replaced_with": report.rotated_with, "certificate_issued_with": report.issued_with}
+    numbers = _numbers(health) | {name: f"the {source} credential" for name, source in sources.items() if source}
     for event in _events(health, numbers):
-        context.log_event(event)  # type: ignore[arg-type]  # takes a check's evaluation, though its annotation does not
+        context.log_event(event)  # type: ignore[arg-type]  # accepts a check's evaluation, against its annotation
     context.add_output_metadata(numbers)
     if failure is not None:
         raise dg.Failure(str(failure), metadata=numbers, allow_retries=False)
 
 
-def _tick(project: Project, context: dg.SensorEvaluationContext) -> dg.SensorResult:
-    """Make one tick; the first one, and each that finds access better or worse than before, shows how it is.
+@dataclass(frozen=True)
+class _Cursor:
+    """What the sensor remembers.
 
-    The cursor holds what was asked for and has not helped yet, and what was shown.
+    Attributes:
+        at: when it made the latest request for a need that still exists; None if there is no such need.
+        count: how many requests it made for that need.
+        shown: the state that it last recorded at `musica_access`; empty before the first tick.
+    """
+
+    at: datetime | None = None
+    count: int = 0
+    shown: str = ""
+
+
+_CURSOR = TypeAdapter(_Cursor)
+
+
+def _tick(project: Project, context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    """Evaluate the sensor; the first tick, and each that finds access better or worse, records its state.
 
     Raises:
-        ConfigurationError: the settings are wrong: the tick fails.
+        ConfigurationError: the settings are wrong, and the tick fails.
     """
     health = check_health(supercomputer_settings(project))
-    cursor = _Cursor.parse(context.cursor)
+    before = _CURSOR.validate_json(context.cursor or "{}")
     shown = "ok" if _passed(health) else health.verdict
-    asked, requests, reason = _decide(context.instance, health, cursor.asked)
+    after, requests, reason = _decide(context.instance, health, before)
     return dg.SensorResult(
         run_requests=requests,
         skip_reason=reason,
-        cursor=_Cursor(asked, shown).render(),
-        asset_events=[] if cursor.shown == shown else _events(health, _numbers(health)),
+        cursor=_CURSOR.dump_json(replace(after, shown=shown)).decode(),
+        asset_events=[] if before.shown == shown else _events(health, _numbers(health)),
     )
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """The latest request for a need that is still there.
-
-    Attributes:
-        at: when it was made.
-        count: how many were made for that need.
-    """
-
-    at: datetime
-    count: int
-
-    @property
-    def pause_ends(self) -> datetime:
-        """Before when it is not asked for again."""
-        return self.at + (pause_after(self.count) if self.count else timedelta())
-
-
-@dataclass(frozen=True)
-class _Cursor:
-    """What the sensor knows of its earlier ticks.
-
-    Attributes:
-        asked: the latest request.
-        shown: the verdict that `musica_access` was last given by the sensor; empty before the first tick.
-    """
-
-    asked: _Asked
-    shown: str
-
-    @classmethod
-    def parse(cls, text: str | None) -> "_Cursor":
-        values = json.loads(text or "{}")
-        asked = _Asked(datetime.fromisoformat(values["at"]), values["count"]) if values.get("count") else _NOTHING_ASKED
-        return cls(asked, values.get("shown", ""))
-
-    def render(self) -> str:
-        asked = {"at": self.asked.at.isoformat(), "count": self.asked.count} if self.asked.count else {}
-        return json.dumps({**asked, "shown": self.shown})
-
-
-_NOTHING_ASKED = _Asked(datetime(1970, 1, 1, tzinfo=UTC), 0)
-_ACTIVE = [
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
-
-
 def _decide(
-    instance: dg.DagsterInstance, health: Health, asked: _Asked
-) -> tuple[_Asked, list[dg.RunRequest], str | None]:
-    """Decide whether a refresh is to be requested: what is then asked for, the request, or why there is none."""
+    instance: dg.DagsterInstance, health: AccessHealth, cursor: _Cursor
+) -> tuple[_Cursor, list[dg.RunRequest], str | None]:
+    """Return the next cursor, the request for a refresh, and the reason if there is none."""
     if health.next_refresh is None:
-        return _NOTHING_ASKED, [], health.summary
-    moment = max(health.next_refresh, asked.pause_ends)
+        return _Cursor(), [], health.summary
+    pause_ends = cursor.at + pause_after(cursor.count) if cursor.at else health.next_refresh
+    moment = max(health.next_refresh, pause_ends)
     if moment > health.now:
         wait = clock.duration((moment - health.now).total_seconds())
         reason = f"the next refresh is due at {clock.written(moment)}, in {wait}"
         if health.verdict == "ok":
-            return _NOTHING_ASKED, [], reason
-        return asked, [], f"{health.verdict}: {health.summary}\n{reason}"
+            return _Cursor(), [], reason
+        return cursor, [], f"{health.verdict}: {health.summary}\n{reason}"
     running = _running(instance, health.now)
     if running:
-        return asked, [], f"a refresh is due, and run {running} is at it"
-    request = dg.RunRequest(run_key=f"asked at {health.now.isoformat()}")
-    return _Asked(health.now, asked.count + 1), [request], None
+        return cursor, [], f"a refresh is due, and run {running} does it"
+    request = dg.RunRequest(run_key=f"requested at {health.now.isoformat()}")
+    return _Cursor(health.now, cursor.count + 1), [request], None
 
 
 def _running(instance: dg.DagsterInstance, now: datetime) -> str | None:
-    """Id of a refresh that is on its way: waiting in the queue, however long, or at work and not left over."""
+    """Return the id of a refresh that waits in the queue, however long, or runs and was not killed."""
+    statuses = dg.DagsterRunStatus
+    active = [statuses.NOT_STARTED, statuses.STARTING, statuses.STARTED, statuses.CANCELING]
     for wanted in (
-        dg.RunsFilter(job_name=JOB, statuses=[dg.DagsterRunStatus.QUEUED]),
-        dg.RunsFilter(job_name=JOB, statuses=_ACTIVE, updated_after=now - LONGEST_RUN),
+        dg.RunsFilter(job_name=JOB, statuses=[statuses.QUEUED]),
+        dg.RunsFilter(job_name=JOB, statuses=active, updated_after=now - LONGEST_RUN),
     ):
         if records := instance.get_run_records(wanted, limit=1):
             return records[0].dagster_run.run_id
     return None
 
 
-def _events(health: Health, numbers: Mapping[str, Any]) -> list[dg.AssetObservation | dg.AssetCheckEvaluation]:
-    """What shows how access is at `musica_access`."""
+def _events(health: AccessHealth, numbers: Mapping[str, Any]) -> list[dg.AssetObservation | dg.AssetCheckEvaluation]:
+    """Return the events that record the state of the access at `musica_access`."""
     text = _markdown(health)
     return [
         dg.AssetObservation(MUSICA_ACCESS.key, description=text, metadata=numbers),
@@ -238,21 +210,21 @@ def _events(health: Health, numbers: Mapping[str, Any]) -> list[dg.AssetObservat
     ]
 
 
-def _passed(health: Health) -> bool:
+def _passed(health: AccessHealth) -> bool:
     return health.verdict in ("ok", "due")
 
 
-def _markdown(health: Health) -> str:
-    """The summary as the UI is to show it: line by line."""
+def _markdown(health: AccessHealth) -> str:
+    """Return the summary for the UI, which joins lines that do not end with two spaces."""
     return health.summary.replace("\n", "  \n")
 
 
-def _severity(health: Health) -> dg.AssetCheckSeverity:
+def _severity(health: AccessHealth) -> dg.AssetCheckSeverity:
     return dg.AssetCheckSeverity.ERROR if health.verdict == "broken" else dg.AssetCheckSeverity.WARN
 
 
-def _numbers(health: Health) -> dict[str, Any]:
-    """Remaining hours as numbers, which plot; ends as times; what is not known is left out."""
+def _numbers(health: AccessHealth) -> dict[str, Any]:
+    """Return remaining hours as numbers, which Dagster plots, and ends as times; unknown ones are left out."""
     numbers: dict[str, Any] = {"verdict": health.verdict}
     for item in health.items:
         remaining = health.remaining(item)
@@ -265,8 +237,3 @@ def _numbers(health: Health) -> dict[str, Any]:
     if health.next_refresh is not None:
         numbers["next_refresh"] = dg.MetadataValue.timestamp(health.next_refresh)
     return numbers
-
-
-def _deeds(report: Report) -> dict[str, Any]:
-    deeds = {"secrets_replaced_with": report.rotated_with, "certificate_issued_with": report.issued_with}
-    return {name: f"the {source} credential" for name, source in deeds.items() if source}

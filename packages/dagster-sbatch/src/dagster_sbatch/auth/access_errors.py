@@ -15,7 +15,7 @@ class BootstrapError(AccessError):
     """There is nothing to get a certificate with: no stored credentials, no token, no app password."""
 
 
-class RefusedError(AccessError):
+class RejectedError(AccessError):
     """A server does not accept a credential, and will not later: a person has to act."""
 
 

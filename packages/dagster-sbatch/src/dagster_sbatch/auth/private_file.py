@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dagster_sbatch.auth.errors import UnsafeFileError
+from dagster_sbatch.auth.access_errors import UnsafeFileError
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from dagster_sbatch.atomic_write import replace_file
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.errors import AccessError
+from dagster_sbatch.auth.access_errors import AccessError
 
 Part = Literal["certificate", "rotation"]
 

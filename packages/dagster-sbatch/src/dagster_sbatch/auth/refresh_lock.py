@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.errors import LockTimeoutError
+from dagster_sbatch.auth.access_errors import LockTimeoutError
 
 POLL_SECONDS = 0.05
 

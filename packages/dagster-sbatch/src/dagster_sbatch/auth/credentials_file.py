@@ -15,8 +15,8 @@ from dotenv import dotenv_values
 from dotenv.parser import parse_stream
 
 from dagster_sbatch.atomic_write import replace_file
-from dagster_sbatch.auth.errors import MisconfiguredError
-from dagster_sbatch.auth.files import explained, read_private
+from dagster_sbatch.auth.access_errors import MisconfiguredError
+from dagster_sbatch.auth.private_file import explained, read_private
 
 REFRESH_WINDOW = timedelta(days=7)
 """How long before it expires a secret is replaced; a third of its lifetime where that is less."""
@@ -112,7 +112,7 @@ class Credentials:
 
 
 class CredentialsFile:
-    """Reads and writes the credentials file; writers hold the lock (`dagster_sbatch.auth.lock`)."""
+    """Reads and writes the credentials file; writers hold the lock (`dagster_sbatch.auth.refresh_lock`)."""
 
     def __init__(self, path: Path) -> None:
         """`path`: ASC_AUTHENTIK_CREDENTIALS_FILE; it need not exist."""
