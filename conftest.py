@@ -9,6 +9,7 @@ import pytest
 
 from dagster_sbatch import project
 from dagster_sbatch.settings import load_settings
+from slurm_in_a_box import SimulatedSite
 
 PREFIXES = ("DAGSTER_", "SLURM_", "SBATCH_", "ASC_", "RAY_")
 
@@ -29,6 +30,19 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     for name in list(os.environ):
         if name.startswith(PREFIXES) or name == "DATA_ROOT":
             monkeypatch.delenv(name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On several workers, the files that take longest come first, as they stand: so no worker is left with one."""
+    items.sort(
+        key=lambda item: 0 if item.get_closest_marker("cluster") else 1 if item.get_closest_marker("local") else 2
+    )
+
+
+@pytest.fixture
+def site(slurm_site: SimulatedSite) -> SimulatedSite:
+    """The simulated site after a reset (`slurm_in_a_box.plugin`)."""
+    return slurm_site
 
 
 @pytest.hookimpl(wrapper=True)

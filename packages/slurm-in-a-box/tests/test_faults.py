@@ -25,296 +25,302 @@ NODE_FAIL = ("NODE_FAIL|0:0", "NODE_FAIL|1:0")
 FIFTY_MEGABYTES = "head -c 50000000 /dev/zero"
 
 
-def running_job(site: SimulatedSite, *options: str) -> int:
+def running_job(slurm_site: SimulatedSite, *options: str) -> int:
     """Submit a job that does not end, and wait until it runs."""
-    job = site.submit("exec sleep 10000", *CPU, *options)
-    site.wait_for_job(job, "RUNNING")
+    job = slurm_site.submit("exec sleep 10000", *CPU, *options)
+    slurm_site.wait_for_job(job, "RUNNING")
     return job
 
 
-def accounted_state(site: SimulatedSite, job: int, *options: str) -> str:
+def accounted_state(slurm_site: SimulatedSite, job: int, *options: str) -> str:
     """State and exit code of a job as the accounting has them, or an empty string."""
     shown = ["--noheader", "--parsable2", "--allocations", f"--jobs={job}", "--format=State,ExitCode", *options]
-    return site.sacct(*shown).strip()
+    return slurm_site.sacct(*shown).strip()
 
 
-def wait_accounted(site: SimulatedSite, job: int, *states: str) -> None:
+def wait_accounted(slurm_site: SimulatedSite, job: int, *states: str) -> None:
     """Wait until one of the job's lives has the state in the accounting."""
-    wait_until(lambda: set(accounted_state(site, job, "--duplicates").splitlines()) & set(states), f"{states}", 60)
+    wait_until(
+        lambda: set(accounted_state(slurm_site, job, "--duplicates").splitlines()) & set(states), f"{states}", 60
+    )
 
 
-def ssh(site: SimulatedSite, command: str = "hostname", timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def ssh(slurm_site: SimulatedSite, command: str = "hostname", timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """Run a command over SSH."""
-    return subprocess.run(site.login_command(command), capture_output=True, text=True, check=False, timeout=timeout)
+    return subprocess.run(
+        slurm_site.login_command(command), capture_output=True, text=True, check=False, timeout=timeout
+    )
 
 
 # Machines and network
 
 
-def test_node_off_ends_its_job_as_node_fail(site: SimulatedSite) -> None:
-    job = running_job(site, "--nodelist=n4003", "--no-requeue")
-    with site.faults.node_off("n4003"):
-        wait_until(lambda: site.cluster.node_state("n4003") == "down*", "the node down", 120)
-        wait_accounted(site, job, *NODE_FAIL)
-    assert site.cluster.node_state("n4003") == "idle"
+def test_node_off_ends_its_job_as_node_fail(slurm_site: SimulatedSite) -> None:
+    job = running_job(slurm_site, "--nodelist=n4003", "--no-requeue")
+    with slurm_site.faults.node_off("n4003"):
+        wait_until(lambda: slurm_site.cluster.node_state("n4003") == "down*", "the node down", 120)
+        wait_accounted(slurm_site, job, *NODE_FAIL)
+    assert slurm_site.cluster.node_state("n4003") == "idle"
 
 
-def test_node_cut_requeues_its_job_which_completes_elsewhere(site: SimulatedSite) -> None:
+def test_node_cut_requeues_its_job_which_completes_elsewhere(slurm_site: SimulatedSite) -> None:
     script = 'test "$SLURM_RESTART_COUNT" && exit; exec sleep 10000'
-    job = site.submit(script, *CPU, "--requeue", "--exclusive")
-    site.wait_for_job(job, "RUNNING")
-    node = site.squeue("--noheader", f"--jobs={job}", "--format=%N").strip()
-    with site.faults.node_cut(node):
-        assert site.machines[node].running
-        site.wait_for_job(job, "PENDING", timeout=120)
-        wait_accounted(site, job, *NODE_FAIL)
-        site.wait_for_job(job, timeout=120)
-    assert site.cluster.node_state(node) == "idle"
+    job = slurm_site.submit(script, *CPU, "--requeue", "--exclusive")
+    slurm_site.wait_for_job(job, "RUNNING")
+    node = slurm_site.squeue("--noheader", f"--jobs={job}", "--format=%N").strip()
+    with slurm_site.faults.node_cut(node):
+        assert slurm_site.machines[node].running
+        slurm_site.wait_for_job(job, "PENDING", timeout=120)
+        wait_accounted(slurm_site, job, *NODE_FAIL)
+        slurm_site.wait_for_job(job, timeout=120)
+    assert slurm_site.cluster.node_state(node) == "idle"
 
 
 @pytest.mark.older_slurm
-def test_node_down_lasts_until_it_is_repaired_though_its_slurmd_registers(site: SimulatedSite) -> None:
-    job = running_job(site, "--nodelist=n4003", "--no-requeue")
+def test_node_down_lasts_until_it_is_repaired_though_its_slurmd_registers(slurm_site: SimulatedSite) -> None:
+    job = running_job(slurm_site, "--nodelist=n4003", "--no-requeue")
 
     def slurmd_started() -> str:
-        return site.cluster.query("scontrol", "show", "node", "n4003").partition("SlurmdStartTime=")[2].split()[0]
+        return slurm_site.cluster.query("scontrol", "show", "node", "n4003").partition("SlurmdStartTime=")[2].split()[0]
 
-    with site.faults.node_down("n4003"):
-        wait_accounted(site, job, *NODE_FAIL)
-        before, slurmd = slurmd_started(), site.cluster.node_daemons["n4003"]
+    with slurm_site.faults.node_down("n4003"):
+        wait_accounted(slurm_site, job, *NODE_FAIL)
+        before, slurmd = slurmd_started(), slurm_site.cluster.node_daemons["n4003"]
         slurmd.stop()
         slurmd.launch()
         wait_until(lambda: slurmd_started() != before, "the registration of slurmd")
-        assert site.cluster.node_state("n4003") == "down"
-    assert site.cluster.node_state("n4003") == "idle"
+        assert slurm_site.cluster.node_state("n4003") == "down"
+    assert slurm_site.cluster.node_state("n4003") == "idle"
 
 
-def test_login_node_off_leaves_the_other(site: SimulatedSite) -> None:
+def test_login_node_off_leaves_the_other(slurm_site: SimulatedSite) -> None:
     seen = set()
-    with site.faults.node_off("login01"):
+    with slurm_site.faults.node_off("login01"):
         for _ in range(8):
-            done = ssh(site)
+            done = ssh(slurm_site)
             seen.add(done.stdout.splitlines()[-1] if done.returncode == 0 else done.returncode)
         assert seen <= {"login02", 255}
-        wait_until(lambda: ssh(site).returncode == 0, "an answer of login02", 60)
-    assert {site.status()[part] for part in ("machine login01", "sshd-login01")} == {True}
+        wait_until(lambda: ssh(slurm_site).returncode == 0, "an answer of login02", 60)
+    assert {slurm_site.status()[part] for part in ("machine login01", "sshd-login01")} == {True}
 
 
 # Slurm
 
 
-def test_slurmctld_down_is_told_by_squeue_while_sacct_answers_and_jobs_run_on(site: SimulatedSite) -> None:
-    job = running_job(site)
-    wait_accounted(site, job, "RUNNING|0:0")
-    with site.faults.controller_down():
-        asked = site.run_on_login(CERTIFICATE_USER, "squeue", check=False)
+def test_slurmctld_down_is_told_by_squeue_while_sacct_answers_and_jobs_run_on(slurm_site: SimulatedSite) -> None:
+    job = running_job(slurm_site)
+    wait_accounted(slurm_site, job, "RUNNING|0:0")
+    with slurm_site.faults.controller_down():
+        asked = slurm_site.run_on_login(CERTIFICATE_USER, "squeue", check=False)
         assert asked.returncode == 1
         assert "Unable to contact slurm controller" in asked.stderr
-        accounting = site.run_on_login(CERTIFICATE_USER, f"sacct --noheader --allocations --jobs={job} --format=State")
+        accounting = slurm_site.run_on_login(
+            CERTIFICATE_USER, f"sacct --noheader --allocations --jobs={job} --format=State"
+        )
         assert accounting.stdout.strip() == "RUNNING"
-    assert site.job_state(job) == "RUNNING"
+    assert slurm_site.job_state(job) == "RUNNING"
 
 
-def test_sacct_off(site: SimulatedSite) -> None:
-    with site.faults.accounting_off():
-        asked = site.run_on_login(CERTIFICATE_USER, "sacct", check=False)
+def test_sacct_off(slurm_site: SimulatedSite) -> None:
+    with slurm_site.faults.accounting_off():
+        asked = slurm_site.run_on_login(CERTIFICATE_USER, "sacct", check=False)
         assert asked.returncode == 1
         assert "Connection refused" in asked.stderr
-        job = site.submit("true", *CPU)
-        site.wait_for_job(job)
-    assert accounted_state(site, job) == "COMPLETED|0:0"
+        job = slurm_site.submit("true", *CPU)
+        slurm_site.wait_for_job(job)
+    assert accounted_state(slurm_site, job) == "COMPLETED|0:0"
 
 
-def test_sacct_lagging_answers_with_what_was_before(site: SimulatedSite) -> None:
-    job = running_job(site)
-    wait_accounted(site, job, "RUNNING|0:0")
-    with site.faults.accounting_lagging():
-        site.faults.cancel_job(job)
-        site.wait_for_job(job, "CANCELLED")
-        later = site.submit("true", *CPU)
-        site.wait_for_job(later)
-        assert accounted_state(site, job) == "RUNNING|0:0"
-        assert accounted_state(site, later) == ""
-    assert accounted_state(site, job).startswith("CANCELLED by 0|")
-    assert accounted_state(site, later) == "COMPLETED|0:0"
+def test_sacct_lagging_answers_with_what_was_before(slurm_site: SimulatedSite) -> None:
+    job = running_job(slurm_site)
+    wait_accounted(slurm_site, job, "RUNNING|0:0")
+    with slurm_site.faults.accounting_lagging():
+        slurm_site.faults.cancel_job(job)
+        slurm_site.wait_for_job(job, "CANCELLED")
+        later = slurm_site.submit("true", *CPU)
+        slurm_site.wait_for_job(later)
+        assert accounted_state(slurm_site, job) == "RUNNING|0:0"
+        assert accounted_state(slurm_site, later) == ""
+    assert accounted_state(slurm_site, job).startswith("CANCELLED by 0|")
+    assert accounted_state(slurm_site, later) == "COMPLETED|0:0"
 
 
 @pytest.mark.parametrize(
     ("kind", "accepted"), [("error-before", False), ("error-after", True), ("silent-after", True), ("slow", True)]
 )
-def test_sbatch_fails_before_or_after_it_has_accepted(site: SimulatedSite, kind: str, accepted: bool) -> None:
+def test_sbatch_fails_before_or_after_it_has_accepted(slurm_site: SimulatedSite, kind: str, accepted: bool) -> None:
     command = f"sbatch --parsable --job-name={kind} {' '.join(CPU)} --nodes=1 --wrap true"
-    with site.faults.sbatch(kind):  # type: ignore[arg-type]
-        asked = site.run_on_login(CERTIFICATE_USER, f"timeout 5 {command}", check=False)
-        jobs = site.squeue("--noheader", "--states=all", f"--name={kind}", "--format=%i").split()
+    with slurm_site.faults.sbatch(kind):  # type: ignore[arg-type]
+        asked = slurm_site.run_on_login(CERTIFICATE_USER, f"timeout 5 {command}", check=False)
+        jobs = slurm_site.squeue("--noheader", "--states=all", f"--name={kind}", "--format=%i").split()
     assert len(jobs) == accepted
     expected = {"error-before": 1, "error-after": 1, "silent-after": 124, "slow": 0}
     assert asked.returncode == expected[kind]
     assert ("Socket timed out on send/recv operation" in asked.stderr) is kind.startswith("error")
-    assert site.run_on_login(CERTIFICATE_USER, command).returncode == 0
+    assert slurm_site.run_on_login(CERTIFICATE_USER, command).returncode == 0
 
 
-def test_scancel_by_an_admin(site: SimulatedSite) -> None:
-    job = running_job(site)
-    site.faults.cancel_job(job)
-    wait_accounted(site, job, "CANCELLED by 0|0:15", "CANCELLED by 0|0:0")
+def test_scancel_by_an_admin(slurm_site: SimulatedSite) -> None:
+    job = running_job(slurm_site)
+    slurm_site.faults.cancel_job(job)
+    wait_accounted(slurm_site, job, "CANCELLED by 0|0:15", "CANCELLED by 0|0:0")
 
 
-def test_requeued_job_runs_again_under_its_id(site: SimulatedSite) -> None:
-    job = running_job(site)
-    site.faults.requeue_job(job)
-    site.wait_for_job(job, "PENDING")
-    assert "BeginTime" in site.squeue("--noheader", f"--jobs={job}", "--format=%r")
+def test_requeued_job_runs_again_under_its_id(slurm_site: SimulatedSite) -> None:
+    job = running_job(slurm_site)
+    slurm_site.faults.requeue_job(job)
+    slurm_site.wait_for_job(job, "PENDING")
+    assert "BeginTime" in slurm_site.squeue("--noheader", f"--jobs={job}", "--format=%r")
     begun = time.monotonic()
-    site.wait_for_job(job, "RUNNING")
+    slurm_site.wait_for_job(job, "RUNNING")
     assert time.monotonic() - begun < 45  # two minutes with Slurm's own setting
-    wait_accounted(site, job, "REQUEUED|0:0")
+    wait_accounted(slurm_site, job, "REQUEUED|0:0")
 
 
-def test_preempted_job_runs_again(site: SimulatedSite) -> None:
-    job = running_job(site)
-    with site.faults.preemption(job):
-        assert site.job_state(job) == "PENDING"
-        wait_accounted(site, job, "PREEMPTED|0:0")
-    site.wait_for_job(job, "RUNNING", timeout=90)
+def test_preempted_job_runs_again(slurm_site: SimulatedSite) -> None:
+    job = running_job(slurm_site)
+    with slurm_site.faults.preemption(job):
+        assert slurm_site.job_state(job) == "PENDING"
+        wait_accounted(slurm_site, job, "PREEMPTED|0:0")
+    slurm_site.wait_for_job(job, "RUNNING", timeout=90)
 
 
 # The way to the login nodes
 
 
-def test_ssh_refused_while_an_open_session_stays(site: SimulatedSite) -> None:
+def test_ssh_refused_while_an_open_session_stays(slurm_site: SimulatedSite) -> None:
     with subprocess.Popen(
-        site.login_command("echo open; cat"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        slurm_site.login_command("echo open; cat"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as session:
         assert session.stdin and session.stdout
         wait_until(lambda: session.stdout and session.stdout.readline() == "open\n", "the open session", 30, 0)
-        with site.faults.ssh_refused():
-            refused = ssh(site)
+        with slurm_site.faults.ssh_refused():
+            refused = ssh(slurm_site)
             assert refused.returncode == 255
             assert "Connection refused" in refused.stderr
             session.stdin.write("still there\n")
             session.stdin.flush()
             assert session.stdout.readline() == "still there\n"
-        assert ssh(site).returncode == 0
+        assert ssh(slurm_site).returncode == 0
         session.stdin.close()
 
 
-def test_all_connections_dropped_at_once(site: SimulatedSite) -> None:
-    command = site.login_command("echo open; exec sleep 1000")
+def test_all_connections_dropped_at_once(slurm_site: SimulatedSite) -> None:
+    command = slurm_site.login_command("echo open; exec sleep 1000")
     sessions = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for session in sessions:
         assert session.stdout
         wait_until(lambda out=session.stdout: out.readline() == "open\n", "the open session", 30, 0)  # type: ignore[misc]
-    site.faults.drop_connections()
+    slurm_site.faults.drop_connections()
     for session in sessions:
         _, errors = session.communicate(timeout=30)
         assert session.returncode == 255
         assert "Connection reset by peer" in errors or "Broken pipe" in errors
-    assert ssh(site).returncode == 0
+    assert ssh(slurm_site).returncode == 0
 
 
-def test_connections_dropped_in_the_middle_of_a_transfer(site: SimulatedSite) -> None:
-    site.faults.drop_connections(after_bytes=5_000_000)
-    done = subprocess.run(site.login_command(FIFTY_MEGABYTES), capture_output=True, check=False, timeout=60)
+def test_connections_dropped_in_the_middle_of_a_transfer(slurm_site: SimulatedSite) -> None:
+    slurm_site.faults.drop_connections(after_bytes=5_000_000)
+    done = subprocess.run(slurm_site.login_command(FIFTY_MEGABYTES), capture_output=True, check=False, timeout=60)
     assert done.returncode == 255
     assert 3_000_000 < len(done.stdout) < 6_000_000
-    assert ssh(site).returncode == 0
+    assert ssh(slurm_site).returncode == 0
 
 
-def test_frozen_login_path_is_neither_closed_nor_passed(site: SimulatedSite) -> None:
-    command = site.login_command("echo open; cat")
+def test_frozen_login_path_is_neither_closed_nor_passed(slurm_site: SimulatedSite) -> None:
+    command = slurm_site.login_command("echo open; cat")
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as session:
         assert session.stdin and session.stdout
         wait_until(lambda: session.stdout and session.stdout.readline() == "open\n", "the open session", 30, 0)
-        with site.faults.login_frozen():
+        with slurm_site.faults.login_frozen():
             session.stdin.write("on its way\n")
             session.stdin.flush()
             with pytest.raises(subprocess.TimeoutExpired):
-                ssh(site, timeout=3)
+                ssh(slurm_site, timeout=3)
             assert session.poll() is None
-            assert len(site.processes_on_login()) > 0
+            assert len(slurm_site.processes_on_login()) > 0
         assert session.stdout.readline() == "on its way\n"
         session.stdin.close()
 
 
-def test_delay_and_bandwidth_of_the_login_path(site: SimulatedSite) -> None:
+def test_delay_and_bandwidth_of_the_login_path(slurm_site: SimulatedSite) -> None:
     def seconds(command: str) -> float:
         begun = time.monotonic()
-        assert ssh(site, command).returncode == 0
+        assert ssh(slurm_site, command).returncode == 0
         return time.monotonic() - begun
 
     healthy = seconds("true")
-    with site.faults.login_slow(delay=0.1):
+    with slurm_site.faults.login_slow(delay=0.1):
         assert seconds("true") > healthy + 0.8  # ssh needs some five round trips
-    with site.faults.login_slow(bandwidth=1_000_000):
+    with slurm_site.faults.login_slow(bandwidth=1_000_000):
         assert seconds("head -c 3000000 /dev/zero") > 2.5
 
 
-def test_disk_full(site: SimulatedSite) -> None:
+def test_disk_full(slurm_site: SimulatedSite) -> None:
     write = "mkdir -p dagster-slurm && cp /etc/hostname dagster-slurm/ && echo written"
-    with site.faults.disk_full():
-        full = site.run_on_login(CERTIFICATE_USER, write, check=False)
+    with slurm_site.faults.disk_full():
+        full = slurm_site.run_on_login(CERTIFICATE_USER, write, check=False)
         assert full.returncode != 0
         assert "No space left on device" in full.stderr
-        on_node = site.machines["n4001"].run(["cp", "/bin/true", "true"], CERTIFICATE_USER, check=False)
+        on_node = slurm_site.machines["n4001"].run(["cp", "/bin/true", "true"], CERTIFICATE_USER, check=False)
         assert "No space left on device" in on_node.stderr
-    assert site.run_on_login(CERTIFICATE_USER, write).stdout == "written\n"
+    assert slurm_site.run_on_login(CERTIFICATE_USER, write).stdout == "written\n"
 
 
 # Credentials
 
 
-def test_certificate_authority_down(site: SimulatedSite, tmp_path: Path) -> None:
-    app_password = site.authentik.create_token(CERTIFICATE_USER.name, "app_password", "fault")
-    with site.faults.certificate_authority_down():
-        failed = site.certificate_authority.sign_with_step(tmp_path / "id", site.id_token(app_password))
+def test_certificate_authority_down(slurm_site: SimulatedSite, tmp_path: Path) -> None:
+    app_password = slurm_site.authentik.create_token(CERTIFICATE_USER.name, "app_password", "fault")
+    with slurm_site.faults.certificate_authority_down():
+        failed = slurm_site.certificate_authority.sign_with_step(tmp_path / "id", slurm_site.id_token(app_password))
         assert failed.returncode == 1
-    signed = site.certificate_authority.sign_with_step(tmp_path / "id", site.id_token(app_password))
+    signed = slurm_site.certificate_authority.sign_with_step(tmp_path / "id", slurm_site.id_token(app_password))
     assert signed.returncode == 0, signed.stderr
 
 
-def test_authentik_down_keeps_its_tokens(site: SimulatedSite) -> None:
-    app_password = site.authentik.create_token(CERTIFICATE_USER.name, "app_password", "fault")
-    with site.faults.authentik_down(), pytest.raises(urllib.error.URLError, match="Connection refused"):
-        site.id_token(app_password)
-    assert site.id_token(app_password)
+def test_authentik_down_keeps_its_tokens(slurm_site: SimulatedSite) -> None:
+    app_password = slurm_site.authentik.create_token(CERTIFICATE_USER.name, "app_password", "fault")
+    with slurm_site.faults.authentik_down(), pytest.raises(urllib.error.URLError, match="Connection refused"):
+        slurm_site.id_token(app_password)
+    assert slurm_site.id_token(app_password)
 
 
-def test_authentik_disturbed(site: SimulatedSite) -> None:
-    app_password = site.authentik.create_token(CERTIFICATE_USER.name, "app_password", "fault")
+def test_authentik_disturbed(slurm_site: SimulatedSite) -> None:
+    app_password = slurm_site.authentik.create_token(CERTIFICATE_USER.name, "app_password", "fault")
     with (
-        site.faults.authentik_disturbed(Disturbance("error", status=502)),
+        slurm_site.faults.authentik_disturbed(Disturbance("error", status=502)),
         pytest.raises(urllib.error.HTTPError, match="502"),
     ):
-        site.id_token(app_password)
-    with site.faults.authentik_disturbed(Disturbance("slow", seconds=1.5)):
+        slurm_site.id_token(app_password)
+    with slurm_site.faults.authentik_disturbed(Disturbance("slow", seconds=1.5)):
         begun = time.monotonic()
-        assert site.id_token(app_password)
+        assert slurm_site.id_token(app_password)
         assert time.monotonic() - begun >= 1.5
-    assert [request.status for request in site.authentik.requests()] == [502, 200]
+    assert [request.status for request in slurm_site.authentik.requests()] == [502, 200]
 
 
 # All of them
 
 
-def test_everything_is_repaired_at_once_whoever_broke_it(site: SimulatedSite) -> None:
+def test_everything_is_repaired_at_once_whoever_broke_it(slurm_site: SimulatedSite) -> None:
     for fault in (
-        site.faults.node_off("n4001"),
-        site.faults.node_cut("n4002"),
-        site.faults.accounting_lagging(),
-        site.faults.controller_down(),
-        site.faults.login_frozen(),
-        site.faults.disk_full(),
-        site.faults.sbatch("error-before"),
-        site.faults.certificate_authority_down(),
-        site.faults.authentik_down(),
+        slurm_site.faults.node_off("n4001"),
+        slurm_site.faults.node_cut("n4002"),
+        slurm_site.faults.accounting_lagging(),
+        slurm_site.faults.controller_down(),
+        slurm_site.faults.login_frozen(),
+        slurm_site.faults.disk_full(),
+        slurm_site.faults.sbatch("error-before"),
+        slurm_site.faults.certificate_authority_down(),
+        slurm_site.faults.authentik_down(),
     ):
         fault.inject()
     with pytest.raises(SiteError):
-        site.squeue()
-    SimulatedSite.running(site.layout.name).reset()
-    assert all(site.status().values())
-    job = site.submit("hostname", *CPU, "--nodes=4")
-    site.wait_for_job(job)
-    assert ssh(site).returncode == 0
-    assert json.loads(site.squeue("--json"))["errors"] == []
+        slurm_site.squeue()
+    SimulatedSite.running(slurm_site.layout.name).reset()
+    assert all(slurm_site.status().values())
+    job = slurm_site.submit("hostname", *CPU, "--nodes=4")
+    slurm_site.wait_for_job(job)
+    assert ssh(slurm_site).returncode == 0
+    assert json.loads(slurm_site.squeue("--json"))["errors"] == []

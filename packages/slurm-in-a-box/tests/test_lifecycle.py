@@ -1,4 +1,4 @@
-"""Starting, looking at and ending a site, with the command and from Python."""
+"""Starting, looking at and ending a slurm_site, with the command and from Python."""
 
 import json
 import os
@@ -24,15 +24,15 @@ OWNER_THAT_IS_KILLED = f"""
 import os, signal
 from {SimulatedSite.__module__} import SimulatedSite
 with SimulatedSite.temporary(prefix="{SECOND}") as site:
-    job = site.submit("exec sleep 1000", *{CPU_DEV})
-    site.wait_for_job(job, "RUNNING")
-    print(site.layout.name, flush=True)
+    job = slurm_site.submit("exec sleep 1000", *{CPU_DEV})
+    slurm_site.wait_for_job(job, "RUNNING")
+    print(slurm_site.layout.name, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def interfaces(bridge: str) -> set[str]:
-    """Those of a site, of which other ones may come and go meanwhile."""
+    """Those of a slurm_site, of which other ones may come and go meanwhile."""
     listing = subprocess.run(["ip", "-json", "link", "show"], capture_output=True, text=True, check=True)
     names = {interface["ifname"] for interface in json.loads(listing.stdout)}
     return {name for name in names if name == bridge or name.startswith(f"{bridge}-")}
@@ -71,7 +71,7 @@ def processes_of(site_namespaces: set[str], state: str) -> list[str]:
 
 @pytest.mark.cluster
 def test_temporary_sites_run_side_by_side_replace_one_whose_owner_was_killed_and_leave_nothing(
-    site: SimulatedSite,
+    slurm_site: SimulatedSite,
 ) -> None:
     killed = subprocess.run([sys.executable, "-c", OWNER_THAT_IS_KILLED], capture_output=True, text=True, check=False)
     assert (killed.returncode, killed.stdout) == (-signal.SIGKILL, f"{SECOND}-1\n"), killed.stderr
@@ -83,8 +83,8 @@ def test_temporary_sites_run_side_by_side_replace_one_whose_owner_was_killed_and
         assert second.squeue("--noheader") == ""
         bridge, state = second.layout.bridge, str(second.layout.state)
         assert interfaces(bridge) and mounts(state)
-        assert second.login.address != site.login.address
-        for each in (site, second):
+        assert second.login.address != slurm_site.login.address
+        for each in (slurm_site, second):
             each.wait_for_job(each.submit("hostname", *CPU_DEV))
             ssh = subprocess.run(each.login_command("true"), capture_output=True, check=False, timeout=60)
             assert ssh.returncode == 0
@@ -98,7 +98,7 @@ def test_temporary_sites_run_side_by_side_replace_one_whose_owner_was_killed_and
     assert cgroups(bridge) == set()
     assert processes_of(site_namespaces, state) == []
     assert {entry.name for entry in second.layout.state.iterdir()} == {"in-use", "log"}
-    assert all(site.status().values())
+    assert all(slurm_site.status().values())
     shutil.rmtree(second.layout.state)
 
 
@@ -117,30 +117,30 @@ def test_a_temporary_site_takes_no_name_that_another_process_uses(
     assert named == ["test-1", "test-2", "test-1"]
 
 
-def machine_processes(site: SimulatedSite) -> list[Path]:
+def machine_processes(slurm_site: SimulatedSite) -> list[Path]:
     """The first process of every machine."""
     found = []
-    for machine in site.machines.values():
-        parent = (site.layout.run / "machines" / machine.hostname / "pid").read_text(encoding="ascii").strip()
+    for machine in slurm_site.machines.values():
+        parent = (slurm_site.layout.run / "machines" / machine.hostname / "pid").read_text(encoding="ascii").strip()
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii")
         found += [Path("/proc") / child for child in children.split()]
     return found
 
 
 @pytest.mark.cluster
-def test_up_again_leaves_what_runs_alone(site: SimulatedSite) -> None:
-    job = site.submit("exec sleep 1000", *CPU_DEV)
-    site.wait_for_job(job, "RUNNING")
-    before = machine_processes(site)
-    again = SimulatedSite.up(site.layout.name)
+def test_up_again_leaves_what_runs_alone(slurm_site: SimulatedSite) -> None:
+    job = slurm_site.submit("exec sleep 1000", *CPU_DEV)
+    slurm_site.wait_for_job(job, "RUNNING")
+    before = machine_processes(slurm_site)
+    again = SimulatedSite.up(slurm_site.layout.name)
     assert machine_processes(again) == before
     assert again.job_state(job) == "RUNNING"
 
 
 @pytest.mark.cluster
-def test_commands(site: SimulatedSite, capfd: pytest.CaptureFixture[str]) -> None:
+def test_commands(slurm_site: SimulatedSite, capfd: pytest.CaptureFixture[str]) -> None:
     def sim(*arguments: str) -> tuple[int, str]:
-        code = main(["--name", site.layout.name, *arguments])
+        code = main(["--name", slurm_site.layout.name, *arguments])
         return code, capfd.readouterr().out
 
     assert sim("status")[0] == 0
@@ -148,8 +148,8 @@ def test_commands(site: SimulatedSite, capfd: pytest.CaptureFixture[str]) -> Non
     assert sim("login", "--", "exit 3")[0] == 3
     code, dotenv = sim("env")
     assert code == 0
-    assert f"SLURM_EDGE_NODE_HOST={site.login.address}\n" in dotenv
-    assert site.login.known_hosts.read_text(encoding="utf-8") in dotenv
+    assert f"SLURM_EDGE_NODE_HOST={slurm_site.login.address}\n" in dotenv
+    assert slurm_site.login.known_hosts.read_text(encoding="utf-8") in dotenv
     assert sim("fault", "ca-down")[0] == 0
     assert sim("status")[0] == 1
     assert sim("fault", "repair")[0] == 0
@@ -161,20 +161,23 @@ def test_commands(site: SimulatedSite, capfd: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.cluster
-def test_nothing_of_users_stays_after_a_reset(site: SimulatedSite) -> None:
-    site.submit("exec sleep 1000", *CPU_DEV)
-    site.run_on_login(CERTIFICATE_USER, "mkdir -p dagster-slurm/run; sleep 1000 >/dev/null 2>&1 &")
-    assert [process.command for process in site.processes_on_login()] == ["sleep 1000"]
-    site.run_on_login(CERTIFICATE_USER, "echo left >/tmp/left")
-    site.environment()
-    site.login_command()
-    site.reset()
-    assert site.processes_on_login() == []
-    assert site.squeue("--noheader") == ""
-    assert sorted(entry.name for entry in (site.layout.home / CERTIFICATE_USER.name).iterdir()) == [".bashrc", ".ssh"]
-    assert site.run_on_node("login01", "ls /tmp").stdout == ""
-    assert site.authentik.tokens() == []
-    assert {file.name for file in site.login.known_hosts.parent.iterdir()} == {
+def test_nothing_of_users_stays_after_a_reset(slurm_site: SimulatedSite) -> None:
+    slurm_site.submit("exec sleep 1000", *CPU_DEV)
+    slurm_site.run_on_login(CERTIFICATE_USER, "mkdir -p dagster-slurm/run; sleep 1000 >/dev/null 2>&1 &")
+    assert [process.command for process in slurm_site.processes_on_login()] == ["sleep 1000"]
+    slurm_site.run_on_login(CERTIFICATE_USER, "echo left >/tmp/left")
+    slurm_site.environment()
+    slurm_site.login_command()
+    slurm_site.reset()
+    assert slurm_site.processes_on_login() == []
+    assert slurm_site.squeue("--noheader") == ""
+    assert sorted(entry.name for entry in (slurm_site.layout.home / CERTIFICATE_USER.name).iterdir()) == [
+        ".bashrc",
+        ".ssh",
+    ]
+    assert slurm_site.run_on_node("login01", "ls /tmp").stdout == ""
+    assert slurm_site.authentik.tokens() == []
+    assert {file.name for file in slurm_site.login.known_hosts.parent.iterdir()} == {
         "known_hosts",
         "id_plain",
         "id_plain.pub",

@@ -17,17 +17,17 @@ REFUSAL = "sbatch: error: Batch job submission failed: Requested node configurat
 VANILLA = "#!/bin/sh\n#ASC --vanilla\nexec sleep 1000\n"
 
 
-def submit(site: SimulatedSite, script: str, *options: str) -> tuple[str, str]:
+def submit(slurm_site: SimulatedSite, script: str, *options: str) -> tuple[str, str]:
     """Submit a script as a user does; return the job's id, or "", and what sbatch printed on stderr."""
     command = f"printf %s {shlex.quote(script)} | sbatch --parsable {shlex.join(options)}"
-    done = site.run_on_login(CERTIFICATE_USER, command, check=False)
+    done = slurm_site.run_on_login(CERTIFICATE_USER, command, check=False)
     return "".join(re.findall(r"^\d+$", done.stdout, re.MULTILINE)), done.stderr
 
 
-def granted(site: SimulatedSite, job: str) -> dict[str, str]:
+def granted(slurm_site: SimulatedSite, job: str) -> dict[str, str]:
     """Return what a job has been given, in the words of scontrol(1)."""
-    site.wait_for_job(int(job), "RUNNING")
-    words = site.cluster.query("scontrol", "--oneliner", "show", "job", job).split()
+    slurm_site.wait_for_job(int(job), "RUNNING")
+    words = slurm_site.cluster.query("scontrol", "--oneliner", "show", "job", job).split()
     shown = dict(word.split("=", 1) for word in words if "=" in word)
     gpus = re.findall(r"gres/gpu=(\d+)", shown.get("AllocTRES", shown.get("TRES", "")))
     return {
@@ -74,11 +74,11 @@ def granted(site: SimulatedSite, job: str) -> dict[str, str]:
 )
 @pytest.mark.older_slurm
 def test_options_choose_a_mode(
-    site: SimulatedSite, options: tuple[str, ...], says: str, expected: tuple[str, ...]
+    slurm_site: SimulatedSite, options: tuple[str, ...], says: str, expected: tuple[str, ...]
 ) -> None:
-    job, errors = submit(site, "#!/bin/sh\nexec sleep 1000\n", *options)
+    job, errors = submit(slurm_site, "#!/bin/sh\nexec sleep 1000\n", *options)
     assert errors == says
-    assert tuple(granted(site, job).values()) == expected
+    assert tuple(granted(slurm_site, job).values()) == expected
 
 
 @pytest.mark.parametrize(
@@ -103,37 +103,37 @@ def test_options_choose_a_mode(
     ids=" ".join,
 )
 def test_layout_that_fits_no_mode_is_refused_and_accepted_with_vanilla(
-    site: SimulatedSite, options: tuple[str, ...]
+    slurm_site: SimulatedSite, options: tuple[str, ...]
 ) -> None:
-    assert submit(site, "#!/bin/sh\nhostname\n", *options) == ("", REFUSAL)
-    job, errors = submit(site, VANILLA, *options, "--hold")
+    assert submit(slurm_site, "#!/bin/sh\nhostname\n", *options) == ("", REFUSAL)
+    job, errors = submit(slurm_site, VANILLA, *options, "--hold")
     if options == GPU:
         assert "QOSMinGRES" in errors  # Slurm's own rule
     else:
         assert job.isdecimal()
 
 
-def test_with_vanilla_the_layout_is_what_the_options_say(site: SimulatedSite) -> None:
+def test_with_vanilla_the_layout_is_what_the_options_say(slurm_site: SimulatedSite) -> None:
     layout = ("--nodes=1", "--gres=gpu:4", "--ntasks-per-node=1", "--cpus-per-task=88", "--threads-per-core=1")
-    job, errors = submit(site, VANILLA, *GPU, *layout)
+    job, errors = submit(slurm_site, VANILLA, *GPU, *layout)
     assert errors == ""
-    assert tuple(granted(site, job).values()) == ("1", "1", "176", "OK", "4", "")
+    assert tuple(granted(slurm_site, job).values()) == ("1", "1", "176", "OK", "4", "")
 
 
 @pytest.mark.parametrize("script", ["hostname\n#ASC --vanilla\n", "#ASC --vanilla-please\n", "# ASC --vanilla\n"])
-def test_vanilla_is_a_line_of_its_own_before_the_first_command(site: SimulatedSite, script: str) -> None:
-    assert submit(site, f"#!/bin/sh\n\n# comment\n{script}hostname\n", *CPU) == ("", REFUSAL)
+def test_vanilla_is_a_line_of_its_own_before_the_first_command(slurm_site: SimulatedSite, script: str) -> None:
+    assert submit(slurm_site, f"#!/bin/sh\n\n# comment\n{script}hostname\n", *CPU) == ("", REFUSAL)
 
 
 @pytest.mark.parametrize(("options", "cores"), [(CPU, 190), ((*GPU, "--gres=gpu:1"), 176)], ids=["CPU", "GPU"])
 @pytest.mark.older_slurm
 def test_a_node_gives_its_cores_less_those_that_slurm_keeps(
-    site: SimulatedSite, options: tuple[str, ...], cores: int
+    slurm_site: SimulatedSite, options: tuple[str, ...], cores: int
 ) -> None:
     one_node = (*options, "--threads-per-core=1")
-    job, _ = submit(site, VANILLA, *one_node, f"--cpus-per-task={cores}")
-    assert granted(site, job)["hardware threads"] == str(2 * cores)
-    assert submit(site, VANILLA, *one_node, f"--cpus-per-task={cores + 1}") == ("", REFUSAL)
+    job, _ = submit(slurm_site, VANILLA, *one_node, f"--cpus-per-task={cores}")
+    assert granted(slurm_site, job)["hardware threads"] == str(2 * cores)
+    assert submit(slurm_site, VANILLA, *one_node, f"--cpus-per-task={cores + 1}") == ("", REFUSAL)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,9 @@ def test_a_node_gives_its_cores_less_those_that_slurm_keeps(
     ],
 )
 def test_a_project_without_budget_may_use_idle_nodes_only(
-    site: SimulatedSite, account: str, qos: str, refused: bool
+    slurm_site: SimulatedSite, account: str, qos: str, refused: bool
 ) -> None:
     options = (CPU[0], f"--qos={qos}{CPU_PARTITION}", "--nodes=1", "--time=5", f"--account={account}", "--hold")
-    job, errors = submit(site, VANILLA, *options)
+    job, errors = submit(slurm_site, VANILLA, *options)
     assert ("Invalid qos specification" in errors) is refused
     assert bool(job) is not refused

@@ -139,10 +139,10 @@ def wanted(workload: Path, index: Path) -> EnvironmentSpec:
 
 
 @pytest.fixture(scope="module")
-def site_python(site_of_this_run: SimulatedSite) -> tuple[str, str]:
+def site_python(running_slurm_site: SimulatedSite) -> tuple[str, str]:
     """Path and version of the machines' own Python."""
     ask = "import os, platform, sys; print(os.path.realpath(sys.executable), platform.python_version())"
-    path, version = site_of_this_run.run_on_login(CERTIFICATE_USER, f"python3 -c '{ask}'").stdout.split()
+    path, version = running_slurm_site.run_on_login(CERTIFICATE_USER, f"python3 -c '{ask}'").stdout.split()
     return path, version
 
 

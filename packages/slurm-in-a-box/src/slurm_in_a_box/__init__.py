@@ -1,12 +1,12 @@
-"""MUSICA in a box: a simulated, certificate-only Slurm site of real parts, for tests and for trying things out.
+"""A Slurm cluster on one machine, for tests: real programs in namespaces, modelled on MUSICA, with faults on request.
 
 Example:
-    site = SimulatedSite.up("musica")
-    job = site.submit("hostname", "--partition=zen4_0768", "--qos=dev_zen4_0768")
-    site.wait_for_job(job)
-    with site.faults.controller_down():
-        ...
-    SimulatedSite.down("musica")
+    with SimulatedSite.temporary() as site:
+        job = site.submit("hostname", "--partition=zen4_0768", "--qos=zen4_0768")
+        site.wait_for_job(job)
+        print(site.output(job))
+        with site.faults.controller_down():
+            ...
 """
 
 from .authentik import AuthentikControl, AuthentikServer, Disturbance, ServedRequest

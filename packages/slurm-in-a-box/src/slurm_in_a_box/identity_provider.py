@@ -11,8 +11,7 @@ from .daemons import Daemon
 from .layout import AUTHENTIK_PORT, CERTIFICATE_USER, OIDC_APPLICATION, OIDC_CLIENT_ID, TCSH_USER, Layout, User
 from .machines import Machine
 
-_PACKAGE = __package__ or ""
-_IMPORT_ROOT = Path(__file__).parents[_PACKAGE.count(".") + 1]
+_IMPORT_ROOT = Path(__file__).parents[1]
 _USERS = (CERTIFICATE_USER, TCSH_USER)
 
 
@@ -34,7 +33,7 @@ class IdentityProvider:
         self.control = AuthentikControl(self.url)
         self._folder = layout.run / "authentik"
         environment = ["env", f"PYTHONPATH={_IMPORT_ROOT}", "PYTHONDONTWRITEBYTECODE=1"]
-        program = [sys.executable, "-m", f"{_PACKAGE}.authentik", "--folder", str(self._folder)]
+        program = [sys.executable, "-m", f"{__package__}.authentik", "--folder", str(self._folder)]
         address = ["--host", machine.address, "--port", str(AUTHENTIK_PORT)]
         self.daemon = Daemon(machine, "authentik", [*environment, *program, *address], self._answers)
 

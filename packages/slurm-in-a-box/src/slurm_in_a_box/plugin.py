@@ -1,29 +1,41 @@
-"""A pytest plugin: the simulated site, one for the whole run, in a clean state for each test."""
+"""The pytest plugin: the fixture `slurm_site`.
+
+pytest imports this module in every project where the package is installed, so it imports the rest when a test needs it.
+"""
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from slurm_in_a_box.errors import RequirementsError
-from slurm_in_a_box.requirements import installation_allowed
-from slurm_in_a_box.site import SimulatedSite
+if TYPE_CHECKING:
+    from .site import SimulatedSite
 
 
 @pytest.fixture(scope="session")
-def site_of_this_run() -> Iterator[SimulatedSite]:
-    """Start the site, and remove it after the last test. Skip where it cannot run; with CI=true that is a failure."""
+def running_slurm_site() -> Iterator["SimulatedSite"]:
+    """Start a site for this process, and remove it after the last test. What earlier tests did is still on it.
+
+    Where the site cannot run, its tests are skipped; with CI=true they fail.
+    """
+    from .command_line import PROGRAM
+    from .errors import NotInstalledError, RequirementsError
+    from .requirements import installation_allowed
+    from .site import SimulatedSite
+
     try:
         with SimulatedSite.temporary(install=installation_allowed(asked=False)) as site:
             yield site
     except RequirementsError as error:
         if os.environ.get("CI") == "true":
             raise
-        pytest.skip(str(error))
+        hint = f"; `{PROGRAM} up --install` installs it" if isinstance(error, NotInstalledError) else ""
+        pytest.skip(f"{error}{hint}")
 
 
 @pytest.fixture
-def site(site_of_this_run: SimulatedSite) -> SimulatedSite:
-    """The running site, without the faults of earlier tests, no jobs, empty homes and no tokens."""
-    site_of_this_run.reset()
-    return site_of_this_run
+def slurm_site(running_slurm_site: "SimulatedSite") -> "SimulatedSite":
+    """Return the running site after a reset: no faults, jobs, processes of users, files of users or tokens."""
+    running_slurm_site.reset()
+    return running_slurm_site

@@ -312,6 +312,14 @@ class SimulatedSite:
         done = self.machines[LOGIN_NODES[0].hostname].run(sbatch, user)
         return int(done.stdout.strip())
 
+    def output(self, job: int, user: User = CERTIFICATE_USER) -> str:
+        """Return what a job of a user has printed, on both streams.
+
+        Raises:
+            FileNotFoundError: the job has not started, or was submitted with other options for its output.
+        """
+        return (self.layout.home / user.name / f"slurm-{job}.out").read_text(encoding="utf-8")
+
     def job_state(self, job: int) -> str:
         """Return the state of a job that slurmctld remembers, as squeue(1) prints it, for example `PENDING`."""
         return self.squeue("--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
