@@ -3,12 +3,12 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedRandom
 from pathlib import Path
-from typing import BinaryIO
 
 
 @contextmanager
-def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+def replacing(path: Path, mode: int = 0o666) -> Iterator[BufferedRandom]:
     """Yield a new file, to write and to read; at the end of the block it replaces `path`.
 
     It has its mode from its first byte. If the block raises, the old file stays. Two callers at once for one path need

@@ -48,11 +48,11 @@ def test_the_script_does_what_the_document_says(script: Script, variables: dict[
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"Replaced both secrets in {file} with the bootstrap API token.\n"
     assert file.stat().st_mode & 0o777 == 0o600
-    assert not certificate_path(key).exists()  # stops before talking to step
+    assert not certificate_path(key).exists()  # no certificate was requested
     done = script(ASC_AUTHENTIK_API_TOKEN=None)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(
-        f"New certificate {certificate_path(key)}, got with the stored app password: for xy12345"
+        f"New certificate {certificate_path(key)}, requested with the stored app password: for xy12345"
     )
     assert access.logs_in(site, variables)
     first = certificate_path(key).read_text()

@@ -1,4 +1,4 @@
-"""Look after access to the supercomputer: renew the SSH certificate, replace the stored secrets, tell how it is."""
+"""Renew access to the supercomputer: the SSH certificate and the stored secrets; or show its state."""
 
 import argparse
 import json
@@ -16,28 +16,28 @@ from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 
 DESCRIPTION = """\
-Renew the SSH certificate from the stored credentials; ASC_AUTHENTIK_API_TOKEN need not be set for that.
+Renew the SSH certificate with the stored credentials. ASC_AUTHENTIK_API_TOKEN need not be set for that.
 
 The credentials file (ASC_AUTHENTIK_CREDENTIALS_FILE) holds an authentik API token and an app password. Both are
-replaced before they expire. ASC_AUTHENTIK_API_TOKEN is needed the first time only, or when both have expired.
+replaced before they expire. ASC_AUTHENTIK_API_TOKEN is needed only the first time, or when both have expired.
 
-Settings are those of the supercomputer (docs/settings.md), also with DAGSTER_DEPLOYMENT unset. Nothing that is printed
-is secret.
+The settings are those of the supercomputer (docs/settings.md), also if DAGSTER_DEPLOYMENT is not set. The output holds
+no secret.
 """
 EPILOG = """\
 examples:
   scripts/refresh_step_auth.py                         renew the certificate now, and the secrets if due
   scripts/refresh_step_auth.py --rotate-credentials    replace both stored secrets, and stop before talking to step
   scripts/refresh_step_auth.py --rotate-credentials --refresh-step-after-rotate
-  scripts/refresh_step_auth.py --status                what there is, until when, and what happens next
+  scripts/refresh_step_auth.py --status                show what there is, how long it lasts, and what happens next
   scripts/refresh_step_auth.py --status --json | jq .verdict
 
 exit codes:
-  0  done; with --status: access works, and what is due is on its way
-  1  a person has to act: the text says how
-  2  wrong usage, or the settings are wrong
-  3  not now: a server is away or clocks differ, trying again later may help; with --status: a refresh fails, while
-     access still works
+  0  done; with --status: access works
+  1  a person has to act; the text says how
+  2  wrong usage, or wrong settings
+  3  temporary: a server does not answer, or clocks differ; a retry may help. With --status: a refresh fails, and access
+     still works
 """
 
 
@@ -46,18 +46,16 @@ def main(project: Project) -> int:
         description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rotate-credentials", action="store_true", help="create or replace both stored secrets")
-    parser.add_argument(
-        "--refresh-step-after-rotate", action="store_true", help="then renew the certificate, in the same run"
-    )
-    parser.add_argument("--status", action="store_true", help="tell how access is; changes nothing, asks nobody")
+    parser.add_argument("--refresh-step-after-rotate", action="store_true", help="then also renew the certificate")
+    parser.add_argument("--status", action="store_true", help="show the state of the access, from files alone")
     parser.add_argument("--json", action="store_true", help="with --status: for programs")
     asked = parser.parse_args()
     if asked.refresh_step_after_rotate and not asked.rotate_credentials:
-        parser.error("--refresh-step-after-rotate goes with --rotate-credentials")
+        parser.error("--refresh-step-after-rotate needs --rotate-credentials")
     if asked.status and asked.rotate_credentials:
-        parser.error("--status changes nothing: ask for it without --rotate-credentials")
+        parser.error("--status changes nothing: use it without --rotate-credentials")
     if asked.json and not asked.status:
-        parser.error("--json goes with --status")
+        parser.error("--json needs --status")
     try:
         settings = project.load_settings(supercomputer=True)
     except ConfigurationError as error:
@@ -76,28 +74,28 @@ def main(project: Project) -> int:
     except AccessError as error:
         print(error, file=sys.stderr)
         return 3 if error.temporary else 1
-    tell(report, settings)
+    show_report(report, settings)
     return 0
 
 
-def tell(report: Report, settings: Settings) -> None:
-    """Say what was done, and with which credential."""
+def show_report(report: Report, settings: Settings) -> None:
+    """Print what was done, and with which credential."""
     if report.rotated_with:
         print(f"Replaced both secrets in {settings.credentials_file} with the {report.rotated_with} API token.")
     if report.certificate and report.issued_with and settings.edge_node_key_path:
         path = certificate_path(settings.edge_node_key_path)
         print(
-            f"New certificate {path}, got with the {report.issued_with} app password: "
+            f"New certificate {path}, requested with the {report.issued_with} app password: "
             f"for {', '.join(report.certificate.principals)}, until {clock.written(report.certificate.valid_before)}."
         )
     if not report.certificate and not report.rotated_with:
-        print(f"{settings.edge_node_key_path} is a plain key: nothing has to be renewed.")
+        print(f"{settings.edge_node_key_path} is a plain key: there is nothing to renew.")
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
 
 def show(health: AccessHealth, settings: Settings) -> None:
-    """Print the table for people, and below it where everything is: paths do not fit into a table of 80 columns."""
+    """Print a table, and the paths below it, since they do not fit into 80 columns."""
     console = Console()
     headings = ("what", "valid until (UTC)", "remaining", "replaced after")
     table = Table(*(Column(heading, no_wrap=True) for heading in headings), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -117,14 +115,14 @@ def show(health: AccessHealth, settings: Settings) -> None:
 
 
 def next_action(item: HealthItem, health: AccessHealth) -> str:
-    """After what an item is made anew."""
+    """Return when an item is replaced."""
     if item.renew_at is None:
         return "see below" if item.valid_until is None else "never, it ends"
     return f"{item.renew_at:%Y-%m-%d %H:%M}" if item.renew_at > health.now else "the next refresh"
 
 
 def show_json(health: AccessHealth) -> None:
-    """The same for programs; times are ISO 8601 in UTC, lengths are hours."""
+    """Print the state as JSON: times are ISO 8601 in UTC, lengths are hours."""
     items = {}
     for item in health.items:
         remaining = health.remaining(item)

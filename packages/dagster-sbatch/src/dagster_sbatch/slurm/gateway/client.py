@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dagster_sbatch.atomic_write import replacing
 from dagster_sbatch.slurm.gateway.answers import Claim, JobEnd, JobState, Projects, RefusedError, Submitted
 from dagster_sbatch.slurm.gateway.link import AgainError, Link
 
@@ -157,8 +158,7 @@ class Gateway(Link):
         Raises:
             RefusedError: it cannot be read.
         """
-        part = local.with_name(f"{local.name}.part")
-        with part.open("w+b") as file:
+        with replacing(local) as file:
 
             def go_on() -> None:
                 for _, head, data in self.exchange({"do": "get", "path": path, "at": file.tell()}):
@@ -173,12 +173,7 @@ class Gateway(Link):
                     file.truncate()
                     raise AgainError(f"{path} did not arrive as it was sent")
 
-            try:
-                self.patiently(go_on)
-            except BaseException:
-                part.unlink()
-                raise
-        part.replace(local)
+            self.patiently(go_on)
 
     def perform(self, program: bytes, document: Mapping[str, Any], on_line: Callable[[str], None]) -> None:
         """Run a Python program on the login node, once more after each lost connection: it must bear that.
