@@ -11,7 +11,7 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.inspect.doctor.finding import Facts, Verdict
-from dagster_sbatch.inspect.doctor.here import check_dagster_home
+from dagster_sbatch.inspect.doctor.this_machine import check_dagster_home
 from resources import PROJECT
 from support import ROOT
 

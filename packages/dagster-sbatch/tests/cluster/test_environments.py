@@ -20,7 +20,7 @@ from dagster_sbatch.environments import Comparison, Environment, Environments, E
 from dagster_sbatch.environments import environments as environments_module
 from dagster_sbatch.environments.target import Interpreter
 from dagster_sbatch.environments.wheels import Wheel, gather_wheels
-from dagster_sbatch.inspect.runs import open_runs
+from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.compute import ComputeResource

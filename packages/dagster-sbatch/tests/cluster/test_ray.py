@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from dagster_sbatch.inspect.dashboard import Dashboard, open_dashboard
-from dagster_sbatch.inspect.runs import open_runs
+from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.launchers import RayLauncher
 from resources import PROJECT
 from slurm_in_a_box import SimulatedSite

@@ -14,7 +14,7 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.inspect.doctor import examine
-from dagster_sbatch.inspect.runs import RunRecord, open_runs
+from dagster_sbatch.inspect.remote_runs import RunRecord, open_runs
 from dagster_sbatch.upkeep import orphans, ownership
 from dagster_sbatch.upkeep.dead_runs import end_dead_runs_sensor
 from dagster_sbatch.upkeep.orphans import make_cleaning_sensor, make_orphan_sensor

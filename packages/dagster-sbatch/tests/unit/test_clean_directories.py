@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import dagster as dg
 import pytest
 
-from dagster_sbatch.inspect.runs import RunRecord
+from dagster_sbatch.inspect.remote_runs import RunRecord
 from dagster_sbatch.run.submission import About
 from dagster_sbatch.slurm.gateway import JobEnd
 from dagster_sbatch.upkeep.orphans import KEEP_DAYS, KEEP_FAILED_DAYS, _may_go

@@ -8,7 +8,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from dagster_sbatch.inspect.doctor import here, jobs, make
+from dagster_sbatch.inspect.doctor import make, slurm_jobs, this_machine
 from dagster_sbatch.inspect.doctor.finding import Facts
 from dagster_sbatch.inspect.doctor.survey import Output, Room, parse, parse_room, render
 from dagster_sbatch.settings import Settings
@@ -60,7 +60,7 @@ def facts_of(address: tuple[str, int], folder: Path) -> Facts:
 
 @pytest.fixture
 def short_patience(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(here, "TCP_SECONDS", 0.5)
+    monkeypatch.setattr(this_machine, "TCP_SECONDS", 0.5)
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
@@ -71,7 +71,7 @@ def test_a_network_from_which_port_22_times_out(tmp_path: Path) -> None:
             waiting = stack.enter_context(socket.socket())
             waiting.settimeout(0)
             waiting.connect_ex(server.getsockname())
-        state, found, fix = here.check_port(facts_of(server.getsockname(), tmp_path))
+        state, found, fix = this_machine.check_port(facts_of(server.getsockname(), tmp_path))
     assert state == "broken"
     assert found.endswith("does not answer within 0 s: this network does not reach it")
     assert "partner university" in fix
@@ -81,7 +81,7 @@ def test_a_network_from_which_port_22_times_out(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("short_patience")
 def test_a_server_that_says_nothing(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        state, found, _ = here.check_port(facts_of(server.getsockname(), tmp_path))
+        state, found, _ = this_machine.check_port(facts_of(server.getsockname(), tmp_path))
     assert (state, "accepts a connection and says nothing" in found) == ("broken", True)
 
 
@@ -94,7 +94,7 @@ def test_an_agent_that_stops_answering_is_no_traceback(tmp_path: Path) -> None:
 
     facts = facts_of(("login.example", 22), tmp_path)
     facts.runs = Silent()  # type: ignore[assignment]
-    state, found, _ = make(jobs.check_jobs, facts)
+    state, found, _ = make(slurm_jobs.check_jobs, facts)
     assert (state, found) == ("broken", "the login node has not answered everything within 240 s")
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.inspect.doctor import jobs, make
+from dagster_sbatch.inspect.doctor import make, slurm_jobs
 from dagster_sbatch.inspect.doctor.finding import Facts
-from dagster_sbatch.inspect.runs import Runs
+from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Gateway, choose_channel
 from dagster_sbatch.slurm.gateway import channel as channels
@@ -40,10 +40,10 @@ def found(hosts: list[str], second: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
         finally:
             gateway.close()
 
-    monkeypatch.setattr(jobs, "open_runs", open_runs)
+    monkeypatch.setattr(slurm_jobs, "open_runs", open_runs)
     facts = Facts(PROJECT, lambda: pytest.fail("not needed"), ExitStack())
     facts.settings = settings
-    return make(jobs.check_locks, facts)
+    return make(slurm_jobs.check_locks, facts)
 
 
 def test_a_lock_is_seen_on_another_login_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from dagster_sbatch.environments.keeper import server as keeper
 from dagster_sbatch.environments.keeper.files import locked
-from dagster_sbatch.inspect.runs import Runs
+from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, choose_channel, link
 from dagster_sbatch.slurm.gateway import channel as channels

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import dagster as dg
 import pytest
 
-from dagster_sbatch.inspect.runs import RunRecord
+from dagster_sbatch.inspect.remote_runs import RunRecord
 from dagster_sbatch.run.submission import About
 from dagster_sbatch.upkeep.ownership import LeftJob, reason_to_cancel
 

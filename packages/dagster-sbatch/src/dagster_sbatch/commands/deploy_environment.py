@@ -25,7 +25,7 @@ from dagster_sbatch.environments import (
 )
 from dagster_sbatch.environments.retention import choose_for_removal
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.runs import Runs
+from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Gateway, RefusedError, choose_channel

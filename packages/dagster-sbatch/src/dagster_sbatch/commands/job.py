@@ -17,7 +17,7 @@ from rich.table import Table
 from dagster_sbatch.commands.command_line import exit_code_of, make_parser
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.dashboard import open_dashboard
-from dagster_sbatch.inspect.runs import RunRecord, Runs, open_runs
+from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.upkeep.ownership import left_jobs
@@ -152,7 +152,7 @@ def show_left(project: Project, runs: Runs) -> None:
 
 
 def state(run: RunRecord, runs: Runs, now: bool) -> str:
-    state, end = runs.look(run) if now else (None, run.end)
+    state, end = runs.state(run) if now else (None, run.end)
     if end:
         return f"{end.state or 'ended'} {end.exit}".strip()
     if state is None:

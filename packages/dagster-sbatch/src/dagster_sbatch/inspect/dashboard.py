@@ -20,7 +20,7 @@ from paramiko import SSHException
 
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.runs import RunRecord, Runs
+from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import RefusedError

@@ -9,7 +9,7 @@ from typing import Literal
 import dagster as dg
 
 from dagster_sbatch.auth import AccessError, check_health
-from dagster_sbatch.inspect.runs import RunRecord, Runs, open_runs
+from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.attention import ACCESS, LEFT_JOBS, REACHABLE, evaluate
 from dagster_sbatch.run.history import is_stored
@@ -190,7 +190,7 @@ def _settle(instance: dg.DagsterInstance, runs: Runs, over: set[str]) -> Iterato
         if run.about.root not in over or run.end is not None:
             continue
         reason = reason_to_cancel(instance, run)
-        state = None if reason else runs.look(run)[0]
+        state = None if reason else runs.state(run)[0]
         if reason:
             yield _cancel(instance, runs, run, reason)
         elif state:

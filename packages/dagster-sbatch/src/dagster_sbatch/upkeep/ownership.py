@@ -7,7 +7,7 @@ from typing import Literal
 
 import dagster as dg
 
-from dagster_sbatch.inspect.runs import RunRecord, Runs
+from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
 from dagster_sbatch.run.history import is_stored
 
 GRACE = timedelta(minutes=1)
@@ -89,6 +89,6 @@ def left_jobs(instance: dg.DagsterInstance, runs: Runs, now: datetime | None = N
     for run in runs.all():
         if not run.job or run.end or standing_of(instance, run.about.root, now) not in ("over", "just ended"):
             continue
-        state = None if reason_to_cancel(instance, run) else runs.look(run)[0]
+        state = None if reason_to_cancel(instance, run) else runs.state(run)[0]
         if state:
             yield LeftJob(run, state.state)

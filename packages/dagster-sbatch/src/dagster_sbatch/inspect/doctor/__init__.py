@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.auth import AccessError
-from dagster_sbatch.inspect.doctor import here, jobs, there
+from dagster_sbatch.inspect.doctor import login_node, slurm_jobs, this_machine
 from dagster_sbatch.inspect.doctor.finding import Facts, Finding, Verdict, broken
 from dagster_sbatch.inspect.preview import find_submitting
 from dagster_sbatch.project import Project
@@ -17,25 +17,25 @@ from dagster_sbatch.ssh import SshError
 __all__ = ["CHECKS", "Finding", "examine"]
 
 CHECKS: dict[str, Callable[[Facts], Verdict]] = {
-    "settings": here.check_settings,
-    "Dagster's home": here.check_dagster_home,
-    "credentials": here.check_credentials,
-    "certificate": here.check_certificate,
-    "name": here.check_name,
-    "port": here.check_port,
-    "host authority": here.check_host_authority,
-    "login": there.check_login,
-    "Slurm": there.check_slurm,
-    "partitions": there.check_partitions,
-    "storage": there.check_storage,
-    "deployment folder": there.check_folder,
-    "Python": there.check_python,
-    "projects": jobs.check_projects,
-    "temporary folder": there.check_temporary_folder,
-    "open files": there.check_open_files,
-    "locks": jobs.check_locks,
-    "jobs": jobs.check_jobs,
-    "environment": jobs.check_environment,
+    "settings": this_machine.check_settings,
+    "Dagster's home": this_machine.check_dagster_home,
+    "credentials": this_machine.check_credentials,
+    "certificate": this_machine.check_certificate,
+    "name": this_machine.check_name,
+    "port": this_machine.check_port,
+    "host authority": this_machine.check_host_authority,
+    "login": login_node.check_login,
+    "Slurm": login_node.check_slurm,
+    "partitions": login_node.check_partitions,
+    "storage": login_node.check_storage,
+    "deployment folder": login_node.check_folder,
+    "Python": login_node.check_python,
+    "projects": slurm_jobs.check_projects,
+    "temporary folder": login_node.check_temporary_folder,
+    "open files": login_node.check_open_files,
+    "locks": slurm_jobs.check_locks,
+    "jobs": slurm_jobs.check_jobs,
+    "environment": slurm_jobs.check_environment,
 }
 """In this order; each may use what those before it have put into the facts."""
 
@@ -63,7 +63,7 @@ def examine(
                 return
         definitions = definitions or dg.Definitions()
         for asset, partition in find_submitting(definitions, facts.instance):
-            yield Finding(f"asset {asset}", *make(jobs.check_job_script, facts, definitions, asset, partition))
+            yield Finding(f"asset {asset}", *make(slurm_jobs.check_job_script, facts, definitions, asset, partition))
 
 
 def make(check: Callable[..., Verdict], *arguments: Any) -> Verdict:
@@ -71,5 +71,5 @@ def make(check: Callable[..., Verdict], *arguments: Any) -> Verdict:
     try:
         return check(*arguments)
     except (AccessError, SshError, RefusedError, StoppedError) as error:
-        text = str(error) or f"the login node has not answered everything within {jobs.SECONDS:.0f} s"
+        text = str(error) or f"the login node has not answered everything within {slurm_jobs.SECONDS:.0f} s"
         return broken(text, "do what the error says; if it says nothing to do, try again")

@@ -11,7 +11,7 @@ from dagster_sbatch.environments import Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.doctor.finding import Facts, Verdict, broken, ok, warning
 from dagster_sbatch.inspect.preview import NotPreviewedError, preview_asset, try_script
-from dagster_sbatch.inspect.runs import open_runs
+from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.settings import Settings
 
 SECONDS = 240.0
@@ -72,7 +72,7 @@ def _try_to_lock(facts: Facts, holder: str) -> Verdict:
 
 def check_jobs(facts: Facts) -> Verdict:
     """Check for jobs of runs that this Dagster does not know."""
-    waiting = [run for run in facts.runs.all() if run.job and not run.end and facts.runs.look(run)[0]]
+    waiting = [run for run in facts.runs.all() if run.job and not run.end and facts.runs.state(run)[0]]
     strange = [f"{run.job} ({run.about.asset})" for run in waiting if not facts.instance.has_run(run.about.run)]
     if strange:
         fix = "leave them to the other Dagster that submitted them; if there is none: scripts/job JOB cancel"

@@ -93,7 +93,7 @@ class Runs:
         """Remove run directories whose job has ended, and unfinished ones; return the names of those removed."""
         return self.gateway.clean(self.folder, [run.key for run in found])
 
-    def look(self, run: RunRecord) -> tuple[JobState | None, JobEnd | None]:
+    def state(self, run: RunRecord) -> tuple[JobState | None, JobEnd | None]:
         """Return what Slurm says of a run's job now: its state, or how it ended; neither if it has no job."""
         return self.gateway.look(run.path)
 
