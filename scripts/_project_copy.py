@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import _example
-from dagster_sbatch.children import NETWORK, child_environment
+from dagster_sbatch.children import child_environment
 from dagster_sbatch.commands import lock
+from dagster_sbatch.errors import ConfigurationError
 
 OLD_PACKAGE, OLD_PROJECT = "musica_pipelines", "musica-pipelines"
 SKELETON = Path("scripts/_skeleton")
@@ -188,12 +189,10 @@ def _run(folder: Path, *arguments: str) -> None:
 
 def _lock(folder: Path) -> None:
     """The versions of the template, less those of the example."""
-    for name, selection in lock.FILES.items():
-        command = lock.resolution(selection, folder / "requirements" / name)
-        environment = child_environment("UV_", *NETWORK)
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise CopyError(f"the dependencies could not be resolved:\n{done.stderr.strip()}")
+    try:
+        lock.resolve(folder, folder / "requirements")
+    except ConfigurationError as error:
+        raise CopyError(str(error)) from None
 
 
 def _commit(folder: Path) -> None:

@@ -16,9 +16,16 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.auth import ensure_certificate
-from dagster_sbatch.environments import Comparison, Environment, Environments, EnvironmentSpec, read_code, read_lock
-from dagster_sbatch.environments import environments as environments_module
-from dagster_sbatch.environments.target import Interpreter
+from dagster_sbatch.environments import (
+    Comparison,
+    Environment,
+    Environments,
+    EnvironmentSpec,
+    deployed,
+    read_code,
+    read_lock,
+)
+from dagster_sbatch.environments.interpreter import Interpreter
 from dagster_sbatch.environments.wheels import Wheel, gather_wheels
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.launchers import ScriptLauncher
@@ -159,7 +166,7 @@ def gathered(index: Path, site_python: tuple[str, str], tmp_path_factory: pytest
 @pytest.fixture
 def fetched(gathered: list[Wheel], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a deployment fetches is here already: for tests of what follows."""
-    monkeypatch.setattr(environments_module, "gather_wheels", lambda *_: gathered)
+    monkeypatch.setattr(deployed, "gather_wheels", lambda *_: gathered)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from dagster_sbatch.commands.deploy_environment import choose_for_removal
 from dagster_sbatch.environments import (
     Environment,
     EnvironmentListing,
@@ -17,8 +18,7 @@ from dagster_sbatch.environments import (
     read_code,
     read_lock,
 )
-from dagster_sbatch.environments.retention import choose_for_removal
-from dagster_sbatch.environments.target import NEWEST, OLDEST, Interpreter
+from dagster_sbatch.environments.interpreter import NEWEST, OLDEST, Interpreter
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.run.workload import read_workload

@@ -1,9 +1,9 @@
 """Resolve the dependencies in pyproject.toml to exact versions with hashes: requirements/*.txt.
 
-dev.txt is the project with its `dev` extra, for this machine; cluster.txt the `cluster` group, for the supercomputer.
-Without an option, only what pyproject.toml demands is changed.
+dev.txt is the project with its `dev` extra, for this machine; cluster.txt is the `cluster` group, for the
+supercomputer. Without an option, only versions that pyproject.toml no longer allows are changed.
 
-exit codes: 0 done, or current; 1 --check found a file that is not current (the difference is printed); 2 wrong usage
+exit codes: 0 done, or up to date; 1 --check found a difference (it is printed), or uv failed; 2 wrong usage
 """
 
 import argparse
@@ -15,59 +15,66 @@ import tempfile
 from pathlib import Path
 
 from dagster_sbatch.children import NETWORK, child_environment
+from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 
-FILES = {"dev.txt": ["--extra", "dev"], "cluster.txt": ["--group", "cluster"]}
-OPTIONS = [
-    "--universal",
-    "--generate-hashes",
-    "--no-strip-extras",
-    "--no-header",
-    "--quiet",
-    "--python-version",
-    "3.11",
-    "--no-emit-package",
-    "dagster-sbatch",
-    "--no-emit-package",
-    "slurm-in-a-box",
-]
+FILES = {"dev.txt": ["pyproject.toml", "--extra", "dev"], "cluster.txt": ["--group", "cluster"]}
+"""uv's names of what is locked, by file. A group is resolved by itself, without the project."""
+OPTIONS = """
+    --universal --python-version 3.11 --generate-hashes --no-strip-extras --no-header --quiet
+    --no-emit-package dagster-sbatch --no-emit-package slurm-in-a-box --custom-compile-command scripts/lock
+    """.split()
 
 
 def main(project: Project) -> int:
+    """Do what the command line says; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--upgrade", action="store_true", help="take the newest versions")
-    parser.add_argument("--check", action="store_true", help="change nothing, say what is not current")
-    asked = parser.parse_args()
+    parser.add_argument("--upgrade", action="store_true", help="use the newest versions that pyproject.toml allows")
+    parser.add_argument("--check", action="store_true", help="change nothing; print what is not up to date")
+    options = parser.parse_args()
     folder = project.root / "requirements"
-    stale = False
-    with tempfile.TemporaryDirectory() as made:
-        for name, selection in FILES.items():
-            new, old = Path(made) / name, folder / name
-            if old.exists() and not asked.upgrade:
-                shutil.copyfile(old, new)  # uv keeps the versions that it finds in its output file
-            resolve(project, selection, new)
-            if not asked.check:
-                shutil.copyfile(new, old)
-            elif new.read_text() != old.read_text():
-                stale = True
-                changes = difflib.unified_diff(
-                    old.read_text().splitlines(), new.read_text().splitlines(), str(old), "wanted", n=0
-                )
-                print("\n".join(changes))
-    if stale:
-        print("requirements/ is not what pyproject.toml asks for: run scripts/lock")
-    return int(stale)
+    try:
+        if not options.check:
+            resolve(project.root, folder, upgrade=options.upgrade)
+            return 0
+        with tempfile.TemporaryDirectory() as copy:
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
+            resolve(project.root, Path(copy), upgrade=options.upgrade)
+            changes = [line for name in FILES for line in _compare(folder / name, Path(copy) / name)]
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if changes:
+        print("\n".join([*changes, "requirements/ is not what pyproject.toml asks for. Update it:\nscripts/lock"]))
+    return int(bool(changes))
 
 
-def resolve(project: Project, selection: "list[str]", output: Path) -> None:
-    command = resolution(selection, output)
-    environment = child_environment("UV_", *NETWORK)
-    subprocess.run(command, cwd=project.root, env=environment, check=True, stdout=subprocess.DEVNULL)
+def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
+    """Write each of FILES into a folder; versions that are in it already are kept.
+
+    Args:
+        root: the folder of pyproject.toml.
+        folder: of the files.
+        upgrade: use the newest versions instead.
+
+    Raises:
+        ConfigurationError: uv found no solution, or no index; the text is uv's.
+    """
+    for name, source in FILES.items():
+        command = [*source, *OPTIONS, *(["--upgrade"] if upgrade else []), "--output-file", str(folder / name)]
+        done = subprocess.run(
+            [sys.executable, "-m", "uv", "pip", "compile", *command],
+            cwd=root,
+            env=child_environment("UV_", *NETWORK),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise ConfigurationError(f"{name} could not be resolved. uv says:\n{done.stderr.strip()}")
 
 
-def resolution(selection: "list[str]", output: Path) -> "list[str]":
-    """Resolve, in the folder of a pyproject.toml, one of FILES into `output`, whose versions are kept if it exists."""
-    group = selection[0] == "--group"  # a group is resolved by itself, without the project
-    source = [] if group else ["pyproject.toml"]
-    compile_into = [*source, *selection, *OPTIONS, "--output-file", str(output)]
-    return [sys.executable, "-m", "uv", "pip", "compile", *compile_into, "--custom-compile-command", "scripts/lock"]
+def _compare(old: Path, new: Path) -> list[str]:
+    """Return the lines in which two files differ."""
+    before = old.read_text().splitlines() if old.exists() else []
+    return list(difflib.unified_diff(before, new.read_text().splitlines(), str(old), "up to date", n=0, lineterm=""))

@@ -1,7 +1,7 @@
 """Environments on the supercomputer: an interpreter, packages and the user's code, made once and never changed."""
 
 from dagster_sbatch.environments.code import read_code, revision_of
-from dagster_sbatch.environments.environments import (
+from dagster_sbatch.environments.deployed import (
     FOLDER,
     Comparison,
     Environment,
@@ -9,7 +9,7 @@ from dagster_sbatch.environments.environments import (
     Environments,
     EnvironmentSpec,
 )
-from dagster_sbatch.environments.lock import read_lock
+from dagster_sbatch.environments.lockfile import read_lock
 from dagster_sbatch.environments.progress import LoggedProgress, Progress
 
 __all__ = [

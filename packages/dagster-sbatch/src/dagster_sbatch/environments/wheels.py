@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dagster_sbatch.children import NETWORK, child_environment
-from dagster_sbatch.environments.lock import LockFile
-from dagster_sbatch.environments.target import Interpreter
+from dagster_sbatch.environments.interpreter import Interpreter
+from dagster_sbatch.environments.lockfile import LockFile
 from dagster_sbatch.errors import ConfigurationError
 
 POLL_SECONDS = 5.0

@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 
 from dagster_sbatch.environments.code import read_code
-from dagster_sbatch.environments.environments import Environment, Environments, EnvironmentSpec
-from dagster_sbatch.environments.lock import read_lock
+from dagster_sbatch.environments.deployed import Environment, Environments, EnvironmentSpec
+from dagster_sbatch.environments.lockfile import read_lock
 from dagster_sbatch.environments.progress import LoggedProgress
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.workload import Workload

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dagster_sbatch.environments.code import Code
-from dagster_sbatch.environments.lock import LockFile
+from dagster_sbatch.environments.interpreter import NEWEST, OLDEST, Interpreter
+from dagster_sbatch.environments.lockfile import LockFile
 from dagster_sbatch.environments.progress import Progress
-from dagster_sbatch.environments.target import NEWEST, OLDEST, Interpreter
 from dagster_sbatch.environments.wheels import Wheel, gather_wheels
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Gateway

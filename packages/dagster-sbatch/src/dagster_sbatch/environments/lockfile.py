@@ -9,7 +9,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from dagster_sbatch.environments.target import Interpreter
+from dagster_sbatch.environments.interpreter import Interpreter
 from dagster_sbatch.errors import ConfigurationError
 
 VERIFIED = {"dagster-pipes": "dagster_pipes", "ray": "ray"}

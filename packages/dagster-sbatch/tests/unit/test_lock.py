@@ -1,0 +1,69 @@
+"""scripts/lock, by the real uv, without any index."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.commands import lock
+from dagster_sbatch.project import Project
+from support.environments import make_wheels
+
+PROJECT = """\
+[project]
+name = "demo"
+version = "1"
+requires-python = ">=3.11"
+[project.optional-dependencies]
+dev = [{dev}]
+[dependency-groups]
+cluster = [{cluster}]
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A project without dependencies, and an index that has one package, `tiny`."""
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "index").mkdir()
+    make_wheels(tmp_path / "index", "tiny", ["py3-none-any"])
+    monkeypatch.setenv("UV_NO_INDEX", "1")
+    monkeypatch.setenv("UV_FIND_LINKS", str(tmp_path / "index"))
+    need(tmp_path)
+    return Project(tmp_path)
+
+
+def need(root: Path, dev: str = "", cluster: str = "") -> None:
+    (root / "pyproject.toml").write_text(PROJECT.format(dev=dev, cluster=cluster))
+
+
+def run(project: Project, monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["scripts/lock", *options])
+    return lock.main(project)
+
+
+def test_the_check_prints_what_is_not_locked_and_changes_nothing(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(project, monkeypatch) == 0
+    assert run(project, monkeypatch, "--check") == 0
+    need(project.root, cluster='"tiny"')
+    before = project.lock.read_text()
+    assert run(project, monkeypatch, "--check") == 1
+    printed = capfd.readouterr().out
+    assert "+tiny==1.0 \\" in printed
+    assert printed.endswith("Update it:\nscripts/lock\n")
+    assert project.lock.read_text() == before
+    assert run(project, monkeypatch) == 0
+    assert "--hash=sha256:" in project.lock.read_text()
+    assert run(project, monkeypatch, "--check") == 0
+
+
+def test_what_cannot_be_resolved_is_reported_in_uvs_words(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    need(project.root, dev='"tiny>1"')
+    assert run(project, monkeypatch) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("dev.txt could not be resolved. uv says:\n")
+    assert "tiny" in error
