@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dagster_sbatch.auth import AccessError, ensure_certificate
+from dagster_sbatch.commands.command_line import make_parser
 from dagster_sbatch.environments import (
     EnvironmentListing,
     Environments,
@@ -89,9 +90,7 @@ def main(project: Project) -> int:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(DESCRIPTION, EPILOG)
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--check", action="store_true", help="show what would be sent; change nothing")
     action.add_argument("--rollback", action="store_true", help="let production run what was published before")
