@@ -248,10 +248,10 @@ def _measure_many(settings: Settings) -> None:
         deadline = time.monotonic() + 120
         while len(_agents()) < AT_ONCE + 1 and time.monotonic() < deadline:
             time.sleep(1)
-        before, begun = watcher.states(RUNS)["calls"], time.monotonic()
+        before, begun = watcher.queue(RUNS)["calls"], time.monotonic()
         cpu = {pid: _cpu(pid) for pid in _agents()}
         time.sleep(60)
-        calls, seconds = watcher.states(RUNS)["calls"] - before, time.monotonic() - begun
+        calls, seconds = watcher.queue(RUNS)["calls"] - before, time.monotonic() - begun
         memory = [psutil.Process(pid).memory_info().rss / 1e6 for pid in _agents()]
         busy = [_cpu(pid) - cpu[pid] for pid in _agents() if pid in cpu]
         stop.set()

@@ -94,7 +94,7 @@ def test_a_refusal_is_final_and_in_slurms_words(gateway: Gateway, site: Simulate
     run = Run("true")
     with pytest.raises(RefusedError, match="Invalid qos specification"):
         gateway.submit(run.path, run.files, ["--qos=admin"])
-    with pytest.raises(RefusedError, match="is there already, with other content"):
+    with pytest.raises(RefusedError, match="exists already, with other content"):
         gateway.submit(run.path, {"job.sh": "#!/bin/sh\n"}, [])
     assert submit(gateway, run)  # corrected
 
@@ -299,7 +299,7 @@ def test_accounting_and_states(gateway: Gateway, site: SimulatedSite) -> None:
     assert end.rows[0][:2] == [job, "COMPLETED"]
     assert end.submitted and end.started and end.ended
     assert end.submitted <= end.started < end.ended
-    assert gateway.states(run.path.rpartition("/")[0])["jobs"][job][3] == run.key
+    assert gateway.queue(run.path.rpartition("/")[0])["jobs"][job][3] == run.key
 
 
 @pytest.mark.usefixtures("shells_that_end_at_once")
@@ -312,7 +312,7 @@ def test_without_agent_it_is_told_why(site: SimulatedSite, settings: Settings) -
 
     def ask() -> None:
         with pytest.raises(StoppedError):
-            gateway.states("runs")
+            gateway.queue("runs")
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -333,7 +333,7 @@ def test_a_login_node_on_which_no_python_starts_is_an_error(site: SimulatedSite,
     )
     gateway = Gateway(choose_channel(settings, ["nosuchpython", "broken"], ensure_certificate))
     with pytest.raises(RefusedError) as raised:
-        gateway.states(Run("").path)
+        gateway.queue(Run("").path)
     text = str(raised.value)
     assert "no Python: none of nosuchpython, broken starts on login0" in text
     assert "libpython is missing" in text

@@ -172,7 +172,7 @@ def test_the_batch_shell_is_killed(site: SimulatedSite, tmp_path: Path) -> None:
     run = RayRun(site, tmp_path, HANG, launcher=NO_DASHBOARD, **PLACE)
     run.wait_until_ready()
     site.run_on_node("n4001", "kill -KILL $(pgrep -f [s]lurm_script)")
-    assert "it recorded no exit code, and Slurm says FAILED 0:9" in cause_of(run.finish().error)
+    assert "and Slurm reports FAILED 0:9" in cause_of(run.finish().error)
     nothing_is_left(site, *NODES)
 
 

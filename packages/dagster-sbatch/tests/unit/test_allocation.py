@@ -51,7 +51,7 @@ def test_what_the_asset_names_wins() -> None:
         ({"partition": "zen4_768"}, None, None, f"did you mean '{CPU}'"),
         ({}, "zen4_768", None, f"did you mean '{CPU}'"),
         ({}, None, "dev_zen4_768", f"did you mean 'dev_{CPU}'"),
-        ({"nodes": 3, "time_limit": "5"}, None, f"dev_{CPU}", "gives a user at most 2"),
+        ({"nodes": 3, "time_limit": "5"}, None, f"dev_{CPU}", "allows a user at most 2"),
         ({"qos": f"dev_{CPU}", "time_limit": "11"}, None, None, "is over the 00:10:00"),
         ({"time_limit": "4-00"}, None, None, "is over the 3-00:00:00"),
         ({"time_limit": "4-00", "qos": f"fast_{GPU}", "gpus_per_node": 1}, None, None, "is over the 3-00:00:00"),

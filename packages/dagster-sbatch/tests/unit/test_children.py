@@ -14,7 +14,7 @@ from dagster_sbatch.run.local import workload_environment
 from support import ENGINE, ROOT
 
 STARTERS = {"run", "Popen", "call", "check_call", "check_output", "getoutput", "system", "popen", "spawnv"}
-ELSEWHERE = ("slurm/gateway/agent", "environments/keeper", "launchers/ray/job")
+ELSEWHERE = ("slurm/gateway/agent", "launchers/ray/job")
 """What runs on the supercomputer, where no setting of Dagster gets to."""
 DAGSTER_ITSELF = {"demo", "check"}
 BY_LOCAL = {"run/supervisor.py"}

@@ -110,9 +110,9 @@ def test_a_request_that_makes_no_sense_is_answered(tmp_path: Path) -> None:
         ask(agent, do="dance")
         assert answer(agent)["error"] == "broken"
         ask(agent, do="submit", run=f"{tmp_path}/--wrap", files={}, options=[])
-        assert answer(agent) == {"id": 1, "error": "refused", "text": "not a name for runs: '--wrap'"}
+        assert answer(agent) == {"id": 1, "error": "refused", "text": "'--wrap' is not a valid name of a run"}
         ask(agent, do="submit", run=f"{tmp_path}/KEY", files={"../out": "x"}, options=[])
-        assert "not a path below the run directory" in answer(agent)["text"]
+        assert "is not a path below the run directory" in answer(agent)["text"]
         assert list(tmp_path.iterdir()) == []
         assert agent.stdin
         agent.stdin.close()
@@ -132,7 +132,7 @@ def test_a_run_directory_is_there_as_a_whole_and_for_its_owner(
     assert (run / "ä").read_text() == "ö"
     assert (run / "stdout").read_bytes() == b""
     assert not (run / "tried").exists()
-    with pytest.raises(RefusedError, match="is there already, with other content"):
+    with pytest.raises(RefusedError, match="exists already, with other content"):
         gateway.submit(str(run), {**files, "ä": "o"})
     with pytest.raises(RefusedError, match="Invalid qos specification"):
         gateway.submit(str(run), files)

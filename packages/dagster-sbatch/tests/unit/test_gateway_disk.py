@@ -1,19 +1,15 @@
 """The shared disk as it can be: full, without locks, open to other users, with files of a newer version."""
 
 import errno
-import fcntl
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dagster_sbatch.environments.keeper import server as keeper
-from dagster_sbatch.environments.keeper.files import locked
 from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, choose_channel, link
@@ -44,15 +40,15 @@ def hurry():
         "submission": dict(COMMAND_PATIENCE=3),
         "follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5, HOLE=0.5),
     }.items():
-        vars(sys.modules["dagster_sbatch.slurm.gateway.agent." + name]).update(values)
-    slurm = sys.modules["dagster_sbatch.slurm.gateway.agent.slurm"]
+        vars(sys.modules["agent." + name]).update(values)
+    slurm = sys.modules["agent.slurm"]
     for each in (slurm.call, slurm.ask_slurm, slurm.rows_of):
         each.__kwdefaults__["patience"] = 0.5
 """
 SPOILT = """
 def spoil():
     import os, sys
-    follower = sys.modules["dagster_sbatch.slurm.gateway.agent.follower"]
+    follower = sys.modules["agent.follower"]
     words_of = follower.words_of
     def fail(run):
         with open({counted!r}, "a") as file:
@@ -131,18 +127,10 @@ def test_a_file_system_without_locks_is_refused(code: int, prepare: Prepare, tmp
         lambda: gateway.claim(f"{tmp_path}/base/runs", "family", "token", "me"),
         lambda: gateway.submit(f"{tmp_path}/base/runs/KEY", {"job.sh": ""}),
         lambda: gateway.put(ROOT / "README.md", f"{tmp_path}/base/environments/wheels/x"),
+        lambda: gateway.ask(do="environment", verb="roll_back", folder=f"{tmp_path}/base/environments"),
     ):
         with pytest.raises(RefusedError, match=rf"no file locks \(flock: {os.strerror(code)}\).*another file system"):
             ask()
-
-
-def test_environments_need_locks_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(*_: Any) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(OSError, match="no file locks"), locked(str(tmp_path / "environments")):
-        pass
 
 
 # Other users
@@ -164,9 +152,7 @@ def test_folders_are_the_users_alone_whatever_the_umask(umask: int, prepare: Pre
 
 @pytest.mark.parametrize("place", ["base", "base/runs", "base/environments", "base/environments/wheels"])
 @pytest.mark.parametrize("fault", ["writable by all", "writable by the group", "of another user"])
-def test_a_folder_that_others_can_change_is_refused(
-    place: str, fault: str, prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_others_can_change_is_refused(place: str, fault: str, prepare: Prepare, tmp_path: Path) -> None:
     for each in ("base", "base/runs", "base/environments", "base/environments/wheels"):
         (tmp_path / each).mkdir(mode=0o755)
     path = tmp_path / place
@@ -178,17 +164,13 @@ def test_a_folder_that_others_can_change_is_refused(
         else:  # who cannot give a folder away is somebody else
             user, says = os.getuid(), r"user \d+ owns it"
             preparation = f"import os; os.getuid = lambda: {user} + 1"
-            monkeypatch.setattr(os, "getuid", lambda: user + 1)
     else:
         path.chmod(0o777 if "all" in fault else 0o775)
     gateway = prepare(preparation)
 
     def ask() -> None:
         if "environments" in place:
-            try:
-                keeper.answer({"do": "inventory", "folder": f"{tmp_path}/base/environments"})
-            except OSError as error:
-                raise RefusedError(f"{error.filename}: {error.strerror}") from error
+            gateway.ask(do="environment", verb="inventory", folder=f"{tmp_path}/base/environments")
         else:
             gateway.claim(f"{tmp_path}/base/runs", "family", "token", "me")
 
@@ -213,9 +195,8 @@ def test_a_base_path_in_scratch_is_fine_and_one_that_anybody_can_exchange_is_not
 
 
 def test_nothing_lies_where_another_user_could_have_made_it_first() -> None:
-    for folder in ("slurm/gateway/agent", "environments/keeper"):
-        for path in (ENGINE / folder).glob("*.py"):
-            assert not {word for word in ("/tmp", "/var/tmp", "/dev/shm", "tempfile") if word in path.read_text()}, path
+    for path in Path(disk.__file__).parent.glob("*.py"):
+        assert not {word for word in ("/tmp", "/var/tmp", "/dev/shm", "tempfile") if word in path.read_text()}, path
 
 
 # Full disks, and a queue that does not answer
@@ -376,7 +357,7 @@ def test_a_view_of_the_queue_of_another_version_does_no_harm(
     put(slurm, "squeue", "echo '17|PENDING|Priority|N/A|KEY|p1'")
     (tmp_path / "runs").mkdir(mode=0o700)
     (tmp_path / "runs" / f".queue-{os.uname()[1]}.json").write_text(text)
-    view = prepare().states(f"{tmp_path}/runs")
+    view = prepare().queue(f"{tmp_path}/runs")
     assert view["jobs"] == {"17": ["PENDING", "Priority", "N/A", "KEY", "p1"]}
 
 
@@ -386,6 +367,6 @@ def test_every_document_on_the_shared_disk_has_a_format(prepare: Prepare, slurm:
     (run / "events").write_text('{"code": 0, "time": 1, "sizes": {}}\n')
     gateway = prepare(HURRIED)
     follow(gateway, run)
-    gateway.states(f"{tmp_path}/runs")
+    gateway.queue(f"{tmp_path}/runs")
     documents = [run / "end", tmp_path / "runs" / f".queue-{os.uname()[1]}.json"]
     assert [json.loads(path.read_text())["format"] for path in documents] == [disk.FORMAT] * len(documents)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, StoppedError, choose_channel, link, wire
+from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, StoppedError, choose_channel, link
 from dagster_sbatch.slurm.gateway import channel as channels
 from dagster_sbatch.slurm.gateway.channel import Channel
 
@@ -82,13 +82,15 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = 'sys.modules["dagster_sbatch.slurm.gateway.agent.server"]'
-    patient = f"{server}.SILENCE *= {SPEED}; names['serve']()"  # the wire's own clock is not faster
+    server = 'sys.modules["agent.server"]'
+    patient = f"{server}.SILENCE *= {SPEED}; names['serve']()"  # pings come as often as ever
     assert "names['serve']()" in channels._START
     start = channels._START.replace("names['serve']()", patient)
     monkeypatch.setattr(channels, "_START", FAST.format(speed=SPEED, since=time.time()) + start)
     monkeypatch.setattr(link, "monotonic", lambda: time.monotonic() * SPEED)
-    monkeypatch.setattr(wire, "LOOK_SECONDS", wire.LOOK_SECONDS / SPEED)
+    monkeypatch.setattr(link, "PING_SECONDS", link.PING_SECONDS * SPEED)
+    monkeypatch.setattr(link, "DEAD_SECONDS", link.DEAD_SECONDS * SPEED)
+    monkeypatch.setattr(link, "READ_SECONDS", link.READ_SECONDS / SPEED)
 
 
 @pytest.mark.usefixtures("fast")

@@ -1,9 +1,8 @@
 """Paths that begin with a variable of the login profile: the agent on this machine, with a home of its own."""
 
-import json
 import os
+import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,17 +19,6 @@ echo >>{home}/read
 export DATA={home}/data SCRATCH=scratch
 """
 """Prints, reads its input, leaves a process behind, and notes that it was read."""
-GIVE_BACK = """\
-class Refused(Exception):
-    pass
-
-def answer(document):
-    return document
-
-def serve():
-    import json, sys
-    print(sys.stdin.readline())
-"""
 
 
 class Home:
@@ -111,11 +99,13 @@ def test_a_home_that_is_full_is_no_obstacle(home: Home, open_gateway: Callable[[
     assert open_gateway().claim("$DATA/d/runs", "family", "token", "me").runs == f"{home.folder}/data/d/runs"
 
 
-def test_programs_get_absolute_paths(home: Home, open_gateway: Callable[[], Gateway]) -> None:
-    gateway, source = open_gateway(), zlib.compress(GIVE_BACK.encode())
-    document = {"folder": "$DATA/environments", "asked": "$DATA/python", "python": None}
-    absolute = {**document, "folder": f"{home.folder}/data/environments"}
-    assert gateway.consult(source, document) == absolute
-    lines: list[str] = []
-    gateway.perform(source, document, lines.append)
-    assert json.loads(lines[0]) == absolute
+def test_environments_get_absolute_paths(home: Home, open_gateway: Callable[[], Gateway]) -> None:
+    """But SLURM_PYTHON counts as it is written: the name of an environment must not depend on a user."""
+    (home.folder / "data").mkdir()
+    (home.folder / "data" / "python").symlink_to(sys.executable)
+    ask = {"setup": [], "candidates": [], "oldest": [3, 0], "newest": [3, 99], "lock": "", "modules": [], "code": {}}
+    python = {"asked": "$DATA/python", "python": "$DATA/python"}
+    folder = "$DATA/environments"
+    found = open_gateway().ask(do="environment", verb="find", folder=folder, **ask, **python)["environment"]
+    assert (found["asked"], found["python"]) == ("$DATA/python", f"{home.folder}/data/python")
+    assert found["workloads"] == f"{home.folder}/data/environments/{found['name']}/workloads"

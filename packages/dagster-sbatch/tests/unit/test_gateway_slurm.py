@@ -156,7 +156,7 @@ def test_what_a_shell_exports_for_slurm(
         monkeypatch.setenv(name, value)
     say("sbatch", SHOW_VARIABLES)
     if way == "test":
-        assert slurm.test({"script": script}, None)["code"] == 0
+        assert slurm.test(None, {"script": script}, None)["code"] == 0
     else:
         (tmp_path / "tried").touch()
         (tmp_path / "job.sh").write_text(script)
@@ -174,7 +174,7 @@ def test_the_projects_of_a_user(
 ) -> None:
     monkeypatch.setenv("SBATCH_ACCOUNT", "p2")
     say("sacctmgr", sacctmgr)
-    assert slurm.projects({}, None) == {"rows": rows, "exported": "p2"}
+    assert slurm.projects(None, {}, None) == {"rows": rows, "exported": "p2"}
 
 
 QUICK = """\

@@ -21,7 +21,7 @@ LOST = "Ray: lost the node n4002: health check failed"
         (JobEnd(TRY_AGAIN, "FAILED", cause=LOST), Outcome(LOST, again=True)),
         (
             JobEnd(TRY_AGAIN, "FAILED"),
-            Outcome("it asks for another try (exit code 75): its stderr says why", again=True),
+            Outcome("it requests a retry (exit code 75). Its stderr says why", again=True),
         ),
         (JobEnd(1, "FAILED", cause="Ray on n4001: there is no python3"), Outcome("Ray on n4001: there is no python3")),
         (JobEnd(None, "BOOT_FAIL"), Outcome("a node did not start (Slurm: BOOT_FAIL)", again=True)),
@@ -31,7 +31,10 @@ LOST = "Ray: lost the node n4002: health check failed"
         ),
         (
             JobEnd(None, "FAILED", exit="0:9"),
-            Outcome("it recorded no exit code, and Slurm says FAILED 0:9: look at its stderr and at the node"),
+            Outcome(
+                "it recorded no exit code (killed, or disk full?), and Slurm reports FAILED 0:9. "
+                "Read its stderr in the run directory"
+            ),
         ),
         (
             JobEnd(None, "FAILED", exit="2:0"),
@@ -52,7 +55,8 @@ LOST = "Ray: lost the node n4002: health check failed"
         (
             JobEnd(None, ""),
             Outcome(
-                "it recorded no exit code, and Slurm does not know it any more: look at its stderr and at the node"
+                "it recorded no exit code (killed, or disk full?), and Slurm does not know it any more. "
+                "Read its stderr in the run directory"
             ),
         ),
         (
@@ -61,7 +65,7 @@ LOST = "Ray: lost the node n4002: health check failed"
         ),
         (
             JobEnd(0, "COMPLETED", short={"messages.jsonl": 10}),
-            Outcome("its Pipes messages did not arrive in full: the file system lost some, or is very slow"),
+            Outcome("its Pipes messages did not arrive in full. The file system has lost some, or is very slow"),
         ),
     ],
 )

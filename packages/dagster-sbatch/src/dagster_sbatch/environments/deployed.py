@@ -1,8 +1,7 @@
 """The environments on the supercomputer: which exist, which one production runs; make, publish and remove them."""
 
-import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +14,7 @@ from dagster_sbatch.environments.progress import Progress
 from dagster_sbatch.environments.wheels import Wheel, gather_wheels
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Gateway
-from dagster_sbatch.slurm.gateway.agent import disk
-from dagster_sbatch.slurm.gateway.joined import join
 
-_MODULES = ("files", "interpreters", "making", "shelf", "server")
-_KEEPER = join(Path(disk.__file__), *(Path(__file__).with_name("keeper") / f"{name}.py" for name in _MODULES))
 FOLDER = "environments"
 """Below SLURM_DEPLOYMENT_BASE_PATH."""
 MOST_NAMES = 5
@@ -52,7 +47,7 @@ class Environment:
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> "Environment":
-        """Read what the keeper answers."""
+        """Read what the agent answers."""
         about = {name: answer["interpreter"][name] for name in ("executable", "version", "machine", "glibc")}
         same = {name: answer[name] for name in ("name", "kind", "python", "workloads", "asked", "lock", "code")}
         return cls(**same, interpreter=Interpreter(**about))
@@ -150,7 +145,7 @@ class Environments:
         Raises:
             ConfigurationError: see `gather_wheels`.
         """
-        answer = self._look_up("look", **self._describe(spec))
+        answer = self._ask("find", **self._describe(spec))
         environment = Environment.parse(answer["environment"])
         if answer["ready"] or answer["installed"]:
             return Comparison(environment, answer["ready"])
@@ -158,7 +153,7 @@ class Environments:
         wanted = f"Python {interpreter.version}, {interpreter.machine}"
         progress.step(f"fetching the wheels of {spec.lock.path.name} for {wanted}")
         wheels = gather_wheels(spec.lock, interpreter, folder, self._gateway.ping)
-        lacking = set(self._look_up("lacking", wheels=[wheel.place for wheel in wheels])["lacking"])
+        lacking = set(self._ask("missing", wheels=[wheel.place for wheel in wheels])["missing"])
         return Comparison(
             environment, ready=False, wheels=wheels, missing=[wheel for wheel in wheels if wheel.place in lacking]
         )
@@ -175,7 +170,7 @@ class Environments:
                 return found.environment
             self._send(found.missing, progress)
             wheels = {wheel.place: wheel.digest for wheel in found.wheels}
-            answer = self._do("publish", progress, **self._describe(spec), wheels=wheels, files=spec.code.encoded)
+            answer = self._ask("build", progress.step, **self._describe(spec), wheels=wheels, files=spec.code.encoded)
         return Environment.parse(answer["environment"])
 
     def _send(self, wheels: Sequence[Wheel], progress: Progress) -> None:
@@ -190,7 +185,7 @@ class Environments:
 
     def published(self) -> Published | None:
         """Return what production runs; None if nothing was published. One round trip."""
-        answer = self._look_up("published")
+        answer = self._ask("published")
         if answer["environment"] is None:
             return None
         entry = answer["entry"]
@@ -199,16 +194,16 @@ class Environments:
 
     def publish(self, environment: Environment, revision: str) -> bool:
         """Let production run an environment; return False if it does already."""
-        return bool(self._do("announce", name=environment.name, about={"revision": revision})["new"])
+        return bool(self._ask("publish", name=environment.name, about={"revision": revision})["new"])
 
     def roll_back(self) -> Mapping[str, Any]:
         """Let production run what was published before; return its `name` and `revision`."""
-        entry: Mapping[str, Any] = self._do("roll_back")["entry"]
+        entry: Mapping[str, Any] = self._ask("roll_back")["entry"]
         return entry
 
     def inventory(self) -> list[EnvironmentListing]:
         """Return all environments that exist, the one used last first."""
-        answer = self._look_up("inventory")
+        answer = self._ask("inventory")
         marks = dict(zip(answer["published"][-2:][::-1], ("current", "before"), strict=False))
         found = [
             EnvironmentListing(environment, datetime.fromtimestamp(each["used"], UTC), marks.get(environment.name, ""))
@@ -222,10 +217,10 @@ class Environments:
 
         An environment stays if production runs it or can go back to it, or if it was used within the last hour.
         """
-        removed: Sequence[str] = self._do("remove", names=list(names))["removed"]
+        removed: Sequence[str] = self._ask("remove", names=list(names))["removed"]
         return removed
 
-    # The keeper
+    # Requests to the agent
 
     def _describe(self, spec: EnvironmentSpec) -> dict[str, Any]:
         return {
@@ -240,23 +235,5 @@ class Environments:
             "code": spec.code.digests,
         }
 
-    def _look_up(self, verb: str, **fields: Any) -> Mapping[str, Any]:
-        """The keeper's answer to what takes no time."""
-        return self._gateway.consult(_KEEPER, self._document(verb, fields))
-
-    def _do(self, verb: str, progress: Progress | None = None, **fields: Any) -> Mapping[str, Any]:
-        """The keeper's answer to what may take long."""
-        answer: dict[str, Any] = {}
-
-        def take(line: str) -> None:
-            said = json.loads(line)
-            if "answer" in said:
-                answer.update(said["answer"])
-            elif progress:
-                progress.step(said["progress"])
-
-        self._gateway.perform(_KEEPER, self._document(verb, fields), take)
-        return answer
-
-    def _document(self, verb: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        return {"do": verb, "folder": self._folder, **fields}
+    def _ask(self, verb: str, on_progress: Callable[[str], None] = lambda _: None, **fields: Any) -> Mapping[str, Any]:
+        return self._gateway.ask(on_progress, do="environment", verb=verb, folder=self._folder, **fields)

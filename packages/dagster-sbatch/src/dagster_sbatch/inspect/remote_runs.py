@@ -95,7 +95,7 @@ class Runs:
 
     def state(self, run: RunRecord) -> tuple[JobState | None, JobEnd | None]:
         """Return what Slurm says of a run's job now: its state, or how it ended; neither if it has no job."""
-        return self.gateway.look(run.path)
+        return self.gateway.state(run.path)
 
     def claim(self, run: RunRecord, who: str) -> str | None:
         """Claim a run and its other attempts until the connection ends; return who else holds the claim, if so."""
@@ -107,7 +107,7 @@ class Runs:
         Raises:
             RefusedError: Slurm does not answer.
         """
-        queue = self.gateway.states(self.folder)
+        queue = self.gateway.queue(self.folder)
         if queue["trouble"]:
             raise RefusedError(f"Slurm does not tell which jobs there are: {queue['trouble']}")
         lately = datetime.now(UTC) - ACTIVE_WITHOUT_END

@@ -1,4 +1,4 @@
-"""Numbers of a job that plot over time: how long it waited and ran, what it took, how well it used it."""
+"""Numbers of a job that Dagster plots: how long it waited and ran, what it used, how well it used it."""
 
 import re
 
@@ -7,15 +7,15 @@ from dagster_sbatch.slurm.request import SlurmRequest
 
 
 def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
-    """The numbers as far as they are known; what is not is left out.
+    """Return the numbers that are known.
 
     Args:
-        end: of the job, with its times and what the accounting said.
-        request: its nodes and GPUs.
+        end: of the job, with its times and sacct's rows.
+        request: with its nodes and GPUs.
 
     Returns:
         `queue_seconds`, `elapsed_seconds`, `node_hours`, `gpu_hours`, `max_rss_mib` (of the step's largest task),
-        `cpu_efficiency` (0 to 1: CPU time over that of the CPUs that were requested).
+        `cpu_efficiency` (0 to 1: CPU time used, per CPU time requested).
     """
     found: dict[str, float] = {}
     rows = [dict(zip(ACCOUNTED, row, strict=True)) for row in end.rows if len(row) == len(ACCOUNTED)]
@@ -38,13 +38,13 @@ def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
 
 
 def _mebibytes(size: str) -> float | None:
-    """Return a size as sacct prints it (`12800K`, `12.50M`; KiB without a unit); None of any other text."""
+    """Return a size as sacct prints it (`12800K`, `12.50M`; KiB without a unit); None for any other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGTPE]?)", size)
     return float(match[1]) * 1024.0 ** ("KMGTPE".index(match[2] or "K") - 1) if match else None
 
 
 def _seconds(text: str) -> float | None:
-    """Of `[DD-[HH:]]MM:SS[.mmm]`, as sacct writes CPU times."""
+    """Return the seconds of a CPU time as sacct prints it, `[DD-[HH:]]MM:SS[.mmm]`; None for any other text."""
     match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)", text)
     if not match:
         return None

@@ -1,4 +1,4 @@
-"""From what an asset asks for to what is submitted: partition, QoS, CPUs, memory and time, by the rules of the site."""
+"""The request that is submitted: partition, QoS, CPUs, memory and time of an asset's request, by the site's rules."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,8 +15,8 @@ class Allocation:
 
     Attributes:
         request: what is submitted; partition is always set, QoS where the site has any.
-        notes: what was changed or deserves a warning, for the run's log.
-        partition: what the site says of the partition; None if no site is known.
+        notes: warnings for the run's log, such as a shortened time limit.
+        partition: the site's data on the partition; None if no site is known.
     """
 
     request: SlurmRequest
@@ -35,7 +35,7 @@ class Allocation:
 
     @property
     def share(self) -> float:
-        """How much of each node the job takes, from 0 to 1: the largest share of its cores, GPUs and memory."""
+        """Share of each node that the job takes, from 0 to 1: the largest of its shares of cores, GPUs and memory."""
         request, node = self.request, self.partition
         if request.exclusive or node is None:
             return 1
@@ -53,25 +53,27 @@ def allocate(
     account: str | None = None,
     reservation: str | None = None,
 ) -> Allocation:
-    """Fill in what the request leaves open, and check it against the site.
+    """Fill in the fields that the request leaves open, and check them against the site.
 
     Args:
-        request: of the asset; what it names wins.
+        request: of the asset; its own fields come first.
         site: partitions and limits.
-        partition: SLURM_PARTITION; taken if its nodes fit the request (GPUs or none), else the site's first that do.
-        qos: SLURM_QOS; taken if it belongs to the partition, else the same class (`dev_`, `idle_`, plain) of it.
+        partition: SLURM_PARTITION; used if its nodes fit the request (GPUs or none), else the site's first that does.
+        qos: SLURM_QOS; used if it belongs to the partition, else that of the same class (`dev_`, `idle_`, plain).
         account: SLURM_ACCOUNT; used if the request names none.
         reservation: SLURM_RESERVATION; used if the request names none.
 
     Raises:
-        ConfigurationError: the site cannot give that; the text names the limit and the choices.
+        ConfigurationError: the site does not allow the request; the text names the limit and the choices.
     """
     name, nodes = _choose_partition(request, site, partition)
     chosen_qos, from_environment = _choose_qos(request, site, name, qos)
     time_limit, notes = _limit_time(request, nodes, chosen_qos, from_environment)
     most = nodes.qos[chosen_qos].nodes if chosen_qos in nodes.qos else None
     if most and request.nodes > most:
-        raise ConfigurationError(f"nodes={request.nodes}: QoS {chosen_qos} gives a user at most {most}")
+        raise ConfigurationError(
+            f"nodes={request.nodes}: QoS {chosen_qos} allows a user at most {most}. Request fewer nodes"
+        )
     filled = {**_size(request, name, nodes), "partition": name, "qos": chosen_qos, "time_limit": time_limit}
     filled |= {"account": request.account or account, "reservation": request.reservation or reservation}
     return Allocation(request.model_copy(update=filled), notes, nodes)
@@ -98,7 +100,7 @@ def _choose_partition(request: SlurmRequest, site: Site, preferred: str | None) 
 
 
 def _choose_qos(request: SlurmRequest, site: Site, partition: str, preferred: str | None) -> tuple[str | None, bool]:
-    """The QoS to submit with (None: the site has none), and whether SLURM_QOS led to it."""
+    """Return the QoS to submit with (None: the site has none), and whether SLURM_QOS decided it."""
     valid = site.partitions[partition].qos
     if request.qos:
         if request.qos not in valid:
@@ -129,16 +131,16 @@ def _limit_time(
     longest = format_time(limit)
     text = f"time_limit {format_time(request.time_limit)} is over the {longest} that QoS {qos} allows"
     if not from_environment:
-        raise ConfigurationError(f"{text}: ask for less, or for another QoS ({', '.join(partition.qos)})")
+        raise ConfigurationError(f"{text}. Request less time, or another QoS ({', '.join(partition.qos)})")
     return limit, (f"{text} (from SLURM_QOS): shortened to {longest}",)
 
 
 def _size(request: SlurmRequest, name: str, partition: Partition) -> dict[str, int | str]:
-    """CPUs and memory where the request leaves them open, after a look at what a node has."""
+    """Return CPUs and memory where the request leaves them open; check all sizes against a node of the partition."""
     gpus, tasks, cpus, mem = request.gpus_per_node, request.ntasks_per_node, request.cpus_per_task, request.mem
     if gpus > partition.gpus:
         raise ConfigurationError(
-            f"gpus_per_node={gpus}: a node of partition {name} has {partition.gpus}; ask for more nodes"
+            f"gpus_per_node={gpus}: a node of partition {name} has {partition.gpus}. Request more nodes"
         )
     filled: dict[str, int | str] = {}
     if request.exclusive:  # whole nodes: all that they have, unless the asset says less

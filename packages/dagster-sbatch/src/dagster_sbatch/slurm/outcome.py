@@ -1,4 +1,4 @@
-"""Why a job did not end well, in words for whoever asked for it, and whether another try can help."""
+"""Why a job failed, in words for its user, and whether a retry can help."""
 
 import re
 from collections.abc import Callable
@@ -19,11 +19,11 @@ CAUSES = {
     "REVOKED": "it was taken over by another cluster",
 }
 MACHINES_DOING = frozenset({"NODE_FAIL", "BOOT_FAIL", "PREEMPTED"})
-"""The states after which the same job may well succeed the next time."""
+"""States that the machine causes: a retry of the same job may succeed."""
 
 
 TRY_AGAIN = 75
-"""Exit code by which a workload, or a Ray cluster that has lost a node, asks for another try (EX_TEMPFAIL)."""
+"""Exit code by which a workload, or a Ray cluster that has lost a node, requests a retry (EX_TEMPFAIL)."""
 
 
 NOT_STARTED = ("0:53", "2:0")
@@ -32,11 +32,11 @@ NOT_STARTED = ("0:53", "2:0")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended, where it did not end well.
+    """Why a job failed.
 
     Attributes:
         cause: in a sentence.
-        again: whether the same job may succeed on another try.
+        again: whether a retry of the same job may succeed.
     """
 
     cause: str
@@ -44,26 +44,26 @@ class Outcome:
 
 
 def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
-    """What Slurm has to say against a job; None if nothing: then its exit code and its Pipes session decide.
+    """Return why a job failed, as Slurm and its own record say; None: its exit code and its Pipes session decide.
 
     Args:
         end: of the job.
-        request: what it was submitted with.
+        request: of the job.
     """
     if end.state in CAUSES:
         cause = f"{CAUSES[end.state]} (Slurm: {end.state}){_advice(end.state, request)}"
         if end.state == "NODE_FAIL" and end.cause:
-            cause += f"; {end.cause}"  # that may tell which one
+            cause += f"; {end.cause}"  # it may name the node
         return Outcome(cause, again=end.state in MACHINES_DOING)
     if end.code is None:
         return _explain_cut_short(end)
     if end.code == TRY_AGAIN or (end.code and end.cause):
-        cause = end.cause or f"it asks for another try (exit code {TRY_AGAIN}): its stderr says why"
+        cause = end.cause or f"it requests a retry (exit code {TRY_AGAIN}). Its stderr says why"
         return Outcome(cause, again=end.code == TRY_AGAIN)
     if end.code == 0 and end.state not in ("COMPLETED", ""):
         return Outcome(f"its script ended with 0, but Slurm says {end.state} {end.exit}")
     if "messages.jsonl" in end.short:
-        return Outcome("its Pipes messages did not arrive in full: the file system lost some, or is very slow")
+        return Outcome("its Pipes messages did not arrive in full. The file system has lost some, or is very slow")
     return None
 
 
@@ -72,10 +72,10 @@ _ABOUT_LIMITS = "violates accounting/QOS policy"
 
 
 def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects]) -> str:
-    """Return why sbatch refused a job, with the project that it would be charged to if the refusal may be about that.
+    """Return why sbatch refused a job; if that may be about projects, with those that the user has.
 
     Args:
-        text: what sbatch says.
+        text: of sbatch.
         request: of the job, after `allocate`.
         ask: asks the login node for the user's projects; it is called only if the answer is needed.
     """
@@ -112,22 +112,24 @@ def _explain_cut_short(end: JobEnd) -> Outcome:
             "see that folder, or cannot write to it. Set SLURM_DEPLOYMENT_BASE_PATH to a folder that every node sees, "
             "such as $DATA/dagster-slurm"
         )
-    told = f"Slurm says {end.state} {end.exit}" if end.state else "Slurm does not know it any more"
-    return Outcome(f"it recorded no exit code, and {told}: look at its stderr and at the node")
+    slurms = f"Slurm reports {end.state} {end.exit}" if end.state else "Slurm does not know it any more"
+    return Outcome(
+        f"it recorded no exit code (killed, or disk full?), and {slurms}. Read its stderr in the run directory"
+    )
 
 
 def _advice(state: str, request: SlurmRequest) -> str:
-    """What to change, where that is known."""
+    """Return what to change, if that is known."""
     if state == "TIMEOUT":
         limit, longer = format_time(request.time_limit), format_time(2 * request.time_limit)
         return (
-            f"; it had time_limit={limit!r}, ask for more, for instance time_limit={longer!r}, "
-            "or let the workload save its state and go on from there"
+            f". It had time_limit={limit!r}. Request more, for instance time_limit={longer!r}, "
+            "or let the workload save its state and resume from there"
         )
     if state == "OUT_OF_MEMORY":
         for name in ("mem", "mem_per_cpu"):
             asked = getattr(request, name)
             if asked and (kib := parse_memory(asked)):
-                return f"; it had {name}={asked!r}, ask for more, for instance {name}={format_memory(kib * 3 // 2)!r}"
-        return "; ask for more, for instance mem='32G'"
+                return f". It had {name}={asked!r}. Request more, for instance {name}={format_memory(kib * 3 // 2)!r}"
+        return ". Request more, for instance mem='32G'"
     return ""

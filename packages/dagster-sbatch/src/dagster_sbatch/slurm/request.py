@@ -1,4 +1,4 @@
-"""What an asset asks Slurm for, in Slurm's own words."""
+"""The resources that an asset requests of Slurm, by Slurm's own names."""
 
 import re
 from datetime import timedelta
@@ -27,8 +27,8 @@ FURTHER_OPTIONS = frozenset(
     switches thread-spec threads-per-core tmp use-min-nodes wckey
     """.split()
 )
-"""Options of sbatch (man sbatch, Slurm 22.05) that `options` takes. Those with a field of their own, and those that the
-job script needs for itself (job-name, output, signal, export, array, ...), are not among them."""
+"""Options of sbatch (man sbatch, Slurm 22.05) that `options` accepts. Options with a field of their own are not among
+them, nor those that the job script sets itself (job-name, output, signal, export, array, ...)."""
 
 
 def _time(value: object) -> timedelta:
@@ -44,7 +44,7 @@ def _memory(text: str) -> str:
 
 
 def _word(pattern: str, example: str) -> AfterValidator:
-    """A value that may stand in an #SBATCH line as it is: no space, no quote, no newline."""
+    """Accept a value that an #SBATCH line can hold as it is: no space, no quote, no newline."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -65,37 +65,40 @@ Dependency = Annotated[str, _word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)
 class SlurmRequest(BaseModel):
     """The allocation that an asset needs. Each field is the option of sbatch of that name (man sbatch).
 
-    What is left out is filled in by the deployment and the site: partition, QoS, and for GPU requests the CPUs and the
-    memory that belong to a GPU. The request is checked in `development` too, so that a mistake is found on the laptop.
+    The deployment and the site fill in what is left out: partition, QoS, and for GPU requests CPUs and memory per GPU.
+    The request is checked in `development` too, so that a mistake is found on the laptop.
 
     Example:
         SlurmRequest(nodes=2, gpus_per_node=4, time_limit="02:00:00")
 
     Raises:
-        ConfigurationError: a field is unknown or its value is not what Slurm takes; all problems are told at once.
+        ConfigurationError: a field is unknown or Slurm does not accept its value; the text lists all problems.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     nodes: PositiveInt = Field(1, description="Number of nodes.")
-    ntasks_per_node: PositiveInt = Field(1, description="Tasks a node; Ray takes one.")
+    ntasks_per_node: PositiveInt = Field(1, description="Tasks per node; Ray needs 1.")
     cpus_per_task: PositiveInt | None = Field(
-        None, description="CPUs a task. For GPU requests: the site's share a GPU."
+        None, description="CPUs per task. GPU requests: the site's cores_per_gpu per GPU."
     )
-    gpus_per_node: int = Field(0, ge=0, description="GPUs a node; becomes --gres=gpu:N.")
-    mem: Memory | None = Field(None, description="Memory a node, for instance 64G. For GPU requests: the share a GPU.")
-    mem_per_cpu: Memory | None = Field(None, description="Memory a CPU; instead of mem.")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs per node; becomes --gres=gpu:N.")
+    mem: Memory | None = Field(
+        None,
+        description="Memory per node, for instance 64G. GPU requests: the site's mem_per_gpu per GPU.",
+    )
+    mem_per_cpu: Memory | None = Field(None, description="Memory per CPU; instead of mem.")
     time_limit: Time = Field(
         timedelta(hours=1), description="Limit of the run time, for instance '02:00:00' or '1-12', or a timedelta."
     )
-    partition: Name | None = Field(None, description="Only where the deployment's choice does not do.")
-    qos: Name | None = Field(None, description="Only where the deployment's choice does not do.")
-    account: Name | None = Field(None, description="Whom the site charges.")
+    partition: Name | None = Field(None, description="Overrides the deployment's choice.")
+    qos: Name | None = Field(None, description="Overrides the deployment's choice.")
+    account: Name | None = Field(None, description="The project that the site charges.")
     reservation: Name | None = Field(None, description="A reservation of the site.")
     constraint: Constraint | None = Field(None, description="Features that the nodes must have.")
-    exclude: NodeList | None = Field(None, description="Nodes not to be used.")
-    nodelist: NodeList | None = Field(None, description="Nodes to be used.")
-    exclusive: bool = Field(default=False, description="Whole nodes, shared with nobody.")
+    exclude: NodeList | None = Field(None, description="Nodes that the job must not use.")
+    nodelist: NodeList | None = Field(None, description="Nodes that the job must use.")
+    exclusive: bool = Field(default=False, description="Whole nodes, shared with no other job.")
     dependency: Dependency | None = Field(None, description="Other jobs to wait for, for instance afterok:123.")
     options: tuple[str, ...] = Field((), description="Further options of sbatch, for instance ('--mail-type=END',).")
 

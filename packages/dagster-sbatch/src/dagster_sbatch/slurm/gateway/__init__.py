@@ -1,12 +1,10 @@
-"""What is done on the login node, by an agent that the client sends along: submit, follow, cancel, account.
+"""The gateway: requests to an agent on the login node, which submits, follows, cancels and accounts for jobs.
 
-client.Gateway     what can be asked for
-link.Link          asks again until there is an answer, over a new connection where one is lost
-wire.Wire          frames: lines of JSON with bytes behind them; signs of life
-channel            SSH, or a subprocess on the login node itself
+client.Gateway     the requests
+link.Link          repeats a request until it is answered, over a new connection if one is lost
+channel            bytes over SSH, or to a subprocess on the login node itself
 ~~~~~~~~~~~~~~~~~  the login node begins here
-agent.server       takes requests, leaves when the client is gone
-agent.submission, claims, follower, runs, slurm, files
+agent.server       reads requests, answers them, leaves when the client is gone
 """
 
 from dagster_sbatch.slurm.gateway.answers import (

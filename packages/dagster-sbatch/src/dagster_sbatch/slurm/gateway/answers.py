@@ -1,4 +1,4 @@
-"""What the agent on the login node answers, and what ends a wait for it."""
+"""The agent's answers as data classes, and the exceptions that end a request."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,15 +6,15 @@ from typing import Any
 
 
 class RefusedError(Exception):
-    """Slurm or the agent said no, for good; the text is theirs."""
+    """Slurm or the agent refused a request: a permanent error, with their text."""
 
 
 class LostClaimError(Exception):
-    """While the connection was lost, another client has become the one that acts; the text says who."""
+    """While the connection was lost, another client has claimed the runs; the text says which."""
 
 
 class StoppedError(Exception):
-    """The wait was ended from here; nothing is known of what was asked."""
+    """`stop` was set while a request waited; its outcome is not known."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Submitted:
 
     Attributes:
         job: its id.
-        how: `submitted` now, `recorded` before, or `found` in Slurm after an answer that was lost.
+        how: `submitted` now, `recorded` before, or `found` in Slurm after its answer was lost.
     """
 
     job: str
@@ -32,15 +32,15 @@ class Submitted:
 
 @dataclass(frozen=True)
 class JobState:
-    """What Slurm says of a job that is not over.
+    """The state of a job that is not over.
 
     Attributes:
         state: `PENDING`, `RUNNING`, ...
         reason: why it waits; `None` (the word) if it does not.
         start: expected start in seconds since 1970, if Slurm knows.
-        account: project that it is charged to; empty until Slurm was asked.
-        node: its first node; empty until the job itself has told.
-        temporary: where temporary files lie on that node; empty until then, too.
+        account: project that it is charged to; empty until Slurm has answered.
+        node: its first node; empty until the job has started.
+        temporary: folder for temporary files on that node; empty until the job has started.
     """
 
     state: str
@@ -56,13 +56,13 @@ class JobEnd:
     """How a job ended.
 
     Attributes:
-        code: exit code of the job script, by its own word; None if it was cut short.
+        code: exit code that the job script has recorded; None if it was cut short.
         state: Slurm's last one; empty if Slurm does not know the job any more.
         exit: Slurm's exit code and signal, such as `0:0`; empty if not known.
-        submitted, started, ended: by Slurm, in seconds since 1970; None if not known.
-        cause: why it failed, by the word of something in it; empty if nothing there knows more than the code.
-        short: streams of which less came than the job had written, and up to where it came.
-        rows: of sacct, the job and its steps, with ACCOUNTED; empty if it did not answer in time.
+        submitted, started, ended: times of Slurm, in seconds since 1970; None if not known.
+        cause: why it failed, as something in the job has recorded; empty if nothing knows more than the exit code.
+        short: streams that did not arrive in full, with the number of bytes that arrived.
+        rows: of sacct, the job and its steps, with ACCOUNTED; empty if sacct did not answer in time.
         account: project that it was charged to; empty if not known.
     """
 
@@ -81,7 +81,7 @@ class JobEnd:
     def parse(
         cls, end: Mapping[str, Any], short: Mapping[str, int] | None = None, rows: Sequence[Sequence[str]] = ()
     ) -> "JobEnd":
-        """From what the agent says."""
+        """Read the agent's answer."""
         submitted, started, ended = end["times"]
         cause, account = end.get("cause", ""), end.get("account") or ""
         return cls(
@@ -96,7 +96,7 @@ class Projects:
     Attributes:
         qos: the QoS that each project's jobs may have, by project; empty if the accounting does not answer.
         default: the project of a job that names none.
-        exported: SBATCH_ACCOUNT of the login shell, which goes before the default; empty if there is none.
+        exported: SBATCH_ACCOUNT of the login shell, which sbatch prefers to the default; empty if it is not set.
     """
 
     qos: Mapping[str, frozenset[str]]
@@ -105,7 +105,7 @@ class Projects:
 
     @classmethod
     def parse(cls, rows: Sequence[Sequence[str]], exported: str) -> "Projects":
-        """From what the agent says: rows of default account, account and its QoS, separated by commas."""
+        """Read the agent's rows of default account, account and its QoS, separated by commas."""
         qos: dict[str, frozenset[str]] = {}
         for _, account, names in rows:  # one for each partition, if a project has more than one
             qos[account] = qos.get(account, frozenset()) | frozenset(filter(None, names.split(",")))
@@ -124,7 +124,7 @@ class OtherRun:
         family: first part of its submission key.
         run: its run directory.
         job: its job's id; None while sbatch has not answered.
-        record: what it was submitted with; None if nothing says that.
+        record: what it was submitted with; None if there is no readable record.
     """
 
     family: str
@@ -138,14 +138,14 @@ class Claim:
     """The state of a family of runs, and who acts on it.
 
     Attributes:
-        held_by: who else does, in words; then nothing more is known.
+        held_by: the other client that does, in words; then nothing else is known.
         runs: the folder of all runs, as an absolute path.
         data_root: DATA_ROOT, as an absolute path.
         attempt: number of the latest attempt; 0 if there is none.
-        over: whether that one is.
+        over: whether that attempt is over.
         end: how it ended; None if it is not over, or was never submitted.
         job: its id.
-        rejected: whether a step has found its result wanting.
+        rejected: whether a step has rejected its result.
         followers: ids of the Dagster runs that submitted or adopted it.
         record: what it was submitted with.
         others: further runs of the step.
@@ -165,7 +165,7 @@ class Claim:
 
     @classmethod
     def parse(cls, said: Mapping[str, Any]) -> "Claim":
-        """From what the agent says."""
+        """Read the agent's answer."""
         if "held" in said:
             return cls(said["held"])
         end = JobEnd.parse(said["end"]) if said["end"] else None

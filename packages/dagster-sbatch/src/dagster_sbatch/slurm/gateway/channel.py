@@ -1,4 +1,4 @@
-"""Two ways to an agent: over SSH, and as a subprocess for Dagster on the login node itself."""
+"""Bytes to and from an agent: over SSH, or through a subprocess where Dagster runs on the login node itself."""
 
 import os
 import select
@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,14 +15,31 @@ from typing import Any, Protocol
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway.agent.slurm import KEPT
-from dagster_sbatch.slurm.gateway.joined import join
 from dagster_sbatch.slurm.gateway.shell import after_login_profile, for_any_shell
 from dagster_sbatch.ssh import connect
 
-_MODULES = ("disk", "files", "places", "slurm", "runs", "claims", "submission", "follower", "programs", "server")
+_MODULES = "disk files slurm places runs claims submission follower interpreters building releases server".split()
 """Of the agent, each after those that it uses."""
-_SOURCE = join(*(Path(__file__).with_name("agent") / f"{name}.py" for name in _MODULES))
-# Reads exactly the source; what follows on stdin stays in the same buffer, for the agent.
+_JOIN = """\
+import sys, types
+sys.modules["agent"] = types.ModuleType("agent")
+for name, text in {texts!r}:
+    module = sys.modules["agent." + name] = types.ModuleType("agent." + name)
+    module.__package__ = "agent"
+    exec(compile(text, "agent/" + name, "exec"), module.__dict__)
+serve = module.serve
+"""
+
+
+def _join() -> bytes:
+    """Return the agent's modules as one program, compressed with zlib: a new connection takes few packets at once."""
+    folder = Path(__file__).with_name("agent")
+    texts = [(name, (folder / f"{name}.py").read_text(encoding="utf-8")) for name in _MODULES]
+    return zlib.compress(_JOIN.format(texts=texts).encode(), 9)
+
+
+_SOURCE = _join()
+# Reads exactly the source; the requests that follow on stdin stay in the same buffer, for the agent.
 _START = (
     "import sys, zlib; sys.version_info < (3, 6) and sys.exit('it is Python ' + sys.version.split()[0]); "
     f"source = zlib.decompress(sys.stdin.buffer.read({len(_SOURCE)})); "
@@ -29,7 +47,7 @@ _START = (
 )
 NO_PYTHON = "gateway-agent: no Python"
 """Begins the line that comes instead of the agent's greeting where none of the interpreters starts."""
-# The first of some interpreters that starts. An agent ends with 0 or by a signal.
+# Runs the first interpreter that starts. An agent ends with 0 or by a signal.
 _CHOOSE = """\
 for each in {pythons}; do
   command -v "$each" >/dev/null 2>&1 || continue
@@ -40,10 +58,10 @@ for each in {pythons}; do
 done
 """
 _WINDOW = 2 << 20
-"""Bytes under way: paramiko's default, which bounds the memory here and is enough for 80 MB/s at 50 ms."""
+"""Bytes that may be in flight: paramiko's default. It bounds the memory here; it allows 40 MB/s at 50 ms round trip."""
 _PIECE = 1 << 18
 _WRITE_SECONDS = 45.0
-"""For a peer that takes nothing any more."""
+"""For a peer that accepts no bytes any more."""
 
 
 class Channel(Protocol):
@@ -53,13 +71,13 @@ class Channel(Protocol):
     """
 
     def read(self, seconds: float) -> bytes:
-        """Some bytes; none at the end; raises TimeoutError if nothing comes for so long."""
+        """Return some bytes, none at the end; raise TimeoutError if nothing comes for so long."""
 
     def write(self, data: bytes) -> None:
-        """Send all of it."""
+        """Send all bytes."""
 
     def complaint(self) -> str:
-        """What came on stderr, for an agent that did not start."""
+        """Return what came on stderr: why an agent did not start."""
 
     def close(self) -> None:
         """End the connection; the agent leaves."""
@@ -75,7 +93,7 @@ def choose_channel(
     host_authorities: Sequence[str] = (),
     setup: Sequence[str] = (),
 ) -> OpenChannel:
-    """The way to the agent: none but a subprocess where this machine is the login node.
+    """Return what opens a channel to a new agent: SSH, or a subprocess if this machine is the login node.
 
     Args:
         settings: of the login node.
@@ -107,7 +125,7 @@ class _SshChannel:
         try:
             self._channel = connection.transport.open_session(window_size=_WINDOW)
             self._channel.exec_command(for_any_shell(script))
-            with suppress(OSError):  # a shell that has ended takes nothing: reading tells of it
+            with suppress(OSError):  # the shell has ended: reading shows why
                 self.write(_SOURCE)
         except BaseException as error:
             connection.close()
@@ -142,7 +160,7 @@ class _LocalChannel:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for Dagster, which decides what becomes of the agent
+            start_new_session=True,  # Ctrl-C is for Dagster, which ends the agent itself
         )
         self.write(_SOURCE)
 
@@ -169,7 +187,7 @@ class _LocalChannel:
             pipe.close()
         deadline = time.monotonic() + 5
         while self._process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)  # it leaves by itself; a submission under way is finished first, with nobody waiting
+            time.sleep(0.01)  # it ends by itself, after a submission that it has begun
 
 
 __all__ = ["Channel", "OpenChannel", "choose_channel"]

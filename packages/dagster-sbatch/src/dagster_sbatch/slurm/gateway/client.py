@@ -1,13 +1,12 @@
-"""The client's half of the gateway.
+"""What the client can request on the login node.
 
 A lost connection says nothing about a job: every request is repeated until it is answered, and a run is followed on
-from the byte where it stopped.
+from the byte where the connection broke.
 """
 
 import base64
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from dagster_sbatch.slurm.gateway.link import AgainError, Link
 
 PIECE = 1 << 20
 ACCOUNTED = ("JobID", "State", "MaxRSS", "TotalCPU")
-"""What sacct is asked for: a row for the job, then one for each of its steps."""
+"""The fields of sacct: a row for the job, then one for each of its steps."""
 
 Files = Mapping[str, str | bytes]
 Sinks = Mapping[str, Callable[[bytes], None]]
@@ -29,15 +28,15 @@ class Gateway(Link):
     def claim(
         self, runs: str, family: str, token: str, who: str, related: Sequence[str] = (), data_root: str = ""
     ) -> Claim:
-        """Become the one that acts on a family of runs, for as long as the connection lives.
+        """Become the client that acts on a family of runs, for as long as the connection lives.
 
         Args:
-            runs: folder of all runs; it is made.
+            runs: folder of all runs; the agent makes it.
             family: first part of the submission keys of the attempts, which follow as `-1`, `-2`, ...
-            token: tells this client from others, also after it had to connect anew.
-            who: it is, for others.
-            related: beginnings of the submission keys of further runs to report if their jobs may not be over.
-            data_root: DATA_ROOT, for which the answer has the absolute path.
+            token: identifies this client, also when it connects anew.
+            who: describes this client to others.
+            related: beginnings of the submission keys of other runs; they are reported if their jobs may not be over.
+            data_root: DATA_ROOT; the answer has its absolute path.
         """
         claim = {"runs": runs, "family": family, "token": token, "who": who}
         found = Claim.parse(self.ask(do="claim", related=list(related), data_root=data_root, **claim))
@@ -46,22 +45,22 @@ class Gateway(Link):
         return found
 
     def submit(self, run: str, files: Files | None, options: Sequence[str] = ()) -> Submitted:
-        """Submit a run, once, however often it is asked for.
+        """Submit a run once, however often this is requested.
 
         Args:
-            run: the run directory; its last part is the submission key, which the job has as its name.
-            files: content by name; one is `job.sh`. None: the run is there already.
+            run: the run directory; its last part is the submission key, which is the job's name.
+            files: content by name; one is `job.sh`. None: the run exists already.
             options: for sbatch, before the script's own.
 
         Raises:
-            RefusedError: sbatch said no, or another run is there under that key.
+            RefusedError: sbatch refused the job, or another run exists under that key.
             StoppedError: `stop` was set.
         """
         answer = self.ask(**_submission(run, files, options))
         return Submitted(answer["job"], answer["how"])
 
     def cancel(self, run: str) -> JobEnd | None:
-        """Cancel a run, and wait until that is done; None if it never had a job.
+        """Cancel a run's job, and wait until it is over; return how it ended, None if there never was a job.
 
         Raises:
             RefusedError: its job is not over after a minute.
@@ -69,25 +68,25 @@ class Gateway(Link):
         answer = self.ask(do="cancel", run=run)
         if answer["job"] and not answer["end"]:
             raise RefusedError(
-                f"Slurm has accepted that job {answer['job']} is cancelled, and it is not over after a minute. Its "
-                f"epilog or its node may be slow. See how it stands with\n  scripts/job {answer['job']} state"
+                f"Slurm has accepted that job {answer['job']} is cancelled, but the job is not over after a minute. "
+                f"Its epilog or its node may be slow. Ask for its state:\n  scripts/job {answer['job']} state"
             )
         return JobEnd.parse(answer["end"]) if answer["end"] else None
 
-    def look(self, run: str) -> tuple[JobState | None, JobEnd | None]:
-        """The state of a run's job, or how it ended; neither if it has no job."""
-        said = self.ask(do="look", run=run)
+    def state(self, run: str) -> tuple[JobState | None, JobEnd | None]:
+        """Return the state of a run's job, or how it ended; neither if it has no job."""
+        said = self.ask(do="state", run=run)
         if said["end"]:
             return None, JobEnd.parse(said["end"])
         if not said["job"]:
             return None, None
         state, reason, start, *_ = said["row"] or ("PENDING", "None", "")
-        if said["started"] and state == "PENDING":  # the queue's view is older
+        if said["started"] and state == "PENDING":  # the view of the queue is older
             state, reason, start = "RUNNING", "None", ""
         return JobState(state, reason, float(start) if start.isdecimal() else None), None
 
     def test(self, script: str) -> tuple[bool, str]:
-        """Whether Slurm would take a batch script, and what it says: the expected start, or why not."""
+        """Return whether Slurm would accept a batch script, and its text: the expected start, or why not."""
         said = self.ask(do="test", script=script)
         return said["code"] == 0, said["text"]
 
@@ -96,43 +95,41 @@ class Gateway(Link):
         said = self.ask(do="projects")
         return Projects.parse(said["rows"], said["exported"])
 
-    def states(self, runs: str) -> Mapping[str, Any]:
+    def queue(self, runs: str) -> Mapping[str, Any]:
         """Return the view of all of the user's jobs, which the agents share in the folder of all runs.
 
         Returns:
             `jobs` by id (state, reason, start, name, account), `at`, `calls`, `trouble`.
         """
-        return self.ask(do="states", runs=runs)
+        return self.ask(do="queue", runs=runs)
 
     def runs(self, runs: str) -> list[Mapping[str, Any]]:
-        """Every run in the folder: `run` (its path), `about`, `job`, `end` (empty: not known), `at` (last word)."""
+        """Return every run in the folder: `run` (path), `about`, `job`, `end` (None: unknown), `at` (last event)."""
         found: list[Mapping[str, Any]] = self.ask(do="runs", runs=runs)["found"]
         return found
 
     def reject(self, run: str) -> None:
-        """Note that a run's result was found wanting: no attempt uses it again. No answer is waited for.
+        """Record that this step rejects a run's result: no attempt uses it again. Nobody waits for the answer.
 
-        If the note is lost, the next attempt examines the result, rejects it and fails; the one after that is new.
+        If the record is lost, the next attempt reads the result, rejects it and fails; the attempt after it is new.
         """
-        if self.wire:
-            with suppress(OSError, EOFError):
-                self.wire.send(do="reject", run=run)
+        self.notify(do="reject", run=run)
 
     def clean(self, runs: str, names: Sequence[str]) -> list[str]:
-        """Remove the runs of these names, and what was begun and never finished; names of the runs removed."""
+        """Remove the runs of these names, and what was begun and never finished; return the names of removed runs."""
         cleaned: list[str] = self.ask(do="clean", runs=runs, names=list(names))["cleaned"]
         return cleaned
 
     def put(self, local: Path, path: str, on_progress: Callable[[int, int], None] = lambda *_: None) -> int:
-        """Send a file, from where an earlier try has stopped; it appears under its name when it is whole.
+        """Send a file, from where an earlier try stopped; it appears under its name when it is whole.
 
         Args:
             local: the file.
-            path: where it is to be.
-            on_progress: is told the bytes that are there, and how many there will be.
+            path: its path on the login node.
+            on_progress: gets the number of bytes sent so far, by earlier tries too, and the size of the file.
 
         Returns:
-            The bytes that had to be sent.
+            The number of bytes that this call has sent.
         """
         with local.open("rb") as file:
             whole, size = hashlib.file_digest(file, "sha256").hexdigest(), local.stat().st_size
@@ -153,7 +150,7 @@ class Gateway(Link):
             return self.patiently(go_on)
 
     def get(self, path: str, local: Path, on_progress: Callable[[int], None] = lambda _: None) -> None:
-        """Fetch a file, going on where a lost connection has stopped it; it appears under its name when it is whole.
+        """Fetch a file, from where a lost connection stopped; it appears under its name when it is whole.
 
         Raises:
             RefusedError: it cannot be read.
@@ -171,43 +168,9 @@ class Gateway(Link):
                         return
                     file.seek(0)
                     file.truncate()
-                    raise AgainError(f"{path} did not arrive as it was sent")
+                    raise AgainError(f"{path} arrived damaged")
 
             self.patiently(go_on)
-
-    def perform(self, program: bytes, document: Mapping[str, Any], on_line: Callable[[str], None]) -> None:
-        """Run a Python program on the login node, once more after each lost connection: it must bear that.
-
-        Args:
-            program: its source, compressed with zlib; Python 3.6, standard library. Its `serve()` is called.
-            document: JSON, for its stdin.
-            on_line: is told each line that it prints.
-
-        Raises:
-            RefusedError: it has failed; the text is the end of its stderr.
-        """
-
-        def go_on() -> None:
-            for _, head, _ in self.exchange({"do": "program", "document": document}, data=program):
-                if "line" not in head:
-                    return
-                on_line(head["line"])
-
-        self.patiently(go_on)
-
-    def consult(self, program: bytes, document: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What a program's `answer(document)` returns, in the agent itself: what takes no time needs no process.
-
-        Raises:
-            RefusedError: it has raised its `Refused`.
-        """
-
-        def go_on() -> Mapping[str, Any]:
-            _, head, _ = next(self.exchange({"do": "consult", "document": document}, data=program))
-            answer: Mapping[str, Any] = head["answer"]
-            return answer
-
-        return self.patiently(go_on)
 
     def host(self) -> str:
         """Return the name of the login node."""
@@ -222,12 +185,12 @@ class Gateway(Link):
 
         Args:
             run: the run directory.
-            sinks: who takes the new bytes of `stdout`, `stderr` and `messages.jsonl`.
-            on_state: is told of each change.
+            sinks: functions that get the new bytes of `stdout`, `stderr` and `messages.jsonl`.
+            on_state: gets each new state of the job.
 
         Raises:
             RefusedError: there is no such run.
-            StoppedError: `stop` was set; the job goes on.
+            StoppedError: `stop` was set; the job still runs.
         """
         return self._follow(run, sinks, on_state, [], lambda _: None, lasting=lambda: False)
 
@@ -242,10 +205,10 @@ class Gateway(Link):
     ) -> JobEnd:
         """Submit and follow in one request; see there.
 
-        `follower` is the id of the Dagster run; it is noted in the run directory.
+        `follower` is the id of the Dagster run; the agent records it in the run directory.
         """
         before = [{**_submission(run, files, ()), "follower": follower}]
-        # An error of the following itself ends nothing: its job exists, or is about to.
+        # An error of `follow` does not end the request: the job exists, or is about to.
         return self._follow(
             run, sinks, on_state, before, on_submitted, lasting=lambda: not before or self._failed == len(before)
         )
@@ -265,7 +228,7 @@ class Gateway(Link):
         def go_on() -> JobEnd:
             for _, head, data in self.exchange(*before, {**follow, "offsets": offsets}):
                 if "end" in head:
-                    if before:  # its sbatch has never answered
+                    if before:  # sbatch has never answered
                         on_submitted(Submitted(head["job"], "found"))
                     return JobEnd.parse(head["end"], head["short"], head["rows"])
                 if "job" in head:
@@ -274,7 +237,7 @@ class Gateway(Link):
                 elif "file" in head:
                     name = head["file"]
                     if head["at"] != offsets[name]:
-                        raise AgainError(f"{name} came from byte {head['at']} on, not {offsets[name]}")
+                        raise AgainError(f"{name} came from byte {head['at']}, not {offsets[name]}")
                     offsets[name] += len(data)
                     sinks[name](data)
                 elif "trouble" in head:

@@ -1,10 +1,11 @@
-"""A connection with an agent on it, opened anew as often as it takes.
+"""A connection with an agent at its other end, opened anew as often as it takes.
 
 A lost connection says nothing about a job: every request is repeated until it is answered. The agent's errors are of
-three kinds: `refused` is final; `temporary` is repeated over the same connection, with growing pauses; `broken`, an
+three kinds: `refused` is permanent; `temporary` is repeated over the same connection, with growing pauses; `broken`, an
 error of the agent itself, is repeated a few times only.
 """
 
+import json
 import random
 import threading
 from collections import deque
@@ -14,9 +15,9 @@ from typing import Any, TypeVar
 
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.slurm.gateway.agent.server import HELLO
 from dagster_sbatch.slurm.gateway.answers import LostClaimError, RefusedError, StoppedError
-from dagster_sbatch.slurm.gateway.channel import OpenChannel
-from dagster_sbatch.slurm.gateway.wire import NoPythonError, Wire
+from dagster_sbatch.slurm.gateway.channel import NO_PYTHON, Channel, OpenChannel
 from dagster_sbatch.ssh import AuthenticationError, SshError, UnreachableError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 60.0
@@ -26,7 +27,13 @@ MOST_LOGINS, LOGINS_SECONDS = 15, 600.0
 BROKEN_TRIES = 4
 """After so many broken answers to a request in a row it fails."""
 DENIED_PAUSE, DENIED_PATIENCE = 60.0, 86400.0
-"""For a login node that has let this client in and does so no more: somebody may fix that while the job runs."""
+"""For a login node that has let this client in and now refuses it: somebody may fix that while the job runs."""
+PING_SECONDS = 15.0
+"""Between two pings: the agent leaves a client that is silent for 60 s."""
+DEAD_SECONDS = 45.0
+"""A connection over which nothing comes for so long is given up."""
+READ_SECONDS = 0.5
+"""The longest wait for bytes, before `stop` is checked again."""
 PYTHON_ADVICE = (
     "The agent needs Python 3.6 or newer. Name one in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES, "
     "or load one in its setup_commands."
@@ -55,12 +62,19 @@ class _BrokenError(_TemporaryError):
     """The agent failed by an error of its own."""
 
 
+class _NoPythonError(Exception):
+    """No interpreter starts on the login node; the text says what was tried."""
+
+
 _ERRORS = {"refused": RefusedError, "broken": _BrokenError}
 """By the kind that the agent names; any other is temporary."""
 
 
 class Link:
-    """Requests and their answers, over whatever connection there is at the moment; for one thread at a time."""
+    """Requests and their answers, over whatever connection there is at the moment; for one thread at a time.
+
+    A frame is a line of JSON, and raw bytes behind it where its `size` says so.
+    """
 
     def __init__(
         self,
@@ -72,9 +86,9 @@ class Link:
         """Nothing is opened yet.
 
         Args:
-            open_channel: makes a connection with an agent on it.
+            open_channel: makes a connection with an agent at its other end.
             stop: ends waits with StoppedError, when it is set.
-            on_trouble: is told of each lost connection, in words.
+            on_trouble: gets the text of each error after which the request is repeated.
             on_recovered: is called when the login node answers again after the link was `blocked`.
 
         Attributes:
@@ -85,36 +99,58 @@ class Link:
         self.stop = stop or threading.Event()
         self._on_trouble, self._on_recovered = on_trouble, on_recovered
         self.committed = self.blocked = False
-        self.wire: Wire | None = None
         self.claimed: Mapping[str, Any] | None = None
-        self._hold = -1
         self._let_in: float | None = None
         self._had_agent = False
         self._opened: deque[float] = deque(maxlen=MOST_LOGINS)
         self._advanced, self._failed = False, 0
+        # Of the connection that there is.
+        self._channel: Channel | None = None
+        self._buffer = bytearray()
+        self._ident = 0
+        self._hold = -1
+        self._greeted, self._banner = False, ""
+        self._heard = self._pinged = 0.0
 
     def close(self) -> None:
         """End the connection."""
-        if self.wire:
-            self.wire.close()
-            self.wire = None
+        if self._channel:
+            self._channel.close()
+            self._channel = None
 
-    def ask(self, **request: Any) -> Mapping[str, Any]:
-        """The one answer to a request."""
-        return self.patiently(lambda: next(self.exchange(request))[1])
+    def ask(self, on_progress: Callable[[str], None] = lambda _: None, /, **request: Any) -> Mapping[str, Any]:
+        """Return the answer to a request.
+
+        Args:
+            on_progress: gets what the agent reports before it answers.
+            request: `do` names the verb; the others are the verb's own.
+        """
+
+        def step() -> Mapping[str, Any]:
+            answers = (head for _, head, _ in self.exchange(request))
+            while "progress" in (head := next(answers)):
+                on_progress(head["progress"])
+            return head
+
+        return self.patiently(step)
 
     def exchange(
         self, *requests: Mapping[str, Any], data: bytes = b""
     ) -> Iterator[tuple[int, Mapping[str, Any], bytes]]:
-        """The answers to some requests, as they come, with which of them they are to; `data` goes behind the last."""
+        """Generate the answers to some requests, as they come, each with the index of its request.
+
+        `data` is sent behind the last request.
+        """
         try:
-            wire = self._connect()
+            channel = self._connect()
             last = len(requests) - 1
-            idents = [wire.send(data if which == last else b"", **request) for which, request in enumerate(requests)]
+            idents = [
+                self._send(channel, data if which == last else b"", **request) for which, request in enumerate(requests)
+            ]
             while True:
                 if self.stop.is_set():
                     raise StoppedError
-                frame = self._receive(wire)
+                frame = self._receive(channel)
                 if frame is None or frame[0]["id"] not in idents:
                     continue
                 if "error" in frame[0]:
@@ -124,7 +160,7 @@ class Link:
                 yield idents.index(frame[0]["id"]), *frame
         except (OSError, EOFError, UnreachableError) as error:
             raise AgainError(str(error) or type(error).__name__) from error
-        except NoPythonError as error:
+        except _NoPythonError as error:
             kind = _BlockedError if self.committed else AgainError if self._had_agent else RefusedError
             raise kind(f"{error}\n{PYTHON_ADVICE}") from error
         except (AccessError, SshError, ConfigurationError) as error:
@@ -143,25 +179,15 @@ class Link:
             return _DeniedError(text) if self.committed or lately else None
         return _BlockedError(text) if self.committed else None
 
-    def _receive(self, wire: Wire) -> _Frame | None:
-        """Return the next frame, if one has come."""
-        frame = wire.receive()
-        self._had_agent |= frame is not None
-        self._let_in = monotonic()
-        if frame and self.blocked:
-            self.blocked = False
-            self._on_recovered()
-        if frame and frame[0]["id"] == self._hold and "held" in frame[0]:
-            raise LostClaimError(frame[0]["held"])
-        return frame
+    def notify(self, **request: Any) -> None:
+        """Send a request whose answer nobody waits for; without a connection, nothing is sent."""
+        if self._channel:
+            try:
+                self._send(self._channel, **request)
+            except (OSError, EOFError):
+                self.close()
 
-    def _connect(self) -> Wire:
-        """The connection; on a new one, what was claimed is held on to first."""
-        if self.wire is None:
-            self._opened.append(monotonic())
-            self.wire = Wire(self._open_channel())
-            self._hold = self.wire.send(do="hold", **self.claimed) if self.claimed else -1
-        return self.wire
+    # Repeat
 
     def patiently(self, step: Callable[[], T], lasting: Callable[[], bool] = lambda: False) -> T:
         """Repeat a request until it works, is refused, is broken again and again, or is stopped.
@@ -198,19 +224,106 @@ class Link:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _wait(self, seconds: float) -> None:
-        """Wait before the next try; a connection that is there stays alive, and what comes over it is dropped."""
+        """Wait before the next try; an open connection is kept alive, and what comes over it is dropped."""
         until = monotonic() + seconds
         while True:
-            if self.wire:
+            if self._channel:
                 try:
-                    self._receive(self.wire)
+                    self._receive(self._channel)
                 except (OSError, EOFError, UnreachableError):
                     self.close()
             many = len(self._opened) == MOST_LOGINS and monotonic() - self._opened[0] < LOGINS_SECONDS
-            if many and not self.wire:
+            if many and not self._channel:
                 until = max(until, self._opened[-1] + LONGEST_PAUSE)
             left = until - monotonic()
-            if self.stop.wait(0 if self.wire else max(left, 0)):
+            if self.stop.wait(0 if self._channel else max(left, 0)):
                 raise StoppedError
             if left <= 0:
                 return
+
+    # Frames over the connection
+
+    def _connect(self) -> Channel:
+        """Return the connection; over a new one, the claim is renewed first."""
+        if self._channel is None:
+            self._opened.append(monotonic())
+            self._channel = self._open_channel()
+            self._buffer.clear()
+            self._greeted, self._banner = False, ""
+            self._heard = self._pinged = monotonic()
+            self._hold = self._send(self._channel, do="hold", **self.claimed) if self.claimed else -1
+        return self._channel
+
+    def _send(self, channel: Channel, data: bytes = b"", **request: Any) -> int:
+        """Send a request, and bytes behind it; return its number."""
+        self._ident += 1
+        size = {"size": len(data)} if data else {}
+        begun = monotonic()
+        try:
+            channel.write(json.dumps({**request, **size, "id": self._ident}).encode() + b"\n" + data)
+        except OSError as error:
+            if self._greeted or isinstance(error, TimeoutError):
+                raise  # otherwise there is no agent: reading shows what came in its place
+        if monotonic() - begun > READ_SECONDS:  # the connection is slow, not dead: it has accepted bytes meanwhile
+            self._heard = monotonic()
+        return self._ident
+
+    def _receive(self, channel: Channel) -> _Frame | None:
+        """Return the next frame, if it comes whole within READ_SECONDS; send pings."""
+        now = monotonic()
+        if now - self._pinged > PING_SECONDS:
+            self._pinged = now
+            self._send(channel, do="ping")
+        frame = self._cut(channel)
+        if frame is None:
+            self._fill(channel, now)
+            frame = self._cut(channel)
+        self._had_agent |= frame is not None
+        self._let_in = monotonic()
+        if frame and self.blocked:
+            self.blocked = False
+            self._on_recovered()
+        if frame and frame[0]["id"] == self._hold and "held" in frame[0]:
+            raise LostClaimError(frame[0]["held"])
+        return frame
+
+    def _fill(self, channel: Channel, now: float) -> None:
+        try:
+            data = channel.read(READ_SECONDS)
+        except TimeoutError:
+            if now - self._heard > DEAD_SECONDS:
+                raise OSError(f"nothing has come for {DEAD_SECONDS:.0f} s") from None
+            return
+        if not data:
+            raise EOFError("the connection was closed" if self._greeted else f"no agent: {self._no_agent(channel)}")
+        self._heard = now
+        self._buffer += data
+
+    def _no_agent(self, channel: Channel) -> str:
+        """Return why there is no agent: what came on stderr and stdout in place of its greeting."""
+        return "\n".join(filter(None, (channel.complaint(), self._banner))) or "the connection was closed"
+
+    def _cut(self, channel: Channel) -> _Frame | None:
+        """Take a whole frame off the buffer; what comes before the agent's greeting is a banner's or a profile's."""
+        while True:
+            end = self._buffer.find(b"\n")
+            if end < 0:
+                return None
+            line = bytes(self._buffer[:end])
+            if self._greeted:
+                break
+            del self._buffer[: end + 1]
+            self._banner = line.decode(errors="replace").strip() or self._banner
+            self._greeted = HELLO.encode() in line
+            if line.startswith(NO_PYTHON.encode()):
+                raise _NoPythonError(self._no_agent(channel))
+        try:
+            head = json.loads(line)
+        except ValueError as error:
+            raise OSError(f"something other than the agent writes to the connection: {line[:100]!r}") from error
+        size = head.get("size", 0)
+        if len(self._buffer) < end + 1 + size:
+            return None
+        data = bytes(self._buffer[end + 1 : end + 1 + size])
+        del self._buffer[: end + 1 + size]
+        return head, data

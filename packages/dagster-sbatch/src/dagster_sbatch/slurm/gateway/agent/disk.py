@@ -1,4 +1,4 @@
-"""The shared disk, for agent and keeper: whole files, locks, and folders that nobody else can change.
+"""The shared disk: whole files, locks, and folders that nobody else can change.
 
 Every document has a `format`. Readers use what they know of a newer one, and skip one that they cannot read.
 """

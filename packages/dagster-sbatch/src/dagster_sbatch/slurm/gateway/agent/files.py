@@ -40,14 +40,14 @@ def part_of(ask):
 
 
 def locked(path, flags=0):
-    """A file, open for one writer at a time: two clients may well put the same."""
+    """Return a file, open for one writer at a time: two clients may send the same one."""
     while True:
         file = os.open(path, os.O_RDWR | flags, 0o600)
         try:
             lock(file, path)
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return os.fdopen(file, "r+b")
-        except FileNotFoundError:  # the one before has put it in place, or taken it away
+        except FileNotFoundError:  # the writer before has put it in place, or removed it
             pass
         except OSError:
             os.close(file)
@@ -55,8 +55,8 @@ def locked(path, flags=0):
         os.close(file)
 
 
-def put(ask, _):
-    """How much of a file is there already; all of it counts only with the right content."""
+def put(_, ask, __):
+    """Return how many bytes of a file were sent already; a whole file counts only with the right content."""
     path, part = part_of(ask)
     if os.path.isfile(path) and os.path.getsize(path) == ask["bytes"] and hash_of(path) == ask["sha256"]:
         return {"at": ask["bytes"]}
@@ -67,8 +67,8 @@ def put(ask, _):
         return {"at": os.fstat(file.fileno()).st_size}
 
 
-def piece(ask, _):
-    """The next bytes of a file that is being put; with the last ones it appears under its name."""
+def piece(_, ask, __):
+    """Write the next bytes of a file that a client sends; with the last ones it appears under its name."""
     path, part = part_of(ask)
     with locked(part) as file:
         if os.fstat(file.fileno()).st_size != ask["at"]:
@@ -86,8 +86,8 @@ def piece(ask, _):
     return {"at": ask["bytes"]}
 
 
-def get(ask, say):
-    """Send a file as it is now, from an offset on, then the hash of that; what is appended meanwhile does not count."""
+def get(_, ask, say):
+    """Send a file from an offset on, then the hash of the whole; bytes that are appended meanwhile do not count."""
     path, at = ask["path"], ask["at"]
     found, done = hashlib.sha256(), 0
     try:

@@ -4,65 +4,63 @@ import os
 import time
 
 from .files import CHUNK, Failure
-from .runs import MESSAGES, STREAMS, conclude, job_of, locate, quietly_conclude, words_of
-from .slurm import COMMAND_PATIENCE, OVER, QUEUE, SQUEUE_EVERY, account
-from .submission import UNDER_WAY
+from .runs import MESSAGES, STREAMS, conclude, events_of, job_of, locate, quietly_conclude
+from .slurm import COMMAND_PATIENCE, OVER, SQUEUE_EVERY, account
 
-UNSEEN = 60.0  # seconds without an answer of squeue, after which Slurm is asked about the one job, as often
-HOLE = 10.0  # seconds for which NUL bytes are held back: on NFS, they may stand for what a node's cache still has
-LAG = 15.0  # seconds for which a job's own words are waited for when Slurm says that it is over
-ABSENT = 10.0  # seconds for which a run directory may be on its way
+UNSEEN = 60.0  # seconds without an answer of squeue, after which the agent asks Slurm about the one job, as often
+HOLE = 10.0  # seconds for which NUL bytes are held back: on NFS, a node may not have written those bytes yet
+LAG = 15.0  # seconds to wait for a job's own record of its end, once Slurm says that it is over
+ABSENT = 10.0  # seconds to wait for a run directory that a submission is about to make
 MOST_CHUNKS = 8  # of one stream in a row, so that none starves another
-
-LATEST = {}  # by run: who follows it; a client that asks once more has given up what it asked for before
 
 
 class Follower:
-    def __init__(self, ask, say):
+    def __init__(self, agent, ask, say):
+        self.agent, self.queue = agent, agent.queue
         self.run, self.key = locate(ask)
         self.say = say
         self.at = {name: ask["offsets"][name] for name in STREAMS if name in ask["offsets"]}
         self.fields = ask["fields"]
         self.begun = self.moved = self.asked = time.time()
-        self.pause = 0.015
-        self.told, self.trouble = None, None
-        self.holes = {}  # by stream: the size that it had when NUL bytes were first seen, and when that was
+        self.pause = 0.015  # seconds until Slurm is asked again about a job that has recorded its end; grows
+        self.reported, self.trouble = None, None
+        self.holes = {}  # by stream: its size when NUL bytes were first seen, and the time
         self.end, self.end_seen = None, 0.0
 
     def follow(self):
-        QUEUE.want(os.path.dirname(self.run))
-        LATEST[self.run] = self
-        while not os.path.isdir(self.run):  # asked for in one breath with its submission
-            if time.time() - self.begun > ABSENT and self.run not in UNDER_WAY:
+        self.queue.want(os.path.dirname(self.run))
+        self.agent.followers[self.run] = self
+        while not os.path.isdir(self.run):  # the client sends its submission and this request together
+            if time.time() - self.begun > ABSENT and self.run not in self.agent.submitting:
                 raise Failure("refused", "there is no run %s" % self.run)
             time.sleep(0.02)
-        while LATEST[self.run] is self:
-            words = words_of(self.run)  # before the streams: what was written before the end is read after it
+        while self.agent.followers[self.run] is self:
+            events = events_of(self.run)  # before the streams: so all that was written before the end is sent
             sent = [self.pump(name) for name in self.at]
             if any(sent):
                 self.moved = time.time()
-            job, word = job_of(self.run), words.get("end")
+            job, own = job_of(self.run), events.get("end")
             if job and not self.end:
-                self.tell_state(job, words)
-                self.ask_for_end(job, word)
+                self.report_state(job, events)
+                self.ask_for_end(job, own)
             if self.end and not any(sent):
-                answer = self.finish(job, word)
+                answer = self.finish(job, own)
                 if answer:
                     return answer
             if max(sent or [0]) < MOST_CHUNKS:
-                # 2 % of the silence: 0.02 s while things happen, 1 s for a job that works quietly
+                # 2 % of the time without output: 0.02 s while there is output, 1 s for a job that has long been quiet
                 time.sleep(min(max(0.02 * (time.time() - self.moved), 0.02), 1))
         return {}
 
     def pump(self, name):
-        """Send what a file has beyond its offset; the number of chunks."""
-        try:  # opened anew each time: on NFS that is what shows another machine's appends
+        """Send what a file has beyond its offset; return the number of chunks."""
+        try:  # opened each time: on NFS, only that shows what another machine has appended
             file = os.open(os.path.join(self.run, name), os.O_RDONLY)
         except FileNotFoundError:
             return 0
         try:
             for sent in range(MOST_CHUNKS):
-                data = os.pread(file, CHUNK, self.at[name])  # nothing beyond the end, nor where a view is old
+                data = os.pread(file, CHUNK, self.at[name])  # nothing beyond the end of the file
                 data = data[: self.whole(name, data, file)]
                 if not data:
                     return sent
@@ -73,7 +71,7 @@ class Follower:
             os.close(file)
 
     def whole(self, name, data, file):
-        """Return how much of some bytes of a stream can be sent: what stands before NUL bytes that may be a hole."""
+        """Return how many bytes of a piece can be sent: those before NUL bytes that may be a hole."""
         place = data.find(b"\0")
         if place < 0:
             return len(data)
@@ -84,60 +82,62 @@ class Follower:
             size, since = self.holes[name] = os.fstat(file).st_size, time.time()
         if time.time() - since < HOLE:
             return place
-        return min(len(data), size - self.at[name])  # it was written so
+        return min(len(data), size - self.at[name])  # the program wrote NUL bytes
 
-    def tell_state(self, job, words):
-        row = QUEUE.row(job, self.key)
-        if "started" in words and (not row or row[0] == "PENDING"):  # squeue's view is older
+    def report_state(self, job, events):
+        row = self.queue.row(job, self.key)
+        if "started" in events and (not row or row[0] == "PENDING"):  # squeue's view is older
             row = ["RUNNING", "None", ""] + (row or [])[3:]
-        if row and row[0] not in OVER and "end" not in words:
-            self.tell(*row, **(words.get("started") or {}))
-        if QUEUE.view["trouble"] and QUEUE.view["trouble"] != self.trouble:
-            self.trouble = QUEUE.view["trouble"]
+        if row and row[0] not in OVER and "end" not in events:
+            self.report(*row, **(events.get("started") or {}))
+        if self.queue.view["trouble"] and self.queue.view["trouble"] != self.trouble:
+            self.trouble = self.queue.view["trouble"]
             self.say(trouble=self.trouble)
 
-    def tell(self, state, reason, start="", project="", started="", temporary="", **_):
-        if (state, reason, project, started) != self.told:
-            self.told = (state, reason, project, started)
+    def report(self, state, reason, start="", project="", started="", temporary="", **_):
+        if (state, reason, project, started) != self.reported:
+            self.reported = (state, reason, project, started)
             place = {"node": started, "temporary": temporary}
             self.say(state=state, reason=reason, start=start, account=project, **place)
 
-    def ask_for_end(self, job, word):
-        """When the job has told its end, at once; where it was cut short, or is gone without a word, a little later."""
-        since, row = time.time() - self.asked, QUEUE.row(job, self.key)
-        told = word and word["code"] is not None and since > self.pause
-        cut_short = word and since > min(max(1, time.time() - self.moved), SQUEUE_EVERY)
-        gone = since > SQUEUE_EVERY and QUEUE.view["at"] > self.begun + 5 and (not row or row[0] in OVER)
-        unseen = since > UNSEEN and time.time() - QUEUE.view["at"] > UNSEEN
-        if not (told or cut_short or gone or unseen):
+    def ask_for_end(self, job, own):
+        """Ask Slurm whether the job is over: at once when its own record says so, else later and less often."""
+        since, row = time.time() - self.asked, self.queue.row(job, self.key)
+        ended = own and own["code"] is not None and since > self.pause
+        # A second after a job was cut short; as long as the silence lasts if Slurm does not confirm that.
+        cut_short = own and since > min(max(1, time.time() - self.moved), SQUEUE_EVERY)
+        # A view that is at least 5 s younger than this request shows a job that was submitted before it.
+        gone = since > SQUEUE_EVERY and self.queue.view["at"] > self.begun + 5 and (not row or row[0] in OVER)
+        unseen = since > UNSEEN and time.time() - self.queue.view["at"] > UNSEEN
+        if not (ended or cut_short or gone or unseen):
             return
         self.asked = time.time()
-        if told:
+        if ended:
             self.pause = min(1.5 * self.pause, 5)
         try:
             self.end = conclude(self.run, job)
         except Failure as failure:
-            if word:
-                self.tell("COMPLETING", "waiting for Slurm to confirm the end: %s" % failure)
+            if own:
+                self.report("COMPLETING", "waiting for Slurm to confirm the end: %s" % failure)
 
-    def finish(self, job, word):
-        """The answer, once all that the job wrote is sent; a job that left no word may have one on its way."""
+    def finish(self, job, own):
+        """Return the answer, once all that the job wrote is sent; wait for the record of a job that has none yet."""
         self.end_seen = self.end_seen or time.time()
         waited = time.time() - self.end_seen
-        sizes = (word or {}).get("sizes", {})
+        sizes = (own or {}).get("sizes", {})
         short = {name: size for name, size in sizes.items() if name in self.at and self.at[name] < size}
-        if (short and waited < COMMAND_PATIENCE) or (not word and waited < LAG):
+        if (short and waited < COMMAND_PATIENCE) or (not own and waited < LAG):
             return None
-        if not word and not quietly_conclude(self.run, job):  # put back in the queue meanwhile
+        if not own and not quietly_conclude(self.run, job):  # put back in the queue meanwhile
             self.end, self.end_seen = None, 0.0
             return None
         start, end = self.end["times"][1:]
         rows = account(job, self.fields, end - start) if start and end else []
-        return {"job": job, "end": dict(word or {}, **self.end), "short": short, "rows": rows}
+        return {"job": job, "end": dict(own or {}, **self.end), "short": short, "rows": rows}
 
 
 # Requests
 
 
-def follow(ask, say):
-    return Follower(ask, say).follow()
+def follow(agent, ask, say):
+    return Follower(agent, ask, say).follow()

@@ -1,7 +1,7 @@
 """Paths as users write them: absolute, or beginning with `~`, `$HOME`, `$DATA` or `$SCRATCH`.
 
-What starts the agent may be a shell that has not read the login profile, which sets the last two. The profile takes up
-to a second on some machines, so what it says is remembered for a while.
+The login profile sets the last two, and the shell that starts the agent may not have read it. Reading it takes up to a
+second on some machines, so the agent remembers its values for a while.
 """
 
 import os
@@ -15,8 +15,8 @@ from .disk import load, store
 from .files import Failure
 
 START = re.compile(r"(?:~|\$(HOME|DATA|SCRATCH))(?=/|\Z)")
-FIELDS = ("data_root", "folder", "path", "python", "run", "runs")  # of requests and documents, that are paths
-ASK_PROFILE = r"""printf '\036%s' "$DATA" "$SCRATCH" ''"""  # what a profile prints comes before the first mark
+FIELDS = ("data_root", "folder", "path", "python", "run", "runs")  # of requests, that are paths
+ASK_PROFILE = r"""printf '\036%s' "$DATA" "$SCRATCH" ''"""  # a profile prints before the first mark
 PROFILE_PATIENCE = 30.0  # seconds, less than the client waits for a sign of life
 REMEMBERED = "~/.cache/musica-pipelines/login-profile-%s.json"
 REMEMBERED_FOR = 3600.0  # seconds; a file of the profile that changes ends it sooner
@@ -24,25 +24,25 @@ PROFILES = ("/etc/profile", "/etc/profile.d", "/etc/bash.bashrc")
 PROFILES += ("~/.bash_profile", "~/.bash_login", "~/.profile", "~/.bashrc")
 
 
-def expanded(path):
-    """The path without a variable; those that begin otherwise stay as they are."""
+def expanded(profile, path):
+    """Return a path without `~` or variable; other paths stay as they are."""
     found = START.match(path)
     if not found:
         return path
     name = found.group(1) or "HOME"
-    value = os.path.expanduser("~") if name == "HOME" else os.environ.get(name) or PROFILE.value(name)
+    value = os.path.expanduser("~") if name == "HOME" else os.environ.get(name) or profile.value(name)
     if not value.startswith("/"):
         what = "sets no $%s" % name if not value else "sets $%s to %r, which is not an absolute path" % (name, value)
         raise Failure(
             "refused",
-            "%s cannot be used: the login profile on %s %s. Write the path itself" % (path, os.uname()[1], what),
+            "%s cannot be used: the login profile on %s %s. Write the path itself." % (path, os.uname()[1], what),
         )
     return value.rstrip("/") + path[found.end() :]
 
 
-def with_paths(ask):
-    """A request or document with its paths expanded."""
-    return dict(ask, **{name: expanded(ask[name]) for name in FIELDS if ask.get(name)})
+def with_paths(profile, ask):
+    """Return a request with its paths expanded."""
+    return dict(ask, **{name: expanded(profile, ask[name]) for name in FIELDS if ask.get(name)})
 
 
 class Profile:
@@ -53,7 +53,7 @@ class Profile:
         self.lock = threading.Lock()
 
     def value(self, name):
-        """The value of a variable; empty if the profile does not set it."""
+        """Return the value of a variable; empty if the profile does not set it."""
         with self.lock:
             self.values = self.values or recall()
             if not self.values.get(name, "").startswith("/"):
@@ -63,7 +63,7 @@ class Profile:
 
 
 def recall():
-    """Return what was remembered, unless that is old."""
+    """Return the remembered values, unless they are old."""
     known = load(os.path.expanduser(REMEMBERED) % os.uname()[1], "values", "stamps", "at")
     fresh = known and known["stamps"] == stamps() and 0 <= time.time() - known["at"] < REMEMBERED_FOR
     return known["values"] if fresh else {}
@@ -74,18 +74,18 @@ def remember(values):
     try:
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         store(path, {"values": values, "stamps": stamps(), "at": time.time()})
-    except OSError:  # the disk is full: the profile is read again the next time
+    except OSError:  # the disk is full: the next agent reads the profile again
         pass
 
 
 def stamps():
-    """When the files of the profile have changed last."""
+    """Return when each file of the profile has last changed."""
     paths = [os.path.expanduser(path) for path in PROFILES]
     return [os.stat(path).st_mtime if os.path.exists(path) else None for path in paths]
 
 
 def read_profile():
-    """DATA and SCRATCH as a login shell has them."""
+    """Return DATA and SCRATCH as a login shell has them."""
     child = subprocess.Popen(
         ["/bin/bash", "-l", "-c", ASK_PROFILE],
         stdin=subprocess.DEVNULL,
@@ -98,10 +98,12 @@ def read_profile():
         while said.count(b"\x1e") < 3:  # not to its end: a process that the profile left may hold it
             if not select.select([child.stdout], [], [], max(until - time.monotonic(), 0))[0]:
                 text = "the login profile on %s did not end within %d s" % (os.uname()[1], PROFILE_PATIENCE)
-                raise Failure("temporary", text + ". See what it waits for: bash -lc true")
+                raise Failure("temporary", text + ". See there what it waits for:\n  bash -lc true")
             more = os.read(child.stdout.fileno(), 65536)
             if not more:
-                raise Failure("refused", "the login profile on %s ended the shell: bash -lc true" % os.uname()[1])
+                raise Failure(
+                    "refused", "the login profile on %s ended the shell. Try it there:\n  bash -lc true" % os.uname()[1]
+                )
             said += more
     finally:
         child.kill()
@@ -109,6 +111,3 @@ def read_profile():
         child.stdout.close()
     data, scratch = said.decode(errors="replace").split("\x1e")[-3:-1]
     return {"DATA": data, "SCRATCH": scratch}
-
-
-PROFILE = Profile()

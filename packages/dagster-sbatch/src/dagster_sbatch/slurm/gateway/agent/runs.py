@@ -1,15 +1,15 @@
-"""Run directories: laid out at once, asked how they ended, listed and cleaned up.
+"""Run directories: creating them, reading how a run ended, listing them.
 
 KEY/            0700; its name is the submission key, and the job's name
   job.sh ...    what the client has sent; `digest` is its hash
-  lock          held while somebody submits or cancels
-  tried         sbatch may have been called: look behind it before it is called again
-  job           a link to the job's id, made by whoever knows it first, the job itself included
-  events        the job's own words: {"started": node}, then {"code": n, "sizes": {...}}; null: cut short
-  cause         why it failed, in a sentence, where something in it knows better than the exit code
-  end           how it ended, by those words and Slurm's
+  lock          held while an agent submits or cancels
+  tried         sbatch may have been called: search the queue for the job before calling it again
+  job           a link to the job's id, made by whoever knows it first: the agent or the job itself
+  events        the job's own record: {"started": node}, then {"code": n, "sizes": {...}}; code null: cut short
+  cause         why it failed, in a sentence, if something in the job knows more than the exit code
+  end           how it ended, by the job's own record and Slurm's
   cancelled     it must not be submitted any more
-  failed        a step found its result wanting
+  failed        a step rejected its result
   follower-ID   a Dagster run that submitted or adopted it
 """
 
@@ -23,7 +23,7 @@ import time
 
 from .disk import load, parse, read, store, unique, write
 from .files import Failure, remove_tree
-from .slurm import FORGOTTEN, QUEUE, verdict
+from .slurm import FORGOTTEN, verdict
 
 MESSAGES = "messages.jsonl"
 STREAMS = (MESSAGES, "stdout", "stderr")
@@ -34,15 +34,15 @@ DAY = 86400
 
 
 def locate(ask):
-    """A run directory and the submission key, which is its name."""
+    """Return a run directory and the submission key, which is its name."""
     run = ask["run"]
     return run, checked(os.path.basename(run))
 
 
 def checked(key):
-    """The first part of a submission key, or all of it."""
+    """Return a submission key or the first part of one, if it is valid."""
     if not KEY.match(key):
-        raise Failure("refused", "not a name for runs: %r" % key)
+        raise Failure("refused", "%r is not a valid name of a run" % key)
     return key
 
 
@@ -59,11 +59,11 @@ def lay_out(run, files):
     new = unique(run) + ".new"
     os.makedirs(new, 0o700)
     try:
-        for name in STREAMS + (EVENTS, CAUSE):  # made now: no file system keeps a stale "no such file"
+        for name in STREAMS + (EVENTS, CAUSE):  # made now: a file system may cache that a file does not exist
             os.close(os.open(os.path.join(new, name), os.O_CREAT | os.O_WRONLY, 0o600))
         for name, content in files.items():
             if name.startswith("/") or not all(part not in ("", ".", "..") for part in name.split("/")):
-                raise Failure("refused", "not a path below the run directory: %r" % name)
+                raise Failure("refused", "%r is not a path below the run directory" % name)
             os.makedirs(os.path.dirname(os.path.join(new, name)), 0o700, exist_ok=True)
             write(
                 os.path.join(new, name),
@@ -80,23 +80,23 @@ def lay_out(run, files):
 
 
 def digest(files):
-    """What tells two submissions under one key apart."""
+    """Return what differs between two submissions under one key."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest().encode()
 
 
-def words_of(run):
-    """The words of the job's last life, by `started` and `end`; a job that runs again begins anew."""
-    words = {}
+def events_of(run):
+    """Return the job's own records of its latest start, by `started` and `end`; a requeued job starts again."""
+    events = {}
     for line in read(os.path.join(run, EVENTS)).split(b"\n")[:-1]:  # the last piece is not a whole line yet
-        word = parse(line, "time")
-        if not word:  # cut off by a full disk
+        event = parse(line, "time")
+        if not event:  # cut off by a full disk
             continue
-        words = dict(words, end=word) if "code" in word else {"started": word}
-    return words
+        events = dict(events, end=event) if "code" in event else {"started": event}
+    return events
 
 
 def job_of(run):
-    """The run's job: what sbatch said or what the job itself has left, whichever came first."""
+    """Return the run's job, as sbatch or the job itself has recorded it; None if neither has."""
     try:
         return os.readlink(os.path.join(run, "job"))
     except FileNotFoundError:
@@ -104,45 +104,45 @@ def job_of(run):
 
 
 def settle(run, job):
-    """Note the run's job, unless there is one; return which it is."""
+    """Record the run's job, unless one is recorded; return the recorded one."""
     try:
         os.symlink(job, os.path.join(run, "job"))
     except FileExistsError:
         pass
-    except OSError as error:  # the job exists all the same, and notes itself when it starts
+    except OSError as error:  # the job exists all the same, and records itself when it starts
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
     return job_of(run) or job
 
 
 def conclude(run, job):
-    """How the run ended, by its own word and Slurm's; None while it has not."""
+    """Return how the run ended, by its own record and Slurm's; None while it has not."""
     known = load(os.path.join(run, "end"), "state", "exit", "times")
     if known:
         return known
-    word = words_of(run).get("end") or {}
+    own = events_of(run).get("end") or {}
     try:
-        said = verdict(job, os.path.basename(run))
+        slurms = verdict(job, os.path.basename(run))
     except Failure as failure:
-        old = word.get("code") is not None and time.time() - word["time"] > FORGOTTEN
+        old = own.get("code") is not None and time.time() - own["time"] > FORGOTTEN
         if failure.kind != "forgotten" and not old:
             raise
-        said = {"state": "", "exit": "", "times": [None] * 3, "account": ""}
-    if said is None:
+        slurms = {"state": "", "exit": "", "times": [None] * 3, "account": ""}
+    if slurms is None:
         return None
-    word = words_of(run).get("end") or {}  # once more: it may have come in the meantime
+    own = events_of(run).get("end") or {}  # once more: the job may have written it meanwhile
     cause = read(os.path.join(run, CAUSE)).decode(errors="replace").strip()
-    end = dict(word, cause=cause, **said)
-    if word:
+    end = dict(own, cause=cause, **slurms)
+    if own:
         try:
             store(os.path.join(run, "end"), end)
-        except OSError:  # the disk is full: it is worked out again the next time
+        except OSError:  # the disk is full: the next request works it out again
             pass
     return end
 
 
 def quietly_conclude(run, job):
-    """The end of a run; None also while Slurm does not answer."""
+    """Return how a run ended; None also while Slurm does not answer."""
     try:
         return conclude(run, job)
     except Failure:
@@ -150,21 +150,21 @@ def quietly_conclude(run, job):
 
 
 def latest(folder, family):
-    """The last attempt of a family: its number (0: there is none), whether it is over, and how it ended."""
+    """Return the last attempt of a family: its number (0: there is none), whether it is over, how it ended."""
     attempts = [name[len(family) + 1 :] for name in os.listdir(folder) if name.startswith(family + "-")]
     number = max([int(text) for text in attempts if text.isdigit()] or [0])
     run = os.path.join(folder, "%s-%d" % (family, number))
     job = job_of(run)
     found = {"attempt": number, "over": True, "end": None, "job": job, "rejected": False, "followers": []}
     found["record"] = record_of(run)
-    if not number or not (job or has(run, "tried")):  # never submitted: sbatch refused it, or nobody came so far
+    if not number or not (job or has(run, "tried")):  # never submitted: sbatch refused it, or the agent died before
         return found
     end = conclude(run, job) if job else None
     return dict(found, over=bool(end), end=end, rejected=has(run, "failed"), followers=followers_of(run))
 
 
 def others(folder, family, beginnings):
-    """Runs of other families, by the beginnings of their names, whose job may be waiting or running."""
+    """Return runs whose names have one of some beginnings, of other families, if their job may not be over."""
     found = []
     for name in sorted(os.listdir(folder)) if beginnings else ():
         run, its = os.path.join(folder, name), name.rpartition("-")[0]
@@ -177,7 +177,7 @@ def others(folder, family, beginnings):
 
 
 def record_of(run):
-    """What a run was submitted with; None where nothing says that."""
+    """Return what a run was submitted with; None if it has no readable record of that."""
     try:
         return json.loads(read(os.path.join(run, "submitted_with.json")).decode())
     except ValueError:
@@ -185,7 +185,7 @@ def record_of(run):
 
 
 def note_follower(run, follower):
-    """Note a Dagster run that follows the job. If the disk is full, its result may be offered once more."""
+    """Record a Dagster run that follows the job. If the disk is full, a result may be offered a second time."""
     try:
         mark(run, FOLLOWER + checked(follower))
     except OSError:
@@ -193,7 +193,7 @@ def note_follower(run, follower):
 
 
 def followers_of(run):
-    """The Dagster runs that submitted or adopted the job, in that order."""
+    """Return the Dagster runs that submitted or adopted the job, in that order."""
     marks = [name for name in os.listdir(run) if name.startswith(FOLLOWER)]
     marks.sort(key=lambda name: os.stat(os.path.join(run, name)).st_mtime)
     return [name[len(FOLLOWER) :] for name in marks]
@@ -202,26 +202,26 @@ def followers_of(run):
 # Requests
 
 
-def look(ask, _):
-    """How a run stands now: its job, the row of the queue's view that tells of it, and its end if it is over."""
+def state(agent, ask, _):
+    """Return a run's job, its row of the queue, and its end if it is over."""
     run, key = locate(ask)
     job = job_of(run)
     end = conclude(run, job) if job else None
     if job and not end:
-        QUEUE.refresh(os.path.dirname(run))
-    row = QUEUE.row(job, key) if job else None
-    return {"job": job, "end": end, "row": row, "started": "started" in words_of(run)}
+        agent.queue.refresh(os.path.dirname(run))
+    row = agent.queue.row(job, key) if job else None
+    return {"job": job, "end": end, "row": row, "started": "started" in events_of(run)}
 
 
-def reject(ask, _):
-    """Note that a step found the result of a run wanting."""
+def reject(_, ask, __):
+    """Record that a step rejected the result of a run."""
     run, _ = locate(ask)
     mark(run, "failed")
     return {}
 
 
-def runs(ask, _):
-    """All that is known of every run without asking Slurm."""
+def runs(_, ask, __):
+    """Return all that is known of every run without asking Slurm."""
     folder, found = ask["runs"], []
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         run = os.path.join(folder, name)

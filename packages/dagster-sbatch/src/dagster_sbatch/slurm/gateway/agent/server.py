@@ -1,4 +1,4 @@
-"""The wire: requests in, answers out, and leaving when the client is gone."""
+"""The agent: it reads requests, answers them, and leaves when its client is gone."""
 
 import errno
 import json
@@ -10,90 +10,50 @@ import time
 from .claims import claim, clean, hold
 from .files import CHUNK, Failure, get, piece, put
 from .follower import follow
-from .places import with_paths
-from .programs import consult, program
-from .runs import look, reject, runs
-from .slurm import QUEUE, projects, states, test
+from .places import Profile, with_paths
+from .releases import environment
+from .runs import reject, runs, state
+from .slurm import Queue, projects, queue, test
 from .submission import SBATCH_PATIENCE, cancel, submit
 
 HELLO = "gateway-agent 1"
 SILENCE = 60.0  # seconds without a byte from the client: it is gone, though the connection does not say so
 # Errors of the file system that repeating the request does not fix.
-FINAL = (
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-)
-# Those that pass by themselves: a server that is away, a node that is short of something. All others are `broken`.
-PASSING = (
-    errno.EAGAIN,
-    errno.EBUSY,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.EINTR,
-    errno.EIO,
-    errno.EMFILE,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.ENFILE,
-    errno.ENOBUFS,
-    errno.ENOMEM,
-    errno.ENOTCONN,
-    errno.EREMOTEIO,
-    errno.ESHUTDOWN,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-)
+FINAL = "EACCES EDQUOT EISDIR ELOOP ENAMETOOLONG ENOSPC ENOTDIR EPERM EROFS".split()
+# Errors that pass by themselves: a server is away, a node is short of something. All others are `broken`.
+PASSING = "EAGAIN EBUSY ECONNREFUSED ECONNRESET EHOSTDOWN EHOSTUNREACH EINTR EIO EMFILE ENETDOWN ENETUNREACH".split()
+PASSING += "ENFILE ENOBUFS ENOMEM ENOTCONN EREMOTEIO ESHUTDOWN ESTALE ETIMEDOUT".split()
 
 
 def kind_of(error):
-    """The kind of an error of the file system or of a system call."""
-    if error.errno in FINAL:
-        return "refused"
-    return "temporary" if error.errno in PASSING else "broken"
+    """Return the kind of an error of the file system or of a system call."""
+    name = errno.errorcode.get(error.errno)
+    return "refused" if name in FINAL else "temporary" if name in PASSING else "broken"
 
 
-def ping(_, __):
+def ping(*_):
     return {"pong": True, "host": os.uname()[1]}
 
 
-VERBS = {
-    verb.__name__: verb
-    for verb in (
-        hold,
-        claim,
-        submit,
-        test,
-        cancel,
-        look,
-        reject,
-        runs,
-        clean,
-        put,
-        piece,
-        get,
-        consult,
-        program,
-        states,
-        projects,
-        follow,
-        ping,
-    )
-}
-FINISHED = ("submit", "cancel")  # also when the client goes away in the middle
-AT_ONCE = ("hold", "reject", "piece")  # before the next request is looked at: what follows builds on them
+VERBS = (hold, claim, submit, test, cancel, state, reject, runs, clean, put, piece, get, environment, queue, projects)
+VERBS = {verb.__name__: verb for verb in VERBS + (follow, ping)}
+FINISHED = ("submit", "cancel")  # even if the client goes away meanwhile
+IN_ORDER = ("hold", "reject", "piece")  # before the next request is read, which builds on them
 
 
 class Agent:
+    """One client's agent.
+
+    queue     the shared view of the user's jobs
+    profile   what the login profile sets
+    held      the locks of claims, by path, held as long as the agent lives
+    submitting  the runs that are about to be submitted
+    followers by run: the latest request to follow it; a client that asks again has given up the one before
+    """
+
     def __init__(self):
+        self.queue, self.profile = Queue(), Profile()
+        self.held, self.submitting, self.followers = {}, set(), {}
         self.out = os.fdopen(os.dup(1), "wb")
         os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # nothing that a child prints gets between two answers
         self.writing, self.counting = threading.Lock(), threading.Lock()
@@ -112,7 +72,7 @@ class Agent:
             self.leave()
 
     def receive(self, size=0):
-        """So many bytes of stdin, or a line; None at its end. Each piece that comes is a sign of life."""
+        """Return so many bytes of stdin, or a line; None at its end. Any byte shows that the client is alive."""
         while True:
             cut = size or self.inbox.find(b"\n") + 1
             if 0 < cut <= len(self.inbox):
@@ -132,12 +92,12 @@ class Agent:
             self.say(ident, payload, **fields)
 
         try:
-            answer = VERBS[ask["do"]](with_paths(ask), say)
+            answer = VERBS[ask["do"]](self, with_paths(self.profile, ask), say)
         except Failure as failure:
             answer = {"error": failure.kind, "text": str(failure)}
         except OSError as error:
             answer = {"error": kind_of(error), "text": "%s: %s" % (error.filename or ask["do"], error.strerror)}
-        except Exception:  # whatever it is, the client has to hear of it
+        except Exception:  # whatever it is, the client reports it
             import traceback  # loading it takes longer than most agents have a use for it
 
             answer = {"error": "broken", "text": "the gateway agent failed:\n%s" % traceback.format_exc(-3).strip()}
@@ -152,14 +112,14 @@ class Agent:
         self.leave()
 
     def leave(self):
-        """The client is gone. A submission is finished first, so that its id is on record; most else just stops."""
+        """End the agent. A submission is finished first, so that its job id is on record; all else just stops."""
         until = time.monotonic() + SBATCH_PATIENCE
         while self.busy and time.monotonic() < until:
             time.sleep(0.02)
         os._exit(0)
 
     def serve(self):
-        for target in (self.watch, QUEUE.keep):
+        for target in (self.watch, self.queue.keep):
             threading.Thread(target=target, daemon=True).start()
         self.say(0, hello=HELLO, pid=os.getpid(), python=sys.version.split()[0], host=os.uname()[1])
         while True:
@@ -171,7 +131,7 @@ class Agent:
                 ask["data"] = self.receive(ask["size"])
                 if ask["data"] is None:
                     self.leave()
-            if ask["do"] in AT_ONCE:
+            if ask["do"] in IN_ORDER:
                 self.handle(ask)
                 continue
             if ask["do"] in FINISHED:
@@ -181,6 +141,6 @@ class Agent:
 
 
 def serve():
-    """Until the client is gone."""
+    """Serve one client, until it is gone."""
     os.umask(0o077)
     Agent().serve()

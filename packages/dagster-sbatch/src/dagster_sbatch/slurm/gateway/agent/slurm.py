@@ -1,4 +1,4 @@
-"""Slurm's commands: asked in an environment that changes nothing, and what their answers mean."""
+"""Slurm's commands: run in an environment that does not change their answers; what the answers mean."""
 
 import os
 import pwd
@@ -12,7 +12,7 @@ from .disk import load, lock, own, store
 from .files import Failure
 
 KEPT = frozenset("SLURM_CONF SLURM_CONF_SERVER SLURM_JWT SBATCH_ACCOUNT".split())
-"""How to reach Slurm, and the project that the user has chosen: of all that shells export for Slurm's commands."""
+"""The variables that Slurm's commands keep: how to reach Slurm, and the project that the user has chosen."""
 ACCOUNT = re.compile(r"^#SBATCH --account=", re.M)
 FIELD = re.compile(r"(\w+)=(\S*)")
 SQUEUE_EVERY = 15.0
@@ -28,7 +28,7 @@ OVER = frozenset(
 def environment(script=""):
     """Return the variables for Slurm's commands, without those that would change what they do or print.
 
-    script: of a job that sbatch gets. If it names an account, SBATCH_ACCOUNT is left out, which sbatch would prefer.
+    script: a job for sbatch. If it names an account, SBATCH_ACCOUNT is left out, which sbatch would prefer.
     """
     kept = {
         name: value
@@ -51,7 +51,7 @@ def user():
 
 
 def call(*command, patience=COMMAND_PATIENCE, script=""):
-    """Return what a command did; `script` is the job that it reads from its stdin."""
+    """Run a command and return the CompletedProcess; it reads `script`, a job, from its stdin."""
     pipe = subprocess.PIPE
     try:
         child = subprocess.Popen(
@@ -62,13 +62,13 @@ def call(*command, patience=COMMAND_PATIENCE, script=""):
     try:
         out, err = child.communicate(script.encode(), timeout=patience)
     except subprocess.TimeoutExpired:
-        end(child)
+        kill(child)
         raise Failure("temporary", "%s did not answer within %d s" % (command[0], patience))
     return subprocess.CompletedProcess(command, child.returncode, out, err)
 
 
-def end(child):
-    """Kill a command and what it has started; one that hangs in the kernel is not waited for."""
+def kill(child):
+    """Kill a command and what it has started; do not wait for one that hangs in the kernel."""
     os.killpg(child.pid, signal.SIGKILL)
     for pipe in (child.stdin, child.stdout, child.stderr):
         pipe.close()
@@ -79,7 +79,7 @@ def end(child):
 
 
 def ask_slurm(*command, patience=COMMAND_PATIENCE):
-    """What a query prints."""
+    """Run a query and return its stdout; raise `temporary` if it fails."""
     done = call(*command, patience=patience)
     if done.returncode:
         raise Failure("temporary", "%s: %s" % (command[0], done.stderr.decode(errors="replace").strip()))
@@ -87,12 +87,12 @@ def ask_slurm(*command, patience=COMMAND_PATIENCE):
 
 
 def rows_of(*command, patience=COMMAND_PATIENCE):
-    """The rows that a query prints, split at `|`."""
+    """Run a query and return its rows, split at `|`."""
     return [line.split("|") for line in ask_slurm(*command, patience=patience).splitlines() if "|" in line]
 
 
 def look_up(key, since):
-    """The job of that name, also where its submitter never heard of it. `since`: when it may have been submitted."""
+    """Return the job of that name, if the queue or the accounting has one; it was not submitted before `since`."""
     rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-n", key, "-o", "%i|%j")
     if not rows:
         day = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - 120))
@@ -111,7 +111,8 @@ def verdict(job, key):
 
     The controller is asked first, then the accounting.
 
-    Failure: `forgotten` if the controller has, and the accounting has nothing; `temporary` if they do not answer.
+    Failure: `forgotten` if the controller has forgotten the job and the accounting has nothing; `temporary` if they do
+    not answer.
     """
     forgotten = False
     try:
@@ -132,7 +133,7 @@ def verdict(job, key):
             raise
         rows = []
     if not rows:
-        raise Failure("forgotten" if forgotten else "temporary", "Slurm does not tell of job %s" % job)
+        raise Failure("forgotten" if forgotten else "temporary", "Slurm does not know job %s" % job)
     return over(rows[-1], rows[-1][5])
 
 
@@ -143,9 +144,9 @@ def over(row, project):
 
 
 def account(job, fields, ran):
-    """What sacct has of a job that is over and of its steps, a row each, once none of them is under way there.
+    """Return sacct's rows of a job that is over and of its steps, once sacct knows that all of them are over.
 
-    Nothing if that takes over 5 % of the time for which the job ran: it lags, and a short job is not to wait for it.
+    Give up after 5 % of the time for which the job ran: sacct lags, and a short job must not wait for it.
     """
     until, pause = time.time() + min(0.05 * ran, 5), 0.05
     while until - time.time() > ACCOUNTING_TAKES:
@@ -165,9 +166,9 @@ def asked(view):
 
 
 class Queue:
-    """squeue for all of the user's jobs, asked every SQUEUE_EVERY by whichever agent on this machine is first.
+    """squeue's view of the user's jobs, refreshed every SQUEUE_EVERY by whichever agent on this machine is first.
 
-    The view lies beside the runs, in a folder of the user. An agent that cannot share it asks for itself, less often.
+    The agents share it in a file beside the runs. An agent that cannot write that file asks for itself, less often.
     """
 
     def __init__(self):
@@ -207,7 +208,7 @@ class Queue:
         return 0 <= time.time() - asked(self.view) < self.every
 
     def ask(self):
-        """Return squeue's answer as a view; what is known stays, with its age, if there is none."""
+        """Return squeue's answer as a view; without an answer, the former view with its age."""
         view = dict(self.view, asked=time.time(), calls=self.view["calls"] + 1, trouble=None)
         try:
             rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-o", "%i|%T|%r|%S|%j|%a")
@@ -217,7 +218,7 @@ class Queue:
         return view
 
     def keep(self):
-        """In a thread of its own: a slow controller must not hold up the streams."""
+        """Refresh the view for ever, in a thread of its own: a slow controller must not delay the streams."""
         while self.wanted.wait():
             try:
                 self.refresh(self.folder)
@@ -228,31 +229,28 @@ class Queue:
             time.sleep(min(max(due, 0), SQUEUE_EVERY) + 0.2 + 1.8 * os.urandom(1)[0] / 255)
 
     def row(self, job, key):
-        """State, reason, expected start and account of a job, as last seen; None if it was not seen."""
+        """Return state, reason, expected start and account of a job, as last seen; None if it was not seen."""
         found = self.view["jobs"].get(job)
         return found[:3] + found[4:5] if found and found[3] == key else None
-
-
-QUEUE = Queue()
 
 
 # Requests
 
 
-def states(ask, _):
+def queue(agent, ask, _):
     """Return the view of all of the user's jobs."""
-    QUEUE.refresh(ask["runs"])
-    return QUEUE.view
+    agent.queue.refresh(ask["runs"])
+    return agent.queue.view
 
 
-def test(ask, _):
-    """What Slurm would say to a script: when it could start, or why it would be refused."""
+def test(_, ask, __):
+    """Ask Slurm about a script, without submitting it: when it could start, or why it would be refused."""
     done = call("sbatch", "--test-only", script=ask["script"])
     return {"code": done.returncode, "text": (done.stdout + done.stderr).decode(errors="replace").strip()}
 
 
-def projects(_, __):
-    """The user's projects as rows of default account, account and its QoS, and SBATCH_ACCOUNT; no rows if not known."""
+def projects(*_):
+    """Return rows of default account, account and its QoS, none if Slurm does not answer; and SBATCH_ACCOUNT."""
     fields = ("show", "user", user(), "withassoc", "format=DefaultAccount,Account,QOS")
     try:
         rows = rows_of("sacctmgr", "--noheader", "--parsable2", *fields)

@@ -1,4 +1,4 @@
-"""One job for each run: submitting, looking behind a submission that got no answer, cancelling."""
+"""One job per run: submit it, find the job of a submission that got no answer, cancel it."""
 
 import os
 import re
@@ -12,31 +12,29 @@ from .slurm import COMMAND_PATIENCE, ask_slurm, environment, look_up, user
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
 SBATCH_PATIENCE = 120.0
-LATE = 20.0  # seconds after which a submission that got no answer can no longer turn up in the queue
-LOOK = 2.0
-CANCEL_LOOK = 0.5
-# Words of sbatch after which it is not known whether the job exists, or with which Slurm is not itself.
+LATE = 20.0  # seconds after which the job of a submission that got no answer can no longer appear in the queue
+SEARCH_EVERY = 2.0
+CANCEL_EVERY = 0.5
+# Errors of sbatch after which the job may exist or not, or Slurm does not work as it should.
 UNSURE = re.compile(
     r"timed out|timeout|contact slurm controller|communication|connection|unexpected message|zero bytes"
     r"|temporarily|authentication error|munge",
     re.I,
 )
-# Words of sbatch after which there is no job, and the same job may be accepted later.
+# Errors of sbatch after which there is no job, and the same job may be accepted later.
 LATER = re.compile(
     r"(Assoc|QOS)(Max|Grp)\w*(Submit|Jobs)\w*|MaxSubmit|MaxJobCount|standby|configuration source"
     r"|(submissions?|operation) (is |are )?(currently |presently )?disabled|inactive or drain|maintenance"
     r"|shutting down|shutdown|try again|writing script",
     re.I,
 )
-# Slurm says the same of too many jobs and of one that is too large; the line before it names the limit.
+# Slurm says this of too many jobs, and of a job that is too large; then the line before it names the limit.
 LIMIT = re.compile(r"violates accounting/QOS policy", re.I)
 NAMED_LIMIT = re.compile(r"\b(Assoc|QOS)\w*(Limit|Max|Min|Per)\w*")
 
-UNDER_WAY = set()  # the runs that this agent is about to submit
-
 
 class Locked:
-    """The lock of a run. Its sbatch inherits it: should the agent be killed, it stays until that sbatch has ended."""
+    """The lock of a run. sbatch inherits it: if the agent is killed, the lock stays until sbatch has ended."""
 
     def __init__(self, run):
         self.run = run
@@ -55,7 +53,7 @@ class Locked:
 
 
 def submit_once(run, key, ask):
-    """The run's job, and how it was come by: `recorded` before, `found` in Slurm, or `submitted` now."""
+    """Return the run's job, and whether it was `recorded` before, `found` in Slurm, or `submitted` now."""
     if not os.path.isdir(run):
         if "files" not in ask:
             raise Failure("refused", "there is no run %s" % run)
@@ -64,8 +62,8 @@ def submit_once(run, key, ask):
     if has(run, "cancelled") and not job_of(run):
         raise Failure("refused", "%s was cancelled before it was submitted" % run)
     if "files" in ask and read(os.path.join(run, "digest")) != digest(ask["files"]):
-        raise Failure("refused", "%s is there already, with other content" % run)
-    if job_of(run):  # by its own word, perhaps, while its sbatch still holds the lock
+        raise Failure("refused", "%s exists already, with other content" % run)
+    if job_of(run):  # the job itself may have recorded it, while its sbatch still holds the lock
         return job_of(run), "recorded"
     with Locked(run) as lock:
         job, how = find_job(run, key)
@@ -78,20 +76,20 @@ def submit_once(run, key, ask):
 
 
 def find_job(run, key):
-    """The run's job, and how it was found; looks in Slurm's queue for one whose submission got no answer."""
+    """Return the run's job and how it was found; search Slurm's queue for one whose submission got no answer."""
     job = job_of(run)
     if job or not has(run, "tried"):
         return job, "recorded"
     since = os.stat(os.path.join(run, "tried")).st_mtime
     job = look_up(key, since)
     while not job and time.time() - since < LATE:
-        time.sleep(LOOK)
+        time.sleep(SEARCH_EVERY)
         job = job_of(run) or look_up(key, since)
     return job and settle(run, job), "found"
 
 
 def sbatch(run, options, lock):
-    """Hand the run's job.sh to Slurm; the job's id."""
+    """Submit the run's job.sh; return the job's id."""
     try:
         child = subprocess.Popen(
             ["sbatch", "--parsable", "--chdir", run] + options + [os.path.join(run, "job.sh")],
@@ -108,9 +106,9 @@ def sbatch(run, options, lock):
     until = time.monotonic() + SBATCH_PATIENCE
     while True:
         try:
-            out, err = (text.decode(errors="replace") for text in child.communicate(timeout=LOOK))
+            out, err = (text.decode(errors="replace") for text in child.communicate(timeout=SEARCH_EVERY))
             break
-        except subprocess.TimeoutExpired:  # never ended by us: it may be about to submit
+        except subprocess.TimeoutExpired:  # not killed: it may be about to submit
             if job_of(run):
                 return job_of(run)
             if time.monotonic() > until:
@@ -128,21 +126,21 @@ def sbatch(run, options, lock):
 # Requests
 
 
-def submit(ask, _):
-    """Submit a run, once, however often and from wherever it is asked for; one without `files` has to be there."""
+def submit(agent, ask, _):
+    """Submit a run once, however often and by however many clients it is requested; without `files`, it must exist."""
     run, key = locate(ask)
-    UNDER_WAY.add(run)
+    agent.submitting.add(run)
     try:
         job, how = submit_once(run, key, ask)
         if "follower" in ask:
             note_follower(run, ask["follower"])
     finally:
-        UNDER_WAY.discard(run)
+        agent.submitting.discard(run)
     return {"job": job, "how": how}
 
 
-def cancel(ask, _):
-    """Cancel a run, and wait until Slurm says that it is over. One that is not submitted yet will not be."""
+def cancel(_, ask, __):
+    """Cancel a run's job, and wait until it is over. A run that has no job will never get one."""
     run, key = locate(ask)
     job = job_of(run)
     if job:
@@ -150,13 +148,13 @@ def cancel(ask, _):
     own(os.path.dirname(run))
     os.makedirs(run, 0o700, exist_ok=True)
     mark(run, "cancelled")
-    with Locked(run):  # a submission under way comes to its end first
+    with Locked(run):  # after a submission that another agent has begun
         job, _ = find_job(run, key)
     return {"job": job, "end": job and end_job(run, key, job)}
 
 
 def end_job(run, key, job):
-    """Cancel a run's job; return how it ended, None if it has not within a minute."""
+    """Cancel a run's job; return how it ended, None if it did not end within a minute."""
     end, until = quietly_conclude(run, job), time.time() + COMMAND_PATIENCE
     if not end:
         ask_slurm("scancel", "--user", user(), "--name", key)
@@ -165,6 +163,6 @@ def end_job(run, key, job):
     except OSError:  # the disk is full; a run that has a job is not submitted again
         pass
     while not end and time.time() < until:
-        time.sleep(CANCEL_LOOK)
+        time.sleep(CANCEL_EVERY)
         end = quietly_conclude(run, job)
     return end

@@ -1,4 +1,4 @@
-"""What the keeper remembers of the site's interpreters, on this machine."""
+"""What the agent remembers of the site's interpreters, on this machine."""
 
 import json
 import os
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.environments.keeper.files import Refused
-from dagster_sbatch.environments.keeper.interpreters import REMEMBERED, choose
+from dagster_sbatch.slurm.gateway.agent.files import Failure
+from dagster_sbatch.slurm.gateway.agent.interpreters import REMEMBERED, choose
 
 PYTHON = '#!/bin/sh\necho >>"{calls}"\nexec {python} "$@"\n'
 
@@ -63,7 +63,7 @@ def test_it_is_asked_again_when_another_is_in_its_place(
     choose(request_of_it)
     assert interpreter.asked == 2
     interpreter.path.unlink()
-    with pytest.raises(Refused, match="does not run"):
+    with pytest.raises(Failure, match="does not run"):
         choose(request_of_it)
 
 

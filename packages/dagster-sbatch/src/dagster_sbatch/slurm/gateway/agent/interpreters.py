@@ -1,4 +1,4 @@
-"""The site's Python: which it is, and how it is run."""
+"""The site's Python: which interpreter an environment is for, and how commands are run after the setup commands."""
 
 import contextlib
 import hashlib
@@ -7,36 +7,57 @@ import os
 import subprocess
 import time
 
-from dagster_sbatch.slurm.gateway.agent.disk import load, store
+from .disk import load, store
+from .files import Failure
+from .slurm import environment
 
-from .files import Refused
-
-REMEMBERED = 86400.0  # seconds; a better candidate may have come since
+REMEMBERED = 86400.0  # seconds; a better candidate may have been installed since
 STAMP = ("st_ino", "st_size", "st_mtime_ns")
-MARK = "\x1e"  # what a profile or a module prints comes without it
+MARK = "\x1e"  # begins the lines of DESCRIBE; a profile or a module prints other lines
 DESCRIBE = (
     "import json, os, platform, sys; glibc = os.confstr('CS_GNU_LIBC_VERSION').split()[1]; "
     "base = os.path.realpath(getattr(sys, '_base_executable', sys.executable)); "
     "print('\\x1e' + json.dumps(dict(given=sys.executable, executable=base, version=platform.python_version(), "
     "implementation=sys.implementation.name, machine=platform.machine(), glibc=glibc)))"
 )
+# Kills the whole group when the pipe %d closes; the agent alone holds its other end.
+BOUND = '{ read -r _ <&%d; kill -KILL 0; } >/dev/null 2>&1 & exec nice -n 5 /bin/bash -l -c "$@"'
 
 
 def in_setup(ask, script, *arguments):
-    """Run a piece of bash after the site's setup commands; its exit code, and all that was printed."""
+    """Run a piece of bash after the site's setup commands; return its exit code and all that it printed.
+
+    It ends with the agent, together with all that it has started, however the agent ends.
+    """
     text = "\n".join(list(ask["setup"]) + [script])
-    done = subprocess.run(
-        ["/bin/bash", "-l", "-c", text, "bash"] + list(arguments),
-        check=False,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    watched, held = os.pipe()
+    try:
+        done = subprocess.run(
+            ["/bin/bash", "-c", BOUND % watched, "bash", text, "bash"] + list(arguments),
+            check=False,
+            env=environment(),
+            pass_fds=[watched],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    finally:
+        os.close(watched)
+        os.close(held)
     return done.returncode, done.stdout.decode(errors="replace")
 
 
+def run(ask, *command):
+    """Run a command after the setup commands; refuse the request if it fails."""
+    code, said = in_setup(ask, 'exec "$@"', *command)
+    if code:
+        text = "%s on %s failed:\n%s"
+        raise Failure("refused", text % (" ".join(command[:4]), os.uname()[1], said.strip()[-1500:]))
+
+
 def choose(ask):
-    """The interpreter for an environment; remembered for a day, on this machine and while its file is the same."""
+    """Return the interpreter for an environment; remembered for a day, per machine, while its file is the same."""
     parts = [os.uname()[1], DESCRIBE] + [ask[name] for name in ("setup", "asked", "candidates", "oldest", "newest")]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     path = os.path.join(ask["folder"], ".interpreter-%s.json" % key)
@@ -44,19 +65,19 @@ def choose(ask):
     if known and time.time() - known["at"] < REMEMBERED and known["stamp"] == stamp(ask, known["found"]):
         return known["found"]
     found = probe(ask)
-    with contextlib.suppress(OSError):  # nothing was deployed yet, or the disk is full: it is asked again
+    with contextlib.suppress(OSError):  # nothing was deployed yet, or the disk is full: the next request probes again
         store(path, {"found": found, "stamp": stamp(ask, found), "at": time.time()})
     return found
 
 
 def stamp(ask, found):
-    """What tells an interpreter from another in its place."""
+    """Return what changes when another interpreter is installed in the same place."""
     paths = (ask["python"] or found["given"], found["executable"])
     return [os.path.exists(path) and [getattr(os.stat(path), name) for name in STAMP] for path in paths]
 
 
 def probe(ask):
-    """The one that is set, or the first candidate that fits."""
+    """Return what SLURM_PYTHON says of itself, or else the first candidate that fits."""
     fixed = ask["python"]
     names = [fixed] if fixed else ask["candidates"]
     _, said = in_setup(ask, 'code=$1; shift; for each; do echo; "$each" -I -c "$code"; done', DESCRIBE, *names)
@@ -65,29 +86,25 @@ def probe(ask):
         minor = [int(part) for part in each["version"].split(".")[:2]]
         if fixed or (ask["oldest"] <= minor <= ask["newest"] and each["implementation"] == "cpython"):
             return each
+    host = os.uname()[1]
     if fixed:
-        raise Refused("SLURM_PYTHON=%s does not run on %s: %s" % (fixed, os.uname()[1], " ".join(said.split())[-500:]))
+        text = "SLURM_PYTHON=%s does not run on %s: %s" % (fixed, host, " ".join(said.split())[-500:])
+        raise Failure("refused", text)
     seen = ", ".join("%s is %s" % (each["given"], each["version"]) for each in found) or "none of them is there"
-    raise Refused(
+    text = (
         "no Python %s to %s on %s: of %s, %s. Name another one in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES, "
         "load one in its setup_commands (module load ...), or make an environment there by other means and set "
         "SLURM_PYTHON to its interpreter"
-        % (dotted(ask["oldest"]), dotted(ask["newest"]), os.uname()[1], ", ".join(names), seen)
     )
+    raise Failure("refused", text % (dotted(ask["oldest"]), dotted(ask["newest"]), host, ", ".join(names), seen))
 
 
 def dotted(version):
     return ".".join(str(part) for part in version)
 
 
-def run(ask, *command):
-    code, said = in_setup(ask, 'exec "$@"', *command)
-    if code:
-        raise Refused("%s on %s failed:\n%s" % (" ".join(command[:4]), os.uname()[1], said.strip()[-1500:]))
-
-
 def skeleton(path, interpreter):
-    """A virtual environment (PEP 405) without what needs ensurepip; its bin/python."""
+    """Make a virtual environment (PEP 405) without what needs ensurepip; return its bin/python."""
     os.makedirs(os.path.join(path, "bin"))
     with open(os.path.join(path, "pyvenv.cfg"), "w") as file:
         home, version = os.path.dirname(interpreter["executable"]), interpreter["version"]

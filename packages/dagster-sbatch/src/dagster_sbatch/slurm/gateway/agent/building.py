@@ -1,0 +1,188 @@
+"""Building environments: packages from wheels, and the user's code over them.
+
+    <folder>/wheels/<hash>/NAME.whl   as the client sent them
+             packages/<hash>/lib/     installed wheels: one lock file, for one kind of Python
+             <hash>/                  an environment: bin/python, lib -> ../packages/<hash>/lib, workloads/
+             published.json           what production runs, the latest last
+             .interpreter-<hash>.json what an interpreter said of itself
+
+Environments and packages are built in a folder of another name, made read-only, and renamed. Whatever changes the
+folder holds one lock.
+"""
+
+import binascii
+import contextlib
+import hashlib
+import json
+import os
+import time
+
+from .disk import lock, own, store, unique
+from .files import Failure
+from .interpreters import choose, dotted, in_setup, run, skeleton
+
+HERE = "environment.json"
+FORMAT = 1  # part of every name: a new way of building makes new environments
+COMPILERS = 4  # processes, on a machine that is shared
+VERIFY = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+
+
+@contextlib.contextmanager
+def locked(folder, say):
+    """Hold the lock of a folder; remove what earlier builds left unfinished."""
+    own(folder)
+    path = os.path.join(folder, ".lock")
+    with open(path, "w") as file:
+        try:
+            lock(file, path, wait=False)
+        except BlockingIOError:
+            say(progress="waiting for another deployment to this folder")
+            lock(file, path)
+        for place in (folder, os.path.join(folder, "packages")):
+            for name in os.listdir(place) if os.path.isdir(place) else ():
+                if name.endswith((".new", ".old")):
+                    remove_sealed(os.path.join(place, name))
+                elif name.endswith(".part"):
+                    with contextlib.suppress(FileNotFoundError):  # its writer has put it in place
+                        os.unlink(os.path.join(place, name))
+        yield
+
+
+def remove_sealed(path):
+    """Remove a folder whose folders may be read-only."""
+    import shutil  # loading it takes longer than most runs have a use for it
+
+    for folder, _, _ in os.walk(path):
+        os.chmod(folder, 0o700)
+    shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def making(path):
+    """Make a folder that appears as `path` once all went well; then no file is added to it, byte code included.
+
+    Its name until then is unique: a child of an agent that was killed may still be writing.
+    """
+    new = unique(path) + ".new"
+    os.makedirs(new, 0o700)
+    try:
+        yield new
+        for folder, _, _ in os.walk(new):
+            os.chmod(folder, 0o500)
+        os.rename(new, path)
+    except BaseException:
+        remove_sealed(new)
+        raise
+
+
+def touch(path):
+    """Note that an environment is used now; return whether it exists."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def hash_parts(*parts):
+    return hashlib.sha256(json.dumps((FORMAT,) + parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def describe(ask):
+    """Return the environment of a request: its name, and all that the name stands for."""
+    found = choose(ask)
+    given = found.pop("given")
+    content = {name: ask[name] for name in ("asked", "code", "modules", "setup")}
+    content.update(kind="path" if ask["asked"] else "wheelhouse", interpreter=found, lock=None, layer=None)
+    if not ask["asked"]:
+        minor = found["version"].split(".")[:2]
+        content.update(lock=ask["lock"], layer=hash_parts(ask["lock"], minor, found["machine"], found["glibc"]))
+    name = hash_parts(content)
+    path = os.path.join(ask["folder"], name)
+    python = given if ask["asked"] else os.path.join(path, "bin", "python")
+    return dict(content, name=name, python=python, workloads=os.path.join(path, "workloads"))
+
+
+def install(ask, content, say):
+    """Install wheels into a folder of packages, unless it exists."""
+    path = os.path.join(ask["folder"], "packages", content["layer"])
+    if os.path.isdir(path):
+        return
+    with making(path) as new:
+        python = skeleton(new, content["interpreter"])
+        library = os.path.join(new, "lib", "python" + dotted(content["interpreter"]["version"].split(".")[:2]))
+        os.makedirs(os.path.join(library, "site-packages"))
+        os.symlink("lib", os.path.join(new, "lib64"))  # where some distributions put compiled modules
+        unpack(ask, python, os.path.join(new, "requirements.txt"), say)
+        say(progress="compiling")
+        compiler = (python, "-I", "-m", "compileall", "-q", "-j", str(COMPILERS), library)
+        in_setup(ask, 'exec "$@"', *compiler)  # it fails where a file is only a template for one
+        remove_sealed(os.path.join(new, "bin"))  # its commands name this folder; programs start by `python -m`
+        os.unlink(os.path.join(new, "pyvenv.cfg"))
+        store(os.path.join(new, "packages.json"), {"wheels": sorted(ask["wheels"])})
+
+
+def unpack(ask, python, listed, say):
+    """Install all wheels with the pip that is among them."""
+    paths = {place: os.path.join(ask["folder"], "wheels", place) for place in sorted(ask["wheels"])}
+    with open(listed, "w") as file:
+        file.writelines("%s --hash=sha256:%s\n" % (path, ask["wheels"][place]) for place, path in paths.items())
+    pip = [path for path in paths.values() if os.path.basename(path).startswith("pip-")]
+    if not pip:
+        text = "the lock has no pip, which installs the other packages on the login node. Add pip to the cluster group"
+        raise Failure("refused", text)
+    say(progress="installing %d wheels" % len(paths))
+    options = ["--no-index", "--no-deps", "--require-hashes", "--no-cache-dir", "--no-compile", "--requirement", listed]
+    options += ["--disable-pip-version-check", "--no-input", "--no-warn-script-location", "--quiet"]
+    # -I and --isolated: neither a module's PYTHONPATH nor the user's pip.conf counts.
+    run(ask, python, "-I", os.path.join(pip[0], "pip"), "--isolated", "install", *options)
+
+
+def assemble(ask, content, new):
+    """Put an environment together: interpreter, links to the packages, code."""
+    if content["layer"]:
+        skeleton(new, content["interpreter"])
+        packages = os.path.join("..", "packages", content["layer"])
+        for name in os.listdir(os.path.join(new, packages)):
+            if name not in ("packages.json", "requirements.txt"):
+                os.symlink(os.path.join(packages, name), os.path.join(new, name))
+    for name, text in ask["files"].items():
+        path = os.path.join(new, "workloads", name)
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(binascii.a2b_base64(text))
+    store(os.path.join(new, HERE), dict(content, made=time.time()))
+
+
+# Verbs of `environment`
+
+
+def find(ask, _):
+    """Return the environment of a request, whether it is ready, and whether its packages are installed."""
+    content = describe(ask)
+    ready = touch(os.path.join(ask["folder"], content["name"]))
+    layer = content["layer"]
+    installed = ready or not layer or os.path.isdir(os.path.join(ask["folder"], "packages", layer))
+    return {"environment": content, "ready": ready, "installed": installed}
+
+
+def missing(ask, _):
+    """Return those of some wheels (paths below the folder of wheels) that were not sent yet."""
+    folder = os.path.join(ask["folder"], "wheels")
+    return {"missing": [place for place in ask["wheels"] if not os.path.exists(os.path.join(folder, place))]}
+
+
+def build(ask, say):
+    """Build an environment, unless it exists. It has to import what every workload needs."""
+    with locked(ask["folder"], say):
+        content = describe(ask)
+        path = os.path.join(ask["folder"], content["name"])
+        if not touch(path):
+            if content["layer"]:
+                install(ask, content, say)
+            with making(path) as new:
+                assemble(ask, content, new)
+                say(progress="verifying")
+                python = os.path.join(new, "bin", "python") if content["layer"] else content["python"]
+                run(ask, python, "-I", "-c", VERIFY, *content["modules"])
+    return {"environment": content}

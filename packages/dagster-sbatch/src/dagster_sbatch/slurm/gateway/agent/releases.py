@@ -1,0 +1,137 @@
+"""What production runs, which environments exist, and which of them are removed."""
+
+import json
+import os
+import time
+
+from .building import HERE, build, find, locked, missing, remove_sealed, touch
+from .disk import check, load, read, store
+from .files import Failure
+
+PUBLISHED = "published.json"
+NEEDED = ("name", "kind", "python", "workloads", "asked", "lock", "code", "interpreter", "layer")  # of HERE
+GRACE = 3600.0  # seconds in which a run may have found an environment, and not have submitted its job yet
+
+
+def history(folder):
+    """Return what production has run, the latest last."""
+    path = os.path.join(folder, PUBLISHED)
+    try:
+        found = json.loads(read(path).decode() or "[]")
+        entries = found["history"] if isinstance(found, dict) else found
+        return [entry for entry in entries if "name" in entry and "at" in entry]
+    except (ValueError, KeyError, TypeError):
+        text = "%s cannot be read: it is damaged. Remove it, then publish again with scripts/deploy_environment.py:\n"
+        raise Failure("refused", (text + "  rm '%s'") % (path, path))
+
+
+def keep(folder, entries):
+    store(os.path.join(folder, PUBLISHED), {"history": entries})
+
+
+def environments(folder):
+    """Generate the content of each environment, and when it was used last."""
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        content = load(os.path.join(folder, name, HERE), *NEEDED) if not name.endswith((".new", ".old")) else None
+        if content:
+            yield content, os.stat(os.path.join(folder, name)).st_mtime
+
+
+def drop(path):
+    os.rename(path, path + ".old")
+    remove_sealed(path + ".old")
+
+
+def remove_unused(folder):
+    """Remove the packages and wheels that no environment needs."""
+    layers = {content["layer"] for content, _ in environments(folder)}
+    packages, wheels = os.path.join(folder, "packages"), os.path.join(folder, "wheels")
+    for layer in os.listdir(packages) if os.path.isdir(packages) else ():
+        if layer not in layers:
+            drop(os.path.join(packages, layer))
+    needed = set()
+    for layer in filter(None, layers):
+        listed = load(os.path.join(packages, layer, "packages.json"), "wheels") or {"wheels": []}
+        needed.update(place.split("/")[0] for place in listed["wheels"])
+    for name in os.listdir(wheels) if os.path.isdir(wheels) else ():
+        if name not in needed and time.time() - os.stat(os.path.join(wheels, name)).st_mtime > GRACE:
+            remove_sealed(os.path.join(wheels, name))
+
+
+# Verbs of `environment`
+
+
+def published(ask, _):
+    """Return the environment that production runs, and what was said when it was published; None if there is none."""
+    entries = history(ask["folder"])
+    if not entries:
+        return {"environment": None}
+    path = os.path.join(ask["folder"], entries[-1]["name"])
+    content = load(os.path.join(path, HERE), *NEEDED)
+    if not touch(path) or not content:
+        text = "%s was published and does not exist any more, or its %s cannot be read"
+        raise Failure("refused", text % (path, HERE))
+    return {"environment": content, "entry": entries[-1]}
+
+
+def publish(ask, say):
+    """Let production run an environment from now on."""
+    folder, name = ask["folder"], ask["name"]
+    with locked(folder, say):
+        entries = history(folder)
+        if not touch(os.path.join(folder, name)):
+            raise Failure("refused", "there is no environment %s" % name)
+        new = not entries or entries[-1]["name"] != name
+        if new:
+            keep(folder, entries + [dict(ask["about"], name=name, at=time.time())])
+    return {"new": new}
+
+
+def roll_back(ask, say):
+    """Let production run the environment before this one again."""
+    folder = ask["folder"]
+    with locked(folder, say):
+        entries = history(folder)
+        if len(entries) < 2:
+            raise Failure("refused", "nothing was published before what is now: there is nothing to go back to")
+        before = entries[-2]
+        if not touch(os.path.join(folder, before["name"])):
+            raise Failure("refused", "environment %s, the one before, does not exist any more" % before["name"])
+        keep(folder, entries[:-1])
+    return {"entry": before}
+
+
+def inventory(ask, _):
+    """Return every environment with the time of its last use, and the names of the published ones, the latest last."""
+    entries = history(ask["folder"])
+    rows = [{"environment": content, "used": used} for content, used in environments(ask["folder"])]
+    return {"found": rows, "published": [entry["name"] for entry in entries]}
+
+
+def remove(ask, say):
+    """Remove some environments, then packages and wheels that no other needs."""
+    folder, removed = ask["folder"], []
+    with locked(folder, say):
+        kept = [entry["name"] for entry in history(folder)][-2:]  # the current one, and the one to go back to
+        for content, used in list(environments(folder)):
+            name = content["name"]
+            if name in ask["names"] and name not in kept and time.time() - used > GRACE:
+                drop(os.path.join(folder, name))
+                removed.append(name)
+        if removed:
+            remove_unused(folder)
+    return {"removed": removed}
+
+
+VERBS = {verb.__name__: verb for verb in (find, missing, build, published, publish, roll_back, inventory, remove)}
+
+
+# Requests
+
+
+def environment(_, ask, say):
+    """Answer a request about environments, in a folder that nobody else can change."""
+    for name in ("packages", "wheels"):
+        check(os.path.join(ask["folder"], name))
+    check(ask["folder"])
+    return VERBS[ask["verb"]](ask, say)
