@@ -15,7 +15,7 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, choose_channel, link
 from dagster_sbatch.slurm.gateway import channel as channels
 from dagster_sbatch.slurm.gateway.agent import disk
-from support import ENGINE, ROOT
+from support import ROOT
 
 NO_LOCKS = """
 import fcntl
@@ -49,14 +49,14 @@ SPOILT = """
 def spoil():
     import os, sys
     follower = sys.modules["agent.follower"]
-    words_of = follower.words_of
+    events_of = follower.events_of
     def fail(run):
         with open({counted!r}, "a") as file:
             file.write("x")
         if os.path.getsize({counted!r}) <= {times}:
             raise {error}
-        return words_of(run)
-    follower.words_of = fail
+        return events_of(run)
+    follower.events_of = fail
 """
 CANCELLED = "JobName=KEY JobState=CANCELLED ExitCode=0:15 SubmitTime=100 StartTime=110 EndTime=120"
 RUNNING = "JobName=KEY JobState=RUNNING ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=Unknown"
