@@ -1,4 +1,4 @@
-"""What decides the result of a job, and whether a step adopts the job of an earlier attempt. Pure functions."""
+"""Inputs of a call, and the choice whether a step adopts the job of an earlier attempt. Pure functions."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def inputs_of(
     assets: Iterable[str],
     data_root: str | None,
 ) -> dict[str, str]:
-    """Return everything that decides a call's result: a digest by name. The Slurm request is not part of it.
+    """Return the inputs of a call, which decide its result: a digest by name. The Slurm request is not among them.
 
     Args:
         plan: launcher, workload with its arguments, variables, extras, and site.
@@ -56,12 +56,12 @@ def request_of(plan: Plan) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a step does.
+    """The attempt that a step follows.
 
     Attributes:
-        attempt: number of the attempt.
-        adopt: whether that one is there already; else it is to be submitted.
-        reason: why, for the log; empty for a first attempt.
+        attempt: its number.
+        adopt: whether it exists already; otherwise the step submits it.
+        reason: why, for the log; empty for a new attempt.
     """
 
     attempt: int
@@ -70,10 +70,10 @@ class Choice:
 
 
 def choose(claim: Claim, *, stored: bool) -> Choice:
-    """Choose between the latest attempt with the same inputs and a new one.
+    """Choose between the latest attempt with equal inputs and a new one.
 
     Args:
-        claim: of the family of attempts with these inputs.
+        claim: on the family of attempts with these inputs.
         stored: whether Dagster has stored the result of the latest attempt.
     """
     job = f"Slurm job {claim.job}" if claim.job else "The Slurm job"
@@ -88,9 +88,9 @@ def choose(claim: Claim, *, stored: bool) -> Choice:
 
 
 def outdated_runs(others: Iterable[OtherRun], begun: int) -> list[OtherRun]:
-    """Return the jobs that earlier executions of a step submitted with other inputs, in the place of calls made by now.
+    """Return the jobs that earlier executions of a step submitted with other inputs, and that no call can adopt.
 
-    Jobs in the place of calls that this execution has not made yet are left alone: those calls may adopt them.
+    Calls that this execution has not made yet may adopt the jobs of the calls with the same number or a later one.
 
     Args:
         others: runs of the step with other inputs whose jobs may be waiting or running.
@@ -100,7 +100,7 @@ def outdated_runs(others: Iterable[OtherRun], begun: int) -> list[OtherRun]:
 
 
 def name_differences(mine: Mapping[str, str], record: Mapping[str, Any] | None) -> str:
-    """Name the inputs that differ between a call and the job of an earlier one; values are not shown."""
+    """Return the names of the inputs that differ between a call and an earlier job; values are not shown."""
     if record is None:
         return NO_RECORD
     theirs = record["inputs"]
@@ -116,7 +116,7 @@ def _how(name: str, mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
 
 
 def name_request_changes(mine: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
-    """Name the fields of the Slurm request that an adopted job had otherwise, with both values; empty if none."""
+    """Return the fields of the Slurm request that differ in an adopted job, with both values; empty if none."""
     theirs = record["request"] if record else {}
     names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
     return ", ".join(f"{name}={theirs.get(name, 'default')} (now {mine.get(name, 'default')})" for name in names)

@@ -24,16 +24,16 @@ SIBLING_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Submission:
-    """What a call of `compute.run` submits, and by what its jobs are found again.
+    """A call of `compute.run`, with what identifies its jobs.
 
     Attributes:
         root: id of the first run of which this one is a retry or a re-execution.
         step: Dagster's key of the step.
         assets, partitions: of the step.
         call: the call.
-        inputs: digests of all that decides the result, by name.
-        request: of Slurm.
-        data_root: DATA_ROOT, as it was written.
+        inputs: of the call: digests by name.
+        request: the Slurm request.
+        data_root: DATA_ROOT, as the user wrote it.
     """
 
     root: str
@@ -47,7 +47,7 @@ class Submission:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a later attempt compares its own inputs with."""
+        """What is stored with the job: a later attempt compares its own inputs with it."""
         return {"call": self.call.number, "inputs": self.inputs, "request": self.request}
 
 
@@ -63,7 +63,7 @@ class Attempts:
         self.family = submission.call.family
 
     def choose(self) -> tuple[Claim, Choice]:
-        """Claim the call's runs, as soon as no other run acts on them; adopt an attempt, or begin a new one."""
+        """Claim the call's runs, once no other run executes them; choose between an earlier attempt and a new one."""
         submission = self.submission
         former = former_family_of(submission.root, submission.assets, submission.partitions, submission.call.number)
         related = (f"{step_prefix(submission.root, submission.step)}-", f"{former}-")
@@ -74,7 +74,7 @@ class Attempts:
         if choice.reason:
             self._log.info(choice.reason)
         if choice.adopt and (changes := name_request_changes(submission.request, claim.record)):
-            self._log.info(f"Its Slurm request is another one and stays as it is: {changes}")
+            self._log.info(f"The job keeps its Slurm request, which differs: {changes}")
         return claim, choice
 
     def cancel_outdated(self, claim: Claim) -> bool:

@@ -1,4 +1,4 @@
-"""Failures in words: what ended a workload, and the Failure that Dagster shows."""
+"""Texts of failures: how a workload ended, and the Failure that Dagster shows."""
 
 import signal
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ MOST_CHARACTERS = 10_000
 
 
 def failure(step: str, cause: str, stderr: str = "", *, final: bool = False, **details: Any) -> dg.Failure:
-    """Describe the failure of a step. Dagster retries it if the asset has a `retry_policy`.
+    """Return the failure of a step. Dagster retries it if the asset has a `retry_policy`.
 
     Args:
-        step: whose: the asset keys, or the name of the op.
-        cause: in words.
+        step: the asset keys, or the name of the op.
+        cause: what happened, and what to do.
         stderr: its last lines.
-        final: whether a retry cannot help; then a `retry_policy` does not count.
+        final: whether a retry cannot help; then Dagster ignores the `retry_policy`.
         details: metadata.
     """
     description = f"{step}: {cause}" + (f"\n\nLast lines of stderr:\n{stderr}" if stderr else "")
@@ -27,7 +27,7 @@ def failure(step: str, cause: str, stderr: str = "", *, final: bool = False, **d
 
 
 def name_exit(code: int) -> str:
-    """How a process ended; `code`: not 0, and negative if it is the signal that ended it, as in `subprocess`."""
+    """Return how a process ended; `code`: not 0; negative is the signal that ended it, as in `subprocess`."""
     if code > 0:
         return f"ended with exit code {code}"
     cause = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
@@ -36,14 +36,14 @@ def name_exit(code: int) -> str:
 
 
 def is_success(exception: Mapping[str, Any]) -> bool:
-    """Whether a Pipes exception is the SystemExit of `sys.exit()`, `sys.exit(0)` or the like."""
+    """Return whether a Pipes exception is the SystemExit of `sys.exit()` or `sys.exit(0)`."""
     text = str(exception.get("message") or "").strip()
     successes = ("SystemExit", "SystemExit: 0", "SystemExit: None", "SystemExit: False")
     return exception.get("name") == "SystemExit" and text in successes
 
 
 def name_exception(exception: Mapping[str, Any], *, with_stack: bool) -> str:
-    """Name and message of a Pipes exception; with the stack where stderr does not show it anyway."""
+    """Return name and message of a Pipes exception, with its stack if stderr does not show it."""
     name, message = exception.get("name") or "an exception", str(exception.get("message") or "").strip()
     head = message if message.startswith(f"{name}:") else f"{name}: {message}"
     stack = "".join(exception.get("stack") or [])
@@ -51,7 +51,7 @@ def name_exception(exception: Mapping[str, Any], *, with_stack: bool) -> str:
 
 
 def shorten_exception(exception: Mapping[str, Any]) -> dict[str, Any]:
-    """Cut the texts of a Pipes exception, and of its causes, to what people read."""
+    """Shorten the texts of a Pipes exception and of its causes."""
     causes = {name: exception.get(name) and shorten_exception(exception[name]) for name in ("cause", "context")}
     stack = shorten("".join(exception.get("stack") or []))
     return {**exception, "message": shorten(str(exception.get("message") or "")), "stack": [stack], **causes}

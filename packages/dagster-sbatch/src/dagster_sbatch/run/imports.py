@@ -1,4 +1,4 @@
-"""Imports of a workload that work on this machine and cannot work on the supercomputer, found without running it."""
+"""Imports of a workload that work on this machine and fail on the supercomputer, found without running it."""
 
 import ast
 import sys
@@ -20,18 +20,17 @@ _CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 
 def find_missing(workload: Workload, project: Project, *, own_packages: bool) -> list[str]:
-    """Name the imports of a workload, and of the modules in its code root that it imports, which fail over there.
+    """Return the imports of a workload, and of the modules in its code root that it imports, which fail there.
 
-    An import that the code itself expects to fail (`try: ... except ImportError`) or that only a type checker follows
-    is not one of them.
+    Imports that the code expects to fail (`try: ... except ImportError`) and those for type checkers are not included.
 
     Args:
         workload: parses.
-        project: whose.
-        own_packages: SLURM_PYTHON is set: the packages over there are not those of the lock.
+        project: of the workload.
+        own_packages: whether SLURM_PYTHON is set: then the packages there are not those of the lock.
 
     Returns:
-        A sentence for each: what, where, and what to do.
+        For each: where it is, why it fails, and what to do.
     """
     roots = [workload.root] if workload.module else [workload.path.parent, workload.root]
     found: dict[str, str] = {}
@@ -56,7 +55,7 @@ def find_missing(workload: Workload, project: Project, *, own_packages: bool) ->
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[int, int, str, list[str]]]:
-    """Line, level of a relative import, module, and the names imported from it."""
+    """Yield line, level of a relative import, module, and the names imported from it."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, 0, alias.name, []) for alias in node.names)
@@ -79,7 +78,7 @@ def _catches(handler: ast.ExceptHandler) -> bool:
 
 
 def _files(folder: Path, module: str, names: list[str]) -> Iterator[Path]:
-    """The files below a folder that an import reads; empty if the module is not there."""
+    """Yield the files below a folder that an import reads; none if the module is not there."""
     for name in filter(None, module.split(".")):
         folder /= name
         if folder.with_name(f"{name}.py").is_file():
@@ -96,11 +95,11 @@ def _files(folder: Path, module: str, names: list[str]) -> Iterator[Path]:
 
 
 def _reason(module: str, project: Project, own_packages: bool) -> str | None:
-    """Why a module cannot be imported there; None if it can, or if nothing is known about it."""
+    """Return why a module cannot be imported there; None if it can, or if nothing is known about it."""
     if module in sys.stdlib_module_names:
         return None
     if _lies_in(module, project.root):
-        return "it is a part of this project outside the code root, and is not sent. Move it into the code root."
+        return "it is a part of this project outside the code root, and only that is sent. Move it into the code root."
     locked = _locked(project.lock)
     if own_packages or not locked or canonicalize_name(module) in locked:
         return None
@@ -120,7 +119,7 @@ def _locked(lock: Path) -> set[str]:
 
 
 def _lies_in(module: str, root: Path) -> bool:
-    """Whether a module belongs to the project; its virtual environment, which may lie there too, does not."""
+    """Return whether a module belongs to the project; one of a virtual environment below the project does not."""
     if (root / module).is_dir() or (root / f"{module}.py").is_file():
         return True
     spec = find_spec(module)
@@ -130,5 +129,5 @@ def _lies_in(module: str, root: Path) -> bool:
 
 @cache
 def _installed() -> dict[str, list[str]]:
-    """Distributions by module, on this machine."""
+    """Return the names of distributions by module, on this machine."""
     return {module: list(names) for module, names in packages_distributions().items()}

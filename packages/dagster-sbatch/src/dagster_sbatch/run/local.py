@@ -1,4 +1,4 @@
-"""Running a workload on this machine: a process group of its own, followed through the files of a run directory."""
+"""Running a workload on this machine: in its own process group, with a temporary run directory."""
 
 import os
 import signal
@@ -25,12 +25,12 @@ _MACHINE = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", 
 
 
 def workload_environment() -> dict[str, str]:
-    """Return what a workload gets of this process's environment."""
+    """Return the variables of this process that a workload gets."""
     return child_environment(*_MACHINE, PYTHONUNBUFFERED="1")
 
 
 class RunDirectory:
-    """The files of one run of a workload: context in; messages, stdout, stderr and how it ended out."""
+    """Paths of the files of one run: the context, and what the run writes: messages, stdout, stderr and its end."""
 
     def __init__(self, path: Path) -> None:
         """`path`: an empty folder that exists; the workload runs in it."""
@@ -48,7 +48,7 @@ class Ended:
 
     Attributes:
         exit_code: of its process; negative is the number of the signal that ended it.
-        seconds: how long it ran; 0 if that is not known.
+        seconds: its run time; 0 if that is not known.
     """
 
     exit_code: int
@@ -56,7 +56,7 @@ class Ended:
 
 
 def temporary_run_directory() -> "tempfile.TemporaryDirectory[str]":
-    """A private folder (mode 0700) that is removed at the end: all that matters in it has gone to Dagster by then."""
+    """Make a private folder (mode 0700) that is removed at the end: Dagster has all results by then."""
     return tempfile.TemporaryDirectory(prefix="workload-", ignore_cleanup_errors=True)
 
 
@@ -67,13 +67,13 @@ def run_workload(
     sinks: Mapping[Path, Callable[[bytes], None]],
     stop: threading.Event,
 ) -> Ended:
-    """Run a command to its end in its run directory, passing on what it writes.
+    """Run a command to its end in its run directory, and follow the files that it writes.
 
     Args:
         command: program and arguments.
         environment: all of the variables that it gets.
-        directory: where its stdout, stderr and messages are written.
-        sinks: for each file to follow, who takes its new bytes.
+        directory: for its stdout, stderr and messages.
+        sinks: for each file to follow, the function that gets its new bytes.
         stop: when set, the process group gets SIGTERM and after GRACE_SECONDS SIGKILL.
     """
     process = _start(command, environment, directory)
@@ -99,7 +99,7 @@ def _start(command: list[str], environment: Mapping[str, str], directory: RunDir
             [sys.executable, "-I", "-S", str(supervisor.__file__), str(directory.end), *command],
             env=dict(environment),
             cwd=directory.path,
-            stdin=subprocess.PIPE,  # held open and never written to: the supervisor sees our end by it
+            stdin=subprocess.PIPE,  # never written to: the supervisor reads its end when this process ends
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,
@@ -113,7 +113,7 @@ def _terminate(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """End whatever the workload has left: the supervisor does when its standard input ends."""
+    """Kill all processes that the workload has left: the supervisor does that when its standard input ends."""
     if process.stdin:
         process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
@@ -124,7 +124,7 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
 
 
 class _Follower:
-    """Reads what has been appended to files since the last look."""
+    """Reads what was appended to files since it last read them."""
 
     def __init__(self, sinks: Mapping[Path, Callable[[bytes], None]]) -> None:
         self._offsets = dict.fromkeys(sinks, 0)

@@ -1,4 +1,4 @@
-"""What a step adds to the events of its assets: numbers for one partition, and the costs of its job."""
+"""What a step adds to the events of its assets: metadata of single partitions, and the costs of its job."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -14,12 +14,12 @@ _FIELDS = ("partition", "metadata", "asset_key", "data_version")
 
 
 def op_context(context: StepContext) -> dg.OpExecutionContext:
-    """The same step's context as one of its op."""
+    """Return the context of the same step's op."""
     return context.op_execution_context if isinstance(context, dg.AssetExecutionContext) else context
 
 
 def partitions_of(context: StepContext) -> Sequence[str]:
-    """Return the partition keys of the step; none for assets without partitions, also in a run over partitions."""
+    """Return the partition keys of the step; none for an asset without partitions, also in a run over partitions."""
     if not (context.has_partition_key or context.has_partition_key_range):
         return []
     step = op_context(context)
@@ -28,7 +28,7 @@ def partitions_of(context: StepContext) -> Sequence[str]:
 
 
 def attach_partitions(context: StepContext, reader: dg.PipesMessageReader, reports: Sequence[Any]) -> None:
-    """Attach what the workload reported on single partitions to their materializations.
+    """Attach the workload's reports on single partitions to their materializations.
 
     Args:
         context: of the step.
@@ -36,12 +36,12 @@ def attach_partitions(context: StepContext, reader: dg.PipesMessageReader, repor
         reports: the values of the PARTITION messages, in the order in which they came.
 
     Raises:
-        ValueError: a report has not the documented form, or names an asset or a partition that is not of this run.
+        ValueError: a report does not have the documented form, or names an asset or a partition that the run has not.
     """
     if not reports:
         return
     partitions = dict.fromkeys(partitions_of(context))
-    handler = dg.PipesMessageHandler(context, reader)  # Dagster's own reading of metadata of all types
+    handler = dg.PipesMessageHandler(context, reader)  # reads metadata of all types
     found: dict[tuple[dg.AssetKey, str], dict[str, Any]] = {}
     for report in reports:
         key = _find_asset(context, report)
@@ -75,7 +75,7 @@ def attach_partitions(context: StepContext, reader: dg.PipesMessageReader, repor
 
 
 def _find_asset(context: StepContext, report: Any) -> dg.AssetKey:
-    """Check the form of a report, and find out whose it is."""
+    """Check the form of a report, and return its asset."""
     form = f'{{"{PARTITION}": {{"partition": KEY, "metadata": {{...}}, "asset_key": KEY, "data_version": TEXT}}}}'
     known = isinstance(report, dict) and report.keys() <= set(_FIELDS) and isinstance(report.get("partition"), str)
     if not known or not isinstance(report.get("metadata") or {}, dict):
@@ -91,32 +91,32 @@ def _find_asset(context: StepContext, report: Any) -> dg.AssetKey:
 
 
 def _typed(value: Any) -> Any:
-    """A metadata value as Pipes sends it; a plain one gets the type that Dagster infers."""
+    """Return a metadata value as Pipes sends it; a plain one gets the type that Dagster infers."""
     typed = isinstance(value, dict) and value.keys() == {"raw_value", "type"}
     return value if typed else {"raw_value": value, "type": PIPES_METADATA_TYPE_INFER}
 
 
 def _asset_context(context: StepContext) -> dg.AssetExecutionContext:
-    """The same step's context as one of an asset, however the asset's function has annotated it."""
+    """Return the asset context of the same step, however the asset's function has annotated it."""
     return context if isinstance(context, dg.AssetExecutionContext) else dg.AssetExecutionContext(context)
 
 
 def complete(
     context: StepContext, session: dg.PipesSession, where: Mapping[str, Any], costs: Mapping[str, Any]
 ) -> dg.PipesClientCompletedInvocation:
-    """The completed invocation, whose costs Dagster shows once.
+    """Return the completed invocation; Dagster shows the costs once.
 
     Args:
         context: of the step.
-        session: with what the workload reported.
+        session: with the workload's reports.
         where: metadata for all results.
-        costs: metadata of the whole job: for the first partition of the first asset alone, so that sums are right.
+        costs: metadata of the whole job, for the first partition of the first asset only, so that sums are right.
     """
     reported = [
         result.asset_key for result in session.get_reported_results() if isinstance(result, dg.MaterializeResult)
     ]
     keys = sorted(key for key in reported if key) or sorted(context.selected_asset_keys)
-    if not keys:  # an op, or the function of an asset check: its results have nothing else to appear in
+    if not keys:  # an op, or the function of an asset check: there is no other place for them
         return dg.PipesClientCompletedInvocation(session, metadata={**where, **costs})
     partition = next(iter(partitions_of(context)), None)
     _asset_context(context).add_asset_metadata(costs, asset_key=keys[0], partition_key=partition)

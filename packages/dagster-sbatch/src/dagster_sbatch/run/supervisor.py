@@ -1,11 +1,11 @@
-"""Run a workload on this machine so that nothing of it outlives the Dagster step.
+"""Run a workload on this machine so that none of its processes outlives the Dagster step.
 
 usage: supervisor.py END_FILE COMMAND...   (started by `dagster_sbatch.run.local` as the leader of a process group)
 
-Standard input is a pipe that the step holds and never writes to: it ends when the step does, also when that was killed
-with SIGKILL, and then the whole group is killed. When the workload ends, its exit code (negative: the signal that ended
-it) and how many seconds it ran are written down, and whatever it left behind is killed. On Linux that includes children
-in sessions of their own (`start_new_session=True`, daemons), as the end of a Slurm job would.
+Standard input is a pipe from the step, which never writes to it. It ends when the step ends, also by SIGKILL; then the
+supervisor kills the whole group. When the workload ends, the supervisor writes its exit code (negative: the
+signal that ended it) and its run time in seconds into END_FILE, and kills all processes that it left. On Linux these
+include children in sessions of their own (`start_new_session=True`, daemons), as at the end of a Slurm job.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 SWEEP_SECONDS = 5.0
-"""For all that is left to be killed: a process may hang in a system call."""
+"""For killing what is left: a process may hang in a system call."""
 _PR_SET_CHILD_SUBREAPER = 36
 """prctl(2): orphans below this process become its children, not init's."""
 
@@ -30,8 +30,7 @@ _parent_gone = threading.Event()
 def _end_with_parent(run_directory: Path) -> None:
     os.read(0, 1)
     _parent_gone.set()
-    # The step would have removed it.
-    shutil.rmtree(run_directory, ignore_errors=True)
+    shutil.rmtree(run_directory, ignore_errors=True)  # the step cannot remove it any more
     _kill_all()
 
 
@@ -47,7 +46,7 @@ def _kill_all() -> None:
 
 
 def _children() -> list[int]:
-    """The living children of this process; empty where there is no /proc."""
+    """Return the living children of this process; empty where there is no /proc."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -58,12 +57,12 @@ def _children() -> list[int]:
 
 
 def main() -> None:
-    """Run it."""
+    """Run the workload."""
     end_file, *command = sys.argv[1:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    for number in (signal.SIGTERM, signal.SIGINT):  # meant for the workload, whose end is waited for here.
-        signal.signal(number, lambda *_: None)  # A handler, since SIG_IGN would be inherited by the workload
+    for number in (signal.SIGTERM, signal.SIGINT):  # they are for the workload, which ends first
+        signal.signal(number, lambda *_: None)  # the workload would inherit SIG_IGN
     begun = time.monotonic()
     workload = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     watcher = threading.Thread(target=_end_with_parent, args=(Path(end_file).parent,), daemon=True)
@@ -72,7 +71,7 @@ def main() -> None:
     if _parent_gone.is_set():
         watcher.join()  # it ends this process
     part = Path(end_file + ".part")
-    with suppress(FileNotFoundError):  # the step has gone just now
+    with suppress(FileNotFoundError):  # the step has just ended
         part.write_text(f"{code} {time.monotonic() - begun}")
         part.rename(end_file)
     _kill_all()

@@ -1,4 +1,4 @@
-"""The program that an asset names: what Python runs, and the folder of code that it needs."""
+"""The program that an asset names: the command that runs it, and the folder of code that it needs."""
 
 import ast
 import os
@@ -29,16 +29,16 @@ class Workload:
 
     @property
     def relative(self) -> str:
-        """Path of the program below the code root."""
+        """The path of the program below the code root."""
         return self.path.relative_to(self.root).as_posix()
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self.module or self.relative
 
     def command(self, root: str | Path) -> list[str]:
-        """Python's arguments that run it; `root`: where the code root lies."""
+        """Return the arguments for Python that run it; `root`: the path of the code root there."""
         return [*(["-m", self.module] if self.module else [f"{root}/{self.relative}"]), *self.args]
 
 
@@ -51,7 +51,7 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path) -> Workload:
         workloads: the code root of every workload below it.
 
     Raises:
-        ConfigurationError: there is no such program, it does not parse, or an argument is not text.
+        ConfigurationError: there is no such program, it does not parse, or an argument is no text.
     """
     if isinstance(args, str) or not all(isinstance(each, str) and "\0" not in each for each in args):
         raise ConfigurationError(f"args={args!r}: a list of texts is needed, as on a command line")
@@ -85,10 +85,10 @@ def _check_syntax(program: Path) -> None:
 
 
 def _find_root(program: Path, workloads: Path, *, package: bool) -> tuple[Path, Path]:
-    """The code root, and the program's path below it.
+    """Return the code root, and the program's path below it.
 
-    Below `workloads` that is the root, whatever the path it is reached by. Elsewhere it is the folder of the program,
-    or of the outermost package that the program belongs to.
+    The code root is `workloads` for every program below it, also if its path has links. Elsewhere it is the folder of the
+    program, or the folder around the outermost package that the program belongs to.
     """
     if program.is_relative_to(workloads):
         return workloads, program

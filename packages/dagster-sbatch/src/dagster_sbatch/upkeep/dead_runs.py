@@ -1,4 +1,4 @@
-"""Runs whose process is gone: after a reboot or a killed service, Dagster leaves them STARTED for ever."""
+"""Fails runs whose process is gone: after a reboot or a killed service, Dagster shows them as STARTED for ever."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import dagster as dg
 import psutil
 
 OWN_LAUNCHER = "DefaultRunLauncher"
-"""Starts runs on this machine; what other launchers start cannot be seen from here."""
+"""Starts runs on this machine; processes of other launchers cannot be checked from here."""
 PROC = Path("/proc")
 
 
@@ -56,11 +56,11 @@ def _is_started(instance: dg.DagsterInstance, run_id: str) -> bool:
 
 
 def _identify(pid: int, known: str | None) -> str | None:
-    """Identify a run's process without the clock, which may be set at any time; None if it is gone.
+    """Return what identifies a run's process, without the clock, which may be set at any time; None if it is gone.
 
     Args:
         pid: of the run.
-        known: what this has returned for it before. A process that was not seen before is the run's if it is a Python.
+        known: what this returned for it before. Without that, the process is the run's if it is a Python.
     """
     try:
         process = psutil.Process(pid)
@@ -75,7 +75,7 @@ def _identify(pid: int, known: str | None) -> str | None:
 
 
 def _begin(process: psutil.Process) -> str:
-    """When a process began: in clock ticks after which boot of the machine; elsewhere than on Linux, by the clock."""
+    """Return when a process began: the boot of the machine and clock ticks after it; not on Linux, by the clock."""
     try:
         boot = (PROC / "sys" / "kernel" / "random" / "boot_id").read_text().strip()
         stat = (PROC / str(process.pid) / "stat").read_text()

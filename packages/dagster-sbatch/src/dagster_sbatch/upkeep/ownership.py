@@ -1,4 +1,4 @@
-"""Which Slurm jobs still belong to a Dagster run, and what becomes of those that no run follows."""
+"""Which Slurm jobs belong to a Dagster run, and which of the others have to be cancelled."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
 from dagster_sbatch.run.history import is_stored
 
 GRACE = timedelta(minutes=1)
-"""After the end of a run, in which a retry or a re-execution of it may be asked for."""
+"""After the end of a run: a person or Dagster may be about to request its retry or re-execution."""
 Standing = Literal["alive", "retry due", "just ended", "over", "unknown"]
 
 
 def standing_of(instance: dg.DagsterInstance, root: str, now: datetime) -> Standing:
-    """Return how a run, its retries and its re-executions stand together.
+    """Return the state of a group: a run with its retries and re-executions.
 
     Args:
-        instance: which knows the runs; one that was deleted is unknown to it.
+        instance: that knows the runs; the group of a run that was deleted is unknown.
         root: id of the first run.
         now: with a zone.
     """
@@ -40,20 +40,20 @@ def _group(instance: dg.DagsterInstance, root: str) -> list[dg.RunRecord]:
 
 
 def _is_to_be_retried(run: dg.DagsterRun) -> bool:
-    """Whether Dagster has promised a retry and not made it yet."""
+    """Return whether Dagster will retry a run and has not done so yet."""
     promised = run.status == dg.DagsterRunStatus.FAILURE and run.tags.get("dagster/will_retry") == "true"
     return promised and "dagster/auto_retry_run_id" not in run.tags
 
 
 def reason_to_cancel(instance: dg.DagsterInstance, run: RunRecord) -> str:
-    """Return why nobody wants the job of a run any more; empty if a re-execution may attach to it.
+    """Return why the job of a run has to be cancelled; empty if a re-execution may attach to it.
 
-    A job whose step or process failed while it was running is kept. It is cancelled if a person terminated the last
-    run that followed it, or if the step has succeeded since, in that run or a later one, with another job.
+    It is cancelled if a person terminated the last run that followed it, or if the step has succeeded with another job
+    in that run or a later one. It is kept if its step or process failed while it was running.
 
     Args:
         instance: that knows the run.
-        run: one whose Dagster runs are all over.
+        run: one whose Dagster runs have all ended.
     """
     group = {record.dagster_run.run_id: record for record in _group(instance, run.about.root)}
     followers = [group[each] for each in run.followers if each in group]
@@ -75,7 +75,7 @@ class LeftJob:
 
     @property
     def text(self) -> str:
-        """What it is and what to do, for people."""
+        """The job, and what to do about it."""
         run = self.run
         return (
             f"Slurm job {run.job} ({run.about.asset}) is {self.state}, and no Dagster run follows it. "
@@ -84,7 +84,7 @@ class LeftJob:
 
 
 def left_jobs(instance: dg.DagsterInstance, runs: Runs, now: datetime | None = None) -> Iterator[LeftJob]:
-    """Find the waiting and running jobs that no run follows and that are not to be cancelled."""
+    """Yield the waiting and running jobs that no run follows and that a re-execution can attach to."""
     now = now or datetime.now(UTC)
     for run in runs.all():
         if not run.job or run.end or standing_of(instance, run.about.root, now) not in ("over", "just ended"):
