@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.auth import ensure_certificate
-from dagster_sbatch.run.submission import former_family_of
+from dagster_sbatch.run.calls import former_family_of
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, allocate, render_job_script
 from dagster_sbatch.slurm.gateway import Gateway, choose_channel

@@ -13,7 +13,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from dagster_sbatch.run import attention, remote
+from dagster_sbatch.run import remote, reports
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import link
 from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, TCSH_USER, SimulatedSite, wait_until
@@ -151,7 +151,7 @@ def test_no_error_on_the_way_to_a_job_ends_the_step(
 ) -> None:
     """A wrong ~/.ssh/config, then a login node that is not trusted; a check says so, and that it is over."""
     reported: list[tuple[bool, str]] = []
-    report = attention.report_reachable
+    report = reports.report_reachable
 
     def note(context: dg.OpExecutionContext, *, passed: bool, description: str) -> None:
         reported.append((passed, description))

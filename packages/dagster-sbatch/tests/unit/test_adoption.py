@@ -14,14 +14,13 @@ from dagster_sbatch.run.adoption import (
     NO_RECORD,
     Choice,
     choose,
-    digest_of,
     inputs_of,
     name_differences,
     name_request_changes,
     outdated_runs,
 )
-from dagster_sbatch.run.calls import StepCalls, step_key
-from dagster_sbatch.run.history import first_heard, is_stored
+from dagster_sbatch.run.calls import StepCalls, digest_of, step_key
+from dagster_sbatch.run.history import is_stored, requested_at
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.workload import Workload
 from dagster_sbatch.slurm import Allocation, Site, SlurmRequest
@@ -188,8 +187,8 @@ def test_steps_of_a_graph_have_keys_and_success_is_read_by_them() -> None:
         result = outer.execute_in_process(instance=instance, raise_on_error=False)
         assert seen == ["inner.work[a]", "inner.work[b]"]
         assert [is_stored(instance, ["unknown", result.run_id], step) for step in [*seen, ""]] == [True, False, False]
-        begun = first_heard(instance, result.run_id)
+        begun = requested_at(instance, result.run_id)
         assert begun is not None
         assert not is_stored(instance, [result.run_id], seen[0], before=begun)
         assert is_stored(instance, [result.run_id], seen[0], before=begun + 60)
-        assert first_heard(instance, "unknown") is None
+        assert requested_at(instance, "unknown") is None

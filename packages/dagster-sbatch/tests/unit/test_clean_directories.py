@@ -6,7 +6,7 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.inspect.remote_runs import RunRecord
-from dagster_sbatch.run.submission import About
+from dagster_sbatch.run.directory import RunInfo
 from dagster_sbatch.slurm.gateway import JobEnd
 from dagster_sbatch.upkeep.orphans import KEEP_DAYS, KEEP_FAILED_DAYS, _may_go
 
@@ -23,7 +23,7 @@ from dagster_sbatch.upkeep.orphans import KEEP_DAYS, KEEP_FAILED_DAYS, _may_go
     ],
 )
 def test_old_directories_of_jobs_that_have_ended_go(end: JobEnd | None, days: int, goes: bool) -> None:
-    about, age = About(run="r", root="r", asset="a", partitions=""), timedelta(days=days)
+    about, age = RunInfo(run="r", root="r", asset="a", partitions=""), timedelta(days=days)
     run = RunRecord("/runs/a-1", "17", about, end, datetime.now(UTC) - age, ("r",))
     with dg.DagsterInstance.ephemeral() as instance:
         assert _may_go(instance, run, age) is goes

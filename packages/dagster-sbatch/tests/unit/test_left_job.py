@@ -5,7 +5,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_sbatch.run.tags import left_job
+from dagster_sbatch.run.history import left_job
 
 
 class Step:

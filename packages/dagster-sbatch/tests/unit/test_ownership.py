@@ -6,7 +6,7 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.inspect.remote_runs import RunRecord
-from dagster_sbatch.run.submission import About
+from dagster_sbatch.run.directory import RunInfo
 from dagster_sbatch.upkeep.ownership import LeftJob, reason_to_cancel
 
 TERMINATED, SUCCEEDED = "its run was terminated", "its step has succeeded with another job"
@@ -35,7 +35,7 @@ def execute(instance: dg.DagsterInstance, root: str | None = None, *, work: bool
 
 
 def record(root: str, *followers: str, step: str = "work") -> RunRecord:
-    about = About(run=root, root=root, asset="asset", partitions="", step=step)
+    about = RunInfo(run=root, root=root, asset="asset", partitions="", step=step)
     return RunRecord("/runs/work-1", "7", about, None, datetime.now(UTC), followers)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import dagster as dg
 import pytest
 
-from dagster_sbatch.run import stopping
-from dagster_sbatch.run.stopping import read_interruption, watching
+from dagster_sbatch.run import interrupts
+from dagster_sbatch.run.interrupts import read_interruption, stopped_with_run
 
 
 def in_a_step(look: Callable[[dg.OpExecutionContext], object]) -> object:
@@ -56,11 +56,11 @@ def test_a_run_that_is_terminated_stops_every_call(
     happens: Callable[[dg.OpExecutionContext], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No signal reaches a call in a thread of its own."""
-    monkeypatch.setattr(stopping, "LIFE_SECONDS", 0.01)
+    monkeypatch.setattr(interrupts, "LIFE_SECONDS", 0.01)
 
     def look(context: dg.OpExecutionContext) -> bool:
         stop = threading.Event()
-        with watching(context, stop):
+        with stopped_with_run(context, stop):
             assert not stop.wait(0.2)
             happens(context)
             return stop.wait(20)

@@ -7,7 +7,7 @@ import pytest
 
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
-from dagster_sbatch.run.tags import tag_deployment, tag_job
+from dagster_sbatch.run.history import tag_deployment, tag_job
 from resources import build_resources
 
 WORKLOAD = "from dagster_pipes import open_dagster_pipes\nwith open_dagster_pipes(): pass\n"

@@ -13,8 +13,8 @@ import dagster as dg
 
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.run.compute import ComputeResource, intercept_runs
+from dagster_sbatch.run.directory import RunInfo, RunPaths, render_job
 from dagster_sbatch.run.plan import Plan
-from dagster_sbatch.run.submission import About, Place, render_job
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Gateway, Projects
 from dagster_sbatch.slurm.outcome import explain_refusal
@@ -233,11 +233,11 @@ def _explain(result: dg.ExecuteInProcessResult, asset: str) -> ConfigurationErro
     )
 
 
-def _place(settings: Settings, run: str) -> Place:
+def _place(settings: Settings, run: str) -> RunPaths:
     base = settings.deployment_base_path or "<SLURM_DEPLOYMENT_BASE_PATH>"
     environment = f"{base}/environments/<hash of its content>"
     python = settings.python or f"{environment}/bin/python"
-    return Place(f"{base}/runs/{run}", python, f"{environment}/workloads", settings.data_root or f"{base}/data")
+    return RunPaths(f"{base}/runs/{run}", python, f"{environment}/workloads", settings.data_root or f"{base}/data")
 
 
 def _summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
@@ -293,4 +293,4 @@ def _hours(number: float) -> str:
 
 def _render(plan: Plan, settings: Settings, step: str) -> str:
     key = "preview-" + re.sub(r"[^A-Za-z0-9_.-]", "_", step)
-    return render_job(plan, _place(settings, key), About(run="", root="", asset=step, partitions=""))
+    return render_job(plan, _place(settings, key), RunInfo(run="", root="", asset=step, partitions=""))

@@ -11,7 +11,7 @@ from typing import Any
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
-from dagster_sbatch.run.submission import About
+from dagster_sbatch.run.directory import RunInfo
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Gateway, JobEnd, JobState, RefusedError, StoppedError, choose_channel
 from dagster_sbatch.ssh import UnreachableError
@@ -37,7 +37,7 @@ class RunRecord:
 
     path: str
     job: str | None
-    about: About
+    about: RunInfo
     end: JobEnd | None
     heard: datetime
     followers: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class RunRecord:
     def parse(cls, row: Mapping[str, Any]) -> "RunRecord":
         """Return the record for an entry of the agent's list."""
         end = JobEnd.parse(row["end"]) if row["end"] else None
-        about, heard = About.parse(row["about"]), datetime.fromtimestamp(row["at"], UTC)
+        about, heard = RunInfo.parse(row["about"]), datetime.fromtimestamp(row["at"], UTC)
         return cls(row["run"], row["job"], about, end, heard, tuple(row["followers"] or [about.run]))
 
 

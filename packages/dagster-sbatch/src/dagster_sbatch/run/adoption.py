@@ -1,22 +1,16 @@
 """Inputs of a call, and the choice whether a step adopts the job of an earlier attempt. Pure functions."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dagster_sbatch.run.calls import digest_of
 from dagster_sbatch.run.plan import PARTITION_KEYS, Plan
 from dagster_sbatch.slurm.gateway import Claim, OtherRun
 
 MOST_NAMES = 8
 """Differences that a message names."""
 NO_RECORD = "no record of what it was submitted with"
-
-
-def digest_of(value: Any) -> str:
-    """Return a short digest of a JSON value; it is stored instead of the value, which may be private."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def inputs_of(

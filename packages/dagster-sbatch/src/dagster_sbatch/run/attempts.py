@@ -10,10 +10,9 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.run.adoption import Choice, choose, name_differences, name_request_changes, outdated_runs
-from dagster_sbatch.run.calls import Call
-from dagster_sbatch.run.history import first_heard, is_stored
-from dagster_sbatch.run.steplog import StepLog
-from dagster_sbatch.run.submission import former_family_of, step_prefix
+from dagster_sbatch.run.calls import Call, former_family_of, step_prefix
+from dagster_sbatch.run.history import is_stored, requested_at
+from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.slurm.gateway import Claim, Gateway, OtherRun, RefusedError, StoppedError
 
 HOLDER_SECONDS = 5.0
@@ -68,7 +67,7 @@ class Attempts:
         former = former_family_of(submission.root, submission.assets, submission.partitions, submission.call.number)
         related = (f"{step_prefix(submission.root, submission.step)}-", f"{former}-")
         claim = self._claim(self.family, related)
-        instance, asked = self._context.instance, first_heard(self._context.instance, self._context.run_id)
+        instance, asked = self._context.instance, requested_at(self._context.instance, self._context.run_id)
         stored = claim.over and is_stored(instance, claim.followers, submission.step, before=asked)
         choice = choose(claim, stored=stored)
         if choice.reason:

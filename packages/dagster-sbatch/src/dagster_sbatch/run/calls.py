@@ -1,13 +1,66 @@
-"""The calls of `compute.run` of one step: each has a name of its own, whatever the order in which threads make them."""
+"""The calls of `compute.run` of one step, and the names of their jobs, in whatever order threads make the calls."""
 
+import hashlib
+import json
+import re
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import dagster as dg
 
-from dagster_sbatch.run.submission import family_of
+LONGEST_NAME = 40
+"""Characters of a step's key in the names of its jobs."""
+
+
+def step_key(context: dg.OpExecutionContext) -> str:
+    """Return Dagster's key of a step: the path of its op, and the mapping key of a dynamic output."""
+    mapping = context.get_mapping_key()
+    return f"{context.op_handle}[{mapping}]" if mapping else str(context.op_handle)
+
+
+def digest_of(value: Any, length: int = 16) -> str:
+    """Return a digest of a JSON value; it is stored instead of the value, which may be private."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
+
+
+def step_prefix(root: str, step: str) -> str:
+    """Return the beginning of the submission keys of a step, of its retries and of its re-executions.
+
+    Args:
+        root: id of the first run.
+        step: Dagster's key of the step.
+    """
+    return f"{_slug(step) or 'step'}-{digest_of([root, step], 10)}"
+
+
+def former_family_of(root: str, assets: Iterable[str], partitions: Iterable[str], call: int) -> str:
+    """Return the family of a call as versions before November 2026 named it: their jobs may still be running."""
+    names = sorted(assets)
+    return f"{_slug('-'.join(names)) or 'asset'}-{digest_of([root, names, sorted(partitions), call], 12)}"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "-", text)[:LONGEST_NAME].strip("-_")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `compute.run`.
+
+    Attributes:
+        step: all calls of its step.
+        family: first part of the submission keys of its attempts. Calls that are equal in everything have different
+            ones; which call has which does not matter.
+        number: how many calls of the step began before it.
+    """
+
+    step: "StepCalls"
+    family: str
+    number: int
 
 
 class StepCalls:
@@ -18,7 +71,7 @@ class StepCalls:
         self._twins: Counter[str] = Counter()
         self._families: set[str] = set()
 
-    def begin(self, root: str, step: str, digest: str) -> "Call":
+    def begin(self, root: str, step: str, digest: str) -> Call:
         """Register a call.
 
         Args:
@@ -28,7 +81,7 @@ class StepCalls:
         """
         with self._lock:
             number = self._twins.total()
-            family = family_of(root, step, digest, self._twins[digest])
+            family = f"{step_prefix(root, step)}-{digest_of([digest, self._twins[digest]], 10)}"
             self._twins[digest] += 1
             self._families.add(family)
         return Call(self, family, number)
@@ -47,22 +100,6 @@ class StepCalls:
             return True
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of `compute.run`.
-
-    Attributes:
-        step: all calls of its step.
-        family: first part of the submission keys of its attempts. Of calls that are equal in everything, each has its
-            own; which of them gets which does not matter.
-        number: how many calls of the step began before it.
-    """
-
-    step: StepCalls
-    family: str
-    number: int
-
-
 _steps: "WeakKeyDictionary[dg.OpExecutionContext, StepCalls]" = WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -71,9 +108,3 @@ def calls_of(context: dg.OpExecutionContext) -> StepCalls:
     """Return the calls of a step; a retry of the step in the same process begins with none."""
     with _lock:
         return _steps.setdefault(context, StepCalls())
-
-
-def step_key(context: dg.OpExecutionContext) -> str:
-    """Return Dagster's key of a step: the path of its op, and the mapping key of a dynamic output."""
-    mapping = context.get_mapping_key()
-    return f"{context.op_handle}[{mapping}]" if mapping else str(context.op_handle)

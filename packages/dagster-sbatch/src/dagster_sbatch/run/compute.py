@@ -14,14 +14,14 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers import Launcher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.failures import failure
+from dagster_sbatch.run.history import tag_deployment
 from dagster_sbatch.run.interrupts import run_interruptibly
 from dagster_sbatch.run.local import RunDirectory, run_workload, temporary_run_directory, workload_environment
 from dagster_sbatch.run.pipes import explain_failure, open_session
 from dagster_sbatch.run.plan import Plan, complete_extras, make_plan
 from dagster_sbatch.run.remote import RemoteRun
+from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import StepContext, complete, partitions_of
-from dagster_sbatch.run.steplog import StepLog
-from dagster_sbatch.run.tags import tag_deployment
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest
 

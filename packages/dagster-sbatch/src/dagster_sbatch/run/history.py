@@ -1,10 +1,18 @@
-"""What Dagster has recorded of a step."""
+"""What Dagster has recorded of steps: their ends, and tags with their Slurm jobs."""
 
+import re
 from collections.abc import Iterable, Iterator
 
 import dagster as dg
 
+from dagster_sbatch.run.calls import step_key
+from dagster_sbatch.run.reports import StepLog
+from dagster_sbatch.run.results import StepContext, op_context
+
 PAGE = 1000
+JOB_TAG = "slurm_job"
+_LONGEST_TAG = 63
+"""Characters of each half of a tag's key, for Dagster."""
 
 
 def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str, before: float | None = None) -> bool:
@@ -20,32 +28,75 @@ def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str, befo
     return any(_succeeded(instance, run, step, latest) for run in runs)
 
 
-def has_ended(instance: dg.DagsterInstance, run: str, step: str) -> bool:
-    """Return whether a step has succeeded or failed in a run; one that was interrupted has done neither."""
-    ends = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
-    return any(entry.step_key == step for entry in _events(instance, run, ends))
+def _succeeded(instance: dg.DagsterInstance, run_id: str, step: str, latest: float) -> bool:
+    if not step:
+        run = instance.get_run_by_id(run_id)
+        return run is not None and run.status == dg.DagsterRunStatus.SUCCESS
+    ends = _ends_of(instance, run_id, step, {dg.DagsterEventType.STEP_SUCCESS})
+    return any(end.timestamp <= latest for end in ends)
 
 
-def first_heard(instance: dg.DagsterInstance, run_id: str) -> float | None:
+def _ends_of(
+    instance: dg.DagsterInstance, run_id: str, step: str, kinds: set[dg.DagsterEventType]
+) -> Iterator[dg.EventLogEntry]:
+    cursor, more = None, True
+    while more:
+        page = instance.get_records_for_run(run_id, cursor, of_type=kinds, limit=PAGE)
+        yield from (record.event_log_entry for record in page.records if record.event_log_entry.step_key == step)
+        cursor, more = page.cursor, page.has_more
+
+
+def requested_at(instance: dg.DagsterInstance, run_id: str) -> float | None:
     """Return the time of a run's first event, in seconds since 1970; None if it was deleted.
 
-    That is when it was asked for. Dagster's own time of its creation has no fraction of a second in SQLite.
+    Dagster's own time of its creation has no fraction of a second in SQLite.
     """
     records = instance.get_records_for_run(run_id, limit=1, ascending=True).records
     return records[0].event_log_entry.timestamp if records else None
 
 
-def _succeeded(instance: dg.DagsterInstance, run_id: str, step: str, latest: float) -> bool:
-    if not step:
-        run = instance.get_run_by_id(run_id)
-        return run is not None and run.status == dg.DagsterRunStatus.SUCCESS
-    entries = _events(instance, run_id, {dg.DagsterEventType.STEP_SUCCESS})
-    return any(entry.step_key == step and entry.timestamp <= latest for entry in entries)
+def tag_deployment(context: StepContext, deployment: str, site: str | None) -> None:
+    """Tag the run of a step with DAGSTER_DEPLOYMENT and, on a supercomputer, the site."""
+    _tag(context, {"deployment": deployment, **({"site": site} if site else {})})
 
 
-def _events(instance: dg.DagsterInstance, run_id: str, kinds: set[dg.DagsterEventType]) -> Iterator[dg.EventLogEntry]:
-    cursor, more = None, True
-    while more:
-        page = instance.get_records_for_run(run_id, cursor, of_type=kinds, limit=PAGE)
-        yield from (record.event_log_entry for record in page.records)
-        cursor, more = page.cursor, page.has_more
+def tag_job(context: StepContext, job: str, call: int) -> None:
+    """Tag the run of a step with a Slurm job id, under the step's name.
+
+    Args:
+        context: of the step.
+        job: its id.
+        call: how many calls of `compute.run` the step made before this one.
+    """
+    _tag(context, {_job_tag(step_key(op_context(context)) + (f".{call + 1}" if call else "")): job})
+
+
+def left_job(context: StepContext) -> str | None:
+    """Return the Slurm job that an earlier run submitted or followed when this step was interrupted in it.
+
+    None if there is no such run, or if the step has ended in it.
+    """
+    step = op_context(context)
+    key, parent = step_key(step), step.run.parent_run_id
+    ends = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
+    while parent:
+        run = step.instance.get_run_by_id(parent)
+        if run is None or any(_ends_of(step.instance, parent, key, ends)):
+            return None
+        if job := run.tags.get(_job_tag(key)):
+            return job
+        parent = run.parent_run_id
+    return None
+
+
+def _job_tag(step: str) -> str:
+    return f"{JOB_TAG}/{re.sub(r'[^A-Za-z0-9_.-]', '_', step)[-_LONGEST_TAG:]}"
+
+
+def _tag(context: StepContext, tags: dict[str, str]) -> None:
+    run = context.run_id
+    try:
+        if context.instance.has_run(run):  # an asset that is called directly has none
+            context.instance.add_run_tags(run, tags)
+    except Exception as error:  # noqa: BLE001 - of whatever database it is; a job must not be lost for a tag
+        StepLog(context).warning(f"The run could not be tagged with {tags}: {error}")

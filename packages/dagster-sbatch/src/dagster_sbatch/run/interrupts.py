@@ -1,30 +1,35 @@
-"""Cleaning up to the end, however often the step is interrupted."""
+"""Interrupts of a step: cleaning up however often they come, and what an interrupt means for the Slurm job."""
 
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar
+
+import dagster as dg
 
 T = TypeVar("T")
 
-LOOK_SECONDS = 0.1
-"""How often the main thread looks whether a signal has come."""
+SIGNAL_SECONDS = 0.1
+"""Between two times at which the main thread checks for signals."""
+LIFE_SECONDS = 10.0
+"""Between two questions whether Dagster still counts this run as running."""
+_TERMINATED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 
 def run_interruptibly(work: Callable[[threading.Event], T]) -> T:
     """Run `work(stop)` in a thread of its own and return its result.
 
-    Dagster's signal handlers raise in the main thread, at any line of it and more than once: a clean-up in an `except`
-    block there is lost. So while `work` runs, SIGINT and SIGTERM are only noted; the first sets `stop`, `work` cleans
-    up and returns, and then the signal is given to the handler that was there before.
+    Dagster's signal handlers raise in the main thread, at any line and more than once: a clean-up in an `except` block
+    there is lost. So while `work` runs, SIGINT and SIGTERM are only recorded. The first one sets `stop`, `work` cleans
+    up and returns, and then the handler from before gets the signal.
 
     Args:
-        work: looks at `stop` often, and when it is set ends what it started, then returns or raises.
+        work: checks `stop` often; when it is set, ends what it started, then returns or raises.
 
     Raises:
         BaseException: what the earlier handler raises for a signal (DagsterExecutionInterruptedError in a step),
-            after the clean-up; else whatever `work` raised.
+            after the clean-up; else what `work` raised.
     """
     stop, finished = threading.Event(), threading.Event()
     results: list[T] = []
@@ -33,15 +38,15 @@ def run_interruptibly(work: Callable[[threading.Event], T]) -> T:
     def target() -> None:
         try:
             results.append(work(stop))
-        except BaseException as error:  # noqa: BLE001 - handed over to the calling thread below
+        except BaseException as error:  # noqa: BLE001 - raised in the calling thread below
             errors.append(error)
         finally:
             finished.set()
 
-    with _noted_signals() as received:
+    with _recorded_signals() as received:
         threading.Thread(target=target, name="workload", daemon=True).start()
-        while not finished.wait(LOOK_SECONDS):
-            if received:  # not in the handler: a second signal in the middle of `set` would wait for its lock for ever
+        while not finished.wait(SIGNAL_SECONDS):
+            if received:  # not in the handler: a second signal during `set` would wait for its lock for ever
                 stop.set()
     if received:
         signal.raise_signal(received[0])
@@ -51,10 +56,10 @@ def run_interruptibly(work: Callable[[threading.Event], T]) -> T:
 
 
 @contextmanager
-def _noted_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM add to the list and do nothing else; those that are ignored stay so.
+def _recorded_signals() -> Iterator[list[int]]:
+    """Append SIGINT and SIGTERM to the list instead of handling them; ignored ones stay ignored.
 
-    Python handles signals in the main thread: in any other one there is nothing to hold back.
+    Python handles signals in the main thread only, so in other threads there is nothing to record.
     """
     received: list[int] = []
     before = {}
@@ -67,3 +72,42 @@ def _noted_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stopped_with_run(context: dg.OpExecutionContext, stop: threading.Event) -> Iterator[None]:
+    """Set `stop` when Dagster counts the run as terminated or ended, though the step is alive.
+
+    Only the main thread gets signals: calls in other threads of the step learn of a termination here.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(LIFE_SECONDS):
+            run = context.instance.get_run_by_id(context.run_id)
+            if run is None or run.is_finished or run.status in _TERMINATED:
+                stop.set()
+                return
+
+    watcher = threading.Thread(target=watch, name="run watcher", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def read_interruption(context: dg.OpExecutionContext) -> Literal["terminated", "command", "stopped"]:
+    """Return why a step is interrupted.
+
+    Returns:
+        `terminated`: a person has terminated or deleted the run; its job has to be cancelled.
+        `command`: the run was started by a command in a terminal, and that was interrupted. No daemon retries such a
+        run, so its job has to be cancelled.
+        `stopped`: Dagster is stopping, or counts the run as ended. A later attempt adopts the job.
+    """
+    run = context.instance.get_run_by_id(context.run_id)
+    if run is None or run.status in _TERMINATED:
+        return "terminated"
+    return "command" if not run.is_finished and run.remote_job_origin is None else "stopped"

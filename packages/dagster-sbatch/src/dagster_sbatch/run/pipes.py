@@ -14,8 +14,8 @@ import dagster as dg
 from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesContextData, PipesMessage
 
 from dagster_sbatch.run.failures import is_success, name_exception, name_exit, shorten, shorten_exception
+from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import PARTITION, StepContext, attach_partitions
-from dagster_sbatch.run.steplog import StepLog
 
 TAIL_LINES = 30
 """Lines of stderr that a failure shows."""

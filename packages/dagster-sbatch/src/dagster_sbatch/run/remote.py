@@ -11,20 +11,18 @@ import dagster as dg
 from dagster_sbatch.auth import AccessError, ensure_certificate
 from dagster_sbatch.environments import Environments
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.run.adoption import digest_of, inputs_of, request_of
+from dagster_sbatch.run.adoption import inputs_of, request_of
 from dagster_sbatch.run.attempts import Attempts, Submission
-from dagster_sbatch.run.attention import report_reachable
-from dagster_sbatch.run.calls import calls_of, step_key
+from dagster_sbatch.run.calls import calls_of, digest_of, step_key
+from dagster_sbatch.run.directory import CONTEXT, MESSAGES, RunInfo, RunPaths, files_of
 from dagster_sbatch.run.failures import failure
-from dagster_sbatch.run.interrupts import run_interruptibly
+from dagster_sbatch.run.history import left_job, tag_job
+from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
 from dagster_sbatch.run.pipes import Session, explain_failure, open_session
 from dagster_sbatch.run.plan import Plan
+from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_terminal
 from dagster_sbatch.run.results import StepContext, complete, op_context, partitions_of
 from dagster_sbatch.run.run_environment import RunEnvironment
-from dagster_sbatch.run.steplog import StepLog
-from dagster_sbatch.run.stopping import read_interruption, show_on_terminal, watching
-from dagster_sbatch.run.submission import CONTEXT, MESSAGES, About, Place, files_of
-from dagster_sbatch.run.tags import left_job, tag_job
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import accounting
 from dagster_sbatch.slurm.gateway import (
@@ -57,7 +55,7 @@ class RemoteRun:
         self._partitions = tuple(partitions_of(context))
         root = context.run.root_run_id or context.run_id
         ends = " to ".join(sorted({*self._partitions[:1], *self._partitions[-1:]}))
-        self._about = About(context.run_id, root, asset, ends, step=step_key(self._step))
+        self._info = RunInfo(context.run_id, root, asset, ends, step=step_key(self._step))
         self._call = 0
         self._run: str | None = None
         self._job: str | None = None
@@ -81,9 +79,9 @@ class RemoteRun:
         environment = RunEnvironment(environments, self._settings, self._plan.workload, lock)
         try:
             attempts = Attempts(self._step, gateway, base, self._register(environment))
-            with watching(self._step, stop):
-                place = self._choose(gateway, attempts, environment)
-                return self._follow(gateway, attempts.submission, place)
+            with stopped_with_run(self._step, stop):
+                paths = self._choose(gateway, attempts, environment)
+                return self._follow(gateway, attempts.submission, paths)
         except StoppedError:
             raise self._end(gateway) from None
         except LostClaimError as error:
@@ -103,14 +101,14 @@ class RemoteRun:
         assets = tuple(sorted(key.to_user_string() for key in self._step.selected_asset_keys))
         data_root = self._settings.data_root or f"{self._settings.deployment_base_path}/data"
         inputs = inputs_of(self._plan, environment.inputs, assets, data_root)
-        root, step = self._about.root, self._about.step
+        root, step = self._info.root, self._info.step
         call = calls_of(self._step).begin(root, step, digest_of(inputs))
         self._call = call.number
         return Submission(root, step, assets, self._partitions, call, inputs, request_of(self._plan), data_root)
 
     # Submit and follow
 
-    def _choose(self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment) -> Place | None:
+    def _choose(self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment) -> RunPaths | None:
         """Choose the attempt; return where a new one is to be submitted, None if an earlier one is adopted."""
         claim, choice = attempts.choose()
         found = None if choice.adopt else environment.find(self._log.info)
@@ -121,17 +119,17 @@ class RemoteRun:
         gateway.committed = True
         if found is None or choice.adopt:
             return None
-        self._about = replace(self._about, environment=found.name)
-        return Place(self._run, found.python, found.workloads, claim.data_root)
+        self._info = replace(self._info, environment=found.name)
+        return RunPaths(self._run, found.python, found.workloads, claim.data_root)
 
     def _follow(
-        self, gateway: Gateway, submission: Submission, place: Place | None
+        self, gateway: Gateway, submission: Submission, paths: RunPaths | None
     ) -> dg.PipesClientCompletedInvocation:
-        """Submit the job, if it has a place, and follow it to its end."""
+        """Submit the job, if it has paths, and follow it to its end."""
         run = str(self._run)
         with open_session(self._context, self._plan.extras, f"{run}/{CONTEXT}", f"{run}/{MESSAGES}") as session:
             document = session.context_document.text
-            files = files_of(self._plan, place, self._about, document, submission.record) if place else None
+            files = files_of(self._plan, paths, self._info, document, submission.record) if paths else None
             sinks = {MESSAGES: session.messages.feed, "stdout": session.stdout.feed, "stderr": session.stderr.feed}
             end = gateway.run(run, files, sinks, self._report_submitted, self._report_state, self._context.run_id)
             session.messages.finish(self._context)

@@ -87,8 +87,8 @@ def _check_syntax(program: Path) -> None:
 def _find_root(program: Path, workloads: Path, *, package: bool) -> tuple[Path, Path]:
     """Return the code root, and the program's path below it.
 
-    The code root is `workloads` for every program below it, also if its path has links. Elsewhere it is the folder of the
-    program, or the folder around the outermost package that the program belongs to.
+    The code root is `workloads` for every program below it, also if its path has links. Elsewhere it is the folder of
+    the program, or the folder around the outermost package that the program belongs to.
     """
     if program.is_relative_to(workloads):
         return workloads, program

@@ -12,7 +12,7 @@ from dagster_sbatch.auth import AccessError, AccessHealth, Report, check_health,
 from dagster_sbatch.auth.refresh_failures import pause_after
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
-from dagster_sbatch.run.attention import ACCESS
+from dagster_sbatch.run.reports import ACCESS
 from dagster_sbatch.upkeep.deployment import running_on_supercomputer, supercomputer_settings
 
 LONGEST_RUN = timedelta(minutes=15)

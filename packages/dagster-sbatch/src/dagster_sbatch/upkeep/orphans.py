@@ -11,8 +11,8 @@ import dagster as dg
 from dagster_sbatch.auth import AccessError, check_health
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
 from dagster_sbatch.project import Project
-from dagster_sbatch.run.attention import ACCESS, LEFT_JOBS, REACHABLE, evaluate
 from dagster_sbatch.run.history import is_stored
+from dagster_sbatch.run.reports import ACCESS, LEFT_JOBS, REACHABLE, evaluate
 from dagster_sbatch.slurm.gateway import RefusedError
 from dagster_sbatch.ssh import SshError
 from dagster_sbatch.upkeep.deployment import running_on_supercomputer, supercomputer_settings

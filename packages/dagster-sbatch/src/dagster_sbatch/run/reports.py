@@ -1,0 +1,77 @@
+"""What a step reports to people: lines of its log and of the terminal, and checks of `musica_access`."""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+import dagster as dg
+
+from dagster_sbatch.run.results import StepContext
+
+ACCESS = dg.AssetKey("musica_access")
+REACHABLE, LEFT_JOBS = "jobs_are_reachable", "jobs_are_followed"
+"""Its checks about jobs on the supercomputer."""
+
+
+class StepLog:
+    """Writes into the step's log; a line that Dagster cannot store is lost and does not end the step.
+
+    Dagster raises if its database does not store a line: the disk is full, or the database is down. The job is still
+    running then, and the step must not end because of a line of its log.
+    """
+
+    def __init__(self, context: StepContext) -> None:
+        self._log = context.log
+
+    def info(self, text: str) -> None:
+        """Log at level INFO."""
+        _write(self._log.info, text)
+
+    def warning(self, text: str) -> None:
+        """Log at level WARNING."""
+        _write(self._log.warning, text)
+
+    def error(self, text: str) -> None:
+        """Log at level ERROR."""
+        _write(self._log.error, text)
+
+
+def _write(write: Callable[[str], None], text: str) -> None:
+    try:
+        write(text)
+    except Exception as error:  # noqa: BLE001 - of whatever database it is
+        with suppress(OSError):
+            print(f"{text}\n(Dagster could not store this line: {error})", file=sys.stderr, flush=True)
+
+
+def show_on_terminal(text: str) -> None:
+    """Write a line to the terminal of this process, if it has one.
+
+    Dagster shows a step's output through processes that Ctrl-C ends together with the step.
+    """
+    with suppress(OSError):
+        terminal = os.open("/dev/tty", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        try:
+            os.write(terminal, f"\r{text}\r\n".encode())
+        finally:
+            os.close(terminal)
+
+
+def report_reachable(context: dg.OpExecutionContext, *, passed: bool, description: str) -> None:
+    """Report whether the step that follows a job can reach the login node; the run's log has the same text."""
+    evaluation = evaluate(REACHABLE, passed=passed, description=f"Run {context.run_id}: {description}")
+    with suppress(Exception):  # a step that waits for its job does not fail because of a report
+        context.instance.report_runless_asset_event(evaluation)
+
+
+def evaluate(check: str, *, passed: bool, description: str) -> dg.AssetCheckEvaluation:
+    """Return an evaluation of one of the checks."""
+    return dg.AssetCheckEvaluation(
+        asset_key=ACCESS,
+        check_name=check,
+        passed=passed,
+        description=description.replace("\n", "  \n"),
+        severity=dg.AssetCheckSeverity.ERROR,
+        metadata={},
+    )
