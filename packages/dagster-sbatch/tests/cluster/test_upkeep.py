@@ -15,9 +15,10 @@ import pytest
 
 from dagster_sbatch.inspect.doctor import examine
 from dagster_sbatch.inspect.remote_runs import RunRecord, open_runs
-from dagster_sbatch.upkeep import orphans, ownership
+from dagster_sbatch.upkeep import cleaning, orphans, ownership
+from dagster_sbatch.upkeep.cleaning import make_cleaning_sensor
 from dagster_sbatch.upkeep.dead_runs import end_dead_runs_sensor
-from dagster_sbatch.upkeep.orphans import make_cleaning_sensor, make_orphan_sensor
+from dagster_sbatch.upkeep.orphans import make_orphan_sensor
 from resources import PROJECT
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from slurm_in_a_box.slurm_configuration import ACCOUNT, SPENT_ACCOUNT
@@ -255,7 +256,7 @@ def test_a_job_whose_run_is_alive_or_comes_again_is_left_alone(
         patched.setattr(orphans, "standing_of", lambda *_: "over")
         patched.setattr(orphans, "reason_to_cancel", lambda *_: "its run was terminated")
         said, cursor = ours.tick(
-            f'{{"since": "{datetime.now(UTC).isoformat()}", "groups": {{"{ours.run_id}": [0, []]}}, "report": ""}}'
+            f'{{"since": "{datetime.now(UTC).isoformat()}", "groups": {{"{ours.run_id}": {{}}}}, "report": ""}}'
         )
     assert "acts on it" in said
     assert ours.run_id in str(cursor)
@@ -311,7 +312,7 @@ def test_what_people_can_do_without_ssh(
     assert "no run in" in unknown.stderr and "scripts/job lists all" in unknown.stderr
     # It is cleaned up when it is old.
     assert clean(ours.instance) == "nothing is old enough"
-    monkeypatch.setattr(orphans, "KEEP_DAYS", 0)
+    monkeypatch.setattr(cleaning, "KEEP_DAYS", 0)
     with dg.DagsterInstance.ephemeral() as another:  # does not know whether the result is stored
         assert clean(another) == "nothing is old enough"
     assert clean(ours.instance) == f"removed {mine.key}"

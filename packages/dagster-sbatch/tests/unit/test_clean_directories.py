@@ -8,7 +8,7 @@ import pytest
 from dagster_sbatch.inspect.remote_runs import RunRecord
 from dagster_sbatch.run.directory import RunInfo
 from dagster_sbatch.slurm.gateway import JobEnd
-from dagster_sbatch.upkeep.orphans import KEEP_DAYS, KEEP_FAILED_DAYS, _may_go
+from dagster_sbatch.upkeep.cleaning import KEEP_DAYS, KEEP_FAILED_DAYS, is_obsolete
 
 
 @pytest.mark.parametrize(
@@ -26,4 +26,4 @@ def test_old_directories_of_jobs_that_have_ended_go(end: JobEnd | None, days: in
     about, age = RunInfo(run="r", root="r", asset="a", partitions=""), timedelta(days=days)
     run = RunRecord("/runs/a-1", "17", about, end, datetime.now(UTC) - age, ("r",))
     with dg.DagsterInstance.ephemeral() as instance:
-        assert _may_go(instance, run, age) is goes
+        assert is_obsolete(instance, run, age) is goes

@@ -13,7 +13,7 @@ from dagster_sbatch.auth.refresh_failures import pause_after
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.reports import ACCESS
-from dagster_sbatch.upkeep.deployment import running_on_supercomputer, supercomputer_settings
+from dagster_sbatch.upkeep import running_on_supercomputer
 
 LONGEST_RUN = timedelta(minutes=15)
 """A refresh takes five minutes at most: a run whose status has not changed for longer was killed."""
@@ -61,7 +61,7 @@ def make_credential_refresh(project: Project) -> CredentialRefresh:
     @dg.asset_check(asset=MUSICA_ACCESS.key, name="health", description="Whether access works and renews itself.")
     def health() -> dg.AssetCheckResult:
         try:
-            found = check_health(supercomputer_settings(project))
+            found = check_health(project.load_settings(supercomputer=True))
         except ConfigurationError as error:
             return dg.AssetCheckResult(passed=False, description=str(error))
         return dg.AssetCheckResult(
@@ -106,7 +106,7 @@ def _refresh(project: Project, context: dg.OpExecutionContext) -> None:
     failure: AccessError | None = None
     report = Report()
     try:
-        settings = supercomputer_settings(project)
+        settings = project.load_settings(supercomputer=True)
         report = refresh(settings)
     except ConfigurationError as error:
         raise dg.Failure(str(error), allow_retries=False) from None
@@ -148,7 +148,7 @@ def _tick(project: Project, context: dg.SensorEvaluationContext) -> dg.SensorRes
     Raises:
         ConfigurationError: the settings are wrong, and the tick fails.
     """
-    health = check_health(supercomputer_settings(project))
+    health = check_health(project.load_settings(supercomputer=True))
     before = _CURSOR.validate_json(context.cursor or "{}")
     shown = "ok" if _passed(health) else health.verdict
     after, requests, reason = _decide(context.instance, health, before)

@@ -1,21 +1,23 @@
-"""All that looks after runs and jobs by itself, for one code location."""
+"""Sensors and checks that look after the runs and jobs of one code location."""
 
 from dataclasses import dataclass
 
 import dagster as dg
 
 from dagster_sbatch.project import Project
+from dagster_sbatch.upkeep.cleaning import make_cleaning_sensor
 from dagster_sbatch.upkeep.dead_runs import end_dead_runs_sensor
-from dagster_sbatch.upkeep.orphans import make_cleaning_sensor, make_job_checks, make_orphan_sensor
+from dagster_sbatch.upkeep.orphans import make_job_checks, make_orphan_sensor
 
 
 @dataclass(frozen=True)
 class Upkeep:
-    """What looks after runs and jobs.
+    """Sensors and checks that look after runs and jobs.
 
     Attributes:
-        sensors: end runs whose process is gone, cancel or list jobs that no run follows, remove old run directories.
-        checks: of the asset `musica_access`, on the jobs.
+        sensors: `end_dead_runs` fails runs whose process is gone; `cancel_orphaned_jobs` cancels or lists Slurm jobs
+            that no run follows; `clean_run_directories` removes old run directories.
+        checks: of the asset `musica_access`: `jobs_are_followed` and `jobs_are_reachable`.
     """
 
     sensors: tuple[dg.SensorDefinition, ...]
@@ -23,6 +25,11 @@ class Upkeep:
 
 
 def make_upkeep(project: Project) -> Upkeep:
-    """Make the sensors and checks that look after runs and jobs."""
+    """Make the sensors and checks that look after runs and jobs.
+
+    Example:
+        upkeep = make_upkeep(PROJECT)
+        defs = dg.Definitions(sensors=upkeep.sensors, asset_checks=upkeep.checks)
+    """
     sensors = (end_dead_runs_sensor, make_orphan_sensor(project), make_cleaning_sensor(project))
     return Upkeep(sensors, make_job_checks(project))
