@@ -22,7 +22,7 @@ LOCATION = '''\
 import json, sys
 from pathlib import Path
 import dagster as dg
-from dagster_sbatch.upkeep import credentials
+from jobs import credentials
 from resources import PROJECT, build_resources
 from dagster_sbatch.auth import check_health
 from dagster_sbatch.run.compute import ComputeResource

@@ -67,6 +67,11 @@ def test_so_is_a_mistake_in_the_entry_of_any_site(key: str, value: Any, text: st
 
 
 @pytest.mark.usefixtures("variables")
+def test_a_site_that_the_package_knows_needs_no_entry() -> None:
+    assert check_configuration(replace(PROJECT, site_overrides={})).supercomputer_site == "musica"
+
+
+@pytest.mark.usefixtures("variables")
 def test_dev_does_not_start() -> None:
     changes, text = WRONG["deployment"]
     done = run("dev", **changes)

@@ -1,4 +1,4 @@
-"""Whether the project is configured right: all that can be known without an asset and without a connection."""
+"""Checks the configuration of a project, as far as that needs neither an asset nor a connection."""
 
 from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
 from dagster_sbatch.project import Project
@@ -7,21 +7,20 @@ from dagster_sbatch.slurm import SlurmRequest, allocate
 
 
 def check_configuration(project: Project, *, supercomputer: bool = False) -> Settings:
-    """Return the settings, when they, the entries of all sites and the preferred partition and QoS are right.
+    """Return the settings, after a check of them, of all sites and of the preferred partition and QoS.
 
     Args:
-        project: whose.
+        project: the code location.
         supercomputer: as for `load_settings`.
 
     Raises:
-        ConfigurationError: something is wrong; the text says what.
+        ConfigurationError: something is wrong.
     """
     settings = project.load_settings(supercomputer=supercomputer)
-    sites = {name: project.load_site(name) for name in project.site_overrides}
-    for site in sites.values():
+    for name in project.site_overrides:
         for launcher in (RayLauncher, ScriptLauncher):
-            launcher().with_site(site.launchers)
+            launcher().with_site(project.load_site(name).launchers)
     if settings.supercomputer_site:
-        shortest = SlurmRequest(time_limit="1")
-        allocate(shortest, sites[settings.supercomputer_site], settings.partition, settings.qos)
+        site = project.load_site(settings.supercomputer_site)
+        allocate(SlurmRequest(time_limit="1"), site, settings.partition, settings.qos)
     return settings

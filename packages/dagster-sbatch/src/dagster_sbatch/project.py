@@ -7,6 +7,7 @@ from typing import Any
 
 from dagster_sbatch.places import expand_here
 from dagster_sbatch.settings import Settings, load_settings
+from dagster_sbatch.sites import SITES
 from dagster_sbatch.slurm.site import Site, load_site
 
 
@@ -39,12 +40,12 @@ class Project:
 
     @property
     def only_site(self) -> str | None:
-        """The name of the site, if there is one only."""
+        """The name of the site in `site_overrides`, if there is only one."""
         return next(iter(self.site_overrides)) if len(self.site_overrides) == 1 else None
 
     def load_settings(self, *, supercomputer: bool = False) -> Settings:
         """Read the settings of this project; see `dagster_sbatch.settings.load_settings`."""
-        return load_settings(self.site_overrides, self.root, supercomputer)
+        return load_settings(SITES.keys() | self.site_overrides.keys(), self.root, supercomputer)
 
     def load_site(self, name: str | None) -> Site:
         """Return a site, checked; see `dagster_sbatch.slurm.site.load_site`."""

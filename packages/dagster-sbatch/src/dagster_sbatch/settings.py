@@ -234,7 +234,7 @@ def load_settings(sites: Collection[str], root: Path, supercomputer: bool = Fals
     """Read the settings from their layers (see the top of this module).
 
     Args:
-        sites: the known sites, that is the keys of SUPERCOMPUTER_SITE_OVERRIDES.
+        sites: the names of the known sites.
         root: the folder with `.env` and `envs/`.
         supercomputer: read those of a supercomputer, also where the deployment is `development` or not set: for what
             looks after access to it.
