@@ -1,29 +1,22 @@
-"""The pytest plugin: the fixture `slurm_site`.
-
-pytest imports this module in every project where the package is installed, so it imports the rest when a test needs it.
-"""
+"""The pytest plugin: the fixture `slurm_site`."""
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from .site import SimulatedSite
+from .command_line import PROGRAM
+from .errors import NotInstalledError, RequirementsError
+from .requirements import installation_allowed
+from .site import SimulatedSite
 
 
 @pytest.fixture(scope="session")
-def running_slurm_site() -> Iterator["SimulatedSite"]:
+def running_slurm_site() -> Iterator[SimulatedSite]:
     """Start a site for this process, and remove it after the last test. What earlier tests did is still on it.
 
     Where the site cannot run, its tests are skipped; with CI=true they fail.
     """
-    from .command_line import PROGRAM
-    from .errors import NotInstalledError, RequirementsError
-    from .requirements import installation_allowed
-    from .site import SimulatedSite
-
     try:
         with SimulatedSite.temporary(install=installation_allowed(asked=False)) as site:
             yield site
@@ -35,7 +28,7 @@ def running_slurm_site() -> Iterator["SimulatedSite"]:
 
 
 @pytest.fixture
-def slurm_site(running_slurm_site: "SimulatedSite") -> "SimulatedSite":
+def slurm_site(running_slurm_site: SimulatedSite) -> SimulatedSite:
     """Return the running site after a reset: no faults, jobs, processes of users, files of users or tokens."""
     running_slurm_site.reset()
     return running_slurm_site
