@@ -76,7 +76,7 @@ def test_node_cut_requeues_its_job_which_completes_elsewhere(slurm_site: Simulat
     assert slurm_site.cluster.node_state(node) == "idle"
 
 
-@pytest.mark.older_slurm
+@pytest.mark.smoke
 def test_node_down_lasts_until_it_is_repaired_though_its_slurmd_registers(slurm_site: SimulatedSite) -> None:
     job = running_job(slurm_site, "--nodelist=n4003", "--no-requeue")
 

@@ -26,7 +26,7 @@ GPU_DEV = (f"--partition={GPU_PARTITION}", f"--qos=dev_{GPU_PARTITION}", "--time
 WRAP_HOSTNAME = f"--wrap {shlex.quote(VANILLA + 'hostname')}"
 
 
-@pytest.mark.older_slurm
+@pytest.mark.smoke
 def test_nodes_are_as_large_as_musicas(slurm_site: SimulatedSite) -> None:
     nodes = slurm_site.cluster.query("sinfo", "--noheader", "--Node", "--format=%N %R %c %m %G").splitlines()
     cpu = [f"n400{i} zen4_0768 384 768000 (null)" for i in (1, 2, 3, 4)]
@@ -50,7 +50,7 @@ def test_job_on_the_cpu_partition(slurm_site: SimulatedSite) -> None:
     wait_until(lambda: slurm_site.sacct(*accounting) == "COMPLETED|0:0|dev_zen4_0768|2\n", "the job's accounting", 30)
 
 
-@pytest.mark.older_slurm
+@pytest.mark.smoke
 def test_job_on_the_gpu_partition_sees_its_gpus(slurm_site: SimulatedSite) -> None:
     job = slurm_site.submit("hostname; echo $CUDA_VISIBLE_DEVICES", *GPU_DEV[:3], "--gres=gpu:4")
     slurm_site.wait_for_job(job)
@@ -118,7 +118,7 @@ def test_plain_job_preempts_idle_one_which_runs_again(slurm_site: SimulatedSite)
     assert slurm_site.squeue("--noheader", f"--jobs={idle}", "--Format=RestartCnt").strip() == "1"
 
 
-@pytest.mark.older_slurm
+@pytest.mark.smoke
 def test_job_beyond_its_memory_ends_as_out_of_memory_where_that_is_enforced(slurm_site: SimulatedSite) -> None:
     program = "exec python3 -c 'bytearray(500 << 20)'"
     job = slurm_site.submit(program, *CPU_DEV, "--mem=100M", "--chdir=/tmp", "--output=/dev/null")
@@ -134,7 +134,7 @@ def test_sbatch_prints_noise_on_both_streams_around_its_answer(slurm_site: Simul
     slurm_site.wait_for_job(int(lines[1]))
 
 
-@pytest.mark.older_slurm
+@pytest.mark.smoke
 def test_squeue_speaks_json(slurm_site: SimulatedSite) -> None:
     job = slurm_site.submit("exec sleep 1000", *CPU_DEV)
     assert [each["job_id"] for each in json.loads(slurm_site.squeue("--json"))["jobs"] if each["job_id"] == job] == [

@@ -72,7 +72,7 @@ def granted(slurm_site: SimulatedSite, job: str) -> dict[str, str]:
         ),
     ],
 )
-@pytest.mark.older_slurm
+@pytest.mark.smoke
 def test_options_choose_a_mode(
     slurm_site: SimulatedSite, options: tuple[str, ...], says: str, expected: tuple[str, ...]
 ) -> None:
@@ -126,7 +126,7 @@ def test_vanilla_is_a_line_of_its_own_before_the_first_command(slurm_site: Simul
 
 
 @pytest.mark.parametrize(("options", "cores"), [(CPU, 190), ((*GPU, "--gres=gpu:1"), 176)], ids=["CPU", "GPU"])
-@pytest.mark.older_slurm
+@pytest.mark.smoke
 def test_a_node_gives_its_cores_less_those_that_slurm_keeps(
     slurm_site: SimulatedSite, options: tuple[str, ...], cores: int
 ) -> None:

@@ -75,6 +75,7 @@ def ticks(server: DagsterDev) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.smoke
 def test_the_sensor_brings_access_to_life_and_an_asset_logs_in(
     dagster_dev: DagsterDev, variables: dict[str, str], site: SimulatedSite, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ ENDS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("how", ENDS)
 def test_the_job_has_ended_while_nobody_looked(
     how: str, site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
@@ -133,6 +134,7 @@ def test_killed_between_the_result_and_dagsters_record_of_it(
 LATER = WAITS.replace("gone on", "gone on, later")
 
 
+@pytest.mark.smoke
 def test_what_decides_the_result_is_changed_while_the_job_runs(
     site: SimulatedSite, tmp_path: Path, variables: dict[str, str], client_home: Path
 ) -> None:

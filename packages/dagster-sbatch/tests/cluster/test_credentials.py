@@ -68,6 +68,7 @@ def test_a_good_certificate_is_returned_without_asking_anybody(
     assert first.principals == ("xy12345", "xy12345@sim.test")
 
 
+@pytest.mark.smoke
 def test_the_document_filled_in_and_otherwise_verbatim_works(
     site: SimulatedSite, variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

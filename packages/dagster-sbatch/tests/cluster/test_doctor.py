@@ -61,6 +61,7 @@ def broken(name: str, overrides: dict[str, Any] | None = None) -> Finding:
     return findings[-1]
 
 
+@pytest.mark.smoke
 def test_all_is_in_order(site: SimulatedSite) -> None:
     findings = look()
     assert [finding.name for finding in findings] == CHAIN

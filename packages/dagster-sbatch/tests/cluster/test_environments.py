@@ -395,6 +395,7 @@ def test_what_cannot_be_imported_is_not_published(
     assert names(site) == []
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("fetched")
 def test_production_runs_only_what_was_published(
     site: SimulatedSite,

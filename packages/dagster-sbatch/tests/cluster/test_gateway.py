@@ -70,7 +70,7 @@ def nobody_left(site: SimulatedSite) -> None:
     wait_until(lambda: not site.processes_on_login(), "no process on the login nodes", 10)
 
 
-@pytest.mark.older_slurm
+@pytest.mark.smoke
 def test_a_run_from_submission_to_its_end(gateway: Gateway, site: SimulatedSite) -> None:
     run = Run(f"{LINES}; echo to stderr >&2; echo '{{}}' >> messages.jsonl; exit 3")
     first = gateway.submit(run.path, run.files)
@@ -290,7 +290,7 @@ def test_a_controller_that_is_away_is_waited_for(gateway: Gateway, site: Simulat
     assert len(jobs_named(site, run)) == 1
 
 
-@pytest.mark.older_slurm
+@pytest.mark.smoke
 def test_accounting_and_states(gateway: Gateway, site: SimulatedSite) -> None:
     run = Run("sleep 30")  # a twentieth of that is waited for the accounting
     job = submit(gateway, run)

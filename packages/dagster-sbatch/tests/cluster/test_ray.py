@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 STARTS = 20 if STRESS else 3
 
 
+@pytest.mark.smoke
 def test_two_nodes_with_four_gpus_each(site: SimulatedSite, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """What an earlier Ray has left in the home leads nowhere: another cluster's address, a token for all to read."""
     home = site.layout.home / "xy12345"

@@ -146,6 +146,7 @@ def test_refused_for_a_while(site: SimulatedSite, workloads: Path) -> None:
     one_job_did_it(site, run.outcome())
 
 
+@pytest.mark.smoke
 def test_no_error_on_the_way_to_a_job_ends_the_step(
     site: SimulatedSite, workloads: Path, client_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +206,7 @@ def test_frozen_without_being_closed(
     nobody_left(site)
 
 
+@pytest.mark.smoke
 def test_dropped_in_the_middle_of_a_large_upload(site: SimulatedSite, workloads: Path) -> None:
     content = bytes(range(256)) * (7 << 12)
     (workloads / "model.bin").write_bytes(content)
@@ -266,6 +268,7 @@ def test_the_certificate_ends_in_mid_run(
 # ---- sbatch and the controller
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", ["error-after", "silent-after"])
 def test_sbatch_that_lies(kind: SbatchFault, site: SimulatedSite, workloads: Path) -> None:
     with site.faults.sbatch(kind):
@@ -295,6 +298,7 @@ def test_the_controller_is_down_at_the_submission_in_mid_run_and_at_the_end(
     assert sum(logins(site).values()) == sum(before.values()) + 1
 
 
+@pytest.mark.smoke
 def test_the_accounting_is_off(site: SimulatedSite, workloads: Path) -> None:
     with site.faults.accounting_off():
         outcome = materialize(REPORTS, workloads, request=REQUEST)
@@ -359,6 +363,7 @@ def test_a_node_fails_and_its_job_runs_again(
     assert capfd.readouterr().out == "life 0 of 1\nlife 1 of 1\n"
 
 
+@pytest.mark.smoke
 def test_after_a_node_failure_without_requeue_another_attempt_is_made(
     site: SimulatedSite, workloads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

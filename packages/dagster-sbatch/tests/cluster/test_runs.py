@@ -39,6 +39,7 @@ SHORT = SlurmRequest(time_limit="00:10:00")
 # ---- what works
 
 
+@pytest.mark.smoke
 def test_result_output_and_numbers(site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (workloads / "neighbour.py").write_text("WORD = 'from beside'\n")
     before = [each.command for each in site.processes_on_login()]
@@ -193,7 +194,7 @@ def test_a_run_takes_one_connection_and_one_channel(site: SimulatedSite, workloa
     assert sum(logins(site, begun).values()) == channels + 1
 
 
-@pytest.mark.older_slurm
+@pytest.mark.smoke
 def test_a_line_is_seen_while_the_workload_runs(site: SimulatedSite, workloads: Path) -> None:
     """The workload ends only once its own line has come out at the other side."""
     workload = (
@@ -303,6 +304,7 @@ BAD_WORKLOADS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", BAD_WORKLOADS)
 def test_a_workload_that(name: str, site: SimulatedSite, workloads: Path) -> None:
     workload, texts = BAD_WORKLOADS[name]
@@ -327,6 +329,7 @@ def test_out_of_memory_says_what_to_ask_for(workloads: Path) -> None:
     assert outcome.retries == []
 
 
+@pytest.mark.smoke
 def test_cancelled_by_an_administrator(site: SimulatedSite, workloads: Path) -> None:
     run = Background(lambda: materialize(SLEEPS, workloads, request=SHORT))
     wait_until(lambda: "begun" in output_there(site), "it runs", 60)
@@ -336,6 +339,7 @@ def test_cancelled_by_an_administrator(site: SimulatedSite, workloads: Path) -> 
     assert outcome.retries == []
 
 
+@pytest.mark.smoke
 def test_a_time_limit_that_is_reached(workloads: Path) -> None:
     """The workload is warned before, and the failure says what to ask for."""
     workload = (
@@ -353,6 +357,7 @@ def test_a_time_limit_that_is_reached(workloads: Path) -> None:
     assert outcome.retries == []
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("request_", "text"),
     [

@@ -52,6 +52,7 @@ def no_transport_is_left() -> bool:
 # Logging in
 
 
+@pytest.mark.smoke
 def test_both_login_nodes_are_trusted_by_the_one_line_of_their_authority(site: SimulatedSite) -> None:
     seen = set()
 
@@ -231,6 +232,7 @@ def test_dropped_in_the_middle_of_the_key_exchange(site: SimulatedSite) -> None:
 # Host keys, on the way
 
 
+@pytest.mark.smoke
 def test_an_unknown_host_key(site: SimulatedSite, home: Path) -> None:
     (home / ".ssh/known_hosts").unlink()
     with pytest.raises(HostKeyError, match="no authority is known for its certificate") as refused:

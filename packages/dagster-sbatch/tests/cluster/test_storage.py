@@ -113,6 +113,7 @@ def test_the_client_does_not_wait_for_somebody_to_open_the_link(site: SimulatedS
 # The product
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("on_supercomputer")
 def test_a_run_below_data_with_its_temporary_files_on_the_nodes_disk(
     site: SimulatedSite, workloads: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

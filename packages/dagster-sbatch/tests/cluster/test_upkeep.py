@@ -180,6 +180,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
+@pytest.mark.smoke
 def test_a_job_whose_step_failed_is_kept_listed_and_attached_to(
     site: SimulatedSite, make_dagster: Callable[[str], Dagster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
