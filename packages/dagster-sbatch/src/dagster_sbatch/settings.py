@@ -64,7 +64,7 @@ RemotePath = Annotated[str, AfterValidator(check_remote_path)]
 Url = Annotated[str, AfterValidator(_https)]
 
 
-def _variable(default: Any, name: str, description: str, example: str, **limits: Any) -> Any:
+def _variable(name: str, description: str, example: str, default: Any = None, **limits: Any) -> Any:
     return Field(default, validation_alias=name, description=description, examples=[example], **limits)
 
 
@@ -74,59 +74,48 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True, env_ignore_empty=True)
 
     deployment: Deployment = _variable(
-        "development",
         "DAGSTER_DEPLOYMENT",
         "Where workloads run: " + ", ".join(DEPLOYMENTS) + ".",
         "production_supercomputer",
+        "development",
     )
     data_root: str | None = _variable(
-        None,
         "DATA_ROOT",
         "Folder for the workloads' files. Default: data/ of the repository, or of SLURM_DEPLOYMENT_BASE_PATH.",
         "~/data",
     )
 
-    supercomputer_site: str | None = _variable(None, "SLURM_SUPERCOMPUTER_SITE", "Name of the supercomputer.", "musica")
+    supercomputer_site: str | None = _variable("SLURM_SUPERCOMPUTER_SITE", "Name of the supercomputer.", "musica")
     edge_node_host: str | None = _variable(
-        None,
-        "SLURM_EDGE_NODE_HOST",
-        "Name of the login node; localhost if Dagster runs on it.",
-        "musica.vie.asc.ac.at",
+        "SLURM_EDGE_NODE_HOST", "Name of the login node; localhost if Dagster runs on it.", "musica.vie.asc.ac.at"
     )
-    edge_node_port: int = _variable(22, "SLURM_EDGE_NODE_PORT", "SSH port of the login node.", "22", ge=1, le=65535)
-    edge_node_user: str | None = _variable(
-        None, "SLURM_EDGE_NODE_USER", "Your user name on the supercomputer.", "xy12345"
-    )
+    edge_node_port: int = _variable("SLURM_EDGE_NODE_PORT", "SSH port of the login node.", "22", 22, ge=1, le=65535)
+    edge_node_user: str | None = _variable("SLURM_EDGE_NODE_USER", "Your user name on the supercomputer.", "xy12345")
     edge_node_key_path: LocalPath | None = _variable(
-        None, "SLURM_EDGE_NODE_KEY_PATH", "Private SSH key; its certificate is the file beside it.", "~/.ssh/id_musica"
+        "SLURM_EDGE_NODE_KEY_PATH", "Private SSH key; its certificate is the file beside it.", "~/.ssh/id_musica"
     )
     deployment_base_path: RemotePath | None = _variable(
-        None,
         "SLURM_DEPLOYMENT_BASE_PATH",
         "Folder on the supercomputer for runs, environments and data; every node must see it.",
         "$DATA/dagster-slurm",
     )
     python: RemotePath | None = _variable(
-        None,
         "SLURM_PYTHON",
         "An interpreter on the supercomputer that has dagster-pipes and everything that workloads import. "
         "Default: the client makes an environment.",
         "$DATA/environment/bin/python",
     )
     partition: str | None = _variable(
-        None,
         "SLURM_PARTITION",
         "Preferred partition. A request that needs the other kind (with GPUs, without) gets a partition of that kind.",
         "zen4_0768_h100x4",
     )
     qos: str | None = _variable(
-        None,
         "SLURM_QOS",
         "Preferred QoS. On another partition, jobs use the QoS of the same class (dev_, idle_, plain).",
         "dev_zen4_0768_h100x4",
     )
     account: str | None = _variable(
-        None,
         "SLURM_ACCOUNT",
         "Project that jobs are charged to, unless an asset names one. "
         "Default: SBATCH_ACCOUNT of the login shell on the supercomputer, else your default project.",
@@ -134,7 +123,6 @@ class Settings(BaseSettings):
         pattern=SLURM_NAME,
     )
     reservation: str | None = _variable(
-        None,
         "SLURM_RESERVATION",
         "Reservation of the site in which jobs run, unless an asset names one.",
         "course_2026",
@@ -142,61 +130,53 @@ class Settings(BaseSettings):
     )
 
     allow_http: bool = _variable(  # before the addresses, whose check reads it
-        False,  # noqa: FBT003 (pydantic's way)
         "ASC_ALLOW_HTTP",
         "Accept http:// in the ASC_ addresses also for other machines. Secrets are then readable on the network: "
         "for tests.",
         "true",
+        default=False,
     )
-    oidc_client_id: str | None = _variable(
-        None, "ASC_OIDC_CLIENT_ID", "Client id of the step CA at authentik.", "abc123"
-    )
-    oidc_username: str | None = _variable(None, "ASC_OIDC_USERNAME", "Your user name at authentik.", "xy12345")
+    oidc_client_id: str | None = _variable("ASC_OIDC_CLIENT_ID", "Client id of the step CA at authentik.", "abc123")
+    oidc_username: str | None = _variable("ASC_OIDC_USERNAME", "Your user name at authentik.", "xy12345")
     oidc_token_url: Url | None = _variable(
-        None, "ASC_OIDC_TOKEN_URL", "Address that issues OIDC tokens.", "https://auth.asc.ac.at/application/o/token/"
+        "ASC_OIDC_TOKEN_URL", "Address that issues OIDC tokens.", "https://auth.asc.ac.at/application/o/token/"
     )
     oidc_app_password: SecretStr | None = _variable(
-        None, "ASC_OIDC_APP_PASSWORD", "An app password of yours; one of the ways to get access.", "(secret)"
+        "ASC_OIDC_APP_PASSWORD", "An app password of yours; one of the ways to get access.", "(secret)"
     )
     authentik_api_base: Url | None = _variable(
-        None, "ASC_AUTHENTIK_API_BASE", "Address of authentik.", "https://auth.asc.ac.at"
+        "ASC_AUTHENTIK_API_BASE", "Address of authentik.", "https://auth.asc.ac.at"
     )
     authentik_credentials_file: LocalPath | None = _variable(
-        None,
         "ASC_AUTHENTIK_CREDENTIALS_FILE",
         "File with the credentials that renew themselves. Default: ~/.config/musica-pipelines/<site>-auth.env.",
         "~/.config/dagster-slurm/musica-auth.env",
     )
     authentik_api_token: SecretStr | None = _variable(
-        None, "ASC_AUTHENTIK_API_TOKEN", "An API token of yours, for the first time and for recovery only.", "(secret)"
+        "ASC_AUTHENTIK_API_TOKEN", "An API token of yours, for the first time and for recovery only.", "(secret)"
     )
     authentik_token_identifier: str = _variable(
-        "musica-pipelines",
         "ASC_AUTHENTIK_TOKEN_IDENTIFIER",
         "Prefix of the names of the tokens that the client makes for you: letters, digits, _ and -.",
         "dagster-slurm",
+        "musica-pipelines",
         pattern=r"^[A-Za-z0-9_-]{1,80}$",
     )
     authentik_refresh_skew_days: float | None = _variable(
-        None,
         "ASC_AUTHENTIK_REFRESH_SKEW_DAYS",
         "Days before they expire when both stored secrets are replaced. "
         "Default: 7, or a third of their lifetime if that is less.",
         "3",
         gt=0,
     )
-    step_ca_url: Url | None = _variable(
-        None, "ASC_STEP_CA_URL", "The certificate authority.", "https://auth.asc.ac.at:9000"
-    )
+    step_ca_url: Url | None = _variable("ASC_STEP_CA_URL", "The certificate authority.", "https://auth.asc.ac.at:9000")
     step_fingerprint: str | None = _variable(
-        None,
         "ASC_STEP_FINGERPRINT",
         "SHA-256 of the certificate authority's root certificate.",
         "44b04847...",
         pattern=r"^[0-9a-fA-F]{64}$",
     )
     step_refresh_skew: float | None = _variable(
-        None,
         "ASC_STEP_REFRESH_SKEW",
         "Minutes before it expires when the certificate is replaced. Default: after two thirds of its life.",
         "60",
@@ -220,14 +200,8 @@ class Settings(BaseSettings):
         return self.authentik_credentials_file or default.expanduser()
 
 
-REQUIRED_ON_SUPERCOMPUTER = (
-    "supercomputer_site",
-    "edge_node_host",
-    "edge_node_user",
-    "edge_node_key_path",
-    "deployment_base_path",
-)
 NEEDED_FOR_SSH = ("edge_node_user", "edge_node_key_path")
+REQUIRED_ON_SUPERCOMPUTER = ("supercomputer_site", "edge_node_host", *NEEDED_FOR_SSH, "deployment_base_path")
 
 
 def load_settings(sites: Collection[str], root: Path, supercomputer: bool = False) -> Settings:
@@ -236,12 +210,12 @@ def load_settings(sites: Collection[str], root: Path, supercomputer: bool = Fals
     Args:
         sites: the names of the known sites.
         root: the folder with `.env` and `envs/`.
-        supercomputer: read those of a supercomputer, also where the deployment is `development` or not set: for what
-            looks after access to it.
+        supercomputer: read the settings of a supercomputer, also if the deployment is `development` or not set: for
+            commands and sensors that connect to it.
 
     Raises:
-        ConfigurationError: all that is missing or wrong, at once, with names and examples; a dotenv file that holds a
-            secret and that others can read; no file or several for a supercomputer that is not named.
+        ConfigurationError: everything that is missing or wrong, at once, with names and examples; a dotenv file with a
+            secret that others can read; no file or several files for a supercomputer that is not named.
     """
     known = {**_values(root / ".env"), **_not_blank(os.environ)}
     file = _choose_file(root / "envs", known, sites, supercomputer)
@@ -267,7 +241,7 @@ def _alias(field: FieldInfo) -> str:
 
 
 def _choose_file(folder: Path, values: Mapping[str, str], sites: Collection[str], supercomputer: bool) -> Path:
-    """The one file of envs/ that is read: by deployment and site, as far as they are known without it."""
+    """Return the one file of envs/ to read, from the deployment and the site, as far as the other layers name them."""
     deployment, site = values.get("DAGSTER_DEPLOYMENT"), values.get("SLURM_SUPERCOMPUTER_SITE")
     if deployment and deployment not in DEPLOYMENTS:
         raise ConfigurationError(f"DAGSTER_DEPLOYMENT={deployment!r} is unknown; valid are {', '.join(DEPLOYMENTS)}")
@@ -284,8 +258,8 @@ def _choose_file(folder: Path, values: Mapping[str, str], sites: Collection[str]
     )
     raise ConfigurationError(
         f"{f'DAGSTER_DEPLOYMENT={deployment}' if deployment else 'This'} needs SLURM_SUPERCOMPUTER_SITE ({choices}), "
-        f"or exactly one file envs/.env.<site>; {found}. "
-        "Copy envs/.env.musica.example to envs/.env.musica and fill it in."
+        f"or exactly one file envs/.env.<site>; {found}. Copy the example and fill it in:\n"
+        "  cp envs/.env.musica.example envs/.env.musica"
     )
 
 
@@ -298,7 +272,7 @@ def _values(path: Path) -> dict[str, str]:
 
 
 def _problems(path: Path) -> list[str]:
-    """What is wrong with a dotenv file as a file."""
+    """Return the problems of a dotenv file: unknown variables, secrets that others can read, variables in braces."""
     values = _values(path)
     fields = {_alias(field): field for field in Settings.model_fields.values()}
     unknown = [name for name in values if name not in fields and name.startswith(_OWN_PREFIXES)]
@@ -316,7 +290,7 @@ def _problems(path: Path) -> list[str]:
 
 
 def _data_root_problems(settings: Settings) -> list[str]:
-    """What is wrong with DATA_ROOT, which lies on this machine in `development`."""
+    """Return the problem of DATA_ROOT, which is a path on this machine in `development`."""
     if settings.data_root is None:
         return []
     try:
@@ -330,12 +304,15 @@ def _missing(settings: Settings, file: Path) -> list[str]:
     required = [name for name in REQUIRED_ON_SUPERCOMPUTER if not (settings.on_login_node and name in NEEDED_FOR_SSH)]
     lacking = [Settings.model_fields[name] for name in required if getattr(settings, name) is None]
     examples = [f"  {_alias(field)}={(field.examples or [''])[0]}   # {field.description}" for field in lacking]
-    head = f"DAGSTER_DEPLOYMENT={settings.deployment}: not set, neither in the environment nor in {file}; for example"
+    head = (
+        "A deployment on a supercomputer needs more variables. They are not set, neither in the environment nor in "
+        f"{file}. For example:"
+    )
     return [head, *examples] if lacking else []
 
 
 def _describe(error: ValidationError) -> list[str]:
-    """The problems by variable name; values are not repeated, since they may be secret."""
+    """Return the problems by variable name, without the values, which may be secret."""
     lines = []
     for problem in error.errors(include_url=False, include_input=False):
         name = str(problem["loc"][0])
