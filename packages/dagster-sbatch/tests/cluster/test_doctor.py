@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -90,11 +88,6 @@ def test_a_shell_of_another_kind_is_no_hindrance(site: SimulatedSite, set_variab
     assert [finding.name for finding in look()] == CHAIN
 
 
-def test_wrong_settings(set_variables: Set) -> None:
-    set_variables(SLURM_EDGE_NODE_PORT="ssh")
-    assert "SLURM_EDGE_NODE_PORT" in broken("settings").found
-
-
 def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ASC_AUTHENTIK_API_TOKEN")
     assert "One of these is enough" in broken("credentials").fix
@@ -118,21 +111,6 @@ def test_a_broken_client_configuration(client_home: Path) -> None:
 def test_a_port_that_refuses(site: SimulatedSite) -> None:
     with site.faults.ssh_refused():
         assert "refused" in broken("port").found
-
-
-def test_a_port_that_is_not_ssh(set_variables: Set) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def answer() -> None:
-            connection, _ = server.accept()
-            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n")
-            connection.close()
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        set_variables(SLURM_EDGE_NODE_HOST="127.0.0.1", SLURM_EDGE_NODE_PORT=str(server.getsockname()[1]))
-        assert "is not SSH: 'HTTP/1.1 400" in broken("port").found
-        thread.join()
 
 
 def test_an_unknown_host_key(client_home: Path) -> None:
@@ -229,17 +207,6 @@ def test_a_folder_that_is_not_the_users(set_variables: Set) -> None:
 def test_a_full_disk(site: SimulatedSite) -> None:
     with site.faults.disk_full():
         assert "No space left" in broken("deployment folder").found
-
-
-def test_no_python() -> None:
-    overrides = {"musica": {"python_candidates": ["python9", "false"]}}
-    assert "none of python9, false" in broken("Python", overrides).found
-
-
-def test_a_long_temporary_folder(site: SimulatedSite) -> None:
-    site.run_on_login(CERTIFICATE_USER, f"echo 'export TMPDIR=/tmp/{'x' * 60}' >> ~/.bashrc")
-    finding = next(finding for finding in look() if finding.name == "temporary folder")
-    assert (finding.state, finding.found) == ("warning", f"/tmp/{'x' * 60} has 65 characters")
 
 
 def test_what_slurm_says_to_the_assets_job_scripts(set_variables: Set) -> None:

@@ -2,16 +2,18 @@
 
 import socket
 import subprocess
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
 import dagster as dg
 import pytest
 
-from dagster_sbatch.inspect.doctor import make, slurm_jobs, this_machine
+from dagster_sbatch.inspect.doctor import examine, login_node, make, slurm_jobs, this_machine
 from dagster_sbatch.inspect.doctor.finding import Facts
 from dagster_sbatch.inspect.doctor.survey import Output, Room, parse, parse_room, render
 from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import StoppedError
 from resources import PROJECT
 
@@ -130,3 +132,50 @@ def test_the_folders_that_the_login_profile_names_are_checked(tmp_path: Path) ->
     assert answers["room SCRATCH"].text == f"{tmp_path / 'a folder'} 9 9 9"
     assert "path DATA" not in answers
     assert answers["folder"].text == str(tmp_path)
+
+
+@pytest.mark.usefixtures("short_patience")
+def test_a_port_that_is_not_ssh(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        state, found, fix = this_machine.check_port(facts_of(server.getsockname(), tmp_path))
+        thread.join()
+    assert (state, "is not SSH: 'HTTP/1.1 400" in found) == ("broken", True)
+    assert fix == "check SLURM_EDGE_NODE_PORT"
+
+
+def test_the_doctor_stops_at_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_SUPERCOMPUTER_SITE", "musica")
+    monkeypatch.setenv("SLURM_EDGE_NODE_PORT", "ssh")
+    (finding,) = examine(PROJECT, open_instance=lambda: pytest.fail("the doctor continues"))
+    assert (finding.name, finding.state, "SLURM_EDGE_NODE_PORT" in finding.found) == ("settings", "broken", True)
+
+
+def test_no_python_that_the_agent_can_use(tmp_path: Path) -> None:
+    facts = facts_of(("login.example", 22), tmp_path)
+    facts.site = Site(python_candidates=("python9", "python2", "python3"))
+    facts.survey = {
+        "python python9": Output(127, "sh: python9: not found"),
+        "python python2": Output(0, "2.7"),
+        "python python3": Output(0, "3.6"),
+    }
+    assert login_node.check_python(facts) == ("ok", "python3 is 3.6", "")
+    facts.survey["python python3"] = Output(0, "3.5")
+    state, found, fix = login_node.check_python(facts)
+    assert (state, found) == ("broken", "none of python9, python2, python3 is there on the login node")
+    assert fix.startswith("name one of at least 3.6 in python_candidates")
+
+
+def test_a_long_temporary_folder(tmp_path: Path) -> None:
+    answers = survey(tmp_path, "exit 0", HOME=str(tmp_path), TMPDIR=f"/tmp/{'x' * 60}")
+    facts = facts_of(("login.example", 22), tmp_path)
+    facts.survey = answers
+    state, found, _ = login_node.check_temporary_folder(facts)
+    assert (state, found) == ("warning", f"/tmp/{'x' * 60} has 65 characters")
