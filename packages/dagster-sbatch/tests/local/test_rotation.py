@@ -1,16 +1,11 @@
 """Rotation of the stored secrets against authentik's stand-in: nothing lost, nothing left, whatever happens when."""
 
-import os
-import re
-import signal
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
 from dagster_sbatch.auth import (
-    AccessError,
     BootstrapError,
     MisconfiguredError,
     RejectedError,
@@ -24,48 +19,12 @@ from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, S
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance
 from support import access
+from support.rotation import check_one_working_pair, stored
+from support.rotation import later as later
+from support.rotation import settings as settings
+from support.rotation import variables as variables
 
 pytestmark = pytest.mark.local
-STRESS = os.environ.get("STRESS") == "1"
-ROUNDS = 30 if STRESS else 3
-
-
-@pytest.fixture
-def variables(authentik: AuthentikServer, tmp_path: Path) -> dict[str, str]:
-    return access.environment(authentik.base_url, tmp_path)
-
-
-@pytest.fixture
-def settings(variables: dict[str, str], control: AuthentikControl) -> Settings:
-    """With a fresh bootstrap token."""
-    return access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": access.bootstrap_token(control)})
-
-
-@pytest.fixture
-def later(settings: Settings, variables: dict[str, str]) -> Settings:
-    """A pair is stored, and the bootstrap token is not set any more."""
-    refresh(settings, rotation="now", certificate="no")
-    return access.settings_of(variables)
-
-
-def stored(settings: Settings) -> Credentials:
-    credentials = CredentialsFile(settings.credentials_file).read()
-    assert credentials is not None
-    return credentials
-
-
-def check_one_working_pair(settings: Settings, control: AuthentikControl) -> Credentials:
-    """The file has a pair that works, and authentik has no other token of ours."""
-    pair = stored(settings)
-    assert pair.api_token is not None
-    assert pair.app_password is not None
-    assert access.api_token_works(settings, pair.api_token.value)
-    assert access.app_password_works(settings, pair.app_password.value)
-    assert pair.proven
-    assert access.made_here(control) == {pair.api_token.identifier, pair.app_password.identifier}
-    assert set(pair.record) >= access.made_here(control)  # and names whose requests may yet arrive
-    assert settings.credentials_file.stat().st_mode & 0o777 == 0o600
-    return pair
 
 
 def in_days(monkeypatch: pytest.MonkeyPatch, days: float) -> None:
@@ -348,118 +307,6 @@ def test_while_it_cannot_be_told_whether_the_new_pair_works_both_are_kept(
     in_days(monkeypatch, 0.01)
     assert refresh(later, certificate="no").rotated_with is None
     assert check_one_working_pair(later, control).api_token == between.api_token
-
-
-def count_steps(variables: dict[str, str]) -> int:
-    process = access.start(access.KILLED_AT_STEP, variables, "1000", "now", "no")
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    return 1000 - int(out)
-
-
-def test_a_kill_at_every_step_of_a_rotation_loses_nothing(
-    later: Settings, variables: dict[str, str], control: AuthentikControl
-) -> None:
-    steps = count_steps(variables)
-    assert steps > 15
-    for step in range(steps):
-        process = access.start(access.KILLED_AT_STEP, variables, str(step), "now", "no")
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-        left = stored(later)  # readable, and something in it works
-        works = [
-            access.app_password_works(later, each.value)
-            for each in (left.app_password, left.previous_app_password)
-            if each
-        ]
-        assert any(works), f"killed before step {step}"
-        refresh(later, certificate="no")
-        check_one_working_pair(later, control)
-        leftovers = {path.name for path in later.credentials_file.parent.iterdir() if path.is_file()}
-        assert leftovers <= {"musica-auth.env", "musica-auth.env.lock"}
-
-
-def test_a_kill_at_every_step_of_a_bootstrap_is_mended_by_the_next(
-    authentik: AuthentikServer, tmp_path: Path, control: AuthentikControl
-) -> None:
-    def variables(name: str) -> dict[str, str]:
-        (tmp_path / name).mkdir()
-        token = {"ASC_AUTHENTIK_API_TOKEN": access.bootstrap_token(control)}
-        return {**access.environment(authentik.base_url, tmp_path / name), **token}
-
-    steps = count_steps(variables("whole"))
-    control.delete_tokens(access.USER)
-    for step in range(0, steps, 1 if STRESS else 3):
-        chosen = variables(f"step-{step}")
-        process = access.start(access.KILLED_AT_STEP, chosen, str(step), "now", "no")
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-        refresh(access.settings_of(chosen), certificate="no")
-        check_one_working_pair(access.settings_of(chosen), control)
-        control.delete_tokens(access.USER)
-
-
-REFRESH = """\
-import sys
-from resources import PROJECT
-from dagster_sbatch.auth import refresh
-from dagster_sbatch.settings import load_settings
-settings = PROJECT.load_settings()
-sys.stdin.readline()
-print(refresh(settings, rotation=sys.argv[1], certificate="no").rotated_with)
-"""
-
-
-@pytest.mark.parametrize("wish", ["due", "now"])
-def test_eight_processes_at_once_end_with_one_working_pair(
-    variables: dict[str, str], control: AuthentikControl, wish: str
-) -> None:
-    for _ in range(ROUNDS):
-        control.delete_tokens(access.USER)
-        Path(variables["ASC_AUTHENTIK_CREDENTIALS_FILE"]).unlink(missing_ok=True)
-        chosen = {**variables, "ASC_AUTHENTIK_API_TOKEN": access.bootstrap_token(control)}
-        processes = [access.start(REFRESH, chosen, wish) for _ in range(8)]
-        said = access.release(processes)
-        if wish == "due":
-            assert sorted(said) == ["None"] * 7 + ["bootstrap"]
-        else:
-            assert sorted(said) == ["bootstrap"] + ["stored"] * 7
-        check_one_working_pair(access.settings_of(chosen), control)
-
-
-def test_the_holder_of_the_lock_is_named(later: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dagster_sbatch.auth.refresh_lock import refresh_lock
-
-    monkeypatch.setattr("dagster_sbatch.auth.renew.LOCK_SECONDS", 0.2)
-    with (
-        refresh_lock(later.credentials_file, 1),
-        pytest.raises(AccessError, match=rf"more than 0 s: process {os.getpid()} \(.+\) on .+ since .+ UTC") as error,
-    ):
-        refresh(later, rotation="now", certificate="no")
-    assert error.value.temporary
-    refresh(later, rotation="now", certificate="no")
-
-
-FULL_DISK = """\
-import resource, signal
-from resources import PROJECT
-from dagster_sbatch.auth import refresh
-from dagster_sbatch.settings import load_settings
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # writing more fails, as on a full disk
-refresh(PROJECT.load_settings(), rotation="now", certificate="no")
-"""
-
-
-def test_a_failure_to_write_leaves_the_old_file_and_no_stray(
-    later: Settings, variables: dict[str, str], control: AuthentikControl
-) -> None:
-    before = later.credentials_file.read_text()
-    process = access.start(FULL_DISK, variables)
-    _, errors = process.communicate(timeout=60)
-    assert re.search(r"UnsafeFileError: .*\S+/musica-auth\.env: File too large", errors)
-    assert later.credentials_file.read_text() == before
-    check_one_working_pair(later, control)
 
 
 @pytest.mark.parametrize("days", [0.02, 30])

@@ -22,12 +22,13 @@ from dagster_sbatch.auth import (
     refresh,
 )
 from dagster_sbatch.auth.authentik import request_oidc_token
-from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile
 from dagster_sbatch.auth.http import Http, HttpAnswer
 from dagster_sbatch.auth.refresh_failures import RefreshFailures
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance
 from support import access
+from support.rotation import stored
+from support.rotation import variables as variables
 
 pytestmark = pytest.mark.local
 
@@ -51,23 +52,12 @@ def wind(monkeypatch: pytest.MonkeyPatch) -> Wind:
 
 
 @pytest.fixture
-def variables(authentik: AuthentikServer, tmp_path: Path) -> dict[str, str]:
-    return access.environment(authentik.base_url, tmp_path)
-
-
-@pytest.fixture
 def settings(variables: dict[str, str], control: AuthentikControl) -> Settings:
     """A pair is stored; the bootstrap token that made it is gone."""
     token = control.create_token(access.USER, "api", "by-hand")
     refresh(access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": token}), rotation="now", certificate="no")
     found = access.settings_of(variables)
     access.delete_token(found, stored(found), "by-hand")
-    return found
-
-
-def stored(settings: Settings) -> Credentials:
-    found = CredentialsFile(settings.credentials_file).read()
-    assert found
     return found
 
 

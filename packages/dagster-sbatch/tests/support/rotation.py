@@ -1,0 +1,49 @@
+"""For tests of the rotation: settings with and without a stored pair, and what has to hold after each refresh."""
+
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.auth import refresh
+from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile
+from dagster_sbatch.settings import Settings
+from slurm_in_a_box import AuthentikControl, AuthentikServer
+from support import access
+
+
+@pytest.fixture
+def variables(authentik: AuthentikServer, tmp_path: Path) -> dict[str, str]:
+    return access.environment(authentik.base_url, tmp_path)
+
+
+@pytest.fixture
+def settings(variables: dict[str, str], control: AuthentikControl) -> Settings:
+    """With a fresh bootstrap token."""
+    return access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": access.bootstrap_token(control)})
+
+
+@pytest.fixture
+def later(settings: Settings, variables: dict[str, str]) -> Settings:
+    """A pair is stored, and the bootstrap token is not set any more."""
+    refresh(settings, rotation="now", certificate="no")
+    return access.settings_of(variables)
+
+
+def stored(settings: Settings) -> Credentials:
+    credentials = CredentialsFile(settings.credentials_file).read()
+    assert credentials is not None
+    return credentials
+
+
+def check_one_working_pair(settings: Settings, control: AuthentikControl) -> Credentials:
+    """The file has a pair that works, and authentik has no other token of ours."""
+    pair = stored(settings)
+    assert pair.api_token is not None
+    assert pair.app_password is not None
+    assert access.api_token_works(settings, pair.api_token.value)
+    assert access.app_password_works(settings, pair.app_password.value)
+    assert pair.proven
+    assert access.made_here(control) == {pair.api_token.identifier, pair.app_password.identifier}
+    assert set(pair.record) >= access.made_here(control)  # and names whose requests may yet arrive
+    assert settings.credentials_file.stat().st_mode & 0o777 == 0o600
+    return pair
