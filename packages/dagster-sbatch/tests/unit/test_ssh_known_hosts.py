@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.auth.certificate import fingerprint
-from dagster_sbatch.ssh.known_hosts import CERT_AUTHORITY, REVOKED, KnownHosts, names_of
-from dagster_sbatch.ssh.reports import warn_once
+from dagster_sbatch.ssh.known_hosts import CERT_AUTHORITY, REVOKED, KnownHosts, names_of, warn_once
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGGmRHV2v1x5rpIjXHqDvnVBGWgXqwWRV6tAAjuULVsD"
 OTHER = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIB5YptTHqfRr2Xw7sL0iQ8g7gS9nN1kHk1uJ5qMXH7rH"

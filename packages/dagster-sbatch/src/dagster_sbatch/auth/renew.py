@@ -186,11 +186,10 @@ class _Refresh:
         failed = "rotation" in self._access.failing and not completed
         due = stored.renew_at(self._settings.authentik_refresh_skew_days, clock.now()) <= clock.now()
         if forced or failed or due:
-            done = self._rotator.rotate(stored)
-            self._report.rotated_with = done.used
-            self._report.warnings.extend(done.warnings)
+            self._report.rotated_with, warnings = self._rotator.rotate(stored)
+            self._report.warnings.extend(warnings)
         else:
-            self._report.warnings.extend(self._rotator.clean(stored)[1])
+            self._report.warnings.extend(self._rotator.clean(stored))
             self._rotator.check(stored)
 
     def _issue(self, *, forced: bool) -> None:

@@ -8,7 +8,7 @@ deletes the tokens that it has made; those that it cannot delete stay in the rec
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from dagster_sbatch.auth import clock
@@ -30,21 +30,6 @@ LATE_REQUEST = timedelta(hours=1)
 MOST_LEFT = 4
 """With so many tokens that could not be deleted, no more are made."""
 _TIME = "%Y%m%d%H%M%S"
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """The outcome of a rotation.
-
-    Attributes:
-        credentials: the new pair.
-        used: which API token made it.
-        warnings: tokens that could not be deleted yet.
-    """
-
-    credentials: Credentials
-    used: Source
-    warnings: tuple[str, ...] = ()
 
 
 class NoTokenError(RejectedError):
@@ -100,13 +85,16 @@ class Rotator:
             with suppress(UnavailableError):
                 self._authentik(stored.api_token.value).user(tries=1)
         except RejectedError as error:
-            raise NoTokenError({"stored": self._stored_refused(stored.api_token.value, error)}) from None
+            raise NoTokenError({"stored": self._explain_refusal(stored.api_token.value, error, "stored")}) from None
 
-    def rotate(self, stored: Credentials) -> Rotation:
+    def rotate(self, stored: Credentials) -> tuple[Source, list[str]]:
         """Make a new pair, write it, try it, then delete the old one and what earlier failures have left.
 
         Args:
             stored: what the file holds; settled.
+
+        Returns:
+            Which API token made the pair, and a warning for each token that could not be deleted.
 
         Raises:
             NoTokenError: no API token works; the text says why, for each.
@@ -145,23 +133,21 @@ class Rotator:
             raise not_allowed(self._settings, error) if isinstance(error, RejectedError) else error from None
         proven = unproven.without_previous()
         self._file.write(proven)
-        cleaned, warnings = self.clean(proven)
-        return Rotation(cleaned, used, tuple(warnings))
+        return used, self.clean(proven)
 
-    def clean(self, current: Credentials) -> tuple[Credentials, list[str]]:
+    def clean(self, current: Credentials) -> list[str]:
         """Delete the tokens made here that are not in use; those that cannot be deleted now stay in the record.
 
         Args:
             current: what the file holds; proven.
 
         Returns:
-            What the file holds now, and a warning for each token that is left.
+            A warning for each token that could not be deleted.
         """
         if not current.api_token:
-            return current, []
-        cleaned, failures = self._delete_unused(self._authentik(current.api_token.value), current)
-        left = [f"the old token {name} could not be deleted yet: {error}" for name, error in failures.items()]
-        return cleaned, left
+            return []
+        _, failures = self._delete_unused(self._authentik(current.api_token.value), current)
+        return [f"the old token {name} could not be deleted yet: {error}" for name, error in failures.items()]
 
     def _make(self, authentik: Authentik, names: Mapping[Intent, str]) -> tuple[Secret, Secret]:
         """Make both tokens; return the API token and the app password with their secrets."""
@@ -175,21 +161,21 @@ class Rotator:
     def _choose(self, stored: Credentials) -> tuple[Authentik, Source]:
         """Return an API token that works: the stored one, else ASC_AUTHENTIK_API_TOKEN."""
         bootstrap = self._settings.authentik_api_token
-        candidates: list[tuple[str, Source, str]] = []
+        candidates: dict[Source, str] = {}
         if stored.api_token:
-            candidates.append((f"the API token in {self._file.path}", "stored", stored.api_token.value))
+            candidates["stored"] = stored.api_token.value
         if bootstrap:
-            candidates.append(("ASC_AUTHENTIK_API_TOKEN", "bootstrap", bootstrap.get_secret_value()))
+            candidates["bootstrap"] = bootstrap.get_secret_value()
         refusals: dict[Source, str] = {}
-        for name, source, value in candidates:
+        for source, value in candidates.items():
             authentik = self._authentik(value)
             try:
                 user = authentik.user()
             except RejectedError as error:
-                stored_one = source == "stored"
-                refusals[source] = (self._stored_refused if stored_one else self._refused)(value, error)
+                refusals[source] = self._explain_refusal(value, error, source)
                 continue
             if user != self._settings.oidc_username:
+                name = f"The API token in {self._file.path}" if source == "stored" else "ASC_AUTHENTIK_API_TOKEN"
                 raise MisconfiguredError(
                     f"{name} belongs to {user!r}, not to ASC_OIDC_USERNAME={self._settings.oidc_username}. "
                     "Correct ASC_OIDC_USERNAME, or use a token of that user"
@@ -197,18 +183,16 @@ class Rotator:
             return authentik, source
         raise NoTokenError(refusals)
 
-    def _stored_refused(self, value: str, error: RejectedError) -> str:
-        return (
-            f"{self._refused(value, error)}. Or {self._file.path} is a copy of another machine's file: that "
-            "machine has replaced the secrets since"
-        )
-
-    def _refused(self, value: str, error: RejectedError) -> str:
+    def _explain_refusal(self, value: str, error: RejectedError, source: Source) -> str:
         """Return why authentik may have refused an API token; it refuses an app password in the same words."""
         try:
             request_oidc_token(self._settings, value, self._http)
         except AccessError:
-            return f"{error}. It is wrong, expired or deleted, or its user is not active"
+            copy = (
+                f". Or {self._file.path} is a copy of another machine's file, and that machine has replaced the secrets"
+            )
+            reason = f"{error}. It is wrong, expired or deleted, or its user is not active"
+            return reason + (copy if source == "stored" else "")
         return (
             "it is an App Password, and an API token is needed: in authentik, Settings, Tokens and App passwords, use "
             f"{API_BUTTON}, not {APP_BUTTON}"

@@ -4,7 +4,7 @@ import getpass
 import ipaddress
 import re
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from paramiko import SSHConfig
@@ -12,7 +12,7 @@ from paramiko.ssh_exception import ConfigParseError
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.ssh.reports import warn_once
+from dagster_sbatch.ssh.known_hosts import warn_once
 
 SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
@@ -53,77 +53,55 @@ def read_route(settings: Settings) -> tuple[Hop, Hop | None]:
     """
     if settings.edge_node_host is None:
         raise ConfigurationError("SLURM_EDGE_NODE_HOST is not set: the name of the login node")
-    config = _UserConfig(Path("~/.ssh/config").expanduser())
-    options = config.of(settings.edge_node_host)
-    key = settings.edge_node_key_path or options.key
-    if key is None:
-        raise ConfigurationError("SLURM_EDGE_NODE_KEY_PATH is not set: your private SSH key, like ~/.ssh/id_musica")
-    login = Hop(
-        host=options.host,
-        port=settings.edge_node_port if "edge_node_port" in settings.model_fields_set else options.port or 22,
-        user=settings.edge_node_user or options.user or getpass.getuser(),
-        key=key,
-        known_hosts=options.known_hosts,
-    )
-    return login, _jump(config, options.jump, login) if options.jump else None
+    file = Path("~/.ssh/config").expanduser()
+    try:
+        config = SSHConfig.from_text(_without_ignored(file))
+    except ConfigParseError as error:
+        raise ConfigurationError(f"{file}: {error}") from None
+    port = settings.edge_node_port if "edge_node_port" in settings.model_fields_set else None
+    ours = _Login(settings.edge_node_user, port, settings.edge_node_key_path)
+    login, jump = _read_hop(config, settings.edge_node_host, ours, _Login(getpass.getuser(), 22, None))
+    if jump == "none":
+        return login, None
+    user, alias, port = _split_jump(jump)
+    gateway, outer = _read_hop(config, alias, _Login(user, port, None), _Login(login.user, 22, login.key))
+    if outer != "none" and _split_jump(outer)[1] != alias:  # with `Host *`, a jump host would jump over itself
+        raise ConfigurationError(f"~/.ssh/config: {alias} is itself behind {outer}; one jump host is supported")
+    return login, gateway
 
 
 @dataclass(frozen=True)
-class _Options:
-    """What ~/.ssh/config says about a host; `host` is itself where there is no HostName."""
+class _Login:
+    """How to log in, where that is known."""
 
-    host: str
-    port: int | None
     user: str | None
+    port: int | None
     key: Path | None
-    jump: str | None
-    known_hosts: tuple[Path, ...]
 
 
-class _UserConfig:
-    """The user's ssh_config file. The system's is not read."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        try:
-            self._config = SSHConfig.from_text(_without_unread(file))
-        except ConfigParseError as error:
-            raise ConfigurationError(f"{file}: {error}") from None
-
-    def of(self, alias: str) -> _Options:
-        """The options for a host as the user calls it."""
-        found = self._config.lookup(alias)
-        for option in sorted(_REPORTED & {name for name, value in found.items() if value}):
-            warn_once(f"{self._file}: {option} is ignored here, though it is set for {alias}")
-        port = found.get("port")
-        if port is not None and not (port.isdecimal() and 1 <= int(port) <= 65535):
-            raise ConfigurationError(f"{self._file}: Port {port} for {alias} is no port")
-        files = shlex.split(found.get("userknownhostsfile", "~/.ssh/known_hosts ~/.ssh/known_hosts2"))
-        keys = [Path(name) for name in found.get("identityfile", []) if name.lower() != "none"]
-        jump = found.get("proxyjump", "none")
-        return _Options(
-            host=_checked(found["hostname"], f"{self._file} or SLURM_EDGE_NODE_HOST"),
-            port=int(port) if port else None,
-            user=found.get("user"),
-            key=next((key for key in keys if key.exists()), keys[0] if keys else None),
-            jump=None if jump.lower() == "none" else jump,
-            known_hosts=(*(Path(name).expanduser() for name in files if name != "none"), SYSTEM_KNOWN_HOSTS),
-        )
-
-
-def _jump(config: _UserConfig, text: str, login: Hop) -> Hop:
-    user, alias, port = _split_jump(text)
-    options = config.of(alias)
-    if options.jump and _split_jump(options.jump)[1] != alias:  # with `Host *`, a jump host would jump over itself
-        raise ConfigurationError(f"~/.ssh/config: {alias} is itself behind {options.jump}; one jump host is supported")
-    return replace(
-        login,
-        host=options.host,
-        port=port or options.port or 22,
-        user=user or options.user or login.user,
-        key=options.key or login.key,
-        known_hosts=options.known_hosts,
+def _read_hop(config: SSHConfig, alias: str, first: _Login, default: _Login) -> tuple[Hop, str]:
+    """Return a host as the user calls it, from `first`, else ~/.ssh/config, else `default`; and its ProxyJump."""
+    file = Path("~/.ssh/config").expanduser()
+    found = config.lookup(alias)
+    for option in sorted(_REPORTED & {name for name, value in found.items() if value}):
+        warn_once(f"{file}: {option} is ignored here, though it is set for {alias}")
+    port = found.get("port")
+    if port is not None and not (port.isdecimal() and 1 <= int(port) <= 65535):
+        raise ConfigurationError(f"{file}: Port {port} for {alias} is no port")
+    keys = [Path(name) for name in found.get("identityfile", []) if name.lower() != "none"]
+    key = first.key or next((key for key in keys if key.exists()), keys[0] if keys else default.key)
+    if key is None:
+        raise ConfigurationError("SLURM_EDGE_NODE_KEY_PATH is not set: your private SSH key, like ~/.ssh/id_musica")
+    files = shlex.split(found.get("userknownhostsfile", "~/.ssh/known_hosts ~/.ssh/known_hosts2"))
+    hop = Hop(
+        host=_checked(found["hostname"], f"{file} or SLURM_EDGE_NODE_HOST"),
+        port=first.port or int(port or default.port or 22),
+        user=first.user or found.get("user") or str(default.user),
+        key=key,
+        known_hosts=(*(Path(name).expanduser() for name in files if name != "none"), SYSTEM_KNOWN_HOSTS),
     )
+    jump = found.get("proxyjump", "none")
+    return hop, "none" if jump.lower() == "none" else jump
 
 
 def _split_jump(text: str) -> tuple[str | None, str, int | None]:
@@ -143,7 +121,7 @@ def _checked(host: str, where: str) -> str:
     raise ConfigurationError(f"{host!r} is not the name of a host (in {where}). User and port are separate settings")
 
 
-def _without_unread(file: Path) -> str:
+def _without_ignored(file: Path) -> str:
     """Return the text without ignored options; `Include` and `Match` are reported."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")

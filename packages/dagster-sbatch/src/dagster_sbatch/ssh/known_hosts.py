@@ -2,19 +2,21 @@
 
 import base64
 import binascii
+import functools
 import hashlib
 import hmac
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dagster_sbatch.auth.certificate import fingerprint
-from dagster_sbatch.ssh.reports import warn_once
 
 CERT_AUTHORITY = "@cert-authority"
 REVOKED = "@revoked"
 _MARKERS = (CERT_AUTHORITY, REVOKED)
+_log = logging.getLogger("dagster_sbatch.ssh")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ class KnownHosts:
     def matching(self, name: str, marker: str) -> list[Entry]:
         """Return the files' entries of that kind for a name."""
         return [entry for entry in self.entries if entry.marker == marker and entry.matches(name)]
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a warning, once per process."""
+    _log.warning(text)
 
 
 def names_of(host: str, port: int) -> list[str]:
