@@ -295,7 +295,7 @@ def test_a_token_made_by_a_crashing_authentik_is_temporary(settings: Settings, c
         UnavailableError, match=r"without the right to see its secret \(HTTP 403: You do not have"
     ) as error:
         refresh(settings, rotation="now", certificate="no")
-    assert "if it lasts, ask the centre" in str(error.value)
+    assert "If this repeats, ask the centre" in str(error.value)
     end(control)
     assert refresh(settings, rotation="now", certificate="no").rotated_with == "stored"
     assert len(access.made_here(control)) == 2
