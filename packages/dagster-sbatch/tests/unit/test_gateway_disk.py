@@ -36,12 +36,12 @@ HURRIED = """
 import sys
 def hurry():
     for name, values in {
-        "slurm": dict(SQUEUE_EVERY=0.5, UNSHARED_EVERY=0.5),
-        "submission": dict(COMMAND_PATIENCE=3),
+        "slurm_commands": dict(SQUEUE_EVERY=0.5, UNSHARED_EVERY=0.5),
+        "jobs": dict(COMMAND_PATIENCE=3),
         "follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5, HOLE=0.5),
     }.items():
         vars(sys.modules["agent." + name]).update(values)
-    slurm = sys.modules["agent.slurm"]
+    slurm = sys.modules["agent.slurm_commands"]
     for each in (slurm.call, slurm.ask_slurm, slurm.rows_of):
         each.__kwdefaults__["patience"] = 0.5
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.slurm.gateway.agent.files import Failure
+from dagster_sbatch.slurm.gateway.agent.disk import RequestError
 from dagster_sbatch.slurm.gateway.agent.interpreters import REMEMBERED, choose
 
 PYTHON = '#!/bin/sh\necho >>"{calls}"\nexec {python} "$@"\n'
@@ -63,7 +63,7 @@ def test_it_is_asked_again_when_another_is_in_its_place(
     choose(request_of_it)
     assert interpreter.asked == 2
     interpreter.path.unlink()
-    with pytest.raises(Failure, match="does not run"):
+    with pytest.raises(RequestError, match="does not run"):
         choose(request_of_it)
 
 

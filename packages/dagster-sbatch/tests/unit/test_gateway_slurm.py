@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.slurm.gateway.agent import files, slurm, submission
+from dagster_sbatch.slurm.gateway.agent import disk, jobs, slurm_commands
 from slurm_in_a_box import wait_until
 from support import ROOT
 
@@ -64,11 +64,11 @@ def test_the_verdict_on_a_job(say: Say, scontrol: str, sacct: str, expected: Any
     say("scontrol", scontrol)
     say("sacct", sacct)
     if isinstance(expected, str):
-        with pytest.raises(files.Failure) as failure:
-            slurm.verdict("17", "KEY")
+        with pytest.raises(disk.RequestError) as failure:
+            slurm_commands.verdict("17", "KEY")
         assert failure.value.kind == expected
     else:
-        found = slurm.verdict("17", "KEY")
+        found = slurm_commands.verdict("17", "KEY")
         assert (tuple(found.values()) if found else None) == expected
 
 
@@ -88,13 +88,13 @@ VIOLATES = "Job violates accounting/QOS policy (job submit limit, user's size an
 def test_the_answers_of_sbatch(say: Say, sbatch: str, expected: str, tmp_path: Path) -> None:
     say("sbatch", sbatch)
     (tmp_path / "tried").touch()
-    with submission.Locked(str(tmp_path)) as lock:
+    with jobs.Locked(str(tmp_path)) as lock:
         if expected == "temporary":
-            with pytest.raises(files.Failure) as failure:
-                submission.sbatch(str(tmp_path), [], lock)
+            with pytest.raises(disk.RequestError) as failure:
+                jobs.sbatch(str(tmp_path), [], lock)
             assert failure.value.kind == expected
         else:
-            assert submission.sbatch(str(tmp_path), [], lock) == expected
+            assert jobs.sbatch(str(tmp_path), [], lock) == expected
     assert (tmp_path / "tried").exists()
 
 
@@ -127,8 +127,8 @@ def test_what_sbatch_refuses(say: Say, words: str, kind: str, submitted: str, tm
     (tmp_path / "words").write_text(words)
     say("sbatch", f"cat {tmp_path}/words >&2; exit 1")
     (tmp_path / "tried").touch()
-    with submission.Locked(str(tmp_path)) as lock, pytest.raises(files.Failure) as failure:
-        submission.sbatch(str(tmp_path), [], lock)
+    with jobs.Locked(str(tmp_path)) as lock, pytest.raises(disk.RequestError) as failure:
+        jobs.sbatch(str(tmp_path), [], lock)
     assert (failure.value.kind, str(failure.value)) == (kind, words)
     assert (tmp_path / "tried").exists() is (submitted == "perhaps")
 
@@ -156,12 +156,12 @@ def test_what_a_shell_exports_for_slurm(
         monkeypatch.setenv(name, value)
     say("sbatch", SHOW_VARIABLES)
     if way == "test":
-        assert slurm.test(None, {"script": script}, None)["code"] == 0
+        assert slurm_commands.test(None, {"script": script}, None)["code"] == 0
     else:
         (tmp_path / "tried").touch()
         (tmp_path / "job.sh").write_text(script)
-        with submission.Locked(str(tmp_path)) as lock:
-            submission.sbatch(str(tmp_path), [], lock)
+        with jobs.Locked(str(tmp_path)) as lock:
+            jobs.sbatch(str(tmp_path), [], lock)
     assert (tmp_path / "bin" / "variables").read_text().splitlines() == expected
 
 
@@ -174,12 +174,12 @@ def test_the_projects_of_a_user(
 ) -> None:
     monkeypatch.setenv("SBATCH_ACCOUNT", "p2")
     say("sacctmgr", sacctmgr)
-    assert slurm.projects(None, {}, None) == {"rows": rows, "exported": "p2"}
+    assert slurm_commands.projects(None, {}, None) == {"rows": rows, "exported": "p2"}
 
 
 QUICK = """\
-from dagster_sbatch.slurm.gateway.agent import follower, server, slurm
-slurm.SQUEUE_EVERY, follower.SQUEUE_EVERY, follower.LAG = 0.5, 0.5, 3
+from dagster_sbatch.slurm.gateway.agent import follower, server, slurm_commands
+slurm_commands.SQUEUE_EVERY, follower.SQUEUE_EVERY, follower.LAG = 0.5, 0.5, 3
 server.serve()
 """
 
@@ -243,7 +243,7 @@ def test_the_accounting_of_a_job_that_is_over(
     monkeypatch.chdir(tmp_path)
     say("sacct", sacct)
     begun = time.monotonic()
-    assert slurm.account("17", "JobID,State,MaxRSS", ran) == expected
+    assert slurm_commands.account("17", "JobID,State,MaxRSS", ran) == expected
     assert time.monotonic() - begun < 15
 
 
@@ -254,4 +254,4 @@ def test_a_directory_of_users_that_does_not_answer_is_no_end(monkeypatch: pytest
         raise KeyError(uid)
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    assert slurm.user() == str(os.getuid())
+    assert slurm_commands.user() == str(os.getuid())

@@ -1,8 +1,8 @@
 """Slurm: what an asset asks for, what the site has, and the job script that comes of it."""
 
 from dagster_sbatch.slurm.allocation import Allocation, allocate
+from dagster_sbatch.slurm.job_script import render_job_script
 from dagster_sbatch.slurm.request import SlurmRequest
-from dagster_sbatch.slurm.script import render_job_script
 from dagster_sbatch.slurm.site import Site, load_site
 
 __all__ = ["Allocation", "Site", "SlurmRequest", "allocate", "load_site", "render_job_script"]

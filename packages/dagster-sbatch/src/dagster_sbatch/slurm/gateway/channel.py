@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway.agent.slurm import KEPT
+from dagster_sbatch.slurm.gateway.agent.slurm_commands import KEPT
 from dagster_sbatch.slurm.gateway.shell import after_login_profile, for_any_shell
 from dagster_sbatch.ssh import connect
 
-_MODULES = "disk files slurm places runs claims submission follower interpreters building releases server".split()
+_MODULES = "disk transfer slurm_commands paths run_directories claims jobs follower".split()
+_MODULES += "interpreters building releases server".split()
 """Of the agent, each after those that it uses."""
 _JOIN = """\
 import sys, types

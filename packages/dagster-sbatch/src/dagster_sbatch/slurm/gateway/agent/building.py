@@ -17,8 +17,7 @@ import json
 import os
 import time
 
-from .disk import lock, own, store, unique
-from .files import Failure
+from .disk import RequestError, lock, own, store, unique
 from .interpreters import choose, dotted, in_setup, run, skeleton
 
 HERE = "environment.json"
@@ -130,7 +129,7 @@ def unpack(ask, python, listed, say):
     pip = [path for path in paths.values() if os.path.basename(path).startswith("pip-")]
     if not pip:
         text = "the lock has no pip, which installs the other packages on the login node. Add pip to the cluster group"
-        raise Failure("refused", text)
+        raise RequestError("refused", text)
     say(progress="installing %d wheels" % len(paths))
     options = ["--no-index", "--no-deps", "--require-hashes", "--no-cache-dir", "--no-compile", "--requirement", listed]
     options += ["--disable-pip-version-check", "--no-input", "--no-warn-script-location", "--quiet"]

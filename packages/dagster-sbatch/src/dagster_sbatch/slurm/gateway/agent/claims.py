@@ -8,9 +8,8 @@ import os
 import threading
 import time
 
-from .disk import lock, own, parse, read
-from .files import remove_tree
-from .runs import DAY, checked, has, latest, others
+from .disk import lock, own, parse, read, remove_tree
+from .run_directories import DAY, checked, has, latest, others
 
 INHERIT_EVERY = 0.5  # seconds between two tries to take the lock of this client's previous agent
 

@@ -1,4 +1,4 @@
-"""The shared disk: whole files, locks, and folders that nobody else can change.
+"""Errors of requests; the shared disk: whole files, locks, and folders that nobody else can change.
 
 Every document has a `format`. Readers use what they know of a newer one, and skip one that they cannot read.
 """
@@ -14,6 +14,14 @@ FORMAT = 1
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
+class RequestError(Exception):
+    """`refused`: a permanent error. `temporary`: the client repeats the request, with growing pauses."""
+
+    def __init__(self, kind, text):
+        super().__init__(text)
+        self.kind = kind
+
+
 def read(path):
     """Return the content of a file; nothing if there is none."""
     try:
@@ -21,6 +29,13 @@ def read(path):
             return file.read()
     except FileNotFoundError:
         return b""
+
+
+def remove_tree(path):
+    """Remove a folder, or as much of it as can be."""
+    import shutil  # loading it takes longer than most runs have a use for it
+
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def unique(path):

@@ -3,9 +3,10 @@
 import os
 import time
 
-from .files import CHUNK, Failure
-from .runs import MESSAGES, STREAMS, conclude, events_of, job_of, locate, quietly_conclude
-from .slurm import COMMAND_PATIENCE, OVER, SQUEUE_EVERY, account
+from .disk import RequestError
+from .run_directories import MESSAGES, STREAMS, conclude, events_of, job_of, locate, quietly_conclude
+from .slurm_commands import COMMAND_PATIENCE, OVER, SQUEUE_EVERY, account
+from .transfer import CHUNK
 
 UNSEEN = 60.0  # seconds without an answer of squeue, after which the agent asks Slurm about the one job, as often
 HOLE = 10.0  # seconds for which NUL bytes are held back: on NFS, a node may not have written those bytes yet
@@ -32,7 +33,7 @@ class Follower:
         self.agent.followers[self.run] = self
         while not os.path.isdir(self.run):  # the client sends its submission and this request together
             if time.time() - self.begun > ABSENT and self.run not in self.agent.submitting:
-                raise Failure("refused", "there is no run %s" % self.run)
+                raise RequestError("refused", "there is no run %s" % self.run)
             time.sleep(0.02)
         while self.agent.followers[self.run] is self:
             events = events_of(self.run)  # before the streams: so all that was written before the end is sent
@@ -116,9 +117,9 @@ class Follower:
             self.pause = min(1.5 * self.pause, 5)
         try:
             self.end = conclude(self.run, job)
-        except Failure as failure:
+        except RequestError as error:
             if own:
-                self.report("COMPLETING", "waiting for Slurm to confirm the end: %s" % failure)
+                self.report("COMPLETING", "waiting for Slurm to confirm the end: %s" % error)
 
     def finish(self, job, own):
         """Return the answer, once all that the job wrote is sent; wait for the record of a job that has none yet."""

@@ -7,9 +7,8 @@ import os
 import subprocess
 import time
 
-from .disk import load, store
-from .files import Failure
-from .slurm import environment
+from .disk import RequestError, load, store
+from .slurm_commands import environment
 
 REMEMBERED = 86400.0  # seconds; a better candidate may have been installed since
 STAMP = ("st_ino", "st_size", "st_mtime_ns")
@@ -53,7 +52,7 @@ def run(ask, *command):
     code, said = in_setup(ask, 'exec "$@"', *command)
     if code:
         text = "%s on %s failed:\n%s"
-        raise Failure("refused", text % (" ".join(command[:4]), os.uname()[1], said.strip()[-1500:]))
+        raise RequestError("refused", text % (" ".join(command[:4]), os.uname()[1], said.strip()[-1500:]))
 
 
 def choose(ask):
@@ -89,14 +88,14 @@ def probe(ask):
     host = os.uname()[1]
     if fixed:
         text = "SLURM_PYTHON=%s does not run on %s: %s" % (fixed, host, " ".join(said.split())[-500:])
-        raise Failure("refused", text)
+        raise RequestError("refused", text)
     seen = ", ".join("%s is %s" % (each["given"], each["version"]) for each in found) or "none of them is there"
     text = (
         "no Python %s to %s on %s: of %s, %s. Name another one in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES, "
         "load one in its setup_commands (module load ...), or make an environment there by other means and set "
         "SLURM_PYTHON to its interpreter"
     )
-    raise Failure("refused", text % (dotted(ask["oldest"]), dotted(ask["newest"]), host, ", ".join(names), seen))
+    raise RequestError("refused", text % (dotted(ask["oldest"]), dotted(ask["newest"]), host, ", ".join(names), seen))
 
 
 def dotted(version):

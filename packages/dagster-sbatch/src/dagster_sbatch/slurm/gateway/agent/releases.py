@@ -5,8 +5,7 @@ import os
 import time
 
 from .building import HERE, build, find, locked, missing, remove_sealed, touch
-from .disk import check, load, read, store
-from .files import Failure
+from .disk import RequestError, check, load, read, store
 
 PUBLISHED = "published.json"
 NEEDED = ("name", "kind", "python", "workloads", "asked", "lock", "code", "interpreter", "layer")  # of HERE
@@ -22,7 +21,7 @@ def history(folder):
         return [entry for entry in entries if "name" in entry and "at" in entry]
     except (ValueError, KeyError, TypeError):
         text = "%s cannot be read: it is damaged. Remove it, then publish again with scripts/deploy_environment.py:\n"
-        raise Failure("refused", (text + "  rm '%s'") % (path, path))
+        raise RequestError("refused", (text + "  rm '%s'") % (path, path))
 
 
 def keep(folder, entries):
@@ -70,7 +69,7 @@ def published(ask, _):
     content = load(os.path.join(path, HERE), *NEEDED)
     if not touch(path) or not content:
         text = "%s was published and does not exist any more, or its %s cannot be read"
-        raise Failure("refused", text % (path, HERE))
+        raise RequestError("refused", text % (path, HERE))
     return {"environment": content, "entry": entries[-1]}
 
 
@@ -80,7 +79,7 @@ def publish(ask, say):
     with locked(folder, say):
         entries = history(folder)
         if not touch(os.path.join(folder, name)):
-            raise Failure("refused", "there is no environment %s" % name)
+            raise RequestError("refused", "there is no environment %s" % name)
         new = not entries or entries[-1]["name"] != name
         if new:
             keep(folder, entries + [dict(ask["about"], name=name, at=time.time())])
@@ -93,10 +92,10 @@ def roll_back(ask, say):
     with locked(folder, say):
         entries = history(folder)
         if len(entries) < 2:
-            raise Failure("refused", "nothing was published before what is now: there is nothing to go back to")
+            raise RequestError("refused", "nothing was published before what is now: there is nothing to go back to")
         before = entries[-2]
         if not touch(os.path.join(folder, before["name"])):
-            raise Failure("refused", "environment %s, the one before, does not exist any more" % before["name"])
+            raise RequestError("refused", "environment %s, the one before, does not exist any more" % before["name"])
         keep(folder, entries[:-1])
     return {"entry": before}
 

@@ -8,13 +8,14 @@ import threading
 import time
 
 from .claims import claim, clean, hold
-from .files import CHUNK, Failure, get, piece, put
+from .disk import RequestError
 from .follower import follow
-from .places import Profile, with_paths
+from .jobs import SBATCH_PATIENCE, cancel, submit
+from .paths import Profile, with_paths
 from .releases import environment
-from .runs import reject, runs, state
-from .slurm import Queue, projects, queue, test
-from .submission import SBATCH_PATIENCE, cancel, submit
+from .run_directories import reject, runs, state
+from .slurm_commands import Queue, projects, queue, test
+from .transfer import CHUNK, get, piece, put
 
 HELLO = "gateway-agent 1"
 SILENCE = 60.0  # seconds without a byte from the client: it is gone, though the connection does not say so
@@ -93,8 +94,8 @@ class Agent:
 
         try:
             answer = VERBS[ask["do"]](self, with_paths(self.profile, ask), say)
-        except Failure as failure:
-            answer = {"error": failure.kind, "text": str(failure)}
+        except RequestError as error:
+            answer = {"error": error.kind, "text": str(error)}
         except OSError as error:
             answer = {"error": kind_of(error), "text": "%s: %s" % (error.filename or ask["do"], error.strerror)}
         except Exception:  # whatever it is, the client reports it

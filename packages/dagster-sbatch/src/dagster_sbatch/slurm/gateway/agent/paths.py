@@ -11,8 +11,7 @@ import subprocess
 import threading
 import time
 
-from .disk import load, store
-from .files import Failure
+from .disk import RequestError, load, store
 
 START = re.compile(r"(?:~|\$(HOME|DATA|SCRATCH))(?=/|\Z)")
 FIELDS = ("data_root", "folder", "path", "python", "run", "runs")  # of requests, that are paths
@@ -33,7 +32,7 @@ def expanded(profile, path):
     value = os.path.expanduser("~") if name == "HOME" else os.environ.get(name) or profile.value(name)
     if not value.startswith("/"):
         what = "sets no $%s" % name if not value else "sets $%s to %r, which is not an absolute path" % (name, value)
-        raise Failure(
+        raise RequestError(
             "refused",
             "%s cannot be used: the login profile on %s %s. Write the path itself." % (path, os.uname()[1], what),
         )
@@ -98,10 +97,10 @@ def read_profile():
         while said.count(b"\x1e") < 3:  # not to its end: a process that the profile left may hold it
             if not select.select([child.stdout], [], [], max(until - time.monotonic(), 0))[0]:
                 text = "the login profile on %s did not end within %d s" % (os.uname()[1], PROFILE_PATIENCE)
-                raise Failure("temporary", text + ". See there what it waits for:\n  bash -lc true")
+                raise RequestError("temporary", text + ". See there what it waits for:\n  bash -lc true")
             more = os.read(child.stdout.fileno(), 65536)
             if not more:
-                raise Failure(
+                raise RequestError(
                     "refused", "the login profile on %s ended the shell. Try it there:\n  bash -lc true" % os.uname()[1]
                 )
             said += more

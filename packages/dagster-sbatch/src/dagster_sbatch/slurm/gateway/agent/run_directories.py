@@ -21,9 +21,8 @@ import os
 import re
 import time
 
-from .disk import load, parse, read, store, unique, write
-from .files import Failure, remove_tree
-from .slurm import FORGOTTEN, verdict
+from .disk import RequestError, load, parse, read, remove_tree, store, unique, write
+from .slurm_commands import FORGOTTEN, verdict
 
 MESSAGES = "messages.jsonl"
 STREAMS = (MESSAGES, "stdout", "stderr")
@@ -42,7 +41,7 @@ def locate(ask):
 def checked(key):
     """Return a submission key or the first part of one, if it is valid."""
     if not KEY.match(key):
-        raise Failure("refused", "%r is not a valid name of a run" % key)
+        raise RequestError("refused", "%r is not a valid name of a run" % key)
     return key
 
 
@@ -63,7 +62,7 @@ def lay_out(run, files):
             os.close(os.open(os.path.join(new, name), os.O_CREAT | os.O_WRONLY, 0o600))
         for name, content in files.items():
             if name.startswith("/") or not all(part not in ("", ".", "..") for part in name.split("/")):
-                raise Failure("refused", "%r is not a path below the run directory" % name)
+                raise RequestError("refused", "%r is not a path below the run directory" % name)
             os.makedirs(os.path.dirname(os.path.join(new, name)), 0o700, exist_ok=True)
             write(
                 os.path.join(new, name),
@@ -123,9 +122,9 @@ def conclude(run, job):
     own = events_of(run).get("end") or {}
     try:
         slurms = verdict(job, os.path.basename(run))
-    except Failure as failure:
+    except RequestError as error:
         old = own.get("code") is not None and time.time() - own["time"] > FORGOTTEN
-        if failure.kind != "forgotten" and not old:
+        if error.kind != "forgotten" and not old:
             raise
         slurms = {"state": "", "exit": "", "times": [None] * 3, "account": ""}
     if slurms is None:
@@ -145,7 +144,7 @@ def quietly_conclude(run, job):
     """Return how a run ended; None also while Slurm does not answer."""
     try:
         return conclude(run, job)
-    except Failure:
+    except RequestError:
         return None
 
 

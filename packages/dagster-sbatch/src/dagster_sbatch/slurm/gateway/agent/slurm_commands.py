@@ -8,8 +8,7 @@ import subprocess
 import threading
 import time
 
-from .disk import load, lock, own, store
-from .files import Failure
+from .disk import RequestError, load, lock, own, store
 
 KEPT = frozenset("SLURM_CONF SLURM_CONF_SERVER SLURM_JWT SBATCH_ACCOUNT".split())
 """The variables that Slurm's commands keep: how to reach Slurm, and the project that the user has chosen."""
@@ -58,12 +57,12 @@ def call(*command, patience=COMMAND_PATIENCE, script=""):
             command, env=environment(script), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
         )
     except OSError as error:
-        raise Failure("refused", "%s: %s" % (command[0], error.strerror))
+        raise RequestError("refused", "%s: %s" % (command[0], error.strerror))
     try:
         out, err = child.communicate(script.encode(), timeout=patience)
     except subprocess.TimeoutExpired:
         kill(child)
-        raise Failure("temporary", "%s did not answer within %d s" % (command[0], patience))
+        raise RequestError("temporary", "%s did not answer within %d s" % (command[0], patience))
     return subprocess.CompletedProcess(command, child.returncode, out, err)
 
 
@@ -82,7 +81,7 @@ def ask_slurm(*command, patience=COMMAND_PATIENCE):
     """Run a query and return its stdout; raise `temporary` if it fails."""
     done = call(*command, patience=patience)
     if done.returncode:
-        raise Failure("temporary", "%s: %s" % (command[0], done.stderr.decode(errors="replace").strip()))
+        raise RequestError("temporary", "%s: %s" % (command[0], done.stderr.decode(errors="replace").strip()))
     return done.stdout.decode(errors="replace")
 
 
@@ -91,7 +90,7 @@ def rows_of(*command, patience=COMMAND_PATIENCE):
     return [line.split("|") for line in ask_slurm(*command, patience=patience).splitlines() if "|" in line]
 
 
-def look_up(key, since):
+def find_by_name(key, since):
     """Return the job of that name, if the queue or the accounting has one; it was not submitted before `since`."""
     rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-n", key, "-o", "%i|%j")
     if not rows:
@@ -99,7 +98,7 @@ def look_up(key, since):
         fields = ("-X", "-n", "-P", "-u", user(), "--name", key, "-S", day, "-o", "JobID,JobName")
         try:
             rows = rows_of("sacct", *fields)
-        except Failure:
+        except RequestError:
             if time.time() - since > FORGOTTEN:
                 raise
     jobs = sorted(int(row[0]) for row in rows if row[1] == key and row[0].isdigit())
@@ -111,8 +110,8 @@ def verdict(job, key):
 
     The controller is asked first, then the accounting.
 
-    Failure: `forgotten` if the controller has forgotten the job and the accounting has nothing; `temporary` if they do
-    not answer.
+    RequestError: `forgotten` if the controller has forgotten the job and the accounting has nothing; `temporary` if
+    they do not answer.
     """
     forgotten = False
     try:
@@ -123,17 +122,17 @@ def verdict(job, key):
             names = ("JobState", "ExitCode", "SubmitTime", "StartTime", "EndTime")
             return over([found[name] for name in names], found.get("Account"))
         forgotten = True
-    except Failure as failure:
-        forgotten = "Invalid job id" in str(failure)
+    except RequestError as error:
+        forgotten = "Invalid job id" in str(error)
     fields = "State,ExitCode,Submit,Start,End,Account,JobName"
     try:
         rows = [row for row in rows_of("sacct", "-X", "-n", "-P", "-j", job, "-o", fields) if row[-1] == key]
-    except Failure as failure:
-        if not forgotten or "disabled" not in str(failure):
+    except RequestError as error:
+        if not forgotten or "disabled" not in str(error):
             raise
         rows = []
     if not rows:
-        raise Failure("forgotten" if forgotten else "temporary", "Slurm does not know job %s" % job)
+        raise RequestError("forgotten" if forgotten else "temporary", "Slurm does not know job %s" % job)
     return over(rows[-1], rows[-1][5])
 
 
@@ -152,7 +151,7 @@ def account(job, fields, ran):
     while until - time.time() > ACCOUNTING_TAKES:
         try:
             rows = rows_of("sacct", "-n", "-P", "-j", job, "-o", fields, patience=until - time.time())
-        except Failure:  # it does without
+        except RequestError:  # it does without
             break
         if rows and not any(row[1] in ("PENDING", "RUNNING", "COMPLETING") for row in rows):
             return rows
@@ -213,8 +212,8 @@ class Queue:
         try:
             rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-o", "%i|%T|%r|%S|%j|%a")
             view.update(at=view["asked"], jobs={row[0]: row[1:] for row in rows})
-        except Failure as failure:
-            view["trouble"] = str(failure)
+        except RequestError as error:
+            view["trouble"] = str(error)
         return view
 
     def keep(self):
@@ -254,6 +253,6 @@ def projects(*_):
     fields = ("show", "user", user(), "withassoc", "format=DefaultAccount,Account,QOS")
     try:
         rows = rows_of("sacctmgr", "--noheader", "--parsable2", *fields)
-    except Failure:
+    except RequestError:
         rows = []
     return {"rows": rows, "exported": os.environ.get("SBATCH_ACCOUNT", "")}

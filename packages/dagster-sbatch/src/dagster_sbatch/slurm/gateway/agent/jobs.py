@@ -5,10 +5,9 @@ import re
 import subprocess
 import time
 
-from .disk import lock, own, read
-from .files import Failure
-from .runs import digest, has, job_of, lay_out, locate, mark, note_follower, quietly_conclude, settle
-from .slurm import COMMAND_PATIENCE, ask_slurm, environment, look_up, user
+from .disk import RequestError, lock, own, read
+from .run_directories import digest, has, job_of, lay_out, locate, mark, note_follower, quietly_conclude, settle
+from .slurm_commands import COMMAND_PATIENCE, ask_slurm, environment, find_by_name, user
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
 SBATCH_PATIENCE = 120.0
@@ -56,20 +55,20 @@ def submit_once(run, key, ask):
     """Return the run's job, and whether it was `recorded` before, `found` in Slurm, or `submitted` now."""
     if not os.path.isdir(run):
         if "files" not in ask:
-            raise Failure("refused", "there is no run %s" % run)
+            raise RequestError("refused", "there is no run %s" % run)
         own(os.path.dirname(run))
         lay_out(run, ask["files"])
     if has(run, "cancelled") and not job_of(run):
-        raise Failure("refused", "%s was cancelled before it was submitted" % run)
+        raise RequestError("refused", "%s was cancelled before it was submitted" % run)
     if "files" in ask and read(os.path.join(run, "digest")) != digest(ask["files"]):
-        raise Failure("refused", "%s exists already, with other content" % run)
+        raise RequestError("refused", "%s exists already, with other content" % run)
     if job_of(run):  # the job itself may have recorded it, while its sbatch still holds the lock
         return job_of(run), "recorded"
     with Locked(run) as lock:
         job, how = find_job(run, key)
         if not job:
             if has(run, "cancelled"):
-                raise Failure("refused", "%s was cancelled before it was submitted" % run)
+                raise RequestError("refused", "%s was cancelled before it was submitted" % run)
             mark(run, "tried")
             job, how = sbatch(run, ask["options"], lock), "submitted"
         return settle(run, job), how
@@ -81,10 +80,10 @@ def find_job(run, key):
     if job or not has(run, "tried"):
         return job, "recorded"
     since = os.stat(os.path.join(run, "tried")).st_mtime
-    job = look_up(key, since)
+    job = find_by_name(key, since)
     while not job and time.time() - since < LATE:
         time.sleep(SEARCH_EVERY)
-        job = job_of(run) or look_up(key, since)
+        job = job_of(run) or find_by_name(key, since)
     return job and settle(run, job), "found"
 
 
@@ -102,7 +101,7 @@ def sbatch(run, options, lock):
         )
     except OSError as error:
         os.unlink(os.path.join(run, "tried"))
-        raise Failure("refused", "sbatch: %s" % error.strerror)
+        raise RequestError("refused", "sbatch: %s" % error.strerror)
     until = time.monotonic() + SBATCH_PATIENCE
     while True:
         try:
@@ -112,15 +111,15 @@ def sbatch(run, options, lock):
             if job_of(run):
                 return job_of(run)
             if time.monotonic() > until:
-                raise Failure("temporary", "sbatch did not answer within %d s" % SBATCH_PATIENCE)
+                raise RequestError("temporary", "sbatch did not answer within %d s" % SBATCH_PATIENCE)
     found = JOB_ID.findall(out)  # wrappers and submit filters print more than the id
     if child.returncode == 0 and found:
         return found[-1]
     if child.returncode <= 0 or UNSURE.search(err):
-        raise Failure("temporary", err.strip() or out.strip())
+        raise RequestError("temporary", err.strip() or out.strip())
     os.unlink(os.path.join(run, "tried"))
     later = LATER.search(err) or (LIMIT.search(err) and not NAMED_LIMIT.search(err))
-    raise Failure("temporary" if later else "refused", err.strip())
+    raise RequestError("temporary" if later else "refused", err.strip())
 
 
 # Requests

@@ -3,24 +3,9 @@
 import hashlib
 import os
 
-from .disk import lock
+from .disk import RequestError, lock
 
 CHUNK = 1 << 18
-
-
-class Failure(Exception):
-    """`refused`: a permanent error. `temporary`: the client repeats the request, with growing pauses."""
-
-    def __init__(self, kind, text):
-        super().__init__(text)
-        self.kind = kind
-
-
-def remove_tree(path):
-    """Remove a folder, or as much of it as can be."""
-    import shutil  # loading it takes longer than most runs have a use for it
-
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def hash_of(path):
@@ -72,7 +57,7 @@ def piece(_, ask, __):
     path, part = part_of(ask)
     with locked(part) as file:
         if os.fstat(file.fileno()).st_size != ask["at"]:
-            raise Failure("temporary", "%s: a piece does not follow the one before" % path)
+            raise RequestError("temporary", "%s: a piece does not follow the one before" % path)
         file.seek(ask["at"])
         file.write(ask["data"])
         file.flush()
@@ -81,7 +66,7 @@ def piece(_, ask, __):
         os.fsync(file.fileno())
         if hash_of(part) != ask["sha256"]:
             os.unlink(part)
-            raise Failure("temporary", "%s did not arrive as it was sent" % path)
+            raise RequestError("temporary", "%s did not arrive as it was sent" % path)
         os.rename(part, path)
     return {"at": ask["bytes"]}
 
@@ -96,12 +81,12 @@ def get(_, ask, say):
             while done < size:
                 data = file.read(min(CHUNK, size - done))
                 if not data:
-                    raise Failure("temporary", "%s has become shorter" % path)
+                    raise RequestError("temporary", "%s has become shorter" % path)
                 found.update(data)
                 done += len(data)
                 new = data[-(done - at) :] if done > at else b""
                 if new:
                     say(new, file=path, at=done - len(new))
     except FileNotFoundError as error:
-        raise Failure("refused", "%s: %s" % (path, error.strerror))
+        raise RequestError("refused", "%s: %s" % (path, error.strerror))
     return {"sha256": found.hexdigest(), "bytes": size}
