@@ -2,7 +2,6 @@
 
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from dagster_sbatch.slurm import SlurmRequest, allocate, render_job_script
 from dagster_sbatch.slurm.gateway import Gateway, JobEnd, JobState, RefusedError, StoppedError, choose_channel
 from resources import PROJECT
 from slurm_in_a_box import CERTIFICATE_USER, TCSH_USER, SimulatedSite, wait_until
-from slurm_in_a_box.faults import SbatchFault
 
 pytestmark = pytest.mark.cluster
 SITE = PROJECT.load_site("musica")
@@ -99,17 +97,6 @@ def test_a_refusal_is_final_and_in_slurms_words(gateway: Gateway, site: Simulate
     assert submit(gateway, run)  # corrected
 
 
-def test_cancelled_and_gone(gateway: Gateway, site: SimulatedSite) -> None:
-    run = Run("sleep 300")
-    job = submit(gateway, run)
-    site.wait_for_job(int(job), "RUNNING")
-    cancelled = gateway.cancel(run.path)
-    assert cancelled is not None
-    assert cancelled.state == site.job_state(int(job)) == "CANCELLED"
-    end = follow(gateway, run)
-    assert (end.code, end.state) == (None, "CANCELLED")
-
-
 def test_a_wait_that_is_stopped_leaves_the_job_alone(settings: Settings, site: SimulatedSite) -> None:
     stop = threading.Event()
     gateway = Gateway(choose_channel(settings, PYTHONS, ensure_certificate), stop)
@@ -124,63 +111,6 @@ def test_a_wait_that_is_stopped_leaves_the_job_alone(settings: Settings, site: S
     cancelled = gateway.cancel(run.path)
     assert cancelled is not None
     assert cancelled.state == "CANCELLED"
-    gateway.close()
-
-
-@pytest.mark.parametrize("drops", [12])
-def test_dropped_again_and_again_each_line_comes_once(settings: Settings, site: SimulatedSite, drops: int) -> None:
-    told: list[str] = []
-    gateway = Gateway(choose_channel(settings, PYTHONS, ensure_certificate), on_trouble=told.append)
-    run = Run(f"for round in 1 2 3 4 5 6; do {LINES}; sleep 0.5; done")
-    over = threading.Event()
-
-    def disturb() -> None:
-        for _ in range(drops):
-            if not over.wait(0.4):
-                site.faults.drop_connections()
-
-    thread = threading.Thread(target=disturb)
-    thread.start()
-    try:
-        submit(gateway, run)
-        end = gateway.follow(run.path, run.sinks, run.states.append)
-    finally:
-        over.set()
-        thread.join()
-        gateway.close()
-    assert end.code == 0
-    assert run.stdout.decode().splitlines() == 6 * [f"line {i} äöü" for i in range(20000)]
-    assert len(told) >= 3
-    assert len(jobs_named(site, run)) == 1
-    nobody_left(site)
-
-
-@pytest.mark.parametrize(
-    ("kind", "how"),
-    [("error-after", {"found", "recorded"}), ("error-before", {"submitted"}), ("slow", {"submitted"})],
-)
-def test_sbatch_that_lies_is_looked_behind(
-    gateway: Gateway, site: SimulatedSite, kind: SbatchFault, how: set[str]
-) -> None:
-    run = Run("echo once")
-    with site.faults.sbatch(kind):
-        threading.Timer(3, site.faults.repair_all).start()
-        job = gateway.submit(run.path, run.files)
-    assert job.how in how  # recorded: the job itself was faster
-    follow(gateway, run)
-    assert run.stdout == b"once\n"
-    assert jobs_named(site, run) == [job.job]
-
-
-def test_a_shell_that_is_not_bash(site: SimulatedSite, settings: Settings, tmp_path: Path) -> None:
-    site.mint_certificate(tmp_path / "id_tcsh", TCSH_USER)
-    changes = {"edge_node_user": TCSH_USER.name, "edge_node_key_path": tmp_path / "id_tcsh"}
-    gateway = Gateway(choose_channel(settings.model_copy(update=changes), PYTHONS, lambda _: None))
-    run = Run("echo from tcsh")
-    run.path = f"{TCSH_USER.home}/with space, 'quote' and $HOME/runs/{run.key}"
-    submit(gateway, run)
-    follow(gateway, run)
-    assert run.stdout == b"from tcsh\n"
     gateway.close()
 
 
@@ -259,35 +189,6 @@ def test_a_submission_that_is_stopped_cannot_submit_beside_a_new_one(settings: S
     assert run.stdout == b"once\n"
     assert jobs_named(site, run) == [found[0].job]
     second.close()
-
-
-def test_a_job_that_is_put_back_in_the_queue_is_followed_into_its_second_life(
-    gateway: Gateway, site: SimulatedSite
-) -> None:
-    run = Run('if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then echo first; sleep 300; fi; echo second')
-    job = int(submit(gateway, run))
-    thread = threading.Thread(target=follow, args=(gateway, run))
-    thread.start()
-    wait_until(lambda: bytes(run.stdout) == b"first\n", "the first life", 30)
-    site.faults.requeue_job(job)
-    thread.join(180)
-    assert not thread.is_alive()
-    assert run.stdout == b"first\nsecond\n"
-
-
-def test_a_controller_that_is_away_is_waited_for(gateway: Gateway, site: SimulatedSite) -> None:
-    run, done = Run("echo done"), []
-    with site.faults.controller_down():
-        thread = threading.Thread(target=lambda: done.append(gateway.submit(run.path, run.files)))
-        thread.start()
-        begun = time.monotonic()
-        wait_until(lambda: time.monotonic() - begun > 3, "three seconds without a controller", 10)
-        assert not done
-    thread.join(120)
-    assert len(done) == 1
-    follow(gateway, run)
-    assert run.stdout == b"done\n"
-    assert len(jobs_named(site, run)) == 1
 
 
 @pytest.mark.smoke
@@ -409,17 +310,3 @@ def test_files_there_and_back_through_lost_connections(gateway: Gateway, site: S
         gateway.get(f"{there} not", back)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["a file", "back"]
     assert site.run_on_login(CERTIFICATE_USER, "ls -A 'put here'").stdout.splitlines()[-1] == "a $file"
-
-
-def test_one_acts_on_a_run_and_the_other_is_told_who(settings: Settings, site: SimulatedSite) -> None:
-    first, second, third = (Gateway(choose_channel(settings, PYTHONS, ensure_certificate)) for _ in range(3))
-    runs, family = f"{CERTIFICATE_USER.home}/dagster-slurm/runs", f"family-{secrets.token_hex(4)}"
-    mine = first.claim(runs, family, "token 1", "run 1")
-    assert (mine.held_by, mine.runs, mine.attempt) == (None, runs, 0)
-    assert second.claim(runs, family, "token 2", "run 2").held_by == "run 1"
-    assert third.claim(runs, family, "token 1", "run 1").held_by is None  # the same, who had to connect anew
-    first.close()
-    wait_until(lambda: second.claim(runs, family, "token 2", "run 2").held_by == "run 1", "the third holds it", 10)
-    third.close()
-    wait_until(lambda: second.claim(runs, family, "token 2", "run 2").held_by is None, "the second's turn", 10)
-    second.close()

@@ -269,7 +269,7 @@ def test_the_certificate_ends_in_mid_run(
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("kind", ["error-after", "silent-after"])
+@pytest.mark.parametrize("kind", ["error-before", "error-after", "silent-after"])
 def test_sbatch_that_lies(kind: SbatchFault, site: SimulatedSite, workloads: Path) -> None:
     with site.faults.sbatch(kind):
         one_job_did_it(site, materialize(REPORTS, workloads, request=REQUEST))
@@ -292,7 +292,7 @@ def test_the_controller_is_down_at_the_submission_in_mid_run_and_at_the_end(
         pause(30 if STRESS else 2)
     with site.faults.controller_down():
         go_on(site)
-        wait_until(lambda: '"code": 0' in events(site), "the job's own word on its end", 30)
+        wait_until(lambda: '"code": 0' in events(site), "the job's own record of its end", 30)
         pause(30 if STRESS else 2)
     one_job_did_it(site, run.outcome())
     assert sum(logins(site).values()) == sum(before.values()) + 1
