@@ -1,4 +1,4 @@
-"""The batch script: pure text from an allocation and a launcher's commands."""
+"""The batch script: text from an allocation and a launcher's commands."""
 
 import re
 import shlex
@@ -16,10 +16,10 @@ $header
 # Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
 
-# One job a run: the first to make this link is the run's job, any other steps back. Slurm may run the same job again.
+# One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
 ln -s "$$SLURM_JOB_ID" job 2>/dev/null || [ "$$(readlink job)" = "$$SLURM_JOB_ID" ] || exit 0
 
-# The run's own record: a line at the start, a line at the end. A code of null: cut short, and Slurm knows why.
+# The job's own record: a line at its start, a line at its end. The code is null if it was cut short; Slurm knows why.
 code=null
 # shellcheck disable=SC2317  # the trap calls it
 finish() {
@@ -29,7 +29,7 @@ finish() {
     "$$code" "$$SLURM_JOB_ID" "$${now/,/.}" "$${sizes[@]}" >>events
 }
 trap finish EXIT
-# Where temporary files lie on a node: its own disk, if something can be written to it.
+# Prints the folder for temporary files on a node: its own disk, if the job can write to it.
 temporary_folder() {
   local probe=$disk/.$$SLURM_JOB_ID-$$RANDOM
   if (set -C && echo >"$$probe" && rm "$$probe") 2>/dev/null; then echo $disk; else echo /tmp; fi
@@ -37,23 +37,23 @@ temporary_folder() {
 JOB_TMPDIR=$$(temporary_folder)
 export JOB_TMPDIR
 export -f temporary_folder
-printf '\\n{"method": "job_started"}\\n' >>messages.jsonl # after what an earlier life may have cut off
+printf '\\n{"method": "job_started"}\\n' >>messages.jsonl # a former start may have left half a line
 now=$${EPOCHREALTIME:-$$(date +%s.%N)} # with the locale's decimal point
 printf '{"started": "%s", "time": %s, "temporary": "%s"}\\n' "$$HOSTNAME" "$${now/,/.}" "$$JOB_TMPDIR" >>events
 
-$setup# Neither a module's Python nor packages in the home may get between $$PYTHON and its own packages.
+$setup# $$PYTHON uses its own packages, not those of a module's Python or of the home.
 unset PYTHONHOME PYTHONPLATLIBDIR PYTHONSAFEPATH
 export PYTHONNOUSERSITE=1 TMPDIR=$$JOB_TMPDIR
 $environment
 
-# When Slurm will end the job, in seconds since 1970. Slurm says so itself since 23.02.
+# When Slurm will end the job, in seconds since 1970. Slurm sets this since 23.02.
 export SLURM_JOB_END_TIME=$${SLURM_JOB_END_TIME:-$$(($${EPOCHSECONDS:-$$(date +%s)} + $seconds))}
 
-# Becomes Python with the variables that the asset names; the script itself does without them.
+# Becomes Python with the variables of the asset; the script itself does not have them.
 # shellcheck disable=SC2317  # the launcher's commands call it
 run_python() { exec $env"$$PYTHON" -u "$$@"; }
 export -f run_python
-# Starts the workload, so that it can be told apart. One that handles SIGUSR1 gets it when the time limit is near.
+# Starts the workload and records its process. If it handles SIGUSR1, it gets that signal when the time limit is near.
 # shellcheck disable=SC2317  # the launcher's commands call it
 run_workload() { ( echo "$$BASHPID" >workload.pid; run_python "$$@" ) }
 # shellcheck disable=SC2317  # the trap calls it
@@ -67,7 +67,7 @@ warn() {
 }
 trap warn USR1
 
-# In a subshell: whatever it does, the exit code is recorded. In the background: bash heeds the warning meanwhile.
+# In a subshell: whatever it does, the exit code is recorded. In the background: bash handles the warning meanwhile.
 (
 $body
 ) &
@@ -86,7 +86,7 @@ exit "$$code"
 _FLAGS = ("exclusive",)
 _GPUS = "gpus_per_node"
 _THREADS = ("--threads-per-core", "--hint")
-"""Options that decide whether hardware threads count; sbatch takes one of them only."""
+"""Options that decide whether hardware threads count; sbatch accepts only one of them."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_./-]")
 
 
@@ -94,7 +94,7 @@ LONGEST_LEAD = 300
 
 
 def warning_lead(request: SlurmRequest) -> int:
-    """Seconds before the time limit when the job is warned: a tenth of it, five minutes at most."""
+    """Return how many seconds before its time limit the job is warned: a tenth of the limit, at most five minutes."""
     return max(1, min(int(request.time_limit.total_seconds()) // 10, LONGEST_LEAD))
 
 
@@ -103,9 +103,9 @@ def directives(request: SlurmRequest, site: Site, job_name: str, about: Mapping[
 
     Args:
         request: after `allocate`; its values are words without spaces or quotes.
-        site: its threads_per_core holds unless the request has an option that says the same.
+        site: with threads_per_core, unless the request has an option for that.
         job_name: the submission key.
-        about: what else the job's comment tells, for people who look at the queue or the accounting.
+        about: further parts of the job's comment, for people who read the queue or the accounting.
 
     Raises:
         ValueError: the job name is not a plain word.
@@ -142,16 +142,16 @@ def render_job_script(
     body: str,
     variables: Mapping[str, str] | None = None,
 ) -> str:
-    """The whole batch script.
+    """Return the batch script.
 
     Args:
         request: after `allocate`.
-        site: its header comes before the directives; its setup commands come first, in a login shell.
+        site: with its header, which comes before the directives, and its setup commands.
         job_name: the submission key.
-        about: goes into the job's comment.
-        environment: variables of the script; values are quoted here.
+        about: for the job's comment.
+        environment: variables of the script; this function quotes the values.
         body: the launcher's commands (`Launcher.render`).
-        variables: those that the workload has besides.
+        variables: further ones, for the workload alone.
     """
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     assignments = [f"{name}={value}" for name, value in (variables or {}).items()]

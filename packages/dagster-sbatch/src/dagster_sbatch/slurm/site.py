@@ -22,22 +22,22 @@ class _Part(BaseModel):
 
 
 class Qos(_Part):
-    """Limits of a quality of service; what is not known is left out and not checked."""
+    """Limits of a quality of service; a limit that is left out is not checked."""
 
-    time_limit: Time | None = Field(None, description="The longest time limit that it takes.")
+    time_limit: Time | None = Field(None, description="The longest time limit that it allows.")
     nodes: PositiveInt | None = Field(None, description="The most nodes that a user may have in it.")
-    preemptible: bool = Field(default=False, description="Its jobs can be ended, or put back in the queue, for others.")
+    preemptible: bool = Field(default=False, description="Slurm may end or requeue its jobs for other jobs.")
 
 
 class Partition(_Part):
     """Nodes of one kind."""
 
     cores: PositiveInt = Field(description="CPUs that a job can have on a node; cores if threads_per_core is 1.")
-    mem: Memory = Field(description="Memory of a node.")
-    gpus: int = Field(0, ge=0, description="GPUs of a node.")
-    cores_per_gpu: PositiveInt | None = Field(None, description="CPUs for each GPU of a request that names none.")
-    mem_per_gpu: Memory | None = Field(None, description="Memory for each GPU of a request that names none.")
-    qos: dict[str, Qos] = Field({}, description="The QoS that it takes, the ordinary one first; empty: none is needed.")
+    mem: Memory = Field(description="Memory per node.")
+    gpus: int = Field(0, ge=0, description="GPUs per node.")
+    cores_per_gpu: PositiveInt | None = Field(None, description="CPUs per GPU, for requests that name no CPUs.")
+    mem_per_gpu: Memory | None = Field(None, description="Memory per GPU, for requests that name no memory.")
+    qos: dict[str, Qos] = Field({}, description="QoS of this partition, the ordinary one first; empty: jobs need none.")
 
 
 def _authority(line: str) -> str:
@@ -61,7 +61,7 @@ class Site(_Part):
         "if not given, Slurm decides what a CPU is.",
     )
     setup_commands: tuple[str, ...] = Field(
-        (), description="Shell commands before Python is looked for (module load ...)."
+        (), description="Shell commands that run before Python is searched for (module load ...)."
     )
     host_authorities: tuple[Annotated[str, AfterValidator(_authority)], ...] = Field(
         (),

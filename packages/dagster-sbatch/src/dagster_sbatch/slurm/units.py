@@ -32,7 +32,7 @@ def parse_time(text: str) -> timedelta:
         hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
     total = timedelta(int(match["days"] or 0), hours=hours, minutes=minutes, seconds=seconds)
     if not total:
-        raise ValueError(f"{text!r} is no time at all")
+        raise ValueError(f"{text!r} is a time of zero")
     return total
 
 
@@ -44,8 +44,9 @@ def format_time(time: timedelta) -> str:
 
 
 def parse_memory(text: str) -> int:
-    """KiB of a memory size as `sbatch --mem` takes it: a whole number and K, M, G or T (M where there
-    is none). 0 is all that a node has.
+    """Return the KiB of a memory size of `sbatch --mem`: a whole number and K, M, G or T (M if there is no unit).
+
+    0 stands for all memory of a node.
 
     Raises:
         ValueError: any other text.
@@ -57,7 +58,7 @@ def parse_memory(text: str) -> int:
 
 
 def format_memory(kib: int) -> str:
-    """The size in the largest unit that keeps it whole."""
+    """Return a size in the largest unit in which it is a whole number."""
     for unit in "TGM":
         if kib % _UNITS[unit] == 0:
             return f"{kib // _UNITS[unit]}{unit}"

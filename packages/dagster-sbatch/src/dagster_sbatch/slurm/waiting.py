@@ -1,4 +1,4 @@
-"""Why a job that waits may wait for ever, and what to do about it."""
+"""Reasons of Slurm for which a pending job may never start, and what to do about each."""
 
 import re
 
@@ -10,12 +10,12 @@ _ADVICE = (
     ),
     (
         r"JobHeldUser|JobHeldAdmin|[Hh]eld",
-        "Slurm holds it. An administrator did, you did (scontrol hold), or its node failed to start it. Find out why, "
+        "it is held. An administrator or you did that (scontrol hold), or its node failed to start it. Find out why, "
         "then release it on the login node, or Terminate this run:\n  scontrol release {job}",
     ),
     (
         r"BadConstraints|ReqNodeNotAvail.*UnavailableNodes|NodeDown$|FrontEndDown",
-        "no node that is there has what its request asks for. Terminate this run if the nodes do not come back, and "
+        "no available node has what the job requests. Terminate this run if the nodes do not come back, and "
         "change `constraint`, `nodelist`, `exclude` or GPUs in its SlurmRequest.",
     ),
     (
@@ -33,10 +33,10 @@ _ADVICE = (
 
 
 def advise(reason: str, job: str) -> str | None:
-    """Return what to do about a job that may never start; None if it only waits for its turn.
+    """Return what to do about a job that may never start; None if the job only waits for its turn.
 
     Args:
-        reason: Slurm's, for a job that is pending (squeue(1), JOB REASON CODES).
+        reason: of a pending job (squeue(1), JOB REASON CODES).
         job: its id.
     """
     for pattern, advice in _ADVICE:

@@ -16,10 +16,10 @@
 # Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
 
-# One job a run: the first to make this link is the run's job, any other steps back. Slurm may run the same job again.
+# One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
 ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
 
-# The run's own record: a line at the start, a line at the end. A code of null: cut short, and Slurm knows why.
+# The job's own record: a line at its start, a line at its end. The code is null if it was cut short; Slurm knows why.
 code=null
 # shellcheck disable=SC2317  # the trap calls it
 finish() {
@@ -29,7 +29,7 @@ finish() {
     "$code" "$SLURM_JOB_ID" "${now/,/.}" "${sizes[@]}" >>events
 }
 trap finish EXIT
-# Where temporary files lie on a node: its own disk, if something can be written to it.
+# Prints the folder for temporary files on a node: its own disk, if the job can write to it.
 temporary_folder() {
   local probe=/local/.$SLURM_JOB_ID-$RANDOM
   if (set -C && echo >"$probe" && rm "$probe") 2>/dev/null; then echo /local; else echo /tmp; fi
@@ -37,24 +37,24 @@ temporary_folder() {
 JOB_TMPDIR=$(temporary_folder)
 export JOB_TMPDIR
 export -f temporary_folder
-printf '\n{"method": "job_started"}\n' >>messages.jsonl # after what an earlier life may have cut off
+printf '\n{"method": "job_started"}\n' >>messages.jsonl # a former start may have left half a line
 now=${EPOCHREALTIME:-$(date +%s.%N)} # with the locale's decimal point
 printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "${now/,/.}" "$JOB_TMPDIR" >>events
 
-# Neither a module's Python nor packages in the home may get between $PYTHON and its own packages.
+# $PYTHON uses its own packages, not those of a module's Python or of the home.
 unset PYTHONHOME PYTHONPLATLIBDIR PYTHONSAFEPATH
 export PYTHONNOUSERSITE=1 TMPDIR=$JOB_TMPDIR
 export PYTHON=/environment/bin/python
 export DATA_ROOT=/d
 
-# When Slurm will end the job, in seconds since 1970. Slurm says so itself since 23.02.
+# When Slurm will end the job, in seconds since 1970. Slurm sets this since 23.02.
 export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$((${EPOCHSECONDS:-$(date +%s)} + 3600))}
 
-# Becomes Python with the variables that the asset names; the script itself does without them.
+# Becomes Python with the variables of the asset; the script itself does not have them.
 # shellcheck disable=SC2317  # the launcher's commands call it
 run_python() { exec "$PYTHON" -u "$@"; }
 export -f run_python
-# Starts the workload, so that it can be told apart. One that handles SIGUSR1 gets it when the time limit is near.
+# Starts the workload and records its process. If it handles SIGUSR1, it gets that signal when the time limit is near.
 # shellcheck disable=SC2317  # the launcher's commands call it
 run_workload() { ( echo "$BASHPID" >workload.pid; run_python "$@" ) }
 # shellcheck disable=SC2317  # the trap calls it
@@ -68,7 +68,7 @@ warn() {
 }
 trap warn USR1
 
-# In a subshell: whatever it does, the exit code is recorded. In the background: bash heeds the warning meanwhile.
+# In a subshell: whatever it does, the exit code is recorded. In the background: bash handles the warning meanwhile.
 (
 # Every node runs this before Ray.
 # shellcheck disable=SC2317
