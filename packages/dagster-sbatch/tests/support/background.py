@@ -103,3 +103,17 @@ def logins(site: SimulatedSite, said: str = "Accepted publickey") -> dict[str, i
     words = f"{said} for {CERTIFICATE_USER.name} "
     logs = {node: site.layout.log / f"sshd-{node}.out" for node in ("login01", "login02")}
     return {node: log.read_text(errors="replace").count(words) for node, log in logs.items()}
+
+
+def one_job_did_it(site: SimulatedSite, outcome: Outcome) -> None:
+    """The run succeeded, at the first attempt, with one job."""
+    assert outcome.error == ""
+    assert outcome.retries == []
+    (metadata,) = outcome.materializations[None]
+    assert jobs_of(site, metadata["run_directory"]) == [str(metadata["job_id"])]
+    assert len(runs_there(site)) == 1
+
+
+def pause(seconds: float) -> None:
+    """Let a fault last; nothing in it can be waited for."""
+    threading.Event().wait(seconds)
