@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.run.adoption import Choice, choose, name_differences, name_request_changes, outdated_runs
-from dagster_sbatch.run.calls import Call, former_family_of, step_prefix
+from dagster_sbatch.run.calls import Call
 from dagster_sbatch.run.history import is_stored, requested_at
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.slurm.gateway import Claim, Gateway, OtherRun, RefusedError, StoppedError
@@ -23,23 +23,20 @@ SIBLING_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Submission:
-    """A call of `compute.run`, with what identifies its jobs.
+    """A call of `compute.run`, and what identifies its jobs and those of the same step.
 
     Attributes:
-        root: id of the first run of which this one is a retry or a re-execution.
-        step: Dagster's key of the step.
-        assets, partitions: of the step.
         call: the call.
+        step: Dagster's key of the step.
+        related: beginnings of the submission keys of the step's jobs.
         inputs: of the call: digests by name.
         request: the Slurm request.
         data_root: DATA_ROOT, as the user wrote it.
     """
 
-    root: str
-    step: str
-    assets: tuple[str, ...]
-    partitions: tuple[str, ...]
     call: Call
+    step: str
+    related: tuple[str, ...]
     inputs: Mapping[str, str]
     request: Mapping[str, Any]
     data_root: str
@@ -64,9 +61,7 @@ class Attempts:
     def choose(self) -> tuple[Claim, Choice]:
         """Claim the call's runs, once no other run executes them; choose between an earlier attempt and a new one."""
         submission = self.submission
-        former = former_family_of(submission.root, submission.assets, submission.partitions, submission.call.number)
-        related = (f"{step_prefix(submission.root, submission.step)}-", f"{former}-")
-        claim = self._claim(self.family, related)
+        claim = self._claim(self.family, submission.related)
         instance, asked = self._context.instance, requested_at(self._context.instance, self._context.run_id)
         stored = claim.over and is_stored(instance, claim.followers, submission.step, before=asked)
         choice = choose(claim, stored=stored)

@@ -57,14 +57,14 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         extras: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
     ) -> dg.PipesClientCompletedInvocation:
-        """Run a workload to its end and hand over what it reported through Dagster Pipes.
+        """Run a workload to its end and return what it reported through Dagster Pipes.
 
         Args:
             context: of the asset, the op, or the function of an asset check.
             workload: a Python program that calls `open_dagster_pipes()`, or a package: its folder with a `__main__.py`.
             launcher: ScriptLauncher or RayLauncher.
             args: the workload's `sys.argv[1:]`.
-            request: what to ask Slurm for; the default is one CPU for an hour. Checked everywhere, used by Slurm.
+            request: of Slurm; the default is one CPU for an hour. It is checked in `development`, too.
             extras: values for the workload's `pipes.extras`; JSON. `partition_keys` is added for partitioned assets.
             env: further environment variables for the workload. Not for secrets.
 
@@ -72,10 +72,10 @@ class ComputeResource(dg.ConfigurableResource[Any]):
             The results; an asset returns `.get_materialize_result()` of it, a check `.get_asset_check_result()`.
 
         Raises:
-            Failure: the workload or what was asked for it is at fault; the text says what to change.
-            RetryRequested: the supercomputer is: a node failed, the job was preempted.
-            DagsterExecutionInterruptedError: the run was terminated, and what it had started has ended; or Dagster is
-                stopping, and a Slurm job goes on.
+            Failure: the workload, the request or another argument is wrong; the text says what to change.
+            RetryRequested: a node failed, or the job was preempted.
+            DagsterExecutionInterruptedError: the run was terminated, and its processes and its job have ended; or
+                Dagster is stopping, and the Slurm job keeps running.
         """
         step = context.op_execution_context if isinstance(context, dg.AssetCheckExecutionContext) else context
         name = ", ".join(sorted(key.to_user_string() for key in step.selected_asset_keys)) or step.op_def.name
@@ -142,7 +142,7 @@ def _run_here(context: StepContext, name: str, settings: Settings, plan: Plan) -
                 "DATA_ROOT": str(plan.project.local_data_root(settings)),
                 "PYTHONPATH": str(plan.workload.root),
                 **plan.env,
-                **session.environment,
+                **session.pipes.get_bootstrap_env_vars(),
             }
             command = [sys.executable, *plan.workload.command(plan.workload.root)]
             sinks = {

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,13 +78,13 @@ def run_workload(
     """
     process = _start(command, environment, directory)
     try:
-        follower = _Follower(sinks)
+        offsets = dict.fromkeys(sinks, 0)
         while process.poll() is None and not stop.is_set():
-            follower.read()
+            _follow(sinks, offsets)
             stop.wait(POLL_SECONDS)
         if stop.is_set():
             _terminate(process)
-        follower.read()
+        _follow(sinks, offsets)
     finally:
         _kill(process)
     if directory.end.exists():
@@ -123,23 +123,12 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-class _Follower:
-    """Reads what was appended to files since it last read them."""
-
-    def __init__(self, sinks: Mapping[Path, Callable[[bytes], None]]) -> None:
-        self._offsets = dict.fromkeys(sinks, 0)
-        self._sinks = sinks
-
-    def read(self) -> None:
-        for path, sink in self._sinks.items():
-            for data in self._chunks(path):
-                sink(data)
-
-    def _chunks(self, path: Path) -> Iterable[bytes]:
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            file.seek(self._offsets[path])
-            while data := file.read(CHUNK):
-                self._offsets[path] += len(data)
-                yield data
+def _follow(sinks: Mapping[Path, Callable[[bytes], None]], offsets: dict[Path, int]) -> None:
+    """Pass on what was appended to files beyond the offsets."""
+    for path, sink in sinks.items():
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(offsets[path])
+                while data := file.read(CHUNK):
+                    offsets[path] += len(data)
+                    sink(data)

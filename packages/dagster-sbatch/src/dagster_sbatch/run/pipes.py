@@ -102,7 +102,7 @@ class Messages(dg.PipesMessageReader):
 
     @contextmanager
     def _error_kept(self) -> Iterator[None]:
-        """Keep the first error, whatever Dagster has against a message; the step reports it."""
+        """Keep the first error that a message causes, here or in Dagster; the step reports it."""
         try:
             yield
         except Exception as error:  # noqa: BLE001
@@ -182,7 +182,7 @@ class Output:
 
     @staticmethod
     def _write(target: TextIO, text: str) -> None:
-        """Write UTF-8 whatever the locale is, past the buffer: what a full disk refuses must not wait in there."""
+        """Write UTF-8 in any locale, past the buffer: it would keep what a full disk refuses."""
         try:
             number = target.fileno()
         except (AttributeError, OSError):  # a test's, a notebook's
@@ -209,11 +209,6 @@ class Session:
     messages: Messages
     stdout: Output
     stderr: Output
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The variables by which `open_dagster_pipes()` finds context and messages."""
-        return dict(self.pipes.get_bootstrap_env_vars())
 
 
 @contextmanager

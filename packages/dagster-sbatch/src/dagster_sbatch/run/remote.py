@@ -13,7 +13,7 @@ from dagster_sbatch.environments import Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import inputs_of, request_of
 from dagster_sbatch.run.attempts import Attempts, Submission
-from dagster_sbatch.run.calls import calls_of, digest_of, step_key
+from dagster_sbatch.run.calls import calls_of, digest_of, former_family_of, step_key, step_prefix
 from dagster_sbatch.run.directory import CONTEXT, MESSAGES, RunInfo, RunPaths, files_of
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.history import left_job, tag_job
@@ -52,9 +52,8 @@ class RemoteRun:
     def __init__(self, context: StepContext, asset: str, settings: Settings, plan: Plan) -> None:
         self._context, self._asset, self._settings, self._plan = context, asset, settings, plan
         self._step, self._log = op_context(context), StepLog(context)
-        self._partitions = tuple(partitions_of(context))
-        root = context.run.root_run_id or context.run_id
-        ends = " to ".join(sorted({*self._partitions[:1], *self._partitions[-1:]}))
+        root, partitions = context.run.root_run_id or context.run_id, partitions_of(context)
+        ends = " to ".join(sorted({*partitions[:1], *partitions[-1:]}))
         self._info = RunInfo(context.run_id, root, asset, ends, step=step_key(self._step))
         self._call = 0
         self._run: str | None = None
@@ -104,7 +103,9 @@ class RemoteRun:
         root, step = self._info.root, self._info.step
         call = calls_of(self._step).begin(root, step, digest_of(inputs))
         self._call = call.number
-        return Submission(root, step, assets, self._partitions, call, inputs, request_of(self._plan), data_root)
+        former = former_family_of(root, assets, partitions_of(self._context), call.number)
+        related = (f"{step_prefix(root, step)}-", f"{former}-")
+        return Submission(call, step, related, inputs, request_of(self._plan), data_root)
 
     # Submit and follow
 

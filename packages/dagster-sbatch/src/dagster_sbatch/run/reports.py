@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import dagster as dg
 
@@ -15,26 +16,16 @@ REACHABLE, LEFT_JOBS = "jobs_are_reachable", "jobs_are_followed"
 
 
 class StepLog:
-    """Writes into the step's log; a line that Dagster cannot store is lost and does not end the step.
+    """Writes into the step's log with `info`, `warning` and `error`.
 
     Dagster raises if its database does not store a line: the disk is full, or the database is down. The job is still
-    running then, and the step must not end because of a line of its log.
+    running then, so the line is lost and the step continues.
     """
 
     def __init__(self, context: StepContext) -> None:
-        self._log = context.log
-
-    def info(self, text: str) -> None:
-        """Log at level INFO."""
-        _write(self._log.info, text)
-
-    def warning(self, text: str) -> None:
-        """Log at level WARNING."""
-        _write(self._log.warning, text)
-
-    def error(self, text: str) -> None:
-        """Log at level ERROR."""
-        _write(self._log.error, text)
+        self.info = partial(_write, context.log.info)
+        self.warning = partial(_write, context.log.warning)
+        self.error = partial(_write, context.log.error)
 
 
 def _write(write: Callable[[str], None], text: str) -> None:
