@@ -86,9 +86,7 @@ def outdated_runs(others: Iterable[OtherRun], begun: int) -> list[OtherRun]:
 
     Calls that this execution has not made yet may adopt the jobs of the calls with the same number or a later one.
 
-    Args:
-        others: runs of the step with other inputs whose jobs may be waiting or running.
-        begun: the number of calls that this execution of the step has made.
+    `begun` is the number of calls that this execution has made.
     """
     return [each for each in others if each.record is None or each.record["call"] < begun]
 

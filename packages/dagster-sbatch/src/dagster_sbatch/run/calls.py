@@ -28,12 +28,7 @@ def digest_of(value: Any, length: int = 16) -> str:
 
 
 def step_prefix(root: str, step: str) -> str:
-    """Return the beginning of the submission keys of a step, of its retries and of its re-executions.
-
-    Args:
-        root: id of the first run.
-        step: Dagster's key of the step.
-    """
+    """Return the beginning of the submission keys of a step, in the run `root`, its retries and its re-executions."""
     return f"{_slug(step) or 'step'}-{digest_of([root, step], 10)}"
 
 
@@ -72,13 +67,7 @@ class StepCalls:
         self._families: set[str] = set()
 
     def begin(self, root: str, step: str, digest: str) -> Call:
-        """Register a call.
-
-        Args:
-            root: id of the first run of which this one is a retry or a re-execution.
-            step: Dagster's key of the step.
-            digest: of everything that decides the call's result.
-        """
+        """Register a call; `root` is the first run, `digest` that of everything that decides the call's result."""
         with self._lock:
             number = self._twins.total()
             family = f"{step_prefix(root, step)}-{digest_of([digest, self._twins[digest]], 10)}"

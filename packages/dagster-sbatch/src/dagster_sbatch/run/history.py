@@ -19,10 +19,10 @@ def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str, befo
     """Return whether Dagster has stored the result of a step in one of some runs.
 
     Args:
-        instance: that knows the runs; one that was deleted has stored nothing.
+        instance: Dagster's; a run that was deleted has stored nothing.
         runs: their ids.
-        step: Dagster's key of the step; empty: every step of the run.
-        before: count only what was stored by then, in seconds since 1970.
+        step: Dagster's key of the step; empty: all steps of the run.
+        before: only results that were stored by then count, in seconds since 1970.
     """
     latest = float("inf") if before is None else before
     return any(_succeeded(instance, run, step, latest) for run in runs)
@@ -61,13 +61,7 @@ def tag_deployment(context: StepContext, deployment: str, site: str | None) -> N
 
 
 def tag_job(context: StepContext, job: str, call: int) -> None:
-    """Tag the run of a step with a Slurm job id, under the step's name.
-
-    Args:
-        context: of the step.
-        job: its id.
-        call: how many calls of `compute.run` the step made before this one.
-    """
+    """Tag the run of a step with a Slurm job id, under the step's name; `call`: how many calls the step made before."""
     _tag(context, {_job_tag(step_key(op_context(context)) + (f".{call + 1}" if call else "")): job})
 
 

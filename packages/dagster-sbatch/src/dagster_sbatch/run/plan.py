@@ -122,7 +122,7 @@ def complete_extras(extras: Mapping[str, Any] | None, partitions: Sequence[str])
     if not partitions:
         return values
     if PARTITION_KEYS in values:
-        raise ConfigurationError(f"extras[{PARTITION_KEYS!r}] is taken: the partitions of the run stand there")
+        raise ConfigurationError(f"extras[{PARTITION_KEYS!r}] holds the partitions of the run. Use another name.")
     return {**values, PARTITION_KEYS: list(partitions)}
 
 
@@ -130,12 +130,12 @@ def _check_variables(env: Mapping[str, str]) -> None:
     """Refuse variables that cannot be set everywhere."""
     for name, value in env.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ConfigurationError(f"env[{name!r}] is not the name of a variable: letters, digits and _")
+            raise ConfigurationError(f"env[{name!r}] is not the name of a variable. Use letters, digits and _.")
         if name in _RESERVED or name.startswith(_RESERVED_PREFIXES):
             raise ConfigurationError(
                 f"env[{name!r}]: the deployment sets this variable. {_RESERVED.get(name, '')}".rstrip()
             )
         if type(value) is not str:  # Dagster's EnvVar is one, and would be its name
-            raise ConfigurationError(f"env[{name!r}] is not a text but {value!r} ({type(value).__name__})")
+            raise ConfigurationError(f"env[{name!r}] is no text but {value!r} ({type(value).__name__}). Write a text.")
         if "\0" in value or len(f"{name}={value}".encode(errors="replace")) >= LONGEST_VARIABLE:
-            raise ConfigurationError(f"env[{name!r}] cannot be a variable: it holds NUL or has 128 KiB. Use extras.")
+            raise ConfigurationError(f"env[{name!r}] cannot be a variable: it has a NUL or 128 KiB. Use extras.")

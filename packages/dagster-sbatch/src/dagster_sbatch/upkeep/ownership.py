@@ -16,13 +16,7 @@ Standing = Literal["alive", "retry due", "just ended", "over", "unknown"]
 
 
 def standing_of(instance: dg.DagsterInstance, root: str, now: datetime) -> Standing:
-    """Return the state of a group: a run with its retries and re-executions.
-
-    Args:
-        instance: that knows the runs; the group of a run that was deleted is unknown.
-        root: id of the first run.
-        now: with a zone.
-    """
+    """Return the state of a group: the run `root` with its retries and re-executions; unknown if it was deleted."""
     records = _group(instance, root)
     if not any(record.dagster_run.run_id == root for record in records):
         return "unknown"
@@ -50,10 +44,6 @@ def reason_to_cancel(instance: dg.DagsterInstance, run: RunRecord) -> str:
 
     It is cancelled if a person terminated the last run that followed it, or if the step has succeeded with another job
     in that run or a later one. It is kept if its step or process failed while it was running.
-
-    Args:
-        instance: that knows the run.
-        run: one whose Dagster runs have all ended.
     """
     group = {record.dagster_run.run_id: record for record in _group(instance, run.about.root)}
     followers = [group[each] for each in run.followers if each in group]
