@@ -16,8 +16,8 @@ from support import ENGINE, ROOT
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *sorted(ROOT.glob("packages/*/docs/*.md")),
-    *sorted(ROOT.glob("packages/*/README.md")),
+    *sorted(ROOT.glob("packages/dagster-sbatch/docs/*.md")),
+    ROOT / "packages/dagster-sbatch/README.md",
 ]
 VARIABLES = {str(field.validation_alias) for field in Settings.model_fields.values()}
 AS_THEY_STAND = "tests/cluster/test_commands.py"
@@ -41,9 +41,6 @@ RUN_BY = {
     "scripts/refresh_step_auth.py": AS_THEY_STAND,
     "scripts/test": ".ci/run",
     "scripts/test --version": AS_THEY_STAND,
-    "sudo scripts/sim up --install": ".ci/run",
-    "sudo scripts/sim": "packages/slurm-in-a-box/tests/test_lifecycle.py",
-    "(umask 077; sudo scripts/sim env": "packages/slurm-in-a-box/tests/test_lifecycle.py",
     ".venv/bin/dagster instance concurrency": "tests/unit/test_pages.py",
 }
 """Beginnings of commands, and what runs them: the longest counts."""
@@ -119,8 +116,6 @@ def test_no_command_hides_in_a_block_of_another_kind(page: Path) -> None:
 def test_who_is_said_to_run_a_command_names_it(beginning: str) -> None:
     script = beginning.removeprefix("sudo ").split()[0]
     wanted = {
-        "sudo scripts/sim": 'sim("fault", "repair")',
-        "(umask 077; sudo scripts/sim env": 'sim("env")',
         ".venv/bin/dagster instance concurrency": "instance concurrency set gpu 4",
     }
     shown = wanted.get(beginning, beginning.removeprefix("sudo "))

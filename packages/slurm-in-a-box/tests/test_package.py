@@ -1,5 +1,6 @@
 """The package as its users have it: the wheel, the README's example, and what the plugin does where no site can run."""
 
+import argparse
 import os
 import re
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm_in_a_box import SimulatedSite
+from slurm_in_a_box import SimulatedSite, command_line, requirements
 
 PACKAGE = Path(__file__).parents[1]
 (EXAMPLE,) = re.findall(r"^```python\n(.*?)^```", (PACKAGE / "README.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -63,6 +64,23 @@ def test_the_readmes_test_passes_with_the_wheel_while_another_run_of_tests_has_i
     assert "1 passed" in done.stdout, done.stdout + done.stderr
     assert slurm_site.job_state(job) == "RUNNING"
     assert all(slurm_site.status().values())
+
+
+def test_every_command_of_the_documentation_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[argparse.Namespace] = []
+
+    def note(options: argparse.Namespace) -> int:
+        called.append(options)
+        return 0
+
+    monkeypatch.setattr(requirements, "check_system", lambda: None)
+    for name in ("up", "down", "status", "login", "env", "fault"):
+        monkeypatch.setattr(command_line, f"_{name}", note)
+    pages = [PACKAGE / "README.md", PACKAGE / "docs" / "simulated-site.md"]
+    blocks = [block for page in pages for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)]
+    commands = re.findall(rf"{command_line.PROGRAM} ([^#>)\n]*)", "".join(blocks))
+    assert [command_line.main(command.split()) for command in commands] == [0] * len(commands)
+    assert len(called) == len(commands) > 7
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("", "1 skipped"), ("true", "1 error")])
