@@ -28,47 +28,47 @@ def page(dagster_dev: DagsterDev, whole_example: str) -> Iterator[Page]:
 def test_the_graph_shows_all_assets_materialised(page: Page, tmp_path: Path) -> None:
     page.goto("/locations/__repository__@musica_pipelines/asset-groups/flight_delays")
     for asset in ASSETS:
-        expect(page.get_by_text(asset, exact=True).first).to_be_visible(timeout=60_000)
-    expect(page.get_by_text("12 partitions", exact=True)).to_have_count(2, timeout=60_000)
-    expect(page.get_by_text("Materialized", exact=True)).to_have_count(2, timeout=60_000)
-    expect(page.get_by_text(re.compile(r"^(\d) / \1 Passed$"))).to_have_count(4, timeout=60_000)
+        expect(page.get_by_text(asset, exact=True).first).to_be_visible()
+    expect(page.get_by_text("12 partitions", exact=True)).to_have_count(2)
+    expect(page.get_by_text("Materialized", exact=True)).to_have_count(2)
+    expect(page.get_by_text(re.compile(r"^(\d) / \1 Passed$"))).to_have_count(4)
     take(page, "asset-graph.png", tmp_path)
 
 
 def test_a_materialised_asset_shows_numbers_checks_and_a_plot(page: Page, tmp_path: Path) -> None:
     page.goto("/assets/delay_model")
-    expect(page.get_by_text("baseline_auc", exact=True)).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("baseline_auc", exact=True)).to_be_visible()
     expect(page.get_by_text("flight-delays", exact=True).first).to_be_visible()
     expect(page.get_by_text(re.compile(r"^0\.6\d+$")).first).to_be_visible()
     page.locator("tr", has_text="model.ubj").evaluate("row => row.hidden = true")  # where this machine keeps its data
     take(page, "delay-model.png", tmp_path)
     page.get_by_text("Plots", exact=True).click()
-    expect(page.locator("canvas").first).to_be_visible(timeout=60_000)
+    expect(page.locator("canvas").first).to_be_visible()
 
 
 def test_a_picture_is_shown(page: Page) -> None:
     page.goto("/assets/delay_model")
     page.get_by_text("[Show Markdown]").first.click(timeout=60_000)
     picture = page.locator("img[alt=calibration]")
-    expect(picture).to_be_visible(timeout=60_000)
+    expect(picture).to_be_visible()
     assert picture.evaluate("image => image.naturalWidth") > 300
 
 
 def test_the_table_of_trials_is_shown(page: Page) -> None:
     page.goto("/assets/delay_sweep")
     trials = page.locator("table", has_text="max_depth").last
-    expect(trials.locator("tr")).to_have_count(1 + TRIALS, timeout=60_000)
+    expect(trials.locator("tr")).to_have_count(1 + TRIALS)
     for heading in ("trial", "auc", "max_depth", "device"):
         expect(trials.get_by_text(heading, exact=True)).to_be_visible()
 
 
 def test_the_columns_are_described(page: Page) -> None:
     page.goto("/assets/delay_features")
-    expect(page.get_by_text("minutes after midnight, local time, as scheduled")).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("minutes after midnight, local time, as scheduled")).to_be_visible()
 
 
 def test_checks_passed(page: Page) -> None:
     page.goto("/assets/delay_model?view=checks")
-    expect(page.get_by_text("better_than_baseline").first).to_be_visible(timeout=60_000)
-    expect(page.get_by_text("Passed", exact=True)).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("better_than_baseline").first).to_be_visible()
+    expect(page.get_by_text("Passed", exact=True)).to_be_visible()
     expect(page.get_by_text("late rate by hour of departure in the training months")).to_be_visible()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from support import ROOT
 
@@ -15,6 +15,9 @@ FLAGS = """
     --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync
     """.split()
+PATIENCE = 60_000
+"""Milliseconds for a page to show what it should."""
+IMAGES = (ROOT / "docs" / "images", ROOT / "packages" / "dagster-sbatch" / "docs" / "images")
 
 
 @contextmanager
@@ -26,7 +29,8 @@ def open_ui(url: str) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1400, "height": 900}, base_url=url)
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(PATIENCE)
+        expect.set_options(timeout=PATIENCE)
         page.goto("/overview")
         page.get_by_text("Hide navigation").click()  # more room for what the tests look at
         yield page
@@ -36,6 +40,7 @@ def open_ui(url: str) -> Iterator[Page]:
 def take(page: Page, name: str, folder: Path) -> None:
     """A screenshot of a page that has come to rest; with UPDATE_SCREENSHOTS=1 it becomes the documentation's."""
     page.wait_for_load_state("networkidle")
-    target = ROOT / "docs" / "images" if os.environ.get("UPDATE_SCREENSHOTS") else folder
+    documented = next(images for images in IMAGES if (images / name).exists())
+    target = documented if os.environ.get("UPDATE_SCREENSHOTS") else folder
     page.screenshot(path=target / name, animations="disabled")
     assert 20_000 < (target / name).stat().st_size < 250_000
