@@ -1,18 +1,13 @@
 """Listings of the documentation that need a supercomputer, as they stand there."""
 
 import re
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import dagster as dg
 import pytest
-from pydantic import Field
 
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.launchers import Launcher
-from dagster_sbatch.launchers.base import render_pre_start
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import SlurmRequest
 from resources import build_resources
@@ -38,11 +33,7 @@ def each_node() -> Any:
     (listing,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "packages" / "dagster-sbatch" / "docs" / "launchers.md").read_text(), re.DOTALL
     )
-    names: dict[str, Any] = {
-        "ClassVar": ClassVar, "Sequence": Sequence, "ConfigurationError": ConfigurationError,
-        "Field": Field, "Launcher": Launcher,
-        "SlurmRequest": SlurmRequest, "render_pre_start": render_pre_start, "shlex": shlex, "__name__": "page",
-    }  # fmt: skip
+    names: dict[str, Any] = {"__name__": "page"}
     exec(compile(listing, "launchers.md", "exec"), names)
     return names["EachNodeLauncher"]
 

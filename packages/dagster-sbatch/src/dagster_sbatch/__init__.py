@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dagster_sbatch.errors import ConfigurationError
     from dagster_sbatch.inspect.source_links import link_to_source
     from dagster_sbatch.launchers import Launcher, RayLauncher, ScriptLauncher
     from dagster_sbatch.project import Project
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ComputeResource",
+    "ConfigurationError",
     "CredentialRefresh",
     "FakeCompute",
     "Launcher",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "dagster_sbatch.errors": ("ConfigurationError",),
     "dagster_sbatch.inspect.source_links": ("link_to_source",),
     "dagster_sbatch.launchers": ("Launcher", "RayLauncher", "ScriptLauncher"),
     "dagster_sbatch.project": ("Project",),

@@ -73,22 +73,28 @@ def open_dashboard(settings: Settings, site: Site, runs: Runs, run: RunRecord) -
     if not address:
         raise ConfigurationError(f"The Ray cluster of {run.key} has no dashboard: it was started without one.")
     host, port = address
-    token = _fetch(runs, run, "token").strip()
+    with _dialling(settings, site, host, port) as dial, forward(dial) as local_port:
+        try:
+            dial().close()
+        except (OSError, SSHException) as error:
+            raise ConfigurationError(
+                f"The login node cannot connect to the Ray dashboard of job {run.job}: {error}. Either the job has "
+                "ended, or the site forbids such connections. To see the state of the job:\n"
+                f"  scripts/job {run.job} state"
+            ) from None
+        yield Dashboard(f"http://127.0.0.1:{local_port}", _fetch(runs, run, "token").strip(), dial)
+
+
+@contextmanager
+def _dialling(settings: Settings, site: Site, host: str, port: int) -> Iterator[Dial]:
+    """Yield what connects to a port of a compute node from the login node."""
     if settings.on_login_node:
-        here = Dashboard(f"http://{host}:{port}", token, lambda: socket.create_connection((host, port), DIAL_SECONDS))
-        _check(here, run)
-        yield here
+        yield lambda: socket.create_connection((host, port), DIAL_SECONDS)
         return
     with connect(settings, ensure_certificate, site.host_authorities) as connection:
-
-        def dial() -> Any:
-            origin = ("127.0.0.1", 0)
-            return connection.transport.open_channel("direct-tcpip", (host, port), origin, timeout=DIAL_SECONDS)
-
-        with forward(dial) as local_port:
-            there = Dashboard(f"http://127.0.0.1:{local_port}", token, dial)
-            _check(there, run)
-            yield there
+        yield lambda: connection.transport.open_channel(
+            "direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=DIAL_SECONDS
+        )
 
 
 def _fetch(runs: Runs, run: RunRecord, name: str) -> str:
@@ -99,16 +105,6 @@ def _fetch(runs: Runs, run: RunRecord, name: str) -> str:
         except RefusedError as error:
             raise ConfigurationError(f"{run.key} has no Ray cluster, or it has not started yet ({error})") from None
         return path.read_text()
-
-
-def _check(dashboard: Dashboard, run: RunRecord) -> None:
-    try:
-        dashboard.dial().close()
-    except (OSError, SSHException) as error:
-        raise ConfigurationError(
-            f"The login node cannot connect to the Ray dashboard of job {run.job}: {error}. Either the job has ended, "
-            f"or the site forbids such connections. To see the state of the job:\n  scripts/job {run.job} state"
-        ) from None
 
 
 @contextmanager
@@ -124,8 +120,10 @@ def forward(dial: Dial) -> Iterator[int]:
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server.server_address[1]
-        server.shutdown()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
 
 
 def _copy(source: Any, target: Any) -> None:

@@ -81,15 +81,15 @@ class Launcher(BaseModel, ABC):
             command: Python's arguments: the program as the job sees it, or -m and a package; then the workload's own.
         """
 
+    def render_pre_start(self) -> str:
+        """Return the pre-start commands as lines of bash; each reports on stderr if it fails.
 
-def render_pre_start(commands: tuple[str, ...]) -> str:
-    """Return the pre-start commands; each reports on stderr if it fails.
-
-    `ulimit -n N` fails most often, because N is above the hard limit; it then sets the hard limit.
-    """
-    lines = []
-    for command in commands:
-        fallback = 'ulimit -n "$(ulimit -Hn)"; ' if command.startswith("ulimit -n ") else ""
-        quoted = command.replace("'", "'\\''")
-        lines.append(f"{command} || {{ {fallback}echo '{quoted}: failed on '\"$HOSTNAME\"'; the job continues' >&2; }}")
-    return "\n".join(lines)
+        `ulimit -n N` fails most often, because N is above the hard limit; it then sets the hard limit.
+        """
+        lines = []
+        for command in self.pre_start_commands:
+            fallback = 'ulimit -n "$(ulimit -Hn)"; ' if command.startswith("ulimit -n ") else ""
+            quoted = command.replace("'", "'\\''")
+            report = f"echo '{quoted}: failed on '\"$HOSTNAME\"'; the job continues' >&2"
+            lines.append(f"{command} || {{ {fallback}{report}; }}")
+        return "\n".join(lines)

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from typing import ClassVar
 
-from dagster_sbatch.launchers.base import Launcher, render_pre_start
+from dagster_sbatch.launchers.base import Launcher
 from dagster_sbatch.slurm.request import SlurmRequest
 
 
@@ -19,5 +19,5 @@ class ScriptLauncher(Launcher):
 
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
         threads = f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{request.cpus_per_task or 1}}}"
-        lines = [threads, render_pre_start(self.pre_start_commands), f"run_workload {shlex.join(command)}"]
+        lines = [threads, self.render_pre_start(), f"run_workload {shlex.join(command)}"]
         return "\n".join(filter(None, lines))

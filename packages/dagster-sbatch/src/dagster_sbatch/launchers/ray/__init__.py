@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator, Field, PositiveInt
 
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.launchers.base import Launcher, render_pre_start
+from dagster_sbatch.launchers.base import Launcher
 from dagster_sbatch.slurm.request import Memory, SlurmRequest
 from dagster_sbatch.slurm.units import parse_memory
 
@@ -122,7 +122,7 @@ class RayLauncher(Launcher):
         step += [f"--gres=gpu:{gpus}"] if gpus else []
         # Ray starts one worker per CPU in advance; with GPUs, usually only one worker per GPU is used.
         few = "export RAY_prestart_worker_first_driver=${RAY_prestart_worker_first_driver:-0}\n" if gpus else ""
-        pre_start = render_pre_start(self.pre_start_commands) or ":"
+        pre_start = self.render_pre_start() or ":"
         return (
             f"# Every node runs this before Ray.\n# shellcheck disable=SC2317\npre_start() {{\n{pre_start}\n}}\n"
             f"export -f pre_start\n{few}# shellcheck source=/dev/null\n"
