@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import node
+import watch
 from slurm_in_a_box import wait_until
 
 import checks
@@ -341,3 +343,12 @@ node.kill_descendants()
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
     pid = int((tmp_path / "pid").read_text())
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the daemon is gone", 10)
+
+
+def test_a_node_is_lost_when_it_is_not_alive_any_more(head: node.Node) -> None:
+    """A node whose first start failed, and whose second did not, is alive, and on Ray's list of failed nodes."""
+    for name, address in (("n1", "10.0.0.1"), ("n2", "10.0.0.2"), ("n3", "10.0.0.3")):
+        job_cluster.publish(job_cluster.joined_file(name), {"address": address})
+    busy, idle, failed = (SimpleNamespace(ip_address=f"10.0.0.{number}") for number in (1, 2, 1))
+    status = SimpleNamespace(active_nodes=[busy], idle_nodes=[idle], failed_nodes=[failed])
+    assert watch.find_lost(status, watch.joined_nodes()) == ["n3"]

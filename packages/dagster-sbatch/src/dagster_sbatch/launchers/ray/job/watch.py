@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from job_cluster import HEAD_FILE, end_with_parent, fail, read_published, state
@@ -48,12 +49,23 @@ def describe(status: Any) -> str:
     return f"Ray: {', '.join(parts)}, {waiting} task(s) waiting"
 
 
-def node_at(address: str) -> str:
-    """Return the name of the node that has joined with this address."""
-    for path in state().glob("joined-*.json"):
-        if (read_published(path.name) or {}).get("address") == address:
-            return path.stem.removeprefix("joined-")
-    return address
+def joined_nodes() -> dict[str, str]:
+    """Return the nodes that have joined, by address."""
+    published = {path.stem.removeprefix("joined-"): read_published(path.name) for path in state().glob("joined-*.json")}
+    return {facts["address"]: name for name, facts in published.items() if facts}
+
+
+def find_lost(status: Any, nodes: Mapping[str, str]) -> list[str]:
+    """Return the names of the nodes that are not alive.
+
+    Ray's own list of failed nodes also has those whose first start failed and whose second did not.
+
+    Args:
+        status: Ray's ClusterStatus.
+        nodes: names, by address.
+    """
+    alive = {node.ip_address for node in (*status.active_nodes, *status.idle_nodes)}
+    return [name for address, name in nodes.items() if address not in alive]
 
 
 def main() -> None:
@@ -68,6 +80,7 @@ def main() -> None:
     from ray.autoscaler.v2.sdk import get_cluster_status
     from ray.exceptions import RpcError
 
+    nodes = joined_nodes()
     pause, next_report, reported = FIRST_PAUSE, time.monotonic(), ""
     while True:
         try:
@@ -75,8 +88,8 @@ def main() -> None:
         except RpcError as error:
             print(f"Ray: the head does not answer: {error}", file=sys.stderr)
         else:
-            if status.failed_nodes:
-                fail(f"Ray: lost the node {node_at(status.failed_nodes[0].ip_address)}: it no longer answers the head")
+            if lost := find_lost(status, nodes):
+                fail(f"Ray: lost the node {', '.join(lost)}: it no longer answers the head")
                 raise SystemExit(NODE_LOST)
             if time.monotonic() >= next_report:
                 text = describe(status)
