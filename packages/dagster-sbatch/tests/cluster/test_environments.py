@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.environments import EnvironmentSpec
+from dagster_sbatch.environments.deployed import EnvironmentSpec
 from dagster_sbatch.sites import SITES
 from dagster_sbatch.slurm.gateway import RefusedError
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until

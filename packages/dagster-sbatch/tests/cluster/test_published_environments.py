@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.commands.deploy_environment import check
-from dagster_sbatch.environments import EnvironmentSpec, read_code
+from dagster_sbatch.environments.code import read_code
+from dagster_sbatch.environments.deployed import EnvironmentSpec
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.slurm.gateway import RefusedError
 from resources import PROJECT

@@ -14,16 +14,11 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.auth import ensure_certificate
-from dagster_sbatch.environments import (
-    Comparison,
-    Environment,
-    Environments,
-    EnvironmentSpec,
-    deployed,
-    read_code,
-    read_lock,
-)
+from dagster_sbatch.environments import deployed
+from dagster_sbatch.environments.code import read_code
+from dagster_sbatch.environments.deployed import Comparison, Environment, Environments, EnvironmentSpec
 from dagster_sbatch.environments.interpreter import Interpreter
+from dagster_sbatch.environments.lockfile import read_lock
 from dagster_sbatch.environments.wheels import Wheel, gather_wheels
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.project import Project

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.environments import read_code, revision_of
+from dagster_sbatch.environments.code import read_code, revision_of
 from dagster_sbatch.errors import ConfigurationError
 
 
@@ -35,7 +35,7 @@ def test_a_line_in_a_nested_package_makes_another_digest(repository: Path) -> No
     assert changed == {"helpers/deep/tool.py"}
 
 
-def test_only_what_git_tracks_goes_along_and_the_rest_is_named(repository: Path) -> None:
+def test_only_what_git_tracks_is_sent_and_the_rest_is_listed(repository: Path) -> None:
     (repository.parent / ".gitignore").write_text("*.log\n")
     for name in ("new.py", "out.log", ".env", ".env.musica", "musica-auth.env"):
         (repository / name).write_text("SECRET=1\n")
@@ -45,19 +45,19 @@ def test_only_what_git_tracks_goes_along_and_the_rest_is_named(repository: Path)
     assert "out.log" not in code.left_out
 
 
-def test_a_dotenv_file_stays_here_though_git_tracks_it(repository: Path) -> None:
+def test_a_dotenv_file_is_not_sent_though_git_tracks_it(repository: Path) -> None:
     for name in (".env", ".env.musica", "musica-auth.env"):
         (repository / name).write_text("SECRET=1\n")
     git(repository, "add", "--force", ".")
     assert not any("env" in name for name in read_code(repository).files)
 
 
-def test_a_file_that_was_deleted_is_no_part_of_it(repository: Path) -> None:
+def test_a_file_that_was_deleted_is_not_sent(repository: Path) -> None:
     (repository / "main.py").unlink()
     assert list(read_code(repository).files) == ["helpers/deep/tool.py"]
 
 
-def test_the_revision_is_told_with_whether_it_is_changed(repository: Path) -> None:
+def test_the_revision_says_whether_files_are_changed(repository: Path) -> None:
     assert revision_of(repository) == ""
     git(repository, "-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--quiet", "--message=a")
     revision = revision_of(repository)

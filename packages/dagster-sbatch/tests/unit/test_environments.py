@@ -10,15 +10,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from dagster_sbatch.commands.deploy_environment import choose_for_removal
-from dagster_sbatch.environments import (
-    Environment,
-    EnvironmentListing,
-    Environments,
-    LoggedProgress,
-    read_code,
-    read_lock,
-)
+from dagster_sbatch.environments.code import read_code
+from dagster_sbatch.environments.deployed import Environment, EnvironmentListing, Environments
 from dagster_sbatch.environments.interpreter import NEWEST, OLDEST, Interpreter
+from dagster_sbatch.environments.lockfile import read_lock
+from dagster_sbatch.environments.progress import LoggedProgress
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.run.workload import read_workload

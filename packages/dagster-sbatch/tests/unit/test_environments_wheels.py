@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.environments import read_lock
 from dagster_sbatch.environments.interpreter import Interpreter
+from dagster_sbatch.environments.lockfile import read_lock
 from dagster_sbatch.environments.wheels import Wheel, gather_wheels
 from dagster_sbatch.errors import ConfigurationError
 from support.environments import make_source, make_wheels

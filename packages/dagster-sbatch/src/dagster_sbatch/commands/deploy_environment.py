@@ -15,16 +15,10 @@ from rich.table import Table
 
 from dagster_sbatch.auth import AccessError, ensure_certificate
 from dagster_sbatch.commands.command_line import make_parser
-from dagster_sbatch.environments import (
-    EnvironmentListing,
-    Environments,
-    EnvironmentSpec,
-    LoggedProgress,
-    Progress,
-    read_code,
-    read_lock,
-    revision_of,
-)
+from dagster_sbatch.environments.code import read_code, revision_of
+from dagster_sbatch.environments.deployed import EnvironmentListing, Environments, EnvironmentSpec
+from dagster_sbatch.environments.lockfile import read_lock
+from dagster_sbatch.environments.progress import LoggedProgress, Progress
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.project import Project
@@ -55,7 +49,6 @@ exit codes:
 
 
 def main(project: Project) -> int:
-    """Do what the command line says; return the exit code."""
     options = _parse_arguments()
     try:
         settings = project.load_settings(supercomputer=True)
@@ -72,8 +65,7 @@ def main(project: Project) -> int:
                 return show(environments)
             if options.remove:
                 used = Runs(gateway, settings).environments_in_use()
-                names = choose_for_removal(environments.inventory(), used, options.keep, options.older_than)
-                return remove(environments, names)
+                return remove(environments, used, options.keep, options.older_than)
             code = read_code(project.workloads)
             for note in code.notes:
                 print(f"warning: {note}", file=sys.stderr)
@@ -105,7 +97,6 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def publish(environments: Environments, spec: EnvironmentSpec) -> int:
-    """Make the environment, and let production run it."""
     with _progress_on(Console()) as progress:
         environment = environments.ensure(spec, progress)
     new = environments.publish(environment, revision_of(spec.code.folder))
@@ -140,27 +131,23 @@ def check(environments: Environments, spec: EnvironmentSpec) -> int:
 
 
 def roll_back(environments: Environments) -> int:
-    """Let production run what was published before."""
     entry = environments.roll_back()
     print(f"production runs {entry['name']} again; the code for it: {entry['revision'] or 'of an unknown revision'}")
     return 0
 
 
 def show(environments: Environments) -> int:
-    """Print a table of all environments."""
     headings = ("name", "kind", "Python", "last used (UTC)", "production")
     table = Table(*headings, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in environments.inventory():
-        environment = row.environment
-        used = f"{row.used:%Y-%m-%d %H:%M}"
-        table.add_row(environment.name, environment.kind, environment.interpreter.version, used, row.published)
+        each, used = row.environment, f"{row.used:%Y-%m-%d %H:%M}"
+        table.add_row(each.name, each.kind, each.interpreter.version, used, row.published)
     Console().print(table)
     return 0
 
 
-def remove(environments: Environments, names: Sequence[str]) -> int:
-    """Remove some environments."""
-    removed = environments.remove(names)
+def remove(environments: Environments, used: Collection[str], keep: int | None, older_than: float | None) -> int:
+    removed = environments.remove(choose_for_removal(environments.inventory(), used, keep, older_than))
     print(f"removed {len(removed)}: {', '.join(removed)}" if removed else "there is nothing to remove")
     return 0
 

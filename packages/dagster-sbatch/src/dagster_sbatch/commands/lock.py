@@ -27,7 +27,6 @@ OPTIONS = """
 
 
 def main(project: Project) -> int:
-    """Do what the command line says; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upgrade", action="store_true", help="use the newest versions that pyproject.toml allows")
     parser.add_argument("--check", action="store_true", help="change nothing; print what is not up to date")

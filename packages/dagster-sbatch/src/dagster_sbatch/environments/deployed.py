@@ -15,8 +15,6 @@ from dagster_sbatch.environments.wheels import Wheel, gather_wheels
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Gateway
 
-FOLDER = "environments"
-"""Below SLURM_DEPLOYMENT_BASE_PATH."""
 MOST_NAMES = 5
 """Files that a refusal lists by name."""
 
@@ -137,7 +135,7 @@ class Environments:
     def __init__(self, gateway: Gateway, base: str, site: Site) -> None:
         """`base`: SLURM_DEPLOYMENT_BASE_PATH."""
         self._gateway, self._site = gateway, site
-        self._folder = f"{base}/{FOLDER}"
+        self._folder = f"{base}/environments"
 
     def compare(self, spec: EnvironmentSpec, folder: Path, progress: Progress) -> Comparison:
         """Find out whether an environment exists, in one round trip; if not, gather its wheels in an empty folder.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from dagster_sbatch.environments import read_lock
+from dagster_sbatch.environments.lockfile import read_lock
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.workload import Workload

@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.auth import AccessError, ensure_certificate
-from dagster_sbatch.environments import Environments
+from dagster_sbatch.environments.deployed import Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import inputs_of, request_of
 from dagster_sbatch.run.attempts import Attempts, Submission

@@ -57,7 +57,8 @@ class RunEnvironment:
         published = self._environments.published()
         if published is None:
             raise ConfigurationError(
-                f"nothing has been published for {deployment} yet. It runs nothing else. Publish it:\n{COMMAND}"
+                f"nothing has been published for {deployment} yet. It runs only what was published. Publish what is "
+                f"here:\n{COMMAND}"
             )
         differences = self._spec.differences_from(published.environment)
         if differences:

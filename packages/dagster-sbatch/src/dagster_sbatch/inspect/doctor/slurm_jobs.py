@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import dagster as dg
 
-from dagster_sbatch.environments import Environments
+from dagster_sbatch.environments.deployed import Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.doctor.finding import Facts, Verdict, broken, ok, warning
 from dagster_sbatch.inspect.preview import NotPreviewedError, preview_asset, try_script
