@@ -1,4 +1,4 @@
-"""Slurm: what an asset asks for, what the site has, and the job script that comes of it."""
+"""Slurm: the request of an asset, the site's partitions and limits, and the job script."""
 
 from dagster_sbatch.slurm.allocation import Allocation, allocate
 from dagster_sbatch.slurm.job_script import render_job_script

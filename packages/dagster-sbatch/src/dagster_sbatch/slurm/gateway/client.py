@@ -81,8 +81,6 @@ class Gateway(Link):
         if not said["job"]:
             return None, None
         state, reason, start, *_ = said["row"] or ("PENDING", "None", "")
-        if said["started"] and state == "PENDING":  # the view of the queue is older
-            state, reason, start = "RUNNING", "None", ""
         return JobState(state, reason, float(start) if start.isdecimal() else None), None
 
     def test(self, script: str) -> tuple[bool, str]:

@@ -4,7 +4,7 @@
              packages/<hash>/lib/     installed wheels: one lock file, for one kind of Python
              <hash>/                  an environment: bin/python, lib -> ../packages/<hash>/lib, workloads/
              published.json           what production runs, the latest last
-             .interpreter-<hash>.json what an interpreter said of itself
+             .interpreter-<hash>.json the description of an interpreter
 
 Environments and packages are built in a folder of another name, made read-only, and renamed. Whatever changes the
 folder holds one lock.

@@ -4,7 +4,7 @@ import os
 import time
 
 from .disk import RequestError
-from .run_directories import MESSAGES, STREAMS, conclude, events_of, job_of, locate, quietly_conclude
+from .run_directories import MESSAGES, STREAMS, conclude, events_of, job_of, locate, quietly_conclude, row_of
 from .slurm_commands import COMMAND_PATIENCE, OVER, SQUEUE_EVERY, account
 from .transfer import CHUNK
 
@@ -86,9 +86,7 @@ class Follower:
         return min(len(data), size - self.at[name])  # the program wrote NUL bytes
 
     def report_state(self, job, events):
-        row = self.queue.row(job, self.key)
-        if "started" in events and (not row or row[0] == "PENDING"):  # squeue's view is older
-            row = ["RUNNING", "None", ""] + (row or [])[3:]
+        row = row_of(self.agent, job, self.key, events)
         if row and row[0] not in OVER and "end" not in events:
             self.report(*row, **(events.get("started") or {}))
         if self.queue.view["trouble"] and self.queue.view["trouble"] != self.trouble:

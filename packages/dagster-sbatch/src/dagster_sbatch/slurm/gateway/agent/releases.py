@@ -61,7 +61,7 @@ def remove_unused(folder):
 
 
 def published(ask, _):
-    """Return the environment that production runs, and what was said when it was published; None if there is none."""
+    """Return the environment that production runs, and the record of its publication; None if there is none."""
     entries = history(ask["folder"])
     if not entries:
         return {"environment": None}

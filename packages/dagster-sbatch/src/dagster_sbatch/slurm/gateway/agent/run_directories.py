@@ -148,6 +148,14 @@ def quietly_conclude(run, job):
         return None
 
 
+def row_of(agent, job, key, events):
+    """Return a job's row of the queue; RUNNING if that view is older than the job's own record of its start."""
+    row = agent.queue.row(job, key)
+    if "started" in events and (not row or row[0] == "PENDING"):
+        return ["RUNNING", "None", ""] + (row or [])[3:]
+    return row
+
+
 def latest(folder, family):
     """Return the last attempt of a family: its number (0: there is none), whether it is over, how it ended."""
     attempts = [name[len(family) + 1 :] for name in os.listdir(folder) if name.startswith(family + "-")]
@@ -208,8 +216,7 @@ def state(agent, ask, _):
     end = conclude(run, job) if job else None
     if job and not end:
         agent.queue.refresh(os.path.dirname(run))
-    row = agent.queue.row(job, key) if job else None
-    return {"job": job, "end": end, "row": row, "started": "started" in events_of(run)}
+    return {"job": job, "end": end, "row": job and row_of(agent, job, key, events_of(run))}
 
 
 def reject(_, ask, __):
