@@ -1,4 +1,4 @@
-"""One way to say that something the user wrote is wrong: what, where, and what to do."""
+"""The error for what a user has written, and its text: what is wrong, where, and what to do."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,19 +11,19 @@ class ConfigurationError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for a word that is close to a known one, else the list of all known ones."""
+    """Return `; did you mean 'x'?` if a known word is close to this one, else the list of all known words."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; valid are {', '.join(names)}"
 
 
 def describe(error: ValidationError, where: str, fields: Iterable[str]) -> str:
-    """Every problem of a pydantic model on a line of its own, unknown fields with the nearest known name.
+    """Return the problems that pydantic found, one per line; for an unknown field, with the nearest known name.
 
     Args:
         error: what pydantic found.
-        where: names the thing, for instance `RayLauncher`.
-        fields: the names that are known on the top level.
+        where: the thing that is wrong, for instance `RayLauncher`.
+        fields: the known names on the top level.
     """
     lines = []
     for problem in error.errors(include_url=False, include_input=False):

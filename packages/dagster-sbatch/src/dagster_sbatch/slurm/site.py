@@ -53,27 +53,27 @@ class Site(_Part):
         {}, description="Fields of RayLauncher ('ray') and ScriptLauncher ('script')."
     )
     script_header: tuple[Annotated[str, AfterValidator(_comment)], ...] = Field(
-        (), description="Comment lines of the job script, before the #SBATCH lines: for the site's submit plugin."
+        (), description="Comment lines for the site's submit plugin, before the #SBATCH lines of the job script."
     )
     threads_per_core: Literal[1, 2, 4, 8] | None = Field(
         None,
-        description="Hardware threads that a job uses of each core. With 1, CPUs are cores everywhere; "
-        "if not given, Slurm decides what a CPU is.",
+        description="Hardware threads per core that a job uses. With 1, CPUs are cores everywhere; "
+        "without it, Slurm decides what a CPU is.",
     )
     setup_commands: tuple[str, ...] = Field(
         (), description="Shell commands that run before Python is searched for (module load ...)."
     )
     host_authorities: tuple[Annotated[str, AfterValidator(_authority)], ...] = Field(
         (),
-        description="Lines `@cert-authority ...`, for hosts that the user's known_hosts does not have.",
+        description="Lines `@cert-authority ...` for hosts that are not in the user's known_hosts.",
     )
     documentation: str | None = Field(None, description="Address of the centre's documentation.")
     local_disk: str = Field(
         "/local",
         pattern=r"^/[A-Za-z0-9._/-]{1,24}$",
-        description="Folder on each node's own disk, for temporary files; /tmp where it cannot be written to.",
+        description="Folder on each node's own disk for temporary files; jobs that cannot write to it use /tmp.",
     )
-    python_candidates: tuple[str, ...] = Field(("python3",), description="Interpreters to try, the best first.")
+    python_candidates: tuple[str, ...] = Field(("python3",), description="Python interpreters to try, the best first.")
 
 
 def load_site(overrides: Mapping[str, Any], name: str) -> Site:
