@@ -42,7 +42,7 @@ def in_order(site: SimulatedSite, set_variables: Set, client_home: Path) -> None
     set_variables(**site.environment(), HOME=str(client_home))
 
 
-def look(overrides: dict[str, Any] | None = None) -> list[Finding]:
+def examined(overrides: dict[str, Any] | None = None) -> list[Finding]:
     return list(
         examine(
             replace(PROJECT, site_overrides=overrides or PROJECT.site_overrides),
@@ -53,7 +53,7 @@ def look(overrides: dict[str, Any] | None = None) -> list[Finding]:
 
 def broken(name: str, overrides: dict[str, Any] | None = None) -> Finding:
     """What is broken, which is found last and has that name."""
-    findings = look(overrides)
+    findings = examined(overrides)
     assert [each.name for each in findings if each.state == "broken"] == [name] == [findings[-1].name], findings
     assert findings[-1].fix
     return findings[-1]
@@ -61,7 +61,7 @@ def broken(name: str, overrides: dict[str, Any] | None = None) -> Finding:
 
 @pytest.mark.smoke
 def test_all_is_in_order(site: SimulatedSite) -> None:
-    findings = look()
+    findings = examined()
     assert [finding.name for finding in findings] == CHAIN
     assert {finding.name: finding.state for finding in findings if finding.state != "ok"} == {"open files": "warning"}
     (storage,) = (finding.found for finding in findings if finding.name == "storage")
@@ -85,7 +85,7 @@ def test_a_shell_of_another_kind_is_no_hindrance(site: SimulatedSite, set_variab
         SLURM_EDGE_NODE_KEY_PATH=str(tmp_path / "id_tcsh"),
         SLURM_DEPLOYMENT_BASE_PATH=f"{TCSH_USER.home}/with spaces, 'quotes' and $HOME",
     )
-    assert [finding.name for finding in look()] == CHAIN
+    assert [finding.name for finding in examined()] == CHAIN
 
 
 def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_the_authority_of_the_sites_entry(site: SimulatedSite, client_home: Path
     key = " ".join(line.split()[2:4])
     known_hosts.unlink()
     overrides: dict[str, Any] = {"musica": {"host_authorities": [*SITES["musica"]["host_authorities"], line]}}
-    findings = {finding.name: finding for finding in look(overrides)}
+    findings = {finding.name: finding for finding in examined(overrides)}
     assert list(findings) == CHAIN
     shown = subprocess.run(["ssh-keygen", "-lf", "-"], input=key, capture_output=True, text=True, check=True).stdout
     assert shown.split()[1] in findings["host authority"].found
@@ -184,7 +184,7 @@ def test_a_project_that_is_not_the_users(set_variables: Set) -> None:
 
 def test_a_project_without_budget(site: SimulatedSite, set_variables: Set) -> None:
     set_variables(SLURM_ACCOUNT=SPENT_ACCOUNT, SLURM_QOS="")
-    (finding,) = (finding for finding in look() if finding.name == "projects")
+    (finding,) = (finding for finding in examined() if finding.name == "projects")
     assert finding.state == "warning"
     assert f"{SECOND_ACCOUNT}; jobs are charged to {SPENT_ACCOUNT} (SLURM_ACCOUNT), without QoS" in finding.found
     set_variables(SLURM_QOS=CPU_PARTITION)
@@ -193,7 +193,7 @@ def test_a_project_without_budget(site: SimulatedSite, set_variables: Set) -> No
 
 def test_accounting_that_does_not_answer(site: SimulatedSite) -> None:
     with site.faults.accounting_off():
-        findings = {finding.name: finding for finding in look()}
+        findings = {finding.name: finding for finding in examined()}
     assert findings["projects"].state == "warning", findings["projects"]
     assert "accounting does not answer" in findings["projects"].found
     assert "environment" in findings

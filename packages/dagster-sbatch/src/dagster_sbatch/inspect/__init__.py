@@ -1,1 +1,1 @@
-"""What people look at: runs on the supercomputer, the doctor, previews, dashboards."""
+"""Views for people: runs on the supercomputer, the doctor, previews, dashboards, links to source code."""

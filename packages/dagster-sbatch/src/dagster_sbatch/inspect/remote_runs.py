@@ -109,7 +109,7 @@ class Runs:
         """
         queue = self.gateway.queue(self.folder)
         if queue["trouble"]:
-            raise RefusedError(f"Slurm does not tell which jobs there are: {queue['trouble']}")
+            raise RefusedError(f"Slurm did not list its jobs: {queue['trouble']}")
         lately = datetime.now(UTC) - ACTIVE_WITHOUT_END
         return {
             run.about.environment
