@@ -20,7 +20,7 @@ class CertificateAuthority:
     """step-ca as user CA.
 
     Attributes:
-        url: what ASC_STEP_CA_URL holds.
+        url: the value of ASC_STEP_CA_URL.
         daemon: its process.
         step: path of the real `step` client.
     """
@@ -38,14 +38,14 @@ class CertificateAuthority:
 
     @property
     def fingerprint(self) -> str:
-        """What ASC_STEP_FINGERPRINT holds."""
+        """The value of ASC_STEP_FINGERPRINT."""
         return self.authorities.fingerprint
 
     def configure(self, validity: str = DEFAULT_VALIDITY) -> None:
         """Write its configuration.
 
         Args:
-            validity: how long a certificate lives for which the client asks no duration, `5s` to `24h`.
+            validity: validity of a certificate for which the client requests none, `5s` to `24h`.
         """
         self.authorities.create()
         self._folder.mkdir(exist_ok=True)
@@ -78,9 +78,9 @@ class CertificateAuthority:
         self._configuration.write_text(json.dumps(configuration, indent=2), encoding="utf-8")
 
     def set_validity(self, validity: str) -> None:
-        """Have it issue certificates of this length from now on, `5s` to `24h`.
+        """Issue certificates with this validity from now on, `5s` to `24h`.
 
-        If that is a change, it is started anew, and refuses tokens that were issued before, as any step-ca does.
+        A change restarts step-ca; like any step-ca, it then refuses tokens that were issued before.
         """
         before = self._configuration.read_text(encoding="utf-8")
         self.configure(validity)

@@ -137,7 +137,7 @@ class Cluster:
             self._machines[DATABASE.hostname].run(["sacctmgr", "--immediate", "--quiet", *arguments])
 
     def query(self, *command: str) -> str:
-        """Run one of Slurm's commands as root on the controller's machine and return what it printed on stdout.
+        """Run a Slurm command as root on the controller's machine, and return its stdout.
 
         Raises:
             SiteError: it failed.

@@ -19,10 +19,10 @@ class IdentityProvider:
     """The stand-in as the site runs it.
 
     Attributes:
-        url: what ASC_AUTHENTIK_API_BASE holds.
-        token_url: what ASC_OIDC_TOKEN_URL holds.
-        issuer: what tokens name as theirs.
-        control: moves its clock, sets its lifetimes, disturbs it, tells what it served.
+        url: the value of ASC_AUTHENTIK_API_BASE.
+        token_url: the value of ASC_OIDC_TOKEN_URL.
+        issuer: the issuer in its tokens.
+        control: moves its clock, sets its lifetimes, disturbs it, returns what it served.
         daemon: its process.
     """
 
@@ -47,7 +47,7 @@ class IdentityProvider:
             self.control.create_user("akadmin", "admin@sim.test", superuser=True)
 
     def id_token(self, app_password: str, user: User) -> str:
-        """Change an app password for an id token, as a client without a browser does.
+        """Exchange an app password for an id token, as a client without a browser does.
 
         Raises:
             urllib.error.HTTPError: authentik refused, or fails.
@@ -65,7 +65,7 @@ class IdentityProvider:
         return token
 
     def _answers(self) -> bool:
-        """Whether it serves; asked over its control, which leaves no trace in its record and is never disturbed."""
+        """Whether it serves. The control is never disturbed, and its requests are not in the record."""
         try:
             self.control.tokens()
         except OSError:

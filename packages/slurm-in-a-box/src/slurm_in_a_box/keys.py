@@ -74,14 +74,14 @@ def sign_user_key(authorities: Authorities, key: Path, principal: str, validity:
     """Certify a user's key with the site's user CA directly, without step-ca; return the path of the certificate.
 
     Args:
-        validity: as ssh-keygen(1) `-V` takes it, for example `-1m:+1h`, or `-2h:-1h` for one that has expired.
+        validity: in the format of ssh-keygen(1) `-V`, for example `-1m:+1h`, or `-2h:-1h` for one that has expired.
     """
     _sign(authorities.user_key, key, principal, ["-n", principal, "-V", validity])
     return key.with_name(key.name + "-cert.pub")
 
 
 def sign_host_key(authorities: Authorities, key: Path, names: list[str]) -> None:
-    """Certify a host key for all the names and addresses that clients may ask for."""
+    """Certify a host key for all names and addresses that clients may use."""
     _sign(authorities.host_key, key, names[0], ["-h", "-n", ",".join(names), "-V", "-1d:+3650d"])
 
 

@@ -1,4 +1,4 @@
-"""What one simulated site is made of: names, addresses, folders, users. No side effects."""
+"""Names, addresses, folders and users of a simulated site. No side effects."""
 
 import os
 import re
@@ -110,7 +110,7 @@ class Layout:
     """Where a site of a given name keeps what it makes.
 
     Attributes:
-        name: tells copies on one machine apart; lower-case letters, digits and `-`.
+        name: unique on one machine; lower-case letters, digits and `-`.
         subnet: third number of its addresses, 10.77.<subnet>.0/24.
         slurm: version of Slurm, a key of roots.SUITES.
     """

@@ -32,13 +32,13 @@ _RELAY_PROGRAM = Path(__file__).parent / "relay.py"
 
 
 class Login:
-    """The way into a site.
+    """The login nodes of a site, and the address in front of them.
 
     Attributes:
-        address: of the name that goes to either login node at random, port 22.
+        address: reaches either login node at random, port 22.
         known_hosts: file with the one `@cert-authority` line for `address`, the login nodes' own and LOGIN_NAME.
         plain_key: private key of the user who logs in without a certificate.
-        relay: disturbs the way from `address` to the login nodes.
+        relay: disturbs the connections from `address` to the login nodes.
         daemons: sshd of each login node, by hostname, and `relay`.
     """
 

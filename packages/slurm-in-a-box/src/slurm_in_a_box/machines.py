@@ -1,7 +1,7 @@
 """Simulated machines: namespaces with an address, a hostname and mostly a file system of their own, on one bridge.
 
-A machine is what its first process (`programs/machine-init`) holds: when that one is killed, the kernel ends every
-other process in its PID namespace, and with the last of them go its mounts, its network and its interface.
+The first process of a machine (`programs/machine-init`) holds its namespaces. If that process is killed, the kernel
+ends every other process in its PID namespace and then removes its mounts, its network and its interface.
 """
 
 import os
@@ -28,7 +28,7 @@ _ROOT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Machine:
-    """One machine of a site, running or not. All its state is in the site's folder, so any process may hold one."""
+    """A machine of a site, running or not. Its state is in the site's folder, so any process can make the object."""
 
     def __init__(self, layout: Layout, name: MachineName) -> None:
         self.layout = layout
@@ -43,14 +43,14 @@ class Machine:
         return self._init_pid() is not None
 
     def start(self) -> None:
-        """Switch it on, with the network plugged in; nothing to do if it is on."""
+        """Switch it on, with the network plugged in; do nothing if it is on."""
         if self.running:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         log = self.layout.log / f"machine-{self.hostname}.out"
         root = "" if self.name.of_host else str(roots.root(self.layout.slurm))
-        lent = interpreter.mounts(self.layout) if self.name.for_users else []
+        mounts = interpreter.mounts(self.layout) if self.name.for_users else []
         self._make_folder("root", 0o755)
         self._make_folder("tmp", 0o1777)
         if self.name in COMPUTE_NODES:
@@ -59,13 +59,13 @@ class Machine:
         # The shell leaves its own pid, which is then unshare's; the machine's first process is unshare's only child.
         namespaces = "--mount --uts --ipc --net --pid --fork --kill-child --mount-proc"
         start = f'echo $$ >"$1"; shift; exec unshare {namespaces} "$@"'
-        init = [str(PROGRAMS / "machine-init"), str(self.layout.state), self.hostname, root, cgroup, *lent]
+        init = [str(PROGRAMS / "machine-init"), str(self.layout.state), self.hostname, root, cgroup, *mounts]
         spawn(["sh", "-c", start, "sh", str(self._folder / "pid"), *init], log)
         wait_until((self._folder / "ready").exists, f"start of the machine {self.hostname}; see {log}", interval=0.02)
         self._connect()
 
     def stop(self) -> None:
-        """Switch it off as a power cut does: every process on it is killed. Returns when all of them are gone."""
+        """Switch it off as a power cut does: kill every process on it. Return when all of them have ended."""
         init = self._init_pid()
         if init is not None:
             descriptor = os.pidfd_open(init)
@@ -130,11 +130,11 @@ class Machine:
         return done
 
     def pid_file(self, daemon: str) -> Path:
-        """File for the PID of a daemon on this machine; it vanishes when the machine is switched on again."""
+        """File for the PID of a daemon on this machine; `start` removes it."""
         return self._folder / f"{daemon}.pid"
 
     def process_alive(self, pid: int) -> bool:
-        """Whether a process of this PID (as counted on this machine) is there, be it with its last threads only."""
+        """Whether a process with this PID (in the machine's namespace) exists, even if it is ending."""
         init = self._init_pid()
         return init is not None and Path(f"/proc/{init}/root/proc/{pid}").exists()
 
@@ -186,7 +186,7 @@ class Machine:
         self.run(["ip", "link", "set", "eth0", "up"])
 
     def _init_pid(self) -> int | None:
-        """PID of its first process on the host, or None. The recorded parent must be ours: numbers are used again."""
+        """PID of its first process on the host, or None. The recorded parent is checked, since PIDs are reused."""
         try:
             parent = int((self._folder / "pid").read_text(encoding="ascii"))
             arguments = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")

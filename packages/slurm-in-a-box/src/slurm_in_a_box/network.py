@@ -1,4 +1,4 @@
-"""The network of a site: a subnet that nobody on this machine uses, and the bridge that joins its machines."""
+"""The network of a site: a free subnet, and the bridge that joins its machines."""
 
 import json
 import zlib
@@ -44,7 +44,7 @@ def release(layout: Layout) -> None:
 
 
 def _free_subnet(name: str) -> int:
-    """Return a subnet that no interface and no route of this machine is in; for a name preferably the same."""
+    """Return a subnet without an interface or route of this machine; the same for a name if it is free."""
     taken = (
         json.loads(ip("-json", "-4", "address", "show")),
         json.loads(ip("-json", "-4", "route", "show", "table", "all")),

@@ -215,7 +215,7 @@ class SimulatedSite:
 
         Args:
             key: file of the private key, made if it is not there; the certificate lies beside it, as `<key>-cert.pub`.
-            validity: as ssh-keygen(1) `-V` takes it, for example `-2h:-1h` for an expired one.
+            validity: in the format of ssh-keygen(1) `-V`, for example `-2h:-1h` for an expired one.
 
         Returns:
             The path of the certificate.

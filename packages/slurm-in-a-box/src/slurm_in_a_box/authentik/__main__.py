@@ -1,4 +1,4 @@
-"""Run the stand-in as a program of its own until it is killed."""
+"""Run the stand-in as a program until it is killed."""
 
 import argparse
 import threading

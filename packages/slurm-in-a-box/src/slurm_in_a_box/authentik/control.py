@@ -1,4 +1,4 @@
-"""How a test steers the stand-in: calls to one address of its own, so that it makes no difference where it runs."""
+"""Control a running stand-in over HTTP, at an address of its own, wherever it runs."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ class ServedRequest:
 
 
 class AuthentikControl:
-    """Steers a running stand-in and looks into it.
+    """Controls a running stand-in and reads its state.
 
     Args:
         base_url: the stand-in's address.
@@ -54,7 +54,7 @@ class AuthentikControl:
         self._call("advance_clock", seconds=seconds)
 
     def set_jwt_skew(self, seconds: float) -> None:
-        """Have JWTs issued with times that are so far ahead of the machine's clock."""
+        """Issue JWTs whose times are this many seconds ahead of the machine's clock."""
         self._call("set_jwt_skew", seconds=seconds)
 
     def set_lifetimes(self, token: float | None = None, access_token: float | None = None) -> None:
@@ -99,7 +99,7 @@ class AuthentikControl:
         self._call("expire_tokens")
 
     def disturb(self, disturbance: Disturbance) -> None:
-        """Put a disturbance in force; those that are in force already come first."""
+        """Add a disturbance; earlier ones take precedence."""
         self._call("disturb", **dataclasses.asdict(disturbance))
 
     def clear_disturbances(self) -> None:
@@ -111,7 +111,7 @@ class AuthentikControl:
         return [ServedRequest(**request) for request in self._call("requests")]
 
     def reset(self) -> None:
-        """Go back to no tokens, no disturbances, default settings, the right time and an empty record.
+        """Remove tokens, disturbances and the record; restore default settings and the right time.
 
         Users stay; each is active and allowed again.
         """

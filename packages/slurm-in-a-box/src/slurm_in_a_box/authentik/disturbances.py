@@ -1,4 +1,4 @@
-"""Ways in which the stand-in misbehaves when a test tells it to."""
+"""Faults of the stand-in that a test can inject."""
 
 import threading
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Disturbance:
         status: HTTP status of `error`.
         method: only requests of this method; all when empty.
         path: only requests whose path contains this.
-        times: how many requests it meets before it is over; 0 for all.
+        times: how many requests it applies to before it ends; 0 for all.
     """
 
     kind: Literal["slow", "late", "error", "lost"]
@@ -32,14 +32,14 @@ class Disturbance:
 
 
 class Disturbances:
-    """Those in force. Several threads may ask at once."""
+    """The active disturbances; safe for several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._active: list[Disturbance] = []
 
     def add(self, disturbance: Disturbance) -> None:
-        """Put one in force."""
+        """Add one."""
         with self._lock:
             self._active.append(disturbance)
 
@@ -49,7 +49,7 @@ class Disturbances:
             self._active.clear()
 
     def take(self, method: str, path: str) -> Disturbance | None:
-        """Return the one that a request meets, and count it."""
+        """Return the first one that matches a request, and count the request."""
         with self._lock:
             found = next((active for active in self._active if active.matches(method, path)), None)
             if found is not None and found.times:

@@ -28,8 +28,8 @@ class AuthentikServer:
             httpx.get(f"{authentik.base_url}/api/v3/core/users/me/")
 
     Attributes:
-        base_url: what ASC_AUTHENTIK_API_BASE holds, without a slash at its end.
-        control: moves its clock, sets its lifetimes, disturbs it, tells what it served.
+        base_url: the value of ASC_AUTHENTIK_API_BASE, without a slash at its end.
+        control: moves its clock, sets its lifetimes, disturbs it, returns what it served.
     """
 
     def __init__(
@@ -43,8 +43,7 @@ class AuthentikServer:
         """Prepare the server; nothing listens before `start()`.
 
         Args:
-            folder: keeps users, tokens, signing key and the record of requests; a later server on it goes on from
-                there.
+            folder: for users, tokens, signing key and the record of requests; a later server on it has all of them.
             port: 0 takes any free one.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +65,7 @@ class AuthentikServer:
 
     @property
     def token_url(self) -> str:
-        """What ASC_OIDC_TOKEN_URL holds."""
+        """The value of ASC_OIDC_TOKEN_URL."""
         return f"{self.base_url}/application/o/token/"
 
     @property
@@ -84,7 +83,7 @@ class AuthentikServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop listening; requests under way are left without an answer."""
+        """Stop listening; running requests get no answer."""
         if self._server is not None and self._thread is not None:
             self.stopping.set()
             self._server.shutdown()
@@ -105,7 +104,7 @@ class _Listener(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away before its answer is none of our errors; others are told on stderr."""
+        """A client that went away before its answer is no error of the server; other errors are printed on stderr."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -193,4 +192,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Print nothing: every request is kept in the record."""
+        """Print nothing: the record has every request."""

@@ -84,7 +84,7 @@ class Settings:
 
 @dataclass
 class Store:
-    """All that the stand-in knows. Every change is saved by the caller with `save()`.
+    """The state of the stand-in. The caller saves every change with `save()`.
 
     Attributes:
         clock_offset: seconds that its clock is ahead of the machine's.
@@ -111,7 +111,7 @@ class Store:
         )
 
     def save(self) -> None:
-        """Write everything to the file, at once or not at all."""
+        """Write everything to the file, atomically."""
         data = dataclasses.asdict(self)
         del data["file"]
         new = self.file.with_suffix(".new")

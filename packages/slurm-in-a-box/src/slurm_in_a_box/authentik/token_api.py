@@ -1,7 +1,7 @@
 """The calls below `/api/v3/core/`: who am I, and create, show, change, list and delete tokens.
 
 Each takes the store, the caller and the request, and returns a status with what the body holds. The wording of every
-error is authentik's own; clients look at it.
+error is authentik's own; clients depend on it.
 """
 
 import datetime
