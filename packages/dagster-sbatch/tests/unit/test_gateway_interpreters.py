@@ -1,15 +1,18 @@
-"""What the agent remembers of the site's interpreters, on this machine."""
+"""The interpreters of the site, as the agent remembers them, and what the agent starts: on this machine."""
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dagster_sbatch.slurm.gateway.agent.disk import RequestError
 from dagster_sbatch.slurm.gateway.agent.interpreters import REMEMBERED, choose
+from slurm_in_a_box import wait_until
 
 PYTHON = '#!/bin/sh\necho >>"{calls}"\nexec {python} "$@"\n'
 
@@ -86,3 +89,25 @@ def test_before_the_first_deployment_nothing_is_remembered(
     assert choose(nowhere) == choose(nowhere)
     assert interpreter.asked == 2
     assert not (tmp_path / "none").exists()
+
+
+SETUP = """\
+from dagster_sbatch.slurm.gateway.agent.interpreters import in_setup
+in_setup({"setup": []}, "sleep 300 & echo $$ $! >$1.part; mv $1.part $1; wait", PATH)
+"""
+
+
+def test_what_an_agent_has_started_ends_with_it_however_it_ends(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    with subprocess.Popen([sys.executable, "-c", SETUP.replace("PATH", repr(str(started)))]) as agent:
+        wait_until(started.exists, "its children", 30, 0.02)
+        agent.kill()
+    children = [int(pid) for pid in started.read_text().split()]
+    wait_until(lambda: not any(map(is_running, children)), "the end of its children", 10, 0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
