@@ -1,13 +1,22 @@
-"""Forwarding a local port to a dashboard."""
+"""The way to a dashboard: a local port that is forwarded, and the reasons why there is none."""
 
+import json
 import secrets
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from dagster_sbatch.inspect.dashboard import forward
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.inspect.dashboard import forward, open_dashboard
+from dagster_sbatch.slurm.gateway import RefusedError
+
+RUN: Any = SimpleNamespace(path="/runs/key", key="key", job="7")
+ON_LOGIN_NODE: Any = SimpleNamespace(on_login_node=True)
 
 
 @pytest.fixture
@@ -64,3 +73,46 @@ def test_a_browser_that_stalls_stops_the_dashboard_and_fills_no_memory(far_end: 
         with connection, pytest.raises(TimeoutError):
             for _ in range(1000):
                 connection.sendall(bytes(1 << 20))
+
+
+def runs_with(**published: str) -> Any:
+    """Runs whose Ray cluster has published these files of its state folder."""
+
+    def get(path: str, target: Path) -> None:
+        if Path(path).name not in published:
+            raise RefusedError(f"{path}: no such file")
+        target.write_text(published[Path(path).name])
+
+    return SimpleNamespace(gateway=SimpleNamespace(get=get))
+
+
+def head(address: tuple[str, int] | None) -> str:
+    return json.dumps({"dashboard_address": address})
+
+
+def test_on_the_login_node_the_dashboard_is_reached_without_ssh(far_end: socket.socket) -> None:
+    runs = runs_with(**{"head.json": head(far_end.getsockname()), "token": "secret\n"})
+    with open_dashboard(ON_LOGIN_NODE, None, runs, RUN) as dashboard:  # type: ignore[arg-type]
+        assert dashboard.token == "secret"
+        far_end.accept()[0].close()  # whether it can be reached
+        port = int(dashboard.url.removeprefix("http://127.0.0.1:"))
+        with socket.create_connection(("127.0.0.1", port)) as user, far_end.accept()[0] as there:
+            user.sendall(b"hello")
+            assert there.recv(10) == b"hello"
+        far_end.close()
+        dashboard.wait_until_gone()
+
+
+@pytest.mark.parametrize(
+    ("published", "text"),
+    [
+        ({}, "key has no Ray cluster, or it has not started yet"),
+        ({"head.json": ""}, "has not started yet. Try again"),
+        ({"head.json": head(None)}, "has no dashboard"),
+        ({"head.json": head(("127.0.0.1", 1))}, "cannot connect to the Ray dashboard of job 7: .*refused"),
+    ],
+)
+def test_why_there_is_no_way_to_a_dashboard(published: dict[str, str], text: str) -> None:
+    opening = open_dashboard(ON_LOGIN_NODE, None, runs_with(**published), RUN)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=text), opening:
+        pass
