@@ -1,6 +1,5 @@
-"""Makes a project of one's own from what git tracks here, without the example: the work of `scripts/new_project`."""
+"""Makes a project of its own from what git tracks here, without the example: the work of `scripts/new_project`."""
 
-import ast
 import fnmatch
 import os
 import re
@@ -8,18 +7,23 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import _example
+import _locked
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.commands import lock
-from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, WheelError, build_wheel
 
 OLD_PACKAGE, OLD_PROJECT = "musica_pipelines", "musica-pipelines"
 SKELETON = Path("scripts/_skeleton")
+MESSAGE = "The template, without its example"
+"""Of the first commit."""
 
 
 class CopyError(Exception):
@@ -40,7 +44,7 @@ class Names:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Run git in a folder, whatever repository this process was started in; what it printed.
+    """Run git in a folder, whatever repository this process was started in; return what it printed.
 
     Raises:
         CopyError: it failed.
@@ -53,41 +57,73 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def tracked(root: Path) -> list[str]:
-    """Every path that git tracks in the template, relative to it.
+    """Return every path that git tracks in the template, relative to it.
 
     Raises:
-        CopyError: one of them is not there, or git does not know the folder.
+        CopyError: one of them is missing, or git does not know the folder.
     """
     paths = [path for path in git(root, "ls-files", "-z").split("\0") if path]
     gone = [path for path in paths if not os.path.lexists(root / path)]
     if gone:
-        raise CopyError(f"git tracks files that are not there: {', '.join(gone)}. Bring them back: git restore .")
+        raise CopyError(f"git tracks files that are missing: {', '.join(gone)}. Restore them: git restore .")
     return paths
 
 
-def make_copy(root: Path, target: Path, names: Names, site: str, tell: Callable[[str], None]) -> None:
-    """Make the project; at any failure and interrupt, nothing is left.
+def make_copy(root: Path, target: Path, names: Names, site: str, report: Callable[[str], None]) -> None:
+    """Make the project. A failure and an interrupt leave nothing.
 
     Args:
         root: the template.
-        target: folder that is not there yet.
+        target: a folder that does not exist yet.
         names: of the copy.
-        site: `envs/.env.<site>` is begun from its example.
-        tell: takes what is being done, in words.
+        site: `envs/.env.<site>` starts from its example.
+        report: receives what is being done.
 
     Raises:
         CopyError: something failed.
     """
-    paths = tracked(root)
     with _whole_or_not_at_all(target) as folder:
-        tell("copying what git tracks")
-        _write_files(root, folder, paths, names)
-        _tidy_imports(folder)
-        tell("locking the dependencies")
-        _lock(folder)
-        tell("a first commit")
-        _commit(folder)
-        own = folder / "envs" / f".env.{site}"
+        _make(root, folder, names, report)
+        git(folder, "init", "--quiet", "--initial-branch=main")
+        _commit(folder, MESSAGE)
+        begin_settings(folder, site)
+
+
+def convert(root: Path, names: Names, site: str, report: Callable[[str], None]) -> None:
+    """Turn a clone of the template into the project, in one commit on its current branch.
+
+    Args:
+        root: the clone, without uncommitted changes.
+        names: of the project.
+        site: see `make_copy`.
+        report: see `make_copy`.
+
+    Raises:
+        CopyError: something failed; the clone is as it was.
+    """
+    changed = git(root, "status", "--porcelain")
+    if changed:
+        raise CopyError(f"{root} has changes that are not committed:\n{changed}Commit them, or make a copy elsewhere.")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "copy"
+        folder.mkdir()
+        _make(root, folder, names, report)
+        git(folder, "init", "--quiet")
+        _commit(folder, "copy")
+        git(root, "fetch", "--quiet", str(folder), "HEAD")
+    try:
+        git(root, "read-tree", "-m", "-u", "HEAD", "FETCH_HEAD")  # leaves what git ignores: .venv and dotenv files
+        _commit(root, MESSAGE)
+    except BaseException:
+        git(root, "read-tree", "--reset", "-u", "HEAD")
+        raise
+    begin_settings(root, site)
+
+
+def begin_settings(folder: Path, site: str) -> None:
+    """Start the site's dotenv file, unless it exists; git does not track it."""
+    own = folder / "envs" / f".env.{site}"
+    if not own.exists():
         shutil.copyfile(own.with_name(f".env.{site}.example"), own)
         own.chmod(0o600)
 
@@ -106,78 +142,83 @@ def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _write_files(root: Path, folder: Path, paths: list[str], names: Names) -> None:
-    left_out = {path for path in paths if any(fnmatch.fnmatch(path, pattern) for pattern in _example.LEFT_OUT)}
-    for path in paths:
-        if path not in left_out:
-            _write_file(root / path, folder / _rename(path, names), _edit_of(path, left_out, names))
-    for path in paths:
-        if path.startswith(f"{SKELETON}/"):
-            place = folder / _rename(path.removeprefix(f"{SKELETON}/"), names)
-            _write_file(root / path, place, lambda text: _rename(text, names))
+def _make(root: Path, folder: Path, names: Names, report: Callable[[str], None]) -> None:
+    """Write all files of the project into an empty folder."""
+    report("copying the files of the template")
+    _write_files(root, folder, names)
+    report("building the wheels of the engine")
+    (folder / "vendor").mkdir()
+    try:
+        wheels = [build_wheel(root / "packages" / name, folder / "vendor") for name in PACKAGES]
+    except WheelError as error:
+        raise CopyError(str(error)) from None
+    report("locking the dependencies")
+    _name_wheels(folder, wheels)
+    _write_locks(root, folder, names, wheels)
+    _run(
+        folder, "ruff", "check", "--fix", "--select", "I001", "--quiet", "--no-cache", "."
+    )  # other names sort differently
+    _run(folder, "ruff", "format", "--quiet", "--no-cache", ".")
 
 
-def _write_file(source: Path, place: Path, edit: Callable[[str], str]) -> None:
+def _write_files(root: Path, folder: Path, names: Names) -> None:
+    paths = tracked(root)
+    for path in paths:
+        if not any(fnmatch.fnmatch(path, pattern) for pattern in _example.LEFT_OUT):
+            _write_file(root / path, folder / _rename(path, names), names)
+    for path in paths:
+        if Path(path).is_relative_to(SKELETON):
+            place = _rename(str(Path(path).relative_to(SKELETON)), names)
+            _write_file(root / path, folder / place, names)
+
+
+def _write_file(source: Path, place: Path, names: Names) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     content = source.read_bytes()
     with suppress(UnicodeDecodeError):  # a picture stays as it is
-        content = edit(content.decode()).encode()
+        content = _rename(content.decode(), names).encode()
     place.write_bytes(content)
     place.chmod(stat.S_IMODE(source.stat().st_mode) | stat.S_IWUSR)
 
 
-def _edit_of(path: str, left_out: set[str], names: Names) -> Callable[[str], str]:
-    """What is done to the text of a file that stays."""
-
-    def edit(text: str) -> str:
-        for name in _example.DEFINITIONS.get(path, ()):
-            text = _without_definition(path, text, name)
-        for old, new in _example.TEXTS.get(path, ()):
-            if text.count(old) != 1:
-                raise CopyError(f"{path} does not have this passage once, correct scripts/_example.py:\n{old}")
-            text = text.replace(old, new)
-        if path in ("pyproject.toml", "pixi.toml"):
-            text = _without_items(_without_dependencies(text), left_out | set(_example.ITEMS))
-        for old, new in _example.RENAMED.items():
-            text = text.replace(old, new)
-        return _rename(text, names)
-
-    return edit
-
-
 def _rename(text: str, names: Names) -> str:
-    return text.replace(OLD_PACKAGE, names.package).replace(OLD_PROJECT, names.project)
-
-
-def _without_definition(path: str, text: str, name: str) -> str:
-    """A module's text without one function, its decorators included."""
-    found = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name]
-    if not found:
-        raise CopyError(f"{path} has no function {name}: correct scripts/_example.py")
-    (node,) = found
-    begin = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    lines = text.splitlines(keepends=True)
-    return "".join([*lines[: begin - 1], *lines[node.end_lineno :]])
-
-
-def _without_dependencies(text: str) -> str:
-    """Requirements stand one a line."""
-    names = "|".join(map(re.escape, _example.DEPENDENCIES))
-    return re.sub(rf'^ *"({names})(?![\w-])[^"]*",.*\n', "", text, flags=re.MULTILINE)
-
-
-def _without_items(text: str, items: set[str]) -> str:
-    """Neither items of lists, which are paths and names, nor pixi's tasks that call such a script."""
-    for item in map(re.escape, sorted(items)):
-        text = re.sub(rf', "{item}"|"{item}", ?', "", text)
-        text = re.sub(rf"^\w+ = .*python {item}\".*\n", "", text, flags=re.MULTILINE)
+    words = {**_example.RENAMED, OLD_PACKAGE: names.package, OLD_PROJECT: names.project}
+    for old, new in words.items():
+        text = text.replace(old, new)
     return text
 
 
-def _tidy_imports(folder: Path) -> None:
-    """What was taken out leaves imports behind, and other names sort differently."""
-    for command in (["check", "--fix", "--select", "F401,I001"], ["format"]):
-        _run(folder, "ruff", *command, "--quiet", "--no-cache", "--no-respect-gitignore", ".")
+def _name_wheels(folder: Path, wheels: list[Wheel]) -> None:
+    """Put the versions of the wheels into the files that name them."""
+    for name in SOURCES:
+        text = (folder / name).read_text()
+        for wheel in wheels:
+            text = text.replace(f"./vendor/{wheel.distribution}-VERSION-py3-none-any.whl", wheel.source)
+        (folder / name).write_text(text)
+
+
+def _write_locks(root: Path, folder: Path, names: Names, wheels: list[Wheel]) -> None:
+    """Lock the versions of the template, less those that only its other requirements need."""
+    gone = _requirements(root / "pyproject.toml") - _requirements(folder / "pyproject.toml")
+    (folder / "requirements").mkdir(exist_ok=True)
+    required = {wheel.package: wheel.requirement for wheel in wheels}
+    for name in lock.FILES:
+        entries = _locked.parse((root / "requirements" / name).read_text())
+        if name == "dev.txt":
+            entries = _locked.with_wheels(entries, required, OLD_PROJECT)
+        text = _locked.render(_locked.without(entries, gone), OLD_PROJECT, names.project)
+        (folder / "requirements" / name).write_text(text)
+
+
+def _requirements(pyproject: Path) -> set[str]:
+    """Return the names of the packages that a project requires itself, for this machine and the supercomputer."""
+    content = tomllib.loads(pyproject.read_text())
+    lists = [
+        content["project"]["dependencies"],
+        content["project"]["optional-dependencies"]["dev"],
+        content["dependency-groups"]["cluster"],
+    ]
+    return {each for requirements in lists for text in requirements for each in re.findall(r"^[\w.-]+", text)}
 
 
 def _run(folder: Path, *arguments: str) -> None:
@@ -187,20 +228,11 @@ def _run(folder: Path, *arguments: str) -> None:
         raise CopyError(f"`{' '.join(command)}` failed:\n{done.stdout}{done.stderr}".strip())
 
 
-def _lock(folder: Path) -> None:
-    """The versions of the template, less those of the example."""
-    try:
-        lock.resolve(folder, folder / "requirements")
-    except ConfigurationError as error:
-        raise CopyError(str(error)) from None
-
-
-def _commit(folder: Path) -> None:
-    git(folder, "init", "--quiet", "--initial-branch=main")
-    git(folder, "add", "--all")
+def _commit(folder: Path, message: str) -> None:
     identity: list[str] = []
     try:
         git(folder, "var", "GIT_AUTHOR_IDENT")
-    except CopyError:  # git has not been told who its user is
+    except CopyError:  # git does not know its user
         identity = ["-c", "user.name=new_project", "-c", "user.email=new_project@localhost"]
-    git(folder, *identity, "commit", "--quiet", "--message", "The template, without its example")
+    git(folder, "add", "--all")
+    git(folder, *identity, "commit", "--quiet", "--message", message)

@@ -3,5 +3,5 @@
 import dagster as dg
 
 estimates_job = dg.define_asset_job(
-    "estimates", selection=dg.AssetSelection.groups("estimates"), description="All assets to begin with."
+    "estimates", selection=dg.AssetSelection.groups("estimates"), description="All assets of the first file."
 )

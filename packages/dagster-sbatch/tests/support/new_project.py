@@ -1,38 +1,72 @@
-"""A copy of the template, made once for all tests that look at it."""
+"""Copies of the template, and newer engines for them."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from dagster_sbatch.commands.vendored import Wheel, build_wheel
 from support import ROOT
 
 NAME, PACKAGE = "climate-runs-of-an-alpine-valley", "climate_runs_of_an_alpine_valley"
 """As long as names may be: lines get longer with it."""
 SCRIPT = str(ROOT / "scripts" / "new_project")
+CHANGE = "- `scripts/dev`: write it anew."
+"""What the changelog of a newer engine asks for."""
 
 
 def plain_environment(**more: str) -> dict[str, str]:
-    """PATH, HOME and what concerns package indexes; nothing of Dagster's or of git's."""
-    kept = ("PATH", "HOME", "LANG", "UV_", "PIP_", "SSL_", "HTTP", "http", "NO_PROXY", "no_proxy")
-    return {name: value for name, value in os.environ.items() if name.startswith(kept)} | more
+    """PATH with uv, HOME and what concerns package indexes; nothing of Dagster's or of git's."""
+    kept = ("HOME", "LANG", "UV_", "PIP_", "SSL_", "HTTP", "http", "NO_PROXY", "no_proxy")
+    variables = {name: value for name, value in os.environ.items() if name.startswith(kept)}
+    return variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | more
+
+
+def run_in(folder: Path, *command: str, **more: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command in a folder; uv is on PATH and makes a copy's environment in seconds."""
+    return subprocess.run(
+        command, cwd=folder, env=plain_environment(**more), capture_output=True, text=True, timeout=500, check=False
+    )
 
 
 def new_project(*arguments: str, folder: Path, **more: str) -> "subprocess.CompletedProcess[str]":
     """Run the command in a folder."""
-    return subprocess.run(
-        [sys.executable, SCRIPT, *arguments],
-        cwd=folder,
-        env=plain_environment(**more),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run_in(folder, sys.executable, SCRIPT, *arguments, **more)
 
 
-def made_in(folder: Path) -> Path:
+def made_in(folder: Path, name: str = NAME) -> Path:
     """A copy below that folder."""
-    done = new_project(f"./{NAME}", folder=folder)
+    done = new_project(f"./{name}", folder=folder)
     assert done.returncode == 0, done.stderr
-    return folder / NAME
+    return folder / name
+
+
+def newer_engine(folder: Path, version: str, edits: dict[str, tuple[str, str]] | None = None) -> Wheel:
+    """A wheel of this engine with another version, whose changelog asks for a CHANGE.
+
+    Args:
+        folder: where it is written.
+        version: of the wheel.
+        edits: by file of the package: a passage of it, and what stands there instead.
+    """
+    source = folder / "sources"
+    shutil.copytree(
+        ROOT / "packages" / "dagster-sbatch",
+        source,
+        ignore=shutil.ignore_patterns("tests", "benchmarks", "__pycache__"),
+    )
+    edits = {
+        **(edits or {}),
+        "CHANGELOG.md": ("\n## ", f"\n## {version}\n\nNew.\n\n### In your own files\n\n{CHANGE}\n\n## "),
+    }
+    for name, (old, new) in edits.items():
+        path = source / name
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+    project = source / "pyproject.toml"
+    project.write_text(re.sub(r'^version = ".*"$', f'version = "{version}"', project.read_text(), flags=re.MULTILINE))
+    wheel = build_wheel(source, folder)
+    shutil.rmtree(source)
+    return wheel

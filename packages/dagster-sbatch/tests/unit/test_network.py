@@ -1,7 +1,5 @@
 """Certificates, proxies and answers of HTTP calls: what the environment says, and who has to act when one fails."""
 
-import datetime
-import ipaddress
 import json
 import os
 import ssl
@@ -13,11 +11,6 @@ from pathlib import Path
 
 import certifi
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from dagster_sbatch.auth import AccessError, MisconfiguredError, UnavailableError, ensure_certificate
 from dagster_sbatch.auth.http import Http
@@ -25,6 +18,7 @@ from dagster_sbatch.auth.network import proxy_for
 from dagster_sbatch.slurm.gateway.channel import Channel
 from dagster_sbatch.slurm.gateway.link import Link
 from support import access
+from support.tls import self_signed
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 NOBODY = "http://127.0.0.1:1"
@@ -81,18 +75,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """Of 127.0.0.1, signed by itself, and its key in the same file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
-    now = datetime.datetime.now(datetime.UTC)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    builder = builder.serial_number(x509.random_serial_number()).add_extension(address, critical=False)
-    builder = builder.not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(1))
-    path = tmp_path / "certificate.pem"
-    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM) + private)
-    return path
+    return self_signed(tmp_path / "certificate.pem")
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
-"""One small asset to begin with: replace it by your own."""
+"""One small asset to start with: replace it by your own."""
 
 from pathlib import Path
 
 import dagster as dg
-
 from dagster_sbatch import ComputeResource, ScriptLauncher, SlurmRequest
 
 WORKLOADS = Path(__file__).resolve().parent.parent / "workloads"

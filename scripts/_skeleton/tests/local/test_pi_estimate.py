@@ -1,20 +1,17 @@
-"""The asset to begin with, materialised."""
+"""The first asset, materialised on this machine."""
 
 import math
-from pathlib import Path
 
 import dagster as dg
 import pytest
-
+from dagster_sbatch import ComputeResource, Project
 from musica_pipelines.assets.estimates import POINTS, pi_estimate
-from resources import build_resources
 
 pytestmark = pytest.mark.local
 
 
-def test_pi_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
-    result = dg.materialize([pi_estimate], resources=build_resources())
+def test_pi_is_estimated(project: Project) -> None:
+    result = dg.materialize([pi_estimate], resources={"compute": ComputeResource.of(project)})
     (event,) = result.asset_materializations_for_node("pi_estimate")
     assert event.metadata["points"].value == POINTS
     assert event.metadata["pi"].value == pytest.approx(math.pi, abs=0.02)

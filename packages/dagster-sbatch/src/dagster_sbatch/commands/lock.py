@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from dagster_sbatch.children import NETWORK, child_environment
+from dagster_sbatch.commands.vendored import PACKAGES
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 
@@ -22,7 +23,7 @@ FILES = {"dev.txt": ["pyproject.toml", "--extra", "dev"], "cluster.txt": ["--gro
 """uv's names of what is locked, by file. A group is resolved by itself, without the project."""
 OPTIONS = """
     --universal --python-version 3.11 --generate-hashes --no-strip-extras --no-header --quiet
-    --no-emit-package dagster-sbatch --no-emit-package slurm-in-a-box --custom-compile-command scripts/lock
+    --custom-compile-command scripts/lock
     """.split()
 
 
@@ -59,12 +60,14 @@ def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
     Raises:
         ConfigurationError: uv found no solution, or no index; the text is uv's.
     """
+    # A package in the project's own repository is installed from there, where a hash means nothing.
+    own = [word for name in PACKAGES if (root / "packages" / name).is_dir() for word in ("--no-emit-package", name)]
     for name, source in FILES.items():
-        command = [*source, *OPTIONS, *(["--upgrade"] if upgrade else []), "--output-file", str(folder / name)]
+        command = [*source, *OPTIONS, *own, *(["--upgrade"] if upgrade else []), "--output-file", str(folder / name)]
         done = subprocess.run(
             [sys.executable, "-m", "uv", "pip", "compile", *command],
             cwd=root,
-            env=child_environment("UV_", *NETWORK),
+            env=child_environment("UV_", *NETWORK, UV_SYSTEM_CERTS="1"),  # trust what the system trusts
             capture_output=True,
             text=True,
             check=False,

@@ -1,0 +1,101 @@
+"""The wheels in a project's `vendor/` folder: how they are built, named in the project's files, and read."""
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from dagster_sbatch.children import child_environment
+
+PACKAGES = ("dagster-sbatch", "slurm-in-a-box")
+"""What a project takes from this repository; each lies in `packages/`."""
+SOURCES = ("pyproject.toml", "pixi.toml")
+"""The files of a project that name its wheels by path."""
+
+
+class WheelError(Exception):
+    """A wheel cannot be built or is not one of PACKAGES; the text says why."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel of one of PACKAGES.
+
+    Attributes:
+        path: the file; its name is `<distribution>-<version>-py3-none-any.whl` (PyPA's binary distribution format).
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w+-[^-]+-py3-none-any\.whl", self.path.name) or self.package not in PACKAGES:
+            raise WheelError(f"{self.path.name} is no wheel of {' or '.join(PACKAGES)}.")
+
+    @property
+    def distribution(self) -> str:
+        """The package's name as file names have it."""
+        return self.path.name.split("-")[0]
+
+    @property
+    def package(self) -> str:
+        """The package's name as requirements have it."""
+        return self.distribution.replace("_", "-")
+
+    @property
+    def version(self) -> str:
+        """The package's version."""
+        return self.path.name.split("-")[1]
+
+    @property
+    def source(self) -> str:
+        """The path that the project's files name it by."""
+        return f"./vendor/{self.path.name}"
+
+    @property
+    def requirement(self) -> str:
+        """The lines of a lock file, as uv writes them."""
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        return f"{self.source} \\\n    --hash=sha256:{digest}"
+
+    def read(self, member: str) -> str:
+        """Return the text of a file in the wheel.
+
+        Raises:
+            WheelError: the file is no wheel, or has no such member.
+        """
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.read(member).decode()
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise WheelError(f"{self.path.name} cannot be read: {error}") from None
+
+
+def build_wheel(source: Path, folder: Path) -> Wheel:
+    """Build the wheel of a package, without a network: hatchling is part of the project's environment.
+
+    The same sources give the same bytes.
+
+    Args:
+        source: the package's folder, with its pyproject.toml.
+        folder: where the wheel is written.
+
+    Raises:
+        WheelError: hatchling failed.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", made]
+        done = subprocess.run(command, cwd=source, env=child_environment(), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise WheelError(f"The wheel of {source} cannot be built.\n{done.stdout}{done.stderr}".strip())
+        (path,) = Path(made).glob("*.whl")
+        return Wheel(Path(shutil.copy(path, folder)))
+
+
+def wheels_in(folder: Path) -> dict[str, Wheel]:
+    """Return the wheels in a folder, by package; none if there is no such folder."""
+    return {wheel.package: wheel for wheel in map(Wheel, sorted(folder.glob("*.whl")))}
