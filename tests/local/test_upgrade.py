@@ -27,7 +27,7 @@ from dagster_sbatch import ComputeResource, ScriptLauncher, SlurmRequest
 from {PACKAGE}.assets.estimates import WORKLOADS
 
 
-@dg.asset
+@dg.asset(check_specs=[dg.AssetCheckSpec("near_pi", asset="coarse_pi")])
 def coarse_pi(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
     """Pi, from few points."""
     return compute.run(
