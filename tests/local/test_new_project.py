@@ -1,5 +1,6 @@
 """`scripts/new_project`: the copy is whole, has nothing of the example, and works; or it is not made at all."""
 
+import json
 import os
 import re
 import resource
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from support import ROOT
+from support.dagster_dev import DagsterDev
 from support.new_project import NAME, PACKAGE, SCRIPT, made_in, new_project, plain_environment, run_in
 
 pytestmark = pytest.mark.local
@@ -133,6 +135,19 @@ def test_its_tests_and_checks_pass(copy: Path) -> None:
     page = run_in(copy, sys.executable, "scripts/docs", "ray")
     assert page.stdout == (ROOT / "packages" / "dagster-sbatch" / "docs" / "ray.md").read_text()
     assert run_in(copy, "git", "status", "--porcelain").stdout == ""
+
+
+def test_dg_shows_and_runs_its_assets(copy: Path, tmp_path: Path) -> None:
+    dg = f"{copy}/.venv/bin/dg"
+    assert run_in(copy, sys.executable, "scripts/test", "--version").returncode == 0  # makes the environment
+    listed = json.loads(run_in(copy, dg, "list", "defs", "--json").stdout)
+    assert {"pi_estimate", "musica_access"} <= {asset["asset_key"] for asset in listed["assets"]}
+    server = DagsterDev(copy, plain_environment(DATA_ROOT=str(tmp_path)), [dg, "dev"])
+    try:
+        server.start()
+        assert server.wait(server.launch("pi_estimate", location=PACKAGE)) == "SUCCESS"
+    finally:
+        server.stop()
 
 
 def test_the_skeleton_agrees_with_the_template() -> None:

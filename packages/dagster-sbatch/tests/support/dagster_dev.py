@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,23 @@ def workload_processes(data_root: Path) -> list[int]:
     return found
 
 
-class DagsterDev:
-    """`dagster dev`, started in `folder`, which holds dagster.yaml and workspace.yaml."""
+DAGSTER_DEV = (sys.executable, "-m", "dagster", "dev")
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+
+class DagsterDev:
+    """`dagster dev`, or another command, started in `folder`, which holds dagster.yaml and workspace.yaml."""
+
+    def __init__(
+        self,
+        folder: Path,
+        environment: dict[str, str],
+        command: Sequence[str] = DAGSTER_DEV,
+    ) -> None:
         self.folder = folder
         self.log = folder.parent / "dagster-dev.log"
         self.data_root = Path(environment["DATA_ROOT"])
         self._environment = environment
+        self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
 
@@ -72,7 +81,7 @@ class DagsterDev:
         self.url = f"http://127.0.0.1:{port}"
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "dagster", "dev", "--port", str(port)],
+                [*self._command, "--port", str(port)],
                 cwd=self.folder,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
