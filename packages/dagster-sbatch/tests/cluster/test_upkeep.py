@@ -254,7 +254,7 @@ def test_a_job_whose_run_is_alive_or_comes_again_is_left_alone(
     (mine,) = wait_for_job(site)
     # Alive, though an earlier tick has taken it for ended: the claim is the step's.
     with monkeypatch.context() as patched:
-        patched.setattr(orphans, "standing_of", lambda *_: "over")
+        patched.setattr(orphans, "group_state", lambda *_: "over")
         patched.setattr(orphans, "reason_to_cancel", lambda *_: "its run was terminated")
         said, cursor = ours.tick(
             f'{{"since": "{datetime.now(UTC).isoformat()}", "groups": {{"{ours.run_id}": {{}}}}, "report": ""}}'

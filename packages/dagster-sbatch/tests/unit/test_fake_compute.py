@@ -8,9 +8,9 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from dagster_sbatch import FakeCompute
 from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
-from dagster_sbatch.run.fake import FakeCompute
 from dagster_sbatch.slurm import SlurmRequest
 from resources import PROJECT
 from support import ROOT

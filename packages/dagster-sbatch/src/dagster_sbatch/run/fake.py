@@ -19,7 +19,7 @@ from dagster_sbatch.settings import Settings
 
 
 @dataclass(frozen=True)
-class Call:
+class FakeCall:
     """One call of `compute.run`.
 
     Attributes:
@@ -34,7 +34,7 @@ class Call:
         return {name: value for name, value in self.plan.extras.items() if name != PARTITION_KEYS}
 
 
-_calls: dict[str, list[Call]] = {}
+_calls: dict[str, list[FakeCall]] = {}
 
 
 class FakeCompute(ComputeResource):
@@ -54,7 +54,7 @@ class FakeCompute(ComputeResource):
         super().__init__(**{"name": uuid.uuid4().hex, **fields})
 
     @property
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[FakeCall]:
         """The calls so far, the first one first."""
         return _calls.setdefault(self.name, [])
 
@@ -69,7 +69,7 @@ class FakeCompute(ComputeResource):
         plan: Plan,
     ) -> dg.PipesClientCompletedInvocation:
         """Record the call, and report as a workload would."""
-        self.calls.append(Call(plan))
+        self.calls.append(FakeCall(plan))
         with open_session(context, plan.extras, "", "") as session:
             for method, params in self._reports(context):
                 message = {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": params}

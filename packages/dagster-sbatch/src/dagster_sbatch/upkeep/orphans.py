@@ -15,7 +15,7 @@ from dagster_sbatch.run.reports import ACCESS, LEFT_JOBS, REACHABLE, evaluate
 from dagster_sbatch.slurm.gateway import RefusedError
 from dagster_sbatch.ssh import SshError
 from dagster_sbatch.upkeep import running_on_supercomputer
-from dagster_sbatch.upkeep.ownership import LeftJob, left_jobs, reason_to_cancel, standing_of
+from dagster_sbatch.upkeep.ownership import LeftJob, group_state, left_jobs, reason_to_cancel
 
 LOOK_BACK = timedelta(days=7)
 """The first tick examines runs that have ended within this time."""
@@ -122,10 +122,10 @@ def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.Sens
     instance, now = context.instance, datetime.now(UTC)
     cursor = _Cursor.read(context.cursor, now)
     ended, since = _find_ended(instance, cursor.since)
-    standings = {root: standing_of(instance, root, now) for root in sorted({*cursor.groups, *ended})}
-    groups = {root: _Group() for root, standing in standings.items() if standing not in ("over", "unknown")}
-    said = [f"run {root}: {standings[root]}" for root in groups]
-    over = {root: cursor.groups.get(root, _Group()) for root, standing in standings.items() if standing == "over"}
+    states = {root: group_state(instance, root, now) for root in sorted({*cursor.groups, *ended})}
+    groups = {root: _Group() for root, state in states.items() if state not in ("over", "unknown")}
+    said = [f"run {root}: {states[root]}" for root in groups]
+    over = {root: cursor.groups.get(root, _Group()) for root, state in states.items() if state == "over"}
     recently = (now - LEFT_PAUSE).timestamp()
     due = {root for root, group in over.items() if root in ended or group.asked <= recently}
     groups |= {root: group for root, group in over.items() if root not in due}
@@ -204,7 +204,7 @@ def _cancel(instance: dg.DagsterInstance, runs: Runs, run: RunRecord, reason: st
     holder = runs.claim(run, "the sensor cancel_orphaned_jobs")
     if holder:
         return _Finding(root, f"{name}: {holder} acts on it", "later")
-    if standing_of(instance, root, datetime.now(UTC)) != "over":
+    if group_state(instance, root, datetime.now(UTC)) != "over":
         return _Finding(root, f"{name}: a new run has come for it", "later")
     end = runs.gateway.cancel(run.path)
     return _Finding(root, f"{name}: {end.state if end else 'was never submitted'}, since {reason}", "cancelled")

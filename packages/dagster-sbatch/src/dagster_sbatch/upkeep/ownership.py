@@ -12,10 +12,10 @@ from dagster_sbatch.run.history import is_stored
 
 GRACE = timedelta(minutes=1)
 """After the end of a run: a person or Dagster may be about to request its retry or re-execution."""
-Standing = Literal["alive", "retry due", "just ended", "over", "unknown"]
+GroupState = Literal["alive", "retry due", "just ended", "over", "unknown"]
 
 
-def standing_of(instance: dg.DagsterInstance, root: str, now: datetime) -> Standing:
+def group_state(instance: dg.DagsterInstance, root: str, now: datetime) -> GroupState:
     """Return the state of a group: the run `root` with its retries and re-executions; unknown if it was deleted."""
     records = _group(instance, root)
     if not any(record.dagster_run.run_id == root for record in records):
@@ -77,7 +77,7 @@ def left_jobs(instance: dg.DagsterInstance, runs: Runs, now: datetime | None = N
     """Yield the waiting and running jobs that no run follows and that a re-execution can attach to."""
     now = now or datetime.now(UTC)
     for run in runs.all():
-        if not run.job or run.end or standing_of(instance, run.about.root, now) not in ("over", "just ended"):
+        if not run.job or run.end or group_state(instance, run.about.root, now) not in ("over", "just ended"):
             continue
         state = None if reason_to_cancel(instance, run) else runs.state(run)[0]
         if state:
