@@ -165,7 +165,7 @@ class AccessState:
                 lines += [f"     to do: {advice}", *([f"       {command}"] if command else [])]
         if self.missing_settings:
             names = ", ".join(self.missing_settings)
-            lines.append(f"Ways 2 to 4 also need these settings: {names} not set (docs/settings.md)")
+            lines.append(f"Ways 2 to 4 also need these settings: {names} not set (scripts/docs settings)")
         return BootstrapError("\n".join(lines))
 
     def _ways(self, refusals: Mapping[Source, str]) -> list[tuple[str, str, str, str]]:

@@ -30,7 +30,8 @@ Publish what production_supercomputer runs: the packages of requirements/cluster
 them. Each package is sent once. After a broken connection, sending continues where it stopped. From then on, production
 refuses runs whose workloads or packages differ from what was published.
 
-The settings are those of a supercomputer deployment (docs/settings.md). With SLURM_PYTHON, only the workloads are sent.
+The settings are those of a supercomputer deployment (scripts/docs settings). With SLURM_PYTHON, only the workloads
+are sent.
 """
 EPILOG = """\
 examples:

@@ -25,7 +25,8 @@ It runs the asset's own code on this machine up to the call of compute.run, in a
 resources and IO managers of the project. It shows a graph asset step by step, without the steps that need the result of
 another step.
 
-It reads the settings of a supercomputer deployment (docs/settings.md). For a variable that is not set it shows <NAME>.
+It reads the settings of a supercomputer deployment (scripts/docs settings). For a variable that is not set it shows
+<NAME>.
 """
 EPILOG = """\
 examples:

@@ -21,8 +21,8 @@ Renew the SSH certificate with the stored credentials. ASC_AUTHENTIK_API_TOKEN n
 The credentials file (ASC_AUTHENTIK_CREDENTIALS_FILE) holds an authentik API token and an app password. Both are
 replaced before they expire. ASC_AUTHENTIK_API_TOKEN is needed only the first time, or when both have expired.
 
-The settings are those of the supercomputer (docs/settings.md), also if DAGSTER_DEPLOYMENT is not set. The output holds
-no secret.
+The settings are those of the supercomputer (scripts/docs settings), also if DAGSTER_DEPLOYMENT is not set. The output
+holds no secret.
 """
 EPILOG = """\
 examples:

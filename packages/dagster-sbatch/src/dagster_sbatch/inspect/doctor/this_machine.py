@@ -24,7 +24,7 @@ def check_settings(facts: Facts) -> Verdict:
         facts.settings = settings = check_configuration(facts.project, supercomputer=True)
         facts.site = facts.project.load_site(settings.supercomputer_site)
     except ConfigurationError as error:
-        return broken(str(error), "correct the settings; docs/settings.md has all of them")
+        return broken(str(error), "correct the settings; `scripts/docs settings` has all of them")
     return ok(f"{settings.deployment}, {settings.supercomputer_site}, {settings.edge_node_user}")
 
 
@@ -71,7 +71,7 @@ def check_name(facts: Facts) -> Verdict:
     try:
         hop = _first_hop(facts)
     except ConfigurationError as error:
-        return broken(str(error), "correct ~/.ssh/config; docs/ssh.md lists the options that are read")
+        return broken(str(error), "correct ~/.ssh/config; `scripts/docs ssh` lists the options that are read")
     try:
         found = socket.getaddrinfo(hop.host, hop.port, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -109,7 +109,7 @@ def check_host_authority(facts: Facts) -> Verdict:
     login, _ = read_route(facts.settings)
     entries = trusted_entries(KnownHosts.read(login.known_hosts, facts.site.host_authorities), login.host, login.port)
     if not entries:
-        return warning(f"nothing is known for {login.host}", "docs/ssh.md: What you have to do once")
+        return warning(f"nothing is known for {login.host}", "`scripts/docs ssh`: What you have to do once")
     kinds = {CERT_AUTHORITY: "authority", "": "key"}
     found = ", ".join(f"{kinds[each.marker]} {fingerprint(each.key)} of {each.place}" for each in entries).replace(
         str(Path.home()), "~"
