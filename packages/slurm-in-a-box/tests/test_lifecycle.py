@@ -1,16 +1,20 @@
-"""Starting, looking at and ending a slurm_site, with the command and from Python."""
+"""Start, inspect and end sites, with the command and from Python."""
 
+import compileall
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, NotInstalledError, SimulatedSite, requirements
+from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, NotInstalledError, SimulatedSite, interpreter, requirements
 from slurm_in_a_box import site as site_module
 from slurm_in_a_box.command_line import main
 from slurm_in_a_box.machines import MEMORY_CGROUPS
@@ -23,7 +27,7 @@ NAMESPACES = ("mnt", "net", "pid", "uts", "ipc")
 OWNER_THAT_IS_KILLED = f"""
 import os, signal
 from {SimulatedSite.__module__} import SimulatedSite
-with SimulatedSite.temporary(prefix="{SECOND}") as site:
+with SimulatedSite.temporary(prefix="{SECOND}") as slurm_site:
     job = slurm_site.submit("exec sleep 1000", *{CPU_DEV})
     slurm_site.wait_for_job(job, "RUNNING")
     print(slurm_site.layout.name, flush=True)
@@ -32,7 +36,7 @@ with SimulatedSite.temporary(prefix="{SECOND}") as site:
 
 
 def interfaces(bridge: str) -> set[str]:
-    """Those of a slurm_site, of which other ones may come and go meanwhile."""
+    """Those of one site: other sites may start and end meanwhile."""
     listing = subprocess.run(["ip", "-json", "link", "show"], capture_output=True, text=True, check=True)
     names = {interface["ifname"] for interface in json.loads(listing.stdout)}
     return {name for name in names if name == bridge or name.startswith(f"{bridge}-")}
@@ -182,6 +186,25 @@ def test_nothing_of_users_stays_after_a_reset(slurm_site: SimulatedSite) -> None
         "id_plain",
         "id_plain.pub",
     }
+
+
+def test_sites_that_start_at_once_compile_their_common_packages_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiled: list[Path] = []
+
+    def compile_slowly(folder: Path, **_: object) -> None:
+        compiled.append(folder)
+        threading.Event().wait(0.2)  # long enough for the others to come
+
+    monkeypatch.setattr(compileall, "compile_dir", compile_slowly)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(interpreter.compile_packages, [tmp_path] * 3))
+    assert compiled == [tmp_path]
+    (tmp_path / "new_package").mkdir()
+    os.utime(tmp_path, (time.time() + 1, time.time() + 1))
+    interpreter.compile_packages(tmp_path)
+    assert compiled == [tmp_path] * 2
 
 
 def test_without_root_it_says_what_it_needs(

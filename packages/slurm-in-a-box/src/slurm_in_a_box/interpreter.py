@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from .host import locked
 from .layout import Layout
 
 
@@ -20,7 +21,7 @@ def make(layout: Layout) -> None:
     """Make a virtual environment around two empty folders, on which machines mount the interpreter and its packages."""
     folder = layout.state / "python"
     base, packages = _places(layout)
-    _compile(Path(sysconfig.get_path("purelib")))
+    compile_packages(Path(sysconfig.get_path("purelib")))
     for path in (folder / "bin", base, packages):
         path.mkdir(parents=True, exist_ok=True)
     text = f"home = {base}/bin\ninclude-system-site-packages = false\n"
@@ -37,12 +38,16 @@ def mounts(layout: Layout) -> list[str]:
     return [sys.base_prefix, str(base), sysconfig.get_path("purelib"), str(packages)]
 
 
-def _compile(packages: Path) -> None:
-    """Compile the byte code of all packages, unless that was done after the last change of the folder."""
+def compile_packages(packages: Path) -> None:
+    """Compile the byte code of all packages, unless that was done after the last change of the folder.
+
+    It takes a minute, so sites that start at the same time wait for the first of them.
+    """
     done = packages / ".compiled"
-    if not done.exists() or done.stat().st_mtime < packages.stat().st_mtime:
-        compileall.compile_dir(packages, quiet=2, workers=0)  # it fails where a file is only a template for one
-        done.touch()
+    with locked(packages / ".compiling"):
+        if not done.exists() or done.stat().st_mtime < packages.stat().st_mtime:
+            compileall.compile_dir(packages, quiet=2, workers=0)  # it fails where a file is only a template for one
+            done.touch()
 
 
 def _name() -> str:
