@@ -14,11 +14,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.smoke]
 
 
 def test_pi_is_estimated_by_a_job(
-    project: Project, site: SimulatedSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    project: Project, slurm_site: SimulatedSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".ssh").mkdir(mode=0o700)
-    shutil.copy(site.login.known_hosts, tmp_path / ".ssh")
-    for name, value in {**site.environment(), "HOME": str(tmp_path)}.items():
+    shutil.copy(slurm_site.login.known_hosts, tmp_path / ".ssh")
+    for name, value in {**slurm_site.environment(), "HOME": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     result = dg.materialize([pi_estimate], resources={"compute": ComputeResource.of(project)})
     (event,) = result.asset_materializations_for_node("pi_estimate")
