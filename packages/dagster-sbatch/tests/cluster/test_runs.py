@@ -339,7 +339,6 @@ def test_cancelled_by_an_administrator(site: SimulatedSite, workloads: Path) -> 
     assert outcome.retries == []
 
 
-@pytest.mark.smoke
 def test_a_time_limit_that_is_reached(workloads: Path) -> None:
     """The workload is warned before, and the failure says what to ask for."""
     workload = (
