@@ -1,12 +1,12 @@
 """Slurm jobs that no run follows: a sensor cancels those that nobody can adopt, and lists the others in a check."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import dagster as dg
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
@@ -88,11 +88,11 @@ class _Group(BaseModel):
 
     Attributes:
         asked: when the supercomputer was asked about their jobs, in seconds since 1970.
-        jobs: the report on each job that no run follows.
+        jobs: the report on each job that no run follows, by its submission key.
     """
 
     asked: float = 0
-    jobs: list[str] = []
+    jobs: dict[str, str] = {}
 
 
 class _Cursor(BaseModel):
@@ -101,20 +101,29 @@ class _Cursor(BaseModel):
     Attributes:
         since: runs that ended before that time have been examined.
         groups: by the id of their first run.
-        report: what the check reported last.
+        report: what the check reported last; None if that is not known, so that this tick reports.
     """
 
     since: datetime
     groups: dict[str, _Group]
-    report: str
+    report: str | None = None
 
     @classmethod
     def read(cls, text: str | None, now: datetime) -> "_Cursor":
-        """Read a cursor; without one, and with one of an older version, begin with the runs of the last days."""
+        """Read a cursor; without one, begin with the runs of the last days."""
         try:
             return cls.model_validate_json(text or "")
         except ValidationError:
-            return cls(since=now - LOOK_BACK, groups={}, report="")
+            return cls(since=now - LOOK_BACK, groups={})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_first_format(cls, values: Any) -> Any:
+        """Read a cursor from before the engine was a package: all its groups are examined again."""
+        if not isinstance(values, dict) or "roots" not in values:
+            return values
+        roots = (*values["roots"], *values.get("left", {}))
+        return {"since": values.get("since"), "groups": {root: {} for root in roots}}
 
 
 def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.SensorResult:
@@ -124,25 +133,35 @@ def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.Sens
     ended, since = _find_ended(instance, cursor.since)
     states = {root: group_state(instance, root, now) for root in sorted({*cursor.groups, *ended})}
     groups = {root: _Group() for root, state in states.items() if state not in ("over", "unknown")}
-    said = [f"run {root}: {states[root]}" for root in groups]
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        context.log.info(text)
+
+    for root in groups:
+        say(f"run {root}: {states[root]}")
     over = {root: cursor.groups.get(root, _Group()) for root, state in states.items() if state == "over"}
     recently = (now - LEFT_PAUSE).timestamp()
     due = {root for root, group in over.items() if root in ended or group.asked <= recently}
     groups |= {root: group for root, group in over.items() if root not in due}
     if due:
+        found: list[_Finding] = []
         try:
             with open_runs(settings, project, TICK_SECONDS) as runs:
-                found = list(_settle(instance, runs, due))
+                for each in _settle(instance, runs, due):
+                    found.append(each)
+                    if each.kind != "left":
+                        say(each.text)
         except NO_ACCESS as error:
             groups |= {root: _Group(jobs=over[root].jobs) for root in due}
-            said.append(str(error))
+            say(str(error))
         else:
-            said += [each.text for each in found if each.kind != "left"]
-            groups |= _group(found, now)
-    for text in said:
-        context.log.info(text)
-    jobs = [job for group in groups.values() for job in group.jobs]
-    report = "\n".join(jobs)
+            groups |= _group(found, over, now)
+    jobs = [job for group in groups.values() for job in group.jobs.values()]
+    report: str | None = "\n".join(jobs)
+    if cursor.report is None and not jobs and any(not groups[root].asked for root in due & groups.keys()):
+        report = None  # the supercomputer has not answered: there may be jobs
     events = [evaluate(LEFT_JOBS, passed=not jobs, description=report or _NONE_LEFT)] if report != cursor.report else []
     return dg.SensorResult(
         skip_reason="\n".join([*said, *jobs]) or "no run has ended with a job left behind",
@@ -163,48 +182,62 @@ class _Finding:
     """What was found or done about a job.
 
     Attributes:
-        root: first run of its group.
+        run: the run directory of the job.
         text: for people.
         kind: `cancelled`: it is over. `later`: it cannot be settled now. `left`: it runs, and no run follows it.
     """
 
-    root: str
+    run: RunRecord
     text: str
     kind: Literal["cancelled", "later", "left"]
 
 
-def _group(found: list[_Finding], now: datetime) -> dict[str, _Group]:
-    """Return the groups that have jobs left, or jobs to be settled by the next tick."""
+def _group(found: list[_Finding], before: Mapping[str, _Group], now: datetime) -> dict[str, _Group]:
+    """Return the groups that have jobs left, or jobs that wait for the next tick: those stay listed if they were."""
     groups: dict[str, _Group] = {}
     for each in found:
-        if each.kind == "left":
-            groups.setdefault(each.root, _Group(asked=now.timestamp())).jobs.append(each.text)
+        root, key = each.run.about.root, each.run.key
+        if each.kind != "cancelled":
+            listed = each.text if each.kind == "left" else before[root].jobs.get(key)
+            groups.setdefault(root, _Group(asked=now.timestamp())).jobs |= {key: listed} if listed else {}
     for each in found:
         if each.kind == "later":
-            groups.setdefault(each.root, _Group()).asked = 0
+            groups[each.run.about.root].asked = 0
     return groups
 
 
 def _settle(instance: dg.DagsterInstance, runs: Runs, over: set[str]) -> Iterator[_Finding]:
-    """Cancel or report the jobs of groups that are over."""
+    """Cancel or report the jobs of groups that are over. One that is refused does not stop the others."""
     for run in runs.all():
         if run.about.root not in over or run.end is not None:
             continue
-        reason = reason_to_cancel(instance, run)
-        state = None if reason else runs.state(run)[0]
-        if reason:
-            yield _cancel(instance, runs, run, reason)
-        elif state:
-            yield _Finding(run.about.root, LeftJob(run, state.state).text, "left")
+        try:
+            found = _settle_job(instance, runs, run)
+        except RefusedError as error:
+            found = _Finding(run, f"{_name(run)}: {error}", "later")
+        if found:
+            yield found
+
+
+def _settle_job(instance: dg.DagsterInstance, runs: Runs, run: RunRecord) -> _Finding | None:
+    reason = reason_to_cancel(instance, run)
+    if reason:
+        return _cancel(instance, runs, run, reason)
+    state = runs.state(run)[0]
+    return _Finding(run, LeftJob(run, state.state).text, "left") if state else None
 
 
 def _cancel(instance: dg.DagsterInstance, runs: Runs, run: RunRecord, reason: str) -> _Finding:
     """Cancel a job, holding the claim on it: a re-execution that comes now waits, and finds it cancelled."""
-    root, name = run.about.root, f"job {run.job or run.key} of run {run.about.run} ({run.about.asset})"
+    name = _name(run)
     holder = runs.claim(run, "the sensor cancel_orphaned_jobs")
     if holder:
-        return _Finding(root, f"{name}: {holder} acts on it", "later")
-    if group_state(instance, root, datetime.now(UTC)) != "over":
-        return _Finding(root, f"{name}: a new run has come for it", "later")
+        return _Finding(run, f"{name}: {holder} acts on it", "later")
+    if group_state(instance, run.about.root, datetime.now(UTC)) != "over":
+        return _Finding(run, f"{name}: a new run has come for it", "later")
     end = runs.gateway.cancel(run.path)
-    return _Finding(root, f"{name}: {end.state if end else 'was never submitted'}, since {reason}", "cancelled")
+    return _Finding(run, f"{name}: {end.state if end else 'was never submitted'}, since {reason}", "cancelled")
+
+
+def _name(run: RunRecord) -> str:
+    return f"job {run.job or run.key} of run {run.about.run} ({run.about.asset})"

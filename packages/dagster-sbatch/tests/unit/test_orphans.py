@@ -1,0 +1,194 @@
+"""What a tick says and keeps of the jobs that no run follows, whatever Slurm and the login node answer."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch.inspect.remote_runs import RunRecord
+from dagster_sbatch.run.directory import RunInfo
+from dagster_sbatch.slurm.gateway import JobEnd, JobState, RefusedError
+from dagster_sbatch.ssh import UnreachableError
+from dagster_sbatch.upkeep import orphans, ownership
+from dagster_sbatch.upkeep.orphans import make_orphan_sensor
+from resources import PROJECT
+from support import access
+
+NONE_LEFT = "Every job that is waiting or running is followed by a run."
+
+
+class Tick:
+    """What one tick of the sensor says, logs, reports and keeps."""
+
+    def __init__(self, instance: dg.DagsterInstance, cursor: str | None = None) -> None:
+        self.logged: list[str] = []
+        context = dg.build_sensor_context(instance=instance, cursor=cursor)
+        context.log.info = self.logged.append  # type: ignore[assignment]
+        result = make_orphan_sensor(PROJECT)(context)
+        assert isinstance(result, dg.SensorResult)
+        assert isinstance(result.skip_reason, dg.SkipReason)
+        self.said = str(result.skip_reason.skip_message)
+        self.checks = [(event.passed, event.description) for event in result.asset_events]  # type: ignore[union-attr]
+        self.cursor = str(result.cursor)
+
+
+class Supercomputer:
+    """Its runs; `errors` has what a request about a job raises, by the job's id."""
+
+    def __init__(self) -> None:
+        self.records: list[RunRecord] = []
+        self.errors: dict[str, Exception] = {}
+        self.down = False
+        self.gateway = SimpleNamespace(cancel=self.cancel)
+
+    @contextmanager
+    def open(self, *_: object) -> Iterator["Supercomputer"]:
+        if self.down:
+            raise UnreachableError("no answer")
+        yield self
+
+    def add(self, run: str, job: str) -> None:
+        about = RunInfo(run=run, root=run, asset="asset", partitions="", step="work")
+        self.records.append(RunRecord(f"/runs/work-{job}", job, about, None, datetime.now(UTC), (run,)))
+
+    def all(self) -> list[RunRecord]:
+        return self.records
+
+    def claim(self, run: RunRecord, _: str) -> None:
+        """Nobody else holds a claim."""
+
+    def cancel(self, path: str) -> JobEnd:
+        self.refuse(path)
+        return JobEnd(None, "CANCELLED")
+
+    def state(self, run: RunRecord) -> tuple[JobState, None]:
+        self.refuse(run.path)
+        return JobState("RUNNING", "None", None), None
+
+    def refuse(self, path: str) -> None:
+        error = self.errors.get(path.rpartition("-")[2])
+        if error:
+            raise error
+
+
+@pytest.fixture
+def supercomputer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supercomputer:
+    for name, value in access.environment("http://127.0.0.1:1", tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ownership, "GRACE", timedelta())
+    made = Supercomputer()
+    monkeypatch.setattr(orphans, "open_runs", made.open)
+    return made
+
+
+@pytest.fixture
+def instance() -> dg.DagsterInstance:
+    return dg.DagsterInstance.ephemeral()
+
+
+def failed(instance: dg.DagsterInstance, *, terminated: bool = False) -> str:
+    """A run whose step failed while its job was running; its id."""
+
+    @dg.op
+    def work() -> None:
+        raise ValueError
+
+    @dg.job
+    def job() -> None:
+        work()
+
+    run_id = job.execute_in_process(instance=instance, raise_on_error=False).run_id
+    if terminated:
+        run = instance.get_run_by_id(run_id)
+        assert run
+        instance.report_run_canceled(run)
+    return run_id
+
+
+def name(run: str, job: str) -> str:
+    return f"job {job} of run {run} (asset)"
+
+
+def test_a_job_that_is_refused_does_not_stop_the_others(
+    instance: dg.DagsterInstance, supercomputer: Supercomputer
+) -> None:
+    run = failed(instance, terminated=True)
+    for job in ("1", "2", "3"):
+        supercomputer.add(run, job)
+    supercomputer.errors = {"2": RefusedError("scancel: error: no")}
+    tick = Tick(instance)
+    cancelled = "CANCELLED, since its run was terminated"
+    expected = [f"{name(run, '1')}: {cancelled}", f"{name(run, '2')}: scancel: error: no"]
+    expected.append(f"{name(run, '3')}: {cancelled}")
+    assert tick.said.splitlines() == tick.logged == expected
+    supercomputer.records, supercomputer.errors = supercomputer.records[1:2], {}
+    assert Tick(instance, tick.cursor).said == f"{name(run, '2')}: {cancelled}"
+
+
+def test_what_was_cancelled_is_told_if_the_time_runs_out_then(
+    instance: dg.DagsterInstance, supercomputer: Supercomputer
+) -> None:
+    run = failed(instance, terminated=True)
+    supercomputer.add(run, "1")
+    supercomputer.add(run, "2")
+    supercomputer.errors = {"2": UnreachableError("no answer (after 40 s)")}
+    tick = Tick(instance)
+    expected = [f"{name(run, '1')}: CANCELLED, since its run was terminated", "no answer (after 40 s)"]
+    assert tick.said.splitlines() == tick.logged == expected
+
+
+def test_a_job_that_is_listed_stays_so_while_it_is_refused(
+    instance: dg.DagsterInstance, supercomputer: Supercomputer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = failed(instance)
+    supercomputer.add(run, "1")
+    first = Tick(instance)
+    assert [passed for passed, _ in first.checks] == [False]
+    supercomputer.errors = {"1": RefusedError("squeue: error: no")}
+    monkeypatch.setattr(orphans, "LEFT_PAUSE", timedelta())
+    second = Tick(instance, first.cursor)
+    assert second.logged == [f"{name(run, '1')}: squeue: error: no"]
+    assert second.said.endswith("scripts/job 1 cancel")
+    assert second.checks == []
+
+
+def first_format(instance: dg.DagsterInstance, since: datetime) -> str:
+    """A cursor from before the engine was a package, whose check is red."""
+    left = {failed(instance): [since.isoformat(), ["Slurm job 1 is left."]]}
+    return json.dumps({"since": since.isoformat(), "roots": [failed(instance)], "left": left, "report": "left"})
+
+
+@pytest.mark.parametrize("make", [first_format, lambda *_: "nonsense", lambda *_: None])
+def test_a_cursor_that_tells_no_report_is_followed_by_one(
+    instance: dg.DagsterInstance,
+    supercomputer: Supercomputer,
+    make: Callable[[dg.DagsterInstance, datetime], str | None],
+) -> None:
+    failed(instance)
+    supercomputer.down = True
+    down = Tick(instance, make(instance, datetime.now(UTC) - timedelta(days=1)))
+    assert down.checks == []  # nobody knows
+    supercomputer.down = False
+    tick = Tick(instance, down.cursor)
+    assert tick.checks == [(True, NONE_LEFT)]
+    assert Tick(instance, tick.cursor).checks == []
+
+
+def test_what_a_cursor_of_the_first_format_knows_is_kept(
+    instance: dg.DagsterInstance, supercomputer: Supercomputer
+) -> None:
+    since = datetime.now(UTC) + timedelta(days=1)  # later than the end of its runs
+    cursor = first_format(instance, since)
+    for number, record in enumerate(instance.get_run_records()):
+        supercomputer.add(record.dagster_run.run_id, str(number))
+    tick = Tick(instance, cursor)
+    assert datetime.fromisoformat(json.loads(tick.cursor)["since"]) == since
+    ((passed, listed),) = tick.checks
+    assert not passed
+    assert "Slurm job 0 (asset) is RUNNING" in str(listed)
+    assert "Slurm job 1 (asset) is RUNNING" in str(listed)
