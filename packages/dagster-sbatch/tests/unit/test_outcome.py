@@ -1,5 +1,7 @@
 """What a job's end means: whether it went well, why not, and whether another try can help."""
 
+from datetime import timedelta
+
 import pytest
 
 from dagster_sbatch.slurm import SlurmRequest
@@ -77,6 +79,7 @@ def test_an_end_is_judged(job: JobEnd, outcome: Outcome | None) -> None:
     ("state", "request_", "advice"),
     [
         ("TIMEOUT", REQUEST, "time_limit='02:00:00'"),
+        ("TIMEOUT", SlurmRequest(time_limit=timedelta.max), "or instance time_limit='999999999-23:59:59'"),
         ("OUT_OF_MEMORY", REQUEST, "mem='12G'"),
         ("OUT_OF_MEMORY", SlurmRequest(mem_per_cpu="2G"), "mem_per_cpu='3G'"),
         ("OUT_OF_MEMORY", SlurmRequest(), "mem='32G'"),

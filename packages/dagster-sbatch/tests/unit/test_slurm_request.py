@@ -32,9 +32,10 @@ def test_a_time_limit_may_be_a_timedelta(time_limit: object) -> None:
     assert request.model_dump(mode="json")["time_limit"] == "1-12:00:00"
 
 
-@pytest.mark.parametrize("time_limit", [5.5, None, timedelta(), timedelta(days=-1)])
+@pytest.mark.parametrize("time_limit", [90, True, 5.5, None, timedelta(), timedelta(days=-1)])
 def test_a_time_limit_is_nothing_else(time_limit: object) -> None:
-    with pytest.raises(ConfigurationError, match="SlurmRequest: time_limit: "):
+    advice = "is not a time: write Slurm's notation as text, as in '02:00:00' or '1-12', or a timedelta"
+    with pytest.raises(ConfigurationError, match=f"^SlurmRequest: time_limit: .* {advice}"):
         SlurmRequest(time_limit=time_limit)
 
 
@@ -62,6 +63,8 @@ def test_other_memory_sizes_are_refused(text: str) -> None:
     ("fields", "text"),
     [
         ({"time_limit": "2h"}, "time_limit: '2h' is not a Slurm time"),
+        ({"time_limit": "9999999999-00"}, "time_limit: '9999999999-00' is too long"),
+        ({"time_limit": "9" * 400}, "is too long"),
         ({"mem": "64 GB"}, "mem: '64 GB' is not a Slurm memory size"),
         ({"mem": "64G", "mem_per_cpu": "2G"}, "mem or mem_per_cpu, not both"),
         ({"nodes": 0}, "nodes: "),

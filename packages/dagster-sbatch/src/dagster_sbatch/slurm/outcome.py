@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 from dagster_sbatch.slurm.gateway import JobEnd, Projects
 from dagster_sbatch.slurm.request import SlurmRequest
@@ -121,7 +122,8 @@ def _explain_cut_short(end: JobEnd) -> Outcome:
 def _advice(state: str, request: SlurmRequest) -> str:
     """Return what to change, if that is known."""
     if state == "TIMEOUT":
-        limit, longer = format_time(request.time_limit), format_time(2 * request.time_limit)
+        limit = format_time(request.time_limit)
+        longer = format_time(2 * min(request.time_limit, timedelta.max // 2))
         return (
             f". It had time_limit={limit!r}. Request more, for instance time_limit={longer!r}, "
             "or let the workload save its state and resume from there"

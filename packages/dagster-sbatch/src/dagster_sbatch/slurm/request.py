@@ -33,9 +33,14 @@ them, nor those that the job script sets itself (job-name, output, signal, expor
 
 def _time(value: object) -> timedelta:
     """Read a time in Slurm's notation, or take one of at least a second as it is."""
+    if isinstance(value, str):
+        return parse_time(value)
     if isinstance(value, timedelta) and value >= timedelta(seconds=1):
         return value
-    return parse_time(value if isinstance(value, str) else repr(value))
+    raise ValueError(
+        f"{value!r} is not a time: write Slurm's notation as text, as in '02:00:00' or '1-12', "
+        "or a timedelta of at least a second, as in timedelta(hours=2)"
+    )
 
 
 def _memory(text: str) -> str:

@@ -15,7 +15,7 @@ def parse_time(text: str) -> timedelta:
     `days-hours:minutes:seconds` (man sbatch).
 
     Raises:
-        ValueError: any other text, and zero.
+        ValueError: any other text, zero, and a time that is too long for a timedelta.
     """
     match = _TIME.fullmatch(text)
     if not match:
@@ -30,7 +30,10 @@ def parse_time(text: str) -> timedelta:
         hours, minutes, seconds = numbers
     else:
         hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
-    total = timedelta(int(match["days"] or 0), hours=hours, minutes=minutes, seconds=seconds)
+    try:
+        total = timedelta(int(match["days"] or 0), hours=hours, minutes=minutes, seconds=seconds)
+    except OverflowError:
+        raise ValueError(f"{text!r} is too long: the longest time is {format_time(timedelta.max)}") from None
     if not total:
         raise ValueError(f"{text!r} is a time of zero")
     return total
