@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ def test_it_reports_every_asset_of_a_step() -> None:
     result = materialize(both, FakeCompute(metadata={"n": 1}))
     events = result.asset_materializations_for_node("both")
     assert {event.asset_key.to_user_string(): event.metadata["n"].value for event in events} == {"left": 1, "right": 1}
+
+
+def test_metadata_may_be_what_json_cannot_say() -> None:
+    day = datetime(2026, 1, 2, tzinfo=UTC)
+    metadata = {"table": dg.MetadataValue.md("| a |"), "day": dg.MetadataValue.timestamp(day)}
+    result = materialize(both, FakeCompute(metadata=metadata))
+    assert result.success
+    event, _ = result.asset_materializations_for_node("both")
+    assert event.metadata == metadata
 
 
 def test_the_page(tmp_path: Path) -> None:

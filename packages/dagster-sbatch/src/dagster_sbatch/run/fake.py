@@ -1,6 +1,5 @@
 """A `compute` for unit tests: it checks what an asset asks for, runs nothing, and reports what the test says."""
 
-import json
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -72,8 +71,9 @@ class FakeCompute(ComputeResource):
         self.calls.append(FakeCall(plan))
         with open_session(context, plan.extras, "", "") as session:
             for method, params in self._reports(context):
-                message = {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": params}
-                session.messages.feed(json.dumps(message).encode() + b"\n")
+                session.messages.receive(
+                    {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": params}
+                )
             session.messages.finish(context)
         cause = explain_failure(session, 0, plan.workload.name)
         if cause:

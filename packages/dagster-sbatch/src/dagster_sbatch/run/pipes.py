@@ -111,10 +111,15 @@ class Messages(dg.PipesMessageReader):
     def _read(self, line: bytes) -> None:
         try:
             message: PipesMessage = json.loads(line)
-            method, params = message["method"], message.get("params") or {}
+            message = {**message, "method": message["method"], "params": message.get("params") or {}}
         except (ValueError, TypeError, KeyError) as error:
             text = line[:200].decode(errors="replace")
             raise ValueError(f"not a Dagster Pipes message in {self.path}: {text!r}") from error
+        self.receive(message)
+
+    def receive(self, message: PipesMessage) -> None:
+        """Deliver a message to Dagster at once, or keep it until `finish`."""
+        method, params = message["method"], message["params"] or {}
         payload = params.get("payload") if method == "report_custom_message" else None
         if method == JOB_STARTED:
             self._begin()
