@@ -52,6 +52,17 @@ def test_a_certificate_that_nothing_renews_works_until_its_end(variables: dict[s
     assert check_health(settings).failing == {}  # to ask was wrong; nothing is broken
 
 
+@pytest.mark.parametrize("left", ["", "OTHER=1\n", "ASC_AUTHENTIK_API_TOKEN=\nASC_AUTHENTIK_TOKEN_RECORD='x y'\n"])
+def test_a_file_that_has_lost_its_secrets_is_told_while_access_works(variables: dict[str, str], left: str) -> None:
+    file = file_of(variables)
+    file.write(PAIR)
+    file.path.write_text(left)
+    health = check_health(access.settings_of(variables))
+    assert health.verdict == "failing"
+    lost = f"nothing can be renewed: {file.path}: it has no API token and it has no app password\nAccess works until "
+    assert health.summary.startswith(lost)
+
+
 def test_secrets_in_variables_are_shown_with_the_variable(variables: dict[str, str]) -> None:
     token = {"ASC_AUTHENTIK_API_TOKEN": "test-api-token"}
     expected = {

@@ -121,7 +121,7 @@ def _problem(access: AccessState) -> str:
         )
     if access.valid_certificate is None:
         return str(access.explain({}))
-    if access.file_problem or access.stored.api_token or access.stored.app_password:
+    if access.file_exists:
         return f"nothing can be renewed: {access.stored_problem}"
     return ""  # a certificate that a person requested, and nothing else
 

@@ -31,6 +31,7 @@ class AccessState:
         now: when the files were read.
         certificate: beside the key, valid or not; or why there is none.
         stored: what the credentials file holds; empty where there is no such file, or where it must not be used.
+        file_exists: whether there is a credentials file.
         file_problem: why the credentials file must not be used; empty if it may, or if there is none.
         failing: the parts of the refresh that failed the last time.
     """
@@ -39,6 +40,7 @@ class AccessState:
     now: datetime
     certificate: Certificate | AccessError
     stored: Credentials
+    file_exists: bool
     file_problem: str
     failing: Mapping[Part, Failing]
 
@@ -59,8 +61,8 @@ class AccessState:
         """What the credentials file lacks to be current; empty if it lacks nothing."""
         if self.file_problem:
             return self.file_problem
-        if self.stored == Credentials():
-            return f"{self.settings.credentials_file} does not exist, or holds no credentials"
+        if not self.file_exists:
+            return f"{self.settings.credentials_file} does not exist"
         problems = []
         for name, secret in (("API token", self.stored.api_token), ("app password", self.stored.app_password)):
             if secret is None:
@@ -229,7 +231,9 @@ def read_access(settings: Settings) -> AccessState:
     except AccessError as error:
         certificate = error
     try:
-        stored = CredentialsFile(file).read() or Credentials()
+        stored = CredentialsFile(file).read()
+        exists = stored is not None
     except UnsafeFileError as error:
-        stored, problem = Credentials(), str(error)
-    return AccessState(settings, clock.now(), certificate, stored, problem, RefreshFailures(file).read())
+        stored, exists, problem = None, True, str(error)
+    failing = RefreshFailures(file).read()
+    return AccessState(settings, clock.now(), certificate, stored or Credentials(), exists, problem, failing)
