@@ -1,5 +1,6 @@
 """How often the login node and Slurm are asked while they fail: real clients and agents, whose clocks run faster."""
 
+import json
 import threading
 import time
 from collections import Counter
@@ -12,6 +13,7 @@ import pytest
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, StoppedError, choose_channel, link
 from dagster_sbatch.slurm.gateway import channel as channels
+from dagster_sbatch.slurm.gateway.agent.server import HELLO
 from dagster_sbatch.slurm.gateway.channel import Channel
 
 SPEED = 60
@@ -192,3 +194,76 @@ def test_an_error_of_the_agent_itself_ends_a_request_and_is_shown(
         asked.ask(do="dance")
     assert logins.count == 1
     assert len(told) == link.BROKEN_TRIES - 1
+
+
+class SlowAgent:
+    """Works for longer than any pause on each request, and then answers with an error, or is gone."""
+
+    SECONDS = link.LONGEST_PAUSE + 5
+
+    def __init__(self, clock: Clock, kind: str) -> None:
+        self._clock, self._kind = clock, kind
+        self.asked, self.ended = list[float](), list[float]()
+        self._out, self._ident = bytearray(), 0
+
+    def __call__(self) -> Channel:
+        self._out, self._ident = bytearray(f"{HELLO}\n".encode()), 0
+        return self
+
+    def write(self, data: bytes) -> None:
+        request = json.loads(data)
+        if request["do"] == "ping":
+            self._out += json.dumps({"id": request["id"], "pong": True}).encode() + b"\n"
+            return
+        self._ident = request["id"]
+        self.asked.append(self._clock.now)
+        if len(self.asked) > 12:
+            self._clock.set()
+
+    def read(self, seconds: float) -> bytes:
+        if self._ident and self._clock.now - self.asked[-1] > self.SECONDS:
+            self.ended.append(self._clock.now)
+            if self._kind == "lost":
+                return b""
+            answer = {"id": self._ident, "error": self._kind, "text": "the environment cannot be built"}
+            self._out += json.dumps(answer).encode() + b"\n"
+            self._ident = 0
+        if not self._out:
+            self._clock.now += seconds
+            raise TimeoutError
+        data = bytes(self._out)
+        self._out.clear()
+        return data
+
+    def complaint(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        pass
+
+
+def ask_slow_agent(kind: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return the pauses between the tries of a request that ends with an error."""
+    clock = Clock()
+    agent = SlowAgent(clock, kind)
+    monkeypatch.setattr(link, "monotonic", lambda: clock.now)
+    monkeypatch.setattr("random.uniform", lambda _, most: most)
+    with pytest.raises(error):
+        link.Link(agent, clock).ask(do="environment")
+    return [asked - ended for asked, ended in zip(agent.asked[1:], agent.ended, strict=False)]
+
+
+def test_slow_broken_answers_end_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build of an environment can take minutes and fail each time."""
+    assert len(ask_slow_agent("broken", RefusedError, monkeypatch)) == link.BROKEN_TRIES - 1
+
+
+def test_slow_temporary_answers_are_repeated_with_growing_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = ask_slow_agent("temporary", StoppedError, monkeypatch)
+    expected = [min(link.FIRST_PAUSE * 2**number, link.LONGEST_PAUSE) for number in range(len(pauses))]
+    assert len(pauses) == 12
+    assert pauses == pytest.approx(expected, abs=2 * link.READ_SECONDS)
+
+
+def test_the_loss_of_a_connection_that_has_lasted_is_followed_by_a_short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ask_slow_agent("lost", StoppedError, monkeypatch) == pytest.approx([link.FIRST_PAUSE] * 12)

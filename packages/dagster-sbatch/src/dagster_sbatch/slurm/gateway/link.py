@@ -192,7 +192,9 @@ class Link:
     def patiently(self, step: Callable[[], T], lasting: Callable[[], bool] = lambda: False) -> T:
         """Repeat a request until it works, is refused, is broken again and again, or is stopped.
 
-        Pauses grow for as long as the request does not advance, whether connections are lost or the agent answers.
+        Pauses grow for as long as the request does not advance, whether connections are lost or the agent answers. A
+        connection that lasted is a good one, so the pause after its loss is short. A request that the agent answers
+        with an error after a long time (an environment that it cannot build) has not advanced.
 
         Args:
             step: makes the request.
@@ -210,8 +212,11 @@ class Link:
             except (AgainError, RefusedError) as error:
                 if isinstance(error, RefusedError) and not lasting():
                     raise
-                if self._advanced or monotonic() - begun > LONGEST_PAUSE:
-                    pause, broken = FIRST_PAUSE, 0
+                lost = not isinstance(error, _TemporaryError | RefusedError)
+                if self._advanced or (lost and monotonic() - begun > LONGEST_PAUSE):
+                    pause = FIRST_PAUSE
+                if self._advanced:
+                    broken = 0
                 broken += isinstance(error, _BrokenError)
                 if broken >= BROKEN_TRIES and not lasting():
                     raise RefusedError(str(error)) from error
