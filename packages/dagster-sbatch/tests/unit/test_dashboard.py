@@ -5,18 +5,22 @@ import secrets
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from paramiko import SSHException
 
 from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.inspect import dashboard as dashboards
 from dagster_sbatch.inspect.dashboard import forward, open_dashboard
 from dagster_sbatch.slurm.gateway import RefusedError
 
 RUN: Any = SimpleNamespace(path="/runs/key", key="key", job="7")
 ON_LOGIN_NODE: Any = SimpleNamespace(on_login_node=True)
+FROM_ELSEWHERE: Any = SimpleNamespace(on_login_node=False)
 
 
 @pytest.fixture
@@ -99,8 +103,56 @@ def test_on_the_login_node_the_dashboard_is_reached_without_ssh(far_end: socket.
         with socket.create_connection(("127.0.0.1", port)) as user, far_end.accept()[0] as there:
             user.sendall(b"hello")
             assert there.recv(10) == b"hello"
+        with dashboard.dial() as quiet:
+            assert quiet.gettimeout() is None, "a page may be silent for longer than a connection takes"
         far_end.close()
-        dashboard.wait_until_gone()
+        assert "did not answer 3 times in a row (" in dashboard.wait_until_gone()
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashboards, "CHECK_SECONDS", 0)
+
+
+def test_the_forwarding_ends_after_three_failed_checks_in_a_row() -> None:
+    failures = [TimeoutError("timed out"), EOFError(), None, EOFError(), SSHException("busy"), EOFError(), None]
+    checks = iter(failures)
+
+    def check() -> Any:
+        if error := next(checks):
+            raise error
+        return SimpleNamespace(close=lambda: None)
+
+    reason = dashboards.Dashboard("", "", check).wait_until_gone()
+    assert reason == "the dashboard did not answer 3 times in a row (EOFError)"
+    assert list(checks) == [None]
+
+
+class Transport:
+    """A connection with a login node that cannot connect further."""
+
+    def __init__(self, error: Exception, active: bool) -> None:
+        self._error, self.is_active, self.count = error, lambda: active, 0
+
+    def open_channel(self, *_: object, **__: object) -> Any:
+        self.count += 1
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [EOFError(), SSHException("SSH session not active")])
+@pytest.mark.parametrize("active", [True, False])
+def test_the_forwarding_ends_with_the_connection_to_the_login_node(
+    error: Exception, active: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = Transport(error, active)
+    connection = nullcontext(SimpleNamespace(transport=transport))
+    monkeypatch.setattr(dashboards, "connect", lambda *_: connection)
+    site: Any = SimpleNamespace(host_authorities=())
+    with dashboards._dialling(FROM_ELSEWHERE, site, "n1", 1) as dial_dashboard:
+        reason = dashboards.Dashboard("", "", dial_dashboard).wait_until_gone()
+    assert ("the connection with the login node is lost" in reason) is not active
+    assert (str(error) or "EOFError") in reason
+    assert transport.count == (3 if active else 1)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +160,7 @@ def test_on_the_login_node_the_dashboard_is_reached_without_ssh(far_end: socket.
     [
         ({}, "key has no Ray cluster, or it has not started yet"),
         ({"head.json": ""}, "has not started yet. Try again"),
+        ({"head.json": '{"address": "10.0.0.1:6379"}'}, "An earlier version of dagster-sbatch has started its Ray"),
         ({"head.json": head(None)}, "has no dashboard"),
         ({"head.json": head(("127.0.0.1", 1))}, "cannot connect to the Ray dashboard of job 7: .*refused"),
     ],

@@ -89,7 +89,8 @@ def act(asked: argparse.Namespace, project: Project, runs: Runs, settings: Setti
             site = project.load_site(settings.supercomputer_site)
             with open_dashboard(settings, site, runs, run) as dashboard:
                 print(f"{dashboard.url}\nThe page asks for this token: {dashboard.token}", flush=True)
-                dashboard.wait_until_gone()
+                reason = dashboard.wait_until_gone()
+            print(f"The forwarding has ended: {reason}. To see the state of the job:\n  scripts/job {run.job} state")
         else:
             path = asked.path if asked.path.startswith(("/", "~")) else f"{run.path}/{asked.path}"
             target = asked.to or Path(Path(asked.path).name)

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from paramiko import SSHException
+from paramiko import Channel, SSHException, Transport
 
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.errors import ConfigurationError
@@ -32,8 +32,18 @@ DIAL_SECONDS = 10
 CHECK_SECONDS = 5
 PIECE = 1 << 15
 
+MOST_FAILURES = 3
+"""After so many failed checks in a row the dashboard is gone; one alone may be a busy node."""
+
 Dial = Callable[[], Any]
 """Opens a connection to the dashboard: a socket, or a channel of SSH, which has the same methods."""
+
+
+class LostError(OSError):
+    """The connection with the login node has ended."""
+
+
+_DIAL_ERRORS = (OSError, EOFError, SSHException)
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,20 @@ class Dashboard:
     token: str
     dial: Dial
 
-    def wait_until_gone(self) -> None:
-        """Return when the dashboard cannot be reached any more: the job has ended, or the connection is lost."""
-        with suppress(OSError, EOFError, SSHException):
-            while True:
+    def wait_until_gone(self) -> str:
+        """Return why the dashboard cannot be reached any more, as soon as that is so."""
+        failures = 0
+        while True:
+            try:
                 self.dial().close()
-                time.sleep(CHECK_SECONDS)
+                failures = 0
+            except LostError as error:
+                return str(error)
+            except _DIAL_ERRORS as error:
+                failures += 1
+                if failures == MOST_FAILURES:
+                    return f"the dashboard did not answer {failures} times in a row ({_text_of(error)})"
+            time.sleep(CHECK_SECONDS)
 
 
 @contextmanager
@@ -69,17 +87,23 @@ def open_dashboard(settings: Settings, site: Site, runs: Runs, run: RunRecord) -
     text = _fetch(runs, run, "head.json")
     if not text:
         raise ConfigurationError(f"The Ray cluster of {run.key} has not started yet. Try again in some seconds.")
-    address = json.loads(text)["dashboard_address"]
+    facts = json.loads(text)
+    if "dashboard_address" not in facts:
+        raise ConfigurationError(
+            f"The dashboard of {run.key} cannot be reached. An earlier version of dagster-sbatch has started its Ray "
+            "cluster, and did not record the dashboard's address. Start the run again to get a dashboard."
+        )
+    address = facts["dashboard_address"]
     if not address:
         raise ConfigurationError(f"The Ray cluster of {run.key} has no dashboard: it was started without one.")
     host, port = address
     with _dialling(settings, site, host, port) as dial, forward(dial) as local_port:
         try:
             dial().close()
-        except (OSError, SSHException) as error:
+        except _DIAL_ERRORS as error:
             raise ConfigurationError(
-                f"The login node cannot connect to the Ray dashboard of job {run.job}: {error}. Either the job has "
-                "ended, or the site forbids such connections. To see the state of the job:\n"
+                f"The login node cannot connect to the Ray dashboard of job {run.job}: {_text_of(error)}. Either the "
+                "job has ended, or the site forbids such connections. To see the state of the job:\n"
                 f"  scripts/job {run.job} state"
             ) from None
         yield Dashboard(f"http://127.0.0.1:{local_port}", _fetch(runs, run, "token").strip(), dial)
@@ -89,12 +113,29 @@ def open_dashboard(settings: Settings, site: Site, runs: Runs, run: RunRecord) -
 def _dialling(settings: Settings, site: Site, host: str, port: int) -> Iterator[Dial]:
     """Yield what connects to a port of a compute node from the login node."""
     if settings.on_login_node:
-        yield lambda: socket.create_connection((host, port), DIAL_SECONDS)
+        yield lambda: _dial_directly(host, port)
         return
     with connect(settings, ensure_certificate, site.host_authorities) as connection:
-        yield lambda: connection.transport.open_channel(
-            "direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=DIAL_SECONDS
-        )
+        yield lambda: _dial_through(connection.transport, host, port)
+
+
+def _dial_directly(host: str, port: int) -> socket.socket:
+    connection = socket.create_connection((host, port), DIAL_SECONDS)
+    connection.settimeout(None)  # a page may be silent for longer than a connection takes
+    return connection
+
+
+def _dial_through(transport: Transport, host: str, port: int) -> Channel:
+    try:
+        return transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=DIAL_SECONDS)
+    except (EOFError, SSHException) as error:
+        if transport.is_active():
+            raise
+        raise LostError(f"the connection with the login node is lost ({_text_of(error)})") from error
+
+
+def _text_of(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _fetch(runs: Runs, run: RunRecord, name: str) -> str:
@@ -113,7 +154,7 @@ def forward(dial: Dial) -> Iterator[int]:
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            with suppress(OSError, EOFError, SSHException), dial() as far:
+            with suppress(*_DIAL_ERRORS), dial() as far:
                 threading.Thread(target=_copy, args=(self.request, far), daemon=True).start()
                 _copy(far, self.request)
 
