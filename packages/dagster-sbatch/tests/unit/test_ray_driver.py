@@ -1,0 +1,66 @@
+"""What the workload's program of a Ray job does until all nodes have joined."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+import driver
+
+import job_cluster
+
+
+@pytest.fixture
+def scontrol(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Makes a sham scontrol from a script; without, there is none."""
+    monkeypatch.setenv("RAY_JOB_STATE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+
+    def make(script: str) -> None:
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "scontrol").chmod(0o755)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("script", "cause"),
+    [
+        (None, "does not start on .*: No such file or directory"),
+        ("echo no hosts >&2; exit 3", "ended with exit code 3 on .*: no hosts"),
+    ],
+)
+def test_a_scontrol_that_does_not_work_is_the_cause(
+    script: str | None, cause: str, scontrol: Callable[[str], None], tmp_path: Path
+) -> None:
+    if script:
+        scontrol(script)
+    with pytest.raises(SystemExit):
+        driver.await_cluster(60)
+    text = "Ray: the names of the job's nodes are unknown: `scontrol show hostnames` "
+    assert re.fullmatch(text + cause, (tmp_path / "failed").read_text().strip())
+
+
+def test_the_more_nodes_are_missing_the_longer_is_the_pause(
+    scontrol: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"n{number}" for number in range(100)]
+    scontrol(f"echo {' '.join(names)}")
+    job_cluster.publish(job_cluster.HEAD_FILE, {"ray_address": "10.0.0.1:6379"})
+    pauses = list[float]()
+
+    def sleep(seconds: float) -> None:
+        """Wait until the next node has joined."""
+        pauses.append(seconds)
+        job_cluster.publish(job_cluster.joined_file(names.pop()), {"address": "10.0.0.1"})
+
+    monkeypatch.setattr(driver, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep))
+    assert driver.await_cluster(60) == "10.0.0.1:6379"
+    expected = [min(missing * job_cluster.POLL_SECONDS, driver.LONGEST_POLL) for missing in range(100, 0, -1)]
+    assert pauses == expected
+    assert pauses[0] == driver.LONGEST_POLL
+    assert pauses[-1] == job_cluster.POLL_SECONDS
