@@ -3,6 +3,10 @@
 srun runs this program on every node, in the run directory; task 0 is the head. It ends when its standard input ends
 (the batch script is done, or was killed), when Slurm terminates it, or when a process of Ray ends. The last is a
 failure: the first node that sees one writes the reason to $RAY_JOB_STATE/failed.
+
+The program is two processes. The child starts Ray and watches it; all its descendants are Ray's. The parent waits for
+the child. Its other children are what the pre-start commands have left in the background, because the shell that ran
+these has become the parent. If one of the two is killed, the other cleans up.
 """
 
 import ctypes
@@ -25,6 +29,7 @@ from folder import keep_logs, make_folder
 from job_cluster import (
     HEAD_FILE,
     POLL_SECONDS,
+    PR_SET_PDEATHSIG,
     NodeError,
     fail,
     joined_file,
@@ -63,6 +68,15 @@ class Node:
         self._folder: Path | None = None
         self._claims: list[socket.socket] = []
 
+    def make_folder(self) -> None:
+        """Make the private folder of this node.
+
+        Raises:
+            NodeError: it cannot be made.
+        """
+        base = Path(self._settings["temp_dir"] or os.environ["JOB_TMPDIR"])
+        self._folder = make_folder(base, os.environ["SLURM_JOB_ID"])
+
     def run(self) -> NoReturn:
         """Start Ray and watch it until the batch script ends.
 
@@ -70,10 +84,8 @@ class Node:
             NodeError: Ray cannot run here, did not start, or a process of it has ended.
             SystemExit: the batch script has ended.
         """
+        assert self._folder
         mine = versions()
-        self._folder = make_folder(
-            Path(self._settings["temp_dir"] or os.environ["JOB_TMPDIR"]), os.environ["SLURM_JOB_ID"]
-        )
         check_gpus(self._settings["gpus"])
         address = own_address(self._settings["network_interface"])
         arguments, gcs, dashboard = self._arguments(self._folder, address)
@@ -183,7 +195,11 @@ class Node:
         publish(HEAD_FILE, facts)
 
     def _watch(self) -> NoReturn:
-        """Watch the processes that `ray start` has left to this one, until one ends."""
+        """Watch the processes that `ray start` has left to this one, until one ends.
+
+        Exit code 0 and SIGTERM are failures, too. `ray start --block` expects them, because `ray stop` ends processes
+        that way; in a job that can only be the `ray stop` of somebody else, and the workload would wait for ever.
+        """
         assert self._folder
         names = {pid: process_name(pid) for pid in children().get(os.getpid(), [])}
         while True:
@@ -193,9 +209,9 @@ class Node:
             _pause(WATCH_SECONDS)
 
     def clean_up(self) -> None:
-        """End what runs, keep its logs and remove the rest."""
+        """End what runs, keep its logs and remove the rest, unless the other process has done that."""
         kill_descendants()
-        if not self._folder:
+        if not self._folder or not self._folder.exists():
             return
         try:
             logs = self._folder / RAY_FOLDER / "session_latest" / "logs"
@@ -211,17 +227,26 @@ def _pause(seconds: float) -> None:
         raise SystemExit
 
 
+def _terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(143)
+
+
 def main() -> None:
-    """Run the node; exit code 1 is a failure."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-
-    def end(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise SystemExit(143)
-
-    signal.signal(signal.SIGTERM, end)
-    node = Node(read_settings())
+    """Run the node in a child; exit code 1 is a failure. Both processes clean up, the child first."""
+    signal.signal(signal.SIGTERM, _terminate)
+    system = ctypes.CDLL(None)
+    system.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    node, parent = Node(read_settings()), os.getpid()
     try:
+        node.make_folder()
+        child = os.fork()
+        if child:
+            _await(child)
+        system.prctl(PR_SET_CHILD_SUBREAPER, 1)
+        system.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it has ended already
+            raise SystemExit(143)
         node.run()
     except NodeError as error:
         fail(f"Ray on {os.environ['SLURMD_NODENAME']}: {error}")
@@ -229,6 +254,24 @@ def main() -> None:
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         node.clean_up()
+
+
+def _await(child: int) -> NoReturn:
+    """Wait for the child, and end with its exit code.
+
+    Raises:
+        NodeError: it was killed.
+    """
+
+    def pass_on(*_: object) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, pass_on)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        raise NodeError(f"the process that watches Ray was killed by signal {-code}")
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,176 @@
+"""The processes of a node of a Ray job: which are Ray's, and what is left when some of them are killed.
+
+The node's program runs as srun runs it, after pre-start commands in the same shell, with a sham Ray.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import node
+from slurm_in_a_box import wait_until
+
+import processes
+
+PROGRAM = Path(node.__file__)
+SHAM_RAY = """
+import os, subprocess, sys
+DAEMON = '''
+import os, socket, sys, time
+server = socket.create_server(("", int(sys.argv[1])))
+os.makedirs(sys.argv[2] + "/session_latest/logs", exist_ok=True)
+with open("daemons", "a") as file:
+    file.write(str(os.getpid()) + chr(10))
+print("listens", flush=True)
+time.sleep(600)
+'''
+
+def main():
+    options = dict(word.split("=", 1) for word in sys.argv if "=" in word)
+    temp_dir = options["--temp-dir"]
+    for port in (options["--port"], "0"):
+        daemon = [sys.executable, "-c", DAEMON, port, temp_dir]
+        made = subprocess.Popen(daemon, stdout=subprocess.PIPE, start_new_session=True)
+        made.stdout.readline()
+    if not os.path.exists("failed-once"):
+        open("failed-once", "w").close()
+        return 1
+"""
+SETTINGS: dict[str, Any] = {
+    "cpus": 1, "gpus": 0, "temp_dir": None, "network_interface": "lo", "ray_start_args": [],
+    "object_store_memory": None, "collect_logs": False,
+}  # fmt: skip
+
+
+class Started:
+    """A node whose Ray has started, at the second try."""
+
+    def __init__(self, folder: Path, shell: subprocess.Popen[bytes]) -> None:
+        self.folder, self.shell = folder, shell
+
+    @property
+    def background(self) -> int:
+        """The process that a pre-start command has left."""
+        return int((self.folder / "background").read_text())
+
+    @property
+    def watcher(self) -> int:
+        """The one of the node's two processes that watches Ray."""
+        (found,) = (
+            pid
+            for pid in processes.children()[self.shell.pid]
+            if PROGRAM.name in Path(f"/proc/{pid}/cmdline").read_text()
+        )
+        return found
+
+    @property
+    def daemons(self) -> list[int]:
+        """The processes of Ray, of both starts."""
+        return [int(line) for line in (self.folder / "daemons").read_text().split()]
+
+    @property
+    def failure(self) -> str:
+        path = self.folder / "state/failed"
+        return path.read_text() if path.exists() else ""
+
+    def is_clean(self) -> bool:
+        return not any(map(is_running, self.daemons)) and not list((self.folder / "disk").iterdir())
+
+
+def is_running(pid: int) -> bool:
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Started]:
+    (tmp_path / "sham_ray.py").write_text(SHAM_RAY)
+    facts = tmp_path / "ray-2.60.0.dist-info"
+    for folder in ("ray", "state", "disk", facts.name):
+        (tmp_path / folder).mkdir()
+    (facts / "METADATA").write_text("Name: ray\nVersion: 2.60.0\n")
+    (facts / "entry_points.txt").write_text("[console_scripts]\nray = sham_ray:main\n")
+    (tmp_path / "ray/settings.json").write_text(json.dumps(SETTINGS))
+    joined = tmp_path / "state/joined-n1.json"
+    for path in (tmp_path / "state/head.json", joined):
+        path.touch()
+    environment = {
+        "PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "SLURMD_NODENAME": "n1", "SLURM_PROCID": "0",
+        "SLURM_JOB_ID": "7", "RAY_JOB_STATE": str(tmp_path / "state"), "JOB_TMPDIR": str(tmp_path / "disk"),
+    }  # fmt: skip
+    command = ["bash", "-c", 'sleep 600 & echo $! >background; exec "$@"', "bash", sys.executable, str(PROGRAM)]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=subprocess.PIPE) as shell:
+        made = Started(tmp_path, shell)
+        try:
+            wait_until(lambda: joined.read_text() or made.failure or shell.poll() is not None, "Ray has started", 60)
+            assert joined.read_text(), made.failure
+            yield made
+        finally:
+            shell.kill()
+            for pid in (made.background, *made.daemons):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def test_what_a_prestart_command_leaves_in_the_background_is_not_rays(started: Started) -> None:
+    """The second start of Ray has not killed it, and its end is no failure."""
+    assert is_running(started.background)
+    first, *others = started.daemons
+    assert not is_running(first)
+    os.kill(started.background, signal.SIGTERM)
+    wait_until(lambda: not is_running(started.background), "the background process has ended", 10)
+    with pytest.raises(subprocess.TimeoutExpired):
+        started.shell.wait(4 * node.WATCH_SECONDS)
+    assert started.failure == ""
+    assert any(map(is_running, others))
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_of_ray_that_ends_is_a_failure(started: Started, end: signal.Signals) -> None:
+    """SIGTERM, too: that is the `ray stop` of another job of the user."""
+    os.kill(started.daemons[-1], end)
+    assert started.shell.wait(20) == 1
+    assert f"was killed by signal {end.value}" in started.failure
+    assert started.is_clean()
+    assert not is_running(started.background)
+
+
+KILLED: dict[str, Callable[[Started], int]] = {
+    "the process that srun has started": lambda started: started.shell.pid,
+    "the process that watches Ray": lambda started: started.watcher,
+}
+
+
+@pytest.mark.parametrize("which", KILLED)
+def test_the_node_program_is_killed_and_nothing_is_left(which: str, started: Started) -> None:
+    assert any(map(is_running, started.daemons))
+    killed = KILLED[which](started)
+    os.kill(killed, signal.SIGKILL)
+    wait_until(started.is_clean, "no process and no folder of Ray", 20)
+    code = started.shell.wait(20)
+    if killed == started.shell.pid:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 1
+        assert "Ray on n1: the process that watches Ray was killed by signal 9" in started.failure
+
+
+@pytest.mark.parametrize("how", ["its standard input ends", "it gets SIGTERM"])
+def test_the_node_program_ends_and_nothing_is_left(how: str, started: Started) -> None:
+    if how == "it gets SIGTERM":
+        started.shell.terminate()
+    else:
+        assert started.shell.stdin
+        started.shell.stdin.close()
+    assert started.shell.wait(20) == (143 if how == "it gets SIGTERM" else 0)
+    assert started.is_clean()
+    assert started.failure == ""
