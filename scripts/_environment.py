@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 REQUIREMENTS = ROOT / "requirements" / "dev.txt"
 STAMP = VENV / "installed.sha256"  # written last: a set-up that was cut short is seen and done again
-EDITABLE = (*map(str, sorted((ROOT / "packages").glob("*"))), ".")  # a copy has wheels in place of the packages
+EDITABLE = (*(str(path.parent) for path in sorted((ROOT / "packages").glob("*/pyproject.toml"))), ".")
+"""What is installed from its sources: a copy has wheels in place of the packages."""
 PASSED_ON = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LC_.*|TMPDIR|XDG_CACHE_HOME|XDG_CONFIG_HOME|LD_LIBRARY_PATH|SSL_CERT_FILE|SSL_CERT_DIR"
     r"|(?i:https?_proxy|all_proxy|no_proxy)|UV_.*|PIP_.*"

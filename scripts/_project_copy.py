@@ -18,6 +18,7 @@ import _example
 import _locked
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.commands import lock
+from dagster_sbatch.commands.signals import ignore_interrupts
 from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, WheelError, build_wheel
 
 OLD_PACKAGE, OLD_PROJECT = "musica_pipelines", "musica-pipelines"
@@ -46,11 +47,15 @@ class Names:
 def git(folder: Path, *arguments: str) -> str:
     """Run git in a folder, whatever repository this process was started in; return what it printed.
 
+    git does not get the Ctrl-C of the terminal, which could end it between two of its files.
+
     Raises:
         CopyError: it failed.
     """
     command = ["git", "-C", str(folder), *arguments]
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=child_environment(), capture_output=True, text=True, check=False, start_new_session=True
+    )
     if done.returncode:
         raise CopyError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
     return done.stdout
@@ -84,13 +89,15 @@ def make_copy(root: Path, target: Path, names: Names, site: str, report: Callabl
     """
     with _whole_or_not_at_all(target) as folder:
         _make(root, folder, names, report)
-        git(folder, "init", "--quiet", "--initial-branch=main")
-        _commit(folder, MESSAGE)
+        _begin_history(folder, MESSAGE)
         begin_settings(folder, site)
 
 
 def convert(root: Path, names: Names, site: str, report: Callable[[str], None]) -> None:
     """Turn a clone of the template into the project, in one commit on its current branch.
+
+    The commit is made first, from a copy elsewhere. Then git exchanges the files, unless that would change one that is
+    in no commit. The branch gets the commit last.
 
     Args:
         root: the clone, without uncommitted changes.
@@ -101,22 +108,34 @@ def convert(root: Path, names: Names, site: str, report: Callable[[str], None]) 
     Raises:
         CopyError: something failed; the clone is as it was.
     """
-    changed = git(root, "status", "--porcelain")
+    head = git(root, "rev-parse", "HEAD").strip()
+    changed = git(root, "--no-optional-locks", "status", "--porcelain", "--untracked-files=all")
     if changed:
         raise CopyError(f"{root} has changes that are not committed:\n{changed}Commit them, or make a copy elsewhere.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "copy"
         folder.mkdir()
         _make(root, folder, names, report)
-        git(folder, "init", "--quiet")
-        _commit(folder, "copy")
+        _begin_history(folder, "copy")
         git(root, "fetch", "--quiet", str(folder), "HEAD")
+    commit = _commit(root, git(root, "rev-parse", "FETCH_HEAD^{tree}").strip(), MESSAGE, "-p", head)
+    added = git(root, "diff-tree", "-r", "--name-only", "--no-renames", "--diff-filter=A", "-z", head, commit).split(
+        "\0"
+    )
+    in_the_way = [path for path in added if path and os.path.lexists(root / path)]  # git would replace an ignored file
+    if in_the_way:
+        raise CopyError(f"{root} has files that the project would replace: {', '.join(in_the_way)}. Move them away.")
+    ignore_interrupts()
+    with suppress(CopyError):  # read-tree names what has changed
+        git(root, "update-index", "-q", "--refresh")
+    git(root, "read-tree", "-m", "-u", head, commit)  # leaves what git ignores: .venv and dotenv files
     try:
-        git(root, "read-tree", "-m", "-u", "HEAD", "FETCH_HEAD")  # leaves what git ignores: .venv and dotenv files
-        _commit(root, MESSAGE)
-    except BaseException:
-        git(root, "read-tree", "--reset", "-u", "HEAD")
+        git(root, "update-ref", "-m", MESSAGE, "HEAD", commit, head)
+    except CopyError:
+        git(root, "read-tree", "-m", "-u", commit, head)
         raise
+    with suppress(CopyError):
+        git(root, "clean", "-fdqX", "packages")  # what git ignores there, such as __pycache__
     begin_settings(root, site)
 
 
@@ -228,11 +247,18 @@ def _run(folder: Path, *arguments: str) -> None:
         raise CopyError(f"`{' '.join(command)}` failed:\n{done.stdout}{done.stderr}".strip())
 
 
-def _commit(folder: Path, message: str) -> None:
+def _begin_history(folder: Path, message: str) -> None:
+    """Make a repository with one commit of all files there."""
+    git(folder, "init", "--quiet", "--initial-branch=main")
+    git(folder, "add", "--all", "--force")  # whatever else the user's git ignores
+    git(folder, "update-ref", "HEAD", _commit(folder, git(folder, "write-tree").strip(), message))
+
+
+def _commit(folder: Path, tree: str, message: str, *options: str) -> str:
+    """Make a commit of a tree, on no branch yet, without hooks; return its name."""
     identity: list[str] = []
     try:
         git(folder, "var", "GIT_AUTHOR_IDENT")
     except CopyError:  # git does not know its user
         identity = ["-c", "user.name=new_project", "-c", "user.email=new_project@localhost"]
-    git(folder, "add", "--all")
-    git(folder, *identity, "commit", "--quiet", "--message", message)
+    return git(folder, *identity, "commit-tree", tree, "-m", message, *options).strip()

@@ -61,7 +61,7 @@ def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
         ConfigurationError: uv found no solution, or no index; the text is uv's.
     """
     # A package in the project's own repository is installed from there, where a hash means nothing.
-    own = [word for name in PACKAGES if (root / "packages" / name).is_dir() for word in ("--no-emit-package", name)]
+    own = [word for name in PACKAGES if _is_source(root / "packages" / name) for word in ("--no-emit-package", name)]
     for name, source in FILES.items():
         command = [*source, *OPTIONS, *own, *(["--upgrade"] if upgrade else []), "--output-file", str(folder / name)]
         done = subprocess.run(
@@ -74,6 +74,11 @@ def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
         )
         if done.returncode:
             raise ConfigurationError(f"{name} could not be resolved. uv says:\n{done.stderr.strip()}")
+
+
+def _is_source(package: Path) -> bool:
+    """Whether a package is there; git leaves its folder if that holds files that git ignores, such as __pycache__."""
+    return (package / "pyproject.toml").is_file()
 
 
 def _compare(old: Path, new: Path) -> list[str]:
