@@ -84,6 +84,7 @@ def test_an_edited_project_runs_with_a_newer_engine_and_returns(project: Path, t
     assert "All tests pass" in done.stdout
     assert f"also make them by hand:\n\n1.1.0\n{CHANGE}" in done.stdout
     assert changed(project) == ENGINES_OWN
+    assert "\n./vendor/dagster_sbatch-1.1.0-py3-none-any.whl \\\n" in (project / "requirements" / "dev.txt").read_text()
     assert installed(project) == "1.1.0"
     run = run_in(project, f"{project}/.venv/bin/dg", "launch", "--job", "coarse")
     assert run.returncode == 0, run.stderr

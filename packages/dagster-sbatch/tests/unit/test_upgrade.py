@@ -1,13 +1,21 @@
 """What `scripts/upgrade` prints of a changelog, and that an interrupted upgrade leaves the project as it was."""
 
+import errno
+import os
+import shutil
+import signal
+import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from dagster_sbatch.commands import lock
-from dagster_sbatch.commands.upgrade import changes_between, upgrade
-from dagster_sbatch.commands.vendored import Wheel
+from dagster_sbatch.commands.signals import STOPS
+from dagster_sbatch.commands.upgrade import UpgradeError, changes_between, go_back, main, upgrade
+from dagster_sbatch.commands.vendored import Wheel, wheels_in, wheels_named
 
 CHANGELOG = """\
 # Changes
@@ -63,26 +71,212 @@ def test_what_changed_between_two_versions(engine: str, other: str, changes: str
     assert changes_between(make_wheel(tmp_path, engine), other) == changes
 
 
-def test_an_interrupted_upgrade_leaves_the_project_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    project, seen = tmp_path / "project", []
-    project.mkdir()
-    old = make_wheel(project / "vendor", "1.0.0")
-    (project / "requirements").mkdir()
-    (project / "requirements" / "dev.txt").write_text(old.requirement)
-    for name in ("pyproject.toml", "pixi.toml"):
-        (project / name).write_text(f'dagster-sbatch = {{ path = "{old.source}" }}\n')
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What an upgrade reads and writes of a project; its dependencies are resolved without uv."""
 
-    def state() -> dict[str, bytes]:
-        return {str(path.relative_to(project)): path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    def resolve(root: Path, folder: Path) -> None:
+        (wheel,) = wheels_named(root, "pyproject.toml").values()
+        (folder / "dev.txt").write_text(wheel.requirement)
+
+    monkeypatch.setattr(lock, "resolve", resolve)
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in STOPS}
+    folder = tmp_path / "project"
+    folder.mkdir()
+    old = make_wheel(folder / "vendor", "1.0.0")
+    (folder / "requirements").mkdir()
+    (folder / "requirements" / "dev.txt").write_text(old.requirement)
+    for name in ("pyproject.toml", "pixi.toml"):
+        (folder / name).write_text(f'dagster-sbatch = {{ path = "{old.source}" }}\n')
+    yield folder
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def newer(tmp_path: Path) -> str:
+    return str(make_wheel(tmp_path / "new", "1.1.0").path)
+
+
+def state(project: Path) -> dict[str, bytes]:
+    """The project's files, less those of the engine before."""
+    files = {str(path.relative_to(project)): path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    return {name: content for name, content in files.items() if not name.startswith("vendor/previous/")}
+
+
+def engines(project: Path) -> set[str]:
+    """The versions of the engine that the project's files name; each is in vendor/."""
+    names = ("pyproject.toml", "pixi.toml", "requirements/dev.txt")
+    wheels = [wheels_named(project, name)["dagster-sbatch"] for name in names]
+    assert all(wheel.path.is_file() for wheel in wheels)
+    return {wheel.version for wheel in wheels}
+
+
+def run_main(project: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, test: str = "") -> int:
+    """Run the command in a project whose tests are a Python program."""
+    (project / "scripts").mkdir(exist_ok=True)
+    (project / "scripts" / "test").write_text(f"import os, signal, sys\n{test}\n")
+    monkeypatch.setattr(sys, "argv", ["upgrade", *arguments])
+    return main(project)
+
+
+def test_an_interrupted_upgrade_leaves_the_project_as_it_was(
+    project: Path, newer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever presses Ctrl-C presses it again."""
+    seen = []
 
     def interrupt(root: Path, folder: Path) -> None:
         seen.append((root / "pixi.toml").read_text())
         (folder / "dev.txt").write_text("half a fi")
-        raise KeyboardInterrupt
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(lock, "resolve", interrupt)
-    before = state()
-    with pytest.raises(KeyboardInterrupt):
-        upgrade(project, str(make_wheel(tmp_path / "new", "1.1.0").path), tmp_path)
+    before = state(project)
+    assert run_main(project, monkeypatch, newer) == 130
     assert seen == ['dagster-sbatch = { path = "./vendor/dagster_sbatch-1.1.0-py3-none-any.whl" }\n']
-    assert state() == before
+    assert {name: content for name, content in state(project).items() if name != "scripts/test"} == before
+    assert capsys.readouterr().err == "Interrupted. Nothing was changed.\n"
+
+
+def test_an_interrupt_while_files_are_replaced_waits_for_the_end(
+    project: Path, newer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        signal.raise_signal(signal.SIGINT)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", interrupted)
+    with suppress(KeyboardInterrupt):
+        upgrade(project, newer, project.parent)
+    assert engines(project) == {"1.1.0"}
+    assert list(wheels_in(project / "vendor")) == ["dagster-sbatch"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("recover", ["--back", "again"])
+def test_a_killed_upgrade_can_be_left(recover: str, project: Path, newer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed before each of its changes of the project, in turn."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # slow, and without it the same changes are made
+    before = state(project)
+    for moment in range(1, 100):
+        process = os.fork()
+        if process == 0:
+            kill_at(moment, project)
+            upgrade(project, newer, project.parent)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        versions = engines(project)
+        if recover == "again" and len(versions) == 1:
+            upgrade(project, newer, project.parent)
+            assert engines(project) == {"1.1.0"}
+        elif recover == "again":
+            with pytest.raises(UpgradeError, match=r"interrupted(.|\n)*--back(.|\n)*git restore vendor requirements"):
+                upgrade(project, newer, project.parent)
+        if versions != {"1.0.0"} or recover == "again":
+            go_back(project)
+            assert state(project) == before
+        if code == 0:
+            break
+    assert moment > 10
+
+
+def kill_at(moment: int, project: Path) -> None:
+    """End this process without any clean-up before it makes its nth change below a folder."""
+    changes = 0
+
+    def audit(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal changes
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if not writes and event not in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+            return
+        path = str(arguments[0])
+        if path.startswith(f"{project}/") or not path.startswith("/"):  # shutil.rmtree uses names within a folder
+            changes += 1
+            if changes == moment:
+                os._exit(9)
+
+    sys.addaudithook(audit)
+
+
+def test_without_space_nothing_is_changed(project: Path, newer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    before = state(project)
+    with pytest.raises(OSError, match="No space left"):
+        upgrade(project, newer, project.parent)
+    assert state(project) == before
+
+
+@pytest.mark.parametrize("arguments", [["--back"], ["1.1.0"]])
+def test_an_engine_of_a_package_index_is_not_replaced(
+    arguments: list[str], project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(project / "vendor")
+    (project / "pyproject.toml").write_text('dependencies = ["dagster-sbatch>=1"]\n')
+    assert run_main(project, monkeypatch, *arguments) == 1
+    assert "Ask for another version in pyproject.toml, then run:\n  scripts/lock\n" in capsys.readouterr().err
+
+
+def test_going_back_resolves_only_if_the_requirements_have_changed(
+    project: Path, newer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, folders = state(project), []
+    upgrade(project, newer, project.parent)
+    with monkeypatch.context() as patched:
+        patched.setattr(lock, "resolve", lambda root, _: folders.append(root))
+        go_back(project)
+    assert state(project) == before
+    assert folders == []
+    upgrade(project, newer, project.parent)
+    with (project / "pyproject.toml").open("a") as file:
+        file.write('polars = "*"\n')
+    monkeypatch.setattr(lock, "resolve", lambda _, folder: (folder / "dev.txt").write_text("with polars"))
+    go_back(project)
+    assert (project / "requirements" / "dev.txt").read_text() == "with polars"
+    assert (project / "pyproject.toml").read_text() == before["pyproject.toml"].decode() + 'polars = "*"\n'
+
+
+def test_an_interrupt_of_the_tests_leaves_the_new_engine(
+    project: Path, newer: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The tests end by themselves; what to do by hand is printed before them."""
+    interrupt = "os.kill(os.getppid(), signal.SIGINT); import time; time.sleep(0.5); print('tests end')"
+    assert run_main(project, monkeypatch, newer, test=interrupt) == 130
+    printed = capfd.readouterr()
+    assert "by hand:\n\n1.1.0\n- one\n\nRunning the tests:\ntests end\n" in printed.out
+    assert "Interrupted: upgraded, not tested. Run the tests:\n  scripts/test\n" in printed.err
+    assert engines(project) == {"1.1.0"}
+
+
+def test_a_terminated_upgrade_ends_its_tests(
+    project: Path, newer: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    terminate = "os.kill(os.getppid(), signal.SIGTERM); signal.pause()"
+    assert run_main(project, monkeypatch, newer, test=terminate) == 130
+    assert "upgraded, not tested" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_with_pixi_the_tests_run_with_the_new_engine(
+    back: bool, project: Path, newer: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """pixi installs the new wheel before it runs anything; a script within its environment does not."""
+    if back:
+        upgrade(project, newer, project.parent)
+    tools = project.parent / "tools"
+    tools.mkdir()
+    (tools / "pixi").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tools / "pixi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.setattr(sys, "prefix", str(project / ".pixi" / "envs" / "default"))
+    assert run_main(project, monkeypatch, "--back" if back else newer) == 0
+    wanted = f"run\n--manifest-path\n{project}/pixi.toml\npython\n{project}/scripts/test\n"
+    assert f"Running the tests:\n{wanted}" in capfd.readouterr().out

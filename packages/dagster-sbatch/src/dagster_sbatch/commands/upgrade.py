@@ -7,21 +7,31 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
+from dagster_sbatch.atomic_write import replacing
 from dagster_sbatch.children import NETWORK, child_environment
 from dagster_sbatch.commands import lock
-from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, WheelError, build_wheel, wheels_in
+from dagster_sbatch.commands.signals import ignore_interrupts, interrupt_once
+from dagster_sbatch.commands.vendored import (
+    PACKAGES,
+    SOURCES,
+    Wheel,
+    WheelError,
+    build_wheel,
+    rename_wheels,
+    wheels_in,
+    wheels_named,
+)
 from dagster_sbatch.errors import ConfigurationError
 
 DESCRIPTION = """\
 Upgrade the engine of this project: the package dagster-sbatch, whose wheel is in vendor/. The command replaces the
-wheel, resolves the dependencies again, runs the project's tests, and prints what the engine's changelog asks you to
-change in your own files.
+wheel, resolves the dependencies again, prints what the engine's changelog asks you to change in your own files, and
+runs the project's tests.
 
 If the dependencies cannot be resolved, nothing is changed. If a test fails, the new engine stays; --back returns to the
 one before.
@@ -36,9 +46,14 @@ examples:
 
 The certificate store of the system decides which servers are trusted.
 
-exit codes: 0 upgraded and tested, 1 nothing was changed, 2 wrong usage, 3 upgraded, but a test fails, 130 interrupted
+exit codes: 0 upgraded and tested, 1 nothing was changed, 2 wrong usage, 3 upgraded, but a test fails or none
+can run, 130 interrupted (nothing was changed, or upgraded but not tested)
 """
 ENGINE = PACKAGES[0]
+LOCKS = tuple(f"requirements/{name}" for name in lock.FILES)
+FILES = (*SOURCES, *LOCKS)
+"""What an upgrade replaces, beside wheels."""
+RESTORE = f"  git restore vendor requirements {' '.join(SOURCES)}"
 
 
 class UpgradeError(Exception):
@@ -55,29 +70,58 @@ def main(root: Path) -> int:
     asked = parser.parse_args()
     if asked.back == (asked.source is not None):
         parser.error("name a path, an address or a version, or give --back")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_once()
     try:
         with tempfile.TemporaryDirectory() as folder:
             old, new, changes = go_back(root) if asked.back else upgrade(root, asked.source, Path(folder))
-    except (UpgradeError, WheelError, ConfigurationError, OSError) as error:
+    except (UpgradeError, WheelError, ConfigurationError) as error:
         print(f"{error}\nNothing was changed.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{error}\nIf `git status` shows changes of this command, undo them:\n{RESTORE}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted. Nothing was changed.", file=sys.stderr)
         return 130
-    print(f"{ENGINE} {new} replaces {old}. Running the tests:", flush=True)
-    environment = child_environment("UV_", "PIP_", "CI", "PYTEST_ADDOPTS", *NETWORK)
-    tested = subprocess.run([sys.executable, str(root / "scripts" / "test")], cwd=root, env=environment, check=False)
+    print(f"{ENGINE} {new} replaces {old}.")
     if changes:
         verb = "undo" if asked.back else "also make"
-        print(f"\nThese changes are not made for you. In your own files, {verb} them by hand:\n\n{changes}")
-    if tested.returncode:
+        print(f"\nThese changes are not made for you. In your own files, {verb} them by hand:\n\n{changes}\n")
+    print("Running the tests:", flush=True)
+    interrupt_once()
+    try:
+        failed = run_tests(root)
+    except (KeyboardInterrupt, OSError) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        done, reason = "returned" if asked.back else "upgraded", "Interrupted" if stopped else error
+        print(f"\n{reason}: {done}, not tested. Run the tests:\n  scripts/test", file=sys.stderr)
+        return 130 if stopped else 3
+    if failed:
         print("\nA test fails. Its output is above.")
         if not asked.back:
             print("Correct your code, or return to the engine before:\n  scripts/upgrade --back")
         return 3
     print("\nAll tests pass. Commit the change:\n  git add --all && git commit")
     return 0
+
+
+def run_tests(root: Path) -> int:
+    """Run the project's tests with the engine that its files name now; return their exit code.
+
+    pixi has to install that engine first: within its environment a script does not set anything up.
+    """
+    command = [sys.executable, str(root / "scripts" / "test")]
+    if (root / ".pixi").resolve() in Path(sys.prefix).resolve().parents:
+        command = ["pixi", "run", "--manifest-path", str(root / "pixi.toml"), "python", command[1]]
+    environment = child_environment("UV_", "PIP_", "CI", "PYTEST_ADDOPTS", *NETWORK)
+    with subprocess.Popen(command, cwd=root, env=environment) as tests:
+        try:
+            return tests.wait()
+        except KeyboardInterrupt as interrupt:
+            if interrupt.args == (signal.SIGTERM,):
+                tests.terminate()  # the terminal sends Ctrl-C to the tests, too
+            tests.wait()
+            raise
 
 
 def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str]:
@@ -94,33 +138,43 @@ def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str]:
     Raises:
         UpgradeError, WheelError, ConfigurationError: nothing was changed.
     """
-    old = wheels_in(root / "vendor")
+    old = _wheels_of(root)
+    for name in FILES:
+        if old != {**old, **wheels_named(root, name)}:
+            raise UpgradeError(
+                f"pyproject.toml and {name} name different wheels: an upgrade was interrupted. "
+                f"Return to the engine before it:\n  scripts/upgrade --back\nor to your last commit:\n{RESTORE}"
+            )
     new = {name: wheel for name, wheel in find_wheels(source, folder).items() if name in old}
     if not new:
-        raise UpgradeError(f"The engine of {root} is not a wheel in vendor/, so it cannot be replaced there.")
+        raise UpgradeError(f"{source} has no wheel of {' or '.join(old)}.")
     engine = new.get(ENGINE, old[ENGINE])
     changes = changes_between(engine, old[ENGINE].version)
-    with _all_or_nothing(root) as before:
-        _exchange(root, old, new)
-        lock.resolve(root, root / "requirements")
-        previous = root / "vendor" / "previous"
-        shutil.rmtree(previous, ignore_errors=True)
-        shutil.copytree(before, previous)
+    files = _resolved(root, new, _texts(root))
+    same = all(wheel.requirement == old[name].requirement for name, wheel in new.items())
+    ignore_interrupts()
+    _replace(root, new, files, kept=None if same else old)  # the same again is nothing to return to
     return old[ENGINE].version, engine.version, changes
 
 
 def go_back(root: Path) -> tuple[str, str, str]:
-    """Return to the wheels and the locked versions before the last upgrade; see `upgrade`."""
-    old, previous = wheels_in(root / "vendor"), root / "vendor" / "previous"
+    """Return to the wheels and the locked versions before the last upgrade; see `upgrade`.
+
+    Without a network, unless pyproject.toml has changed since.
+    """
+    old, previous = _wheels_of(root), root / "vendor" / "previous"
     new = wheels_in(previous / "vendor")
     if not new:
         raise UpgradeError("There is no engine to return to: nothing was upgraded since the last --back.")
     changes = changes_between(old[ENGINE], new[ENGINE].version)
-    with _all_or_nothing(root):
-        _exchange(root, old, new)
-        shutil.copytree(previous / "requirements", root / "requirements", dirs_exist_ok=True)
-        lock.resolve(root, root / "requirements")
-        shutil.rmtree(previous)
+    before = _texts(previous)
+    files = {name: text for name, text in before.items() if name in LOCKS}
+    files |= {name: rename_wheels(text, new) for name, text in _texts(root).items() if name in SOURCES}
+    if files["pyproject.toml"] != before["pyproject.toml"]:
+        files = _resolved(root, new, files)
+    ignore_interrupts()
+    _replace(root, new, files, kept=None)
+    shutil.rmtree(previous)
     return old[ENGINE].version, new[ENGINE].version, changes
 
 
@@ -128,7 +182,7 @@ def find_wheels(source: str, folder: Path) -> dict[str, Wheel]:
     """Return the wheels that a source has, by package; they are built or downloaded into a folder."""
     path = Path(source).expanduser()
     if path.is_dir():
-        if not (path / "packages" / ENGINE).is_dir():
+        if not (path / "packages" / ENGINE / "pyproject.toml").is_file():
             raise UpgradeError(f"{path} is not a clone of the template: it has no packages/{ENGINE}.")
         return {name: build_wheel(path / "packages" / name, folder) for name in PACKAGES}
     if path.is_file():
@@ -167,31 +221,72 @@ def _download(wanted: str, folder: Path) -> None:
         raise UpgradeError(f"{wanted} cannot be downloaded.\n{done.stderr.strip()}")
 
 
-def _exchange(root: Path, old: dict[str, Wheel], new: dict[str, Wheel]) -> None:
-    """Put the new wheels into vendor/, and their names into the files that name the old ones."""
-    for package, wheel in new.items():
-        old[package].path.unlink()
-        shutil.copyfile(wheel.path, root / "vendor" / wheel.path.name)
-        for name in SOURCES:
-            text = (root / name).read_text()
-            (root / name).write_text(text.replace(old[package].source, wheel.source))
+def _wheels_of(root: Path) -> dict[str, Wheel]:
+    """Return the project's wheels, by package, the engine among them."""
+    wheels = wheels_named(root, "pyproject.toml")
+    if ENGINE not in wheels:
+        raise UpgradeError(
+            f"pyproject.toml names no wheel of {ENGINE} in vendor/, so the engine comes from a package index. "
+            "Ask for another version in pyproject.toml, then run:\n  scripts/lock"
+        )
+    for wheel in wheels.values():
+        if not wheel.path.is_file():
+            raise UpgradeError(f"pyproject.toml names {wheel.source}, which is missing. Restore it:\n{RESTORE}")
+    return wheels
 
 
-@contextmanager
-def _all_or_nothing(root: Path) -> Iterator[Path]:
-    """Restore the project's wheels, locks and SOURCES if the body fails; gives a folder with the files as they were."""
+def _texts(root: Path) -> dict[str, str]:
+    """Return the texts of those FILES that a project has, by name."""
+    return {name: (root / name).read_text() for name in FILES if (root / name).exists()}
+
+
+def _resolved(root: Path, wheels: dict[str, Wheel], files: dict[str, str]) -> dict[str, str]:
+    """Resolve the dependencies with these wheels and files, in a copy of the project; return its FILES."""
     with tempfile.TemporaryDirectory() as temporary:
-        before = Path(temporary) / "before"
-        (before / "vendor").mkdir(parents=True)
-        for wheel in wheels_in(root / "vendor").values():
-            shutil.copy2(wheel.path, before / "vendor")
-        shutil.copytree(root / "requirements", before / "requirements")
-        for name in SOURCES:
-            shutil.copy2(root / name, before)
-        try:
-            yield before
-        except BaseException:
-            for wheel in wheels_in(root / "vendor").values():
-                wheel.path.unlink()
-            shutil.copytree(before, root, dirs_exist_ok=True)
-            raise
+        copy = Path(temporary)
+        for path in root.iterdir():
+            if path.name not in {"vendor", "requirements", *SOURCES}:
+                (copy / path.name).symlink_to(path)
+        shutil.copytree(root / "vendor", copy / "vendor", ignore=shutil.ignore_patterns("previous*"))
+        shutil.copytree(root / "requirements", copy / "requirements")
+        for wheel in wheels.values():
+            shutil.copyfile(wheel.path, copy / "vendor" / wheel.path.name)
+        for name, text in files.items():
+            (copy / name).write_text(text if name in LOCKS else rename_wheels(text, wheels))
+        lock.resolve(copy, copy / "requirements")
+        return _texts(copy)
+
+
+def _replace(root: Path, wheels: dict[str, Wheel], files: dict[str, str], kept: dict[str, Wheel] | None) -> None:
+    """Replace wheels and FILES of a project. After a crash at any moment, the wheels that its files name are there.
+
+    Args:
+        root: the project.
+        wheels: the new ones, by package.
+        files: the new texts of FILES, by name.
+        kept: the wheels of the project, to be kept with its FILES in `vendor/previous`, if it is not the source.
+    """
+    vendor = root / "vendor"
+    previous, half_written = vendor / "previous", vendor / "previous.new"
+    shutil.rmtree(half_written, ignore_errors=True)
+    contents = {root / name: text.encode() for name, text in files.items()}
+    contents |= {vendor / wheel.path.name: wheel.path.read_bytes() for wheel in wheels.values()}
+    try:
+        with ExitStack() as replaced:  # the last one first: the wheels
+            for path, content in contents.items():
+                file = replaced.enter_context(replacing(path))
+                file.write(content)
+                file.flush()
+            if kept is not None:
+                for path in [root / name for name in _texts(root)] + [wheel.path for wheel in kept.values()]:
+                    place = half_written / path.relative_to(root)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(path, place)
+                shutil.rmtree(previous, ignore_errors=True)
+                half_written.rename(previous)
+    finally:
+        shutil.rmtree(half_written, ignore_errors=True)
+    for wheel in wheels.values():
+        for path in vendor.glob(f"*{wheel.distribution}-*"):  # also what a killed upgrade has left
+            if path.name != wheel.path.name:
+                path.unlink()

@@ -16,6 +16,10 @@ PACKAGES = ("dagster-sbatch", "slurm-in-a-box")
 """What a project takes from this repository; each lies in `packages/`."""
 SOURCES = ("pyproject.toml", "pixi.toml")
 """The files of a project that name its wheels by path."""
+NAME_OF_WHEEL = re.compile(
+    rf"\./vendor/((?:{'|'.join(name.replace('-', '_') for name in PACKAGES)})-[^-/\s\"']+-py3-none-any\.whl)"
+)
+"""How a file of a project names one of its wheels."""
 
 
 class WheelError(Exception):
@@ -99,3 +103,19 @@ def build_wheel(source: Path, folder: Path) -> Wheel:
 def wheels_in(folder: Path) -> dict[str, Wheel]:
     """Return the wheels in a folder, by package; none if there is no such folder."""
     return {wheel.package: wheel for wheel in map(Wheel, sorted(folder.glob("*.whl")))}
+
+
+def wheels_named(root: Path, name: str) -> dict[str, Wheel]:
+    """Return the wheels in `vendor/` that a file of a project names, by package; none if there is no such file."""
+    text = (root / name).read_text() if (root / name).exists() else ""
+    return {wheel.package: wheel for wheel in (Wheel(root / "vendor" / file) for file in NAME_OF_WHEEL.findall(text))}
+
+
+def rename_wheels(text: str, wheels: dict[str, Wheel]) -> str:
+    """Return the text of a project's file with the names of these wheels in place of others of the same packages."""
+
+    def rename(found: re.Match[str]) -> str:
+        wheel = wheels.get(Wheel(Path(found[1])).package)
+        return wheel.source if wheel else found[0]
+
+    return NAME_OF_WHEEL.sub(rename, text)
