@@ -324,7 +324,7 @@ def test_out_of_memory_says_what_to_ask_for(workloads: Path) -> None:
         workloads,
         request=SlurmRequest(mem="200M", time_limit="00:10:00"),
     )
-    assert "it ran out of memory (Slurm: OUT_OF_MEMORY); it had mem='200M'" in outcome.error
+    assert "it ran out of memory (Slurm: OUT_OF_MEMORY). It had mem='200M'" in outcome.error
     assert "for instance mem='300M'" in outcome.error
     assert outcome.retries == []
 
@@ -350,7 +350,7 @@ def test_a_time_limit_that_is_reached(workloads: Path) -> None:
     """
     )
     outcome = materialize(workload, workloads, request=SlurmRequest(time_limit="00:01:00"))
-    assert "it reached its time limit (Slurm: TIMEOUT); it had time_limit='00:01:00'" in outcome.error
+    assert "it reached its time limit (Slurm: TIMEOUT). It had time_limit='00:01:00'" in outcome.error
     assert "for instance time_limit='00:02:00'" in outcome.error
     assert "time limit: 6 s left" in outcome.error
     assert outcome.retries == []
