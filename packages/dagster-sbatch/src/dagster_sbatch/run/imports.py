@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import packages_distributions
-from importlib.util import find_spec
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
@@ -16,6 +15,7 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.workload import Workload
 
+_ENGINE = __name__.partition(".")[0]
 _CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 
@@ -98,7 +98,9 @@ def _reason(module: str, project: Project, own_packages: bool) -> str | None:
     """Return why a module cannot be imported there; None if it can, or if nothing is known about it."""
     if module in sys.stdlib_module_names:
         return None
-    if _lies_in(module, project.root):
+    if module == _ENGINE:
+        return "it runs beside Dagster, and is not sent. A workload needs dagster_pipes only."
+    if (project.root / module).is_dir() or (project.root / f"{module}.py").is_file():
         return "it is a part of this project outside the code root, and only that is sent. Move it into the code root."
     locked = _locked(project.lock)
     if own_packages or not locked or canonicalize_name(module) in locked:
@@ -116,15 +118,6 @@ def _locked(lock: Path) -> set[str]:
     with suppress(ConfigurationError):
         return {str(pin.name) for pin in read_lock(lock).pins}
     return set()
-
-
-def _lies_in(module: str, root: Path) -> bool:
-    """Return whether a module belongs to the project; one of a virtual environment below the project does not."""
-    if (root / module).is_dir() or (root / f"{module}.py").is_file():
-        return True
-    spec = find_spec(module)
-    origin = Path(spec.origin) if spec and spec.origin else Path("/")
-    return origin.is_relative_to(root) and not origin.is_relative_to(sys.prefix)
 
 
 @cache
