@@ -61,7 +61,7 @@ def drops(site: SimulatedSite, times: int) -> Iterator[threading.Event]:
 
 
 def write_log(lines: int) -> str:
-    """A workload that writes lines of every kind and goes on until `go_on`."""
+    """A workload that writes lines of every kind until a test calls `go_on`."""
     return WAITS.replace(
         "    print(",
         f"""

@@ -87,7 +87,7 @@ FIRST_SLEEPS = (
     time.sleep(0 if again else 600)
     """
 )
-"""Has its result and goes on, in the first life of the first attempt."""
+"""Reports its result and keeps running, in the first life of the first attempt."""
 
 
 def began(site: SimulatedSite) -> int:

@@ -1,6 +1,5 @@
 """A user of the simulated site, and a deployment on it."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def shells_that_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def workloads(tmp_path: Path) -> Path:
-    """A folder for them alone: all of it goes along."""
+    """A folder for workloads alone: everything in it is sent."""
     folder = tmp_path / "workloads"
     folder.mkdir()
     return folder
@@ -59,10 +58,3 @@ def variables(site: SimulatedSite) -> dict[str, str]:
 @pytest.fixture
 def without_secret(variables: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name != "ASC_AUTHENTIK_API_TOKEN"}
-
-
-@pytest.fixture(params=["http", "step"])
-def client(request: pytest.FixtureRequest, site: SimulatedSite, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """ASC_STEP_CLIENT, with the real `step` on PATH."""
-    monkeypatch.setenv("PATH", f"{Path(site.certificate_authority.step).parent}{os.pathsep}{os.environ['PATH']}")
-    return {"ASC_STEP_CLIENT": request.param}
