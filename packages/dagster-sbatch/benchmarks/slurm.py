@@ -35,7 +35,7 @@ from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, allocate, render_job_script
-from dagster_sbatch.slurm.gateway import Gateway, StoppedError, choose_channel
+from dagster_sbatch.slurm.gateway import Gateway, StoppedError, make_gateway
 from dagster_sbatch.ssh import connect
 from resources import PROJECT, build_resources
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
@@ -290,9 +290,7 @@ def _cpu(pid: int) -> float:
 
 @contextmanager
 def _gateway(settings: Settings, stop: threading.Event | None = None) -> Iterator[Gateway]:
-    gateway = Gateway(
-        choose_channel(settings, SITE.python_candidates, ensure_certificate, setup=SITE.setup_commands), stop
-    )
+    gateway = make_gateway(settings, SITE, stop)
     try:
         yield gateway
     finally:

@@ -13,7 +13,7 @@ from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
-from dagster_sbatch.auth import AccessError, ensure_certificate
+from dagster_sbatch.auth import AccessError
 from dagster_sbatch.commands.command_line import make_parser
 from dagster_sbatch.environments.code import read_code, revision_of
 from dagster_sbatch.environments.deployed import EnvironmentListing, Environments, EnvironmentSpec
@@ -22,7 +22,7 @@ from dagster_sbatch.environments.progress import LoggedProgress, Progress
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.project import Project
-from dagster_sbatch.slurm.gateway import Gateway, RefusedError, choose_channel
+from dagster_sbatch.slurm.gateway import RefusedError, make_gateway
 from dagster_sbatch.ssh import SshError
 
 DESCRIPTION = """\
@@ -54,10 +54,7 @@ def main(project: Project) -> int:
     try:
         settings = project.load_settings(supercomputer=True)
         site = project.load_site(settings.supercomputer_site)
-        channel = choose_channel(
-            settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands
-        )
-        gateway = Gateway(channel, on_trouble=lambda text: print(f"{text}; trying again", file=sys.stderr))
+        gateway = make_gateway(settings, site, on_trouble=lambda text: print(f"{text}; trying again", file=sys.stderr))
         environments = Environments(gateway, str(settings.deployment_base_path), site)
         try:
             if options.rollback:

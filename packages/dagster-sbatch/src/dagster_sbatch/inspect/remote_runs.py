@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.directory import RunInfo
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import Gateway, JobEnd, JobState, RefusedError, StoppedError, choose_channel
+from dagster_sbatch.slurm.gateway import Gateway, JobEnd, JobState, RefusedError, StoppedError, make_gateway
 from dagster_sbatch.ssh import UnreachableError
 
 SHORTEST_ID = 6
@@ -134,10 +133,7 @@ def open_runs(settings: Settings, project: Project, seconds: float | None = None
     """
     site = project.load_site(settings.supercomputer_site)
     stop, troubles = threading.Event(), ["no answer"]
-    channel = choose_channel(
-        settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands
-    )
-    gateway = Gateway(channel, stop, troubles.append)
+    gateway = make_gateway(settings, site, stop, troubles.append)
     limit = threading.Timer(seconds, stop.set) if seconds else None
     if limit:
         limit.start()

@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_sbatch.auth import AccessError, ensure_certificate
+from dagster_sbatch.auth import AccessError
 from dagster_sbatch.environments.deployed import Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import inputs_of, request_of
@@ -33,7 +33,7 @@ from dagster_sbatch.slurm.gateway import (
     RefusedError,
     StoppedError,
     Submitted,
-    choose_channel,
+    make_gateway,
 )
 from dagster_sbatch.slurm.outcome import explain_refusal, judge
 from dagster_sbatch.slurm.waiting import advise
@@ -69,10 +69,9 @@ class RemoteRun:
 
     def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
         site, base = self._plan.site, str(self._settings.deployment_base_path)
-        channel = choose_channel(
-            self._settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands
+        gateway = make_gateway(
+            self._settings, site, stop, lambda text: self._report_trouble(gateway, text), self._report_recovered
         )
-        gateway = Gateway(channel, stop, lambda text: self._report_trouble(gateway, text), self._report_recovered)
         gateway.committed = self._left is not None
         environments, lock = Environments(gateway, base, site), self._plan.project.lock
         environment = RunEnvironment(environments, self._settings, self._plan.workload, lock)

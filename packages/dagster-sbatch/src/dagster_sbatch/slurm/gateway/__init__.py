@@ -19,7 +19,7 @@ from dagster_sbatch.slurm.gateway.answers import (
     Submitted,
 )
 from dagster_sbatch.slurm.gateway.channel import OpenChannel, choose_channel
-from dagster_sbatch.slurm.gateway.client import ACCOUNTED, Gateway
+from dagster_sbatch.slurm.gateway.client import ACCOUNTED, Gateway, make_gateway
 
 __all__ = [
     "ACCOUNTED",
@@ -35,4 +35,5 @@ __all__ = [
     "StoppedError",
     "Submitted",
     "choose_channel",
+    "make_gateway",
 ]

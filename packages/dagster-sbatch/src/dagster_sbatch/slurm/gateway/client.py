@@ -6,13 +6,18 @@ from the byte where the connection broke.
 
 import base64
 import hashlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dagster_sbatch.atomic_write import replacing
+from dagster_sbatch.auth import ensure_certificate
+from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway.answers import Claim, JobEnd, JobState, Projects, RefusedError, Submitted
+from dagster_sbatch.slurm.gateway.channel import choose_channel
 from dagster_sbatch.slurm.gateway.link import AgainError, Link
+from dagster_sbatch.slurm.site import Site
 
 PIECE = 1 << 20
 ACCOUNTED = ("JobID", "State", "MaxRSS", "TotalCPU")
@@ -247,6 +252,26 @@ class Gateway(Link):
             raise AgainError("the agent ended its answer")
 
         return self.patiently(go_on, lasting)
+
+
+def make_gateway(
+    settings: Settings,
+    site: Site,
+    stop: threading.Event | None = None,
+    on_trouble: Callable[[str], None] = lambda _: None,
+    on_recovered: Callable[[], None] = lambda: None,
+) -> Gateway:
+    """Make the gateway to the login node of some settings; the first request opens the connection.
+
+    Args:
+        settings: of a supercomputer; they decide between SSH and a subprocess on the login node itself.
+        site: with interpreters, host authorities and setup commands.
+        stop, on_trouble, on_recovered: see `Link`.
+    """
+    channel = choose_channel(
+        settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands
+    )
+    return Gateway(channel, stop, on_trouble, on_recovered)
 
 
 def _submission(run: str, files: Files | None, options: Sequence[str]) -> dict[str, Any]:
