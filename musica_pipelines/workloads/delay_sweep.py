@@ -25,8 +25,6 @@ from flight_delays.features import LABEL
 SEED = 2013
 ROUNDS = 150
 LOOK_SECONDS = 1.0
-TRY_AGAIN = 75
-"""Exit code that asks for another try (EX_TEMPFAIL)."""
 STOP_AFTER = 15
 """Rounds without a better AUC on the validation months."""
 
@@ -159,7 +157,7 @@ def sweep(pipes: PipesContext, tables: tuple[Any, Any], trials: Trials) -> None:
             pipes.report_custom_message({"trial": result})
         if warned.is_set() and running:
             pipes.log.warning(f"the time limit is near: {len(running)} trial(s) are left to another try")
-            raise SystemExit(TRY_AGAIN)
+            raise SystemExit(os.EX_TEMPFAIL)
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from dagster_sbatch.inspect.doctor.finding import Facts, Verdict
-from dagster_sbatch.inspect.doctor.this_machine import check_dagster_home
+from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict
+from dagster_sbatch.inspect.diagnosis.this_machine import check_dagster_home
 from resources import PROJECT
 from support import ROOT
 

@@ -54,7 +54,7 @@ def test_each_is_named(variables: Mapping[str, str], monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("key", "value", "text"),
     [
-        ("partitons", {}, "unknown key"),
+        ("partitons", {}, "unknown field"),
         ("launchers", {"ray": {"pre_start_comands": []}}, "did you mean 'pre_start_commands'"),
         ("host_authorities", ["musica ssh-rsa AAAA"], "does not begin with @cert-authority"),
     ],

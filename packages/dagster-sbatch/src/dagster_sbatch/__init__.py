@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dagster_sbatch.run.fake import FakeCompute
     from dagster_sbatch.slurm import Site, SlurmRequest
     from dagster_sbatch.upkeep.credentials import CredentialRefresh, make_credential_refresh
-    from dagster_sbatch.upkeep.upkeep import Upkeep, make_upkeep
+    from dagster_sbatch.upkeep.sensors import Upkeep, make_upkeep
 
 __all__ = [
     "ComputeResource",
@@ -43,7 +43,7 @@ _MODULES = {
     "dagster_sbatch.run.fake": ("FakeCompute",),
     "dagster_sbatch.slurm": ("Site", "SlurmRequest"),
     "dagster_sbatch.upkeep.credentials": ("CredentialRefresh", "make_credential_refresh"),
-    "dagster_sbatch.upkeep.upkeep": ("Upkeep", "make_upkeep"),
+    "dagster_sbatch.upkeep.sensors": ("Upkeep", "make_upkeep"),
 }
 
 

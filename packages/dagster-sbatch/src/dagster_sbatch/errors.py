@@ -1,9 +1,12 @@
 """The error for what a user has written, and its text: what is wrong, where, and what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from pydantic import ValidationError
+
+Place = tuple[int | str, ...]
+"""Where pydantic found a problem: the keys and indices that lead there."""
 
 
 class ConfigurationError(ValueError):
@@ -18,19 +21,40 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def describe(error: ValidationError, where: str, fields: Iterable[str]) -> str:
-    """Return the problems that pydantic found, one per line; for an unknown field, with the nearest known name.
+    """Return the problems that pydantic found in a model, one per line; see `describe_at`.
 
     Args:
         error: what pydantic found.
         where: the thing that is wrong, for instance `RayLauncher`.
         fields: the known names on the top level.
     """
+    known = tuple(fields)
+    return describe_at(
+        error, lambda place: ": ".join(filter(None, (where, ".".join(map(str, place))))), lambda _: known
+    )
+
+
+def describe_at(
+    error: ValidationError,
+    name: Callable[[Place], str],
+    known: Callable[[Place], Iterable[str]] = lambda _: (),
+    advice: Callable[[Place], str] = lambda _: "",
+) -> str:
+    """Return the problems that pydantic found, one per line, without the values, which may be secret.
+
+    Args:
+        error: what pydantic found.
+        name: how the user calls a place in the input.
+        known: the valid names beside an unknown one; the nearest of them is shown.
+        advice: further sentences about a place.
+    """
     lines = []
     for problem in error.errors(include_url=False, include_input=False):
-        place = ".".join(str(part) for part in problem["loc"])
+        place, more = problem["loc"], advice(problem["loc"])
+        text = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown field {place!r}{nearest(str(problem['loc'][-1]), fields)}")
-        else:
-            text = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {place + ': ' if place else ''}{text}")
+            text = f"unknown field{nearest(str(place[-1]), known(place))}"
+        if more:
+            text += f"{'' if text.endswith('?') else '.'} {more}"
+        lines.append(f"{name(place)}: {text}")
     return "\n".join(lines)

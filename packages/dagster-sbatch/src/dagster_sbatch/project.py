@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dagster_sbatch.places import expand_here
+from dagster_sbatch.setting_paths import expand_here
 from dagster_sbatch.settings import Settings, load_settings
 from dagster_sbatch.sites import SITES
 from dagster_sbatch.slurm.site import Site, load_site

@@ -21,8 +21,8 @@ from pydantic import AfterValidator, Field, SecretStr, ValidationError, Validati
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from dagster_sbatch.errors import ConfigurationError, nearest
-from dagster_sbatch.places import BRACES, check_remote_path, expand_here
+from dagster_sbatch.errors import ConfigurationError, Place, describe_at, nearest
+from dagster_sbatch.setting_paths import BRACES, check_remote_path, expand_here
 
 Deployment = Literal["development", "staging_supercomputer", "production_supercomputer"]
 DEPLOYMENTS: tuple[str, ...] = get_args(Deployment)
@@ -224,7 +224,8 @@ def load_settings(sites: Collection[str], root: Path, supercomputer: bool = Fals
     try:
         settings = Settings(_env_file=files)
     except ValidationError as error:
-        raise ConfigurationError("\n".join([*problems, *_describe(error)])) from None
+        wrong = describe_at(error, lambda place: str(place[0]), advice=_advice)
+        raise ConfigurationError("\n".join([*problems, wrong])) from None
     site = settings.supercomputer_site
     if site and site not in sites:
         problems.append(f"SLURM_SUPERCOMPUTER_SITE={site!r} is not a known site{nearest(site, sites)}")
@@ -311,13 +312,7 @@ def _missing(settings: Settings, file: Path) -> list[str]:
     return [head, *examples] if lacking else []
 
 
-def _describe(error: ValidationError) -> list[str]:
-    """Return the problems by variable name, without the values, which may be secret."""
-    lines = []
-    for problem in error.errors(include_url=False, include_input=False):
-        name = str(problem["loc"][0])
-        field = next(field for field in Settings.model_fields.values() if _alias(field) == name)
-        text = problem["msg"].removeprefix("Value error, ")
-        text += "" if text.endswith("?") else "."
-        lines.append(f"{name}: {text} {field.description} Example: {(field.examples or [''])[0]}")
-    return lines
+def _advice(place: Place) -> str:
+    """Return what a variable is for, with an example."""
+    field = next(field for field in Settings.model_fields.values() if _alias(field) == place[0])
+    return f"{field.description} Example: {(field.examples or [''])[0]}"

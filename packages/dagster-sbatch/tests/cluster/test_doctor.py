@@ -13,8 +13,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_sbatch.inspect.doctor import CHECKS, Finding, examine
-from dagster_sbatch.inspect.preview import find_submitting
+from dagster_sbatch.inspect.asset_preview import find_submitting
+from dagster_sbatch.inspect.diagnosis import CHECKS, Finding, examine
 from dagster_sbatch.sites import SITES
 from musica_pipelines.definitions import defs
 from resources import PROJECT

@@ -13,7 +13,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from dagster_sbatch.inspect.doctor import examine
+from dagster_sbatch.inspect.diagnosis import examine
 from dagster_sbatch.inspect.remote_runs import RunRecord, open_runs
 from dagster_sbatch.upkeep import cleaning, orphans, ownership
 from dagster_sbatch.upkeep.cleaning import make_cleaning_sensor

@@ -120,8 +120,8 @@ def test_a_site_without_qos_gets_none() -> None:
 @pytest.mark.parametrize(
     ("entry", "text"),
     [
-        ({"partition": {}}, "['musica']['partition']: unknown key; did you mean 'partitions'"),
-        ({"partitions": {"p": {"cores": 1, "mem": "1G", "gpu": 4}}}, "['partitions']['p']['gpu']: unknown key"),
+        ({"partition": {}}, "['musica']['partition']: unknown field; did you mean 'partitions'"),
+        ({"partitions": {"p": {"cores": 1, "mem": "1G", "gpu": 4}}}, "['partitions']['p']['gpu']: unknown field"),
         (
             {"partitions": {"p": {"cores": 1, "mem": "1G", "qos": {"q": {"timelimit": "1"}}}}},
             "did you mean 'time_limit'",
@@ -134,7 +134,7 @@ def test_a_site_without_qos_gets_none() -> None:
         ({"script_header": ["#ASC --vanilla\nrm x"]}, "['script_header'][0]: '#ASC --vanilla\\nrm x' is not a comment"),
         ({"script_header": ["#ASC --vanilla", "#\r"]}, "['script_header'][1]: '#\\r' is not a comment"),
         ({"threads_per_core": 3}, "['threads_per_core']: Input should be 1, 2, 4 or 8"),
-        ({"thread_per_core": 1}, "['thread_per_core']: unknown key; did you mean 'threads_per_core'"),
+        ({"thread_per_core": 1}, "['thread_per_core']: unknown field; did you mean 'threads_per_core'"),
     ],
 )
 def test_mistakes_in_the_site_overrides_are_located(entry: dict[str, Any], text: str) -> None:

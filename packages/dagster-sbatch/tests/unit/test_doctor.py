@@ -9,9 +9,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from dagster_sbatch.inspect.doctor import examine, login_node, make, slurm_jobs, this_machine
-from dagster_sbatch.inspect.doctor.finding import Facts
-from dagster_sbatch.inspect.doctor.survey import Output, Room, parse, parse_room, render
+from dagster_sbatch.inspect.diagnosis import examine, login_node, make, slurm_jobs, this_machine
+from dagster_sbatch.inspect.diagnosis.finding import Facts
+from dagster_sbatch.inspect.diagnosis.survey import Output, Room, parse, parse_room, render
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import StoppedError

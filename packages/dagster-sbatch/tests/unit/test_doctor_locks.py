@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.inspect.doctor import make, slurm_jobs
-from dagster_sbatch.inspect.doctor.finding import Facts
+from dagster_sbatch.inspect.diagnosis import make, slurm_jobs
+from dagster_sbatch.inspect.diagnosis.finding import Facts
 from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Gateway, choose_channel

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
+import dagster_sbatch
 from support import ROOT
 
 
@@ -42,3 +45,8 @@ def test_the_location_loads_without_a_warning() -> None:
 def test_the_location_loads_however_wrong_the_settings_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAGSTER_DEPLOYMENT", "nonsense")
     assert loaded("import musica_pipelines.definitions", ("dagster",)) == ["dagster"]
+
+
+def test_no_two_modules_of_the_engine_have_the_same_name() -> None:
+    names = [path.name for path in Path(dagster_sbatch.__file__).parent.rglob("*.py") if path.name != "__init__.py"]
+    assert [name for name, number in Counter(names).items() if number > 1] == []

@@ -22,7 +22,7 @@ def test_a_launcher_takes_only_its_own_entry_of_the_site() -> None:
 
 def test_an_unknown_field_names_the_nearest() -> None:
     with pytest.raises(
-        ConfigurationError, match="RayLauncher: unknown field 'ray_start_arg'; did you mean 'ray_start_args'"
+        ConfigurationError, match="RayLauncher: ray_start_arg: unknown field; did you mean 'ray_start_args'"
     ):
         RayLauncher(ray_start_arg=["--verbose"])  # type: ignore[call-arg]
 

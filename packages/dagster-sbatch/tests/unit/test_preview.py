@@ -12,7 +12,7 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.preview import Preview, preview_asset
+from dagster_sbatch.inspect.asset_preview import Preview, preview_asset
 from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import SlurmRequest

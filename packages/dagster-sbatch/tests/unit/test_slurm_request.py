@@ -69,7 +69,7 @@ def test_other_memory_sizes_are_refused(text: str) -> None:
         ({"mem": "64G", "mem_per_cpu": "2G"}, "mem or mem_per_cpu, not both"),
         ({"nodes": 0}, "nodes: "),
         ({"gpus_per_node": -1}, "gpus_per_node: "),
-        ({"num_gpus": 4}, "unknown field 'num_gpus'"),
+        ({"num_gpus": 4}, "num_gpus: unknown field"),
         ({"gpu_per_node": 4}, "did you mean 'gpus_per_node'"),
         ({"partition": "a b"}, "partition: 'a b' is not valid"),
         ({"account": "x\n#SBATCH --uid=0"}, "account: "),

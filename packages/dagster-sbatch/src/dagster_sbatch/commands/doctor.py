@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from dagster_sbatch.commands.command_line import exit_code_of, make_parser
 from dagster_sbatch.configuration import check_configuration
-from dagster_sbatch.inspect.doctor import Finding, examine
+from dagster_sbatch.inspect.diagnosis import Finding, examine
 from dagster_sbatch.project import Project
 
 DESCRIPTION = """\

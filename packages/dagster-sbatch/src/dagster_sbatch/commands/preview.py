@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dagster_sbatch.commands.command_line import exit_code_of, make_parser
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.preview import Preview, preview_asset, try_script
+from dagster_sbatch.inspect.asset_preview import Preview, preview_asset, try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
 

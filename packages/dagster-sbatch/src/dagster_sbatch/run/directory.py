@@ -9,9 +9,10 @@ from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_
 
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm import render_job_script
+from dagster_sbatch.slurm.gateway import MESSAGES
 from dagster_sbatch.slurm.gateway.agent.disk import FORMAT
 
-CONTEXT, MESSAGES, RECORD = "context.json", "messages.jsonl", "submitted_with.json"
+CONTEXT, RECORD = "context.json", "submitted_with.json"
 """Names of files in it."""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.run import supervisor
+from dagster_sbatch.slurm.gateway import MESSAGES
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0
@@ -36,7 +37,7 @@ class RunDirectory:
         """`path`: an empty folder that exists; the workload runs in it."""
         self.path = path
         self.context = path / "context.json"
-        self.messages = path / "messages.jsonl"
+        self.messages = path / MESSAGES
         self.stdout = path / "stdout"
         self.stderr = path / "stderr"
         self.end = path / "end"

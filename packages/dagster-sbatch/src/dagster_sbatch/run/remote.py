@@ -14,7 +14,7 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import inputs_of, request_of
 from dagster_sbatch.run.attempts import Attempts, Submission
 from dagster_sbatch.run.calls import calls_of, digest_of, former_family_of, step_key, step_prefix
-from dagster_sbatch.run.directory import CONTEXT, MESSAGES, RunInfo, RunPaths, files_of
+from dagster_sbatch.run.directory import CONTEXT, RunInfo, RunPaths, files_of
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.history import left_job, tag_job
 from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
@@ -26,6 +26,7 @@ from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import accounting
 from dagster_sbatch.slurm.gateway import (
+    MESSAGES,
     Gateway,
     JobEnd,
     JobState,

@@ -1,11 +1,12 @@
 """Why a job failed, in words for its user, and whether a retry can help."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
-from dagster_sbatch.slurm.gateway import JobEnd, Projects
+from dagster_sbatch.slurm.gateway import MESSAGES, JobEnd, Projects
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
 
@@ -23,8 +24,8 @@ MACHINES_DOING = frozenset({"NODE_FAIL", "BOOT_FAIL", "PREEMPTED"})
 """States that the machine causes: a retry of the same job may succeed."""
 
 
-TRY_AGAIN = 75
-"""Exit code by which a workload, or a Ray cluster that has lost a node, requests a retry (EX_TEMPFAIL)."""
+TRY_AGAIN = os.EX_TEMPFAIL
+"""Exit code (75, of sysexits.h) by which a workload, or a Ray cluster that has lost a node, requests a retry."""
 
 
 NOT_STARTED = ("0:53", "2:0")
@@ -63,7 +64,7 @@ def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
         return Outcome(cause, again=end.code == TRY_AGAIN)
     if end.code == 0 and end.state not in ("COMPLETED", ""):
         return Outcome(f"its script ended with 0, but Slurm says {end.state} {end.exit}")
-    if "messages.jsonl" in end.short:
+    if MESSAGES in end.short:
         return Outcome("its Pipes messages did not arrive in full. The file system has lost some, or is very slow")
     return None
 

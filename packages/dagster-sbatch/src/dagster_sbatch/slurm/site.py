@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
-from dagster_sbatch.errors import ConfigurationError, nearest
+from dagster_sbatch.errors import ConfigurationError, Place, describe_at, nearest
 from dagster_sbatch.sites import SITES
 from dagster_sbatch.slurm.request import Memory, Time
 from dagster_sbatch.ssh.known_hosts import parse_authority
@@ -94,15 +94,11 @@ def load_site(overrides: Mapping[str, Any], name: str) -> Site:
     try:
         return Site.model_validate(_merge(SITES.get(name, {}), overrides.get(name, {})))
     except ValidationError as error:
-        lines = []
-        for problem in error.errors(include_url=False, include_input=False):
-            path = problem["loc"]
-            place = f"SUPERCOMPUTER_SITE_OVERRIDES[{']['.join(map(repr, [name, *path]))}]"
-            if problem["type"] == "extra_forbidden":
-                lines.append(f"{place}: unknown key{nearest(str(path[-1]), _keys_beside(len(path)))}")
-            else:
-                lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}")
-        raise ConfigurationError("\n".join(lines)) from None
+        raise ConfigurationError(describe_at(error, lambda place: _key(name, *place), _keys_beside)) from None
+
+
+def _key(*path: int | str) -> str:
+    return f"SUPERCOMPUTER_SITE_OVERRIDES[{']['.join(map(repr, path))}]"
 
 
 def _merge(known: Mapping[str, Any], changes: Any) -> Any:
@@ -115,7 +111,7 @@ def _merge(known: Mapping[str, Any], changes: Any) -> Any:
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def _keys_beside(depth: int) -> list[str]:
-    """Return the valid keys beside an unknown one; `depth`: how many keys lead to it from the site's entry."""
+def _keys_beside(place: Place) -> list[str]:
+    """Return the valid keys beside an unknown one, which is so many keys below the site's entry."""
     models: dict[int, type[BaseModel]] = {1: Site, 3: Partition}
-    return list(models.get(depth, Qos).model_fields)
+    return list(models.get(len(place), Qos).model_fields)

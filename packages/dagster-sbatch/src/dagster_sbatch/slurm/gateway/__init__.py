@@ -7,6 +7,7 @@ channel            bytes over SSH, or to a subprocess on the login node itself
 agent.server       reads requests, answers them, leaves when the client is gone
 """
 
+from dagster_sbatch.slurm.gateway.agent.run_directories import MESSAGES
 from dagster_sbatch.slurm.gateway.answers import (
     Claim,
     JobEnd,
@@ -23,6 +24,7 @@ from dagster_sbatch.slurm.gateway.client import ACCOUNTED, Gateway, make_gateway
 
 __all__ = [
     "ACCOUNTED",
+    "MESSAGES",
     "Claim",
     "Gateway",
     "JobEnd",

@@ -42,7 +42,7 @@ nodes=$NODES_PID hold=${NODES[1]}
 run_workload ray/driver.py "${workload[@]}" &
 driver=$!
 "$PYTHON" ray/watch.py &
-watch=$! node_lost=75
+watch=$! node_lost=75 # os.EX_TEMPFAIL
 
 # Wait for the end of a process, at most this many seconds.
 await_end() { timeout "$1" tail --pid="$2" -s 0.1 -f /dev/null; }

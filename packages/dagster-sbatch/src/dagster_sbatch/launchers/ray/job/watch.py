@@ -18,8 +18,6 @@ ASK_SECONDS = 2
 START_SECONDS = 10
 FIRST_PAUSE, LONGEST_PAUSE = 10, 300
 """Seconds between the first two reports; the pause doubles with each report, up to the longest."""
-NODE_LOST = 75
-"""Exit code: another attempt may succeed (EX_TEMPFAIL of sysexits.h)."""
 
 
 def report(text: str) -> None:
@@ -90,7 +88,7 @@ def main() -> None:
         else:
             if lost := find_lost(status, nodes):
                 fail(f"Ray: lost the node {', '.join(lost)}: it no longer answers the head")
-                raise SystemExit(NODE_LOST)
+                raise SystemExit(os.EX_TEMPFAIL)  # another attempt may succeed
             if time.monotonic() >= next_report:
                 text = describe(status)
                 if text != reported:

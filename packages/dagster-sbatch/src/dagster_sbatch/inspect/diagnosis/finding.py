@@ -7,7 +7,7 @@ from typing import Literal
 
 import dagster as dg
 
-from dagster_sbatch.inspect.doctor.survey import Output
+from dagster_sbatch.inspect.diagnosis.survey import Output
 from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings

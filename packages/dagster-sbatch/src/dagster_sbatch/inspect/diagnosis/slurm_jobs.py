@@ -9,8 +9,8 @@ import dagster as dg
 
 from dagster_sbatch.environments.deployed import Environments
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.doctor.finding import Facts, Verdict, broken, ok, warning
-from dagster_sbatch.inspect.preview import NotPreviewedError, preview_asset, try_script
+from dagster_sbatch.inspect.asset_preview import NotPreviewedError, preview_asset, try_script
+from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.settings import Settings
 

@@ -10,7 +10,7 @@ from dagster_sbatch.auth import AccessError, check_health, clock, ensure_certifi
 from dagster_sbatch.auth.certificate import fingerprint
 from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.doctor.finding import Facts, Verdict, broken, ok, warning
+from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
 from dagster_sbatch.ssh.client_config import Hop, read_route
 from dagster_sbatch.ssh.host_key import trusted_entries
 from dagster_sbatch.ssh.known_hosts import CERT_AUTHORITY, KnownHosts

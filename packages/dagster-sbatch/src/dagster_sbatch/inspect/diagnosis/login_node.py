@@ -1,8 +1,8 @@
 """Checks of what the login node's survey says."""
 
 from dagster_sbatch.auth import ensure_certificate
-from dagster_sbatch.inspect.doctor.finding import Facts, Verdict, broken, ok, warning
-from dagster_sbatch.inspect.doctor.survey import Room, parse_room, take_survey
+from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
+from dagster_sbatch.inspect.diagnosis.survey import Room, parse_room, take_survey
 from dagster_sbatch.ssh import SshError, connect
 
 LEAST_FREE_KIB, LEAST_FREE_FILES = 1 << 20, 10_000

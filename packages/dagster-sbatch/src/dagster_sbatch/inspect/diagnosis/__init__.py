@@ -7,9 +7,9 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.auth import AccessError
-from dagster_sbatch.inspect.doctor import login_node, slurm_jobs, this_machine
-from dagster_sbatch.inspect.doctor.finding import Facts, Finding, Verdict, broken
-from dagster_sbatch.inspect.preview import find_submitting
+from dagster_sbatch.inspect.asset_preview import find_submitting
+from dagster_sbatch.inspect.diagnosis import login_node, slurm_jobs, this_machine
+from dagster_sbatch.inspect.diagnosis.finding import Facts, Finding, Verdict, broken
 from dagster_sbatch.project import Project
 from dagster_sbatch.slurm.gateway import RefusedError, StoppedError
 from dagster_sbatch.ssh import SshError
