@@ -98,7 +98,7 @@ def test_the_script_ends_with_the_codes_of_its_help(
         assert script("--rotate-credentials").returncode == 3
     done = script(ALL_PROXY="socks5://127.0.0.1:1080")
     assert done.returncode == 1
-    assert done.stderr.startswith("ALL_PROXY=socks5://127.0.0.1:1080 is a proxy of a kind that is not supported")
+    assert done.stderr.startswith("The proxy ALL_PROXY=socks5://127.0.0.1:1080 cannot be used: ")
 
 
 def test_no_secret_is_printed(script: Script, variables: dict[str, str], site: SimulatedSite) -> None:

@@ -1,7 +1,8 @@
-"""What the process environment says about HTTPS: which authorities to trust, and which proxy to use.
+"""Reads from the process environment which certificate authorities HTTPS trusts, and which proxy it uses.
 
 The variables are those of OpenSSL (SSL_CERT_FILE, SSL_CERT_DIR) and of curl (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and
-NO_PROXY, in small or in capital letters). Blank means unset. A value that cannot be used is an error that names it.
+NO_PROXY, in small or in capital letters). A blank variable counts as not set. For a value that cannot be used,
+the error names the variable.
 """
 
 import ipaddress
@@ -33,7 +34,7 @@ class Proxy:
 
     @property
     def encrypted(self) -> bool:
-        """Whether the proxy itself is reached by TLS."""
+        """Whether the connection to the proxy itself uses TLS."""
         return self.url.lower().startswith("https://")
 
     def __str__(self) -> str:
@@ -41,7 +42,7 @@ class Proxy:
         return f"{self.variable}={_without_password(self.url)}"
 
     def advice(self, host: str) -> str:
-        """Return what a user can do about a proxy that does not serve for a host."""
+        """Return what a user can do if the proxy cannot be used for a host."""
         return f"Correct the variable, or reach {host} without a proxy:\n  export NO_PROXY={host}"
 
 
@@ -49,7 +50,7 @@ def public_trust() -> ssl.SSLContext:
     """Return a context that trusts SSL_CERT_FILE, else SSL_CERT_DIR, else the public authorities.
 
     Raises:
-        MisconfiguredError: what the variable names is missing, cannot be read, or holds no certificate.
+        MisconfiguredError: the file or folder in the variable is missing, cannot be read, or holds no certificate.
     """
     import certifi
 
@@ -62,21 +63,21 @@ def public_trust() -> ssl.SSLContext:
     try:
         if variable == "SSL_CERT_FILE":
             if path.exists() and not path.is_file():
-                raise _unusable(variable, path, "it is not a file")
+                raise _unusable(variable, path, "this is not a file")
             context.load_verify_locations(cafile=path)
         else:
             if not any(re.fullmatch(r"[0-9a-f]{8}\.\d+", entry.name) for entry in path.iterdir()):
-                raise _unusable(variable, path, "it holds no certificate that OpenSSL finds (`openssl rehash`)")
+                raise _unusable(variable, path, "this folder holds no certificate that OpenSSL finds (`openssl rehash`)")
             context.load_verify_locations(capath=path)
     except ssl.SSLError:
-        raise _unusable(variable, path, "it holds no certificate in PEM format") from None
+        raise _unusable(variable, path, "this file holds no certificate in PEM format") from None
     except (OSError, ValueError) as error:
         raise _unusable(variable, path, getattr(error, "strerror", None) or str(error)) from None
     return context
 
 
 def trust_variable() -> str | None:
-    """Return the variable that says which authorities to trust, if one is set."""
+    """Return the name of the variable that lists the trusted authorities; None if none is set."""
     return next((name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)), None)
 
 
@@ -94,11 +95,12 @@ def proxy_for(scheme: str, host: str, port: int | None) -> Proxy | None:
     url = value if "://" in value else f"http://{value}"
     proxy, parts = Proxy(variable, url), _PROXY.fullmatch(url)
     if parts is None or not 0 < int(parts["port"] or 80) < 65536 or not _is_url(url):
-        raise MisconfiguredError(f"{proxy} is not the address of a proxy (http://host:port). {proxy.advice(host)}")
+        raise MisconfiguredError(
+            f"The proxy {proxy} cannot be used: an address has the form http://host:port. {proxy.advice(host)}"
+        )
     if parts["scheme"].lower() not in ("http", "https"):
         raise MisconfiguredError(
-            f"{proxy} is a proxy of a kind that is not supported ({parts['scheme']}); http:// and https:// are. "
-            f"{proxy.advice(host)}"
+            f"The proxy {proxy} cannot be used: only http:// and https:// are supported. {proxy.advice(host)}"
         )
     return proxy
 
@@ -118,7 +120,7 @@ def _first_set(*names: str) -> str | None:
 
 
 def _excluded(host: str, port: int | None) -> bool:
-    """Whether NO_PROXY names a host: by its name, a domain above it, its address, or a network (10.0.0.0/8)."""
+    """Return whether NO_PROXY contains a host: its name, a domain above it, its address or a network (10.0.0.0/8)."""
     variable = _first_set("no_proxy")
     entries = re.split(r"[,\s]+", os.environ[variable].strip()) if variable else []
     return any(_matches(f"{variable}", entry, host.lower(), port) for entry in entries if entry)
@@ -133,8 +135,8 @@ def _matches(variable: str, entry: str, host: str, port: int | None) -> bool:
     name = entry.removeprefix("*").lower()
     if network is None and not _HOST.fullmatch(name):
         raise MisconfiguredError(
-            f"{variable} has the entry {_without_password(entry)!r}, which is neither a host name nor an address. "
-            "Correct it; for example: NO_PROXY=localhost,.example.org,10.0.0.0/8"
+            f"The variable {variable} cannot be used: its entry {_without_password(entry)!r} is neither a host name nor "
+            f"an address. Correct it, for example:\n  export {variable}=localhost,.example.org,10.0.0.0/8"
         )
     name, _, wanted_port = name.strip(".").partition(":")
     same = host == name or (address is None and host.endswith(f".{name}"))
@@ -142,7 +144,7 @@ def _matches(variable: str, entry: str, host: str, port: int | None) -> bool:
 
 
 def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
-    """Return an address (a network of one) or a network; None for a name."""
+    """Return a network, or an address as a network of one; None for a name."""
     try:
         return ipaddress.ip_network(re.sub(r"^\[(.*)\]$", r"\1", text), strict=False)
     except ValueError:
@@ -156,6 +158,6 @@ def _without_password(url: str) -> str:
 
 def _unusable(variable: str, path: Path, why: str) -> MisconfiguredError:
     return MisconfiguredError(
-        f"{variable}={path} cannot be used as the list of trusted authorities: {why}. Correct the variable, or do "
-        f"without it:\n  unset {variable}"
+        f"The list of trusted authorities {variable}={path} cannot be used: {why}. Correct the variable, or use the "
+        f"public authorities:\n  unset {variable}"
     )
