@@ -59,6 +59,12 @@ def test_the_check_prints_what_is_not_locked_and_changes_nothing(
     assert run(project, monkeypatch, "--check") == 0
 
 
+def test_uv_trusts_what_the_system_trusts(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """uv refuses a variable of its own that has no meaning; so the command has set this one itself."""
+    monkeypatch.setenv("UV_SYSTEM_CERTS", "nonsense")
+    assert run(project, monkeypatch) == 0
+
+
 def test_what_cannot_be_resolved_is_reported_in_uvs_words(
     project: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

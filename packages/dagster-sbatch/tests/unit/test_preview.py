@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from dagster_sbatch.commands.preview import examples
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import Preview, preview_asset
 from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
@@ -353,3 +354,16 @@ def test_a_config_that_is_no_json_object_is_wrong_usage(text: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert f"{text!r} is no JSON object" in done.stderr
+
+
+def test_the_examples_of_the_help_are_assets_of_the_project() -> None:
+    own = dg.Definitions(assets=[counts, sweep], resources={"compute": ComputeResource.of(PROJECT)})
+    shown = [line.removeprefix("  scripts/preview ") for line in examples(own).splitlines()]
+    assert shown[:5] == [
+        "examples:",
+        "sweep",
+        "counts --partition 2013-12",
+        "sweep --script > job.sh",
+        "sweep --test-only",
+    ]
+    assert "scripts/preview my_asset\n" in examples(dg.Definitions())

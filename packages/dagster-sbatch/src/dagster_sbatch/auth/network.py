@@ -67,7 +67,9 @@ def public_trust() -> ssl.SSLContext:
             context.load_verify_locations(cafile=path)
         else:
             if not any(re.fullmatch(r"[0-9a-f]{8}\.\d+", entry.name) for entry in path.iterdir()):
-                raise _unusable(variable, path, "this folder holds no certificate that OpenSSL finds (`openssl rehash`)")
+                raise _unusable(
+                    variable, path, "this folder holds no certificate that OpenSSL finds (`openssl rehash`)"
+                )
             context.load_verify_locations(capath=path)
     except ssl.SSLError:
         raise _unusable(variable, path, "this file holds no certificate in PEM format") from None
@@ -135,8 +137,8 @@ def _matches(variable: str, entry: str, host: str, port: int | None) -> bool:
     name = entry.removeprefix("*").lower()
     if network is None and not _HOST.fullmatch(name):
         raise MisconfiguredError(
-            f"The variable {variable} cannot be used: its entry {_without_password(entry)!r} is neither a host name nor "
-            f"an address. Correct it, for example:\n  export {variable}=localhost,.example.org,10.0.0.0/8"
+            f"The variable {variable} cannot be used: its entry {_without_password(entry)!r} is neither a host name "
+            f"nor an address. Correct it, for example:\n  export {variable}=localhost,.example.org,10.0.0.0/8"
         )
     name, _, wanted_port = name.strip(".").partition(":")
     same = host == name or (address is None and host.endswith(f".{name}"))

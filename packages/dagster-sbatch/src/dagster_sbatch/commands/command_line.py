@@ -1,13 +1,18 @@
-"""What the commands share: a parser that shows examples, and errors as text and exit code."""
+"""What the commands share: a parser that shows examples, errors as text and exit code, and output to a closed pipe."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
 
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm.gateway import RefusedError
 from dagster_sbatch.ssh import SshError
+
+P = ParamSpec("P")
 
 
 def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -32,3 +37,20 @@ def exit_code_of(command: Callable[[], int]) -> int:
         return 130
     print(problem, file=sys.stderr)
     return code
+
+
+def ends_with_reader(main: Callable[P, int]) -> Callable[P, int]:
+    """Decorate a command's `main`: if the reader of its output is gone (`| head`), it ends with 1 and no traceback."""
+
+    @wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            try:
+                return main(*args, **kwargs)
+            finally:
+                print(end="", flush=True)  # here, because Python's own flush at exit would print the error
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+
+    return run

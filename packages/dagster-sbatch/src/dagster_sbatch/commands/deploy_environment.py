@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dagster_sbatch.auth import AccessError
-from dagster_sbatch.commands.command_line import make_parser
+from dagster_sbatch.commands.command_line import ends_with_reader, make_parser
 from dagster_sbatch.environments.code import read_code, revision_of
 from dagster_sbatch.environments.deployed import EnvironmentListing, Environments, EnvironmentSpec
 from dagster_sbatch.environments.lockfile import read_lock
@@ -49,6 +49,7 @@ exit codes:
 """
 
 
+@ends_with_reader
 def main(project: Project) -> int:
     options = _parse_arguments()
     try:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import dagster_sbatch
+from dagster_sbatch.commands.command_line import ends_with_reader
 from dagster_sbatch.errors import nearest
 
 DESCRIPTION = """\
@@ -29,6 +30,7 @@ def docs_folder() -> Path:
     return next(path for path in (package / "docs", package.parent.parent / "docs") if path.is_dir())
 
 
+@ends_with_reader
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(

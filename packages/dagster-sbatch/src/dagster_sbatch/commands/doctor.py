@@ -9,7 +9,7 @@ import dagster as dg
 from rich.console import Console
 from rich.markup import escape
 
-from dagster_sbatch.commands.command_line import exit_code_of, make_parser
+from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
 from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.inspect.diagnosis import Finding, examine
 from dagster_sbatch.project import Project
@@ -37,6 +37,7 @@ INDENT = 26
 MARKS = {"ok": "[green]ok     [/green]", "warning": "[yellow]warning[/yellow]", "broken": "[red]broken [/red]"}
 
 
+@ends_with_reader
 def main(project: Project, definitions: dg.Definitions) -> int:
     parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument(

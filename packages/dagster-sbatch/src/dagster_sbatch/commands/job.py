@@ -14,7 +14,7 @@ import dagster as dg
 from rich.console import Console
 from rich.table import Table
 
-from dagster_sbatch.commands.command_line import exit_code_of, make_parser
+from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.dashboard import open_dashboard
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
@@ -46,6 +46,7 @@ PATIENCE = 90.0
 """Seconds for the supercomputer to answer."""
 
 
+@ends_with_reader
 def main(project: Project) -> int:
     parser = make_parser(DESCRIPTION, EPILOG)
     parser.set_defaults(follow=False)

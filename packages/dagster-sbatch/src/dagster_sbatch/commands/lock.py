@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from dagster_sbatch.children import NETWORK, child_environment
+from dagster_sbatch.commands.command_line import ends_with_reader
 from dagster_sbatch.commands.vendored import PACKAGES
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
@@ -27,6 +28,7 @@ OPTIONS = """
     """.split()
 
 
+@ends_with_reader
 def main(project: Project) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upgrade", action="store_true", help="use the newest versions that pyproject.toml allows")

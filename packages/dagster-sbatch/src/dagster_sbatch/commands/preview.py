@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dagster_sbatch.commands.command_line import exit_code_of, make_parser
+from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.asset_preview import Preview, preview_asset, try_script
+from dagster_sbatch.inspect.asset_preview import Preview, find_submitting, preview_asset, try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
 
@@ -28,14 +28,7 @@ another step.
 It reads the settings of a supercomputer deployment (scripts/docs settings). For a variable that is not set it shows
 <NAME>.
 """
-EPILOG = """\
-examples:
-  scripts/preview delay_sweep
-  scripts/preview flights --partition 2013-01
-  SLURM_QOS=dev_zen4_0768 scripts/preview flights --partition 2013-01 --script > job.sh
-  scripts/preview delay_sweep --test-only
-  scripts/preview my_asset --config-json '{"ops": {"my_asset": {"config": {"trials": 3}}}}'
-
+EXIT_CODES = """\
 exit codes: 0 done, 1 the asset could not run like this (the reason is printed), 2 wrong usage,
 3 the supercomputer cannot be reached
 """
@@ -43,10 +36,11 @@ PATIENCE = 60.0
 """Seconds for the supercomputer to answer."""
 
 
+@ends_with_reader
 def main(project: Project, definitions: dg.Definitions) -> int:
-    parser = make_parser(DESCRIPTION, EPILOG)
-    parser.add_argument("asset", help="asset key, for instance delay_sweep")
-    parser.add_argument("--partition", metavar="KEY", help="partition key, for instance 2013-01")
+    parser = make_parser(DESCRIPTION, f"{examples(definitions)}\n\n{EXIT_CODES}")
+    parser.add_argument("asset", help="asset key")
+    parser.add_argument("--partition", metavar="KEY", help="partition key")
     parser.add_argument("--script", action="store_true", help="print only the batch script")
     parser.add_argument(
         "--test-only",
@@ -70,6 +64,18 @@ def main(project: Project, definitions: dg.Definitions) -> int:
         return 0
 
     return exit_code_of(command)
+
+
+def examples(definitions: dg.Definitions) -> str:
+    """Return the examples of --help, with assets of this project if it has some that submit jobs."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        found = find_submitting(definitions, instance)
+    plain = [asset for asset, key in found if key is None]
+    partitioned = [f"{asset} --partition {key}" for asset, key in found if key]
+    first, *more = [*plain[:1], *partitioned[:1]] or ["my_asset"]
+    config = """--config-json '{"ops": {"my_asset": {"config": {"trials": 3}}}}'"""
+    lines = [first, *more, f"{first} --script > job.sh", f"{first} --test-only", f"my_asset {config}"]
+    return "\n".join(["examples:", *(f"  scripts/preview {line}" for line in lines)])
 
 
 def run_config(text: str) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from dagster_sbatch.auth import AccessError, AccessHealth, HealthItem, Report, check_health, clock, refresh
 from dagster_sbatch.auth.key_files import certificate_path
+from dagster_sbatch.commands.command_line import ends_with_reader
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
@@ -41,6 +42,7 @@ exit codes:
 """
 
 
+@ends_with_reader
 def main(project: Project) -> int:
     parser = argparse.ArgumentParser(
         description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter

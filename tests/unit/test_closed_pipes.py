@@ -1,0 +1,33 @@
+"""Commands whose output nobody reads any more, as in `scripts/docs | head`: they end without a traceback."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from support import ROOT
+
+HELP = "deploy_environment.py docs doctor job lock preview refresh_step_auth.py".split()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["docs"], ["docs", "reference"], ["preview", "flights", "--partition", "2013-01"]]
+    + [[script, "--help"] for script in HELP],
+    ids=" ".join,
+)
+def test_a_command_ends_when_its_reader_is_gone(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_SUPERCOMPUTER_SITE", "musica")
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # as a user has it: Python writes at the end
+    script, *arguments = words
+    readable, writable = os.pipe()
+    os.close(readable)
+    try:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / script), *arguments],
+            stdout=writable, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writable)
+    assert (done.returncode, done.stderr) == (1, "")
