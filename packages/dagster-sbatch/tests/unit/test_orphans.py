@@ -157,6 +157,25 @@ def test_a_job_that_is_listed_stays_so_while_it_is_refused(
     assert second.checks == []
 
 
+def test_a_listed_job_that_is_cancelled_leaves_the_list_if_the_time_runs_out_then(
+    instance: dg.DagsterInstance, supercomputer: Supercomputer
+) -> None:
+    run = failed(instance)
+    supercomputer.add(run, "1")
+    supercomputer.add(run, "2")
+    first = Tick(instance)
+    terminated = instance.get_run_by_id(run)
+    assert terminated
+    instance.report_run_canceled(terminated)
+    supercomputer.errors = {"2": UnreachableError("no answer (after 40 s)")}
+    second = Tick(instance, first.cursor)
+    assert second.logged == [f"{name(run, '1')}: CANCELLED, since its run was terminated", "no answer (after 40 s)"]
+    ((passed, listed),) = second.checks
+    assert not passed
+    assert "Slurm job 2 (asset)" in str(listed)
+    assert "Slurm job 1 (asset)" not in str(listed)
+
+
 def first_format(instance: dg.DagsterInstance, since: datetime) -> str:
     """A cursor from before the engine was a package, whose check is red."""
     left = {failed(instance): [since.isoformat(), ["Slurm job 1 is left."]]}

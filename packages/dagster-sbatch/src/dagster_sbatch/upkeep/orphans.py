@@ -154,7 +154,9 @@ def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.Sens
                     if each.kind != "left":
                         say(each.text)
         except NO_ACCESS as error:
-            groups |= {root: _Group(jobs=over[root].jobs) for root in due}
+            cancelled = {each.run.key for each in found if each.kind == "cancelled"}
+            for root in due:
+                groups[root] = _Group(jobs={key: job for key, job in over[root].jobs.items() if key not in cancelled})
             say(str(error))
         else:
             groups |= _group(found, over, now)
