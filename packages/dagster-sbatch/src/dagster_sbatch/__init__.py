@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from dagster_sbatch.inspect.source_links import link_to_source
     from dagster_sbatch.launchers import Launcher, RayLauncher, ScriptLauncher
     from dagster_sbatch.project import Project
+    from dagster_sbatch.run.array import JobArray
+    from dagster_sbatch.run.array_results import CompletedArray
     from dagster_sbatch.run.compute import ComputeResource
     from dagster_sbatch.run.fake import FakeCompute
     from dagster_sbatch.slurm import Site, SlurmRequest
@@ -18,10 +20,12 @@ if TYPE_CHECKING:
     from dagster_sbatch.upkeep.sensors import Upkeep, make_upkeep
 
 __all__ = [
+    "CompletedArray",
     "ComputeResource",
     "ConfigurationError",
     "CredentialRefresh",
     "FakeCompute",
+    "JobArray",
     "Launcher",
     "Project",
     "RayLauncher",
@@ -39,6 +43,8 @@ _MODULES = {
     "dagster_sbatch.inspect.source_links": ("link_to_source",),
     "dagster_sbatch.launchers": ("Launcher", "RayLauncher", "ScriptLauncher"),
     "dagster_sbatch.project": ("Project",),
+    "dagster_sbatch.run.array": ("JobArray",),
+    "dagster_sbatch.run.array_results": ("CompletedArray",),
     "dagster_sbatch.run.compute": ("ComputeResource",),
     "dagster_sbatch.run.fake": ("FakeCompute",),
     "dagster_sbatch.slurm": ("Site", "SlurmRequest"),

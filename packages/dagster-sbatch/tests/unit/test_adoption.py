@@ -19,7 +19,8 @@ from dagster_sbatch.run.adoption import (
     name_request_changes,
     outdated_runs,
 )
-from dagster_sbatch.run.calls import StepCalls, digest_of, step_key
+from dagster_sbatch.run.calls import StepCalls, step_key
+from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.history import is_stored, requested_at
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.workload import Workload

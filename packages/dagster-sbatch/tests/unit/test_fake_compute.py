@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_sbatch import FakeCompute
+from dagster_sbatch import FakeCompute, JobArray
 from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import SlurmRequest
@@ -83,6 +83,20 @@ def test_metadata_may_be_what_json_cannot_say() -> None:
     assert result.success
     event, _ = result.asset_materializations_for_node("both")
     assert event.metadata == metadata
+
+
+def test_each_task_of_an_array_reports(tmp_path: Path) -> None:
+    @dg.asset(partitions_def=months, backfill_policy=dg.BackfillPolicy.single_run())
+    def many(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        done = compute.run(context, workload=WORKLOAD, launcher=ScriptLauncher(), array=JobArray())
+        return done.get_materialize_result()
+
+    compute = FakeCompute(metadata={"n": 1})
+    both_months = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "b"}
+    result = materialize(many, compute, tags=both_months)
+    events = result.asset_materializations_for_node("many")
+    assert {event.partition: event.metadata["n"].value for event in events} == {"a": 1, "b": 1}
+    assert [task.name for task in compute.calls[0].plan.tasks] == ["a", "b"]
 
 
 def test_the_page(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.launchers import Launcher, RayLauncher, ScriptLauncher, ray
-from dagster_sbatch.run.pipes import JOB_STARTED
+from dagster_sbatch.run.messages import JOB_STARTED
 from dagster_sbatch.slurm import Site, SlurmRequest, allocate, load_site, render_job_script
 from resources import PROJECT
 from slurm_in_a_box import wait_until

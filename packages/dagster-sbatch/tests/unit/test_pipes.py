@@ -8,7 +8,8 @@ from typing import Any, cast
 import dagster as dg
 import pytest
 
-from dagster_sbatch.run.pipes import JOB_STARTED, Messages, Output
+from dagster_sbatch.run.messages import JOB_STARTED
+from dagster_sbatch.run.pipes import Messages, Output
 from dagster_sbatch.run.results import StepContext
 
 CONTEXT = cast(StepContext, None)

@@ -23,6 +23,8 @@ class Launcher(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
     key: ClassVar[str]
     """Name of the launcher in the site overrides."""
+    in_arrays: ClassVar[bool] = True
+    """Whether it works in the tasks of a job array."""
 
     pre_start_commands: tuple[str, ...] = Field(
         (),

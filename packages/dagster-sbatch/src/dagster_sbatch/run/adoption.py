@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dagster_sbatch.run.calls import digest_of
-from dagster_sbatch.run.plan import PARTITION_KEYS, Plan
+from dagster_sbatch.run.array import PARTITION_KEYS
+from dagster_sbatch.run.digests import digest_of
+from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm.gateway import Claim, OtherRun
 
 MOST_NAMES = 8

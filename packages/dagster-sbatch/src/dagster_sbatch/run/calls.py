@@ -1,16 +1,15 @@
 """The calls of `compute.run` of one step, and the names of their jobs, in whatever order threads make the calls."""
 
-import hashlib
-import json
 import re
 import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import dagster as dg
+
+from dagster_sbatch.run.digests import digest_of
 
 LONGEST_NAME = 40
 """Characters of a step's key in the names of its jobs."""
@@ -20,11 +19,6 @@ def step_key(context: dg.OpExecutionContext) -> str:
     """Return Dagster's key of a step: the path of its op, and the mapping key of a dynamic output."""
     mapping = context.get_mapping_key()
     return f"{context.op_handle}[{mapping}]" if mapping else str(context.op_handle)
-
-
-def digest_of(value: Any, length: int = 16) -> str:
-    """Return a digest of a JSON value; it is stored instead of the value, which may be private."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
 
 
 def step_prefix(root: str, step: str) -> str:

@@ -1,7 +1,5 @@
 """The one thing an asset calls: run this workload, wherever the deployment says."""
 
-import socket
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +11,14 @@ from pydantic import Field
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers import Launcher
 from dagster_sbatch.project import Project
+from dagster_sbatch.run.array import JobArray
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.history import tag_deployment
-from dagster_sbatch.run.interrupts import run_interruptibly
-from dagster_sbatch.run.local import RunDirectory, run_workload, temporary_run_directory, workload_environment
-from dagster_sbatch.run.pipes import explain_failure, open_session
+from dagster_sbatch.run.local_run import run_array_here, run_here
 from dagster_sbatch.run.plan import Plan, complete_extras, make_plan
 from dagster_sbatch.run.remote import RemoteRun
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import StepContext, complete, partitions_of
+from dagster_sbatch.run.results import StepContext, partitions_of
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest
 
@@ -56,6 +53,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         request: SlurmRequest | None = None,
         extras: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
+        array: JobArray | None = None,
     ) -> dg.PipesClientCompletedInvocation:
         """Run a workload to its end and return what it reported through Dagster Pipes.
 
@@ -67,9 +65,12 @@ class ComputeResource(dg.ConfigurableResource[Any]):
             request: of Slurm; the default is one CPU for an hour. It is checked in `development`, too.
             extras: values for the workload's `pipes.extras`; JSON. `partition_keys` is added for partitioned assets.
             env: further environment variables for the workload. Not for secrets.
+            array: divides the partitions of the run, or parameter sets, into the tasks of a job array; `request` and
+                `launcher` are those of each task.
 
         Returns:
-            The results; an asset returns `.get_materialize_result()` of it, a check `.get_asset_check_result()`.
+            The results; an asset returns `.get_materialize_result()` of it, a check `.get_asset_check_result()`. With
+            an array it is a CompletedArray, whose `.tasks` has what each task reported.
 
         Raises:
             Failure: the workload, the request or another argument is wrong; the text says what to change.
@@ -90,6 +91,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
                 args=args,
                 extras=complete_extras(extras, partitions_of(step)),
                 env=env,
+                array=array,
             )
         except ConfigurationError as error:
             raise failure(name, str(error), final=True) from None
@@ -106,9 +108,13 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         tag_deployment(context, settings.deployment, settings.supercomputer_site if settings.on_supercomputer else None)
         for note in plan.notes:
             StepLog(context).warning(note)
+        if settings.on_supercomputer and plan.array:
+            raise failure(name, "array=JobArray(...) runs in `development` only, for now.", final=True)
         if settings.on_supercomputer:
             return RemoteRun(context, name, settings, plan).run()
-        return _run_here(context, name, settings, plan)
+        if plan.array:
+            return run_array_here(context, name, settings, plan)
+        return run_here(context, name, settings, plan)
 
 
 _Intercept = Callable[[str, Settings, Plan], Never]
@@ -128,33 +134,3 @@ def intercept_runs(intercept: _Intercept) -> Iterator[None]:
         yield
     finally:
         _intercept = None
-
-
-def _run_here(context: StepContext, name: str, settings: Settings, plan: Plan) -> dg.PipesClientCompletedInvocation:
-    """Run the workload as a subprocess of this step."""
-    with temporary_run_directory() as folder:
-        directory = RunDirectory(Path(folder))
-        with open_session(context, plan.extras, str(directory.context), str(directory.messages)) as session:
-            directory.context.write_text(session.context_document.text)
-            environment = {
-                **workload_environment(),
-                **plan.launcher.local_environment(),
-                "DATA_ROOT": str(plan.project.local_data_root(settings)),
-                "PYTHONPATH": str(plan.workload.root),
-                **plan.env,
-                **session.pipes.get_bootstrap_env_vars(),
-            }
-            command = [sys.executable, *plan.workload.command(plan.workload.root)]
-            sinks = {
-                directory.stdout: session.stdout.feed,
-                directory.stderr: session.stderr.feed,
-                directory.messages: session.messages.feed,
-            }
-
-            ended = run_interruptibly(lambda stop: run_workload(command, environment, directory, sinks, stop))
-            session.messages.finish(context)
-        cause = explain_failure(session, ended.exit_code, plan.workload.name)
-        if cause:
-            raise failure(name, cause, session.stderr.tail, exit_code=ended.exit_code, workload=plan.workload.path)
-        where = {"host": socket.gethostname(), "workload": str(plan.workload.path)}
-        return complete(context, session.pipes, where, {"workload_seconds": round(ended.seconds, 3)})

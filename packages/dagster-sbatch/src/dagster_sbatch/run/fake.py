@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
-from dagster_pipes import PIPES_PROTOCOL_VERSION
+from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesMessage
 from pydantic import Field
 
+from dagster_sbatch.run.array import PARTITION_KEYS
+from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.run.failures import failure
-from dagster_sbatch.run.pipes import explain_failure, open_session
-from dagster_sbatch.run.plan import PARTITION_KEYS, Plan
+from dagster_sbatch.run.messages import explain_failure
+from dagster_sbatch.run.pipes import open_session
+from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.results import StepContext
 from dagster_sbatch.settings import Settings
 
@@ -67,20 +70,32 @@ class FakeCompute(ComputeResource):
         settings: Settings,  # noqa: ARG002
         plan: Plan,
     ) -> dg.PipesClientCompletedInvocation:
-        """Record the call, and report as a workload would."""
+        """Record the call, and report as a workload would, or as each task of the array."""
         self.calls.append(FakeCall(plan))
+        if plan.array:
+            return self._execute_array(ArrayStep(context, name, plan), context)
         with open_session(context, plan.extras, "", "") as session:
-            for method, params in self._reports(context):
-                session.messages.receive(
-                    {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": params}
-                )
+            for message in self._reports(context):
+                session.messages.receive(message)
             session.messages.finish(context)
-        cause = explain_failure(session, 0, plan.workload.name)
+        cause = explain_failure(session.messages, 0, plan.workload.name)
         if cause:
             raise failure(name, cause)
         return dg.PipesClientCompletedInvocation(session.pipes)
 
-    def _reports(self, step: StepContext) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _execute_array(self, array: ArrayStep, context: StepContext) -> dg.PipesClientCompletedInvocation:
+        with array.open("", ""):
+            for index in array.left:
+                for message in self._reports(context):
+                    array.reader(index).messages.receive(message)
+                array.ended(index, 0, {}, {}, "")
+        return array.complete({})
+
+    def _reports(self, step: StepContext) -> Iterator[PipesMessage]:
+        for method, params in self._methods(step):
+            yield {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": params}
+
+    def _methods(self, step: StepContext) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield what a workload would report: a method of Dagster Pipes and its parameters."""
         yield "opened", {"extras": {}}
         metadata = {name: {"raw_value": value, "type": "__infer__"} for name, value in self.metadata.items()}

@@ -1,7 +1,8 @@
 """What Dagster has recorded of steps: their ends, and tags with their Slurm jobs."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import dagster as dg
 
@@ -11,6 +12,8 @@ from dagster_sbatch.run.results import StepContext, op_context
 
 PAGE = 1000
 JOB_TAG = "slurm_job"
+_RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry", "dagster/retry_number")
+"""Tags of Dagster: of a re-execution from failure, and of a run that Dagster itself retries."""
 _LONGEST_TAG = 63
 """Characters of each half of a tag's key, for Dagster."""
 
@@ -32,11 +35,11 @@ def _succeeded(instance: dg.DagsterInstance, run_id: str, step: str, latest: flo
     if not step:
         run = instance.get_run_by_id(run_id)
         return run is not None and run.status == dg.DagsterRunStatus.SUCCESS
-    ends = _ends_of(instance, run_id, step, {dg.DagsterEventType.STEP_SUCCESS})
+    ends = _events_of(instance, run_id, step, {dg.DagsterEventType.STEP_SUCCESS})
     return any(end.timestamp <= latest for end in ends)
 
 
-def _ends_of(
+def _events_of(
     instance: dg.DagsterInstance, run_id: str, step: str, kinds: set[dg.DagsterEventType]
 ) -> Iterator[dg.EventLogEntry]:
     cursor, more = None, True
@@ -44,6 +47,25 @@ def _ends_of(
         page = instance.get_records_for_run(run_id, cursor, of_type=kinds, limit=PAGE)
         yield from (record.event_log_entry for record in page.records if record.event_log_entry.step_key == step)
         cursor, more = page.cursor, page.has_more
+
+
+def stored_partitions(context: StepContext) -> dict[str, dict[dg.AssetKey, Mapping[str, Any]]]:
+    """Return the metadata of the partitions that need not be computed again, by asset.
+
+    They are those that this run, or the runs of which it is a retry or a re-execution from failure, have stored in this
+    step. A run that was requested to execute everything again begins anew.
+    """
+    step = op_context(context)
+    key, run = step_key(step), step.instance.get_run_by_id(step.run_id)
+    found: dict[str, dict[dg.AssetKey, Mapping[str, Any]]] = {}
+    while run:
+        for event in _events_of(step.instance, run.run_id, key, {dg.DagsterEventType.ASSET_MATERIALIZATION}):
+            stored = event.asset_materialization
+            if stored and stored.partition is not None and stored.asset_key in step.selected_asset_keys:
+                found.setdefault(stored.partition, {}).setdefault(stored.asset_key, stored.metadata)
+        again = any(tag in run.tags for tag in _RESUMED)
+        run = step.instance.get_run_by_id(run.parent_run_id) if again and run.parent_run_id else None
+    return {partition: each for partition, each in found.items() if each.keys() == step.selected_asset_keys}
 
 
 def requested_at(instance: dg.DagsterInstance, run_id: str) -> float | None:
@@ -75,7 +97,7 @@ def left_job(context: StepContext) -> str | None:
     ends = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
     while parent:
         run = step.instance.get_run_by_id(parent)
-        if run is None or any(_ends_of(step.instance, parent, key, ends)):
+        if run is None or any(_events_of(step.instance, parent, key, ends)):
             return None
         if job := run.tags.get(_job_tag(key)):
             return job

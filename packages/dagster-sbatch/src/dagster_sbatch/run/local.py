@@ -61,6 +61,56 @@ def temporary_run_directory() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="workload-", ignore_cleanup_errors=True)
 
 
+class LocalProcess:
+    """A workload that runs in its run directory, and the files that it writes."""
+
+    def __init__(
+        self,
+        command: list[str],
+        environment: Mapping[str, str],
+        directory: RunDirectory,
+        sinks: Mapping[Path, Callable[[bytes], None]],
+    ) -> None:
+        """Start it; see `run_workload`."""
+        self._directory, self._sinks = directory, sinks
+        self._offsets = dict.fromkeys(sinks, 0)
+        self._process = _start(command, environment, directory)
+
+    def follow(self) -> bool:
+        """Pass on what it has written; return whether it runs."""
+        running = self._process.poll() is None
+        _follow(self._sinks, self._offsets)
+        return running
+
+    def terminate(self) -> None:
+        """Send SIGTERM to its process group."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it has ended, for so long at most."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+    def release(self) -> None:
+        """Let the supervisor kill all processes that the workload has left: it does when its standard input ends."""
+        if self._process.stdin:
+            self._process.stdin.close()
+
+    def end(self) -> Ended:
+        """Kill whatever is left, and return how the workload ended."""
+        self.release()
+        self.wait(KILL_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        _follow(self._sinks, self._offsets)
+        if self._directory.end.exists():
+            code, seconds = self._directory.end.read_text().split()
+            return Ended(int(code), float(seconds))
+        return Ended(self._process.returncode, 0.0)
+
+
 def run_workload(
     command: list[str],
     environment: Mapping[str, str],
@@ -77,21 +127,16 @@ def run_workload(
         sinks: for each file to follow, the function that gets its new bytes.
         stop: when set, the process group gets SIGTERM and after GRACE_SECONDS SIGKILL.
     """
-    process = _start(command, environment, directory)
+    process = LocalProcess(command, environment, directory, sinks)
     try:
-        offsets = dict.fromkeys(sinks, 0)
-        while process.poll() is None and not stop.is_set():
-            _follow(sinks, offsets)
+        while process.follow() and not stop.is_set():
             stop.wait(POLL_SECONDS)
         if stop.is_set():
-            _terminate(process)
-        _follow(sinks, offsets)
+            process.terminate()
+            process.wait(GRACE_SECONDS)
     finally:
-        _kill(process)
-    if directory.end.exists():
-        code, seconds = directory.end.read_text().split()
-        return Ended(int(code), float(seconds))
-    return Ended(process.returncode, 0.0)
+        ended = process.end()
+    return ended
 
 
 def _start(command: list[str], environment: Mapping[str, str], directory: RunDirectory) -> "subprocess.Popen[bytes]":
@@ -105,23 +150,6 @@ def _start(command: list[str], environment: Mapping[str, str], directory: RunDir
             stderr=stderr,
             start_new_session=True,
         )
-
-
-def _terminate(process: "subprocess.Popen[bytes]") -> None:
-    os.killpg(process.pid, signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE_SECONDS)
-
-
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill all processes that the workload has left: the supervisor does that when its standard input ends."""
-    if process.stdin:
-        process.stdin.close()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(KILL_SECONDS)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def _follow(sinks: Mapping[Path, Callable[[bytes], None]], offsets: dict[Path, int]) -> None:

@@ -10,13 +10,12 @@ from typing import Any
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers import Launcher
 from dagster_sbatch.project import Project
+from dagster_sbatch.run.array import PARTITION_KEYS, JobArray, Task, make_tasks
 from dagster_sbatch.run.imports import find_missing
 from dagster_sbatch.run.workload import Workload, read_workload
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation, Site, SlurmRequest, allocate
 
-PARTITION_KEYS = "partition_keys"
-"""The one of the extras that holds the partitions of the run."""
 LONGEST_VARIABLE = 128 << 10
 """Bytes that Linux takes as one variable, with its name (MAX_ARG_STRLEN of execve(2))."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -44,6 +43,8 @@ class Plan:
         env: further variables for the workload.
         extras: JSON values for the workload, with the partitions of the run as `partition_keys`, if it has any.
         notes: what deserves a warning: changes of the request, imports that cannot work on the supercomputer.
+        array: as the asset passed it; None: one job for everything.
+        tasks: of the array.
     """
 
     project: Project
@@ -54,9 +55,11 @@ class Plan:
     env: Mapping[str, str]
     extras: Mapping[str, Any]
     notes: tuple[str, ...]
+    array: JobArray | None = None
+    tasks: tuple[Task, ...] = ()
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913 - what an asset passes
     settings: Settings,
     project: Project,
     workload: Path | str,
@@ -66,19 +69,23 @@ def make_plan(
     args: Sequence[str] = (),
     extras: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
+    array: JobArray | None = None,
 ) -> Plan:
     """Check what an asset passes to `ComputeResource.run`, and fill in what it leaves open.
 
     In `development` with several sites and none chosen there is nothing to check a request against: it stays as it is.
 
     Raises:
-        ConfigurationError: the workload, the launcher, the request or a variable cannot work; the text says why.
+        ConfigurationError: the workload, the launcher, the request, the array or a variable cannot work; the text says
+            why.
     """
-    _check_types(workload, launcher, request)
+    _check_types(workload, launcher, request, array)
     variables = dict(env or {})
     _check_variables(variables)
     program = read_workload(Path(workload), args, project.workloads)
     notes = find_missing(program, project, own_packages=settings.python is not None)
+    extras = extras or {}
+    tasks = make_tasks(array, extras.get(PARTITION_KEYS, ())) if array else ()
     name = settings.supercomputer_site or project.only_site
     site, allocation = Site(), Allocation(request)
     if name:
@@ -86,13 +93,29 @@ def make_plan(
         allocation = allocate(request, site, settings.partition, settings.qos, settings.account, settings.reservation)
         launcher = launcher.with_site(site.launchers)
         launcher.check(allocation.request)
+        if array and (request.qos or not settings.qos):  # in a QoS of the environment, tasks wait
+            _check_running_tasks(array, allocation.request, site)
     qos = allocation.request.qos or ""
     if settings.deployment == "production_supercomputer" and qos.startswith("dev_"):
         notes.append(f"QoS {qos} is for short tests, and this is {settings.deployment}. Check SLURM_QOS.")
-    return Plan(project, program, launcher, site, allocation, variables, extras or {}, (*allocation.notes, *notes))
+    notes = [*allocation.notes, *notes]
+    return Plan(project, program, launcher, site, allocation, variables, extras, tuple(notes), array, tasks)
 
 
-def _check_types(workload: object, launcher: object, request: object) -> None:
+def _check_running_tasks(array: JobArray, request: SlurmRequest, site: Site) -> None:
+    """Refuse more running tasks than the QoS has nodes for a user, if each task has nodes of its own."""
+    partition = site.partitions.get(request.partition or "")
+    qos = partition.qos.get(request.qos or "") if partition else None
+    limit = qos.nodes if qos else None
+    shared = request.nodes == 1 and not request.exclusive
+    if limit and not shared and (array.max_running_tasks or 0) * request.nodes > limit:
+        raise ConfigurationError(
+            f"max_running_tasks={array.max_running_tasks} with nodes={request.nodes} needs more than the {limit} nodes "
+            f"that QoS {request.qos} gives a user. Write JobArray(max_running_tasks={max(1, limit // request.nodes)})."
+        )
+
+
+def _check_types(workload: object, launcher: object, request: object, array: object) -> None:
     if not isinstance(workload, str | Path):
         raise ConfigurationError(f"workload={workload!r} is no path. Write for instance WORKLOADS / 'counts.py'")
     if isinstance(launcher, type) and issubclass(launcher, Launcher):
@@ -102,6 +125,14 @@ def _check_types(workload: object, launcher: object, request: object) -> None:
     if not isinstance(request, SlurmRequest):
         raise ConfigurationError(
             f"request={request!r} is no SlurmRequest. Write for instance request=SlurmRequest(cpus_per_task=2)"
+        )
+    if not isinstance(array, JobArray | None):
+        raise ConfigurationError(f"array={array!r} is no JobArray. Write for instance array=JobArray()")
+    if array and not launcher.in_arrays:
+        raise ConfigurationError(
+            f"{type(launcher).__name__} does not work in a job array: each task would start a Ray cluster of its own. "
+            "Remove array=..., and let the one Ray cluster of the job divide the partitions "
+            "(pipes.extras['partition_keys']) among Ray tasks; or use launcher=ScriptLauncher()."
         )
 
 

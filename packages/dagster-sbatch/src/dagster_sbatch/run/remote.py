@@ -13,12 +13,14 @@ from dagster_sbatch.environments.deployed import Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import inputs_of, request_of
 from dagster_sbatch.run.attempts import Attempts, Submission
-from dagster_sbatch.run.calls import calls_of, digest_of, former_family_of, step_key, step_prefix
+from dagster_sbatch.run.calls import calls_of, former_family_of, step_key, step_prefix
+from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.directory import CONTEXT, RunInfo, RunPaths, files_of
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.history import left_job, tag_job
 from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
-from dagster_sbatch.run.pipes import Session, explain_failure, open_session
+from dagster_sbatch.run.messages import explain_failure
+from dagster_sbatch.run.pipes import Session, open_session
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_terminal
 from dagster_sbatch.run.results import StepContext, complete, op_context, partitions_of
@@ -146,7 +148,7 @@ class RemoteRun:
         """Raise if the job or its workload failed."""
         request, workload = self._plan.allocation.request, self._plan.workload
         outcome = judge(end, request)
-        cause = outcome.cause if outcome else explain_failure(session, _exit_code(end), workload.name)
+        cause = outcome.cause if outcome else explain_failure(session.messages, _exit_code(end), workload.name)
         if cause:
             error = self._failure(cause, stderr=session.stderr.tail, **(self._where(end) | self._costs(end)))
             if outcome and outcome.again and self._context.retry_number < MOST_RETRIES:

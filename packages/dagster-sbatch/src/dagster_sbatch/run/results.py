@@ -1,6 +1,7 @@
 """What a step adds to the events of its assets: metadata of single partitions, and the costs of its job."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import dagster as dg
@@ -27,26 +28,48 @@ def partitions_of(context: StepContext) -> Sequence[str]:
     return [] if unpartitioned else list(context.partition_keys)
 
 
+@dataclass(frozen=True, slots=True)
+class PartitionReport:
+    """What a workload reported of one partition of an asset."""
+
+    asset: dg.AssetKey
+    partition: str
+    metadata: Mapping[str, Any]
+    data_version: str | None
+
+
 def attach_partitions(context: StepContext, reader: dg.PipesMessageReader, reports: Sequence[Any]) -> None:
-    """Attach the workload's reports on single partitions to their materializations.
+    """Attach the workload's reports on single partitions to their materializations; see `read_partitions`."""
+    if reports:
+        attach(context, read_partitions(context, reader, reports, partitions_of(context), whose="run"))
+
+
+def read_partitions(
+    context: StepContext,
+    reader: dg.PipesMessageReader,
+    reports: Sequence[Any],
+    partitions: Iterable[str],
+    *,
+    whose: str,
+) -> list[PartitionReport]:
+    """Read the workload's reports on single partitions.
 
     Args:
         context: of the step.
         reader: of its messages.
         reports: the values of the PARTITION messages, in the order in which they came.
+        partitions: that the workload computes.
+        whose: they are, for the error.
 
     Raises:
         ValueError: a report does not have the documented form, or names an asset or a partition that the run has not.
     """
-    if not reports:
-        return
-    partitions = dict.fromkeys(partitions_of(context))
+    known = dict.fromkeys(partitions)
     handler = dg.PipesMessageHandler(context, reader)  # reads metadata of all types
-    found: dict[tuple[dg.AssetKey, str], dict[str, Any]] = {}
     for report in reports:
         key = _find_asset(context, report)
-        if report["partition"] not in partitions:
-            raise ValueError(f"the partition {report['partition']!r} is not of this run")
+        if report["partition"] not in known:
+            raise ValueError(f"the partition {report['partition']!r} is not of this {whose}")
         metadata = {name: _typed(value) for name, value in (report.get("metadata") or {}).items()}
         params = {
             "asset_key": key.to_escaped_user_string(),
@@ -60,18 +83,38 @@ def attach_partitions(context: StepContext, reader: dg.PipesMessageReader, repor
                 "params": params,
             }
         )
-        found.setdefault((key, report["partition"]), {})
+    found = []
     for report, result in zip(reports, handler.get_reported_results(), strict=True):
         assert isinstance(result, dg.MaterializeResult)
-        assert result.asset_key is not None
-        entry = found[result.asset_key, report["partition"]]
-        entry |= result.metadata or {}
-        if result.data_version and len(partitions) == 1:
-            context.set_data_version(result.asset_key, result.data_version)
-        elif result.data_version:  # Dagster stores one per asset and step
-            entry["data_version"] = result.data_version.value
+        found.append(report_on(result, report["partition"]))
+    return found
+
+
+def report_on(result: dg.MaterializeResult[Any], partition: str) -> PartitionReport:
+    """Return a report on a partition from a report on its asset."""
+    assert result.asset_key is not None
+    version = result.data_version.value if result.data_version else None
+    return PartitionReport(result.asset_key, partition, dict(result.metadata or {}), version)
+
+
+def attach(context: StepContext, reports: Iterable[PartitionReport]) -> None:
+    """Attach reports to the materializations that Dagster makes at the end of the step; several are merged."""
+    one = len(partitions_of(context)) == 1
+    found: dict[tuple[dg.AssetKey, str], dict[str, Any]] = {}
+    for report in reports:
+        entry = found.setdefault((report.asset, report.partition), {})
+        entry |= report.metadata
+        if report.data_version and one:
+            context.set_data_version(report.asset, dg.DataVersion(report.data_version))
+        elif report.data_version:  # Dagster stores one per asset and step
+            entry["data_version"] = report.data_version
     for (key, partition), metadata in found.items():
-        _asset_context(context).add_asset_metadata(metadata, asset_key=key, partition_key=partition)
+        add_metadata(context, key, partition, metadata)
+
+
+def add_metadata(context: StepContext, asset: dg.AssetKey, partition: str | None, metadata: Mapping[str, Any]) -> None:
+    """Add metadata to the materialization of an asset, or of one of its partitions, that Dagster makes at the end."""
+    _asset_context(context).add_asset_metadata(metadata, asset_key=asset, partition_key=partition)
 
 
 def _find_asset(context: StepContext, report: Any) -> dg.AssetKey:
@@ -119,5 +162,5 @@ def complete(
     if not keys:  # an op, or the function of an asset check: there is no other place for them
         return dg.PipesClientCompletedInvocation(session, metadata={**where, **costs})
     partition = next(iter(partitions_of(context)), None)
-    _asset_context(context).add_asset_metadata(costs, asset_key=keys[0], partition_key=partition)
+    add_metadata(context, keys[0], partition, costs)
     return dg.PipesClientCompletedInvocation(session, metadata=dict(where))

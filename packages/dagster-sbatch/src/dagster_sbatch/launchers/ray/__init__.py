@@ -58,6 +58,7 @@ class RayLauncher(Launcher):
     """
 
     key: ClassVar[str] = "ray"
+    in_arrays: ClassVar[bool] = False
 
     ray_start_args: tuple[Annotated[str, AfterValidator(_argument)], ...] = Field(
         (), description="Further arguments of `ray start` on every node; --include-dashboard only on the head."

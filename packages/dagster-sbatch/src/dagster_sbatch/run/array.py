@@ -1,0 +1,156 @@
+"""Job arrays: what an asset writes, and the tasks that it asks for. Pure."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from dagster_sbatch.errors import ConfigurationError, describe
+from dagster_sbatch.run.digests import digest_of
+
+PARTITION_KEYS = "partition_keys"
+"""The one of the extras that holds the partitions of the run, or of a task."""
+MOST_TASKS = 10_000
+"""Of one run."""
+LONGEST_NAME = 200
+"""Characters of the name of a parameter set."""
+
+
+def _parameter_sets(value: Any) -> Any:
+    """Read a dictionary, or pairs as `dict()` takes them: a dictionary cannot show that a name came twice."""
+    if value is None or isinstance(value, Mapping):
+        return value
+    pairs = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    if not all(isinstance(each, Sequence) and not isinstance(each, str) and len(each) == 2 for each in pairs):
+        raise ValueError("give a dictionary of parameter sets by name, or a list of pairs (name, parameter set)")
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the name {twice!r} stands for two parameter sets. Give each set a name of its own")
+    return dict(pairs)
+
+
+class JobArray(BaseModel):
+    """Runs a workload in many tasks of a Slurm job array; in `development`, in many processes at once.
+
+    Without `tasks`, each partition of the run has its own task, or each `partitions_per_task` of them. The request, the
+    launcher and the workload are those of each task. A run has at most 10,000 tasks.
+
+    Example:
+        JobArray(partitions_per_task=24, max_running_tasks=50)
+        JobArray(tasks={"lr=0.1": {"lr": 0.1}, "lr=0.01": {"lr": 0.01}})
+
+    Raises:
+        ConfigurationError: a field is unknown or has a wrong value; the text lists all problems.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    partitions_per_task: PositiveInt = Field(1, description="How many partitions a task computes, one after another.")
+    max_running_tasks: PositiveInt | None = Field(
+        None,
+        description="How many tasks run at once at most. Default: as Slurm decides; in `development`, one per CPU.",
+    )
+    tasks: Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_parameter_sets)] = Field(
+        None,
+        description="Parameter sets by name, one task each; JSON. A task finds the values of its set in "
+        "`pipes.extras`. A list of pairs (name, set) is accepted, too, and refused if a name comes twice.",
+    )
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigurationError(describe(error, "JobArray", type(self).model_fields)) from None
+
+    @model_validator(mode="after")
+    def _check(self) -> "JobArray":
+        if self.tasks is None:
+            return self
+        if self.partitions_per_task != 1:
+            raise ValueError("give tasks or partitions_per_task, not both")
+        if not self.tasks:
+            raise ValueError("tasks: there is no parameter set. Give at least one")
+        for name, values in self.tasks.items():
+            if not name.isprintable() or not name.strip() or len(name) > LONGEST_NAME:
+                raise ValueError(
+                    f"tasks: the name {name[:LONGEST_NAME]!r} is empty, longer than {LONGEST_NAME} characters, or has "
+                    "characters that cannot be printed. Use another name"
+                )
+            _check_values(name, values)
+        return self
+
+
+def _check_values(name: str, values: Mapping[str, Any]) -> None:
+    if PARTITION_KEYS in values:
+        raise ValueError(f"tasks[{name!r}]: {PARTITION_KEYS!r} holds the partitions of the run. Use another name")
+    for key, value in values.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"tasks[{name!r}][{key!r}] cannot be sent to the workload as JSON: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task of an array.
+
+    Attributes:
+        name: its partition, `first..last` of several partitions, or the name of its parameter set.
+        partitions: that it computes; empty for a parameter set.
+        values: its parameter set; empty for partitions.
+    """
+
+    name: str
+    partitions: Sequence[str] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The name in lines of the log."""
+        return self.name if self.name.isprintable() else repr(self.name)
+
+    @property
+    def id(self) -> str:
+        """A digest of what decides its result, beside the inputs that all tasks have in common."""
+        return digest_of([list(self.partitions), dict(self.values)])
+
+
+def make_tasks(array: JobArray, partitions: Sequence[str]) -> tuple[Task, ...]:
+    """Return the tasks that an array asks for, in order.
+
+    Args:
+        array: of the call.
+        partitions: of the run.
+
+    Raises:
+        ConfigurationError: there are none, or too many.
+    """
+    if array.tasks is not None:
+        _check_number(
+            len(array.tasks), "Divide the parameter sets among several runs, or put several into one parameter set."
+        )
+        return tuple(Task(name, values=values) for name, values in array.tasks.items())
+    if not partitions:
+        raise ConfigurationError(
+            "array=JobArray(): this asset has no partitions, so there is nothing to divide into tasks. Give it "
+            "partitions_def=..., or name parameter sets: JobArray(tasks={'small': {'n': 1}, 'large': {'n': 9}})."
+        )
+    size = array.partitions_per_task
+    _check_number(
+        -(-len(partitions) // size), f"Write JobArray(partitions_per_task={-(-len(partitions) // MOST_TASKS)})."
+    )
+    chunks = [tuple(partitions[at : at + size]) for at in range(0, len(partitions), size)]
+    return tuple(Task(name_range(chunk), chunk) for chunk in chunks)
+
+
+def _check_number(number: int, advice: str) -> None:
+    if number > MOST_TASKS:
+        raise ConfigurationError(f"{number} tasks are more than the {MOST_TASKS} that a run may have. {advice}")
+
+
+def name_range(partitions: Sequence[str]) -> str:
+    """Return a short name for some partitions, of which there is at least one."""
+    return partitions[0] if len(partitions) == 1 else f"{partitions[0]}..{partitions[-1]}"

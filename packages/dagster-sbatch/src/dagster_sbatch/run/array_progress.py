@@ -1,0 +1,53 @@
+"""Lines of the step's log that show how far an array is."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+FIRST_PAUSE, LONGEST_PAUSE = 10.0, 300.0
+"""Seconds between two lines: short at first, longer while the array runs. Nothing is logged while nothing changes."""
+
+
+class ArrayProgress:
+    """Counts tasks, and logs the counts from a thread of its own."""
+
+    def __init__(self, total: int, done: int, log: Callable[[str], None]) -> None:
+        """Nothing has begun.
+
+        Args:
+            total: number of tasks.
+            done: how many of them an earlier run has computed.
+            log: gets the lines.
+        """
+        self._total, self._log = total, log
+        self.done, self.failed = done, 0
+        self.running: set[int] = set()
+        self._shown = ""
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Log the counts while this context lasts, and at its end."""
+        over = threading.Event()
+
+        def watch() -> None:
+            pause = FIRST_PAUSE
+            while not over.wait(pause):
+                self._show()
+                pause = min(1.5 * pause, LONGEST_PAUSE)
+
+        thread = threading.Thread(target=watch, name="array progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self._show()
+
+    def _show(self) -> None:
+        running = len(self.running)
+        waiting = self._total - self.done - self.failed - running
+        text = f"{self._total} tasks: {self.done} done, {running} running, {waiting} waiting, {self.failed} failed"
+        if text != self._shown:
+            self._shown = text
+            self._log(text)

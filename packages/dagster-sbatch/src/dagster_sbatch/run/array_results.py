@@ -1,0 +1,133 @@
+"""What an array as a whole has come to: one result for each asset and check, and the results of single tasks."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+
+from dagster_sbatch.run.task_results import MOST_ROWS, TaskResult
+
+_SUMS = ("node_hours", "gpu_hours", "workload_seconds")
+"""Numbers of jobs that can be added."""
+
+
+@dataclass(frozen=True)
+class TaskReports:
+    """What one task reported.
+
+    Attributes:
+        metadata: of the asset, by name; with several assets, the names begin with `ASSET: `.
+        messages: its custom messages.
+    """
+
+    metadata: Mapping[str, dg.MetadataValue[Any]]
+    messages: Sequence[Any]
+
+
+class CompletedArray(dg.PipesClientCompletedInvocation):
+    """The results of an array; an asset uses it as the one of a single workload.
+
+    Attributes:
+        tasks: what each task reported, by the task's name.
+    """
+
+    def __init__(
+        self,
+        session: dg.PipesSession,
+        metadata: Mapping[str, Any],
+        results: Sequence[TaskResult],
+        checks: Sequence[dg.AssetCheckResult],
+    ) -> None:
+        super().__init__(session, dict(metadata))
+        self._checks = checks
+        self.tasks = {each.task.name: TaskReports(each.metadata, each.messages) for each in results}
+
+    def get_results(self, *, implicit_materializations: bool = True) -> Sequence[Any]:
+        """Return a result for each asset, and for each check that a task has reported."""
+        return [*super().get_results(implicit_materializations=implicit_materializations), *self._checks]
+
+    def get_custom_messages(self) -> Sequence[Any]:
+        """Return the custom messages of all tasks, in the order of the tasks."""
+        return [message for each in self.tasks.values() for message in each.messages]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckOutcome:
+    """The outcome of an asset check in one task, or for one partition of an earlier run."""
+
+    name: str
+    passed: bool
+    severity: dg.AssetCheckSeverity
+    text: str
+
+
+def combine_checks(
+    expected: Iterable[dg.AssetCheckKey],
+    results: Sequence[TaskResult],
+    earlier: Mapping[dg.AssetCheckKey, Sequence[CheckOutcome]],
+) -> list[dg.AssetCheckResult]:
+    """Return one result for each asset check that a task has reported: passed if it has passed in every task.
+
+    Args:
+        expected: the checks of the step.
+        results: of the tasks.
+        earlier: outcomes for partitions that an earlier run has computed.
+    """
+    combined = []
+    for check in sorted(expected):
+        reported = [each.checks[check] for each in results if check in each.checks]
+        outcomes = [*earlier.get(check, ()), *(_outcome(check, each) for each in results)]
+        if len(reported) == len(outcomes) == 1:
+            combined.append(reported[0])
+        elif reported or check in earlier:
+            combined.append(_combine(check, outcomes))
+    return combined
+
+
+def _outcome(check: dg.AssetCheckKey, result: TaskResult) -> CheckOutcome:
+    found = result.checks.get(check)
+    if found is None:
+        return CheckOutcome(result.task.name, passed=False, severity=dg.AssetCheckSeverity.ERROR, text="not reported")
+    shown = {name: value.value for name, value in (found.metadata or {}).items()}
+    text = ", ".join(f"{name}={value}" for name, value in shown.items())
+    return CheckOutcome(result.task.name, bool(found.passed), found.severity, text[:MOST_ROWS])
+
+
+def _combine(check: dg.AssetCheckKey, outcomes: Sequence[CheckOutcome]) -> dg.AssetCheckResult:
+    failed = [each for each in outcomes if not each.passed]
+    severe = any(each.severity == dg.AssetCheckSeverity.ERROR for each in failed or outcomes)
+    metadata: dict[str, Any] = {"tasks": len(outcomes), "failed": len(failed)}
+    if failed:
+        rows = [{"task": each.name, "severity": each.severity.value, "reported": each.text} for each in failed]
+        metadata["failures"] = table(rows)
+    return dg.AssetCheckResult(
+        asset_key=check.asset_key,
+        check_name=check.name,
+        passed=not failed,
+        severity=dg.AssetCheckSeverity.ERROR if severe else dg.AssetCheckSeverity.WARN,
+        metadata=metadata,
+    )
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
+    """Return the first MOST_ROWS rows as metadata; numbers stay numbers."""
+    columns: dict[str, str] = {}
+    for row in rows:
+        for name, value in row.items():
+            kind = "int" if type(value) is int else "float" if type(value) is float else "string"
+            columns[name] = kind if columns.get(name, kind) == kind else "string"
+    schema = dg.TableSchema([dg.TableColumn(name, kind) for name, kind in columns.items()])
+    records = [dg.TableRecord(dict(row)) for row in rows[:MOST_ROWS]]
+    return dg.MetadataValue.table(records, schema)
+
+
+def summarize(results: Sequence[TaskResult]) -> dict[str, Any]:
+    """Return metadata of an asset whose tasks are parameter sets: a table of them, and their costs together."""
+    rows = []
+    for each in results:
+        numbers = {name: getattr(value, "value", None) for name, value in each.metadata.items()}
+        shown = {name: value for name, value in numbers.items() if isinstance(value, int | float | str)}
+        rows.append({"task": each.task.name, **shown, **each.costs})
+    sums = {name: round(sum(each.costs[name] for each in results if name in each.costs), 6) for name in _SUMS}
+    return {"tasks": table(rows), **{name: total for name, total in sums.items() if total}}

@@ -1,0 +1,244 @@
+"""The tasks of one call of `compute.run` as the Dagster step sees them, wherever they run."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import dagster as dg
+from dagster_pipes import PIPES_PROTOCOL_VERSION
+
+from dagster_sbatch.run.array_progress import ArrayProgress
+from dagster_sbatch.run.array_results import CheckOutcome, CompletedArray, combine_checks, summarize
+from dagster_sbatch.run.calls import calls_of
+from dagster_sbatch.run.failures import failure, shorten
+from dagster_sbatch.run.history import stored_partitions
+from dagster_sbatch.run.messages import explain_failure
+from dagster_sbatch.run.pipes import Session, open_session
+from dagster_sbatch.run.plan import Plan
+from dagster_sbatch.run.reports import StepLog
+from dagster_sbatch.run.results import StepContext, add_metadata, op_context, partitions_of
+from dagster_sbatch.run.task_contexts import TaskContexts
+from dagster_sbatch.run.task_failures import TaskFailures
+from dagster_sbatch.run.task_output import TaskReader, Warnings
+from dagster_sbatch.run.task_results import CHECK, TaskResult, read_result
+from dagster_sbatch.slurm.gateway import MESSAGES
+
+MOST_REPEATED = 10
+"""Repeated warnings that the log names at the end."""
+_AGAIN = "\nRe-execute this run from failure: it runs only the tasks that have not succeeded."
+
+
+class ArrayStep:
+    """The tasks of one call: what they write, what they report, and what comes of it all.
+
+    Attributes:
+        tasks: of the array.
+        left: indices of the tasks that no earlier run has completed.
+        contexts: of the tasks, once the session is open.
+    """
+
+    def __init__(self, context: StepContext, name: str, plan: Plan) -> None:
+        """Find out which partitions are done.
+
+        Args:
+            context: of the step.
+            name: of the step, for texts.
+            plan: of the call, with its tasks.
+
+        Raises:
+            Failure: this step has called `compute.run` with an array of partitions before.
+        """
+        self._context, self._name, self._plan = context, name, plan
+        self._log = StepLog(context)
+        self._step = op_context(context)
+        self.tasks = plan.tasks
+        by_partition = any(task.partitions for task in plan.tasks)
+        if by_partition and not calls_of(self._step).claim_once("partitions"):
+            raise failure(
+                name,
+                "this step has called compute.run with an array of its partitions before. A partition is done once, so "
+                "Dagster could not tell which call it is done for. Make an asset of each call.",
+                final=True,
+            )
+        stored = stored_partitions(context) if by_partition else {}
+        complete = {
+            index
+            for index, task in enumerate(plan.tasks)
+            if task.partitions and all(key in stored for key in task.partitions)
+        }
+        self._done = {key: stored[key] for index in complete for key in plan.tasks[index].partitions}
+        self.left = [index for index in range(len(plan.tasks)) if index not in complete]
+        self._progress = ArrayProgress(len(plan.tasks), len(complete), self._log.info)
+        self._readers: dict[int, TaskReader] = {}
+        self._results: dict[int, TaskResult] = {}
+        self._reported_by: dict[tuple[str, dg.AssetKey], str] = {}
+        self._failures, self._warnings = TaskFailures(), Warnings()
+        self._storing = False
+
+    @contextmanager
+    def open(self, context_path: str, messages_path: str) -> Iterator[Session]:
+        """Open the Pipes session of all tasks, and log their progress; the paths are those that a task sees."""
+        with open_session(self._context, self._plan.extras, context_path, messages_path) as session:
+            self._session = session
+            definition = self._step.assets_def.partitions_def if self._step.has_assets_def else None
+            self.contexts = TaskContexts(session.context_document.text, definition)
+            if self._done:
+                self._log.info(f"{len(self._done)} partitions are done already. Their tasks are not run again.")
+            with self._progress.shown():
+                yield session
+            for method in ("closed",) if session.messages.opened else ("opened", "closed"):  # else Dagster warns
+                session.messages.deliver(
+                    {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": {}}
+                )
+
+    # What happens to a task
+
+    def started(self, index: int) -> None:
+        """Register that a task runs; the same one may start again."""
+        self._progress.running.add(index)
+
+    def feed(self, index: int, name: str, data: bytes) -> None:
+        """Read what a task has written: the next bytes of `messages.jsonl`, `stdout` or `stderr`."""
+        reader = self.reader(index)
+        sinks = {MESSAGES: reader.messages.feed, "stdout": reader.stdout.feed, "stderr": reader.stderr.feed}
+        sinks[name](data)
+
+    def reader(self, index: int) -> TaskReader:
+        """Return what reads the output of a task; it exists from the task's first byte to its end."""
+        if index not in self._readers:
+            self._readers[index] = TaskReader(self.tasks[index], self._session, self._warnings)
+        return self._readers[index]
+
+    def ended(self, index: int, exit_code: int, where: Mapping[str, Any], costs: Mapping[str, Any], logs: str) -> bool:
+        """Judge a task by its exit code and its messages, after its last byte; return whether it succeeded.
+
+        Args:
+            index: of the task.
+            exit_code: of its process; negative is the signal that ended it.
+            where: metadata of its job.
+            costs: numbers of its job.
+            logs: where its output is.
+        """
+        task, messages = self.tasks[index], self.reader(index).messages
+        cause = explain_failure(messages, exit_code, self._plan.workload.name)
+        if cause is None:
+            try:
+                result = read_result(self._context, self._session.messages, task, messages, where, costs)
+                self._check_partitions(result)
+            except Exception as error:  # noqa: BLE001 - Dagster raises its own for each kind of wrong report
+                cause = f"what {self._plan.workload.name} reported cannot be used: {shorten(str(error))}"
+        if cause is not None:
+            self.failed(index, cause, logs)
+            return False
+        self._end(index)
+        self._progress.done += 1
+        self._results[index] = result
+        if self._storing:
+            self._materialize(result)
+        return True
+
+    def failed(self, index: int, cause: str, logs: str) -> None:
+        """Register that a task has failed for good, and store what others have completed: the step will fail."""
+        reader = self._end(index)
+        self._progress.failed += 1
+        task = self.tasks[index]
+        if self._failures.add(index, task, cause, reader.stderr.tail if reader else "", logs):
+            self._log.error(f"Task {task.label} failed: {cause}\nLogs: {logs}\nThe other tasks continue.")
+        self.store_completed()
+
+    def _end(self, index: int) -> TaskReader | None:
+        self._progress.running.discard(index)
+        reader = self._readers.pop(index, None)
+        if reader:
+            reader.finish()
+        return reader
+
+    def _check_partitions(self, result: TaskResult) -> None:
+        """Refuse a report on a partition that another task has reported: parameter sets share the run's partitions."""
+        if result.task.partitions:
+            return
+        for report in result.reports:
+            other = self._reported_by.setdefault((report.partition, report.asset), result.task.name)
+            if other != result.task.name:
+                raise ValueError(
+                    f"the partition {report.partition!r} was reported by task {other!r} before. "
+                    "Let only one task report it, or use a custom message of your own"
+                )
+
+    # What comes of all
+
+    def store_completed(self) -> None:
+        """Materialize the partitions of tasks when they have succeeded: the step itself will not."""
+        if not self._storing:
+            self._storing = True
+            for result in self._results.values():
+                self._materialize(result)
+
+    def _materialize(self, result: TaskResult) -> None:
+        """Store the partitions of a task now. If Dagster cannot, the next attempt computes them again."""
+        if not result.task.partitions:
+            return
+        try:
+            self._store(result)
+        except Exception as error:  # noqa: BLE001 - of whatever database it is
+            self._log.error(f"Dagster could not store the result of task {result.task.label}: {error}")
+
+    def _store(self, result: TaskResult) -> None:
+        for (partition, key), metadata in result.of_partitions(self._step.selected_asset_keys, versions=True).items():
+            self._context.log_event(dg.AssetMaterialization(key, metadata=metadata, partition=partition))
+
+    def complete(self, where: Mapping[str, Any]) -> dg.PipesClientCompletedInvocation:
+        """Return the results, or raise the step's failure.
+
+        Args:
+            where: metadata for all results.
+        """
+        self._log_repeated()
+        if self._failures:
+            raise self._failure()
+        results = [self._results[index] for index in sorted(self._results)]
+        for partition, assets in self._done.items():
+            for key, stored in assets.items():
+                add_metadata(self._context, key, partition, stored)
+        for result in results:
+            self._attach(result)
+        checks = combine_checks(self._step.selected_asset_check_keys, results, self._earlier_checks())
+        by_partition = any(task.partitions for task in self.tasks)
+        metadata = dict(where) if by_partition else {**where, **summarize(results)}
+        return CompletedArray(self._session.pipes, metadata, results, checks)
+
+    def _attach(self, result: TaskResult) -> None:
+        """Attach what a task reported to the materializations that Dagster makes at the end of the step."""
+        single = len(partitions_of(self._context)) == 1
+        for report in result.reports:
+            if single and report.data_version:
+                self._context.set_data_version(report.asset, dg.DataVersion(report.data_version))
+        metadata = result.of_partitions(self._step.selected_asset_keys, versions=not single)
+        for (partition, key), each in metadata.items():
+            add_metadata(self._context, key, partition, each)
+
+    def _earlier_checks(self) -> dict[dg.AssetCheckKey, list[CheckOutcome]]:
+        """Return the outcomes of the checks for the partitions that an earlier run has computed."""
+        found: dict[dg.AssetCheckKey, list[CheckOutcome]] = {}
+        for check in self._step.selected_asset_check_keys:
+            for partition, assets in self._done.items():
+                value = assets[check.asset_key].get(CHECK.format(check.name)) if check.asset_key in assets else None
+                if isinstance(value, dg.BoolMetadataValue):
+                    outcome = CheckOutcome(partition, bool(value.value), dg.AssetCheckSeverity.ERROR, "earlier run")
+                    found.setdefault(check, []).append(outcome)
+        return found
+
+    def _failure(self) -> dg.Failure:
+        number, total = len(self._failures), len(self.tasks)
+        kept = [self.tasks[index] for index in self._results if self.tasks[index].partitions]
+        head = f"{number} of {total} tasks failed."
+        if kept or self._done:
+            stored = sum(len(task.partitions) for task in kept) + len(self._done)
+            head += f" The {stored} partitions of the other tasks are materialized.{_AGAIN}"
+        return failure(self._name, f"{head}\n\n{self._failures.describe()}", **self._failures.metadata())
+
+    def _log_repeated(self) -> None:
+        repeated = sorted(self._warnings.repeated.items(), key=lambda item: -item[1])
+        if repeated:
+            lines = [f"{count} more times: {text}" for text, count in repeated[:MOST_REPEATED]]
+            self._log.warning("Warnings that several tasks have written are shown once:\n" + "\n".join(lines))

@@ -1,0 +1,147 @@
+"""A workload, or the tasks of an array, as processes of this machine, as their Dagster step sees them."""
+
+import os
+import socket
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import dagster as dg
+from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
+
+from dagster_sbatch.run.array_step import ArrayStep
+from dagster_sbatch.run.directory import CONTEXT
+from dagster_sbatch.run.failures import failure
+from dagster_sbatch.run.interrupts import run_interruptibly
+from dagster_sbatch.run.local import (
+    GRACE_SECONDS,
+    POLL_SECONDS,
+    Ended,
+    LocalProcess,
+    RunDirectory,
+    run_workload,
+    temporary_run_directory,
+    workload_environment,
+)
+from dagster_sbatch.run.messages import explain_failure
+from dagster_sbatch.run.pipes import open_session
+from dagster_sbatch.run.plan import Plan
+from dagster_sbatch.run.results import StepContext, complete
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import MESSAGES
+
+
+def run_here(context: StepContext, name: str, settings: Settings, plan: Plan) -> dg.PipesClientCompletedInvocation:
+    """Run the workload as a subprocess of this step; see `ComputeResource.run`."""
+    with temporary_run_directory() as folder:
+        directory = RunDirectory(Path(folder))
+        with open_session(context, plan.extras, str(directory.context), str(directory.messages)) as session:
+            directory.context.write_text(session.context_document.text)
+            environment = {**_environment(settings, plan), **session.pipes.get_bootstrap_env_vars()}
+            sinks = {
+                directory.stdout: session.stdout.feed,
+                directory.stderr: session.stderr.feed,
+                directory.messages: session.messages.feed,
+            }
+            ended = run_interruptibly(lambda stop: run_workload(_command(plan), environment, directory, sinks, stop))
+            session.messages.finish(context)
+        cause = explain_failure(session.messages, ended.exit_code, plan.workload.name)
+        if cause:
+            raise failure(name, cause, session.stderr.tail, exit_code=ended.exit_code, workload=plan.workload.path)
+        where = {"host": socket.gethostname(), "workload": str(plan.workload.path)}
+        return complete(context, session.pipes, where, {"workload_seconds": round(ended.seconds, 3)})
+
+
+def _command(plan: Plan) -> list[str]:
+    return [sys.executable, *plan.workload.command(plan.workload.root)]
+
+
+def _environment(settings: Settings, plan: Plan) -> dict[str, str]:
+    """Return the variables of a workload, without those of Dagster Pipes."""
+    return {
+        **workload_environment(),
+        **plan.launcher.local_environment(),
+        "DATA_ROOT": str(plan.project.local_data_root(settings)),
+        "PYTHONPATH": str(plan.workload.root),
+        **plan.env,
+    }
+
+
+def run_array_here(
+    context: StepContext, name: str, settings: Settings, plan: Plan
+) -> dg.PipesClientCompletedInvocation:
+    """Run the tasks of an array as subprocesses of this step, some at once; see `ComputeResource.run`."""
+    step = ArrayStep(context, name, plan)
+    tasks = _LocalTasks(step, settings, plan)
+    with step.open(CONTEXT, MESSAGES):
+        run_interruptibly(tasks.run)
+    return step.complete({"host": socket.gethostname(), "workload": str(plan.workload.path)})
+
+
+class _LocalTasks:
+    """The processes of the tasks that run now."""
+
+    def __init__(self, step: ArrayStep, settings: Settings, plan: Plan) -> None:
+        self._step, self._plan = step, plan
+        self._environment = _environment(settings, plan)
+        assert plan.array is not None
+        self._most = plan.array.max_running_tasks or os.cpu_count() or 1
+        self._processes: dict[int, LocalProcess] = {}
+        self._folders: dict[int, ExitStack] = {}
+
+    def run(self, stop: threading.Event) -> None:
+        """Run all tasks that are left; when `stop` is set, end those that run, and start no more."""
+        left = iter(self._step.left)
+        try:
+            while not stop.is_set():
+                while len(self._processes) < self._most and (index := next(left, None)) is not None:
+                    self._start(index)
+                if not self._processes:
+                    return
+                ended = [index for index, process in self._processes.items() if not process.follow()]
+                for index in ended:
+                    self._judge(index, self._end(index))
+                if not ended:
+                    stop.wait(POLL_SECONDS)
+            self._terminate()
+            self._step.store_completed()
+        finally:
+            for process in self._processes.values():
+                process.release()
+            for index in list(self._processes):
+                self._end(index)
+
+    def _start(self, index: int) -> None:
+        folder = self._folders[index] = ExitStack()
+        directory = RunDirectory(Path(folder.enter_context(temporary_run_directory())))
+        contexts = self._step.contexts
+        directory.context.write_text(contexts.head + contexts.tail(self._step.tasks[index]))
+        messages = {"path": str(directory.messages), "include_stdio_in_messages": False}
+        environment = {
+            **self._environment,
+            DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"path": str(directory.context)}),
+            DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param(messages),
+        }
+        names = {directory.stdout: "stdout", directory.stderr: "stderr", directory.messages: MESSAGES}
+        sinks = {path: lambda data, name=name: self._step.feed(index, name, data) for path, name in names.items()}
+        self._processes[index] = LocalProcess(_command(self._plan), environment, directory, sinks)
+        self._step.started(index)
+
+    def _end(self, index: int) -> Ended:
+        with self._folders.pop(index):
+            return self._processes.pop(index).end()
+
+    def _judge(self, index: int, ended: Ended) -> None:
+        label = self._step.tasks[index].label
+        logs = f"the lines of this step's stdout and stderr that begin with [{label}]"
+        self._step.ended(index, ended.exit_code, {}, {"workload_seconds": round(ended.seconds, 3)}, logs)
+
+    def _terminate(self) -> None:
+        """End all processes together."""
+        until = time.monotonic() + GRACE_SECONDS
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            process.wait(max(0.0, until - time.monotonic()))

@@ -1,0 +1,136 @@
+"""The Pipes messages of a workload, as they come out of its file, and whether the workload succeeded."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesMessage
+
+from dagster_sbatch.run.failures import is_success, name_exception, name_exit, shorten, shorten_exception
+from dagster_sbatch.run.results import PARTITION
+
+JOB_STARTED = "job_started"
+"""Method of the line that the job script writes into the messages file whenever Slurm starts the job."""
+
+
+class MessageParser:
+    """Reads the bytes of a workload's messages file, in pieces of any size.
+
+    Dagster's own reader does not report whether all sessions were closed and with which exception, and it counts the
+    results of a job that Slurm requeued twice. Here only the results since the last start of the job count. `error`
+    keeps the first message that cannot be read or that Dagster refuses; the step follows the job to its end in spite of
+    it.
+
+    Attributes:
+        opened: whether a process has opened a Pipes session.
+        open: how many sessions are open now. A process that the workload starts may open one of its own.
+        exception: that ended an outermost session.
+        inner_exception: that ended a session inside another one, which may have handled it.
+        error: what was wrong with the messages; None if nothing was.
+        closed: the last message that closed a session.
+        results: reports on assets and checks, and the workload's own custom messages.
+        partitions: the values of the PARTITION messages.
+    """
+
+    def __init__(self, path: str, deliver: Callable[[PipesMessage], None]) -> None:
+        """Nothing is read yet.
+
+        Args:
+            path: where the workload will write its messages.
+            deliver: gets each message that says `opened`, and each line of the log, at once.
+        """
+        self.path, self._deliver = path, deliver
+        self._rest = b""
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget everything: the job begins, for the first time or once more."""
+        self.opened = False
+        self.open = 0
+        self.exception: Mapping[str, Any] | None = None
+        self.inner_exception: Mapping[str, Any] | None = None
+        self.error: Exception | None = None
+        self.closed: PipesMessage | None = None
+        self.results: list[PipesMessage] = []
+        self.partitions: list[Any] = []
+
+    def feed(self, data: bytes) -> None:
+        """Read the next bytes; log messages are delivered at once. An incomplete last line waits for its rest."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in filter(None, lines):
+            with self.error_kept():
+                self._read(line)
+
+    @contextmanager
+    def error_kept(self) -> Iterator[None]:
+        """Keep the first error that a message causes, here or in Dagster; the step reports it."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            self.error = self.error or error
+
+    def _read(self, line: bytes) -> None:
+        try:
+            message: PipesMessage = json.loads(line)
+            message = {**message, "method": message["method"], "params": message.get("params") or {}}
+        except (ValueError, TypeError, KeyError) as error:
+            text = line[:200].decode(errors="replace")
+            raise ValueError(f"not a Dagster Pipes message in {self.path}: {text!r}") from error
+        self.receive(message)
+
+    def receive(self, message: PipesMessage) -> None:
+        """Deliver a message at once, or keep it."""
+        method, params = message["method"], message["params"] or {}
+        payload = params.get("payload") if method == "report_custom_message" else None
+        if method == JOB_STARTED:
+            self._begin()
+        elif self.error:
+            return
+        elif method == "closed":
+            self._close(params.get("exception"))
+        elif isinstance(payload, dict) and payload.keys() == {PARTITION}:
+            self.partitions.append(payload[PARTITION])
+        elif method.startswith("report_"):
+            self.results.append(message)
+        else:
+            if method == "opened":
+                self.opened = True
+                self.open += 1
+            with suppress(Exception):  # a line of the log that Dagster cannot store decides nothing
+                self._deliver(message)
+
+    def _close(self, exception: Mapping[str, Any] | None) -> None:
+        self.open -= 1
+        shortened = shorten_exception(exception) if exception else None
+        if shortened and self.open > 0:
+            self.inner_exception = shortened
+        elif shortened:
+            self.exception = self.exception or shortened
+        params = {"exception": shortened} if shortened else {}
+        self.closed = {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": "closed", "params": params}
+
+
+def explain_failure(messages: MessageParser, exit_code: int, workload: str) -> str | None:
+    """Return why the workload failed, for its author; None if it succeeded.
+
+    It succeeded if its exit code is 0, every Pipes session was closed, and no exception but `sys.exit(0)` ended one: a
+    workload that raises after it has reported a materialization, or that never ran, has failed.
+
+    Args:
+        messages: of the workload, after the last byte.
+        exit_code: of the workload's process; negative is the signal that ended it, as in `subprocess`.
+        workload: its name, for the text.
+    """
+    exception = messages.exception or (messages.inner_exception if messages.open > 0 else None)
+    if exception is not None and not is_success(exception):
+        return f"{workload} raised {name_exception(exception, with_stack=exit_code == 0)}"
+    if exit_code:
+        return f"{workload} {name_exit(exit_code)}"
+    if messages.error:
+        return f"what {workload} reported cannot be used: {shorten(str(messages.error))}"
+    if not messages.opened:
+        return f"{workload} ended without opening a Dagster Pipes session: wrap its work in `with open_dagster_pipes()`"
+    if messages.open > 0:
+        return f"{workload} ended without closing its Dagster Pipes session: something ended it in mid-work"
+    return None

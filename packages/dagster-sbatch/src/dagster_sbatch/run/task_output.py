@@ -1,0 +1,98 @@
+"""What the tasks of an array write: in the step's output and log with the task's name, and repeated warnings once."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from dagster_pipes import PipesMessage
+
+from dagster_sbatch.run.array import Task
+from dagster_sbatch.run.messages import MessageParser
+from dagster_sbatch.run.pipes import Lines, Session
+
+MOST_WARNINGS = 500
+"""Different warnings of one step that are compared; later ones are shown each time."""
+_WARNING = re.compile(r"warning", re.IGNORECASE)
+
+
+class Warnings:
+    """Which warnings the tasks of a step have written, so that each is shown once."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] = {}
+        self.repeated: dict[str, int] = {}
+
+    def is_new(self, text: str, task: str) -> bool:
+        """Return whether no other task has written this warning; else count it."""
+        if text not in self._first and len(self._first) < MOST_WARNINGS:
+            self._first[text] = task
+        if self._first.get(text, task) == task:
+            return True
+        self.repeated[text] = self.repeated.get(text, 0) + 1
+        return False
+
+
+class TaskLines(Lines):
+    """Writes one stream of a task into that of the whole step, in whole lines that begin with the task's name.
+
+    A line with the word `warning` that another task has written before is left out, with the indented lines after it.
+    """
+
+    def __init__(self, label: str, target: Callable[[str], None], warnings: Warnings) -> None:
+        """`target`: shows the lines."""
+        super().__init__()
+        self._label, self._target, self._warnings = label, target, warnings
+        self._rest = ""
+        self._left_out = False
+
+    def show(self, text: str) -> None:
+        """Write some text; what follows its last newline waits."""
+        *lines, self._rest = (self._rest + text).split("\n")
+        shown = [f"[{self._label}] {line}\n" for line in lines if self._is_shown(line)]
+        if shown:
+            self._target("".join(shown))
+
+    def finish(self) -> None:
+        """Write the last line, if it has no newline."""
+        if self._rest:
+            self.show("\n")
+
+    def _is_shown(self, line: str) -> bool:
+        if self._left_out and line[:1].isspace():
+            return False
+        self._left_out = bool(_WARNING.search(line)) and not self._warnings.is_new(line, self._label)
+        return not self._left_out
+
+
+class TaskReader:
+    """Reads what one task writes, while it runs.
+
+    Attributes:
+        messages: its Pipes messages; lines of the log are in the step's log at once.
+        stdout, stderr: its output; the last lines of each are kept.
+    """
+
+    def __init__(self, task: Task, session: Session, warnings: Warnings) -> None:
+        """`session`: of the whole step."""
+        self._label, self._session, self._warnings = task.label, session, warnings
+        self.stdout = TaskLines(task.label, session.stdout.show, warnings)
+        self.stderr = TaskLines(task.label, session.stderr.show, warnings)
+        self.messages = MessageParser(session.messages.path, self._deliver)
+
+    def finish(self) -> None:
+        """Write what is left of the last lines."""
+        self.stdout.finish()
+        self.stderr.finish()
+
+    def _deliver(self, message: PipesMessage) -> None:
+        params: dict[str, Any] = dict(message["params"] or {})
+        if message["method"] == "opened":
+            if not self._session.messages.opened:
+                self._session.messages.receive(message)
+            return
+        if message["method"] == "log":
+            text = str(params.get("message"))
+            if str(params.get("level", "")).upper() == "WARNING" and not self._warnings.is_new(text, self._label):
+                return
+            params["message"] = f"[{self._label}] {text}"
+        self._session.messages.deliver({**message, "params": params})

@@ -1,0 +1,119 @@
+"""What the tasks of an array report, checked when each ends, and brought together at the end of the step."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import dagster as dg
+
+from dagster_sbatch.run.array import Task
+from dagster_sbatch.run.messages import MessageParser
+from dagster_sbatch.run.results import PartitionReport, StepContext, partitions_of, read_partitions, report_on
+
+MOST_ROWS = 200
+"""Of a table in the metadata: Dagster stores it with the event."""
+CHECK = "check {}"
+"""Metadata of a partition: whether the asset check of that name passed for it."""
+
+
+@dataclass(slots=True)
+class TaskResult:
+    """What is kept of a task that succeeded.
+
+    Attributes:
+        task: the task.
+        where: metadata of its job.
+        costs: numbers of its job.
+        reports: on its partitions, by asset.
+        metadata: what it reported of its assets as a whole.
+        checks: the outcome of each asset check that it reported.
+        messages: its own custom messages.
+    """
+
+    task: Task
+    where: Mapping[str, Any]
+    costs: Mapping[str, Any]
+    reports: list[PartitionReport] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    checks: dict[dg.AssetCheckKey, "dg.AssetCheckResult"] = field(default_factory=dict)
+    messages: list[Any] = field(default_factory=list)
+
+    def of_partitions(
+        self, assets: Iterable[dg.AssetKey], *, versions: bool
+    ) -> dict[tuple[str, dg.AssetKey], dict[str, Any]]:
+        """Return the metadata of each of its partitions, by asset; its costs are with the first of both, only.
+
+        `versions`: whether data versions are among them: Dagster stores one per asset and step.
+        """
+        partitions, keys = self.task.partitions, sorted(assets)
+        found: dict[tuple[str, dg.AssetKey], dict[str, Any]] = {
+            (partition, key): dict(self.where) for partition in partitions for key in keys
+        }
+        for report in self.reports:
+            entry = found.setdefault((report.partition, report.asset), {})
+            entry.update(report.metadata)
+            if report.data_version and versions:
+                entry["data_version"] = report.data_version
+        for check, result in self.checks.items():
+            for partition in partitions:
+                found[partition, check.asset_key][CHECK.format(check.name)] = bool(result.passed)
+        if partitions and keys:
+            found[partitions[0], keys[0]].update(self.costs)
+        return found
+
+
+def read_result(
+    context: StepContext,
+    reader: dg.PipesMessageReader,
+    task: Task,
+    messages: MessageParser,
+    where: Mapping[str, Any],
+    costs: Mapping[str, Any],
+) -> TaskResult:
+    """Read what a task has reported.
+
+    Args:
+        context: of the step.
+        reader: of the step's messages.
+        task: the task.
+        messages: of the task, after the last byte.
+        where: metadata of its job.
+        costs: numbers of its job.
+
+    Raises:
+        ValueError: it reported a partition of another task, or an asset or a check that is not of this step.
+        Exception: of Dagster, about a report that it cannot read.
+    """
+    result = TaskResult(task, where, costs)
+    handler = dg.PipesMessageHandler(context, reader)
+    for message in messages.results:
+        handler.handle_message(message)
+    result.messages.extend(handler.get_custom_messages())
+    for each in handler.get_reported_results():
+        if isinstance(each, dg.AssetCheckResult):
+            result.checks[_declared_check(context, each)] = each
+            continue
+        key = _known_asset(context, each.asset_key)
+        result.reports += [report_on(each, partition) for partition in task.partitions]
+        prefix = f"{key.to_user_string()}: " if len(context.selected_asset_keys) > 1 else ""
+        result.metadata |= {f"{prefix}{name}": value for name, value in (each.metadata or {}).items()}
+    if messages.partitions:
+        own = task.partitions or partitions_of(context)
+        whose = "task" if task.partitions else "run"
+        result.reports += read_partitions(context, reader, messages.partitions, own, whose=whose)
+    return result
+
+
+def _declared_check(context: StepContext, result: dg.AssetCheckResult) -> dg.AssetCheckKey:
+    for check in context.selected_asset_check_keys:
+        if (check.asset_key, check.name) == (result.asset_key, result.check_name):
+            return check
+    raise ValueError(f"a result of the check {result.check_name!r}, which is not declared (check_specs)")
+
+
+def _known_asset(context: StepContext, key: dg.AssetKey | None) -> dg.AssetKey:
+    if key not in context.selected_asset_keys:
+        names = ", ".join(sorted(each.to_user_string() for each in context.selected_asset_keys))
+        raise ValueError(f"a report on the asset {key and key.to_user_string()!r}; the assets of this run are {names}")
+    assert key is not None
+    return key

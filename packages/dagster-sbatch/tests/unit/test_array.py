@@ -1,0 +1,168 @@
+"""Job arrays without any process: what an asset may write, the tasks of it, their contexts, their failures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch import ConfigurationError, JobArray, RayLauncher, ScriptLauncher, SlurmRequest
+from dagster_sbatch.run import array_progress
+from dagster_sbatch.run.array import Task, make_tasks
+from dagster_sbatch.run.array_progress import ArrayProgress
+from dagster_sbatch.run.plan import Plan, make_plan
+from dagster_sbatch.run.task_contexts import TaskContexts
+from dagster_sbatch.run.task_failures import TaskFailures
+from dagster_sbatch.settings import Settings
+from resources import PROJECT
+from slurm_in_a_box import wait_until
+
+
+def plan(array: Any, launcher: Any = None, partitions: tuple[str, ...] = ("a", "b"), **request: Any) -> Plan:
+    settings = Settings.model_construct(supercomputer_site="musica")
+    return make_plan(
+        settings,
+        PROJECT,
+        Path(__file__),
+        launcher or ScriptLauncher(),
+        SlurmRequest(**request),
+        extras={"partition_keys": list(partitions)} if partitions else {},
+        array=array,
+    )
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"partitions_per_task": 0}, "JobArray: partitions_per_task: Input should be greater than 0"),
+        ({"max_running_tasks": 0}, "JobArray: max_running_tasks: Input should be greater than 0"),
+        ({"task": {}}, "task: unknown field; did you mean 'tasks'?"),
+        ({"tasks": {}}, "there is no parameter set"),
+        ({"tasks": {"a": {}}, "partitions_per_task": 2}, "give tasks or partitions_per_task, not both"),
+        ({"tasks": [("a", {}), ("b", {}), ("a", {})]}, "the name 'a' stands for two parameter sets"),
+        ({"tasks": ["ab"]}, "list of pairs (name, parameter set)"),
+        ({"tasks": {"a\nb": {}}}, "characters that cannot be printed"),
+        ({"tasks": {"": {}}}, "is empty"),
+        ({"tasks": {"a": {"x": {1}}}}, "tasks['a']['x'] cannot be sent to the workload as JSON"),
+        ({"tasks": {"a": {"partition_keys": []}}}, "'partition_keys' holds the partitions of the run"),
+    ],
+)
+def test_an_array_that_cannot_work(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        JobArray(**fields)
+    assert text in str(error.value)
+
+
+def test_each_partition_or_each_chunk_is_a_task() -> None:
+    one, several = JobArray(), JobArray(partitions_per_task=2)
+    assert [task.name for task in make_tasks(one, ["a", "b", "c"])] == ["a", "b", "c"]
+    assert [(task.name, list(task.partitions)) for task in make_tasks(several, ["a", "b", "c"])] == [
+        ("a..b", ["a", "b"]),
+        ("c", ["c"]),
+    ]
+
+
+def test_what_decides_the_result_of_a_task_decides_its_id() -> None:
+    tasks = make_tasks(JobArray(tasks={"a": {"x": 1, "y": 2}, "b": {"x": 1}, "c": {"y": 2, "x": 1}}), [])
+    assert [task.id for task in tasks].index(tasks[2].id) == 0
+    assert tasks[0].id != tasks[1].id != Task("b", ["p"]).id
+
+
+def test_a_hundred_thousand_tasks_are_refused_with_what_to_write() -> None:
+    keys = tuple(str(number) for number in range(100_000))
+    with pytest.raises(ConfigurationError, match=r"100000 tasks .* 10000 .* JobArray\(partitions_per_task=10\)"):
+        plan(JobArray(), partitions=keys)
+    assert len(plan(JobArray(partitions_per_task=10), partitions=keys).tasks) == 10_000
+    with pytest.raises(ConfigurationError, match="Divide the parameter sets among several runs"):
+        plan(JobArray(tasks={key: {} for key in keys}))
+
+
+@pytest.mark.parametrize(
+    ("array", "launcher", "request_", "text"),
+    [
+        ({"tasks": {}}, None, {}, "is no JobArray. Write for instance array=JobArray()"),
+        (JobArray(), RayLauncher(), {}, "RayLauncher does not work in a job array"),
+        (
+            JobArray(max_running_tasks=99),
+            None,
+            {"nodes": 2, "qos": "dev_zen4_0768", "time_limit": "10"},
+            "max_running_tasks=99 with nodes=2 needs more than the 2 nodes that QoS dev_zen4_0768 gives a user. "
+            "Write JobArray(max_running_tasks=1).",
+        ),
+    ],
+)
+def test_a_call_that_cannot_work(array: Any, launcher: Any, request_: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        plan(array, launcher, **request_)
+    assert text in str(error.value)
+
+
+def test_an_asset_without_partitions_needs_parameter_sets() -> None:
+    with pytest.raises(ConfigurationError, match="this asset has no partitions"):
+        plan(JobArray(), partitions=())
+
+
+@pytest.mark.parametrize("extras", [{}, {"n": 1}])
+@pytest.mark.parametrize("values", [{}, {"n": 2}])
+def test_the_context_of_a_parameter_set(extras: dict[str, int], values: dict[str, int]) -> None:
+    document = {"run_id": "r", "extras": {**extras, "partition_keys": ["p"]}, "partition_key": "p"}
+    contexts = TaskContexts(json.dumps(document), None)
+    tail = contexts.tail(Task("a", values=values))
+    assert json.loads(contexts.head + tail) == {
+        **document,
+        "extras": {**extras, **values, "partition_keys": ["p"]},
+    }
+    assert "\n" not in contexts.head + tail
+
+
+def test_the_context_of_a_partition() -> None:
+    document = {"run_id": "r", "extras": {"n": 1, "partition_keys": ["a", "2013-01-01"]}, "partition_key": None}
+    contexts = TaskContexts(json.dumps(document), dg.DailyPartitionsDefinition("2013-01-01"))
+    assert "partition_keys" not in contexts.head
+    context = json.loads(contexts.head + contexts.tail(Task("2013-01-01", ["2013-01-01"])))
+    assert context["extras"] == {"n": 1, "partition_keys": ["2013-01-01"]}
+    assert context["partition_time_window"]["end"] == "2013-01-02T00:00:00+00:00"
+
+
+# Failures and progress
+
+
+def failures(*causes: tuple[str, str]) -> TaskFailures:
+    found = TaskFailures()
+    for index, (name, cause) in enumerate(causes):
+        found.add(index, Task(name, [name]), cause, "the last line", f"scripts/job 7_{index} logs")
+    return found
+
+
+def test_causes_that_differ_in_names_and_numbers_only_are_one() -> None:
+    found = failures(("may", "no file may-1"), ("june", "no file june-2"), ("july", "a node failed"))
+    assert found.describe() == (
+        "2 tasks (may, june): no file may-1\nLogs: scripts/job 7_0 logs\nLast lines of stderr of may:\nthe last line"
+        "\n\n1 task (july): a node failed\nLogs: scripts/job 7_2 logs\nLast lines of stderr of july:\nthe last line"
+    )
+    assert len(found.metadata()["failed_tasks"].records) == 3
+
+
+def test_a_thousand_causes_are_not_all_described() -> None:
+    found = failures(*[(f"p{number}", "x" * number) for number in range(1, 1001)])
+    assert "990 tasks failed for 990 other causes." in found.describe()
+    assert len(found.metadata()["failed_tasks"].records) == 200
+
+
+def test_progress_is_logged_when_it_changes_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(array_progress, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(array_progress, "LONGEST_PAUSE", 0.01)
+    lines: list[str] = []
+    progress = ArrayProgress(3, 1, lines.append)
+    with progress.shown():
+        wait_until(lambda: len(lines) == 1, "the first line", 20, 0.01)
+        progress.running = {0, 1}
+        wait_until(lambda: len(lines) == 2, "the second line", 20, 0.01)
+        progress.running, progress.failed = set(), 1
+        progress.done = 2
+    assert lines[0] == "3 tasks: 1 done, 0 running, 2 waiting, 0 failed"
+    assert lines[-1] == "3 tasks: 2 done, 0 running, 0 waiting, 1 failed"
