@@ -13,7 +13,6 @@ LEFT_OUT = (
     "musica_pipelines/workloads/*",
     "scripts/_example.py",
     "scripts/_locked.py",
-    "scripts/_pipeline.py",
     "scripts/_project_copy.py",
     "scripts/_skeleton/*",
     "scripts/check",
@@ -33,7 +32,6 @@ WORDS = (
     "delay_model",
     "count_planes",
     "xgboost",
-    "scripts/demo",
     "packages/",
 )
 """Whatever holds one of these, in capitals or not, belongs to the example or the template."""

@@ -1,0 +1,181 @@
+"""Materialise the assets of a job in one run over all partitions, and show the progress: for `scripts/demo`.
+
+The run is a child process with this file as its program. The parent reads its log.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+FAILED_LINES = 40
+# 2013-11-22 10:00:00 +0000 - dagster - INFO - JOB - RUN ID - [PID - ] STEP - MESSAGE
+EVENT = re.compile(r" - dagster - [A-Z]+ - \w+ - [0-9a-f-]{36} - (?:\d+ - )?(?P<step>\w+) - (?P<message>.*)")
+Values = list[dict[str, Any]]
+"""The metadata of an asset's newest materializations: one entry per partition, or one."""
+
+
+def numbers(_: str, values: Values) -> dict[str, str]:
+    """Return the numbers that an asset reported, as the column `result`."""
+    found = {name: value for name, value in values[0].items() if isinstance(value, int | float)}
+    return {"result": ", ".join(f"{name} {value:.6g}" for name, value in found.items())}
+
+
+def materialise(
+    location: str,
+    job: str,
+    where: str,
+    home: Path,
+    *,
+    figures: Callable[[str, Values], dict[str, str]] = numbers,
+    variables: Mapping[str, str] | None = None,
+    run_config: Mapping[str, Any] | None = None,
+) -> int:
+    """Materialise the assets of a job, and print a table of what they reported.
+
+    Args:
+        location: the module with the code location's `defs`.
+        job: the name of the job.
+        where: for people: where the workloads run.
+        home: Dagster's home; the log is `.dagster/demo.log` in it.
+        figures: returns columns of the table: heading and text, from an asset's name and values.
+        variables: more environment variables of the run; `development` without them.
+        run_config: of the job.
+
+    Returns:
+        The exit code: 0 if every asset was materialised, 1 if one failed, 130 after Ctrl-C or SIGTERM.
+    """
+    # The person's own settings of a supercomputer are not for this run.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "ASC_"))}
+    own = {"DAGSTER_HOME": str(home), "DAGSTER_DEPLOYMENT": "development", **(variables or {})}
+    defs = import_module(location).defs
+    chosen = defs.resolve_job_def(job).asset_layer.selected_asset_keys
+    keys = [key for key in defs.resolve_asset_graph().toposorted_asset_keys if key in chosen]
+    console, log = Console(), home / ".dagster" / "demo.log"
+    log.parent.mkdir(exist_ok=True)
+    console.print(f"Materialising the assets of the job {job} {where}, all in one run:")
+    command = [sys.executable, "-m", "dagster_sbatch.commands.demo", location, job, json.dumps(run_config or {})]
+    code, seconds = _follow(console, command, {**kept, **own}, log, {key.to_python_identifier(): key for key in keys})
+    if not code:
+        with dg.DagsterInstance.from_config(str(home)) as instance:
+            console.print(_table({key: _values(instance, defs, key) for key in keys}, seconds, figures))
+    return code
+
+
+def _follow(
+    console: Console, command: list[str], variables: dict[str, str], log: Path, steps: dict[str, dg.AssetKey]
+) -> tuple[int, dict[dg.AssetKey, float]]:
+    """Run the child and show where it is; return its exit code and how long each asset took, in seconds."""
+    last: deque[str] = deque(maxlen=FAILED_LINES)
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.fields[asset]:<15}{task.description}"),
+        TimeElapsedColumn(),
+    )
+    # In a session of its own the child does not get the terminal's Ctrl-C: it comes here, and is passed on once.
+    child = subprocess.Popen(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    with _interrupts_for(child) as interrupts, Progress(*columns, console=console) as progress, log.open("w") as file:
+        tasks = {step: progress.add_task("", asset=key.to_user_string(), total=1, start=False)
+                 for step, key in steps.items()}  # fmt: skip
+        with child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                file.write(line)
+                last.append(line)
+                _show(progress, tasks, EVENT.search(line))
+    seconds = {steps[step]: progress.tasks[task].finished_time or 0.0 for step, task in tasks.items()}
+    if interrupts:
+        console.print("Interrupted; nothing is left running.")
+        return 130, seconds
+    if child.returncode:
+        console.print("".join(last), markup=False, highlight=False, end="")
+        console.print(f"[red]An asset was not materialised.[/red] These are the last lines of {log}.", soft_wrap=True)
+        return 1, seconds
+    return 0, seconds
+
+
+@contextmanager
+def _interrupts_for(child: "subprocess.Popen[str]") -> Iterator[list[int]]:
+    """Meanwhile, interrupt a child on Ctrl-C and SIGTERM; the list has an entry for each."""
+    interrupts: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        interrupts.append(number)
+        child.send_signal(signal.SIGINT)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _show(progress: Progress, tasks: Mapping[str, TaskID], event: "re.Match[str] | None") -> None:
+    """Update the line of the asset that an event of the run is about."""
+    if event is None or event["step"] not in tasks:
+        return
+    task, message = tasks[event["step"]], event["message"]
+    if message.startswith("STEP_START"):
+        progress.start_task(task)
+    elif message.startswith("STEP_SUCCESS"):
+        progress.update(task, completed=1)
+    elif " - " not in message and "[pipes]" not in message:
+        progress.update(task, description=f"{message[:40]:<40}")
+
+
+def _values(instance: dg.DagsterInstance, defs: dg.Definitions, key: dg.AssetKey) -> Values:
+    """Return the metadata of an asset's newest materializations."""
+    partitions = defs.resolve_asset_graph().get(key).partitions_def
+    limit = len(partitions.get_partition_keys()) if partitions else 1
+    events = [record.asset_materialization for record in instance.fetch_materializations(key, limit=limit).records]
+    return [{name: value.value for name, value in event.metadata.items()} for event in events if event]
+
+
+def _table(
+    found: Mapping[dg.AssetKey, Values],
+    seconds: Mapping[dg.AssetKey, float],
+    figures: Callable[[str, Values], dict[str, str]],
+) -> Table:
+    rows = {key.to_user_string(): values for key, values in found.items()}
+    columns = {asset: figures(asset, values) for asset, values in rows.items()}
+    headings = list(dict.fromkeys(heading for row in columns.values() for heading in row))
+    table = Table(
+        "asset", "time", *headings, title=f"Materialised in {sum(seconds.values()):.0f} s", title_justify="left"
+    )
+    for (asset, row), taken in zip(columns.items(), seconds.values(), strict=True):
+        table.add_row(asset, f"{taken:.1f} s", *(row.get(heading, "") for heading in headings))
+    return table
+
+
+def _run(location: str, job: str, run_config: str) -> int:
+    """Materialise in this process, the child: without a daemon, over the whole range of partitions."""
+    definition = import_module(location).defs.resolve_job_def(job)
+    keys = definition.partitions_def.get_partition_keys() if definition.partitions_def else []
+    tags = (
+        {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]} if keys else {}
+    )
+    with dg.DagsterInstance.get() as instance:
+        done = definition.execute_in_process(
+            instance=instance, tags=tags, run_config=json.loads(run_config), raise_on_error=False
+        )
+    return 0 if done.success else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(_run(*sys.argv[1:]))
