@@ -137,7 +137,7 @@ def test_a_ray_that_does_not_start_is_started_a_second_time(
     """But one that does not know its arguments is not."""
     left, failed = list(codes), codes[-1] if codes[0] != 2 else 2
     killed: list[bool] = []
-    monkeypatch.setattr(node, "kill_descendants", lambda: killed.append(True))
+    monkeypatch.setattr(node, "end_descendants", lambda _: killed.append(True))
     monkeypatch.setattr(head, "_folder", tmp_path)
     begin = ray_start(left, tmp_path / "ray-start-n1.out")
     monkeypatch.setattr(head, "_import_ray", begin)
@@ -153,6 +153,24 @@ def test_a_ray_that_does_not_start_is_started_a_second_time(
     assert (tmp_path / "ray-start-n1.out").read_text() == '["--head"]\nOSError: why\n'
     assert len(killed) == (codes[0] == 1)
     assert len(left) == (codes[0] == 2)
+
+
+def test_a_node_asks_for_the_head_less_often_the_longer_it_waits(
+    head: node.Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But it joins late by a twentieth of the time at most."""
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if sum(pauses) > 120:
+            job_cluster.publish("head.json", {"versions": {}})
+
+    monkeypatch.setattr(node, "_pause", pause)
+    assert head._await_head({}) == {"versions": {}}
+    assert pauses[0] == job_cluster.POLL_SECONDS
+    assert len(pauses) < 250
+    assert all(pause <= max(job_cluster.POLL_SECONDS, sum(pauses[:n]) / 20) for n, pause in enumerate(pauses))
 
 
 def test_a_port_that_was_chosen_and_is_taken_is_named() -> None:

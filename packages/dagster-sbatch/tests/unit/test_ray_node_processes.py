@@ -24,7 +24,16 @@ PROGRAM = Path(node.__file__)
 SHAM_RAY = """
 import os, subprocess, sys
 DAEMON = '''
-import os, socket, sys, time
+import os, signal, socket, sys, time
+
+def leave(*_):
+    with open("left", "a") as file:
+        file.write(str(os.getpid()) + chr(10))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+signal.signal(signal.SIGTERM, leave)
+signal.signal(signal.SIGUSR1, lambda *_: os._exit(0))
 server = socket.create_server(("", int(sys.argv[1])))
 os.makedirs(sys.argv[2] + "/session_latest/logs", exist_ok=True)
 with open("daemons", "a") as file:
@@ -134,12 +143,38 @@ def test_what_a_prestart_command_leaves_in_the_background_is_not_rays(started: S
     assert any(map(is_running, others))
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_process_of_ray_that_ends_is_a_failure(started: Started, end: signal.Signals) -> None:
-    """SIGTERM, too: that is the `ray stop` of another job of the user."""
+def test_a_first_start_that_failed_leaves_the_cluster(started: Started) -> None:
+    """A process of Ray is asked to end before it is killed: so the head does not count its node for seconds more."""
+    first = started.daemons[:2]
+    assert sorted(map(int, (started.folder / "left").read_text().split())) == first
+    assert not any(map(is_running, first))
+
+
+def test_a_process_that_does_not_end_when_it_is_asked_to_is_killed() -> None:
+    program = (
+        "import processes, subprocess\n"
+        "command = ['sh', '-c', 'trap : TERM; echo begun; while :; do sleep 600; done']\n"
+        "silent = subprocess.Popen(command, stdout=subprocess.PIPE)\n"
+        "silent.stdout.readline()\n"
+        "processes.end_descendants(0.3)\n"
+        "assert not processes.children().get(processes.os.getpid())\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=PROGRAM.parent, check=True, timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        (signal.SIGTERM, "was killed by signal 15"),
+        (signal.SIGKILL, "was killed by signal 9"),
+        (signal.SIGUSR1, "ended with exit code 0"),
+    ],
+)
+def test_a_process_of_ray_that_ends_is_a_failure(started: Started, end: signal.Signals, how: str) -> None:
+    """SIGTERM and exit code 0, too: that is the `ray stop` of another job of the user."""
     os.kill(started.daemons[-1], end)
     assert started.shell.wait(20) == 1
-    assert f"was killed by signal {end.value}" in started.failure
+    assert how in started.failure
     assert started.is_clean()
     assert not is_running(started.background)
 

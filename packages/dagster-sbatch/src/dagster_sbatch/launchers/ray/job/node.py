@@ -40,7 +40,7 @@ from job_cluster import (
     tail,
 )
 from ports import check_ports, claim_ports, is_ours
-from processes import children, describe_death, kill_descendants, process_name, reap
+from processes import children, describe_death, end_descendants, kill_descendants, process_name, reap
 
 AGENT_PORTS = ("runtime-env-agent", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export")
 """Of Ray's agents. The raylet does not wait for an agent whose port it knows."""
@@ -48,6 +48,10 @@ RAY_FOLDER = "ray"
 """Below the private folder: Ray opens its own to everybody."""
 PR_SET_CHILD_SUBREAPER = 36
 WATCH_SECONDS = 0.5
+LEAVE_SECONDS = 3.0
+"""For a raylet to leave its cluster. If it is killed, the head counts its node as alive for some seconds more."""
+LONGEST_POLL = 1.0
+"""Seconds between two reads of the head's file. The pause grows with the time waited: every node reads it."""
 WRONG_ARGUMENTS = 2
 """Exit code of `ray start`."""
 
@@ -146,8 +150,11 @@ class Node:
         Raises:
             NodeError: this node has another Ray or Python than the head.
         """
+        waited = 0.0
         while not (head := read_published(HEAD_FILE)):
-            _pause(POLL_SECONDS)
+            pause = min(max(POLL_SECONDS, waited / 20), LONGEST_POLL)
+            _pause(pause)
+            waited += pause
         for name, version in mine.items():
             if version != head["versions"][name]:
                 raise NodeError(
@@ -175,7 +182,7 @@ class Node:
             if code == WRONG_ARGUMENTS or not again:
                 raise NodeError(failure)
             print(f"Ray on {self._name}: {failure}\nStarting it a second time.", file=sys.stderr)
-            kill_descendants()
+            end_descendants(LEAVE_SECONDS)
             process = self._import_ray(self._folder)
 
     def _publish_head(self, address: str, gcs: int, dashboard: int, mine: Mapping[str, str]) -> None:

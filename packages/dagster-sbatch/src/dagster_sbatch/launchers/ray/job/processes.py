@@ -31,6 +31,18 @@ def kill_descendants() -> None:
         time.sleep(0.01)
 
 
+def end_descendants(seconds: float) -> None:
+    """Ask every process below this one to end (SIGTERM), and kill those that have not ended after some seconds."""
+    for pid in _descendants():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    until = time.monotonic() + seconds
+    while _descendants() and time.monotonic() < until:
+        list(reap())
+        time.sleep(0.05)
+    kill_descendants()
+
+
 def _descendants() -> list[int]:
     below = children()
     found = below.get(os.getpid(), [])
