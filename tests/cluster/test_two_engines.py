@@ -7,10 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
 from support.new_project import made_in, newer_engine, plain_environment, run_in
 
 pytestmark = pytest.mark.cluster
 
+NEWER_FORMATS = {
+    "src/dagster_sbatch/slurm/gateway/agent/disk.py": (
+        "dict(document, format=FORMAT)",
+        "dict(document, format=2, newer=['of', 2])",
+    ),
+    "src/dagster_sbatch/slurm/gateway/agent/building.py": ("FORMAT = 1", "FORMAT = 2"),
+    "src/dagster_sbatch/run/directory.py": ("format: int = FORMAT", 'format: int = 2\n    newer: str = "of 2"'),
+}
+"""Every document of the newer engine has a field more: those of its agents, and those of its run directories."""
 MATERIALIZE = """\
 import importlib.metadata, json, sys
 import dagster as dg
@@ -39,11 +49,12 @@ def start(project: Path, variables: dict[str, str]) -> "subprocess.Popen[str]":
     )
 
 
-def test_two_versions_of_the_engine_share_one_base_path(on_supercomputer: dict[str, str], tmp_path: Path) -> None:
-    """At the same time, and each lists the other's runs."""
+def test_two_versions_of_the_engine_share_one_base_path(
+    site: SimulatedSite, on_supercomputer: dict[str, str], tmp_path: Path
+) -> None:
+    """At the same time, and each lists the other's runs and reads its files, although the newer one has new formats."""
     older, newer = (made_in(tmp_path, name) for name in ("older-runs", "newer-runs"))
-    agent = "src/dagster_sbatch/slurm/gateway/agent/__init__.py"
-    wheel = newer_engine(tmp_path, "1.1.0", {agent: ("Standard library, Python 3.6", "Python 3.6, standard library")})
+    wheel = newer_engine(tmp_path, "1.1.0", NEWER_FORMATS)
     upgraded = run_in(newer, sys.executable, "scripts/upgrade", str(wheel.path), PYTEST_ADDOPTS="tests/unit")
     assert upgraded.returncode == 0, upgraded.stdout + upgraded.stderr
     assert run_in(older, sys.executable, "scripts/test", "--version").returncode == 0
@@ -54,6 +65,9 @@ def test_two_versions_of_the_engine_share_one_base_path(on_supercomputer: dict[s
         found, passed, job = json.loads(output.splitlines()[-1])
         assert (found, passed) == (version, True)
         jobs.append(str(job))
+    base = site.layout.home / CERTIFICATE_USER.name / "dagster-slurm"
+    for name in ("about.json", "environment.json"):
+        assert {json.loads(path.read_text())["format"] for path in base.rglob(name)} == {1, 2}
     for project in (older, newer):
         listed = run_in(project, sys.executable, "scripts/job", **on_supercomputer)
         assert listed.returncode == 0, listed.stderr
