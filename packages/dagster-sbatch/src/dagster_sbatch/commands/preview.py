@@ -40,7 +40,11 @@ PATIENCE = 60.0
 def main(project: Project, definitions: dg.Definitions) -> int:
     parser = make_parser(DESCRIPTION, f"{examples(definitions)}\n\n{EXIT_CODES}")
     parser.add_argument("asset", help="asset key")
-    parser.add_argument("--partition", metavar="KEY", help="partition key")
+    partitions = parser.add_mutually_exclusive_group()
+    partitions.add_argument("--partition", metavar="KEY", help="partition key")
+    partitions.add_argument(
+        "--partition-range", metavar="FIRST...LAST", type=partition_range, help="one run over these partitions"
+    )
     parser.add_argument("--script", action="store_true", help="print only the batch script")
     parser.add_argument(
         "--test-only",
@@ -51,8 +55,9 @@ def main(project: Project, definitions: dg.Definitions) -> int:
     asked = parser.parse_args()
 
     def command() -> int:
+        first, last = asked.partition_range or (asked.partition, None)
         try:
-            previews = preview_asset(definitions, asked.asset, asked.partition, asked.config_json)
+            previews = preview_asset(definitions, asked.asset, first, asked.config_json, last=last)
         except ConfigurationError as error:
             raise ConfigurationError(f"{asked.asset}: {error}") from None
         if asked.test_only:
@@ -76,6 +81,14 @@ def examples(definitions: dg.Definitions) -> str:
     config = """--config-json '{"ops": {"my_asset": {"config": {"trials": 3}}}}'"""
     lines = [first, *more, f"{first} --script > job.sh", f"{first} --test-only", f"my_asset {config}"]
     return "\n".join(["examples:", *(f"  scripts/preview {line}" for line in lines)])
+
+
+def partition_range(text: str) -> tuple[str, str]:
+    """Parse --partition-range, which is written as for `dagster asset materialize`."""
+    first, dots, last = text.partition("...")
+    if not (first and dots and last):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range; an example is 2013-01...2013-12")
+    return first, last
 
 
 def run_config(text: str) -> Mapping[str, Any]:

@@ -22,6 +22,8 @@ from dagster_sbatch.slurm.units import format_time
 
 JOB = "preview_of_an_asset"
 _TIME = re.compile(r"(?<= to start at )\d+")
+RANGE_TAGS = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
+"""Of a run over several partitions, as Dagster tags it."""
 MOST_NAMES = 12
 """Partition keys that an error lists; of more than these it names the first and the last."""
 
@@ -50,7 +52,12 @@ class _Intercepted(BaseException):
 
 
 def preview_asset(
-    definitions: dg.Definitions, asset: str, partition: str | None = None, config: Mapping[str, Any] | None = None
+    definitions: dg.Definitions,
+    asset: str,
+    partition: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    *,
+    last: str | None = None,
 ) -> list[Preview]:
     """Run an asset in a temporary Dagster instance up to its calls of compute.run, and return what they would submit.
 
@@ -61,6 +68,7 @@ def preview_asset(
         asset: its key as people write it, `a/b`.
         partition: key of one partition, for a partitioned asset.
         config: run config, as in the launchpad.
+        last: key of the last partition of a run over several, which begins with `partition`.
 
     Returns:
         One preview for each step that calls compute.run; only a graph asset has more than one.
@@ -80,13 +88,19 @@ def preview_asset(
         raise _Intercepted
 
     with dg.DagsterInstance.ephemeral() as instance, intercept_runs(record), _quiet():
-        _check_partition(definition.partitions_def, partition, instance)
+        keys = [_check_partition(definition.partitions_def, key, instance) for key in (partition, last or partition)]
+        if keys[0] > keys[1]:
+            raise NotPreviewedError(f"{partition} comes after {last}. Write the range as {last}...{partition}")
         try:
             result = (
                 dg.Definitions.merge(definitions, job)
                 .resolve_job_def(JOB)
                 .execute_in_process(
-                    instance=instance, partition_key=partition, run_config=dict(config or {}), raise_on_error=False
+                    instance=instance,
+                    partition_key=None if last else partition,
+                    tags=dict(zip(RANGE_TAGS, (str(partition), last), strict=True)) if last else None,
+                    run_config=dict(config or {}),
+                    raise_on_error=False,
                 )
             )
         except dg.DagsterInvalidConfigError as error:
@@ -176,15 +190,16 @@ def _quiet() -> Iterator[None]:
 
 def _check_partition(
     partitions: dg.PartitionsDefinition[Any] | None, key: str | None, instance: dg.DagsterInstance
-) -> None:
+) -> int:
+    """Return the place of a partition in the order of all; 0 for an asset that has none."""
     if partitions is None:
         if key:
             raise NotPreviewedError("the asset has no partitions. Leave --partition out")
-        return
+        return 0
     _add_dynamic(partitions, key or "", instance)
     keys = partitions.get_partition_keys(dynamic_partitions_store=instance)
     if key in keys:
-        return
+        return keys.index(key)
     what = f"{key!r} is not a partition of the asset" if key else "the asset is partitioned. Give --partition"
     if isinstance(partitions, dg.MultiPartitionsDefinition):
         what += f". A key is {'|'.join(each.name for each in partitions.partitions_defs)}"
