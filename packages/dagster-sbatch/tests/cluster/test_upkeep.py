@@ -302,6 +302,7 @@ def test_what_people_can_do_without_ssh(
     assert (said.stdout, said.stderr, said.returncode) == ("quick\n", "a word\n", 0)
     assert job(mine.key, "logs", "--follow").stdout == "quick\n"
     assert "COMPLETED 0:0" in job(str(mine.job), "state").stdout
+    assert job(str(mine.job)).stdout == job(str(mine.job), "state").stdout
     target = tmp_path / "fetched script.sh"
     assert job(str(mine.job), "fetch", "job.sh", "--to", str(target)).returncode == 0
     assert f"key={mine.key}" in target.read_text()

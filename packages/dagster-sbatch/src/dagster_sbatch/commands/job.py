@@ -31,8 +31,8 @@ to them.
 EPILOG = """\
 examples:
   scripts/job
+  scripts/job 1184                the state of the job; `scripts/job 1184 state` is the same
   scripts/job 1184 logs
-  scripts/job 3f2a9c1d state
   scripts/job 1184 fetch events
   scripts/job 1184 fetch stderr --to /tmp/stderr.txt
   scripts/job 3f2a9c1d cancel
@@ -60,7 +60,9 @@ def main(project: Project) -> int:
     actions.add_parser("state", help="ask Slurm for the job's state")
     actions.add_parser("cancel", help="cancel the job, and wait until it is gone")
     actions.add_parser("dashboard", help="forward a local port to its Ray dashboard, until Ctrl-C or the job ends")
-    asked = parser.parse_args()
+    asked = parser.parse_args(add_action(sys.argv[1:]))
+    if asked.run in actions.choices:
+        parser.error(f"name a job before the action, for example: scripts/job 1184 {asked.run}")
 
     def command() -> int:
         settings = project.load_settings(supercomputer=True)
@@ -72,11 +74,16 @@ def main(project: Project) -> int:
     return exit_code_of(command)
 
 
+def add_action(words: list[str]) -> list[str]:
+    """Add the action `state` to a job that is named alone: argparse would take the job for an action."""
+    return [*words, "state"] if len(words) == 1 and not words[0].startswith("-") else words
+
+
 def act(asked: argparse.Namespace, project: Project, runs: Runs, settings: Settings) -> None:
     if asked.run is None:
         show_table(runs.all(), runs, now=False)
         show_left(project, runs)
-    elif asked.action in (None, "state"):
+    elif asked.action == "state":
         show_table(runs.find(asked.run), runs, now=True)
     elif asked.action == "cancel":
         for run in runs.find(asked.run):
