@@ -88,8 +88,8 @@ def preview_asset(
         raise _Intercepted
 
     with dg.DagsterInstance.ephemeral() as instance, intercept_runs(record), _quiet():
-        keys = [_check_partition(definition.partitions_def, key, instance) for key in (partition, last or partition)]
-        if keys[0] > keys[1]:
+        begin = _check_partition(definition.partitions_def, partition, instance)
+        if last and begin > _check_partition(definition.partitions_def, last, instance):
             raise NotPreviewedError(f"{partition} comes after {last}. Write the range as {last}...{partition}")
         try:
             result = (
