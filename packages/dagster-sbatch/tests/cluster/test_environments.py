@@ -69,9 +69,9 @@ def test_unchanged_content_costs_one_round_trip(client: Client, monkeypatch: pyt
     requests: list[object] = []
     exchange = client.gateway.exchange
 
-    def count(*asked: Any, **more: Any) -> object:
+    def count(asked: Any, **more: Any) -> object:
         requests.extend(asked)
-        return exchange(*asked, **more)
+        return exchange(asked, **more)
 
     monkeypatch.setattr(client.gateway, "exchange", count)
     assert client.ensure() == made

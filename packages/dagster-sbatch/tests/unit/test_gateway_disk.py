@@ -38,7 +38,8 @@ def hurry():
     for name, values in {
         "slurm_commands": dict(SQUEUE_EVERY=0.5, UNSHARED_EVERY=0.5),
         "jobs": dict(COMMAND_PATIENCE=3),
-        "follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5, HOLE=0.5),
+        "follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5),
+        "streams": dict(HOLE=0.5),
     }.items():
         vars(sys.modules["agent." + name]).update(values)
     slurm = sys.modules["agent.slurm_commands"]

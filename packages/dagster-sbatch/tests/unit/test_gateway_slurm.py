@@ -104,11 +104,11 @@ def test_the_answers_of_sbatch(say: Say, sbatch: str, expected: str, tmp_path: P
         ("Invalid qos specification", "refused", "no"),
         (f"QOSMaxWallDurationPerJobLimit\n{VIOLATES}", "refused", "no"),
         (f"AssocMaxCpuPerJobLimit\n{VIOLATES}", "refused", "no"),
-        (f"QOSMaxSubmitJobPerUserLimit\n{VIOLATES}", "temporary", "no"),
-        (f"AssocMaxSubmitJobLimit\n{VIOLATES}", "temporary", "no"),
-        (f"QOSGrpSubmitJobsLimit\n{VIOLATES}", "temporary", "no"),
-        (f"AssocMaxJobsLimit\n{VIOLATES}", "temporary", "no"),
-        (VIOLATES, "temporary", "no"),
+        (f"QOSMaxSubmitJobPerUserLimit\n{VIOLATES}", "full", "no"),
+        (f"AssocMaxSubmitJobLimit\n{VIOLATES}", "full", "no"),
+        (f"QOSGrpSubmitJobsLimit\n{VIOLATES}", "full", "no"),
+        (f"AssocMaxJobsLimit\n{VIOLATES}", "full", "no"),
+        (VIOLATES, "full", "no"),
         ("Slurm backup controller in standby mode", "temporary", "no"),
         ("Could not establish a configuration source", "temporary", "no"),
         ("Job submission disabled", "temporary", "no"),
@@ -138,7 +138,13 @@ EXPORTED = {
     "SBATCH_ACCOUNT": "p2", "SBATCH_PARTITION": "x", "SLURM_CONF": "/c", "SLURM_CONF_SERVER": "ctl:6817",
     "SLURM_JWT": "token", "SLURM_JOB_ID": "5", "SLURM_ACCOUNT": "p3", "SQUEUE_FORMAT": "%i",
 }  # fmt: skip
-REACHES_SLURM = ["SLURM_CONF=/c", "SLURM_CONF_SERVER=ctl:6817", "SLURM_JWT=token", "SLURM_TIME_FORMAT=%s"]
+REACHES_SLURM = [
+    "SLURM_BITSTR_LEN=0",
+    "SLURM_CONF=/c",
+    "SLURM_CONF_SERVER=ctl:6817",
+    "SLURM_JWT=token",
+    "SLURM_TIME_FORMAT=%s",
+]
 
 
 @pytest.mark.parametrize(

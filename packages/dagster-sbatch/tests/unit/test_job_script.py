@@ -14,7 +14,7 @@ import pytest
 
 from dagster_sbatch.launchers import Launcher, RayLauncher, ScriptLauncher, ray
 from dagster_sbatch.run.messages import JOB_STARTED
-from dagster_sbatch.slurm import Site, SlurmRequest, allocate, load_site, render_job_script
+from dagster_sbatch.slurm import ArrayShape, Site, SlurmRequest, allocate, load_site, render_job_script
 from resources import PROJECT
 from slurm_in_a_box import wait_until
 
@@ -30,6 +30,8 @@ def render(
     data: str = "/d",
     variables: dict[str, str] | None = None,
     command: Sequence[str] = ("work load.py",),
+    *,
+    array: ArrayShape | None = None,
 ) -> str:
     complete = allocate(request, site).request
     body = launcher.with_site(site.launchers).render(complete, command)
@@ -42,9 +44,11 @@ def render(
         environment=environment,
         variables=variables or {},
         body=body,
+        array=array,
     )
 
 
+ARRAYS = {"array": ArrayShape(1000, max_running=50)}
 CASES = {
     "script": (ScriptLauncher(), SlurmRequest(cpus_per_task=2, mem="8G", time_limit="10", options=["--mail-type=END"])),
     "ray": (RayLauncher(object_store_memory="64G"), SlurmRequest(nodes=2, gpus_per_node=4, time_limit="02:00:00")),
@@ -52,13 +56,14 @@ CASES = {
         RayLauncher(network_interface="ib0", ray_start_args=["--include-dashboard=false"]),
         SlurmRequest(),
     ),
+    "array": (ScriptLauncher(), SlurmRequest(cpus_per_task=2, time_limit="10")),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_script_is_the_golden_one(name: str) -> None:
     """With UPDATE_GOLDEN=1 the golden files are written anew; look at the difference before you commit."""
-    text = render(*CASES[name]).replace(sys.executable, "/environment/bin/python")
+    text = render(*CASES[name], array=ARRAYS.get(name)).replace(sys.executable, "/environment/bin/python")
     path = GOLDEN / f"{name}.sh"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
@@ -68,7 +73,7 @@ def test_the_script_is_the_golden_one(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_script_is_clean(name: str, shellcheck: str, tmp_path: Path) -> None:
     path = tmp_path / "job.sh"
-    path.write_text(render(*CASES[name]))
+    path.write_text(render(*CASES[name], array=ARRAYS.get(name)))
     done = subprocess.run([shellcheck, "--severity=style", str(path)], capture_output=True, text=True, check=False)
     assert done.stdout == ""
     assert done.returncode == 0

@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from string import Template
 
 from dagster_sbatch.slurm.request import SlurmRequest
@@ -16,15 +17,14 @@ $header
 # Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
 
-# One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
-ln -s "$$SLURM_JOB_ID" job 2>/dev/null || [ "$$(readlink job)" = "$$SLURM_JOB_ID" ] || exit 0
+$claim
 
 # The job's own record: a line at its start, a line at its end. The code is null if it was cut short; Slurm knows why.
 code=null
 # shellcheck disable=SC2317  # the trap calls it
 finish() {
   local sizes now=$${EPOCHREALTIME:-$$(date +%s.%N)}
-  mapfile -t sizes < <(stat -c %s messages.jsonl stdout stderr)
+  mapfile -t sizes < <(stat -c %s messages.jsonl $outputs)
   printf '{"code": %s, "job": "%s", "time": %s, "sizes": {"messages.jsonl": %s, "stdout": %s, "stderr": %s}}\\n' \\
     "$$code" "$$SLURM_JOB_ID" "$${now/,/.}" "$${sizes[@]}" >>events
 }
@@ -83,6 +83,29 @@ exit "$$code"
 """
 )
 
+_CLAIM = """\
+# One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
+ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0"""
+_CLAIM_TASK = """\
+# One array job per run: the first to make this link is the run's job; the tasks of any other end.
+[ -L job ] || ln -s "$SLURM_ARRAY_JOB_ID" job 2>/dev/null
+[ "$(readlink job)" = "$SLURM_ARRAY_JOB_ID" ] || exit 0
+
+# A task works in a folder of its own, which appears with its files: a file system may cache that a file does not exist.
+# Slurm may start the same task again.
+index=$SLURM_ARRAY_TASK_ID
+if ! [ -d "tasks/$index" ]; then
+  mkdir -p "tasks/.$index" || exit 1
+  for name in messages.jsonl events cause; do : >"tasks/.$index/$name" || exit 1; done
+  IFS= read -r -d '' head <context.head
+  mapfile -t -s "$index" -n 1 rest <tasks.jsonl
+  printf '%s%s\\n' "$head" "${rest[0]}" >"tasks/.$index/context.json" || exit 1
+  mv -T "tasks/.$index" "tasks/$index" || exit 1
+fi
+mapfile -t -s "$index" -n 1 pipes <tasks.pipes
+export DAGSTER_PIPES_CONTEXT="${pipes[0]%% *}" DAGSTER_PIPES_MESSAGES="${pipes[0]#* }"
+cd "tasks/$index" || exit 1"""
+
 _FLAGS = ("exclusive",)
 _GPUS = "gpus_per_node"
 _THREADS = ("--threads-per-core", "--hint")
@@ -93,12 +116,32 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_./-]")
 LONGEST_LEAD = 300
 
 
+@dataclass(frozen=True)
+class ArrayShape:
+    """The tasks of an array job.
+
+    Attributes:
+        tasks: how many there are; their indices begin at 0.
+        max_running: how many run at once; None: as many as Slurm starts.
+    """
+
+    tasks: int
+    max_running: int | None = None
+
+    @property
+    def option(self) -> str:
+        """The option of sbatch."""
+        return f"--array=0-{self.tasks - 1}" + (f"%{self.max_running}" if self.max_running else "")
+
+
 def warning_lead(request: SlurmRequest) -> int:
     """Return how many seconds before its time limit the job is warned: a tenth of the limit, at most five minutes."""
     return max(1, min(int(request.time_limit.total_seconds()) // 10, LONGEST_LEAD))
 
 
-def directives(request: SlurmRequest, site: Site, job_name: str, about: Mapping[str, str]) -> list[str]:
+def directives(
+    request: SlurmRequest, site: Site, job_name: str, about: Mapping[str, str], array: ArrayShape | None = None
+) -> list[str]:
     """Return the #SBATCH lines of a request, in the order of its fields.
 
     Args:
@@ -106,6 +149,7 @@ def directives(request: SlurmRequest, site: Site, job_name: str, about: Mapping[
         site: with threads_per_core, unless the request has an option for that.
         job_name: the submission key.
         about: further parts of the job's comment, for people who read the queue or the accounting.
+        array: the tasks, if it is an array job.
 
     Raises:
         ValueError: the job name is not a plain word.
@@ -127,8 +171,10 @@ def directives(request: SlurmRequest, site: Site, job_name: str, about: Mapping[
             options.append(f"--{name}" if field in _FLAGS else f"--{name}={value}")
     if site.threads_per_core and not any(option.startswith(_THREADS) for option in request.options):
         options.append(f"--threads-per-core={site.threads_per_core}")
-    own = ["--output=stdout", "--error=stderr", "--open-mode=append", "--export=NONE"]
+    folder = "tasks/%a." if array else ""
+    own = [f"--output={folder}stdout", f"--error={folder}stderr", "--open-mode=append", "--export=NONE"]
     own.append(f"--signal=B:USR1@{warning_lead(request)}")
+    own += [array.option] if array else []
     return [f"#SBATCH {option}" for option in (*options, *request.options, *own)]
 
 
@@ -141,8 +187,13 @@ def render_job_script(
     environment: Mapping[str, str],
     body: str,
     variables: Mapping[str, str] | None = None,
+    array: ArrayShape | None = None,
 ) -> str:
     """Return the batch script.
+
+    That of an array job reads `context.head`, `tasks.jsonl` and `tasks.pipes` in the run directory. Task `index` writes
+    `context.head` and line `index` (from 0) of `tasks.jsonl` to its `context.json`; its line of `tasks.pipes` has the
+    values of DAGSTER_PIPES_CONTEXT and DAGSTER_PIPES_MESSAGES, separated by a space.
 
     Args:
         request: after `allocate`.
@@ -152,11 +203,14 @@ def render_job_script(
         environment: variables of the script; this function quotes the values.
         body: the launcher's commands (`Launcher.render`).
         variables: further ones, for the workload alone.
+        array: the tasks, if it is an array job; each works in `tasks/<index>`.
     """
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     assignments = [f"{name}={value}" for name, value in (variables or {}).items()]
     return _SCRIPT.substitute(
-        header="\n".join([*site.script_header, *directives(request, site, job_name, about)]),
+        header="\n".join([*site.script_header, *directives(request, site, job_name, about, array)]),
+        claim=_CLAIM_TASK if array else _CLAIM,
+        outputs='"../$index.stdout" "../$index.stderr"' if array else "stdout stderr",
         shell="/bin/bash -l" if site.setup_commands else "/bin/bash",  # `module` is a function of login shells
         setup="".join(f"{command}\n" for command in site.setup_commands),
         environment="\n".join(lines),

@@ -1,17 +1,21 @@
 """The gateway: requests to an agent on the login node, which submits, follows, cancels and accounts for jobs.
 
 client.Gateway     the requests
+arrays             array jobs: the part of their requests that the client does
 link.Link          repeats a request until it is answered, over a new connection if one is lost
 channel            bytes over SSH, or to a subprocess on the login node itself
 ~~~~~~~~~~~~~~~~~  the login node begins here
 agent.server       reads requests, answers them, leaves when the client is gone
 """
 
-from dagster_sbatch.slurm.gateway.agent.run_directories import MESSAGES
+from dagster_sbatch.slurm.gateway.agent.job_record import MESSAGES
 from dagster_sbatch.slurm.gateway.answers import (
+    ArrayJob,
+    ArrayState,
     Claim,
     JobEnd,
     JobState,
+    Limits,
     LostClaimError,
     OtherRun,
     Projects,
@@ -19,16 +23,22 @@ from dagster_sbatch.slurm.gateway.answers import (
     StoppedError,
     Submitted,
 )
+from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Arrays
 from dagster_sbatch.slurm.gateway.channel import OpenChannel, choose_channel
 from dagster_sbatch.slurm.gateway.client import ACCOUNTED, Gateway, make_gateway
 
 __all__ = [
     "ACCOUNTED",
     "MESSAGES",
+    "ArrayJob",
+    "ArrayRun",
+    "ArrayState",
+    "Arrays",
     "Claim",
     "Gateway",
     "JobEnd",
     "JobState",
+    "Limits",
     "LostClaimError",
     "OpenChannel",
     "OtherRun",

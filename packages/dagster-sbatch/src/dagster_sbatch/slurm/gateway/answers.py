@@ -90,6 +90,74 @@ class JobEnd:
 
 
 @dataclass(frozen=True)
+class ArrayState:
+    """The state of the tasks of an array job that a client follows.
+
+    Attributes:
+        waiting: tasks that have not started yet.
+        running: tasks that have, and have not recorded their end.
+        reason: why tasks wait; `None` (the word) if none does.
+        start: expected start of the next one in seconds since 1970, if Slurm knows.
+        account: project that the job is charged to; empty until Slurm has answered.
+    """
+
+    waiting: int
+    running: int
+    reason: str
+    start: float | None
+    account: str = ""
+
+
+@dataclass(frozen=True)
+class ArrayJob:
+    """An attempt that is an array job.
+
+    Attributes:
+        run: its run directory.
+        number: of the attempt.
+        job: its job's id; None while sbatch has not answered, or if it was never submitted.
+        over: whether all of its tasks are.
+        tasks: the tasks' ids by index, of the record.
+        ends: how tasks ended, by index.
+        started: indices of the tasks that have started, also of those that are over.
+        rejected: indices of the tasks whose results a step has rejected.
+        followers: ids of the Dagster runs that submitted or adopted it.
+        record: what it was submitted with; None if there is no readable record.
+    """
+
+    run: str
+    number: int
+    job: str | None
+    over: bool
+    tasks: Sequence[str]
+    ends: Mapping[int, JobEnd]
+    started: frozenset[int] = frozenset()
+    rejected: frozenset[int] = frozenset()
+    followers: Sequence[str] = ()
+    record: Mapping[str, Any] | None = None
+
+    @classmethod
+    def parse(cls, said: Mapping[str, Any]) -> "ArrayJob":
+        """Read the agent's answer."""
+        same = {name: said[name] for name in ("run", "number", "job", "over", "tasks", "followers", "record")}
+        ends = {int(index): JobEnd.parse(end) for index, end in said["ends"].items()}
+        return cls(**same, ends=ends, started=frozenset(said["started"]), rejected=frozenset(said["rejected"]))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What Slurm accepts of a user.
+
+    Attributes:
+        array: the most tasks of an array job (MaxArraySize); their indices are smaller. None: not known.
+        submit: the most jobs in the queue at once, a task counting as a job; None: no limit is known.
+    """
+
+    array: int | None
+    submit: int | None
+
+
+@dataclass(frozen=True)
 class Projects:
     """The projects (Slurm's accounts) that a user may charge jobs to.
 
@@ -149,6 +217,7 @@ class Claim:
         followers: ids of the Dagster runs that submitted or adopted it.
         record: what it was submitted with.
         others: further runs of the step.
+        arrays: the attempts that are array jobs, the latest last; several can be active at once.
     """
 
     held_by: str | None
@@ -162,6 +231,7 @@ class Claim:
     followers: Sequence[str] = ()
     record: Mapping[str, Any] | None = None
     others: Sequence[OtherRun] = ()
+    arrays: Sequence[ArrayJob] = ()
 
     @classmethod
     def parse(cls, said: Mapping[str, Any]) -> "Claim":
@@ -172,4 +242,5 @@ class Claim:
         others = [OtherRun(**each) for each in said["others"]]
         same = {name: said[name] for name in ("runs", "data_root", "attempt", "over", "job")}
         seen = {name: said[name] for name in ("rejected", "followers", "record")}
-        return cls(None, **same, **seen, end=end, others=others)
+        arrays = [ArrayJob.parse(each) for each in said["arrays"]]
+        return cls(None, **same, **seen, end=end, others=others, arrays=arrays)

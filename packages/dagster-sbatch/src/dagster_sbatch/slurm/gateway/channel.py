@@ -18,8 +18,8 @@ from dagster_sbatch.slurm.gateway.agent.slurm_commands import KEPT
 from dagster_sbatch.slurm.gateway.shell import after_login_profile, for_any_shell
 from dagster_sbatch.ssh import connect
 
-_MODULES = "disk transfer slurm_commands paths run_directories claims jobs follower".split()
-_MODULES += "interpreters building releases server".split()
+_MODULES = "disk transfer task_states slurm_commands job_record streams tasks paths run_directories claims".split()
+_MODULES += "limits jobs follower arrays interpreters building releases server".split()
 """Of the agent, each after those that it uses."""
 _JOIN = """\
 import sys, types

@@ -4,7 +4,6 @@ A lost connection says nothing about a job: every request is repeated until it i
 from the byte where the connection broke.
 """
 
-import base64
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,16 +13,26 @@ from typing import Any
 from dagster_sbatch.atomic_write import replacing
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway.answers import Claim, JobEnd, JobState, Projects, RefusedError, Submitted
+from dagster_sbatch.slurm.gateway.answers import (
+    ArrayJob,
+    Claim,
+    JobEnd,
+    JobState,
+    Limits,
+    Projects,
+    RefusedError,
+    Submitted,
+)
+from dagster_sbatch.slurm.gateway.arrays import Arrays, follow_arrays
 from dagster_sbatch.slurm.gateway.channel import choose_channel
 from dagster_sbatch.slurm.gateway.link import AgainError, Link
+from dagster_sbatch.slurm.gateway.submission import Files, submission
 from dagster_sbatch.slurm.site import Site
 
 PIECE = 1 << 20
 ACCOUNTED = ("JobID", "State", "MaxRSS", "TotalCPU")
 """The fields of sacct: a row for the job, then one for each of its steps."""
 
-Files = Mapping[str, str | bytes]
 Sinks = Mapping[str, Callable[[bytes], None]]
 
 
@@ -61,7 +70,7 @@ class Gateway(Link):
             RefusedError: sbatch refused the job, or another run exists under that key.
             StoppedError: `stop` was set.
         """
-        answer = self.ask(**_submission(run, files, options))
+        answer = self.ask(do="submit", **submission(run, files, options))
         return Submitted(answer["job"], answer["how"])
 
     def cancel(self, run: str) -> JobEnd | None:
@@ -88,6 +97,19 @@ class Gateway(Link):
         state, reason, start, *_ = said["row"] or ("PENDING", "None", "")
         return JobState(state, reason, float(start) if start.isdecimal() else None), None
 
+    def array(self, run: str) -> ArrayJob:
+        """Return what is known of a run that is an array job.
+
+        Raises:
+            RefusedError: it is none.
+        """
+        return ArrayJob.parse(self.ask(do="array", run=run))
+
+    def limits(self, partition: str, qos: str = "", account: str = "") -> Limits:
+        """Return how many tasks and jobs Slurm accepts; `qos`, `account`: of the jobs, empty if they name none."""
+        said = self.ask(do="limits", partition=partition, qos=qos, account=account)
+        return Limits(said["array"], said["submit"])
+
     def test(self, script: str) -> tuple[bool, str]:
         """Return whether Slurm would accept a batch script, and its text: the expected start, or why not."""
         said = self.ask(do="test", script=script)
@@ -111,12 +133,14 @@ class Gateway(Link):
         found: list[Mapping[str, Any]] = self.ask(do="runs", runs=runs)["found"]
         return found
 
-    def reject(self, run: str) -> None:
+    def reject(self, run: str, task: int | None = None) -> None:
         """Record that this step rejects a run's result: no attempt uses it again. Nobody waits for the answer.
+
+        `task`: of an array job, the index of the task whose result it is.
 
         If the record is lost, the next attempt reads the result, rejects it and fails; the attempt after it is new.
         """
-        self.notify(do="reject", run=run)
+        self.notify(do="reject", run=run, task=task)
 
     def clean(self, runs: str, names: Sequence[str]) -> list[str]:
         """Remove the runs of these names, and what was begun and never finished; return the names of removed runs."""
@@ -141,11 +165,11 @@ class Gateway(Link):
 
             def go_on() -> int:
                 nonlocal sent
-                at = next(self.exchange({"do": "put", **about}))[1]["at"]
+                at = next(self.exchange([{"do": "put", **about}]))[1]["at"]
                 file.seek(at)
                 while at < size:
                     data = file.read(PIECE)
-                    at = next(self.exchange({"do": "piece", **about, "at": at}, data=data))[1]["at"]
+                    at = next(self.exchange([{"do": "piece", **about, "at": at}], data=data))[1]["at"]
                     sent += len(data)
                     on_progress(at, size)
                 return sent
@@ -161,7 +185,7 @@ class Gateway(Link):
         with replacing(local) as file:
 
             def go_on() -> None:
-                for _, head, data in self.exchange({"do": "get", "path": path, "at": file.tell()}):
+                for _, head, data in self.exchange([{"do": "get", "path": path, "at": file.tell()}]):
                     if "file" in head:
                         file.write(data)
                         on_progress(file.tell())
@@ -210,11 +234,24 @@ class Gateway(Link):
 
         `follower` is the id of the Dagster run; the agent records it in the run directory.
         """
-        before = [{**_submission(run, files, ()), "follower": follower}]
+        before = [{"do": "submit", **submission(run, files, ()), "follower": follower}]
         # An error of `follow` does not end the request: the job exists, or is about to.
         return self._follow(
             run, sinks, on_state, before, on_submitted, lasting=lambda: not before or self._failed == len(before)
         )
+
+    def run_arrays(self, arrays: Arrays, follower: str) -> None:
+        """Submit array jobs and follow their tasks, until there is no further one and all are over.
+
+        Args:
+            arrays: names the array jobs, and gets all that comes of them.
+            follower: id of the Dagster run; the agent records it in the run directories.
+
+        Raises:
+            RefusedError: the agent cannot act at all; that Slurm refuses one array job is no error here.
+            StoppedError: `stop` was set; the jobs still run.
+        """
+        follow_arrays(self, arrays, {"follower": follower, "fields": ",".join(ACCOUNTED)})
 
     def _follow(
         self,
@@ -229,7 +266,7 @@ class Gateway(Link):
         follow = {"do": "follow", "run": run, "fields": ",".join(ACCOUNTED)}
 
         def go_on() -> JobEnd:
-            for _, head, data in self.exchange(*before, {**follow, "offsets": offsets}):
+            for _, head, data in self.exchange([*before, {**follow, "offsets": offsets}]):
                 if "end" in head:
                     if before:  # sbatch has never answered
                         on_submitted(Submitted(head["job"], "found"))
@@ -244,7 +281,7 @@ class Gateway(Link):
                     offsets[name] += len(data)
                     sinks[name](data)
                 elif "trouble" in head:
-                    self._on_trouble(head["trouble"])
+                    self.on_trouble(head["trouble"])
                 elif "state" in head:
                     start = float(head["start"]) if head["start"].isdecimal() else None
                     place = {name: head[name] for name in ("account", "node", "temporary")}
@@ -272,13 +309,3 @@ def make_gateway(
         settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands
     )
     return Gateway(channel, stop, on_trouble, on_recovered)
-
-
-def _submission(run: str, files: Files | None, options: Sequence[str]) -> dict[str, Any]:
-    if files is None:
-        return {"do": "submit", "run": run, "options": []}
-    contents = {
-        name: content if isinstance(content, str) else {"base64": base64.b64encode(content).decode()}
-        for name, content in files.items()
-    }
-    return {"do": "submit", "run": run, "options": list(options), "files": contents}

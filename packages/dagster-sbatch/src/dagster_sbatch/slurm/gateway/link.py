@@ -9,7 +9,7 @@ import json
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -94,10 +94,11 @@ class Link:
         Attributes:
             committed: set it when a job may exist: from then on no error on the way to the login node is final.
             blocked: whether a person may have to fix the latest error.
+            on_trouble: see above.
         """
         self._open_channel = open_channel
         self.stop = stop or threading.Event()
-        self._on_trouble, self._on_recovered = on_trouble, on_recovered
+        self.on_trouble, self._on_recovered = on_trouble, on_recovered
         self.committed = self.blocked = False
         self.claimed: Mapping[str, Any] | None = None
         self._let_in: float | None = None
@@ -127,7 +128,7 @@ class Link:
         """
 
         def step() -> Mapping[str, Any]:
-            answers = (head for _, head, _ in self.exchange(request))
+            answers = (head for _, head, _ in self.exchange([request]))
             while "progress" in (head := next(answers)):
                 on_progress(head["progress"])
             return head
@@ -135,19 +136,17 @@ class Link:
         return self.patiently(step)
 
     def exchange(
-        self, *requests: Mapping[str, Any], data: bytes = b""
+        self, requests: Sequence[Mapping[str, Any]], data: bytes = b""
     ) -> Iterator[tuple[int, Mapping[str, Any], bytes]]:
         """Generate the answers to some requests, as they come, each with the index of its request.
 
-        `data` is sent behind the last request.
+        Requests that the caller adds meanwhile are sent, too. `data` is sent behind the first request.
         """
         try:
-            channel = self._connect()
-            last = len(requests) - 1
-            idents = [
-                self._send(channel, data if which == last else b"", **request) for which, request in enumerate(requests)
-            ]
+            channel, idents = self._connect(), list[int]()
             while True:
+                for request in requests[len(idents) :]:
+                    idents.append(self._send(channel, b"" if idents else data, **request))
                 if self.stop.is_set():
                     raise StoppedError
                 frame = self._receive(channel)
@@ -223,7 +222,7 @@ class Link:
                 if not isinstance(error, _TemporaryError):
                     self.close()
                 self.blocked = isinstance(error, _BlockedError)
-                self._on_trouble(str(error))
+                self.on_trouble(str(error))
                 wait = DENIED_PAUSE if isinstance(error, _DeniedError) else pause
             self._wait(wait * random.uniform(0.5, 1.0))  # noqa: S311 (jitter)
             pause = min(2 * pause, LONGEST_PAUSE)

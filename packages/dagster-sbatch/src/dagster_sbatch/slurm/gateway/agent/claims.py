@@ -9,7 +9,8 @@ import threading
 import time
 
 from .disk import lock, own, parse, read, remove_tree
-from .run_directories import DAY, checked, has, latest, others
+from .run_directories import DAY, array_of, checked, conclude, followers_of, has, job_of, record_of
+from .tasks import is_array, whole
 
 INHERIT_EVERY = 0.5  # seconds between two tries to take the lock of this client's previous agent
 
@@ -49,6 +50,41 @@ def inherit(held, path, mine, say):
             say(held=there["who"])
             return
         time.sleep(INHERIT_EVERY)
+
+
+def latest(folder, family):
+    """Return the last attempt of a family: its number (0: there is none), whether it is over, how it ended.
+
+    `arrays`: all attempts that are array jobs, in order: several can be active at once.
+    """
+    attempts = [name[len(family) + 1 :] for name in os.listdir(folder) if name.startswith(family + "-")]
+    numbers = sorted(int(text) for text in attempts if text.isdigit()) or [0]
+    paths = [os.path.join(folder, "%s-%d" % (family, number)) for number in numbers]
+    arrays, run = [array_of(path) for path in paths if is_array(path)], paths[-1]
+    job = job_of(run)
+    found = {"attempt": numbers[-1], "over": True, "end": None, "job": job, "rejected": False, "followers": []}
+    found.update(record=record_of(run), arrays=arrays)
+    if not numbers[-1] or not (job or has(run, "tried")):  # never submitted: sbatch refused it, or the agent died
+        return found
+    end = None
+    if is_array(run):
+        end = whole(arrays[-1]["ends"]) if job and arrays[-1]["over"] else None
+    elif job:
+        end = conclude(run, job)
+    return dict(found, over=bool(end), end=end, rejected=has(run, "failed"), followers=followers_of(run))
+
+
+def others(folder, family, beginnings):
+    """Return runs whose names have one of some beginnings, of other families, if their job may not be over."""
+    found = []
+    for name in sorted(os.listdir(folder)) if beginnings else ():
+        run, its = os.path.join(folder, name), name.rpartition("-")[0]
+        if its == family or not name.startswith(tuple(beginnings)) or not name.rpartition("-")[2].isdigit():
+            continue
+        job = job_of(run)
+        if (job or has(run, "tried")) and not has(run, "end") and not has(run, "cancelled"):
+            found.append({"family": its, "run": run, "job": job, "record": record_of(run)})
+    return found
 
 
 # Requests

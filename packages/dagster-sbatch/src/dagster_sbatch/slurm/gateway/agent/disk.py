@@ -11,15 +11,29 @@ import stat
 import threading
 
 FORMAT = 1
+# Errors of the file system that repeating the request does not fix.
+FINAL = "EACCES EDQUOT EISDIR ELOOP ENAMETOOLONG ENOSPC ENOTDIR EPERM EROFS".split()
+# Errors that pass by themselves: a server is away, a node is short of something. All others are `broken`.
+PASSING = "EAGAIN EBUSY ECONNREFUSED ECONNRESET EHOSTDOWN EHOSTUNREACH EINTR EIO EMFILE ENETDOWN ENETUNREACH".split()
+PASSING += "ENFILE ENOBUFS ENOMEM ENOTCONN EREMOTEIO ESHUTDOWN ESTALE ETIMEDOUT".split()
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class RequestError(Exception):
-    """`refused`: a permanent error. `temporary`: the client repeats the request, with growing pauses."""
+    """`refused`: a permanent error. `temporary`: the client repeats the request, with growing pauses.
+
+    `full`: temporary, too: Slurm accepts no more jobs of the user now.
+    """
 
     def __init__(self, kind, text):
         super().__init__(text)
         self.kind = kind
+
+
+def kind_of(error):
+    """Return the kind of an error of the file system or of a system call."""
+    name = errno.errorcode.get(error.errno)
+    return "refused" if name in FINAL else "temporary" if name in PASSING else "broken"
 
 
 def read(path):

@@ -4,15 +4,12 @@ import os
 import time
 
 from .disk import RequestError
-from .run_directories import MESSAGES, STREAMS, conclude, events_of, job_of, locate, quietly_conclude, row_of
-from .slurm_commands import COMMAND_PATIENCE, OVER, SQUEUE_EVERY, account
-from .transfer import CHUNK
+from .job_record import MESSAGES, STREAMS, events_of
+from .run_directories import conclude, job_of, locate, quietly_conclude, row_of
+from .slurm_commands import COMMAND_PATIENCE, LAG, OVER, SQUEUE_EVERY, UNSEEN, account
+from .streams import MOST_CHUNKS, Stream, pause_after, short_of
 
-UNSEEN = 60.0  # seconds without an answer of squeue, after which the agent asks Slurm about the one job, as often
-HOLE = 10.0  # seconds for which NUL bytes are held back: on NFS, a node may not have written those bytes yet
-LAG = 15.0  # seconds to wait for a job's own record of its end, once Slurm says that it is over
 ABSENT = 10.0  # seconds to wait for a run directory that a submission is about to make
-MOST_CHUNKS = 8  # of one stream in a row, so that none starves another
 
 
 class Follower:
@@ -20,12 +17,13 @@ class Follower:
         self.agent, self.queue = agent, agent.queue
         self.run, self.key = locate(ask)
         self.say = say
-        self.at = {name: ask["offsets"][name] for name in STREAMS if name in ask["offsets"]}
+        at = ask["offsets"]
+        names = [name for name in STREAMS if name in at]
+        self.streams = [Stream(os.path.join(self.run, name), name, at[name], name == MESSAGES) for name in names]
         self.fields = ask["fields"]
         self.begun = self.moved = self.asked = time.time()
         self.pause = 0.015  # seconds until Slurm is asked again about a job that has recorded its end; grows
         self.reported, self.trouble = None, None
-        self.holes = {}  # by stream: its size when NUL bytes were first seen, and the time
         self.end, self.end_seen = None, 0.0
 
     def follow(self):
@@ -37,7 +35,7 @@ class Follower:
             time.sleep(0.02)
         while self.agent.followers[self.run] is self:
             events = events_of(self.run)  # before the streams: so all that was written before the end is sent
-            sent = [self.pump(name) for name in self.at]
+            sent = [stream.pump(self.say) for stream in self.streams]
             if any(sent):
                 self.moved = time.time()
             job, own = job_of(self.run), events.get("end")
@@ -49,41 +47,8 @@ class Follower:
                 if answer:
                     return answer
             if max(sent or [0]) < MOST_CHUNKS:
-                # 2 % of the time without output: 0.02 s while there is output, 1 s for a job that has long been quiet
-                time.sleep(min(max(0.02 * (time.time() - self.moved), 0.02), 1))
+                time.sleep(pause_after(time.time() - self.moved))
         return {}
-
-    def pump(self, name):
-        """Send what a file has beyond its offset; return the number of chunks."""
-        try:  # opened each time: on NFS, only that shows what another machine has appended
-            file = os.open(os.path.join(self.run, name), os.O_RDONLY)
-        except FileNotFoundError:
-            return 0
-        try:
-            for sent in range(MOST_CHUNKS):
-                data = os.pread(file, CHUNK, self.at[name])  # nothing beyond the end of the file
-                data = data[: self.whole(name, data, file)]
-                if not data:
-                    return sent
-                self.say(data, file=name, at=self.at[name])
-                self.at[name] += len(data)
-            return MOST_CHUNKS
-        finally:
-            os.close(file)
-
-    def whole(self, name, data, file):
-        """Return how many bytes of a piece can be sent: those before NUL bytes that may be a hole."""
-        place = data.find(b"\0")
-        if place < 0:
-            return len(data)
-        if name == MESSAGES:  # JSON has none
-            return place
-        size, since = self.holes.get(name, (0, 0))
-        if size <= self.at[name] + place:
-            size, since = self.holes[name] = os.fstat(file).st_size, time.time()
-        if time.time() - since < HOLE:
-            return place
-        return min(len(data), size - self.at[name])  # the program wrote NUL bytes
 
     def report_state(self, job, events):
         row = row_of(self.agent, job, self.key, events)
@@ -123,8 +88,7 @@ class Follower:
         """Return the answer, once all that the job wrote is sent; wait for the record of a job that has none yet."""
         self.end_seen = self.end_seen or time.time()
         waited = time.time() - self.end_seen
-        sizes = (own or {}).get("sizes", {})
-        short = {name: size for name, size in sizes.items() if name in self.at and self.at[name] < size}
+        short = short_of(self.streams, (own or {}).get("sizes", {}))
         if (short and waited < COMMAND_PATIENCE) or (not own and waited < LAG):
             return None
         if not own and not quietly_conclude(self.run, job):  # put back in the queue meanwhile

@@ -20,9 +20,10 @@ UNSURE = re.compile(
     r"|temporarily|authentication error|munge",
     re.I,
 )
-# Errors of sbatch after which there is no job, and the same job may be accepted later.
+# Errors of sbatch after which there is no job, and the same job may be accepted later: too many jobs, and all others.
+FULL = re.compile(r"(Assoc|QOS)(Max|Grp)\w*(Submit|Jobs)\w*|MaxSubmit|MaxJobCount", re.I)
 LATER = re.compile(
-    r"(Assoc|QOS)(Max|Grp)\w*(Submit|Jobs)\w*|MaxSubmit|MaxJobCount|standby|configuration source"
+    r"standby|configuration source"
     r"|(submissions?|operation) (is |are )?(currently |presently )?disabled|inactive or drain|maintenance"
     r"|shutting down|shutdown|try again|writing script",
     re.I,
@@ -118,8 +119,8 @@ def sbatch(run, options, lock):
     if child.returncode <= 0 or UNSURE.search(err):
         raise RequestError("temporary", err.strip() or out.strip())
     os.unlink(os.path.join(run, "tried"))
-    later = LATER.search(err) or (LIMIT.search(err) and not NAMED_LIMIT.search(err))
-    raise RequestError("temporary" if later else "refused", err.strip())
+    full = FULL.search(err) or (LIMIT.search(err) and not NAMED_LIMIT.search(err))
+    raise RequestError("full" if full else "temporary" if LATER.search(err) else "refused", err.strip())
 
 
 # Requests

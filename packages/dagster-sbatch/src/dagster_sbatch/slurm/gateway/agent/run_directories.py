@@ -21,12 +21,11 @@ import os
 import re
 import time
 
-from .disk import RequestError, load, parse, read, remove_tree, store, unique, write
-from .slurm_commands import FORGOTTEN, verdict
+from .disk import RequestError, load, read, remove_tree, store, unique, write
+from .job_record import CAUSE, EVENTS, STREAMS, cause_of, events_of
+from .slurm_commands import FORGOTTEN, UNKNOWN, verdict
+from .tasks import CONTENTS, ENDS, FOLDER, Tasks, is_array
 
-MESSAGES = "messages.jsonl"
-STREAMS = (MESSAGES, "stdout", "stderr")
-EVENTS, CAUSE = "events", "cause"
 FOLLOWER = "follower-"
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
 DAY = 86400
@@ -58,8 +57,10 @@ def lay_out(run, files):
     new = unique(run) + ".new"
     os.makedirs(new, 0o700)
     try:
-        for name in STREAMS + (EVENTS, CAUSE):  # made now: a file system may cache that a file does not exist
+        for name in () if CONTENTS in files else STREAMS + (EVENTS, CAUSE):  # now: absence may be cached
             os.close(os.open(os.path.join(new, name), os.O_CREAT | os.O_WRONLY, 0o600))
+        if CONTENTS in files:
+            os.mkdir(os.path.join(new, FOLDER), 0o700)
         for name, content in files.items():
             if name.startswith("/") or not all(part not in ("", ".", "..") for part in name.split("/")):
                 raise RequestError("refused", "%r is not a path below the run directory" % name)
@@ -81,17 +82,6 @@ def lay_out(run, files):
 def digest(files):
     """Return what differs between two submissions under one key."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest().encode()
-
-
-def events_of(run):
-    """Return the job's own records of its latest start, by `started` and `end`; a requeued job starts again."""
-    events = {}
-    for line in read(os.path.join(run, EVENTS)).split(b"\n")[:-1]:  # the last piece is not a whole line yet
-        event = parse(line, "time")
-        if not event:  # cut off by a full disk
-            continue
-        events = dict(events, end=event) if "code" in event else {"started": event}
-    return events
 
 
 def job_of(run):
@@ -119,6 +109,8 @@ def conclude(run, job):
     known = load(os.path.join(run, "end"), "state", "exit", "times")
     if known:
         return known
+    if is_array(run):
+        return Tasks(run).conclude(job)
     own = events_of(run).get("end") or {}
     try:
         slurms = verdict(job, os.path.basename(run))
@@ -126,12 +118,11 @@ def conclude(run, job):
         old = own.get("code") is not None and time.time() - own["time"] > FORGOTTEN
         if error.kind != "forgotten" and not old:
             raise
-        slurms = {"state": "", "exit": "", "times": [None] * 3, "account": ""}
+        slurms = UNKNOWN
     if slurms is None:
         return None
     own = events_of(run).get("end") or {}  # once more: the job may have written it meanwhile
-    cause = read(os.path.join(run, CAUSE)).decode(errors="replace").strip()
-    end = dict(own, cause=cause, **slurms)
+    end = dict(own, cause=cause_of(run), **slurms)
     if own:
         try:
             store(os.path.join(run, "end"), end)
@@ -156,31 +147,29 @@ def row_of(agent, job, key, events):
     return row
 
 
-def latest(folder, family):
-    """Return the last attempt of a family: its number (0: there is none), whether it is over, how it ended."""
-    attempts = [name[len(family) + 1 :] for name in os.listdir(folder) if name.startswith(family + "-")]
-    number = max([int(text) for text in attempts if text.isdigit()] or [0])
-    run = os.path.join(folder, "%s-%d" % (family, number))
-    job = job_of(run)
-    found = {"attempt": number, "over": True, "end": None, "job": job, "rejected": False, "followers": []}
-    found["record"] = record_of(run)
-    if not number or not (job or has(run, "tried")):  # never submitted: sbatch refused it, or the agent died before
-        return found
-    end = conclude(run, job) if job else None
-    return dict(found, over=bool(end), end=end, rejected=has(run, "failed"), followers=followers_of(run))
+def array_of(run):
+    """Return what is known of a run that is an array job; `over`: whether all of its tasks are.
 
-
-def others(folder, family, beginnings):
-    """Return runs whose names have one of some beginnings, of other families, if their job may not be over."""
-    found = []
-    for name in sorted(os.listdir(folder)) if beginnings else ():
-        run, its = os.path.join(folder, name), name.rpartition("-")[0]
-        if its == family or not name.startswith(tuple(beginnings)) or not name.rpartition("-")[2].isdigit():
-            continue
-        job = job_of(run)
-        if (job or has(run, "tried")) and not has(run, "end") and not has(run, "cancelled"):
-            found.append({"family": its, "run": run, "job": job, "record": record_of(run)})
-    return found
+    RequestError: Slurm does not answer, and some task's end is not recorded.
+    """
+    job, tasks, ends = job_of(run), Tasks(run), {}
+    if job:
+        ends, trouble = tasks.all_ends(job)
+        if trouble and len(ends) < tasks.count:
+            raise trouble
+    record, started, number = record_of(run), tasks.started(), run.rpartition("-")[2]
+    return {
+        "run": run,
+        "number": int(number) if number.isdigit() else 0,
+        "job": job,
+        "over": len(ends) == tasks.count or not (job or has(run, "tried")),
+        "tasks": [task["id"] for task in (record or {}).get("tasks", ())],
+        "ends": {str(index): end for index, end in ends.items()},
+        "started": sorted(started),
+        "rejected": sorted(index for index in started if has(tasks.path(index), "failed")),
+        "followers": followers_of(run),
+        "record": record,
+    }
 
 
 def record_of(run):
@@ -220,10 +209,18 @@ def state(agent, ask, _):
 
 
 def reject(_, ask, __):
-    """Record that a step rejected the result of a run."""
+    """Record that a step rejected the result of a run, or that of one of its tasks."""
     run, _ = locate(ask)
-    mark(run, "failed")
+    mark(run if ask.get("task") is None else Tasks(run).path(ask["task"]), "failed")
     return {}
+
+
+def array(_, ask, __):
+    """Return what is known of a run that is an array job."""
+    run, _ = locate(ask)
+    if not is_array(run):
+        raise RequestError("refused", "%s is not the run directory of an array job" % run)
+    return array_of(run)
 
 
 def runs(_, ask, __):
@@ -234,8 +231,10 @@ def runs(_, ask, __):
         about = load(os.path.join(run, "about.json"), "run", "asset")
         if about:
             try:
-                at, followers = os.stat(os.path.join(run, EVENTS)).st_mtime, followers_of(run)
-            except FileNotFoundError:  # it is being removed
+                changed = (FOLDER, ENDS) if is_array(run) else (EVENTS,)
+                at = max(os.stat(os.path.join(run, name)).st_mtime for name in changed if has(run, name))
+                followers = followers_of(run)
+            except (FileNotFoundError, ValueError):  # it is being removed
                 continue
             end = load(os.path.join(run, "end"), "state", "exit", "times")
             row = {"run": run, "job": job_of(run), "about": about, "end": end, "at": at, "followers": followers}

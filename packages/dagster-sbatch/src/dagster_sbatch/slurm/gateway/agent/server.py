@@ -1,35 +1,26 @@
 """The agent: it reads requests, answers them, and leaves when its client is gone."""
 
-import errno
 import json
 import os
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
+from .arrays import run_array
 from .claims import claim, clean, hold
-from .disk import RequestError
+from .disk import RequestError, kind_of
 from .follower import follow
 from .jobs import SBATCH_PATIENCE, cancel, submit
+from .limits import limits
 from .paths import Profile, with_paths
 from .releases import environment
-from .run_directories import reject, runs, state
+from .run_directories import array, reject, runs, state
 from .slurm_commands import Queue, projects, queue, test
 from .transfer import CHUNK, get, piece, put
 
 HELLO = "gateway-agent 1"
 SILENCE = 60.0  # seconds without a byte from the client: it is gone, though the connection does not say so
-# Errors of the file system that repeating the request does not fix.
-FINAL = "EACCES EDQUOT EISDIR ELOOP ENAMETOOLONG ENOSPC ENOTDIR EPERM EROFS".split()
-# Errors that pass by themselves: a server is away, a node is short of something. All others are `broken`.
-PASSING = "EAGAIN EBUSY ECONNREFUSED ECONNRESET EHOSTDOWN EHOSTUNREACH EINTR EIO EMFILE ENETDOWN ENETUNREACH".split()
-PASSING += "ENFILE ENOBUFS ENOMEM ENOTCONN EREMOTEIO ESHUTDOWN ESTALE ETIMEDOUT".split()
-
-
-def kind_of(error):
-    """Return the kind of an error of the file system or of a system call."""
-    name = errno.errorcode.get(error.errno)
-    return "refused" if name in FINAL else "temporary" if name in PASSING else "broken"
 
 
 def ping(*_):
@@ -37,7 +28,7 @@ def ping(*_):
 
 
 VERBS = (hold, claim, submit, test, cancel, state, reject, runs, clean, put, piece, get, environment, queue, projects)
-VERBS = {verb.__name__: verb for verb in VERBS + (follow, ping)}
+VERBS = {verb.__name__: verb for verb in VERBS + (follow, array, run_array, limits, ping)}
 FINISHED = ("submit", "cancel")  # even if the client goes away meanwhile
 IN_ORDER = ("hold", "reject", "piece")  # before the next request is read, which builds on them
 
@@ -106,6 +97,17 @@ class Agent:
             with self.counting:
                 self.busy -= 1
         self.say(ident, **answer)
+
+    @contextmanager
+    def finishing(self):
+        """Let what is done meanwhile be finished even if the client goes away."""
+        with self.counting:
+            self.busy += 1
+        try:
+            yield
+        finally:
+            with self.counting:
+                self.busy -= 1
 
     def watch(self):
         while time.monotonic() - self.heard < SILENCE:

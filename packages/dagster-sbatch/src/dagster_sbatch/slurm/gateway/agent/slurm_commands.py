@@ -9,6 +9,7 @@ import threading
 import time
 
 from .disk import RequestError, load, lock, own, store
+from .task_states import OVER, by_job, indices
 
 KEPT = frozenset("SLURM_CONF SLURM_CONF_SERVER SLURM_JWT SBATCH_ACCOUNT".split())
 """The variables that Slurm's commands keep: how to reach Slurm, and the project that the user has chosen."""
@@ -16,12 +17,15 @@ ACCOUNT = re.compile(r"^#SBATCH --account=", re.M)
 FIELD = re.compile(r"(\w+)=(\S*)")
 SQUEUE_EVERY = 15.0
 UNSHARED_EVERY = 60.0  # seconds between two calls of squeue by an agent that asks for itself
+UNSEEN = 60.0  # seconds without an answer of squeue, after which an agent asks Slurm about its own job, as often
+LAG = 15.0  # seconds to wait for a job's own record of its end, once Slurm says that it is over
 COMMAND_PATIENCE = 60.0
+UNKNOWN = {"state": "", "exit": "", "times": [None] * 3, "account": ""}  # the end of a job that Slurm has forgotten
+ENDED = "State,ExitCode,Submit,Start,End,Account,JobName"
+UNKNOWN_JOB, NO_ACCOUNTING = "Invalid job id", "disabled"  # in errors of scontrol and of sacct
+UNFINISHED = ("PENDING", "RUNNING", "COMPLETING")
 ACCOUNTING_TAKES = 0.1  # seconds: sacct asks a database
 FORGOTTEN = 240.0  # seconds after which squeue alone proves nothing: it forgets ended jobs after MinJobAge (300)
-OVER = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
-)
 
 
 def environment(script=""):
@@ -38,6 +42,7 @@ def environment(script=""):
     if ACCOUNT.search(script):
         kept.pop("SBATCH_ACCOUNT", None)
     kept["SLURM_TIME_FORMAT"] = "%s"
+    kept["SLURM_BITSTR_LEN"] = "0"  # the indices of an array's waiting tasks are not cut off
     return kept
 
 
@@ -92,7 +97,7 @@ def rows_of(*command, patience=COMMAND_PATIENCE):
 
 def find_by_name(key, since):
     """Return the job of that name, if the queue or the accounting has one; it was not submitted before `since`."""
-    rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-n", key, "-o", "%i|%j")
+    rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-n", key, "-o", "%F|%j")
     if not rows:
         day = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - 120))
         fields = ("-X", "-n", "-P", "-u", user(), "--name", key, "-S", day, "-o", "JobID,JobName")
@@ -101,8 +106,22 @@ def find_by_name(key, since):
         except RequestError:
             if time.time() - since > FORGOTTEN:
                 raise
-    jobs = sorted(int(row[0]) for row in rows if row[1] == key and row[0].isdigit())
-    return str(jobs[0]) if jobs else None
+    jobs = [row[0].partition("_")[0] for row in rows if row[1] == key]  # of an array job, sacct says `17_3`
+    return min((job for job in jobs if job.isdigit()), key=int, default=None)
+
+
+def fields_of(line):
+    """Return the fields of a record of scontrol; the first of each name: later ones stand in paths."""
+    found = {}
+    for name, value in FIELD.findall(line):
+        found.setdefault(name, value)
+    return found
+
+
+def state_of(record):
+    """Return what a record of scontrol says of the end, as `over`."""
+    names = ("JobState", "ExitCode", "SubmitTime", "StartTime", "EndTime")
+    return over([record[name] for name in names], record.get("Account"))
 
 
 def verdict(job, key):
@@ -115,20 +134,16 @@ def verdict(job, key):
     """
     forgotten = False
     try:
-        found = {}
-        for name, value in FIELD.findall(ask_slurm("scontrol", "-o", "show", "job", job)):
-            found.setdefault(name, value)  # the first of each: later ones stand in paths
+        found = fields_of(ask_slurm("scontrol", "-o", "show", "job", job))
         if found.get("JobName") == key:  # ids are used again
-            names = ("JobState", "ExitCode", "SubmitTime", "StartTime", "EndTime")
-            return over([found[name] for name in names], found.get("Account"))
+            return state_of(found)
         forgotten = True
     except RequestError as error:
-        forgotten = "Invalid job id" in str(error)
-    fields = "State,ExitCode,Submit,Start,End,Account,JobName"
+        forgotten = UNKNOWN_JOB in str(error)
     try:
-        rows = [row for row in rows_of("sacct", "-X", "-n", "-P", "-j", job, "-o", fields) if row[-1] == key]
+        rows = [row for row in rows_of("sacct", "-X", "-n", "-P", "-j", job, "-o", ENDED) if row[-1] == key]
     except RequestError as error:
-        if not forgotten or "disabled" not in str(error):
+        if not forgotten or NO_ACCOUNTING not in str(error):
             raise
         rows = []
     if not rows:
@@ -142,22 +157,30 @@ def over(row, project):
     return {"state": state, "exit": row[1], "times": times, "account": project} if state in OVER else None
 
 
-def account(job, fields, ran):
+def account(job, fields, ran, tasks=None):
     """Return sacct's rows of a job that is over and of its steps, once sacct knows that all of them are over.
 
+    tasks: of an array job, the indices that count; without an answer in time, the rows of those that are over
     Give up after 5 % of the time for which the job ran: sacct lags, and a short job must not wait for it.
     """
-    until, pause = time.time() + min(0.05 * ran, 5), 0.05
+    until, pause, complete = time.time() + min(0.05 * ran, 5), 0.05, []
     while until - time.time() > ACCOUNTING_TAKES:
         try:
             rows = rows_of("sacct", "-n", "-P", "-j", job, "-o", fields, patience=until - time.time())
         except RequestError:  # it does without
             break
-        if rows and not any(row[1] in ("PENDING", "RUNNING", "COMPLETING") for row in rows):
-            return rows
+        groups = {}
+        for row in rows:
+            name = row[0].partition(".")[0]
+            if tasks is None or indices(name.partition("_")[2]) & tasks:
+                groups.setdefault(name, []).append(row)
+        over = [each for each in groups.values() if not any(row[1] in UNFINISHED for row in each)]
+        complete = [row for each in over for row in each]
+        if over and len(over) == len(groups):
+            break
         time.sleep(pause)
         pause *= 2
-    return []
+    return complete
 
 
 def asked(view):
@@ -211,7 +234,7 @@ class Queue:
         view = dict(self.view, asked=time.time(), calls=self.view["calls"] + 1, trouble=None)
         try:
             rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-o", "%i|%T|%r|%S|%j|%a")
-            view.update(at=view["asked"], jobs={row[0]: row[1:] for row in rows})
+            view.update(at=view["asked"], jobs=by_job(rows))
         except RequestError as error:
             view["trouble"] = str(error)
         return view
@@ -231,6 +254,12 @@ class Queue:
         """Return state, reason, expected start and account of a job, as last seen; None if it was not seen."""
         found = self.view["jobs"].get(job)
         return found[:3] + found[4:5] if found and found[3] == key else None
+
+    def tasks(self, job, key):
+        """Return the indices of an array job's tasks that are not over, by state, as last seen."""
+        found = self.view["jobs"].get(job)
+        active = found[5] if found and found[3] == key and len(found) > 5 else {}
+        return {state: indices(text) for state, text in active.items()}
 
 
 # Requests

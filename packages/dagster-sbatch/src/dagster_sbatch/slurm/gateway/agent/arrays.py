@@ -1,0 +1,299 @@
+"""Array jobs: submit one as soon as there is room for it, and follow its tasks: their output, states and ends."""
+
+import heapq
+import os
+import time
+
+from .disk import RequestError, kind_of
+from .job_record import events_of
+from .jobs import submit_once
+from .run_directories import locate, note_follower
+from .slurm_commands import COMMAND_PATIENCE, LAG, SQUEUE_EVERY, UNSEEN, account
+from .streams import MOST_CHUNKS, pause_after, short_of
+from .tasks import Tasks
+
+FIRST_PAUSE, ROOM_PAUSE, LONGEST_PAUSE = 0.5, 5.0, 60.0  # seconds between two tries to submit; each is twice as long
+READS_PER_SECOND = 100.0  # of tasks, however many run; each opens four files
+SHARE = 20  # a command of Slurm that took a second is not repeated for so many: for many tasks, its answers are long
+REPORT_EVERY = 1.0  # seconds between two reports of how many tasks wait and run
+
+
+class Task:
+    """A task that has started, or has ended without: its streams from an offset on, and its own record.
+
+    began   when it last started
+    own     its own record of its end
+    due     when it is read again; None if it is not
+    empty   when it was last read and had nothing new
+    """
+
+    def __init__(self, tasks, index, offsets):
+        self.folder, self.streams = tasks.path(index), tasks.streams(index, offsets)
+        self.moved, self.empty = time.time(), 0.0
+        self.began = self.own = self.due = None
+
+    def read(self, say):
+        """Send what is new; return the number of chunks that the stream with the most had."""
+        now, events = time.time(), events_of(self.folder)  # before the streams: all written before the end is sent
+        start = events.get("started")
+        if start and start["time"] != self.began:
+            self.began = start["time"]
+            say(began=start["time"], node=start["started"])
+        sent = max([stream.pump(say) for stream in self.streams])
+        if sent:
+            self.moved = now
+        else:
+            self.empty = now
+        self.own = events.get("end")
+        return sent
+
+    def short(self):
+        return short_of(self.streams, (self.own or {}).get("sizes", {}))
+
+
+class ArrayFollower:
+    """Follows some tasks of an array job. All sets and keys are indices of tasks.
+
+    left      those whose end is not reported yet
+    active    the Task of each that is or was read
+    agenda    a heap of times and indices: what is read when
+    recorded  those that have recorded their own end, and whose output is sent
+    over      the end that Slurm has confirmed, and since when that is known
+    silent    since when Slurm says that they are over, and they have no own record
+    gone      those that squeue shows no more
+    """
+
+    def __init__(self, agent, ask, say, job, current):
+        self.queue, self.say, self.job, self.current = agent.queue, say, job, current
+        self.run, self.key = locate(ask)
+        self.fields, self.offsets = ask["fields"], {int(index): at for index, at in ask["offsets"].items()}
+        self.tasks, self.followed, self.left = Tasks(self.run), set(ask["followed"]), set(ask["tasks"])
+        self.active, self.agenda, self.recorded = {}, [], set()
+        self.over, self.silent, self.gone = {}, {}, set()
+        now = self.begun = self.asked = self.news = self.filled = time.time()
+        self.listed = self.reported_at = self.seen = 0.0
+        self.allowance, self.pause, self.took = READS_PER_SECOND / 10, 0.015, 0.0
+        self.reported, self.trouble = None, None
+        for index in self.left & set(self.tasks.ends):  # only its output is missing
+            self.over[index] = (self.tasks.ends[index], now)
+
+    def follow(self):
+        self.queue.want(os.path.dirname(self.run))
+        while self.current():
+            self.discover()
+            more = self.read()
+            self.look_at_queue()
+            self.find_ends()
+            self.finish()
+            if not self.left:
+                return self.answer()
+            if not more:
+                self.wait()
+        return {}
+
+    def say_of(self, index):
+        return lambda payload=b"", **fields: self.say(payload, task=index, **fields)
+
+    # Read
+
+    def discover(self):
+        """Find the tasks that have started, by a listing of their folder."""
+        now = time.time()
+        if now < self.listed or self.left <= set(self.active):
+            return
+        new = (self.tasks.started() & self.left) - set(self.active)
+        for index in new:
+            self.schedule(index, now)
+        if new:
+            self.news = now
+        self.listed = now + max(pause_after(now - self.news), SHARE * (time.time() - now))
+
+    def schedule(self, index, at):
+        """Have a task read, unless it is going to be; return it."""
+        if index not in self.active:
+            self.active[index] = Task(self.tasks, index, self.offsets.pop(index, {}))
+        task = self.active[index]
+        if task.due is None:
+            task.due = at
+            heapq.heappush(self.agenda, (at, index))
+        return task
+
+    def read(self):
+        """Read the tasks that are due, as far as the allowance goes; return whether one has much more to send."""
+        now, more = time.time(), False
+        self.allowance = min(self.allowance + (now - self.filled) * READS_PER_SECOND, READS_PER_SECOND / 10)
+        self.filled = now
+        while self.agenda and self.agenda[0][0] <= now and self.allowance >= 1:
+            index = heapq.heappop(self.agenda)[1]
+            task = self.active.get(index)
+            if not task:
+                continue
+            self.allowance -= 1
+            task.due = None
+            sent = task.read(self.say_of(index))
+            more |= sent == MOST_CHUNKS
+            if not task.own:  # it runs, perhaps again
+                self.recorded.discard(index)
+            elif not sent:
+                self.recorded.add(index)
+                if task.own["code"] is not None:  # one that was cut short may start again soon
+                    continue
+            self.schedule(index, now if sent == MOST_CHUNKS else now + pause_after(now - task.moved))
+        return more
+
+    def wait(self):
+        """Sleep until something is due."""
+        now = time.time()
+        due = [now + 1, self.agenda[0][0] if self.agenda else now + 1]
+        if not self.left <= set(self.active):
+            due.append(self.listed)
+        if self.all_recorded():
+            due.append(self.asked + max(self.pause, self.took))
+        time.sleep(max(min(due) - now, 0.01))
+
+    # Ask Slurm
+
+    def look_at_queue(self):
+        """Report how many tasks wait and run; note those that squeue shows no more."""
+        view, now = self.queue.view, time.time()
+        if view["trouble"] and view["trouble"] != self.trouble:
+            self.trouble = view["trouble"]
+            self.say(trouble=self.trouble)
+        if view["at"] != self.seen and view["at"] > self.begun + 5:  # an older view may be older than the job
+            self.seen = view["at"]
+            shown = set().union(*self.queue.tasks(self.job, self.key).values())
+            self.gone = self.left - shown - self.recorded
+        if now - self.reported_at < REPORT_EVERY:
+            return
+        running = set(self.active) - self.recorded - set(self.over)
+        waiting = self.left - set(self.active) - set(self.over)
+        _, reason, start, project = self.queue.row(self.job, self.key) or ("", "None", "", "")
+        state = {"waiting": len(waiting), "running": len(running), "reason": reason, "start": start}
+        if (state, project) != self.reported:
+            self.reported, self.reported_at = (state, project), now
+            self.say(state=dict(state, account=project))
+
+    def all_recorded(self):
+        return len(self.recorded) + len(self.over) >= len(self.left) and self.left <= self.recorded | set(self.over)
+
+    def find_ends(self):
+        """Ask Slurm which tasks are over: at once when all have recorded that, else seldom, and if one may be."""
+        since, open_ones = time.time() - self.asked, self.left - set(self.over)
+        if not open_ones:
+            return
+        if self.all_recorded():
+            due = since > max(self.pause, self.took)
+            cut_short = any(self.active[index].own["code"] is None for index in open_ones)
+            self.pause = min(1.5 * self.pause, SQUEUE_EVERY if cut_short else 5) if due else self.pause
+        else:
+            self.pause = 0.015
+            unseen = since > UNSEEN and time.time() - self.queue.view["at"] > UNSEEN
+            hint = self.silent or not open_ones.isdisjoint(self.recorded) or not open_ones.isdisjoint(self.gone)
+            due = unseen or (hint and since > max(SQUEUE_EVERY, SHARE * self.took))
+        if due:
+            self.ask()
+
+    def ask(self):
+        begun = time.time()
+        ends, certain, trouble = self.tasks.find_ends(self.job)
+        self.asked = now = time.time()
+        self.took = now - begun
+        if trouble and str(trouble) != self.trouble:
+            self.trouble = str(trouble)
+            self.say(trouble="waiting for Slurm to confirm the end of tasks: %s" % trouble)
+        doubtful = set(ends) & self.left - certain
+        self.silent = {index: self.silent.get(index, now) for index in doubtful}
+        certain |= {index for index in doubtful if now - self.silent[index] > LAG}
+        if certain:
+            self.tasks.keep({index: ends[index] for index in certain})
+        for index in self.left & certain:
+            self.over[index] = (ends[index], now)
+            self.silent.pop(index, None)
+        for index in self.recorded - set(self.over):  # it may have been put back in the queue
+            if now - self.active[index].moved > SQUEUE_EVERY:
+                self.schedule(index, now)
+
+    # Report ends
+
+    def finish(self):
+        """Report the ends of the tasks that are over and whose output is sent."""
+        now = time.time()
+        for index in list(self.over):
+            end, since = self.over[index]
+            task = self.active.get(index) or self.schedule(index, now)
+            # It was read after its record was written, or else after Slurm confirmed that it is over.
+            known = task.own and task.own["time"] == end.get("time")
+            short = task.short() if known or task.empty > since else None
+            if short is None or (short and now - since < COMMAND_PATIENCE):
+                self.schedule(index, now + pause_after(now - since))
+                continue
+            self.say_of(index)(end=end, short=short)
+            for known in (self.over, self.active):
+                del known[index]
+            for known in (self.left, self.recorded, self.gone):
+                known.discard(index)
+
+    def answer(self):
+        """Return what sacct says of all followed tasks, by index."""
+        times = [self.tasks.ends[index]["times"] for index in self.followed if index in self.tasks.ends]
+        starts, ends = [each[1] for each in times if each[1]], [each[2] for each in times if each[2]]
+        ran, rows = max(ends) - min(starts) if starts and ends else 0, {}
+        for row in account(self.job, self.fields, ran, self.followed):
+            index = row[0].partition("_")[2].partition(".")[0]
+            if index.isdigit():  # tasks that never started share a row, with nothing in it
+                rows.setdefault(index, []).append(row)
+        return {"over": True, "rows": rows}
+
+
+def submit_when_possible(agent, ask, say, current):
+    """Submit the run; return its job and how that was found, or None if the client has given up this request.
+
+    RequestError: `refused`.
+    """
+    run, key = locate(ask)
+    pause, said = FIRST_PAUSE, None
+    while current():
+        try:
+            with agent.finishing():
+                job, how = submit_once(run, key, ask)
+                note_follower(run, ask["follower"])
+                return job, how
+        except RequestError as error:
+            kind, text = error.kind, str(error)
+        except OSError as error:
+            kind, text = kind_of(error), "%s: %s" % (error.filename or run, error.strerror)
+        if kind in ("refused", "broken"):
+            raise RequestError(kind, text)
+        if text != said:
+            said = text
+            say(**{"waiting" if kind == "full" else "trouble": text})
+        pause = max(pause, ROOM_PAUSE) if kind == "full" else pause
+        until = time.time() + pause
+        while current() and time.time() < until:
+            time.sleep(min(0.5, pause))
+        pause = min(2 * pause, LONGEST_PAUSE)
+    return None
+
+
+# Requests
+
+
+def run_array(agent, ask, say):
+    """Submit an array job once, as soon as Slurm has room for it, and follow some of its tasks to their ends."""
+    run, _ = locate(ask)
+    agent.followers[run] = me = object()
+
+    def current():
+        return agent.followers[run] is me
+
+    try:
+        submitted = submit_when_possible(agent, ask, say, current)
+    except RequestError as error:
+        if error.kind != "refused":
+            raise
+        return {"refused": str(error)}  # an answer: an error would end the client's other requests
+    if not submitted:
+        return {}
+    job, how = submitted
+    say(job=job, how=how)
+    return ArrayFollower(agent, ask, say, job, current).follow()

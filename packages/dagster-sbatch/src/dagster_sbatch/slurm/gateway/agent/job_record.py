@@ -1,0 +1,25 @@
+"""The job's own record: what a job, or a task of an array job, writes about itself in its folder."""
+
+import os
+
+from .disk import parse, read
+
+MESSAGES = "messages.jsonl"
+STREAMS = (MESSAGES, "stdout", "stderr")
+EVENTS, CAUSE = "events", "cause"
+
+
+def events_of(folder):
+    """Return the job's own records of its latest start, by `started` and `end`; a requeued job starts again."""
+    events = {}
+    for line in read(os.path.join(folder, EVENTS)).split(b"\n")[:-1]:  # the last piece is not a whole line yet
+        event = parse(line, "time")
+        if not event:  # cut off by a full disk
+            continue
+        events = dict(events, end=event) if "code" in event else {"started": event}
+    return events
+
+
+def cause_of(folder):
+    """Return why the job failed, as something in it has recorded; empty if nothing has."""
+    return read(os.path.join(folder, CAUSE)).decode(errors="replace").strip()

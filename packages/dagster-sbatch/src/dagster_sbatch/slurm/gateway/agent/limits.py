@@ -1,0 +1,46 @@
+"""How many jobs, and how many tasks of an array job, Slurm accepts."""
+
+import re
+
+from .disk import RequestError
+from .slurm_commands import ask_slurm, fields_of, rows_of, user
+
+SETTING = re.compile(r"^(\w+)\s*=\s*(.*?)\s*$", re.M)
+MOST_TASKS = re.compile(r"\bmax_array_tasks=(\d+)")
+
+
+def limits(_, ask, __):
+    """Return the most tasks of an array job, and the most jobs that may be in the queue at once; None: not known.
+
+    partition, qos, account: of the jobs; empty: not known
+    """
+    settings = dict(SETTING.findall(ask_slurm("scontrol", "show", "config")))
+    most = [settings.get("MaxArraySize", "")] + MOST_TASKS.findall(settings.get("SchedulerParameters", ""))
+    account = ["account=" + ask["account"]] if ask["account"] else []
+    associations = listed("assoc", "user=" + user(), *(account + ["format=Partition,MaxSubmitJobs,GrpSubmitJobs"]))
+    submit = [text for partition, *texts in associations if partition in ("", ask["partition"]) for text in texts]
+    for qos in {ask["qos"], qos_of(ask["partition"])} - {""}:
+        for _, *texts in listed("qos", qos, "format=Name,MaxSubmitPU,MaxSubmitPA,GrpSubmit"):
+            submit += texts
+    return {"array": fewest(most), "submit": fewest(submit)}
+
+
+def fewest(texts):
+    return min((int(text) for text in texts if text.isdigit()), default=None)
+
+
+def listed(*what):
+    """Return rows of sacctmgr; none if Slurm has no accounting, or that does not answer."""
+    try:
+        return rows_of("sacctmgr", "--noheader", "--parsable2", "show", *what)
+    except RequestError:
+        return []
+
+
+def qos_of(partition):
+    """Return the name of a partition's own QoS; empty if it has none, or Slurm does not answer."""
+    try:
+        name = fields_of(ask_slurm("scontrol", "-o", "show", "partition", partition)).get("QoS", "N/A")
+    except RequestError:
+        return ""
+    return "" if name == "N/A" else name

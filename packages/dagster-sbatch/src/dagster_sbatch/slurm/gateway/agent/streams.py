@@ -1,0 +1,63 @@
+"""Streams: files that a job appends to, sent from an offset on."""
+
+import os
+import time
+
+from .transfer import CHUNK
+
+HOLE = 10.0  # seconds for which NUL bytes are held back: on NFS, a node may not have written those bytes yet
+MOST_CHUNKS = 8  # of one stream in a row, so that none starves another
+
+
+class Stream:
+    """A file, and the number of its bytes that are sent.
+
+    name  what the client calls it
+    text  whether it can have no NUL bytes, as JSON
+    """
+
+    def __init__(self, path, name, at, text):
+        self.path, self.name, self.at, self.text = path, name, at, text
+        self.hole = (0, 0)  # its size when NUL bytes were first seen, and the time
+
+    def pump(self, say):
+        """Send what the file has beyond the offset; return the number of chunks."""
+        try:  # opened each time: on NFS, only that shows what another machine has appended
+            file = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            return 0
+        try:
+            for sent in range(MOST_CHUNKS):
+                data = os.pread(file, CHUNK, self.at)  # nothing beyond the end of the file
+                data = data[: self.whole(data, file)]
+                if not data:
+                    return sent
+                say(data, file=self.name, at=self.at)
+                self.at += len(data)
+            return MOST_CHUNKS
+        finally:
+            os.close(file)
+
+    def whole(self, data, file):
+        """Return how many bytes of a piece can be sent: those before NUL bytes that may be a hole."""
+        place = data.find(b"\0")
+        if place < 0:
+            return len(data)
+        if self.text:
+            return place
+        size, since = self.hole
+        if size <= self.at + place:
+            size, since = self.hole = os.fstat(file).st_size, time.time()
+        if time.time() - since < HOLE:
+            return place
+        return min(len(data), size - self.at)  # the program wrote NUL bytes
+
+
+def short_of(streams, sizes):
+    """Return the streams that have sent less than a job's own record of their sizes, with the number of bytes sent."""
+    return {each.name: each.at for each in streams if each.at < sizes.get(each.name, 0)}
+
+
+def pause_after(silence):
+    """Return the seconds until a file is read again: 2 % of the time without news, at least 0.02 s, at most 1 s."""
+    return min(max(0.02 * silence, 0.02), 1)

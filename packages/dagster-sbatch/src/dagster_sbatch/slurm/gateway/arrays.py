@@ -1,0 +1,176 @@
+"""Array jobs as a client follows them: several at once, over one channel, each task from the byte where it broke."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dagster_sbatch.slurm.gateway.answers import ArrayState, JobEnd, Submitted
+from dagster_sbatch.slurm.gateway.link import AgainError, Link
+from dagster_sbatch.slurm.gateway.submission import Files, submission
+
+Rows = Mapping[int, Sequence[Sequence[str]]]
+"""Rows of sacct by the index of a task, with ACCOUNTED: the task, then its steps."""
+
+
+@dataclass(frozen=True)
+class ArrayRun:
+    """An array job to submit or to follow.
+
+    Attributes:
+        run: the run directory.
+        files: its content by name; None: it exists already.
+        tasks: indices of the tasks to follow.
+    """
+
+    run: str
+    files: Files | None
+    tasks: Sequence[int]
+
+
+class Arrays(ABC):
+    """Names the array jobs of a step, and gets all that comes of them. All calls are made by one thread.
+
+    `run` is a run directory, `task` the index of a task in its array job.
+    """
+
+    @abstractmethod
+    def take(self) -> ArrayRun | None:
+        """Return the next array job to submit or follow now; None: none now, or no more.
+
+        It is asked at the start, and after each call of `submitted`, `refused`, `ended` and `over`.
+        """
+
+    @abstractmethod
+    def submitted(self, run: str, submitted: Submitted) -> None:
+        """Slurm has accepted the job, or it was found."""
+
+    @abstractmethod
+    def refused(self, run: str, text: str) -> None:
+        """Slurm or the agent has refused the job for good; nothing else comes of it."""
+
+    @abstractmethod
+    def waiting(self, run: str, text: str) -> None:
+        """Slurm has no room for the job (a limit of submitted jobs). The agent tries again by itself."""
+
+    @abstractmethod
+    def state(self, run: str, state: ArrayState) -> None:
+        """The number of waiting or running tasks has changed, or why they wait; at most once per second."""
+
+    @abstractmethod
+    def started(self, run: str, task: int, node: str) -> None:
+        """A task has started, or has started again."""
+
+    @abstractmethod
+    def feed(self, run: str, task: int, name: str, data: bytes) -> None:
+        """A task has written to `messages.jsonl`, `stdout` or `stderr`: each byte comes once and in order."""
+
+    @abstractmethod
+    def ended(self, run: str, task: int, end: JobEnd) -> None:
+        """A task is over. All that it wrote has come, except for what `end.short` names."""
+
+    @abstractmethod
+    def over(self, run: str, rows: Rows) -> None:
+        """All followed tasks of the job are over; `rows` has those that the accounting knew in time."""
+
+
+@dataclass
+class _Followed:
+    """An array job that is followed: the tasks whose end has not come, and the bytes that came of them."""
+
+    array: ArrayRun
+    left: set[int]
+    submitted: bool = False
+    offsets: dict[int, dict[str, int]] = field(default_factory=dict)
+    starts: dict[int, float] = field(default_factory=dict)
+
+    def request(self, common: Mapping[str, str]) -> dict[str, Any]:
+        tasks = {"tasks": list(self.left), "followed": list(self.array.tasks)}
+        return {
+            "do": "run_array",
+            **common,
+            **submission(self.array.run, self.array.files, ()),
+            **tasks,
+            "offsets": self.offsets,
+        }
+
+
+def follow_arrays(link: Link, arrays: Arrays, common: Mapping[str, str]) -> None:
+    """Submit and follow array jobs until there are no more; see `Gateway.run_arrays`.
+
+    Args:
+        link: to the agent.
+        arrays: names the array jobs.
+        common: fields of each request.
+    """
+    active: dict[str, _Followed] = {}
+
+    def step() -> None:
+        runs = list(active)
+        requests = [active[run].request(common) for run in runs]
+
+        def take() -> None:
+            while array := arrays.take():
+                active[array.run] = _Followed(array, set(array.tasks))
+                runs.append(array.run)
+                requests.append(active[array.run].request(common))
+
+        take()
+        if not active:
+            return
+        for which, head, data in link.exchange(requests):
+            followed = active[runs[which]]
+            if _report(arrays, followed, head, data):
+                if "refused" in head or "over" in head:
+                    del active[runs[which]]
+                take()
+            elif "trouble" in head:
+                link.on_trouble(head["trouble"])
+            if not active:
+                return
+
+    link.patiently(step, lasting=lambda: any(each.submitted for each in active.values()))
+
+
+def _report(arrays: Arrays, followed: _Followed, head: Mapping[str, Any], data: bytes) -> bool:
+    """Report an answer of the agent; return whether there may be another array job to take."""
+    run = followed.array.run
+    if "task" in head:
+        return _report_task(arrays, followed, head, data)
+    if "job" in head:
+        first, followed.submitted = not followed.submitted, True
+        if first:
+            followed.array = replace(followed.array, files=None)  # they are there, and not needed again
+            arrays.submitted(run, Submitted(head["job"], head["how"]))
+        return first
+    if "refused" in head:
+        arrays.refused(run, head["refused"])
+    elif "over" in head:
+        arrays.over(run, {int(index): rows for index, rows in head["rows"].items()})
+    elif "waiting" in head:
+        arrays.waiting(run, head["waiting"])
+    elif "state" in head:
+        start = head["state"]["start"]
+        arrays.state(run, ArrayState(**{**head["state"], "start": float(start) if start.isdecimal() else None}))
+    return "refused" in head or "over" in head
+
+
+def _report_task(arrays: Arrays, followed: _Followed, head: Mapping[str, Any], data: bytes) -> bool:
+    run, task = followed.array.run, head["task"]
+    if "file" in head:
+        name, offsets = head["file"], followed.offsets.setdefault(task, {})
+        if head["at"] != offsets.get(name, 0):
+            raise AgainError(f"{name} of task {task} came from byte {head['at']}, not {offsets.get(name, 0)}")
+        offsets[name] = head["at"] + len(data)
+        arrays.feed(run, task, name, data)
+    elif "began" in head:
+        if followed.starts.get(task) != head["began"]:
+            followed.starts[task] = head["began"]
+            arrays.started(run, task, head["node"])
+    elif "end" in head:
+        followed.left.discard(task)
+        followed.offsets.pop(task, None)
+        followed.starts.pop(task, None)
+        arrays.ended(run, task, JobEnd.parse(head["end"], head["short"]))
+        return True
+    return False

@@ -1,0 +1,80 @@
+"""What bash makes of the batch script of an array job: folders, contexts and records of its tasks."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.slurm.gateway.agent import run_directories
+from resources import PROJECT
+from support.array_run import files_of
+
+SITE = PROJECT.load_site("musica")
+SHOW = 'cat context.json; echo "$DAGSTER_PIPES_CONTEXT $DAGSTER_PIPES_MESSAGES"; exit 3'
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The run directory of an array job with 20 tasks."""
+    run_directories.lay_out(str(tmp_path / "KEY-1"), files_of(SITE, "KEY-1", SHOW, 20))
+    return tmp_path / "KEY-1"
+
+
+def start(run: Path, index: int, job: int = 100) -> int:
+    """Run a task as Slurm would; return its exit code."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(run), "SLURM_JOB_ID": str(job + index + 1)}
+    environment |= {"SLURM_ARRAY_JOB_ID": str(job), "SLURM_ARRAY_TASK_ID": str(index)}
+    with (run / f"tasks/{index}.stdout").open("ab") as stdout, (run / f"tasks/{index}.stderr").open("ab") as stderr:
+        return subprocess.run(
+            ["bash", "job.sh"], cwd=run, env=environment, stdout=stdout, stderr=stderr, timeout=60, check=False
+        ).returncode
+
+
+def listed(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "tasks").iterdir())
+
+
+@pytest.mark.parametrize("index", [0, 7, 19])
+def test_a_task_has_its_own_context_and_its_own_record(run: Path, index: int) -> None:
+    assert listed(run) == []
+    assert start(run, index) == 3
+    assert (run / "job").readlink() == Path("100")
+    shown = f'{{"common": 1, "task": {index}}}\ncontext{index} messages{index}\n'
+    assert (run / f"tasks/{index}.stdout").read_text() == shown
+    assert (run / f"tasks/{index}.stderr").read_text() == ""
+    assert listed(run) == sorted([f"{index}", f"{index}.stdout", f"{index}.stderr"])
+    task = run / f"tasks/{index}"
+    assert json.loads((task / "context.json").read_text()) == {"common": 1, "task": index}
+    started, ended = map(json.loads, (task / "events").read_text().splitlines())
+    assert "started" in started
+    sizes = {"messages.jsonl": len((task / "messages.jsonl").read_bytes()), "stdout": len(shown), "stderr": 0}
+    assert (ended["code"], ended["job"], ended["sizes"]) == (3, str(101 + index), sizes)
+    assert (task / "cause").read_text() == ""
+
+
+def test_the_tasks_of_a_second_array_job_end_at_once(run: Path) -> None:
+    assert start(run, 1) == 3
+    before = (run / "tasks/1/events").read_text()
+    assert (start(run, 1, job=500), start(run, 2, job=500)) == (0, 0)
+    assert (run / "tasks/1/events").read_text() == before
+    assert not (run / "tasks/2").exists()
+
+
+def test_a_task_that_starts_again_keeps_its_folder(run: Path) -> None:
+    """It may have been killed at any point, also before its folder was complete."""
+    (run / "tasks/.4").mkdir()
+    (run / "tasks/.4/events").write_text("half a line")
+    for _ in range(2):
+        assert start(run, 4) == 3
+    records = [json.loads(line) for line in (run / "tasks/4/events").read_text().splitlines()]
+    assert ["started" in record for record in records] == [True, False, True, False]
+
+
+def test_a_task_that_cannot_make_its_folder_fails(run: Path) -> None:
+    """It ends with an error on its stderr, not as if it had succeeded."""
+    (run / "tasks/.6").write_text("in the way")
+    assert start(run, 6) == 1
+    assert "tasks/.6" in (run / "tasks/6.stderr").read_text()
+    assert not (run / "tasks/6").exists()
