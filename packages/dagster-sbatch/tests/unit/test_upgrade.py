@@ -14,7 +14,7 @@ import pytest
 
 from dagster_sbatch.commands import lock
 from dagster_sbatch.commands.signals import STOPS
-from dagster_sbatch.commands.upgrade import UpgradeError, changes_between, go_back, main, upgrade
+from dagster_sbatch.commands.upgrade import KEPT, UpgradeError, changes_between, go_back, main, upgrade
 from dagster_sbatch.commands.vendored import Wheel, wheels_in, wheels_named
 
 CHANGELOG = """\
@@ -101,7 +101,7 @@ def newer(tmp_path: Path) -> str:
 def state(project: Path) -> dict[str, bytes]:
     """The project's files, less those of the engine before."""
     files = {str(path.relative_to(project)): path.read_bytes() for path in project.rglob("*") if path.is_file()}
-    return {name: content for name, content in files.items() if not name.startswith("vendor/previous/")}
+    return {name: content for name, content in files.items() if name != KEPT}
 
 
 def engines(project: Path) -> set[str]:
@@ -186,6 +186,38 @@ def test_a_killed_upgrade_can_be_left(recover: str, project: Path, newer: str, m
     assert moment > 10
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_killed_upgrade_to_the_same_version_is_never_mixed_with_another(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wheel's name is the same, its content is not. Back from the next engine leads to one of the two, whole."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    same, third = make_wheel(project.parent / "same", "1.0.0"), make_wheel(project.parent / "new", "1.1.0")
+    with zipfile.ZipFile(same.path, "a") as archive:
+        archive.writestr("dagster_sbatch/fix.py", "")
+    refused = 0
+    for moment in range(1, 100):
+        copy = Path(shutil.copytree(project, project.parent / f"copy-{moment}"))
+        process = os.fork()
+        if process == 0:
+            kill_at(moment, copy)
+            upgrade(copy, str(same.path), copy.parent)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        try:
+            upgrade(copy, str(third.path), copy.parent)
+        except UpgradeError as error:
+            assert "an upgrade was interrupted" in str(error)
+            refused += 1
+        go_back(copy)
+        (wheel,) = wheels_in(copy / "vendor").values()
+        assert (copy / "requirements" / "dev.txt").read_text() == wheel.requirement
+        if code == 0:
+            break
+    assert moment > 10
+    assert refused
+
+
 def kill_at(moment: int, project: Path) -> None:
     """End this process without any clean-up before it makes its nth change below a folder."""
     changes = 0
@@ -208,7 +240,7 @@ def test_without_space_nothing_is_changed(project: Path, newer: str, monkeypatch
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shutil, "copy2", full)
+    monkeypatch.setattr(zipfile.ZipFile, "write", full)
     before = state(project)
     with pytest.raises(OSError, match="No space left"):
         upgrade(project, newer, project.parent)

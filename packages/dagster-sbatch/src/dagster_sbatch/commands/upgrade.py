@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zipfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -53,6 +54,8 @@ ENGINE = PACKAGES[0]
 LOCKS = tuple(f"requirements/{name}" for name in lock.FILES)
 FILES = (*SOURCES, *LOCKS)
 """What an upgrade replaces, beside wheels."""
+KEPT = "vendor/previous.zip"
+"""What an upgrade has replaced: FILES and wheels."""
 RESTORE = f"  git restore vendor requirements {' '.join(SOURCES)}"
 
 
@@ -139,8 +142,12 @@ def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str]:
         UpgradeError, WheelError, ConfigurationError: nothing was changed.
     """
     old = _wheels_of(root)
-    for name in FILES:
-        if old != {**old, **wheels_named(root, name)}:
+    for name, text in _texts(root).items():
+        named = wheels_named(root, name)
+        other = name == "requirements/dev.txt" and any(
+            old[each].requirement not in text for each in old if each in named
+        )
+        if other or old != {**old, **named}:
             raise UpgradeError(
                 f"pyproject.toml and {name} name different wheels: an upgrade was interrupted. "
                 f"Return to the engine before it:\n  scripts/upgrade --back\nor to your last commit:\n{RESTORE}"
@@ -162,19 +169,21 @@ def go_back(root: Path) -> tuple[str, str, str]:
 
     Without a network, unless pyproject.toml has changed since.
     """
-    old, previous = _wheels_of(root), root / "vendor" / "previous"
-    new = wheels_in(previous / "vendor")
-    if not new:
+    old, kept = _wheels_of(root), root / KEPT
+    if not kept.exists():
         raise UpgradeError("There is no engine to return to: nothing was upgraded since the last --back.")
-    changes = changes_between(old[ENGINE], new[ENGINE].version)
-    before = _texts(previous)
-    files = {name: text for name, text in before.items() if name in LOCKS}
-    files |= {name: rename_wheels(text, new) for name, text in _texts(root).items() if name in SOURCES}
-    if files["pyproject.toml"] != before["pyproject.toml"]:
-        files = _resolved(root, new, files)
-    ignore_interrupts()
-    _replace(root, new, files, kept=None)
-    shutil.rmtree(previous)
+    with tempfile.TemporaryDirectory() as temporary:
+        with zipfile.ZipFile(kept) as archive:
+            archive.extractall(temporary)
+        new, before = wheels_in(Path(temporary, "vendor")), _texts(Path(temporary))
+        changes = changes_between(old[ENGINE], new[ENGINE].version)
+        files = {name: text for name, text in before.items() if name in LOCKS}
+        files |= {name: rename_wheels(text, new) for name, text in _texts(root).items() if name in SOURCES}
+        if files["pyproject.toml"] != before["pyproject.toml"]:
+            files = _resolved(root, new, files)
+        ignore_interrupts()
+        _replace(root, new, files, kept=None)
+    kept.unlink()
     return old[ENGINE].version, new[ENGINE].version, changes
 
 
@@ -247,7 +256,7 @@ def _resolved(root: Path, wheels: dict[str, Wheel], files: dict[str, str]) -> di
         for path in root.iterdir():
             if path.name not in {"vendor", "requirements", *SOURCES}:
                 (copy / path.name).symlink_to(path)
-        shutil.copytree(root / "vendor", copy / "vendor", ignore=shutil.ignore_patterns("previous*"))
+        shutil.copytree(root / "vendor", copy / "vendor", ignore=shutil.ignore_patterns("*.zip"))
         shutil.copytree(root / "requirements", copy / "requirements")
         for wheel in wheels.values():
             shutil.copyfile(wheel.path, copy / "vendor" / wheel.path.name)
@@ -264,28 +273,20 @@ def _replace(root: Path, wheels: dict[str, Wheel], files: dict[str, str], kept: 
         root: the project.
         wheels: the new ones, by package.
         files: the new texts of FILES, by name.
-        kept: the wheels of the project, to be kept with its FILES in `vendor/previous`, if it is not the source.
+        kept: the wheels of the project, to be kept with its FILES in KEPT, if it is not the source.
     """
     vendor = root / "vendor"
-    previous, half_written = vendor / "previous", vendor / "previous.new"
-    shutil.rmtree(half_written, ignore_errors=True)
     contents = {root / name: text.encode() for name, text in files.items()}
     contents |= {vendor / wheel.path.name: wheel.path.read_bytes() for wheel in wheels.values()}
-    try:
-        with ExitStack() as replaced:  # the last one first: the wheels
-            for path, content in contents.items():
-                file = replaced.enter_context(replacing(path))
-                file.write(content)
-                file.flush()
-            if kept is not None:
+    with ExitStack() as replaced:  # the last one first: the wheels
+        for path, content in contents.items():
+            file = replaced.enter_context(replacing(path))
+            file.write(content)
+            file.flush()
+        if kept is not None:
+            with replacing(root / KEPT) as file, zipfile.ZipFile(file, "w") as archive:
                 for path in [root / name for name in _texts(root)] + [wheel.path for wheel in kept.values()]:
-                    place = half_written / path.relative_to(root)
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(path, place)
-                shutil.rmtree(previous, ignore_errors=True)
-                half_written.rename(previous)
-    finally:
-        shutil.rmtree(half_written, ignore_errors=True)
+                    archive.write(path, path.relative_to(root))
     for wheel in wheels.values():
         for path in vendor.glob(f"*{wheel.distribution}-*"):  # also what a killed upgrade has left
             if path.name != wheel.path.name:
