@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
@@ -15,28 +15,40 @@ from rich.console import Console
 from rich.table import Table
 
 from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
+from dagster_sbatch.commands.job_tasks import (
+    Task,
+    open_task,
+    show_array,
+    show_array_logs,
+    show_tasks,
+    split_task,
+)
 from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.inspect.array_tasks import count_tasks
 from dagster_sbatch.inspect.dashboard import open_dashboard
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import Site
 from dagster_sbatch.upkeep.ownership import left_jobs
 
 DESCRIPTION = """\
 List the jobs that Dagster runs have submitted, show their logs, fetch their files, or cancel them. RUN_OR_JOB is a
-Slurm job id, the first six or more characters of a Dagster run's id, or a submission key (the job's name). Without
-arguments the command prints a table of all jobs, and below it the jobs that no run follows: a re-execution can attach
-to them.
+Slurm job id, a task of an array job (1184_17), the first six or more characters of a Dagster run's id, or a submission
+key (the job's name). Without arguments the command prints a table of all jobs, and below it the jobs that no run
+follows: a re-execution can attach to them.
 """
 EPILOG = """\
 examples:
   scripts/job
-  scripts/job 1184                the state of the job; `scripts/job 1184 state` is the same
+  scripts/job 1184                the state of the job, and of its tasks if it is an array job
   scripts/job 1184 logs
+  scripts/job 3f2a9c1d
   scripts/job 1184 fetch events
   scripts/job 1184 fetch stderr --to /tmp/stderr.txt
   scripts/job 3f2a9c1d cancel
   scripts/job 1184 dashboard
+  scripts/job 1184_17 logs        of one task of an array job
 
 exit codes: 0 done, 1 there is no such run, or the supercomputer refused (the reason is printed), 2 wrong usage,
 3 the supercomputer cannot be reached
@@ -83,52 +95,86 @@ def act(asked: argparse.Namespace, project: Project, runs: Runs, settings: Setti
     if asked.run is None:
         show_table(runs.all(), runs, now=False)
         show_left(project, runs)
+        return
+    name, index = split_task(asked.run)
+    found = runs.find(name)
+    if index is not None:
+        act_on_task(asked, runs, open_task(runs, found[-1], index))
     elif asked.action == "state":
-        show_table(runs.find(asked.run), runs, now=True)
+        show_table(found, runs, now=True)
+        for run in found:
+            if run.array and run.job:
+                show_array(runs, run)
     elif asked.action == "cancel":
-        for run in runs.find(asked.run):
+        for run in found:
             end = runs.gateway.cancel(run.path)
             print(f"job {run.job}: {end.state}" if end else f"{run.key} has no job, and will not get one")
     else:
-        run = one(runs.find(asked.run), asked.run)
-        if asked.action == "logs":
-            show_logs(runs, run, asked.follow)
-        elif asked.action == "dashboard":
-            site = project.load_site(settings.supercomputer_site)
-            with open_dashboard(settings, site, runs, run) as dashboard:
-                print(f"{dashboard.url}\nThe page asks for this token: {dashboard.token}", flush=True)
-                reason = dashboard.wait_until_gone()
-            print(f"The forwarding has ended: {reason}. To see the state of the job:\n  scripts/job {run.job} state")
-        else:
-            path = asked.path if asked.path.startswith(("/", "~")) else f"{run.path}/{asked.path}"
-            target = asked.to or Path(Path(asked.path).name)
-            if asked.to is None and target.exists():
-                raise ConfigurationError(
-                    f"{target} is in this folder already. The command does not overwrite it. Name another file:\n"
-                    f"  scripts/job {asked.run} fetch {asked.path} --to FILE"
-                )
-            runs.gateway.get(path, target)
-            print(f"{target}: {target.stat().st_size} bytes")
+        act_on_job(asked, runs, one(found, name), project.load_site(settings.supercomputer_site), settings)
+
+
+def act_on_job(asked: argparse.Namespace, runs: Runs, run: RunRecord, site: Site, settings: Settings) -> None:
+    if asked.action == "fetch":
+        path = asked.path if asked.path.startswith(("/", "~")) else f"{run.path}/{asked.path}"
+        fetch(runs, path, asked)
+    elif asked.action == "logs" and run.array:
+        show_array_logs(runs, run, asked.follow)
+    elif asked.action == "logs" and asked.follow:
+        runs.gateway.follow(run.path, {name: writer(stream) for name, stream in STREAMS.items()}, lambda _: None)
+    elif asked.action == "logs":
+        show_logs(runs, {name: f"{run.path}/{name}" for name in STREAMS})
+    else:
+        with open_dashboard(settings, site, runs, run) as dashboard:
+            print(f"{dashboard.url}\nThe page asks for this token: {dashboard.token}", flush=True)
+            reason = dashboard.wait_until_gone()
+        print(f"The forwarding has ended: {reason}. To see the state of the job:\n  scripts/job {run.job} state")
+
+
+def act_on_task(asked: argparse.Namespace, runs: Runs, task: Task) -> None:
+    if asked.action == "state":
+        show_tasks(task.job, [task.record])
+        print(f"{task.name}: {task.path('')}")
+    elif asked.action == "cancel":
+        print(f"task {task.name}: {runs.cancel_task(task.job.run, task.record.index).state}")
+    elif asked.action == "dashboard":
+        raise ConfigurationError(f"Task {task.name} has no Ray dashboard, because RayLauncher does not run in arrays.")
+    elif asked.action == "fetch":
+        fetch(runs, task.path(asked.path), asked)
+    elif asked.follow:
+        task.follow({name: writer(stream) for name, stream in STREAMS.items()})
+    else:
+        task.check_started()
+        show_logs(runs, {name: task.path(name) for name in STREAMS})
+
+
+def fetch(runs: Runs, path: str, asked: argparse.Namespace) -> None:
+    """Copy a file of the supercomputer to this machine."""
+    target = asked.to or Path(Path(path).name)
+    if asked.to is None and target.exists():
+        raise ConfigurationError(
+            f"{target} is in this folder already. The command does not overwrite it. Name another file:\n"
+            f"  scripts/job {asked.run} fetch {asked.path} --to FILE"
+        )
+    runs.gateway.get(path, target)
+    print(f"{target}: {target.stat().st_size} bytes")
 
 
 def one(found: list[RunRecord], name: str) -> RunRecord:
-    """Return the latest attempt, if all are attempts of the same step."""
-    if len({run.family for run in found}) > 1:
+    """Return the latest attempt, if all are attempts of the same step; of array jobs, several can be active at once."""
+    if len({run.family for run in found}) > 1 or (len(found) > 1 and found[-1].array):
         choices = "\n".join(f"  {run.job}  {run.about.asset} {run.about.partitions}" for run in found)
-        raise ConfigurationError(f"{name} has several jobs; name one of them:\n{choices}")
+        raise ConfigurationError(f"{name} has several jobs. Name one of them:\n{choices}")
     return found[-1]
 
 
-def show_logs(runs: Runs, run: RunRecord, follow: bool) -> None:
-    if follow:
-        runs.gateway.follow(run.path, {name: writer(stream) for name, stream in STREAMS.items()}, lambda _: None)
-        return
+def show_logs(runs: Runs, paths: Mapping[str, str]) -> None:
+    """Print files of the supercomputer to the streams of STREAMS."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, stream in STREAMS.items():
-            runs.gateway.get(f"{run.path}/{name}", Path(folder) / name)
+        for name, path in paths.items():
+            runs.gateway.get(path, Path(folder) / name)
             with (Path(folder) / name).open("rb") as file:
-                shutil.copyfileobj(file, stream.buffer)
-            stream.flush()
+                shutil.copyfileobj(file, STREAMS[name].buffer)
+            STREAMS[name].flush()
 
 
 def writer(stream: TextIO) -> Callable[[bytes], None]:
@@ -140,13 +186,16 @@ def writer(stream: TextIO) -> Callable[[bytes], None]:
 
 
 def show_table(found: list[RunRecord], runs: Runs, now: bool) -> None:
+    counts = {} if now else runs.task_counts(found)
     table = Table(box=None, pad_edge=False)
     for heading in ("job", "state", "asset", "Dagster run", "last change"):
         table.add_column(heading, overflow="fold", no_wrap=heading not in ("asset", "state"))
     for run in found:
         heard = f"{run.heard.astimezone():%m-%d %H:%M:%S}"
         asset = f"{run.about.asset} {run.about.partitions}".strip()
-        table.add_row(run.job or "-", state(run, runs, now), asset, run.about.run[:8], heard)
+        count = counts.get(run.path)
+        shown = count_tasks(count) if count and run.job and not now else state(run, runs, now)
+        table.add_row(run.job or "-", shown, asset, run.about.run[:8], heard)
     Console().print(table if found else "no runs yet")
     for run in found if now else ():
         print(f"{run.job or '-'}: {run.path}")

@@ -32,6 +32,7 @@ class RunRecord:
         end: how the job ended; None if it has not, or if nobody has asked Slurm since.
         heard: when the run directory last changed: created, job started, job ended.
         followers: ids of the Dagster runs that submitted or adopted it, in that order.
+        array: whether it is an array job.
     """
 
     path: str
@@ -40,6 +41,7 @@ class RunRecord:
     end: JobEnd | None
     heard: datetime
     followers: tuple[str, ...] = ()
+    array: bool = False
 
     @property
     def key(self) -> str:
@@ -56,7 +58,7 @@ class RunRecord:
         """Return the record for an entry of the agent's list."""
         end = JobEnd.parse(row["end"]) if row["end"] else None
         about, heard = RunInfo.parse(row["about"]), datetime.fromtimestamp(row["at"], UTC)
-        return cls(row["run"], row["job"], about, end, heard, tuple(row["followers"] or [about.run]))
+        return cls(row["run"], row["job"], about, end, heard, tuple(row["followers"] or [about.run]), row["array"])
 
 
 class Runs:
@@ -88,6 +90,13 @@ class Runs:
             )
         return found
 
+    def task_counts(self, found: Iterable[RunRecord]) -> dict[str, Mapping[str, int]]:
+        """Return the numbers of tasks (`done`, `running`, `waiting`, `failed`) of array jobs, by run directory."""
+        counts: dict[str, Mapping[str, int]] = self.gateway.ask(do="task_counts", paths=[run.path for run in found])[
+            "counts"
+        ]
+        return counts
+
     def remove(self, found: Iterable[RunRecord]) -> list[str]:
         """Remove run directories whose job has ended, and unfinished ones; return the names of those removed."""
         return self.gateway.clean(self.folder, [run.key for run in found])
@@ -95,6 +104,20 @@ class Runs:
     def state(self, run: RunRecord) -> tuple[JobState | None, JobEnd | None]:
         """Return what Slurm says of a run's job now: its state, or how it ended; neither if it has no job."""
         return self.gateway.state(run.path)
+
+    def cancel_task(self, run: RunRecord, index: int) -> JobEnd:
+        """Cancel one task of an array job, and wait until it is over; return how it ended.
+
+        Raises:
+            RefusedError: it is not over after a minute.
+        """
+        end = self.gateway.ask(do="cancel_task", run=run.path, task=index)["end"]
+        if not end:
+            raise RefusedError(
+                f"Slurm has accepted that task {run.job}_{index} is cancelled, but it is not over after a minute. Its "
+                f"epilog or its node may be slow. Ask for its state:\n  scripts/job {run.job}_{index} state"
+            )
+        return JobEnd.parse(end)
 
     def claim(self, run: RunRecord, who: str) -> str | None:
         """Claim a run and its other attempts until the connection ends; return who else holds the claim, if so."""

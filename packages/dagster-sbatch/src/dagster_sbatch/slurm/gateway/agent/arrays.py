@@ -256,7 +256,8 @@ def submit_when_possible(agent, ask, say, current):
         try:
             with agent.finishing():
                 job, how = submit_once(run, key, ask)
-                note_follower(run, ask["follower"])
+                if ask["follower"]:  # `scripts/job` is none
+                    note_follower(run, ask["follower"])
                 return job, how
         except RequestError as error:
             kind, text = error.kind, str(error)

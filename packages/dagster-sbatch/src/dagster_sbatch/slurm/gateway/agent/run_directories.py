@@ -238,5 +238,5 @@ def runs(_, ask, __):
                 continue
             end = load(os.path.join(run, "end"), "state", "exit", "times")
             row = {"run": run, "job": job_of(run), "about": about, "end": end, "at": at, "followers": followers}
-            found.append(row)
+            found.append(dict(row, array=is_array(run)))
     return {"found": found}

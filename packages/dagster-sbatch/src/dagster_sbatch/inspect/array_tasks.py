@@ -1,0 +1,160 @@
+"""The tasks of an array job, as people see them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
+from dagster_sbatch.slurm.gateway import ArrayJob, ArrayRun, Arrays, ArrayState, JobEnd, RefusedError, Submitted
+from dagster_sbatch.slurm.gateway.arrays import Rows
+
+Kind = Literal["failed", "running", "waiting", "done"]
+ORDER: Sequence[Kind] = ("failed", "running", "waiting", "done")
+STREAMS = ("stdout", "stderr")
+"""Files of a task that lie beside its folder: Slurm opens them before the task makes it."""
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """A task of an array job.
+
+    Attributes:
+        index: in its array job.
+        name: its partition, the first and last of several, or the name of its parameter set.
+        kind: `failed` is also a task whose result its step has rejected.
+        state: Slurm's.
+        exit: Slurm's exit code and signal, such as `1:0`; empty if it is not over.
+        node: that it runs or ran on.
+        changed: when it ended, or started; None while it waits.
+        cause: why it failed, as something in it has recorded; empty if nothing has.
+        stderr: its end.
+    """
+
+    index: int
+    name: str
+    kind: Kind
+    state: str
+    exit: str = ""
+    node: str = ""
+    changed: datetime | None = None
+    cause: str = ""
+    stderr: str = ""
+
+
+class TaskList:
+    """The tasks of an array job.
+
+    Attributes:
+        run: the run directory.
+        job: the array job, with the ends of its tasks.
+    """
+
+    def __init__(self, runs: Runs, run: RunRecord) -> None:
+        self._runs, self.run = runs, run
+        self.job: ArrayJob = runs.gateway.array(run.path)
+        record = self.job.record or {}
+        self._names: list[str] = [task["name"] for task in record.get("tasks", ())]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def records(self, indices: Iterable[int] | None = None, tail: int = 0) -> list[TaskRecord]:
+        """Return tasks with what they have recorded; without `indices`, all tasks without that.
+
+        Args:
+            indices: of the tasks.
+            tail: how many bytes of the end of their stderr.
+        """
+        if indices is None:
+            return [self._record(index, {}) for index in range(len(self))]
+        wanted = list(indices)
+        records = self._runs.gateway.ask(do="task_records", run=self.run.path, tasks=wanted, tail=tail)["records"]
+        return [self._record(index, records[str(index)]) for index in wanted]
+
+    def one(self, index: int) -> TaskRecord:
+        """Return one task.
+
+        Raises:
+            ConfigurationError: there is none with this index.
+        """
+        if index >= len(self):
+            raise ConfigurationError(
+                f"Slurm job {self.run.job} has no task {index}. Its {len(self)} tasks have the indices 0 to "
+                f"{len(self) - 1}. To list them:\n  scripts/job {self.run.job}"
+            )
+        return self.records([index])[0]
+
+    def path(self, index: int, name: str) -> str:
+        """Return the path of a file of a task: below its folder, or absolute."""
+        if name.startswith(("/", "~")):
+            return name
+        return f"{self.run.path}/tasks/{index}{'.' if name in STREAMS else '/'}{name}"
+
+    def follow(self, index: int, sinks: Mapping[str, Callable[[bytes], None]]) -> None:
+        """Pass on what a task writes, until it ends.
+
+        Args:
+            index: of the task.
+            sinks: functions that get the new bytes of `stdout` and `stderr`.
+        """
+        self._runs.gateway.run_arrays(_Follower(ArrayRun(self.run.path, None, [index]), sinks), follower="")
+
+    def _record(self, index: int, own: Mapping[str, Any]) -> TaskRecord:
+        name, end = self._names[index], self.job.ends.get(index)
+        recorded = {"node": own.get("node", ""), "stderr": own.get("stderr", "")}
+        if end is None:
+            if index not in self.job.started:
+                return TaskRecord(index, name, "waiting", "PENDING")
+            return TaskRecord(index, name, "running", "RUNNING", changed=_time(own.get("time")), **recorded)
+        succeeded = end.code == 0 and end.state in ("COMPLETED", "")
+        rejected = succeeded and index in self.job.rejected
+        kind: Kind = "done" if succeeded and not rejected else "failed"
+        state = f"{end.state or 'ended'}{', result rejected' if rejected else ''}"
+        return TaskRecord(index, name, kind, state, end.exit, changed=_time(end.ended), cause=end.cause, **recorded)
+
+
+class _Follower(Arrays):
+    """Follows one task that exists, and gets its output only."""
+
+    def __init__(self, array: ArrayRun, sinks: Mapping[str, Callable[[bytes], None]]) -> None:
+        self._next: list[ArrayRun] = [array]
+        self._sinks = sinks
+
+    def take(self) -> ArrayRun | None:
+        return self._next.pop() if self._next else None
+
+    def refused(self, run: str, text: str) -> None:  # noqa: ARG002
+        raise RefusedError(text)
+
+    def feed(self, run: str, task: int, name: str, data: bytes) -> None:  # noqa: ARG002
+        if name in self._sinks:
+            self._sinks[name](data)
+
+    def submitted(self, run: str, submitted: Submitted) -> None:
+        """It exists."""
+
+    def waiting(self, run: str, text: str) -> None:
+        """It is submitted."""
+
+    def state(self, run: str, state: ArrayState) -> None:
+        """Not shown."""
+
+    def started(self, run: str, task: int, node: str) -> None:
+        """Not shown."""
+
+    def ended(self, run: str, task: int, end: JobEnd) -> None:
+        """Not shown."""
+
+    def over(self, run: str, rows: Rows) -> None:
+        """It has ended."""
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return datetime.fromtimestamp(seconds, UTC) if seconds else None
+
+
+def count_tasks(counts: Mapping[str, int]) -> str:
+    """Return the numbers of tasks by kind as text, without the kinds that have none."""
+    return ", ".join(f"{counts[kind]} {kind}" for kind in ("done", "running", "waiting", "failed") if counts[kind])

@@ -1,0 +1,84 @@
+"""What people ask about the tasks of an array job: how many are done, what one has recorded, and its cancellation."""
+
+import os
+import time
+
+from .disk import RequestError
+from .job_record import events_of
+from .run_directories import has, job_of, locate
+from .slurm_commands import COMMAND_PATIENCE, ask_slurm, user
+from .tasks import Tasks, is_array
+
+CANCEL_EVERY = 1.0
+
+
+def count(run):
+    """Return how many tasks of an array job are done, running, waiting and failed, without asking Slurm.
+
+    Ends that nobody has confirmed yet count as the tasks' own records say.
+    """
+    tasks = Tasks(run)
+    codes = {
+        index: 0 if end["state"] in ("COMPLETED", "") and end.get("code") == 0 else 1
+        for index, end in tasks.ends.items()
+    }
+    started = tasks.started()
+    for index in started - set(codes):
+        own = events_of(tasks.path(index)).get("end")
+        if own:
+            codes[index] = own["code"]
+    failed = sum(1 for index, code in codes.items() if code != 0 or has(tasks.path(index), "failed"))
+    running = len(started - set(codes))
+    waiting = tasks.count - len(codes) - running
+    return {"done": len(codes) - failed, "running": running, "waiting": waiting, "failed": failed}
+
+
+def end_of(tasks, job, index):
+    """Return how a task ended; None while it has not, or while Slurm does not answer."""
+    return tasks.all_ends(job)[0].get(index)
+
+
+# Requests
+
+
+def task_counts(_, ask, __):
+    """Return the counts of those of some runs that are array jobs, by run."""
+    return {"counts": {run: count(run) for run in ask["paths"] if is_array(run)}}
+
+
+def task_records(_, ask, __):
+    """Return of some tasks, by index, the node and the time of the latest start, and the end of stderr.
+
+    tail: how many bytes of stderr
+    """
+    run, _ = locate(ask)
+    tasks, found = Tasks(run), {}
+    for index in ask["tasks"]:
+        started = events_of(tasks.path(index)).get("started") or {"started": "", "time": None}
+        stderr = tail_of(tasks.path(index) + ".stderr", ask["tail"]) if ask["tail"] else ""
+        found[str(index)] = {"node": started["started"], "time": started["time"], "stderr": stderr}
+    return {"records": found}
+
+
+def tail_of(path, size):
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(os.fstat(file.fileno()).st_size - size, 0))
+            return file.read(size).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def cancel_task(_, ask, __):
+    """Cancel one task, and wait until it is over; return its end, None if it did not end within a minute."""
+    run, key = locate(ask)
+    job, index, tasks = job_of(run), ask["task"], Tasks(run)
+    if not job:
+        raise RequestError("refused", "%s has no job" % run)
+    end, until = end_of(tasks, job, index), time.time() + COMMAND_PATIENCE
+    if not end:
+        ask_slurm("scancel", "--user", user(), "--name", key, "%s_%d" % (job, index))
+    while not end and time.time() < until:
+        time.sleep(CANCEL_EVERY)
+        end = end_of(tasks, job, index)
+    return {"end": end}
