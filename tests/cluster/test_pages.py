@@ -29,12 +29,14 @@ if os.environ["SLURM_PROCID"] == "0":
 
 @pytest.fixture
 def each_node() -> Any:
-    """The launcher that docs/launchers.md shows."""
+    """The launcher that docs/writing-a-launcher.md shows."""
     (listing,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "packages" / "dagster-sbatch" / "docs" / "launchers.md").read_text(), re.DOTALL
+        r"```python\n(.*?)```",
+        (ROOT / "packages" / "dagster-sbatch" / "docs" / "writing-a-launcher.md").read_text(),
+        re.DOTALL,
     )
     names: dict[str, Any] = {"__name__": "page"}
-    exec(compile(listing, "launchers.md", "exec"), names)
+    exec(compile(listing, "writing-a-launcher.md", "exec"), names)
     return names["EachNodeLauncher"]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dagster_sbatch.errors import ConfigurationError
     from dagster_sbatch.inspect.source_links import link_to_source
-    from dagster_sbatch.launchers import Launcher, RayLauncher, ScriptLauncher
+    from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, Launcher, RayLauncher, ScriptLauncher
     from dagster_sbatch.project import Project
     from dagster_sbatch.run.array import JobArray
     from dagster_sbatch.run.array_results import CompletedArray
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from dagster_sbatch.upkeep.sensors import Upkeep, make_upkeep
 
 __all__ = [
+    "BatchScriptLauncher",
+    "CommandLauncher",
     "CompletedArray",
     "ComputeResource",
     "ConfigurationError",
@@ -41,7 +43,13 @@ __all__ = [
 _MODULES = {
     "dagster_sbatch.errors": ("ConfigurationError",),
     "dagster_sbatch.inspect.source_links": ("link_to_source",),
-    "dagster_sbatch.launchers": ("Launcher", "RayLauncher", "ScriptLauncher"),
+    "dagster_sbatch.launchers": (
+        "BatchScriptLauncher",
+        "CommandLauncher",
+        "Launcher",
+        "RayLauncher",
+        "ScriptLauncher",
+    ),
     "dagster_sbatch.project": ("Project",),
     "dagster_sbatch.run.array": ("JobArray",),
     "dagster_sbatch.run.array_results": ("CompletedArray",),

@@ -17,19 +17,20 @@ from pathlib import Path
 import dagster as dg
 from resources import build_resources
 from dagster_sbatch.run.compute import ComputeResource
-from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch import launchers
 from dagster_sbatch.slurm import SlurmRequest
 
 FOLDER = Path(__file__).parent
 CALL = json.loads((FOLDER / "call.json").read_text())
-REQUEST = SlurmRequest(time_limit=CALL["time_limit"])
+LAUNCHER = getattr(launchers, CALL["launcher"])
+REQUEST = SlurmRequest(**CALL["request"])
 
 @dg.asset
 def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
     (FOLDER / f"begun-{os.getpid()}").touch()
     workload = FOLDER / "workloads" / "workload.py"
     done = compute.run(
-        context, workload=workload, launcher=ScriptLauncher(), request=REQUEST, extras=CALL["extras"], env=CALL["env"]
+        context, workload=workload, launcher=LAUNCHER(), request=REQUEST, extras=CALL["extras"], env=CALL["env"]
     )
     if not (FOLDER / "hold").exists():
         return done.get_materialize_result()
@@ -73,10 +74,15 @@ class Step:
         (self._folder / "workloads" / "workload.py").write_text(workload)
 
     def call(
-        self, extras: dict[str, Any] | None = None, env: dict[str, str] | None = None, time_limit: str = "00:30:00"
+        self,
+        extras: dict[str, Any] | None = None,
+        env: dict[str, str] | None = None,
+        launcher: str = "ScriptLauncher",
+        **request: Any,
     ) -> None:
         """Let the next start pass other arguments to `compute.run`."""
-        call = {"extras": extras or {}, "env": env or {}, "time_limit": time_limit}
+        call = {"extras": extras or {}, "env": env or {}, "launcher": launcher}
+        call["request"] = {"time_limit": "00:30:00", **request}
         (self._folder / "call.json").write_text(json.dumps(call))
 
     def hold(self) -> None:

@@ -35,6 +35,15 @@ def test_a_line_in_a_nested_package_makes_another_digest(repository: Path) -> No
     assert changed == {"helpers/deep/tool.py"}
 
 
+def test_a_file_that_becomes_executable_has_another_digest(repository: Path) -> None:
+    before = read_code(repository)
+    (repository / "main.py").chmod(0o755)
+    after = read_code(repository)
+    assert (sorted(before.executable), sorted(after.executable)) == ([], ["main.py"])
+    assert after.files == before.files
+    assert {name for name in after.digests if after.digests[name] != before.digests[name]} == {"main.py"}
+
+
 def test_only_what_git_tracks_is_sent_and_the_rest_is_listed(repository: Path) -> None:
     (repository.parent / ".gitignore").write_text("*.log\n")
     for name in ("new.py", "out.log", ".env", ".env.musica", "musica-auth.env"):

@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.launchers import Launcher, RayLauncher, ScriptLauncher, ray
+from dagster_sbatch.launchers import (
+    BatchScriptLauncher,
+    CommandLauncher,
+    Launcher,
+    RayLauncher,
+    ScriptLauncher,
+    ray,
+)
 from dagster_sbatch.run.messages import JOB_STARTED
 from dagster_sbatch.slurm import ArrayShape, Site, SlurmRequest, allocate, load_site, render_job_script
 from resources import PROJECT
@@ -51,6 +58,8 @@ def render(
 ARRAYS = {"array": ArrayShape(1000, max_running=50)}
 CASES = {
     "script": (ScriptLauncher(), SlurmRequest(cpus_per_task=2, mem="8G", time_limit="10", options=["--mail-type=END"])),
+    "command": (CommandLauncher(pre_start_commands=["ulimit -n 65536"]), SlurmRequest(cpus_per_task=2)),
+    "batch-script": (BatchScriptLauncher(), SlurmRequest(nodes=2, ntasks_per_node=4, time_limit="10")),
     "ray": (RayLauncher(object_store_memory="64G"), SlurmRequest(nodes=2, gpus_per_node=4, time_limit="02:00:00")),
     "ray-one-node": (
         RayLauncher(network_interface="ib0", ray_start_args=["--include-dashboard=false"]),

@@ -75,8 +75,8 @@ def test_elsewhere_it_is_the_folder_of_the_program_or_of_its_outermost_package(
         ("none.py", "the workload .*/none.py does not exist"),
         ("climate", "the package .*/climate has no __main__.py"),
         ("a-b", "the package .*/a-b cannot be imported"),
-        ("w.sh", "w.sh, line 2: .*\n.*\nA workload is a Python program"),
-        ("binary", "A workload is a Python program"),
+        ("w.sh", "w.sh, line 2: .*\n.*\n.* For another language use launcher=CommandLauncher"),
+        ("binary", "For another language use launcher=CommandLauncher"),
     ],
 )
 def test_what_cannot_run(given: str, text: str, folder: Path) -> None:

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import os
 import shlex
+import stat
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.slurm.gateway.agent.building import EXECUTABLE
 
 MOST_BYTES = 8 << 20
 """Size of all files together; more than this is data, not code."""
@@ -26,19 +28,24 @@ class Code:
     Attributes:
         folder: the code root on this machine.
         files: content by path below the folder.
+        executable: paths of the files that their owner may execute.
         left_out: files that git neither tracks nor ignores. They are not sent.
         in_git: False if the folder is in no git repository; then all its files are sent.
     """
 
     folder: Path
     files: Mapping[str, bytes]
+    executable: frozenset[str] = frozenset()
     left_out: tuple[str, ...] = ()
     in_git: bool = True
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each file's content, by path."""
-        return {name: hashlib.sha256(content).hexdigest() for name, content in sorted(self.files.items())}
+        """SHA-256 of each file's content, by path; with EXECUTABLE at its end if the file is executable."""
+        return {
+            name: hashlib.sha256(content).hexdigest() + (EXECUTABLE if name in self.executable else "")
+            for name, content in sorted(self.files.items())
+        }
 
     @property
     def encoded(self) -> dict[str, str]:
@@ -69,18 +76,21 @@ def read_code(folder: Path) -> Code:
     listed = _ask_git(folder)
     names, left_out = (sorted(_walk(folder)), []) if listed is None else listed
     files: dict[str, bytes] = {}
+    executable: set[str] = set()
     size = 0
     for name in _follow_links(folder, names):
         path = folder / name
         if path.is_file() and not _is_dotenv(path.name) and not _is_dotenv(path.resolve().name):
             files[name] = path.read_bytes()  # one that git tracks may have been deleted
             size += len(files[name])
+            if path.stat().st_mode & stat.S_IXUSR:
+                executable.add(name)
             if size > MOST_BYTES:
                 raise ConfigurationError(
                     f"{folder} has more than {MOST_BYTES >> 20} MB (at {name}). All of it is sent to the supercomputer "
                     "as code. Keep data elsewhere, for instance below DATA_ROOT."
                 )
-    return Code(folder, files, tuple(left_out), in_git=listed is not None)
+    return Code(folder, files, frozenset(executable), tuple(left_out), in_git=listed is not None)
 
 
 def revision_of(folder: Path) -> str:

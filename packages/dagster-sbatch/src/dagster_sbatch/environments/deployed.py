@@ -31,7 +31,7 @@ class Environment:
         interpreter: the Python that it is made for.
         asked: SLURM_PYTHON, if it was set.
         lock: digest of the lock file; None for the kind `path`.
-        code: SHA-256 by file.
+        code: digest by file; see `Code.digests`.
     """
 
     name: str

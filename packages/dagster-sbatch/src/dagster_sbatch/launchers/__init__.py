@@ -1,7 +1,9 @@
-"""Launchers: start the workload inside an allocation, as one process or as the driver of a Ray cluster."""
+"""Launchers: start the workload inside an allocation: a program, a batch script, or the driver of a Ray cluster."""
 
 from dagster_sbatch.launchers.base import Launcher
+from dagster_sbatch.launchers.command import CommandLauncher
+from dagster_sbatch.launchers.command.batch_script import BatchScriptLauncher
 from dagster_sbatch.launchers.ray import RayLauncher
 from dagster_sbatch.launchers.script import ScriptLauncher
 
-__all__ = ["Launcher", "RayLauncher", "ScriptLauncher"]
+__all__ = ["BatchScriptLauncher", "CommandLauncher", "Launcher", "RayLauncher", "ScriptLauncher"]

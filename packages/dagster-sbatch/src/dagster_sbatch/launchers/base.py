@@ -1,7 +1,9 @@
 """The interface of all launchers."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,6 +27,8 @@ class Launcher(BaseModel, ABC):
     """Name of the launcher in the site overrides."""
     in_arrays: ClassVar[bool] = True
     """Whether it works in the tasks of a job array."""
+    runs_python: ClassVar[bool] = True
+    """Whether its workloads are Python programs; then their syntax and their imports are checked before a run."""
 
     pre_start_commands: tuple[str, ...] = Field(
         (),
@@ -45,9 +49,40 @@ class Launcher(BaseModel, ABC):
         """
         return type(self)(**{**launchers.get(self.key, {}), **self.model_dump(exclude_unset=True)})
 
+    def check_program(self, program: Path) -> None:
+        """Refuse a program that this launcher cannot run.
+
+        Args:
+            program: the file on this machine; for a package its `__main__.py`.
+
+        Raises:
+            ConfigurationError: says what to change.
+        """
+
+    def complete_request(self, program: Path, request: SlurmRequest) -> tuple[SlurmRequest, list[str]]:  # noqa: ARG002
+        """Return the request with what the program itself asks for, and notes for the run's log.
+
+        Args:
+            program: the file on this machine.
+            request: as the asset wrote it; `model_fields_set` has the fields that it names.
+
+        Raises:
+            ConfigurationError: the program asks for what no job can have.
+        """
+        return request, []
+
     def local_environment(self) -> dict[str, str]:
         """Return the variables for a workload that runs on this machine."""
         return {}
+
+    def local_command(self, request: SlurmRequest, command: Sequence[str]) -> list[str]:  # noqa: ARG002
+        """Return the command that runs the workload on this machine, in its run directory.
+
+        Args:
+            request: after `allocate`, if a site is known.
+            command: as for `render`, with the program of this machine.
+        """
+        return [sys.executable, *command]
 
     def check(self, request: SlurmRequest) -> None:
         """Refuse a request in which this launcher cannot work.
@@ -80,7 +115,7 @@ class Launcher(BaseModel, ABC):
 
         Args:
             request: after `allocate`.
-            command: Python's arguments: the program as the job sees it, or -m and a package; then the workload's own.
+            command: the program as the job sees it, or -m and a package; then the workload's own arguments.
         """
 
     def render_pre_start(self) -> str:

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import sys
 import threading
 import time
 from contextlib import ExitStack
@@ -55,7 +54,7 @@ def run_here(context: StepContext, name: str, settings: Settings, plan: Plan) ->
 
 
 def _command(plan: Plan) -> list[str]:
-    return [sys.executable, *plan.workload.command(plan.workload.root)]
+    return plan.launcher.local_command(plan.allocation.request, plan.workload.command(plan.workload.root))
 
 
 def _environment(settings: Settings, plan: Plan) -> dict[str, str]:

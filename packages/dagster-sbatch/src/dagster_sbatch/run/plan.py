@@ -82,8 +82,11 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
     _check_types(workload, launcher, request, array)
     variables = dict(env or {})
     _check_variables(variables)
-    program = read_workload(Path(workload), args, project.workloads)
-    notes = find_missing(program, project, own_packages=settings.python is not None)
+    program = read_workload(Path(workload), args, project.workloads, python=launcher.runs_python)
+    launcher.check_program(program.path)
+    request, notes = launcher.complete_request(program.path, request)
+    if launcher.runs_python:
+        notes += find_missing(program, project, own_packages=settings.python is not None)
     extras = extras or {}
     tasks = make_tasks(array, extras.get(PARTITION_KEYS, ())) if array else ()
     name = settings.supercomputer_site or project.only_site

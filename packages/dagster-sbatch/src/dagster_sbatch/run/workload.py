@@ -38,17 +38,18 @@ class Workload:
         return self.module or self.relative
 
     def command(self, root: str | Path) -> list[str]:
-        """Return the arguments for Python that run it; `root`: the path of the code root there."""
+        """Return the program or -m and the package, and the arguments; `root`: the path of the code root there."""
         return [*(["-m", self.module] if self.module else [f"{root}/{self.relative}"]), *self.args]
 
 
-def read_workload(path: Path, args: Sequence[str], workloads: Path) -> Workload:
+def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: bool = True) -> Workload:
     """Find out how to run a workload.
 
     Args:
-        path: a Python program, or the folder of a package with a `__main__.py`.
+        path: a program, or the folder of a Python package with a `__main__.py`.
         args: its arguments.
         workloads: the code root of every workload below it.
+        python: whether it is a Python program.
 
     Raises:
         ConfigurationError: there is no such program, it does not parse, or an argument is no text.
@@ -56,11 +57,14 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path) -> Workload:
     if isinstance(args, str) or not all(isinstance(each, str) and "\0" not in each for each in args):
         raise ConfigurationError(f"args={args!r}: a list of texts is needed, as on a command line")
     given = Path(os.path.abspath(path))  # noqa: PTH100 - links are kept: what they point to is checked when code is sent
+    if given.is_dir() and not python:
+        raise ConfigurationError(f"the workload {given} is a folder. Name the program in it.")
     program = given / MAIN if given.is_dir() else given
     if not program.is_file():
         lacking = f"the package {given} has no {MAIN}" if given.is_dir() else f"the workload {given} does not exist"
         raise ConfigurationError(lacking)
-    _check_syntax(program)
+    if python:
+        _check_syntax(program)
     root, program = _find_root(program, workloads, package=given.is_dir())
     if not given.is_dir():
         return Workload(program, root, None, tuple(args))
@@ -80,7 +84,7 @@ def _check_syntax(program: Path) -> None:
         shown = f"\n    {(getattr(error, 'text', None) or '').strip()}".rstrip()
         raise ConfigurationError(
             f"{program}{f', line {line}' if line else ''}: {getattr(error, 'msg', error)}{shown}\n"
-            "A workload is a Python program; let a short one run anything else with `subprocess`."
+            "ScriptLauncher and RayLauncher run Python programs. For another language use launcher=CommandLauncher()."
         ) from None
 
 

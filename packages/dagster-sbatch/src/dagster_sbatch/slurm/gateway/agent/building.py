@@ -23,6 +23,7 @@ from .interpreters import choose, dotted, in_setup, run, skeleton
 HERE = "environment.json"
 FORMAT = 1  # part of every name: a new way of building makes new environments
 COMPILERS = 4  # processes, on a machine that is shared
+EXECUTABLE = " x"  # end of the digest of an executable file
 VERIFY = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
 
 
@@ -150,6 +151,8 @@ def assemble(ask, content, new):
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         with open(path, "wb") as file:
             file.write(binascii.a2b_base64(text))
+        # Read-only: a program that wrote beside itself would change what other runs execute.
+        os.chmod(path, 0o500 if ask["code"][name].endswith(EXECUTABLE) else 0o400)
     store(os.path.join(new, HERE), dict(content, made=time.time()))
 
 

@@ -1,0 +1,76 @@
+"""Run a program of any language: a binary, or a script whose first line names its interpreter."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.launchers.base import Launcher
+from dagster_sbatch.slurm.request import SlurmRequest
+
+_FOLDER = Path(__file__).parent / "job"
+_PROGRAMS = ("run_program.py", "pipes_command.py")
+_THERE = "program"
+"""Their folder in the run directory."""
+
+
+class CommandLauncher(Launcher):
+    """Runs the workload as a program of any language, on the first node of the allocation.
+
+    The workload is a binary, or a script with a first line such as `#!/usr/bin/env Rscript`; it must be executable. Its
+    exit code decides about success. It may report by the command `pipes`, which is on its PATH:
+    `pipes materialize --metadata rows=12 --metadata plot=@plot.png`. OMP_NUM_THREADS is as with ScriptLauncher.
+
+    Example:
+        compute.run(context, workload=WORKLOADS / "model.sh", launcher=CommandLauncher(), args=["--steps", "100"])
+    """
+
+    key: ClassVar[str] = "command"
+    runs_python: ClassVar[bool] = False
+    options: ClassVar[tuple[str, ...]] = ()
+    """Of run_program.py."""
+
+    def check_program(self, program: Path) -> None:  # noqa: D102 - see Launcher
+        check_line_ends(program)
+        if not os.access(program, os.X_OK):
+            raise ConfigurationError(
+                f"{program} is not executable. Permit it, and let git record that:\n"
+                f"chmod +x {shlex.quote(str(program))}"
+            )
+        with program.open("rb") as file:
+            head = file.read(1024)
+        if not head.startswith(b"#!") and b"\0" not in head:
+            raise ConfigurationError(
+                f"{program} is a script, and its first line does not name its interpreter. "
+                "Begin it with a line such as #!/bin/bash or #!/usr/bin/env Rscript"
+            )
+
+    def local_command(self, request: SlurmRequest, command: Sequence[str]) -> list[str]:  # noqa: ARG002, D102 - see Launcher
+        return [sys.executable, str(_FOLDER / _PROGRAMS[0]), *self.options, *command]
+
+    def files(self, request: SlurmRequest) -> dict[str, str]:  # noqa: ARG002, D102 - see Launcher
+        return {f"{_THERE}/{name}": (_FOLDER / name).read_text() for name in _PROGRAMS}
+
+    def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
+        start = shlex.join([*self.options, *command])
+        lines = [
+            f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{request.cpus_per_task or 1}}}",
+            self.render_pre_start(),
+            f"program={_THERE}/{_PROGRAMS[0]}",
+            '[ -e "$program" ] || program=../../$program # the task of an array runs two folders below',
+            f'run_workload "$program" {start}',
+        ]
+        return "\n".join(filter(None, lines))
+
+
+def check_line_ends(script: Path) -> None:
+    """Refuse a script with the line ends of Windows."""
+    content = script.read_bytes()
+    if content.startswith(b"#!") and b"\r\n" in content:
+        raise ConfigurationError(
+            f"{script} has the line ends of Windows (CRLF), with which it does not run on Linux. Convert it:\n"
+            f"sed -i 's/\\r$//' {shlex.quote(str(script))}"
+        )

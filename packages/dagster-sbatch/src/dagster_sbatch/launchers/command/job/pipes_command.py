@@ -1,0 +1,235 @@
+"""Report to Dagster from a program of any language.
+
+  pipes materialize --metadata rows=12 --metadata plot=@plot.png
+  pipes check no_gaps --passed
+  pipes log "half of it is done"
+  pipes extra partition_keys
+
+Several processes may call it at once. CommandLauncher and BatchScriptLauncher put it on the PATH of the program that
+they start. Exit codes: 0 done, 1 not reported (stderr says why), 2 wrong arguments.
+"""
+
+import argparse
+import base64
+import fcntl
+import json
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dagster_pipes import (
+    DAGSTER_PIPES_MESSAGES_ENV_VAR,
+    DagsterPipesError,
+    PipesContext,
+    PipesMessage,
+    PipesMessageWriter,
+    PipesMessageWriterChannel,
+    PipesParams,
+    open_dagster_pipes,
+)
+
+LARGEST = 100_000
+"""Bytes of a file that becomes metadata. Dagster stores it with every materialization."""
+PICTURES = {
+    ".gif": "image/gif",
+    ".jpeg": "image/jpeg",
+    ".jpg": "image/jpeg",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".webp": "image/webp",
+}
+TEXTS = ("text", "md", "path", "url")
+VALUES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "json": (dict, list)}
+"""Types of metadata, and what JSON each of them is."""
+_INTEGER = re.compile(r"[+-]?\d+")
+_FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+class _Channel(PipesMessageWriterChannel):
+    """Appends each message as one line, also while other processes do. The session is the launcher's."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def write_message(self, message: PipesMessage) -> None:
+        if message["method"] in ("opened", "closed"):
+            return
+        data = json.dumps(message).encode() + b"\n"
+        number = os.open(self._path, os.O_RDWR | os.O_APPEND)
+        try:
+            with suppress(OSError):  # a file system without locks: one write, at the end of the file
+                fcntl.lockf(number, fcntl.LOCK_EX)
+            if message["method"] == "report_asset_materialization":
+                self._check_first(message)
+            while data:
+                data = data[os.write(number, data) :]
+        finally:
+            os.close(number)
+
+    def _check_first(self, message: PipesMessage) -> None:
+        """Dagster accepts one materialization of an asset from a job."""
+        asset = (message["params"] or {})["asset_key"]
+        for line in reversed(Path(self._path).read_bytes().splitlines()):
+            found = {}
+            with suppress(ValueError):  # a program that uses dagster_pipes is writing it just now
+                found = json.loads(line)
+            if found.get("method") == "job_started":
+                return  # before that, the job was requeued
+            if found.get("method") == message["method"] and found["params"]["asset_key"] == asset:
+                raise DagsterPipesError(
+                    f"{asset} has been reported already. Dagster accepts one report on an asset from a job. "
+                    "Pass all --metadata in one call of `pipes materialize`."
+                )
+
+
+class _Writer(PipesMessageWriter[_Channel]):
+    @contextmanager
+    def open(self, params: PipesParams) -> Iterator[_Channel]:
+        yield _Channel(params["path"])
+
+
+def read_metadata(text: str) -> tuple[str, Any]:
+    """Return name and value of NAME=VALUE, NAME:TYPE=VALUE or NAME=@FILE.
+
+    Raises:
+        ArgumentTypeError: it has another form, or the file cannot be metadata.
+    """
+    name, equals, value = text.partition("=")
+    name, _, kind = name.partition(":")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE, NAME:TYPE=VALUE or NAME=@FILE")
+    if kind in TEXTS:
+        return name, {"type": kind, "raw_value": value}
+    if kind in VALUES:
+        return name, {"type": kind, "raw_value": _read_json(kind, value, value)}
+    if kind:
+        known = ", ".join([*TEXTS, *VALUES])
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no type {kind!r}. Use one of {known}")
+    return name, _read_file(name, Path(value[1:])) if value.startswith("@") else _infer(value)
+
+
+def _read_json(kind: str, text: str | bytes, what: str) -> Any:
+    with suppress(ValueError):
+        value = json.loads(text, parse_constant=str)  # Dagster stores neither NaN nor Infinity
+        if type(value) in VALUES[kind]:
+            return value
+    raise argparse.ArgumentTypeError(f"{what} is no {'JSON object or list' if kind == 'json' else kind}")
+
+
+def _infer(value: str) -> Any:
+    if _INTEGER.fullmatch(value):
+        return int(value)
+    if _FLOAT.fullmatch(value) and math.isfinite(number := float(value)):
+        return number
+    return {"true": True, "false": False}.get(value, value)
+
+
+def _read_file(name: str, path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read from {Path.cwd()}: {error.strerror}") from None
+    if len(content) > LARGEST:
+        raise argparse.ArgumentTypeError(
+            f"{path} has {len(content)} bytes, and metadata may have {LARGEST}. Make it smaller (a picture: fewer dots "
+            f"per inch), or report where it is: {name}:path={path}"
+        )
+    kind = path.suffix.lower()
+    if kind in PICTURES:
+        encoded = base64.b64encode(content).decode()
+        return {"type": "md", "raw_value": f"![{name}](data:{PICTURES[kind]};base64,{encoded})"}
+    if kind == ".json":
+        return {"type": "json", "raw_value": _read_json("json", content, str(path))}
+    if kind in (".md", ".txt"):
+        return {"type": "md" if kind == ".md" else "text", "raw_value": content.decode(errors="replace")}
+    known = " ".join([*PICTURES, ".json", ".md", ".txt"])
+    raise argparse.ArgumentTypeError(f"{path}: of files, only {known} can be metadata. Or write {name}:path={path}")
+
+
+def materialize(pipes: PipesContext, arguments: argparse.Namespace) -> None:
+    """Report a materialization, or on one of its partitions."""
+    metadata, version = dict(arguments.metadata), arguments.data_version
+    if arguments.partition is None:
+        pipes.report_asset_materialization(metadata, version, arguments.asset)
+        return
+    report = {"partition": arguments.partition, "metadata": metadata}
+    report.update({"asset_key": arguments.asset} if arguments.asset else {})
+    report.update({"data_version": version} if version else {})
+    pipes.report_custom_message({"musica.partition": report})
+
+
+def check(pipes: PipesContext, arguments: argparse.Namespace) -> None:
+    """Report the result of an asset check."""
+    metadata = dict(arguments.metadata)
+    pipes.report_asset_check(arguments.name, arguments.passed, arguments.severity, metadata, arguments.asset)
+
+
+def log(pipes: PipesContext, arguments: argparse.Namespace) -> None:
+    """Write a line into the log of the run."""
+    pipes.log.log(logging.getLevelName(arguments.level.upper()), "%s", " ".join(arguments.text))
+
+
+def extra(pipes: PipesContext, arguments: argparse.Namespace) -> None:
+    """Print a value of `extras`: a list as one line per element, a text as it is, anything else as JSON."""
+    value = pipes.get_extra(arguments.name)
+    for each in value if isinstance(value, list) else [value]:
+        print(each if isinstance(each, str) else json.dumps(each))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser("pipes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    made = {each: commands.add_parser(each.__name__, help=each.__doc__) for each in (materialize, check, log, extra)}
+    for function, command in made.items():
+        command.set_defaults(run=function)
+    for command in (made[materialize], made[check]):
+        command.add_argument(
+            "--metadata",
+            type=read_metadata,
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help="numbers are found out; NAME:TYPE=VALUE has the type text, md, path, url, int, float, bool or json; "
+            f"NAME=@FILE is a picture, .json, .md or .txt of at most {LARGEST} bytes",
+        )
+        command.add_argument("--asset", metavar="KEY", help="needed if the step has several assets")
+    made[materialize].add_argument("--data-version", metavar="TEXT", help="data version of the asset")
+    made[materialize].add_argument("--partition", metavar="KEY", help="report on one partition of the run")
+    made[check].add_argument("name", help="name of the check")
+    result = made[check].add_mutually_exclusive_group(required=True)
+    result.add_argument("--passed", action="store_true", dest="passed", default=None)
+    result.add_argument("--failed", action="store_false", dest="passed")
+    made[check].add_argument("--severity", choices=("ERROR", "WARN"), default="ERROR", help="default: ERROR")
+    made[log].add_argument("--level", choices=("debug", "info", "warning", "error", "critical"), default="info")
+    made[log].add_argument("text", nargs="+")
+    made[extra].add_argument("name", help="name of the value, for instance partition_keys")
+    return parser
+
+
+def main() -> int:
+    """Run the command line."""
+    arguments = make_parser().parse_args()
+    if DAGSTER_PIPES_MESSAGES_ENV_VAR not in os.environ:
+        print(
+            "pipes: this process was not started by Dagster, so there is nobody to report to. "
+            "Run the program from an asset with CommandLauncher or BatchScriptLauncher.",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        arguments.run(open_dagster_pipes(message_writer=_Writer()), arguments)
+    except (DagsterPipesError, OSError) as error:
+        print(f"pipes: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,106 @@
+"""Become a program of any language, which may report to Dagster by the command `pipes`.
+
+usage: run_program.py [--batch-script] PROGRAM [ARGUMENT...]   (started in the run directory, or in that of a task)
+
+It opens and closes the Dagster Pipes session of the launcher. From then on the exit code of the program decides.
+`bin/pipes` in the working directory is first on the PATH. With --batch-script, the program needs no execute permission,
+and it runs in the folder `work`, which has links to the files beside the script.
+
+Exit codes: those of the program; 126 it cannot be executed, 127 it or the program of its first line does not exist.
+"""
+
+import errno
+import os
+import platform
+import shlex
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from dagster_pipes import open_dagster_pipes
+
+COMMAND, WORK, CAUSE = "bin/pipes", "work", "cause"
+"""Names in the run directory. The step shows the cause, if the exit code is not 0."""
+MACHINES = {0x03: "i386", 0x15: "ppc64le", 0x28: "arm", 0x3E: "x86_64", 0xB7: "aarch64", 0xF3: "riscv64"}
+"""`uname -m` by e_machine of an ELF file (elf.h)."""
+FOREIGN = {b"MZ": "Windows", b"\xcf\xfa\xed\xfe": "macOS", b"\xca\xfe\xba\xbe": "macOS"}
+"""Systems by the first bytes of their programs."""
+
+
+def main() -> int:
+    """Prepare everything and become the program; return only if that fails."""
+    batch = sys.argv[1] == "--batch-script"
+    program, *arguments = sys.argv[2 if batch else 1 :]
+    folder = Path.cwd()
+    with open_dagster_pipes():
+        prepare_environment(folder)
+    command = [program, *arguments]
+    try:
+        if batch:
+            enter_work_folder(Path(program).parent)
+            command = [*read_first_line(Path(program)), *command]
+        os.execv(command[0], command)
+    except OSError as error:
+        cause = explain(Path(program), error)
+        print(cause, file=sys.stderr)
+        (folder / CAUSE).write_text(cause)
+        return 127 if error.errno == errno.ENOENT else 126
+
+
+def prepare_environment(folder: Path) -> None:
+    """Put `pipes` on the PATH, and set the variables of the program."""
+    command = folder / COMMAND
+    command.parent.mkdir(exist_ok=True)
+    pipes = shlex.join([sys.executable, "-I", str(Path(__file__).resolve().with_name("pipes_command.py"))])
+    command.write_text(f'#!/bin/sh\nexec {pipes} "$@"\n')
+    command.chmod(0o700)
+    os.environ["PATH"] = f"{command.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    os.environ["PYTHON"] = sys.executable
+    for name in ("PYTHONNOUSERSITE", "SLURM_EXPORT_ENV"):  # other Pythons; srun, as in a job that has its environment
+        os.environ.pop(name, None)
+
+
+def enter_work_folder(beside: Path) -> None:
+    """Go to the folder in which a batch script runs: it may write there, and finds what is beside it."""
+    work = Path.cwd() / WORK
+    work.mkdir(exist_ok=True)
+    for path in beside.iterdir():
+        with suppress(FileExistsError):  # the job was requeued
+            (work / path.name).symlink_to(path)
+    os.chdir(work)
+    os.environ["SLURM_SUBMIT_DIR"] = str(work)
+
+
+def read_first_line(script: Path) -> list[str]:
+    """Return the interpreter of a script, and its argument if there is one (execve(2))."""
+    with script.open("rb") as file:
+        line = os.fsdecode(file.readline().removeprefix(b"#!").strip())
+    return line.split(maxsplit=1)
+
+
+def explain(program: Path, error: OSError) -> str:
+    """Return why a program could not be started, and what to change."""
+    head = b""
+    with suppress(OSError), program.open("rb") as file:
+        head = file.read(64)
+    node, machine = platform.node(), platform.machine()
+    if head.startswith(b"\x7fELF") and len(head) >= 20:
+        number = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
+        built_for = MACHINES.get(number, f"machine {number:#x}")
+        if built_for != machine:
+            return f"{program} was built for {built_for}, and {node} is {machine}. Build it for {machine}."
+    system = next((name for start, name in FOREIGN.items() if head.startswith(start)), None)
+    if system and system != {"Darwin": "macOS"}.get(platform.system()):
+        return f"{program} was built for {system}, and {node} has {platform.system()}. Build it for {machine} there."
+    if error.errno == errno.ENOENT and head.startswith(b"#!"):
+        asked = read_first_line(program)[0]
+        return f"{program} asks for {asked} in its first line, and {node} has no such file. Correct that line."
+    if error.errno == errno.ENOENT and head:
+        return f"{program} needs a loader that {node} does not have. Build it there, or link it statically."
+    if error.errno == errno.EACCES:
+        return f"{program} may not be executed on {node}. Its file system or its interpreter forbids it."
+    return f"{program} cannot be executed on {node}: {error.strerror}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

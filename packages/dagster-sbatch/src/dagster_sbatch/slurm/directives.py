@@ -1,0 +1,276 @@
+"""The #SBATCH lines of an existing batch script, as a request."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dagster_sbatch.errors import ConfigurationError, nearest
+from dagster_sbatch.slurm.request import FURTHER_OPTIONS, SlurmRequest
+from dagster_sbatch.slurm.units import format_memory, parse_memory
+
+_LETTERS = {
+    "A": "account",
+    "a": "array",
+    "b": "begin",
+    "c": "cpus-per-task",
+    "C": "constraint",
+    "d": "dependency",
+    "D": "chdir",
+    "e": "error",
+    "G": "gpus",
+    "H": "hold",
+    "i": "input",
+    "J": "job-name",
+    "k": "no-kill",
+    "L": "licenses",
+    "m": "distribution",
+    "M": "clusters",
+    "n": "ntasks",
+    "N": "nodes",
+    "o": "output",
+    "p": "partition",
+    "q": "qos",
+    "Q": "quiet",
+    "S": "core-spec",
+    "s": "oversubscribe",
+    "t": "time",
+    "v": "verbose",
+    "W": "wait",
+    "w": "nodelist",
+    "x": "exclude",
+}
+_WITHOUT_VALUE = frozenset(
+    """
+    contiguous exclusive get-user-env hold nice no-kill no-requeue oversubscribe parsable quiet requeue spread-job
+    use-min-nodes verbose wait
+    """.split()
+)
+"""Options whose value, if they have one, follows a `=` (man sbatch)."""
+_DAGSTERS = frozenset(
+    """
+    chdir comment error export get-user-env job-name kill-on-invalid-dep no-kill open-mode output parsable quiet signal
+    verbose wait
+    """.split()
+)
+"""Options without effect: the job script has its own, or they are about the sbatch command."""
+_FIELDS = {
+    **{
+        name: name.replace("-", "_")
+        for name in """
+        account constraint cpus-per-task dependency exclude exclusive gpus-per-node mem mem-per-cpu nodelist nodes
+        ntasks-per-node partition qos reservation
+        """.split()
+    },
+    "gpus": "gpus_per_node",
+    "gpus-per-task": "gpus_per_node",
+    "gres": "gpus_per_node",
+    "mem-per-gpu": "mem",
+    "ntasks": "ntasks_per_node",
+    "time": "time_limit",
+}
+"""Field of SlurmRequest by option."""
+_MEMORY = {"mem", "mem_per_cpu"}
+
+
+@dataclass(frozen=True)
+class Directive:
+    """An option on an #SBATCH line.
+
+    Attributes:
+        line: its number, from 1.
+        name: its long name, without dashes.
+        value: empty if it has none.
+    """
+
+    line: int
+    name: str
+    value: str
+
+    def __str__(self) -> str:
+        """Return it as on a command line."""
+        return f"--{self.name}={self.value}" if self.value else f"--{self.name}"
+
+
+def read_directives(script: str) -> list[Directive]:
+    """Return the options of a batch script, in its order; sbatch reads them up to the first command.
+
+    Raises:
+        ConfigurationError: a line cannot be read.
+    """
+    found: list[Directive] = []
+    for number, line in enumerate(script.splitlines(), 1):
+        if line.strip() and not line.startswith("#"):
+            break
+        if re.match(r"#SBATCH\s", line):
+            found += _read_line(number, line.removeprefix("#SBATCH"))
+    return found
+
+
+def _read_line(number: int, text: str) -> list[Directive]:
+    found: list[Directive] = []
+    try:
+        words = shlex.split(text, comments=True)
+    except ValueError as error:
+        raise ConfigurationError(f"line {number}: {error}") from None
+    while words:
+        word = words.pop(0)
+        match = re.fullmatch(r"--([a-z][a-z-]*)(?:=(.*))?|-([A-Za-z])=?(.*)", word)
+        name = match and (match[1] or _LETTERS.get(match[3]))
+        if not match or not name:
+            raise ConfigurationError(f"line {number}: {word!r} is not an option of sbatch")
+        value = match[2] if match[1] else match[4] or None
+        if value is None and name not in _WITHOUT_VALUE:
+            if not words:
+                raise ConfigurationError(f"line {number}: {word} has no value")
+            value = words.pop(0)
+        found.append(Directive(number, name, value or ""))
+    return found
+
+
+def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[SlurmRequest, list[str]]:
+    """Fill in a request from the #SBATCH lines of a batch script; fields that the request sets stay.
+
+    Args:
+        request: of the asset.
+        script: text of the batch script.
+        name: of the script, for messages.
+
+    Returns:
+        The request, and a sentence for each line that does not apply.
+
+    Raises:
+        ConfigurationError: a line cannot be read, or the job of an asset cannot have its option.
+    """
+    mine = {field: getattr(request, field) for field in sorted(request.model_fields_set)}
+    try:
+        directives = read_directives(script)
+        fields = _fields_of(directives, mine.get("nodes"))
+        theirs = SlurmRequest(**fields)
+    except (ConfigurationError, ValueError) as error:
+        raise ConfigurationError(f"{name}: its #SBATCH lines cannot be used. {error}") from None
+    closed = {*mine, *(_MEMORY if _MEMORY & mine.keys() else ())} - {"options"}
+    filled = {field: getattr(theirs, field) for field in fields if field not in closed}
+    options = _merge_options(request.options, theirs.options)
+    notes = [
+        f"{name}, line {each.line}: {each} does not apply. The asset requests {_shown(mine, field)}."
+        for each in directives
+        for field in [_FIELDS.get(each.name, "options")]
+        if field in closed and getattr(theirs, field) != mine.get(field)
+    ]
+    notes += [
+        f"{name}, line {each.line}: {each} does not apply. The asset has another value in options."
+        for each in directives
+        if each.name in FURTHER_OPTIONS and str(each) not in options
+    ]
+    without = [each for each in directives if each.name in _DAGSTERS]
+    if without:
+        listed = ", ".join(f"{each} (line {each.line})" for each in without)
+        notes.append(f"{name}: these do not apply, because the job of an asset has its own: {listed}.")
+    return SlurmRequest(**{**filled, **mine, "options": options}), notes
+
+
+def _shown(mine: Mapping[str, Any], field: str) -> str:
+    name = field if field in mine else next(iter(_MEMORY & mine.keys()))
+    return f"{name}={str(mine[name])!r}" if name in ("mem", "mem_per_cpu", "time_limit") else f"{name}={mine[name]!r}"
+
+
+def _merge_options(mine: Sequence[str], theirs: Sequence[str]) -> tuple[str, ...]:
+    names = {each.partition("=")[0] for each in mine}
+    return (*(each for each in theirs if each.partition("=")[0] not in names), *mine)
+
+
+def _fields_of(directives: Sequence[Directive], nodes: int | None) -> dict[str, Any]:
+    """Return the fields of a request; of an option that occurs twice, the last one counts.
+
+    Args:
+        directives: of the script.
+        nodes: of the asset, if it says so.
+    """
+    values = {each.name: each.value for each in directives}
+    for each in directives:
+        if each.name not in {*_FIELDS, *_DAGSTERS, *FURTHER_OPTIONS}:
+            raise ConfigurationError(f"line {each.line}: {_advice(each)}")
+    fields: dict[str, Any] = {
+        field: values[name]
+        for name, field in _FIELDS.items()
+        if name in values and name.replace("-", "_") in SlurmRequest.model_fields
+    }
+    if "time" in values:
+        fields["time_limit"] = values["time"]
+    if "exclusive" in values:
+        fields["exclusive"] = values["exclusive"] or True
+    for name in _MEMORY & fields.keys():
+        fields[name] = _memory(fields[name])
+    fields |= _layout(values, nodes)
+    options = {each.name: str(each) for each in directives if each.name in FURTHER_OPTIONS}
+    return {**fields, "options": tuple(options.values())}
+
+
+def _advice(directive: Directive) -> str:
+    """Return why an option cannot be used, and what to do instead."""
+    if directive.name == "array":
+        return (
+            f"{directive}: an asset divides its work itself. Remove the line, and pass array=JobArray(...) to "
+            "compute.run; SLURM_ARRAY_TASK_ID counts its tasks from 0"
+        )
+    known = [*_FIELDS, *FURTHER_OPTIONS]
+    return f"--{directive.name} cannot be an option of an asset's job{nearest(directive.name, known)}"
+
+
+def _layout(values: Mapping[str, str], nodes: int | None) -> dict[str, Any]:
+    """Return nodes, tasks, GPUs and memory per node, from the options that count them in another way."""
+    total, per_node = (_number(values, name) for name in ("ntasks", "ntasks-per-node"))
+    nodes = nodes or _number(values, "nodes") or (-(-total // per_node) if total and per_node else 1)
+    found: dict[str, Any] = {"nodes": nodes} if nodes > 1 else {}
+    tasks = per_node or (_divide("ntasks", total, nodes) if total else 1)
+    if tasks > 1:
+        found["ntasks_per_node"] = tasks
+    gpus = 0
+    if "gres" in values:
+        gpus = _gpus("gres", *_gres(values["gres"]))
+    if "gpus-per-node" in values:
+        gpus = _gpus("gpus-per-node", values["gpus-per-node"])
+    if "gpus" in values:
+        gpus = _divide("gpus", _gpus("gpus", values["gpus"]), nodes)
+    if "gpus-per-task" in values:
+        gpus = _gpus("gpus-per-task", values["gpus-per-task"]) * tasks
+    if gpus:
+        found["gpus_per_node"] = gpus
+    if "mem-per-gpu" in values:
+        found["mem"] = format_memory(parse_memory(_memory(values["mem-per-gpu"])) * max(gpus, 1))
+    return found
+
+
+def _number(values: Mapping[str, str], name: str) -> int | None:
+    if name not in values:
+        return None
+    if not re.fullmatch(r"[1-9]\d*", values[name]):
+        raise ConfigurationError(f"--{name}={values[name]}: an asset's job needs one whole number")
+    return int(values[name])
+
+
+def _divide(name: str, total: int, nodes: int) -> int:
+    if total % nodes:
+        raise ConfigurationError(f"--{name}={total} cannot be divided among {nodes} nodes. Give a number per node")
+    return total // nodes
+
+
+def _gres(value: str) -> list[str]:
+    kind, _, number = value.removeprefix("gres/").partition(":")
+    if kind != "gpu" or "," in value:
+        raise ConfigurationError(f"--gres={value}: an asset's job can request GPUs only, as in --gres=gpu:2")
+    return [number or "1"]
+
+
+def _gpus(name: str, value: str) -> int:
+    """Read a number of GPUs; the type before it (`h100:2`) is that of the partition."""
+    number = value.rpartition(":")[2]
+    if not number.isdecimal():
+        raise ConfigurationError(f"--{name}={value} is no number of GPUs")
+    return int(number)
+
+
+def _memory(text: str) -> str:
+    return text.upper().removesuffix("B")

@@ -1,0 +1,167 @@
+"""Programs of any language and batch scripts on this machine, and what they report by the command `pipes`."""
+
+import base64
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher
+from dagster_sbatch.slurm import SlurmRequest
+from support.programs import PICTURE, REPORTS, make
+from support.workload_asset import PIPES, Outcome, materialize
+
+pytestmark = pytest.mark.local
+
+
+@pytest.fixture(autouse=True)
+def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "data"))
+
+
+def run(folder: Path, text: str, **arguments: object) -> Outcome:
+    return materialize(make(folder, text), folder, launcher=CommandLauncher(), **arguments)  # type: ignore[arg-type]
+
+
+def run_batch(folder: Path, text: str, request: SlurmRequest | None = None) -> Outcome:
+    path = folder / "relax.sbatch"
+    path.write_text(text)
+    return materialize(path, folder, launcher=BatchScriptLauncher(), request=request)
+
+
+# ---- what works
+
+
+def test_a_script_reports_by_the_command_pipes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "a plot.png"
+    picture.write_bytes(PICTURE)
+    outcome = run(tmp_path, REPORTS, args=[str(picture), "a b"], extras={"trials": ["x y", 3]}, checks=("fine",))
+    assert outcome.error == ""
+    (metadata,) = outcome.materializations[None]
+    assert (metadata["rows"], metadata["share"], metadata["where"]) == (12, 0.5, "0123")
+    assert metadata["plot"] == f"![plot](data:image/png;base64,{base64.b64encode(PICTURE).decode()})"
+    assert metadata["workload_seconds"] > 0
+    assert outcome.checks == {"fine": True}
+    out, err = capfd.readouterr()
+    assert out == f"arguments: {picture} a b\nx y\n3\n"
+    assert "WARNING" in err
+    assert "half of it" in err
+
+
+def test_the_exit_code_alone_is_enough(tmp_path: Path) -> None:
+    outcome = run(tmp_path, "#!/bin/sh\nexit 0\n")
+    assert outcome.error == ""
+    assert len(outcome.materializations[None]) == 1
+    failed = run(tmp_path, "#!/bin/sh\necho 'no licence' >&2\nexit 3\n")
+    assert "model.sh ended with exit code 3" in failed.error
+    assert "no licence" in failed.error
+    assert failed.materializations == {}
+
+
+def test_a_binary_runs_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "echo it"
+    shutil.copy(str(shutil.which("printf")), path)
+    outcome = materialize(path, tmp_path, launcher=CommandLauncher(), args=["%s|", "a'b $HOME", ""])
+    assert outcome.error == ""
+    assert capfd.readouterr().out == "a'b $HOME||"
+
+
+def test_a_failure_after_a_report_stores_nothing(tmp_path: Path) -> None:
+    outcome = run(tmp_path, "#!/bin/sh\npipes materialize --metadata rows=1\nkill -SEGV $$\n")
+    assert "model.sh was killed by SIGSEGV" in outcome.error
+    assert outcome.materializations == {}
+
+
+def test_many_processes_report_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each message is longer than a pipe's or a file's buffer."""
+    long = "x" * 60_000
+    loop = f"for n in $(seq 12); do pipes log $n {long} & done; wait; pipes materialize --metadata rows=1"
+    outcome = run(tmp_path, f"#!/bin/bash\n{loop}\n")
+    assert outcome.error == ""
+    lines = capfd.readouterr().err
+    assert all(f" - {number} {long}\n" in lines for number in range(1, 13))
+
+
+def test_a_second_report_on_the_same_asset_is_refused_where_it_is_made(tmp_path: Path) -> None:
+    text = "#!/bin/sh\npipes materialize --metadata rows=1\npipes materialize --metadata more=2 && exit 9\nexit 0\n"
+    outcome = run(tmp_path, text)
+    assert outcome.error == ""
+    assert outcome.materializations[None][0]["rows"] == 1
+
+
+def test_a_report_on_a_partition(tmp_path: Path) -> None:
+    text = '#!/bin/sh\nfor key in $(pipes extra partition_keys); do pipes materialize --partition "$key" '
+    text += "--metadata rows=5 --data-version v2; done\n"
+    outcome = run(tmp_path, text, partitions=("a", "b"), partition_key="a")
+    assert outcome.error == ""
+    assert outcome.materializations["a"][0]["rows"] == 5
+
+
+def test_a_program_may_run_the_python_of_the_environment(tmp_path: Path) -> None:
+    report = f"{PIPES}    pipes.report_asset_materialization({{'n': 1}})"
+    outcome = run(tmp_path, f"#!/bin/bash\n\"$PYTHON\" - <<'END'\n{report}\nEND\n")
+    assert outcome.error == ""
+    assert outcome.materializations[None][0]["n"] == 1
+
+
+def test_a_batch_script_runs_unchanged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It needs no execute permission, writes where it is started, and finds what is beside it."""
+    (tmp_path / "input.txt").write_text("5\n")
+    text = "#!/bin/bash -e\n#SBATCH -J relax -o out.%j\n#SBATCH --time=20 --mem=1G\ncd $SLURM_SUBMIT_DIR\n"
+    text += "sort input.txt >result\npipes materialize --metadata rows=$(cat result) --metadata flags:text=$-\n"
+    outcome = run_batch(tmp_path, text, SlurmRequest(mem="2G"))
+    assert outcome.error == ""
+    (metadata,) = outcome.materializations[None]
+    assert metadata["rows"] == 5
+    assert "e" in metadata["flags"]
+    assert not (tmp_path / "result").exists()
+    err = capfd.readouterr().err
+    assert "relax.sbatch, line 3: --mem=1G does not apply. The asset requests mem='2G'." in err
+    assert "--job-name=relax (line 2), --output=out.%j (line 2)" in err
+
+
+# ---- what does not
+
+
+def foreign_elf() -> bytes:
+    """The beginning of a program for another CPU than this one."""
+    head = bytearray(Path(str(shutil.which("true"))).read_bytes()[:4096])
+    head[18:20] = (0xB7 if os.uname().machine != "aarch64" else 0x3E).to_bytes(2, "little")
+    return bytes(head)
+
+
+BAD_PROGRAMS: dict[str, tuple[bytes, int, list[str]]] = {
+    "for another CPU": (foreign_elf(), 0o755, ["was built for", "Build it for"]),
+    "for Windows": (b"MZ\0\0" + bytes(60), 0o755, ["was built for Windows"]),
+    "with an interpreter that is missing": (
+        b"#!/opt/no/Rscript\n",
+        0o755,
+        ["asks for /opt/no/Rscript in its first line"],
+    ),
+    "with CRLF": (b"#!/bin/bash\r\necho hello\r\n", 0o755, ["line ends of Windows", "\nsed -i 's/\\r$//' "]),
+    "not executable": (b"#!/bin/bash\n", 0o644, ["is not executable", "\nchmod +x "]),
+    "without a first line": (b"echo hello\n", 0o755, ["does not name its interpreter", "#!/usr/bin/env Rscript"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PROGRAMS)
+def test_a_program(name: str, tmp_path: Path) -> None:
+    content, mode, texts = BAD_PROGRAMS[name]
+    path = tmp_path / "model"
+    path.write_bytes(content)
+    path.chmod(mode)
+    outcome = materialize(path, tmp_path, launcher=CommandLauncher())
+    assert not outcome.success
+    for text in texts:
+        assert text in outcome.error
+
+
+def test_a_batch_script_with_crlf_or_without_an_interpreter(tmp_path: Path) -> None:
+    assert "line ends of Windows" in run_batch(tmp_path, "#!/bin/bash\n#SBATCH -N 1\r\n").error
+    assert "sbatch would refuse it" in run_batch(tmp_path, "#SBATCH -N 1\n").error
+
+
+def test_a_folder_is_no_program(tmp_path: Path) -> None:
+    outcome = materialize(tmp_path, tmp_path, launcher=CommandLauncher())
+    assert "is a folder. Name the program in it." in outcome.error

@@ -1,0 +1,144 @@
+"""The command `pipes`: what it refuses, and with which words. tests/local/test_programs.py has what it reports."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
+
+from dagster_sbatch.launchers.command.job import pipes_command
+from support.programs import PICTURE
+
+CONTEXT = {"asset_keys": ["a", "b"], "extras": {"n": {"x": 1}}, "run_id": "r", "job_name": "j", "retry_number": 0}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, str]:
+    """The variables of a job of two assets."""
+    (tmp_path / "context.json").write_text(json.dumps(CONTEXT))
+    (tmp_path / "messages.jsonl").write_text('\n{"method": "job_started"}\n')
+    return {
+        DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"path": str(tmp_path / "context.json")}),
+        DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param({"path": str(tmp_path / "messages.jsonl")}),
+    }
+
+
+def pipes(folder: Path, variables: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-I", str(pipes_command.__file__), *arguments],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_outside_a_job_it_says_so(tmp_path: Path) -> None:
+    done = pipes(tmp_path, {}, "materialize", "--metadata", "rows=1")
+    assert done.returncode == 1
+    assert "was not started by Dagster" in done.stderr
+    assert "CommandLauncher" in done.stderr
+
+
+def test_after_the_job_it_says_so(tmp_path: Path, job: dict[str, str]) -> None:
+    (tmp_path / "context.json").unlink()
+    done = pipes(tmp_path, job, "log", "a")
+    assert (done.returncode, "context.json" in done.stderr, "Traceback" in done.stderr) == (1, True, False)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("n=12", 12),
+        ("n=-1.5e3", -1500.0),
+        ("n=true", True),
+        ("n=nan", "nan"),
+        ("n=1e999", "1e999"),
+        ("n=a=b @c", "a=b @c"),
+        ("n=", ""),
+        ("n:text=12", {"type": "text", "raw_value": "12"}),
+        ("n:float=12", {"type": "float", "raw_value": 12}),
+        ("n:path=@/d", {"type": "path", "raw_value": "@/d"}),
+        ('n:json={"a": [1]}', {"type": "json", "raw_value": {"a": [1]}}),
+        ("n=@n.md", {"type": "md", "raw_value": "# T\n"}),
+        ("n=@n.json", {"type": "json", "raw_value": [1]}),
+    ],
+)
+def test_metadata_gets_its_type(argument: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "n.md").write_text("# T\n")
+    (tmp_path / "n.json").write_text("[1]")
+    found = pipes_command.read_metadata(argument)
+    assert found == ("n", value)
+    assert type(found[1]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("rows", "'rows' is not of the form NAME=VALUE"),
+        ("=3", "is not of the form"),
+        ("n:int=1.5", "1.5 is no int"),
+        ("n:float=NaN", "NaN is no float"),
+        ("n:bool=yes", "yes is no bool"),
+        ("n:number=1", "there is no type 'number'. Use one of text, md"),
+        ("n=@none.png", "none.png cannot be read from "),
+        ("n=@data.csv", "data.csv: of files, only .gif"),
+        ("n=@bad.json", "bad.json is no JSON object or list"),
+        ("n=@large.png", "large.png has 100001 bytes, and metadata may have 100000"),
+    ],
+)
+def test_metadata_that_cannot_be_reported(
+    argument: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.csv").write_text("1")
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "large.png").write_bytes(PICTURE + bytes(100_001 - len(PICTURE)))
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        pipes_command.read_metadata(argument)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["materialize"], "targets multiple assets"),
+        (["materialize", "--asset", "c"], "Expected one of `['a', 'b']`, got `c`"),
+        (["extra", "m"], "Extra `m` is undefined"),
+    ],
+)
+def test_what_dagster_refuses_fails_at_once(
+    arguments: list[str], text: str, tmp_path: Path, job: dict[str, str]
+) -> None:
+    done = pipes(tmp_path, job, *arguments)
+    assert done.returncode == 1
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_second_report_counts_again_after_a_new_start_of_the_job(tmp_path: Path, job: dict[str, str]) -> None:
+    report = ("materialize", "--asset", "a")
+    assert pipes(tmp_path, job, *report).returncode == 0
+    refused = pipes(tmp_path, job, *report)
+    assert (refused.returncode, "a has been reported already" in refused.stderr) == (1, True)
+    assert pipes(tmp_path, job, "materialize", "--asset", "b").returncode == 0
+    with (tmp_path / "messages.jsonl").open("a") as file:
+        file.write('half a li\n{"method": "job_started"}\n')
+    assert pipes(tmp_path, job, *report).returncode == 0
+
+
+def test_wrong_arguments_report_nothing(tmp_path: Path, job: dict[str, str]) -> None:
+    before = (tmp_path / "messages.jsonl").read_text()
+    done = pipes(tmp_path, job, "materialize", "--metadata", "rows=1", "--metadata", "plot=@none.png")
+    assert (done.returncode, "none.png cannot be read" in done.stderr) == (2, True)
+    assert (tmp_path / "messages.jsonl").read_text() == before
+
+
+def test_an_extra_is_printed(tmp_path: Path, job: dict[str, str]) -> None:
+    assert pipes(tmp_path, job, "extra", "n").stdout == '{"x": 1}\n'
