@@ -25,6 +25,7 @@ AS_THEY_STAND = "tests/cluster/test_commands.py"
 RUN_BY = {
     "git clone": AS_THEY_STAND,
     "cp envs/.env.musica.example": AS_THEY_STAND,
+    "pipes ": "packages/dagster-sbatch/tests/local/test_programs.py",
     "read -rs": AS_THEY_STAND,
     "unset": AS_THEY_STAND,
     "scripts/demo": ".ci/run",

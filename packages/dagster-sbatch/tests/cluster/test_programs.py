@@ -60,14 +60,16 @@ def test_a_script_reports_by_the_command_pipes(
     nobody_left(site)
 
 
-def test_a_batch_script_runs_unchanged_on_its_nodes(site: SimulatedSite, workloads: Path) -> None:
+def test_a_batch_script_runs_unchanged_on_its_nodes(
+    site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Its srun starts tasks as in a job of its own, and they may report; what it writes is in the run directory."""
     (workloads / "input.txt").write_text("5\n")
     path = workloads / "relax.sbatch"
     path.write_text(
         "#!/bin/bash -e\n#SBATCH -N 2 --ntasks-per-node=1 -J relax\n#SBATCH --time=8 --mem=100M\n"
         "export RANKS=2\ncd $SLURM_SUBMIT_DIR\n"
-        "srun --input=none bash -c 'pipes log \"rank $SLURM_PROCID of $RANKS\"; uname -n' | sort >nodes\n"
+        "srun bash -c 'pipes log \"rank $SLURM_PROCID\" && echo $(uname -n) of $RANKS' | sort >nodes\n"
         'pipes materialize --metadata rows=$(cat input.txt) --metadata nodes="$(xargs <nodes)"\n'
     )
     outcome = materialize(path, workloads, launcher=BatchScriptLauncher(), request=SlurmRequest(time_limit="5"))
@@ -75,7 +77,11 @@ def test_a_batch_script_runs_unchanged_on_its_nodes(site: SimulatedSite, workloa
     (metadata,) = outcome.materializations[None]
     assert metadata["rows"] == 5
     nodes = metadata["nodes"].split()
-    assert len(set(nodes)) == 2
+    assert nodes[1::3] == ["of", "of"]
+    assert nodes[2::3] == ["2", "2"]
+    assert len(set(nodes[::3])) == 2
+    err = capfd.readouterr().err
+    assert all(f" - rank {rank}\n" in err for rank in (0, 1))
     (row,) = rows_of(site, "%D %l", f"--jobs={metadata['job_id']}")
     assert row == ["2", "5:00"]
     shown = site.run_on_login(CERTIFICATE_USER, f"cat {metadata['run_directory']}/work/nodes").stdout
@@ -146,6 +152,14 @@ def test_a_lost_connection_and_a_new_start_lose_and_double_nothing(
     one_job_did_it(site, outcome)
     assert outcome.materializations[None][0]["rows"] == 7
     assert capfd.readouterr().out == "begun\nbegun again\n"
+
+
+def test_a_cancelled_job(site: SimulatedSite, workloads: Path) -> None:
+    path = make(workloads, WAITS)
+    run = Background(lambda: materialize(path, workloads, launcher=CommandLauncher(), request=SHORT))
+    wait_until(lambda: "begun" in output_there(site), "it runs", 60)
+    site.faults.cancel_job(only_job(site, "RUNNING"))
+    assert "it was cancelled on the cluster" in run.outcome().error
 
 
 @pytest.mark.skipif(not MEMORY_CGROUPS, reason="this machine cannot enforce a job's memory")

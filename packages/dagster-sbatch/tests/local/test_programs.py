@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher
 from dagster_sbatch.slurm import SlurmRequest
+from support import ROOT
 from support.programs import PICTURE, REPORTS, make
 from support.workload_asset import PIPES, Outcome, materialize
 
@@ -47,6 +49,18 @@ def test_a_script_reports_by_the_command_pipes(tmp_path: Path, capfd: pytest.Cap
     assert out == f"arguments: {picture} a b\nx y\n3\n"
     assert "WARNING" in err
     assert "half of it" in err
+
+
+def test_the_commands_of_the_page_as_they_stand(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "packages" / "dagster-sbatch" / "docs" / "launchers.md").read_text()
+    (block,) = re.findall(r"```bash\n(pipes .*?)```", page, re.DOTALL)
+    (tmp_path / "plot.png").write_bytes(PICTURE)
+    text = f"#!/bin/bash -e\ncp '{tmp_path}/plot.png' .\n{block}"
+    outcome = run(tmp_path, text, checks=("no_gaps",), partitions=("a", "b"), partition_key="a")
+    assert outcome.error == ""
+    assert outcome.materializations["a"][0]["rows"] == 12
+    assert outcome.checks == {"no_gaps": True}
+    assert capfd.readouterr().out == "a\n"
 
 
 def test_the_exit_code_alone_is_enough(tmp_path: Path) -> None:
@@ -160,6 +174,7 @@ def test_a_program(name: str, tmp_path: Path) -> None:
 def test_a_batch_script_with_crlf_or_without_an_interpreter(tmp_path: Path) -> None:
     assert "line ends of Windows" in run_batch(tmp_path, "#!/bin/bash\n#SBATCH -N 1\r\n").error
     assert "sbatch would refuse it" in run_batch(tmp_path, "#SBATCH -N 1\n").error
+    assert run_batch(tmp_path, "#! /bin/sh -e\nexit 0\n").error == ""
 
 
 def test_a_folder_is_no_program(tmp_path: Path) -> None:

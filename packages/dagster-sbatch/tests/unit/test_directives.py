@@ -52,7 +52,7 @@ def test_what_does_not_apply_is_named_with_its_line() -> None:
     text = script("--time=10", "--mem-per-cpu=1G", "-N 1", "--nice=7", "-o out", "--export=ALL")
     _, notes = complete_request(asset, text, "m.sbatch")
     assert notes == [
-        "m.sbatch, line 2: --time=10 does not apply. The asset requests time_limit='0:05:00'.",
+        "m.sbatch, line 2: --time=10 does not apply. The asset requests time_limit='00:05:00'.",
         "m.sbatch, line 3: --mem-per-cpu=1G does not apply. The asset requests mem='2G'.",
         "m.sbatch, line 5: --nice=7 does not apply. The asset has another value in options.",
         "m.sbatch: these do not apply, because the job of an asset has its own: "

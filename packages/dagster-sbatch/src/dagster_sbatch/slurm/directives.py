@@ -4,11 +4,12 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.slurm.request import FURTHER_OPTIONS, SlurmRequest
-from dagster_sbatch.slurm.units import format_memory, parse_memory
+from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
 
 _LETTERS = {
     "A": "account",
@@ -172,8 +173,10 @@ def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[Slu
 
 
 def _shown(mine: Mapping[str, Any], field: str) -> str:
+    """Return what the asset says instead; of the two fields for memory, it has the other one, maybe."""
     name = field if field in mine else next(iter(_MEMORY & mine.keys()))
-    return f"{name}={str(mine[name])!r}" if name in ("mem", "mem_per_cpu", "time_limit") else f"{name}={mine[name]!r}"
+    value = format_time(mine[name]) if isinstance(mine[name], timedelta) else mine[name]
+    return f"{name}={value!r}"
 
 
 def _merge_options(mine: Sequence[str], theirs: Sequence[str]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Run a batch script that was written for sbatch."""
 
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,7 +26,7 @@ class BatchScriptLauncher(CommandLauncher):
 
     def check_program(self, program: Path) -> None:  # noqa: D102 - see Launcher
         check_line_ends(program)
-        if not program.read_bytes().startswith(b"#!/"):
+        if not re.match(rb"#![ \t]*/", program.read_bytes()):
             raise ConfigurationError(
                 f"{program} does not begin with #! and the path of an interpreter, so sbatch would refuse it. "
                 "Begin it with a line such as #!/bin/bash"

@@ -1,0 +1,42 @@
+"""The plan of an asset that runs a program or a batch script."""
+
+from pathlib import Path
+
+import dagster as dg
+
+from dagster_sbatch.inspect.asset_preview import Preview, preview_asset
+from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, Launcher
+from dagster_sbatch.run.compute import ComputeResource
+from dagster_sbatch.slurm import SlurmRequest
+from resources import PROJECT
+from support.programs import make
+
+SCRIPT = "#!/bin/bash\n#SBATCH -N 2 -n 8 --gres=gpu:4\n#SBATCH -t 2:00:00 --mem=1G\nsrun ./relax\n"
+
+
+def preview(program: Path, launcher: Launcher, request: SlurmRequest | None = None) -> Preview:
+    @dg.asset
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        done = compute.run(context, workload=program, launcher=launcher, request=request, args=["a b"])
+        return done.get_materialize_result()
+
+    (found,) = preview_asset(dg.Definitions([probe], resources={"compute": ComputeResource.of(PROJECT)}), "probe")
+    return found
+
+
+def test_a_program_and_its_arguments(tmp_path: Path) -> None:
+    found = preview(make(tmp_path, SCRIPT), CommandLauncher())
+    assert found.summary["how"] == "model.sh with CommandLauncher"
+    assert '\nrun_workload "$program" \'<SLURM_DEPLOYMENT_BASE_PATH>/environments/' in found.script
+    assert "/workloads/model.sh' 'a b'\n" in found.script
+    assert "#SBATCH --nodes=1\n" in found.script
+
+
+def test_a_batch_script_is_shown_with_what_its_lines_request(tmp_path: Path) -> None:
+    found = preview(make(tmp_path, SCRIPT), BatchScriptLauncher(), SlurmRequest(time_limit="5"))
+    for line in ("--nodes=2", "--ntasks-per-node=4", "--gres=gpu:4", "--time=00:05:00", "--mem=1G"):
+        assert f"#SBATCH {line}\n" in found.script
+    assert found.summary["time limit"] == "00:05:00"
+    assert found.plan.notes == (
+        "model.sh, line 3: --time=2:00:00 does not apply. The asset requests time_limit='00:05:00'.",
+    )
