@@ -87,16 +87,6 @@ def test_a_failure_after_a_report_stores_nothing(tmp_path: Path) -> None:
     assert outcome.materializations == {}
 
 
-def test_many_processes_report_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Each message is longer than a pipe's or a file's buffer."""
-    long = "x" * 60_000
-    loop = f"for n in $(seq 12); do pipes log $n {long} & done; wait; pipes materialize --metadata rows=1"
-    outcome = run(tmp_path, f"#!/bin/bash\n{loop}\n")
-    assert outcome.error == ""
-    lines = capfd.readouterr().err
-    assert all(f" - {number} {long}\n" in lines for number in range(1, 13))
-
-
 def test_a_second_report_on_the_same_asset_is_refused_where_it_is_made(tmp_path: Path) -> None:
     text = "#!/bin/sh\npipes materialize --metadata rows=1\npipes materialize --metadata more=2 && exit 9\nexit 0\n"
     outcome = run(tmp_path, text)

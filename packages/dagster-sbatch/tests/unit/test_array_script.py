@@ -2,14 +2,20 @@
 
 import json
 import os
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from dagster_pipes import encode_param
 
+from dagster_sbatch.launchers import CommandLauncher
+from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway.agent import run_directories
 from resources import PROJECT
 from support.array_run import files_of
+from support.programs import make
 
 SITE = PROJECT.load_site("musica")
 SHOW = 'cat context.json; echo "$DAGSTER_PIPES_CONTEXT $DAGSTER_PIPES_MESSAGES"; exit 3'
@@ -78,3 +84,20 @@ def test_a_task_that_cannot_make_its_folder_fails(run: Path) -> None:
     assert start(run, 6) == 1
     assert "tasks/.6" in (run / "tasks/6.stderr").read_text()
     assert not (run / "tasks/6").exists()
+
+
+def test_a_program_of_any_language_runs_as_a_task(tmp_path: Path) -> None:
+    """The launcher's files lie in the run directory, above the task's folder; `pipes` writes the task's messages."""
+    run, launcher, request = tmp_path / "KEY-1", CommandLauncher(), SlurmRequest()
+    program = make(tmp_path, '#!/bin/sh\npipes log "of task $(basename "$PWD") $1"\n')
+    body = f"PYTHON={shlex.quote(sys.executable)}\n{launcher.render(request, [str(program), 'a b'])}"
+    files = {**files_of(SITE, "KEY-1", body, 2), **launcher.files(request)}
+    context: dict[str, object] = {"asset_keys": [], "extras": {}, "run_id": "r", "job_name": "j", "retry_number": 0}
+    files["context.head"] = json.dumps(context)[:-1]
+    paths = (encode_param({"path": f"{run}/tasks/1/{name}"}) for name in ("context.json", "messages.jsonl"))
+    files["tasks.pipes"] = "none none\n" + " ".join(paths) + "\n"
+    run_directories.lay_out(str(run), files)
+    assert start(run, 1) == 0, (run / "tasks/1.stderr").read_text()
+    messages = [json.loads(line) for line in (run / "tasks/1/messages.jsonl").read_text().splitlines() if line]
+    assert [each["method"] for each in messages] == ["job_started", "opened", "closed", "log"]
+    assert messages[-1]["params"]["message"] == "of task 1 a b"

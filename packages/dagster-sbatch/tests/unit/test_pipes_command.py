@@ -1,8 +1,10 @@
 """The command `pipes`: what it refuses, and with which words. tests/local/test_programs.py has what it reports."""
 
 import argparse
+import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
 from dagster_sbatch.launchers.command.job import pipes_command
+from slurm_in_a_box import wait_until
 from support.programs import PICTURE
 
 CONTEXT = {"asset_keys": ["a", "b"], "extras": {"n": {"x": 1}}, "run_id": "r", "job_name": "j", "retry_number": 0}
@@ -142,3 +145,19 @@ def test_wrong_arguments_report_nothing(tmp_path: Path, job: dict[str, str]) -> 
 
 def test_an_extra_is_printed(tmp_path: Path, job: dict[str, str]) -> None:
     assert pipes(tmp_path, job, "extra", "n").stdout == '{"x": 1}\n'
+
+
+def test_it_waits_while_another_process_writes_its_message(tmp_path: Path, job: dict[str, str]) -> None:
+    path = tmp_path / "messages.jsonl"
+    with path.open("ab", buffering=0) as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        file.write(b'{"method": ')
+        command = [sys.executable, "-I", pipes_command.__file__, "log", "mine"]
+        with subprocess.Popen(command, env={"PATH": os.environ["PATH"], **job}) as process:
+            waiting = re.compile(rf"-> POSIX .* {process.pid} ")
+            blocked = lambda: waiting.search(Path("/proc/locks").read_text()) or process.poll() is not None  # noqa: E731
+            wait_until(blocked, "it waits for the lock", 60)
+            file.write(b'"theirs"}\n')
+            fcntl.lockf(file, fcntl.LOCK_UN)
+    lines = [json.loads(line)["method"] for line in path.read_text().splitlines() if line]
+    assert lines == ["job_started", "theirs", "log"]
