@@ -5,17 +5,16 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from dagster_sbatch.inspect.remote_runs import Runs
-from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, choose_channel, link
-from dagster_sbatch.slurm.gateway import channel as channels
+from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, link
 from dagster_sbatch.slurm.gateway.agent import disk
 from support import ROOT
+from support.agent_fixtures import HURRIED, SETTINGS, Prepare, put
 
 NO_LOCKS = """
 import fcntl
@@ -32,20 +31,6 @@ def open_(path, flags, *more, **named):
     return full(path) if flags & os.O_CREAT and not os.path.exists(path) else made["open"](path, flags, *more, **named)
 os.open, os.symlink, os.mkdir = open_, lambda _, path: full(path), lambda path, *_: full(path)
 """
-HURRIED = """
-import sys
-def hurry():
-    for name, values in {
-        "slurm_commands": dict(SQUEUE_EVERY=0.5, UNSHARED_EVERY=0.5),
-        "jobs": dict(COMMAND_PATIENCE=3),
-        "follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5),
-        "streams": dict(HOLE=0.5),
-    }.items():
-        vars(sys.modules["agent." + name]).update(values)
-    slurm = sys.modules["agent.slurm_commands"]
-    for each in (slurm.call, slurm.ask_slurm, slurm.rows_of):
-        each.__kwdefaults__["patience"] = 0.5
-"""
 SPOILT = """
 def spoil():
     import os, sys
@@ -61,46 +46,6 @@ def spoil():
 """
 CANCELLED = "JobName=KEY JobState=CANCELLED ExitCode=0:15 SubmitTime=100 StartTime=110 EndTime=120"
 RUNNING = "JobName=KEY JobState=RUNNING ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=Unknown"
-SETTINGS = Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"})
-Prepare = Callable[..., Gateway]
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for Slurm's commands, where none does anything yet."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("squeue", "sacct", "scontrol", "scancel", "sbatch"):
-        put(folder, name, "")
-    return folder
-
-
-def put(folder: Path, name: str, script: str) -> None:
-    part = folder / f"{name}.part"
-    part.write_text(f"#!/bin/sh\n{script}\n")
-    part.chmod(0o755)
-    part.rename(folder / name)
-
-
-@pytest.fixture
-def prepare(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prepare]:
-    """`prepare(code)` gives a gateway whose agent has run that Python code first."""
-    made: list[Gateway] = []
-    start = channels._START
-    monkeypatch.setattr(link, "FIRST_PAUSE", 0.01)
-
-    def make(code: str = "", told: list[str] | None = None) -> Gateway:
-        begin = "[globals()[name]() for name in ('hurry', 'spoil') if name in globals()]; names['serve']()"
-        monkeypatch.setattr(channels, "_START", code + "\n" + start.replace("names['serve']()", begin))
-        on_trouble = (lambda _: None) if told is None else told.append
-        made.append(Gateway(choose_channel(SETTINGS, (), lambda _: None), on_trouble=on_trouble))
-        return made[-1]
-
-    yield make
-    for gateway in made:
-        gateway.close()
 
 
 def lay_out(folder: Path, job: str = "17") -> Path:

@@ -133,7 +133,7 @@ def whole(ends):
     """Return the end of an array job: that of its worst task, with the times of all."""
     worst = min(ends.values(), key=lambda end: (WORST + [end["state"]]).index(end["state"]))
     if worst["state"] in ("", "COMPLETED"):  # a task that Slurm has forgotten may have failed
-        worst = max(ends.values(), key=lambda end: (end.get("code") is None, end.get("code") or 0, not end["state"]))
+        worst = max(ends.values(), key=lambda end: (end.get("code") is None, end.get("code") or 0, bool(end["state"])))
     times = []
     for place, choose in enumerate((min, min, max)):
         known = [end["times"][place] for end in ends.values() if end["times"][place] is not None]
@@ -163,12 +163,13 @@ def verdicts(job, key, count, wanted, started):
         more, recorded = ask_accounting(job, key, left)
     except RequestError as error:
         if trouble or NO_ACCOUNTING not in str(error):
-            return found, error
+            return found, trouble or error
         more, recorded = {}, False
     found.update(more)
-    if trouble:
+    left -= set(more)
+    if trouble and left:
         return found, trouble
-    for index in left - set(found):
+    for index in left:
         found[index] = CANCELLED if (known or recorded) and index not in started else UNKNOWN
     return found, None
 

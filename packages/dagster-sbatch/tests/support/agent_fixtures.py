@@ -1,0 +1,66 @@
+"""An agent on this machine that is in a hurry, and commands in place of Slurm's."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import Gateway, choose_channel, link
+from dagster_sbatch.slurm.gateway import channel as channels
+
+HURRIED = """
+import sys
+def hurry():
+    for name, values in {
+        "slurm_commands": dict(SQUEUE_EVERY=0.5, UNSHARED_EVERY=0.5),
+        "jobs": dict(COMMAND_PATIENCE=3),
+        "follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5),
+        "arrays": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5, COMMAND_PATIENCE=3, FIRST_PAUSE=0.1, ROOM_PAUSE=0.5),
+        "streams": dict(HOLE=0.5),
+    }.items():
+        vars(sys.modules["agent." + name]).update(values)
+    slurm = sys.modules["agent.slurm_commands"]
+    for each in (slurm.call, slurm.ask_slurm, slurm.rows_of):
+        each.__kwdefaults__["patience"] = 0.5
+"""
+SETTINGS = Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"})
+Prepare = Callable[..., Gateway]
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for Slurm's commands, where none does anything yet."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("squeue", "sacct", "scontrol", "scancel", "sbatch"):
+        put(folder, name, "")
+    return folder
+
+
+def put(folder: Path, name: str, script: str) -> None:
+    part = folder / f"{name}.part"
+    part.write_text(f"#!/bin/sh\n{script}\n")
+    part.chmod(0o755)
+    part.rename(folder / name)
+
+
+@pytest.fixture
+def prepare(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prepare]:
+    """`prepare(code)` gives a gateway whose agent has run that Python code first."""
+    made: list[Gateway] = []
+    start = channels._START
+    monkeypatch.setattr(link, "FIRST_PAUSE", 0.01)
+
+    def make(code: str = "", told: list[str] | None = None) -> Gateway:
+        begin = "[globals()[name]() for name in ('hurry', 'spoil') if name in globals()]; names['serve']()"
+        monkeypatch.setattr(channels, "_START", code + "\n" + start.replace("names['serve']()", begin))
+        on_trouble = (lambda _: None) if told is None else told.append
+        made.append(Gateway(choose_channel(SETTINGS, (), lambda _: None), on_trouble=on_trouble))
+        return made[-1]
+
+    yield make
+    for gateway in made:
+        gateway.close()

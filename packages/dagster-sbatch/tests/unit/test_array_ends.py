@@ -1,0 +1,364 @@
+"""How the tasks of an array job end: what the agent makes of Slurm's records, of the tasks' own, and of their lack."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.slurm.gateway import ArrayRun, Gateway, StoppedError
+from dagster_sbatch.slurm.gateway.agent import disk, task_states, tasks
+from resources import PROJECT
+from slurm_in_a_box import wait_until
+from support.agent_fixtures import HURRIED, Prepare, put
+from support.array_run import Recorder, files_of
+
+SITE = PROJECT.load_site("musica")
+INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+NO_ACCOUNTING = "echo 'Slurm accounting storage is disabled' >&2; exit 1"
+TIMES = [100, 110, 120]
+KEY = "KEY-1"
+
+
+def record(index: str, state: str, end: str = "120", key: str = KEY) -> str:
+    """A line of `scontrol -o show job`."""
+    job = f"JobId=17 ArrayJobId=17 ArrayTaskId={index} ArrayTaskThrottle=2 JobName={key} Account=p1 JobState={state}"
+    return f"{job} ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime={end}"
+
+
+def row(index: str, state: str, start: str = "110", key: str = KEY) -> str:
+    """A line of sacct."""
+    return f"{state}|0:0|100|{start}|120|p1|{key}|17_{index}"
+
+
+def lines(*texts: str) -> str:
+    return "cat <<'E'\n" + "\n".join(texts) + "\nE"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3", {3}),
+        ("[2-4,7%2]", {2, 3, 4, 7}),
+        ("0-8:4,11", {0, 4, 8, 11}),
+        ("4294967294", {4294967294}),
+        ("N/A", set()),
+    ],
+)
+def test_indices_as_slurm_writes_them(text: str, expected: set[int]) -> None:
+    assert task_states.indices(text) == expected
+    assert task_states.indices(task_states.ranges(expected)) == expected
+
+
+def test_an_array_job_is_one_row_of_the_queue() -> None:
+    """Its state is RUNNING as long as a task runs, its reason that of the waiting tasks."""
+    rows = [
+        ["17_[4-9%2]", "PENDING", "JobArrayTaskLimit", "N/A", KEY, "p1"],
+        ["17_1", "COMPLETED", "None", "5", KEY, "p1"],
+        ["17_2", "RUNNING", "None", "6", KEY, "p1"],
+        ["17_3", "RUNNING", "None", "7", KEY, "p1"],
+        ["18", "PENDING", "Priority", "N/A", "other-1", "p1"],
+        ["19_[0]", "PENDING", "Priority", "N/A", "third-1", "p1"],
+        ["20_0", "FAILED", "None", "8", "fourth-1", "p1"],
+    ]
+    assert task_states.by_job(rows) == {
+        "17": ["RUNNING", "JobArrayTaskLimit", "N/A", KEY, "p1", {"PENDING": "4-9", "RUNNING": "2-3"}],
+        "18": ["PENDING", "Priority", "N/A", "other-1", "p1"],
+        "19": ["PENDING", "Priority", "N/A", "third-1", "p1", {"PENDING": "0"}],
+        "20": ["FAILED", "None", "8", "fourth-1", "p1", {}],
+    }
+
+
+# Of six tasks 1, 2 and 3 have started.
+@pytest.mark.parametrize(
+    ("scontrol", "sacct", "expected"),
+    [
+        (  # all in one answer of the controller; waiting tasks share a record
+            lines(record("1", "COMPLETED"), record("2", "RUNNING"), record("3,5", "TIMEOUT"), record("0,4", "PENDING")),
+            "exit 1",
+            {0: None, 1: "COMPLETED", 2: None, 3: "TIMEOUT", 4: None, 5: "TIMEOUT"},
+        ),
+        (  # waiting tasks that were cancelled one by one leave no record anywhere
+            lines(record("1-3", "RUNNING", "Unknown"), record("0", "PENDING")),
+            lines(row("1", "RUNNING"), row("2", "RUNNING"), row("3", "RUNNING"), row("[0%2]", "PENDING", "Unknown")),
+            {0: None, 1: None, 2: None, 3: None, 4: "CANCELLED", 5: "CANCELLED"},
+        ),
+        (  # those that were cancelled all at once leave a record without indices
+            lines(record("1-3", "FAILED"), record("4294967294", "CANCELLED")),
+            "exit 1",
+            {0: "CANCELLED", 1: "FAILED", 2: "FAILED", 3: "FAILED", 4: "CANCELLED", 5: "CANCELLED"},
+        ),
+        (  # the controller forgets each task some minutes after its end
+            lines(record("3", "RUNNING", "Unknown"), record("0,4,5", "PENDING")),
+            lines(row("1", "COMPLETED"), row("2", "CANCELLED by 0"), row("3", "RUNNING")),
+            {0: None, 1: "COMPLETED", 2: "CANCELLED", 3: None, 4: None, 5: None},
+        ),
+        (  # and a centre may have no accounting
+            lines(record("3", "RUNNING", "Unknown"), record("0,4,5", "PENDING")),
+            NO_ACCOUNTING,
+            {0: None, 1: "", 2: "", 3: None, 4: None, 5: None},
+        ),
+        (INVALID, NO_ACCOUNTING, dict.fromkeys(range(6), "")),
+        (AWAY, lines(row("[0-5%2]", "CANCELLED by 1", "None")), dict.fromkeys(range(6), "CANCELLED")),
+        # The id is another job's by now.
+        (lines(record("0-5", "FAILED", key="x")), lines(row("1", "FAILED", key="x")), dict.fromkeys(range(6), "")),
+        # An outage is no end.
+        (AWAY, AWAY, "Unable to contact"),
+        (INVALID, AWAY, "Unable to contact"),
+        (AWAY, lines(), "Unable to contact"),
+    ],
+)  # fmt: skip
+def test_what_slurm_says_of_tasks(
+    slurm: Path, scontrol: str, sacct: str, expected: dict[int, str | None] | str
+) -> None:
+    put(slurm, "scontrol", scontrol)
+    put(slurm, "sacct", sacct)
+    found, trouble = tasks.verdicts("17", KEY, 6, set(range(6)), {1, 2, 3})
+    if isinstance(expected, str):
+        assert not found
+        assert expected in str(trouble)
+    else:
+        assert trouble is None
+        assert {index: said and said["state"] for index, said in found.items()} == expected
+
+
+def test_an_outage_leaves_only_those_tasks_undecided_that_need_it(slurm: Path) -> None:
+    put(slurm, "scontrol", lines(record("1", "COMPLETED"), record("2", "RUNNING", "Unknown")))
+    put(slurm, "sacct", AWAY)
+    found, trouble = tasks.verdicts("17", KEY, 4, {1, 2, 3}, {1, 2, 3})
+    assert (found[1]["state"], found[1]["times"], found[2]) == ("COMPLETED", TIMES, None)
+    assert set(found) == {1, 2}
+    assert isinstance(trouble, disk.RequestError)
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        ([("COMPLETED", 0), ("COMPLETED", 0)], ("COMPLETED", 0)),
+        ([("COMPLETED", 0), ("FAILED", 3), ("CANCELLED", None)], ("FAILED", 3)),
+        ([("COMPLETED", 0), ("", 0)], ("COMPLETED", 0)),
+        ([("COMPLETED", 0), ("", None)], ("", None)),
+        ([("COMPLETED", 0), ("", 4)], ("", 4)),
+    ],
+)
+def test_the_end_of_an_array_job_is_that_of_its_worst_task(
+    states: list[tuple[str, int | None]], expected: tuple[str, int | None]
+) -> None:
+    ends = {
+        index: {"state": state, "code": code, "exit": "", "times": [100 + index, 110 + index, 120 + index]}
+        for index, (state, code) in enumerate(states)
+    }
+    found = tasks.whole(ends)
+    assert (found["state"], found["code"]) == expected
+    assert found["times"] == [100, 110, 119 + len(states)]
+
+
+class Site:
+    """Slurm's commands in one folder, and an array job whose tasks a test plays."""
+
+    def __init__(self, slurm: Path, folder: Path, tasks: int) -> None:
+        self.slurm, self.run, self.asked = slurm, folder / "runs" / KEY, folder / "asked"
+        self.array = ArrayRun(str(self.run), files_of(SITE, KEY, "true", tasks), range(tasks))
+        put(slurm, "sbatch", "echo 17")
+        put(slurm, "sacct", NO_ACCOUNTING)
+        self.say(record(f"0-{tasks - 1}", "PENDING", "Unknown"))
+
+    def say(self, *records: str) -> None:
+        """Have scontrol show these, once it is asked; wait until it was, if it was asked before."""
+        put(self.slurm, "scontrol", f"echo >>{self.asked}; {lines(*records)}")
+
+    def wait_until_asked(self) -> None:
+        before = self.asked.stat().st_size if self.asked.exists() else 0
+        wait_until(lambda: self.asked.exists() and self.asked.stat().st_size > before, "Slurm is asked", 30, 0.02)
+
+    def write(self, index: int, name: str, text: str) -> None:
+        """Append to a file of a task, whose folder appears with all its files."""
+        task = self.run / "tasks" / str(index)
+        if not task.exists():
+            new = self.run / "tasks" / f".{index}"
+            new.mkdir()
+            for each in ("messages.jsonl", "events", "cause"):
+                (new / each).touch()
+            (self.run / "tasks" / f"{index}.stdout").touch()
+            (self.run / "tasks" / f"{index}.stderr").touch()
+            new.rename(task)
+        path = task / name if name in ("events", "messages.jsonl") else self.run / "tasks" / f"{index}.{name}"
+        with path.open("a") as file:
+            file.write(text)
+
+    def start(self, index: int, at: float = 1.0) -> None:
+        self.write(index, "events", json.dumps({"started": "n1", "time": at, "temporary": "/tmp"}) + "\n")
+
+    def end(self, index: int, code: int | None = 0, at: float | None = None) -> None:
+        stdout = self.run / "tasks" / f"{index}.stdout"
+        sizes = {"messages.jsonl": 0, "stdout": stdout.stat().st_size, "stderr": 0}
+        self.write(index, "events", json.dumps({"code": code, "time": at or time.time(), "sizes": sizes}) + "\n")
+
+
+Follow = Callable[[Site, Gateway], Recorder]
+
+
+@pytest.fixture
+def follow() -> Iterator[Follow]:
+    """`follow(site, gateway)` follows the array job in a thread of its own; it returns when the job is submitted."""
+    threads: list[tuple[threading.Thread, Gateway]] = []
+
+    def work(gateway: Gateway, seen: Recorder) -> None:
+        with suppress(StoppedError):
+            gateway.run_arrays(seen, "run-1")
+
+    def start(site: Site, gateway: Gateway) -> Recorder:
+        seen = Recorder(site.array)
+        threads.append((threading.Thread(target=work, args=(gateway, seen)), gateway))
+        threads[-1][0].start()
+        wait_until((site.run / "job").is_symlink, "it is submitted", 30, 0.02)
+        return seen
+
+    yield start
+    for thread, gateway in threads:
+        gateway.stop.set()
+        thread.join(30)
+
+
+def wait_for_ends(seen: Recorder, count: int) -> None:
+    wait_until(lambda: len(seen.ends) == count, f"{count} ends", 30, 0.02)
+
+
+@pytest.fixture
+def site(slurm: Path, tmp_path: Path) -> Site:
+    return Site(slurm, tmp_path, 3)
+
+
+def test_a_task_that_was_killed_has_no_exit_code(site: Site, prepare: Prepare, follow: Follow) -> None:
+    """Its record may only be late: Slurm is asked twice before its end counts."""
+    seen = follow(site, prepare(HURRIED))
+    for index in range(3):
+        site.start(index)
+    site.end(0)
+    now = str(int(time.time()))
+    site.say(record("0-1", "COMPLETED", now), record("2", "FAILED", now))
+    site.wait_until_asked()
+    site.write(1, "stdout", "late\n")
+    site.end(1)
+    wait_for_ends(seen, 3)
+    assert seen.outcomes == {0: ("COMPLETED", 0), 1: ("COMPLETED", 0), 2: ("FAILED", None)}
+    assert seen.text(1) == "late\n"
+    kept = json.loads((site.run / "ends.json").read_text())["tasks"]
+    assert {index: (end["state"], end.get("code")) for index, end in kept.items()} == {
+        "0": ("COMPLETED", 0),
+        "1": ("COMPLETED", 0),
+        "2": ("FAILED", None),
+    }
+    assert json.loads((site.run / "end").read_text())["state"] == "FAILED"
+
+
+@pytest.mark.parametrize("code", [None, 0])
+def test_a_task_that_runs_again_is_followed_again(
+    site: Site, prepare: Prepare, follow: Follow, code: int | None
+) -> None:
+    """It was cut short, or an administrator has requeued it after its end."""
+    seen = follow(site, prepare(HURRIED))
+    site.say(record("0-2", "PENDING", "Unknown"))
+    site.start(1)
+    site.write(1, "stdout", "first\n")
+    site.end(1, code)
+    wait_until(lambda: seen.text(1) == "first\n", "its output", 30, 0.02)
+    site.wait_until_asked()
+    site.start(1, at=2.0)
+    site.write(1, "stdout", "second\n")
+    site.end(1, 0)
+    site.say(record("0,2", "RUNNING", "Unknown"), record("1", "COMPLETED"))
+    wait_for_ends(seen, 1)
+    assert seen.outcomes == {1: ("COMPLETED", 0)}
+    assert seen.text(1) == "first\nsecond\n"
+    assert len(seen.starts[1]) == 2
+
+
+def test_slurm_that_is_down_ends_no_task(site: Site, prepare: Prepare, follow: Follow) -> None:
+    told: list[str] = []
+    put(site.slurm, "scontrol", f"echo >>{site.asked}; {AWAY}")
+    seen = follow(site, prepare(HURRIED, told))
+    for index in range(3):
+        site.start(index)
+        site.end(index)
+    site.wait_until_asked()
+    site.wait_until_asked()
+    assert not seen.ends
+    assert any("Unable to contact slurm controller" in text for text in told)
+    site.say(record("0-2", "COMPLETED"))
+    wait_for_ends(seen, 3)
+    assert set(seen.outcomes.values()) == {("COMPLETED", 0)}
+
+
+def test_slurm_that_forgets_leaves_the_tasks_own_records(site: Site, prepare: Prepare, follow: Follow) -> None:
+    """MinJobAge is short, there is no accounting, and one task was cancelled while it waited."""
+    put(site.slurm, "scontrol", INVALID)
+    seen = follow(site, prepare(HURRIED))
+    for index in range(2):
+        site.start(index)
+        site.end(index, 3 * index)
+    wait_for_ends(seen, 3)
+    assert seen.outcomes == {0: ("", 0), 1: ("", 3), 2: ("", None)}
+
+
+NO_SPACE = """
+def spoil():
+    import errno, sys
+    def store(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", path)
+    sys.modules["agent.tasks"].store = store
+"""
+
+
+def test_a_full_disk_keeps_no_end_from_the_client(site: Site, prepare: Prepare, follow: Follow) -> None:
+    seen = follow(site, prepare(HURRIED + NO_SPACE))
+    for index in range(3):
+        site.start(index)
+        site.end(index)
+    site.say(record("0-2", "COMPLETED"))
+    wait_for_ends(seen, 3)
+    assert not (site.run / "ends.json").exists()
+
+
+COUNTING = """
+def spoil():
+    import sys
+    arrays = sys.modules["agent.arrays"]
+    events_of = arrays.events_of
+    def count(folder):
+        with open({counted!r}, "a") as file:
+            file.write(folder.rpartition("/")[2] + "\\n")
+        return events_of(folder)
+    arrays.events_of = count
+"""
+
+
+def test_only_running_tasks_are_read_and_not_too_often(
+    slurm: Path, tmp_path: Path, prepare: Prepare, follow: Follow
+) -> None:
+    """Of 300 tasks 50 are over, 200 run and are quiet, 50 wait."""
+    site, counted = Site(slurm, tmp_path, 300), tmp_path / "counted"
+    put(
+        slurm,
+        "scontrol",
+        lines(record("0-49", "COMPLETED"), record("50-249", "RUNNING", "Unknown"), record("250-299", "PENDING")),
+    )
+    seen = follow(site, prepare(HURRIED + COUNTING.format(counted=str(counted))))
+    for index in range(250):
+        site.start(index)
+    for index in range(50):
+        site.end(index)
+    wait_for_ends(seen, 50)
+    wait_until(lambda: len(seen.starts) == 250, "all have been read", 30)
+    counted.write_text("")
+    begun = time.monotonic()
+    wait_until(lambda: len(set(counted.read_text().split())) == 200, "each of those that run is read", 30)
+    read, seconds = list(map(int, counted.read_text().split())), time.monotonic() - begun
+    assert set(read) == set(range(50, 250))
+    assert len(read) <= 110 * (seconds + 0.5)
+    site.write(77, "stdout", "news\n")
+    wait_until(lambda: seen.text(77) == "news\n", "it is read in its turn", 10)
