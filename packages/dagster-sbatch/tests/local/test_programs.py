@@ -109,6 +109,14 @@ def test_a_program_may_run_the_python_of_the_environment(tmp_path: Path) -> None
     assert outcome.materializations[None][0]["n"] == 1
 
 
+@pytest.mark.parametrize("end", ["raise ValueError('no data')", "import os; os._exit(0)"])
+def test_the_exit_code_decides_also_over_a_pipes_session_in_it(end: str, tmp_path: Path) -> None:
+    """As the script's author wants it: the step may fail."""
+    text = f"#!/bin/bash\n\"$PYTHON\" - <<'END' || echo never mind\n{PIPES}    {end}\nEND\nexit $1\n"
+    assert run(tmp_path, text, args=["0"]).error == ""
+    assert "model.sh ended with exit code 4" in run(tmp_path, text, args=["4"]).error
+
+
 def test_a_batch_script_runs_unchanged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """It needs no execute permission, writes where it is started, and finds what is beside it."""
     (tmp_path / "input.txt").write_text("5\n")

@@ -99,5 +99,5 @@ def test_a_program_of_any_language_runs_as_a_task(tmp_path: Path) -> None:
     run_directories.lay_out(str(run), files)
     assert start(run, 1) == 0, (run / "tasks/1.stderr").read_text()
     messages = [json.loads(line) for line in (run / "tasks/1/messages.jsonl").read_text().splitlines() if line]
-    assert [each["method"] for each in messages] == ["job_started", "opened", "closed", "log"]
+    assert [each["method"] for each in messages] == ["job_started", "opened", "closed", "exit_code_decides", "log"]
     assert messages[-1]["params"]["message"] == "of task 1 a b"

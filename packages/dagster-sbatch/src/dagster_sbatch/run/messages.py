@@ -7,6 +7,7 @@ from typing import Any
 
 from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesMessage
 
+from dagster_sbatch.launchers.command.job.run_program import EXIT_CODE_DECIDES
 from dagster_sbatch.run.failures import is_success, name_exception, name_exit, shorten, shorten_exception
 from dagster_sbatch.run.results import PARTITION
 
@@ -23,6 +24,7 @@ class MessageParser:
     it.
 
     Attributes:
+        exit_code_decides: whether the launcher says that Pipes sessions decide nothing about success.
         opened: whether a process has opened a Pipes session.
         open: how many sessions are open now. A process that the workload starts may open one of its own.
         exception: that ended an outermost session.
@@ -46,6 +48,7 @@ class MessageParser:
 
     def _begin(self) -> None:
         """Forget everything: the job begins, for the first time or once more."""
+        self.exit_code_decides = False
         self.opened = False
         self.open = 0
         self.exception: Mapping[str, Any] | None = None
@@ -87,6 +90,8 @@ class MessageParser:
             self._begin()
         elif self.error:
             return
+        elif method == EXIT_CODE_DECIDES:
+            self.exit_code_decides = True
         elif method == "closed":
             self._close(params.get("exception"))
         elif isinstance(payload, dict) and payload.keys() == {PARTITION}:
@@ -115,7 +120,8 @@ def explain_failure(messages: MessageParser, exit_code: int, workload: str) -> s
     """Return why the workload failed, for its author; None if it succeeded.
 
     It succeeded if its exit code is 0, every Pipes session was closed, and no exception but `sys.exit(0)` ended one: a
-    workload that raises after it has reported a materialization, or that never ran, has failed.
+    workload that raises after it has reported a materialization, or that never ran, has failed. If the launcher says
+    that the exit code decides, the sessions do not count.
 
     Args:
         messages: of the workload, after the last byte.
@@ -123,12 +129,14 @@ def explain_failure(messages: MessageParser, exit_code: int, workload: str) -> s
         workload: its name, for the text.
     """
     exception = messages.exception or (messages.inner_exception if messages.open > 0 else None)
-    if exception is not None and not is_success(exception):
+    if exception is not None and not is_success(exception) and not messages.exit_code_decides:
         return f"{workload} raised {name_exception(exception, with_stack=exit_code == 0)}"
     if exit_code:
         return f"{workload} {name_exit(exit_code)}"
     if messages.error:
         return f"what {workload} reported cannot be used: {shorten(str(messages.error))}"
+    if messages.exit_code_decides:
+        return None
     if not messages.opened:
         return f"{workload} ended without opening a Dagster Pipes session: wrap its work in `with open_dagster_pipes()`"
     if messages.open > 0:

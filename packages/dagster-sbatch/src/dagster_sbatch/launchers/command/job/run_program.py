@@ -2,7 +2,7 @@
 
 usage: run_program.py [--batch-script] PROGRAM [ARGUMENT...]   (started in the run directory, or in that of a task)
 
-It opens and closes the Dagster Pipes session of the launcher. From then on the exit code of the program decides.
+It opens and closes a Dagster Pipes session, and says that the exit code of the program decides about success.
 `bin/pipes` in the working directory is first on the PATH. With --batch-script, the program needs no execute permission,
 and it runs in the folder `work`, which has links to the files beside the script.
 
@@ -10,6 +10,7 @@ Exit codes: those of the program; 126 it cannot be executed, 127 it or the progr
 """
 
 import errno
+import json
 import os
 import platform
 import shlex
@@ -17,10 +18,12 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from dagster_pipes import open_dagster_pipes
+from dagster_pipes import DAGSTER_PIPES_MESSAGES_ENV_VAR, decode_param, open_dagster_pipes
 
 COMMAND, WORK, CAUSE = "bin/pipes", "work", "cause"
 """Names in the run directory. The step shows the cause, if the exit code is not 0."""
+EXIT_CODE_DECIDES = "exit_code_decides"
+"""Method of the line in the messages file by which a launcher says that no Pipes session is needed for success."""
 MACHINES = {0x03: "i386", 0x15: "ppc64le", 0x28: "arm", 0x3E: "x86_64", 0xB7: "aarch64", 0xF3: "riscv64"}
 """`uname -m` by e_machine of an ELF file (elf.h)."""
 FOREIGN = {b"MZ": "Windows", b"\xcf\xfa\xed\xfe": "macOS", b"\xca\xfe\xba\xbe": "macOS"}
@@ -32,8 +35,10 @@ def main() -> int:
     batch = sys.argv[1] == "--batch-script"
     program, *arguments = sys.argv[2 if batch else 1 :]
     folder = Path.cwd()
-    with open_dagster_pipes():
+    with open_dagster_pipes():  # Dagster warns of a process that opens none
         prepare_environment(folder)
+    with Path(decode_param(os.environ[DAGSTER_PIPES_MESSAGES_ENV_VAR])["path"]).open("a") as file:
+        file.write(json.dumps({"method": EXIT_CODE_DECIDES}) + "\n")
     command = [program, *arguments]
     try:
         if batch:
