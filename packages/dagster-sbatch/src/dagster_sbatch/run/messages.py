@@ -135,8 +135,11 @@ def explain_failure(messages: MessageParser, exit_code: int, workload: str) -> s
         return f"{workload} {name_exit(exit_code)}"
     if messages.error:
         return f"what {workload} reported cannot be used: {shorten(str(messages.error))}"
-    if messages.exit_code_decides:
-        return None
+    return None if messages.exit_code_decides else _explain_session(messages, workload)
+
+
+def _explain_session(messages: MessageParser, workload: str) -> str | None:
+    """Return what is wrong with the Pipes sessions of a workload that ended with 0 and without an exception."""
     if not messages.opened:
         return f"{workload} ended without opening a Dagster Pipes session: wrap its work in `with open_dagster_pipes()`"
     if messages.open > 0:
