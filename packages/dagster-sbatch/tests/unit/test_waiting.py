@@ -52,7 +52,7 @@ def test_a_job_that_waits_for_its_turn(reason: str) -> None:
 def test_the_step_warns_once_with_the_advice() -> None:
     warned: list[str] = []
     log = SimpleNamespace(info=lambda _: None, warning=warned.append)
-    step: Any = SimpleNamespace(_job="17", _state=None, _log=log, _report_project=lambda _: None)
+    step: Any = SimpleNamespace(_job="17", _state=None, _log=log, _report_project=lambda *_: None)
     for reason in ("Priority", "JobHeldUser", "JobHeldUser", "None"):
         RemoteRun._report_state(step, JobState("PENDING", reason, None))
     (text,) = warned

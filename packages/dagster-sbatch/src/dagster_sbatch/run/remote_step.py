@@ -1,0 +1,233 @@
+"""What every call of `compute.run` does on the supercomputer: claim, report trouble, cancel or leave its jobs."""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import dagster as dg
+
+from dagster_sbatch.auth import AccessError
+from dagster_sbatch.environments.deployed import Environment, Environments
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.run.adoption import inputs_of, request_of
+from dagster_sbatch.run.attempts import Attempts, Submission
+from dagster_sbatch.run.calls import calls_of, former_family_of, step_key, step_prefix
+from dagster_sbatch.run.digests import digest_of
+from dagster_sbatch.run.directory import RunInfo, RunPaths
+from dagster_sbatch.run.failures import failure
+from dagster_sbatch.run.history import left_job, tag_job
+from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
+from dagster_sbatch.run.plan import Plan
+from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_terminal
+from dagster_sbatch.run.results import StepContext, op_context, partitions_of
+from dagster_sbatch.run.run_environment import RunEnvironment
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import Claim, Gateway, LostClaimError, RefusedError, StoppedError, make_gateway
+from dagster_sbatch.slurm.outcome import explain_refusal
+from dagster_sbatch.ssh import SshError
+
+CANCEL_SECONDS = {"terminated": 170.0, "command": 30.0}
+"""For cancelling jobs. `cancel_timeout_seconds` of dagster.yaml is a little longer; a person waits at a terminal."""
+MOST_RETRIES = 3
+"""After a fault of the machine: a node that failed, a job that was preempted."""
+MOST_JOBS = 3
+"""Jobs that a message or a tag of the run names; the latest ones."""
+
+
+class RemoteStep(ABC):
+    """One call of `compute.run` on the supercomputer, as one job or as array jobs.
+
+    `runs` has the run directories that may have a job which is not over, each with that job's id once it is known.
+    """
+
+    def __init__(self, context: StepContext, asset: str, settings: Settings, plan: Plan) -> None:
+        self._context, self._asset, self._settings, self._plan = context, asset, settings, plan
+        self._step, self._log = op_context(context), StepLog(context)
+        root, partitions = context.run.root_run_id or context.run_id, partitions_of(context)
+        ends = " to ".join(sorted({*partitions[:1], *partitions[-1:]}))
+        self._info = RunInfo(context.run_id, root, asset, ends, step=step_key(self._step))
+        self._call = 0
+        self._runs: dict[str, str | None] = {}
+        self._left = left_job(context)
+        self._trouble: str | None = None
+        self._project: str | None = None
+
+    def run(self) -> dg.PipesClientCompletedInvocation:
+        """Run it to its end; see `ComputeResource.run`."""
+        return run_interruptibly(self._work)
+
+    @abstractmethod
+    def _execute(
+        self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment
+    ) -> dg.PipesClientCompletedInvocation:
+        """Submit or adopt, follow to the end, and return the results."""
+
+    @abstractmethod
+    def _before_cancelling(self) -> None:
+        """Keep what is complete, before the jobs of a terminated run are cancelled."""
+
+    def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
+        site, base = self._plan.site, str(self._settings.deployment_base_path)
+        gateway = make_gateway(
+            self._settings, site, stop, lambda text: self._report_trouble(gateway, text), self._report_recovered
+        )
+        gateway.committed = self._left is not None
+        environments, lock = Environments(gateway, base, site), self._plan.project.lock
+        environment = RunEnvironment(environments, self._settings, self._plan.workload, lock)
+        try:
+            attempts = Attempts(self._step, gateway, base, self._register(environment))
+            with stopped_with_run(self._step, stop):
+                return self._execute(gateway, attempts, environment)
+        except StoppedError:
+            raise self._end(gateway) from None
+        except LostClaimError as error:
+            text = f"While the connection of this step was lost, another run ({error}) attached to its job."
+            raise self._failure(text, final=True) from None
+        except RefusedError as error:
+            text = f"refused on the supercomputer: {self._explain(gateway, str(error))}{self._still_running}"
+            raise self._failure(text) from None
+        except (AccessError, SshError, ConfigurationError) as error:
+            final = isinstance(error, ConfigurationError)
+            raise self._failure(f"{error}{self._still_running}", final=final) from None
+        finally:
+            gateway.close()
+
+    def _register(self, environment: RunEnvironment) -> Submission:
+        """Register this call, and compute digests of everything that decides its result."""
+        assets = tuple(sorted(key.to_user_string() for key in self._step.selected_asset_keys))
+        data_root = self._settings.data_root or f"{self._settings.deployment_base_path}/data"
+        inputs = inputs_of(self._plan, environment.inputs, assets, data_root)
+        root, step = self._info.root, self._info.step
+        call = calls_of(self._step).begin(root, step, digest_of(inputs))
+        self._call = call.number
+        former = former_family_of(root, assets, partitions_of(self._context), call.number)
+        related = (f"{step_prefix(root, step)}-", f"{former}-")
+        return Submission(call, step, related, inputs, request_of(self._plan), data_root)
+
+    def _paths(self, claim: Claim, run: str, found: Environment) -> RunPaths:
+        """Return the paths of a new run, in an environment."""
+        self._info = replace(self._info, environment=found.name)
+        return RunPaths(run, found.python, found.workloads, claim.data_root)
+
+    # Terminate
+
+    def _end(self, gateway: Gateway) -> dg.Failure:
+        """Cancel the jobs of an interrupted step, or leave them to the next attempt; return the step's failure."""
+        if not self._runs:
+            return self._failure("The step was interrupted before it had a job.", final=True)
+        interruption = read_interruption(self._step)
+        if interruption == "stopped":
+            show_on_terminal(f"{self._asset}: stopped.{self._still_running}")
+            self._log.info(f"Stopped.{self._still_running}")
+            return self._failure(f"Dagster has stopped this step.{self._still_running}", final=True)
+        self._before_cancelling()
+        gateway.stop = threading.Event()
+        limit = threading.Timer(CANCEL_SECONDS[interruption], gateway.stop.set)
+        limit.start()
+        texts, left = [], dict(self._runs)
+        try:
+            for run, job in self._runs.items():
+                show_on_terminal(f"{self._asset}: cancelling Slurm job {job or '(just submitted)'} ...")
+                end = gateway.cancel(run)
+                texts.append(f"Slurm job {job} is over: {end.state}" if end else "No job was submitted.")
+                del left[run]
+        except (RefusedError, StoppedError, LostClaimError, AccessError, SshError, ConfigurationError) as error:
+            text = "\n".join([*texts, self._describe_left(left, error)])
+            show_on_terminal(text)
+            self._log.error(text)
+            return self._failure(text, final=True)
+        finally:
+            limit.cancel()
+        text = "\n".join(texts)
+        show_on_terminal(f"{self._asset}: {text}")
+        self._log.info(f"Terminated. {text}")
+        return self._failure(f"Terminated. {text}", final=True)
+
+    def _describe_left(self, left: Mapping[str, str | None], error: Exception) -> str:
+        """Return what to do about jobs that could not be cancelled; `left`: by run directory."""
+        names = [job or run.rpartition("/")[2] for run, job in left.items()]
+        commands = "\n".join(f"  scripts/job {name} cancel" for name in names)
+        return (
+            f"Slurm job {', '.join(names)} could not be cancelled, and may still be running. "
+            f"{error or self._trouble or 'The login node cannot be reached.'}\nCancel it later:\n{commands}"
+        )
+
+    # Messages
+
+    def _register_job(self, run: str, job: str) -> None:
+        """Register the job of a run directory, here and in the tags of the Dagster run."""
+        self._runs.pop(run, None)
+        self._runs[run] = job
+        tag_job(self._context, self._jobs, self._call)
+
+    def _explain(self, gateway: Gateway, text: str) -> str:
+        try:
+            return explain_refusal(text, self._plan.allocation.request, gateway.projects)
+        except (RefusedError, StoppedError, AccessError, SshError):  # the refusal itself is what counts
+            return text
+
+    def _report_project(self, job: str | None, account: str) -> None:
+        if account and account != self._project:
+            self._project = account
+            self._log.info(f"job {job} is charged to project {account}")
+
+    def _report_trouble(self, gateway: Gateway, text: str) -> None:
+        """Log a lost connection or a temporary error, once; report an error that a person may have to fix."""
+        if text == self._trouble:
+            return
+        self._trouble, where = text, self._settings.edge_node_host
+        if not gateway.blocked:
+            self._log.warning(f"{where}: {text}; trying again")
+            return
+        job = self._jobs or self._left or "(just submitted)"
+        report = (
+            f"The step cannot reach its Slurm job {job} on {where}, which is not affected. {text}\n"
+            "Fix that while the run waits: it tries again by itself. Every link of the chain is tested by\n"
+            "  scripts/doctor"
+        )
+        self._log.error(report)
+        report_reachable(self._step, passed=False, description=report)
+
+    def _report_recovered(self) -> None:
+        report = f"The step reaches its Slurm job {self._jobs or self._left or '(just submitted)'} again."
+        self._log.info(report)
+        report_reachable(self._step, passed=True, description=report)
+
+    @property
+    def _jobs(self) -> str:
+        """The ids of the jobs that may not be over; empty if none is known."""
+        return ", ".join([job for job in self._runs.values() if job][-MOST_JOBS:])
+
+    @property
+    def _still_running(self) -> str:
+        """What to do about jobs that this step does not follow any more; empty without one."""
+        if not self._jobs:
+            return ""
+        many = "," in self._jobs
+        are, them = ("jobs {} are", "them") if many else ("job {} is", "it")
+        return f"\nSlurm {are.format(self._jobs)} still running. Re-execute this run to attach to {them} again."
+
+    def _attach(self, job: str) -> str:
+        """Return the command that opens a shell inside a job."""
+        command = f"srun --jobid={job} --overlap --pty bash"
+        if self._settings.on_login_node:
+            return command
+        return f"ssh -t {self._settings.edge_node_user}@{self._settings.edge_node_host} {command}"
+
+    def _where(self, account: str | None) -> dict[str, Any]:
+        """Return metadata for everything that the jobs report."""
+        request = self._plan.allocation.request
+        where = {
+            "partition": request.partition,
+            "qos": request.qos,
+            "account": account or None,
+            "workload": str(self._plan.workload.path),
+        }
+        return {name: value for name, value in where.items() if value is not None}
+
+    def _failure(self, cause: str, stderr: str = "", *, final: bool = False, **details: Any) -> dg.Failure:
+        for run in [run for run, job in self._runs.items() if job][-MOST_JOBS:]:
+            cause += f"\n\nRun directory on {self._settings.edge_node_host}: {run}"
+        return failure(self._asset, cause, stderr, final=final, **details)
