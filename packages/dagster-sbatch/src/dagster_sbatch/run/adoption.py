@@ -1,13 +1,13 @@
 """Inputs of a call, and the choice whether a step adopts the job of an earlier attempt. Pure functions."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dagster_sbatch.run.array import PARTITION_KEYS
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.plan import Plan
-from dagster_sbatch.slurm.gateway import Claim, OtherRun
+from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, OtherRun
 
 MOST_NAMES = 8
 """Differences that a message names."""
@@ -37,6 +37,7 @@ def inputs_of(
         **{f"launcher.{name}": value for name, value in launcher.items()},
         **{f"extras[{name!r}]": value for name, value in plan.extras.items() if name != PARTITION_KEYS},
         "partitions": sorted(plan.extras.get(PARTITION_KEYS, ())),
+        **({"tasks": [task.name for task in plan.tasks]} if plan.tasks else {}),
         **{f"env[{name!r}]": value for name, value in plan.env.items()},
         "setup_commands": plan.site.setup_commands,
         "DATA_ROOT": data_root,
@@ -76,10 +77,62 @@ def choose(claim: Claim, *, stored: bool) -> Choice:
         reason = f"{job} was submitted by an earlier run of this step. Attaching to it."
         return Choice(claim.attempt, adopt=True, reason=reason)
     end = claim.end
-    if end and end.code == 0 and end.state in ("COMPLETED", "") and not claim.rejected and not stored:
+    if end and _succeeded(end) and not claim.rejected and not stored:
         reason = f"{job} of an earlier run of this step has ended. Using its result."
         return Choice(claim.attempt, adopt=True, reason=reason)
     return Choice(claim.attempt + 1, adopt=False)
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """What a step does with the tasks of an array that are not done.
+
+    Attributes:
+        follow: run directories of earlier array jobs, each with the indices of its tasks there, by the task's index.
+        ended: how many of these tasks are over.
+        new: indices of the tasks that have to be submitted.
+    """
+
+    follow: Mapping[str, Mapping[int, int]]
+    ended: int
+    new: Sequence[int]
+
+
+def choose_tasks(
+    arrays: Sequence[ArrayJob], ids: Mapping[int, str], is_stored: Callable[[ArrayJob, int], bool]
+) -> TaskChoice:
+    """Choose for each task between the latest array job with it and a new one.
+
+    Args:
+        arrays: of the family, the latest last.
+        ids: of the tasks that are not done, by index.
+        is_stored: whether Dagster has stored the result of a task of an array job.
+    """
+    latest = {
+        name: (array, place)
+        for array in arrays
+        if array.job or not array.over  # else it was never submitted
+        for place, name in enumerate(array.tasks)
+    }
+    follow: dict[str, dict[int, int]] = {}
+    new, ended = [], 0
+    for index, name in ids.items():
+        array, place = latest.get(name, (None, 0))
+        end = array.ends.get(place) if array else None
+        if array is None or (end is None and array.over):
+            new.append(index)
+        elif end is None:
+            follow.setdefault(array.run, {})[place] = index
+        elif _succeeded(end) and place not in array.rejected and not is_stored(array, index):
+            follow.setdefault(array.run, {})[place] = index
+            ended += 1
+        else:
+            new.append(index)
+    return TaskChoice(follow, ended, new)
+
+
+def _succeeded(end: JobEnd) -> bool:
+    return end.code == 0 and end.state in ("COMPLETED", "")
 
 
 def outdated_runs(others: Iterable[OtherRun], begun: int) -> list[OtherRun]:

@@ -114,8 +114,8 @@ class Task:
 
     @property
     def id(self) -> str:
-        """A digest of what decides its result, beside the inputs that all tasks have in common."""
-        return digest_of([list(self.partitions), dict(self.values)])
+        """A digest of what decides its result, beside the inputs that all tasks have in common, and of its name."""
+        return digest_of([self.name, list(self.partitions), dict(self.values)])
 
 
 def make_tasks(array: JobArray, partitions: Sequence[str]) -> tuple[Task, ...]:

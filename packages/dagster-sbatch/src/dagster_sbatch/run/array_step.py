@@ -109,6 +109,10 @@ class ArrayStep:
             self._readers[index] = TaskReader(self.tasks[index], self._session, self._warnings)
         return self._readers[index]
 
+    def waits(self, index: int) -> None:
+        """Register that a task waits to run once more; what it reported does not count."""
+        self._end(index)
+
     def ended(self, index: int, exit_code: int, where: Mapping[str, Any], costs: Mapping[str, Any], logs: str) -> bool:
         """Judge a task by its exit code and its messages, after its last byte; return whether it succeeded.
 
@@ -123,7 +127,7 @@ class ArrayStep:
         cause = explain_failure(messages, exit_code, self._plan.workload.name)
         if cause is None:
             try:
-                result = read_result(self._context, self._session.messages, task, messages, where, costs)
+                result = read_result(self._context, self._session.messages, task, messages, dict(where), dict(costs))
                 self._check_partitions(result)
             except Exception as error:  # noqa: BLE001 - Dagster raises its own for each kind of wrong report
                 cause = f"what {self._plan.workload.name} reported cannot be used: {shorten(str(error))}"
@@ -152,6 +156,11 @@ class ArrayStep:
         if reader:
             reader.finish()
         return reader
+
+    def add_costs(self, index: int, costs: Mapping[str, Any]) -> None:
+        """Add numbers of a task's job that became known after its end."""
+        if index in self._results:
+            self._results[index].costs.update(costs)
 
     def _check_partitions(self, result: TaskResult) -> None:
         """Refuse a report on a partition that another task has reported: parameter sets share the run's partitions."""

@@ -9,11 +9,20 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_sbatch.run.adoption import Choice, choose, name_differences, name_request_changes, outdated_runs
+from dagster_sbatch.run.adoption import (
+    Choice,
+    TaskChoice,
+    choose,
+    choose_tasks,
+    name_differences,
+    name_request_changes,
+    outdated_runs,
+)
+from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.calls import Call
-from dagster_sbatch.run.history import is_stored, requested_at
+from dagster_sbatch.run.history import is_stored, requested_at, stored_before
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.slurm.gateway import Claim, Gateway, OtherRun, RefusedError, StoppedError
+from dagster_sbatch.slurm.gateway import ArrayJob, Claim, Gateway, OtherRun, RefusedError, StoppedError
 
 HOLDER_SECONDS = 5.0
 """Pause before asking again whether another run still executes this step."""
@@ -69,6 +78,36 @@ class Attempts:
             self._log.info(choice.reason)
         if choice.adopt and (changes := name_request_changes(submission.request, claim.record)):
             self._log.info(f"The job keeps its Slurm request, which differs: {changes}")
+        return claim, choice
+
+    def choose_tasks(self, tasks: Mapping[int, Task]) -> tuple[Claim, TaskChoice]:
+        """Claim the call's runs, and choose for each task between an earlier array job and a new one.
+
+        Args:
+            tasks: those that are not done, by index.
+        """
+        submission, instance = self.submission, self._context.instance
+        claim = self._claim(self.family, submission.related)
+        asked = requested_at(instance, self._context.run_id)
+        stored: dict[str, tuple[bool, set[str]]] = {}
+
+        def task_is_stored(array: ArrayJob, index: int) -> bool:
+            if array.run not in stored:
+                followers, step = array.followers, submission.step
+                whole = is_stored(instance, followers, step, before=asked)
+                stored[array.run] = whole, stored_before(instance, followers, step, asked)
+            whole, partitions = stored[array.run]
+            own = tasks[index].partitions
+            return whole or (bool(own) and partitions.issuperset(own))
+
+        choice = choose_tasks(claim.arrays, {index: task.id for index, task in tasks.items()}, task_is_stored)
+        followed = sum(map(len, choice.follow.values()))
+        if followed:
+            jobs = ", ".join(str(array.job) for array in claim.arrays if array.run in choice.follow)
+            self._log.info(
+                f"Slurm job {jobs} of an earlier run of this step has {followed} of the tasks: attaching to "
+                f"{followed - choice.ended}, and using the results of {choice.ended} that have ended."
+            )
         return claim, choice
 
     def cancel_outdated(self, claim: Claim) -> bool:

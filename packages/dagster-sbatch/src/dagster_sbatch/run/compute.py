@@ -17,6 +17,7 @@ from dagster_sbatch.run.history import tag_deployment
 from dagster_sbatch.run.local_run import run_array_here, run_here
 from dagster_sbatch.run.plan import Plan, complete_extras, make_plan
 from dagster_sbatch.run.remote import RemoteRun
+from dagster_sbatch.run.remote_array import RemoteArray
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import StepContext, partitions_of
 from dagster_sbatch.settings import Settings
@@ -109,10 +110,8 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         tag_deployment(context, settings.deployment, settings.supercomputer_site if settings.on_supercomputer else None)
         for note in plan.notes:
             StepLog(context).warning(note)
-        if settings.on_supercomputer and plan.array:
-            raise failure(name, "array=JobArray(...) runs in `development` only, for now.", final=True)
         if settings.on_supercomputer:
-            return RemoteRun(context, name, settings, plan).run()
+            return (RemoteArray if plan.array else RemoteRun)(context, name, settings, plan).run()
         if plan.array:
             return run_array_here(context, name, settings, plan)
         return run_here(context, name, settings, plan)

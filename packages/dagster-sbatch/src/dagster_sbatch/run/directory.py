@@ -1,14 +1,14 @@
 """The run directory on the supercomputer: the files that a step sends. Pure, and the same for a preview."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
 from dagster_sbatch.run.plan import Plan
-from dagster_sbatch.slurm import render_job_script
+from dagster_sbatch.slurm import ArrayShape, render_job_script
 from dagster_sbatch.slurm.gateway import MESSAGES
 from dagster_sbatch.slurm.gateway.agent.disk import FORMAT
 
@@ -62,17 +62,14 @@ class RunPaths:
     data_root: str
 
 
-def render_job(plan: Plan, paths: RunPaths, info: RunInfo) -> str:
-    """Return the batch script of a run."""
+def render_job(plan: Plan, paths: RunPaths, info: RunInfo, array: ArrayShape | None = None) -> str:
+    """Return the batch script of a run; each task of an array reads its variables of Pipes from a file."""
     environment = {
         "PYTHON": paths.python,
         "PYTHONPATH": paths.workloads,
         "PYTHONUNBUFFERED": "1",
         "DATA_ROOT": paths.data_root,
-        DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"path": f"{paths.run}/{CONTEXT}"}),
-        DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param(
-            {"path": f"{paths.run}/{MESSAGES}", "include_stdio_in_messages": False}
-        ),
+        **({} if array else _pipes_variables(paths.run)),
     }
     request = plan.allocation.request
     return render_job_script(
@@ -83,7 +80,17 @@ def render_job(plan: Plan, paths: RunPaths, info: RunInfo) -> str:
         environment=environment,
         body=plan.launcher.render(request, plan.workload.command(paths.workloads)),
         variables=plan.env,
+        array=array,
     )
+
+
+def _pipes_variables(folder: str) -> dict[str, str]:
+    """Return the variables by which a workload finds its context and its messages."""
+    messages = {"path": f"{folder}/{MESSAGES}", "include_stdio_in_messages": False}
+    return {
+        DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"path": f"{folder}/{CONTEXT}"}),
+        DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param(messages),
+    }
 
 
 def files_of(plan: Plan, paths: RunPaths, info: RunInfo, context: str, record: Mapping[str, Any]) -> dict[str, str]:
@@ -100,6 +107,37 @@ def files_of(plan: Plan, paths: RunPaths, info: RunInfo, context: str, record: M
         **plan.launcher.files(plan.allocation.request),
         "job.sh": render_job(plan, paths, info),
         CONTEXT: context,
+        "about.json": json.dumps(asdict(info)),
+        RECORD: json.dumps(record),
+    }
+
+
+def array_files_of(
+    plan: Plan,
+    paths: RunPaths,
+    info: RunInfo,
+    contexts: Sequence[str],
+    record: Mapping[str, Any],
+    max_running: int | None = None,
+) -> dict[str, str]:
+    """Return all files of the run directory of an array job by name.
+
+    Args:
+        plan: of the run.
+        paths: of the run.
+        info: whose it is.
+        contexts: what the Pipes contexts of all tasks begin with, then the rest of each.
+        record: as for a single job, and `tasks`.
+        max_running: how many tasks run at once.
+    """
+    head, *tails = contexts
+    pipes = [" ".join(_pipes_variables(f"{paths.run}/tasks/{index}").values()) for index in range(len(tails))]
+    return {
+        **plan.launcher.files(plan.allocation.request),
+        "job.sh": render_job(plan, paths, info, ArrayShape(len(tails), max_running)),
+        "context.head": head,
+        "tasks.jsonl": "".join(f"{tail}\n" for tail in tails),
+        "tasks.pipes": "".join(f"{each}\n" for each in pipes),
         "about.json": json.dumps(asdict(info)),
         RECORD: json.dumps(record),
     }

@@ -68,6 +68,16 @@ def stored_partitions(context: StepContext) -> dict[str, dict[dg.AssetKey, Mappi
     return {partition: each for partition, each in found.items() if each.keys() == step.selected_asset_keys}
 
 
+def stored_before(instance: dg.DagsterInstance, runs: Iterable[str], step: str, before: float | None) -> set[str]:
+    """Return the partitions that a step has stored in one of some runs; `before`: see `is_stored`."""
+    latest = float("inf") if before is None else before
+    events = (
+        event for run in runs for event in _events_of(instance, run, step, {dg.DagsterEventType.ASSET_MATERIALIZATION})
+    )
+    stored = (event.asset_materialization for event in events if event.timestamp <= latest)
+    return {each.partition for each in stored if each and each.partition is not None}
+
+
 def requested_at(instance: dg.DagsterInstance, run_id: str) -> float | None:
     """Return the time of a run's first event, in seconds since 1970; None if it was deleted.
 

@@ -1,6 +1,5 @@
 """A workload on the supercomputer as one job, as its Dagster step sees it: submit or adopt, follow, judge."""
 
-import signal
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,7 +9,7 @@ from dagster_sbatch.run.attempts import Attempts, Submission
 from dagster_sbatch.run.directory import CONTEXT, RunPaths, files_of
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.pipes import Session, open_session
-from dagster_sbatch.run.remote_step import MOST_RETRIES, RemoteStep
+from dagster_sbatch.run.remote_step import MOST_RETRIES, RemoteStep, exit_code
 from dagster_sbatch.run.results import complete
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.slurm import accounting
@@ -119,9 +118,3 @@ class RemoteRun(RemoteStep):
     def _costs(self, end: JobEnd) -> dict[str, float]:
         """Return metadata of the whole job."""
         return accounting.count(end, self._plan.allocation.request)
-
-
-def exit_code(end: JobEnd) -> int:
-    """As in `subprocess`: the shell's 128 + N, where a signal N has ended the workload, becomes -N."""
-    code = end.code or 0
-    return 128 - code if code - 128 in set(signal.Signals) else code

@@ -1,5 +1,6 @@
 """What every call of `compute.run` does on the supercomputer: claim, report trouble, cancel or leave its jobs."""
 
+import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -24,7 +25,15 @@ from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_termin
 from dagster_sbatch.run.results import StepContext, op_context, partitions_of
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import Claim, Gateway, LostClaimError, RefusedError, StoppedError, make_gateway
+from dagster_sbatch.slurm.gateway import (
+    Claim,
+    Gateway,
+    JobEnd,
+    LostClaimError,
+    RefusedError,
+    StoppedError,
+    make_gateway,
+)
 from dagster_sbatch.slurm.outcome import explain_refusal
 from dagster_sbatch.ssh import SshError
 
@@ -205,9 +214,9 @@ class RemoteStep(ABC):
         """What to do about jobs that this step does not follow any more; empty without one."""
         if not self._jobs:
             return ""
-        many = "," in self._jobs
-        are, them = ("jobs {} are", "them") if many else ("job {} is", "it")
-        return f"\nSlurm {are.format(self._jobs)} still running. Re-execute this run to attach to {them} again."
+        if "," in self._jobs:
+            return f"\nSlurm jobs {self._jobs} are still running. Re-execute this run to attach to them again."
+        return f"\nSlurm job {self._jobs} is still running. Re-execute this run to attach to it again."
 
     def _attach(self, job: str) -> str:
         """Return the command that opens a shell inside a job."""
@@ -231,3 +240,9 @@ class RemoteStep(ABC):
         for run in [run for run, job in self._runs.items() if job][-MOST_JOBS:]:
             cause += f"\n\nRun directory on {self._settings.edge_node_host}: {run}"
         return failure(self._asset, cause, stderr, final=final, **details)
+
+
+def exit_code(end: JobEnd) -> int:
+    """As in `subprocess`: the shell's 128 + N, where a signal N has ended the workload, becomes -N."""
+    code = end.code or 0
+    return 128 - code if code - 128 in set(signal.Signals) else code

@@ -1,6 +1,6 @@
 """What the tasks of an array report, checked when each ends, and brought together at the end of the step."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,8 +31,8 @@ class TaskResult:
     """
 
     task: Task
-    where: Mapping[str, Any]
-    costs: Mapping[str, Any]
+    where: dict[str, Any]
+    costs: dict[str, Any]
     reports: list[PartitionReport] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     checks: dict[dg.AssetCheckKey, "dg.AssetCheckResult"] = field(default_factory=dict)
@@ -67,8 +67,8 @@ def read_result(
     reader: dg.PipesMessageReader,
     task: Task,
     messages: MessageParser,
-    where: Mapping[str, Any],
-    costs: Mapping[str, Any],
+    where: dict[str, Any],
+    costs: dict[str, Any],
 ) -> TaskResult:
     """Read what a task has reported.
 

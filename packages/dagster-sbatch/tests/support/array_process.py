@@ -1,0 +1,80 @@
+"""Runs of an array asset in processes of their own that can be killed, with a Dagster instance that outlives them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from support import ROOT
+from support.array_asset import ArrayOutcome
+
+PROGRAM = """\
+import json, os, sys
+from dataclasses import asdict
+from pathlib import Path
+from dagster_sbatch import JobArray
+from support.array_asset import ArrayAsset
+
+folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+asset = ArrayAsset(folder, (folder / "tasks.py").read_text(), JobArray(**options["array"]))
+outcome = asset.run(*options["range"], of=options["of"], from_failure=options["from_failure"])
+text = json.dumps({**asdict(outcome), "checks": {}, "failure": {}}, default=str)
+(folder / f"outcome-{os.getpid()}").write_text(text)
+"""
+
+
+class ArrayProcess:
+    """The asset of `support.array_asset`; each start is a run, or a re-execution of the one before."""
+
+    def __init__(self, folder: Path, variables: dict[str, str], workload: str, first: str, last: str) -> None:
+        self._folder, self._range = folder, (first, last)
+        folder.mkdir(parents=True)
+        (folder / "program.py").write_text(PROGRAM)
+        self.change(workload)
+        tests = Path(__file__).parents[1]
+        self._variables = {**variables, "PYTHONPATH": f"{ROOT}:{tests}"}
+        self.array: dict[str, Any] = {}
+
+    def change(self, workload: str) -> None:
+        """Write another workload."""
+        (self._folder / "tasks.py").write_text(workload)
+
+    def start(self, *, of: str | None = None, from_failure: bool = False) -> "subprocess.Popen[bytes]":
+        """Start a run, or the re-execution of another one."""
+        options = {"array": self.array, "range": self._range, "of": of, "from_failure": from_failure}
+        number = len(list(self._folder.glob("log-*")))
+        with (
+            (self._folder / f"log-{number:03}").open("wb") as log,
+            (self._folder / f"out-{number:03}").open("wb") as out,
+        ):
+            return subprocess.Popen(
+                [sys.executable, str(self._folder / "program.py"), str(self._folder), json.dumps(options)],
+                env=self._variables,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=log,
+            )
+
+    def outcome(self, process: "subprocess.Popen[bytes]", seconds: float = 180) -> ArrayOutcome:
+        """The outcome of a run that ends by itself."""
+        assert process.wait(seconds) == 0, self.log
+        return ArrayOutcome(**json.loads((self._folder / f"outcome-{process.pid}").read_text()))
+
+    @property
+    def log(self) -> str:
+        """What Dagster has logged in the latest run."""
+        return sorted(self._folder.glob("log-*"))[-1].read_text()
+
+    @property
+    def output(self) -> str:
+        """What the latest run has written to its stdout."""
+        return sorted(self._folder.glob("out-*"))[-1].read_text()
+
+    def runs(self) -> list[str]:
+        """Ids of all runs, the latest first."""
+        with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
+            return [record.dagster_run.run_id for record in instance.get_run_records()]

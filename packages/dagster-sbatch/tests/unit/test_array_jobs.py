@@ -1,0 +1,98 @@
+"""Which tasks of an array become which array job, and which are adopted: pure."""
+
+from collections.abc import Mapping
+
+import pytest
+
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.run.adoption import choose_tasks
+from dagster_sbatch.run.array_batches import Batches
+from dagster_sbatch.slurm.gateway import ArrayJob, JobEnd, Limits
+
+NO_LIMITS = Limits(None, None)
+
+
+def sizes(number: int, limits: Limits, max_running: int | None = None, active: int = 0) -> list[int]:
+    """The sizes of the array jobs that can be submitted while `active` others are not over."""
+    batches, found = Batches(range(number), limits, max_running), []
+    while taken := batches.take(active):
+        found.append(len(taken))
+        active += max_running is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "limits", "expected"),
+    [
+        (3, NO_LIMITS, [3]),
+        (2500, NO_LIMITS, [1000, 1000, 500]),
+        (2500, Limits(2000, None), [2000, 500]),
+        (50, Limits(1000, 100), [50]),
+        (60, Limits(1000, 100), [25, 25, 10]),
+        (30, Limits(10, 100), [10, 10, 10]),
+        (3, Limits(1000, 2), [1, 1, 1]),
+    ],
+)
+def test_a_long_range_becomes_several_array_jobs(number: int, limits: Limits, expected: list[int]) -> None:
+    assert sizes(number, limits) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "limits", "most", "expected", "share"),
+    [
+        (100, NO_LIMITS, 10, [100], 10),
+        (2500, NO_LIMITS, 30, [1000, 1000, 500], 10),
+        (2500, NO_LIMITS, 2, [1000, 1000], 1),
+        (1000, Limits(1000, 100), 40, [25, 25, 25, 25], 10),
+    ],
+)
+def test_no_more_tasks_run_at_once_than_the_asset_allows(
+    number: int, limits: Limits, most: int, expected: list[int], share: int
+) -> None:
+    assert sizes(number, limits, most) == expected
+    assert Batches(range(number), limits, most).max_running == share
+    assert len(expected) * share <= most
+
+
+def test_a_limit_above_the_site_s_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"Write JobArray\(max_running_tasks=100\)"):
+        Batches(range(5), Limits(1000, 100), 101)
+
+
+def test_a_task_that_has_to_run_again_is_submitted_with_the_next_array_job() -> None:
+    batches = Batches(range(2), NO_LIMITS, None)
+    assert batches.take(0) == [0, 1]
+    batches.add(1)
+    assert (batches.take(1), batches.take(1)) == ([1], [])
+
+
+WELL, BADLY = JobEnd(0, "COMPLETED"), JobEnd(1, "FAILED")
+
+
+def array(
+    number: int, tasks: str, ends: Mapping[int, JobEnd], *, job: str | None = "7", rejected: int | None = None
+) -> ArrayJob:
+    over = len(ends) == len(tasks)
+    refused = frozenset() if rejected is None else frozenset([rejected])
+    return ArrayJob(f"runs/f-{number}", number, job, over, list(tasks), ends, rejected=refused)
+
+
+def test_each_task_is_adopted_from_the_latest_array_job_with_it() -> None:
+    first = array(1, "abcde", {0: WELL, 1: BADLY, 2: WELL, 3: WELL}, rejected=2)
+    second = array(2, "b", {})
+    choice = choose_tasks(
+        [first, second], dict(zip([10, 11, 12, 13, 14, 15], "abcdex", strict=True)), lambda _, index: index == 13
+    )
+    assert choice.follow == {"runs/f-1": {0: 10, 4: 14}, "runs/f-2": {0: 11}}
+    assert (list(choice.new), choice.ended) == ([12, 13, 15], 1)
+
+
+def test_an_array_job_that_was_never_submitted_hides_no_earlier_one() -> None:
+    never = ArrayJob("runs/f-2", 2, None, over=True, tasks=["a"], ends={})
+    choice = choose_tasks([array(1, "a", {}), never], {0: "a"}, lambda *_: False)
+    assert choice.follow == {"runs/f-1": {0: 0}}
+
+
+def test_a_submission_without_an_answer_is_followed() -> None:
+    asked = ArrayJob("runs/f-1", 1, None, over=False, tasks=["a"], ends={})
+    assert choose_tasks([asked], {0: "a"}, lambda *_: False).follow == {"runs/f-1": {0: 0}}
