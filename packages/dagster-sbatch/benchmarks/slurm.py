@@ -90,7 +90,7 @@ def main() -> None:
     site = SimulatedSite.up(SITE_NAME, install=True)
     try:
         with TemporaryDirectory() as home:
-            settings = _prepare(site, Path(home))
+            settings = prepare(site, Path(home))
             _measure_overhead(site, settings, Path(home), asked.runs)
             _measure_output(site, settings)
             _measure_many(settings)
@@ -98,7 +98,8 @@ def main() -> None:
         SimulatedSite.down(SITE_NAME)
 
 
-def _prepare(site: SimulatedSite, home: Path) -> Settings:
+def prepare(site: SimulatedSite, home: Path) -> Settings:
+    """Make this process a user of the site; `home`: an empty folder for the user's files."""
     (home / ".ssh").mkdir()
     shutil.copy(site.login.known_hosts, home / ".ssh" / "known_hosts")
     os.environ.update({**site.environment(), "HOME": str(home)})
@@ -246,14 +247,14 @@ def _measure_many(settings: Settings) -> None:
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + 120
-        while len(_agents()) < AT_ONCE + 1 and time.monotonic() < deadline:
+        while len(agents()) < AT_ONCE + 1 and time.monotonic() < deadline:
             time.sleep(1)
         before, begun = watcher.queue(RUNS)["calls"], time.monotonic()
-        cpu = {pid: _cpu(pid) for pid in _agents()}
+        cpu = {pid: _cpu(pid) for pid in agents()}
         time.sleep(60)
         calls, seconds = watcher.queue(RUNS)["calls"] - before, time.monotonic() - begun
-        memory = [psutil.Process(pid).memory_info().rss / 1e6 for pid in _agents()]
-        busy = [_cpu(pid) - cpu[pid] for pid in _agents() if pid in cpu]
+        memory = [psutil.Process(pid).memory_info().rss / 1e6 for pid in agents()]
+        busy = [_cpu(pid) - cpu[pid] for pid in agents() if pid in cpu]
         stop.set()
         for thread in threads:
             thread.join()
@@ -270,7 +271,7 @@ def _follow_one(settings: Settings, number: int, stop: threading.Event) -> None:
             gateway.follow(run, {"stdout": lambda _: None}, lambda _: None)
 
 
-def _agents() -> list[int]:
+def agents() -> list[int]:
     """Pids of the agents, as this machine counts them."""
     found = []
     for process in psutil.process_iter(["uids", "cmdline"]):

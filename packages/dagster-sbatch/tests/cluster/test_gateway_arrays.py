@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ def on_disk(site: SimulatedSite, run: ArrayRun) -> Path:
     return site.layout.home / Path(run.run).relative_to("/home")
 
 
+def kill_agents(site: SimulatedSite) -> None:
+    for each in site.processes_on_login():
+        if "zlib" in each.command:
+            site.run_on_node(each.machine, f"kill -KILL {each.pid}", check=False)
+
+
 def lines_of(task: int) -> str:
     return "".join(f"task {task} line {i} äöü\n" for i in range(2000))
 
@@ -87,17 +94,17 @@ def test_each_task_from_submission_to_its_end(open_gateway: Callable[[], Gateway
 def test_nothing_is_lost_or_doubled_when_connections_break(
     open_gateway: Callable[[], Gateway], site: SimulatedSite
 ) -> None:
-    """Also while the job is being submitted: sbatch is slow, and its first answer is lost."""
+    """Also while the job is being submitted, for sbatch is slow; every other time the agent is killed instead."""
     gateway, run = open_gateway(), array(f"{LINES}; sleep 1; {LINES}; {MESSAGE}", 12, max_running=4)
     drops = iter(range(2, 400, 25))
-    due, events = next(drops), 0
+    due, events, disturb = next(drops), 0, cycle((site.faults.drop_connections, lambda: kill_agents(site)))
 
     def drop(_: str) -> None:
         nonlocal due, events
         events += 1
         if events >= due:
             due = next(drops, 1 << 30)
-            site.faults.drop_connections()
+            next(disturb)()
 
     seen = Recorder(run, on_event=drop)
     with site.faults.sbatch("slow"):

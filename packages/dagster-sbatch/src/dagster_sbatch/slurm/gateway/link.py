@@ -145,10 +145,10 @@ class Link:
         try:
             channel, idents = self._connect(), list[int]()
             while True:
-                for request in requests[len(idents) :]:
-                    idents.append(self._send(channel, b"" if idents else data, **request))
                 if self.stop.is_set():
                     raise StoppedError
+                for request in requests[len(idents) :]:
+                    idents.append(self._send(channel, b"" if idents else data, **request))
                 frame = self._receive(channel)
                 if frame is None or frame[0]["id"] not in idents:
                     continue

@@ -15,6 +15,7 @@ from .tasks import Tasks
 FIRST_PAUSE, ROOM_PAUSE, LONGEST_PAUSE = 0.5, 5.0, 60.0  # seconds between two tries to submit; each is twice as long
 READS_PER_SECOND = 100.0  # of tasks, however many run; each opens four files
 SHARE = 20  # a command of Slurm that took a second is not repeated for so many: for many tasks, its answers are long
+PAUSE_PER_TASK = 1e-5  # seconds: of many tasks, going through all takes long
 REPORT_EVERY = 1.0  # seconds between two reports of how many tasks wait and run
 
 
@@ -134,7 +135,7 @@ class ArrayFollower:
             more |= sent == MOST_CHUNKS
             if not task.own:  # it runs, perhaps again
                 self.recorded.discard(index)
-            elif not sent:
+            elif not sent or not task.short():
                 self.recorded.add(index)
                 if task.own["code"] is not None:  # one that was cut short may start again soon
                     continue
@@ -149,7 +150,7 @@ class ArrayFollower:
             due.append(self.listed)
         if self.all_recorded():
             due.append(self.asked + max(self.pause, self.took))
-        time.sleep(max(min(due) - now, 0.01))
+        time.sleep(max(min(due) - now, 0.01, len(self.left) * PAUSE_PER_TASK))
 
     # Ask Slurm
 
@@ -221,9 +222,9 @@ class ArrayFollower:
         for index in list(self.over):
             end, since = self.over[index]
             task = self.active.get(index) or self.schedule(index, now)
-            # It was read after its record was written, or else after Slurm confirmed that it is over.
-            known = task.own and task.own["time"] == end.get("time")
-            short = task.short() if known or task.empty > since else None
+            # It was read after it recorded its end, or else after Slurm confirmed that: Slurm writes to stderr, too.
+            read = end.get("code") is not None and task.own and task.own["time"] == end["time"]
+            short = task.short() if read or task.empty > since else None
             if short is None or (short and now - since < COMMAND_PATIENCE):
                 self.schedule(index, now + pause_after(now - since))
                 continue
