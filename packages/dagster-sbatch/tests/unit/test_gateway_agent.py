@@ -1,8 +1,10 @@
 """The agent as a plain subprocess: what it does with files and pipes, where there is no Slurm."""
 
+import ast
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -25,10 +27,10 @@ from dagster_sbatch.slurm.gateway import (
     choose_channel,
     link,
 )
-from dagster_sbatch.slurm.gateway.channel import Channel
+from dagster_sbatch.slurm.gateway.channel import Channel, without_comments
 from dagster_sbatch.ssh import AuthenticationError, HostKeyError, SshError
 from slurm_in_a_box import wait_until
-from support import ROOT
+from support import ENGINE, ROOT
 
 SERVE = "from dagster_sbatch.slurm.gateway.agent import server; server.SILENCE = {silence}; server.serve()"
 
@@ -77,6 +79,26 @@ def answer(agent: "subprocess.Popen[bytes]") -> dict[str, Any]:
     assert agent.stdout
     found: dict[str, Any] = json.loads(agent.stdout.readline())
     return found
+
+
+def meaning(code: str) -> list[str]:
+    """What Python reads, with the line of each node; docstrings count as empty."""
+    tree = ast.parse(code)
+    texts = [
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    ]
+    for text in texts:
+        text.value = ""
+    return [f"{getattr(node, 'lineno', 0)} {ast.dump(node)}" for node in ast.walk(tree)]
+
+
+@pytest.mark.parametrize("module", sorted((ENGINE / "slurm/gateway/agent").glob("*.py")), ids=lambda path: path.stem)
+def test_a_module_of_the_agent_means_the_same_without_comments(module: Path) -> None:
+    code = module.read_text()
+    short = without_comments(code)
+    assert meaning(short) == meaning(code)
+    assert "  # " not in short
+    assert not re.search('^ *"""', short, re.MULTILINE)
 
 
 def test_a_client_that_is_silent_is_left_and_one_that_is_slow_is_not() -> None:

@@ -1,6 +1,7 @@
 """Bytes to and from an agent: over SSH, or through a subprocess where Dagster runs on the login node itself."""
 
 import os
+import re
 import select
 import shlex
 import subprocess
@@ -35,8 +36,15 @@ serve = module.serve
 def _join() -> bytes:
     """Return the agent's modules as one program, compressed with zlib: a new connection takes few packets at once."""
     folder = Path(__file__).with_name("agent")
-    texts = [(name, (folder / f"{name}.py").read_text(encoding="utf-8")) for name in _MODULES]
+    texts = [(name, without_comments((folder / f"{name}.py").read_text(encoding="utf-8"))) for name in _MODULES]
     return zlib.compress(_JOIN.format(texts=texts).encode(), 9)
+
+
+def without_comments(text: str) -> str:
+    """Return a module's code without comments and docstrings, two thirds of the bytes. Lines keep their numbers."""
+    docstring = re.compile(r'^( *)"""(.*?)"""', re.MULTILINE | re.DOTALL)
+    code = docstring.sub(lambda found: f'{found[1]}""' + "\n" * found[2].count("\n"), text)
+    return re.sub(r"(^ *|  )#.*$", "", code, flags=re.MULTILINE)
 
 
 _SOURCE = _join()

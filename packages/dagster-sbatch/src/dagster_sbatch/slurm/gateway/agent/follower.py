@@ -22,7 +22,8 @@ class Follower:
         self.streams = [Stream(os.path.join(self.run, name), name, at[name], name == MESSAGES) for name in names]
         self.fields = ask["fields"]
         self.begun = self.moved = self.asked = time.time()
-        self.pause = 0.015  # seconds until Slurm is asked again about a job that has recorded its end; grows
+        self.pause = 0.02  # seconds until Slurm is asked about a job that has recorded its end, and asked again; grows
+        self.recorded = False
         self.reported, self.trouble = None, None
         self.end, self.end_seen = None, 0.0
 
@@ -39,6 +40,10 @@ class Follower:
             if any(sent):
                 self.moved = time.time()
             job, own = job_of(self.run), events.get("end")
+            recorded = bool(own and own["code"] is not None)
+            if recorded and not self.recorded:
+                self.asked = time.time()  # Slurm needs a moment to see the end itself
+            self.recorded = recorded
             if job and not self.end:
                 self.report_state(job, events)
                 self.ask_for_end(job, own)
@@ -47,7 +52,8 @@ class Follower:
                 if answer:
                     return answer
             if max(sent or [0]) < MOST_CHUNKS:
-                time.sleep(pause_after(time.time() - self.moved))
+                quiet = pause_after(time.time() - self.moved)
+                time.sleep(min(quiet, self.pause / 4) if self.recorded else quiet)
         return {}
 
     def report_state(self, job, events):
@@ -65,7 +71,7 @@ class Follower:
             self.say(state=state, reason=reason, start=start, account=project, **place)
 
     def ask_for_end(self, job, own):
-        """Ask Slurm whether the job is over: at once when its own record says so, else later and less often."""
+        """Ask Slurm whether the job is over: soon after its own record says so, else later and less often."""
         since, row = time.time() - self.asked, self.queue.row(job, self.key)
         ended = own and own["code"] is not None and since > self.pause
         # A second after a job was cut short; as long as the silence lasts if Slurm does not confirm that.
