@@ -76,6 +76,16 @@ def test_a_copy_is_small_and_has_the_engine_as_wheels(copy: Path) -> None:
     assert not any("flight" in name or name.startswith(("scripts/_skeleton", "packages/")) for name in names)
 
 
+def test_what_its_pixi_toml_names_is_there(copy: Path) -> None:
+    pixi = tomllib.loads((copy / "pixi.toml").read_text())
+    paths = {name: each["path"] for name, each in pixi["pypi-dependencies"].items()}
+    assert set(paths) == {NAME, "dagster-sbatch", "slurm-in-a-box"}
+    assert all((copy / path).exists() for path in paths.values())
+    programs, scripts = zip(*(task["cmd"].split() for task in pixi["tasks"].values()), strict=True)
+    assert set(programs) == {"python"}
+    assert all(os.access(copy / script, os.X_OK) for script in scripts)
+
+
 def test_its_history_begins(copy: Path) -> None:
     assert run_in(copy, "git", "log", "--format=%s").stdout == "The template, without its example\n"
     assert run_in(copy, "git", "status", "--porcelain").stdout == ""

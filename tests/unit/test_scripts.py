@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,16 @@ def test_pixi_is_used_where_it_is_found(copy: Path) -> None:
     done = run([sys.executable, "scripts/show", "a b", "$HOME"], cwd=copy, env=environment)
     wanted = ["run", "--manifest-path", f"{copy}/pixi.toml", "python", f"{copy}/scripts/show", "a b", "$HOME"]
     assert done.stdout.splitlines() == wanted
+
+
+@pytest.mark.parametrize("name", ["default", "dev"])
+def test_within_an_environment_of_pixi_nothing_is_set_up(name: str, copy: Path) -> None:
+    """As with `pixi run python scripts/show` and `pixi run -e dev python scripts/show`."""
+    made = copy / ".pixi" / "envs" / name
+    venv.create(made)
+    done = run([str(made / "bin" / "python"), "scripts/show", "a b"], cwd=copy, env={"PATH": "/usr/bin:/bin"})
+    assert done.stdout == f"{made} ['a b']\n"
+    assert not (copy / ".venv").exists()
 
 
 def test_a_failed_set_up_shows_the_command_and_leaves_no_stamp(copy: Path) -> None:
