@@ -158,7 +158,7 @@ def test_a_ray_that_does_not_start_is_started_a_second_time(
 def test_a_node_asks_for_the_head_less_often_the_longer_it_waits(
     head: node.Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But it joins late by a twentieth of the time at most."""
+    """But it joins late by a fiftieth of the time at most."""
     pauses: list[float] = []
 
     def pause(seconds: float) -> None:
@@ -169,8 +169,8 @@ def test_a_node_asks_for_the_head_less_often_the_longer_it_waits(
     monkeypatch.setattr(node, "_pause", pause)
     assert head._await_head({}) == {"versions": {}}
     assert pauses[0] == job_cluster.POLL_SECONDS
-    assert len(pauses) < 250
-    assert all(pause <= max(job_cluster.POLL_SECONDS, sum(pauses[:n]) / 20) for n, pause in enumerate(pauses))
+    assert len(pauses) < 300
+    assert all(pause <= max(job_cluster.POLL_SECONDS, sum(pauses[:n]) / 50) for n, pause in enumerate(pauses))
 
 
 def test_a_port_that_was_chosen_and_is_taken_is_named() -> None:

@@ -152,7 +152,7 @@ class Node:
         """
         waited = 0.0
         while not (head := read_published(HEAD_FILE)):
-            pause = min(max(POLL_SECONDS, waited / 20), LONGEST_POLL)
+            pause = min(max(POLL_SECONDS, waited / 50), LONGEST_POLL)
             _pause(pause)
             waited += pause
         for name, version in mine.items():
