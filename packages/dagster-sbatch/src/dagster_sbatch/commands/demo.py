@@ -29,8 +29,8 @@ Values = list[dict[str, Any]]
 
 
 def numbers(_: str, values: Values) -> dict[str, str]:
-    """Return the numbers that an asset reported, as the column `result`."""
-    found = {name: value for name, value in values[0].items() if isinstance(value, int | float)}
+    """Return the numbers that an asset reported last, as the column `result`."""
+    found = {name: value for each in values[:1] for name, value in each.items() if isinstance(value, int | float)}
     return {"result": ", ".join(f"{name} {value:.6g}" for name, value in found.items())}
 
 
