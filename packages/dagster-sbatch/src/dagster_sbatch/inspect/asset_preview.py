@@ -12,13 +12,21 @@ from typing import Any, Never
 import dagster as dg
 
 from dagster_sbatch.errors import ConfigurationError, nearest
+from dagster_sbatch.inspect.plan_summary import (
+    ANY_LIMITS,
+    count_array_jobs,
+    divide,
+    name_limits,
+    place_run,
+    summarise,
+)
 from dagster_sbatch.run.compute import ComputeResource, intercept_runs
 from dagster_sbatch.run.directory import RunInfo, RunPaths, render_job
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import Gateway, Projects
+from dagster_sbatch.slurm import ArrayShape
+from dagster_sbatch.slurm.gateway import Gateway, Limits, Projects
 from dagster_sbatch.slurm.outcome import explain_refusal
-from dagster_sbatch.slurm.units import format_time
 
 JOB = "preview_of_an_asset"
 _TIME = re.compile(r"(?<= to start at )\d+")
@@ -35,12 +43,25 @@ class Preview:
     Attributes:
         plan: the complete request and launcher.
         summary: for people: what is asked for, by heading.
-        script: the batch script.
+        paths: on the supercomputer.
+        step: its name.
     """
 
     plan: Plan
     summary: Mapping[str, str]
-    script: str
+    paths: RunPaths
+    step: str
+
+    @property
+    def script(self) -> str:
+        """The batch script; of an array, that of the first array job, whose size is not checked with the site."""
+        return self.render(ANY_LIMITS)
+
+    def render(self, limits: Limits) -> str:
+        """Return the batch script; of an array, that of the first array job within some limits."""
+        batches = divide(self.plan, limits)
+        shape = ArrayShape(len(batches.take(0)), batches.max_running) if batches else None
+        return render_job(self.plan, self.paths, RunInfo(run="", root="", asset=self.step, partitions=""), shape)
 
 
 class NotPreviewedError(ConfigurationError):
@@ -84,7 +105,8 @@ def preview_asset(
     found: list[Preview] = []
 
     def record(step: str, settings: Settings, plan: Plan) -> Never:
-        found.append(Preview(plan, _summarise(step, plan, settings), _render(plan, settings, step)))
+        paths = place_run(settings, "preview-" + re.sub(r"[^A-Za-z0-9_.-]", "_", step))
+        found.append(Preview(plan, summarise(step, plan, settings), paths, step))
         raise _Intercepted
 
     with dg.DagsterInstance.ephemeral() as instance, intercept_runs(record), _quiet():
@@ -133,13 +155,19 @@ def find_submitting(definitions: dg.Definitions, instance: dg.DagsterInstance) -
 
 def try_script(gateway: Gateway, preview: Preview, projects: Projects) -> tuple[bool, str]:
     """Ask Slurm whether it would accept the script; return that, and the expected start and the project, or why not."""
-    request = preview.plan.allocation.request
-    accepted, text = gateway.test(preview.script)
+    request, limits, array = preview.plan.allocation.request, ANY_LIMITS, ""
+    try:
+        if preview.plan.array:
+            limits = gateway.limits(request.partition or "", request.qos or "", request.account or "")
+            array = f"{count_array_jobs(preview.plan, limits)}; {name_limits(limits)}\n"
+        accepted, text = gateway.test(preview.render(limits))
+    except ConfigurationError as error:
+        return False, str(error)
     said = "\n".join(line for line in text.splitlines() if line.startswith("sbatch:")) or text  # centres print more
     if not accepted:
-        return False, explain_refusal(said, request, lambda: projects)
+        return False, f"{array}{explain_refusal(said, request, lambda: projects)}"
     project = projects.charged(request.account) or "(the accounting does not answer)"
-    return True, f"{_TIME.sub(_written, said)}\ncharged to project {project}"
+    return True, f"{array}{_TIME.sub(_written, said)}\ncharged to project {project}"
 
 
 def _written(time: re.Match[str]) -> str:
@@ -246,66 +274,3 @@ def _explain(result: dg.ExecuteInProcessResult, asset: str) -> ConfigurationErro
     return NotPreviewedError(
         f"its own code failed before it called compute.run; preview runs that code. Correct it.\n{why}"
     )
-
-
-def _place(settings: Settings, run: str) -> RunPaths:
-    base = settings.deployment_base_path or "<SLURM_DEPLOYMENT_BASE_PATH>"
-    environment = f"{base}/environments/<hash of its content>"
-    python = settings.python or f"{environment}/bin/python"
-    return RunPaths(f"{base}/runs/{run}", python, f"{environment}/workloads", settings.data_root or f"{base}/data")
-
-
-def _summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
-    request, place = plan.allocation.request, _place(settings, "")
-    site = settings.supercomputer_site or "the only site"
-    return {
-        "step": step,
-        "how": f"{plan.workload.name} with {type(plan.launcher).__name__}",
-        "where": f"{site}: partition {request.partition}, QoS {request.qos or 'of the partition'}"
-        if request.partition
-        else "no site is chosen, so partition and limits are not known: set SLURM_SUPERCOMPUTER_SITE",
-        **_summarise_nodes(plan),
-        "project": request.account
-        or "not named: SBATCH_ACCOUNT of the login shell there, else your default (--test-only says which)",
-        "time limit": format_time(request.time_limit),
-        "cost": _summarise_cost(plan),
-        "files": f"job.sh, context.json, ... in {place.run}",
-        "python": place.python,
-    }
-
-
-def _summarise_nodes(plan: Plan) -> dict[str, str]:
-    """Return what the job requests of each node, of how much, and whether others may use the rest."""
-    request, node = plan.allocation.request, plan.allocation.partition
-    cores = (request.cpus_per_task or 1) * request.ntasks_per_node
-    mem = request.mem or (f"{request.mem_per_cpu} per core" if request.mem_per_cpu else "Slurm's default")
-    of = {name: f" of {value}" for name, value in node} if node else {"cores": "", "gpus": "", "mem": ""}
-    if request.exclusive:
-        shared = "not shared: `exclusive` reserves them whole"
-    elif node and cores == node.cores:
-        shared = "not shared: all of their cores are requested"
-    else:
-        shared = "shared: other jobs may use the rest of them"
-    tasks = f", {request.ntasks_per_node} tasks per node" if request.ntasks_per_node > 1 else ""
-    return {
-        "nodes": f"{request.nodes}{tasks}; {shared}",
-        "per node": f"{cores}{of['cores']} cores, {request.gpus_per_node}{of['gpus']} GPUs, "
-        f"memory {'all' if mem == '0' else mem}{of['mem']}",
-    }
-
-
-def _summarise_cost(plan: Plan) -> str:
-    allocation = plan.allocation
-    text = f"at most {_hours(allocation.node_hours)} node-hours and {_hours(allocation.gpu_hours)} GPU-hours"
-    if allocation.share < 1:
-        text += f"; {_hours(allocation.node_hours * allocation.share)} node-hours where shares of a node are charged"
-    return text
-
-
-def _hours(number: float) -> str:
-    return f"{number:.2f}" if number >= 1 or not number else f"{number:.2g}"
-
-
-def _render(plan: Plan, settings: Settings, step: str) -> str:
-    key = "preview-" + re.sub(r"[^A-Za-z0-9_.-]", "_", step)
-    return render_job(plan, _place(settings, key), RunInfo(run="", root="", asset=step, partitions=""))

@@ -1,0 +1,113 @@
+"""What a plan asks for, as text: the place, the request, the tasks of an array and the highest possible cost."""
+
+from dagster_sbatch.run.array_batches import Batches
+from dagster_sbatch.run.directory import RunPaths
+from dagster_sbatch.run.plan import Plan
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import Limits
+from dagster_sbatch.slurm.units import format_time
+
+ANY_LIMITS = Limits(None, None)
+"""Of a site that is not asked."""
+
+
+def place_run(settings: Settings, run: str) -> RunPaths:
+    """Return where a run would lie; what is not known yet stands in angle brackets."""
+    base = settings.deployment_base_path or "<SLURM_DEPLOYMENT_BASE_PATH>"
+    environment = f"{base}/environments/<hash of its content>"
+    python = settings.python or f"{environment}/bin/python"
+    return RunPaths(f"{base}/runs/{run}", python, f"{environment}/workloads", settings.data_root or f"{base}/data")
+
+
+def summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
+    """Return for people what a step asks for, by heading."""
+    request, place = plan.allocation.request, place_run(settings, "")
+    site = settings.supercomputer_site or "the only site"
+    return {
+        "step": step,
+        "how": f"{plan.workload.name} with {type(plan.launcher).__name__}",
+        "where": f"{site}: partition {request.partition}, QoS {request.qos or 'of the partition'}"
+        if request.partition
+        else "no site is chosen, so partition and limits are not known: set SLURM_SUPERCOMPUTER_SITE",
+        **({"array": _summarise_array(plan)} if plan.array else {}),
+        **_summarise_nodes(plan),
+        "project": request.account
+        or "not named: SBATCH_ACCOUNT of the login shell there, else your default (--test-only says which)",
+        "time limit": format_time(request.time_limit),
+        "cost": _summarise_cost(plan),
+        "files": f"job.sh, {'tasks.jsonl' if plan.array else 'context.json'}, ... in {place.run}",
+        "python": place.python,
+    }
+
+
+def _summarise_array(plan: Plan) -> str:
+    """Return how many tasks there are, of what, and how many of them run at once."""
+    tasks, array = plan.tasks, plan.array
+    assert array
+    ends = " to ".join(dict.fromkeys((tasks[0].label, tasks[-1].label)))
+    what = "one per parameter set" if array.tasks else "one per partition"
+    if array.partitions_per_task > 1:
+        what = f"one per {array.partitions_per_task} partitions"
+    most = f"; at most {array.max_running_tasks} run at once" if array.max_running_tasks else ""
+    return f"{count_array_jobs(plan, ANY_LIMITS)}, {what} ({ends}){most}. The request is that of each task"
+
+
+def count_array_jobs(plan: Plan, limits: Limits) -> str:
+    """Return the number of tasks and of the array jobs that they are divided into."""
+    batches, number = divide(plan, limits), 0
+    while batches and batches.take(0):
+        number += 1
+    tasks = f"{len(plan.tasks)} task{'s' if len(plan.tasks) > 1 else ''}"
+    return f"{tasks} in {number} array job{'s' if number > 1 else ''}"
+
+
+def divide(plan: Plan, limits: Limits) -> Batches | None:
+    """Return the tasks of an array as array jobs within some limits; None without an array.
+
+    Raises:
+        ConfigurationError: Slurm does not let so many tasks run at once.
+    """
+    return Batches(range(len(plan.tasks)), limits, plan.array.max_running_tasks) if plan.array else None
+
+
+def name_limits(limits: Limits) -> str:
+    """Return what Slurm accepts, as text."""
+    array = f"{limits.array} tasks per array job" if limits.array else "no known number of tasks per array job"
+    submit = f"{limits.submit} submitted jobs at once" if limits.submit else "any number of submitted jobs"
+    return f"Slurm accepts {array} and {submit}"
+
+
+def _summarise_nodes(plan: Plan) -> dict[str, str]:
+    """Return what the job requests of each node, of how much, and whether others may use the rest."""
+    request, node = plan.allocation.request, plan.allocation.partition
+    cores = (request.cpus_per_task or 1) * request.ntasks_per_node
+    mem = request.mem or (f"{request.mem_per_cpu} per core" if request.mem_per_cpu else "Slurm's default")
+    of = {name: f" of {value}" for name, value in node} if node else {"cores": "", "gpus": "", "mem": ""}
+    if request.exclusive:
+        shared = "not shared: `exclusive` reserves them whole"
+    elif node and cores == node.cores:
+        shared = "not shared: all of their cores are requested"
+    else:
+        shared = "shared: other jobs may use the rest of them"
+    tasks = f", {request.ntasks_per_node} tasks per node" if request.ntasks_per_node > 1 else ""
+    return {
+        "nodes": f"{request.nodes}{tasks}; {shared}",
+        "per node": f"{cores}{of['cores']} cores, {request.gpus_per_node}{of['gpus']} GPUs, "
+        f"memory {'all' if mem == '0' else mem}{of['mem']}",
+    }
+
+
+def _summarise_cost(plan: Plan) -> str:
+    allocation = plan.allocation
+    number = len(plan.tasks) or 1
+    nodes, gpus = number * allocation.node_hours, number * allocation.gpu_hours
+    text = f"at most {_hours(nodes)} node-hours and {_hours(gpus)} GPU-hours"
+    if plan.array:
+        text += f" for all {number} tasks"
+    if allocation.share < 1:
+        text += f"; {_hours(nodes * allocation.share)} node-hours where shares of a node are charged"
+    return text
+
+
+def _hours(number: float) -> str:
+    return f"{number:.2f}" if number >= 1 or not number else f"{number:.2g}"
