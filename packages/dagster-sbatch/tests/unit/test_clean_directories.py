@@ -1,14 +1,23 @@
 """Which run directories may go, and when."""
 
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import dagster as dg
 import pytest
 
+from dagster_sbatch.inspect.array_tasks import TaskList
 from dagster_sbatch.inspect.remote_runs import RunRecord
 from dagster_sbatch.run.directory import RunInfo
-from dagster_sbatch.slurm.gateway import JobEnd
-from dagster_sbatch.upkeep.cleaning import KEEP_DAYS, KEEP_FAILED_DAYS, is_obsolete
+from dagster_sbatch.slurm.gateway import ArrayJob, JobEnd
+from dagster_sbatch.upkeep import cleaning
+from dagster_sbatch.upkeep.cleaning import KEEP_DAYS, KEEP_FAILED_DAYS, is_obsolete, make_cleaning_sensor
+from resources import PROJECT
+from support import access
 
 
 @pytest.mark.parametrize(
@@ -26,4 +35,75 @@ def test_old_directories_of_jobs_that_have_ended_go(end: JobEnd | None, days: in
     about, age = RunInfo(run="r", root="r", asset="a", partitions=""), timedelta(days=days)
     run = RunRecord("/runs/a-1", "17", about, end, datetime.now(UTC) - age, ("r",))
     with dg.DagsterInstance.ephemeral() as instance:
-        assert is_obsolete(instance, run, age) is goes
+        assert is_obsolete(instance, run, age, no_tasks) is goes
+
+
+def no_tasks(run: RunRecord) -> TaskList:
+    raise AssertionError(f"{run.path} is no array job")
+
+
+def stores(instance: dg.DagsterInstance, *partitions: str) -> str:
+    """A run whose step `work` has stored some partitions, and then failed; its id."""
+
+    @dg.op
+    def work(context: dg.OpExecutionContext) -> None:
+        for partition in partitions:
+            context.log_event(dg.AssetMaterialization("a", partition=partition))
+        raise ValueError
+
+    @dg.job
+    def job() -> None:
+        work()
+
+    return job.execute_in_process(instance=instance, raise_on_error=False).run_id
+
+
+DONE, FAILED = JobEnd(0, "COMPLETED"), JobEnd(1, "FAILED")
+
+
+@pytest.mark.parametrize(
+    ("names", "ends", "stored", "goes"),
+    [
+        (["d1", "d2"], [DONE, FAILED], ["d1"], True),
+        (["d1", "d2", "d3"], [DONE, DONE, FAILED], ["d1"], False),
+        (["d1..d2", "d3..d4"], [DONE, FAILED], ["d1", "d2"], True),
+        (["d1..d2", "d3..d4"], [DONE, FAILED], ["d1"], False),
+        (["d1", "d2"], [FAILED, FAILED], [], True),
+        (["small", "large"], [DONE, FAILED], [], False),  # parameter sets: only a step that succeeds stores them
+        ([], [], [], False),  # its record cannot be read
+    ],
+)
+def test_an_array_job_goes_when_the_results_of_its_tasks_are_stored(
+    names: list[str], ends: list[JobEnd], stored: list[str], goes: bool
+) -> None:
+    record, known = {"tasks": [{"name": name, "id": ""} for name in names]}, dict(enumerate(ends))
+    job = ArrayJob("/runs/a-1", 1, "17", bool(ends), (), known, record=record)
+    runs: Any = SimpleNamespace(gateway=SimpleNamespace(array=lambda _: job))
+    with dg.DagsterInstance.ephemeral() as instance:
+        run_id = stores(instance, *stored)
+        about = RunInfo(run=run_id, root=run_id, asset="a", partitions="", step="work")
+        run = RunRecord("/runs/a-1", "17", about, JobEnd(1, "FAILED"), datetime.now(UTC), (run_id,), array=True)
+        assert is_obsolete(instance, run, timedelta(days=KEEP_FAILED_DAYS + 1), partial(TaskList, runs)) is goes
+        assert not is_obsolete(instance, run, timedelta(days=KEEP_FAILED_DAYS - 1), partial(TaskList, runs))
+
+
+def test_the_end_of_an_old_array_job_that_nobody_has_asked_for_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Waiting tasks that were cancelled have no record of their own, and Slurm's word counts after a while only."""
+    for name, value in access.environment("http://127.0.0.1:1", tmp_path).items():
+        monkeypatch.setenv(name, value)
+    about, now = RunInfo(run="r", root="r", asset="a", partitions=""), datetime.now(UTC)
+    old, young = now - timedelta(days=KEEP_DAYS + 1), now - timedelta(days=1)
+    records = [
+        RunRecord("/runs/old-1", "1", about, None, old, ("r",), array=True),
+        RunRecord("/runs/young-1", "2", about, None, young, ("r",), array=True),
+        RunRecord("/runs/single-1", "3", about, None, old, ("r",)),
+    ]
+    asked: list[str] = []
+    runs = SimpleNamespace(all=lambda: records, remove=list, state=lambda run: asked.append(run.path))
+    monkeypatch.setattr(cleaning, "open_runs", lambda *_: nullcontext(runs))
+    monkeypatch.setattr(cleaning, "check_health", lambda _: SimpleNamespace(verdict="ok"))
+    with dg.DagsterInstance.ephemeral() as instance:
+        make_cleaning_sensor(PROJECT)(dg.build_sensor_context(instance=instance))
+    assert asked == ["/runs/old-1"]

@@ -1,13 +1,16 @@
 """Run directories that nobody needs any more: a sensor removes them."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import dagster as dg
 
 from dagster_sbatch.auth import check_health
+from dagster_sbatch.inspect.array_tasks import TaskList
 from dagster_sbatch.inspect.remote_runs import RunRecord, open_runs
 from dagster_sbatch.project import Project
-from dagster_sbatch.run.history import is_stored
+from dagster_sbatch.run.history import is_stored, stored_before
 from dagster_sbatch.upkeep import running_on_supercomputer
 from dagster_sbatch.upkeep.orphans import NO_ACCESS, TICK_SECONDS
 
@@ -24,7 +27,8 @@ def make_cleaning_sensor(project: Project) -> dg.SensorDefinition:
         minimum_interval_seconds=CLEAN_EVERY,
         default_status=running_on_supercomputer(project),
         description=f"Removes run directories from the supercomputer {KEEP_DAYS} days after their job has succeeded, "
-        f"if Dagster has stored the result, and {KEEP_FAILED_DAYS} days after their job has failed.",
+        f"if Dagster has stored the result, and {KEEP_FAILED_DAYS} days after their job has failed. "
+        "That of an array job stays as long as Dagster has not stored the partition of a task that succeeded.",
     )
     def clean_run_directories(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         settings, now = project.load_settings(supercomputer=True), datetime.now(UTC)
@@ -33,8 +37,12 @@ def make_cleaning_sensor(project: Project) -> dg.SensorDefinition:
             return dg.SkipReason(f"waits until access is in order: {health.summary}")
         try:
             with open_runs(settings, project, TICK_SECONDS) as runs:
-                old = (run for run in runs.all() if is_obsolete(context.instance, run, now - run.heard))
+                found, list_tasks = runs.all(), partial(TaskList, runs)
+                old = (run for run in found if is_obsolete(context.instance, run, now - run.heard, list_tasks))
                 removed = runs.remove(old)
+                for run in found:
+                    if run.array and run.end is None and now - run.heard > timedelta(days=KEEP_DAYS):
+                        runs.state(run)  # it records an end that nobody has asked for, for the next tick
         except NO_ACCESS as error:
             return dg.SkipReason(str(error))
         return dg.SkipReason(f"removed {', '.join(removed)}" if removed else "nothing is old enough")
@@ -42,13 +50,32 @@ def make_cleaning_sensor(project: Project) -> dg.SensorDefinition:
     return clean_run_directories
 
 
-def is_obsolete(instance: dg.DagsterInstance, run: RunRecord, age: timedelta) -> bool:
-    """Return whether nobody needs a run directory any more; `age`: since the last event of its job.
+def is_obsolete(
+    instance: dg.DagsterInstance, run: RunRecord, age: timedelta, list_tasks: Callable[[RunRecord], TaskList]
+) -> bool:
+    """Return whether nobody needs a run directory any more.
 
-    A result that Dagster has not stored is kept, whatever its age.
+    A result that Dagster has not stored is kept, whatever its age; of an array job, each task has its own.
+
+    Args:
+        instance: Dagster's.
+        run: the run directory.
+        age: since the last event of its job.
+        list_tasks: asks for the tasks of an array job.
     """
     if run.end is None or age < timedelta(days=KEEP_DAYS):
         return False
-    if run.end.code == 0 and run.end.state in ("COMPLETED", ""):
-        return is_stored(instance, run.followers, run.about.step)
-    return age > timedelta(days=KEEP_FAILED_DAYS)
+    succeeded = run.end.code == 0 and run.end.state in ("COMPLETED", "")
+    if not succeeded and age < timedelta(days=KEEP_FAILED_DAYS):
+        return False
+    if (succeeded or run.array) and not is_stored(instance, run.followers, run.about.step):
+        return run.array and _are_stored(instance, run, list_tasks(run))
+    return True
+
+
+def _are_stored(instance: dg.DagsterInstance, run: RunRecord, tasks: TaskList) -> bool:
+    """Return whether Dagster has stored the partitions of all tasks that have succeeded, though their step failed."""
+    stored = stored_before(instance, run.followers, run.about.step, None)
+    done = (task.name for task in tasks.records() if task.kind == "done")
+    known = len(tasks) > 0  # its record can be read
+    return known and all(name in stored or stored.issuperset(name.split("..")) for name in done)
