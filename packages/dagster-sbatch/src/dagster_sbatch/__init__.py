@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dagster_sbatch.run.array_results import CompletedArray
     from dagster_sbatch.run.compute import ComputeResource
     from dagster_sbatch.run.fake import FakeCompute
+    from dagster_sbatch.run_launcher.launcher import ForkingRunLauncher
     from dagster_sbatch.slurm import Site, SlurmRequest
     from dagster_sbatch.upkeep.credentials import CredentialRefresh, make_credential_refresh
     from dagster_sbatch.upkeep.sensors import Upkeep, make_upkeep
@@ -27,6 +28,7 @@ __all__ = [
     "ConfigurationError",
     "CredentialRefresh",
     "FakeCompute",
+    "ForkingRunLauncher",
     "JobArray",
     "Launcher",
     "Project",
@@ -55,6 +57,7 @@ _MODULES = {
     "dagster_sbatch.run.array_results": ("CompletedArray",),
     "dagster_sbatch.run.compute": ("ComputeResource",),
     "dagster_sbatch.run.fake": ("FakeCompute",),
+    "dagster_sbatch.run_launcher.launcher": ("ForkingRunLauncher",),
     "dagster_sbatch.slurm": ("Site", "SlurmRequest"),
     "dagster_sbatch.upkeep.credentials": ("CredentialRefresh", "make_credential_refresh"),
     "dagster_sbatch.upkeep.sensors": ("Upkeep", "make_upkeep"),

@@ -1,7 +1,6 @@
 """A real `dagster dev` in a folder of its own, and what a browser would ask of it, over GraphQL."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -113,6 +112,17 @@ class DagsterDev:
             self._process.wait()
             self._process = None
 
+    def terminate_alone(self) -> None:
+        """SIGTERM to its own process, as `kill PID` does; return when its webserver and its daemon have ended, too."""
+        assert self._process is not None
+        main = psutil.Process(self._process.pid)
+        services = [each for each in main.children() if "grpc" not in each.cmdline()]
+        main.terminate()
+        self._process.wait(60)
+        _, alive = psutil.wait_procs(services, timeout=60)
+        assert alive == []
+        self._process = None
+
     def kill(self, spared: psutil.Process) -> None:
         """As a power cut does: SIGKILL to it and all that it started, but for one process."""
         assert self._process is not None
@@ -207,7 +217,11 @@ class DagsterDev:
 
 @contextmanager
 def beside_location(
-    file: Path, folder: Path, environment: Mapping[str, str], name: str = "probe"
+    file: Path,
+    folder: Path,
+    environment: Mapping[str, str],
+    name: str = "probe",
+    adapt: Callable[[str], str] = lambda text: text,
 ) -> Iterator[DagsterDev]:
     """The project's `dagster dev` with one more code location, until the end of the block.
 
@@ -216,9 +230,10 @@ def beside_location(
         folder: where it is started; it is made.
         environment: its variables, beside PATH and LANG.
         name: of the location.
+        adapt: gets the text of the project's dagster.yaml, and returns what is used instead.
     """
     folder.mkdir()
-    shutil.copy(ROOT / "dagster.yaml", folder)
+    (folder / "dagster.yaml").write_text(adapt((ROOT / "dagster.yaml").read_text()))
     extra = f"  - python_file: {{relative_path: {file}, location_name: {name}}}\n"
     (folder / "workspace.yaml").write_text((ROOT / "workspace.yaml").read_text() + extra)
     kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}

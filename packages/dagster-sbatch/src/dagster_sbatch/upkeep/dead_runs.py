@@ -6,9 +6,7 @@ from pathlib import Path
 import dagster as dg
 import psutil
 
-OWN_LAUNCHER = "DefaultRunLauncher"
-"""Starts runs on this machine; processes of other launchers cannot be checked from here."""
-PROC = Path("/proc")
+from dagster_sbatch.run_launcher.run_process import RunProcess
 
 
 @dg.sensor(
@@ -21,13 +19,15 @@ PROC = Path("/proc")
 def end_dead_runs_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     """Make one tick; the first comes right after Dagster's start. The cursor holds the processes of living runs."""
     instance = context.instance
-    launcher = type(instance.run_launcher).__name__
-    if launcher != OWN_LAUNCHER:
+    if not isinstance(instance.run_launcher, dg.DefaultRunLauncher):  # others start runs on other machines
+        launcher = type(instance.run_launcher).__name__
         return dg.SensorResult(skip_reason=f"runs are started by {launcher}, which watches them itself")
     known: dict[str, str] = json.loads(context.cursor or "{}")
     living: dict[str, str] = {}
     ended = []
     for record in instance.get_run_records(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
+        if RunProcess.of(record.dagster_run):
+            continue  # Dagster's run monitoring asks ForkingRunLauncher about these
         run_id = record.dagster_run.run_id
         pid = _find_pid(instance, run_id)
         if pid is None:
@@ -62,23 +62,14 @@ def _identify(pid: int, known: str | None) -> str | None:
         pid: of the run.
         known: what this returned for it before. Without that, the process is the run's if it is a Python.
     """
-    try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None
-        found = _begin(process)
-        if known is None:
-            return found if "python" in Path(process.exe()).name else None
-        return found if found == known else None
-    except (psutil.NoSuchProcess, psutil.AccessDenied):  # the latter is another user's
-        return None
+    process = RunProcess.find(pid)
+    if process is None or known is None:
+        return process.begin if process and _is_python(pid) else None
+    return process.begin if process.begin == known else None
 
 
-def _begin(process: psutil.Process) -> str:
-    """Return when a process began: the boot of the machine and clock ticks after it; not on Linux, by the clock."""
+def _is_python(pid: int) -> bool:
     try:
-        boot = (PROC / "sys" / "kernel" / "random" / "boot_id").read_text().strip()
-        stat = (PROC / str(process.pid) / "stat").read_text()
-    except FileNotFoundError:
-        return str(process.create_time())
-    return f"{boot} {stat.rpartition(')')[2].split()[19]}"  # field 22 of proc_pid_stat(5)
+        return "python" in Path(psutil.Process(pid).exe()).name
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False

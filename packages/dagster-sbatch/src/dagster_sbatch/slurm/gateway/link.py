@@ -62,11 +62,18 @@ class _BrokenError(_TemporaryError):
     """The agent failed by an error of its own."""
 
 
+class _FullError(_TemporaryError):
+    """A limit of submitted jobs is reached: sbatch accepts the same job once others have ended."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"you have as many jobs as Slurm allows you; this step waits until others have ended. {text}")
+
+
 class _NoPythonError(Exception):
     """No interpreter starts on the login node; the text says what was tried."""
 
 
-_ERRORS = {"refused": RefusedError, "broken": _BrokenError}
+_ERRORS = {"refused": RefusedError, "broken": _BrokenError, "full": _FullError}
 """By the kind that the agent names; any other is temporary."""
 
 

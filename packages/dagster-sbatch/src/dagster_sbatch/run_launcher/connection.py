@@ -1,0 +1,166 @@
+"""The client of fork servers: it finds the one that fits, starts one if there is none, and asks it for a process."""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dagster_sbatch.run_launcher import fork_server
+from dagster_sbatch.run_launcher.run_process import RunProcess
+
+ANSWER_SECONDS = 100.0
+"""Within which a fork server answers, the time to start it included. Dagster gives a run 180 s to start."""
+ATTEMPTS = 3
+"""At an answer: a server may have ended, or have retired because of new code, between two requests."""
+SUFFIX = ".socket"
+_STARTED: "list[subprocess.Popen[bytes]]" = []
+"""Servers that this process has started; those that have ended are reaped at the next start."""
+
+
+class ForkServerUnavailableError(Exception):
+    """No fork server has answered; the text says where its log is."""
+
+
+class ForkedProcess:
+    """A run's process that waits; when this connection is closed before `begin`, it ends without having done anything.
+
+    Attributes:
+        process: what identifies it.
+    """
+
+    def __init__(self, connection: socket.socket, process: RunProcess) -> None:
+        self._connection, self.process = connection, process
+
+    def begin(self) -> None:
+        """Let it execute the run."""
+        self._connection.sendall(fork_server.BEGIN)
+
+    def __enter__(self) -> "ForkedProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+
+class ForkServers:
+    """The fork servers of a folder.
+
+    A server is shared by the Dagster processes that have the same variables, working directory and process group: its
+    runs get these, and with the group also the terminal's Ctrl-C.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def fork(self, executable: str, run_id: str, arguments: str) -> ForkedProcess:
+        """Return a new process that waits to execute a run.
+
+        Args:
+            executable: the Python of the code location.
+            run_id: of the run.
+            arguments: for `dagster api execute_run`.
+
+        Raises:
+            ForkServerUnavailableError: no server could be started, or none has answered.
+        """
+        request = json.dumps({"run_id": run_id, "arguments": arguments}).encode() + b"\n"
+        cause: object = "it ended before it answered"
+        for _ in range(ATTEMPTS):
+            try:
+                connection = self._connect(executable)
+                try:
+                    connection.settimeout(ANSWER_SECONDS)
+                    connection.sendall(request)
+                    process = RunProcess.find(int(fork_server.read_line(connection)))
+                except BaseException:
+                    connection.close()
+                    raise
+            except TimeoutError:
+                cause = f"it has not answered within {ANSWER_SECONDS:.0f} s"
+                break
+            except ConnectionError:
+                continue
+            except (OSError, ValueError) as error:
+                cause = error
+                break
+            if process is not None:
+                return ForkedProcess(connection, process)
+            connection.close()
+        log = self._folder / fork_server.LOG
+        raise ForkServerUnavailableError(f"The fork server cannot start a run: {cause}. Its log is {log}.")
+
+    def _connect(self, executable: str) -> socket.socket:
+        """Return a connection to the server for this process; start the server if there is none."""
+        name = _name(executable)
+        with self._opened() as folder:
+            path = _path(folder, name)
+            with suppress(FileNotFoundError, ConnectionRefusedError):
+                return _connected(path)
+            with (self._folder / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # two Dagster processes start one server
+                with suppress(FileNotFoundError, ConnectionRefusedError):
+                    return _connected(path)
+                self._remove_dead(folder)
+                self._start(executable, name, path)
+                return _connected(path)
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        """Yield a descriptor of the folder; it is made if it is missing, and only its owner can enter it."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fchmod(descriptor, 0o700)  # fails if it is another user's
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _remove_dead(self, folder: int) -> None:
+        """Remove the sockets of servers that were killed."""
+        for each in self._folder.glob(f"*{SUFFIX}"):
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(0)
+                try:
+                    probe.connect(_path(folder, each.name))
+                except ConnectionRefusedError:
+                    each.unlink(missing_ok=True)
+                except (BlockingIOError, FileNotFoundError):  # busy; gone since
+                    pass
+
+    def _start(self, executable: str, name: str, path: str) -> None:
+        """Start a server on a new socket. Requests can be sent at once; they wait until it has imported Dagster."""
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(128)
+            number = listener.fileno()
+            command = [executable, fork_server.__file__, str(number), str(self._folder), name]
+            _STARTED[:] = [server for server in _STARTED if server.poll() is None]
+            _STARTED.append(
+                subprocess.Popen(command, pass_fds=[number], env=dict(os.environ), stdin=subprocess.DEVNULL)
+            )
+
+
+def _path(folder: int, name: str) -> str:
+    """Return a path of a socket in an open folder that is short enough: at most 107 bytes, whatever the folder's is."""
+    return f"/proc/self/fd/{folder}/{name}"
+
+
+def _connected(path: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _name(executable: str) -> str:
+    """Return the name of the socket for this process; it shows none of the variables."""
+    shared = [executable, str(Path.cwd()), os.getpgrp(), sorted(os.environ.items())]
+    return hashlib.sha256(json.dumps(shared).encode()).hexdigest()[:16] + SUFFIX

@@ -1,0 +1,348 @@
+"""The fork server: a process that has imported Dagster, and forks a process for each run.
+
+`dagster_sbatch.run_launcher.connection` starts this file as a script, in the Python of the code location. That Python
+has Dagster, and need not have this package.
+
+The server imports only what each run needs whatever its code is: Dagster, and this package with its libraries. It never
+imports the project: each run does that itself, as with Dagster's default launcher. So a run has the project's code and
+settings as they are when it starts; and threads, random numbers and connections that a library makes at its import
+belong to one run. When a file that the server has imported changes, it retires, and the next run gets a new server.
+
+It has one thread and no open database when it forks: a child would have neither the other threads nor their locks.
+
+    fork_server.py LISTENER FOLDER NAME
+
+LISTENER is the number of a listening socket, which is NAME in FOLDER. A request is a line of JSON. The answer comes
+from the new process: its pid in a line. It executes the run when the client says BEGIN, and ends if the client closes
+the connection instead.
+"""
+
+import contextlib
+import gc
+import importlib
+import importlib.metadata
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LOG = "fork-server.log"
+LOG_BYTES = 1_000_000
+"""Size at which the log becomes `fork-server.log.old`."""
+BEGIN = b"begin\n"
+REQUEST_SECONDS = 10.0
+IDLE_SECONDS = 600.0
+"""After which a server without runs ends. The next run starts another one."""
+LOOK_SECONDS = 5.0
+REHEARSAL = "dagster_sbatch_rehearsal"
+ASSET = """\
+import dagster as dg
+
+@dg.asset
+def nothing() -> None: ...
+
+defs = dg.Definitions(assets=[nothing], executor=dg.in_process_executor)
+"""
+LIBRARIES = tuple(
+    "dagster_sbatch.run.compute dagster_sbatch.run.remote dagster_sbatch.ssh.connection fabric httpx httpcore certifi "
+    "encodings.idna".split()
+)
+"""What runs of this package import, some of it only once a step has begun."""
+
+
+def read_line(connection: socket.socket) -> str:
+    """Return the next line of a connection as text.
+
+    Raises:
+        ConnectionError: the other side has closed it.
+    """
+    line = b""
+    while not line.endswith(b"\n"):
+        data = connection.recv(1 << 16)
+        if not data:
+            raise ConnectionError("the connection was closed")
+        line += data
+    return line.decode()
+
+
+class Server:
+    """A fork server.
+
+    Attributes:
+        runs: the id of the run and its arguments, by the pid of its process.
+        execute: the console command `dagster`, once `warm_up` has imported it.
+    """
+
+    execute: Callable[[], None]
+
+    def __init__(self, listener: socket.socket, folder: Path, name: str) -> None:
+        self.runs: dict[int, dict[str, str]] = {}
+        self._listener: socket.socket | None = listener
+        self._socket, self._log_file = folder / name, folder / LOG
+        self._versions: list[tuple[bytes, object]] = []
+        self._inode = self._socket.stat().st_ino
+        self._starter, self._stopping, self._idle_since = os.getppid(), False, time.monotonic()
+        self._streams = os.dup(1), os.dup(2)
+        self._open_log()
+        self._wake_read, self._wake_write = os.pipe()
+        for end in (self._wake_read, self._wake_write):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def warm_up(self, request: "dict[str, str]") -> None:
+        """Do once what every run has to do, with the first request; remember the files that this depends on."""
+        gc.disable()  # fewer holes in the memory that the runs share
+        begin = time.monotonic()
+        self.execute = _console_command()
+        for name in LIBRARIES:
+            with contextlib.suppress(Exception):  # an optional module, or this package is not installed here
+                importlib.import_module(name)
+        try:
+            _rehearse(self.execute)
+            _parse(request)
+        except Exception as error:  # noqa: BLE001 - then each run does more itself
+            self.log(f"the rehearsal failed: {error!r}")
+        files = {module.__file__ for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+        # New objects, side by side: what the server touches between two forks is copied once per run.
+        self._versions = [(name, _version(name)) for name in map(os.fsencode, filter(None, files))]
+        gc.collect()
+        gc.freeze()
+        self.log(f"ready after {time.monotonic() - begin:.1f} s with {len(self._versions)} files")
+
+    def serve(self) -> "dict[str, str] | None":
+        """Fork until this server retires and all its runs have ended; in a new process, return its request."""
+        while not self._over():
+            watched: list[Any] = [self._wake_read, *([self._listener] if self._listener else [])]
+            ready, _, _ = select.select(watched, [], [], LOOK_SECONDS)
+            if self._wake_read in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake_read, 4096)
+            self._reap()
+            if self._stopping:
+                self._retire("it was asked to end")
+            elif self._listener and self._listener in ready:
+                request = self._fork(self._listener)
+                if request:
+                    return request
+        self.log("ended")
+        return None
+
+    def log(self, text: str) -> None:
+        """Append a line to the log."""
+        with contextlib.suppress(OSError):  # the folder is gone, or the disk is full
+            if self._log_file.stat().st_size > LOG_BYTES:
+                self._log_file.replace(self._log_file.with_suffix(".log.old"))
+                self._open_log()
+            os.write(1, f"{time.strftime('%Y-%m-%d %H:%M:%S')} fork server {os.getpid()}: {text}\n".encode())
+
+    def _open_log(self) -> None:
+        descriptor = os.open(self._log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _over(self) -> bool:
+        """Whether there is nothing left to do."""
+        if self.runs:
+            self._idle_since = time.monotonic()
+            return False
+        if self._listener is not None:
+            if os.getppid() != self._starter:
+                self._retire("the process that has started it is gone, and no run is left")
+            elif time.monotonic() - self._idle_since > IDLE_SECONDS:
+                self._retire(f"no run for {IDLE_SECONDS:.0f} s")
+            elif not self._owns_socket():
+                self._retire("its socket is gone")
+        return self._listener is None
+
+    def _retire(self, why: str) -> None:
+        """Accept no more requests: clients whose request is not answered yet ask another server."""
+        if self._listener is None:
+            return
+        if self._owns_socket():
+            self._socket.unlink()
+        self._listener.close()
+        self._listener = None
+        self.log(f"retires: {why}; {len(self.runs)} runs left")
+
+    def _owns_socket(self) -> bool:
+        try:
+            return self._socket.stat().st_ino == self._inode
+        except OSError:
+            return False
+
+    def _fork(self, listener: socket.socket) -> "dict[str, str] | None":
+        """Answer a client by a new process; return the request there, None in the server."""
+        connection, _ = listener.accept()
+        try:
+            if _user_of(connection) != os.geteuid():
+                return None
+            connection.settimeout(REQUEST_SECONDS)
+            request: dict[str, str] = json.loads(read_line(connection))
+            if not self._versions:
+                self.warm_up(request)
+            why = self._unfit()
+            if why:
+                self._retire(why)
+                return None
+            pid = os.fork()
+            if pid == 0:
+                self._become_run(connection, listener)
+                return request
+            self.runs[pid] = request
+            self.log(f"run {request['run_id']} has process {pid}")
+        except (OSError, ValueError) as error:
+            self.log(f"a request failed: {error}")
+        finally:
+            connection.close()
+        return None
+
+    def _become_run(self, connection: socket.socket, listener: socket.socket) -> None:
+        """In the new process: be like one that Dagster has started, and wait for the client. It may end here."""
+        try:
+            self._restore(listener)
+            connection.sendall(b"%d\n" % os.getpid())
+            connection.settimeout(None)
+            read_line(connection)
+        except BaseException:  # noqa: BLE001 - nothing of the server may go on in this process
+            os._exit(1)
+
+    def _restore(self, listener: socket.socket) -> None:
+        """Undo what the server has changed for itself."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, stream in enumerate(self._streams, 1):
+            os.dup2(stream, number)
+            os.close(stream)
+        for descriptor in (listener.detach(), self._wake_read, self._wake_write):
+            os.close(descriptor)
+        gc.enable()
+
+    def _unfit(self) -> str:
+        """Return why this server must not fork; empty if it may."""
+        threads = len(list(Path("/proc/self/task").iterdir()))
+        if threads > 1:
+            return f"it has {threads} threads"
+        changed = next((name for name, seen in self._versions if _version(name) != seen), None)
+        return f"{os.fsdecode(changed)} has changed" if changed else ""
+
+    def _reap(self) -> None:
+        """Note which runs have ended; a run whose process has crashed is reported to Dagster."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            request = self.runs.pop(pid, None)
+            if request:
+                code = os.waitstatus_to_exitcode(status)
+                self.log(f"run {request['run_id']}: process {pid} has ended with exit code {code}")
+                if code != 0 and os.fork() == 0:
+                    try:
+                        _report_crash(request, code)
+                    finally:
+                        os._exit(0)
+
+
+def _rehearse(execute: Callable[[], None]) -> None:
+    """Materialise a trivial asset by the console command `dagster`, with its history in a temporary folder.
+
+    So the server has the modules, the generated classes and the caches that every run needs. All that this changes for
+    the process is undone, and everything that it opens is closed.
+    """
+    environment, arguments, path = dict(os.environ), sys.argv, list(sys.path)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{REHEARSAL}.py"
+        file.write_text(ASSET)
+        (Path(folder) / "dagster.yaml").write_text("telemetry: {enabled: false}")
+        os.environ["DAGSTER_HOME"] = folder
+        sys.argv = ["dagster", "asset", "materialize", "--select", "*", "-f", str(file)]
+        try:
+            with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+                execute()
+        except SystemExit as ended:
+            if ended.code:
+                raise RuntimeError(f"dagster ended with {ended.code}") from None
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
+            sys.argv, sys.path[:] = arguments, path
+            sys.modules.pop(REHEARSAL, None)
+
+
+def _parse(request: "dict[str, str]") -> Any:
+    """Return the arguments of a request, as Dagster's ExecuteRunArgs."""
+    from dagster._grpc.types import ExecuteRunArgs
+    from dagster._serdes import deserialize_value
+
+    return deserialize_value(request["arguments"], ExecuteRunArgs)
+
+
+def _report_crash(request: "dict[str, str]", code: int) -> None:
+    """In a process of its own: fail the run, unless it has reported its end. As Dagster's code server does."""
+    import dagster as dg
+
+    arguments = _parse(request)
+    with dg.DagsterInstance.from_ref(arguments.instance_ref) as instance:
+        run = instance.get_run_by_id(arguments.run_id)
+        if run and not run.is_finished:
+            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+            instance.report_run_failed(run, f"The process of this run has ended unexpectedly {how}.")
+
+
+def _console_command() -> "Callable[[], None]":
+    """Return the function behind the console command `dagster`, whose `api execute_run` executes a run.
+
+    Dagster's Docker and Kubernetes launchers start that command. Its entry point is the way to it that is public.
+    """
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="dagster")
+    function: Callable[[], None] = command.load()
+    return function
+
+
+def _version(file: bytes) -> "tuple[int, int, int] | None":
+    """Return what changes when a file is written or replaced; None if it is gone."""
+    try:
+        about = os.stat(file)  # noqa: PTH116 - a Path would take more memory
+    except OSError:
+        return None
+    return about.st_mtime_ns, about.st_size, about.st_ino
+
+
+def _user_of(connection: socket.socket) -> int:
+    """Return the user id of the process on the other side."""
+    about = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", about)[1])
+
+
+def main() -> None:
+    """Serve; in the process of a run, execute it and exit as the command `dagster` does."""
+    sys.path[0] = str(Path.cwd())  # as `python -m dagster` has it, in place of this file's folder
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    server = Server(listener, Path(sys.argv[2]), sys.argv[3])
+    request = server.serve()
+    if request:
+        sys.argv = ["dagster", "api", "execute_run", request["arguments"]]
+        server.execute()
+
+
+if __name__ == "__main__":
+    main()

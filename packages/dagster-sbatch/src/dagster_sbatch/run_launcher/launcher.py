@@ -1,0 +1,118 @@
+"""The run launcher that Dagster loads: it asks a fork server for each run's process."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+# Dagster documents no public names for run launchers. These are what its own Docker and Kubernetes launchers import.
+from dagster._config.config_schema import UserConfigSchema
+from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, WorkerStatus
+from dagster._grpc.types import ExecuteRunArgs
+from dagster._serdes import serialize_value
+from dagster._serdes.config_class import ConfigurableClassData
+
+from dagster_sbatch.run_launcher.connection import ForkServers, ForkServerUnavailableError
+from dagster_sbatch.run_launcher.run_process import RunProcess
+
+CAN_FORK = sys.platform == "linux"
+"""Elsewhere runs are started as Dagster does by default: macOS's libraries do not survive a fork, Windows has none."""
+
+
+class ForkingRunLauncher(dg.DefaultRunLauncher):
+    """Starts each run as a fork of a fork server, a process that has imported Dagster and this package already.
+
+    A run has the working directory, the variables and the process group of the Dagster process that starts it, usually
+    the daemon's. It imports the project's code itself, so it has the code as it is on disk when it starts. What cannot
+    be forked is started as by Dagster's DefaultRunLauncher: runs on macOS, runs of a code location in a container, and
+    runs for which no fork server can be started (the run's log says so).
+
+    A run's process is found again by a tag of the run. `run_monitoring` must be enabled in dagster.yaml: it fails the
+    runs whose process is gone.
+
+    Example:
+        run_launcher:
+          module: dagster_sbatch
+          class: ForkingRunLauncher
+          config: {base_dir: .dagster/run_launcher}
+    """
+
+    def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
+        """See `config_type`."""
+        super().__init__(inst_data)
+        self._servers = ForkServers(Path(base_dir).absolute())
+
+    @classmethod
+    def config_type(cls) -> UserConfigSchema:
+        """Return the fields of `config` in dagster.yaml.
+
+        Returns:
+            base_dir: folder on a local disk for the sockets and the log of the fork servers; only its owner can enter
+                it. A relative one counts from Dagster's working directory, as in Dagster's other settings.
+        """
+        return {"base_dir": dg.StringSource}
+
+    @classmethod
+    def from_config_value(
+        cls, inst_data: ConfigurableClassData, config_value: Mapping[str, Any]
+    ) -> "ForkingRunLauncher":
+        """Return a launcher with the configuration of dagster.yaml."""
+        return cls(inst_data=inst_data, **config_value)
+
+    def launch_run(self, context: LaunchRunContext) -> None:
+        """Start a run's process, once: it begins to work when the run's tag names it.
+
+        Raises:
+            DagsterLaunchFailedError: neither a fork server nor Dagster's default launcher can start it.
+        """
+        run, origin = context.dagster_run, context.job_code_origin
+        if not CAN_FORK or origin is None or origin.repository_origin.container_image:
+            super().launch_run(context)
+            return
+        arguments = ExecuteRunArgs(origin, run.run_id, self._instance.get_ref(), set_exit_code_on_failure=True)
+        try:
+            forked = self._servers.fork(origin.executable_path, run.run_id, serialize_value(arguments))
+        except ForkServerUnavailableError as error:
+            text = f"{error}\nThis run is started by Dagster's default launcher. It takes more memory."
+            self._instance.report_engine_event(text, run, cls=type(self))
+            super().launch_run(context)
+            return
+        with forked:
+            self._instance.add_run_tags(run.run_id, forked.process.tags(run.run_id))
+            now = self._instance.get_run_by_id(run.run_id)
+            if now and now.status == dg.DagsterRunStatus.STARTING:
+                forked.begin()
+            elif now and not now.is_finished:  # a person has terminated it since
+                self._instance.report_run_canceled(now)
+
+    def terminate(self, run_id: str) -> bool:
+        """Interrupt a run's process, as Dagster's default launcher does; return whether there was something to end."""
+        run = self._instance.get_run_by_id(run_id)
+        process = RunProcess.of(run) if run else None
+        if run is None or process is None:
+            return bool(super().terminate(run_id))  # type: ignore[no-untyped-call]
+        if run.is_finished:
+            return False
+        self._instance.report_run_canceling(run)
+        if process.interrupt():
+            return True
+        now = self._instance.get_run_by_id(run_id)  # read after the process has ended: it may have ended well
+        if now is None or now.is_finished:
+            return False
+        self._instance.report_run_canceled(now, f"Process {process.pid} of this run was gone already.")
+        return True
+
+    @property
+    def supports_check_run_worker_health(self) -> bool:
+        """Whether Dagster's run monitoring may ask for a run's process: always."""
+        return True
+
+    def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
+        """Return whether a run's process is alive. What this launcher has not forked counts as alive."""
+        process = RunProcess.of(run)
+        if process is None or process.alive:
+            return CheckRunHealthResult(WorkerStatus.RUNNING)
+        text = f"Process {process.pid} of this run is gone, and has not reported how the run ended."
+        return CheckRunHealthResult(WorkerStatus.NOT_FOUND, text)

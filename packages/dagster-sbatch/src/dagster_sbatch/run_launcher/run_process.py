@@ -1,0 +1,70 @@
+"""The process of a run: what identifies it, also after a reboot and when its number has been used again."""
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+import psutil
+
+TAG = "dagster_sbatch/run_process"
+"""Tag of a run with its id and what identifies its process. A retry has the tag of its predecessor until it starts."""
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class RunProcess:
+    """A process.
+
+    Attributes:
+        pid: its number.
+        begin: when it began: the boot of the machine and clock ticks after it; not on Linux, by the clock.
+    """
+
+    pid: int
+    begin: str
+
+    @classmethod
+    def find(cls, pid: int) -> "RunProcess | None":
+        """Return the process that has this number now; None if there is none, or if it has ended (a zombie)."""
+        try:
+            process = psutil.Process(pid)
+            return None if process.status() == psutil.STATUS_ZOMBIE else cls(pid, _begin(process))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # the latter is another user's
+            return None
+
+    @classmethod
+    def of(cls, run: dg.DagsterRun) -> "RunProcess | None":
+        """Return the process that `ForkingRunLauncher` has forked for a run; None if it has not."""
+        run_id, _, process = run.tags.get(TAG, "").partition(" ")
+        pid, _, begin = process.partition(" ")
+        return cls(int(pid), begin) if run_id == run.run_id else None
+
+    def tags(self, run_id: str) -> dict[str, str]:
+        """Return the tags by which `of` finds this process."""
+        return {TAG: f"{run_id} {self.pid} {self.begin}"}
+
+    def interrupt(self) -> bool:
+        """Send SIGINT to the process; return False if it is gone."""
+        if not self.alive:
+            return False
+        try:
+            os.kill(self.pid, signal.SIGINT)
+        except ProcessLookupError:
+            return False
+        return True
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still exists; another process under its number is not it."""
+        return RunProcess.find(self.pid) == self
+
+
+def _begin(process: psutil.Process) -> str:
+    try:
+        boot = (PROC / "sys" / "kernel" / "random" / "boot_id").read_text().strip()
+        stat = (PROC / str(process.pid) / "stat").read_text()
+    except FileNotFoundError:
+        return str(process.create_time())
+    return f"{boot} {stat.rpartition(')')[2].split()[19]}"  # field 22 of proc_pid_stat(5)

@@ -1,0 +1,100 @@
+"""Forked runs in a real `dagster dev`: what webserver, daemon and run monitoring make of them."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from support.dagster_dev import DagsterDev, beside_location, gone, wait_for
+
+pytestmark = pytest.mark.local
+
+LOCATION = """\
+import os, time
+from pathlib import Path
+import dagster as dg
+VERSION = "first"
+
+@dg.asset
+def waiter(context: dg.AssetExecutionContext) -> None:
+    folder = Path(os.environ["DATA_ROOT"])
+    folder.mkdir(exist_ok=True)
+    (folder / context.run_id).write_text(f"{os.getpid()} {os.getppid()}")
+    while not (folder / "go").exists():
+        time.sleep(0.05)
+    print("version", VERSION)
+
+defs = dg.Definitions(assets=[waiter], executor=dg.in_process_executor)
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[DagsterDev]:
+    """`dagster dev` whose monitoring looks every second."""
+    (tmp_path / "location.py").write_text(LOCATION)
+    variables = {"HOME": str(tmp_path), "DATA_ROOT": str(tmp_path / "data")}
+
+    def adapt(text: str) -> str:
+        return text.replace("poll_interval_seconds: 30", "poll_interval_seconds: 1")
+
+    with beside_location(tmp_path / "location.py", tmp_path / "project", variables, "waiting", adapt) as started:
+        yield started
+        (tmp_path / "data" / "go").touch()
+
+
+def start(server: DagsterDev, run_id: str | None = None) -> tuple[str, int, int]:
+    """A run whose asset waits: its id, its pid and its fork server's."""
+    run_id = run_id or server.launch("waiter", location="waiting")
+    path = server.data_root / run_id
+    wait_for(lambda: path.exists() and path.read_text(), 90, f"run {run_id} waits")
+    pid, parent = map(int, path.read_text().split())
+    assert "fork_server.py" in " ".join(psutil.Process(parent).cmdline())
+    return run_id, pid, parent
+
+
+def output(server: DagsterDev, run_id: str) -> str:
+    (path,) = (server.folder / ".dagster" / "compute_logs" / run_id).rglob("*.out")
+    return path.read_text()
+
+
+def test_an_edit_reaches_new_runs_only_and_needs_no_reload(server: DagsterDev) -> None:
+    file = server.folder.parent / "location.py"
+    old, _, parent = start(server)
+    file.write_text(LOCATION.replace('"first"', '"second"'))
+    new, _, same = start(server)
+    assert parent == same
+    (server.data_root / "go").touch()
+    assert (server.wait(old), server.wait(new)) == ("SUCCESS", "SUCCESS")
+    assert (output(server, old), output(server, new)) == ("version first\n", "version second\n")
+
+
+def test_a_run_that_is_killed_with_its_fork_server_is_found_and_retried(server: DagsterDev) -> None:
+    run_id, pid, parent = start(server)
+    for each in (parent, pid):  # the server first: it would report the run
+        os.kill(each, signal.SIGKILL)
+    wait_for(lambda: server.status(run_id) == "FAILURE", 60, "run monitoring fails the run")
+    assert any(f"Process {pid} of this run is gone" in text for text in server.messages(run_id))
+    retry = wait_for(lambda: server.newest_run_but(run_id), 60, "it is retried")
+    _, _, another = start(server, retry)
+    assert another != parent
+
+
+def test_runs_end_with_dagster_dev_by_ctrl_c_and_outlive_its_kill(server: DagsterDev) -> None:
+    """As Dagster's default launcher has it: Ctrl-C reaches runs, SIGTERM to `dagster dev` alone does not."""
+    survivor, pid, parent = start(server)
+    server.terminate_alone()
+    assert not gone(pid)
+    server.start()
+    assert server.status(survivor) == "STARTED"
+    other, other_pid, other_parent = start(server)
+    assert other_parent != parent
+    server.terminate(survivor)
+    assert server.wait(survivor) == "CANCELED"
+    wait_for(lambda: gone(parent), 30, "the first fork server has ended with its last run")
+    server.stop()
+    wait_for(lambda: gone(other_pid) and gone(other_parent), 20, "Ctrl-C has ended the run and its fork server")
+    server.start()
+    assert server.status(other) == "FAILURE"

@@ -1,0 +1,373 @@
+"""Runs as forks of a fork server: real servers and runs, started through Dagster's instance as its daemon does it."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import psutil
+import pytest
+
+from dagster_sbatch.run_launcher import connection, fork_server, launcher
+from dagster_sbatch.run_launcher.connection import ForkServers
+from dagster_sbatch.run_launcher.fork_server import LOG
+from dagster_sbatch.run_launcher.run_process import RunProcess
+from local import forked_jobs
+from support.dagster_dev import gone, wait_for
+
+pytestmark = pytest.mark.local
+LONG = "a-folder-whose-name-is-so-long-that-no-socket-fits-in-" * 3
+STATUS = dg.DagsterRunStatus
+JOBS = Path(forked_jobs.__file__)
+
+
+class Runs:
+    """An instance with the launcher, and what its runs report."""
+
+    def __init__(self, instance: dg.DagsterInstance, folder: Path) -> None:
+        self.instance, self.folder, self.reports = instance, folder, folder / "reports"
+        self.base = folder / LONG
+
+    def new(self, name: str, python: str = sys.executable) -> str:
+        """The id of a run that is about to be launched."""
+        job = dg.reconstructable(getattr(forked_jobs, name)).get_python_origin()
+        origin = job._replace(repository_origin=job.repository_origin._replace(executable_path=python))
+        run = self.instance.create_run_for_job(getattr(forked_jobs, name), job_code_origin=origin)
+        return run.run_id
+
+    def launch(self, name: str, python: str = sys.executable) -> str:
+        run_id = self.new(name, python)
+        self.instance.launch_run(run_id, workspace=None)  # type: ignore[arg-type]
+        return run_id
+
+    def status(self, run_id: str) -> dg.DagsterRunStatus:
+        run = self.instance.get_run_by_id(run_id)
+        assert run
+        return run.status
+
+    def wait(self, run_id: str, status: dg.DagsterRunStatus = STATUS.SUCCESS) -> None:
+        wait_for(lambda: self.status(run_id) == status, 60, f"run {run_id} is {status}; {self.log}")
+
+    def process(self, run_id: str) -> RunProcess:
+        run = self.instance.get_run_by_id(run_id)
+        assert run
+        process = RunProcess.of(run)
+        assert process
+        return process
+
+    def seen(self, run_id: str) -> dict[str, Any]:
+        """What a run has reported."""
+        path = self.reports / f"{self.process(run_id).pid}.json"
+        wait_for(path.exists, 60, f"run {run_id} reports; {self.log}")
+        seen: dict[str, Any] = json.loads(path.read_text())
+        return seen
+
+    def health(self, run_id: str) -> str:
+        run = self.instance.get_run_by_id(run_id)
+        assert run
+        return str(self.instance.run_launcher.check_run_worker_health(run).status.value)
+
+    @property
+    def log(self) -> str:
+        return (self.base / LOG).read_text() if (self.base / LOG).exists() else ""
+
+    def servers(self) -> list[psutil.Process]:
+        """Living fork servers of this folder."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if str(self.base) in process.cmdline() and not gone(process.pid) and not self._is_run(process.pid):
+                    found.append(process)
+        return found
+
+    def _is_run(self, pid: int) -> bool:
+        return f"has process {pid}\n" in self.log
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
+    (tmp_path / "reports").mkdir()
+    monkeypatch.setenv("REPORTS", str(tmp_path / "reports"))
+    monkeypatch.setenv("A_SECRET", "of-nobody's-business")
+    monkeypatch.syspath_prepend(str(JOBS.parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(JOBS.parents[1]))
+    config = {"module": "dagster_sbatch", "class": "ForkingRunLauncher", "config": {"base_dir": str(tmp_path / LONG)}}
+    with dg.instance_for_test(overrides={"run_launcher": config}, temp_dir=str(tmp_path)) as instance:
+        made = Runs(instance, tmp_path)
+        yield made
+        (tmp_path / "reports" / "go").touch()
+        for server in made.servers():
+            server.terminate()
+        psutil.wait_procs(made.servers(), timeout=30)
+
+
+def replaced(process: RunProcess) -> list[RunProcess]:
+    """Other processes under the same number: after it was used again, and after a reboot."""
+    boot, ticks = process.begin.split()
+    return [RunProcess(process.pid, f"{boot} {int(ticks) - 1}"), RunProcess(process.pid, f"{boot[::-1]} {ticks}")]
+
+
+def test_a_run_is_like_one_that_dagster_starts(runs: Runs) -> None:
+    """It has the variables, the group and the folder of Dagster; nothing of the server's, and no secret in `ps`."""
+    seen = runs.seen(runs.launch("reporting"))
+    started_by_dagster = {**os.environ, "SF_PARTNER": seen["variables"].get("SF_PARTNER")}
+    assert seen["variables"] == started_by_dagster
+    assert (seen["folder"], seen["group"], seen["threads"]) == (str(Path.cwd()), os.getpgrp(), 1)
+    assert seen["path"][0] == str(Path.cwd())
+    assert str(Path(fork_server.__file__).parent) not in seen["path"]
+    assert "instance" not in seen["command"]
+    assert "nobody" not in seen["command"]
+    (server,) = (Path(f"/proc/{each.pid}/fd") for each in runs.servers())
+    shared = set(seen["descriptors"]) & {str(each.readlink()) for each in server.iterdir()}
+    assert [each for each in shared if each.startswith("socket:") or each.endswith(LOG)] == []
+
+
+def test_runs_share_one_server_which_has_one_thread_and_nothing_open(runs: Runs) -> None:
+    first, second = (runs.seen(runs.launch("reporting")) for _ in range(2))
+    (server,) = runs.servers()
+    assert first["parent"] == second["parent"] == server.pid
+    assert first["random"] != second["random"]
+    assert server.num_threads() == 1
+    assert server.net_connections() == [] or all(each.family == socket.AF_UNIX for each in server.net_connections())
+    assert [each.path for each in server.open_files() if each.path.endswith((".db", ".sqlite"))] == []
+    assert "numpy" not in Path(f"/proc/{server.pid}/maps").read_text()
+
+
+def test_launches_at_once_start_one_server(runs: Runs) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        ids = list(pool.map(runs.launch, ["reporting"] * 4))
+    assert len({runs.seen(run_id)["parent"] for run_id in ids}) == 1
+    for run_id in ids:
+        runs.wait(run_id)
+
+
+def test_a_run_that_is_terminated(runs: Runs) -> None:
+    run_id = runs.launch("waiting")
+    runs.seen(run_id)
+    assert runs.instance.run_launcher.terminate(run_id)
+    runs.wait(run_id, STATUS.CANCELED)
+    assert not runs.instance.run_launcher.terminate(run_id)
+    wait_for(lambda: not runs.process(run_id).alive, 20, "its process has ended")
+
+
+def test_terminate_ends_a_run_whose_process_is_gone_and_no_other_process(runs: Runs) -> None:
+    """A process that has got the number of a run after a reboot, or that ran under it before, is left alone."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as other:
+        process = RunProcess.find(other.pid)
+        assert process
+        for former in replaced(process):
+            run_id = runs.new("reporting")
+            runs.instance.add_run_tags(run_id, former.tags(run_id))
+            assert runs.health(run_id) == "NOT_FOUND"
+            assert runs.instance.run_launcher.terminate(run_id)
+            assert runs.status(run_id) == STATUS.CANCELED
+        retry = runs.new("reporting")
+        runs.instance.add_run_tags(retry, process.tags("the-run-before"))
+        assert runs.health(retry) == "RUNNING"  # it has no process yet
+        assert not runs.instance.run_launcher.terminate(retry)
+        assert other.poll() is None
+        other.kill()
+
+
+def test_a_run_that_crashes_fails_at_once(runs: Runs) -> None:
+    run_id = runs.launch("dying")
+    runs.wait(run_id, STATUS.FAILURE)
+    texts = [entry.message or entry.user_message for entry in runs.instance.all_logs(run_id)]
+    assert any("has ended unexpectedly by signal 9" in text for text in texts)
+    assert runs.health(run_id) == "NOT_FOUND"
+
+
+def test_a_server_that_is_killed_loses_no_run(runs: Runs) -> None:
+    """Its runs are still watched and terminated, and the next launch starts another server."""
+    before = runs.launch("waiting")
+    parent = runs.seen(before)["parent"]
+    os.kill(parent, signal.SIGKILL)
+    wait_for(lambda: gone(parent), 20, "the server is gone")
+    after = runs.launch("reporting")
+    runs.wait(after)
+    assert runs.seen(after)["parent"] != parent
+    assert len(list(runs.base.glob("*.socket"))) == 1
+    assert runs.health(before) == "RUNNING"
+    assert runs.instance.run_launcher.terminate(before)
+    runs.wait(before, STATUS.CANCELED)
+
+
+def test_a_server_retires_when_something_that_it_has_imported_changes(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old runs keep what they have; new ones get a new server; the old one ends with its last run."""
+    customize = runs.folder / "imported" / "sitecustomize.py"
+    customize.parent.mkdir()
+    customize.write_text("")
+    monkeypatch.setenv("PYTHONPATH", f"{customize.parent}:{JOBS.parents[1]}")
+    old = runs.launch("waiting")
+    runs.seen(old)
+    customize.write_text("import os\nos.environ['UPGRADED'] = 'yes'\n")
+    new = runs.launch("reporting")
+    assert runs.seen(new)["variables"]["UPGRADED"] == "yes"
+    assert len(runs.servers()) == 2
+    (runs.reports / "go").touch()
+    runs.wait(old)
+    wait_for(lambda: len(runs.servers()) == 1, 20, "the old server has ended")
+    assert f"retires: {customize} has changed; 1 runs left" in runs.log
+
+
+def test_other_variables_have_another_server(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = runs.seen(runs.launch("reporting"))
+    monkeypatch.setenv("DAGSTER_DEPLOYMENT", "production_supercomputer")
+    second = runs.seen(runs.launch("reporting"))
+    assert second["variables"]["DAGSTER_DEPLOYMENT"] == "production_supercomputer"
+    assert first["parent"] != second["parent"]
+
+
+def test_a_location_with_a_python_of_its_own_that_lacks_this_package(runs: Runs) -> None:
+    folder = runs.folder / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (own,) = (path for path in map(Path, sys.path) if path.name == "site-packages")
+    for each in own.iterdir():
+        if "sbatch" not in each.name and each.suffix != ".pth":
+            (packages / each.name).symlink_to(each)
+    python = str(folder / "bin" / "python")
+    code = "import importlib.util as u; print(u.find_spec('dagster_sbatch'))"
+    assert subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True).stdout == "None\n"
+    run_id = runs.launch("reporting", python)
+    assert runs.seen(run_id)["python"] == python
+    runs.wait(run_id)
+
+
+def test_a_launch_that_breaks_off_has_started_nothing(runs: Runs) -> None:
+    """Dagster dies after the fork, before the run's tag is stored: nobody could find that process."""
+    runs.wait(runs.launch("reporting"))
+    run_id = runs.new("reporting")
+    reports = len(list(runs.reports.glob("*.json")))
+    with ForkServers(runs.base).fork(sys.executable, run_id, "{}") as forked:
+        assert forked.process.alive
+    wait_for(lambda: not forked.process.alive, 20, "the process has ended")
+    assert len(list(runs.reports.glob("*.json"))) == reports
+    assert runs.status(run_id) == STATUS.NOT_STARTED
+
+
+def test_a_run_that_is_terminated_while_it_is_launched(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = dg.DagsterInstance.add_run_tags
+
+    def add_and_terminate(instance: dg.DagsterInstance, run_id: str, tags: dict[str, str]) -> None:
+        run = instance.get_run_by_id(run_id)
+        assert run
+        instance.report_run_canceling(run)
+        add(instance, run_id, tags)
+
+    monkeypatch.setattr(dg.DagsterInstance, "add_run_tags", add_and_terminate)
+    run_id = runs.launch("reporting")
+    assert runs.status(run_id) == STATUS.CANCELED
+    wait_for(lambda: not runs.process(run_id).alive, 20, "its process has ended")
+    assert list(runs.reports.glob("*.json")) == []
+
+
+def test_no_other_user_can_ask_a_server(runs: Runs) -> None:
+    """Neither through the folder, nor by the socket itself, if the folder's mode were wrong."""
+    runs.wait(runs.launch("reporting"))
+    assert runs.base.stat().st_mode & 0o777 == 0o700
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    (path,) = runs.base.glob("*.socket")
+    folder = os.open(runs.base, os.O_RDONLY)
+    path.chmod(0o777)
+    script = f"""
+import os, socket
+os.setuid(65534)
+peer = socket.socket(socket.AF_UNIX)
+peer.connect("/proc/self/fd/{folder}/{path.name}")
+peer.sendall(b'{{"run_id": "x", "arguments": "y"}}\\n')
+try:
+    print("answer", peer.recv(10))
+except ConnectionResetError:
+    print("answer", b"")
+"""
+    command = [sys.executable, "-I", "-c", script]
+    refused = subprocess.run(command, pass_fds=[folder], capture_output=True, text=True, check=False)
+    assert "PermissionError" in refused.stderr
+    runs.base.chmod(0o755)
+    done = subprocess.run(command, pass_fds=[folder], capture_output=True, text=True, check=False)
+    os.close(folder)
+    assert done.stdout == "answer b''\n", done.stderr
+    assert runs.log.count("has process") == 1
+
+
+def test_a_server_ends_when_nobody_needs_it(runs: Runs) -> None:
+    """Its Dagster process is gone, and so is its last run."""
+    script = """
+import sys
+from pathlib import Path
+from dagster_sbatch.run_launcher.connection import ForkServers
+with ForkServers(Path(sys.argv[1])).fork(sys.executable, "a-run", "{}") as forked:
+    print(forked.process.pid)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(runs.base)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 0
+    wait_for(lambda: runs.servers() == [], 30, "the server has ended")
+    assert "the process that has started it is gone" in runs.log
+    assert list(runs.base.glob("*.socket")) == []
+
+
+@pytest.mark.parametrize("fault", ["no such Python", "no folder", "a server that ends", "a server that hangs"])
+def test_without_a_server_dagsters_default_launcher_starts_the_run(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    started = []
+
+    def start(_: dg.DefaultRunLauncher, context: Any) -> None:
+        started.append(context.dagster_run.run_id)
+
+    monkeypatch.setattr(dg.DefaultRunLauncher, "launch_run", start)
+    python = sys.executable
+    if fault == "no such Python":
+        python = "/no/such/python"
+    elif fault == "no folder":
+        runs.base.write_text("in its place")
+    elif fault == "a server that ends":
+        monkeypatch.setenv("PYTHONPATH", str(runs.folder))
+        (runs.folder / "sitecustomize.py").write_text("import os; os._exit(1)")
+    else:
+        monkeypatch.setattr(connection, "ANSWER_SECONDS", 0.01)
+    run_id = runs.launch("reporting", python)
+    assert started == [run_id]
+    texts = [entry.message or entry.user_message for entry in runs.instance.all_logs(run_id)]
+    assert any("The fork server cannot start a run" in text and "default launcher" in text for text in texts)
+    assert list(runs.reports.glob("*.json")) == []
+
+
+def test_where_nothing_can_be_forked_dagsters_default_launcher_starts_the_run(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "CAN_FORK", False)
+    with pytest.raises(dg.DagsterInvariantViolationError, match="DefaultRunLauncher requires a workspace"):
+        runs.launch("reporting")
+    assert not runs.base.exists()
+
+
+def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = """
+import socket, sys
+from pathlib import Path
+from dagster_sbatch.run_launcher import fork_server
+fork_server.LOG_BYTES = 1000
+folder = Path(sys.argv[1])
+listener = socket.socket(socket.AF_UNIX)
+(folder / "s").touch()
+server = fork_server.Server(listener, folder, "s")
+for _ in range(100):
+    server.log("x" * 100)
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("fork-server*")}
+    assert set(sizes) == {LOG, f"{LOG}.old"}
+    assert all(0 < size < 1300 for size in sizes.values())
