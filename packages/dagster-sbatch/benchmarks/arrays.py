@@ -23,7 +23,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.slurm import RUNS, SITE, agents, prepare
+from benchmarks.slurm import RUNS, SITE, prepare
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape, SlurmRequest, allocate, render_job_script
@@ -44,7 +44,7 @@ SITE_NAME = "benchmark-arrays"
 AT_ONCE = 32
 """Tasks that run at once: more overload the two cores, and Slurm starts some of them again."""
 FEW = 10
-SAMPLE_SECONDS = 0.2
+SAMPLE_SECONDS = 2.0
 CONSOLE = Console(width=120)
 
 
@@ -87,9 +87,9 @@ class _Measured(Arrays):
 class _Watch:
     """Samples this process's memory, and the agents on the login node."""
 
-    def __init__(self) -> None:
-        self.memory, self.agents, self.agent_cpu, self.agent_memory = 0, 0, 0.0, 0
-        self._over = threading.Event()
+    def __init__(self, site: SimulatedSite) -> None:
+        self.memory, self.agents, self.agent_cpu, self.agent_memory = 0, 0, 0.0, 0.0
+        self._site, self._over = site, threading.Event()
         self._thread = threading.Thread(target=self._sample)
 
     def __enter__(self) -> "_Watch":
@@ -104,12 +104,21 @@ class _Watch:
         own = psutil.Process()
         while not self._over.wait(SAMPLE_SECONDS):
             self.memory = max(self.memory, own.memory_info().rss)
-            found = [psutil.Process(pid) for pid in agents()]
+            found = [
+                each
+                for each in self._site.processes_on_login()
+                if "zlib" in each.command and "-u" in each.command.split()[:6]
+            ]
             self.agents = max(self.agents, len(found))
             for each in found:
-                times = each.cpu_times()
-                self.agent_cpu = max(self.agent_cpu, times.user + times.system)
-                self.agent_memory = max(self.agent_memory, each.memory_info().rss)
+                shown = self._site.run_on_node(
+                    each.machine, f"cat /proc/{each.pid}/stat /proc/{each.pid}/status", check=False
+                )
+                if shown.returncode == 0:
+                    fields = shown.stdout.partition(") ")[2].split()
+                    self.agent_cpu = max(self.agent_cpu, (int(fields[11]) + int(fields[12])) / 100)
+                    peak = shown.stdout.partition("VmHWM:")[2].split()
+                    self.agent_memory = max(self.agent_memory, int(peak[0]) / 1000)
 
 
 def main() -> None:
@@ -135,10 +144,10 @@ def _measure(site: SimulatedSite, settings: Settings, tasks: int, rounds: int) -
         opened += 1
         return channel()
 
-    with _Watch() as few:
+    with _Watch(site) as few:
         _run(count, FEW)
     ours, floor, bare, calls, opened = [], [], [], 0, 0
-    with _Watch() as many:
+    with _Watch(site) as many:
         for _ in range(rounds):
             floor.append(_seconds(lambda: _by_hand(site, tasks, "--export=NONE")))
             begun = time.perf_counter()
@@ -155,7 +164,7 @@ def _measure(site: SimulatedSite, settings: Settings, tasks: int, rounds: int) -
         f"growth of this process's memory from {FEW} to {tasks} tasks": f"{(many.memory - few.memory) / 1e6:.1f} MB",
         "agents on the login node": str(many.agents),
         "CPU time of an agent": f"{many.agent_cpu:.1f} s",
-        "memory of an agent": f"{many.agent_memory / 1e6:.1f} MB",
+        "memory of an agent": f"{many.agent_memory:.1f} MB",
         "squeue calls per minute": f"{60 * calls / sum(ours):.1f}",
         "SSH connections, each with one channel, per array job": f"{opened / rounds:.0f}",
     }.items():

@@ -247,14 +247,14 @@ def _measure_many(settings: Settings) -> None:
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + 120
-        while len(agents()) < AT_ONCE + 1 and time.monotonic() < deadline:
+        while len(_agents()) < AT_ONCE + 1 and time.monotonic() < deadline:
             time.sleep(1)
         before, begun = watcher.queue(RUNS)["calls"], time.monotonic()
-        cpu = {pid: _cpu(pid) for pid in agents()}
+        cpu = {pid: _cpu(pid) for pid in _agents()}
         time.sleep(60)
         calls, seconds = watcher.queue(RUNS)["calls"] - before, time.monotonic() - begun
-        memory = [psutil.Process(pid).memory_info().rss / 1e6 for pid in agents()]
-        busy = [_cpu(pid) - cpu[pid] for pid in agents() if pid in cpu]
+        memory = [psutil.Process(pid).memory_info().rss / 1e6 for pid in _agents()]
+        busy = [_cpu(pid) - cpu[pid] for pid in _agents() if pid in cpu]
         stop.set()
         for thread in threads:
             thread.join()
@@ -271,7 +271,7 @@ def _follow_one(settings: Settings, number: int, stop: threading.Event) -> None:
             gateway.follow(run, {"stdout": lambda _: None}, lambda _: None)
 
 
-def agents() -> list[int]:
+def _agents() -> list[int]:
     """Pids of the agents, as this machine counts them."""
     found = []
     for process in psutil.process_iter(["uids", "cmdline"]):

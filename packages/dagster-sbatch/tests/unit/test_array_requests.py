@@ -1,0 +1,76 @@
+"""Requests about array jobs that follow nothing: Slurm's limits, what is known of a run, rejected results."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.slurm.gateway import Limits, RefusedError
+from dagster_sbatch.slurm.gateway.agent import run_directories
+from resources import PROJECT
+from slurm_in_a_box import wait_until
+from support.agent_fixtures import Prepare, put
+from support.array_run import files_of
+
+SCONTROL = """\
+case "$*" in
+"show config") printf 'MaxArraySize            = {size}\\nSchedulerParameters     = {parameters}\\n';;
+*partition*) echo 'PartitionName=cpu AllowQos=ALL QoS={qos} DefaultTime=1';;
+esac"""
+SACCTMGR = """\
+case "$*" in
+*assoc*) printf 'cpu|{association}|\\ngpu|1|1\\n';;
+*"qos mine"*) echo 'mine|{mine}||';;
+*"qos of_partition"*) echo 'of_partition||40|60';;
+esac"""
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, Limits(1001, None)),
+        ({"parameters": "bf_interval=3,max_array_tasks=500"}, Limits(500, None)),
+        ({"association": "30"}, Limits(1001, 30)),
+        ({"association": "30", "mine": "20"}, Limits(1001, 20)),
+        ({"association": "50", "qos": "of_partition"}, Limits(1001, 40)),
+        ({"size": ""}, Limits(None, None)),
+    ],
+)
+def test_the_limits_are_the_fewest_that_apply(
+    said: dict[str, str], expected: Limits, slurm: Path, prepare: Prepare
+) -> None:
+    """Of the user's association (not in other partitions), of the job's QoS, and of the partition's."""
+    known = {"size": "1001", "parameters": "(null)", "qos": "N/A", "association": "", "mine": "", **said}
+    put(slurm, "scontrol", SCONTROL.format(**known))
+    put(slurm, "sacctmgr", SACCTMGR.format(**known))
+    assert prepare().limits("cpu", "mine", "p1") == expected
+
+
+def test_a_centre_without_accounting_names_no_limit_of_submitted_jobs(slurm: Path, prepare: Prepare) -> None:
+    put(slurm, "scontrol", SCONTROL.format(size="1001", parameters="", qos="N/A"))
+    put(slurm, "sacctmgr", "echo 'You are not running a supported accounting_storage plugin' >&2; exit 1")
+    assert prepare().limits("cpu", "mine", "p1") == Limits(1001, None)
+
+
+def test_a_rejected_result_is_known_to_the_next_claim(prepare: Prepare, tmp_path: Path) -> None:
+    run, gateway = tmp_path / "runs" / "family-1", prepare()
+    run.parent.mkdir(mode=0o700)
+    run_directories.lay_out(str(run), files_of(PROJECT.load_site("musica"), "family-1", "true", 3))
+    ends = {str(index): {"state": "COMPLETED", "exit": "0:0", "times": [1, 2, 3], "code": 0} for index in range(3)}
+    (run / "job").symlink_to("17")
+    (run / "ends.json").write_text(json.dumps({"tasks": ends}))
+    for index in (0, 2):
+        (run / "tasks" / str(index)).mkdir()
+    gateway.claim(str(run.parent), "family", "token", "me")
+    gateway.reject(str(run), 2)
+    wait_until((run / "tasks/2/failed").exists, "the mark", 10, 0.01)
+    (known,) = gateway.claim(str(run.parent), "family", "token", "me").arrays
+    assert (known.number, known.job, known.over, known.tasks) == (1, "17", True, ["i0", "i1", "i2"])
+    assert (known.rejected, known.started) == (frozenset({2}), frozenset({0, 2}))
+    assert {index: end.code for index, end in known.ends.items()} == {0: 0, 1: 0, 2: 0}
+
+
+def test_a_run_of_a_single_job_is_no_array_job(prepare: Prepare, tmp_path: Path) -> None:
+    (tmp_path / "runs/KEY-1").mkdir(parents=True)
+    with pytest.raises(RefusedError, match="is not the run directory of an array job"):
+        prepare().array(f"{tmp_path}/runs/KEY-1")
