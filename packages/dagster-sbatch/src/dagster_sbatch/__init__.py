@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dagster_sbatch.errors import ConfigurationError
     from dagster_sbatch.inspect.source_links import link_to_source
-    from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, Launcher, RayLauncher, ScriptLauncher
+    from dagster_sbatch.launchers import (
+        BatchScriptLauncher,
+        CommandLauncher,
+        Launcher,
+        RayLauncher,
+        ScriptLauncher,
+        SrunLauncher,
+    )
     from dagster_sbatch.project import Project
     from dagster_sbatch.run.array import JobArray
     from dagster_sbatch.run.array_results import CompletedArray
@@ -36,6 +43,7 @@ __all__ = [
     "ScriptLauncher",
     "Site",
     "SlurmRequest",
+    "SrunLauncher",
     "Upkeep",
     "link_to_source",
     "make_credential_refresh",
@@ -51,6 +59,7 @@ _MODULES = {
         "Launcher",
         "RayLauncher",
         "ScriptLauncher",
+        "SrunLauncher",
     ),
     "dagster_sbatch.project": ("Project",),
     "dagster_sbatch.run.array": ("JobArray",),

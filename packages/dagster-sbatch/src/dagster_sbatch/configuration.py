@@ -1,6 +1,6 @@
 """Checks the configuration of a project, as far as that needs neither an asset nor a connection."""
 
-from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, RayLauncher, ScriptLauncher
+from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, RayLauncher, ScriptLauncher, SrunLauncher
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, allocate
@@ -18,7 +18,7 @@ def check_configuration(project: Project, *, supercomputer: bool = False) -> Set
     """
     settings = project.load_settings(supercomputer=supercomputer)
     for name in project.site_overrides:
-        for launcher in (BatchScriptLauncher, CommandLauncher, RayLauncher, ScriptLauncher):
+        for launcher in (BatchScriptLauncher, CommandLauncher, RayLauncher, ScriptLauncher, SrunLauncher):
             launcher().with_site(project.load_site(name).launchers)
     if settings.supercomputer_site:
         site = project.load_site(settings.supercomputer_site)

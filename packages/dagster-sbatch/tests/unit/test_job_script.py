@@ -18,6 +18,7 @@ from dagster_sbatch.launchers import (
     Launcher,
     RayLauncher,
     ScriptLauncher,
+    SrunLauncher,
     ray,
 )
 from dagster_sbatch.run.messages import JOB_STARTED
@@ -64,6 +65,10 @@ CASES = {
     "ray-one-node": (
         RayLauncher(network_interface="ib0", ray_start_args=["--include-dashboard=false"]),
         SlurmRequest(),
+    ),
+    "srun": (
+        SrunLauncher(mpi="pmix", cpu_bind="cores", gpu_bind="per_task:1", pre_start_commands=["ulimit -n 65536"]),
+        SlurmRequest(nodes=2, ntasks_per_node=4, gpus_per_node=4, time_limit="02:00:00"),
     ),
     "array": (ScriptLauncher(), SlurmRequest(cpus_per_task=2, time_limit="10")),
 }
@@ -312,6 +317,7 @@ def test_a_job_name_is_a_plain_word(name: str) -> None:
 def test_paths_are_quoted() -> None:
     assert shlex.quote(AWKWARD) in ScriptLauncher().render(SlurmRequest(), [AWKWARD])
     assert shlex.quote(AWKWARD) in RayLauncher().render(SlurmRequest(), [AWKWARD])
+    assert shlex.quote(AWKWARD) in SrunLauncher().render(SlurmRequest(), [AWKWARD])
 
 
 @pytest.mark.parametrize("handles", [True, False])

@@ -5,5 +5,6 @@ from dagster_sbatch.launchers.command import CommandLauncher
 from dagster_sbatch.launchers.command.batch_script import BatchScriptLauncher
 from dagster_sbatch.launchers.ray import RayLauncher
 from dagster_sbatch.launchers.script import ScriptLauncher
+from dagster_sbatch.launchers.srun import SrunLauncher
 
-__all__ = ["BatchScriptLauncher", "CommandLauncher", "Launcher", "RayLauncher", "ScriptLauncher"]
+__all__ = ["BatchScriptLauncher", "CommandLauncher", "Launcher", "RayLauncher", "ScriptLauncher", "SrunLauncher"]

@@ -62,7 +62,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
             context: of the asset, the op, or the function of an asset check.
             workload: a Python program that calls `open_dagster_pipes()`, or a package: its folder with a `__main__.py`;
                 with CommandLauncher and BatchScriptLauncher a program of any language.
-            launcher: how to start it: ScriptLauncher, CommandLauncher, BatchScriptLauncher, RayLauncher.
+            launcher: how to start it: ScriptLauncher, SrunLauncher, CommandLauncher, ...
             args: arguments of the workload.
             request: of Slurm; the default is one CPU for an hour. It is checked in `development`, too.
             extras: values for the workload's `pipes.extras`; JSON. `partition_keys` is added for partitioned assets.

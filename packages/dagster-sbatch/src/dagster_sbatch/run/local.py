@@ -31,7 +31,7 @@ def workload_environment() -> dict[str, str]:
 
 
 class RunDirectory:
-    """Paths of the files of one run: the context, and what the run writes: messages, stdout, stderr and its end."""
+    """Paths of the files of one run: the context, and what the run writes: messages, output, its end and its cause."""
 
     def __init__(self, path: Path) -> None:
         """`path`: an empty folder that exists; the workload runs in it."""
@@ -41,6 +41,7 @@ class RunDirectory:
         self.stdout = path / "stdout"
         self.stderr = path / "stderr"
         self.end = path / "end"
+        self.cause = path / "cause"
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,12 @@ class Ended:
     Attributes:
         exit_code: of its process; negative is the number of the signal that ended it.
         seconds: its run time; 0 if that is not known.
+        cause: why it failed, if something beside the workload knows more than its exit code; else empty.
     """
 
     exit_code: int
     seconds: float
+    cause: str = ""
 
 
 def temporary_run_directory() -> "tempfile.TemporaryDirectory[str]":
@@ -107,7 +110,9 @@ class LocalProcess:
         _follow(self._sinks, self._offsets)
         if self._directory.end.exists():
             code, seconds = self._directory.end.read_text().split()
-            return Ended(int(code), float(seconds))
+            known = self._directory.cause if int(code) else None
+            cause = known.read_text(errors="replace").strip() if known and known.exists() else ""
+            return Ended(int(code), float(seconds), cause)
         return Ended(self._process.returncode, 0.0)
 
 

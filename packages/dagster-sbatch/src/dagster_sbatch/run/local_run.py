@@ -46,7 +46,7 @@ def run_here(context: StepContext, name: str, settings: Settings, plan: Plan) ->
             }
             ended = run_interruptibly(lambda stop: run_workload(_command(plan), environment, directory, sinks, stop))
             session.messages.finish(context)
-        cause = explain_failure(session.messages, ended.exit_code, plan.workload.name)
+        cause = ended.cause or explain_failure(session.messages, ended.exit_code, plan.workload.name)
         if cause:
             raise failure(name, cause, session.stderr.tail, exit_code=ended.exit_code, workload=plan.workload.path)
         where = {"host": socket.gethostname(), "workload": str(plan.workload.path)}
@@ -135,7 +135,10 @@ class _LocalTasks:
     def _judge(self, index: int, ended: Ended) -> None:
         label = self._step.tasks[index].label
         logs = f"the lines of this step's stdout and stderr that begin with [{label}]"
-        self._step.ended(index, ended.exit_code, {}, {"workload_seconds": round(ended.seconds, 3)}, logs)
+        if ended.cause:
+            self._step.failed(index, ended.cause, logs)
+        else:
+            self._step.ended(index, ended.exit_code, {}, {"workload_seconds": round(ended.seconds, 3)}, logs)
 
     def _terminate(self) -> None:
         """End all processes together."""

@@ -84,7 +84,7 @@ def _check_syntax(program: Path) -> None:
         shown = f"\n    {(getattr(error, 'text', None) or '').strip()}".rstrip()
         raise ConfigurationError(
             f"{program}{f', line {line}' if line else ''}: {getattr(error, 'msg', error)}{shown}\n"
-            "ScriptLauncher and RayLauncher run Python programs. For another language use launcher=CommandLauncher()."
+            "This launcher runs Python programs. For another language use launcher=CommandLauncher()."
         ) from None
 
 

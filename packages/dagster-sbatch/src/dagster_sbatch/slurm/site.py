@@ -50,7 +50,7 @@ class Site(_Part):
 
     partitions: dict[str, Partition] = Field({}, description="By name, the preferred one of each kind first.")
     launchers: dict[str, dict[str, Any]] = Field(
-        {}, description="Fields of launchers by their keys: script, command, batch_script, ray."
+        {}, description="Fields of launchers by their keys: script, srun, command, batch_script, ray."
     )
     script_header: tuple[Annotated[str, AfterValidator(_comment)], ...] = Field(
         (), description="Comment lines for the site's submit plugin, before the #SBATCH lines of the job script."

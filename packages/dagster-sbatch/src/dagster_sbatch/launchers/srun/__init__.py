@@ -1,0 +1,112 @@
+"""Run the workload as the tasks of srun: one process per rank, as PyTorch and MPI programs need it."""
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import AfterValidator, Field, PositiveInt
+
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.launchers.base import Launcher
+from dagster_sbatch.slurm.request import SlurmRequest
+
+_PROGRAM = Path(__file__).parent / "job" / "ranks.py"
+_IN_THE_JOB = "srun/ranks.py"
+_GPUS_PER_TASK = re.compile(r"per_task:(\d+)")
+
+
+def _word(pattern: str, hint: str) -> AfterValidator:
+    def check(text: str | None) -> str | None:
+        if text is not None and not re.fullmatch(pattern, text):
+            raise ValueError(f"{text!r} is not valid here: {hint}")
+        return text
+
+    return AfterValidator(check)
+
+
+_MPI = _word(r"[a-z0-9_]+", "write a type that `srun --mpi=list` prints, for instance pmix")
+_CPU_BIND = _word(r"[a-z_]+([:,][\w,:*.-]+)?", "write what srun's --cpu-bind takes, for instance cores")
+_GPU_BIND = _word(r"[a-z_]+([:,][\w,:*.-]+)?", "write what srun's --gpu-bind takes, for instance per_task:1")
+
+
+class SrunLauncher(Launcher):
+    """Runs the workload `ntasks_per_node` times on every node, as the tasks of one `srun`.
+
+    Each process has RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, so PyTorch's
+    `init_process_group(init_method="env://")` works without torchrun. For MPI programs, `mpi` names srun's MPI type.
+
+    Rank 0 reports to Dagster. The other ranks can open a Pipes session, too: they get the same extras and partitions,
+    and their reports are ignored. Their output is labelled `[rank 3]`. If a rank fails, all others are ended, and the
+    step fails with the error of that rank. In `development`, as many processes run on this machine; with `mpi`, the
+    `mpiexec` of this machine starts them.
+
+    Example:
+        launcher=SrunLauncher(), request=SlurmRequest(nodes=2, ntasks_per_node=4, gpus_per_node=4)
+    """
+
+    key: ClassVar[str] = "srun"
+
+    mpi: Annotated[str | None, _MPI] = Field(
+        None, description="srun's --mpi: a type that `srun --mpi=list` prints, for instance pmix; default: the site's."
+    )
+    cpu_bind: Annotated[str | None, _CPU_BIND] = Field(
+        None, description="srun's --cpu-bind, for instance cores; default: srun's own."
+    )
+    gpu_bind: Annotated[str, _GPU_BIND] = Field(
+        "none",
+        description="srun's --gpu-bind. none: each task sees all GPUs that the job has on its node; per_task:1: one of "
+        "its own.",
+    )
+    end_time_limit: PositiveInt = Field(
+        600,
+        description="Seconds that the other ranks can continue after the first rank has ended; then the job fails and "
+        "names one that still runs.",
+    )
+
+    def check(self, request: SlurmRequest) -> None:  # noqa: D102 - see Launcher
+        if self.gpu_bind == "none":
+            return
+        tasks, gpus = request.ntasks_per_node, request.gpus_per_node
+        bound = _GPUS_PER_TASK.fullmatch(self.gpu_bind)
+        needed = tasks * int(bound[1]) if bound else 1
+        if gpus < needed:
+            raise ConfigurationError(
+                f"gpu_bind={self.gpu_bind!r} with ntasks_per_node={tasks} and gpus_per_node={gpus}: there are too few "
+                f"GPUs per node. Request gpus_per_node={needed}, or let all tasks see all GPUs with gpu_bind='none'"
+            )
+
+    def files(self, request: SlurmRequest) -> dict[str, str]:  # noqa: ARG002, D102 - see Launcher
+        return {_IN_THE_JOB: _PROGRAM.read_text()}
+
+    def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
+        nodes, tasks, cpus, gpus = (
+            request.nodes, request.ntasks_per_node, request.cpus_per_task or 1, request.gpus_per_node
+        )  # fmt: skip
+        # A step inherits neither CPUs nor GPUs from the job (Slurm 22.05 and later).
+        step = [
+            f"--nodes={nodes}",
+            f"--ntasks={nodes * tasks}",
+            f"--ntasks-per-node={tasks}",
+            f"--cpus-per-task={cpus}",
+        ]
+        step += [f"--gres=gpu:{gpus}", f"--gpu-bind={self.gpu_bind}"] if gpus else []
+        step += [f"--cpu-bind={self.cpu_bind}"] if self.cpu_bind else []
+        step += [f"--mpi={self.mpi}"] if self.mpi else []
+        step += [f"--wait={self.end_time_limit}"]
+        pre_start = self.render_pre_start() or ":"
+        return (
+            f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cpus}}}\n"
+            "# Every rank runs this before the workload.\n# shellcheck disable=SC2317\n"
+            f"pre_start() {{\n{pre_start}\n}}\n"
+            f"export -f pre_start\nranks=$PWD/{_IN_THE_JOB}\n"
+            f'[ -e "$ranks" ] || ranks=$PWD/../../{_IN_THE_JOB} # the task of an array runs two folders below\n'
+            f'"$PYTHON" -I -S "$ranks" job {shlex.join([*step, *command])}'
+        )
+
+    def local_command(self, request: SlurmRequest, command: Sequence[str]) -> list[str]:  # noqa: D102 - see Launcher
+        step = [f"--ntasks={request.nodes * request.ntasks_per_node}", f"--gpu-bind={self.gpu_bind}"]
+        step += [f"--mpi={self.mpi}"] if self.mpi else []
+        return [sys.executable, "-I", "-S", str(_PROGRAM), "local", *step, f"--wait={self.end_time_limit}", *command]

@@ -1,0 +1,349 @@
+"""Run a workload as several ranks, and report why one of them has failed.
+
+usage: ranks.py job OPTIONS COMMAND...     on the first node of a job: start the ranks with srun and these options of it
+       ranks.py local OPTIONS COMMAND...   on a laptop: start them as processes of this machine
+       ranks.py rank FAILURE COMMAND...    one rank: start the workload, label its output, record its failure;
+                                           mpi-rank: the same for an MPI program
+
+The first two run in the run directory, claim MASTER_PORT, and write the file `cause` if a rank fails. COMMAND contains
+Python's arguments. A rank that fails writes the file FAILURE unless another one was earlier: others fail as a result.
+"""
+
+import base64
+import importlib.util
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import takewhile
+from pathlib import Path
+from typing import IO
+
+RANK, MPI_RANK = "rank", "mpi-rank"
+PORTS = range(20000, 32768)
+"""Below the ports that Linux uses for outgoing connections (ip_local_port_range)."""
+KEPT_LINES, TAIL_LINES = 200, 20
+"""Of what a process writes to stderr: those that are searched for the cause, and those that are shown with it."""
+LONGEST_LINE = 1 << 16
+"""Bytes of a line that are labelled at once."""
+DRAIN_SECONDS = 2.0
+"""For the last output of a rank that has ended: a process that it has left may keep the pipe open."""
+GRACE_SECONDS = 5.0
+"""Between SIGTERM and SIGKILL for local ranks."""
+POLL_SECONDS = 0.05
+RANK_VARIABLES = ("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "RANK")
+"""Where srun, two kinds of mpiexec and `local` write a rank."""
+RANK_SHELL = """\
+HOSTNAME=$SLURMD_NODENAME # Slurm passes on that of the first node
+TMPDIR=$(temporary_folder)
+JOB_TMPDIR=$TMPDIR
+pre_start
+run_python -I "$@"
+"""
+NO_MPIEXEC = """\
+There is no mpiexec on this machine. It starts the ranks of SrunLauncher(mpi=...) in `development`. Install an MPI:
+pip install mpich"""
+_EXCEPTION = re.compile(r"(\[rank \d+\] )?[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
+"""Begins the line with which Python's tracebacks end; an MPI or PyTorch may say more after it."""
+_STILL_RUNNING = re.compile(r"tasks? ([0-9,-]+): running")
+"""What srun says of tasks when its --wait is over, before it kills them (Slurm 22.05 to 24.11)."""
+
+
+def main() -> int:
+    """Return the exit code of the job, or of the rank."""
+    role, *words = sys.argv[1:]
+    if role in (RANK, MPI_RANK):
+        return run_rank(Path(words[0]), [*(mpi4py() if role == MPI_RANK else []), *words[1:]])
+    options = dict(word[2:].split("=", 1) for word in takewhile(lambda word: word.startswith("--"), words))
+    command = words[len(options) :]
+    failure = Path(f"rank-failure-{os.environ.get('SLURM_RESTART_COUNT', '0')}").absolute()
+    with claimed_port() as port:
+        os.environ["MASTER_PORT"] = str(port)
+        code, cause = run_job(options, failure, command) if role == "job" else run_here(options, failure, command)
+    if cause:
+        Path("cause").write_text(cause)
+    return code
+
+
+@contextmanager
+def claimed_port() -> Iterator[int]:
+    """Reserve a free port of this machine for rank 0.
+
+    A socket that is bound and does not listen keeps its port from every process that binds without SO_REUSEADDR, as
+    this function does. PyTorch binds with it, so rank 0 gets the port.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    first = secrets.randbelow(len(PORTS))
+    for step in range(len(PORTS)):
+        with socket.socket() as claim:
+            port = PORTS[(first + step) % len(PORTS)]
+            try:
+                claim.bind(("", port))
+            except OSError:
+                continue
+            claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            yield port
+            return
+    raise SystemExit(f"no free port from {PORTS.start} to {PORTS.stop - 1} on {socket.gethostname()}")
+
+
+def role_of(options: Mapping[str, str]) -> str:
+    """Return what this program is in each rank."""
+    return MPI_RANK if "mpi" in options else RANK
+
+
+# On the first node of a job
+
+
+def run_job(options: Mapping[str, str], failure: Path, command: Sequence[str]) -> tuple[int, str]:
+    """Run the ranks with srun; return the exit code and, if it is not 0, the cause."""
+    problem = missing_mpi(options.get("mpi"))
+    if problem:
+        print(problem, file=sys.stderr)
+        return 1, problem
+    os.environ["MASTER_ADDR"] = socket.gethostname()
+    step = [f"--{name}={value}" for name, value in options.items()]
+    ranks = ["bash", "-c", RANK_SHELL, "-", __file__, role_of(options), str(failure), *command]
+    srun = ["srun", "--export=ALL", "--input=none", "--kill-on-bad-exit=1", *step, *ranks]
+    return await_starter(srun, failure, options["wait"])
+
+
+def await_starter(command: Sequence[str], failure: Path, limit: str) -> tuple[int, str]:
+    """Run srun or mpiexec to its end; return the exit code and, if it is not 0, the cause."""
+    starter = subprocess.Popen(command, stderr=subprocess.PIPE)
+    output = Output(starter.stderr, sys.stderr.buffer)
+    code = starter.wait()
+    output.drain()
+    if code == 0:
+        return 0, ""
+    if failure.exists():
+        return explain(failure, out_of_memory=any("Out Of Memory" in line for line in output.lines))
+    late = next(filter(None, map(_STILL_RUNNING.search, output.lines)), None)
+    if late:
+        return 1, explain_late(late[1], limit)
+    # MPI_Abort kills all processes of the job, also those that record failures.
+    words = [line for line in output.lines if _EXCEPTION.match(line)][:1]
+    words = words or [line for line in output.lines if line.startswith(("srun:", "slurmstepd:"))]
+    return code, f"{Path(command[0]).name} ended with exit code {code}: " + ("\n".join(words) or "its output says why")
+
+
+def missing_mpi(mpi: "str | None") -> str:
+    """Return what is wrong with an MPI type of srun; empty if it has it."""
+    if mpi is None:
+        return ""
+    listed = subprocess.run(["srun", "--mpi=list"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    text = listed.stdout.decode(errors="replace").split("...")[-1]
+    words = text.replace("specific pmix plugin versions available:", "").replace(",", " ").split()
+    if mpi in words:
+        return ""
+    where = socket.gethostname()
+    return (
+        f"srun has no MPI type {mpi!r} on {where}. It has {', '.join(words)}. "
+        "Set SrunLauncher(mpi=...) to one of these."
+    )
+
+
+# On a laptop
+
+
+def run_here(options: Mapping[str, str], failure: Path, command: Sequence[str]) -> tuple[int, str]:
+    """Run the ranks as processes of this machine; return the exit code and, if it is not 0, the cause."""
+    leave_signals_to_the_workload()
+    count = int(options["ntasks"])
+    rank = [sys.executable, "-I", __file__, role_of(options), str(failure), *command]
+    threads = str(max((os.cpu_count() or 1) // count, 1))
+    os.environ.update(MASTER_ADDR="127.0.0.1", WORLD_SIZE=str(count))
+    os.environ.setdefault("OMP_NUM_THREADS", threads)
+    if "mpi" in options:
+        beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        mpiexec = shutil.which("mpiexec", path=beside)
+        if mpiexec is None:
+            return 1, NO_MPIEXEC
+        return await_starter([mpiexec, "-n", str(count), *rank], failure, options["wait"])
+    gpus = [] if options["gpu-bind"] == "none" else local_gpus()
+    ranks = [subprocess.Popen(rank, env={**os.environ, **local_variables(number, gpus)}) for number in range(count)]
+    late = await_ranks(ranks, float(options["wait"]))
+    return (1, explain_late(",".join(map(str, late)), options["wait"])) if late else explain(failure)
+
+
+def local_variables(rank: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Return the variables of a rank that has one of these GPUs; without any, it has what this machine has."""
+    own = {"CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]} if gpus else {}
+    return {"RANK": str(rank), **own}
+
+
+def local_gpus() -> list[str]:
+    """Return the GPUs of this machine that this process can see, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return named.split(",")
+    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+def await_ranks(ranks: "Sequence[subprocess.Popen[bytes]]", seconds: float) -> list[int]:
+    """Wait until all ranks have ended; end the others if one fails, or at a time after the first has ended.
+
+    Returns:
+        The ranks that still ran at that time.
+    """
+    first = None
+    while left := [rank for rank, process in enumerate(ranks) if process.poll() is None]:
+        if first is None and len(left) < len(ranks):
+            first = time.monotonic()
+        late = first is not None and time.monotonic() - first > seconds
+        if late or any(process.returncode for process in ranks):
+            end(ranks)
+            return left if late else []
+        time.sleep(POLL_SECONDS)
+    return []
+
+
+def end(ranks: "Sequence[subprocess.Popen[bytes]]") -> None:
+    """End all ranks, and wait until they have. The signal is for all processes of the group, as in a job."""
+    os.killpg(0, signal.SIGTERM)
+    until = time.monotonic() + GRACE_SECONDS
+    for rank in ranks:
+        try:
+            rank.wait(max(until - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait()
+
+
+# Failures
+
+
+def explain(failure: Path, *, out_of_memory: bool = False) -> tuple[int, str]:
+    """Return exit code and cause of the rank that has failed first; 0 and nothing if none has.
+
+    Args:
+        failure: the file that such a rank writes.
+        out_of_memory: whether Slurm has reported that.
+    """
+    if not failure.exists():
+        return 0, ""
+    record = json.loads(failure.read_text())
+    rank, code, tail = record["rank"], record["code"], record["stderr"]
+    how = "ran out of memory. Request more with SlurmRequest(mem=...)" if out_of_memory else name_exit(code)
+    exceptions = [line for line in tail if _EXCEPTION.match(line)]
+    last = f": {(exceptions or tail)[-1].strip()}" if code > 0 and tail else ""
+    lines = ["", f"Last lines of stderr of rank {rank}:", *tail] if tail else []
+    return shell_code(code), "\n".join([f"rank {rank} on {record['host']} {how}{last}", *lines])
+
+
+def explain_late(ranks: str, seconds: str) -> str:
+    """Return the cause of a job that was ended because ranks still ran so long after another had ended."""
+    return (
+        f"rank {ranks} still ran {seconds} s after another rank had ended, so all were ended. Let all ranks end "
+        "together, or raise SrunLauncher(end_time_limit=...)."
+    )
+
+
+def shell_code(code: int) -> int:
+    """Return an exit code by the rules of a shell; `code`: negative is the signal, as in `subprocess`."""
+    return 128 - code if code < 0 else code
+
+
+def name_exit(code: int) -> str:
+    """Return how a process ended; `code`: not 0; negative is the signal that ended it, as in `subprocess`."""
+    if code > 0:
+        return f"ended with exit code {code}"
+    cause = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    hint = " (the system does that when memory runs out)"
+    return f"was killed by {cause}{hint if cause == 'SIGKILL' else ''}"
+
+
+# One rank
+
+
+class Output:
+    """Copies what a process writes, line by line, and remembers the last lines."""
+
+    def __init__(self, source: "IO[bytes] | None", target: IO[bytes], label: str = "") -> None:
+        """Start to copy, in a thread; `label`: begins each line."""
+        assert source is not None
+        self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._source, self._target, self._label = source, target, label.encode()
+        self._thread = threading.Thread(target=self._copy, daemon=True)
+        self._thread.start()
+
+    def _copy(self) -> None:
+        for line in iter(lambda: self._source.readline(LONGEST_LINE), b""):
+            whole = line if line.endswith(b"\n") or not self._label else line + b"\n"
+            with suppress(OSError):  # the disk is full: the workload continues
+                self._target.write(self._label + whole)
+                self._target.flush()
+            self.lines.append(line.decode(errors="replace").rstrip())
+
+    def drain(self) -> None:
+        """Wait for the rest."""
+        self._thread.join(DRAIN_SECONDS)
+
+
+def run_rank(failure: Path, command: Sequence[str]) -> int:
+    """Run the workload as the rank that the environment names; return its exit code, by the rules of a shell."""
+    rank = next(os.environ[name] for name in RANK_VARIABLES if name in os.environ)
+    world = os.environ.get("SLURM_NTASKS") or os.environ["WORLD_SIZE"]
+    os.environ.update(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=os.environ.get("SLURM_LOCALID", rank))
+    leave_signals_to_the_workload()
+    first = rank == "0"
+    if not first:
+        os.environ["DAGSTER_PIPES_MESSAGES"] = encode_param({"path": os.devnull, "include_stdio_in_messages": False})
+    workload = subprocess.Popen(
+        [sys.executable, *command],
+        stdin=subprocess.DEVNULL,
+        stdout=None if first else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        close_fds=False,  # MPI may have one of srun's
+    )
+    if first:
+        Path("workload.pid").write_text(f"{workload.pid}\n")  # gets the warning before the time limit
+    label = "" if first else f"[rank {rank}] "
+    outputs = [Output(workload.stderr, sys.stderr.buffer, label)]
+    outputs += [] if first else [Output(workload.stdout, sys.stdout.buffer, label)]
+    code = workload.wait()
+    for output in outputs:
+        output.drain()
+    if code:
+        tail = list(outputs[0].lines)[-TAIL_LINES:]
+        record_failure(failure, {"rank": rank, "host": socket.gethostname(), "code": code, "stderr": tail})
+    return shell_code(code)
+
+
+def mpi4py() -> list[str]:
+    """Return what makes Python end all ranks if one raises; without it, that one waits for the others forever."""
+    return ["-m", "mpi4py"] if importlib.util.find_spec("mpi4py") else []
+
+
+def leave_signals_to_the_workload() -> None:
+    """Let this process survive the signals for its group; it does not ignore them: the workload would inherit that."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+
+
+def record_failure(path: Path, record: Mapping[str, object]) -> None:
+    """Write a failure unless another rank has written one."""
+    with suppress(FileExistsError), path.open("x") as file:
+        file.write(json.dumps(record))
+
+
+def encode_param(param: Mapping[str, object]) -> str:
+    """Return a parameter as `dagster_pipes.encode_param` does, which the environment of an MPI program may lack."""
+    return base64.b64encode(zlib.compress(json.dumps(param).encode())).decode()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,157 @@
+"""SrunLauncher with the real Slurm: ranks over two nodes, a real MPI, GPUs, and ranks that fail."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_sbatch.launchers import SrunLauncher
+from dagster_sbatch.slurm import SlurmRequest
+from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
+from slurm_in_a_box.machines import MEMORY_CGROUPS
+from support.background import WAITS, Background, go_on, only_job
+from support.ranks import MPI, RANK, RENDEZVOUS
+from support.ray_run import cause_of, nothing_is_left
+from support.step import Step, kill
+from support.workload_asset import Outcome, materialize
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
+NODES = ("n4001", "n4002")
+TWO_NODES: dict[str, Any] = {"nodes": 2, "ntasks_per_node": 2, "nodelist": ",".join(NODES)}
+
+
+@pytest.fixture
+def step_variables(on_supercomputer: dict[str, str]) -> dict[str, str]:
+    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    return {**kept, **on_supercomputer}
+
+
+def run(workload: str, folder: Path, launcher: SrunLauncher | None = None, env: Any = None, **request: Any) -> Outcome:
+    wanted = SlurmRequest(**{"time_limit": "5", "mem": "1G", **TWO_NODES, **request})
+    return materialize(
+        workload, folder, launcher=launcher or SrunLauncher(), request=wanted, extras={"name": "probe"}, env=env
+    )
+
+
+def test_ranks_on_two_nodes_find_each_other(
+    site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run(RENDEZVOUS, workloads, cpus_per_task=3)
+    assert outcome.error == ""
+    assert len(outcome.materializations[None]) == 1
+    assert outcome.materializations[None][0]["words"] == [
+        "0 0 n4001 None probe 3", "1 1 n4001 None probe 3", "2 0 n4002 None probe 3", "3 1 n4002 None probe 3"
+    ]  # fmt: skip
+    lines = capfd.readouterr().out.splitlines()
+    assert sorted(lines) == ["[rank 1] a line of 1", "[rank 2] a line of 2", "[rank 3] a line of 3", "a line of 0"]
+    nothing_is_left(site, *NODES)
+
+
+@pytest.mark.parametrize(("bind", "seen"), [("none", {"0,1,2,3"}), ("per_task:1", {"0", "1", "2", "3"})])
+def test_each_rank_sees_all_gpus_or_one(bind: str, seen: set[str], workloads: Path) -> None:
+    request = {"nodes": 1, "ntasks_per_node": 4, "gpus_per_node": 4, "cpus_per_task": 1, "nodelist": None}
+    outcome = run(RENDEZVOUS, workloads, SrunLauncher(gpu_bind=bind), **request)
+    assert outcome.error == ""
+    assert {word.split()[3] for word in outcome.materializations[None][0]["words"]} == seen
+
+
+def test_a_real_mpi_over_two_nodes(site: SimulatedSite, workloads: Path) -> None:
+    """MPICH: its library is not among the packages of the simulated site's interpreter, so the user has a copy."""
+    own, copy = Path(sys.prefix) / "lib", site.layout.home / CERTIFICATE_USER.name
+    shutil.copy(own / "libmpi.so.12", copy)
+    shutil.copytree(own / "mpich", copy / "mpich")
+    env = {"MPI4PY_LIBMPI": f"{CERTIFICATE_USER.home}/libmpi.so.12"}
+    launcher = SrunLauncher(mpi="pmi2")
+    outcome = run(MPI, workloads, launcher, env)
+    assert outcome.error == ""
+    (metadata,) = outcome.materializations[None]
+    assert (metadata["total"], metadata["nodes"]) == (6, ["n4001", "n4001", "n4002", "n4002"])
+    nothing_is_left(site, *NODES)
+    outcome = run(f"{MPI}if world.rank == 3: raise ValueError('boom')\nworld.barrier()", workloads, launcher, env)
+    assert "[rank 3] ValueError: boom" in cause_of(outcome.error)
+
+
+LIMITS = pytest.mark.skipif(not MEMORY_CGROUPS, reason="this machine cannot enforce a job's memory")
+MEMORY = "a rank runs out of memory"
+FAILURES: dict[str, tuple[str, SrunLauncher, list[str]]] = {
+    "a rank on the other node raises": (
+        RANK + "    if rank == 3: raise ValueError('boom')\n    time.sleep(600)\n",
+        SrunLauncher(),
+        ["rank 3 on n4002 ended with exit code 1: ValueError: boom", "Last lines of stderr of rank 3:\nTraceback"],
+    ),
+    "a rank hangs at the end": (
+        RANK + "    if rank == 2: time.sleep(600)\n    pipes.report_asset_materialization()\n",
+        SrunLauncher(end_time_limit=3),
+        ["rank 2 still ran 3 s after another rank had ended", "raise SrunLauncher(end_time_limit=...)"],
+    ),
+    MEMORY: (
+        RANK + "    if rank == 1: b'x' * (2 << 30)\n    time.sleep(600)\n",
+        SrunLauncher(),
+        ["rank 1 on n4001 ran out of memory. Request more with SlurmRequest(mem=...)"],
+    ),
+    "the site lacks the MPI type": (
+        RANK,
+        SrunLauncher(mpi="openmpi"),
+        ["srun has no MPI type 'openmpi' on n4001. It has ", "pmi2", "Set SrunLauncher(mpi=...) to one of these."],
+    ),
+    "srun refuses an option": (
+        RANK,
+        SrunLauncher(cpu_bind="nonsense"),
+        ["srun ended with exit code 1: srun: error: unrecognized --cpu-bind argument"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LIMITS) if name == MEMORY else name for name in FAILURES])
+def test_a_job_in_which(name: str, site: SimulatedSite, workloads: Path) -> None:
+    workload, launcher, texts = FAILURES[name]
+    outcome = run(workload, workloads, launcher)
+    assert not outcome.success
+    assert texts[0] in cause_of(outcome.error)
+    for text in texts:
+        assert text in outcome.error
+    assert outcome.materializations == {}
+    nothing_is_left(site, *NODES)
+
+
+def test_a_job_that_is_cancelled(site: SimulatedSite, workloads: Path) -> None:
+    running = Background(lambda: run(RANK + "    time.sleep(600)\n", workloads))
+    job = only_job(site, "RUNNING")
+    wait_until(lambda: site.run_on_node("n4002", "pgrep -f [p]robe", check=False).stdout, "the ranks run", 60)
+    site.cluster.query("scancel", str(job))
+    assert "it was cancelled on the cluster" in cause_of(running.outcome().error)
+    nothing_is_left(site, *NODES)
+
+
+def test_rank_0_is_warned_before_the_time_limit(
+    site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    workload = RANK + "    if rank == 0: signal.signal(signal.SIGUSR1, lambda *_: print('saving', flush=True))\n"
+    outcome = run(workload + "    time.sleep(600)\n", workloads, time_limit="1")
+    assert "it reached its time limit (Slurm: TIMEOUT)" in cause_of(outcome.error)
+    assert capfd.readouterr().out == "saving\n"
+    nothing_is_left(site, *NODES)
+
+
+def test_a_lost_connection_and_a_killed_step(
+    site: SimulatedSite, tmp_path: Path, step_variables: dict[str, str]
+) -> None:
+    """The next attempt attaches to the ranks that still run; each line of output arrives once."""
+    step = Step(tmp_path / "step", step_variables, WAITS.replace("print(", "import os; print(os.environ['RANK'], "))
+    step.call(launcher="SrunLauncher", **TWO_NODES)
+    first = step.start(again=False)
+    job = only_job(site, "RUNNING")
+    site.faults.drop_connections()
+    kill(first)
+    second = step.start(again=True)
+    wait_until(lambda: "was submitted by an earlier run of this step" in step.log, "the second follows", 90)
+    go_on(site)
+    success, error, metadata = step.result(second)
+    assert (success, error, metadata["job_id"]) == (True, "", job)
+    labels = ["", "[rank 1] ", "[rank 2] ", "[rank 3] "]
+    expected = [f"{label}{rank} {word}" for rank, label in enumerate(labels) for word in ("begun", "gone on")]
+    assert sorted(step.output.splitlines()) == sorted(expected)
+    nothing_is_left(site, *NODES)

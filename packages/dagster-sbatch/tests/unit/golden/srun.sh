@@ -1,0 +1,95 @@
+#!/bin/bash
+#ASC --vanilla
+#SBATCH --job-name=counts-2013-01
+#SBATCH --comment=key=counts-2013-01,asset=a_b
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --cpus-per-task=44
+#SBATCH --gres=gpu:4
+#SBATCH --mem=720G
+#SBATCH --time=02:00:00
+#SBATCH --partition=zen4_0768_h100x4
+#SBATCH --qos=zen4_0768_h100x4
+#SBATCH --threads-per-core=1
+#SBATCH --output=stdout
+#SBATCH --error=stderr
+#SBATCH --open-mode=append
+#SBATCH --export=NONE
+#SBATCH --signal=B:USR1@300
+# Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
+umask 077
+
+# One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
+ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
+
+# The job's own record: a line at its start, a line at its end. The code is null if it was cut short; Slurm knows why.
+code=null
+# shellcheck disable=SC2317  # the trap calls it
+finish() {
+  local sizes now=${EPOCHREALTIME:-$(date +%s.%N)}
+  mapfile -t sizes < <(stat -c %s messages.jsonl stdout stderr)
+  printf '{"code": %s, "job": "%s", "time": %s, "sizes": {"messages.jsonl": %s, "stdout": %s, "stderr": %s}}\n' \
+    "$code" "$SLURM_JOB_ID" "${now/,/.}" "${sizes[@]}" >>events
+}
+trap finish EXIT
+# Prints the folder for temporary files on a node: its own disk, if the job can write to it.
+temporary_folder() {
+  local probe=/local/.$SLURM_JOB_ID-$RANDOM
+  if (set -C && echo >"$probe" && rm "$probe") 2>/dev/null; then echo /local; else echo /tmp; fi
+}
+JOB_TMPDIR=$(temporary_folder)
+export JOB_TMPDIR
+export -f temporary_folder
+printf '\n{"method": "job_started"}\n' >>messages.jsonl # a former start may have left half a line
+now=${EPOCHREALTIME:-$(date +%s.%N)} # with the locale's decimal point
+printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "${now/,/.}" "$JOB_TMPDIR" >>events
+
+# $PYTHON uses its own packages, not those of a module's Python or of the home.
+unset PYTHONHOME PYTHONPLATLIBDIR PYTHONSAFEPATH
+export PYTHONNOUSERSITE=1 TMPDIR=$JOB_TMPDIR
+export PYTHON=/environment/bin/python
+export DATA_ROOT=/d
+
+# When Slurm will end the job, in seconds since 1970. Slurm sets this since 23.02.
+export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$((${EPOCHSECONDS:-$(date +%s)} + 7200))}
+
+# Becomes Python with the variables of the asset; the script itself does not have them.
+# shellcheck disable=SC2317  # the launcher's commands call it
+run_python() { exec "$PYTHON" -u "$@"; }
+export -f run_python
+# Starts the workload and records its process. If it handles SIGUSR1, it gets that signal when the time limit is near.
+# shellcheck disable=SC2317  # the launcher's commands call it
+run_workload() { ( echo "$BASHPID" >workload.pid; run_python "$@" ) }
+# shellcheck disable=SC2317  # the trap calls it
+warn() {
+  local pid handled
+  warned=1
+  echo "time limit: 300 s left" >&2
+  pid=$(cat workload.pid 2>/dev/null) || return
+  handled=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$pid/status" 2>/dev/null)
+  if (( 0x${handled: -4} & 0x200 )); then kill -USR1 "$pid"; fi
+}
+trap warn USR1
+
+# In a subshell: whatever it does, the exit code is recorded. In the background: bash handles the warning meanwhile.
+(
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-44}
+# Every rank runs this before the workload.
+# shellcheck disable=SC2317
+pre_start() {
+ulimit -n 65536 || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on '"$HOSTNAME"'; the job continues' >&2; }
+}
+export -f pre_start
+ranks=$PWD/srun/ranks.py
+[ -e "$ranks" ] || ranks=$PWD/../../srun/ranks.py # the task of an array runs two folders below
+"$PYTHON" -I -S "$ranks" job --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=44 --gres=gpu:4 --gpu-bind=per_task:1 --cpu-bind=cores --mpi=pmix --wait=600 'work load.py'
+) &
+body=$!
+while :; do
+  warned=
+  wait "$body"
+  status=$?
+  [ "$warned" ] || break
+done
+code=$status
+exit "$code"

@@ -1,0 +1,77 @@
+"""SrunLauncher's fields, and the parts of its program that need no ranks."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from dagster_pipes import decode_param
+
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.launchers import SrunLauncher
+from dagster_sbatch.launchers.srun.job import ranks
+from dagster_sbatch.slurm import SlurmRequest
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"mpi": "pmix v4"}, "write a type that `srun --mpi=list` prints, for instance pmix"),
+        ({"cpu_bind": "cores;rm"}, "write what srun's --cpu-bind takes, for instance cores"),
+        ({"gpu_bind": ""}, "write what srun's --gpu-bind takes, for instance per_task:1"),
+        ({"end_time_limit": 0}, "end_time_limit"),
+        ({"mpi_type": "pmix"}, "mpi_type: unknown field"),
+    ],
+)
+def test_wrong_values_are_named(fields: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        SrunLauncher(**fields)
+
+
+@pytest.mark.parametrize(("bind", "gpus", "needed"), [("per_task:1", 2, 4), ("per_task:2", 4, 8), ("closest", 0, 1)])
+def test_too_few_gpus_to_bind(bind: str, gpus: int, needed: int) -> None:
+    request = SlurmRequest(ntasks_per_node=4, gpus_per_node=gpus)
+    with pytest.raises(ConfigurationError, match=f"Request gpus_per_node={needed}, or let all tasks see all GPUs"):
+        SrunLauncher(gpu_bind=bind).check(request)
+    SrunLauncher().check(request)
+
+
+def test_the_site_names_the_mpi_type() -> None:
+    assert SrunLauncher().with_site({"srun": {"mpi": "pmix"}}).mpi == "pmix"
+
+
+def test_dagster_pipes_reads_the_parameter() -> None:
+    param = {"path": os.devnull, "include_stdio_in_messages": False}
+    assert decode_param(ranks.encode_param(param)) == param
+
+
+def test_a_claimed_port_is_for_those_who_reuse_addresses() -> None:
+    with ranks.claimed_port() as port, ranks.claimed_port() as other:
+        assert port != other
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(("", port))
+        with socket.socket(socket.AF_INET6) as server:  # PyTorch listens on both
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("", port))
+            server.listen()
+    with socket.socket() as free:
+        free.bind(("", port))
+
+
+TYPES, VERSIONS = "MPI plugin types are...\n", "specific pmix plugin versions available:"
+LISTS = {
+    "22.05": f"{TYPES}\tnone\n\tpmi2\n\tpmix\n{VERSIONS} pmix_v4\n",
+    "24.11": f"{TYPES}\tpmi2\n\tpmix\n\tnone\n{VERSIONS} pmix_v4,pmix_v5\n",
+}
+
+
+@pytest.mark.parametrize("version", LISTS)
+def test_mpi_types_of_srun(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "list").write_text(LISTS[version])
+    (tmp_path / "srun").write_text(f"#!/bin/sh\ncat '{tmp_path}/list' >&2\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert ranks.missing_mpi(None) == ranks.missing_mpi("pmi2") == ranks.missing_mpi("pmix_v4") == ""
+    assert "srun has no MPI type 'openmpi' on " in ranks.missing_mpi("openmpi")
+    assert ", pmix_v4" in ranks.missing_mpi("openmpi")
+    assert ". Set SrunLauncher(mpi=...) to one of these." in ranks.missing_mpi("openmpi")
