@@ -131,6 +131,34 @@ def test_after_a_kill_tasks_that_run_are_followed_and_results_of_the_others_are_
     nobody_left(site)
 
 
+def test_a_task_that_was_adopted_and_requests_a_retry_runs_again(
+    site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    """No environment was needed until then."""
+    workload = """
+    import pathlib, sys, time
+    home = pathlib.Path.home()
+    while not (home / "go-on").exists():
+        time.sleep(0.1)
+    if not (home / "tried").exists():
+        (home / "tried").touch()
+        sys.exit(75)
+    pipes.report_asset_materialization(metadata={"day": pipes.partition_key})
+    """
+    asset = ArrayProcess(tmp_path / "asset", variables, workload, FIRST, "2013-01-02")
+    asset.array = {"max_running_tasks": 1}
+    process = asset.start()
+    wait_until(lambda: "2 tasks: 0 done, 1 running" in asset.log, "one runs", 90)
+    kill(process)
+    process = asset.start(of=asset.runs()[0], from_failure=True)
+    wait_until(lambda: "attaching to 2" in asset.log, "adopted", 90)
+    go_on(site)
+    outcome = asset.outcome(process)
+    assert outcome.error == ""
+    assert sorted(str(key) for key in outcome.once) == KEYS[:2]
+    assert sorted(tasks_there(site).values(), key=len) == [[FIRST], KEYS[:2]]
+
+
 def test_interrupted_by_a_person_all_tasks_are_cancelled_and_complete_partitions_are_kept(
     site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
 ) -> None:
@@ -241,33 +269,40 @@ pipes.report_asset_materialization(metadata={{"day": pipes.partition_key}})
 """
 
 
-@pytest.mark.parametrize("kills", [100 if STRESS else 4])
-def test_killed_and_cut_off_at_random_moments(
-    kills: int, site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
-) -> None:
-    """Of Dagster and of the connection: no task runs twice, no line and no partition is lost or doubled."""
-    left, number = kills, 0
-    while left > 0:
-        asset = ArrayProcess(tmp_path / f"asset-{number}", variables, COUNTS, FIRST, LAST)
+@pytest.mark.parametrize("kills", [100 if STRESS else 5])
+def test_kills_at_random_moments(kills: int, site: SimulatedSite, tmp_path: Path, variables: dict[str, str]) -> None:
+    """Of Dagster, of the connection, of tasks: a task runs again only if it was killed; nothing is lost or doubled."""
+    for number, some in enumerate(range(0, kills, 5)):
         site.run_on_login(CERTIFICATE_USER, "rm -f count-*")
-        asset.array = random.choice([{}, {"max_running_tasks": 5}, {"partitions_per_task": 1}])
-        process = asset.start()
-        for _ in range(min(left, 4)):
+        asset = ArrayProcess(tmp_path / f"asset-{number}", variables, COUNTS, FIRST, LAST)
+        asset.array = random.choice([{}, {"max_running_tasks": 5}])
+        process, cancelled = asset.start(), 0
+        for _ in range(some, min(some + 5, kills)):
             threading.Event().wait(random.uniform(0.5, 9))
-            if random.random() < 0.4:
+            fault = random.choice(["connection", "dagster", "task"])
+            tasks = site.squeue("--noheader", "--array", "--format=%i").split() if fault == "task" else []
+            if tasks:
+                site.run_on_login(CERTIFICATE_USER, f"scancel {random.choice(tasks)}")
+                cancelled += 1
+            elif fault == "connection":
                 site.faults.drop_connections()
             elif process.poll() is None:
                 kill(process)
                 process = asset.start(of=latest(asset), from_failure=True)
-            left -= 1
         outcome = asset.outcome(process)
+        for _ in range(cancelled):
+            if not outcome.success:
+                assert "cancelled on the cluster" in outcome.error
+                outcome = asset.outcome(asset.start(of=outcome.run_id, from_failure=True))
         assert outcome.error == "", asset.log
         assert sorted(str(key) for key in outcome.once) == KEYS
         for key in KEYS:
             lines = [line for line in asset.output.splitlines() if line.startswith(f"[{key}]")]
             assert lines in ([], [f"[{key}] line {line}" for line in range(LINES)]), asset.log
-        each_ran_once(site, KEYS)
-        number += 1
+        counted = site.run_on_login(CERTIFICATE_USER, "grep -c once count-*").stdout.split()
+        runs = {line.rpartition(":")[0]: int(line.rpartition(":")[2]) for line in counted}
+        assert sorted(runs) == [f"count-{key}" for key in KEYS]
+        assert sum(runs.values()) <= len(KEYS) + cancelled
     nobody_left(site)
 
 

@@ -66,6 +66,12 @@ def test_a_task_that_has_to_run_again_is_submitted_with_the_next_array_job() -> 
     assert (batches.take(1), batches.take(1)) == ([1], [])
 
 
+def test_a_task_that_was_adopted_and_has_to_run_again_is_submitted() -> None:
+    batches = Batches([], NO_LIMITS, 5)
+    batches.add(3)
+    assert (batches.take(0), batches.max_running) == ([3], 5)
+
+
 WELL, BADLY = JobEnd(0, "COMPLETED"), JobEnd(1, "FAILED")
 
 

@@ -35,7 +35,7 @@ class Batches:
         self._size = min(len(tasks) or 1, limits.array or USUAL_LIMIT)
         if submit and len(tasks) > submit // 2:  # other jobs of the user need room, too
             self._size = min(self._size, max(1, submit // PARTS))
-        number = -(-len(tasks) // self._size)
+        number = max(1, -(-len(tasks) // self._size))
         self._at_once = min(number, max_running, PARTS if submit else number) if max_running else None
         self._share = max_running // self._at_once if max_running and self._at_once else max_running
 

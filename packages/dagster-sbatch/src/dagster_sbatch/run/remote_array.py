@@ -8,6 +8,7 @@ from typing import Any
 
 import dagster as dg
 
+from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.attempts import Attempts
@@ -60,6 +61,7 @@ class RemoteArray(RemoteStep, Arrays):
         self._jobs_by_run: dict[str, _ArrayJob] = {}
         self._adopted: list[str] = []
         self._submitting: str | None = None
+        self._found: Environment | None = None
         self._refusal: str | None = None
         self._refused: list[int] = []
         self._attempts: Counter[int] = Counter()
@@ -74,6 +76,9 @@ class RemoteArray(RemoteStep, Arrays):
                 self._choose(attempts, environment)
                 gateway.committed = True
                 gateway.run_arrays(self, self._context.run_id)
+                if self._found is None and self._batches.left:  # adopted tasks that have to run again
+                    self._found = environment.find(self._log.info)
+                    gateway.run_arrays(self, self._context.run_id)
                 self._fail_refused()
         return self._array.complete(self._where(self._project))
 
@@ -97,7 +102,7 @@ class RemoteArray(RemoteStep, Arrays):
             self._runs[run] = None
             self._adopted.append(run)
         self._batches = Batches(choice.new, limits, self._plan.array.max_running_tasks)
-        self._claim, self._found, self._environment = claim, found, environment
+        self._claim, self._found = claim, found
         self._submission, self._family, self._number = attempts.submission, attempts.family, claim.attempt
 
     def _fail_refused(self) -> None:
@@ -114,7 +119,7 @@ class RemoteArray(RemoteStep, Arrays):
         if self._adopted:
             run = self._adopted.pop()
             return ArrayRun(run, None, sorted(self._jobs_by_run[run].tasks))
-        if self._submitting or self._refusal is not None:
+        if self._submitting or self._refusal is not None or self._found is None:
             return None
         indices = self._batches.take(len(self._jobs_by_run))
         if not indices:
@@ -126,7 +131,7 @@ class RemoteArray(RemoteStep, Arrays):
         return ArrayRun(run, self._files(run, indices), range(len(indices)))
 
     def _files(self, run: str, indices: Sequence[int]) -> dict[str, str]:
-        self._found = self._found or self._environment.find(self._log.info)
+        assert self._found
         tasks, contexts = [self._array.tasks[index] for index in indices], self._array.contexts
         record = {**self._submission.record, "tasks": [{"name": task.name, "id": task.id} for task in tasks]}
         paths = self._paths(self._claim, run, self._found)
