@@ -120,7 +120,8 @@ def test_chunks_parameter_sets_and_single_partitions_are_named() -> None:
     assert chunks.summary["array"].startswith("4 tasks in 1 array job, one per 3 partitions (2013-01..2013-03 to ")
     assert "#SBATCH --array=0-3\n" in chunks.script
     sets = preview("rates").summary["array"]
-    assert sets.startswith("2500 tasks in 3 array jobs, one per parameter set (rate=0 to rate=2499). ")
+    assert sets.startswith("2500 tasks in 3 array jobs of 1000 (--test-only asks for the limit of the site), ")
+    assert ", one per parameter set (rate=0 to rate=2499). " in sets
     one = preview("monthly", "2013-05")
     assert one.summary["array"].startswith("1 task in 1 array job, one per partition (2013-05); at most 4 ")
     assert "array" not in preview("counts", "2013-05").summary

@@ -1,6 +1,6 @@
 """What a plan asks for, as text: the place, the request, the tasks of an array and the highest possible cost."""
 
-from dagster_sbatch.run.array_batches import Batches
+from dagster_sbatch.run.array_batches import USUAL_LIMIT, Batches
 from dagster_sbatch.run.directory import RunPaths
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.settings import Settings
@@ -49,7 +49,10 @@ def _summarise_array(plan: Plan) -> str:
     if array.partitions_per_task > 1:
         what = f"one per {array.partitions_per_task} partitions"
     most = f"; at most {array.max_running_tasks} run at once" if array.max_running_tasks else ""
-    return f"{count_array_jobs(plan, ANY_LIMITS)}, {what} ({ends}){most}. The request is that of each task"
+    number = count_array_jobs(plan, ANY_LIMITS)
+    if len(tasks) > USUAL_LIMIT:
+        number += f" of {USUAL_LIMIT} (--test-only asks for the limit of the site)"
+    return f"{number}, {what} ({ends}){most}. The request is that of each task"
 
 
 def count_array_jobs(plan: Plan, limits: Limits) -> str:
