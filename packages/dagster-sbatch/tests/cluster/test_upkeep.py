@@ -312,7 +312,7 @@ def test_what_people_can_do_without_ssh(
     assert (kept.returncode, "does not overwrite it" in kept.stderr) == (1, True)
     unknown = job("424242", "logs")
     assert unknown.returncode == 1
-    assert "no run in" in unknown.stderr and "scripts/job lists all" in unknown.stderr
+    assert unknown.stderr.startswith("No run in ") and unknown.stderr.endswith("To list all runs:\n  scripts/job\n")
     # It is cleaned up when it is old.
     assert clean(ours.instance) == "nothing is old enough"
     monkeypatch.setattr(cleaning, "KEEP_DAYS", 0)

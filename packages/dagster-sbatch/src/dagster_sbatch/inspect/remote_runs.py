@@ -85,8 +85,8 @@ class Runs:
         ]
         if not found:
             raise ConfigurationError(
-                f"no run in {self.folder} has the job id, the Dagster run id (at least {SHORTEST_ID} characters of it) "
-                f"or the submission key {name!r}; scripts/job lists all"
+                f"No run in {self.folder} has the job id, the Dagster run id (at least {SHORTEST_ID} characters of it) "
+                f"or the submission key {name!r}. To list all runs:\n  scripts/job"
             )
         return found
 
