@@ -31,7 +31,7 @@ class ArrayProcess:
 
     def __init__(self, folder: Path, variables: dict[str, str], workload: str, first: str, last: str) -> None:
         self._folder, self._range = folder, (first, last)
-        folder.mkdir(parents=True)
+        (folder / "dagster").mkdir(parents=True)  # a kill may come before the program has made it
         (folder / "program.py").write_text(PROGRAM)
         self.change(workload)
         tests = Path(__file__).parents[1]
