@@ -20,13 +20,13 @@ class Cause:
         first: name of the task that failed first.
         text: what happened to it, and what to do.
         stderr: its last lines.
-        tasks: the failed tasks by index, with where the logs of each are.
+        tasks: the failed tasks by index; for each what happened to it, in one line, and where its logs are.
     """
 
     first: str
     text: str
     stderr: str
-    tasks: dict[int, tuple[Task, str]] = field(default_factory=dict)
+    tasks: dict[int, tuple[Task, str, str]] = field(default_factory=dict)
 
 
 class TaskFailures:
@@ -47,7 +47,8 @@ class TaskFailures:
         """
         kind = _kind(cause, task)
         new = kind not in self._causes
-        self._causes.setdefault(kind, Cause(task.label, cause, stderr)).tasks[index] = task, logs
+        found = self._causes.setdefault(kind, Cause(task.label, cause, stderr))
+        found.tasks[index] = task, cause.partition("\n")[0], logs
         return new
 
     def __len__(self) -> int:
@@ -65,17 +66,17 @@ class TaskFailures:
     def metadata(self) -> Mapping[str, Any]:
         """Return the table of failed tasks."""
         rows = [
-            {"task": task.name, "cause": cause.text.partition("\n")[0], "logs": logs}
+            {"task": task.name, "cause": line, "logs": logs}
             for cause in self._causes.values()
-            for _, (task, logs) in sorted(cause.tasks.items())
+            for _, (task, line, logs) in sorted(cause.tasks.items())
         ]
         return {"failed_tasks": table(rows)}
 
 
 def _describe(cause: Cause) -> str:
     tasks = [cause.tasks[index] for index in sorted(cause.tasks)]
-    names, number = list_names([task.label for task, _ in tasks]), len(tasks)
-    text = f"{number} task{'s' if number > 1 else ''} ({names}): {cause.text}\nLogs: {tasks[0][1]}"
+    names, number = list_names([task.label for task, _, _ in tasks]), len(tasks)
+    text = f"{number} task{'s' if number > 1 else ''} ({names}): {cause.text}\nLogs: {tasks[0][2]}"
     return text + (f"\nLast lines of stderr of {cause.first}:\n{cause.stderr}" if cause.stderr else "")
 
 
