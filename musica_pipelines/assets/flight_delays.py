@@ -4,7 +4,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from dagster_sbatch import ComputeResource, RayLauncher, ScriptLauncher, SlurmRequest
+from dagster_sbatch import ComputeResource, JobArray, RayLauncher, ScriptLauncher, SlurmRequest
 
 WORKLOADS = Path(__file__).resolve().parent.parent / "workloads"
 GROUP = "flight_delays"
@@ -57,7 +57,8 @@ def delay_features(context: dg.AssetExecutionContext, compute: ComputeResource) 
         context,
         workload=WORKLOADS / "delay_features.py",
         launcher=ScriptLauncher(),
-        request=SlurmRequest(cpus_per_task=4, mem="16G", time_limit="00:10:00"),
+        request=SlurmRequest(cpus_per_task=2, mem="8G", time_limit="00:10:00"),
+        array=JobArray(),  # one task per month
     ).get_materialize_result()
 
 

@@ -1,4 +1,4 @@
-"""Join the weather and the planes to the flights, and encode what a model may know before departure."""
+"""Join the weather and the planes to the flights of one month, and encode what a model may know before departure."""
 
 import time
 
@@ -11,33 +11,30 @@ from flight_delays.features import FEATURES, LABEL, LATE_MINUTES, build_features
 
 def main() -> None:
     with open_dagster_pipes() as pipes:
-        arrived = written = nulls = 0
-        for month in reporting.partition_keys(pipes):
-            begun = time.monotonic()
-            path = storage.flights_file(month)
-            if not path.exists():
-                raise SystemExit(f"{path} does not exist: materialise the partition {month} of flights first")
-            flights = pd.read_parquet(path)
-            table = build_features(flights)
-            target = storage.features_file(month)
-            storage.write_table(target, table)
-            arrived += int(flights["arr_delay"].notna().sum())
-            written += storage.count_rows(target)
-            nulls += int(table.isna().sum().sum())
-            pipes.log.info(f"{month}: {len(table)} rows, {table[LABEL].mean():.1%} late -> {storage.name(target)}")
-            numbers = {
-                "rows": len(table),
-                "late_share": round(float(table[LABEL].mean()), 4),
-                "seconds": round(time.monotonic() - begun, 3),
-            }
-            reporting.report_partition(pipes, month, numbers)
+        begun, month = time.monotonic(), pipes.partition_key
+        path, target = storage.flights_file(month), storage.features_file(month)
+        if not path.exists():
+            raise SystemExit(f"{path} does not exist: materialise the partition {month} of flights first")
+        flights = pd.read_parquet(path)
+        table = build_features(flights)
+        storage.write_table(target, table)
+        arrived, written = int(flights["arr_delay"].notna().sum()), storage.count_rows(target)
+        nulls, late = int(table.isna().sum().sum()), float(table[LABEL].mean())
+        pipes.log.info(f"{written} rows, {late:.1%} late -> {storage.name(target)}")
         pipes.report_asset_check(
             "one_row_an_arrival", passed=written == arrived, metadata={"arrivals": arrived, "written": written}
         )
         pipes.report_asset_check("no_nulls", passed=nulls == 0, metadata={"nulls": nulls})
         schema = {name: ("float32", meaning) for name, meaning in FEATURES.items()}
         schema[LABEL] = ("int8", f"1: arrived {LATE_MINUTES} minutes late or more")
-        pipes.report_asset_materialization(metadata={"dagster/column_schema": reporting.column_schema(schema)})
+        pipes.report_asset_materialization(
+            metadata={
+                "rows": written,
+                "late_share": round(late, 4),
+                "seconds": round(time.monotonic() - begun, 3),
+                "dagster/column_schema": reporting.column_schema(schema),
+            }
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import dagster as dg
 
+from dagster_sbatch import FakeCompute
+from musica_pipelines.assets.flight_delays import delay_features, months
 from musica_pipelines.definitions import defs
+from resources import SUPERCOMPUTER_SITE_OVERRIDES
 
 ASSETS = {"flights", "delay_features", "delay_sweep", "delay_model"}
 
@@ -48,3 +51,14 @@ def test_the_pipeline_job_covers_all_assets_over_twelve_months() -> None:
     assert {key.to_user_string() for key in job.asset_layer.selected_asset_keys} == ASSETS
     assert job.partitions_def is not None
     assert len(job.partitions_def.get_partition_keys()) == 12
+
+
+def test_each_month_of_delay_features_is_a_task_with_its_own_numbers() -> None:
+    keys = months.get_partition_keys()
+    compute = FakeCompute(site_overrides=SUPERCOMPUTER_SITE_OVERRIDES, metadata={"rows": 3})
+    tags = {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}
+    result = dg.materialize([delay_features], resources={"compute": compute}, tags=tags)
+    (call,) = compute.calls
+    assert [task.name for task in call.plan.tasks] == keys
+    events = result.asset_materializations_for_node("delay_features")
+    assert {event.partition: event.metadata["rows"].value for event in events} == dict.fromkeys(keys, 3)

@@ -5,7 +5,6 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -83,19 +82,10 @@ def go_on(site: SimulatedSite, asset: str) -> None:
     site.run_on_login(CERTIFICATE_USER, f"touch go-on-{asset}")
 
 
-def child_of(server: DagsterDev, run_id: str) -> str:
-    """The run that is the retry of another."""
-    query = """
-        query Retries($filter: RunsFilter!) { runsOrError(filter: $filter) { ... on Runs { results { runId } } } }"""
-    tags = [{"key": "dagster/parent_run_id", "value": run_id}]
-    found: list[dict[str, Any]] = server.ask(query, filter={"tags": tags})["runsOrError"]["results"]
-    return str(found[0]["runId"]) if found else ""
-
-
 def adopted(server: DagsterDev, site: SimulatedSite, asset: str, run_id: str, job: str) -> None:
     """The run has failed; its retry goes on with its job, to the end."""
     assert server.wait(run_id, 120) == "FAILURE"
-    retry = wait_for(lambda: child_of(server, run_id), 120, "Dagster tries it again")
+    retry = wait_for(lambda: server.re_execution_of(run_id), 120, "Dagster tries it again")
     pids = server.folder.parent / "location" / f"pids-{retry}"
     wait_for(pids.exists, 120, "the retry has begun")
     go_on(site, asset)
@@ -107,8 +97,9 @@ def adopted(server: DagsterDev, site: SimulatedSite, asset: str, run_id: str, jo
 
 
 def job_ids(site: SimulatedSite) -> set[str]:
-    """Of all jobs, those that the controller has forgotten included."""
-    return set(site.sacct("-XnP", "--starttime=now-1days", "--format=JobID").split())
+    """Of all jobs, those that the controller has forgotten included; an array is one."""
+    rows = site.sacct("-XnP", "--starttime=now-1days", "--format=JobID").split()
+    return {row.partition("_")[0] for row in rows}
 
 
 def test_the_example_and_the_life_of_a_run(dagster_dev: DagsterDev, site: SimulatedSite, location: Path) -> None:

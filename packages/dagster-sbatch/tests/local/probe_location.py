@@ -1,12 +1,11 @@
-"""A code location of the tests: assets whose workloads sleep, or talk a lot. Loaded by `dagster dev`."""
+"""A code location of the tests: assets whose workloads sleep, talk a lot, or are many. Loaded by `dagster dev`."""
 
 import os
 from pathlib import Path
 
 import dagster as dg
 
-from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
-from dagster_sbatch.run.compute import ComputeResource
+from dagster_sbatch import ComputeResource, JobArray, RayLauncher, ScriptLauncher
 from resources import build_resources
 
 WORKLOADS = Path(os.environ["PROBE_WORKLOADS"])
@@ -30,6 +29,20 @@ def talker(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.Ma
     return compute.run(context, workload=WORKLOADS / "talker.py", launcher=ScriptLauncher()).get_materialize_result()
 
 
+@dg.asset(
+    partitions_def=dg.DailyPartitionsDefinition("2021-01-01", end_date="2023-09-28"),
+    backfill_policy=dg.BackfillPolicy.single_run(),
+)
+def weather(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    """The mean temperature of each of 1,000 days."""
+    return compute.run(
+        context,
+        workload=WORKLOADS / "weather.py",
+        launcher=ScriptLauncher(),
+        array=JobArray(partitions_per_task=10),
+    ).get_materialize_result()
+
+
 defs = dg.Definitions(
-    assets=[sleeper, ray_sleeper, talker], resources=build_resources(), executor=dg.in_process_executor
+    assets=[sleeper, ray_sleeper, talker, weather], resources=build_resources(), executor=dg.in_process_executor
 )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from support import ROOT
 
@@ -35,6 +35,27 @@ def open_ui(url: str) -> Iterator[Page]:
         page.get_by_text("Hide navigation").click()  # more room for what the tests look at
         yield page
         browser.close()
+
+
+def expect_partitions(page: Page, asset: str, selected: str, **numbers: int) -> None:
+    """Open the partitions of an asset, with one selected, and wait until the page shows how many are in a state.
+
+    Args:
+        page: of the browser.
+        asset: its name.
+        selected: the key of the partition.
+        numbers: of partitions by state, in lower case.
+    """
+    page.goto(f"/assets/{asset}?view=partitions&partition={selected}")
+    for state, number in numbers.items():
+        expect(page.get_by_text(f"{state.capitalize()} ({number})", exact=True)).to_be_visible()
+
+
+def open_failure(page: Page, run_id: str) -> Locator:
+    """Open the whole message of the failed step of a run."""
+    page.goto(f"/runs/{run_id}?logs=type:STEP_FAILURE")
+    page.get_by_text("View full message").click()
+    return page.get_by_role("dialog")
 
 
 def take(page: Page, name: str, folder: Path) -> None:

@@ -144,6 +144,47 @@ class DagsterDev:
             (run["runId"] for run in runs if run["jobName"] == "__ASSET_JOB" and run["runId"] not in known), None
         )
 
+    def run_with_tag(self, name: str, value: str) -> str:
+        """The id of the newest run with a tag; empty if there is none."""
+        query = """
+            query Tagged($filter: RunsFilter!) {
+              runsOrError(filter: $filter) { ... on Runs { results { runId } } }
+            }"""
+        tags = [{"key": name, "value": value}]
+        found: list[dict[str, Any]] = self.ask(query, filter={"tags": tags})["runsOrError"]["results"]
+        return str(found[0]["runId"]) if found else ""
+
+    def re_execution_of(self, run_id: str) -> str:
+        """The id of the run that re-executes another; empty if there is none."""
+        return self.run_with_tag("dagster/parent_run_id", run_id)
+
+    def backfill(self, asset: str, partitions: Sequence[str]) -> str:
+        """Request a backfill of partitions as the UI's *Launch backfill* does; the id of its run, which is one."""
+        mutation = """
+            mutation Backfill($parameters: LaunchBackfillParams!) {
+              launchPartitionBackfill(backfillParams: $parameters) {
+                __typename ... on LaunchBackfillSuccess { backfillId }
+            } }"""
+        parameters = {"assetSelection": [{"path": [asset]}], "partitionNames": list(partitions), "fromFailure": False}
+        answer = self.ask(mutation, parameters=parameters)["launchPartitionBackfill"]
+        assert answer["__typename"] == "LaunchBackfillSuccess", answer
+        found = wait_for(
+            lambda: self.run_with_tag("dagster/backfill", answer["backfillId"]), 120, "the backfill has its run"
+        )
+        return str(found)
+
+    def re_execute_from_failure(self, run_id: str) -> str:
+        """Re-execute a run as *From failure* in the UI does; the id of the new run."""
+        mutation = """
+            mutation Again($parameters: ReexecutionParams!) {
+              launchRunReexecution(reexecutionParams: $parameters) {
+                __typename ... on LaunchRunSuccess { run { runId } }
+            } }"""
+        parameters = {"parentRunId": run_id, "strategy": "FROM_FAILURE"}
+        answer = self.ask(mutation, parameters=parameters)["launchRunReexecution"]
+        assert answer["__typename"] == "LaunchRunSuccess", answer
+        return str(answer["run"]["runId"])
+
     def ask(self, query: str, **variables: Any) -> dict[str, Any]:
         """The data of a GraphQL answer."""
         response = httpx.post(f"{self.url}/graphql", json={"query": query, "variables": variables}, timeout=60)

@@ -52,6 +52,27 @@ with open_dagster_pipes() as pipes:
     pipes.report_asset_materialization()
 """
 
+WEATHER = """\
+import os, pathlib, time
+from dagster_pipes import open_dagster_pipes
+with open_dagster_pipes() as pipes:
+    folder = pathlib.Path(os.environ["DATA_ROOT"])
+    folder.mkdir(exist_ok=True)
+    days = pipes.extras["partition_keys"]
+    (folder / f"weather-{pipes.run_id}-{days[0]}").touch()
+    fixed = (folder / "weather-fixed").exists()
+    while days[-1] == "2023-09-27" and not (folder / "weather-seen").exists():
+        time.sleep(0.1)
+    for day in days:
+        if day in ("2021-08-04", "2022-02-17", "2022-02-28") and not fixed:
+            raise FileNotFoundError(f"no observations of {day}")
+        if day == "2023-03-05" and not fixed:
+            raise ValueError("temperature of 451.0 degrees")
+        numbers = {"mean_temperature": 9.0 + int(day[5:7]) - int(day[8:]) / 10}
+        pipes.report_custom_message({"musica.partition": {"partition": day, "metadata": numbers}})
+    pipes.report_asset_materialization()
+"""
+
 
 @pytest.fixture(scope="session")
 def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev]:
@@ -64,6 +85,7 @@ def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev
     (workloads / "sleeper.py").write_text(SLEEPER)
     (workloads / "ray_sleeper.py").write_text(RAY_SLEEPER)
     (workloads / "talker.py").write_text(TALKER)
+    (workloads / "weather.py").write_text(WEATHER)
     shutil.copy(ROOT / "dagster.yaml", folder)
     probe = Path(__file__).parents[1] / "local" / "probe_location.py"
     extra = f"  - python_file: {{relative_path: {probe}, location_name: probe}}\n"

@@ -1,0 +1,85 @@
+"""The example's months as an array, from the UI: one fails, and after the correction one task runs."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from musica_pipelines.assets.flight_delays import months
+from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
+from support import ROOT
+from support.browser import expect_partitions, open_failure, open_ui
+from support.dagster_dev import DagsterDev
+
+from flight_delays import source, storage
+
+pytestmark = pytest.mark.cluster
+MONTHS = list(months.get_partition_keys())
+BROKEN = "2013-07"
+ROWS = 500
+
+
+@pytest.fixture
+def data(site: SimulatedSite, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The data root, as this machine sees it, with a few flights of each month but one."""
+    folder = site.layout.home / CERTIFICATE_USER.name / "data"
+    monkeypatch.setenv("DATA_ROOT", str(folder))
+    for month, table in source.read_flights(MONTHS).items():
+        storage.write_table(storage.flights_file(month), table.head(ROWS))
+    monkeypatch.delenv("DATA_ROOT")
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, CERTIFICATE_USER.uid, CERTIFICATE_USER.uid)
+    (folder / "flights" / f"{BROKEN}.parquet").rename(folder / "kept.parquet")
+    return folder
+
+
+@pytest.fixture
+def dagster_dev(on_supercomputer: dict[str, str], data: Path, tmp_path: Path) -> Iterator[DagsterDev]:
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("dagster.yaml", "workspace.yaml"):
+        shutil.copy(ROOT / name, folder)
+    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    server = DagsterDev(folder, {**kept, **on_supercomputer, "DATA_ROOT": f"{CERTIFICATE_USER.home}/data"})
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+def task_states(site: SimulatedSite) -> dict[str, str]:
+    """Of all tasks of `delay_features` that were ever submitted, by id: `79_6`."""
+    rows = site.sacct("-XnP", "--starttime=now-1days", "--format=JobID,State,JobName").splitlines()
+    found = [row.split("|") for row in rows]
+    return {task: state for task, state, name in found if name.startswith("delay_features-")}
+
+
+def test_one_month_fails_and_after_the_correction_one_task_runs(
+    dagster_dev: DagsterDev, site: SimulatedSite, data: Path
+) -> None:
+    before = task_states(site)
+    with open_ui(dagster_dev.url) as page:
+        first = dagster_dev.backfill("delay_features", MONTHS)
+        assert dagster_dev.wait(first, 300) == "FAILURE"
+        expect_partitions(page, "delay_features", BROKEN, failed=1, materialized=11)
+        expect(page.get_by_text("failed, and did not materialize this asset.")).to_be_visible()
+        failure = open_failure(page, first)
+        expect(failure.get_by_text("1 of 12 tasks failed. The 11 partitions of the other tasks")).to_be_visible()
+        expect(failure.get_by_text(f"materialise the partition {BROKEN} of flights first").first).to_be_visible()
+        tasks = {task: state for task, state in task_states(site).items() if task not in before}
+        assert sorted(tasks.values()) == ["COMPLETED"] * 11 + ["FAILED"]
+        assert len({task.partition("_")[0] for task in tasks}) == 1
+
+        (data / "kept.parquet").rename(data / "flights" / f"{BROKEN}.parquet")
+        second = dagster_dev.re_execute_from_failure(first)
+        assert dagster_dev.wait(second, 300) == "SUCCESS"
+        new = {task: state for task, state in task_states(site).items() if task not in {**before, **tasks}}
+        assert list(new.values()) == ["COMPLETED"]
+        expect_partitions(page, "delay_features", BROKEN, failed=0, materialized=12)
+        expect(page.get_by_text("late_share", exact=True)).to_be_visible()
+    events = dagster_dev.materializations("delay_features")
+    assert sorted(event["partition"] for event in events if event["runId"] == second) == MONTHS
