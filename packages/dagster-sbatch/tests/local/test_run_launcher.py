@@ -16,8 +16,8 @@ import dagster as dg
 import psutil
 import pytest
 
-from dagster_sbatch.run_launcher import connection, fork_server, launcher
-from dagster_sbatch.run_launcher.connection import ForkServers
+from dagster_sbatch.run_launcher import fork_client, fork_server, launcher
+from dagster_sbatch.run_launcher.fork_client import ForkServers
 from dagster_sbatch.run_launcher.fork_server import LOG
 from dagster_sbatch.run_launcher.run_process import RunProcess
 from local import forked_jobs
@@ -307,7 +307,7 @@ def test_a_server_ends_when_nobody_needs_it(runs: Runs) -> None:
     script = """
 import sys
 from pathlib import Path
-from dagster_sbatch.run_launcher.connection import ForkServers
+from dagster_sbatch.run_launcher.fork_client import ForkServers
 with ForkServers(Path(sys.argv[1])).fork(sys.executable, "a-run", "{}") as forked:
     print(forked.process.pid)
 """
@@ -337,7 +337,7 @@ def test_without_a_server_dagsters_default_launcher_starts_the_run(
         monkeypatch.setenv("PYTHONPATH", str(runs.folder))
         (runs.folder / "sitecustomize.py").write_text("import os; os._exit(1)")
     else:
-        monkeypatch.setattr(connection, "ANSWER_SECONDS", 0.01)
+        monkeypatch.setattr(fork_client, "ANSWER_SECONDS", 0.01)
     run_id = runs.launch("reporting", python)
     assert started == [run_id]
     texts = [entry.message or entry.user_message for entry in runs.instance.all_logs(run_id)]

@@ -16,7 +16,7 @@ def hurry():
         "slurm_commands": dict(SQUEUE_EVERY=0.5, UNSHARED_EVERY=0.5),
         "jobs": dict(COMMAND_PATIENCE=3),
         "follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5),
-        "arrays": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5, COMMAND_PATIENCE=3, FIRST_PAUSE=0.1, ROOM_PAUSE=0.5),
+        "array_jobs": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5, COMMAND_PATIENCE=3, FIRST_PAUSE=0.1, ROOM_PAUSE=0.5),
         "streams": dict(HOLE=0.5),
     }.items():
         vars(sys.modules["agent." + name]).update(values)

@@ -327,7 +327,7 @@ def test_a_full_disk_keeps_no_end_from_the_client(site: Site, prepare: Prepare, 
 COUNTING = """
 def spoil():
     import sys
-    arrays = sys.modules["agent.arrays"]
+    arrays = sys.modules["agent.array_jobs"]
     events_of = arrays.events_of
     def count(folder):
         with open({counted!r}, "a") as file:

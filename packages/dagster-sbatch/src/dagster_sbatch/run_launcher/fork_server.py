@@ -1,6 +1,6 @@
 """The fork server: a process that has imported Dagster, and forks a process for each run.
 
-`dagster_sbatch.run_launcher.connection` starts this file as a script, in the Python of the code location. That Python
+`dagster_sbatch.run_launcher.fork_client` starts this file as a script, in the Python of the code location. That Python
 has Dagster, and need not have this package.
 
 The server imports only what each run needs whatever its code is: Dagster, and this package with its libraries. It never

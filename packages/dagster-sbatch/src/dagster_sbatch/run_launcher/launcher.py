@@ -14,7 +14,7 @@ from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import serialize_value
 from dagster._serdes.config_class import ConfigurableClassData
 
-from dagster_sbatch.run_launcher.connection import ForkServers, ForkServerUnavailableError
+from dagster_sbatch.run_launcher.fork_client import ForkServers, ForkServerUnavailableError
 from dagster_sbatch.run_launcher.run_process import RunProcess
 
 CAN_FORK = sys.platform == "linux"

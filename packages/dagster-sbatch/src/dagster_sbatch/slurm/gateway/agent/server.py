@@ -7,7 +7,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-from .arrays import run_array
+from .array_jobs import run_array
 from .claims import claim, clean, hold
 from .disk import RequestError, kind_of
 from .follower import follow
