@@ -37,8 +37,9 @@ class ForkedProcess:
         self._connection, self.process = connection, process
 
     def begin(self) -> None:
-        """Let it execute the run."""
-        self._connection.sendall(fork_server.BEGIN)
+        """Let it execute the run. If it has ended by now, the fork server or Dagster's run monitoring reports that."""
+        with suppress(ConnectionError):
+            self._connection.sendall(fork_server.BEGIN)
 
     def __enter__(self) -> "ForkedProcess":
         return self

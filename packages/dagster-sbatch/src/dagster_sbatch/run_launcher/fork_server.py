@@ -38,6 +38,8 @@ LOG = "fork-server.log"
 LOG_BYTES = 1_000_000
 """Size at which the log becomes `fork-server.log.old`."""
 BEGIN = b"begin\n"
+PROCESS_TAG = "dagster_sbatch/run_process"
+"""Tag of a run with its id and what identifies its process. A retry has the tag of its predecessor until it starts."""
 REQUEST_SECONDS = 10.0
 IDLE_SECONDS = 600.0
 """After which a server without runs ends. The next run starts another one."""
@@ -223,10 +225,7 @@ class Server:
 
     def _restore(self, listener: socket.socket) -> None:
         """Undo what the server has changed for itself."""
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _reset_signals()
         for number, stream in enumerate(self._streams, 1):
             os.dup2(stream, number)
             os.close(stream)
@@ -256,10 +255,19 @@ class Server:
                 code = os.waitstatus_to_exitcode(status)
                 self.log(f"run {request['run_id']}: process {pid} has ended with exit code {code}")
                 if code != 0 and os.fork() == 0:
-                    try:
-                        _report_crash(request, code)
-                    finally:
-                        os._exit(0)
+                    self._become_reporter(request, pid, code)
+
+    def _become_reporter(self, request: "dict[str, str]", pid: int, code: int) -> None:
+        """In a new process: report a crash, and end. Without the listener: a client would wait for this process."""
+        try:
+            _reset_signals()
+            if self._listener:
+                self._listener.close()
+            self.log(f"run {request['run_id']}: {_report_crash(request, pid, code)}")
+        except BaseException as error:  # noqa: BLE001 - nothing of the server may go on in this process
+            self.log(f"run {request['run_id']}: the end of process {pid} cannot be reported: {error!r}")
+        finally:
+            os._exit(0)
 
 
 def _rehearse(execute: Callable[[], None]) -> None:
@@ -296,16 +304,36 @@ def _parse(request: "dict[str, str]") -> Any:
     return deserialize_value(request["arguments"], ExecuteRunArgs)
 
 
-def _report_crash(request: "dict[str, str]", code: int) -> None:
-    """In a process of its own: fail the run, unless it has reported its end. As Dagster's code server does."""
+def _report_crash(request: "dict[str, str]", pid: int, code: int) -> str:
+    """Report the end of a run whose process has crashed, unless the run has reported it; return what was done.
+
+    A process that the run's tag does not name never began: its client gave up, and another process may have the run.
+    """
     import dagster as dg
 
     arguments = _parse(request)
     with dg.DagsterInstance.from_ref(arguments.instance_ref) as instance:
         run = instance.get_run_by_id(arguments.run_id)
-        if run and not run.is_finished:
-            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            instance.report_run_failed(run, f"The process of this run has ended unexpectedly {how}.")
+        if run is None or run.is_finished:
+            return "its end is reported"
+        if not run.tags.get(PROCESS_TAG, "").startswith(f"{run.run_id} {pid} "):
+            return f"process {pid} never began it"
+        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+        text = f"The process of this run has ended unexpectedly {how}."
+        # The run's status may be STARTED again: a process that starts sets it, whatever it was.
+        if instance.get_records_for_run(run.run_id, of_type=dg.DagsterEventType.RUN_CANCELING, limit=1).records:
+            instance.report_run_canceled(run, text)
+            return "reported as canceled"
+        instance.report_run_failed(run, text)
+        return "reported as failed"
+
+
+def _reset_signals() -> None:
+    """Handle signals in a new process as Python does at its start."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _console_command() -> "Callable[[], None]":

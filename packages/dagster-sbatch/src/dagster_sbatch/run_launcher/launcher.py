@@ -88,7 +88,11 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
                 self._instance.report_run_canceled(now)
 
     def terminate(self, run_id: str) -> bool:
-        """Interrupt a run's process, as Dagster's default launcher does; return whether there was something to end."""
+        """End a run's process; return whether there was something to end.
+
+        The process of a run that has begun is interrupted, as by Dagster's default launcher. That of a run that is
+        starting is killed: it has no job yet, and Dagster would report an interrupt then as a failure.
+        """
         run = self._instance.get_run_by_id(run_id)
         process = RunProcess.of(run) if run else None
         if run is None or process is None:
@@ -96,12 +100,23 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
         if run.is_finished:
             return False
         self._instance.report_run_canceling(run)
+        if run.status == dg.DagsterRunStatus.STARTING:
+            now = self._instance.get_run_by_id(run_id)
+            if now and now.status == dg.DagsterRunStatus.CANCELING:
+                process.kill()
+                return self._report_canceled(run_id, f"Process {process.pid} of this run ended before its first step.")
+            if now:  # it has begun just now, which has replaced that status
+                self._instance.report_run_canceling(now)
         if process.interrupt():
             return True
-        now = self._instance.get_run_by_id(run_id)  # read after the process has ended: it may have ended well
+        return self._report_canceled(run_id, f"Process {process.pid} of this run was gone already.")
+
+    def _report_canceled(self, run_id: str, text: str) -> bool:
+        """Report a run whose process has ended as canceled, unless it has reported its end itself."""
+        now = self._instance.get_run_by_id(run_id)
         if now is None or now.is_finished:
             return False
-        self._instance.report_run_canceled(now, f"Process {process.pid} of this run was gone already.")
+        self._instance.report_run_canceled(now, text)
         return True
 
     @property

@@ -2,15 +2,18 @@
 
 import os
 import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
 import psutil
 
-TAG = "dagster_sbatch/run_process"
-"""Tag of a run with its id and what identifies its process. A retry has the tag of its predecessor until it starts."""
+from dagster_sbatch.run_launcher.fork_server import PROCESS_TAG
+
 PROC = Path("/proc")
+KILL_SECONDS = 5.0
+"""Within which a killed process ends, unless it waits for a disk; it executes nothing more in any case."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,30 @@ class RunProcess:
     @classmethod
     def of(cls, run: dg.DagsterRun) -> "RunProcess | None":
         """Return the process that `ForkingRunLauncher` has forked for a run; None if it has not."""
-        run_id, _, process = run.tags.get(TAG, "").partition(" ")
+        run_id, _, process = run.tags.get(PROCESS_TAG, "").partition(" ")
         pid, _, begin = process.partition(" ")
         return cls(int(pid), begin) if run_id == run.run_id else None
 
     def tags(self, run_id: str) -> dict[str, str]:
         """Return the tags by which `of` finds this process."""
-        return {TAG: f"{run_id} {self.pid} {self.begin}"}
+        return {PROCESS_TAG: f"{run_id} {self.pid} {self.begin}"}
 
     def interrupt(self) -> bool:
         """Send SIGINT to the process; return False if it is gone."""
+        return self._send(signal.SIGINT)
+
+    def kill(self) -> None:
+        """End the process by SIGKILL, and wait until it has ended."""
+        self._send(signal.SIGKILL)
+        deadline = time.monotonic() + KILL_SECONDS
+        while self.alive and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _send(self, number: signal.Signals) -> bool:
         if not self.alive:
             return False
         try:
-            os.kill(self.pid, signal.SIGINT)
+            os.kill(self.pid, number)
         except ProcessLookupError:
             return False
         return True

@@ -1,0 +1,120 @@
+"""Ends of forked runs at awkward moments: each is reported once, and as what it is."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch.run_launcher import fork_client
+from dagster_sbatch.run_launcher.fork_client import ForkServers
+from support.dagster_dev import gone, wait_for
+from support.forked_runs import STATUS, Runs
+
+pytestmark = pytest.mark.local
+
+
+def test_a_late_fork_does_not_fail_the_run_that_the_default_launcher_has_started(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server answers when the client has given up: that process ends, and the run's own continues."""
+    runs.wait(runs.launch("reporting"))
+    (server,) = runs.servers()
+    monkeypatch.setattr(dg.DefaultRunLauncher, "launch_run", lambda *_: None)
+    monkeypatch.setattr(fork_client, "ANSWER_SECONDS", 0.1)
+    server.suspend()
+    run_id = runs.launch("reporting")
+    server.resume()
+    wait_for(lambda: f"run {run_id}: process " in runs.log, 20, "the late process has ended")
+    wait_for(lambda: runs.log.count(f"run {run_id}: ") == 2, 20, f"its end is judged; {runs.log}")
+    assert runs.status(run_id) == STATUS.STARTING
+
+
+def test_a_run_that_is_terminated_before_its_first_step_is_canceled(runs: Runs) -> None:
+    hold = runs.reports / "hold"
+    hold.touch()
+    run_id = runs.launch("reporting")
+    assert runs.status(run_id) == STATUS.STARTING
+    assert runs.instance.run_launcher.terminate(run_id)
+    hold.unlink()
+    wait_for(lambda: runs.log.count(f"run {run_id}: ") == 2, 20, f"its end is judged; {runs.log}")
+    assert runs.status(run_id) == STATUS.CANCELED
+    assert list(runs.reports.glob("*.json")) == []
+
+
+def test_a_run_that_begins_while_it_is_terminated_is_canceled(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its RUN_START sets its status to STARTED after RUN_CANCELING: only an interrupt lets it end its job."""
+    report, hold = dg.DagsterInstance.report_run_canceling, runs.reports / "hold"
+
+    def report_and_begin(instance: dg.DagsterInstance, run: dg.DagsterRun) -> None:
+        began_now = hold.exists()
+        if began_now:
+            hold.unlink()
+            runs.seen(run.run_id)
+        report(instance, run)
+        if began_now:
+            start = dg.DagsterEvent(dg.DagsterEventType.RUN_START.value, run.job_name)
+            instance.report_dagster_event(start, run.run_id)
+
+    hold.touch()
+    run_id = runs.launch("waiting")
+    monkeypatch.setattr(dg.DagsterInstance, "report_run_canceling", report_and_begin)
+    assert runs.instance.run_launcher.terminate(run_id)
+    runs.wait(run_id, STATUS.CANCELED)
+
+
+def test_a_run_that_dies_while_it_is_canceled_is_not_retried(runs: Runs) -> None:
+    run_id = runs.launch("waiting")
+    runs.seen(run_id)
+    run = runs.instance.get_run_by_id(run_id)
+    assert run
+    runs.instance.report_run_canceling(run)
+    os.kill(runs.process(run_id).pid, signal.SIGKILL)
+    wait_for(lambda: runs.status(run_id) != STATUS.CANCELING, 20, "its end is reported")
+    assert runs.status(run_id) == STATUS.CANCELED
+
+
+def test_an_end_that_cannot_be_reported_is_in_the_log(runs: Runs) -> None:
+    with ForkServers(runs.base).fork(sys.executable, "a-run", "{}") as forked:
+        os.kill(forked.process.pid, signal.SIGKILL)
+        text = f"run a-run: the end of process {forked.process.pid} cannot be reported: "
+        wait_for(lambda: text in runs.log, 20, f"the log has the error; {runs.log}")
+
+
+def test_a_reporter_that_hangs_does_not_look_like_a_server(tmp_path: Path) -> None:
+    """It has neither the socket, whose clients would wait for it, nor the server's handler of SIGTERM."""
+    script = """
+import os, signal, socket, sys, time
+from pathlib import Path
+from dagster_sbatch.run_launcher import fork_server
+folder = Path(sys.argv[1])
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(str(folder / "s"))
+listener.listen()
+
+def hang(*_):
+    (folder / "part").write_text(str(os.getpid()))
+    (folder / "part").rename(folder / "reporter")
+    time.sleep(600)
+
+fork_server._report_crash = hang
+server = fork_server.Server(listener, folder, "s")
+pid = os.fork()
+if pid == 0:
+    os._exit(1)
+server.runs[pid] = {"run_id": "a-run", "arguments": ""}
+(folder / "s").unlink()  # so it retires
+server.serve()
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command) as server:
+        wait_for((tmp_path / "reporter").exists, 30, "the reporter runs")
+        pid = int((tmp_path / "reporter").read_text())
+        held = [str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()]
+        os.kill(pid, signal.SIGTERM)
+        server.wait(30)
+    wait_for(lambda: gone(pid), 20, "SIGTERM has ended the reporter")
+    assert [each for each in held if each.startswith("socket:")] == []
