@@ -60,6 +60,10 @@ def test_after_the_job_it_says_so(tmp_path: Path, job: dict[str, str]) -> None:
         ("n=12", 12),
         ("n=-1.5e3", -1500.0),
         ("n=true", True),
+        ("n=0", 0),
+        ("n=0.5", 0.5),
+        ("n=007", "007"),
+        ("n=-01.5", "-01.5"),
         ("n=nan", "nan"),
         ("n=1e999", "1e999"),
         ("n=a=b @c", "a=b @c"),
@@ -161,3 +165,32 @@ def test_it_waits_while_another_process_writes_its_message(tmp_path: Path, job: 
             fcntl.lockf(file, fcntl.LOCK_UN)
     lines = [json.loads(line)["method"] for line in path.read_text().splitlines() if line]
     assert lines == ["job_started", "theirs", "log"]
+
+
+def test_of_several_reports_at_once_one_is_accepted(tmp_path: Path, job: dict[str, str]) -> None:
+    path, count = tmp_path / "messages.jsonl", 4
+    with path.open("a") as file:  # reading them takes a while
+        file.write('{"method": "log", "params": {"message": "a line"}}\n' * 50_000)
+    command = [sys.executable, "-I", pipes_command.__file__, "materialize", "--asset", "a"]
+    with path.open("ab") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        processes = [
+            subprocess.Popen(command, env={"PATH": os.environ["PATH"], **job}, stderr=subprocess.PIPE)
+            for _ in range(count)
+        ]
+        waiting = re.compile(rf"-> POSIX .* ({'|'.join(str(each.pid) for each in processes)}) ")
+        wait_until(lambda: len(waiting.findall(Path("/proc/locks").read_text())) == count, "all wait for the lock", 60)
+    refused = [process.communicate()[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0] + [1] * (count - 1)
+    assert sum(b"a has been reported already" in text for text in refused) == count - 1
+
+
+def test_a_message_that_the_disk_cannot_hold_leaves_nothing(tmp_path: Path, job: dict[str, str]) -> None:
+    path = tmp_path / "messages.jsonl"
+    before = path.read_bytes()
+    command = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", sys.executable, "-I", pipes_command.__file__]
+    done = subprocess.run(
+        [*command, "log", "x" * 5000], env={"PATH": os.environ["PATH"], **job}, capture_output=True, check=False
+    )
+    assert (done.returncode, b"File too large" in done.stderr) == (1, True)
+    assert path.read_bytes() == before

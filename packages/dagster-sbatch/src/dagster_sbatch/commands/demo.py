@@ -30,7 +30,7 @@ Values = list[dict[str, Any]]
 
 def numbers(_: str, values: Values) -> dict[str, str]:
     """Return the numbers that an asset reported last, as the column `result`."""
-    found = {name: value for each in values[:1] for name, value in each.items() if isinstance(value, int | float)}
+    found = {name: value for each in values[:1] for name, value in each.items() if type(value) in (int, float)}
     return {"result": ", ".join(f"{name} {value:.6g}" for name, value in found.items())}
 
 

@@ -12,6 +12,7 @@ they start. Exit codes: 0 done, 1 not reported (stderr says why), 2 wrong argume
 import argparse
 import base64
 import fcntl
+import io
 import json
 import logging
 import math
@@ -47,8 +48,9 @@ PICTURES = {
 TEXTS = ("text", "md", "path", "url")
 VALUES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "json": (dict, list)}
 """Types of metadata, and what JSON each of them is."""
-_INTEGER = re.compile(r"[+-]?\d+")
-_FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
+"""A number with more leading zeros is an identifier, and stays a text."""
+_FLOAT = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 
 class _Channel(PipesMessageWriterChannel):
@@ -60,22 +62,32 @@ class _Channel(PipesMessageWriterChannel):
     def write_message(self, message: PipesMessage) -> None:
         if message["method"] in ("opened", "closed"):
             return
-        data = json.dumps(message).encode() + b"\n"
-        number = os.open(self._path, os.O_RDWR | os.O_APPEND)
-        try:
+        with os.fdopen(os.open(self._path, os.O_RDWR | os.O_APPEND), "r+b", buffering=0) as file:
             with suppress(OSError):  # a file system without locks: one write, at the end of the file
-                fcntl.lockf(number, fcntl.LOCK_EX)
+                fcntl.lockf(file, fcntl.LOCK_EX)
             if message["method"] == "report_asset_materialization":
-                self._check_first(message)
-            while data:
-                data = data[os.write(number, data) :]
-        finally:
-            os.close(number)
+                self._check_first(message, file)
+            self._append(json.dumps(message).encode() + b"\n", file)
 
-    def _check_first(self, message: PipesMessage) -> None:
-        """Dagster accepts one materialization of an asset from a job."""
+    @staticmethod
+    def _append(data: bytes, file: io.FileIO) -> None:
+        """Write all of the data, or nothing: half a line would spoil the next message."""
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:  # the disk is full
+            file.truncate(size)
+            raise
+
+    @staticmethod
+    def _check_first(message: PipesMessage, file: io.FileIO) -> None:
+        """Dagster accepts one materialization of an asset from a job.
+
+        The file is read through its open descriptor: closing another one of the same file would release the lock.
+        """
         asset = (message["params"] or {})["asset_key"]
-        for line in reversed(Path(self._path).read_bytes().splitlines()):
+        for line in reversed(file.readall().splitlines()):
             found = {}
             with suppress(ValueError):  # a program that uses dagster_pipes is writing it just now
                 found = json.loads(line)
@@ -208,7 +220,7 @@ def make_parser() -> argparse.ArgumentParser:
     result.add_argument("--failed", action="store_false", dest="passed")
     made[check].add_argument("--severity", choices=("ERROR", "WARN"), default="ERROR", help="default: ERROR")
     made[log].add_argument("--level", choices=("debug", "info", "warning", "error", "critical"), default="info")
-    made[log].add_argument("text", nargs="+")
+    made[log].add_argument("text", nargs="+", help="the line; write -- before one that begins with a dash")
     made[extra].add_argument("name", help="name of the value, for instance partition_keys")
     return parser
 
