@@ -4,6 +4,7 @@ import base64
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,12 @@ def test_a_binary_runs_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str
     outcome = materialize(path, tmp_path, launcher=CommandLauncher(), args=["%s|", "a'b $HOME", ""])
     assert outcome.error == ""
     assert capfd.readouterr().out == "a'b $HOME||"
+
+
+def test_a_program_has_the_usual_signals(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Python ignores SIGPIPE and SIGXFSZ; `producer | head` would report errors in place of ending."""
+    assert run(tmp_path, "#!/bin/sh\ngrep SigIgn /proc/self/status\n").error == ""
+    assert int(capfd.readouterr().out.split()[1], 16) & (1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1) == 0
 
 
 def test_a_failure_after_a_report_stores_nothing(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -44,6 +45,8 @@ def main() -> int:
         if batch:
             enter_work_folder(Path(program).parent)
             command = [*read_first_line(Path(program)), *command]
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and the program would inherit that
+            signal.signal(number, signal.SIG_DFL)
         os.execv(command[0], command)
     except OSError as error:
         cause = explain(Path(program), error)
