@@ -76,6 +76,16 @@ def test_messages_may_be_cut_anywhere(messages: Messages, handler: Handler) -> N
     assert handler.taken == ["opened", "report_asset_check \u00e9", "closed"]
 
 
+@pytest.mark.parametrize("text", ["caf\udce9", "\ud83d"])
+def test_what_is_not_unicode_is_replaced(text: str, messages: Messages, handler: Handler) -> None:
+    """Dagster would store half of a surrogate pair, and its web server could not show the run any more."""
+    messages.feed(STARTED + line("opened") + line("log", text) + line("report_asset_check", text) + line("closed"))
+    messages.feed(b'{"method": "report_asset_check", "params": {"text": "\xed\xb3\xa9"}}\n')
+    messages.finish(CONTEXT)
+    shown = text[:-1] + "\ufffd"
+    assert handler.taken[1:4] == [f"log {shown}", f"report_asset_check {shown}", "report_asset_check \ufffd"]
+
+
 @pytest.mark.parametrize("rubbish", [b"rubbish\n", b"[1]\n", b'{"params": {}}\n', b"\xff\xfe\n"])
 def test_rubbish_is_kept_as_the_error_and_nothing_is_handed_over_after_it(rubbish: bytes, messages: Messages) -> None:
     messages.feed(STARTED + line("opened") + rubbish + line("closed"))

@@ -75,7 +75,7 @@ class MessageParser:
 
     def _read(self, line: bytes) -> None:
         try:
-            message: PipesMessage = json.loads(line)
+            message: PipesMessage = json.loads(_replace_surrogates(line))
             message = {**message, "method": message["method"], "params": message.get("params") or {}}
         except (ValueError, TypeError, KeyError) as error:
             text = line[:200].decode(errors="replace")
@@ -114,6 +114,15 @@ class MessageParser:
             self.exception = self.exception or shortened
         params = {"exception": shortened} if shortened else {}
         self.closed = {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": "closed", "params": params}
+
+
+def _replace_surrogates(line: bytes) -> str:
+    """Return a line of JSON as text, with U+FFFD for each half of a surrogate pair.
+
+    Programs write one for a byte that is not UTF-8. Dagster stores it, and its web server could not send it.
+    """
+    text = json.dumps(json.loads(line), ensure_ascii=False)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def explain_failure(messages: MessageParser, exit_code: int, workload: str) -> str | None:
