@@ -34,7 +34,10 @@ def test_lines_are_read_as_sbatch_reads_them() -> None:
         (["--gres=gpu"], {}, {"gpus_per_node": 1}),
         (["-N2", "-G 8"], {}, {"nodes": 2, "gpus_per_node": 4}),
         (["--gpus-per-task=1", "-n4"], {}, {"ntasks_per_node": 4, "gpus_per_node": 4}),
+        (["--gpus-per-task=1", "-n4"], {"ntasks_per_node": 2}, {"ntasks_per_node": 2, "gpus_per_node": 2}),
         (["--gpus-per-node=2", "--mem-per-gpu=10G"], {}, {"gpus_per_node": 2, "mem": "20G"}),
+        (["--mem-per-gpu=10G"], {"gpus_per_node": 4}, {"gpus_per_node": 4, "mem": "40G"}),
+        (["-G1", "--mem-per-gpu=10G"], {"gpus_per_node": 4}, {"gpus_per_node": 4, "mem": "40G"}),
         (["--mem=16gb", "--exclusive"], {}, {"mem": "16G", "exclusive": True}),
         (["-t 1-12", "-t 2:00:00", "-p zen4_0768"], {}, {"time_limit": "02:00:00", "partition": "zen4_0768"}),
         (["--mail-type=END", "--nice"], {"options": ["--nice=5"]}, {"options": ["--mail-type=END", "--nice=5"]}),
@@ -58,6 +61,11 @@ def test_what_does_not_apply_is_named_with_its_line() -> None:
         "m.sbatch: these do not apply, because the job of an asset has its own: "
         "--output=out (line 6), --export=ALL (line 7).",
     ]
+
+
+def test_a_number_of_gpus_that_does_not_apply_is_named() -> None:
+    _, notes = complete_request(SlurmRequest(gpus_per_node=4), script("-G1", "--mem-per-gpu=10G"), "m")
+    assert notes == ["m, line 2: --gpus=1 does not apply. The asset requests gpus_per_node=4."]
 
 
 def test_a_script_that_says_the_same_as_the_asset_has_no_notes() -> None:

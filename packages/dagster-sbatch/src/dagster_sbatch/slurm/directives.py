@@ -147,7 +147,7 @@ def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[Slu
     mine = {field: getattr(request, field) for field in sorted(request.model_fields_set)}
     try:
         directives = read_directives(script)
-        fields = _fields_of(directives, mine.get("nodes"))
+        fields = _fields_of(directives, mine)
         theirs = SlurmRequest(**fields)
     except (ConfigurationError, ValueError) as error:
         raise ConfigurationError(f"{name}: its #SBATCH lines cannot be used. {error}") from None
@@ -184,12 +184,12 @@ def _merge_options(mine: Sequence[str], theirs: Sequence[str]) -> tuple[str, ...
     return (*(each for each in theirs if each.partition("=")[0] not in names), *mine)
 
 
-def _fields_of(directives: Sequence[Directive], nodes: int | None) -> dict[str, Any]:
+def _fields_of(directives: Sequence[Directive], mine: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a request; of an option that occurs twice, the last one counts.
 
     Args:
         directives: of the script.
-        nodes: of the asset, if it says so.
+        mine: the fields that the asset sets.
     """
     values = {each.name: each.value for each in directives}
     for each in directives:
@@ -206,7 +206,7 @@ def _fields_of(directives: Sequence[Directive], nodes: int | None) -> dict[str, 
         fields["exclusive"] = values["exclusive"] or True
     for name in _MEMORY & fields.keys():
         fields[name] = _memory(fields[name])
-    fields |= _layout(values, nodes)
+    fields |= _layout(values, mine)
     options = {each.name: str(each) for each in directives if each.name in FURTHER_OPTIONS}
     return {**fields, "options": tuple(options.values())}
 
@@ -222,10 +222,13 @@ def _advice(directive: Directive) -> str:
     return f"--{directive.name} cannot be an option of an asset's job{nearest(directive.name, known)}"
 
 
-def _layout(values: Mapping[str, str], nodes: int | None) -> dict[str, Any]:
-    """Return nodes, tasks, GPUs and memory per node, from the options that count them in another way."""
+def _layout(values: Mapping[str, str], mine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nodes, tasks, GPUs and memory per node, from the options that count them in another way.
+
+    Where an option depends on a field that the asset sets, the asset's value counts.
+    """
     total, per_node = (_number(values, name) for name in ("ntasks", "ntasks-per-node"))
-    nodes = nodes or _number(values, "nodes") or (-(-total // per_node) if total and per_node else 1)
+    nodes = mine.get("nodes") or _number(values, "nodes") or (-(-total // per_node) if total and per_node else 1)
     found: dict[str, Any] = {"nodes": nodes} if nodes > 1 else {}
     tasks = per_node or (_divide("ntasks", total, nodes) if total else 1)
     if tasks > 1:
@@ -238,10 +241,11 @@ def _layout(values: Mapping[str, str], nodes: int | None) -> dict[str, Any]:
     if "gpus" in values:
         gpus = _divide("gpus", _gpus("gpus", values["gpus"]), nodes)
     if "gpus-per-task" in values:
-        gpus = _gpus("gpus-per-task", values["gpus-per-task"]) * tasks
+        gpus = _gpus("gpus-per-task", values["gpus-per-task"]) * mine.get("ntasks_per_node", tasks)
     if gpus:
         found["gpus_per_node"] = gpus
     if "mem-per-gpu" in values:
+        gpus = mine.get("gpus_per_node", gpus)
         found["mem"] = format_memory(parse_memory(_memory(values["mem-per-gpu"])) * max(gpus, 1))
     return found
 
