@@ -3,10 +3,9 @@
     .venv/bin/python -m benchmarks.arrays [--tasks 1000] [--rounds 2]
 
 As root. Both are measured in turns in one run, on the simulated site, whose nodes share the cores of this machine. The
-floor submits as many equally empty tasks, and waits for the last one's file. Both let as many run at once, write stdout
-and stderr to files, and use `--export=NONE`: Slurm reads the login profile for each task, which costs more than the
-task. A second floor does without that. What counts are the ratio and the numbers that are counted; docs/performance.md
-has a table of them.
+floor submits as many equally empty tasks, and waits for the last one's file. Both let as many run at once, and write
+stdout and stderr to files. What counts are the ratio and the numbers that are counted; docs/performance.md has a table
+of them.
 """
 
 import argparse
@@ -101,8 +100,9 @@ class _Watch:
         self._thread.join()
 
     def _sample(self) -> None:
-        own = psutil.Process()
-        while not self._over.wait(SAMPLE_SECONDS):
+        own, over = psutil.Process(), False
+        while not over:
+            over = self._over.wait(SAMPLE_SECONDS)
             self.memory = max(self.memory, own.memory_info().rss)
             found = [
                 each
@@ -146,21 +146,19 @@ def _measure(site: SimulatedSite, settings: Settings, tasks: int, rounds: int) -
 
     with _Watch(site) as few:
         _run(count, FEW)
-    ours, floor, bare, calls, opened = [], [], [], 0, 0
+    ours, floor, calls, opened = [], [], 0, 0
     with _Watch(site) as many:
         for _ in range(rounds):
-            floor.append(_seconds(lambda: _by_hand(site, tasks, "--export=NONE")))
+            floor.append(_seconds(lambda: _by_hand(site, tasks)))
             begun = time.perf_counter()
             calls += _run(count, tasks)
             ours.append(time.perf_counter() - begun)
-            bare.append(_seconds(lambda: _by_hand(site, tasks, "--export=ALL")))
     table = Table("measure", "value")
     ratio = statistics.median(ours) / statistics.median(floor)
     for name, value in {
         f"{tasks} empty tasks, from submission to the end": f"{statistics.median(ours):.1f} s",
         "the floor": f"{statistics.median(floor):.1f} s",
         "ratio": f"{ratio:.2f}",
-        "the floor without --export=NONE": f"{statistics.median(bare):.1f} s",
         f"growth of this process's memory from {FEW} to {tasks} tasks": f"{(many.memory - few.memory) / 1e6:.1f} MB",
         "agents on the login node": str(many.agents),
         "CPU time of an agent": f"{many.agent_cpu:.1f} s",
@@ -199,11 +197,11 @@ def _run(open_channel: OpenChannel, tasks: int) -> int:
         gateway.close()
 
 
-def _by_hand(site: SimulatedSite, tasks: int, export: str) -> None:
+def _by_hand(site: SimulatedSite, tasks: int) -> None:
     """Submit as many empty tasks, and wait for the file of the last one: a person's script of three lines."""
     folder = f"floor-{time.time_ns()}"
     script = f"#!/bin/bash\n#ASC --vanilla\ntrue\ntouch {folder}/end-$SLURM_ARRAY_TASK_ID\n"
-    options = f"--array=0-{tasks - 1}%{AT_ONCE} -p zen4_0768 --qos=zen4_0768 -t 5 {export}"
+    options = f"--array=0-{tasks - 1}%{AT_ONCE} -p zen4_0768 --qos=zen4_0768 -t 5"
     options += f" -o {folder}/out/%a.stdout -e {folder}/out/%a.stderr"
     wait = f"until [ $(ls {folder} | grep -c end) = {tasks} ]; do sleep 0.1; done"
     command = f"set -e; mkdir -p {folder}/out; sbatch {options} <<'E'\n{script}E\n{wait}"

@@ -91,10 +91,10 @@ def test_the_answers_of_sbatch(say: Say, sbatch: str, expected: str, tmp_path: P
     with jobs.Locked(str(tmp_path)) as lock:
         if expected == "temporary":
             with pytest.raises(disk.RequestError) as failure:
-                jobs.sbatch(str(tmp_path), [], lock)
+                jobs.sbatch(str(tmp_path), [], lock, dict(os.environ))
             assert failure.value.kind == expected
         else:
-            assert jobs.sbatch(str(tmp_path), [], lock) == expected
+            assert jobs.sbatch(str(tmp_path), [], lock, dict(os.environ)) == expected
     assert (tmp_path / "tried").exists()
 
 
@@ -128,7 +128,7 @@ def test_what_sbatch_refuses(say: Say, words: str, kind: str, submitted: str, tm
     say("sbatch", f"cat {tmp_path}/words >&2; exit 1")
     (tmp_path / "tried").touch()
     with jobs.Locked(str(tmp_path)) as lock, pytest.raises(disk.RequestError) as failure:
-        jobs.sbatch(str(tmp_path), [], lock)
+        jobs.sbatch(str(tmp_path), [], lock, dict(os.environ))
     assert (failure.value.kind, str(failure.value)) == (kind, words)
     assert (tmp_path / "tried").exists() is (submitted == "perhaps")
 
@@ -167,7 +167,7 @@ def test_what_a_shell_exports_for_slurm(
         (tmp_path / "tried").touch()
         (tmp_path / "job.sh").write_text(script)
         with jobs.Locked(str(tmp_path)) as lock:
-            jobs.sbatch(str(tmp_path), [], lock)
+            jobs.sbatch(str(tmp_path), [], lock, jobs.environment_of(str(tmp_path)))
     assert (tmp_path / "bin" / "variables").read_text().splitlines() == expected
 
 

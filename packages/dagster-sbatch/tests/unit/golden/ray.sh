@@ -27,19 +27,22 @@ code=null
 # shellcheck disable=SC2317  # the trap calls it
 finish() {
   local sizes now=${EPOCHREALTIME:-$(date +%s.%N)}
-  mapfile -t sizes < <(stat -c %s messages.jsonl stdout stderr)
+  mapfile -t sizes < <(exec stat -c %s messages.jsonl stdout stderr)
   printf '{"code": %s, "job": "%s", "time": %s, "sizes": {"messages.jsonl": %s, "stdout": %s, "stderr": %s}}\n' \
     "$code" "$SLURM_JOB_ID" "${now/,/.}" "${sizes[@]}" >>events
 }
 trap finish EXIT
-# Prints the folder for temporary files on a node: its own disk, if the job can write to it.
-temporary_folder() {
+# Sets TMPDIR, the folder for temporary files on a node: its own disk, if the job can write to it.
+set_temporary_folder() {
   local probe=/local/.$SLURM_JOB_ID-$RANDOM
-  if (set -C && echo >"$probe" && rm "$probe") 2>/dev/null; then echo /local; else echo /tmp; fi
+  export TMPDIR=/tmp
+  set -C # no link of another user is followed
+  if { echo >"$probe" && rm "$probe"; } 2>/dev/null; then TMPDIR=/local; fi
+  set +C
 }
-JOB_TMPDIR=$(temporary_folder)
-export JOB_TMPDIR
-export -f temporary_folder
+export -f set_temporary_folder
+set_temporary_folder
+export JOB_TMPDIR=$TMPDIR
 printf '\n{"method": "job_started"}\n' >>messages.jsonl # a former start may have left half a line
 now=${EPOCHREALTIME:-$(date +%s.%N)} # with the locale's decimal point
 printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "${now/,/.}" "$JOB_TMPDIR" >>events

@@ -31,7 +31,7 @@ coproc NODES {
   exec srun --overlap --export=ALL --kill-on-bad-exit=1 "$@" \
     bash -c 'HOSTNAME=$SLURMD_NODENAME # Slurm passes on that of the first node
       SLURM_CPUS_ON_NODE=$SLURM_CPUS_PER_TASK # in a step, Slurm counts hardware threads
-      TMPDIR=$(temporary_folder)
+      set_temporary_folder
       [ "$TMPDIR" = "$JOB_TMPDIR" ] || echo "temporary files on $HOSTNAME: $TMPDIR" >&2
       JOB_TMPDIR=$TMPDIR
       pre_start

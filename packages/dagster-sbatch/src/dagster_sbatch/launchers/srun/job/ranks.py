@@ -46,7 +46,7 @@ RANK_VARIABLES = ("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "RANK")
 """Where srun, two kinds of mpiexec and `local` write a rank."""
 RANK_SHELL = """\
 HOSTNAME=$SLURMD_NODENAME # Slurm passes on that of the first node
-TMPDIR=$(temporary_folder)
+set_temporary_folder
 JOB_TMPDIR=$TMPDIR
 pre_start
 run_python -I "$@"

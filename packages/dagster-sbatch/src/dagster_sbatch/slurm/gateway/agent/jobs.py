@@ -6,8 +6,10 @@ import subprocess
 import time
 
 from .disk import RequestError, lock, own, read
+from .paths import login_environment
 from .run_directories import digest, has, job_of, lay_out, locate, mark, note_follower, quietly_conclude, settle
-from .slurm_commands import COMMAND_PATIENCE, ask_slurm, environment, find_by_name, user
+from .slurm_commands import COMMAND_PATIENCE, ask_slurm, environment, find_by_name, for_sbatch, user
+from .tasks import is_array
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
 SBATCH_PATIENCE = 120.0
@@ -70,8 +72,9 @@ def submit_once(run, key, ask):
         if not job:
             if has(run, "cancelled"):
                 raise RequestError("refused", "%s was cancelled before it was submitted" % run)
+            variables = environment_of(run)
             mark(run, "tried")
-            job, how = sbatch(run, ask["options"], lock), "submitted"
+            job, how = sbatch(run, ask["options"], lock, variables), "submitted"
         return settle(run, job), how
 
 
@@ -88,13 +91,26 @@ def find_job(run, key):
     return job and settle(run, job), "found"
 
 
-def sbatch(run, options, lock):
+def environment_of(run):
+    """Return the variables with which the run's job is submitted.
+
+    The tasks of an array job get them: Slurm would read the login profile for each task, and the agent reads it once.
+    A single job gets the environment of a login on its node.
+    """
+    script = read(os.path.join(run, "job.sh")).decode(errors="replace")
+    return for_sbatch(login_environment(), script) if is_array(run) else environment(script)
+
+
+def sbatch(run, options, lock, variables):
     """Submit the run's job.sh; return the job's id."""
+    # By the agent's PATH, which the site's setup commands may have set.
+    paths = [os.path.join(folder, "sbatch") for folder in os.get_exec_path()]
+    command = next((path for path in paths if os.access(path, os.X_OK)), "sbatch")
     try:
         child = subprocess.Popen(
-            ["sbatch", "--parsable", "--chdir", run] + options + [os.path.join(run, "job.sh")],
+            [command, "--parsable", "--chdir", run] + options + [os.path.join(run, "job.sh")],
             cwd=run,
-            env=environment(read(os.path.join(run, "job.sh")).decode(errors="replace")),
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,7 +1,7 @@
-"""Paths as users write them: absolute, or beginning with `~`, `$HOME`, `$DATA` or `$SCRATCH`.
+"""What the login profile sets; paths as users write them: absolute, or after `~`, `$HOME`, `$DATA` or `$SCRATCH`.
 
 The login profile sets the last two, and the shell that starts the agent may not have read it. Reading it takes up to a
-second on some machines, so the agent remembers its values for a while.
+second on some machines, so the agent remembers their values for a while.
 """
 
 import os
@@ -12,10 +12,14 @@ import threading
 import time
 
 from .disk import RequestError, load, store
+from .slurm_commands import user
 
 START = re.compile(r"(?:~|\$(HOME|DATA|SCRATCH))(?=/|\Z)")
 FIELDS = ("data_root", "folder", "path", "python", "run", "runs")  # of requests, that are paths
-ASK_PROFILE = r"""printf '\036%s' "$DATA" "$SCRATCH" ''"""  # a profile prints before the first mark
+MARK = b"\x1e\0"  # a profile prints before the first one
+ASK = r"printf '\036\0'; %s; printf '\036\0'"
+LOGIN_PATH = "/usr/local/bin:/usr/bin:/bin"  # which most profiles replace
+ITS_OWN = ("HOSTNAME", "PWD", "OLDPWD", "SHLVL", "_")  # of each shell
 PROFILE_PATIENCE = 30.0  # seconds, less than the client waits for a sign of life
 REMEMBERED = "~/.cache/musica-pipelines/login-profile-%s.json"
 REMEMBERED_FOR = 3600.0  # seconds; a file of the profile that changes ends it sooner
@@ -85,8 +89,27 @@ def stamps():
 
 def read_profile():
     """Return DATA and SCRATCH as a login shell has them."""
+    data, scratch = ask_login_shell('printf "%s\\0" "$DATA" "$SCRATCH"')
+    return {"DATA": data, "SCRATCH": scratch}
+
+
+def login_environment():
+    """Return the variables and functions that a login shell exports, without those that each shell sets itself."""
+    found = dict(text.split("=", 1) for text in ask_login_shell("env -0"))
+    return {name: value for name, value in found.items() if name not in ITS_OWN}
+
+
+def ask_login_shell(script):
+    """Return the texts that a script of bash prints in a new login shell; each ends with a null byte.
+
+    Nothing of the agent's own shell comes into it: no variable of an SSH session, or of a module.
+
+    RequestError: `refused` if the profile ends the shell, `temporary` if it does not end in time.
+    """
+    kept = {name: os.environ[name] for name in ("HOME", "SHELL") if name in os.environ}
     child = subprocess.Popen(
-        ["/bin/bash", "-l", "-c", ASK_PROFILE],
+        ["/bin/bash", "-l", "-c", ASK % script],
+        env=dict(kept, USER=user(), LOGNAME=user(), PATH=LOGIN_PATH),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -94,7 +117,7 @@ def read_profile():
     )
     said, until = b"", time.monotonic() + PROFILE_PATIENCE
     try:
-        while said.count(b"\x1e") < 3:  # not to its end: a process that the profile left may hold it
+        while said.count(MARK) < 2:  # not to its end: a process that the profile left may hold it
             if not select.select([child.stdout], [], [], max(until - time.monotonic(), 0))[0]:
                 text = "the login profile on %s did not end within %d s" % (os.uname()[1], PROFILE_PATIENCE)
                 raise RequestError("temporary", text + ". See there what it waits for:\n  bash -lc true")
@@ -108,5 +131,4 @@ def read_profile():
         child.kill()
         child.wait()
         child.stdout.close()
-    data, scratch = said.decode(errors="replace").split("\x1e")[-3:-1]
-    return {"DATA": data, "SCRATCH": scratch}
+    return os.fsdecode(said.split(MARK)[1]).split("\0")[:-1]

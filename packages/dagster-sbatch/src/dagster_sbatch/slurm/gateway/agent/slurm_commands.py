@@ -31,18 +31,25 @@ FORGOTTEN = 240.0  # seconds after which squeue alone proves nothing: it forgets
 def environment(script=""):
     """Return the variables for Slurm's commands, without those that would change what they do or print.
 
-    script: a job for sbatch. If it names an account, SBATCH_ACCOUNT is left out, which sbatch would prefer.
+    script: a job for sbatch.
+    """
+    # With the second, Slurm does not cut off the indices of an array's waiting tasks.
+    return dict(for_sbatch(os.environ, script), SLURM_TIME_FORMAT="%s", SLURM_BITSTR_LEN="0")
+
+
+def for_sbatch(variables, script):
+    """Return those of some variables with which sbatch does what the script says, and the agent's own of KEPT.
+
+    If the script names an account, SBATCH_ACCOUNT is left out, which sbatch would prefer.
     """
     kept = {
         name: value
-        for name, value in os.environ.items()
+        for name, value in variables.items()
         if not name.startswith(("SBATCH_", "SQUEUE_", "SACCT_", "SLURM_"))
     }
     kept.update((name, os.environ[name]) for name in KEPT if name in os.environ)
     if ACCOUNT.search(script):
         kept.pop("SBATCH_ACCOUNT", None)
-    kept["SLURM_TIME_FORMAT"] = "%s"
-    kept["SLURM_BITSTR_LEN"] = "0"  # the indices of an array's waiting tasks are not cut off
     return kept
 
 
