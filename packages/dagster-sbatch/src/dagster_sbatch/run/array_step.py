@@ -1,6 +1,7 @@
 """The tasks of one call of `compute.run` as the Dagster step sees them, wherever they run."""
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,7 +74,7 @@ class ArrayStep:
         self._results: dict[int, TaskResult] = {}
         self._reported_by: dict[tuple[str, dg.AssetKey], str] = {}
         self._failures, self._warnings = TaskFailures(), Warnings()
-        self._storing = False
+        self._storer: ThreadPoolExecutor | None = None
 
     @contextmanager
     def open(self, context_path: str, messages_path: str) -> Iterator[Session]:
@@ -137,8 +138,8 @@ class ArrayStep:
         self._end(index)
         self._progress.done += 1
         self._results[index] = result
-        if self._storing:
-            self._materialize(result)
+        if self._storer:
+            self._storer.submit(self._materialize, result)
         return True
 
     def failed(self, index: int, cause: str, logs: str) -> None:
@@ -177,11 +178,20 @@ class ArrayStep:
     # What comes of all
 
     def store_completed(self) -> None:
-        """Materialize the partitions of tasks when they have succeeded: the step itself will not."""
-        if not self._storing:
-            self._storing = True
+        """Materialize the partitions of tasks when they have succeeded: the step itself will not.
+
+        A thread of its own does it: Dagster takes so long for a thousand events that the agent would leave meanwhile,
+        and jobs would be cancelled too late.
+        """
+        if self._storer is None:
+            self._storer = ThreadPoolExecutor(1, "materializations")
             for result in self._results.values():
-                self._materialize(result)
+                self._storer.submit(self._materialize, result)
+
+    def wait_until_stored(self) -> None:
+        """Wait until Dagster has stored what `store_completed` began; call it when all tasks have ended."""
+        if self._storer:
+            self._storer.shutdown()
 
     def _materialize(self, result: TaskResult) -> None:
         """Store the partitions of a task now. If Dagster cannot, the next attempt computes them again."""
@@ -209,16 +219,19 @@ class ArrayStep:
         for partition, assets in self._done.items():
             for key, stored in assets.items():
                 add_metadata(self._context, key, partition, stored)
+        single = len(partitions_of(self._context)) == 1
         for result in results:
-            self._attach(result)
+            self._attach(result, single=single)
         checks = combine_checks(self._step.selected_asset_check_keys, results, self._earlier_checks())
         by_partition = any(task.partitions for task in self.tasks)
         metadata = dict(where) if by_partition else {**where, **summarize(results)}
         return CompletedArray(self._session.pipes, metadata, results, checks)
 
-    def _attach(self, result: TaskResult) -> None:
-        """Attach what a task reported to the materializations that Dagster makes at the end of the step."""
-        single = len(partitions_of(self._context)) == 1
+    def _attach(self, result: TaskResult, *, single: bool) -> None:
+        """Attach what a task reported to the materializations that Dagster makes at the end of the step.
+
+        `single`: whether the step has one partition.
+        """
         for report in result.reports:
             if single and report.data_version:
                 self._context.set_data_version(report.asset, dg.DataVersion(report.data_version))

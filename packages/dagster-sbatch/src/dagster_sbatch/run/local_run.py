@@ -111,6 +111,7 @@ class _LocalTasks:
                 process.release()
             for index in list(self._processes):
                 self._end(index)
+            self._step.wait_until_stored()
 
     def _start(self, index: int) -> None:
         folder = self._folders[index] = ExitStack()

@@ -1,5 +1,6 @@
 """An array on the supercomputer, as its Dagster step sees it: adopt tasks, submit the others, follow and judge each."""
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -66,6 +67,12 @@ class RemoteArray(RemoteStep, Arrays):
         self._refused: list[int] = []
         self._attempts: Counter[int] = Counter()
         self._warned: set[str] = set()
+
+    def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
+        try:
+            return super()._work(stop)
+        finally:
+            self._array.wait_until_stored()
 
     def _execute(
         self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment

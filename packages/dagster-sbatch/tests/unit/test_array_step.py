@@ -1,0 +1,78 @@
+"""The tasks of an array as the step sees them, in a Dagster that takes its time for each event."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch import JobArray, ScriptLauncher, SlurmRequest
+from dagster_sbatch.run.array_step import ArrayStep
+from dagster_sbatch.run.plan import make_plan
+from dagster_sbatch.settings import Settings
+from resources import PROJECT
+
+KEYS = [f"{number:03}" for number in range(20)]
+
+
+def say(method: str, **params: Any) -> bytes:
+    message = {"__dagster_pipes_version": "0.1", "method": method, "params": params}
+    return json.dumps(message).encode() + b"\n"
+
+
+def succeed(step: ArrayStep, index: int) -> None:
+    step.started(index)
+    step.feed(index, "messages.jsonl", say("opened", extras={}) + say("closed"))
+    assert step.ended(index, 0, {"job_id": f"17_{index}"}, {"node_hours": 0.5}, "logs")
+
+
+def fail(step: ArrayStep, index: int) -> None:
+    step.started(index)
+    step.failed(index, "it failed", "logs")
+
+
+def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It follows and cancels its jobs meanwhile; the run ends when Dagster has stored all."""
+    go_on, stored = threading.Event(), []
+    log_event = dg.AssetExecutionContext.log_event
+
+    def log_slowly(context: dg.AssetExecutionContext, event: dg.AssetMaterialization) -> None:
+        if not go_on.wait(10):
+            go_on.set()
+            raise TimeoutError
+        stored.append(event.partition)
+        log_event(context, event)
+
+    monkeypatch.setattr(dg.AssetExecutionContext, "log_event", log_slowly)
+    settings = Settings.model_construct(supercomputer_site="musica")
+    extras = {"partition_keys": KEYS}
+    plan = make_plan(
+        settings, PROJECT, Path(__file__), ScriptLauncher(), SlurmRequest(), extras=extras, array=JobArray()
+    )
+
+    @dg.asset(partitions_def=dg.StaticPartitionsDefinition(KEYS), backfill_policy=dg.BackfillPolicy.single_run())
+    def many(context: dg.AssetExecutionContext) -> None:
+        step = ArrayStep(context, "many", plan)
+        with step.open("context.json", "messages.jsonl"):
+            for index in range(10):
+                succeed(step, index)
+            fail(step, 10)
+            for index in range(11, 20):
+                succeed(step, index)
+            step.store_completed()
+            assert stored == []
+            go_on.set()
+            step.wait_until_stored()
+        step.complete({})
+
+    tags = {"dagster/asset_partition_range_start": KEYS[0], "dagster/asset_partition_range_end": KEYS[-1]}
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([many], tags=tags, instance=instance, raise_on_error=False)
+        kinds = {dg.DagsterEventType.ASSET_MATERIALIZATION}
+        records = instance.get_records_for_run(result.run_id, of_type=kinds).records
+    found = [record.event_log_entry.asset_materialization for record in records]
+    assert [each.partition for each in found if each] == [*KEYS[:10], *KEYS[11:]]
+    (failure,) = result.get_step_failure_events()
+    assert "1 of 20 tasks failed. The 19 partitions of the other tasks are materialized" in str(failure)
