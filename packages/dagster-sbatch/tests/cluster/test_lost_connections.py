@@ -12,7 +12,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from dagster_sbatch.run import remote, reports
+from dagster_sbatch.run import remote_step, reports
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import link
 from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, TCSH_USER, SimulatedSite, wait_until
@@ -135,7 +135,7 @@ def test_no_error_on_the_way_to_a_job_ends_the_step(
         reported.append((passed, description))
         report(context, passed=passed, description=description)
 
-    monkeypatch.setattr(remote, "report_reachable", note)
+    monkeypatch.setattr(remote_step, "report_reachable", note)
     run = Background(lambda: materialize(WAITS, workloads, request=REQUEST))
     job = only_job(site, "RUNNING")
     config, known = client_home / ".ssh" / "config", client_home / ".ssh" / "known_hosts"

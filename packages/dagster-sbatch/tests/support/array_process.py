@@ -13,7 +13,6 @@ from support.array_asset import ArrayOutcome
 
 PROGRAM = """\
 import json, os, sys
-from dataclasses import asdict
 from pathlib import Path
 from dagster_sbatch import JobArray
 from support.array_asset import ArrayAsset
@@ -21,7 +20,7 @@ from support.array_asset import ArrayAsset
 folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
 asset = ArrayAsset(folder, (folder / "tasks.py").read_text(), JobArray(**options["array"]))
 outcome = asset.run(*options["range"], of=options["of"], from_failure=options["from_failure"])
-text = json.dumps({**asdict(outcome), "checks": {}, "failure": {}}, default=str)
+text = json.dumps(vars(outcome) | {"checks": {}, "failure": {}}, default=str)
 (folder / f"outcome-{os.getpid()}").write_text(text)
 """
 
