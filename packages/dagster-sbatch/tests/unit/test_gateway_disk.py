@@ -187,6 +187,39 @@ def test_a_job_that_ends_slowly_is_cancelled_all_the_same(prepare: Prepare, slur
         prepare(HURRIED).cancel(str(run))
 
 
+def test_a_job_that_ends_slowly_delays_the_cancellation_of_no_other(
+    prepare: Prepare, slurm: Path, tmp_path: Path
+) -> None:
+    runs = [lay_out(tmp_path / name, job) for name, job in (("slow", "17"), ("other", "18"), ("never", "19"))]
+    (runs[2] / "job").unlink()
+    slow, over = RUNNING.replace("RUNNING", "COMPLETING"), f"[ -e {tmp_path}/scancel ] && echo '{CANCELLED}'"
+    put(slurm, "scontrol", f"case $* in *17) echo '{slow}';; *) {over} || echo '{RUNNING}';; esac")
+    put(slurm, "scancel", f'echo "$@" >>{tmp_path}/scancel')
+    outcomes: dict[str, JobEnd | RefusedError | None] = {}
+    prepare(HURRIED).cancel_all(list(map(str, runs)), outcomes.__setitem__)
+    assert list(outcomes)[-1] == str(runs[0])
+    assert "has accepted that job 17 is cancelled" in str(outcomes.pop(str(runs[0])))
+    other, never = outcomes[str(runs[1])], outcomes[str(runs[2])]
+    assert isinstance(other, JobEnd)
+    assert (other.state, never) == ("CANCELLED", None)
+    assert len((tmp_path / "scancel").read_text().splitlines()) == 2
+
+
+def test_a_run_that_cannot_be_cancelled_delays_the_cancellation_of_no_other(
+    prepare: Prepare, slurm: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    runs = [tmp_path / "file" / "KEY", lay_out(tmp_path)]
+    put(slurm, "scontrol", f"[ -e {tmp_path}/scancel ] && echo '{CANCELLED}' || echo '{RUNNING}'")
+    put(slurm, "scancel", f'echo "$@" >>{tmp_path}/scancel')
+    outcomes: dict[str, JobEnd | RefusedError | None] = {}
+    prepare(HURRIED).cancel_all(list(map(str, runs)), outcomes.__setitem__)
+    refused, other = (outcomes[str(run)] for run in runs)
+    assert isinstance(refused, RefusedError)
+    assert isinstance(other, JobEnd)
+    assert ("Not a directory" in str(refused), other.state) == (True, "CANCELLED")
+
+
 def test_a_full_disk_after_the_submission_does_not_lose_the_job(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:
     """The link to the job cannot be made; the job exists all the same."""
     put(slurm, "sbatch", "echo 17")

@@ -30,6 +30,7 @@ from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
+from dagster_sbatch.slurm.gateway import JobEnd, RefusedError
 from dagster_sbatch.upkeep.ownership import left_jobs
 
 DESCRIPTION = """\
@@ -106,11 +107,25 @@ def act(asked: argparse.Namespace, project: Project, runs: Runs, settings: Setti
             if run.array and run.job:
                 show_array(runs, run)
     elif asked.action == "cancel":
-        for run in found:
-            end = runs.gateway.cancel(run.path)
-            print(f"job {run.job}: {end.state}" if end else f"{run.key} has no job, and will not get one")
+        cancel(runs, found)
     else:
         act_on_job(asked, runs, one(found, name), project.load_site(settings.supercomputer_site), settings)
+
+
+def cancel(runs: Runs, found: list[RunRecord]) -> None:
+    """Cancel the jobs of some runs; raise RefusedError if some are not over."""
+    errors, by_path = [], {run.path: run for run in found}
+
+    def report(path: str, outcome: JobEnd | RefusedError | None) -> None:
+        run = by_path[path]
+        if isinstance(outcome, RefusedError):
+            errors.append(str(outcome))
+        else:
+            print(f"job {run.job}: {outcome.state}" if outcome else f"{run.key} has no job, and will not get one")
+
+    runs.gateway.cancel_all(list(by_path), report)
+    if errors:
+        raise RefusedError("\n".join(errors))
 
 
 def act_on_job(asked: argparse.Namespace, runs: Runs, run: RunRecord, site: Site, settings: Settings) -> None:

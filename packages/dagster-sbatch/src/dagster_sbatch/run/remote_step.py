@@ -75,7 +75,7 @@ class RemoteStep(ABC):
 
     @abstractmethod
     def _before_cancelling(self) -> None:
-        """Keep what is complete, before the jobs of a terminated run are cancelled."""
+        """Keep what is complete, before the jobs of a terminated run are cancelled. It must not take long."""
 
     def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
         site, base = self._plan.site, str(self._settings.deployment_base_path)
@@ -132,29 +132,45 @@ class RemoteStep(ABC):
             self._log.info(f"Stopped.{self._still_running}")
             return self._failure(f"Dagster has stopped this step.{self._still_running}", final=True)
         self._before_cancelling()
-        gateway.stop = threading.Event()
-        limit = threading.Timer(CANCEL_SECONDS[interruption], gateway.stop.set)
-        limit.start()
-        texts, left = [], dict(self._runs)
-        try:
-            for run, job in self._runs.items():
-                show_on_terminal(f"{self._asset}: cancelling Slurm job {job or '(just submitted)'} ...")
-                end = gateway.cancel(run)
-                texts.append(f"Slurm job {job} is over: {end.state}" if end else "No job was submitted.")
-                del left[run]
-        except (RefusedError, StoppedError, LostClaimError, AccessError, SshError, ConfigurationError) as error:
+        jobs = ", ".join(job or "(just submitted)" for job in self._runs.values())
+        show_on_terminal(f"{self._asset}: cancelling Slurm job {jobs} ...")
+        texts, left, error = self._cancel(gateway, CANCEL_SECONDS[interruption])
+        if left:
             text = "\n".join([*texts, self._describe_left(left, error)])
             show_on_terminal(text)
             self._log.error(text)
             return self._failure(text, final=True)
-        finally:
-            limit.cancel()
         text = "\n".join(texts)
         show_on_terminal(f"{self._asset}: {text}")
         self._log.info(f"Terminated. {text}")
         return self._failure(f"Terminated. {text}", final=True)
 
-    def _describe_left(self, left: Mapping[str, str | None], error: Exception) -> str:
+    def _cancel(self, gateway: Gateway, seconds: float) -> tuple[list[str], Mapping[str, str | None], str]:
+        """Cancel the jobs of all runs; return how they ended, those that may not be over, and why.
+
+        `seconds`: for all of them together.
+        """
+        gateway.stop = threading.Event()
+        limit = threading.Timer(seconds, gateway.stop.set)
+        limit.start()
+        texts, errors, left = [], [], dict(self._runs)
+
+        def report(run: str, outcome: JobEnd | RefusedError | None) -> None:
+            if isinstance(outcome, RefusedError):
+                errors.append(str(outcome))
+                return
+            job = left.pop(run)
+            texts.append(f"Slurm job {job} is over: {outcome.state}" if outcome else "No job was submitted.")
+
+        try:
+            gateway.cancel_all(list(left), report)
+        except (RefusedError, StoppedError, LostClaimError, AccessError, SshError, ConfigurationError) as error:
+            errors.append(str(error))
+        finally:
+            limit.cancel()
+        return texts, left, "\n".join(filter(None, errors))
+
+    def _describe_left(self, left: Mapping[str, str | None], error: str) -> str:
         """Return what to do about jobs that could not be cancelled; `left`: by run directory."""
         names = [job or run.rpartition("/")[2] for run, job in left.items()]
         commands = "\n".join(f"  scripts/job {name} cancel" for name in names)

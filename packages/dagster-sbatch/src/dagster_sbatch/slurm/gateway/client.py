@@ -79,13 +79,37 @@ class Gateway(Link):
         Raises:
             RefusedError: its job is not over after a minute.
         """
-        answer = self.ask(do="cancel", run=run)
-        if answer["job"] and not answer["end"]:
-            raise RefusedError(
-                f"Slurm has accepted that job {answer['job']} is cancelled, but the job is not over after a minute. "
-                f"Its epilog or its node may be slow. Ask for its state:\n  scripts/job {answer['job']} state"
-            )
-        return JobEnd.parse(answer["end"]) if answer["end"] else None
+        outcomes: list[JobEnd | RefusedError | None] = []
+        self.cancel_all([run], lambda _, outcome: outcomes.append(outcome))
+        if isinstance(outcomes[0], RefusedError):
+            raise outcomes[0]
+        return outcomes[0]
+
+    def cancel_all(self, runs: Sequence[str], report: Callable[[str, JobEnd | RefusedError | None], None]) -> None:
+        """Cancel the jobs of some runs at the same time, and wait until they are over. A slow one delays no other.
+
+        Args:
+            runs: the run directories.
+            report: gets each of them with what `cancel` returns or raises for it.
+        """
+        left, asked = list(runs), list[str]()
+
+        def step() -> None:
+            self._failed, asked[:] = -1, left
+            for which, head, _ in self.exchange([{"do": "cancel", "run": run} for run in asked]):
+                left.remove(asked[which])
+                report(asked[which], _outcome_of_cancel(head))
+                if not left:
+                    return
+
+        while left:
+            try:
+                self.patiently(step)
+            except RefusedError as error:
+                if self._failed < 0:
+                    raise
+                left.remove(asked[self._failed])
+                report(asked[self._failed], error)
 
     def state(self, run: str) -> tuple[JobState | None, JobEnd | None]:
         """Return the state of a run's job, or how it ended; neither if it has no job."""
@@ -289,6 +313,15 @@ class Gateway(Link):
             raise AgainError("the agent ended its answer")
 
         return self.patiently(go_on, lasting)
+
+
+def _outcome_of_cancel(answer: Mapping[str, Any]) -> JobEnd | RefusedError | None:
+    if answer["job"] and not answer["end"]:
+        return RefusedError(
+            f"Slurm has accepted that job {answer['job']} is cancelled, but the job is not over after a minute. "
+            f"Its epilog or its node may be slow. Ask for its state:\n  scripts/job {answer['job']} state"
+        )
+    return JobEnd.parse(answer["end"]) if answer["end"] else None
 
 
 def make_gateway(
