@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.slurm.gateway import ArrayRun, Gateway, StoppedError
+from dagster_sbatch.slurm.gateway import ArrayJob, ArrayRun, Gateway, StoppedError
 from dagster_sbatch.slurm.gateway.agent import disk, task_states, tasks
 from resources import PROJECT
 from slurm_in_a_box import wait_until
@@ -254,6 +254,25 @@ def test_a_task_that_was_killed_has_no_exit_code(site: Site, prepare: Prepare, f
         "2": ("FAILED", None),
     }
     assert json.loads((site.run / "end").read_text())["state"] == "FAILED"
+
+
+def test_a_claim_takes_no_end_for_final_whose_record_may_still_appear(site: Site, prepare: Prepare) -> None:
+    """The task has recorded its success on another node, and this one does not see that yet."""
+    gateway, now = prepare(), str(int(time.time()))
+    gateway.submit(str(site.run), site.array.files)
+    site.start(0)
+    site.say(
+        record("0", "COMPLETED", now), record("1-2", "CANCELLED", now).replace("StartTime=110", "StartTime=Unknown")
+    )
+
+    def claimed() -> ArrayJob:
+        return gateway.claim(str(site.run.parent), "KEY", "token", "me").arrays[0]
+
+    first = claimed()
+    assert (first.over, set(first.ends)) == (False, {1, 2})
+    site.end(0)
+    second = claimed()
+    assert (second.over, second.ends[0].code) == (True, 0)
 
 
 @pytest.mark.parametrize("code", [None, 0])

@@ -60,7 +60,7 @@ def latest(folder, family):
     attempts = [name[len(family) + 1 :] for name in os.listdir(folder) if name.startswith(family + "-")]
     numbers = sorted(int(text) for text in attempts if text.isdigit()) or [0]
     paths = [os.path.join(folder, "%s-%d" % (family, number)) for number in numbers]
-    arrays, run = [array_of(path) for path in paths if is_array(path)], paths[-1]
+    arrays, run = [array_of(path, certain=True) for path in paths if is_array(path)], paths[-1]
     job = job_of(run)
     found = {"attempt": numbers[-1], "over": True, "end": None, "job": job, "rejected": False, "followers": []}
     found.update(record=record_of(run), arrays=arrays)

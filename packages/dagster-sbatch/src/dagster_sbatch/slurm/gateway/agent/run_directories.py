@@ -147,14 +147,16 @@ def row_of(agent, job, key, events):
     return row
 
 
-def array_of(run):
+def array_of(run, certain=False):
     """Return what is known of a run that is an array job; `over`: whether all of its tasks are.
 
+    certain: a task of which a record may still appear is not over. With NFS, another node's record appears later
     RequestError: Slurm does not answer, and some task's end is not recorded.
     """
     job, tasks, ends = job_of(run), Tasks(run), {}
     if job:
         ends, trouble = tasks.all_ends(job)
+        ends = tasks.ends if certain else ends
         if trouble and len(ends) < tasks.count:
             raise trouble
     record, started, number = record_of(run), tasks.started(), run.rpartition("-")[2]
