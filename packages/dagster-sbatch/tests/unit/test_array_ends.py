@@ -157,6 +157,16 @@ def test_the_end_of_an_array_job_is_that_of_its_worst_task(
     assert found["times"] == [100, 110, 119 + len(states)]
 
 
+def test_two_agents_that_record_ends_lose_none(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks.jsonl").write_text("{}\n" * 3)
+    agents = [tasks.Tasks(str(tmp_path)) for _ in range(3)]
+    for index, agent in enumerate(agents):
+        agent.keep({index: {"state": "COMPLETED", "exit": "0:0", "times": TIMES, "code": 0}})
+    assert set(tasks.Tasks(str(tmp_path)).ends) == {0, 1, 2}
+    assert json.loads((tmp_path / "end").read_text())["state"] == "COMPLETED"
+
+
 class Site:
     """Slurm's commands in one folder, and an array job whose tasks a test plays."""
 
@@ -260,10 +270,10 @@ def test_a_claim_takes_no_end_for_final_whose_record_may_still_appear(site: Site
     """The task has recorded its success on another node, and this one does not see that yet."""
     gateway, now = prepare(), str(int(time.time()))
     gateway.submit(str(site.run), site.array.files)
-    site.start(0)
-    site.say(
-        record("0", "COMPLETED", now), record("1-2", "CANCELLED", now).replace("StartTime=110", "StartTime=Unknown")
-    )
+    for index in range(2):
+        site.start(index)
+    never = record("2", "CANCELLED", now).replace("StartTime=110", "StartTime=Unknown")
+    site.say(record("0", "COMPLETED", now), record("1", "CANCELLED", now), never)
 
     def claimed() -> ArrayJob:
         return gateway.claim(str(site.run.parent), "KEY", "token", "me").arrays[0]

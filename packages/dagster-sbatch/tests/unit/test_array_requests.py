@@ -70,6 +70,14 @@ def test_a_rejected_result_is_known_to_the_next_claim(prepare: Prepare, tmp_path
     assert {index: end.code for index, end in known.ends.items()} == {0: 0, 1: 0, 2: 0}
 
 
+def test_rejecting_a_result_reads_no_list_of_tasks(tmp_path: Path) -> None:
+    """The agent rejects in the thread that reads requests, and there may be 10,000 tasks."""
+    (tmp_path / "KEY-1/tasks/7").mkdir(parents=True)
+    (tmp_path / "KEY-1/tasks.jsonl").mkdir()  # an error for who reads it
+    run_directories.reject(None, {"run": str(tmp_path / "KEY-1"), "task": 7}, None)
+    assert (tmp_path / "KEY-1/tasks/7/failed").exists()
+
+
 def test_a_run_of_a_single_job_is_no_array_job(prepare: Prepare, tmp_path: Path) -> None:
     (tmp_path / "runs/KEY-1").mkdir(parents=True)
     with pytest.raises(RefusedError, match="is not the run directory of an array job"):

@@ -78,6 +78,15 @@ def test_a_task_that_starts_again_keeps_its_folder(run: Path) -> None:
     assert ["started" in record for record in records] == [True, False, True, False]
 
 
+def test_a_task_that_was_rejected_and_starts_again_ends_at_once(run: Path) -> None:
+    """Slurm, or an administrator, has requeued it after its end, and the step has submitted another task for it."""
+    assert start(run, 4) == 3
+    before = (run / "tasks/4/events").read_text()
+    (run / "tasks/4/failed").touch()
+    assert start(run, 4) == 0
+    assert (run / "tasks/4/events").read_text() == before
+
+
 def test_a_task_that_cannot_make_its_folder_fails(run: Path) -> None:
     """It ends with an error on its stderr, not as if it had succeeded."""
     (run / "tasks/.6").write_text("in the way")

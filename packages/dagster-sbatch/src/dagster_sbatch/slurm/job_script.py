@@ -97,6 +97,8 @@ _CLAIM_TASK = """\
 # A task works in a folder of its own, which appears with its files: a file system may cache that a file does not exist.
 # Slurm may start the same task again.
 index=$SLURM_ARRAY_TASK_ID
+# Once a step has rejected its result, it may run again in another array job: this one ends.
+[ -e "tasks/$index/failed" ] && exit 0
 if ! [ -d "tasks/$index" ]; then
   mkdir -p "tasks/.$index" || exit 1
   for name in messages.jsonl events cause; do : >"tasks/.$index/$name" || exit 1; done

@@ -24,7 +24,7 @@ import time
 from .disk import RequestError, load, read, remove_tree, store, unique, write
 from .job_record import CAUSE, EVENTS, STREAMS, cause_of, events_of
 from .slurm_commands import FORGOTTEN, UNKNOWN, verdict
-from .tasks import CONTENTS, ENDS, FOLDER, Tasks, is_array
+from .tasks import CONTENTS, ENDS, FOLDER, Tasks, is_array, task_folder
 
 FOLLOWER = "follower-"
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
@@ -150,13 +150,14 @@ def row_of(agent, job, key, events):
 def array_of(run, certain=False):
     """Return what is known of a run that is an array job; `over`: whether all of its tasks are.
 
-    certain: a task of which a record may still appear is not over. With NFS, another node's record appears later
+    certain: a task is not over that Slurm calls complete, while its own record may still appear (NFS shows it later)
     RequestError: Slurm does not answer, and some task's end is not recorded.
     """
     job, tasks, ends = job_of(run), Tasks(run), {}
     if job:
         ends, trouble = tasks.all_ends(job)
-        ends = tasks.ends if certain else ends
+        if certain:
+            ends = {index: end for index, end in ends.items() if index in tasks.ends or not may_be_success(end)}
         if trouble and len(ends) < tasks.count:
             raise trouble
     record, started, number = record_of(run), tasks.started(), run.rpartition("-")[2]
@@ -172,6 +173,11 @@ def array_of(run, certain=False):
         "followers": followers_of(run),
         "record": record,
     }
+
+
+def may_be_success(end):
+    """Return whether only a task's own record is missing."""
+    return end["state"] == "COMPLETED" and end.get("code") is None
 
 
 def record_of(run):
@@ -213,7 +219,7 @@ def state(agent, ask, _):
 def reject(_, ask, __):
     """Record that a step rejected the result of a run, or that of one of its tasks."""
     run, _ = locate(ask)
-    mark(run if ask.get("task") is None else Tasks(run).path(ask["task"]), "failed")
+    mark(run if ask.get("task") is None else task_folder(run, ask["task"]), "failed")
     return {}
 
 

@@ -6,13 +6,14 @@ KEY/
   tasks/17.stdout   and 17.stderr, opened by Slurm
   tasks/17/         made by the task when it starts: what a run directory has of a single job
   ends.json         the ends of tasks, confirmed so far
+  ends.lock         held while an agent writes it
 """
 
 import os
 import re
 import time
 
-from .disk import RequestError, load, read, store
+from .disk import RequestError, load, lock, read, store
 from .job_record import MESSAGES, STREAMS, cause_of, events_of
 from .slurm_commands import (
     ENDED,
@@ -29,7 +30,7 @@ from .slurm_commands import (
 from .streams import Stream
 from .task_states import indices
 
-CONTENTS, FOLDER, ENDS = "tasks.jsonl", "tasks", "ends.json"
+CONTENTS, FOLDER, ENDS, LOCK = "tasks.jsonl", "tasks", "ends.json", "ends.lock"
 TASK_ID = re.compile(r" ArrayTaskId=(\S+)")
 CANCELLED = dict(UNKNOWN, state="CANCELLED")
 RECORDED = ("account", "cause", "code", "exit", "state", "time", "times")  # of an end, in ends.json
@@ -40,6 +41,11 @@ SETTLED = 60.0  # seconds after Slurm's end of a task that has no record of its 
 
 def is_array(run):
     return os.path.exists(os.path.join(run, CONTENTS))
+
+
+def task_folder(run, index):
+    """Return the folder of a task, which is there once the task has started."""
+    return os.path.join(run, FOLDER, str(index))
 
 
 class Tasks:
@@ -53,12 +59,14 @@ class Tasks:
         self.run = run
         self.folder = os.path.join(run, FOLDER)
         self.count = len(read(os.path.join(run, CONTENTS)).splitlines())
-        known = load(os.path.join(run, ENDS), "tasks") or {"tasks": {}}
-        self.ends = {int(index): end for index, end in known["tasks"].items()}
+        self.ends = self.recorded()
+
+    def recorded(self):
+        known = load(os.path.join(self.run, ENDS), "tasks") or {"tasks": {}}
+        return {int(index): end for index, end in known["tasks"].items()}
 
     def path(self, index):
-        """Return the folder of a task, which is there once the task has started."""
-        return os.path.join(self.folder, str(index))
+        return task_folder(self.run, index)
 
     def streams(self, index, offsets):
         """Return the streams of a task."""
@@ -98,12 +106,19 @@ class Tasks:
         return ends, certain, trouble
 
     def keep(self, ends):
-        """Record ends that are certain. If the disk is full, the next request works them out again."""
+        """Record ends that are certain, beside those that other agents have recorded meanwhile.
+
+        If the disk is full, the next request works them out again.
+        """
         self.ends.update((index, {name: end[name] for name in RECORDED if name in end}) for index, end in ends.items())
+        path = os.path.join(self.run, ENDS)
         try:
-            store(os.path.join(self.run, ENDS), {"tasks": {str(index): end for index, end in self.ends.items()}})
-            if not self.missing():
-                store(os.path.join(self.run, "end"), whole(self.ends))
+            with open(os.path.join(self.run, LOCK), "w") as file:
+                lock(file, path)
+                self.ends = {**self.recorded(), **self.ends}
+                store(path, {"tasks": {str(index): end for index, end in self.ends.items()}})
+                if not self.missing():
+                    store(os.path.join(self.run, "end"), whole(self.ends))
         except OSError:
             pass
 
