@@ -5,14 +5,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.launcher import LaunchRunContext
+from dagster._core.remote_origin import GrpcServerCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
 from dagster_sbatch.run_launcher import fork_client
-from dagster_sbatch.run_launcher.fork_client import ForkServers
+from dagster_sbatch.run_launcher.fork_client import ForkServers, ForkServerUnavailableError
+from dagster_sbatch.run_launcher.fork_server import LOG
 from support.dagster_dev import gone, wait_for
-from support.forked_runs import STATUS, Runs
+from support.forked_runs import JOBS, STATUS, Runs
 
 pytestmark = pytest.mark.local
 
@@ -118,3 +122,83 @@ server.serve()
         server.wait(30)
     wait_for(lambda: gone(pid), 20, "SIGTERM has ended the reporter")
     assert [each for each in held if each.startswith("socket:")] == []
+
+
+def test_a_server_that_can_never_fork_is_asked_once(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something starts a thread in each Python. The reason is in the run's log, and the next run does not wait."""
+    customize = runs.folder / "imported" / "sitecustomize.py"
+    customize.parent.mkdir()
+    customize.write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=[600], daemon=True).start()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{customize.parent}:{JOBS.parents[1]}")
+    started = []
+    monkeypatch.setattr(
+        dg.DefaultRunLauncher, "launch_run", lambda _, context: started.append(context.dagster_run.run_id)
+    )
+    ids = [runs.launch("reporting") for _ in range(2)]
+    assert started == ids
+    for run_id in ids:
+        assert any("it has 2 threads" in entry.message for entry in runs.instance.all_logs(run_id))
+    assert runs.log.count(": ready after ") == 1
+
+
+def test_a_folder_that_others_can_enter_is_refused_and_left_alone(runs: Runs) -> None:
+    runs.base.mkdir()
+    runs.base.chmod(0o755)
+    servers = ForkServers(runs.base)
+    with pytest.raises(ForkServerUnavailableError, match=f"other users can enter {runs.base}.*\n  chmod 700 "):
+        servers.fork(sys.executable, "a-run", "{}")
+    assert runs.base.stat().st_mode & 0o777 == 0o755
+    assert runs.servers() == []
+
+
+@pytest.mark.parametrize(
+    ("server", "forked"),
+    [
+        ({"host": "localhost", "port": 4000}, True),
+        ({"host": "127.0.0.1", "port": 4000}, True),
+        ({"host": "localhost", "socket": "/run/code.sock"}, True),
+        ({"host": "code.example.org", "port": 4000}, False),
+        ({"host": "192.0.2.7", "port": 4000}, False),
+    ],
+)
+def test_the_run_of_a_location_on_another_host_is_not_executed_here(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, server: dict[str, Any], forked: bool
+) -> None:
+    asked = []
+
+    def fork(*_: object) -> None:
+        asked.append("fork")
+        raise ForkServerUnavailableError
+
+    monkeypatch.setattr(ForkServers, "fork", fork)
+    monkeypatch.setattr(dg.DefaultRunLauncher, "launch_run", lambda *_: asked.append("default"))
+    location = GrpcServerCodeLocationOrigin(**server)
+    origin = RemoteJobOrigin(RemoteRepositoryOrigin(location, "__repository__"), "reporting")
+    run = runs.instance.get_run_by_id(runs.new("reporting"))
+    assert run
+    context = LaunchRunContext(run.with_job_origin(origin), workspace=None)
+    runs.instance.run_launcher.launch_run(context)
+    assert asked == (["fork", "default"] if forked else ["default"])
+
+
+def test_servers_share_a_log_that_another_one_renames(tmp_path: Path) -> None:
+    script = """
+import socket, sys
+from pathlib import Path
+from dagster_sbatch.run_launcher import fork_server
+folder = Path(sys.argv[1])
+(folder / "s").touch()
+server = fork_server.Server(socket.socket(socket.AF_UNIX), folder, "s")
+log = folder / fork_server.LOG
+server.log("one")
+log.rename(folder / "old")
+server.log("two")
+log.rename(folder / "older")
+log.touch()
+server.log("three")
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    texts = {path.name: path.read_text().rpartition(": ")[2] for path in tmp_path.iterdir() if path.name != "s"}
+    assert texts == {"old": "one\n", "older": "two\n", LOG: "three\n"}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import dagster as dg
 import pytest
 
+from dagster_sbatch.run_launcher.run_process import RunProcess
 from dagster_sbatch.upkeep.dead_runs import end_dead_runs_sensor
 
 SLEEP = "import time; time.sleep(600)"
@@ -46,6 +47,22 @@ def started(instance: dg.DagsterInstance, pid: int, seconds_ago: float = 0) -> s
     instance.handle_new_event(entry)
     assert status(instance, run.run_id) == dg.DagsterRunStatus.STARTED
     return run.run_id
+
+
+@pytest.mark.parametrize("monitored", [True, False])
+def test_a_forked_run_is_left_to_run_monitoring_if_that_is_enabled(
+    python: "subprocess.Popen[bytes]", monitored: bool
+) -> None:
+    process = RunProcess.find(python.pid)
+    assert process
+    overrides = {"run_monitoring": {"enabled": monitored}}
+    with dg.instance_for_test(overrides=overrides) as instance:
+        run_id = started(instance, python.pid)
+        instance.add_run_tags(run_id, process.tags(run_id))
+        assert tick(instance)[0] == ALIVE
+        python.kill()
+        python.wait()
+        assert tick(instance)[0] == (ALIVE if monitored else f"ended {run_id}")
 
 
 def status(instance: dg.DagsterInstance, run_id: str) -> dg.DagsterRunStatus:

@@ -312,3 +312,25 @@ def test_with_pixi_the_tests_run_with_the_new_engine(
     assert run_main(project, monkeypatch, "--back" if back else newer) == 0
     wanted = f"run\n--manifest-path\n{project}/pixi.toml\npython\n{project}/scripts/test\n"
     assert f"Running the tests:\n{wanted}" in capfd.readouterr().out
+
+
+def test_files_from_before_1980_are_kept(project: Path, newer: str) -> None:
+    """As in images and archives whose times are set to 0; a zip file cannot have such a time."""
+    for path in [project / "pyproject.toml", *(project / "vendor").iterdir()]:
+        os.utime(path, (0, 0))
+    before = state(project)
+    upgrade(project, newer, project.parent)
+    go_back(project)
+    assert state(project) == before
+
+
+def test_a_damaged_archive_of_the_engine_before_changes_nothing(
+    project: Path, newer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upgrade(project, newer, project.parent)
+    (project / KEPT).write_text("half a fi")
+    assert run_main(project, monkeypatch, "--back") == 1
+    error = capsys.readouterr().err
+    assert f"{KEPT} cannot be read" in error
+    assert error.endswith("Nothing was changed.\n")
+    assert engines(project) == {"1.1.0"}

@@ -173,8 +173,14 @@ def go_back(root: Path) -> tuple[str, str, str]:
     if not kept.exists():
         raise UpgradeError("There is no engine to return to: nothing was upgraded since the last --back.")
     with tempfile.TemporaryDirectory() as temporary:
-        with zipfile.ZipFile(kept) as archive:
-            archive.extractall(temporary)
+        try:
+            with zipfile.ZipFile(kept) as archive:
+                archive.extractall(temporary)
+        except zipfile.BadZipFile as error:
+            raise UpgradeError(
+                f"{KEPT} cannot be read: {error}. Return to the commit before the last upgrade instead:\n"
+                f"  git restore --source COMMIT vendor requirements {' '.join(SOURCES)}"
+            ) from None
         new, before = wheels_in(Path(temporary, "vendor")), _texts(Path(temporary))
         changes = changes_between(old[ENGINE], new[ENGINE].version)
         files = {name: text for name, text in before.items() if name in LOCKS}
@@ -284,7 +290,7 @@ def _replace(root: Path, wheels: dict[str, Wheel], files: dict[str, str], kept: 
             file.write(content)
             file.flush()
         if kept is not None:
-            with replacing(root / KEPT) as file, zipfile.ZipFile(file, "w") as archive:
+            with replacing(root / KEPT) as file, zipfile.ZipFile(file, "w", strict_timestamps=False) as archive:
                 for path in [root / name for name in _texts(root)] + [wheel.path for wheel in kept.values()]:
                     archive.write(path, path.relative_to(root))
     for wheel in wheels.values():

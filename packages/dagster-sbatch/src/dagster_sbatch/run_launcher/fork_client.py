@@ -4,8 +4,10 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,8 @@ ANSWER_SECONDS = 100.0
 """Within which a fork server answers, the time to start it included. Dagster gives a run 180 s to start."""
 ATTEMPTS = 3
 """At an answer: a server may have ended, or have retired because of new code, between two requests."""
+UNFIT_SECONDS = 300.0
+"""For which no server is started again after one that could not fork for a reason of its own."""
 SUFFIX = ".socket"
 _STARTED: "list[subprocess.Popen[bytes]]" = []
 """Servers that this process has started; those that have ended are reaped at the next start."""
@@ -24,6 +28,10 @@ _STARTED: "list[subprocess.Popen[bytes]]" = []
 
 class ForkServerUnavailableError(Exception):
     """No fork server has answered; the text says where its log is."""
+
+
+class _UnfitServerError(OSError):
+    """A fork server has answered why it can never fork."""
 
 
 class ForkedProcess:
@@ -57,6 +65,7 @@ class ForkServers:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._unfit: dict[str, tuple[float, str]] = {}
 
     def fork(self, executable: str, run_id: str, arguments: str) -> ForkedProcess:
         """Return a new process that waits to execute a run.
@@ -77,7 +86,7 @@ class ForkServers:
                 try:
                     connection.settimeout(ANSWER_SECONDS)
                     connection.sendall(request)
-                    process = RunProcess.find(int(fork_server.read_line(connection)))
+                    process = self._read_process(executable, connection)
                 except BaseException:
                     connection.close()
                     raise
@@ -95,9 +104,24 @@ class ForkServers:
         log = self._folder / fork_server.LOG
         raise ForkServerUnavailableError(f"The fork server cannot start a run: {cause}. Its log is {log}.")
 
+    def _read_process(self, executable: str, connection: socket.socket) -> RunProcess | None:
+        """Return the process that a server has forked; None if it has ended. Remember a server that cannot fork."""
+        answer = fork_server.read_line(connection).strip()
+        if not answer.isdigit():
+            self._unfit[_name(executable)] = time.monotonic() + UNFIT_SECONDS, answer
+            raise _UnfitServerError(answer)
+        return RunProcess.find(int(answer))
+
     def _connect(self, executable: str) -> socket.socket:
-        """Return a connection to the server for this process; start the server if there is none."""
+        """Return a connection to the server for this process; start the server if there is none.
+
+        Raises:
+            OSError: there is no such Python, or others can enter the folder, or the last server could not fork.
+        """
         name = _name(executable)
+        until, why = self._unfit.get(name, (0.0, ""))
+        if time.monotonic() < until:
+            raise _UnfitServerError(why)
         with self._opened() as folder:
             path = _path(folder, name)
             with suppress(FileNotFoundError, ConnectionRefusedError):
@@ -112,11 +136,21 @@ class ForkServers:
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
-        """Yield a descriptor of the folder; it is made if it is missing, and only its owner can enter it."""
+        """Yield a descriptor of the folder; it is made if it is missing.
+
+        Raises:
+            PermissionError: another user can enter it, or owns it.
+        """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fchmod(descriptor, 0o700)  # fails if it is another user's
+            about = os.fstat(descriptor)
+            if about.st_uid != os.geteuid() or about.st_mode & 0o077:
+                raise PermissionError(
+                    f"other users can enter {self._folder}. If the folder is only for fork servers, close it:\n"
+                    f"  chmod 700 {shlex.quote(str(self._folder))}\n"
+                    "Otherwise name another folder as base_dir of the run_launcher in dagster.yaml"
+                )
             yield descriptor
         finally:
             os.close(descriptor)

@@ -12,9 +12,9 @@ It has one thread and no open database when it forks: a child would have neither
 
     fork_server.py LISTENER FOLDER NAME
 
-LISTENER is the number of a listening socket, which is NAME in FOLDER. A request is a line of JSON. The answer comes
-from the new process: its pid in a line. It executes the run when the client says BEGIN, and ends if the client closes
-the connection instead.
+LISTENER is the number of a listening socket, which is NAME in FOLDER. A request is a line of JSON. The answer is a line
+from the new process: its pid; or from a server that can never fork: the reason. The process executes the run when the
+client says BEGIN, and ends if the client closes the connection instead.
 """
 
 import contextlib
@@ -143,7 +143,9 @@ class Server:
     def log(self, text: str) -> None:
         """Append a line to the log."""
         with contextlib.suppress(OSError):  # the folder is gone, or the disk is full
-            if self._log_file.stat().st_size > LOG_BYTES:
+            if not self._log_file.exists() or not os.path.samestat(self._log_file.stat(), os.fstat(1)):
+                self._open_log()  # another server has renamed it
+            if os.fstat(1).st_size > LOG_BYTES:
                 self._log_file.replace(self._log_file.with_suffix(".log.old"))
                 self._open_log()
             os.write(1, f"{time.strftime('%Y-%m-%d %H:%M:%S')} fork server {os.getpid()}: {text}\n".encode())
@@ -195,10 +197,13 @@ class Server:
                 return None
             connection.settimeout(REQUEST_SECONDS)
             request: dict[str, str] = json.loads(read_line(connection))
-            if not self._versions:
+            fresh = not self._versions
+            if fresh:
                 self.warm_up(request)
             why = self._unfit()
             if why:
+                if fresh:  # another server would be no better
+                    connection.sendall(f"{why}\n".encode())
                 self._retire(why)
                 return None
             pid = os.fork()

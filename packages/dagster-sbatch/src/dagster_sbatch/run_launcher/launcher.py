@@ -1,5 +1,7 @@
 """The run launcher that Dagster loads: it asks a fork server for each run's process."""
 
+import ipaddress
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +12,7 @@ import dagster as dg
 # Dagster documents no public names for run launchers. These are what its own Docker and Kubernetes launchers import.
 from dagster._config.config_schema import UserConfigSchema
 from dagster._core.launcher import CheckRunHealthResult, LaunchRunContext, WorkerStatus
+from dagster._core.remote_origin import GrpcServerCodeLocationOrigin
 from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import serialize_value
 from dagster._serdes.config_class import ConfigurableClassData
@@ -26,8 +29,8 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
 
     A run has the working directory, the variables and the process group of the Dagster process that starts it, usually
     the daemon's. It imports the project's code itself, so it has the code as it is on disk when it starts. What cannot
-    be forked is started as by Dagster's DefaultRunLauncher: runs on macOS, runs of a code location in a container, and
-    runs for which no fork server can be started (the run's log says so).
+    be forked is started as by Dagster's DefaultRunLauncher: runs on macOS, runs of a code location in a container or on
+    another host, and runs for which no fork server can be started (the run's log says so).
 
     A run's process is found again by a tag of the run. `run_monitoring` must be enabled in dagster.yaml: it fails the
     runs whose process is gone.
@@ -68,7 +71,7 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
             DagsterLaunchFailedError: neither a fork server nor Dagster's default launcher can start it.
         """
         run, origin = context.dagster_run, context.job_code_origin
-        if not CAN_FORK or origin is None or origin.repository_origin.container_image:
+        if not CAN_FORK or origin is None or origin.repository_origin.container_image or _is_elsewhere(run):
             super().launch_run(context)
             return
         arguments = ExecuteRunArgs(origin, run.run_id, self._instance.get_ref(), set_exit_code_on_failure=True)
@@ -131,3 +134,14 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         text = f"Process {process.pid} of this run is gone, and has not reported how the run ended."
         return CheckRunHealthResult(WorkerStatus.NOT_FOUND, text)
+
+
+def _is_elsewhere(run: dg.DagsterRun) -> bool:
+    """Return whether the code server of a run's location is on another host: its Python and its code are there."""
+    origin = run.remote_job_origin.repository_origin.code_location_origin if run.remote_job_origin else None
+    if not isinstance(origin, GrpcServerCodeLocationOrigin) or origin.socket:
+        return False
+    try:
+        return not ipaddress.ip_address(origin.host).is_loopback
+    except ValueError:
+        return origin.host not in {"localhost", socket.gethostname(), socket.getfqdn()}

@@ -26,14 +26,15 @@ def end_dead_runs_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult
     living: dict[str, str] = {}
     ended = []
     for record in instance.get_run_records(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED])):
-        if RunProcess.of(record.dagster_run):
+        forked = RunProcess.of(record.dagster_run)
+        if forked and instance.run_monitoring_enabled:
             continue  # Dagster's run monitoring asks ForkingRunLauncher about these
         run_id = record.dagster_run.run_id
-        pid = _find_pid(instance, run_id)
+        pid = forked.pid if forked else _find_pid(instance, run_id)
         if pid is None:
             continue
         key = f"{run_id} {pid}"
-        process = _identify(pid, known.get(key))
+        process = _identify(pid, forked.begin if forked else known.get(key))
         if process is not None:
             living[key] = process
         elif _is_started(instance, run_id):  # asked after the process: one that ends well reports it before it goes
