@@ -75,6 +75,7 @@ class ArrayStep:
         self._reported_by: dict[tuple[str, dg.AssetKey], str] = {}
         self._failures, self._warnings = TaskFailures(), Warnings()
         self._storer: ThreadPoolExecutor | None = None
+        self._stores_early = self._step.has_assets_def and isinstance(self._step.assets_def.node_def, dg.OpDefinition)
 
     @contextmanager
     def open(self, context_path: str, messages_path: str) -> Iterator[Session]:
@@ -181,9 +182,10 @@ class ArrayStep:
         """Materialize the partitions of tasks when they have succeeded: the step itself will not.
 
         A thread of its own does it: Dagster takes so long for a thousand events that the agent would leave meanwhile,
-        and jobs would be cancelled too late.
+        and jobs would be cancelled too late. Nothing is stored if later ops make the asset (`dg.graph_asset`): they
+        have not run.
         """
-        if self._storer is None:
+        if self._stores_early and self._storer is None:
             self._storer = ThreadPoolExecutor(1, "materializations")
             for result in self._results.values():
                 self._storer.submit(self._materialize, result)
@@ -254,7 +256,7 @@ class ArrayStep:
         number, total = len(self._failures), len(self.tasks)
         kept = [self.tasks[index] for index in self._results if self.tasks[index].partitions]
         head = f"{number} of {total} tasks failed."
-        if kept or self._done:
+        if self._stores_early and (kept or self._done):
             stored = sum(len(task.partitions) for task in kept) + len(self._done)
             head += f" The {stored} partitions of the other tasks are materialized.{_AGAIN}"
         return failure(self._name, f"{head}\n\n{self._failures.describe()}", **self._failures.metadata())

@@ -12,8 +12,8 @@ from dagster_sbatch.run.results import StepContext, op_context
 
 PAGE = 1000
 JOB_TAG = "slurm_job"
-_RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry", "dagster/retry_number")
-"""Tags of Dagster: of a re-execution from failure, and of a run that Dagster itself retries."""
+_RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
+"""Tags that Dagster sets to "true" in a re-execution from failure, also in one that Dagster itself requests."""
 _LONGEST_TAG = 63
 """Characters of each half of a tag's key, for Dagster."""
 
@@ -52,8 +52,8 @@ def _events_of(
 def stored_partitions(context: StepContext) -> dict[str, dict[dg.AssetKey, Mapping[str, Any]]]:
     """Return the metadata of the partitions that need not be computed again, by asset.
 
-    They are those that this run, or the runs of which it is a retry or a re-execution from failure, have stored in this
-    step. A run that was requested to execute everything again begins anew.
+    They are those that this run, or the runs of which it is a re-execution from failure, have stored in this step. A
+    run that was requested to execute everything again begins anew, and so does a step that has succeeded before.
     """
     step = op_context(context)
     key, run = step_key(step), step.instance.get_run_by_id(step.run_id)
@@ -63,8 +63,10 @@ def stored_partitions(context: StepContext) -> dict[str, dict[dg.AssetKey, Mappi
             stored = event.asset_materialization
             if stored and stored.partition is not None and stored.asset_key in step.selected_asset_keys:
                 found.setdefault(stored.partition, {}).setdefault(stored.asset_key, stored.metadata)
-        again = any(tag in run.tags for tag in _RESUMED)
+        again = any(run.tags.get(tag) == "true" for tag in _RESUMED)
         run = step.instance.get_run_by_id(run.parent_run_id) if again and run.parent_run_id else None
+        if run and _succeeded(step.instance, run.run_id, key, float("inf")):
+            break
     return {partition: each for partition, each in found.items() if each.keys() == step.selected_asset_keys}
 
 

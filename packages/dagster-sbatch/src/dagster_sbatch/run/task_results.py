@@ -55,7 +55,7 @@ class TaskResult:
             if report.data_version and versions:
                 entry["data_version"] = report.data_version
         for check, result in self.checks.items():
-            for partition in partitions:
+            for partition in partitions if check.asset_key in keys else ():  # a check may run without its asset
                 found[partition, check.asset_key][CHECK.format(check.name)] = bool(result.passed)
         if partitions and keys:
             found[partitions[0], keys[0]].update(self.costs)

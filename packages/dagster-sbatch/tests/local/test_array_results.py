@@ -1,0 +1,111 @@
+"""What counts as computed already, and what Dagster stores, when tasks of an array in `development` have failed."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch import ComputeResource, JobArray, ScriptLauncher
+from resources import PROJECT
+from support.array_asset import ArrayAsset
+from support.workload_asset import PIPES
+
+pytestmark = pytest.mark.local
+
+FIRST, LAST = "2013-01-01", "2013-01-03"
+KEYS = [FIRST, "2013-01-02", LAST]
+LAST_FAILS = """
+import os, pathlib
+key, folder = pipes.partition_key, pathlib.Path(os.environ["DATA_ROOT"])
+(folder / f"ran-{key}-{pipes.run_id}").touch()
+if key == "2013-01-03" and not (folder / "fixed").exists():
+    raise ValueError
+"""
+RANGE = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "c"}
+LETTERS = dg.StaticPartitionsDefinition(["a", "b", "c"])
+
+
+@pytest.fixture(autouse=True)
+def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.setenv("DATA_ROOT", str(folder))
+    return folder
+
+
+@pytest.fixture
+def workload(tmp_path: Path) -> Path:
+    """A place for a workload of assets that the test makes itself."""
+    return tmp_path / "workload.py"
+
+
+def ran(folder: Path, run_id: str) -> list[str]:
+    return sorted(path.name[4:14] for path in folder.glob(f"ran-*-{run_id}"))
+
+
+def test_only_a_re_execution_from_failure_leaves_out_what_is_stored(tmp_path: Path, data_root: Path) -> None:
+    """Dagster's retry with the strategy ALL_STEPS has a retry number; the UI copies such tags."""
+    asset = ArrayAsset(tmp_path, LAST_FAILS, JobArray())
+    first = asset.run(FIRST, LAST)
+    (data_root / "fixed").touch()
+    number: dict[str, Any] = {"dagster/retry_number": "1"}
+    retry = asset.run(FIRST, LAST, of=first.run_id, **number)
+    assert ran(data_root, retry.run_id) == KEYS
+    resumed = asset.run(FIRST, LAST, of=first.run_id, from_failure=True, **number)
+    assert ran(data_root, resumed.run_id) == [LAST]
+    copied: dict[str, Any] = {"dagster/is_asset_resume_retry": "true"}
+    selected = asset.run(FIRST, LAST, of=resumed.run_id, **copied)
+    assert ran(data_root, selected.run_id) == KEYS
+
+
+def test_partitions_of_an_asset_that_later_ops_make_are_not_stored_before_these_have_run(workload: Path) -> None:
+    workload.write_text(f"{PIPES}\n    assert pipes.partition_key != 'c'\n")
+
+    @dg.op
+    def compute_all(context: dg.OpExecutionContext, compute: ComputeResource) -> int:
+        compute.run(context, workload=workload, launcher=ScriptLauncher(), array=JobArray())
+        return 1
+
+    @dg.op
+    def join(number: int) -> int:
+        return number
+
+    @dg.graph_asset(partitions_def=LETTERS, backfill_policy=dg.BackfillPolicy.single_run())
+    def joined() -> int:
+        result: int = join(compute_all())
+        return result
+
+    result = dg.materialize(
+        [joined], resources={"compute": ComputeResource.of(PROJECT)}, tags=RANGE, raise_on_error=False
+    )
+    (failure,) = (event.step_failure_data.user_failure_data for event in result.all_events if event.is_step_failure)
+    assert failure
+    assert "1 of 3 tasks failed." in str(failure.description)
+    assert "materialized" not in str(failure.description)
+    assert [event for event in result.all_events if event.is_step_materialization] == []
+
+
+def test_the_tasks_of_a_check_without_its_asset(workload: Path) -> None:
+    workload.write_text(
+        f"{PIPES}\n    pipes.report_asset_check('good', pipes.partition_key != 'b', asset_key='letters')\n"
+    )
+
+    @dg.asset(partitions_def=LETTERS, backfill_policy=dg.BackfillPolicy.single_run())
+    def letters() -> None: ...
+
+    @dg.asset_check(asset=letters, partitions_def=LETTERS)
+    def good(context: dg.AssetCheckExecutionContext, compute: ComputeResource) -> dg.AssetCheckResult:
+        done = compute.run(context.op_execution_context, workload=workload, launcher=ScriptLauncher(), array=JobArray())
+        return done.get_asset_check_result()
+
+    result = dg.materialize(
+        [letters, good],
+        selection=dg.AssetSelection.checks(good),
+        resources={"compute": ComputeResource.of(PROJECT)},
+        tags=RANGE,
+        raise_on_error=False,
+    )
+    assert [str(event.step_failure_data.error) for event in result.all_events if event.is_step_failure] == []
+    (check,) = result.get_asset_check_evaluations()
+    assert (check.passed, check.metadata["tasks"].value, check.metadata["failed"].value) == (False, 3, 1)
