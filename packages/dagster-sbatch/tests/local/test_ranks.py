@@ -10,6 +10,7 @@ import pytest
 
 from dagster_sbatch import JobArray
 from dagster_sbatch.launchers import SrunLauncher
+from dagster_sbatch.launchers.srun.job import ranks
 from dagster_sbatch.run.local import RunDirectory, run_workload
 from dagster_sbatch.slurm import SlurmRequest
 from slurm_in_a_box import wait_until
@@ -58,6 +59,20 @@ FAILURES: dict[str, tuple[str, SrunLauncher, list[str]]] = {
         SrunLauncher(),
         ["rank 0 on ", " was killed by SIGSEGV"],
     ),
+    "loses the process that waits for it": (
+        RANK + "    if rank == 2: os.kill(os.getppid(), signal.SIGKILL)\n    time.sleep(600)\n",
+        SrunLauncher(),
+        ["the process that started rank 2 was killed by SIGKILL", "memory"],
+    ),
+    "is the last one, and loses the process that waits for it": (
+        RANK
+        + "    starter = pathlib.Path(f'/proc/{os.getppid()}/stat').read_text().split()[3]\n"
+        + "    children = pathlib.Path(f'/proc/{starter}/task/{starter}/children')\n"
+        + "    while rank == 2 and children.read_text().split() != [str(os.getppid())]: time.sleep(0.05)\n"
+        + "    if rank == 2: os.kill(os.getppid(), signal.SIGKILL)\n",
+        SrunLauncher(),
+        ["the process that started rank 2 was killed by SIGKILL"],
+    ),
     "hangs at the end": (
         RANK + "    if rank in (1, 3): time.sleep(600)\n    pipes.report_asset_materialization()\n",
         SrunLauncher(end_time_limit=1),
@@ -85,6 +100,19 @@ def test_a_rank(name: str, tmp_path: Path) -> None:
     for text in texts:
         assert text in outcome.error
     assert outcome.materializations == {}
+
+
+def test_a_rank_whose_output_is_read_late_loses_none_of_it(tmp_path: Path) -> None:
+    workload = tmp_path / "w.py"
+    workload.write_text("for number in range(3_000): print('a line with the number', number)\n")
+    command = [sys.executable, "-I", str(ranks.__file__), "rank", str(tmp_path / "failure"), str(workload)]
+    variables = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    with subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE) as rank:
+        with pytest.raises(subprocess.TimeoutExpired):
+            rank.wait(ranks.DRAIN_SECONDS + 1)
+        output, _ = rank.communicate()
+    assert rank.returncode == 0
+    assert output.decode().splitlines() == [f"[rank 1] a line with the number {n}" for n in range(3_000)]
 
 
 def test_tasks_of_an_array_with_two_ranks_each(tmp_path: Path) -> None:

@@ -75,3 +75,20 @@ def test_mpi_types_of_srun(version: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert "srun has no MPI type 'openmpi' on " in ranks.missing_mpi("openmpi")
     assert ", pmix_v4" in ranks.missing_mpi("openmpi")
     assert ". Set SrunLauncher(mpi=...) to one of these." in ranks.missing_mpi("openmpi")
+
+
+@pytest.mark.parametrize("text", ["", '{"rank": '])
+def test_a_failure_that_cannot_be_read_leaves_the_words_of_srun(text: str, tmp_path: Path) -> None:
+    failure = tmp_path / "failure"
+    failure.write_text(text)
+    command = ["sh", "-c", "echo 'srun: error: node lost' >&2; exit 3"]
+    assert ranks.await_starter(command, failure, "600") == (3, "sh ended with exit code 3: srun: error: node lost")
+
+
+def test_the_first_failure_is_recorded_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for rank in (1, 2):
+        ranks.record_failure(tmp_path / "failure", {"rank": rank})
+    assert (tmp_path / "failure").read_text() == '{"rank": 1}'
+    assert [path.name for path in tmp_path.iterdir()] == ["failure"]
+    ranks.record_failure(tmp_path / "none" / "failure", {"rank": 3})
+    assert "The failure of this rank cannot be recorded" in capfd.readouterr().err

@@ -63,7 +63,7 @@ class SrunLauncher(Launcher):
     end_time_limit: PositiveInt = Field(
         600,
         description="Seconds that the other ranks can continue after the first rank has ended; then the job fails and "
-        "names one that still runs.",
+        "names one that still runs. Without effect in `development` with `mpi`.",
     )
 
     def check(self, request: SlurmRequest) -> None:  # noqa: D102 - see Launcher

@@ -28,9 +28,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 RANK, MPI_RANK = "rank", "mpi-rank"
+STDOUT, STDERR = 1, 2
 PORTS = range(20000, 32768)
 """Below the ports that Linux uses for outgoing connections (ip_local_port_range)."""
 KEPT_LINES, TAIL_LINES = 200, 20
@@ -38,7 +39,7 @@ KEPT_LINES, TAIL_LINES = 200, 20
 LONGEST_LINE = 1 << 16
 """Bytes of a line that are labelled at once."""
 DRAIN_SECONDS = 2.0
-"""For the last output of a rank that has ended: a process that it has left may keep the pipe open."""
+"""Wait for more output of a rank that has ended: a process that it has left may keep the pipe open."""
 GRACE_SECONDS = 5.0
 """Between SIGTERM and SIGKILL for local ranks."""
 POLL_SECONDS = 0.05
@@ -124,13 +125,14 @@ def run_job(options: Mapping[str, str], failure: Path, command: Sequence[str]) -
 def await_starter(command: Sequence[str], failure: Path, limit: str) -> tuple[int, str]:
     """Run srun or mpiexec to its end; return the exit code and, if it is not 0, the cause."""
     starter = subprocess.Popen(command, stderr=subprocess.PIPE)
-    output = Output(starter.stderr, sys.stderr.buffer)
+    output = Output(starter.stderr, STDERR)
     code = starter.wait()
     output.drain()
     if code == 0:
         return 0, ""
-    if failure.exists():
-        return explain(failure, out_of_memory=any("Out Of Memory" in line for line in output.lines))
+    record = read_failure(failure)
+    if record:
+        return explain(record, out_of_memory=any("Out Of Memory" in line for line in output.lines))
     late = next(filter(None, map(_STILL_RUNNING.search, output.lines)), None)
     if late:
         return 1, explain_late(late[1], limit)
@@ -175,8 +177,18 @@ def run_here(options: Mapping[str, str], failure: Path, command: Sequence[str]) 
         return await_starter([mpiexec, "-n", str(count), *rank], failure, options["wait"])
     gpus = [] if options["gpu-bind"] == "none" else local_gpus()
     ranks = [subprocess.Popen(rank, env={**os.environ, **local_variables(number, gpus)}) for number in range(count)]
-    late = await_ranks(ranks, float(options["wait"]))
-    return (1, explain_late(",".join(map(str, late)), options["wait"])) if late else explain(failure)
+    late, failed = await_ranks(ranks, float(options["wait"]))
+    record = read_failure(failure)  # before others fail as a result
+    if late or failed:
+        end(ranks)
+    if late:
+        return 1, explain_late(",".join(map(str, late)), options["wait"])
+    if record:
+        return explain(record)
+    if failed:
+        number, code = failed
+        return shell_code(code), f"the process that started rank {number} {name_exit(code)}; its output may say why"
+    return 0, ""
 
 
 def local_variables(rank: int, gpus: Sequence[str]) -> dict[str, str]:
@@ -193,22 +205,26 @@ def local_gpus() -> list[str]:
     return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
-def await_ranks(ranks: "Sequence[subprocess.Popen[bytes]]", seconds: float) -> list[int]:
-    """Wait until all ranks have ended; end the others if one fails, or at a time after the first has ended.
+def await_ranks(
+    ranks: "Sequence[subprocess.Popen[bytes]]", seconds: float
+) -> "tuple[list[int], tuple[int, int] | None]":
+    """Wait until all ranks have ended, until one has failed, or until a time after the first one has ended.
 
     Returns:
-        The ranks that still ran at that time.
+        The ranks that still ran at that time; the rank that has failed and its exit code, None if none has.
     """
     first = None
-    while left := [rank for rank, process in enumerate(ranks) if process.poll() is None]:
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = next(((rank, code) for rank, code in enumerate(codes) if code), None)
+        left = [rank for rank, code in enumerate(codes) if code is None]
+        if failed or not left:
+            return [], failed
         if first is None and len(left) < len(ranks):
             first = time.monotonic()
-        late = first is not None and time.monotonic() - first > seconds
-        if late or any(process.returncode for process in ranks):
-            end(ranks)
-            return left if late else []
+        if first is not None and time.monotonic() - first > seconds:
+            return left, None
         time.sleep(POLL_SECONDS)
-    return []
 
 
 def end(ranks: "Sequence[subprocess.Popen[bytes]]") -> None:
@@ -226,16 +242,21 @@ def end(ranks: "Sequence[subprocess.Popen[bytes]]") -> None:
 # Failures
 
 
-def explain(failure: Path, *, out_of_memory: bool = False) -> tuple[int, str]:
-    """Return exit code and cause of the rank that has failed first; 0 and nothing if none has.
+def read_failure(path: Path) -> "dict[str, Any] | None":
+    """Return what the rank that has failed first has recorded; None if there is no record, or only part of it."""
+    with suppress(OSError, ValueError):
+        record: dict[str, Any] = json.loads(path.read_text())
+        return record
+    return None
+
+
+def explain(record: Mapping[str, Any], *, out_of_memory: bool = False) -> tuple[int, str]:
+    """Return exit code and cause of the rank that has failed first.
 
     Args:
-        failure: the file that such a rank writes.
+        record: of its failure.
         out_of_memory: whether Slurm has reported that.
     """
-    if not failure.exists():
-        return 0, ""
-    record = json.loads(failure.read_text())
     rank, code, tail = record["rank"], record["code"], record["stderr"]
     how = "ran out of memory. Request more with SlurmRequest(mem=...)" if out_of_memory else name_exit(code)
     exceptions = [line for line in tail if _EXCEPTION.match(line)]
@@ -272,25 +293,41 @@ def name_exit(code: int) -> str:
 class Output:
     """Copies what a process writes, line by line, and remembers the last lines."""
 
-    def __init__(self, source: "IO[bytes] | None", target: IO[bytes], label: str = "") -> None:
-        """Start to copy, in a thread; `label`: begins each line."""
+    def __init__(self, source: "IO[bytes] | None", target: int, label: str = "") -> None:
+        """Start to copy, in a thread.
+
+        Args:
+            source: a pipe from the process.
+            target: a file descriptor. The thread may be blocked in writing when this process ends: a buffer of Python
+                would be locked then, and Python would abort.
+            label: begins each line.
+        """
         assert source is not None
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._source, self._target, self._label = source, target, label.encode()
+        self._writing = False
         self._thread = threading.Thread(target=self._copy, daemon=True)
         self._thread.start()
 
     def _copy(self) -> None:
-        for line in iter(lambda: self._source.readline(LONGEST_LINE), b""):
-            whole = line if line.endswith(b"\n") or not self._label else line + b"\n"
-            with suppress(OSError):  # the disk is full: the workload continues
-                self._target.write(self._label + whole)
-                self._target.flush()
-            self.lines.append(line.decode(errors="replace").rstrip())
+        with self._source:
+            for line in iter(lambda: self._source.readline(LONGEST_LINE), b""):
+                self._writing = True
+                self._write(self._label + (line if line.endswith(b"\n") or not self._label else line + b"\n"))
+                self.lines.append(line.decode(errors="replace").rstrip())
+                self._writing = False
+
+    def _write(self, data: bytes) -> None:
+        with suppress(OSError):  # the disk is full: the workload continues
+            while data:
+                data = data[os.write(self._target, data) :]
 
     def drain(self) -> None:
-        """Wait for the rest."""
-        self._thread.join(DRAIN_SECONDS)
+        """Copy the rest: wait as long as it takes to write it, and DRAIN_SECONDS for the source."""
+        waited = 0.0
+        while self._thread.is_alive() and waited < DRAIN_SECONDS:
+            self._thread.join(POLL_SECONDS)
+            waited += 0 if self._writing else POLL_SECONDS
 
 
 def run_rank(failure: Path, command: Sequence[str]) -> int:
@@ -312,8 +349,8 @@ def run_rank(failure: Path, command: Sequence[str]) -> int:
     if first:
         Path("workload.pid").write_text(f"{workload.pid}\n")  # gets the warning before the time limit
     label = "" if first else f"[rank {rank}] "
-    outputs = [Output(workload.stderr, sys.stderr.buffer, label)]
-    outputs += [] if first else [Output(workload.stdout, sys.stdout.buffer, label)]
+    outputs = [Output(workload.stderr, STDERR, label)]
+    outputs += [] if first else [Output(workload.stdout, STDOUT, label)]
     code = workload.wait()
     for output in outputs:
         output.drain()
@@ -335,9 +372,15 @@ def leave_signals_to_the_workload() -> None:
 
 
 def record_failure(path: Path, record: Mapping[str, object]) -> None:
-    """Write a failure unless another rank has written one."""
-    with suppress(FileExistsError), path.open("x") as file:
-        file.write(json.dumps(record))
+    """Write a failure, all of it or nothing, unless another rank has written one."""
+    part = path.with_name(f"{path.name}-{socket.gethostname()}-{os.getpid()}")
+    try:
+        part.write_text(json.dumps(record))
+        with suppress(FileExistsError):
+            os.link(part, path)
+        part.unlink()
+    except OSError as error:
+        print(f"The failure of this rank cannot be recorded: {error}", file=sys.stderr)
 
 
 def encode_param(param: Mapping[str, object]) -> str:
@@ -346,4 +389,7 @@ def encode_param(param: Mapping[str, object]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    exit_code = main()
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(exit_code)  # a thread may still read or write
