@@ -140,6 +140,15 @@ def test_a_second_report_counts_again_after_a_new_start_of_the_job(tmp_path: Pat
     assert pipes(tmp_path, job, *report).returncode == 0
 
 
+def test_a_second_result_of_a_check_is_refused(tmp_path: Path, job: dict[str, str]) -> None:
+    result = ("check", "fine", "--passed", "--asset", "a")
+    assert pipes(tmp_path, job, *result).returncode == 0
+    refused = pipes(tmp_path, job, *result)
+    assert (refused.returncode, "The check fine of a has been reported already" in refused.stderr) == (1, True)
+    assert pipes(tmp_path, job, "check", "other", "--passed", "--asset", "a").returncode == 0
+    assert pipes(tmp_path, job, "check", "fine", "--passed", "--asset", "b").returncode == 0
+
+
 def test_wrong_arguments_report_nothing(tmp_path: Path, job: dict[str, str]) -> None:
     before = (tmp_path / "messages.jsonl").read_text()
     done = pipes(tmp_path, job, "materialize", "--metadata", "rows=1", "--metadata", "plot=@none.png")

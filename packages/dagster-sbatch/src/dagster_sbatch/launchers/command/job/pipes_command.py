@@ -48,6 +48,8 @@ PICTURES = {
 TEXTS = ("text", "md", "path", "url")
 VALUES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "json": (dict, list)}
 """Types of metadata, and what JSON each of them is."""
+ONCE = ("report_asset_materialization", "report_asset_check")
+"""Methods that Dagster accepts once from a job, per asset or check."""
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
 """A number with more leading zeros is an identifier, and stays a text."""
 _FLOAT = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
@@ -65,7 +67,7 @@ class _Channel(PipesMessageWriterChannel):
         with os.fdopen(os.open(self._path, os.O_RDWR | os.O_APPEND), "r+b", buffering=0) as file:
             with suppress(OSError):  # a file system without locks: one write, at the end of the file
                 fcntl.lockf(file, fcntl.LOCK_EX)
-            if message["method"] == "report_asset_materialization":
+            if message["method"] in ONCE:
                 self._check_first(message, file)
             self._append(json.dumps(message).encode() + b"\n", file)
 
@@ -82,18 +84,26 @@ class _Channel(PipesMessageWriterChannel):
 
     @staticmethod
     def _check_first(message: PipesMessage, file: io.FileIO) -> None:
-        """Dagster accepts one materialization of an asset from a job.
+        """Dagster accepts one materialization of an asset, and one result of a check, from a job.
 
         The file is read through its open descriptor: closing another one of the same file would release the lock.
         """
-        asset = (message["params"] or {})["asset_key"]
+        params = message["params"] or {}
+        asset, check = params["asset_key"], params.get("check_name")
         for line in reversed(file.readall().splitlines()):
             found = {}
             with suppress(ValueError):  # a program that uses dagster_pipes is writing it just now
                 found = json.loads(line)
             if found.get("method") == "job_started":
                 return  # before that, the job was requeued
-            if found.get("method") == message["method"] and found["params"]["asset_key"] == asset:
+            if found.get("method") != message["method"]:
+                continue
+            if (found["params"]["asset_key"], found["params"].get("check_name")) == (asset, check):
+                if check:
+                    raise DagsterPipesError(
+                        f"The check {check} of {asset} has been reported already. Dagster accepts one result of a "
+                        "check from a job. Report all of it in one call of `pipes check`."
+                    )
                 raise DagsterPipesError(
                     f"{asset} has been reported already. Dagster accepts one report on an asset from a job. "
                     "Pass all --metadata in one call of `pipes materialize`."
