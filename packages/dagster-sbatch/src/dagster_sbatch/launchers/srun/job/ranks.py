@@ -293,7 +293,7 @@ def name_exit(code: int) -> str:
 class Output:
     """Copies what a process writes, line by line, and remembers the last lines."""
 
-    def __init__(self, source: "IO[bytes] | None", target: int, label: str = "") -> None:
+    def __init__(self, source: IO[bytes] | None, target: int, label: str = "") -> None:
         """Start to copy, in a thread.
 
         Args:
