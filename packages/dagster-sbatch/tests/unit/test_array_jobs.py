@@ -1,13 +1,20 @@
 """Which tasks of an array become which array job, and which are adopted: pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
+import dagster as dg
 import pytest
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import choose_tasks
+from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.array_batches import Batches
-from dagster_sbatch.slurm.gateway import ArrayJob, JobEnd, Limits
+from dagster_sbatch.run.attempts import Attempts, Submission
+from dagster_sbatch.run.calls import StepCalls
+from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, Limits, RefusedError
 
 NO_LIMITS = Limits(None, None)
 
@@ -91,6 +98,49 @@ def test_each_task_is_adopted_from_the_latest_array_job_with_it() -> None:
     )
     assert choice.follow == {"runs/f-1": {0: 10, 4: 14}, "runs/f-2": {0: 11}}
     assert (list(choice.new), choice.ended) == ([12, 13, 15], 1)
+
+
+def test_tasks_with_other_values_are_outdated_until_they_are_over() -> None:
+    """Task b has another value now (B), c and d are not in the array any more."""
+    first, second = array(1, "abc", {2: WELL}), array(2, "d", {})
+    over = array(3, "bd", {0: WELL, 1: BADLY})
+    choice = choose_tasks([first, second, over], {0: "a", 1: "B"}, lambda *_: False)
+    assert (choice.follow, list(choice.new)) == ({"runs/f-1": {0: 0}}, [1])
+    assert choice.outdated == {"runs/f-1": [1], "runs/f-2": [0]}
+
+
+TASK = Task("x", values={"n": 1})
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bool) -> None:
+    """Of an array job that is followed, only those; a refusal is no reason to fail."""
+    record = {"tasks": [{"name": name} for name in ("x", "y", "z")]}
+    first, second = (
+        replace(array(1, "abc", {}), record=record, tasks=[TASK.id, "b", "c"]),
+        replace(array(2, "d", {}), record=record),
+    )
+    done: list[tuple[str, Sequence[int] | None]] = []
+
+    def cancel(run: str, tasks: Sequence[int] | None = None) -> None:
+        done.append((run, tasks))
+        if refused:
+            raise RefusedError("it is not over after a minute")
+
+    def claim(*_: object) -> Claim:
+        return Claim(None, arrays=[first, second])
+
+    warnings: list[str] = []
+    log = SimpleNamespace(info=lambda _: None, warning=warnings.append, error=None)
+    with dg.DagsterInstance.ephemeral() as instance:
+        context: Any = SimpleNamespace(instance=instance, run_id="r", log=log)
+        gateway: Any = SimpleNamespace(claim=claim, cancel=cancel, cancel_tasks=cancel)
+        call = StepCalls().begin("r", "step", "digest")
+        attempts = Attempts(context, gateway, "/base", Submission(call, "step", (), {}, {}, ""))
+        attempts.choose_tasks({0: TASK})
+    assert done == [("runs/f-1", [1, 2]), ("runs/f-2", None)]
+    assert "values (y, z). They are cancelled" in warnings[0]
+    assert len(warnings) == (4 if refused else 2)
 
 
 def test_an_array_job_that_was_never_submitted_hides_no_earlier_one() -> None:

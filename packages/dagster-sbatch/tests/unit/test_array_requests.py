@@ -70,6 +70,20 @@ def test_a_rejected_result_is_known_to_the_next_claim(prepare: Prepare, tmp_path
     assert {index: end.code for index, end in known.ends.items()} == {0: 0, 1: 0, 2: 0}
 
 
+def test_some_tasks_are_cancelled_by_one_command(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:
+    run, record = tmp_path / "runs" / "KEY-1", "JobId=17 ArrayTaskId={} JobName=KEY-1 JobState={} ExitCode=0:0"
+    run.parent.mkdir(mode=0o700)
+    run_directories.lay_out(str(run), files_of(PROJECT.load_site("musica"), "KEY-1", "true", 6))
+    (run / "job").symlink_to("17")
+    times = "SubmitTime=1 StartTime=Unknown EndTime=3"
+    waits, cancelled = (f"{record.format('0-5', state)} {times}" for state in ("PENDING", "CANCELLED"))
+    put(slurm, "scontrol", f"[ -e {tmp_path}/scancel ] && echo '{cancelled}' || echo '{waits}'")
+    put(slurm, "scancel", f'echo "$@" >>{tmp_path}/scancel')
+    ends = prepare().cancel_tasks(str(run), [4, 1, 2])
+    assert {index: end.state for index, end in ends.items()} == dict.fromkeys((1, 2, 4), "CANCELLED")
+    assert (tmp_path / "scancel").read_text().split()[-3:] == ["--name", "KEY-1", "17_[1-2,4]"]
+
+
 def test_rejecting_a_result_reads_no_list_of_tasks(tmp_path: Path) -> None:
     """The agent rejects in the thread that reads requests, and there may be 10,000 tasks."""
     (tmp_path / "KEY-1/tasks/7").mkdir(parents=True)

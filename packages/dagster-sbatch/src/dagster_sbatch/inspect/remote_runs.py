@@ -111,13 +111,13 @@ class Runs:
         Raises:
             RefusedError: it is not over after a minute.
         """
-        end = self.gateway.ask(do="cancel_task", run=run.path, task=index)["end"]
+        end = self.gateway.cancel_tasks(run.path, [index]).get(index)
         if not end:
             raise RefusedError(
                 f"Slurm has accepted that task {run.job}_{index} is cancelled, but it is not over after a minute. Its "
                 f"epilog or its node may be slow. Ask for its state:\n  scripts/job {run.job}_{index} state"
             )
-        return JobEnd.parse(end)
+        return end
 
     def claim(self, run: RunRecord, who: str) -> str | None:
         """Claim a run and its other attempts until the connection ends; return who else holds the claim, if so."""

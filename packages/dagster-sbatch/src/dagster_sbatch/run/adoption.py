@@ -1,7 +1,7 @@
 """Inputs of a call, and the choice whether a step adopts the job of an earlier attempt. Pure functions."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_sbatch.run.array import PARTITION_KEYS
@@ -91,11 +91,14 @@ class TaskChoice:
         follow: run directories of earlier array jobs, each with the indices of its tasks there, by the task's index.
         ended: how many of these tasks are over.
         new: indices of the tasks that have to be submitted.
+        outdated: run directories of earlier array jobs, each with the indices there of tasks that are not over and that
+            no task of this array is: their parameter sets have other values now, or their partitions are done.
     """
 
     follow: Mapping[str, Mapping[int, int]]
     ended: int
     new: Sequence[int]
+    outdated: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def choose_tasks(
@@ -128,7 +131,13 @@ def choose_tasks(
             ended += 1
         else:
             new.append(index)
-    return TaskChoice(follow, ended, new)
+    wanted = set(ids.values())
+    active = [array for array in arrays if not array.over]
+    left = {
+        array.run: [place for place, name in enumerate(array.tasks) if name not in wanted and place not in array.ends]
+        for array in active
+    }
+    return TaskChoice(follow, ended, new, {run: places for run, places in left.items() if places})
 
 
 def _succeeded(end: JobEnd) -> bool:

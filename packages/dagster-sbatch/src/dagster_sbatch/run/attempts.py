@@ -3,13 +3,14 @@
 import os
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
 
 from dagster_sbatch.run.adoption import (
+    MOST_NAMES,
     Choice,
     TaskChoice,
     choose,
@@ -108,7 +109,28 @@ class Attempts:
                 f"Slurm job {jobs} of an earlier run of this step has {followed} of the tasks: attaching to "
                 f"{followed - choice.ended}, and using the results of {choice.ended} that have ended."
             )
+        for array in claim.arrays:
+            if array.run in choice.outdated:
+                self._cancel_tasks(array, choice.outdated[array.run], followed=array.run in choice.follow)
         return claim, choice
+
+    def _cancel_tasks(self, array: ArrayJob, outdated: Sequence[int], *, followed: bool) -> None:
+        """Cancel tasks of an array job that this step does not need; the whole job if it follows none of the others."""
+        names = [task["name"] for task in (array.record or {})["tasks"]]
+        shown = ", ".join(names[index] for index in outdated[:MOST_NAMES])
+        more = f" and {len(outdated) - MOST_NAMES} more" if len(outdated) > MOST_NAMES else ""
+        job = f"Slurm job {array.job}" if array.job else f"The Slurm job of {array.run}"
+        self._log.warning(
+            f"{job} of an earlier run of this step has tasks that this run does not need, or needs with other values "
+            f"({shown}{more}). They are cancelled."
+        )
+        try:
+            if followed:
+                self._gateway.cancel_tasks(array.run, outdated)
+            else:
+                self._gateway.cancel(array.run)
+        except RefusedError as error:
+            self._log.warning(f"The tasks of {job} could not be cancelled. {error}")
 
     def cancel_outdated(self, claim: Claim) -> bool:
         """Cancel the jobs that earlier executions of this step submitted with other inputs.

@@ -6,7 +6,7 @@ from the byte where the connection broke.
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,14 @@ class Gateway(Link):
                     raise
                 left.remove(asked[self._failed])
                 report(asked[self._failed], error)
+
+    def cancel_tasks(self, run: str, tasks: Iterable[int]) -> dict[int, JobEnd]:
+        """Cancel some tasks of an array job, and wait until they are over; return how they ended, by index.
+
+        A task that is not over after a minute is missing in the answer.
+        """
+        ends = self.ask(do="cancel_tasks", run=run, tasks=sorted(tasks))["ends"]
+        return {int(index): JobEnd.parse(end) for index, end in ends.items()}
 
     def state(self, run: str) -> tuple[JobState | None, JobEnd | None]:
         """Return the state of a run's job, or how it ended; neither if it has no job."""

@@ -17,7 +17,7 @@ from .paths import Profile, with_paths
 from .releases import environment
 from .run_directories import array, reject, runs, state
 from .slurm_commands import Queue, projects, queue, test
-from .task_records import cancel_task, task_counts, task_records
+from .task_records import cancel_tasks, task_counts, task_records
 from .transfer import CHUNK, get, piece, put
 
 HELLO = "gateway-agent 1"
@@ -31,7 +31,7 @@ def ping(*_):
 VERBS = (hold, claim, submit, test, cancel, state, reject, runs, clean, put, piece, get, environment, queue, projects)
 VERBS = {
     verb.__name__: verb
-    for verb in VERBS + (follow, array, run_array, limits, task_counts, task_records, cancel_task, ping)
+    for verb in VERBS + (follow, array, run_array, limits, task_counts, task_records, cancel_tasks, ping)
 }
 FINISHED = ("submit", "cancel")  # even if the client goes away meanwhile
 IN_ORDER = ("hold", "reject", "piece")  # before the next request is read, which builds on them

@@ -7,6 +7,7 @@ from .disk import RequestError
 from .job_record import events_of
 from .run_directories import has, job_of, locate
 from .slurm_commands import COMMAND_PATIENCE, ask_slurm, user
+from .task_states import ranges
 from .tasks import Tasks, is_array
 
 CANCEL_EVERY = 1.0
@@ -31,11 +32,6 @@ def count(run):
     running = len(started - set(codes))
     waiting = tasks.count - len(codes) - running
     return {"done": len(codes) - failed, "running": running, "waiting": waiting, "failed": failed}
-
-
-def end_of(tasks, job, index):
-    """Return how a task ended; None while it has not, or while Slurm does not answer."""
-    return tasks.all_ends(job)[0].get(index)
 
 
 # Requests
@@ -69,16 +65,16 @@ def tail_of(path, size):
         return ""
 
 
-def cancel_task(_, ask, __):
-    """Cancel one task, and wait until it is over; return its end, None if it did not end within a minute."""
+def cancel_tasks(_, ask, __):
+    """Cancel some tasks, and wait until they are over; return by index the ends of those that ended within a minute."""
     run, key = locate(ask)
-    job, index, tasks = job_of(run), ask["task"], Tasks(run)
+    job, wanted, tasks = job_of(run), set(ask["tasks"]), Tasks(run)
     if not job:
         raise RequestError("refused", "%s has no job" % run)
-    end, until = end_of(tasks, job, index), time.time() + COMMAND_PATIENCE
-    if not end:
-        ask_slurm("scancel", "--user", user(), "--name", key, "%s_%d" % (job, index))
-    while not end and time.time() < until:
+    ends, until = tasks.all_ends(job)[0], time.time() + COMMAND_PATIENCE
+    if wanted - set(ends):
+        ask_slurm("scancel", "--user", user(), "--name", key, "%s_[%s]" % (job, ranges(wanted - set(ends))))
+    while wanted - set(ends) and time.time() < until:
         time.sleep(CANCEL_EVERY)
-        end = end_of(tasks, job, index)
-    return {"end": end}
+        ends = tasks.all_ends(job)[0]
+    return {"ends": {str(index): ends[index] for index in wanted & set(ends)}}
