@@ -19,13 +19,20 @@ from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, Limits, Refuse
 NO_LIMITS = Limits(None, None)
 
 
-def sizes(number: int, limits: Limits, max_running: int | None = None, active: int = 0) -> list[int]:
-    """The sizes of the array jobs that can be submitted while `active` others are not over."""
-    batches, found = Batches(range(number), limits, max_running), []
-    while taken := batches.take(active):
-        found.append(len(taken))
-        active += max_running is not None
-    return found
+def divide(number: int, limits: Limits, max_running: int | None = None, active: int = 0) -> list[tuple[int, int]]:
+    """Size and share of the array jobs that can be submitted while another one, with `active` tasks, is not over."""
+    batches = Batches(range(number), limits, max_running)
+    shares, found = [active] if active else [], list[tuple[int, int]]()
+    while True:
+        taken, share = batches.take(shares, active + sum(size for size, _ in found))
+        if not taken:
+            return found
+        found.append((len(taken), share or 0))
+        shares.append(share or 0)
+
+
+def sizes(number: int, limits: Limits) -> list[int]:
+    return [size for size, _ in divide(number, limits)]
 
 
 @pytest.mark.parametrize(
@@ -45,20 +52,22 @@ def test_a_long_range_becomes_several_array_jobs(number: int, limits: Limits, ex
 
 
 @pytest.mark.parametrize(
-    ("number", "limits", "most", "expected", "share"),
+    ("number", "limits", "most", "active", "expected"),
     [
-        (100, NO_LIMITS, 10, [100], 10),
-        (2500, NO_LIMITS, 30, [1000, 1000, 500], 10),
-        (2500, NO_LIMITS, 2, [1000, 1000], 1),
-        (1000, Limits(1000, 100), 40, [25, 25, 25, 25], 10),
+        (100, NO_LIMITS, 10, 0, [(100, 10)]),
+        (2500, NO_LIMITS, 30, 0, [(1000, 10), (1000, 10), (500, 10)]),
+        (2500, NO_LIMITS, 7, 0, [(1000, 3), (1000, 2), (500, 2)]),
+        (2500, NO_LIMITS, 2, 0, [(1000, 1), (1000, 1)]),
+        (1000, Limits(1000, 100), 40, 0, [(25, 10)] * 4),
+        (2000, Limits(1001, None), 50, 50, []),
+        (2000, Limits(1001, None), 50, 20, [(1001, 15), (999, 15)]),
     ],
 )
 def test_no_more_tasks_run_at_once_than_the_asset_allows(
-    number: int, limits: Limits, most: int, expected: list[int], share: int
+    number: int, limits: Limits, most: int, active: int, expected: list[tuple[int, int]]
 ) -> None:
-    assert sizes(number, limits, most) == expected
-    assert Batches(range(number), limits, most).max_running == share
-    assert len(expected) * share <= most
+    """All array jobs together, also one that an earlier run has submitted."""
+    assert divide(number, limits, most, active) == expected
 
 
 def test_a_limit_above_the_site_s_is_refused() -> None:
@@ -68,15 +77,17 @@ def test_a_limit_above_the_site_s_is_refused() -> None:
 
 def test_a_task_that_has_to_run_again_is_submitted_with_the_next_array_job() -> None:
     batches = Batches(range(2), NO_LIMITS, None)
-    assert batches.take(0) == [0, 1]
+    assert batches.take([], 0) == ([0, 1], None)
     batches.add(1)
-    assert (batches.take(1), batches.take(1)) == ([1], [])
+    assert (batches.take([], 2), batches.take([], 2)) == (([1], None), ([], None))
 
 
-def test_a_task_that_was_adopted_and_has_to_run_again_is_submitted() -> None:
-    batches = Batches([], NO_LIMITS, 5)
-    batches.add(3)
-    assert (batches.take(0), batches.max_running) == ([3], 5)
+def test_tasks_that_were_adopted_and_have_to_run_again_are_one_array_job() -> None:
+    batches = Batches([7], Limits(1001, None), 5)
+    assert batches.take([], 0) == ([7], 1)
+    for index in range(300):
+        batches.add(index)
+    assert batches.take([1], 1) == (list(range(300)), 4)
 
 
 WELL, BADLY = JobEnd(0, "COMPLETED"), JobEnd(1, "FAILED")

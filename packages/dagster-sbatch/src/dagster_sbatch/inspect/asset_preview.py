@@ -60,7 +60,8 @@ class Preview:
     def render(self, limits: Limits) -> str:
         """Return the batch script; of an array, that of the first array job within some limits."""
         batches = divide(self.plan, limits)
-        shape = ArrayShape(len(batches.take(0)), batches.max_running) if batches else None
+        tasks, max_running = batches.take((), 0) if batches else ([], None)
+        shape = ArrayShape(len(tasks), max_running) if batches else None
         return render_job(self.plan, self.paths, RunInfo(run="", root="", asset=self.step, partitions=""), shape)
 
 

@@ -57,9 +57,9 @@ def _summarise_array(plan: Plan) -> str:
 
 def count_array_jobs(plan: Plan, limits: Limits) -> str:
     """Return the number of tasks and of the array jobs that they are divided into."""
-    batches, number = divide(plan, limits), 0
-    while batches and batches.take(0):
-        number += 1
+    batches, number, queued = divide(plan, limits), 0, 0
+    while batches and (taken := batches.take((), queued)[0]):
+        number, queued = number + 1, queued + len(taken)
     tasks = f"{len(plan.tasks)} task{'s' if len(plan.tasks) > 1 else ''}"
     return f"{tasks} in {number} array job{'s' if number > 1 else ''}"
 

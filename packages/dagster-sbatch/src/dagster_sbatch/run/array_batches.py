@@ -32,32 +32,33 @@ class Batches:
                 f"a task counts as a job. Write JobArray(max_running_tasks={submit})."
             )
         self._left = list(tasks)
-        self._size = min(len(tasks) or 1, limits.array or USUAL_LIMIT)
-        if submit and len(tasks) > submit // 2:  # other jobs of the user need room, too
-            self._size = min(self._size, max(1, submit // PARTS))
-        number = max(1, -(-len(tasks) // self._size))
-        self._at_once = min(number, max_running, PARTS if submit else number) if max_running else None
-        self._share = max_running // self._at_once if max_running and self._at_once else max_running
+        self._limits, self._max_running = limits, max_running
 
     def add(self, task: int) -> None:
         """Have a task submitted once more."""
         self._left.append(task)
 
-    def take(self, active: int) -> list[int]:
-        """Return the tasks of the next array job; none if there is none now.
+    def take(self, shares: Sequence[int], queued: int) -> tuple[list[int], int | None]:
+        """Return the tasks of the next array job, none if there is none now, and how many of them may run at once.
 
         Args:
-            active: number of array jobs that are not over.
+            shares: how many tasks of each array job that is not over may run at once; not read without `max_running`.
+            queued: number of tasks of these array jobs.
         """
-        if self._at_once is not None and active >= self._at_once:
-            return []
-        taken, self._left = self._left[: self._size], self._left[self._size :]
-        return taken
-
-    @property
-    def max_running(self) -> int | None:
-        """How many tasks of each array job may run at once."""
-        return self._share
+        submit = self._limits.submit
+        size = min(len(self._left), self._limits.array or USUAL_LIMIT)
+        if submit and len(self._left) + queued > submit // 2:  # other jobs of the user need room, too
+            size = min(size, max(1, submit // PARTS))
+        share = self._max_running
+        if share is not None and size:
+            number, share = -(-len(self._left) // size), share - sum(shares)
+            if share < 1:
+                return [], None
+            if submit:
+                number = min(number, max(1, PARTS - len(shares)))
+            share = min(size, -(-share // number))
+        taken, self._left = self._left[:size], self._left[size:]
+        return taken, share
 
     @property
     def left(self) -> Sequence[int]:

@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.environments.deployed import Environment
+from dagster_sbatch.run.adoption import TaskChoice
 from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.attempts import Attempts
@@ -25,6 +26,7 @@ from dagster_sbatch.slurm.gateway import (
     ArrayRun,
     Arrays,
     ArrayState,
+    Claim,
     Gateway,
     JobEnd,
     Limits,
@@ -40,14 +42,14 @@ class _ArrayJob:
 
     Attributes:
         tasks: indices of its tasks that this step follows, by their index in the array job.
-        files: of its run directory; None if it exists.
+        share: how many of its tasks may run at once.
         job: its id, once it is known.
         reasons: for which its tasks have waited so far.
         ends: of its tasks.
     """
 
     tasks: dict[int, int]
-    files: dict[str, str] | None = None
+    share: int
     job: str | None = None
     reasons: set[str] = field(default_factory=set)
     ends: dict[int, JobEnd] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class RemoteArray(RemoteStep, Arrays):
         self._array = ArrayStep(context, asset, plan)
         self._jobs_by_run: dict[str, _ArrayJob] = {}
         self._adopted: list[str] = []
+        self._batches = Batches([], Limits(None, None), None)
         self._submitting: str | None = None
         self._found: Environment | None = None
         self._refusal: str | None = None
@@ -85,6 +88,7 @@ class RemoteArray(RemoteStep, Arrays):
                 gateway.run_arrays(self, self._context.run_id)
                 if self._found is None and self._batches.left:  # adopted tasks that have to run again
                     self._found = environment.find(self._log.info)
+                    self._batches = self._divide(self._batches.left)
                     gateway.run_arrays(self, self._context.run_id)
                 self._fail_refused()
         return self._array.complete(self._where(self._project))
@@ -94,23 +98,39 @@ class RemoteArray(RemoteStep, Arrays):
 
     def _choose(self, attempts: Attempts, environment: RunEnvironment) -> None:
         """Choose which tasks are adopted and which are submitted."""
-        assert self._plan.array
         left = {index: self._array.tasks[index] for index in self._array.left}
         claim, choice = attempts.choose_tasks(left)
-        found, limits = None, Limits(None, None)
+        self._adopt(claim, choice)
+        found: Environment | None = None
         if choice.new:
-            request = self._plan.allocation.request
             found = environment.find(self._log.info)
-            limits = self._gateway.limits(request.partition or "", request.qos or "", request.account or "")
             while attempts.cancel_outdated(claim):
                 claim, choice = attempts.choose_tasks(left)
-        for run, places in choice.follow.items():
-            self._jobs_by_run[run] = _ArrayJob(dict(places))
-            self._runs[run] = None
-            self._adopted.append(run)
-        self._batches = Batches(choice.new, limits, self._plan.array.max_running_tasks)
+                self._adopt(claim, choice)
+            self._batches = self._divide(choice.new)
         self._claim, self._found = claim, found
         self._submission, self._family, self._number = attempts.submission, attempts.family, claim.attempt
+
+    def _adopt(self, claim: Claim, choice: TaskChoice) -> None:
+        """Register the array jobs that this step follows, and cancels if a person terminates the run from now on."""
+        self._jobs_by_run, self._runs = {}, {}
+        for array in claim.arrays:
+            if array.run in choice.follow:
+                places = choice.follow[array.run]
+                number = sum(place not in array.ends for place in places)
+                most = (array.record or {}).get("max_running_tasks") or number
+                self._jobs_by_run[array.run] = _ArrayJob(dict(places), min(most, number))
+                self._runs[array.run] = array.job
+        self._adopted = list(self._runs)
+        if self._runs:
+            self._gateway.committed = True
+
+    def _divide(self, tasks: Sequence[int]) -> Batches:
+        """Divide tasks into array jobs, within the limits of the site as they are now."""
+        assert self._plan.array
+        request = self._plan.allocation.request
+        limits = self._gateway.limits(request.partition or "", request.qos or "", request.account or "")
+        return Batches(tasks, limits, self._plan.array.max_running_tasks)
 
     def _fail_refused(self) -> None:
         """Register the tasks of array jobs that Slurm refused, and those that were not submitted after that."""
@@ -128,22 +148,25 @@ class RemoteArray(RemoteStep, Arrays):
             return ArrayRun(run, None, sorted(self._jobs_by_run[run].tasks))
         if self._submitting or self._refusal is not None or self._found is None:
             return None
-        indices = self._batches.take(len(self._jobs_by_run))
+        active = self._jobs_by_run.values()
+        queued = sum(len(each.tasks) - len(each.ends) for each in active)
+        indices, max_running = self._batches.take([each.share for each in active], queued)
         if not indices:
             return None
         self._number += 1
         run = self._submitting = f"{self._claim.runs}/{self._family}-{self._number}"
-        self._jobs_by_run[run] = _ArrayJob(dict(enumerate(indices)))
+        self._jobs_by_run[run] = _ArrayJob(dict(enumerate(indices)), max_running or len(indices))
         self._runs[run] = None
-        return ArrayRun(run, self._files(run, indices), range(len(indices)))
+        return ArrayRun(run, self._files(run, indices, max_running), range(len(indices)))
 
-    def _files(self, run: str, indices: Sequence[int]) -> dict[str, str]:
+    def _files(self, run: str, indices: Sequence[int], max_running: int | None) -> dict[str, str]:
         assert self._found
         tasks, contexts = [self._array.tasks[index] for index in indices], self._array.contexts
-        record = {**self._submission.record, "tasks": [{"name": task.name, "id": task.id} for task in tasks]}
+        names = [{"name": task.name, "id": task.id} for task in tasks]
+        record = {**self._submission.record, "max_running_tasks": max_running, "tasks": names}
         paths = self._paths(self._claim, run, self._found)
         texts = [contexts.head, *(contexts.tail(task) for task in tasks)]
-        return array_files_of(self._plan, paths, self._info, texts, record, self._batches.max_running)
+        return array_files_of(self._plan, paths, self._info, texts, record, max_running)
 
     def submitted(self, run: str, submitted: Submitted) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run[run]
@@ -154,9 +177,14 @@ class RemoteArray(RemoteStep, Arrays):
         self._log.info(f"job {submitted.job} ({submitted.how}) with {len(array_job.tasks)} tasks in {run}")
 
     def refused(self, run: str, text: str) -> None:  # noqa: D102 - see Arrays
-        self._submitting, self._refusal = None, text
-        self._refused += self._jobs_by_run.pop(run).tasks.values()
+        tasks = self._jobs_by_run.pop(run).tasks.values()
         del self._runs[run]
+        if run != self._submitting:  # an earlier run made it, which Slurm has never accepted
+            for index in tasks:
+                self._batches.add(index)
+            return
+        self._submitting, self._refusal = None, text
+        self._refused += tasks
         self._array.store_completed()
 
     def waiting(self, run: str, text: str) -> None:  # noqa: D102 - see Arrays
@@ -187,8 +215,6 @@ class RemoteArray(RemoteStep, Arrays):
         array_job.ends[task] = end
         self._report_project(array_job.job, end.account)
         label, logs = self._array.tasks[index].label, f"scripts/job {array_job.job}_{task} logs"
-        if end.short:
-            self._log.warning(f"Not all output of task {label} arrived. It is in {run}/tasks.")
         outcome = judge(end, request)
         if outcome and outcome.again and self._attempts[index] < MOST_RETRIES:
             self._attempts[index] += 1
@@ -206,6 +232,8 @@ class RemoteArray(RemoteStep, Arrays):
     def over(self, run: str, rows: Any) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run.pop(run)
         del self._runs[run]
+        if short := sum(bool(end.short) for end in array_job.ends.values()):
+            self._log.warning(f"Not all output of {short} tasks of job {array_job.job} arrived. It is in {run}/tasks.")
         for task, found in rows.items():
             if task in array_job.ends:
                 end = replace(array_job.ends[task], rows=found)
