@@ -203,7 +203,7 @@ peer.connect("/proc/self/fd/{folder}/{path.name}")
 peer.sendall(b'{{"run_id": "x", "arguments": "y"}}\\n')
 try:
     print("answer", peer.recv(10))
-except ConnectionResetError:
+except (ConnectionResetError, BrokenPipeError):
     print("answer", b"")
 """
     command = [sys.executable, "-I", "-c", script]
