@@ -192,7 +192,8 @@ def test_a_job_that_ends_slowly_delays_the_cancellation_of_no_other(
 ) -> None:
     runs = [lay_out(tmp_path / name, job) for name, job in (("slow", "17"), ("other", "18"), ("never", "19"))]
     (runs[2] / "job").unlink()
-    slow, over = RUNNING.replace("RUNNING", "COMPLETING"), f"[ $(grep -c . {tmp_path}/scancel) = 2 ] && echo '{CANCELLED}'"
+    slow = RUNNING.replace("RUNNING", "COMPLETING")
+    over = f"[ $(grep -c . {tmp_path}/scancel) = 2 ] && echo '{CANCELLED}'"
     put(slurm, "scontrol", f"case $* in *17) echo '{slow}';; *) {over} || echo '{RUNNING}';; esac")
     put(slurm, "scancel", f'echo "$@" >>{tmp_path}/scancel')
     outcomes: dict[str, JobEnd | RefusedError | None] = {}
