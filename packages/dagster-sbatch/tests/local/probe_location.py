@@ -1,6 +1,7 @@
 """A code location of the tests: assets whose workloads sleep, talk a lot, or are many. Loaded by `dagster dev`."""
 
 import os
+import warnings
 from pathlib import Path
 
 import dagster as dg
@@ -9,6 +10,7 @@ from dagster_sbatch import ComputeResource, JobArray, RayLauncher, ScriptLaunche
 from resources import build_resources
 
 WORKLOADS = Path(os.environ["PROBE_WORKLOADS"])
+warnings.filterwarnings("ignore", category=dg.BetaWarning)  # as in the template: `backfill_policy` is one
 
 
 @dg.asset
