@@ -46,6 +46,26 @@ def test_the_limits_are_the_fewest_that_apply(
     assert prepare().limits("cpu", "mine", "p1") == expected
 
 
+@pytest.mark.parametrize(("named", "exported", "expected"), [("p9", "p3", 9), ("", "p3", 3), ("", "", 9)])
+def test_the_limits_are_those_of_the_project_that_is_charged(
+    named: str, exported: str, expected: int, slurm: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that the job script names, else SBATCH_ACCOUNT, else the user's default, whatever others allow."""
+    monkeypatch.setenv("SBATCH_ACCOUNT", exported)
+    put(slurm, "scontrol", SCONTROL.format(size="1001", parameters="", qos="N/A"))
+    put(
+        slurm,
+        "sacctmgr",
+        """\
+case "$*" in
+*"show user"*) printf 'p9|p2|\\np9|p3|\\np9|p9|\\n';;
+*account=p*) account="${*##*account=p}"; echo "|${account%% *}|";;
+*assoc*) printf '|2|\\n|3|\\n|9|\\n';;
+esac""",
+    )
+    assert prepare().limits("cpu", "", named).submit == expected
+
+
 def test_a_centre_without_accounting_names_no_limit_of_submitted_jobs(slurm: Path, prepare: Prepare) -> None:
     put(slurm, "scontrol", SCONTROL.format(size="1001", parameters="", qos="N/A"))
     put(slurm, "sacctmgr", "echo 'You are not running a supported accounting_storage plugin' >&2; exit 1")

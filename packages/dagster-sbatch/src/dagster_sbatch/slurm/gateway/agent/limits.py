@@ -3,7 +3,7 @@
 import re
 
 from .disk import RequestError
-from .slurm_commands import ask_slurm, fields_of, rows_of, user
+from .slurm_commands import ask_slurm, fields_of, projects, rows_of, user
 
 SETTING = re.compile(r"^(\w+)\s*=\s*(.*?)\s*$", re.M)
 MOST_TASKS = re.compile(r"\bmax_array_tasks=(\d+)")
@@ -12,17 +12,25 @@ MOST_TASKS = re.compile(r"\bmax_array_tasks=(\d+)")
 def limits(_, ask, __):
     """Return the most tasks of an array job, and the most jobs that may be in the queue at once; None: not known.
 
-    partition, qos, account: of the jobs; empty: not known
+    partition, qos: of the jobs; empty: not known
+    account: that the job script names; empty: it names none
     """
     settings = dict(SETTING.findall(ask_slurm("scontrol", "show", "config")))
     most = [settings.get("MaxArraySize", "")] + MOST_TASKS.findall(settings.get("SchedulerParameters", ""))
-    account = ["account=" + ask["account"]] if ask["account"] else []
-    associations = listed("assoc", "user=" + user(), *(account + ["format=Partition,MaxSubmitJobs,GrpSubmitJobs"]))
+    account = ask["account"] or charged()
+    chosen = ["account=" + account] if account else []
+    associations = listed("assoc", "user=" + user(), *(chosen + ["format=Partition,MaxSubmitJobs,GrpSubmitJobs"]))
     submit = [text for partition, *texts in associations if partition in ("", ask["partition"]) for text in texts]
     for qos in {ask["qos"], qos_of(ask["partition"])} - {""}:
         for _, *texts in listed("qos", qos, "format=Name,MaxSubmitPU,MaxSubmitPA,GrpSubmit"):
             submit += texts
     return {"array": fewest(most), "submit": fewest(submit)}
+
+
+def charged():
+    """Return the project that Slurm charges a job to whose script names none; empty if Slurm does not answer."""
+    known = projects()
+    return known["exported"] or next((default for default, *_ in known["rows"]), "")
 
 
 def fewest(texts):
