@@ -46,6 +46,8 @@ def test_a_qos_for_tries_is_warned_about_in_production(
         ("request", {}, "request={} is no SlurmRequest"),
         ("workload", None, "workload=None is no path. Write for instance WORKLOADS / "),
         ("extras", ["trials", 3], "extras=['trials', 3] is no dictionary"),
+        ("extras", {1: 1, "two": 2}, "extras: the name 1 is no text"),
+        ("extras", {"x": {1: 1, "two": 2}}, "extras['x'] cannot be sent to the workload as JSON"),
     ],
 )
 def test_an_argument_of_a_wrong_kind_says_what_to_write(argument: str, value: object, text: str) -> None:

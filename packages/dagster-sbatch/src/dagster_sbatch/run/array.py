@@ -1,6 +1,5 @@
 """Job arrays: what an asset writes, and the tasks that it asks for. Pure."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from dagster_sbatch.errors import ConfigurationError, describe
-from dagster_sbatch.run.digests import digest_of
+from dagster_sbatch.run.digests import check_json, digest_of
 
 PARTITION_KEYS = "partition_keys"
 """The one of the extras that holds the partitions of the run, or of a task."""
@@ -87,10 +86,7 @@ def _check_values(name: str, values: Mapping[str, Any]) -> None:
     if PARTITION_KEYS in values:
         raise ValueError(f"tasks[{name!r}]: {PARTITION_KEYS!r} holds the partitions of the run. Use another name")
     for key, value in values.items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"tasks[{name!r}][{key!r}] cannot be sent to the workload as JSON: {error}") from None
+        check_json(f"tasks[{name!r}][{key!r}]", value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """What a run will do, decided before anything happens: pure, and the same for a run, a preview and a test."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers import Launcher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.array import PARTITION_KEYS, JobArray, Task, make_tasks
+from dagster_sbatch.run.digests import check_json
 from dagster_sbatch.run.imports import find_missing
 from dagster_sbatch.run.workload import Workload, read_workload
 from dagster_sbatch.settings import Settings
@@ -143,16 +143,18 @@ def complete_extras(extras: Mapping[str, Any] | None, partitions: Sequence[str])
     """Return the extras as the workload gets them: JSON, with the partitions of the run.
 
     Raises:
-        ConfigurationError: they are no dictionary, or a value is not JSON.
+        ConfigurationError: they are no dictionary, or a name is no text, or a value is not JSON.
     """
     if not isinstance(extras, Mapping | None):
         raise ConfigurationError(f"extras={extras!r} is no dictionary. Write for instance extras={{'trials': 3}}")
     values = dict(extras or {})
     for key, value in values.items():
+        if not isinstance(key, str):
+            raise ConfigurationError(f"extras: the name {key!r} is no text. Write for instance extras={{'trials': 3}}")
         try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(f"extras[{key!r}] cannot be sent to the workload as JSON: {error}") from None
+            check_json(f"extras[{key!r}]", value)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
     if not partitions:
         return values
     if PARTITION_KEYS in values:
