@@ -48,6 +48,7 @@ def plan(array: Any, launcher: Any = None, partitions: tuple[str, ...] = ("a", "
         ({"tasks": {"a\nb": {}}}, "characters that cannot be printed"),
         ({"tasks": {"": {}}}, "is empty"),
         ({"tasks": {"a": {"x": {1}}}}, "tasks['a']['x'] cannot be sent to the workload as JSON"),
+        ({"tasks": {"a": {"x": {1: "one", "two": 2}}}}, "tasks['a']['x'] cannot be sent to the workload as JSON"),
         ({"tasks": {"a": {"partition_keys": []}}}, "'partition_keys' holds the partitions of the run"),
     ],
 )
@@ -112,22 +113,45 @@ def test_an_asset_without_partitions_needs_parameter_sets() -> None:
 @pytest.mark.parametrize("values", [{}, {"n": 2}])
 def test_the_context_of_a_parameter_set(extras: dict[str, int], values: dict[str, int]) -> None:
     document = {"run_id": "r", "extras": {**extras, "partition_keys": ["p"]}, "partition_key": "p"}
-    contexts = TaskContexts(json.dumps(document), None)
-    tail = contexts.tail(Task("a", values=values))
-    assert json.loads(contexts.head + tail) == {
-        **document,
-        "extras": {**extras, **values, "partition_keys": ["p"]},
-    }
-    assert "\n" not in contexts.head + tail
+    tasks = [Task("a", values=values), Task("b")]
+    contexts = TaskContexts(json.dumps(document), None, tasks)
+    for task in tasks:
+        text = contexts.head + contexts.tail(task)
+        assert json.loads(text) == {**document, "extras": {**extras, **task.values, "partition_keys": ["p"]}}
+        assert text.count('"n"') == len({**extras, **task.values})
+        assert "\n" not in text
 
 
 def test_the_context_of_a_partition() -> None:
     document = {"run_id": "r", "extras": {"n": 1, "partition_keys": ["a", "2013-01-01"]}, "partition_key": None}
-    contexts = TaskContexts(json.dumps(document), dg.DailyPartitionsDefinition("2013-01-01"))
+    task = Task("2013-01-01", ["2013-01-01"])
+    contexts = TaskContexts(json.dumps(document), dg.DailyPartitionsDefinition("2013-01-01"), [task])
     assert "partition_keys" not in contexts.head
-    context = json.loads(contexts.head + contexts.tail(Task("2013-01-01", ["2013-01-01"])))
+    context = json.loads(contexts.head + contexts.tail(task))
     assert context["extras"] == {"n": 1, "partition_keys": ["2013-01-01"]}
     assert context["partition_time_window"]["end"] == "2013-01-02T00:00:00+00:00"
+
+
+@pytest.mark.parametrize(
+    ("partitions", "window"),
+    [
+        (["2013-01-02|m"], ("2013-01-02", "2013-01-03")),
+        (["2013-01-01|m", "2013-01-02|m"], ("2013-01-01", "2013-01-03")),
+        (["2013-01-02|m", "2013-01-01|n"], None),  # as Dagster orders them: the next value begins anew
+        (["2013-01-01|m", "2013-01-02|n"], None),
+        (["2013-01-01|m", "2013-01-01|n"], None),
+        (["2013-01-01|m", "2013-01-03|m"], None),
+    ],
+)
+def test_several_partitions_of_two_dimensions_have_a_time_window_if_it_is_one(
+    partitions: list[str], window: tuple[str, str] | None
+) -> None:
+    days = dg.DailyPartitionsDefinition("2013-01-01")
+    both = dg.MultiPartitionsDefinition({"day": days, "model": dg.StaticPartitionsDefinition(["m", "n"])})
+    task = Task("a", partitions)
+    contexts = TaskContexts(json.dumps({"run_id": "r", "extras": {}}), both, [task])
+    found = json.loads(contexts.head + contexts.tail(task))["partition_time_window"]
+    assert (found and (found["start"][:10], found["end"][:10])) == window
 
 
 # Failures and progress

@@ -83,7 +83,7 @@ class ArrayStep:
         with open_session(self._context, self._plan.extras, context_path, messages_path) as session:
             self._session = session
             definition = self._step.assets_def.partitions_def if self._step.has_assets_def else None
-            self.contexts = TaskContexts(session.context_document.text, definition)
+            self.contexts = TaskContexts(session.context_document.text, definition, self.tasks)
             if self._done:
                 self._log.info(f"{len(self._done)} partitions are done already. Their tasks are not run again.")
             with self._progress.shown():
