@@ -187,9 +187,18 @@ def test_progress_is_logged_when_it_changes_and_at_the_end(monkeypatch: pytest.M
     progress = ArrayProgress(3, 1, lines.append)
     with progress.shown():
         wait_until(lambda: len(lines) == 1, "the first line", 20, 0.01)
-        progress.running = {0, 1}
+        progress.started = {0, 1}
         wait_until(lambda: len(lines) == 2, "the second line", 20, 0.01)
-        progress.running, progress.failed = set(), 1
+        progress.started, progress.failed = set(), 1
         progress.done = 2
     assert lines[0] == "3 tasks: 1 done, 0 running, 2 waiting, 0 failed"
     assert lines[-1] == "3 tasks: 2 done, 0 running, 0 waiting, 1 failed"
+
+
+def test_tasks_that_have_recorded_their_end_are_not_shown_as_running() -> None:
+    """With `max_running_tasks=2`, three tasks have ended, and Slurm has not confirmed it yet."""
+    lines: list[str] = []
+    progress = ArrayProgress(9, 0, lines.append)
+    with progress.shown():
+        progress.started, progress.running = {0, 1, 2, 3, 4}, 2
+    assert lines == ["9 tasks: 0 done, 2 running, 4 waiting, 0 failed, 3 ended (Slurm has not confirmed it yet)"]

@@ -9,7 +9,14 @@ FIRST_PAUSE, LONGEST_PAUSE = 10.0, 300.0
 
 
 class ArrayProgress:
-    """Counts tasks, and logs the counts from a thread of its own."""
+    """Counts tasks, and logs the counts from a thread of its own.
+
+    Attributes:
+        done, failed: numbers of tasks that are over.
+        started: tasks that have started and are not over.
+        running: how many of `started` have not recorded their own end; None: all of them. The others have ended, and
+            Slurm has not confirmed it yet.
+    """
 
     def __init__(self, total: int, done: int, log: Callable[[str], None]) -> None:
         """Nothing has begun.
@@ -21,7 +28,8 @@ class ArrayProgress:
         """
         self._total, self._log = total, log
         self.done, self.failed = done, 0
-        self.running: set[int] = set()
+        self.started: set[int] = set()
+        self.running: int | None = None
         self._shown = ""
 
     @contextmanager
@@ -45,9 +53,12 @@ class ArrayProgress:
             self._show()
 
     def _show(self) -> None:
-        running = len(self.running)
-        waiting = self._total - self.done - self.failed - running
+        started, running = len(self.started), self.running
+        running = started if running is None else min(started, running)
+        waiting = self._total - self.done - self.failed - started
         text = f"{self._total} tasks: {self.done} done, {running} running, {waiting} waiting, {self.failed} failed"
+        if started > running:
+            text += f", {started - running} ended (Slurm has not confirmed it yet)"
         if text != self._shown:
             self._shown = text
             self._log(text)

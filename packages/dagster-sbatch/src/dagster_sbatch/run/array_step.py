@@ -97,7 +97,11 @@ class ArrayStep:
 
     def started(self, index: int) -> None:
         """Register that a task runs; the same one may start again."""
-        self._progress.running.add(index)
+        self._progress.started.add(index)
+
+    def running(self, number: int) -> None:
+        """Register how many of the tasks that have started have not recorded their own end."""
+        self._progress.running = number
 
     def feed(self, index: int, name: str, data: bytes) -> None:
         """Read what a task has written: the next bytes of `messages.jsonl`, `stdout` or `stderr`."""
@@ -153,7 +157,7 @@ class ArrayStep:
         self.store_completed()
 
     def _end(self, index: int) -> TaskReader | None:
-        self._progress.running.discard(index)
+        self._progress.started.discard(index)
         reader = self._readers.pop(index, None)
         if reader:
             reader.finish()

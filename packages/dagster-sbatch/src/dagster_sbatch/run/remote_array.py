@@ -46,6 +46,7 @@ class _ArrayJob:
         job: its id, once it is known.
         reasons: for which its tasks have waited so far.
         ends: of its tasks.
+        running: how many of its tasks have started and not recorded their own end.
     """
 
     tasks: dict[int, int]
@@ -53,6 +54,7 @@ class _ArrayJob:
     job: str | None = None
     reasons: set[str] = field(default_factory=set)
     ends: dict[int, JobEnd] = field(default_factory=dict)
+    running: int = 0
 
 
 class RemoteArray(RemoteStep, Arrays):
@@ -193,6 +195,7 @@ class RemoteArray(RemoteStep, Arrays):
 
     def state(self, run: str, state: ArrayState) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run[run]
+        self._count_running(array_job, state.running)
         self._report_project(array_job.job, state.account)
         if not state.waiting or state.reason in array_job.reasons | {"None"}:
             return
@@ -204,7 +207,13 @@ class RemoteArray(RemoteStep, Arrays):
             self._log.warning(f"Tasks of Slurm job {array_job.job} may never start ({state.reason}): {advice}")
 
     def started(self, run: str, task: int, node: str) -> None:  # noqa: ARG002, D102 - see Arrays
-        self._array.started(self._jobs_by_run[run].tasks[task])
+        array_job = self._jobs_by_run[run]
+        self._array.started(array_job.tasks[task])
+        self._count_running(array_job, array_job.running + 1)  # until the next state
+
+    def _count_running(self, array_job: _ArrayJob, number: int) -> None:
+        array_job.running = number
+        self._array.running(sum(each.running for each in self._jobs_by_run.values()))
 
     def feed(self, run: str, task: int, name: str, data: bytes) -> None:  # noqa: D102 - see Arrays
         self._array.feed(self._jobs_by_run[run].tasks[task], name, data)
