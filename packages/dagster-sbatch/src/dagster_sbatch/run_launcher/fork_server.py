@@ -225,7 +225,7 @@ class Server:
             connection.sendall(b"%d\n" % os.getpid())
             connection.settimeout(None)
             read_line(connection)
-        except BaseException:  # noqa: BLE001 - nothing of the server may go on in this process
+        except BaseException:  # noqa: BLE001 - no code of the server may run in this process after this
             os._exit(1)
 
     def _restore(self, listener: socket.socket) -> None:
@@ -269,7 +269,7 @@ class Server:
             if self._listener:
                 self._listener.close()
             self.log(f"run {request['run_id']}: {_report_crash(request, pid, code)}")
-        except BaseException as error:  # noqa: BLE001 - nothing of the server may go on in this process
+        except BaseException as error:  # noqa: BLE001 - no code of the server may run in this process after this
             self.log(f"run {request['run_id']}: the end of process {pid} cannot be reported: {error!r}")
         finally:
             os._exit(0)

@@ -218,8 +218,8 @@ def make_parser() -> argparse.ArgumentParser:
             action="append",
             default=[],
             metavar="NAME=VALUE",
-            help="numbers are found out; NAME:TYPE=VALUE has the type text, md, path, url, int, float, bool or json; "
-            f"NAME=@FILE is a picture, .json, .md or .txt of at most {LARGEST} bytes",
+            help="a VALUE that is a number becomes one; NAME:TYPE=VALUE has the type text, md, path, url, int, float, "
+            f"bool or json; NAME=@FILE is a picture, .json, .md or .txt of at most {LARGEST} bytes",
         )
         command.add_argument("--asset", metavar="KEY", help="needed if the step has several assets")
     made[materialize].add_argument("--data-version", metavar="TEXT", help="data version of the asset")
