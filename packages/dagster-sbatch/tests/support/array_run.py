@@ -37,7 +37,8 @@ def files_of(
         body=body,
         array=ArrayShape(tasks, max_running),
     )
-    record = {"call": 0, "inputs": {}, "request": {}, "tasks": [{"name": f"n{i}", "id": f"i{i}"} for i in range(tasks)]}
+    names = [{"name": f"n{index}", "id": f"i{index}", "partitions": []} for index in range(tasks)]
+    record = {"call": 0, "inputs": {}, "request": {}, "tasks": names}
     return {
         "job.sh": script,
         "about.json": json.dumps({"run": "r", "asset": "a"}),

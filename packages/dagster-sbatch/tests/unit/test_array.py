@@ -67,6 +67,13 @@ def test_each_partition_or_each_chunk_is_a_task() -> None:
     ]
 
 
+def test_no_two_tasks_have_the_same_name() -> None:
+    """A task of several partitions is named after the first and the last; a partition may have the same name."""
+    partitions = ["a", "b..c", "a..b", "c", "a..b..c (2)"]
+    names = [task.name for task in make_tasks(JobArray(partitions_per_task=2), partitions)]
+    assert names == ["a..b..c", "a..b..c (2)", "a..b..c (2) (2)"]
+
+
 def test_what_decides_the_result_of_a_task_decides_its_id() -> None:
     sets = {"a": {"x": 1, "y": 2}, "b": {"x": 1}, "c": {"x": 1}}
     same = {"c": {"x": 1}, "b": {"x": 2}, "a": {"y": 2, "x": 1}}

@@ -12,6 +12,7 @@ import pytest
 
 from dagster_sbatch.inspect.array_tasks import TaskList
 from dagster_sbatch.inspect.remote_runs import RunRecord
+from dagster_sbatch.run.array import Task, name_range
 from dagster_sbatch.run.directory import RunInfo
 from dagster_sbatch.slurm.gateway import ArrayJob, JobEnd
 from dagster_sbatch.upkeep import cleaning
@@ -62,21 +63,26 @@ DONE, FAILED = JobEnd(0, "COMPLETED"), JobEnd(1, "FAILED")
 
 
 @pytest.mark.parametrize(
-    ("names", "ends", "stored", "goes"),
+    ("tasks", "ends", "stored", "goes"),
     [
         (["d1", "d2"], [DONE, FAILED], ["d1"], True),
         (["d1", "d2", "d3"], [DONE, DONE, FAILED], ["d1"], False),
-        (["d1..d2", "d3..d4"], [DONE, FAILED], ["d1", "d2"], True),
-        (["d1..d2", "d3..d4"], [DONE, FAILED], ["d1"], False),
+        (["d1 d2 d3", "d4"], [DONE, FAILED], ["d1", "d2", "d3"], True),
+        (["d1 d2 d3", "d4"], [DONE, FAILED], ["d1", "d3"], False),
+        (["a..c", "d4"], [DONE, FAILED], ["a..c"], True),
+        (["a..c", "d4"], [DONE, FAILED], ["a", "c"], False),
         (["d1", "d2"], [FAILED, FAILED], [], True),
-        (["small", "large"], [DONE, FAILED], [], False),  # parameter sets: only a step that succeeds stores them
+        (["", ""], [DONE, FAILED], ["p"], False),  # parameter sets: only a step that succeeds stores them
         ([], [], [], False),  # its record cannot be read
     ],
 )
 def test_an_array_job_goes_when_the_results_of_its_tasks_are_stored(
-    names: list[str], ends: list[JobEnd], stored: list[str], goes: bool
+    tasks: list[str], ends: list[JobEnd], stored: list[str], goes: bool
 ) -> None:
-    record, known = {"tasks": [{"name": name, "id": ""} for name in names]}, dict(enumerate(ends))
+    """Each task is written as its partitions."""
+    made = [Task(name_range(each) if (each := keys.split()) else "p", each) for keys in tasks]
+    record = {"tasks": [task.record for task in made]}
+    known = dict(enumerate(ends))
     job = ArrayJob("/runs/a-1", 1, "17", bool(ends), (), known, record=record)
     runs: Any = SimpleNamespace(gateway=SimpleNamespace(array=lambda _: job))
     with dg.DagsterInstance.ephemeral() as instance:

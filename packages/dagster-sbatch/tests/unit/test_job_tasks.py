@@ -19,7 +19,7 @@ class ManyRuns:
     """As much of `Runs` as is used: one array job."""
 
     def __init__(self, tasks: int, ends: dict[int, JobEnd], started: int, rejected: frozenset[int] = frozenset()):
-        record = {"tasks": [{"name": f"day-{index}", "id": ""} for index in range(tasks)]}
+        record = {"tasks": [{"name": f"day-{index}", "partitions": []} for index in range(tasks)]}
         job = ArrayJob(
             "/runs/a-1", 1, "17", len(ends) == tasks, (), ends, frozenset(range(started)), rejected, (), record
         )

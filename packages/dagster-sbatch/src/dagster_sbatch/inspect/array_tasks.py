@@ -49,6 +49,7 @@ class TaskList:
     Attributes:
         run: the run directory.
         job: the array job, with the ends of its tasks.
+        partitions: of each task; empty for parameter sets.
     """
 
     def __init__(self, runs: Runs, run: RunRecord) -> None:
@@ -56,6 +57,7 @@ class TaskList:
         self.job: ArrayJob = runs.gateway.array(run.path)
         record = self.job.record or {}
         self._names: list[str] = [task["name"] for task in record.get("tasks", ())]
+        self.partitions: list[Sequence[str]] = [task["partitions"] for task in record.get("tasks", ())]
 
     def __len__(self) -> int:
         return len(self._names)

@@ -1,7 +1,8 @@
 """Job arrays: what an asset writes, and the tasks that it asks for. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -94,7 +95,8 @@ class Task:
     """One task of an array.
 
     Attributes:
-        name: its partition, `first..last` of several partitions, or the name of its parameter set.
+        name: its partition, `first..last` of several partitions, or the name of its parameter set. No other task of
+            the array has it.
         partitions: that it computes; empty for a parameter set.
         values: its parameter set; empty for partitions.
     """
@@ -112,6 +114,11 @@ class Task:
     def id(self) -> str:
         """A digest of what decides its result, beside the inputs that all tasks have in common, and of its name."""
         return digest_of([self.name, list(self.partitions), dict(self.values)])
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the record of an array job has of it: nothing that may be private."""
+        return {"name": self.name, "id": self.id, "partitions": list(self.partitions)}
 
 
 def make_tasks(array: JobArray, partitions: Sequence[str]) -> tuple[Task, ...]:
@@ -139,7 +146,19 @@ def make_tasks(array: JobArray, partitions: Sequence[str]) -> tuple[Task, ...]:
         -(-len(partitions) // size), f"Write JobArray(partitions_per_task={-(-len(partitions) // MOST_TASKS)})."
     )
     chunks = [tuple(partitions[at : at + size]) for at in range(0, len(partitions), size)]
-    return tuple(Task(name_range(chunk), chunk) for chunk in chunks)
+    return tuple(Task(name, chunk) for name, chunk in zip(_name_chunks(chunks), chunks, strict=True))
+
+
+def _name_chunks(chunks: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Return a name for each; one that another has gets a number: `a..b` may be a partition, too."""
+    names: set[str] = set()
+    for chunk in chunks:
+        name = name_range(chunk)
+        numbered = (f"{name} ({number})" for number in count(2))
+        while name in names:
+            name = next(numbered)
+        names.add(name)
+        yield name
 
 
 def _check_number(number: int, advice: str) -> None:

@@ -164,8 +164,7 @@ class RemoteArray(RemoteStep, Arrays):
     def _files(self, run: str, indices: Sequence[int], max_running: int | None) -> dict[str, str]:
         assert self._found
         tasks, contexts = [self._array.tasks[index] for index in indices], self._array.contexts
-        names = [{"name": task.name, "id": task.id} for task in tasks]
-        record = {**self._submission.record, "max_running_tasks": max_running, "tasks": names}
+        record = {**self._submission.record, "max_running_tasks": max_running, "tasks": [task.record for task in tasks]}
         paths = self._paths(self._claim, run, self._found)
         texts = [contexts.head, *(contexts.tail(task) for task in tasks)]
         return array_files_of(self._plan, paths, self._info, texts, record, max_running)
