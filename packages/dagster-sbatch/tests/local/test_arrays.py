@@ -249,6 +249,12 @@ def test_a_check_passes_if_it_passes_in_every_task(tmp_path: Path, data_root: Pa
     (full,), (new,) = second.checks["full"], second.checks["new"]
     assert (full.passed, new.passed) == (False, True)
     assert (full.metadata["tasks"].value, full.metadata["failed"].value) == (12, 1)
+    assert full.severity == dg.AssetCheckSeverity.WARN
+    failures = full.metadata["failures"]
+    assert isinstance(failures, dg.TableMetadataValue)
+    assert [record.data for record in failures.records] == [
+        {"task": "2013-01-09", "severity": "WARN", "reported": "rows=9"}
+    ]
 
 
 def test_a_check_that_is_not_declared_fails_its_task(tmp_path: Path) -> None:

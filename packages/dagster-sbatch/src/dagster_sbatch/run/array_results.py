@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_sbatch.run.task_results import MOST_ROWS, TaskResult
+from dagster_sbatch.run.task_results import CHECK, CHECK_DETAILS, MOST_ROWS, TaskResult, shorten_metadata
 
 _SUMS = ("node_hours", "gpu_hours", "workload_seconds")
 """Numbers of jobs that can be added."""
@@ -89,9 +89,17 @@ def _outcome(check: dg.AssetCheckKey, result: TaskResult) -> CheckOutcome:
     found = result.checks.get(check)
     if found is None:
         return CheckOutcome(result.task.name, passed=False, severity=dg.AssetCheckSeverity.ERROR, text="not reported")
-    shown = {name: value.value for name, value in (found.metadata or {}).items()}
-    text = ", ".join(f"{name}={value}" for name, value in shown.items())
-    return CheckOutcome(result.task.name, bool(found.passed), found.severity, text[:MOST_ROWS])
+    return CheckOutcome(result.task.name, bool(found.passed), found.severity, shorten_metadata(found))
+
+
+def read_outcome(check: dg.AssetCheckKey, partition: str, stored: Mapping[str, Any]) -> CheckOutcome | None:
+    """Return the outcome of a check from the metadata with which a partition was stored; None if it has none."""
+    passed, details = stored.get(CHECK.format(check.name)), stored.get(CHECK_DETAILS.format(check.name))
+    if not isinstance(passed, dg.BoolMetadataValue) or not isinstance(details, dg.JsonMetadataValue):
+        return None
+    known: Any = details.data
+    severity = dg.AssetCheckSeverity(known["severity"])
+    return CheckOutcome(partition, bool(passed.value), severity, known["reported"])
 
 
 def _combine(check: dg.AssetCheckKey, outcomes: Sequence[CheckOutcome]) -> dg.AssetCheckResult:

@@ -9,7 +9,7 @@ import dagster as dg
 from dagster_pipes import PIPES_PROTOCOL_VERSION
 
 from dagster_sbatch.run.array_progress import ArrayProgress
-from dagster_sbatch.run.array_results import CheckOutcome, CompletedArray, combine_checks, summarize
+from dagster_sbatch.run.array_results import CheckOutcome, CompletedArray, combine_checks, read_outcome, summarize
 from dagster_sbatch.run.calls import calls_of
 from dagster_sbatch.run.failures import failure, shorten
 from dagster_sbatch.run.history import stored_partitions
@@ -21,9 +21,11 @@ from dagster_sbatch.run.results import StepContext, add_metadata, op_context, pa
 from dagster_sbatch.run.task_contexts import TaskContexts
 from dagster_sbatch.run.task_failures import TaskFailures
 from dagster_sbatch.run.task_output import TaskReader, Warnings
-from dagster_sbatch.run.task_results import CHECK, TaskResult, read_result
+from dagster_sbatch.run.task_results import TaskResult, read_result
 from dagster_sbatch.slurm.gateway import MESSAGES
 
+DATA_VERSION_TAG = "dagster/data_version"
+"""Tag of a materialization from which Dagster reads its data version."""
 MOST_REPEATED = 10
 """Repeated warnings that the log names at the end."""
 _AGAIN = "\nRe-execute this run from failure: it runs only the tasks that have not succeeded."
@@ -209,8 +211,11 @@ class ArrayStep:
             self._log.error(f"Dagster could not store the result of task {result.task.label}: {error}")
 
     def _store(self, result: TaskResult) -> None:
+        versions = {(each.partition, each.asset): each.data_version for each in result.reports if each.data_version}
         for (partition, key), metadata in result.of_partitions(self._step.selected_asset_keys, versions=True).items():
-            self._context.log_event(dg.AssetMaterialization(key, metadata=metadata, partition=partition))
+            version = versions.get((partition, key))
+            tags = {DATA_VERSION_TAG: version} if version else None
+            self._context.log_event(dg.AssetMaterialization(key, metadata=metadata, partition=partition, tags=tags))
 
     def complete(self, where: Mapping[str, Any]) -> dg.PipesClientCompletedInvocation:
         """Return the results, or raise the step's failure.
@@ -250,9 +255,7 @@ class ArrayStep:
         found: dict[dg.AssetCheckKey, list[CheckOutcome]] = {}
         for check in self._step.selected_asset_check_keys:
             for partition, assets in self._done.items():
-                value = assets[check.asset_key].get(CHECK.format(check.name)) if check.asset_key in assets else None
-                if isinstance(value, dg.BoolMetadataValue):
-                    outcome = CheckOutcome(partition, bool(value.value), dg.AssetCheckSeverity.ERROR, "earlier run")
+                if outcome := read_outcome(check, partition, assets.get(check.asset_key, {})):
                     found.setdefault(check, []).append(outcome)
         return found
 

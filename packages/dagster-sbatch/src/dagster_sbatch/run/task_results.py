@@ -14,6 +14,10 @@ MOST_ROWS = 200
 """Of a table in the metadata: Dagster stores it with the event."""
 CHECK = "check {}"
 """Metadata of a partition: whether the asset check of that name passed for it."""
+CHECK_DETAILS = CHECK + " details"
+"""Metadata of a partition: severity of the asset check of that name, and what was reported with it, as JSON."""
+LONGEST_TEXT = 200
+"""Characters of what is kept of the metadata of a check."""
 
 
 @dataclass(slots=True)
@@ -56,10 +60,19 @@ class TaskResult:
                 entry["data_version"] = report.data_version
         for check, result in self.checks.items():
             for partition in partitions if check.asset_key in keys else ():  # a check may run without its asset
-                found[partition, check.asset_key][CHECK.format(check.name)] = bool(result.passed)
+                entry = found[partition, check.asset_key]
+                entry[CHECK.format(check.name)] = bool(result.passed)
+                details = {"severity": result.severity.value, "reported": shorten_metadata(result)}
+                entry[CHECK_DETAILS.format(check.name)] = dg.MetadataValue.json(details)
         if partitions and keys:
             found[partitions[0], keys[0]].update(self.costs)
         return found
+
+
+def shorten_metadata(result: dg.AssetCheckResult) -> str:
+    """Return the metadata of a check as a short text."""
+    text = ", ".join(f"{name}={value.value}" for name, value in (result.metadata or {}).items())
+    return text[:LONGEST_TEXT]
 
 
 def read_result(
