@@ -1,5 +1,7 @@
 """What counts as computed already, and what Dagster stores, when tasks of an array in `development` have failed."""
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,8 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch import ComputeResource, JobArray, ScriptLauncher
+from dagster_sbatch.run import local_run
+from dagster_sbatch.run.local import Ended, LocalProcess
 from resources import PROJECT
 from support.array_asset import ArrayAsset
 from support.workload_asset import PIPES
@@ -57,6 +61,61 @@ def test_only_a_re_execution_from_failure_leaves_out_what_is_stored(tmp_path: Pa
     copied: dict[str, Any] = {"dagster/is_asset_resume_retry": "true"}
     selected = asset.run(FIRST, LAST, of=resumed.run_id, **copied)
     assert ran(data_root, selected.run_id) == KEYS
+
+
+def stored(folder: Path, run_id: str) -> dict[str | None, dg.AssetMaterialization]:
+    """What a run has stored, by partition."""
+    with dg.DagsterInstance.from_config(str(folder / "dagster")) as instance:
+        kinds = {dg.DagsterEventType.ASSET_MATERIALIZATION}
+        records = instance.get_records_for_run(run_id, of_type=kinds).records
+    found = [record.event_log_entry.asset_materialization for record in records]
+    return {each.partition: each for each in found if each}
+
+
+def test_a_partition_that_is_stored_before_the_step_ends_has_its_data_version(tmp_path: Path) -> None:
+    workload = f"{LAST_FAILS}\npipes.report_asset_materialization(data_version='of ' + key)"
+    asset = ArrayAsset(tmp_path, workload, JobArray())
+    found = stored(tmp_path, asset.run(FIRST, LAST).run_id)
+    assert {key: (each.tags or {}).get("dagster/data_version") for key, each in found.items()} == {
+        key: f"of {key}" for key in KEYS[:2]
+    }
+
+
+def test_a_process_that_cannot_be_started_is_the_failure_of_its_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def start(*args: Any) -> LocalProcess:
+        started.append(args)
+        if len(started) == 2:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return LocalProcess(*args)
+
+    monkeypatch.setattr(local_run, "LocalProcess", start)
+    asset = ArrayAsset(tmp_path, "pipes.report_asset_materialization()", JobArray(max_running_tasks=1))
+    outcome = asset.run(FIRST, LAST)
+    assert "1 of 3 tasks failed. The 2 partitions of the other tasks are materialized." in outcome.error
+    assert f"(2013-01-02): its process could not be started: [Errno {errno.EAGAIN}]" in outcome.error
+    assert sorted(map(str, outcome.once)) == [FIRST, LAST]
+
+
+def test_partitions_are_stored_whatever_ends_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[Ended] = []
+
+    def end(process: LocalProcess) -> Ended:
+        ended = end_process(process)
+        ends.append(ended)
+        if len(ends) == 2:
+            raise PermissionError("the folder of the run is gone")
+        return ended
+
+    end_process = LocalProcess.end
+    monkeypatch.setattr(LocalProcess, "end", end)
+    asset = ArrayAsset(tmp_path, "pipes.report_asset_materialization()", JobArray(max_running_tasks=1))
+    outcome = asset.run(FIRST, LAST)
+    assert "the folder of the run is gone" in outcome.error
+    assert list(outcome.once) == [FIRST]
 
 
 def test_partitions_of_an_asset_that_later_ops_make_are_not_stored_before_these_have_run(workload: Path) -> None:

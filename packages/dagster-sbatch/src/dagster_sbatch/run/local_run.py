@@ -92,26 +92,36 @@ class _LocalTasks:
 
     def run(self, stop: threading.Event) -> None:
         """Run all tasks that are left; when `stop` is set, end those that run, and start no more."""
-        left = iter(self._step.left)
         try:
-            while not stop.is_set():
-                while len(self._processes) < self._most and (index := next(left, None)) is not None:
-                    self._start(index)
-                if not self._processes:
-                    return
-                ended = [index for index, process in self._processes.items() if not process.follow()]
-                for index in ended:
-                    self._judge(index, self._end(index))
-                if not ended:
-                    stop.wait(POLL_SECONDS)
-            self._terminate()
+            self._run_left(stop)
+        except BaseException:
             self._step.store_completed()
+            raise
         finally:
             for process in self._processes.values():
                 process.release()
             for index in list(self._processes):
                 self._end(index)
             self._step.wait_until_stored()
+
+    def _run_left(self, stop: threading.Event) -> None:
+        left = iter(self._step.left)
+        while not stop.is_set():
+            while len(self._processes) < self._most and (index := next(left, None)) is not None:
+                try:
+                    self._start(index)
+                except OSError as error:  # of the system: no memory, no space, too many processes
+                    self._folders.pop(index).close()
+                    self._step.failed(index, f"its process could not be started: {error}", "none: it has not run")
+            if not self._processes:
+                return
+            ended = [index for index, process in self._processes.items() if not process.follow()]
+            for index in ended:
+                self._judge(index, self._end(index))
+            if not ended:
+                stop.wait(POLL_SECONDS)
+        self._terminate()
+        self._step.store_completed()
 
     def _start(self, index: int) -> None:
         folder = self._folders[index] = ExitStack()
