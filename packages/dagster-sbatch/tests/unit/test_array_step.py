@@ -10,11 +10,14 @@ import pytest
 
 from dagster_sbatch import JobArray, ScriptLauncher, SlurmRequest
 from dagster_sbatch.run.array_step import ArrayStep
-from dagster_sbatch.run.plan import make_plan
+from dagster_sbatch.run.plan import Plan, make_plan
+from dagster_sbatch.run.remote_array import RemoteArray, _ArrayJob
 from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import ArrayState
 from resources import PROJECT
 
 KEYS = [f"{number:03}" for number in range(20)]
+SETTINGS = Settings.model_construct(supercomputer_site="musica")
 
 
 def say(method: str, **params: Any) -> bytes:
@@ -33,6 +36,11 @@ def fail(step: ArrayStep, index: int) -> None:
     step.failed(index, "it failed", "logs")
 
 
+def plan_of_all() -> Plan:
+    extras = {"partition_keys": KEYS}
+    return make_plan(SETTINGS, PROJECT, Path(__file__), ScriptLauncher(), SlurmRequest(), extras=extras, array=JobArray())
+
+
 def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     """It follows and cancels its jobs meanwhile; the run ends when Dagster has stored all."""
     go_on, stored = threading.Event(), []
@@ -46,11 +54,7 @@ def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pyt
         log_event(context, event)
 
     monkeypatch.setattr(dg.AssetExecutionContext, "log_event", log_slowly)
-    settings = Settings.model_construct(supercomputer_site="musica")
-    extras = {"partition_keys": KEYS}
-    plan = make_plan(
-        settings, PROJECT, Path(__file__), ScriptLauncher(), SlurmRequest(), extras=extras, array=JobArray()
-    )
+    plan = plan_of_all()
 
     @dg.asset(partitions_def=dg.StaticPartitionsDefinition(KEYS), backfill_policy=dg.BackfillPolicy.single_run())
     def many(context: dg.AssetExecutionContext) -> None:
@@ -76,3 +80,25 @@ def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pyt
     assert [each.partition for each in found if each] == [*KEYS[:10], *KEYS[11:]]
     (failure,) = result.get_step_failure_events()
     assert "1 of 20 tasks failed. The 19 partitions of the other tasks are materialized" in str(failure)
+
+
+def test_tasks_that_have_recorded_their_ends_do_not_count_as_running() -> None:
+    """Of two array jobs: the agent reports how many tasks run, until Slurm has confirmed the ends of the others."""
+
+    @dg.asset
+    def many(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        array = RemoteArray(context, "many", SETTINGS, plan_of_all())
+        with array._array.open("context.json", "messages.jsonl"):
+            for run, tasks in (("a", range(10)), ("b", range(10, 20))):
+                array._jobs_by_run[run] = _ArrayJob(dict(enumerate(tasks)), share=2)
+                for task in range(4):
+                    array.started(run, task, "n1")
+                array.state(run, ArrayState(waiting=6, running=2, reason="None", start=None, account=""))
+            array.started("b", 4, "n1")
+        return dg.MaterializeResult()
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([many], instance=instance)
+        texts = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    shown = "20 tasks: 0 done, 5 running, 11 waiting, 0 failed, 4 ended (Slurm has not confirmed it yet)"
+    assert shown in texts
