@@ -38,7 +38,9 @@ def fail(step: ArrayStep, index: int) -> None:
 
 def plan_of_all() -> Plan:
     extras = {"partition_keys": KEYS}
-    return make_plan(SETTINGS, PROJECT, Path(__file__), ScriptLauncher(), SlurmRequest(), extras=extras, array=JobArray())
+    return make_plan(
+        SETTINGS, PROJECT, Path(__file__), ScriptLauncher(), SlurmRequest(), extras=extras, array=JobArray()
+    )
 
 
 def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
