@@ -7,6 +7,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,39 @@ def test_a_task_that_the_machine_ends_is_submitted_again_alone(site: SimulatedSi
     }  # fmt: skip
     submitted = Counter(name for names in tasks_there(site).values() for name in names)
     assert submitted == {FIRST: 1, "2013-01-02": 2, "2013-01-03": 4, "2013-01-04": 1}
+
+
+def test_a_task_on_a_node_that_fails_runs_again_alone(site: SimulatedSite, tmp_path: Path) -> None:
+    """Slurm does not put it back into the queue: the step submits it, and the results of the others stay."""
+    workload = """
+    import pathlib, time
+    begun = pathlib.Path.home() / f"begun-{pipes.partition_key}"
+    again = begun.exists()
+    begun.touch()
+    if pipes.partition_key == "2013-01-02" and not again:
+        time.sleep(3600)
+    pipes.report_asset_materialization(metadata={"again": again})
+    """
+    request = SlurmRequest(time_limit="00:30:00", options=("--no-requeue",))
+    asset = ArrayAsset(tmp_path, workload, JobArray(), request=request)
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(asset.run, FIRST, "2013-01-04")
+
+        def nodes() -> list[str]:
+            return site.squeue("--noheader", "--array", "--states=R,CF,CG,PD", "--format=%i %N").splitlines()
+
+        there = "[ ! -e begun-2013-01-02 ] || echo yes"
+        wait_until(lambda: site.run_on_login(CERTIFICATE_USER, there).stdout, "it has begun", 60)
+        wait_until(lambda: len(nodes()) == 1, "the others are over", 60)
+        with site.faults.node_down(nodes()[0].split()[1]):
+            outcome = run.result(180)
+    assert outcome.error == ""
+    assert {key: metadata["again"] for key, metadata in outcome.once.items()} == {
+        FIRST: False, "2013-01-02": True, "2013-01-03": False, "2013-01-04": False,
+    }  # fmt: skip
+    assert any("NODE_FAIL" in line and "it is submitted again" in line for line in outcome.log)
+    submitted = Counter(name for names in tasks_there(site).values() for name in names)
+    assert submitted == {FIRST: 1, "2013-01-02": 2, "2013-01-03": 1, "2013-01-04": 1}
 
 
 def test_a_range_longer_than_the_submit_limit_is_several_array_jobs(site: SimulatedSite, tmp_path: Path) -> None:
