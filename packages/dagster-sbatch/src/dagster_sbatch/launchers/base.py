@@ -25,8 +25,8 @@ class Launcher(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
     key: ClassVar[str]
     """Name of the launcher in the site overrides."""
-    in_arrays: ClassVar[bool] = True
-    """Whether it works in the tasks of a job array."""
+    not_in_arrays: ClassVar[str] = ""
+    """Why it does not work in the tasks of a job array, and what to do instead; empty if it does."""
     runs_python: ClassVar[bool] = True
     """Whether its workloads are Python programs; then their syntax and their imports are checked before a run."""
 

@@ -131,12 +131,8 @@ def _check_types(workload: object, launcher: object, request: object, array: obj
         )
     if not isinstance(array, JobArray | None):
         raise ConfigurationError(f"array={array!r} is no JobArray. Write for instance array=JobArray()")
-    if array and not launcher.in_arrays:
-        raise ConfigurationError(
-            f"{type(launcher).__name__} does not work in a job array: each task would start a Ray cluster of its own. "
-            "Remove array=..., and let the one Ray cluster of the job divide the partitions "
-            "(pipes.extras['partition_keys']) among Ray tasks; or use launcher=ScriptLauncher()."
-        )
+    if array and launcher.not_in_arrays:
+        raise ConfigurationError(f"{type(launcher).__name__} does not work in a job array: {launcher.not_in_arrays}")
 
 
 def complete_extras(extras: Mapping[str, Any] | None, partitions: Sequence[str]) -> dict[str, Any]:

@@ -58,7 +58,10 @@ class RayLauncher(Launcher):
     """
 
     key: ClassVar[str] = "ray"
-    in_arrays: ClassVar[bool] = False
+    not_in_arrays: ClassVar[str] = (
+        "each task would start a Ray cluster of its own. Remove array=..., and let the one Ray cluster of the job divide "
+        "the partitions (pipes.extras['partition_keys']) among Ray tasks; or use launcher=ScriptLauncher()."
+    )
 
     ray_start_args: tuple[Annotated[str, AfterValidator(_argument)], ...] = Field(
         (), description="Further arguments of `ray start` on every node; --include-dashboard only on the head."
