@@ -59,8 +59,8 @@ class RayLauncher(Launcher):
 
     key: ClassVar[str] = "ray"
     not_in_arrays: ClassVar[str] = (
-        "each task would start a Ray cluster of its own. Remove array=..., and let the one Ray cluster of the job divide "
-        "the partitions (pipes.extras['partition_keys']) among Ray tasks; or use launcher=ScriptLauncher()."
+        "each task would start a Ray cluster of its own. Remove array=..., and let the one Ray cluster of the job "
+        "divide the partitions (pipes.extras['partition_keys']) among Ray tasks; or use launcher=ScriptLauncher()."
     )
 
     ray_start_args: tuple[Annotated[str, AfterValidator(_argument)], ...] = Field(
