@@ -261,7 +261,7 @@ def _measure_many(settings: Settings) -> None:
         for thread in threads:
             thread.join()
     CONSOLE.print(
-        f"{len(memory)} agents following jobs that sleep: {60 * calls / seconds:.1f} squeue calls per minute on a login node, "
+        f"{len(memory)} agents that follow jobs: {60 * calls / seconds:.1f} squeue calls per minute and login node, "
         f"{max(memory):.1f} MB each at most, {100 * max(busy) / seconds:.2f} % of a CPU each at most"
     )
 
