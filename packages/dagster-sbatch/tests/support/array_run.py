@@ -37,7 +37,7 @@ def files_of(
         body=body,
         array=ArrayShape(tasks, max_running),
     )
-    names = [{"name": f"n{index}", "id": f"i{index}", "partitions": []} for index in range(tasks)]
+    names = [{"name": f"n{index}", "id": f"i{index}", "partitions": [f"n{index}"]} for index in range(tasks)]
     record = {"call": 0, "inputs": {}, "request": {}, "tasks": names}
     return {
         "job.sh": script,
