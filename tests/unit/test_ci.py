@@ -2,13 +2,14 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from support import ROOT
 
-LEFT_OUT = "--ignore=packages/slurm-in-a-box/tests\n"
+LEFT_OUT = "--ignore-glob=packages/slurm-in-a-box/tests/*\n"
 
 
 class Checkout:
@@ -72,6 +73,19 @@ def test_several_commits_at_once_are_compared_with_what_was_before_them(checkout
     assert checkout.options(CI_BASE=checkout.second) == ""
 
 
-def test_without_anything_to_compare_with_all_tests_run(checkout: Checkout) -> None:
-    checkout.git("checkout", "-q", checkout.first)
+def test_without_a_main_to_compare_with_all_tests_run(checkout: Checkout) -> None:
     assert checkout.options() == ""
+    assert checkout.options(CI_BASE=checkout.first) == LEFT_OUT
+
+
+def test_the_option_leaves_out_the_tests_of_the_site_and_no_others() -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+
+    def collected(*options: str) -> set[str]:
+        done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=True)
+        return {line for line in done.stdout.splitlines() if "::" in line}
+
+    everything = collected()
+    of_the_site = {test for test in everything if test.startswith("packages/slurm-in-a-box/")}
+    assert of_the_site
+    assert collected(LEFT_OUT.strip()) == everything - of_the_site
