@@ -190,7 +190,7 @@ class Site:
         task = self.run / "tasks" / str(index)
         if not task.exists():
             new = self.run / "tasks" / f".{index}"
-            new.mkdir()
+            new.mkdir(exist_ok=True)
             for each in ("messages.jsonl", "events", "cause"):
                 (new / each).touch()
             (self.run / "tasks" / f"{index}.stdout").touch()

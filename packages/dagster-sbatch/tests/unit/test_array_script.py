@@ -39,7 +39,7 @@ def start(run: Path, index: int, job: int = 100) -> int:
 
 
 def listed(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "tasks").iterdir())
+    return sorted(path.name for path in (run / "tasks").iterdir() if not path.name.startswith("."))
 
 
 @pytest.mark.parametrize("index", [0, 7, 19])
@@ -68,9 +68,24 @@ def test_the_tasks_of_a_second_array_job_end_at_once(run: Path) -> None:
     assert not (run / "tasks/2").exists()
 
 
+@pytest.mark.parametrize("job", [100, 500])
+def test_the_agent_may_have_recorded_the_job_before_its_first_task_starts(run: Path, job: int) -> None:
+    (run / "job").symlink_to("100")
+    assert start(run, 1, job) == (3 if job == 100 else 0)
+    assert (run / "tasks/1").exists() == (job == 100)
+    assert (run / "job").readlink() == Path("100")
+
+
+def test_a_task_that_cannot_compare_its_job_with_the_recorded_one_fails(run: Path) -> None:
+    """The disk is full, say: the task must not end as if another job had its work."""
+    (run / "job").symlink_to("100")
+    (run / "100").symlink_to("missing/folder")
+    assert start(run, 1) == 1
+    assert "100" in (run / "tasks/1.stderr").read_text()
+
+
 def test_a_task_that_starts_again_keeps_its_folder(run: Path) -> None:
     """It may have been killed at any point, also before its folder was complete."""
-    (run / "tasks/.4").mkdir()
     (run / "tasks/.4/events").write_text("half a line")
     for _ in range(2):
         assert start(run, 4) == 3
@@ -89,6 +104,7 @@ def test_a_task_that_was_rejected_and_starts_again_ends_at_once(run: Path) -> No
 
 def test_a_task_that_cannot_make_its_folder_fails(run: Path) -> None:
     """It ends with an error on its stderr, not as if it had succeeded."""
+    (run / "tasks/.6").rmdir()
     (run / "tasks/.6").write_text("in the way")
     assert start(run, 6) == 1
     assert "tasks/.6" in (run / "tasks/6.stderr").read_text()

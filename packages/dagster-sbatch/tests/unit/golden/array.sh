@@ -18,17 +18,19 @@
 # Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
 
-# One array job per run: the first to make this link is the run's job; the tasks of any other end.
-[ -L job ] || ln -s "$SLURM_ARRAY_JOB_ID" job 2>/dev/null
-[ "$(readlink job)" = "$SLURM_ARRAY_JOB_ID" ] || exit 0
+# One array job per run: the first to make this link is the run's job; the tasks of any other end. The link leads to a
+# file that is named after its job: bash can compare the two (-ef) without starting a program.
+id=$SLURM_ARRAY_JOB_ID
+[ -e "$id" ] || : >"$id" || exit 1
+[ -L job ] || ln -s "$id" job 2>/dev/null
+[ job -ef "$id" ] || exit 0
 
-# A task works in a folder of its own, which appears with its files: a file system may cache that a file does not exist.
-# Slurm may start the same task again.
+# A task works in a folder of its own. The agent has made it, and it is renamed once it has its files: a file system may
+# cache that a file does not exist. Slurm may start the same task again.
 index=$SLURM_ARRAY_TASK_ID
 # Once a step has rejected its result, it may run again in another array job: this one ends.
 [ -e "tasks/$index/failed" ] && exit 0
 if ! [ -d "tasks/$index" ]; then
-  mkdir -p "tasks/.$index" || exit 1
   for name in messages.jsonl events cause; do : >"tasks/.$index/$name" || exit 1; done
   IFS= read -r -d '' head <context.head
   mapfile -t -s "$index" -n 1 rest <tasks.jsonl

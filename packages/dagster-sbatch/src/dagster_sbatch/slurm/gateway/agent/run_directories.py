@@ -61,6 +61,8 @@ def lay_out(run, files):
             os.close(os.open(os.path.join(new, name), os.O_CREAT | os.O_WRONLY, 0o600))
         if CONTENTS in files:
             os.mkdir(os.path.join(new, FOLDER), 0o700)
+            for index in range(len(files[CONTENTS].splitlines())):
+                os.mkdir(os.path.join(new, FOLDER, ".%d" % index), 0o700)
         for name, content in files.items():
             if name.startswith("/") or not all(part not in ("", ".", "..") for part in name.split("/")):
                 raise RequestError("refused", "%r is not a path below the run directory" % name)

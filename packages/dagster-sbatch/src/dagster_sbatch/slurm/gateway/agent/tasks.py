@@ -4,7 +4,8 @@ KEY/
   tasks.jsonl       a line per task: what its Pipes context has beyond context.head. It makes the run an array job
   tasks.pipes       a line per task: the values of its variables for Pipes
   tasks/17.stdout   and 17.stderr, opened by Slurm
-  tasks/17/         made by the task when it starts: what a run directory has of a single job
+  tasks/.17/        empty; the task fills and renames it when it starts
+  tasks/17/         what a run directory has of a single job
   ends.json         the ends of tasks, confirmed so far
   ends.lock         held while an agent writes it
 """
