@@ -70,6 +70,7 @@ CASES = {
         SrunLauncher(mpi="pmix", cpu_bind="cores", gpu_bind="per_task:1", pre_start_commands=["ulimit -n 65536"]),
         SlurmRequest(nodes=2, ntasks_per_node=4, gpus_per_node=4, time_limit="02:00:00"),
     ),
+    "modules": (ScriptLauncher(), SlurmRequest(cpus_per_task=2, time_limit="10", modules=["GCC/14.3.0", "OpenMPI"])),
     "array": (ScriptLauncher(), SlurmRequest(cpus_per_task=2, time_limit="10")),
 }
 

@@ -1,6 +1,7 @@
 """What login and compute nodes share: the homes, $DATA and $SCRATCH; what each compute node has for itself; modules."""
 
 import shutil
+from pathlib import Path
 
 from .host import run_on_host
 from .layout import PROJECT_FOLDER, USERS, Layout
@@ -36,6 +37,20 @@ setenv("EBROOTPYTHON", "{folder}")
 -- As many such modules do. It is of use to no other Python.
 setenv("PYTHONHOME", "{folder}")
 """
+STACK, SOLVER = "Stack/2026.1", "Solver/1.2"
+"""A module that makes others visible, as centres order theirs by release or by compiler, and one of these."""
+_STACK = """\
+whatis("Software of a release")
+prepend_path("MODULEPATH", "{folder}")
+"""
+_SOLVER = """\
+whatis("A program, its library and its Python packages")
+prepend_path("PATH", "{folder}/bin")
+prepend_path("LD_LIBRARY_PATH", "{folder}/lib")
+-- Packages for the module's own Python. To another one they are in the way.
+prepend_path("PYTHONPATH", "{folder}/python")
+setenv("EBROOTSOLVER", "{folder}")
+"""
 _EPILOG = """\
 #!/bin/sh
 # slurmd runs it as root when a job has ended: it removes the files of the job's user from /local, unless another job
@@ -62,8 +77,23 @@ class Storage:
         (software / "bin" / MODULE_PYTHON).symlink_to("/usr/bin/python3")
         (modules / MODULE).parent.mkdir(parents=True)
         (modules / f"{MODULE}.lua").write_text(_MODULE.format(folder=software), encoding="utf-8")
+        self._add_stack(modules)
         self._layout.epilog.write_text(_EPILOG, encoding="ascii")
         self._layout.epilog.chmod(0o755)
+
+    def _add_stack(self, modules: Path) -> None:
+        """Write the module STACK, and SOLVER with its files, which only those see who have loaded STACK."""
+        software, hidden = self._layout.state / "software" / SOLVER, self._layout.state / "stack"
+        for name in ("bin", "lib", "python"):
+            (software / name).mkdir(parents=True)
+        (software / "bin" / "solver").write_text(f'#!/bin/sh\necho "{SOLVER} on $(uname -n)"\n', encoding="ascii")
+        (software / "bin" / "solver").chmod(0o755)
+        (software / "python" / "dagster_pipes.py").write_text("raise SystemExit('of a module')\n", encoding="ascii")
+        for folder, module, text in ((modules, STACK, _STACK), (hidden, SOLVER, _SOLVER)):
+            (folder / module).parent.mkdir(parents=True)
+            (folder / f"{module}.lua").write_text(
+                text.format(folder=hidden if module == STACK else software), encoding="utf-8"
+            )
 
     def mount(self) -> bool:
         """Mount them unless they are there, before any machine starts; return whether the homes are new and empty."""

@@ -167,6 +167,8 @@ def try_script(gateway: Gateway, preview: Preview, projects: Projects) -> tuple[
     said = "\n".join(line for line in text.splitlines() if line.startswith("sbatch:")) or text  # centres print more
     if not accepted:
         return False, f"{array}{explain_refusal(said, request, lambda: projects)}"
+    if request.modules and (problem := gateway.load_modules(request.modules, preview.plan.site.setup_commands)):
+        return False, f"{array}{problem}"
     project = projects.charged(request.account) or "(the accounting does not answer)"
     return True, f"{array}{_TIME.sub(_written, said)}\ncharged to project {project}"
 

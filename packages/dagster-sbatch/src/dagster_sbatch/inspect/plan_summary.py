@@ -37,6 +37,7 @@ def summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
         "cost": _summarise_cost(plan),
         "files": f"job.sh, {'tasks.jsonl' if plan.array else 'context.json'}, ... in {place.run}",
         "python": place.python,
+        **({"modules": f"{', '.join(request.modules)} (with Lmod, in the job)"} if request.modules else {}),
     }
 
 

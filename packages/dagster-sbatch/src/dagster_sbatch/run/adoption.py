@@ -20,7 +20,9 @@ def inputs_of(
     assets: Iterable[str],
     data_root: str | None,
 ) -> dict[str, str]:
-    """Return the inputs of a call, which decide its result: a digest by name. The Slurm request is not among them.
+    """Return the inputs of a call, which decide its result: a digest by name.
+
+    Of the Slurm request, only the modules are among them.
 
     Args:
         plan: launcher, workload with its arguments, variables, extras, and site.
@@ -40,6 +42,7 @@ def inputs_of(
         **({"tasks": [task.name for task in plan.tasks]} if plan.tasks else {}),
         **{f"env[{name!r}]": value for name, value in plan.env.items()},
         "setup_commands": plan.site.setup_commands,
+        **({"modules": plan.allocation.request.modules} if plan.allocation.request.modules else {}),
         "DATA_ROOT": data_root,
     }
     return {**{name: digest_of(value) for name, value in values.items()}, **code}

@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from dagster_sbatch.run.local import (
     temporary_run_directory,
     workload_environment,
 )
+from dagster_sbatch.run.local_modules import load_modules
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.pipes import open_session
 from dagster_sbatch.run.plan import Plan
+from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import StepContext, complete
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import MESSAGES
@@ -38,7 +41,7 @@ def run_here(context: StepContext, name: str, settings: Settings, plan: Plan) ->
         directory = RunDirectory(Path(folder))
         with open_session(context, plan.extras, str(directory.context), str(directory.messages)) as session:
             directory.context.write_text(session.context_document.text)
-            environment = {**_environment(settings, plan), **session.pipes.get_bootstrap_env_vars()}
+            environment = {**_environment(context, settings, plan), **session.pipes.get_bootstrap_env_vars()}
             sinks = {
                 directory.stdout: session.stdout.feed,
                 directory.stderr: session.stderr.feed,
@@ -57,10 +60,11 @@ def _command(plan: Plan) -> list[str]:
     return plan.launcher.local_command(plan.allocation.request, plan.workload.command(plan.workload.root))
 
 
-def _environment(settings: Settings, plan: Plan) -> dict[str, str]:
+def _environment(context: StepContext, settings: Settings, plan: Plan) -> dict[str, str]:
     """Return the variables of a workload, without those of Dagster Pipes."""
     return {
         **workload_environment(),
+        **load_modules(plan.allocation.request.modules or (), StepLog(context)),
         **plan.launcher.local_environment(),
         "DATA_ROOT": str(plan.project.local_data_root(settings)),
         "PYTHONPATH": str(plan.workload.root),
@@ -73,7 +77,7 @@ def run_array_here(
 ) -> dg.PipesClientCompletedInvocation:
     """Run the tasks of an array as subprocesses of this step, some at once; see `ComputeResource.run`."""
     step = ArrayStep(context, name, plan)
-    tasks = _LocalTasks(step, settings, plan)
+    tasks = _LocalTasks(step, _environment(context, settings, plan), plan)
     with step.open(CONTEXT, MESSAGES):
         run_interruptibly(tasks.run)
     return step.complete({"host": socket.gethostname(), "workload": str(plan.workload.path)})
@@ -82,9 +86,8 @@ def run_array_here(
 class _LocalTasks:
     """The processes of the tasks that run now."""
 
-    def __init__(self, step: ArrayStep, settings: Settings, plan: Plan) -> None:
-        self._step, self._plan = step, plan
-        self._environment = _environment(settings, plan)
+    def __init__(self, step: ArrayStep, environment: Mapping[str, str], plan: Plan) -> None:
+        self._step, self._environment, self._plan = step, environment, plan
         assert plan.array is not None
         self._most = plan.array.max_running_tasks or os.cpu_count() or 1
         self._processes: dict[int, LocalProcess] = {}

@@ -76,7 +76,8 @@ def allocate(
         )
     filled = {**_size(request, name, nodes), "partition": name, "qos": chosen_qos, "time_limit": time_limit}
     filled |= {"account": request.account or account, "reservation": request.reservation or reservation}
-    return Allocation(request.model_copy(update=filled), notes, nodes)
+    modules = (site.modules or None) if request.modules is None else request.modules
+    return Allocation(request.model_copy(update={**filled, "modules": modules}), notes, nodes)
 
 
 def _choose_partition(request: SlurmRequest, site: Site, preferred: str | None) -> tuple[str, Partition]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from string import Template
 
+from dagster_sbatch.slurm.modules import render_modules
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.site import Site
 from dagster_sbatch.slurm.units import format_time
@@ -114,6 +115,7 @@ export DAGSTER_PIPES_CONTEXT="${pipes[0]%% *}" DAGSTER_PIPES_MESSAGES="${pipes[0
 cd "tasks/$index" || exit 1"""
 
 _FLAGS = ("exclusive",)
+_NOT_OPTIONS = ("options", "modules")
 _GPUS = "gpus_per_node"
 _THREADS = ("--threads-per-core", "--hint")
 """Options that decide whether hardware threads count; sbatch accepts only one of them."""
@@ -167,7 +169,7 @@ def directives(
     comment = ",".join(f"{name}={re.sub(_UNSAFE, '_', value)}" for name, value in words.items())
     options = [f"--job-name={job_name}", f"--comment={comment}"]
     for field, value in request:
-        if field == "options" or value in (None, False, 0):
+        if field in _NOT_OPTIONS or value in (None, False, 0):
             continue
         if field == _GPUS:
             options.append(f"--gres=gpu:{value}")
@@ -215,12 +217,13 @@ def render_job_script(
     """
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     assignments = [f"{name}={value}" for name, value in (variables or {}).items()]
+    modules = request.modules or ()
     return _SCRIPT.substitute(
         header="\n".join([*site.script_header, *directives(request, site, job_name, about, array)]),
         claim=_CLAIM_TASK if array else _CLAIM,
         outputs='"../$index.stdout" "../$index.stderr"' if array else "stdout stderr",
-        shell="/bin/bash -l" if site.setup_commands else "/bin/bash",  # `module` is a function of login shells
-        setup="".join(f"{command}\n" for command in site.setup_commands),
+        shell="/bin/bash -l" if site.setup_commands or modules else "/bin/bash",  # only login shells have `module`
+        setup="".join(f"{command}\n" for command in site.setup_commands) + render_modules(modules),
         environment="\n".join(lines),
         env=shlex.join(["env", *assignments]) + " " if assignments else "",
         disk=site.local_disk,

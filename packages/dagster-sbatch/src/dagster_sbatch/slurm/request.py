@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from dagster_sbatch.errors import ConfigurationError, describe, nearest
+from dagster_sbatch.slurm.modules import Modules
 from dagster_sbatch.slurm.units import format_time, parse_memory, parse_time
 
 FURTHER_OPTIONS = frozenset(
@@ -68,7 +69,7 @@ Dependency = Annotated[str, _word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)
 
 
 class SlurmRequest(BaseModel):
-    """The allocation that an asset needs. Each field is the option of sbatch of that name (man sbatch).
+    """The allocation that an asset needs. Each field but `modules` is the option of sbatch of that name (man sbatch).
 
     The deployment and the site fill in what is left out: partition, QoS, and for GPU requests CPUs and memory per GPU.
     The request is checked in `development` too, so that a mistake is found on the laptop.
@@ -105,6 +106,11 @@ class SlurmRequest(BaseModel):
     nodelist: NodeList | None = Field(None, description="Nodes that the job must use.")
     exclusive: bool = Field(default=False, description="Whole nodes, shared with no other job.")
     dependency: Dependency | None = Field(None, description="Other jobs to wait for, for instance afterok:123.")
+    modules: Modules | None = Field(
+        None,
+        description="Modules (Lmod) that the job loads before the workload, in this order, for instance "
+        "['GCC/14.3.0', 'OpenMPI']. They replace the site's; [] loads none.",
+    )
     options: tuple[str, ...] = Field((), description="Further options of sbatch, for instance ('--mail-type=END',).")
 
     def __init__(self, **fields: Any) -> None:

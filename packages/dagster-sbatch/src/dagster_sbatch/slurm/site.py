@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 from dagster_sbatch.errors import ConfigurationError, Place, describe_at, nearest
 from dagster_sbatch.sites import SITES
+from dagster_sbatch.slurm.modules import Modules
 from dagster_sbatch.slurm.request import Memory, Time
 from dagster_sbatch.ssh.known_hosts import parse_authority
 
@@ -63,6 +64,7 @@ class Site(_Part):
     setup_commands: tuple[str, ...] = Field(
         (), description="Shell commands that run before Python is searched for (module load ...)."
     )
+    modules: Modules = Field((), description="Modules (Lmod) that jobs load whose request has no `modules` of its own.")
     host_authorities: tuple[Annotated[str, AfterValidator(_authority)], ...] = Field(
         (),
         description="Lines `@cert-authority ...` for hosts that are not in the user's known_hosts.",

@@ -27,6 +27,7 @@ from dagster_sbatch.slurm.gateway.arrays import Arrays, follow_arrays
 from dagster_sbatch.slurm.gateway.channel import choose_channel
 from dagster_sbatch.slurm.gateway.link import AgainError, Link
 from dagster_sbatch.slurm.gateway.submission import Files, submission
+from dagster_sbatch.slurm.modules import explain_modules
 from dagster_sbatch.slurm.site import Site
 
 PIECE = 1 << 20
@@ -146,6 +147,16 @@ class Gateway(Link):
         """Return whether Slurm would accept a batch script, and its text: the expected start, or why not."""
         said = self.ask(do="test", script=script)
         return said["code"] == 0, said["text"]
+
+    def load_modules(self, modules: Sequence[str], setup: Sequence[str]) -> str:
+        """Load modules on the login node, in a shell of its own; return why that failed, or an empty text.
+
+        Args:
+            modules: their names.
+            setup: the site's `setup_commands`.
+        """
+        said = self.ask(do="load_modules", modules=list(modules), setup=list(setup))
+        return explain_modules(said["host"], modules, said["code"], said["text"]) if said["code"] else ""
 
     def projects(self) -> Projects:
         """Return the projects that the user may charge jobs to."""

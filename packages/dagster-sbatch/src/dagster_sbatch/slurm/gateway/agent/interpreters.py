@@ -47,6 +47,12 @@ def in_setup(ask, script, *arguments):
     return done.returncode, done.stdout.decode(errors="replace")
 
 
+def load_modules(_, ask, __):
+    """Load modules as a job does, in a shell of its own; return the exit code, what was printed, and the machine."""
+    code, said = in_setup(ask, 'echo %s; module load "$@"' % MARK, *ask["modules"])
+    return {"code": code, "text": said.rpartition(MARK)[2], "host": os.uname()[1]}
+
+
 def run(ask, *command):
     """Run a command after the setup commands; refuse the request if it fails."""
     code, said = in_setup(ask, 'exec "$@"', *command)

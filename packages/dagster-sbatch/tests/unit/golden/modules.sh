@@ -1,0 +1,105 @@
+#!/bin/bash -l
+#ASC --vanilla
+#SBATCH --job-name=counts-2013-01
+#SBATCH --comment=key=counts-2013-01,asset=a_b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=2
+#SBATCH --time=00:10:00
+#SBATCH --partition=zen4_0768
+#SBATCH --qos=zen4_0768
+#SBATCH --threads-per-core=1
+#SBATCH --output=stdout
+#SBATCH --error=stderr
+#SBATCH --open-mode=append
+#SBATCH --export=NONE
+#SBATCH --signal=B:USR1@60
+# Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
+umask 077
+
+# One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
+ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
+
+# The job's own record: a line at its start, a line at its end. The code is null if it was cut short; Slurm knows why.
+code=null
+# shellcheck disable=SC2317  # the trap calls it
+finish() {
+  local sizes now=${EPOCHREALTIME:-$(date +%s.%N)}
+  mapfile -t sizes < <(exec stat -c %s messages.jsonl stdout stderr)
+  printf '{"code": %s, "job": "%s", "time": %s, "sizes": {"messages.jsonl": %s, "stdout": %s, "stderr": %s}}\n' \
+    "$code" "$SLURM_JOB_ID" "${now/,/.}" "${sizes[@]}" >>events
+}
+trap finish EXIT
+# Sets TMPDIR, the folder for temporary files on a node: its own disk, if the job can write to it.
+set_temporary_folder() {
+  local probe=/local/.$SLURM_JOB_ID-$RANDOM
+  export TMPDIR=/tmp
+  set -C # no link of another user is followed
+  if { echo >"$probe" && rm "$probe"; } 2>/dev/null; then TMPDIR=/local; fi
+  set +C
+}
+export -f set_temporary_folder
+set_temporary_folder
+export JOB_TMPDIR=$TMPDIR
+printf '\n{"method": "job_started"}\n' >>messages.jsonl # a former start may have left half a line
+now=${EPOCHREALTIME:-$(date +%s.%N)} # with the locale's decimal point
+printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "${now/,/.}" "$JOB_TMPDIR" >>events
+
+# The modules of the request. If Lmod cannot load one of them, it loads none, and the job ends.
+module load GCC/14.3.0 OpenMPI 2>modules.log
+loaded=$?
+said=$(<modules.log)
+[ -z "$said" ] || printf '%s\n' "$said" >&2
+if [ "$loaded" != 0 ]; then
+  code=1
+  said=${said#*'Lmod has detected the following error: '} # its first paragraph; the others are general advice
+  said=${said%%$'\n\n'*}
+  why=${said//$'\n'/ }$'\n'
+  why+='Correct modules=[...] of the request or of the site. In a shell there, this command lists valid names:
+module spider'
+  [ "$loaded" != 127 ] ||
+    why='There is no command module: the machine has no Lmod, or its login profile does not start it. Remove modules=[...], or start Lmod in the setup_commands of the site.'
+  printf '%s could not load the modules %s. %s\n' "$HOSTNAME" 'GCC/14.3.0, OpenMPI' "$why" >cause
+  exit 1
+fi
+# $PYTHON uses its own packages, not those of a module's Python or of the home.
+unset PYTHONHOME PYTHONPLATLIBDIR PYTHONSAFEPATH
+export PYTHONNOUSERSITE=1 TMPDIR=$JOB_TMPDIR
+export PYTHON=/environment/bin/python
+export DATA_ROOT=/d
+
+# When Slurm will end the job, in seconds since 1970. Slurm sets this since 23.02.
+export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$((${EPOCHSECONDS:-$(date +%s)} + 600))}
+
+# Becomes Python with the variables of the asset; the script itself does not have them.
+# shellcheck disable=SC2317  # the launcher's commands call it
+run_python() { exec "$PYTHON" -u "$@"; }
+export -f run_python
+# Starts the workload and records its process. If it handles SIGUSR1, it gets that signal when the time limit is near.
+# shellcheck disable=SC2317  # the launcher's commands call it
+run_workload() { ( echo "$BASHPID" >workload.pid; run_python "$@" ) }
+# shellcheck disable=SC2317  # the trap calls it
+warn() {
+  local pid handled
+  warned=1
+  echo "time limit: 60 s left" >&2
+  pid=$(cat workload.pid 2>/dev/null) || return
+  handled=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$pid/status" 2>/dev/null)
+  if (( 0x${handled: -4} & 0x200 )); then kill -USR1 "$pid"; fi
+}
+trap warn USR1
+
+# In a subshell: whatever it does, the exit code is recorded. In the background: bash handles the warning meanwhile.
+(
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+run_workload 'work load.py'
+) &
+body=$!
+while :; do
+  warned=
+  wait "$body"
+  status=$?
+  [ "$warned" ] || break
+done
+code=$status
+exit "$code"
