@@ -73,6 +73,13 @@ class ArrayProcess:
         """What the latest run has written to its stdout."""
         return sorted(self._folder.glob("out-*"))[-1].read_text()
 
+    def step_succeeded(self, run_id: str | None) -> bool:
+        """Return whether the step of a run has succeeded; a kill may come between that and the end of its process."""
+        if run_id is None:
+            return False
+        with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
+            return bool(instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.STEP_SUCCESS).records)
+
     def runs(self) -> list[str]:
         """Ids of all runs, the latest first."""
         with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
