@@ -1,6 +1,7 @@
 """Modules with the real Lmod: every launcher sees them, and a missing one ends the job at once, by its name."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from dagster_sbatch.launchers import (
     BatchScriptLauncher,
     CommandLauncher,
     Launcher,
-    RayLauncher,
     ScriptLauncher,
     SrunLauncher,
 )
@@ -26,7 +26,8 @@ from slurm_in_a_box.storage import MODULE, SOLVER, STACK
 from support.array_asset import ArrayAsset
 from support.background import Background
 from support.programs import make
-from support.workload_asset import PIPES, materialize
+from support.ray_run import NO_DASHBOARD
+from support.workload_asset import PIPES, Outcome, materialize
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 MODULES = (STACK, SOLVER)
@@ -72,21 +73,26 @@ pipes materialize --metadata solver="$(solver)" --metadata library="${LD_LIBRARY
 """
 
 
-def start(folder: Path, name: str, text: str, launcher: Launcher, request: dict[str, Any]) -> Background:
-    """Start a run of a workload in the background."""
-    path = make(folder, text, name)
-    return Background(lambda: materialize(path, folder, launcher=launcher, request=SlurmRequest(**request)))
+def start(folder: Path, **wanted: tuple[str, Launcher, dict[str, Any]]) -> dict[str, Background]:
+    """Start a run of each workload in the background, once all of them are written: each run sends the whole folder."""
+    paths = {name: make(folder, text, f"{name}_workload") for name, (text, _, _) in wanted.items()}
+
+    def run(name: str, launcher: Launcher, request: dict[str, Any]) -> Outcome:
+        return materialize(paths[name], folder, launcher=launcher, request=SlurmRequest(**request))
+
+    return {name: Background(partial(run, name, launcher, request)) for name, (_, launcher, request) in wanted.items()}
 
 
 def test_the_programs_of_every_launcher_see_them(workloads: Path) -> None:
     """A module's PYTHONPATH, which would end each of them at its first import, does not reach the workload's Python."""
-    runs = {
-        "script": start(workloads, "script.py", SCRIPT, ScriptLauncher(), SHORT),
-        "command": start(workloads, "program.sh", PROGRAM, CommandLauncher(), SHORT),
-        "batch script": start(workloads, "relax.sbatch", PROGRAM, BatchScriptLauncher(), SHORT),
-        "srun": start(workloads, "ranks.py", RANKS, SrunLauncher(), TWO),
-        "ray": start(workloads, "cluster.py", RAY, RayLauncher(ray_start_args=["--include-dashboard=false"]), TWO),
-    }
+    runs = start(
+        workloads,
+        script=(SCRIPT, ScriptLauncher(), SHORT),
+        command=(PROGRAM, CommandLauncher(), SHORT),
+        batch_script=(PROGRAM, BatchScriptLauncher(), SHORT),
+        srun=(RANKS, SrunLauncher(), TWO),
+        ray=(RAY, NO_DASHBOARD, TWO),
+    )
     outcomes = {name: run.outcome(240) for name, run in runs.items()}
     for name, outcome in outcomes.items():
         assert outcome.error == "", name
@@ -99,18 +105,14 @@ def test_the_programs_of_every_launcher_see_them(workloads: Path) -> None:
 def test_a_module_that_cannot_be_loaded_ends_the_job_at_once_by_its_name(workloads: Path, tmp_path: Path) -> None:
     """Of an array, once for all tasks. Each error has what Lmod says, and the workload does not run."""
     missing, hidden = {**SHORT, "modules": (STACK, "Nosuch/9")}, {**SHORT, "modules": (SOLVER,)}
-    runs = [
-        start(workloads, "missing.py", SCRIPT, ScriptLauncher(), missing),
-        start(workloads, "hidden.py", SCRIPT, ScriptLauncher(), hidden),
-    ]
+    runs = start(workloads, missing=(SCRIPT, ScriptLauncher(), missing), hidden=(SCRIPT, ScriptLauncher(), hidden))
     array = ArrayAsset(tmp_path / "array", "print('the task runs')", JobArray(), request=SlurmRequest(**missing))
     failed = array.run("2013-01-01", "2013-01-03")
-    errors = [failed.error, *(run.outcome().error for run in runs)]
+    errors = [failed.error, *(run.outcome().error for run in runs.values())]
     assert "3 tasks (2013-01-01, 2013-01-02, 2013-01-03): n400" in failed.error
     assert "the task runs" not in "".join(failed.log)
-    for listed, name, error in zip(
-        (f"{STACK}, Nosuch/9", f"{STACK}, Nosuch/9", SOLVER), ("Nosuch/9", "Nosuch/9", SOLVER), errors, strict=True
-    ):
+    expected = [(f"{STACK}, Nosuch/9", "Nosuch/9")] * 2 + [(SOLVER, SOLVER)]
+    for (listed, name), error in zip(expected, errors, strict=True):
         assert f" could not load the modules {listed}. The" in error
         assert f'"{name}"' in error
         assert "Correct modules=[...] of the request or of the site." in error
@@ -125,7 +127,7 @@ def test_a_site_has_modules_for_requests_that_name_none(
     monkeypatch.setitem(SITES["musica"], "modules", [SOLVER])
     other = "    import os\n    words = {name: os.environ.get(f'EBROOT{name}', '') for name in ('PYTHON', 'SOLVER')}\n"
     other = PIPES + other + "    pipes.report_asset_materialization(metadata=words)\n"
-    run = start(workloads, "other.py", other, ScriptLauncher(), {**SHORT, "modules": [MODULE]})
+    run = start(workloads, other=(other, ScriptLauncher(), {**SHORT, "modules": [MODULE]}))["other"]
     plain = SlurmRequest(**{name: value for name, value in SHORT.items() if name != "modules"})
     report = "    pipes.report_asset_materialization(metadata={'solver': solver()})"
     array = ArrayAsset(tmp_path / "array", f"{SEES}\n{report}", JobArray(), request=plain)
