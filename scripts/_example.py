@@ -31,6 +31,7 @@ WORDS = (
     "delay_features",
     "delay_sweep",
     "delay_model",
+    "delay_forest",
     "count_planes",
     "xgboost",
     "packages/",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from dagster_sbatch import ComputeResource, JobArray, RayLauncher, ScriptLauncher, SlurmRequest
+from dagster_sbatch import ComputeResource, JobArray, RayLauncher, ScriptLauncher, SlurmRequest, SrunLauncher
 
 WORKLOADS = Path(__file__).resolve().parent.parent / "workloads"
 GROUP = "flight_delays"
@@ -106,4 +106,28 @@ def delay_model(context: dg.AssetExecutionContext, compute: ComputeResource) -> 
         workload=WORKLOADS / "delay_model.py",
         launcher=ScriptLauncher(),
         request=SlurmRequest(cpus_per_task=8, mem="32G", time_limit="00:30:00"),
+    ).get_materialize_result()
+
+
+@dg.asset(
+    deps=[delay_sweep, delay_features],
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"python", "slurm", "xgboost"},
+    pool="gpu",
+    check_specs=[
+        dg.AssetCheckSpec(
+            "better_than_baseline",
+            asset="delay_forest",
+            description="On months it never saw, the forest beats the rate by hour of day.",
+        )
+    ],
+)
+def delay_forest(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    """The best trial's parameters as a boosted forest, one model trained by all GPUs of a node; on a laptop by CPUs."""
+    return compute.run(
+        context,
+        workload=WORKLOADS / "delay_forest.py",
+        launcher=SrunLauncher(),  # one process per GPU
+        request=SlurmRequest(ntasks_per_node=4, gpus_per_node=4, time_limit="00:30:00"),
     ).get_materialize_result()

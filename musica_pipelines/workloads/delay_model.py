@@ -1,8 +1,6 @@
 """Train the best trial's parameters on all months but the held-out ones, and judge the model on those."""
 
-import json
 import time
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,17 +10,6 @@ from matplotlib.figure import Figure
 
 from flight_delays import evaluation, reporting, storage
 from flight_delays.features import LABEL
-
-HYPERPARAMETERS = ("max_depth", "eta", "subsample", "colsample_bytree", "min_child_weight")
-
-
-def read_best_trial() -> dict[str, Any]:
-    """The winner of the newest sweep."""
-    path = storage.trials_file()
-    if not path.exists():
-        raise SystemExit(f"{path} does not exist: materialise delay_sweep first")
-    best: dict[str, Any] = json.loads(path.read_text())[0]
-    return best
 
 
 def calibration_picture(label: pd.Series, probability: np.ndarray) -> Figure:
@@ -59,13 +46,10 @@ def importance_picture(booster: xgb.Booster) -> Figure:
 def main() -> None:
     with open_dagster_pipes() as pipes:
         begun = time.monotonic()
-        best = read_best_trial()
+        parameters, rounds = evaluation.read_best_trial()
         training = storage.read_features(evaluation.TRAINING_MONTHS + evaluation.VALIDATION_MONTHS)
         held_out = storage.read_features(evaluation.HELD_OUT_MONTHS)
-        parameters = {name: best[name] for name in HYPERPARAMETERS}
-        booster = xgb.train(
-            {**parameters, "objective": "binary:logistic"}, evaluation.dmatrix(training), best["rounds"]
-        )
+        booster = xgb.train(parameters, evaluation.dmatrix(training), rounds)
         probability = booster.predict(evaluation.dmatrix(held_out))
         auc = evaluation.auc(held_out[LABEL], probability)
         baseline = evaluation.baseline_auc(training, held_out)

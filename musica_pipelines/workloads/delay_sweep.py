@@ -46,15 +46,7 @@ def sample_parameters(trials: int) -> list[dict[str, Any]]:
 
 def usable_device() -> str:
     """`cuda` where Ray gave this task a GPU and XGBoost can use it, else `cpu`."""
-    if not ray.get_gpu_ids():
-        return "cpu"
-    try:
-        booster = xgb.train({"device": "cuda"}, xgb.DMatrix([[0.0], [1.0]], label=[0, 1]), num_boost_round=1)
-    except xgb.core.XGBoostError:
-        return "cpu"
-    # Where there is no GPU, XGBoost may go on without a word.
-    used = json.loads(booster.save_config())["learner"]["generic_param"]["device"]
-    return "cuda" if used.startswith("cuda") else "cpu"
+    return "cuda" if ray.get_gpu_ids() and evaluation.can_use("cuda") else "cpu"
 
 
 def run_trial(parameters: dict[str, Any], training: Any, validation: Any, threads: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from support.dagster_dev import DagsterDev
 
 pytestmark = pytest.mark.local
 
-ASSETS = ("flights", "delay_features", "delay_sweep", "delay_model")
+ASSETS = ("flights", "delay_features", "delay_sweep", "delay_model", "delay_forest")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def test_the_graph_shows_all_assets_materialised(page: Page, tmp_path: Path) -> 
     for asset in ASSETS:
         expect(page.get_by_text(asset, exact=True).first).to_be_visible()
     expect(page.get_by_text("12 partitions", exact=True)).to_have_count(2)
-    expect(page.get_by_text("Materialized", exact=True)).to_have_count(2)
-    expect(page.get_by_text(re.compile(r"^(\d) / \1 Passed$"))).to_have_count(4)
+    expect(page.get_by_text("Materialized", exact=True)).to_have_count(3)
+    expect(page.get_by_text(re.compile(r"^(\d) / \1 Passed$"))).to_have_count(5)
     take(page, "asset-graph.png", tmp_path)
 
 
@@ -52,6 +52,12 @@ def test_a_picture_is_shown(page: Page) -> None:
     picture = page.locator("img[alt=calibration]")
     expect(picture).to_be_visible()
     assert picture.evaluate("image => image.naturalWidth") > 300
+
+
+def test_all_ranks_trained_one_forest(page: Page) -> None:
+    page.goto("/assets/delay_forest")
+    for name, value in (("ranks", "4"), ("trees", "160"), ("rows", "273,355")):
+        expect(page.locator("tr", has_text=re.compile(f"^{name}")).get_by_text(value, exact=True)).to_be_visible()
 
 
 def test_the_table_of_trials_is_shown(page: Page) -> None:

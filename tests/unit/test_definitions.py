@@ -9,7 +9,7 @@ from musica_pipelines.assets.flight_delays import delay_features, months
 from musica_pipelines.definitions import defs
 from resources import SUPERCOMPUTER_SITE_OVERRIDES
 
-ASSETS = {"flights", "delay_features", "delay_sweep", "delay_model"}
+ASSETS = {"flights", "delay_features", "delay_sweep", "delay_model", "delay_forest"}
 
 
 def test_the_definitions_are_loadable() -> None:

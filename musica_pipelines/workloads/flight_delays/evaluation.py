@@ -1,10 +1,13 @@
-"""Which months train, choose and judge the model, and how it is judged."""
+"""Which months train, choose and judge the model, on which device, and how it is judged."""
+
+import json
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import xgboost as xgb
 
-from . import source
+from . import source, storage
 from .features import FEATURES, LABEL
 
 TRAINING_MONTHS = [f"{source.YEAR}-{month:02d}" for month in range(1, 9)]
@@ -13,12 +16,34 @@ VALIDATION_MONTHS = [f"{source.YEAR}-{month:02d}" for month in (9, 10)]
 HELD_OUT_MONTHS = [f"{source.YEAR}-{month:02d}" for month in (11, 12)]
 """The model is judged on these; nothing before has seen them."""
 
+HYPERPARAMETERS = ("max_depth", "eta", "subsample", "colsample_bytree", "min_child_weight")
 BASELINE = "late rate by hour of departure in the training months"
 
 
 def dmatrix(table: pd.DataFrame) -> xgb.DMatrix:
     """Features and label in XGBoost's own form."""
     return xgb.DMatrix(table[list(FEATURES)], label=table[LABEL])
+
+
+def can_use(device: str) -> bool:
+    """Whether XGBoost can train on this GPU: `cuda`, or `cuda:2` for one of several."""
+    try:
+        with xgb.config_context(verbosity=0):
+            booster = xgb.train({"device": device}, xgb.DMatrix([[0.0], [1.0]], label=[0, 1]), num_boost_round=1)
+    except xgb.core.XGBoostError:
+        return False
+    # Where there is no GPU, XGBoost may go on without a word.
+    used: str = json.loads(booster.save_config())["learner"]["generic_param"]["device"]
+    return used.startswith("cuda")
+
+
+def read_best_trial() -> tuple[dict[str, Any], int]:
+    """XGBoost's parameters, and the number of rounds, of the best trial of the newest sweep."""
+    path = storage.trials_file()
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist: materialise delay_sweep first")
+    best = json.loads(path.read_text())[0]
+    return {"objective": "binary:logistic", **{name: best[name] for name in HYPERPARAMETERS}}, best["rounds"]
 
 
 def auc(label: pd.Series, score: "pd.Series | np.ndarray") -> float:

@@ -48,6 +48,11 @@ def model_file() -> Path:
     return data_root() / "delay_model" / "model.ubj"
 
 
+def forest_file() -> Path:
+    """The trained forest in XGBoost's own format."""
+    return data_root() / "delay_forest" / "forest.ubj"
+
+
 def name(path: Path) -> str:
     """A path below the data root, as people call it."""
     return str(path.relative_to(data_root()))

@@ -104,7 +104,8 @@ def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev
 def whole_example(dagster_dev: DagsterDev) -> str:
     """Id of a run over all assets and all months."""
     months = {"dagster__asset_partition_range_start": "2013-01", "dagster__asset_partition_range_end": "2013-12"}
-    run_id = dagster_dev.launch("flights", "delay_features", "delay_sweep", "delay_model", **months)
+    assets = ("flights", "delay_features", "delay_sweep", "delay_model", "delay_forest")
+    run_id = dagster_dev.launch(*assets, **months)
     assert dagster_dev.wait(run_id, 300) == "SUCCESS"
     return run_id
 
