@@ -118,7 +118,13 @@ def test_materialize_all_from_the_ui(
     gpu = ["zen4_0768_h100x4", "zen4_0768_h100x4", "COMPLETED", "2"]
     all_gpus = [*gpu[:3], "1"]
     cpu = ["zen4_0768", "zen4_0768", "COMPLETED", "1"]
-    assert ran == {"flights": cpu, "delay_features": cpu, "delay_sweep": gpu, "delay_model": cpu, "delay_forest": all_gpus}
+    assert ran == {
+        "flights": cpu,
+        "delay_features": cpu,
+        "delay_sweep": gpu,
+        "delay_model": cpu,
+        "delay_forest": all_gpus,
+    }
     assert len(keys) == 5
     assert len(jobs) == 4 + 12  # an array has a row per task
     assert len(dagster_dev.materializations("flights")) == 12

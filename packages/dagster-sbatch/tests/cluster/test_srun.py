@@ -3,23 +3,26 @@
 import os
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dagster_sbatch import JobArray
 from dagster_sbatch.launchers import SrunLauncher
 from dagster_sbatch.slurm import SlurmRequest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from slurm_in_a_box.machines import MEMORY_CGROUPS
+from support.array_asset import DAYS, ArrayAsset
 from support.background import WAITS, Background, go_on, only_job
 from support.ranks import MPI, RANK, RENDEZVOUS
 from support.ray_run import cause_of, nothing_is_left
 from support.step import Step, kill
-from support.workload_asset import Outcome, materialize
+from support.workload_asset import PIPES, Outcome, materialize
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
-NODES = ("n4001", "n4002")
+NODES, GPU_NODES = ("n4001", "n4002"), ("g4001", "g4002")
 TWO_NODES: dict[str, Any] = {"nodes": 2, "ntasks_per_node": 2, "nodelist": ",".join(NODES)}
 
 
@@ -51,11 +54,12 @@ def test_ranks_on_two_nodes_find_each_other(
 
 
 @pytest.mark.parametrize(("bind", "seen"), [("none", {"0,1,2,3"}), ("per_task:1", {"0", "1", "2", "3"})])
-def test_each_rank_sees_all_gpus_or_one(bind: str, seen: set[str], workloads: Path) -> None:
+def test_each_rank_sees_all_gpus_or_one(bind: str, seen: set[str], site: SimulatedSite, workloads: Path) -> None:
     request = {"nodes": 1, "ntasks_per_node": 4, "gpus_per_node": 4, "cpus_per_task": 1, "nodelist": None}
     outcome = run(RENDEZVOUS, workloads, SrunLauncher(gpu_bind=bind), **request)
     assert outcome.error == ""
     assert {word.split()[3] for word in outcome.materializations[None][0]["words"]} == seen
+    nothing_is_left(site, *GPU_NODES)
 
 
 def test_a_real_mpi_over_two_nodes(site: SimulatedSite, workloads: Path) -> None:
@@ -115,6 +119,32 @@ def test_a_job_in_which(name: str, site: SimulatedSite, workloads: Path) -> None
         assert text in outcome.error
     assert outcome.materializations == {}
     nothing_is_left(site, *NODES)
+
+
+FINE, RAISES, HANGS, FULL = DAYS.get_partition_keys()[:4]
+BY_DAY = f"""\
+import os, time
+day, other = pipes.partition_key, os.environ["RANK"] != "0"
+if day == "{RAISES}" and other: raise ValueError("boom")
+if day == "{FULL}" and other: b"x" * (2 << 30)
+{textwrap.dedent(RENDEZVOUS.removeprefix(PIPES))}
+if day == "{HANGS}" and other: time.sleep(600)
+"""
+
+
+def test_tasks_of_an_array_with_two_ranks_each(site: SimulatedSite, tmp_path: Path) -> None:
+    """They share a node: each has a port of its own, the error of its own rank, and ends by itself."""
+    request = SlurmRequest(ntasks_per_node=2, nodelist=NODES[0], mem="500M", time_limit="5")
+    launcher = SrunLauncher(end_time_limit=3)
+    asset = ArrayAsset(tmp_path, BY_DAY, JobArray(), launcher=launcher, request=request, extras={"name": "probe"})
+    outcome = asset.run(FINE, FULL if MEMORY_CGROUPS else HANGS)
+    assert list(outcome.once) == [FINE]
+    assert outcome.once[FINE]["words"] == ["0 0 n4001 None probe 1", "1 1 n4001 None probe 1"]
+    assert f"1 task ({RAISES}): rank 1 on n4001 ended with exit code 1: ValueError: boom" in outcome.error
+    assert f"1 task ({HANGS}): rank 1 still ran 3 s after another rank had ended" in outcome.error
+    if MEMORY_CGROUPS:
+        assert f"1 task ({FULL}): rank 1 on n4001 ran out of memory." in outcome.error
+    nothing_is_left(site, NODES[0])
 
 
 def test_a_job_that_is_cancelled(site: SimulatedSite, workloads: Path) -> None:

@@ -1,11 +1,11 @@
-"""The plan of an asset that runs a program or a batch script."""
+"""The plan of an asset that runs a program, a batch script or ranks."""
 
 from pathlib import Path
 
 import dagster as dg
 
 from dagster_sbatch.inspect.asset_preview import Preview, preview_asset
-from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, Launcher
+from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, Launcher, SrunLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import SlurmRequest
 from resources import PROJECT
@@ -40,3 +40,13 @@ def test_a_batch_script_is_shown_with_what_its_lines_request(tmp_path: Path) -> 
     assert found.plan.notes == (
         "model.sh, line 3: --time=2:00:00 does not apply. The asset requests time_limit='00:05:00'.",
     )
+
+
+def test_the_ranks_of_srun(tmp_path: Path) -> None:
+    request = SlurmRequest(nodes=2, ntasks_per_node=4, gpus_per_node=4, time_limit="5")
+    found = preview(make(tmp_path, "print(1)\n", "train.py"), SrunLauncher(mpi="pmix"), request)
+    assert found.summary["how"] == "train.py with SrunLauncher"
+    assert found.summary["nodes"].startswith("2, 4 tasks per node")
+    assert '"$ranks" job --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=44 ' in found.script
+    assert " --gres=gpu:4 --gpu-bind=none --mpi=pmix --wait=600 '<SLURM_DEPLOYMENT_BASE_PATH>/" in found.script
+    assert "/workloads/train.py' 'a b'\n" in found.script
