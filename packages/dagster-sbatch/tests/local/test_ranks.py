@@ -10,7 +10,6 @@ import pytest
 
 from dagster_sbatch import JobArray
 from dagster_sbatch.launchers import SrunLauncher
-from dagster_sbatch.launchers.srun.job import ranks
 from dagster_sbatch.run.local import RunDirectory, run_workload
 from dagster_sbatch.slurm import SlurmRequest
 from slurm_in_a_box import wait_until
@@ -18,6 +17,8 @@ from support.array_asset import ArrayAsset
 from support.dagster_dev import gone
 from support.ranks import MPI, RANK, RENDEZVOUS
 from support.workload_asset import Outcome, materialize
+
+import one_rank
 
 pytestmark = pytest.mark.local
 FOUR = SlurmRequest(nodes=2, ntasks_per_node=2)
@@ -105,11 +106,11 @@ def test_a_rank(name: str, tmp_path: Path) -> None:
 def test_a_rank_whose_output_is_read_late_loses_none_of_it(tmp_path: Path) -> None:
     workload = tmp_path / "w.py"
     workload.write_text("for number in range(3_000): print('a line with the number', number)\n")
-    command = [sys.executable, "-I", str(ranks.__file__), "rank", str(tmp_path / "failure"), str(workload)]
+    command = [sys.executable, "-I", str(one_rank.__file__), str(tmp_path / "failure"), str(workload)]
     variables = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
     with subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE) as rank:
         with pytest.raises(subprocess.TimeoutExpired):
-            rank.wait(ranks.DRAIN_SECONDS + 1)
+            rank.wait(one_rank.DRAIN_SECONDS + 1)
         output, _ = rank.communicate()
     assert rank.returncode == 0
     assert output.decode().splitlines() == [f"[rank 1] a line with the number {n}" for n in range(3_000)]

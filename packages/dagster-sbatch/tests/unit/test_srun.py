@@ -9,8 +9,10 @@ from dagster_pipes import decode_param
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers import SrunLauncher
-from dagster_sbatch.launchers.srun.job import ranks
 from dagster_sbatch.slurm import SlurmRequest
+
+import one_rank
+import ranks
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def test_the_site_names_the_mpi_type() -> None:
 
 def test_dagster_pipes_reads_the_parameter() -> None:
     param = {"path": os.devnull, "include_stdio_in_messages": False}
-    assert decode_param(ranks.encode_param(param)) == param
+    assert decode_param(one_rank.encode_param(param)) == param
 
 
 def test_a_claimed_port_is_for_those_who_reuse_addresses() -> None:
@@ -87,8 +89,8 @@ def test_a_failure_that_cannot_be_read_leaves_the_words_of_srun(text: str, tmp_p
 
 def test_the_first_failure_is_recorded_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for rank in (1, 2):
-        ranks.record_failure(tmp_path / "failure", {"rank": rank})
+        one_rank.record_failure(tmp_path / "failure", {"rank": rank})
     assert (tmp_path / "failure").read_text() == '{"rank": 1}'
     assert [path.name for path in tmp_path.iterdir()] == ["failure"]
-    ranks.record_failure(tmp_path / "none" / "failure", {"rank": 3})
+    one_rank.record_failure(tmp_path / "none" / "failure", {"rank": 3})
     assert "The failure of this rank cannot be recorded" in capfd.readouterr().err

@@ -85,7 +85,7 @@ ulimit -n 65536 || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on
 export -f pre_start
 ranks=$PWD/srun/ranks.py
 [ -e "$ranks" ] || ranks=$PWD/../../srun/ranks.py # the task of an array runs two folders below
-"$PYTHON" -I -S "$ranks" job --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=44 --gres=gpu:4 --gpu-bind=per_task:1 --cpu-bind=cores --mpi=pmix --wait=600 'work load.py'
+"$PYTHON" -B -E -s -S "$ranks" job --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=44 --gres=gpu:4 --gpu-bind=per_task:1 --cpu-bind=cores --mpi=pmix --wait=600 'work load.py'
 ) &
 body=$!
 while :; do

@@ -13,8 +13,10 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers.base import Launcher
 from dagster_sbatch.slurm.request import SlurmRequest
 
-_PROGRAM = Path(__file__).parent / "job" / "ranks.py"
-_IN_THE_JOB = "srun/ranks.py"
+_FOLDER = Path(__file__).parent / "job"
+_PROGRAM = "ranks.py"
+_PYTHON_OPTIONS = ("-B", "-E", "-s", "-S")
+"""Only Python's own modules, and those beside the program."""
 _GPUS_PER_TASK = re.compile(r"per_task:(\d+)")
 
 
@@ -79,7 +81,7 @@ class SrunLauncher(Launcher):
             )
 
     def files(self, request: SlurmRequest) -> dict[str, str]:  # noqa: ARG002, D102 - see Launcher
-        return {_IN_THE_JOB: _PROGRAM.read_text()}
+        return {f"srun/{path.name}": path.read_text() for path in sorted(_FOLDER.glob("*.py"))}
 
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
         nodes, tasks, cpus, gpus = (
@@ -101,12 +103,13 @@ class SrunLauncher(Launcher):
             f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cpus}}}\n"
             "# Every rank runs this before the workload.\n# shellcheck disable=SC2317\n"
             f"pre_start() {{\n{pre_start}\n}}\n"
-            f"export -f pre_start\nranks=$PWD/{_IN_THE_JOB}\n"
-            f'[ -e "$ranks" ] || ranks=$PWD/../../{_IN_THE_JOB} # the task of an array runs two folders below\n'
-            f'"$PYTHON" -I -S "$ranks" job {shlex.join([*step, *command])}'
+            f"export -f pre_start\nranks=$PWD/srun/{_PROGRAM}\n"
+            f'[ -e "$ranks" ] || ranks=$PWD/../../srun/{_PROGRAM} # the task of an array runs two folders below\n'
+            f'"$PYTHON" {shlex.join(_PYTHON_OPTIONS)} "$ranks" job {shlex.join([*step, *command])}'
         )
 
     def local_command(self, request: SlurmRequest, command: Sequence[str]) -> list[str]:  # noqa: D102 - see Launcher
         step = [f"--ntasks={request.nodes * request.ntasks_per_node}", f"--gpu-bind={self.gpu_bind}"]
         step += [f"--mpi={self.mpi}"] if self.mpi else []
-        return [sys.executable, "-I", "-S", str(_PROGRAM), "local", *step, f"--wait={self.end_time_limit}", *command]
+        step += [f"--wait={self.end_time_limit}"]
+        return [sys.executable, *_PYTHON_OPTIONS, str(_FOLDER / _PROGRAM), "local", *step, *command]

@@ -2,15 +2,11 @@
 
 usage: ranks.py job OPTIONS COMMAND...     on the first node of a job: start the ranks with srun and these options of it
        ranks.py local OPTIONS COMMAND...   on a laptop: start them as processes of this machine
-       ranks.py rank FAILURE COMMAND...    one rank: start the workload, label its output, record its failure;
-                                           mpi-rank: the same for an MPI program
 
-The first two run in the run directory, claim MASTER_PORT, and write the file `cause` if a rank fails. COMMAND contains
-Python's arguments. A rank that fails writes the file FAILURE unless another one was earlier: others fail as a result.
+Runs in the run directory, with the folder of this file on Python's path. It claims MASTER_PORT, starts one_rank.py once
+per rank, and writes the file `cause` if a rank fails. COMMAND contains Python's arguments.
 """
 
-import base64
-import importlib.util
 import json
 import os
 import re
@@ -20,31 +16,21 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import zlib
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-RANK, MPI_RANK = "rank", "mpi-rank"
-STDOUT, STDERR = 1, 2
+from one_rank import STDERR, Output, leave_signals_to_the_workload, shell_code
+
+_RANK = Path(__file__).with_name("one_rank.py")
 PORTS = range(20000, 32768)
 """Below the ports that Linux uses for outgoing connections (ip_local_port_range)."""
-KEPT_LINES, TAIL_LINES = 200, 20
-"""Of what a process writes to stderr: those that are searched for the cause, and those that are shown with it."""
-LONGEST_LINE = 1 << 16
-"""Bytes of a line that are labelled at once."""
-DRAIN_SECONDS = 2.0
-"""Wait for more output of a rank that has ended: a process that it has left may keep the pipe open."""
 GRACE_SECONDS = 5.0
 """Between SIGTERM and SIGKILL for local ranks."""
 POLL_SECONDS = 0.05
-RANK_VARIABLES = ("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "RANK")
-"""Where srun, two kinds of mpiexec and `local` write a rank."""
 RANK_SHELL = """\
 HOSTNAME=$SLURMD_NODENAME # Slurm passes on that of the first node
 set_temporary_folder
@@ -62,10 +48,8 @@ _STILL_RUNNING = re.compile(r"tasks? ([0-9,-]+): running")
 
 
 def main() -> int:
-    """Return the exit code of the job, or of the rank."""
+    """Return the exit code of the job."""
     role, *words = sys.argv[1:]
-    if role in (RANK, MPI_RANK):
-        return run_rank(Path(words[0]), [*(mpi4py() if role == MPI_RANK else []), *words[1:]])
     options = dict(word[2:].split("=", 1) for word in takewhile(lambda word: word.startswith("--"), words))
     command = words[len(options) :]
     failure = Path(f"rank-failure-{os.environ.get('SLURM_RESTART_COUNT', '0')}").absolute()
@@ -101,9 +85,9 @@ def claimed_port() -> Iterator[int]:
     raise SystemExit(f"no free port from {PORTS.start} to {PORTS.stop - 1} on {socket.gethostname()}")
 
 
-def role_of(options: Mapping[str, str]) -> str:
-    """Return what this program is in each rank."""
-    return MPI_RANK if "mpi" in options else RANK
+def rank_command(options: Mapping[str, str], failure: Path, command: Sequence[str]) -> list[str]:
+    """Return Python's arguments for one rank."""
+    return [str(_RANK), *(["--mpi"] if "mpi" in options else []), str(failure), *command]
 
 
 # On the first node of a job
@@ -117,7 +101,7 @@ def run_job(options: Mapping[str, str], failure: Path, command: Sequence[str]) -
         return 1, problem
     os.environ["MASTER_ADDR"] = socket.gethostname()
     step = [f"--{name}={value}" for name, value in options.items()]
-    ranks = ["bash", "-c", RANK_SHELL, "-", __file__, role_of(options), str(failure), *command]
+    ranks = ["bash", "-c", RANK_SHELL, "-", *rank_command(options, failure, command)]
     srun = ["srun", "--export=ALL", "--input=none", "--kill-on-bad-exit=1", *step, *ranks]
     return await_starter(srun, failure, options["wait"])
 
@@ -165,7 +149,7 @@ def run_here(options: Mapping[str, str], failure: Path, command: Sequence[str]) 
     """Run the ranks as processes of this machine; return the exit code and, if it is not 0, the cause."""
     leave_signals_to_the_workload()
     count = int(options["ntasks"])
-    rank = [sys.executable, "-I", __file__, role_of(options), str(failure), *command]
+    rank = [sys.executable, "-I", *rank_command(options, failure, command)]
     threads = str(max((os.cpu_count() or 1) // count, 1))
     os.environ.update(MASTER_ADDR="127.0.0.1", WORLD_SIZE=str(count))
     os.environ.setdefault("OMP_NUM_THREADS", threads)
@@ -273,11 +257,6 @@ def explain_late(ranks: str, seconds: str) -> str:
     )
 
 
-def shell_code(code: int) -> int:
-    """Return an exit code by the rules of a shell; `code`: negative is the signal, as in `subprocess`."""
-    return 128 - code if code < 0 else code
-
-
 def name_exit(code: int) -> str:
     """Return how a process ended; `code`: not 0; negative is the signal that ended it, as in `subprocess`."""
     if code > 0:
@@ -285,107 +264,6 @@ def name_exit(code: int) -> str:
     cause = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     hint = " (the system does that when memory runs out)"
     return f"was killed by {cause}{hint if cause == 'SIGKILL' else ''}"
-
-
-# One rank
-
-
-class Output:
-    """Copies what a process writes, line by line, and remembers the last lines."""
-
-    def __init__(self, source: IO[bytes] | None, target: int, label: str = "") -> None:
-        """Start to copy, in a thread.
-
-        Args:
-            source: a pipe from the process.
-            target: a file descriptor. The thread may be blocked in writing when this process ends: a buffer of Python
-                would be locked then, and Python would abort.
-            label: begins each line.
-        """
-        assert source is not None
-        self.lines: deque[str] = deque(maxlen=KEPT_LINES)
-        self._source, self._target, self._label = source, target, label.encode()
-        self._writing = False
-        self._thread = threading.Thread(target=self._copy, daemon=True)
-        self._thread.start()
-
-    def _copy(self) -> None:
-        with self._source:
-            for line in iter(lambda: self._source.readline(LONGEST_LINE), b""):
-                self._writing = True
-                self._write(self._label + (line if line.endswith(b"\n") or not self._label else line + b"\n"))
-                self.lines.append(line.decode(errors="replace").rstrip())
-                self._writing = False
-
-    def _write(self, data: bytes) -> None:
-        with suppress(OSError):  # the disk is full: the workload continues
-            while data:
-                data = data[os.write(self._target, data) :]
-
-    def drain(self) -> None:
-        """Copy the rest: wait as long as it takes to write it, and DRAIN_SECONDS for the source."""
-        waited = 0.0
-        while self._thread.is_alive() and waited < DRAIN_SECONDS:
-            self._thread.join(POLL_SECONDS)
-            waited += 0 if self._writing else POLL_SECONDS
-
-
-def run_rank(failure: Path, command: Sequence[str]) -> int:
-    """Run the workload as the rank that the environment names; return its exit code, by the rules of a shell."""
-    rank = next(os.environ[name] for name in RANK_VARIABLES if name in os.environ)
-    world = os.environ.get("SLURM_NTASKS") or os.environ["WORLD_SIZE"]
-    os.environ.update(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=os.environ.get("SLURM_LOCALID", rank))
-    leave_signals_to_the_workload()
-    first = rank == "0"
-    if not first:
-        os.environ["DAGSTER_PIPES_MESSAGES"] = encode_param({"path": os.devnull, "include_stdio_in_messages": False})
-    workload = subprocess.Popen(
-        [sys.executable, *command],
-        stdin=subprocess.DEVNULL,
-        stdout=None if first else subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        close_fds=False,  # MPI may have one of srun's
-    )
-    if first:
-        Path("workload.pid").write_text(f"{workload.pid}\n")  # gets the warning before the time limit
-    label = "" if first else f"[rank {rank}] "
-    outputs = [Output(workload.stderr, STDERR, label)]
-    outputs += [] if first else [Output(workload.stdout, STDOUT, label)]
-    code = workload.wait()
-    for output in outputs:
-        output.drain()
-    if code:
-        tail = list(outputs[0].lines)[-TAIL_LINES:]
-        record_failure(failure, {"rank": rank, "host": socket.gethostname(), "code": code, "stderr": tail})
-    return shell_code(code)
-
-
-def mpi4py() -> list[str]:
-    """Return what makes Python end all ranks if one raises; without it, that one waits for the others forever."""
-    return ["-m", "mpi4py"] if importlib.util.find_spec("mpi4py") else []
-
-
-def leave_signals_to_the_workload() -> None:
-    """Let this process survive the signals for its group; it does not ignore them: the workload would inherit that."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda *_: None)
-
-
-def record_failure(path: Path, record: Mapping[str, object]) -> None:
-    """Write a failure, all of it or nothing, unless another rank has written one."""
-    part = path.with_name(f"{path.name}-{socket.gethostname()}-{os.getpid()}")
-    try:
-        part.write_text(json.dumps(record))
-        with suppress(FileExistsError):
-            os.link(part, path)
-        part.unlink()
-    except OSError as error:
-        print(f"The failure of this rank cannot be recorded: {error}", file=sys.stderr)
-
-
-def encode_param(param: Mapping[str, object]) -> str:
-    """Return a parameter as `dagster_pipes.encode_param` does, which the environment of an MPI program may lack."""
-    return base64.b64encode(zlib.compress(json.dumps(param).encode())).decode()
 
 
 if __name__ == "__main__":

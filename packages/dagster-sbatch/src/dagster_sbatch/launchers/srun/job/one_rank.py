@@ -1,0 +1,152 @@
+"""Run the workload as one rank: label its output, and record its failure.
+
+usage: one_rank.py [--mpi] FAILURE COMMAND...
+
+COMMAND contains Python's arguments. A rank that fails writes the file FAILURE, unless another one was earlier: others
+fail as a result. With --mpi, a rank that raises ends all others, if mpi4py is installed.
+"""
+
+import base64
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import zlib
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+STDOUT, STDERR = 1, 2
+KEPT_LINES, TAIL_LINES = 200, 20
+"""Of what a process writes to stderr: those that are searched for the cause, and those that are shown with it."""
+LONGEST_LINE = 1 << 16
+"""Bytes of a line that are labelled at once."""
+DRAIN_SECONDS = 2.0
+"""Wait for more output of a rank that has ended: a process that it has left may keep the pipe open."""
+POLL_SECONDS = 0.05
+RANK_VARIABLES = ("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "RANK")
+"""Where srun, two kinds of mpiexec and `local` write a rank."""
+
+
+def main() -> int:
+    """Return the exit code of the rank."""
+    words = sys.argv[1:]
+    mpi = words[0] == "--mpi"
+    failure, *command = words[mpi:]
+    return run_rank(Path(failure), [*(mpi4py() if mpi else []), *command])
+
+
+def run_rank(failure: Path, command: Sequence[str]) -> int:
+    """Run the workload as the rank that the environment names; return its exit code, by the rules of a shell."""
+    rank = next(os.environ[name] for name in RANK_VARIABLES if name in os.environ)
+    world = os.environ.get("SLURM_NTASKS") or os.environ["WORLD_SIZE"]
+    os.environ.update(RANK=rank, WORLD_SIZE=world, LOCAL_RANK=os.environ.get("SLURM_LOCALID", rank))
+    leave_signals_to_the_workload()
+    first = rank == "0"
+    if not first:
+        os.environ["DAGSTER_PIPES_MESSAGES"] = encode_param({"path": os.devnull, "include_stdio_in_messages": False})
+    workload = subprocess.Popen(
+        [sys.executable, *command],
+        stdin=subprocess.DEVNULL,
+        stdout=None if first else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        close_fds=False,  # MPI may have one of srun's
+    )
+    if first:
+        Path("workload.pid").write_text(f"{workload.pid}\n")  # gets the warning before the time limit
+    label = "" if first else f"[rank {rank}] "
+    outputs = [Output(workload.stderr, STDERR, label)]
+    outputs += [] if first else [Output(workload.stdout, STDOUT, label)]
+    code = workload.wait()
+    for output in outputs:
+        output.drain()
+    if code:
+        tail = list(outputs[0].lines)[-TAIL_LINES:]
+        record_failure(failure, {"rank": rank, "host": socket.gethostname(), "code": code, "stderr": tail})
+    return shell_code(code)
+
+
+def mpi4py() -> list[str]:
+    """Return what makes Python end all ranks if one raises; without it, that one waits for the others forever."""
+    return ["-m", "mpi4py"] if importlib.util.find_spec("mpi4py") else []
+
+
+def record_failure(path: Path, record: Mapping[str, object]) -> None:
+    """Write a failure, all of it or nothing, unless another rank has written one."""
+    part = path.with_name(f"{path.name}-{socket.gethostname()}-{os.getpid()}")
+    try:
+        part.write_text(json.dumps(record))
+        with suppress(FileExistsError):
+            os.link(part, path)
+        part.unlink()
+    except OSError as error:
+        print(f"The failure of this rank cannot be recorded: {error}", file=sys.stderr)
+
+
+def encode_param(param: Mapping[str, object]) -> str:
+    """Return a parameter as `dagster_pipes.encode_param` does, which the environment of an MPI program may lack."""
+    return base64.b64encode(zlib.compress(json.dumps(param).encode())).decode()
+
+
+def leave_signals_to_the_workload() -> None:
+    """Let this process survive the signals for its group; it does not ignore them: the workload would inherit that."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+
+
+def shell_code(code: int) -> int:
+    """Return an exit code by the rules of a shell; `code`: negative is the signal, as in `subprocess`."""
+    return 128 - code if code < 0 else code
+
+
+class Output:
+    """Copies what a process writes, line by line, and remembers the last lines."""
+
+    def __init__(self, source: IO[bytes] | None, target: int, label: str = "") -> None:
+        """Start to copy, in a thread.
+
+        Args:
+            source: a pipe from the process.
+            target: a file descriptor. The thread may be blocked in writing when this process ends: a buffer of Python
+                would be locked then, and Python would abort.
+            label: begins each line.
+        """
+        assert source is not None
+        self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._source, self._target, self._label = source, target, label.encode()
+        self._writing = False
+        self._thread = threading.Thread(target=self._copy, daemon=True)
+        self._thread.start()
+
+    def _copy(self) -> None:
+        with self._source:
+            for line in iter(lambda: self._source.readline(LONGEST_LINE), b""):
+                self._writing = True
+                self._write(self._label + (line if line.endswith(b"\n") or not self._label else line + b"\n"))
+                self.lines.append(line.decode(errors="replace").rstrip())
+                self._writing = False
+
+    def _write(self, data: bytes) -> None:
+        with suppress(OSError):  # the disk is full: the workload continues
+            while data:
+                data = data[os.write(self._target, data) :]
+
+    def drain(self) -> None:
+        """Copy the rest: wait as long as it takes to write it, and DRAIN_SECONDS for the source."""
+        waited = 0.0
+        while self._thread.is_alive() and waited < DRAIN_SECONDS:
+            self._thread.join(POLL_SECONDS)
+            waited += 0 if self._writing else POLL_SECONDS
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(exit_code)  # a thread may still read or write
