@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pandas as pd
 import xgboost as xgb
-from dagster_pipes import PipesMetadataValue, open_dagster_pipes
+from dagster_pipes import open_dagster_pipes
 from matplotlib.figure import Figure
 
 from flight_delays import evaluation, reporting, storage
@@ -50,26 +50,9 @@ def main() -> None:
         training = storage.read_features(evaluation.TRAINING_MONTHS + evaluation.VALIDATION_MONTHS)
         held_out = storage.read_features(evaluation.HELD_OUT_MONTHS)
         booster = xgb.train(parameters, evaluation.dmatrix(training), rounds)
-        probability = booster.predict(evaluation.dmatrix(held_out))
-        auc = evaluation.auc(held_out[LABEL], probability)
-        baseline = evaluation.baseline_auc(training, held_out)
-        path = storage.model_file()
-        storage.write_atomically(path, lambda part: part.write_bytes(booster.save_raw("ubj")))
-        pipes.log.info(
-            f"AUC {auc:.4f} on {len(held_out)} held-out flights (baseline {baseline:.4f}) -> {storage.name(path)}"
-        )
-        pipes.report_asset_check(
-            "better_than_baseline",
-            passed=auc > baseline,
-            metadata={"auc": auc, "baseline_auc": baseline, "baseline": evaluation.BASELINE},
-        )
-        metadata: dict[str, float | PipesMetadataValue] = {
-            "auc": round(auc, 5),
-            "baseline_auc": round(baseline, 5),
-            "rows": len(training),
-            "held_out_rows": len(held_out),
+        probability, metadata = evaluation.publish(pipes, booster, training, held_out)
+        metadata |= {
             "seconds": round(time.monotonic() - begun, 2),
-            "model": {"type": "path", "raw_value": str(path)},
             "calibration": reporting.picture(calibration_picture(held_out[LABEL], probability), "calibration"),
             "importance": reporting.picture(importance_picture(booster), "importance"),
         }

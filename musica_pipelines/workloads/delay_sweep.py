@@ -44,15 +44,10 @@ def sample_parameters(trials: int) -> list[dict[str, Any]]:
     ]
 
 
-def usable_device() -> str:
-    """`cuda` where Ray gave this task a GPU and XGBoost can use it, else `cpu`."""
-    return "cuda" if ray.get_gpu_ids() and evaluation.can_use("cuda") else "cpu"
-
-
 def run_trial(parameters: dict[str, Any], training: Any, validation: Any, threads: int) -> dict[str, Any]:
     """Train once; the AUC on the validation months, with what it took."""
     begun = time.monotonic()
-    device = usable_device()
+    device = "cuda" if ray.get_gpu_ids() and evaluation.can_use("cuda") else "cpu"
     threads = min(threads, os.cpu_count() or 1)  # Ray counts what it was told, which a node may not have
     booster = xgb.train(
         {**parameters, "objective": "binary:logistic", "eval_metric": "auc", "device": device, "nthread": threads},

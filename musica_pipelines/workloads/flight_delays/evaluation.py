@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xgboost as xgb
+from dagster_pipes import PipesContext
 
 from . import source, storage
 from .features import FEATURES, LABEL
@@ -58,3 +59,28 @@ def baseline_auc(training: pd.DataFrame, judged: pd.DataFrame) -> float:
     """The AUC of BASELINE: what a model has to beat."""
     rate = training.groupby(training["departure_minute"] // 60)[LABEL].mean()
     return auc(judged[LABEL], (judged["departure_minute"] // 60).map(rate).fillna(training[LABEL].mean()))
+
+
+def publish(
+    pipes: PipesContext, booster: xgb.Booster, training: pd.DataFrame, held_out: pd.DataFrame
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Save this asset's model and report its check; the predictions for the held-out flights, and metadata."""
+    path = storage.model_file(pipes.asset_key)
+    storage.write_atomically(path, lambda part: part.write_bytes(booster.save_raw("ubj")))
+    probability = booster.predict(dmatrix(held_out))
+    found, baseline = auc(held_out[LABEL], probability), baseline_auc(training, held_out)
+    pipes.log.info(
+        f"AUC {found:.4f} on {len(held_out)} held-out flights (baseline {baseline:.4f}) -> {storage.name(path)}"
+    )
+    pipes.report_asset_check(
+        "better_than_baseline",
+        passed=found > baseline,
+        metadata={"auc": found, "baseline_auc": baseline, "baseline": BASELINE},
+    )
+    return probability, {
+        "auc": round(found, 5),
+        "baseline_auc": round(baseline, 5),
+        "rows": len(training),
+        "held_out_rows": len(held_out),
+        "model": {"type": "path", "raw_value": str(path)},
+    }

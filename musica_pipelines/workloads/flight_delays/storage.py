@@ -43,14 +43,9 @@ def features_version(months: Iterable[str]) -> str:
     return " ".join(f"{state.st_mtime_ns}/{state.st_size}" for state in states)
 
 
-def model_file() -> Path:
-    """The trained model in XGBoost's own format."""
-    return data_root() / "delay_model" / "model.ubj"
-
-
-def forest_file() -> Path:
-    """The trained forest in XGBoost's own format."""
-    return data_root() / "delay_forest" / "forest.ubj"
+def model_file(asset: str) -> Path:
+    """The model that an asset has trained, in XGBoost's own format."""
+    return data_root() / asset / "model.ubj"
 
 
 def name(path: Path) -> str:
