@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch import JobArray, SlurmRequest
-from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
+from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, SimulatedSite, wait_until
 from support.array_asset import DAYS, ArrayAsset
 from support.array_process import ArrayProcess
 from support.background import STRESS, go_on, nobody_left, runs_there
@@ -205,37 +205,50 @@ def test_a_task_that_the_machine_ends_is_submitted_again_alone(site: SimulatedSi
     assert submitted == {FIRST: 1, "2013-01-02": 2, "2013-01-03": 4, "2013-01-04": 1}
 
 
-def test_a_task_on_a_node_that_fails_runs_again_alone(site: SimulatedSite, tmp_path: Path) -> None:
-    """Slurm does not put it back into the queue: the step submits it, and the results of the others stay."""
+def test_a_task_on_a_node_that_fails_and_one_that_is_preempted_run_again_alone(
+    site: SimulatedSite, tmp_path: Path
+) -> None:
+    """The step submits the first one, since Slurm does not put it back into the queue. Slurm runs the second one."""
     workload = """
     import pathlib, time
-    begun = pathlib.Path.home() / f"begun-{pipes.partition_key}"
+    begun = pathlib.Path.home() / f"{pipes.extras['name']}-{pipes.partition_key}"
     again = begun.exists()
     begun.touch()
     if pipes.partition_key == "2013-01-02" and not again:
         time.sleep(3600)
     pipes.report_asset_materialization(metadata={"again": again})
     """
-    request = SlurmRequest(time_limit="00:30:00", options=("--no-requeue",))
-    asset = ArrayAsset(tmp_path, workload, JobArray(), request=request)
-    with ThreadPoolExecutor(1) as thread:
-        run = thread.submit(asset.run, FIRST, "2013-01-04")
+    common = {"time_limit": "00:30:00", "cpus_per_task": 100}  # more than half a node
+    requests = {
+        "failing": SlurmRequest(**common, options=("--no-requeue",)),
+        "idle": SlurmRequest(**common, qos=f"idle_{CPU_PARTITION}"),
+    }
+    assets = [
+        ArrayAsset(tmp_path / name, workload, JobArray(), request=request, extras={"name": name})
+        for name, request in requests.items()
+    ]
 
-        def nodes() -> list[str]:
-            return site.squeue("--noheader", "--array", "--states=R,CF,CG,PD", "--format=%i %N").splitlines()
+    def active() -> dict[str, list[str]]:
+        rows = site.squeue("--noheader", "--array", "--states=R,CF,CG,PD", "--format=%q %A %N").splitlines()
+        return {row.split()[0]: row.split()[1:] for row in rows} if len(rows) == len(assets) else {}
 
-        there = "[ ! -e begun-2013-01-02 ] || echo yes"
-        wait_until(lambda: site.run_on_login(CERTIFICATE_USER, there).stdout, "it has begun", 60)
-        wait_until(lambda: len(nodes()) == 1, "the others are over", 60)
-        with site.faults.node_down(nodes()[0].split()[1]):
-            outcome = run.result(180)
-    assert outcome.error == ""
-    assert {key: metadata["again"] for key, metadata in outcome.once.items()} == {
-        FIRST: False, "2013-01-02": True, "2013-01-03": False, "2013-01-04": False,
-    }  # fmt: skip
-    assert any("NODE_FAIL" in line and "it is submitted again" in line for line in outcome.log)
-    submitted = Counter(name for names in tasks_there(site).values() for name in names)
-    assert submitted == {FIRST: 1, "2013-01-02": 2, "2013-01-03": 1, "2013-01-04": 1}
+    with ThreadPoolExecutor(len(assets)) as threads:
+        runs = [threads.submit(asset.run, FIRST, "2013-01-04") for asset in assets]
+        there = "[ ! -e failing-2013-01-02 ] || [ ! -e idle-2013-01-02 ] || echo yes"
+        wait_until(lambda: site.run_on_login(CERTIFICATE_USER, there).stdout, "they have begun", 60)
+        wait_until(active, "the others are over", 60)
+        failing, idle = active()[CPU_PARTITION], active()[f"idle_{CPU_PARTITION}"]
+        with site.faults.preemption(int(idle[0])), site.faults.node_down(failing[1]):
+            outcomes = [run.result(180) for run in runs]
+    for outcome in outcomes:
+        assert outcome.error == ""
+        assert {key: metadata["again"] for key, metadata in outcome.once.items()} == {
+            FIRST: False, "2013-01-02": True, "2013-01-03": False, "2013-01-04": False,
+        }  # fmt: skip
+    assert any("NODE_FAIL" in line and "it is submitted again" in line for line in outcomes[0].log)
+    assert sorted(tasks_there(site).values(), key=len) == [["2013-01-02"], KEYS[:4], KEYS[:4]]
+    states = site.sacct("--duplicates", "-XnP", "--starttime=now-1hours", f"--jobs={idle[0]}", "--format=State")
+    assert states.split() == ["PREEMPTED", "COMPLETED"]
 
 
 def test_a_range_longer_than_the_submit_limit_is_several_array_jobs(site: SimulatedSite, tmp_path: Path) -> None:

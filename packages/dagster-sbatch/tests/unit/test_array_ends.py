@@ -238,6 +238,10 @@ def wait_for_ends(seen: Recorder, count: int) -> None:
     wait_until(lambda: len(seen.ends) == count, f"{count} ends", 30, 0.02)
 
 
+def counts(seen: Recorder) -> tuple[int, int]:
+    return seen.states[-1].running, seen.states[-1].requeued
+
+
 @pytest.fixture
 def site(slurm: Path, tmp_path: Path) -> Site:
     return Site(slurm, tmp_path, 3)
@@ -297,7 +301,10 @@ def test_a_task_that_runs_again_is_followed_again(
     site.end(1, code)
     wait_until(lambda: seen.text(1) == "first\n", "its output", 30, 0.02)
     site.wait_until_asked()
-    site.start(1, at=2.0)
+    put(site.slurm, "squeue", "echo '17_1|PENDING|BeginTime|N/A|KEY-1|p1'; echo '17_[0,2]|PENDING|None|N/A|KEY-1|p1'")
+    wait_until(lambda: counts(seen) == (0, 1), "it waits to run again", 30, 0.02)
+    site.start(1, at=time.time())
+    wait_until(lambda: counts(seen) == (1, 0), "it runs again", 30, 0.02)
     site.write(1, "stdout", "second\n")
     site.end(1, 0)
     site.say(record("0,2", "RUNNING", "Unknown"), record("1", "COMPLETED"))

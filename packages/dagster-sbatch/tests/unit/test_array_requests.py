@@ -90,6 +90,23 @@ def test_a_rejected_result_is_known_to_the_next_claim(prepare: Prepare, tmp_path
     assert {index: end.code for index, end in known.ends.items()} == {0: 0, 1: 0, 2: 0}
 
 
+def test_a_task_that_was_cut_short_waits_to_run_again(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:
+    """It has not failed: Slurm puts preempted tasks back into the queue."""
+    run, gateway = tmp_path / "runs" / "KEY-1", prepare()
+    run.parent.mkdir(mode=0o700)
+    run_directories.lay_out(str(run), files_of(PROJECT.load_site("musica"), "KEY-1", "true", 3))
+    (run / "job").symlink_to("17")
+    for index, end in enumerate(('{"code": null, "time": 2}\n', "")):
+        (run / "tasks" / str(index)).mkdir()
+        (run / "tasks" / str(index) / "events").write_text(f'{{"started": "n1", "time": 1}}\n{end}')
+    waits = "JobId=17 ArrayTaskId=0-2 JobName=KEY-1 JobState=PENDING ExitCode=0:0 SubmitTime=1 StartTime=2 EndTime=3"
+    put(slurm, "scontrol", f"echo '{waits}'")
+    known = gateway.array(str(run))
+    assert (known.started, known.requeued, known.ends) == (frozenset({0, 1}), frozenset({0}), {})
+    counts = gateway.ask(do="task_counts", paths=[str(run)])["counts"][str(run)]
+    assert counts == {"done": 0, "running": 1, "waiting": 2, "failed": 0}
+
+
 def test_some_tasks_are_cancelled_by_one_command(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:
     run, record = tmp_path / "runs" / "KEY-1", "JobId=17 ArrayTaskId={} JobName=KEY-1 JobState={} ExitCode=0:0"
     run.parent.mkdir(mode=0o700)

@@ -95,7 +95,7 @@ def test_tasks_that_have_recorded_their_ends_do_not_count_as_running() -> None:
                 array._jobs_by_run[run] = _ArrayJob(dict(enumerate(tasks)), share=2)
                 for task in range(4):
                     array.started(run, task, "n1")
-                array.state(run, ArrayState(waiting=6, running=2, reason="None", start=None, account=""))
+                array.state(run, ArrayState(waiting=6, running=2, requeued=0, reason="None", start=None, account=""))
             array.started("b", 4, "n1")
         return dg.MaterializeResult()
 

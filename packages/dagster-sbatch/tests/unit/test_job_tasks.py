@@ -18,11 +18,10 @@ DONE, FAILED = JobEnd(0, "COMPLETED", "0:0"), JobEnd(7, "FAILED", "7:0", cause="
 class ManyRuns:
     """As much of `Runs` as is used: one array job."""
 
-    def __init__(self, tasks: int, ends: dict[int, JobEnd], started: int, rejected: frozenset[int] = frozenset()):
+    def __init__(self, tasks: int, ends: dict[int, JobEnd], started: int, **indices: frozenset[int]):
         record = {"tasks": [{"name": f"day-{index}", "partitions": []} for index in range(tasks)]}
-        job = ArrayJob(
-            "/runs/a-1", 1, "17", len(ends) == tasks, (), ends, frozenset(range(started)), rejected, (), record
-        )
+        over, begun = len(ends) == tasks, frozenset(range(started))
+        job = ArrayJob("/runs/a-1", 1, "17", over, (), ends, started=begun, record=record, **indices)
         self.gateway = SimpleNamespace(array=lambda _: job, ask=self.ask)
         self.asked: list[list[int]] = []
 
@@ -64,6 +63,12 @@ def test_a_task_whose_result_was_rejected_has_failed(capsys: pytest.CaptureFixtu
     lines = shown(ManyRuns(2, {0: DONE, 1: DONE}, started=2, rejected=frozenset({1})), capsys)
     assert lines[2][:6] == ["17_1", "day-1", "COMPLETED,", "result", "rejected", "0:0"]
     assert "2 tasks: 1 done, 1 failed".split() in lines
+
+
+def test_a_task_that_was_preempted_waits(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(ManyRuns(3, {0: DONE}, started=2, requeued=frozenset({1})), capsys)
+    assert lines[2][:3] == ["17_1", "day-1", "PENDING"]
+    assert "3 tasks: 1 done, 2 waiting".split() in lines
 
 
 def test_the_logs_of_an_array_are_the_last_lines_of_failed_tasks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,6 +109,8 @@ class TaskList:
         if end is None:
             if index not in self.job.started:
                 return TaskRecord(index, name, "waiting", "PENDING")
+            if index in self.job.requeued:
+                return TaskRecord(index, name, "waiting", "PENDING", **recorded)
             return TaskRecord(index, name, "running", "RUNNING", changed=_time(own.get("time")), **recorded)
         succeeded = end.code == 0 and end.state in ("COMPLETED", "")
         rejected = succeeded and index in self.job.rejected

@@ -14,8 +14,8 @@ class ArrayProgress:
     Attributes:
         done, failed: numbers of tasks that are over.
         started: tasks that have started and are not over.
-        running: how many of `started` have not recorded their own end; None: all of them. The others have ended, and
-            Slurm has not confirmed it yet.
+        requeued: how many of `started` wait to start again.
+        running: how many of `started` run; None: all of them. The others have ended, and Slurm has not confirmed it yet.
     """
 
     def __init__(self, total: int, done: int, log: Callable[[str], None]) -> None:
@@ -30,6 +30,7 @@ class ArrayProgress:
         self.done, self.failed = done, 0
         self.started: set[int] = set()
         self.running: int | None = None
+        self.requeued = 0
         self._shown = ""
 
     @contextmanager
@@ -53,8 +54,9 @@ class ArrayProgress:
             self._show()
 
     def _show(self) -> None:
-        started, running = len(self.started), self.running
-        running = started if running is None else min(started, running)
+        started = len(self.started)
+        started -= min(started, self.requeued)
+        running = started if self.running is None else min(started, self.running)
         waiting = self._total - self.done - self.failed - started
         text = f"{self._total} tasks: {self.done} done, {running} running, {waiting} waiting, {self.failed} failed"
         if started > running:

@@ -101,9 +101,9 @@ class ArrayStep:
         """Register that a task runs; the same one may start again."""
         self._progress.started.add(index)
 
-    def running(self, number: int) -> None:
-        """Register how many of the tasks that have started have not recorded their own end."""
-        self._progress.running = number
+    def running(self, number: int, requeued: int) -> None:
+        """Register how many of the tasks that have started run, and how many wait to start again."""
+        self._progress.running, self._progress.requeued = number, requeued
 
     def feed(self, index: int, name: str, data: bytes) -> None:
         """Read what a task has written: the next bytes of `messages.jsonl`, `stdout` or `stderr`."""

@@ -46,7 +46,8 @@ class _ArrayJob:
         job: its id, once it is known.
         reasons: for which its tasks have waited so far.
         ends: of its tasks.
-        running: how many of its tasks have started and not recorded their own end.
+        running: how many of its tasks run.
+        requeued: how many of its tasks have started, and wait to start again.
     """
 
     tasks: dict[int, int]
@@ -55,6 +56,7 @@ class _ArrayJob:
     reasons: set[str] = field(default_factory=set)
     ends: dict[int, JobEnd] = field(default_factory=dict)
     running: int = 0
+    requeued: int = 0
 
 
 class RemoteArray(RemoteStep, Arrays):
@@ -194,9 +196,9 @@ class RemoteArray(RemoteStep, Arrays):
 
     def state(self, run: str, state: ArrayState) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run[run]
-        self._count_running(array_job, state.running)
+        self._count_running(array_job, state.running, state.requeued)
         self._report_project(array_job.job, state.account)
-        if not state.waiting or state.reason in array_job.reasons | {"None"}:
+        if not (state.waiting or state.requeued) or state.reason in array_job.reasons | {"None"}:
             return
         array_job.reasons.add(state.reason)
         start = f"{datetime.fromtimestamp(state.start, UTC):%Y-%m-%d %H:%M:%S} UTC" if state.start else ""
@@ -208,11 +210,12 @@ class RemoteArray(RemoteStep, Arrays):
     def started(self, run: str, task: int, node: str) -> None:  # noqa: ARG002, D102 - see Arrays
         array_job = self._jobs_by_run[run]
         self._array.started(array_job.tasks[task])
-        self._count_running(array_job, array_job.running + 1)  # until the next state
+        self._count_running(array_job, array_job.running + 1, array_job.requeued)  # until the next state
 
-    def _count_running(self, array_job: _ArrayJob, number: int) -> None:
-        array_job.running = number
-        self._array.running(sum(each.running for each in self._jobs_by_run.values()))
+    def _count_running(self, array_job: _ArrayJob, running: int, requeued: int) -> None:
+        array_job.running, array_job.requeued = running, requeued
+        active = self._jobs_by_run.values()
+        self._array.running(sum(each.running for each in active), sum(each.requeued for each in active))
 
     def feed(self, run: str, task: int, name: str, data: bytes) -> None:  # noqa: D102 - see Arrays
         self._array.feed(self._jobs_by_run[run].tasks[task], name, data)

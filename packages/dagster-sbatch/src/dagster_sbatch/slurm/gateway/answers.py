@@ -96,6 +96,7 @@ class ArrayState:
     Attributes:
         waiting: tasks that have not started yet.
         running: tasks that have, and have not recorded their end.
+        requeued: tasks that have started, and wait to start again: they were preempted, or their node failed.
         reason: why tasks wait; `None` (the word) if none does.
         start: expected start of the next one in seconds since 1970, if Slurm knows.
         account: project that the job is charged to; empty until Slurm has answered.
@@ -103,6 +104,7 @@ class ArrayState:
 
     waiting: int
     running: int
+    requeued: int
     reason: str
     start: float | None
     account: str = ""
@@ -120,6 +122,7 @@ class ArrayJob:
         tasks: the tasks' ids by index, of the record.
         ends: how tasks ended, by index.
         started: indices of the tasks that have started, also of those that are over.
+        requeued: those of them that were cut short and are not over: Slurm runs them again.
         rejected: indices of the tasks whose results a step has rejected.
         followers: ids of the Dagster runs that submitted or adopted it.
         record: what it was submitted with; None if there is no readable record.
@@ -132,6 +135,7 @@ class ArrayJob:
     tasks: Sequence[str]
     ends: Mapping[int, JobEnd]
     started: frozenset[int] = frozenset()
+    requeued: frozenset[int] = frozenset()
     rejected: frozenset[int] = frozenset()
     followers: Sequence[str] = ()
     record: Mapping[str, Any] | None = None
@@ -141,7 +145,8 @@ class ArrayJob:
         """Read the agent's answer."""
         same = {name: said[name] for name in ("run", "number", "job", "over", "tasks", "followers", "record")}
         ends = {int(index): JobEnd.parse(end) for index, end in said["ends"].items()}
-        return cls(**same, ends=ends, started=frozenset(said["started"]), rejected=frozenset(said["rejected"]))
+        sets = {name: frozenset(said[name]) for name in ("started", "requeued", "rejected")}
+        return cls(**same, **sets, ends=ends)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class Task:
 
     began   when it last started
     own     its own record of its end
+    heard   the time of its last record
     due     when it is read again; None if it is not
     empty   when it was last read and had nothing new
     """
@@ -31,7 +32,7 @@ class Task:
     def __init__(self, tasks, index, offsets):
         self.folder, self.streams = tasks.path(index), tasks.streams(index, offsets)
         self.moved, self.empty = time.time(), 0.0
-        self.began = self.own = self.due = None
+        self.began = self.own = self.heard = self.due = None
 
     def read(self, say):
         """Send what is new; return the number of chunks that the stream with the most had."""
@@ -46,6 +47,7 @@ class Task:
         else:
             self.empty = now
         self.own = events.get("end")
+        self.heard = max([event["time"] for event in events.values()], default=None)
         return sent
 
     def short(self):
@@ -62,6 +64,8 @@ class ArrayFollower:
     over      the end that Slurm has confirmed, and since when that is known
     silent    since when Slurm says that they are over, and they have no own record
     gone      those that squeue shows no more
+    pending   those that squeue shows as waiting
+    requeued  those of them that have started, and wait to start again
     """
 
     def __init__(self, agent, ask, say, job, current):
@@ -70,9 +74,9 @@ class ArrayFollower:
         self.fields, self.offsets = ask["fields"], {int(index): at for index, at in ask["offsets"].items()}
         self.tasks, self.followed, self.left = Tasks(self.run), set(ask["followed"]), set(ask["tasks"])
         self.active, self.agenda, self.recorded = {}, [], set()
-        self.over, self.silent, self.gone = {}, {}, set()
+        self.over, self.silent, self.gone, self.pending, self.requeued = {}, {}, set(), set(), set()
         now = self.begun = self.asked = self.news = self.filled = time.time()
-        self.listed = self.reported_at = self.seen = 0.0
+        self.listed = self.reported_at = self.seen = self.viewed = 0.0
         self.allowance, self.pause, self.took = READS_PER_SECOND / 10, 0.015, 0.0
         self.reported, self.trouble = None, None
         for index in self.left & set(self.tasks.ends):  # only its output is missing
@@ -164,22 +168,36 @@ class ArrayFollower:
             self.seen = view["at"]
             shown = set().union(*self.queue.tasks(self.job, self.key).values())
             self.gone = self.left - shown - self.recorded
+        if view["at"] != self.viewed:
+            self.viewed, self.pending = view["at"], self.queue.tasks(self.job, self.key).get("PENDING", set())
         if now - self.reported_at < REPORT_EVERY:
             return
-        running = set(self.active) - self.recorded - set(self.over)
+        self.requeued = {index for index in self.pending & set(self.active) if self.waits_again(index)}
+        running = set(self.active) - self.recorded - self.requeued - set(self.over)
         waiting = self.left - set(self.active) - set(self.over)
         _, reason, start, project = self.queue.row(self.job, self.key) or ("", "None", "", "")
-        state = {"waiting": len(waiting), "running": len(running), "reason": reason, "start": start}
+        counts = {"waiting": len(waiting), "running": len(running), "requeued": len(self.requeued)}
+        state = dict(counts, reason=reason, start=start)
         if (state, project) != self.reported:
             self.reported, self.reported_at = (state, project), now
             self.say(state=dict(state, account=project))
 
+    def waits_again(self, index):
+        """Return whether a task that squeue has shown as waiting has started before that."""
+        heard = self.active[index].heard
+        return index not in self.over and heard and heard < self.viewed
+
     def all_recorded(self):
-        return len(self.recorded) + len(self.over) >= len(self.left) and self.left <= self.recorded | set(self.over)
+        if len(self.recorded) + len(self.over) < len(self.left):
+            return False
+        return self.left <= self.recorded | set(self.over) and not self.left <= self.requeued | set(self.over)
 
     def find_ends(self):
         """Ask Slurm which tasks are over: at once when all have recorded that, else seldom, and if one may be."""
         since, open_ones = time.time() - self.asked, self.left - set(self.over)
+        unseen = since > UNSEEN and time.time() - self.queue.view["at"] > UNSEEN
+        if not unseen:
+            open_ones -= self.requeued
         if not open_ones:
             return
         if self.all_recorded():
@@ -188,7 +206,6 @@ class ArrayFollower:
             self.pause = min(1.5 * self.pause, SQUEUE_EVERY if cut_short else 5) if due else self.pause
         else:
             self.pause = 0.015
-            unseen = since > UNSEEN and time.time() - self.queue.view["at"] > UNSEEN
             hint = self.silent or not open_ones.isdisjoint(self.recorded) or not open_ones.isdisjoint(self.gone)
             due = unseen or (hint and since > max(SQUEUE_EVERY, SHARE * self.took))
         if due:

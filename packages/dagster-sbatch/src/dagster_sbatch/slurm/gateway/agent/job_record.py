@@ -20,6 +20,11 @@ def events_of(folder):
     return events
 
 
+def cut_short(events):
+    """Return whether a job has recorded that it was cut short: Slurm ends it, or runs it again."""
+    return "end" in events and events["end"]["code"] is None
+
+
 def cause_of(folder):
     """Return why the job failed, as something in it has recorded; empty if nothing has."""
     return read(os.path.join(folder, CAUSE)).decode(errors="replace").strip()

@@ -22,7 +22,7 @@ import re
 import time
 
 from .disk import RequestError, load, read, remove_tree, store, unique, write
-from .job_record import CAUSE, EVENTS, STREAMS, cause_of, events_of
+from .job_record import CAUSE, EVENTS, STREAMS, cause_of, cut_short, events_of
 from .slurm_commands import FORGOTTEN, UNKNOWN, verdict
 from .tasks import CONTENTS, ENDS, FOLDER, Tasks, is_array, task_folder
 
@@ -171,6 +171,7 @@ def array_of(run, certain=False):
         "tasks": [task["id"] for task in (record or {}).get("tasks", ())],
         "ends": {str(index): end for index, end in ends.items()},
         "started": sorted(started),
+        "requeued": sorted(index for index in started - set(ends) if cut_short(events_of(tasks.path(index)))),
         "rejected": sorted(index for index in started if has(tasks.path(index), "failed")),
         "followers": followers_of(run),
         "record": record,

@@ -4,7 +4,7 @@ import os
 import time
 
 from .disk import RequestError
-from .job_record import events_of
+from .job_record import cut_short, events_of
 from .run_directories import has, job_of, locate
 from .slurm_commands import COMMAND_PATIENCE, ask_slurm, user
 from .task_states import ranges
@@ -16,7 +16,7 @@ CANCEL_EVERY = 1.0
 def count(run):
     """Return how many tasks of an array job are done, running, waiting and failed, without asking Slurm.
 
-    Ends that nobody has confirmed yet count as the tasks' own records say.
+    Ends that nobody has confirmed yet count as the tasks' own records say; one that was cut short waits to run again.
     """
     tasks = Tasks(run)
     codes = {
@@ -24,10 +24,12 @@ def count(run):
         for index, end in tasks.ends.items()
     }
     started = tasks.started()
-    for index in started - set(codes):
-        own = events_of(tasks.path(index)).get("end")
-        if own:
-            codes[index] = own["code"]
+    for index in set(started) - set(codes):
+        events = events_of(tasks.path(index))
+        if cut_short(events):
+            started.discard(index)
+        elif "end" in events:
+            codes[index] = events["end"]["code"]
     failed = sum(1 for index, code in codes.items() if code != 0 or has(tasks.path(index), "failed"))
     running = len(started - set(codes))
     waiting = tasks.count - len(codes) - running
