@@ -7,7 +7,6 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -206,48 +205,45 @@ def test_a_task_that_the_machine_ends_is_submitted_again_alone(site: SimulatedSi
 
 
 def test_a_task_on_a_node_that_fails_and_one_that_is_preempted_run_again_alone(
-    site: SimulatedSite, tmp_path: Path
+    site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
 ) -> None:
     """The step submits the first one, since Slurm does not put it back into the queue. Slurm runs the second one."""
     workload = """
-    import pathlib, time
-    begun = pathlib.Path.home() / f"{pipes.extras['name']}-{pipes.partition_key}"
-    again = begun.exists()
-    begun.touch()
-    if pipes.partition_key == "2013-01-02" and not again:
-        time.sleep(3600)
-    pipes.report_asset_materialization(metadata={"again": again})
-    """
-    common = {"time_limit": "00:30:00", "cpus_per_task": 100}  # more than half a node
-    requests = {
-        "failing": SlurmRequest(**common, options=("--no-requeue",)),
-        "idle": SlurmRequest(**common, qos=f"idle_{CPU_PARTITION}"),
-    }
-    assets = [
-        ArrayAsset(tmp_path / name, workload, JobArray(), request=request, extras={"name": name})
-        for name, request in requests.items()
-    ]
+import os, pathlib, time
+begun = pathlib.Path.home() / f"begun-{os.environ['SLURM_JOB_QOS']}-{pipes.partition_key}"
+again = begun.exists()
+begun.touch()
+if pipes.partition_key == "2013-01-02" and not again:
+    time.sleep(3600)
+pipes.report_asset_materialization(metadata={"again": again})
+"""
+    common, idle = {"time_limit": "00:30:00", "cpus_per_task": 100}, f"idle_{CPU_PARTITION}"  # more than half a node
+    requests = {CPU_PARTITION: {**common, "options": ["--no-requeue"]}, idle: {**common, "qos": idle}}
+    assets = {}
+    for qos, request in requests.items():
+        assets[qos] = ArrayProcess(tmp_path / qos, variables, workload, FIRST, "2013-01-04")
+        assets[qos].request = request
+    processes = {qos: asset.start() for qos, asset in assets.items()}
 
     def active() -> dict[str, list[str]]:
+        """Job and node of the only task of each asset that is not over."""
         rows = site.squeue("--noheader", "--array", "--states=R,CF,CG,PD", "--format=%q %A %N").splitlines()
         return {row.split()[0]: row.split()[1:] for row in rows} if len(rows) == len(assets) else {}
 
-    with ThreadPoolExecutor(len(assets)) as threads:
-        runs = [threads.submit(asset.run, FIRST, "2013-01-04") for asset in assets]
-        there = "[ ! -e failing-2013-01-02 ] || [ ! -e idle-2013-01-02 ] || echo yes"
-        wait_until(lambda: site.run_on_login(CERTIFICATE_USER, there).stdout, "they have begun", 60)
-        wait_until(active, "the others are over", 60)
-        failing, idle = active()[CPU_PARTITION], active()[f"idle_{CPU_PARTITION}"]
-        with site.faults.preemption(int(idle[0])), site.faults.node_down(failing[1]):
-            outcomes = [run.result(180) for run in runs]
-    for outcome in outcomes:
+    begun = "ls begun-*-2013-01-02 | wc -l"
+    wait_until(lambda: site.run_on_login(CERTIFICATE_USER, begun).stdout.strip() == "2", "they have begun", 90)
+    wait_until(active, "the others are over", 60)
+    tasks = active()
+    with site.faults.preemption(int(tasks[idle][0])), site.faults.node_down(tasks[CPU_PARTITION][1]):
+        outcomes = {qos: asset.outcome(processes[qos]) for qos, asset in assets.items()}
+    for outcome in outcomes.values():
         assert outcome.error == ""
         assert {key: metadata["again"] for key, metadata in outcome.once.items()} == {
             FIRST: False, "2013-01-02": True, "2013-01-03": False, "2013-01-04": False,
         }  # fmt: skip
-    assert any("NODE_FAIL" in line and "it is submitted again" in line for line in outcomes[0].log)
+    assert any("NODE_FAIL" in line and "it is submitted again" in line for line in outcomes[CPU_PARTITION].log)
     assert sorted(tasks_there(site).values(), key=len) == [["2013-01-02"], KEYS[:4], KEYS[:4]]
-    states = site.sacct("--duplicates", "-XnP", "--starttime=now-1hours", f"--jobs={idle[0]}", "--format=State")
+    states = site.sacct("--duplicates", "-XnP", f"--jobs={tasks[idle][0]}", "--format=State")
     assert states.split() == ["PREEMPTED", "COMPLETED"]
 
 

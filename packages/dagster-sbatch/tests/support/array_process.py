@@ -14,11 +14,12 @@ from support.array_asset import ArrayOutcome
 PROGRAM = """\
 import json, os, sys
 from pathlib import Path
-from dagster_sbatch import JobArray
+from dagster_sbatch import JobArray, SlurmRequest
 from support.array_asset import ArrayAsset
 
 folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-asset = ArrayAsset(folder, (folder / "tasks.py").read_text(), JobArray(**options["array"]))
+request = SlurmRequest(**options["request"])
+asset = ArrayAsset(folder, (folder / "tasks.py").read_text(), JobArray(**options["array"]), request=request)
 outcome = asset.run(*options["range"], of=options["of"], from_failure=options["from_failure"])
 text = json.dumps(vars(outcome) | {"checks": {}, "failure": {}}, default=str)
 (folder / f"outcome-{os.getpid()}").write_text(text)
@@ -36,6 +37,7 @@ class ArrayProcess:
         tests = Path(__file__).parents[1]
         self._variables = {**variables, "PYTHONPATH": f"{ROOT}:{tests}"}
         self.array: dict[str, Any] = {}
+        self.request: dict[str, Any] = {}
 
     def change(self, workload: str) -> None:
         """Write another workload."""
@@ -43,7 +45,8 @@ class ArrayProcess:
 
     def start(self, *, of: str | None = None, from_failure: bool = False) -> "subprocess.Popen[bytes]":
         """Start a run, or the re-execution of another one."""
-        options = {"array": self.array, "range": self._range, "of": of, "from_failure": from_failure}
+        calls = {"array": self.array, "request": self.request, "range": self._range}
+        options = {**calls, "of": of, "from_failure": from_failure}
         number = len(list(self._folder.glob("log-*")))
         with (
             (self._folder / f"log-{number:03}").open("wb") as log,

@@ -1,6 +1,7 @@
 """Which tasks of an array become which array job, and which are adopted: pure."""
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +10,13 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.run import attempts as attempts_module
 from dagster_sbatch.run.adoption import choose_tasks
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.attempts import Attempts, Submission
 from dagster_sbatch.run.calls import StepCalls
-from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, Limits, RefusedError
+from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, Limits, OtherRun, RefusedError
 
 NO_LIMITS = Limits(None, None)
 
@@ -152,6 +154,35 @@ def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bo
     assert done == [("runs/f-1", [1, 2]), ("runs/f-2", None)]
     assert "values (y, z). They are cancelled" in warnings[0]
     assert len(warnings) == (4 if refused else 2)
+
+
+def test_all_array_jobs_with_other_inputs_are_cancelled_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long range has several of one family. The step follows jobs of its other calls itself."""
+    monkeypatch.setattr(attempts_module, "SIBLING_SECONDS", 0)
+    calls = StepCalls()
+    call, other = (calls.begin("r", "step", digest) for digest in ("old", "new"))
+    record = {"call": 0, "inputs": {"args": "old"}}
+    runs = {"of-a-1": "of-a", "of-a-2": "of-a", "of-b-1": "of-b", f"{other.family}-1": other.family}
+    others = [OtherRun(family, run, str(number), record) for number, (run, family) in enumerate(runs.items())]
+    claimed, cancelled, warnings = list[str](), list[list[str]](), list[str]()
+
+    def claim(_: str, family: str, *__: object) -> Claim:
+        claimed.append(family)
+        return Claim(None)
+
+    def cancel_all(asked: list[str], report: Callable[[str, Any], None]) -> None:
+        cancelled.append(asked)
+        report(asked[0], RefusedError("it is not over after a minute"))
+
+    gateway: Any = SimpleNamespace(claim=claim, cancel_all=cancel_all, stop=threading.Event())
+    log = SimpleNamespace(info=None, warning=warnings.append, error=None)
+    context: Any = SimpleNamespace(run_id="r", log=log)
+    attempts = Attempts(context, gateway, "/base", Submission(call, "step", (), {"args": "new"}, {}, ""))
+    found = Claim(None, others=others)
+    assert [attempts.cancel_outdated(found), attempts.cancel_outdated(found)] == [True, False]
+    assert (claimed, cancelled[0]) == (["of-a", "of-b"], ["of-a-1", "of-a-2", "of-b-1"])
+    assert "Slurm job 1 was submitted by an earlier run of this step with other inputs (args)" in warnings[1]
+    assert warnings[3] == "Slurm job 0 could not be cancelled. it is not over after a minute"
 
 
 def test_an_array_job_that_was_never_submitted_hides_no_earlier_one() -> None:

@@ -23,7 +23,7 @@ from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.calls import Call
 from dagster_sbatch.run.history import is_stored, requested_at, stored_before
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.slurm.gateway import ArrayJob, Claim, Gateway, OtherRun, RefusedError, StoppedError
+from dagster_sbatch.slurm.gateway import ArrayJob, Claim, Gateway, JobEnd, OtherRun, RefusedError, StoppedError
 
 HOLDER_SECONDS = 5.0
 """Pause before asking again whether another run still executes this step."""
@@ -142,25 +142,30 @@ class Attempts:
             return False
         if self._gateway.stop.wait(SIBLING_SECONDS):
             raise StoppedError
-        step, cancelled = self.submission.call.step, False
-        for each in outdated_runs(claim.others, step.begun):
-            if step.claim_once(each.family):
-                self._cancel(each)
-                cancelled = True
-        return cancelled
+        step = self.submission.call.step
+        outdated = outdated_runs(claim.others, step.begun)
+        families = [family for family in {run.family: None for run in outdated} if step.claim_once(family)]
+        for family in families:
+            self._claim(family)  # while another run follows its jobs, this one waits
+        if families:
+            self._cancel([run for run in outdated if run.family in families])
+        return bool(families)
 
-    def _cancel(self, run: OtherRun) -> None:
-        self._claim(run.family)  # while another run follows that job, this one waits
-        differences = name_differences(self.submission.inputs, run.record)
-        job = f"Slurm job {run.job}" if run.job else f"The Slurm job of {run.run}"
-        self._log.warning(
-            f"{job} was submitted by an earlier run of this step with other inputs ({differences}). "
-            "It is cancelled, and a new job is submitted."
-        )
-        try:
-            self._gateway.cancel(run.run)
-        except RefusedError as error:
-            self._log.warning(f"{job} could not be cancelled. {error}")
+    def _cancel(self, runs: Sequence[OtherRun]) -> None:
+        """Cancel jobs at the same time: a family has several array jobs."""
+        jobs = {run.run: f"Slurm job {run.job}" if run.job else f"The Slurm job of {run.run}" for run in runs}
+        for run in runs:
+            differences = name_differences(self.submission.inputs, run.record)
+            self._log.warning(
+                f"{jobs[run.run]} was submitted by an earlier run of this step with other inputs ({differences}). "
+                "It is cancelled, and a new job is submitted."
+            )
+
+        def report(run: str, outcome: JobEnd | RefusedError | None) -> None:
+            if isinstance(outcome, RefusedError):
+                self._log.warning(f"{jobs[run]} could not be cancelled. {outcome}")
+
+        self._gateway.cancel_all(list(jobs), report)
 
     def _claim(self, family: str, related: tuple[str, ...] = ()) -> Claim:
         who = f"run {self._context.run_id}, process {os.getpid()} on {socket.gethostname()}"
