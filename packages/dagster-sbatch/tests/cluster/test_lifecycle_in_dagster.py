@@ -20,23 +20,24 @@ from pathlib import Path
 import dagster as dg
 from resources import build_resources
 from dagster_sbatch.run.compute import ComputeResource
-from dagster_sbatch.launchers import ScriptLauncher
-from dagster_sbatch.slurm import SlurmRequest
+from dagster_sbatch import JobArray, ScriptLauncher, SlurmRequest
 
 FOLDER = Path(__file__).parent
 
-def waiting(name):
-    @dg.asset(name=name)
+def waiting(name, array=None, **options):
+    @dg.asset(name=name, **options)
     def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
         (FOLDER / f"pids-{context.run_id}").write_text(json.dumps([os.getpid(), os.getppid()]))
         workload = FOLDER / "workloads" / "waits.py"
         request = SlurmRequest(time_limit="00:30:00")
-        done = compute.run(context, workload=workload, launcher=ScriptLauncher(), request=request)
+        done = compute.run(context, workload=workload, launcher=ScriptLauncher(), request=request, array=array)
         return done.get_materialize_result()
     return probe
 
 names = ("terminated", "orphaned", "restarted")
-defs = dg.Definitions(assets=[waiting(name) for name in names], resources=build_resources())
+keys, at_once = dg.StaticPartitionsDefinition(["ends", "waits"]), dg.BackfillPolicy.single_run()
+many = waiting("many", JobArray(), partitions_def=keys, backfill_policy=at_once)
+defs = dg.Definitions(assets=[*map(waiting, names), many], resources=build_resources())
 """
 
 WAITS = f"""\
@@ -44,7 +45,8 @@ import pathlib, time
 from dagster_pipes import open_dagster_pipes
 with open_dagster_pipes() as pipes:
     print("begun", flush=True)
-    while not pathlib.Path("{CERTIFICATE_USER.home}", f"go-on-{{pipes.asset_key}}").exists():
+    waits = not pipes.is_partition_step or pipes.partition_key == "waits"
+    while waits and not pathlib.Path("{CERTIFICATE_USER.home}", f"go-on-{{pipes.asset_key}}").exists():
         time.sleep(0.1)
     print("gone on", flush=True)
     pipes.report_asset_materialization()
@@ -106,6 +108,8 @@ def test_the_example_and_the_life_of_a_run(dagster_dev: DagsterDev, site: Simula
     before = job_ids(site)
     months = {"dagster__asset_partition_range_start": "2013-01", "dagster__asset_partition_range_end": "2013-12"}
     example = dagster_dev.launch("flights", "delay_features", **months)
+    both = {"dagster__asset_partition_range_start": "ends", "dagster__asset_partition_range_end": "waits"}
+    many = dagster_dev.launch("many", location="probe", **both)
     runs = {asset: dagster_dev.launch(asset, location="probe") for asset in ("terminated", "orphaned", "restarted")}
     jobs = {asset: running_job(site, asset) for asset in runs}
 
@@ -119,6 +123,16 @@ def test_the_example_and_the_life_of_a_run(dagster_dev: DagsterDev, site: Simula
     os.kill(worker, signal.SIGKILL)
     wait_for(lambda: not Path(f"/proc/{step}").exists(), 60, "the step that was left over has ended")
     adopted(dagster_dev, site, "orphaned", runs["orphaned"], jobs["orphaned"])
+
+    # An array job is terminated: what is complete is kept.
+    wait_for(
+        lambda: any("2 tasks: 1 done, 1 running" in f"{line}" for line in dagster_dev.messages(many)), 60, "one is done"
+    )
+    dagster_dev.terminate(many)
+    assert dagster_dev.wait(many, 90) == "CANCELED"
+    assert [event["partition"] for event in dagster_dev.materializations("many")] == ["ends"]
+    rows = [row for row in rows_of(site, "%T %j", "--array") if row[1].startswith("many-")]
+    assert sorted(state for state, _ in rows) == ["CANCELLED", "COMPLETED"]
 
     # The example: every month of both assets.
     assert dagster_dev.wait(example, 300) == "SUCCESS"
@@ -134,5 +148,5 @@ def test_the_example_and_the_life_of_a_run(dagster_dev: DagsterDev, site: Simula
     dagster_dev.start()
     adopted(dagster_dev, site, "restarted", runs["restarted"], jobs["restarted"])
 
-    assert len(job_ids(site) - before) == 3 + 2
+    assert len(job_ids(site) - before) == 4 + 2
     nobody_left(site)

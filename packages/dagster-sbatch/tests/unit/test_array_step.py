@@ -13,7 +13,7 @@ from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.plan import Plan, make_plan
 from dagster_sbatch.run.remote_array import RemoteArray, _ArrayJob
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import ArrayState
+from dagster_sbatch.slurm.gateway import ArrayState, StoppedError
 from resources import PROJECT
 
 KEYS = [f"{number:03}" for number in range(20)]
@@ -104,3 +104,23 @@ def test_tasks_that_have_recorded_their_ends_do_not_count_as_running() -> None:
         texts = [entry.user_message for entry in instance.all_logs(result.run_id)]
     shown = "20 tasks: 0 done, 5 running, 11 waiting, 0 failed, 4 ended (Slurm has not confirmed it yet)"
     assert shown in texts
+
+
+def test_a_step_that_ends_before_its_tasks_reports_no_lost_messages() -> None:
+    """Dagster warns of a session that is not closed; each task has closed its own, or was cancelled."""
+
+    @dg.asset(partitions_def=dg.StaticPartitionsDefinition(KEYS), backfill_policy=dg.BackfillPolicy.single_run())
+    def many(context: dg.AssetExecutionContext) -> None:
+        step = ArrayStep(context, "many", plan_of_all())
+        with step.open("context.json", "messages.jsonl"):
+            succeed(step, 0)
+            raise StoppedError
+
+    tags = {"dagster/asset_partition_range_start": KEYS[0], "dagster/asset_partition_range_end": KEYS[-1]}
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([many], tags=tags, instance=instance, raise_on_error=False)
+        texts = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    assert not result.success
+    assert [text for text in texts if "[pipes]" in text] == [
+        "[pipes] external process successfully opened dagster pipes."
+    ]

@@ -18,7 +18,7 @@ DONE, FAILED = JobEnd(0, "COMPLETED", "0:0"), JobEnd(7, "FAILED", "7:0", cause="
 class ManyRuns:
     """As much of `Runs` as is used: one array job."""
 
-    def __init__(self, tasks: int, ends: dict[int, JobEnd], started: int, **indices: frozenset[int]):
+    def __init__(self, tasks: int, ends: dict[int, JobEnd], started: int, **indices: Any):
         record = {"tasks": [{"name": f"day-{index}", "partitions": []} for index in range(tasks)]}
         over, begun = len(ends) == tasks, frozenset(range(started))
         job = ArrayJob("/runs/a-1", 1, "17", over, (), ends, started=begun, record=record, **indices)

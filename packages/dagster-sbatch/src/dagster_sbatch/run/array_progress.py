@@ -15,7 +15,7 @@ class ArrayProgress:
         done, failed: numbers of tasks that are over.
         started: tasks that have started and are not over.
         requeued: how many of `started` wait to start again.
-        running: how many of `started` run; None: all of them. The others have ended, and Slurm has not confirmed it yet.
+        running: how many of `started` run; None: all of them. The others have ended, which Slurm has not confirmed yet.
     """
 
     def __init__(self, total: int, done: int, log: Callable[[str], None]) -> None:

@@ -88,12 +88,14 @@ class ArrayStep:
             self.contexts = TaskContexts(session.context_document.text, definition, self.tasks)
             if self._done:
                 self._log.info(f"{len(self._done)} partitions are done already. Their tasks are not run again.")
-            with self._progress.shown():
-                yield session
-            for method in ("closed",) if session.messages.opened else ("opened", "closed"):  # else Dagster warns
-                session.messages.deliver(
-                    {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": {}}
-                )
+            try:
+                with self._progress.shown():
+                    yield session
+            finally:  # each task has its own end: without this, Dagster warns of lost messages
+                for method in ("closed",) if session.messages.opened else ("opened", "closed"):
+                    session.messages.deliver(
+                        {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": {}}
+                    )
 
     # What happens to a task
 

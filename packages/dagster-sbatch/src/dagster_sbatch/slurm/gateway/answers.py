@@ -145,7 +145,7 @@ class ArrayJob:
         """Read the agent's answer."""
         same = {name: said[name] for name in ("run", "number", "job", "over", "tasks", "followers", "record")}
         ends = {int(index): JobEnd.parse(end) for index, end in said["ends"].items()}
-        sets = {name: frozenset(said[name]) for name in ("started", "requeued", "rejected")}
+        sets: dict[str, Any] = {name: frozenset(said[name]) for name in ("started", "requeued", "rejected")}
         return cls(**same, **sets, ends=ends)
 
 
