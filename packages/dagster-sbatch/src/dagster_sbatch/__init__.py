@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dagster_sbatch.launchers import (
         BatchScriptLauncher,
         CommandLauncher,
+        Container,
         Launcher,
         RayLauncher,
         ScriptLauncher,
@@ -33,6 +34,7 @@ __all__ = [
     "CompletedArray",
     "ComputeResource",
     "ConfigurationError",
+    "Container",
     "CredentialRefresh",
     "FakeCompute",
     "ForkingRunLauncher",
@@ -56,6 +58,7 @@ _MODULES = {
     "dagster_sbatch.launchers": (
         "BatchScriptLauncher",
         "CommandLauncher",
+        "Container",
         "Launcher",
         "RayLauncher",
         "ScriptLauncher",

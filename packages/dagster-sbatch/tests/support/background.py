@@ -36,7 +36,7 @@ class Background:
 
     def __init__(self, run: Callable[[], Outcome]) -> None:
         self._outcomes: list[Outcome] = []
-        self._thread = threading.Thread(target=lambda: self._outcomes.append(run()))
+        self._thread = threading.Thread(target=lambda: self._outcomes.append(run()), daemon=True)
         self._thread.start()
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_sbatch.launchers import Launcher, RayLauncher, ScriptLauncher
+from dagster_sbatch.launchers import Container, Launcher, RayLauncher, ScriptLauncher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run import adoption
 from dagster_sbatch.run.adoption import (
@@ -193,3 +193,10 @@ def test_steps_of_a_graph_have_keys_and_success_is_read_by_them() -> None:
         assert not is_stored(instance, [result.run_id], seen[0], before=begun)
         assert is_stored(instance, [result.run_id], seen[0], before=begun + 60)
         assert requested_at(instance, "unknown") is None
+
+
+def test_a_container_and_the_program_that_runs_it_are_inputs() -> None:
+    """An engine without containers has stored none: its jobs are adopted."""
+    assert "launcher.container" not in inputs()
+    image = inputs(ScriptLauncher(container=Container("a.sif")))
+    assert image["launcher.container"] != inputs(ScriptLauncher(container=Container("b.sif")))["launcher.container"]

@@ -22,7 +22,7 @@ from dagster_sbatch.launchers import (
     ray,
 )
 from dagster_sbatch.run.messages import JOB_STARTED
-from dagster_sbatch.slurm import ArrayShape, Site, SlurmRequest, allocate, load_site, render_job_script
+from dagster_sbatch.slurm import ArrayShape, Site, SlurmRequest, allocate, load_site, render_job_script, render_start
 from resources import PROJECT
 from slurm_in_a_box import wait_until
 
@@ -50,7 +50,7 @@ def render(
         job_name="counts-2013-01",
         about={"asset": "a b"},
         environment=environment,
-        variables=variables or {},
+        start=render_start(variables or {}),
         body=body,
         array=array,
     )

@@ -10,11 +10,11 @@ import pytest
 from pydantic import BaseModel
 
 import dagster_sbatch
-from dagster_sbatch.slurm.site import Partition, Qos
+from dagster_sbatch.slurm.site import ContainerRuntime, Partition, Qos
 from support import ROOT
 
 PAGE = ROOT / "packages" / "dagster-sbatch" / "docs" / "reference.md"
-PARTS = {"Site": (Partition, Qos)}
+PARTS = {"Site": (Partition, Qos, ContainerRuntime)}
 """Models that stand in the fields of a public one."""
 HEAD = """\
 # Reference

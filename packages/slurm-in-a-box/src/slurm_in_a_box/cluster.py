@@ -6,7 +6,7 @@ import shutil
 import stat
 from pathlib import Path
 
-from . import roots
+from . import images, roots
 from . import slurm_configuration as configuration
 from .daemons import Daemon
 from .layout import COMPUTE_NODES, CONTROLLER, DATABASE, MACHINES, Layout
@@ -91,6 +91,7 @@ class Cluster:
         self._give(key, "munge", 0o400)
         self._make_gpus()
         self._wrap_sbatch()
+        images.make(layout)
 
     def start(self) -> None:
         """Start every daemon, fill the accounting the first time, and wait until all nodes are idle."""

@@ -160,6 +160,11 @@ class Layout:
         return self.state / "run"
 
     @property
+    def images(self) -> Path:
+        """Images of containers; the machines see this folder under the same path."""
+        return self.state / "images"
+
+    @property
     def log(self) -> Path:
         """Logs; the only folder that outlives the site, for reading after a failure."""
         return self.state / "log"

@@ -18,6 +18,7 @@ SUITES = {"22.05": "bookworm", "24.11": "trixie"}
 """Versions of Slurm that a site can have, and the release of Debian whose packages they are."""
 
 _PACKAGES = (
+    "charliecloud-runtime",
     "iproute2",
     "lmod",
     "mariadb-server",
@@ -34,6 +35,8 @@ _PACKAGES = (
     "tcsh",
 )
 _KEPT = ("etc", "usr")
+APPTAINER = "usr/bin/apptainer"
+"""An empty file: machines mount the site's own program on it."""
 
 
 def chosen() -> str:
@@ -83,6 +86,7 @@ def _make(suite: str, folder: Path) -> None:
     for name in _KEPT:
         (folder / "all" / name).rename(folder / "kept" / name)
     shutil.rmtree(folder / "kept/usr/share/doc")
+    (folder / "kept" / APPTAINER).touch(mode=0o755)
 
 
 def _mirror() -> list[str]:

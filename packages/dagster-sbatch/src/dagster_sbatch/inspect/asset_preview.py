@@ -157,7 +157,10 @@ def find_submitting(definitions: dg.Definitions, instance: dg.DagsterInstance) -
 def try_script(gateway: Gateway, preview: Preview, projects: Projects) -> tuple[bool, str]:
     """Ask Slurm whether it would accept the script; return that, and the expected start and the project, or why not."""
     request, limits, array = preview.plan.allocation.request, ANY_LIMITS, ""
+    container = preview.plan.launcher.container
     try:
+        if container and (problem := gateway.image_problem(container.remote_image(preview.paths.data_root))):
+            return False, problem
         if preview.plan.array:
             limits = gateway.limits(request.partition or "", request.qos or "", request.account or "")
             array = f"{count_array_jobs(preview.plan, limits)}; {name_limits(limits)}\n"

@@ -26,6 +26,7 @@ def summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
     return {
         "step": step,
         "how": f"{plan.workload.name} with {type(plan.launcher).__name__}",
+        **_summarise_container(plan, place),
         "where": f"{site}: partition {request.partition}, QoS {request.qos or 'of the partition'}"
         if request.partition
         else "no site is chosen, so partition and limits are not known: set SLURM_SUPERCOMPUTER_SITE",
@@ -36,9 +37,15 @@ def summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
         "time limit": format_time(request.time_limit),
         "cost": _summarise_cost(plan),
         "files": f"job.sh, {'tasks.jsonl' if plan.array else 'context.json'}, ... in {place.run}",
-        "python": place.python,
+        "python": container.python + " of the image" if (container := plan.launcher.container) else place.python,
         **({"modules": f"{', '.join(request.modules)} (with Lmod, in the job)"} if request.modules else {}),
     }
+
+
+def _summarise_container(plan: Plan, place: RunPaths) -> dict[str, str]:
+    container = plan.launcher.container
+    image = container.remote_image(place.data_root) if container else ""
+    return {"container": f"{image} (--test-only asks whether it is there)"} if container else {}
 
 
 def _summarise_array(plan: Plan) -> str:

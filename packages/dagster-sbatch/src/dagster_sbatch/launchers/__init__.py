@@ -3,8 +3,17 @@
 from dagster_sbatch.launchers.base import Launcher
 from dagster_sbatch.launchers.command import CommandLauncher
 from dagster_sbatch.launchers.command.batch_script import BatchScriptLauncher
+from dagster_sbatch.launchers.container import Container
 from dagster_sbatch.launchers.ray import RayLauncher
 from dagster_sbatch.launchers.script import ScriptLauncher
 from dagster_sbatch.launchers.srun import SrunLauncher
 
-__all__ = ["BatchScriptLauncher", "CommandLauncher", "Launcher", "RayLauncher", "ScriptLauncher", "SrunLauncher"]
+__all__ = [
+    "BatchScriptLauncher",
+    "CommandLauncher",
+    "Container",
+    "Launcher",
+    "RayLauncher",
+    "ScriptLauncher",
+    "SrunLauncher",
+]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dagster_sbatch.errors import ConfigurationError, describe
+from dagster_sbatch.launchers.container import Container
 from dagster_sbatch.slurm.request import SlurmRequest
 
 
@@ -27,6 +28,8 @@ class Launcher(BaseModel, ABC):
     """Name of the launcher in the site overrides."""
     not_in_arrays: ClassVar[str] = ""
     """Why it does not work in the tasks of a job array, and what to do instead; empty if it does."""
+    not_in_containers: ClassVar[str] = ""
+    """Why it does not work with a container, and what to do instead; empty if it does."""
     runs_python: ClassVar[bool] = True
     """Whether its workloads are Python programs; then their syntax and their imports are checked before a run."""
 
@@ -34,6 +37,7 @@ class Launcher(BaseModel, ABC):
         (),
         description="Shell commands that every node of the job runs first; a failing one is reported and skipped.",
     )
+    container: Container | None = Field(None, description="The image in which the workload runs; default: none.")
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -112,6 +116,7 @@ class Launcher(BaseModel, ABC):
 
         They can use two functions: `run_workload COMMAND...` starts the environment's Python as the workload, and
         `run_python COMMAND...` replaces its shell with another Python. Both set the variables of the asset's `env`.
+        With a container, both run the Python of the image in it.
 
         Args:
             request: after `allocate`.

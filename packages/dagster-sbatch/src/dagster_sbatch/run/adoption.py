@@ -31,6 +31,10 @@ def inputs_of(
         data_root: DATA_ROOT, if it is set.
     """
     launcher = plan.launcher.model_dump(mode="json")
+    if launcher["container"]:
+        launcher["container"] |= {"runtime": plan.site.container.model_dump(mode="json")}
+    else:
+        del launcher["container"]  # jobs of an engine without containers are adopted
     values: dict[str, Any] = {
         "workload": plan.workload.name,
         "args": plan.workload.args,

@@ -8,7 +8,7 @@ from typing import Any
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
 from dagster_sbatch.run.plan import Plan
-from dagster_sbatch.slurm import ArrayShape, render_job_script
+from dagster_sbatch.slurm import ArrayShape, render_job_script, render_start
 from dagster_sbatch.slurm.gateway import MESSAGES
 from dagster_sbatch.slurm.gateway.agent.disk import FORMAT
 
@@ -71,17 +71,27 @@ def render_job(plan: Plan, paths: RunPaths, info: RunInfo, array: ArrayShape | N
         "DATA_ROOT": paths.data_root,
         **({} if array else _pipes_variables(paths.run)),
     }
-    request = plan.allocation.request
+    request, runtime, container = plan.allocation.request, plan.site.container, plan.launcher.container
+    body, start = plan.launcher.render(request, plan.workload.command(paths.workloads)), render_start(plan.env)
+    if container:
+        body = f"{container.render_check(runtime, paths.run)}\n{body}"
+        start = container.render_start(request, runtime, paths.run, paths.workloads, plan.env)
     return render_job_script(
         request,
         plan.site,
         job_name=paths.run.rpartition("/")[2],
         about={name: value for name, value in (("run", info.run), ("asset", info.asset)) if value},
         environment=environment,
-        body=plan.launcher.render(request, plan.workload.command(paths.workloads)),
-        variables=plan.env,
+        body=body,
+        start=start,
         array=array,
     )
+
+
+def _launcher_files(plan: Plan) -> dict[str, str]:
+    """Return the files that the commands of the launcher and its container need."""
+    container = plan.launcher.container
+    return {**plan.launcher.files(plan.allocation.request), **(container.files() if container else {})}
 
 
 def _pipes_variables(folder: str) -> dict[str, str]:
@@ -104,7 +114,7 @@ def files_of(plan: Plan, paths: RunPaths, info: RunInfo, context: str, record: M
         record: what a later attempt compares its own inputs with: `call`, `inputs`, `request`.
     """
     return {
-        **plan.launcher.files(plan.allocation.request),
+        **_launcher_files(plan),
         "job.sh": render_job(plan, paths, info),
         CONTEXT: context,
         "about.json": json.dumps(asdict(info)),
@@ -133,7 +143,7 @@ def array_files_of(
     head, *tails = contexts
     pipes = [" ".join(_pipes_variables(f"{paths.run}/tasks/{index}").values()) for index in range(len(tails))]
     return {
-        **plan.launcher.files(plan.allocation.request),
+        **_launcher_files(plan),
         "job.sh": render_job(plan, paths, info, ArrayShape(len(tails), max_running)),
         "context.head": head,
         "tasks.jsonl": "".join(f"{tail}\n" for tail in tails),

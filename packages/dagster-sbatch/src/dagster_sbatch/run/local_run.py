@@ -1,6 +1,7 @@
 """A workload, or the tasks of an array, as processes of this machine, as their Dagster step sees them."""
 
 import os
+import shutil
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import dagster as dg
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
+from dagster_sbatch import launchers
 from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.directory import CONTEXT
 from dagster_sbatch.run.failures import failure
@@ -37,6 +39,7 @@ from dagster_sbatch.slurm.gateway import MESSAGES
 
 def run_here(context: StepContext, name: str, settings: Settings, plan: Plan) -> dg.PipesClientCompletedInvocation:
     """Run the workload as a subprocess of this step; see `ComputeResource.run`."""
+    image = _find_image(context, name, settings, plan)
     with temporary_run_directory() as folder:
         directory = RunDirectory(Path(folder))
         with open_session(context, plan.extras, str(directory.context), str(directory.messages)) as session:
@@ -47,7 +50,8 @@ def run_here(context: StepContext, name: str, settings: Settings, plan: Plan) ->
                 directory.stderr: session.stderr.feed,
                 directory.messages: session.messages.feed,
             }
-            ended = run_interruptibly(lambda stop: run_workload(_command(plan), environment, directory, sinks, stop))
+            command = _command(settings, plan, image, directory)
+            ended = run_interruptibly(lambda stop: run_workload(command, environment, directory, sinks, stop))
             session.messages.finish(context)
         cause = ended.cause or explain_failure(session.messages, ended.exit_code, plan.workload.name)
         if cause:
@@ -56,8 +60,40 @@ def run_here(context: StepContext, name: str, settings: Settings, plan: Plan) ->
         return complete(context, session.pipes, where, {"workload_seconds": round(ended.seconds, 3)})
 
 
-def _command(plan: Plan) -> list[str]:
-    return plan.launcher.local_command(plan.allocation.request, plan.workload.command(plan.workload.root))
+def _find_image(context: StepContext, name: str, settings: Settings, plan: Plan) -> Path | None:
+    """Return the image of the workload; None: it runs without a container, and the log says so if it should have one.
+
+    Raises:
+        Failure: the file is no image.
+    """
+    container, command = plan.launcher.container, plan.site.container.command
+    if container is None:
+        return None
+    image = container.local_image(plan.project.local_data_root(settings)) if shutil.which(command) else None
+    if image is None:
+        lacking = f"no container image {container.image}" if shutil.which(command) else f"no {command}"
+        StepLog(context).warning(f"This machine has {lacking}. The workload runs without its container here.")
+        return None
+    problem = container.problem_of(image)
+    if problem:
+        raise failure(name, problem, final=True)
+    return image
+
+
+def _command(settings: Settings, plan: Plan, image: Path | None, directory: RunDirectory) -> list[str]:
+    """Return the command that runs the workload in its run directory, or in an image."""
+    request, container = plan.allocation.request, plan.launcher.container
+    command = plan.launcher.local_command(request, plan.workload.command(plan.workload.root))
+    if container is None or image is None:
+        return command
+    for file, text in container.files().items():
+        path = directory.path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    data_root = plan.project.local_data_root(settings)
+    data_root.mkdir(parents=True, exist_ok=True)
+    folders = (data_root, plan.workload.root, Path(launchers.__file__).parent)
+    return container.local_command(request, plan.site.container, image, directory.path, command, folders)
 
 
 def _environment(context: StepContext, settings: Settings, plan: Plan) -> dict[str, str]:
@@ -77,7 +113,8 @@ def run_array_here(
 ) -> dg.PipesClientCompletedInvocation:
     """Run the tasks of an array as subprocesses of this step, some at once; see `ComputeResource.run`."""
     step = ArrayStep(context, name, plan)
-    tasks = _LocalTasks(step, _environment(context, settings, plan), plan)
+    image = _find_image(context, name, settings, plan)
+    tasks = _LocalTasks(step, settings, plan, _environment(context, settings, plan), image)
     with step.open(CONTEXT, MESSAGES):
         run_interruptibly(tasks.run)
     return step.complete({"host": socket.gethostname(), "workload": str(plan.workload.path)})
@@ -86,8 +123,11 @@ def run_array_here(
 class _LocalTasks:
     """The processes of the tasks that run now."""
 
-    def __init__(self, step: ArrayStep, environment: Mapping[str, str], plan: Plan) -> None:
-        self._step, self._environment, self._plan = step, environment, plan
+    def __init__(
+        self, step: ArrayStep, settings: Settings, plan: Plan, environment: Mapping[str, str], image: Path | None
+    ) -> None:
+        self._step, self._settings, self._plan = step, settings, plan
+        self._environment, self._image = environment, image
         assert plan.array is not None
         self._most = plan.array.max_running_tasks or os.cpu_count() or 1
         self._processes: dict[int, LocalProcess] = {}
@@ -139,7 +179,8 @@ class _LocalTasks:
         }
         names = {directory.stdout: "stdout", directory.stderr: "stderr", directory.messages: MESSAGES}
         sinks = {path: lambda data, name=name: self._step.feed(index, name, data) for path, name in names.items()}
-        self._processes[index] = LocalProcess(_command(self._plan), environment, directory, sinks)
+        command = _command(self._settings, self._plan, self._image, directory)
+        self._processes[index] = LocalProcess(command, environment, directory, sinks)
         self._step.started(index)
 
     def _end(self, index: int) -> Ended:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.launchers import Launcher
+from dagster_sbatch.launchers import Container, Launcher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.array import PARTITION_KEYS, JobArray, Task, make_tasks
 from dagster_sbatch.run.digests import check_json
@@ -98,11 +98,21 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
         launcher.check(allocation.request)
         if array and (request.qos or not settings.qos):  # in a QoS of the environment, tasks wait
             _check_running_tasks(array, allocation.request, site)
+    if launcher.container:
+        _check_container(launcher, launcher.container, allocation.request, site)
     qos = allocation.request.qos or ""
     if settings.deployment == "production_supercomputer" and qos.startswith("dev_"):
         notes.append(f"QoS {qos} is for short tests, and this is {settings.deployment}. Check SLURM_QOS.")
     notes = [*allocation.notes, *notes]
     return Plan(project, program, launcher, site, allocation, variables, extras, tuple(notes), array, tasks)
+
+
+def _check_container(launcher: Launcher, container: Container, request: SlurmRequest, site: Site) -> None:
+    if launcher.not_in_containers:
+        raise ConfigurationError(
+            f"{type(launcher).__name__} does not work with a container: {launcher.not_in_containers}"
+        )
+    container.check(request, site.container)
 
 
 def _check_running_tasks(array: JobArray, request: SlurmRequest, site: Site) -> None:

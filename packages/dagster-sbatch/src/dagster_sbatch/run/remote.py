@@ -38,7 +38,7 @@ class RemoteRun(RemoteStep):
     def _choose(self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment) -> RunPaths | None:
         """Choose the attempt; return where a new one is to be submitted, None if an earlier one is adopted."""
         claim, choice = attempts.choose()
-        found = None if choice.adopt else environment.find(self._log.info)
+        found = None if choice.adopt else self._find_environment(gateway, environment)
         while not choice.adopt and attempts.cancel_outdated(claim):
             claim, choice = attempts.choose()
         self._run = f"{claim.runs}/{attempts.family}-{choice.attempt}"

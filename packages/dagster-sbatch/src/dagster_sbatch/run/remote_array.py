@@ -91,7 +91,7 @@ class RemoteArray(RemoteStep, Arrays):
                 gateway.committed = True
                 gateway.run_arrays(self, self._context.run_id)
                 if self._found is None and self._batches.left:  # adopted tasks that have to run again
-                    self._found = environment.find(self._log.info)
+                    self._found = self._find_environment(self._gateway, environment)
                     self._batches = self._divide(self._batches.left)
                     gateway.run_arrays(self, self._context.run_id)
                 self._fail_refused()
@@ -107,7 +107,7 @@ class RemoteArray(RemoteStep, Arrays):
         self._adopt(claim, choice)
         found: Environment | None = None
         if choice.new:
-            found = environment.find(self._log.info)
+            found = self._find_environment(self._gateway, environment)
             while attempts.cancel_outdated(claim):
                 claim, choice = attempts.choose_tasks(left)
                 self._adopt(claim, choice)

@@ -106,7 +106,7 @@ class RemoteStep(ABC):
     def _register(self, environment: RunEnvironment) -> Submission:
         """Register this call, and compute digests of everything that decides its result."""
         assets = tuple(sorted(key.to_user_string() for key in self._step.selected_asset_keys))
-        data_root = self._settings.data_root or f"{self._settings.deployment_base_path}/data"
+        data_root = self._data_root
         inputs = inputs_of(self._plan, environment.inputs, assets, data_root)
         root, step = self._info.root, self._info.step
         call = calls_of(self._step).begin(root, step, digest_of(inputs))
@@ -114,6 +114,24 @@ class RemoteStep(ABC):
         former = former_family_of(root, assets, partitions_of(self._context), call.number)
         related = (f"{step_prefix(root, step)}-", f"{former}-")
         return Submission(call, step, related, inputs, request_of(self._plan), data_root)
+
+    @property
+    def _data_root(self) -> str:
+        """DATA_ROOT, as the user wrote it."""
+        return self._settings.data_root or f"{self._settings.deployment_base_path}/data"
+
+    def _find_environment(self, gateway: Gateway, environment: RunEnvironment) -> Environment:
+        """Return the environment of a new job; see `RunEnvironment.find`.
+
+        Raises:
+            ConfigurationError: there is none, or the job's container has no image.
+        """
+        container = self._plan.launcher.container
+        if container:
+            problem = gateway.image_problem(container.remote_image(self._data_root))
+            if problem:
+                raise ConfigurationError(problem)
+        return environment.find(self._log.info)
 
     def _paths(self, claim: Claim, run: str, found: Environment) -> RunPaths:
         """Return the paths of a new run, in an environment."""

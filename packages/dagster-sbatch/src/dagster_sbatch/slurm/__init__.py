@@ -1,8 +1,18 @@
 """Slurm: the request of an asset, the site's partitions and limits, and the job script."""
 
 from dagster_sbatch.slurm.allocation import Allocation, allocate
-from dagster_sbatch.slurm.job_script import ArrayShape, render_job_script
+from dagster_sbatch.slurm.job_script import ArrayShape, render_job_script, render_start
 from dagster_sbatch.slurm.request import SlurmRequest
-from dagster_sbatch.slurm.site import Site, load_site
+from dagster_sbatch.slurm.site import ContainerRuntime, Site, load_site
 
-__all__ = ["Allocation", "ArrayShape", "Site", "SlurmRequest", "allocate", "load_site", "render_job_script"]
+__all__ = [
+    "Allocation",
+    "ArrayShape",
+    "ContainerRuntime",
+    "Site",
+    "SlurmRequest",
+    "allocate",
+    "load_site",
+    "render_job_script",
+    "render_start",
+]

@@ -53,13 +53,7 @@ $environment
 # When Slurm will end the job, in seconds since 1970. Slurm sets this since 23.02.
 export SLURM_JOB_END_TIME=$${SLURM_JOB_END_TIME:-$$(($${EPOCHSECONDS:-$$(date +%s)} + $seconds))}
 
-# Becomes Python with the variables of the asset; the script itself does not have them.
-# shellcheck disable=SC2317  # the launcher's commands call it
-run_python() { exec $env"$$PYTHON" -u "$$@"; }
-export -f run_python
-# Starts the workload and records its process. If it handles SIGUSR1, it gets that signal when the time limit is near.
-# shellcheck disable=SC2317  # the launcher's commands call it
-run_workload() { ( echo "$$BASHPID" >workload.pid; run_python "$$@" ) }
+$start
 # shellcheck disable=SC2317  # the trap calls it
 warn() {
   local pid handled
@@ -86,6 +80,15 @@ code=$$status
 exit "$$code"
 """
 )
+
+_START = """\
+# Becomes Python with the variables of the asset; the script itself does not have them.
+# shellcheck disable=SC2317  # the launcher's commands call it
+run_python() {{ exec {env}"$PYTHON" -u "$@"; }}
+export -f run_python
+# Starts the workload and records its process. If it handles SIGUSR1, it gets that signal when the time limit is near.
+# shellcheck disable=SC2317  # the launcher's commands call it
+run_workload() {{ ( echo "$BASHPID" >workload.pid; run_python "$@" ) }}"""
 
 _CLAIM = """\
 # One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
@@ -188,6 +191,20 @@ def directives(
     return [f"#SBATCH {option}" for option in (*options, *request.options, *own)]
 
 
+def render_start(variables: Mapping[str, str]) -> str:
+    """Return the functions of bash with which launchers start a workload (`Launcher.render`).
+
+    Args:
+        variables: for the workload alone.
+    """
+    return _START.format(env=render_env(variables))
+
+
+def render_env(variables: Mapping[str, str]) -> str:
+    """Return the words of bash that set variables for the command after them; nothing without variables."""
+    return shlex.join(["env", *(f"{name}={value}" for name, value in variables.items())]) + " " if variables else ""
+
+
 def render_job_script(
     request: SlurmRequest,
     site: Site,
@@ -196,7 +213,7 @@ def render_job_script(
     about: Mapping[str, str],
     environment: Mapping[str, str],
     body: str,
-    variables: Mapping[str, str] | None = None,
+    start: str = render_start({}),
     array: ArrayShape | None = None,
 ) -> str:
     """Return the batch script.
@@ -212,11 +229,10 @@ def render_job_script(
         about: for the job's comment.
         environment: variables of the script; this function quotes the values.
         body: the launcher's commands (`Launcher.render`).
-        variables: further ones, for the workload alone.
+        start: functions of bash that start the workload: `render_start`, or those of a container.
         array: the tasks, if it is an array job; each works in `tasks/<index>`.
     """
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-    assignments = [f"{name}={value}" for name, value in (variables or {}).items()]
     modules = request.modules or ()
     return _SCRIPT.substitute(
         header="\n".join([*site.script_header, *directives(request, site, job_name, about, array)]),
@@ -225,7 +241,7 @@ def render_job_script(
         shell="/bin/bash -l" if site.setup_commands or modules else "/bin/bash",  # only login shells have `module`
         setup="".join(f"{command}\n" for command in site.setup_commands) + render_modules(modules),
         environment="\n".join(lines),
-        env=shlex.join(["env", *assignments]) + " " if assignments else "",
+        start=start,
         disk=site.local_disk,
         lead=warning_lead(request),
         seconds=int(request.time_limit.total_seconds()),

@@ -41,6 +41,16 @@ class Partition(_Part):
     qos: dict[str, Qos] = Field({}, description="QoS of this partition, the ordinary one first; empty: jobs need none.")
 
 
+class ContainerRuntime(_Part):
+    """The program that runs the container of a launcher; see `Container`."""
+
+    command: str = Field(
+        "apptainer", pattern=r"^[A-Za-z0-9_./+-]+$", description="apptainer or singularity, or its path."
+    )
+    options: tuple[str, ...] = Field((), description="Options of its `exec` for all containers, as --name=value.")
+    gpu_options: tuple[str, ...] = Field(("--nv",), description="Options for jobs that request GPUs.")
+
+
 def _authority(line: str) -> str:
     parse_authority(line)
     return line
@@ -69,6 +79,7 @@ class Site(_Part):
         (),
         description="Lines `@cert-authority ...` for hosts that are not in the user's known_hosts.",
     )
+    container: ContainerRuntime = Field(ContainerRuntime(), description="The program that runs containers.")
     documentation: str | None = Field(None, description="Address of the centre's documentation.")
     local_disk: str = Field(
         "/local",
@@ -115,5 +126,7 @@ def _merge(known: Mapping[str, Any], changes: Any) -> Any:
 
 def _keys_beside(place: Place) -> list[str]:
     """Return the valid keys beside an unknown one, which is so many keys below the site's entry."""
+    if place[0] == "container" and len(place) > 1:
+        return list(ContainerRuntime.model_fields)
     models: dict[int, type[BaseModel]] = {1: Site, 3: Partition}
     return list(models.get(len(place), Qos).model_fields)

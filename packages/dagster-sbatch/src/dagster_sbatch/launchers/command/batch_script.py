@@ -22,6 +22,11 @@ class BatchScriptLauncher(CommandLauncher):
     """
 
     key: ClassVar[str] = "batch_script"
+    not_in_containers: ClassVar[str] = (
+        "a batch script calls programs of the system, such as srun and module, which an image does not have. Call "
+        "apptainer in the script, or write the part that needs the image as a program and use "
+        "launcher=CommandLauncher(container=...)."
+    )
     options: ClassVar[tuple[str, ...]] = ("--batch-script",)
 
     def check_program(self, program: Path) -> None:  # noqa: D102 - see Launcher

@@ -62,6 +62,10 @@ class RayLauncher(Launcher):
         "each task would start a Ray cluster of its own. Remove array=..., and let the one Ray cluster of the job "
         "divide the partitions (pipes.extras['partition_keys']) among Ray tasks; or use launcher=ScriptLauncher()."
     )
+    not_in_containers: ClassVar[str] = (
+        "its programs ask Slurm for the nodes of the job, and an image does not have Slurm's commands. Remove "
+        "container=..., so that Ray runs in the project's environment; or use launcher=SrunLauncher(container=...)."
+    )
 
     ray_start_args: tuple[Annotated[str, AfterValidator(_argument)], ...] = Field(
         (), description="Further arguments of `ray start` on every node; --include-dashboard only on the head."

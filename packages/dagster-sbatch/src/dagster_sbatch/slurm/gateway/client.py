@@ -158,6 +158,10 @@ class Gateway(Link):
         said = self.ask(do="load_modules", modules=list(modules), setup=list(setup))
         return explain_modules(said["host"], modules, said["code"], said["text"]) if said["code"] else ""
 
+    def image_problem(self, path: str) -> str:
+        """Return what is wrong with the image of a container; empty if nothing is."""
+        return str(self.ask(do="image", path=path)["problem"])
+
     def projects(self) -> Projects:
         """Return the projects that the user may charge jobs to."""
         said = self.ask(do="projects")

@@ -19,6 +19,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import dagster_pipes
 from dagster_pipes import DAGSTER_PIPES_MESSAGES_ENV_VAR, decode_param, open_dagster_pipes
 
 COMMAND, WORK, CAUSE = "bin/pipes", "work", "cause"
@@ -27,6 +28,10 @@ EXIT_CODE_DECIDES = "exit_code_decides"
 """Method of the line in the messages file by which a launcher says that no Pipes session is needed for success."""
 MACHINES = {0x03: "i386", 0x15: "ppc64le", 0x28: "arm", 0x3E: "x86_64", 0xB7: "aarch64", 0xF3: "riscv64"}
 """`uname -m` by e_machine of an ELF file (elf.h)."""
+RUN_PIPES = (
+    "import runpy, sys; sys.path.append(sys.argv[1]); del sys.argv[:2]; runpy.run_path(sys.argv[0], {}, '__main__')"
+)
+"""In a container, dagster_pipes is not among the packages of its Python."""
 FOREIGN = {b"MZ": "Windows", b"\xcf\xfa\xed\xfe": "macOS", b"\xca\xfe\xba\xbe": "macOS"}
 """Systems by the first bytes of their programs."""
 
@@ -59,7 +64,8 @@ def prepare_environment(folder: Path) -> None:
     """Put `pipes` on the PATH, and set the variables of the program."""
     command = folder / COMMAND
     command.parent.mkdir(exist_ok=True)
-    pipes = shlex.join([sys.executable, "-I", str(Path(__file__).resolve().with_name("pipes_command.py"))])
+    packages, program = Path(dagster_pipes.__file__).parents[1], Path(__file__).resolve().with_name("pipes_command.py")
+    pipes = shlex.join([sys.executable, "-I", "-c", RUN_PIPES, str(packages), str(program)])
     command.write_text(f'#!/bin/sh\nexec {pipes} "$@"\n')
     command.chmod(0o700)
     os.environ["PATH"] = f"{command.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"

@@ -31,6 +31,8 @@ PORTS = range(20000, 32768)
 GRACE_SECONDS = 5.0
 """Between SIGTERM and SIGKILL for local ranks."""
 POLL_SECONDS = 0.05
+NO_CONTAINER = ("container: ", "FATAL: ")
+"""Beginnings of lines of start.sh and of apptainer, if a rank cannot start in its container."""
 RANK_SHELL = """\
 HOSTNAME=$SLURMD_NODENAME # Slurm passes on that of the first node
 set_temporary_folder
@@ -122,6 +124,7 @@ def await_starter(command: Sequence[str], failure: Path, limit: str) -> tuple[in
         return 1, explain_late(late[1], limit)
     # MPI_Abort kills all processes of the job, also those that record failures.
     words = [line for line in output.lines if _EXCEPTION.match(line)][:1]
+    words = words or [line for line in output.lines if line.startswith(NO_CONTAINER)][:1]
     words = words or [line for line in output.lines if line.startswith(("srun:", "slurmstepd:"))]
     return code, f"{Path(command[0]).name} ended with exit code {code}: " + ("\n".join(words) or "its output says why")
 

@@ -11,6 +11,7 @@ from .array_jobs import run_array
 from .claims import claim, clean, hold
 from .disk import RequestError, kind_of
 from .follower import follow
+from .images import image
 from .interpreters import load_modules
 from .jobs import SBATCH_PATIENCE, cancel, submit
 from .limits import limits
@@ -30,10 +31,8 @@ def ping(*_):
 
 
 VERBS = (hold, claim, submit, test, cancel, state, reject, runs, clean, put, piece, get, environment, queue, projects)
-VERBS = {
-    verb.__name__: verb
-    for verb in VERBS + (follow, array, run_array, limits, task_counts, task_records, cancel_tasks, load_modules, ping)
-}
+VERBS += (follow, array, run_array, limits, task_counts, task_records, cancel_tasks, load_modules, image, ping)
+VERBS = {verb.__name__: verb for verb in VERBS}
 FINISHED = ("submit", "cancel")  # even if the client goes away meanwhile
 IN_ORDER = ("hold", "reject", "piece")  # before the next request is read, which builds on them
 

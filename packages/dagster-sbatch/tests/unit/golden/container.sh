@@ -1,0 +1,108 @@
+#!/bin/bash
+#ASC --vanilla
+#SBATCH --job-name=preview-probe
+#SBATCH --comment=key=preview-probe,asset=probe
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=44
+#SBATCH --gres=gpu:1
+#SBATCH --mem=180G
+#SBATCH --time=01:00:00
+#SBATCH --partition=zen4_0768_h100x4
+#SBATCH --qos=zen4_0768_h100x4
+#SBATCH --threads-per-core=1
+#SBATCH --output=stdout
+#SBATCH --error=stderr
+#SBATCH --open-mode=append
+#SBATCH --export=NONE
+#SBATCH --signal=B:USR1@300
+# Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
+umask 077
+
+# One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
+ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
+
+# The job's own record: a line at its start, a line at its end. The code is null if it was cut short; Slurm knows why.
+code=null
+# shellcheck disable=SC2317  # the trap calls it
+finish() {
+  local sizes now=${EPOCHREALTIME:-$(date +%s.%N)}
+  mapfile -t sizes < <(exec stat -c %s messages.jsonl stdout stderr)
+  printf '{"code": %s, "job": "%s", "time": %s, "sizes": {"messages.jsonl": %s, "stdout": %s, "stderr": %s}}\n' \
+    "$code" "$SLURM_JOB_ID" "${now/,/.}" "${sizes[@]}" >>events
+}
+trap finish EXIT
+# Sets TMPDIR, the folder for temporary files on a node: its own disk, if the job can write to it.
+set_temporary_folder() {
+  local probe=/local/.$SLURM_JOB_ID-$RANDOM
+  export TMPDIR=/tmp
+  set -C # no link of another user is followed
+  if { echo >"$probe" && rm "$probe"; } 2>/dev/null; then TMPDIR=/local; fi
+  set +C
+}
+export -f set_temporary_folder
+set_temporary_folder
+export JOB_TMPDIR=$TMPDIR
+printf '\n{"method": "job_started"}\n' >>messages.jsonl # a former start may have left half a line
+now=${EPOCHREALTIME:-$(date +%s.%N)} # with the locale's decimal point
+printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "${now/,/.}" "$JOB_TMPDIR" >>events
+
+# $PYTHON uses its own packages, not those of a module's Python or of the home.
+unset PYTHONHOME PYTHONPLATLIBDIR PYTHONSAFEPATH
+export PYTHONNOUSERSITE=1 TMPDIR=$JOB_TMPDIR
+export PYTHON='<SLURM_DEPLOYMENT_BASE_PATH>/environments/<hash of its content>/bin/python'
+export PYTHONPATH='<SLURM_DEPLOYMENT_BASE_PATH>/environments/<hash of its content>/workloads'
+export PYTHONUNBUFFERED=1
+export DATA_ROOT='<SLURM_DEPLOYMENT_BASE_PATH>/data'
+export DAGSTER_PIPES_CONTEXT=eJyrVipILMlQslJQsgn2CQ3yjXdxDfDxj/R19QuJd3IMdo0PcAzxsNMvKs0r1i8oSi3LTC3XLSjKT0rVT87PK0mtKNHLKs7PU6oFAEexGIQ=
+export DAGSTER_PIPES_MESSAGES=eJyrVipILMlQslJQsgn2CQ3yjXdxDfDxj/R19QuJd3IMdo0PcAzxsNMvKs0r1i8oSi3LTC3XLSjKT0rVz00tLk5MTy3WyyrOz8tR0lFQysxLzilNSY0vLknJzI/PzIuHKQEan5aYU5xaCwD0QyaL
+
+# When Slurm will end the job, in seconds since 1970. Slurm sets this since 23.02.
+export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$((${EPOCHSECONDS:-$(date +%s)} + 3600))}
+
+# Becomes a program in the container. It keeps the variables of the job, except PATH and LD_LIBRARY_PATH.
+# shellcheck disable=SC2317  # the functions below call it
+in_container() {
+  exec apptainer exec --nv --no-home --pwd "$PWD" --bind "$DATA_ROOT" --bind "$TMPDIR" --bind '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe' --bind '<SLURM_DEPLOYMENT_BASE_PATH>/environments/<hash of its content>/workloads' --bind "$HOME"'/notes':/work:ro "$DATA"'/a b.sif' "$@"
+}
+# Becomes the image's Python with the variables of the asset; the script itself does not have them.
+# shellcheck disable=SC2317  # the launcher's commands call it
+run_python() { in_container env 'COLOUR=dark blue' sh '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe/container/start.sh' /opt/bin/python -u "$@"; }
+export -f in_container run_python
+# Starts the workload. If it handles SIGUSR1, it gets that signal when the time limit is near.
+# shellcheck disable=SC2317  # the launcher's commands call it
+run_workload() {
+  local code=0
+  rm -f workload.pid
+  ( in_container env 'COLOUR=dark blue' sh '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe/container/start.sh' --workload /opt/bin/python -u "$@" ) || code=$?
+  [ -e workload.pid ] || [ -s cause ] ||
+    echo 'The container did not start: apptainer ended before the workload.' \
+      "Its exit code is $code. The last lines of stderr say why." >cause
+  return "$code"
+}
+# shellcheck disable=SC2317  # the trap calls it
+warn() {
+  local pid handled
+  warned=1
+  echo "time limit: 300 s left" >&2
+  pid=$(cat workload.pid 2>/dev/null) || return
+  handled=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$pid/status" 2>/dev/null)
+  if (( 0x${handled: -4} & 0x200 )); then kill -USR1 "$pid"; fi
+}
+trap warn USR1
+
+# In a subshell: whatever it does, the exit code is recorded. In the background: bash handles the warning meanwhile.
+(
+"$PYTHON" -I -S '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe/container/images.py' apptainer "$DATA"'/a b.sif' "$DATA_ROOT" "$HOME"'/notes' || exit
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-44}
+run_workload '<SLURM_DEPLOYMENT_BASE_PATH>/environments/<hash of its content>/workloads/model.sh'
+) &
+body=$!
+while :; do
+  warned=
+  wait "$body"
+  status=$?
+  [ "$warned" ] || break
+done
+code=$status
+exit "$code"

@@ -1,0 +1,255 @@
+"""Containers: what is refused before a run, the job script, and what bash makes of it with a program `apptainer`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.inspect.asset_preview import Preview, preview_asset, try_script
+from dagster_sbatch.launchers import (
+    BatchScriptLauncher,
+    CommandLauncher,
+    Container,
+    Launcher,
+    RayLauncher,
+    ScriptLauncher,
+    SrunLauncher,
+    container,
+)
+from dagster_sbatch.run.compute import ComputeResource
+from dagster_sbatch.slurm import ArrayShape, ContainerRuntime, Site, SlurmRequest, load_site, render_job_script
+from dagster_sbatch.slurm.gateway import Projects
+from dagster_sbatch.slurm.gateway.agent.images import problem_of
+from resources import PROJECT
+from support.containers import SIF, put_apptainer
+from support.programs import make
+
+GOLDEN = Path(__file__).parent / "golden" / "container.sh"
+AWKWARD = """a'; echo "foo" $HOME `id` \\ é"""
+
+
+def preview(launcher: Launcher, program: Path, request: SlurmRequest) -> Preview:
+    @dg.asset
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        done = compute.run(context, workload=program, launcher=launcher, request=request, env={"COLOUR": "dark blue"})
+        return done.get_materialize_result()
+
+    (found,) = preview_asset(dg.Definitions([probe], resources={"compute": ComputeResource.of(PROJECT)}), "probe")
+    return found
+
+
+def test_the_script_is_the_golden_one(shellcheck: str, tmp_path: Path) -> None:
+    """With UPDATE_GOLDEN=1 it is written anew."""
+    image = Container("$DATA/a b.sif", binds=["~/notes:/work:ro"], options=["--no-home"], python="/opt/bin/python")
+    found = preview(ScriptLauncher(container=image), make(tmp_path, "pass"), SlurmRequest(gpus_per_node=1))
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(found.script)
+    assert found.script == GOLDEN.read_text()
+    (tmp_path / "job.sh").write_text(found.script)
+    start = Path(container.__file__).parent / "job" / "start.sh"
+    command = [shellcheck, "--severity=style", str(tmp_path / "job.sh"), str(start)]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stdout == ""
+    assert found.summary["container"] == "$DATA/a b.sif (--test-only asks whether it is there)"
+    assert found.summary["python"] == "/opt/bin/python of the image"
+
+
+@pytest.mark.parametrize("launcher", [RayLauncher, BatchScriptLauncher])
+def test_launchers_that_need_the_system_say_why(launcher: type[Launcher], tmp_path: Path) -> None:
+    program = make(tmp_path, "#!/usr/bin/python3\n")
+    with pytest.raises(ConfigurationError, match=f"{launcher.__name__} does not work with a container: "):
+        preview(launcher(container=Container("a.sif")), program, SlurmRequest())
+
+
+def test_gpus_need_an_option() -> None:
+    gpus, image = SlurmRequest(gpus_per_node=2), Container("a.sif")
+    image.check(gpus, ContainerRuntime())
+    without = ContainerRuntime(gpu_options=())
+    image.check(SlurmRequest(), without)
+    Container("a.sif", options=["--rocm"]).check(gpus, without)
+    with pytest.raises(ConfigurationError, match=r"gpus_per_node=2 in a container without an option for GPUs: .*--nv"):
+        image.check(gpus, without)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"image": "docker://ubuntu"}, "Pull it once:\napptainer pull image.sif docker://ubuntu"),
+        ({"image": ""}, "no path of an image"),
+        ({"image": "$DAT/a.sif"}, r"\$DAT is unknown"),
+        ({"image": "a.sif", "binds": ["notes"]}, "is not an absolute path"),
+        ({"image": "a.sif", "binds": ["/a:b"]}, "is no bind. Write /folder"),
+        ({"image": "a.sif", "binds": ["/a:/b:rx"]}, "is no bind. Write /folder"),
+        ({"image": "a.sif", "binds": ["/a,/b"]}, "is no bind. Write /folder"),
+        ({"image": "a.sif", "options": ["-e"]}, "is not of the form '--name=value'"),
+        ({"image": "a.sif", "options": ["--env A=B"]}, "is not of the form '--name=value'"),
+        ({"image": "a.sif", "options": ["--cleanenv"]}, "--cleanenv cannot be an option here. Without the variables"),
+        ({"image": "a.sif", "options": ["--bind=/a"]}, "--bind cannot be an option here. Use binds="),
+        ({"image": "a.sif", "python": "python3 -u"}, "python"),
+        ({"image": "a.sif", "gpu": True}, "gpu: unknown field"),
+    ],
+)
+def test_wrong_values_are_named(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        Container(**fields)
+
+
+def test_a_site_names_its_command_and_an_unknown_key_is_an_error() -> None:
+    entry = {"container": {"command": "singularity", "gpu_options": ["--nv", "--nvccli"]}}
+    site = load_site({"here": entry}, "here")
+    assert site.container.command == "singularity"
+    assert "exec singularity exec --nv --nvccli --pwd" in script_of(Path("/run"), site=site, gpus_per_node=1)
+    with pytest.raises(ConfigurationError, match=r"\['container'\]\['comand'\]: unknown field; did you mean 'command'"):
+        load_site({"here": {"container": {"comand": "x"}}}, "here")
+
+
+CONTENTS: dict[str, bytes] = {
+    "a.sif": SIF,
+    "a.sqsh": b"hsqs" + bytes(100),
+    "a.img": bytes(1080) + b"\x53\xef" + bytes(100),
+    "text.sif": b"the image is elsewhere\n",
+    "empty.sif": b"",
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_images_are_known_by_their_first_bytes(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(CONTENTS[name])
+    problem = problem_of(str(path))  # type: ignore[no-untyped-call]
+    assert ("is no container image" in problem) == (name in ("text.sif", "empty.sif"))
+
+
+def test_a_folder_with_a_system_is_an_image_and_a_missing_file_is_none(tmp_path: Path) -> None:
+    assert "is no container image" in problem_of(str(tmp_path))  # type: ignore[no-untyped-call]
+    (tmp_path / "bin").symlink_to("usr/bin")
+    assert problem_of(str(tmp_path)) == ""  # type: ignore[no-untyped-call]
+    assert "There is no container image" in problem_of(str(tmp_path / "a.sif"))  # type: ignore[no-untyped-call]
+
+
+# What bash makes of the script
+
+
+def script_of(
+    run: Path,
+    image: Container | None = None,
+    launcher: Launcher | None = None,
+    site: Site | None = None,
+    array: ArrayShape | None = None,
+    **request: Any,
+) -> str:
+    image, asked, site = image or Container("an image.sif"), SlurmRequest(**request), site or Site(local_disk="/none")
+    body = (launcher or ScriptLauncher()).render(asked, [f"{run}/code/work load.py", AWKWARD])
+    return render_job_script(
+        asked,
+        site,
+        job_name="k",
+        about={},
+        environment={"PYTHON": sys.executable, "PYTHONPATH": f"{run}/code", "DATA_ROOT": f"{run}/data"},
+        body=f"{image.render_check(site.container, str(run))}\n{body}",
+        start=image.render_start(asked, site.container, str(run), f"{run}/code", {"COLOUR": AWKWARD}),
+        array=array,
+    )
+
+
+def run_script(folder: Path, text: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run a job as Slurm would, with a program `apptainer`; the run directory has the container's files."""
+    for name, content in Container.files().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    (folder / "job.sh").write_text(text)
+    for name in ("stdout", "stderr"):
+        (folder / name).touch()
+    path = f"{put_apptainer(folder / 'bin')}:{os.environ['PATH']}"
+    environment = {"PATH": path, "SLURM_JOB_ID": "17", "HOME": str(folder), **variables}
+    command = ["bash", "job.sh"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run directory with a workload and an image in DATA_ROOT."""
+    path = tmp_path / "run's dir"
+    (path / "code").mkdir(parents=True)
+    (path / "data").mkdir()
+    (path / "data" / "an image.sif").write_bytes(SIF)
+    (path / "code" / "work load.py").write_text(
+        "import dagster_pipes, os, sys\nfrom pathlib import Path\n"
+        "print(Path(dagster_pipes.__file__).parents[1].name, os.environ['COLOUR'], sys.argv[1])\n"
+        "print(Path('workload.pid').read_text() == f'{os.getpid()}\\n', Path.cwd().name)\nsys.exit(3)\n"
+    )
+    return path
+
+
+def test_the_workload_runs_in_the_container(folder: Path) -> None:
+    """Its own process is recorded, not that of apptainer; `dagster_pipes` is that of the run directory."""
+    image = Container("an image.sif", python=sys.executable, binds=["~/code:/code"])
+    done = run_script(folder, script_of(folder, image))
+    assert done.stdout == f"container {AWKWARD} {AWKWARD}\nTrue run's dir\n", done.stderr
+    assert (done.returncode, (folder / "cause").read_text()) == (3, "")
+    said = (folder / "bin" / "arguments").read_text().split("\n")
+    binds = [said[place + 1] for place, word in enumerate(said) if word == "--bind"]
+    assert binds == [f"{folder}/data", "/tmp", str(folder), f"{folder}/code", f"{folder}/code:/code"]
+    assert said[said.index("--pwd") + 1] == str(folder)
+    assert f"{folder}/data/an image.sif" in said
+
+
+def test_a_task_of_an_array_runs_in_its_own_folder(folder: Path) -> None:
+    (folder / "context.head").write_text("{")
+    (folder / "tasks.jsonl").write_text("}\n")
+    (folder / "tasks.pipes").write_text("a b\n")
+    (folder / "tasks" / ".0").mkdir(parents=True)
+    text = script_of(folder, Container("an image.sif", python=sys.executable), array=ArrayShape(1))
+    done = run_script(folder, text, SLURM_ARRAY_JOB_ID="17", SLURM_ARRAY_TASK_ID="0")
+    assert done.stdout.endswith("True 0\n"), done.stderr
+    assert done.returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("image", "broken", "text"),
+    [
+        ({"image": "/none.sif"}, "", "There is no container image /none.sif on "),
+        ({"image": "an image.sif", "binds": ["/none/folder"]}, "", "The container should have /none/folder, and "),
+        ({"image": "an image.sif", "python": "python9"}, "", "an image.sif has no python9, and a Python of the image"),
+        ({"image": "an image.sif", "python": "/usr/bin/false"}, "", "and Dagster Pipes needs Python 3.10 or newer."),
+        ({"image": "an image.sif"}, "echo 'FATAL: no' >&2; exit 255", "The container did not start: apptainer ended"),
+        ({"image": "an image.sif"}, "gone", "There is no apptainer on "),
+    ],
+)
+def test_a_container_that_cannot_start_says_why(image: dict[str, Any], broken: str, text: str, folder: Path) -> None:
+    script = script_of(folder, Container(**image))
+    runtime = folder / "bin" / "apptainer"
+    put_apptainer(runtime.parent)
+    if broken == "gone":
+        script = script.replace("apptainer", "apptainer9")
+        text = text.replace("apptainer", "apptainer9")
+    elif broken:
+        runtime.write_text(f"#!/bin/bash\n{broken}\n")
+    done = run_script(folder, script)
+    assert done.returncode != 0
+    assert text in (folder / "cause").read_text()
+    assert "Traceback" not in done.stderr
+
+
+def test_ranks_and_programs_start_in_the_container_too() -> None:
+    for launcher in (SrunLauncher(), CommandLauncher()):
+        text = script_of(Path("/run"), launcher=launcher)
+        assert "run_python() { in_container env 'COLOUR=" in text
+        assert "export -f in_container run_python\n" in text
+
+
+class _Images:
+    """A gateway to a login node without any image."""
+
+    def image_problem(self, path: str) -> str:
+        return f"There is no container image {path}"
+
+
+def test_a_preview_asks_the_login_node_for_the_image(tmp_path: Path) -> None:
+    found = preview(ScriptLauncher(container=Container("a.sif")), make(tmp_path, "pass"), SlurmRequest())
+    answer = try_script(_Images(), found, Projects.parse([], ""))  # type: ignore[arg-type]
+    assert answer == (False, "There is no container image <SLURM_DEPLOYMENT_BASE_PATH>/data/a.sif")
