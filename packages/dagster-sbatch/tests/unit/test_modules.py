@@ -12,12 +12,14 @@ from dagster_sbatch.inspect.asset_preview import preview_asset
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.adoption import inputs_of
+from dagster_sbatch.run.array import JobArray
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.workload import Workload
 from dagster_sbatch.slurm import Site, SlurmRequest, allocate, load_site, render_job_script
 from dagster_sbatch.slurm.modules import explain_modules
 from resources import PROJECT
+from support.array_asset import ArrayAsset
 from support.workload_asset import PIPES, materialize
 from unit.test_job_script import read_events, run_as_slurm_would
 
@@ -206,10 +208,12 @@ def test_development_runs_without_those_that_the_machine_lacks(
     assert "Lmod on this machine could not load the modules GCC/14.3.0. The following module(s) are unknown:" in log
 
 
-def test_development_says_once_that_the_machine_has_no_lmod(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_development_says_once_that_the_machine_has_no_lmod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the run has several tasks."""
     monkeypatch.delenv("LMOD_CMD", raising=False)
-    (solver, _, _), log = run_here(tmp_path, capfd)
-    assert solver == ""
-    assert log.count("These modules are not loaded: GCC/14.3.0. This machine has no Lmod.") == 1
+    report = "pipes.report_asset_materialization()"
+    array = ArrayAsset(tmp_path, report, JobArray(), request=SlurmRequest(modules=["GCC/14.3.0"]))
+    done = array.run("2013-01-01", "2013-01-02")
+    assert (done.error, len(done.once)) == ("", 2)
+    said = "These modules are not loaded: GCC/14.3.0. This machine has no Lmod."
+    assert [line.startswith(said) for line in done.log].count(True) == 1
