@@ -53,6 +53,7 @@ def test_ranks_on_two_nodes_find_each_other(
     nothing_is_left(site, *NODES)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("bind", "seen"), [("none", {"0,1,2,3"}), ("per_task:1", {"0", "1", "2", "3"})])
 def test_each_rank_sees_all_gpus_or_one(bind: str, seen: set[str], site: SimulatedSite, workloads: Path) -> None:
     request = {"nodes": 1, "ntasks_per_node": 4, "gpus_per_node": 4, "cpus_per_task": 1, "nodelist": None}

@@ -48,5 +48,5 @@ def test_the_ranks_of_srun(tmp_path: Path) -> None:
     assert found.summary["how"] == "train.py with SrunLauncher"
     assert found.summary["nodes"].startswith("2, 4 tasks per node")
     assert '"$ranks" job --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=44 ' in found.script
-    assert " --gres=gpu:4 --gpu-bind=none --mpi=pmix --wait=600 '<SLURM_DEPLOYMENT_BASE_PATH>/" in found.script
+    assert " --gres=gpu:4 --mpi=pmix --wait=600 '<SLURM_DEPLOYMENT_BASE_PATH>/" in found.script
     assert "/workloads/train.py' 'a b'\n" in found.script

@@ -94,7 +94,9 @@ class SrunLauncher(Launcher):
             f"--ntasks-per-node={tasks}",
             f"--cpus-per-task={cpus}",
         ]
-        step += [f"--gres=gpu:{gpus}", f"--gpu-bind={self.gpu_bind}"] if gpus else []
+        step += [f"--gres=gpu:{gpus}"] if gpus else []
+        # --gpu-bind=none is the default, but with it Slurm 22.05 sets no CUDA_VISIBLE_DEVICES.
+        step += [f"--gpu-bind={self.gpu_bind}"] if gpus and self.gpu_bind != "none" else []
         step += [f"--cpu-bind={self.cpu_bind}"] if self.cpu_bind else []
         step += [f"--mpi={self.mpi}"] if self.mpi else []
         step += [f"--wait={self.end_time_limit}"]
