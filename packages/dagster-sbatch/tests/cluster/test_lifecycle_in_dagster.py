@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
+from slurm_in_a_box.layout import COMPUTE_NODES
 from support.background import nobody_left, rows_of
 from support.dagster_dev import DagsterDev, beside_location, wait_for
+from support.programs import make
+from support.ray_run import nothing_is_left
 
 pytestmark = pytest.mark.cluster
 
@@ -20,24 +23,33 @@ from pathlib import Path
 import dagster as dg
 from resources import build_resources
 from dagster_sbatch.run.compute import ComputeResource
-from dagster_sbatch import JobArray, ScriptLauncher, SlurmRequest
+from dagster_sbatch import BatchScriptLauncher, CommandLauncher, JobArray, ScriptLauncher, SlurmRequest
 
 FOLDER = Path(__file__).parent
 
-def waiting(name, array=None, **options):
+def waiting(name, launcher, program, array=None, **options):
     @dg.asset(name=name, **options)
     def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
         (FOLDER / f"pids-{context.run_id}").write_text(json.dumps([os.getpid(), os.getppid()]))
-        workload = FOLDER / "workloads" / "waits.py"
+        workload, args = FOLDER / "workloads" / program, [name]
         request = SlurmRequest(time_limit="00:30:00")
-        done = compute.run(context, workload=workload, launcher=ScriptLauncher(), request=request, array=array)
+        done = compute.run(context, workload=workload, launcher=launcher, request=request, args=args, array=array)
         return done.get_materialize_result()
     return probe
 
-names = ("terminated", "orphaned", "restarted")
+launchers = {"terminated": BatchScriptLauncher(), "orphaned": CommandLauncher(), "restarted": BatchScriptLauncher()}
+alone = [waiting(name, launcher, "waits.sh") for name, launcher in launchers.items()]
 keys, at_once = dg.StaticPartitionsDefinition(["ends", "waits"]), dg.BackfillPolicy.single_run()
-many = waiting("many", JobArray(), partitions_def=keys, backfill_policy=at_once)
-defs = dg.Definitions(assets=[*map(waiting, names), many], resources=build_resources())
+many = waiting("many", ScriptLauncher(), "waits.py", JobArray(), partitions_def=keys, backfill_policy=at_once)
+defs = dg.Definitions(assets=[*alone, many], resources=build_resources())
+"""
+
+PROGRAM = f"""\
+#!/bin/bash
+echo begun
+until [ -e {CERTIFICATE_USER.home}/go-on-$1 ]; do sleep 0.1; done
+echo gone on
+pipes materialize
 """
 
 WAITS = f"""\
@@ -58,6 +70,7 @@ def location(tmp_path: Path) -> Path:
     folder = tmp_path / "location"
     (folder / "workloads").mkdir(parents=True)
     (folder / "workloads" / "waits.py").write_text(WAITS)
+    make(folder / "workloads", PROGRAM, "waits.sh")
     (folder / "location.py").write_text(LOCATION)
     return folder
 
@@ -149,4 +162,5 @@ def test_the_example_and_the_life_of_a_run(dagster_dev: DagsterDev, site: Simula
     adopted(dagster_dev, site, "restarted", runs["restarted"], jobs["restarted"])
 
     assert len(job_ids(site) - before) == 4 + 2
+    nothing_is_left(site, *(node.hostname for node in COMPUTE_NODES))
     nobody_left(site)

@@ -15,7 +15,6 @@ from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import SlurmRequest
 from resources import PROJECT, build_resources
 from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, SimulatedSite, wait_until
-from slurm_in_a_box.machines import MEMORY_CGROUPS
 from slurm_in_a_box.slurm_configuration import ACCOUNT, SECOND_ACCOUNT, SPENT_ACCOUNT
 from support import workload_asset
 from support.background import (
@@ -317,18 +316,6 @@ def test_a_workload_that(name: str, site: SimulatedSite, workloads: Path) -> Non
     assert len(runs_there(site)) == 1
 
 
-@pytest.mark.skipif(not MEMORY_CGROUPS, reason="this machine cannot enforce a job's memory")
-def test_out_of_memory_says_what_to_ask_for(workloads: Path) -> None:
-    outcome = materialize(
-        PIPES + "    ballast = bytearray(b'x' * (400 << 20))\n",
-        workloads,
-        request=SlurmRequest(mem="200M", time_limit="00:10:00"),
-    )
-    assert "it ran out of memory (Slurm: OUT_OF_MEMORY). It had mem='200M'" in outcome.error
-    assert "for instance mem='300M'" in outcome.error
-    assert outcome.retries == []
-
-
 @pytest.mark.smoke
 def test_cancelled_by_an_administrator(site: SimulatedSite, workloads: Path) -> None:
     run = Background(lambda: materialize(SLEEPS, workloads, request=SHORT))
@@ -336,23 +323,6 @@ def test_cancelled_by_an_administrator(site: SimulatedSite, workloads: Path) -> 
     site.faults.cancel_job(only_job(site, "RUNNING"))
     outcome = run.outcome()
     assert "it was cancelled on the cluster, by scancel or by its administrators (Slurm: CANCELLED)" in outcome.error
-    assert outcome.retries == []
-
-
-def test_a_time_limit_that_is_reached(workloads: Path) -> None:
-    """The workload is warned before, and the failure says what to ask for."""
-    workload = (
-        PIPES
-        + """
-    import signal, time
-    signal.signal(signal.SIGUSR1, lambda *_: print("warned", flush=True))
-    time.sleep(600)
-    """
-    )
-    outcome = materialize(workload, workloads, request=SlurmRequest(time_limit="00:01:00"))
-    assert "it reached its time limit (Slurm: TIMEOUT). It had time_limit='00:01:00'" in outcome.error
-    assert "for instance time_limit='00:02:00'" in outcome.error
-    assert "time limit: 6 s left" in outcome.error
     assert outcome.retries == []
 
 

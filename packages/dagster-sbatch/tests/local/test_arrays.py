@@ -259,7 +259,7 @@ def test_a_check_passes_if_it_passes_in_every_task(tmp_path: Path, data_root: Pa
 
 def test_a_check_that_is_not_declared_fails_its_task(tmp_path: Path) -> None:
     outcome = ArrayAsset(tmp_path, "pipes.report_asset_check('other', passed=True)", JobArray()).run(FIRST, LAST)
-    assert "a result of the check 'other', which is not declared (check_specs)" in outcome.error
+    assert "probe does not declare the check 'other'. The checks of this step are: none." in outcome.error
 
 
 # Partitions of other kinds, and what ends a run

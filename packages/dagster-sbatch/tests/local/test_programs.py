@@ -1,7 +1,6 @@
 """Programs of any language and batch scripts on this machine, and what they report by the command `pipes`."""
 
 import base64
-import os
 import re
 import shutil
 import signal
@@ -12,7 +11,7 @@ import pytest
 from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher
 from dagster_sbatch.slurm import SlurmRequest
 from support import ROOT
-from support.programs import PICTURE, REPORTS, make
+from support.programs import PICTURE, REPORTS, foreign_elf, make
 from support.workload_asset import PIPES, Outcome, materialize
 
 pytestmark = pytest.mark.local
@@ -143,11 +142,44 @@ def test_a_batch_script_runs_unchanged(tmp_path: Path, capfd: pytest.CaptureFixt
 # ---- what does not
 
 
-def foreign_elf() -> bytes:
-    """The beginning of a program for another CPU than this one."""
-    head = bytearray(Path(str(shutil.which("true"))).read_bytes()[:4096])
-    head[18:20] = (0xB7 if os.uname().machine != "aarch64" else 0x3E).to_bytes(2, "little")
-    return bytes(head)
+def test_a_check_that_is_not_declared_is_refused_where_it_is_reported(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The script decides what that means: here the result is stored."""
+    outcome = run(
+        tmp_path, "#!/bin/bash\npipes check gaps --passed || pipes check no_gaps --passed\n", checks=("no_gaps",)
+    )
+    assert (outcome.error, outcome.checks) == ("", {"no_gaps": True})
+    assert "pipes: This step does not declare the check 'gaps'. The checks of this step are: no_gaps of probe." in (
+        capfd.readouterr().err
+    )
+
+
+def test_a_program_with_pipes_of_its_own_that_reports_such_a_check_stores_nothing(tmp_path: Path) -> None:
+    text = f"{PIPES}    pipes.report_asset_materialization()\n    pipes.report_asset_check('gaps', True)\n"
+    outcome = materialize(text, tmp_path, checks=("no_gaps",))
+    assert (
+        "cannot be used: probe does not declare the check 'gaps'. The checks of this step are: no_gaps of probe. "
+        in (outcome.error)
+    )
+    assert "Correct the name, or declare the check: check_specs=[AssetCheckSpec('gaps', asset=...)]" in outcome.error
+    assert outcome.materializations == {}
+
+
+def test_bytes_that_are_no_text_and_values_that_are_too_large(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = """#!/bin/bash
+pipes log "$(printf 'caf\\xe9')"
+pipes materialize --metadata all="$(printf 'x%.0s' {1..100001})" && exit 9
+pipes materialize --metadata "$(printf 'caf\\xe9=\\xff\\xc3\\xa9')"
+"""
+    outcome = run(tmp_path, text)
+    assert outcome.error == ""
+    assert outcome.materializations[None][0]["caf\ufffd"] == "\ufffdé"
+    err = capfd.readouterr().err
+    assert "caf\ufffd" in err
+    assert "the value of all has 100001 bytes, and metadata may have 100000" in err
 
 
 BAD_PROGRAMS: dict[str, tuple[bytes, int, list[str]]] = {
@@ -158,6 +190,22 @@ BAD_PROGRAMS: dict[str, tuple[bytes, int, list[str]]] = {
         0o755,
         ["asks for /opt/no/Rscript in its first line"],
     ),
+    "whose interpreter is not on the PATH": (
+        b"#!/usr/bin/env Rscript-4.9\n",
+        0o755,
+        ["asks for 'Rscript-4.9' in its first line", "no such program on the PATH. Load its module, or correct that"],
+    ),
+    "whose interpreter is no program": (b"#!/etc/passwd\n", 0o755, ["asks for /etc/passwd", "that is no program on"]),
+    "that is cut off": (b"\x7fELF\2\1", 0o755, ["is damaged, or no program of", "Build it again, or copy it again."]),
+    "that is data": (b"PK\3\4\0\0", 0o755, ["is no program: it is data", "and pass this file in args."]),
+    "that is empty": (b"", 0o755, ["is no program: it is empty"]),
+    "with a byte order mark": (
+        b"\xef\xbb\xbf#!/bin/bash\n",
+        0o755,
+        ["begins with a byte order mark", "Save it as UTF-8 without"],
+    ),
+    "in UTF-16": ("#!/bin/bash\n".encode("utf-16"), 0o755, ["begins with a byte order mark"]),
+    "with the name of its interpreter only": (b"#!bash\n", 0o755, ["does not name its interpreter"]),
     "with CRLF": (b"#!/bin/bash\r\necho hello\r\n", 0o755, ["line ends of Windows", "\nsed -i 's/\\r$//' "]),
     "not executable": (b"#!/bin/bash\n", 0o644, ["is not executable", "\nchmod +x "]),
     "without a first line": (b"echo hello\n", 0o755, ["does not name its interpreter", "#!/usr/bin/env Rscript"]),
@@ -178,6 +226,8 @@ def test_a_program(name: str, tmp_path: Path) -> None:
 
 def test_a_batch_script_with_crlf_or_without_an_interpreter(tmp_path: Path) -> None:
     assert "line ends of Windows" in run_batch(tmp_path, "#!/bin/bash\n#SBATCH -N 1\r\n").error
+    assert "begins with a byte order mark" in run_batch(tmp_path, "\ufeff#!/bin/bash\n").error
+    assert "asks for 'relax' in its first line" in run_batch(tmp_path, "#!/usr/bin/env relax\n").error
     assert "sbatch would refuse it" in run_batch(tmp_path, "#SBATCH -N 1\n").error
     assert run_batch(tmp_path, "#! /bin/sh -e\nexit 0\n").error == ""
 

@@ -1,5 +1,7 @@
 """Programs that are not Python, for tests here and on the simulated site."""
 
+import os
+import shutil
 from pathlib import Path
 
 PICTURE = bytes.fromhex(
@@ -28,3 +30,10 @@ def make(folder: Path, text: str, name: str = "model.sh") -> Path:
     path.write_text(text)
     path.chmod(0o755)
     return path
+
+
+def foreign_elf() -> bytes:
+    """The beginning of a program for another CPU than this one."""
+    head = bytearray(Path(str(shutil.which("true"))).read_bytes()[:4096])
+    head[18:20] = (0xB7 if os.uname().machine != "aarch64" else 0x3E).to_bytes(2, "little")
+    return bytes(head)

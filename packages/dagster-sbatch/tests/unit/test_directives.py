@@ -41,6 +41,10 @@ def test_lines_are_read_as_sbatch_reads_them() -> None:
         (["--mem=16gb", "--exclusive"], {}, {"mem": "16G", "exclusive": True}),
         (["-t 1-12", "-t 2:00:00", "-p zen4_0768"], {}, {"time_limit": "02:00:00", "partition": "zen4_0768"}),
         (["--mail-type=END", "--nice"], {"options": ["--nice=5"]}, {"options": ["--mail-type=END", "--nice=5"]}),
+        (["--gres=gpu:2", "--gpus-per-node=2"], {}, {"gpus_per_node": 2}),
+        (["--gres=gpu:2", "--gpus-per-node=4"], {"gpus_per_node": 1}, {"gpus_per_node": 1}),
+        (["--mem=1G", "--mem-per-cpu=2G"], {"mem": "3G"}, {"mem": "3G"}),
+        (["-N 2", "-n 8", "--ntasks-per-node=2"], {"nodes": 4}, {"nodes": 4, "ntasks_per_node": 2}),
         (["--mem=1G", "--time=5"], {"mem_per_cpu": "2G"}, {"mem_per_cpu": "2G", "time_limit": "5"}),
     ],
 )
@@ -68,6 +72,14 @@ def test_a_number_of_gpus_that_does_not_apply_is_named() -> None:
     assert notes == ["m, line 2: --gpus=1 does not apply. The asset requests gpus_per_node=4."]
 
 
+def test_of_an_option_that_occurs_twice_the_last_one_applies_as_with_sbatch() -> None:
+    text = script("--time=5 -o a", "--nice=1", "--time=10 -o b", "--nice=1")
+    request, notes = complete_request(SlurmRequest(), text, "m")
+    assert request == SlurmRequest(time_limit="10", options=["--nice=1"])
+    assert notes[0] == "m, line 2: --time=5 does not apply. Line 4 has --time=10."
+    assert len(notes) == 2
+
+
 def test_a_script_that_says_the_same_as_the_asset_has_no_notes() -> None:
     assert complete_request(SlurmRequest(nodes=2, time_limit="10"), script("-N 2", "-t 10"), "m")[1] == []
 
@@ -87,6 +99,11 @@ def test_a_script_that_says_the_same_as_the_asset_has_no_notes() -> None:
         ("-Y 3", "line 2: '-Y' is not an option of sbatch"),
         ('--comment="a', "line 2: No closing quotation"),
         ("--exclusive=user", "exclusive"),
+        ("--mem=1G --mem-per-cpu=2G", "--mem=1G and --mem-per-cpu=2G exclude each other. Remove one"),
+        ("--mem=1G --mem-per-gpu=2G", "--mem=1G and --mem-per-gpu=2G exclude each other"),
+        ("--gres=gpu:2 --gpus-per-node=4", "--gres=gpu:2 and --gpus-per-node=4 request different numbers of GPUs"),
+        ("-N 2 -n 8 --ntasks-per-node=2", "--ntasks=8 contradicts --ntasks-per-node=2: with it, 2 nodes have 4 tasks"),
+        ("-n 7 --ntasks-per-node=4", "--ntasks=7 contradicts --ntasks-per-node=4: with it, 2 nodes have 8 tasks"),
     ],
 )
 def test_what_no_job_of_an_asset_can_have(line: str, text: str) -> None:

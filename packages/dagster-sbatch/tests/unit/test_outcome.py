@@ -6,7 +6,7 @@ import pytest
 
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import JobEnd, Projects
-from dagster_sbatch.slurm.outcome import TRY_AGAIN, Outcome, explain_refusal, judge
+from dagster_sbatch.slurm.outcome import TRY_AGAIN, Outcome, explain_refusal, explain_step, judge
 
 REQUEST = SlurmRequest(mem="8G", time_limit="01:00:00")
 LOST = "Ray: lost the node n4002: health check failed"
@@ -90,6 +90,15 @@ def test_the_advice_is_to_ask_for_more(state: str, request_: SlurmRequest, advic
     assert outcome
     assert not outcome.again
     assert advice in outcome.cause
+
+
+@pytest.mark.parametrize("event", ["1 oom_kill event in StepId=13.0.", "1 oom-kill event(s) in StepId=13.0."])
+def test_a_step_that_ran_out_of_memory_is_seen_in_stderr(event: str) -> None:
+    stderr = f"slurmstepd-n4001: error: Detected {event} Some of the step tasks have been OOM Killed."
+    assert explain_step(stderr, REQUEST) == (
+        ". A step of the job ran out of memory. It had mem='8G'. Request more, for instance mem='12G'"
+    )
+    assert explain_step("Out Of Memory is what a user may write", REQUEST) == ""
 
 
 BAD_ACCOUNT = "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified"

@@ -44,46 +44,54 @@ def line(method: str, text: str = "") -> bytes:
 
 
 def test_only_the_last_life_of_a_requeued_job_counts(messages: Messages, handler: Handler) -> None:
-    first = STARTED + line("opened") + line("report_asset_check", "old") + line("closed")
-    messages.feed(first + STARTED + line("opened") + line("report_asset_check", "new") + line("closed"))
+    first = STARTED + line("opened") + line("report_asset_materialization", "old") + line("closed")
+    messages.feed(first + STARTED + line("opened") + line("report_asset_materialization", "new") + line("closed"))
     messages.finish(CONTEXT)
-    assert handler.taken == ["opened", "opened", "report_asset_check new", "closed"]
+    assert handler.taken == ["opened", "opened", "report_asset_materialization new", "closed"]
     assert (messages.error, messages.open) == (None, 0)
 
 
 def test_a_line_that_the_end_of_an_earlier_life_has_cut_off_does_no_harm(messages: Messages, handler: Handler) -> None:
-    messages.feed(STARTED + line("opened") + line("report_asset_check", "old") + b'{"method": "clo')
+    messages.feed(STARTED + line("opened") + line("report_asset_materialization", "old") + b'{"method": "clo')
     assert messages.open == 1
-    messages.feed(STARTED + line("opened") + line("report_asset_check", "new") + line("closed"))
+    messages.feed(STARTED + line("opened") + line("report_asset_materialization", "new") + line("closed"))
     messages.finish(CONTEXT)
-    assert handler.taken == ["opened", "opened", "report_asset_check new", "closed"]
+    assert handler.taken == ["opened", "opened", "report_asset_materialization new", "closed"]
     assert messages.error is None
 
 
 def test_a_session_opened_by_a_child_discards_nothing(messages: Messages, handler: Handler) -> None:
-    messages.feed(STARTED + line("opened") + line("report_asset_check", "first") + line("opened") + line("closed"))
+    messages.feed(
+        STARTED + line("opened") + line("report_asset_materialization", "first") + line("opened") + line("closed")
+    )
     assert messages.open == 1
-    messages.feed(line("report_asset_check", "second") + line("closed"))
+    messages.feed(line("report_asset_materialization", "second") + line("closed"))
     messages.finish(CONTEXT)
-    assert handler.taken[2:] == ["report_asset_check first", "report_asset_check second", "closed"]
+    assert handler.taken[2:] == ["report_asset_materialization first", "report_asset_materialization second", "closed"]
     assert messages.open == 0
 
 
 def test_messages_may_be_cut_anywhere(messages: Messages, handler: Handler) -> None:
-    for byte in STARTED + line("opened") + line("report_asset_check", "\u00e9") + line("closed"):
+    for byte in STARTED + line("opened") + line("report_asset_materialization", "\u00e9") + line("closed"):
         messages.feed(bytes([byte]))
     messages.finish(CONTEXT)
-    assert handler.taken == ["opened", "report_asset_check \u00e9", "closed"]
+    assert handler.taken == ["opened", "report_asset_materialization \u00e9", "closed"]
 
 
 @pytest.mark.parametrize("text", ["caf\udce9", "\ud83d"])
 def test_what_is_not_unicode_is_replaced(text: str, messages: Messages, handler: Handler) -> None:
     """Dagster would store half of a surrogate pair, and its web server could not show the run any more."""
-    messages.feed(STARTED + line("opened") + line("log", text) + line("report_asset_check", text) + line("closed"))
-    messages.feed(b'{"method": "report_asset_check", "params": {"text": "\xed\xb3\xa9"}}\n')
+    messages.feed(
+        STARTED + line("opened") + line("log", text) + line("report_asset_materialization", text) + line("closed")
+    )
+    messages.feed(b'{"method": "report_asset_materialization", "params": {"text": "\xed\xb3\xa9"}}\n')
     messages.finish(CONTEXT)
     shown = text[:-1] + "\ufffd"
-    assert handler.taken[1:4] == [f"log {shown}", f"report_asset_check {shown}", "report_asset_check \ufffd"]
+    assert handler.taken[1:4] == [
+        f"log {shown}",
+        f"report_asset_materialization {shown}",
+        "report_asset_materialization \ufffd",
+    ]
 
 
 @pytest.mark.parametrize("rubbish", [b"rubbish\n", b"[1]\n", b'{"params": {}}\n', b"\xff\xfe\n"])

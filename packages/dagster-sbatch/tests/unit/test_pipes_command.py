@@ -16,13 +16,16 @@ from dagster_sbatch.launchers.command.job import pipes_command
 from slurm_in_a_box import wait_until
 from support.programs import PICTURE
 
-CONTEXT = {"asset_keys": ["a", "b"], "extras": {"n": {"x": 1}}, "run_id": "r", "job_name": "j", "retry_number": 0}
+CONTEXT = {"asset_keys": ["a", "b"], "run_id": "r", "job_name": "j", "retry_number": 0}
+EXTRAS = {"n": {"x": 1}, "partition_keys": [str(number) for number in range(12)]}
+CHECKS = {"a": ["fine", "other"], "b": ["fine"]}
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, str]:
     """The variables of a job of two assets."""
-    (tmp_path / "context.json").write_text(json.dumps(CONTEXT))
+    (tmp_path / "context.json").write_text(json.dumps({**CONTEXT, "extras": EXTRAS}))
+    (tmp_path / pipes_command.CHECKS).write_text(json.dumps(CHECKS))
     (tmp_path / "messages.jsonl").write_text('\n{"method": "job_started"}\n')
     return {
         DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"path": str(tmp_path / "context.json")}),
@@ -51,7 +54,11 @@ def test_outside_a_job_it_says_so(tmp_path: Path) -> None:
 def test_after_the_job_it_says_so(tmp_path: Path, job: dict[str, str]) -> None:
     (tmp_path / "context.json").unlink()
     done = pipes(tmp_path, job, "log", "a")
-    assert (done.returncode, "context.json" in done.stderr, "Traceback" in done.stderr) == (1, True, False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"pipes: {tmp_path}/context.json does not exist. The run has ended or was cancelled, so nothing is reported. "
+        "Let the program wait for all processes that report.\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,6 +75,7 @@ def test_after_the_job_it_says_so(tmp_path: Path, job: dict[str, str]) -> None:
         ("n=1e999", "1e999"),
         ("n=a=b @c", "a=b @c"),
         ("n=", ""),
+        (f"n={'1' * 5000}", "1" * 5000),
         ("n:text=12", {"type": "text", "raw_value": "12"}),
         ("n:float=12", {"type": "float", "raw_value": 12}),
         ("n:path=@/d", {"type": "path", "raw_value": "@/d"}),
@@ -94,6 +102,9 @@ def test_metadata_gets_its_type(argument: str, value: object, tmp_path: Path, mo
         ("n:float=NaN", "NaN is no float"),
         ("n:bool=yes", "yes is no bool"),
         ("n:number=1", "there is no type 'number'. Use one of text, md"),
+        ("x" * 5000, f"'{'x' * 200}' is not of the form"),
+        (f"n={'ä' * 50_001}", "the value of n has 100002 bytes, and metadata may have 100000. Make it smaller"),
+        ("n=@deep.json", "deep.json is no JSON object or list"),
         ("n=@none.png", "none.png cannot be read from "),
         ("n=@data.csv", "data.csv: of files, only .gif"),
         ("n=@bad.json", "bad.json is no JSON object or list"),
@@ -106,6 +117,7 @@ def test_metadata_that_cannot_be_reported(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.csv").write_text("1")
     (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "deep.json").write_text("[" * 90_000)
     (tmp_path / "large.png").write_bytes(PICTURE + bytes(100_001 - len(PICTURE)))
     with pytest.raises(argparse.ArgumentTypeError) as caught:
         pipes_command.read_metadata(argument)
@@ -117,16 +129,47 @@ def test_metadata_that_cannot_be_reported(
     [
         (["materialize"], "targets multiple assets"),
         (["materialize", "--asset", "c"], "Expected one of `['a', 'b']`, got `c`"),
+        (["materialize", "--partition", "1"], "The assets of this step are a, b. Name one of them: --asset KEY"),
+        (["materialize", "--partition", "1", "--asset", "c"], "The assets of this step are a, b. Name one"),
+        (
+            ["materialize", "--partition", "z", "--asset", "a"],
+            "This run has no partition 'z'. It has 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more.",
+        ),
+        (
+            ["check", "nope", "--passed", "--asset", "a"],
+            "a does not declare the check 'nope'. The checks of this step are: fine of a, other of a, fine of b. "
+            "Correct the name, or declare the check: check_specs=[AssetCheckSpec('nope', asset=...)]",
+        ),
+        (["check", "other", "--passed", "--asset", "b"], "b does not declare the check 'other'."),
+        (["check", "nope", "--passed"], "This step does not declare the check 'nope'."),
         (["extra", "m"], "Extra `m` is undefined"),
     ],
 )
 def test_what_dagster_refuses_fails_at_once(
     arguments: list[str], text: str, tmp_path: Path, job: dict[str, str]
 ) -> None:
+    before = (tmp_path / "messages.jsonl").read_text()
     done = pipes(tmp_path, job, *arguments)
     assert done.returncode == 1
     assert text in done.stderr
     assert "Traceback" not in done.stderr
+    assert (tmp_path / "messages.jsonl").read_text() == before
+
+
+def test_the_task_of_an_array_finds_the_checks_of_its_step(tmp_path: Path, job: dict[str, str]) -> None:
+    task = tmp_path / "tasks" / "17"
+    task.mkdir(parents=True)
+    (tmp_path / "context.json").rename(task / "context.json")
+    job[DAGSTER_PIPES_CONTEXT_ENV_VAR] = encode_param({"path": str(task / "context.json")})
+    refused = pipes(tmp_path, job, "check", "nope", "--passed", "--asset", "a")
+    assert (refused.returncode, "fine of a, other of a" in refused.stderr) == (1, True)
+    assert pipes(tmp_path, job, "check", "fine", "--passed", "--asset", "a").returncode == 0
+
+
+def test_a_run_without_partitions_says_so(tmp_path: Path, job: dict[str, str]) -> None:
+    (tmp_path / "context.json").write_text(json.dumps({**CONTEXT, "asset_keys": ["a"], "extras": {}}))
+    refused = pipes(tmp_path, job, "materialize", "--partition", "z")
+    assert (refused.returncode, refused.stderr) == (1, "pipes: This run has no partitions. Leave out --partition.\n")
 
 
 def test_a_second_report_counts_again_after_a_new_start_of_the_job(tmp_path: Path, job: dict[str, str]) -> None:

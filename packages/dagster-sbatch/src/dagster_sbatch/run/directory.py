@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
@@ -12,8 +12,9 @@ from dagster_sbatch.slurm import ArrayShape, render_job_script, render_start
 from dagster_sbatch.slurm.gateway import MESSAGES
 from dagster_sbatch.slurm.gateway.agent.disk import FORMAT
 
-CONTEXT, RECORD = "context.json", "submitted_with.json"
+CONTEXT, CHECKS, RECORD = "context.json", "checks.json", "submitted_with.json"
 """Names of files in it."""
+Checks: TypeAlias = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def _pipes_variables(folder: str) -> dict[str, str]:
     }
 
 
-def files_of(plan: Plan, paths: RunPaths, info: RunInfo, context: str, record: Mapping[str, Any]) -> dict[str, str]:
+def files_of(
+    plan: Plan, paths: RunPaths, info: RunInfo, context: str, checks: Checks, record: Mapping[str, Any]
+) -> dict[str, str]:
     """Return all files of a run directory by name.
 
     Args:
@@ -111,12 +114,14 @@ def files_of(plan: Plan, paths: RunPaths, info: RunInfo, context: str, record: M
         paths: of the run.
         info: whose it is.
         context: the Pipes context.
+        checks: names of the asset checks that the step declares, by asset key.
         record: what a later attempt compares its own inputs with: `call`, `inputs`, `request`.
     """
     return {
         **_launcher_files(plan),
         "job.sh": render_job(plan, paths, info),
         CONTEXT: context,
+        CHECKS: json.dumps(checks),
         "about.json": json.dumps(asdict(info)),
         RECORD: json.dumps(record),
     }
@@ -127,7 +132,9 @@ def array_files_of(
     paths: RunPaths,
     info: RunInfo,
     contexts: Sequence[str],
+    checks: Checks,
     record: Mapping[str, Any],
+    *,
     max_running: int | None = None,
 ) -> dict[str, str]:
     """Return all files of the run directory of an array job by name.
@@ -137,6 +144,7 @@ def array_files_of(
         paths: of the run.
         info: whose it is.
         contexts: what the Pipes contexts of all tasks begin with, then the rest of each.
+        checks: as for a single job.
         record: as for a single job, and `tasks`.
         max_running: how many tasks run at once.
     """
@@ -146,6 +154,7 @@ def array_files_of(
         **_launcher_files(plan),
         "job.sh": render_job(plan, paths, info, ArrayShape(len(tails), max_running)),
         "context.head": head,
+        CHECKS: json.dumps(checks),
         "tasks.jsonl": "".join(f"{tail}\n" for tail in tails),
         "tasks.pipes": "".join(f"{each}\n" for each in pipes),
         "about.json": json.dumps(asdict(info)),

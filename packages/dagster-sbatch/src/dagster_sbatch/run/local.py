@@ -31,12 +31,13 @@ def workload_environment() -> dict[str, str]:
 
 
 class RunDirectory:
-    """Paths of the files of one run: the context, and what the run writes: messages, output, its end and its cause."""
+    """Paths of the files of one run: context and checks, and what it writes: messages, output, its end and cause."""
 
     def __init__(self, path: Path) -> None:
         """`path`: an empty folder that exists; the workload runs in it."""
         self.path = path
         self.context = path / "context.json"
+        self.checks = path / "checks.json"
         self.messages = path / MESSAGES
         self.stdout = path / "stdout"
         self.stderr = path / "stderr"

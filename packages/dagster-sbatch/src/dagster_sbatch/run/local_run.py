@@ -1,5 +1,6 @@
 """A workload, or the tasks of an array, as processes of this machine, as their Dagster step sees them."""
 
+import json
 import os
 import shutil
 import socket
@@ -32,7 +33,7 @@ from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.pipes import open_session
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import StepContext, complete
+from dagster_sbatch.run.results import StepContext, complete, declared_checks
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import MESSAGES
 
@@ -44,6 +45,7 @@ def run_here(context: StepContext, name: str, settings: Settings, plan: Plan) ->
         directory = RunDirectory(Path(folder))
         with open_session(context, plan.extras, str(directory.context), str(directory.messages)) as session:
             directory.context.write_text(session.context_document.text)
+            directory.checks.write_text(json.dumps(declared_checks(context)))
             environment = {**_environment(context, settings, plan), **session.pipes.get_bootstrap_env_vars()}
             sinks = {
                 directory.stdout: session.stdout.feed,
@@ -113,8 +115,8 @@ def run_array_here(
 ) -> dg.PipesClientCompletedInvocation:
     """Run the tasks of an array as subprocesses of this step, some at once; see `ComputeResource.run`."""
     step = ArrayStep(context, name, plan)
-    image = _find_image(context, name, settings, plan)
-    tasks = _LocalTasks(step, settings, plan, _environment(context, settings, plan), image)
+    image, checks = _find_image(context, name, settings, plan), json.dumps(declared_checks(context))
+    tasks = _LocalTasks(step, settings, plan, _environment(context, settings, plan), image, checks)
     with step.open(CONTEXT, MESSAGES):
         run_interruptibly(tasks.run)
     return step.complete({"host": socket.gethostname(), "workload": str(plan.workload.path)})
@@ -123,11 +125,17 @@ def run_array_here(
 class _LocalTasks:
     """The processes of the tasks that run now."""
 
-    def __init__(
-        self, step: ArrayStep, settings: Settings, plan: Plan, environment: Mapping[str, str], image: Path | None
+    def __init__(  # noqa: PLR0917 - what all tasks share
+        self,
+        step: ArrayStep,
+        settings: Settings,
+        plan: Plan,
+        environment: Mapping[str, str],
+        image: Path | None,
+        checks: str,
     ) -> None:
         self._step, self._settings, self._plan = step, settings, plan
-        self._environment, self._image = environment, image
+        self._environment, self._image, self._checks = environment, image, checks
         assert plan.array is not None
         self._most = plan.array.max_running_tasks or os.cpu_count() or 1
         self._processes: dict[int, LocalProcess] = {}
@@ -171,6 +179,7 @@ class _LocalTasks:
         directory = RunDirectory(Path(folder.enter_context(temporary_run_directory())))
         contexts = self._step.contexts
         directory.context.write_text(contexts.head + contexts.tail(self._step.tasks[index]))
+        directory.checks.write_text(self._checks)
         messages = {"path": str(directory.messages), "include_stdio_in_messages": False}
         environment = {
             **self._environment,

@@ -16,7 +16,7 @@ from dagster_pipes import PipesContextData, PipesMessage
 
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import StepContext, attach_partitions
+from dagster_sbatch.run.results import StepContext, attach_partitions, refuse_undeclared_check
 
 TAIL_LINES = 30
 """Lines of stderr that a failure shows."""
@@ -66,6 +66,7 @@ class Messages(MessageParser, dg.PipesMessageReader):
         """Hand the results to Dagster, after the last byte."""
         with self.error_kept():
             for message in self.results:
+                refuse_undeclared_check(context, message)
                 self.deliver(message)
             attach_partitions(context, self, self.partitions)
             if self.closed:  # the last one alone: Dagster warns of what follows the first

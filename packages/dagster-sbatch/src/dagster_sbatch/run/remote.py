@@ -10,11 +10,11 @@ from dagster_sbatch.run.directory import CONTEXT, RunPaths, files_of
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.pipes import Session, open_session
 from dagster_sbatch.run.remote_step import MOST_RETRIES, RemoteStep, exit_code
-from dagster_sbatch.run.results import complete
+from dagster_sbatch.run.results import complete, declared_checks
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.slurm import accounting
 from dagster_sbatch.slurm.gateway import MESSAGES, Gateway, JobEnd, JobState, Submitted
-from dagster_sbatch.slurm.outcome import judge
+from dagster_sbatch.slurm.outcome import explain_step, judge
 from dagster_sbatch.slurm.waiting import advise
 
 RETRY_SECONDS = 10
@@ -54,8 +54,8 @@ class RemoteRun(RemoteStep):
         """Submit the job, if it has paths, and follow it to its end."""
         run = self._run
         with open_session(self._context, self._plan.extras, f"{run}/{CONTEXT}", f"{run}/{MESSAGES}") as session:
-            document = session.context_document.text
-            files = files_of(self._plan, paths, self._info, document, submission.record) if paths else None
+            document, checks = session.context_document.text, declared_checks(self._context)
+            files = files_of(self._plan, paths, self._info, document, checks, submission.record) if paths else None
             sinks = {MESSAGES: session.messages.feed, "stdout": session.stdout.feed, "stderr": session.stderr.feed}
             end = gateway.run(run, files, sinks, self._report_submitted, self._report_state, self._context.run_id)
             session.messages.finish(self._context)
@@ -72,6 +72,8 @@ class RemoteRun(RemoteStep):
         request, workload = self._plan.allocation.request, self._plan.workload
         outcome = judge(end, request)
         cause = outcome.cause if outcome else explain_failure(session.messages, exit_code(end), workload.name)
+        if cause and not outcome:
+            cause += explain_step(session.stderr.tail, request)
         if cause:
             error = self._failure(cause, stderr=session.stderr.tail, **(self._about(end) | self._costs(end)))
             if outcome and outcome.again and self._context.retry_number < MOST_RETRIES:

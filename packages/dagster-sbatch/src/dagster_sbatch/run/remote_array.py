@@ -17,7 +17,7 @@ from dagster_sbatch.run.attempts import Attempts
 from dagster_sbatch.run.directory import CONTEXT, array_files_of
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import MOST_RETRIES, RemoteStep, exit_code
-from dagster_sbatch.run.results import StepContext
+from dagster_sbatch.run.results import StepContext, declared_checks
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import accounting
@@ -169,7 +169,8 @@ class RemoteArray(RemoteStep, Arrays):
         record = {**self._submission.record, "max_running_tasks": max_running, "tasks": [task.record for task in tasks]}
         paths = self._paths(self._claim, run, self._found)
         texts = [contexts.head, *(contexts.tail(task) for task in tasks)]
-        return array_files_of(self._plan, paths, self._info, texts, record, max_running)
+        checks = declared_checks(self._context)
+        return array_files_of(self._plan, paths, self._info, texts, checks, record, max_running=max_running)
 
     def submitted(self, run: str, submitted: Submitted) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run[run]

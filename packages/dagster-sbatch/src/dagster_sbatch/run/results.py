@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import dagster as dg
-from dagster_pipes import PIPES_METADATA_TYPE_INFER, PIPES_PROTOCOL_VERSION
+from dagster_pipes import PIPES_METADATA_TYPE_INFER, PIPES_PROTOCOL_VERSION, PipesMessage
 
 StepContext: TypeAlias = dg.AssetExecutionContext | dg.OpExecutionContext
 
@@ -26,6 +26,39 @@ def partitions_of(context: StepContext) -> Sequence[str]:
     step = op_context(context)
     unpartitioned = step.has_assets_def and step.assets_def.partitions_def is None
     return [] if unpartitioned else list(context.partition_keys)
+
+
+def declared_checks(context: StepContext) -> dict[str, list[str]]:
+    """Return the names of the asset checks that the step may report, by asset key as Pipes writes it."""
+    found: dict[str, list[str]] = {}
+    for check in sorted(context.selected_asset_check_keys):
+        found.setdefault(check.asset_key.to_escaped_user_string(), []).append(check.name)
+    return found
+
+
+def refuse_undeclared_check(context: StepContext, message: PipesMessage) -> None:
+    """Refuse the result of an asset check that the step does not declare.
+
+    Dagster would refuse it when it has stored the materializations of the step already.
+
+    Args:
+        context: of the step.
+        message: a report of the workload.
+
+    Raises:
+        ValueError: it names the checks that the step declares.
+    """
+    if message["method"] != "report_asset_check":
+        return
+    params = message["params"] or {}
+    asset, name = params["asset_key"], params["check_name"]
+    known = declared_checks(context)
+    if name not in known.get(asset, ()):
+        listed = ", ".join(f"{each} of {key}" for key, names in known.items() for each in names)
+        raise ValueError(
+            f"{asset} does not declare the check {name!r}. The checks of this step are: {listed or 'none'}. "
+            f"Correct the name, or declare the check: check_specs=[AssetCheckSpec({name!r}, asset=...)]"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,14 @@ import dagster as dg
 
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.messages import MessageParser
-from dagster_sbatch.run.results import PartitionReport, StepContext, partitions_of, read_partitions, report_on
+from dagster_sbatch.run.results import (
+    PartitionReport,
+    StepContext,
+    partitions_of,
+    read_partitions,
+    refuse_undeclared_check,
+    report_on,
+)
 
 MOST_ROWS = 200
 """Of a table in the metadata: Dagster stores it with the event."""
@@ -100,11 +107,14 @@ def read_result(
     result = TaskResult(task, where, costs)
     handler = dg.PipesMessageHandler(context, reader)
     for message in messages.results:
+        refuse_undeclared_check(context, message)
         handler.handle_message(message)
     result.messages.extend(handler.get_custom_messages())
     for each in handler.get_reported_results():
         if isinstance(each, dg.AssetCheckResult):
-            result.checks[_declared_check(context, each)] = each
+            assert each.asset_key is not None
+            assert each.check_name is not None
+            result.checks[dg.AssetCheckKey(each.asset_key, each.check_name)] = each
             continue
         key = _known_asset(context, each.asset_key)
         result.reports += [report_on(each, partition) for partition in task.partitions]
@@ -115,13 +125,6 @@ def read_result(
         whose = "task" if task.partitions else "run"
         result.reports += read_partitions(context, reader, messages.partitions, own, whose=whose)
     return result
-
-
-def _declared_check(context: StepContext, result: dg.AssetCheckResult) -> dg.AssetCheckKey:
-    for check in context.selected_asset_check_keys:
-        if (check.asset_key, check.name) == (result.asset_key, result.check_name):
-            return check
-    raise ValueError(f"a result of the check {result.check_name!r}, which is not declared (check_specs)")
 
 
 def _known_asset(context: StepContext, key: dg.AssetKey | None) -> dg.AssetKey:

@@ -73,6 +73,7 @@ _FIELDS = {
 }
 """Field of SlurmRequest by option."""
 _MEMORY = {"mem", "mem_per_cpu"}
+_MEMORY_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,12 @@ def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[Slu
         for each in directives
         if each.name in FURTHER_OPTIONS and str(each) not in options
     ]
+    last = {each.name: each for each in directives}
+    notes += [
+        f"{name}, line {each.line}: {each} does not apply. Line {last[each.name].line} has {last[each.name]}."
+        for each in directives
+        if each.value != last[each.name].value and each.name not in _DAGSTERS
+    ]
     without = [each for each in directives if each.name in _DAGSTERS]
     if without:
         listed = ", ".join(f"{each} (line {each.line})" for each in without)
@@ -204,8 +211,14 @@ def _fields_of(directives: Sequence[Directive], mine: Mapping[str, Any]) -> dict
         fields["time_limit"] = values["time"]
     if "exclusive" in values:
         fields["exclusive"] = values["exclusive"] or True
+    memory = [f"--{name}={values[name]}" for name in _MEMORY_OPTIONS if name in values]
+    if len(memory) > 1 and not _MEMORY & mine.keys():
+        raise ConfigurationError(f"{' and '.join(memory)} exclude each other. Remove one of them")
     for name in _MEMORY & fields.keys():
-        fields[name] = _memory(fields[name])
+        if len(memory) > 1:
+            del fields[name]  # the asset decides
+        else:
+            fields[name] = _memory(fields[name])
     fields |= _layout(values, mine)
     options = {each.name: str(each) for each in directives if each.name in FURTHER_OPTIONS}
     return {**fields, "options": tuple(options.values())}
@@ -231,23 +244,44 @@ def _layout(values: Mapping[str, str], mine: Mapping[str, Any]) -> dict[str, Any
     nodes = mine.get("nodes") or _number(values, "nodes") or (-(-total // per_node) if total and per_node else 1)
     found: dict[str, Any] = {"nodes": nodes} if nodes > 1 else {}
     tasks = per_node or (_divide("ntasks", total, nodes) if total else 1)
+    if total and total != nodes * tasks and not {"nodes", "ntasks_per_node"} & mine.keys():
+        raise ConfigurationError(
+            f"--ntasks={total} contradicts --ntasks-per-node={tasks}: with it, {nodes} nodes have {nodes * tasks} "
+            "tasks. Remove one of the two"
+        )
     if tasks > 1:
         found["ntasks_per_node"] = tasks
-    gpus = 0
-    if "gres" in values:
-        gpus = _gpus("gres", *_gres(values["gres"]))
-    if "gpus-per-node" in values:
-        gpus = _gpus("gpus-per-node", values["gpus-per-node"])
-    if "gpus" in values:
-        gpus = _divide("gpus", _gpus("gpus", values["gpus"]), nodes)
-    if "gpus-per-task" in values:
-        gpus = _gpus("gpus-per-task", values["gpus-per-task"]) * mine.get("ntasks_per_node", tasks)
+    gpus = _gpus_per_node(values, nodes, mine.get("ntasks_per_node", tasks), decided="gpus_per_node" in mine)
     if gpus:
         found["gpus_per_node"] = gpus
     if "mem-per-gpu" in values:
         gpus = mine.get("gpus_per_node", gpus)
         found["mem"] = format_memory(parse_memory(_memory(values["mem-per-gpu"])) * max(gpus, 1))
     return found
+
+
+def _gpus_per_node(values: Mapping[str, str], nodes: int, tasks: int, *, decided: bool) -> int:
+    """Return the GPUs per node, 0 without any.
+
+    Args:
+        values: by option.
+        nodes: of the job.
+        tasks: per node.
+        decided: whether the asset's number applies.
+    """
+    counts: dict[str, int] = {}
+    if "gres" in values:
+        counts["gres"] = _gpus("gres", *_gres(values["gres"]))
+    if "gpus-per-node" in values:
+        counts["gpus-per-node"] = _gpus("gpus-per-node", values["gpus-per-node"])
+    if "gpus" in values:
+        counts["gpus"] = _divide("gpus", _gpus("gpus", values["gpus"]), nodes)
+    if "gpus-per-task" in values:
+        counts["gpus-per-task"] = _gpus("gpus-per-task", values["gpus-per-task"]) * tasks
+    if len(set(counts.values())) > 1 and not decided:
+        listed = " and ".join(f"--{name}={values[name]}" for name in counts)
+        raise ConfigurationError(f"{listed} request different numbers of GPUs per node. Keep one of them")
+    return next(iter(counts.values()), 0)
 
 
 def _number(values: Mapping[str, str], name: str) -> int | None:

@@ -69,6 +69,24 @@ def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
     return None
 
 
+_STEP_OUT_OF_MEMORY = re.compile(r"Detected \d+ oom.kill event")
+"""slurmstepd writes this to stderr, with a hyphen before Slurm 22.05."""
+
+
+def explain_step(stderr: str, request: SlurmRequest) -> str:
+    """Return what to add to the cause of a failed job if one of its steps ran out of memory; empty if none did.
+
+    Slurm calls a job FAILED if a step that its script started by srun ran out of memory.
+
+    Args:
+        stderr: the last lines of the job.
+        request: of the job.
+    """
+    if not _STEP_OUT_OF_MEMORY.search(stderr):
+        return ""
+    return f". A step of the job ran out of memory{_advice('OUT_OF_MEMORY', request)}"
+
+
 _ABOUT_PROJECTS = re.compile(r"account|qos|association", re.IGNORECASE)
 _ABOUT_LIMITS = "violates accounting/QOS policy"
 

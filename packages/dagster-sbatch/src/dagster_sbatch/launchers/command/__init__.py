@@ -1,6 +1,8 @@
 """Run a program of any language: a binary, or a script whose first line names its interpreter."""
 
+import codecs
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -9,8 +11,12 @@ from typing import ClassVar
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers.base import Launcher
+from dagster_sbatch.launchers.command.job.run_program import FOREIGN
 from dagster_sbatch.slurm.request import SlurmRequest
 
+_BINARIES = (b"\x7fELF", *FOREIGN)
+"""First bytes of programs, those for other systems included: the job says which one it was built for."""
+FIRST_LINE = re.compile(rb"#![ \t]*/")
 _FOLDER = Path(__file__).parent / "job"
 _PROGRAMS = ("run_program.py", "pipes_command.py")
 _THERE = "program"
@@ -34,7 +40,7 @@ class CommandLauncher(Launcher):
     """Of run_program.py."""
 
     def check_program(self, program: Path) -> None:  # noqa: D102 - see Launcher
-        check_line_ends(program)
+        check_text(program)
         if not os.access(program, os.X_OK):
             raise ConfigurationError(
                 f"{program} is not executable. Permit it, and let git record that:\n"
@@ -42,11 +48,17 @@ class CommandLauncher(Launcher):
             )
         with program.open("rb") as file:
             head = file.read(1024)
-        if not head.startswith(b"#!") and b"\0" not in head:
+        if head.startswith(_BINARIES) or FIRST_LINE.match(head):
+            return
+        if b"\0" in head or not head:
             raise ConfigurationError(
-                f"{program} is a script, and its first line does not name its interpreter. "
-                "Begin it with a line such as #!/bin/bash or #!/usr/bin/env Rscript"
+                f"{program} is no program: it is {'data' if head else 'empty'}, neither a binary nor a script. "
+                "Name the program as the workload, and pass this file in args."
             )
+        raise ConfigurationError(
+            f"{program} is a script, and its first line does not name its interpreter. "
+            "Begin it with a line such as #!/bin/bash or #!/usr/bin/env Rscript"
+        )
 
     def local_command(self, request: SlurmRequest, command: Sequence[str]) -> list[str]:  # noqa: ARG002, D102 - see Launcher
         return [sys.executable, str(_FOLDER / _PROGRAMS[0]), *self.options, *command]
@@ -66,9 +78,14 @@ class CommandLauncher(Launcher):
         return "\n".join(filter(None, lines))
 
 
-def check_line_ends(script: Path) -> None:
-    """Refuse a script with the line ends of Windows."""
+def check_text(script: Path) -> None:
+    """Refuse a script as editors of Windows save it: with CRLF, or with a byte order mark."""
     content = script.read_bytes()
+    if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigurationError(
+            f"{script} begins with a byte order mark, with which it does not run on Linux. "
+            "Save it as UTF-8 without a byte order mark."
+        )
     if content.startswith(b"#!") and b"\r\n" in content:
         raise ConfigurationError(
             f"{script} has the line ends of Windows (CRLF), with which it does not run on Linux. Convert it:\n"

@@ -1,11 +1,10 @@
 """Run a batch script that was written for sbatch."""
 
-import re
 from pathlib import Path
 from typing import ClassVar
 
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.launchers.command import CommandLauncher, check_line_ends
+from dagster_sbatch.launchers.command import FIRST_LINE, CommandLauncher, check_text
 from dagster_sbatch.slurm.directives import complete_request
 from dagster_sbatch.slurm.request import SlurmRequest
 
@@ -30,8 +29,8 @@ class BatchScriptLauncher(CommandLauncher):
     options: ClassVar[tuple[str, ...]] = ("--batch-script",)
 
     def check_program(self, program: Path) -> None:  # noqa: D102 - see Launcher
-        check_line_ends(program)
-        if not re.match(rb"#![ \t]*/", program.read_bytes()):
+        check_text(program)
+        if not FIRST_LINE.match(program.read_bytes()):
             raise ConfigurationError(
                 f"{program} does not begin with #! and the path of an interpreter, so sbatch would refuse it. "
                 "Begin it with a line such as #!/bin/bash"

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dagster_pipes import (
+    DAGSTER_PIPES_CONTEXT_ENV_VAR,
     DAGSTER_PIPES_MESSAGES_ENV_VAR,
     DagsterPipesError,
     PipesContext,
@@ -32,11 +33,16 @@ from dagster_pipes import (
     PipesMessageWriter,
     PipesMessageWriterChannel,
     PipesParams,
+    decode_param,
     open_dagster_pipes,
 )
 
 LARGEST = 100_000
-"""Bytes of a file that becomes metadata. Dagster stores it with every materialization."""
+"""Bytes of a metadata value. Dagster stores it with every materialization."""
+CHECKS = "checks.json"
+"""File in the run directory: names of the asset checks that the step declares, by asset key."""
+MOST_NAMES = 10
+"""Partitions that a message lists."""
 PICTURES = {
     ".gif": "image/gif",
     ".jpeg": "image/jpeg",
@@ -125,7 +131,9 @@ def read_metadata(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     name, _, kind = name.partition(":")
     if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE, NAME:TYPE=VALUE or NAME=@FILE")
+        raise argparse.ArgumentTypeError(f"{text[:200]!r} is not of the form NAME=VALUE, NAME:TYPE=VALUE or NAME=@FILE")
+    if (size := len(os.fsencode(value))) > LARGEST:
+        raise argparse.ArgumentTypeError(_too_large(name, f"the value of {name}", size, "FILE"))
     if kind in TEXTS:
         return name, {"type": kind, "raw_value": value}
     if kind in VALUES:
@@ -136,8 +144,15 @@ def read_metadata(text: str) -> tuple[str, Any]:
     return name, _read_file(name, Path(value[1:])) if value.startswith("@") else _infer(value)
 
 
+def _too_large(name: str, what: str, size: int, path: object) -> str:
+    return (
+        f"{what} has {size} bytes, and metadata may have {LARGEST}. Make it smaller (a picture: fewer dots per inch), "
+        f"or report where it is: {name}:path={path}"
+    )
+
+
 def _read_json(kind: str, text: str | bytes, what: str) -> Any:
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         value = json.loads(text, parse_constant=str)  # Dagster stores neither NaN nor Infinity
         if type(value) in VALUES[kind]:
             return value
@@ -146,7 +161,8 @@ def _read_json(kind: str, text: str | bytes, what: str) -> Any:
 
 def _infer(value: str) -> Any:
     if _INTEGER.fullmatch(value):
-        return int(value)
+        with suppress(ValueError):  # Python reads 4300 digits at most
+            return int(value)
     if _FLOAT.fullmatch(value) and math.isfinite(number := float(value)):
         return number
     return {"true": True, "false": False}.get(value, value)
@@ -158,10 +174,7 @@ def _read_file(name: str, path: Path) -> dict[str, Any]:
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{path} cannot be read from {Path.cwd()}: {error.strerror}") from None
     if len(content) > LARGEST:
-        raise argparse.ArgumentTypeError(
-            f"{path} has {len(content)} bytes, and metadata may have {LARGEST}. Make it smaller (a picture: fewer dots "
-            f"per inch), or report where it is: {name}:path={path}"
-        )
+        raise argparse.ArgumentTypeError(_too_large(name, str(path), len(content), path))
     kind = path.suffix.lower()
     if kind in PICTURES:
         encoded = base64.b64encode(content).decode()
@@ -180,16 +193,49 @@ def materialize(pipes: PipesContext, arguments: argparse.Namespace) -> None:
     if arguments.partition is None:
         pipes.report_asset_materialization(metadata, version, arguments.asset)
         return
+    _refuse_partition(pipes, arguments.partition, arguments.asset)
     report = {"partition": arguments.partition, "metadata": metadata}
     report.update({"asset_key": arguments.asset} if arguments.asset else {})
     report.update({"data_version": version} if version else {})
     pipes.report_custom_message({"musica.partition": report})
 
 
+def _refuse_partition(pipes: PipesContext, partition: str, asset: str | None) -> None:
+    """Refuse a partition or an asset that this run does not have: Dagster would, when the program has ended."""
+    known, keys = pipes.asset_keys, pipes.extras.get("partition_keys") or ()
+    if asset not in (known if len(known) > 1 else (None, *known)):
+        raise DagsterPipesError(f"The assets of this step are {', '.join(known)}. Name one of them: --asset KEY")
+    if not keys:
+        raise DagsterPipesError("This run has no partitions. Leave out --partition.")
+    if partition not in keys:
+        listed = ", ".join(keys[:MOST_NAMES]) + (f" and {len(keys) - MOST_NAMES} more" if keys[MOST_NAMES:] else "")
+        raise DagsterPipesError(
+            f"This run has no partition {partition!r}. It has {listed}. This command prints them:\n"
+            "pipes extra partition_keys"
+        )
+
+
 def check(pipes: PipesContext, arguments: argparse.Namespace) -> None:
     """Report the result of an asset check."""
+    _refuse_undeclared(arguments.name, arguments.asset)
     metadata = dict(arguments.metadata)
     pipes.report_asset_check(arguments.name, arguments.passed, arguments.severity, metadata, arguments.asset)
+
+
+def _refuse_undeclared(name: str, asset: str | None) -> None:
+    """Refuse a check that the step does not declare: Dagster would, when the program has ended."""
+    folder = Path(decode_param(os.environ[DAGSTER_PIPES_CONTEXT_ENV_VAR])["path"]).parent
+    path = folder / CHECKS
+    if not path.exists():
+        path = folder.parent.parent / CHECKS  # the task of an array
+    declared: dict[str, list[str]] = json.loads(path.read_text())
+    if not any(name in names for key, names in declared.items() if asset in (None, key)):
+        listed = ", ".join(f"{each} of {key}" for key, names in declared.items() for each in names)
+        raise DagsterPipesError(
+            f"{asset or 'This step'} does not declare the check {name!r}. The checks of this step are: "
+            f"{listed or 'none'}. Correct the name, or declare the check: "
+            f"check_specs=[AssetCheckSpec({name!r}, asset=...)]"
+        )
 
 
 def log(pipes: PipesContext, arguments: argparse.Namespace) -> None:
@@ -247,6 +293,13 @@ def main() -> int:
         return 1
     try:
         arguments.run(open_dagster_pipes(message_writer=_Writer()), arguments)
+    except FileNotFoundError as error:
+        print(
+            f"pipes: {error.filename} does not exist. The run has ended or was cancelled, so nothing is reported. "
+            "Let the program wait for all processes that report.",
+            file=sys.stderr,
+        )
+        return 1
     except (DagsterPipesError, OSError) as error:
         print(f"pipes: {error}", file=sys.stderr)
         return 1

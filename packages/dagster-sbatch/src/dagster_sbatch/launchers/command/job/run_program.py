@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 from contextlib import suppress
@@ -49,6 +50,8 @@ def main() -> int:
     try:
         if batch:
             enter_work_folder(Path(program).parent)
+        refuse_missing_program(Path(program))
+        if batch:
             command = [*read_first_line(Path(program)), *command]
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and the program would inherit that
             signal.signal(number, signal.SIG_DFL)
@@ -65,7 +68,7 @@ def prepare_environment(folder: Path) -> None:
     command = folder / COMMAND
     command.parent.mkdir(exist_ok=True)
     packages, program = Path(dagster_pipes.__file__).parents[1], Path(__file__).resolve().with_name("pipes_command.py")
-    pipes = shlex.join([sys.executable, "-I", "-c", RUN_PIPES, str(packages), str(program)])
+    pipes = shlex.join([sys.executable, "-I", "-X", "utf8", "-c", RUN_PIPES, str(packages), str(program)])
     command.write_text(f'#!/bin/sh\nexec {pipes} "$@"\n')
     command.chmod(0o700)
     os.environ["PATH"] = f"{command.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -92,28 +95,63 @@ def read_first_line(script: Path) -> list[str]:
     return line.split(maxsplit=1)
 
 
+def refuse_missing_program(script: Path) -> None:
+    """Refuse a script whose first line has env start a program that is not on the PATH.
+
+    Raises:
+        FileNotFoundError: as if the script named that program by its path.
+    """
+    with script.open("rb") as file:
+        if file.read(2) != b"#!":
+            return
+    interpreter, *name = read_first_line(script)
+    plain = name and not name[0].startswith("-") and "=" not in name[0]
+    if plain and Path(interpreter).name == "env" and shutil.which(name[0]) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name[0])
+
+
 def explain(program: Path, error: OSError) -> str:
     """Return why a program could not be started, and what to change."""
     head = b""
     with suppress(OSError), program.open("rb") as file:
         head = file.read(64)
+    node = platform.node()
+    if other := _explain_other_machine(head):
+        return f"{program} was built for {other}"
+    if head.startswith(b"#!"):
+        return f"{program} asks for {_explain_first_line(read_first_line(program), error)}"
+    if error.errno == errno.ENOENT and head:
+        return f"{program} needs a loader that {node} does not have. Build it there, or link it statically."
+    reasons = {
+        errno.EACCES: f"may not be executed on {node}: its file system forbids it. Copy it to another one.",
+        errno.ENOEXEC: f"is damaged, or no program of {platform.system()}. Build it again, or copy it again.",
+    }
+    return f"{program} {reasons.get(error.errno or 0, f'cannot be executed on {node}: {error.strerror}')}"
+
+
+def _explain_other_machine(head: bytes) -> str:
+    """Return for which other machine a program was built, and what to do; empty if it was built for this one."""
     node, machine = platform.node(), platform.machine()
     if head.startswith(b"\x7fELF") and len(head) >= 20:
         number = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
         built_for = MACHINES.get(number, f"machine {number:#x}")
-        if built_for != machine:
-            return f"{program} was built for {built_for}, and {node} is {machine}. Build it for {machine}."
+        return "" if built_for == machine else f"{built_for}, and {node} is {machine}. Build it for {machine}."
     system = next((name for start, name in FOREIGN.items() if head.startswith(start)), None)
-    if system and system != {"Darwin": "macOS"}.get(platform.system()):
-        return f"{program} was built for {system}, and {node} has {platform.system()}. Build it for {machine} there."
-    if error.errno == errno.ENOENT and head.startswith(b"#!"):
-        asked = read_first_line(program)[0]
-        return f"{program} asks for {asked} in its first line, and {node} has no such file. Correct that line."
-    if error.errno == errno.ENOENT and head:
-        return f"{program} needs a loader that {node} does not have. Build it there, or link it statically."
-    if error.errno == errno.EACCES:
-        return f"{program} may not be executed on {node}. Its file system or its interpreter forbids it."
-    return f"{program} cannot be executed on {node}: {error.strerror}"
+    if system is None or system == {"Darwin": "macOS"}.get(platform.system()):
+        return ""
+    return f"{system}, and {node} has {platform.system()}. Build it for {machine} there."
+
+
+def _explain_first_line(words: list[str], error: OSError) -> str:
+    """Return what the first line of a script asks for in vain, and what to do."""
+    node, interpreter = platform.node(), words[0]
+    if error.errno == errno.ENOENT and Path(interpreter).exists() and words[1:]:
+        return (
+            f"{words[1]!r} in its first line, and {node} has no such program on the PATH. "
+            "Load its module, or correct that line."
+        )
+    lacks = f"{node} has no such file" if error.errno == errno.ENOENT else f"that is no program on {node}"
+    return f"{interpreter} in its first line, and {lacks}. Correct that line."
 
 
 if __name__ == "__main__":

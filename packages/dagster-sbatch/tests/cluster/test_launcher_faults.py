@@ -1,0 +1,140 @@
+"""What happens to programs of any language, batch scripts and ranks when their jobs fail: many jobs at once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, Launcher, ScriptLauncher
+from dagster_sbatch.slurm import SlurmRequest
+from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
+from slurm_in_a_box.layout import COMPUTE_NODES
+from slurm_in_a_box.machines import MEMORY_CGROUPS
+from support.background import Background, go_on, jobs_of, nobody_left, runs_there
+from support.programs import foreign_elf, make
+from support.ray_run import cause_of, nothing_is_left
+from support.workload_asset import PIPES, materialize
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
+LAUNCHERS: dict[str, Launcher] = {
+    "command": CommandLauncher(),
+    "batch": BatchScriptLauncher(),
+    "script": ScriptLauncher(),
+}
+"""By the first word of a program's name."""
+NODES = [node.hostname for node in COMPUTE_NODES]
+GO_ON = f"until [ -e {CERTIFICATE_USER.home}/go-on ]; do sleep 0.1; done\n"
+BEGUN = 'echo "begun $(basename "$0")"\necho "$SLURM_JOB_ID" >~/"begun $(basename "$0")"\n'
+"""Writes the id of the job into a file in the user's home."""
+FAILS = "#!/bin/bash\npipes materialize --metadata rows=1\necho 'no licence' >&2\nexit 3\n"
+WARNED = 'trap \'echo "warned $(basename "$0")"\' USR1\nsleep 600 & wait; wait\n'
+REPORTS = "trap 'exit 0' TERM\npipes materialize --metadata rows=1\n"
+"""Neither the report nor the exit code counts: it is cancelled."""
+LIVES = """\
+if [ -z "$SLURM_RESTART_COUNT" ]; then
+  pipes materialize --metadata rows=6
+  sleep 600
+fi
+pipes materialize --metadata rows=7
+"""
+TIME = "it reached its time limit (Slurm: TIMEOUT). It had time_limit='00:01:00'. Request more, for instance "
+CANCELLED = "it was cancelled on the cluster, by scancel or by its administrators (Slurm: CANCELLED)"
+PROGRAMS: dict[str, tuple[str, list[str]]] = {
+    "command fails": (FAILS, ["command fails ended with exit code 3", "\nno licence\n"]),
+    "command out of time": (f"#!/bin/bash\n{WARNED}", [TIME, "time_limit='00:02:00'"]),
+    "command cancelled": (f"#!/bin/bash\n{BEGUN}{REPORTS}sleep 600 & wait\n", [CANCELLED]),
+    "command disconnected": (f"#!/bin/bash\n{BEGUN}{GO_ON}pipes materialize --metadata rows=7\n", []),
+    "command requeued": (f"#!/bin/bash\n{BEGUN}{LIVES}", []),
+    "command without reports": ("#!/bin/sh\n", []),
+    "command for another CPU": ("", ["/command for another CPU was built for ", " Build it for "]),
+    "batch fails": (FAILS, ["batch fails ended with exit code 3", "\nno licence\n"]),
+    "batch out of time": (f"#!/bin/bash\n#SBATCH --time=1\n{WARNED}", [TIME, "time_limit='00:02:00'"]),
+    "batch cancelled": (
+        f"#!/bin/bash\n#SBATCH -N 2 --ntasks-per-node=1\n{BEGUN}{REPORTS}srun sleep 600 & wait\n",
+        [CANCELLED],
+    ),
+    "batch disconnected": (f"#!/bin/bash\n{BEGUN}{GO_ON}srun pipes materialize --metadata rows=7\n", []),
+    "batch with a missing program": (
+        "#!/usr/bin/env relax\n",
+        ["/batch with a missing program asks for 'relax' in its first line, and n400", "Load its module, or correct"],
+    ),
+    "script out of time": (
+        f"{PIPES}    import signal, time\n"
+        "    signal.signal(signal.SIGUSR1, lambda *_: print('warned script out of time', flush=True))\n"
+        "    time.sleep(600)\n",
+        [TIME, "time_limit='00:02:00'", "time limit: 6 s left"],
+    ),
+}
+"""By name: the program, and what its failure says; nothing if it succeeds."""
+
+
+def start(path: Path, **request: Any) -> Background:
+    """Run the program with the launcher that its name begins with."""
+    launcher = LAUNCHERS[path.name.partition(" ")[0]]
+    return Background(lambda: materialize(path, path.parent, launcher=launcher, request=SlurmRequest(**request)))
+
+
+def test_jobs_that_fail_in_every_way_at_once(
+    site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A result or the reason, one job per run, each line once; and no node has a process or a file of them."""
+    for name, (text, _) in PROGRAMS.items():
+        make(workloads, text, name)
+    (workloads / "command for another CPU").write_bytes(foreign_elf())
+    limits = {
+        "batch out of time": {},
+        **{name: {"time_limit": "1"} for name in ("command out of time", "script out of time")},
+    }
+    runs = {name: start(workloads / name, **limits.get(name, {"time_limit": "10"})) for name in PROGRAMS}
+    waiting = [name for name, (text, _) in PROGRAMS.items() if BEGUN in text]
+    home = site.layout.home / CERTIFICATE_USER.name
+    wait_until(lambda: all((home / f"begun {name}").exists() for name in waiting), "all run", 90)
+    jobs = {name: int((home / f"begun {name}").read_text()) for name in waiting}
+    site.faults.drop_connections()
+    site.faults.requeue_job(jobs["command requeued"])
+    for launcher_name in ("command", "batch"):
+        site.faults.cancel_job(jobs[f"{launcher_name} cancelled"])
+    go_on(site)
+    outcomes = {name: run.outcome(240) for name, run in runs.items()}
+    for name, (text, texts) in PROGRAMS.items():
+        outcome = outcomes[name]
+        if texts:
+            assert outcome.materializations == {}, name
+            assert texts[0] in cause_of(outcome.error), f"{name}: {outcome.error}"
+        else:
+            rows = outcome.materializations[None][0].get("rows")
+            assert (outcome.error, rows) == ("", 7 if "rows=7" in text else None), name
+        assert all(each in outcome.error for each in texts), f"{name}: {outcome.error}"
+        assert outcome.retries == []
+    out = capfd.readouterr().out
+    expected = [f"begun {name}" for name in [*waiting, "command requeued"]]
+    expected += [f"warned {name}" for name in PROGRAMS if "out of time" in name]
+    assert sorted(out.splitlines()) == sorted(expected)
+    assert len(runs_there(site)) == len(PROGRAMS)
+    for run in runs_there(site):
+        assert len(jobs_of(site, run)) == 1, run
+    nothing_is_left(site, *NODES)
+    nobody_left(site)
+
+
+EATS = "head -c 400M /dev/zero | tail"
+MEMORY = {
+    "command in memory": f"#!/bin/bash\n{EATS}\n",
+    "batch in memory": f"#!/bin/bash\n#SBATCH --mem=200M\n{EATS}\n",
+    "batch step in memory": f"#!/bin/bash\n#SBATCH --mem=200M\nsrun bash -c '{EATS}'\n",
+    "script in memory": f"{PIPES}    ballast = bytearray(b'x' * (400 << 20))\n",
+}
+
+
+@pytest.mark.skipif(not MEMORY_CGROUPS, reason="this machine cannot enforce a job's memory")
+def test_jobs_that_run_out_of_memory(site: SimulatedSite, workloads: Path) -> None:
+    for name, text in MEMORY.items():
+        make(workloads, text, name)
+    runs = {name: start(workloads / name, **({} if "batch" in name else {"mem": "200M"})) for name in MEMORY}
+    for name, run in runs.items():
+        outcome = run.outcome()
+        how = "A step of the job ran out of memory" if "step" in name else "it ran out of memory (Slurm: OUT_OF_MEMORY)"
+        assert f"{how}. It had mem='200M'. Request more, for instance mem='300M'" in cause_of(outcome.error), name
+        assert outcome.retries == []
+    nothing_is_left(site, *NODES)
+    nobody_left(site)
