@@ -28,8 +28,11 @@ BEGUN = 'echo "begun $(basename "$0")"\necho "$SLURM_JOB_ID" >~/"begun $(basenam
 """Writes the id of the job into a file in the user's home."""
 FAILS = "#!/bin/bash\npipes materialize --metadata rows=1\necho 'no licence' >&2\nexit 3\n"
 WARNED = 'trap \'echo "warned $(basename "$0")"\' USR1\nsleep 600 & wait; wait\n'
-REPORTS = "trap 'exit 0' TERM\npipes materialize --metadata rows=1\n"
-"""Neither the report nor the exit code counts: it is cancelled."""
+SAVES = """\
+trap 'sleep 1; pipes log "saved $(basename "$0")"; exit 0' TERM
+pipes materialize --metadata rows=1
+"""
+"""When it is cancelled, it has some seconds. Neither the report nor the exit code counts."""
 LIVES = """\
 if [ -z "$SLURM_RESTART_COUNT" ]; then
   pipes materialize --metadata rows=6
@@ -42,7 +45,7 @@ CANCELLED = "it was cancelled on the cluster, by scancel or by its administrator
 PROGRAMS: dict[str, tuple[str, list[str]]] = {
     "command fails": (FAILS, ["command fails ended with exit code 3", "\nno licence\n"]),
     "command out of time": (f"#!/bin/bash\n{WARNED}", [TIME, "time_limit='00:02:00'"]),
-    "command cancelled": (f"#!/bin/bash\n{BEGUN}{REPORTS}sleep 600 & wait\n", [CANCELLED]),
+    "command cancelled": (f"#!/bin/bash\n{BEGUN}{SAVES}sleep 600 & wait\n", [CANCELLED]),
     "command disconnected": (f"#!/bin/bash\n{BEGUN}{GO_ON}pipes materialize --metadata rows=7\n", []),
     "command requeued": (f"#!/bin/bash\n{BEGUN}{LIVES}", []),
     "command without reports": ("#!/bin/sh\n", []),
@@ -50,7 +53,7 @@ PROGRAMS: dict[str, tuple[str, list[str]]] = {
     "batch fails": (FAILS, ["batch fails ended with exit code 3", "\nno licence\n"]),
     "batch out of time": (f"#!/bin/bash\n#SBATCH --time=1\n{WARNED}", [TIME, "time_limit='00:02:00'"]),
     "batch cancelled": (
-        f"#!/bin/bash\n#SBATCH -N 2 --ntasks-per-node=1\n{BEGUN}{REPORTS}srun sleep 600 & wait\n",
+        f"#!/bin/bash\n#SBATCH -N 2 --ntasks-per-node=1\n{BEGUN}{SAVES}srun sleep 600 & wait\n",
         [CANCELLED],
     ),
     "batch disconnected": (f"#!/bin/bash\n{BEGUN}{GO_ON}srun pipes materialize --metadata rows=7\n", []),
@@ -106,10 +109,11 @@ def test_jobs_that_fail_in_every_way_at_once(
             assert (outcome.error, rows) == ("", 7 if "rows=7" in text else None), name
         assert all(each in outcome.error for each in texts), f"{name}: {outcome.error}"
         assert outcome.retries == []
-    out = capfd.readouterr().out
+    out, err = capfd.readouterr()
     expected = [f"begun {name}" for name in [*waiting, "command requeued"]]
     expected += [f"warned {name}" for name in PROGRAMS if "out of time" in name]
     assert sorted(out.splitlines()) == sorted(expected)
+    assert [err.count(f" - saved {name} cancelled\n") for name in ("command", "batch")] == [1, 1]
     assert len(runs_there(site)) == len(PROGRAMS)
     for run in runs_there(site):
         assert len(jobs_of(site, run)) == 1, run

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dagster_sbatch.slurm.gateway.agent import disk, jobs, slurm_commands
+from dagster_sbatch.slurm.gateway.agent import disk, follower, jobs, slurm_commands
 from slurm_in_a_box import wait_until
 from support import ROOT
 
@@ -261,3 +263,27 @@ def test_a_directory_of_users_that_does_not_answer_is_no_end(monkeypatch: pytest
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     assert slurm_commands.user() == str(os.getuid())
+
+
+def test_slurm_is_asked_again_soon_whether_a_job_that_was_cut_short_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes may have some seconds to end: the pauses begin with one second, and double."""
+    now, asked = [1000.0], []
+
+    def conclude(*_: str) -> None:
+        asked.append(now[0])
+        raise disk.RequestError("temporary", "it is COMPLETING")
+
+    monkeypatch.setattr(follower, "time", SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(follower, "conclude", conclude)
+    queue = SimpleNamespace(row=lambda *_: ["COMPLETING"], view={"at": 0.0})
+    request = {"run": str(tmp_path / "KEY-1"), "offsets": {}, "fields": []}
+    following = follower.Follower(SimpleNamespace(queue=queue), request, lambda **_: None)
+    now[0] += 100
+    following.moved = now[0]
+    while now[0] < 1131:
+        following.ask_for_end("17", {"code": None})
+        queue.view["at"] = now[0] = now[0] + 0.1
+    pauses = [later - earlier for earlier, later in pairwise(asked)]
+    assert pauses == pytest.approx([1.1, 1.2, 2.4, 4.8, 9.6], rel=0.1)

@@ -182,26 +182,40 @@ def test_a_workload_that_calls_exit_cannot_skip_the_record(tmp_path: Path) -> No
     assert read_events(tmp_path)[-1]["code"] == 5
 
 
+def start_in_group(folder: Path, body: str) -> "subprocess.Popen[bytes]":
+    """Start a job in a process group of its own, and wait until its body has made the file `begun`."""
+    site = load_site({}, "musica")
+    request = allocate(SlurmRequest(), site).request
+    text = render_job_script(request, site, job_name="k", about={}, environment={}, body=body)
+    (folder / "job.sh").write_text(text)
+    for name in ("stdout", "stderr"):
+        (folder / name).touch()
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17"}
+    job = subprocess.Popen(["bash", "job.sh"], cwd=folder, env=environment, start_new_session=True)
+    wait_until((folder / "begun").exists, "its body has begun", 30, 0.01)
+    return job
+
+
 def test_a_job_that_is_terminated_records_that_it_was_cut_short(tmp_path: Path) -> None:
     """An EXIT trap sees the status of the command before the signal, 0: that must not pass for a success."""
-    site = load_site({}, "musica")
-    text = render_job_script(
-        allocate(SlurmRequest(), site).request,
-        site,
-        job_name="k",
-        about={},
-        environment={},
-        body="touch begun; sleep 600",
-    )
-    (tmp_path / "job.sh").write_text(text)
-    for name in ("stdout", "stderr"):
-        (tmp_path / name).touch()
-    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17"}
-    with subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment, start_new_session=True) as job:
-        wait_until((tmp_path / "begun").exists, "its body has begun", 30, 0.01)
+    with start_in_group(tmp_path, "touch begun; sleep 600; touch later") as job:
         os.killpg(job.pid, signal.SIGTERM)  # as scancel does, to all processes of the job
         job.wait(30)
     assert read_events(tmp_path)[-1]["code"] is None
+    assert not (tmp_path / "later").exists()
+
+
+def test_a_workload_that_is_terminated_may_save_its_state(tmp_path: Path) -> None:
+    """The record is there before SIGKILL may prevent it; the exit code of such a workload does not count."""
+    save = "until [ -e go ]; do sleep 0.02; done; touch saved; exit 0"
+    with start_in_group(tmp_path, f"bash -c 'trap \"{save}\" TERM; touch begun; sleep 600 & wait'") as job:
+        os.killpg(job.pid, signal.SIGTERM)
+        wait_until(lambda: "code" in read_events(tmp_path)[-1], "the record", 30, 0.01)
+        assert job.poll() is None
+        (tmp_path / "go").touch()
+        job.wait(30)
+    assert (tmp_path / "saved").exists()
+    assert [event["code"] for event in read_events(tmp_path)[1:]] == [None, None]
 
 
 def test_a_second_job_of_the_same_run_steps_back(tmp_path: Path) -> None:

@@ -74,8 +74,8 @@ class Follower:
         """Ask Slurm whether the job is over: soon after its own record says so, else later and less often."""
         since, row = time.time() - self.asked, self.queue.row(job, self.key)
         ended = own and own["code"] is not None and since > self.pause
-        # A second after a job was cut short; as long as the silence lasts if Slurm does not confirm that.
-        cut_short = own and since > min(max(1, time.time() - self.moved), SQUEUE_EVERY)
+        # A second after a job was cut short; if Slurm does not confirm that, after twice the silence before.
+        cut_short = own and since > min(max(1, self.asked - self.moved), SQUEUE_EVERY)
         # A view that is at least 5 s younger than this request shows a job that was submitted before it.
         gone = since > SQUEUE_EVERY and self.queue.view["at"] > self.begun + 5 and (not row or row[0] in OVER)
         unseen = since > UNSEEN and time.time() - self.queue.view["at"] > UNSEEN
