@@ -43,37 +43,38 @@ pipes materialize --metadata rows=7
 TIME = "it reached its time limit (Slurm: TIMEOUT). It had time_limit='00:01:00'. Request more, for instance "
 CANCELLED = "it was cancelled on the cluster, by scancel or by its administrators (Slurm: CANCELLED)"
 PROGRAMS: dict[str, tuple[str, list[str]]] = {
-    "command fails": (FAILS, ["command fails ended with exit code 3", "\nno licence\n"]),
-    "command out of time": (f"#!/bin/bash\n{WARNED}", [TIME, "time_limit='00:02:00'"]),
-    "command cancelled": (f"#!/bin/bash\n{BEGUN}{SAVES}sleep 600 & wait\n", [CANCELLED]),
-    "command disconnected": (f"#!/bin/bash\n{BEGUN}{GO_ON}pipes materialize --metadata rows=7\n", []),
-    "command requeued": (f"#!/bin/bash\n{BEGUN}{LIVES}", []),
-    "command without reports": ("#!/bin/sh\n", []),
-    "command for another CPU": ("", ["/command for another CPU was built for ", " Build it for "]),
-    "batch fails": (FAILS, ["batch fails ended with exit code 3", "\nno licence\n"]),
-    "batch out of time": (f"#!/bin/bash\n#SBATCH --time=1\n{WARNED}", [TIME, "time_limit='00:02:00'"]),
-    "batch cancelled": (
-        f"#!/bin/bash\n#SBATCH -N 2 --ntasks-per-node=1\n{BEGUN}{SAVES}srun sleep 600 & wait\n",
+    "command-fails": (FAILS, ["command-fails ended with exit code 3", "\nno licence\n"]),
+    "command-out-of-time": (f"#!/bin/bash\n{WARNED}", [TIME, "time_limit='00:02:00'"]),
+    "command-cancelled": (f"#!/bin/bash\n{SAVES}{BEGUN}sleep 600 & wait\n", [CANCELLED]),
+    "command-disconnected": (f"#!/bin/bash\n{BEGUN}{GO_ON}pipes materialize --metadata rows=7\n", []),
+    "command-requeued": (f"#!/bin/bash\n{BEGUN}{LIVES}", []),
+    "command-without-reports": ("#!/bin/sh\n", []),
+    "command-for-another-CPU": ("", ["/command-for-another-CPU was built for ", " Build it for "]),
+    "batch-fails": (FAILS, ["batch-fails ended with exit code 3", "\nno licence\n"]),
+    "batch-out-of-time": (f"#!/bin/bash\n#SBATCH --time=1\n{WARNED}", [TIME, "time_limit='00:02:00'"]),
+    "batch-cancelled": (
+        f"#!/bin/bash\n#SBATCH -N 2 --ntasks-per-node=1\n{SAVES}{BEGUN}srun sleep 600 & wait\n",
         [CANCELLED],
     ),
-    "batch disconnected": (f"#!/bin/bash\n{BEGUN}{GO_ON}srun pipes materialize --metadata rows=7\n", []),
-    "batch with a missing program": (
+    "batch-disconnected": (f"#!/bin/bash\n{BEGUN}{GO_ON}srun pipes materialize --metadata rows=7\n", []),
+    "batch-with-a-missing-program": (
         "#!/usr/bin/env relax\n",
-        ["/batch with a missing program asks for 'relax' in its first line, and n400", "Load its module, or correct"],
+        ["/batch-with-a-missing-program asks for 'relax' in its first line, and n400", "Load its module, or correct"],
     ),
-    "script out of time": (
+    "script-out-of-time": (
         f"{PIPES}    import signal, time\n"
-        "    signal.signal(signal.SIGUSR1, lambda *_: print('warned script out of time', flush=True))\n"
+        "    signal.signal(signal.SIGUSR1, lambda *_: print('warned script-out-of-time', flush=True))\n"
         "    time.sleep(600)\n",
         [TIME, "time_limit='00:02:00'", "time limit: 6 s left"],
     ),
 }
-"""By name: the program, and what its failure says; nothing if it succeeds."""
+"""By name: the program, and what its failure says; nothing if it succeeds. Slurm's proctrack/linuxproc loses processes
+with a space in their name."""
 
 
 def start(path: Path, **request: Any) -> Background:
     """Run the program with the launcher that its name begins with."""
-    launcher = LAUNCHERS[path.name.partition(" ")[0]]
+    launcher = LAUNCHERS[path.name.partition("-")[0]]
     return Background(lambda: materialize(path, path.parent, launcher=launcher, request=SlurmRequest(**request)))
 
 
@@ -83,20 +84,20 @@ def test_jobs_that_fail_in_every_way_at_once(
     """A result or the reason, one job per run, each line once; and no node has a process or a file of them."""
     for name, (text, _) in PROGRAMS.items():
         make(workloads, text, name)
-    (workloads / "command for another CPU").write_bytes(foreign_elf())
+    (workloads / "command-for-another-CPU").write_bytes(foreign_elf())
     limits = {
-        "batch out of time": {},
-        **{name: {"time_limit": "1"} for name in ("command out of time", "script out of time")},
+        "batch-out-of-time": {},
+        **{name: {"time_limit": "1"} for name in ("command-out-of-time", "script-out-of-time")},
     }
     runs = {name: start(workloads / name, **limits.get(name, {"time_limit": "10"})) for name in PROGRAMS}
     waiting = [name for name, (text, _) in PROGRAMS.items() if BEGUN in text]
-    home = site.layout.home / CERTIFICATE_USER.name
-    wait_until(lambda: all((home / f"begun {name}").exists() for name in waiting), "all run", 90)
-    jobs = {name: int((home / f"begun {name}").read_text()) for name in waiting}
+    begun = {name: site.layout.home / CERTIFICATE_USER.name / f"begun {name}" for name in waiting}
+    wait_until(lambda: all(path.exists() and path.read_text() for path in begun.values()), "all run", 90)
+    jobs = {name: int(path.read_text()) for name, path in begun.items()}
     site.faults.drop_connections()
-    site.faults.requeue_job(jobs["command requeued"])
-    for launcher_name in ("command", "batch"):
-        site.faults.cancel_job(jobs[f"{launcher_name} cancelled"])
+    site.faults.requeue_job(jobs["command-requeued"])
+    for name in ("command-cancelled", "batch-cancelled"):
+        site.faults.cancel_job(jobs[name])
     go_on(site)
     outcomes = {name: run.outcome(240) for name, run in runs.items()}
     for name, (text, texts) in PROGRAMS.items():
@@ -110,10 +111,10 @@ def test_jobs_that_fail_in_every_way_at_once(
         assert all(each in outcome.error for each in texts), f"{name}: {outcome.error}"
         assert outcome.retries == []
     out, err = capfd.readouterr()
-    expected = [f"begun {name}" for name in [*waiting, "command requeued"]]
-    expected += [f"warned {name}" for name in PROGRAMS if "out of time" in name]
+    expected = [f"begun {name}" for name in [*waiting, "command-requeued"]]
+    expected += [f"warned {name}" for name in PROGRAMS if "out-of-time" in name]
     assert sorted(out.splitlines()) == sorted(expected)
-    assert [err.count(f" - saved {name} cancelled\n") for name in ("command", "batch")] == [1, 1]
+    assert [err.count(f" - saved {name}-cancelled\n") for name in ("command", "batch")] == [1, 1]
     assert len(runs_there(site)) == len(PROGRAMS)
     for run in runs_there(site):
         assert len(jobs_of(site, run)) == 1, run
@@ -123,10 +124,10 @@ def test_jobs_that_fail_in_every_way_at_once(
 
 EATS = "head -c 400M /dev/zero | tail"
 MEMORY = {
-    "command in memory": f"#!/bin/bash\n{EATS}\n",
-    "batch in memory": f"#!/bin/bash\n#SBATCH --mem=200M\n{EATS}\n",
-    "batch step in memory": f"#!/bin/bash\n#SBATCH --mem=200M\nsrun bash -c '{EATS}'\n",
-    "script in memory": f"{PIPES}    ballast = bytearray(b'x' * (400 << 20))\n",
+    "command-in-memory": f"#!/bin/bash\n{EATS}\n",
+    "batch-in-memory": f"#!/bin/bash\n#SBATCH --mem=200M\n{EATS}\n",
+    "batch-step-in-memory": f"#!/bin/bash\n#SBATCH --mem=200M\nsrun bash -c '{EATS}'\n",
+    "script-in-memory": f"{PIPES}    ballast = bytearray(b'x' * (400 << 20))\n",
 }
 
 
