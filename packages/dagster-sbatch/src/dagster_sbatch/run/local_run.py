@@ -125,7 +125,7 @@ def run_array_here(
 class _LocalTasks:
     """The processes of the tasks that run now."""
 
-    def __init__(  # noqa: PLR0917 - what all tasks share
+    def __init__(
         self,
         step: ArrayStep,
         settings: Settings,
