@@ -90,9 +90,14 @@ warn() {
   if (( 0x${handled: -4} & 0x200 )); then kill -USR1 "$pid"; fi
 }
 trap warn USR1
+# At a cancellation or the time limit, Slurm sends SIGTERM to every process of the job, and SIGKILL some seconds later.
+# Meanwhile the workload may save its state: this shell and the one below outlive it. Its exit code does not count.
+terminated=
+trap 'terminated=1 warned=1; finish' TERM # a record, as SIGKILL prevents that of the end
 
 # In a subshell: whatever it does, the exit code is recorded. In the background: bash handles the warning meanwhile.
 (
+trap 'exit 143' TERM
 "$PYTHON" -I -S '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe/container/images.py' apptainer "$DATA"'/a b.sif' "$DATA_ROOT" "$HOME"'/notes' || exit
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-44}
 run_workload '<SLURM_DEPLOYMENT_BASE_PATH>/environments/<hash of its content>/workloads/model.sh'
@@ -104,5 +109,5 @@ while :; do
   status=$?
   [ "$warned" ] || break
 done
-code=$status
-exit "$code"
+[ "$terminated" ] || code=$status
+exit "$status"
