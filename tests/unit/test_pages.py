@@ -142,7 +142,8 @@ def test_every_message_that_the_troubleshooting_page_quotes_is_one() -> None:
     sources += [path for path in (ROOT / "scripts").iterdir() if path.is_file()]
     trees = [ast.parse(path.read_text()) for path in sources]
     texts = [node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
-    said = " ".join("\n".join(text for text in texts if isinstance(text, str)).split())
+    written = [text for text in texts if isinstance(text, str)] + [path.read_text() for path in ENGINE.rglob("*.sh")]
+    said = " ".join("\n".join(written).split())
     sections = (ROOT / "packages" / "dagster-sbatch" / "docs" / "troubleshooting.md").read_text().split("\n## ")[1:]
     rows = [
         row for each in sections if not each.startswith("The UI") for row in re.findall(r"^\| (`.*?) \|", each, re.M)
