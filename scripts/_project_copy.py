@@ -221,7 +221,7 @@ def _write_locks(root: Path, folder: Path, names: Names, wheels: list[Wheel]) ->
     gone = _requirements(root / "pyproject.toml") - _requirements(folder / "pyproject.toml")
     (folder / "requirements").mkdir(exist_ok=True)
     required = {wheel.package: wheel.requirement for wheel in wheels}
-    for name in lock.FILES:
+    for name in lock.locked_files(folder):
         entries = _locked.parse((root / "requirements" / name).read_text())
         if name == "dev.txt":
             entries = _locked.with_wheels(entries, required, OLD_PROJECT)

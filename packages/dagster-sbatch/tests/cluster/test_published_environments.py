@@ -42,7 +42,7 @@ def test_production_runs_only_what_was_published(
     assert "nothing has been published" in failure_of(materialize(workload))
     assert site.squeue("--noheader") == ""
 
-    assert client.environments.publish(client.ensure(), "v1")
+    assert client.environments.publish({"": client.ensure()}, "v1")
     assert metadata(materialize(workload))["word"] == "one"
 
     helper = workload.parent / "helpers" / "deep" / "__init__.py"
@@ -53,8 +53,8 @@ def test_production_runs_only_what_was_published(
     assert "scripts/deploy_environment.py" in said
 
     client.wanted = EnvironmentSpec(read_code(workload.parent), client.wanted.lock)
-    assert client.environments.publish(client.ensure(), "v2")
-    assert not client.environments.publish(client.ensure(), "v2")
+    assert client.environments.publish({"": client.ensure()}, "v2")
+    assert not client.environments.publish({"": client.ensure()}, "v2")
     assert metadata(materialize(workload))["word"] == "two"
 
     assert client.environments.roll_back()["revision"] == "v1"
@@ -72,14 +72,14 @@ def test_production_runs_only_what_was_published(
 def test_the_check_prints_what_would_be_sent_and_changes_nothing(
     site: SimulatedSite, client: Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert check(client.environments, client.wanted) == 1
+    assert check(client.environments, {"": client.wanted}) == 1
     printed = capsys.readouterr().out
     assert "6.3 MB  ballast-1.0-py3-none-any.whl\n" in printed
     assert "MB in 3 wheels would be sent, and 0." in printed
     assert "nothing has been published yet" in printed
     assert names(site) == []
-    client.environments.publish(client.ensure(), "")
-    assert check(client.environments, client.wanted) == 0
+    client.environments.publish({"": client.ensure()}, "")
+    assert check(client.environments, {"": client.wanted}) == 0
     assert "exists: nothing would be sent" in capsys.readouterr().out
 
 

@@ -1,6 +1,7 @@
 """What goes into an environment: the lock for a target, the code as git has it; and what may be removed."""
 
 import tomllib
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import cast
@@ -16,9 +17,11 @@ from dagster_sbatch.environments.interpreter import NEWEST, OLDEST, Interpreter
 from dagster_sbatch.environments.lockfile import read_lock
 from dagster_sbatch.environments.progress import LoggedProgress
 from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.run.plan import make_plan
 from dagster_sbatch.run.run_environment import RunEnvironment
-from dagster_sbatch.run.workload import read_workload
 from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import Gateway
 from resources import PROJECT
 from support import ROOT
@@ -101,8 +104,9 @@ def test_every_workload_below_the_workloads_folder_has_the_same_code(
     site = PROJECT.load_site("musica")
     environments = Environments(cast(Gateway, None), "/base", site)
     for given in ("top.py", "climate/prog.py", "climate/model"):
-        workload = read_workload(tmp_path / given, [], tmp_path)
-        inputs = RunEnvironment(environments, Settings(), workload, PROJECT.lock).inputs
+        project = replace(PROJECT, workload_folder=str(tmp_path))
+        plan = make_plan(Settings(), project, tmp_path / given, ScriptLauncher(), SlurmRequest())
+        inputs = RunEnvironment(environments, Settings(), plan).inputs
         code = {name.removeprefix("code "): digest for name, digest in inputs.items() if name.startswith("code ")}
         assert code == read_code(tmp_path).digests
 

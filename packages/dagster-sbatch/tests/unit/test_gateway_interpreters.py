@@ -44,7 +44,7 @@ def request_of_it(interpreter: Interpreter, tmp_path: Path) -> dict[str, Any]:
     folder = tmp_path / "environments"
     folder.mkdir()
     limits = {"oldest": [3, 11], "newest": [3, 99]}
-    asked = {"asked": str(interpreter.path), "python": str(interpreter.path)}
+    asked = {"asked": str(interpreter.path), "python": str(interpreter.path), "asked_by": "SLURM_PYTHON"}
     return {"folder": str(folder), "setup": [], "candidates": [], **asked, **limits}
 
 

@@ -13,7 +13,8 @@ WORKLOADS = PROJECT.workloads
 
 def missing(folder: Path, text: str, *, own_packages: bool = False) -> list[str]:
     (folder / "prog.py").write_text(text)
-    return find_missing(read_workload(folder / "prog.py", [], WORKLOADS), PROJECT, own_packages=own_packages)
+    lock = None if own_packages else PROJECT.lock
+    return find_missing(read_workload(folder / "prog.py", [], WORKLOADS), PROJECT, lock)
 
 
 @pytest.mark.parametrize(
@@ -81,4 +82,4 @@ def test_packages_of_slurm_python_are_not_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(WORKLOADS.glob("*.py")), ids=lambda path: path.name)
 def test_the_workloads_of_this_project_are_complete(path: Path) -> None:
-    assert find_missing(read_workload(path, [], WORKLOADS), PROJECT, own_packages=False) == []
+    assert find_missing(read_workload(path, [], WORKLOADS), PROJECT, PROJECT.lock) == []

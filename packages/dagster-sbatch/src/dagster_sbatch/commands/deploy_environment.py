@@ -3,7 +3,7 @@
 import argparse
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,7 +17,7 @@ from dagster_sbatch.auth import AccessError
 from dagster_sbatch.commands.command_line import ends_with_reader, make_parser
 from dagster_sbatch.environments.code import read_code, revision_of
 from dagster_sbatch.environments.deployed import EnvironmentListing, Environments, EnvironmentSpec
-from dagster_sbatch.environments.lockfile import read_lock
+from dagster_sbatch.environments.groups import DEFAULT, find_groups, read_group
 from dagster_sbatch.environments.progress import LoggedProgress, Progress
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import Runs
@@ -26,12 +26,13 @@ from dagster_sbatch.slurm.gateway import RefusedError, make_gateway
 from dagster_sbatch.ssh import SshError
 
 DESCRIPTION = """\
-Publish what production_supercomputer runs: the packages of requirements/cluster.txt, and the workloads as git tracks
-them. Each package is sent once. After a broken connection, sending continues where it stopped. From then on, production
-refuses runs whose workloads or packages differ from what was published.
+Publish what production_supercomputer runs: the packages of requirements/cluster.txt and of each cluster-NAME.txt (for
+assets with environment="NAME"), and the workloads as git tracks them. All are published at once, and --rollback returns
+to all that were published before. Each package is sent once. After a broken connection, sending continues where it
+stopped. From then on, production refuses runs whose workloads or packages differ from what was published.
 
-The settings are those of a supercomputer deployment (scripts/docs settings). With SLURM_PYTHON, only the workloads
-are sent.
+The settings are those of a supercomputer deployment (scripts/docs settings). With SLURM_PYTHON, the packages of
+cluster.txt are not sent.
 """
 EPILOG = """\
 examples:
@@ -68,8 +69,12 @@ def main(project: Project) -> int:
             code = read_code(project.workloads)
             for note in code.notes:
                 print(f"warning: {note}", file=sys.stderr)
-            spec = EnvironmentSpec(code, read_lock(project.lock), settings.python)
-            return check(environments, spec) if options.check else publish(environments, spec)
+            groups = (DEFAULT, *find_groups(project.root))
+            specs = {
+                group: EnvironmentSpec(code, read_group(project, group), None if group else settings.python)
+                for group in groups
+            }
+            return check(environments, specs) if options.check else publish(environments, specs)
         finally:
             gateway.close()
     except ConfigurationError as error:
@@ -95,21 +100,41 @@ def _parse_arguments() -> argparse.Namespace:
     return options
 
 
-def publish(environments: Environments, spec: EnvironmentSpec) -> int:
-    with _progress_on(Console()) as progress:
-        environment = environments.ensure(spec, progress)
-    new = environments.publish(environment, revision_of(spec.code.folder))
+def publish(environments: Environments, specs: Mapping[str, EnvironmentSpec]) -> int:
+    """Make the environment of each group that is not there, then let production run all of them."""
+    made = {}
+    for group, spec in specs.items():
+        with _progress_on(Console()) as progress:
+            made[group] = environments.ensure(spec, progress)
+    new = environments.publish(made, revision_of(specs[DEFAULT].code.folder))
     how = "published" if new else "was published already"
-    print(f"{how}: {environment.name}, Python {environment.interpreter.version}")
+    for group, environment in made.items():
+        print(f"{how}: {environment.name}, Python {environment.interpreter.version}{_named(group)}")
     return 0
 
 
-def check(environments: Environments, spec: EnvironmentSpec) -> int:
-    """Print what would be sent, and whether production runs what is here."""
+def check(environments: Environments, specs: Mapping[str, EnvironmentSpec]) -> int:
+    """Print what would be sent for each group, and whether production runs what is here."""
+    for group, spec in specs.items():
+        _print_missing(environments, group, spec)
+    different = 0
+    for group, spec in specs.items():
+        published = environments.published(group)
+        differences = spec.differences_from(published.environment) if published else []
+        if published and not differences:
+            print(f"production runs what is here: {published.environment.name}{_named(group)}")
+            continue
+        different = 1
+        said = "production does not run what is here" if published else "nothing has been published yet"
+        print("\n  ".join([f"{said}{_named(group)}", *differences]))
+    return different
+
+
+def _print_missing(environments: Environments, group: str, spec: EnvironmentSpec) -> None:
     with tempfile.TemporaryDirectory(prefix="wheels-") as folder, _progress_on(Console()) as progress:
         found = environments.compare(spec, Path(folder), progress)
         python = found.environment.interpreter
-        print(f"environment {found.environment.name} for {python.executable}, Python {python.version}")
+        print(f"environment {found.environment.name} for {python.executable}, Python {python.version}{_named(group)}")
         for wheel in found.missing:
             print(f"  {wheel.size / 1e6:8.1f} MB  {wheel.path.name}")
         if found.ready:
@@ -118,20 +143,16 @@ def check(environments: Environments, spec: EnvironmentSpec) -> int:
             wheels, code = sum(wheel.size for wheel in found.missing), sum(map(len, spec.code.files.values()))
             size = f"{wheels / 1e6:8.1f} MB in {len(found.missing)} wheels"
             print(f"  {size} would be sent, and {code / 1e3:.1f} kB of code")
-    published = environments.published()
-    differences = spec.differences_from(published.environment) if published else []
-    if published and not differences:
-        print(f"production runs what is here: {published.environment.name}")
-        return 0
-    print("production does not run what is here" if published else "nothing has been published yet")
-    for difference in differences:
-        print(f"  {difference}")
-    return 1
+
+
+def _named(group: str) -> str:
+    return f" (environment={group!r})" if group else ""
 
 
 def roll_back(environments: Environments) -> int:
     entry = environments.roll_back()
-    print(f"production runs {entry['name']} again; the code for it: {entry['revision'] or 'of an unknown revision'}")
+    names = ", ".join([entry["name"], *(f"{name}{_named(group)}" for group, name in entry.get("groups", {}).items())])
+    print(f"production runs {names} again; the code for it: {entry['revision'] or 'of an unknown revision'}")
     return 0
 
 

@@ -1,7 +1,8 @@
 """Resolve the dependencies in pyproject.toml to exact versions with hashes: requirements/*.txt.
 
 dev.txt is the project with its `dev` extra, for this machine; cluster.txt is the `cluster` group, for the
-supercomputer. Without an option, only versions that pyproject.toml no longer allows are changed.
+supercomputer; cluster-NAME.txt is the group `cluster-NAME`, for assets with environment="NAME". Without an option, only
+versions that pyproject.toml no longer allows are changed.
 
 exit codes: 0 done, or up to date; 1 --check found a difference (it is printed), or uv failed; 2 wrong usage
 """
@@ -17,11 +18,10 @@ from pathlib import Path
 from dagster_sbatch.children import NETWORK, child_environment
 from dagster_sbatch.commands.command_line import ends_with_reader
 from dagster_sbatch.commands.vendored import PACKAGES
+from dagster_sbatch.environments.groups import GROUP, PREFIX, find_groups
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 
-FILES = {"dev.txt": ["pyproject.toml", "--extra", "dev"], "cluster.txt": ["--group", "cluster"]}
-"""uv's names of what is locked, by file. A group is resolved by itself, without the project."""
 OPTIONS = """
     --universal --python-version 3.11 --generate-hashes --no-strip-extras --no-header --quiet
     --custom-compile-command scripts/lock
@@ -42,7 +42,9 @@ def main(project: Project) -> int:
         with tempfile.TemporaryDirectory() as copy:
             shutil.copytree(folder, copy, dirs_exist_ok=True)
             resolve(project.root, Path(copy), upgrade=options.upgrade)
-            changes = [line for name in FILES for line in _compare(folder / name, Path(copy) / name)]
+            changes = [
+                line for name in locked_files(project.root) for line in _compare(folder / name, Path(copy) / name)
+            ]
     except ConfigurationError as error:
         print(error, file=sys.stderr)
         return 1
@@ -51,8 +53,18 @@ def main(project: Project) -> int:
     return int(bool(changes))
 
 
+def locked_files(root: Path) -> dict[str, list[str]]:
+    """Return uv's names of what a project locks, by file of requirements/. A group is resolved without the project.
+
+    Raises:
+        ConfigurationError: pyproject.toml cannot be read.
+    """
+    groups = [GROUP, *(f"{PREFIX}{name}" for name in find_groups(root))]
+    return {"dev.txt": ["pyproject.toml", "--extra", "dev"], **{f"{each}.txt": ["--group", each] for each in groups}}
+
+
 def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
-    """Write each of FILES into a folder; versions that are in it already are kept.
+    """Write each of a project's lock files into a folder; versions that are in it already are kept.
 
     Args:
         root: the folder of pyproject.toml.
@@ -64,7 +76,7 @@ def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
     """
     # A package in the project's own repository is installed from there, where a hash means nothing.
     own = [word for name in PACKAGES if _is_source(root / "packages" / name) for word in ("--no-emit-package", name)]
-    for name, source in FILES.items():
+    for name, source in locked_files(root).items():
         command = [*source, *OPTIONS, *own, *(["--upgrade"] if upgrade else []), "--output-file", str(folder / name)]
         done = subprocess.run(
             [sys.executable, "-m", "uv", "pip", "compile", *command],

@@ -51,11 +51,10 @@ exit codes: 0 upgraded and tested, 1 nothing was changed, 2 wrong usage, 3 upgra
 can run, 130 interrupted (nothing was changed, or upgraded but not tested)
 """
 ENGINE = PACKAGES[0]
-LOCKS = tuple(f"requirements/{name}" for name in lock.FILES)
-FILES = (*SOURCES, *LOCKS)
-"""What an upgrade replaces, beside wheels."""
+LOCKS = "requirements/"
+"""Folder of the lock files. An upgrade replaces these and SOURCES, beside wheels."""
 KEPT = "vendor/previous.zip"
-"""What an upgrade has replaced: FILES and wheels."""
+"""What an upgrade has replaced: SOURCES, lock files and wheels."""
 RESTORE = f"  git restore vendor requirements {' '.join(SOURCES)}"
 
 
@@ -183,7 +182,7 @@ def go_back(root: Path) -> tuple[str, str, str]:
             ) from None
         new, before = wheels_in(Path(temporary, "vendor")), _texts(Path(temporary))
         changes = changes_between(old[ENGINE], new[ENGINE].version)
-        files = {name: text for name, text in before.items() if name in LOCKS}
+        files = {name: text for name, text in before.items() if name.startswith(LOCKS)}
         files |= {name: rename_wheels(text, new) for name, text in _texts(root).items() if name in SOURCES}
         if files["pyproject.toml"] != before["pyproject.toml"]:
             files = _resolved(root, new, files)
@@ -251,12 +250,13 @@ def _wheels_of(root: Path) -> dict[str, Wheel]:
 
 
 def _texts(root: Path) -> dict[str, str]:
-    """Return the texts of those FILES that a project has, by name."""
-    return {name: (root / name).read_text() for name in FILES if (root / name).exists()}
+    """Return the texts of those SOURCES and lock files that a project has, by name."""
+    names = (*SOURCES, *(f"{LOCKS}{name}" for name in lock.locked_files(root)))
+    return {name: (root / name).read_text() for name in names if (root / name).exists()}
 
 
 def _resolved(root: Path, wheels: dict[str, Wheel], files: dict[str, str]) -> dict[str, str]:
-    """Resolve the dependencies with these wheels and files, in a copy of the project; return its FILES."""
+    """Resolve the dependencies with these wheels and files, in a copy of the project; return their texts there."""
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary)
         for path in root.iterdir():
@@ -267,19 +267,21 @@ def _resolved(root: Path, wheels: dict[str, Wheel], files: dict[str, str]) -> di
         for wheel in wheels.values():
             shutil.copyfile(wheel.path, copy / "vendor" / wheel.path.name)
         for name, text in files.items():
-            (copy / name).write_text(text if name in LOCKS else rename_wheels(text, wheels))
+            (copy / name).write_text(text if name.startswith(LOCKS) else rename_wheels(text, wheels))
         lock.resolve(copy, copy / "requirements")
         return _texts(copy)
 
 
 def _replace(root: Path, wheels: dict[str, Wheel], files: dict[str, str], kept: dict[str, Wheel] | None) -> None:
-    """Replace wheels and FILES of a project. After a crash at any moment, the wheels that its files name are there.
+    """Replace wheels, SOURCES and lock files of a project.
+
+    After a crash at any moment, the wheels that its files name are there.
 
     Args:
         root: the project.
         wheels: the new ones, by package.
-        files: the new texts of FILES, by name.
-        kept: the wheels of the project, to be kept with its FILES in KEPT, if it is not the source.
+        files: the new texts of SOURCES and lock files, by name.
+        kept: the wheels of the project, to be kept with these files in KEPT, if it is not the source.
     """
     vendor = root / "vendor"
     contents = {root / name: text.encode() for name, text in files.items()}

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dagster_sbatch.environments.code import Code
+from dagster_sbatch.environments.groups import DEFAULT
 from dagster_sbatch.environments.interpreter import NEWEST, OLDEST, Interpreter
-from dagster_sbatch.environments.lockfile import LockFile
+from dagster_sbatch.environments.lockfile import VERIFIED, LockFile
 from dagster_sbatch.environments.progress import Progress
 from dagster_sbatch.environments.wheels import Wheel, gather_wheels
 from dagster_sbatch.slurm import Site
@@ -25,11 +26,11 @@ class Environment:
 
     Attributes:
         name: hash of all that it consists of, and the name of its folder.
-        kind: `wheelhouse`: made from wheels that were sent; `path`: SLURM_PYTHON with the user's code.
+        kind: `wheelhouse`: made from wheels that were sent; `path`: an interpreter that existed, with the user's code.
         python: path of the interpreter for workloads.
         workloads: path of the user's code there.
         interpreter: the Python that it is made for.
-        asked: SLURM_PYTHON, if it was set.
+        asked: SLURM_PYTHON, if it was set, or the interpreter that an asset named.
         lock: digest of the lock file; None for the kind `path`.
         code: digest by file; see `Code.digests`.
     """
@@ -73,7 +74,8 @@ class EnvironmentListing:
     Attributes:
         environment: the environment.
         used: when it was used last.
-        published: `current`: production runs it; `before`: a rollback returns to it; else empty.
+        published: `current`: production runs it; `before`: a rollback returns to it; else empty. The name of the
+            group stands behind it, if it is not `cluster`.
     """
 
     environment: Environment
@@ -87,20 +89,29 @@ class EnvironmentSpec:
 
     Attributes:
         code: the workloads.
-        lock: the packages.
-        python: SLURM_PYTHON: an interpreter that has the packages; None: the packages are sent.
+        lock: the packages; None: an asset has named the interpreter, which has them.
+        python: SLURM_PYTHON or what an asset names: an interpreter that has the packages, or the folder with its
+            `bin/python`; None: the packages are sent.
     """
 
     code: Code
-    lock: LockFile
+    lock: LockFile | None
     python: str | None = None
 
+    @property
+    def modules(self) -> list[str]:
+        """Modules that the environment must be able to import."""
+        return self.lock.modules if self.lock else [VERIFIED["dagster-pipes"]]
+
     def differences_from(self, published: Environment) -> list[str]:
-        """Say what of the lock file, the interpreter and the code differs from a published environment."""
+        """Say what of the lock file, the interpreter and the code differs from a published environment.
+
+        Of an interpreter that an asset names, only the code is compared.
+        """
         found = []
-        if published.asked != self.python:
+        if self.lock and published.asked != self.python:
             found.append(f"SLURM_PYTHON: {self.python or 'not set'}, was {published.asked or 'not set'}")
-        elif published.lock not in (None, self.lock.digest):
+        elif self.lock and published.lock not in (None, self.lock.digest):
             found.append(f"{self.lock.path.name}: other packages")
         here, there = self.code.digests, published.code
         names = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
@@ -147,6 +158,7 @@ class Environments:
         environment = Environment.parse(answer["environment"])
         if answer["ready"] or answer["installed"]:
             return Comparison(environment, answer["ready"])
+        assert spec.lock  # else nothing has to be installed
         interpreter = environment.interpreter
         wanted = f"Python {interpreter.version}, {interpreter.machine}"
         progress.step(f"fetching the wheels of {spec.lock.path.name} for {wanted}")
@@ -181,28 +193,35 @@ class Environments:
             self._gateway.put(wheel.path, f"{self._folder}/wheels/{wheel.place}", report)
             before += wheel.size
 
-    def published(self) -> Published | None:
-        """Return what production runs; None if nothing was published. One round trip."""
-        answer = self._ask("published")
+    def published(self, group: str = DEFAULT) -> Published | None:
+        """Return what production runs for a group; None if nothing was published. One round trip."""
+        answer = self._ask("published", group=group)
         if answer["environment"] is None:
             return None
         entry = answer["entry"]
         at = datetime.fromtimestamp(entry["at"], UTC)
         return Published(Environment.parse(answer["environment"]), entry["revision"], at)
 
-    def publish(self, environment: Environment, revision: str) -> bool:
-        """Let production run an environment; return False if it does already."""
-        return bool(self._ask("publish", name=environment.name, about={"revision": revision})["new"])
+    def publish(self, environments: Mapping[str, Environment], revision: str) -> bool:
+        """Let production run some environments, at once; return False if it does already.
+
+        `environments`: by group, with that of DEFAULT.
+        """
+        groups = {group: environment.name for group, environment in environments.items() if group}
+        name = environments[DEFAULT].name
+        return bool(self._ask("publish", name=name, groups=groups, about={"revision": revision})["new"])
 
     def roll_back(self) -> Mapping[str, Any]:
-        """Let production run what was published before; return its `name` and `revision`."""
+        """Let production run what was published before; return its `name`, `groups` and `revision`."""
         entry: Mapping[str, Any] = self._ask("roll_back")["entry"]
         return entry
 
     def inventory(self) -> list[EnvironmentListing]:
         """Return all environments that exist, the one used last first."""
         answer = self._ask("inventory")
-        marks = dict(zip(answer["published"][-2:][::-1], ("current", "before"), strict=False))
+        marks: dict[str, str] = {}
+        for mark, groups in zip(("before", "current"), answer["published"], strict=True):
+            marks |= {name: f"{mark} {group}".strip() for group, name in reversed(groups.items())}
         found = [
             EnvironmentListing(environment, datetime.fromtimestamp(each["used"], UTC), marks.get(environment.name, ""))
             for each in answer["found"]
@@ -228,8 +247,9 @@ class Environments:
             "newest": list(NEWEST),
             "asked": spec.python,
             "python": spec.python,
-            "lock": spec.lock.digest,
-            "modules": spec.lock.modules,
+            "asked_by": "SLURM_PYTHON" if spec.lock else "environment",
+            "lock": spec.lock.digest if spec.lock else None,
+            "modules": spec.modules,
             "code": spec.code.digests,
         }
 

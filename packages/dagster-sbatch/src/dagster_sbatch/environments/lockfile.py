@@ -76,7 +76,7 @@ def read_lock(path: Path) -> LockFile:
     return _parse_all(path.read_text(), path)
 
 
-@lru_cache(maxsize=1)  # each run reads it
+@lru_cache(maxsize=8)  # each run reads that of its group
 def _parse_all(text: str, path: Path) -> LockFile:
     lines = text.replace("\\\n", " ").splitlines()
     pins = (_parse(line, path) for line in lines if line.strip() and not line.lstrip().startswith("#"))

@@ -106,7 +106,7 @@ def preview_asset(
     found: list[Preview] = []
 
     def record(step: str, settings: Settings, plan: Plan) -> Never:
-        paths = place_run(settings, "preview-" + re.sub(r"[^A-Za-z0-9_.-]", "_", step))
+        paths = place_run(settings, "preview-" + re.sub(r"[^A-Za-z0-9_.-]", "_", step), plan.environment)
         found.append(Preview(plan, summarise(step, plan, settings), paths, step))
         raise _Intercepted
 

@@ -1,5 +1,6 @@
 """What a plan asks for, as text: the place, the request, the tasks of an array and the highest possible cost."""
 
+from dagster_sbatch.environments.groups import is_path, lock_path
 from dagster_sbatch.run.array_batches import USUAL_LIMIT, Batches
 from dagster_sbatch.run.directory import RunPaths
 from dagster_sbatch.run.plan import Plan
@@ -11,17 +12,21 @@ ANY_LIMITS = Limits(None, None)
 """Of a site that is not asked."""
 
 
-def place_run(settings: Settings, run: str) -> RunPaths:
-    """Return where a run would lie; what is not known yet stands in angle brackets."""
+def place_run(settings: Settings, run: str, environment: str | None = None) -> RunPaths:
+    """Return where a run would lie; what is not known yet stands in angle brackets.
+
+    `environment`: that of the plan; see `ComputeResource.run`.
+    """
     base = settings.deployment_base_path or "<SLURM_DEPLOYMENT_BASE_PATH>"
-    environment = f"{base}/environments/<hash of its content>"
-    python = settings.python or f"{environment}/bin/python"
-    return RunPaths(f"{base}/runs/{run}", python, f"{environment}/workloads", settings.data_root or f"{base}/data")
+    folder = f"{base}/environments/<hash of its content>"
+    named = environment if is_path(environment) else None if environment else settings.python
+    python = named or f"{folder}/bin/python"
+    return RunPaths(f"{base}/runs/{run}", python, f"{folder}/workloads", settings.data_root or f"{base}/data")
 
 
 def summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
     """Return for people what a step asks for, by heading."""
-    request, place = plan.allocation.request, place_run(settings, "")
+    request, place = plan.allocation.request, place_run(settings, "", plan.environment)
     site = settings.supercomputer_site or "the only site"
     return {
         "step": step,
@@ -38,6 +43,7 @@ def summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
         "cost": _summarise_cost(plan),
         "files": f"job.sh, {'tasks.jsonl' if plan.array else 'context.json'}, ... in {place.run}",
         "python": container.python + " of the image" if (container := plan.launcher.container) else place.python,
+        **_summarise_packages(plan),
         **({"modules": f"{', '.join(request.modules)} (with Lmod, in the job)"} if request.modules else {}),
     }
 
@@ -46,6 +52,15 @@ def _summarise_container(plan: Plan, place: RunPaths) -> dict[str, str]:
     container = plan.launcher.container
     image = container.remote_image(place.data_root) if container else ""
     return {"container": f"{image} (--test-only asks whether it is there)"} if container else {}
+
+
+def _summarise_packages(plan: Plan) -> dict[str, str]:
+    """Return the lock file of the packages, if the asset names a group."""
+    if plan.environment is None or is_path(plan.environment):
+        return {}
+    return {
+        "packages": f"{plan.environment}: {lock_path(plan.project, plan.environment).relative_to(plan.project.root)}"
+    }
 
 
 def _summarise_array(plan: Plan) -> str:

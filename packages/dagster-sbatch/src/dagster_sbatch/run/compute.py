@@ -44,7 +44,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         """The code location."""
         return Project(Path(self.root).resolve(), self.site_overrides, self.workloads)
 
-    def run(
+    def run(  # noqa: PLR0913 - what an asset passes
         self,
         context: StepContext | dg.AssetCheckExecutionContext,
         *,
@@ -55,6 +55,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         extras: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
         array: JobArray | None = None,
+        environment: str | None = None,
     ) -> dg.PipesClientCompletedInvocation:
         """Run a workload to its end and return what it reported through Dagster Pipes.
 
@@ -69,6 +70,9 @@ class ComputeResource(dg.ConfigurableResource[Any]):
             env: further environment variables for the workload. Not for secrets.
             array: divides the partitions of the run, or parameter sets, into the tasks of a job array; `request` and
                 `launcher` are those of each task.
+            environment: the packages on the supercomputer: `"torch"` for the dependency group `cluster-torch`, or the
+                absolute path there of an interpreter or of the folder with its `bin/python`. The default is the group
+                `cluster`, or SLURM_PYTHON. Not used in `development`.
 
         Returns:
             The results; an asset returns `.get_materialize_result()` of it, a check `.get_asset_check_result()`. With
@@ -94,6 +98,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
                 extras=complete_extras(extras, partitions_of(step)),
                 env=env,
                 array=array,
+                environment=environment,
             )
         except ConfigurationError as error:
             raise failure(name, str(error), final=True) from None

@@ -19,7 +19,7 @@ _ENGINE = __name__.partition(".")[0]
 _CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 
-def find_missing(workload: Workload, project: Project, *, own_packages: bool) -> list[str]:
+def find_missing(workload: Workload, project: Project, lock: Path | None) -> list[str]:
     """Return the imports of a workload, and of the modules in its code root that it imports, which fail there.
 
     Imports that the code expects to fail (`try: ... except ImportError`) and those for type checkers are not included.
@@ -27,7 +27,7 @@ def find_missing(workload: Workload, project: Project, *, own_packages: bool) ->
     Args:
         workload: parses.
         project: of the workload.
-        own_packages: whether SLURM_PYTHON is set: then the packages there are not those of the lock.
+        lock: the lock file of the packages there; None: an interpreter is named, and its packages are not known.
 
     Returns:
         For each: where it is, why it fails, and what to do.
@@ -47,7 +47,7 @@ def find_missing(workload: Workload, project: Project, *, own_packages: bool) ->
                 bases = [file.parents[level - 1]] if level else roots
                 local = [each for base in bases for each in _files(base, module, names)]
                 waiting += local
-                if level == 0 and not local and top not in found and (reason := _reason(top, project, own_packages)):
+                if level == 0 and not local and top not in found and (reason := _reason(top, project, lock)):
                     found[top] = (
                         f"{file}, line {line}: `import {top}` works here and not on the supercomputer: {reason}"
                     )
@@ -94,7 +94,7 @@ def _files(folder: Path, module: str, names: list[str]) -> Iterator[Path]:
             yield folder / name / "__init__.py"
 
 
-def _reason(module: str, project: Project, own_packages: bool) -> str | None:
+def _reason(module: str, project: Project, lock: Path | None) -> str | None:
     """Return why a module cannot be imported there; None if it can, or if nothing is known about it."""
     if module in sys.stdlib_module_names:
         return None
@@ -102,15 +102,15 @@ def _reason(module: str, project: Project, own_packages: bool) -> str | None:
         return "it runs beside Dagster, and is not sent. A workload needs dagster_pipes only."
     if (project.root / module).is_dir() or (project.root / f"{module}.py").is_file():
         return "it is a part of this project outside the code root, and only that is sent. Move it into the code root."
-    locked = _locked(project.lock)
-    if own_packages or not locked or canonicalize_name(module) in locked:
+    locked = _locked(lock) if lock else set()
+    if not lock or not locked or canonicalize_name(module) in locked:
         return None
     bringing = [canonicalize_name(name) for name in _installed().get(module, [])]
     if not bringing or locked.intersection(bringing):
         return None
     return (
-        f"the package {bringing[0]} is not in {project.lock.name}. "
-        "Add it to the `cluster` group of pyproject.toml and run scripts/lock."
+        f"the package {bringing[0]} is not in {lock.name}. "
+        f"Add it to the `{lock.stem}` group of pyproject.toml and run scripts/lock."
     )
 
 

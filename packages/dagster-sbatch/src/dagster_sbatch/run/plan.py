@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dagster_sbatch.environments.groups import check_environment, is_path, lock_path
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers import Container, Launcher
 from dagster_sbatch.project import Project
@@ -45,6 +46,7 @@ class Plan:
         notes: what deserves a warning: changes of the request, imports that cannot work on the supercomputer.
         array: as the asset passed it; None: one job for everything.
         tasks: of the array.
+        environment: as the asset passed it: a group of packages, or the path of an interpreter; None: the default.
     """
 
     project: Project
@@ -57,6 +59,7 @@ class Plan:
     notes: tuple[str, ...]
     array: JobArray | None = None
     tasks: tuple[Task, ...] = ()
+    environment: str | None = None
 
 
 def make_plan(  # noqa: PLR0913 - what an asset passes
@@ -70,23 +73,30 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
     extras: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
     array: JobArray | None = None,
+    environment: str | None = None,
 ) -> Plan:
     """Check what an asset passes to `ComputeResource.run`, and fill in what it leaves open.
 
     In `development` with several sites and none chosen there is nothing to check a request against: it stays as it is.
 
     Raises:
-        ConfigurationError: the workload, the launcher, the request, the array or a variable cannot work; the text says
-            why.
+        ConfigurationError: the workload, the launcher, the request, the array, the environment or a variable cannot
+            work; the text says why.
     """
     _check_types(workload, launcher, request, array)
+    check_environment(environment, project)
     variables = dict(env or {})
     _check_variables(variables)
     program = read_workload(Path(workload), args, project.workloads, python=launcher.runs_python)
     launcher.check_program(program.path)
     request, notes = launcher.complete_request(program.path, request)
     if launcher.runs_python:
-        notes += find_missing(program, project, own_packages=settings.python is not None)
+        own_packages = is_path(environment) or (environment is None and settings.python is not None)
+        notes += find_missing(program, project, None if own_packages else lock_path(project, environment))
+    if environment is not None and not settings.on_supercomputer:
+        notes.append(
+            f"environment={environment!r} is for the supercomputer. Here, the project's own environment is used."
+        )
     extras = extras or {}
     tasks = make_tasks(array, extras.get(PARTITION_KEYS, ())) if array else ()
     name = settings.supercomputer_site or project.only_site
@@ -104,7 +114,9 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
     if settings.deployment == "production_supercomputer" and qos.startswith("dev_"):
         notes.append(f"QoS {qos} is for short tests, and this is {settings.deployment}. Check SLURM_QOS.")
     notes = [*allocation.notes, *notes]
-    return Plan(project, program, launcher, site, allocation, variables, extras, tuple(notes), array, tasks)
+    return Plan(
+        project, program, launcher, site, allocation, variables, extras, tuple(notes), array, tasks, environment
+    )
 
 
 def _check_container(launcher: Launcher, container: Container, request: SlurmRequest, site: Site) -> None:

@@ -83,8 +83,7 @@ class RemoteStep(ABC):
             self._settings, site, stop, lambda text: self._report_trouble(gateway, text), self._report_recovered
         )
         gateway.committed = self._left is not None
-        environments, lock = Environments(gateway, base, site), self._plan.project.lock
-        environment = RunEnvironment(environments, self._settings, self._plan.workload, lock)
+        environment = RunEnvironment(Environments(gateway, base, site), self._settings, self._plan)
         try:
             attempts = Attempts(self._step, gateway, base, self._register(environment))
             with stopped_with_run(self._step, stop):

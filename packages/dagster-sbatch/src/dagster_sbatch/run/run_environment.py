@@ -3,14 +3,13 @@
 import shlex
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 
 from dagster_sbatch.environments.code import read_code
 from dagster_sbatch.environments.deployed import Environment, Environments, EnvironmentSpec
-from dagster_sbatch.environments.lockfile import read_lock
+from dagster_sbatch.environments.groups import DEFAULT, is_path, read_group
 from dagster_sbatch.environments.progress import LoggedProgress
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.run.workload import Workload
+from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.settings import Settings
 
 COMMAND = "scripts/deploy_environment.py"
@@ -19,16 +18,15 @@ COMMAND = "scripts/deploy_environment.py"
 class RunEnvironment:
     """Finds or makes the environment of a new job. A step that adopts an existing job does not need it."""
 
-    def __init__(self, environments: Environments, settings: Settings, workload: Workload, lock: Path) -> None:
+    def __init__(self, environments: Environments, settings: Settings, plan: Plan) -> None:
         """Store the arguments; the code and the lock file are read when they are needed.
 
         Args:
             environments: of the deployment.
             settings: name the deployment, and its SLURM_PYTHON.
-            workload: its code root is the user's code.
-            lock: the locked packages.
+            plan: its workload's code root is the user's code; its `environment` says which packages.
         """
-        self._environments, self._settings, self._workload, self._lock = environments, settings, workload, lock
+        self._environments, self._settings, self._plan = environments, settings, plan
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -37,11 +35,17 @@ class RunEnvironment:
         Raises:
             ConfigurationError: git does not track the workload.
         """
-        code = {f"code {name}": digest for name, digest in self._spec.code.digests.items()}
-        return {**code, "packages": self._spec.lock.digest, "SLURM_PYTHON": self._spec.python or ""}
+        spec = self._spec
+        code = {f"code {name}": digest for name, digest in spec.code.digests.items()}
+        if spec.lock is None:
+            return {**code, "environment": spec.python or ""}
+        return {**code, "packages": spec.lock.digest, "SLURM_PYTHON": spec.python or ""}
 
     def find(self, log: Callable[[str], None]) -> Environment:
         """Return the environment; in staging, make it if it does not exist. One round trip if it exists.
+
+        Of an interpreter that the asset names, production compares the code with what was published, and puts that code
+        beside the interpreter if this is its first use.
 
         Args:
             log: called with what takes long, and with which files are not sent.
@@ -51,13 +55,16 @@ class RunEnvironment:
         """
         for note in self._spec.code.notes:
             log(f"environment: {note}")
-        deployment = self._settings.deployment
+        deployment, environment = self._settings.deployment, self._plan.environment
         if deployment != "production_supercomputer":
             return self._environments.ensure(self._spec, LoggedProgress(log))
-        published = self._environments.published()
+        published = self._environments.published(DEFAULT if is_path(environment) else environment or DEFAULT)
         if published is None:
+            named = (
+                f"environment {environment!r} has not" if environment and not is_path(environment) else "nothing has"
+            )
             raise ConfigurationError(
-                f"nothing has been published for {deployment} yet. It runs only what was published. Publish what is "
+                f"{named} been published for {deployment} yet. It runs only what was published. Publish what is "
                 f"here:\n{COMMAND}"
             )
         differences = self._spec.differences_from(published.environment)
@@ -68,14 +75,20 @@ class RunEnvironment:
                 f"{f' (revision {published.revision})' if published.revision else ''}:{listed}\n"
                 f"Go back to what was published, with git, or publish what is here:\n{COMMAND}"
             )
+        if is_path(environment):
+            return self._environments.ensure(self._spec, LoggedProgress(log))
         return published.environment
 
     @cached_property
     def _spec(self) -> EnvironmentSpec:
-        code, name = read_code(self._workload.root), self._workload.relative
+        workload, environment = self._plan.workload, self._plan.environment
+        code, name = read_code(workload.root), workload.relative
         if name not in code.files:
             raise ConfigurationError(
-                f"git does not track {self._workload.path}, and only what it tracks is sent to the supercomputer. "
-                f"Add it:\ngit add {shlex.quote(str(self._workload.path))}"
+                f"git does not track {workload.path}, and only what it tracks is sent to the supercomputer. "
+                f"Add it:\ngit add {shlex.quote(str(workload.path))}"
             )
-        return EnvironmentSpec(code, read_lock(self._lock), self._settings.python)
+        if is_path(environment):
+            return EnvironmentSpec(code, None, environment)
+        lock = read_group(self._plan.project, environment)
+        return EnvironmentSpec(code, lock, None if environment else self._settings.python)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import dagster as dg
 
 from dagster_sbatch.environments.deployed import Environments
+from dagster_sbatch.environments.groups import find_groups, read_group
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import NotPreviewedError, preview_asset, try_script
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
@@ -81,13 +82,24 @@ def check_jobs(facts: Facts) -> Verdict:
 
 
 def check_environment(facts: Facts) -> Verdict:
-    """Check that an environment is published, if the deployment is production."""
+    """Check the lock file of each group, and that its environment is published, if the deployment is production."""
     settings = facts.settings
+    try:
+        groups = find_groups(facts.project.root)
+        for group in groups:
+            read_group(facts.project, group)
+    except ConfigurationError as error:
+        return broken(str(error), "scripts/lock")
     if settings.deployment != "production_supercomputer":
         return ok(f"a run on {settings.deployment} makes its own")
-    published = Environments(facts.runs.gateway, str(settings.deployment_base_path), facts.site).published()
+    environments = Environments(facts.runs.gateway, str(settings.deployment_base_path), facts.site)
+    published = environments.published()
     if published is None:
         return broken("nothing has been published: runs are refused", "scripts/deploy_environment.py")
+    lacking = [group for group in groups if environments.published(group) is None]
+    if lacking:
+        found = f"environment {', '.join(lacking)} has not been published: runs of assets that name it are refused"
+        return broken(found, "scripts/deploy_environment.py")
     revision = f", revision {published.revision}" if published.revision else ""
     return ok(f"published at {published.at:%Y-%m-%d %H:%M} UTC{revision}")
 

@@ -18,7 +18,7 @@ import os
 import time
 
 from .disk import RequestError, lock, own, store, unique
-from .interpreters import choose, dotted, in_setup, run, skeleton
+from .interpreters import check_version, choose, dotted, in_setup, run, skeleton
 
 HERE = "environment.json"
 FORMAT = 1  # part of every name: a new way of building makes new environments
@@ -91,6 +91,7 @@ def hash_parts(*parts):
 def describe(ask):
     """Return the environment of a request: its name, and all that the name stands for."""
     found = choose(ask)
+    check_version(ask, found)
     given = found.pop("given")
     content = {name: ask[name] for name in ("asked", "code", "modules", "setup")}
     content.update(kind="path" if ask["asked"] else "wheelhouse", interpreter=found, lock=None, layer=None)
@@ -129,7 +130,7 @@ def unpack(ask, python, listed, say):
         file.writelines("%s --hash=sha256:%s\n" % (path, ask["wheels"][place]) for place, path in paths.items())
     pip = [path for path in paths.values() if os.path.basename(path).startswith("pip-")]
     if not pip:
-        text = "the lock has no pip, which installs the other packages on the login node. Add pip to the cluster group"
+        text = "the lock has no pip, which installs the other packages on the login node. Add pip to its group"
         raise RequestError("refused", text)
     say(progress="installing %d wheels" % len(paths))
     options = ["--no-index", "--no-deps", "--require-hashes", "--no-cache-dir", "--no-compile", "--requirement", listed]
@@ -154,6 +155,18 @@ def assemble(ask, content, new):
         # Read-only: a program that wrote beside itself would change what other runs execute.
         os.chmod(path, 0o500 if ask["code"][name].endswith(EXECUTABLE) else 0o400)
     store(os.path.join(new, HERE), dict(content, made=time.time()))
+
+
+def verify(ask, content, python):
+    """Refuse an environment that cannot import what every workload needs."""
+    try:
+        run(ask, python, "-I", "-c", VERIFY, *content["modules"])
+    except RequestError as error:
+        if content["layer"]:
+            raise
+        packages = " ".join(content["modules"]).replace("_", "-")
+        text = "%s\n%s=%s must have these packages. Install them there, for instance with\n%s -m pip install %s"
+        raise RequestError("refused", text % (error, ask["asked_by"], ask["asked"], python, packages))
 
 
 # Verbs of `environment`
@@ -185,6 +198,5 @@ def build(ask, say):
             with making(path) as new:
                 assemble(ask, content, new)
                 say(progress="verifying")
-                python = os.path.join(new, "bin", "python") if content["layer"] else content["python"]
-                run(ask, python, "-I", "-c", VERIFY, *content["modules"])
+                verify(ask, content, os.path.join(new, "bin", "python") if content["layer"] else content["python"])
     return {"environment": content}

@@ -62,7 +62,12 @@ def run(ask, *command):
 
 
 def choose(ask):
-    """Return the interpreter for an environment; remembered for a day, per machine, while its file is the same."""
+    """Return the interpreter for an environment; remembered for a day, per machine, while its file is the same.
+
+    In place of a fixed one, a request may name the folder that has its bin/python.
+    """
+    if ask["python"] and os.path.isdir(ask["python"]):
+        ask = dict(ask, python=os.path.join(ask["python"], "bin", "python"))
     parts = [os.uname()[1], DESCRIBE] + [ask[name] for name in ("setup", "asked", "candidates", "oldest", "newest")]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     path = os.path.join(ask["folder"], ".interpreter-%s.json" % key)
@@ -82,7 +87,7 @@ def stamp(ask, found):
 
 
 def probe(ask):
-    """Return what SLURM_PYTHON says of itself, or else the first candidate that fits."""
+    """Return what SLURM_PYTHON or the asset's interpreter says of itself, or else the first candidate that fits."""
     fixed = ask["python"]
     names = [fixed] if fixed else ask["candidates"]
     _, said = in_setup(ask, 'code=$1; shift; for each; do echo; "$each" -I -c "$code"; done', DESCRIBE, *names)
@@ -93,7 +98,8 @@ def probe(ask):
             return each
     host = os.uname()[1]
     if fixed:
-        text = "SLURM_PYTHON=%s does not run on %s: %s" % (fixed, host, " ".join(said.split())[-500:])
+        text = "%s=%s does not run on %s: %s" % (ask["asked_by"], fixed, host, " ".join(said.split())[-500:])
+        text += "\nName a Python interpreter, or the folder that has its bin/python, which all nodes can see and run."
         raise RequestError("refused", text)
     seen = ", ".join("%s is %s" % (each["given"], each["version"]) for each in found) or "none of them is there"
     text = (
@@ -102,6 +108,14 @@ def probe(ask):
         "SLURM_PYTHON to its interpreter"
     )
     raise RequestError("refused", text % (dotted(ask["oldest"]), dotted(ask["newest"]), host, ", ".join(names), seen))
+
+
+def check_version(ask, found):
+    """Refuse an interpreter that an asset names and that is older than the launchers' programs need."""
+    version = [int(part) for part in found["version"].split(".")[:2]]
+    if ask["asked_by"] == "environment" and ask["asked"] and version < ask["oldest"]:
+        text = "environment=%s is Python %s. Workloads need %s or newer. Make an environment there with a newer Python"
+        raise RequestError("refused", text % (ask["asked"], found["version"], dotted(ask["oldest"])))
 
 
 def dotted(version):

@@ -24,6 +24,21 @@ def history(folder):
         raise RequestError("refused", (text + "  rm '%s'") % (path, path))
 
 
+def names_in(entry):
+    """Return the names of the environments that an entry of the history published, by group; `""` is the default."""
+    names = dict(entry.get("groups", {}))
+    if "name" in entry:
+        names[""] = entry["name"]
+    return names
+
+
+def refuse_lost(folder, names):
+    """Refuse a request that needs environments of which one does not exist any more."""
+    for name in names:
+        if not touch(os.path.join(folder, name)):
+            raise RequestError("refused", "environment %s does not exist, or not any more" % name)
+
+
 def keep(folder, entries):
     store(os.path.join(folder, PUBLISHED), {"history": entries})
 
@@ -61,11 +76,12 @@ def remove_unused(folder):
 
 
 def published(ask, _):
-    """Return the environment that production runs, and the record of its publication; None if there is none."""
+    """Return what production runs for a group, and the record of its publication; None if nothing was published."""
     entries = history(ask["folder"])
-    if not entries:
+    name = names_in(entries[-1]).get(ask["group"]) if entries else None
+    if not name:
         return {"environment": None}
-    path = os.path.join(ask["folder"], entries[-1]["name"])
+    path = os.path.join(ask["folder"], name)
     content = load(os.path.join(path, HERE), *NEEDED)
     if not touch(path) or not content:
         text = "%s was published and does not exist any more, or its %s cannot be read"
@@ -74,44 +90,44 @@ def published(ask, _):
 
 
 def publish(ask, say):
-    """Let production run an environment from now on."""
-    folder, name = ask["folder"], ask["name"]
+    """Let production run some environments from now on, one for each group."""
+    folder, names = ask["folder"], names_in(ask)
     with locked(folder, say):
         entries = history(folder)
-        if not touch(os.path.join(folder, name)):
-            raise RequestError("refused", "there is no environment %s" % name)
-        new = not entries or entries[-1]["name"] != name
+        refuse_lost(folder, names.values())
+        new = not entries or names_in(entries[-1]) != names
         if new:
-            keep(folder, entries + [dict(ask["about"], name=name, at=time.time())])
+            entry = dict(ask["about"], name=ask["name"], groups=ask["groups"], at=time.time())
+            keep(folder, entries + [entry])
     return {"new": new}
 
 
 def roll_back(ask, say):
-    """Let production run the environment before this one again."""
+    """Let production run the environments before these ones again."""
     folder = ask["folder"]
     with locked(folder, say):
         entries = history(folder)
         if len(entries) < 2:
             raise RequestError("refused", "nothing was published before what is now: there is nothing to go back to")
         before = entries[-2]
-        if not touch(os.path.join(folder, before["name"])):
-            raise RequestError("refused", "environment %s, the one before, does not exist any more" % before["name"])
+        refuse_lost(folder, names_in(before).values())
         keep(folder, entries[:-1])
     return {"entry": before}
 
 
 def inventory(ask, _):
-    """Return every environment with the time of its last use, and the names of the published ones, the latest last."""
+    """Return every environment with the time of its last use, and what was published before and is published now."""
     entries = history(ask["folder"])
     rows = [{"environment": content, "used": used} for content, used in environments(ask["folder"])]
-    return {"found": rows, "published": [entry["name"] for entry in entries]}
+    return {"found": rows, "published": [names_in(entry) for entry in ([{}, {}] + entries)[-2:]]}
 
 
 def remove(ask, say):
     """Remove some environments, then packages and wheels that no other needs."""
     folder, removed = ask["folder"], []
     with locked(folder, say):
-        kept = [entry["name"] for entry in history(folder)][-2:]  # the current one, and the one to go back to
+        entries = history(folder)[-2:]  # the current one, and the one to go back to
+        kept = {name for entry in entries for name in names_in(entry).values()}
         for content, used in list(environments(folder)):
             name = content["name"]
             if name in ask["names"] and name not in kept and time.time() - used > GRACE:

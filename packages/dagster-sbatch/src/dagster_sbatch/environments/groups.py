@@ -1,0 +1,119 @@
+"""The `environment` of an asset: a dependency group of pyproject.toml, or an interpreter on the supercomputer."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from dagster_sbatch.environments.lockfile import LockFile, read_lock
+from dagster_sbatch.errors import ConfigurationError, nearest
+from dagster_sbatch.project import Project
+from dagster_sbatch.setting_paths import check_remote_path
+
+DEFAULT = ""
+"""Stands for the group `cluster`, which assets use that name no environment."""
+GROUP = "cluster"
+PREFIX = f"{GROUP}-"
+
+
+def is_path(environment: str | None) -> bool:
+    """Return whether `environment` is a path, and not the name of a group."""
+    return environment is not None and ("/" in environment or environment.startswith(("~", "$", ".")))
+
+
+def lock_path(project: Project, environment: str | None) -> Path:
+    """Return the lock file of a group; None and DEFAULT stand for the group `cluster`."""
+    return project.root / "requirements" / f"{PREFIX}{environment}.txt" if environment else project.lock
+
+
+def find_groups(root: Path) -> list[str]:
+    """Return the names of the environments of a project, sorted: `torch` for the group `cluster-torch`.
+
+    Raises:
+        ConfigurationError: pyproject.toml is not valid TOML.
+    """
+    return sorted(name.removeprefix(PREFIX) for name in _read_groups(root) if name.startswith(PREFIX))
+
+
+def check_environment(environment: object, project: Project) -> None:
+    """Check what an asset passes as `environment`, without the supercomputer.
+
+    Raises:
+        ConfigurationError: it is no text, no valid path, no group of the project, or the group's lock file is missing
+            or not up to date.
+    """
+    if environment is None:
+        return
+    if not isinstance(environment, str):
+        raise ConfigurationError(f"environment={environment!r} is no text. Write for instance environment='torch'.")
+    if is_path(environment):
+        try:
+            check_remote_path(environment)
+        except ValueError as error:
+            raise ConfigurationError(f"environment: {error}") from None
+        return
+    groups = find_groups(project.root)
+    if environment not in groups:
+        hint = nearest(environment, groups) if groups else "; it has none"
+        raise ConfigurationError(
+            f"environment={environment!r} is no environment of this project{hint}. Each one is a dependency group of "
+            "pyproject.toml, such as `cluster-torch` for 'torch', which scripts/lock locks. To use an interpreter that "
+            "exists on the supercomputer, write its absolute path."
+        )
+    read_group(project, environment)
+
+
+def read_group(project: Project, environment: str | None) -> LockFile:
+    """Read the lock file of a group.
+
+    Raises:
+        ConfigurationError: see `read_lock`; or the file lacks a requirement that the group has in pyproject.toml.
+    """
+    lock = read_lock(lock_path(project, environment))
+    if environment:
+        _check_current(lock, _read_groups(project.root), f"{PREFIX}{environment}")
+    return lock
+
+
+def _check_current(lock: LockFile, groups: Mapping[str, list[Any]], group: str) -> None:
+    """Refuse a lock file without one of a group's requirements; those with a marker may be for other machines."""
+    versions: dict[str, list[str]] = {}
+    for pin in lock.pins:
+        versions.setdefault(pin.name, []).extend(each.version for each in Requirement(pin.text).specifier)
+    for text in _requirements(groups, group, ()):
+        requirement = Requirement(text)
+        found = versions.get(canonicalize_name(requirement.name), [])
+        fits = any(requirement.specifier.contains(each, prereleases=True) for each in found)
+        if not fits and requirement.marker is None:
+            there = f"{requirement.name} {', '.join(found)}" if found else f"no {requirement.name}"
+            raise ConfigurationError(
+                f"{lock.path} is out of date. The group {group} of pyproject.toml requires {text}, and the file has "
+                f"{there}. Lock the packages again:\nscripts/lock"
+            )
+
+
+def _requirements(groups: Mapping[str, list[Any]], group: str, above: tuple[str, ...]) -> list[str]:
+    """Return the requirements of a group, with those of the groups that it includes (PEP 735)."""
+    if group not in groups or group in above:
+        problem = "includes itself" if group in above else "does not exist"
+        raise ConfigurationError(
+            f"pyproject.toml: the dependency group {group} {problem}. Correct [dependency-groups]."
+        )
+    found: list[str] = []
+    for each in groups[group]:
+        included = canonicalize_name(each["include-group"]) if isinstance(each, dict) else None
+        found += _requirements(groups, included, (*above, group)) if included else [each]
+    return found
+
+
+def _read_groups(root: Path) -> dict[str, list[Any]]:
+    """Return the dependency groups of a project by normalised name; none without a pyproject.toml."""
+    path = root / "pyproject.toml"
+    try:
+        content = tomllib.loads(path.read_text()) if path.is_file() else {}
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}. Correct the file.") from None
+    return {canonicalize_name(name): group for name, group in content.get("dependency-groups", {}).items()}

@@ -1,0 +1,268 @@
+"""`environment` of an asset: groups of pyproject.toml, their lock files, and paths of interpreters."""
+
+import stat
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from dagster_sbatch.commands import lock
+from dagster_sbatch.commands.deploy_environment import choose_for_removal
+from dagster_sbatch.environments.deployed import EnvironmentListing, Environments
+from dagster_sbatch.environments.groups import DEFAULT, read_group
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.inspect.plan_summary import place_run, summarise
+from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.project import Project
+from dagster_sbatch.run.adoption import name_differences
+from dagster_sbatch.run.plan import Plan, make_plan
+from dagster_sbatch.run.run_environment import RunEnvironment
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import SlurmRequest
+from dagster_sbatch.slurm.gateway import Gateway
+from dagster_sbatch.slurm.gateway.agent import releases
+from dagster_sbatch.slurm.gateway.agent.building import HERE, describe
+from dagster_sbatch.slurm.gateway.agent.disk import RequestError, store
+from resources import PROJECT
+
+GROUPS = """\
+[dependency-groups]
+cluster = ["dagster-pipes"]
+cluster-torch = [{include-group = "cluster"}, "tiny>=2", "winonly>=1; sys_platform == 'win32'"]
+Cluster_Empty = []
+cluster-new = ["tiny"]
+docs = ["tiny"]
+"""
+HASH = "--hash=sha256:aa"
+DEVELOPMENT = Settings()
+STAGING = DEVELOPMENT.model_copy(
+    update={"deployment": "staging_supercomputer", "supercomputer_site": "musica", "deployment_base_path": "/base"}
+)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """A project with the groups `torch` and `empty`, which are locked, and `new`, which is not."""
+    (tmp_path / "pyproject.toml").write_text(GROUPS)
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "workloads").mkdir()
+    (tmp_path / "workloads" / "main.py").touch()
+    for name, pins in {"": ["dagster-pipes==1"], "-torch": ["dagster-pipes==1", "tiny==2.1"], "-empty": []}.items():
+        text = "".join(f"{pin} {HASH}\n" for pin in pins)
+        (tmp_path / "requirements" / f"cluster{name}.txt").write_text(text)
+    return Project(tmp_path, PROJECT.site_overrides)
+
+
+def plan(project: Project, environment: Any, settings: Settings = STAGING) -> Plan:
+    program, request = project.workloads / "main.py", SlurmRequest()
+    return make_plan(settings, project, program, ScriptLauncher(), request, environment=environment)
+
+
+def inputs(project: Project, environment: str | None, **settings: Any) -> dict[str, str]:
+    environments = Environments(cast(Gateway, None), "/base", project.load_site("musica"))
+    chosen = STAGING.model_copy(update=settings)
+    return RunEnvironment(environments, chosen, plan(project, environment)).inputs
+
+
+@pytest.mark.parametrize(
+    ("environment", "text"),
+    [
+        ("torhc", "environment='torhc' is no environment of this project; did you mean 'torch'?"),
+        ("cuda", "; valid are empty, new, torch. Each one is a dependency group"),
+        ("", "; valid are empty, new, torch."),
+        ("docs", "is no environment of this project"),
+        ("new", "requirements/cluster-new.txt does not exist. .*\nscripts/lock$"),
+        (["torch"], r"environment=\['torch'\] is no text"),
+        (Path("/conda/bin/python"), "is no text"),
+        ("./env/bin/python", "is not an absolute path. Valid forms: /absolute/path, ~/path"),
+        ("$CONDA/bin/python", "environment: .*\\$CONDA is unknown"),
+    ],
+)
+@pytest.mark.parametrize("settings", [STAGING, DEVELOPMENT], ids=["staging", "development"])
+def test_what_cannot_be_an_environment_is_refused_everywhere(
+    project: Project, environment: Any, text: str, settings: Settings
+) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        plan(project, environment, settings)
+
+
+def test_a_project_without_groups_says_so() -> None:
+    with pytest.raises(ConfigurationError, match=r"is no environment of this project; it has none. Each one is"):
+        make_plan(STAGING, PROJECT, "flights.py", ScriptLauncher(), SlurmRequest(), environment="torch")
+
+
+@pytest.mark.parametrize(
+    ("pins", "text"),
+    [
+        (["dagster-pipes==1"], "requires tiny>=2, and the file has no tiny"),
+        (["dagster-pipes==1", "tiny==1.9"], "requires tiny>=2, and the file has tiny 1.9"),
+        (["tiny==2"], "requires dagster-pipes, and the file has no dagster-pipes"),
+    ],
+)
+def test_a_lock_file_that_is_out_of_date(project: Project, pins: list[str], text: str) -> None:
+    path = project.root / "requirements" / "cluster-torch.txt"
+    path.write_text("".join(f"{pin} {HASH}\n" for pin in pins))
+    error = rf"^{path} is out of date. The group cluster-torch of pyproject.toml {text}. .*\nscripts/lock$"
+    with pytest.raises(ConfigurationError, match=error):
+        plan(project, "torch")
+
+
+@pytest.mark.parametrize("included", ["cluster-a", "b"])
+def test_a_group_that_includes_itself_or_none(project: Project, included: str) -> None:
+    text = f'[dependency-groups]\ncluster-a = [{{include-group = "{included}"}}]\n'
+    (project.root / "pyproject.toml").write_text(text)
+    (project.root / "requirements" / "cluster-a.txt").touch()
+    with pytest.raises(ConfigurationError, match=r"the dependency group .* (includes itself|does not exist)"):
+        plan(project, "a")
+
+
+def test_a_pyproject_that_cannot_be_read(project: Project) -> None:
+    (project.root / "pyproject.toml").write_text("[dependency-groups\n")
+    with pytest.raises(ConfigurationError, match=r"pyproject.toml cannot be read: "):
+        plan(project, "torch")
+
+
+def test_each_group_is_locked_into_a_file_of_its_own(project: Project) -> None:
+    files = lock.locked_files(project.root)
+    assert list(files) == ["dev.txt", "cluster.txt", "cluster-empty.txt", "cluster-new.txt", "cluster-torch.txt"]
+    assert files["cluster-torch.txt"] == ["--group", "cluster-torch"]
+    assert list(lock.locked_files(PROJECT.root)) == ["dev.txt", "cluster.txt"]
+
+
+@pytest.mark.parametrize("environment", ["torch", "/there/env/bin/python"])
+def test_development_uses_the_projects_own_environment_and_says_so(project: Project, environment: str) -> None:
+    (note,) = plan(project, environment, DEVELOPMENT).notes
+    assert note.startswith(f"environment={environment!r} is for the supercomputer.")
+    assert plan(project, environment).notes == ()
+
+
+def test_imports_are_compared_with_the_lock_of_the_group(project: Project) -> None:
+    (project.root / "workloads" / "main.py").write_text("import dagster\n")
+    (note,) = plan(project, "torch").notes
+    assert "the package dagster is not in cluster-torch.txt. Add it to the `cluster-torch` group" in note
+    assert plan(project, "/there/env").notes == ()
+
+
+def test_the_environment_is_an_input_and_the_default_has_the_inputs_that_it_had(project: Project) -> None:
+    default, torch = inputs(project, None), inputs(project, "torch")
+    assert default["packages"] == read_group(project, None).digest
+    assert torch["packages"] == read_group(project, "torch").digest
+    assert name_differences(torch, {"inputs": default}) == "packages"
+    assert name_differences(inputs(project, "/a"), {"inputs": default}) == (
+        "SLURM_PYTHON (gone), environment (new), packages (gone)"
+    )
+    assert name_differences(inputs(project, "/a"), {"inputs": inputs(project, "/b")}) == "environment"
+    assert inputs(project, "torch", python="/other/python") == torch  # what an asset asks for counts more
+
+
+def test_the_preview_names_the_lock_or_the_interpreter(project: Project) -> None:
+    shown = summarise("step", plan(project, "torch"), STAGING.model_copy(update={"python": "/mine"}))
+    assert shown["packages"] == "torch: requirements/cluster-torch.txt"
+    assert shown["python"] == "/base/environments/<hash of its content>/bin/python"
+    shown = summarise("step", plan(project, "$DATA/x/bin/python"), STAGING)
+    assert shown["python"] == "$DATA/x/bin/python"
+    assert "packages" not in shown
+    assert place_run(STAGING, "r", "/there/python").python == "/there/python"
+
+
+# On the login node, run here
+
+
+def ask_for(folder: Path, asked: str, asked_by: str = "environment", **fields: Any) -> dict[str, Any]:
+    (folder / "environments").mkdir(exist_ok=True)
+    limits = {"oldest": [3, 11], "newest": [3, 99], "candidates": [], "setup": [], **fields}
+    content: dict[str, Any] = {"code": {}, "modules": [], "lock": None}
+    named = {"asked": asked, "python": asked, "asked_by": asked_by}
+    return {"folder": str(folder / "environments"), **named, **content, **limits}
+
+
+def test_the_folder_of_an_interpreter_is_as_good_as_its_path(tmp_path: Path) -> None:
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    found = describe(ask_for(tmp_path, str(tmp_path / "env")))
+    assert found["python"] == str(python)
+    assert found["kind"] == "path"
+    assert found["interpreter"] == describe(ask_for(tmp_path, str(python)))["interpreter"]
+
+
+@pytest.mark.parametrize("mode", [None, 0o600])
+def test_an_interpreter_that_does_not_exist_or_cannot_be_executed(tmp_path: Path, mode: int | None) -> None:
+    python = tmp_path / "python"
+    if mode:
+        python.touch()
+        python.chmod(stat.S_IFREG | mode)
+    why = "Permission denied" if mode else "No such file or directory"
+    with pytest.raises(RequestError, match=rf"environment={python} does not run on .*: {why}(?s:.)*Name a Python"):
+        describe(ask_for(tmp_path, str(python)))
+
+
+def test_an_interpreter_that_is_too_old_is_refused_if_an_asset_names_it(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=rf"environment={sys.executable} is Python 3.* need 3.99 or newer"):
+        describe(ask_for(tmp_path, sys.executable, oldest=[3, 99]))
+    assert describe(ask_for(tmp_path, sys.executable, "SLURM_PYTHON", oldest=[3, 99]))["python"]
+
+
+class Published:
+    """The folder of environments, as the agent sees it, with an environment of each name."""
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        self.folder = folder
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            content = dict.fromkeys(releases.NEEDED)
+            about = dict.fromkeys(("executable", "version", "machine", "glibc"), "")
+            store(str(folder / name / HERE), {**content, "name": name, "code": {}, "interpreter": about})
+
+    def ask(self, _: Any, verb: str, **fields: Any) -> Any:
+        """Stand for `Gateway.ask`, with the agent in this process."""
+        del fields["do"]
+        return releases.VERBS[verb]({**fields, "folder": str(self.folder)}, lambda **_: None)
+
+    @property
+    def environments(self) -> Environments:
+        return Environments(cast(Gateway, self), "/base", PROJECT.load_site("musica"))
+
+    def publish(self, **names: str) -> bool:
+        found = {each.environment.name: each.environment for each in self.environments.inventory()}
+        groups = {group.removeprefix("default"): found[name] for group, name in names.items()}
+        return self.environments.publish(groups, "")
+
+    def name(self, group: str = DEFAULT) -> str | None:
+        published = self.environments.published(group)
+        return published.environment.name if published else None
+
+
+def test_all_groups_are_published_and_rolled_back_at_once(tmp_path: Path) -> None:
+    there = Published(tmp_path, "a1", "b1", "a2", "b2")
+    assert there.name("torch") is None
+    assert there.publish(default="a1", torch="b1")
+    assert not there.publish(default="a1", torch="b1")
+    assert there.publish(default="a1", torch="b2")  # only one of them is new
+    assert there.publish(default="a2", torch="b2")
+    assert (there.name(), there.name("torch"), there.name("other")) == ("a2", "b2", None)
+    there.environments.roll_back()
+    there.environments.roll_back()
+    assert (there.name(), there.name("torch")) == ("a1", "b1")
+
+
+def test_what_was_published_without_groups_still_counts(tmp_path: Path) -> None:
+    there = Published(tmp_path, "a1", "b1")
+    store(str(tmp_path / "published.json"), {"history": [{"name": "a1", "at": 1.0, "revision": ""}]})
+    assert (there.name(), there.name("torch")) == ("a1", None)
+    assert there.publish(default="a1", torch="b1")
+
+
+def test_cleaning_keeps_what_each_group_runs_or_can_go_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Published(tmp_path, "a1", "b1", "a2", "b2", "a3", "b3", "old")
+    for number in "123":
+        there.publish(default=f"a{number}", torch=f"b{number}")
+    marks = {each.environment.name: each.published for each in there.environments.inventory()}
+    assert marks == {
+        "a1": "", "b1": "", "old": "", "a2": "before", "b2": "before torch", "a3": "current", "b3": "current torch"
+    }  # fmt: skip
+    monkeypatch.setattr(releases, "GRACE", -60.0)
+    listings: list[EnvironmentListing] = there.environments.inventory()
+    assert sorted(choose_for_removal(listings, {"b1"}, keep=0)) == ["a1", "old"]
+    assert sorted(there.environments.remove(list(marks))) == ["a1", "b1", "old"]
