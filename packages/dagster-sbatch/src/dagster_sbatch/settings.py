@@ -102,7 +102,7 @@ class Settings(BaseSettings):
     python: RemotePath | None = _variable(
         "SLURM_PYTHON",
         "An interpreter on the supercomputer that has dagster-pipes and everything that workloads import. "
-        "Default: the client makes an environment.",
+        "Not used by assets that name an environment. Default: the client makes an environment.",
         "$DATA/environment/bin/python",
     )
     partition: str | None = _variable(

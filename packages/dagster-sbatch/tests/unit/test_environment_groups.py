@@ -2,9 +2,11 @@
 
 import stat
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
+import dagster as dg
 import pytest
 
 from dagster_sbatch.commands import lock
@@ -12,7 +14,10 @@ from dagster_sbatch.commands.deploy_environment import choose_for_removal
 from dagster_sbatch.environments.deployed import EnvironmentListing, Environments
 from dagster_sbatch.environments.groups import DEFAULT, read_group
 from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.inspect.diagnosis.finding import Facts
+from dagster_sbatch.inspect.diagnosis.slurm_jobs import check_environment
 from dagster_sbatch.inspect.plan_summary import place_run, summarise
+from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.adoption import name_differences
@@ -245,6 +250,24 @@ def test_all_groups_are_published_and_rolled_back_at_once(tmp_path: Path) -> Non
     there.environments.roll_back()
     there.environments.roll_back()
     assert (there.name(), there.name("torch")) == ("a1", "b1")
+
+
+def test_the_doctor_names_the_group_that_cannot_run(project: Project, tmp_path: Path) -> None:
+    there = Published(tmp_path / "environments", "a1", "b1", "c1")
+    facts = Facts(project, dg.DagsterInstance.ephemeral, ExitStack())
+    facts.settings = STAGING.model_copy(update={"deployment": "production_supercomputer"})
+    facts.site, facts.runs = project.load_site("musica"), Runs(cast(Gateway, there), STAGING)
+    state, found, fix = check_environment(facts)
+    assert (state, "cluster-new.txt does not exist" in found, fix) == ("broken", True, "scripts/lock")
+
+    (project.root / "requirements" / "cluster-new.txt").write_text(f"tiny==2 {HASH}\n")
+    there.publish(default="a1", torch="b1")
+    state, found, fix = check_environment(facts)
+    assert found == "environment empty, new has not been published: runs of assets that name it are refused"
+    assert (state, fix) == ("broken", "scripts/deploy_environment.py")
+
+    there.publish(default="a1", torch="b1", empty="c1", new="c1")
+    assert check_environment(facts)[0] == "ok"
 
 
 def test_what_was_published_without_groups_still_counts(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.commands import lock
+from dagster_sbatch.environments.groups import read_group
 from dagster_sbatch.project import Project
 from support.environments import make_wheels
 
@@ -56,6 +57,21 @@ def test_the_check_prints_what_is_not_locked_and_changes_nothing(
     assert project.lock.read_text() == before
     assert run(project, monkeypatch) == 0
     assert "--hash=sha256:" in project.lock.read_text()
+    assert run(project, monkeypatch, "--check") == 0
+
+
+def test_each_group_of_the_supercomputer_is_locked_and_checked(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(project, monkeypatch) == 0
+    with (project.root / "pyproject.toml").open("a") as file:
+        file.write('cluster-extra = [{include-group = "cluster"}, "tiny"]\n')
+    extra = project.root / "requirements" / "cluster-extra.txt"
+    assert run(project, monkeypatch, "--check") == 1
+    assert "+tiny==1.0 \\" in capfd.readouterr().out
+    assert not extra.exists()
+    assert run(project, monkeypatch) == 0
+    assert [pin.text for pin in read_group(project, "extra").pins] == ["tiny==1.0"]
     assert run(project, monkeypatch, "--check") == 0
 
 

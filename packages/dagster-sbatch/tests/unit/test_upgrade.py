@@ -77,7 +77,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     def resolve(root: Path, folder: Path) -> None:
         (wheel,) = wheels_named(root, "pyproject.toml").values()
-        (folder / "dev.txt").write_text(wheel.requirement)
+        for name in ("dev.txt", "cluster-extra.txt"):
+            (folder / name).write_text(wheel.requirement)
 
     monkeypatch.setattr(lock, "resolve", resolve)
     handlers = {number: signal.signal(number, signal.default_int_handler) for number in STOPS}
@@ -85,9 +86,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder.mkdir()
     old = make_wheel(folder / "vendor", "1.0.0")
     (folder / "requirements").mkdir()
-    (folder / "requirements" / "dev.txt").write_text(old.requirement)
-    for name in ("pyproject.toml", "pixi.toml"):
-        (folder / name).write_text(f'dagster-sbatch = {{ path = "{old.source}" }}\n')
+    for name in ("dev.txt", "cluster-extra.txt"):
+        (folder / "requirements" / name).write_text(old.requirement)
+    for name, group in {"pyproject.toml": "[dependency-groups]\ncluster-extra = []\n", "pixi.toml": ""}.items():
+        (folder / name).write_text(f'dagster-sbatch = {{ path = "{old.source}" }}\n{group}')
     yield folder
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -106,7 +108,7 @@ def state(project: Path) -> dict[str, bytes]:
 
 def engines(project: Path) -> set[str]:
     """The versions of the engine that the project's files name; each is in vendor/."""
-    names = ("pyproject.toml", "pixi.toml", "requirements/dev.txt")
+    names = ("pyproject.toml", "pixi.toml", "requirements/dev.txt", "requirements/cluster-extra.txt")
     wheels = [wheels_named(project, name)["dagster-sbatch"] for name in names]
     assert all(wheel.path.is_file() for wheel in wheels)
     return {wheel.version for wheel in wheels}

@@ -60,12 +60,11 @@ class RunEnvironment:
             return self._environments.ensure(self._spec, LoggedProgress(log))
         published = self._environments.published(DEFAULT if is_path(environment) else environment or DEFAULT)
         if published is None:
-            named = (
-                f"environment {environment!r} has not" if environment and not is_path(environment) else "nothing has"
-            )
+            what = "nothing has been published for"
+            if environment and not is_path(environment):
+                what = f"environment {environment!r} has not been published for"
             raise ConfigurationError(
-                f"{named} been published for {deployment} yet. It runs only what was published. Publish what is "
-                f"here:\n{COMMAND}"
+                f"{what} {deployment} yet. It runs only what was published. Publish what is here:\n{COMMAND}"
             )
         differences = self._spec.differences_from(published.environment)
         if differences:
