@@ -18,7 +18,7 @@ from dagster_sbatch.inspect.diagnosis.finding import Facts
 from dagster_sbatch.inspect.diagnosis.slurm_jobs import check_environment
 from dagster_sbatch.inspect.plan_summary import place_run, summarise
 from dagster_sbatch.inspect.remote_runs import Runs
-from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.launchers import Container, ScriptLauncher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.adoption import name_differences
 from dagster_sbatch.run.plan import Plan, make_plan
@@ -39,6 +39,7 @@ Cluster_Empty = []
 cluster-new = ["tiny"]
 docs = ["tiny"]
 """
+IMAGE = Container("$DATA/image.sif")
 HASH = "--hash=sha256:aa"
 DEVELOPMENT = Settings()
 STAGING = DEVELOPMENT.model_copy(
@@ -59,9 +60,9 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path, PROJECT.site_overrides)
 
 
-def plan(project: Project, environment: Any, settings: Settings = STAGING) -> Plan:
-    program, request = project.workloads / "main.py", SlurmRequest()
-    return make_plan(settings, project, program, ScriptLauncher(), request, environment=environment)
+def plan(project: Project, environment: Any, settings: Settings = STAGING, container: Container | None = None) -> Plan:
+    launcher, request = ScriptLauncher(container=container), SlurmRequest()
+    return make_plan(settings, project, project.workloads / "main.py", launcher, request, environment=environment)
 
 
 def inputs(project: Project, environment: str | None, **settings: Any) -> dict[str, str]:
@@ -147,6 +148,12 @@ def test_imports_are_compared_with_the_lock_of_the_group(project: Project) -> No
     (note,) = plan(project, "torch").notes
     assert "the package dagster is not in cluster-torch.txt. Add it to the `cluster-torch` group" in note
     assert plan(project, "/there/env").notes == ()
+    assert plan(project, None, container=IMAGE).notes == ()
+
+
+def test_a_container_has_packages_of_its_own(project: Project) -> None:
+    with pytest.raises(ConfigurationError, match=r"environment='torch' has no effect with a container: .*Remove one"):
+        plan(project, "torch", container=IMAGE)
 
 
 def test_the_environment_is_an_input_and_the_default_has_the_inputs_that_it_had(project: Project) -> None:

@@ -27,7 +27,7 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
     Args:
         workload: parses.
         project: of the workload.
-        lock: the lock file of the packages there; None: an interpreter is named, and its packages are not known.
+        lock: the lock file of the packages there; None: they are not known (an image, a named interpreter).
 
     Returns:
         For each: where it is, why it fails, and what to do.

@@ -85,14 +85,19 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
     """
     _check_types(workload, launcher, request, array)
     check_environment(environment, project)
+    if environment is not None and launcher.container:
+        raise ConfigurationError(
+            f"environment={environment!r} has no effect with a container: the workload runs with the Python and the "
+            "packages of the image. Remove one of the two."
+        )
     variables = dict(env or {})
     _check_variables(variables)
     program = read_workload(Path(workload), args, project.workloads, python=launcher.runs_python)
     launcher.check_program(program.path)
     request, notes = launcher.complete_request(program.path, request)
     if launcher.runs_python:
-        own_packages = is_path(environment) or (environment is None and settings.python is not None)
-        notes += find_missing(program, project, None if own_packages else lock_path(project, environment))
+        others = launcher.container or is_path(environment) or (environment is None and settings.python)
+        notes += find_missing(program, project, None if others else lock_path(project, environment))
     if environment is not None and not settings.on_supercomputer:
         notes.append(
             f"environment={environment!r} is for the supercomputer. Here, the project's own environment is used."
