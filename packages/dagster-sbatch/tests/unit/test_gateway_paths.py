@@ -104,7 +104,7 @@ def test_environments_get_absolute_paths(home: Home, open_gateway: Callable[[], 
     (home.folder / "data").mkdir()
     (home.folder / "data" / "python").symlink_to(sys.executable)
     ask = {"setup": [], "candidates": [], "oldest": [3, 0], "newest": [3, 99], "lock": "", "modules": [], "code": {}}
-    python = {"asked": "$DATA/python", "python": "$DATA/python"}
+    python = {"asked": "$DATA/python", "asked_by": "SLURM_PYTHON", "python": "$DATA/python"}
     folder = "$DATA/environments"
     found = open_gateway().ask(do="environment", verb="find", folder=folder, **ask, **python)["environment"]
     assert (found["asked"], found["python"]) == ("$DATA/python", f"{home.folder}/data/python")
