@@ -303,15 +303,14 @@ def test_a_task_that_runs_again_is_followed_again(
     site.wait_until_asked()
     put(site.slurm, "squeue", "echo '17_1|PENDING|BeginTime|N/A|KEY-1|p1'; echo '17_[0,2]|PENDING|None|N/A|KEY-1|p1'")
     wait_until(lambda: counts(seen) == (0, 1), "it waits to run again", 30, 0.02)
+    put(site.slurm, "squeue", "echo '17_1|RUNNING|None|N/A|KEY-1|p1'; echo '17_[0,2]|PENDING|None|N/A|KEY-1|p1'")
     site.start(1, at=time.time())
     wait_until(lambda: counts(seen) == (1, 0), "it runs again", 30, 0.02)
     site.write(1, "stdout", "second\n")
     site.end(1, 0)
     site.say(record("0,2", "RUNNING", "Unknown"), record("1", "COMPLETED"))
     wait_for_ends(seen, 1)
-    assert seen.outcomes == {1: ("COMPLETED", 0)}
-    assert seen.text(1) == "first\nsecond\n"
-    assert len(seen.starts[1]) == 2
+    assert (seen.outcomes, seen.text(1), len(seen.starts[1])) == ({1: ("COMPLETED", 0)}, "first\nsecond\n", 2)
 
 
 def test_slurm_that_is_down_ends_no_task(site: Site, prepare: Prepare, follow: Follow) -> None:
