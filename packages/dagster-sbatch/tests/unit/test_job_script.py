@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dagster_sbatch.launchers import (
@@ -198,11 +199,22 @@ def start_in_group(folder: Path, body: str) -> "subprocess.Popen[bytes]":
 
 def test_a_job_that_is_terminated_records_that_it_was_cut_short(tmp_path: Path) -> None:
     """An EXIT trap sees the status of the command before the signal, 0: that must not pass for a success."""
-    with start_in_group(tmp_path, "touch begun; sleep 600; touch later") as job:
+    with start_in_group(tmp_path, "sh -c 'touch begun; exec sleep 600'; touch later") as job:
         os.killpg(job.pid, signal.SIGTERM)  # as scancel does, to all processes of the job
         job.wait(30)
     assert read_events(tmp_path)[-1]["code"] is None
     assert not (tmp_path / "later").exists()
+
+
+def test_a_workload_that_is_terminated_before_the_job_script_was_cut_short_as_well(tmp_path: Path) -> None:
+    """Slurm signals one process after another."""
+    with start_in_group(tmp_path, "sh -c 'echo $$ >pid; mv pid begun; exec sleep 600'") as job:
+        workload = psutil.Process(int((tmp_path / "begun").read_text()))
+        workload.terminate()
+        wait_until(lambda: not workload.is_running() or workload.status() == psutil.STATUS_ZOMBIE, "its end", 30, 0.01)
+        job.terminate()
+        job.wait(30)
+    assert read_events(tmp_path)[-1]["code"] is None
 
 
 def test_a_workload_that_is_terminated_may_save_its_state(tmp_path: Path) -> None:

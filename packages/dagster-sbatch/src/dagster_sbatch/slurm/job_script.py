@@ -81,6 +81,8 @@ while :; do
   status=$$?
   [ "$$warned" ] || break
 done
+# Slurm signals one process after another: SIGTERM may have ended the workload before it reaches this shell.
+[ "$$terminated" ] || [ "$$status" != 143 ] || read -rt 1 <> <(:)
 [ "$$terminated" ] || code=$$status
 exit "$$status"
 """

@@ -109,5 +109,7 @@ while :; do
   status=$?
   [ "$warned" ] || break
 done
+# Slurm signals one process after another: SIGTERM may have ended the workload before it reaches this shell.
+[ "$terminated" ] || [ "$status" != 143 ] || read -rt 1 <> <(:)
 [ "$terminated" ] || code=$status
 exit "$status"
