@@ -13,8 +13,10 @@ from support.dagster_dev import DagsterDev, gone, wait_for, workload_processes
 pytestmark = pytest.mark.local
 
 
-def test_nothing_is_complained_about_but_dagster_dev_itself(dagster_dev: DagsterDev, whole_example: str) -> None:
-    text = dagster_dev.log.read_text()
+def test_nothing_is_complained_about_but_dagster_dev_itself(
+    dagster_dev: DagsterDev, whole_example: str, log_of_example: list[str]
+) -> None:
+    text = "".join(log_of_example)
     complaints = [line for line in text.splitlines() if "Warning" in line or "Traceback" in line]
     assert complaints
     for line in complaints:

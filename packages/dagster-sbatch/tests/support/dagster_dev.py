@@ -70,7 +70,7 @@ class DagsterDev:
         self._environment = environment
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
-        self.url = ""
+        self.url = self.log_of_start = ""
 
     def start(self) -> None:
         """Start it and wait until every code location is loaded."""
@@ -89,6 +89,7 @@ class DagsterDev:
                 start_new_session=True,
             )
         wait_for(self._loaded, 120, f"dagster dev has loaded; see {self.log}")
+        self.log_of_start = self.log.read_text()
 
     def _loaded(self) -> bool:
         assert self._process is not None and self._process.poll() is None, self.log.read_text()

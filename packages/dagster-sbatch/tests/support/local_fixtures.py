@@ -101,12 +101,20 @@ def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev
 
 
 @pytest.fixture(scope="session")
-def whole_example(dagster_dev: DagsterDev) -> str:
+def log_of_example(dagster_dev: DagsterDev) -> list[str]:
+    """What `dagster dev` has printed at its start, and during `whole_example`."""
+    return [dagster_dev.log_of_start]
+
+
+@pytest.fixture(scope="session")
+def whole_example(dagster_dev: DagsterDev, log_of_example: list[str]) -> str:
     """Id of a run over all assets and all months."""
+    before = len(dagster_dev.log.read_text())
     months = {"dagster__asset_partition_range_start": "2013-01", "dagster__asset_partition_range_end": "2013-12"}
     assets = ("flights", "delay_features", "delay_sweep", "delay_model", "delay_forest")
     run_id = dagster_dev.launch(*assets, **months)
     assert dagster_dev.wait(run_id, 300) == "SUCCESS"
+    log_of_example.append(dagster_dev.log.read_text()[before:])
     return run_id
 
 

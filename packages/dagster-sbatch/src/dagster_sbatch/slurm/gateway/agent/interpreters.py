@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import subprocess
+import tempfile
 import time
 
 from .disk import RequestError, load, store
@@ -30,6 +31,7 @@ def in_setup(ask, script, *arguments):
     """
     text = "\n".join(list(ask["setup"]) + [script])
     watched, held = os.pipe()
+    said = tempfile.TemporaryFile()  # a pipe would be open as long as a process that the profile has started
     try:
         done = subprocess.run(
             ["/bin/bash", "-c", BOUND % watched, "bash", text, "bash"] + list(arguments),
@@ -38,13 +40,15 @@ def in_setup(ask, script, *arguments):
             pass_fds=[watched],
             start_new_session=True,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
+            stdout=said,
             stderr=subprocess.STDOUT,
         )
+        said.seek(0)
+        return done.returncode, said.read().decode(errors="replace")
     finally:
+        said.close()
         os.close(watched)
         os.close(held)
-    return done.returncode, done.stdout.decode(errors="replace")
 
 
 def load_modules(_, ask, __):
