@@ -5,12 +5,13 @@ import hashlib
 import json
 import os
 import subprocess
-import tempfile
+import threading
 import time
 
 from .disk import RequestError, load, store
 from .slurm_commands import environment
 
+LAST_WORDS = 5.0  # seconds for the output of a command that has ended, if another process has its pipe, too
 REMEMBERED = 86400.0  # seconds; a better candidate may have been installed since
 STAMP = ("st_ino", "st_size", "st_mtime_ns")
 MARK = "\x1e"  # begins the lines of DESCRIBE; a profile or a module prints other lines
@@ -24,31 +25,36 @@ DESCRIBE = (
 BOUND = '{ read -r _ <&%d; kill -KILL 0; } >/dev/null 2>&1 & exec nice -n 5 /bin/bash -l -c "$@"'
 
 
+def collect(pipe, said):
+    with pipe:
+        said.extend(pipe)
+
+
 def in_setup(ask, script, *arguments):
     """Run a piece of bash after the site's setup commands; return its exit code and all that it printed.
 
     It ends with the agent, together with all that it has started, however the agent ends.
     """
-    text = "\n".join(list(ask["setup"]) + [script])
+    text, said = "\n".join(list(ask["setup"]) + [script]), []
     watched, held = os.pipe()
-    said = tempfile.TemporaryFile()  # a pipe would be open as long as a process that the profile has started
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             ["/bin/bash", "-c", BOUND % watched, "bash", text, "bash"] + list(arguments),
-            check=False,
             env=environment(),
             pass_fds=[watched],
             start_new_session=True,
             stdin=subprocess.DEVNULL,
-            stdout=said,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        said.seek(0)
-        return done.returncode, said.read().decode(errors="replace")
+        reader = threading.Thread(target=collect, args=(process.stdout, said), daemon=True)
+        reader.start()
+        process.wait()
     finally:
-        said.close()
         os.close(watched)
         os.close(held)
+    reader.join(LAST_WORDS)  # what the profile has left in the background was killed, unless it has left the group
+    return process.returncode, b"".join(said).decode(errors="replace")
 
 
 def load_modules(_, ask, __):
