@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from dagster_sbatch.slurm.gateway.agent.disk import RequestError
-from dagster_sbatch.slurm.gateway.agent.interpreters import REMEMBERED, choose
+from dagster_sbatch.slurm.gateway.agent.interpreters import REMEMBERED, choose, in_setup
 from slurm_in_a_box import wait_until
 
 PYTHON = '#!/bin/sh\necho >>"{calls}"\nexec {python} "$@"\n'
@@ -104,6 +104,15 @@ def test_what_an_agent_has_started_ends_with_it_however_it_ends(tmp_path: Path) 
         agent.kill()
     children = [int(pid) for pid in started.read_text().split()]
     wait_until(lambda: not any(map(is_running, children)), "the end of its children", 10, 0.02)
+
+
+@pytest.mark.timeout(60)
+def test_what_a_profile_leaves_in_the_background_is_not_waited_for(tmp_path: Path) -> None:
+    """It has the same stdout, and ends with the command."""
+    left = tmp_path / "left"
+    code, said = in_setup({"setup": [f"sleep 300 & echo $! >{left}"]}, "echo said; exit 3")
+    assert (code, said) == (3, "said\n")
+    wait_until(lambda: not is_running(int(left.read_text())), "its end", 10, 0.02)
 
 
 def is_running(pid: int) -> bool:
