@@ -29,7 +29,7 @@ LOOK = (
     pipes.report_asset_materialization(metadata={{
         "system": pathlib.Path("/etc/os-release").read_text(),
         "home": os.listdir("{HOME}"),
-        "note": pathlib.Path("/work/note").read_text(),
+        "note": pathlib.Path("/mnt/note").read_text(),
         "env": os.environ["COLOUR"] + os.environ["LD_LIBRARY_PATH"],
         "python": sys.executable,
         "temporary": str(temporary.parent),
@@ -59,7 +59,7 @@ def start(folder: Path, workload: str, launcher: Launcher, request: dict[str, An
 
 def test_each_launcher_runs_its_workload_in_the_image(site: SimulatedSite, workloads: Path, image: Path) -> None:
     """The packages of the environment are not there, and `dagster_pipes` is; a relative image lies in DATA_ROOT."""
-    bound = Container(IMAGE, binds=["~/notes:/work"])
+    bound = Container(IMAGE, binds=["~/notes:/mnt"])
     variables = {"COLOUR": "dark 'blue'", "LD_LIBRARY_PATH": "/of/the/asset"}
     script = start(workloads / "s", LOOK, ScriptLauncher(container=bound), {}, env=variables, args=["a b"])
     command = start(

@@ -45,7 +45,7 @@ def preview(launcher: Launcher, program: Path, request: SlurmRequest) -> Preview
 
 def test_the_script_is_the_golden_one(shellcheck: str, tmp_path: Path) -> None:
     """With UPDATE_GOLDEN=1 it is written anew."""
-    image = Container("$DATA/a b.sif", binds=["~/notes:/work:ro"], options=["--no-home"], python="/opt/bin/python")
+    image = Container("$DATA/a b.sif", binds=["~/notes:/mnt:ro"], options=["--no-home"], python="/opt/bin/python")
     found = preview(ScriptLauncher(container=image), make(tmp_path, "pass"), SlurmRequest(gpus_per_node=1))
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(found.script)

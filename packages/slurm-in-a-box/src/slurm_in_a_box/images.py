@@ -16,7 +16,7 @@ IMAGE, NOT_AN_IMAGE = "debian.sif", "notes.sif"
 OS_NAME = "Image of the simulated site"
 """NAME of /etc/os-release in the image."""
 _SIF_HEAD = b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC\0"
-_PLACES = "data dev etc home local mnt proc root run scratch sys tmp usr var/tmp work"
+_PLACES = "data dev etc home local mnt proc root run scratch sys tmp usr var/tmp"
 _FROM_ROOT = "group ld.so.cache ld.so.conf nsswitch.conf passwd".split()
 
 

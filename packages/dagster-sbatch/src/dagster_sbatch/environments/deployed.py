@@ -104,7 +104,7 @@ class EnvironmentSpec:
         return self.lock.modules if self.lock else [VERIFIED["dagster-pipes"]]
 
     def differences_from(self, published: Environment) -> list[str]:
-        """Say what of the lock file, the interpreter and the code differs from a published environment.
+        """Return which of lock file, interpreter and code differ from those of a published environment.
 
         Of an interpreter that an asset names, only the code is compared.
         """

@@ -63,7 +63,7 @@ export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$((${EPOCHSECONDS:-$(date +%s)} 
 # Becomes a program in the container. It keeps the variables of the job, except PATH and LD_LIBRARY_PATH.
 # shellcheck disable=SC2317  # the functions below call it
 in_container() {
-  exec apptainer exec --nv --no-home --pwd "$PWD" --bind "$DATA_ROOT" --bind "$TMPDIR" --bind '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe' --bind '<SLURM_DEPLOYMENT_BASE_PATH>/environments/<hash of its content>/workloads' --bind "$HOME"'/notes':/work:ro "$DATA"'/a b.sif' "$@"
+  exec apptainer exec --nv --no-home --pwd "$PWD" --bind "$DATA_ROOT" --bind "$TMPDIR" --bind '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe' --bind '<SLURM_DEPLOYMENT_BASE_PATH>/environments/<hash of its content>/workloads' --bind "$HOME"'/notes':/mnt:ro "$DATA"'/a b.sif' "$@"
 }
 # Becomes the image's Python with the variables of the asset; the script itself does not have them.
 # shellcheck disable=SC2317  # the launcher's commands call it
