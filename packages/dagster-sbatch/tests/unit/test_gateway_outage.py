@@ -35,7 +35,7 @@ SLURM = {
 }
 CALLED = """#!/bin/sh
 echo {name} >>{folder}/calls
-if [ -e {folder}/down ]; then cat {folder}/down >&2; exit 1; fi
+if down=$(cat {folder}/down 2>/dev/null); then echo "$down" >&2; exit 1; fi
 {script}
 """
 
