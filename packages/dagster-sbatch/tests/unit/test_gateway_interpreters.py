@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from dagster_sbatch.slurm.gateway.agent import interpreters
 from dagster_sbatch.slurm.gateway.agent.disk import RequestError
 from dagster_sbatch.slurm.gateway.agent.interpreters import REMEMBERED, choose, in_setup
 from slurm_in_a_box import wait_until
@@ -100,10 +102,10 @@ in_setup({"setup": []}, "sleep 300 & echo $$ $! >$1.part; mv $1.part $1; wait", 
 def test_what_an_agent_has_started_ends_with_it_however_it_ends(tmp_path: Path) -> None:
     started = tmp_path / "started"
     with subprocess.Popen([sys.executable, "-c", SETUP.replace("PATH", repr(str(started)))]) as agent:
-        wait_until(started.exists, "its children", 30, 0.02)
+        wait_until(started.exists, "its children", 60, 0.02)
         agent.kill()
     children = [int(pid) for pid in started.read_text().split()]
-    wait_until(lambda: not any(map(is_running, children)), "the end of its children", 10, 0.02)
+    wait_until(lambda: not any(map(is_running, children)), "the end of its children", 60, 0.02)
 
 
 @pytest.mark.timeout(60)
@@ -112,7 +114,24 @@ def test_what_a_profile_leaves_in_the_background_is_not_waited_for(tmp_path: Pat
     left = tmp_path / "left"
     code, said = in_setup({"setup": [f"sleep 300 & echo $! >{left}"]}, "echo said; exit 3")
     assert (code, said) == (3, "said\n")
-    wait_until(lambda: not is_running(int(left.read_text())), "its end", 10, 0.02)
+    wait_until(lambda: not is_running(int(left.read_text())), "its end", 60, 0.02)
+
+
+@pytest.mark.timeout(60)
+def test_a_daemon_that_a_profile_starts_is_not_waited_for_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has left the process group, so it lives on with the same stdout."""
+    left = tmp_path / "left"
+    monkeypatch.setattr(interpreters, "LAST_WORDS", 2.0)
+    try:
+        daemon = f"setsid sh -c 'echo $$ >{left}.part; mv {left}.part {left}; exec sleep 300' &"
+        setup = [daemon, f"until [ -e {left} ]; do sleep 0.02; done"]
+        code, said = in_setup({"setup": setup}, "echo said; exit 3")
+        assert (code, said) == (3, "said\n")
+        assert is_running(int(left.read_text()))
+    finally:
+        os.kill(int(left.read_text()), signal.SIGKILL)
 
 
 def is_running(pid: int) -> bool:
