@@ -99,12 +99,12 @@ def test_wrong_values_are_named(fields: dict[str, Any], text: str) -> None:
 
 
 def test_a_site_names_its_command_and_an_unknown_key_is_an_error() -> None:
-    entry = {"container": {"command": "singularity", "gpu_options": ["--nv", "--nvccli"]}}
+    entry = {"container_runtime": {"command": "singularity", "gpu_options": ["--nv", "--nvccli"]}}
     site = load_site({"here": entry}, "here")
-    assert site.container.command == "singularity"
+    assert site.container_runtime.command == "singularity"
     assert "exec singularity exec --nv --nvccli --pwd" in script_of(Path("/run"), site=site, gpus_per_node=1)
-    with pytest.raises(ConfigurationError, match=r"\['container'\]\['comand'\]: unknown field; did you mean 'command'"):
-        load_site({"here": {"container": {"comand": "x"}}}, "here")
+    with pytest.raises(ConfigurationError, match=r"_runtime'\]\['comand'\]: unknown field; did you mean 'command'"):
+        load_site({"here": {"container_runtime": {"comand": "x"}}}, "here")
 
 
 CONTENTS: dict[str, bytes] = {
@@ -150,8 +150,8 @@ def script_of(
         job_name="k",
         about={},
         environment={"PYTHON": sys.executable, "PYTHONPATH": f"{run}/code", "DATA_ROOT": f"{run}/data"},
-        body=f"{image.render_check(site.container, str(run))}\n{body}",
-        start=image.render_start(asked, site.container, str(run), f"{run}/code", {"COLOUR": AWKWARD}),
+        body=f"{image.render_check(site.container_runtime, str(run))}\n{body}",
+        start=image.render_start(asked, site.container_runtime, str(run), f"{run}/code", {"COLOUR": AWKWARD}),
         array=array,
     )
 

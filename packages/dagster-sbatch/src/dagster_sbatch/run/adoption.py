@@ -32,7 +32,7 @@ def inputs_of(
     """
     launcher = plan.launcher.model_dump(mode="json")
     if launcher["container"]:
-        launcher["container"] |= {"runtime": plan.site.container.model_dump(mode="json")}
+        launcher["container"] |= {"runtime": plan.site.container_runtime.model_dump(mode="json")}
     else:
         del launcher["container"]  # jobs of an engine without containers are adopted
     values: dict[str, Any] = {

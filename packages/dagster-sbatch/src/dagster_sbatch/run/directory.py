@@ -72,7 +72,7 @@ def render_job(plan: Plan, paths: RunPaths, info: RunInfo, array: ArrayShape | N
         "DATA_ROOT": paths.data_root,
         **({} if array else _pipes_variables(paths.run)),
     }
-    request, runtime, container = plan.allocation.request, plan.site.container, plan.launcher.container
+    request, runtime, container = plan.allocation.request, plan.site.container_runtime, plan.launcher.container
     body, start = plan.launcher.render(request, plan.workload.command(paths.workloads)), render_start(plan.env)
     if container:
         body = f"{container.render_check(runtime, paths.run)}\n{body}"

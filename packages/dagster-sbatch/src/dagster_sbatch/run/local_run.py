@@ -68,7 +68,7 @@ def _find_image(context: StepContext, name: str, settings: Settings, plan: Plan)
     Raises:
         Failure: the file is no image.
     """
-    container, command = plan.launcher.container, plan.site.container.command
+    container, command = plan.launcher.container, plan.site.container_runtime.command
     if container is None:
         return None
     image = container.local_image(plan.project.local_data_root(settings)) if shutil.which(command) else None
@@ -95,7 +95,7 @@ def _command(settings: Settings, plan: Plan, image: Path | None, directory: RunD
     data_root = plan.project.local_data_root(settings)
     data_root.mkdir(parents=True, exist_ok=True)
     folders = (data_root, plan.workload.root, Path(launchers.__file__).parent)
-    return container.local_command(request, plan.site.container, image, directory.path, command, folders)
+    return container.local_command(request, plan.site.container_runtime, image, directory.path, command, folders)
 
 
 def _environment(context: StepContext, settings: Settings, plan: Plan) -> dict[str, str]:

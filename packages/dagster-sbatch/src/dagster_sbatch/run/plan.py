@@ -129,7 +129,7 @@ def _check_container(launcher: Launcher, container: Container, request: SlurmReq
         raise ConfigurationError(
             f"{type(launcher).__name__} does not work with a container: {launcher.not_in_containers}"
         )
-    container.check(request, site.container)
+    container.check(request, site.container_runtime)
 
 
 def _check_running_tasks(array: JobArray, request: SlurmRequest, site: Site) -> None:

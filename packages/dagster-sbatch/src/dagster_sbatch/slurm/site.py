@@ -79,7 +79,7 @@ class Site(_Part):
         (),
         description="Lines `@cert-authority ...` for hosts that are not in the user's known_hosts.",
     )
-    container: ContainerRuntime = Field(ContainerRuntime(), description="The program that runs containers.")
+    container_runtime: ContainerRuntime = Field(ContainerRuntime(), description="The program that runs containers.")
     documentation: str | None = Field(None, description="Address of the centre's documentation.")
     local_disk: str = Field(
         "/local",
@@ -126,7 +126,7 @@ def _merge(known: Mapping[str, Any], changes: Any) -> Any:
 
 def _keys_beside(place: Place) -> list[str]:
     """Return the valid keys beside an unknown one, which is so many keys below the site's entry."""
-    if place[0] == "container" and len(place) > 1:
+    if place[0] == "container_runtime" and len(place) > 1:
         return list(ContainerRuntime.model_fields)
     models: dict[int, type[BaseModel]] = {1: Site, 3: Partition}
     return list(models.get(len(place), Qos).model_fields)

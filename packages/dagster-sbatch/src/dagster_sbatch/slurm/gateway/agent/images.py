@@ -42,7 +42,7 @@ def problem_here(command, image, data_root, sources):
     if not shutil.which(command):
         return (
             "There is no %s on %s, which runs containers. Load its module with SlurmRequest(modules=[...]), "
-            'or name the command in the site\'s entry: "container": {"command": ...}.' % (command, host)
+            'or name the command in the site\'s entry: "container_runtime": {"command": ...}.' % (command, host)
         )
     os.makedirs(data_root, exist_ok=True)
     for source in sources:
