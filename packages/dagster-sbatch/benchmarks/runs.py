@@ -102,12 +102,15 @@ def _measure(site: SimulatedSite, launcher: str, runs: int) -> Costs:
         time.sleep(5)  # the last ones read the state of their jobs
         workers = _workers(server, ids)
         dagster = [each for each in psutil.process_iter() if _is_dagster(each)]
-        return Costs(
+        costs = Costs(
             [worker.memory_full_info().uss / 1e6 for worker in workers],
             [sum(worker.cpu_times()[:2]) for worker in workers],
             sum(each.memory_full_info().pss for each in dagster) / 1e6,
             seconds,
         )
+        site.run_on_login(CERTIFICATE_USER, "scancel --me")
+        psutil.wait_procs(workers, timeout=60 + 5 * runs)  # `dagster dev` stops at once without runs
+        return costs
 
 
 def _jobs(site: SimulatedSite) -> list[str]:
@@ -131,7 +134,7 @@ def _is_dagster(process: psutil.Process) -> bool:
 
 @contextmanager
 def _dagster(site: SimulatedSite, folder: Path, launcher: str, runs: int) -> Iterator[DagsterDev]:
-    """Yield a `dagster dev` with that launcher; at the end, its runs and their jobs are gone."""
+    """Yield a `dagster dev` with that launcher."""
     (folder / "home" / ".ssh").mkdir(parents=True)
     shutil.copy(site.login.known_hosts, folder / "home" / ".ssh" / "known_hosts")
     (folder / "waiting").mkdir()
@@ -142,11 +145,7 @@ def _dagster(site: SimulatedSite, folder: Path, launcher: str, runs: int) -> Ite
     with beside_location(
         folder / "location.py", folder / "project", variables, "waiting", lambda text: _adapt(text, launcher, runs)
     ) as server:
-        try:
-            yield server
-        finally:
-            os.chdir("/")
-            site.run_on_login(CERTIFICATE_USER, "scancel --me")
+        yield server
 
 
 def _adapt(text: str, launcher: str, runs: int) -> str:

@@ -30,6 +30,8 @@ from slurm_in_a_box import wait_until
 GOLDEN = Path(__file__).parent / "golden"
 SITE = PROJECT.load_site("musica")
 AWKWARD = """a'; echo "foo" $HOME `id` \\ é"""
+WITHOUT_PRIVILEGES = () if os.geteuid() else ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+"""As the job of a user, whom a folder without write permission stops; root is not stopped."""
 
 
 def render(
@@ -108,7 +110,7 @@ def run_as_slurm_would(folder: Path, text: str, **variables: str) -> "subprocess
     for name in ("stdout", "stderr"):
         (folder / name).touch()
     return subprocess.run(
-        ["bash", "-c", "exec ./job.sh"],
+        [*WITHOUT_PRIVILEGES, "bash", "-c", "exec ./job.sh"],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -278,13 +280,13 @@ def test_nothing_of_the_home_or_of_a_module_shadows_the_packages_of_the_environm
     assert "No module named 'a_module'" in done.stderr  # where nothing shadows it, it is not found at all
 
 
-@pytest.mark.parametrize("disk", ["there", "missing", "a file", "full"])
+@pytest.mark.parametrize("disk", ["there", "missing", "a file", "read-only"])
 def test_temporary_files_lie_on_the_disk_of_the_node_if_it_can_be_written_to(tmp_path: Path, disk: str) -> None:
-    path = {"full": Path("/proc")}.get(disk, tmp_path / "disk")
-    if disk == "there":
-        path.mkdir()
-    elif disk == "a file":
+    path = tmp_path / "disk"
+    if disk == "a file":
         path.touch()
+    elif disk != "missing":
+        path.mkdir(0o555 if disk == "read-only" else 0o777)
     site = SITE.model_copy(update={"local_disk": str(path)})
     (tmp_path / "w.py").write_text("import tempfile\nprint(tempfile.gettempdir())\n")
     done = run_as_slurm_would(

@@ -34,11 +34,8 @@ finish() {
 trap finish EXIT
 # Sets TMPDIR, the folder for temporary files on a node: its own disk, if the job can write to it.
 set_temporary_folder() {
-  local probe=/local/.$SLURM_JOB_ID-$RANDOM
   export TMPDIR=/tmp
-  set -C # no link of another user is followed
-  if { echo >"$probe" && rm "$probe"; } 2>/dev/null; then TMPDIR=/local; fi
-  set +C
+  if [ -w /local/ ]; then TMPDIR=/local; fi
 }
 export -f set_temporary_folder
 set_temporary_folder
