@@ -128,6 +128,17 @@ class Settings(BaseSettings):
         "course_2026",
         pattern=SLURM_NAME,
     )
+    most_gpu_hours_per_run: float | None = _variable(
+        "SLURM_MOST_GPU_HOURS_PER_RUN",
+        "GPU-hours that one call of compute.run may cost; a call that could cost more submits nothing. "
+        "An asset may name its own limit.",
+        "64",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    most_node_hours_per_run: float | None = _variable(
+        "SLURM_MOST_NODE_HOURS_PER_RUN", "The same for node-hours.", "100", ge=0, allow_inf_nan=False
+    )
 
     allow_http: bool = _variable(  # before the addresses, whose check reads it
         "ASC_ALLOW_HTTP",

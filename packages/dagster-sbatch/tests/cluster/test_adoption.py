@@ -49,6 +49,7 @@ def test_two_at_once_then_killed_then_done_anew(site: SimulatedSite, tmp_path: P
     step = Step(tmp_path / "step", variables, WAITS)
     first = step.start(again=False)
     job = only_job(site, "RUNNING")
+    step.call(most_node_hours=0)  # a job that runs already is adopted: it costs nothing more
     second = step.start(again=True)
     told = f"Another run (run {step.runs()[0]}, process {first.pid} on "
     wait_until(lambda: told in step.log and "is already executing this step" in step.log, "the second is told who", 60)
@@ -61,7 +62,11 @@ def test_two_at_once_then_killed_then_done_anew(site: SimulatedSite, tmp_path: P
     assert (success, error) == (True, "")
     assert (metadata["job_id"], metadata["run_directory"][-2:]) == (job, "-1")
     assert step.output == "begun\ngone on\n"
-    third = step.start(again=True)  # what is materialised is not taken again
+    success, error, _ = step.result(step.start(again=True))  # what is materialised is not taken again
+    assert (success, "could cost 0.5 node-hours (1 node x 00:30:00). most_node_hours" in error) == (False, True), error
+    assert len(runs_there(site)) == 1
+    step.call()
+    third = step.start(again=True)
     success, error, metadata = step.result(third)
     assert (success, error) == (True, "")
     assert metadata["job_id"] != job

@@ -52,9 +52,15 @@ def tasks_there(site: SimulatedSite) -> dict[str, list[str]]:
 
 @pytest.mark.smoke
 def test_one_of_twelve_fails_and_runs_again_alone(
-    site: SimulatedSite, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    site: SimulatedSite, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The limit per run counts the tasks that are submitted."""
     asset = ArrayAsset(tmp_path, ONE_FAILS, JobArray())
+    monkeypatch.setenv("SLURM_MOST_NODE_HOURS_PER_RUN", "11.9")
+    refused = asset.run(FIRST, LAST)
+    assert "could cost 12 node-hours (12 tasks x 1 node x 01:00:00)" in refused.error
+    assert runs_there(site) == []
+    monkeypatch.setenv("SLURM_MOST_NODE_HOURS_PER_RUN", "12")
     first = asset.run(FIRST, LAST)
     assert not first.success
     assert sorted(str(key) for key in first.once) == [key for key in KEYS if key != "2013-01-07"], first.error
@@ -70,6 +76,7 @@ def test_one_of_twelve_fails_and_runs_again_alone(
             assert metadata["node_hours"] >= 0
     assert "[2013-01-03] line of 2013-01-03\n" in capfd.readouterr().out
     site.run_on_login(CERTIFICATE_USER, "touch fixed")
+    monkeypatch.setenv("SLURM_MOST_NODE_HOURS_PER_RUN", "1")
     second = asset.run(FIRST, LAST, of=first.run_id, from_failure=True)
     assert second.error == ""
     assert sorted(str(key) for key in second.once) == KEYS

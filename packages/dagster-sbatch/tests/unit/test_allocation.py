@@ -107,11 +107,6 @@ def test_exclusive_means_the_whole_node(gpus: int, cpus: int) -> None:
     assert (request.cpus_per_task, request.mem) == (cpus, "0")
 
 
-def test_hours_are_what_the_job_may_use_at_most() -> None:
-    allocation = allocate(SlurmRequest(nodes=2, gpus_per_node=4, time_limit="02:00:00"), SITE)
-    assert (allocation.node_hours, allocation.gpu_hours) == (4, 16)
-
-
 def test_a_site_without_qos_gets_none() -> None:
     site = Site.model_validate({"partitions": {"all": {"cores": 8, "mem": "16G"}}})
     assert allocate(SlurmRequest(), site).request.qos is None

@@ -19,7 +19,8 @@ from dagster_sbatch.project import Project
 
 DESCRIPTION = """\
 Show what an asset would submit to Slurm: where it would run, what it requests of each node, which project is charged,
-the highest possible cost, and the batch script. It submits nothing, and opens no connection without --test-only.
+the highest possible cost, whether a limit per run refuses it, and the batch script. It submits nothing, and opens no
+connection without --test-only.
 
 It runs the asset's own code on this machine up to the call of compute.run, in a temporary Dagster instance, with the
 resources and IO managers of the project. It shows a graph asset step by step, without the steps that need the result of
@@ -66,6 +67,8 @@ def main(project: Project, definitions: dg.Definitions) -> int:
             if not asked.script:
                 show(preview)
             print(preview.script, end="")
+        if refusals := [f"{preview.step}: {preview.refusal}" for preview in previews if preview.refusal]:
+            raise ConfigurationError("\n".join(refusals))
         return 0
 
     return exit_code_of(command)

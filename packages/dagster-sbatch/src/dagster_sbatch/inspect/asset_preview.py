@@ -11,6 +11,7 @@ from typing import Any, Never
 
 import dagster as dg
 
+from dagster_sbatch.costs.cost import explain_excess
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.inspect.plan_summary import (
     ANY_LIMITS,
@@ -45,12 +46,14 @@ class Preview:
         summary: for people: what is asked for, by heading.
         paths: on the supercomputer.
         step: its name.
+        refusal: why a run of it submits nothing, with the settings as they are; None: it does.
     """
 
     plan: Plan
     summary: Mapping[str, str]
     paths: RunPaths
     step: str
+    refusal: str | None
 
     @property
     def script(self) -> str:
@@ -107,7 +110,8 @@ def preview_asset(
 
     def record(step: str, settings: Settings, plan: Plan) -> Never:
         paths = place_run(settings, "preview-" + re.sub(r"[^A-Za-z0-9_.-]", "_", step), plan.environment)
-        found.append(Preview(plan, summarise(step, plan, settings), paths, step))
+        refusal = explain_excess(plan.allocation, len(plan.tasks) or 1, settings)
+        found.append(Preview(plan, summarise(step, plan, settings), paths, step, refusal))
         raise _Intercepted
 
     with dg.DagsterInstance.ephemeral() as instance, intercept_runs(record), _quiet():
@@ -158,6 +162,8 @@ def try_script(gateway: Gateway, preview: Preview, projects: Projects) -> tuple[
     """Ask Slurm whether it would accept the script; return that, and the expected start and the project, or why not."""
     request, limits, array = preview.plan.allocation.request, ANY_LIMITS, ""
     container = preview.plan.launcher.container
+    if preview.refusal:
+        return False, preview.refusal
     try:
         if container and (problem := gateway.image_problem(container.remote_image(preview.paths.data_root))):
             return False, problem

@@ -1,5 +1,6 @@
 """What a plan asks for, as text: the place, the request, the tasks of an array and the highest possible cost."""
 
+from dagster_sbatch.costs.cost import highest_cost
 from dagster_sbatch.environments.groups import is_path, lock_path
 from dagster_sbatch.run.array_batches import USUAL_LIMIT, Batches
 from dagster_sbatch.run.directory import RunPaths
@@ -124,14 +125,13 @@ def _summarise_nodes(plan: Plan) -> dict[str, str]:
 
 
 def _summarise_cost(plan: Plan) -> str:
-    allocation = plan.allocation
-    number = len(plan.tasks) or 1
-    nodes, gpus = number * allocation.node_hours, number * allocation.gpu_hours
-    text = f"at most {_hours(nodes)} node-hours and {_hours(gpus)} GPU-hours"
+    allocation, number = plan.allocation, len(plan.tasks) or 1
+    cost = highest_cost(allocation, number)
+    text = f"at most {_hours(cost.node_hours)} node-hours and {_hours(cost.gpu_hours)} GPU-hours"
     if plan.array:
         text += f" for all {number} tasks"
     if allocation.share < 1:
-        text += f"; {_hours(nodes * allocation.share)} node-hours where shares of a node are charged"
+        text += f"; {_hours(cost.node_hours * allocation.share)} node-hours where shares of a node are charged"
     return text
 
 

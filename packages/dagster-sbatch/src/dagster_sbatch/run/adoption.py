@@ -8,6 +8,7 @@ from dagster_sbatch.run.array import PARTITION_KEYS
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, OtherRun
+from dagster_sbatch.slurm.request import COST_LIMITS
 
 MOST_NAMES = 8
 """Differences that a message names."""
@@ -54,7 +55,7 @@ def inputs_of(
 
 def request_of(plan: Plan) -> dict[str, Any]:
     """Return the Slurm request as it is stored with a job; it does not decide the result."""
-    return plan.allocation.request.model_dump(mode="json", exclude_defaults=True)
+    return plan.allocation.request.model_dump(mode="json", exclude_defaults=True, exclude=set(COST_LIMITS))
 
 
 @dataclass(frozen=True)

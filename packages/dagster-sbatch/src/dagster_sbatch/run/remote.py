@@ -38,6 +38,8 @@ class RemoteRun(RemoteStep):
     def _choose(self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment) -> RunPaths | None:
         """Choose the attempt; return where a new one is to be submitted, None if an earlier one is adopted."""
         claim, choice = attempts.choose()
+        if not choice.adopt:
+            self._check_cost()
         found = None if choice.adopt else self._find_environment(gateway, environment)
         while not choice.adopt and attempts.cancel_outdated(claim):
             claim, choice = attempts.choose()

@@ -107,6 +107,7 @@ class RemoteArray(RemoteStep, Arrays):
         self._adopt(claim, choice)
         found: Environment | None = None
         if choice.new:
+            self._check_cost(len(choice.new))
             found = self._find_environment(self._gateway, environment)
             while attempts.cancel_outdated(claim):
                 claim, choice = attempts.choose_tasks(left)

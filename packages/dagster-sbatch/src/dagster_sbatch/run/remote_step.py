@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.auth import AccessError
+from dagster_sbatch.costs.cost import explain_excess
 from dagster_sbatch.environments.deployed import Environment, Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import inputs_of, request_of
@@ -118,6 +119,17 @@ class RemoteStep(ABC):
     def _data_root(self) -> str:
         """DATA_ROOT, as the user wrote it."""
         return self._settings.data_root or f"{self._settings.deployment_base_path}/data"
+
+    def _check_cost(self, tasks: int = 1) -> None:
+        """Refuse new jobs that could cost more than the limit per run; call it before anything is sent for them.
+
+        `tasks`: of an array, that would be submitted.
+
+        Raises:
+            ConfigurationError: they could.
+        """
+        if excess := explain_excess(self._plan.allocation, tasks, self._settings):
+            raise ConfigurationError(excess)
 
     def _find_environment(self, gateway: Gateway, environment: RunEnvironment) -> Environment:
         """Return the environment of a new job; see `RunEnvironment.find`.

@@ -24,16 +24,6 @@ class Allocation:
     partition: Partition | None = None
 
     @property
-    def node_hours(self) -> float:
-        """Node-hours if the job runs to its time limit."""
-        return self.request.nodes * self.request.time_limit.total_seconds() / 3600
-
-    @property
-    def gpu_hours(self) -> float:
-        """GPU-hours if the job runs to its time limit."""
-        return self.node_hours * self.request.gpus_per_node
-
-    @property
     def share(self) -> float:
         """Share of each node that the job takes, from 0 to 1: the largest of its shares of cores, GPUs and memory."""
         request, node = self.request, self.partition

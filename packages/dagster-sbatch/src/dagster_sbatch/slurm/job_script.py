@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from string import Template
 
 from dagster_sbatch.slurm.modules import render_modules
-from dagster_sbatch.slurm.request import SlurmRequest
+from dagster_sbatch.slurm.request import COST_LIMITS, SlurmRequest
 from dagster_sbatch.slurm.site import Site
 from dagster_sbatch.slurm.units import format_time
 
@@ -122,7 +122,7 @@ export DAGSTER_PIPES_CONTEXT="${pipes[0]%% *}" DAGSTER_PIPES_MESSAGES="${pipes[0
 cd "tasks/$index" || exit 1"""
 
 _FLAGS = ("exclusive",)
-_NOT_OPTIONS = ("options", "modules")
+_NOT_OPTIONS = ("options", "modules", *COST_LIMITS)
 _GPUS = "gpus_per_node"
 _THREADS = ("--threads-per-core", "--hint")
 """Options that decide whether hardware threads count; sbatch accepts only one of them."""

@@ -31,6 +31,9 @@ FURTHER_OPTIONS = frozenset(
 """Options of sbatch (man sbatch, Slurm 22.05) that `options` accepts. Options with a field of their own are not among
 them, nor those that the job script sets itself (job-name, output, signal, export, array, ...)."""
 
+COST_LIMITS = ("most_gpu_hours", "most_node_hours")
+"""Fields that limit the cost of a call; Slurm does not see them."""
+
 
 def _time(value: object) -> timedelta:
     """Read a time in Slurm's notation, or take one of at least a second as it is."""
@@ -69,7 +72,9 @@ Dependency = Annotated[str, _word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)
 
 
 class SlurmRequest(BaseModel):
-    """The allocation that an asset needs. Each field but `modules` is the option of sbatch of that name (man sbatch).
+    """The allocation that an asset needs. Each field is the option of sbatch of that name (man sbatch).
+
+    Not options are `modules`, `most_gpu_hours` and `most_node_hours`.
 
     The deployment and the site fill in what is left out: partition, QoS, and for GPU requests CPUs and memory per GPU.
     The request is checked in `development` too, so that a mistake is found on the laptop.
@@ -110,6 +115,18 @@ class SlurmRequest(BaseModel):
         None,
         description="Modules (Lmod) that the job loads before the workload, in this order, for instance "
         "['GCC/14.3.0', 'OpenMPI']. They replace the site's; [] loads none.",
+    )
+    most_gpu_hours: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="GPU-hours that one call of compute.run may cost; replaces SLURM_MOST_GPU_HOURS_PER_RUN.",
+    )
+    most_node_hours: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Node-hours that it may cost; replaces SLURM_MOST_NODE_HOURS_PER_RUN.",
     )
     options: tuple[str, ...] = Field((), description="Further options of sbatch, for instance ('--mail-type=END',).")
 

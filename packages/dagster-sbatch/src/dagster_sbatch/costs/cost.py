@@ -1,0 +1,75 @@
+"""The highest possible cost of a call of `compute.run`, and the limit per run that it must not exceed. Pure."""
+
+import math
+from dataclasses import dataclass
+
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import Allocation
+from dagster_sbatch.slurm.units import format_time
+
+MINUTE = 60
+"""Slurm rounds time limits up to whole minutes (man sbatch, --time)."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A cost in hours of whole nodes and of GPUs, as `node_hours` and `gpu_hours` of an asset's metadata count them."""
+
+    node_hours: float
+    gpu_hours: float
+
+
+def highest_cost(allocation: Allocation, tasks: int = 1) -> Cost:
+    """Return the cost if every job runs to its time limit, once.
+
+    Args:
+        allocation: what is submitted.
+        tasks: number of array tasks; each has the allocation.
+    """
+    minutes = math.ceil(allocation.request.time_limit.total_seconds() / MINUTE)
+    nodes = tasks * allocation.request.nodes * minutes / 60
+    return Cost(nodes, nodes * _gpus_per_node(allocation))
+
+
+def explain_excess(allocation: Allocation, tasks: int, settings: Settings) -> str | None:
+    """Return why jobs are not submitted: their highest possible cost exceeds a limit per run; None if it does not.
+
+    A limit of the request replaces the setting, in both directions.
+
+    Args:
+        allocation: what would be submitted.
+        tasks: number of array tasks that would be submitted; 1 without an array.
+        settings: with the limits of the deployment.
+    """
+    request, cost = allocation.request, highest_cost(allocation, tasks)
+    factors = [f"{tasks} tasks"] if tasks > 1 else []
+    factors.append(f"{request.nodes} node{'s' if request.nodes > 1 else ''}")
+    time = format_time(request.time_limit)
+    limits = [
+        ("GPU", cost.gpu_hours, [*factors, f"{_gpus_per_node(allocation)} GPUs", time], "fewer GPUs or nodes",
+         "most_gpu_hours", request.most_gpu_hours, "SLURM_MOST_GPU_HOURS_PER_RUN", settings.most_gpu_hours_per_run),
+        ("node", cost.node_hours, [*factors, time], "fewer nodes",
+         "most_node_hours", request.most_node_hours, "SLURM_MOST_NODE_HOURS_PER_RUN", settings.most_node_hours_per_run),
+    ]  # fmt: skip
+    for unit, hours, product, less, field, own, variable, setting in limits:
+        limit = setting if own is None else own
+        if limit is not None and round(hours, 6) > limit:
+            name = variable if own is None else f"{field} of the request"
+            return (
+                f"This call of compute.run could cost {show_hours(hours)} {unit}-hours ({' x '.join(product)}). "
+                f"{name} allows {show_hours(limit)}, so nothing is submitted. "
+                f"Request a shorter time_limit or {less}{', or divide the tasks' if tasks > 1 else ''}; "
+                f"or allow this asset more: SlurmRequest({field}={math.ceil(hours)}, ...)"
+            )
+    return None
+
+
+def show_hours(hours: float) -> str:
+    """Return hours as text that tells a number from the limit that it exceeds by little."""
+    return f"{hours:.6f}".rstrip("0").rstrip(".")
+
+
+def _gpus_per_node(allocation: Allocation) -> int:
+    """Return the GPUs that the job takes of each node: with `exclusive`, Slurm allocates all of them (man sbatch)."""
+    node = allocation.partition
+    return node.gpus if node and allocation.request.exclusive else allocation.request.gpus_per_node
