@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 from collections.abc import Collection, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -139,6 +140,17 @@ class Settings(BaseSettings):
     most_node_hours_per_run: float | None = _variable(
         "SLURM_MOST_NODE_HOURS_PER_RUN", "The same for node-hours.", "100", ge=0, allow_inf_nan=False
     )
+    budget_gpu_hours: float | None = _variable(
+        "SLURM_BUDGET_GPU_HOURS",
+        "GPU-hours that the project of your jobs may use from SLURM_BUDGET_START on. "
+        "Not used where Slurm itself limits what the project may use.",
+        "5000",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    budget_start: date | None = _variable(
+        "SLURM_BUDGET_START", "First day (UTC) of SLURM_BUDGET_GPU_HOURS.", "2026-10-01"
+    )
 
     allow_http: bool = _variable(  # before the addresses, whose check reads it
         "ASC_ALLOW_HTTP",
@@ -241,6 +253,7 @@ def load_settings(sites: Collection[str], root: Path, supercomputer: bool = Fals
     if site and site not in sites:
         problems.append(f"SLURM_SUPERCOMPUTER_SITE={site!r} is not a known site{nearest(site, sites)}")
     problems.extend(_data_root_problems(settings))
+    problems.extend(_budget_problems(settings))
     if settings.on_supercomputer or supercomputer:
         problems.extend(_missing(settings, file))
     if problems:
@@ -310,6 +323,16 @@ def _data_root_problems(settings: Settings) -> list[str]:
     except ValueError as error:
         return [f"DATA_ROOT: {error}"]
     return []
+
+
+def _budget_problems(settings: Settings) -> list[str]:
+    """Return the problem of a budget that is set by half."""
+    names = ("budget_gpu_hours", "budget_start")
+    missing = [name for name in names if getattr(settings, name) is None]
+    if len(missing) != 1:
+        return []
+    field = Settings.model_fields[missing[0]]
+    return [f"{_alias(field)} is not set: a budget has an amount and a first day. {_advice((_alias(field),))}"]
 
 
 def _missing(settings: Settings, file: Path) -> list[str]:

@@ -20,9 +20,12 @@ SECOND_ACCOUNT = "p75678"
 """Another project of CERTIFICATE_USER."""
 SPENT_ACCOUNT = "p70001"
 """A project of CERTIFICATE_USER without budget: Slurm accepts its jobs in the `idle_*` QoS only."""
+LIMITED_ACCOUNT, LIMITED_GPU_MINUTES = "p70600", 600
+"""A project of CERTIFICATE_USER whose jobs may use so many GPU-minutes (10 GPU-hours), by Slurm's GrpTRESMins."""
 ADMIN_QOS = "admin"
 """QoS of root alone: its jobs take the nodes of every other job, in every partition (fault "preemption")."""
 
+_ACCOUNTS = (ACCOUNT, SECOND_ACCOUNT, SPENT_ACCOUNT, LIMITED_ACCOUNT)
 _QOS_CLASSES = {
     # docs/simulated-site.md says what is known of the real ones.
     "": "Priority=100 MaxWall=3-00:00:00",
@@ -181,13 +184,16 @@ def accounting_commands() -> list[list[str]]:
     commands += [
         ["add", "qos", ADMIN_QOS, "set", "Priority=1000", f"Preempt={','.join(users_qos)}"],
         ["modify", "user", "root", "set", f"QOS+={ADMIN_QOS}"],
-        ["add", "account", f"{ACCOUNT},{SECOND_ACCOUNT},{SPENT_ACCOUNT}", "Description=test", "Organization=test"],
+        ["add", "account", ",".join(_ACCOUNTS), "Description=test", "Organization=test"],
     ]
     everything = [f"QOS=normal,{','.join(users_qos)}", "DefaultQOS=normal"]
     commands += [["add", "user", user.name, f"Account={ACCOUNT}", *everything] for user in USERS]
     idle = f"QOS={','.join(name for name in users_qos if name.startswith('idle_'))}"
     commands += [
-        ["add", "user", CERTIFICATE_USER.name, f"Account={SECOND_ACCOUNT}", *everything],
+        *(
+            ["add", "user", CERTIFICATE_USER.name, f"Account={own}", *everything]
+            for own in (SECOND_ACCOUNT, LIMITED_ACCOUNT)
+        ),
         ["add", "user", CERTIFICATE_USER.name, f"Account={SPENT_ACCOUNT}", idle],
     ]
     return commands
@@ -198,7 +204,8 @@ def gpu_accounting_commands() -> list[list[str]]:
 
     A job in the GPU partition that asks for no GPU is refused.
     """
-    return [["modify", "qos", name, "set", "MinTRESPerJob=gres/gpu=1"] for name in qos_names(GPU_PARTITION)]
+    limit = ["modify", "account", LIMITED_ACCOUNT, "set", f"GrpTRESMins=gres/gpu={LIMITED_GPU_MINUTES}"]
+    return [limit, *(["modify", "qos", name, "set", "MinTRESPerJob=gres/gpu=1"] for name in qos_names(GPU_PARTITION))]
 
 
 def _hostnames(group: tuple[MachineName, ...]) -> str:

@@ -26,10 +26,13 @@ from dagster_sbatch.slurm.gateway.answers import (
 from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Arrays
 from dagster_sbatch.slurm.gateway.channel import OpenChannel, choose_channel
 from dagster_sbatch.slurm.gateway.client import ACCOUNTED, Gateway, make_gateway
+from dagster_sbatch.slurm.gateway.project_usage import GPU, Allocation, Queued, Share, Usage
 
 __all__ = [
     "ACCOUNTED",
+    "GPU",
     "MESSAGES",
+    "Allocation",
     "ArrayJob",
     "ArrayRun",
     "ArrayState",
@@ -43,9 +46,12 @@ __all__ = [
     "OpenChannel",
     "OtherRun",
     "Projects",
+    "Queued",
     "RefusedError",
+    "Share",
     "StoppedError",
     "Submitted",
+    "Usage",
     "choose_channel",
     "make_gateway",
 ]

@@ -7,6 +7,7 @@ from the byte where the connection broke.
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from dagster_sbatch.slurm.gateway.answers import (
 from dagster_sbatch.slurm.gateway.arrays import Arrays, follow_arrays
 from dagster_sbatch.slurm.gateway.channel import choose_channel
 from dagster_sbatch.slurm.gateway.link import AgainError, Link
+from dagster_sbatch.slurm.gateway.project_usage import Usage
 from dagster_sbatch.slurm.gateway.submission import Files, submission
 from dagster_sbatch.slurm.modules import explain_modules
 from dagster_sbatch.slurm.site import Site
@@ -166,6 +168,15 @@ class Gateway(Link):
         """Return the projects that the user may charge jobs to."""
         said = self.ask(do="projects")
         return Projects.parse(said["rows"], said["exported"])
+
+    def usage(self, since: datetime | None) -> Usage:
+        """Return what the user's projects have used, what waits and runs in them, and their limits.
+
+        Args:
+            since: for the jobs that ran at this time or later, Slurm reads its database: ask at most once per hour.
+                None: for no jobs.
+        """
+        return Usage.parse(self.ask(do="usage", since=since and since.timestamp()), since)
 
     def queue(self, runs: str) -> Mapping[str, Any]:
         """Return the view of all of the user's jobs, which the agents share in the folder of all runs.

@@ -21,6 +21,7 @@ from .run_directories import array, reject, runs, state
 from .slurm_commands import Queue, projects, queue, test
 from .task_records import cancel_tasks, task_counts, task_records
 from .transfer import CHUNK, get, piece, put
+from .usage import usage
 
 HELLO = "gateway-agent 1"
 SILENCE = 60.0  # seconds without a byte from the client: it is gone, though the connection does not say so
@@ -31,7 +32,7 @@ def ping(*_):
 
 
 VERBS = (hold, claim, submit, test, cancel, state, reject, runs, clean, put, piece, get, environment, queue, projects)
-VERBS += (follow, array, run_array, limits, task_counts, task_records, cancel_tasks, load_modules, image, ping)
+VERBS += (follow, array, run_array, limits, task_counts, task_records, cancel_tasks, load_modules, image, usage, ping)
 VERBS = {verb.__name__: verb for verb in VERBS}
 FINISHED = ("submit", "cancel")  # even if the client goes away meanwhile
 IN_ORDER = ("hold", "reject", "piece")  # before the next request is read, which builds on them

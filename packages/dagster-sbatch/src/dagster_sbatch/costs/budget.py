@@ -1,0 +1,138 @@
+"""What projects have left: by Slurm's limits, or by the budget that the owner of the deployment has set."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, time
+
+from dagster_sbatch.costs.hours import add, hours_at_most, hours_used
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import GPU, Allocation, Queued, Share, Usage
+
+UNITS = {GPU: "GPU-hours", "node": "node-hours", "cpu": "CPU-hours"}
+"""By resource of Slurm; that of another is `<resource>-hours`."""
+OWNERS = "SLURM_BUDGET_GPU_HOURS"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a project may use, and how much of it is used, all in hours of one resource. Unknown numbers are None.
+
+    Attributes:
+        project: that jobs are charged to.
+        tres: Slurm's name of the resource: gres/gpu, node, cpu, billing, ...
+        user: whose jobs count; empty: those of all users. It is the user where Slurm hides the jobs of others.
+        source: what sets the limit: `GrpTRESMins of p70600`, or SLURM_BUDGET_GPU_HOURS.
+        limit: what may be used in total.
+        used: what is used of it.
+        running: what the running jobs use at most from now on, until their time limits.
+        queued: what the waiting jobs use at most.
+    """
+
+    project: str
+    tres: str
+    user: str
+    source: str
+    limit: float
+    used: float | None
+    running: float | None
+    queued: float | None
+
+    @property
+    def unit(self) -> str:
+        """The unit of all numbers, in words."""
+        return UNITS.get(self.tres, f"{self.tres}-hours")
+
+    @property
+    def left(self) -> float | None:
+        """What is not used yet; below 0 if more was used than the limit."""
+        return None if self.used is None else self.limit - self.used
+
+    @property
+    def free(self) -> float | None:
+        """What is left for a new job, if all jobs that wait or run use their whole time limits."""
+        if self.left is None or self.running is None or self.queued is None:
+            return None
+        return self.left - self.running - self.queued
+
+
+def budget_start(settings: Settings) -> datetime | None:
+    """Return since when the owner's budget counts jobs (SLURM_BUDGET_START at 00:00 UTC); None if there is none."""
+    day = settings.budget_start
+    return None if day is None or settings.budget_gpu_hours is None else datetime.combine(day, time(), UTC)
+
+
+def budgets_of(usage: Usage, settings: Settings) -> list[Budget]:
+    """Return the budgets of all projects of the user; none for a project without a limit.
+
+    A project has one for each resource that Slurm limits, in it, in a project above it or for this user. The project
+    that jobs are charged to has the owner's budget (SLURM_BUDGET_GPU_HOURS) if Slurm limits nothing of it.
+
+    Args:
+        usage: with the jobs since `budget_start`, or the owner's budget has no `used`.
+        settings: of the deployment.
+    """
+    found = [budget for project in usage.projects for budget in _limits_of(usage, project)]
+    charged = settings.account or usage.default
+    known = charged in usage.projects or not usage.projects
+    since = budget_start(settings)
+    if since and charged and known and not any(budget.project == charged for budget in found):
+        found.append(_owners(usage, charged, settings.budget_gpu_hours or 0.0, since))
+    return found
+
+
+def _limits_of(usage: Usage, project: str) -> Iterator[Budget]:
+    for share in usage.shares or ():
+        if share.project in _chain(usage, project) and share.user in ("", usage.user):
+            yield _limit(usage, project, share)
+
+
+def _chain(usage: Usage, project: str) -> list[str]:
+    """Return a project and those above it."""
+    chain = [project]
+    while (above := usage.parents.get(chain[-1])) and above not in chain:
+        chain.append(above)
+    return chain
+
+
+def _limit(usage: Usage, project: str, share: Share) -> Budget:
+    def counts(jobs: Queued) -> bool:
+        return share.project in _chain(usage, jobs.project) and share.user in ("", jobs.user)
+
+    return Budget(
+        project=project,
+        tres=share.tres,
+        user=share.user,
+        source=f"GrpTRESMins of {share.project}",
+        limit=share.limit / 60,
+        used=None if share.used is None else share.used / 60,
+        running=share.running / 60,
+        queued=_queue_at_most(usage, share.tres, lambda jobs: not jobs.running and counts(jobs)),
+    )
+
+
+def _owners(usage: Usage, project: str, limit: float, since: datetime) -> Budget:
+    user = "" if usage.private is False else usage.user
+
+    def counts(jobs: Queued | Allocation) -> bool:
+        return jobs.project == project and user in ("", jobs.user)
+
+    return Budget(
+        project=project,
+        tres=GPU,
+        user=user,
+        source=OWNERS,
+        limit=limit,
+        used=_used_since(usage, since, counts),
+        running=_queue_at_most(usage, GPU, lambda jobs: jobs.running and counts(jobs)),
+        queued=_queue_at_most(usage, GPU, lambda jobs: not jobs.running and counts(jobs)),
+    )
+
+
+def _used_since(usage: Usage, since: datetime, counts: Callable[[Allocation], bool]) -> float | None:
+    if usage.jobs is None or usage.since is None or usage.since > since:
+        return None
+    return add(hours_used(job, GPU, since, usage.now, usage.now) for job in usage.jobs if counts(job))
+
+
+def _queue_at_most(usage: Usage, tres: str, counts: Callable[[Queued], bool]) -> float | None:
+    return None if usage.queue is None else add(hours_at_most(jobs, tres) for jobs in usage.queue if counts(jobs))

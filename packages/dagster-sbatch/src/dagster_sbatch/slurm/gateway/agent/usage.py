@@ -1,0 +1,106 @@
+"""What the projects of the user have used, what waits and runs in them, and how much Slurm lets them use."""
+
+import time
+from collections import Counter
+
+from .disk import RequestError
+from .slurm_commands import ask_slurm, projects, rows_of, user
+
+ALLOCATION = "JobID,State,User,Account,Start,End,ElapsedRaw,AllocTRES,JobName,Comment".split(",")
+QUEUED = (("State", 30), ("UserName", 64), ("Account", 64), ("TimeLeft", 30), ("tres-alloc", 512))  # and widths
+SHARE = "Account,User,GrpTRESMins,GrpTRESRaw,TRESRunMins"
+MOST_LEVELS = 10  # of projects, one above the other
+PATIENCE = 120.0  # a database may have to read the jobs of a year
+
+
+def usage(_, ask, __):
+    """Return the rows of jobs, of the queue and of limits. What Slurm does not answer is None; `trouble` says why.
+
+    since: jobs count that ran at this time or later, in seconds since 1970; None: jobs are not asked for
+    now: of this machine, by whose clock Slurm measures running jobs
+    jobs: rows of ALLOCATION, for each allocation that has begun; each life of a requeued job is one
+    queue: rows of a number of jobs and QUEUED
+    shares: rows of SHARE, of the projects and of those above them; None unless both are known
+    parents: the project above each project
+    tracked: names of what Slurm accounts for, such as gres/gpu
+    private: names of what Slurm hides from users
+    """
+    trouble, known = [], projects()
+    names = sorted({row[1] for row in known["rows"]})
+
+    def tried(find, *arguments):
+        try:
+            return find(*arguments)
+        except RequestError as error:
+            trouble.append(str(error))
+            return None
+
+    above = tried(parents, names)
+    return {
+        "user": user(),
+        "projects": names,
+        "default": known["exported"] or (known["rows"][0][0] if names else ""),
+        "now": time.time(),
+        "jobs": None if ask["since"] is None else tried(allocations, names, ask["since"]),
+        "queue": tried(queued, names),
+        "shares": tried(shares, sorted(set(names).union(above.values()))) if above else None,
+        "parents": above,
+        "tracked": tried(tracked),
+        "private": tried(private),
+        "trouble": trouble,
+    }
+
+
+def allocations(names, since):
+    """Return the rows of all jobs of some projects that the user may see; without a project, of the user's own."""
+    day = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since))
+    command = ["sacct", "-X", "-D", "-n", "-P", "-S", day, "-o", ",".join(ALLOCATION)]
+    command += ["-a", "-A", ",".join(names)] if names else ["-u", user()]
+    lines = ask_slurm(*command, patience=PATIENCE).splitlines()
+    rows = [line.split("|", len(ALLOCATION) - 1) for line in lines]
+    # A comment may have further lines. A job that has not begun has no time of that.
+    return [row for row in rows if len(row) == len(ALLOCATION) and row[4].isdigit()]
+
+
+def queued(names):
+    """Return rows of what waits and runs. Equal ones are one row with their number, as those of an array's tasks."""
+    chosen = ["-A", ",".join(names)] if names else ["-u", user()]
+    columns = ",".join("%s:%d" % column for column in QUEUED)
+    lines = ask_slurm("squeue", "-h", "-r", "-a", "-O", columns, *chosen).splitlines()
+    found = Counter(tuple(line.split()) for line in lines)
+    return [[count] + list(row) for row, count in found.items() if len(row) == len(QUEUED)]
+
+
+def shares(names):
+    rows = rows_of("sshare", "-n", "-P", "-A", ",".join(names), "-o", SHARE)
+    return [[text.strip() for text in row] for row in rows]  # the tree is indented
+
+
+def parents(names):
+    """Return the project above each project, up to the root."""
+    found, left = {}, set(names)
+    for _ in range(MOST_LEVELS):
+        if not left:
+            break
+        chosen = ("account=" + ",".join(sorted(left)), "user=", "format=Account,User,ParentName")
+        rows = rows_of("sacctmgr", "--noheader", "--parsable2", "show", "assoc", *chosen)
+        new = {account: above for account, name, above in rows if above and not name and account in left}
+        found.update(new)
+        left = set(new.values()) - set(found)
+    return found
+
+
+def tracked():
+    lines = ask_slurm("scontrol", "show", "config").splitlines()
+    return [name for value in values(lines, "AccountingStorageTRES") for name in value.split(",")]
+
+
+def private():
+    """Return the names of what Slurm's daemons hide from users: `jobs` and `usage` are those of other users."""
+    lines = ask_slurm("sacctmgr", "show", "configuration").splitlines()  # of slurmctld and of slurmdbd
+    return sorted({name for value in values(lines, "PrivateData") for name in value.split(",")} - {"none"})
+
+
+def values(lines, name):
+    split = (line.partition("=") for line in lines)
+    return [value.strip() for found, _, value in split if found.strip() == name]

@@ -1,0 +1,173 @@
+"""The agent's answer about the projects of a user: jobs, queue and limits, as data classes. Absent numbers are None."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
+GPU = "gres/gpu"
+
+Tres = Mapping[str, int]
+"""Numbers of Slurm's trackable resources by name: cpu, node, billing, gres/gpu, ...
+
+One that Slurm does not account for is missing, which is no 0."""
+
+
+def parse_tres(text: str, tracked: Sequence[str] = ()) -> Tres:
+    """Read a list of trackable resources.
+
+    Args:
+        text: as Slurm prints it. A resource with a unit, such as mem=8000M, is left out.
+        tracked: what Slurm accounts for: there is 0 of it if the text does not name it.
+    """
+    named = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    return {name: int(count) for name, count in {**dict.fromkeys(tracked, "0"), **named}.items() if count.isdigit()}
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A life of a job, or of a task of an array job, that has begun; a requeued job has several.
+
+    Attributes:
+        job: Slurm's id; of a task, `1184_17`.
+        user: who submitted it.
+        project: that it is charged to.
+        start, end: in UTC; no end: it is running.
+        seconds: that it ran so far, without the time for which it was suspended.
+        tres: what it has on all nodes together.
+        name: of the job; that of a job of this package is its submission key.
+        comment: of the job; empty if the site does not store comments.
+    """
+
+    job: str
+    user: str
+    project: str
+    start: datetime
+    end: datetime | None
+    seconds: float
+    tres: Tres
+    name: str
+    comment: str
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Some jobs or tasks that are alike, and wait or run.
+
+    Attributes:
+        count: how many they are.
+        running: whether they run.
+        user, project: as of an Allocation.
+        seconds: that each of them may still run; None if it has no time limit.
+        tres: what each of them has, or has requested.
+    """
+
+    count: int
+    running: bool
+    user: str
+    project: str
+    seconds: float | None
+    tres: Tres
+
+
+@dataclass(frozen=True)
+class Share:
+    """A limit of Slurm on what a project, or a user in it, may use (GrpTRESMins), and what is used of it.
+
+    Attributes:
+        project: whose limit it is.
+        user: whose within the project; empty: all users.
+        tres: the resource that is limited, such as gres/gpu.
+        limit: in minutes of that resource.
+        used: in the same unit; None if Slurm does not tell. It decays where the site has a PriorityDecayHalfLife.
+        running: what the running jobs may still use, until their time limits.
+    """
+
+    project: str
+    user: str
+    tres: str
+    limit: int
+    used: int | None
+    running: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the projects of a user have used, as far as Slurm shows it to the user.
+
+    Attributes:
+        user: on the supercomputer.
+        projects: of the user; empty if the accounting did not answer.
+        default: project that a job is charged to which names none; empty if not known.
+        since: jobs that ended before are not in it; None if the jobs were not asked for.
+        now: by the clock of the login node.
+        jobs: what has begun; None if the accounting did not answer, or was not asked.
+        queue: what waits and runs; None if the controller did not answer.
+        shares: all limits on what may be used; None if Slurm did not tell.
+        parents: the project above each project.
+        private: whether Slurm hides the jobs of other users; None if that is not known.
+        trouble: why something is None.
+    """
+
+    user: str
+    projects: Sequence[str]
+    default: str
+    since: datetime | None
+    now: datetime
+    jobs: Sequence[Allocation] | None
+    queue: Sequence[Queued] | None
+    shares: Sequence[Share] | None
+    parents: Mapping[str, str]
+    private: bool | None
+    trouble: Sequence[str]
+
+    @classmethod
+    def parse(cls, said: Mapping[str, Any], since: datetime | None) -> "Usage":
+        """Read the agent's answer."""
+        jobs, queue, shares, private = (said[name] for name in ("jobs", "queue", "shares", "private"))
+        tracked = said["tracked"] or ()
+        return cls(
+            **{name: said[name] for name in ("user", "projects", "default", "trouble")},
+            since=since,
+            now=datetime.fromtimestamp(said["now"], UTC),
+            jobs=None if jobs is None else [_allocation(row, tracked) for row in jobs],
+            queue=None if queue is None else [_queued(row, tracked) for row in queue],
+            shares=None if shares is None else _shares(shares),
+            parents=said["parents"] or {},
+            private=None if private is None else not {"jobs", "usage"}.isdisjoint(private),
+        )
+
+
+def _allocation(row: Sequence[str], tracked: Sequence[str]) -> Allocation:
+    job, _, user, project, start, end, seconds, text, name, comment = row
+    return Allocation(
+        job=job,
+        user=user,
+        project=project,
+        start=datetime.fromtimestamp(int(start), UTC),
+        end=datetime.fromtimestamp(int(end), UTC) if end.isdigit() else None,
+        seconds=max(float(seconds), 0.0),
+        tres=parse_tres(text, tracked),
+        name=name,
+        comment=comment,
+    )
+
+
+def _queued(row: Sequence[Any], tracked: Sequence[str]) -> Queued:
+    count, state, user, project, left, text = row
+    found = _TIME.fullmatch(left)  # [days-][hours:]minutes:seconds; UNLIMITED, INVALID
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
+    whole = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    return Queued(count, state != "PENDING", user, project, whole if found else None, parse_tres(text, tracked))
+
+
+def _shares(rows: Sequence[Sequence[str]]) -> list[Share]:
+    found = []
+    for project, user, *texts in rows:
+        limits, used, running = map(parse_tres, texts)
+        found += [
+            Share(project, user, tres, limit, used.get(tres), running.get(tres, 0)) for tres, limit in limits.items()
+        ]
+    return found

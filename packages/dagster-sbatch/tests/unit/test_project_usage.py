@@ -1,0 +1,159 @@
+"""What the agent asks Slurm about projects, and what the client makes of the answers: recorded ones of Slurm 24.11."""
+
+from collections.abc import Callable
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_sbatch.costs.budget import Budget, budgets_of
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.settings import Settings, load_settings
+from dagster_sbatch.slurm.gateway import Usage
+from dagster_sbatch.slurm.gateway.agent import usage as agent
+from support.agent_fixtures import put
+
+START = 1795751857
+SINCE = datetime.fromtimestamp(START - 3600, UTC)
+GPUS = "billing=8,cpu=8,gres/gpu:h100={0},gres/gpu={0},mem=8000M,node={1}"
+# One line of a comment that has two; a name with the separator; a task; a job that runs; one that has not begun.
+SACCT = f"""\
+1|COMPLETED|xy12345|p70600|{START}|{START + 1800}|1800|{GPUS.format(2, 1)}|K-1|key=K-1,asset=a/b
+2_0|NODE_FAIL|xy12345|p70600|{START}|{START + 900}|900|{GPUS.format(4, 1)}|j.sh|one
+two
+3|CANCELLED by 0|ab1|p71234|{START}|{START + 3600}|3600|billing=4,cpu=4,mem=4000M,node=1|a|b|c
+4|RUNNING|xy12345|p71234|{START}|Unknown|1800|{GPUS.format(8, 2)}|K-2|
+5|PENDING|xy12345|p71234|Unknown|Unknown|0||K-3|"""
+NOTHING = "cpu=4,mem=0,node={},billing=4,gres/gpu={},gres/gpu:h100={}"
+SSHARE = f"""\
+root|||{NOTHING.format(90, 30, 30)}|{NOTHING.format(22, 25, 25)}
+ p70600||gres/gpu=600|{NOTHING.format(0, 120, 120)}|{NOTHING.format(20, 30, 30)}
+  p70600|xy12345|node=60,gres/gpu=90|{NOTHING.format(6, 12, 12)}|{NOTHING.format(20, 30, 30)}
+ p71234|||{NOTHING.format(8, 0, 0)}|{NOTHING.format(2, 0, 0)}"""
+SQUEUE = "\n".join(
+    [
+        *["PENDING   xy12345   p70600  1:00:00   cpu=4,mem=8000M,node=1,billing=4,gres/gpu=2  "] * 3,
+        "PENDING   ab1       p70600  2-00:30:00   cpu=4,mem=8000M,node=1,billing=4  ",
+        "RUNNING   xy12345   p71234  30:00  cpu=8,mem=8000M,node=2,billing=8,gres/gpu=8,gres/gpu:h100=8  ",
+        "RUNNING   ab1       p71234  UNLIMITED  cpu=8,mem=8000M,node=1,billing=8  ",
+    ]
+)
+CONFIG = "AccountingStorageTRES   = cpu,mem,energy,node,billing,gres/gpu,gres/gpu:h100\nPrivateData = none"
+ASSOCIATIONS = """\
+case "$*" in
+*configuration*) printf 'PrivateData = none\\nPrivateData = none\\n';;
+*"show user"*) printf 'p71234|p70600|q\\np71234|p71234|q\\n';;
+*account=*) printf 'p70600||root\\np70600|xy12345|\\np71234||root\\n';;
+esac"""
+Ask = Callable[..., Usage]
+
+
+@pytest.fixture
+def ask(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """`ask(sacct=...)` gives the client's answer, where Slurm's commands print recorded text or run another script."""
+    monkeypatch.setattr(agent, "user", lambda: "xy12345")
+
+    def make(since: datetime | None = SINCE, **scripts: str) -> Usage:
+        printed = {"sacct": SACCT, "sshare": SSHARE, "squeue": SQUEUE, "scontrol": CONFIG}
+        spoken = {name: f"cat <<'END'\n{text}\nEND" for name, text in printed.items()}
+        for name, script in ({"sacctmgr": ASSOCIATIONS} | spoken | scripts).items():
+            put(slurm, name, script)
+        said = agent.usage(None, {"since": since and since.timestamp()}, None)
+        return Usage.parse({**said, "now": float(START + 1800)}, since)
+
+    return make
+
+
+def settings(**values: Any) -> Settings:
+    return Settings.model_validate(values)
+
+
+OWNERS = settings(SLURM_BUDGET_GPU_HOURS=100, SLURM_BUDGET_START=date(2026, 11, 27))
+AWAY = "echo 'Connection refused' >&2; exit 1"
+
+
+def test_lives_of_jobs_are_read(ask: Ask) -> None:
+    jobs = ask().jobs
+    assert jobs is not None
+    assert [(job.job, job.project, job.tres["gres/gpu"], job.tres["node"]) for job in jobs] == [
+        ("1", "p70600", 2, 1),
+        ("2_0", "p70600", 4, 1),
+        ("3", "p71234", 0, 1),
+        ("4", "p71234", 8, 2),
+    ]
+    assert jobs[0].comment == "key=K-1,asset=a/b"
+    assert (jobs[3].end, jobs[3].seconds) == (None, 1800)
+
+
+def test_limits_of_slurm_are_budgets(ask: Ask) -> None:
+    """A task that waits counts as often as there are such; a limit of the user counts the user's jobs only."""
+    assert budgets_of(ask(), OWNERS)[:3] == [
+        Budget("p70600", "gres/gpu", "", "GrpTRESMins of p70600", 10, 2, 0.5, 6),
+        Budget("p70600", "node", "xy12345", "GrpTRESMins of p70600", 1, 0.1, 20 / 60, 3),
+        Budget("p70600", "gres/gpu", "xy12345", "GrpTRESMins of p70600", 1.5, 0.2, 0.5, 6),
+    ]
+    budget = budgets_of(ask(), OWNERS)[0]
+    assert (budget.unit, budget.left, budget.free) == ("GPU-hours", 8, 1.5)
+
+
+def test_a_limit_above_the_project_counts(ask: Ask) -> None:
+    above = ASSOCIATIONS.replace("p71234||root", "p71234||physics").replace(
+        "*account=*)", "*account=physics*) echo 'physics||root';;\n*account=*)"
+    )
+    shares = f"{SSHARE}\n physics||gres/gpu=60|{NOTHING.format(8, 30, 30)}|{NOTHING.format(2, 0, 0)}"
+    found = budgets_of(ask(sacctmgr=above, sshare=f"echo '{shares}'"), settings())
+    assert [(each.project, each.source, each.left) for each in found][3:] == [("p71234", "GrpTRESMins of physics", 0.5)]
+
+
+def test_the_owners_budget_counts_since_its_start(ask: Ask) -> None:
+    """Half an hour of 8 GPUs, of which the job may use as much again; of the same project, no limit of Slurm."""
+    (budget,) = budgets_of(ask(datetime(2026, 11, 26, tzinfo=UTC)), OWNERS)[3:]
+    assert budget == Budget("p71234", "gres/gpu", "", "SLURM_BUDGET_GPU_HOURS", 100, 4, 4, 0)
+    assert budgets_of(ask(), OWNERS)[3].used is None  # the request was for jobs of a later time
+
+
+def test_the_limit_of_slurm_comes_before_the_owners_budget(ask: Ask) -> None:
+    with_account = OWNERS.model_copy(update={"account": "p70600"})
+    assert {each.source for each in budgets_of(ask(), with_account)} == {"GrpTRESMins of p70600"}
+
+
+def test_the_owners_budget_is_of_the_users_jobs_where_slurm_hides_others(ask: Ask) -> None:
+    hidden = ASSOCIATIONS.replace("PrivateData = none\\n'", "PrivateData = jobs,usage\\n'")
+    budget = budgets_of(ask(sacctmgr=hidden), OWNERS)[3]
+    assert (budget.user, budget.running) == ("xy12345", 4)
+    assert budgets_of(ask(), OWNERS)[3].user == ""
+
+
+def test_gpus_that_slurm_does_not_account_for_are_unknown(ask: Ask) -> None:
+    plain = SACCT.replace("gres/gpu", "other/gpu")
+    usage = ask(sacct=f"echo '{plain}'", scontrol="echo 'AccountingStorageTRES = cpu,mem,node,billing'")
+    assert usage.jobs is not None
+    assert {job.tres.get("gres/gpu") for job in usage.jobs} == {None}
+    assert {job.tres["node"] for job in usage.jobs} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("command", "unknown"),
+    [
+        ("sacct", {"jobs"}),
+        ("squeue", {"queue"}),
+        ("sshare", {"shares"}),
+        ("sacctmgr", {"shares", "private"}),  # it names the projects, and those above them with a limit
+    ],
+)
+def test_what_slurm_does_not_answer_is_unknown(ask: Ask, command: str, unknown: set[str]) -> None:
+    """Nothing fails or waits, and the rest is there."""
+    usage = ask(datetime(2026, 11, 26, tzinfo=UTC), **{command: AWAY})
+    assert {name for name in ("jobs", "queue", "shares", "private") if getattr(usage, name) is None} == unknown
+    assert "Connection refused" in usage.trouble[-1]
+    for budget in budgets_of(usage, OWNERS.model_copy(update={"account": "p71234"})):
+        owners = budget.source == "SLURM_BUDGET_GPU_HOURS"
+        assert (budget.used is None) == (owners and command == "sacct")
+        assert (budget.queued is None) == (command == "squeue")
+
+
+def test_half_a_budget_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLURM_BUDGET_GPU_HOURS", "100")
+    with pytest.raises(ConfigurationError, match="SLURM_BUDGET_START is not set: a budget has an amount and a first"):
+        load_settings(["musica"], tmp_path)
