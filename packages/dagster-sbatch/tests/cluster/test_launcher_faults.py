@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, Launcher, ScriptLauncher
+from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, Launcher, ScriptLauncher, SrunLauncher
 from dagster_sbatch.slurm import SlurmRequest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from slurm_in_a_box.layout import COMPUTE_NODES
 from slurm_in_a_box.machines import MEMORY_CGROUPS
 from support.background import Background, go_on, jobs_of, nobody_left, runs_there
 from support.programs import foreign_elf, make
+from support.ranks import RANK
 from support.ray_run import cause_of, nothing_is_left
 from support.workload_asset import PIPES, materialize
 
@@ -20,6 +21,7 @@ LAUNCHERS: dict[str, Launcher] = {
     "command": CommandLauncher(),
     "batch": BatchScriptLauncher(),
     "script": ScriptLauncher(),
+    "srun": SrunLauncher(),
 }
 """By the first word of a program's name."""
 NODES = [node.hostname for node in COMPUTE_NODES]
@@ -67,6 +69,12 @@ PROGRAMS: dict[str, tuple[str, list[str]]] = {
         "    time.sleep(600)\n",
         [TIME, "time_limit='00:02:00'", "time limit: 6 s left"],
     ),
+    "srun-out-of-time": (  # rank 0 alone is warned
+        f"{RANK}    warned = lambda *_: print('warned srun-out-of-time', flush=True)\n"
+        "    if rank == 0: signal.signal(signal.SIGUSR1, warned)\n"
+        "    time.sleep(600)\n",
+        [TIME, "time_limit='00:02:00'"],
+    ),
 }
 """By name: the program, and what its failure says; nothing if it succeeds. Slurm's proctrack/linuxproc loses processes
 with a space in their name."""
@@ -85,11 +93,13 @@ def test_jobs_that_fail_in_every_way_at_once(
     for name, (text, _) in PROGRAMS.items():
         make(workloads, text, name)
     (workloads / "command-for-another-CPU").write_bytes(foreign_elf())
-    limits = {
+    requests: dict[str, dict[str, Any]] = {
         "batch-out-of-time": {},
-        **{name: {"time_limit": "1"} for name in ("command-out-of-time", "script-out-of-time")},
+        "command-out-of-time": {"time_limit": "1"},
+        "script-out-of-time": {"time_limit": "1"},
+        "srun-out-of-time": {"time_limit": "1", "nodes": 2, "ntasks_per_node": 2},
     }
-    runs = {name: start(workloads / name, **limits.get(name, {"time_limit": "10"})) for name in PROGRAMS}
+    runs = {name: start(workloads / name, **requests.get(name, {"time_limit": "10"})) for name in PROGRAMS}
     waiting = [name for name, (text, _) in PROGRAMS.items() if BEGUN in text]
     begun = {name: site.layout.home / CERTIFICATE_USER.name / f"begun {name}" for name in waiting}
     wait_until(lambda: all(path.exists() and path.read_text() for path in begun.values()), "all run", 90)

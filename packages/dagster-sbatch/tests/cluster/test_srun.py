@@ -157,16 +157,6 @@ def test_a_job_that_is_cancelled(site: SimulatedSite, workloads: Path) -> None:
     nothing_is_left(site, *NODES)
 
 
-def test_rank_0_is_warned_before_the_time_limit(
-    site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    workload = RANK + "    if rank == 0: signal.signal(signal.SIGUSR1, lambda *_: print('saving', flush=True))\n"
-    outcome = run(workload + "    time.sleep(600)\n", workloads, time_limit="1")
-    assert "it reached its time limit (Slurm: TIMEOUT)" in cause_of(outcome.error)
-    assert capfd.readouterr().out == "saving\n"
-    nothing_is_left(site, *NODES)
-
-
 def test_a_lost_connection_and_a_killed_step(
     site: SimulatedSite, tmp_path: Path, step_variables: dict[str, str]
 ) -> None:
