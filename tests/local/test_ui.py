@@ -1,4 +1,4 @@
-"""What a person sees: the real UI in a headless Chromium.
+"""The example in a real `dagster dev`: what it stores and logs, and what a person sees in a headless Chromium.
 
 With UPDATE_SCREENSHOTS=1 the pictures of the README are taken anew; look at them before you commit.
 """
@@ -23,6 +23,35 @@ ASSETS = ("flights", "delay_features", "delay_sweep", "delay_model", "delay_fore
 def page(dagster_dev: DagsterDev, whole_example: str) -> Iterator[Page]:
     with open_ui(dagster_dev.url) as page:
         yield page
+
+
+def test_nothing_is_complained_about_but_dagster_dev_itself(
+    dagster_dev: DagsterDev, whole_example: str, log_of_example: list[str]
+) -> None:
+    text = "".join(log_of_example)
+    complaints = [line for line in text.splitlines() if "Warning" in line or "Traceback" in line]
+    assert complaints
+    for line in complaints:
+        assert "SupersessionWarning: Function `dev_command` is superseded" in line
+    assert "telemetry" not in text.lower()
+    outputs = [
+        path.read_text() for path in (dagster_dev.folder / ".dagster" / "compute_logs" / whole_example).rglob("*.err")
+    ]
+    assert outputs
+    for output in outputs:
+        assert "STEP_SUCCESS" in output
+        assert not re.search(r"(Beta|Preview|Deprecation|Supersession)Warning|Traceback", output)
+
+
+def test_every_month_of_a_run_over_all_has_its_own_numbers(dagster_dev: DagsterDev, whole_example: str) -> None:
+    for asset in ("flights", "delay_features"):
+        events = [event for event in dagster_dev.materializations(asset) if event["runId"] == whole_example]
+        assert sorted(event["partition"] for event in events) == [f"2013-{month:02}" for month in range(1, 13)]
+        rows = {event["partition"]: event["rows"] for event in events}
+        assert len(set(rows.values())) == 12
+        if asset == "flights":
+            assert (rows["2013-01"], rows["2013-02"], rows["2013-12"]) == (27004, 24951, 28135)
+            assert sum(rows.values()) == 336_776
 
 
 def test_the_graph_shows_all_assets_materialised(page: Page, tmp_path: Path) -> None:

@@ -3,12 +3,11 @@
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
 
-from support.dagster_dev import DagsterDev, beside_location, gone, wait_for
+from support.dagster_dev import ENDED, DagsterDev, beside_location, gone, wait_for
 
 pytestmark = pytest.mark.local
 
@@ -31,18 +30,36 @@ defs = dg.Definitions(assets=[waiter], executor=dg.in_process_executor)
 """
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[DagsterDev]:
+@pytest.fixture(scope="module")
+def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev]:
     """`dagster dev` whose monitoring looks every second."""
-    (tmp_path / "location.py").write_text(LOCATION)
-    variables = {"HOME": str(tmp_path), "DATA_ROOT": str(tmp_path / "data")}
+    folder = tmp_path_factory.mktemp("forked")
+    (folder / "location.py").write_text(LOCATION)
+    variables = {"HOME": str(folder), "DATA_ROOT": str(folder / "data")}
 
     def adapt(text: str) -> str:
         return text.replace("poll_interval_seconds: 30", "poll_interval_seconds: 1")
 
-    with beside_location(tmp_path / "location.py", tmp_path / "project", variables, "waiting", adapt) as started:
+    with beside_location(folder / "location.py", folder / "project", variables, "waiting", adapt) as started:
         yield started
-        (tmp_path / "data" / "go").touch()
+
+
+@pytest.fixture
+def server(dagster_dev: DagsterDev) -> Iterator[DagsterDev]:
+    """The same for all tests; the runs of one end before the next one begins."""
+    go = dagster_dev.data_root / "go"
+    go.unlink(missing_ok=True)
+    yield dagster_dev
+    go.parent.mkdir(exist_ok=True)
+    go.touch()
+    wait_for(lambda: not active_runs(dagster_dev), 60, "all runs have ended")
+
+
+def active_runs(server: DagsterDev) -> list[str]:
+    """Ids of the runs that have not ended."""
+    query = "{ runsOrError { ... on Runs { results { runId status } } } }"
+    runs = server.ask(query)["runsOrError"]["results"]
+    return [run["runId"] for run in runs if run["status"] not in ENDED]
 
 
 def start(server: DagsterDev, run_id: str | None = None) -> tuple[str, int, int]:
@@ -77,7 +94,7 @@ def test_a_run_that_is_killed_with_its_fork_server_is_found_and_retried(server: 
         os.kill(each, signal.SIGKILL)
     wait_for(lambda: server.status(run_id) == "FAILURE", 60, "run monitoring fails the run")
     assert any(f"Process {pid} of this run is gone" in text for text in server.messages(run_id))
-    retry = wait_for(lambda: server.newest_run_but(run_id), 60, "it is retried")
+    retry = wait_for(lambda: server.re_execution_of(run_id), 60, "it is retried")
     _, _, another = start(server, retry)
     assert another != parent
 
@@ -93,8 +110,8 @@ def test_runs_end_with_dagster_dev_by_ctrl_c_and_outlive_its_kill(server: Dagste
     assert other_parent != parent
     server.terminate(survivor)
     assert server.wait(survivor) == "CANCELED"
-    wait_for(lambda: gone(parent), 30, "the first fork server has ended with its last run")
+    wait_for(lambda: gone(parent), 60, "the first fork server has ended with its last run")
     server.stop()
-    wait_for(lambda: gone(other_pid) and gone(other_parent), 20, "Ctrl-C has ended the run and its fork server")
+    wait_for(lambda: gone(other_pid) and gone(other_parent), 60, "Ctrl-C has ended the run and its fork server")
     server.start()
     assert server.status(other) == "FAILURE"
