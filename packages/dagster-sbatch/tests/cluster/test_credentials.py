@@ -185,16 +185,17 @@ def test_processes_and_threads_at_once_ask_for_one_certificate(site: SimulatedSi
     assert len(passwords) == 2  # one proves the new app password, one is for the certificate
 
 
-def test_certificates_of_twenty_seconds_are_kept_alive_for_a_minute(
+def test_certificates_of_twenty_seconds_are_renewed_before_they_end(
     site: SimulatedSite, variables: dict[str, str], client_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One connection stays open all the time, others come and go; nobody is ever without a valid certificate."""
+    """Twice. One connection stays open all the time, others come and go; nobody is ever without a valid certificate."""
     monkeypatch.setenv("HOME", str(client_home))
     site.certificate_authority.set_validity("20s")
-    settings, ends = access.settings_of(variables), set()
+    settings = access.settings_of(variables)
+    ends: set[datetime] = set()
     begun = time.monotonic()
     with connect(settings, ensure_certificate) as lasting:
-        while time.monotonic() < begun + 60:
+        while len(ends) < 3:
             with connect(settings, ensure_certificate) as passing:
                 assert passing.run("true", hide=True).ok
             certificate = ensure_certificate(settings)
@@ -203,4 +204,4 @@ def test_certificates_of_twenty_seconds_are_kept_alive_for_a_minute(
             ends.add(certificate.valid_before)
             answer = lasting.run("sleep 1; echo still here", hide=True)  # paces the loop, too
             assert answer.stdout.endswith("still here\n")
-    assert 3 <= len(ends) <= 6  # each is renewed after two thirds of its life
+    assert time.monotonic() - begun > 20  # each is renewed after two thirds of its life
