@@ -89,7 +89,7 @@ class Person:
             return bool(answer["data"]["repositoriesOrError"].get("nodes"))
 
         try:
-            wait_for(loaded, 120, f"{command} has loaded the code location")
+            wait_for(loaded, 300, f"{command} has loaded the code location")
         finally:
             process.terminate()
             process.wait(60)

@@ -103,6 +103,7 @@ def test_materialize_all_from_the_ui(
         page.get_by_role("button", name="All", exact=True).click()
         page.get_by_role("button", name="Launch backfill").click()
         page.get_by_text("Created backfill").wait_for()
+        page.goto("about:blank")  # an open page of the UI asks for news all the time
         wait_for(lambda: backfill(dagster_dev) not in ("REQUESTED", "COMPLETING"), 900, "the backfill has ended")
         assert backfill(dagster_dev) == "COMPLETED_SUCCESS"
         (sweep,) = dagster_dev.materializations("delay_sweep")
@@ -111,9 +112,14 @@ def test_materialize_all_from_the_ui(
         take(page, "sweep-on-the-supercomputer.png", tmp_path)
     runs = site.run_on_login(CERTIFICATE_USER, f"bash -lc 'ls -d {base}/runs/*/'").stdout.split()
     keys = [run.strip("/").rpartition("/")[2] for run in runs if "dagster-slurm/runs/" in run]
-    jobs = site.sacct(
-        "-XnP", "--starttime=now-1days", f"--name={','.join(keys)}", "--format=JobName,Partition,QOS,State,NNodes"
-    ).splitlines()
+    jobs: list[str] = []
+
+    def accounted() -> bool:
+        fields = "--format=JobName,Partition,QOS,State,NNodes"
+        jobs[:] = site.sacct("-XnP", "--starttime=now-1days", f"--name={','.join(keys)}", fields).splitlines()
+        return not any("|PENDING|" in row or "|RUNNING|" in row for row in jobs)
+
+    wait_for(accounted, 60, "the accounting has the ends of all jobs")
     ran = {name.partition("-")[0]: row for name, *row in (line.split("|") for line in jobs)}
     gpu = ["zen4_0768_h100x4", "zen4_0768_h100x4", "COMPLETED", "2"]
     all_gpus = [*gpu[:3], "1"]

@@ -122,7 +122,7 @@ class Services(DagsterDev):
         replaced = {"3000": self._port, "musica_pipelines.definitions": "waiting_location"}
         for name in names or ORDER:
             self.units[name].start(self._variables, self.log.with_name(f"{name}.log"), replaced)
-        wait_for(self.answers, 120, f"the services answer; see {self.log.parent}/*.log")
+        wait_for(self.answers, 300, f"the services answer; see {self.log.parent}/*.log")
 
     def stop(self, *names: str) -> None:
         for name in names:

@@ -79,4 +79,4 @@ def test_its_own_process_passes_signals_on_and_ends_the_command_with_it(slurm_si
         node.run(["kill", "-USR1", str(outer)])
         assert process.stdout.readline() == "warned\n"
         node.run(["kill", "-KILL", str(outer)])
-    wait_until(lambda: not node.process_alive(inner), "the end of the command", 20)
+    wait_until(lambda: not node.process_alive(inner), "the end of the command")

@@ -47,7 +47,7 @@ def test_job_on_the_cpu_partition(slurm_site: SimulatedSite) -> None:
         f"--jobs={job}",
         "--format=State,ExitCode,QOS,AllocNodes",
     ]
-    wait_until(lambda: slurm_site.sacct(*accounting) == "COMPLETED|0:0|dev_zen4_0768|2\n", "the job's accounting", 30)
+    wait_until(lambda: slurm_site.sacct(*accounting) == "COMPLETED|0:0|dev_zen4_0768|2\n", "the job's accounting")
 
 
 @pytest.mark.smoke

@@ -57,7 +57,7 @@ def location(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def dagster_dev(variables: dict[str, str], location: Path, tmp_path: Path) -> Iterator[DagsterDev]:
-    with beside_location(location, tmp_path / "project", variables, "login") as server:
+    with beside_location(location, tmp_path / "project", variables, "login", projects_own=True) as server:
         yield server
 
 

@@ -250,8 +250,11 @@ pipes.report_asset_materialization(metadata={"again": again})
         }  # fmt: skip
     assert any("NODE_FAIL" in line and "it is submitted again" in line for line in outcomes[CPU_PARTITION].log)
     assert sorted(tasks_there(site).values(), key=len) == [["2013-01-02"], KEYS[:4], KEYS[:4]]
-    states = site.sacct("--duplicates", "-XnP", f"--jobs={tasks[idle][0]}", "--format=State")
-    assert states.split() == ["PREEMPTED", "COMPLETED"]
+
+    def states() -> list[str]:
+        return site.sacct("--duplicates", "-XnP", f"--jobs={tasks[idle][0]}", "--format=State").split()
+
+    wait_until(lambda: states() == ["PREEMPTED", "COMPLETED"], "the accounting has both")
 
 
 def test_a_range_longer_than_the_submit_limit_is_several_array_jobs(site: SimulatedSite, tmp_path: Path) -> None:

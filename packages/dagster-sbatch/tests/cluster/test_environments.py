@@ -152,7 +152,7 @@ def test_a_client_that_goes_away_leaves_nothing_running(site: SimulatedSite, wan
 
     with pytest.raises(GoneError), Client(wanted, go) as client:
         client.ensure()
-    wait_until(lambda: not site.processes_on_login(), "no process on the login nodes", 30)
+    wait_until(lambda: not site.processes_on_login(), "no process on the login nodes")
     with Client(wanted) as client:
         assert names(site) == []
         client.ensure()

@@ -88,7 +88,7 @@ def test_each_task_from_submission_to_its_end(open_gateway: Callable[[], Gateway
     assert whole is not None
     assert (whole.state, whole.code) == ("FAILED", 1)
     gateway.close()
-    wait_until(lambda: not site.processes_on_login(), "no process on the login nodes", 10)
+    wait_until(lambda: not site.processes_on_login(), "no process on the login nodes")
 
 
 def test_nothing_is_lost_or_doubled_when_connections_break(
@@ -148,7 +148,7 @@ def test_an_array_job_that_waits_is_adopted_and_cancelled_as_a_whole(
     assert seen.outcomes == {0: ("COMPLETED", 0)}
     second = open_gateway()
     family = key.rpartition("-")[0]
-    wait_until(lambda: second.claim(RUNS, family, "token-2", "me").held_by is None, "the first agent leaves", 20)
+    wait_until(lambda: second.claim(RUNS, family, "token-2", "me").held_by is None, "the first agent leaves")
     (known,) = second.claim(RUNS, family, "token-2", "me").arrays
     assert (known.job, known.over, set(known.ends)) == (seen.jobs[run.run].job, False, {0})
     adopted = Recorder(
@@ -184,7 +184,7 @@ def test_tasks_end_in_every_way_that_slurm_knows(open_gateway: Callable[[], Gate
     assert begun.wait(60)
     job = seen.jobs[run.run].job
     site.run_on_login(CERTIFICATE_USER, f"scancel {job}_5; scancel {job}_0")
-    wait_until((on_disk(site, run) / "tasks/2/again").exists, "it has begun", 30)
+    wait_until((on_disk(site, run) / "tasks/2/again").exists, "it has begun")
     site.cluster.query("scontrol", "requeue", f"{job}_2")
     thread.join(150)
     assert not thread.is_alive()

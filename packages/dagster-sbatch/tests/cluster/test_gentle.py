@@ -88,7 +88,7 @@ def followed_runs(site: SimulatedSite) -> Iterator[None]:
 @pytest.mark.usefixtures("on_supercomputer")
 def test_idle_agents_ask_rarely_and_take_little(site: SimulatedSite) -> None:
     with followed_runs(site):
-        wait_until(lambda: queries(site) > 0, "the first look at the queue", 30)
+        wait_until(lambda: queries(site) > 0, "the first look at the queue")
         before, asked = agents(site), queries(site)
         assert len(before) >= RUNS
         threading.Event().wait(SECONDS)

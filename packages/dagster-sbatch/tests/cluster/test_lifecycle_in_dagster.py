@@ -78,7 +78,7 @@ def location(tmp_path: Path) -> Path:
 @pytest.fixture
 def dagster_dev(on_supercomputer: dict[str, str], location: Path, tmp_path: Path) -> Iterator[DagsterDev]:
     variables = {**on_supercomputer, "DATA_ROOT": f"{CERTIFICATE_USER.home}/data"}
-    with beside_location(location / "location.py", tmp_path / "project", variables) as server:
+    with beside_location(location / "location.py", tmp_path / "project", variables, projects_own=True) as server:
         yield server
 
 

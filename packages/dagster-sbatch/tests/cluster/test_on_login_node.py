@@ -78,5 +78,5 @@ def test_a_run_without_ssh(site: SimulatedSite) -> None:
     metadata = json.loads(said[0].splitlines()[-1])
     assert (metadata["rows"], metadata["account"]) == (7, SECOND_ACCOUNT)
     assert metadata["attach"] == f"srun --jobid={metadata['job_id']} --overlap --pty bash"
-    assert site.job_state(metadata["job_id"]) == "COMPLETED"
+    site.wait_for_job(metadata["job_id"], "COMPLETED")
     nobody_left(site)

@@ -52,14 +52,14 @@ def test_the_controller_is_down_at_the_submission_in_mid_run_and_at_the_end(
     before = logins(site)
     with site.faults.controller_down():
         run = Background(lambda: materialize(WAITS, workloads, request=REQUEST))
-        wait_until(lambda: "tried" in tried(site), "the first try", 30)
+        wait_until(lambda: "tried" in tried(site), "the first try")
         pause(600 if STRESS else 2)
     only_job(site, "RUNNING", 90)
     with site.faults.controller_down():
         pause(30 if STRESS else 2)
     with site.faults.controller_down():
         go_on(site)
-        wait_until(lambda: '"code": 0' in events(site), "the job's own record of its end", 30)
+        wait_until(lambda: '"code": 0' in events(site), "the job's own record of its end")
         pause(30 if STRESS else 2)
     one_job_did_it(site, run.outcome())
     assert sum(logins(site).values()) == sum(before.values()) + 1
@@ -171,7 +171,7 @@ def test_a_job_that_vanishes_without_a_word(site: SimulatedSite, workloads: Path
     """Its batch shell is killed: Slurm says FAILED or COMPLETED, and either is an error."""
     run = Background(lambda: materialize(WAITS, workloads, request=REQUEST))
     job = only_job(site, "RUNNING")
-    wait_until(lambda: "begun" in output_there(site), "it runs", 30)
+    wait_until(lambda: "begun" in output_there(site), "it runs")
     ((node,),) = rows_of(site, "%N", f"--jobs={job}")
     site.run_on_node(node, "kill -KILL $(pgrep -f [s]lurm_script)")
     outcome = run.outcome()
@@ -196,7 +196,7 @@ def test_a_disk_that_is_full_in_mid_run(site: SimulatedSite, workloads: Path) ->
     workload = WAITS.replace('print("gone on"', 'pathlib.Path("big").write_bytes(bytes(1 << 20)); print("gone on"')
     run = Background(lambda: materialize(workload, workloads, request=REQUEST))
     only_job(site, "RUNNING")
-    wait_until(lambda: "begun" in output_there(site), "it runs", 30)
+    wait_until(lambda: "begun" in output_there(site), "it runs")
     go_on_there = f"{CERTIFICATE_USER.home}/go-on"
     with site.faults.disk_full():
         (site.layout.home / CERTIFICATE_USER.name / Path(go_on_there).name).touch()  # takes no space

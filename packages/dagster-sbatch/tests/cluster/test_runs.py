@@ -89,7 +89,7 @@ def test_result_output_and_numbers(site: SimulatedSite, workloads: Path, capfd: 
     about = json.loads(site.run_on_login(CERTIFICATE_USER, f"cat {run}/about.json").stdout)
     assert (about["run"], about["root"], about["asset"]) == (outcome.run_id, outcome.run_id, "probe")
     assert site.run_on_login(CERTIFICATE_USER, f"stat -c %a {run}").stdout.strip() == "700"
-    wait_until(lambda: [each.command for each in site.processes_on_login()] == before, "nothing is left there", 10)
+    wait_until(lambda: [each.command for each in site.processes_on_login()] == before, "nothing is left there")
 
 
 def test_an_asset_check_and_an_asset_with_partitions_report_from_jobs_of_their_own(

@@ -95,7 +95,7 @@ def test_small_packets_go_at_once_and_silence_is_broken(site: SimulatedSite, mon
     with connect(settings(site), nothing) as connection:
         assert connection.transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         sent = connection.transport.packetizer._Packetizer__sequence_number_out
-        wait_until(lambda: connection.transport.packetizer._Packetizer__sequence_number_out > sent, "keepalive", 10)
+        wait_until(lambda: connection.transport.packetizer._Packetizer__sequence_number_out > sent, "keepalive")
 
 
 def test_the_refresh_comes_before_each_attempt_and_gets_the_settings(site: SimulatedSite, home: Path) -> None:
@@ -112,7 +112,7 @@ def test_the_refresh_comes_before_each_attempt_and_gets_the_settings(site: Simul
         assert calls == [asked]
         certificate.unlink()
         site.faults.drop_connections()
-        wait_until(lambda: not connection.is_connected, "the end of the connection", 10)
+        wait_until(lambda: not connection.is_connected, "the end of the connection")
         connection.open()
         assert hostname(connection).startswith("login0")
         assert calls == [asked, asked]
@@ -124,8 +124,8 @@ def test_the_refresh_comes_before_each_attempt_and_gets_the_settings(site: Simul
 def test_closing_leaves_nothing(site: SimulatedSite) -> None:
     with connect(settings(site), nothing):
         assert not no_transport_is_left()
-    wait_until(no_transport_is_left, "the end of paramiko's threads", 10)
-    wait_until(lambda: not site.processes_on_login(), "the end of all processes on the login nodes", 10)
+    wait_until(no_transport_is_left, "the end of paramiko's threads")
+    wait_until(lambda: not site.processes_on_login(), "the end of all processes on the login nodes")
 
 
 # Refusals
@@ -134,7 +134,7 @@ def test_closing_leaves_nothing(site: SimulatedSite) -> None:
 def refusal(asked: Settings) -> str:
     with pytest.raises(AuthenticationError) as refused:
         connect(asked, nothing)
-    wait_until(no_transport_is_left, "the end of paramiko's threads", 10)
+    wait_until(no_transport_is_left, "the end of paramiko's threads")
     return str(refused.value)
 
 
@@ -199,7 +199,7 @@ def test_a_right_key_that_nobody_named_is_not_found(site: SimulatedSite, home: P
 def fails(site: SimulatedSite) -> str:
     with pytest.raises(UnreachableError) as failed:
         connect(settings(site), nothing)
-    wait_until(no_transport_is_left, "the end of paramiko's threads", 10)
+    wait_until(no_transport_is_left, "the end of paramiko's threads")
     return str(failed.value)
 
 
@@ -214,7 +214,7 @@ def test_frozen(site: SimulatedSite, monkeypatch: pytest.MonkeyPatch) -> None:
     with site.faults.login_frozen():
         begun = time.monotonic()
         assert "cannot be reached" in fails(site)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 20
     connect(settings(site), nothing).close()
 
 
@@ -282,7 +282,7 @@ def test_through_a_jump_host(site: SimulatedSite, through: Callable[[str], Setti
         assert hostname(connection) == "login02"
         assert connection.run("echo $SSH_CONNECTION", hide=True).stdout.split()[-4] == site.machines["login01"].address
         assert len(calls) == 1
-    wait_until(no_transport_is_left, "the end of both connections", 10)
+    wait_until(no_transport_is_left, "the end of both connections")
 
 
 @pytest.mark.parametrize(("known", "untrusted"), [("login02", "login01"), ("login01", "login02")])
@@ -292,7 +292,7 @@ def test_both_host_keys_are_checked(
     with pytest.raises(HostKeyError) as refused:
         connect(through(known), nothing)
     assert str(refused.value).startswith(f"{site.machines[untrusted].address} (port 22) is not trusted")
-    wait_until(no_transport_is_left, "the end of both connections", 10)
+    wait_until(no_transport_is_left, "the end of both connections")
 
 
 def test_the_jump_host_cannot_reach_the_login_node(
@@ -305,7 +305,7 @@ def test_the_jump_host_cannot_reach_the_login_node(
     ) as failed:
         connect(asked, nothing)
     assert site.machines["login01"].address in str(failed.value)
-    wait_until(no_transport_is_left, "the end of both connections", 10)
+    wait_until(no_transport_is_left, "the end of both connections")
 
 
 def test_the_jump_host_is_down(site: SimulatedSite, home: Path) -> None:

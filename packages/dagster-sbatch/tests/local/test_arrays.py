@@ -312,7 +312,7 @@ def test_a_run_that_is_interrupted_leaves_nothing_and_keeps_what_is_complete(tmp
     assert sorted_keys(outcome) == KEYS[:2]
     pids = [int(pid) for path in data_root.glob("pids-*") for pid in path.read_text().split()]
     assert len(pids) == 4
-    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), "no process is left", 20)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids), "no process is left")
     (data_root / "fixed").touch()
     again = asset.run(FIRST, LAST, of=outcome.run_id, from_failure=True)
     assert ran(data_root, again.run_id) == KEYS[2:]

@@ -180,4 +180,4 @@ def test_ranks_that_are_terminated_save_their_state_and_are_gone(tmp_path: Path)
     assert ended.exit_code == 3
     assert all((directory / f"saved-{n}").exists() for n in range(4))
     pids = [int(pid) for n in range(4) for pid in (directory / f"pids-{n}").read_text().split()]
-    wait_until(lambda: all(map(gone, pids)), "its processes have ended", 20)
+    wait_until(lambda: all(map(gone, pids)), "its processes have ended")

@@ -2,7 +2,7 @@
 
 import base64
 import json
-import time
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -25,7 +25,7 @@ from dagster_sbatch.auth.authentik import request_oidc_token
 from dagster_sbatch.auth.http import Http, HttpAnswer
 from dagster_sbatch.auth.refresh_failures import RefreshFailures
 from dagster_sbatch.settings import Settings
-from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance
+from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance, wait_until
 from support import access
 from support.rotation import stored
 from support.rotation import variables as variables
@@ -166,26 +166,33 @@ def test_nothing_is_left_by_a_bootstrap_that_fails(
 
 
 def test_a_request_that_arrives_after_its_client_has_died_leaves_nothing(
-    settings: Settings, variables: dict[str, str], control: AuthentikControl, wind: Wind
+    settings: Settings,
+    variables: dict[str, str],
+    authentik: AuthentikServer,
+    control: AuthentikControl,
+    wind: Wind,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A proxy holds the request to make a token while the client is killed and the next refresh cleans up."""
-    control.disturb(Disturbance("slow", seconds=3, method="POST", path="/core/tokens/", times=1))
+    sent, go_on = threading.Event(), threading.Event()
+
+    def hold_the_first(method: str, path: str) -> None:
+        if method == "POST" and "/core/tokens/" in path and not sent.is_set():
+            sent.set()
+            go_on.wait(60)
+
+    monkeypatch.setattr(authentik.disturbances, "take", hold_the_first)
     process = access.start(access.KILLED_AT_STEP, variables, "1000", "now", "no")
-    names: set[str] = set()
-    while not names:
-        time.sleep(0.05)
-        names = set(stored(settings).record) - access.made_here(control)
-    time.sleep(0.5)  # the request is on its way
+    assert sent.wait(60)
+    names = set(stored(settings).record) - access.made_here(control)
+    assert names
     process.kill()
     process.communicate()
-    control.clear_disturbances()
     wind(timedelta(0))
     refresh(settings, certificate="no")
     assert len(access.made_here(control)) == 2
-    deadline = time.monotonic() + 20
-    while not names & access.made_here(control):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    go_on.set()
+    wait_until(lambda: names & access.made_here(control), "the request has arrived")
     refresh(settings, certificate="no")
     assert len(access.made_here(control)) == 2
     wind(timedelta(hours=2))

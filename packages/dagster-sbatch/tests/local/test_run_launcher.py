@@ -69,7 +69,7 @@ def test_a_run_that_is_terminated(runs: Runs) -> None:
     assert runs.instance.run_launcher.terminate(run_id)
     runs.wait(run_id, STATUS.CANCELED)
     assert not runs.instance.run_launcher.terminate(run_id)
-    wait_for(lambda: not runs.process(run_id).alive, 20, "its process has ended")
+    wait_for(lambda: not runs.process(run_id).alive, 60, "its process has ended")
 
 
 def test_terminate_ends_a_run_whose_process_is_gone_and_no_other_process(runs: Runs) -> None:
@@ -104,7 +104,7 @@ def test_a_server_that_is_killed_loses_no_run(runs: Runs) -> None:
     before = runs.launch("waiting")
     parent = runs.seen(before)["parent"]
     os.kill(parent, signal.SIGKILL)
-    wait_for(lambda: gone(parent), 20, "the server is gone")
+    wait_for(lambda: gone(parent), 60, "the server is gone")
     after = runs.launch("reporting")
     runs.wait(after)
     assert runs.seen(after)["parent"] != parent
@@ -130,7 +130,7 @@ def test_a_server_retires_when_something_that_it_has_imported_changes(
     assert len(runs.servers()) == 2
     (runs.reports / "go").touch()
     runs.wait(old)
-    wait_for(lambda: len(runs.servers()) == 1, 20, "the old server has ended")
+    wait_for(lambda: len(runs.servers()) == 1, 60, "the old server has ended")
     assert f"retires: {customize} has changed; 1 runs left" in runs.log
 
 
@@ -165,7 +165,7 @@ def test_a_launch_that_breaks_off_has_started_nothing(runs: Runs) -> None:
     reports = len(list(runs.reports.glob("*.json")))
     with ForkServers(runs.base).fork(sys.executable, run_id, "{}") as forked:
         assert forked.process.alive
-    wait_for(lambda: not forked.process.alive, 20, "the process has ended")
+    wait_for(lambda: not forked.process.alive, 60, "the process has ended")
     assert len(list(runs.reports.glob("*.json"))) == reports
     assert runs.status(run_id) == STATUS.NOT_STARTED
 
@@ -182,7 +182,7 @@ def test_a_run_that_is_terminated_while_it_is_launched(runs: Runs, monkeypatch: 
     monkeypatch.setattr(dg.DagsterInstance, "add_run_tags", add_and_terminate)
     run_id = runs.launch("reporting")
     assert runs.status(run_id) == STATUS.CANCELED
-    wait_for(lambda: not runs.process(run_id).alive, 20, "its process has ended")
+    wait_for(lambda: not runs.process(run_id).alive, 60, "its process has ended")
     assert list(runs.reports.glob("*.json")) == []
 
 
@@ -227,7 +227,7 @@ with ForkServers(Path(sys.argv[1])).fork(sys.executable, "a-run", "{}") as forke
 """
     done = subprocess.run([sys.executable, "-c", script, str(runs.base)], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 0
-    wait_for(lambda: runs.servers() == [], 30, "the server has ended")
+    wait_for(lambda: runs.servers() == [], 60, "the server has ended")
     assert "the process that has started it is gone" in runs.log
     assert list(runs.base.glob("*.socket")) == []
 

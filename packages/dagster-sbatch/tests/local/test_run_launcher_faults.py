@@ -32,8 +32,8 @@ def test_a_late_fork_does_not_fail_the_run_that_the_default_launcher_has_started
     server.suspend()
     run_id = runs.launch("reporting")
     server.resume()
-    wait_for(lambda: f"run {run_id}: process " in runs.log, 20, "the late process has ended")
-    wait_for(lambda: runs.log.count(f"run {run_id}: ") == 2, 20, f"its end is judged; {runs.log}")
+    wait_for(lambda: f"run {run_id}: process " in runs.log, 60, "the late process has ended")
+    wait_for(lambda: runs.log.count(f"run {run_id}: ") == 2, 60, f"its end is judged; {runs.log}")
     assert runs.status(run_id) == STATUS.STARTING
 
 
@@ -44,7 +44,7 @@ def test_a_run_that_is_terminated_before_its_first_step_is_canceled(runs: Runs) 
     assert runs.status(run_id) == STATUS.STARTING
     assert runs.instance.run_launcher.terminate(run_id)
     hold.unlink()
-    wait_for(lambda: runs.log.count(f"run {run_id}: ") == 2, 20, f"its end is judged; {runs.log}")
+    wait_for(lambda: runs.log.count(f"run {run_id}: ") == 2, 60, f"its end is judged; {runs.log}")
     assert runs.status(run_id) == STATUS.CANCELED
     assert list(runs.reports.glob("*.json")) == []
 
@@ -77,7 +77,7 @@ def test_a_run_that_dies_while_it_is_canceled_is_not_retried(runs: Runs) -> None
     assert run
     runs.instance.report_run_canceling(run)
     os.kill(runs.process(run_id).pid, signal.SIGKILL)
-    wait_for(lambda: runs.status(run_id) != STATUS.CANCELING, 20, "its end is reported")
+    wait_for(lambda: runs.status(run_id) != STATUS.CANCELING, 60, "its end is reported")
     assert runs.status(run_id) == STATUS.CANCELED
 
 
@@ -85,7 +85,7 @@ def test_an_end_that_cannot_be_reported_is_in_the_log(runs: Runs) -> None:
     with ForkServers(runs.base).fork(sys.executable, "a-run", "{}") as forked:
         os.kill(forked.process.pid, signal.SIGKILL)
         text = f"run a-run: the end of process {forked.process.pid} cannot be reported: "
-        wait_for(lambda: text in runs.log, 20, f"the log has the error; {runs.log}")
+        wait_for(lambda: text in runs.log, 60, f"the log has the error; {runs.log}")
 
 
 def test_a_reporter_that_hangs_does_not_look_like_a_server(tmp_path: Path) -> None:
@@ -115,12 +115,12 @@ server.serve()
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
     with subprocess.Popen(command) as server:
-        wait_for((tmp_path / "reporter").exists, 30, "the reporter runs")
+        wait_for((tmp_path / "reporter").exists, 60, "the reporter runs")
         pid = int((tmp_path / "reporter").read_text())
         held = [str(each.readlink()) for each in Path(f"/proc/{pid}/fd").iterdir()]
         os.kill(pid, signal.SIGTERM)
-        server.wait(30)
-    wait_for(lambda: gone(pid), 20, "SIGTERM has ended the reporter")
+        server.wait(60)
+    wait_for(lambda: gone(pid), 60, "SIGTERM has ended the reporter")
     assert [each for each in held if each.startswith("socket:")] == []
 
 

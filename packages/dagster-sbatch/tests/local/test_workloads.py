@@ -344,7 +344,7 @@ def test_what_a_workload_leaves_running_is_ended(how: str, tmp_path: Path) -> No
     """
     )
     assert materialize(workload, tmp_path).success
-    wait_for(lambda: gone(int(pid.read_text())), 20, "the child has ended")
+    wait_for(lambda: gone(int(pid.read_text())), 60, "the child has ended")
 
 
 def test_the_run_directory_is_private_and_removed(tmp_path: Path) -> None:
@@ -383,4 +383,4 @@ def test_the_same_workload_finds_ray_by_itself(tmp_path: Path, monkeypatch: pyte
     assert metadata["squares"] == [n * n for n in range(10)]
     assert metadata["nodes"] == 1
     assert list(home.rglob("auth_token")) == []
-    wait_for(lambda: all(gone(pid) for pid in metadata["pids"]), 20, "Ray has ended")
+    wait_for(lambda: all(gone(pid) for pid in metadata["pids"]), 60, "Ray has ended")

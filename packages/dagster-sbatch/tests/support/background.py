@@ -93,7 +93,7 @@ def events(site: SimulatedSite) -> str:
     return site.run_on_login(CERTIFICATE_USER, "cat dagster-slurm/runs/*/events", check=False).stdout
 
 
-def nobody_left(site: SimulatedSite, seconds: float = 10) -> None:
+def nobody_left(site: SimulatedSite, seconds: float = 60) -> None:
     """Wait until no process of the user is left on the login nodes."""
     wait_until(lambda: not site.processes_on_login(), "no process on the login nodes", seconds)
 

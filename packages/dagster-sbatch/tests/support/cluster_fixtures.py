@@ -34,7 +34,7 @@ def shells_that_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     send = paramiko.Channel.send
 
     def send_late(channel: paramiko.Channel, data: bytes) -> int:
-        wait_until(lambda: channel.closed, "the program has ended", 20)
+        wait_until(lambda: channel.closed, "the program has ended")
         return int(send(channel, data))
 
     monkeypatch.setattr(paramiko.Channel, "send", send_late)

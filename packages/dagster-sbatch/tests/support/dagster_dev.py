@@ -36,7 +36,7 @@ def gone(pid: int) -> bool:
     """Whether a process has ended (a zombie has)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends while its file is read
         return True
 
 
@@ -88,7 +88,7 @@ class DagsterDev:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        wait_for(self._loaded, 120, f"dagster dev has loaded; see {self.log}")
+        wait_for(self._loaded, 300, f"dagster dev has loaded; see {self.log}")
         self.log_of_start = self.log.read_text()
 
     def _loaded(self) -> bool:
@@ -264,8 +264,9 @@ def beside_location(
     environment: Mapping[str, str],
     name: str = "probe",
     adapt: Callable[[str], str] = lambda text: text,
+    projects_own: bool = False,
 ) -> Iterator[DagsterDev]:
-    """The project's `dagster dev` with one more code location, until the end of the block.
+    """`dagster dev` as the project configures it, with another code location, until the end of the block.
 
     Args:
         file: defines the location.
@@ -273,11 +274,13 @@ def beside_location(
         environment: its variables, beside PATH and LANG.
         name: of the location.
         adapt: gets the text of the project's dagster.yaml, and returns what is used instead.
+        projects_own: whether the project's code location is loaded, too; each takes two processes more.
     """
     folder.mkdir()
     (folder / "dagster.yaml").write_text(adapt((ROOT / "dagster.yaml").read_text()))
-    extra = f"  - python_file: {{relative_path: {file}, location_name: {name}}}\n"
-    (folder / "workspace.yaml").write_text((ROOT / "workspace.yaml").read_text() + extra)
+    listed = (ROOT / "workspace.yaml").read_text() if projects_own else "load_from:\n"
+    listed += f"  - python_file: {{relative_path: {file}, location_name: {name}}}\n"
+    (folder / "workspace.yaml").write_text(listed)
     kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
     server = DagsterDev(folder, {**kept, **environment})
     try:

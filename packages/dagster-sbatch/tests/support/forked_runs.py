@@ -69,7 +69,9 @@ class Runs:
 
     @property
     def log(self) -> str:
-        return (self.base / LOG).read_text() if (self.base / LOG).exists() else ""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.base / LOG).read_text()
+        return ""
 
     def servers(self) -> list[psutil.Process]:
         """Living fork servers of this folder."""

@@ -116,6 +116,6 @@ def leftovers(site: SimulatedSite, *nodes: str) -> str:
 def nothing_is_left(site: SimulatedSite, *nodes: str) -> None:
     """Wait for the nodes to be as clean as before the job."""
     try:
-        wait_until(lambda: not leftovers(site, *nodes), "clean nodes", 30)
+        wait_until(lambda: not leftovers(site, *nodes), "clean nodes")
     except Exception as error:
         raise AssertionError(f"left: {leftovers(site, *nodes)}") from error

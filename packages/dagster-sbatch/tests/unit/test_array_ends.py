@@ -183,7 +183,7 @@ class Site:
 
     def wait_until_asked(self) -> None:
         before = self.asked.stat().st_size if self.asked.exists() else 0
-        wait_until(lambda: self.asked.exists() and self.asked.stat().st_size > before, "Slurm is asked", 30, 0.02)
+        wait_until(lambda: self.asked.exists() and self.asked.stat().st_size > before, "Slurm is asked", 60, 0.02)
 
     def write(self, index: int, name: str, text: str) -> None:
         """Append to a file of a task, whose folder appears with all its files."""
@@ -225,7 +225,7 @@ def follow() -> Iterator[Follow]:
         seen = Recorder(site.array)
         threads.append((threading.Thread(target=work, args=(gateway, seen)), gateway))
         threads[-1][0].start()
-        wait_until((site.run / "job").is_symlink, "it is submitted", 30, 0.02)
+        wait_until((site.run / "job").is_symlink, "it is submitted", 60, 0.02)
         return seen
 
     yield start
@@ -235,7 +235,7 @@ def follow() -> Iterator[Follow]:
 
 
 def wait_for_ends(seen: Recorder, count: int) -> None:
-    wait_until(lambda: len(seen.ends) == count, f"{count} ends", 30, 0.02)
+    wait_until(lambda: len(seen.ends) == count, f"{count} ends", 60, 0.02)
 
 
 def counts(seen: Recorder) -> tuple[int, int]:
@@ -299,13 +299,13 @@ def test_a_task_that_runs_again_is_followed_again(
     site.start(1)
     site.write(1, "stdout", "first\n")
     site.end(1, code)
-    wait_until(lambda: seen.text(1) == "first\n", "its output", 30, 0.02)
+    wait_until(lambda: seen.text(1) == "first\n", "its output", 60, 0.02)
     site.wait_until_asked()
     put(site.slurm, "squeue", "echo '17_1|PENDING|BeginTime|N/A|KEY-1|p1'; echo '17_[0,2]|PENDING|None|N/A|KEY-1|p1'")
-    wait_until(lambda: counts(seen) == (0, 1), "it waits to run again", 30, 0.02)
+    wait_until(lambda: counts(seen) == (0, 1), "it waits to run again", 60, 0.02)
     put(site.slurm, "squeue", "echo '17_1|RUNNING|None|N/A|KEY-1|p1'; echo '17_[0,2]|PENDING|None|N/A|KEY-1|p1'")
     site.start(1, at=time.time())
-    wait_until(lambda: counts(seen) == (1, 0), "it runs again", 30, 0.02)
+    wait_until(lambda: counts(seen) == (1, 0), "it runs again", 60, 0.02)
     site.write(1, "stdout", "second\n")
     site.end(1, 0)
     site.say(record("0,2", "RUNNING", "Unknown"), record("1", "COMPLETED"))
@@ -388,12 +388,12 @@ def test_only_running_tasks_are_read_and_not_too_often(
     for index in range(50):
         site.end(index)
     wait_for_ends(seen, 50)
-    wait_until(lambda: len(seen.starts) == 250, "all have been read", 30)
+    wait_until(lambda: len(seen.starts) == 250, "all have been read")
     counted.write_text("")
     begun = time.monotonic()
-    wait_until(lambda: len(set(counted.read_text().split())) == 200, "each of those that run is read", 30)
+    wait_until(lambda: len(set(counted.read_text().split())) == 200, "each of those that run is read")
     read, seconds = list(map(int, counted.read_text().split())), time.monotonic() - begun
     assert set(read) == set(range(50, 250))
     assert len(read) <= 110 * (seconds + 0.5)
     site.write(77, "stdout", "news\n")
-    wait_until(lambda: seen.text(77) == "news\n", "it is read in its turn", 10)
+    wait_until(lambda: seen.text(77) == "news\n", "it is read in its turn")

@@ -49,7 +49,7 @@ def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pyt
     log_event = dg.AssetExecutionContext.log_event
 
     def log_slowly(context: dg.AssetExecutionContext, event: dg.AssetMaterialization) -> None:
-        if not go_on.wait(10):
+        if not go_on.wait(60):
             go_on.set()
             raise TimeoutError
         stored.append(event.partition)

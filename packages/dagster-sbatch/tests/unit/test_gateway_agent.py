@@ -103,16 +103,16 @@ def test_a_module_of_the_agent_means_the_same_without_comments(module: Path) -> 
 
 def test_a_client_that_is_silent_is_left_and_one_that_is_slow_is_not() -> None:
     """Of a slow client a long request comes in small pieces: each of them is a sign of life."""
-    with start(silence=2) as agent:
+    with start(silence=3) as agent:
         assert answer(agent)["hello"]
         assert agent.stdin
         request = json.dumps({"id": 1, "do": "ping", "padding": "x" * 60}).encode() + b"\n"
-        for place in range(0, len(request), 10):
-            agent.stdin.write(request[place : place + 10])
+        for place in range(0, len(request), 2):
+            agent.stdin.write(request[place : place + 2])
             agent.stdin.flush()
-            time.sleep(0.4)
+            time.sleep(0.1)
         assert answer(agent)["pong"]
-        assert agent.wait(30) == 0
+        assert agent.wait(60) == 0
 
 
 @pytest.mark.parametrize("last", [b"", b'{"id": 1, "do": "su'])
@@ -123,7 +123,7 @@ def test_it_leaves_when_its_client_is_gone(last: bytes) -> None:
         assert agent.stdin
         agent.stdin.write(last)
         agent.stdin.close()
-        assert agent.wait(10) == 0
+        assert agent.wait(60) == 0
 
 
 def test_a_request_that_makes_no_sense_is_answered(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_family_goes_on_from_its_latest_attempt(open_gateway: Callable[[], Gat
     gateway = open_gateway()
     assert gateway.claim(str(runs), "family", "token", "me").attempt == 10
     gateway.reject(str(runs / "family-10"))  # answers nothing
-    wait_until((runs / "family-10" / "failed").exists, "the mark", 10, 0.01)
+    wait_until((runs / "family-10" / "failed").exists, "the mark", 60, 0.01)
     claim = gateway.claim(str(runs), "family", "token", "me")
     assert claim.rejected
     assert claim.end is not None

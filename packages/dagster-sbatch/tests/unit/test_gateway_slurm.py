@@ -207,12 +207,12 @@ def test_slurms_word_alone_is_not_believed_at_once(meanwhile: str, say: Say, tmp
     follow = {"id": 1, "do": "follow", "run": str(run), "offsets": offsets, "fields": "JobID,State"}
     agent.stdin.write(json.dumps(follow).encode() + b"\n")
     agent.stdin.flush()
-    wait_until(asked.exists, "Slurm is asked", 30)
+    wait_until(asked.exists, "Slurm is asked")
     word = '{"code": 0, "time": 120, "sizes": {"stdout": 5, "stderr": 0, "messages.jsonl": 0}}\n'
     if meanwhile == "it is put back in the queue":
         say("scontrol", f"touch {asked}; echo '{RUNNING}'")
         asked.unlink()
-        wait_until(asked.exists, "Slurm is asked again", 30)
+        wait_until(asked.exists, "Slurm is asked again")
         say("scontrol", f"echo '{ENDED}'")
     if meanwhile != "nothing":
         (run / "stdout").write_text("late\n")
@@ -223,7 +223,7 @@ def test_slurms_word_alone_is_not_believed_at_once(meanwhile: str, say: Say, tmp
         agent.stdout.read(answers[-1].get("size", 0))
     agent.stdin.close()
     agent.stdout.close()
-    assert agent.wait(10) == 0
+    assert agent.wait(60) == 0
     end = answers[-1]["end"]
     assert (end["state"], end.get("code")) == ("COMPLETED", None if meanwhile == "nothing" else 0)
     assert [answer["size"] for answer in answers if "file" in answer] == ([] if meanwhile == "nothing" else [5])
@@ -240,7 +240,7 @@ def test_slurms_word_alone_is_not_believed_at_once(meanwhile: str, say: Say, tmp
         ),
         # A twentieth of the job's time is all that it gets.
         ("echo '17|COMPLETED|1'; echo '17.0|RUNNING|'", 10, []),
-        ("exec sleep 20", 10, []),
+        ("exec sleep 100", 10, []),
         ("echo '17|COMPLETED|1'", 1, []),
         ("exit 1", 100, []),
     ],
@@ -252,7 +252,7 @@ def test_the_accounting_of_a_job_that_is_over(
     say("sacct", sacct)
     begun = time.monotonic()
     assert slurm_commands.account("17", "JobID,State,MaxRSS", ran) == expected
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 50
 
 
 def test_a_directory_of_users_that_does_not_answer_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def test_a_second_interrupt_does_not_break_off_the_clean_up() -> None:
 
         def work(stop: threading.Event, cleaned: threading.Event = cleaned, pause: float = pause) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.wait(20), "the first interrupt was lost"
+            assert stop.wait(60), "the first interrupt was lost"
             time.sleep(pause)  # the random moment: what is tested, not a wait for something
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(pause)
@@ -113,6 +113,6 @@ def test_a_run_that_is_terminated_stops_every_call(
         with stopped_with_run(context, stop):
             assert not stop.wait(0.2)
             happens(context)
-            return stop.wait(20)
+            return stop.wait(60)
 
     assert in_a_step(look) is True

@@ -195,7 +195,7 @@ def start_in_group(folder: Path, body: str) -> "subprocess.Popen[bytes]":
         (folder / name).touch()
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17"}
     job = subprocess.Popen(["bash", "job.sh"], cwd=folder, env=environment, start_new_session=True)
-    wait_until((folder / "begun").exists, "its body has begun", 30, 0.01)
+    wait_until((folder / "begun").exists, "its body has begun", 60, 0.01)
     return job
 
 
@@ -203,7 +203,7 @@ def test_a_job_that_is_terminated_records_that_it_was_cut_short(tmp_path: Path) 
     """An EXIT trap sees the status of the command before the signal, 0: that must not pass for a success."""
     with start_in_group(tmp_path, "sh -c 'touch begun; exec sleep 600'; touch later") as job:
         os.killpg(job.pid, signal.SIGTERM)  # as scancel does, to all processes of the job
-        job.wait(30)
+        job.wait(60)
     assert read_events(tmp_path)[-1]["code"] is None
     assert not (tmp_path / "later").exists()
 
@@ -213,9 +213,9 @@ def test_a_workload_that_is_terminated_before_the_job_script_was_cut_short_as_we
     with start_in_group(tmp_path, "sh -c 'echo $$ >pid; mv pid begun; exec sleep 600'") as job:
         workload = psutil.Process(int((tmp_path / "begun").read_text()))
         workload.terminate()
-        wait_until(lambda: not workload.is_running() or workload.status() == psutil.STATUS_ZOMBIE, "its end", 30, 0.01)
+        wait_until(lambda: not workload.is_running() or workload.status() == psutil.STATUS_ZOMBIE, "its end", 60, 0.01)
         job.terminate()
-        job.wait(30)
+        job.wait(60)
     assert read_events(tmp_path)[-1]["code"] is None
 
 
@@ -224,10 +224,10 @@ def test_a_workload_that_is_terminated_may_save_its_state(tmp_path: Path) -> Non
     save = "until [ -e go ]; do sleep 0.02; done; touch saved; exit 0"
     with start_in_group(tmp_path, f"bash -c 'trap \"{save}\" TERM; touch begun; sleep 600 & wait'") as job:
         os.killpg(job.pid, signal.SIGTERM)
-        wait_until(lambda: "code" in read_events(tmp_path)[-1], "the record", 30, 0.01)
+        wait_until(lambda: "code" in read_events(tmp_path)[-1], "the record", 60, 0.01)
         assert job.poll() is None
         (tmp_path / "go").touch()
-        job.wait(30)
+        job.wait(60)
     assert (tmp_path / "saved").exists()
     assert [event["code"] for event in read_events(tmp_path)[1:]] == [None, None]
 
@@ -365,5 +365,5 @@ def test_a_warning_reaches_a_workload_that_handles_it_and_no_other(tmp_path: Pat
     if handles:
         wait_until(lambda: "saving" in (tmp_path / "stdout").read_text(), "the workload has heard it")
     (tmp_path / "go").touch()
-    assert process.wait(30) == 7
+    assert process.wait(60) == 7
     assert read_events(tmp_path)[-1]["code"] == 7

@@ -61,7 +61,7 @@ def test_a_workload_that_is_terminated_leaves_nothing_running(tmp_path: Path) ->
     threading.Thread(target=terminate).start()
     ended = run_workload([sys.executable, "-c", CHILD, str(pid)], os.environ, directory, {}, stop)
     assert ended.exit_code == -signal.SIGTERM
-    wait_until(lambda: is_gone(int(pid.read_text())), "the child has ended", 20)
+    wait_until(lambda: is_gone(int(pid.read_text())), "the child has ended")
 
 
 def test_nothing_outlives_a_step_that_was_killed(tmp_path: Path) -> None:
@@ -71,5 +71,5 @@ def test_nothing_outlives_a_step_that_was_killed(tmp_path: Path) -> None:
     with subprocess.Popen(command) as step:
         wait_until(pid.exists, "the child runs", 60, 0.01)
         step.kill()
-    wait_until(lambda: is_gone(int(pid.read_text())), "the child has ended", 20)
-    wait_until(lambda: not folder.exists(), "the run directory is gone", 20)
+    wait_until(lambda: is_gone(int(pid.read_text())), "the child has ended")
+    wait_until(lambda: not folder.exists(), "the run directory is gone")

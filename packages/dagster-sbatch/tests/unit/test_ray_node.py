@@ -360,7 +360,7 @@ node.kill_descendants()
 """
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
     pid = int((tmp_path / "pid").read_text())
-    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the daemon is gone", 10)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the daemon is gone")
 
 
 def test_a_node_is_lost_when_it_is_not_alive_any_more(head: node.Node) -> None:

@@ -50,7 +50,7 @@ def server(behave: Behaviour) -> Iterator[int]:
         thread = threading.Thread(target=serve)
         thread.start()
         yield listening.getsockname()[1]
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -139,7 +139,7 @@ class SilentLogin(paramiko.ServerInterface):  # type: ignore[misc]
         self.over = threading.Event()
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
-        self.over.wait(20)
+        self.over.wait(60)
         return int(paramiko.AUTH_FAILED)
 
     def get_allowed_auths(self, username: str) -> str:
@@ -154,7 +154,7 @@ def test_silence_within_the_login(forge: Forge, monkeypatch: pytest.MonkeyPatch)
         transport = paramiko.Transport(connection)
         transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
         transport.start_server(server=silent)
-        transport.join(20)
+        transport.join(60)
 
     with server(serve) as port:
         (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
@@ -182,7 +182,7 @@ def test_closed_within_the_login_is_no_refusal_of_the_key(forge: Forge) -> None:
         interface.transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
         with contextlib.suppress(EOFError, paramiko.SSHException):  # it may have hung up before this has looked
             interface.transport.start_server(server=interface)
-        interface.transport.join(20)
+        interface.transport.join(60)
 
     with server(serve) as port:
         (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
@@ -214,7 +214,7 @@ def test_a_login_for_people_is_named_and_not_waited_for(forge: Forge, answer: in
         transport = paramiko.Transport(connection)
         transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
         transport.start_server(server=AsksForMore(answer))
-        transport.join(20)
+        transport.join(60)
 
     with server(serve) as port:
         (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
@@ -246,7 +246,7 @@ def test_a_copied_certificate_without_its_private_key_is_worth_nothing(forge: Fo
         transport = paramiko.Transport(connection)
         transport.server_key_dict["ssh-ed25519-cert-v01@openssh.com"] = impostor
         transport.start_server(threading.Event(), paramiko.ServerInterface())
-        transport.join(20)
+        transport.join(60)
 
     with server(serve) as port, pytest.raises(HostKeyError, match="has not proved that it holds the host key"):
         connect(settings(forge, port), lambda _: None)
@@ -275,7 +275,7 @@ def test_no_algorithm_in_common_is_not_worth_another_try(forge: Forge, monkeypat
     with pytest.raises(SshError, match="have no SSH algorithm in common") as refused:
         connect(settings(forge, 22), lambda _: None)
     assert not isinstance(refused.value, UnreachableError)
-    processes[0].wait(20)
+    processes[0].wait(60)
 
 
 def test_errors_print_nothing_of_their_own(forge: Forge) -> None:
@@ -338,7 +338,7 @@ def test_an_unknown_key_ends_it_before_the_user_key_is_shown(forge: Forge) -> No
         transport = paramiko.Transport(connection)
         transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
         transport.start_server(threading.Event(), Curious())  # with an event it bears that the client leaves
-        transport.join(20)
+        transport.join(60)
 
     with server(serve) as port, pytest.raises(HostKeyError):
         connect(settings(forge, port), lambda _: None)
