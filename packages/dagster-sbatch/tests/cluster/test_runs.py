@@ -81,7 +81,9 @@ def test_result_output_and_numbers(site: SimulatedSite, workloads: Path, capfd: 
     assert 30 <= metadata["elapsed_seconds"] < 90
     assert metadata["queue_seconds"] >= 0
     assert metadata["node_hours"] == pytest.approx(metadata["elapsed_seconds"] / 3600, abs=1e-6)
+    assert metadata["cpu_hours"] == metadata["node_hours"]
     assert "gpu_hours" not in metadata
+    assert 'SlurmRequest(time_limit="00:05:00")' in metadata["proposal"]
     assert 64 < metadata["max_rss_mib"] < 1000
     assert 0 <= metadata["cpu_efficiency"] <= 1.5
     comment = site.squeue("--noheader", "--states=all", f"--jobs={job}", "--format=%k").strip()

@@ -84,6 +84,36 @@ def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pyt
     assert "1 of 20 tasks failed. The 19 partitions of the other tasks are materialized" in str(failure)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_proposal_of_an_array_is_metadata_of_its_first_partition_or_of_the_asset(by_name: bool) -> None:
+    keys = KEYS[:2]
+    array = JobArray(tasks={key: {} for key in keys}) if by_name else JobArray()
+    extras = {} if by_name else {"partition_keys": keys}
+    plan = make_plan(SETTINGS, PROJECT, Path(__file__), ScriptLauncher(), SlurmRequest(), extras=extras, array=array)
+    numbers = {"elapsed_seconds": 360.0, "node_hours": 0.1, "cpu_hours": 0.1}
+
+    @dg.asset(
+        partitions_def=None if by_name else dg.StaticPartitionsDefinition(keys),
+        backfill_policy=None if by_name else dg.BackfillPolicy.single_run(),
+    )
+    def probe(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        step = ArrayStep(context, "probe", plan)
+        with step.open("context.json", "messages.jsonl"):
+            for index in range(2):
+                succeed(step, index)
+                step.add_costs(index, {**numbers, **({"max_rss_mib": 7.5} if index else {})})
+        done = step.complete({"partition": plan.allocation.request.partition})
+        return done.get_materialize_result()
+
+    tags = {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}
+    events = dg.materialize([probe], tags={} if by_name else tags).asset_materializations_for_node("probe")
+    texts = {event.partition: event.metadata["proposal"].value for event in events if "proposal" in event.metadata}
+    assert list(texts) == [None if by_name else keys[0]]
+    (text,) = texts.values()
+    assert str(text).startswith("The last 2 jobs of this size used at most 00:06:00 of 01:00:00")
+    assert 'SlurmRequest(time_limit="00:10:00")' in str(text)
+
+
 def test_tasks_that_have_recorded_their_ends_do_not_count_as_running() -> None:
     """Of two array jobs: the agent reports how many tasks run, until Slurm has confirmed the ends of the others."""
 

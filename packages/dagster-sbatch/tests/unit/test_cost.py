@@ -108,8 +108,10 @@ def sweep(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.Mat
 
 
 def test_the_preview_shows_the_refusal_and_asks_slurm_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # the command changes both
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     definitions = dg.Definitions([sweep], resources={"compute": ComputeResource.of(PROJECT)})
     monkeypatch.setattr("sys.argv", ["preview", "sweep"])
     monkeypatch.setenv("SLURM_MOST_GPU_HOURS_PER_RUN", "4")

@@ -2,8 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import dagster as dg
@@ -19,8 +21,8 @@ from dagster_sbatch.project import Project
 
 DESCRIPTION = """\
 Show what an asset would submit to Slurm: where it would run, what it requests of each node, which project is charged,
-the highest possible cost, whether a limit per run refuses it, and the batch script. It submits nothing, and opens no
-connection without --test-only.
+the highest possible cost, whether a limit per run refuses it, what earlier runs have used, a smaller request that would
+be enough, and the batch script. It submits nothing, and opens no connection without --test-only.
 
 It runs the asset's own code on this machine up to the call of compute.run, in a temporary Dagster instance, with the
 resources and IO managers of the project. It shows a graph asset step by step, without the steps that need the result of
@@ -33,6 +35,8 @@ EXIT_CODES = """\
 exit codes: 0 done, 1 the asset could not run like this (the reason is printed), 2 wrong usage,
 3 the supercomputer cannot be reached
 """
+HISTORY = ".dagster"
+"""Folder of the project's Dagster instance, as dagster.yaml names it; the first run makes it."""
 PATIENCE = 60.0
 """Seconds for the supercomputer to answer."""
 
@@ -50,7 +54,8 @@ def main(project: Project, definitions: dg.Definitions) -> int:
     parser.add_argument(
         "--test-only",
         action="store_true",
-        help="ask Slurm when the job could start, or why it would refuse it; print only that and the project",
+        help="ask Slurm when the job could start (and when with the smaller request), or why it would refuse it; print "
+        "only that and the project",
     )
     parser.add_argument("--config-json", metavar="JSON", type=run_config, help="run config, as in Dagster's launchpad")
     asked = parser.parse_args()
@@ -58,7 +63,8 @@ def main(project: Project, definitions: dg.Definitions) -> int:
     def command() -> int:
         first, last = asked.partition_range or (asked.partition, None)
         try:
-            previews = preview_asset(definitions, asked.asset, first, asked.config_json, last=last)
+            with open_history(project) as history:
+                previews = preview_asset(definitions, asked.asset, first, asked.config_json, last=last, history=history)
         except ConfigurationError as error:
             raise ConfigurationError(f"{asked.asset}: {error}") from None
         if asked.test_only:
@@ -72,6 +78,24 @@ def main(project: Project, definitions: dg.Definitions) -> int:
         return 0
 
     return exit_code_of(command)
+
+
+@contextmanager
+def open_history(project: Project) -> Iterator[dg.DagsterInstance | None]:
+    """Open the project's Dagster instance; None if there is none yet, or it has an error, which stderr shows."""
+    if "DAGSTER_HOME" not in os.environ and not (project.root / HISTORY).is_dir():
+        yield None
+        return
+    os.chdir(project.root)  # where dagster.yaml is, and the history that it names
+    os.environ.setdefault("DAGSTER_HOME", str(project.root))
+    with ExitStack() as stack:
+        try:
+            history = stack.enter_context(dg.DagsterInstance.get())
+            history.fetch_materializations(dg.AssetKey("any"), limit=1)
+        except Exception as error:  # noqa: BLE001 - of whatever database it is
+            print(f"What earlier runs have used is not known: {error}", file=sys.stderr)
+            history = None
+        yield history
 
 
 def examples(definitions: dg.Definitions) -> str:

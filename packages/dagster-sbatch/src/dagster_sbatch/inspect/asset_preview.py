@@ -5,13 +5,14 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from typing import Any, Never
 
 import dagster as dg
 
 from dagster_sbatch.costs.cost import explain_excess
+from dagster_sbatch.costs.proposal import propose, render
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.inspect.plan_summary import (
     ANY_LIMITS,
@@ -20,14 +21,17 @@ from dagster_sbatch.inspect.plan_summary import (
     name_limits,
     place_run,
     summarise,
+    summarise_proposal,
 )
 from dagster_sbatch.run.compute import ComputeResource, intercept_runs
 from dagster_sbatch.run.directory import RunInfo, RunPaths, render_job
-from dagster_sbatch.run.plan import Plan
+from dagster_sbatch.run.past_use import past_uses
+from dagster_sbatch.run.plan import Plan, with_request
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape
 from dagster_sbatch.slurm.gateway import Gateway, Limits, Projects
 from dagster_sbatch.slurm.outcome import explain_refusal
+from dagster_sbatch.slurm.units import format_time
 
 JOB = "preview_of_an_asset"
 _TIME = re.compile(r"(?<= to start at )\d+")
@@ -46,6 +50,7 @@ class Preview:
         summary: for people: what is asked for, by heading.
         paths: on the supercomputer.
         step: its name.
+        smaller: the plan of a request that would be enough, if the history has what is needed to propose one.
         refusal: why a run of it submits nothing, with the settings as they are; None: it does.
     """
 
@@ -54,6 +59,7 @@ class Preview:
     paths: RunPaths
     step: str
     refusal: str | None
+    smaller: Plan | None = None
 
     @property
     def script(self) -> str:
@@ -83,6 +89,7 @@ def preview_asset(
     config: Mapping[str, Any] | None = None,
     *,
     last: str | None = None,
+    history: dg.DagsterInstance | None = None,
 ) -> list[Preview]:
     """Run an asset in a temporary Dagster instance up to its calls of compute.run, and return what they would submit.
 
@@ -94,6 +101,7 @@ def preview_asset(
         partition: key of one partition, for a partitioned asset.
         config: run config, as in the launchpad.
         last: key of the last partition of a run over several, which begins with `partition`.
+        history: Dagster's instance, for what earlier runs have used and for the proposal that follows.
 
     Returns:
         One preview for each step that calls compute.run; only a graph asset has more than one.
@@ -107,11 +115,15 @@ def preview_asset(
     selection = dg.AssetSelection.assets(*keys)
     job = dg.Definitions(jobs=[dg.define_asset_job(JOB, selection=selection)])
     found: list[Preview] = []
+    uses = past_uses(history, keys) if history else []
 
     def record(step: str, settings: Settings, plan: Plan) -> Never:
         paths = place_run(settings, "preview-" + re.sub(r"[^A-Za-z0-9_.-]", "_", step), plan.environment)
         refusal = explain_excess(plan.allocation, len(plan.tasks) or 1, settings)
-        found.append(Preview(plan, summarise(step, plan, settings), paths, step, refusal))
+        proposal = propose(plan.request, plan.allocation, uses)
+        summary = {**summarise(step, plan, settings), **summarise_proposal(proposal)}
+        smaller = with_request(plan, proposal.request, settings) if proposal and proposal.request else None
+        found.append(Preview(plan, summary, paths, step, refusal, smaller))
         raise _Intercepted
 
     with dg.DagsterInstance.ephemeral() as instance, intercept_runs(record), _quiet():
@@ -179,7 +191,21 @@ def try_script(gateway: Gateway, preview: Preview, projects: Projects) -> tuple[
     if request.modules and (problem := gateway.load_modules(request.modules, preview.plan.site.setup_commands)):
         return False, f"{array}{problem}"
     project = projects.charged(request.account) or "(the accounting does not answer)"
-    return True, f"{array}{_TIME.sub(_written, said)}\ncharged to project {project}"
+    smaller = f"\n{_compare(gateway, preview, limits, said)}" if preview.smaller else ""
+    return True, f"{array}{_TIME.sub(_written, said)}\ncharged to project {project}{smaller}"
+
+
+def _compare(gateway: Gateway, preview: Preview, limits: Limits, said: str) -> str:
+    """Return how much earlier Slurm would start the proposed request."""
+    assert preview.smaller
+    accepted, text = gateway.test(replace(preview, plan=preview.smaller).render(limits))
+    start, earlier = _TIME.search(said), _TIME.search(text)
+    head = f"the proposed request, {render(preview.smaller.request)},"
+    if not (accepted and start and earlier):
+        return f"{head} would get no start time from Slurm: {text}"
+    seconds = int(start[0]) - int(earlier[0])
+    how = f"{format_time(timedelta(seconds=abs(seconds)))} {'earlier' if seconds >= 0 else 'later'}"
+    return f"{head} would start at {_written(earlier)}: {how if seconds else 'at the same time'}"
 
 
 def _written(time: re.Match[str]) -> str:

@@ -1,6 +1,7 @@
 """What a plan asks for, as text: the place, the request, the tasks of an array and the highest possible cost."""
 
 from dagster_sbatch.costs.cost import highest_cost
+from dagster_sbatch.costs.proposal import MARGINS, Proposal
 from dagster_sbatch.environments.groups import is_path, lock_path
 from dagster_sbatch.run.array_batches import USUAL_LIMIT, Batches
 from dagster_sbatch.run.directory import RunPaths
@@ -133,6 +134,14 @@ def _summarise_cost(plan: Plan) -> str:
     if allocation.share < 1:
         text += f"; {_hours(cost.node_hours * allocation.share)} node-hours where shares of a node are charged"
     return text
+
+
+def summarise_proposal(proposal: Proposal | None) -> dict[str, str]:
+    """Return what earlier runs have used, and the smaller request that would be enough; empty if nothing is known."""
+    if proposal is None:
+        return {}
+    found = {"used": proposal.used}
+    return {**found, "enough": f"{proposal.code}\n{MARGINS}"} if proposal.request else found
 
 
 def _hours(number: float) -> str:

@@ -8,7 +8,7 @@ import dagster as dg
 
 from dagster_sbatch.run.task_results import CHECK, CHECK_DETAILS, MOST_ROWS, TaskResult, shorten_metadata
 
-_SUMS = ("node_hours", "gpu_hours", "workload_seconds")
+_SUMS = ("node_hours", "cpu_hours", "gpu_hours", "workload_seconds")
 """Numbers of jobs that can be added."""
 
 
@@ -119,14 +119,15 @@ def _combine(check: dg.AssetCheckKey, outcomes: Sequence[CheckOutcome]) -> dg.As
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
-    """Return the first MOST_ROWS rows as metadata; numbers stay numbers."""
+    """Return the first MOST_ROWS rows as metadata; numbers stay numbers, and what a row lacks is None."""
     columns: dict[str, str] = {}
     for row in rows:
         for name, value in row.items():
             kind = "int" if type(value) is int else "float" if type(value) is float else "string"
             columns[name] = kind if columns.get(name, kind) == kind else "string"
     schema = dg.TableSchema([dg.TableColumn(name, kind) for name, kind in columns.items()])
-    records = [dg.TableRecord(dict(row)) for row in rows[:MOST_ROWS]]
+    nothing = dict.fromkeys(columns)  # Dagster refuses a table whose records differ in their fields
+    records = [dg.TableRecord({**nothing, **row}) for row in rows[:MOST_ROWS]]
     return dg.MetadataValue.table(records, schema)
 
 

@@ -1,6 +1,6 @@
 """The tasks of one call of `compute.run` as the Dagster step sees them, wherever they run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +14,7 @@ from dagster_sbatch.run.calls import calls_of
 from dagster_sbatch.run.failures import failure, shorten
 from dagster_sbatch.run.history import stored_partitions
 from dagster_sbatch.run.messages import explain_failure
+from dagster_sbatch.run.past_use import proposal_metadata, uses_of
 from dagster_sbatch.run.pipes import Session, open_session
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
@@ -241,7 +242,18 @@ class ArrayStep:
         checks = combine_checks(self._step.selected_asset_check_keys, results, self._earlier_checks())
         by_partition = any(task.partitions for task in self.tasks)
         metadata = dict(where) if by_partition else {**where, **summarize(results)}
+        proposal = self._propose(results, where)
+        if by_partition and results and self._step.selected_asset_keys:
+            key, partition = min(self._step.selected_asset_keys), results[0].task.partitions[0]
+            add_metadata(self._context, key, partition, proposal)
+        elif not by_partition:
+            metadata |= proposal
         return CompletedArray(self._session.pipes, metadata, results, checks)
+
+    def _propose(self, results: Sequence[TaskResult], where: Mapping[str, Any]) -> dict[str, Any]:
+        place = where.get("partition")
+        uses = [use for each in results for use in uses_of(each.costs, each.task.partitions or [each.task.name], place)]
+        return proposal_metadata(self._step, self._plan, uses)
 
     def _attach(self, result: TaskResult, *, single: bool) -> None:
         """Attach what a task reported to the materializations that Dagster makes at the end of the step.

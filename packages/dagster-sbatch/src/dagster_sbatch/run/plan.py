@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Plan:
         notes: what deserves a warning: changes of the request, imports that cannot work on the supercomputer.
         array: as the asset passed it; None: one job for everything.
         tasks: of the array.
+        request: the one that the allocation was made from: as the asset, and a batch script with it, wrote it.
         environment: as the asset passed it: a group of packages, or the path of an interpreter; None: the default.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     array: JobArray | None = None
     tasks: tuple[Task, ...] = ()
     environment: str | None = None
+    request: SlurmRequest = field(default_factory=SlurmRequest)
 
 
 def make_plan(  # noqa: PLR0913 - what an asset passes
@@ -120,8 +122,31 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
         notes.append(f"QoS {qos} is for short tests, and this is {settings.deployment}. Check SLURM_QOS.")
     notes = [*allocation.notes, *notes]
     return Plan(
-        project, program, launcher, site, allocation, variables, extras, tuple(notes), array, tasks, environment
+        project=project,
+        workload=program,
+        launcher=launcher,
+        site=site,
+        allocation=allocation,
+        env=variables,
+        extras=extras,
+        notes=tuple(notes),
+        array=array,
+        tasks=tasks,
+        environment=environment,
+        request=request,
     )
+
+
+def with_request(plan: Plan, request: SlurmRequest, settings: Settings) -> Plan:
+    """Return the plan of the same call with another request.
+
+    Raises:
+        ConfigurationError: the site or the launcher does not allow it.
+    """
+    preferred = settings.partition, settings.qos, settings.account, settings.reservation
+    allocation = allocate(request, plan.site, *preferred)
+    plan.launcher.check(allocation.request)
+    return replace(plan, request=request, allocation=allocation)
 
 
 def _check_container(launcher: Launcher, container: Container, request: SlurmRequest, site: Site) -> None:

@@ -8,9 +8,10 @@ import dagster as dg
 from dagster_sbatch.run.attempts import Attempts, Submission
 from dagster_sbatch.run.directory import CONTEXT, RunPaths, files_of
 from dagster_sbatch.run.messages import explain_failure
+from dagster_sbatch.run.past_use import proposal_metadata, uses_of
 from dagster_sbatch.run.pipes import Session, open_session
 from dagster_sbatch.run.remote_step import MOST_RETRIES, RemoteStep, exit_code
-from dagster_sbatch.run.results import complete, declared_checks
+from dagster_sbatch.run.results import complete, declared_checks, partitions_of
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.slurm import accounting
 from dagster_sbatch.slurm.gateway import MESSAGES, Gateway, JobEnd, JobState, Submitted
@@ -67,7 +68,10 @@ class RemoteRun(RemoteStep):
         except (dg.Failure, dg.RetryRequested):
             gateway.reject(run)
             raise
-        return complete(self._context, session.pipes, self._about(end), self._costs(end))
+        costs = self._costs(end)
+        uses = [*uses_of(costs, partitions_of(self._context)[:1], self._plan.allocation.request.partition)]
+        proposal = proposal_metadata(self._step, self._plan, uses)
+        return complete(self._context, session.pipes, self._about(end), {**costs, **proposal})
 
     def _check(self, session: Session, end: JobEnd) -> None:
         """Raise if the job or its workload failed."""

@@ -14,7 +14,8 @@ def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
         request: with its nodes and GPUs.
 
     Returns:
-        `queue_seconds`, `elapsed_seconds`, `node_hours`, `gpu_hours`, `max_rss_mib` (of the step's largest task),
+        `queue_seconds`, `elapsed_seconds`, `node_hours`, `cpu_hours` and `gpu_hours` (of what was requested),
+        `max_rss_mib` (of the step's largest task),
         `cpu_efficiency` (0 to 1: CPU time used, per CPU time requested).
     """
     found: dict[str, float] = {}
@@ -25,11 +26,12 @@ def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
             found["queue_seconds"] = end.started - end.submitted
         found["elapsed_seconds"] = elapsed
         found["node_hours"] = round(request.nodes * elapsed / 3600, 6)
+        cpus = request.nodes * request.ntasks_per_node * (request.cpus_per_task or 1)
+        found["cpu_hours"] = round(cpus * elapsed / 3600, 6)
         if request.gpus_per_node:
             found["gpu_hours"] = round(request.nodes * request.gpus_per_node * elapsed / 3600, 6)
         used = _seconds(rows[0]["TotalCPU"]) if rows else None
         if used is not None and elapsed:
-            cpus = request.nodes * request.ntasks_per_node * (request.cpus_per_task or 1)
             found["cpu_efficiency"] = round(used / (cpus * elapsed), 4)
     peaks = [size for row in rows if (size := _mebibytes(row["MaxRSS"]))]
     if peaks:

@@ -1,0 +1,250 @@
+"""What would be enough for an asset: a smaller request, from what its last successful jobs have used. Pure."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from dagster_sbatch.slurm import Allocation, SlurmRequest
+from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
+
+TIME_MARGIN, MARGIN = 1.5, 1.25
+"""Of the proposed time, and of everything else, to the most that a job has used."""
+WORTH = 0.8
+"""A proposal for time, memory or CPUs is at most this share of the request."""
+TIME_STEP = 300
+"""Seconds: proposed times are multiples."""
+MANY_TIMES = 2
+"""Partitions differ if one needs so many times what another needs."""
+GIB = 1 << 20
+"""KiB of a GiB."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one successful job, or task of a job array, has used. Numbers that are not known are None.
+
+    Attributes:
+        slurm_partition: where it ran.
+        partition: of the asset; empty without partitions. Of several partitions, the first.
+        nodes, gpus, cpus: that it had requested, on all nodes together.
+        seconds: for which it ran.
+        memory: MiB of its largest process tree on a node.
+        cpu_efficiency: share of the CPU time that it used, 0 to 1.
+        gpu_utilization: of its GPUs, 0 to 1.
+        gpu_memory: most MiB of one GPU.
+    """
+
+    slurm_partition: str
+    partition: str
+    nodes: int
+    gpus: int
+    cpus: int
+    seconds: float
+    memory: float | None = None
+    cpu_efficiency: float | None = None
+    gpu_utilization: float | None = None
+    gpu_memory: float | None = None
+
+    @classmethod
+    def parse(cls, numbers: Mapping[str, Any], slurm_partition: str, partition: str) -> "Use | None":
+        """Read the numbers of a job in the metadata of a materialization; None if they do not tell its size."""
+        seconds, hours, cpu_hours = (_number(numbers, name) for name in ("elapsed_seconds", "node_hours", "cpu_hours"))
+        if not (seconds and hours and cpu_hours):
+            return None
+        gpu_hours = _number(numbers, "gpu_hours") or 0.0
+        nodes, gpus, cpus = (round(each * 3600 / seconds) for each in (hours, gpu_hours, cpu_hours))
+        others = ("max_rss_mib", "cpu_efficiency", "gpu_utilization", "gpu_memory_max_mib")
+        return cls(slurm_partition, partition, nodes, gpus, cpus, seconds, *(_number(numbers, name) for name in others))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What the last jobs of an asset have used, and a request that would be enough.
+
+    Attributes:
+        used: for people: the most that a job has used, of what the asset requests.
+        request: that would be enough; None if the asset requests little more, or numbers are missing.
+        code: of the request, to paste into the asset; empty without one.
+    """
+
+    used: str
+    request: SlurmRequest | None
+    code: str
+
+    @property
+    def text(self) -> str:
+        """Both, as Markdown."""
+        if self.request is None:
+            return self.used
+        return f"{self.used}\n\nThis request would be enough. {MARGINS}\n\n```python\n{self.code}\n```"
+
+
+MARGINS = (
+    f"It has {TIME_MARGIN - 1:.0%} more time, and {MARGIN - 1:.0%} more of everything else, "
+    "than any of these jobs has used."
+)
+
+
+def propose(request: SlurmRequest, allocation: Allocation, uses: Sequence[Use]) -> Proposal | None:
+    """Return what jobs of the same size have used, and a smaller request; None if there was no such job.
+
+    Jobs of another Slurm partition, or with other numbers of nodes, GPUs or CPUs, tell nothing: their time and their
+    utilization would be others.
+
+    Args:
+        request: as the asset wrote it.
+        allocation: of this request.
+        uses: of the asset's last successful jobs and tasks.
+    """
+    planned = allocation.request
+    size = (planned.nodes, planned.nodes * planned.gpus_per_node, planned.nodes * _cpus(planned))
+    alike = [
+        use for use in uses
+        if use.slurm_partition == planned.partition and (use.nodes, use.gpus, use.cpus) == size
+    ]  # fmt: skip
+    if not alike:
+        return None
+    changes = _changes(request, planned, alike)
+    smaller = request.model_copy(update=changes) if changes else None
+    return Proposal(_describe(request, planned, alike), smaller, render(smaller) if smaller else "")
+
+
+def render(request: SlurmRequest) -> str:
+    """Return the Python code of a request: the fields that differ from the defaults."""
+    words = []
+    for name, field in SlurmRequest.model_fields.items():
+        value = getattr(request, name)
+        if value == field.default:
+            continue
+        if isinstance(value, timedelta):
+            value = format_time(value)
+        words.append(f"{name}={json.dumps(value) if isinstance(value, str) else repr(value)}")
+    return f"SlurmRequest({', '.join(words)})"
+
+
+def _changes(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> dict[str, Any]:
+    """Return the fields of a smaller request; fewer CPUs and GPUs only where the time limit is enough for that."""
+    fewer: dict[str, Any] = {}
+    factor = 1.0
+    one = planned.ntasks_per_node == 1 and not planned.exclusive  # several tasks: the program may count on their GPUs
+    if one and planned.gpus_per_node:
+        fewer, factor = _fewer_gpus(request, planned, uses)
+    elif one and request.cpus_per_task:
+        fewer, factor = _fewer_cpus(request, planned, uses)
+    slowest = max(use.seconds for use in uses)
+    if _time(slowest * factor) > request.time_limit:
+        fewer, factor = {}, 1.0
+    time = _time(slowest * factor)
+    changes = {**_less_memory(request, planned, uses), **fewer}
+    return {**changes, "time_limit": time} if time <= WORTH * request.time_limit else changes
+
+
+def _time(seconds: float) -> timedelta:
+    return timedelta(seconds=math.ceil(seconds * TIME_MARGIN / TIME_STEP) * TIME_STEP)
+
+
+def _fewer_gpus(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> tuple[dict[str, Any], float]:
+    """Return fewer GPUs per node, which bring enough CPUs and memory, and how much longer the job may run with them.
+
+    A job that kept `busy` of its GPUs busy takes at most 1 + busy/n times as long on n of them (Graham's bound).
+    """
+    gpus = planned.gpus_per_node
+    busy = _most(uses, lambda use: use.gpu_utilization)
+    if busy is None:
+        return {}, 1.0
+    shares = [busy * MARGIN]
+    if not request.cpus_per_task:
+        cpus = _most(uses, lambda use: use.cpu_efficiency)
+        shares.append(1 if cpus is None else cpus * MARGIN)
+    if not (request.mem or request.mem_per_cpu):
+        memory, has = _memory_needed(uses, planned), _memory(planned)
+        shares.append(memory / has if memory and has else 1)
+    enough = max(1, math.ceil(max(shares) * gpus))
+    return ({"gpus_per_node": enough}, 1 + busy * gpus / enough) if enough < gpus else ({}, 1.0)
+
+
+def _fewer_cpus(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> tuple[dict[str, Any], float]:
+    """Return fewer CPUs, with the memory that must not shrink with them, and how much longer the job may run."""
+    cpus, busy = _cpus(planned), _most(uses, lambda use: use.cpu_efficiency)
+    enough = cpus if busy is None else max(1, math.ceil(busy * cpus * MARGIN))
+    if busy is None or enough > WORTH * cpus:
+        return {}, 1.0
+    changes: dict[str, Any] = {"cpus_per_task": enough}
+    if not request.mem:
+        memory = min(filter(None, (_memory_needed(uses, planned), _memory(planned))), default=None)
+        if memory is None:
+            return {}, 1.0
+        changes |= {"mem": format_memory(memory), "mem_per_cpu": None}
+    return changes, 1 + busy * cpus / enough
+
+
+def _less_memory(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> dict[str, Any]:
+    """Return less memory where the asset names it; otherwise it comes with the GPUs or the CPUs."""
+    needed, has = _memory_needed(uses, planned), _memory(planned)
+    named = request.mem or request.mem_per_cpu
+    if not named or planned.exclusive or not needed or not has or needed > WORTH * has:
+        return {}
+    return {"mem": format_memory(needed), "mem_per_cpu": None}
+
+
+def _memory_needed(uses: Sequence[Use], planned: SlurmRequest) -> int | None:
+    """Return the KiB per node with their margin, in whole GiB; the memory of one task counts for each of them."""
+    most = _most(uses, lambda use: use.memory)
+    return None if not most else math.ceil(most * planned.ntasks_per_node * MARGIN * 1024 / GIB) * GIB
+
+
+def _memory(request: SlurmRequest) -> int | None:
+    """Return the KiB per node that are requested; None if Slurm decides, or if it is all that a node has."""
+    if request.mem_per_cpu:
+        return parse_memory(request.mem_per_cpu) * _cpus(request)
+    return parse_memory(request.mem or "0") or None
+
+
+def _cpus(request: SlurmRequest) -> int:
+    return request.ntasks_per_node * (request.cpus_per_task or 1)
+
+
+def _most(uses: Sequence[Use], number: Callable[[Use], float | None]) -> float | None:
+    """Return the largest number; None if no job has it."""
+    return max((found for use in uses if (found := number(use)) is not None), default=None)
+
+
+def _describe(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> str:
+    """Return the most that the jobs have used, of what is requested, and by which partition where they differ."""
+    has, cpus = _memory(planned), planned.nodes * _cpus(planned)
+    limit, gpus = format_time(request.time_limit), planned.nodes * planned.gpus_per_node
+    of = f" of {has / GIB:.1f}" if has else ""
+    parts = [
+        _part(uses, lambda use: use.seconds, lambda most: f"{format_time(timedelta(seconds=round(most)))} of {limit}"),
+        _part(
+            uses,
+            lambda use: use.memory and use.memory * planned.ntasks_per_node,
+            lambda most: f"{most / 1024:.1f}{of} GiB per node",
+        ),
+        _part(uses, lambda use: use.cpu_efficiency, lambda most: f"{most:.0%} of {cpus} CPUs"),
+        _part(uses, lambda use: use.gpu_utilization, lambda most: f"{most:.0%} of {gpus} GPUs"),
+        _part(uses, lambda use: use.gpu_memory, lambda most: f"{most / 1024:.1f} GiB of a GPU's memory"),
+    ]
+    jobs = "job" if len(uses) == 1 else f"{len(uses)} jobs"
+    return f"The last {jobs} of this size used at most {', '.join(filter(None, parts))}."
+
+
+def _part(uses: Sequence[Use], number: Callable[[Use], float | None], show: Callable[[float], str]) -> str:
+    """Return the most of a number as text, with the partitions that need most and least if they differ."""
+    known = [(found, use.partition) for use in uses if (found := number(use)) is not None]
+    if not known:
+        return ""
+    (least, low), (most, high) = min(known), max(known)
+    if high and low != high and most > MANY_TIMES * least:
+        return f"{show(most)} ({high}; least: {show(least).partition(' of ')[0]} in {low})"
+    return show(most)
+
+
+def _number(numbers: Mapping[str, Any], name: str) -> float | None:
+    """Return a number that is 0 or more; None for anything else."""
+    found = numbers.get(name)
+    known = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found) and found >= 0
+    return float(found) if known and found is not None else None

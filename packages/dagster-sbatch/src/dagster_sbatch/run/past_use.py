@@ -1,0 +1,80 @@
+"""What the last successful jobs of a step's assets have used, from Dagster's history, and the proposal that follows."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+
+from dagster_sbatch.costs.proposal import Use, propose
+from dagster_sbatch.run.plan import Plan
+from dagster_sbatch.run.reports import StepLog
+from dagster_sbatch.run.task_results import MOST_ROWS
+
+MOST_RESULTS = 100
+"""Materializations of an asset that are read, the latest ones."""
+
+
+def uses_of(metadata: Mapping[str, Any], partitions: Sequence[str], slurm_partition: str | None) -> Iterator[Use]:
+    """Return what the jobs behind a materialization have used.
+
+    Args:
+        metadata: its values; of parameter sets, `tasks` has their rows. A table of MOST_ROWS may be cut: it tells
+            nothing.
+        partitions: of the asset; the first one names the job.
+        slurm_partition: where it ran; None if that is not known.
+    """
+    records = metadata.get("tasks")
+    rows = [metadata]
+    if isinstance(records, list):
+        rows = [dict(record.data) for record in records if isinstance(record, dg.TableRecord)]
+        rows = rows if len(rows) < MOST_ROWS else []
+    for row in rows:
+        use = Use.parse(row, slurm_partition or "", next(iter(partitions), str(row.get("task") or "")))
+        if use:
+            yield use
+
+
+def past_uses(instance: dg.DagsterInstance, assets: Iterable[dg.AssetKey]) -> list[Use]:
+    """Return what the jobs behind the last materializations have used; the numbers are those of one of the assets."""
+    for key in sorted(assets):
+        records = instance.fetch_materializations(key, limit=MOST_RESULTS).records
+        found = [event for record in records if (event := record.asset_materialization)]
+        uses = [use for event in found for use in _uses_of_event(event)]
+        if uses:
+            return uses
+    return []
+
+
+def _uses_of_event(event: dg.AssetMaterialization) -> Iterator[Use]:
+    values = _values(event.metadata)
+    place = values.get("partition")
+    return uses_of(values, [event.partition] if event.partition else [], place if isinstance(place, str) else None)
+
+
+def _values(metadata: Mapping[str, dg.MetadataValue[Any]]) -> dict[str, Any]:
+    return {
+        name: value.records if isinstance(value, dg.TableMetadataValue) else value.value
+        for name, value in metadata.items()
+    }
+
+
+def proposal_metadata(step: dg.OpExecutionContext, plan: Plan, uses: Sequence[Use]) -> dict[str, Any]:
+    """Return the proposal for a call as metadata of its materialization; empty without one.
+
+    The history is read only if the call's own jobs leave room for a smaller request.
+
+    Args:
+        step: of the call.
+        plan: of the call.
+        uses: of its jobs, which Dagster has not stored yet.
+    """
+    own = propose(plan.request, plan.allocation, uses)
+    if own is None or own.request is None:
+        return {}
+    try:
+        past = past_uses(step.instance, step.selected_asset_keys)
+    except Exception as error:  # noqa: BLE001 - of whatever database it is; the run has succeeded
+        StepLog(step).warning(f"Dagster's history could not be read, so there is no proposal: {error}")
+        return {}
+    found = propose(plan.request, plan.allocation, [*uses, *past])
+    return {"proposal": dg.MetadataValue.md(found.text)} if found and found.request else {}
