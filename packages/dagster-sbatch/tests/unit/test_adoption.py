@@ -90,6 +90,7 @@ def inputs(launcher: Launcher | None = None, request: SlurmRequest | None = None
         ({"args": ()}, "args"),
         ({"assets": ["a", "b"]}, "assets"),
         ({"data_root": "/other"}, "DATA_ROOT"),
+        ({"image": "7"}, "container image (gone)"),
         ({"launcher": ScriptLauncher(pre_start_commands=("true",))}, "launcher.pre_start_commands"),
     ],
 )
@@ -151,6 +152,15 @@ def test_calls_of_many_threads_are_counted() -> None:
         thread.join()
     assert sorted(numbers) == list(range(50))
     assert step.begun == 50
+
+
+def test_jobs_are_not_outdated_while_a_thread_prepares_its_call() -> None:
+    """It asks the login node for its image before it is known which job it may adopt."""
+    step = StepCalls()
+    with pytest.raises(KeyError), step.preparing():
+        assert not step.are_prepared
+        raise KeyError
+    assert step.are_prepared
 
 
 def test_one_call_of_a_step_acts_on_an_outdated_job() -> None:

@@ -1,6 +1,8 @@
 """Containers: what is refused before a run, the job script, and what bash makes of it with a program `apptainer`."""
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +26,9 @@ from dagster_sbatch.launchers import (
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import ArrayShape, ContainerRuntime, Site, SlurmRequest, load_site, render_job_script
 from dagster_sbatch.slurm.gateway import Projects
-from dagster_sbatch.slurm.gateway.agent.images import problem_of
+from dagster_sbatch.slurm.gateway.agent.images import HEAD, INPUT, RECORD, identity_of, problem_of
 from resources import PROJECT
-from support.containers import SIF, put_apptainer
+from support.containers import SIF, put_apptainer, sif
 from support.programs import make
 
 GOLDEN = Path(__file__).parent / "golden" / "container.sh"
@@ -85,9 +87,13 @@ def test_gpus_need_an_option() -> None:
         ({"image": "a.sif", "binds": ["/a:b"]}, "is no bind. Write /folder"),
         ({"image": "a.sif", "binds": ["/a:/b:rx"]}, "is no bind. Write /folder"),
         ({"image": "a.sif", "binds": ["/a,/b"]}, "is no bind. Write /folder"),
+        ({"image": "a.sif", "binds": ["/a\\\\:/b"]}, "other colons, .*, backslashes and spaces at the ends"),
+        ({"image": "a.sif", "binds": ["/a:/b^c"]}, "is no bind. Write /folder"),
+        ({"image": "a.sif", "binds": ["/a :/b"]}, "is no bind. Write /folder"),
         ({"image": "a.sif", "options": ["-e"]}, "is not of the form '--name=value'"),
         ({"image": "a.sif", "options": ["--env A=B"]}, "is not of the form '--name=value'"),
         ({"image": "a.sif", "options": ["--cleanenv"]}, "--cleanenv cannot be an option here. Without the variables"),
+        ({"image": "a.sif", "options": ["--compat"]}, "--compat cannot be an option here. Without the variables"),
         ({"image": "a.sif", "options": ["--bind=/a"]}, "--bind cannot be an option here. Use binds="),
         ({"image": "a.sif", "python": "python3 -u"}, "python"),
         ({"image": "a.sif", "gpu": True}, "gpu: unknown field"),
@@ -109,10 +115,11 @@ def test_a_site_names_its_command_and_an_unknown_key_is_an_error() -> None:
 
 CONTENTS: dict[str, bytes] = {
     "a.sif": SIF,
-    "a.sqsh": b"hsqs" + bytes(100),
-    "a.img": bytes(1080) + b"\x53\xef" + bytes(100),
+    "a.sqsh": b"hsqs".ljust(HEAD),
+    "a.img": (bytes(1080) + b"\x53\xef").ljust(HEAD),
     "text.sif": b"the image is elsewhere\n",
     "empty.sif": b"",
+    "short.sif": SIF[: HEAD - 1],
 }
 
 
@@ -121,7 +128,7 @@ def test_images_are_known_by_their_first_bytes(name: str, tmp_path: Path) -> Non
     path = tmp_path / name
     path.write_bytes(CONTENTS[name])
     problem = problem_of(str(path))  # type: ignore[no-untyped-call]
-    assert ("is no container image" in problem) == (name in ("text.sif", "empty.sif"))
+    assert ("is no container image" in problem) == (name in ("text.sif", "empty.sif", "short.sif"))
 
 
 def test_a_folder_with_a_system_is_an_image_and_a_missing_file_is_none(tmp_path: Path) -> None:
@@ -129,6 +136,43 @@ def test_a_folder_with_a_system_is_an_image_and_a_missing_file_is_none(tmp_path:
     (tmp_path / "bin").symlink_to("usr/bin")
     assert problem_of(str(tmp_path)) == ""  # type: ignore[no-untyped-call]
     assert "There is no container image" in problem_of(str(tmp_path / "a.sif"))  # type: ignore[no-untyped-call]
+
+
+def test_an_image_that_is_not_copied_to_its_end_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.sif"
+    path.write_bytes(SIF[:-7])
+    assert "is not complete: 7 bytes at its end are missing. Wait until" in problem_of(str(path))  # type: ignore[no-untyped-call]
+
+
+def test_another_image_under_the_same_path_has_another_identity(tmp_path: Path) -> None:
+    """A copy has the same one, and a new time alone changes only that of a file that has no ID in it."""
+    path, folder = tmp_path / "a.sif", tmp_path / "folder"
+
+    def identity(content: bytes, at: int) -> str:
+        path.write_bytes(content)
+        os.utime(path, (at, at))
+        return str(identity_of(str(path)))  # type: ignore[no-untyped-call]
+
+    squashfs = b"hsqs".ljust(HEAD)
+    assert identity(sif(1), 7) == identity(sif(1), 8)
+    different = [
+        (sif(1), 7),
+        (sif(2), 7),
+        (sif(1, data=8192), 7),
+        (sif(0), 7),
+        (sif(0), 8),
+        (squashfs, 7),
+        (squashfs, 8),
+    ]
+    assert len({identity(content, at) for content, at in different}) == len(different)
+    seen = set()
+    for name in ("usr", "etc", ".singularity.d"):  # of a folder, what lies directly in it counts
+        (folder / name).mkdir(parents=True)
+        os.utime(folder, (7, 7))
+        seen.add(identity_of(str(folder)))  # type: ignore[no-untyped-call]
+    os.utime(folder / "usr", (7, 7))
+    seen.add(identity_of(str(folder)))  # type: ignore[no-untyped-call]
+    assert len(seen) == 4
 
 
 # What bash makes of the script
@@ -151,14 +195,17 @@ def script_of(
         about={},
         environment={"PYTHON": sys.executable, "PYTHONPATH": f"{run}/code", "DATA_ROOT": f"{run}/data"},
         body=f"{image.render_check(site.container_runtime, str(run))}\n{body}",
-        start=image.render_start(asked, site.container_runtime, str(run), f"{run}/code", {"COLOUR": AWKWARD}),
+        start=image.render_start(asked, site.container_runtime, str(run), f"{run}/code"),
         array=array,
     )
 
 
 def run_script(folder: Path, text: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     """Run a job as Slurm would, with a program `apptainer`; the run directory has the container's files."""
-    for name, content in Container.files().items():
+    image = folder / "data" / "an image.sif"
+    inputs = {INPUT: identity_of(str(image))} if image.exists() else {}  # type: ignore[no-untyped-call]
+    files = {RECORD: json.dumps({"inputs": inputs}), **Container.files({"COLOUR": AWKWARD})}
+    for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
     (folder / "job.sh").write_text(text)
@@ -180,21 +227,27 @@ def folder(tmp_path: Path) -> Path:
     (path / "code" / "work load.py").write_text(
         "import dagster_pipes, os, sys\nfrom pathlib import Path\n"
         "print(Path(dagster_pipes.__file__).parents[1].name, os.environ['COLOUR'], sys.argv[1])\n"
+        "print(os.environ['DATA_ROOT'], os.environ['TMPDIR'], sys.path[1:3])\n"
         "print(Path('workload.pid').read_text() == f'{os.getpid()}\\n', Path.cwd().name)\nsys.exit(3)\n"
     )
     return path
 
 
 def test_the_workload_runs_in_the_container(folder: Path) -> None:
-    """Its own process is recorded, not that of apptainer; `dagster_pipes` is that of the run directory."""
+    """Its own process is recorded, not that of apptainer; `dagster_pipes` is that of the run directory.
+
+    What the job and the asset set counts more than what the image sets, and is not among the arguments of apptainer.
+    """
     image = Container("an image.sif", python=sys.executable, binds=["~/code:/code"])
     done = run_script(folder, script_of(folder, image))
-    assert done.stdout == f"container {AWKWARD} {AWKWARD}\nTrue run's dir\n", done.stderr
+    where = f"{folder}/data /tmp {[f'{folder}/code', '/of/the/image']}"
+    assert done.stdout == f"container {AWKWARD} {AWKWARD}\n{where}\nTrue run's dir\n", done.stderr
     assert (done.returncode, (folder / "cause").read_text()) == (3, "")
     said = (folder / "bin" / "arguments").read_text().split("\n")
     binds = [said[place + 1] for place, word in enumerate(said) if word == "--bind"]
     assert binds == [f"{folder}/data", "/tmp", str(folder), f"{folder}/code", f"{folder}/code:/code"]
     assert said[said.index("--pwd") + 1] == str(folder)
+    assert said.count(AWKWARD) == 1  # the workload's own argument
     assert f"{folder}/data/an image.sif" in said
 
 
@@ -207,6 +260,20 @@ def test_a_task_of_an_array_runs_in_its_own_folder(folder: Path) -> None:
     done = run_script(folder, text, SLURM_ARRAY_JOB_ID="17", SLURM_ARRAY_TASK_ID="0")
     assert done.stdout.endswith("True 0\n"), done.stderr
     assert done.returncode == 3
+
+
+def test_a_job_does_not_start_in_another_image_or_with_a_folder_that_apptainer_would_misread(folder: Path) -> None:
+    image = Container("an image.sif", python=sys.executable)
+    script = script_of(folder, image)
+    late = f"cat {shlex.quote(str(folder / 'new'))} >{shlex.quote(str(folder / 'data' / 'an image.sif'))}\n"
+    (folder / "new").write_bytes(sif(2))
+    changed = run_script(folder, script.replace("\numask 077\n", f"\numask 077\n{late}"))
+    assert changed.returncode != 0
+    assert "an image.sif has changed since this job was submitted" in (folder / "cause").read_text()
+    assert not (folder / "bin" / "arguments").exists()
+    done = run_script(folder, script.replace("/data'", "/da,ta'"))
+    assert done.returncode != 0
+    assert "apptainer reads commas, colons" in (folder / "cause").read_text()
 
 
 @pytest.mark.parametrize(
@@ -238,18 +305,19 @@ def test_a_container_that_cannot_start_says_why(image: dict[str, Any], broken: s
 def test_ranks_and_programs_start_in_the_container_too() -> None:
     for launcher in (SrunLauncher(), CommandLauncher()):
         text = script_of(Path("/run"), launcher=launcher)
-        assert "run_python() { in_container env 'COLOUR=" in text
+        assert "run_python() { in_container sh /run/container/start.sh /run/code python3 -u " in text
         assert "export -f in_container run_python\n" in text
 
 
 class _Images:
     """A gateway to a login node without any image."""
 
-    def image_problem(self, path: str) -> str:
-        return f"There is no container image {path}"
+    def image(self, path: str, data_root: str, runs: str) -> tuple[str, str]:
+        return f"There is no container image {path}; {data_root}; {runs}", ""
 
 
 def test_a_preview_asks_the_login_node_for_the_image(tmp_path: Path) -> None:
     found = preview(ScriptLauncher(container=Container("a.sif")), make(tmp_path, "pass"), SlurmRequest())
     answer = try_script(_Images(), found, Projects.parse([], ""))  # type: ignore[arg-type]
-    assert answer == (False, "There is no container image <SLURM_DEPLOYMENT_BASE_PATH>/data/a.sif")
+    base = "<SLURM_DEPLOYMENT_BASE_PATH>"
+    assert answer == (False, f"There is no container image {base}/data/a.sif; {base}/data; {base}/runs")

@@ -177,8 +177,11 @@ def try_script(gateway: Gateway, preview: Preview, projects: Projects) -> tuple[
     if preview.refusal:
         return False, preview.refusal
     try:
-        if container and (problem := gateway.image_problem(container.remote_image(preview.paths.data_root))):
-            return False, problem
+        if container:
+            data_root, runs = preview.paths.data_root, preview.paths.run.rpartition("/")[0]
+            problem, _ = gateway.image(container.remote_image(data_root), data_root, runs)
+            if problem:
+                return False, problem
         if preview.plan.array:
             limits = gateway.limits(request.partition or "", request.qos or "", request.account or "")
             array = f"{count_array_jobs(preview.plan, limits)}; {name_limits(limits)}\n"

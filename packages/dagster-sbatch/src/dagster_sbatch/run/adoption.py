@@ -8,6 +8,7 @@ from dagster_sbatch.run.array import PARTITION_KEYS
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, OtherRun
+from dagster_sbatch.slurm.gateway.agent.images import INPUT
 from dagster_sbatch.slurm.request import COST_LIMITS
 
 MOST_NAMES = 8
@@ -20,6 +21,7 @@ def inputs_of(
     code: Mapping[str, str],
     assets: Iterable[str],
     data_root: str | None,
+    image: str | None = None,
 ) -> dict[str, str]:
     """Return the inputs of a call, which decide its result: a digest by name.
 
@@ -30,6 +32,7 @@ def inputs_of(
         code: digests of code and packages, by name; see `RunEnvironment.inputs`.
         assets: keys of the step's assets.
         data_root: DATA_ROOT, if it is set.
+        image: identity of the image of the launcher's container; see `Gateway.image`.
     """
     launcher = plan.launcher.model_dump(mode="json")
     if launcher["container"]:
@@ -50,7 +53,8 @@ def inputs_of(
         **({"modules": plan.allocation.request.modules} if plan.allocation.request.modules else {}),
         "DATA_ROOT": data_root,
     }
-    return {**{name: digest_of(value) for name, value in values.items()}, **code}
+    digests = {name: digest_of(value) for name, value in values.items()}
+    return {**digests, **code, **({INPUT: image} if image else {})}
 
 
 def request_of(plan: Plan) -> dict[str, Any]:

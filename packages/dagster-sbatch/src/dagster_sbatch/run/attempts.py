@@ -140,9 +140,11 @@ class Attempts:
         """
         if not claim.others:
             return False
-        if self._gateway.stop.wait(SIBLING_SECONDS):
-            raise StoppedError
-        step = self.submission.call.step
+        step, waited = self.submission.call.step, False
+        while not waited or not step.are_prepared:
+            if self._gateway.stop.wait(SIBLING_SECONDS):
+                raise StoppedError
+            waited = True
         outdated = outdated_runs(claim.others, step.begun)
         families = [family for family in {run.family: None for run in outdated} if step.claim_once(family)]
         for family in families:

@@ -3,7 +3,8 @@
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -59,6 +60,23 @@ class StepCalls:
         self._lock = threading.Lock()
         self._twins: Counter[str] = Counter()
         self._families: set[str] = set()
+        self._preparing = 0
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Prepare a call of which it is not known yet which job it may adopt."""
+        with self._lock:
+            self._preparing += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._preparing -= 1
+
+    @property
+    def are_prepared(self) -> bool:
+        """Whether no call is being prepared."""
+        return not self._preparing
 
     def begin(self, root: str, step: str, digest: str) -> Call:
         """Register a call; `root` is the first run, `digest` that of everything that decides the call's result."""

@@ -11,8 +11,9 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm import ArrayShape, render_job_script, render_start
 from dagster_sbatch.slurm.gateway import MESSAGES
 from dagster_sbatch.slurm.gateway.agent.disk import FORMAT
+from dagster_sbatch.slurm.gateway.agent.images import RECORD
 
-CONTEXT, CHECKS, RECORD = "context.json", "checks.json", "submitted_with.json"
+CONTEXT, CHECKS = "context.json", "checks.json"
 """Names of files in it."""
 Checks: TypeAlias = Mapping[str, Sequence[str]]
 
@@ -76,7 +77,7 @@ def render_job(plan: Plan, paths: RunPaths, info: RunInfo, array: ArrayShape | N
     body, start = plan.launcher.render(request, plan.workload.command(paths.workloads)), render_start(plan.env)
     if container:
         body = f"{container.render_check(runtime, paths.run)}\n{body}"
-        start = container.render_start(request, runtime, paths.run, paths.workloads, plan.env)
+        start = container.render_start(request, runtime, paths.run, paths.workloads)
     return render_job_script(
         request,
         plan.site,
@@ -92,7 +93,7 @@ def render_job(plan: Plan, paths: RunPaths, info: RunInfo, array: ArrayShape | N
 def _launcher_files(plan: Plan) -> dict[str, str]:
     """Return the files that the commands of the launcher and its container need."""
     container = plan.launcher.container
-    return {**plan.launcher.files(plan.allocation.request), **(container.files() if container else {})}
+    return {**plan.launcher.files(plan.allocation.request), **(container.files(plan.env) if container else {})}
 
 
 def _pipes_variables(folder: str) -> dict[str, str]:

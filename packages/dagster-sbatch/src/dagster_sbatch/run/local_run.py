@@ -66,7 +66,7 @@ def _find_image(context: StepContext, name: str, settings: Settings, plan: Plan)
     """Return the image of the workload; None: it runs without a container, and the log says so if it should have one.
 
     Raises:
-        Failure: the file is no image.
+        Failure: the file is no image, or a folder's name cannot be passed to the container's command.
     """
     container, command = plan.launcher.container, plan.site.container_runtime.command
     if container is None:
@@ -76,7 +76,7 @@ def _find_image(context: StepContext, name: str, settings: Settings, plan: Plan)
         lacking = f"no container image {container.image}" if shutil.which(command) else f"no {command}"
         StepLog(context).warning(f"This machine has {lacking}. The workload runs without its container here.")
         return None
-    problem = container.problem_of(image)
+    problem = container.local_problem(image, _folders(settings, plan))
     if problem:
         raise failure(name, problem, final=True)
     return image
@@ -88,14 +88,18 @@ def _command(settings: Settings, plan: Plan, image: Path | None, directory: RunD
     command = plan.launcher.local_command(request, plan.workload.command(plan.workload.root))
     if container is None or image is None:
         return command
-    for file, text in container.files().items():
+    for file, text in container.files(plan.env).items():
         path = directory.path / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    data_root = plan.project.local_data_root(settings)
-    data_root.mkdir(parents=True, exist_ok=True)
-    folders = (data_root, plan.workload.root, Path(launchers.__file__).parent)
+    folders = _folders(settings, plan)
+    plan.project.local_data_root(settings).mkdir(parents=True, exist_ok=True)
     return container.local_command(request, plan.site.container_runtime, image, directory.path, command, folders)
+
+
+def _folders(settings: Settings, plan: Plan) -> tuple[Path, ...]:
+    """Return the folders that a container needs beside its run directory."""
+    return plan.project.local_data_root(settings), plan.workload.root, Path(launchers.__file__).parent
 
 
 def _environment(context: StepContext, settings: Settings, plan: Plan) -> dict[str, str]:

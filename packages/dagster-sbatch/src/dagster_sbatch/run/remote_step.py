@@ -86,7 +86,7 @@ class RemoteStep(ABC):
         gateway.committed = self._left is not None
         environment = RunEnvironment(Environments(gateway, base, site), self._settings, self._plan)
         try:
-            attempts = Attempts(self._step, gateway, base, self._register(environment))
+            attempts = Attempts(self._step, gateway, base, self._register(gateway, environment))
             with stopped_with_run(self._step, stop):
                 return self._execute(gateway, attempts, environment)
         except StoppedError:
@@ -103,13 +103,18 @@ class RemoteStep(ABC):
         finally:
             gateway.close()
 
-    def _register(self, environment: RunEnvironment) -> Submission:
-        """Register this call, and compute digests of everything that decides its result."""
+    def _register(self, gateway: Gateway, environment: RunEnvironment) -> Submission:
+        """Register this call, and compute digests of everything that decides its result.
+
+        Raises:
+            ConfigurationError: the container of its job has no image.
+        """
         assets = tuple(sorted(key.to_user_string() for key in self._step.selected_asset_keys))
         data_root = self._data_root
-        inputs = inputs_of(self._plan, environment.inputs, assets, data_root)
-        root, step = self._info.root, self._info.step
-        call = calls_of(self._step).begin(root, step, digest_of(inputs))
+        root, step, calls = self._info.root, self._info.step, calls_of(self._step)
+        with calls.preparing():
+            inputs = inputs_of(self._plan, environment.inputs, assets, data_root, self._find_image(gateway))
+            call = calls.begin(root, step, digest_of(inputs))
         self._call = call.number
         former = former_family_of(root, assets, partitions_of(self._context), call.number)
         related = (f"{step_prefix(root, step)}-", f"{former}-")
@@ -131,18 +136,16 @@ class RemoteStep(ABC):
         if excess := explain_excess(self._plan.allocation, tasks, self._settings):
             raise ConfigurationError(excess)
 
-    def _find_environment(self, gateway: Gateway, environment: RunEnvironment) -> Environment:
-        """Return the environment of a new job; see `RunEnvironment.find`.
-
-        Raises:
-            ConfigurationError: there is none, or the job's container has no image.
-        """
+    def _find_image(self, gateway: Gateway) -> str | None:
+        """Return the identity of the image of the job's container; None without a container."""
         container = self._plan.launcher.container
-        if container:
-            problem = gateway.image_problem(container.remote_image(self._data_root))
-            if problem:
-                raise ConfigurationError(problem)
-        return environment.find(self._log.info)
+        if container is None:
+            return None
+        runs = f"{self._settings.deployment_base_path}/runs"
+        problem, identity = gateway.image(container.remote_image(self._data_root), self._data_root, runs)
+        if problem:
+            raise ConfigurationError(problem)
+        return identity
 
     def _paths(self, claim: Claim, run: str, found: Environment) -> RunPaths:
         """Return the paths of a new run, in an environment."""

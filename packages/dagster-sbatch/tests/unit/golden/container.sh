@@ -57,21 +57,23 @@ export DAGSTER_PIPES_MESSAGES=eJyrVipILMlQslJQsgn2CQ3yjXdxDfDxj/R19QuJd3IMdo0PcA
 # When Slurm will end the job, in seconds since 1970. Slurm sets this since 23.02.
 export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$((${EPOCHSECONDS:-$(date +%s)} + 3600))}
 
-# Becomes a program in the container. It keeps the variables of the job, except PATH and LD_LIBRARY_PATH.
+# Becomes a program in the container. It keeps the variables of the job, except PATH, LD_LIBRARY_PATH and what the image
+# sets; the image does not set these two.
 # shellcheck disable=SC2317  # the functions below call it
 in_container() {
-  exec apptainer exec --nv --no-home --pwd "$PWD" --bind "$DATA_ROOT" --bind "$TMPDIR" --bind '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe' --bind '<SLURM_DEPLOYMENT_BASE_PATH>/environments/<hash of its content>/workloads' --bind "$HOME"'/notes':/mnt:ro "$DATA"'/a b.sif' "$@"
+  exec apptainer exec --nv --no-home --pwd "$PWD" --bind "$DATA_ROOT" --bind "$TMPDIR" --bind '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe' --bind '<SLURM_DEPLOYMENT_BASE_PATH>/environments/<hash of its content>/workloads' --bind "$HOME"'/notes':/mnt:ro "$DATA"'/a b.sif' \
+    env "DATA_ROOT=$DATA_ROOT" "TMPDIR=$TMPDIR" "$@"
 }
 # Becomes the image's Python with the variables of the asset; the script itself does not have them.
 # shellcheck disable=SC2317  # the launcher's commands call it
-run_python() { in_container env 'COLOUR=dark blue' sh '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe/container/start.sh' /opt/bin/python -u "$@"; }
+run_python() { in_container sh '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe/container/start.sh' '<SLURM_DEPLOYMENT_BASE_PATH>/environments/<hash of its content>/workloads' /opt/bin/python -u "$@"; }
 export -f in_container run_python
 # Starts the workload. If it handles SIGUSR1, it gets that signal when the time limit is near.
 # shellcheck disable=SC2317  # the launcher's commands call it
 run_workload() {
   local code=0
   rm -f workload.pid
-  ( in_container env 'COLOUR=dark blue' sh '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe/container/start.sh' --workload /opt/bin/python -u "$@" ) || code=$?
+  ( in_container sh '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe/container/start.sh' --workload '<SLURM_DEPLOYMENT_BASE_PATH>/environments/<hash of its content>/workloads' /opt/bin/python -u "$@" ) || code=$?
   [ -e workload.pid ] || [ -s cause ] ||
     echo 'The container did not start: apptainer ended before the workload.' \
       "Its exit code is $code. The last lines of stderr say why." >cause

@@ -12,7 +12,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from dagster_sbatch.errors import ConfigurationError, describe
 from dagster_sbatch.setting_paths import check_remote_path, expand_here, to_shell
 from dagster_sbatch.slurm.gateway.agent import images
-from dagster_sbatch.slurm.job_script import render_env
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.site import ContainerRuntime
 
@@ -27,6 +26,7 @@ _NOT_OPTIONS = {
     "--cwd": "A workload runs in its run directory.",
     "--cleanenv": "Without the variables of the job, the workload cannot report.",
     "--containall": "Without the variables of the job, the workload cannot report.",
+    "--compat": "Without the variables of the job, the workload cannot report.",
     "--pid": "The job could not warn the workload before the time limit.",
 }
 
@@ -52,8 +52,16 @@ def _path(text: str) -> str:
 def _bind(text: str) -> str:
     source, *target = text.split(":")
     _path(source)
-    if "," in text or (target and not target[0].startswith("/")) or target[1:] not in ([], ["ro"], ["rw"]):
-        raise ValueError(f"{text!r} is no bind. Write /folder, /folder:/place/in/the/image, or /folder:/place:ro")
+    parts = text.split(":")
+    if (
+        any(map(images.UNBINDABLE.search, parts))
+        or (target and not target[0].startswith("/"))
+        or target[1:] not in ([], ["ro"], ["rw"])
+    ):
+        raise ValueError(
+            f"{text!r} is no bind. Write /folder, /folder:/place/in/the/image, or /folder:/place:ro, without commas, "
+            "other colons, ^, backslashes and spaces at the ends, which apptainer reads as syntax"
+        )
     return text
 
 
@@ -133,9 +141,13 @@ class Container(BaseModel):
         return path if path.exists() else None
 
     @staticmethod
-    def problem_of(image: Path) -> str:
-        """Return what is wrong with an image on this machine; empty if nothing is."""
-        return str(images.problem_of(str(image)))  # type: ignore[no-untyped-call]
+    def local_problem(image: Path, folders: Sequence[Path]) -> str:
+        """Return why no container can run from an image of this machine; empty if one can.
+
+        `folders`: that the container needs beside the run directory.
+        """
+        problem = images.unbindable(map(str, folders))  # type: ignore[no-untyped-call]
+        return str(problem or images.problem_of(str(image)))  # type: ignore[no-untyped-call]
 
     def render_check(self, runtime: ContainerRuntime, run: str) -> str:
         """Return the line of bash that ends the job if the container cannot start.
@@ -149,40 +161,39 @@ class Container(BaseModel):
         words = [shlex.quote(runtime.command), self._image_word(), '"$DATA_ROOT"', *sources]
         return f'"$PYTHON" -I -S {program} {" ".join(words)} || exit'
 
-    def render_start(
-        self, request: SlurmRequest, runtime: ContainerRuntime, run: str, code: str, env: Mapping[str, str]
-    ) -> str:
+    def render_start(self, request: SlurmRequest, runtime: ContainerRuntime, run: str, code: str) -> str:
         """Return the functions of bash with which launchers start the workload; see `Launcher.render`.
 
         Args:
             request: after `allocate`.
             runtime: of the site.
-            run: path of the run directory.
+            run: path of the run directory, with `files`.
             code: path of the code root.
-            env: variables for the workload alone.
         """
         own = ['"$DATA_ROOT"', '"$TMPDIR"', shlex.quote(run), shlex.quote(code)]
         binds = " ".join(f"--bind {word}" for word in [*own, *map(_bind_word, self.binds)])
         options = shlex.join(self._options(request, runtime))
         command = shlex.quote(runtime.command)
-        python = f"{render_env(env)}sh {shlex.quote(f'{run}/{FOLDER}/{_START.name}')}"
-        started = f"{shlex.quote(self.python)} -u"
+        start = f"sh {shlex.quote(f'{run}/{FOLDER}/{_START.name}')}"
+        python = f"{shlex.quote(code)} {shlex.quote(self.python)} -u"
         return f"""\
-# Becomes a program in the container. It keeps the variables of the job, except PATH and LD_LIBRARY_PATH.
+# Becomes a program in the container. It keeps the variables of the job, except PATH, LD_LIBRARY_PATH and what the image
+# sets; the image does not set these two.
 # shellcheck disable=SC2317  # the functions below call it
 in_container() {{
-  exec {f"{command} exec {options}".rstrip()} --pwd "$PWD" {binds} {self._image_word()} "$@"
+  exec {f"{command} exec {options}".rstrip()} --pwd "$PWD" {binds} {self._image_word()} \\
+    env "DATA_ROOT=$DATA_ROOT" "TMPDIR=$TMPDIR" "$@"
 }}
 # Becomes the image's Python with the variables of the asset; the script itself does not have them.
 # shellcheck disable=SC2317  # the launcher's commands call it
-run_python() {{ in_container {python} {started} "$@"; }}
+run_python() {{ in_container {start} {python} "$@"; }}
 export -f in_container run_python
 # Starts the workload. If it handles SIGUSR1, it gets that signal when the time limit is near.
 # shellcheck disable=SC2317  # the launcher's commands call it
 run_workload() {{
   local code=0
   rm -f workload.pid
-  ( in_container {python} --workload {started} "$@" ) || code=$?
+  ( in_container {start} --workload {python} "$@" ) || code=$?
   [ -e workload.pid ] || [ -s cause ] ||
     echo {shlex.quote(f"The container did not start: {runtime.command} ended before the workload.")} \\
       "Its exit code is $code. The last lines of stderr say why." >cause
@@ -206,18 +217,25 @@ run_workload() {{
             image: a file of this machine.
             run: the run directory, with `files`.
             command: what runs it without the container; it begins with this machine's Python.
-            folders: that the container needs beside the run directory.
+            folders: that the container needs beside the run directory: DATA_ROOT, the code root, others.
         """
         binds = [f"--bind={each}" for each in (run, *folders, *(self._local_bind(bind) for bind in self.binds))]
         options = [*self._options(request, runtime), f"--pwd={run}", *binds]
-        start = ["sh", str(run / FOLDER / _START.name), self.python]
+        data_root, code, *_ = folders
+        start = ["env", f"DATA_ROOT={data_root}", "sh", str(run / FOLDER / _START.name), str(code), self.python]
         return [runtime.command, "exec", *options, str(image), *start, *command[1:]]
 
     @staticmethod
-    def files() -> dict[str, str]:
-        """Return the files that a container needs, by name in the run directory."""
+    def files(env: Mapping[str, str]) -> dict[str, str]:
+        """Return the files that a container needs, by name in the run directory.
+
+        Args:
+            env: variables for the workload alone. All users of a node can read the arguments of apptainer.
+        """
         package = Path(dagster_pipes.__file__).parent
+        variables = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
         return {
+            f"{FOLDER}/variables.sh": variables,
             f"{FOLDER}/{_START.name}": _START.read_text(),
             f"{FOLDER}/images.py": Path(images.__file__).read_text(),
             **{f"{FOLDER}/{package.name}/{path.name}": path.read_text() for path in sorted(package.glob("*.py"))},

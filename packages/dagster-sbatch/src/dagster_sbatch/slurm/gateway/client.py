@@ -160,9 +160,18 @@ class Gateway(Link):
         said = self.ask(do="load_modules", modules=list(modules), setup=list(setup))
         return explain_modules(said["host"], modules, said["code"], said["text"]) if said["code"] else ""
 
-    def image_problem(self, path: str) -> str:
-        """Return what is wrong with the image of a container; empty if nothing is."""
-        return str(self.ask(do="image", path=path)["problem"])
+    def image(self, path: str, data_root: str, runs: str) -> tuple[str, str]:
+        """Return what is wrong with the image of a container, empty if nothing is, and the identity of the image.
+
+        The identity is a text that no other image under the same path has.
+
+        Args:
+            path: of the image.
+            data_root: DATA_ROOT, which the container has to have.
+            runs: folder of all runs, likewise.
+        """
+        said = self.ask(do="image", path=path, data_root=data_root, runs=runs)
+        return said["problem"], said["identity"]
 
     def projects(self) -> Projects:
         """Return the projects that the user may charge jobs to."""

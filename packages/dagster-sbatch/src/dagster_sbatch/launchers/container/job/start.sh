@@ -1,20 +1,26 @@
 #!/bin/sh
-# Becomes the Python of the image.
-# usage: start.sh [--workload] PYTHON ARGUMENT...   (in the container, in the run directory or in that of a task)
+# Becomes the Python of the image, with the variables of the asset.
+# usage: start.sh [--workload] CODE PYTHON ARGUMENT...   (in the container, in the run directory or in that of a task)
 # With --workload it records its process, which gets the warning before the time limit: the container's runtime is
-# another process, outside, and handles all signals. The folder of this file has dagster_pipes.
+# another process, outside, and handles all signals. CODE is the code root: it comes first on the path of Python, even if
+# the image sets PYTHONPATH. The folder of this file has dagster_pipes, and the variables.
 refuse() {
   echo "$1" >cause
   echo "container: $1" >&2
   exit 127
 }
+image=${APPTAINER_CONTAINER:-$SINGULARITY_CONTAINER}
 [ "$1" = --workload ] && workload=1 && shift
-command -v "$1" >/dev/null || refuse "The image ${APPTAINER_CONTAINER:-} has no $1, and a Python of the image starts \
-every workload. Name it with Container(python=...), or use an image that has Python 3.10 or newer."
+case $PYTHONPATH: in "$1":*) ;; *) PYTHONPATH=$1${PYTHONPATH:+:$PYTHONPATH} ;; esac
+shift
+# shellcheck source=/dev/null
+. "${0%/*}/variables.sh"
+command -v "$1" >/dev/null || refuse "The image $image has no $1, and a Python of the image starts every workload. Name \
+it with Container(python=...), or use an image that has Python 3.10 or newer."
 "$1" -I -S -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-  refuse "$1 in the image ${APPTAINER_CONTAINER:-} is $("$1" -V 2>&1), and Dagster Pipes needs Python 3.10 or newer. \
-Name another one with Container(python=...), or use a newer image."
+  refuse "$1 in the image $image is $("$1" -V 2>&1), and Dagster Pipes needs Python 3.10 or newer. Name another one with \
+Container(python=...), or use a newer image."
 PYTHON=$(command -v "$1")
-export PYTHON PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}${0%/*}"
+export PYTHON PYTHONPATH="$PYTHONPATH:${0%/*}"
 [ -z "$workload" ] || echo "$$" >workload.pid
 exec "$@"
