@@ -1,18 +1,26 @@
 """Workloads in containers, with the site's program `apptainer`."""
 
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dagster_sbatch import JobArray
 from dagster_sbatch.launchers import CommandLauncher, Container, Launcher, ScriptLauncher, SrunLauncher
 from dagster_sbatch.slurm import SlurmRequest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
-from slurm_in_a_box.images import IMAGE, NOT_AN_IMAGE, OS_NAME
-from support.background import SLEEPS, Background, rows_of, runs_there
+from slurm_in_a_box.images import IMAGE, NOT_AN_IMAGE, OS_NAME, REBUILT
+from slurm_in_a_box.machines import MEMORY_CGROUPS
+from slurm_in_a_box.storage import SOLVER, STACK
+from support.array_asset import DAYS, ArrayAsset
+from support.background import SLEEPS, Background, jobs_of, runs_there
 from support.programs import REPORTS, make
 from support.ranks import RENDEZVOUS
 from support.ray_run import cause_of, nothing_is_left
+from support.step import Step, kill
 from support.workload_asset import PIPES, Outcome, materialize
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
@@ -37,6 +45,43 @@ LOOK = (
     }})
 """
 )
+MPI = f"""\
+import ctypes, os
+from dagster_pipes import open_dagster_pipes
+mpi, rank, total = ctypes.CDLL("{HOME}/mpi/libmpi.so.12"), ctypes.c_int(), ctypes.c_int()
+world, integers, addition = 0x44000000, 0x4C000405, 0x58000003  # as in MPICH's mpi.h
+mpi.MPI_Init(None, None)
+mpi.MPI_Comm_rank(world, ctypes.byref(rank))
+mpi.MPI_Allreduce(ctypes.byref(rank), ctypes.byref(total), 1, integers, addition, world)
+assert "{OS_NAME}" in open("/etc/os-release").read()
+with open_dagster_pipes() as pipes:
+    pipes.report_asset_materialization(metadata={{"total": total.value, "module": os.environ["EBROOTSOLVER"]}})
+mpi.MPI_Finalize()
+"""
+WAITS = (
+    PIPES
+    + """
+    import os, pathlib, time
+    data = pathlib.Path(os.environ["DATA_ROOT"])
+    print("begun", flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        (data / pipes.extras["name"]).write_text(os.environ["SLURM_JOB_ID"])
+    while not (data / "go-on").exists():
+        time.sleep(0.1)
+    print("gone on", flush=True)
+    pipes.report_asset_materialization(metadata={"rows": 7})
+"""
+)
+"""Until there is a file `go-on` in DATA_ROOT; the container has no home."""
+
+
+FILLS = PIPES + "    ballast = bytearray(b'x' * (400 << 20))\n"
+FINE, RAISES, FULL = DAYS.get_partition_keys()[:3]
+TASKS = f"""
+if pipes.partition_key == "{RAISES}": raise ValueError("boom")
+if pipes.partition_key == "{FULL}": ballast = bytearray(b'x' * (400 << 20))
+pipes.report_asset_materialization(metadata={{"system": open("/etc/os-release").read()}})
+"""
 
 
 @pytest.fixture
@@ -78,7 +123,18 @@ def test_each_launcher_runs_its_workload_in_the_image(site: SimulatedSite, workl
         {"nodes": 2, "ntasks_per_node": 2},
         extras={"name": "probe"},
     )
-    outcome, of_command, of_ranks = (succeeded(run) for run in (script, command, ranks))
+    own, copy = Path(sys.prefix) / "lib", site.layout.home / CERTIFICATE_USER.name / "mpi"
+    shutil.copytree(own / "mpich", copy / "mpich")
+    shutil.copy(own / "libmpi.so.12", copy)
+    mpi = start(
+        workloads / "m",
+        MPI,
+        SrunLauncher(mpi="pmi2", container=Container(str(image), binds=["~/mpi"])),
+        {"nodes": 2, "ntasks_per_node": 2, "modules": (STACK, SOLVER)},
+    )
+    outcome, of_command, of_ranks, of_mpi = (succeeded(run) for run in (script, command, ranks, mpi))
+    assert of_mpi["total"] == 0 + 1 + 2 + 3
+    assert of_mpi["module"].endswith(SOLVER)
     assert outcome["system"] == f'NAME="{OS_NAME}"\n'
     assert outcome["home"] == ["dagster-slurm"]
     assert (outcome["note"], outcome["env"]) == ("n\n", "dark 'blue'/of/the/asset")
@@ -98,49 +154,92 @@ def succeeded(run: Background) -> dict[str, Any]:
     return outcome.materializations[None][0]
 
 
-def test_a_job_in_a_container_fails_as_any_other_and_leaves_nothing(
-    site: SimulatedSite, workloads: Path, image: Path
+@pytest.fixture
+def step(on_supercomputer: dict[str, str], tmp_path: Path) -> Step:
+    """A step in a process of its own, whose image the user may replace."""
+    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    made = Step(tmp_path / "step", {**kept, **on_supercomputer}, WAITS)
+    made.call(extras={"name": "step"}, container=IMAGE, mem="1G")
+    return made
+
+
+def test_jobs_in_containers_that_end_in_every_way_at_once(
+    site: SimulatedSite, workloads: Path, image: Path, step: Step, tmp_path: Path
 ) -> None:
-    """It is warned before its time limit, although the container's own process handles all signals."""
-    container = Container(str(image))
+    """They end as any other and leave nothing.
+
+    They are warned before the time limit, although the container's own process handles all signals. The next attempt of
+    a step attaches to a job only if that has the image which is there now.
+    """
+    container, broken = Container(str(image)), Container(str(image), python="python9")
     saves = PIPES + "    import signal, sys, time\n    signal.signal(signal.SIGUSR1, lambda *_: sys.exit('saved'))\n"
     saves += "    time.sleep(600)\n"
-    runs = {
-        "warned": start(
-            workloads / "w", saves + "    time.sleep(600)\n", ScriptLauncher(container=container), {"time_limit": "1"}
-        ),
-        "late": start(workloads / "l", SLEEPS, ScriptLauncher(container=container), {"time_limit": "1"}),
-        "python": start(workloads / "p", SLEEPS, ScriptLauncher(container=Container(str(image), python="python9")), {}),
-        "option": start(
-            workloads / "o", SLEEPS, ScriptLauncher(container=Container(str(image), options=["--no-such"])), {}
-        ),
-        "ranks": start(
-            workloads / "r",
-            SLEEPS,
-            SrunLauncher(container=Container(str(image), python="python9")),
-            {"ntasks_per_node": 2},
-        ),
+    two: dict[str, Any] = {"nodes": 2, "ntasks_per_node": 2}
+    wanted: dict[str, tuple[str, Launcher, dict[str, Any]]] = {
+        "warned": (saves, ScriptLauncher(container=container), {"time_limit": "1"}),
+        "late": (SLEEPS, ScriptLauncher(container=container), {"time_limit": "1"}),
+        "python": (SLEEPS, ScriptLauncher(container=broken), {}),
+        "option": (SLEEPS, ScriptLauncher(container=Container(str(image), options=["--no-such"])), {}),
+        "ranks": (SLEEPS, SrunLauncher(container=broken), {"ntasks_per_node": 2}),
+        "disconnected": (WAITS, ScriptLauncher(container=container), {}),
+        "cancelled": (WAITS, SrunLauncher(container=container), two),
     }
-    cancelled = start(workloads / "c", SLEEPS, ScriptLauncher(container=container), {"time_limit": "7"})
-    wait_until(lambda: _running(site, "7:00"), "the job runs", 90)
-    (job,) = _running(site, "7:00")
-    begun = f"grep -l begun dagster-slurm/runs/*/stdout | xargs dirname | xargs -I@ readlink @/job | grep -x {job}"
-    wait_until(lambda: site.run_on_login(CERTIFICATE_USER, begun, check=False).stdout, "it has begun", 60)
-    site.cluster.query("scancel", job)
-    causes = {name: cause_of(run.outcome(240).error) for name, run in runs.items()}
-    assert "it was cancelled on the cluster" in cause_of(cancelled.outcome().error)
-    assert "saved" in causes["warned"]
-    assert "it reached its time limit (Slurm: TIMEOUT)" in causes["late"]
+    if MEMORY_CGROUPS:
+        wanted["memory"] = (FILLS, ScriptLauncher(container=container), {"mem": "200M"})
+    runs = {name: start(workloads / name, *each, extras={"name": name}) for name, each in wanted.items()}
+    first = step.start(again=False)
+    jobs = {name: begun(site, name) for name in ("disconnected", "cancelled", "step")}
+    site.faults.drop_connections()
+    kill(first)
+    site.faults.cancel_job(jobs["cancelled"])
+    second = step.start(again=True)
+    follows = f"Slurm job {jobs['step']} was submitted by an earlier run of this step. Attaching to it."
+    wait_until(lambda: follows in step.log, "the second follows", 120)
+    kill(second)
+    (site.layout.home / CERTIFICATE_USER.name / "dagster-slurm/data/step").unlink()
+    replace = f"ln -sfn {image.with_name(REBUILT)} dagster-slurm/data/{IMAGE}"
+    site.run_on_login(CERTIFICATE_USER, replace)
+    third = step.start(again=True)
+    new = begun(site, "step")
+    assert f"Slurm job {jobs['step']} was submitted by an earlier run of this step with other inputs" in step.log
+    assert "(container image). It is cancelled, and a new job is submitted." in step.log
+    site.run_on_login(CERTIFICATE_USER, "touch dagster-slurm/data/go-on")
+    request = SlurmRequest(mem="200M", time_limit="5")
+    array = ArrayAsset(tmp_path, TASKS, JobArray(), launcher=ScriptLauncher(container=container), request=request)
+    of_tasks = array.run(FINE, FULL if MEMORY_CGROUPS else RAISES)
+    assert list(of_tasks.once) == [FINE]
+    assert of_tasks.once[FINE]["system"] == f'NAME="{OS_NAME}"\n'
+    assert f"1 task ({RAISES}): " in of_tasks.error
+    success, error, metadata = step.result(third)
+    assert (success, error, metadata["job_id"], step.output) == (True, "", new, "begun\ngone on\n")
+    outcomes = {name: run.outcome(240) for name, run in runs.items()}
+    done = outcomes.pop("disconnected")
+    assert (done.error, done.retries, done.materializations[None][0]["rows"]) == ("", [], 7)
+    causes = {name: cause_of(outcome.error) for name, outcome in outcomes.items()}
     no_python = f"The image {image} has no python9, and a Python of the image starts every workload."
-    assert no_python in causes["python"]
-    assert no_python in causes["ranks"]
-    assert "The container did not start: apptainer ended before the workload. Its exit code is 1." in causes["option"]
-    assert 'Error for command "exec": unknown flag: --no-such' in runs["option"].outcome().error
+    expected = {
+        "warned": "saved",
+        "late": "it reached its time limit (Slurm: TIMEOUT)",
+        "python": no_python,
+        "ranks": no_python,
+        "option": "The container did not start: apptainer ended before the workload. Its exit code is 1.",
+        "cancelled": "it was cancelled on the cluster",
+    }
+    if MEMORY_CGROUPS:
+        expected["memory"] = "it ran out of memory (Slurm: OUT_OF_MEMORY). It had mem='200M'"
+        assert f"1 task ({FULL}): it ran out of memory (Slurm: OUT_OF_MEMORY)" in of_tasks.error
+    assert {name: text for name, text in expected.items() if text not in causes[name]} == {}, causes
+    assert 'Error for command "exec": unknown flag: --no-such' in outcomes["option"].error
+    for run in runs_there(site):
+        assert len({job.partition("_")[0] for job in jobs_of(site, run)}) == 1, run
     nothing_is_left(site, *NODES)
 
 
-def _running(site: SimulatedSite, limit: str) -> list[str]:
-    return [job for job, *its in rows_of(site, "%i %T %l") if its == ["RUNNING", limit]]
+def begun(site: SimulatedSite, name: str) -> int:
+    """The id of a job whose workload waits, as soon as it does."""
+    path = site.layout.home / CERTIFICATE_USER.name / "dagster-slurm/data" / name
+    wait_until(lambda: path.exists() and path.read_text(), f"{name} runs", 180)
+    return int(path.read_text())
 
 
 def test_an_image_that_cannot_be_run_is_found_before_the_job(site: SimulatedSite, workloads: Path, image: Path) -> None:

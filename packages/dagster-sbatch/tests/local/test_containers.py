@@ -15,8 +15,8 @@ from support.workload_asset import PIPES, materialize
 pytestmark = pytest.mark.local
 LOOK = (
     PIPES
-    + "    import os\n    image = os.getenv('APPTAINER_CONTAINER', '')\n"
-    + "    pipes.report_asset_materialization(metadata={'image': image})\n"
+    + "    import os\n    image, data = os.getenv('APPTAINER_CONTAINER', ''), os.environ['DATA_ROOT']\n"
+    + "    pipes.report_asset_materialization(metadata={'image': image, 'data': data})\n"
 )
 IMAGE = Container("image.sif", python=sys.executable)
 
@@ -42,9 +42,11 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_each_launcher_uses_the_image_of_this_machine(arguments: Path, data_root: Path, tmp_path: Path) -> None:
     image = str(data_root / "image.sif")
     script = materialize(LOOK, tmp_path, launcher=ScriptLauncher(container=IMAGE))
-    assert (script.error, script.materializations[None][0]["image"]) == ("", image)
+    assert script.error == ""
+    (metadata,) = script.materializations[None]
+    assert (metadata["image"], metadata["data"]) == (image, str(data_root))
     words = arguments.read_text().split("\n")
-    assert [words[0], words[words.index("sh") - 1]] == ["exec", image]
+    assert [words[0], words[words.index("env") - 1]] == ["exec", image]
     assert {f"--bind={data_root}", f"--bind={tmp_path}"} <= set(words)
     ranks = materialize(LOOK, tmp_path, launcher=SrunLauncher(container=IMAGE), request=SlurmRequest(ntasks_per_node=2))
     assert (ranks.error, ranks.materializations[None][0]["image"]) == ("", image)

@@ -22,7 +22,8 @@ from dagster_sbatch.slurm import SlurmRequest
 
 FOLDER = Path(__file__).parent
 CALL = json.loads((FOLDER / "call.json").read_text())
-LAUNCHER = getattr(launchers, CALL["launcher"])
+CONTAINER = launchers.Container(CALL["container"]) if CALL["container"] else None
+LAUNCHER = getattr(launchers, CALL["launcher"])(container=CONTAINER)
 REQUEST = SlurmRequest(**CALL["request"])
 
 @dg.asset
@@ -30,7 +31,7 @@ def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.Mat
     (FOLDER / f"begun-{os.getpid()}").touch()
     workload = FOLDER / "workloads" / "workload.py"
     done = compute.run(
-        context, workload=workload, launcher=LAUNCHER(), request=REQUEST, extras=CALL["extras"], env=CALL["env"]
+        context, workload=workload, launcher=LAUNCHER, request=REQUEST, extras=CALL["extras"], env=CALL["env"]
     )
     if not (FOLDER / "hold").exists():
         return done.get_materialize_result()
@@ -78,10 +79,11 @@ class Step:
         extras: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
         launcher: str = "ScriptLauncher",
+        container: str | None = None,
         **request: Any,
     ) -> None:
         """Let the next start pass other arguments to `compute.run`."""
-        call = {"extras": extras or {}, "env": env or {}, "launcher": launcher}
+        call = {"extras": extras or {}, "env": env or {}, "launcher": launcher, "container": container}
         call["request"] = {"time_limit": "00:30:00", **request}
         (self._folder / "call.json").write_text(json.dumps(call))
 

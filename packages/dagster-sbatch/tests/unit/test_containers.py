@@ -144,6 +144,14 @@ def test_an_image_that_is_not_copied_to_its_end_is_found(tmp_path: Path) -> None
     assert "is not complete: 7 bytes at its end are missing. Wait until" in problem_of(str(path))  # type: ignore[no-untyped-call]
 
 
+def test_a_folder_that_apptainer_would_misread_is_refused_here_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.sif"
+    path.write_bytes(SIF)
+    assert Container.local_problem(path, [tmp_path / "a b"]) == ""
+    for name in ("a,b", "a:b", "a^b", "a\\b", "a "):
+        assert "apptainer reads commas, colons, ^ and" in Container.local_problem(path, [tmp_path, tmp_path / name])
+
+
 def test_another_image_under_the_same_path_has_another_identity(tmp_path: Path) -> None:
     """A copy has the same one, and a new time alone changes only that of a file that has no ID in it."""
     path, folder = tmp_path / "a.sif", tmp_path / "folder"
