@@ -131,6 +131,7 @@ def test_each_launcher_runs_its_workload_in_the_image(site: SimulatedSite, workl
         MPI,
         SrunLauncher(mpi="pmi2", container=Container(str(image), binds=["~/mpi"])),
         {"nodes": 2, "ntasks_per_node": 2, "modules": (STACK, SOLVER)},
+        env={"MPIR_CVAR_CH4_CMA_ENABLE": "0"},  # each rank is in a user namespace of its own
     )
     outcome, of_command, of_ranks, of_mpi = (succeeded(run) for run in (script, command, ranks, mpi))
     assert of_mpi["total"] == 0 + 1 + 2 + 3
@@ -252,4 +253,4 @@ def test_an_image_that_cannot_be_run_is_found_before_the_job(site: SimulatedSite
     for path, text in wrong.items():
         outcome: Outcome = materialize(SLEEPS, workloads, launcher=ScriptLauncher(container=Container(path)))
         assert text in cause_of(outcome.error)
-    assert runs_there(site) == []
+    assert site.run_on_login(CERTIFICATE_USER, "ls dagster-slurm/runs", check=False).stdout == ""
