@@ -1,7 +1,9 @@
 """Which job a step adopts, what counts as the same work, and what is said about it."""
 
+import logging
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -19,6 +21,7 @@ from dagster_sbatch.run.adoption import (
     name_request_changes,
     outdated_runs,
 )
+from dagster_sbatch.run.attempts import Attempts, Submission
 from dagster_sbatch.run.calls import StepCalls, step_key
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.history import is_stored, requested_at
@@ -155,12 +158,26 @@ def test_calls_of_many_threads_are_counted() -> None:
 
 
 def test_jobs_are_not_outdated_while_a_thread_prepares_its_call() -> None:
-    """It asks the login node for its image before it is known which job it may adopt."""
-    step = StepCalls()
-    with pytest.raises(KeyError), step.preparing():
-        assert not step.are_prepared
-        raise KeyError
-    assert step.are_prepared
+    """It asks the login node for its image, before it is known that it may adopt the job of an earlier run."""
+    step, waits = StepCalls(), []
+    call = step.begin("root", "step", "mine")
+    theirs = OtherRun(StepCalls().begin("root", "step", "theirs").family, "run", "7", {"call": 0})
+    preparing = step.preparing()
+
+    class Stop:
+        def wait(self, seconds: float) -> bool:
+            waits.append(seconds)
+            if len(waits) == 3:
+                step.begin("root", "step", "theirs")
+                preparing.__exit__(None, None, None)
+            return False
+
+    gateway: Any = SimpleNamespace(stop=Stop())  # a claim or a cancellation would be an error
+    context: Any = SimpleNamespace(log=logging.getLogger())
+    attempts = Attempts(context, gateway, "/base", Submission(call, "step", (), {}, {}, ""))
+    preparing.__enter__()
+    assert not attempts.cancel_outdated(Claim(None, others=[theirs]))
+    assert len(waits) == 3
 
 
 def test_one_call_of_a_step_acts_on_an_outdated_job() -> None:
