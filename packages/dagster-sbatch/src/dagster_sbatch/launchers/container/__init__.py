@@ -79,8 +79,8 @@ class Container(BaseModel):
 
     The Python of the image runs the workload, with the packages of the image: those of requirements/cluster.txt are not
     there. The code of the project and `dagster_pipes` are. The container has the run directory, the folder of the code,
-    DATA_ROOT and the node's local disk, under their own paths, and the variables of the job. Another image under the same
-    path is another input of a run: no job of an earlier attempt with the former image is adopted.
+    DATA_ROOT and the node's local disk, under their own paths, and the variables of the job. Another image under the
+    same path is another input of a run: no job of an earlier attempt with the former image is adopted.
 
     In `development`, the container is used if this machine has the command and the image; otherwise the workload runs
     without it, and the run's log says so.
