@@ -151,6 +151,13 @@ class Settings(BaseSettings):
     budget_start: date | None = _variable(
         "SLURM_BUDGET_START", "First day (UTC) of SLURM_BUDGET_GPU_HOURS.", "2026-10-01"
     )
+    keep_within_budget: bool = _variable(
+        "SLURM_KEEP_WITHIN_BUDGET",
+        "Submit nothing that could cost more GPU-hours or node-hours than the project has left, after all jobs that "
+        "wait and run.",
+        "true",
+        default=False,
+    )
 
     allow_http: bool = _variable(  # before the addresses, whose check reads it
         "ASC_ALLOW_HTTP",

@@ -15,7 +15,7 @@ from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import SlurmRequest
 from resources import PROJECT, build_resources
 from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, SimulatedSite, wait_until
-from slurm_in_a_box.slurm_configuration import ACCOUNT, SECOND_ACCOUNT, SPENT_ACCOUNT
+from slurm_in_a_box.slurm_configuration import ACCOUNT, LIMITED_ACCOUNT, SECOND_ACCOUNT, SPENT_ACCOUNT
 from support import workload_asset
 from support.background import (
     REPORTS,
@@ -183,7 +183,15 @@ def test_which_project_is_charged(
     assert charged(SHORT) == SECOND_ACCOUNT
     monkeypatch.setenv("SLURM_ACCOUNT", ACCOUNT)
     assert charged(SHORT) == ACCOUNT
+    monkeypatch.setenv("SLURM_KEEP_WITHIN_BUDGET", "true")  # that of a project without a limit is not compared
     assert charged(SHORT.model_copy(update={"account": SECOND_ACCOUNT})) == SECOND_ACCOUNT
+    runs = runs_there(site)
+    request = SlurmRequest(account=LIMITED_ACCOUNT, gpus_per_node=1, time_limit="10:01:00")
+    refused = materialize(REPORTS, workloads, request=request)
+    assert "could cost 10.016667 GPU-hours (1 node x 1 GPUs x 10:01:00)" in refused.error
+    assert f"free: of 10 GPU-hours (GrpTRESMins of {LIMITED_ACCOUNT}), " in refused.error
+    assert runs_there(site) == runs
+    assert "SLURM_KEEP_WITHIN_BUDGET: " not in capfd.readouterr().err  # Slurm has told everything
 
 
 def test_a_run_takes_one_connection_and_one_channel(site: SimulatedSite, workloads: Path) -> None:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
+from dagster_sbatch.costs.budget import budget_start
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import Preview, find_submitting, preview_asset, try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
@@ -131,7 +132,8 @@ def test(project: Project, previews: Sequence[Preview]) -> int:
     settings = project.load_settings(supercomputer=True)
     with open_runs(settings, project, PATIENCE) as runs:
         projects = runs.gateway.projects()
-        answers = [try_script(runs.gateway, preview, projects) for preview in previews]
+        usage = runs.gateway.usage(budget_start(settings)) if settings.keep_within_budget else None
+        answers = [try_script(runs.gateway, preview, projects, usage) for preview in previews]
     for _, said in answers:
         print(said)
     return 0 if all(accepted for accepted, _ in answers) else 1

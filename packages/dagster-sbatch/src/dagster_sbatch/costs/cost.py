@@ -42,26 +42,34 @@ def explain_excess(allocation: Allocation, tasks: int, settings: Settings) -> st
         settings: with the limits of the deployment.
     """
     request, cost = allocation.request, highest_cost(allocation, tasks)
-    factors = [f"{tasks} tasks"] if tasks > 1 else []
-    factors.append(f"{request.nodes} node{'s' if request.nodes > 1 else ''}")
-    time = format_time(request.time_limit)
     limits = [
-        ("GPU", cost.gpu_hours, [*factors, f"{_gpus_per_node(allocation)} GPUs", time], "fewer GPUs or nodes",
+        (cost.gpu_hours, True, "fewer GPUs or nodes",
          "most_gpu_hours", request.most_gpu_hours, "SLURM_MOST_GPU_HOURS_PER_RUN", settings.most_gpu_hours_per_run),
-        ("node", cost.node_hours, [*factors, time], "fewer nodes",
+        (cost.node_hours, False, "fewer nodes",
          "most_node_hours", request.most_node_hours, "SLURM_MOST_NODE_HOURS_PER_RUN", settings.most_node_hours_per_run),
     ]  # fmt: skip
-    for unit, hours, product, less, field, own, variable, setting in limits:
+    for hours, gpus, less, field, own, variable, setting in limits:
         limit = setting if own is None else own
         if limit is not None and round(hours, 6) > limit:
             name = variable if own is None else f"{field} of the request"
             return (
-                f"This call of compute.run could cost {show_hours(hours)} {unit}-hours ({' x '.join(product)}). "
+                f"{describe_cost(allocation, tasks, gpus=gpus)}. "
                 f"{name} allows {show_hours(limit)}, so nothing is submitted. "
                 f"Request a shorter time_limit or {less}{', or divide the tasks' if tasks > 1 else ''}; "
                 f"or allow this asset more: SlurmRequest({field}={math.ceil(hours)}, ...)"
             )
     return None
+
+
+def describe_cost(allocation: Allocation, tasks: int, *, gpus: bool) -> str:
+    """Return what a call could cost, with its factors, as the beginning of a sentence; `gpus`: in GPU-hours."""
+    request, cost = allocation.request, highest_cost(allocation, tasks)
+    factors = [f"{tasks} tasks"] if tasks > 1 else []
+    factors.append(f"{request.nodes} node{'s' if request.nodes > 1 else ''}")
+    factors += [f"{_gpus_per_node(allocation)} GPUs"] if gpus else []
+    product = " x ".join([*factors, format_time(request.time_limit)])
+    hours, unit = (cost.gpu_hours, "GPU-hours") if gpus else (cost.node_hours, "node-hours")
+    return f"This call of compute.run could cost {show_hours(hours)} {unit} ({product})"
 
 
 def show_hours(hours: float) -> str:

@@ -13,6 +13,7 @@ import dagster as dg
 
 from dagster_sbatch.costs.cost import explain_excess
 from dagster_sbatch.costs.proposal import propose, render
+from dagster_sbatch.costs.shortage import find_shortage
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.inspect.plan_summary import (
     ANY_LIMITS,
@@ -29,7 +30,7 @@ from dagster_sbatch.run.past_use import past_uses
 from dagster_sbatch.run.plan import Plan, with_request
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape
-from dagster_sbatch.slurm.gateway import Gateway, Limits, Projects
+from dagster_sbatch.slurm.gateway import Gateway, Limits, Projects, Usage
 from dagster_sbatch.slurm.outcome import explain_refusal
 from dagster_sbatch.slurm.units import format_time
 
@@ -51,15 +52,25 @@ class Preview:
         paths: on the supercomputer.
         step: its name.
         smaller: the plan of a request that would be enough, if the history has what is needed to propose one.
-        refusal: why a run of it submits nothing, with the settings as they are; None: it does.
+        settings: of the deployment.
     """
 
     plan: Plan
     summary: Mapping[str, str]
     paths: RunPaths
     step: str
-    refusal: str | None
-    smaller: Plan | None = None
+    smaller: Plan | None
+    settings: Settings
+
+    @property
+    def refusal(self) -> str | None:
+        """Why a run of it submits nothing: it could cost more than a limit per run; None: it does."""
+        return explain_excess(self.plan.allocation, self.tasks, self.settings)
+
+    @property
+    def tasks(self) -> int:
+        """The number of jobs, or of array tasks."""
+        return len(self.plan.tasks) or 1
 
     @property
     def script(self) -> str:
@@ -119,11 +130,10 @@ def preview_asset(
 
     def record(step: str, settings: Settings, plan: Plan) -> Never:
         paths = place_run(settings, "preview-" + re.sub(r"[^A-Za-z0-9_.-]", "_", step), plan.environment)
-        refusal = explain_excess(plan.allocation, len(plan.tasks) or 1, settings)
         proposal = propose(plan.request, plan.allocation, uses)
         summary = {**summarise(step, plan, settings), **summarise_proposal(proposal)}
         smaller = with_request(plan, proposal.request, settings) if proposal and proposal.request else None
-        found.append(Preview(plan, summary, paths, step, refusal, smaller))
+        found.append(Preview(plan, summary, paths, step, smaller, settings))
         raise _Intercepted
 
     with dg.DagsterInstance.ephemeral() as instance, intercept_runs(record), _quiet():
@@ -170,12 +180,16 @@ def find_submitting(definitions: dg.Definitions, instance: dg.DagsterInstance) -
     return found
 
 
-def try_script(gateway: Gateway, preview: Preview, projects: Projects) -> tuple[bool, str]:
-    """Ask Slurm whether it would accept the script; return that, and the expected start and the project, or why not."""
+def try_script(gateway: Gateway, preview: Preview, projects: Projects, usage: Usage | None = None) -> tuple[bool, str]:
+    """Ask Slurm whether it would accept the script; return that, and the expected start and the project, or why not.
+
+    `usage`: of the projects, if the deployment keeps within their budgets.
+    """
     request, limits, array = preview.plan.allocation.request, ANY_LIMITS, ""
     container = preview.plan.launcher.container
-    if preview.refusal:
-        return False, preview.refusal
+    shortage = find_shortage(preview.plan.allocation, preview.tasks, usage, preview.settings)[0] if usage else None
+    if excess := preview.refusal or shortage:
+        return False, excess
     try:
         if container:
             data_root, runs = preview.paths.data_root, preview.paths.run.rpartition("/")[0]

@@ -41,7 +41,7 @@ class RemoteRun(RemoteStep):
         claim, choice = attempts.choose()
         if not choice.adopt:
             self._check_cost()
-        found = None if choice.adopt else environment.find(self._log.info)
+        found = None if choice.adopt else self._find_environment(gateway, environment)
         while not choice.adopt and attempts.cancel_outdated(claim):
             claim, choice = attempts.choose()
         self._run = f"{claim.runs}/{attempts.family}-{choice.attempt}"

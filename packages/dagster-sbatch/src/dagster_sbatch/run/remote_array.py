@@ -91,7 +91,7 @@ class RemoteArray(RemoteStep, Arrays):
                 gateway.committed = True
                 gateway.run_arrays(self, self._context.run_id)
                 if self._found is None and self._batches.left:  # adopted tasks that have to run again
-                    self._found = environment.find(self._log.info)
+                    self._found = self._find_environment(self._gateway, environment, tasks=0)  # they cost nothing new
                     self._batches = self._divide(self._batches.left)
                     gateway.run_arrays(self, self._context.run_id)
                 self._fail_refused()
@@ -108,7 +108,7 @@ class RemoteArray(RemoteStep, Arrays):
         found: Environment | None = None
         if choice.new:
             self._check_cost(len(choice.new))
-            found = environment.find(self._log.info)
+            found = self._find_environment(self._gateway, environment, len(choice.new))
             while attempts.cancel_outdated(claim):
                 claim, choice = attempts.choose_tasks(left)
                 self._adopt(claim, choice)

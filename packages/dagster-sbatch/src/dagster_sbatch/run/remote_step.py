@@ -10,7 +10,9 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.auth import AccessError
+from dagster_sbatch.costs.budget import budget_start
 from dagster_sbatch.costs.cost import explain_excess
+from dagster_sbatch.costs.shortage import SETTING, find_shortage
 from dagster_sbatch.environments.deployed import Environment, Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import inputs_of, request_of
@@ -33,6 +35,7 @@ from dagster_sbatch.slurm.gateway import (
     LostClaimError,
     RefusedError,
     StoppedError,
+    Usage,
     make_gateway,
 )
 from dagster_sbatch.slurm.outcome import explain_refusal
@@ -40,6 +43,8 @@ from dagster_sbatch.ssh import SshError
 
 CANCEL_SECONDS = {"terminated": 170.0, "command": 30.0}
 """For cancelling jobs. `cancel_timeout_seconds` of dagster.yaml is a little longer; a person waits at a terminal."""
+BUDGET_SECONDS = 5.0
+"""For Slurm to say what the project has left, once all else is ready."""
 MOST_RETRIES = 3
 """After a fault of the machine: a node that failed, a job that was preempted."""
 MOST_JOBS = 3
@@ -146,6 +151,33 @@ class RemoteStep(ABC):
         if problem:
             raise ConfigurationError(problem)
         return identity
+
+    def _find_environment(self, gateway: Gateway, environment: RunEnvironment, tasks: int = 1) -> Environment:
+        """Return the environment of new jobs; see `RunEnvironment.find`.
+
+        Meanwhile Slurm says what the project has left, if the deployment keeps within that. `tasks`: of an array, that
+        would be submitted.
+
+        Raises:
+            ConfigurationError: there is none, or the project has not enough left.
+        """
+        guarded = self._settings.keep_within_budget and tasks > 0
+        usage = gateway.usage_ahead(budget_start(self._settings)) if guarded else None
+        found = environment.find(self._log.info)
+        if usage:
+            self._check_budget(usage(BUDGET_SECONDS), tasks)
+        return found
+
+    def _check_budget(self, usage: Usage | None, tasks: int) -> None:
+        """Refuse new jobs that could cost more than the project has left; what is not known refuses nothing."""
+        if usage is None:
+            self._log.warning(f"{SETTING}: the supercomputer did not say in time what is left. The job is submitted.")
+            return
+        shortage, notes = find_shortage(self._plan.allocation, tasks, usage, self._settings)
+        for note in notes:
+            self._log.warning(note)
+        if shortage:
+            raise ConfigurationError(shortage)
 
     def _paths(self, claim: Claim, run: str, found: Environment) -> RunPaths:
         """Return the paths of a new run, in an environment."""

@@ -187,6 +187,19 @@ class Gateway(Link):
         """
         return Usage.parse(self.ask(do="usage", since=since and since.timestamp()), since)
 
+    def usage_ahead(self, since: datetime | None) -> Callable[[float], Usage | None]:
+        """Request the usage, and return what waits for it: within some seconds; None if it has not come by then.
+
+        The agent works on it while other requests are made. `since`: see `usage`.
+        """
+        ident = self.ask_ahead(do="usage", since=since and since.timestamp())
+
+        def wait(seconds: float) -> Usage | None:
+            said = None if ident is None else self.answer_ahead(ident, seconds)
+            return None if said is None else Usage.parse(said, since)
+
+        return wait
+
     def queue(self, runs: str) -> Mapping[str, Any]:
         """Return the view of all of the user's jobs, which the agents share in the folder of all runs.
 

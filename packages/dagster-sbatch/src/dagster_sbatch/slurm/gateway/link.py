@@ -118,6 +118,7 @@ class Link:
         self._ident = 0
         self._hold = -1
         self._greeted, self._banner = False, ""
+        self._ahead: dict[int, Mapping[str, Any] | None] = {}
         self._heard = self._pinged = 0.0
 
     def close(self) -> None:
@@ -193,6 +194,39 @@ class Link:
             except (OSError, EOFError):
                 self.close()
 
+    def ask_ahead(self, **request: Any) -> int | None:
+        """Send a request over the connection that there is, and return its number for `answer_ahead`; None without one.
+
+        The agent works on it while other requests are made.
+        """
+        if not self._channel:
+            return None
+        try:
+            ident = self._send(self._channel, **request)
+        except (OSError, EOFError):
+            self.close()
+            return None
+        self._ahead = {ident: None}
+        return ident
+
+    def answer_ahead(self, ident: int, seconds: float) -> Mapping[str, Any] | None:
+        """Return the answer to a request that was sent ahead; None if there is none within some seconds, or an error.
+
+        It is not repeated: if the connection was lost meanwhile, nobody knows the answer.
+        """
+        until, channel = monotonic() + seconds, self._channel
+        while self._channel and self._channel is channel and ident in self._ahead and self._ahead[ident] is None:
+            if self.stop.is_set():
+                raise StoppedError
+            if monotonic() > until:
+                break
+            try:
+                self._receive(self._channel)
+            except (OSError, EOFError, UnreachableError):
+                self.close()
+        answer = self._ahead.pop(ident, None)
+        return None if answer is None or "error" in answer else answer
+
     # Repeat
 
     def patiently(self, step: Callable[[], T], lasting: Callable[[], bool] = lambda: False) -> T:
@@ -260,6 +294,7 @@ class Link:
             self._opened.append(monotonic())
             self._channel = self._open_channel()
             self._buffer.clear()
+            self._ahead.clear()
             self._greeted, self._banner = False, ""
             self._heard = self._pinged = monotonic()
             self._hold = self._send(self._channel, do="hold", **self.claimed) if self.claimed else -1
@@ -296,6 +331,8 @@ class Link:
             self._on_recovered()
         if frame and frame[0]["id"] == self._hold and "held" in frame[0]:
             raise LostClaimError(frame[0]["held"])
+        if frame and frame[0]["id"] in self._ahead:
+            self._ahead[frame[0]["id"]] = frame[0]
         return frame
 
     def _fill(self, channel: Channel, now: float) -> None:

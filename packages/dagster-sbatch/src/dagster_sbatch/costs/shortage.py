@@ -1,0 +1,57 @@
+"""Whether what a project has left is enough for the jobs of a call of `compute.run`. Pure."""
+
+from collections.abc import Sequence
+
+from dagster_sbatch.costs.budget import Budget, budgets_of
+from dagster_sbatch.costs.cost import describe_cost, highest_cost, show_hours
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import Allocation
+from dagster_sbatch.slurm.gateway import GPU, Usage
+
+SETTING = "SLURM_KEEP_WITHIN_BUDGET"
+
+
+def find_shortage(
+    allocation: Allocation, tasks: int, usage: Usage, settings: Settings
+) -> tuple[str | None, Sequence[str]]:
+    """Compare the highest possible cost with what the project has left, after all jobs that wait and run.
+
+    Limits on GPU-hours and node-hours are compared. A limit whose numbers are not known refuses nothing.
+
+    Args:
+        allocation: what would be submitted.
+        tasks: number of array tasks that would be submitted; 1 without an array.
+        usage: of the projects, with the jobs since `budget_start`.
+        settings: of the deployment.
+
+    Returns:
+        Why nothing is submitted, or None; and for the log, why limits could not be compared.
+    """
+    cost, project = highest_cost(allocation, tasks), allocation.request.account or usage.default
+    hours = {GPU: cost.gpu_hours, "node": cost.node_hours}
+    budgets = [each for each in budgets_of(usage, settings) if each.project == project and hours.get(each.tres)]
+    unknown = [each for each in budgets if each.free is None]
+    why = f": {'; '.join(usage.trouble)}" if usage.trouble else ""
+    notes = [
+        f"{SETTING}: what project {project} has left of {each.source} is not known{why}. The job is submitted."
+        for each in unknown
+    ]
+    if not budgets and (usage.shares is None or not project):
+        of = f"project {project}" if project else "your default project"
+        notes.append(f"{SETTING}: the limits of {of} are not known{why}. The job is submitted.")
+    for each in budgets:
+        if each.free is not None and hours[each.tres] > each.free:
+            return _explain(allocation, tasks, each), notes
+    return None, notes
+
+
+def _explain(allocation: Allocation, tasks: int, budget: Budget) -> str:
+    used, running, queued, free = (
+        show_hours(number or 0.0) for number in (budget.used, budget.running, budget.queued, budget.free)
+    )
+    return (
+        f"{describe_cost(allocation, tasks, gpus=budget.tres == GPU)}. Project {budget.project} has {free} free: of "
+        f"{show_hours(budget.limit)} {budget.unit} ({budget.source}), {used} are used, and jobs that run and wait may "
+        f"use {running} and {queued}. {SETTING} is set, so nothing is submitted. "
+        "Request less, wait until other jobs have ended, or charge another project (account=...)"
+    )

@@ -1,0 +1,179 @@
+"""What a project has left, compared with the highest possible cost of a call."""
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch.costs.shortage import find_shortage
+from dagster_sbatch.inspect.asset_preview import preview_asset, try_script
+from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.run.compute import ComputeResource
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import SlurmRequest, allocate
+from dagster_sbatch.slurm.gateway import Gateway, Projects, Queued, Share, StoppedError, Usage
+from dagster_sbatch.slurm.gateway.agent.server import HELLO
+from resources import PROJECT
+
+SITE = PROJECT.load_site("musica")
+NOW = datetime(2026, 11, 27, tzinfo=UTC)
+GPUS = Share("p1", "", "gres/gpu", limit=600, used=240, running=60)
+WAITS = Queued(2, running=False, user="xy", project="p1", seconds=1800, tres={"gres/gpu": 1, "node": 1})
+
+
+def usage(**fields: Any) -> Usage:
+    known: dict[str, Any] = {
+        "user": "xy", "projects": ["p1", "p2"], "default": "p1", "since": None, "now": NOW, "jobs": None,
+        "queue": [WAITS], "shares": [GPUS], "parents": {}, "private": False, "trouble": [],
+    }  # fmt: skip
+    return Usage(**{**known, **fields})
+
+
+def find(found: Usage, tasks: int = 1, **fields: Any) -> tuple[str | None, list[str]]:
+    request = SlurmRequest(**{"gpus_per_node": 1, "time_limit": "04:00:00", **fields})
+    shortage, notes = find_shortage(allocate(request, SITE), tasks, found, Settings.model_validate({}))
+    return shortage, list(notes)
+
+
+def test_what_waits_and_runs_is_subtracted_and_the_refusal_has_the_numbers() -> None:
+    assert find(usage()) == (None, [])  # 10 - 4 - 1 - 1: just enough
+    assert find(usage(), time_limit="04:01:00") == (
+        "This call of compute.run could cost 4.016667 GPU-hours (1 node x 1 GPUs x 04:01:00). Project p1 has 4 free: "
+        "of 10 GPU-hours (GrpTRESMins of p1), 4 are used, and jobs that run and wait may use 1 and 1. "
+        "SLURM_KEEP_WITHIN_BUDGET is set, so nothing is submitted. Request less, wait until other jobs have ended, or "
+        "charge another project (account=...)",
+        [],
+    )
+    assert "could cost 8 GPU-hours (2 tasks x 1 node x 1 GPUs x 04:00:00). Project" in str(find(usage(), 2)[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "request_", "tasks"),
+    [
+        ({}, {"account": "p2"}, 9),  # the limit is that of another project
+        ({}, {"gpus_per_node": 0}, 9),  # the job takes nothing of what is limited
+        ({"shares": [Share("p1", "", "gres/gpu", 600, 900, 0)]}, {"gpus_per_node": 0}, 9),
+        ({"shares": [Share("p1", "", "billing", 1, 1, 0)]}, {}, 9),  # what a job costs in that is not known
+        ({"shares": []}, {}, 9),
+        ({}, {}, 0),  # tasks that run again
+    ],
+)
+def test_what_is_not_limited_is_not_refused(fields: dict[str, Any], request_: dict[str, Any], tasks: int) -> None:
+    assert find(usage(**fields), tasks, **request_) == (None, [])
+
+
+def test_a_limit_on_nodes_counts_and_one_that_is_unknown_does_not_hide_it() -> None:
+    nodes = Share("p1", "", "node", limit=120, used=0, running=0)
+    unknown = Share("p1", "", "gres/gpu", limit=600, used=None, running=0)
+    shortage, (note,) = find(usage(shares=[unknown, nodes]))
+    assert "could cost 4 node-hours (1 node x 04:00:00). Project p1 has 1 free: of 2 node-hours" in str(shortage)
+    assert note.startswith("SLURM_KEEP_WITHIN_BUDGET: what project p1 has left of GrpTRESMins of p1 is not known.")
+
+
+@pytest.mark.parametrize(
+    ("fields", "note"),
+    [
+        ({"queue": None, "trouble": ["squeue: down"]}, "what project p1 has left of GrpTRESMins of p1 is not known: "
+         "squeue: down."),
+        ({"queue": [replace(WAITS, seconds=None)]}, "what project p1 has left of GrpTRESMins of p1 is not known."),
+        ({"shares": None, "trouble": ["sshare: down"]}, "the limits of project p1 are not known: sshare: down."),
+        ({"shares": None, "projects": [], "default": ""}, "the limits of your default project are not known."),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_absent_refuse_nothing_and_the_log_says_so(fields: dict[str, Any], note: str) -> None:
+    assert find(usage(**fields), 99) == (None, [f"SLURM_KEEP_WITHIN_BUDGET: {note} The job is submitted."])
+
+
+@dg.asset
+def trains(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    request = SlurmRequest(gpus_per_node=1, time_limit="05:00:00")
+    done = compute.run(context, workload=Path(__file__), launcher=ScriptLauncher(), request=request)
+    return done.get_materialize_result()
+
+
+def test_the_preview_refuses_what_a_run_would_refuse() -> None:
+    (shown,) = preview_asset(dg.Definitions([trains], resources={"compute": ComputeResource.of(PROJECT)}), "trains")
+    slurm: Any = None  # it is not asked
+    accepted, said = try_script(slurm, shown, Projects({}, default="p1"), usage())
+    assert (accepted, "could cost 5 GPU-hours (1 node x 1 GPUs x 05:00:00). Project p1 has 4 free" in said) == (
+        False,
+        True,
+    )
+
+
+SAID = {
+    "user": "xy", "projects": ["p1"], "default": "p1", "now": 0.0, "jobs": None, "queue": None, "shares": None,
+    "parents": None, "tracked": None, "private": None, "trouble": ["down"],
+}  # fmt: skip
+
+
+class Agent:
+    """A connection whose agent answers `usage` after the next request, or with an error, or never."""
+
+    def __init__(self, said: Mapping[str, Any] | None) -> None:
+        self._said, self._lines, self.closed = said, [{"id": 0, "hello": HELLO}], False
+        self._later: list[dict[str, Any]] = []
+
+    def write(self, data: bytes) -> None:
+        ask = json.loads(data)
+        if ask["do"] == "usage":
+            self._later = [] if self._said is None else [{**self._said, "id": ask["id"]}]
+        elif ask["do"] == "projects":
+            self._lines += [*self._later, {"id": ask["id"], "rows": [], "exported": ""}]
+
+    def read(self, seconds: float) -> bytes:
+        if self.closed:
+            raise EOFError
+        if self._lines:
+            return json.dumps(self._lines.pop(0)).encode() + b"\n"
+        threading.Event().wait(min(seconds, 0.01))
+        raise TimeoutError
+
+    def complaint(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_the_answer_is_kept_while_other_requests_are_made() -> None:
+    gateway = Gateway(lambda: Agent(SAID))
+    gateway.projects()
+    wait = gateway.usage_ahead(None)
+    gateway.projects()  # which the answer to `usage` comes before
+    found = wait(30)
+    assert found
+    assert (found.user, found.trouble) == ("xy", ["down"])
+    assert wait(30) is None  # once
+
+
+@pytest.mark.parametrize("said", [None, {"error": "broken", "text": "the gateway agent failed"}])
+def test_an_answer_that_does_not_come_is_absent(said: Mapping[str, Any] | None) -> None:
+    agents = [Agent(said), Agent(said)]
+    left = iter(agents)
+    gateway = Gateway(lambda: next(left))
+    assert gateway.usage_ahead(None)(30) is None  # without a connection
+    gateway.projects()
+    wait = gateway.usage_ahead(None)
+    gateway.projects()
+    assert wait(0.05) is None
+    wait = gateway.usage_ahead(None)
+    gateway.close()
+    gateway.projects()
+    assert [agent.closed for agent in agents] == [True, False]
+    assert wait(30) is None  # it was asked over the connection before
+
+
+def test_a_step_that_is_stopped_waits_no_longer() -> None:
+    gateway = Gateway(lambda: Agent(None))
+    gateway.projects()
+    wait = gateway.usage_ahead(None)
+    gateway.stop.set()
+    with pytest.raises(StoppedError):
+        wait(30)
