@@ -172,6 +172,7 @@ def test_the_history_of_an_asset_becomes_a_proposal_in_the_preview_and_in_the_me
         own = [Use(CPU, "", 1, 0, 1, 500)]
         found = proposal_metadata(step, shown.plan, own)["proposal"].md_str
         assert proposal_metadata(step, shown.plan, []) == {}
+        assert proposal_metadata(step, shown.plan, [Use(CPU, "", 1, 0, 1, 9)]) == {}  # too short to read the history
     assert (before.smaller, "used" in before.summary) == (None, False)
     code = 'SlurmRequest(mem="12G", time_limit="00:35:00")'
     assert shown.summary["used"].startswith("The last 3 jobs of this size used at most 00:22:10 of 02:00:00, 9.0 of 64")

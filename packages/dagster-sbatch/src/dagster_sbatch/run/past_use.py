@@ -12,6 +12,8 @@ from dagster_sbatch.run.task_results import MOST_ROWS
 
 MOST_RESULTS = 100
 """Materializations of an asset that are read, the latest ones."""
+SHORTEST_JOB = 10
+"""Seconds: reading them takes some 15 ms, a thousandth of that."""
 
 
 def uses_of(metadata: Mapping[str, Any], partitions: Sequence[str], slurm_partition: str | None) -> Iterator[Use]:
@@ -61,13 +63,16 @@ def _values(metadata: Mapping[str, dg.MetadataValue[Any]]) -> dict[str, Any]:
 def proposal_metadata(step: dg.OpExecutionContext, plan: Plan, uses: Sequence[Use]) -> dict[str, Any]:
     """Return the proposal for a call as metadata of its materialization; empty without one.
 
-    The history is read only if the call's own jobs leave room for a smaller request.
+    The history is read only if the call's own jobs leave room for a smaller request, and one of them ran long enough
+    that nobody notices the time for that.
 
     Args:
         step: of the call.
         plan: of the call.
         uses: of its jobs, which Dagster has not stored yet.
     """
+    if max((use.seconds for use in uses), default=0) < SHORTEST_JOB:
+        return {}
     own = propose(plan.request, plan.allocation, uses)
     if own is None or own.request is None:
         return {}
