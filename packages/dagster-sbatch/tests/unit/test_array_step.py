@@ -33,7 +33,8 @@ def succeed(step: ArrayStep, index: int) -> None:
 
 def fail(step: ArrayStep, index: int) -> None:
     step.started(index)
-    step.failed(index, "it failed", "logs")
+    step.feed(index, "stderr", b"slurmstepd-n1: error: Detected 1 oom_kill event in StepId=17.0.\n")
+    assert not step.ended(index, 1, {}, {}, "logs")
 
 
 def plan_of_all() -> Plan:
@@ -82,6 +83,7 @@ def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pyt
     assert [each.partition for each in found if each] == [*KEYS[:10], *KEYS[11:]]
     (failure,) = result.get_step_failure_events()
     assert "1 of 20 tasks failed. The 19 partitions of the other tasks are materialized" in str(failure)
+    assert "1 task (010): it ran out of memory on n1, and the system killed some of its processes" in str(failure)
 
 
 @pytest.mark.parametrize("by_name", [False, True])

@@ -6,7 +6,7 @@ import pytest
 
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import JobEnd, Projects
-from dagster_sbatch.slurm.outcome import TRY_AGAIN, Outcome, explain_refusal, explain_step, judge
+from dagster_sbatch.slurm.outcome import TRY_AGAIN, Outcome, explain_memory, explain_refusal, judge
 
 REQUEST = SlurmRequest(mem="8G", time_limit="01:00:00")
 LOST = "Ray: lost the node n4002: health check failed"
@@ -92,13 +92,28 @@ def test_the_advice_is_to_ask_for_more(state: str, request_: SlurmRequest, advic
     assert advice in outcome.cause
 
 
-@pytest.mark.parametrize("event", ["1 oom_kill event in StepId=13.0.", "1 oom-kill event(s) in StepId=13.0."])
-def test_a_step_that_ran_out_of_memory_is_seen_in_stderr(event: str) -> None:
-    stderr = f"slurmstepd-n4001: error: Detected {event} Some of the step tasks have been OOM Killed."
-    assert explain_step(stderr, REQUEST) == (
-        ". A step of the job ran out of memory. It had mem='8G'. Request more, for instance mem='12G'"
+KILLED = "error: Detected 1 oom_kill event in StepId=13.0. Some of the step tasks have been OOM Killed."
+
+
+@pytest.mark.parametrize(
+    ("stderr", "where"),
+    [
+        (f"slurmstepd-n2: {KILLED}\nslurmstepd-n1: {KILLED}\nslurmstepd-n2: {KILLED}", " on n1, n2"),
+        (f"slurmstepd: {KILLED}", ""),
+        ("slurmstepd-n1: error: Detected 2 oom-kill event(s) in StepId=13.0.", " on n1"),  # before Slurm 22.05
+    ],
+)
+def test_a_cause_begins_with_the_nodes_on_which_a_step_ran_out_of_memory(stderr: str, where: str) -> None:
+    cause = explain_memory("a raised WorkerCrashedError", f"a line\n{stderr}\nanother", REQUEST)
+    assert cause == (
+        f"it ran out of memory{where}, and the system killed some of its processes. It had mem='8G'. Request more, for "
+        "instance mem='12G'. Then a raised WorkerCrashedError"
     )
-    assert explain_step("Out Of Memory is what a user may write", REQUEST) == ""
+
+
+def test_a_cause_says_once_that_memory_ran_out() -> None:
+    for cause, stderr in (("rank 1 on n1 ran out of memory", f"slurmstepd-n1: {KILLED}"), ("a", "n1: Out Of Memory")):
+        assert explain_memory(cause, stderr, REQUEST) == cause
 
 
 BAD_ACCOUNT = "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified"

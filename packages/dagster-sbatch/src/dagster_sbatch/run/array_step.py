@@ -24,7 +24,7 @@ from dagster_sbatch.run.task_failures import TaskFailures
 from dagster_sbatch.run.task_output import TaskReader, Warnings
 from dagster_sbatch.run.task_results import TaskResult, read_result
 from dagster_sbatch.slurm.gateway import MESSAGES
-from dagster_sbatch.slurm.outcome import explain_step
+from dagster_sbatch.slurm.outcome import explain_memory
 
 DATA_VERSION_TAG = "dagster/data_version"
 """Tag of a materialization from which Dagster reads its data version."""
@@ -138,7 +138,7 @@ class ArrayStep:
         task, messages = self.tasks[index], self.reader(index).messages
         cause = explain_failure(messages, exit_code, self._plan.workload.name)
         if cause:
-            cause += explain_step(self.reader(index).stderr.tail, self._plan.allocation.request)
+            cause = explain_memory(cause, self.reader(index).stderr.tail, self._plan.allocation.request)
         if cause is None:
             try:
                 result = read_result(self._context, self._session.messages, task, messages, dict(where), dict(costs))

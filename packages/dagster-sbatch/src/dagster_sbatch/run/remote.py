@@ -15,7 +15,7 @@ from dagster_sbatch.run.results import complete, declared_checks, partitions_of
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.slurm import accounting
 from dagster_sbatch.slurm.gateway import MESSAGES, Gateway, JobEnd, JobState, Submitted
-from dagster_sbatch.slurm.outcome import explain_step, judge
+from dagster_sbatch.slurm.outcome import CAUSES, explain_memory, judge
 from dagster_sbatch.slurm.waiting import advise
 
 RETRY_SECONDS = 10
@@ -78,9 +78,9 @@ class RemoteRun(RemoteStep):
         request, workload = self._plan.allocation.request, self._plan.workload
         outcome = judge(end, request)
         cause = outcome.cause if outcome else explain_failure(session.messages, exit_code(end), workload.name)
-        if cause and not outcome:
-            cause += explain_step(session.stderr.tail, request)
         if cause:
+            if end.state not in CAUSES:
+                cause = explain_memory(cause, session.stderr.tail, request)
             error = self._failure(cause, stderr=session.stderr.tail, **(self._about(end) | self._costs(end)))
             if outcome and outcome.again and self._context.retry_number < MOST_RETRIES:
                 self._log.warning(f"{cause}; another attempt follows")

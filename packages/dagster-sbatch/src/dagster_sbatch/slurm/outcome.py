@@ -10,11 +10,12 @@ from dagster_sbatch.slurm.gateway import MESSAGES, JobEnd, Projects
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
 
+_RAN_OUT_OF_MEMORY = "ran out of memory"
 CAUSES = {
     "NODE_FAIL": "a node failed",
     "BOOT_FAIL": "a node did not start",
     "PREEMPTED": "it was preempted by another job",
-    "OUT_OF_MEMORY": "it ran out of memory",
+    "OUT_OF_MEMORY": f"it {_RAN_OUT_OF_MEMORY}",
     "TIMEOUT": "it reached its time limit",
     "DEADLINE": "it reached the deadline that its options set",
     "CANCELLED": "it was cancelled on the cluster, by scancel or by its administrators",
@@ -69,22 +70,27 @@ def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
     return None
 
 
-_STEP_OUT_OF_MEMORY = re.compile(r"Detected \d+ oom.kill event")
+_OUT_OF_MEMORY = re.compile(r"slurmstepd(?:-(\S+))?: error: Detected \d+ oom.kill event")
 """slurmstepd writes this to stderr, with a hyphen before Slurm 22.05."""
 
 
-def explain_step(stderr: str, request: SlurmRequest) -> str:
-    """Return what to add to the cause of a failed job if one of its steps ran out of memory; empty if none did.
+def explain_memory(cause: str, stderr: str, request: SlurmRequest) -> str:
+    """Return the cause of a failed job; it begins with the nodes on which a step of the job ran out of memory, if any.
 
-    Slurm calls a job FAILED if a step that its script started by srun ran out of memory.
+    Slurm calls a job FAILED if a step that its script started by srun ran out of memory. A Ray cluster is such a step:
+    Ray reports only that a worker died.
 
     Args:
+        cause: of the failure.
         stderr: the last lines of the job.
         request: of the job.
     """
-    if not _STEP_OUT_OF_MEMORY.search(stderr):
-        return ""
-    return f". A step of the job ran out of memory{_advice('OUT_OF_MEMORY', request)}"
+    nodes = set(_OUT_OF_MEMORY.findall(stderr))
+    if not nodes or _RAN_OUT_OF_MEMORY in cause:
+        return cause
+    where = f" on {', '.join(sorted(nodes))}" if all(nodes) else ""
+    advice = _advice("OUT_OF_MEMORY", request)
+    return f"it {_RAN_OUT_OF_MEMORY}{where}, and the system killed some of its processes{advice}. Then {cause}"
 
 
 _ABOUT_PROJECTS = re.compile(r"account|qos|association", re.IGNORECASE)
