@@ -13,12 +13,13 @@ from dagster_sbatch.inspect.dashboard import Dashboard, open_dashboard
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.launchers import RayLauncher
 from resources import PROJECT
-from slurm_in_a_box import SimulatedSite
-from support.background import STRESS
-from support.ray_run import CONNECT, HANG, RayRun, nothing_is_left
+from slurm_in_a_box import SimulatedSite, wait_until
+from support.background import STRESS, jobs_of, logins, nobody_left, rows_of, runs_there
+from support.ray_run import CONNECT, FEW_CPUS, HANG, RayRun, nothing_is_left
+from support.step import Step, kill
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
-STARTS = 20 if STRESS else 3
+STARTS = 20 if STRESS else 2
 
 
 @pytest.mark.smoke
@@ -102,28 +103,60 @@ def pages(dashboard: Dashboard) -> tuple[str, int, int]:
         return client.get("/").text, nodes.status_code, client.get("/api/v0/nodes").status_code
 
 
-def test_two_jobs_on_one_node_do_not_see_each_other(site: SimulatedSite, tmp_path: Path) -> None:
-    """Each has a dashboard, to which the way closes with the job. The first job to end leaves the other running."""
-    runs = [RayRun(site, tmp_path, HANG, name=name, nodelist="n4002") for name in ("one", "two")]
-    for run in runs:
-        run.wait_until_ready()
-    first, second = runs
-    with opened(second.job) as dashboard:
+WAITS = (
+    CONNECT
+    + """
+    print("begun on", *hosts(), flush=True)
+    for name in ("reconnected", "adopted"):
+        wait_for(name)
+        print(name, "on", *hosts(), flush=True)
+    pipes.report_asset_materialization(metadata={"hosts": hosts()})
+    """
+)
+
+
+def test_two_jobs_on_one_node(site: SimulatedSite, tmp_path: Path, step_variables: dict[str, str]) -> None:
+    """Each has a dashboard, to which the way closes with the job. One is cancelled, which the other does not notice.
+
+    The other one's step loses its connection, is killed, and executed again: it goes on with the same Ray cluster.
+    """
+    other = Step(tmp_path / "step", step_variables, WAITS)
+    other.call(launcher="RayLauncher", cpus_per_task=FEW_CPUS, mem="3G", nodes=2, nodelist="n4002,n4003")
+    process = other.start(again=False)
+    run = RayRun(site, tmp_path, HANG, nodelist="n4002")
+    run.wait_until_ready()
+    wait_until(lambda: other.output == "begun on n4002 n4003\n", "the other workload runs", 180)
+    (other_job,) = {int(job) for job, state in rows_of(site, "%i %T") if state == "RUNNING"} - {run.job}
+    with opened(other_job) as dashboard:
         page, with_token, without = pages(dashboard)
     assert "<title>Ray Dashboard</title>" in page
     assert (with_token, without) == (200, 401)
-    heads = [json.loads(path.read_text()) for path in first.home.glob("dagster-slurm/runs/*/ray/state/head.json")]
+    heads = [json.loads(path.read_text()) for path in run.home.glob("dagster-slurm/runs/*/ray/state/head.json")]
     assert len({head["ray_address"] for head in heads}) == 2
     assert len({str(head["dashboard_address"]) for head in heads}) == 2
-    with opened(first.job) as dashboard:
-        site.cluster.query("scancel", "--full", str(first.job))
+    with opened(run.job) as dashboard:
+        site.cluster.query("scancel", "--full", str(run.job))
         dashboard.wait_until_gone()
-    assert "CANCELLED" in first.finish().error
-    (second.home / "go").touch()
-    outcome = second.finish()
-    assert outcome.error == ""
-    assert outcome.materializations[None][0]["hosts"] == ["n4002"]
-    nothing_is_left(site, "n4002")
+    assert "CANCELLED" in run.finish().error
+
+    before = logins(site)
+    site.faults.drop_connections()
+    (run.home / "reconnected").touch()
+    wait_until(lambda: other.output.endswith("reconnected on n4002 n4003\n"), "the output after the reconnection", 90)
+    assert sum(logins(site).values()) > sum(before.values())
+    kill(process)
+    process = other.start(again=True)
+    adopted = f"Slurm job {other_job} was submitted by an earlier run of this step"
+    wait_until(lambda: adopted in other.log, "the job is adopted", 90)
+    (run.home / "adopted").touch()
+    success, error, metadata = other.result(process)
+    assert (success, error) == (True, "")
+    assert (metadata["job_id"], metadata["hosts"]) == (other_job, ["n4002", "n4003"])
+    assert other.output == "".join(f"{word} on n4002 n4003\n" for word in ("begun", "reconnected", "adopted"))
+    assert other.materializations() == 1
+    assert [len(jobs_of(site, each)) for each in runs_there(site)] == [1, 1]
+    nothing_is_left(site, "n4002", "n4003")
+    nobody_left(site)
 
 
 def test_many_starts_under_load(site: SimulatedSite, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """SrunLauncher with the real Slurm: ranks over two nodes, a real MPI, GPUs, and ranks that fail."""
 
-import os
 import shutil
 import sys
 import textwrap
@@ -24,12 +23,6 @@ from support.workload_asset import PIPES, Outcome, materialize
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 NODES, GPU_NODES = ("n4001", "n4002"), ("g4001", "g4002")
 TWO_NODES: dict[str, Any] = {"nodes": 2, "ntasks_per_node": 2, "nodelist": ",".join(NODES)}
-
-
-@pytest.fixture
-def step_variables(on_supercomputer: dict[str, str]) -> dict[str, str]:
-    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    return {**kept, **on_supercomputer}
 
 
 def run(workload: str, folder: Path, launcher: SrunLauncher | None = None, env: Any = None, **request: Any) -> Outcome:

@@ -1,5 +1,6 @@
 """A user of the simulated site, and a deployment on it."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,12 @@ def on_supercomputer(site: SimulatedSite, client_home: Path, monkeypatch: pytest
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return variables
+
+
+@pytest.fixture
+def step_variables(on_supercomputer: dict[str, str]) -> dict[str, str]:
+    """The environment of a `Step` in that deployment."""
+    return {**{name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}, **on_supercomputer}
 
 
 @pytest.fixture

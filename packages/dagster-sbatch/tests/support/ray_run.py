@@ -1,6 +1,8 @@
 """A Ray job of a test on the simulated site: started in the background, disturbed, and looked at as a user would."""
 
 import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,15 @@ from support.background import Background
 from support.workload_asset import PIPES, Outcome, materialize
 
 NODES = ("n4001", "n4002")
-PLACE: dict[str, Any] = {"nodes": 2, "nodelist": ",".join(NODES)}
+PAIRS = (NODES, ("n4003", "n4004"))
+
+
+def place(nodes: Sequence[str]) -> dict[str, Any]:
+    """Fields of the request of a job on these nodes; the first is the head."""
+    return {"nodes": len(nodes), "nodelist": ",".join(nodes)}
+
+
+PLACE = place(NODES)
 NO_DASHBOARD = RayLauncher(ray_start_args=["--include-dashboard=false"])
 ON_THE_SECOND = '[ "$SLURM_PROCID" = 0 ] || '
 """Begins a pre-start command for the node that is not the head."""
@@ -52,11 +62,11 @@ HANG = (
     + """
     hosts()
     say_ready()
-    wait_for("go")
+    wait_for("go-" + pipes.extras["name"])
     pipes.report_asset_materialization(metadata={"hosts": hosts()})
 """
 )
-"""Says that all nodes have worked, and waits for the file `go`."""
+"""Says that all nodes have worked, and waits for `RayRun.go_on`."""
 
 
 class RayRun:
@@ -85,19 +95,48 @@ class RayRun:
         """The user's home, as the host sees it."""
         return self._site.layout.home / CERTIFICATE_USER.name
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the workload has said that it runs."""
+        return self._word.exists()
+
     def wait_until_ready(self) -> None:
         """Wait for the workload's word."""
-        wait_until(lambda: self._word.exists() or self._run.ended, f"the workload of {self._name} runs", 180)
-        assert self._word.exists(), self.finish().error
+        wait_until(lambda: self.is_ready or self._run.ended, f"the workload of {self._name} runs", 180)
+        assert self.is_ready, self.finish().error
 
     @property
     def job(self) -> int:
         """The id of its job, once it is ready."""
         return int(self._word.read_text())
 
+    def go_on(self) -> None:
+        """Let a workload HANG end."""
+        (self.home / f"go-{self._name}").touch()
+
     def finish(self) -> Outcome:
         """Wait for its end."""
         return self._run.outcome(240)
+
+
+def share_out(cases: Mapping[str, Callable[[tuple[str, ...]], None]]) -> None:
+    """Play cases on both pairs of nodes at once; a pair that is free takes the next case.
+
+    Raises:
+        Exception: the first failure on a pair, when the other pair has played the other cases.
+    """
+    waiting = iter(list(cases))  # of a list, which several threads may share
+
+    def work(nodes: tuple[str, ...]) -> None:
+        for name in waiting:
+            try:
+                cases[name](nodes)
+            except Exception as error:
+                error.add_note(f"in the case {name!r}, on {' and '.join(nodes)}")
+                raise
+
+    with ThreadPoolExecutor(len(PAIRS)) as pool:
+        list(pool.map(work, PAIRS))
 
 
 def cause_of(text: str) -> str:

@@ -103,6 +103,11 @@ class Step:
         with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
             return [record.dagster_run.run_id for record in instance.get_run_records()][::-1]
 
+    def materializations(self) -> int:
+        """How many materializations of its asset Dagster has stored."""
+        with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
+            return len(instance.fetch_materializations(dg.AssetKey("probe"), limit=10).records)
+
     def start(self, *, again: bool) -> "subprocess.Popen[bytes]":
         """Start a run; `again` makes it a re-execution of the latest one."""
         parent = self.runs()[-1:] if again else []
