@@ -14,6 +14,7 @@ from dagster_sbatch.commands.deploy_environment import choose_for_removal
 from dagster_sbatch.environments.deployed import EnvironmentListing, Environments
 from dagster_sbatch.environments.groups import DEFAULT, read_group
 from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.inspect.asset_preview import Preview, try_script
 from dagster_sbatch.inspect.diagnosis.finding import Facts
 from dagster_sbatch.inspect.diagnosis.slurm_jobs import check_environment
 from dagster_sbatch.inspect.plan_summary import place_run, summarise
@@ -25,7 +26,7 @@ from dagster_sbatch.run.plan import Plan, make_plan
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest
-from dagster_sbatch.slurm.gateway import Gateway
+from dagster_sbatch.slurm.gateway import Gateway, Projects, RefusedError
 from dagster_sbatch.slurm.gateway.agent import releases
 from dagster_sbatch.slurm.gateway.agent.building import HERE, describe
 from dagster_sbatch.slurm.gateway.agent.disk import RequestError, store
@@ -216,6 +217,15 @@ def test_an_interpreter_that_is_too_old_is_refused_if_an_asset_names_it(tmp_path
     assert describe(ask_for(tmp_path, sys.executable, "SLURM_PYTHON", oldest=[3, 99]))["python"]
 
 
+def test_an_interpreter_is_checked_without_making_anything(tmp_path: Path) -> None:
+    check = releases.VERBS["check_interpreter"]
+    assert check(ask_for(tmp_path, sys.executable, modules=["dagster_pipes"]), None) == {}
+    said = rf"No module named 'none_such'\nenvironment={sys.executable} must have these packages\. .*\n"
+    with pytest.raises(RequestError, match=rf"{said}{sys.executable} -m pip install none-such$"):
+        check(ask_for(tmp_path, sys.executable, modules=["none_such"]), None)
+    assert [path.name for path in (tmp_path / "environments").iterdir() if path.is_dir()] == []
+
+
 class Published:
     """The folder of environments, as the agent sees it, with an environment of each name."""
 
@@ -230,7 +240,14 @@ class Published:
     def ask(self, _: Any, verb: str, **fields: Any) -> Any:
         """Stand for `Gateway.ask`, with the agent in this process."""
         del fields["do"]
-        return releases.VERBS[verb]({**fields, "folder": str(self.folder)}, lambda **_: None)
+        try:
+            return releases.VERBS[verb]({**fields, "folder": str(self.folder)}, lambda **_: None)
+        except RequestError as error:
+            raise RefusedError(str(error)) from None
+
+    def test(self, _: str) -> tuple[bool, str]:
+        """Stand for `Gateway.test`."""
+        return True, "sbatch: Job 1 to start"
 
     @property
     def environments(self) -> Environments:
@@ -275,6 +292,37 @@ def test_the_doctor_names_the_group_that_cannot_run(project: Project, tmp_path: 
 
     there.publish(default="a1", torch="b1", empty="c1", new="c1")
     assert check_environment(facts)[0] == "ok"
+
+
+def trial(there: Published, project: Project, environment: str, **settings: str) -> tuple[bool, str]:
+    """Ask Slurm about the job of an asset, as `scripts/preview --test-only` and the doctor do."""
+    changed = STAGING.model_copy(update=settings)
+    shown = Preview(plan(project, environment), {}, place_run(changed, "r", environment), "step", None, changed)
+    return try_script(cast(Gateway, there), shown, Projects.parse([["p1", "p1", "q"]], ""))
+
+
+def test_an_interpreter_that_cannot_run_workloads_is_found_before_the_job(project: Project, tmp_path: Path) -> None:
+    there = Published(tmp_path / "environments")
+    (tmp_path / "environments").mkdir()
+    assert trial(there, project, sys.executable) == (True, "sbatch: Job 1 to start\ncharged to project p1")
+    accepted, said = trial(there, project, "/no/env/bin/python")
+    assert (accepted, "environment=/no/env/bin/python does not run on " in said) == (False, True)
+    assert said.endswith(
+        "\nName a Python interpreter, or the folder that has its bin/python, which all nodes can see and run."
+    )
+
+
+def test_a_group_that_is_not_published_is_found_before_the_job(project: Project, tmp_path: Path) -> None:
+    there = Published(tmp_path / "environments", "a1", "b1")
+    there.publish(default="a1")
+    assert trial(there, project, "torch")[0]
+    production = {"deployment": "production_supercomputer"}
+    accepted, said = trial(there, project, "torch", **production)
+    assert not accepted
+    assert said.startswith("environment 'torch' has not been published for production_supercomputer yet. ")
+    assert said.endswith("Publish what is here:\nscripts/deploy_environment.py")
+    there.publish(default="a1", torch="b1")
+    assert trial(there, project, "torch", **production)[0]
 
 
 def test_what_was_published_without_groups_still_counts(tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 """The plan of an asset, worked out offline."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
 import pytest
 
+from dagster_sbatch.commands import preview as command
 from dagster_sbatch.commands.preview import examples
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import Preview, preview_asset
@@ -18,7 +22,7 @@ from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import SlurmRequest
 from resources import PROJECT
-from support import ROOT
+from support import ROOT, access
 
 CPU, GPU = "zen4_0768", "zen4_0768_h100x4"
 
@@ -367,3 +371,22 @@ def test_the_examples_of_the_help_are_assets_of_the_project() -> None:
         "sweep --test-only",
     ]
     assert "scripts/preview my_asset\n" in examples(dg.Definitions())
+
+
+@pytest.mark.parametrize("deployment", ["", "development", "production_supercomputer"])
+def test_a_trial_uses_the_settings_of_the_supercomputer_in_every_deployment(
+    deployment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**access.environment("http://127.0.0.1:1", tmp_path), "DAGSTER_DEPLOYMENT": deployment}.items():
+        monkeypatch.setenv(name, value)
+    seen: list[str] = []
+    runs = SimpleNamespace(gateway=SimpleNamespace(projects=lambda: None))
+    monkeypatch.setattr(command, "open_runs", lambda *_: nullcontext(runs))
+
+    def preview() -> list[Preview]:
+        seen.append(os.environ["DAGSTER_DEPLOYMENT"])
+        return []
+
+    assert command.test(PROJECT, preview) == 0
+    assert seen == ["production_supercomputer" if "production" in deployment else "staging_supercomputer"]
+    assert os.environ["DAGSTER_DEPLOYMENT"] == deployment

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -16,7 +16,13 @@ from rich.table import Table
 from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
 from dagster_sbatch.costs.budget import budget_start
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.asset_preview import Preview, find_submitting, preview_asset, try_script
+from dagster_sbatch.inspect.asset_preview import (
+    Preview,
+    find_submitting,
+    preview_asset,
+    supercomputer_deployment,
+    try_script,
+)
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
 
@@ -55,21 +61,25 @@ def main(project: Project, definitions: dg.Definitions) -> int:
     parser.add_argument(
         "--test-only",
         action="store_true",
-        help="ask Slurm when the job could start (and when with the smaller request), or why it would refuse it; print "
-        "only that and the project",
+        help="ask Slurm when the job could start (and when with the smaller request), or why it would refuse it, and "
+        "check the job's image, modules and environment there; print only that and the project",
     )
     parser.add_argument("--config-json", metavar="JSON", type=run_config, help="run config, as in Dagster's launchpad")
     asked = parser.parse_args()
 
     def command() -> int:
         first, last = asked.partition_range or (asked.partition, None)
-        try:
-            with open_history(project) as history:
-                previews = preview_asset(definitions, asked.asset, first, asked.config_json, last=last, history=history)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{asked.asset}: {error}") from None
+
+        def preview_each() -> Sequence[Preview]:
+            try:
+                with open_history(project) as history:
+                    return preview_asset(definitions, asked.asset, first, asked.config_json, last=last, history=history)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"{asked.asset}: {error}") from None
+
         if asked.test_only:
-            return test(project, previews)
+            return test(project, preview_each)
+        previews = preview_each()
         for preview in previews:
             if not asked.script:
                 show(preview)
@@ -128,8 +138,10 @@ def run_config(text: str) -> Mapping[str, Any]:
     raise argparse.ArgumentTypeError(f'{text!r} is no JSON object; an example is {{"ops": {{}}}}')
 
 
-def test(project: Project, previews: Sequence[Preview]) -> int:
+def test(project: Project, preview_each: Callable[[], Sequence[Preview]]) -> int:
     settings = project.load_settings(supercomputer=True)
+    with supercomputer_deployment(settings):
+        previews = preview_each()
     with open_runs(settings, project, PATIENCE) as runs:
         projects = runs.gateway.projects()
         usage = runs.gateway.usage(budget_start(settings)) if settings.keep_within_budget else None

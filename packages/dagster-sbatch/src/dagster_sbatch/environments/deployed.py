@@ -148,6 +148,14 @@ class Environments:
         self._gateway, self._site = gateway, site
         self._folder = f"{base}/environments"
 
+    def check_interpreter(self, python: str) -> None:
+        """Check that an interpreter that an asset names can run workloads; make nothing.
+
+        Raises:
+            RefusedError: it does not run on the login node, is too old, or cannot import dagster_pipes.
+        """
+        self._ask("check_interpreter", **self._describe(EnvironmentSpec(Code(Path(), {}), None, python)))
+
     def compare(self, spec: EnvironmentSpec, folder: Path, progress: Progress) -> Comparison:
         """Find out whether an environment exists, in one round trip; if not, gather its wheels in an empty folder.
 

@@ -1,6 +1,7 @@
 """Previews what an asset would submit to Slurm: the plan and the batch script of each of its calls of compute.run."""
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ import dagster as dg
 from dagster_sbatch.costs.cost import explain_excess
 from dagster_sbatch.costs.proposal import propose, render
 from dagster_sbatch.costs.shortage import find_shortage
+from dagster_sbatch.environments.deployed import Environments
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.inspect.plan_summary import (
     ANY_LIMITS,
@@ -28,9 +30,10 @@ from dagster_sbatch.run.compute import ComputeResource, intercept_runs
 from dagster_sbatch.run.directory import RunInfo, RunPaths, render_job
 from dagster_sbatch.run.past_use import past_uses
 from dagster_sbatch.run.plan import Plan, with_request
+from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape
-from dagster_sbatch.slurm.gateway import Gateway, Limits, Projects, Usage
+from dagster_sbatch.slurm.gateway import Gateway, Limits, Projects, RefusedError, Usage
 from dagster_sbatch.slurm.outcome import explain_refusal
 from dagster_sbatch.slurm.units import format_time
 
@@ -186,16 +189,10 @@ def try_script(gateway: Gateway, preview: Preview, projects: Projects, usage: Us
     `usage`: of the projects, if the deployment keeps within their budgets.
     """
     request, limits, array = preview.plan.allocation.request, ANY_LIMITS, ""
-    container = preview.plan.launcher.container
     shortage = find_shortage(preview.plan.allocation, preview.tasks, usage, preview.settings)[0] if usage else None
-    if excess := preview.refusal or shortage:
-        return False, excess
+    if problem := preview.refusal or shortage or _find_problem(gateway, preview):
+        return False, problem
     try:
-        if container:
-            data_root, runs = preview.paths.data_root, preview.paths.run.rpartition("/")[0]
-            problem, _ = gateway.image(container.remote_image(data_root), data_root, runs)
-            if problem:
-                return False, problem
         if preview.plan.array:
             limits = gateway.limits(request.partition or "", request.qos or "", request.account or "")
             array = f"{count_array_jobs(preview.plan, limits)}; {name_limits(limits)}\n"
@@ -223,6 +220,33 @@ def _compare(gateway: Gateway, preview: Preview, limits: Limits, said: str) -> s
     seconds = int(start[0]) - int(earlier[0])
     how = f"{format_time(timedelta(seconds=abs(seconds)))} {'earlier' if seconds >= 0 else 'later'}"
     return f"{head} would start at {_written(earlier)}: {how if seconds else 'at the same time'}"
+
+
+def _find_problem(gateway: Gateway, preview: Preview) -> str:
+    """Return why a run would be refused for its image, its interpreter or its packages; empty if it would not."""
+    container, settings = preview.plan.launcher.container, preview.settings
+    if container:
+        data_root, runs = preview.paths.data_root, preview.paths.run.rpartition("/")[0]
+        problem, _ = gateway.image(container.remote_image(data_root), data_root, runs)
+        if problem:
+            return problem
+    environments = Environments(gateway, str(settings.deployment_base_path), preview.plan.site)
+    try:
+        RunEnvironment(environments, settings, preview.plan).check()
+    except (ConfigurationError, RefusedError) as error:
+        return str(error)
+    return ""
+
+
+@contextmanager
+def supercomputer_deployment(settings: Settings) -> Iterator[None]:
+    """Let `load_settings` read the supercomputer's settings, also if DAGSTER_DEPLOYMENT is `development` or unset."""
+    before = os.environ.get("DAGSTER_DEPLOYMENT", "")
+    os.environ["DAGSTER_DEPLOYMENT"] = settings.deployment if settings.on_supercomputer else "staging_supercomputer"
+    try:
+        yield
+    finally:
+        os.environ["DAGSTER_DEPLOYMENT"] = before
 
 
 def _written(time: re.Match[str]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 from dagster_sbatch.environments.code import read_code
-from dagster_sbatch.environments.deployed import Environment, Environments, EnvironmentSpec
+from dagster_sbatch.environments.deployed import Environment, Environments, EnvironmentSpec, Published
 from dagster_sbatch.environments.groups import DEFAULT, is_path, read_group
 from dagster_sbatch.environments.progress import LoggedProgress
 from dagster_sbatch.errors import ConfigurationError
@@ -58,14 +58,7 @@ class RunEnvironment:
         deployment, environment = self._settings.deployment, self._plan.environment
         if deployment != "production_supercomputer":
             return self._environments.ensure(self._spec, LoggedProgress(log))
-        published = self._environments.published(DEFAULT if is_path(environment) else environment or DEFAULT)
-        if published is None:
-            what = "nothing has been published for"
-            if environment and not is_path(environment):
-                what = f"environment {environment!r} has not been published for"
-            raise ConfigurationError(
-                f"{what} {deployment} yet. It runs only what was published. Publish what is here:\n{COMMAND}"
-            )
+        published = self._find_published()
         differences = self._spec.differences_from(published.environment)
         if differences:
             listed = "".join(f"\n  {each}" for each in differences)
@@ -77,6 +70,36 @@ class RunEnvironment:
         if is_path(environment):
             return self._environments.ensure(self._spec, LoggedProgress(log))
         return published.environment
+
+    def check(self) -> None:
+        """Check that a run would find its environment; make nothing, and do not compare the code.
+
+        Raises:
+            ConfigurationError: in production: the packages have not been published.
+            RefusedError: the interpreter that the asset names cannot run workloads.
+        """
+        if self._settings.deployment == "production_supercomputer":
+            self._find_published()
+        environment = self._plan.environment
+        if environment and is_path(environment):
+            self._environments.check_interpreter(environment)
+
+    def _find_published(self) -> Published:
+        """Return what production runs for the group of the asset.
+
+        Raises:
+            ConfigurationError: nothing was published for it.
+        """
+        deployment, environment = self._settings.deployment, self._plan.environment
+        group = DEFAULT if environment is None or is_path(environment) else environment
+        published = self._environments.published(group)
+        if published is None:
+            what = f"environment {group!r} has not" if group else "nothing has"
+            raise ConfigurationError(
+                f"{what} been published for {deployment} yet. It runs only what was published. "
+                f"Publish what is here:\n{COMMAND}"
+            )
+        return published
 
     @cached_property
     def _spec(self) -> EnvironmentSpec:

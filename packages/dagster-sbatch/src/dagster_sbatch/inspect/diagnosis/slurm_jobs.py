@@ -1,19 +1,15 @@
 """Checks through the agent on the login node: projects, locks, jobs, the environment, each asset's job script."""
 
-import os
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import dagster as dg
 
 from dagster_sbatch.environments.deployed import Environments
 from dagster_sbatch.environments.groups import find_groups, read_group
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.asset_preview import NotPreviewedError, preview_asset, try_script
+from dagster_sbatch.inspect.asset_preview import NotPreviewedError, preview_asset, supercomputer_deployment, try_script
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
 from dagster_sbatch.inspect.remote_runs import open_runs
-from dagster_sbatch.settings import Settings
 
 SECONDS = 240.0
 """For the agent to answer all requests; Slurm takes some seconds for each job script."""
@@ -108,7 +104,7 @@ def check_job_script(facts: Facts, definitions: dg.Definitions, asset: str, part
     """Ask Slurm about the job scripts of an asset with `sbatch --test-only`."""
     command = f"scripts/preview {asset}" + (f" --partition '{partition}'" if partition else "")
     try:
-        with _deployment(facts.settings):
+        with supercomputer_deployment(facts.settings):
             previews = preview_asset(definitions, asset, partition)
     except NotPreviewedError as error:
         return warning(f"not tried: {error}", command)
@@ -120,15 +116,4 @@ def check_job_script(facts: Facts, definitions: dg.Definitions, asset: str, part
     found = "\n".join(said if step == asset else f"{step}: {said}" for step, _, said in answers)
     if all(accepted for _, accepted, _ in answers):
         return ok(found)
-    return broken(found, f"correct the asset's request; {command} --test-only")
-
-
-@contextmanager
-def _deployment(settings: Settings) -> Iterator[None]:
-    """Let `load_settings` read the supercomputer's settings, also if DAGSTER_DEPLOYMENT is `development` or unset."""
-    before = os.environ.get("DAGSTER_DEPLOYMENT", "")
-    os.environ["DAGSTER_DEPLOYMENT"] = settings.deployment if settings.on_supercomputer else "staging_supercomputer"
-    try:
-        yield
-    finally:
-        os.environ["DAGSTER_DEPLOYMENT"] = before
+    return broken(found, f"correct the asset; {command} --test-only")

@@ -172,6 +172,13 @@ def verify(ask, content, python):
 # Verbs of `environment`
 
 
+def check_interpreter(ask, _):
+    """Refuse an interpreter that does not run here, is too old, or cannot import what every workload needs."""
+    content = describe(ask)
+    verify(ask, content, content["python"])
+    return {}
+
+
 def find(ask, _):
     """Return the environment of a request, whether it is ready, and whether its packages are installed."""
     content = describe(ask)

@@ -4,7 +4,7 @@ import json
 import os
 import time
 
-from .building import HERE, build, find, locked, missing, remove_sealed, touch
+from .building import HERE, build, check_interpreter, find, locked, missing, remove_sealed, touch
 from .disk import RequestError, check, load, read, store
 
 PUBLISHED = "published.json"
@@ -138,7 +138,10 @@ def remove(ask, say):
     return {"removed": removed}
 
 
-VERBS = {verb.__name__: verb for verb in (find, missing, build, published, publish, roll_back, inventory, remove)}
+VERBS = {
+    verb.__name__: verb
+    for verb in (check_interpreter, find, missing, build, published, publish, roll_back, inventory, remove)
+}
 
 
 # Requests
