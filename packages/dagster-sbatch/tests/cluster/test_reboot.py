@@ -19,20 +19,20 @@ from pathlib import Path
 import dagster as dg
 from resources import build_resources
 from dagster_sbatch.run.compute import ComputeResource
-from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.launchers import BatchScriptLauncher, ScriptLauncher
 from dagster_sbatch.slurm import SlurmRequest
 
-def define(name):
+def define(name, launcher, program):
     @dg.asset(name=name)
     def waiter(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
-        workload, request = Path(os.environ["WAITER"]), SlurmRequest(time_limit="8")
-        done = compute.run(context, workload=workload, launcher=ScriptLauncher(), request=request)
+        workload, request = Path(os.environ["WAITERS"], program), SlurmRequest(time_limit="8")
+        done = compute.run(context, workload=workload, launcher=launcher, request=request)
         return done.get_materialize_result()
     return waiter
 
-defs = dg.Definitions(
-    assets=[define("dies"), define("lives")], resources=build_resources(), executor=dg.in_process_executor
-)
+dies = define("dies", BatchScriptLauncher(), "waiter.sbatch")
+lives = define("lives", ScriptLauncher(), "waiter.py")
+defs = dg.Definitions(assets=[dies, lives], resources=build_resources(), executor=dg.in_process_executor)
 """
 WAITER = """\
 import os, pathlib, time
@@ -43,14 +43,22 @@ with open_dagster_pipes() as pipes:
         time.sleep(0.1)
     pipes.report_asset_materialization()
 """
+BATCH_SCRIPT = """\
+#!/bin/bash
+#SBATCH --job-name=waiter --ntasks=1
+echo waiting
+until [ -e "$DATA_ROOT/go" ]; do sleep 0.1; done
+pipes materialize --metadata rows=7
+"""
 
 
 @pytest.fixture
 def dagster_dev(site: SimulatedSite, tmp_path: Path, client_home: Path) -> Iterator[DagsterDev]:
     (tmp_path / "waiting").mkdir()
     (tmp_path / "waiting" / "waiter.py").write_text(WAITER)
+    (tmp_path / "waiting" / "waiter.sbatch").write_text(BATCH_SCRIPT)
     (tmp_path / "location.py").write_text(LOCATION)
-    variables = {**site.environment(), "HOME": str(client_home), "WAITER": str(tmp_path / "waiting" / "waiter.py")}
+    variables = {**site.environment(), "HOME": str(client_home), "WAITERS": str(tmp_path / "waiting")}
     variables["DATA_ROOT"] = f"{CERTIFICATE_USER.home}/data"
     with beside_location(tmp_path / "location.py", tmp_path / "project", variables, "waiting") as server:
         yield server
@@ -88,5 +96,5 @@ def test_a_retry_adopts_the_job_and_a_run_that_lives_is_left_alone(
     assert dagster_dev.wait(lives) == "SUCCESS"
     assert len(jobs()) == 2
     assert len([each for each in jobs() if f"run={dies}" in each]) == 1
-    assert [event["runId"] for event in dagster_dev.materializations("dies")] == [retry]
+    assert [(event["runId"], event["rows"]) for event in dagster_dev.materializations("dies")] == [(retry, 7)]
     assert [event["runId"] for event in dagster_dev.materializations("lives")] == [lives]

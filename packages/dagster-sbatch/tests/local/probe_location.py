@@ -6,7 +6,15 @@ from pathlib import Path
 
 import dagster as dg
 
-from dagster_sbatch import ComputeResource, JobArray, RayLauncher, ScriptLauncher
+from dagster_sbatch import (
+    BatchScriptLauncher,
+    CommandLauncher,
+    ComputeResource,
+    JobArray,
+    Launcher,
+    RayLauncher,
+    ScriptLauncher,
+)
 from resources import build_resources
 
 WORKLOADS = Path(os.environ["PROBE_WORKLOADS"])
@@ -31,6 +39,24 @@ def talker(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.Ma
     return compute.run(context, workload=WORKLOADS / "talker.py", launcher=ScriptLauncher()).get_materialize_result()
 
 
+def run_program(name: str, program: str, launcher: Launcher) -> dg.AssetsDefinition:
+    """An asset whose program gets the id of the run."""
+
+    @dg.asset(name=name)
+    def asset(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        workload, args = WORKLOADS / program, [context.run_id]
+        return compute.run(context, workload=workload, launcher=launcher, args=args).get_materialize_result()
+
+    return asset
+
+
+programs = [
+    run_program(f"{name}_{program}", f"{program}.sh", launcher)
+    for name, launcher in (("command", CommandLauncher()), ("batch_script", BatchScriptLauncher()))
+    for program in ("talker", "sleeper")
+]
+
+
 @dg.asset(
     partitions_def=dg.DailyPartitionsDefinition("2021-01-01", end_date="2023-09-28"),
     backfill_policy=dg.BackfillPolicy.single_run(),
@@ -46,5 +72,7 @@ def weather(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.M
 
 
 defs = dg.Definitions(
-    assets=[sleeper, ray_sleeper, talker, weather], resources=build_resources(), executor=dg.in_process_executor
+    assets=[sleeper, ray_sleeper, talker, weather, *programs],
+    resources=build_resources(),
+    executor=dg.in_process_executor,
 )

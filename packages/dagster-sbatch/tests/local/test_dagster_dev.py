@@ -35,21 +35,25 @@ def test_two_months_at_once(dagster_dev: DagsterDev) -> None:
 
 
 def test_output_is_in_the_compute_logs_once(dagster_dev: DagsterDev) -> None:
-    run_id = dagster_dev.launch("talker", location="probe")
-    assert dagster_dev.wait(run_id) == "SUCCESS"
-    folder = dagster_dev.folder / ".dagster" / "compute_logs" / run_id
-    (out,) = folder.rglob("*.out")
-    (err,) = folder.rglob("*.err")
-    assert out.read_text().splitlines() == [f"line {number}" for number in range(1000)]
-    assert err.read_text().count("a word to stderr") == 1
+    assets = ("talker", "command_talker", "batch_script_talker")
+    runs = {asset: dagster_dev.launch(asset, location="probe") for asset in assets}
+    for asset, run_id in runs.items():
+        assert dagster_dev.wait(run_id) == "SUCCESS"
+        folder = dagster_dev.folder / ".dagster" / "compute_logs" / run_id
+        (out,) = folder.rglob("*.out")
+        (err,) = folder.rglob("*.err")
+        assert out.read_text().splitlines() == [f"line {number}" for number in range(1000)]
+        assert err.read_text().count("a word to stderr") == 1
+        newest = dagster_dev.materializations(asset)[0]
+        assert (newest["runId"], newest.get("lines")) == (run_id, None if asset == "talker" else 1000)
 
 
 def start_sleeper(dagster_dev: DagsterDev, asset: str) -> tuple[str, list[int], int]:
     """A run that has begun to sleep: its id, the pids of all that its workload started, and the run worker's."""
     run_id = dagster_dev.launch(asset, location="probe", dagster__max_retries="0")
     path = dagster_dev.data_root / f"pids-{run_id}"
-    wait_for(path.exists, 90, "the workload runs")
-    workload, child, supervisor = map(int, path.read_text().split())
+    text = wait_for(lambda: path.exists() and path.read_text(), 90, "the workload runs")
+    workload, child, supervisor = map(int, text.split())
     pids = workload_processes(dagster_dev.data_root)
     assert {workload, child, supervisor} <= set(pids)
     worker = Path(f"/proc/{supervisor}/stat").read_text().rsplit(")", 1)[1].split()[1]
@@ -65,8 +69,8 @@ def test_terminate_ends_the_workload_with_its_children(asset: str, dagster_dev: 
 
 
 def test_runs_at_once_share_no_process(dagster_dev: DagsterDev) -> None:
-    first_run, first, _ = start_sleeper(dagster_dev, "sleeper")
-    second_run, both, _ = start_sleeper(dagster_dev, "sleeper")
+    first_run, first, _ = start_sleeper(dagster_dev, "command_sleeper")
+    second_run, both, _ = start_sleeper(dagster_dev, "batch_script_sleeper")
     second = set(both) - set(first)
     assert len(second) == len(first) == 3  # supervisor, workload, its child
     dagster_dev.terminate(first_run)
@@ -76,6 +80,7 @@ def test_runs_at_once_share_no_process(dagster_dev: DagsterDev) -> None:
     assert not any(gone(pid) for pid in second)
     dagster_dev.terminate(second_run)
     assert dagster_dev.wait(second_run, 60) == "CANCELED"
+    wait_for(lambda: all(gone(pid) for pid in second), 20, "every process of the second run has ended")
 
 
 def test_a_killed_run_leaves_no_run_directory(dagster_dev: DagsterDev) -> None:

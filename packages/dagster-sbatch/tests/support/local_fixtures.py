@@ -10,6 +10,7 @@ import pytest
 from slurm_in_a_box import AuthentikControl, AuthentikServer
 from support import ROOT, access
 from support.dagster_dev import DagsterDev
+from support.programs import make
 
 SLEEPER = """\
 import os, pathlib, subprocess, time
@@ -52,6 +53,24 @@ with open_dagster_pipes() as pipes:
     pipes.report_asset_materialization()
 """
 
+PROGRAM_SLEEPER = """\
+#!/bin/bash
+#SBATCH --job-name=sleeper
+mkdir -p "$DATA_ROOT"
+sleep 600 &
+echo "$$ $! $PPID" >"$DATA_ROOT/pids-$1"
+wait
+"""
+"""It starts no further process: the tests count them."""
+
+PROGRAM_TALKER = """\
+#!/bin/bash
+#SBATCH --job-name=talker
+printf 'line %d\\n' {0..999}
+echo 'a word to stderr' >&2
+pipes materialize --metadata lines=1000
+"""
+
 WEATHER = """\
 import os, pathlib, time
 from dagster_pipes import open_dagster_pipes
@@ -86,6 +105,8 @@ def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev
     (workloads / "ray_sleeper.py").write_text(RAY_SLEEPER)
     (workloads / "talker.py").write_text(TALKER)
     (workloads / "weather.py").write_text(WEATHER)
+    make(workloads, PROGRAM_SLEEPER, "sleeper.sh")
+    make(workloads, PROGRAM_TALKER, "talker.sh")
     shutil.copy(ROOT / "dagster.yaml", folder)
     probe = Path(__file__).parents[1] / "local" / "probe_location.py"
     extra = f"  - python_file: {{relative_path: {probe}, location_name: probe}}\n"
@@ -93,8 +114,8 @@ def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev
     environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
     environment |= {"HOME": str(home), "DATA_ROOT": str(folder.parent / "data"), "PROBE_WORKLOADS": str(workloads)}
     server = DagsterDev(folder, environment)
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.stop()
