@@ -117,6 +117,23 @@ def test_what_a_profile_leaves_in_the_background_is_not_waited_for(tmp_path: Pat
     wait_until(lambda: not is_running(int(left.read_text())), "its end", 60, 0.02)
 
 
+@pytest.mark.timeout(60)
+def test_a_daemon_that_a_profile_starts_is_not_waited_for_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has left the process group, so it lives on with the same stdout."""
+    left = tmp_path / "left"
+    monkeypatch.setattr(interpreters, "LAST_WORDS", 2.0)
+    try:
+        daemon = f"setsid sh -c 'echo $$ >{left}.part; mv {left}.part {left}; exec sleep 300' &"
+        setup = [daemon, f"until [ -e {left} ]; do sleep 0.02; done"]
+        code, said = in_setup({"setup": setup}, "echo said; exit 3")
+        assert (code, said) == (3, "said\n")
+        assert is_running(int(left.read_text()))
+    finally:
+        os.kill(int(left.read_text()), signal.SIGKILL)
+
+
 def is_running(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

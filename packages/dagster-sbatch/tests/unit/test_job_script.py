@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -185,8 +186,9 @@ def test_a_workload_that_calls_exit_cannot_skip_the_record(tmp_path: Path) -> No
     assert read_events(tmp_path)[-1]["code"] == 5
 
 
-def start_in_group(folder: Path, body: str) -> "subprocess.Popen[bytes]":
-    """Start a job in a process group of its own, and wait until its body has made the file `begun`."""
+@contextmanager
+def start_in_group(folder: Path, body: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """Start a job in a process group of its own, which is killed at the end; its body has made the file `begun`."""
     site = load_site({}, "musica")
     request = allocate(SlurmRequest(), site).request
     text = render_job_script(request, site, job_name="k", about={}, environment={}, body=body)
@@ -194,9 +196,13 @@ def start_in_group(folder: Path, body: str) -> "subprocess.Popen[bytes]":
     for name in ("stdout", "stderr"):
         (folder / name).touch()
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17"}
-    job = subprocess.Popen(["bash", "job.sh"], cwd=folder, env=environment, start_new_session=True)
-    wait_until((folder / "begun").exists, "its body has begun", 60, 0.01)
-    return job
+    with subprocess.Popen(["bash", "job.sh"], cwd=folder, env=environment, start_new_session=True) as job:
+        try:
+            wait_until((folder / "begun").exists, "its body has begun", 60, 0.01)
+            yield job
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
 
 
 def test_a_job_that_is_terminated_records_that_it_was_cut_short(tmp_path: Path) -> None:
@@ -220,9 +226,12 @@ def test_a_workload_that_is_terminated_before_the_job_script_was_cut_short_as_we
 
 
 def test_a_workload_that_is_terminated_may_save_its_state(tmp_path: Path) -> None:
-    """The record is there before SIGKILL may prevent it; the exit code of such a workload does not count."""
-    save = "until [ -e go ]; do sleep 0.02; done; touch saved; exit 0"
-    with start_in_group(tmp_path, f"bash -c 'trap \"{save}\" TERM; touch begun; sleep 600 & wait'") as job:
+    """The record is there before SIGKILL may prevent it; the exit code of such a workload does not count.
+
+    The job lasts until the workload has ended, which takes it 0.3 s here: then Slurm kills what is left.
+    """
+    save = "until [ -e go ]; do sleep 0.02; done; sleep 0.3; touch saved; exit 0"
+    with start_in_group(tmp_path, f"bash -c 'trap \"{save}\" TERM; touch begun; sleep 600 & wait'\ntrue") as job:
         os.killpg(job.pid, signal.SIGTERM)
         wait_until(lambda: "code" in read_events(tmp_path)[-1], "the record", 60, 0.01)
         assert job.poll() is None

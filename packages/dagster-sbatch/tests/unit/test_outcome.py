@@ -9,6 +9,7 @@ from dagster_sbatch.slurm.gateway import JobEnd, Projects
 from dagster_sbatch.slurm.outcome import TRY_AGAIN, Outcome, explain_memory, explain_refusal, judge
 
 REQUEST = SlurmRequest(mem="8G", time_limit="01:00:00")
+CANCELLED = Outcome("it was cancelled on the cluster, by scancel or by its administrators (Slurm: CANCELLED)")
 LOST = "Ray: lost the node n4002: health check failed"
 
 
@@ -26,6 +27,11 @@ LOST = "Ray: lost the node n4002: health check failed"
             Outcome("it requests a retry (exit code 75). Its stderr says why", again=True),
         ),
         (JobEnd(1, "FAILED", cause="Ray on n4001: there is no python3"), Outcome("Ray on n4001: there is no python3")),
+        # SIGTERM ended the workload before it reached the job script, which recorded a code: Slurm's state counts.
+        (JobEnd(0, "CANCELLED"), CANCELLED),
+        (JobEnd(7, "CANCELLED", exit="0:15"), CANCELLED),
+        (JobEnd(TRY_AGAIN, "CANCELLED"), CANCELLED),
+        (JobEnd(0, "PREEMPTED"), Outcome("it was preempted by another job (Slurm: PREEMPTED)", again=True)),
         (JobEnd(None, "BOOT_FAIL"), Outcome("a node did not start (Slurm: BOOT_FAIL)", again=True)),
         (
             JobEnd(None, "PREEMPTED", cause=LOST),
