@@ -90,7 +90,7 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         self._give(key, "munge", 0o400)
         self._make_gpus()
-        self._wrap_sbatch()
+        self._write_programs()
         images.make(layout)
 
     def start(self) -> None:
@@ -178,16 +178,20 @@ class Cluster:
         for i in range(4):
             os.mknod(folder / f"nvidia{i}", 0o666 | stat.S_IFCHR, _NULL_DEVICE)
 
-    def _wrap_sbatch(self) -> None:
-        """Keep a copy of the real sbatch, since the site's own is mounted over it on every machine."""
+    def _write_programs(self) -> None:
+        """Write what machines mount; keep a copy of the real sbatch, over which they mount the site's own."""
         for folder in ("bin", "libexec"):
             (self._layout.state / folder).mkdir()
         shutil.copy2(roots.root(self._layout.slurm) / "usr/bin/sbatch", self._layout.state / "libexec/sbatch")
-        wrapper = self._layout.state / "bin/sbatch"
-        wrapper.write_text(
-            (PROGRAMS / "sbatch").read_text(encoding="utf-8").replace("@STATE@", str(self._layout.state))
-        )
-        wrapper.chmod(0o755)
+        self._install("sbatch")
+        self._install("nvidia-smi")
+        shutil.copy(PROGRAMS / "nvidia-smi.csv", self._layout.state / "bin")
+
+    def _install(self, name: str) -> None:
+        """Write a program that machines mount."""
+        program = self._layout.state / "bin" / name
+        program.write_text((PROGRAMS / name).read_text(encoding="utf-8").replace("@STATE@", str(self._layout.state)))
+        program.chmod(0o755)
 
     def _write(self, file: Path, text: str, owner: str) -> None:
         file.write_text(text, encoding="utf-8")

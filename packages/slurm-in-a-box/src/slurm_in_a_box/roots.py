@@ -35,8 +35,8 @@ _PACKAGES = (
     "tcsh",
 )
 _KEPT = ("etc", "usr")
-APPTAINER = "usr/bin/apptainer"
-"""An empty file: machines mount the site's own program on it."""
+_PLACES = ("usr/bin/apptainer", "usr/bin/nvidia-smi")
+"""Empty files: machines mount the site's own programs on them."""
 
 
 def chosen() -> str:
@@ -63,15 +63,16 @@ def ensure(slurm: str, install: bool) -> None:
         NotInstalledError: it is not there, and `install` is false.
         SiteError: debootstrap failed.
     """
-    if root(slurm).exists():
-        return
-    if not install:
-        raise NotInstalledError(f"the file system of the machines with Slurm {slurm} is missing")
-    with locked(CACHE / "lock"):
-        if not root(slurm).exists():
-            with tempfile.TemporaryDirectory(prefix="root-", dir=CACHE) as folder:
-                _make(SUITES[slurm], Path(folder))
-                Path(folder, "kept").rename(root(slurm))
+    if not root(slurm).exists():
+        if not install:
+            raise NotInstalledError(f"the file system of the machines with Slurm {slurm} is missing")
+        with locked(CACHE / "lock"):
+            if not root(slurm).exists():
+                with tempfile.TemporaryDirectory(prefix="root-", dir=CACHE) as folder:
+                    _make(SUITES[slurm], Path(folder))
+                    Path(folder, "kept").rename(root(slurm))
+    for place in _PLACES:  # an older version may have made the root
+        (root(slurm) / place).touch(mode=0o755)
 
 
 def _make(suite: str, folder: Path) -> None:
@@ -86,7 +87,6 @@ def _make(suite: str, folder: Path) -> None:
     for name in _KEPT:
         (folder / "all" / name).rename(folder / "kept" / name)
     shutil.rmtree(folder / "kept/usr/share/doc")
-    (folder / "kept" / APPTAINER).touch(mode=0o755)
 
 
 def _mirror() -> list[str]:

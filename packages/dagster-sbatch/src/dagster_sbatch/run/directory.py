@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
 from dagster_sbatch.run.plan import Plan
-from dagster_sbatch.slurm import ArrayShape, render_job_script, render_start
+from dagster_sbatch.slurm import ArrayShape, render_job_script, render_start, sampler_file
 from dagster_sbatch.slurm.gateway import MESSAGES
 from dagster_sbatch.slurm.gateway.agent.disk import FORMAT
 from dagster_sbatch.slurm.gateway.agent.images import RECORD
@@ -90,10 +90,11 @@ def render_job(plan: Plan, paths: RunPaths, info: RunInfo, array: ArrayShape | N
     )
 
 
-def _launcher_files(plan: Plan) -> dict[str, str]:
-    """Return the files that the commands of the launcher and its container need."""
+def _files_of_commands(plan: Plan) -> dict[str, str]:
+    """Return the files that the job script and the commands of the launcher and its container need."""
     container = plan.launcher.container
-    return {**plan.launcher.files(plan.allocation.request), **(container.files(plan.env) if container else {})}
+    own = plan.launcher.files(plan.allocation.request)
+    return {**sampler_file(), **own, **(container.files(plan.env) if container else {})}
 
 
 def _pipes_variables(folder: str) -> dict[str, str]:
@@ -119,7 +120,7 @@ def files_of(
         record: what a later attempt compares its own inputs with: `call`, `inputs`, `request`.
     """
     return {
-        **_launcher_files(plan),
+        **_files_of_commands(plan),
         "job.sh": render_job(plan, paths, info),
         CONTEXT: context,
         CHECKS: json.dumps(checks),
@@ -152,7 +153,7 @@ def array_files_of(
     head, *tails = contexts
     pipes = [" ".join(_pipes_variables(f"{paths.run}/tasks/{index}").values()) for index in range(len(tails))]
     return {
-        **_launcher_files(plan),
+        **_files_of_commands(plan),
         "job.sh": render_job(plan, paths, info, ArrayShape(len(tails), max_running)),
         "context.head": head,
         CHECKS: json.dumps(checks),

@@ -13,7 +13,7 @@ from dagster_sbatch.run.pipes import Session, open_session
 from dagster_sbatch.run.remote_step import MOST_RETRIES, RemoteStep, exit_code
 from dagster_sbatch.run.results import complete, declared_checks, partitions_of
 from dagster_sbatch.run.run_environment import RunEnvironment
-from dagster_sbatch.slurm import accounting
+from dagster_sbatch.slurm import accounting, usage
 from dagster_sbatch.slurm.gateway import MESSAGES, Gateway, JobEnd, JobState, Submitted
 from dagster_sbatch.slurm.outcome import CAUSES, explain_memory, judge
 from dagster_sbatch.slurm.waiting import advise
@@ -26,6 +26,7 @@ class RemoteRun(RemoteStep):
 
     _run = ""
     _state: list[str] | None = None
+    _idle_reported = False
 
     def _execute(
         self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment
@@ -107,6 +108,10 @@ class RemoteRun(RemoteStep):
             words.append(state.reason)
         if state.start and state.state == "PENDING":
             words.append(f"expected to start at {datetime.fromtimestamp(state.start, UTC):%Y-%m-%d %H:%M:%S} UTC")
+        if state.idle is not None and not self._idle_reported:
+            self._idle_reported = True
+            text = usage.describe_idle(state.idle, self._plan.allocation.request)
+            self._log.warning(f"Slurm job {self._job}: {text}")
         if words != self._state:
             self._state = words
             self._log.info(f"job {self._job or '(just submitted)'}: {', '.join(words)}")
@@ -123,6 +128,8 @@ class RemoteRun(RemoteStep):
         own = {"job_id": int(self._job or 0), "run_directory": self._run, "attach": self._attach(self._job or "")}
         return {**own, **self._plan.launcher.hints(self._job or ""), **self._where(end.account)}
 
-    def _costs(self, end: JobEnd) -> dict[str, float]:
+    def _costs(self, end: JobEnd) -> dict[str, float | str]:
         """Return metadata of the whole job."""
-        return accounting.count(end, self._plan.allocation.request)
+        request = self._plan.allocation.request
+        plot = usage.plot(end.usage, request)
+        return {**accounting.count(end, request), **({"usage": plot} if plot else {})}

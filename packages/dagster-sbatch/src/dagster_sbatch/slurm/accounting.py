@@ -1,22 +1,25 @@
 """Numbers of a job that Dagster plots: how long it waited and ran, what it used, how well it used it."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from dagster_sbatch.slurm.gateway import ACCOUNTED, JobEnd
 from dagster_sbatch.slurm.request import SlurmRequest
+from dagster_sbatch.slurm.usage import number
 
 
 def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
     """Return the numbers that are known.
 
     Args:
-        end: of the job, with its times and sacct's rows.
+        end: of the job, with its times, sacct's rows, and what its sampler has measured.
         request: with its nodes and GPUs.
 
     Returns:
         `queue_seconds`, `elapsed_seconds`, `node_hours`, `cpu_hours` and `gpu_hours` (of what was requested),
-        `max_rss_mib` (of the step's largest task),
-        `cpu_efficiency` (0 to 1: CPU time used, per CPU time requested).
+        `max_rss_mib` (most memory of the job on a node, or of one of its tasks), `cpu_efficiency` (0 to 1: CPU time used, per CPU time requested), `gpu_utilization` (0
+        to 1: mean of all GPUs and samples), `gpu_memory_max_mib` (of one GPU).
     """
     found: dict[str, float] = {}
     rows = [dict(zip(ACCOUNTED, row, strict=True)) for row in end.rows if len(row) == len(ACCOUNTED)]
@@ -31,11 +34,22 @@ def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
         if request.gpus_per_node:
             found["gpu_hours"] = round(request.nodes * request.gpus_per_node * elapsed / 3600, 6)
         used = _seconds(rows[0]["TotalCPU"]) if rows else None
+        if used is None:
+            used = number(end.usage, "cpu_seconds")
         if used is not None and elapsed:
             found["cpu_efficiency"] = round(used / (cpus * elapsed), 4)
-    peaks = [size for row in rows if (size := _mebibytes(row["MaxRSS"]))]
-    if peaks:
-        found["max_rss_mib"] = round(max(peaks), 1)
+    peaks = [_mebibytes(row["MaxRSS"]) for row in rows] + [number(end.usage, "memory_mib")]
+    if most := max(filter(None, peaks), default=None):
+        found["max_rss_mib"] = round(most, 1)
+    return {**found, **_count_gpus(end.usage)}
+
+
+def _count_gpus(usage: Mapping[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    if (percent := number(usage, "gpu_percent")) is not None:
+        found["gpu_utilization"] = round(percent / 100, 4)
+    if (memory := number(usage, "gpu_memory_mib")) is not None:
+        found["gpu_memory_max_mib"] = memory
     return found
 
 

@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from string import Template
 
 from dagster_sbatch.slurm.modules import render_modules
@@ -21,13 +22,19 @@ umask 077
 $claim
 
 # The job's own record: a line at its start, a line at its end. The code is null if it was cut short; Slurm knows why.
-code=null
+code=null reading=
 # shellcheck disable=SC2317  # the trap calls it
 finish() {
-  local sizes now=$${EPOCHREALTIME:-$$(date +%s.%N)}
+  local sizes usage=null now=$${EPOCHREALTIME:-$$(date +%s.%N)}
+  trap '' PIPE # the sampler may have ended
+  if ! [ "$$reading" ]; then # it runs again in a trap: bash forgets the time limit of the first of two reads
+    reading=1
+    { echo >&"$${SAMPLER[1]}" && IFS= read -rt 2 usage <&"$${SAMPLER[0]}"; } 2>/dev/null || usage=null
+    reading=
+  fi
   mapfile -t sizes < <(exec stat -c %s messages.jsonl $outputs)
-  printf '{"code": %s, "job": "%s", "time": %s, "sizes": {"messages.jsonl": %s, "stdout": %s, "stderr": %s}}\\n' \\
-    "$$code" "$$SLURM_JOB_ID" "$${now/,/.}" "$${sizes[@]}" >>events
+  printf '{"code":%s,"job":"%s","time":%s,"usage":%s,"sizes":{"messages.jsonl":%s,"stdout":%s,"stderr":%s}}\\n' \\
+    "$$code" "$$SLURM_JOB_ID" "$${now/,/.}" "$$usage" "$${sizes[@]}" >>events
 }
 trap finish EXIT
 # Sets TMPDIR, the folder for temporary files on a node: its own disk, if the job can write to it.
@@ -72,6 +79,7 @@ trap 'exit 143' TERM
 $body
 ) &
 body=$$!
+$sampler
 while :; do
   warned=
   wait "$$body"
@@ -79,7 +87,7 @@ while :; do
   [ "$$warned" ] || break
 done
 # Slurm signals one process after another: SIGTERM may have ended the workload before it reaches this shell.
-[ "$$terminated" ] || [ "$$status" != 143 ] || read -rt 1 <> <(:)
+[ "$$terminated" ] || [ "$$status" != 143 ] || { reading=1; read -rt 1 <> <(:); reading=; }
 [ "$$terminated" ] || code=$$status
 exit "$$status"
 """
@@ -121,14 +129,28 @@ mapfile -t -s "$index" -n 1 pipes <tasks.pipes
 export DAGSTER_PIPES_CONTEXT="${pipes[0]%% *}" DAGSTER_PIPES_MESSAGES="${pipes[0]#* }"
 cd "tasks/$index" || exit 1"""
 
+_SAMPLER = """\
+# Measures what the job uses. A shorter job starts no program for it. It ends with its standard input, when this shell
+# ends: nothing else has the other end of the pipe.
+coproc SAMPLER {{
+  read -rt {delay}
+  (($? > 128)) || exit
+  type -P "$PYTHON" >/dev/null || PYTHON=python3
+  exec "$PYTHON" -I -S {program} job {numbers}
+}} 2>/dev/null
+"""
+_SAMPLER_DELAY, _SAMPLER_DELAY_OF_TASKS = 3, 30
+"""Seconds. There may be thousands of tasks."""
+
 _FLAGS = ("exclusive",)
-_NOT_OPTIONS = ("options", "modules", *COST_LIMITS)
+_NOT_OPTIONS = ("options", "modules", "gpu_idle_limit", *COST_LIMITS)
 _GPUS = "gpus_per_node"
 _THREADS = ("--threads-per-core", "--hint")
 """Options that decide whether hardware threads count; sbatch accepts only one of them."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_./-]")
 
-
+SAMPLER = "sampler.py"
+"""Its name in the run directory."""
 LONGEST_LEAD = 300
 
 
@@ -195,6 +217,11 @@ def directives(
     return [f"#SBATCH {option}" for option in (*options, *request.options, *own)]
 
 
+def sampler_file() -> dict[str, str]:
+    """Return the program that measures what the job uses, by its name in the run directory."""
+    return {SAMPLER: (Path(__file__).parent / "job" / SAMPLER).read_text()}
+
+
 def render_start(variables: Mapping[str, str]) -> str:
     """Return the functions of bash with which launchers start a workload (`Launcher.render`).
 
@@ -224,7 +251,7 @@ def render_job_script(
 
     That of an array job reads `context.head`, `tasks.jsonl` and `tasks.pipes` in the run directory. Task `index` writes
     `context.head` and line `index` (from 0) of `tasks.jsonl` to its `context.json`; its line of `tasks.pipes` has the
-    values of DAGSTER_PIPES_CONTEXT and DAGSTER_PIPES_MESSAGES, separated by a space.
+    values of DAGSTER_PIPES_CONTEXT and DAGSTER_PIPES_MESSAGES, separated by a space. Both kinds need `sampler_file`.
 
     Args:
         request: after `allocate`.
@@ -250,4 +277,17 @@ def render_job_script(
         lead=warning_lead(request),
         seconds=int(request.time_limit.total_seconds()),
         body=body.rstrip(),
+        sampler=_render_sampler(request, in_array=array is not None),
     )
+
+
+def _render_sampler(request: SlurmRequest, *, in_array: bool) -> str:
+    """Return the commands that start the sampler."""
+    numbers = [request.nodes, request.gpus_per_node]
+    if request.gpu_idle_limit:
+        numbers.append(int(request.gpu_idle_limit.total_seconds()))
+    return _SAMPLER.format(
+        delay=_SAMPLER_DELAY_OF_TASKS if in_array else _SAMPLER_DELAY,
+        program=f"../../{SAMPLER}" if in_array else SAMPLER,
+        numbers=" ".join(map(str, numbers)),
+    ).rstrip()

@@ -9,6 +9,7 @@ from datetime import timedelta
 from dagster_sbatch.slurm.gateway import MESSAGES, JobEnd, Projects
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
+from dagster_sbatch.slurm.usage import explain_idle_end
 
 _RAN_OUT_OF_MEMORY = "ran out of memory"
 CAUSES = {
@@ -54,7 +55,8 @@ def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
         request: of the job.
     """
     if end.state in CAUSES:
-        cause = f"{CAUSES[end.state]} (Slurm: {end.state}){_advice(end.state, request)}"
+        idle = explain_idle_end(end.usage, request) if end.state == "CANCELLED" else None
+        cause = idle or f"{CAUSES[end.state]} (Slurm: {end.state}){_advice(end.state, request)}"
         if end.state == "NODE_FAIL" and end.cause:
             cause += f"; {end.cause}"  # it may name the node
         return Outcome(cause, again=end.state in MACHINES_DOING)

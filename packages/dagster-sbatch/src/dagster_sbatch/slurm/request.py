@@ -74,7 +74,7 @@ Dependency = Annotated[str, _word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)
 class SlurmRequest(BaseModel):
     """The allocation that an asset needs. Each field is the option of sbatch of that name (man sbatch).
 
-    Not options are `modules`, `most_gpu_hours` and `most_node_hours`.
+    Not options are `modules`, `gpu_idle_limit`, `most_gpu_hours` and `most_node_hours`.
 
     The deployment and the site fill in what is left out: partition, QoS, and for GPU requests CPUs and memory per GPU.
     The request is checked in `development` too, so that a mistake is found on the laptop.
@@ -128,6 +128,9 @@ class SlurmRequest(BaseModel):
         allow_inf_nan=False,
         description="Node-hours that it may cost; replaces SLURM_MOST_NODE_HOURS_PER_RUN.",
     )
+    gpu_idle_limit: Time | None = Field(
+        None, description="End the job when all its GPUs have been idle for this long, for instance '00:20:00'."
+    )
     options: tuple[str, ...] = Field((), description="Further options of sbatch, for instance ('--mail-type=END',).")
 
     def __init__(self, **fields: Any) -> None:
@@ -140,6 +143,8 @@ class SlurmRequest(BaseModel):
     def _check(self) -> "SlurmRequest":
         if self.mem and self.mem_per_cpu:
             raise ValueError("give mem or mem_per_cpu, not both")
+        if self.gpu_idle_limit and not self.gpus_per_node:
+            raise ValueError("gpu_idle_limit ends a job whose GPUs are idle: give gpus_per_node, too")
         for option in self.options:
             _check_option(option)
         return self

@@ -42,13 +42,19 @@ export DAGSTER_PIPES_CONTEXT="${pipes[0]%% *}" DAGSTER_PIPES_MESSAGES="${pipes[0
 cd "tasks/$index" || exit 1
 
 # The job's own record: a line at its start, a line at its end. The code is null if it was cut short; Slurm knows why.
-code=null
+code=null reading=
 # shellcheck disable=SC2317  # the trap calls it
 finish() {
-  local sizes now=${EPOCHREALTIME:-$(date +%s.%N)}
+  local sizes usage=null now=${EPOCHREALTIME:-$(date +%s.%N)}
+  trap '' PIPE # the sampler may have ended
+  if ! [ "$reading" ]; then # it runs again in a trap: bash forgets the time limit of the first of two reads
+    reading=1
+    { echo >&"${SAMPLER[1]}" && IFS= read -rt 2 usage <&"${SAMPLER[0]}"; } 2>/dev/null || usage=null
+    reading=
+  fi
   mapfile -t sizes < <(exec stat -c %s messages.jsonl "../$index.stdout" "../$index.stderr")
-  printf '{"code": %s, "job": "%s", "time": %s, "sizes": {"messages.jsonl": %s, "stdout": %s, "stderr": %s}}\n' \
-    "$code" "$SLURM_JOB_ID" "${now/,/.}" "${sizes[@]}" >>events
+  printf '{"code":%s,"job":"%s","time":%s,"usage":%s,"sizes":{"messages.jsonl":%s,"stdout":%s,"stderr":%s}}\n' \
+    "$code" "$SLURM_JOB_ID" "${now/,/.}" "$usage" "${sizes[@]}" >>events
 }
 trap finish EXIT
 # Sets TMPDIR, the folder for temporary files on a node: its own disk, if the job can write to it.
@@ -101,6 +107,14 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 run_workload 'work load.py'
 ) &
 body=$!
+# Measures what the job uses. A shorter job starts no program for it. It ends with its standard input, when this shell
+# ends: nothing else has the other end of the pipe.
+coproc SAMPLER {
+  read -rt 30
+  (($? > 128)) || exit
+  type -P "$PYTHON" >/dev/null || PYTHON=python3
+  exec "$PYTHON" -I -S ../../sampler.py job 1 0
+} 2>/dev/null
 while :; do
   warned=
   wait "$body"
@@ -108,6 +122,6 @@ while :; do
   [ "$warned" ] || break
 done
 # Slurm signals one process after another: SIGTERM may have ended the workload before it reaches this shell.
-[ "$terminated" ] || [ "$status" != 143 ] || read -rt 1 <> <(:)
+[ "$terminated" ] || [ "$status" != 143 ] || { reading=1; read -rt 1 <> <(:); reading=; }
 [ "$terminated" ] || code=$status
 exit "$status"

@@ -41,6 +41,7 @@ class JobState:
         account: project that it is charged to; empty until Slurm has answered.
         node: its first node; empty until the job has started.
         temporary: folder for temporary files on that node; empty until the job has started.
+        idle: for how many seconds all its GPUs had been idle when its sampler reported that; None if it has not.
     """
 
     state: str
@@ -49,6 +50,7 @@ class JobState:
     account: str = ""
     node: str = ""
     temporary: str = ""
+    idle: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class JobEnd:
         short: streams that did not arrive in full, with the number of bytes that arrived.
         rows: of sacct, the job and its steps, with ACCOUNTED; empty if sacct did not answer in time.
         account: project that it was charged to; empty if not known.
+        usage: what its sampler has measured (`slurm.usage`); empty if the job was too short, or was killed.
     """
 
     code: int | None
@@ -76,6 +79,7 @@ class JobEnd:
     short: Mapping[str, int] = field(default_factory=dict)
     rows: Sequence[Sequence[str]] = ()
     account: str = ""
+    usage: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def parse(
@@ -83,9 +87,18 @@ class JobEnd:
     ) -> "JobEnd":
         """Read the agent's answer."""
         submitted, started, ended = end["times"]
-        cause, account = end.get("cause", ""), end.get("account") or ""
         return cls(
-            end.get("code"), end["state"], end["exit"], submitted, started, ended, cause, short or {}, rows, account
+            code=end.get("code"),
+            state=end["state"],
+            exit=end["exit"],
+            submitted=submitted,
+            started=started,
+            ended=ended,
+            cause=end.get("cause", ""),
+            short=short or {},
+            rows=rows,
+            account=end.get("account") or "",
+            usage=end.get("usage") or {},
         )
 
 

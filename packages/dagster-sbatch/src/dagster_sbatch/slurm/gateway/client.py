@@ -364,7 +364,7 @@ class Gateway(Link):
                     self.on_trouble(head["trouble"])
                 elif "state" in head:
                     start = float(head["start"]) if head["start"].isdecimal() else None
-                    place = {name: head[name] for name in ("account", "node", "temporary")}
+                    place = {name: head[name] for name in ("account", "node", "temporary", "idle")}
                     on_state(JobState(head["state"], head["reason"], start, **place))
             raise AgainError("the agent ended its answer")
 

@@ -59,15 +59,15 @@ class Follower:
     def report_state(self, job, events):
         row = row_of(self.agent, job, self.key, events)
         if row and row[0] not in OVER and "end" not in events:
-            self.report(*row, **(events.get("started") or {}))
+            self.report(*row, idle=events.get("idle"), **events.get("started", {}))
         if self.queue.view["trouble"] and self.queue.view["trouble"] != self.trouble:
             self.trouble = self.queue.view["trouble"]
             self.say(trouble=self.trouble)
 
-    def report(self, state, reason, start="", project="", started="", temporary="", **_):
-        if (state, reason, project, started) != self.reported:
-            self.reported = (state, reason, project, started)
-            place = {"node": started, "temporary": temporary}
+    def report(self, state, reason, start="", project="", *, started="", temporary="", idle=None, **_):
+        if (state, reason, project, started, idle) != self.reported:
+            self.reported = (state, reason, project, started, idle)
+            place = {"node": started, "temporary": temporary, "idle": idle}
             self.say(state=state, reason=reason, start=start, account=project, **place)
 
     def ask_for_end(self, job, own):

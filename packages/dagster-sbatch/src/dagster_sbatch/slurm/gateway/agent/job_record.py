@@ -10,13 +10,22 @@ EVENTS, CAUSE = "events", "cause"
 
 
 def events_of(folder):
-    """Return the job's own records of its latest start, by `started` and `end`; a requeued job starts again."""
+    """Return the job's own records of its latest start; a requeued job starts again.
+
+    started, end  the lines of the job script
+    idle          for how many seconds the GPUs have been idle; the sampler writes that once
+    """
     events = {}
     for line in read(os.path.join(folder, EVENTS)).split(b"\n")[:-1]:  # the last piece is not a whole line yet
         event = parse(line, "time")
         if not event:  # cut off by a full disk
             continue
-        events = dict(events, end=event) if "code" in event else {"started": event}
+        if "started" in event:
+            events = {"started": event}
+        elif "code" in event:
+            events["end"] = event
+        else:
+            events["idle"] = event["idle"]
     return events
 
 

@@ -34,7 +34,7 @@ from .task_states import indices
 CONTENTS, FOLDER, ENDS, LOCK = "tasks.jsonl", "tasks", "ends.json", "ends.lock"
 TASK_ID = re.compile(r" ArrayTaskId=(\S+)")
 CANCELLED = dict(UNKNOWN, state="CANCELLED")
-RECORDED = ("account", "cause", "code", "exit", "state", "time", "times")  # of an end, in ends.json
+RECORDED = ("account", "cause", "code", "exit", "state", "time", "times", "usage")  # of an end, in ends.json
 # Of the ends of several tasks, the one that is the array job's.
 WORST = "NODE_FAIL BOOT_FAIL OUT_OF_MEMORY TIMEOUT DEADLINE FAILED PREEMPTED REVOKED CANCELLED".split() + [""]
 SETTLED = 60.0  # seconds after Slurm's end of a task that has no record of its own: none will appear

@@ -1,0 +1,87 @@
+"""What the sampler measures of real jobs, and that it ends with each of them."""
+
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.launchers import Launcher, ScriptLauncher, SrunLauncher
+from dagster_sbatch.slurm import SlurmRequest
+from slurm_in_a_box import GPU_PARTITION, SimulatedSite
+from support.background import Background
+from support.ray_run import cause_of, nothing_is_left
+from support.workload_asset import PIPES, Outcome, materialize
+
+pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
+MEASURED = """
+import os, time
+from pathlib import Path
+
+def wait_until_measured():
+    def is_sampler(path):
+        try:
+            return b'sampler.py' in path.read_bytes()
+        except OSError:
+            return False
+    while not any(map(is_sampler, Path('/proc').glob('[0-9]*/cmdline'))):
+        time.sleep(0.2)
+    until = time.time() + 12
+    while time.time() < until:
+        pass
+"""
+BUSY = f"""{MEASURED}
+gpu = open(os.environ['DEVICES'] + '/nvidia' + os.environ['CUDA_VISIBLE_DEVICES'])
+kept = b'x' * (200 << 20)
+wait_until_measured()
+{PIPES}    pipes.report_asset_materialization()
+"""
+RANKS = f"""{MEASURED}
+if os.environ['RANK'] == '1':
+    kept = b'x' * (300 << 20)
+wait_until_measured()
+{PIPES}    pipes.report_asset_materialization()
+"""
+IDLE = f"import time\ntime.sleep(600)\n{PIPES}    pass\n"
+
+
+def test_gpus_memory_and_cpu_time_of_jobs_are_measured(
+    site: SimulatedSite, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a job on a GPU beside another job's, of one whose GPU is idle, and of one on two nodes."""
+    monkeypatch.delenv("SLURM_QOS")
+    monkeypatch.setenv("SLURM_ACCOUNT", "p71234")
+
+    def start(name: str, workload: str, launcher: Launcher, **request: object) -> Background:
+        folder = tmp_path / name
+        folder.mkdir()
+        env = {"DEVICES": str(site.layout.run / "gpus")}
+        wanted = SlurmRequest(**{"time_limit": "5", **request})
+        return Background(lambda: materialize(workload, folder, launcher=launcher, request=wanted, env=env))
+
+    gpu = {"gpus_per_node": 1, "partition": GPU_PARTITION, "nodelist": "g4001"}
+    two_nodes = {"nodes": 2, "mem": "1G", "nodelist": "n4001,n4002"}
+    idle = start("idle", IDLE, ScriptLauncher(), gpu_idle_limit="00:00:12", **gpu)
+    busy = start("busy", BUSY, ScriptLauncher(), **gpu)
+    ranks = start("ranks", RANKS, SrunLauncher(), **two_nodes)
+
+    outcome = idle.outcome()
+    assert not outcome.success
+    assert "its GPU was idle for 00:00:12, and gpu_idle_limit='00:00:12' ends such a job" in cause_of(outcome.error)
+    assert capfd.readouterr().err.count("The GPU of the job has been idle") == 1
+
+    metadata = measured(busy.outcome())
+    assert 0.88 <= metadata["gpu_utilization"] <= 1
+    assert metadata["gpu_memory_max_mib"] >= 40512
+    assert 200 < metadata["max_rss_mib"] < 400
+    assert metadata["cpu_efficiency"] > 0
+    assert metadata["usage"].startswith("GPU ")
+
+    metadata = measured(ranks.outcome())
+    assert 300 < metadata["max_rss_mib"] < 500
+    assert "gpu_utilization" not in metadata
+    nothing_is_left(site, "g4001", "n4001", "n4002")
+
+
+def measured(outcome: Outcome) -> dict[str, object]:
+    assert outcome.error == ""
+    (metadata,) = outcome.materializations[None]
+    return metadata

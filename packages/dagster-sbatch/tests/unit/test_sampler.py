@@ -1,0 +1,227 @@
+"""The sampler of a job: what it reads of cgroups, processes and nvidia-smi, and what its numbers come to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dagster_sbatch.slurm import SlurmRequest
+from dagster_sbatch.slurm.accounting import count
+from dagster_sbatch.slurm.gateway import JobEnd
+from dagster_sbatch.slurm.job import sampler
+from dagster_sbatch.slurm.outcome import judge
+from dagster_sbatch.slurm.usage import describe_idle, plot
+from slurm_in_a_box import wait_until
+
+JOB = "4711"
+
+
+def gpus(count: int, visible: str | None, monkeypatch: pytest.MonkeyPatch) -> sampler.Gpus:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    return sampler.Gpus(count)
+
+
+@pytest.mark.parametrize(
+    ("visible", "printed", "rows"),
+    [
+        ("0", b"0, GPU-a, 97, 40512\n", [(97.0, 40512.0)]),
+        ("1", b"0, GPU-a, 97, 40512\n1, GPU-b, 3, 4\n", [(3.0, 4.0)]),  # nvidia-smi also shows another job's GPU
+        ("GPU-b", b"0, GPU-a, 97, 40512\n1, GPU-b, 3, 4\n", [(3.0, 4.0)]),
+        (None, b"0, GPU-a, 97, 40512\n1, GPU-b, 3, 4\n", None),  # which one is the job's is not known
+        ("0", b"0, GPU-a, [N/A], 40512\n", [(None, 40512.0)]),
+        ("0", b"0, GPU-a, [N/A], [N/A]\n", None),
+        ("0", b"0, GPU-a, 97, 40", None),  # the rest has not arrived yet
+        ("0", b"No devices were found\n", None),
+        ("0", b"", None),
+    ],
+)
+def test_rows_of_the_jobs_gpus_are_read(
+    visible: str | None, printed: bytes, rows: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = gpus(1, visible, monkeypatch)
+    found.feed(printed)
+    assert found.take() == rows
+    assert found.take() is None
+
+
+def test_a_reading_waits_for_all_gpus_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = gpus(2, "0,1", monkeypatch)
+    found.feed(b"0, GPU-a, 50, 10\n1, GPU")
+    assert found.take() is None
+    found.feed(b"-b, 70, 30\n")
+    assert found.take() == [(50.0, 10.0), (70.0, 30.0)]
+
+
+V2 = {
+    "self/cgroup": f"0::/system.slice/slurmstepd.scope/job_{JOB}/step_batch/user/task_0\n",
+    f"system.slice/slurmstepd.scope/job_{JOB}/memory.stat": "anon 104857600\nfile 9999999999\nshmem 1048576\n",
+    f"system.slice/slurmstepd.scope/job_{JOB}/cpu.stat": "usage_usec 2500000\nuser_usec 1\n",
+}
+V1 = {
+    "self/cgroup": f"4:memory:/slurm/uid_7/job_{JOB}/step_0/task_0\n3:cpu,cpuacct:/slurm/uid_7/job_{JOB}/step_0\n",
+    f"memory/slurm/uid_7/job_{JOB}/memory.stat": "rss 1\ntotal_rss 104857600\ntotal_cache 7\ntotal_shmem 1048576\n",
+    f"cpuacct/slurm/uid_7/job_{JOB}/cpuacct.usage": "2500000000\n",
+}
+
+
+@pytest.mark.parametrize("files", [V1, V2], ids=["version 1", "version 2"])
+def test_memory_and_cpu_time_of_a_job_come_from_its_cgroup(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of files does not count: it gives way when a process needs memory."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sampler, "CGROUPS", str(tmp_path))
+    monkeypatch.setattr(sampler, "PROC", str(tmp_path))
+    node = sampler.Node(JOB)
+    assert node.sample() == (101.0, 2.5)
+    assert node.processes is None
+
+
+def test_without_cgroups_the_jobs_processes_are_counted() -> None:
+    """Also one whose environment does not name the job, as in a container; not those of another job."""
+    hold = "import sys; kept = b'x' * (64 << 20); print(flush=True); sys.stdin.read()"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {hold!r}], env={{}})"
+    commands = [(JOB, ["-c", program]), ("12", ["-c", hold]), (JOB, [sampler.__file__, "node", "0"])]
+    started = []
+    try:
+        for job, words in commands:  # the last one is the sampler
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            process = subprocess.Popen([sys.executable, "-S", *words], env={"SLURM_JOB_ID": job}, **pipes)  # type: ignore[call-overload]
+            started.append(process)
+            printed = process.stdout.readline()
+        _, memory, cpu, gpus = json.loads(printed)
+        assert 64 < memory < 120
+        assert cpu > 0
+        assert gpus == []
+    finally:
+        for process in started:
+            process.communicate()
+
+
+def test_samples_of_several_nodes_become_sums_means_and_maxima() -> None:
+    usage = sampler.Usage(2, 1, 0.0)
+    usage.add("", 0.0, 100.0, 1.0, [(50.0, 7.0)])
+    assert "memory_mib" not in usage.document(1.0, series=True)  # the other node is not known yet
+    usage.add("n2", 0.0, 300.0, 2.0, [(100.0, None)])
+    usage.point()
+    usage.add("", 10.0, 200.0, 11.0, [(0.0, 9.0)])
+    usage.add("n2", 10.0, 100.0, 22.0, None)
+    usage.point()
+    document = usage.document(10.0, series=True)
+    assert document == {
+        "seconds": 10.0,
+        "memory_mib": 300.0,
+        "cpu_seconds": 33.0,
+        "gpu_percent": 50.0,
+        "gpu_memory_mib": 9.0,
+        "series": [(75.0, None, 300.0), (50.0, 3.0, 200.0)],
+    }
+
+
+def test_the_series_of_a_long_job_stays_short_and_keeps_the_most_memory() -> None:
+    usage = sampler.Usage(1, 0, 0.0)
+    for sample in range(5760):  # a day
+        usage.add("", 15.0 * sample, 900.0 if sample == 4321 else 100.0, 30.0 * sample, [])
+        usage.point()
+    series = usage.document(86400.0, series=True)["series"]
+    assert 32 <= len(series) < sampler.MOST_POINTS
+    assert max(point[2] for point in series) == 900.0
+    assert {point[1] for point in series} == {2.0}
+    assert "gpu_percent" not in usage.document(86400.0, series=False)
+
+
+def test_gpus_are_idle_if_all_of_all_nodes_are_and_all_are_known() -> None:
+    usage = sampler.Usage(2, 2, 0.0)
+    idle, busy = [(0.0, 4.0), (0.0, 4.0)], [(0.0, 4.0), (1.0, 4.0)]
+    for now in (0.0, 15.0, 30.0):
+        usage.add("", now, None, None, idle)
+    assert usage.idle(30.0) == 0  # nothing is known of the other node
+    usage.add("n2", 30.0, None, None, idle)
+    usage.add("n2", 45.0, None, None, idle)
+    usage.add("", 45.0, None, None, idle)
+    assert usage.idle(45.0) == 15.0
+    assert usage.idle(45.0 + sampler.STALE) == 0
+    usage.add("n2", 60.0, None, None, busy)
+    assert usage.idle(60.0) == 0
+    usage.add("n2", 75.0, None, None, [(0.0, 4.0), (None, 4.0)])
+    assert usage.idle(75.0) == 0
+    assert sampler.Usage(1, 0, 0.0).idle(1e6) == 0  # a job without GPUs
+
+
+def test_the_sampler_ends_with_its_standard_input_and_what_it_started_ends_too(tmp_path: Path) -> None:
+    """As the batch script asks: also after Slurm has sent SIGTERM."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '0, GPU-a, 40, 1000'\nexec sleep 600\n")
+    smi.chmod(0o755)
+    environment = {"SLURM_JOB_ID": JOB, "CUDA_VISIBLE_DEVICES": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", sampler.__file__, "job", "1", "1"],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin
+    assert process.stdout
+
+    def ask() -> str:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+
+    wait_until(lambda: '"gpu_percent": 40.0' in ask(), "the sampler has heard of the GPU", 30)
+    (child,) = psutil.Process(process.pid).children()
+    process.terminate()
+    assert '"gpu_memory_mib": 1000.0' in ask()
+    process.communicate(timeout=30)  # closes its standard input
+    assert process.returncode == 0
+    wait_until(lambda: not child.is_running(), "nvidia-smi has ended", 30)
+
+
+# What the client makes of it
+
+SERIES = [[0.0, None, 100.0], [50.0, 1.0, 200.0], [100.0, 2.0, 1024.0]]
+
+
+def test_the_numbers_of_the_sampler_become_metadata() -> None:
+    usage = {"memory_mib": 640.0, "cpu_seconds": 50.0, "gpu_percent": 31.25, "gpu_memory_mib": 9000.0}
+    rows = [["7", "COMPLETED", "12800K", ""]]
+    found = count(JobEnd(0, "COMPLETED", started=1, ended=101, rows=rows, usage=usage), SlurmRequest())
+    assert found["max_rss_mib"] == 640.0
+    assert found["cpu_efficiency"] == 0.5
+    assert found["gpu_utilization"] == 0.3125
+    assert found["gpu_memory_max_mib"] == 9000.0
+
+
+@pytest.mark.parametrize("usage", [{}, {"memory_mib": None, "gpu_percent": "many", "series": 3}, {"series": []}])
+def test_what_was_not_measured_is_left_out(usage: dict[str, object]) -> None:
+    end = JobEnd(0, "COMPLETED", started=1, ended=101, usage=usage)
+    assert count(end, SlurmRequest()).keys() == {"elapsed_seconds", "node_hours"}
+    assert plot(usage, SlurmRequest()) == ""
+
+
+def test_a_plot_is_a_line_of_bars() -> None:
+    shown = plot({"series": SERIES}, SlurmRequest(cpus_per_task=2, gpus_per_node=1))
+    assert shown == "GPU ▁▅█ 0 to 100 % · CPU ▅█ 1.0 to 2.0 of 2 · memory ▁▂█ at most 1.00 GiB"
+    assert plot({"series": [[None, 1.0, None]] * 63}, SlurmRequest()).count("█") == 32
+
+
+def test_a_job_that_its_sampler_has_ended_says_so() -> None:
+    request = SlurmRequest(gpus_per_node=4, gpu_idle_limit="00:20:00")
+    outcome = judge(JobEnd(None, "CANCELLED", usage={"ended_idle": 1200}), request)
+    assert outcome
+    assert "all of its 4 GPUs were idle for 00:20:00, and gpu_idle_limit='00:20:00' ends such a job" in outcome.cause
+    assert not outcome.again
+    assert "The job ends if they are idle for 00:20:00 (gpu_idle_limit)." in describe_idle(605.0, request)
+    assert "SlurmRequest(gpu_idle_limit='00:20:00')" in describe_idle(605.0, SlurmRequest(gpus_per_node=1))
