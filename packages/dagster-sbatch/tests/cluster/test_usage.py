@@ -1,6 +1,7 @@
 """What the sampler measures of real jobs, and that it ends with each of them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,21 +45,19 @@ IDLE = f"import time\ntime.sleep(600)\n{PIPES}    pass\n"
 
 
 def test_gpus_memory_and_cpu_time_of_jobs_are_measured(
-    site: SimulatedSite, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    site: SimulatedSite, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Of a job on a GPU beside another job's, of one whose GPU is idle, and of one on two nodes."""
-    monkeypatch.delenv("SLURM_QOS")
-    monkeypatch.setenv("SLURM_ACCOUNT", "p71234")
 
-    def start(name: str, workload: str, launcher: Launcher, **request: object) -> Background:
+    def start(name: str, workload: str, launcher: Launcher, **request: Any) -> Background:
         folder = tmp_path / name
         folder.mkdir()
         env = {"DEVICES": str(site.layout.run / "gpus")}
         wanted = SlurmRequest(**{"time_limit": "5", **request})
         return Background(lambda: materialize(workload, folder, launcher=launcher, request=wanted, env=env))
 
-    gpu = {"gpus_per_node": 1, "partition": GPU_PARTITION, "nodelist": "g4001"}
-    two_nodes = {"nodes": 2, "mem": "1G", "nodelist": "n4001,n4002"}
+    gpu: dict[str, Any] = {"gpus_per_node": 1, "partition": GPU_PARTITION, "nodelist": "g4001"}
+    two_nodes: dict[str, Any] = {"nodes": 2, "mem": "1G", "nodelist": "n4001,n4002"}
     idle = start("idle", IDLE, ScriptLauncher(), gpu_idle_limit="00:00:12", **gpu)
     busy = start("busy", BUSY, ScriptLauncher(), **gpu)
     ranks = start("ranks", RANKS, SrunLauncher(), **two_nodes)
@@ -81,7 +80,7 @@ def test_gpus_memory_and_cpu_time_of_jobs_are_measured(
     nothing_is_left(site, "g4001", "n4001", "n4002")
 
 
-def measured(outcome: Outcome) -> dict[str, object]:
+def measured(outcome: Outcome) -> dict[str, Any]:
     assert outcome.error == ""
     (metadata,) = outcome.materializations[None]
     return metadata
