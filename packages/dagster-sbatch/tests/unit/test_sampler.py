@@ -207,7 +207,7 @@ def test_the_numbers_of_the_sampler_become_metadata() -> None:
 @pytest.mark.parametrize("usage", [{}, {"memory_mib": None, "gpu_percent": "many", "series": 3}, {"series": []}])
 def test_what_was_not_measured_is_left_out(usage: dict[str, object]) -> None:
     end = JobEnd(0, "COMPLETED", started=1, ended=101, usage=usage)
-    assert count(end, SlurmRequest()).keys() == {"elapsed_seconds", "node_hours"}
+    assert count(end, SlurmRequest()).keys() == {"elapsed_seconds", "node_hours", "cpu_hours"}
     assert plot(usage, SlurmRequest()) == ""
 
 
