@@ -72,7 +72,7 @@ def test_the_accounting_is_off(site: SimulatedSite, workloads: Path) -> None:
         one_job_did_it(site, outcome)
     (metadata,) = outcome.materializations[None]
     assert metadata["elapsed_seconds"] >= 0
-    assert not {"max_rss_mib", "cpu_efficiency"} & set(metadata)
+    assert metadata.get("max_rss_mib") != 0
 
 
 # ---- what happens to nodes and jobs

@@ -26,7 +26,7 @@ ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ]
 code=null reading=
 # shellcheck disable=SC2317  # the trap calls it
 finish() {
-  local sizes usage=null now=${EPOCHREALTIME:-$(date +%s.%N)}
+  local sizes written usage=null now=${EPOCHREALTIME:-$(date +%s.%N)}
   trap '' PIPE # the sampler may have ended
   if ! [ "$reading" ]; then # it runs again in a trap: bash forgets the time limit of the first of two reads
     reading=1
@@ -34,8 +34,9 @@ finish() {
     reading=
   fi
   mapfile -t sizes < <(exec stat -c %s messages.jsonl stdout stderr)
-  printf '{"code":%s,"job":"%s","time":%s,"usage":%s,"sizes":{"messages.jsonl":%s,"stdout":%s,"stderr":%s}}\n' \
-    "$code" "$SLURM_JOB_ID" "${now/,/.}" "$usage" "${sizes[@]}" >>events
+  printf -v written '{"messages.jsonl": %s, "stdout": %s, "stderr": %s}' "${sizes[@]}"
+  printf '{"code": %s, "job": "%s", "time": %s, "sizes": %s, "usage": %s}\n' \
+    "$code" "$SLURM_JOB_ID" "${now/,/.}" "$written" "$usage" >>events
 }
 trap finish EXIT
 # Sets TMPDIR, the folder for temporary files on a node: its own disk, if the job can write to it.
