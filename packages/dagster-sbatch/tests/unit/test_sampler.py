@@ -12,6 +12,7 @@ import pytest
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.accounting import count
 from dagster_sbatch.slurm.gateway import JobEnd
+from dagster_sbatch.slurm.gateway.agent import job_record
 from dagster_sbatch.slurm.job import sampler
 from dagster_sbatch.slurm.outcome import judge
 from dagster_sbatch.slurm.usage import describe_idle, plot
@@ -154,6 +155,27 @@ def test_gpus_are_idle_if_all_of_all_nodes_are_and_all_are_known() -> None:
     usage.add("n2", 75.0, None, None, [(0.0, 4.0), (None, 4.0)])
     assert usage.idle(75.0) == 0
     assert sampler.Usage(1, 0, 0.0).idle(1e6) == 0  # a job without GPUs
+
+
+@pytest.mark.parametrize(("limit", "reported_at"), [(0, 600), (1000, 500), (7200, 600)])
+def test_idle_gpus_are_recorded_once(
+    limit: int, reported_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the sampler ends the job, if it is to do that. The follower reads it from the job's own record."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", JOB)
+    Path("events").write_text('{"started": "g4001", "time": 1}\n')
+    first = sampler.FirstNode(1, 1, limit)
+    ended = []
+    monkeypatch.setattr(first, "end_job", lambda: ended.append(True))
+    monkeypatch.setattr(first.node, "sample", lambda: (None, None))
+    monkeypatch.setattr(first.gpus, "take", lambda: [(0.0, 4.0)])
+    for now in range(0, 1500, 20):
+        first.sample(float(now))
+        events = job_record.events_of(str(tmp_path))
+        assert events.get("idle") == (reported_at if now >= reported_at else None)
+        assert len(ended) == (0 < limit <= now)
+    assert events["started"]["started"] == "g4001"
 
 
 def test_the_sampler_ends_with_its_standard_input_and_what_it_started_ends_too(tmp_path: Path) -> None:
