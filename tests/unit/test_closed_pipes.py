@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,11 @@ HELP = "deploy_environment.py docs doctor job lock preview refresh_step_auth.py"
     + [[script, "--help"] for script in HELP],
     ids=" ".join,
 )
-def test_a_command_ends_when_its_reader_is_gone(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_ends_when_its_reader_is_gone(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))  # no other test has it open
+    (tmp_path / "dagster.yaml").touch()
     monkeypatch.setenv("SLURM_SUPERCOMPUTER_SITE", "musica")
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # as a user has it: Python writes at the end
     script, *arguments = words
