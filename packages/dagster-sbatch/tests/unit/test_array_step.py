@@ -10,6 +10,7 @@ import pytest
 
 from dagster_sbatch import JobArray, ScriptLauncher, SlurmRequest
 from dagster_sbatch.run.array_step import ArrayStep
+from dagster_sbatch.run.past_use import past_uses
 from dagster_sbatch.run.plan import Plan, make_plan
 from dagster_sbatch.run.remote_array import RemoteArray, _ArrayJob
 from dagster_sbatch.settings import Settings
@@ -108,7 +109,12 @@ def test_the_proposal_of_an_array_is_metadata_of_its_first_partition_or_of_the_a
         return done.get_materialize_result()
 
     tags = {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}
-    events = dg.materialize([probe], tags={} if by_name else tags).asset_materializations_for_node("probe")
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([probe], tags={} if by_name else tags, instance=instance)
+        uses = past_uses(instance, [dg.AssetKey("probe")])
+    events = result.asset_materializations_for_node("probe")
+    place = str(plan.allocation.request.partition)
+    assert {(use.slurm_partition, use.partition, use.seconds) for use in uses} == {(place, key, 360) for key in keys}
     texts = {event.partition: event.metadata["proposal"].value for event in events if "proposal" in event.metadata}
     assert list(texts) == [None if by_name else keys[0]]
     (text,) = texts.values()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from pydantic import BaseModel
+
 from dagster_sbatch.slurm import Allocation, SlurmRequest
 from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
 
@@ -112,17 +114,22 @@ def propose(request: SlurmRequest, allocation: Allocation, uses: Sequence[Use]) 
     return Proposal(_describe(request, planned, alike), smaller, render(smaller) if smaller else "")
 
 
-def render(request: SlurmRequest) -> str:
+def render(request: BaseModel) -> str:
     """Return the Python code of a request: the fields that differ from the defaults."""
     words = []
-    for name, field in SlurmRequest.model_fields.items():
+    for name, field in type(request).model_fields.items():
         value = getattr(request, name)
-        if value == field.default:
-            continue
-        if isinstance(value, timedelta):
-            value = format_time(value)
-        words.append(f"{name}={json.dumps(value) if isinstance(value, str) else repr(value)}")
-    return f"SlurmRequest({', '.join(words)})"
+        if value != field.get_default(call_default_factory=True):
+            words.append(f"{name}={_render_value(value)}")
+    return f"{type(request).__name__}({', '.join(words)})"
+
+
+def _render_value(value: object) -> str:
+    if isinstance(value, BaseModel):
+        return render(value)
+    if isinstance(value, timedelta):
+        value = format_time(value)
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _changes(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> dict[str, Any]:
