@@ -44,7 +44,8 @@ class Supercomputer:
         self.records: list[RunRecord] = []
         self.errors: dict[str, Exception] = {}
         self.down = False
-        self.gateway = SimpleNamespace(cancel=self.cancel)
+        self.gateway = SimpleNamespace(cancel_all=self.cancel_all)
+        self.cancelled: list[list[str]] = []
 
     @contextmanager
     def open(self, *_: object) -> Iterator["Supercomputer"]:
@@ -52,9 +53,9 @@ class Supercomputer:
             raise UnreachableError("no answer")
         yield self
 
-    def add(self, run: str, job: str) -> None:
+    def add(self, run: str, job: str, family: str = "work") -> None:
         about = RunInfo(run=run, root=run, asset="asset", partitions="", step="work")
-        self.records.append(RunRecord(f"/runs/work-{job}", job, about, None, datetime.now(UTC), (run,)))
+        self.records.append(RunRecord(f"/runs/{family}-{job}", job, about, None, datetime.now(UTC), (run,)))
 
     def all(self) -> list[RunRecord]:
         return self.records
@@ -62,9 +63,14 @@ class Supercomputer:
     def claim(self, run: RunRecord, _: str) -> None:
         """Nobody else holds a claim."""
 
-    def cancel(self, path: str) -> JobEnd:
-        self.refuse(path)
-        return JobEnd(None, "CANCELLED")
+    def cancel_all(self, paths: list[str], report: Callable[[str, JobEnd | RefusedError], None]) -> None:
+        self.cancelled.append(paths)
+        for path in paths:
+            try:
+                self.refuse(path)
+                report(path, JobEnd(None, "CANCELLED"))
+            except RefusedError as error:
+                report(path, error)
 
     def state(self, run: RunRecord) -> tuple[JobState, None]:
         self.refuse(run.path)
@@ -126,8 +132,24 @@ def test_a_job_that_is_refused_does_not_stop_the_others(
     expected = [f"{name(run, '1')}: {cancelled}", f"{name(run, '2')}: scancel: error: no"]
     expected.append(f"{name(run, '3')}: {cancelled}")
     assert tick.said.splitlines() == tick.logged == expected
+    assert supercomputer.cancelled == [["/runs/work-1", "/runs/work-2", "/runs/work-3"]]  # at the same time
     supercomputer.records, supercomputer.errors = supercomputer.records[1:2], {}
     assert Tick(instance, tick.cursor).said == f"{name(run, '2')}: {cancelled}"
+
+
+def test_the_jobs_of_a_family_that_another_client_claims_are_left_to_it(
+    instance: dg.DagsterInstance, supercomputer: Supercomputer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = failed(instance, terminated=True)
+    for family, job in (("work", "1"), ("more", "2"), ("work", "3"), ("more", "4")):
+        supercomputer.add(run, job, family)
+    monkeypatch.setattr(supercomputer, "claim", lambda record, _: "run 17" if record.family == "work" else None)
+    tick = Tick(instance)
+    assert tick.logged[:2] == [f"{name(run, job)}: run 17 acts on it" for job in ("1", "3")]
+    assert supercomputer.cancelled == [["/runs/more-2", "/runs/more-4"]]
+    monkeypatch.setattr(supercomputer, "claim", lambda *_: None)
+    Tick(instance, tick.cursor)
+    assert supercomputer.cancelled[1] == ["/runs/work-1", "/runs/work-3"]
 
 
 def test_what_was_cancelled_is_told_if_the_time_runs_out_then(

@@ -1,6 +1,6 @@
 """Slurm jobs that no run follows: a sensor cancels those that nobody can adopt, and lists the others in a check."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from dagster_sbatch.auth import AccessError
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.reports import ACCESS, LEFT_JOBS, REACHABLE, evaluate
-from dagster_sbatch.slurm.gateway import RefusedError
+from dagster_sbatch.slurm.gateway import JobEnd, RefusedError
 from dagster_sbatch.ssh import SshError
 from dagster_sbatch.upkeep import running_on_supercomputer
 from dagster_sbatch.upkeep.ownership import LeftJob, group_state, left_jobs, reason_to_cancel
@@ -139,6 +139,13 @@ def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.Sens
         said.append(text)
         context.log.info(text)
 
+    found: list[_Finding] = []
+
+    def register(finding: _Finding) -> None:
+        found.append(finding)
+        if finding.kind != "left":
+            say(finding.text)
+
     for root in groups:
         say(f"run {root}: {states[root]}")
     over = {root: cursor.groups.get(root, _Group()) for root, state in states.items() if state == "over"}
@@ -146,13 +153,9 @@ def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.Sens
     due = {root for root, group in over.items() if root in ended or group.asked <= recently}
     groups |= {root: group for root, group in over.items() if root not in due}
     if due:
-        found: list[_Finding] = []
         try:
             with open_runs(settings, project, TICK_SECONDS) as runs:
-                for each in _settle(instance, runs, due):
-                    found.append(each)
-                    if each.kind != "left":
-                        say(each.text)
+                _settle(instance, runs, due, register)
         except NO_ACCESS as error:
             cancelled = {each.run.key for each in found if each.kind == "cancelled"}
             for root in due:
@@ -208,37 +211,76 @@ def _group(found: list[_Finding], before: Mapping[str, _Group], now: datetime) -
     return groups
 
 
-def _settle(instance: dg.DagsterInstance, runs: Runs, over: set[str]) -> Iterator[_Finding]:
+def _settle(instance: dg.DagsterInstance, runs: Runs, over: set[str], report: Callable[[_Finding], None]) -> None:
     """Cancel or report the jobs of groups that are over. One that is refused does not stop the others."""
-    for run in runs.all():
-        if run.about.root not in over or run.end is not None:
-            continue
-        try:
-            found = _settle_job(instance, runs, run)
-        except RefusedError as error:
-            found = _Finding(run, f"{_name(run)}: {error}", "later")
-        if found:
-            yield found
+    families: dict[str, dict[str, str]] = {}
+    found = {run.path: run for run in runs.all() if run.about.root in over and run.end is None}
+    for run in found.values():
+        families.setdefault(run.family, {})[run.path] = reason_to_cancel(instance, run)
+    for reasons in families.values():
+        doomed = {path: reason for path, reason in reasons.items() if reason}
+        if doomed:
+            _cancel(instance, runs, [(found[path], reason) for path, reason in doomed.items()], report)
+        for path, reason in reasons.items():
+            if not reason:
+                _report_left(runs, found[path], report)
 
 
-def _settle_job(instance: dg.DagsterInstance, runs: Runs, run: RunRecord) -> _Finding | None:
-    reason = reason_to_cancel(instance, run)
-    if reason:
-        return _cancel(instance, runs, run, reason)
-    state = runs.state(run)[0]
-    return _Finding(run, LeftJob(run, state.state).text, "left") if state else None
+def _report_left(runs: Runs, run: RunRecord, report: Callable[[_Finding], None]) -> None:
+    """Report the job of a run if it is not over."""
+    try:
+        state = runs.state(run)[0]
+    except RefusedError as error:
+        report(_later(run, error))
+        return
+    if state:
+        report(_Finding(run, LeftJob(run, state.state).text, "left"))
 
 
-def _cancel(instance: dg.DagsterInstance, runs: Runs, run: RunRecord, reason: str) -> _Finding:
-    """Cancel a job, holding the claim on it: a re-execution that comes now waits, and finds it cancelled."""
-    name = _name(run)
-    holder = runs.claim(run, "the sensor cancel_orphaned_jobs")
+def _cancel(
+    instance: dg.DagsterInstance,
+    runs: Runs,
+    family: Sequence[tuple[RunRecord, str]],
+    report: Callable[[_Finding], None],
+) -> None:
+    """Cancel the jobs of a family at the same time: a step has several if it is an array.
+
+    The sensor holds the claim on the family: a re-execution that comes now waits, and finds the jobs cancelled.
+
+    `family`: runs of it, each with the reason.
+    """
+    by_path = {run.path: (run, reason) for run, reason in family}
+
+    def report_outcome(path: str, outcome: JobEnd | RefusedError | None) -> None:
+        run, reason = by_path[path]
+        if isinstance(outcome, RefusedError):
+            report(_later(run, outcome))
+            return
+        how = outcome.state if outcome else "was never submitted"
+        report(_Finding(run, f"{_name(run)}: {how}, since {reason}", "cancelled"))
+
+    why_later = _claim(instance, runs, family[0][0])
+    if not why_later:
+        runs.gateway.cancel_all(list(by_path), report_outcome)
+        return
+    for run, _ in family:
+        report(_later(run, why_later))
+
+
+def _claim(instance: dg.DagsterInstance, runs: Runs, run: RunRecord) -> str:
+    """Claim the family of a run; return why its jobs cannot be cancelled now, empty if they can."""
+    try:
+        holder = runs.claim(run, "the sensor cancel_orphaned_jobs")
+    except RefusedError as error:
+        return str(error)
     if holder:
-        return _Finding(run, f"{name}: {holder} acts on it", "later")
-    if group_state(instance, run.about.root, datetime.now(UTC)) != "over":
-        return _Finding(run, f"{name}: a new run has come for it", "later")
-    end = runs.gateway.cancel(run.path)
-    return _Finding(run, f"{name}: {end.state if end else 'was never submitted'}, since {reason}", "cancelled")
+        return f"{holder} acts on it"
+    over = group_state(instance, run.about.root, datetime.now(UTC)) == "over"
+    return "" if over else "a new run has come for it"
+
+
+def _later(run: RunRecord, why: object) -> _Finding:
+    return _Finding(run, f"{_name(run)}: {why}", "later")
 
 
 def _name(run: RunRecord) -> str:
