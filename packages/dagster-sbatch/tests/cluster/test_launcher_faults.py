@@ -48,6 +48,10 @@ PROGRAMS: dict[str, tuple[str, list[str]]] = {
     "command-fails": (FAILS, ["command-fails ended with exit code 3", "\nno licence\n"]),
     "command-out-of-time": (f"#!/bin/bash\n{WARNED}", [TIME, "time_limit='00:02:00'"]),
     "command-cancelled": (f"#!/bin/bash\n{SAVES}{BEGUN}sleep 600 & wait\n", [CANCELLED]),
+    "command-cancels-itself": (  # it may end before the job script gets SIGTERM: Slurm's state counts
+        '#!/bin/bash\npipes materialize --metadata rows=1\nscancel "$SLURM_JOB_ID"\n',
+        [CANCELLED],
+    ),
     "command-disconnected": (f"#!/bin/bash\n{BEGUN}{GO_ON}pipes materialize --metadata rows=7\n", []),
     "command-requeued": (f"#!/bin/bash\n{BEGUN}{LIVES}", []),
     "command-without-reports": ("#!/bin/sh\n", []),

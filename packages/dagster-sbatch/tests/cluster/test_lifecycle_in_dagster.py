@@ -23,16 +23,16 @@ from pathlib import Path
 import dagster as dg
 from resources import build_resources
 from dagster_sbatch.run.compute import ComputeResource
-from dagster_sbatch import BatchScriptLauncher, CommandLauncher, JobArray, ScriptLauncher, SlurmRequest
+from dagster_sbatch import BatchScriptLauncher, CommandLauncher, JobArray, ScriptLauncher, SlurmRequest, SrunLauncher
 
 FOLDER = Path(__file__).parent
 
-def waiting(name, launcher, program, array=None, **options):
+def waiting(name, launcher, program, array=None, tasks=1, **options):
     @dg.asset(name=name, **options)
     def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
         (FOLDER / f"pids-{context.run_id}").write_text(json.dumps([os.getpid(), os.getppid()]))
         workload, args = FOLDER / "workloads" / program, [name]
-        request = SlurmRequest(time_limit="00:30:00")
+        request = SlurmRequest(time_limit="00:30:00", ntasks_per_node=tasks)
         done = compute.run(context, workload=workload, launcher=launcher, request=request, args=args, array=array)
         return done.get_materialize_result()
     return probe
@@ -40,8 +40,9 @@ def waiting(name, launcher, program, array=None, **options):
 launchers = {"terminated": BatchScriptLauncher(), "orphaned": CommandLauncher(), "restarted": BatchScriptLauncher()}
 alone = [waiting(name, launcher, "waits.sh") for name, launcher in launchers.items()]
 keys, at_once = dg.StaticPartitionsDefinition(["ends", "waits"]), dg.BackfillPolicy.single_run()
+ranks = waiting("ranks", SrunLauncher(), "ranks.py", tasks=2)
 many = waiting("many", ScriptLauncher(), "waits.py", JobArray(), partitions_def=keys, backfill_policy=at_once)
-defs = dg.Definitions(assets=[*alone, many], resources=build_resources())
+defs = dg.Definitions(assets=[*alone, ranks, many], resources=build_resources())
 """
 
 PROGRAM = f"""\
@@ -50,6 +51,14 @@ echo begun
 until [ -e {CERTIFICATE_USER.home}/go-on-$1 ]; do sleep 0.1; done
 echo gone on
 pipes materialize
+"""
+
+RANKS = f"""\
+import os, pathlib, time
+from dagster_pipes import open_dagster_pipes
+with open_dagster_pipes():
+    pathlib.Path("{CERTIFICATE_USER.home}", f"rank-{{os.environ['RANK']}}").touch()
+    time.sleep(600)
 """
 
 WAITS = f"""\
@@ -70,6 +79,7 @@ def location(tmp_path: Path) -> Path:
     folder = tmp_path / "location"
     (folder / "workloads").mkdir(parents=True)
     (folder / "workloads" / "waits.py").write_text(WAITS)
+    (folder / "workloads" / "ranks.py").write_text(RANKS)
     make(folder / "workloads", PROGRAM, "waits.sh")
     (folder / "location.py").write_text(LOCATION)
     return folder
@@ -123,13 +133,18 @@ def test_the_example_and_the_life_of_a_run(dagster_dev: DagsterDev, site: Simula
     example = dagster_dev.launch("flights", "delay_features", **months)
     both = {"dagster__asset_partition_range_start": "ends", "dagster__asset_partition_range_end": "waits"}
     many = dagster_dev.launch("many", location="probe", **both)
-    runs = {asset: dagster_dev.launch(asset, location="probe") for asset in ("terminated", "orphaned", "restarted")}
+    assets = ("terminated", "ranks", "orphaned", "restarted")
+    runs = {asset: dagster_dev.launch(asset, location="probe") for asset in assets}
     jobs = {asset: running_job(site, asset) for asset in runs}
 
     # Terminated in the UI: the job is cancelled, and the run ended only when it is gone.
-    dagster_dev.terminate(runs["terminated"])
-    assert dagster_dev.wait(runs["terminated"], 90) == "CANCELED"
-    assert site.job_state(int(jobs["terminated"])) == "CANCELLED"
+    home = site.layout.home / CERTIFICATE_USER.name
+    wait_for(lambda: all((home / f"rank-{rank}").exists() for rank in (0, 1)), 60, "both ranks run")
+    for asset in ("terminated", "ranks"):
+        dagster_dev.terminate(runs[asset])
+    for asset in ("terminated", "ranks"):
+        assert dagster_dev.wait(runs[asset], 90) == "CANCELED"
+        assert site.job_state(int(jobs[asset])) == "CANCELLED"
 
     # The run worker is killed: its step lives on for a while, and leaves the job to the retry.
     step, worker = json.loads((location / f"pids-{runs['orphaned']}").read_text())
@@ -161,6 +176,6 @@ def test_the_example_and_the_life_of_a_run(dagster_dev: DagsterDev, site: Simula
     dagster_dev.start()
     adopted(dagster_dev, site, "restarted", runs["restarted"], jobs["restarted"])
 
-    assert len(job_ids(site) - before) == 4 + 2
+    assert len(job_ids(site) - before) == 5 + 2
     nothing_is_left(site, *(node.hostname for node in COMPUTE_NODES))
     nobody_left(site)
