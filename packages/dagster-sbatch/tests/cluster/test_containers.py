@@ -181,7 +181,7 @@ def test_jobs_in_containers_that_end_in_every_way_at_once(
         "python": (SLEEPS, ScriptLauncher(container=broken), {}),
         "option": (SLEEPS, ScriptLauncher(container=Container(str(image), options=["--no-such"])), {}),
         "ranks": (SLEEPS, SrunLauncher(container=broken), {"ntasks_per_node": 2}),
-        "disconnected": (WAITS, ScriptLauncher(container=container), {}),
+        "disconnected": (WAITS, ScriptLauncher(container=container), {"time_limit": "20"}),
         "cancelled": (WAITS, SrunLauncher(container=container), two),
     }
     if MEMORY_CGROUPS:
