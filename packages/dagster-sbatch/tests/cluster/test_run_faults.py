@@ -188,7 +188,7 @@ def test_a_full_disk_at_the_submission(site: SimulatedSite, workloads: Path) -> 
         outcome = materialize(REPORTS, workloads, request=REQUEST)
     assert "refused on the supercomputer" in outcome.error
     assert "No space left on device" in outcome.error
-    assert rows_of(site, "%i") == before
+    assert [row for row in rows_of(site, "%i") if row not in before] == []  # the controller may have forgotten others
     nobody_left(site)
 
 
