@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from cluster.test_reboot import LOCATION, WAITER
+from cluster.test_reboot import LOCATION, write_programs
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
 from support import ROOT
 from support.dagster_dev import DagsterDev, wait_for
@@ -154,10 +154,9 @@ def services(site: SimulatedSite, tmp_path: Path, client_home: Path) -> Iterator
     shutil.copytree(ROOT / "deploy", folder / "deploy")
     (folder / ".venv").symlink_to(ROOT / ".venv")
     (folder / "waiting_location.py").write_text(LOCATION)
-    (tmp_path / "waiting").mkdir()
-    (tmp_path / "waiting" / "waiter.py").write_text(WAITER)
+    programs = write_programs(tmp_path / "waiting")
     variables = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    variables |= {**site.environment(), "HOME": str(client_home), "WAITER": str(tmp_path / "waiting" / "waiter.py")}
+    variables |= {**site.environment(), "HOME": str(client_home), "WAITERS": str(programs)}
     variables["DATA_ROOT"] = f"{CERTIFICATE_USER.home}/data"
     made = Services(folder, variables, client_home)
     try:

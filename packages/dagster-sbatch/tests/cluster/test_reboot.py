@@ -52,13 +52,19 @@ pipes materialize --metadata rows=7
 """
 
 
+def write_programs(folder: Path) -> Path:
+    """Write what the assets of LOCATION run into a new folder, which its variable WAITERS names; return the folder."""
+    folder.mkdir()
+    (folder / "waiter.py").write_text(WAITER)
+    (folder / "waiter.sbatch").write_text(BATCH_SCRIPT)
+    return folder
+
+
 @pytest.fixture
 def dagster_dev(site: SimulatedSite, tmp_path: Path, client_home: Path) -> Iterator[DagsterDev]:
-    (tmp_path / "waiting").mkdir()
-    (tmp_path / "waiting" / "waiter.py").write_text(WAITER)
-    (tmp_path / "waiting" / "waiter.sbatch").write_text(BATCH_SCRIPT)
+    programs = write_programs(tmp_path / "waiting")
     (tmp_path / "location.py").write_text(LOCATION)
-    variables = {**site.environment(), "HOME": str(client_home), "WAITERS": str(tmp_path / "waiting")}
+    variables = {**site.environment(), "HOME": str(client_home), "WAITERS": str(programs)}
     variables["DATA_ROOT"] = f"{CERTIFICATE_USER.home}/data"
     with beside_location(tmp_path / "location.py", tmp_path / "project", variables, "waiting") as server:
         yield server

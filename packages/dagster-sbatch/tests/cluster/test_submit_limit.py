@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.test_reboot import LOCATION, WAITER
+from cluster.test_reboot import LOCATION, write_programs
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
 from slurm_in_a_box.layout import DATABASE
 from support.dagster_dev import DagsterDev, beside_location, wait_for
@@ -33,10 +33,9 @@ def one_job(site: SimulatedSite) -> Iterator[None]:
 
 @pytest.fixture
 def dagster_dev(site: SimulatedSite, tmp_path: Path, client_home: Path) -> Iterator[DagsterDev]:
-    (tmp_path / "waiting").mkdir()
-    (tmp_path / "waiting" / "waiter.py").write_text(WAITER)
+    programs = write_programs(tmp_path / "waiting")
     (tmp_path / "location.py").write_text(LOCATION)
-    variables = {**site.environment(), "HOME": str(client_home), "WAITER": str(tmp_path / "waiting" / "waiter.py")}
+    variables = {**site.environment(), "HOME": str(client_home), "WAITERS": str(programs)}
     variables["DATA_ROOT"] = f"{CERTIFICATE_USER.home}/data"
     with beside_location(tmp_path / "location.py", tmp_path / "project", variables, "waiting") as server:
         yield server
