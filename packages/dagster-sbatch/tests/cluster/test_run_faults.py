@@ -66,13 +66,18 @@ def test_the_controller_is_down_at_the_submission_in_mid_run_and_at_the_end(
 
 
 @pytest.mark.smoke
-def test_the_accounting_is_off(site: SimulatedSite, workloads: Path) -> None:
+def test_the_accounting_is_off(
+    site: SimulatedSite, workloads: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What the project has left is not known then, which refuses nothing."""
+    monkeypatch.setenv("SLURM_KEEP_WITHIN_BUDGET", "true")
     with site.faults.accounting_off():
         outcome = materialize(REPORTS, workloads, request=REQUEST)
         one_job_did_it(site, outcome)
     (metadata,) = outcome.materializations[None]
     assert metadata["elapsed_seconds"] >= 0
     assert metadata.get("max_rss_mib") != 0
+    assert re.search("SLURM_KEEP_WITHIN_BUDGET: .* The job is submitted", capfd.readouterr().err)
 
 
 # ---- what happens to nodes and jobs
