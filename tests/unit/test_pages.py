@@ -28,6 +28,8 @@ RUN_BY = {
     "pipes ": "packages/dagster-sbatch/tests/local/test_programs.py",
     "read -rs": AS_THEY_STAND,
     "unset": AS_THEY_STAND,
+    "scripts/costs": AS_THEY_STAND,
+    "scripts/costs --": "packages/dagster-sbatch/tests/cluster/test_costs.py",
     "scripts/demo": ".ci/run",
     "scripts/deploy_environment.py": AS_THEY_STAND,
     "scripts/dev": AS_THEY_STAND,

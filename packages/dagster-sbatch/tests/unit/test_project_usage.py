@@ -19,12 +19,12 @@ SINCE = datetime.fromtimestamp(START - 3600, UTC)
 GPUS = "billing=8,cpu=8,gres/gpu:h100={0},gres/gpu={0},mem=8000M,node={1}"
 # One line of a comment that has two; a name with the separator; a task; a job that runs; one that has not begun.
 SACCT = f"""\
-1|COMPLETED|xy12345|p70600|{START}|{START + 1800}|1800|{GPUS.format(2, 1)}|K-1|key=K-1,asset=a/b
-2_0|NODE_FAIL|xy12345|p70600|{START}|{START + 900}|900|{GPUS.format(4, 1)}|j.sh|one
+1|COMPLETED|xy12345|p70600|{START}|{START + 1800}|1800|{GPUS.format(2, 1)}|g|K-1|key=K-1,asset=a/b
+2_0|NODE_FAIL|xy12345|p70600|{START}|{START + 900}|900|{GPUS.format(4, 1)}|g|j.sh|one
 two
-3|CANCELLED by 0|ab1|p71234|{START}|{START + 3600}|3600|billing=4,cpu=4,mem=4000M,node=1|a|b|c
-4|RUNNING|xy12345|p71234|{START}|Unknown|1800|{GPUS.format(8, 2)}|K-2|
-5|PENDING|xy12345|p71234|Unknown|Unknown|0||K-3|"""
+3|CANCELLED by 0|ab1|p71234|{START}|{START + 3600}|3600|billing=4,cpu=4,mem=4000M,node=1|c|a|b|c
+4|RUNNING|xy12345|p71234|{START}|Unknown|1800|{GPUS.format(8, 2)}|g|K-2|
+5|PENDING|xy12345|p71234|Unknown|Unknown|0||g|K-3|"""
 NOTHING = "cpu=4,mem=0,node={},billing=4,gres/gpu={},gres/gpu:h100={}"
 SSHARE = f"""\
 root|||{NOTHING.format(90, 30, 30)}|{NOTHING.format(22, 25, 25)}
@@ -89,9 +89,9 @@ def test_lives_of_jobs_are_read(ask: Ask) -> None:
 def test_limits_of_slurm_are_budgets(ask: Ask) -> None:
     """A task that waits counts as often as there are such; a limit of the user counts the user's jobs only."""
     assert budgets_of(ask(), OWNERS)[:3] == [
-        Budget("p70600", "gres/gpu", "", "GrpTRESMins of p70600", 10, 2, 0.5, 6),
-        Budget("p70600", "node", "xy12345", "GrpTRESMins of p70600", 1, 0.1, 20 / 60, 3),
-        Budget("p70600", "gres/gpu", "xy12345", "GrpTRESMins of p70600", 1.5, 0.2, 0.5, 6),
+        Budget("p70600", "p70600", "gres/gpu", "", "GrpTRESMins of p70600", 10, 2, 0.5, 6),
+        Budget("p70600", "p70600", "node", "xy12345", "GrpTRESMins of p70600", 1, 0.1, 20 / 60, 3),
+        Budget("p70600", "p70600", "gres/gpu", "xy12345", "GrpTRESMins of p70600", 1.5, 0.2, 0.5, 6),
     ]
     budget = budgets_of(ask(), OWNERS)[0]
     assert (budget.unit, budget.left, budget.free) == ("GPU-hours", 8, 1.5)
@@ -109,7 +109,7 @@ def test_a_limit_above_the_project_counts(ask: Ask) -> None:
 def test_the_owners_budget_counts_since_its_start(ask: Ask) -> None:
     """Half an hour of 8 GPUs, of which the job may use as much again; of the same project, no limit of Slurm."""
     (budget,) = budgets_of(ask(datetime(2026, 11, 26, tzinfo=UTC)), OWNERS)[3:]
-    assert budget == Budget("p71234", "gres/gpu", "", "SLURM_BUDGET_GPU_HOURS", 100, 4, 4, 0)
+    assert budget == Budget("p71234", "p71234", "gres/gpu", "", "SLURM_BUDGET_GPU_HOURS", 100, 4, 4, 0)
     assert budgets_of(ask(), OWNERS)[3].used is None  # the request was for jobs of a later time
 
 

@@ -1,15 +1,18 @@
 """What projects have left: by Slurm's limits, or by the budget that the owner of the deployment has set."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, time
+from datetime import UTC, datetime, time, timedelta
 
-from dagster_sbatch.costs.hours import add, hours_at_most, hours_used
+from dagster_sbatch.costs.hours import add, hours_at_most, hours_used, show_number
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import GPU, Allocation, Queued, Share, Usage
 
 UNITS = {GPU: "GPU-hours", "node": "node-hours", "cpu": "CPU-hours"}
 """By resource of Slurm; that of another is `<resource>-hours`."""
+PACE_DAYS = 14
+"""The pace of a project is what it used per day in so many days."""
 OWNERS = "SLURM_BUDGET_GPU_HOURS"
 
 
@@ -20,6 +23,7 @@ class Budget:
     Attributes:
         project: that jobs are charged to.
         tres: Slurm's name of the resource: gres/gpu, node, cpu, billing, ...
+        limited: the project whose limit it is: the same, or one above it.
         user: whose jobs count; empty: those of all users. It is the user where Slurm hides the jobs of others.
         source: what sets the limit: `GrpTRESMins of p70600`, or SLURM_BUDGET_GPU_HOURS.
         limit: what may be used in total.
@@ -29,6 +33,7 @@ class Budget:
     """
 
     project: str
+    limited: str
     tres: str
     user: str
     source: str
@@ -80,6 +85,43 @@ def budgets_of(usage: Usage, settings: Settings) -> list[Budget]:
     return found
 
 
+def pace_of(usage: Usage, budget: Budget) -> float | None:
+    """Return what was used per day of the last PACE_DAYS days, in the unit of the budget; None if that is not known.
+
+    Jobs that Slurm hides from the user, or of other projects below a limit, make it unknown.
+    """
+    since = usage.now - timedelta(days=PACE_DAYS)
+    hidden = usage.private is not False and budget.user != usage.user
+    if usage.jobs is None or usage.since is None or usage.since > since or hidden:
+        return None
+    if budget.limited not in usage.projects and usage.projects:
+        return None
+    jobs = (job for job in usage.jobs if job.project == budget.limited and budget.user in ("", job.user))
+    used = add(hours_used(job, budget.tres, since, usage.now, usage.now) for job in jobs)
+    return None if used is None else used / PACE_DAYS
+
+
+def days_left(usage: Usage, budget: Budget) -> float | None:
+    """Return for how many days a budget lasts at its pace; infinite if nothing was used; None if that is not known."""
+    pace = pace_of(usage, budget)
+    if budget.left is None or pace is None:
+        return None
+    return max(budget.left, 0.0) / pace if pace else math.inf
+
+
+def describe(usage: Usage, budget: Budget) -> str:
+    """Return what is left of a budget, what may still use it, and how long it lasts: three lines for people."""
+    pace, days = pace_of(usage, budget), days_left(usage, budget)
+    whose = f", your own jobs in {budget.project} only" if budget.user else ""
+    lasts = "" if days is None or math.isinf(days) else f": it lasts {days:.0f} days"
+    return (
+        f"{budget.project}: {show_number(budget.left)} of {show_number(budget.limit)} {budget.unit} are left "
+        f"({budget.source}{whose}).\n"
+        f"  Running jobs use at most {show_number(budget.running)} more, waiting jobs {show_number(budget.queued)}.\n"
+        f"  The last {PACE_DAYS} days used {show_number(pace)} per day{lasts}."
+    )
+
+
 def _limits_of(usage: Usage, project: str) -> Iterator[Budget]:
     for share in usage.shares or ():
         if share.project in _chain(usage, project) and share.user in ("", usage.user):
@@ -100,6 +142,7 @@ def _limit(usage: Usage, project: str, share: Share) -> Budget:
 
     return Budget(
         project=project,
+        limited=share.project,
         tres=share.tres,
         user=share.user,
         source=f"GrpTRESMins of {share.project}",
@@ -118,6 +161,7 @@ def _owners(usage: Usage, project: str, limit: float, since: datetime) -> Budget
 
     return Budget(
         project=project,
+        limited=project,
         tres=GPU,
         user=user,
         source=OWNERS,

@@ -42,3 +42,10 @@ def add(hours: Iterable[float | None]) -> float | None:
             return None
         total += each
     return total
+
+
+def show_number(number: float | None) -> str:
+    """Return a number as text: two digits after the point, more if it would be 0 with them; `?` if it is not known."""
+    if number is None:
+        return "?"
+    return f"{number:.2g}" if 0 < abs(number) < 0.01 else f"{number:.2f}"

@@ -96,7 +96,7 @@ def tag_deployment(context: StepContext, deployment: str, site: str | None) -> N
 
 def tag_job(context: StepContext, job: str, call: int) -> None:
     """Tag the run of a step with a Slurm job id, under the step's name; `call`: how many calls the step made before."""
-    _tag(context, {_job_tag(step_key(op_context(context)) + (f".{call + 1}" if call else "")): job})
+    _tag(context, {job_tag(step_key(op_context(context)) + (f".{call + 1}" if call else "")): job})
 
 
 def left_job(context: StepContext) -> str | None:
@@ -111,13 +111,14 @@ def left_job(context: StepContext) -> str | None:
         run = step.instance.get_run_by_id(parent)
         if run is None or any(_events_of(step.instance, parent, key, ends)):
             return None
-        if job := run.tags.get(_job_tag(key)):
+        if job := run.tags.get(job_tag(key)):
             return job
         parent = run.parent_run_id
     return None
 
 
-def _job_tag(step: str) -> str:
+def job_tag(step: str) -> str:
+    """Return the key of the tag with the Slurm jobs of a step; `.2` follows it for the step's second call."""
     return f"{JOB_TAG}/{re.sub(r'[^A-Za-z0-9_.-]', '_', step)[-_LONGEST_TAG:]}"
 
 

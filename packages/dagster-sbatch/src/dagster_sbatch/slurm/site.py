@@ -38,6 +38,12 @@ class Partition(_Part):
     gpus: int = Field(0, ge=0, description="GPUs per node.")
     cores_per_gpu: PositiveInt | None = Field(None, description="CPUs per GPU, for requests that name no CPUs.")
     mem_per_gpu: Memory | None = Field(None, description="Memory per GPU, for requests that name no memory.")
+    tokens_per_node_hour: float | None = Field(
+        None,
+        ge=0,
+        description="What the centre charges for a node for an hour, in its own unit; shown by scripts/costs.",
+    )
+    tokens_per_gpu_hour: float | None = Field(None, ge=0, description="The same for a GPU for an hour.")
     qos: dict[str, Qos] = Field({}, description="QoS of this partition, the ordinary one first; empty: jobs need none.")
 
 

@@ -37,6 +37,7 @@ class Allocation:
         start, end: in UTC; no end: it is running.
         seconds: that it ran so far, without the time for which it was suspended.
         tres: what it has on all nodes together.
+        partition: in which it ran.
         name: of the job; that of a job of this package is its submission key.
         comment: of the job; empty if the site does not store comments.
     """
@@ -48,6 +49,7 @@ class Allocation:
     end: datetime | None
     seconds: float
     tres: Tres
+    partition: str
     name: str
     comment: str
 
@@ -141,7 +143,7 @@ class Usage:
 
 
 def _allocation(row: Sequence[str], tracked: Sequence[str]) -> Allocation:
-    job, _, user, project, start, end, seconds, text, name, comment = row
+    job, _, user, project, start, end, seconds, text, partition, name, comment = row
     return Allocation(
         job=job,
         user=user,
@@ -150,6 +152,7 @@ def _allocation(row: Sequence[str], tracked: Sequence[str]) -> Allocation:
         end=datetime.fromtimestamp(int(end), UTC) if end.isdigit() else None,
         seconds=max(float(seconds), 0.0),
         tres=parse_tres(text, tracked),
+        partition=partition,
         name=name,
         comment=comment,
     )

@@ -6,7 +6,7 @@ from collections import Counter
 from .disk import RequestError
 from .slurm_commands import ask_slurm, projects, rows_of, user
 
-ALLOCATION = "JobID,State,User,Account,Start,End,ElapsedRaw,AllocTRES,JobName,Comment".split(",")
+ALLOCATION = "JobID,State,User,Account,Start,End,ElapsedRaw,AllocTRES,Partition,JobName,Comment".split(",")
 QUEUED = (("State", 30), ("UserName", 64), ("Account", 64), ("TimeLeft", 30), ("tres-alloc", 512))  # and widths
 SHARE = "Account,User,GrpTRESMins,GrpTRESRaw,TRESRunMins"
 MOST_LEVELS = 10  # of projects, one above the other

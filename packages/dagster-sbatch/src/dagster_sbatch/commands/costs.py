@@ -1,0 +1,115 @@
+"""Show what jobs have used, and what the projects have left."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime, time, timedelta
+from typing import get_args
+
+import dagster as dg
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
+from dagster_sbatch.costs.budget import PACE_DAYS, budget_start, budgets_of, describe
+from dagster_sbatch.costs.hours import show_number
+from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, Dimension, Entry, make_ledger, sum_by, total
+from dagster_sbatch.inspect.job_assets import recorded_assets
+from dagster_sbatch.inspect.remote_runs import open_runs
+from dagster_sbatch.project import Project
+
+WEEKS = 8
+PATIENCE = 180.0
+"""Seconds for the supercomputer to answer: Slurm reads its database."""
+DESCRIPTION = f"""\
+Show what the jobs of your projects have used, in node-hours and GPU-hours, and what the projects have left. The numbers
+come from Slurm's accounting: all jobs of your projects count, as far as Slurm shows you those of other users. A number
+that Slurm does not tell is left out.
+
+{OTHER} are jobs that Dagster did not submit. {UNKNOWN} are jobs of Dagster whose asset is recorded nowhere: the site
+does not store the comments of jobs, and this Dagster does not know their runs.
+"""
+EPILOG = """\
+examples:
+  scripts/costs
+  scripts/costs --by week,project
+  scripts/costs --by user --since 2026-10-01
+
+exit codes: 0 done, 1 Slurm's accounting did not answer, or something is to be corrected, 2 wrong usage,
+3 the supercomputer cannot be reached
+"""
+
+
+@ends_with_reader
+def main(project: Project) -> int:
+    parser = make_parser(DESCRIPTION, EPILOG)
+    dimensions = ", ".join(get_args(Dimension))
+    parser.add_argument(
+        "--by", type=parse_dimensions, default=["asset"], metavar="WHAT", help=f"some of {dimensions} (default: asset)"
+    )
+    parser.add_argument(
+        "--since", type=parse_day, metavar="YYYY-MM-DD", help=f"first day, in UTC (default: {WEEKS} weeks ago)"
+    )
+    asked = parser.parse_args()
+    return exit_code_of(lambda: show(project, asked.by, asked.since))
+
+
+def parse_dimensions(text: str) -> list[Dimension]:
+    """Parse --by."""
+    known = {dimension: dimension for dimension in get_args(Dimension)}
+    try:
+        return [known[name] for name in text.split(",")]
+    except KeyError as error:
+        raise argparse.ArgumentTypeError(f"{error.args[0]!r} is none of {', '.join(known)}") from None
+
+
+def parse_day(text: str) -> datetime:
+    """Parse --since."""
+    try:
+        return datetime.combine(datetime.fromisoformat(text).date(), time(), UTC)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no day; an example is 2026-10-01") from None
+
+
+def show(project: Project, by: Sequence[Dimension], day: datetime | None) -> int:
+    settings = project.load_settings(supercomputer=True)
+    today = datetime.combine(datetime.now(UTC).date(), time(), UTC)
+    since = day or today - timedelta(weeks=WEEKS)
+    first = min(filter(None, (since, budget_start(settings), today - timedelta(days=PACE_DAYS + 1))))
+    with open_runs(settings, project, PATIENCE) as runs:
+        usage = runs.gateway.usage(first)
+    for budget in budgets_of(usage, settings):
+        print(describe(usage, budget), end="\n\n")
+    if usage.jobs is not None:
+        os.environ.setdefault("DAGSTER_HOME", str(project.root))
+        with dg.DagsterInstance.get() as instance:
+            recorded = recorded_assets(instance, usage)
+        site = project.load_site(settings.supercomputer_site)
+        show_ledger(make_ledger(usage, site, recorded, since), by)
+    for text in usage.trouble:
+        print(f"not known: {text}")
+    if usage.private:
+        print("Slurm hides the jobs of other users from you: only your own jobs count.")
+    return 1 if usage.jobs is None else 0
+
+
+def show_ledger(entries: Sequence[Entry], by: Sequence[Dimension]) -> None:
+    """Print the sums, and their sum. A column of numbers that are all unknown is left out."""
+    whole = total(entries)
+    names = {"node-hours": "node_hours", "GPU-hours": "gpu_hours", "tokens": "tokens"}
+    rows = sum_by(entries, by)
+    known = {head: name for head, name in names.items() if any(getattr(used, name) is not None for _, used in rows)}
+    table = make_table(*by, "jobs", *known, words=len(by))
+    for values, used in [*rows, (["all", *[""] * (len(by) - 1)], whole)]:
+        numbers = (show_number(getattr(used, name)) for name in known.values())
+        table.add_row(*(escape(value) for value in values), str(used.jobs), *numbers)
+    Console().print(table)
+
+
+def make_table(*columns: str, words: int) -> Table:
+    """Return a table whose first columns are words, and the others numbers."""
+    table = Table(box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < words else "right", overflow="fold")
+    return table

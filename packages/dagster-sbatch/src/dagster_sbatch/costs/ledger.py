@@ -1,0 +1,138 @@
+"""The ledger: hours of nodes and GPUs that jobs have used, by asset, week, project and user. Pure."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+from dagster_sbatch.costs.hours import add, hours_used
+from dagster_sbatch.slurm import Site
+from dagster_sbatch.slurm.gateway import GPU, Allocation, Usage
+
+Dimension = Literal["asset", "week", "project", "user"]
+OTHER, UNKNOWN = "(other)", "(unknown)"
+"""In place of an asset: for jobs that Dagster did not submit, and for jobs of Dagster whose asset is not recorded."""
+
+_ASSET = re.compile(r"(?:^|,)asset=([^,]+)")
+_KEY = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{10,12}-\d+")
+"""A submission key, which is the name of a job of Dagster; also those of earlier versions."""
+
+AssetOf = Callable[[Allocation], str | None]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What some jobs have used. Unknown numbers are None.
+
+    Attributes:
+        jobs: how many lives of jobs, or of tasks of array jobs; one that ran in two weeks counts in both.
+        node_hours: of whole nodes, also where other jobs had the rest of a node.
+        gpu_hours: None if Slurm does not account for GPUs.
+        tokens: in the unit of the centre; None without a formula for the partitions of all jobs.
+    """
+
+    jobs: int
+    node_hours: float | None
+    gpu_hours: float | None
+    tokens: float | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the jobs of one asset, week, project and user have used.
+
+    Attributes:
+        asset: its key, OTHER or UNKNOWN.
+        week: ISO week in UTC, such as 2026-W48.
+        project: that the jobs are charged to.
+        user: who submitted them.
+        used: the sum of those jobs.
+    """
+
+    asset: str
+    week: str
+    project: str
+    user: str
+    used: Sum
+
+
+def find_asset(job: Allocation, recorded: AssetOf) -> str:
+    """Return the asset of a job, OTHER or UNKNOWN.
+
+    Args:
+        job: its comment names the asset where the site stores comments.
+        recorded: returns what Dagster has recorded of a job that has the name of one of Dagster.
+    """
+    if found := _ASSET.search(job.comment):
+        return found[1]
+    return recorded(job) or UNKNOWN if needs_record(job) else OTHER
+
+
+def needs_record(job: Allocation) -> bool:
+    """Return whether only Dagster's own records can name the asset of a job."""
+    return not _ASSET.search(job.comment) and bool(_KEY.fullmatch(job.name))
+
+
+def make_ledger(usage: Usage, site: Site, recorded: AssetOf, since: datetime) -> list[Entry]:
+    """Return the entries of all jobs since a time, by week, then asset, project and user.
+
+    Each life of a requeued job counts. A job that is running counts up to now.
+
+    Args:
+        usage: with the jobs since that time.
+        site: with the formulas of its partitions.
+        recorded: see `find_asset`.
+        since: what jobs used before does not count.
+    """
+    parts: dict[tuple[str, str, str, str], list[_Part]] = defaultdict(list)
+    for job in usage.jobs or ():
+        asset = find_asset(job, recorded)
+        for week, begin, end in _weeks(job, since, usage.now):
+            parts[week, asset, job.project, job.user].append(_part(job, site, begin, end, usage.now))
+    return [
+        Entry(asset, week, project, user, Sum(len(lives), *map(add, zip(*lives, strict=True))))
+        for (week, asset, project, user), lives in sorted(parts.items())
+    ]
+
+
+def sum_by(entries: Iterable[Entry], dimensions: Sequence[Dimension]) -> list[tuple[list[str], Sum]]:
+    """Return the values of entries in some dimensions, in their order, with the sum of all entries that have them."""
+    groups: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[tuple(getattr(entry, dimension) for dimension in dimensions)].append(entry)
+    return [(list(values), total(group)) for values, group in sorted(groups.items())]
+
+
+def total(entries: Sequence[Entry]) -> Sum:
+    """Return the sum of some entries."""
+    numbers = ((entry.used.node_hours, entry.used.gpu_hours, entry.used.tokens) for entry in entries)
+    return Sum(sum(entry.used.jobs for entry in entries), *map(add, zip(*numbers, strict=True)))
+
+
+_Part = tuple[float | None, float | None, float | None]
+"""Node-hours, GPU-hours and tokens of a life of a job within a week."""
+
+
+def _part(job: Allocation, site: Site, since: datetime, until: datetime, now: datetime) -> _Part:
+    nodes, gpus = (hours_used(job, tres, since, until, now) for tres in ("node", GPU))
+    return nodes, gpus, _tokens(job, site, nodes, gpus)
+
+
+def _tokens(job: Allocation, site: Site, nodes: float | None, gpus: float | None) -> float | None:
+    partition = site.partitions.get(job.partition)
+    if partition is None or (partition.tokens_per_node_hour is None and partition.tokens_per_gpu_hour is None):
+        return None
+    rates = ((nodes, partition.tokens_per_node_hour), (gpus, partition.tokens_per_gpu_hour))
+    return add(None if hours is None else hours * rate for hours, rate in rates if rate)
+
+
+def _weeks(job: Allocation, since: datetime, now: datetime) -> Iterator[tuple[str, datetime, datetime]]:
+    """Return the weeks in which a job ran since then, each with the part of it that counts."""
+    at, end = max(job.start, since), job.end or max(now, job.start)
+    while at < end:
+        monday = at.date() - timedelta(days=at.weekday())
+        following = datetime.combine(monday + timedelta(days=7), datetime.min.time(), at.tzinfo)
+        yield f"{at:%G-W%V}", at, min(end, following)
+        at = following
