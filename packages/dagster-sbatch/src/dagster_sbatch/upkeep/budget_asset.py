@@ -1,0 +1,116 @@
+"""The budgets of the projects in Dagster's UI: an observed asset whose numbers plot, and a check that warns in time."""
+
+import math
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+
+from dagster_sbatch.auth import check_health
+from dagster_sbatch.costs.budget import PACE_DAYS, Budget, budget_start, budgets_of, days_left, describe, pace_of
+from dagster_sbatch.inspect.remote_runs import open_runs
+from dagster_sbatch.project import Project
+from dagster_sbatch.slurm.gateway import Usage
+from dagster_sbatch.upkeep import running_on_supercomputer
+from dagster_sbatch.upkeep.orphans import NO_ACCESS, TICK_SECONDS
+
+OBSERVE_EVERY = 3600
+SHORTEST_DAYS = 14
+"""A budget that lasts for fewer days fails the check."""
+
+MUSICA_BUDGET = dg.AssetSpec(
+    "musica_budget",
+    group_name="access",
+    kinds={"slurm"},
+    owners=["team:platform"],
+    description="What your projects on the supercomputer have used and have left, by Slurm's accounting. Each "
+    "observation adds numbers, which plot.",
+)
+
+
+def make_budget_check(project: Project) -> dg.AssetChecksDefinition:
+    """Make the check that fails when a budget lasts for less than SHORTEST_DAYS days."""
+
+    @dg.asset_check(
+        asset=MUSICA_BUDGET.key,
+        name="budget_lasts",
+        description=f"Whether each budget lasts for {SHORTEST_DAYS} days at the pace of the last {PACE_DAYS}.",
+    )
+    def budget_lasts() -> dg.AssetCheckResult:
+        try:
+            usage, budgets = _ask(project)
+        except NO_ACCESS as error:
+            return dg.AssetCheckResult(passed=False, severity=dg.AssetCheckSeverity.WARN, description=str(error))
+        passed, text = _judge(usage, budgets)
+        return dg.AssetCheckResult(passed=passed, description=text)
+
+    return budget_lasts
+
+
+def make_budget_sensor(project: Project) -> dg.SensorDefinition:
+    """Make the sensor that observes `musica_budget`."""
+
+    @dg.sensor(
+        name="observe_budget",
+        minimum_interval_seconds=OBSERVE_EVERY,
+        default_status=running_on_supercomputer(project),
+        description="Asks Slurm once per hour what the projects have used and have left, over one connection, and "
+        "records it at musica_budget.",
+    )
+    def observe_budget() -> dg.SensorResult:
+        health = check_health(project.load_settings(supercomputer=True))
+        if health.verdict != "ok":  # the refresh job renews access; this sensor only uses it
+            return dg.SensorResult(skip_reason=f"waits until access is in order: {health.summary}")
+        try:
+            usage, budgets = _ask(project)
+        except NO_ACCESS as error:
+            return dg.SensorResult(skip_reason=str(error))
+        passed, text = _judge(usage, budgets)
+        events: list[Any] = []
+        if budgets:
+            numbers = _numbers(usage, budgets)
+            events = [
+                dg.AssetObservation(MUSICA_BUDGET.key, description=text, metadata=numbers),
+                dg.AssetCheckEvaluation(
+                    asset_key=MUSICA_BUDGET.key, check_name="budget_lasts", passed=passed, description=text, metadata={}
+                ),
+            ]
+        return dg.SensorResult(skip_reason="\n".join([text, *usage.trouble]), asset_events=events)
+
+    return observe_budget
+
+
+def _ask(project: Project) -> tuple[Usage, list[Budget]]:
+    settings = project.load_settings(supercomputer=True)
+    since = datetime.now(UTC) - timedelta(days=PACE_DAYS + 1)
+    with open_runs(settings, project, TICK_SECONDS) as runs:
+        usage = runs.gateway.usage(min(since, budget_start(settings) or since))
+    return usage, budgets_of(usage, settings)
+
+
+def _judge(usage: Usage, budgets: Sequence[Budget]) -> tuple[bool, str]:
+    """Return whether no budget ends soon, and what is known of all; what is not known is no failure."""
+    if not budgets:
+        return True, "No limit of a project is known: neither Slurm's, nor SLURM_BUDGET_GPU_HOURS."
+    days = [days_left(usage, budget) for budget in budgets]
+    passed = all(each is None or each >= SHORTEST_DAYS for each in days)
+    return passed, "\n".join(describe(usage, budget) for budget in budgets).replace("\n", "  \n")
+
+
+def _numbers(usage: Usage, budgets: Sequence[Budget]) -> dict[str, float]:
+    """Return the numbers that are known, each under the names of project, unit and number, as p70600_gpu_hours_left."""
+    found: dict[str, float | None] = {}
+    for budget in budgets:
+        parts = [budget.project, budget.unit, "own" if budget.user else ""]
+        parts += ["in", budget.limited] if budget.limited != budget.project else []
+        name = re.sub(r"[^a-z0-9]+", "_", " ".join(filter(None, parts)).lower())
+        days = days_left(usage, budget)
+        found |= {
+            f"{name}_used": budget.used,
+            f"{name}_left": budget.left,
+            f"{name}_per_day": pace_of(usage, budget),
+            f"{name}_days_left": None if days is None or math.isinf(days) else days,
+        }
+    return {name: round(number, 4) for name, number in found.items() if number is not None}

@@ -1,0 +1,94 @@
+"""The asset musica_budget: its numbers, and the check that warns before a budget ends. Slurm's answers are made up."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import RefusedError, Share, Usage
+from dagster_sbatch.upkeep import budget_asset
+from resources import PROJECT
+from unit.test_ledger import JOB, USAGE
+
+SHARE = Share("p1", "", "gres/gpu", 6000, 1800, 60)
+Tick = Callable[..., dg.SensorResult]
+
+
+@pytest.fixture
+def tick(monkeypatch: pytest.MonkeyPatch) -> Tick:
+    """`tick(usage)` evaluates the sensor; an error in place of the usage is raised."""
+    health = SimpleNamespace(verdict="ok", summary="")
+    settings = Settings.model_validate({"SLURM_SUPERCOMPUTER_SITE": "musica"})
+    monkeypatch.setattr(budget_asset, "check_health", lambda _: health)
+    monkeypatch.setattr(type(PROJECT), "load_settings", lambda *_, **__: settings)
+
+    def make(answer: Usage | Exception, verdict: str = "ok") -> dg.SensorResult:
+        def usage(_: object) -> Usage:
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        @contextmanager
+        def open_runs(*_: object) -> Iterator[Any]:
+            yield SimpleNamespace(gateway=SimpleNamespace(usage=usage))
+
+        monkeypatch.setattr(budget_asset, "open_runs", open_runs)
+        health.verdict = verdict
+        said = budget_asset.make_budget_sensor(PROJECT)(dg.build_sensor_context())
+        assert isinstance(said, dg.SensorResult)
+        return said
+
+    return make
+
+
+@pytest.mark.parametrize(("jobs", "days", "lasts"), [(1, 122.5, True), (8, 15.3125, True), (9, 13.6111, False)])
+def test_a_tick_records_numbers_and_the_check(tick: Tick, jobs: int, days: float, lasts: bool) -> None:
+    """70 GPU-hours are left, and each job has used 8 in the last two weeks."""
+    observation, check = tick(replace(USAGE, jobs=[JOB] * jobs, shares=[SHARE])).asset_events
+    assert isinstance(observation, dg.AssetObservation)
+    numbers = {name: value.value for name, value in observation.metadata.items()}
+    assert numbers == {
+        "p1_gpu_hours_used": 30,
+        "p1_gpu_hours_left": 70,
+        "p1_gpu_hours_per_day": pytest.approx(jobs * 8 / 14, abs=1e-3),
+        "p1_gpu_hours_days_left": pytest.approx(days, abs=1e-3),
+    }
+    assert isinstance(check, dg.AssetCheckEvaluation)
+    assert (check.asset_key.to_user_string(), check.check_name, check.passed) == (
+        "musica_budget",
+        "budget_lasts",
+        lasts,
+    )
+    assert "p1: 70.00 of 100.00 GPU-hours are left" in str(check.description)
+    result = budget_asset.make_budget_check(PROJECT)()
+    assert isinstance(result, dg.AssetCheckResult)
+    assert result.passed is lasts
+
+
+def test_limits_of_a_user_and_above_a_project_have_other_names(tick: Tick) -> None:
+    shares = [replace(SHARE, user="xy"), replace(SHARE, project="physics", tres="node"), replace(SHARE, used=None)]
+    usage = replace(USAGE, jobs=None, projects=["p1"], parents={"p1": "physics"}, shares=shares)
+    observation, check = tick(usage).asset_events
+    assert isinstance(observation, dg.AssetObservation)
+    assert set(observation.metadata) == {
+        "p1_gpu_hours_own_used",
+        "p1_gpu_hours_own_left",
+        "p1_node_hours_in_physics_used",
+        "p1_node_hours_in_physics_left",
+    }  # what is not known is missing
+    assert isinstance(check, dg.AssetCheckEvaluation)
+    assert check.passed
+
+
+def test_a_tick_without_numbers_records_nothing(tick: Tick) -> None:
+    said = tick(replace(USAGE, jobs=None, shares=None, trouble=["sacct: Connection refused"]))
+    assert not said.asset_events
+    assert "sacct: Connection refused" in str(said.skip_reason)
+    assert not tick(RefusedError("no way")).asset_events
+    said = tick(AssertionError("it was asked"), verdict="broken")
+    assert "waits until access is in order" in str(said.skip_reason)
