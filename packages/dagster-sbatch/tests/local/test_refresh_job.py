@@ -359,7 +359,7 @@ from musica_pipelines.definitions import defs
 import dagster as dg
 from dagster_sbatch.errors import ConfigurationError
 found = {}
-for name in ("refresh_credentials_when_due", "cancel_orphaned_jobs", "clean_run_directories"):
+for name in ("refresh_credentials_when_due", "cancel_orphaned_jobs", "clean_run_directories", "observe_budget"):
     sensor = defs.get_sensor_def(name)
     with dg.build_sensor_context(instance=dg.DagsterInstance.ephemeral()) as context:
         try:
