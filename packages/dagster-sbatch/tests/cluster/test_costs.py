@@ -102,7 +102,7 @@ def test_the_ledger_agrees_with_sreport(
     assert jobs == {"my_asset": 1, UNKNOWN: 2, OTHER: 3}
 
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
-    monkeypatch.setattr("sys.argv", ["scripts/costs", "--by", "user,project"])
+    monkeypatch.setattr("sys.argv", "scripts/costs --by user,project".split())
     assert costs.main(PROJECT) == 0
     said = capsys.readouterr().out
     assert f"of 10.00 GPU-hours are left (GrpTRESMins of {LIMITED_ACCOUNT})." in said
