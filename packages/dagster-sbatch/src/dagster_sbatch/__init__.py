@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dagster_sbatch.run.compute import ComputeResource
     from dagster_sbatch.run.fake import FakeCompute
     from dagster_sbatch.run_launcher.launcher import ForkingRunLauncher
-    from dagster_sbatch.slurm import Site, SlurmRequest
+    from dagster_sbatch.slurm import Retries, Site, SlurmRequest
     from dagster_sbatch.upkeep.credentials import CredentialRefresh, make_credential_refresh
     from dagster_sbatch.upkeep.sensors import Upkeep, make_upkeep
 
@@ -42,6 +42,7 @@ __all__ = [
     "Launcher",
     "Project",
     "RayLauncher",
+    "Retries",
     "ScriptLauncher",
     "Site",
     "SlurmRequest",
@@ -70,7 +71,7 @@ _MODULES = {
     "dagster_sbatch.run.compute": ("ComputeResource",),
     "dagster_sbatch.run.fake": ("FakeCompute",),
     "dagster_sbatch.run_launcher.launcher": ("ForkingRunLauncher",),
-    "dagster_sbatch.slurm": ("Site", "SlurmRequest"),
+    "dagster_sbatch.slurm": ("Retries", "Site", "SlurmRequest"),
     "dagster_sbatch.upkeep.credentials": ("CredentialRefresh", "make_credential_refresh"),
     "dagster_sbatch.upkeep.sensors": ("Upkeep", "make_upkeep"),
 }

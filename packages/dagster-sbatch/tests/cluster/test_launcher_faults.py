@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, Launcher, ScriptLauncher, SrunLauncher
-from dagster_sbatch.slurm import SlurmRequest
+from dagster_sbatch.slurm import Retries, SlurmRequest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from slurm_in_a_box.layout import COMPUTE_NODES
 from slurm_in_a_box.machines import MEMORY_CGROUPS
-from support.background import Background, go_on, jobs_of, nobody_left, runs_there
+from support.background import Background, attempts_of, go_on, jobs_of, nobody_left, runs_there
 from support.programs import foreign_elf, make
 from support.ranks import RANK
 from support.ray_run import cause_of, nothing_is_left
@@ -73,6 +73,12 @@ PROGRAMS: dict[str, tuple[str, list[str]]] = {
         "    time.sleep(600)\n",
         [TIME, "time_limit='00:02:00'", "time limit: 6 s left"],
     ),
+    "script-with-more-time": (  # its first attempt reaches the time limit
+        f"{PIPES}    import pathlib, time\n"
+        "    time.sleep(600 if pathlib.Path.cwd().name.endswith('-1') else 0)\n"
+        "    pipes.report_asset_materialization(metadata=dict(rows=7))\n",
+        [],
+    ),
     "srun-out-of-time": (  # rank 0 alone is warned
         f"{RANK}    warned = lambda *_: print('warned srun-out-of-time', flush=True)\n"
         "    if rank == 0: signal.signal(signal.SIGUSR1, warned)\n"
@@ -101,6 +107,7 @@ def test_jobs_that_fail_in_every_way_at_once(
         "batch-out-of-time": {},
         "command-out-of-time": {"time_limit": "1"},
         "script-out-of-time": {"time_limit": "1"},
+        "script-with-more-time": {"time_limit": "1", "retries": Retries(max_time_limit="10")},
         "srun-out-of-time": {"time_limit": "1", "nodes": 2, "ntasks_per_node": 2},
     }
     runs = {name: start(workloads / name, **requests.get(name, {"time_limit": "10"})) for name in PROGRAMS}
@@ -129,7 +136,10 @@ def test_jobs_that_fail_in_every_way_at_once(
     expected += [f"warned {name}" for name in PROGRAMS if "out-of-time" in name]
     assert sorted(out.splitlines()) == sorted(expected)
     assert [err.count(f" - saved {name}-cancelled\n") for name in ("command", "batch")] == [1, 1]
-    assert len(runs_there(site)) == len(PROGRAMS)
+    first, second = attempts_of(outcomes["script-with-more-time"].materializations[None][0])
+    assert first["end"] == "it reached its time limit (Slurm: TIMEOUT)"
+    assert (second["request"], second["end"]) == ("time_limit=00:02:00", "succeeded")
+    assert len(runs_there(site)) == len(PROGRAMS) + 1
     for run in runs_there(site):
         assert len(jobs_of(site, run)) == 1, run
     nothing_is_left(site, *NODES)

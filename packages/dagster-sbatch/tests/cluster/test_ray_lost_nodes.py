@@ -9,7 +9,8 @@ from dagster_sbatch.launchers import RayLauncher
 from dagster_sbatch.run import remote
 from slurm_in_a_box import SimulatedSite, wait_until
 from slurm_in_a_box.faults import Fault
-from support.ray_run import HANG, ON_THE_SECOND, RayRun, cause_of, nothing_is_left, place, share_out
+from support.background import attempts_of
+from support.ray_run import HANG, ON_THE_SECOND, RayRun, nothing_is_left, place, share_out
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 BY_SLURM = "a node failed (Slurm: NODE_FAIL)"
@@ -32,9 +33,9 @@ def another_try_succeeds(site: SimulatedSite, run: RayRun, nodes: tuple[str, ...
     outcome = run.finish()
     assert outcome.error == ""
     assert outcome.materializations[None][0]["hosts"] == list(nodes)
-    (told,) = outcome.retries
+    first, _ = attempts_of(outcome.materializations[None][0])
     nothing_is_left(site, *nodes)
-    return cause_of(told)
+    return str(first["end"])
 
 
 def lose_at_the_start(site: SimulatedSite, folder: Path, nodes: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.run import remote
-from dagster_sbatch.slurm import SlurmRequest
+from dagster_sbatch.slurm import Retries, SlurmRequest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from slurm_in_a_box.faults import SbatchFault
 from support.background import (
@@ -15,6 +15,7 @@ from support.background import (
     STRESS,
     WAITS,
     Background,
+    attempts_of,
     events,
     go_on,
     logins,
@@ -140,16 +141,18 @@ def test_after_a_node_failure_without_requeue_another_attempt_is_made(
     site: SimulatedSite, workloads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "RETRY_SECONDS", 1)
-    request = SlurmRequest(time_limit="00:30:00", options=("--no-requeue",))
+    retries = Retries(exclude_failed_nodes=True)
+    request = SlurmRequest(time_limit="00:30:00", options=("--no-requeue",), retries=retries)
     run = Background(lambda: materialize(FIRST_SLEEPS, workloads, request=request))
     ((node,),) = rows_of(site, "%N", f"--jobs={began(site)}")
     with site.faults.node_down(node):
         outcome = run.outcome()
-    assert outcome.error == ""
-    assert len(outcome.retries) == 1
-    assert "a node failed (Slurm: NODE_FAIL)" in outcome.retries[0]
+    assert (outcome.error, outcome.retries) == ("", [])
     (metadata,) = outcome.materializations[None]
     assert metadata["run_directory"].endswith("-2")
+    first, second = attempts_of(metadata)
+    assert first["end"].startswith("a node failed (Slurm: NODE_FAIL)")
+    assert (second["end"], second["request"]) == ("succeeded", f"time_limit=00:30:00, exclude={node}")
     assert len(runs_there(site)) == 2
 
 
@@ -157,8 +160,7 @@ def test_attempts_after_node_failures_are_counted(
     site: SimulatedSite, workloads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "RETRY_SECONDS", 1)
-    monkeypatch.setattr(remote, "MOST_RETRIES", 1)
-    request = SlurmRequest(time_limit="00:30:00", options=("--no-requeue",))
+    request = SlurmRequest(time_limit="00:30:00", options=("--no-requeue",), retries=Retries(max_retries=1))
     run = Background(lambda: materialize(SLEEPS, workloads, request=request))
     for attempt in (1, 2):
         wait_until(lambda: output_there(site).count("begun") == attempt, "it runs", 60)  # noqa: B023
@@ -167,8 +169,8 @@ def test_attempts_after_node_failures_are_counted(
         with site.faults.node_down(node):
             site.wait_for_job(job, "NODE_FAIL")
     outcome = run.outcome()
-    assert len(outcome.retries) == 1
-    assert "a node failed (Slurm: NODE_FAIL)" in outcome.error
+    assert outcome.retries == []
+    assert "a node failed (Slurm: NODE_FAIL). No other attempt follows: max_retries=1" in outcome.error
     assert len(runs_there(site)) == 2
 
 

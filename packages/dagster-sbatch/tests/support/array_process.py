@@ -21,6 +21,8 @@ folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
 request = SlurmRequest(**options["request"])
 asset = ArrayAsset(folder, (folder / "tasks.py").read_text(), JobArray(**options["array"]), request=request)
 outcome = asset.run(*options["range"], of=options["of"], from_failure=options["from_failure"])
+for each in sum(outcome.metadata.values(), []):
+    each.update({name: str(value) for name, value in each.items() if isinstance(value, tuple)})  # a table
 text = json.dumps(vars(outcome) | {"checks": {}, "failure": {}}, default=str)
 (folder / f"outcome-{os.getpid()}").write_text(text)
 """

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from support.workload_asset import PIPES, Outcome
@@ -112,6 +113,11 @@ def one_job_did_it(site: SimulatedSite, outcome: Outcome) -> None:
     (metadata,) = outcome.materializations[None]
     assert jobs_of(site, metadata["run_directory"]) == [str(metadata["job_id"])]
     assert len(runs_there(site)) == 1
+
+
+def attempts_of(metadata: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the table of attempts."""
+    return [dict(record.data) for record in metadata["attempts"].records]
 
 
 def pause(seconds: float) -> None:

@@ -49,7 +49,7 @@ if __name__ == "__main__":
         metadata = {}
         for event in result.filter_events(lambda event: event.event_type_value == "ASSET_MATERIALIZATION"):
             for name, value in event.materialization.metadata.items():
-                metadata[name] = value.value
+                metadata[name] = str(value) if isinstance(value, dg.TableMetadataValue) else value.value
         failed = [event for event in result.all_events if event.is_step_failure]
         errors = [event.step_failure_data.error_display_string for event in failed]
         (FOLDER / f"result-{os.getpid()}").write_text(json.dumps([result.success, errors, metadata]))

@@ -27,7 +27,7 @@ from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.history import is_stored, requested_at
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.workload import Workload
-from dagster_sbatch.slurm import Allocation, Site, SlurmRequest
+from dagster_sbatch.slurm import Allocation, Retries, Site, SlurmRequest
 from dagster_sbatch.slurm.gateway import Claim, JobEnd, OtherRun
 
 WELL = JobEnd(0, "COMPLETED", "0:0")
@@ -51,12 +51,12 @@ BADLY = JobEnd(3, "FAILED", "3:0")
     ],
 )
 def test_the_latest_attempt_or_a_new_one(claim: Claim, stored: bool, attempt: int, adopt: bool) -> None:
-    choice = choose(claim, stored=stored)
+    choice = choose(claim, stored=stored, retries=Retries())
     assert (choice.attempt, choice.adopt, bool(choice.reason)) == (attempt, adopt, adopt)
 
 
 def test_a_first_attempt_needs_no_reason() -> None:
-    assert choose(Claim(None), stored=False) == Choice(1, adopt=False)
+    assert choose(Claim(None), stored=False, retries=Retries()) == Choice(1, adopt=False)
 
 
 BASE: dict[str, Any] = {
@@ -174,7 +174,7 @@ def test_jobs_are_not_outdated_while_a_thread_prepares_its_call() -> None:
 
     gateway: Any = SimpleNamespace(stop=Stop())  # a claim or a cancellation would be an error
     context: Any = SimpleNamespace(log=logging.getLogger())
-    attempts = Attempts(context, gateway, "/base", Submission(call, "step", (), {}, {}, ""))
+    attempts = Attempts(context, gateway, "/base", Submission(call, "step", (), {}, {}, Retries(), ""))
     preparing.__enter__()
     assert not attempts.cancel_outdated(Claim(None, others=[theirs]))
     assert len(waits) == 3

@@ -16,6 +16,7 @@ from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.attempts import Attempts, Submission
 from dagster_sbatch.run.calls import StepCalls
+from dagster_sbatch.slurm import Retries
 from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, Limits, OtherRun, RefusedError
 
 NO_LIMITS = Limits(None, None)
@@ -107,17 +108,37 @@ def test_each_task_is_adopted_from_the_latest_array_job_with_it() -> None:
     first = array(1, "abcde", {0: WELL, 1: BADLY, 2: WELL, 3: WELL}, rejected=2)
     second = array(2, "b", {})
     choice = choose_tasks(
-        [first, second], dict(zip([10, 11, 12, 13, 14, 15], "abcdex", strict=True)), lambda _, index: index == 13
+        [first, second],
+        dict(zip([10, 11, 12, 13, 14, 15], "abcdex", strict=True)),
+        lambda _, index: index == 13,
+        Retries(),
     )
     assert choice.follow == {"runs/f-1": {0: 10, 4: 14}, "runs/f-2": {0: 11}}
     assert (list(choice.new), choice.ended) == ([12, 13, 15], 1)
+
+
+def test_a_failed_task_that_may_be_repeated_is_followed_unless_a_step_has_judged_it() -> None:
+    ran_out = JobEnd(None, "OUT_OF_MEMORY")
+    arrays, ids = [array(1, "ab", {0: ran_out, 1: ran_out}, rejected=1)], {0: "a", 1: "b"}
+    choice = choose_tasks(arrays, ids, lambda *_: False, Retries(max_mem="1G"))
+    assert (choice.follow, list(choice.new), choice.ended) == ({"runs/f-1": {0: 0}}, [1], 1)
+    assert list(choose_tasks(arrays, ids, lambda *_: False, Retries()).new) == [0, 1]
+
+
+def test_the_tasks_of_an_array_job_have_one_request() -> None:
+    batches = Batches(range(2), NO_LIMITS, None)
+    for index in (0, 5, 6, 7):
+        batches.add(index)
+    requests = {5: "more", 7: "more"}
+    sizes = [batches.take([], 0, requests.get)[0] for _ in range(3)]
+    assert sizes == [[0, 1, 0, 6], [5, 7], []]
 
 
 def test_tasks_with_other_values_are_outdated_until_they_are_over() -> None:
     """Task b has another value now (B), c and d are not in the array any more."""
     first, second = array(1, "abc", {2: WELL}), array(2, "d", {})
     over = array(3, "bd", {0: WELL, 1: BADLY})
-    choice = choose_tasks([first, second, over], {0: "a", 1: "B"}, lambda *_: False)
+    choice = choose_tasks([first, second, over], {0: "a", 1: "B"}, lambda *_: False, Retries())
     assert (choice.follow, list(choice.new)) == ({"runs/f-1": {0: 0}}, [1])
     assert choice.outdated == {"runs/f-1": [1], "runs/f-2": [0]}
 
@@ -149,7 +170,7 @@ def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bo
         context: Any = SimpleNamespace(instance=instance, run_id="r", log=log)
         gateway: Any = SimpleNamespace(claim=claim, cancel=cancel, cancel_tasks=cancel)
         call = StepCalls().begin("r", "step", "digest")
-        attempts = Attempts(context, gateway, "/base", Submission(call, "step", (), {}, {}, ""))
+        attempts = Attempts(context, gateway, "/base", Submission(call, "step", (), {}, {}, Retries(), ""))
         attempts.choose_tasks({0: TASK})
     assert done == [("runs/f-1", [1, 2]), ("runs/f-2", None)]
     assert "values (y, z). They are cancelled" in warnings[0]
@@ -177,7 +198,7 @@ def test_all_array_jobs_with_other_inputs_are_cancelled_at_the_same_time(monkeyp
     gateway: Any = SimpleNamespace(claim=claim, cancel_all=cancel_all, stop=threading.Event())
     log = SimpleNamespace(info=None, warning=warnings.append, error=None)
     context: Any = SimpleNamespace(run_id="r", log=log)
-    attempts = Attempts(context, gateway, "/base", Submission(call, "step", (), {"args": "new"}, {}, ""))
+    attempts = Attempts(context, gateway, "/base", Submission(call, "step", (), {"args": "new"}, {}, Retries(), ""))
     found = Claim(None, others=others)
     assert [attempts.cancel_outdated(found), attempts.cancel_outdated(found)] == [True, False]
     assert (claimed, cancelled[0]) == (["of-a", "of-b"], ["of-a-1", "of-a-2", "of-b-1"])
@@ -187,10 +208,10 @@ def test_all_array_jobs_with_other_inputs_are_cancelled_at_the_same_time(monkeyp
 
 def test_an_array_job_that_was_never_submitted_hides_no_earlier_one() -> None:
     never = ArrayJob("runs/f-2", 2, None, over=True, tasks=["a"], ends={})
-    choice = choose_tasks([array(1, "a", {}), never], {0: "a"}, lambda *_: False)
+    choice = choose_tasks([array(1, "a", {}), never], {0: "a"}, lambda *_: False, Retries())
     assert choice.follow == {"runs/f-1": {0: 0}}
 
 
 def test_a_submission_without_an_answer_is_followed() -> None:
     asked = ArrayJob("runs/f-1", 1, None, over=False, tasks=["a"], ends={})
-    assert choose_tasks([asked], {0: "a"}, lambda *_: False).follow == {"runs/f-1": {0: 0}}
+    assert choose_tasks([asked], {0: "a"}, lambda *_: False, Retries()).follow == {"runs/f-1": {0: 0}}

@@ -130,7 +130,7 @@ def test_tasks_that_have_recorded_their_ends_do_not_count_as_running() -> None:
         array = RemoteArray(context, "many", SETTINGS, plan_of_all())
         with array._array.open("context.json", "messages.jsonl"):
             for run, tasks in (("a", range(10)), ("b", range(10, 20))):
-                array._jobs_by_run[run] = _ArrayJob(dict(enumerate(tasks)), share=2)
+                array._jobs_by_run[run] = _ArrayJob(dict(enumerate(tasks)), SlurmRequest(), share=2)
                 for task in range(4):
                     array.started(run, task, "n1")
                 array.state(run, ArrayState(waiting=6, running=2, requeued=0, reason="None", start=None, account=""))

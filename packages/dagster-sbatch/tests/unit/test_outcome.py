@@ -6,7 +6,16 @@ import pytest
 
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import JobEnd, Projects
-from dagster_sbatch.slurm.outcome import TRY_AGAIN, Outcome, explain_memory, explain_refusal, judge
+from dagster_sbatch.slurm.outcome import (
+    TRY_AGAIN,
+    Outcome,
+    explain_refusal,
+    explain_stderr,
+    find_fault,
+    judge,
+    judge_stderr,
+)
+from dagster_sbatch.slurm.retries import Fault, Retries
 
 REQUEST = SlurmRequest(mem="8G", time_limit="01:00:00")
 CANCELLED = Outcome("it was cancelled on the cluster, by scancel or by its administrators (Slurm: CANCELLED)")
@@ -19,23 +28,23 @@ LOST = "Ray: lost the node n4002: health check failed"
         (JobEnd(0, "COMPLETED"), None),
         (JobEnd(0, ""), None),  # Slurm has forgotten it; its own word stands
         (JobEnd(7, "FAILED"), None),  # its exit code tells
-        (JobEnd(None, "NODE_FAIL"), Outcome("a node failed (Slurm: NODE_FAIL)", again=True)),
-        (JobEnd(None, "NODE_FAIL", cause=LOST), Outcome(f"a node failed (Slurm: NODE_FAIL); {LOST}", again=True)),
-        (JobEnd(TRY_AGAIN, "FAILED", cause=LOST), Outcome(LOST, again=True)),
+        (JobEnd(None, "NODE_FAIL"), Outcome("a node failed (Slurm: NODE_FAIL)", Fault.NODE)),
+        (JobEnd(None, "NODE_FAIL", cause=LOST), Outcome(f"a node failed (Slurm: NODE_FAIL); {LOST}", Fault.NODE)),
+        (JobEnd(TRY_AGAIN, "FAILED", cause=LOST), Outcome(LOST, Fault.AGAIN)),
         (
             JobEnd(TRY_AGAIN, "FAILED"),
-            Outcome("it requests a retry (exit code 75). Its stderr says why", again=True),
+            Outcome("it requests a retry (exit code 75). Its stderr says why", Fault.AGAIN),
         ),
         (JobEnd(1, "FAILED", cause="Ray on n4001: there is no python3"), Outcome("Ray on n4001: there is no python3")),
         # SIGTERM ended the workload before it reached the job script, which recorded a code: Slurm's state counts.
         (JobEnd(0, "CANCELLED"), CANCELLED),
         (JobEnd(7, "CANCELLED", exit="0:15"), CANCELLED),
         (JobEnd(TRY_AGAIN, "CANCELLED"), CANCELLED),
-        (JobEnd(0, "PREEMPTED"), Outcome("it was preempted by another job (Slurm: PREEMPTED)", again=True)),
-        (JobEnd(None, "BOOT_FAIL"), Outcome("a node did not start (Slurm: BOOT_FAIL)", again=True)),
+        (JobEnd(0, "PREEMPTED"), Outcome("it was preempted by another job (Slurm: PREEMPTED)", Fault.AGAIN)),
+        (JobEnd(None, "BOOT_FAIL"), Outcome("a node did not start (Slurm: BOOT_FAIL)", Fault.NODE)),
         (
             JobEnd(None, "PREEMPTED", cause=LOST),
-            Outcome("it was preempted by another job (Slurm: PREEMPTED)", again=True),
+            Outcome("it was preempted by another job (Slurm: PREEMPTED)", Fault.AGAIN),
         ),
         (
             JobEnd(None, "FAILED", exit="0:9"),
@@ -94,8 +103,9 @@ def test_an_end_is_judged(job: JobEnd, outcome: Outcome | None) -> None:
 def test_the_advice_is_to_ask_for_more(state: str, request_: SlurmRequest, advice: str) -> None:
     outcome = judge(JobEnd(None, state), request_)
     assert outcome
-    assert not outcome.again
-    assert advice in outcome.cause
+    assert outcome.fault is (Fault.TIME if state == "TIMEOUT" else Fault.MEMORY)
+    assert advice in outcome.text
+    assert "Request more" not in outcome.cause
 
 
 KILLED = "error: Detected 1 oom_kill event in StepId=13.0. Some of the step tasks have been OOM Killed."
@@ -110,7 +120,7 @@ KILLED = "error: Detected 1 oom_kill event in StepId=13.0. Some of the step task
     ],
 )
 def test_a_cause_begins_with_the_nodes_on_which_a_step_ran_out_of_memory(stderr: str, where: str) -> None:
-    cause = explain_memory("a raised WorkerCrashedError", f"a line\n{stderr}\nanother", REQUEST)
+    cause = explain_stderr("a raised WorkerCrashedError", f"a line\n{stderr}\nanother", REQUEST)
     assert cause == (
         f"it ran out of memory{where}, and the system killed some of its processes. It had mem='8G'. Request more, for "
         "instance mem='12G'. Then a raised WorkerCrashedError"
@@ -119,7 +129,46 @@ def test_a_cause_begins_with_the_nodes_on_which_a_step_ran_out_of_memory(stderr:
 
 def test_a_cause_says_once_that_memory_ran_out() -> None:
     for cause, stderr in (("rank 1 on n1 ran out of memory", f"slurmstepd-n1: {KILLED}"), ("a", "n1: Out Of Memory")):
-        assert explain_memory(cause, stderr, REQUEST) == cause
+        assert explain_stderr(cause, stderr, REQUEST) == cause
+
+
+def test_what_stderr_says_decides_if_the_request_repeats_it() -> None:
+    stderr, lost = f"slurmstepd-n1: {KILLED}", JobEnd(TRY_AGAIN, "FAILED", cause=LOST)
+    grows = REQUEST.model_copy(update={"retries": Retries(max_mem="64G")})
+    for end, request, fault in [
+        (lost, grows, Fault.MEMORY),
+        (lost, REQUEST, Fault.AGAIN),
+        (JobEnd(1, "FAILED"), REQUEST, Fault.MEMORY),
+        (JobEnd(1, "NODE_FAIL"), grows, Fault.NODE),
+    ]:
+        found = find_fault(judge(end, request), end, stderr, request)
+        assert found
+        assert found.fault is fault
+    assert find_fault(None, JobEnd(0, "COMPLETED"), stderr, grows) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "RuntimeError: CUDA error: uncorrectable ECC error encountered",
+        "cuda failure 214: CUDA_ERROR_ECC_UNCORRECTABLE",
+        "cudaErrorNvlinkUncorrectable: uncorrectable NVLink error detected during the execution",
+        "Unable to determine the device handle for GPU 0000:3B:00.0: GPU is lost.  Reboot the system",
+        "pynvml.NVMLError_GpuIsLost: NVML_ERROR_GPU_IS_LOST",
+    ],
+)
+def test_a_broken_gpu_is_seen_in_the_stderr_of_a_job_with_gpus(line: str) -> None:
+    found = judge_stderr(f"step 7\n{line}\n", SlurmRequest(gpus_per_node=1))
+    assert found
+    assert found.fault is Fault.GPU
+    assert judge_stderr(line, SlurmRequest()) is None
+
+
+@pytest.mark.parametrize(
+    "line", ["CUDA error: an illegal memory access was encountered", "CUDA out of memory", "unspecified launch failure"]
+)
+def test_an_error_that_a_program_may_cause_is_no_broken_gpu(line: str) -> None:
+    assert judge_stderr(line, SlurmRequest(gpus_per_node=1)) is None
 
 
 BAD_ACCOUNT = "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified"

@@ -20,7 +20,7 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import Preview, preview_asset
 from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
-from dagster_sbatch.slurm import SlurmRequest
+from dagster_sbatch.slurm import Retries, SlurmRequest
 from resources import PROJECT
 from support import ROOT, access
 
@@ -326,6 +326,21 @@ def test_the_summary_says_what_is_requested_of_how_much_and_what_it_costs(
     assert shown.summary["cost"].startswith(f"at most 1.00 node-hours and {gpus}.00 GPU-hours")
     assert ("where shares of a node are charged" in shown.summary["cost"]) is (cost is not None)
     assert cost is None or cost in shown.summary["cost"]
+
+
+def test_the_retries_are_shown_that_the_request_names() -> None:
+    @dg.asset
+    def asked(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        retries = Retries(max_mem="64G", max_time_limit="04:00:00", exclude_failed_nodes=True, max_retries=2)
+        return run(context, compute, mem="16G", retries=retries)
+
+    (shown,) = preview_asset(
+        dg.Definitions(assets=[asked], resources={"compute": ComputeResource.of(PROJECT)}), "asked"
+    )
+    assert shown.summary["retries"] == (
+        "at most 2, up to 64G of memory, up to 04:00:00 of time, without failed nodes; each adds to the cost"
+    )
+    assert "retries" not in preview("sweep").summary
 
 
 def test_the_project_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,6 @@ def test_a_job_that_its_sampler_has_ended_says_so() -> None:
     outcome = judge(JobEnd(None, "CANCELLED", usage={"ended_idle": 1200}), request)
     assert outcome
     assert "all of its 4 GPUs were idle for 00:20:00, and gpu_idle_limit='00:20:00' ends such a job" in outcome.cause
-    assert not outcome.again
+    assert outcome.fault is None
     assert "The job ends if they are idle for 00:20:00 (gpu_idle_limit)." in describe_idle(605.0, request)
     assert "SlurmRequest(gpu_idle_limit='00:20:00')" in describe_idle(605.0, SlurmRequest(gpus_per_node=1))

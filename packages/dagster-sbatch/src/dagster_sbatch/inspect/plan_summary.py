@@ -7,6 +7,7 @@ from dagster_sbatch.run.array_batches import USUAL_LIMIT, Batches
 from dagster_sbatch.run.directory import RunPaths
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import Retries
 from dagster_sbatch.slurm.gateway import Limits
 from dagster_sbatch.slurm.units import format_time
 
@@ -43,6 +44,7 @@ def summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
         or "not named: SBATCH_ACCOUNT of the login shell there, else your default (--test-only says which)",
         "time limit": format_time(request.time_limit),
         "cost": _summarise_cost(plan),
+        **_summarise_retries(request.retries),
         "files": f"job.sh, {'tasks.jsonl' if plan.array else 'context.json'}, ... in {place.run}",
         "python": container.python + " of the image" if (container := plan.launcher.container) else place.python,
         **_summarise_packages(plan),
@@ -142,6 +144,17 @@ def summarise_proposal(proposal: Proposal | None) -> dict[str, str]:
         return {}
     found = {"used": proposal.used}
     return {**found, "enough": f"{proposal.code}\n{MARGINS}"} if proposal.request else found
+
+
+def _summarise_retries(retries: Retries) -> dict[str, str]:
+    """Return what the request changes for further attempts, if it names anything."""
+    words = [
+        f"up to {retries.max_mem} of memory" if retries.max_mem else "",
+        f"up to {format_time(retries.max_time_limit)} of time" if retries.max_time_limit else "",
+        "without failed nodes" if retries.exclude_failed_nodes else "",
+    ]
+    text = ", ".join(filter(None, words))
+    return {"retries": f"at most {retries.max_retries}, {text}; each adds to the cost"} if text else {}
 
 
 def _hours(number: float) -> str:

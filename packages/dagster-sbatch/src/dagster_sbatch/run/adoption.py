@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_sbatch.run.array import PARTITION_KEYS
+from dagster_sbatch.run.attempt_record import first_request, load_attempts, store_request
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.plan import Plan
+from dagster_sbatch.slurm import Retries
 from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, OtherRun
 from dagster_sbatch.slurm.gateway.agent.images import INPUT
-from dagster_sbatch.slurm.request import COST_LIMITS
+from dagster_sbatch.slurm.outcome import fault_of
 
 MOST_NAMES = 8
 """Differences that a message names."""
@@ -59,7 +61,7 @@ def inputs_of(
 
 def request_of(plan: Plan) -> dict[str, Any]:
     """Return the Slurm request as it is stored with a job; it does not decide the result."""
-    return plan.allocation.request.model_dump(mode="json", exclude_defaults=True, exclude=set(COST_LIMITS))
+    return store_request(plan.allocation.request)
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,13 @@ class Choice:
     reason: str = ""
 
 
-def choose(claim: Claim, *, stored: bool) -> Choice:
+def choose(claim: Claim, *, stored: bool, retries: Retries) -> Choice:
     """Choose between the latest attempt with equal inputs and a new one.
 
     Args:
         claim: on the family of attempts with these inputs.
         stored: whether Dagster has stored the result of the latest attempt.
+        retries: of the request. The step follows a failed attempt that it may have to repeat.
     """
     job = f"Slurm job {claim.job}" if claim.job else "The Slurm job"
     if claim.attempt and not claim.over:
@@ -92,7 +95,16 @@ def choose(claim: Claim, *, stored: bool) -> Choice:
     if end and _succeeded(end) and not claim.rejected and not stored:
         reason = f"{job} of an earlier run of this step has ended. Using its result."
         return Choice(claim.attempt, adopt=True, reason=reason)
+    if end and not claim.rejected and retries.repeats(fault_of(end)):
+        reason = f"{job} of an earlier run of this step has failed (Slurm: {end.state}). This run decides what follows."
+        return Choice(claim.attempt, adopt=True, reason=reason)
     return Choice(claim.attempt + 1, adopt=False)
+
+
+def is_left_out(claim: Claim) -> bool:
+    """Return whether the latest attempt repeats a failed one, and was interrupted before it was submitted."""
+    unsubmitted = claim.over and not claim.job and claim.end is None and not claim.rejected
+    return unsubmitted and bool(load_attempts(claim.record))
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ class TaskChoice:
 
 
 def choose_tasks(
-    arrays: Sequence[ArrayJob], ids: Mapping[int, str], is_stored: Callable[[ArrayJob, int], bool]
+    arrays: Sequence[ArrayJob], ids: Mapping[int, str], is_stored: Callable[[ArrayJob, int], bool], retries: Retries
 ) -> TaskChoice:
     """Choose for each task between the latest array job with it and a new one.
 
@@ -122,6 +134,7 @@ def choose_tasks(
         arrays: of the family, the latest last.
         ids: of the tasks that are not done, by index.
         is_stored: whether Dagster has stored the result of a task of an array job.
+        retries: of the request. The step follows a failed task that it may have to repeat.
     """
     latest = {
         name: (array, place)
@@ -138,7 +151,9 @@ def choose_tasks(
             new.append(index)
         elif end is None:
             follow.setdefault(array.run, {})[place] = index
-        elif _succeeded(end) and place not in array.rejected and not is_stored(array, index):
+        elif place not in array.rejected and (
+            retries.repeats(fault_of(end)) or (_succeeded(end) and not is_stored(array, index))
+        ):
             follow.setdefault(array.run, {})[place] = index
             ended += 1
         else:
@@ -184,6 +199,6 @@ def _how(name: str, mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
 
 def name_request_changes(mine: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
     """Return the fields of the Slurm request that differ in an adopted job, with both values; empty if none."""
-    theirs = record["request"] if record else {}
+    theirs = first_request(record) if record else {}
     names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
     return ", ".join(f"{name}={theirs.get(name, 'default')} (now {mine.get(name, 'default')})" for name in names)

@@ -1,6 +1,6 @@
 """How the tasks of an array are divided into array jobs: as many as the site accepts, and as run at once. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm.gateway import Limits
@@ -38,26 +38,32 @@ class Batches:
         """Have a task submitted once more."""
         self._left.append(task)
 
-    def take(self, shares: Sequence[int], queued: int) -> tuple[list[int], int | None]:
+    def take(
+        self, shares: Sequence[int], queued: int, kind: Callable[[int], Hashable] = lambda _: None
+    ) -> tuple[list[int], int | None]:
         """Return the tasks of the next array job, none if there is none now, and how many of them may run at once.
 
         Args:
             shares: how many tasks of each array job that is not over may run at once; not read without `max_running`.
             queued: number of tasks of these array jobs.
+            kind: returns the request of a task: the tasks of an array job have the same one.
         """
         submit = self._limits.submit
-        size = min(len(self._left), self._limits.array or USUAL_LIMIT)
+        alike = [task for task in self._left if kind(task) == kind(self._left[0])]
+        size = min(len(alike), self._limits.array or USUAL_LIMIT)
         if submit and len(self._left) + queued > submit // 2:  # other jobs of the user need room, too
             size = min(size, max(1, submit // PARTS))
         share = self._max_running
         if share is not None and size:
-            number, share = -(-len(self._left) // size), share - sum(shares)
+            number, share = -(-len(alike) // size), share - sum(shares)
             if share < 1:
                 return [], None
             if submit:
                 number = min(number, max(1, PARTS - len(shares)))
             share = min(size, -(-share // number))
-        taken, self._left = self._left[:size], self._left[size:]
+        taken = alike[:size]
+        gone = set(taken)
+        self._left = [task for task in self._left if task not in gone]
         return taken, share
 
     @property

@@ -6,10 +6,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
-from dagster_pipes import PIPES_PROTOCOL_VERSION
 
 from dagster_sbatch.run.array_progress import ArrayProgress
-from dagster_sbatch.run.array_results import CheckOutcome, CompletedArray, combine_checks, read_outcome, summarize
+from dagster_sbatch.run.array_results import (
+    CheckOutcome,
+    CompletedArray,
+    combine_checks,
+    read_outcome,
+    summarize,
+    table,
+)
+from dagster_sbatch.run.attempt_record import ATTEMPTS
 from dagster_sbatch.run.calls import calls_of
 from dagster_sbatch.run.failures import failure, shorten
 from dagster_sbatch.run.history import stored_partitions
@@ -23,8 +30,9 @@ from dagster_sbatch.run.task_contexts import TaskContexts
 from dagster_sbatch.run.task_failures import TaskFailures
 from dagster_sbatch.run.task_output import TaskReader, Warnings
 from dagster_sbatch.run.task_results import TaskResult, read_result
+from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import MESSAGES
-from dagster_sbatch.slurm.outcome import explain_memory
+from dagster_sbatch.slurm.outcome import explain_stderr
 
 DATA_VERSION_TAG = "dagster/data_version"
 """Tag of a materialization from which Dagster reads its data version."""
@@ -40,6 +48,7 @@ class ArrayStep:
         tasks: of the array.
         left: indices of the tasks that no earlier run has completed.
         contexts: of the tasks, once the session is open.
+        attempts: rows of a table: the attempts of the tasks that were repeated.
     """
 
     def __init__(self, context: StepContext, name: str, plan: Plan) -> None:
@@ -73,6 +82,7 @@ class ArrayStep:
         }
         self._done = {key: stored[key] for index in complete for key in plan.tasks[index].partitions}
         self.left = [index for index in range(len(plan.tasks)) if index not in complete]
+        self.attempts: list[dict[str, Any]] = []
         self._progress = ArrayProgress(len(plan.tasks), len(complete), self._log.info)
         self._readers: dict[int, TaskReader] = {}
         self._results: dict[int, TaskResult] = {}
@@ -93,11 +103,8 @@ class ArrayStep:
             try:
                 with self._progress.shown():
                     yield session
-            finally:  # each task has its own end: without this, Dagster warns of lost messages
-                for method in ("closed",) if session.messages.opened else ("opened", "closed"):
-                    session.messages.deliver(
-                        {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": {}}
-                    )
+            finally:  # each task has its own end
+                session.messages.close()
 
     # What happens to a task
 
@@ -125,7 +132,21 @@ class ArrayStep:
         """Register that a task waits to run once more; what it reported does not count."""
         self._end(index)
 
-    def ended(self, index: int, exit_code: int, where: Mapping[str, Any], costs: Mapping[str, Any], logs: str) -> bool:
+    def stderr(self, index: int) -> str:
+        """Return the last lines of a task's stderr, before its end is registered."""
+        return self.reader(index).stderr.tail
+
+    def ended(
+        self,
+        index: int,
+        exit_code: int,
+        where: Mapping[str, Any],
+        costs: Mapping[str, Any],
+        logs: str,
+        *,
+        request: SlurmRequest | None = None,
+        limit: str = "",
+    ) -> bool:
         """Judge a task by its exit code and its messages, after its last byte; return whether it succeeded.
 
         Args:
@@ -134,11 +155,13 @@ class ArrayStep:
             where: metadata of its job.
             costs: numbers of its job.
             logs: where its output is.
+            request: of its job; None: that of the plan.
+            limit: of the retries that was reached, for the cause of its failure.
         """
         task, messages = self.tasks[index], self.reader(index).messages
         cause = explain_failure(messages, exit_code, self._plan.workload.name)
         if cause:
-            cause = explain_memory(cause, self.reader(index).stderr.tail, self._plan.allocation.request)
+            cause = explain_stderr(cause, self.stderr(index), request or self._plan.allocation.request) + limit
         if cause is None:
             try:
                 result = read_result(self._context, self._session.messages, task, messages, dict(where), dict(costs))
@@ -241,6 +264,7 @@ class ArrayStep:
             self._attach(result, single=single)
         checks = combine_checks(self._step.selected_asset_check_keys, results, self._earlier_checks())
         by_partition = any(task.partitions for task in self.tasks)
+        where = {**where, **self._attempts()}
         metadata = dict(where) if by_partition else {**where, **summarize(results)}
         proposal = self._propose(results, where)
         if by_partition and results and self._step.selected_asset_keys:
@@ -283,7 +307,12 @@ class ArrayStep:
         if self._stores_early and (kept or self._done):
             stored = sum(len(task.partitions) for task in kept) + len(self._done)
             head += f" The {stored} partitions of the other tasks are materialized.{_AGAIN}"
-        return failure(self._name, f"{head}\n\n{self._failures.describe()}", **self._failures.metadata())
+        return failure(
+            self._name, f"{head}\n\n{self._failures.describe()}", **self._failures.metadata(), **self._attempts()
+        )
+
+    def _attempts(self) -> dict[str, Any]:
+        return {ATTEMPTS: table(self.attempts)} if self.attempts else {}
 
     def _log_repeated(self) -> None:
         repeated = sorted(self._warnings.repeated.items(), key=lambda item: -item[1])

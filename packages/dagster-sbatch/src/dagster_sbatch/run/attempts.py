@@ -23,6 +23,7 @@ from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.calls import Call
 from dagster_sbatch.run.history import is_stored, requested_at, stored_before
 from dagster_sbatch.run.reports import StepLog
+from dagster_sbatch.slurm import Retries
 from dagster_sbatch.slurm.gateway import ArrayJob, Claim, Gateway, JobEnd, OtherRun, RefusedError, StoppedError
 
 HOLDER_SECONDS = 5.0
@@ -41,6 +42,7 @@ class Submission:
         related: beginnings of the submission keys of the step's jobs.
         inputs: of the call: digests by name.
         request: the Slurm request.
+        retries: of the Slurm request.
         data_root: DATA_ROOT, as the user wrote it.
     """
 
@@ -49,6 +51,7 @@ class Submission:
     related: tuple[str, ...]
     inputs: Mapping[str, str]
     request: Mapping[str, Any]
+    retries: Retries
     data_root: str
 
     @property
@@ -74,7 +77,7 @@ class Attempts:
         claim = self._claim(self.family, submission.related)
         instance, asked = self._context.instance, requested_at(self._context.instance, self._context.run_id)
         stored = claim.over and is_stored(instance, claim.followers, submission.step, before=asked)
-        choice = choose(claim, stored=stored)
+        choice = choose(claim, stored=stored, retries=submission.retries)
         if choice.reason:
             self._log.info(choice.reason)
         if choice.adopt and (changes := name_request_changes(submission.request, claim.record)):
@@ -101,7 +104,8 @@ class Attempts:
             own = tasks[index].partitions
             return whole or (bool(own) and partitions.issuperset(own))
 
-        choice = choose_tasks(claim.arrays, {index: task.id for index, task in tasks.items()}, task_is_stored)
+        ids = {index: task.id for index, task in tasks.items()}
+        choice = choose_tasks(claim.arrays, ids, task_is_stored, submission.retries)
         followed = sum(map(len, choice.follow.values()))
         if followed:
             jobs = ", ".join(str(array.job) for array in claim.arrays if array.run in choice.follow)

@@ -80,7 +80,6 @@ class ComputeResource(dg.ConfigurableResource[Any]):
 
         Raises:
             Failure: the workload, the request or another argument is wrong; the text says what to change.
-            RetryRequested: a node failed, or the job was preempted.
             DagsterExecutionInterruptedError: the run was terminated, and its processes and its job have ended; or
                 Dagster is stopping, and the Slurm job keeps running.
         """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 import dagster as dg
-from dagster_pipes import PipesContextData, PipesMessage
+from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesContextData, PipesMessage
 
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.reports import StepLog
@@ -71,6 +71,11 @@ class Messages(MessageParser, dg.PipesMessageReader):
             attach_partitions(context, self, self.partitions)
             if self.closed:  # the last one alone: Dagster warns of what follows the first
                 self.deliver(self.closed)
+
+    def close(self) -> None:
+        """Report to Dagster that the session has ended, without any result: otherwise it warns of lost messages."""
+        for method in ("closed",) if self.opened else ("opened", "closed"):
+            self.deliver({"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": {}})
 
     def no_messages_debug_text(self) -> str:  # noqa: D102 - Dagster's
         return f"The workload was to write its messages to {self.path}."

@@ -16,6 +16,7 @@ from dagster_sbatch.run.imports import find_missing
 from dagster_sbatch.run.workload import Workload, read_workload
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation, Site, SlurmRequest, allocate
+from dagster_sbatch.slurm.next_request import check_retries
 
 LONGEST_VARIABLE = 128 << 10
 """Bytes that Linux takes as one variable, with its name (MAX_ARG_STRLEN of execve(2))."""
@@ -111,6 +112,7 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
     if name:
         site = project.load_site(name)
         allocation = allocate(request, site, settings.partition, settings.qos, settings.account, settings.reservation)
+        check_retries(allocation.request)
         launcher = launcher.with_site(site.launchers)
         launcher.check(allocation.request)
         if array and (request.qos or not settings.qos):  # in a QoS of the environment, tasks wait

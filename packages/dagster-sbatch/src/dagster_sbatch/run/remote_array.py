@@ -1,8 +1,7 @@
 """An array on the supercomputer, as its Dagster step sees it: adopt tasks, submit the others, follow and judge each."""
 
 import threading
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -13,14 +12,23 @@ from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.run.adoption import TaskChoice
 from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.array_step import ArrayStep
+from dagster_sbatch.run.attempt_record import (
+    AttemptRecord,
+    first_request,
+    load_attempts,
+    load_request,
+    rows_of,
+    store_attempts,
+    store_request,
+)
 from dagster_sbatch.run.attempts import Attempts
 from dagster_sbatch.run.directory import CONTEXT, array_files_of
 from dagster_sbatch.run.plan import Plan
-from dagster_sbatch.run.remote_step import MOST_RETRIES, RemoteStep, exit_code
+from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.run.results import StepContext, declared_checks
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm import accounting
+from dagster_sbatch.slurm import SlurmRequest, accounting
 from dagster_sbatch.slurm.gateway import (
     MESSAGES,
     ArrayRun,
@@ -32,8 +40,15 @@ from dagster_sbatch.slurm.gateway import (
     Limits,
     Submitted,
 )
-from dagster_sbatch.slurm.outcome import judge
+from dagster_sbatch.slurm.next_request import Next, next_request
+from dagster_sbatch.slurm.outcome import Outcome, find_fault, judge
+from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.waiting import advise
+
+MOST_REPEATED = 8
+"""Array jobs at once whose tasks are repeated with a changed request: tasks that fail meanwhile share the next one."""
+_SLURM_REPEATS = (Fault.NODE, Fault.AGAIN)
+"""After these, Slurm may start the same task again; a rejected one ends at once."""
 
 
 @dataclass
@@ -42,6 +57,7 @@ class _ArrayJob:
 
     Attributes:
         tasks: indices of its tasks that this step follows, by their index in the array job.
+        request: of Slurm.
         share: how many of its tasks may run at once.
         job: its id, once it is known.
         reasons: for which its tasks have waited so far.
@@ -51,6 +67,7 @@ class _ArrayJob:
     """
 
     tasks: dict[int, int]
+    request: SlurmRequest
     share: int
     job: str | None = None
     reasons: set[str] = field(default_factory=set)
@@ -72,7 +89,9 @@ class RemoteArray(RemoteStep, Arrays):
         self._found: Environment | None = None
         self._refusal: str | None = None
         self._refused: list[int] = []
-        self._attempts: Counter[int] = Counter()
+        self._requests: dict[int, SlurmRequest] = {}
+        self._earlier: dict[int, tuple[AttemptRecord, ...]] = {}
+        self._changed: set[int] = set()
         self._warned: set[str] = set()
 
     def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
@@ -95,6 +114,11 @@ class RemoteArray(RemoteStep, Arrays):
                     self._batches = self._divide(self._batches.left)
                     gateway.run_arrays(self, self._context.run_id)
                 self._fail_refused()
+        self._array.attempts = [
+            {"task": self._array.tasks[index].name, **row}
+            for index, attempts in sorted(self._earlier.items())
+            for row in (rows_of(attempts) if len(attempts) > 1 else ())
+        ]
         return self._array.complete(self._where(self._project))
 
     def _before_cancelling(self) -> None:
@@ -102,6 +126,7 @@ class RemoteArray(RemoteStep, Arrays):
 
     def _choose(self, attempts: Attempts, environment: RunEnvironment) -> None:
         """Choose which tasks are adopted and which are submitted."""
+        self._submission = attempts.submission
         left = {index: self._array.tasks[index] for index in self._array.left}
         claim, choice = attempts.choose_tasks(left)
         self._adopt(claim, choice)
@@ -114,21 +139,33 @@ class RemoteArray(RemoteStep, Arrays):
                 self._adopt(claim, choice)
             self._batches = self._divide(choice.new)
         self._claim, self._found = claim, found
-        self._submission, self._family, self._number = attempts.submission, attempts.family, claim.attempt
+        self._family, self._number = attempts.family, claim.attempt
 
     def _adopt(self, claim: Claim, choice: TaskChoice) -> None:
         """Register the array jobs that this step follows, and cancels if a person terminates the run from now on."""
-        self._jobs_by_run, self._runs = {}, {}
+        self._jobs_by_run, self._runs, self._earlier = {}, {}, {}
         for array in claim.arrays:
             if array.run in choice.follow:
                 places = choice.follow[array.run]
                 number = sum(place not in array.ends for place in places)
                 most = (array.record or {}).get("max_running_tasks") or number
-                self._jobs_by_run[array.run] = _ArrayJob(dict(places), min(most, number))
+                request = load_request(array.record, self._planned.request)
+                self._jobs_by_run[array.run] = _ArrayJob(dict(places), request, min(most, number))
+                self._read_attempts(array.record, places)
                 self._runs[array.run] = array.job
         self._adopted = list(self._runs)
         if self._runs:
             self._gateway.committed = True
+
+    def _read_attempts(self, record: Mapping[str, Any] | None, places: Mapping[int, int]) -> None:
+        """Read the earlier attempts of the tasks of an array job; `places`: see `_ArrayJob.tasks`."""
+        if record is None:
+            return
+        for place, index in places.items():
+            own = {"request": record["request"], **record["tasks"][place]}
+            self._earlier[index] = load_attempts(own)
+            if first_request(own) != self._submission.request:
+                self._changed.add(index)
 
     def _divide(self, tasks: Sequence[int]) -> Batches:
         """Divide tasks into array jobs, within the limits of the site as they are now."""
@@ -153,25 +190,42 @@ class RemoteArray(RemoteStep, Arrays):
             return ArrayRun(run, None, sorted(self._jobs_by_run[run].tasks))
         if self._submitting or self._refusal is not None or self._found is None:
             return None
-        active = self._jobs_by_run.values()
+        active, planned = self._jobs_by_run.values(), self._planned.request
+        repeated = sum(each.request != planned for each in active)
+        left = self._batches.left
+        if left and self._request_of(left[0]) != planned and repeated >= MOST_REPEATED:
+            return None
         queued = sum(len(each.tasks) - len(each.ends) for each in active)
-        indices, max_running = self._batches.take([each.share for each in active], queued)
+        indices, max_running = self._batches.take([each.share for each in active], queued, self._request_of)
         if not indices:
             return None
         self._number += 1
         run = self._submitting = f"{self._claim.runs}/{self._family}-{self._number}"
-        self._jobs_by_run[run] = _ArrayJob(dict(enumerate(indices)), max_running or len(indices))
+        request = self._request_of(indices[0])
+        self._jobs_by_run[run] = _ArrayJob(dict(enumerate(indices)), request, max_running or len(indices))
         self._runs[run] = None
         return ArrayRun(run, self._files(run, indices, max_running), range(len(indices)))
 
+    def _request_of(self, index: int) -> SlurmRequest:
+        """Return the request of the next attempt of a task."""
+        return self._requests.get(index, self._planned.request)
+
     def _files(self, run: str, indices: Sequence[int], max_running: int | None) -> dict[str, str]:
         assert self._found
+        request = self._request_of(indices[0])
+        plan = replace(self._plan, allocation=replace(self._planned, request=request))
         tasks, contexts = [self._array.tasks[index] for index in indices], self._array.contexts
-        record = {**self._submission.record, "max_running_tasks": max_running, "tasks": [task.record for task in tasks]}
+        earlier = [store_attempts(self._earlier.get(index, ())) for index in indices]
+        record = {
+            **self._submission.record,
+            "request": store_request(request),
+            "max_running_tasks": max_running,
+            "tasks": [{**task.record, **attempts} for task, attempts in zip(tasks, earlier, strict=True)],
+        }
         paths = self._paths(self._claim, run, self._found)
         texts = [contexts.head, *(contexts.tail(task) for task in tasks)]
         checks = declared_checks(self._context)
-        return array_files_of(self._plan, paths, self._info, texts, checks, record, max_running=max_running)
+        return array_files_of(plan, paths, self._info, texts, checks, record, max_running=max_running)
 
     def submitted(self, run: str, submitted: Submitted) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run[run]
@@ -224,23 +278,49 @@ class RemoteArray(RemoteStep, Arrays):
 
     def ended(self, run: str, task: int, end: JobEnd) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run[run]
-        index, request = array_job.tasks[task], self._plan.allocation.request
+        index, request = array_job.tasks[task], array_job.request
         array_job.ends[task] = end
         self._report_project(array_job.job, end.account)
-        label, logs = self._array.tasks[index].label, f"scripts/job {array_job.job}_{task} logs"
-        outcome = judge(end, request)
-        if outcome and outcome.again and self._attempts[index] < MOST_RETRIES:
-            self._attempts[index] += 1
-            self._array.waits(index)
-            self._batches.add(index)
-            self._warn_once(outcome.cause, f"Task {label}: {outcome.cause}; it is submitted again.")
-        elif outcome:
-            self._array.failed(index, outcome.cause, logs)
+        job, costs = f"{array_job.job}_{task}", accounting.count(end, request)
+        outcome, logs = judge(end, request), f"scripts/job {job} logs"
+        failed = find_fault(outcome, end, self._array.stderr(index), request)
+        following = self._find_next(index, failed, request, end)
+        attempt = AttemptRecord(job, failed.cause if failed else "failed", store_request(request), costs)
+        if failed and following.request:
+            self._repeat(index, attempt, following)
+            if failed.fault in _SLURM_REPEATS:
+                self._gateway.reject(run, task)
+            return
+        limit = f". No other attempt follows: {following.text}" if following.text else ""
+        if outcome:
+            succeeded = False
+            self._array.failed(index, outcome.text + limit, logs)
         else:
-            where = {"job_id": f"{array_job.job}_{task}", "run_directory": f"{run}/tasks/{task}"}
-            if self._array.ended(index, exit_code(end), where, accounting.count(end, request), logs):
-                return
-        self._gateway.reject(run, task)
+            where = {"job_id": job, "run_directory": f"{run}/tasks/{task}"}
+            succeeded = self._array.ended(index, exit_code(end), where, costs, logs, request=request, limit=limit)
+        if self._earlier.get(index):
+            self._earlier[index] += (replace(attempt, end="succeeded") if succeeded else attempt,)
+        if not succeeded:
+            self._gateway.reject(run, task)
+
+    def _find_next(self, index: int, failed: Outcome | None, request: SlurmRequest, end: JobEnd) -> Next:
+        """Return what follows an attempt of a task."""
+        fault = failed.fault if failed else None
+        found = next_request(fault, request, self._planned, end.node, len(self._earlier.get(index, ())))
+        if found.request and index in self._changed:
+            self._changed.remove(index)
+            found = Next(self._planned.request, "the request of the asset, which has changed")
+        return self._within_limit(found)
+
+    def _repeat(self, index: int, attempt: AttemptRecord, following: Next) -> None:
+        """Register a failed attempt of a task, and have the task submitted once more."""
+        assert following.request
+        self._earlier[index] = (*self._earlier.get(index, ()), attempt)
+        self._requests[index] = following.request
+        self._array.waits(index)
+        self._batches.add(index)
+        text = f"{attempt.end}; it is submitted again, with {following.text}."
+        self._warn_once(text, f"Task {self._array.tasks[index].label}: {text}")
 
     def over(self, run: str, rows: Any) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run.pop(run)
@@ -250,7 +330,7 @@ class RemoteArray(RemoteStep, Arrays):
         for task, found in rows.items():
             if task in array_job.ends:
                 end = replace(array_job.ends[task], rows=found)
-                costs = accounting.count(end, self._plan.allocation.request)
+                costs = accounting.count(end, array_job.request)
                 self._array.add_costs(array_job.tasks[task], costs)
 
     def _warn_once(self, kind: str, text: str) -> None:

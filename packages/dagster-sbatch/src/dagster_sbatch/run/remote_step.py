@@ -38,6 +38,7 @@ from dagster_sbatch.slurm.gateway import (
     Usage,
     make_gateway,
 )
+from dagster_sbatch.slurm.next_request import Next
 from dagster_sbatch.slurm.outcome import explain_refusal
 from dagster_sbatch.ssh import SshError
 
@@ -45,8 +46,6 @@ CANCEL_SECONDS = {"terminated": 170.0, "command": 30.0}
 """For cancelling jobs. `cancel_timeout_seconds` of dagster.yaml is a little longer; a person waits at a terminal."""
 BUDGET_SECONDS = 5.0
 """For Slurm to say what the project has left, once all else is ready."""
-MOST_RETRIES = 3
-"""After a fault of the machine: a node that failed, a job that was preempted."""
 MOST_JOBS = 3
 """Jobs that a message or a tag of the run names; the latest ones."""
 
@@ -55,6 +54,7 @@ class RemoteStep(ABC):
     """One call of `compute.run` on the supercomputer, as one job or as array jobs.
 
     `runs` has the run directories that may have a job which is not over, each with that job's id once it is known.
+    `planned` has the request of a first attempt.
     """
 
     def __init__(self, context: StepContext, asset: str, settings: Settings, plan: Plan) -> None:
@@ -63,6 +63,7 @@ class RemoteStep(ABC):
         root, partitions = context.run.root_run_id or context.run_id, partitions_of(context)
         ends = " to ".join(sorted({*partitions[:1], *partitions[-1:]}))
         self._info = RunInfo(context.run_id, root, asset, ends, step=step_key(self._step))
+        self._planned = plan.allocation
         self._call = 0
         self._runs: dict[str, str | None] = {}
         self._left = left_job(context)
@@ -123,7 +124,8 @@ class RemoteStep(ABC):
         self._call = call.number
         former = former_family_of(root, assets, partitions_of(self._context), call.number)
         related = (f"{step_prefix(root, step)}-", f"{former}-")
-        return Submission(call, step, related, inputs, request_of(self._plan), data_root)
+        retries = self._plan.allocation.request.retries
+        return Submission(call, step, related, inputs, request_of(self._plan), retries, data_root)
 
     @property
     def _data_root(self) -> str:
@@ -140,6 +142,12 @@ class RemoteStep(ABC):
         """
         if excess := explain_excess(self._plan.allocation, tasks, self._settings):
             raise ConfigurationError(excess)
+
+    def _within_limit(self, following: Next) -> Next:
+        """Return what follows a failed attempt, unless it alone could cost more than the limit per run."""
+        request = following.request
+        excess = request and explain_excess(replace(self._planned, request=request), 1, self._settings)
+        return Next(None, excess) if excess else following
 
     def _find_image(self, gateway: Gateway) -> str | None:
         """Return the identity of the image of the job's container; None without a container."""

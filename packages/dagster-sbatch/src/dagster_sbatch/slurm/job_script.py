@@ -144,7 +144,7 @@ _SAMPLER_DELAY, _SAMPLER_DELAY_OF_TASKS = 3, 30
 """Seconds. There may be thousands of tasks."""
 
 _FLAGS = ("exclusive",)
-_NOT_OPTIONS = ("options", "modules", "gpu_idle_limit", *COST_LIMITS)
+_NOT_OPTIONS = ("options", "modules", "retries", "gpu_idle_limit", *COST_LIMITS)
 _GPUS = "gpus_per_node"
 _THREADS = ("--threads-per-core", "--hint")
 """Options that decide whether hardware threads count; sbatch accepts only one of them."""

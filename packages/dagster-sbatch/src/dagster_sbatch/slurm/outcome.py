@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from dagster_sbatch.slurm.gateway import MESSAGES, JobEnd, Projects
 from dagster_sbatch.slurm.request import SlurmRequest
+from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
 from dagster_sbatch.slurm.usage import explain_idle_end
 
@@ -22,8 +23,14 @@ CAUSES = {
     "CANCELLED": "it was cancelled on the cluster, by scancel or by its administrators",
     "REVOKED": "it was taken over by another cluster",
 }
-MACHINES_DOING = frozenset({"NODE_FAIL", "BOOT_FAIL", "PREEMPTED"})
-"""States that the machine causes: a retry of the same job may succeed."""
+_FAULTS = {
+    "NODE_FAIL": Fault.NODE,
+    "BOOT_FAIL": Fault.NODE,
+    "PREEMPTED": Fault.AGAIN,
+    "OUT_OF_MEMORY": Fault.MEMORY,
+    "TIMEOUT": Fault.TIME,
+}
+"""By Slurm's state."""
 
 
 TRY_AGAIN = os.EX_TEMPFAIL
@@ -40,11 +47,25 @@ class Outcome:
 
     Attributes:
         cause: in a sentence.
-        again: whether a retry of the same job may succeed.
+        fault: why, if another attempt may succeed.
+        advice: what to change; it follows the cause.
     """
 
     cause: str
-    again: bool = False
+    fault: Fault | None = None
+    advice: str = ""
+
+    @property
+    def text(self) -> str:
+        """The cause and the advice."""
+        return self.cause + self.advice
+
+
+def fault_of(end: JobEnd) -> Fault | None:
+    """Return why a job failed, if another attempt may succeed; its output is not considered."""
+    if end.state in CAUSES:
+        return _FAULTS.get(end.state)
+    return Fault.AGAIN if end.code == TRY_AGAIN else None
 
 
 def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
@@ -56,15 +77,15 @@ def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
     """
     if end.state in CAUSES:
         idle = explain_idle_end(end.usage, request) if end.state == "CANCELLED" else None
-        cause = idle or f"{CAUSES[end.state]} (Slurm: {end.state}){_advice(end.state, request)}"
+        cause = idle or f"{CAUSES[end.state]} (Slurm: {end.state})"
         if end.state == "NODE_FAIL" and end.cause:
             cause += f"; {end.cause}"  # it may name the node
-        return Outcome(cause, again=end.state in MACHINES_DOING)
+        return Outcome(cause, fault_of(end), _advice(end.state, request))
     if end.code is None:
         return _explain_cut_short(end)
     if end.code == TRY_AGAIN or (end.code and end.cause):
         cause = end.cause or f"it requests a retry (exit code {TRY_AGAIN}). Its stderr says why"
-        return Outcome(cause, again=end.code == TRY_AGAIN)
+        return Outcome(cause, fault_of(end))
     if end.code == 0 and end.state not in ("COMPLETED", ""):
         return Outcome(f"its script ended with 0, but Slurm says {end.state} {end.exit}")
     if MESSAGES in end.short:
@@ -74,25 +95,55 @@ def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
 
 _OUT_OF_MEMORY = re.compile(r"slurmstepd(?:-(\S+))?: error: Detected \d+ oom.kill event")
 """slurmstepd writes this to stderr, with a hyphen before Slurm 22.05."""
+_BROKEN_GPU = re.compile(
+    r"uncorrectable (ECC|NVLink) error|(ECC|NVLINK)_?UNCORRECTABLE|GPU[ _]is[ _]lost|GPU has fallen off the bus",
+    re.IGNORECASE,
+)
+"""CUDA, NVML and nvidia-smi write this of a GPU that is broken. Errors that a program may cause are not among them,
+such as an illegal memory access or a failed launch. Xid numbers are in the node's kernel log, not in stderr."""
 
 
-def explain_memory(cause: str, stderr: str, request: SlurmRequest) -> str:
-    """Return the cause of a failed job; it begins with the nodes on which a step of the job ran out of memory, if any.
+def judge_stderr(stderr: str, request: SlurmRequest) -> Outcome | None:
+    """Return what the last lines of a failed job's stderr say of the cause; None if they say nothing.
 
     Slurm calls a job FAILED if a step that its script started by srun ran out of memory. A Ray cluster is such a step:
     Ray reports only that a worker died.
 
     Args:
-        cause: of the failure.
         stderr: the last lines of the job.
         request: of the job.
     """
     nodes = set(_OUT_OF_MEMORY.findall(stderr))
-    if not nodes or _RAN_OUT_OF_MEMORY in cause:
+    if nodes:
+        where = f" on {', '.join(sorted(nodes))}" if all(nodes) else ""
+        cause = f"it {_RAN_OUT_OF_MEMORY}{where}, and the system killed some of its processes"
+        return Outcome(cause, Fault.MEMORY, _advice("OUT_OF_MEMORY", request))
+    if request.gpus_per_node and (found := _BROKEN_GPU.search(stderr)):
+        return Outcome(f"a GPU of the node is broken (stderr: {found[0]!r})", Fault.GPU)
+    return None
+
+
+def explain_stderr(cause: str, stderr: str, request: SlurmRequest) -> str:
+    """Return the cause of a failed job; it begins with what stderr says of it; see `judge_stderr`."""
+    found = judge_stderr(stderr, request)
+    if found is None or (found.fault is Fault.MEMORY and _RAN_OUT_OF_MEMORY in cause):
         return cause
-    where = f" on {', '.join(sorted(nodes))}" if all(nodes) else ""
-    advice = _advice("OUT_OF_MEMORY", request)
-    return f"it {_RAN_OUT_OF_MEMORY}{where}, and the system killed some of its processes{advice}. Then {cause}"
+    return f"{found.text}. Then {cause}"
+
+
+def find_fault(outcome: Outcome | None, end: JobEnd, stderr: str, request: SlurmRequest) -> Outcome | None:
+    """Return why a job failed, to decide whether it is repeated; None if it has succeeded, or nothing is known.
+
+    Args:
+        outcome: what `judge` says.
+        end: of the job.
+        stderr: the last lines of the job; they count unless Slurm itself names the cause.
+        request: of the job.
+    """
+    if end.state in CAUSES or not end.code:
+        return outcome
+    found = judge_stderr(stderr, request)
+    return found if found and request.retries.repeats(found.fault) else outcome or found
 
 
 _ABOUT_PROJECTS = re.compile(r"account|qos|association", re.IGNORECASE)

@@ -9,8 +9,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PlainSerializer,
-    PlainValidator,
     PositiveInt,
     ValidationError,
     model_validator,
@@ -18,7 +16,8 @@ from pydantic import (
 
 from dagster_sbatch.errors import ConfigurationError, describe, nearest
 from dagster_sbatch.slurm.modules import Modules
-from dagster_sbatch.slurm.units import format_time, parse_memory, parse_time
+from dagster_sbatch.slurm.retries import Retries
+from dagster_sbatch.slurm.units import Memory, Time
 
 FURTHER_OPTIONS = frozenset(
     """
@@ -35,23 +34,6 @@ COST_LIMITS = ("most_gpu_hours", "most_node_hours")
 """Fields that limit the cost of a call; Slurm does not see them."""
 
 
-def _time(value: object) -> timedelta:
-    """Read a time in Slurm's notation, or take one of at least a second as it is."""
-    if isinstance(value, str):
-        return parse_time(value)
-    if isinstance(value, timedelta) and value >= timedelta(seconds=1):
-        return value
-    raise ValueError(
-        f"{value!r} is not a time: write Slurm's notation as text, as in '02:00:00' or '1-12', "
-        "or a timedelta of at least a second, as in timedelta(hours=2)"
-    )
-
-
-def _memory(text: str) -> str:
-    parse_memory(text)
-    return text
-
-
 def _word(pattern: str, example: str) -> AfterValidator:
     """Accept a value that an #SBATCH line can hold as it is: no space, no quote, no newline."""
 
@@ -63,8 +45,6 @@ def _word(pattern: str, example: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Time = Annotated[timedelta, PlainValidator(_time), PlainSerializer(format_time)]
-Memory = Annotated[str, AfterValidator(_memory)]
 Name = Annotated[str, _word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "zen4_0768")]
 NodeList = Annotated[str, _word(r"[A-Za-z0-9_.,\[\]-]+", "n[4001-4003],n4007")]
 Constraint = Annotated[str, _word(r"[A-Za-z0-9_.,&|*()\[\]-]+", "hdr&nvme")]
@@ -74,7 +54,7 @@ Dependency = Annotated[str, _word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)
 class SlurmRequest(BaseModel):
     """The allocation that an asset needs. Each field is the option of sbatch of that name (man sbatch).
 
-    Not options are `modules`, `gpu_idle_limit`, `most_gpu_hours` and `most_node_hours`.
+    Not options are `modules`, `retries`, `gpu_idle_limit`, `most_gpu_hours` and `most_node_hours`.
 
     The deployment and the site fill in what is left out: partition, QoS, and for GPU requests CPUs and memory per GPU.
     The request is checked in `development` too, so that a mistake is found on the laptop.
@@ -132,6 +112,7 @@ class SlurmRequest(BaseModel):
         None, description="End the job when all its GPUs have been idle for this long, for instance '00:20:00'."
     )
     options: tuple[str, ...] = Field((), description="Further options of sbatch, for instance ('--mail-type=END',).")
+    retries: Retries = Field(Retries(), description="Which failures the step repeats, and with what changes.")
 
     def __init__(self, **fields: Any) -> None:
         try:

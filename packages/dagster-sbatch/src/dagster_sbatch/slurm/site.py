@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from dagster_sbatch.errors import ConfigurationError, Place, describe_at, nearest
 from dagster_sbatch.sites import SITES
 from dagster_sbatch.slurm.modules import Modules
-from dagster_sbatch.slurm.request import Memory, Time
+from dagster_sbatch.slurm.units import Memory, Time
 from dagster_sbatch.ssh.known_hosts import parse_authority
 
 

@@ -2,6 +2,9 @@
 
 import re
 from datetime import timedelta
+from typing import Annotated
+
+from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 _MEMORY = re.compile(r"(?P<number>0|[1-9]\d*)(?P<unit>[KMGT]?)")
@@ -66,3 +69,24 @@ def format_memory(kib: int) -> str:
         if kib % _UNITS[unit] == 0:
             return f"{kib // _UNITS[unit]}{unit}"
     return f"{kib}K"
+
+
+def _time(value: object) -> timedelta:
+    """Read a time in Slurm's notation, or take one of at least a second as it is."""
+    if isinstance(value, str):
+        return parse_time(value)
+    if isinstance(value, timedelta) and value >= timedelta(seconds=1):
+        return value
+    raise ValueError(
+        f"{value!r} is not a time: write Slurm's notation as text, as in '02:00:00' or '1-12', "
+        "or a timedelta of at least a second, as in timedelta(hours=2)"
+    )
+
+
+def _memory(text: str) -> str:
+    parse_memory(text)
+    return text
+
+
+Time = Annotated[timedelta, PlainValidator(_time), PlainSerializer(format_time)]
+Memory = Annotated[str, AfterValidator(_memory)]

@@ -11,8 +11,8 @@ from pydantic import AfterValidator, Field, PositiveInt
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers.base import Launcher
-from dagster_sbatch.slurm.request import Memory, SlurmRequest
-from dagster_sbatch.slurm.units import parse_memory
+from dagster_sbatch.slurm.request import SlurmRequest
+from dagster_sbatch.slurm.units import Memory, parse_memory
 
 _FOLDER = Path(__file__).parent / "job"
 _NO_DASHBOARD = "--include-dashboard=false"

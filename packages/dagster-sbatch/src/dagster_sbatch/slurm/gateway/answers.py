@@ -67,6 +67,7 @@ class JobEnd:
         rows: of sacct, the job and its steps, with ACCOUNTED; empty if sacct did not answer in time.
         account: project that it was charged to; empty if not known.
         usage: what its sampler has measured (`slurm.usage`); empty if the job was too short, or was killed.
+        node: the first node of its latest start; empty if not known.
     """
 
     code: int | None
@@ -80,6 +81,7 @@ class JobEnd:
     rows: Sequence[Sequence[str]] = ()
     account: str = ""
     usage: Mapping[str, Any] = field(default_factory=dict)
+    node: str = ""
 
     @classmethod
     def parse(
@@ -99,6 +101,7 @@ class JobEnd:
             rows=rows,
             account=end.get("account") or "",
             usage=end.get("usage") or {},
+            node=end.get("node", ""),
         )
 
 
@@ -231,7 +234,7 @@ class Claim:
         over: whether that attempt is over.
         end: how it ended; None if it is not over, or was never submitted.
         job: its id.
-        rejected: whether a step has rejected its result.
+        rejected: whether a step has rejected its result, or Slurm has refused it.
         followers: ids of the Dagster runs that submitted or adopted it.
         record: what it was submitted with.
         others: further runs of the step.

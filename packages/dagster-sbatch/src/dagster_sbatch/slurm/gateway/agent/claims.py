@@ -62,8 +62,8 @@ def latest(folder, family):
     paths = [os.path.join(folder, "%s-%d" % (family, number)) for number in numbers]
     arrays, run = [array_of(path, certain=True) for path in paths if is_array(path)], paths[-1]
     job = job_of(run)
-    found = {"attempt": numbers[-1], "over": True, "end": None, "job": job, "rejected": False, "followers": []}
-    found.update(record=record_of(run), arrays=arrays)
+    found = {"attempt": numbers[-1], "over": True, "end": None, "job": job, "followers": []}
+    found.update(record=record_of(run), arrays=arrays, rejected=has(run, "failed"))
     if not numbers[-1] or not (job or has(run, "tried")):  # never submitted: sbatch refused it, or the agent died
         return found
     end = None
@@ -71,7 +71,7 @@ def latest(folder, family):
         end = whole(arrays[-1]["ends"]) if job and arrays[-1]["over"] else None
     elif job:
         end = conclude(run, job)
-    return dict(found, over=bool(end), end=end, rejected=has(run, "failed"), followers=followers_of(run))
+    return dict(found, over=bool(end), end=end, followers=followers_of(run))
 
 
 def others(folder, family, beginnings):

@@ -22,7 +22,7 @@ import re
 import time
 
 from .disk import RequestError, load, read, remove_tree, store, unique, write
-from .job_record import CAUSE, EVENTS, STREAMS, cause_of, cut_short, events_of
+from .job_record import CAUSE, EVENTS, STREAMS, cause_of, cut_short, events_of, node_of
 from .slurm_commands import FORGOTTEN, UNKNOWN, verdict
 from .tasks import CONTENTS, ENDS, FOLDER, Tasks, is_array, task_folder
 
@@ -123,8 +123,9 @@ def conclude(run, job):
         slurms = UNKNOWN
     if slurms is None:
         return None
-    own = events_of(run).get("end") or {}  # once more: the job may have written it meanwhile
-    end = dict(own, cause=cause_of(run), **slurms)
+    events = events_of(run)  # once more: the job may have written its end meanwhile
+    own = events.get("end") or {}
+    end = dict(own, cause=cause_of(run), node=node_of(events), **slurms)
     if own:
         try:
             store(os.path.join(run, "end"), end)

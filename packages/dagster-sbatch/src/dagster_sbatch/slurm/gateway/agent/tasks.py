@@ -15,7 +15,7 @@ import re
 import time
 
 from .disk import RequestError, load, lock, read, store
-from .job_record import MESSAGES, STREAMS, cause_of, events_of
+from .job_record import MESSAGES, STREAMS, cause_of, events_of, node_of
 from .slurm_commands import (
     ENDED,
     FORGOTTEN,
@@ -34,7 +34,7 @@ from .task_states import indices
 CONTENTS, FOLDER, ENDS, LOCK = "tasks.jsonl", "tasks", "ends.json", "ends.lock"
 TASK_ID = re.compile(r" ArrayTaskId=(\S+)")
 CANCELLED = dict(UNKNOWN, state="CANCELLED")
-RECORDED = ("account", "cause", "code", "exit", "state", "time", "times", "usage")  # of an end, in ends.json
+RECORDED = ("account", "cause", "code", "exit", "node", "state", "time", "times", "usage")  # of an end, in ends.json
 # Of the ends of several tasks, the one that is the array job's.
 WORST = "NODE_FAIL BOOT_FAIL OUT_OF_MEMORY TIMEOUT DEADLINE FAILED PREEMPTED REVOKED CANCELLED".split() + [""]
 SETTLED = 60.0  # seconds after Slurm's end of a task that has no record of its own: none will appear
@@ -95,11 +95,12 @@ class Tasks:
             slurms = found.get(index, UNKNOWN)
             if slurms is None:
                 continue
-            own = events_of(self.path(index)).get("end") or {}
+            events = events_of(self.path(index))
+            own = events.get("end") or {}
             old = own.get("code") is not None and time.time() - own["time"] > FORGOTTEN
             if index not in found and not old:
                 continue
-            ends[index] = dict(own, cause=cause_of(self.path(index)), **slurms)
+            ends[index] = dict(own, cause=cause_of(self.path(index)), node=node_of(events), **slurms)
             never = slurms["state"] and slurms["times"][1] is None and index not in started
             settled = time.time() - (slurms["times"][2] or time.time()) > SETTLED
             if own or never or settled:

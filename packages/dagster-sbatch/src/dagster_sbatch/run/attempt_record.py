@@ -1,0 +1,80 @@
+"""The attempts at a call: the record of each job has those before it, and the run shows all of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.slurm import SlurmRequest
+from dagster_sbatch.slurm.request import COST_LIMITS
+
+ATTEMPTS = "attempts"
+"""Key of a record, and name of the metadata."""
+_SHOWN = ("mem", "mem_per_cpu", "time_limit", "exclude")
+"""Fields of the request that change from attempt to attempt."""
+_OF_RUN = ("retries", *COST_LIMITS)
+"""Fields that Slurm does not see: those of the run apply, whatever job it follows."""
+_COSTS = ("elapsed_seconds", "node_hours", "gpu_hours")
+
+
+@dataclass(frozen=True)
+class AttemptRecord:
+    """One attempt at a call, or at a task of it.
+
+    Attributes:
+        job: id of its job, with the task's index if it is one.
+        end: how it ended: `succeeded`, or why it failed.
+        request: of Slurm, as it is stored with the job.
+        costs: numbers of the job; see `accounting.count`.
+    """
+
+    job: str
+    end: str
+    request: Mapping[str, Any]
+    costs: Mapping[str, float]
+
+
+def store_request(request: SlurmRequest) -> dict[str, Any]:
+    """Return a request as it is stored with its job: the fields of the allocation that are not the default."""
+    return request.model_dump(mode="json", exclude_defaults=True, exclude={*_OF_RUN})
+
+
+def load_request(record: Mapping[str, Any] | None, planned: SlurmRequest) -> SlurmRequest:
+    """Return the request of an earlier job with the limits of this run; `planned` if its record cannot be read."""
+    if not record:
+        return planned
+    try:
+        return SlurmRequest(**{**record["request"], **{name: getattr(planned, name) for name in _OF_RUN}})
+    except (ConfigurationError, TypeError):  # another version of the engine has written it
+        return planned
+
+
+def first_request(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the stored request of the first attempt, before retries changed it."""
+    attempts = record.get(ATTEMPTS)
+    request: Mapping[str, Any] = attempts[0]["request"] if attempts else record["request"]
+    return request
+
+
+def store_attempts(attempts: Sequence[AttemptRecord]) -> dict[str, Any]:
+    """Return what the record of the next job has of the attempts before it; nothing without any."""
+    return {ATTEMPTS: [asdict(each) for each in attempts]} if attempts else {}
+
+
+def load_attempts(record: Mapping[str, Any] | None) -> tuple[AttemptRecord, ...]:
+    """Return the attempts before a job."""
+    return tuple(AttemptRecord(**each) for each in (record or {}).get(ATTEMPTS, ()))
+
+
+def rows_of(attempts: Sequence[AttemptRecord]) -> list[dict[str, Any]]:
+    """Return the attempts as rows of a table; numbers that are not known are empty."""
+    return [
+        {
+            "attempt": number,
+            "job": each.job,
+            "request": ", ".join(f"{name}={each.request[name]}" for name in _SHOWN if name in each.request),
+            "end": each.end,
+            **{name: each.costs[name] for name in _COSTS if name in each.costs},
+        }
+        for number, each in enumerate(attempts, 1)
+    ]

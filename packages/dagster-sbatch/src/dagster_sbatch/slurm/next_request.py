@@ -1,0 +1,123 @@
+"""The request of the next attempt, after a job has failed. Pure."""
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.slurm.allocation import Allocation
+from dagster_sbatch.slurm.request import SlurmRequest
+from dagster_sbatch.slurm.retries import Fault
+from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
+
+_MIB = 1024
+
+
+@dataclass(frozen=True)
+class Next:
+    """What follows a failed attempt.
+
+    Attributes:
+        request: of the next attempt; None: there is none.
+        text: what changes; without a next attempt the limit that is reached, empty if this failure is not repeated.
+    """
+
+    request: SlurmRequest | None
+    text: str = ""
+
+
+def check_retries(request: SlurmRequest) -> None:
+    """Refuse retries that could never change anything.
+
+    Args:
+        request: after `allocate`.
+
+    Raises:
+        ConfigurationError: the text says what to change.
+    """
+    retries, asked = request.retries, request.mem or request.mem_per_cpu
+    if retries.max_mem is not None:
+        if not asked or not parse_memory(asked):
+            raise ConfigurationError(
+                f"retries: max_mem={retries.max_mem!r} needs a request that names its memory. Add mem='16G', say"
+            )
+        if parse_memory(retries.max_mem) <= parse_memory(asked):
+            raise ConfigurationError(
+                f"retries: max_mem={retries.max_mem!r} is not more than the {asked} of the request. Write a larger one"
+            )
+    if retries.max_time_limit is not None and retries.max_time_limit <= request.time_limit:
+        raise ConfigurationError(
+            f"retries: max_time_limit={format_time(retries.max_time_limit)!r} is not more than the time limit "
+            f"{format_time(request.time_limit)} of the request. Write a longer one"
+        )
+    if retries.exclude_failed_nodes and request.nodelist:
+        raise ConfigurationError(
+            f"retries: exclude_failed_nodes contradicts nodelist={request.nodelist!r}. Remove one of the two"
+        )
+
+
+def next_request(fault: Fault | None, failed: SlurmRequest, planned: Allocation, node: str, retried: int) -> Next:
+    """Return what follows an attempt that has failed.
+
+    Args:
+        fault: why it failed.
+        failed: its request.
+        planned: the request of the first attempt, with the partition's limits; its `retries` apply.
+        node: on which the job ran, the first one of several; empty if not known.
+        retried: how many attempts came before it.
+    """
+    retries = planned.request.retries
+    if fault is None or not retries.repeats(fault):
+        return Next(None)
+    if retried >= retries.max_retries:
+        return Next(None, f"max_retries={retries.max_retries}")
+    if fault is Fault.MEMORY:
+        return _with_memory(failed, planned)
+    if fault is Fault.TIME:
+        return _with_time(failed, planned)
+    if fault is Fault.AGAIN or not retries.exclude_failed_nodes:
+        return Next(failed, "the same request")
+    return _without_node(fault, failed, node)
+
+
+def _with_memory(failed: SlurmRequest, planned: Allocation) -> Next:
+    retries, partition = planned.request.retries, planned.partition
+    name = "mem" if failed.mem else "mem_per_cpu"
+    asked = str(getattr(failed, name))
+    most, limit = parse_memory(retries.max_mem or "0"), f"max_mem={retries.max_mem!r}"
+    if partition:
+        cpus = 1 if name == "mem" else (failed.cpus_per_task or 1) * failed.ntasks_per_node
+        there = parse_memory(partition.mem) // cpus // _MIB * _MIB
+        if there < most:
+            most, limit = there, f"the {partition.mem} that a node of partition {failed.partition} has"
+    had = parse_memory(asked)
+    more = min(math.ceil(had * retries.factor / _MIB) * _MIB, most)
+    if not had or more <= had:
+        return Next(None, f"{name}={asked!r} has reached {limit}")
+    text = format_memory(more)
+    return Next(failed.model_copy(update={name: text}), f"{name}={text!r} instead of {asked!r}")
+
+
+def _with_time(failed: SlurmRequest, planned: Allocation) -> Next:
+    retries, partition, had = planned.request.retries, planned.partition, failed.time_limit
+    most = retries.max_time_limit or had
+    limit = f"max_time_limit={format_time(most)!r}"
+    qos = partition.qos.get(failed.qos or "") if partition else None
+    if qos and qos.time_limit and qos.time_limit < most:
+        most, limit = qos.time_limit, f"the {format_time(qos.time_limit)} that QoS {failed.qos} allows"
+    more = min(timedelta(seconds=math.ceil(had.total_seconds() * retries.factor)), most)
+    if more <= had:
+        return Next(None, f"time_limit={format_time(had)!r} has reached {limit}")
+    text = f"time_limit={format_time(more)!r} instead of {format_time(had)!r}"
+    return Next(failed.model_copy(update={"time_limit": more}), text)
+
+
+def _without_node(fault: Fault, failed: SlurmRequest, node: str) -> Next:
+    """Exclude the node. Slurm names a node by its short host name, unless slurmd has been given another name."""
+    name = node.partition(".")[0]
+    if failed.nodes > 1 or not name:
+        if fault is Fault.NODE:  # Slurm itself gives no job to a node that is down
+            return Next(failed, "the same request")
+        return Next(None, "the node with the broken GPU is not known")
+    excluded = ",".join(filter(None, (failed.exclude, name)))
+    return Next(failed.model_copy(update={"exclude": excluded}), f"exclude={excluded!r}")
