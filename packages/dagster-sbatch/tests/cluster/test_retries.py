@@ -13,7 +13,7 @@ from dagster_sbatch import Retries, SlurmRequest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from slurm_in_a_box.machines import MEMORY_CGROUPS
 from support.array_process import ArrayProcess
-from support.background import Background, attempts_of, jobs_of, nobody_left, only_job, runs_there
+from support.background import Background, attempts_of, jobs_of, nobody_left, runs_there
 from support.programs import make
 from support.step import Step, kill
 from support.workload_asset import PIPES, materialize
@@ -101,7 +101,9 @@ def test_dagster_is_killed_during_the_second_attempt_and_tasks_of_an_array_are_r
     process = step.start(again=False)
     wait_until(lambda: "grown" in step.output, "the second attempt runs", 90)
     kill(process)
-    job = only_job(site, "RUNNING")
+    submitted = re.search(r"job (\d+) \(submitted\) in \S+-2\.", step.log)
+    assert submitted
+    job = int(submitted[1])
     process = step.start(again=True)
     adopted = f"Slurm job {job} was submitted by an earlier run of this step. Attaching"
     wait_until(lambda: adopted in step.log, "it is adopted", 90)
