@@ -6,7 +6,7 @@ from typing import Any
 
 from dagster_sbatch.slurm.gateway import ACCOUNTED, JobEnd
 from dagster_sbatch.slurm.request import SlurmRequest
-from dagster_sbatch.slurm.usage import number
+from dagster_sbatch.slurm.job_usage import number
 
 
 def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:

@@ -66,7 +66,7 @@ class JobEnd:
         short: streams that did not arrive in full, with the number of bytes that arrived.
         rows: of sacct, the job and its steps, with ACCOUNTED; empty if sacct did not answer in time.
         account: project that it was charged to; empty if not known.
-        usage: what its sampler has measured (`slurm.usage`); empty if the job was too short, or was killed.
+        usage: what its sampler has measured (`slurm.job_usage`); empty if the job was too short, or was killed.
         node: the first node of its latest start; empty if not known.
     """
 
