@@ -14,7 +14,7 @@ from dagster_sbatch.run.local import workload_environment
 from support import ENGINE, ROOT
 
 STARTERS = {"run", "Popen", "call", "check_call", "check_output", "getoutput", "system", "popen", "spawnv"}
-ELSEWHERE = ("slurm/gateway/agent", "launchers/ray/job", "launchers/srun/job")
+ELSEWHERE = ("slurm/gateway/agent", "launchers/ray/job", "launchers/srun/job", "slurm/job")
 """What runs on the supercomputer, where no setting of Dagster gets to."""
 DAGSTER_ITSELF = {"commands/demo.py", "check", "run_launcher/fork_client.py", "run_launcher/fork_server.py"}
 BY_LOCAL = {"run/supervisor.py"}

@@ -14,8 +14,8 @@ from dagster_sbatch.slurm.accounting import count
 from dagster_sbatch.slurm.gateway import JobEnd
 from dagster_sbatch.slurm.gateway.agent import job_record
 from dagster_sbatch.slurm.job import sampler
-from dagster_sbatch.slurm.outcome import judge
 from dagster_sbatch.slurm.job_usage import describe_idle, plot
+from dagster_sbatch.slurm.outcome import judge
 from slurm_in_a_box import wait_until
 
 JOB = "4711"

@@ -52,8 +52,8 @@ def chosen() -> str:
 
 
 def root(slurm: str) -> Path:
-    """Folder of the root with that version of Slurm; another list of packages makes another one."""
-    return CACHE / f"slurm-{slurm}-{zlib.crc32(' '.join(_PACKAGES).encode()):08x}"
+    """Folder of the root with that version of Slurm; other packages or places make another one."""
+    return CACHE / f"slurm-{slurm}-{zlib.crc32(' '.join(_PACKAGES + _PLACES).encode()):08x}"
 
 
 def ensure(slurm: str, install: bool) -> None:
@@ -71,8 +71,6 @@ def ensure(slurm: str, install: bool) -> None:
                 with tempfile.TemporaryDirectory(prefix="root-", dir=CACHE) as folder:
                     _make(SUITES[slurm], Path(folder))
                     Path(folder, "kept").rename(root(slurm))
-    for place in _PLACES:  # an older version may have made the root
-        (root(slurm) / place).touch(mode=0o755)
 
 
 def _make(suite: str, folder: Path) -> None:
@@ -87,6 +85,8 @@ def _make(suite: str, folder: Path) -> None:
     for name in _KEPT:
         (folder / "all" / name).rename(folder / "kept" / name)
     shutil.rmtree(folder / "kept/usr/share/doc")
+    for place in _PLACES:
+        (folder / "kept" / place).touch(mode=0o755)
 
 
 def _mirror() -> list[str]:

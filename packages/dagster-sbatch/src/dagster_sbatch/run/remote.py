@@ -27,7 +27,7 @@ from dagster_sbatch.run.pipes import Session, open_session
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.run.results import complete, declared_checks, partitions_of
 from dagster_sbatch.run.run_environment import RunEnvironment
-from dagster_sbatch.slurm import SlurmRequest, accounting, usage
+from dagster_sbatch.slurm import SlurmRequest, accounting, job_usage
 from dagster_sbatch.slurm.gateway import (
     MESSAGES,
     Gateway,
@@ -202,7 +202,7 @@ class RemoteRun(RemoteStep):
             words.append(f"expected to start at {datetime.fromtimestamp(state.start, UTC):%Y-%m-%d %H:%M:%S} UTC")
         if state.idle is not None and not self._idle_reported:
             self._idle_reported = True
-            text = usage.describe_idle(state.idle, self._plan.allocation.request)
+            text = job_usage.describe_idle(state.idle, self._plan.allocation.request)
             self._log.warning(f"Slurm job {self._job}: {text}")
         if words != self._state:
             self._state = words
@@ -224,7 +224,7 @@ class RemoteRun(RemoteStep):
         """Return metadata of the whole job, and a table of the attempts if there were several; `how` it ended."""
         request = self._plan.allocation.request
         costs: dict[str, Any] = {**accounting.count(end, request)}
-        if plot := usage.plot(end.usage, request):
+        if plot := job_usage.plot(end.usage, request):
             costs["usage"] = plot
         if self._failed:
             costs[ATTEMPTS] = table(rows_of((*self._failed, self._attempt(how, end))))

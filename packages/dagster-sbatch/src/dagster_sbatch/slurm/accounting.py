@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dagster_sbatch.slurm.gateway import ACCOUNTED, JobEnd
-from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.job_usage import number
+from dagster_sbatch.slurm.request import SlurmRequest
 
 
 def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:

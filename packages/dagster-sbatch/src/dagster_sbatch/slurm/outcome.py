@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from dagster_sbatch.slurm.gateway import MESSAGES, JobEnd, Projects
+from dagster_sbatch.slurm.job_usage import explain_idle_end
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
-from dagster_sbatch.slurm.job_usage import explain_idle_end
 
 _RAN_OUT_OF_MEMORY = "ran out of memory"
 CAUSES = {

@@ -57,9 +57,12 @@ def check_gpus(wanted: int) -> None:
     if len(given) < wanted:
         raise NodeError(f"{len(given)} of {wanted} GPUs: Slurm gave CUDA_VISIBLE_DEVICES={','.join(given)!r}")
     if shutil.which("nvidia-smi"):
-        done = subprocess.run(
-            ["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
+        try:
+            done = subprocess.run(
+                ["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            )
+        except OSError as error:
+            raise NodeError(f"nvidia-smi, which counts the GPUs, cannot be run: {error.strerror}") from None
         seen = count_gpus(done.stdout)
         if done.returncode or seen < wanted:
             said = "; ".join(tail(done.stdout).splitlines())
