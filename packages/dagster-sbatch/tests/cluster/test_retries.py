@@ -122,6 +122,6 @@ def test_dagster_is_killed_during_the_second_attempt_and_tasks_of_an_array_are_r
     read = "cat dagster-slurm/runs/*/submitted_with.json"
     records = re.sub(r"}{", "}\n{", site.run_on_login(CERTIFICATE_USER, read).stdout)
     tasks_of = [json.loads(line).get("tasks", ()) for line in records.splitlines()]
-    submitted = Counter(task["name"] for each in tasks_of for task in each)
-    assert submitted == dict(zip(KEYS, [1, 2, 2, 1], strict=True))
+    started = Counter(task["name"] for each in tasks_of for task in each)
+    assert started == dict(zip(KEYS, [1, 2, 2, 1], strict=True))
     nobody_left(site)
