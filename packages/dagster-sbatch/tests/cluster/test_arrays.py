@@ -271,7 +271,7 @@ def test_a_range_longer_than_the_submit_limit_is_several_array_jobs(site: Simula
     assert outcome.error == ""
     assert sorted(str(key) for key in outcome.once) == KEYS
     assert sorted(map(len, tasks_there(site).values())) == [2] * 6
-    assert "is more than the 8 jobs that you may have submitted at once" in refused.error
+    assert "is more than you may have submitted at once: 8 jobs" in refused.error
     assert "JobArray(max_running_tasks=8)" in refused.error
 
 

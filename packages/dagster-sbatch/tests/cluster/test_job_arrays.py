@@ -94,7 +94,7 @@ def test_the_tasks_of_an_array_job_one_by_one(runs: Runs, tmp_path: Path) -> Non
     assert job(f"{array.job}_1", "fetch", "context.json", "--to", str(target)).returncode == 0
     assert target.read_text() == '{"common": 1, "task": 1}\n'
     assert "has not started" in refusal(f"{array.job}_3", "logs")
-    assert f"has no task 4. Its 4 tasks have the indices 0 to 3. To list them:\n  scripts/job {array.job}\n" in refusal(
+    assert f"has no task 4. The highest index of its tasks is 3. To list them:\n  scripts/job {array.job}\n" in refusal(
         f"{array.job}_4"
     )
 

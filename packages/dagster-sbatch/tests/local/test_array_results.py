@@ -95,7 +95,7 @@ def test_a_process_that_cannot_be_started_is_the_failure_of_its_task(
     monkeypatch.setattr(local_run, "LocalProcess", start)
     asset = ArrayAsset(tmp_path, "pipes.report_asset_materialization()", JobArray(max_running_tasks=1))
     outcome = asset.run(FIRST, LAST)
-    assert "1 of 3 tasks failed. The 2 partitions of the other tasks are materialized." in outcome.error
+    assert "1 of 3 tasks failed. The other tasks have materialized 2 partitions." in outcome.error
     assert f"(2013-01-02): its process could not be started: [Errno {errno.EAGAIN}]" in outcome.error
     assert sorted(map(str, outcome.once)) == [FIRST, LAST]
 

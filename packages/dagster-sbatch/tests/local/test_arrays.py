@@ -142,7 +142,7 @@ def test_the_other_partitions_are_materialized_and_only_the_failed_task_runs_aga
     assert not first.success
     others = [key for key in KEYS if key != "2013-01-07"]
     assert sorted_keys(first) == others
-    assert "1 of 12 tasks failed. The 11 partitions of the other tasks are materialized." in first.error
+    assert "1 of 12 tasks failed. The other tasks have materialized 11 partitions." in first.error
     assert "1 task (2013-01-07): workload.py raised ValueError: no weather on 2013-01-07" in first.error
     assert "begin with [2013-01-07]" in first.error
     assert "this is why" in first.error
@@ -164,7 +164,7 @@ def test_the_retry_of_dagster_in_the_same_run_runs_only_the_failed_task(tmp_path
     asset = ArrayAsset(tmp_path, workload, JobArray(max_running_tasks=2), retry_policy=dg.RetryPolicy(1))
     outcome = asset.run(FIRST, LAST)
     assert outcome.error == ""
-    assert "11 partitions are done already. Their tasks are not run again." in outcome.log
+    assert "This run skips 11 partitions that earlier runs have completed." in outcome.log
 
 
 def test_failures_are_grouped_by_cause(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_failures_are_grouped_by_cause(tmp_path: Path) -> None:
     pipes.report_asset_materialization()
     """
     outcome = ArrayAsset(tmp_path, workload, JobArray()).run(FIRST, LAST)
-    assert "5 of 12 tasks failed. The 7 partitions of the other tasks are materialized." in outcome.error
+    assert "5 of 12 tasks failed. The other tasks have materialized 7 partitions." in outcome.error
     first, *others = outcome.error.split("\n\n")[1:]
     assert first.startswith("3 tasks (2013-01-02, 2013-01-03, 2013-01-04): ")
     assert "raised ValueError: no weather on 2013-01-0" in first

@@ -131,7 +131,7 @@ def test_a_server_retires_when_something_that_it_has_imported_changes(
     (runs.reports / "go").touch()
     runs.wait(old)
     wait_for(lambda: len(runs.servers()) == 1, 60, "the old server has ended")
-    assert f"retires: {customize} has changed; 1 runs left" in runs.log
+    assert f"retires: {customize} has changed; runs left: 1" in runs.log
 
 
 def test_other_variables_have_another_server(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

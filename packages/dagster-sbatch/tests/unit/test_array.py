@@ -100,7 +100,7 @@ def test_a_hundred_thousand_tasks_are_refused_with_what_to_write() -> None:
             JobArray(max_running_tasks=99),
             None,
             {"nodes": 2, "qos": "dev_zen4_0768", "time_limit": "10"},
-            "max_running_tasks=99 with nodes=2 needs more than the 2 nodes that QoS dev_zen4_0768 gives a user. "
+            "max_running_tasks=99 with nodes=2 needs more than 2 nodes, the limit of QoS dev_zen4_0768 per user. "
             "Write JobArray(max_running_tasks=1).",
         ),
     ],

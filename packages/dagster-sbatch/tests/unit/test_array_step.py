@@ -83,7 +83,7 @@ def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pyt
     found = [record.event_log_entry.asset_materialization for record in records]
     assert [each.partition for each in found if each] == [*KEYS[:10], *KEYS[11:]]
     (failure,) = result.get_step_failure_events()
-    assert "1 of 20 tasks failed. The 19 partitions of the other tasks are materialized" in str(failure)
+    assert "1 of 20 tasks failed. The other tasks have materialized 19 partitions." in str(failure)
     assert "1 task (010): it ran out of memory on n1, and the system killed some of its processes" in str(failure)
 
 

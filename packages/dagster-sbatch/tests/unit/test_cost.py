@@ -119,7 +119,7 @@ def test_the_preview_shows_the_refusal_and_asks_slurm_nothing(
     out, err = capsys.readouterr()
     assert "5.00 GPU-hours for all 5 tasks" in out
     assert "#SBATCH --array=0-4" in out
-    assert err.startswith("sweep: This call of compute.run could cost 5 GPU-hours (5 tasks x 1 node x 1 GPUs x ")
+    assert err.startswith("sweep: This call of compute.run could cost 5 GPU-hours (5 tasks x 1 node x 1 GPU x ")
     (shown,) = preview_asset(definitions, "sweep")
     no_gateway: Any = None
     assert try_script(no_gateway, shown, Projects({}, default="p1")) == (False, shown.refusal)

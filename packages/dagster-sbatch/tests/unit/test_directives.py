@@ -102,8 +102,8 @@ def test_a_script_that_says_the_same_as_the_asset_has_no_notes() -> None:
         ("--mem=1G --mem-per-cpu=2G", "--mem=1G and --mem-per-cpu=2G exclude each other. Remove one"),
         ("--mem=1G --mem-per-gpu=2G", "--mem=1G and --mem-per-gpu=2G exclude each other"),
         ("--gres=gpu:2 --gpus-per-node=4", "--gres=gpu:2 and --gpus-per-node=4 request different numbers of GPUs"),
-        ("-N 2 -n 8 --ntasks-per-node=2", "--ntasks=8 contradicts --ntasks-per-node=2: with it, 2 nodes have 4 tasks"),
-        ("-n 7 --ntasks-per-node=4", "--ntasks=7 contradicts --ntasks-per-node=4: with it, 2 nodes have 8 tasks"),
+        ("-N 2 -n 8 --ntasks-per-node=2", "--ntasks=8 contradicts --ntasks-per-node=2: with it, 2 nodes can have 4"),
+        ("-n 7 --ntasks-per-node=4", "--ntasks=7 contradicts --ntasks-per-node=4: with it, 2 nodes can have 8 tasks"),
     ],
 )
 def test_what_no_job_of_an_asset_can_have(line: str, text: str) -> None:

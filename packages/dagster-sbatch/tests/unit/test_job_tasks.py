@@ -76,7 +76,7 @@ def test_the_logs_of_an_array_are_the_last_lines_of_failed_tasks(capsys: pytest.
     show_array_logs(runs, run(), follow=False)
     said = capsys.readouterr().out
     assert "== task 17_1 (day-1): FAILED 7:0; the end of its stderr:\nline 1\n" in said
-    assert f"== {8 - MOST_LOGS} more tasks have failed; to list them:\n  scripts/job 17\n" in said
+    assert f"== {8 - MOST_LOGS} more tasks failed; to list them:\n  scripts/job 17\n" in said
     assert said.endswith("To see all output of one task:\n  scripts/job 17_1 logs\n")
 
 
@@ -84,7 +84,7 @@ def test_the_logs_of_an_array_without_failed_tasks_say_how_to_name_one(capsys: p
     runs: Any = ManyRuns(10, {}, started=1)
     show_array_logs(runs, run(), follow=False)
     assert capsys.readouterr().out == (
-        "Job 17 is an array job, and none of its 10 tasks has failed.\n"
+        "Job 17 is an array job, and none of its tasks has failed.\n"
         "To see all output of one task:\n  scripts/job 17_0 logs\n"
     )
     with pytest.raises(ConfigurationError, match="scripts/job 17_0 logs --follow"):
@@ -93,7 +93,7 @@ def test_the_logs_of_an_array_without_failed_tasks_say_how_to_name_one(capsys: p
 
 def test_a_task_that_does_not_exist_says_which_do() -> None:
     runs: Any = ManyRuns(10, {}, started=1)
-    with pytest.raises(ConfigurationError, match=r"has no task 10\. Its 10 tasks have the indices 0 to 9"):
+    with pytest.raises(ConfigurationError, match=r"has no task 10\. The highest index of its tasks is 9"):
         open_task(runs, run(), 10)
     with pytest.raises(ConfigurationError, match=r"not an array job, so it has no tasks\. .*:\n  scripts/job 17$"):
         open_task(runs, run(array=False), 0)

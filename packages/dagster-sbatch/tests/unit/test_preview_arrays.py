@@ -141,7 +141,7 @@ def test_slurm_is_asked_about_the_first_array_job_within_its_limits() -> None:
 def test_more_running_tasks_than_submitted_jobs_are_refused_before_slurm_is_asked() -> None:
     accepted, said, options = ask(preview("monthly", "2013-01", "2013-12"), Limits(1001, 3))
     assert (accepted, options) == (False, [])
-    assert said.startswith("max_running_tasks=4 is more than the 3 jobs that you may have submitted at once")
+    assert said.startswith("max_running_tasks=4 is more than you may have submitted at once: 3 jobs")
 
 
 @pytest.mark.parametrize("text", ["2013-01", "2013-01..2013-02", "...2013-02", "2013-01..."])

@@ -93,6 +93,9 @@ def test_the_use_names_the_most_and_the_partitions_where_they_differ() -> None:
         "The last 2 jobs of this size used at most 00:15:00 of 02:00:00, 9.0 of 64.0 GiB per node "
         "(2013-07; least: 2.0 in 2013-01), 12% of 4 CPUs."
     )
+    found = proposal({"gpus_per_node": 1, "cpus_per_task": 1}, cpu_efficiency=0.5, gpu_utilization=0.9)
+    assert found
+    assert found.used.endswith("50% of 1 CPU, 90% of 1 GPU.")
     found = proposal({}, memory=1024)
     assert found
     assert found.used == "The last job of this size used at most 00:16:40 of 01:00:00, 1.0 GiB per node."

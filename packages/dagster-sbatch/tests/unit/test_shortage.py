@@ -44,13 +44,13 @@ def find(found: Usage, tasks: int = 1, **fields: Any) -> tuple[str | None, list[
 def test_what_waits_and_runs_is_subtracted_and_the_refusal_has_the_numbers() -> None:
     assert find(usage()) == (None, [])  # 10 - 4 - 1 - 1: just enough
     assert find(usage(), time_limit="04:01:00") == (
-        "This call of compute.run could cost 4.016667 GPU-hours (1 node x 1 GPUs x 04:01:00). Project p1 has 4 free: "
+        "This call of compute.run could cost 4.016667 GPU-hours (1 node x 1 GPU x 04:01:00). Project p1 has 4 free: "
         "of 10 GPU-hours (GrpTRESMins of p1), 4 are used, and jobs that run and wait may use 1 and 1. "
         "SLURM_KEEP_WITHIN_BUDGET is set, so nothing is submitted. Request less, wait until other jobs have ended, or "
         "charge another project (account=...)",
         [],
     )
-    assert "could cost 8 GPU-hours (2 tasks x 1 node x 1 GPUs x 04:00:00). Project" in str(find(usage(), 2)[0])
+    assert "could cost 8 GPU-hours (2 tasks x 1 node x 1 GPU x 04:00:00). Project" in str(find(usage(), 2)[0])
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_the_preview_refuses_what_a_run_would_refuse() -> None:
     (shown,) = preview_asset(dg.Definitions([trains], resources={"compute": ComputeResource.of(PROJECT)}), "trains")
     slurm: Any = None  # it is not asked
     accepted, said = try_script(slurm, shown, Projects({}, default="p1"), usage())
-    assert (accepted, "could cost 5 GPU-hours (1 node x 1 GPUs x 05:00:00). Project p1 has 4 free" in said) == (
+    assert (accepted, "could cost 5 GPU-hours (1 node x 1 GPU x 05:00:00). Project p1 has 4 free" in said) == (
         False,
         True,
     )

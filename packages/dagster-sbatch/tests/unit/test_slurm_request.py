@@ -6,7 +6,7 @@ import pytest
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm import SlurmRequest
-from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory, parse_time
+from dagster_sbatch.slurm.units import count_of, format_memory, format_time, parse_memory, parse_time
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,10 @@ def test_other_times_are_refused(text: str) -> None:
 def test_memory_is_that_of_sbatch(text: str, kib: int) -> None:
     assert parse_memory(text) == kib
     assert parse_memory(format_memory(kib)) == kib
+
+
+def test_a_noun_is_that_of_its_number() -> None:
+    assert [count_of(number, "GPU") for number in (0, 1, 2)] == ["0 GPUs", "1 GPU", "2 GPUs"]
 
 
 @pytest.mark.parametrize("text", ["64GB", "00", "1.5G", "-1G", "64 G", "G"])

@@ -13,6 +13,7 @@ from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of,
 from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.inspect.diagnosis import Finding, examine
 from dagster_sbatch.project import Project
+from dagster_sbatch.slurm.units import count_of
 
 DESCRIPTION = """\
 Check everything between your settings and a job on the supercomputer: settings, Dagster's home, credentials,
@@ -93,4 +94,4 @@ def conclusion(findings: list[Finding]) -> str:
     if first:
         return f"first thing to fix: {first.name}"
     warnings = sum(finding.state == "warning" for finding in findings)
-    return f"ready, with {warnings} warning{'s' if warnings > 1 else ''}" if warnings else "ready"
+    return f"ready, with {count_of(warnings, 'warning')}" if warnings else "ready"

@@ -11,6 +11,7 @@ from rich.table import Table
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.array_tasks import ORDER, TaskList, TaskRecord, count_tasks
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
+from dagster_sbatch.slurm.units import count_of
 
 MOST_ROWS = 30
 """Of a table of tasks. A longer one has the failed tasks first, then the running ones, and numbers of the others."""
@@ -85,7 +86,7 @@ def show_array(runs: Runs, run: RunRecord) -> None:
     counts: Mapping[str, int] = Counter(task.kind for task in every)
     shown = every if len(every) <= MOST_ROWS else _first(every)
     show_tasks(tasks, tasks.records(task.index for task in shown))
-    print(f"{len(every)} tasks: {count_tasks(counts)}")
+    print(f"{count_of(len(every), 'task')}: {count_tasks(counts)}")
     print(f"To see one of them:\n  scripts/job {run.job}_{shown[0].index if shown else 0}")
 
 
@@ -124,7 +125,7 @@ def show_array_logs(runs: Runs, run: RunRecord, follow: bool) -> None:
         print(f"== task {run.job}_{task.index} ({task.name}): {task.state} {task.exit}; the end of its stderr:")
         print(task.stderr.rstrip() or "(empty)")
     if len(failed) > MOST_LOGS:
-        print(f"== {len(failed) - MOST_LOGS} more tasks have failed; to list them:\n  scripts/job {run.job}")
+        print(f"== {count_of(len(failed) - MOST_LOGS, 'more task')} failed; to list them:\n  scripts/job {run.job}")
     if not failed:
-        print(f"Job {run.job} is an array job, and none of its {len(tasks)} tasks has failed.")
+        print(f"Job {run.job} is an array job, and none of its tasks has failed.")
     print(f"To see all output of one task:\n  scripts/job {run.job}_{failed[0] if failed else 0} logs")

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, time, timedelta
 from dagster_sbatch.costs.hours import add, hours_at_most, hours_used, show_number
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import GPU, Allocation, Queued, Share, Usage
+from dagster_sbatch.slurm.units import count_of
 
 UNITS = {GPU: "GPU-hours", "node": "node-hours", "cpu": "CPU-hours"}
 """By resource of Slurm; that of another is `<resource>-hours`."""
@@ -113,7 +114,7 @@ def describe(usage: Usage, budget: Budget) -> str:
     """Return what is left of a budget, what may still use it, and how long it lasts: three lines for people."""
     pace, days = pace_of(usage, budget), days_left(usage, budget)
     whose = f", your own jobs in {budget.project} only" if budget.user else ""
-    lasts = "" if days is None or math.isinf(days) else f": it lasts {days:.0f} days"
+    lasts = "" if days is None or math.isinf(days) else f": it lasts {count_of(round(days), 'day')}"
     return (
         f"{budget.project}: {show_number(budget.left)} of {show_number(budget.limit)} {budget.unit} are left "
         f"({budget.source}{whose}).\n"

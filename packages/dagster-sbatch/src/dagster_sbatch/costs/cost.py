@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation
-from dagster_sbatch.slurm.units import format_time
+from dagster_sbatch.slurm.units import count_of, format_time
 
 MINUTE = 60
 """Slurm rounds time limits up to whole minutes (man sbatch, --time)."""
@@ -64,9 +64,9 @@ def explain_excess(allocation: Allocation, tasks: int, settings: Settings) -> st
 def describe_cost(allocation: Allocation, tasks: int, *, gpus: bool) -> str:
     """Return what a call could cost, with its factors, as the beginning of a sentence; `gpus`: in GPU-hours."""
     request, cost = allocation.request, highest_cost(allocation, tasks)
-    factors = [f"{tasks} tasks"] if tasks > 1 else []
-    factors.append(f"{request.nodes} node{'s' if request.nodes > 1 else ''}")
-    factors += [f"{_gpus_per_node(allocation)} GPUs"] if gpus else []
+    factors = [count_of(tasks, "task")] if tasks > 1 else []
+    factors.append(count_of(request.nodes, "node"))
+    factors += [count_of(_gpus_per_node(allocation), "GPU")] if gpus else []
     product = " x ".join([*factors, format_time(request.time_limit)])
     hours, unit = (cost.gpu_hours, "GPU-hours") if gpus else (cost.node_hours, "node-hours")
     return f"This call of compute.run could cost {show_hours(hours)} {unit} ({product})"

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from dagster_sbatch.slurm import Allocation, SlurmRequest
-from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
+from dagster_sbatch.slurm.units import count_of, format_memory, format_time, parse_memory
 
 TIME_MARGIN, MARGIN = 1.5, 1.25
 """Of the proposed time, and of everything else, to the most that a job has used."""
@@ -231,8 +231,8 @@ def _describe(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use])
             lambda use: use.memory and use.memory * planned.ntasks_per_node,
             lambda most: f"{most / 1024:.1f}{of} GiB per node",
         ),
-        _part(uses, lambda use: use.cpu_efficiency, lambda most: f"{most:.0%} of {cpus} CPUs"),
-        _part(uses, lambda use: use.gpu_utilization, lambda most: f"{most:.0%} of {gpus} GPUs"),
+        _part(uses, lambda use: use.cpu_efficiency, lambda most: f"{most:.0%} of {count_of(cpus, 'CPU')}"),
+        _part(uses, lambda use: use.gpu_utilization, lambda most: f"{most:.0%} of {count_of(gpus, 'GPU')}"),
         _part(uses, lambda use: use.gpu_memory, lambda most: f"{most / 1024:.1f} GiB of a GPU's memory"),
     ]
     jobs = "job" if len(uses) == 1 else f"{len(uses)} jobs"

@@ -83,7 +83,7 @@ class TaskList:
         """
         if index >= len(self):
             raise ConfigurationError(
-                f"Slurm job {self.run.job} has no task {index}. Its {len(self)} tasks have the indices 0 to "
+                f"Slurm job {self.run.job} has no task {index}. The highest index of its tasks is "
                 f"{len(self) - 1}. To list them:\n  scripts/job {self.run.job}"
             )
         return self.records([index])[0]

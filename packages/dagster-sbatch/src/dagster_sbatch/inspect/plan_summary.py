@@ -9,7 +9,7 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Retries
 from dagster_sbatch.slurm.gateway import Limits
-from dagster_sbatch.slurm.units import format_time
+from dagster_sbatch.slurm.units import count_of, format_time
 
 ANY_LIMITS = Limits(None, None)
 """Of a site that is not asked."""
@@ -87,8 +87,7 @@ def count_array_jobs(plan: Plan, limits: Limits) -> str:
     batches, number, queued = divide(plan, limits), 0, 0
     while batches and (taken := batches.take((), queued)[0]):
         number, queued = number + 1, queued + len(taken)
-    tasks = f"{len(plan.tasks)} task{'s' if len(plan.tasks) > 1 else ''}"
-    return f"{tasks} in {number} array job{'s' if number > 1 else ''}"
+    return f"{count_of(len(plan.tasks), 'task')} in {count_of(number, 'array job')}"
 
 
 def divide(plan: Plan, limits: Limits) -> Batches | None:
@@ -102,8 +101,10 @@ def divide(plan: Plan, limits: Limits) -> Batches | None:
 
 def name_limits(limits: Limits) -> str:
     """Return what Slurm accepts, as text."""
-    array = f"{limits.array} tasks per array job" if limits.array else "no known number of tasks per array job"
-    submit = f"{limits.submit} submitted jobs at once" if limits.submit else "any number of submitted jobs"
+    array = (
+        f"{count_of(limits.array, 'task')} per array job" if limits.array else "no known number of tasks per array job"
+    )
+    submit = f"{count_of(limits.submit, 'submitted job')} at once" if limits.submit else "any number of submitted jobs"
     return f"Slurm accepts {array} and {submit}"
 
 
@@ -112,7 +113,6 @@ def _summarise_nodes(plan: Plan) -> dict[str, str]:
     request, node = plan.allocation.request, plan.allocation.partition
     cores = (request.cpus_per_task or 1) * request.ntasks_per_node
     mem = request.mem or (f"{request.mem_per_cpu} per core" if request.mem_per_cpu else "Slurm's default")
-    of = {name: f" of {value}" for name, value in node} if node else {"cores": "", "gpus": "", "mem": ""}
     if request.exclusive:
         shared = "not shared: `exclusive` reserves them whole"
     elif node and cores == node.cores:
@@ -122,16 +122,22 @@ def _summarise_nodes(plan: Plan) -> dict[str, str]:
     tasks = f", {request.ntasks_per_node} tasks per node" if request.ntasks_per_node > 1 else ""
     return {
         "nodes": f"{request.nodes}{tasks}; {shared}",
-        "per node": f"{cores}{of['cores']} cores, {request.gpus_per_node}{of['gpus']} GPUs, "
-        f"memory {'all' if mem == '0' else mem}{of['mem']}",
+        "per node": f"{_part_of(cores, node and node.cores, 'core')}, "
+        f"{_part_of(request.gpus_per_node, node and node.gpus, 'GPU')}, "
+        f"memory {'all' if mem == '0' else mem}{f' of {node.mem}' if node else ''}",
     }
+
+
+def _part_of(number: int, total: int | None, noun: str) -> str:
+    """Return a number of things, of how many if that is known."""
+    return count_of(number, noun) if total is None else f"{number} of {count_of(total, noun)}"
 
 
 def _summarise_cost(plan: Plan) -> str:
     allocation, number = plan.allocation, len(plan.tasks) or 1
     cost = highest_cost(allocation, number)
     text = f"at most {_hours(cost.node_hours)} node-hours and {_hours(cost.gpu_hours)} GPU-hours"
-    if plan.array:
+    if number > 1:
         text += f" for all {number} tasks"
     if allocation.share < 1:
         text += f"; {_hours(cost.node_hours * allocation.share)} node-hours where shares of a node are charged"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm.gateway import Limits
+from dagster_sbatch.slurm.units import count_of
 
 USUAL_LIMIT = 1000
 """Tasks of an array job where Slurm does not tell its limit (MaxArraySize is 1001 by default)."""
@@ -28,8 +29,8 @@ class Batches:
         submit = limits.submit
         if max_running and submit and max_running > submit:
             raise ConfigurationError(
-                f"max_running_tasks={max_running} is more than the {submit} jobs that you may have submitted at once; "
-                f"a task counts as a job. Write JobArray(max_running_tasks={submit})."
+                f"max_running_tasks={max_running} is more than you may have submitted at once: "
+                f"{count_of(submit, 'job')}. A task counts as a job. Write JobArray(max_running_tasks={submit})."
             )
         self._left = list(tasks)
         self._limits, self._max_running = limits, max_running

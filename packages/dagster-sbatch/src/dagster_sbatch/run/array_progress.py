@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from dagster_sbatch.slurm.units import count_of
+
 FIRST_PAUSE, LONGEST_PAUSE = 10.0, 300.0
 """Seconds between two lines: short at first, longer while the array runs. Nothing is logged while nothing changes."""
 
@@ -58,7 +60,8 @@ class ArrayProgress:
         started -= min(started, self.requeued)
         running = started if self.running is None else min(started, self.running)
         waiting = self._total - self.done - self.failed - started
-        text = f"{self._total} tasks: {self.done} done, {running} running, {waiting} waiting, {self.failed} failed"
+        tasks = count_of(self._total, "task")
+        text = f"{tasks}: {self.done} done, {running} running, {waiting} waiting, {self.failed} failed"
         if started > running:
             text += f", {started - running} ended (Slurm has not confirmed it yet)"
         if text != self._shown:

@@ -33,6 +33,7 @@ from dagster_sbatch.run.task_results import TaskResult, read_result
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import MESSAGES
 from dagster_sbatch.slurm.outcome import explain_stderr
+from dagster_sbatch.slurm.units import count_of
 
 DATA_VERSION_TAG = "dagster/data_version"
 """Tag of a materialization from which Dagster reads its data version."""
@@ -99,7 +100,8 @@ class ArrayStep:
             definition = self._step.assets_def.partitions_def if self._step.has_assets_def else None
             self.contexts = TaskContexts(session.context_document.text, definition, self.tasks)
             if self._done:
-                self._log.info(f"{len(self._done)} partitions are done already. Their tasks are not run again.")
+                completed = count_of(len(self._done), "partition")
+                self._log.info(f"This run skips {completed} that earlier runs have completed.")
             try:
                 with self._progress.shown():
                     yield session
@@ -303,10 +305,10 @@ class ArrayStep:
     def _failure(self) -> dg.Failure:
         number, total = len(self._failures), len(self.tasks)
         kept = [self.tasks[index] for index in self._results if self.tasks[index].partitions]
-        head = f"{number} of {total} tasks failed."
+        head = f"{number} of {count_of(total, 'task')} failed."
         if self._stores_early and (kept or self._done):
             stored = sum(len(task.partitions) for task in kept) + len(self._done)
-            head += f" The {stored} partitions of the other tasks are materialized.{_AGAIN}"
+            head += f" The other tasks have materialized {count_of(stored, 'partition')}.{_AGAIN}"
         return failure(
             self._name, f"{head}\n\n{self._failures.describe()}", **self._failures.metadata(), **self._attempts()
         )
@@ -317,5 +319,5 @@ class ArrayStep:
     def _log_repeated(self) -> None:
         repeated = sorted(self._warnings.repeated.items(), key=lambda item: -item[1])
         if repeated:
-            lines = [f"{count} more times: {text}" for text, count in repeated[:MOST_REPEATED]]
+            lines = [f"{count_of(count, 'more time')}: {text}" for text, count in repeated[:MOST_REPEATED]]
             self._log.warning("Warnings that several tasks have written are shown once:\n" + "\n".join(lines))

@@ -17,6 +17,7 @@ from dagster_sbatch.run.workload import Workload, read_workload
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation, Site, SlurmRequest, allocate
 from dagster_sbatch.slurm.next_request import check_retries
+from dagster_sbatch.slurm.units import count_of
 
 LONGEST_VARIABLE = 128 << 10
 """Bytes that Linux takes as one variable, with its name (MAX_ARG_STRLEN of execve(2))."""
@@ -167,8 +168,9 @@ def _check_running_tasks(array: JobArray, request: SlurmRequest, site: Site) -> 
     shared = request.nodes == 1 and not request.exclusive
     if limit and not shared and (array.max_running_tasks or 0) * request.nodes > limit:
         raise ConfigurationError(
-            f"max_running_tasks={array.max_running_tasks} with nodes={request.nodes} needs more than the {limit} nodes "
-            f"that QoS {request.qos} gives a user. Write JobArray(max_running_tasks={max(1, limit // request.nodes)})."
+            f"max_running_tasks={array.max_running_tasks} with nodes={request.nodes} needs more than "
+            f"{count_of(limit, 'node')}, the limit of QoS {request.qos} per user. "
+            f"Write JobArray(max_running_tasks={max(1, limit // request.nodes)})."
         )
 
 

@@ -43,6 +43,7 @@ from dagster_sbatch.slurm.gateway import (
 from dagster_sbatch.slurm.next_request import Next, next_request
 from dagster_sbatch.slurm.outcome import Outcome, find_fault, judge
 from dagster_sbatch.slurm.retries import Fault
+from dagster_sbatch.slurm.units import count_of
 from dagster_sbatch.slurm.waiting import advise
 
 MOST_REPEATED = 8
@@ -233,7 +234,7 @@ class RemoteArray(RemoteStep, Arrays):
         if self._submitting == run:
             self._submitting = None
         self._register_job(run, submitted.job)
-        self._log.info(f"job {submitted.job} ({submitted.how}) with {len(array_job.tasks)} tasks in {run}")
+        self._log.info(f"job {submitted.job} ({submitted.how}) with {count_of(len(array_job.tasks), 'task')} in {run}")
 
     def refused(self, run: str, text: str) -> None:  # noqa: D102 - see Arrays
         tasks = self._jobs_by_run.pop(run).tasks.values()
@@ -248,7 +249,8 @@ class RemoteArray(RemoteStep, Arrays):
 
     def waiting(self, run: str, text: str) -> None:  # noqa: D102 - see Arrays
         number = len(self._jobs_by_run[run].tasks) + len(self._batches.left)
-        self._log.info(f"Slurm has no room for {number} more tasks yet ({text}). They are submitted when it has.")
+        what, they = count_of(number, "more task"), "It is" if number == 1 else "They are"
+        self._log.info(f"Slurm has no room for {what} yet ({text}). {they} submitted when it has.")
 
     def state(self, run: str, state: ArrayState) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run[run]
@@ -326,7 +328,8 @@ class RemoteArray(RemoteStep, Arrays):
         array_job = self._jobs_by_run.pop(run)
         del self._runs[run]
         if short := sum(bool(end.short) for end in array_job.ends.values()):
-            self._log.warning(f"Not all output of {short} tasks of job {array_job.job} arrived. It is in {run}/tasks.")
+            tasks = f"{count_of(short, 'task')} of job {array_job.job}"
+            self._log.warning(f"Not all output of {tasks} arrived. It is in {run}/tasks.")
         for task, found in rows.items():
             if task in array_job.ends:
                 end = replace(array_job.ends[task], rows=found)

@@ -7,6 +7,7 @@ from typing import Any
 
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.array_results import table
+from dagster_sbatch.slurm.units import count_of
 
 MOST_CAUSES, MOST_NAMES = 10, 12
 """Causes that a failure describes, and names of tasks that it shows for each. Its metadata has more."""
@@ -60,7 +61,8 @@ class TaskFailures:
         parts = [_describe(cause) for cause in causes[:MOST_CAUSES]]
         left = causes[MOST_CAUSES:]
         if left:
-            parts.append(f"{sum(len(cause.tasks) for cause in left)} tasks failed for {len(left)} other causes.")
+            number = sum(len(cause.tasks) for cause in left)
+            parts.append(f"{count_of(number, 'task')} failed for {count_of(len(left), 'other cause')}.")
         return "\n\n".join(parts)
 
     def metadata(self) -> Mapping[str, Any]:
@@ -76,7 +78,7 @@ class TaskFailures:
 def _describe(cause: Cause) -> str:
     tasks = [cause.tasks[index] for index in sorted(cause.tasks)]
     names, number = list_names([task.label for task, _, _ in tasks]), len(tasks)
-    text = f"{number} task{'s' if number > 1 else ''} ({names}): {cause.text}\nLogs: {tasks[0][2]}"
+    text = f"{count_of(number, 'task')} ({names}): {cause.text}\nLogs: {tasks[0][2]}"
     return text + (f"\nLast lines of stderr of {cause.first}:\n{cause.stderr}" if cause.stderr else "")
 
 

@@ -181,7 +181,7 @@ class Server:
             self._socket.unlink()
         self._listener.close()
         self._listener = None
-        self.log(f"retires: {why}; {len(self.runs)} runs left")
+        self.log(f"retires: {why}; runs left: {len(self.runs)}")
 
     def _owns_socket(self) -> bool:
         try:

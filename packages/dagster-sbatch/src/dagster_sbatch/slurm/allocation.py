@@ -6,7 +6,7 @@ from datetime import timedelta
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.site import Partition, Site
-from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
+from dagster_sbatch.slurm.units import count_of, format_memory, format_time, parse_memory
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,15 @@ def _size(request: SlurmRequest, name: str, partition: Partition) -> dict[str, i
     if (cpus or 1) * tasks > partition.cores:
         raise ConfigurationError(
             f"ntasks_per_node={tasks} with cpus_per_task={cpus or 1}: a node of partition {name} gives a job "
-            f"{partition.cores} CPUs. Request at most cpus_per_task={partition.cores // tasks}, or more nodes"
+            f"{count_of(partition.cores, 'CPU')}. Request at most cpus_per_task={partition.cores // tasks}, "
+            "or more nodes"
             if tasks <= partition.cores
-            else f"ntasks_per_node={tasks}: a node of partition {name} gives a job {partition.cores} CPUs. "
+            else f"ntasks_per_node={tasks}: a node of partition {name} gives a job {count_of(partition.cores, 'CPU')}. "
             "Request fewer tasks per node, or more nodes"
         )
     per_node = parse_memory(mem) if mem else parse_memory(request.mem_per_cpu or "0") * (cpus or 1) * tasks
     if per_node > parse_memory(partition.mem):
-        what = f"mem={mem}" if mem else f"mem_per_cpu={request.mem_per_cpu} for {(cpus or 1) * tasks} CPUs"
+        what = f"mem={mem}" if mem else f"mem_per_cpu={request.mem_per_cpu} for {count_of((cpus or 1) * tasks, 'CPU')}"
         raise ConfigurationError(
             f"{what}: a node of partition {name} has {partition.mem}. Request less memory per node, or more nodes"
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.slurm.request import FURTHER_OPTIONS, SlurmRequest
-from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
+from dagster_sbatch.slurm.units import count_of, format_memory, format_time, parse_memory
 
 _LETTERS = {
     "A": "account",
@@ -246,8 +246,8 @@ def _layout(values: Mapping[str, str], mine: Mapping[str, Any]) -> dict[str, Any
     tasks = per_node or (_divide("ntasks", total, nodes) if total else 1)
     if total and total != nodes * tasks and not {"nodes", "ntasks_per_node"} & mine.keys():
         raise ConfigurationError(
-            f"--ntasks={total} contradicts --ntasks-per-node={tasks}: with it, {nodes} nodes have {nodes * tasks} "
-            "tasks. Remove one of the two"
+            f"--ntasks={total} contradicts --ntasks-per-node={tasks}: with it, {count_of(nodes, 'node')} can have "
+            f"{count_of(nodes * tasks, 'task')}. Remove one of the two"
         )
     if tasks > 1:
         found["ntasks_per_node"] = tasks

@@ -1,4 +1,4 @@
-"""Slurm's notations for time and memory."""
+"""Slurm's notations for time and memory; numbers of things as text."""
 
 import re
 from datetime import timedelta
@@ -69,6 +69,11 @@ def format_memory(kib: int) -> str:
         if kib % _UNITS[unit] == 0:
             return f"{kib // _UNITS[unit]}{unit}"
     return f"{kib}K"
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with the noun that it counts: `1 GPU`, `4 GPUs`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _time(value: object) -> timedelta:

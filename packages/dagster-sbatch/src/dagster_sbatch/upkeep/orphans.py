@@ -13,6 +13,7 @@ from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.reports import ACCESS, LEFT_JOBS, REACHABLE, evaluate
 from dagster_sbatch.slurm.gateway import JobEnd, RefusedError
+from dagster_sbatch.slurm.units import count_of
 from dagster_sbatch.ssh import SshError
 from dagster_sbatch.upkeep import running_on_supercomputer
 from dagster_sbatch.upkeep.ownership import LeftJob, group_state, left_jobs, reason_to_cancel
@@ -69,7 +70,7 @@ def make_job_checks(project: Project) -> tuple[dg.AssetChecksDefinition, dg.Asse
         "what to do, and reports again when it can.",
     )
     def jobs_are_reachable() -> dg.AssetCheckResult:
-        return _ask(project, lambda runs: (True, f"{len(runs.all())} runs are there."))
+        return _ask(project, lambda runs: (True, f"The supercomputer has {count_of(len(runs.all()), 'run')}."))
 
     return jobs_are_followed, jobs_are_reachable
 
