@@ -65,9 +65,15 @@ def test_a_tick_records_numbers_and_the_check(tick: Tick, jobs: int, days: float
         lasts,
     )
     assert "p1: 70.00 of 100.00 GPU-hours are left" in str(check.description)
-    result = budget_asset.make_budget_check(PROJECT)()
-    assert isinstance(result, dg.AssetCheckResult)
-    assert result.passed is lasts
+    job = dg.Definitions(
+        assets=[budget_asset.MUSICA_BUDGET],
+        asset_checks=[budget_asset.make_budget_check(PROJECT)],
+        jobs=[dg.define_asset_job("now", dg.AssetSelection.all_asset_checks())],
+    ).resolve_job_def("now")
+    run = job.execute_in_process()
+    assert [each.passed for each in run.get_asset_check_evaluations()] == [lasts]
+    (event,) = (event for event in run.all_events if event.is_asset_observation)
+    assert event.asset_observation_data.asset_observation.metadata == observation.metadata
 
 
 def test_limits_of_a_user_and_above_a_project_have_other_names(tick: Tick) -> None:

@@ -122,8 +122,8 @@ def _summarise_nodes(plan: Plan) -> dict[str, str]:
     tasks = f", {request.ntasks_per_node} tasks per node" if request.ntasks_per_node > 1 else ""
     return {
         "nodes": f"{request.nodes}{tasks}; {shared}",
-        "per node": f"{_part_of(cores, node and node.cores, 'core')}, "
-        f"{_part_of(request.gpus_per_node, node and node.gpus, 'GPU')}, "
+        "per node": f"{_part_of(cores, node.cores if node else None, 'core')}, "
+        f"{_part_of(request.gpus_per_node, node.gpus if node else None, 'GPU')}, "
         f"memory {'all' if mem == '0' else mem}{f' of {node.mem}' if node else ''}",
     }
 

@@ -36,14 +36,17 @@ def make_budget_check(project: Project) -> dg.AssetChecksDefinition:
     @dg.asset_check(
         asset=MUSICA_BUDGET.key,
         name="budget_lasts",
-        description=f"Whether each budget lasts for {SHORTEST_DAYS} days at the pace of the last {PACE_DAYS}.",
+        description=f"Whether each budget lasts for {SHORTEST_DAYS} days at the pace of the last {PACE_DAYS}. "
+        "A run of this check asks Slurm, and records the numbers.",
     )
-    def budget_lasts() -> dg.AssetCheckResult:
+    def budget_lasts(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         try:
             usage, budgets = _ask(project)
         except NO_ACCESS as error:
             return dg.AssetCheckResult(passed=False, severity=dg.AssetCheckSeverity.WARN, description=str(error))
         passed, text = _judge(usage, budgets)
+        for observation in _observe(usage, budgets, text):
+            context.op_execution_context.log_event(observation)
         return dg.AssetCheckResult(passed=passed, description=text)
 
     return budget_lasts
@@ -68,15 +71,13 @@ def make_budget_sensor(project: Project) -> dg.SensorDefinition:
         except NO_ACCESS as error:
             return dg.SensorResult(skip_reason=str(error))
         passed, text = _judge(usage, budgets)
-        events: list[Any] = []
-        if budgets:
-            numbers = _numbers(usage, budgets)
-            events = [
-                dg.AssetObservation(MUSICA_BUDGET.key, description=text, metadata=numbers),
+        events: list[Any] = _observe(usage, budgets, text)
+        if events:
+            events.append(
                 dg.AssetCheckEvaluation(
                     asset_key=MUSICA_BUDGET.key, check_name="budget_lasts", passed=passed, description=text, metadata={}
-                ),
-            ]
+                )
+            )
         return dg.SensorResult(skip_reason="\n".join([text, *usage.trouble]), asset_events=events)
 
     return observe_budget
@@ -97,6 +98,13 @@ def _judge(usage: Usage, budgets: Sequence[Budget]) -> tuple[bool, str]:
     days = [days_left(usage, budget) for budget in budgets]
     passed = all(each is None or each >= SHORTEST_DAYS for each in days)
     return passed, "\n".join(describe(usage, budget) for budget in budgets).replace("\n", "  \n")
+
+
+def _observe(usage: Usage, budgets: Sequence[Budget], text: str) -> list[dg.AssetObservation]:
+    """Return the observation of `musica_budget`; none without a budget."""
+    if not budgets:
+        return []
+    return [dg.AssetObservation(MUSICA_BUDGET.key, description=text, metadata=_numbers(usage, budgets))]
 
 
 def _numbers(usage: Usage, budgets: Sequence[Budget]) -> dict[str, float]:
