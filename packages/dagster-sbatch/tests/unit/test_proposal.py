@@ -15,6 +15,7 @@ from dagster_sbatch.run.past_use import past_uses, proposal_metadata
 from dagster_sbatch.slurm import SlurmRequest, allocate
 from dagster_sbatch.slurm.accounting import count
 from dagster_sbatch.slurm.gateway import JobEnd, Projects
+from dagster_sbatch.slurm.next_request import check_retries
 from resources import PROJECT
 
 SITE = PROJECT.load_site("musica")
@@ -52,7 +53,20 @@ BUSY = {"gpu_utilization": 0.31, "cpu_efficiency": 0.1, "memory": 9000}
          'SlurmRequest(ntasks_per_node=4, mem="45G")'),
         ({"mem_per_cpu": "8G", "cpus_per_task": 2}, {"seconds": 3000, "memory": 1024},
          'SlurmRequest(cpus_per_task=2, mem="2G")'),
+        ({"mem": "64G", "ntasks_per_node": 4}, {"seconds": 3000, "memory": 9 * 1024, "sampled": True},
+         'SlurmRequest(ntasks_per_node=4, mem="12G")'),
         ({"exclusive": True, "mem": "64G"}, {"seconds": 3000, "memory": 1024}, ""),
+        # more, where a job succeeded at a later attempt; the limits of the retries stay above it, or go
+        ({"mem": "16G", "retries": {"max_mem": "64G"}}, {"seconds": 3000, "memory": 20 * 1024},
+         'SlurmRequest(mem="25G", retries=Retries(max_mem="64G"))'),
+        ({"mem": "16G", "retries": {"max_mem": "24G"}}, {"seconds": 3000, "memory": 20 * 1024},
+         'SlurmRequest(mem="24G")'),
+        ({"mem": "16G"}, {"seconds": 3000, "memory": 15 * 1024}, ""),
+        ({"mem_per_cpu": "1G", "cpus_per_task": 8, "retries": {"max_mem": "4G"}}, {"seconds": 3000, "memory": 9 * 1024},
+         'SlurmRequest(cpus_per_task=8, mem="12G", retries=Retries(max_mem="32G"))'),
+        ({"time_limit": "00:30:00", "mem": "4G", "retries": {"max_time_limit": "01:30:00"}}, {"seconds": 2900},
+         'SlurmRequest(mem="4G", time_limit="01:15:00", retries=Retries(max_time_limit="01:30:00"))'),
+        ({"retries": {"max_time_limit": "01:30:00"}}, {"seconds": 4000}, 'SlurmRequest(time_limit="01:30:00")'),
         ({}, {"seconds": 3000, "memory": 1024}, ""),  # Slurm decides: nobody knows what it gave
         # CPUs, with the memory that must not shrink with them, and the time that the job may take longer
         ({"cpus_per_task": 16, "mem": "4G", "time_limit": "02:00:00"}, {"cpu_efficiency": 0.1, "seconds": 1000},
@@ -79,6 +93,8 @@ def test_a_proposal_contains_its_margin(fields: dict[str, Any], numbers: dict[st
     found = proposal(fields, **numbers)
     assert found
     assert found.code == code
+    if found.request:
+        check_retries(allocate(found.request, SITE).request)
     assert (found.request is None) is (not code)
 
 
@@ -176,10 +192,12 @@ def test_the_history_of_an_asset_becomes_a_proposal_in_the_preview_and_in_the_me
         found = proposal_metadata(step, shown.plan, own)["proposal"].md_str
         assert proposal_metadata(step, shown.plan, []) == {}
         assert proposal_metadata(step, shown.plan, [Use(CPU, "", 1, 0, 1, 9)]) == {}  # too short to read the history
-    assert (before.smaller, "used" in before.summary) == (None, False)
+    assert (before.proposed, "used" in before.summary) == (None, False)
     code = 'SlurmRequest(mem="12G", time_limit="00:35:00")'
     assert shown.summary["used"].startswith("The last 3 jobs of this size used at most 00:22:10 of 02:00:00, 9.0 of 64")
-    assert shown.summary["enough"].startswith(f"{code}\nIt has 50% more time, and 25% more of everything else, ")
+    assert shown.summary["enough"].startswith(
+        f"{code}\nIts changes leave 50% more time, and 25% more of everything else, "
+    )
     assert code in found
     assert "The last 4 jobs" in found
     accepted, said = try_script(slurm, shown, Projects({}, default="p1"))

@@ -28,7 +28,7 @@ from dagster_sbatch.project import Project
 
 DESCRIPTION = """\
 Show what an asset would submit to Slurm: where it would run, what it requests of each node, which project is charged,
-the highest possible cost, whether a limit per run refuses it, what earlier runs have used, a smaller request that would
+the highest possible cost, whether a limit per run refuses it, what earlier runs have used, a request that would
 be enough, and the batch script. It submits nothing, and opens no connection without --test-only.
 
 It runs the asset's own code on this machine up to the call of compute.run, in a temporary Dagster instance, with the
@@ -61,7 +61,7 @@ def main(project: Project, definitions: dg.Definitions) -> int:
     parser.add_argument(
         "--test-only",
         action="store_true",
-        help="ask Slurm when the job could start (and when with the smaller request), or why it would refuse it, and "
+        help="ask Slurm when the job could start (and when with the proposed request), or why it would refuse it, and "
         "check the job's image, modules and environment there; print only that and the project",
     )
     parser.add_argument("--config-json", metavar="JSON", type=run_config, help="run config, as in Dagster's launchpad")

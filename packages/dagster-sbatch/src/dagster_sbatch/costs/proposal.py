@@ -1,4 +1,4 @@
-"""What would be enough for an asset: a smaller request, from what its last successful jobs have used. Pure."""
+"""What would be enough for an asset: another request, from what its last successful jobs have used. Pure."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from dagster_sbatch.slurm.units import count_of, format_memory, format_time, par
 TIME_MARGIN, MARGIN = 1.5, 1.25
 """Of the proposed time, and of everything else, to the most that a job has used."""
 WORTH = 0.8
-"""A proposal for time, memory or CPUs is at most this share of the request."""
+"""A proposal for less time, memory or CPUs is at most this share of the request."""
 TIME_STEP = 300
 """Seconds: proposed times are multiples."""
 MANY_TIMES = 2
@@ -33,10 +33,11 @@ class Use:
         partition: of the asset; empty without partitions. Of several partitions, the first.
         nodes, gpus, cpus: that it had requested, on all nodes together.
         seconds: for which it ran.
-        memory: MiB of its largest process tree on a node.
+        memory: MiB of the job on a node.
         cpu_efficiency: share of the CPU time that it used, 0 to 1.
         gpu_utilization: of its GPUs, 0 to 1.
         gpu_memory: most MiB of one GPU.
+        sampled: whether its sampler has measured it; otherwise `memory` may be that of its largest task.
     """
 
     slurm_partition: str
@@ -49,6 +50,7 @@ class Use:
     cpu_efficiency: float | None = None
     gpu_utilization: float | None = None
     gpu_memory: float | None = None
+    sampled: bool = False
 
     @classmethod
     def parse(cls, numbers: Mapping[str, Any], slurm_partition: str, partition: str) -> "Use | None":
@@ -59,7 +61,13 @@ class Use:
         gpu_hours = _number(numbers, "gpu_hours") or 0.0
         nodes, gpus, cpus = (round(each * 3600 / seconds) for each in (hours, gpu_hours, cpu_hours))
         others = ("max_rss_mib", "cpu_efficiency", "gpu_utilization", "gpu_memory_max_mib")
-        return cls(slurm_partition, partition, nodes, gpus, cpus, seconds, *(_number(numbers, name) for name in others))
+        memory, cpu, gpu, gpu_memory = (_number(numbers, name) for name in others)
+        sampled = isinstance(numbers.get("usage"), str)
+        return cls(slurm_partition, partition, nodes, gpus, cpus, seconds, memory, cpu, gpu, gpu_memory, sampled)
+
+    def memory_per_node(self, tasks: int) -> float | None:
+        """Return the KiB per node: of all of its tasks, if only the largest one is known."""
+        return None if self.memory is None else self.memory * 1024 * (1 if self.sampled else tasks)
 
 
 @dataclass(frozen=True)
@@ -85,13 +93,15 @@ class Proposal:
 
 
 MARGINS = (
-    f"It has {TIME_MARGIN - 1:.0%} more time, and {MARGIN - 1:.0%} more of everything else, "
+    f"Its changes leave {TIME_MARGIN - 1:.0%} more time, and {MARGIN - 1:.0%} more of everything else, "
     "than any of these jobs has used."
 )
 
 
 def propose(request: SlurmRequest, allocation: Allocation, uses: Sequence[Use]) -> Proposal | None:
-    """Return what jobs of the same size have used, and a smaller request; None if there was no such job.
+    """Return what jobs of the same size have used, and a request that is enough; None if there was no such job.
+
+    The request is smaller; or larger, where a job that was repeated has used more than the asset requests.
 
     Jobs of another Slurm partition, or with other numbers of nodes, GPUs or CPUs, tell nothing: their time and their
     utilization would be others.
@@ -110,8 +120,8 @@ def propose(request: SlurmRequest, allocation: Allocation, uses: Sequence[Use]) 
     if not alike:
         return None
     changes = _changes(request, planned, alike)
-    smaller = request.model_copy(update=changes) if changes else None
-    return Proposal(_describe(request, planned, alike), smaller, render(smaller) if smaller else "")
+    enough = request.model_copy(update=changes) if changes else None
+    return Proposal(_describe(request, planned, alike), enough, render(enough) if enough else "")
 
 
 def render(request: BaseModel) -> str:
@@ -133,7 +143,7 @@ def _render_value(value: object) -> str:
 
 
 def _changes(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> dict[str, Any]:
-    """Return the fields of a smaller request; fewer CPUs and GPUs only where the time limit is enough for that."""
+    """Return the fields that differ; fewer CPUs and GPUs only where the time limit is enough for that."""
     fewer: dict[str, Any] = {}
     factor = 1.0
     one = planned.ntasks_per_node == 1 and not planned.exclusive  # several tasks: the program may count on their GPUs
@@ -144,9 +154,11 @@ def _changes(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) 
     slowest = max(use.seconds for use in uses)
     if _time(slowest * factor) > request.time_limit:
         fewer, factor = {}, 1.0
-    time = _time(slowest * factor)
-    changes = {**_less_memory(request, planned, uses), **fewer}
-    return {**changes, "time_limit": time} if time <= WORTH * request.time_limit else changes
+    time, most = _time(slowest * factor), request.retries.max_time_limit
+    changes = {**fewer, **_other_memory(request, planned, uses)}
+    if time <= WORTH * request.time_limit or timedelta(seconds=slowest) > request.time_limit:
+        changes["time_limit"] = min(time, most) if most else time
+    return {**changes, **_other_retries(request, planned, changes)}
 
 
 def _time(seconds: float) -> timedelta:
@@ -188,19 +200,42 @@ def _fewer_cpus(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use
     return changes, 1 + busy * cpus / enough
 
 
-def _less_memory(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> dict[str, Any]:
-    """Return less memory where the asset names it; otherwise it comes with the GPUs or the CPUs."""
-    needed, has = _memory_needed(uses, planned), _memory(planned)
-    named = request.mem or request.mem_per_cpu
-    if not named or planned.exclusive or not needed or not has or needed > WORTH * has:
+def _other_memory(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> dict[str, Any]:
+    """Return less memory where the asset names it (otherwise it comes with the GPUs or the CPUs), or more of it."""
+    used, needed, has = _memory_used(uses, planned), _memory_needed(uses, planned), _memory(planned)
+    if planned.exclusive or not used or not needed or not has:
         return {}
-    return {"mem": format_memory(needed), "mem_per_cpu": None}
+    named, most = request.mem or request.mem_per_cpu, _most_memory(request, planned)
+    if used > has or (named and needed <= WORTH * has):
+        return {"mem": format_memory(min(needed, most) if most else needed), "mem_per_cpu": None}
+    return {}
+
+
+def _other_retries(request: SlurmRequest, planned: SlurmRequest, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the retries, whose limits must stay above the request; `max_mem` is per node once the memory is."""
+    retries, most, found = request.retries, _most_memory(request, planned), {}
+    if most and "mem" in changes:
+        found["max_mem"] = format_memory(most) if most > parse_memory(changes["mem"]) else None
+    if retries.max_time_limit and changes.get("time_limit") == retries.max_time_limit:
+        found["max_time_limit"] = None
+    return {"retries": retries.model_copy(update=found)} if found else {}
+
+
+def _most_memory(request: SlurmRequest, planned: SlurmRequest) -> int | None:
+    """Return the KiB per node to which retries may raise the memory; None if they do not."""
+    most = parse_memory(request.retries.max_mem or "0")
+    return most * (_cpus(planned) if request.mem_per_cpu else 1) or None
 
 
 def _memory_needed(uses: Sequence[Use], planned: SlurmRequest) -> int | None:
-    """Return the KiB per node with their margin, in whole GiB; the memory of one task counts for each of them."""
-    most = _most(uses, lambda use: use.memory)
-    return None if not most else math.ceil(most * planned.ntasks_per_node * MARGIN * 1024 / GIB) * GIB
+    """Return the KiB per node with their margin, in whole GiB."""
+    used = _memory_used(uses, planned)
+    return None if not used else math.ceil(used * MARGIN / GIB) * GIB
+
+
+def _memory_used(uses: Sequence[Use], planned: SlurmRequest) -> float | None:
+    """Return the most KiB per node that a job has used."""
+    return _most(uses, lambda use: use.memory_per_node(planned.ntasks_per_node))
 
 
 def _memory(request: SlurmRequest) -> int | None:
@@ -228,8 +263,8 @@ def _describe(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use])
         _part(uses, lambda use: use.seconds, lambda most: f"{format_time(timedelta(seconds=round(most)))} of {limit}"),
         _part(
             uses,
-            lambda use: use.memory and use.memory * planned.ntasks_per_node,
-            lambda most: f"{most / 1024:.1f}{of} GiB per node",
+            lambda use: use.memory_per_node(planned.ntasks_per_node),
+            lambda most: f"{most / GIB:.1f}{of} GiB per node",
         ),
         _part(uses, lambda use: use.cpu_efficiency, lambda most: f"{most:.0%} of {count_of(cpus, 'CPU')}"),
         _part(uses, lambda use: use.gpu_utilization, lambda most: f"{most:.0%} of {count_of(gpus, 'GPU')}"),

@@ -54,7 +54,7 @@ class Preview:
         summary: for people: what is asked for, by heading.
         paths: on the supercomputer.
         step: its name.
-        smaller: the plan of a request that would be enough, if the history has what is needed to propose one.
+        proposed: the plan of a request that would be enough, if the history has what is needed to propose one.
         settings: of the deployment.
     """
 
@@ -62,7 +62,7 @@ class Preview:
     summary: Mapping[str, str]
     paths: RunPaths
     step: str
-    smaller: Plan | None
+    proposed: Plan | None
     settings: Settings
 
     @property
@@ -135,8 +135,8 @@ def preview_asset(
         paths = place_run(settings, "preview-" + re.sub(r"[^A-Za-z0-9_.-]", "_", step), plan.environment)
         proposal = propose(plan.request, plan.allocation, uses)
         summary = {**summarise(step, plan, settings), **summarise_proposal(proposal)}
-        smaller = with_request(plan, proposal.request, settings) if proposal and proposal.request else None
-        found.append(Preview(plan, summary, paths, step, smaller, settings))
+        proposed = with_request(plan, proposal.request, settings) if proposal and proposal.request else None
+        found.append(Preview(plan, summary, paths, step, proposed, settings))
         raise _Intercepted
 
     with dg.DagsterInstance.ephemeral() as instance, intercept_runs(record), _quiet():
@@ -205,16 +205,16 @@ def try_script(gateway: Gateway, preview: Preview, projects: Projects, usage: Us
     if request.modules and (problem := gateway.load_modules(request.modules, preview.plan.site.setup_commands)):
         return False, f"{array}{problem}"
     project = projects.charged(request.account) or "(the accounting does not answer)"
-    smaller = f"\n{_compare(gateway, preview, limits, said)}" if preview.smaller else ""
-    return True, f"{array}{_TIME.sub(_written, said)}\ncharged to project {project}{smaller}"
+    compared = f"\n{_compare(gateway, preview, limits, said)}" if preview.proposed else ""
+    return True, f"{array}{_TIME.sub(_written, said)}\ncharged to project {project}{compared}"
 
 
 def _compare(gateway: Gateway, preview: Preview, limits: Limits, said: str) -> str:
     """Return how much earlier Slurm would start the proposed request."""
-    assert preview.smaller
-    accepted, text = gateway.test(replace(preview, plan=preview.smaller).render(limits))
+    assert preview.proposed
+    accepted, text = gateway.test(replace(preview, plan=preview.proposed).render(limits))
     start, earlier = _TIME.search(said), _TIME.search(text)
-    head = f"the proposed request, {render(preview.smaller.request)},"
+    head = f"the proposed request, {render(preview.proposed.request)},"
     if not (accepted and start and earlier):
         return f"{head} would get no start time from Slurm: {text}"
     seconds = int(start[0]) - int(earlier[0])

@@ -145,7 +145,7 @@ def _summarise_cost(plan: Plan) -> str:
 
 
 def summarise_proposal(proposal: Proposal | None) -> dict[str, str]:
-    """Return what earlier runs have used, and the smaller request that would be enough; empty if nothing is known."""
+    """Return what earlier runs have used, and the request that would be enough; empty if nothing is known."""
     if proposal is None:
         return {}
     found = {"used": proposal.used}

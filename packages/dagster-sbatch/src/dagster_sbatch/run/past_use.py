@@ -63,7 +63,7 @@ def _values(metadata: Mapping[str, dg.MetadataValue[Any]]) -> dict[str, Any]:
 def proposal_metadata(step: dg.OpExecutionContext, plan: Plan, uses: Sequence[Use]) -> dict[str, Any]:
     """Return the proposal for a call as metadata of its materialization; empty without one.
 
-    The history is read only if the call's own jobs leave room for a smaller request, and one of them ran long enough
+    The history is read only if the call's own jobs are not what was requested, and one of them ran long enough
     that nobody notices the time for that.
 
     Args:
