@@ -14,7 +14,8 @@ import pytest
 from dagster_sbatch.environments import deployed
 from dagster_sbatch.environments.lockfile import LockFile
 from dagster_sbatch.environments.wheels import Wheel
-from dagster_sbatch.inspect.asset_preview import preview_asset, try_script
+from dagster_sbatch.inspect.asset_preview import preview_asset
+from dagster_sbatch.inspect.dry_run import try_script
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.compute import ComputeResource

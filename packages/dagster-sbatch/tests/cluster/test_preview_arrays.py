@@ -6,7 +6,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_sbatch.inspect.asset_preview import preview_asset, try_script
+from dagster_sbatch.inspect.asset_preview import preview_asset
+from dagster_sbatch.inspect.dry_run import try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.array import JobArray

@@ -12,7 +12,8 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.asset_preview import Preview, preview_asset, try_script
+from dagster_sbatch.inspect.asset_preview import Preview, preview_asset
+from dagster_sbatch.inspect.dry_run import try_script
 from dagster_sbatch.launchers import (
     BatchScriptLauncher,
     CommandLauncher,

@@ -10,7 +10,8 @@ import pytest
 from dagster_sbatch.commands import preview as preview_command
 from dagster_sbatch.costs.cost import Cost, explain_excess, highest_cost
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.asset_preview import preview_asset, try_script
+from dagster_sbatch.inspect.asset_preview import preview_asset
+from dagster_sbatch.inspect.dry_run import try_script
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.array import JobArray
 from dagster_sbatch.run.compute import ComputeResource

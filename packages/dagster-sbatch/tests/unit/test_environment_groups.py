@@ -14,9 +14,10 @@ from dagster_sbatch.commands.deploy_environment import choose_for_removal
 from dagster_sbatch.environments.deployed import EnvironmentListing, Environments
 from dagster_sbatch.environments.groups import DEFAULT, read_group
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.asset_preview import Preview, try_script
+from dagster_sbatch.inspect.asset_preview import Preview
 from dagster_sbatch.inspect.diagnosis.finding import Facts
 from dagster_sbatch.inspect.diagnosis.slurm_jobs import check_environment
+from dagster_sbatch.inspect.dry_run import try_script
 from dagster_sbatch.inspect.plan_summary import place_run, summarise
 from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.launchers import Container, ScriptLauncher

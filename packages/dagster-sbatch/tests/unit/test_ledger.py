@@ -11,12 +11,12 @@ from dagster_sbatch.costs.budget import Budget, days_left, describe, pace_of
 from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, find_asset, make_ledger, sum_by, total
 from dagster_sbatch.inspect.job_assets import recorded_assets
 from dagster_sbatch.slurm import Site
-from dagster_sbatch.slurm.gateway import Allocation, Usage
+from dagster_sbatch.slurm.gateway import JobLife, Usage
 
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)  # a Thursday
 HOUR = timedelta(hours=1)
 KEY = "my_asset-0123456789-abcdef0123-1"
-JOB = Allocation("17", "xy", "p1", NOW - 2 * HOUR, NOW - HOUR, 3600, {"node": 2, "gres/gpu": 8}, "gpu", KEY, "")
+JOB = JobLife("17", "xy", "p1", NOW - 2 * HOUR, NOW - HOUR, 3600, {"node": 2, "gres/gpu": 8}, "gpu", KEY, "")
 SITE = Site.model_validate(
     {
         "partitions": {
@@ -42,7 +42,7 @@ USAGE = Usage(
 BUDGET = Budget("p1", "p1", "gres/gpu", "", "GrpTRESMins of p1", 100, 30, 1, 2)
 
 
-def entries(*jobs: Allocation, since: datetime = NOW - timedelta(days=30)) -> list[tuple[object, ...]]:
+def entries(*jobs: JobLife, since: datetime = NOW - timedelta(days=30)) -> list[tuple[object, ...]]:
     made = make_ledger(replace(USAGE, jobs=jobs), SITE, lambda _: None, since)
     return [(each.week, each.used.jobs, each.used.node_hours, each.used.gpu_hours) for each in made]
 

@@ -7,7 +7,8 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.costs.proposal import Proposal, Use, propose, render
-from dagster_sbatch.inspect.asset_preview import preview_asset, try_script
+from dagster_sbatch.inspect.asset_preview import preview_asset
+from dagster_sbatch.inspect.dry_run import try_script
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.array_results import table
 from dagster_sbatch.run.compute import ComputeResource

@@ -12,7 +12,8 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.costs.shortage import find_shortage
-from dagster_sbatch.inspect.asset_preview import preview_asset, try_script
+from dagster_sbatch.inspect.asset_preview import preview_asset
+from dagster_sbatch.inspect.dry_run import try_script
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.settings import Settings

@@ -21,8 +21,8 @@ from dagster_sbatch.inspect.asset_preview import (
     find_submitting,
     preview_asset,
     supercomputer_deployment,
-    try_script,
 )
+from dagster_sbatch.inspect.dry_run import try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
 

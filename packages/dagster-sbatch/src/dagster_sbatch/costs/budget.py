@@ -7,7 +7,7 @@ from datetime import UTC, datetime, time, timedelta
 
 from dagster_sbatch.costs.hours import add, hours_at_most, hours_used, show_number
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import GPU, Allocation, Queued, Share, Usage
+from dagster_sbatch.slurm.gateway import GPU, JobLife, Queued, Share, Usage
 from dagster_sbatch.slurm.units import count_of
 
 UNITS = {GPU: "GPU-hours", "node": "node-hours", "cpu": "CPU-hours"}
@@ -157,7 +157,7 @@ def _limit(usage: Usage, project: str, share: Share) -> Budget:
 def _owners(usage: Usage, project: str, limit: float, since: datetime) -> Budget:
     user = "" if usage.private is False else usage.user
 
-    def counts(jobs: Queued | Allocation) -> bool:
+    def counts(jobs: Queued | JobLife) -> bool:
         return jobs.project == project and user in ("", jobs.user)
 
     return Budget(
@@ -173,7 +173,7 @@ def _owners(usage: Usage, project: str, limit: float, since: datetime) -> Budget
     )
 
 
-def _used_since(usage: Usage, since: datetime, counts: Callable[[Allocation], bool]) -> float | None:
+def _used_since(usage: Usage, since: datetime, counts: Callable[[JobLife], bool]) -> float | None:
     if usage.jobs is None or usage.since is None or usage.since > since:
         return None
     return add(hours_used(job, GPU, since, usage.now, usage.now) for job in usage.jobs if counts(job))

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from datetime import datetime
 
-from dagster_sbatch.slurm.gateway import Allocation, Queued
+from dagster_sbatch.slurm.gateway import JobLife, Queued
 
 
-def hours_ran(job: Allocation, since: datetime, until: datetime, now: datetime) -> float:
+def hours_ran(job: JobLife, since: datetime, until: datetime, now: datetime) -> float:
     """Return for how many hours a job ran within a period; a suspension is spread evenly over its life.
 
     Args:
@@ -20,7 +20,7 @@ def hours_ran(job: Allocation, since: datetime, until: datetime, now: datetime) 
     return job.seconds / 3600 * max(within, 0.0) / whole if whole > 0 else 0.0
 
 
-def hours_used(job: Allocation, tres: str, since: datetime, until: datetime, now: datetime) -> float | None:
+def hours_used(job: JobLife, tres: str, since: datetime, until: datetime, now: datetime) -> float | None:
     """Return the hours of a resource that a job has used within a period; see `hours_ran`."""
     count = job.tres.get(tres)
     return None if count is None else count * hours_ran(job, since, until, now)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from dagster_sbatch.costs.hours import add, hours_used
 from dagster_sbatch.slurm import Site
-from dagster_sbatch.slurm.gateway import GPU, Allocation, Usage
+from dagster_sbatch.slurm.gateway import GPU, JobLife, Usage
 
 Dimension = Literal["asset", "week", "project", "user"]
 OTHER, UNKNOWN = "(other)", "(unknown)"
@@ -19,7 +19,7 @@ _ASSET = re.compile(r"(?:^|,)asset=([^,]+)")
 _KEY = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{10,12}-\d+")
 """A submission key, which is the name of a job of Dagster; also those of earlier versions."""
 
-AssetOf = Callable[[Allocation], str | None]
+AssetOf = Callable[[JobLife], str | None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Entry:
     used: Sum
 
 
-def find_asset(job: Allocation, recorded: AssetOf) -> str:
+def find_asset(job: JobLife, recorded: AssetOf) -> str:
     """Return the asset of a job, OTHER or UNKNOWN.
 
     Args:
@@ -70,7 +70,7 @@ def find_asset(job: Allocation, recorded: AssetOf) -> str:
     return recorded(job) or UNKNOWN if needs_record(job) else OTHER
 
 
-def needs_record(job: Allocation) -> bool:
+def needs_record(job: JobLife) -> bool:
     """Return whether only Dagster's own records can name the asset of a job."""
     return not _ASSET.search(job.comment) and bool(_KEY.fullmatch(job.name))
 
@@ -115,12 +115,12 @@ _Part = tuple[float | None, float | None, float | None]
 """Node-hours, GPU-hours and tokens of a life of a job within a week."""
 
 
-def _part(job: Allocation, site: Site, since: datetime, until: datetime, now: datetime) -> _Part:
+def _part(job: JobLife, site: Site, since: datetime, until: datetime, now: datetime) -> _Part:
     nodes, gpus = (hours_used(job, tres, since, until, now) for tres in ("node", GPU))
     return nodes, gpus, _tokens(job, site, nodes, gpus)
 
 
-def _tokens(job: Allocation, site: Site, nodes: float | None, gpus: float | None) -> float | None:
+def _tokens(job: JobLife, site: Site, nodes: float | None, gpus: float | None) -> float | None:
     partition = site.partitions.get(job.partition)
     if partition is None or (partition.tokens_per_node_hour is None and partition.tokens_per_gpu_hour is None):
         return None
@@ -128,7 +128,7 @@ def _tokens(job: Allocation, site: Site, nodes: float | None, gpus: float | None
     return add(None if hours is None else hours * rate for hours, rate in rates if rate)
 
 
-def _weeks(job: Allocation, since: datetime, now: datetime) -> Iterator[tuple[str, datetime, datetime]]:
+def _weeks(job: JobLife, since: datetime, now: datetime) -> Iterator[tuple[str, datetime, datetime]]:
     """Return the weeks in which a job ran since then, each with the part of it that counts."""
     at, end = max(job.start, since), job.end or max(now, job.start)
     while at < end:

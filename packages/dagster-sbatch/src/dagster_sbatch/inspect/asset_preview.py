@@ -6,22 +6,17 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from dataclasses import dataclass
 from typing import Any, Never
 
 import dagster as dg
 
 from dagster_sbatch.costs.cost import explain_excess
-from dagster_sbatch.costs.proposal import propose, render
-from dagster_sbatch.costs.shortage import find_shortage
-from dagster_sbatch.environments.deployed import Environments
+from dagster_sbatch.costs.proposal import propose
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.inspect.plan_summary import (
     ANY_LIMITS,
-    count_array_jobs,
     divide,
-    name_limits,
     place_run,
     summarise,
     summarise_proposal,
@@ -30,15 +25,11 @@ from dagster_sbatch.run.compute import ComputeResource, intercept_runs
 from dagster_sbatch.run.directory import RunInfo, RunPaths, render_job
 from dagster_sbatch.run.past_use import past_uses
 from dagster_sbatch.run.plan import Plan, with_request
-from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape
-from dagster_sbatch.slurm.gateway import Gateway, Limits, Projects, RefusedError, Usage
-from dagster_sbatch.slurm.outcome import explain_refusal
-from dagster_sbatch.slurm.units import format_time
+from dagster_sbatch.slurm.gateway import Limits
 
 JOB = "preview_of_an_asset"
-_TIME = re.compile(r"(?<= to start at )\d+")
 RANGE_TAGS = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
 """Of a run over several partitions, as Dagster tags it."""
 MOST_NAMES = 12
@@ -183,61 +174,6 @@ def find_submitting(definitions: dg.Definitions, instance: dg.DagsterInstance) -
     return found
 
 
-def try_script(gateway: Gateway, preview: Preview, projects: Projects, usage: Usage | None = None) -> tuple[bool, str]:
-    """Ask Slurm whether it would accept the script; return that, and the expected start and the project, or why not.
-
-    `usage`: of the projects, if the deployment keeps within their budgets.
-    """
-    request, limits, array = preview.plan.allocation.request, ANY_LIMITS, ""
-    shortage = find_shortage(preview.plan.allocation, preview.tasks, usage, preview.settings)[0] if usage else None
-    if problem := preview.refusal or shortage or _find_problem(gateway, preview):
-        return False, problem
-    try:
-        if preview.plan.array:
-            limits = gateway.limits(request.partition or "", request.qos or "", request.account or "")
-            array = f"{count_array_jobs(preview.plan, limits)}; {name_limits(limits)}\n"
-        accepted, text = gateway.test(preview.render(limits))
-    except ConfigurationError as error:
-        return False, str(error)
-    said = "\n".join(line for line in text.splitlines() if line.startswith("sbatch:")) or text  # centres print more
-    if not accepted:
-        return False, f"{array}{explain_refusal(said, request, lambda: projects)}"
-    if request.modules and (problem := gateway.load_modules(request.modules, preview.plan.site.setup_commands)):
-        return False, f"{array}{problem}"
-    project = projects.charged(request.account) or "(the accounting does not answer)"
-    compared = f"\n{_compare(gateway, preview, limits, said)}" if preview.proposed else ""
-    return True, f"{array}{_TIME.sub(_written, said)}\ncharged to project {project}{compared}"
-
-
-def _compare(gateway: Gateway, preview: Preview, limits: Limits, said: str) -> str:
-    """Return how much earlier Slurm would start the proposed request."""
-    assert preview.proposed
-    accepted, text = gateway.test(replace(preview, plan=preview.proposed).render(limits))
-    start, earlier = _TIME.search(said), _TIME.search(text)
-    head = f"the proposed request, {render(preview.proposed.request)},"
-    if not (accepted and start and earlier):
-        return f"{head} would get no start time from Slurm: {text}"
-    seconds = int(start[0]) - int(earlier[0])
-    how = f"{format_time(timedelta(seconds=abs(seconds)))} {'earlier' if seconds >= 0 else 'later'}"
-    return f"{head} would start at {_written(earlier)}: {how if seconds else 'at the same time'}"
-
-
-def _find_problem(gateway: Gateway, preview: Preview) -> str:
-    """Return why a run would be refused for its image, its interpreter or its packages; empty if it would not."""
-    container, settings = preview.plan.launcher.container, preview.settings
-    if container:
-        data_root, runs = preview.paths.data_root, preview.paths.run.rpartition("/")[0]
-        problem, _ = gateway.image(container.remote_image(data_root), data_root, runs)
-        if problem:
-            return problem
-    environments = Environments(gateway, str(settings.deployment_base_path), preview.plan.site)
-    try:
-        RunEnvironment(environments, settings, preview.plan).check()
-    except (ConfigurationError, RefusedError) as error:
-        return str(error)
-    return ""
-
-
 @contextmanager
 def supercomputer_deployment(settings: Settings) -> Iterator[None]:
     """Let `load_settings` read the supercomputer's settings, also if DAGSTER_DEPLOYMENT is `development` or unset."""
@@ -247,10 +183,6 @@ def supercomputer_deployment(settings: Settings) -> Iterator[None]:
         yield
     finally:
         os.environ["DAGSTER_DEPLOYMENT"] = before
-
-
-def _written(time: re.Match[str]) -> str:
-    return f"{datetime.fromtimestamp(int(time[0])).astimezone():%c %Z}"
 
 
 def _find(definitions: dg.Definitions, asset: str) -> dg.AssetsDefinition:

@@ -8,7 +8,7 @@ import dagster as dg
 
 from dagster_sbatch.costs.ledger import AssetOf, needs_record
 from dagster_sbatch.run.history import JOB_TAG, job_tag
-from dagster_sbatch.slurm.gateway import Allocation, Usage
+from dagster_sbatch.slurm.gateway import JobLife, Usage
 
 LONGEST_WAIT = timedelta(days=60)
 """Between the creation of a run and the end of its job."""
@@ -27,7 +27,7 @@ def recorded_assets(instance: dg.DagsterInstance, usage: Usage) -> AssetOf:
         for job, assets in _jobs_of(instance, record.dagster_run):
             found.setdefault(job, []).append((record.create_timestamp, assets))
 
-    def find(job: Allocation) -> str | None:
+    def find(job: JobLife) -> str | None:
         """Return the assets of the latest run that can have submitted it: Slurm uses ids again."""
         runs = found.get(job.job.partition("_")[0], ())
         fitting = [assets for created, assets in runs if job.start - LONGEST_WAIT < created < job.start + CLOCKS]

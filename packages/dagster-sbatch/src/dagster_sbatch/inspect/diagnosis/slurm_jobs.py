@@ -7,8 +7,9 @@ import dagster as dg
 from dagster_sbatch.environments.deployed import Environments
 from dagster_sbatch.environments.groups import find_groups, read_group
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.asset_preview import NotPreviewedError, preview_asset, supercomputer_deployment, try_script
+from dagster_sbatch.inspect.asset_preview import NotPreviewedError, preview_asset, supercomputer_deployment
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
+from dagster_sbatch.inspect.dry_run import try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
 
 SECONDS = 240.0

@@ -26,13 +26,12 @@ from dagster_sbatch.slurm.gateway.answers import (
 from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Arrays
 from dagster_sbatch.slurm.gateway.channel import OpenChannel, choose_channel
 from dagster_sbatch.slurm.gateway.client import ACCOUNTED, Gateway, make_gateway
-from dagster_sbatch.slurm.gateway.project_usage import GPU, Allocation, Queued, Share, Usage
+from dagster_sbatch.slurm.gateway.project_usage import GPU, JobLife, Queued, Share, Usage
 
 __all__ = [
     "ACCOUNTED",
     "GPU",
     "MESSAGES",
-    "Allocation",
     "ArrayJob",
     "ArrayRun",
     "ArrayState",
@@ -40,6 +39,7 @@ __all__ = [
     "Claim",
     "Gateway",
     "JobEnd",
+    "JobLife",
     "JobState",
     "Limits",
     "LostClaimError",

@@ -27,7 +27,7 @@ def parse_tres(text: str, tracked: Sequence[str] = ()) -> Tres:
 
 
 @dataclass(frozen=True)
-class Allocation:
+class JobLife:
     """A life of a job, or of a task of an array job, that has begun; a requeued job has several.
 
     Attributes:
@@ -61,7 +61,7 @@ class Queued:
     Attributes:
         count: how many they are.
         running: whether they run.
-        user, project: as of an Allocation.
+        user, project: as of a JobLife.
         seconds: that each of them may still run; None if it has no time limit.
         tres: what each of them has, or has requested.
     """
@@ -118,7 +118,7 @@ class Usage:
     default: str
     since: datetime | None
     now: datetime
-    jobs: Sequence[Allocation] | None
+    jobs: Sequence[JobLife] | None
     queue: Sequence[Queued] | None
     shares: Sequence[Share] | None
     parents: Mapping[str, str]
@@ -134,7 +134,7 @@ class Usage:
             **{name: said[name] for name in ("user", "projects", "default", "trouble")},
             since=since,
             now=datetime.fromtimestamp(said["now"], UTC),
-            jobs=None if jobs is None else [_allocation(row, tracked) for row in jobs],
+            jobs=None if jobs is None else [_life(row, tracked) for row in jobs],
             queue=None if queue is None else [_queued(row, tracked) for row in queue],
             shares=None if shares is None else _shares(shares),
             parents=said["parents"] or {},
@@ -142,9 +142,9 @@ class Usage:
         )
 
 
-def _allocation(row: Sequence[str], tracked: Sequence[str]) -> Allocation:
+def _life(row: Sequence[str], tracked: Sequence[str]) -> JobLife:
     job, _, user, project, start, end, seconds, text, partition, name, comment = row
-    return Allocation(
+    return JobLife(
         job=job,
         user=user,
         project=project,
