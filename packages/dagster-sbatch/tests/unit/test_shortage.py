@@ -51,6 +51,11 @@ def test_what_waits_and_runs_is_subtracted_and_the_refusal_has_the_numbers() -> 
         "charge another project (account=...)",
         [],
     )
+    less = usage(shares=[replace(GPUS, limit=60, used=90)])
+    assert (
+        "could cost 1 GPU-hour (1 node x 1 GPU x 01:00:00). Project p1 has 0 free: of 1 GPU-hour (GrpTRESMins"
+        in str(find(less, time_limit="01:00:00")[0])
+    )
     assert "could cost 8 GPU-hours (2 tasks x 1 node x 1 GPU x 04:00:00). Project" in str(find(usage(), 2)[0])
 
 

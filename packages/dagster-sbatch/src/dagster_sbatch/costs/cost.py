@@ -69,12 +69,13 @@ def describe_cost(allocation: Allocation, tasks: int, *, gpus: bool) -> str:
     factors += [count_of(_gpus_per_node(allocation), "GPU")] if gpus else []
     product = " x ".join([*factors, format_time(request.time_limit)])
     hours, unit = (cost.gpu_hours, "GPU-hours") if gpus else (cost.node_hours, "node-hours")
-    return f"This call of compute.run could cost {show_hours(hours)} {unit} ({product})"
+    return f"This call of compute.run could cost {show_hours(hours, unit)} ({product})"
 
 
-def show_hours(hours: float) -> str:
-    """Return hours as text that tells a number from the limit that it exceeds by little."""
-    return f"{hours:.6f}".rstrip("0").rstrip(".")
+def show_hours(hours: float, unit: str = "") -> str:
+    """Return hours as text that tells a number from the limit that it exceeds by little; `unit`: in the plural."""
+    text = f"{hours:.6f}".rstrip("0").rstrip(".")
+    return f"{text} {unit.removesuffix('s') if text == '1' else unit}".rstrip()
 
 
 def _gpus_per_node(allocation: Allocation) -> int:

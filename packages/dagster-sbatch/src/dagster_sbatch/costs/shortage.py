@@ -47,11 +47,12 @@ def find_shortage(
 
 def _explain(allocation: Allocation, tasks: int, budget: Budget) -> str:
     used, running, queued, free = (
-        show_hours(number or 0.0) for number in (budget.used, budget.running, budget.queued, budget.free)
+        show_hours(number or 0.0)
+        for number in (budget.used, budget.running, budget.queued, max(budget.free or 0.0, 0.0))
     )
     return (
         f"{describe_cost(allocation, tasks, gpus=budget.tres == GPU)}. Project {budget.project} has {free} free: of "
-        f"{show_hours(budget.limit)} {budget.unit} ({budget.source}), {used} are used, and jobs that run and wait may "
+        f"{show_hours(budget.limit, budget.unit)} ({budget.source}), {used} are used, and jobs that run and wait may "
         f"use {running} and {queued}. {SETTING} is set, so nothing is submitted. "
         "Request less, wait until other jobs have ended, or charge another project (account=...)"
     )
