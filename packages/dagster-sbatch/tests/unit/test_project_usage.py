@@ -118,6 +118,26 @@ def test_the_limit_of_slurm_comes_before_the_owners_budget(ask: Ask) -> None:
     assert {each.source for each in budgets_of(ask(), with_account)} == {"GrpTRESMins of p70600"}
 
 
+def test_limits_that_change_count_from_the_next_request(ask: Ask) -> None:
+    """A limit that is lower than what is used, and none any more: then the owner's budget counts."""
+    with_account = OWNERS.model_copy(update={"account": "p70600"})
+    for limit, expected in (("6000", 98), ("60", -1)):
+        changed = SSHARE.replace("gres/gpu=600|", f"gres/gpu={limit}|")
+        budget = budgets_of(ask(sshare=f"echo '{changed}'"), with_account)[0]
+        assert (budget.limit, budget.left) == (int(limit) / 60, expected)
+    gone = SSHARE.replace("gres/gpu=600|", "|").replace("node=60,gres/gpu=90|", "|")
+    assert {each.source for each in budgets_of(ask(sshare=f"echo '{gone}'"), with_account)} == {
+        "SLURM_BUDGET_GPU_HOURS"
+    }
+
+
+def test_a_job_that_the_accounting_does_not_know_yet_counts_by_the_queue(ask: Ask) -> None:
+    """The accounting lags behind: what the job has used is missing until then; what it may still use counts."""
+    lagging = "\n".join(line for line in SACCT.splitlines() if not line.startswith("4|"))
+    budget = budgets_of(ask(datetime(2026, 11, 26, tzinfo=UTC), sacct=f"echo '{lagging}'"), OWNERS)[3]
+    assert (budget.used, budget.running, budget.free) == (0, 4, 96)
+
+
 def test_the_owners_budget_is_of_the_users_jobs_where_slurm_hides_others(ask: Ask) -> None:
     hidden = ASSOCIATIONS.replace("PrivateData = none\\n'", "PrivateData = jobs,usage\\n'")
     budget = budgets_of(ask(sacctmgr=hidden), OWNERS)[3]

@@ -98,7 +98,7 @@ def pace_of(usage: Usage, budget: Budget) -> float | None:
     if budget.limited not in usage.projects and usage.projects:
         return None
     jobs = (job for job in usage.jobs if job.project == budget.limited and budget.user in ("", job.user))
-    used = add(hours_used(job, budget.tres, since, usage.now, usage.now) for job in jobs)
+    used = add(hours_used(job, budget.tres, since, None, usage.now) for job in jobs)
     return None if used is None else used / PACE_DAYS
 
 
@@ -176,7 +176,7 @@ def _owners(usage: Usage, project: str, limit: float, since: datetime) -> Budget
 def _used_since(usage: Usage, since: datetime, counts: Callable[[JobLife], bool]) -> float | None:
     if usage.jobs is None or usage.since is None or usage.since > since:
         return None
-    return add(hours_used(job, GPU, since, usage.now, usage.now) for job in usage.jobs if counts(job))
+    return add(hours_used(job, GPU, since, None, usage.now) for job in usage.jobs if counts(job))
 
 
 def _queue_at_most(usage: Usage, tres: str, counts: Callable[[Queued], bool]) -> float | None:

@@ -6,21 +6,22 @@ from datetime import datetime
 from dagster_sbatch.slurm.gateway import JobLife, Queued
 
 
-def hours_ran(job: JobLife, since: datetime, until: datetime, now: datetime) -> float:
+def hours_ran(job: JobLife, since: datetime, until: datetime | None, now: datetime) -> float:
     """Return for how many hours a job ran within a period; a suspension is spread evenly over its life.
 
     Args:
         job: of Slurm's accounting.
-        since, until: of the period.
-        now: by the clock of the login node, for a job that is running.
+        since, until: of the period; until None: the period has no end.
+        now: by the clock of the login node, for a job that is running. A job that is over may have ended later by the
+            clock of Slurm.
     """
     end = job.end or max(now, job.start)
     whole = (end - job.start).total_seconds()
-    within = (min(end, until) - max(job.start, since)).total_seconds()
+    within = (min(end, until or end) - max(job.start, since)).total_seconds()
     return job.seconds / 3600 * max(within, 0.0) / whole if whole > 0 else 0.0
 
 
-def hours_used(job: JobLife, tres: str, since: datetime, until: datetime, now: datetime) -> float | None:
+def hours_used(job: JobLife, tres: str, since: datetime, until: datetime | None, now: datetime) -> float | None:
     """Return the hours of a resource that a job has used within a period; see `hours_ran`."""
     count = job.tres.get(tres)
     return None if count is None else count * hours_ran(job, since, until, now)
