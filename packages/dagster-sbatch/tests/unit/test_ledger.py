@@ -3,15 +3,21 @@
 import math
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import dagster as dg
 import pytest
 
-from dagster_sbatch.costs.budget import Budget, days_left, describe, pace_of
+from dagster_sbatch.costs.budget import PACE_DAYS, Budget, days_left, describe, pace_of
 from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, find_asset, make_ledger, sum_by, total
+from dagster_sbatch.inspect.asset_preview import preview_asset
 from dagster_sbatch.inspect.job_assets import recorded_assets
+from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.run.compute import ComputeResource
+from dagster_sbatch.run.directory import RunInfo, render_job
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import JobLife, Usage
+from resources import PROJECT
 
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)  # a Thursday
 HOUR = timedelta(hours=1)
@@ -52,6 +58,7 @@ def entries(*jobs: JobLife, since: datetime = NOW - timedelta(days=30)) -> list[
     [
         (KEY, f"key={KEY},run=r1,asset=group/my_asset", "group/my_asset"),
         (KEY, f"added by the site,asset=my_asset,key={KEY}", "my_asset"),
+        (KEY, f"key={KEY},asset=a+group/b", "a, group/b"),  # of a step that makes both
         ("renamed", f"key={KEY},run=r1,asset=my_asset", "my_asset"),
         (KEY, "", "of Dagster's records"),
         ("delay-my_asset-0123456789ab-3", "", "of Dagster's records"),  # a key of versions before November 2026
@@ -63,6 +70,17 @@ def entries(*jobs: JobLife, since: datetime = NOW - timedelta(days=30)) -> list[
 def test_whose_job_it_was(name: str, comment: str, asset: str) -> None:
     recorded = {KEY: "of Dagster's records", "delay-my_asset-0123456789ab-3": "of Dagster's records"}
     assert find_asset(replace(JOB, name=name, comment=comment), lambda job: recorded.get(job.name)) == asset
+
+
+def test_the_comment_of_a_job_names_all_assets_of_its_step() -> None:
+    @dg.asset
+    def a(context: dg.AssetExecutionContext, compute: ComputeResource) -> None:
+        compute.run(context, workload=Path(__file__), launcher=ScriptLauncher())
+
+    (shown,) = preview_asset(dg.Definitions([a], resources={"compute": ComputeResource.of(PROJECT)}), "a")
+    text = render_job(shown.plan, shown.paths, RunInfo(run="r", root="r", asset="a, group/b", partitions=""))
+    comment = text.partition("--comment=")[2].split()[0]
+    assert find_asset(replace(JOB, comment=comment), lambda _: None) == "a, group/b"
 
 
 def test_dagsters_records_name_the_asset_of_a_job() -> None:
@@ -114,6 +132,8 @@ def test_a_clock_that_is_an_hour_off(offset: timedelta) -> None:
     assert [each.used.gpu_hours for each in made] == [8]
     made = make_ledger(replace(usage, jobs=[new]), SITE, lambda _: None, NOW - timedelta(days=1))
     assert [each.used.gpu_hours for each in made] == ([] if offset < timedelta() else [12])
+    asked = replace(usage, jobs=[over], since=NOW - timedelta(days=PACE_DAYS + 1))  # by this machine's clock
+    assert pace_of(asked, BUDGET) == pytest.approx(8 / 14)
 
 
 def test_sums_by_project_and_user() -> None:

@@ -59,14 +59,14 @@ class Entry:
 
 
 def find_asset(job: JobLife, recorded: AssetOf) -> str:
-    """Return the asset of a job, OTHER or UNKNOWN.
+    """Return the asset of a job, OTHER or UNKNOWN; of several assets `a, b`.
 
     Args:
         job: its comment names the asset where the site stores comments.
         recorded: returns what Dagster has recorded of a job that has the name of one of Dagster.
     """
     if found := _ASSET.search(job.comment):
-        return found[1]
+        return found[1].replace("+", ", ")
     return recorded(job) or UNKNOWN if needs_record(job) else OTHER
 
 

@@ -53,4 +53,4 @@ def _jobs_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Iterator[tuple
         assets = steps.get(tag) or steps.get(re.sub(r"\.\d+$", "", tag))
         for job in jobs.split(", "):
             if assets:
-                yield job, ",".join(sorted(set(assets)))
+                yield job, ", ".join(sorted(set(assets)))

@@ -82,7 +82,7 @@ def render_job(plan: Plan, paths: RunPaths, info: RunInfo, array: ArrayShape | N
         request,
         plan.site,
         job_name=paths.run.rpartition("/")[2],
-        about={name: value for name, value in (("run", info.run), ("asset", info.asset)) if value},
+        about={name: value for name, value in (("run", info.run), ("asset", info.asset.replace(", ", "+"))) if value},
         environment=environment,
         body=body,
         start=start,

@@ -148,7 +148,7 @@ _NOT_OPTIONS = ("options", "modules", "retries", "gpu_idle_limit", *COST_LIMITS)
 _GPUS = "gpus_per_node"
 _THREADS = ("--threads-per-core", "--hint")
 """Options that decide whether hardware threads count; sbatch accepts only one of them."""
-_UNSAFE = re.compile(r"[^A-Za-z0-9_./-]")
+_UNSAFE = re.compile(r"[^A-Za-z0-9_./+-]")
 
 SAMPLER = "sampler.py"
 """Its name in the run directory."""
