@@ -1,10 +1,15 @@
 """The command line of scripts/job."""
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dagster_sbatch import Project
+from dagster_sbatch.commands import job
 from support import ROOT
 
 
@@ -14,3 +19,19 @@ def test_an_action_without_a_job_is_wrong_usage(words: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.endswith(f"name a job before the action, for example: scripts/job 1184 {words[0]}\n")
+
+
+def test_jobs_are_compared_with_the_history_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever folder the command is started in: dagster.yaml names the history by a relative path."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for folder in (project, elsewhere):
+        folder.mkdir()
+    shutil.copy(ROOT / "dagster.yaml", project)
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("DAGSTER_HOME", "")  # the command sets it in this process
+    monkeypatch.delenv("DAGSTER_HOME")
+    monkeypatch.setattr(job, "left_jobs", lambda instance, _: instance.get_run_records())
+    no_runs: Any = None
+    job.show_left(Project(project), no_runs)
+    assert (project / ".dagster" / "history").is_dir()
+    assert not [*elsewhere.iterdir()]

@@ -12,7 +12,7 @@ from dagster_sbatch.inspect.dry_run import try_script
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.array_results import table
 from dagster_sbatch.run.compute import ComputeResource
-from dagster_sbatch.run.past_use import past_uses, proposal_metadata
+from dagster_sbatch.run.past_use import last_proposals, past_uses, proposal_metadata
 from dagster_sbatch.slurm import SlurmRequest, allocate
 from dagster_sbatch.slurm.accounting import count
 from dagster_sbatch.slurm.gateway import JobEnd, Projects
@@ -193,6 +193,12 @@ def test_the_history_of_an_asset_becomes_a_proposal_in_the_preview_and_in_the_me
         found = proposal_metadata(step, shown.plan, own)["proposal"].md_str
         assert proposal_metadata(step, shown.plan, []) == {}
         assert proposal_metadata(step, shown.plan, [Use(CPU, "", 1, 0, 1, 9)]) == {}  # too short to read the history
+        texts: dict[str, Any] = {"sweep": dg.MetadataValue.md(found), "number": 7, "text": dg.MetadataValue.md("own")}
+        for asset, value in texts.items():
+            instance.report_runless_asset_event(dg.AssetMaterialization(asset, metadata={"proposal": value}))
+        last = last_proposals(instance, ["sweep", *texts, "(other)", "gone/by now"])
+        instance.report_runless_asset_event(dg.AssetMaterialization("sweep"))
+        assert last_proposals(instance, ["sweep"]) == {}  # the proposal was followed
     assert (before.proposed, "used" in before.summary) == (None, False)
     code = 'SlurmRequest(mem="12G", time_limit="00:35:00")'
     assert shown.summary["used"].startswith("The last 3 jobs of this size used at most 00:22:10 of 02:00:00, 9.0 of 64")
@@ -200,7 +206,8 @@ def test_the_history_of_an_asset_becomes_a_proposal_in_the_preview_and_in_the_me
         f"{code}\nIts changes leave 50% more time, and 25% more of everything else, "
     )
     assert code in found
-    assert "The last 4 jobs" in found
+    assert found.startswith("The last 4 jobs")
+    assert last == {"sweep": (found.splitlines()[0], code)}
     accepted, said = try_script(slurm, shown, Projects({}, default="p1"))
     assert accepted
     assert said.splitlines()[-1].startswith(f"the proposed request, {code}, would start at Tue Nov 14 ")

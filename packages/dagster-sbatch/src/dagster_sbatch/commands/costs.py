@@ -1,23 +1,23 @@
 """Show what jobs have used, and what the projects have left."""
 
 import argparse
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, time, timedelta
 from typing import get_args
 
-import dagster as dg
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
+from dagster_sbatch.commands.project_history import open_history
 from dagster_sbatch.costs.budget import PACE_DAYS, budget_start, budgets_of, describe
 from dagster_sbatch.costs.hours import show_number
 from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, Dimension, Entry, make_ledger, sum_by, total
 from dagster_sbatch.inspect.job_assets import recorded_assets
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
+from dagster_sbatch.run.past_use import last_proposals
 
 WEEKS = 8
 PATIENCE = 180.0
@@ -25,7 +25,7 @@ PATIENCE = 180.0
 DESCRIPTION = f"""\
 Show what the jobs of your projects have used, in node-hours and GPU-hours, and what the projects have left. The numbers
 come from Slurm's accounting: all jobs of your projects count, as far as Slurm shows you those of other users. A number
-that Slurm does not tell is left out.
+that Slurm does not tell is left out. Below are the requests that the last runs of these assets have proposed.
 
 {OTHER} are jobs that Dagster did not submit. {UNKNOWN} are jobs of Dagster whose asset is recorded nowhere: the site
 does not store the comments of jobs, and this Dagster does not know their runs.
@@ -82,11 +82,13 @@ def show(project: Project, by: Sequence[Dimension], day: datetime | None) -> int
     for budget in budgets_of(usage, settings):
         print(describe(usage, budget), end="\n\n")
     if usage.jobs is not None:
-        os.environ.setdefault("DAGSTER_HOME", str(project.root))
-        with dg.DagsterInstance.get() as instance:
-            recorded = recorded_assets(instance, usage)
         site = project.load_site(settings.supercomputer_site)
-        show_ledger(make_ledger(usage, site, recorded, since), by)
+        with open_history(project) as history:
+            recorded = recorded_assets(history, usage) if history else lambda _: None
+            entries = make_ledger(usage, site, recorded, since)
+            show_ledger(entries, by)
+            if history:
+                show_proposals(last_proposals(history, (name for entry in entries for name in entry.asset.split(", "))))
     for text in usage.trouble:
         print(f"not known: {text}")
     if usage.private:
@@ -105,6 +107,14 @@ def show_ledger(entries: Sequence[Entry], by: Sequence[Dimension]) -> None:
         numbers = (show_number(getattr(used, name)) for name in known.values())
         table.add_row(*(escape(value) for value in values), str(used.jobs), *numbers)
     Console().print(table)
+
+
+def show_proposals(proposals: Mapping[str, tuple[str, str]]) -> None:
+    """Print the requests that would be enough, by asset."""
+    if proposals:
+        print("\nThe last runs propose other requests, which would be enough. scripts/preview ASSET explains one.")
+    for asset, (used, code) in proposals.items():
+        print(f"\n{asset}: {used}\n  {code}")
 
 
 def make_table(*columns: str, words: int) -> Table:

@@ -1,7 +1,6 @@
 """Check everything between the settings and a job on the supercomputer, and say what to fix first."""
 
 import json
-import os
 import textwrap
 from dataclasses import asdict
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
+from dagster_sbatch.commands.project_history import choose_instance
 from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.inspect.diagnosis import Finding, examine
 from dagster_sbatch.project import Project
@@ -48,8 +48,7 @@ def main(project: Project, definitions: dg.Definitions) -> int:
     asked = parser.parse_args()
     if asked.settings:
         return exit_code_of(lambda: check_settings(project))
-    os.chdir(project.root)  # where dagster.yaml is, and the history that it names
-    os.environ.setdefault("DAGSTER_HOME", str(project.root))
+    choose_instance(project)
     findings = []
     for finding in examine(project, definitions):
         findings.append(finding)

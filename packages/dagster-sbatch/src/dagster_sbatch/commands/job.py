@@ -1,7 +1,6 @@
 """List the jobs on the supercomputer, show their logs, fetch their files, cancel them; without ssh."""
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from dagster_sbatch.commands.job_tasks import (
     show_tasks,
     split_task,
 )
+from dagster_sbatch.commands.project_history import choose_instance
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.array_tasks import count_tasks
 from dagster_sbatch.inspect.dashboard import open_dashboard
@@ -218,7 +218,7 @@ def show_table(found: list[RunRecord], runs: Runs, now: bool) -> None:
 
 def show_left(project: Project, runs: Runs) -> None:
     """Print the jobs that no run of this project's Dagster follows."""
-    os.environ.setdefault("DAGSTER_HOME", str(project.root))
+    choose_instance(project)
     with dg.DagsterInstance.get() as instance:
         for job in left_jobs(instance, runs):
             print(f"\n{job.text}")

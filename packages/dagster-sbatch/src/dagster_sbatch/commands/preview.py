@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import dagster as dg
@@ -14,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
+from dagster_sbatch.commands.project_history import open_history
 from dagster_sbatch.costs.budget import budget_start
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import (
@@ -42,8 +41,6 @@ EXIT_CODES = """\
 exit codes: 0 done, 1 the asset could not run like this (the reason is printed), 2 wrong usage,
 3 the supercomputer cannot be reached
 """
-HISTORY = ".dagster"
-"""Folder of the project's Dagster instance, as dagster.yaml names it; the first run makes it."""
 PATIENCE = 60.0
 """Seconds for the supercomputer to answer."""
 
@@ -89,24 +86,6 @@ def main(project: Project, definitions: dg.Definitions) -> int:
         return 0
 
     return exit_code_of(command)
-
-
-@contextmanager
-def open_history(project: Project) -> Iterator[dg.DagsterInstance | None]:
-    """Open the project's Dagster instance; None if there is none yet, or it has an error, which stderr shows."""
-    if "DAGSTER_HOME" not in os.environ and not (project.root / HISTORY).is_dir():
-        yield None
-        return
-    os.chdir(project.root)  # where dagster.yaml is, and the history that it names
-    os.environ.setdefault("DAGSTER_HOME", str(project.root))
-    with ExitStack() as stack:
-        try:
-            history = stack.enter_context(dg.DagsterInstance.get())
-            history.fetch_materializations(dg.AssetKey("any"), limit=1)
-        except Exception as error:  # noqa: BLE001 - of whatever database it is
-            print(f"What earlier runs have used is not known: {error}", file=sys.stderr)
-            history = None
-        yield history
 
 
 def examples(definitions: dg.Definitions) -> str:

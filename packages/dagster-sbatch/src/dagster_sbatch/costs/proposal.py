@@ -98,6 +98,12 @@ MARGINS = (
 )
 
 
+def split_text(text: str) -> tuple[str, str]:
+    """Return what the jobs have used, and the code of the request (empty without one), from `Proposal.text`."""
+    used, _, enough = text.partition("\n\n")
+    return used, enough.partition("```python\n")[2].removesuffix("\n```")
+
+
 def propose(request: SlurmRequest, allocation: Allocation, uses: Sequence[Use]) -> Proposal | None:
     """Return what jobs of the same size have used, and a request that is enough; None if there was no such job.
 

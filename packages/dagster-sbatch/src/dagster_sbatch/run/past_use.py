@@ -5,7 +5,7 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_sbatch.costs.proposal import Use, propose
+from dagster_sbatch.costs.proposal import Use, propose, split_text
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.task_results import MOST_ROWS
@@ -14,6 +14,8 @@ MOST_RESULTS = 100
 """Materializations of an asset that are read, the latest ones."""
 SHORTEST_JOB = 10
 """Seconds: reading them takes some 15 ms, a thousandth of that."""
+PROPOSAL = "proposal"
+"""Name of the metadata."""
 
 
 def uses_of(metadata: Mapping[str, Any], partitions: Sequence[str], slurm_partition: str | None) -> Iterator[Use]:
@@ -82,4 +84,20 @@ def proposal_metadata(step: dg.OpExecutionContext, plan: Plan, uses: Sequence[Us
         StepLog(step).warning(f"Dagster's history could not be read, so there is no proposal: {error}")
         return {}
     found = propose(plan.request, plan.allocation, [*uses, *past])
-    return {"proposal": dg.MetadataValue.md(found.text)} if found and found.request else {}
+    return {PROPOSAL: dg.MetadataValue.md(found.text)} if found and found.request else {}
+
+
+def last_proposals(instance: dg.DagsterInstance, assets: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Return what the last materialization of each asset proposes: what its jobs have used, and the code of a request.
+
+    Args:
+        instance: Dagster's.
+        assets: keys as people write them; without those that this instance does not know, or that propose nothing.
+    """
+    found = {}
+    for name in sorted(set(assets)):
+        for record in instance.fetch_materializations(dg.AssetKey.from_user_string(name), limit=1).records:
+            value = record.asset_materialization.metadata.get(PROPOSAL) if record.asset_materialization else None
+            if isinstance(value, dg.MarkdownMetadataValue) and value.value and split_text(value.value)[1]:
+                found[name] = split_text(value.value)
+    return found
