@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import RefusedError, Share, Usage
 from dagster_sbatch.upkeep import budget_asset
 from resources import PROJECT
-from unit.test_ledger import JOB, USAGE
+from unit.test_ledger import HOUR, JOB, USAGE
 
 SHARE = Share("p1", "", "gres/gpu", 6000, 1800, 60)
 Tick = Callable[..., dg.SensorResult]
@@ -27,6 +28,8 @@ def tick(monkeypatch: pytest.MonkeyPatch) -> Tick:
     monkeypatch.setattr(budget_asset, "check_health", lambda _: health)
     monkeypatch.setattr(type(PROJECT), "load_settings", lambda *_, **__: settings)
 
+    instance = dg.DagsterInstance.ephemeral()
+
     def make(answer: Usage | Exception, verdict: str = "ok") -> dg.SensorResult:
         def usage(_: object) -> Usage:
             if isinstance(answer, Exception):
@@ -39,7 +42,7 @@ def tick(monkeypatch: pytest.MonkeyPatch) -> Tick:
 
         monkeypatch.setattr(budget_asset, "open_runs", open_runs)
         health.verdict = verdict
-        said = budget_asset.make_budget_sensor(PROJECT)(dg.build_sensor_context())
+        said = budget_asset.make_budget_sensor(PROJECT)(dg.build_sensor_context(instance))
         assert isinstance(said, dg.SensorResult)
         return said
 
@@ -51,7 +54,8 @@ def test_a_tick_records_numbers_and_the_check(tick: Tick, jobs: int, days: float
     """70 GPU-hours are left, and each job has used 8 in the last two weeks."""
     observation, check = tick(replace(USAGE, jobs=[JOB] * jobs, shares=[SHARE])).asset_events
     assert isinstance(observation, dg.AssetObservation)
-    numbers = {name: value.value for name, value in observation.metadata.items()}
+    numbers = {name: value.value for name, value in observation.metadata.items() if "days/" not in name}
+    assert numbers.pop("hours_by_week")
     assert numbers == {
         "p1_gpu_hours_used": 30,
         "p1_gpu_hours_left": 70,
@@ -89,6 +93,38 @@ def test_limits_of_a_user_and_above_a_project_have_other_names(tick: Tick) -> No
     }  # what is not known is missing
     assert isinstance(check, dg.AssetCheckEvaluation)
     assert check.passed
+
+
+def test_the_hours_of_assets_projects_and_users_plot(tick: Tick) -> None:
+    """Of the last seven days; 0 if all jobs are older. The table has this week and the one before, each from Monday."""
+    asset, day = replace(JOB, comment="asset=group/a"), timedelta(days=1)
+    older = replace(asset, user="ab", project="p2", start=asset.start - 8 * day, end=asset.start - 8 * day + HOUR)
+    before = replace(asset, start=asset.start - 11 * day, end=asset.start - 11 * day + HOUR)  # a Sunday
+    without = replace(asset, comment="asset=b", project="p2", tres={"node": 1})
+    (observation,) = tick(replace(USAGE, jobs=[asset, asset, older, before, without])).asset_events
+    assert isinstance(observation, dg.AssetObservation)
+    numbers = {name: value.value for name, value in observation.metadata.items() if "days/" in name}
+    assert numbers == {
+        "node_hours_7_days/asset/group/a": 4,
+        "gpu_hours_7_days/asset/group/a": 16,
+        "node_hours_7_days/asset/b": 1,
+        "node_hours_7_days/project/p1": 4,
+        "gpu_hours_7_days/project/p1": 16,
+        "node_hours_7_days/project/p2": 1,
+        "node_hours_7_days/user/xy": 5,
+        "node_hours_7_days/user/ab": 0,
+        "gpu_hours_7_days/user/ab": 0,
+    }
+    rows = observation.metadata["hours_by_week"]
+    assert isinstance(rows, dg.TableMetadataValue)
+    assert [list(row.data.values()) for row in rows.records] == [
+        ["2026-W48", "b", "p2", "xy", 1, 1, None],
+        ["2026-W48", "group/a", "p1", "xy", 2, 4, 16],
+        ["2026-W47", "group/a", "p2", "ab", 1, 2, 8],
+    ]
+    (observation,) = tick(replace(USAGE, private=True)).asset_events
+    assert isinstance(observation, dg.AssetObservation)
+    assert not [name for name in observation.metadata if "/user/" in name]
 
 
 def test_a_tick_without_numbers_records_nothing(tick: Tick) -> None:

@@ -14,6 +14,7 @@ from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.slurm.gateway import Usage
 from dagster_sbatch.upkeep import running_on_supercomputer
+from dagster_sbatch.upkeep.ledger_metadata import ledger_metadata
 from dagster_sbatch.upkeep.orphans import NO_ACCESS, TICK_SECONDS
 
 OBSERVE_EVERY = 3600
@@ -41,11 +42,11 @@ def make_budget_check(project: Project) -> dg.AssetChecksDefinition:
     )
     def budget_lasts(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         try:
-            usage, budgets = _ask(project)
+            usage, budgets, metadata = _ask(project, context.instance)
         except NO_ACCESS as error:
             return dg.AssetCheckResult(passed=False, severity=dg.AssetCheckSeverity.WARN, description=str(error))
         passed, text = _judge(usage, budgets)
-        for observation in _observe(usage, budgets, text):
+        for observation in _observe(text, metadata):
             context.op_execution_context.log_event(observation)
         return dg.AssetCheckResult(passed=passed, description=text)
 
@@ -62,17 +63,17 @@ def make_budget_sensor(project: Project) -> dg.SensorDefinition:
         description="Asks Slurm once per hour what the projects have used and have left, over one connection, and "
         "records it at musica_budget.",
     )
-    def observe_budget() -> dg.SensorResult:
+    def observe_budget(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         health = check_health(project.load_settings(supercomputer=True))
         if health.verdict != "ok":  # the refresh job renews access; this sensor only uses it
             return dg.SensorResult(skip_reason=f"waits until access is in order: {health.summary}")
         try:
-            usage, budgets = _ask(project)
+            usage, budgets, metadata = _ask(project, context.instance)
         except NO_ACCESS as error:
             return dg.SensorResult(skip_reason=str(error))
         passed, text = _judge(usage, budgets)
-        events: list[Any] = _observe(usage, budgets, text)
-        if events:
+        events: list[Any] = _observe(text, metadata)
+        if budgets:
             events.append(
                 dg.AssetCheckEvaluation(
                     asset_key=MUSICA_BUDGET.key, check_name="budget_lasts", passed=passed, description=text, metadata={}
@@ -83,12 +84,14 @@ def make_budget_sensor(project: Project) -> dg.SensorDefinition:
     return observe_budget
 
 
-def _ask(project: Project) -> tuple[Usage, list[Budget]]:
+def _ask(project: Project, instance: dg.DagsterInstance) -> tuple[Usage, list[Budget], dict[str, Any]]:
+    """Return Slurm's answer, the budgets, and the metadata of an observation."""
     settings = project.load_settings(supercomputer=True)
     since = datetime.now(UTC) - timedelta(days=PACE_DAYS + 1)
     with open_runs(settings, project, TICK_SECONDS) as runs:
         usage = runs.gateway.usage(min(since, budget_start(settings) or since))
-    return usage, budgets_of(usage, settings)
+    budgets, site = budgets_of(usage, settings), project.load_site(settings.supercomputer_site)
+    return usage, budgets, {**_numbers(usage, budgets), **ledger_metadata(usage, site, instance)}
 
 
 def _judge(usage: Usage, budgets: Sequence[Budget]) -> tuple[bool, str]:
@@ -100,11 +103,9 @@ def _judge(usage: Usage, budgets: Sequence[Budget]) -> tuple[bool, str]:
     return passed, "\n".join(describe(usage, budget) for budget in budgets).replace("\n", "  \n")
 
 
-def _observe(usage: Usage, budgets: Sequence[Budget], text: str) -> list[dg.AssetObservation]:
-    """Return the observation of `musica_budget`; none without a budget."""
-    if not budgets:
-        return []
-    return [dg.AssetObservation(MUSICA_BUDGET.key, description=text, metadata=_numbers(usage, budgets))]
+def _observe(text: str, metadata: dict[str, Any]) -> list[dg.AssetObservation]:
+    """Return the observation of `musica_budget`; none if no number is known."""
+    return [dg.AssetObservation(MUSICA_BUDGET.key, description=text, metadata=metadata)] if metadata else []
 
 
 def _numbers(usage: Usage, budgets: Sequence[Budget]) -> dict[str, float]:
