@@ -71,6 +71,10 @@ def test_sums_and_budgets_are_shown(run: Run) -> None:
     )
 
 
+def test_without_any_job(run: Run) -> None:
+    assert run(replace(USAGE, jobs=[])) == (0, "No job of your projects has run since 2026-11-01.")
+
+
 def test_a_number_that_slurm_does_not_know_is_left_out(run: Run) -> None:
     without = replace(NAMED, tres={"node": 2})
     assert run(replace(USAGE, jobs=[without], private=True), "--by", "project,user") == (

@@ -146,6 +146,7 @@ def test_sums_by_project_and_user() -> None:
         (["p2", "ab"], 1, None),
     ]
     assert (total(made).jobs, total(made).node_hours, total(made).gpu_hours) == (3, 5, None)
+    assert (total([]).jobs, total([]).node_hours, total([]).gpu_hours) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,10 @@ def show(project: Project, by: Sequence[Dimension], day: datetime | None) -> int
         with open_history(project) as history:
             recorded = recorded_assets(history, usage) if history else lambda _: None
             entries = make_ledger(usage, site, recorded, since)
-            show_ledger(entries, by)
+            if entries:
+                show_ledger(entries, by)
+            else:
+                print(f"No job of your projects has run since {since:%Y-%m-%d}.")
             if history:
                 show_proposals(last_proposals(history, (name for entry in entries for name in entry.asset.split(", "))))
     for text in usage.trouble:

@@ -106,9 +106,14 @@ def sum_by(entries: Iterable[Entry], dimensions: Sequence[Dimension]) -> list[tu
 
 
 def total(entries: Sequence[Entry]) -> Sum:
-    """Return the sum of some entries."""
-    numbers = ((entry.used.node_hours, entry.used.gpu_hours, entry.used.tokens) for entry in entries)
-    return Sum(sum(entry.used.jobs for entry in entries), *map(add, zip(*numbers, strict=True)))
+    """Return the sum of some entries; of none, 0."""
+    used = [entry.used for entry in entries]
+    return Sum(
+        jobs=sum(each.jobs for each in used),
+        node_hours=add(each.node_hours for each in used),
+        gpu_hours=add(each.gpu_hours for each in used),
+        tokens=add(each.tokens for each in used),
+    )
 
 
 _Part = tuple[float | None, float | None, float | None]
