@@ -1,5 +1,6 @@
 """What happens to programs of any language, batch scripts and ranks when their jobs fail: many jobs at once."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from dagster_sbatch.slurm import Retries, SlurmRequest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from slurm_in_a_box.layout import COMPUTE_NODES
 from slurm_in_a_box.machines import MEMORY_CGROUPS
-from support.background import Background, attempts_of, go_on, jobs_of, nobody_left, runs_there
+from support.background import MEASURED, Background, attempts_of, go_on, jobs_of, nobody_left, runs_there
 from support.programs import foreign_elf, make
 from support.ranks import RANK
 from support.ray_run import cause_of, nothing_is_left
-from support.workload_asset import PIPES, materialize
+from support.workload_asset import PIPES, Outcome, materialize
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 LAUNCHERS: dict[str, Launcher] = {
@@ -70,6 +71,7 @@ PROGRAMS: dict[str, tuple[str, list[str]]] = {
     "script-out-of-time": (
         f"{PIPES}    import signal, time\n"
         "    signal.signal(signal.SIGUSR1, lambda *_: print('warned script-out-of-time', flush=True))\n"
+        "    kept = b'x' * (150 << 20)\n"
         "    time.sleep(600)\n",
         [TIME, "time_limit='00:02:00'", "time limit: 6 s left"],
     ),
@@ -79,9 +81,10 @@ PROGRAMS: dict[str, tuple[str, list[str]]] = {
         "    pipes.report_asset_materialization(metadata=dict(rows=7))\n",
         [],
     ),
-    "srun-out-of-time": (  # rank 0 alone is warned
+    "srun-out-of-time": (  # rank 0 alone is warned; rank 3 is on the second node
         f"{RANK}    warned = lambda *_: print('warned srun-out-of-time', flush=True)\n"
         "    if rank == 0: signal.signal(signal.SIGUSR1, warned)\n"
+        "    if rank == 3: kept = b'x' * (150 << 20)\n"
         "    time.sleep(600)\n",
         [TIME, "time_limit='00:02:00'"],
     ),
@@ -96,10 +99,26 @@ def start(path: Path, **request: Any) -> Background:
     return Background(lambda: materialize(path, path.parent, launcher=launcher, request=SlurmRequest(**request)))
 
 
+def most_memory(outcome: Outcome) -> float:
+    """MiB of a job that has failed, on one node, as its sampler has measured it until the end."""
+    found = re.search(r"memory \S+ at most ([\d.]+) GiB", outcome.failure["usage"])
+    assert found, outcome.failure
+    return 1024 * float(found[1])
+
+
+def has_run(site: SimulatedSite, job: int) -> float:
+    """For how many seconds, as Slurm says; less than an hour."""
+    minutes, _, seconds = site.squeue("--noheader", f"--jobs={job}", "--format=%M").strip().rpartition(":")
+    return 60 * int(minutes) + int(seconds)
+
+
 def test_jobs_that_fail_in_every_way_at_once(
     site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A result or the reason, one job per run, each line once; and no node has a process or a file of them."""
+    """A result or the reason, one job per run, each line once; and no node has a process or a file of them.
+
+    What they have used until then is known, also of two nodes.
+    """
     for name, (text, _) in PROGRAMS.items():
         make(workloads, text, name)
     (workloads / "command-for-another-CPU").write_bytes(foreign_elf())
@@ -117,9 +136,13 @@ def test_jobs_that_fail_in_every_way_at_once(
     jobs = {name: int(path.read_text()) for name, path in begun.items()}
     site.faults.drop_connections()
     site.faults.requeue_job(jobs["command-requeued"])
-    for name in ("command-cancelled", "batch-cancelled"):
-        site.faults.cancel_job(jobs[name])
     go_on(site)
+    cancelled = jobs["command-cancelled"], jobs["batch-cancelled"]
+    listing = ("--noheader", "--steps", f"--jobs={cancelled[1]}", "--format=%i")
+    wait_until(lambda: f"{cancelled[1]}.1" in site.squeue(*listing).split(), "the second node has its sampler", 60)
+    wait_until(lambda: has_run(site, cancelled[0]) > 10, "the sampler has measured it", 60)
+    for job in cancelled:
+        site.faults.cancel_job(job)
     outcomes = {name: run.outcome(240) for name, run in runs.items()}
     for name, (text, texts) in PROGRAMS.items():
         outcome = outcomes[name]
@@ -131,6 +154,10 @@ def test_jobs_that_fail_in_every_way_at_once(
             assert (outcome.error, rows) == ("", 7 if "rows=7" in text else None), name
         assert all(each in outcome.error for each in texts), f"{name}: {outcome.error}"
         assert outcome.retries == []
+    for name in ("script-out-of-time", "srun-out-of-time"):
+        assert 150 <= most_memory(outcomes[name]) < 300, name
+        assert outcomes[name].failure["max_rss_mib"] > 150
+    assert most_memory(outcomes["command-cancelled"]) < 100
     out, err = capfd.readouterr()
     expected = [f"begun {name}" for name in [*waiting, "command-requeued"]]
     expected += [f"warned {name}" for name in PROGRAMS if "out-of-time" in name]
@@ -151,7 +178,10 @@ MEMORY = {
     "command-in-memory": f"#!/bin/bash\n{EATS}\n",
     "batch-in-memory": f"#!/bin/bash\n#SBATCH --mem=200M\n{EATS}\n",
     "batch-step-in-memory": f"#!/bin/bash\n#SBATCH --mem=200M\nsrun bash -c '{EATS}'\n",
-    "script-in-memory": f"{PIPES}    ballast = bytearray(b'x' * (400 << 20))\n",
+    "script-in-memory": (
+        f"{MEASURED}\nkept = b'x' * (100 << 20)\nwait_until_measured(3)\n"
+        f"{PIPES}    ballast = bytearray(b'x' * (400 << 20))\n"
+    ),
 }
 
 
@@ -168,5 +198,7 @@ def test_jobs_that_run_out_of_memory(site: SimulatedSite, workloads: Path) -> No
         )
         assert ". It had mem='200M'. Request more, for instance mem='300M'" in cause, name
         assert outcome.retries == []
+        if name == "script-in-memory":
+            assert 100 <= most_memory(outcome) <= 205  # of 200
     nothing_is_left(site, *NODES)
     nobody_left(site)

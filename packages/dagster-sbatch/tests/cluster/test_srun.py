@@ -69,7 +69,7 @@ def test_a_real_mpi_over_two_nodes(site: SimulatedSite, workloads: Path) -> None
     assert (metadata["total"], metadata["nodes"]) == (6, ["n4001", "n4001", "n4002", "n4002"])
     nothing_is_left(site, *NODES)
     outcome = run(f"{MPI}if world.rank == 3: raise ValueError('boom')\nworld.barrier()", workloads, launcher, env)
-    assert "[rank 3] ValueError: boom" in cause_of(outcome.error)
+    assert cause_of(outcome.error) == "rank 3 on n4002 ended with exit code 1: ValueError: boom"
 
 
 LIMITS = pytest.mark.skipif(not MEMORY_CGROUPS, reason="this machine cannot enforce a job's memory")

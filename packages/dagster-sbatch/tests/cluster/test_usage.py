@@ -5,32 +5,19 @@ from typing import Any
 
 import pytest
 
+from dagster_sbatch import JobArray
 from dagster_sbatch.launchers import Launcher, ScriptLauncher, SrunLauncher
 from dagster_sbatch.slurm import SlurmRequest
 from slurm_in_a_box import GPU_PARTITION, SimulatedSite
-from support.background import Background
+from support.array_asset import DAYS, ArrayAsset
+from support.background import MEASURED, Background
 from support.ray_run import cause_of, nothing_is_left
 from support.workload_asset import PIPES, Outcome, materialize
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
-MEASURED = """
-import os, time
-from pathlib import Path
-
-def wait_until_measured(seconds):
-    def is_sampler(path):
-        try:
-            return b'sampler.py' in path.read_bytes()
-        except OSError:
-            return False
-    while not any(map(is_sampler, Path('/proc').glob('[0-9]*/cmdline'))):
-        time.sleep(0.2)
-    until = time.time() + seconds
-    while time.time() < until:
-        pass
-"""
+USES_GPU = "gpu = open(os.environ['DEVICES'] + '/nvidia' + os.environ['CUDA_VISIBLE_DEVICES'])"
 BUSY = f"""{MEASURED}
-gpu = open(os.environ['DEVICES'] + '/nvidia' + os.environ['CUDA_VISIBLE_DEVICES'])
+{USES_GPU}
 kept = b'x' * (200 << 20)
 wait_until_measured(18)
 {PIPES}    pipes.report_asset_materialization()
@@ -41,26 +28,35 @@ if os.environ['RANK'] == '1':
 wait_until_measured(12)
 {PIPES}    pipes.report_asset_materialization()
 """
+FIRST, SECOND = DAYS.get_partition_keys()[:2]
+TASKS = f"""{MEASURED}
+if pipes.partition_key == "{FIRST}":
+    {USES_GPU}
+wait_until_measured(1)
+pipes.report_asset_materialization()
+"""
 IDLE = f"import time\ntime.sleep(600)\n{PIPES}    pass\n"
 
 
 def test_gpus_memory_and_cpu_time_of_jobs_are_measured(
     site: SimulatedSite, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a job on a GPU beside another job's, of one whose GPU is idle, and of one on two nodes."""
+    """Of a job on a GPU beside another job's, of one whose GPU is idle, of one on two nodes, of tasks of an array."""
+    env = {"DEVICES": str(site.layout.run / "gpus")}
 
     def start(name: str, workload: str, launcher: Launcher, **request: Any) -> Background:
         folder = tmp_path / name
         folder.mkdir()
-        env = {"DEVICES": str(site.layout.run / "gpus")}
         wanted = SlurmRequest(**{"time_limit": "5", **request})
         return Background(lambda: materialize(workload, folder, launcher=launcher, request=wanted, env=env))
 
     gpu: dict[str, Any] = {"gpus_per_node": 1, "partition": GPU_PARTITION, "nodelist": "g4001"}
+    gpu_of_task = SlurmRequest(**{**gpu, "time_limit": "5", "nodelist": "g4002"})
     two_nodes: dict[str, Any] = {"nodes": 2, "mem": "1G", "nodelist": "n4001,n4002"}
     idle = start("idle", IDLE, ScriptLauncher(), gpu_idle_limit="00:00:12", **gpu)
     busy = start("busy", BUSY, ScriptLauncher(), **gpu)
     ranks = start("ranks", RANKS, SrunLauncher(), **two_nodes)
+    array = ArrayAsset(tmp_path / "array", TASKS, JobArray(), request=gpu_of_task, env=env).run(FIRST, SECOND)
 
     outcome = idle.outcome()
     assert not outcome.success
@@ -77,7 +73,11 @@ def test_gpus_memory_and_cpu_time_of_jobs_are_measured(
     metadata = measured(ranks.outcome())
     assert 300 < metadata["max_rss_mib"] < 500
     assert "gpu_utilization" not in metadata
-    nothing_is_left(site, "g4001", "n4001", "n4002")
+
+    assert array.error == ""
+    assert array.once[FIRST]["gpu_utilization"] > 0.4
+    assert (array.once[SECOND]["gpu_utilization"], "usage" in array.once[SECOND]) == (0, False)
+    nothing_is_left(site, "g4001", "g4002", "n4001", "n4002")
 
 
 def measured(outcome: Outcome) -> dict[str, Any]:

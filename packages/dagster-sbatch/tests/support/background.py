@@ -25,6 +25,25 @@ WAITS = (
     """
 )
 """Until `go_on`."""
+MEASURED = """
+import os, time
+from pathlib import Path
+
+def wait_until_measured(seconds):
+    own = f"SLURM_JOB_ID={os.environ['SLURM_JOB_ID']}\\0".encode()
+
+    def is_sampler(process):
+        try:
+            return b"sampler.py" in (process / "cmdline").read_bytes() and own in (process / "environ").read_bytes()
+        except OSError:
+            return False
+    while not any(map(is_sampler, Path("/proc").glob("[0-9]*"))):
+        time.sleep(0.2)
+    until = time.time() + seconds
+    while time.time() < until:
+        pass
+"""
+"""Beginning of a workload that waits, and then computes for some seconds, while the sampler of its job runs."""
 
 
 def go_on(site: SimulatedSite) -> None:

@@ -28,6 +28,7 @@ class Outcome:
         success: of the run.
         run_id: its id.
         error: the text of the step's failure.
+        failure: the metadata of the step's failure.
         retries: texts of the step's failures after which it was tried again.
         materializations: of the asset, by partition (None: not partitioned).
         checks: passed or not, by name.
@@ -37,6 +38,7 @@ class Outcome:
     success: bool
     run_id: str
     error: str
+    failure: dict[str, Any]
     retries: list[str]
     materializations: dict[str | None, list[dict[str, Any]]]
     checks: dict[str, bool]
@@ -96,11 +98,24 @@ def materialize(
     texts = [
         f"{data.error}\n{data.user_failure_data.description if data.user_failure_data else ''}" for data in failures
     ]
+    details = {
+        name: value.value
+        for data in failures
+        if data.user_failure_data
+        for name, value in data.user_failure_data.metadata.items()
+    }
     retries = [
         str(event.event_specific_data.error)  # type: ignore[union-attr]
         for event in result.filter_events(lambda event: event.event_type_value == "STEP_UP_FOR_RETRY")
     ]
     checks_passed = {found.check_name: found.passed for found in evaluations}
     return Outcome(
-        result.success, result.run_id, "\n".join(texts), retries, materializations, checks_passed, dict(run.tags)
+        result.success,
+        result.run_id,
+        "\n".join(texts),
+        details,
+        retries,
+        materializations,
+        checks_passed,
+        dict(run.tags),
     )

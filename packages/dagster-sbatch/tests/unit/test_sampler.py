@@ -110,12 +110,13 @@ def test_without_cgroups_the_jobs_processes_are_counted() -> None:
 def test_samples_of_several_nodes_become_sums_means_and_maxima() -> None:
     usage = sampler.Usage(2, 1, 0.0)
     usage.add("", 0.0, 100.0, 1.0, [(50.0, 7.0)])
-    assert "memory_mib" not in usage.document(1.0, series=True)  # the other node is not known yet
+    usage.point(0.0)
+    assert usage.document(1.0, series=True) == {"seconds": 1.0}  # the other node is not known yet
     usage.add("n2", 0.0, 300.0, 2.0, [(100.0, None)])
-    usage.point()
+    usage.point(0.0)
     usage.add("", 10.0, 200.0, 11.0, [(0.0, 9.0)])
     usage.add("n2", 10.0, 100.0, 22.0, None)
-    usage.point()
+    usage.point(10.0)
     document = usage.document(10.0, series=True)
     assert document == {
         "seconds": 10.0,
@@ -127,11 +128,35 @@ def test_samples_of_several_nodes_become_sums_means_and_maxima() -> None:
     }
 
 
+def test_of_a_job_that_has_lost_a_node_nothing_is_known() -> None:
+    """Slurm may notice it minutes later. Numbers of the other nodes would be taken for those of the job."""
+    usage = sampler.Usage(2, 1, 0.0)
+    for now in (0.0, 15.0, 30.0):
+        usage.add("", now, 100.0, now, [(50.0, 7.0)])
+        usage.add("n2", now, 300.0, now, [(50.0, 7.0)])
+        usage.point(now)
+    assert len(usage.document(30.0, series=True)) == 6
+    for now in range(45, 300, 15):
+        usage.add("", now, 100.0, now, [(50.0, 7.0)])
+        usage.point(now)
+    known = usage.document(300.0, series=True)
+    assert known.keys() == {"seconds", "series"}
+    assert len(known["series"]) == 3 + 3  # less than STALE
+
+
+def test_a_line_of_a_node_that_was_lost_meanwhile_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", JOB)
+    first = sampler.FirstNode(3, 0, 0)
+    first.hear(b'["n2", 10.0, ')
+    first.hear(b'["n3", 20.0, 1.0, null]\n["n3", 30.0, 2.0, null]\n["n2", 40')
+    assert first.usage.memory == {"n3": 30.0}
+
+
 def test_the_series_of_a_long_job_stays_short_and_keeps_the_most_memory() -> None:
     usage = sampler.Usage(1, 0, 0.0)
     for sample in range(5760):  # a day
         usage.add("", 15.0 * sample, 900.0 if sample == 4321 else 100.0, 30.0 * sample, [])
-        usage.point()
+        usage.point(15.0 * sample)
     series = usage.document(86400.0, series=True)["series"]
     assert 32 <= len(series) < sampler.MOST_POINTS
     assert max(point[2] for point in series) == 900.0
@@ -174,8 +199,53 @@ def test_idle_gpus_are_recorded_once(
         first.sample(float(now))
         events = job_record.events_of(str(tmp_path))
         assert events.get("idle") == (reported_at if now >= reported_at else None)
-        assert len(ended) == (0 < limit <= now)
+        assert bool(ended) == (0 < limit <= now)
     assert events["started"]["started"] == "g4001"
+
+
+@pytest.mark.parametrize(
+    ("array", "ended"),
+    [({}, JOB), ({"SLURM_ARRAY_JOB_ID": "4700", "SLURM_ARRAY_TASK_ID": "11"}, "4700_11")],
+    ids=["a job", "a task alone"],
+)
+def test_the_sampler_cancels(
+    array: dict[str, str],
+    ended: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Once more with its next sample if Slurm did not answer: until then it has not ended the job."""
+    scancel, calls = tmp_path / "scancel", tmp_path / "calls"
+    scancel.write_text(f'#!/bin/sh\necho "$@" >>{calls}\n[ "$(wc -l <{calls})" = 2 ]\n')
+    scancel.chmod(0o755)
+    for name, value in {"SLURM_JOB_ID": JOB, "PATH": f"{tmp_path}:{os.environ['PATH']}", **array}.items():
+        monkeypatch.setenv(name, value)
+    first = sampler.FirstNode(1, 1, 40)
+    monkeypatch.setattr(first, "record", lambda _: None)
+    monkeypatch.setattr(first.gpus, "take", lambda: [(0.0, 4.0)])
+    known = []
+    for now in (0.0, 40.0, 55.0, 70.0):
+        first.sample(now)
+        if first.scancel:
+            first.scancel.wait(30)
+        first.asked(b"\n")
+        known.append("ended_idle" in json.loads(capfd.readouterr().out))
+    assert known == [False, False, True, True]
+    assert calls.read_text() == 2 * f"{ended}\n"
+
+
+def test_a_full_disk_does_not_save_a_job_with_idle_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", JOB)
+    Path("events").symlink_to("/dev/full")
+    first = sampler.FirstNode(1, 1, 40)
+    ended = []
+    monkeypatch.setattr(first, "end_job", lambda: ended.append(True))
+    monkeypatch.setattr(first.gpus, "take", lambda: [(0.0, 4.0)])
+    for now in (0.0, 20.0, 40.0):
+        first.sample(now)
+    assert ended == [True]
 
 
 def test_the_sampler_ends_with_its_standard_input_and_what_it_started_ends_too(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,44 @@ def test_a_failure_that_cannot_be_read_leaves_the_words_of_srun(text: str, tmp_p
     failure.write_text(text)
     command = ["sh", "-c", "echo 'srun: error: node lost' >&2; exit 3"]
     assert ranks.await_starter(command, failure, "600") == (3, "sh ended with exit code 3: srun: error: node lost")
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "stderr"),
+    [
+        ("sys.exit(3)", 3, []),
+        ("sys.exit('no data')", 1, ["no data"]),
+        ("sys.exit()", 0, []),
+        ("raise KeyError(7)", 1, ["KeyError: 7"]),
+    ],
+)
+def test_a_rank_with_mpi4py_records_its_failure_itself(
+    ending: str, code: int, stderr: list[str], tmp_path: Path
+) -> None:
+    """Then mpi4py may end all ranks at once."""
+    workload, failure = tmp_path / "w.py", tmp_path / "failure"
+    workload.write_text(
+        f"import sys; assert sys.argv[1:] == ['a b']; assert sys.path[0] == {str(tmp_path)!r}\n{ending}"
+    )
+    program = Path(one_rank.__file__).with_name("mpi_rank.py")
+    command = [sys.executable, str(program), str(failure), str(workload), "a b"]
+    done = subprocess.run(command, env={**os.environ, "RANK": "2"}, capture_output=True, check=False)
+    assert done.returncode == code
+    record = ranks.read_failure(failure)
+    found = record and (record["rank"], record["code"], record["stderr"][-1:])
+    assert found == (("2", code, stderr) if code else None)
+
+
+def test_the_exception_is_found_between_lines_of_pytorch() -> None:
+    """It labels them, and may warn after the traceback."""
+    lines = [
+        "[rank3]: Traceback (most recent call last):",
+        "[rank3]: ValueError: boom",
+        "[rank3]:[W1127] was not called",
+    ]
+    record = {"rank": "3", "host": "n4002", "code": 1, "stderr": lines}
+    _, cause = ranks.explain(record)
+    assert cause.startswith("rank 3 on n4002 ended with exit code 1: [rank3]: ValueError: boom\n")
 
 
 def test_the_first_failure_is_recorded_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

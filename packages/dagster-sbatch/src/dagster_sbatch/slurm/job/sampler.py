@@ -21,7 +21,7 @@ import time
 SAMPLE_SECONDS = 15.0
 FIRST_PAUSES = (1.0, 2.0, 4.0, 8.0)  # of a short job there are samples, too
 REPORT_IDLE = 600.0  # seconds; GPUs also wait while a program reads its data
-STALE = 60.0  # seconds after which a node's last sample says nothing about now
+STALE = 60.0  # seconds after which a node's last sample says nothing about now: it may be lost
 MOST_POINTS = 64  # of the series; then each two become one
 CGROUPS, PROC = "/sys/fs/cgroup", "/proc"
 MEBIBYTE = float(1 << 20)
@@ -217,7 +217,7 @@ class Usage:
         self.nodes, self.gpus, self.begun = nodes, gpus, now
         self.memory, self.cpu = {}, {}  # by node: the most, and until now
         self.gpu_sum, self.gpu_count, self.gpu_memory = 0.0, 0, None
-        self.idle_since, self.seen = {}, {}  # by node: when its GPUs began to be idle, and were read
+        self.idle_since, self.seen = {}, {}  # by node: when its GPUs began to be idle, and when they were read
         self.latest = {}  # by node: GPU utilization, CPUs in use, memory
         self.sampled = {}  # by node: when, and its CPU time then
         self.points, self.every, self.pending = [], 1, []
@@ -252,16 +252,30 @@ class Usage:
             return None
         return max(cpu - cpu_before, 0.0) / (now - time_before)
 
+    def all_recent(self, times, now):
+        """Return whether there is a time for each node, and none is long ago."""
+        return len(times) == self.nodes and all(now - time < STALE for time in times)
+
+    def all_sampled(self, now):
+        """Return whether there is a recent sample of each node: not before all have begun, nor if one is lost."""
+        return self.all_recent([time for time, _ in self.sampled.values()], now)
+
     def idle(self, now):
         """Return for how many seconds all GPUs of all nodes have been idle; 0 if one is not, or is not known."""
         since = [self.idle_since[node] for node in self.idle_since if now - self.seen[node] < STALE]
         return now - max(since) if self.gpus and len(since) == self.nodes else 0.0
 
-    def point(self):
-        """Add a point to the series: mean GPU utilization, CPUs in use, most memory of a node."""
+    def point(self, now):
+        """Add a point to the series: mean GPU utilization, CPUs in use, most memory of a node.
+
+        There is none while a node is not known: CPUs in use would be those of the other nodes.
+        """
+        if not self.all_sampled(now):
+            return
         gpus, cpus, sizes = known_columns(self.latest.values())
         mean = sum(gpus) / len(gpus) if gpus else None
-        self.pending.append((mean, sum(cpus) if cpus else None, max(sizes) if sizes else None))
+        used = sum(cpus) if len(cpus) == self.nodes else None
+        self.pending.append((mean, used, max(sizes) if len(sizes) == self.nodes else None))
         if len(self.pending) < self.every:
             return
         self.points.append(combine(self.pending))
@@ -273,11 +287,11 @@ class Usage:
     def document(self, now, series):
         """Return all of it; without the numbers of which a node does not know its part."""
         found = {"seconds": round(now - self.begun, 1)}
-        if len(self.memory) == self.nodes:
+        if len(self.memory) == self.nodes and self.all_sampled(now):
             found["memory_mib"] = round(max(self.memory.values()), 1)
-        if len(self.cpu) == self.nodes:
+        if len(self.cpu) == self.nodes and self.all_sampled(now):
             found["cpu_seconds"] = round(sum(self.cpu.values()), 2)
-        if len(self.seen) == self.nodes:
+        if self.all_recent(self.seen.values(), now):
             found["gpu_percent"] = round(self.gpu_sum / self.gpu_count, 2)
             if self.gpu_memory is not None:
                 found["gpu_memory_mib"] = self.gpu_memory
@@ -357,14 +371,14 @@ class FirstNode(Sampler):
         self.usage, self.limit = Usage(nodes, gpus, time.monotonic()), limit
         self.report_at = min(REPORT_IDLE, limit / 2) if limit else REPORT_IDLE  # before it ends the job
         self.others, self.others_wanted, self.rest = None, nodes > 1, b""
-        self.reported = self.ended = False
+        self.reported, self.scancel = False, None
 
     def asked(self, data):
         """Print what the job has used until now."""
         now = time.monotonic()
         self.usage.add("", now, *self.node.sample(), self.gpus.take())
         document = self.usage.document(now, "SLURM_ARRAY_TASK_ID" not in os.environ)
-        if self.ended:
+        if self.cancelled():
             document["ended_idle"] = self.limit
         print(json.dumps(document), flush=True)
 
@@ -372,7 +386,7 @@ class FirstNode(Sampler):
         """Take a sample, and act on idle GPUs. The other nodes begin when the job has run for a moment."""
         memory, cpu = self.node.sample()
         self.usage.add("", now, memory, cpu, self.gpus.take())
-        self.usage.point()
+        self.usage.point(now)
         if self.others_wanted and not self.pauses:
             self.others_wanted = False
             self.start_others()
@@ -380,8 +394,7 @@ class FirstNode(Sampler):
         if idle >= self.report_at and not self.reported:
             self.reported = True
             self.record({"idle": round(idle), "time": time.time()})
-        if self.limit and idle >= self.limit and not self.ended:
-            self.ended = True
+        if self.limit and idle >= self.limit and not self.cancelled():
             self.end_job()
 
     def start_others(self):
@@ -408,16 +421,26 @@ class FirstNode(Sampler):
         """Add the samples of other nodes."""
         *lines, self.rest = (self.rest + data).split(b"\n")
         for line in lines:
-            node, memory, cpu, gpus = json.loads(line.decode())
+            try:
+                node, memory, cpu, gpus = json.loads(line.decode())
+            except ValueError:  # a node was lost in the middle of its line
+                continue
             self.usage.add(node, time.monotonic(), memory, cpu, gpus)
 
     def record(self, event):
-        """Append a line to the job's own record."""
-        descriptor = os.open("events", os.O_WRONLY | os.O_APPEND)
+        """Append a line to the job's own record; do nothing if the disk is full."""
         try:
-            os.write(descriptor, json.dumps(event).encode() + b"\n")
-        finally:
-            os.close(descriptor)
+            descriptor = os.open("events", os.O_WRONLY | os.O_APPEND)
+            try:
+                os.write(descriptor, json.dumps(event).encode() + b"\n")
+            finally:
+                os.close(descriptor)
+        except OSError:
+            pass
+
+    def cancelled(self):
+        """Return whether it has cancelled the job, or is doing so; if Slurm did not answer, it tries again."""
+        return self.scancel is not None and not self.scancel.poll()
 
     def end_job(self):
         """Cancel this job, or this task of an array job."""
@@ -426,9 +449,9 @@ class FirstNode(Sampler):
         array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
         job = "%s_%s" % (array, task) if array and task else os.environ["SLURM_JOB_ID"]
         try:
-            subprocess.Popen(["scancel", job], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            self.scancel = subprocess.Popen(["scancel", job], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         except OSError:
-            self.ended = False
+            pass
 
     def end(self):
         """End what this program has started, also on the other nodes."""

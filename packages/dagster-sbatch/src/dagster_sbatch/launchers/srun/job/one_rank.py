@@ -3,7 +3,7 @@
 usage: one_rank.py [--mpi] FAILURE COMMAND...
 
 COMMAND contains Python's arguments. A rank that fails writes the file FAILURE, unless another one was earlier: others
-fail as a result. With --mpi, a rank that raises ends all others, if mpi4py is installed.
+fail as a result. With --mpi, a rank that raises ends all others, if mpi4py is installed (mpi_rank.py).
 """
 
 import base64
@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+_MPI_RANK = Path(__file__).with_name("mpi_rank.py")
 STDOUT, STDERR = 1, 2
 KEPT_LINES, TAIL_LINES = 200, 20
 """Of what a process writes to stderr: those that are searched for the cause, and those that are shown with it."""
@@ -39,7 +40,7 @@ def main() -> int:
     words = sys.argv[1:]
     mpi = words[0] == "--mpi"
     failure, *command = words[mpi:]
-    return run_rank(Path(failure), [*(mpi4py() if mpi else []), *command])
+    return run_rank(Path(failure), [*(mpi4py(failure) if mpi else []), *command])
 
 
 def run_rank(failure: Path, command: Sequence[str]) -> int:
@@ -72,9 +73,9 @@ def run_rank(failure: Path, command: Sequence[str]) -> int:
     return shell_code(code)
 
 
-def mpi4py() -> list[str]:
-    """Return what makes Python end all ranks if one raises; without it, that one waits for the others forever."""
-    return ["-m", "mpi4py"] if importlib.util.find_spec("mpi4py") else []
+def mpi4py(failure: str) -> list[str]:
+    """Return what makes Python end all ranks if one raises; without mpi4py, that one waits for the others forever."""
+    return [str(_MPI_RANK), failure] if importlib.util.find_spec("mpi4py") else []
 
 
 def record_failure(path: Path, record: Mapping[str, object]) -> None:

@@ -43,8 +43,14 @@ run_python -I "$@"
 NO_MPIEXEC = """\
 There is no mpiexec on this machine. It starts the ranks of SrunLauncher(mpi=...) in `development`. Install an MPI:
 pip install mpich"""
-_EXCEPTION = re.compile(r"(\[rank \d+\] )?[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
-"""Begins the line with which Python's tracebacks end; an MPI or PyTorch may say more after it."""
+MORE_RANKS_THAN_CORES = {
+    "OMPI_MCA_rmaps_base_oversubscribe": "true",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+"""Open MPI 4 and 5 refuse that without these; MPICH does not read them."""
+_EXCEPTION = re.compile(r"(\[rank ?\d+\]:? )*[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
+"""Begins the line with which Python's tracebacks end; an MPI or PyTorch may say more after it. PyTorch writes
+`[rank3]: ` before each line."""
 _STILL_RUNNING = re.compile(r"tasks? ([0-9,-]+): running")
 """What srun says of tasks when its --wait is over, before it kills them (Slurm 22.05 to 24.11)."""
 
@@ -122,7 +128,7 @@ def await_starter(command: Sequence[str], failure: Path, limit: str) -> tuple[in
     late = next(filter(None, map(_STILL_RUNNING.search, output.lines)), None)
     if late:
         return 1, explain_late(late[1], limit)
-    # MPI_Abort kills all processes of the job, also those that record failures.
+    # A workload that calls MPI_Abort itself kills all processes of the job, also those that record failures.
     words = [line for line in output.lines if _EXCEPTION.match(line)][:1]
     words = words or [line for line in output.lines if line.startswith(NO_CONTAINER)][:1]
     words = words or [line for line in output.lines if line.startswith(("srun:", "slurmstepd:"))]
@@ -161,6 +167,8 @@ def run_here(options: Mapping[str, str], failure: Path, command: Sequence[str]) 
         mpiexec = shutil.which("mpiexec", path=beside)
         if mpiexec is None:
             return 1, NO_MPIEXEC
+        for name, value in MORE_RANKS_THAN_CORES.items():
+            os.environ.setdefault(name, value)
         return await_starter([mpiexec, "-n", str(count), *rank], failure, options["wait"])
     gpus = [] if options["gpu-bind"] == "none" else local_gpus()
     ranks = [subprocess.Popen(rank, env={**os.environ, **local_variables(number, gpus)}) for number in range(count)]
