@@ -1,120 +1,140 @@
 """What jobs have used and a project has left, by the real Slurm; the ledger agrees with sreport(1)."""
 
+import re
 import time
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from dagster_sbatch.commands import costs
-from dagster_sbatch.costs.budget import budgets_of
-from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, Sum, make_ledger, sum_by
+from dagster_sbatch.costs.budget import Budget, budgets_of
+from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, Entry, make_ledger, sum_by
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.slurm.gateway import Usage
 from resources import PROJECT
-from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, GPU_PARTITION, SimulatedSite, wait_until
+from slurm_in_a_box import (
+    CERTIFICATE_USER,
+    CPU_PARTITION,
+    GPU_PARTITION,
+    PLAIN_KEY_USER,
+    SimulatedSite,
+    User,
+    wait_until,
+)
 from slurm_in_a_box.layout import DATABASE
-from slurm_in_a_box.slurm_configuration import ACCOUNT, LIMITED_ACCOUNT
 
 pytestmark = pytest.mark.cluster
 
+LIMITED, UNLIMITED = "p80001", "p80002"
+"""Projects of this test alone: what other tests have used on the same site does not count in them."""
 KEY = "my_asset-0123456789-abcdef0123-1"
-TWO_LIVES = '[ "$SLURM_RESTART_COUNT" ] || sleep 300'
-STRETCHED = 100
+TWO_LIVES = '[ "$SLURM_RESTART_COUNT" ] || sleep 300; sleep 2'
+HOUR = 3600
 
 
-def submit(site: SimulatedSite, project: str, gpus: int, script: str, *options: str) -> int:
-    partition = GPU_PARTITION if gpus else CPU_PARTITION
-    options = (*options, f"--gres=gpu:{gpus}") if gpus else options
-    where = (f"--account={project}", f"--partition={partition}", f"--qos={partition}", "--nodes=1", "--time=10")
-    return site.submit(script, *where, "--cpus-per-task=1", *options)
+@pytest.fixture
+def projects(site: SimulatedSite) -> Iterator[None]:
+    """LIMITED and UNLIMITED exist, with two users; 10 GPU-hours is all that jobs of LIMITED may use."""
+
+    def manage(*arguments: str) -> None:
+        site.machines[DATABASE.hostname].run(["sacctmgr", "--immediate", "--quiet", *arguments])
+
+    both = f"{LIMITED},{UNLIMITED}"
+    manage("add", "account", both, "Description=test", "Organization=test")
+    manage("modify", "account", LIMITED, "set", "GrpTRESMins=gres/gpu=600")
+    for user in (CERTIFICATE_USER, PLAIN_KEY_USER):
+        manage("add", "user", user.name, f"Account={both}", f"QOS={CPU_PARTITION},{GPU_PARTITION}")
+    yield
+    site.cluster.cancel_all()  # Slurm removes no project that has jobs
+    manage("delete", "account", both)
 
 
-def move_to_the_past(site: SimulatedSite, first: int, until: int) -> None:
-    """Let the jobs since `first` have run some hours ago, for STRETCHED times as long: sreport knows whole hours."""
+def sreport(site: SimulatedSite, begin: int, end: int) -> dict[tuple[str, str, str], int]:
+    """Seconds of nodes and GPUs by project, user and resource, once slurmdbd has summed up these hours.
+
+    It does so by itself after each hour; here it is asked to, also for the hour that has not ended.
+    """
     database = site.machines[DATABASE.hostname]
-    begin = until - 4 * 3600
-    site.cluster.accounting.stop()
-    start = f"{begin} + 60 * (job_db_inx % 20)"
-    times = f"time_end = {start} + {STRETCHED} * (time_end - time_start), time_start = {start}, time_submit = {start}"
-    statements = [
-        f"update musica_job_table set {times}, time_eligible = {start} where id_job >= {first}",
-        f"update musica_last_ran_table set hourly_rollup = {begin - 3600}",
-    ]
-    database.run(["mariadb", "--execute", f"use slurm_acct_db; {'; '.join(statements)}"])
-    site.cluster.accounting.start()
+    first, last = (f"{datetime.fromtimestamp(at, UTC):%Y-%m-%dT%H:%M:%S}" for at in (begin, end))
+    database.run(["sacctmgr", "--immediate", "rollup", first, last])
+    what = ["--tres=node,gres/gpu", "cluster", "AccountUtilizationByUser", f"start={first}", f"end={last}"]
+    rows = [row.split("|") for row in database.run(["sreport", "-nP", "-t", "seconds", *what]).stdout.splitlines()]
+    return {(row[1], row[2], row[4]): int(row[5]) for row in rows if row[1] in (LIMITED, UNLIMITED) and row[2]}
 
 
-def sreport(site: SimulatedSite, begin: int, end: int) -> dict[tuple[str, str], int]:
-    """Seconds of nodes and GPUs by project and resource, of all users."""
-    times = [f"{name}={datetime.fromtimestamp(at):%Y-%m-%dT%H:%M:%S}" for name, at in (("start", begin), ("end", end))]
-    command = ["sreport", "-nP", "-t", "seconds", "--tres=node,gres/gpu", "cluster", "AccountUtilizationByUser", *times]
-    rows = [row.split("|") for row in site.machines[DATABASE.hostname].run(command).stdout.splitlines()]
-    return {(row[1], row[4]): int(row[5]) for row in rows if not row[2] and row[1] != "root"}
+def seconds_of(entries: list[Entry]) -> dict[tuple[str, str, str], int]:
+    """The same, by the ledger."""
+    found = {}
+    for (project, user), used in sum_by(entries, ["project", "user"]):
+        assert used.node_hours is not None
+        assert used.gpu_hours is not None
+        found[project, user, "node"] = round(used.node_hours * HOUR)
+        found[project, user, "gres/gpu"] = round(used.gpu_hours * HOUR)
+    return {what: number for what, number in found.items() if number}
 
 
-def ask() -> Usage:
-    with open_runs(PROJECT.load_settings(supercomputer=True), PROJECT, 60) as runs:
-        return runs.gateway.usage(datetime.now(UTC) - timedelta(days=15))
+def limited(usage: Usage) -> Budget:
+    found = budgets_of(usage, PROJECT.load_settings(supercomputer=True))
+    return next(budget for budget in found if budget.project == LIMITED)
 
 
+@pytest.mark.usefixtures("on_supercomputer", "projects")
 def test_the_ledger_agrees_with_sreport(
-    site: SimulatedSite,
-    on_supercomputer: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+    site: SimulatedSite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """A job of an asset, an array job without a comment, a requeued job of two lives, a job of another project."""
-    settings = PROJECT.load_settings(supercomputer=True)
-    before = budgets_of(ask(), settings)[0]
-    assert (before.project, before.limit, before.source) == (LIMITED_ACCOUNT, 10, f"GrpTRESMins of {LIMITED_ACCOUNT}")
-    again = submit(site, LIMITED_ACCOUNT, 2, TWO_LIVES, "--job-name=again")
-    submit(site, LIMITED_ACCOUNT, 4, "sleep 17", f"--job-name={KEY}", f"--comment=key={KEY},asset=my_asset")
-    submit(site, LIMITED_ACCOUNT, 1, "sleep 3", f"--job-name={KEY}", "--array=0-1")
-    submit(site, ACCOUNT, 0, "sleep 3")
-    site.wait_for_job(again, "RUNNING", timeout=60)
-    running = budgets_of(ask(), settings)[0]
-    assert running.running is not None
-    assert running.running > 4 * 9 / 60  # 4 GPUs for most of ten minutes
-    site.faults.requeue_job(again)
-    wait_until(lambda: not site.squeue("--noheader"), "the end of all jobs", 90)
-    wait_until(
-        lambda: [job.end is not None for job in ask().jobs or ()] == [True] * 6, "all ends in the accounting", 30
-    )
-    after = budgets_of(ask(), settings)[0]
-    assert before.left is not None
-    assert after.left is not None
-    assert after.left <= before.left - 1 / 60
+    """A job of an asset, an array job without a comment, a requeued job of two lives, a job of another's project."""
+
+    def submit(project: str, gpus: int, script: str, *options: str, user: User = CERTIFICATE_USER) -> int:
+        partition = GPU_PARTITION if gpus else CPU_PARTITION
+        where = (f"--account={project}", f"--partition={partition}", f"--qos={partition}", "--time=10")
+        return site.submit(script, *where, *([f"--gres=gpu:{gpus}"] if gpus else []), *options, user=user)
+
+    begin = int(time.time()) // HOUR * HOUR
+    since = datetime.fromtimestamp(begin, UTC)
+    with open_runs(PROJECT.load_settings(supercomputer=True), PROJECT) as runs:
+        before = limited(runs.gateway.usage(since))
+        assert (before.limit, before.used, before.source) == (10, 0, f"GrpTRESMins of {LIMITED}")
+        again = submit(LIMITED, 2, TWO_LIVES, "--job-name=again")
+        submit(LIMITED, 4, "sleep 17", f"--job-name={KEY}", f"--comment=key={KEY},asset=my_asset")
+        submit(LIMITED, 1, "sleep 3", f"--job-name={KEY}", "--array=0-1")
+        submit(UNLIMITED, 0, "sleep 3", "--nodes=2", user=PLAIN_KEY_USER)
+        site.wait_for_job(again, "RUNNING")
+        running = limited(runs.gateway.usage(None)).running
+        assert running is not None
+        assert running > 2 * 8 / 60  # 2 GPUs for most of ten minutes
+        site.faults.requeue_job(again)
+        wait_until(lambda: not site.squeue("--noheader"), "the end of all jobs", 90)
+        chosen = ["-nPXD", "--starttime=now-2hours", f"--accounts={LIMITED},{UNLIMITED}", "--format=End"]
+        wait_until(lambda: len(re.findall(r"\d\n", site.sacct(*chosen))) == 6, "all ends in the accounting")
+        usage = runs.gateway.usage(since)
+    after = limited(usage)
+    assert after.used is not None
+    assert after.used >= 1 / 60  # in whole minutes of a GPU
     assert (after.running, after.queued) == (0, 0)
 
-    until = int(time.time()) // 3600 * 3600
-    move_to_the_past(site, again, until)
-    wait_until(lambda: sreport(site, until - 4 * 3600, until) != {}, "a report", 30)
-    reported = sreport(site, until - 4 * 3600, until)
-    entries = make_ledger(
-        ask(), PROJECT.load_site("musica"), lambda _: None, datetime.fromtimestamp(until, UTC) - timedelta(hours=4)
-    )
-    for (project,), used in sum_by(entries, ["project"]):
-        assert in_seconds(used) == (reported[project, "node"], reported[project, "gres/gpu"])
-    print(reported)
-    jobs = {asset: used.jobs for (asset,), used in sum_by(entries, ["asset"])}
-    assert jobs == {"my_asset": 1, UNKNOWN: 2, OTHER: 3}
+    entries = make_ledger(usage, PROJECT.load_site("musica"), lambda _: None, since)
+    own = [entry for entry in entries if entry.project in (LIMITED, UNLIMITED)]
+    reported = sreport(site, begin, int(time.time()) // HOUR * HOUR + HOUR)
+    print("sreport, in seconds:", reported)
+    assert seconds_of(own) == reported
+    assert set(reported) == {
+        (LIMITED, CERTIFICATE_USER.name, "node"),
+        (LIMITED, CERTIFICATE_USER.name, "gres/gpu"),
+        (UNLIMITED, PLAIN_KEY_USER.name, "node"),
+    }
+    assert {asset: used.jobs for (asset,), used in sum_by(own, ["asset"])} == {"my_asset": 1, UNKNOWN: 2, OTHER: 3}
 
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     monkeypatch.setattr("sys.argv", "scripts/costs --by user,project".split())
     assert costs.main(PROJECT) == 0
     said = capsys.readouterr().out
-    assert f"of 10.00 GPU-hours are left (GrpTRESMins of {LIMITED_ACCOUNT})." in said
-    assert f"{CERTIFICATE_USER.name}  {LIMITED_ACCOUNT}     5" in said
+    assert f"of 10.00 GPU-hours are left (GrpTRESMins of {LIMITED})." in said
+    assert re.search(rf"{CERTIFICATE_USER.name} +{LIMITED} +5 ", said)
+    assert re.search(rf"{PLAIN_KEY_USER.name} +{UNLIMITED} +1 ", said)
     with site.faults.accounting_off():
         assert costs.main(PROJECT) == 1
     said = capsys.readouterr().out
     assert "not known: sacct: " in said
     assert "0.00" not in said
-
-
-def in_seconds(used: Sum) -> tuple[int, int]:
-    assert used.node_hours is not None
-    assert used.gpu_hours is not None
-    return round(used.node_hours * 3600), round(used.gpu_hours * 3600)
