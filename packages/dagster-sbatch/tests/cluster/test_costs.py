@@ -61,7 +61,8 @@ def sreport(site: SimulatedSite, begin: int, end: int) -> dict[tuple[str, str, s
     database.run(["sacctmgr", "--immediate", "rollup", first, last])
     what = ["--tres=node,gres/gpu", "cluster", "AccountUtilizationByUser", f"start={first}", f"end={last}"]
     rows = [row.split("|") for row in database.run(["sreport", "-nP", "-t", "seconds", *what]).stdout.splitlines()]
-    return {(row[1], row[2], row[4]): int(row[5]) for row in rows if row[1] in (LIMITED, UNLIMITED) and row[2]}
+    found = {(row[1], row[2], row[4]): int(row[5]) for row in rows if row[1] in (LIMITED, UNLIMITED) and row[2]}
+    return {what: number for what, number in found.items() if number}
 
 
 def seconds_of(entries: list[Entry]) -> dict[tuple[str, str, str], int]:
@@ -101,6 +102,8 @@ def test_the_ledger_agrees_with_sreport(
         submit(LIMITED, 1, "sleep 3", f"--job-name={KEY}", "--array=0-1")
         submit(UNLIMITED, 0, "sleep 3", "--nodes=2", user=PLAIN_KEY_USER)
         site.wait_for_job(again, "RUNNING")
+        ran = ("--noheader", f"--jobs={again}", "--format=%M")
+        wait_until(lambda: site.squeue(*ran) >= "0:02", "two seconds of the first life")
         running = limited(runs.gateway.usage(None)).running
         assert running is not None
         assert running > 2 * 8 / 60  # 2 GPUs for most of ten minutes

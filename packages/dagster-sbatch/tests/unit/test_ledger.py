@@ -118,6 +118,12 @@ def test_a_job_counts_in_the_weeks_in_which_it_ran() -> None:
     assert entries(replace(JOB, start=new_year, end=new_year + HOUR))[0][0] == "2026-W53"
 
 
+def test_a_job_that_failed_in_its_first_second_is_one_job() -> None:
+    failed = replace(JOB, end=JOB.start, seconds=0)
+    assert entries(JOB, failed) == [("2026-W48", 2, 2, 8)]
+    assert entries(failed, since=JOB.start + HOUR) == []
+
+
 def test_the_time_of_a_suspension_does_not_count() -> None:
     assert entries(replace(JOB, seconds=1800)) == [("2026-W48", 1, 1, 4)]
 
@@ -131,7 +137,7 @@ def test_a_clock_that_is_an_hour_off(offset: timedelta) -> None:
     made = make_ledger(replace(usage, jobs=[over]), SITE, lambda _: None, NOW - timedelta(days=1))
     assert [each.used.gpu_hours for each in made] == [8]
     made = make_ledger(replace(usage, jobs=[new]), SITE, lambda _: None, NOW - timedelta(days=1))
-    assert [each.used.gpu_hours for each in made] == ([] if offset < timedelta() else [12])
+    assert [each.used.gpu_hours for each in made] == [0 if offset < timedelta() else 12]
     asked = replace(usage, jobs=[over], since=NOW - timedelta(days=PACE_DAYS + 1))  # by this machine's clock
     assert pace_of(asked, BUDGET) == pytest.approx(8 / 14)
 

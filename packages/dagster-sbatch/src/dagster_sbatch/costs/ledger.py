@@ -134,9 +134,9 @@ def _tokens(job: JobLife, site: Site, nodes: float | None, gpus: float | None) -
 
 
 def _weeks(job: JobLife, since: datetime, now: datetime) -> Iterator[tuple[str, datetime, datetime]]:
-    """Return the weeks in which a job ran since then, each with the part of it that counts."""
+    """Return the weeks in which a job ran since then, each with the part of it that counts; of no second, one."""
     at, end = max(job.start, since), job.end or max(now, job.start)
-    while at < end:
+    while at < end or at == job.start:
         monday = at.date() - timedelta(days=at.weekday())
         following = datetime.combine(monday + timedelta(days=7), datetime.min.time(), at.tzinfo)
         yield f"{at:%G-W%V}", at, min(end, following)
