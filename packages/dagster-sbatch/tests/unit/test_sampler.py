@@ -51,6 +51,13 @@ def test_rows_of_the_jobs_gpus_are_read(
     assert found.take() is None
 
 
+def test_a_node_without_nvidia_smi_has_no_numbers_of_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = gpus(1, "0", monkeypatch)
+    found.start()
+    assert (found.process, found.take()) == (None, None)
+
+
 def test_a_reading_waits_for_all_gpus_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     found = gpus(2, "0,1", monkeypatch)
     found.feed(b"0, GPU-a, 50, 10\n1, GPU")
