@@ -3,6 +3,7 @@
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -14,7 +15,7 @@ from dagster_sbatch.run.past_use import past_uses
 from dagster_sbatch.run.plan import Plan, make_plan
 from dagster_sbatch.run.remote_array import RemoteArray, _ArrayJob
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import ArrayState, StoppedError
+from dagster_sbatch.slurm.gateway import ArrayState, JobEnd, StoppedError
 from resources import PROJECT
 
 KEYS = [f"{number:03}" for number in range(20)]
@@ -142,6 +143,35 @@ def test_tasks_that_have_recorded_their_ends_do_not_count_as_running() -> None:
         texts = [entry.user_message for entry in instance.all_logs(result.run_id)]
     shown = "20 tasks: 0 done, 5 running, 11 waiting, 0 failed, 4 ended (Slurm has not confirmed it yet)"
     assert shown in texts
+
+
+def test_a_task_that_was_repeated_has_the_costs_of_its_last_job() -> None:
+    """Also if the array job in which it failed is over later, and the accounting knows more of that one."""
+    extras = {"partition_keys": KEYS[:2]}
+    plan = make_plan(
+        SETTINGS, PROJECT, Path(__file__), ScriptLauncher(), SlurmRequest(), extras=extras, array=JobArray()
+    )
+    costs: list[float] = []
+
+    @dg.asset
+    def many(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        array: Any = RemoteArray(context, "many", SETTINGS, plan)
+        array._gateway = SimpleNamespace(reject=lambda *_: None)
+        with array._array.open("context.json", "messages.jsonl"):
+            for run, tasks in (("a", {0: 0, 1: 1}), ("b", {0: 0})):
+                array._jobs_by_run[run] = _ArrayJob(tasks, plan.allocation.request, share=2)
+                array._runs[run] = run
+            array.ended("a", 0, JobEnd(75, "FAILED", "75:0", started=0, ended=7))
+            array.feed("b", 0, "messages.jsonl", say("opened", extras={}) + say("closed"))
+            array.ended("b", 0, JobEnd(0, "COMPLETED", "0:0", started=0, ended=99))
+            for run, memory in (("b", "900M"), ("a", "100M")):
+                array.over(run, {0: [["17_0", "COMPLETED", memory, "00:01"]]})
+            costs.extend(array._array._results[0].costs[name] for name in ("elapsed_seconds", "max_rss_mib"))
+        return dg.MaterializeResult()
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        dg.materialize([many], instance=instance)
+    assert costs == [99, 900]
 
 
 def test_a_step_that_ends_before_its_tasks_reports_no_lost_messages() -> None:

@@ -13,6 +13,7 @@ from dagster_sbatch.run.attempt_record import (
     load_request,
     rows_of,
     store_attempts,
+    store_change,
     store_request,
 )
 from dagster_sbatch.slurm import Site, allocate, render_job_script
@@ -131,8 +132,9 @@ ATTEMPT = AttemptRecord("7", "out of memory", store_request(REQUEST), {"node_hou
 
 
 def test_the_record_gives_back_the_request_and_the_attempts() -> None:
-    record = {"request": store_request(GREW), **store_attempts([ATTEMPT])}
+    record = {"request": store_request(REQUEST), **store_change(GREW, REQUEST), **store_attempts([ATTEMPT])}
     assert load_request(record, REQUEST) == GREW
+    assert load_request({"request": store_request(GREW), **store_change(GREW, GREW)}, REQUEST) == GREW
     assert load_attempts(record) == (ATTEMPT,)
     assert load_request(None, REQUEST) == load_request({"request": {"later": 1}}, REQUEST) == REQUEST
     assert load_attempts(None) == load_attempts({"request": {}}) == ()

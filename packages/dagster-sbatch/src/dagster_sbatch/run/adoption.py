@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_sbatch.run.array import PARTITION_KEYS
-from dagster_sbatch.run.attempt_record import first_request, load_attempts, store_request
+from dagster_sbatch.run.attempt_record import load_attempts, store_request
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm import Retries
@@ -198,7 +198,7 @@ def _how(name: str, mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
 
 
 def name_request_changes(mine: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
-    """Return the fields of the Slurm request that differ in an adopted job, with both values; empty if none."""
-    theirs = first_request(record) if record else {}
+    """Return the fields in which the asset's request for an adopted job differs, with both values; empty if none."""
+    theirs = record["request"] if record else {}
     names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
     return ", ".join(f"{name}={theirs.get(name, 'default')} (now {mine.get(name, 'default')})" for name in names)

@@ -1,4 +1,7 @@
-"""The attempts at a call: the record of each job has those before it, and the run shows all of them."""
+"""The attempts at a call: the record of each job has those before it, and the run shows all of them.
+
+In the record of a job, `request` is the request of the asset, and CHANGED that of the job if retries have changed it.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +13,8 @@ from dagster_sbatch.slurm.request import COST_LIMITS
 
 ATTEMPTS = "attempts"
 """Key of a record, and name of the metadata."""
+CHANGED = "changed_request"
+"""Key of a record."""
 _SHOWN = ("mem", "mem_per_cpu", "time_limit", "exclude")
 """Fields of the request that change from attempt to attempt."""
 _OF_RUN = ("retries", *COST_LIMITS)
@@ -39,21 +44,20 @@ def store_request(request: SlurmRequest) -> dict[str, Any]:
     return request.model_dump(mode="json", exclude_defaults=True, exclude={*_OF_RUN})
 
 
+def store_change(request: SlurmRequest, planned: SlurmRequest) -> dict[str, Any]:
+    """Return what the record of a job has of a request that retries have changed; nothing if they have not."""
+    return {} if request == planned else {CHANGED: store_request(request)}
+
+
 def load_request(record: Mapping[str, Any] | None, planned: SlurmRequest) -> SlurmRequest:
     """Return the request of an earlier job with the limits of this run; `planned` if its record cannot be read."""
     if not record:
         return planned
     try:
-        return SlurmRequest(**{**record["request"], **{name: getattr(planned, name) for name in _OF_RUN}})
+        stored = record.get(CHANGED) or record["request"]
+        return SlurmRequest(**{**stored, **{name: getattr(planned, name) for name in _OF_RUN}})
     except (ConfigurationError, TypeError):  # another version of the engine has written it
         return planned
-
-
-def first_request(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the stored request of the first attempt, before retries changed it."""
-    attempts = record.get(ATTEMPTS)
-    request: Mapping[str, Any] = attempts[0]["request"] if attempts else record["request"]
-    return request
 
 
 def store_attempts(attempts: Sequence[AttemptRecord]) -> dict[str, Any]:

@@ -7,16 +7,17 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.environments.deployed import Environment
-from dagster_sbatch.run.adoption import is_left_out
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.run.adoption import Choice, is_left_out
 from dagster_sbatch.run.array_results import table
 from dagster_sbatch.run.attempt_record import (
     ATTEMPTS,
     AttemptRecord,
-    first_request,
     load_attempts,
     load_request,
     rows_of,
     store_attempts,
+    store_change,
     store_request,
 )
 from dagster_sbatch.run.attempts import Attempts, Submission
@@ -54,15 +55,13 @@ class RemoteRun(RemoteStep):
     _state: list[str] | None = None
     _idle_reported = False
     _failed: tuple[AttemptRecord, ...] = ()
-    _found: Environment | None = None
 
     def _execute(
         self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment
     ) -> dg.PipesClientCompletedInvocation:
         paths = self._choose(gateway, attempts, environment)
         while not (completed := self._follow(gateway, attempts.submission, paths)):
-            self._found = self._find_environment(gateway, environment)
-            paths = self._begin(attempts.family, self._number + 1, self._found)
+            paths = self._begin(attempts.family, self._number + 1, self._find_next_environment(gateway, environment))
         return completed
 
     def _before_cancelling(self) -> None:
@@ -70,30 +69,47 @@ class RemoteRun(RemoteStep):
 
     def _choose(self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment) -> RunPaths | None:
         """Choose the attempt; return where a new one is to be submitted, None if an earlier one is adopted."""
-        claim, choice = attempts.choose()
+        choice, found = self._claim_runs(attempts), None
         if not choice.adopt:
             self._check_cost()
-        self._found = None if choice.adopt else self._find_environment(gateway, environment)
-        while not choice.adopt and attempts.cancel_outdated(claim):
-            claim, choice = attempts.choose()
-        self._claim = claim
-        record = claim.record or {}
-        changed = bool(record) and first_request(record) != attempts.submission.request
-        if choice.adopt or (is_left_out(claim) and not changed):
+            found = self._find_environment(gateway, environment)
+            while not choice.adopt and attempts.cancel_outdated(self._claim):
+                choice = self._claim_runs(attempts)
+        gateway.committed = True
+        job = self._claim.job if choice.adopt else None
+        return self._begin(attempts.family, choice.attempt, None if choice.adopt else found, job)
+
+    def _claim_runs(self, attempts: Attempts) -> Choice:
+        """Claim the runs of the call, and continue with what an earlier execution of this step has left to do."""
+        self._claim, choice = attempts.choose()
+        record = self._claim.record or {}
+        changed = bool(record) and record["request"] != attempts.submission.request
+        if choice.adopt or (is_left_out(self._claim) and not changed):
             self._failed = load_attempts(record)
             self._set_request(load_request(record, self._planned.request))
         self._changed = changed and choice.adopt
-        self._found = None if choice.adopt else self._found
-        gateway.committed = True
-        return self._begin(attempts.family, choice.attempt, self._found, claim.job if choice.adopt else None)
+        return choice
 
     def _begin(self, family: str, number: int, found: Environment | None, job: str | None = None) -> RunPaths | None:
         """Begin to submit an attempt, or to follow one; return where it is submitted, None without an environment."""
-        self._runs.pop(self._run, None)
         self._number, self._state, self._idle_reported = number, None, False
         self._run = f"{self._claim.runs}/{family}-{number}"
         self._runs[self._run] = job
         return self._paths(self._claim, self._run, found) if found else None
+
+    def _find_next_environment(self, gateway: Gateway, environment: RunEnvironment) -> Environment:
+        """Return the environment of the next attempt.
+
+        Raises:
+            Failure: there is none, or the project has not enough left.
+        """
+        try:
+            return self._find_environment(gateway, environment)
+        except ConfigurationError as error:
+            gateway.reject(self._run)
+            cause = f"{self._failed[-1].end}. No other attempt follows: {error}"
+            attempts: dict[str, Any] = {ATTEMPTS: table(rows_of(self._failed))}
+            raise self._failure(cause, final=True, **attempts) from None
 
     def _set_request(self, request: SlurmRequest) -> None:
         """Let the plan have the request of the attempt that is submitted or followed now."""
@@ -106,7 +122,8 @@ class RemoteRun(RemoteStep):
         run, request = self._run, self._plan.allocation.request
         with open_session(self._context, self._plan.extras, f"{run}/{CONTEXT}", f"{run}/{MESSAGES}") as session:
             document, checks = session.context_document.text, declared_checks(self._context)
-            record = {**submission.record, "request": store_request(request), **store_attempts(self._failed)}
+            change = store_change(request, self._planned.request)
+            record = {**submission.record, **change, **store_attempts(self._failed)}
             files = files_of(self._plan, paths, self._info, document, checks, record) if paths else None
             sinks = {MESSAGES: session.messages.feed, "stdout": session.stdout.feed, "stderr": session.stderr.feed}
             try:
@@ -153,6 +170,7 @@ class RemoteRun(RemoteStep):
             f"Slurm job {self._job}: {failed.cause}. Attempt {number} of at most {most} follows, with {following.text}."
         )
         self._failed += (self._attempt(failed.cause, end),)
+        del self._runs[self._run]  # its job is over
         same, self._changed = following.request == self._plan.allocation.request, False
         self._set_request(following.request)
         if same and gateway.stop.wait(RETRY_SECONDS):

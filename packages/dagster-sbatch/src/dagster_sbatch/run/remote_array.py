@@ -14,11 +14,11 @@ from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.attempt_record import (
     AttemptRecord,
-    first_request,
     load_attempts,
     load_request,
     rows_of,
     store_attempts,
+    store_change,
     store_request,
 )
 from dagster_sbatch.run.attempts import Attempts
@@ -63,6 +63,7 @@ class _ArrayJob:
         job: its id, once it is known.
         reasons: for which its tasks have waited so far.
         ends: of its tasks.
+        repeated: those that have failed and are submitted again.
         running: how many of its tasks run.
         requeued: how many of its tasks have started, and wait to start again.
     """
@@ -73,6 +74,7 @@ class _ArrayJob:
     job: str | None = None
     reasons: set[str] = field(default_factory=set)
     ends: dict[int, JobEnd] = field(default_factory=dict)
+    repeated: set[int] = field(default_factory=set)
     running: int = 0
     requeued: int = 0
 
@@ -162,11 +164,9 @@ class RemoteArray(RemoteStep, Arrays):
         """Read the earlier attempts of the tasks of an array job; `places`: see `_ArrayJob.tasks`."""
         if record is None:
             return
-        for place, index in places.items():
-            own = {"request": record["request"], **record["tasks"][place]}
-            self._earlier[index] = load_attempts(own)
-            if first_request(own) != self._submission.request:
-                self._changed.add(index)
+        self._earlier |= {index: load_attempts(record["tasks"][place]) for place, index in places.items()}
+        if record["request"] != self._submission.request:
+            self._changed |= set(places.values())
 
     def _divide(self, tasks: Sequence[int]) -> Batches:
         """Divide tasks into array jobs, within the limits of the site as they are now."""
@@ -219,7 +219,7 @@ class RemoteArray(RemoteStep, Arrays):
         earlier = [store_attempts(self._earlier.get(index, ())) for index in indices]
         record = {
             **self._submission.record,
-            "request": store_request(request),
+            **store_change(request, self._planned.request),
             "max_running_tasks": max_running,
             "tasks": [{**task.record, **attempts} for task, attempts in zip(tasks, earlier, strict=True)],
         }
@@ -289,6 +289,7 @@ class RemoteArray(RemoteStep, Arrays):
         following = self._find_next(index, failed, request, end)
         attempt = AttemptRecord(job, failed.cause if failed else "failed", store_request(request), costs)
         if failed and following.request:
+            array_job.repeated.add(task)
             self._repeat(index, attempt, following)
             if failed.fault in _SLURM_REPEATS:
                 self._gateway.reject(run, task)
@@ -331,7 +332,7 @@ class RemoteArray(RemoteStep, Arrays):
             tasks = f"{count_of(short, 'task')} of job {array_job.job}"
             self._log.warning(f"Not all output of {tasks} arrived. It is in {run}/tasks.")
         for task, found in rows.items():
-            if task in array_job.ends:
+            if task in array_job.ends and task not in array_job.repeated:
                 end = replace(array_job.ends[task], rows=found)
                 costs = accounting.count(end, array_job.request)
                 self._array.add_costs(array_job.tasks[task], costs)

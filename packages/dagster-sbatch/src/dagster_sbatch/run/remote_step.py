@@ -197,7 +197,7 @@ class RemoteStep(ABC):
     def _end(self, gateway: Gateway) -> dg.Failure:
         """Cancel the jobs of an interrupted step, or leave them to the next attempt; return the step's failure."""
         if not self._runs:
-            return self._failure("The step was interrupted before it had a job.", final=True)
+            return self._failure("The step was interrupted while it had no Slurm job.", final=True)
         interruption = read_interruption(self._step)
         if interruption == "stopped":
             show_on_terminal(f"{self._asset}: stopped.{self._still_running}")
