@@ -189,6 +189,15 @@ def test_gpus_are_idle_if_all_of_all_nodes_are_and_all_are_known() -> None:
     assert sampler.Usage(1, 0, 0.0).idle(1e6) == 0  # a job without GPUs
 
 
+def test_time_without_a_reading_of_the_gpus_is_not_idle_time() -> None:
+    """Such as a job that Slurm suspends for an hour: it has had no time to use them again."""
+    usage = sampler.Usage(1, 1, 0.0)
+    idle = [(0.0, 4.0)]
+    for now in (0.0, 15.0, 3600.0, 3615.0):
+        usage.add("", now, None, None, idle)
+        assert usage.idle(now) == now % 3600.0
+
+
 @pytest.mark.parametrize(("limit", "reported_at"), [(0, 600), (1000, 500), (7200, 600)])
 def test_idle_gpus_are_recorded_once(
     limit: int, reported_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -238,6 +238,8 @@ class Usage:
             return
         self.gpu_sum += sum(known)
         self.gpu_count += len(known)
+        if now - self.seen.get(node, now) > STALE:  # the job was suspended, or nvidia-smi did not answer
+            self.idle_since.pop(node, None)
         self.seen[node] = now
         if any(known) or len(known) < self.gpus:
             self.idle_since.pop(node, None)
