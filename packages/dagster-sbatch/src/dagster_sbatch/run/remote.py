@@ -71,7 +71,7 @@ class RemoteRun(RemoteStep):
         """Choose the attempt; return where a new one is to be submitted, None if an earlier one is adopted."""
         choice, found = self._claim_runs(attempts), None
         if not choice.adopt:
-            self._check_cost()
+            self._guard.check_cost(self._plan.allocation)
             found = self._find_environment(gateway, environment)
             while not choice.adopt and attempts.cancel_outdated(self._claim):
                 choice = self._claim_runs(attempts)
@@ -159,7 +159,7 @@ class RemoteRun(RemoteStep):
         found = next_request(fault, request, self._planned, end.node, len(self._failed))
         if found.request and self._changed:
             found = Next(self._planned.request, "the request of the asset, which has changed")
-        return self._within_limit(found)
+        return self._guard.within_limit(found, self._planned)
 
     def _retry(self, gateway: Gateway, failed: Outcome, following: Next, end: JobEnd) -> None:
         """Register a failed attempt, and wait before the same request is submitted again."""

@@ -1,7 +1,7 @@
 """An array on the supercomputer, as its Dagster step sees it: adopt tasks, submit the others, follow and judge each."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -14,10 +14,7 @@ from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.attempt_record import (
     AttemptRecord,
-    load_attempts,
     load_request,
-    rows_of,
-    store_attempts,
     store_change,
     store_request,
 )
@@ -27,6 +24,7 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.run.results import StepContext, declared_checks
 from dagster_sbatch.run.run_environment import RunEnvironment
+from dagster_sbatch.run.task_attempts import TaskAttempts
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, accounting
 from dagster_sbatch.slurm.gateway import (
@@ -40,8 +38,7 @@ from dagster_sbatch.slurm.gateway import (
     Limits,
     Submitted,
 )
-from dagster_sbatch.slurm.next_request import Next, next_request
-from dagster_sbatch.slurm.outcome import Outcome, find_fault, judge
+from dagster_sbatch.slurm.outcome import find_fault, judge
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.units import count_of
 from dagster_sbatch.slurm.waiting import advise
@@ -92,9 +89,7 @@ class RemoteArray(RemoteStep, Arrays):
         self._found: Environment | None = None
         self._refusal: str | None = None
         self._refused: list[int] = []
-        self._requests: dict[int, SlurmRequest] = {}
-        self._earlier: dict[int, tuple[AttemptRecord, ...]] = {}
-        self._changed: set[int] = set()
+        self._attempts = TaskAttempts(self._planned, self._guard)
         self._warned: set[str] = set()
 
     def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
@@ -117,11 +112,7 @@ class RemoteArray(RemoteStep, Arrays):
                     self._batches = self._divide(self._batches.left)
                     gateway.run_arrays(self, self._context.run_id)
                 self._fail_refused()
-        self._array.attempts = [
-            {"task": self._array.tasks[index].name, **row}
-            for index, attempts in sorted(self._earlier.items())
-            for row in (rows_of(attempts) if len(attempts) > 1 else ())
-        ]
+        self._array.attempts = self._attempts.rows(self._array.tasks)
         return self._array.complete(self._where(self._project))
 
     def _before_cancelling(self) -> None:
@@ -135,7 +126,7 @@ class RemoteArray(RemoteStep, Arrays):
         self._adopt(claim, choice)
         found: Environment | None = None
         if choice.new:
-            self._check_cost(len(choice.new))
+            self._guard.check_cost(self._planned, len(choice.new))
             found = self._find_environment(self._gateway, environment, len(choice.new))
             while attempts.cancel_outdated(claim):
                 claim, choice = attempts.choose_tasks(left)
@@ -146,7 +137,7 @@ class RemoteArray(RemoteStep, Arrays):
 
     def _adopt(self, claim: Claim, choice: TaskChoice) -> None:
         """Register the array jobs that this step follows, and cancels if a person terminates the run from now on."""
-        self._jobs_by_run, self._runs, self._earlier = {}, {}, {}
+        self._jobs_by_run, self._runs, self._attempts = {}, {}, TaskAttempts(self._planned, self._guard)
         for array in claim.arrays:
             if array.run in choice.follow:
                 places = choice.follow[array.run]
@@ -154,19 +145,12 @@ class RemoteArray(RemoteStep, Arrays):
                 most = (array.record or {}).get("max_running_tasks") or number
                 request = load_request(array.record, self._planned.request)
                 self._jobs_by_run[array.run] = _ArrayJob(dict(places), request, min(most, number))
-                self._read_attempts(array.record, places)
+                if array.record:
+                    self._attempts.read(array.record, places, self._submission.request)
                 self._runs[array.run] = array.job
         self._adopted = list(self._runs)
         if self._runs:
             self._gateway.committed = True
-
-    def _read_attempts(self, record: Mapping[str, Any] | None, places: Mapping[int, int]) -> None:
-        """Read the earlier attempts of the tasks of an array job; `places`: see `_ArrayJob.tasks`."""
-        if record is None:
-            return
-        self._earlier |= {index: load_attempts(record["tasks"][place]) for place, index in places.items()}
-        if record["request"] != self._submission.request:
-            self._changed |= set(places.values())
 
     def _divide(self, tasks: Sequence[int]) -> Batches:
         """Divide tasks into array jobs, within the limits of the site as they are now."""
@@ -194,34 +178,29 @@ class RemoteArray(RemoteStep, Arrays):
         active, planned = self._jobs_by_run.values(), self._planned.request
         repeated = sum(each.request != planned for each in active)
         left = self._batches.left
-        if left and self._request_of(left[0]) != planned and repeated >= MOST_REPEATED:
+        if left and self._attempts.request_of(left[0]) != planned and repeated >= MOST_REPEATED:
             return None
         queued = sum(len(each.tasks) - len(each.ends) for each in active)
-        indices, max_running = self._batches.take([each.share for each in active], queued, self._request_of)
+        indices, max_running = self._batches.take([each.share for each in active], queued, self._attempts.request_of)
         if not indices:
             return None
         self._number += 1
         run = self._submitting = f"{self._claim.runs}/{self._family}-{self._number}"
-        request = self._request_of(indices[0])
+        request = self._attempts.request_of(indices[0])
         self._jobs_by_run[run] = _ArrayJob(dict(enumerate(indices)), request, max_running or len(indices))
         self._runs[run] = None
         return ArrayRun(run, self._files(run, indices, max_running), range(len(indices)))
 
-    def _request_of(self, index: int) -> SlurmRequest:
-        """Return the request of the next attempt of a task."""
-        return self._requests.get(index, self._planned.request)
-
     def _files(self, run: str, indices: Sequence[int], max_running: int | None) -> dict[str, str]:
         assert self._found
-        request = self._request_of(indices[0])
+        request = self._attempts.request_of(indices[0])
         plan = replace(self._plan, allocation=replace(self._planned, request=request))
         tasks, contexts = [self._array.tasks[index] for index in indices], self._array.contexts
-        earlier = [store_attempts(self._earlier.get(index, ())) for index in indices]
         record = {
             **self._submission.record,
             **store_change(request, self._planned.request),
             "max_running_tasks": max_running,
-            "tasks": [{**task.record, **attempts} for task, attempts in zip(tasks, earlier, strict=True)],
+            "tasks": [{**self._array.tasks[index].record, **self._attempts.store(index)} for index in indices],
         }
         paths = self._paths(self._claim, run, self._found)
         texts = [contexts.head, *(contexts.tail(task) for task in tasks)]
@@ -286,11 +265,11 @@ class RemoteArray(RemoteStep, Arrays):
         job, costs = f"{array_job.job}_{task}", accounting.count(end, request)
         outcome, logs = judge(end, request), f"scripts/job {job} logs"
         failed = find_fault(outcome, end, self._array.stderr(index), request)
-        following = self._find_next(index, failed, request, end)
+        following = self._attempts.find_next(index, failed.fault if failed else None, request, end.node)
         attempt = AttemptRecord(job, failed.cause if failed else "failed", store_request(request), costs)
         if failed and following.request:
             array_job.repeated.add(task)
-            self._repeat(index, attempt, following)
+            self._repeat(index, attempt, following.request, following.text)
             if failed.fault in _SLURM_REPEATS:
                 self._gateway.reject(run, task)
             return
@@ -301,28 +280,16 @@ class RemoteArray(RemoteStep, Arrays):
         else:
             where = {"job_id": job, "run_directory": f"{run}/tasks/{task}"}
             succeeded = self._array.ended(index, exit_code(end), where, costs, logs, request=request, limit=limit)
-        if self._earlier.get(index):
-            self._earlier[index] += (replace(attempt, end="succeeded") if succeeded else attempt,)
+        self._attempts.end(index, attempt, succeeded=succeeded)
         if not succeeded:
             self._gateway.reject(run, task)
 
-    def _find_next(self, index: int, failed: Outcome | None, request: SlurmRequest, end: JobEnd) -> Next:
-        """Return what follows an attempt of a task."""
-        fault = failed.fault if failed else None
-        found = next_request(fault, request, self._planned, end.node, len(self._earlier.get(index, ())))
-        if found.request and index in self._changed:
-            self._changed.remove(index)
-            found = Next(self._planned.request, "the request of the asset, which has changed")
-        return self._within_limit(found)
-
-    def _repeat(self, index: int, attempt: AttemptRecord, following: Next) -> None:
+    def _repeat(self, index: int, attempt: AttemptRecord, request: SlurmRequest, changes: str) -> None:
         """Register a failed attempt of a task, and have the task submitted once more."""
-        assert following.request
-        self._earlier[index] = (*self._earlier.get(index, ()), attempt)
-        self._requests[index] = following.request
+        self._attempts.repeat(index, attempt, request)
         self._array.waits(index)
         self._batches.add(index)
-        text = f"{attempt.end}; it is submitted again, with {following.text}."
+        text = f"{attempt.end}; it is submitted again, with {changes}."
         self._warn_once(text, f"Task {self._array.tasks[index].label}: {text}")
 
     def over(self, run: str, rows: Any) -> None:  # noqa: D102 - see Arrays

@@ -10,9 +10,6 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.auth import AccessError
-from dagster_sbatch.costs.budget import budget_start
-from dagster_sbatch.costs.cost import explain_excess
-from dagster_sbatch.costs.shortage import SETTING, find_shortage
 from dagster_sbatch.environments.deployed import Environment, Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import inputs_of, request_of
@@ -21,6 +18,7 @@ from dagster_sbatch.run.calls import calls_of, former_family_of, step_key, step_
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.directory import RunInfo, RunPaths
 from dagster_sbatch.run.failures import failure
+from dagster_sbatch.run.guard import Guard
 from dagster_sbatch.run.history import left_job, tag_job
 from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
 from dagster_sbatch.run.plan import Plan
@@ -35,17 +33,13 @@ from dagster_sbatch.slurm.gateway import (
     LostClaimError,
     RefusedError,
     StoppedError,
-    Usage,
     make_gateway,
 )
-from dagster_sbatch.slurm.next_request import Next
 from dagster_sbatch.slurm.outcome import explain_refusal
 from dagster_sbatch.ssh import SshError
 
 CANCEL_SECONDS = {"terminated": 170.0, "command": 30.0}
 """For cancelling jobs. `cancel_timeout_seconds` of dagster.yaml is a little longer; a person waits at a terminal."""
-BUDGET_SECONDS = 5.0
-"""For Slurm to say what the project has left, once all else is ready."""
 MOST_JOBS = 3
 """Jobs that a message or a tag of the run names; the latest ones."""
 
@@ -63,7 +57,7 @@ class RemoteStep(ABC):
         root, partitions = context.run.root_run_id or context.run_id, partitions_of(context)
         ends = " to ".join(sorted({*partitions[:1], *partitions[-1:]}))
         self._info = RunInfo(context.run_id, root, asset, ends, step=step_key(self._step))
-        self._planned = plan.allocation
+        self._planned, self._guard = plan.allocation, Guard(settings, self._log)
         self._call = 0
         self._runs: dict[str, str | None] = {}
         self._left = left_job(context)
@@ -132,23 +126,6 @@ class RemoteStep(ABC):
         """DATA_ROOT, as the user wrote it."""
         return self._settings.data_root or f"{self._settings.deployment_base_path}/data"
 
-    def _check_cost(self, tasks: int = 1) -> None:
-        """Refuse new jobs that could cost more than the limit per run; call it before anything is sent for them.
-
-        `tasks`: of an array, that would be submitted.
-
-        Raises:
-            ConfigurationError: they could.
-        """
-        if excess := explain_excess(self._plan.allocation, tasks, self._settings):
-            raise ConfigurationError(excess)
-
-    def _within_limit(self, following: Next) -> Next:
-        """Return what follows a failed attempt, unless it alone could cost more than the limit per run."""
-        request = following.request
-        excess = request and explain_excess(replace(self._planned, request=request), 1, self._settings)
-        return Next(None, excess) if excess else following
-
     def _find_image(self, gateway: Gateway) -> str | None:
         """Return the identity of the image of the job's container; None without a container."""
         container = self._plan.launcher.container
@@ -169,23 +146,11 @@ class RemoteStep(ABC):
         Raises:
             ConfigurationError: there is none, or the project has not enough left.
         """
-        guarded = self._settings.keep_within_budget and tasks > 0
-        usage = gateway.usage_ahead(budget_start(self._settings)) if guarded else None
+        answer = self._guard.ask(gateway) if tasks else None
         found = environment.find(self._log.info)
-        if usage:
-            self._check_budget(usage(BUDGET_SECONDS), tasks)
+        if answer:
+            self._guard.check_budget(answer, self._plan.allocation, tasks)
         return found
-
-    def _check_budget(self, usage: Usage | None, tasks: int) -> None:
-        """Refuse new jobs that could cost more than the project has left; what is not known refuses nothing."""
-        if usage is None:
-            self._log.warning(f"{SETTING}: the supercomputer did not say in time what is left. The job is submitted.")
-            return
-        shortage, notes = find_shortage(self._plan.allocation, tasks, usage, self._settings)
-        for note in notes:
-            self._log.warning(note)
-        if shortage:
-            raise ConfigurationError(shortage)
 
     def _paths(self, claim: Claim, run: str, found: Environment) -> RunPaths:
         """Return the paths of a new run, in an environment."""
