@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Never
@@ -134,28 +134,36 @@ def preview_asset(
         begin = _check_partition(definition.partitions_def, partition, instance)
         if last and begin > _check_partition(definition.partitions_def, last, instance):
             raise NotPreviewedError(f"{partition} comes after {last}. Write the range as {last}...{partition}")
-        try:
-            result = (
-                dg.Definitions.merge(definitions, job)
-                .resolve_job_def(JOB)
-                .execute_in_process(
-                    instance=instance,
-                    partition_key=None if last else partition,
-                    tags=dict(zip(RANGE_TAGS, (str(partition), last), strict=True)) if last else None,
-                    run_config=dict(config or {}),
-                    raise_on_error=False,
-                )
-            )
-        except dg.DagsterInvalidConfigError as error:
-            problems = "\n".join(problem.message for problem in error.errors)
-            raise NotPreviewedError(
-                f"its config is incomplete or wrong. Give it with --config-json, as in Dagster's launchpad.\n{problems}"
-            ) from None
-        except dg.DagsterError as error:
-            raise NotPreviewedError(f"Dagster refuses to run it: {error}") from None
+        result = _run_job([definitions, job], instance, partition, last, config)
     if not found:
         raise _explain(result, asset)
     return found
+
+
+def _run_job(
+    definitions: Sequence[dg.Definitions],
+    instance: dg.DagsterInstance,
+    partition: str | None,
+    last: str | None,
+    config: Mapping[str, Any] | None,
+) -> dg.ExecuteInProcessResult:
+    """Run the job of a preview; see `preview_asset`."""
+    try:
+        job = dg.Definitions.merge(*definitions).resolve_job_def(JOB)
+        return job.execute_in_process(
+            instance=instance,
+            partition_key=None if last else partition,
+            tags=dict(zip(RANGE_TAGS, (str(partition), last), strict=True)) if last else None,
+            run_config=dict(config or {}),
+            raise_on_error=False,
+        )
+    except dg.DagsterInvalidConfigError as error:
+        problems = "\n".join(problem.message for problem in error.errors)
+        raise NotPreviewedError(
+            f"its config is incomplete or wrong. Give it with --config-json, as in Dagster's launchpad.\n{problems}"
+        ) from None
+    except dg.DagsterError as error:
+        raise NotPreviewedError(f"Dagster refuses to run it: {error}") from None
 
 
 def find_submitting(definitions: dg.Definitions, instance: dg.DagsterInstance) -> list[tuple[str, str | None]]:
