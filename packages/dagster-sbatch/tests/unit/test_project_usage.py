@@ -37,6 +37,7 @@ SQUEUE = "\n".join(
         "PENDING   ab1       p70600  2-00:30:00   cpu=4,mem=8000M,node=1,billing=4  ",
         "RUNNING   xy12345   p71234  30:00  cpu=8,mem=8000M,node=2,billing=8,gres/gpu=8,gres/gpu:h100=8  ",
         "RUNNING   ab1       p71234  UNLIMITED  cpu=8,mem=8000M,node=1,billing=8  ",
+        "COMPLETING  ab1     p71234  50:00  cpu=8,mem=8000M,node=1,billing=8,gres/gpu=8  ",  # it has ended
     ]
 )
 CONFIG = "AccountingStorageTRES   = cpu,mem,energy,node,billing,gres/gpu,gres/gpu:h100\nPrivateData = none"

@@ -68,7 +68,8 @@ def queued(names):
     columns = ",".join("%s:%d" % column for column in QUEUED)
     lines = ask_slurm("squeue", "-h", "-r", "-a", "-O", columns, *chosen).splitlines()
     found = Counter(tuple(line.split()) for line in lines)
-    return [[count] + list(row) for row, count in found.items() if len(row) == len(QUEUED)]
+    rows = [row for row in found if len(row) == len(QUEUED) and row[0] != "COMPLETING"]  # such a job has ended
+    return [[found[row]] + list(row) for row in rows]
 
 
 def shares(names):
