@@ -39,7 +39,8 @@ def check_retries(request: SlurmRequest) -> None:
     if retries.max_mem is not None:
         if not asked or not parse_memory(asked):
             raise ConfigurationError(
-                f"retries: max_mem={retries.max_mem!r} needs a request that names its memory. Add mem='16G', say"
+                f"retries: max_mem={retries.max_mem!r} needs a request that names its memory. Add it: mem='16G', "
+                "for instance"
             )
         if parse_memory(retries.max_mem) <= parse_memory(asked):
             raise ConfigurationError(
