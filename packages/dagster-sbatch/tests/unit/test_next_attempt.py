@@ -17,7 +17,7 @@ from dagster_sbatch.run.plan import make_plan
 from dagster_sbatch.run.remote import RemoteRun
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import allocate
-from dagster_sbatch.slurm.gateway import Claim, JobEnd, Submitted
+from dagster_sbatch.slurm.gateway import Claim, JobEnd, StoppedError, Submitted
 from resources import PROJECT
 
 SETTINGS = Settings.model_construct(supercomputer_site="musica")
@@ -79,7 +79,10 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         def probe(context: dg.AssetExecutionContext) -> None:
             plan = make_plan(SETTINGS, PROJECT, Path(__file__), ScriptLauncher(), REQUEST)
             step: Any = RemoteRun(context, "probe", SETTINGS, plan)
-            step._execute(gateway, Attempts(claim), None)
+            try:
+                step._execute(gateway, Attempts(claim), None)
+            except StoppedError:
+                raise step._end(gateway) from None
 
         with dg.DagsterInstance.ephemeral() as instance:
             (failure,) = dg.materialize([probe], instance=instance, raise_on_error=False).get_step_failure_events()
@@ -109,3 +112,11 @@ def test_a_request_that_was_changed_while_a_job_ran_applies_to_the_next_attempt(
         memory.append(load_request(record, REQUEST).mem)
     assert memory == ["16G", "32G"]
     assert [attempt["request"]["mem"] for attempt in record["attempts"]] == ["1G", "16G"]
+
+
+def test_a_step_that_is_stopped_between_two_attempts_has_no_job(fail: Callable[..., str]) -> None:
+    gateway = Gateway(JobEnd(None, "NODE_FAIL"))
+    gateway.stop.set()
+    text = fail(gateway, Claim(None, runs="runs"), [None])
+    assert "The step was interrupted while it had no Slurm job." in text
+    assert gateway.rejected == []  # the next run decides what follows
