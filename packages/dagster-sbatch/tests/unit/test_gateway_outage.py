@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dagster_sbatch.settings import Settings
@@ -15,6 +16,8 @@ from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, StoppedE
 from dagster_sbatch.slurm.gateway import channel as channels
 from dagster_sbatch.slurm.gateway.agent.server import HELLO
 from dagster_sbatch.slurm.gateway.channel import Channel
+from slurm_in_a_box import wait_until
+from support.agent_fixtures import Prepare, put
 
 SPEED = 60
 """Seconds on these clocks per second."""
@@ -269,3 +272,16 @@ def test_slow_temporary_answers_are_repeated_with_growing_pauses(monkeypatch: py
 
 def test_the_loss_of_a_connection_that_has_lasted_is_followed_by_a_short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask_slow_agent("lost", StoppedError, monkeypatch) == pytest.approx([link.FIRST_PAUSE] * 12)
+
+
+def test_no_command_of_slurm_stays_when_its_client_is_gone(slurm: Path, prepare: Prepare, tmp_path: Path) -> None:
+    """A database that is slow to answer may keep sacct for minutes."""
+    pid = tmp_path / "pid"
+    put(slurm / "bin", "squeue", f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600")
+    gateway = prepare()
+    gateway.host()
+    gateway.usage_ahead(None)
+    wait_until(pid.exists, "squeue runs")
+    command = psutil.Process(int(pid.read_text()))
+    gateway.close()
+    wait_until(lambda: not command.is_running() or command.status() == psutil.STATUS_ZOMBIE, "squeue has ended")

@@ -18,7 +18,7 @@ from .limits import limits
 from .paths import Profile, with_paths
 from .releases import environment
 from .run_directories import array, reject, runs, state
-from .slurm_commands import Queue, projects, queue, test
+from .slurm_commands import Queue, kill_running, projects, queue, test
 from .task_records import cancel_tasks, task_counts, task_records
 from .transfer import CHUNK, get, piece, put
 from .usage import usage
@@ -120,10 +120,11 @@ class Agent:
         self.leave()
 
     def leave(self):
-        """End the agent. A submission is finished first, so that its job id is on record; all else just stops."""
+        """End the agent. A submission is finished first, so that its job id is on record; all else is killed."""
         until = time.monotonic() + SBATCH_PATIENCE
         while self.busy and time.monotonic() < until:
             time.sleep(0.02)
+        kill_running()
         os._exit(0)
 
     def serve(self):

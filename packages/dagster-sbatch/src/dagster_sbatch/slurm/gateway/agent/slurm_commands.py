@@ -25,6 +25,7 @@ ENDED = "State,ExitCode,Submit,Start,End,Account,JobName"
 UNKNOWN_JOB, NO_ACCOUNTING = "Invalid job id", "disabled"  # in errors of scontrol and of sacct
 UNFINISHED = ("PENDING", "RUNNING", "COMPLETING")
 ACCOUNTING_TAKES = 0.1  # seconds: sacct asks a database
+RUNNING = set()  # Slurm's commands that have not ended yet
 FORGOTTEN = 240.0  # seconds after which squeue alone proves nothing: it forgets ended jobs after MinJobAge (300)
 
 
@@ -70,11 +71,14 @@ def call(*command, patience=COMMAND_PATIENCE, script=""):
         )
     except OSError as error:
         raise RequestError("refused", "%s: %s" % (command[0], error.strerror))
+    RUNNING.add(child)
     try:
         out, err = child.communicate(script.encode(), timeout=patience)
     except subprocess.TimeoutExpired:
         kill(child)
         raise RequestError("temporary", "%s did not answer within %d s" % (command[0], patience))
+    finally:
+        RUNNING.discard(child)
     return subprocess.CompletedProcess(command, child.returncode, out, err)
 
 
@@ -87,6 +91,15 @@ def kill(child):
         child.wait(1)
     except subprocess.TimeoutExpired:
         pass
+
+
+def kill_running():
+    """Kill the commands that have not ended: nobody waits for their answers any more."""
+    for child in list(RUNNING):
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except OSError:  # it has ended meanwhile
+            pass
 
 
 def ask_slurm(*command, patience=COMMAND_PATIENCE):
