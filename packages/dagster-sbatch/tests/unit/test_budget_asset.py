@@ -124,7 +124,7 @@ def test_the_hours_of_assets_projects_and_users_plot(tick: Tick) -> None:
     ]
     (observation,) = tick(replace(USAGE, private=True)).asset_events
     assert isinstance(observation, dg.AssetObservation)
-    assert not [name for name in observation.metadata if "/user/" in name]
+    assert {name.split("/")[1] for name in observation.metadata if "days/" in name} == {"asset"}
 
 
 def test_a_tick_without_numbers_records_nothing(tick: Tick) -> None:

@@ -25,7 +25,7 @@ def ledger_metadata(usage: Usage, site: Site, instance: dg.DagsterInstance) -> d
 
     The table has this week and the one before. What has been used in these weeks plots, under names such as
     `gpu_hours_7_days/asset/my_asset`; 0 once its jobs are older than PLOT_DAYS. Where Slurm hides the jobs of other
-    users, there are no numbers by user.
+    users, nothing plots by project and user, because only those of this user would count.
 
     Args:
         usage: with the jobs of the last two weeks.
@@ -40,7 +40,7 @@ def ledger_metadata(usage: Usage, site: Site, instance: dg.DagsterInstance) -> d
     weeks = make_ledger(usage, site, recorded, since)
     days = make_ledger(usage, site, recorded, usage.now - timedelta(days=PLOT_DAYS))
     numbers: dict[str, Any] = {}
-    plotted: list[Dimension] = ["asset", "project", "user"] if usage.private is False else ["asset", "project"]
+    plotted: list[Dimension] = ["asset", "project", "user"] if usage.private is False else ["asset"]
     for dimension in plotted:
         numbers |= _numbers(weeks, days, dimension)
     return {**numbers, TABLE: table(_rows(weeks))} if weeks else {}
