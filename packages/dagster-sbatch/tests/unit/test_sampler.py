@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -242,6 +244,7 @@ def test_the_sampler_cancels(
     monkeypatch.setattr(first.gpus, "take", lambda: [(0.0, 4.0)])
     known = []
     for now in (0.0, 40.0, 55.0, 70.0):
+        monkeypatch.setattr(sampler, "time", SimpleNamespace(monotonic=lambda now=now: now, time=time.time))
         first.sample(now)
         if first.scancel:
             first.scancel.wait(30)
