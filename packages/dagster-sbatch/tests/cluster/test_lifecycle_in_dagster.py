@@ -4,12 +4,14 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
 from slurm_in_a_box.layout import COMPUTE_NODES
+from support import costs_story
 from support.background import nobody_left, rows_of
 from support.dagster_dev import DagsterDev, beside_location, wait_for
 from support.programs import make
@@ -42,7 +44,8 @@ alone = [waiting(name, launcher, "waits.sh") for name, launcher in launchers.ite
 keys, at_once = dg.StaticPartitionsDefinition(["ends", "waits"]), dg.BackfillPolicy.single_run()
 ranks = waiting("ranks", SrunLauncher(), "ranks.py", tasks=2)
 many = waiting("many", ScriptLauncher(), "waits.py", JobArray(), partitions_def=keys, backfill_policy=at_once)
-defs = dg.Definitions(assets=[*alone, ranks, many], resources=build_resources())
+@@STORY@@
+defs = dg.Definitions(assets=[*alone, ranks, many, trains, waits_for_money], resources=build_resources())
 """
 
 PROGRAM = f"""\
@@ -75,19 +78,20 @@ with open_dagster_pipes() as pipes:
 
 
 @pytest.fixture
-def location(tmp_path: Path) -> Path:
+def location(site: SimulatedSite, tmp_path: Path) -> Path:
     folder = tmp_path / "location"
     (folder / "workloads").mkdir(parents=True)
     (folder / "workloads" / "waits.py").write_text(WAITS)
     (folder / "workloads" / "ranks.py").write_text(RANKS)
     make(folder / "workloads", PROGRAM, "waits.sh")
-    (folder / "location.py").write_text(LOCATION)
+    costs_story.write(folder, site)
+    (folder / "location.py").write_text(LOCATION.replace("@@STORY@@", costs_story.LOCATION))
     return folder
 
 
 @pytest.fixture
 def dagster_dev(on_supercomputer: dict[str, str], location: Path, tmp_path: Path) -> Iterator[DagsterDev]:
-    variables = {**on_supercomputer, "DATA_ROOT": f"{CERTIFICATE_USER.home}/data"}
+    variables = {**on_supercomputer, "DATA_ROOT": f"{CERTIFICATE_USER.home}/data", "SLURM_KEEP_WITHIN_BUDGET": "true"}
     with beside_location(location / "location.py", tmp_path / "project", variables, projects_own=True) as server:
         yield server
 
@@ -127,8 +131,12 @@ def job_ids(site: SimulatedSite) -> set[str]:
     return {row.partition("_")[0] for row in rows}
 
 
-def test_the_example_and_the_life_of_a_run(dagster_dev: DagsterDev, site: SimulatedSite, location: Path) -> None:
+def test_the_example_and_the_life_of_a_run(
+    dagster_dev: DagsterDev, site: SimulatedSite, location: Path, tmp_path: Path
+) -> None:
     before = job_ids(site)
+    costs = costs_story.CostsStory(dagster_dev, site, location, tmp_path)
+    story = ThreadPoolExecutor(1).submit(costs.play)  # meanwhile, on the nodes with GPUs
     months = {"dagster__asset_partition_range_start": "2013-01", "dagster__asset_partition_range_end": "2013-12"}
     example = dagster_dev.launch("flights", "delay_features", **months)
     both = {"dagster__asset_partition_range_start": "ends", "dagster__asset_partition_range_end": "waits"}
@@ -169,6 +177,8 @@ def test_the_example_and_the_life_of_a_run(dagster_dev: DagsterDev, site: Simula
         assert sorted(event["partition"] for event in events) == [f"2013-{month:02}" for month in range(1, 13)]
         assert {event["partition"]: event["rows"] for event in events}["2013-01"] > 10_000
 
+    story.result(300)
+
     # Dagster is stopped and started again.
     dagster_dev.stop()
     assert site.job_state(int(jobs["restarted"])) == "RUNNING"
@@ -176,6 +186,6 @@ def test_the_example_and_the_life_of_a_run(dagster_dev: DagsterDev, site: Simula
     dagster_dev.start()
     adopted(dagster_dev, site, "restarted", runs["restarted"], jobs["restarted"])
 
-    assert len(job_ids(site) - before) == 5 + 2
+    assert len(job_ids(site) - before) == 5 + 2 + costs.jobs
     nothing_is_left(site, *(node.hostname for node in COMPUTE_NODES))
     nobody_left(site)

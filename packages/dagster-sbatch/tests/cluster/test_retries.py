@@ -11,23 +11,15 @@ import pytest
 
 from dagster_sbatch import Retries, SlurmRequest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
-from slurm_in_a_box.machines import MEMORY_CGROUPS
 from support.array_process import ArrayProcess
 from support.background import Background, attempts_of, jobs_of, nobody_left, runs_there
 from support.programs import make
 from support.step import Step, kill
-from support.workload_asset import PIPES, materialize
+from support.workload_asset import EATS, PIPES, materialize
 
 pytestmark = pytest.mark.cluster
 
 GROWS: dict[str, Any] = {"mem": "200M", "retries": {"max_mem": "1G", "factor": 4}}
-EATS = (
-    "ballast = bytearray(b'x' * (300 << 20))"
-    if MEMORY_CGROUPS
-    else "if int(os.environ['SLURM_MEM_PER_NODE']) < 300: "
-    "sys.stderr.write('slurmstepd: error: Detected 1 oom_kill event'); os._exit(137)"
-)
-"""Needs 300 MB. Where the machine cannot enforce a job's memory, it does what a step does that Slurm ends for it."""
 BEGIN = PIPES + "    import os, pathlib, sys, time\n    first = pathlib.Path.cwd().name.endswith('-1')\n"
 REPORT = "    pipes.report_asset_materialization(metadata={'node': os.uname().nodename})\n"
 BROKEN = "    if first: raise RuntimeError('CUDA error: uncorrectable ECC error encountered')\n"

@@ -67,7 +67,7 @@ class DagsterDev:
         self.folder = folder
         self.log = folder.parent / "dagster-dev.log"
         self.data_root = Path(environment["DATA_ROOT"])
-        self._environment = environment
+        self.environment = environment
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self.url = self.log_of_start = ""
@@ -82,7 +82,7 @@ class DagsterDev:
             self._process = subprocess.Popen(
                 [*self._command, "--port", str(port)],
                 cwd=self.folder,
-                env=self._environment,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -196,13 +196,22 @@ class DagsterDev:
 
     def launch(self, *assets: str, location: str = "musica_pipelines", **tags: str) -> str:
         """Launch a run over assets as the UI does; its id. Double underscores in tag names stand for slashes."""
+        return self._launch(location, {"assetSelection": [{"path": [asset]} for asset in assets]}, tags)
+
+    def execute_check(self, asset: str, check: str) -> str:
+        """Execute a check of the project's code location as the UI's *Execute* does; the id of the run."""
+        checks = [{"assetKey": {"path": [asset]}, "name": check}]
+        return self._launch("musica_pipelines", {"assetSelection": [], "assetCheckSelection": checks}, {})
+
+    def _launch(self, location: str, selection: dict[str, Any], tags: dict[str, str]) -> str:
+        selector = {
+            "repositoryLocationName": location,
+            "repositoryName": "__repository__",
+            "jobName": "__ASSET_JOB",
+            **selection,
+        }
         parameters = {
-            "selector": {
-                "repositoryLocationName": location,
-                "repositoryName": "__repository__",
-                "jobName": "__ASSET_JOB",
-                "assetSelection": [{"path": [asset]} for asset in assets],
-            },
+            "selector": selector,
             "runConfigData": {},
             "executionMetadata": {"tags": [{"key": k.replace("__", "/"), "value": v} for k, v in tags.items()]},
         }

@@ -12,12 +12,20 @@ from dagster_sbatch.launchers import Launcher, ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import SlurmRequest
 from resources import PROJECT
+from slurm_in_a_box.machines import MEMORY_CGROUPS
 
 PIPES = """
 from dagster_pipes import open_dagster_pipes
 with open_dagster_pipes() as pipes:
 """
 """The beginning of most workloads; what follows is indented by four spaces."""
+EATS = "ballast = bytearray(b'x' * (300 << 20))" + (
+    ""
+    if MEMORY_CGROUPS
+    else "; int(os.environ['SLURM_MEM_PER_NODE']) >= 300 or "
+    "(sys.stderr.write('slurmstepd: error: Detected 1 oom_kill event\\n'), os._exit(137))"
+)
+"""Needs 300 MB. Where the machine cannot enforce a job's memory, it does what a step does that Slurm ends for it."""
 
 
 @dataclass

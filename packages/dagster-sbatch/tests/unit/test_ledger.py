@@ -176,7 +176,9 @@ def test_the_pace_of_two_weeks() -> None:
     usage = replace(USAGE, jobs=[JOB, before, replace(JOB, project="p2")])
     assert pace_of(usage, BUDGET) == pytest.approx(16 / 14)
     assert days_left(usage, BUDGET) == pytest.approx(70 / (16 / 14))
-    assert days_left(usage, replace(BUDGET, used=120)) == 0
+    spent = replace(BUDGET, used=120)
+    assert days_left(usage, spent) == 0
+    assert "p1: none of 100.00 GPU-hours are left, 120.00 are used (GrpTRESMins of p1)." in describe(usage, spent)
     assert days_left(replace(usage, jobs=[]), BUDGET) == math.inf
 
 

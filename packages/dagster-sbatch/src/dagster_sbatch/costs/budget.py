@@ -115,9 +115,13 @@ def describe(usage: Usage, budget: Budget) -> str:
     pace, days = pace_of(usage, budget), days_left(usage, budget)
     whose = f", your own jobs in {budget.project} only" if budget.user else ""
     lasts = "" if days is None or math.isinf(days) else f": it lasts {count_of(round(days), 'day')}"
+    limit = f"{show_number(budget.limit)} {budget.unit}"
+    if budget.left is not None and budget.left <= 0:
+        head = f"none of {limit} are left, {show_number(budget.used)} are used"
+    else:
+        head = f"{show_number(budget.left)} of {limit} are left"
     return (
-        f"{budget.project}: {show_number(budget.left)} of {show_number(budget.limit)} {budget.unit} are left "
-        f"({budget.source}{whose}).\n"
+        f"{budget.project}: {head} ({budget.source}{whose}).\n"
         f"  Running jobs use at most {show_number(budget.running)} more, waiting jobs {show_number(budget.queued)}.\n"
         f"  The last {PACE_DAYS} days used {show_number(pace)} per day{lasts}."
     )
