@@ -19,6 +19,8 @@ from support.array_run import RUNS, Recorder, files_of, new_key
 pytestmark = pytest.mark.cluster
 SITE = PROJECT.load_site("musica")
 LINES = 'for ((i = 0; i < 2000; i++)); do echo "task $index line $i äöü"; done'
+WAIT = "until [ -e ../../go ]; do sleep 0.1; done"
+"""For a file in the run directory."""
 MESSAGE = """echo '{"message": 1}' >>messages.jsonl"""
 MESSAGES = '\n{"method": "job_started"}\n{"message": 1}\n'
 
@@ -175,7 +177,7 @@ def test_tasks_end_in_every_way_that_slurm_knows(open_gateway: Callable[[], Gate
     """One is cancelled while it waits, one while it runs, one is requeued; the others end well."""
     gateway = open_gateway()
     again = "[ -e again ] && exit 0; touch again; sleep 300"
-    body = f"case $index in 0) sleep 300;; 2) {again};; *) sleep 3;; esac"
+    body = f"case $index in 0) sleep 300;; 2) {again};; *) {WAIT};; esac"
     run = array(body, 6, max_running=4)
     begun = threading.Event()
     seen = Recorder(run, on_event=lambda _: begun.set() if {0, 2} <= set(seen.starts) else None)
@@ -184,6 +186,7 @@ def test_tasks_end_in_every_way_that_slurm_knows(open_gateway: Callable[[], Gate
     assert begun.wait(60)
     job = seen.jobs[run.run].job
     site.run_on_login(CERTIFICATE_USER, f"scancel {job}_5; scancel {job}_0")
+    (on_disk(site, run) / "go").touch()
     wait_until((on_disk(site, run) / "tasks/2/again").exists, "it has begun")
     site.cluster.query("scontrol", "requeue", f"{job}_2")
     thread.join(150)
@@ -217,7 +220,11 @@ def test_an_array_waits_for_room_while_another_runs(open_gateway: Callable[[], G
     try:
         limits = gateway.limits("zen4_0768", "zen4_0768", "p71234")
         assert (limits.array, limits.submit) == (10001, 5)
-        seen = Recorder(array("sleep 2", 4), array("true", 3), at_once=2)
+        first = array(WAIT, 4)
+        go = on_disk(site, first) / "go"
+        seen = Recorder(
+            first, array("true", 3), at_once=2, on_event=lambda event: go.touch() if event == "waiting" else None
+        )
         gateway.run_arrays(seen, "run-1")
     finally:
         site.cluster.query(*limit, "MaxSubmitJobsPerUser=-1")

@@ -1,7 +1,9 @@
 """Nodes that are lost under a Ray job, while it starts and in mid-run: another try follows, and nothing is left."""
 
+import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,16 +61,34 @@ LOST = {
 }
 
 
+RAY_MIB = 150
+"""Its processes on a node have more."""
+
+
+def usage_of(home: Path, job: int) -> dict[str, Any] | None:
+    """What a job has used, by its own record."""
+    runs = (home / "dagster-slurm" / "runs").iterdir()
+    (folder,) = (run for run in runs if (run / "job").is_symlink() and str((run / "job").readlink()) == str(job))
+    lines = map(json.loads, (folder / "events").read_text().splitlines())
+    return next((line["usage"] for line in lines if "usage" in line), None)
+
+
 def lose_in_mid_run(name: str, site: SimulatedSite, folder: Path, nodes: tuple[str, ...]) -> None:
     kind, which, before, causes = LOST[name]
     run = start(site, folder, name.replace(" ", "-"), nodes, before)
     run.wait_until_ready()
     job = run.job
+    if kind == "cut":
+        sampler = "pgrep -f '[s]ampler.py node'"
+        wait_until(lambda: site.run_on_node(nodes[1], sampler, check=False).stdout, "its sampler runs", 60)
     with make_fault(site, kind, nodes[which]):
         site.wait_for_job(job, "FAILED", "NODE_FAIL", timeout=90)
         nothing_is_left(site, nodes[1 - which])
     cause = another_try_succeeds(site, run, nodes)
     assert any(known.format(second=nodes[1]) in cause for known in causes), cause
+    usage = usage_of(run.home, job)
+    assert not (usage and which == 0)  # the batch script has died with the head
+    assert (usage or {}).get("memory_mib", RAY_MIB) >= RAY_MIB  # right, or absent if it was noticed late
 
 
 def test_lost_nodes(site: SimulatedSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
