@@ -289,9 +289,11 @@ class Usage:
     def document(self, now, series):
         """Return all of it; without the numbers of which a node does not know its part."""
         found = {"seconds": round(now - self.begun, 1)}
-        if len(self.memory) == self.nodes and self.all_sampled(now):
+        if not self.all_sampled(now):
+            return found
+        if len(self.memory) == self.nodes:
             found["memory_mib"] = round(max(self.memory.values()), 1)
-        if len(self.cpu) == self.nodes and self.all_sampled(now):
+        if len(self.cpu) == self.nodes:
             found["cpu_seconds"] = round(sum(self.cpu.values()), 2)
         if self.all_recent(self.seen.values(), now):
             found["gpu_percent"] = round(self.gpu_sum / self.gpu_count, 2)
