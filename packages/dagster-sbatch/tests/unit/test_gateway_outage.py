@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 
 from dagster_sbatch.settings import Settings
@@ -18,6 +17,7 @@ from dagster_sbatch.slurm.gateway.agent.server import HELLO
 from dagster_sbatch.slurm.gateway.channel import Channel
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import Prepare, put
+from support.dagster_dev import gone
 
 SPEED = 60
 """Seconds on these clocks per second."""
@@ -282,6 +282,5 @@ def test_no_command_of_slurm_stays_when_its_client_is_gone(slurm: Path, prepare:
     gateway.host()
     gateway.usage_ahead(None)
     wait_until(pid.exists, "squeue runs")
-    command = psutil.Process(int(pid.read_text()))
     gateway.close()
-    wait_until(lambda: not command.is_running() or command.status() == psutil.STATUS_ZOMBIE, "squeue has ended")
+    wait_until(lambda: gone(int(pid.read_text())), "squeue has ended")

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from dagster_sbatch.launchers import (
@@ -27,6 +26,7 @@ from dagster_sbatch.run.messages import JOB_STARTED
 from dagster_sbatch.slurm import ArrayShape, Site, SlurmRequest, allocate, load_site, render_job_script, render_start
 from resources import PROJECT
 from slurm_in_a_box import wait_until
+from support.dagster_dev import gone
 
 GOLDEN = Path(__file__).parent / "golden"
 SITE = PROJECT.load_site("musica")
@@ -217,9 +217,9 @@ def test_a_job_that_is_terminated_records_that_it_was_cut_short(tmp_path: Path) 
 def test_a_workload_that_is_terminated_before_the_job_script_was_cut_short_as_well(tmp_path: Path) -> None:
     """Slurm signals one process after another."""
     with start_in_group(tmp_path, "sh -c 'echo $$ >pid; mv pid begun; exec sleep 600'") as job:
-        workload = psutil.Process(int((tmp_path / "begun").read_text()))
-        workload.terminate()
-        wait_until(lambda: not workload.is_running() or workload.status() == psutil.STATUS_ZOMBIE, "its end", 60, 0.01)
+        workload = int((tmp_path / "begun").read_text())
+        os.kill(workload, signal.SIGTERM)
+        wait_until(lambda: gone(workload), "its end", 60, 0.01)
         job.terminate()
         job.wait(60)
     assert read_events(tmp_path)[-1]["code"] is None

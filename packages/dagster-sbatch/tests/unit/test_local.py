@@ -8,10 +8,9 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
-
 from dagster_sbatch.run.local import RunDirectory, run_workload
 from slurm_in_a_box import wait_until
+from support.dagster_dev import gone
 
 
 def test_how_long_it_ran_does_not_include_what_its_output_costs_us(tmp_path: Path) -> None:
@@ -46,11 +45,6 @@ run_workload(command, os.environ, RunDirectory(pathlib.Path(folder)), {}, thread
 """
 
 
-def is_gone(pid: int) -> bool:
-    """Or dead, and not yet collected by a container's init."""
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
 def test_a_workload_that_is_terminated_leaves_nothing_running(tmp_path: Path) -> None:
     pid, stop, directory = tmp_path / "pid", threading.Event(), RunDirectory(tmp_path)
 
@@ -61,7 +55,7 @@ def test_a_workload_that_is_terminated_leaves_nothing_running(tmp_path: Path) ->
     threading.Thread(target=terminate).start()
     ended = run_workload([sys.executable, "-c", CHILD, str(pid)], os.environ, directory, {}, stop)
     assert ended.exit_code == -signal.SIGTERM
-    wait_until(lambda: is_gone(int(pid.read_text())), "the child has ended")
+    wait_until(lambda: gone(int(pid.read_text())), "the child has ended")
 
 
 def test_nothing_outlives_a_step_that_was_killed(tmp_path: Path) -> None:
@@ -71,5 +65,5 @@ def test_nothing_outlives_a_step_that_was_killed(tmp_path: Path) -> None:
     with subprocess.Popen(command) as step:
         wait_until(pid.exists, "the child runs", 60, 0.01)
         step.kill()
-    wait_until(lambda: is_gone(int(pid.read_text())), "the child has ended")
+    wait_until(lambda: gone(int(pid.read_text())), "the child has ended")
     wait_until(lambda: not folder.exists(), "the run directory is gone")
