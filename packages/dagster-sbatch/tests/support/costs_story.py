@@ -139,9 +139,16 @@ class CostsStory:
         return str(done.stdout)
 
     def _end(self, busy: list[int]) -> None:
+        """End the jobs on six GPUs when they have used a GPU-minute."""
+        wait_until(lambda: all(seconds > 10 for seconds in self._elapsed(busy)), "a GPU-minute is used", 60)
         self._site.cluster.query("scancel", *map(str, busy))
         for job in busy:
             self._site.wait_for_job(job, "CANCELLED")
+
+    def _elapsed(self, jobs: list[int]) -> list[int]:
+        """Return for how many seconds jobs have run, as squeue says (MINUTES:SECONDS)."""
+        said = self._site.cluster.query("squeue", "--noheader", "--format=%M", f"--jobs={','.join(map(str, jobs))}")
+        return [60 * int(minutes) + int(seconds) for minutes, seconds in re.findall(r"(\d+):(\d+)", said)]
 
     def _see_the_budget_end(self, page: Page, before: dict[str, float]) -> None:
         """The jobs have used a GPU-minute, and the limit is lowered to that: ten hours take eight GPUs 75 minutes."""
