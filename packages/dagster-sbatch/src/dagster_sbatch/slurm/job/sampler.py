@@ -444,7 +444,7 @@ class FirstNode(Sampler):
 
     def cancelled(self):
         """Return whether it has cancelled the job, or is doing so; if Slurm did not answer, it tries again."""
-        return self.scancel is not None and not self.scancel.poll()
+        return self.scancel is not None and (self.scancel.poll() or 0) <= 0  # SIGTERM also ends scancel in the job
 
     def end_job(self):
         """Cancel this job, or this task of an array job."""
