@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import Retries, SlurmRequest
 from resources import PROJECT
-from support import ROOT, access
+from support import access
 
 CPU, GPU = "zen4_0768", "zen4_0768_h100x4"
 
@@ -365,14 +364,6 @@ def test_a_cpu_asset_leaves_the_gpu_partition_that_the_environment_names(monkeyp
     monkeypatch.setenv("SLURM_QOS", f"dev_{GPU}")
     request = preview("counts", "2013-01").plan.allocation.request
     assert (request.partition, request.qos) == (CPU, f"dev_{CPU}")
-
-
-@pytest.mark.parametrize("text", ["trials=3", "3", "[]"])
-def test_a_config_that_is_no_json_object_is_wrong_usage(text: str) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "preview"), "anything", "--config-json", text]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert f"{text!r} is no JSON object" in done.stderr
 
 
 def test_the_examples_of_the_help_are_assets_of_the_project() -> None:
