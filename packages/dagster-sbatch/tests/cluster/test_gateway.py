@@ -216,7 +216,7 @@ def test_without_agent_it_is_told_why(site: SimulatedSite, settings: Settings) -
 
     thread = threading.Thread(target=ask)
     thread.start()
-    wait_until(lambda: told, "the trouble is told")
+    wait_until(lambda: told, "the client has reported the error")
     stop.set()
     thread.join(60)
     assert "no agent: " in told[0]

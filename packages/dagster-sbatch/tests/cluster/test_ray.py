@@ -118,7 +118,7 @@ WAITS = (
 def test_two_jobs_on_one_node(site: SimulatedSite, tmp_path: Path, step_variables: dict[str, str]) -> None:
     """Each has a dashboard, to which the way closes with the job. One is cancelled, which the other does not notice.
 
-    The other one's step loses its connection, is killed, and executed again: it goes on with the same Ray cluster.
+    The step of the other job loses its connection, is killed, and executed again: it attaches to the same Ray cluster.
     """
     other = Step(tmp_path / "step", step_variables, WAITS)
     other.call(launcher="RayLauncher", cpus_per_task=FEW_CPUS, mem="3G", nodes=2, nodelist="n4002,n4003")

@@ -27,7 +27,7 @@ KILLED = RuntimeError("killed")
 
 
 class Gateway:
-    """Submits jobs 1, 2, ..., which end as it is told."""
+    """Submits jobs 1, 2, ..., which end as the test has chosen."""
 
     def __init__(self, *ends: JobEnd | Exception) -> None:
         self.ends, self.records, self.rejected = list(ends), list[Any](), list[str]()
