@@ -160,8 +160,25 @@ def test_two_jobs_on_one_node(site: SimulatedSite, tmp_path: Path, step_variable
 
 
 def test_many_starts_under_load(site: SimulatedSite, tmp_path: Path) -> None:
-    """Two at a time, beside each other on the same nodes; with STRESS=1 twenty."""
-    workload = CONNECT + "    pipes.report_asset_materialization(metadata={'hosts': hosts()})\n"
+    """Two at a time, beside each other on the same nodes; with STRESS=1 twenty.
+
+    Nothing listens where the workers of every cluster would look for a port by default: two found the same one free.
+    """
+    workload = (
+        CONNECT
+        + """
+    def listens():
+        for table in (pathlib.Path("/proc/net/tcp"), pathlib.Path("/proc/net/tcp6")):
+            for line in table.read_text().splitlines()[1:]:
+                _, local, _, state, *_ = line.split()
+                if state == "0A":
+                    yield int(local.rpartition(":")[2], 16)
+
+    everywhere = hosts()
+    shared = [port for port in listens() if 10002 <= port <= 19999]
+    pipes.report_asset_materialization(metadata={"hosts": everywhere, "shared_ports": shared})
+    """
+    )
     launcher = RayLauncher(ray_start_args=["--include-dashboard=false"], collect_logs=False)
     names = [f"start-{number}" for number in range(STARTS)]
     for pair in (names[n : n + 2] for n in range(0, STARTS, 2)):
@@ -171,5 +188,6 @@ def test_many_starts_under_load(site: SimulatedSite, tmp_path: Path) -> None:
         ]:
             outcome = run.finish()
             assert outcome.error == ""
-            assert outcome.materializations[None][0]["hosts"] == ["n4001", "n4003"]
+            (metadata,) = outcome.materializations[None]
+            assert (metadata["hosts"], metadata["shared_ports"]) == (["n4001", "n4003"], [])
     nothing_is_left(site, "n4001", "n4003")

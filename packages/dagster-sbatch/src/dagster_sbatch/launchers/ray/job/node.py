@@ -106,7 +106,8 @@ class Node:
     def _arguments(self, folder: Path, address: str) -> tuple[list[str], int, int]:
         """Return the arguments of `ray start`, and the ports of the head's GCS and dashboard.
 
-        A port of 0 is one that the raylet chooses when it binds it: nobody can come between.
+        A port of 0 is one that the process chooses when it binds it: nobody can come between. Without these
+        arguments, the workers of all clusters on a node look for free ports from 10002 on, and two may take the same.
         """
         settings = self._settings
         further = settings["ray_start_args"]
@@ -122,6 +123,8 @@ class Node:
             f"--num-gpus={settings['gpus']}",
             "--node-manager-port=0",
             "--object-manager-port=0",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
             *(f"--{part}-port={port}" for part, port in zip(AGENT_PORTS, agents, strict=True)),
             *memory_arguments(settings["object_store_memory"], os.environ),
         ]
