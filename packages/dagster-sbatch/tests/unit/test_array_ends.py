@@ -186,16 +186,15 @@ class Site:
         wait_until(lambda: self.asked.exists() and self.asked.stat().st_size > before, "Slurm is asked", 60, 0.02)
 
     def write(self, index: int, name: str, text: str) -> None:
-        """Append to a file of a task, whose folder appears with all its files."""
+        """Append to a file of a task, which has started once its folder has all its files."""
         task = self.run / "tasks" / str(index)
-        if not task.exists():
-            new = self.run / "tasks" / f".{index}"
-            new.mkdir(exist_ok=True)
+        started = self.run / "tasks" / f"{index}.started"
+        if not started.exists():
             for each in ("messages.jsonl", "events", "cause"):
-                (new / each).touch()
+                (task / each).touch()
             (self.run / "tasks" / f"{index}.stdout").touch()
             (self.run / "tasks" / f"{index}.stderr").touch()
-            new.rename(task)
+            started.touch()
         path = task / name if name in ("events", "messages.jsonl") else self.run / "tasks" / f"{index}.{name}"
         with path.open("a") as file:
             file.write(text)

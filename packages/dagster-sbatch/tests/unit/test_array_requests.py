@@ -80,7 +80,7 @@ def test_a_rejected_result_is_known_to_the_next_claim(prepare: Prepare, tmp_path
     (run / "job").symlink_to("17")
     (run / "ends.json").write_text(json.dumps({"tasks": ends}))
     for index in (0, 2):
-        (run / "tasks" / str(index)).mkdir()
+        (run / "tasks" / f"{index}.started").touch()
     gateway.claim(str(run.parent), "family", "token", "me")
     gateway.reject(str(run), 2)
     wait_until((run / "tasks/2/failed").exists, "the mark", 60, 0.01)
@@ -97,7 +97,7 @@ def test_a_task_that_was_cut_short_waits_to_run_again(prepare: Prepare, slurm: P
     run_directories.lay_out(str(run), files_of(PROJECT.load_site("musica"), "KEY-1", "true", 3))
     (run / "job").symlink_to("17")
     for index, end in enumerate(('{"code": null, "time": 2}\n', "")):
-        (run / "tasks" / str(index)).mkdir()
+        (run / "tasks" / f"{index}.started").touch()
         (run / "tasks" / str(index) / "events").write_text(f'{{"started": "n1", "time": 1}}\n{end}')
     waits = "JobId=17 ArrayTaskId=0-2 JobName=KEY-1 JobState=PENDING ExitCode=0:0 SubmitTime=1 StartTime=2 EndTime=3"
     put(slurm, "scontrol", f"echo '{waits}'")

@@ -39,7 +39,7 @@ def start(run: Path, index: int, job: int = 100) -> int:
 
 
 def listed(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "tasks").iterdir() if not path.name.startswith("."))
+    return sorted(path.name for path in (run / "tasks").iterdir() if not path.name.isdigit())
 
 
 @pytest.mark.parametrize("index", [0, 7, 19])
@@ -50,7 +50,7 @@ def test_a_task_has_its_own_context_and_its_own_record(run: Path, index: int) ->
     shown = f'{{"common": 1, "task": {index}}}\ncontext{index} messages{index}\n'
     assert (run / f"tasks/{index}.stdout").read_text() == shown
     assert (run / f"tasks/{index}.stderr").read_text() == ""
-    assert listed(run) == sorted([f"{index}", f"{index}.stdout", f"{index}.stderr"])
+    assert listed(run) == [f"{index}.started", f"{index}.stderr", f"{index}.stdout"]
     task = run / f"tasks/{index}"
     assert json.loads((task / "context.json").read_text()) == {"common": 1, "task": index}
     started, ended = map(json.loads, (task / "events").read_text().splitlines())
@@ -65,14 +65,14 @@ def test_the_tasks_of_a_second_array_job_end_at_once(run: Path) -> None:
     before = (run / "tasks/1/events").read_text()
     assert (start(run, 1, job=500), start(run, 2, job=500)) == (0, 0)
     assert (run / "tasks/1/events").read_text() == before
-    assert not (run / "tasks/2").exists()
+    assert not (run / "tasks/2.started").exists()
 
 
 @pytest.mark.parametrize("job", [100, 500])
 def test_the_agent_may_have_recorded_the_job_before_its_first_task_starts(run: Path, job: int) -> None:
     (run / "job").symlink_to("100")
     assert start(run, 1, job) == (3 if job == 100 else 0)
-    assert (run / "tasks/1").exists() == (job == 100)
+    assert (run / "tasks/1.started").exists() == (job == 100)
     assert (run / "job").readlink() == Path("100")
 
 
@@ -86,7 +86,7 @@ def test_a_task_that_cannot_compare_its_job_with_the_recorded_one_fails(run: Pat
 
 def test_a_task_that_starts_again_keeps_its_folder(run: Path) -> None:
     """It may have been killed at any point, also before its folder was complete."""
-    (run / "tasks/.4/events").write_text("half a line")
+    (run / "tasks/4/events").write_text("half a line")
     for _ in range(2):
         assert start(run, 4) == 3
     records = [json.loads(line) for line in (run / "tasks/4/events").read_text().splitlines()]
@@ -104,11 +104,11 @@ def test_a_task_that_was_rejected_and_starts_again_ends_at_once(run: Path) -> No
 
 def test_a_task_that_cannot_make_its_folder_fails(run: Path) -> None:
     """It ends with an error on its stderr, not as if it had succeeded."""
-    (run / "tasks/.6").rmdir()
-    (run / "tasks/.6").write_text("in the way")
+    (run / "tasks/6").rmdir()
+    (run / "tasks/6").write_text("in the way")
     assert start(run, 6) == 1
-    assert "tasks/.6" in (run / "tasks/6.stderr").read_text()
-    assert not (run / "tasks/6").exists()
+    assert "tasks/6" in (run / "tasks/6.stderr").read_text()
+    assert not (run / "tasks/6.started").exists()
 
 
 def test_a_program_of_any_language_runs_as_a_task(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_a_task_of_an_array_runs_in_its_own_folder(folder: Path) -> None:
     (folder / "context.head").write_text("{")
     (folder / "tasks.jsonl").write_text("}\n")
     (folder / "tasks.pipes").write_text("a b\n")
-    (folder / "tasks" / ".0").mkdir(parents=True)
+    (folder / "tasks" / "0").mkdir(parents=True)
     text = script_of(folder, Container("an image.sif", python=sys.executable), array=ArrayShape(1))
     done = run_script(folder, text, SLURM_ARRAY_JOB_ID="17", SLURM_ARRAY_TASK_ID="0")
     assert done.stdout.endswith("True 0\n"), done.stderr

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.slurm.gateway.agent import disk, follower, jobs, slurm_commands
+from dagster_sbatch.slurm.gateway.agent import disk, follower, jobs, run_directories, slurm_commands
 from slurm_in_a_box import wait_until
 from support import ROOT
 
@@ -133,6 +133,19 @@ def test_what_sbatch_refuses(say: Say, words: str, kind: str, submitted: str, tm
         jobs.sbatch(str(tmp_path), [], lock, dict(os.environ))
     assert (failure.value.kind, str(failure.value)) == (kind, words)
     assert (tmp_path / "tried").exists() is (submitted == "perhaps")
+
+
+@pytest.mark.parametrize(("earlier", "marked"), [("job.sh", True), ("tasks.jsonl", False)])
+def test_the_next_attempt_ends_a_requeued_job_of_the_one_before(
+    say: Say, earlier: str, marked: bool, tmp_path: Path
+) -> None:
+    """The job script looks for the mark. Of an array job, other tasks may run."""
+    say("sbatch", "echo 17")
+    for number, name in ((1, "job.sh"), (2, earlier), (3, "job.sh")):
+        run_directories.lay_out(f"{tmp_path}/family-{number}", {"job.sh": "#!/bin/sh\n", name: ""})
+    assert jobs.submit_once(f"{tmp_path}/family-3", "family-3", {"options": []}) == ("17", "submitted")
+    marks = [(tmp_path / f"family-{number}" / "failed").exists() for number in (1, 2, 3)]
+    assert marks == [False, marked, False]
 
 
 SHOW_VARIABLES = 'echo 17; env | grep -E "^(SBATCH|SLURM|SQUEUE)_" | sort >"$(dirname "$0")/variables"'

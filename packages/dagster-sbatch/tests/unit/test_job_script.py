@@ -158,6 +158,19 @@ def test_times_are_told_with_any_bash_and_locale(bash: str, told: float | None, 
     assert int(done.stdout) > before
 
 
+@pytest.mark.parametrize("mark", ["end", "failed"])
+def test_a_job_that_is_requeued_when_no_step_follows_it_ends_at_once(mark: str, tmp_path: Path) -> None:
+    """By an administrator: the step has another attempt, or is over. Before that, Slurm may start it again."""
+    (tmp_path / "work load.py").write_text("print('works')\n")
+    text = render(*CASES["script"])
+    assert [run_as_slurm_would(tmp_path, text).stdout for _ in range(2)] == ["works\n", "works\n"]
+    before = read_events(tmp_path)
+    (tmp_path / mark).touch()
+    done = run_as_slurm_would(tmp_path, text)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (len(before), read_events(tmp_path)) == (4, before)
+
+
 def test_variables_and_arguments_reach_the_workload_and_not_the_script(tmp_path: Path) -> None:
     """As nobody should name them, but a script must bear it."""
     program = "import json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"

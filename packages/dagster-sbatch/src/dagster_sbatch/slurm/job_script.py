@@ -105,7 +105,10 @@ run_workload() {{ ( echo "$BASHPID" >workload.pid; run_python "$@" ) }}"""
 
 _CLAIM = """\
 # One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
-ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0"""
+ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
+# No step follows it any more: its end is recorded, or another attempt is submitted. An administrator has requeued it.
+[ -e end ] && exit 0
+[ -e failed ] && exit 0"""
 _CLAIM_TASK = """\
 # One array job per run: the first to make this link is the run's job; the tasks of any other end. The link leads to a
 # file that is named after its job: bash can compare the two (-ef) without starting a program.
@@ -114,17 +117,17 @@ id=$SLURM_ARRAY_JOB_ID
 [ -L job ] || ln -s "$id" job 2>/dev/null
 [ job -ef "$id" ] || exit 0
 
-# A task works in a folder of its own. The agent has made it, and it is renamed once it has its files: a file system may
-# cache that a file does not exist. Slurm may start the same task again.
+# A task works in a folder of its own, which the agent has made. Nobody looks into it before the folder has its files and
+# the task has said that it started: a file system may cache that a file does not exist. Slurm may start a task again.
 index=$SLURM_ARRAY_TASK_ID
 # Once a step has rejected its result, it may run again in another array job: this one ends.
 [ -e "tasks/$index/failed" ] && exit 0
-if ! [ -d "tasks/$index" ]; then
-  for name in messages.jsonl events cause; do : >"tasks/.$index/$name" || exit 1; done
+if ! [ -e "tasks/$index.started" ]; then
+  for name in messages.jsonl events cause; do : >"tasks/$index/$name" || exit 1; done
   IFS= read -r -d '' head <context.head
   mapfile -t -s "$index" -n 1 rest <tasks.jsonl
-  printf '%s%s\\n' "$head" "${rest[0]}" >"tasks/.$index/context.json" || exit 1
-  mv -T "tasks/.$index" "tasks/$index" || exit 1
+  printf '%s%s\\n' "$head" "${rest[0]}" >"tasks/$index/context.json" || exit 1
+  : >"tasks/$index.started" || exit 1
 fi
 mapfile -t -s "$index" -n 1 pipes <tasks.pipes
 export DAGSTER_PIPES_CONTEXT="${pipes[0]%% *}" DAGSTER_PIPES_MESSAGES="${pipes[0]#* }"

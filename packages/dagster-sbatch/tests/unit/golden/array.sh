@@ -25,17 +25,17 @@ id=$SLURM_ARRAY_JOB_ID
 [ -L job ] || ln -s "$id" job 2>/dev/null
 [ job -ef "$id" ] || exit 0
 
-# A task works in a folder of its own. The agent has made it, and it is renamed once it has its files: a file system may
-# cache that a file does not exist. Slurm may start the same task again.
+# A task works in a folder of its own, which the agent has made. Nobody looks into it before the folder has its files and
+# the task has said that it started: a file system may cache that a file does not exist. Slurm may start a task again.
 index=$SLURM_ARRAY_TASK_ID
 # Once a step has rejected its result, it may run again in another array job: this one ends.
 [ -e "tasks/$index/failed" ] && exit 0
-if ! [ -d "tasks/$index" ]; then
-  for name in messages.jsonl events cause; do : >"tasks/.$index/$name" || exit 1; done
+if ! [ -e "tasks/$index.started" ]; then
+  for name in messages.jsonl events cause; do : >"tasks/$index/$name" || exit 1; done
   IFS= read -r -d '' head <context.head
   mapfile -t -s "$index" -n 1 rest <tasks.jsonl
-  printf '%s%s\n' "$head" "${rest[0]}" >"tasks/.$index/context.json" || exit 1
-  mv -T "tasks/.$index" "tasks/$index" || exit 1
+  printf '%s%s\n' "$head" "${rest[0]}" >"tasks/$index/context.json" || exit 1
+  : >"tasks/$index.started" || exit 1
 fi
 mapfile -t -s "$index" -n 1 pipes <tasks.pipes
 export DAGSTER_PIPES_CONTEXT="${pipes[0]%% *}" DAGSTER_PIPES_MESSAGES="${pipes[0]#* }"

@@ -18,6 +18,9 @@ umask 077
 
 # One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
 ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
+# No step follows it any more: its end is recorded, or another attempt is submitted. An administrator has requeued it.
+[ -e end ] && exit 0
+[ -e failed ] && exit 0
 
 # The job's own record: a line at its start, a line at its end. The code is null if it was cut short; Slurm knows why.
 code=null reading=

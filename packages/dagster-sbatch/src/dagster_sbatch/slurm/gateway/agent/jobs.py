@@ -73,9 +73,21 @@ def submit_once(run, key, ask):
             if has(run, "cancelled"):
                 raise RequestError("refused", "%s was cancelled before it was submitted" % run)
             variables = environment_of(run)
+            end_earlier_attempt(run)
             mark(run, "tried")
             job, how = sbatch(run, ask["options"], lock, variables), "submitted"
         return settle(run, job), how
+
+
+def end_earlier_attempt(run):
+    """Have the job of the attempt before this one end at once if an administrator requeues it.
+
+    The tasks of an array job are rejected one by one: others of them may still run.
+    """
+    family, _, number = run.rpartition("-")
+    earlier = "%s-%d" % (family, int(number) - 1) if number.isdigit() else ""
+    if os.path.isdir(earlier) and not is_array(earlier):
+        mark(earlier, "failed")
 
 
 def find_job(run, key):

@@ -9,7 +9,7 @@ KEY/            0700; its name is the submission key, and the job's name
   cause         why it failed, in a sentence, if something in the job knows more than the exit code
   end           how it ended, by the job's own record and Slurm's
   cancelled     it must not be submitted any more
-  failed        a step rejected its result
+  failed        a step rejected its result, or the next attempt was submitted
   follower-ID   a Dagster run that submitted or adopted it
 """
 
@@ -62,7 +62,7 @@ def lay_out(run, files):
         if CONTENTS in files:
             os.mkdir(os.path.join(new, FOLDER), 0o700)
             for index in range(len(files[CONTENTS].splitlines())):
-                os.mkdir(os.path.join(new, FOLDER, ".%d" % index), 0o700)
+                os.mkdir(os.path.join(new, FOLDER, str(index)), 0o700)
         for name, content in files.items():
             if name.startswith("/") or not all(part not in ("", ".", "..") for part in name.split("/")):
                 raise RequestError("refused", "%r is not a path below the run directory" % name)

@@ -4,8 +4,8 @@ KEY/
   tasks.jsonl       a line per task: what its Pipes context has beyond context.head. It makes the run an array job
   tasks.pipes       a line per task: the values of its variables for Pipes
   tasks/17.stdout   and 17.stderr, opened by Slurm
-  tasks/.17/        empty; the task fills and renames it when it starts
-  tasks/17/         what a run directory has of a single job
+  tasks/17/         empty until the task starts; then what a run directory has of a single job
+  tasks/17.started  once the task has filled its folder
   ends.json         the ends of tasks, confirmed so far
   ends.lock         held while an agent writes it
 """
@@ -32,6 +32,7 @@ from .streams import Stream
 from .task_states import indices
 
 CONTENTS, FOLDER, ENDS, LOCK = "tasks.jsonl", "tasks", "ends.json", "ends.lock"
+STARTED = ".started"
 TASK_ID = re.compile(r" ArrayTaskId=(\S+)")
 CANCELLED = dict(UNKNOWN, state="CANCELLED")
 RECORDED = ("account", "cause", "code", "exit", "node", "state", "time", "times", "usage")  # of an end, in ends.json
@@ -45,7 +46,7 @@ def is_array(run):
 
 
 def task_folder(run, index):
-    """Return the folder of a task, which is there once the task has started."""
+    """Return the folder of a task, which has its files once the task has started."""
     return os.path.join(run, FOLDER, str(index))
 
 
@@ -77,7 +78,8 @@ class Tasks:
 
     def started(self):
         """Return the indices of the tasks that have started."""
-        return {int(name) for name in os.listdir(self.folder) if name.isdigit()}
+        names = os.listdir(self.folder)
+        return {int(name[: -len(STARTED)]) for name in names if name.endswith(STARTED)}
 
     def missing(self):
         return set(range(self.count)) - set(self.ends)
