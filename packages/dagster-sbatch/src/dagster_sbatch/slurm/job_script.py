@@ -117,8 +117,8 @@ id=$SLURM_ARRAY_JOB_ID
 [ -L job ] || ln -s "$id" job 2>/dev/null
 [ job -ef "$id" ] || exit 0
 
-# A task works in a folder of its own, which the agent has made. Nobody looks into it before the folder has its files and
-# the task has said that it started: a file system may cache that a file does not exist. Slurm may start a task again.
+# A task works in a folder of its own, which the agent has made. Nobody looks into that before it has its files and the
+# task has said that it started: a file system may cache that a file does not exist. Slurm may start a task again.
 index=$SLURM_ARRAY_TASK_ID
 # Once a step has rejected its result, it may run again in another array job: this one ends.
 [ -e "tasks/$index/failed" ] && exit 0
