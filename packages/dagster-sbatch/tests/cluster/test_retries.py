@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from dagster_sbatch import Retries, SlurmRequest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from support.array_process import ArrayProcess
-from support.background import Background, attempts_of, jobs_of, nobody_left, runs_there
+from support.background import Background, attempts_of, events, jobs_of, nobody_left, runs_there
 from support.programs import make
 from support.step import Step, kill
 from support.workload_asset import EATS, PIPES, materialize
@@ -55,6 +56,11 @@ def start(name: str, workloads: Path) -> Background:
     return Background(lambda: materialize(path, workloads, request=SlurmRequest(time_limit="00:30:00", **request)))
 
 
+def ended_again(site: SimulatedSite, job: str) -> bool:
+    shown = site.cluster.query("scontrol", "show", "job", job).split()
+    return {"Restarts=1", "JobState=COMPLETED"} <= set(shown)
+
+
 @pytest.mark.usefixtures("on_supercomputer")
 def test_jobs_that_fail_are_repeated_as_the_request_says(site: SimulatedSite, workloads: Path) -> None:
     runs = {name: start(name, workloads) for name in PROGRAMS}
@@ -79,6 +85,13 @@ def test_jobs_that_fail_are_repeated_as_the_request_says(site: SimulatedSite, wo
     assert len(runs_there(site)) == 2 * len(PROGRAMS)
     for run in runs_there(site):
         assert len(jobs_of(site, run)) == 1, run
+
+    # An administrator requeues failed jobs: one has a next attempt, and the step of the other one is over.
+    before, failed = events(site), [first["job"], str(capped.failure["job_id"])]
+    site.cluster.query("scontrol", "requeue", ",".join(failed))
+    for job in failed:
+        wait_until(partial(ended_again, site, job), f"job {job} has ended again", 60)
+    assert events(site) == before
     nobody_left(site)
 
 
