@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +18,16 @@ from dagster_sbatch.run.plan import make_plan
 from dagster_sbatch.run.remote import RemoteRun
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import allocate
-from dagster_sbatch.slurm.gateway import Claim, JobEnd, StoppedError, Submitted
+from dagster_sbatch.slurm.gateway import Claim, JobEnd, Share, StoppedError, Submitted, Usage
 from resources import PROJECT
 
-SETTINGS = Settings.model_construct(supercomputer_site="musica")
-REQUEST = SlurmRequest(mem="16G", retries=Retries(max_mem="64G"))
-OOM = JobEnd(None, "OUT_OF_MEMORY", "0:125")
+REQUEST = SlurmRequest(mem="16G", time_limit="01:00:00", retries=Retries(max_mem="64G", max_time_limit="04:00:00"))
+OOM, TIMEOUT = JobEnd(None, "OUT_OF_MEMORY", "0:125"), JobEnd(None, "TIMEOUT", "0:0")
+USAGE = Usage(
+    user="xy", projects=["p1"], default="p1", since=None, now=datetime(2026, 11, 27, tzinfo=UTC), jobs=None, queue=[],
+    shares=[Share("p1", "", "node", limit=90, used=0, running=0)], parents={}, private=False, trouble=[],
+)  # fmt: skip
+"""The project has 90 node-minutes left."""
 KILLED = RuntimeError("killed")
 
 
@@ -45,6 +50,9 @@ class Gateway:
     def reject(self, run: str) -> None:
         self.rejected.append(run)
 
+    def usage_ahead(self, _: datetime | None) -> Callable[[float], Usage]:
+        return lambda _: USAGE
+
 
 class Attempts:
     """An earlier attempt, or none."""
@@ -64,23 +72,22 @@ class Attempts:
 
 
 @pytest.fixture
-def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """`fail(gateway, claim, environments)` runs a step, and returns the text of its failure."""
+def fail() -> Callable[..., str]:
+    """`fail(gateway, claim, environments, **settings)` runs a step, and returns the text of its failure."""
 
-    def work(gateway: Gateway, claim: Claim, environments: list[Exception | None]) -> str:
-        def find(*_: Any) -> Any:
+    def work(gateway: Gateway, claim: Claim, environments: list[Exception | None], **settings: Any) -> str:
+        def find(_: Any) -> Any:
             if error := environments.pop(0):
                 raise error
             return SimpleNamespace(name="env", python="/env/bin/python", workloads="/code")
 
-        monkeypatch.setattr(RemoteRun, "_find_environment", find)
-
         @dg.asset
         def probe(context: dg.AssetExecutionContext) -> None:
-            plan = make_plan(SETTINGS, PROJECT, Path(__file__), ScriptLauncher(), REQUEST)
-            step: Any = RemoteRun(context, "probe", SETTINGS, plan)
+            deployment = Settings.model_construct(supercomputer_site="musica", **settings)
+            plan = make_plan(deployment, PROJECT, Path(__file__), ScriptLauncher(), REQUEST)
+            step: Any = RemoteRun(context, "probe", deployment, plan)
             try:
-                step._execute(gateway, Attempts(claim), None)
+                step._execute(gateway, Attempts(claim), SimpleNamespace(find=find))
             except StoppedError:
                 raise step._end(gateway) from None
 
@@ -112,6 +119,26 @@ def test_a_request_that_was_changed_while_a_job_ran_applies_to_the_next_attempt(
         memory.append(load_request(record, REQUEST).mem)
     assert memory == ["16G", "32G"]
     assert [attempt["request"]["mem"] for attempt in record["attempts"]] == ["1G", "16G"]
+
+
+@pytest.mark.parametrize("settings", [{"most_node_hours_per_run": 1.5}, {"keep_within_budget": True}], ids=str)
+@pytest.mark.parametrize("submitted", [True, False], ids=["a failed job", "an attempt without a job"])
+def test_the_attempt_that_a_killed_execution_has_left_to_do_is_compared_with_the_limits(
+    settings: dict[str, Any], submitted: bool, fail: Callable[..., str]
+) -> None:
+    """Its request is twice that of the asset, which is within the limits."""
+    killed = Gateway(TIMEOUT, KILLED)
+    assert "killed" in fail(killed, Claim(None, runs="runs"), [None, None])
+    first, second = killed.records
+    if submitted:
+        left = Claim(None, runs="runs", attempt=1, end=TIMEOUT, job="1", record=first)
+    else:
+        left = Claim(None, runs="runs", attempt=2, record=second)
+    gateway = Gateway(TIMEOUT)
+    text = fail(gateway, left, [None], **settings)
+    assert "This call of compute.run could cost 2 node-hours (1 node x 02:00:00)." in text
+    assert gateway.records == []  # nothing is submitted
+    assert "killed" in fail(Gateway(KILLED), Claim(None, runs="runs"), [None], **settings)
 
 
 def test_a_step_that_is_stopped_between_two_attempts_has_no_job(fail: Callable[..., str]) -> None:
