@@ -63,7 +63,7 @@ def test_two_at_once_then_killed_then_done_anew(site: SimulatedSite, tmp_path: P
     assert (metadata["job_id"], metadata["run_directory"][-2:]) == (job, "-1")
     assert step.output == "begun\ngone on\n"
     success, error, _ = step.result(step.start(again=True))  # what is materialised is not taken again
-    assert (success, "could cost 0.5 node-hours (1 node x 00:30:00). most_node_hours" in error) == (False, True), error
+    assert (success, "could cost 0.50 node-hours (1 node x 00:30:00). most_node_hours" in error) == (False, True), error
     assert len(runs_there(site)) == 1
     step.call()
     third = step.start(again=True)

@@ -188,7 +188,7 @@ def test_which_project_is_charged(
     runs = runs_there(site)
     request = SlurmRequest(account=LIMITED_ACCOUNT, gpus_per_node=1, time_limit="10:01:00")
     refused = materialize(REPORTS, workloads, request=request)
-    assert "could cost 10.016667 GPU-hours (1 node x 1 GPU x 10:01:00)" in refused.error
+    assert "could cost 10.02 GPU-hours (1 node x 1 GPU x 10:01:00)" in refused.error
     assert f"free: of 10 GPU-hours (GrpTRESMins of {LIMITED_ACCOUNT}), " in refused.error
     assert runs_there(site) == runs
     assert "SLURM_KEEP_WITHIN_BUDGET: " not in capfd.readouterr().err  # Slurm has told everything

@@ -68,7 +68,7 @@ def test_a_tick_records_numbers_and_the_check(tick: Tick, jobs: int, days: float
         "budget_lasts",
         lasts,
     )
-    assert "p1: 70.00 of 100.00 GPU-hours are left" in str(check.description)
+    assert "p1: 70 of 100 GPU-hours are left" in str(check.description)
     job = dg.Definitions(
         assets=[budget_asset.MUSICA_BUDGET],
         asset_checks=[budget_asset.make_budget_check(PROJECT)],

@@ -9,6 +9,7 @@ import pytest
 
 from dagster_sbatch.commands import preview as preview_command
 from dagster_sbatch.costs.cost import Cost, explain_excess, highest_cost
+from dagster_sbatch.costs.hours import show_hours
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import preview_asset
 from dagster_sbatch.inspect.dry_run import try_script
@@ -40,6 +41,27 @@ def test_the_highest_cost_is_that_of_all_tasks_to_their_time_limit(
     fields: dict[str, Any], tasks: int, cost: Cost
 ) -> None:
     assert highest_cost(allocate(SlurmRequest(**fields), SITE), tasks) == cost
+
+
+@pytest.mark.parametrize(
+    ("hours", "beside", "text"),
+    [
+        (16, [10], "16 GPU-hours"),
+        (1.0000000001, [], "1 GPU-hour"),
+        (1 / 60, [], "0.02 GPU-hours"),
+        (1 / 3600, [], "0.0003 GPU-hours"),  # not 0
+        (4 + 1 / 60, [4], "4.02 GPU-hours"),
+        (4.001, [4, 4.001], "4.001 GPU-hours"),
+        (4, [4.001], "4 GPU-hours"),
+        (0.25, [0.251], "0.250 GPU-hours"),
+        (-0.0000001, [], "0 GPU-hours"),
+        (None, [4], "? GPU-hours"),
+    ],
+)
+def test_hours_have_the_digits_that_tell_them_from_what_they_are_compared_with(
+    hours: float | None, beside: list[float | None], text: str
+) -> None:
+    assert show_hours(hours, "GPU-hours", beside=beside) == text
 
 
 def excess(tasks: int = 1, settings: dict[str, float] | None = None, **limits: Any) -> str | None:
@@ -118,7 +140,7 @@ def test_the_preview_shows_the_refusal_and_asks_slurm_nothing(
     monkeypatch.setenv("SLURM_MOST_GPU_HOURS_PER_RUN", "4")
     assert preview_command.main(PROJECT, definitions) == 1
     out, err = capsys.readouterr()
-    assert "5.00 GPU-hours for all 5 tasks" in out
+    assert "5 GPU-hours for all 5 tasks" in out
     assert "#SBATCH --array=0-4" in out
     assert err.startswith("sweep: This call of compute.run could cost 5 GPU-hours (5 tasks x 1 node x 1 GPU x ")
     (shown,) = preview_asset(definitions, "sweep")

@@ -178,7 +178,7 @@ def test_the_pace_of_two_weeks() -> None:
     assert days_left(usage, BUDGET) == pytest.approx(70 / (16 / 14))
     spent = replace(BUDGET, used=120)
     assert days_left(usage, spent) == 0
-    assert "p1: none of 100.00 GPU-hours are left, 120.00 are used (GrpTRESMins of p1)." in describe(usage, spent)
+    assert "p1: none of 100 GPU-hours are left, 120 are used (GrpTRESMins of p1)." in describe(usage, spent)
     assert days_left(replace(usage, jobs=[]), BUDGET) == math.inf
 
 
@@ -198,6 +198,4 @@ def test_the_pace_of_the_user_alone() -> None:
     usage = replace(USAGE, jobs=[JOB, replace(JOB, user="ab")], private=True)
     own = replace(BUDGET, user="xy")
     assert pace_of(usage, own) == pytest.approx(8 / 14)
-    assert "p1: 70.00 of 100.00 GPU-hours are left (GrpTRESMins of p1, your own jobs in p1 only)." in describe(
-        usage, own
-    )
+    assert "p1: 70 of 100 GPU-hours are left (GrpTRESMins of p1, your own jobs in p1 only)." in describe(usage, own)

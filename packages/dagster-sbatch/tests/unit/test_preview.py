@@ -302,13 +302,13 @@ def test_after_a_preview_runs_are_runs_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gpus", "request_", "nodes", "per_node", "cost"),
     [
-        (0, {"cpus_per_task": 2, "mem": "8G"}, "shared", "2 of 190 cores, 0 of 0 GPUs, memory 8G of", "0.011 node"),
+        (0, {"cpus_per_task": 2, "mem": "8G"}, "shared", "2 of 190 cores, 0 of 0 GPUs, memory 8G of", "0.01 node"),
         (1, {}, "shared", "44 of 176 cores, 1 of 4 GPUs, memory 180G of 768G", "0.25 node"),
         (1, {"cpus_per_task": 8, "mem": "700G"}, "shared", "8 of 176 cores, 1 of 4 GPUs, memory 700G", "0.91 node"),
         (4, {}, "not shared: all of their cores", "176 of 176 cores, 4 of 4 GPUs, memory 720G of 768G", None),
         (0, {"exclusive": True}, "not shared: `exclusive`", "190 of 190 cores, 0 of 0 GPUs, memory all of 768G", None),
         (0, {"cpus_per_task": 2, "ntasks_per_node": 3, "mem_per_cpu": "64G"}, "3 tasks per node; shared",
-         "6 of 190 cores, 0 of 0 GPUs, memory 64G per core of 768G", "0.5 node"),
+         "6 of 190 cores, 0 of 0 GPUs, memory 64G per core of 768G", "0.50 node"),
     ],
 )  # fmt: skip
 def test_the_summary_says_what_is_requested_of_how_much_and_what_it_costs(
@@ -322,7 +322,7 @@ def test_the_summary_says_what_is_requested_of_how_much_and_what_it_costs(
     (shown,) = preview_asset(dg.Definitions(assets=[asked], resources={"compute": compute}), "asked")
     assert nodes in shown.summary["nodes"]
     assert shown.summary["per node"].startswith(per_node)
-    assert shown.summary["cost"].startswith(f"at most 1.00 node-hours and {gpus}.00 GPU-hours")
+    assert shown.summary["cost"].startswith(f"at most 1 node-hour and {gpus} GPU-hour")
     assert ("where shares of a node are charged" in shown.summary["cost"]) is (cost is not None)
     assert cost is None or cost in shown.summary["cost"]
 
@@ -354,7 +354,7 @@ def test_the_sweep_goes_to_the_gpu_partition() -> None:
     shown = preview("sweep")
     request = shown.plan.allocation.request
     assert (request.partition, request.qos, request.nodes, request.gpus_per_node) == (GPU, GPU, 2, 4)
-    assert shown.summary["cost"] == "at most 4.00 node-hours and 16.00 GPU-hours"
+    assert shown.summary["cost"] == "at most 4 node-hours and 16 GPU-hours"
     assert "ulimit -n 65536" in shown.script
     assert "#SBATCH --gres=gpu:4" in shown.script
 

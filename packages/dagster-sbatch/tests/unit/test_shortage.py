@@ -45,12 +45,14 @@ def find(found: Usage, tasks: int = 1, **fields: Any) -> tuple[str | None, list[
 def test_what_waits_and_runs_is_subtracted_and_the_refusal_has_the_numbers() -> None:
     assert find(usage()) == (None, [])  # 10 - 4 - 1 - 1: just enough
     assert find(usage(), time_limit="04:01:00") == (
-        "This call of compute.run could cost 4.016667 GPU-hours (1 node x 1 GPU x 04:01:00). Project p1 has 4 free: "
+        "This call of compute.run could cost 4.02 GPU-hours (1 node x 1 GPU x 04:01:00). Project p1 has 4 free: "
         "of 10 GPU-hours (GrpTRESMins of p1), 4 are used, and jobs that run and wait may use 1 and 1. "
         "SLURM_KEEP_WITHIN_BUDGET is set, so nothing is submitted. Request less, wait until other jobs have ended, or "
         "charge another project (account=...)",
         [],
     )
+    little = usage(queue=[replace(WAITS, seconds=1803)])
+    assert "could cost 4 GPU-hours (1 node x 1 GPU x 04:00:00). Project p1 has 3.998 free:" in str(find(little)[0])
     less = usage(shares=[replace(GPUS, limit=60, used=90)])
     assert (
         "could cost 1 GPU-hour (1 node x 1 GPU x 01:00:00). Project p1 has 0 free: of 1 GPU-hour (GrpTRESMins"
@@ -80,6 +82,13 @@ def test_a_limit_on_nodes_counts_and_one_that_is_unknown_does_not_hide_it() -> N
     shortage, (note,) = find(usage(shares=[unknown, nodes]))
     assert "could cost 4 node-hours (1 node x 04:00:00). Project p1 has 1 free: of 2 node-hours" in str(shortage)
     assert note.startswith("SLURM_KEEP_WITHIN_BUDGET: what project p1 has left of GrpTRESMins of p1 is not known.")
+
+
+def test_a_job_that_costs_just_what_is_free_is_submitted() -> None:
+    """10.7 hours, less 3.9, 1.1 and 0.7, are 4.999999999999999 in binary numbers."""
+    share = replace(GPUS, limit=642, used=234, running=66)
+    waits = replace(WAITS, count=1, seconds=0.7 * 3600)
+    assert find(usage(shares=[share], queue=[waits]), time_limit="05:00:00") == (None, [])
 
 
 @pytest.mark.parametrize(

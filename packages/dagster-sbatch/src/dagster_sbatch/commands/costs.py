@@ -12,7 +12,7 @@ from rich.table import Table
 from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
 from dagster_sbatch.commands.project_history import open_history
 from dagster_sbatch.costs.budget import PACE_DAYS, budget_start, budgets_of, describe
-from dagster_sbatch.costs.hours import show_number
+from dagster_sbatch.costs.hours import show_hours
 from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, Dimension, Entry, make_ledger, sum_by, total
 from dagster_sbatch.inspect.job_assets import recorded_assets
 from dagster_sbatch.inspect.remote_runs import open_runs
@@ -107,7 +107,7 @@ def show_ledger(entries: Sequence[Entry], by: Sequence[Dimension]) -> None:
     known = {head: name for head, name in names.items() if any(getattr(used, name) is not None for _, used in rows)}
     table = make_table(*by, "jobs", *known, words=len(by))
     for values, used in [*rows, (["all", *[""] * (len(by) - 1)], whole)]:
-        numbers = (show_number(getattr(used, name)) for name in known.values())
+        numbers = (show_hours(getattr(used, name)) for name in known.values())
         table.add_row(*(escape(value) for value in values), str(used.jobs), *numbers)
     Console().print(table)
 

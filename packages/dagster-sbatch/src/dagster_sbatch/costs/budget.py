@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 
-from dagster_sbatch.costs.hours import add, hours_at_most, hours_used, show_number
+from dagster_sbatch.costs.hours import add, hours_at_most, hours_used, show_hours
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import GPU, JobLife, Queued, Share, Usage
 from dagster_sbatch.slurm.units import count_of
@@ -115,15 +115,15 @@ def describe(usage: Usage, budget: Budget) -> str:
     pace, days = pace_of(usage, budget), days_left(usage, budget)
     whose = f", your own jobs in {budget.project} only" if budget.user else ""
     lasts = "" if days is None or math.isinf(days) else f": it lasts {count_of(round(days), 'day')}"
-    limit = f"{show_number(budget.limit)} {budget.unit}"
+    limit = show_hours(budget.limit, budget.unit, beside=[budget.left, budget.used])
     if budget.left is not None and budget.left <= 0:
-        head = f"none of {limit} are left, {show_number(budget.used)} are used"
+        head = f"none of {limit} are left, {show_hours(budget.used, beside=[budget.limit])} are used"
     else:
-        head = f"{show_number(budget.left)} of {limit} are left"
+        head = f"{show_hours(budget.left, beside=[budget.limit])} of {limit} are left"
     return (
         f"{budget.project}: {head} ({budget.source}{whose}).\n"
-        f"  Running jobs use at most {show_number(budget.running)} more, waiting jobs {show_number(budget.queued)}.\n"
-        f"  The last {PACE_DAYS} days used {show_number(pace)} per day{lasts}."
+        f"  Running jobs use at most {show_hours(budget.running)} more, waiting jobs {show_hours(budget.queued)}.\n"
+        f"  The last {PACE_DAYS} days used {show_hours(pace)} per day{lasts}."
     )
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from dagster_sbatch.costs.hours import MOST_DIGITS, show_hours
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation
 from dagster_sbatch.slurm.units import count_of, format_time
@@ -50,32 +51,32 @@ def explain_excess(allocation: Allocation, tasks: int, settings: Settings) -> st
     ]  # fmt: skip
     for hours, gpus, less, field, own, variable, setting in limits:
         limit = setting if own is None else own
-        if limit is not None and round(hours, 6) > limit:
+        if limit is not None and round(hours - limit, MOST_DIGITS) > 0:
             name = variable if own is None else f"{field} of the request"
             return (
-                f"{describe_cost(allocation, tasks, gpus=gpus)}. "
-                f"{name} allows {show_hours(limit)}, so nothing is submitted. "
+                f"{describe_cost(allocation, tasks, limit, gpus=gpus)}. "
+                f"{name} allows {show_hours(limit, beside=[hours])}, so nothing is submitted. "
                 f"Request a shorter time_limit or {less}{', or divide the tasks' if tasks > 1 else ''}; "
                 f"or allow this asset more: SlurmRequest({field}={math.ceil(hours)}, ...)"
             )
     return None
 
 
-def describe_cost(allocation: Allocation, tasks: int, *, gpus: bool) -> str:
-    """Return what a call could cost, with its factors, as the beginning of a sentence; `gpus`: in GPU-hours."""
+def describe_cost(allocation: Allocation, tasks: int, limit: float, *, gpus: bool) -> str:
+    """Return what a call could cost, with its factors, as the beginning of a sentence.
+
+    Args:
+        allocation, tasks: see `highest_cost`.
+        limit: what the cost exceeds; the reader can tell the two numbers apart.
+        gpus: whether both are GPU-hours; otherwise node-hours.
+    """
     request, cost = allocation.request, highest_cost(allocation, tasks)
     factors = [count_of(tasks, "task")] if tasks > 1 else []
     factors.append(count_of(request.nodes, "node"))
     factors += [count_of(_gpus_per_node(allocation), "GPU")] if gpus else []
     product = " x ".join([*factors, format_time(request.time_limit)])
     hours, unit = (cost.gpu_hours, "GPU-hours") if gpus else (cost.node_hours, "node-hours")
-    return f"This call of compute.run could cost {show_hours(hours, unit)} ({product})"
-
-
-def show_hours(hours: float, unit: str = "") -> str:
-    """Return hours as text that tells a number from the limit that it exceeds by little; `unit`: in the plural."""
-    text = f"{hours:.6f}".rstrip("0").rstrip(".")
-    return f"{text} {unit.removesuffix('s') if text == '1' else unit}".rstrip()
+    return f"This call of compute.run could cost {show_hours(hours, unit, beside=[limit])} ({product})"
 
 
 def _gpus_per_node(allocation: Allocation) -> int:

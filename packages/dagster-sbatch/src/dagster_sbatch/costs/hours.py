@@ -1,9 +1,12 @@
 """Hours of Slurm's resources that jobs have used, or may still use. What is not known is None."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from dagster_sbatch.slurm.gateway import JobLife, Queued
+
+DIGITS, MOST_DIGITS = 2, 6
+"""After the point, of hours that are shown."""
 
 
 def hours_ran(job: JobLife, since: datetime, until: datetime | None, now: datetime) -> float:
@@ -45,8 +48,20 @@ def add(hours: Iterable[float | None]) -> float | None:
     return total
 
 
-def show_number(number: float | None) -> str:
-    """Return a number as text: two digits after the point, more if it would be 0 with them; `?` if it is not known."""
-    if number is None:
-        return "?"
-    return f"{number:.2g}" if 0 < abs(number) < 0.01 else f"{number:.2f}"
+def show_hours(hours: float | None, unit: str = "", *, beside: Sequence[float | None] = ()) -> str:
+    """Return hours as text: as a whole number, or with two digits after the point; `?` if they are not known.
+
+    Args:
+        hours: the number.
+        unit: what follows it, in the plural: `GPU-hours`.
+        beside: numbers that a reader compares it with. It has up to six digits after the point if it would otherwise
+            read like one of them, or like 0, and is another number.
+    """
+    if hours is None:
+        return f"? {unit}".rstrip()
+    number = round(hours, MOST_DIGITS) + 0.0  # no -0
+    others = {round(other, MOST_DIGITS) for other in (0.0, *beside) if other is not None} - {number}
+    digits = 0 if number.is_integer() else DIGITS
+    while digits and digits < MOST_DIGITS and any(f"{number:.{digits}f}" == f"{each:.{digits}f}" for each in others):
+        digits += 1
+    return f"{number:.{digits}f} {unit.removesuffix('s') if number == 1 else unit}".rstrip()

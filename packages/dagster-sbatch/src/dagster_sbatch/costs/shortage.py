@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from dagster_sbatch.costs.budget import Budget, budgets_of
-from dagster_sbatch.costs.cost import describe_cost, highest_cost, show_hours
+from dagster_sbatch.costs.cost import describe_cost, highest_cost
+from dagster_sbatch.costs.hours import MOST_DIGITS, show_hours
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation
 from dagster_sbatch.slurm.gateway import GPU, Usage
@@ -40,19 +41,17 @@ def find_shortage(
         of = f"project {project}" if project else "your default project"
         notes.append(f"{SETTING}: the limits of {of} are not known{why}. The job is submitted.")
     for each in budgets:
-        if each.free is not None and hours[each.tres] > each.free:
-            return _explain(allocation, tasks, each), notes
+        if each.free is not None and round(hours[each.tres] - each.free, MOST_DIGITS) > 0:
+            return _explain(allocation, tasks, each, hours[each.tres]), notes
     return None, notes
 
 
-def _explain(allocation: Allocation, tasks: int, budget: Budget) -> str:
-    used, running, queued, free = (
-        show_hours(number or 0.0)
-        for number in (budget.used, budget.running, budget.queued, max(budget.free or 0.0, 0.0))
-    )
+def _explain(allocation: Allocation, tasks: int, budget: Budget, hours: float) -> str:
+    free, used = max(budget.free or 0.0, 0.0), show_hours(budget.used, beside=[budget.limit])
     return (
-        f"{describe_cost(allocation, tasks, gpus=budget.tres == GPU)}. Project {budget.project} has {free} free: of "
-        f"{show_hours(budget.limit, budget.unit)} ({budget.source}), {used} are used, and jobs that run and wait may "
-        f"use {running} and {queued}. {SETTING} is set, so nothing is submitted. "
+        f"{describe_cost(allocation, tasks, free, gpus=budget.tres == GPU)}. Project {budget.project} has "
+        f"{show_hours(free, beside=[hours])} free: of {show_hours(budget.limit, budget.unit, beside=[budget.used])} "
+        f"({budget.source}), {used} are used, and jobs that run and wait may use {show_hours(budget.running)} and "
+        f"{show_hours(budget.queued)}. {SETTING} is set, so nothing is submitted. "
         "Request less, wait until other jobs have ended, or charge another project (account=...)"
     )

@@ -1,6 +1,7 @@
 """What a plan asks for, as text: the place, the request, the tasks of an array and the highest possible cost."""
 
 from dagster_sbatch.costs.cost import highest_cost
+from dagster_sbatch.costs.hours import show_hours
 from dagster_sbatch.costs.proposal import MARGINS, Proposal
 from dagster_sbatch.environments.groups import is_path, lock_path
 from dagster_sbatch.run.array_batches import USUAL_LIMIT, Batches
@@ -136,11 +137,12 @@ def _part_of(number: int, total: int | None, noun: str) -> str:
 def _summarise_cost(plan: Plan) -> str:
     allocation, number = plan.allocation, len(plan.tasks) or 1
     cost = highest_cost(allocation, number)
-    text = f"at most {_hours(cost.node_hours)} node-hours and {_hours(cost.gpu_hours)} GPU-hours"
+    text = f"at most {show_hours(cost.node_hours, 'node-hours')} and {show_hours(cost.gpu_hours, 'GPU-hours')}"
     if number > 1:
         text += f" for all {number} tasks"
     if allocation.share < 1:
-        text += f"; {_hours(cost.node_hours * allocation.share)} node-hours where shares of a node are charged"
+        part = show_hours(cost.node_hours * allocation.share, "node-hours")
+        text += f"; {part} where shares of a node are charged"
     return text
 
 
@@ -161,7 +163,3 @@ def _summarise_retries(retries: Retries) -> dict[str, str]:
     ]
     text = ", ".join(filter(None, words))
     return {"retries": f"at most {retries.max_retries}, {text}; each adds to the cost"} if text else {}
-
-
-def _hours(number: float) -> str:
-    return f"{number:.2f}" if number >= 1 or not number else f"{number:.2g}"
