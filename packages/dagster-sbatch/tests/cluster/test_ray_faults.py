@@ -83,7 +83,7 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "no such interface": (
         {"network_interface": "ib7"},
         BOTH,
-        ["network_interface='ib7': No such device; there are lo, eth0", "Ray on n400"],
+        ["network_interface='ib7' has no address that Ray could use: No such device. This node has lo", "Ray on n400"],
     ),
     "nowhere to write": (
         {"temp_dir": "/proc"},
@@ -98,7 +98,8 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
             ]
         },
         HEAD,
-        ["Ray on {head}: 1 of 2 GPUs are there; nvidia-smi says: GPU 0: H100; GPU 1 has fallen off the bus"],
+        ["Ray on {head}: nvidia-smi lists 1 of the 2 GPUs that the job requested here. It says: GPU 0: H100; "
+         "GPU 1 has fallen off the bus. Exclude this node"],
     ),
 }  # fmt: skip
 

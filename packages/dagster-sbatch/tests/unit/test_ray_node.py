@@ -258,6 +258,32 @@ def test_slices_of_a_gpu_count_as_gpus(listing: str, expected: int) -> None:
     assert checks.count_gpus(listing) == expected
 
 
+@pytest.mark.parametrize(
+    ("visible", "smi", "text"),
+    [
+        (None, "", "programs may use 0 of the 2 GPUs that the job requested here: CUDA_VISIBLE_DEVICES is not set."),
+        ("", "", "programs may use 0 of the 2 GPUs that the job requested here: CUDA_VISIBLE_DEVICES is ''."),
+        ("1", "", "programs may use 1 of the 2 GPUs that the job requested here: CUDA_VISIBLE_DEVICES is '1'."),
+        ("0,1", "echo GPU 0: X", "nvidia-smi lists 1 of the 2 GPUs that the job requested here. It says: GPU 0: X."),
+        ("0,1", "echo broken >&2; exit 9", "cannot be listed: nvidia-smi ended with exit code 9. It says: broken."),
+        ("0,1", "exit 9", "nvidia-smi ended with exit code 9. It says: nothing."),
+    ],
+)  # fmt: skip
+def test_why_a_node_has_too_few_gpus(
+    visible: str | None, smi: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{smi}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(job_cluster.NodeError) as error:
+        checks.check_gpus(2)
+    assert text in str(error.value)
+    assert "Exclude this node" in str(error.value)
+
+
 def test_an_nvidia_smi_that_is_no_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "nvidia-smi").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -19,6 +19,8 @@ OLDEST_RAY = (2, 52)
 SIOCGIFADDR = 0x8915
 OBJECT_STORE_SHARE, SHARED_MEMORY_SHARE = 0.3, 0.9
 """The object store's share of the job's memory (Ray's default, of the node's), and of what is free in /dev/shm."""
+EXCLUDE_NODE = "Exclude this node (SlurmRequest(exclude=...)), and tell the centre its name"
+NAME_INTERFACE = "Set network_interface of the launcher to the interface that other nodes reach"
 
 
 def own_address(interface: str | None) -> str:
@@ -33,15 +35,20 @@ def own_address(interface: str | None) -> str:
                 found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", interface.encode()))
             except OSError as error:
                 names = ", ".join(name for _, name in socket.if_nameindex())
-                raise NodeError(f"network_interface={interface!r}: {error.strerror}; there are {names}") from None
+                raise NodeError(
+                    f"network_interface={interface!r} has no address that Ray could use: {error.strerror}. This node "
+                    f"has {names}. Set network_interface of the launcher to the one that other nodes reach"
+                ) from None
         return socket.inet_ntoa(found[20:24])
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
     except OSError as error:
-        raise NodeError(f"the host name {name} has no address ({error}): set network_interface") from None
+        raise NodeError(f"the host name {name} has no address ({error}). {NAME_INTERFACE}") from None
     if address.startswith("127."):
-        raise NodeError(f"the host name {name} resolves to {address}, of use to nobody else: set network_interface")
+        raise NodeError(
+            f"the host name {name} has the address {address}, which no other node reaches. {NAME_INTERFACE}"
+        )
     return address
 
 
@@ -49,24 +56,41 @@ def check_gpus(wanted: int) -> None:
     """Compare the GPUs that Slurm allocated, and those that the driver sees, with the request.
 
     Raises:
-        NodeError: there are fewer.
+        NodeError: there are fewer, or the driver does not answer; the text says which, and what to do.
     """
     if not wanted:
         return
-    given = [number for number in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if number]
-    if len(given) < wanted:
-        raise NodeError(f"{len(given)} of {wanted} GPUs: Slurm gave CUDA_VISIBLE_DEVICES={','.join(given)!r}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    given = len([number for number in (visible or "").split(",") if number])
+    if given < wanted:
+        now = "is not set" if visible is None else f"is {visible!r}"
+        raise NodeError(
+            f"programs may use {given} of the {wanted} GPUs that the job requested here: CUDA_VISIBLE_DEVICES {now}. "
+            "Slurm sets this variable, so Slurm allocated fewer GPUs, or a command in the job has changed it. Check "
+            f"pre_start_commands of the launcher and setup_commands of the site. If they are correct: {EXCLUDE_NODE}"
+        )
     if shutil.which("nvidia-smi"):
-        try:
-            done = subprocess.run(
-                ["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-            )
-        except OSError as error:
-            raise NodeError(f"nvidia-smi, which counts the GPUs, cannot be run: {error.strerror}") from None
-        seen = count_gpus(done.stdout)
-        if done.returncode or seen < wanted:
-            said = "; ".join(tail(done.stdout).splitlines())
-            raise NodeError(f"{seen} of {wanted} GPUs are there; nvidia-smi says: {said}")
+        _ask_driver(wanted)
+
+
+def _ask_driver(wanted: int) -> None:
+    command = ["nvidia-smi", "-L"]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except OSError as error:
+        raise NodeError(
+            f"nvidia-smi, which lists the GPUs, cannot be run: {error.strerror}. If a command in the job has put it "
+            f"into PATH, correct that. If not: {EXCLUDE_NODE}"
+        ) from None
+    seen = count_gpus(done.stdout)
+    if done.returncode:
+        problem = f"the GPUs cannot be listed: nvidia-smi ended with exit code {done.returncode}"
+    elif seen < wanted:
+        problem = f"nvidia-smi lists {seen} of the {wanted} GPUs that the job requested here"
+    else:
+        return
+    said = "; ".join(tail(done.stdout).splitlines()) or "nothing"
+    raise NodeError(f"{problem}. It says: {said}. {EXCLUDE_NODE}")
 
 
 def count_gpus(listing: str) -> int:
@@ -104,7 +128,10 @@ def versions() -> dict[str, str]:
     try:
         ray = importlib.metadata.version("ray")
     except importlib.metadata.PackageNotFoundError:
-        raise NodeError(f"there is no Ray in the environment of {sys.executable}") from None
+        raise NodeError(
+            f"there is no Ray in the environment of {sys.executable}. Add `ray` to its packages, or check which "
+            "interpreter pre_start_commands choose"
+        ) from None
     if tuple(int(part) for part in re.findall(r"\d+", ray)[:2]) < OLDEST_RAY:
         oldest = ".".join(map(str, OLDEST_RAY))
         raise NodeError(
