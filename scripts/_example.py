@@ -13,8 +13,6 @@ LEFT_OUT = (
     "musica_pipelines/assets/flight_delays.py",
     "musica_pipelines/workloads/*",
     "scripts/_example.py",
-    "scripts/_locked.py",
-    "scripts/_project_copy.py",
     "scripts/_skeleton/*",
     "scripts/check",
     "scripts/demo",

@@ -10,11 +10,12 @@ import stat
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dagster_sbatch.commands import project_copy
+from dagster_sbatch.commands.project_copy import OLD_PACKAGE, OLD_PROJECT, CopyError, Names, Template, convert
 from support import ROOT
 from support.dagster_dev import DagsterDev
 from support.new_project import NAME, PACKAGE, SCRIPT, made_in, new_project, plain_environment, run_in
@@ -34,21 +35,11 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_in(tmp_path_factory.mktemp("copy"))
 
 
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The modules of scripts/ can be imported."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    yield
-    for name in ("_example", "_locked", "_project_copy"):
-        sys.modules.pop(name, None)
-
-
 def left_over(folder: Path) -> list[str]:
     """Files with a word of the example or a name of the template, in their text or path."""
-    import _example
-    from _project_copy import OLD_PACKAGE, OLD_PROJECT
+    from _example import WORDS
 
-    words = re.compile("|".join(map(re.escape, (*_example.WORDS, OLD_PACKAGE, OLD_PROJECT))), re.IGNORECASE)
+    words = re.compile("|".join(map(re.escape, (*WORDS, OLD_PACKAGE, OLD_PROJECT))), re.IGNORECASE)
     found = []
     for name in run_in(folder, "git", "ls-files").stdout.splitlines():
         match = words.search(f"{name}\n{(folder / name).read_bytes().decode(errors='replace')}")
@@ -57,9 +48,9 @@ def left_over(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.usefixtures("scripts")
-def test_nothing_of_the_example_is_left(copy: Path) -> None:
+def test_nothing_of_the_example_is_left(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails: name the file in scripts/_example.py, or put another one for it into scripts/_skeleton/."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     assert (copy / PACKAGE / "definitions.py").is_file()
     assert left_over(copy) == []
 
@@ -133,11 +124,11 @@ def test_a_clone_with_changes_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_clone(tmp_path: Path, scripts: None, monkeypatch: pytest.MonkeyPatch) -> Path:
+def small_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with little in it; what becomes of it is made in no time."""
-    import _project_copy
 
-    def make(root: Path, folder: Path, *_: object) -> None:
+    def make(template: Template, folder: Path, *_: object) -> None:
+        root = template.root
         for name, text in {
             ".gitignore": "*.log\nenvs/.env.musica\n",
             "README.md": "project\n",
@@ -149,7 +140,7 @@ def small_clone(tmp_path: Path, scripts: None, monkeypatch: pytest.MonkeyPatch) 
         if (root / "person").exists():
             subprocess.run(["sh", root / "person"], cwd=root, check=True)
 
-    monkeypatch.setattr(_project_copy, "_make", make)
+    monkeypatch.setattr(project_copy, "_make", make)
     root = tmp_path / "clone"
     (root / "envs").mkdir(parents=True)
     for name in (".gitignore", "README.md", "old.txt", "envs/.env.musica.example"):
@@ -163,11 +154,9 @@ def small_clone(tmp_path: Path, scripts: None, monkeypatch: pytest.MonkeyPatch) 
 
 
 def become_a_project(root: Path) -> None:
-    from _project_copy import Names, convert
-
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        convert(root, Names("climate", "climate"), "musica", lambda _: None)
+        convert(Template(root, (), {}), Names("climate", "climate"), "musica", lambda _: None)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -176,11 +165,9 @@ def become_a_project(root: Path) -> None:
 @pytest.mark.parametrize("name", ["README.md", "old.txt", "new.txt", "new.log"])
 def test_a_file_that_changes_meanwhile_is_not_lost(name: str, small_clone: Path) -> None:
     """Modified, or new and in the way of the project's, be it ignored by git or not."""
-    import _project_copy
-
     (small_clone / "person").write_text(f"echo mine > {name}\n")
     head = run_in(small_clone, "git", "rev-parse", "HEAD").stdout
-    with pytest.raises(_project_copy.CopyError, match=re.escape(name)):
+    with pytest.raises(CopyError, match=re.escape(name)):
         become_a_project(small_clone)
     assert (small_clone / name).read_text() == "mine\n"
     assert run_in(small_clone, "git", "rev-parse", "HEAD").stdout == head
@@ -189,12 +176,10 @@ def test_a_file_that_changes_meanwhile_is_not_lost(name: str, small_clone: Path)
 
 
 def test_untracked_files_count_whatever_git_shows(small_clone: Path) -> None:
-    import _project_copy
-
     run_in(small_clone, "git", "config", "status.showUntrackedFiles", "no")
     (small_clone / "notes").mkdir()
     (small_clone / "notes" / "mine.txt").touch()
-    with pytest.raises(_project_copy.CopyError, match=r"not committed:\n\?\? notes/mine.txt"):
+    with pytest.raises(CopyError, match=r"not committed:\n\?\? notes/mine.txt"):
         become_a_project(small_clone)
 
 
@@ -212,12 +197,10 @@ def test_hooks_and_signatures_do_not_break_it_off(small_clone: Path) -> None:
 
 
 def test_a_branch_that_cannot_move_leaves_the_files_as_they_were(small_clone: Path) -> None:
-    import _project_copy
-
     hook = small_clone / ".git" / "hooks" / "reference-transaction"
     hook.write_text("#!/bin/sh\necho not this branch >&2; exit 1\n")
     hook.chmod(0o755)
-    with pytest.raises(_project_copy.CopyError, match="not this branch"):
+    with pytest.raises(CopyError, match="not this branch"):
         become_a_project(small_clone)
     assert run_in(small_clone, "git", "status", "--porcelain").stdout == ""
     assert (small_clone / "old.txt").exists()

@@ -1,4 +1,4 @@
-"""Makes a project of its own from what git tracks here, without the example: the work of `scripts/new_project`."""
+"""A project of its own, made from what git tracks in the template, without the example."""
 
 import fnmatch
 import os
@@ -9,15 +9,13 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import _example
-import _locked
 from dagster_sbatch.children import child_environment
-from dagster_sbatch.commands import lock
+from dagster_sbatch.commands import lock, lock_entries
 from dagster_sbatch.commands.signals import ignore_interrupts
 from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, WheelError, build_wheel
 
@@ -29,6 +27,21 @@ MESSAGE = "The template, without its example"
 
 class CopyError(Exception):
     """The copy cannot be made; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a copy is made from.
+
+    Attributes:
+        root: its folder.
+        left_out: patterns of the paths that a copy does not have (fnmatch); SKELETON replaces them.
+        renamed: words of the other files, and what stands there in a copy.
+    """
+
+    root: Path
+    left_out: Sequence[str]
+    renamed: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -74,11 +87,11 @@ def tracked(root: Path) -> list[str]:
     return paths
 
 
-def make_copy(root: Path, target: Path, names: Names, site: str, report: Callable[[str], None]) -> None:
+def make_copy(template: Template, target: Path, names: Names, site: str, report: Callable[[str], None]) -> None:
     """Make the project. A failure and an interrupt leave nothing.
 
     Args:
-        root: the template.
+        template: what it is made from.
         target: a folder that does not exist yet.
         names: of the copy.
         site: `envs/.env.<site>` starts from its example.
@@ -88,19 +101,19 @@ def make_copy(root: Path, target: Path, names: Names, site: str, report: Callabl
         CopyError: something failed.
     """
     with _whole_or_not_at_all(target) as folder:
-        _make(root, folder, names, report)
+        _make(template, folder, names, report)
         _begin_history(folder, MESSAGE)
         begin_settings(folder, site)
 
 
-def convert(root: Path, names: Names, site: str, report: Callable[[str], None]) -> None:
+def convert(template: Template, names: Names, site: str, report: Callable[[str], None]) -> None:
     """Turn a clone of the template into the project, in one commit on its current branch.
 
     The commit is made first, from a copy elsewhere. Then git exchanges the files, unless that would change one that is
     in no commit. The branch gets the commit last.
 
     Args:
-        root: the clone, without uncommitted changes.
+        template: the clone, without uncommitted changes.
         names: of the project.
         site: see `make_copy`.
         report: see `make_copy`.
@@ -108,6 +121,7 @@ def convert(root: Path, names: Names, site: str, report: Callable[[str], None]) 
     Raises:
         CopyError: something failed; the clone is as it was.
     """
+    root = template.root
     head = git(root, "rev-parse", "HEAD").strip()
     changed = git(root, "--no-optional-locks", "status", "--porcelain", "--untracked-files=all")
     if changed:
@@ -115,7 +129,7 @@ def convert(root: Path, names: Names, site: str, report: Callable[[str], None]) 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "copy"
         folder.mkdir()
-        _make(root, folder, names, report)
+        _make(template, folder, names, report)
         _begin_history(folder, "copy")
         git(root, "fetch", "--quiet", str(folder), "HEAD")
     commit = _commit(root, git(root, "rev-parse", "FETCH_HEAD^{tree}").strip(), MESSAGE, "-p", head)
@@ -161,47 +175,47 @@ def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _make(root: Path, folder: Path, names: Names, report: Callable[[str], None]) -> None:
+def _make(template: Template, folder: Path, names: Names, report: Callable[[str], None]) -> None:
     """Write all files of the project into an empty folder."""
     report("copying the files of the template")
-    _write_files(root, folder, names)
+    _write_files(template, folder, names)
     report("building the wheels of the engine")
     (folder / "vendor").mkdir()
     try:
-        wheels = [build_wheel(root / "packages" / name, folder / "vendor") for name in PACKAGES]
+        wheels = [build_wheel(template.root / "packages" / name, folder / "vendor") for name in PACKAGES]
     except WheelError as error:
         raise CopyError(str(error)) from None
     report("locking the dependencies")
     _name_wheels(folder, wheels)
-    _write_locks(root, folder, names, wheels)
+    _write_locks(template.root, folder, names, wheels)
     _run(
         folder, "ruff", "check", "--fix", "--select", "I001", "--quiet", "--no-cache", "."
     )  # other names sort differently
     _run(folder, "ruff", "format", "--quiet", "--no-cache", ".")
 
 
-def _write_files(root: Path, folder: Path, names: Names) -> None:
-    paths = tracked(root)
+def _write_files(template: Template, folder: Path, names: Names) -> None:
+    root, paths = template.root, tracked(template.root)
+    words = {**template.renamed, OLD_PACKAGE: names.package, OLD_PROJECT: names.project}
     for path in paths:
-        if not any(fnmatch.fnmatch(path, pattern) for pattern in _example.LEFT_OUT):
-            _write_file(root / path, folder / _rename(path, names), names)
+        if not any(fnmatch.fnmatch(path, pattern) for pattern in template.left_out):
+            _write_file(root / path, folder / _rename(path, words), words)
     for path in paths:
         if Path(path).is_relative_to(SKELETON):
-            place = _rename(str(Path(path).relative_to(SKELETON)), names)
-            _write_file(root / path, folder / place, names)
+            place = _rename(str(Path(path).relative_to(SKELETON)), words)
+            _write_file(root / path, folder / place, words)
 
 
-def _write_file(source: Path, place: Path, names: Names) -> None:
+def _write_file(source: Path, place: Path, words: Mapping[str, str]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     content = source.read_bytes()
     with suppress(UnicodeDecodeError):  # a picture stays as it is
-        content = _rename(content.decode(), names).encode()
+        content = _rename(content.decode(), words).encode()
     place.write_bytes(content)
     place.chmod(stat.S_IMODE(source.stat().st_mode) | stat.S_IWUSR)
 
 
-def _rename(text: str, names: Names) -> str:
-    words = {**_example.RENAMED, OLD_PACKAGE: names.package, OLD_PROJECT: names.project}
+def _rename(text: str, words: Mapping[str, str]) -> str:
     for old, new in words.items():
         text = text.replace(old, new)
     return text
@@ -222,10 +236,10 @@ def _write_locks(root: Path, folder: Path, names: Names, wheels: list[Wheel]) ->
     (folder / "requirements").mkdir(exist_ok=True)
     required = {wheel.package: wheel.requirement for wheel in wheels}
     for name in lock.locked_files(folder):
-        entries = _locked.parse((root / "requirements" / name).read_text())
+        entries = lock_entries.parse((root / "requirements" / name).read_text())
         if name == "dev.txt":
-            entries = _locked.with_wheels(entries, required, OLD_PROJECT)
-        text = _locked.render(_locked.without(entries, gone), OLD_PROJECT, names.project)
+            entries = lock_entries.with_wheels(entries, required, OLD_PROJECT)
+        text = lock_entries.render(lock_entries.without(entries, gone), OLD_PROJECT, names.project)
         (folder / "requirements" / name).write_text(text)
 
 

@@ -1,0 +1,144 @@
+"""Make a project of your own from this template, without the example."""
+
+import importlib.metadata
+import keyword
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from dagster_sbatch.commands.command_line import make_parser
+from dagster_sbatch.commands.project_copy import (
+    OLD_PACKAGE,
+    OLD_PROJECT,
+    CopyError,
+    Names,
+    Template,
+    convert,
+    make_copy,
+)
+from dagster_sbatch.commands.signals import interrupt_once
+from dagster_sbatch.errors import nearest
+from dagster_sbatch.project import Project
+
+DESCRIPTION = """\
+Make a project of your own from this template: what git tracks here under your name, with one small asset, its workload
+and its tests in place of the example. The engine is a wheel in vendor/, the dependencies are locked, and a git history
+begins. No network is needed.
+
+NAME may be a dot, in a clone of the repository that a forge has made for you from this template: then the clone itself
+becomes the project, in one commit. A failure and Ctrl-C leave nothing.
+"""
+EPILOG = """\
+examples:
+  scripts/new_project climate-runs             beside this repository
+  scripts/new_project ~/projects/climate-runs  there
+  scripts/new_project .                        here, with the name of this folder
+
+exit codes: 0 made, 1 it could not be made (all reasons are printed), 2 wrong usage, 130 interrupted
+"""
+LONGEST_NAME = 32  # lines with it must not become too long
+NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
+
+
+def main(project: Project, left_out: Sequence[str], renamed: Mapping[str, str]) -> int:
+    """Run the command; see `Template` for `left_out` and `renamed`."""
+    parser = make_parser(DESCRIPTION, EPILOG)
+    parser.add_argument(
+        "name", metavar="NAME", help="of the project, for instance climate-runs; a path to it; or a dot"
+    )
+    parser.add_argument("--site", default="musica", help="the supercomputer whose dotenv file is begun (musica)")
+    asked = parser.parse_args()
+    root, path = project.root, Path(asked.name).expanduser()
+    target = path.absolute() if os.sep in asked.name or asked.name == "." else root.parent / path
+    in_place = target.resolve() == root
+    name = root.name if in_place else path.name
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    places = git_problems(root) if in_place else [*git_problems(root), *place_problems(root, target)]
+    problems = [*name_problems(root, name, in_place=in_place), *places, *site_problems(project, asked.site)]
+    if problems:
+        console.print("\n".join(f"- {problem}" for problem in problems))
+        return 1
+    interrupt_once()
+    template, names = Template(root, left_out, renamed), Names(name.replace("-", "_"), name.replace("_", "-"))
+    try:
+        if in_place:
+            convert(template, names, asked.site, lambda text: console.print(f"{text} ..."))
+        else:
+            make_copy(template, target, names, asked.site, lambda text: console.print(f"{text} ..."))
+    except CopyError as error:
+        console.print(f"{error}\nNothing was made.")
+        return 1
+    except KeyboardInterrupt:
+        console.print("Interrupted; nothing was made.")
+        return 130
+    console.print(
+        f"{target.resolve()} is made. Next:\n"
+        f"  cd {target.resolve()}\n"
+        "  scripts/demo\n"
+        "  scripts/test\n"
+        "  scripts/dev                   then materialise pi_estimate\n"
+        f"and for the supercomputer fill in envs/.env.{asked.site}, which git does not track."
+    )
+    return 0
+
+
+def name_problems(root: Path, name: str, *, in_place: bool) -> list[str]:
+    """What keeps this from being the name of a Python package and of a project."""
+    if len(name) > LONGEST_NAME or not NAME.fullmatch(name):
+        return [
+            f"the name {name!r} cannot be used: take up to {LONGEST_NAME} small letters and digits, a letter first, "
+            f"with - or _ between words{similar(name)}"
+        ]
+    package = name.replace("-", "_")
+    if keyword.iskeyword(package) or package in sys.stdlib_module_names:
+        return [f"the name {name!r} is Python's own: take another"]
+    taken = {path.name for path in root.iterdir()} | set(importlib.metadata.packages_distributions())
+    taken -= {OLD_PACKAGE, OLD_PROJECT} if in_place else set()
+    if package in taken or name in taken:
+        return [f"the name {name!r} is taken by a folder or a package that the project uses: take another"]
+    return []
+
+
+def similar(name: str) -> str:
+    """A name that is like it and can be used, as the end of a sentence."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    found = "-".join(words).lstrip("0123456789-")[:LONGEST_NAME].rstrip("-")
+    return f", for instance {found}" if NAME.fullmatch(found) else ""
+
+
+def git_problems(root: Path) -> list[str]:
+    """What keeps git from saying which files belong to the template."""
+    if shutil.which("git") is None:
+        return ["git is not installed"]
+    if not (root / ".git").exists():
+        return [f"{root} is not a git checkout, so what belongs to it is not known: clone the template with git"]
+    return []
+
+
+def place_problems(root: Path, target: Path) -> list[str]:
+    """What keeps the copy from being made there."""
+    problems = []
+    if os.path.lexists(target):
+        problems.append(f"{target} exists: take another name, or move it away")
+    elif not target.parent.is_dir():
+        problems.append(f"there is no folder {target.parent}: mkdir -p '{target.parent}'")
+    elif not os.access(target.parent, os.W_OK):
+        problems.append(f"you may not make a folder in {target.parent}: name another place, like ~/{target.name}")
+    if target.resolve().is_relative_to(root):
+        problems.append(f"{target} would lie within the template: name a place outside of {root}")
+    return problems
+
+
+def site_problems(project: Project, site: str) -> list[str]:
+    """Whether the site is known and has a dotenv file to begin with."""
+    if site not in project.site_overrides:
+        known = nearest(site, project.site_overrides)
+        return [f"--site {site!r} is not a known site{known}; `scripts/docs another-site` shows how to add one"]
+    if not (project.root / "envs" / f".env.{site}.example").is_file():
+        return [f"there is no envs/.env.{site}.example to begin envs/.env.{site} with: write one"]
+    return []
