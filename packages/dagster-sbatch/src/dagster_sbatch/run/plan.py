@@ -88,56 +88,49 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
             work; the text says why.
     """
     _check_types(workload, launcher, request, array)
-    check_environment(environment, project)
-    if environment is not None and launcher.container:
-        raise ConfigurationError(
-            f"environment={environment!r} has no effect with a container: the workload runs with the Python and the "
-            "packages of the image. Remove one of the two."
-        )
-    variables = dict(env or {})
-    _check_variables(variables)
+    _check_environment(environment, project, launcher)
+    _check_variables(env or {})
     program = read_workload(Path(workload), args, project.workloads, python=launcher.runs_python)
     launcher.check_program(program.path)
     request, notes = launcher.complete_request(program.path, request)
-    if launcher.runs_python:
-        others = launcher.container or is_path(environment) or (environment is None and settings.python)
-        notes += find_missing(program, project, None if others else lock_path(project, environment))
-    if environment is not None and not settings.on_supercomputer:
-        notes.append(
-            f"environment={environment!r} is for the supercomputer. Here, the project's own environment is used."
-        )
     extras = extras or {}
-    tasks = make_tasks(array, extras.get(PARTITION_KEYS, ())) if array else ()
-    name = settings.supercomputer_site or project.only_site
-    site, allocation = Site(), Allocation(request)
-    if name:
-        site = project.load_site(name)
-        allocation = allocate(request, site, settings.partition, settings.qos, settings.account, settings.reservation)
-        check_retries(allocation.request)
-        launcher = launcher.with_site(site.launchers)
-        launcher.check(allocation.request)
-        if array and (request.qos or not settings.qos):  # in a QoS of the environment, tasks wait
-            _check_running_tasks(array, allocation.request, site)
-    if launcher.container:
-        _check_container(launcher, launcher.container, allocation.request, site)
-    qos = allocation.request.qos or ""
-    if settings.deployment == "production_supercomputer" and qos.startswith("dev_"):
-        notes.append(f"QoS {qos} is for short tests, and this is {settings.deployment}. Check SLURM_QOS.")
-    notes = [*allocation.notes, *notes]
-    return Plan(
+    plan = Plan(
         project=project,
         workload=program,
         launcher=launcher,
-        site=site,
-        allocation=allocation,
-        env=variables,
+        site=Site(),
+        allocation=Allocation(request),
+        env=dict(env or {}),
         extras=extras,
-        notes=tuple(notes),
+        notes=(*notes, *_note_environment(program, project, launcher, settings, environment)),
         array=array,
-        tasks=tasks,
+        tasks=make_tasks(array, extras.get(PARTITION_KEYS, ())) if array else (),
         environment=environment,
         request=request,
     )
+    name = settings.supercomputer_site or project.only_site
+    plan = _allocate_on(project.load_site(name), plan, settings) if name else plan
+    if plan.launcher.container:
+        _check_container(plan.launcher, plan.launcher.container, plan.allocation.request, plan.site)
+    return plan
+
+
+def _allocate_on(site: Site, plan: Plan, settings: Settings) -> Plan:
+    """Return the plan with what a site adds: the rest of the request, the launcher's other fields, and notes.
+
+    Raises:
+        ConfigurationError: the site does not allow it.
+    """
+    launcher = plan.launcher.with_site(site.launchers)
+    plan = with_request(replace(plan, site=site, launcher=launcher), plan.request, settings)
+    request = plan.allocation.request
+    check_retries(request)
+    if plan.array and (plan.request.qos or not settings.qos):  # in a QoS of the environment, tasks wait
+        _check_running_tasks(plan.array, request, site)
+    notes = [*plan.allocation.notes, *plan.notes]
+    if settings.deployment == "production_supercomputer" and (request.qos or "").startswith("dev_"):
+        notes.append(f"QoS {request.qos} is for short tests, and this is {settings.deployment}. Check SLURM_QOS.")
+    return replace(plan, notes=tuple(notes))
 
 
 def with_request(plan: Plan, request: SlurmRequest, settings: Settings) -> Plan:
@@ -150,6 +143,30 @@ def with_request(plan: Plan, request: SlurmRequest, settings: Settings) -> Plan:
     allocation = allocate(request, plan.site, *preferred)
     plan.launcher.check(allocation.request)
     return replace(plan, request=request, allocation=allocation)
+
+
+def _check_environment(environment: str | None, project: Project, launcher: Launcher) -> None:
+    check_environment(environment, project)
+    if environment is not None and launcher.container:
+        raise ConfigurationError(
+            f"environment={environment!r} has no effect with a container: the workload runs with the Python and the "
+            "packages of the image. Remove one of the two."
+        )
+
+
+def _note_environment(
+    program: Workload, project: Project, launcher: Launcher, settings: Settings, environment: str | None
+) -> list[str]:
+    """Return what deserves a warning: imports that cannot work on the supercomputer, an environment without effect."""
+    notes = []
+    if launcher.runs_python:
+        others = launcher.container or is_path(environment) or (environment is None and settings.python)
+        notes += find_missing(program, project, None if others else lock_path(project, environment))
+    if environment is not None and not settings.on_supercomputer:
+        notes.append(
+            f"environment={environment!r} is for the supercomputer. Here, the project's own environment is used."
+        )
+    return notes
 
 
 def _check_container(launcher: Launcher, container: Container, request: SlurmRequest, site: Site) -> None:
