@@ -6,7 +6,8 @@ import pytest
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm import SlurmRequest
-from dagster_sbatch.slurm.directives import complete_request, read_directives
+from dagster_sbatch.slurm.directives import read_directives
+from dagster_sbatch.slurm.script_request import complete_request
 
 
 def script(*lines: str) -> str:

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers.command import FIRST_LINE, CommandLauncher, check_text
-from dagster_sbatch.slurm.directives import complete_request
 from dagster_sbatch.slurm.request import SlurmRequest
+from dagster_sbatch.slurm.script_request import complete_request
 
 
 class BatchScriptLauncher(CommandLauncher):

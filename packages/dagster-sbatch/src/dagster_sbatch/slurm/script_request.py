@@ -1,0 +1,223 @@
+"""The request of an existing batch script: what its #SBATCH lines ask for, as fields of SlurmRequest."""
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+from dagster_sbatch.errors import ConfigurationError, nearest
+from dagster_sbatch.slurm.directives import Directive, read_directives
+from dagster_sbatch.slurm.request import FURTHER_OPTIONS, SlurmRequest
+from dagster_sbatch.slurm.units import count_of, format_memory, format_time, parse_memory
+
+_DAGSTERS = frozenset(
+    """
+    chdir comment error export get-user-env job-name kill-on-invalid-dep no-kill open-mode output parsable quiet signal
+    verbose wait
+    """.split()
+)
+"""Options without effect: the job script has its own, or they are about the sbatch command."""
+_FIELDS = {
+    **{
+        name: name.replace("-", "_")
+        for name in """
+        account constraint cpus-per-task dependency exclude exclusive gpus-per-node mem mem-per-cpu nodelist nodes
+        ntasks-per-node partition qos reservation
+        """.split()
+    },
+    "gpus": "gpus_per_node",
+    "gpus-per-task": "gpus_per_node",
+    "gres": "gpus_per_node",
+    "mem-per-gpu": "mem",
+    "ntasks": "ntasks_per_node",
+    "time": "time_limit",
+}
+"""Field of SlurmRequest by option."""
+_MEMORY = {"mem", "mem_per_cpu"}
+_MEMORY_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
+
+
+def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[SlurmRequest, list[str]]:
+    """Fill in a request from the #SBATCH lines of a batch script; fields that the request sets stay.
+
+    Args:
+        request: of the asset.
+        script: text of the batch script.
+        name: of the script, for messages.
+
+    Returns:
+        The request, and a sentence for each line that does not apply.
+
+    Raises:
+        ConfigurationError: a line cannot be read, or the job of an asset cannot have its option.
+    """
+    mine = {field: getattr(request, field) for field in sorted(request.model_fields_set)}
+    try:
+        directives = read_directives(script)
+        fields = _fields_of(directives, mine)
+        theirs = SlurmRequest(**fields)
+    except (ConfigurationError, ValueError) as error:
+        raise ConfigurationError(f"{name}: its #SBATCH lines cannot be used. {error}") from None
+    closed = {*mine, *(_MEMORY if _MEMORY & mine.keys() else ())} - {"options"}
+    filled = {field: getattr(theirs, field) for field in fields if field not in closed}
+    options = _merge_options(request.options, theirs.options)
+    notes = [
+        f"{name}, line {each.line}: {each} does not apply. The asset requests {_shown(mine, field)}."
+        for each in directives
+        for field in [_FIELDS.get(each.name, "options")]
+        if field in closed and getattr(theirs, field) != mine.get(field)
+    ]
+    notes += [
+        f"{name}, line {each.line}: {each} does not apply. The asset has another value in options."
+        for each in directives
+        if each.name in FURTHER_OPTIONS and str(each) not in options
+    ]
+    last = {each.name: each for each in directives}
+    notes += [
+        f"{name}, line {each.line}: {each} does not apply. Line {last[each.name].line} has {last[each.name]}."
+        for each in directives
+        if each.value != last[each.name].value and each.name not in _DAGSTERS
+    ]
+    without = [each for each in directives if each.name in _DAGSTERS]
+    if without:
+        listed = ", ".join(f"{each} (line {each.line})" for each in without)
+        notes.append(f"{name}: these do not apply, because the job of an asset has its own: {listed}.")
+    return SlurmRequest(**{**filled, **mine, "options": options}), notes
+
+
+def _shown(mine: Mapping[str, Any], field: str) -> str:
+    """Return what the asset says instead; of the two fields for memory, it has the other one, maybe."""
+    name = field if field in mine else next(iter(_MEMORY & mine.keys()))
+    value = format_time(mine[name]) if isinstance(mine[name], timedelta) else mine[name]
+    return f"{name}={value!r}"
+
+
+def _merge_options(mine: Sequence[str], theirs: Sequence[str]) -> tuple[str, ...]:
+    names = {each.partition("=")[0] for each in mine}
+    return (*(each for each in theirs if each.partition("=")[0] not in names), *mine)
+
+
+def _fields_of(directives: Sequence[Directive], mine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request; of an option that occurs twice, the last one counts.
+
+    Args:
+        directives: of the script.
+        mine: the fields that the asset sets.
+    """
+    values = {each.name: each.value for each in directives}
+    for each in directives:
+        if each.name not in {*_FIELDS, *_DAGSTERS, *FURTHER_OPTIONS}:
+            raise ConfigurationError(f"line {each.line}: {_advice(each)}")
+    fields: dict[str, Any] = {
+        field: values[name]
+        for name, field in _FIELDS.items()
+        if name in values and name.replace("-", "_") in SlurmRequest.model_fields
+    }
+    if "time" in values:
+        fields["time_limit"] = values["time"]
+    if "exclusive" in values:
+        fields["exclusive"] = values["exclusive"] or True
+    memory = [f"--{name}={values[name]}" for name in _MEMORY_OPTIONS if name in values]
+    if len(memory) > 1 and not _MEMORY & mine.keys():
+        raise ConfigurationError(f"{' and '.join(memory)} exclude each other. Remove one of them")
+    for name in _MEMORY & fields.keys():
+        if len(memory) > 1:
+            del fields[name]  # the asset decides
+        else:
+            fields[name] = _memory(fields[name])
+    fields |= _layout(values, mine)
+    options = {each.name: str(each) for each in directives if each.name in FURTHER_OPTIONS}
+    return {**fields, "options": tuple(options.values())}
+
+
+def _advice(directive: Directive) -> str:
+    """Return why an option cannot be used, and what to do instead."""
+    if directive.name == "array":
+        return (
+            f"{directive}: an asset divides its work itself. Remove the line, and pass array=JobArray(...) to "
+            "compute.run; SLURM_ARRAY_TASK_ID counts its tasks from 0"
+        )
+    known = [*_FIELDS, *FURTHER_OPTIONS]
+    return f"--{directive.name} cannot be an option of an asset's job{nearest(directive.name, known)}"
+
+
+def _layout(values: Mapping[str, str], mine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nodes, tasks, GPUs and memory per node, from the options that count them in another way.
+
+    Where an option depends on a field that the asset sets, the asset's value counts.
+    """
+    total, per_node = (_number(values, name) for name in ("ntasks", "ntasks-per-node"))
+    nodes = mine.get("nodes") or _number(values, "nodes") or (-(-total // per_node) if total and per_node else 1)
+    found: dict[str, Any] = {"nodes": nodes} if nodes > 1 else {}
+    tasks = per_node or (_divide("ntasks", total, nodes) if total else 1)
+    if total and total != nodes * tasks and not {"nodes", "ntasks_per_node"} & mine.keys():
+        raise ConfigurationError(
+            f"--ntasks={total} contradicts --ntasks-per-node={tasks}: with it, {count_of(nodes, 'node')} can have "
+            f"{count_of(nodes * tasks, 'task')}. Remove one of the two"
+        )
+    if tasks > 1:
+        found["ntasks_per_node"] = tasks
+    gpus = _gpus_per_node(values, nodes, mine.get("ntasks_per_node", tasks), decided="gpus_per_node" in mine)
+    if gpus:
+        found["gpus_per_node"] = gpus
+    if "mem-per-gpu" in values:
+        gpus = mine.get("gpus_per_node", gpus)
+        found["mem"] = format_memory(parse_memory(_memory(values["mem-per-gpu"])) * max(gpus, 1))
+    return found
+
+
+def _gpus_per_node(values: Mapping[str, str], nodes: int, tasks: int, *, decided: bool) -> int:
+    """Return the GPUs per node, 0 without any.
+
+    Args:
+        values: by option.
+        nodes: of the job.
+        tasks: per node.
+        decided: whether the asset's number applies.
+    """
+    counts: dict[str, int] = {}
+    if "gres" in values:
+        counts["gres"] = _gpus("gres", *_gres(values["gres"]))
+    if "gpus-per-node" in values:
+        counts["gpus-per-node"] = _gpus("gpus-per-node", values["gpus-per-node"])
+    if "gpus" in values:
+        counts["gpus"] = _divide("gpus", _gpus("gpus", values["gpus"]), nodes)
+    if "gpus-per-task" in values:
+        counts["gpus-per-task"] = _gpus("gpus-per-task", values["gpus-per-task"]) * tasks
+    if len(set(counts.values())) > 1 and not decided:
+        listed = " and ".join(f"--{name}={values[name]}" for name in counts)
+        raise ConfigurationError(f"{listed} request different numbers of GPUs per node. Keep one of them")
+    return next(iter(counts.values()), 0)
+
+
+def _number(values: Mapping[str, str], name: str) -> int | None:
+    if name not in values:
+        return None
+    if not re.fullmatch(r"[1-9]\d*", values[name]):
+        raise ConfigurationError(f"--{name}={values[name]}: an asset's job needs one whole number")
+    return int(values[name])
+
+
+def _divide(name: str, total: int, nodes: int) -> int:
+    if total % nodes:
+        raise ConfigurationError(f"--{name}={total} cannot be divided among {nodes} nodes. Give a number per node")
+    return total // nodes
+
+
+def _gres(value: str) -> list[str]:
+    kind, _, number = value.removeprefix("gres/").partition(":")
+    if kind != "gpu" or "," in value:
+        raise ConfigurationError(f"--gres={value}: an asset's job can request GPUs only, as in --gres=gpu:2")
+    return [number or "1"]
+
+
+def _gpus(name: str, value: str) -> int:
+    """Read a number of GPUs; the type before it (`h100:2`) is that of the partition."""
+    number = value.rpartition(":")[2]
+    if not number.isdecimal():
+        raise ConfigurationError(f"--{name}={value} is no number of GPUs")
+    return int(number)
+
+
+def _memory(text: str) -> str:
+    return text.upper().removesuffix("B")
