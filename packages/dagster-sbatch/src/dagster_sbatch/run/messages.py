@@ -33,6 +33,7 @@ class MessageParser:
         closed: the last message that closed a session.
         results: reports on assets and checks, and the workload's own custom messages.
         partitions: the values of the PARTITION messages.
+        deliver: see `__init__`.
     """
 
     def __init__(self, path: str, deliver: Callable[[PipesMessage], None]) -> None:
@@ -42,7 +43,7 @@ class MessageParser:
             path: where the workload will write its messages.
             deliver: gets each message that says `opened`, and each line of the log, at once.
         """
-        self.path, self._deliver = path, deliver
+        self.path, self.deliver = path, deliver
         self._rest = b""
         self._begin()
 
@@ -103,7 +104,7 @@ class MessageParser:
                 self.opened = True
                 self.open += 1
             with suppress(Exception):  # a line of the log that Dagster cannot store decides nothing
-                self._deliver(message)
+                self.deliver(message)
 
     def _close(self, exception: Mapping[str, Any] | None) -> None:
         self.open -= 1

@@ -49,18 +49,12 @@ class Messages(MessageParser, dg.PipesMessageReader):
 
     def __init__(self, path: str) -> None:
         """`path`: where the workload will write its messages."""
-        super().__init__(path, self.deliver)
-        self._handler: dg.PipesMessageHandler | None = None
+        super().__init__(path, _refuse)
 
     @contextmanager
     def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[dict[str, Any]]:  # noqa: D102 - Dagster's
-        self._handler = handler
+        self.deliver = handler.handle_message
         yield {"path": self.path, "include_stdio_in_messages": False}
-
-    def deliver(self, message: PipesMessage) -> None:
-        """Hand a message to Dagster."""
-        assert self._handler is not None, "the Pipes session is not open"
-        self._handler.handle_message(message)
 
     def finish(self, context: StepContext) -> None:
         """Hand the results to Dagster, after the last byte."""
@@ -79,6 +73,11 @@ class Messages(MessageParser, dg.PipesMessageReader):
 
     def no_messages_debug_text(self) -> str:  # noqa: D102 - Dagster's
         return f"The workload was to write its messages to {self.path}."
+
+
+def _refuse(_: PipesMessage) -> None:
+    """Take the place of Dagster's handler until it opens the session."""
+    raise RuntimeError("the Pipes session is not open")
 
 
 class Lines(ABC):

@@ -3,6 +3,7 @@
 import heapq
 import os
 import time
+from functools import partial
 
 from .disk import RequestError, kind_of
 from .job_record import events_of
@@ -97,7 +98,7 @@ class ArrayFollower:
         return {}
 
     def say_of(self, index):
-        return lambda payload=b"", **fields: self.say(payload, task=index, **fields)
+        return partial(self.say, task=index)
 
     # Read
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 from .array_jobs import run_array
 from .claims import claim, clean, hold
@@ -83,11 +84,7 @@ class Agent:
             self.inbox += more
 
     def handle(self, ask):
-        ident = ask.get("id")
-
-        def say(payload=b"", **fields):
-            self.say(ident, payload, **fields)
-
+        say = partial(self.say, ask.get("id"))
         try:
             answer = VERBS[ask["do"]](self, with_paths(self.profile, ask), say)
         except RequestError as error:
@@ -101,7 +98,7 @@ class Agent:
         if ask.get("do") in FINISHED:
             with self.counting:
                 self.busy -= 1
-        self.say(ident, **answer)
+        say(**answer)
 
     @contextmanager
     def finishing(self):
