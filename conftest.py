@@ -8,7 +8,7 @@ from collections.abc import Generator
 import pytest
 
 from dagster_sbatch import project
-from dagster_sbatch.settings import load_settings
+from dagster_sbatch.setting_files import load_settings
 from slurm_in_a_box import SimulatedSite
 
 PREFIXES = ("DAGSTER_", "SLURM_", "SBATCH_", "ASC_", "RAY_")

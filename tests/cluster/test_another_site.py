@@ -28,7 +28,7 @@ from dagster_sbatch.auth import check_health
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.inspect.diagnosis import examine
 from dagster_sbatch.launchers import ScriptLauncher
-from dagster_sbatch.settings import load_settings
+from dagster_sbatch.setting_files import load_settings
 from dagster_sbatch.slurm import SlurmRequest
 
 @dg.asset

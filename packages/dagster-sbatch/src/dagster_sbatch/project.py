@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dagster_sbatch.setting_files import load_settings
 from dagster_sbatch.setting_paths import expand_here
-from dagster_sbatch.settings import Settings, load_settings
+from dagster_sbatch.settings import Settings
 from dagster_sbatch.sites import SITES
 from dagster_sbatch.slurm.site import Site, load_site
 
@@ -44,7 +45,7 @@ class Project:
         return next(iter(self.site_overrides)) if len(self.site_overrides) == 1 else None
 
     def load_settings(self, *, supercomputer: bool = False) -> Settings:
-        """Read the settings of this project; see `dagster_sbatch.settings.load_settings`."""
+        """Read the settings of this project; see `dagster_sbatch.setting_files.load_settings`."""
         return load_settings(SITES.keys() | self.site_overrides.keys(), self.root, supercomputer)
 
     def load_site(self, name: str | None) -> Site:

@@ -21,7 +21,7 @@ LOCATION = """\
 import dagster as dg
 from resources import PROJECT
 from dagster_sbatch.auth import ensure_certificate
-from dagster_sbatch.settings import load_settings
+from dagster_sbatch.setting_files import load_settings
 from dagster_sbatch.ssh import connect
 
 @dg.asset

@@ -16,7 +16,7 @@ from dagster_sbatch.auth import (
 from dagster_sbatch.auth.credentials_file import CredentialsFile
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.auth.key_files import certificate_path, public_path
-from dagster_sbatch.settings import load_settings
+from dagster_sbatch.setting_files import load_settings
 from dagster_sbatch.ssh import connect
 from resources import PROJECT
 from slurm_in_a_box import SimulatedSite
@@ -160,7 +160,7 @@ ENSURE = """\
 import sys
 from resources import PROJECT
 from dagster_sbatch.auth import ensure_certificate
-from dagster_sbatch.settings import load_settings
+from dagster_sbatch.setting_files import load_settings
 settings = PROJECT.load_settings()
 sys.stdin.readline()
 print(ensure_certificate(settings).valid_before)

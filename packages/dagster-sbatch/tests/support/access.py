@@ -109,7 +109,7 @@ KILLED_AT_STEP = """\
 import os, pathlib, signal, sys
 from resources import PROJECT
 from dagster_sbatch.auth import http, refresh
-from dagster_sbatch.settings import load_settings
+from dagster_sbatch.setting_files import load_settings
 
 left = int(sys.argv[1])
 

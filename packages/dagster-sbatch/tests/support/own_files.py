@@ -10,7 +10,7 @@ from support import ROOT
 _PROGRAM = """\
 import pathlib, runpy, sys
 from dagster_sbatch import project
-from dagster_sbatch.settings import load_settings
+from dagster_sbatch.setting_files import load_settings
 folder, *sys.argv = sys.argv[1:]
 project.load_settings = lambda sites, _, supercomputer=False: load_settings(sites, pathlib.Path(folder), supercomputer)
 sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))

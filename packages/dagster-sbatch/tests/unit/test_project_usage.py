@@ -9,7 +9,8 @@ import pytest
 
 from dagster_sbatch.costs.budget import Budget, budgets_of
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.settings import Settings, load_settings
+from dagster_sbatch.setting_files import load_settings
+from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Usage
 from dagster_sbatch.slurm.gateway.agent import usage as agent
 from support.agent_fixtures import put

@@ -7,7 +7,8 @@ from dotenv import dotenv_values
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
-from dagster_sbatch.settings import Settings, load_settings
+from dagster_sbatch.setting_files import load_settings
+from dagster_sbatch.settings import Settings
 from resources import PROJECT
 from support import ROOT
 

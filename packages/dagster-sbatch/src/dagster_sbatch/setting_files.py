@@ -1,0 +1,152 @@
+"""Where settings come from, and whether they are complete.
+
+The first of these that has a value that is not blank wins:
+
+1. the process environment
+2. `.env` at the root of the repository
+3. one file of `envs/`: `.env.development`, or for the `*_supercomputer` deployments `.env.<site>`
+"""
+
+import os
+import stat
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from dotenv import dotenv_values
+from pydantic import SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+from dagster_sbatch.errors import ConfigurationError, Place, describe_at, nearest
+from dagster_sbatch.setting_paths import BRACES, check_remote_path, expand_here
+from dagster_sbatch.settings import DEPLOYMENTS, Settings
+
+_OWN_PREFIXES = ("SLURM_", "ASC_", "DAGSTER_DEPLOYMENT")
+"""An unknown variable of a dotenv file with one of these prefixes is an error."""
+_REMOTE_PATHS = ("deployment_base_path", "data_root", "python")
+NEEDED_FOR_SSH = ("edge_node_user", "edge_node_key_path")
+REQUIRED_ON_SUPERCOMPUTER = ("supercomputer_site", "edge_node_host", *NEEDED_FOR_SSH, "deployment_base_path")
+
+
+def load_settings(sites: Collection[str], root: Path, supercomputer: bool = False) -> Settings:
+    """Read the settings from their layers (see the top of this module).
+
+    Args:
+        sites: the names of the known sites.
+        root: the folder with `.env` and `envs/`.
+        supercomputer: read the settings of a supercomputer, also if the deployment is `development` or not set: for
+            commands and sensors that connect to it.
+
+    Raises:
+        ConfigurationError: everything that is missing or wrong, at once, with names and examples; a dotenv file with a
+            secret that others can read; no file or several files for a supercomputer that is not named.
+    """
+    known = {**_values(root / ".env"), **_not_blank(os.environ)}
+    file = _choose_file(root / "envs", known, sites, supercomputer)
+    files = (file, root / ".env")  # the later one wins, and the process environment over both
+    problems = [problem for path in files for problem in _problems(path)]
+    try:
+        settings = Settings(_env_file=files)
+    except ValidationError as error:
+        wrong = describe_at(error, lambda place: str(place[0]), advice=_advice)
+        raise ConfigurationError("\n".join([*problems, wrong])) from None
+    site = settings.supercomputer_site
+    if site and site not in sites:
+        problems.append(f"SLURM_SUPERCOMPUTER_SITE={site!r} is not a known site{nearest(site, sites)}")
+    problems.extend(_data_root_problems(settings))
+    problems.extend(_budget_problems(settings))
+    if settings.on_supercomputer or supercomputer:
+        problems.extend(_missing(settings, file))
+    if problems:
+        raise ConfigurationError("\n".join(problems))
+    return settings
+
+
+def _alias(field: FieldInfo) -> str:
+    return str(field.validation_alias)
+
+
+def _choose_file(folder: Path, values: Mapping[str, str], sites: Collection[str], supercomputer: bool) -> Path:
+    """Return the one file of envs/ to read, from the deployment and the site, as far as the other layers name them."""
+    deployment, site = values.get("DAGSTER_DEPLOYMENT"), values.get("SLURM_SUPERCOMPUTER_SITE")
+    if deployment and deployment not in DEPLOYMENTS:
+        raise ConfigurationError(f"DAGSTER_DEPLOYMENT={deployment!r} is unknown; valid are {', '.join(DEPLOYMENTS)}")
+    if not supercomputer and (deployment == "development" or not (deployment or site)):
+        return folder / ".env.development"
+    if site:
+        return folder / f".env.{site}"
+    there = [folder / f".env.{name}" for name in sorted(sites) if (folder / f".env.{name}").is_file()]
+    if len(there) == 1:
+        return there[0]
+    choices = ", ".join(sorted(sites))
+    found = (
+        f"there are several: {', '.join(path.name for path in there)}" if there else f"{folder} has no .env.<site> file"
+    )
+    raise ConfigurationError(
+        f"{f'DAGSTER_DEPLOYMENT={deployment}' if deployment else 'This'} needs SLURM_SUPERCOMPUTER_SITE ({choices}), "
+        f"or exactly one file envs/.env.<site>; {found}. Copy the example and fill it in:\n"
+        "  cp envs/.env.musica.example envs/.env.musica"
+    )
+
+
+def _not_blank(values: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in values.items() if value}
+
+
+def _values(path: Path) -> dict[str, str]:
+    return _not_blank(dotenv_values(path)) if path.is_file() else {}
+
+
+def _problems(path: Path) -> list[str]:
+    """Return the problems of a dotenv file: unknown variables, secrets that others can read, variables in braces."""
+    values = _values(path)
+    fields = {_alias(field): field for field in Settings.model_fields.values()}
+    unknown = [name for name in values if name not in fields and name.startswith(_OWN_PREFIXES)]
+    problems = [f"{path}: unknown variable {name}{nearest(name, fields)}" for name in unknown]
+    secrets = [name for name in values if name in fields and fields[name].annotation == (SecretStr | None)]
+    if secrets and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        problems.append(f"{path} holds {', '.join(secrets)} and others can read it: chmod 600 '{path}'")
+    raw = dotenv_values(path, interpolate=False) if path.is_file() else {}
+    for name in (_alias(Settings.model_fields[field]) for field in _REMOTE_PATHS):
+        if found := BRACES.search(raw.get(name) or ""):
+            problems.append(
+                f"{path}: {name}: {found[0]} would be replaced by this machine's variable. Write ${found[1]}"
+            )
+    return problems
+
+
+def _data_root_problems(settings: Settings) -> list[str]:
+    """Return the problem of DATA_ROOT, which is a path on this machine in `development`."""
+    if settings.data_root is None:
+        return []
+    try:
+        (check_remote_path if settings.on_supercomputer else expand_here)(settings.data_root)
+    except ValueError as error:
+        return [f"DATA_ROOT: {error}"]
+    return []
+
+
+def _budget_problems(settings: Settings) -> list[str]:
+    """Return the problem of a budget that is set by half."""
+    names = ("budget_gpu_hours", "budget_start")
+    missing = [name for name in names if getattr(settings, name) is None]
+    if len(missing) != 1:
+        return []
+    field = Settings.model_fields[missing[0]]
+    return [f"{_alias(field)} is not set: a budget has an amount and a first day. {_advice((_alias(field),))}"]
+
+
+def _missing(settings: Settings, file: Path) -> list[str]:
+    required = [name for name in REQUIRED_ON_SUPERCOMPUTER if not (settings.on_login_node and name in NEEDED_FOR_SSH)]
+    lacking = [Settings.model_fields[name] for name in required if getattr(settings, name) is None]
+    examples = [f"  {_alias(field)}={(field.examples or [''])[0]}   # {field.description}" for field in lacking]
+    head = (
+        "A deployment on a supercomputer needs more variables. They are not set, neither in the environment nor in "
+        f"{file}. For example:"
+    )
+    return [head, *examples] if lacking else []
+
+
+def _advice(place: Place) -> str:
+    """Return what a variable is for, with an example."""
+    field = next(field for field in Settings.model_fields.values() if _alias(field) == place[0])
+    return f"{field.description} Example: {(field.examples or [''])[0]}"
