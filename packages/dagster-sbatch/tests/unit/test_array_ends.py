@@ -247,16 +247,17 @@ def site(slurm: Path, tmp_path: Path) -> Site:
 
 
 def test_a_task_that_was_killed_has_no_exit_code(site: Site, prepare: Prepare, follow: Follow) -> None:
-    """Its record may only be late: Slurm is asked twice before its end counts."""
+    """Its record may only be late, and appear while Slurm is asked: it is asked twice before an end counts."""
     seen = follow(site, prepare(HURRIED))
     for index in range(3):
         site.start(index)
+    now, late = int(time.time()), site.run / "late"
+    late.write_text(json.dumps({"code": 0, "time": now, "sizes": {"messages.jsonl": 0, "stdout": 5, "stderr": 0}}) + "\n")
+    task = site.run / "tasks" / "1"
+    appear = f"[ -e {late} ] && echo late >>{task}.stdout && cat {late} >>{task}/events && rm {late}"
+    answer = lines(record("0-1", "COMPLETED", str(now)), record("2", "FAILED", str(now)))
+    put(site.slurm, "scontrol", f"{appear}; {answer}")
     site.end(0)
-    now = str(int(time.time()))
-    site.say(record("0-1", "COMPLETED", now), record("2", "FAILED", now))
-    site.wait_until_asked()
-    site.write(1, "stdout", "late\n")
-    site.end(1)
     wait_for_ends(seen, 3)
     assert seen.outcomes == {0: ("COMPLETED", 0), 1: ("COMPLETED", 0), 2: ("FAILED", None)}
     assert seen.text(1) == "late\n"
@@ -330,11 +331,11 @@ def test_slurm_that_is_down_ends_no_task(site: Site, prepare: Prepare, follow: F
 
 def test_slurm_that_forgets_leaves_the_tasks_own_records(site: Site, prepare: Prepare, follow: Follow) -> None:
     """MinJobAge is short, there is no accounting, and one task was cancelled while it waited."""
-    put(site.slurm, "scontrol", INVALID)
     seen = follow(site, prepare(HURRIED))
     for index in range(2):
         site.start(index)
         site.end(index, 3 * index)
+    put(site.slurm, "scontrol", INVALID)
     wait_for_ends(seen, 3)
     assert seen.outcomes == {0: ("", 0), 1: ("", 3), 2: ("", None)}
 
@@ -376,20 +377,20 @@ def test_only_running_tasks_are_read_and_not_too_often(
 ) -> None:
     """Of 300 tasks 50 are over, 200 run and are quiet, 50 wait."""
     site, counted = Site(slurm, tmp_path, 300), tmp_path / "counted"
-    put(
-        slurm,
-        "scontrol",
-        lines(record("0-49", "COMPLETED"), record("50-249", "RUNNING", "Unknown"), record("250-299", "PENDING")),
-    )
     seen = follow(site, prepare(HURRIED + COUNTING.format(counted=str(counted))))
     for index in range(250):
         site.start(index)
     for index in range(50):
         site.end(index)
+    put(
+        slurm,
+        "scontrol",
+        lines(record("0-49", "COMPLETED"), record("50-249", "RUNNING", "Unknown"), record("250-299", "PENDING")),
+    )
     wait_for_ends(seen, 50)
     wait_until(lambda: len(seen.starts) == 250, "all have been read")
-    counted.write_text("")
     begun = time.monotonic()
+    counted.write_text("")
     wait_until(lambda: len(set(counted.read_text().split())) == 200, "each of those that run is read")
     read, seconds = list(map(int, counted.read_text().split())), time.monotonic() - begun
     assert set(read) == set(range(50, 250))

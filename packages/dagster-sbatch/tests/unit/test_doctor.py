@@ -134,8 +134,8 @@ def test_the_folders_that_the_login_profile_names_are_checked(tmp_path: Path) ->
     assert answers["folder"].text == str(tmp_path)
 
 
-@pytest.mark.usefixtures("short_patience")
-def test_a_port_that_is_not_ssh(tmp_path: Path) -> None:
+def test_a_port_that_is_not_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:

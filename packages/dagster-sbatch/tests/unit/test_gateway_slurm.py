@@ -200,36 +200,38 @@ def test_the_projects_of_a_user(
 
 QUICK = """\
 from dagster_sbatch.slurm.gateway.agent import follower, server, slurm_commands
-slurm_commands.SQUEUE_EVERY, follower.SQUEUE_EVERY, follower.LAG = 0.5, 0.5, 3
+slurm_commands.SQUEUE_EVERY, follower.SQUEUE_EVERY, follower.LAG = 0.5, 0.5, {lag}
 server.serve()
 """
 
 
-@pytest.mark.parametrize("meanwhile", ["its word appears", "it is put back in the queue", "nothing"])
-def test_slurms_word_alone_is_not_believed_at_once(meanwhile: str, say: Say, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("meanwhile", "lag"), [("its word appears", 600), ("it is put back in the queue", 1), ("nothing", 1)]
+)
+def test_slurms_word_alone_is_not_believed_at_once(meanwhile: str, lag: float, say: Say, tmp_path: Path) -> None:
     """Slurm says that the job is over, and its own record is not there: a file system may lag, a job be requeued."""
-    run, asked = tmp_path / "KEY", tmp_path / "asked"
+    run, asked, again = tmp_path / "KEY", tmp_path / "asked", tmp_path / "again"
     run.mkdir()
     for name in ("messages.jsonl", "stdout", "stderr", "events"):
         (run / name).touch()
     (run / "job").symlink_to("17")
-    say("scontrol", f"touch {asked}; echo '{ENDED}'")
-    agent = subprocess.Popen([sys.executable, "-c", QUICK], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    later = RUNNING if meanwhile == "it is put back in the queue" else ENDED
+    say("scontrol", f"if [ -e {asked} ]; then touch {again}; echo '{later}'; else touch {asked}; echo '{ENDED}'; fi")
+    command = [sys.executable, "-c", QUICK.format(lag=lag)]
+    agent = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert agent.stdin and agent.stdout
     offsets = dict.fromkeys(("messages.jsonl", "stdout", "stderr"), 0)
     follow = {"id": 1, "do": "follow", "run": str(run), "offsets": offsets, "fields": "JobID,State"}
     agent.stdin.write(json.dumps(follow).encode() + b"\n")
     agent.stdin.flush()
     wait_until(asked.exists, "Slurm is asked")
-    word = '{"code": 0, "time": 120, "sizes": {"stdout": 5, "stderr": 0, "messages.jsonl": 0}}\n'
     if meanwhile == "it is put back in the queue":
-        say("scontrol", f"touch {asked}; echo '{RUNNING}'")
-        asked.unlink()
-        wait_until(asked.exists, "Slurm is asked again")
-        say("scontrol", f"echo '{ENDED}'")
+        wait_until(again.exists, "Slurm is asked again")
+    word = '{"code": 0, "time": 120, "sizes": {"stdout": 5, "stderr": 0, "messages.jsonl": 0}}\n'
     if meanwhile != "nothing":
         (run / "stdout").write_text("late\n")
         (run / "events").write_text(word)
+    say("scontrol", f"echo '{ENDED}'")
     answers: list[dict[str, Any]] = []
     while not answers or "end" not in answers[-1]:
         answers.append(json.loads(agent.stdout.readline()))

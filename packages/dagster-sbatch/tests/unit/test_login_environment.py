@@ -31,7 +31,7 @@ OF_THE_AGENT = {
 @pytest.fixture
 def run(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run directory of an array job that is not laid out yet; sbatch is found by the agent's PATH alone."""
-    monkeypatch.setattr(paths, "PROFILE_PATIENCE", 5.0)
+    monkeypatch.setattr(paths, "PROFILE_PATIENCE", 60.0)
     put(slurm, "sbatch", 'env -0 >"$(dirname "$0")/variables"; echo 17')
     (tmp_path / "runs").mkdir(mode=0o700)
     return tmp_path / "runs" / "KEY-1"
@@ -78,24 +78,24 @@ def test_functions_of_the_profile_are_exported(run: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("profile", "kind", "text"),
+    ("profile", "patience", "kind", "text"),
     [
-        ("exit 3", "refused", "ended the shell. Try it there:\n  bash -lc true"),
-        ("exec sleep 60", "temporary", "did not end within 0 s. See there what it waits for:\n  bash -lc true"),
+        ("exit 3", 60.0, "refused", "ended the shell. Try it there:\n  bash -lc true"),
+        ("exec sleep 60", 0.5, "temporary", "did not end within 0 s. See there what it waits for:\n  bash -lc true"),
     ],
 )
 def test_a_profile_that_does_not_end_submits_nothing(
-    profile: str, kind: str, text: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    profile: str, patience: float, kind: str, text: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once the profile is corrected, the next request submits at once: there is no job to search for."""
     (tmp_path / ".bash_profile").write_text(profile)
-    monkeypatch.setattr(paths, "PROFILE_PATIENCE", 0.5)
+    monkeypatch.setattr(paths, "PROFILE_PATIENCE", patience)
     with pytest.raises(disk.RequestError) as failure:
         submit(run)
     assert failure.value.kind == kind
     assert text in str(failure.value)
     assert not (tmp_path / "bin" / "variables").exists()
     assert not (run / "tried").exists()
-    monkeypatch.setattr(paths, "PROFILE_PATIENCE", 5.0)
+    monkeypatch.setattr(paths, "PROFILE_PATIENCE", 60.0)
     (tmp_path / ".bash_profile").unlink()
     assert submit(run) == "17"

@@ -73,6 +73,14 @@ def unreachable(forge: Forge, port: int, host: str = "127.0.0.1") -> str:
     return str(caught.value)
 
 
+def limit_key_exchange(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Set the limit that begins with the connection; that for the greeting stays."""
+    start_client = module.Transport.start_client
+    monkeypatch.setattr(
+        module.Transport, "start_client", lambda transport, event=None, timeout=None: start_client(transport, event, seconds)
+    )
+
+
 def wait_for_end(connection: socket.socket) -> None:
     while connection.recv(4096):
         pass
@@ -84,9 +92,10 @@ def test_name_that_is_not_known(forge: Forge) -> None:
 
 
 def test_refused(forge: Forge) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
-    assert unreachable(forge, port).startswith(f"127.0.0.1 (port {port}) cannot be reached: it refuses connections")
+    with socket.socket() as claim:  # bound, and it does not listen
+        claim.bind(("127.0.0.1", 0))
+        port = claim.getsockname()[1]
+        assert unreachable(forge, port).startswith(f"127.0.0.1 (port {port}) cannot be reached: it refuses connections")
 
 
 def test_dropped_before_the_greeting_as_by_max_startups(forge: Forge) -> None:
@@ -110,13 +119,14 @@ def test_no_answer_to_tcp(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_no_greeting(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HANDSHAKE_SECONDS", 1.0)
+    limit_key_exchange(monkeypatch, 60)
     with server(wait_for_end) as port:
         assert "banner" in unreachable(forge, port)
 
 
 def test_silence_within_the_key_exchange(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paramiko itself would wait for ever: its own limit ends with the server's first packet."""
-    monkeypatch.setattr(module, "HANDSHAKE_SECONDS", 2.0)
+    limit_key_exchange(monkeypatch, 2.0)
 
     def greet_and_offer(connection: socket.socket) -> None:
         transport = paramiko.Transport(connection)
