@@ -294,7 +294,8 @@ def test_a_run_that_is_interrupted_leaves_nothing_and_keeps_what_is_complete(tmp
     (folder / f"ran-{pipes.partition_key}-{pipes.run_id}").touch()
     if pipes.partition_key > "2013-01-02" and not (folder / "fixed").exists():
         child = subprocess.Popen(["sleep", "600"])
-        (folder / f"pids-{pipes.partition_key}").write_text(f"{os.getpid()} {child.pid}")
+        (folder / pipes.partition_key).write_text(f"{os.getpid()} {child.pid}")
+        (folder / pipes.partition_key).rename(folder / f"pids-{pipes.partition_key}")
         time.sleep(600)
     pipes.report_asset_materialization()
     """

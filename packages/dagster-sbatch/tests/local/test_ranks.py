@@ -49,9 +49,10 @@ def test_each_rank_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.Monk
 
 FAILURES: dict[str, tuple[str, SrunLauncher, list[str]]] = {
     "raises, and others fail as a result": (
-        RENDEZVOUS.replace("    else:\n", "    elif rank == 2: raise ValueError('boom')\n    else:\n").replace(
-            "server.accept()", "(server.settimeout(1), server.accept())[1]"
-        ),
+        RANK
+        + "    if rank == 2: raise ValueError('boom')\n"
+        + "    while not pathlib.Path('rank-failure-0').exists(): time.sleep(0.02)\n"
+        + "    raise ConnectionError('rank 2 is gone')\n",
         SrunLauncher(),
         ["rank 2 on ", " ended with exit code 1: ValueError: boom", "Last lines of stderr of rank 2:\nTraceback"],
     ),
@@ -75,9 +76,9 @@ FAILURES: dict[str, tuple[str, SrunLauncher, list[str]]] = {
         ["the process that started rank 2 was killed by SIGKILL"],
     ),
     "hangs at the end": (
-        RANK + "    if rank in (1, 3): time.sleep(600)\n    pipes.report_asset_materialization()\n",
+        RANK + "    if rank != 2: time.sleep(600)\n    pipes.report_asset_materialization()\n",
         SrunLauncher(end_time_limit=1),
-        ["rank 1,3 still ran 1 s after another rank had ended", "raise SrunLauncher(end_time_limit=...)"],
+        ["rank 0,1,3 still ran 1 s after another rank had ended", "raise SrunLauncher(end_time_limit=...)"],
     ),
     "hangs at the end, and ignores that it is to end": (
         RANK + "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    if rank: time.sleep(600)\n",

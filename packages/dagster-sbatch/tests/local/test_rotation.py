@@ -1,7 +1,10 @@
 """Rotation of the stored secrets against authentik's stand-in: nothing lost, nothing left, whatever happens when."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -12,10 +15,12 @@ from dagster_sbatch.auth import (
     UnavailableError,
     check_health,
     clock,
+    http,
     refresh,
 )
 from dagster_sbatch.auth.authentik import Authentik
 from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Secret
+from dagster_sbatch.auth.http import Http, HttpAnswer
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance
 from support import access
@@ -25,6 +30,28 @@ from support.rotation import settings as settings
 from support.rotation import variables as variables
 
 pytestmark = pytest.mark.local
+
+
+@contextmanager
+def impatient(authentik: AuthentikServer, path: str, *, lasts: bool) -> Iterator[None]:
+    """Let a client wait for 0.2 s where its request is disturbed, and for as long as ever elsewhere."""
+    call, take, patience, disturbed = Http.call, authentik.disturbances.take, http.TRY_SECONDS, True
+
+    def take_and_note(method: str, place: str) -> Disturbance | None:
+        nonlocal disturbed
+        if (found := take(method, place)) and not lasts:
+            disturbed, http.TRY_SECONDS = False, patience
+        return found
+
+    def call_impatiently(client: Http, method: str, url: str, **options: Any) -> HttpAnswer:
+        http.TRY_SECONDS = 0.2 if disturbed and path in url else patience
+        return call(client, method, url, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http, "TRY_SECONDS", patience)
+        patch.setattr(authentik.disturbances, "take", take_and_note)
+        patch.setattr(Http, "call", call_impatiently)
+        yield
 
 
 def in_days(monkeypatch: pytest.MonkeyPatch, days: float) -> None:
@@ -210,11 +237,11 @@ def test_an_old_token_that_cannot_be_deleted_is_deleted_by_the_next_refresh(
 @pytest.mark.parametrize("path", ["/users/me/", "/core/tokens/", "/view_key/", "/application/o/token/"])
 @pytest.mark.parametrize("kind", ["error", "lost", "late"])
 def test_a_passing_disturbance_changes_nothing(
-    later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch, path: str, kind: str
+    later: Settings, authentik: AuthentikServer, control: AuthentikControl, path: str, kind: str
 ) -> None:
-    monkeypatch.setattr("dagster_sbatch.auth.http.TRY_SECONDS", 0.3)
     control.disturb(Disturbance(kind, seconds=0.6, path=path, times=1))  # type: ignore[arg-type]
-    assert refresh(later, rotation="now", certificate="no").rotated_with == "stored"
+    with impatient(authentik, path, lasts=False):
+        assert refresh(later, rotation="now", certificate="no").rotated_with == "stored"
     check_one_working_pair(later, control)
 
 
@@ -229,11 +256,10 @@ def test_a_passing_disturbance_changes_nothing(
     ],
 )
 def test_a_lasting_disturbance_keeps_a_working_pair(
-    later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch, path: str, kind: str, words: str
+    later: Settings, authentik: AuthentikServer, control: AuthentikControl, path: str, kind: str, words: str
 ) -> None:
-    monkeypatch.setattr("dagster_sbatch.auth.http.TRY_SECONDS", 0.2)
-    control.disturb(Disturbance(kind, seconds=0.4, path=path))  # type: ignore[arg-type]
-    with pytest.raises(UnavailableError, match=words):
+    control.disturb(Disturbance(kind, seconds=0.6, path=path))  # type: ignore[arg-type]
+    with impatient(authentik, path, lasts=True), pytest.raises(UnavailableError, match=words):
         refresh(later, rotation="now", certificate="no")
     health = check_health(later)
     assert health.failing["rotation"].count == 1

@@ -252,7 +252,9 @@ def test_a_task_that_was_killed_has_no_exit_code(site: Site, prepare: Prepare, f
     for index in range(3):
         site.start(index)
     now, late = int(time.time()), site.run / "late"
-    late.write_text(json.dumps({"code": 0, "time": now, "sizes": {"messages.jsonl": 0, "stdout": 5, "stderr": 0}}) + "\n")
+    late.write_text(
+        json.dumps({"code": 0, "time": now, "sizes": {"messages.jsonl": 0, "stdout": 5, "stderr": 0}}) + "\n"
+    )
     task = site.run / "tasks" / "1"
     appear = f"[ -e {late} ] && echo late >>{task}.stdout && cat {late} >>{task}/events && rm {late}"
     answer = lines(record("0-1", "COMPLETED", str(now)), record("2", "FAILED", str(now)))

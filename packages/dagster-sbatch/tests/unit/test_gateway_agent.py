@@ -34,6 +34,28 @@ from support import ENGINE, ROOT
 
 SERVE = "from dagster_sbatch.slurm.gateway.agent import server; server.SILENCE = {silence}; server.serve()"
 
+SLOWLY = """
+import os, sys, threading
+from types import SimpleNamespace
+from dagster_sbatch.slurm.gateway.agent import server
+now, looked, stdin = [0], threading.Event(), sys.stdin.buffer
+def sleep(_):
+    looked.set()
+    now[0] += os.path.exists({silent!r})
+    threading.Event().wait(0.01)
+def read1(_):
+    data = stdin.read1(2)
+    now[0] += 1
+    looked.clear()
+    looked.wait()
+    return data
+server.time = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+server.sys = SimpleNamespace(stdin=SimpleNamespace(buffer=SimpleNamespace(read1=read1)), version=sys.version)
+server.SILENCE = 3
+server.serve()
+"""
+"""By the agent's clock, two bytes of the client arrive per second; with the file `silent`, the time passes without."""
+
 
 @pytest.fixture
 def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -60,9 +82,9 @@ def open_gateway(no_slurm: Path) -> Iterator[Callable[[], Gateway]]:
         gateway.close()
 
 
-def start(silence: float = 60) -> "subprocess.Popen[bytes]":
+def start(program: str = SERVE.format(silence=60)) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
-        [sys.executable, "-u", "-c", SERVE.format(silence=silence)],
+        [sys.executable, "-u", "-c", program],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -101,17 +123,14 @@ def test_a_module_of_the_agent_means_the_same_without_comments(module: Path) -> 
     assert not re.search('^ *"""', short, re.MULTILINE)
 
 
-def test_a_client_that_is_silent_is_left_and_one_that_is_slow_is_not() -> None:
+def test_a_client_that_is_silent_is_left_and_one_that_is_slow_is_not(tmp_path: Path) -> None:
     """Of a slow client a long request comes in small pieces: each of them is a sign of life."""
-    with start(silence=3) as agent:
+    silent = tmp_path / "silent"
+    with start(SLOWLY.format(silent=str(silent))) as agent:
         assert answer(agent)["hello"]
-        assert agent.stdin
-        request = json.dumps({"id": 1, "do": "ping", "padding": "x" * 60}).encode() + b"\n"
-        for place in range(0, len(request), 2):
-            agent.stdin.write(request[place : place + 2])
-            agent.stdin.flush()
-            time.sleep(0.1)
+        ask(agent, do="ping", padding="x" * 60)
         assert answer(agent)["pong"]
+        silent.touch()
         assert agent.wait(60) == 0
 
 

@@ -78,18 +78,18 @@ def test_functions_of_the_profile_are_exported(run: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("profile", "patience", "kind", "text"),
+    ("profile", "kind", "text"),
     [
-        ("exit 3", 60.0, "refused", "ended the shell. Try it there:\n  bash -lc true"),
-        ("exec sleep 60", 0.5, "temporary", "did not end within 0 s. See there what it waits for:\n  bash -lc true"),
+        ("exit 3", "refused", "ended the shell. Try it there:\n  bash -lc true"),
+        ("exec sleep 60", "temporary", "did not end within 0 s. See there what it waits for:\n  bash -lc true"),
     ],
 )
 def test_a_profile_that_does_not_end_submits_nothing(
-    profile: str, patience: float, kind: str, text: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    profile: str, kind: str, text: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once the profile is corrected, the next request submits at once: there is no job to search for."""
     (tmp_path / ".bash_profile").write_text(profile)
-    monkeypatch.setattr(paths, "PROFILE_PATIENCE", patience)
+    monkeypatch.setattr(paths, "PROFILE_PATIENCE", 0.5 if kind == "temporary" else 60.0)
     with pytest.raises(disk.RequestError) as failure:
         submit(run)
     assert failure.value.kind == kind

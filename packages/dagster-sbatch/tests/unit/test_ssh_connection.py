@@ -77,7 +77,9 @@ def limit_key_exchange(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Set the limit that begins with the connection; that for the greeting stays."""
     start_client = module.Transport.start_client
     monkeypatch.setattr(
-        module.Transport, "start_client", lambda transport, event=None, timeout=None: start_client(transport, event, seconds)
+        module.Transport,
+        "start_client",
+        lambda transport, event=None, timeout=None: start_client(transport, event, seconds),
     )
 
 
