@@ -331,19 +331,25 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    """It comes while git works: here, for as long as it takes."""
+    tools, folder = tmp_path / "bin", tmp_path / "projects"
+    for each in (tools, folder):
+        each.mkdir()
+    (tools / "git").write_text(f'#!/bin/sh\ncase "$*" in *commit*) exec sleep 600;; esac\n{shutil.which("git")} "$@"\n')
+    (tools / "git").chmod(0o755)
     process = subprocess.Popen(
         [sys.executable, SCRIPT, f"./{NAME}"],
-        cwd=tmp_path,
-        env=plain_environment(),
+        cwd=folder,
+        env=plain_environment() | {"PATH": f"{tools}:{os.environ['PATH']}"},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     assert process.stderr
     assert any("building" in line for line in iter(process.stderr.readline, ""))
-    assert [path.name for path in tmp_path.iterdir()] == [f".{NAME}.{process.pid}"]
+    assert [path.name for path in folder.iterdir()] == [f".{NAME}.{process.pid}"]
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does; and a person who is in a hurry
     os.killpg(process.pid, signal.SIGINT)
     assert "Interrupted; nothing was made." in process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []

@@ -217,7 +217,7 @@ except (ConnectionResetError, BrokenPipeError):
 
 
 def test_a_server_ends_when_nobody_needs_it(runs: Runs) -> None:
-    """Its Dagster process is gone, and so is its last run."""
+    """Its Dagster process is gone, without a word about the server that it left, and so is its last run."""
     script = """
 import sys
 from pathlib import Path
@@ -225,8 +225,10 @@ from dagster_sbatch.run_launcher.fork_client import ForkServers
 with ForkServers(Path(sys.argv[1])).fork(sys.executable, "a-run", "{}") as forked:
     print(forked.process.pid)
 """
-    done = subprocess.run([sys.executable, "-c", script, str(runs.base)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", script, str(runs.base)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 0
+    assert done.stderr == ""
     wait_for(lambda: runs.servers() == [], 60, "the server has ended")
     assert "the process that has started it is gone" in runs.log
     assert list(runs.base.glob("*.socket")) == []

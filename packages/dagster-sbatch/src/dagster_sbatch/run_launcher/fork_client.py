@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,8 +23,6 @@ ATTEMPTS = 3
 UNFIT_SECONDS = 300.0
 """For which no server is started again after one that could not fork for a reason of its own."""
 SUFFIX = ".socket"
-_STARTED: "list[subprocess.Popen[bytes]]" = []
-"""Servers that this process has started; those that have ended are reaped at the next start."""
 
 
 class ForkServerUnavailableError(Exception):
@@ -174,10 +173,8 @@ class ForkServers:
             listener.listen(128)
             number = listener.fileno()
             command = [executable, fork_server.__file__, str(number), str(self._folder), name]
-            _STARTED[:] = [server for server in _STARTED if server.poll() is None]
-            _STARTED.append(
-                subprocess.Popen(command, pass_fds=[number], env=dict(os.environ), stdin=subprocess.DEVNULL)
-            )
+            server = subprocess.Popen(command, pass_fds=[number], env=dict(os.environ), stdin=subprocess.DEVNULL)
+        threading.Thread(target=server.wait, daemon=True).start()  # reaps the server, which may outlive this process
 
 
 def _path(folder: int, name: str) -> str:
