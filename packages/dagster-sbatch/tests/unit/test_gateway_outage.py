@@ -4,14 +4,14 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, StoppedError, choose_channel, link
+from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, StoppedError, choose_channel, frames, link
 from dagster_sbatch.slurm.gateway import channel as channels
 from dagster_sbatch.slurm.gateway.agent.server import HELLO
 from dagster_sbatch.slurm.gateway.channel import Channel
@@ -85,6 +85,12 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def set_clock(monkeypatch: pytest.MonkeyPatch, clock: Callable[[], float]) -> None:
+    """Let the client have this clock."""
+    for module in (frames, link):
+        monkeypatch.setattr(module, "monotonic", clock)
+
+
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     server = 'sys.modules["agent.server"]'
@@ -92,10 +98,10 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "names['serve']()" in channels._START
     start = channels._START.replace("names['serve']()", patient)
     monkeypatch.setattr(channels, "_START", FAST.format(speed=SPEED, since=time.time()) + start)
-    monkeypatch.setattr(link, "monotonic", lambda: time.monotonic() * SPEED)
-    monkeypatch.setattr(link, "PING_SECONDS", link.PING_SECONDS * SPEED)
-    monkeypatch.setattr(link, "DEAD_SECONDS", link.DEAD_SECONDS * SPEED)
-    monkeypatch.setattr(link, "READ_SECONDS", link.READ_SECONDS / SPEED)
+    set_clock(monkeypatch, lambda: time.monotonic() * SPEED)
+    monkeypatch.setattr(frames, "PING_SECONDS", frames.PING_SECONDS * SPEED)
+    monkeypatch.setattr(frames, "DEAD_SECONDS", frames.DEAD_SECONDS * SPEED)
+    monkeypatch.setattr(frames, "READ_SECONDS", frames.READ_SECONDS / SPEED)
 
 
 @pytest.mark.usefixtures("fast")
@@ -165,7 +171,7 @@ class Cut:
 @pytest.mark.parametrize("way", ["nobody is let in", "each connection is cut"])
 def test_a_login_node_that_fails_is_not_hammered(way: str, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, logins = Clock(), Logins()
-    monkeypatch.setattr(link, "monotonic", lambda: clock.now)
+    set_clock(monkeypatch, lambda: clock.now)
     run = slurm / "runs" / "sweep-1"
     run.mkdir(parents=True, mode=0o700)
     (run / "stdout").write_bytes(b"x" * (1 << 24))
@@ -254,7 +260,7 @@ def ask_slow_agent(kind: str, error: type[Exception], monkeypatch: pytest.Monkey
     """Return the pauses between the tries of a request that ends with an error."""
     clock = Clock()
     agent = SlowAgent(clock, kind)
-    monkeypatch.setattr(link, "monotonic", lambda: clock.now)
+    set_clock(monkeypatch, lambda: clock.now)
     monkeypatch.setattr("random.uniform", lambda _, most: most)
     with pytest.raises(error):
         link.Link(agent, clock).ask(do="environment")
@@ -270,7 +276,7 @@ def test_slow_temporary_answers_are_repeated_with_growing_pauses(monkeypatch: py
     pauses = ask_slow_agent("temporary", StoppedError, monkeypatch)
     expected = [min(link.FIRST_PAUSE * 2**number, link.LONGEST_PAUSE) for number in range(len(pauses))]
     assert len(pauses) == 12
-    assert pauses == pytest.approx(expected, abs=2 * link.READ_SECONDS)
+    assert pauses == pytest.approx(expected, abs=2 * frames.READ_SECONDS)
 
 
 def test_the_loss_of_a_connection_that_has_lasted_is_followed_by_a_short_pause(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,19 +5,19 @@ three kinds: `refused` is permanent; `temporary` is repeated over the same conne
 error of the agent itself, is repeated a few times only.
 """
 
-import json
 import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from time import monotonic
 from typing import Any, TypeVar
 
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.slurm.gateway.agent.server import HELLO
 from dagster_sbatch.slurm.gateway.answers import LostClaimError, RefusedError, StoppedError
-from dagster_sbatch.slurm.gateway.channel import NO_PYTHON, Channel, OpenChannel
+from dagster_sbatch.slurm.gateway.channel import OpenChannel
+from dagster_sbatch.slurm.gateway.frames import Frame, Frames, NoPythonError
 from dagster_sbatch.ssh import AuthenticationError, SshError, UnreachableError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 60.0
@@ -28,18 +28,11 @@ BROKEN_TRIES = 4
 """After so many broken answers to a request in a row it fails."""
 DENIED_PAUSE, DENIED_PATIENCE = 60.0, 86400.0
 """For a login node that has let this client in and now refuses it: somebody may fix that while the job runs."""
-PING_SECONDS = 15.0
-"""Between two pings: the agent leaves a client that is silent for 60 s."""
-DEAD_SECONDS = 45.0
-"""A connection over which nothing comes for so long is given up."""
-READ_SECONDS = 0.5
-"""The longest wait for bytes, before `stop` is checked again."""
 PYTHON_ADVICE = (
     "The agent needs Python 3.6 or newer. Name one in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES, "
     "or load one in its setup_commands."
 )
 T = TypeVar("T")
-_Frame = tuple[Mapping[str, Any], bytes]
 
 
 class AgainError(Exception):
@@ -69,19 +62,12 @@ class _FullError(_TemporaryError):
         super().__init__(f"you have as many jobs as Slurm allows you; this step waits until others have ended. {text}")
 
 
-class _NoPythonError(Exception):
-    """No interpreter starts on the login node; the text says what was tried."""
-
-
 _ERRORS = {"refused": RefusedError, "broken": _BrokenError, "full": _FullError}
 """By the kind that the agent names; any other is temporary."""
 
 
 class Link:
-    """Requests and their answers, over whatever connection there is at the moment; for one thread at a time.
-
-    A frame is a line of JSON, and raw bytes behind it where its `size` says so.
-    """
+    """Requests and their answers, over whatever connection there is at the moment; for one thread at a time."""
 
     def __init__(
         self,
@@ -112,20 +98,17 @@ class Link:
         self._had_agent = False
         self._opened: deque[float] = deque(maxlen=MOST_LOGINS)
         self._advanced, self._failed = False, 0
+        self._numbers = count(1)  # of requests
         # Of the connection that there is.
-        self._channel: Channel | None = None
-        self._buffer = bytearray()
-        self._ident = 0
+        self._frames: Frames | None = None
         self._hold = -1
-        self._greeted, self._banner = False, ""
         self._ahead: dict[int, Mapping[str, Any] | None] = {}
-        self._heard = self._pinged = 0.0
 
     def close(self) -> None:
         """End the connection."""
-        if self._channel:
-            self._channel.close()
-            self._channel = None
+        if self._frames:
+            self._frames.close()
+            self._frames = None
 
     def ask(self, on_progress: Callable[[str], None] = lambda _: None, /, **request: Any) -> Mapping[str, Any]:
         """Return the answer to a request.
@@ -151,13 +134,13 @@ class Link:
         Requests that the caller adds meanwhile are sent, too. `data` is sent behind the first request.
         """
         try:
-            channel, idents = self._connect(), list[int]()
+            frames, idents = self._connect(), list[int]()
             while True:
                 if self.stop.is_set():
                     raise StoppedError
                 for request in requests[len(idents) :]:
-                    idents.append(self._send(channel, b"" if idents else data, **request))
-                frame = self._receive(channel)
+                    idents.append(frames.send(b"" if idents else data, **request))
+                frame = self._receive(frames)
                 if frame is None or frame[0]["id"] not in idents:
                     continue
                 if "error" in frame[0]:
@@ -167,7 +150,7 @@ class Link:
                 yield idents.index(frame[0]["id"]), *frame
         except (OSError, EOFError, UnreachableError) as error:
             raise AgainError(str(error) or type(error).__name__) from error
-        except _NoPythonError as error:
+        except NoPythonError as error:
             kind = _BlockedError if self.committed else AgainError if self._had_agent else RefusedError
             raise kind(f"{error}\n{PYTHON_ADVICE}") from error
         except (AccessError, SshError, ConfigurationError) as error:
@@ -188,9 +171,9 @@ class Link:
 
     def notify(self, **request: Any) -> None:
         """Send a request whose answer nobody waits for; without a connection, nothing is sent."""
-        if self._channel:
+        if self._frames:
             try:
-                self._send(self._channel, **request)
+                self._frames.send(**request)
             except (OSError, EOFError):
                 self.close()
 
@@ -199,10 +182,10 @@ class Link:
 
         The agent works on it while other requests are made.
         """
-        if not self._channel:
+        if not self._frames:
             return None
         try:
-            ident = self._send(self._channel, **request)
+            ident = self._frames.send(**request)
         except (OSError, EOFError):
             self.close()
             return None
@@ -214,14 +197,14 @@ class Link:
 
         It is not repeated: if the connection was lost meanwhile, nobody knows the answer.
         """
-        until, channel = monotonic() + seconds, self._channel
-        while self._channel and self._channel is channel and ident in self._ahead and self._ahead[ident] is None:
+        until, frames = monotonic() + seconds, self._frames
+        while self._frames and self._frames is frames and ident in self._ahead and self._ahead[ident] is None:
             if self.stop.is_set():
                 raise StoppedError
             if monotonic() > until:
                 break
             try:
-                self._receive(self._channel)
+                self._receive(self._frames)
             except (OSError, EOFError, UnreachableError):
                 self.close()
         answer = self._ahead.pop(ident, None)
@@ -272,58 +255,34 @@ class Link:
         """Wait before the next try; an open connection is kept alive, and what comes over it is dropped."""
         until = monotonic() + seconds
         while True:
-            if self._channel:
+            if self._frames:
                 try:
-                    self._receive(self._channel)
+                    self._receive(self._frames)
                 except (OSError, EOFError, UnreachableError):
                     self.close()
             many = len(self._opened) == MOST_LOGINS and monotonic() - self._opened[0] < LOGINS_SECONDS
-            if many and not self._channel:
+            if many and not self._frames:
                 until = max(until, self._opened[-1] + LONGEST_PAUSE)
             left = until - monotonic()
-            if self.stop.wait(0 if self._channel else max(left, 0)):
+            if self.stop.wait(0 if self._frames else max(left, 0)):
                 raise StoppedError
             if left <= 0:
                 return
 
-    # Frames over the connection
+    # The connection
 
-    def _connect(self) -> Channel:
+    def _connect(self) -> Frames:
         """Return the connection; over a new one, the claim is renewed first."""
-        if self._channel is None:
+        if self._frames is None:
             self._opened.append(monotonic())
-            self._channel = self._open_channel()
-            self._buffer.clear()
+            self._frames = Frames(self._open_channel(), self._numbers)
             self._ahead.clear()
-            self._greeted, self._banner = False, ""
-            self._heard = self._pinged = monotonic()
-            self._hold = self._send(self._channel, do="hold", **self.claimed) if self.claimed else -1
-        return self._channel
+            self._hold = self._frames.send(do="hold", **self.claimed) if self.claimed else -1
+        return self._frames
 
-    def _send(self, channel: Channel, data: bytes = b"", **request: Any) -> int:
-        """Send a request, and bytes behind it; return its number."""
-        self._ident += 1
-        size = {"size": len(data)} if data else {}
-        begun = monotonic()
-        try:
-            channel.write(json.dumps({**request, **size, "id": self._ident}).encode() + b"\n" + data)
-        except OSError as error:
-            if self._greeted or isinstance(error, TimeoutError):
-                raise  # otherwise there is no agent: reading shows what came in its place
-        if monotonic() - begun > READ_SECONDS:  # the connection is slow, not dead: it has accepted bytes meanwhile
-            self._heard = monotonic()
-        return self._ident
-
-    def _receive(self, channel: Channel) -> _Frame | None:
-        """Return the next frame, if it comes whole within READ_SECONDS; send pings."""
-        now = monotonic()
-        if now - self._pinged > PING_SECONDS:
-            self._pinged = now
-            self._send(channel, do="ping")
-        frame = self._cut(channel)
-        if frame is None:
-            self._fill(channel, now)
-            frame = self._cut(channel)
+    def _receive(self, frames: Frames) -> Frame | None:
+        """Return the next frame, if it comes soon, and note what it says of the connection and the claim."""
+        frame = frames.receive()
         self._had_agent |= frame is not None
         self._let_in = monotonic()
         if frame and self.blocked:
@@ -334,44 +293,3 @@ class Link:
         if frame and frame[0]["id"] in self._ahead:
             self._ahead[frame[0]["id"]] = frame[0]
         return frame
-
-    def _fill(self, channel: Channel, now: float) -> None:
-        try:
-            data = channel.read(READ_SECONDS)
-        except TimeoutError:
-            if now - self._heard > DEAD_SECONDS:
-                raise OSError(f"nothing has come for {DEAD_SECONDS:.0f} s") from None
-            return
-        if not data:
-            raise EOFError("the connection was closed" if self._greeted else f"no agent: {self._no_agent(channel)}")
-        self._heard = now
-        self._buffer += data
-
-    def _no_agent(self, channel: Channel) -> str:
-        """Return why there is no agent: what came on stderr and stdout in place of its greeting."""
-        return "\n".join(filter(None, (channel.complaint(), self._banner))) or "the connection was closed"
-
-    def _cut(self, channel: Channel) -> _Frame | None:
-        """Take a whole frame off the buffer; what comes before the agent's greeting is a banner's or a profile's."""
-        while True:
-            end = self._buffer.find(b"\n")
-            if end < 0:
-                return None
-            line = bytes(self._buffer[:end])
-            if self._greeted:
-                break
-            del self._buffer[: end + 1]
-            self._banner = line.decode(errors="replace").strip() or self._banner
-            self._greeted = HELLO.encode() in line
-            if line.startswith(NO_PYTHON.encode()):
-                raise _NoPythonError(self._no_agent(channel))
-        try:
-            head = json.loads(line)
-        except ValueError as error:
-            raise OSError(f"something other than the agent writes to the connection: {line[:100]!r}") from error
-        size = head.get("size", 0)
-        if len(self._buffer) < end + 1 + size:
-            return None
-        data = bytes(self._buffer[end + 1 : end + 1 + size])
-        del self._buffer[: end + 1 + size]
-        return head, data
