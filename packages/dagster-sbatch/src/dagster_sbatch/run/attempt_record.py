@@ -9,14 +9,13 @@ from typing import Any
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm import SlurmRequest
+from dagster_sbatch.slurm.next_request import RETRIED_FIELDS
 from dagster_sbatch.slurm.request import COST_LIMITS
 
 ATTEMPTS = "attempts"
 """Key of a record, and name of the metadata."""
 CHANGED = "changed_request"
 """Key of a record."""
-_SHOWN = ("mem", "mem_per_cpu", "time_limit", "exclude")
-"""Fields of the request that change from attempt to attempt."""
 _OF_RUN = ("retries", *COST_LIMITS)
 """Fields that Slurm does not see: those of the run apply, whatever job it follows."""
 _COSTS = ("elapsed_seconds", "node_hours", "gpu_hours")
@@ -76,7 +75,7 @@ def rows_of(attempts: Sequence[AttemptRecord]) -> list[dict[str, Any]]:
         {
             "attempt": number,
             "job": each.job,
-            "request": ", ".join(f"{name}={each.request[name]}" for name in _SHOWN if name in each.request),
+            "request": ", ".join(f"{name}={each.request[name]}" for name in RETRIED_FIELDS if name in each.request),
             "end": each.end,
             **{name: each.costs[name] for name in _COSTS if name in each.costs},
         }

@@ -10,6 +10,8 @@ from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
 
+RETRIED_FIELDS = ("mem", "mem_per_cpu", "time_limit", "exclude")
+"""Fields of a request that may differ from attempt to attempt."""
 _MIB = 1024
 
 
