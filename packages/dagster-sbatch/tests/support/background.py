@@ -33,17 +33,29 @@ def wait_until_measured(seconds):
     own = f"SLURM_JOB_ID={os.environ['SLURM_JOB_ID']}\\0".encode()
 
     def is_sampler(process):
-        try:
-            return b"sampler.py" in (process / "cmdline").read_bytes() and own in (process / "environ").read_bytes()
-        except OSError:
-            return False
-    while not any(map(is_sampler, Path("/proc").glob("[0-9]*"))):
-        time.sleep(0.2)
+        return b"sampler.py" in (process / "cmdline").read_bytes() and own in (process / "environ").read_bytes()
+
+    def has_read_gpus(process):  # it has written, and sleeps
+        ours = b"nvidia-smi" in (process / "cmdline").read_bytes() and own in (process / "environ").read_bytes()
+        sleeps = ours and ") S " in (process / "stat").read_text()
+        return sleeps and "wchar: 0\\n" not in (process / "io").read_text()
+
+    def is_any(kind):
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if kind(process):
+                    return True
+            except OSError:  # of another user, or it has ended
+                pass
+    for kind in (is_sampler, *([has_read_gpus] if "CUDA_VISIBLE_DEVICES" in os.environ else [])):
+        while not is_any(kind):
+            time.sleep(0.2)
     until = time.time() + seconds
     while time.time() < until:
         pass
 """
-"""Beginning of a workload that waits, and then computes for some seconds, while the sampler of its job runs."""
+"""Beginning of a workload that waits until the sampler of its job runs and its GPUs, if it has any, were read, and
+then computes for some seconds."""
 
 
 def go_on(site: SimulatedSite) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from dagster_sbatch.slurm.job import sampler
 from dagster_sbatch.slurm.job_usage import describe_idle, plot
 from dagster_sbatch.slurm.outcome import judge
 from slurm_in_a_box import wait_until
+from support.programs import make
 
 JOB = "4711"
 
@@ -158,6 +160,38 @@ def test_a_line_of_a_node_that_was_lost_meanwhile_is_left_out(monkeypatch: pytes
     first.hear(b'["n2", 10.0, ')
     first.hear(b'["n3", 20.0, 1.0, null]\n["n3", 30.0, 2.0, null]\n["n2", 40')
     assert first.usage.memory == {"n3": 30.0}
+
+
+NVIDIA_SMI = """\
+#!/bin/sh
+touch begun
+until [ -e go-on ]; do sleep 0.05; done
+echo "0, GPU-0, 50, 7"
+touch printed
+exec sleep 600
+"""
+
+
+def test_what_was_measured_before_the_job_asks_is_counted(tmp_path: Path) -> None:
+    """The sampler sees both at once: a reading of the GPU, and the question at the end of the job."""
+    make(tmp_path, NVIDIA_SMI, "nvidia-smi")
+    command = [sys.executable, "-S", sampler.__file__, "job", "1", "1"]
+    variables = {"SLURM_JOB_ID": JOB, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        wait_until((tmp_path / "begun").exists, "nvidia-smi runs")
+        process.send_signal(signal.SIGSTOP)
+        (tmp_path / "go-on").touch()
+        wait_until((tmp_path / "printed").exists, "nvidia-smi has read the GPU")
+        process.stdin.write("\n")
+        process.stdin.flush()
+        process.send_signal(signal.SIGCONT)
+        found = json.loads(process.stdout.readline())
+        process.stdin.close()
+    assert (found["gpu_percent"], found["gpu_memory_mib"]) == (50, 7)
 
 
 def test_the_series_of_a_long_job_stays_short_and_keeps_the_most_memory() -> None:

@@ -340,7 +340,7 @@ class Sampler:
                 self.sample(now)
                 self.due = now + (self.pauses.pop(0) if self.pauses else SAMPLE_SECONDS)
             ready, _, _ = select.select(list(self.inputs), [], [], max(self.due - now, 0.0))
-            for descriptor in ready:
+            for descriptor in sorted(ready, reverse=True):  # before an answer, what has come is counted
                 data = os.read(descriptor, 65536)
                 if not data and descriptor == 0:
                     return
