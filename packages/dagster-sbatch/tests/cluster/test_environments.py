@@ -15,11 +15,13 @@ from support.environment_fixtures import (
     FOLDER,
     PROGRAM,
     Client,
+    go_on,
     materialize,
     metadata,
     names,
     nothing_is_unfinished,
     there,
+    waiting_at,
 )
 from support.environment_fixtures import client as client
 from support.environment_fixtures import fetched as fetched
@@ -131,9 +133,10 @@ def test_killed_while_it_publishes(site: SimulatedSite, wanted: EnvironmentSpec,
             for each in agents:
                 killed.append(each)
                 site.run_on_node(each.machine, f"kill -KILL {each.pid}", check=False)
+            go_on(site)
 
     killed: list[Any] = []
-    with Client(wanted, kill_once) as client:
+    with Client(wanted, kill_once, setup_commands=waiting_at(moment)) as client:
         made = client.ensure()
         assert killed
         assert sum(step.startswith(moment) for step in client.steps) > 1
@@ -150,10 +153,12 @@ def test_a_client_that_goes_away_leaves_nothing_running(site: SimulatedSite, wan
         if step.startswith("installing"):
             raise GoneError
 
-    with pytest.raises(GoneError), Client(wanted, go) as client:
+    setup = waiting_at("installing")
+    with pytest.raises(GoneError), Client(wanted, go, setup_commands=setup) as client:
         client.ensure()
     wait_until(lambda: not site.processes_on_login(), "no process on the login nodes")
-    with Client(wanted) as client:
+    go_on(site)
+    with Client(wanted, setup_commands=setup) as client:
         assert names(site) == []
         client.ensure()
     nothing_is_unfinished(site)
@@ -173,12 +178,15 @@ def test_a_full_disk_while_it_installs(site: SimulatedSite, wanted: EnvironmentS
     def fill(step: str) -> None:
         if step.startswith("installing"):
             fault.inject()
+            go_on(site)
 
-    with Client(wanted, fill) as client, pytest.raises(RefusedError, match="No space left"):
-        client.ensure()
+    setup = waiting_at("installing")
+    with Client(wanted, fill, setup_commands=setup) as client:
+        with pytest.raises(RefusedError, match="No space left"):
+            client.ensure()
     assert names(site) == []
     fault.repair()
-    with Client(wanted) as client:
+    with Client(wanted, setup_commands=setup) as client:
         client.ensure()
     nothing_is_unfinished(site)
 
