@@ -46,12 +46,20 @@ def test_two_nodes_with_four_gpus_each(site: SimulatedSite, tmp_path: Path, capf
     servers = subprocess.run(["pgrep", "-af", "ray.util.client.server"], capture_output=True, text=True, check=True)
     host, port = os.environ["RAY_ADDRESS"].split(":")[0], re.search(r"--port=(\\d+)", servers.stdout)[1]
     try:
-        grpc.insecure_channel(f"{host}:{port}").unary_unary("/ray.rpc.RayletDriver/ClusterInfo")(b"", timeout=30)
+        grpc.insecure_channel(f"{host}:{port}").unary_unary("/ray.rpc.RayletDriver/ClusterInfo")(b"", timeout=30, wait_for_ready=True)
         client_server = "open"
     except grpc.RpcError as error:
         client_server = error.code().name
     limit = ray.get(ray.remote(num_gpus=1)(lambda: resource.getrlimit(resource.RLIMIT_NOFILE)).remote())
-    tasks = [ray.remote(num_gpus=1)(lambda: (time.sleep(2), ray.get_gpu_ids())[1]).remote() for _ in range(8)]
+
+    def meet(number):
+        '''The GPU of a task that ends when all eight have one.'''
+        (home / f"task-{number}").touch()
+        while len(list(home.glob("task-*"))) < 8:
+            time.sleep(0.1)
+        return ray.get_gpu_ids()
+
+    tasks = [ray.remote(num_gpus=1)(meet).remote(number) for number in range(8)]
     pipes.report_asset_materialization(metadata={
         "hosts": hosts(), "gpus": total["GPU"], "cpus": total["CPU"],
         "memory": (total["memory"] + total["object_store_memory"]) / 2**30,

@@ -74,21 +74,22 @@ class DagsterDev:
 
     def start(self) -> None:
         """Start it and wait until every code location is loaded."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [*self._command, "--port", str(port)],
-                cwd=self.folder,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        wait_for(self._loaded, 300, f"dagster dev has loaded; see {self.log}")
+        with socket.socket() as claim:  # nobody else gets the port meanwhile; the webserver, too, binds it for reuse
+            claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            claim.bind(("127.0.0.1", 0))
+            port = claim.getsockname()[1]
+            self.url = f"http://127.0.0.1:{port}"
+            with self.log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [*self._command, "--port", str(port)],
+                    cwd=self.folder,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            wait_for(self._loaded, 300, f"dagster dev has loaded; see {self.log}")
         self.log_of_start = self.log.read_text()
 
     def _loaded(self) -> bool:

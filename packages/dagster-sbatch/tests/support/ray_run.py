@@ -47,7 +47,7 @@ CONNECT = (
         return sorted(found)
 
     def say_ready():
-        part = home / "part"
+        part = home / (pipes.extras["name"] + ".part")  # jobs that share the home do this at once
         part.write_text(os.environ["SLURM_JOB_ID"])
         part.rename(home / pipes.extras["name"])
 
