@@ -68,6 +68,7 @@ def test_two_at_once_then_killed_then_done_anew(site: SimulatedSite, tmp_path: P
     step.call()
     third = step.start(again=True)
     success, error, metadata = step.result(third)
+    site.wait_for_job(metadata["job_id"])
     assert (success, error) == (True, "")
     assert metadata["job_id"] != job
     assert metadata["run_directory"].endswith("-2")
@@ -218,17 +219,19 @@ def submit_by_hand(site: SimulatedSite, key: str) -> int:
 
 LAST_KILL = 8.0
 LINES = 70
-"""Ten a second: with the submission's two seconds that takes longer than until the last kill."""
 COUNTS = (
     PIPES
     + f"""
-    import time
+    import pathlib, time
     for number in range({LINES}):
         print(f"line {{number}}", flush=True)
+        time.sleep(0.1)
+    while not pathlib.Path("{CERTIFICATE_USER.home}", pipes.extras["go_on"]).exists():
         time.sleep(0.1)
     pipes.report_asset_materialization(metadata={{"rows": 7}})
     """
 )
+"""Prints ten lines a second, and ends when its step was killed."""
 
 
 @pytest.mark.parametrize("rounds", [20 if STRESS else 3])
@@ -238,10 +241,12 @@ def test_killed_at_random_moments(rounds: int, site: SimulatedSite, tmp_path: Pa
 
     def play(number: int) -> None:
         step = Step(tmp_path / f"step-{number}", variables, COUNTS)
+        step.call(extras={"go_on": f"go-on-{number}"})
         process = step.start(again=False)
         wait_until(lambda: step.begun(process), "it begins", 90)
         threading.Event().wait(random.uniform(0, LAST_KILL))
         kill(process)
+        (site.layout.home / CERTIFICATE_USER.name / f"go-on-{number}").touch()
         success, error, _ = step.result(step.start(again=True))
         if not success or step.output.splitlines() != [f"line {line}" for line in range(LINES)]:
             failures.append(f"{error}\n{step.log}\n{step.output}")

@@ -87,8 +87,8 @@ def test_an_authentik_that_is_down_keeps_what_works(site: SimulatedSite, variabl
 def test_an_authentik_that_is_slow_or_fails_once_is_borne(
     site: SimulatedSite, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("dagster_sbatch.auth.http.TRY_SECONDS", 0.5)
-    disturbance = Disturbance(kind, seconds=1, path="/application/o/token/", times=1)  # type: ignore[arg-type]
+    monkeypatch.setattr("dagster_sbatch.auth.http.TRY_SECONDS", 2.0)
+    disturbance = Disturbance(kind, seconds=3, path="/application/o/token/", times=1)  # type: ignore[arg-type]
     with site.faults.authentik_disturbed(disturbance):
         assert refresh(access.settings_of(variables)).issued_with == "stored"
 

@@ -181,9 +181,8 @@ def test_a_full_disk_while_it_installs(site: SimulatedSite, wanted: EnvironmentS
             go_on(site)
 
     setup = waiting_at("installing")
-    with Client(wanted, fill, setup_commands=setup) as client:
-        with pytest.raises(RefusedError, match="No space left"):
-            client.ensure()
+    with Client(wanted, fill, setup_commands=setup) as client, pytest.raises(RefusedError, match="No space left"):
+        client.ensure()
     assert names(site) == []
     fault.repair()
     with Client(wanted, setup_commands=setup) as client:

@@ -18,6 +18,11 @@ pytestmark = pytest.mark.cluster
 SITE = PROJECT.load_site("musica")
 PYTHONS = ("nosuchpython", "python3")
 BROKEN_PYTHON = "#!/bin/sh\\necho libpython is missing >&2\\nexit 127\\n"
+HELD_SBATCH = """#!/bin/sh
+touch ~/begun
+until [ -e ~/go-on ]; do sleep 0.1; done
+exec /usr/bin/sbatch "$@"
+"""
 LINES = 'i=0; while [ $i -lt 20000 ]; do echo "line $i äöü"; i=$((i+1)); done'
 
 
@@ -159,6 +164,9 @@ def test_a_submission_that_hangs_is_not_overtaken(settings: Settings, site: Simu
 
 def test_a_submission_that_is_stopped_cannot_submit_beside_a_new_one(settings: Settings, site: SimulatedSite) -> None:
     """Agent and sbatch are stopped before anything is submitted; a second client asks; then they are let go."""
+    home = site.layout.home / CERTIFICATE_USER.name
+    site.run_on_login(CERTIFICATE_USER, f"mkdir bin; echo '{HELD_SBATCH}' > bin/sbatch; chmod +x bin/sbatch")
+    site.run_on_login(CERTIFICATE_USER, "echo 'PATH=~/bin:$PATH' >> .bashrc")
     run, found = Run("echo once"), []
     first, second = (Gateway(choose_channel(settings, PYTHONS, ensure_certificate)) for _ in range(2))
 
@@ -166,24 +174,24 @@ def test_a_submission_that_is_stopped_cannot_submit_beside_a_new_one(settings: S
         with pytest.raises(StoppedError):
             first.submit(run.path, run.files)
 
-    with site.faults.sbatch("slow"):
-        thread = threading.Thread(target=give_up)
-        thread.start()
-        wait_until(lambda: any("--parsable" in each.command for each in site.processes_on_login()), "sbatch", 60, 0.02)
-        stopped = site.processes_on_login()
-        for each in stopped:
-            site.run_on_node(each.machine, f"kill -STOP {each.pid}", check=False)
-        first.stop.set()
-        thread.join(60)
-        first.close()
-        other = threading.Thread(target=lambda: found.append(second.submit(run.path, run.files)))
-        other.start()
-        other.join(3)
-        assert other.is_alive(), "it has not waited for the first"
-        assert not jobs_named(site, run)
-        for each in stopped:
-            site.run_on_node(each.machine, f"kill -CONT {each.pid}", check=False)
-        other.join(60)
+    thread = threading.Thread(target=give_up)
+    thread.start()
+    wait_until((home / "begun").exists, "sbatch")
+    stopped = site.processes_on_login()
+    for each in stopped:
+        site.run_on_node(each.machine, f"kill -STOP {each.pid}", check=False)
+    first.stop.set()
+    thread.join(60)
+    first.close()
+    other = threading.Thread(target=lambda: found.append(second.submit(run.path, run.files)))
+    other.start()
+    other.join(3)
+    assert other.is_alive(), "it has not waited for the first"
+    assert not jobs_named(site, run)
+    (home / "go-on").touch()
+    for each in stopped:
+        site.run_on_node(each.machine, f"kill -CONT {each.pid}", check=False)
+    other.join(60)
     assert [submitted.how for submitted in found] == ["recorded"]
     follow(second, run)
     assert run.stdout == b"once\n"

@@ -3,6 +3,7 @@
 import json
 import secrets
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,15 +90,18 @@ def followed_runs(site: SimulatedSite) -> Iterator[None]:
 def test_idle_agents_ask_rarely_and_take_little(site: SimulatedSite) -> None:
     with followed_runs(site):
         wait_until(lambda: queries(site) > 0, "the first look at the queue")
-        before, asked = agents(site), queries(site)
+        asked, begun = queries(site), time.monotonic()
+        before = agents(site)
         assert len(before) >= RUNS
         threading.Event().wait(SECONDS)
         after, calls = agents(site), queries(site) - asked
-    shares = [100 * (after[key].cpu - before[key].cpu) / SECONDS for key in before if key in after]
+        seconds = time.monotonic() - begun  # on a busy machine, to look takes a while, too
+    shares = [100 * (after[key].cpu - before[key].cpu) / seconds for key in before if key in after]
     peak = max(agent.memory for agent in after.values())
-    print(f"{len(shares)} agents, {calls} squeue calls in {SECONDS} s, CPU {max(shares):.2f} %, memory {peak:.1f} MB")
+    counted = f"{calls} squeue calls in {seconds:.0f} s"
+    print(f"{len(shares)} agents, {counted}, CPU {max(shares):.2f} %, memory {peak:.1f} MB")
     assert len(shares) == RUNS
-    assert calls <= 2 * (SECONDS / 15 + 1)  # two login nodes, each every 15 s
+    assert calls <= 2 * (seconds / 15 + 1)  # two login nodes, each every 15 s
     assert max(shares) < 1
     assert peak <= 20
     nobody_left(site)

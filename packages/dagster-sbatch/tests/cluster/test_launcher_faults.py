@@ -132,7 +132,7 @@ def test_jobs_that_fail_in_every_way_at_once(
     runs = {name: start(workloads / name, **requests.get(name, {"time_limit": "10"})) for name in PROGRAMS}
     waiting = [name for name, (text, _) in PROGRAMS.items() if BEGUN in text]
     begun = {name: site.layout.home / CERTIFICATE_USER.name / f"begun {name}" for name in waiting}
-    wait_until(lambda: all(path.exists() and path.read_text() for path in begun.values()), "all run", 90)
+    wait_until(lambda: all(path.exists() and path.read_text() for path in begun.values()), "all run", 180)
     jobs = {name: int(path.read_text()) for name, path in begun.items()}
     site.faults.drop_connections()
     site.faults.requeue_job(jobs["command-requeued"])

@@ -32,22 +32,24 @@ from support.workload_asset import PIPES, materialize
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 REQUEST = SlurmRequest(time_limit="00:30:00")
-LOGIN_SECONDS = 3.0
+LOGIN_SECONDS = 30.0
 """After which a connection is dropped that has not come to its login."""
 
 
 @contextmanager
 def drops(site: SimulatedSite, times: int) -> Iterator[threading.Event]:
     """All connections are dropped so often, each time a moment after a login; the event is set after the last time."""
-    over, done = threading.Event(), threading.Event()
+    over, done, first = threading.Event(), threading.Event(), logins(site)
 
     def disturb() -> None:
+        known = first
         for _ in range(times):
-            known, deadline = logins(site), time.monotonic() + LOGIN_SECONDS
+            deadline = time.monotonic() + LOGIN_SECONDS
             while logins(site) == known and time.monotonic() < deadline and not over.wait(0.05):
                 pass
             if over.wait(random.uniform(0, 0.5)):
                 return
+            known = logins(site)
             site.faults.drop_connections()
         done.set()
 
@@ -100,9 +102,10 @@ def test_dropped_before_during_and_after_the_submission_twenty_times(
     """A log of 200,000 lines, some blank, some of a megabyte, some no UTF-8: each once, in order."""
     before, lines = logins(site), 200_000
     monkeypatch.setattr(link, "MOST_LOGINS", 100)
+    monkeypatch.setattr(link, "LONGEST_PAUSE", 1.0)
     with site.faults.sbatch("slow"), drops(site, 20) as dropped:
         run = Background(lambda: materialize(write_log(lines), workloads, request=REQUEST))
-        assert dropped.wait(120)
+        assert dropped.wait(300)
         go_on(site)
         outcome = run.outcome(180)
     one_job_did_it(site, outcome)
@@ -125,7 +128,11 @@ def test_refused_for_a_while(site: SimulatedSite, workloads: Path) -> None:
 
 @pytest.mark.smoke
 def test_no_error_on_the_way_to_a_job_ends_the_step(
-    site: SimulatedSite, workloads: Path, client_home: Path, monkeypatch: pytest.MonkeyPatch
+    site: SimulatedSite,
+    workloads: Path,
+    client_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """A wrong ~/.ssh/config, then a login node that is not trusted; a check says so, and that it is over."""
     reported: list[tuple[bool, str]] = []
@@ -138,6 +145,13 @@ def test_no_error_on_the_way_to_a_job_ends_the_step(
     monkeypatch.setattr(remote_step, "report_reachable", note)
     run = Background(lambda: materialize(WAITS, workloads, request=REQUEST))
     job = only_job(site, "RUNNING")
+    shown: list[str] = []
+
+    def follows() -> bool:
+        shown.append(capfd.readouterr().out)
+        return "begun" in "".join(shown)
+
+    wait_until(follows, "the step follows it")
     config, known = client_home / ".ssh" / "config", client_home / ".ssh" / "known_hosts"
     trusted = known.read_text()
     config.write_text("Host *\n  Port none\n")
@@ -195,10 +209,9 @@ def test_dropped_in_the_middle_of_a_large_upload(site: SimulatedSite, workloads:
     pipes.report_asset_materialization(metadata={"hash": hashlib.sha256(content).hexdigest()})
     """
     )
-    with site.faults.login_slow(bandwidth=4_000_000):
+    with site.faults.login_slow(bandwidth=4_000_000), drops(site, 4) as dropped:
         run = Background(lambda: materialize(workload, workloads, request=REQUEST))
-        with drops(site, 4) as dropped:
-            assert dropped.wait(120)
+        assert dropped.wait(180)
     outcome = run.outcome()
     one_job_did_it(site, outcome)
     left = site.run_on_login(CERTIFICATE_USER, "ls -A dagster-slurm/runs").stdout.split()

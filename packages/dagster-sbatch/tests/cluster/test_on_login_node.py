@@ -71,10 +71,10 @@ def test_a_run_without_ssh(site: SimulatedSite) -> None:
     thread = threading.Thread(target=run)
     thread.start()
     wait_until(lambda: site.squeue("--noheader", "--states=RUNNING"), "the job runs", 120)
-    (agent,) = [each for each in site.processes_on_login() if "import sys, zlib" in each.command]
+    agent = next(each for each in site.processes_on_login() if "import sys, zlib" in each.command)
     assert "ASC_" not in site.run_on_node(agent.machine, f"cat /proc/{agent.pid}/environ").stdout
     site.run_on_login(CERTIFICATE_USER, "touch go-on")
-    thread.join(60)
+    thread.join(180)
     metadata = json.loads(said[0].splitlines()[-1])
     assert (metadata["rows"], metadata["account"]) == (7, SECOND_ACCOUNT)
     assert metadata["attach"] == f"srun --jobid={metadata['job_id']} --overlap --pty bash"

@@ -46,7 +46,8 @@ def test_two_nodes_with_four_gpus_each(site: SimulatedSite, tmp_path: Path, capf
     servers = subprocess.run(["pgrep", "-af", "ray.util.client.server"], capture_output=True, text=True, check=True)
     host, port = os.environ["RAY_ADDRESS"].split(":")[0], re.search(r"--port=(\\d+)", servers.stdout)[1]
     try:
-        grpc.insecure_channel(f"{host}:{port}").unary_unary("/ray.rpc.RayletDriver/ClusterInfo")(b"", timeout=30, wait_for_ready=True)
+        ask = grpc.insecure_channel(f"{host}:{port}").unary_unary("/ray.rpc.RayletDriver/ClusterInfo")
+        ask(b"", timeout=30, wait_for_ready=True)
         client_server = "open"
     except grpc.RpcError as error:
         client_server = error.code().name

@@ -274,7 +274,7 @@ def test_twelve_partitions_and_two_dagster_instances_at_once(site: SimulatedSite
     print(key)
     folder = pathlib.Path("{CERTIFICATE_USER.home}")
     (folder / f"runs-{{key}}").touch()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(list(folder.glob("runs-*"))) < 12:
         assert time.monotonic() < deadline, "the others never ran"
         time.sleep(0.1)
@@ -287,7 +287,7 @@ def test_twelve_partitions_and_two_dagster_instances_at_once(site: SimulatedSite
         folder.mkdir()
         return lambda: materialize(workload, folder, request=SHORT, partitions=keys, partition_key=key)
 
-    outcomes = {key: each.outcome(240) for key, each in [(key, Background(run(key))) for key in keys]}
+    outcomes = {key: each.outcome(300) for key, each in [(key, Background(run(key))) for key in keys]}
     jobs = set()
     for key, outcome in outcomes.items():
         assert outcome.error == ""

@@ -81,9 +81,12 @@ FAILURES: dict[str, tuple[str, SrunLauncher, list[str]]] = {
         ["rank 3 on n4002 ended with exit code 1: ValueError: boom", "Last lines of stderr of rank 3:\nTraceback"],
     ),
     "a rank hangs at the end": (
-        RANK + "    if rank == 2: time.sleep(600)\n    pipes.report_asset_materialization()\n",
-        SrunLauncher(end_time_limit=3),
-        ["rank 2 still ran 3 s after another rank had ended", "raise SrunLauncher(end_time_limit=...)"],
+        RANK
+        + "    pathlib.Path(f'begun-{rank}').touch()\n"
+        + "    while len([*pathlib.Path().glob('begun-*')]) < 4: time.sleep(0.1)\n"
+        + "    if rank == 2: time.sleep(600)\n    pipes.report_asset_materialization()\n",
+        SrunLauncher(end_time_limit=5),
+        ["rank 2 still ran 5 s after another rank had ended", "raise SrunLauncher(end_time_limit=...)"],
     ),
     MEMORY: (
         RANK + "    if rank == 1: b'x' * (2 << 30)\n    time.sleep(600)\n",
@@ -129,13 +132,13 @@ if day == "{HANGS}" and other: time.sleep(600)
 def test_tasks_of_an_array_with_two_ranks_each(site: SimulatedSite, tmp_path: Path) -> None:
     """They share a node: each has a port of its own, the error of its own rank, and ends by itself."""
     request = SlurmRequest(ntasks_per_node=2, nodelist=NODES[0], mem="500M", time_limit="5")
-    launcher = SrunLauncher(end_time_limit=3)
+    launcher = SrunLauncher(end_time_limit=5)
     asset = ArrayAsset(tmp_path, BY_DAY, JobArray(), launcher=launcher, request=request, extras={"name": "probe"})
     outcome = asset.run(FINE, FULL if MEMORY_CGROUPS else HANGS)
     assert list(outcome.once) == [FINE]
     assert outcome.once[FINE]["words"] == ["0 0 n4001 None probe 1", "1 1 n4001 None probe 1"]
     assert f"1 task ({RAISES}): rank 1 on n4001 ended with exit code 1: ValueError: boom" in outcome.error
-    assert f"1 task ({HANGS}): rank 1 still ran 3 s after another rank had ended" in outcome.error
+    assert f"1 task ({HANGS}): rank 1 still ran 5 s after another rank had ended" in outcome.error
     if MEMORY_CGROUPS:
         assert f"1 task ({FULL}): rank 1 on n4001 ran out of memory." in outcome.error
     nothing_is_left(site, NODES[0])

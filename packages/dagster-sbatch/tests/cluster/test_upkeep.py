@@ -180,6 +180,12 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
+def cancel_latest_run(dagster: Dagster) -> None:
+    run = dagster.instance.get_run_by_id(dagster.run_id)
+    assert run is not None
+    dagster.instance.report_run_canceled(run)
+
+
 @pytest.mark.smoke
 def test_a_job_whose_step_failed_is_kept_listed_and_attached_to(
     site: SimulatedSite, make_dagster: Callable[[str], Dagster], monkeypatch: pytest.MonkeyPatch
@@ -231,9 +237,8 @@ def test_a_job_whose_step_failed_is_kept_listed_and_attached_to(
     process = ours.start(SLEEPER, again=True)
     wait_until(lambda: attached in ours.log and f"job {number}: RUNNING" in ours.log, "it attaches again", 90)
     end(process)
-    run = ours.instance.get_run_by_id(ours.run_id)
-    assert run is not None
-    ours.instance.report_run_canceled(run)
+    wait_until(lambda: count_agents(site) == 1, "only the other Dagster's agent is there", 60)
+    cancel_latest_run(ours)
     said, cursor = ours.tick(cursor)
     assert said == f"job {number} of run {mine.about.run} (probe): CANCELLED, since its run was terminated"
     assert site.job_state(number) == "CANCELLED"
@@ -263,8 +268,8 @@ def test_a_job_whose_run_is_alive_or_comes_again_is_left_alone(
     assert "acts on it" in said
     assert ours.run_id in str(cursor)
     assert ours.tick(cursor)[0] == f"run {ours.run_id}: alive"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    end(process)
+    wait_until(lambda: count_agents(site) == 0, "its agent has left", 60)
     ours.end_dead_runs()
     # A retry is due: Dagster has promised it.
     ours.instance.add_run_tags(ours.run_id, {"dagster/will_retry": "true"})
@@ -282,9 +287,7 @@ def test_a_job_whose_run_is_alive_or_comes_again_is_left_alone(
         said, cursor = ours.tick(cursor)
     assert "(after 2 s)" in said
     monkeypatch.setattr(orphans, "TICK_SECONDS", 40.0)
-    run = ours.instance.get_run_by_id(ours.run_id)
-    assert run is not None
-    ours.instance.report_run_canceled(run)
+    cancel_latest_run(ours)
     assert "CANCELLED, since its run was terminated" in ours.tick(cursor)[0]
 
 
@@ -342,7 +345,8 @@ def test_slurm_is_asked_for_the_start_or_the_reason_of_a_refusal() -> None:
 
 
 def count_agents(site: SimulatedSite) -> int:
-    return sum("zlib.decompress" in each.command for each in site.processes_on_login())
+    commands = [each.command for each in site.processes_on_login()]
+    return sum(command.startswith("python3") and "zlib.decompress" in command for command in commands)
 
 
 def test_the_logs_of_a_running_job_are_followed_to_its_end(
