@@ -192,19 +192,18 @@ def test_files_of_dagster_slurm_are_kept_going(variables: dict[str, str], contro
     api = control.create_token(access.USER, "api", "dagster-slurm-api-20261101120000")
     app = control.create_token(access.USER, "app_password", "dagster-slurm-app-20261101120000")
     settings = access.settings_of(variables)
+    expires = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
     settings.credentials_file.touch(mode=0o600)
     settings.credentials_file.write_text(
         f'ASC_AUTHENTIK_API_TOKEN="{api}"\n'
         'ASC_AUTHENTIK_API_TOKEN_ID="dagster-slurm-api-20261101120000"\n'
-        'ASC_AUTHENTIK_API_TOKEN_EXPIRES_AT="2026-11-28T12:00:00Z"\n'
+        f'ASC_AUTHENTIK_API_TOKEN_EXPIRES_AT="{expires:%Y-%m-%dT%H:%M:%SZ}"\n'
         f'ASC_OIDC_APP_PASSWORD="{app}"\n'
         'ASC_OIDC_APP_PASSWORD_ID="dagster-slurm-app-20261101120000"\n'
-        'ASC_OIDC_APP_PASSWORD_EXPIRES_AT="2026-11-28T12:00:00Z"\n'
+        f'ASC_OIDC_APP_PASSWORD_EXPIRES_AT="{expires:%Y-%m-%dT%H:%M:%SZ}"\n'
         "export OF_THE_USER='a $value'  # and a word on it\n"
     )
-    assert stored(settings).app_password == Secret(
-        app, "dagster-slurm-app-20261101120000", datetime(2026, 11, 28, 12, tzinfo=UTC)
-    )
+    assert stored(settings).app_password == Secret(app, "dagster-slurm-app-20261101120000", expires)
     assert refresh(settings, rotation="now", certificate="no").rotated_with == "stored"
     check_one_working_pair(settings, control)
     assert "export OF_THE_USER='a $value'  # and a word on it\n" in settings.credentials_file.read_text()

@@ -72,6 +72,17 @@ def test_a_profile_that_has_changed_is_read_again(home: Home, open_gateway: Call
     assert claim.runs == f"{home.folder}/elsewhere/d/runs"
 
 
+def test_a_profile_that_changes_while_it_is_read_is_read_again(home: Home, open_gateway: Callable[[], Gateway]) -> None:
+    newer = home.folder / "newer"
+    newer.write_text(f"export DATA={home.folder}/elsewhere\n")
+    home.profile.write_text(f"mv {newer} {home.profile}\nexport DATA={home.folder}/data\n")
+    stamp = home.profile.stat()
+    os.utime(home.profile, ns=(stamp.st_atime_ns, stamp.st_mtime_ns - 10**9))
+    for folder in ("data", "elsewhere"):
+        claim = open_gateway().claim("$DATA/d/runs", folder, "token", "me")
+        assert claim.runs == f"{home.folder}/{folder}/d/runs"
+
+
 @pytest.mark.parametrize(
     ("profile", "text"),
     [

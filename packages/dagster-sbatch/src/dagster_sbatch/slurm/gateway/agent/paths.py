@@ -60,8 +60,9 @@ class Profile:
         with self.lock:
             self.values = self.values or recall()
             if not self.values.get(name, "").startswith("/"):
+                before = stamps()  # a profile that changes while it is read is read again
                 self.values = read_profile()
-                remember(self.values)
+                remember(self.values, before)
             return self.values[name]
 
 
@@ -72,11 +73,12 @@ def recall():
     return known["values"] if fresh else {}
 
 
-def remember(values):
+def remember(values, when):
+    """Remember the values that the login profile set when its files had last changed at those times."""
     path = os.path.expanduser(REMEMBERED) % os.uname()[1]
     try:
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        store(path, {"values": values, "stamps": stamps(), "at": time.time()})
+        store(path, {"values": values, "stamps": when, "at": time.time()})
     except OSError:  # the disk is full: the next agent reads the profile again
         pass
 
