@@ -64,3 +64,25 @@ def test_the_more_nodes_are_missing_the_longer_is_the_pause(
     assert pauses == expected
     assert pauses[0] == driver.LONGEST_POLL
     assert pauses[-1] == job_cluster.POLL_SECONDS
+
+
+def test_the_first_failure_appears_with_its_text_and_the_others_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Slurm may kill the program of a node that fails while it writes, since another node has failed as well."""
+    monkeypatch.setenv("RAY_JOB_STATE", str(tmp_path))
+    there: list[bool] = []
+
+    class Text(str):
+        __slots__ = ()
+
+        def __format__(self, _: str) -> str:
+            there.append((tmp_path / "failed").exists())
+            return str(self)
+
+    job_cluster.fail(Text("Ray on n1: broken\nits log"))
+    assert there == [False]
+    job_cluster.fail("Ray on n2: broken, too")
+    assert [path.name for path in tmp_path.iterdir()] == ["failed"]
+    assert (tmp_path / "failed").read_text() == "Ray on n1: broken\nits log\n"
+    assert capsys.readouterr().err == "Ray on n2: broken, too\n"

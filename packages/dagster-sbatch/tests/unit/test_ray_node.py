@@ -369,16 +369,6 @@ assert list(processes.reap()) == []
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
 
 
-def test_the_first_failure_counts_and_the_others_are_told(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RAY_JOB_STATE", str(tmp_path))
-    job_cluster.fail("Ray on n1: broken\nits log")
-    job_cluster.fail("Ray on n2: broken, too")
-    assert (tmp_path / "failed").read_text() == "Ray on n1: broken\nits log\n"
-    assert capsys.readouterr().err == "Ray on n2: broken, too\n"
-
-
 def test_a_daemon_that_went_its_own_way_is_ended_too(tmp_path: Path) -> None:
     program = f"""
 import ctypes, os, subprocess, sys, time

@@ -21,8 +21,12 @@ od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH"
 : >"$RAY_JOB_STATE/head.json"
 : >cause
 
-# Record why the cluster failed. The first failure counts.
-ray_failed() { (set -C && echo "$1" >"$RAY_JOB_STATE/failed") 2>/dev/null; }
+# Record why the cluster failed. The first failure counts. The file appears with its text: see job_cluster.py.
+ray_failed() {
+  local part=$RAY_JOB_STATE/failed-$HOSTNAME-$$
+  echo "$1" >"$part" && ln "$part" "$RAY_JOB_STATE/failed" 2>/dev/null
+  rm -f "$part"
+}
 export -f ray_failed
 
 # Start all nodes at the same time. A node ends with its standard input, which ends with this shell, however this ends.

@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,14 +59,18 @@ def read_published(name: str) -> dict[str, Any] | None:
 def fail(text: str) -> None:
     """Record why the cluster failed. The first failure counts; later ones go to stderr.
 
+    The file appears with its text: as soon as another node fails, too, Slurm may kill this program.
+
     Args:
         text: its first line becomes the cause of the run's failure.
     """
+    part = state() / f"failed-{socket.gethostname()}-{os.getpid()}"
+    part.write_text(f"{text}\n")
     try:
-        with (state() / "failed").open("x") as file:  # cluster.sh shows it
-            file.write(f"{text}\n")
+        os.link(part, state() / "failed")  # cluster.sh shows it
     except FileExistsError:
         print(text, file=sys.stderr)
+    part.unlink()
 
 
 def tail(text: str) -> str:
