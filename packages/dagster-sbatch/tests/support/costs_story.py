@@ -165,6 +165,8 @@ class CostsStory:
             page.goto("/assets/musica_budget?view=checks")
             expect(page.get_by_text("budget_lasts", exact=True).first).to_be_visible()
             expect(page.get_by_text("Failed", exact=True).first).to_be_visible()
+            page.set_viewport_size({"width": 1400, "height": 540})
+            take(page, "budget-check.png", self._pictures)
             run = self._server.launch("waits_for_money", location="probe")
             assert self._server.wait(run) == "FAILURE"
         finally:
