@@ -16,6 +16,8 @@ from support.ray_run import HANG, ON_THE_SECOND, RayRun, nothing_is_left, place,
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 BY_SLURM = "a node failed (Slurm: NODE_FAIL)"
+REGISTERED = 240
+"""Seconds. Slurm ends what a node that was cut off still runs when that registers again, a minute or two later."""
 BY_RAY = "Ray: lost the node {second}: "
 """Alone, or after Slurm's word if Slurm declares the node lost before the rest of the job has ended."""
 
@@ -36,7 +38,7 @@ def another_try_succeeds(site: SimulatedSite, run: RayRun, nodes: tuple[str, ...
     assert outcome.error == ""
     assert outcome.materializations[None][0]["hosts"] == list(nodes)
     first, _ = attempts_of(outcome.materializations[None][0])
-    nothing_is_left(site, *nodes)
+    nothing_is_left(site, *nodes, seconds=REGISTERED)
     return str(first["end"])
 
 

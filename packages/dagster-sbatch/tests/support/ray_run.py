@@ -152,9 +152,9 @@ def leftovers(site: SimulatedSite, *nodes: str) -> str:
     return "".join(site.run_on_node(node, look, check=False).stdout for node in nodes)
 
 
-def nothing_is_left(site: SimulatedSite, *nodes: str) -> None:
+def nothing_is_left(site: SimulatedSite, *nodes: str, seconds: float = 60) -> None:
     """Wait for the nodes to be as clean as before the job."""
     try:
-        wait_until(lambda: not leftovers(site, *nodes), "clean nodes")
+        wait_until(lambda: not leftovers(site, *nodes), "clean nodes", seconds)
     except Exception as error:
         raise AssertionError(f"left: {leftovers(site, *nodes)}") from error
