@@ -188,13 +188,11 @@ class Site:
     def write(self, index: int, name: str, text: str) -> None:
         """Append to a file of a task, which has started once its folder has all its files."""
         task = self.run / "tasks" / str(index)
-        started = self.run / "tasks" / f"{index}.started"
-        if not started.exists():
+        if not (self.run / "tasks" / f"{index}.started").exists():
             for each in ("messages.jsonl", "events", "cause"):
                 (task / each).touch()
-            (self.run / "tasks" / f"{index}.stdout").touch()
-            (self.run / "tasks" / f"{index}.stderr").touch()
-            started.touch()
+            for each in ("stdout", "stderr", "started"):
+                (self.run / "tasks" / f"{index}.{each}").touch()
         path = task / name if name in ("events", "messages.jsonl") else self.run / "tasks" / f"{index}.{name}"
         with path.open("a") as file:
             file.write(text)

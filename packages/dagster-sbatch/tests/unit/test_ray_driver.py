@@ -1,6 +1,8 @@
 """What the workload's program of a Ray job does until all nodes have joined."""
 
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -86,3 +88,15 @@ def test_the_first_failure_appears_with_its_text_and_the_others_are_told(
     assert [path.name for path in tmp_path.iterdir()] == ["failed"]
     assert (tmp_path / "failed").read_text() == "Ray on n1: broken\nits log\n"
     assert capsys.readouterr().err == "Ray on n2: broken, too\n"
+
+
+def test_a_failure_that_the_shell_records_appears_with_its_text_too(tmp_path: Path) -> None:
+    """The shell's `echo` looks whether the file is there before it has its text."""
+    script = (Path(job_cluster.__file__).parent / "cluster.sh").read_text()
+    (function,) = re.findall(r"^ray_failed\(\) .*?^}$", script, re.MULTILINE | re.DOTALL)
+    look = 'echo() { [ ! -e "$RAY_JOB_STATE/failed" ] || : >"$RAY_JOB_STATE/early"; builtin echo "$@"; }'
+    variables = {"RAY_JOB_STATE": str(tmp_path), "PATH": os.environ["PATH"]}
+    for text, there in (("no python", {"failed"}), ("nor here", {"failed", "early"})):
+        subprocess.run(["bash", "-c", f"{look}\n{function}\nray_failed '{text}'"], env=variables, check=True)
+        assert {path.name for path in tmp_path.iterdir()} == there
+    assert (tmp_path / "failed").read_text() == "no python\n"
