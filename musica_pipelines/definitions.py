@@ -14,7 +14,7 @@ defs = dg.Definitions(
     jobs=all_jobs,
     sensors=all_sensors,
     resources=build_resources(),
-    # One process a run: a process a step would take 5 s to start, and these assets mostly wait for each other.
-    # Runs are parallel to each other. For parallel assets within a run: dg.multiprocess_executor.
+    # One process per run: a process per step would take 5 s to start, and these assets mostly wait for each other.
+    # Several runs are parallel. For parallel assets within a run: dg.multiprocess_executor.
     executor=dg.in_process_executor,
 )

@@ -27,7 +27,7 @@ months = dg.MonthlyPartitionsDefinition(start_date="2013-01", end_date="2014-01"
     ],
 )
 def flights(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
-    """Every scheduled flight out of New York City, one parquet file a month (`flights/YYYY-MM.parquet`)."""
+    """Every scheduled flight out of New York City, one parquet file per month (`flights/YYYY-MM.parquet`)."""
     return compute.run(
         context,
         workload=WORKLOADS / "flights.py",
@@ -46,7 +46,7 @@ def flights(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.M
     kinds={"python", "pandas", "parquet"},
     check_specs=[
         dg.AssetCheckSpec(
-            "one_row_an_arrival", asset="delay_features", description="Every flight that arrived is there."
+            "one_row_per_arrival", asset="delay_features", description="Every flight that arrived is there."
         ),
         dg.AssetCheckSpec("no_nulls", asset="delay_features", description="No feature is missing anywhere."),
     ],
@@ -75,7 +75,7 @@ def delay_features(context: dg.AssetExecutionContext, compute: ComputeResource) 
     ],
 )
 def delay_sweep(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
-    """Search hyperparameters for the delay model on Ray, one trial a GPU where there are GPUs."""
+    """Search hyperparameters for the delay model on Ray, one trial per GPU, or per CPU without GPUs."""
     return compute.run(
         context,
         workload=WORKLOADS / "delay_sweep.py",

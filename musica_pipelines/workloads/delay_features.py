@@ -22,7 +22,7 @@ def main() -> None:
         nulls, late = int(table.isna().sum().sum()), float(table[LABEL].mean())
         pipes.log.info(f"{written} rows, {late:.1%} late -> {storage.name(target)}")
         pipes.report_asset_check(
-            "one_row_an_arrival", passed=written == arrived, metadata={"arrivals": arrived, "written": written}
+            "one_row_per_arrival", passed=written == arrived, metadata={"arrivals": arrived, "written": written}
         )
         pipes.report_asset_check("no_nulls", passed=nulls == 0, metadata={"nulls": nulls})
         schema = {name: ("float32", meaning) for name, meaning in FEATURES.items()}

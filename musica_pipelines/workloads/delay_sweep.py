@@ -1,6 +1,6 @@
-"""Search hyperparameters of the delay model on Ray: one trial a GPU where there are GPUs, else one a CPU.
+"""Search hyperparameters of the delay model on Ray: one trial per GPU, or per CPU without GPUs.
 
-Each finished trial is saved at once: a retry, after a preemption or a lost node, does the others only. When the time
+Each finished trial is saved at once: a retry, after a preemption or a lost node, runs only the others. When the time
 limit is near, no further trial begins.
 """
 
@@ -48,7 +48,7 @@ def run_trial(parameters: dict[str, Any], training: Any, validation: Any, thread
     """Train once; the AUC on the validation months, with what it took."""
     begun = time.monotonic()
     device = "cuda" if ray.get_gpu_ids() and evaluation.can_use("cuda") else "cpu"
-    threads = min(threads, os.cpu_count() or 1)  # Ray counts what it was told, which a node may not have
+    threads = min(threads, os.cpu_count() or 1)  # Ray counts the CPUs of the job; the node may have fewer
     booster = xgb.train(
         {**parameters, "objective": "binary:logistic", "eval_metric": "auc", "device": device, "nthread": threads},
         evaluation.dmatrix(training),
@@ -77,7 +77,7 @@ def describe_devices(finished: list[dict[str, Any]]) -> str:
 
 
 class Trials:
-    """The finished trials of one sweep, on disk: whoever does the same sweep again goes on from them.
+    """The finished trials of one sweep, on disk: a repetition of the same sweep continues with them.
 
     Attributes:
         drawn: the parameters of each trial; the first has the number 1.
@@ -95,7 +95,7 @@ class Trials:
         self.resumed = len(found)
 
     def add(self, result: dict[str, Any]) -> None:
-        """Keep one that has just finished."""
+        """Save a trial that has just finished."""
         path = self._folder / f"trial-{result['trial']}.json"
         storage.write_atomically(path, lambda part: part.write_text(json.dumps(result)))
         self.finished[result["trial"]] = result
@@ -106,15 +106,15 @@ class Trials:
         return sorted(self.finished.values(), key=lambda result: -result["auc"])
 
     def remove(self) -> None:
-        """Once the sweep is over and its results are kept."""
+        """Remove the trials, when the results of the whole sweep are saved."""
         shutil.rmtree(self._folder)
 
 
 def sweep(pipes: PipesContext, tables: tuple[Any, Any], trials: Trials) -> None:
-    """All trials that are not finished yet; each is told and kept as it ends.
+    """Run all trials that are not finished yet; report and save each one when it ends.
 
     Raises:
-        SystemExit: with exit code 75, which asks for another try: the time limit is near.
+        SystemExit: with exit code 75, which requests another attempt: the time limit is near.
     """
     warned = threading.Event()
     signal.signal(signal.SIGUSR1, lambda *_: warned.set())
@@ -122,9 +122,9 @@ def sweep(pipes: PipesContext, tables: tuple[Any, Any], trials: Trials) -> None:
     cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     nodes, total = len(ray.nodes()), len(trials.drawn)  # type: ignore[no-untyped-call]
     threads = max(cpus // gpus, 1) if gpus else 1
-    pipes.log.info(f"Ray: {nodes} node(s), {cpus} CPUs, {gpus} GPUs; {threads} thread(s) a trial")
+    pipes.log.info(f"Ray: {nodes} node(s), {cpus} CPUs, {gpus} GPUs; {threads} thread(s) per trial")
     if trials.resumed:
-        pipes.log.info(f"{trials.resumed} of {total} trials were finished by an earlier try")
+        pipes.log.info(f"{trials.resumed} of {total} trials were finished by an earlier attempt")
     task = ray.remote(num_cpus=threads, num_gpus=1 if gpus else 0, scheduling_strategy="SPREAD")(run_trial)
     training, validation = (ray.put(table) for table in tables)
     running = {
@@ -143,7 +143,7 @@ def sweep(pipes: PipesContext, tables: tuple[Any, Any], trials: Trials) -> None:
             )
             pipes.report_custom_message({"trial": result})
         if warned.is_set() and running:
-            pipes.log.warning(f"the time limit is near: {len(running)} trial(s) are left to another try")
+            pipes.log.warning(f"the time limit is near: {len(running)} trial(s) are left for another attempt")
             raise SystemExit(os.EX_TEMPFAIL)
 
 

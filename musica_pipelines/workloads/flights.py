@@ -1,4 +1,4 @@
-"""Unpack the published flights: one parquet file a month."""
+"""Unpack the published flights: one parquet file per month."""
 
 import time
 

@@ -33,7 +33,7 @@ def can_use(device: str) -> bool:
             booster = xgb.train({"device": device}, xgb.DMatrix([[0.0], [1.0]], label=[0, 1]), num_boost_round=1)
     except xgb.core.XGBoostError:
         return False
-    # Where there is no GPU, XGBoost may go on without a word.
+    # Without a GPU, XGBoost may continue on the CPU without an error.
     used: str = json.loads(booster.save_config())["learner"]["generic_param"]["device"]
     return used.startswith("cuda")
 

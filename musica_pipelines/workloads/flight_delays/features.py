@@ -34,7 +34,7 @@ _WEATHER = ["temp", "humid", "wind_speed", "precip", "pressure", "visib"]
 
 
 def build_features(flights: pd.DataFrame) -> pd.DataFrame:
-    """One row a flight that arrived, with the columns of FEATURES (float32, no nulls) and LABEL (int8).
+    """One row per flight that arrived, with the columns of FEATURES (float32, no nulls) and LABEL (int8).
 
     Cancelled and diverted flights have no arrival and are left out. Weather that is missing takes the last value
     observed at that airport.

@@ -34,7 +34,7 @@ def _is_month(text: str) -> bool:
 
 
 def count_flights(months: list[str]) -> dict[str, int]:
-    """Rows of the source a month, counted without parsing it into a table: what a check compares with."""
+    """Rows of the source per month, counted without parsing it into a table: what a check compares with."""
     months_of_rows = pd.read_csv(_file("flights.csv.zip"), usecols=["month"])["month"].value_counts()
     return {month: int(months_of_rows[int(month[5:])]) for month in months}
 

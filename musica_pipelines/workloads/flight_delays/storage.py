@@ -18,12 +18,12 @@ def data_root() -> Path:
 
 
 def flights_file(month: str) -> Path:
-    """Flights of one month, `YYYY-MM`: one row a scheduled flight."""
+    """Flights of one month, `YYYY-MM`: one row per scheduled flight."""
     return data_root() / "flights" / f"{month}.parquet"
 
 
 def features_file(month: str) -> Path:
-    """Model features of one month, `YYYY-MM`: one row a flight that arrived."""
+    """Model features of one month, `YYYY-MM`: one row per flight that arrived."""
     return data_root() / "delay_features" / f"{month}.parquet"
 
 
@@ -33,7 +33,7 @@ def trials_file() -> Path:
 
 
 def finished_trials(sweep: str) -> Path:
-    """Folder of the trials that a sweep which is not over has finished, a file each."""
+    """Folder of the trials that a sweep which is not over has finished, one file per trial."""
     return data_root() / "delay_sweep" / f"unfinished-{sweep}"
 
 

@@ -62,12 +62,12 @@ class Times:
     Attributes:
         overhead: wall time less the workload's own.
         slurm: from sbatch to the job's first word.
-        told: from the job's last word to the asset's; the floor has none.
+        reported: from the job's last word to the asset's; the floor has none.
     """
 
     overhead: float
     slurm: float
-    told: float = 0.0
+    reported: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,11 @@ def _measure_overhead(site: SimulatedSite, settings: Settings, home: Path, runs:
     for name, ways in measured.items():
         events = statistics.median(ways.events)
         ours, floor, by_ssh = (_without_start(times) + slurm for times in (ways.ours, ways.floor, ways.by_ssh))
-        told = statistics.median(each.told for each in ways.ours)
+        reported = statistics.median(each.reported for each in ways.ours)
         seconds = [f"{value:.2f} s" for value in (slurm, events, ours - slurm - events)]
         against = [text for value in (floor, by_ssh) for text in (f"{value:.2f} s", f"{ours / value:.2f}")]
         table.add_row(name, f"{ours:.2f} s", *against, *seconds)
-        CONSOLE.print(f"{name}, {runs} runs of each: Dagster knows of the end {told:.2f} s after it (median)")
+        CONSOLE.print(f"{name}, {runs} runs of each: Dagster knows of the end {reported:.2f} s after it (median)")
     CONSOLE.print(table)
 
 
