@@ -283,7 +283,7 @@ def test_the_skeleton_agrees_with_the_template() -> None:
         (
             ["./Climate Runs"],
             [
-                "cannot be used: take up to 32 small letters and digits, a letter first, with - or _ between "
+                "cannot be used. Use up to 32 small letters and digits, a letter first, with - or _ between "
                 "words, for instance climate-runs"
             ],
         ),
@@ -291,16 +291,16 @@ def test_the_skeleton_agrees_with_the_template() -> None:
         (["./climate-"], ["for instance climate"]),
         (["./--"], ["between words\n"]),
         (["./" + "c" * 33], ["cannot be used"]),
-        (["./class"], ["is Python's own"]),
-        (["./json"], ["is Python's own"]),
-        (["./resources"], ["is taken"]),
-        (["./dagster"], ["is taken"]),
-        (["./there"], ["there exists: take another name"]),
+        (["./class"], ["is a keyword or a module of Python"]),
+        (["./json"], ["is a keyword or a module of Python"]),
+        (["./resources"], ["is that of a folder or a package"]),
+        (["./dagster"], ["is that of a folder or a package"]),
+        (["./there"], ["there exists already. Choose another name"]),
         (["./no/such/climate"], ["mkdir -p"]),
         ([str(ROOT / "climate")], ["would lie within the template"]),
         (["./climate", "--site", "musika"], ["did you mean 'musica'", "another-site"]),
         (["./There", "--site", "x"], ["cannot be used", "There exists", "is not a known site"]),
-        ([""], ["the name '' cannot be used", "exists: take another name"]),
+        ([""], ["the name '' cannot be used", "exists already. Choose another name"]),
     ],
 )
 def test_all_that_is_wrong_is_told_and_nothing_is_made(arguments: list[str], texts: list[str], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     location = importlib.import_module("location")
     try:
         dg.Definitions.validate_loadable(location.defs)
-        assert all(spec.description for spec in location.defs.resolve_all_asset_specs()), "no asset exists only by a check"
+        assert all(spec.description for spec in location.defs.resolve_all_asset_specs()), "none exists by a check only"
         result = dg.materialize([location.counts], resources=location.defs.resources)
         (event,) = result.asset_materializations_for_node("counts")
         assert event.metadata["rows"].value == 3

@@ -26,7 +26,7 @@ def test_a_script_explains_itself_from_any_folder(script: Path, tmp_path: Path) 
     assert os.access(script, os.X_OK)
     done = run([sys.executable, str(script), "--help"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "usage: " in done.stdout
+    assert f"usage: scripts/{script.name}" in done.stdout
     assert "exit codes" in done.stdout.lower()
     assert list(tmp_path.iterdir()) == []
 

@@ -320,6 +320,7 @@ def test_the_summary_says_what_is_requested_of_how_much_and_what_it_costs(
 
     compute = ComputeResource.of(PROJECT)
     (shown,) = preview_asset(dg.Definitions(assets=[asked], resources={"compute": compute}), "asked")
+    assert shown.summary["where"].startswith("musica: partition ")
     assert nodes in shown.summary["nodes"]
     assert shown.summary["per node"].startswith(per_node)
     assert shown.summary["cost"].startswith(f"at most 1 node-hour and {gpus} GPU-hour")

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import ParamSpec
 
 from dagster_sbatch.auth import AccessError
@@ -17,8 +18,8 @@ P = ParamSpec("P")
 
 def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     """Return a parser whose help keeps the line breaks of the description and of the examples."""
-    form = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, epilog=examples, formatter_class=form)
+    name, form = f"scripts/{Path(sys.argv[0]).name}", argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(name, description=description, epilog=examples, formatter_class=form)
 
 
 def exit_code_of(command: Callable[[], int]) -> int:

@@ -25,7 +25,7 @@ PATIENCE = 180.0
 DESCRIPTION = f"""\
 Show what the jobs of your projects have used, in node-hours and GPU-hours, and what the projects have left. The numbers
 come from Slurm's accounting: all jobs of your projects count, as far as Slurm shows you those of other users. A number
-that Slurm does not tell is left out. Below are the requests that the last runs of these assets have proposed.
+that Slurm does not report is left out. Below are the requests that the last runs of these assets have proposed.
 
 {OTHER} are jobs that Dagster did not submit. {UNKNOWN} are jobs of Dagster whose asset is recorded nowhere: the site
 does not store the comments of jobs, and this Dagster does not know their runs.

@@ -96,7 +96,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--older-than", type=float, metavar="DAYS", help="with --remove: keep those used since then")
     options = parser.parse_args()
     if options.remove != (options.keep is not None or options.older_than is not None):
-        parser.error("--remove goes with --keep, --older-than or both")
+        parser.error("--remove needs --keep, --older-than, or both")
     return options
 
 

@@ -1,6 +1,5 @@
 """Show the engine's documentation, which is installed with it."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import dagster_sbatch
-from dagster_sbatch.commands.command_line import ends_with_reader
+from dagster_sbatch.commands.command_line import ends_with_reader, make_parser
 from dagster_sbatch.errors import nearest
 
 DESCRIPTION = """\
@@ -33,9 +32,7 @@ def docs_folder() -> Path:
 @ends_with_reader
 def main() -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument("page", nargs="?", help="a page, for instance: ray")
     asked = parser.parse_args()
     pages = {path.stem: path for path in sorted(docs_folder().glob("*.md"))}

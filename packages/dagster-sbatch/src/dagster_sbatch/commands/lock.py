@@ -1,13 +1,5 @@
-"""Resolve the dependencies in pyproject.toml to exact versions with hashes: requirements/*.txt.
+"""Resolve the dependencies in pyproject.toml to exact versions with hashes: requirements/*.txt."""
 
-dev.txt is the project with its `dev` extra, for this machine; cluster.txt is the `cluster` group, for the
-supercomputer; cluster-NAME.txt is the group `cluster-NAME`, for assets with environment="NAME". Without an option, only
-versions that pyproject.toml no longer allows are changed.
-
-exit codes: 0 done, or up to date; 1 --check found a difference (it is printed), or uv failed; 2 wrong usage
-"""
-
-import argparse
 import difflib
 import shutil
 import subprocess
@@ -16,12 +8,20 @@ import tempfile
 from pathlib import Path
 
 from dagster_sbatch.children import NETWORK, child_environment
-from dagster_sbatch.commands.command_line import ends_with_reader
+from dagster_sbatch.commands.command_line import ends_with_reader, make_parser
 from dagster_sbatch.commands.vendored import PACKAGES
 from dagster_sbatch.environments.groups import GROUP, PREFIX, find_groups
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 
+DESCRIPTION = """\
+Resolve the dependencies in pyproject.toml to exact versions with hashes: requirements/*.txt.
+
+dev.txt is the project with its `dev` extra, for this machine; cluster.txt is the `cluster` group, for the
+supercomputer; cluster-NAME.txt is the group `cluster-NAME`, for assets with environment="NAME". Without an option, only
+versions that pyproject.toml no longer allows are changed.
+"""
+EPILOG = "exit codes: 0 done, or up to date; 1 --check found a difference (it is printed), or uv failed; 2 wrong usage"
 OPTIONS = """
     --universal --python-version 3.11 --generate-hashes --no-strip-extras --no-header --quiet
     --custom-compile-command scripts/lock
@@ -30,7 +30,7 @@ OPTIONS = """
 
 @ends_with_reader
 def main(project: Project) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument("--upgrade", action="store_true", help="use the newest versions that pyproject.toml allows")
     parser.add_argument("--check", action="store_true", help="change nothing; print what is not up to date")
     options = parser.parse_args()

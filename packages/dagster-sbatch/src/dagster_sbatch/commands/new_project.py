@@ -49,9 +49,13 @@ def main(project: Project, left_out: Sequence[str], renamed: Mapping[str, str]) 
     """Run the command; see `Template` for `left_out` and `renamed`."""
     parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument(
-        "name", metavar="NAME", help="of the project, for instance climate-runs; a path to it; or a dot"
+        "name", metavar="NAME", help="name of the project, for instance climate-runs; or a path to it; or a dot"
     )
-    parser.add_argument("--site", default="musica", help="the supercomputer whose dotenv file is begun (musica)")
+    parser.add_argument(
+        "--site",
+        default="musica",
+        help="name of the supercomputer, for whose settings the project gets a dotenv file (default: musica)",
+    )
     asked = parser.parse_args()
     root, path = project.root, Path(asked.name).expanduser()
     target = path.absolute() if os.sep in asked.name or asked.name == "." else root.parent / path
@@ -91,16 +95,16 @@ def name_problems(root: Path, name: str, *, in_place: bool) -> list[str]:
     """What keeps this from being the name of a Python package and of a project."""
     if len(name) > LONGEST_NAME or not NAME.fullmatch(name):
         return [
-            f"the name {name!r} cannot be used: take up to {LONGEST_NAME} small letters and digits, a letter first, "
+            f"the name {name!r} cannot be used. Use up to {LONGEST_NAME} small letters and digits, a letter first, "
             f"with - or _ between words{similar(name)}"
         ]
     package = name.replace("-", "_")
     if keyword.iskeyword(package) or package in sys.stdlib_module_names:
-        return [f"the name {name!r} is Python's own: take another"]
+        return [f"the name {name!r} is a keyword or a module of Python. Choose another name"]
     taken = {path.name for path in root.iterdir()} | set(importlib.metadata.packages_distributions())
     taken -= {OLD_PACKAGE, OLD_PROJECT} if in_place else set()
     if package in taken or name in taken:
-        return [f"the name {name!r} is taken by a folder or a package that the project uses: take another"]
+        return [f"the name {name!r} is that of a folder or a package that the project uses. Choose another name"]
     return []
 
 
@@ -124,7 +128,7 @@ def place_problems(root: Path, target: Path) -> list[str]:
     """What keeps the copy from being made there."""
     problems = []
     if os.path.lexists(target):
-        problems.append(f"{target} exists: take another name, or move it away")
+        problems.append(f"{target} exists already. Choose another name, or move it away")
     elif not target.parent.is_dir():
         problems.append(f"there is no folder {target.parent}: mkdir -p '{target.parent}'")
     elif not os.access(target.parent, os.W_OK):

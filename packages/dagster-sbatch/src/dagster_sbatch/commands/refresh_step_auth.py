@@ -1,6 +1,5 @@
 """Renew access to the supercomputer: the SSH certificate and the stored secrets; or show its state."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.table import Column, Table
 
 from dagster_sbatch.auth import AccessError, AccessHealth, HealthItem, Report, check_health, clock, refresh
 from dagster_sbatch.auth.key_files import certificate_path
-from dagster_sbatch.commands.command_line import ends_with_reader
+from dagster_sbatch.commands.command_line import ends_with_reader, make_parser
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
@@ -28,7 +27,7 @@ holds no secret.
 EPILOG = """\
 examples:
   scripts/refresh_step_auth.py                         renew the certificate now, and the secrets if due
-  scripts/refresh_step_auth.py --rotate-credentials    replace both stored secrets, and stop before talking to step
+  scripts/refresh_step_auth.py --rotate-credentials    replace both stored secrets, and request no certificate
   scripts/refresh_step_auth.py --rotate-credentials --refresh-step-after-rotate
   scripts/refresh_step_auth.py --status                show what there is, how long it lasts, and what happens next
   scripts/refresh_step_auth.py --status --json | jq .verdict
@@ -44,9 +43,7 @@ exit codes:
 
 @ends_with_reader
 def main(project: Project) -> int:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument("--rotate-credentials", action="store_true", help="create or replace both stored secrets")
     parser.add_argument("--refresh-step-after-rotate", action="store_true", help="then also renew the certificate")
     parser.add_argument("--status", action="store_true", help="show the state of the access, from files alone")

@@ -1,6 +1,5 @@
 """Replace the engine of a project: the wheels in its `vendor/` folder."""
 
-import argparse
 import re
 import shutil
 import signal
@@ -16,6 +15,7 @@ from packaging.version import InvalidVersion, Version
 from dagster_sbatch.atomic_write import replacing
 from dagster_sbatch.children import NETWORK, child_environment
 from dagster_sbatch.commands import lock
+from dagster_sbatch.commands.command_line import make_parser
 from dagster_sbatch.commands.signals import ignore_interrupts, interrupt_once
 from dagster_sbatch.commands.vendored import (
     PACKAGES,
@@ -64,9 +64,7 @@ class UpgradeError(Exception):
 
 def main(root: Path) -> int:
     """Run the command for the project in a folder."""
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument("source", nargs="?", metavar="PATH|URL|VERSION", help="the engine to upgrade to")
     parser.add_argument("--back", action="store_true", help="return to the engine before the last upgrade")
     asked = parser.parse_args()

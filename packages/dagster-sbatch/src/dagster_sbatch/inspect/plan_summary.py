@@ -31,7 +31,7 @@ def place_run(settings: Settings, run: str, environment: str | None = None) -> R
 def summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
     """Return for people what a step asks for, by heading."""
     request, place = plan.allocation.request, place_run(settings, "", plan.environment)
-    site = settings.supercomputer_site or "the only site"
+    site = settings.supercomputer_site or plan.project.only_site
     return {
         "step": step,
         "how": f"{plan.workload.name} with {type(plan.launcher).__name__}",
