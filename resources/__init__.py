@@ -1,4 +1,4 @@
-"""How it runs: the resources of the code location, and what is particular to each supercomputer."""
+"""How it runs: the resources of the code location, and what differs from the known facts of each supercomputer."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ PROJECT = Project(
 
 
 def build_resources() -> dict[str, Any]:
-    """The resources of the code location. They read no settings until a run needs them: the location always loads."""
+    """Return the resources of the code location. They read settings only in a run, so the location always loads."""
     from dagster_sbatch import ComputeResource
 
     return {"compute": ComputeResource.of(PROJECT)}

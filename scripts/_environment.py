@@ -125,7 +125,7 @@ def _editable() -> "list[str]":
 
 
 def _interpreter() -> str:
-    """A Python that the project supports and that can make virtual environments: this one, or one on PATH."""
+    """Return a Python that the project supports and that can make virtual environments: this one, or one on PATH."""
     running = "{}.{}".format(*sys.version_info[:2])
     if running not in SUPPORTED:
         for version in reversed(SUPPORTED):

@@ -1,6 +1,6 @@
 """What `scripts/new_project` leaves out of a copy: the example, the template's own tools, and the packages.
 
-This is the one place that says so. Whoever adds a file of the example names it here; `tests/local/test_new_project.py`
+This is the one place that says so: name each new file of the example here. `tests/local/test_new_project.py`
 searches a copy for WORDS and fails where one is left. What the copy has in their place is in `_skeleton/`.
 """
 
@@ -34,4 +34,4 @@ WORDS = (
     "xgboost",
     "packages/",
 )
-"""Whatever holds one of these, in capitals or not, belongs to the example or the template."""
+"""A file with one of these words, in capitals or not, belongs to the example or the template."""

@@ -13,7 +13,7 @@ from flight_delays.features import LABEL
 
 
 def calibration_picture(label: pd.Series, probability: np.ndarray) -> Figure:
-    """Predicted against observed share of late flights, in ten groups of equal size."""
+    """Draw the predicted against the observed share of late flights, in ten groups of equal size."""
     group = np.argsort(np.argsort(probability)) * 10 // len(probability)
     table = pd.DataFrame({"predicted": probability, "observed": label.to_numpy(), "group": group})
     points = table.groupby("group")[["predicted", "observed"]].mean()
@@ -34,7 +34,7 @@ def calibration_picture(label: pd.Series, probability: np.ndarray) -> Figure:
 
 
 def importance_picture(booster: xgb.Booster) -> Figure:
-    """The mean gain of the splits on each feature."""
+    """Draw the mean gain of the splits on each feature."""
     gain = pd.Series(booster.get_score(importance_type="gain")).sort_values()
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.subplots()

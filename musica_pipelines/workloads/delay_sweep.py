@@ -30,7 +30,7 @@ STOP_AFTER = 15
 
 
 def sample_parameters(trials: int) -> list[dict[str, Any]]:
-    """The same random draws for the same number of trials, so that a sweep can be repeated."""
+    """Draw the parameters of each trial at random, always the same ones: a sweep can be repeated."""
     draw = random.Random(SEED)
     return [
         {
@@ -45,7 +45,7 @@ def sample_parameters(trials: int) -> list[dict[str, Any]]:
 
 
 def run_trial(parameters: dict[str, Any], training: Any, validation: Any, threads: int) -> dict[str, Any]:
-    """Train once; the AUC on the validation months, with what it took."""
+    """Train once; return the AUC on the validation months, the time, the device and the parameters."""
     begun = time.monotonic()
     device = "cuda" if ray.get_gpu_ids() and evaluation.can_use("cuda") else "cpu"
     threads = min(threads, os.cpu_count() or 1)  # Ray counts the CPUs of the job; the node may have fewer
@@ -70,7 +70,7 @@ def run_trial(parameters: dict[str, Any], training: Any, validation: Any, thread
 
 
 def describe_devices(finished: list[dict[str, Any]]) -> str:
-    """On what the trials ran, and that they fell back where a GPU could not be used."""
+    """Return the devices on which the trials ran, and how many could not use their GPU."""
     devices = ", ".join(sorted({result["device"] for result in finished}))
     unused = sum(result["device"] == "cpu" and result["gpu"] is not None for result in finished)
     return f"{devices} ({unused} trial(s) had a GPU, but XGBoost could not use CUDA on it)" if unused else devices
@@ -102,7 +102,7 @@ class Trials:
 
     @property
     def ranked(self) -> list[dict[str, Any]]:
-        """The best first."""
+        """The finished trials, the best one first."""
         return sorted(self.finished.values(), key=lambda result: -result["auc"])
 
     def remove(self) -> None:

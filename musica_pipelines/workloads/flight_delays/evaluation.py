@@ -22,12 +22,12 @@ BASELINE = "late rate by hour of departure in the training months"
 
 
 def dmatrix(table: pd.DataFrame) -> xgb.DMatrix:
-    """Features and label in XGBoost's own form."""
+    """Return features and label as XGBoost reads them."""
     return xgb.DMatrix(table[list(FEATURES)], label=table[LABEL])
 
 
 def can_use(device: str) -> bool:
-    """Whether XGBoost can train on this GPU: `cuda`, or `cuda:2` for one of several."""
+    """Return whether XGBoost can train on this GPU: `cuda`, or `cuda:2` for one of several."""
     try:
         with xgb.config_context(verbosity=0):
             booster = xgb.train({"device": device}, xgb.DMatrix([[0.0], [1.0]], label=[0, 1]), num_boost_round=1)
@@ -39,7 +39,7 @@ def can_use(device: str) -> bool:
 
 
 def read_best_trial() -> tuple[dict[str, Any], int]:
-    """XGBoost's parameters, and the number of rounds, of the best trial of the newest sweep."""
+    """Return the parameters and the number of rounds of the best trial of the newest sweep."""
     path = storage.trials_file()
     if not path.exists():
         raise SystemExit(f"{path} does not exist: materialise delay_sweep first")
@@ -48,7 +48,7 @@ def read_best_trial() -> tuple[dict[str, Any], int]:
 
 
 def auc(label: pd.Series, score: "pd.Series | np.ndarray") -> float:
-    """Area under the ROC curve: the chance that a late flight scores higher than one in time (ties count half)."""
+    """Return the area under the ROC curve: the chance that a late flight scores higher than one in time."""
     late = label.to_numpy(dtype=bool)
     ranks = pd.Series(np.asarray(score)).rank().to_numpy()
     n_late, n_rest = int(late.sum()), int((~late).sum())
@@ -56,7 +56,7 @@ def auc(label: pd.Series, score: "pd.Series | np.ndarray") -> float:
 
 
 def baseline_auc(training: pd.DataFrame, judged: pd.DataFrame) -> float:
-    """The AUC of BASELINE: what a model has to beat."""
+    """Return the AUC of BASELINE, which a model has to beat."""
     rate = training.groupby(training["departure_minute"] // 60)[LABEL].mean()
     return auc(judged[LABEL], (judged["departure_minute"] // 60).map(rate).fillna(training[LABEL].mean()))
 

@@ -34,7 +34,7 @@ _WEATHER = ["temp", "humid", "wind_speed", "precip", "pressure", "visib"]
 
 
 def build_features(flights: pd.DataFrame) -> pd.DataFrame:
-    """One row per flight that arrived, with the columns of FEATURES (float32, no nulls) and LABEL (int8).
+    """Return one row per flight that arrived, with the columns of FEATURES (float32, no nulls) and LABEL (int8).
 
     Cancelled and diverted flights have no arrival and are left out. Weather that is missing takes the last value
     observed at that airport.
@@ -66,7 +66,7 @@ def build_features(flights: pd.DataFrame) -> pd.DataFrame:
 
 
 def _weather_before(flights: pd.DataFrame) -> dict[str, pd.Series]:
-    """The last observation at the origin that is at least an hour older than the scheduled hour of departure."""
+    """Return the last observation at the origin that is at least an hour older than the scheduled hour of departure."""
     observed = source.read_weather().sort_values("time_hour")
     observed[_WEATHER] = observed.groupby("origin")[_WEATHER].ffill()
     observed = observed.dropna(subset=_WEATHER)

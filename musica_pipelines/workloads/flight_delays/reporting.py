@@ -13,30 +13,30 @@ PICTURE_LIMIT = 100_000
 
 
 def partition_keys(pipes: PipesContext) -> list[str]:
-    """The partitions of this run, one or many: `compute.run` always sends them."""
+    """Return the partitions of this run, one or many: `compute.run` always sends them."""
     return list(pipes.get_extra("partition_keys"))
 
 
 def report_partition(pipes: PipesContext, partition: str, metadata: Mapping[str, int | float | str]) -> None:
-    """Attach numbers to one partition of this run (a run over many partitions has but one materialization message)."""
+    """Attach numbers to one partition of this run (a run has only one materialization message)."""
     pipes.report_custom_message({"musica.partition": {"partition": partition, "metadata": dict(metadata)}})
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> PipesMetadataValue:
-    """A table whose columns are those of its first row."""
+    """Return a table whose columns are those of its first row."""
     kinds = {bool: "bool", int: "int", float: "float"}
     columns = [{"name": name, "type": kinds.get(type(value), "string")} for name, value in rows[0].items()]
     return {"type": "table", "raw_value": {"records": [dict(row) for row in rows], "schema": columns}}
 
 
 def column_schema(columns: Mapping[str, tuple[str, str]]) -> PipesMetadataValue:
-    """What the UI's Columns tab shows: type and meaning by column name."""
+    """Return the content of the UI's Columns tab: type and meaning by column name."""
     listed = [{"name": name, "type": kind, "description": text} for name, (kind, text) in columns.items()]
     return {"type": "table_schema", "raw_value": {"columns": listed}}
 
 
 def picture(figure: Figure, title: str) -> PipesMetadataValue:
-    """A figure as PNG inside Markdown, which the UI shows behind "Show Markdown".
+    """Return a figure as PNG inside Markdown, which the UI shows behind "Show Markdown".
 
     Raises:
         ValueError: it is larger than PICTURE_LIMIT.

@@ -20,7 +20,7 @@ def _file(name: str) -> Path:
 
 
 def read_flights(months: list[str]) -> dict[str, pd.DataFrame]:
-    """Every scheduled flight of the months asked for (`YYYY-MM`), as published, by month."""
+    """Return every scheduled flight of these months (`YYYY-MM`), as published, by month."""
     unknown = [month for month in months if not _is_month(month)]
     if unknown:
         raise SystemExit(f"no flights for {', '.join(map(repr, unknown))}: the data covers {YEAR}-01 to {YEAR}-12")
@@ -34,22 +34,22 @@ def _is_month(text: str) -> bool:
 
 
 def count_flights(months: list[str]) -> dict[str, int]:
-    """Rows of the source per month, counted without parsing it into a table: what a check compares with."""
+    """Count the rows of the source per month, without parsing it into a table, for a check."""
     months_of_rows = pd.read_csv(_file("flights.csv.zip"), usecols=["month"])["month"].value_counts()
     return {month: int(months_of_rows[int(month[5:])]) for month in months}
 
 
 def read_weather() -> pd.DataFrame:
-    """Hourly observations at the three airports (JFK, LGA, EWR); `time_hour` in UTC."""
+    """Return hourly observations at the three airports (JFK, LGA, EWR); `time_hour` in UTC."""
     return pd.read_csv(_file("weather.csv"), parse_dates=["time_hour"])
 
 
 def read_planes() -> pd.DataFrame:
-    """The planes, by tail number: year built and seats are used."""
+    """Return the planes by tail number, with year built and seats."""
     return pd.read_csv(_file("planes.csv"))
 
 
 def codes(name: str, column: str) -> dict[str, int]:
-    """A number for each value of a reference table's column (`airlines.csv`, `airports.csv`), the same every month."""
+    """Return a number for each value of a reference table's column (`airlines.csv`, `airports.csv`), always the same."""
     values = sorted(pd.read_csv(_file(name))[column].unique())
     return {value: number for number, value in enumerate(values)}

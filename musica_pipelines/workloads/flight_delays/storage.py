@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 
 def data_root() -> Path:
-    """The folder that every workload reads and writes below (environment variable DATA_ROOT)."""
+    """Return the folder below which every workload reads and writes (environment variable DATA_ROOT)."""
     try:
         return Path(os.environ["DATA_ROOT"])
     except KeyError:
@@ -18,38 +18,38 @@ def data_root() -> Path:
 
 
 def flights_file(month: str) -> Path:
-    """Flights of one month, `YYYY-MM`: one row per scheduled flight."""
+    """Return the file with the flights of one month, `YYYY-MM`: one row per scheduled flight."""
     return data_root() / "flights" / f"{month}.parquet"
 
 
 def features_file(month: str) -> Path:
-    """Model features of one month, `YYYY-MM`: one row per flight that arrived."""
+    """Return the file with the model features of one month, `YYYY-MM`: one row per flight that arrived."""
     return data_root() / "delay_features" / f"{month}.parquet"
 
 
 def trials_file() -> Path:
-    """The trials of the newest sweep, best first."""
+    """Return the file with the trials of the newest sweep, best first."""
     return data_root() / "delay_sweep" / "trials.json"
 
 
 def finished_trials(sweep: str) -> Path:
-    """Folder of the trials that a sweep which is not over has finished, one file per trial."""
+    """Return the folder of an unfinished sweep, with one file per finished trial."""
     return data_root() / "delay_sweep" / f"unfinished-{sweep}"
 
 
 def features_version(months: Iterable[str]) -> str:
-    """Another text as soon as the features of one of these months were written anew."""
+    """Return a text that changes when the features of one of these months are written anew."""
     states = [features_file(month).stat() for month in months]
     return " ".join(f"{state.st_mtime_ns}/{state.st_size}" for state in states)
 
 
 def model_file(asset: str) -> Path:
-    """The model that an asset has trained, in XGBoost's own format."""
+    """Return the file of the model that an asset has trained, in XGBoost's own format."""
     return data_root() / asset / "model.ubj"
 
 
 def name(path: Path) -> str:
-    """A path below the data root, as people call it."""
+    """Return a path relative to the data root, for messages."""
     return str(path.relative_to(data_root()))
 
 
@@ -78,12 +78,12 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def count_rows(path: Path) -> int:
-    """Rows of a parquet file, from its footer."""
+    """Return the number of rows of a parquet file, from its footer."""
     return int(pq.read_metadata(path).num_rows)
 
 
 def read_features(months: Iterable[str]) -> pd.DataFrame:
-    """The features of several months, one after the other.
+    """Return the features of several months, one after the other.
 
     Raises:
         SystemExit: months that have not been materialised; the message lists them.

@@ -1,4 +1,4 @@
-"""For all tests: neither variables nor dotenv files of whoever runs them count."""
+"""For all tests: they ignore the variables and dotenv files of the person who runs them."""
 
 import dataclasses
 import os

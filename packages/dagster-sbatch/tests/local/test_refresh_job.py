@@ -141,10 +141,10 @@ def test_without_access_the_run_fails_and_says_so_in_the_asset(
     assert not result.success
     failure = next(event for event in result.all_events if event.is_step_failure).step_failure_data
     assert failure.user_failure_data
-    assert "One of these is enough, and none holds" in str(failure.user_failure_data.description)
+    assert "One of these is enough, and none of them works" in str(failure.user_failure_data.description)
     ((passed, description),) = evaluations(instance, result)
     assert not passed
-    assert "none holds:  \n" in description  # a line of its own also in Markdown
+    assert "none of them works:  \n" in description  # a line of its own also in Markdown
     assert observations(instance)[-1]["verdict"] == "broken"
 
 

@@ -158,4 +158,4 @@ def test_variables_that_are_missing_are_named(variables: dict[str, str]) -> None
         BootstrapError, match=r"4\. an app password.*\n     status: ASC_OIDC_CLIENT_ID not set"
     ) as error:
         ensure_certificate(access.settings_of({**variables, **PASSWORD}))
-    assert "Ways 2 to 4 also need these settings: ASC_OIDC_CLIENT_ID not set" in str(error.value)
+    assert "need settings that are not set: ASC_OIDC_CLIENT_ID (scripts/docs settings)" in str(error.value)

@@ -2,10 +2,10 @@
 
 
 class AccessError(Exception):
-    """Access could not be had or renewed.
+    """There is no access, or it could not be renewed.
 
     Attributes:
-        temporary: trying again later may help, with nobody doing anything.
+        temporary: a later retry may succeed without any change.
     """
 
     temporary = False
@@ -28,7 +28,7 @@ class UnsafeFileError(AccessError):
 
 
 class ClockError(AccessError):
-    """The clocks of two machines differ by more than certificates and tokens bear."""
+    """The clocks of two machines differ by more than certificates and tokens tolerate."""
 
     temporary = True
 

@@ -9,12 +9,12 @@ def now() -> datetime:
 
 
 def written(moment: datetime) -> str:
-    """A time as people read it and files hold it, for example `2026-11-24 09:05:12 UTC`."""
+    """Return a time as text for people and files, for example `2026-11-24 09:05:12 UTC`."""
     return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def duration(seconds: float) -> str:
-    """A length of time with its two largest units, for example `29 d 23 h`."""
+    """Return a length of time as text with its two largest units, for example `29 d 23 h`."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     rest = int(abs(seconds))
     parts: list[str] = []

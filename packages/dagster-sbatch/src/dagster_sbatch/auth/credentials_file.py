@@ -19,7 +19,7 @@ from dagster_sbatch.auth.access_errors import MisconfiguredError
 from dagster_sbatch.auth.private_file import explained, read_private
 
 REFRESH_WINDOW = timedelta(days=7)
-"""How long before it expires a secret is replaced; a third of its lifetime where that is less."""
+"""A secret is replaced so long before it expires, or a third of its lifetime before, if that is less."""
 
 Source = Literal["stored", "bootstrap", "direct"]
 """Where a credential came from: the credentials file, ASC_AUTHENTIK_API_TOKEN, ASC_OIDC_APP_PASSWORD."""
@@ -107,7 +107,7 @@ class Credentials:
         return min(moments) if self.proven else now
 
     def without_previous(self) -> "Credentials":
-        """The same after the new pair has worked."""
+        """Return the same without the previous pair: the new one has worked."""
         return replace(self, previous_api_token=None, previous_app_password=None)
 
 

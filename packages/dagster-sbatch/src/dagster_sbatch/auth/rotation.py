@@ -48,7 +48,7 @@ class Rotator:
     """Rotates the credentials in one file; its caller holds the lock."""
 
     def __init__(self, settings: Settings, file: CredentialsFile, http: Http) -> None:
-        """Needs the settings of authentik and OIDC."""
+        """`settings`: with those of authentik and OIDC."""
         self._settings = settings
         self._file = file
         self._http = http

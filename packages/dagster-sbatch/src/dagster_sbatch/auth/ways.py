@@ -111,7 +111,7 @@ class AccessState:
         return self.rotatable or bool(usable and not self.missing_settings)
 
     def pausing(self, part: Part) -> bool:
-        """Whether a part failed so lately that it is not retried without being asked for."""
+        """Return whether a part is in the pause after a failure, and is retried on request only."""
         return part in self.failing and self.now < self.failing[part].pause_ends
 
     @property
@@ -153,7 +153,7 @@ class AccessState:
         Args:
             refusals: what servers have said, by `stored`, `bootstrap` and `direct`.
         """
-        valid, enough = self.valid_certificate, "One of these is enough, and none holds:"
+        valid, enough = self.valid_certificate, "One of these is enough, and none of them works:"
         head = (
             f"The certificate works until {clock.written(valid.valid_before)}, but is not renewed. {enough}"
             if valid
@@ -167,7 +167,7 @@ class AccessState:
                 lines += [f"     to do: {advice}", *([f"       {command}"] if command else [])]
         if self.missing_settings:
             names = ", ".join(self.missing_settings)
-            lines.append(f"Ways 2 to 4 also need these settings: {names} not set (scripts/docs settings)")
+            lines.append(f"Ways 2 to 4 also need settings that are not set: {names} (scripts/docs settings)")
         return BootstrapError("\n".join(lines))
 
     def _ways(self, refusals: Mapping[Source, str]) -> list[tuple[str, str, str, str]]:

@@ -91,7 +91,7 @@ def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
 
 
 def _is_source(package: Path) -> bool:
-    """Whether a package is there; git leaves its folder if that holds files that git ignores, such as __pycache__."""
+    """Return whether a package is there; without it, git may leave its folder with ignored files."""
     return (package / "pyproject.toml").is_file()
 
 

@@ -92,7 +92,7 @@ def main(project: Project, left_out: Sequence[str], renamed: Mapping[str, str]) 
 
 
 def name_problems(root: Path, name: str, *, in_place: bool) -> list[str]:
-    """What keeps this from being the name of a Python package and of a project."""
+    """Return why this cannot be the name of a Python package and of a project; empty if it can."""
     if len(name) > LONGEST_NAME or not NAME.fullmatch(name):
         return [
             f"the name {name!r} cannot be used. Use up to {LONGEST_NAME} small letters and digits, a letter first, "
@@ -109,14 +109,14 @@ def name_problems(root: Path, name: str, *, in_place: bool) -> list[str]:
 
 
 def similar(name: str) -> str:
-    """A name that is like it and can be used, as the end of a sentence."""
+    """Return a valid name that is similar, as the end of a sentence; empty without one."""
     words = re.findall(r"[a-z0-9]+", name.lower())
     found = "-".join(words).lstrip("0123456789-")[:LONGEST_NAME].rstrip("-")
     return f", for instance {found}" if NAME.fullmatch(found) else ""
 
 
 def git_problems(root: Path) -> list[str]:
-    """What keeps git from saying which files belong to the template."""
+    """Return why git cannot list the files of the template; empty if it can."""
     if shutil.which("git") is None:
         return ["git is not installed"]
     if not (root / ".git").exists():
@@ -125,7 +125,7 @@ def git_problems(root: Path) -> list[str]:
 
 
 def place_problems(root: Path, target: Path) -> list[str]:
-    """What keeps the copy from being made there."""
+    """Return why the copy cannot be made there; empty if it can."""
     problems = []
     if os.path.lexists(target):
         problems.append(f"{target} exists already. Choose another name, or move it away")
@@ -139,7 +139,7 @@ def place_problems(root: Path, target: Path) -> list[str]:
 
 
 def site_problems(project: Project, site: str) -> list[str]:
-    """Whether the site is known and has a dotenv file to begin with."""
+    """Return why the project cannot have a dotenv file of that site; empty if it can."""
     if site not in project.site_overrides:
         known = nearest(site, project.site_overrides)
         return [f"--site {site!r} is not a known site{known}; `scripts/docs another-site` shows how to add one"]

@@ -163,7 +163,7 @@ def begin_settings(folder: Path, site: str) -> None:
 
 @contextmanager
 def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
-    """A folder beside the target that becomes it at the end, or vanishes."""
+    """Yield a folder beside the target; at the end it becomes the target, or it is removed after an error."""
     made = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         made.mkdir()

@@ -6,13 +6,13 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def interrupt_once() -> None:
-    """From now on, the first of STOPS raises KeyboardInterrupt with its number; later ones are ignored."""
+    """Let the first of STOPS raise KeyboardInterrupt with its number, and ignore later ones, from now on."""
     for number in STOPS:
         signal.signal(number, _interrupt)
 
 
 def ignore_interrupts() -> None:
-    """From now on, ignore STOPS: what follows is short, and has to be done whole."""
+    """Ignore STOPS from now on: what follows is short, and must not be done by half."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
 

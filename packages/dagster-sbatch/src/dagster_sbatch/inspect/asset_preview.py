@@ -217,7 +217,7 @@ def _submits(asset: dg.AssetsDefinition, definitions: dg.Definitions) -> bool:
 
 
 def _holds_compute(resource: object) -> bool:
-    """Whether a resource is a ComputeResource, or has one as a field."""
+    """Return whether a resource is a ComputeResource, or has one as a field."""
     if isinstance(resource, ComputeResource):
         return True
     return isinstance(resource, dg.ConfigurableResource) and any(_holds_compute(value) for _, value in resource)

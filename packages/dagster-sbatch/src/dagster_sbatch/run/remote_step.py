@@ -296,6 +296,6 @@ class RemoteStep(ABC):
 
 
 def exit_code(end: JobEnd) -> int:
-    """As in `subprocess`: the shell's 128 + N, where a signal N has ended the workload, becomes -N."""
+    """Return an exit code as in `subprocess`: the shell's 128 + N, if signal N ended the workload, becomes -N."""
     code = end.code or 0
     return 128 - code if code - 128 in set(signal.Signals) else code

@@ -160,7 +160,7 @@ class Server:
         self._stopping = True
 
     def _over(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Return whether there is nothing left to do."""
         if self.runs:
             self._idle_since = time.monotonic()
             return False

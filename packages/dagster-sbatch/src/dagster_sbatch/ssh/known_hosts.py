@@ -40,7 +40,7 @@ class Entry:
     from_site: bool = False
 
     def matches(self, name: str) -> bool:
-        """Whether the line is for a name: a host in lower case, or `[host]:port`."""
+        """Return whether the line is for a name: a host in lower case, or `[host]:port`."""
         return _is_hash_of(self.hosts, name) if self.hosts.startswith("|") else _matches_patterns(self.hosts, name)
 
     def __str__(self) -> str:

@@ -87,7 +87,7 @@ def _room(facts: Facts, name: str) -> Room:
 
 
 def _is_short(room: Room) -> bool:
-    """Whether little room is left; unknown room is not short."""
+    """Return whether little room is left; unknown room is not short."""
     return (room.kib is not None and room.kib < LEAST_FREE_KIB) or (
         room.files is not None and room.files < LEAST_FREE_FILES
     )
