@@ -50,6 +50,6 @@ def read_planes() -> pd.DataFrame:
 
 
 def codes(name: str, column: str) -> dict[str, int]:
-    """Return a number for each value of a reference table's column (`airlines.csv`, `airports.csv`), always the same."""
+    """Return a number per value of a reference table's column (`airlines.csv`, `airports.csv`), always the same."""
     values = sorted(pd.read_csv(_file(name))[column].unique())
     return {value: number for number, value in enumerate(values)}

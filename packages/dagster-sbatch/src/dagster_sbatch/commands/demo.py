@@ -22,6 +22,8 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 
 FAILED_LINES = 40
+WIDTH = 40
+"""Characters of what is shown of a running asset."""
 # 2013-11-22 10:00:00 +0000 - dagster - INFO - JOB - RUN ID - [PID - ] STEP - MESSAGE
 EVENT = re.compile(r" - dagster - [A-Z]+ - \w+ - [0-9a-f-]{36} - (?:\d+ - )?(?P<step>\w+) - (?P<message>.*)")
 Values = list[dict[str, Any]]
@@ -66,7 +68,7 @@ def materialise(
     keys = [key for key in defs.resolve_asset_graph().toposorted_asset_keys if key in chosen]
     console, log = Console(), home / ".dagster" / "demo.log"
     log.parent.mkdir(exist_ok=True)
-    console.print(f"Materialising the assets of the job {job} {where}, all in one run:")
+    console.print(f"Materialising the assets of the job {job} {where}, all in one run:", soft_wrap=True)
     command = [sys.executable, "-m", "dagster_sbatch.commands.demo", location, job, json.dumps(run_config or {})]
     code, seconds = _follow(console, command, {**kept, **own}, log, {key.to_python_identifier(): key for key in keys})
     if not code:
@@ -136,7 +138,8 @@ def _show(progress: Progress, tasks: Mapping[str, TaskID], event: "re.Match[str]
     elif message.startswith("STEP_SUCCESS"):
         progress.update(task, completed=1)
     elif " - " not in message and "[pipes]" not in message:
-        progress.update(task, description=f"{message[:40]:<40}")
+        shown = message if len(message) <= WIDTH else f"{message[: WIDTH - 1]}…"
+        progress.update(task, description=f"{shown:<{WIDTH}}")
 
 
 def _values(instance: dg.DagsterInstance, defs: dg.Definitions, key: dg.AssetKey) -> Values:
