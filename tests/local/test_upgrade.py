@@ -120,7 +120,7 @@ def test_an_engine_that_fails_the_tests_stays_until_back(project: Path, tmp_path
         ("http://localhost/dagster_sbatch-1.1.0-py3-none-any.whl", "an address with https://"),
         (".", "is not a clone of the template"),
         ("broken/dagster_sbatch-1.1.0-py3-none-any.whl", "cannot be read"),
-        ("broken/dagster-1.13.0-py3-none-any.whl", "is no wheel of dagster-sbatch or slurm-in-a-box"),
+        ("broken/dagster-1.13.0-py3-none-any.whl", "is not a wheel of dagster-sbatch or slurm-in-a-box"),
         ("99.0", "dagster-sbatch==99.0 cannot be downloaded"),
     ],
 )

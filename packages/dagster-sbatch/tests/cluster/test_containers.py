@@ -247,7 +247,7 @@ def test_an_image_that_cannot_be_run_is_found_before_the_job(site: SimulatedSite
     wrong = {
         "~/closed.sif": f"You may not read the container image {HOME}/closed.sif on login0",
         "$HOME/none.sif": f"There is no container image {HOME}/none.sif on login0",
-        str(image.with_name(NOT_AN_IMAGE)): "is no container image: it is neither a SIF or squashfs file, nor a folder",
+        str(image.with_name(NOT_AN_IMAGE)): "is not a container image: it is neither a SIF or squashfs file, nor a",
     }
     for path, text in wrong.items():
         outcome: Outcome = materialize(SLEEPS, workloads, launcher=ScriptLauncher(container=Container(path)))

@@ -157,7 +157,7 @@ def test_no_error_on_the_way_to_a_job_ends_the_step(
     config.write_text("Host *\n  Port none\n")
     known.write_text("")
     site.faults.drop_connections()
-    wait_until(lambda: any("is no port" in text for _, text in reported), "the wrong Port is reported")
+    wait_until(lambda: any("is not a port" in text for _, text in reported), "the wrong Port is reported")
     config.unlink()
     wait_until(lambda: any("is not trusted" in text for _, text in reported), "the host key is reported", 60)
     assert all(f"cannot reach its Slurm job {job}" in text and "scripts/doctor" in text for _, text in reported)

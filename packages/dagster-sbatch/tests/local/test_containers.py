@@ -76,4 +76,4 @@ def test_a_file_that_is_no_image_fails_the_step(data_root: Path, tmp_path: Path)
     (data_root / "image.sif").write_text("text\n")
     outcome = materialize(LOOK, tmp_path, launcher=ScriptLauncher(container=IMAGE))
     assert f"probe: {data_root}/image.sif on " in outcome.error
-    assert "is no container image" in outcome.error
+    assert "is not a container image" in outcome.error

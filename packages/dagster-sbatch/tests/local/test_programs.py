@@ -195,10 +195,10 @@ BAD_PROGRAMS: dict[str, tuple[bytes, int, list[str]]] = {
         0o755,
         ["asks for 'Rscript-4.9' in its first line", "no such program on the PATH. Load its module, or correct that"],
     ),
-    "whose interpreter is no program": (b"#!/etc/passwd\n", 0o755, ["asks for /etc/passwd", "that is no program on"]),
+    "whose interpreter is not a program": (b"#!/etc/passwd\n", 0o755, ["asks for /etc/passwd", "is not a program on"]),
     "that is cut off": (b"\x7fELF\2\1", 0o755, ["is damaged, or no program of", "Build it again, or copy it again."]),
-    "that is data": (b"PK\3\4\0\0", 0o755, ["is no program: it is data", "and pass this file in args."]),
-    "that is empty": (b"", 0o755, ["is no program: it is empty"]),
+    "that is data": (b"PK\3\4\0\0", 0o755, ["is not a program: it is data", "and pass this file in args."]),
+    "that is empty": (b"", 0o755, ["is not a program: it is empty"]),
     "with a byte order mark": (
         b"\xef\xbb\xbf#!/bin/bash\n",
         0o755,

@@ -279,7 +279,7 @@ def test_an_extra_that_the_partitions_would_overwrite(tmp_path: Path) -> None:
     ("request_", "text"),
     [
         (SlurmRequest(gpus_per_node=5), "gpus_per_node=5: a node of partition zen4_0768_h100x4 has 4"),
-        (SlurmRequest(qos="zen4_0768", gpus_per_node=1), "qos='zen4_0768' is no QoS of partition zen4_0768_h100x4"),
+        (SlurmRequest(qos="zen4_0768", gpus_per_node=1), "qos='zen4_0768' is not a QoS of partition zen4_0768_h100x4"),
     ],
 )
 def test_a_request_that_the_supercomputer_would_refuse_fails_here_too(

@@ -47,7 +47,7 @@ def test_what_the_asset_names_wins() -> None:
     [
         ({"gpus_per_node": 5}, None, None, f"a node of partition {GPU} has 4"),
         ({"gpus_per_node": 1, "partition": CPU}, None, None, f"{CPU} has no GPUs; {GPU} has"),
-        ({"qos": CPU, "gpus_per_node": 1}, None, None, f"qos='{CPU}' is no QoS of partition {GPU}"),
+        ({"qos": CPU, "gpus_per_node": 1}, None, None, f"qos='{CPU}' is not a QoS of partition {GPU}"),
         ({"partition": "zen4_768"}, None, None, f"did you mean '{CPU}'"),
         ({}, "zen4_768", None, f"did you mean '{CPU}'"),
         ({}, None, "dev_zen4_768", f"did you mean 'dev_{CPU}'"),

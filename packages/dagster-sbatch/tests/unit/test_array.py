@@ -94,7 +94,7 @@ def test_a_hundred_thousand_tasks_are_refused_with_what_to_write() -> None:
 @pytest.mark.parametrize(
     ("array", "launcher", "request_", "text"),
     [
-        ({"tasks": {}}, None, {}, "is no JobArray. Write for instance array=JobArray()"),
+        ({"tasks": {}}, None, {}, "is not a JobArray. Write for instance array=JobArray()"),
         (JobArray(), RayLauncher(), {}, "RayLauncher does not work in a job array"),
         (
             JobArray(max_running_tasks=99),

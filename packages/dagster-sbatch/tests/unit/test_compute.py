@@ -41,12 +41,12 @@ def test_a_qos_for_tries_is_warned_about_in_production(
     ("argument", "value", "text"),
     [
         ("launcher", ScriptLauncher, "launcher=ScriptLauncher is a class. Write launcher=ScriptLauncher()"),
-        ("launcher", "ray", "launcher='ray' is no launcher. Write for instance launcher=ScriptLauncher()"),
-        ("request", {"nodes": 2}, "request={'nodes': 2} is no SlurmRequest. Write for instance request=SlurmRequest("),
-        ("request", {}, "request={} is no SlurmRequest"),
-        ("workload", None, "workload=None is no path. Write for instance WORKLOADS / "),
-        ("extras", ["trials", 3], "extras=['trials', 3] is no dictionary"),
-        ("extras", {1: 1, "two": 2}, "extras: the name 1 is no text"),
+        ("launcher", "ray", "launcher='ray' is not a launcher. Write for instance launcher=ScriptLauncher()"),
+        ("request", {"nodes": 2}, "request={'nodes': 2} is not a SlurmRequest. Write for instance request="),
+        ("request", {}, "request={} is not a SlurmRequest"),
+        ("workload", None, "workload=None is not a path. Write for instance WORKLOADS / "),
+        ("extras", ["trials", 3], "extras=['trials', 3] is not a dictionary"),
+        ("extras", {1: 1, "two": 2}, "extras: the name 1 is not a string"),
         ("extras", {"x": {1: 1, "two": 2}}, "extras['x'] cannot be sent to the workload as JSON"),
     ],
 )

@@ -82,15 +82,15 @@ def test_gpus_need_an_option() -> None:
     ("fields", "text"),
     [
         ({"image": "docker://ubuntu"}, "Pull it once:\napptainer pull image.sif docker://ubuntu"),
-        ({"image": ""}, "no path of an image"),
+        ({"image": ""}, "not a path of an image"),
         ({"image": "$DAT/a.sif"}, r"\$DAT is unknown"),
         ({"image": "a.sif", "binds": ["notes"]}, "is not an absolute path"),
-        ({"image": "a.sif", "binds": ["/a:b"]}, "is no bind. Write /folder"),
-        ({"image": "a.sif", "binds": ["/a:/b:rx"]}, "is no bind. Write /folder"),
-        ({"image": "a.sif", "binds": ["/a,/b"]}, "is no bind. Write /folder"),
+        ({"image": "a.sif", "binds": ["/a:b"]}, "is not a bind. Write /folder"),
+        ({"image": "a.sif", "binds": ["/a:/b:rx"]}, "is not a bind. Write /folder"),
+        ({"image": "a.sif", "binds": ["/a,/b"]}, "is not a bind. Write /folder"),
         ({"image": "a.sif", "binds": ["/a\\\\:/b"]}, "other colons, .*, backslashes and spaces at the ends"),
-        ({"image": "a.sif", "binds": ["/a:/b^c"]}, "is no bind. Write /folder"),
-        ({"image": "a.sif", "binds": ["/a :/b"]}, "is no bind. Write /folder"),
+        ({"image": "a.sif", "binds": ["/a:/b^c"]}, "is not a bind. Write /folder"),
+        ({"image": "a.sif", "binds": ["/a :/b"]}, "is not a bind. Write /folder"),
         ({"image": "a.sif", "options": ["-e"]}, "is not of the form '--name=value'"),
         ({"image": "a.sif", "options": ["--env A=B"]}, "is not of the form '--name=value'"),
         ({"image": "a.sif", "options": ["--cleanenv"]}, "--cleanenv cannot be an option here. Without the variables"),
@@ -129,11 +129,11 @@ def test_images_are_known_by_their_first_bytes(name: str, tmp_path: Path) -> Non
     path = tmp_path / name
     path.write_bytes(CONTENTS[name])
     problem = problem_of(str(path))  # type: ignore[no-untyped-call]
-    assert ("is no container image" in problem) == (name in ("text.sif", "empty.sif", "short.sif"))
+    assert ("is not a container image" in problem) == (name in ("text.sif", "empty.sif", "short.sif"))
 
 
 def test_a_folder_with_a_system_is_an_image_and_a_missing_file_is_none(tmp_path: Path) -> None:
-    assert "is no container image" in problem_of(str(tmp_path))  # type: ignore[no-untyped-call]
+    assert "is not a container image" in problem_of(str(tmp_path))  # type: ignore[no-untyped-call]
     (tmp_path / "bin").symlink_to("usr/bin")
     assert problem_of(str(tmp_path)) == ""  # type: ignore[no-untyped-call]
     assert "There is no container image" in problem_of(str(tmp_path / "a.sif"))  # type: ignore[no-untyped-call]

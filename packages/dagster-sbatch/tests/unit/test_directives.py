@@ -94,7 +94,7 @@ def test_a_script_that_says_the_same_as_the_asset_has_no_notes() -> None:
         ("-N 3 -n 8", "--ntasks=8 cannot be divided among 3 nodes"),
         ("-N 2 -G 3", "--gpus=3 cannot be divided among 2 nodes"),
         ("--gres=nvme:1", "GPUs only"),
-        ("--gpus-per-node=many", "is no number of GPUs"),
+        ("--gpus-per-node=many", "is not a number of GPUs"),
         ("--time=2h", "'2h' is not a Slurm time"),
         ("--mem", "line 2: --mem has no value"),
         ("-Y 3", "line 2: '-Y' is not an option of sbatch"),

@@ -76,13 +76,13 @@ def inputs(project: Project, environment: str | None, **settings: Any) -> dict[s
 @pytest.mark.parametrize(
     ("environment", "text"),
     [
-        ("torhc", "environment='torhc' is no environment of this project; did you mean 'torch'?"),
+        ("torhc", "environment='torhc' is not an environment of this project; did you mean 'torch'?"),
         ("cuda", "; valid are empty, new, torch. Each one is a dependency group"),
         ("", "; valid are empty, new, torch."),
-        ("docs", "is no environment of this project"),
+        ("docs", "is not an environment of this project"),
         ("new", "requirements/cluster-new.txt does not exist. .*\nscripts/lock$"),
-        (["torch"], r"environment=\['torch'\] is no text"),
-        (Path("/conda/bin/python"), "is no text"),
+        (["torch"], r"environment=\['torch'\] is not a string"),
+        (Path("/conda/bin/python"), "is not a string"),
         ("./env/bin/python", "is not an absolute path. Valid forms: /absolute/path, ~/path"),
         ("$CONDA/bin/python", "environment: .*\\$CONDA is unknown"),
     ],
@@ -96,7 +96,7 @@ def test_what_cannot_be_an_environment_is_refused_everywhere(
 
 
 def test_a_project_without_groups_says_so() -> None:
-    with pytest.raises(ConfigurationError, match=r"is no environment of this project; it has none. Each one is"):
+    with pytest.raises(ConfigurationError, match=r"is not an environment of this project; it has none. Each one is"):
         make_plan(STAGING, PROJECT, "flights.py", ScriptLauncher(), SlurmRequest(), environment="torch")
 
 

@@ -36,8 +36,8 @@ SITE = load_site({"musica": {"modules": ["GCC/14.3.0"]}}, "musica")
 @pytest.mark.parametrize(
     ("modules", "text"),
     [
-        ("GCC", "'GCC' is no list. Write for instance modules=['GCC/14.3.0', 'OpenMPI']"),
-        ({"GCC"}, "is no list"),
+        ("GCC", "'GCC' is not a list. Write for instance modules=['GCC/14.3.0', 'OpenMPI']"),
+        ({"GCC"}, "is not a list"),
         (["GCC OpenMPI"], "'GCC OpenMPI' is not the name of a module. Write one name per element, without commands"),
         (["module load GCC"], "is not the name of a module"),
         (["--force"], "is not the name of a module"),

@@ -149,4 +149,4 @@ def test_a_text_that_is_no_range_is_wrong_usage(text: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "preview"), "anything", f"--partition-range={text}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert f"{text!r} is no range" in done.stderr
+    assert f"{text!r} is not a range" in done.stderr

@@ -124,8 +124,8 @@ def test_a_jump_host_without_options_is_logged_in_to_like_the_login_node(config:
     [
         ("ProxyJump first,second", "ProxyJump first,second is not one host"),
         ("Host musica\nProxyJump gate\nHost gate\nProxyJump outer", "gate is itself behind outer"),
-        ("Port 99999", "Port 99999 for musica is no port"),
-        ("Port ssh", "Port ssh for musica is no port"),
+        ("Port 99999", "Port 99999 for musica is not a port"),
+        ("Port ssh", "Port ssh for musica is not a port"),
         ("HostName musica.example # the login node", "'musica.example # the login node' is not the name of a host"),
         ("Host 'musica", "Unparsable host"),
     ],

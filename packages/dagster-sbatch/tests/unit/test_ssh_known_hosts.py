@@ -118,7 +118,7 @@ def test_broken_lines_are_reported_once_and_the_others_are_used(file: Path, capl
     for _ in range(2):
         assert len(KnownHosts.read([file]).matching("a.example", "")) == 2
     broken = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert [message.split(" is no line")[0] for message in broken] == [f"{file}:{number}" for number in range(22, 27)]
+    assert [message.split(" is not")[0] for message in broken] == [f"{file}:{number}" for number in range(22, 27)]
     assert "base64" in broken[1]
     assert "not of the type ssh-rsa" in broken[2]
     assert "cut short" in broken[3]

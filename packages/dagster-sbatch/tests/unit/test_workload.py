@@ -93,7 +93,7 @@ def plan(folder: Path, **arguments: Any) -> Plan:
 
 @pytest.mark.parametrize("args", ["--trials 3", ["--trials", 3], [Path("/x")], ["a\0b"], [None]])
 def test_arguments_are_a_list_of_texts(args: Any, folder: Path) -> None:
-    with pytest.raises(ConfigurationError, match="a list of texts is needed"):
+    with pytest.raises(ConfigurationError, match="a list of strings is needed"):
         plan(folder, args=args)
 
 
@@ -107,8 +107,8 @@ def test_arguments_are_a_list_of_texts(args: Any, folder: Path) -> None:
         ({"A\n": "1"}, "is not the name of a variable"),
         ({"\u00e9": "1"}, "is not the name of a variable"),
         ({5: "1"}, "is not the name of a variable"),
-        ({"N": 5}, "env['N'] is no text but 5 (int)"),
-        ({"N": None}, "env['N'] is no text but None"),
+        ({"N": 5}, "env['N'] is not a string but 5 (int)"),
+        ({"N": None}, "env['N'] is not a string but None"),
         ({"X": dg.EnvVar("HOME")}, "(EnvVar)"),
         ({"X": "a\0b"}, "has a NUL"),
         ({"X": "y" * 131072}, "128 KiB"),

@@ -69,7 +69,7 @@ def parse_day(text: str) -> datetime:
     try:
         return datetime.combine(datetime.fromisoformat(text).date(), time(), UTC)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no day; an example is 2026-10-01") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day; an example is 2026-10-01") from None
 
 
 def show(project: Project, by: Sequence[Dimension], day: datetime | None) -> int:

@@ -104,17 +104,17 @@ def partition_range(text: str) -> tuple[str, str]:
     """Parse --partition-range, which is written as for `dagster asset materialize`."""
     first, dots, last = text.partition("...")
     if not (first and dots and last):
-        raise argparse.ArgumentTypeError(f"{text!r} is no range; an example is 2013-01...2013-12")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range; an example is 2013-01...2013-12")
     return first, last
 
 
 def run_config(text: str) -> Mapping[str, Any]:
-    """Parse --config-json; a text that is no JSON object is wrong usage."""
+    """Parse --config-json; a text that is not a JSON object is wrong usage."""
     with suppress(json.JSONDecodeError):
         config = json.loads(text)
         if isinstance(config, dict):
             return config
-    raise argparse.ArgumentTypeError(f'{text!r} is no JSON object; an example is {{"ops": {{}}}}')
+    raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object; an example is {{"ops": {{}}}}')
 
 
 def test(project: Project, preview_each: Callable[[], Sequence[Preview]]) -> int:

@@ -38,7 +38,7 @@ class Wheel:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w+-[^-]+-py3-none-any\.whl", self.path.name) or self.package not in PACKAGES:
-            raise WheelError(f"{self.path.name} is no wheel of {' or '.join(PACKAGES)}.")
+            raise WheelError(f"{self.path.name} is not a wheel of {' or '.join(PACKAGES)}.")
 
     @property
     def distribution(self) -> str:
@@ -70,7 +70,7 @@ class Wheel:
         """Return the text of a file in the wheel.
 
         Raises:
-            WheelError: the file is no wheel, or has no such member.
+            WheelError: the file is not a wheel, or has no such member.
         """
         try:
             with zipfile.ZipFile(self.path) as archive:

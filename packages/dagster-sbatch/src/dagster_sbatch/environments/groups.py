@@ -42,13 +42,15 @@ def check_environment(environment: object, project: Project) -> None:
     """Check what an asset passes as `environment`, without the supercomputer.
 
     Raises:
-        ConfigurationError: it is no text, no valid path, no group of the project, or the group's lock file is missing
+        ConfigurationError: it is neither a valid path nor a group of the project, or the group's lock file is missing
             or not up to date.
     """
     if environment is None:
         return
     if not isinstance(environment, str):
-        raise ConfigurationError(f"environment={environment!r} is no text. Write for instance environment='torch'.")
+        raise ConfigurationError(
+            f"environment={environment!r} is not a string. Write for instance environment='torch'."
+        )
     if is_path(environment):
         try:
             check_remote_path(environment)
@@ -59,9 +61,9 @@ def check_environment(environment: object, project: Project) -> None:
     if environment not in groups:
         hint = nearest(environment, groups) if groups else "; it has none"
         raise ConfigurationError(
-            f"environment={environment!r} is no environment of this project{hint}. Each one is a dependency group of "
-            "pyproject.toml, such as `cluster-torch` for 'torch', which scripts/lock locks. To use an interpreter that "
-            "exists on the supercomputer, write its absolute path."
+            f"environment={environment!r} is not an environment of this project{hint}. Each one is a dependency group "
+            "of pyproject.toml, such as `cluster-torch` for 'torch', which scripts/lock locks. To use an interpreter "
+            "that exists on the supercomputer, write its absolute path."
         )
     read_group(project, environment)
 

@@ -66,7 +66,7 @@ def _find_image(context: StepContext, name: str, settings: Settings, plan: Plan)
     """Return the image of the workload; None: it runs without a container, and the log says so if it should have one.
 
     Raises:
-        Failure: the file is no image, or a folder's name cannot be passed to the container's command.
+        Failure: the file is not an image, or a folder's name cannot be passed to the container's command.
     """
     container, command = plan.launcher.container, plan.site.container_runtime.command
     if container is None:

@@ -193,17 +193,19 @@ def _check_running_tasks(array: JobArray, request: SlurmRequest, site: Site) -> 
 
 def _check_types(workload: object, launcher: object, request: object, array: object) -> None:
     if not isinstance(workload, str | Path):
-        raise ConfigurationError(f"workload={workload!r} is no path. Write for instance WORKLOADS / 'counts.py'")
+        raise ConfigurationError(f"workload={workload!r} is not a path. Write for instance WORKLOADS / 'counts.py'")
     if isinstance(launcher, type) and issubclass(launcher, Launcher):
         raise ConfigurationError(f"launcher={launcher.__name__} is a class. Write launcher={launcher.__name__}()")
     if not isinstance(launcher, Launcher):
-        raise ConfigurationError(f"launcher={launcher!r} is no launcher. Write for instance launcher=ScriptLauncher()")
+        raise ConfigurationError(
+            f"launcher={launcher!r} is not a launcher. Write for instance launcher=ScriptLauncher()"
+        )
     if not isinstance(request, SlurmRequest):
         raise ConfigurationError(
-            f"request={request!r} is no SlurmRequest. Write for instance request=SlurmRequest(cpus_per_task=2)"
+            f"request={request!r} is not a SlurmRequest. Write for instance request=SlurmRequest(cpus_per_task=2)"
         )
     if not isinstance(array, JobArray | None):
-        raise ConfigurationError(f"array={array!r} is no JobArray. Write for instance array=JobArray()")
+        raise ConfigurationError(f"array={array!r} is not a JobArray. Write for instance array=JobArray()")
     if array and launcher.not_in_arrays:
         raise ConfigurationError(f"{type(launcher).__name__} does not work in a job array: {launcher.not_in_arrays}")
 
@@ -212,14 +214,16 @@ def complete_extras(extras: Mapping[str, Any] | None, partitions: Sequence[str])
     """Return the extras as the workload gets them: JSON, with the partitions of the run.
 
     Raises:
-        ConfigurationError: they are no dictionary, or a name is no text, or a value is not JSON.
+        ConfigurationError: they are not a dictionary, or a name is not a string, or a value is not JSON.
     """
     if not isinstance(extras, Mapping | None):
-        raise ConfigurationError(f"extras={extras!r} is no dictionary. Write for instance extras={{'trials': 3}}")
+        raise ConfigurationError(f"extras={extras!r} is not a dictionary. Write for instance extras={{'trials': 3}}")
     values = dict(extras or {})
     for key, value in values.items():
         if not isinstance(key, str):
-            raise ConfigurationError(f"extras: the name {key!r} is no text. Write for instance extras={{'trials': 3}}")
+            raise ConfigurationError(
+                f"extras: the name {key!r} is not a string. Write for instance extras={{'trials': 3}}"
+            )
         try:
             check_json(f"extras[{key!r}]", value)
         except ValueError as error:
@@ -241,6 +245,8 @@ def _check_variables(env: Mapping[str, str]) -> None:
                 f"env[{name!r}]: the deployment sets this variable. {_RESERVED.get(name, '')}".rstrip()
             )
         if type(value) is not str:  # Dagster's EnvVar is one, and would be its name
-            raise ConfigurationError(f"env[{name!r}] is no text but {value!r} ({type(value).__name__}). Write a text.")
+            raise ConfigurationError(
+                f"env[{name!r}] is not a string but {value!r} ({type(value).__name__}). Write a string."
+            )
         if "\0" in value or len(f"{name}={value}".encode(errors="replace")) >= LONGEST_VARIABLE:
             raise ConfigurationError(f"env[{name!r}] cannot be a variable: it has a NUL or 128 KiB. Use extras.")

@@ -52,10 +52,10 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: b
         python: whether it is a Python program.
 
     Raises:
-        ConfigurationError: there is no such program, it does not parse, or an argument is no text.
+        ConfigurationError: there is no such program, it does not parse, or an argument is not a string.
     """
     if isinstance(args, str) or not all(isinstance(each, str) and "\0" not in each for each in args):
-        raise ConfigurationError(f"args={args!r}: a list of texts is needed, as on a command line")
+        raise ConfigurationError(f"args={args!r}: a list of strings is needed, as on a command line")
     given = Path(os.path.abspath(path))  # noqa: PTH100 - links are kept: what they point to is checked when code is sent
     if given.is_dir() and not python:
         raise ConfigurationError(f"the workload {given} is a folder. Name the program in it.")
@@ -71,7 +71,7 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: b
     parts = program.parent.relative_to(root).parts
     if not parts or not all(part.isidentifier() for part in parts):
         raise ConfigurationError(
-            f"the package {given} cannot be imported: {'.'.join(parts) or given.name!r} is no name"
+            f"the package {given} cannot be imported: {'.'.join(parts) or given.name!r} is not a name"
         )
     return Workload(program, root, ".".join(parts), tuple(args))
 

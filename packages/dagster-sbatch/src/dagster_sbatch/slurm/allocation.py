@@ -96,7 +96,7 @@ def _choose_qos(request: SlurmRequest, site: Site, partition: str, preferred: st
     if request.qos:
         if request.qos not in valid:
             raise ConfigurationError(
-                f"qos={request.qos!r} is no QoS of partition {partition}{nearest(request.qos, valid)}"
+                f"qos={request.qos!r} is not a QoS of partition {partition}{nearest(request.qos, valid)}"
             )
         return request.qos, False
     if not preferred:

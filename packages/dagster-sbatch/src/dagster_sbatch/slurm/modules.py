@@ -49,7 +49,7 @@ fi
 def _check(value: object) -> object:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ValueError(  # noqa: TRY004 - pydantic reports a ValueError
-            f"{value!r} is no list. Write {_EXAMPLE}"
+            f"{value!r} is not a list. Write {_EXAMPLE}"
         )
     for position, name in enumerate(value):
         if not isinstance(name, str) or not _NAME.fullmatch(name):

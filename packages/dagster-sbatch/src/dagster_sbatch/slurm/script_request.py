@@ -215,7 +215,7 @@ def _gpus(name: str, value: str) -> int:
     """Read a number of GPUs; the type before it (`h100:2`) is that of the partition."""
     number = value.rpartition(":")[2]
     if not number.isdecimal():
-        raise ConfigurationError(f"--{name}={value} is no number of GPUs")
+        raise ConfigurationError(f"--{name}={value} is not a number of GPUs")
     return int(number)
 
 

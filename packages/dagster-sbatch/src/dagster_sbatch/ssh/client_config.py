@@ -87,7 +87,7 @@ def _read_hop(config: SSHConfig, alias: str, first: _Login, default: _Login) -> 
         warn_once(f"{file}: {option} is ignored here, though it is set for {alias}")
     port = found.get("port")
     if port is not None and not (port.isdecimal() and 1 <= int(port) <= 65535):
-        raise ConfigurationError(f"{file}: Port {port} for {alias} is no port")
+        raise ConfigurationError(f"{file}: Port {port} for {alias} is not a port")
     keys = [Path(name) for name in found.get("identityfile", []) if name.lower() != "none"]
     key = first.key or next((key for key in keys if key.exists()), keys[0] if keys else default.key)
     if key is None:

@@ -117,7 +117,7 @@ def _read_file(file: Path) -> list[Entry]:
         try:
             entries.append(_parse(place, words))
         except ValueError as error:
-            warn_once(f"{place} is no line of a known_hosts file and is skipped: {error}")
+            warn_once(f"{place} is not a line of a known_hosts file and is skipped: {error}")
     return entries
 
 

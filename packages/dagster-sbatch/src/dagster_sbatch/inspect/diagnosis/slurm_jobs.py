@@ -64,8 +64,8 @@ def _try_to_lock(facts: Facts, holder: str) -> Verdict:
                     "login node; or ask the centre to switch on locks for the whole cluster",
                 )
         if host != holder:
-            return ok(f"what {holder} locks is locked on {host}")
-    return ok(f"what one process on {holder} locks is locked for others there; no other login node was reached")
+            return ok(f"a lock of {holder} holds on {host}, too")
+    return ok(f"a lock of one process on {holder} holds for others there; no other login node was reached")
 
 
 def check_jobs(facts: Facts) -> Verdict:

@@ -52,7 +52,7 @@ class CommandLauncher(Launcher):
             return
         if b"\0" in head or not head:
             raise ConfigurationError(
-                f"{program} is no program: it is {'data' if head else 'empty'}, neither a binary nor a script. "
+                f"{program} is not a program: it is {'data' if head else 'empty'}, neither a binary nor a script. "
                 "Name the program as the workload, and pass this file in args."
             )
         raise ConfigurationError(

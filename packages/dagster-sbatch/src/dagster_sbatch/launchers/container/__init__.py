@@ -41,7 +41,7 @@ def _image(text: str) -> str:
 
 def _plain(text: str) -> str:
     if not text or re.search(r"[\0\n]", text):
-        raise ValueError(f"{text!r} is no path of an image")
+        raise ValueError(f"{text!r} is not a path of an image")
     return text
 
 
@@ -59,8 +59,8 @@ def _bind(text: str) -> str:
         or target[1:] not in ([], ["ro"], ["rw"])
     ):
         raise ValueError(
-            f"{text!r} is no bind. Write /folder, /folder:/place/in/the/image, or /folder:/place:ro, without commas, "
-            "other colons, ^, backslashes and spaces at the ends, which apptainer reads as syntax"
+            f"{text!r} is not a bind. Write /folder, /folder:/place/in/the/image, or /folder:/place:ro, without "
+            "commas, other colons, ^, backslashes and spaces at the ends, which apptainer reads as syntax"
         )
     return text
 

@@ -156,7 +156,8 @@ def _read_json(kind: str, text: str | bytes, what: str) -> Any:
         value = json.loads(text, parse_constant=str)  # Dagster stores neither NaN nor Infinity
         if type(value) in VALUES[kind]:
             return value
-    raise argparse.ArgumentTypeError(f"{what} is no {'JSON object or list' if kind == 'json' else kind}")
+    wanted = "a JSON object or list" if kind == "json" else f"of type {kind}"
+    raise argparse.ArgumentTypeError(f"{what} is not {wanted}")
 
 
 def _infer(value: str) -> Any:

@@ -150,7 +150,7 @@ def _explain_first_line(words: list[str], error: OSError) -> str:
             f"{words[1]!r} in its first line, and {node} has no such program on the PATH. "
             "Load its module, or correct that line."
         )
-    lacks = f"{node} has no such file" if error.errno == errno.ENOENT else f"that is no program on {node}"
+    lacks = f"{node} has no such file" if error.errno == errno.ENOENT else f"that is not a program on {node}"
     return f"{interpreter} in its first line, and {lacks}. Correct that line."
 
 

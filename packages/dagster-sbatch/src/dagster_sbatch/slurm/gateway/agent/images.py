@@ -47,7 +47,7 @@ def problem_of(path):
     if known:
         return ""
     return (
-        "%s on %s is no container image: it is neither a SIF or squashfs file, nor a folder with a system in it. "
+        "%s on %s is not a container image: it is neither a SIF or squashfs file, nor a folder with a system in it. "
         "Build or pull it again, or correct Container(...)." % (path, host)
     )
 
