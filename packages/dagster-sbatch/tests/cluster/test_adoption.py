@@ -4,18 +4,11 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.auth import ensure_certificate
-from dagster_sbatch.run.calls import former_family_of
-from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm import SlurmRequest, allocate, render_job_script
-from dagster_sbatch.slurm.gateway import Gateway, choose_channel
-from resources import PROJECT
-from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, SimulatedSite, wait_until
+from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from support.background import (
     REPORTS,
     STRESS,
@@ -181,40 +174,6 @@ def test_what_decides_the_result_is_changed_while_the_job_runs(
     assert step.output.endswith("gone on, later\n")
     assert len(set(jobs)) == 4
     one_job_each(site)
-
-
-def test_a_job_of_an_older_version_is_not_adopted(
-    site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
-) -> None:
-    """Nothing says what it was submitted with: it is cancelled, and does not get in the way of the new job."""
-    step = Step(tmp_path / "step", variables, WAITS)
-    step.call(env={"PATH": "/"})  # refused before anything is submitted
-    success, *_ = step.result(step.start(again=False))
-    assert not success
-    former = former_family_of(step.runs()[0], ["probe"], [], 0)
-    job = submit_by_hand(site, f"{former}-1")
-    site.wait_for_job(job, "RUNNING")
-    step.call()
-    process = step.start(again=True)
-    wait_until(lambda: site.job_state(job) == "CANCELLED", "it is cancelled", 90)
-    go_on(site)
-    success, error, metadata = step.result(process)
-    assert (success, error) == (True, "")
-    assert f"Slurm job {job} was submitted by an earlier run of this step" in step.log
-    assert "no record of what it was submitted with" in step.log
-    assert metadata["job_id"] != job
-    one_job_each(site)
-
-
-def submit_by_hand(site: SimulatedSite, key: str) -> int:
-    """Submit a job that sleeps, and nothing beside its script; its id."""
-    musica = PROJECT.load_site("musica")
-    request = allocate(SlurmRequest(), musica, qos=CPU_PARTITION).request
-    script = render_job_script(request, musica, job_name=key, about={}, environment={}, body="sleep 600")
-    settings = Settings.model_validate(site.environment())
-    with closing(Gateway(choose_channel(settings, ["python3"], ensure_certificate))) as gateway:
-        run = f"{CERTIFICATE_USER.home}/dagster-slurm/runs/{key}"
-        return int(gateway.submit(run, {"job.sh": script}).job)
 
 
 LAST_KILL = 8.0

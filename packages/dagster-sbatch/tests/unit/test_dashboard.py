@@ -160,7 +160,6 @@ def test_the_forwarding_ends_with_the_connection_to_the_login_node(
     [
         ({}, "key has no Ray cluster, or it has not started yet"),
         ({"head.json": ""}, "has not started yet. Try again"),
-        ({"head.json": '{"address": "10.0.0.1:6379"}'}, "An earlier version of dagster-sbatch has started its Ray"),
         ({"head.json": head(None)}, "has no dashboard"),
         ({"head.json": head(("127.0.0.1", 1))}, "cannot connect to the Ray dashboard of job 7: .*refused"),
     ],

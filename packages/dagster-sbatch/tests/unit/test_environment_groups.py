@@ -326,13 +326,6 @@ def test_a_group_that_is_not_published_is_found_before_the_job(project: Project,
     assert trial(there, project, "torch", **production)[0]
 
 
-def test_what_was_published_without_groups_still_counts(tmp_path: Path) -> None:
-    there = Published(tmp_path, "a1", "b1")
-    store(str(tmp_path / "published.json"), {"history": [{"name": "a1", "at": 1.0, "revision": ""}]})
-    assert (there.name(), there.name("torch")) == ("a1", None)
-    assert there.publish(default="a1", torch="b1")
-
-
 def test_cleaning_keeps_what_each_group_runs_or_can_go_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = Published(tmp_path, "a1", "b1", "a2", "b2", "a3", "b3", "old")
     for number in "123":

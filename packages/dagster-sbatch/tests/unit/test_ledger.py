@@ -61,14 +61,14 @@ def entries(*jobs: JobLife, since: datetime = NOW - timedelta(days=30)) -> list[
         (KEY, f"key={KEY},asset=a+group/b", "a, group/b"),  # of a step that makes both
         ("renamed", f"key={KEY},run=r1,asset=my_asset", "my_asset"),
         (KEY, "", "of Dagster's records"),
-        ("delay-my_asset-0123456789ab-3", "", "of Dagster's records"),  # a key of versions before November 2026
+        ("my_asset-0123456789ab-3", "", OTHER),
         ("forgotten-0123456789-abcdef0123-2", "", UNKNOWN),
         ("interactive", "", OTHER),
         ("train-1", "dataset=my_asset", OTHER),
     ],
 )
 def test_whose_job_it_was(name: str, comment: str, asset: str) -> None:
-    recorded = {KEY: "of Dagster's records", "delay-my_asset-0123456789ab-3": "of Dagster's records"}
+    recorded = {KEY: "of Dagster's records"}
     assert find_asset(replace(JOB, name=name, comment=comment), lambda job: recorded.get(job.name)) == asset
 
 

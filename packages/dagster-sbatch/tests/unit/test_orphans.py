@@ -1,6 +1,5 @@
 """What a tick says and keeps of the jobs that no run follows, whatever Slurm and the login node answer."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -198,38 +197,15 @@ def test_a_listed_job_that_is_cancelled_leaves_the_list_if_the_time_runs_out_the
     assert "Slurm job 1 (asset)" not in str(listed)
 
 
-def first_format(instance: dg.DagsterInstance, since: datetime) -> str:
-    """A cursor from before the engine was a package, whose check is red."""
-    left = {failed(instance): [since.isoformat(), ["Slurm job 1 is left."]]}
-    return json.dumps({"since": since.isoformat(), "roots": [failed(instance)], "left": left, "report": "left"})
-
-
-@pytest.mark.parametrize("make", [first_format, lambda *_: "nonsense", lambda *_: None])
+@pytest.mark.parametrize("cursor", ["nonsense", None])
 def test_a_cursor_that_tells_no_report_is_followed_by_one(
-    instance: dg.DagsterInstance,
-    supercomputer: Supercomputer,
-    make: Callable[[dg.DagsterInstance, datetime], str | None],
+    instance: dg.DagsterInstance, supercomputer: Supercomputer, cursor: str | None
 ) -> None:
     failed(instance)
     supercomputer.down = True
-    down = Tick(instance, make(instance, datetime.now(UTC) - timedelta(days=1)))
+    down = Tick(instance, cursor)
     assert down.checks == []  # nobody knows
     supercomputer.down = False
     tick = Tick(instance, down.cursor)
     assert tick.checks == [(True, NONE_LEFT)]
     assert Tick(instance, tick.cursor).checks == []
-
-
-def test_what_a_cursor_of_the_first_format_knows_is_kept(
-    instance: dg.DagsterInstance, supercomputer: Supercomputer
-) -> None:
-    since = datetime.now(UTC) + timedelta(days=1)  # later than the end of its runs
-    cursor = first_format(instance, since)
-    for number, record in enumerate(instance.get_run_records()):
-        supercomputer.add(record.dagster_run.run_id, str(number))
-    tick = Tick(instance, cursor)
-    assert datetime.fromisoformat(json.loads(tick.cursor)["since"]) == since
-    ((passed, listed),) = tick.checks
-    assert not passed
-    assert "Slurm job 0 (asset) is RUNNING" in str(listed)
-    assert "Slurm job 1 (asset) is RUNNING" in str(listed)

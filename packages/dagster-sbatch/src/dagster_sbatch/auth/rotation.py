@@ -250,7 +250,7 @@ class Rotator:
         try:
             made = datetime.strptime(name.removeprefix(f"{self._prefix}-").split("-")[1], _TIME).replace(tzinfo=UTC)
         except (IndexError, ValueError):
-            return False  # a name of an earlier version
+            return False  # a person has chosen it
         return abs(clock.now() - made) < LATE_REQUEST
 
 

@@ -151,7 +151,7 @@ def _named(group: str) -> str:
 
 def roll_back(environments: Environments) -> int:
     entry = environments.roll_back()
-    names = ", ".join([entry["name"], *(f"{name}{_named(group)}" for group, name in entry.get("groups", {}).items())])
+    names = ", ".join(f"{name}{_named(group)}" for group, name in entry["groups"].items())
     print(f"production runs {names} again; the code for it: {entry['revision'] or 'of an unknown revision'}")
     return 0
 

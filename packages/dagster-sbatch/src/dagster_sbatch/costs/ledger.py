@@ -16,8 +16,8 @@ OTHER, UNKNOWN = "(other)", "(unknown)"
 """In place of an asset: for jobs that Dagster did not submit, and for jobs of Dagster whose asset is not recorded."""
 
 _ASSET = re.compile(r"(?:^|,)asset=([^,]+)")
-_KEY = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{10,12}-\d+")
-"""A submission key, which is the name of a job of Dagster; also those of earlier versions."""
+_KEY = re.compile(r"[A-Za-z0-9_-]+-[0-9a-f]{10}-[0-9a-f]{10}-\d+")
+"""A submission key, which is the name of a job of Dagster."""
 
 AssetOf = Callable[[JobLife], str | None]
 

@@ -215,12 +215,11 @@ class Environments:
 
         `environments`: by group, with that of DEFAULT.
         """
-        groups = {group: environment.name for group, environment in environments.items() if group}
-        name = environments[DEFAULT].name
-        return bool(self._ask("publish", name=name, groups=groups, about={"revision": revision})["new"])
+        groups = {group: environment.name for group, environment in environments.items()}
+        return bool(self._ask("publish", groups=groups, about={"revision": revision})["new"])
 
     def roll_back(self) -> Mapping[str, Any]:
-        """Let production run what was published before; return its `name`, `groups` and `revision`."""
+        """Let production run what was published before; return its `groups` and `revision`."""
         entry: Mapping[str, Any] = self._ask("roll_back")["entry"]
         return entry
 
@@ -229,7 +228,7 @@ class Environments:
         answer = self._ask("inventory")
         marks: dict[str, str] = {}
         for mark, groups in zip(("before", "current"), answer["published"], strict=True):
-            marks |= {name: f"{mark} {group}".strip() for group, name in reversed(groups.items())}
+            marks |= {name: f"{mark} {group}".strip() for group, name in groups.items()}
         found = [
             EnvironmentListing(environment, datetime.fromtimestamp(each["used"], UTC), marks.get(environment.name, ""))
             for each in answer["found"]

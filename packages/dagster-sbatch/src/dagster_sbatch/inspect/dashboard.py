@@ -87,13 +87,7 @@ def open_dashboard(settings: Settings, site: Site, runs: Runs, run: RunRecord) -
     text = _fetch(runs, run, "head.json")
     if not text:
         raise ConfigurationError(f"The Ray cluster of {run.key} has not started yet. Try again in some seconds.")
-    facts = json.loads(text)
-    if "dashboard_address" not in facts:
-        raise ConfigurationError(
-            f"The dashboard of {run.key} cannot be reached. An earlier version of dagster-sbatch has started its Ray "
-            "cluster, and did not record the dashboard's address. Start the run again to get a dashboard."
-        )
-    address = facts["dashboard_address"]
+    address = json.loads(text)["dashboard_address"]
     if not address:
         raise ConfigurationError(f"The Ray cluster of {run.key} has no dashboard: it was started without one.")
     host, port = address

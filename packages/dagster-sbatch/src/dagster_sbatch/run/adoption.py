@@ -39,8 +39,6 @@ def inputs_of(
     launcher = plan.launcher.model_dump(mode="json")
     if launcher["container"]:
         launcher["container"] |= {"runtime": plan.site.container_runtime.model_dump(mode="json")}
-    else:
-        del launcher["container"]  # jobs of an engine without containers are adopted
     values: dict[str, Any] = {
         "workload": plan.workload.name,
         "args": plan.workload.args,
@@ -49,10 +47,10 @@ def inputs_of(
         **{f"launcher.{name}": value for name, value in launcher.items()},
         **{f"extras[{name!r}]": value for name, value in plan.extras.items() if name != PARTITION_KEYS},
         "partitions": sorted(plan.extras.get(PARTITION_KEYS, ())),
-        **({"tasks": [task.name for task in plan.tasks]} if plan.tasks else {}),
+        "tasks": [task.name for task in plan.tasks],
         **{f"env[{name!r}]": value for name, value in plan.env.items()},
         "setup_commands": plan.site.setup_commands,
-        **({"modules": plan.allocation.request.modules} if plan.allocation.request.modules else {}),
+        "modules": plan.allocation.request.modules or (),
         "DATA_ROOT": data_root,
     }
     digests = {name: digest_of(value) for name, value in values.items()}

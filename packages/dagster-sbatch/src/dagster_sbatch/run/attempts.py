@@ -39,7 +39,7 @@ class Submission:
     Attributes:
         call: the call.
         step: Dagster's key of the step.
-        related: beginnings of the submission keys of the step's jobs.
+        related: beginning of the submission keys of the step's jobs.
         inputs: of the call: digests by name.
         request: the Slurm request.
         retries: of the Slurm request.
@@ -48,7 +48,7 @@ class Submission:
 
     call: Call
     step: str
-    related: tuple[str, ...]
+    related: str
     inputs: Mapping[str, str]
     request: Mapping[str, Any]
     retries: Retries
@@ -173,7 +173,7 @@ class Attempts:
 
         self._gateway.cancel_all(list(jobs), report)
 
-    def _claim(self, family: str, related: tuple[str, ...] = ()) -> Claim:
+    def _claim(self, family: str, related: str = "") -> Claim:
         who = f"run {self._context.run_id}, process {os.getpid()} on {socket.gethostname()}"
         reported = None
         while True:

@@ -3,7 +3,7 @@
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -24,17 +24,8 @@ def step_key(context: dg.OpExecutionContext) -> str:
 
 def step_prefix(root: str, step: str) -> str:
     """Return the beginning of the submission keys of a step, in the run `root`, its retries and its re-executions."""
-    return f"{_slug(step) or 'step'}-{digest_of([root, step], 10)}"
-
-
-def former_family_of(root: str, assets: Iterable[str], partitions: Iterable[str], call: int) -> str:
-    """Return the family of a call as versions before November 2026 named it: their jobs may still be running."""
-    names = sorted(assets)
-    return f"{_slug('-'.join(names)) or 'asset'}-{digest_of([root, names, sorted(partitions), call], 12)}"
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_]+", "-", text)[:LONGEST_NAME].strip("-_")
+    slug = re.sub(r"[^A-Za-z0-9_]+", "-", step)[:LONGEST_NAME].strip("-_")
+    return f"{slug or 'step'}-{digest_of([root, step], 10)}"
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,7 @@ class RunInfo:
         asset: keys of the assets.
         partitions: first and last partition key; empty without partitions.
         environment: name of its environment; empty before it has one.
-        step: Dagster's key of the step; empty if an older version submitted it.
-        format: of the file; 0 before there was one.
+        step: Dagster's key of the step; empty in a preview.
     """
 
     run: str
@@ -38,13 +37,16 @@ class RunInfo:
     partitions: str
     environment: str = ""
     step: str = ""
-    format: int = FORMAT
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> "RunInfo":
         """Take what this version knows of a file, which another version may have written."""
-        known = {field.name: document.get(field.name, "") for field in fields(cls) if field.name != "format"}
-        return cls(**known, format=document.get("format", 0))
+        return cls(**{field.name: document.get(field.name, "") for field in fields(cls)})
+
+    @property
+    def text(self) -> str:
+        """The content of the file."""
+        return json.dumps({**asdict(self), "format": FORMAT})
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def files_of(
         "job.sh": render_job(plan, paths, info),
         CONTEXT: context,
         CHECKS: json.dumps(checks),
-        "about.json": json.dumps(asdict(info)),
+        "about.json": info.text,
         RECORD: json.dumps(record),
     }
 
@@ -159,6 +161,6 @@ def array_files_of(
         CHECKS: json.dumps(checks),
         "tasks.jsonl": "".join(f"{tail}\n" for tail in tails),
         "tasks.pipes": "".join(f"{each}\n" for each in pipes),
-        "about.json": json.dumps(asdict(info)),
+        "about.json": info.text,
         RECORD: json.dumps(record),
     }

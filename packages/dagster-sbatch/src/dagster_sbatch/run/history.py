@@ -24,7 +24,7 @@ def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str, befo
     Args:
         instance: Dagster's; a run that was deleted has stored nothing.
         runs: their ids.
-        step: Dagster's key of the step; empty: all steps of the run.
+        step: Dagster's key of the step.
         before: only results that were stored by then count, in seconds since 1970.
     """
     latest = float("inf") if before is None else before
@@ -32,9 +32,6 @@ def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str, befo
 
 
 def _succeeded(instance: dg.DagsterInstance, run_id: str, step: str, latest: float) -> bool:
-    if not step:
-        run = instance.get_run_by_id(run_id)
-        return run is not None and run.status == dg.DagsterRunStatus.SUCCESS
     ends = _events_of(instance, run_id, step, {dg.DagsterEventType.STEP_SUCCESS})
     return any(end.timestamp <= latest for end in ends)
 

@@ -14,7 +14,7 @@ from dagster_sbatch.environments.deployed import Environment, Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import inputs_of, request_of
 from dagster_sbatch.run.attempts import Attempts, Submission
-from dagster_sbatch.run.calls import calls_of, former_family_of, step_key, step_prefix
+from dagster_sbatch.run.calls import calls_of, step_key, step_prefix
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.directory import RunInfo, RunPaths
 from dagster_sbatch.run.failures import failure
@@ -116,9 +116,7 @@ class RemoteStep(ABC):
             inputs = inputs_of(self._plan, environment.inputs, assets, data_root, self._find_image(gateway))
             call = calls.begin(root, step, digest_of(inputs))
         self._call = call.number
-        former = former_family_of(root, assets, partitions_of(self._context), call.number)
-        related = (f"{step_prefix(root, step)}-", f"{former}-")
-        retries = self._plan.allocation.request.retries
+        related, retries = f"{step_prefix(root, step)}-", self._plan.allocation.request.retries
         return Submission(call, step, related, inputs, request_of(self._plan), retries, data_root)
 
     @property

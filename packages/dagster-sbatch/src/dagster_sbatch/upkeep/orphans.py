@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Literal
 
 import dagster as dg
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
@@ -116,15 +116,6 @@ class _Cursor(BaseModel):
             return cls.model_validate_json(text or "")
         except ValidationError:
             return cls(since=now - LOOK_BACK, groups={})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_first_format(cls, values: Any) -> Any:
-        """Read a cursor from before the engine was a package: all its groups are examined again."""
-        if not isinstance(values, dict) or "roots" not in values:
-            return values
-        roots = (*values["roots"], *values.get("left", {}))
-        return {"since": values.get("since"), "groups": {root: {} for root in roots}}
 
 
 def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.SensorResult:

@@ -43,7 +43,7 @@ class Gateway(Link):
     """Requests to the agent on a login node; for one thread at a time."""
 
     def claim(
-        self, runs: str, family: str, token: str, who: str, related: Sequence[str] = (), data_root: str = ""
+        self, runs: str, family: str, token: str, who: str, related: str = "", data_root: str = ""
     ) -> Claim:
         """Become the client that acts on a family of runs, for as long as the connection lives.
 
@@ -52,11 +52,11 @@ class Gateway(Link):
             family: first part of the submission keys of the attempts, which follow as `-1`, `-2`, ...
             token: identifies this client, also when it connects anew.
             who: describes this client to others.
-            related: beginnings of the submission keys of other runs; they are reported if their jobs may not be over.
+            related: beginning of the submission keys of other runs; they are reported if their jobs may not be over.
             data_root: DATA_ROOT; the answer has its absolute path.
         """
         claim = {"runs": runs, "family": family, "token": token, "who": who}
-        found = Claim.parse(self.ask(do="claim", related=list(related), data_root=data_root, **claim))
+        found = Claim.parse(self.ask(do="claim", related=related, data_root=data_root, **claim))
         if found.held_by is None:
             self.claimed = claim
         return found

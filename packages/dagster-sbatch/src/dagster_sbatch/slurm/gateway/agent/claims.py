@@ -74,12 +74,12 @@ def latest(folder, family):
     return dict(found, over=bool(end), end=end, followers=followers_of(run))
 
 
-def others(folder, family, beginnings):
-    """Return runs whose names have one of some beginnings, of other families, if their job may not be over."""
+def others(folder, family, beginning):
+    """Return runs whose names have a beginning, of other families, if their job may not be over."""
     found = []
-    for name in sorted(os.listdir(folder)) if beginnings else ():
+    for name in sorted(os.listdir(folder)) if beginning else ():
         run, its = os.path.join(folder, name), name.rpartition("-")[0]
-        if its == family or not name.startswith(tuple(beginnings)) or not name.rpartition("-")[2].isdigit():
+        if its == family or not name.startswith(beginning) or not name.rpartition("-")[2].isdigit():
             continue
         job = job_of(run)
         if (job or has(run, "tried")) and not has(run, "end") and not has(run, "cancelled"):
@@ -115,8 +115,8 @@ def claim(agent, ask, say):
         return held
     folder = ask["runs"]
     found = latest(folder, ask["family"])
-    found["others"] = others(folder, ask["family"], ask.get("related", ()))
-    return dict(found, runs=folder, data_root=ask.get("data_root", ""))
+    found["others"] = others(folder, ask["family"], ask["related"])
+    return dict(found, runs=folder, data_root=ask["data_root"])
 
 
 def clean(agent, ask, _):

@@ -13,23 +13,14 @@ GRACE = 3600.0  # seconds in which a run may have found an environment, and not 
 
 
 def history(folder):
-    """Return what production has run, the latest last."""
+    """Return what production has run, the latest last: in `groups`, the name of an environment for each group."""
     path = os.path.join(folder, PUBLISHED)
     try:
-        found = json.loads(read(path).decode() or "[]")
-        entries = found["history"] if isinstance(found, dict) else found
-        return [entry for entry in entries if "name" in entry and "at" in entry]
+        entries = json.loads(read(path).decode() or '{"history": []}')["history"]
+        return [entry for entry in entries if "groups" in entry and "at" in entry]
     except (ValueError, KeyError, TypeError):
         text = "%s cannot be read: it is damaged. Remove it, then publish again with scripts/deploy_environment.py:\n"
         raise RequestError("refused", (text + "  rm '%s'") % (path, path))
-
-
-def names_in(entry):
-    """Return the names of the environments that an entry of the history published, by group; `""` is the default."""
-    names = dict(entry.get("groups", {}))
-    if "name" in entry:
-        names[""] = entry["name"]
-    return names
 
 
 def refuse_lost(folder, names):
@@ -78,7 +69,7 @@ def remove_unused(folder):
 def published(ask, _):
     """Return what production runs for a group, and the record of its publication; None if nothing was published."""
     entries = history(ask["folder"])
-    name = names_in(entries[-1]).get(ask["group"]) if entries else None
+    name = entries[-1]["groups"].get(ask["group"]) if entries else None
     if not name:
         return {"environment": None}
     path = os.path.join(ask["folder"], name)
@@ -91,14 +82,13 @@ def published(ask, _):
 
 def publish(ask, say):
     """Let production run some environments from now on, one for each group."""
-    folder, names = ask["folder"], names_in(ask)
+    folder, groups = ask["folder"], ask["groups"]
     with locked(folder, say):
         entries = history(folder)
-        refuse_lost(folder, names.values())
-        new = not entries or names_in(entries[-1]) != names
+        refuse_lost(folder, groups.values())
+        new = not entries or entries[-1]["groups"] != groups
         if new:
-            entry = dict(ask["about"], name=ask["name"], groups=ask["groups"], at=time.time())
-            keep(folder, entries + [entry])
+            keep(folder, entries + [dict(ask["about"], groups=groups, at=time.time())])
     return {"new": new}
 
 
@@ -110,7 +100,7 @@ def roll_back(ask, say):
         if len(entries) < 2:
             raise RequestError("refused", "nothing was published before what is now: there is nothing to go back to")
         before = entries[-2]
-        refuse_lost(folder, names_in(before).values())
+        refuse_lost(folder, before["groups"].values())
         keep(folder, entries[:-1])
     return {"entry": before}
 
@@ -119,7 +109,7 @@ def inventory(ask, _):
     """Return every environment with the time of its last use, and what was published before and is published now."""
     entries = history(ask["folder"])
     rows = [{"environment": content, "used": used} for content, used in environments(ask["folder"])]
-    return {"found": rows, "published": [names_in(entry) for entry in ([{}, {}] + entries)[-2:]]}
+    return {"found": rows, "published": [entry["groups"] for entry in ([{"groups": {}}] * 2 + entries)[-2:]]}
 
 
 def remove(ask, say):
@@ -127,7 +117,7 @@ def remove(ask, say):
     folder, removed = ask["folder"], []
     with locked(folder, say):
         entries = history(folder)[-2:]  # the current one, and the one to go back to
-        kept = {name for entry in entries for name in names_in(entry).values()}
+        kept = {name for entry in entries for name in entry["groups"].values()}
         for content, used in list(environments(folder)):
             name = content["name"]
             if name in ask["names"] and name not in kept and time.time() - used > GRACE:
