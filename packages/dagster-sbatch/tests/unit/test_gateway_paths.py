@@ -42,7 +42,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
 
 
 @pytest.fixture
-def open_gateway() -> Iterator[Callable[[], Gateway]]:
+def open_gateway(slurm: Path) -> Iterator[Callable[[], Gateway]]:
     settings, made = Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"}), []
 
     def make() -> Gateway:
