@@ -178,7 +178,7 @@ def _run(open_channel: OpenChannel, tasks: int) -> int:
     script = render_job_script(
         request, SITE, job_name=key, about={}, environment={}, body="true", array=ArrayShape(tasks, AT_ONCE)
     )
-    files: dict[str, str | bytes] = {
+    files: dict[str, str] = {
         "job.sh": script,
         "context.head": "{",
         "tasks.jsonl": "}\n" * tasks,

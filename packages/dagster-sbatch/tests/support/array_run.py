@@ -25,7 +25,7 @@ def files_of(
     max_running: int | None = None,
     pipes: Sequence[str] = (),
     **request: Any,
-) -> dict[str, str | bytes]:
+) -> dict[str, str]:
     """Return the files of an array job; each task's variables of Pipes are `context<index>` and `messages<index>`."""
     complete = allocate(SlurmRequest(**{"time_limit": "5", **request}), site, qos="zen4_0768").request
     script = render_job_script(

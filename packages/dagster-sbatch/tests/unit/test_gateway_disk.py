@@ -89,7 +89,7 @@ def test_folders_are_the_users_alone_whatever_the_umask(umask: int, prepare: Pre
     gateway.claim(f"{base}/runs", "family", "token", "me")
     gateway.put(ROOT / "README.md", f"{base}/environments/wheels/1/x")
     with pytest.raises(RefusedError):
-        gateway.submit(f"{base}/runs/a", {"job.sh": "", "code/a": ""}, ["--refuse"])
+        gateway.submit(f"{base}/runs/a", {"job.sh": "", "code/a": ""})
     assert gateway.cancel(f"{base}/runs/KEY") is None
     paths = [tmp_path / "scratch", *(tmp_path / "scratch").rglob("*")]
     assert {path.stat().st_mode & 0o777 for path in paths if path.is_dir()} == {0o700}

@@ -93,10 +93,10 @@ def test_the_answers_of_sbatch(say: Say, sbatch: str, expected: str, tmp_path: P
     with jobs.Locked(str(tmp_path)) as lock:
         if expected == "temporary":
             with pytest.raises(disk.RequestError) as failure:
-                jobs.sbatch(str(tmp_path), [], lock, dict(os.environ))
+                jobs.sbatch(str(tmp_path), lock, dict(os.environ))
             assert failure.value.kind == expected
         else:
-            assert jobs.sbatch(str(tmp_path), [], lock, dict(os.environ)) == expected
+            assert jobs.sbatch(str(tmp_path), lock, dict(os.environ)) == expected
     assert (tmp_path / "tried").exists()
 
 
@@ -130,7 +130,7 @@ def test_what_sbatch_refuses(say: Say, words: str, kind: str, submitted: str, tm
     say("sbatch", f"cat {tmp_path}/words >&2; exit 1")
     (tmp_path / "tried").touch()
     with jobs.Locked(str(tmp_path)) as lock, pytest.raises(disk.RequestError) as failure:
-        jobs.sbatch(str(tmp_path), [], lock, dict(os.environ))
+        jobs.sbatch(str(tmp_path), lock, dict(os.environ))
     assert (failure.value.kind, str(failure.value)) == (kind, words)
     assert (tmp_path / "tried").exists() is (submitted == "perhaps")
 
@@ -143,7 +143,7 @@ def test_the_next_attempt_ends_a_requeued_job_of_the_one_before(
     say("sbatch", "echo 17")
     for number, name in ((1, "job.sh"), (2, earlier), (3, "job.sh")):
         run_directories.lay_out(f"{tmp_path}/family-{number}", {"job.sh": "#!/bin/sh\n", name: ""})
-    assert jobs.submit_once(f"{tmp_path}/family-3", "family-3", {"options": []}) == ("17", "submitted")
+    assert jobs.submit_once(f"{tmp_path}/family-3", "family-3", {"files": None}) == ("17", "submitted")
     marks = [(tmp_path / f"family-{number}" / "failed").exists() for number in (1, 2, 3)]
     assert marks == [False, marked, False]
 
@@ -182,7 +182,7 @@ def test_what_a_shell_exports_for_slurm(
         (tmp_path / "tried").touch()
         (tmp_path / "job.sh").write_text(script)
         with jobs.Locked(str(tmp_path)) as lock:
-            jobs.sbatch(str(tmp_path), [], lock, jobs.environment_of(str(tmp_path)))
+            jobs.sbatch(str(tmp_path), lock, jobs.environment_of(str(tmp_path)))
     assert (tmp_path / "bin" / "variables").read_text().splitlines() == expected
 
 

@@ -39,7 +39,7 @@ def run(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def submit(run: Path, **request: Any) -> str:
     files = files_of(PROJECT.load_site("musica"), "KEY-1", "true", 3, **request)
-    job, how = jobs.submit_once(str(run), "KEY-1", {"files": files, "options": []})
+    job, how = jobs.submit_once(str(run), "KEY-1", {"files": files})
     assert how == "submitted"
     return str(job)
 

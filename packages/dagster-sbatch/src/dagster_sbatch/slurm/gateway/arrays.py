@@ -7,8 +7,9 @@ from typing import Any
 
 from dagster_sbatch.slurm.gateway.answers import ArrayState, JobEnd, Submitted
 from dagster_sbatch.slurm.gateway.link import AgainError, Link
-from dagster_sbatch.slurm.gateway.submission import Files, submission
 
+Files = Mapping[str, str]
+"""Content of a run directory by name; one is `job.sh`."""
 Rows = Mapping[int, Sequence[Sequence[str]]]
 """Rows of sacct by the index of a task, with ACCOUNTED: the task, then its steps."""
 
@@ -85,14 +86,9 @@ class _Followed:
     starts: dict[int, float] = field(default_factory=dict)
 
     def request(self, common: Mapping[str, str]) -> dict[str, Any]:
-        tasks = {"tasks": list(self.left), "followed": list(self.array.tasks)}
-        return {
-            "do": "run_array",
-            **common,
-            **submission(self.array.run, self.array.files, ()),
-            **tasks,
-            "offsets": self.offsets,
-        }
+        run = {"run": self.array.run, "files": self.array.files}
+        tasks = {"tasks": list(self.left), "followed": list(self.array.tasks), "offsets": self.offsets}
+        return {"do": "run_array", **common, **run, **tasks}
 
 
 def follow_arrays(link: Link, arrays: Arrays, common: Mapping[str, str]) -> None:

@@ -24,11 +24,10 @@ from dagster_sbatch.slurm.gateway.answers import (
     RefusedError,
     Submitted,
 )
-from dagster_sbatch.slurm.gateway.arrays import Arrays, follow_arrays
+from dagster_sbatch.slurm.gateway.arrays import Arrays, Files, follow_arrays
 from dagster_sbatch.slurm.gateway.channel import choose_channel
 from dagster_sbatch.slurm.gateway.link import AgainError, Link
 from dagster_sbatch.slurm.gateway.project_usage import Usage
-from dagster_sbatch.slurm.gateway.submission import Files, submission
 from dagster_sbatch.slurm.modules import explain_modules
 from dagster_sbatch.slurm.site import Site
 
@@ -42,9 +41,7 @@ Sinks = Mapping[str, Callable[[bytes], None]]
 class Gateway(Link):
     """Requests to the agent on a login node; for one thread at a time."""
 
-    def claim(
-        self, runs: str, family: str, token: str, who: str, related: str = "", data_root: str = ""
-    ) -> Claim:
+    def claim(self, runs: str, family: str, token: str, who: str, related: str = "", data_root: str = "") -> Claim:
         """Become the client that acts on a family of runs, for as long as the connection lives.
 
         Args:
@@ -61,19 +58,18 @@ class Gateway(Link):
             self.claimed = claim
         return found
 
-    def submit(self, run: str, files: Files | None, options: Sequence[str] = ()) -> Submitted:
+    def submit(self, run: str, files: Files) -> Submitted:
         """Submit a run once, however often this is requested.
 
         Args:
             run: the run directory; its last part is the submission key, which is the job's name.
-            files: content by name; one is `job.sh`. None: the run exists already.
-            options: for sbatch, before the script's own.
+            files: content by name; one is `job.sh`.
 
         Raises:
             RefusedError: sbatch refused the job, or another run exists under that key.
             StoppedError: `stop` was set.
         """
-        answer = self.ask(do="submit", **submission(run, files, options))
+        answer = self.ask(do="submit", run=run, files=files)
         return Submitted(answer["job"], answer["how"])
 
     def cancel(self, run: str) -> JobEnd | None:
@@ -312,9 +308,10 @@ class Gateway(Link):
     ) -> JobEnd:
         """Submit and follow in one request; see there.
 
-        `follower` is the id of the Dagster run; the agent records it in the run directory.
+        `files`: None if the run exists already. `follower`: id of the Dagster run; the agent records it in the run
+        directory.
         """
-        before = [{"do": "submit", **submission(run, files, ()), "follower": follower}]
+        before = [{"do": "submit", "run": run, "files": files, "follower": follower}]
         # An error of `follow` does not end the request: the job exists, or is about to.
         return self._follow(
             run, sinks, on_state, before, on_submitted, lasting=lambda: not before or self._failed == len(before)

@@ -3,7 +3,7 @@
 Standard library, Python 3.6: the client sends these modules along as one program, nothing is installed. It is run with
 `python3 -I -S -u -c`, reads requests from stdin and writes answers to stdout, each a line of JSON:
 
-    stdin   {"id": 1, "do": "submit", "run": "/path/KEY", "files": {"job.sh": "..."}, "options": ["--partition=..."]}
+    stdin   {"id": 1, "do": "submit", "run": "/path/KEY", "files": {"job.sh": "..."}}
     stdout  {"id": 0, "hello": "gateway-agent 1", ...}          what comes before is not ours: banners, profiles
             {"id": 1, "job": "1184", "how": "submitted"}
             {"id": 2, "file": "stdout", "at": 0, "size": 13}    13 raw bytes follow that line

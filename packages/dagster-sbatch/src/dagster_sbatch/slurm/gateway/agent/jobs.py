@@ -57,13 +57,13 @@ class Locked:
 def submit_once(run, key, ask):
     """Return the run's job, and whether it was `recorded` before, `found` in Slurm, or `submitted` now."""
     if not os.path.isdir(run):
-        if "files" not in ask:
+        if ask["files"] is None:
             raise RequestError("refused", "there is no run %s" % run)
         own(os.path.dirname(run))
         lay_out(run, ask["files"])
     if has(run, "cancelled") and not job_of(run):
         raise RequestError("refused", "%s was cancelled before it was submitted" % run)
-    if "files" in ask and read(os.path.join(run, "digest")) != digest(ask["files"]):
+    if ask["files"] is not None and read(os.path.join(run, "digest")) != digest(ask["files"]):
         raise RequestError("refused", "%s exists already, with other content" % run)
     if job_of(run):  # the job itself may have recorded it, while its sbatch still holds the lock
         return job_of(run), "recorded"
@@ -75,7 +75,7 @@ def submit_once(run, key, ask):
             variables = environment_of(run)
             end_earlier_attempt(run)
             mark(run, "tried")
-            job, how = sbatch(run, ask["options"], lock, variables), "submitted"
+            job, how = sbatch(run, lock, variables), "submitted"
         return settle(run, job), how
 
 
@@ -113,14 +113,14 @@ def environment_of(run):
     return for_sbatch(login_environment(), script) if is_array(run) else environment(script)
 
 
-def sbatch(run, options, lock, variables):
+def sbatch(run, lock, variables):
     """Submit the run's job.sh; return the job's id."""
     # By the agent's PATH, which the site's setup commands may have set.
     paths = [os.path.join(folder, "sbatch") for folder in os.get_exec_path()]
     command = next((path for path in paths if os.access(path, os.X_OK)), "sbatch")
     try:
         child = subprocess.Popen(
-            [command, "--parsable", "--chdir", run] + options + [os.path.join(run, "job.sh")],
+            [command, "--parsable", "--chdir", run, os.path.join(run, "job.sh")],
             cwd=run,
             env=variables,
             stdin=subprocess.DEVNULL,
@@ -155,7 +155,7 @@ def sbatch(run, options, lock, variables):
 
 
 def submit(agent, ask, _):
-    """Submit a run once, however often and by however many clients it is requested; without `files`, it must exist."""
+    """Submit a run once, however often and by however many clients it is requested; without files (None), it exists."""
     run, key = locate(ask)
     agent.submitting.add(run)
     try:

@@ -13,7 +13,6 @@ KEY/            0700; its name is the submission key, and the job's name
   follower-ID   a Dagster run that submitted or adopted it
 """
 
-import binascii
 import errno
 import hashlib
 import json
@@ -67,10 +66,7 @@ def lay_out(run, files):
             if name.startswith("/") or not all(part not in ("", ".", "..") for part in name.split("/")):
                 raise RequestError("refused", "%r is not a path below the run directory" % name)
             os.makedirs(os.path.dirname(os.path.join(new, name)), 0o700, exist_ok=True)
-            write(
-                os.path.join(new, name),
-                binascii.a2b_base64(content["base64"]) if isinstance(content, dict) else content.encode(),
-            )
+            write(os.path.join(new, name), content.encode())
         write(os.path.join(new, "digest"), digest(files))
         os.rename(new, run)
     except OSError as error:
