@@ -18,7 +18,7 @@ NEWER_FORMATS = {
         "dict(document, format=2, newer=['of', 2])",
     ),
     "src/dagster_sbatch/slurm/gateway/agent/building.py": ("FORMAT = 1", "FORMAT = 2"),
-    "src/dagster_sbatch/run/directory.py": ("format: int = FORMAT", 'format: int = 2\n    newer: str = "of 2"'),
+    "src/dagster_sbatch/run/directory.py": ('"format": FORMAT', '"format": 2, "newer": "of 2"'),
 }
 """Every document of the newer engine has a field more: those of its agents, and those of its run directories."""
 MATERIALIZE = """\
