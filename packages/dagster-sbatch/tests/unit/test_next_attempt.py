@@ -11,24 +11,46 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_sbatch import ConfigurationError, Retries, ScriptLauncher, SlurmRequest
+from dagster_sbatch import ConfigurationError, JobArray, Retries, ScriptLauncher, SlurmRequest
+from dagster_sbatch.run import remote
 from dagster_sbatch.run.adoption import Choice, choose
+from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.attempt_record import load_request, store_request
 from dagster_sbatch.run.plan import make_plan
 from dagster_sbatch.run.remote import RemoteRun
+from dagster_sbatch.run.remote_array import RemoteArray
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import allocate
-from dagster_sbatch.slurm.gateway import Claim, JobEnd, Share, StoppedError, Submitted, Usage
+from dagster_sbatch.slurm.gateway import (
+    Claim,
+    JobEnd,
+    Limits,
+    Projects,
+    RefusedError,
+    Share,
+    StoppedError,
+    Submitted,
+    Usage,
+)
+from dagster_sbatch.slurm.units import format_time
 from resources import PROJECT
+from support.background import attempts_of
 
 REQUEST = SlurmRequest(mem="16G", time_limit="01:00:00", retries=Retries(max_mem="64G", max_time_limit="04:00:00"))
+SETTINGS = Settings.model_construct(supercomputer_site="musica")
 OOM, TIMEOUT = JobEnd(None, "OUT_OF_MEMORY", "0:125"), JobEnd(None, "TIMEOUT", "0:0")
+SUCCESS = JobEnd(0, "COMPLETED", "0:0")
 USAGE = Usage(
     user="xy", projects=["p1"], default="p1", since=None, now=datetime(2026, 11, 27, tzinfo=UTC), jobs=None, queue=[],
     shares=[Share("p1", "", "node", limit=90, used=0, running=0)], parents={}, private=False, trouble=[],
 )  # fmt: skip
 """The project has 90 node-minutes left."""
 KILLED = RuntimeError("killed")
+REPORT = b"".join(
+    json.dumps({"__dagster_pipes_version": "0.1", "method": method, "params": {"extras": {}}}).encode() + b"\n"
+    for method in ("opened", "closed")
+)
+"""Messages of a workload that has succeeded."""
 
 
 class Gateway:
@@ -36,19 +58,23 @@ class Gateway:
 
     def __init__(self, *ends: JobEnd | Exception) -> None:
         self.ends, self.records, self.rejected = list(ends), list[Any](), list[str]()
-        self.stop, self.committed = threading.Event(), False
+        self.stop, self.committed, self.metadata = threading.Event(), False, dict[str, Any]()
 
     def run(self, run: str, files: Any, sinks: Any, on_submitted: Callable[[Submitted], None], *_: Any) -> JobEnd:
         if files:
             self.records.append(json.loads(files["submitted_with.json"]))
-        on_submitted(Submitted(run.rpartition("-")[2], "submitted"))
         end = self.ends.pop(0)
+        if not isinstance(end, RefusedError):
+            on_submitted(Submitted(run.rpartition("-")[2], "submitted"))
         if isinstance(end, Exception):
             raise end
         return end
 
-    def reject(self, run: str) -> None:
+    def reject(self, run: str, _: int | None = None) -> None:
         self.rejected.append(run)
+
+    def projects(self) -> Projects:
+        return Projects({}, default="p1")
 
     def usage_ahead(self, _: datetime | None) -> Callable[[float], Usage]:
         return lambda _: USAGE
@@ -73,17 +99,23 @@ class Attempts:
 
 @pytest.fixture
 def fail() -> Callable[..., str]:
-    """`fail(gateway, claim, environments, **settings)` runs a step, and returns the text of its failure."""
+    """`fail(gateway, claim, environments, policy, **settings)` runs a step, and returns the text of its failure."""
 
-    def work(gateway: Gateway, claim: Claim, environments: list[Exception | None], **settings: Any) -> str:
+    def work(
+        gateway: Gateway,
+        claim: Claim,
+        environments: list[Exception | None],
+        policy: dg.RetryPolicy | None = None,
+        **settings: Any,
+    ) -> str:
         def find(_: Any) -> Any:
             if error := environments.pop(0):
                 raise error
             return SimpleNamespace(name="env", python="/env/bin/python", workloads="/code")
 
-        @dg.asset
+        @dg.asset(retry_policy=policy)
         def probe(context: dg.AssetExecutionContext) -> None:
-            deployment = Settings.model_construct(supercomputer_site="musica", **settings)
+            deployment = SETTINGS.model_copy(update=settings)
             plan = make_plan(deployment, PROJECT, Path(__file__), ScriptLauncher(), REQUEST)
             step: Any = RemoteRun(context, "probe", deployment, plan)
             try:
@@ -93,6 +125,8 @@ def fail() -> Callable[..., str]:
 
         with dg.DagsterInstance.ephemeral() as instance:
             (failure,) = dg.materialize([probe], instance=instance, raise_on_error=False).get_step_failure_events()
+        if found := failure.step_failure_data.user_failure_data:
+            gateway.metadata = found.metadata
         return str(failure.step_failure_data.error)
 
     return work
@@ -104,6 +138,98 @@ def test_the_budget_refuses_a_further_attempt(fail: Callable[..., str]) -> None:
     text = fail(gateway, Claim(None, runs="runs"), [None, ConfigurationError("Project p1 has 3 free.")])
     assert "it ran out of memory (Slurm: OUT_OF_MEMORY). No other attempt follows: Project p1 has 3 free." in text
     assert "still running" not in text
+    assert gateway.rejected == ["runs/family-1"]
+
+
+def test_a_further_attempt_that_slurm_refuses_is_a_failure_of_the_one_before(fail: Callable[..., str]) -> None:
+    """Such as one without the only node. The failure says why the job failed; a re-execution begins anew."""
+    gateway = Gateway(OOM, RefusedError("Requested node configuration is not available"))
+    text = fail(gateway, Claim(None, runs="runs"), [None, None])
+    refusal = "refused on the supercomputer: Requested node configuration is not available"
+    assert f"it ran out of memory (Slurm: OUT_OF_MEMORY). No other attempt follows: {refusal}" in text
+    (row,) = attempts_of(gateway.metadata)
+    assert (row["job"], row["end"]) == ("1", "it ran out of memory (Slurm: OUT_OF_MEMORY)")
+    assert gateway.rejected == ["runs/family-2"]
+
+
+BADLY, AGAIN = JobEnd(3, "FAILED", "3:0"), JobEnd(75, "FAILED", "75:0")
+
+
+@pytest.mark.parametrize(
+    ("ends", "memory"),
+    [
+        ([OOM, BADLY] * 2, ["16G", "32G"] * 2),
+        ([AGAIN] * 8, ["16G"] * 8),
+        ([OOM, OOM, OOM], ["16G", "32G", "64G"]),  # it would run out of memory again
+    ],
+    ids=["another cause", "max_retries", "max_mem"],
+)
+def test_dagster_s_retry_policy_begins_after_the_last_attempt_unless_that_has_reached_a_limit(
+    ends: list[JobEnd], memory: list[str], fail: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And then all attempts begin anew, with the request of the asset."""
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 0)
+    gateway = Gateway(*ends)
+    fail(gateway, Claim(None, runs="runs"), [None] * 9, dg.RetryPolicy(max_retries=1))
+    assert [load_request(record, REQUEST).mem for record in gateway.records] == memory
+    assert gateway.ends == []
+
+
+def test_each_task_has_its_own_next_request_and_a_refusal_of_one_ends_no_other() -> None:
+    """Of three tasks, one runs out of memory, one out of time, and one waits for room meanwhile."""
+    array_of_three = JobArray(tasks={name: {} for name in "abc"})
+    plan = make_plan(SETTINGS, PROJECT, Path(__file__), ScriptLauncher(), REQUEST, array=array_of_three)
+    gateway, jobs = Gateway(), dict[str, Any]()
+
+    @dg.asset
+    def probe(context: dg.AssetExecutionContext) -> None:
+        step: Any = RemoteArray(context, "probe", SETTINGS, plan)
+        step._gateway, step._claim, step._family, step._number = gateway, Claim(None, runs="runs"), "family", 0
+        step._found = SimpleNamespace(name="env", python="/env/bin/python", workloads="/code")
+        step._submission = SimpleNamespace(record={"call": 0, "inputs": {}, "request": store_request(REQUEST)})
+        step._batches = Batches(range(3), Limits(array=2, submit=None), None)
+
+        def submit() -> str:
+            taken = step.take()
+            record = json.loads(taken.files["submitted_with.json"])
+            request = load_request(record, REQUEST)
+            jobs[taken.run] = [task["name"] for task in record["tasks"]], request.mem, format_time(request.time_limit)
+            return str(taken.run)
+
+        def end(run: str, task: int, how: JobEnd) -> None:
+            step.started(run, task, "n1")
+            if how.code == 0:
+                step.feed(run, task, "messages.jsonl", REPORT)
+            step.ended(run, task, how)
+
+        with step._array.open("context.json", "messages.jsonl"):
+            run = submit()
+            step.submitted(run, Submitted("1", "submitted"))
+            end(run, 0, OOM)
+            end(run, 1, TIMEOUT)
+            step.submitted(second := submit(), Submitted("2", "submitted"))
+            step.refused(submit(), "no node has so much")
+            step.submitted(fourth := submit(), Submitted("4", "submitted"))
+            end(second, 0, SUCCESS)
+            end(fourth, 0, OOM)
+            step.submitted(fifth := submit(), Submitted("5", "submitted"))
+            end(fifth, 0, SUCCESS)
+            assert step.take() is None
+            step._fail_refused()
+        step._array.attempts = step._attempts.rows(step._array.tasks)
+        step._array.complete({})
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        (failed,) = dg.materialize([probe], instance=instance, raise_on_error=False).get_step_failure_events()
+    assert [*jobs.values()] == [
+        (["a", "b"], "16G", "01:00:00"), (["c"], "16G", "01:00:00"), (["a"], "32G", "01:00:00"),
+        (["b"], "16G", "02:00:00"), (["b"], "32G", "02:00:00"),
+    ]  # fmt: skip
+    text = "it ran out of memory (Slurm: OUT_OF_MEMORY). No other attempt follows: refused on the supercomputer: no node"
+    assert f"1 task (a): {text} has so much\nLogs: scripts/job 1_0 logs" in str(failed.step_failure_data.error)
+    assert "1 of 3 tasks failed." in str(failed.step_failure_data.error)
+    rows = attempts_of(failed.step_failure_data.user_failure_data.metadata)
+    assert [(row["task"], row["job"]) for row in rows] == [("a", "1_0"), ("b", "1_1"), ("b", "4_0"), ("b", "5_0")]
     assert gateway.rejected == ["runs/family-1"]
 
 

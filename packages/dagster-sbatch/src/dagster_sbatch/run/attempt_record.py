@@ -37,6 +37,10 @@ class AttemptRecord:
     request: Mapping[str, Any]
     costs: Mapping[str, float]
 
+    def explain_last(self, reason: str) -> str:
+        """Return why it failed, and why no other attempt follows."""
+        return f"{self.end}. No other attempt follows: {reason}"
+
 
 def store_request(request: SlurmRequest) -> dict[str, Any]:
     """Return a request as it is stored with its job: the fields of the allocation that are not the default."""

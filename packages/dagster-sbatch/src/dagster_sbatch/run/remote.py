@@ -106,10 +106,13 @@ class RemoteRun(RemoteStep):
         try:
             return self._find_environment(gateway, environment)
         except ConfigurationError as error:
-            gateway.reject(self._run)
-            cause = f"{self._failed[-1].end}. No other attempt follows: {error}"
-            attempts: dict[str, Any] = {ATTEMPTS: table(rows_of(self._failed))}
-            raise self._failure(cause, final=True, **attempts) from None
+            raise self._end_attempts(gateway, str(error), final=True) from None
+
+    def _end_attempts(self, gateway: Gateway, reason: str, *, final: bool) -> dg.Failure:
+        """Return the step's failure: the next attempt cannot be submitted. A re-execution begins with the first one."""
+        gateway.reject(self._run)
+        attempts: dict[str, Any] = {ATTEMPTS: table(rows_of(self._failed))}
+        return self._failure(self._failed[-1].explain_last(reason), final=final, **attempts)
 
     def _set_request(self, request: SlurmRequest) -> None:
         """Let the plan have the request of the attempt that is submitted or followed now."""
@@ -128,10 +131,10 @@ class RemoteRun(RemoteStep):
             sinks = {MESSAGES: session.messages.feed, "stdout": session.stdout.feed, "stderr": session.stderr.feed}
             try:
                 end = gateway.run(run, files, sinks, self._report_submitted, self._report_state, self._context.run_id)
-            except RefusedError:
-                if self._failed and not self._job:  # a re-execution begins with the request of the asset
-                    gateway.reject(run)
-                raise
+            except RefusedError as error:
+                if not self._failed or self._job:
+                    raise
+                raise self._end_attempts(gateway, self._explain(gateway, str(error)), final=False) from None
             outcome = judge(end, request)
             failed = find_fault(outcome, end, session.stderr.tail, request)
             following = self._find_next(failed, end)

@@ -88,7 +88,8 @@ class RemoteArray(RemoteStep, Arrays):
         self._submitting: str | None = None
         self._found: Environment | None = None
         self._refusal: str | None = None
-        self._refused: list[int] = []
+        self._refused: dict[int, str] = {}
+        self._failed_in: dict[int, tuple[str, int]] = {}
         self._attempts = TaskAttempts(self._planned, self._guard)
         self._warned: set[str] = set()
 
@@ -161,11 +162,15 @@ class RemoteArray(RemoteStep, Arrays):
 
     def _fail_refused(self) -> None:
         """Register the tasks of array jobs that Slurm refused, and those that were not submitted after that."""
-        if self._refusal is None:
-            return
-        cause = f"refused on the supercomputer: {self._explain(self._gateway, self._refusal)}"
-        for index in [*self._refused, *self._batches.left]:
-            self._array.failed(index, cause, "none: it was not submitted")
+        if self._refusal is not None:
+            self._refused |= dict.fromkeys(self._batches.left, self._refusal)
+        explained = {text: self._explain(self._gateway, text) for text in {*self._refused.values()}}
+        for index, text in self._refused.items():
+            last, cause = self._attempts.last(index), explained[text]
+            if last and index in self._failed_in:  # a re-execution begins with the request of the asset
+                self._gateway.reject(*self._failed_in[index])
+            logs = f"scripts/job {last.job} logs" if last else "none: it was not submitted"
+            self._array.failed(index, last.explain_last(cause) if last else cause, logs)
 
     # What the gateway asks and reports
 
@@ -216,14 +221,16 @@ class RemoteArray(RemoteStep, Arrays):
         self._log.info(f"job {submitted.job} ({submitted.how}) with {count_of(len(array_job.tasks), 'task')} in {run}")
 
     def refused(self, run: str, text: str) -> None:  # noqa: D102 - see Arrays
-        tasks = self._jobs_by_run.pop(run).tasks.values()
+        array_job = self._jobs_by_run.pop(run)
         del self._runs[run]
         if run != self._submitting:  # an earlier run made it, which Slurm has never accepted
-            for index in tasks:
+            for index in array_job.tasks.values():
                 self._batches.add(index)
             return
-        self._submitting, self._refusal = None, text
-        self._refused += tasks
+        self._submitting = None
+        self._refused |= dict.fromkeys(array_job.tasks.values(), text)
+        if array_job.request == self._planned.request:  # otherwise it may accept that of other tasks
+            self._refusal = text
         self._array.store_completed()
 
     def waiting(self, run: str, text: str) -> None:  # noqa: D102 - see Arrays
@@ -269,6 +276,7 @@ class RemoteArray(RemoteStep, Arrays):
         attempt = AttemptRecord(job, failed.cause if failed else "failed", store_request(request), costs)
         if failed and following.request:
             array_job.repeated.add(task)
+            self._failed_in[index] = run, task
             self._repeat(index, attempt, following.request, following.text)
             if failed.fault in _SLURM_REPEATS:
                 self._gateway.reject(run, task)

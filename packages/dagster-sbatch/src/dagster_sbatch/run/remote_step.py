@@ -4,6 +4,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -95,8 +96,7 @@ class RemoteStep(ABC):
             text = f"While the connection of this step was lost, another run ({error}) attached to its job."
             raise self._failure(text, final=True) from None
         except RefusedError as error:
-            text = f"refused on the supercomputer: {self._explain(gateway, str(error))}{self._still_running}"
-            raise self._failure(text) from None
+            raise self._failure(f"{self._explain(gateway, str(error))}{self._still_running}") from None
         except (AccessError, SshError, ConfigurationError) as error:
             final = isinstance(error, ConfigurationError)
             raise self._failure(f"{error}{self._still_running}", final=final) from None
@@ -223,10 +223,10 @@ class RemoteStep(ABC):
         tag_job(self._context, self._jobs, self._call)
 
     def _explain(self, gateway: Gateway, text: str) -> str:
-        try:
-            return explain_refusal(text, self._plan.allocation.request, gateway.projects)
-        except (RefusedError, StoppedError, AccessError, SshError):  # the refusal itself is what counts
-            return text
+        """Return why a request was refused, by its text."""
+        with suppress(RefusedError, StoppedError, AccessError, SshError):  # the refusal itself is what counts
+            text = explain_refusal(text, self._plan.allocation.request, gateway.projects)
+        return f"refused on the supercomputer: {text}"
 
     def _report_project(self, job: str | None, account: str) -> None:
         if account and account != self._project:

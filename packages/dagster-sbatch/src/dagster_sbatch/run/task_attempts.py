@@ -38,6 +38,10 @@ class TaskAttempts:
         """Return the request of the next attempt at a task."""
         return self._requests.get(index, self._planned.request)
 
+    def last(self, index: int) -> AttemptRecord | None:
+        """Return the last attempt at a task that was repeated; None if it was not."""
+        return next(reversed(self._earlier.get(index, ())), None)
+
     def store(self, index: int) -> dict[str, Any]:
         """Return what the record of the next array job has of the attempts at a task."""
         return store_attempts(self._earlier.get(index, ()))
@@ -69,5 +73,8 @@ class TaskAttempts:
 
     def rows(self, tasks: Sequence[Task]) -> list[dict[str, Any]]:
         """Return the rows of a table: the attempts at the tasks that were repeated."""
-        repeated = {index: attempts for index, attempts in sorted(self._earlier.items()) if len(attempts) > 1}
-        return [{"task": tasks[index].name, **row} for index, each in repeated.items() for row in rows_of(each)]
+        return [
+            {"task": tasks[index].name, **row}
+            for index, attempts in sorted(self._earlier.items())
+            for row in rows_of(attempts)
+        ]
