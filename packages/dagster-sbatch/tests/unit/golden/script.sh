@@ -26,14 +26,17 @@ ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ]
 [ -e failed ] && exit 0
 
 # The job's own record: a line at its start, a line at its end. The code is null if it was cut short; Slurm knows why.
-code=null reading=
+code=null reading='' terminated=''
+# A node may stand still: then a time limit passes with it. A second read has its own, and may find the end of a line.
+# shellcheck disable=SC2317  # finish calls it
+read_usage() { IFS= read -rt 2 usage <&"${SAMPLER[0]-}" && [[ $usage == "{"*"}" ]]; }
 # shellcheck disable=SC2317  # the trap calls it
 finish() {
   local sizes written usage=null now=${EPOCHREALTIME:-$(date +%s.%N)}
   trap '' PIPE # the sampler may have ended
   if ! [ "$reading" ]; then # it runs again in a trap: bash forgets the time limit of the first of two reads
     reading=1
-    { echo >&"${SAMPLER[1]-}" && IFS= read -rt 2 usage <&"${SAMPLER[0]-}"; } 2>/dev/null || usage=null
+    { echo >&"${SAMPLER[1]-}" && { read_usage || { ! [ "$terminated" ] && read_usage; }; }; } 2>/dev/null || usage=null
     reading=
   fi
   mapfile -t sizes < <(exec stat -c %s messages.jsonl stdout stderr)
@@ -82,7 +85,6 @@ warn() {
 trap warn USR1
 # At a cancellation or the time limit, Slurm sends SIGTERM to every process of the job, and SIGKILL some seconds later.
 # Meanwhile the workload may save its state: this shell and the one below outlive it. Its exit code does not count.
-terminated=
 trap 'terminated=1 warned=1; finish' TERM # a record, as SIGKILL prevents that of the end
 
 # In a subshell: whatever it does, the exit code is recorded. In the background: bash handles the warning meanwhile.
