@@ -126,7 +126,7 @@ def fail() -> Callable[..., str]:
         with dg.DagsterInstance.ephemeral() as instance:
             (failure,) = dg.materialize([probe], instance=instance, raise_on_error=False).get_step_failure_events()
         if found := failure.step_failure_data.user_failure_data:
-            gateway.metadata = found.metadata
+            gateway.metadata = {**found.metadata}
         return str(failure.step_failure_data.error)
 
     return work
@@ -225,10 +225,12 @@ def test_each_task_has_its_own_next_request_and_a_refusal_of_one_ends_no_other()
         (["a", "b"], "16G", "01:00:00"), (["c"], "16G", "01:00:00"), (["a"], "32G", "01:00:00"),
         (["b"], "16G", "02:00:00"), (["b"], "32G", "02:00:00"),
     ]  # fmt: skip
-    text = "it ran out of memory (Slurm: OUT_OF_MEMORY). No other attempt follows: refused on the supercomputer: no node"
-    assert f"1 task (a): {text} has so much\nLogs: scripts/job 1_0 logs" in str(failed.step_failure_data.error)
+    cause = "it ran out of memory (Slurm: OUT_OF_MEMORY). No other attempt follows: "
+    cause += "refused on the supercomputer: no node has so much"
+    assert f"1 task (a): {cause}\nLogs: scripts/job 1_0 logs" in str(failed.step_failure_data.error)
     assert "1 of 3 tasks failed." in str(failed.step_failure_data.error)
-    rows = attempts_of(failed.step_failure_data.user_failure_data.metadata)
+    assert failed.step_failure_data.user_failure_data
+    rows = attempts_of({**failed.step_failure_data.user_failure_data.metadata})
     assert [(row["task"], row["job"]) for row in rows] == [("a", "1_0"), ("b", "1_1"), ("b", "4_0"), ("b", "5_0")]
     assert gateway.rejected == ["runs/family-1"]
 

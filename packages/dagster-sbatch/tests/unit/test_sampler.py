@@ -6,19 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from dagster_sbatch.slurm import SlurmRequest
-from dagster_sbatch.slurm.accounting import count
-from dagster_sbatch.slurm.gateway import JobEnd
 from dagster_sbatch.slurm.gateway.agent import job_record
 from dagster_sbatch.slurm.job import sampler
-from dagster_sbatch.slurm.job_usage import describe_idle, plot
-from dagster_sbatch.slurm.outcome import judge
 from slurm_in_a_box import wait_until
 from support.programs import make
 
@@ -70,11 +66,29 @@ def test_a_reading_waits_for_all_gpus_of_the_job(monkeypatch: pytest.MonkeyPatch
     assert found.take() == [(50.0, 10.0), (70.0, 30.0)]
 
 
+Machine = Callable[[dict[str, str]], None]
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """`machine(files)` writes files that the sampler takes for those of /proc and of cgroups."""
+    monkeypatch.setattr(sampler, "CGROUPS", str(tmp_path))
+    monkeypatch.setattr(sampler, "PROC", str(tmp_path))
+
+    def write(files: dict[str, str]) -> None:
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+
+    return write
+
+
 V2 = {
     "self/cgroup": f"0::/system.slice/slurmstepd.scope/job_{JOB}/step_batch/user/task_0\n",
     f"system.slice/slurmstepd.scope/job_{JOB}/memory.stat": "anon 104857600\nfile 9999999999\nshmem 1048576\n",
     f"system.slice/slurmstepd.scope/job_{JOB}/cpu.stat": "usage_usec 2500000\nuser_usec 1\n",
 }
+NO_MEMORY = {name: text for name, text in V2.items() if not name.endswith("memory.stat")}
 V1 = {
     "self/cgroup": f"4:memory:/slurm/uid_7/job_{JOB}/step_0/task_0\n3:cpu,cpuacct:/slurm/uid_7/job_{JOB}/step_0\n",
     f"memory/slurm/uid_7/job_{JOB}/memory.stat": "rss 1\ntotal_rss 104857600\ntotal_cache 7\ntotal_shmem 1048576\n",
@@ -82,19 +96,49 @@ V1 = {
 }
 
 
-@pytest.mark.parametrize("files", [V1, V2], ids=["version 1", "version 2"])
-def test_memory_and_cpu_time_of_a_job_come_from_its_cgroup(
-    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+HYBRID = V1 | {"self/cgroup": V1["self/cgroup"] + "1:name=systemd:/system.slice/slurmd.service\n0::/\n"}
+
+
+@pytest.mark.parametrize("files", [V1, V2, HYBRID], ids=["version 1", "version 2", "both"])
+def test_memory_and_cpu_time_of_a_job_come_from_its_cgroup(files: dict[str, str], machine: Machine) -> None:
     """The cache of files does not count: it gives way when a process needs memory."""
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(sampler, "CGROUPS", str(tmp_path))
-    monkeypatch.setattr(sampler, "PROC", str(tmp_path))
+    machine(files)
     node = sampler.Node(JOB)
     assert node.sample() == (101.0, 2.5)
     assert node.processes is None
+
+
+def process(parent: int, kib: int, environment: str = "") -> dict[str, str]:
+    """Files of a process that has used 2.5 s."""
+    times = f"{2 * sampler.TICKS} {sampler.TICKS // 2} 0 0"
+    return {
+        "stat": f"7 (a ) b) S {parent} {'0 ' * 9}{times} 20",
+        "status": f"Name:\ta\nRssAnon:\t{kib} kB\nRssFile:\t9999 kB\nRssShmem:\t1024 kB\n",
+        "environ": environment,
+    }
+
+
+def files_of(processes: dict[int, dict[str, str]]) -> dict[str, str]:
+    return {f"{pid}/{name}": text for pid, files in processes.items() for name, text in files.items()}
+
+
+def test_what_a_cgroup_does_not_have_comes_from_the_processes(machine: Machine) -> None:
+    """Version 2 always counts CPU time, memory only if Slurm asks for that."""
+    machine(NO_MEMORY | files_of({70000: process(1, 100 << 10, f"SLURM_JOB_ID={JOB}\0")}))
+    assert sampler.Node(JOB).sample() == (101.0, 2.5)
+
+
+@pytest.mark.parametrize("late", ["environ", "parent"])
+def test_a_process_that_is_not_yet_known_as_the_job_s_is_counted_later(late: str, machine: Machine) -> None:
+    """slurmstepd is about to start it; or it has a lower number than its parent, and does not name the job."""
+    mark = f"A=1\0SLURM_JOB_ID={JOB}\0"
+    first = {70000: process(1, 1024, mark), 60000: process(70000 if late == "parent" else 1, 2048)}
+    machine(files_of(first))
+    node = sampler.Node(JOB)
+    assert node.sample() == (1 + 1, 2.5)
+    if late == "environ":
+        machine(files_of({60000: process(1, 2048, mark)}))
+    assert node.sample() == (1 + 1 + 2, 5.0)
 
 
 def test_without_cgroups_the_jobs_processes_are_counted() -> None:
@@ -123,7 +167,7 @@ def test_samples_of_several_nodes_become_sums_means_and_maxima() -> None:
     usage.add("", 0.0, 100.0, 1.0, [(50.0, 7.0)])
     usage.point(0.0)
     assert usage.document(1.0, series=True) == {"seconds": 1.0}  # the other node is not known yet
-    usage.add("n2", 0.0, 300.0, 2.0, [(100.0, None)])
+    usage.add("n2", 0.0, 300.0, 2.0, [(100.0, 8.0)])
     usage.point(0.0)
     usage.add("", 10.0, 200.0, 11.0, [(0.0, 9.0)])
     usage.add("n2", 10.0, 100.0, 22.0, None)
@@ -137,6 +181,27 @@ def test_samples_of_several_nodes_become_sums_means_and_maxima() -> None:
         "gpu_memory_mib": 9.0,
         "series": [(75.0, None, 300.0), (50.0, 3.0, 200.0)],
     }
+
+
+@pytest.mark.parametrize(
+    ("row", "known", "means"),
+    [
+        ((30.0, 5.0), {"gpu_percent", "gpu_memory_mib"}, [45.0, 45.0]),
+        ((30.0, None), {"gpu_percent"}, [45.0, 45.0]),
+        ((None, 5.0), set(), [None, None]),  # a divided one (MIG)
+    ],
+)
+def test_numbers_of_which_one_gpu_does_not_tell_its_part_are_left_out(
+    row: object, known: set[str], means: list[float | None]
+) -> None:
+    usage = sampler.Usage(2, 2, 0.0)
+    for now in (0.0, 15.0):
+        usage.add("", now, 1.0, now, [(50.0, 7.0), (50.0, 7.0)])
+        usage.add("n2", now, 1.0, now, [(50.0, 7.0), row])
+        usage.point(now)
+    document = usage.document(15.0, series=True)
+    assert {name for name in document if name.startswith("gpu_")} == known
+    assert [point[0] for point in document["series"]] == means
 
 
 def test_of_a_job_that_has_lost_a_node_nothing_is_known() -> None:
@@ -331,41 +396,3 @@ def test_the_sampler_ends_with_its_standard_input_and_what_it_started_ends_too(t
     process.communicate(timeout=30)  # closes its standard input
     assert process.returncode == 0
     wait_until(lambda: not child.is_running(), "nvidia-smi has ended", 30)
-
-
-# What the client makes of it
-
-SERIES = [[0.0, None, 100.0], [50.0, 1.0, 200.0], [100.0, 2.0, 1024.0]]
-
-
-def test_the_numbers_of_the_sampler_become_metadata() -> None:
-    usage = {"memory_mib": 640.0, "cpu_seconds": 50.0, "gpu_percent": 31.25, "gpu_memory_mib": 9000.0}
-    rows = [["7", "COMPLETED", "12800K", ""]]
-    found = count(JobEnd(0, "COMPLETED", started=1, ended=101, rows=rows, usage=usage), SlurmRequest())
-    assert found["max_rss_mib"] == 640.0
-    assert found["cpu_efficiency"] == 0.5
-    assert found["gpu_utilization"] == 0.3125
-    assert found["gpu_memory_max_mib"] == 9000.0
-
-
-@pytest.mark.parametrize("usage", [{}, {"memory_mib": None, "gpu_percent": "many", "series": 3}, {"series": []}])
-def test_what_was_not_measured_is_left_out(usage: dict[str, object]) -> None:
-    end = JobEnd(0, "COMPLETED", started=1, ended=101, usage=usage)
-    assert count(end, SlurmRequest()).keys() == {"elapsed_seconds", "node_hours", "cpu_hours"}
-    assert plot(usage, SlurmRequest()) == ""
-
-
-def test_a_plot_is_a_line_of_bars() -> None:
-    shown = plot({"series": SERIES}, SlurmRequest(cpus_per_task=2, gpus_per_node=1))
-    assert shown == "GPU ▁▅█ 0 to 100 % · CPU ▅█ 1.0 to 2.0 of 2 · memory ▁▂█ at most 1.00 GiB"
-    assert plot({"series": [[None, 1.0, None]] * 63}, SlurmRequest()).count("█") == 32
-
-
-def test_a_job_that_its_sampler_has_ended_says_so() -> None:
-    request = SlurmRequest(gpus_per_node=4, gpu_idle_limit="00:20:00")
-    outcome = judge(JobEnd(None, "CANCELLED", usage={"ended_idle": 1200}), request)
-    assert outcome
-    assert "all of its 4 GPUs were idle for 00:20:00, and gpu_idle_limit='00:20:00' ends such a job" in outcome.cause
-    assert outcome.fault is None
-    assert "The job ends if they are idle for 00:20:00 (gpu_idle_limit)." in describe_idle(605.0, request)
-    assert "SlurmRequest(gpu_idle_limit='00:20:00')" in describe_idle(605.0, SlurmRequest(gpus_per_node=1))

@@ -46,7 +46,8 @@ def started(folder: Path, answer: str, body: str) -> Iterator["subprocess.Popen[
 
 def end_of(folder: Path) -> dict[str, Any]:
     """The job's own record of its end, as the agent reads it."""
-    found: dict[str, Any] = job_record.events_of(str(folder)).get("end", {})
+    agent: Any = job_record
+    found: dict[str, Any] = agent.events_of(str(folder)).get("end", {})
     return found
 
 

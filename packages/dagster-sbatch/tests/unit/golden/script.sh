@@ -36,7 +36,8 @@ finish() {
   trap '' PIPE # the sampler may have ended
   if ! [ "$reading" ]; then # it runs again in a trap: bash forgets the time limit of the first of two reads
     reading=1
-    { echo >&"${SAMPLER[1]-}" && { read_usage || { ! [ "$terminated" ] && read_usage; }; }; } 2>/dev/null || usage=null
+    { echo >&"${SAMPLER[1]-}" && { read_usage || { ! [ "$terminated" ] && read_usage; }; }; } 2>/dev/null ||
+      usage=null
     reading=
   fi
   mapfile -t sizes < <(exec stat -c %s messages.jsonl stdout stderr)

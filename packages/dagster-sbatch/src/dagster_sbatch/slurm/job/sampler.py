@@ -113,15 +113,19 @@ class Processes:
 
     def __init__(self, job):
         self.mark = b"SLURM_JOB_ID=" + job.encode()
-        self.members, self.others = set(), set()
+        self.members, self.others, self.unclear = set(), set(), set()
         self.memory, self.cpu = 0, 0.0
 
     def scan(self):
-        """Read the processes that there are now."""
+        """Read the processes that there are now.
+
+        One counts as another job's if it is so twice: Slurm may be about to start it, or its parent comes after it.
+        """
         pids = {int(name) for name in os.listdir(PROC) if name.isdigit()}
         self.members &= pids
         self.others &= pids
         own, times, private, shared = os.getpid(), 0, 0, 0
+        before, self.unclear = self.unclear, set()
         for pid in sorted(pids - self.others):  # a parent mostly comes before its children
             try:
                 with open("%s/%d/stat" % (PROC, pid), "rb") as file:
@@ -131,7 +135,7 @@ class Processes:
             parent = int(stat[1])
             if pid not in self.members:
                 if own in (pid, parent) or not (parent in self.members or self.has_mark(pid)):
-                    self.others.add(pid)
+                    (self.others if pid in before else self.unclear).add(pid)
                     continue
                 self.members.add(pid)
             times += sum(map(int, stat[11:15]))  # its own, and those of its children that have ended
@@ -215,8 +219,8 @@ class Usage:
 
     def __init__(self, nodes, gpus, now):
         self.nodes, self.gpus, self.begun = nodes, gpus, now
-        self.memory, self.cpu = {}, {}  # by node: the most, and until now
-        self.gpu_sum, self.gpu_count, self.gpu_memory = 0.0, 0, None
+        self.memory, self.gpu_memory, self.cpu = {}, {}, {}  # by node: the most, the most of a GPU, and until now
+        self.gpu_sum, self.gpu_count = 0.0, 0
         self.idle_since, self.seen = {}, {}  # by node: when its GPUs began to be idle, and when they were read
         self.latest = {}  # by node: GPU utilization, CPUs in use, memory
         self.sampled = {}  # by node: when, and its CPU time then
@@ -228,10 +232,12 @@ class Usage:
             self.memory[node] = max(self.memory.get(node, 0), memory)
         if cpu is not None:
             self.cpu[node] = max(self.cpu.get(node, 0), cpu)
-        known = [row[0] for row in gpus or [] if row[0] is not None]
-        sizes = [row[1] for row in gpus or [] if row[1] is not None]
-        if sizes:
-            self.gpu_memory = max(self.gpu_memory or 0, *sizes)
+        known, sizes = known_columns(gpus) if gpus else ([], [])
+        if gpus and len(sizes) == self.gpus:
+            self.gpu_memory[node] = max(self.gpu_memory.get(node, 0), *sizes)
+        if gpus and len(known) < self.gpus:  # that of some is not known, nor is their mean
+            known = []
+            self.idle_since.pop(node, None)
         utilization = sum(known) / len(known) if known else self.latest.get(node, (None,))[0]
         self.latest[node] = (utilization, self.cpus_in_use(node, now, cpu), memory)
         if not known:
@@ -241,7 +247,7 @@ class Usage:
         if now - self.seen.get(node, now) > STALE:  # the job was suspended, or nvidia-smi did not answer
             self.idle_since.pop(node, None)
         self.seen[node] = now
-        if any(known) or len(known) < self.gpus:
+        if any(known):
             self.idle_since.pop(node, None)
         else:
             self.idle_since.setdefault(node, now)
@@ -275,7 +281,7 @@ class Usage:
         if not self.all_sampled(now):
             return
         gpus, cpus, sizes = known_columns(self.latest.values())
-        mean = sum(gpus) / len(gpus) if gpus else None
+        mean = sum(gpus) / len(gpus) if len(gpus) == self.nodes else None
         used = sum(cpus) if len(cpus) == self.nodes else None
         self.pending.append((mean, used, max(sizes) if len(sizes) == self.nodes else None))
         if len(self.pending) < self.every:
@@ -297,15 +303,15 @@ class Usage:
             found["cpu_seconds"] = round(sum(self.cpu.values()), 2)
         if self.all_recent(self.seen.values(), now):
             found["gpu_percent"] = round(self.gpu_sum / self.gpu_count, 2)
-            if self.gpu_memory is not None:
-                found["gpu_memory_mib"] = self.gpu_memory
+            if len(self.gpu_memory) == self.nodes:
+                found["gpu_memory_mib"] = max(self.gpu_memory.values())
         if series and len(self.points) > 1:
             found["series"] = self.points
         return found
 
 
 def known_columns(points):
-    """Return the known numbers of each of three columns."""
+    """Return the known numbers of each column."""
     return [[value for value in column if value is not None] for column in zip(*points)]
 
 
