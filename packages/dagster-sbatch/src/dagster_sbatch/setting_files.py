@@ -77,14 +77,16 @@ def _choose_file(folder: Path, values: Mapping[str, str], sites: Collection[str]
     there = [folder / f".env.{name}" for name in sorted(sites) if (folder / f".env.{name}").is_file()]
     if len(there) == 1:
         return there[0]
-    choices = ", ".join(sorted(sites))
-    found = (
-        f"there are several: {', '.join(path.name for path in there)}" if there else f"{folder} has no .env.<site> file"
-    )
+    who = f"DAGSTER_DEPLOYMENT={deployment}" if deployment else "This"
+    if there:
+        raise ConfigurationError(
+            f"{who} needs SLURM_SUPERCOMPUTER_SITE, because {folder} has several files: "
+            f"{', '.join(path.name for path in there)}. Set it to one of {', '.join(sorted(sites))}."
+        )
     raise ConfigurationError(
-        f"{f'DAGSTER_DEPLOYMENT={deployment}' if deployment else 'This'} needs SLURM_SUPERCOMPUTER_SITE ({choices}), "
-        f"or exactly one file envs/.env.<site>; {found}. Copy the example and fill it in:\n"
-        "  cp envs/.env.musica.example envs/.env.musica"
+        f"{who} needs the settings of a supercomputer ({', '.join(sorted(sites))}), and {folder} has no file for one. "
+        "Copy the example and fill it in:\n"
+        "  cp envs/.env.musica.example envs/.env.musica && chmod 600 envs/.env.musica"
     )
 
 
