@@ -113,19 +113,22 @@ def _summarise_nodes(plan: Plan) -> dict[str, str]:
     """Return what the job requests of each node, of how much, and whether others may use the rest."""
     request, node = plan.allocation.request, plan.allocation.partition
     cores = (request.cpus_per_task or 1) * request.ntasks_per_node
-    mem = request.mem or (f"{request.mem_per_cpu} per core" if request.mem_per_cpu else "Slurm's default")
-    if request.exclusive:
-        shared = "not shared: `exclusive` reserves them whole"
-    elif node and cores == node.cores:
-        shared = "not shared: all of their cores are requested"
+    mem = "all" if request.mem == "0" else request.mem or (request.mem_per_cpu and f"{request.mem_per_cpu} per core")
+    if mem:
+        memory = f"memory {mem} of {node.mem}" if node else f"memory {mem}"
     else:
-        shared = "shared: other jobs may use the rest of them"
+        memory = f"Slurm's default memory (a node has {node.mem})" if node else "Slurm's default memory"
+    if request.exclusive:
+        shared = "not shared: `exclusive` reserves whole nodes"
+    elif node and cores == node.cores:
+        shared = "not shared: all cores are requested"
+    else:
+        shared = "shared: other jobs may use the rest"
     tasks = f", {request.ntasks_per_node} tasks per node" if request.ntasks_per_node > 1 else ""
     return {
         "nodes": f"{request.nodes}{tasks}; {shared}",
         "per node": f"{_part_of(cores, node.cores if node else None, 'core')}, "
-        f"{_part_of(request.gpus_per_node, node.gpus if node else None, 'GPU')}, "
-        f"memory {'all' if mem == '0' else mem}{f' of {node.mem}' if node else ''}",
+        f"{_part_of(request.gpus_per_node, node.gpus if node else None, 'GPU')}, {memory}",
     }
 
 
