@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.commands import lock
+from dagster_sbatch.commands import lock, lock_entries
 from dagster_sbatch.environments.groups import read_group
 from dagster_sbatch.project import Project
+from support import ROOT
 from support.environments import make_wheels
 
 PROJECT = """\
@@ -89,3 +90,11 @@ def test_what_cannot_be_resolved_is_reported_in_uvs_words(
     error = capfd.readouterr().err
     assert error.startswith("dev.txt could not be resolved. uv says:\n")
     assert "tiny" in error
+
+
+@pytest.mark.parametrize("name", ["alps", "musica-pipelines", "zermatt"])
+def test_a_copy_has_the_lock_file_that_uv_would_write(name: str) -> None:
+    """Uv names the project before the packages that require something, wherever its name is in the alphabet."""
+    text, _, _ = (ROOT / "requirements" / "dev.txt").read_text().partition("\n# The following packages were excluded")
+    rendered = lock_entries.render(lock_entries.parse(text), "musica-pipelines", name)
+    assert rendered == text.replace("musica-pipelines", name)

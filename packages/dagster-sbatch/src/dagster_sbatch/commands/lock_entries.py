@@ -78,6 +78,7 @@ def render(entries: Iterable[Entry], old: str, new: str) -> str:
     """Return the text of a lock file, with the project renamed."""
     lines = []
     for each in entries:
-        parents = tuple(sorted(parent.replace(old, new) for parent in each.parents))
+        renamed = (parent.replace(old, new) for parent in each.parents)
+        parents = tuple(sorted(renamed, key=lambda parent: (DIRECT not in parent, parent)))  # as uv does
         lines.append(replace(each, parents=parents).render())
     return "".join(lines)
