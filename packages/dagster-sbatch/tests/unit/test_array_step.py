@@ -11,7 +11,7 @@ import pytest
 
 from dagster_sbatch import JobArray, ScriptLauncher, SlurmRequest
 from dagster_sbatch.run.array_step import ArrayStep
-from dagster_sbatch.run.past_use import past_uses
+from dagster_sbatch.run.past_use import last_proposals, past_uses
 from dagster_sbatch.run.plan import Plan, make_plan
 from dagster_sbatch.run.remote_array import RemoteArray, _ArrayJob
 from dagster_sbatch.settings import Settings
@@ -113,6 +113,7 @@ def test_the_proposal_of_an_array_is_metadata_of_its_first_partition_or_of_the_a
     with dg.DagsterInstance.ephemeral() as instance:
         result = dg.materialize([probe], tags={} if by_name else tags, instance=instance)
         uses = past_uses(instance, [dg.AssetKey("probe")])
+        ((used, code),) = last_proposals(instance, ["probe"]).values()
     events = result.asset_materializations_for_node("probe")
     place = str(plan.allocation.request.partition)
     assert {(use.slurm_partition, use.partition, use.seconds) for use in uses} == {(place, key, 360) for key in keys}
@@ -120,7 +121,9 @@ def test_the_proposal_of_an_array_is_metadata_of_its_first_partition_or_of_the_a
     assert list(texts) == [None if by_name else keys[0]]
     (text,) = texts.values()
     assert str(text).startswith("The last 2 jobs of this size used at most 00:06:00 of 01:00:00")
-    assert 'SlurmRequest(time_limit="00:10:00")' in str(text)
+    assert code == 'SlurmRequest(time_limit="00:10:00")'
+    assert str(text).startswith(used)
+    assert code in str(text)
 
 
 def test_tasks_that_have_recorded_their_ends_do_not_count_as_running() -> None:

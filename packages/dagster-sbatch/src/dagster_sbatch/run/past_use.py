@@ -88,7 +88,7 @@ def proposal_metadata(step: dg.OpExecutionContext, plan: Plan, uses: Sequence[Us
 
 
 def last_proposals(instance: dg.DagsterInstance, assets: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Return what the last materialization of each asset proposes: what its jobs have used, and the code of a request.
+    """Return what the last run of each asset proposes: what its jobs have used, and the code of a request.
 
     Args:
         instance: Dagster's.
@@ -96,8 +96,21 @@ def last_proposals(instance: dg.DagsterInstance, assets: Iterable[str]) -> dict[
     """
     found = {}
     for name in sorted(set(assets)):
-        for record in instance.fetch_materializations(dg.AssetKey.from_user_string(name), limit=1).records:
-            value = record.asset_materialization.metadata.get(PROPOSAL) if record.asset_materialization else None
-            if isinstance(value, dg.MarkdownMetadataValue) and value.value and split_text(value.value)[1]:
-                found[name] = split_text(value.value)
+        key = dg.AssetKey.from_user_string(name)
+        for record in instance.fetch_materializations(key, limit=1).records:
+            for event in _materializations_of_run(instance, record):
+                value = event.metadata.get(PROPOSAL) if event.asset_key == key else None
+                if isinstance(value, dg.MarkdownMetadataValue) and value.value and split_text(value.value)[1]:
+                    found[name] = split_text(value.value)
     return found
+
+
+def _materializations_of_run(
+    instance: dg.DagsterInstance, record: dg.EventLogRecord
+) -> Iterator[dg.AssetMaterialization]:
+    """Return the materializations of the run that has made one: the first partition of an array has the proposal."""
+    of_type = {dg.DagsterEventType.ASSET_MATERIALIZATION}
+    of_run = instance.get_records_for_run(record.run_id, of_type=of_type).records if record.run_id else ()
+    for each in of_run or (record,):
+        if each.asset_materialization:
+            yield each.asset_materialization
