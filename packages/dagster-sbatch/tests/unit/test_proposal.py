@@ -167,16 +167,20 @@ NUMBERS = {"partition": CPU, "elapsed_seconds": 1000.0, "node_hours": 0.277778, 
 
 
 class Slurm:
-    """Starts jobs of less than an hour at once, others two hours later."""
+    """Starts jobs of less than an hour at once, others some time later."""
+
+    def __init__(self, later: int) -> None:
+        self.later, self.now = later, 1700000000
 
     def test(self, script: str) -> tuple[bool, str]:
-        start = 1700000000 + (7200 if "--time=02:00:00" in script else 0)
+        self.now += 1
+        start = self.now + (self.later if "--time=02:00:00" in script else 0)
         return True, f"sbatch: Job 1 to start at {start} using 19 processors"
 
 
 def test_the_history_of_an_asset_becomes_a_proposal_in_the_preview_and_in_the_metadata() -> None:
     definitions = dg.Definitions([sweep], resources={"compute": ComputeResource.of(PROJECT)})
-    slurm: Any = Slurm()
+    slurm: Any = Slurm(7200)
     with dg.DagsterInstance.ephemeral() as instance:
         (before,) = preview_asset(definitions, "sweep", history=instance)
         rows = table([{"task": "rate=1", **NUMBERS, "max_rss_mib": 9216.0}, {"task": "rate=2", **NUMBERS}])
@@ -211,7 +215,9 @@ def test_the_history_of_an_asset_becomes_a_proposal_in_the_preview_and_in_the_me
     accepted, said = try_script(slurm, shown, Projects({}, default="p1"))
     assert accepted
     assert said.splitlines()[-1].startswith(f"the proposed request, {code}, would start at Tue Nov 14 ")
-    assert said.endswith(": 02:00:00 earlier")
+    assert said.endswith(": 01:59:59 earlier")
+    at_once: Any = Slurm(0)
+    assert try_script(at_once, shown, Projects({}, default="p1"))[1].endswith(": at the same time")
 
 
 def test_a_history_that_cannot_be_read_costs_the_proposal_only() -> None:

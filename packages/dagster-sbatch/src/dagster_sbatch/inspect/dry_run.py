@@ -15,6 +15,8 @@ from dagster_sbatch.slurm.gateway import Gateway, Limits, Projects, RefusedError
 from dagster_sbatch.slurm.outcome import explain_refusal
 from dagster_sbatch.slurm.units import format_time
 
+SAME_TIME = 60
+"""Seconds: Slurm is asked twice, and a job that could start at once would start when it is asked."""
 _TIME = re.compile(r"(?<= to start at )\d+")
 
 
@@ -54,7 +56,7 @@ def _compare(gateway: Gateway, preview: Preview, limits: Limits, said: str) -> s
         return f"{head} would get no start time from Slurm: {text}"
     seconds = int(start[0]) - int(earlier[0])
     how = f"{format_time(timedelta(seconds=abs(seconds)))} {'earlier' if seconds >= 0 else 'later'}"
-    return f"{head} would start at {_written(earlier)}: {how if seconds else 'at the same time'}"
+    return f"{head} would start at {_written(earlier)}: {how if abs(seconds) >= SAME_TIME else 'at the same time'}"
 
 
 def _find_problem(gateway: Gateway, preview: Preview) -> str:
