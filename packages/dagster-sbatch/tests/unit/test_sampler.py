@@ -39,6 +39,8 @@ def gpus(count: int, visible: str | None, monkeypatch: pytest.MonkeyPatch) -> sa
         ("0", b"0, GPU-a, [N/A], [N/A]\n", None),
         ("0", b"0, GPU-a, 97, 40", None),  # the rest has not arrived yet
         ("0", b"No devices were found\n", None),
+        ("0", b"0, GPU-a, [Unknown Error], [GPU is lost]\n", None),
+        ("0", b"Unable to determine the device handle for GPU 0000:41:00.0: GPU is lost.  Reboot the system\n", None),
         ("0", b"", None),
     ],
 )
