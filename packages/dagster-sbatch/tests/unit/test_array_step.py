@@ -64,6 +64,7 @@ def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pyt
     @dg.asset(partitions_def=dg.StaticPartitionsDefinition(KEYS), backfill_policy=dg.BackfillPolicy.single_run())
     def many(context: dg.AssetExecutionContext) -> None:
         step = ArrayStep(context, "many", plan)
+        step.where = {"partition": "zen4"}
         with step.open("context.json", "messages.jsonl"):
             for index in range(10):
                 succeed(step, index)
@@ -74,7 +75,7 @@ def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pyt
             assert stored == []
             go_on.set()
             step.wait_until_stored()
-        step.complete({})
+        step.complete()
 
     tags = {"dagster/asset_partition_range_start": KEYS[0], "dagster/asset_partition_range_end": KEYS[-1]}
     with dg.DagsterInstance.ephemeral() as instance:
@@ -83,6 +84,7 @@ def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pyt
         records = instance.get_records_for_run(result.run_id, of_type=kinds).records
     found = [record.event_log_entry.asset_materialization for record in records]
     assert [each.partition for each in found if each] == [*KEYS[:10], *KEYS[11:]]
+    assert all(each.metadata["partition"].value == "zen4" for each in found if each)
     (failure,) = result.get_step_failure_events()
     assert "1 of 20 tasks failed. The other tasks have materialized 19 partitions." in str(failure)
     assert "1 task (010): it ran out of memory on n1, and the system killed some of its processes" in str(failure)
@@ -106,7 +108,8 @@ def test_the_proposal_of_an_array_is_metadata_of_its_first_partition_or_of_the_a
             for index in range(2):
                 succeed(step, index)
                 step.add_costs(index, {**numbers, **({"max_rss_mib": 7.5} if index else {})})
-        done = step.complete({"partition": plan.allocation.request.partition})
+        step.where = {"partition": plan.allocation.request.partition}
+        done = step.complete()
         return done.get_materialize_result()
 
     tags = {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}

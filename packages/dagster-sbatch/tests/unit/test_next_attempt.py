@@ -217,7 +217,8 @@ def test_each_task_has_its_own_next_request_and_a_refusal_of_one_ends_no_other()
             assert step.take() is None
             step._fail_refused()
         step._array.attempts = step._attempts.rows(step._array.tasks)
-        step._array.complete({})
+        assert step._array.where["partition"] == plan.allocation.request.partition
+        step._array.complete()
 
     with dg.DagsterInstance.ephemeral() as instance:
         (failed,) = dg.materialize([probe], instance=instance, raise_on_error=False).get_step_failure_events()

@@ -50,6 +50,7 @@ class ArrayStep:
         left: indices of the tasks that no earlier run has completed.
         contexts: of the tasks, once the session is open.
         attempts: rows of a table: the attempts of the tasks that were repeated.
+        where: metadata for all results.
     """
 
     def __init__(self, context: StepContext, name: str, plan: Plan) -> None:
@@ -84,6 +85,7 @@ class ArrayStep:
         self._done = {key: stored[key] for index in complete for key in plan.tasks[index].partitions}
         self.left = [index for index in range(len(plan.tasks)) if index not in complete]
         self.attempts: list[dict[str, Any]] = []
+        self.where: Mapping[str, Any] = {}
         self._progress = ArrayProgress(len(plan.tasks), len(complete), self._log.info)
         self._readers: dict[int, TaskReader] = {}
         self._results: dict[int, TaskResult] = {}
@@ -246,14 +248,11 @@ class ArrayStep:
         for (partition, key), metadata in result.of_partitions(self._step.selected_asset_keys, versions=True).items():
             version = versions.get((partition, key))
             tags = {DATA_VERSION_TAG: version} if version else None
-            self._context.log_event(dg.AssetMaterialization(key, metadata=metadata, partition=partition, tags=tags))
+            stored = {**self.where, **metadata}
+            self._context.log_event(dg.AssetMaterialization(key, metadata=stored, partition=partition, tags=tags))
 
-    def complete(self, where: Mapping[str, Any]) -> dg.PipesClientCompletedInvocation:
-        """Return the results, or raise the step's failure.
-
-        Args:
-            where: metadata for all results.
-        """
+    def complete(self) -> dg.PipesClientCompletedInvocation:
+        """Return the results, or raise the step's failure."""
         self._log_repeated()
         if self._failures:
             raise self._failure()
@@ -266,9 +265,9 @@ class ArrayStep:
             self._attach(result, single=single)
         checks = combine_checks(self._step.selected_asset_check_keys, results, self._earlier_checks())
         by_partition = any(task.partitions for task in self.tasks)
-        where = {**where, **self._attempts()}
+        where = {**self.where, **self._attempts()}
         metadata = dict(where) if by_partition else {**where, **summarize(results)}
-        proposal = self._propose(results, where)
+        proposal = self._propose(results)
         if by_partition and results and self._step.selected_asset_keys:
             key, partition = min(self._step.selected_asset_keys), results[0].task.partitions[0]
             add_metadata(self._context, key, partition, proposal)
@@ -276,8 +275,8 @@ class ArrayStep:
             metadata |= proposal
         return CompletedArray(self._session.pipes, metadata, results, checks)
 
-    def _propose(self, results: Sequence[TaskResult], where: Mapping[str, Any]) -> dict[str, Any]:
-        place = where.get("partition")
+    def _propose(self, results: Sequence[TaskResult]) -> dict[str, Any]:
+        place = self.where.get("partition")
         uses = [use for each in results for use in uses_of(each.costs, each.task.partitions or [each.task.name], place)]
         return proposal_metadata(self._step, self._plan, uses)
 

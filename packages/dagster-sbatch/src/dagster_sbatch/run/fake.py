@@ -89,7 +89,7 @@ class FakeCompute(ComputeResource):
                 for message in self._reports(context):
                     array.reader(index).messages.receive(message)
                 array.ended(index, 0, {}, {}, "")
-        return array.complete({})
+        return array.complete()
 
     def _reports(self, step: StepContext) -> Iterator[PipesMessage]:
         for method, params in self._methods(step):

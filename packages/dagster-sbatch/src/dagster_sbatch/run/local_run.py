@@ -119,11 +119,12 @@ def run_array_here(
 ) -> dg.PipesClientCompletedInvocation:
     """Run the tasks of an array as subprocesses of this step, some at once; see `ComputeResource.run`."""
     step = ArrayStep(context, name, plan)
+    step.where = {"host": socket.gethostname(), "workload": str(plan.workload.path)}
     image, checks = _find_image(context, name, settings, plan), json.dumps(declared_checks(context))
     tasks = _LocalTasks(step, settings, plan, _environment(context, settings, plan), image, checks)
     with step.open(CONTEXT, MESSAGES):
         run_interruptibly(tasks.run)
-    return step.complete({"host": socket.gethostname(), "workload": str(plan.workload.path)})
+    return step.complete()
 
 
 class _LocalTasks:

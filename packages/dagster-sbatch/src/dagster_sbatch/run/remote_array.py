@@ -114,7 +114,8 @@ class RemoteArray(RemoteStep, Arrays):
                     gateway.run_arrays(self, self._context.run_id)
                 self._fail_refused()
         self._array.attempts = self._attempts.rows(self._array.tasks)
-        return self._array.complete(self._where(self._project))
+        self._array.where = self._where(self._project)
+        return self._array.complete()
 
     def _before_cancelling(self) -> None:
         self._array.store_completed()
@@ -269,6 +270,7 @@ class RemoteArray(RemoteStep, Arrays):
         index, request = array_job.tasks[task], array_job.request
         array_job.ends[task] = end
         self._report_project(array_job.job, end.account)
+        self._array.where = self._where(self._project)
         job, costs = f"{array_job.job}_{task}", accounting.count(end, request)
         outcome, logs = judge(end, request), f"scripts/job {job} logs"
         failed = find_fault(outcome, end, self._array.stderr(index), request)
