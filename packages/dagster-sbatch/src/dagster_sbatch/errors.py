@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pydantic import ValidationError
 
 Place = tuple[int | str, ...]
-"""Where pydantic found a problem: the keys and indices that lead there."""
+"""The keys and indices that lead to a problem that pydantic found."""
 
 
 class ConfigurationError(ValueError):

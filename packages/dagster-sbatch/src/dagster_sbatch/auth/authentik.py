@@ -51,7 +51,7 @@ class Authentik:
 
         A retry after a lost answer finds the token that the first request has made.
         """
-        body = {"identifier": identifier, "intent": intent, "description": "Made and replaced by musica-pipelines"}
+        body = {"identifier": identifier, "intent": intent, "description": "Made and replaced by dagster-sbatch"}
         answer = self._call("POST", "/tokens/", body)
         if answer.status == 400 and "identifier" in (answer.data or {}):
             answer = self._call("GET", f"/tokens/{identifier}/")

@@ -107,7 +107,7 @@ class Launcher(BaseModel, ABC):
         return {}
 
     def hints(self, job: str) -> dict[str, str]:  # noqa: ARG002
-        """Return commands that show people something of a running job, by what they show."""
+        """Return commands with which people can look into a running job, by what they show."""
         return {}
 
     @abstractmethod

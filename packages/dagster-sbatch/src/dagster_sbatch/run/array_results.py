@@ -26,7 +26,7 @@ class TaskReports:
 
 
 class CompletedArray(dg.PipesClientCompletedInvocation):
-    """The results of an array; an asset uses it as the one of a single workload.
+    """The results of an array; an asset uses them like the result of a single workload.
 
     Attributes:
         tasks: what each task reported, by the task's name.

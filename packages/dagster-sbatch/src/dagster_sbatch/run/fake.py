@@ -40,7 +40,7 @@ _calls: dict[str, list[FakeCall]] = {}
 
 
 class FakeCompute(ComputeResource):
-    """Stands in for `compute`. Neither settings nor dotenv files are read, and nothing is connected to.
+    """Stands in for `compute`. It reads neither settings nor dotenv files, and connects to nothing.
 
     Example:
         compute = FakeCompute(site_overrides=SUPERCOMPUTER_SITE_OVERRIDES, metadata={"rows": 3})
@@ -50,7 +50,7 @@ class FakeCompute(ComputeResource):
 
     metadata: dict[str, Any] = Field({}, description="What each workload reports of each of its assets.")
     failed_checks: list[str] = Field([], description="Names of declared asset checks that do not pass; all others do.")
-    name: str = Field("", description="Tells it from others. Dagster copies resources; the copies have the same calls.")
+    name: str = Field("", description="Identifies this object. Dagster copies resources; all copies record the same calls.")
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**{"name": uuid.uuid4().hex, **fields})

@@ -16,7 +16,7 @@ _SCRIPT = Template(
     """\
 #!$shell
 $header
-# Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
+# Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
 
 $claim

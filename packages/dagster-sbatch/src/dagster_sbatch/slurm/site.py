@@ -78,7 +78,7 @@ class Site(_Part):
         "without it, Slurm decides what a CPU is.",
     )
     setup_commands: tuple[str, ...] = Field(
-        (), description="Shell commands that run before Python is searched for (module load ...)."
+        (), description="Shell commands that run first, on the login node and in each job (module load ...)."
     )
     modules: Modules = Field((), description="Modules (Lmod) that jobs load whose request has no `modules` of its own.")
     host_authorities: tuple[Annotated[str, AfterValidator(_authority)], ...] = Field(

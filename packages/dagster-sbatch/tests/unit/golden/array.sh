@@ -15,7 +15,7 @@
 #SBATCH --export=ALL
 #SBATCH --signal=B:USR1@60
 #SBATCH --array=0-999%50
-# Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
+# Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
 
 # One array job per run: the first to make this link is the run's job; the tasks of any other end. The link leads to a

@@ -13,7 +13,7 @@
 #SBATCH --open-mode=append
 #SBATCH --export=NONE
 #SBATCH --signal=B:USR1@60
-# Written by musica-pipelines. It runs in the run directory, beside the workload and its Pipes context.
+# Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
 
 # One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
