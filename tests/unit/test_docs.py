@@ -17,6 +17,11 @@ PAGES = [
     *sorted(ROOT.glob("packages/*/docs/*.md")),
     *sorted(ROOT.glob("packages/*/README.md")),
 ]
+AVOIDED = re.compile(
+    r"\b(mend(s|ed)?|passed over|taken up|(is|are|was|were) told|go(es)? along|go(es)? on|what of|word of its end)\b",
+    re.IGNORECASE,
+)
+"""Words that a newcomer reads twice: write repair, skip, adopt, report, continue."""
 HEAD = """\
 # Settings
 
@@ -65,6 +70,16 @@ def test_links_and_paths_exist(page: Path) -> None:
             (base / path).exists()
             for base in (ROOT, ROOT / "scripts" / "_skeleton", *ROOT.glob("packages/*"), *ROOT.glob("packages/*/src"))
         ) or path.endswith("count_planes.py"), path
+
+
+def test_texts_have_no_words_that_a_newcomer_reads_twice() -> None:
+    folders = ["musica_pipelines", "jobs", "resources", "scripts", "packages/*/src", "packages/*/benchmarks"]
+    programs = [path for folder in folders for place in ROOT.glob(folder) for path in place.rglob("*")]
+    kinds = (".py", ".sh", ".md", "")
+    texts = [*PAGES, *(path for path in programs if path.is_file() and path.suffix in kinds)]
+    assert len(texts) > 200
+    found = [(str(path), match[0]) for path in texts for match in AVOIDED.finditer(path.read_text())]
+    assert found == []
 
 
 def test_the_architecture_page_names_every_module() -> None:

@@ -50,7 +50,9 @@ class FakeCompute(ComputeResource):
 
     metadata: dict[str, Any] = Field({}, description="What each workload reports of each of its assets.")
     failed_checks: list[str] = Field([], description="Names of declared asset checks that do not pass; all others do.")
-    name: str = Field("", description="Identifies this object. Dagster copies resources; all copies record the same calls.")
+    name: str = Field(
+        "", description="Identifies this object. Dagster copies resources; all copies record the same calls."
+    )
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**{"name": uuid.uuid4().hex, **fields})
