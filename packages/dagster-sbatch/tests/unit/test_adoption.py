@@ -28,7 +28,7 @@ from dagster_sbatch.run.history import is_stored, requested_at
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.workload import Workload
 from dagster_sbatch.slurm import Allocation, Retries, Site, SlurmRequest
-from dagster_sbatch.slurm.gateway import Claim, JobEnd, OtherRun
+from dagster_sbatch.slurm.gateway import Claim, JobEnd, OtherRun, Questions
 
 WELL = JobEnd(0, "COMPLETED", "0:0")
 FORGOTTEN = JobEnd(0, "", "")
@@ -174,7 +174,7 @@ def test_jobs_are_not_outdated_while_a_thread_prepares_its_call() -> None:
 
     gateway: Any = SimpleNamespace(stop=Stop())  # a claim or a cancellation would be an error
     context: Any = SimpleNamespace(log=logging.getLogger())
-    attempts = Attempts(context, gateway, "/base", Submission(call, "step", "", {}, {}, Retries(), ""))
+    attempts = Attempts(context, gateway, "/base", Submission(call, "step", {}, {}, Retries(), Questions()))
     preparing.__enter__()
     assert not attempts.cancel_outdated(Claim(None, others=[theirs]))
     assert len(waits) == 3

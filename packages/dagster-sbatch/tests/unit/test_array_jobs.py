@@ -17,7 +17,7 @@ from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.attempts import Attempts, Submission
 from dagster_sbatch.run.calls import StepCalls
 from dagster_sbatch.slurm import Retries
-from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, Limits, OtherRun, RefusedError
+from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, Limits, OtherRun, Questions, RefusedError
 
 NO_LIMITS = Limits(None, None)
 
@@ -170,7 +170,7 @@ def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bo
         context: Any = SimpleNamespace(instance=instance, run_id="r", log=log)
         gateway: Any = SimpleNamespace(claim=claim, cancel=cancel, cancel_tasks=cancel)
         call = StepCalls().begin("r", "step", "digest")
-        attempts = Attempts(context, gateway, "/base", Submission(call, "step", "", {}, {}, Retries(), ""))
+        attempts = Attempts(context, gateway, "/base", Submission(call, "step", {}, {}, Retries(), Questions()))
         attempts.choose_tasks({0: TASK})
     assert done == [("runs/f-1", [1, 2]), ("runs/f-2", None)]
     assert "values (y, z). They are cancelled" in warnings[0]
@@ -198,7 +198,9 @@ def test_all_array_jobs_with_other_inputs_are_cancelled_at_the_same_time(monkeyp
     gateway: Any = SimpleNamespace(claim=claim, cancel_all=cancel_all, stop=threading.Event())
     log = SimpleNamespace(info=None, warning=warnings.append, error=None)
     context: Any = SimpleNamespace(run_id="r", log=log)
-    attempts = Attempts(context, gateway, "/base", Submission(call, "step", "", {"args": "new"}, {}, Retries(), ""))
+    attempts = Attempts(
+        context, gateway, "/base", Submission(call, "step", {"args": "new"}, {}, Retries(), Questions())
+    )
     found = Claim(None, others=others)
     assert [attempts.cancel_outdated(found), attempts.cancel_outdated(found)] == [True, False]
     assert (claimed, cancelled[0]) == (["of-a", "of-b"], ["of-a-1", "of-a-2", "of-b-1"])

@@ -238,7 +238,7 @@ class Published:
             about = dict.fromkeys(("executable", "version", "machine", "glibc"), "")
             store(str(folder / name / HERE), {**content, "name": name, "code": {}, "interpreter": about})
 
-    def ask(self, _: Any, verb: str, **fields: Any) -> Any:
+    def ask(self, *_: Any, verb: str, **fields: Any) -> Any:
         """Stand for `Gateway.ask`, with the agent in this process."""
         del fields["do"]
         try:

@@ -22,6 +22,7 @@ from dagster_sbatch.slurm.gateway import (
     Gateway,
     LostClaimError,
     OtherRun,
+    Questions,
     RefusedError,
     StoppedError,
     choose_channel,
@@ -236,7 +237,7 @@ def test_what_else_a_step_has_there_is_reported(open_gateway: Callable[[], Gatew
             (runs / name / mark).touch()
     record = {"call": 0, "inputs": {}, "request": {}}
     (runs / "step-b-1" / "submitted_with.json").write_text(json.dumps(record))
-    claim = open_gateway().claim(str(runs), "step-d", "token", "me", "step-")
+    claim = open_gateway().claim(str(runs), "step-d", "token", "me", Questions("step-"))
     assert list(claim.others) == [
         OtherRun("step-b", str(runs / "step-b-1"), "17", record),
         OtherRun("step-e", str(runs / "step-e-1"), "17", None),

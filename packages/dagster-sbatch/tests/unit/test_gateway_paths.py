@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import Gateway, RefusedError, choose_channel
+from dagster_sbatch.slurm.gateway import Gateway, Questions, RefusedError, choose_channel
 
 PROFILE = """\
 read -r line && export DATA=$line
@@ -35,10 +35,9 @@ class Home:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
-    monkeypatch.setenv("HOME", str(tmp_path))
+def home(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     monkeypatch.setenv("DATA", "/of/another/machine")
-    return Home(tmp_path)
+    return Home(slurm.parent)
 
 
 @pytest.fixture
@@ -55,11 +54,11 @@ def open_gateway(slurm: Path) -> Iterator[Callable[[], Gateway]]:
 
 
 def test_the_login_profile_says_where_data_is_and_is_read_once(home: Home, open_gateway: Callable[[], Gateway]) -> None:
-    claim = open_gateway().claim("$DATA/d/runs", "family", "token", "me", data_root="~/files")
+    claim = open_gateway().claim("$DATA/d/runs", "family", "token", "me", Questions(data_root="~/files"))
     assert (claim.runs, claim.data_root) == (f"{home.folder}/data/d/runs", f"{home.folder}/files")
     assert (home.folder / "data" / "d" / "runs").is_dir()
     gateway = open_gateway()
-    assert gateway.claim("$DATA/d/runs", "other", "token", "me", data_root="~").data_root == str(home.folder)
+    assert gateway.claim("$DATA/d/runs", "other", "token", "me", Questions(data_root="~")).data_root == str(home.folder)
     assert gateway.runs("$DATA/d/runs") == []
     assert home.times_read == 1
 

@@ -108,7 +108,7 @@ def fail() -> Callable[..., str]:
         policy: dg.RetryPolicy | None = None,
         **settings: Any,
     ) -> str:
-        def find(_: Any) -> Any:
+        def find(*_: Any) -> Any:
             if error := environments.pop(0):
                 raise error
             return SimpleNamespace(name="env", python="/env/bin/python", workloads="/code")

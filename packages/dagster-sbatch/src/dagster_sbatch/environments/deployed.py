@@ -156,13 +156,21 @@ class Environments:
         """
         self._ask("check_interpreter", **self._describe(EnvironmentSpec(Code(Path(), {}), None, python)))
 
-    def compare(self, spec: EnvironmentSpec, folder: Path, progress: Progress) -> Comparison:
-        """Find out whether an environment exists, in one round trip; if not, gather its wheels in an empty folder.
+    def request_find(self, spec: EnvironmentSpec) -> dict[str, Any]:
+        """Return the request of `compare`."""
+        return self._request("find", **self._describe(spec))
+
+    def compare(
+        self, spec: EnvironmentSpec, folder: Path, progress: Progress, answer: Mapping[str, Any] | None = None
+    ) -> Comparison:
+        """Find out whether an environment exists; if not, gather its wheels in an empty folder.
+
+        `answer`: to `request_find`, if the login node has already answered that.
 
         Raises:
             ConfigurationError: see `gather_wheels`.
         """
-        answer = self._ask("find", **self._describe(spec))
+        answer = answer or self._gateway.ask(**self.request_find(spec))
         environment = Environment.parse(answer["environment"])
         if answer["ready"] or answer["installed"]:
             return Comparison(environment, answer["ready"])
@@ -176,20 +184,20 @@ class Environments:
             environment, ready=False, wheels=wheels, missing=[wheel for wheel in wheels if wheel.place in lacking]
         )
 
-    def ensure(self, spec: EnvironmentSpec, progress: Progress) -> Environment:
-        """Make an environment, unless it exists. Only wheels that are missing there are sent.
+    def ensure(self, spec: EnvironmentSpec, progress: Progress, answer: Mapping[str, Any] | None = None) -> Environment:
+        """Make an environment, unless it exists. Only wheels that are missing there are sent. `answer`: see `compare`.
 
         Raises:
             ConfigurationError: see `gather_wheels`.
         """
         with tempfile.TemporaryDirectory(prefix="wheels-") as folder:
-            found = self.compare(spec, Path(folder), progress)
+            found = self.compare(spec, Path(folder), progress, answer)
             if found.ready:
                 return found.environment
             self._send(found.missing, progress)
             wheels = {wheel.place: wheel.digest for wheel in found.wheels}
-            answer = self._ask("build", progress.step, **self._describe(spec), wheels=wheels, files=spec.code.encoded)
-        return Environment.parse(answer["environment"])
+            built = self._ask("build", progress.step, **self._describe(spec), wheels=wheels, files=spec.code.encoded)
+        return Environment.parse(built["environment"])
 
     def _send(self, wheels: Sequence[Wheel], progress: Progress) -> None:
         total, before = sum(wheel.size for wheel in wheels), 0
@@ -201,9 +209,16 @@ class Environments:
             self._gateway.put(wheel.path, f"{self._folder}/wheels/{wheel.place}", report)
             before += wheel.size
 
-    def published(self, group: str = DEFAULT) -> Published | None:
-        """Return what production runs for a group; None if nothing was published. One round trip."""
-        answer = self._ask("published", group=group)
+    def request_published(self, group: str) -> dict[str, Any]:
+        """Return the request of `published`."""
+        return self._request("published", group=group)
+
+    def published(self, group: str = DEFAULT, answer: Mapping[str, Any] | None = None) -> Published | None:
+        """Return what production runs for a group; None if nothing was published.
+
+        `answer`: to `request_published`, if the login node has already answered that.
+        """
+        answer = answer or self._gateway.ask(**self.request_published(group))
         if answer["environment"] is None:
             return None
         entry = answer["entry"]
@@ -261,4 +276,7 @@ class Environments:
         }
 
     def _ask(self, verb: str, on_progress: Callable[[str], None] = lambda _: None, **fields: Any) -> Mapping[str, Any]:
-        return self._gateway.ask(on_progress, do="environment", verb=verb, folder=self._folder, **fields)
+        return self._gateway.ask(on_progress, **self._request(verb, **fields))
+
+    def _request(self, verb: str, **fields: Any) -> dict[str, Any]:
+        return {"do": "environment", "verb": verb, "folder": self._folder, **fields}

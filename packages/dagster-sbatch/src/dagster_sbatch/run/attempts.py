@@ -24,7 +24,16 @@ from dagster_sbatch.run.calls import Call
 from dagster_sbatch.run.history import is_stored, requested_at, stored_before
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.slurm import Retries
-from dagster_sbatch.slurm.gateway import ArrayJob, Claim, Gateway, JobEnd, OtherRun, RefusedError, StoppedError
+from dagster_sbatch.slurm.gateway import (
+    ArrayJob,
+    Claim,
+    Gateway,
+    JobEnd,
+    OtherRun,
+    Questions,
+    RefusedError,
+    StoppedError,
+)
 
 HOLDER_SECONDS = 5.0
 """Pause before asking again whether another run still executes this step."""
@@ -39,20 +48,18 @@ class Submission:
     Attributes:
         call: the call.
         step: Dagster's key of the step.
-        related: beginning of the submission keys of the step's jobs.
         inputs: of the call: digests by name.
         request: the Slurm request.
         retries: of the Slurm request.
-        data_root: DATA_ROOT, as the user wrote it.
+        questions: for the login node.
     """
 
     call: Call
     step: str
-    related: str
     inputs: Mapping[str, str]
     request: Mapping[str, Any]
     retries: Retries
-    data_root: str
+    questions: Questions
 
     @property
     def record(self) -> dict[str, Any]:
@@ -74,7 +81,7 @@ class Attempts:
     def choose(self) -> tuple[Claim, Choice]:
         """Claim the call's runs, once no other run executes them; choose between an earlier attempt and a new one."""
         submission = self.submission
-        claim = self._claim(self.family, submission.related)
+        claim = self._claim(self.family, submission.questions)
         instance, asked = self._context.instance, requested_at(self._context.instance, self._context.run_id)
         stored = claim.over and is_stored(instance, claim.followers, submission.step, before=asked)
         choice = choose(claim, stored=stored, retries=submission.retries)
@@ -91,7 +98,7 @@ class Attempts:
             tasks: those that are not done, by index.
         """
         submission, instance = self.submission, self._context.instance
-        claim = self._claim(self.family, submission.related)
+        claim = self._claim(self.family, submission.questions)
         asked = requested_at(instance, self._context.run_id)
         stored: dict[str, tuple[bool, set[str]]] = {}
 
@@ -152,7 +159,7 @@ class Attempts:
         outdated = outdated_runs(claim.others, step.begun)
         families = [family for family in {run.family: None for run in outdated} if step.claim_once(family)]
         for family in families:
-            self._claim(family)  # while another run follows its jobs, this one waits
+            self._claim(family, Questions())  # while another run follows its jobs, this one waits
         if families:
             self._cancel([run for run in outdated if run.family in families])
         return bool(families)
@@ -173,11 +180,11 @@ class Attempts:
 
         self._gateway.cancel_all(list(jobs), report)
 
-    def _claim(self, family: str, related: str = "") -> Claim:
+    def _claim(self, family: str, questions: Questions) -> Claim:
         who = f"run {self._context.run_id}, process {os.getpid()} on {socket.gethostname()}"
         reported = None
         while True:
-            claim = self._gateway.claim(self._folder, family, self._token, who, related, self.submission.data_root)
+            claim = self._gateway.claim(self._folder, family, self._token, who, questions)
             if claim.held_by is None:
                 return claim
             if reported != claim.held_by:

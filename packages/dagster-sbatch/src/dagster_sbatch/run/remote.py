@@ -72,7 +72,7 @@ class RemoteRun(RemoteStep):
         choice, found = self._claim_runs(attempts), None
         if not choice.adopt:
             self._guard.check_cost(self._plan.allocation)
-            found = self._find_environment(gateway, environment)
+            found = self._find_environment(gateway, environment, self._claim.environment)
             while not choice.adopt and attempts.cancel_outdated(self._claim):
                 choice = self._claim_runs(attempts)
         gateway.committed = True

@@ -129,7 +129,7 @@ class RemoteArray(RemoteStep, Arrays):
         found: Environment | None = None
         if choice.new:
             self._guard.check_cost(self._planned, len(choice.new))
-            found = self._find_environment(self._gateway, environment, len(choice.new))
+            found = self._find_environment(self._gateway, environment, claim.environment, len(choice.new))
             while attempts.cancel_outdated(claim):
                 claim, choice = attempts.choose_tasks(left)
                 self._adopt(claim, choice)

@@ -32,6 +32,7 @@ from dagster_sbatch.slurm.gateway import (
     Gateway,
     JobEnd,
     LostClaimError,
+    Questions,
     RefusedError,
     StoppedError,
     make_gateway,
@@ -116,8 +117,9 @@ class RemoteStep(ABC):
             inputs = inputs_of(self._plan, environment.inputs, assets, data_root, self._find_image(gateway))
             call = calls.begin(root, step, digest_of(inputs))
         self._call = call.number
-        related, retries = f"{step_prefix(root, step)}-", self._plan.allocation.request.retries
-        return Submission(call, step, related, inputs, request_of(self._plan), retries, data_root)
+        related = f"{step_prefix(root, step)}-"
+        request, retries = request_of(self._plan), self._plan.allocation.request.retries
+        return Submission(call, step, inputs, request, retries, Questions(related, data_root, environment.request))
 
     @property
     def _data_root(self) -> str:
@@ -135,7 +137,9 @@ class RemoteStep(ABC):
             raise ConfigurationError(problem)
         return identity
 
-    def _find_environment(self, gateway: Gateway, environment: RunEnvironment, tasks: int = 1) -> Environment:
+    def _find_environment(
+        self, gateway: Gateway, environment: RunEnvironment, answer: Mapping[str, Any] | None = None, tasks: int = 1
+    ) -> Environment:
         """Return the environment of new jobs; see `RunEnvironment.find`.
 
         Meanwhile Slurm says what the project has left, if the deployment keeps within that. `tasks`: of an array, that
@@ -144,10 +148,10 @@ class RemoteStep(ABC):
         Raises:
             ConfigurationError: there is none, or the project has not enough left.
         """
-        answer = self._guard.ask(gateway) if tasks else None
-        found = environment.find(self._log.info)
-        if answer:
-            self._guard.check_budget(answer, self._plan.allocation, tasks)
+        budget = self._guard.ask(gateway) if tasks else None
+        found = environment.find(self._log.info, answer)
+        if budget:
+            self._guard.check_budget(budget, self._plan.allocation, tasks)
         return found
 
     def _paths(self, claim: Claim, run: str, found: Environment) -> RunPaths:

@@ -1,8 +1,9 @@
 """The environment of a run: staging makes what is missing, production runs only what was published."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 from dagster_sbatch.environments.code import read_code
 from dagster_sbatch.environments.deployed import Environment, Environments, EnvironmentSpec, Published
@@ -41,14 +42,26 @@ class RunEnvironment:
             return {**code, "environment": spec.python or ""}
         return {**code, "packages": spec.lock.digest, "SLURM_PYTHON": spec.python or ""}
 
-    def find(self, log: Callable[[str], None]) -> Environment:
-        """Return the environment; in staging, make it if it does not exist. One round trip if it exists.
+    @property
+    def request(self) -> Mapping[str, Any]:
+        """The first request of `find`: which environment production runs; in staging, whether the environment exists.
+
+        Raises:
+            ConfigurationError: git does not track the workload.
+        """
+        if self._settings.deployment == "production_supercomputer":
+            return self._environments.request_published(self._group)
+        return self._environments.request_find(self._spec)
+
+    def find(self, log: Callable[[str], None], answer: Mapping[str, Any] | None = None) -> Environment:
+        """Return the environment; in staging, make it if it does not exist.
 
         Of an interpreter that the asset names, production compares the code with what was published, and puts that code
         beside the interpreter if this is its first use.
 
         Args:
             log: called with what takes long, and with which files are not sent.
+            answer: to `request`, if the login node has already answered that.
 
         Raises:
             ConfigurationError: git does not track the workload; or in production: it is not what was published.
@@ -57,8 +70,8 @@ class RunEnvironment:
             log(f"environment: {note}")
         deployment, environment = self._settings.deployment, self._plan.environment
         if deployment != "production_supercomputer":
-            return self._environments.ensure(self._spec, LoggedProgress(log))
-        published = self._find_published()
+            return self._environments.ensure(self._spec, LoggedProgress(log), answer)
+        published = self._find_published(answer)
         differences = self._spec.differences_from(published.environment)
         if differences:
             listed = "".join(f"\n  {each}" for each in differences)
@@ -84,15 +97,19 @@ class RunEnvironment:
         if environment and is_path(environment):
             self._environments.check_interpreter(environment)
 
-    def _find_published(self) -> Published:
-        """Return what production runs for the group of the asset.
+    @property
+    def _group(self) -> str:
+        environment = self._plan.environment
+        return DEFAULT if environment is None or is_path(environment) else environment
+
+    def _find_published(self, answer: Mapping[str, Any] | None = None) -> Published:
+        """Return what production runs for the group of the asset; `answer`: see `find`.
 
         Raises:
             ConfigurationError: nothing was published for it.
         """
-        deployment, environment = self._settings.deployment, self._plan.environment
-        group = DEFAULT if environment is None or is_path(environment) else environment
-        published = self._environments.published(group)
+        deployment, group = self._settings.deployment, self._group
+        published = self._environments.published(group, answer)
         if published is None:
             what = f"environment {group!r} has not" if group else "nothing has"
             raise ConfigurationError(

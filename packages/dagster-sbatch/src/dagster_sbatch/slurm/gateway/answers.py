@@ -223,6 +223,21 @@ class OtherRun:
 
 
 @dataclass(frozen=True)
+class Questions:
+    """What the client of a claim has to know before it submits a job.
+
+    Attributes:
+        related: beginning of the submission keys of other runs; they are reported if their jobs may not be over.
+        data_root: DATA_ROOT; the answer has its absolute path.
+        environment: a request about the environment of a new attempt; see `RunEnvironment.request`.
+    """
+
+    related: str = ""
+    data_root: str = ""
+    environment: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Claim:
     """The state of a family of runs, and who acts on it.
 
@@ -239,6 +254,8 @@ class Claim:
         record: what it was submitted with.
         others: further runs of the step.
         arrays: the attempts that are array jobs, the latest last; several can be active at once.
+        environment: the answer to the request about the environment of a new attempt; None if it failed, or if the
+            latest attempt is not over.
     """
 
     held_by: str | None
@@ -253,6 +270,7 @@ class Claim:
     record: Mapping[str, Any] | None = None
     others: Sequence[OtherRun] = ()
     arrays: Sequence[ArrayJob] = ()
+    environment: Mapping[str, Any] | None = None
 
     @classmethod
     def parse(cls, said: Mapping[str, Any]) -> "Claim":
@@ -262,6 +280,6 @@ class Claim:
         end = JobEnd.parse(said["end"]) if said["end"] else None
         others = [OtherRun(**each) for each in said["others"]]
         same = {name: said[name] for name in ("runs", "data_root", "attempt", "over", "job")}
-        seen = {name: said[name] for name in ("rejected", "followers", "record")}
+        seen = {name: said[name] for name in ("rejected", "followers", "record", "environment")}
         arrays = [ArrayJob.parse(each) for each in said["arrays"]]
         return cls(None, **same, **seen, end=end, others=others, arrays=arrays)

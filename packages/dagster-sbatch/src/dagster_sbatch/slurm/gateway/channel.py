@@ -19,8 +19,8 @@ from dagster_sbatch.slurm.gateway.agent.slurm_commands import KEPT
 from dagster_sbatch.slurm.gateway.shell import after_login_profile, for_any_shell
 from dagster_sbatch.ssh import connect
 
-_MODULES = "disk transfer task_states slurm_commands job_record streams tasks paths run_directories claims".split()
-_MODULES += "limits usage jobs follower array_jobs interpreters building releases images task_records server".split()
+_MODULES = "disk transfer task_states slurm_commands job_record streams tasks paths run_directories limits".split()
+_MODULES += "usage jobs follower array_jobs interpreters building releases claims images task_records server".split()
 """Of the agent, each after those that it uses."""
 _JOIN = """\
 import sys, types

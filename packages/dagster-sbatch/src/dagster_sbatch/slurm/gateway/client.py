@@ -7,6 +7,7 @@ from the byte where the connection broke.
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dagster_sbatch.slurm.gateway.answers import (
     JobState,
     Limits,
     Projects,
+    Questions,
     RefusedError,
     Submitted,
 )
@@ -31,6 +33,7 @@ from dagster_sbatch.slurm.gateway.project_usage import Usage
 from dagster_sbatch.slurm.modules import explain_modules
 from dagster_sbatch.slurm.site import Site
 
+NONE = Questions()
 PIECE = 1 << 20
 ACCOUNTED = ("JobID", "State", "MaxRSS", "TotalCPU")
 """The fields of sacct: a row for the job, then one for each of its steps."""
@@ -41,7 +44,7 @@ Sinks = Mapping[str, Callable[[bytes], None]]
 class Gateway(Link):
     """Requests to the agent on a login node; for one thread at a time."""
 
-    def claim(self, runs: str, family: str, token: str, who: str, related: str = "", data_root: str = "") -> Claim:
+    def claim(self, runs: str, family: str, token: str, who: str, questions: Questions = NONE) -> Claim:
         """Become the client that acts on a family of runs, for as long as the connection lives.
 
         Args:
@@ -49,11 +52,10 @@ class Gateway(Link):
             family: first part of the submission keys of the attempts, which follow as `-1`, `-2`, ...
             token: identifies this client, also when it connects anew.
             who: describes this client to others.
-            related: beginning of the submission keys of other runs; they are reported if their jobs may not be over.
-            data_root: DATA_ROOT; the answer has its absolute path.
+            questions: are answered with the claim, in the same round trip.
         """
         claim = {"runs": runs, "family": family, "token": token, "who": who}
-        found = Claim.parse(self.ask(do="claim", related=related, data_root=data_root, **claim))
+        found = Claim.parse(self.ask(do="claim", **claim, **asdict(questions)))
         if found.held_by is None:
             self.claimed = claim
         return found

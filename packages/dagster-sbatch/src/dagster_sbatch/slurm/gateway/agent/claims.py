@@ -8,7 +8,9 @@ import os
 import threading
 import time
 
-from .disk import lock, own, parse, read, remove_tree
+from .disk import RequestError, lock, own, parse, read, remove_tree
+from .paths import with_paths
+from .releases import environment
 from .run_directories import DAY, array_of, checked, conclude, followers_of, has, job_of, record_of
 from .tasks import is_array, whole
 
@@ -87,6 +89,14 @@ def others(folder, family, beginning):
     return found
 
 
+def environment_of(agent, ask, say):
+    """Return the answer to a request about an environment; None if that fails: a client that needs it asks again."""
+    try:
+        return environment(agent, with_paths(agent.profile, ask), say)
+    except (RequestError, OSError):
+        return None
+
+
 # Requests
 
 
@@ -109,13 +119,18 @@ def hold(agent, ask, say):
 
 
 def claim(agent, ask, say):
-    """Hold a family; answer the state of its latest attempt, and `runs` and `data_root` as absolute paths."""
+    """Hold a family; answer the state of its latest attempt, and `runs` and `data_root` as absolute paths.
+
+    environment: a request about the environment of a new attempt, which is answered once the latest one is over
+    """
     held = hold(agent, ask, say)
     if held:
         return held
     folder = ask["runs"]
     found = latest(folder, ask["family"])
     found["others"] = others(folder, ask["family"], ask["related"])
+    wanted = ask["environment"] if found["over"] else None
+    found["environment"] = environment_of(agent, wanted, say) if wanted else None
     return dict(found, runs=folder, data_root=ask["data_root"])
 
 
