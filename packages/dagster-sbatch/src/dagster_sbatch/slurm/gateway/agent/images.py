@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import struct
 import sys
 
@@ -101,6 +100,8 @@ def unbindable(paths):
 
 def problem_here(command, image, data_root, sources):
     """Return why no container can start on this node; empty if nothing is wrong."""
+    import shutil  # loading it takes longer than most runs have a use for it
+
     host = os.uname()[1]
     if not shutil.which(command):
         return (
