@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 
 from dagster_sbatch import Retries, SlurmRequest
@@ -50,10 +51,11 @@ def variables(on_supercomputer: dict[str, str]) -> dict[str, str]:
 
 
 def start(name: str, workloads: Path) -> Background:
-    """Run a program."""
-    text, request = PROGRAMS[name]
+    """Run a program, of an asset that Dagster retries where that can help."""
+    text, fields = PROGRAMS[name]
     path = make(workloads, f"{BEGIN}{text}{REPORT}", f"{name}.py")
-    return Background(lambda: materialize(path, workloads, request=SlurmRequest(time_limit="00:30:00", **request)))
+    request, policy = SlurmRequest(time_limit="00:30:00", **fields), dg.RetryPolicy(max_retries=1)
+    return Background(lambda: materialize(path, workloads, request=request, retry_policy=policy))
 
 
 def ended_again(site: SimulatedSite, job: str) -> bool:
