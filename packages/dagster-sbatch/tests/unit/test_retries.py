@@ -3,10 +3,12 @@
 from dataclasses import asdict
 from typing import Any
 
+import dagster as dg
 import pytest
 
 from dagster_sbatch import ConfigurationError, Retries, SlurmRequest
 from dagster_sbatch.run.adoption import Choice, choose, is_left_out, name_request_changes
+from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.attempt_record import (
     AttemptRecord,
     load_attempts,
@@ -16,6 +18,10 @@ from dagster_sbatch.run.attempt_record import (
     store_change,
     store_request,
 )
+from dagster_sbatch.run.guard import Guard
+from dagster_sbatch.run.reports import StepLog
+from dagster_sbatch.run.task_attempts import TaskAttempts
+from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site, allocate, render_job_script
 from dagster_sbatch.slurm.gateway import Claim, JobEnd
 from dagster_sbatch.slurm.next_request import check_retries, next_request
@@ -155,6 +161,31 @@ def test_the_table_shows_request_cause_and_cost_of_each_attempt() -> None:
             "node_hours": 1.0,
         },
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stored", "memory"), [("16G", ["32G", "64G"]), ("8G", ["16G", "32G"])], ids=["same", "changed"]
+)
+def test_a_task_that_a_killed_step_has_left_counts_its_attempts_and_has_the_request_of_the_asset(
+    stored: str, memory: list[str], site: Site
+) -> None:
+    """If a person has changed that meanwhile, the next attempt has it as it is now."""
+    planned = allocate(SlurmRequest(mem="16G", retries=Retries(max_mem="64G", max_retries=3)), site)
+    settings = Settings.model_construct()
+    attempts = TaskAttempts(planned, Guard(settings, StepLog(dg.build_op_context())))
+    now = store_request(planned.request)
+    record = {"request": {**now, "mem": stored}, "tasks": [{"name": "a", **store_attempts([ATTEMPT])}]}
+    attempts.read(record, {0: 7}, now)
+    request, found = planned.request, list[str | None]()
+    for _ in range(2):
+        following = attempts.find_next(7, Fault.MEMORY, request, "n1").request
+        assert following
+        found.append(following.mem)
+        attempts.repeat(7, ATTEMPT, following)
+        request = attempts.request_of(7)
+    assert found == memory
+    assert attempts.find_next(7, Fault.NODE, request, "n1").text == "max_retries=3"
+    assert [row["attempt"] for row in attempts.rows([Task("a")] * 8)] == [1, 2, 3]
 
 
 OOM = JobEnd(None, "OUT_OF_MEMORY", "0:125")
