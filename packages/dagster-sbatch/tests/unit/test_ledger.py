@@ -130,16 +130,17 @@ def test_the_time_of_a_suspension_does_not_count() -> None:
 
 @pytest.mark.parametrize("offset", [-HOUR, HOUR])
 def test_a_clock_that_is_an_hour_off(offset: timedelta) -> None:
-    """A job that is over has the times of Slurm alone. One that runs never counts less than nothing."""
+    """That of the login node. Slurm itself says how long a job ran, by its own clock, also one that is running."""
     usage = replace(USAGE, now=NOW + offset)
     over = replace(JOB, start=NOW - HOUR, end=NOW)
-    new = replace(JOB, start=NOW - HOUR / 2, end=None, seconds=max(0.0, (offset + HOUR / 2).total_seconds()))
+    new = replace(JOB, start=NOW - HOUR / 2, end=None, seconds=1800)
     made = make_ledger(replace(usage, jobs=[over]), SITE, lambda _: None, NOW - timedelta(days=1))
     assert [each.used.gpu_hours for each in made] == [8]
     made = make_ledger(replace(usage, jobs=[new]), SITE, lambda _: None, NOW - timedelta(days=1))
-    assert [each.used.gpu_hours for each in made] == [0 if offset < timedelta() else 12]
+    assert [each.used.gpu_hours for each in made] == [4]
     asked = replace(usage, jobs=[over], since=NOW - timedelta(days=PACE_DAYS + 1))  # by this machine's clock
     assert pace_of(asked, BUDGET) == pytest.approx(8 / 14)
+    assert pace_of(replace(asked, jobs=[new]), BUDGET) == pytest.approx(4 / 14)
 
 
 def test_sums_by_project_and_user() -> None:
@@ -178,6 +179,8 @@ def test_the_pace_of_two_weeks() -> None:
     assert days_left(usage, BUDGET) == pytest.approx(70 / (16 / 14))
     spent = replace(BUDGET, used=120)
     assert days_left(usage, spent) == 0
+    assert days_left(replace(usage, jobs=[]), spent) == 0  # its jobs do not start any more, so that the pace falls
+    assert days_left(replace(usage, jobs=None), spent) == 0
     assert "p1: none of 100 GPU-hours are left, 120 are used (GrpTRESMins of p1)." in describe(usage, spent)
     assert days_left(replace(usage, jobs=[]), BUDGET) == math.inf
 
@@ -192,6 +195,8 @@ def test_a_pace_that_is_not_known(changes: dict[str, object]) -> None:
     assert pace_of(usage, BUDGET) is None
     assert days_left(usage, BUDGET) is None
     assert "The last 14 days used ? per day." in describe(usage, BUDGET)
+    hidden = "waiting jobs 2 (waiting jobs of others are not known)." in describe(usage, BUDGET)
+    assert hidden is bool({"private", "projects"} & set(changes))
 
 
 def test_the_pace_of_the_user_alone() -> None:

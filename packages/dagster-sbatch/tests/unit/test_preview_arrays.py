@@ -108,7 +108,7 @@ def test_an_array_shows_its_tasks_and_their_costs_together() -> None:
         "The request is that of each task"
     )
     assert shown.summary["cost"] == (
-        "at most 12 node-hours and 0 GPU-hours for all 12 tasks; 1.20 node-hours where shares of a node are charged"
+        "at most 12 node-hours for all 12 tasks; 1.20 node-hours where shares of a node are charged"
     )
     assert "#SBATCH --array=0-11%4\n" in shown.script
     assert "#SBATCH --output=tasks/%a.stdout\n" in shown.script

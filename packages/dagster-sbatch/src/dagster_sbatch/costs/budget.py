@@ -15,6 +15,8 @@ UNITS = {GPU: "GPU-hours", "node": "node-hours", "cpu": "CPU-hours"}
 PACE_DAYS = 14
 """The pace of a project is what it used per day in so many days."""
 OWNERS = "SLURM_BUDGET_GPU_HOURS"
+UNSEEN = "waiting jobs of others are not known"
+"""Beside the hours of waiting jobs, where the usage lacks some."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Budget:
         limit: what may be used in total.
         used: what is used of it.
         running: what the running jobs use at most from now on, until their time limits.
-        queued: what the waiting jobs use at most.
+        queued: what the waiting jobs use at most: those that the user sees, see `sees_all`.
     """
 
     project: str
@@ -87,27 +89,35 @@ def budgets_of(usage: Usage, settings: Settings) -> list[Budget]:
 
 
 def pace_of(usage: Usage, budget: Budget) -> float | None:
-    """Return what was used per day of the last PACE_DAYS days, in the unit of the budget; None if that is not known.
-
-    Jobs that Slurm hides from the user, or of other projects below a limit, make it unknown.
-    """
+    """Return what was used per day of the last PACE_DAYS days, in the unit of the budget; None if that is not known."""
     since = usage.now - timedelta(days=PACE_DAYS)
-    hidden = usage.private is not False and budget.user != usage.user
-    if usage.jobs is None or usage.since is None or usage.since > since or hidden:
-        return None
-    if budget.limited not in usage.projects and usage.projects:
+    if usage.jobs is None or usage.since is None or usage.since > since or not sees_all(usage, budget):
         return None
     jobs = (job for job in usage.jobs if job.project == budget.limited and budget.user in ("", job.user))
     used = add(hours_used(job, budget.tres, since, None, usage.now) for job in jobs)
     return None if used is None else used / PACE_DAYS
 
 
+def sees_all(usage: Usage, budget: Budget) -> bool:
+    """Return whether the usage has all jobs that count for a budget.
+
+    It lacks those that Slurm hides from the user, and those of the user's fellow projects below a limit.
+    """
+    shown = usage.private is False and (budget.limited in usage.projects or not usage.projects)
+    return shown or budget.user == usage.user
+
+
 def days_left(usage: Usage, budget: Budget) -> float | None:
-    """Return for how many days a budget lasts at its pace; infinite if nothing was used; None if that is not known."""
+    """Return for how many days a budget lasts at its pace; infinite if nothing was used; None if that is not known.
+
+    A budget that is used up lasts 0 days, whatever the pace: its jobs do not start any more.
+    """
     pace = pace_of(usage, budget)
+    if budget.left is not None and budget.left <= 0:
+        return 0.0
     if budget.left is None or pace is None:
         return None
-    return max(budget.left, 0.0) / pace if pace else math.inf
+    return budget.left / pace if pace else math.inf
 
 
 def describe(usage: Usage, budget: Budget) -> str:
@@ -115,6 +125,7 @@ def describe(usage: Usage, budget: Budget) -> str:
     pace, days = pace_of(usage, budget), days_left(usage, budget)
     whose = f", your own jobs in {budget.project} only" if budget.user else ""
     lasts = "" if days is None or math.isinf(days) else f": it lasts {count_of(round(days), 'day')}"
+    others = "" if sees_all(usage, budget) else f" ({UNSEEN})"
     limit = show_hours(budget.limit, budget.unit, beside=[budget.left, budget.used])
     if budget.left is not None and budget.left <= 0:
         head = f"none of {limit} are left, {show_hours(budget.used, beside=[budget.limit])} are used"
@@ -122,7 +133,7 @@ def describe(usage: Usage, budget: Budget) -> str:
         head = f"{show_hours(budget.left, beside=[budget.limit])} of {limit} are left"
     return (
         f"{budget.project}: {head} ({budget.source}{whose}).\n"
-        f"  Running jobs use at most {show_hours(budget.running)} more, waiting jobs {show_hours(budget.queued)}.\n"
+        f"  Running jobs use at most {show_hours(budget.running)} more, waiting jobs {show_hours(budget.queued)}{others}.\n"
         f"  The last {PACE_DAYS} days used {show_hours(pace)} per day{lasts}."
     )
 

@@ -1,7 +1,7 @@
 """Hours of Slurm's resources that jobs have used, or may still use. What is not known is None."""
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from dagster_sbatch.slurm.gateway import JobLife, Queued
 
@@ -9,16 +9,24 @@ DIGITS, MOST_DIGITS = 2, 6
 """After the point, of hours that are shown."""
 
 
+def end_of(job: JobLife, now: datetime) -> datetime:
+    """Return when a job ended; of one that is running, the time until which it counts.
+
+    Args:
+        job: of Slurm's accounting.
+        now: by the clock of the login node. Where that is behind Slurm's, what Slurm says that the job ran counts.
+    """
+    return job.end or max(now, job.start + timedelta(seconds=job.seconds))
+
+
 def hours_ran(job: JobLife, since: datetime, until: datetime | None, now: datetime) -> float:
     """Return for how many hours a job ran within a period; a suspension is spread evenly over its life.
 
     Args:
-        job: of Slurm's accounting.
+        job, now: see `end_of`.
         since, until: of the period; until None: the period has no end.
-        now: by the clock of the login node, for a job that is running. A job that is over may have ended later by the
-            clock of Slurm.
     """
-    end = job.end or max(now, job.start)
+    end = end_of(job, now)
     whole = (end - job.start).total_seconds()
     within = (min(end, until or end) - max(job.start, since)).total_seconds()
     return job.seconds / 3600 * max(within, 0.0) / whole if whole > 0 else 0.0

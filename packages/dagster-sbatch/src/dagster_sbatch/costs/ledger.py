@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
-from dagster_sbatch.costs.hours import add, hours_used
+from dagster_sbatch.costs.hours import add, end_of, hours_used
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import GPU, JobLife, Usage
 
@@ -135,7 +135,7 @@ def _tokens(job: JobLife, site: Site, nodes: float | None, gpus: float | None) -
 
 def _weeks(job: JobLife, since: datetime, now: datetime) -> Iterator[tuple[str, datetime, datetime]]:
     """Return the weeks in which a job ran since then, each with the part of it that counts; of no second, one."""
-    at, end = max(job.start, since), job.end or max(now, job.start)
+    at, end = max(job.start, since), end_of(job, now)
     while at < end or at == job.start:
         monday = at.date() - timedelta(days=at.weekday())
         following = datetime.combine(monday + timedelta(days=7), datetime.min.time(), at.tzinfo)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dagster_sbatch.costs.budget import Budget, budgets_of
+from dagster_sbatch.costs.budget import UNSEEN, Budget, budgets_of, sees_all
 from dagster_sbatch.costs.cost import describe_cost, highest_cost
 from dagster_sbatch.costs.hours import MOST_DIGITS, show_hours
 from dagster_sbatch.settings import Settings
@@ -18,6 +18,7 @@ def find_shortage(
     """Compare the highest possible cost with what the project has left, after all jobs that wait and run.
 
     Limits on GPU-hours and node-hours are compared. A limit whose numbers are not known refuses nothing.
+    Waiting jobs that the user does not see may leave less than that.
 
     Args:
         allocation: what would be submitted.
@@ -42,16 +43,17 @@ def find_shortage(
         notes.append(f"{SETTING}: the limits of {of} are not known{why}. The job is submitted.")
     for each in budgets:
         if each.free is not None and round(hours[each.tres] - each.free, MOST_DIGITS) > 0:
-            return _explain(allocation, tasks, each, hours[each.tres]), notes
+            unseen = "" if sees_all(usage, each) else f" ({UNSEEN})"
+            return _explain(allocation, tasks, each, hours[each.tres], unseen), notes
     return None, notes
 
 
-def _explain(allocation: Allocation, tasks: int, budget: Budget, hours: float) -> str:
+def _explain(allocation: Allocation, tasks: int, budget: Budget, hours: float, unseen: str) -> str:
     free, used = max(budget.free or 0.0, 0.0), show_hours(budget.used, beside=[budget.limit])
     return (
         f"{describe_cost(allocation, tasks, free, gpus=budget.tres == GPU)}. Project {budget.project} has "
         f"{show_hours(free, beside=[hours])} free: of {show_hours(budget.limit, budget.unit, beside=[budget.used])} "
         f"({budget.source}), {used} are used, and jobs that run and wait may use {show_hours(budget.running)} and "
-        f"{show_hours(budget.queued)}. {SETTING} is set, so nothing is submitted. "
+        f"{show_hours(budget.queued)}{unseen}. {SETTING} is set, so nothing is submitted. "
         "Request less, wait until other jobs have ended, or charge another project (account=...)"
     )

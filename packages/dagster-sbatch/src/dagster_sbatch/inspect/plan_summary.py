@@ -140,7 +140,9 @@ def _part_of(number: int, total: int | None, noun: str) -> str:
 def _summarise_cost(plan: Plan) -> str:
     allocation, number = plan.allocation, len(plan.tasks) or 1
     cost = highest_cost(allocation, number)
-    text = f"at most {show_hours(cost.node_hours, 'node-hours')} and {show_hours(cost.gpu_hours, 'GPU-hours')}"
+    text = f"at most {show_hours(cost.node_hours, 'node-hours')}"
+    if cost.gpu_hours:
+        text += f" and {show_hours(cost.gpu_hours, 'GPU-hours')}"
     if number > 1:
         text += f" for all {number} tasks"
     if allocation.share < 1:
