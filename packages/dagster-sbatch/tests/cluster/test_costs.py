@@ -4,14 +4,16 @@ import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dagster_sbatch.commands import costs
-from dagster_sbatch.costs.budget import Budget, budgets_of
+from dagster_sbatch.costs.budget import Budget, budgets_of, pace_of
 from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, Entry, make_ledger, sum_by
 from dagster_sbatch.inspect.remote_runs import open_runs
+from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import Usage
 from resources import PROJECT
 from slurm_in_a_box import (
@@ -24,6 +26,8 @@ from slurm_in_a_box import (
     wait_until,
 )
 from slurm_in_a_box.layout import DATABASE
+from support.background import WAITS, Background, go_on, only_job
+from support.workload_asset import materialize
 
 pytestmark = pytest.mark.cluster
 
@@ -76,9 +80,35 @@ def seconds_of(entries: list[Entry]) -> dict[tuple[str, str, str], int]:
     return {what: number for what, number in found.items() if number}
 
 
+@pytest.fixture
+def private(site: SimulatedSite) -> Iterator[None]:
+    """Both of Slurm's daemons hide from users what others do, as many centres do it."""
+    folder = site.layout.machine_etc / "slurm"
+    before = {path: path.read_text() for path in (folder / "slurm.conf", folder / "slurmdbd.conf")}
+
+    def restart(after: str) -> None:
+        for path, text in before.items():
+            path.write_text(text + after)
+        for daemon in (site.cluster.accounting, site.cluster.controller):
+            daemon.stop()
+            daemon.start()
+
+    restart("PrivateData=accounts,jobs,usage,users\n")
+    yield
+    restart("")
+
+
 def limited(usage: Usage) -> Budget:
     found = budgets_of(usage, PROJECT.load_settings(supercomputer=True))
     return next(budget for budget in found if budget.project == LIMITED)
+
+
+def submit(
+    site: SimulatedSite, project: str, gpus: int, script: str, *options: str, user: User = CERTIFICATE_USER
+) -> int:
+    partition = GPU_PARTITION if gpus else CPU_PARTITION
+    where = (f"--account={project}", f"--partition={partition}", f"--qos={partition}", "--time=10")
+    return site.submit(script, *where, *([f"--gres=gpu:{gpus}"] if gpus else []), *options, user=user)
 
 
 @pytest.mark.usefixtures("on_supercomputer", "projects")
@@ -87,20 +117,15 @@ def test_the_ledger_agrees_with_sreport(
 ) -> None:
     """A job of an asset, an array job without a comment, a requeued job of two lives, a job of another's project."""
 
-    def submit(project: str, gpus: int, script: str, *options: str, user: User = CERTIFICATE_USER) -> int:
-        partition = GPU_PARTITION if gpus else CPU_PARTITION
-        where = (f"--account={project}", f"--partition={partition}", f"--qos={partition}", "--time=10")
-        return site.submit(script, *where, *([f"--gres=gpu:{gpus}"] if gpus else []), *options, user=user)
-
     begin = int(time.time()) // HOUR * HOUR
     since = datetime.fromtimestamp(begin, UTC)
     with open_runs(PROJECT.load_settings(supercomputer=True), PROJECT) as runs:
         before = limited(runs.gateway.usage(since))
         assert (before.limit, before.used, before.source) == (10, 0, f"GrpTRESMins of {LIMITED}")
-        again = submit(LIMITED, 2, TWO_LIVES, "--job-name=again")
-        submit(LIMITED, 4, "sleep 17", f"--job-name={KEY}", f"--comment=key={KEY},asset=my_asset")
-        submit(LIMITED, 1, "sleep 3", f"--job-name={KEY}", "--array=0-1")
-        submit(UNLIMITED, 0, "sleep 3", "--nodes=2", user=PLAIN_KEY_USER)
+        again = submit(site, LIMITED, 2, TWO_LIVES, "--job-name=again")
+        submit(site, LIMITED, 4, "sleep 17", f"--job-name={KEY}", f"--comment=key={KEY},asset=my_asset")
+        submit(site, LIMITED, 1, "sleep 3", f"--job-name={KEY}", "--array=0-1")
+        submit(site, UNLIMITED, 0, "sleep 3", "--nodes=2", user=PLAIN_KEY_USER)
         site.wait_for_job(again, "RUNNING")
         ran = ("--noheader", f"--jobs={again}", "--format=%M")
         wait_until(lambda: site.squeue(*ran) >= "0:02", "two seconds of the first life")
@@ -141,3 +166,64 @@ def test_the_ledger_agrees_with_sreport(
     assert "not known: sacct: " in said
     assert not re.search(r"(?<![\d.])0(?!\.?\d)", said)  # a number that is not known is not 0
     print("seconds, by sreport and by the ledger:", reported)  # for people: -s shows it
+
+
+@pytest.mark.usefixtures("on_supercomputer", "projects", "private")
+def test_a_user_who_may_not_see_the_jobs_of_others(
+    site: SimulatedSite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Slurm tells what all have used of its limit, and what runs; what others wait for is not known, and is not 0."""
+    begin = datetime.fromtimestamp(int(time.time()) // HOUR * HOUR, UTC)
+    others = submit(site, LIMITED, 1, "sleep 600", user=PLAIN_KEY_USER)
+    submit(site, LIMITED, 4, "sleep 600", "--hold", user=PLAIN_KEY_USER)
+    submit(site, LIMITED, 2, "sleep 600", "--hold")
+    own = submit(site, UNLIMITED, 1, "sleep 600")
+    for job in (others, own):
+        site.wait_for_job(job, "RUNNING")
+    known = ["-nPX", f"--accounts={LIMITED},{UNLIMITED}", "--state=RUNNING", "--format=JobID"]
+    wait_until(lambda: len(site.sacct(*known).split()) == 2, "both jobs in the accounting")
+    with open_runs(PROJECT.load_settings(supercomputer=True), PROJECT) as runs:
+        usage = runs.gateway.usage(begin)
+    assert (usage.private, usage.trouble) == (True, [])
+    assert usage.jobs is not None
+    assert usage.queue is not None
+    assert {job.user for job in usage.jobs} == {jobs.user for jobs in usage.queue} == {CERTIFICATE_USER.name}
+    assert str(own) in {job.job for job in usage.jobs}
+    budget = limited(usage)
+    assert (budget.limit, budget.user) == (10, "")
+    assert budget.queued == pytest.approx(2 / 6)  # the user's own
+    assert budget.used is not None
+    assert budget.running is not None
+    assert budget.used + budget.running == pytest.approx(1 / 6, abs=1 / 60)  # the other user's
+    assert pace_of(usage, budget) is None
+
+    monkeypatch.setenv("SLURM_ACCOUNT", UNLIMITED)
+    monkeypatch.setenv("SLURM_BUDGET_GPU_HOURS", "5")
+    monkeypatch.setenv("SLURM_BUDGET_START", f"{begin:%Y-%m-%d}")
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", "scripts/costs --by user,project".split())
+    assert costs.main(PROJECT) == 0
+    said = capsys.readouterr().out
+    assert "waiting jobs 0.33 (waiting jobs of others are not known)." in said
+    assert f"of 5 GPU-hours are left (SLURM_BUDGET_GPU_HOURS, your own jobs in {UNLIMITED} only)." in said
+    assert "Slurm hides the jobs of other users from you: only your own jobs count." in said
+    assert PLAIN_KEY_USER.name not in said
+
+
+@pytest.mark.usefixtures("on_supercomputer", "projects")
+def test_of_two_calls_at_the_same_moment_one_is_refused_where_both_exceed_what_is_left(
+    site: SimulatedSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_KEEP_WITHIN_BUDGET", "true")
+    request = SlurmRequest(account=LIMITED, gpus_per_node=1, time_limit="06:00:00")
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    calls = [Background(partial(materialize, WAITS, folder, request=request)) for folder in folders]
+    only_job(site, "RUNNING")
+    wait_until(lambda: any(call.ended for call in calls), "the end of one call", 60)
+    go_on(site)
+    refused, done = sorted((call.outcome() for call in calls), key=lambda outcome: outcome.success)
+    assert (refused.success, done.success) == (False, True)
+    free = rf"\. Project {LIMITED} has [34][.\d]* free: of 10 GPU-hours"
+    assert re.search(rf"could cost 6 GPU-hours \(1 node x 1 GPU x 06:00:00\){free}", refused.error)

@@ -289,7 +289,7 @@ def test_no_command_of_slurm_stays_when_its_client_is_gone(slurm: Path, prepare:
     put(slurm / "bin", "squeue", f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600")
     gateway = prepare()
     gateway.host()
-    gateway.usage_ahead(None)
+    gateway.notify(do="usage", since=None)
     wait_until(pid.exists, "squeue runs")
     gateway.close()
     wait_until(lambda: gone(int(pid.read_text())), "squeue has ended")

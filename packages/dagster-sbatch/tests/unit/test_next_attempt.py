@@ -76,8 +76,8 @@ class Gateway:
     def projects(self) -> Projects:
         return Projects({}, default="p1")
 
-    def usage_ahead(self, _: datetime | None) -> Callable[[float], Usage]:
-        return lambda _: USAGE
+    def usage_before_submitting(self, *_: Any) -> Usage:
+        return USAGE
 
 
 class Attempts:

@@ -324,7 +324,9 @@ def test_the_summary_says_what_is_requested_of_how_much_and_what_it_costs(
     assert shown.summary["where"].startswith("musica: partition ")
     assert nodes in shown.summary["nodes"]
     assert shown.summary["per node"].startswith(per_node)
-    assert shown.summary["cost"].startswith(f"at most 1 node-hour and {gpus} GPU-hour" if gpus else "at most 1 node-hour")
+    assert shown.summary["cost"].startswith(
+        f"at most 1 node-hour and {gpus} GPU-hour" if gpus else "at most 1 node-hour"
+    )
     assert ("GPU-hour" in shown.summary["cost"]) is bool(gpus)
     assert ("where shares of a node are charged" in shown.summary["cost"]) is (cost is not None)
     assert cost is None or cost in shown.summary["cost"]

@@ -131,18 +131,16 @@ SAID = {
 
 
 class Agent:
-    """A connection whose agent answers `usage` after the next request, or with an error, or never."""
+    """A connection whose agent answers `usage` after another answer, or with an error, or never."""
 
     def __init__(self, said: Mapping[str, Any] | None) -> None:
         self._said, self._lines, self.closed = said, [{"id": 0, "hello": HELLO}], False
-        self._later: list[dict[str, Any]] = []
 
     def write(self, data: bytes) -> None:
         ask = json.loads(data)
-        if ask["do"] == "usage":
-            self._later = [] if self._said is None else [{**self._said, "id": ask["id"]}]
-        elif ask["do"] == "projects":
-            self._lines += [*self._later, {"id": ask["id"], "rows": [], "exported": ""}]
+        self._lines.append({"id": ask["id"] - 1 if ask["do"] == "usage" else ask["id"], "rows": [], "exported": ""})
+        if ask["do"] == "usage" and self._said is not None:
+            self._lines.append({**self._said, "id": ask["id"]})
 
     def read(self, seconds: float) -> bytes:
         if self.closed:
@@ -159,38 +157,28 @@ class Agent:
         self.closed = True
 
 
-def test_the_answer_is_kept_while_other_requests_are_made() -> None:
+def test_the_answer_is_that_to_the_request() -> None:
     gateway = Gateway(lambda: Agent(SAID))
     gateway.projects()
-    wait = gateway.usage_ahead(None)
-    gateway.projects()  # which the answer to `usage` comes before
-    found = wait(30)
+    found = gateway.usage_before_submitting("/runs", None, 30)
     assert found
     assert (found.user, found.trouble) == ("xy", ["down"])
-    assert wait(30) is None  # once
 
 
 @pytest.mark.parametrize("said", [None, {"error": "broken", "text": "the gateway agent failed"}])
 def test_an_answer_that_does_not_come_is_absent(said: Mapping[str, Any] | None) -> None:
-    agents = [Agent(said), Agent(said)]
-    left = iter(agents)
-    gateway = Gateway(lambda: next(left))
-    assert gateway.usage_ahead(None)(30) is None  # without a connection
+    agent = Agent(said)
+    gateway = Gateway(lambda: agent)
+    assert gateway.usage_before_submitting("/runs", None, 30) is None  # without a connection
     gateway.projects()
-    wait = gateway.usage_ahead(None)
-    gateway.projects()
-    assert wait(0.05) is None
-    wait = gateway.usage_ahead(None)
-    gateway.close()
-    gateway.projects()
-    assert [agent.closed for agent in agents] == [True, False]
-    assert wait(30) is None  # it was asked over the connection before
+    assert gateway.usage_before_submitting("/runs", None, 0.05) is None
+    agent.closed = True  # the connection breaks
+    assert gateway.usage_before_submitting("/runs", None, 30) is None
 
 
 def test_a_step_that_is_stopped_waits_no_longer() -> None:
     gateway = Gateway(lambda: Agent(None))
     gateway.projects()
-    wait = gateway.usage_ahead(None)
     gateway.stop.set()
     with pytest.raises(StoppedError):
-        wait(30)
+        gateway.usage_before_submitting("/runs", None, 30)

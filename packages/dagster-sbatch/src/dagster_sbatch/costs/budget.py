@@ -133,7 +133,8 @@ def describe(usage: Usage, budget: Budget) -> str:
         head = f"{show_hours(budget.left, beside=[budget.limit])} of {limit} are left"
     return (
         f"{budget.project}: {head} ({budget.source}{whose}).\n"
-        f"  Running jobs use at most {show_hours(budget.running)} more, waiting jobs {show_hours(budget.queued)}{others}.\n"
+        f"  Running jobs use at most {show_hours(budget.running)} more, waiting jobs "
+        f"{show_hours(budget.queued)}{others}.\n"
         f"  The last {PACE_DAYS} days used {show_hours(pace)} per day{lasts}."
     )
 

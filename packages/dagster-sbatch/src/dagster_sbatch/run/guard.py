@@ -1,6 +1,5 @@
 """The guard of a step: it refuses jobs that could cost more than the limit per run, or than the project has left."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from dagster_sbatch.costs.budget import budget_start
@@ -10,11 +9,11 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation
-from dagster_sbatch.slurm.gateway import Gateway, Usage
+from dagster_sbatch.slurm.gateway import Gateway
 from dagster_sbatch.slurm.next_request import Next
 
-ANSWER_SECONDS = 5.0
-"""For Slurm to say what the project has left, once all else is ready."""
+ANSWER_SECONDS = 40.0
+"""For Slurm to say what the project has left: ten, after up to 30 for calls that are being submitted."""
 
 
 class Guard:
@@ -45,24 +44,22 @@ class Guard:
         excess = request and explain_excess(replace(planned, request=request), 1, self._settings)
         return Next(None, excess) if excess else following
 
-    def ask(self, gateway: Gateway) -> Callable[[float], Usage | None] | None:
-        """Ask Slurm what the project has left; return what waits for the answer, None if nothing is compared with it.
-
-        The agent works on it while other requests are made.
-        """
-        return gateway.usage_ahead(budget_start(self._settings)) if self._settings.keep_within_budget else None
-
-    def check_budget(self, answer: Callable[[float], Usage | None], allocation: Allocation, tasks: int) -> None:
+    def check_budget(self, gateway: Gateway, allocation: Allocation, tasks: int) -> None:
         """Refuse new jobs that could cost more than the project has left; what is not known refuses nothing.
 
+        Call it when nothing else has to be done before they are submitted: other calls of the user wait until then.
+
         Args:
-            answer: of `ask`.
+            gateway: its agent asks Slurm what is left, if the deployment keeps within that.
             allocation, tasks: see `check_cost`.
 
         Raises:
             ConfigurationError: they could.
         """
-        usage = answer(ANSWER_SECONDS)
+        if not self._settings.keep_within_budget or not tasks:
+            return
+        runs, since = f"{self._settings.deployment_base_path}/runs", budget_start(self._settings)
+        usage = gateway.usage_before_submitting(runs, since, ANSWER_SECONDS)
         if usage is None:
             self._log.warning(f"{SETTING}: the supercomputer did not say in time what is left. The job is submitted.")
             return

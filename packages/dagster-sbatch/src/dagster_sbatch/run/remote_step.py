@@ -142,16 +142,13 @@ class RemoteStep(ABC):
     ) -> Environment:
         """Return the environment of new jobs; see `RunEnvironment.find`.
 
-        Meanwhile Slurm says what the project has left, if the deployment keeps within that. `tasks`: of an array, that
-        would be submitted.
+        `tasks`: of an array, that would be submitted; 0: none that cost more than was compared before.
 
         Raises:
             ConfigurationError: there is none, or the project has not enough left.
         """
-        budget = self._guard.ask(gateway) if tasks else None
         found = environment.find(self._log.info, answer)
-        if budget:
-            self._guard.check_budget(budget, self._plan.allocation, tasks)
+        self._guard.check_budget(gateway, self._plan.allocation, tasks)
         return found
 
     def _paths(self, claim: Claim, run: str, found: Environment) -> RunPaths:

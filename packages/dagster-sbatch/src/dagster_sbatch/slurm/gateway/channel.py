@@ -19,8 +19,9 @@ from dagster_sbatch.slurm.gateway.agent.slurm_commands import KEPT
 from dagster_sbatch.slurm.gateway.shell import after_login_profile, for_any_shell
 from dagster_sbatch.ssh import connect
 
-_MODULES = "disk transfer task_states slurm_commands job_record streams tasks paths run_directories limits".split()
-_MODULES += "usage jobs follower array_jobs interpreters building releases claims images task_records server".split()
+_MODULES = "disk transfer turn task_states slurm_commands job_record streams tasks paths".split()
+_MODULES += "run_directories limits usage jobs follower array_jobs interpreters building".split()
+_MODULES += "releases claims images task_records server".split()
 """Of the agent, each after those that it uses."""
 _JOIN = """\
 import sys, types

@@ -185,18 +185,18 @@ class Gateway(Link):
         """
         return Usage.parse(self.ask(do="usage", since=since and since.timestamp()), since)
 
-    def usage_ahead(self, since: datetime | None) -> Callable[[float], Usage | None]:
-        """Request the usage, and return what waits for it: within some seconds; None if it has not come by then.
+    def usage_before_submitting(self, runs: str, since: datetime | None, seconds: float) -> Usage | None:
+        """Return the usage as `usage` does, for a client that submits next; None if it does not come in time.
 
-        The agent works on it while other requests are made. `since`: see `usage`.
+        The user's clients get answers one at a time, each when the one before has submitted: it sees their jobs.
+
+        Args:
+            runs: folder of all runs.
+            since: see `usage`.
+            seconds: for the answer.
         """
-        ident = self.ask_ahead(do="usage", since=since and since.timestamp())
-
-        def wait(seconds: float) -> Usage | None:
-            said = None if ident is None else self.answer_ahead(ident, seconds)
-            return None if said is None else Usage.parse(said, since)
-
-        return wait
+        said = self.ask_once(seconds, do="usage", runs=runs, since=since and since.timestamp())
+        return None if said is None else Usage.parse(said, since)
 
     def queue(self, runs: str) -> Mapping[str, Any]:
         """Return the view of all of the user's jobs, which the agents share in the folder of all runs.

@@ -102,7 +102,6 @@ class Link:
         # Of the connection that there is.
         self._frames: Frames | None = None
         self._hold = -1
-        self._ahead: dict[int, Mapping[str, Any] | None] = {}
 
     def close(self) -> None:
         """End the connection."""
@@ -177,38 +176,23 @@ class Link:
             except (OSError, EOFError):
                 self.close()
 
-    def ask_ahead(self, **request: Any) -> int | None:
-        """Send a request over the connection that there is, and return its number for `answer_ahead`; None without one.
+    def ask_once(self, seconds: float, /, **request: Any) -> Mapping[str, Any] | None:
+        """Return the answer to a request; None if there is none within some seconds, or an error.
 
-        The agent works on it while other requests are made.
+        It is sent over the connection that there is, and never repeated.
         """
-        if not self._frames:
-            return None
+        frames, until = self._frames, monotonic() + seconds
         try:
-            ident = self._frames.send(**request)
-        except (OSError, EOFError):
+            ident = frames.send(**request) if frames else None
+            while frames and monotonic() <= until:
+                if self.stop.is_set():
+                    raise StoppedError
+                frame = self._receive(frames)
+                if frame and frame[0]["id"] == ident:
+                    return None if "error" in frame[0] else frame[0]
+        except (OSError, EOFError, UnreachableError):
             self.close()
-            return None
-        self._ahead = {ident: None}
-        return ident
-
-    def answer_ahead(self, ident: int, seconds: float) -> Mapping[str, Any] | None:
-        """Return the answer to a request that was sent ahead; None if there is none within some seconds, or an error.
-
-        It is not repeated: if the connection was lost meanwhile, nobody knows the answer.
-        """
-        until, frames = monotonic() + seconds, self._frames
-        while self._frames and self._frames is frames and ident in self._ahead and self._ahead[ident] is None:
-            if self.stop.is_set():
-                raise StoppedError
-            if monotonic() > until:
-                break
-            try:
-                self._receive(self._frames)
-            except (OSError, EOFError, UnreachableError):
-                self.close()
-        answer = self._ahead.pop(ident, None)
-        return None if answer is None or "error" in answer else answer
+        return None
 
     # Repeat
 
@@ -276,7 +260,6 @@ class Link:
         if self._frames is None:
             self._opened.append(monotonic())
             self._frames = Frames(self._open_channel(), self._numbers)
-            self._ahead.clear()
             self._hold = self._frames.send(do="hold", **self.claimed) if self.claimed else -1
         return self._frames
 
@@ -290,6 +273,4 @@ class Link:
             self._on_recovered()
         if frame and frame[0]["id"] == self._hold and "held" in frame[0]:
             raise LostClaimError(frame[0]["held"])
-        if frame and frame[0]["id"] in self._ahead:
-            self._ahead[frame[0]["id"]] = frame[0]
         return frame

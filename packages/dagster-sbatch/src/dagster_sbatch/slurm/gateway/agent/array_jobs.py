@@ -275,6 +275,7 @@ def submit_when_possible(agent, ask, say, current):
         try:
             with agent.finishing():
                 job, how = submit_once(run, key, ask)
+                agent.turn.end()
                 if ask["follower"]:  # `scripts/job` is none
                     note_follower(run, ask["follower"])
                 return job, how

@@ -164,6 +164,7 @@ def submit(agent, ask, _):
             note_follower(run, ask["follower"])
     finally:
         agent.submitting.discard(run)
+        agent.turn.end()
     return {"job": job, "how": how}
 
 

@@ -22,6 +22,7 @@ from .run_directories import array, reject, runs, state
 from .slurm_commands import Queue, kill_running, projects, queue, test
 from .task_records import cancel_tasks, task_counts, task_records
 from .transfer import CHUNK, get, piece, put
+from .turn import Turn
 from .usage import usage
 
 HELLO = "gateway-agent 1"
@@ -45,12 +46,13 @@ class Agent:
     queue     the shared view of the user's jobs
     profile   what the login profile sets
     held      the locks of claims, by path, held as long as the agent lives
+    turn      of its client, to submit what it has compared with what is left
     submitting  the runs that are about to be submitted
     followers by run: the latest request to follow it; a client that asks again has given up the one before
     """
 
     def __init__(self):
-        self.queue, self.profile = Queue(), Profile()
+        self.queue, self.profile, self.turn = Queue(), Profile(), Turn()
         self.held, self.submitting, self.followers = {}, set(), {}
         self.out = os.fdopen(os.dup(1), "wb")
         os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # nothing that a child prints gets between two answers

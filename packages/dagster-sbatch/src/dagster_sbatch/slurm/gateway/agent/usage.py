@@ -13,11 +13,12 @@ MOST_LEVELS = 10  # of projects, one above the other
 PATIENCE = 120.0  # a database may have to read the jobs of a year
 
 
-def usage(_, ask, __):
+def usage(agent, ask, _):
     """Return the rows of jobs, of the queue and of limits. What Slurm does not answer is None; `trouble` says why.
 
+    runs: folder of all runs, of a client that submits next: it gets its turn first
     since: jobs count that ran at this time or later, in seconds since 1970; None: jobs are not asked for
-    now: of this machine, by whose clock Slurm measures running jobs
+    now: of this machine
     jobs: rows of ALLOCATION, for each allocation that has begun; each life of a requeued job is one
     queue: rows of a number of jobs and QUEUED
     shares: rows of SHARE, of the projects and of those above them; None unless both are known
@@ -26,6 +27,8 @@ def usage(_, ask, __):
     private: names of what Slurm hides from users
     """
     trouble, known = [], projects()
+    if ask.get("runs"):
+        agent.turn.take(ask["runs"])
     names = sorted({row[1] for row in known["rows"]})
 
     def tried(find, *arguments):
