@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.commands import costs
-from dagster_sbatch.costs.budget import Budget, budgets_of, pace_of
+from dagster_sbatch.costs.budget import Budget, budgets_of, describe, pace_of
 from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, Entry, make_ledger, sum_by
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.slurm import SlurmRequest
@@ -81,21 +81,20 @@ def seconds_of(entries: list[Entry]) -> dict[tuple[str, str, str], int]:
 
 
 @pytest.fixture
-def private(site: SimulatedSite) -> Iterator[None]:
-    """Both of Slurm's daemons hide from users what others do, as many centres do it."""
+def hide(site: SimulatedSite) -> Iterator[Callable[[str], None]]:
+    """`hide("jobs")` has both of Slurm's daemons hide that from users (PrivateData)."""
     folder = site.layout.machine_etc / "slurm"
     before = {path: path.read_text() for path in (folder / "slurm.conf", folder / "slurmdbd.conf")}
 
-    def restart(after: str) -> None:
+    def restart(what: str) -> None:
         for path, text in before.items():
-            path.write_text(text + after)
+            path.write_text(f"{text}PrivateData={what}\n")
         for daemon in (site.cluster.accounting, site.cluster.controller):
             daemon.stop()
             daemon.start()
 
-    restart("PrivateData=accounts,jobs,usage,users\n")
-    yield
-    restart("")
+    yield restart
+    restart("none")
 
 
 def limited(usage: Usage) -> Budget:
@@ -168,27 +167,34 @@ def test_the_ledger_agrees_with_sreport(
     print("seconds, by sreport and by the ledger:", reported)  # for people: -s shows it
 
 
-@pytest.mark.usefixtures("on_supercomputer", "projects", "private")
+@pytest.mark.usefixtures("on_supercomputer", "projects")
 def test_a_user_who_may_not_see_the_jobs_of_others(
-    site: SimulatedSite, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    site: SimulatedSite,
+    hide: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    """Slurm tells what all have used of its limit, and what runs; what others wait for is not known, and is not 0."""
+    """What others wait for is not known, and is not 0; with `usage`, nor is the limit. The rest is right."""
     begin = datetime.fromtimestamp(int(time.time()) // HOUR * HOUR, UTC)
+    hide("jobs,users")
     others = submit(site, LIMITED, 1, "sleep 600", user=PLAIN_KEY_USER)
     submit(site, LIMITED, 4, "sleep 600", "--hold", user=PLAIN_KEY_USER)
     submit(site, LIMITED, 2, "sleep 600", "--hold")
     own = submit(site, UNLIMITED, 1, "sleep 600")
     for job in (others, own):
         site.wait_for_job(job, "RUNNING")
-    known = ["-nPX", f"--accounts={LIMITED},{UNLIMITED}", "--state=RUNNING", "--format=JobID"]
+    known = ["-nPX", "--allusers", f"--accounts={LIMITED},{UNLIMITED}", "--state=RUNNING", "--format=JobID"]
     wait_until(lambda: len(site.sacct(*known).split()) == 2, "both jobs in the accounting")
     with open_runs(PROJECT.load_settings(supercomputer=True), PROJECT) as runs:
         usage = runs.gateway.usage(begin)
-    assert (usage.private, usage.trouble) == (True, [])
-    assert usage.jobs is not None
-    assert usage.queue is not None
-    assert {job.user for job in usage.jobs} == {jobs.user for jobs in usage.queue} == {CERTIFICATE_USER.name}
-    assert str(own) in {job.job for job in usage.jobs}
+        hide("accounts,jobs,usage,users")
+        less = runs.gateway.usage(begin)
+    assert usage.private
+    for each in (usage, less):
+        assert {job.user for job in each.jobs or ()} == {CERTIFICATE_USER.name}
+        assert {jobs.user for jobs in each.queue or ()} == {CERTIFICATE_USER.name}
+        assert [job.job for job in each.jobs or () if job.project == UNLIMITED] == [str(own)]
     budget = limited(usage)
     assert (budget.limit, budget.user) == (10, "")
     assert budget.queued == pytest.approx(2 / 6)  # the user's own
@@ -196,6 +202,8 @@ def test_a_user_who_may_not_see_the_jobs_of_others(
     assert budget.running is not None
     assert budget.used + budget.running == pytest.approx(1 / 6, abs=1 / 60)  # the other user's
     assert pace_of(usage, budget) is None
+    assert "waiting jobs 0.33 (waiting jobs of others are not known)." in describe(usage, budget)
+    assert less.shares is None
 
     monkeypatch.setenv("SLURM_ACCOUNT", UNLIMITED)
     monkeypatch.setenv("SLURM_BUDGET_GPU_HOURS", "5")
@@ -204,7 +212,7 @@ def test_a_user_who_may_not_see_the_jobs_of_others(
     monkeypatch.setattr("sys.argv", "scripts/costs --by user,project".split())
     assert costs.main(PROJECT) == 0
     said = capsys.readouterr().out
-    assert "waiting jobs 0.33 (waiting jobs of others are not known)." in said
+    assert "not known: sshare: Slurm hides from you what your projects may use (PrivateData)" in said
     assert f"of 5 GPU-hours are left (SLURM_BUDGET_GPU_HOURS, your own jobs in {UNLIMITED} only)." in said
     assert "Slurm hides the jobs of other users from you: only your own jobs count." in said
     assert PLAIN_KEY_USER.name not in said

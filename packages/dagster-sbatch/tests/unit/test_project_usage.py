@@ -115,6 +115,20 @@ def test_the_owners_budget_counts_since_its_start(ask: Ask) -> None:
     assert budgets_of(ask(), OWNERS)[3].used is None  # the request was for jobs of a later time
 
 
+def test_a_project_is_the_same_in_capital_letters(ask: Ask) -> None:
+    """Slurm charges it, and writes it in small letters."""
+    usage, changed = ask(), OWNERS.model_copy(update={"account": "P71234"})
+    assert [each.project for each in budgets_of(usage, changed)][3:] == ["p71234"]
+
+
+def test_jobs_count_that_began_by_slurms_clock_after_the_time_of_the_login_node(ask: Ask, slurm: Path) -> None:
+    """sacct leaves out what began after its end, which is now, by the clock of the login node, unless it is named."""
+    ask(sacct=f'echo "$*" >{slurm}/asked')
+    words = (slurm / "asked").read_text().split()
+    until = datetime.fromisoformat(words[words.index("-E") + 1])  # in the time zone of the login node
+    assert until.timestamp() > datetime.now(UTC).timestamp() + 2 * 3600
+
+
 def test_the_limit_of_slurm_comes_before_the_owners_budget(ask: Ask) -> None:
     with_account = OWNERS.model_copy(update={"account": "p70600"})
     assert {each.source for each in budgets_of(ask(), with_account)} == {"GrpTRESMins of p70600"}
@@ -141,10 +155,28 @@ def test_a_job_that_the_accounting_does_not_know_yet_counts_by_the_queue(ask: As
 
 
 def test_the_owners_budget_is_of_the_users_jobs_where_slurm_hides_others(ask: Ask) -> None:
-    hidden = ASSOCIATIONS.replace("PrivateData = none\\n'", "PrivateData = jobs,usage\\n'")
+    hidden = ASSOCIATIONS.replace("PrivateData = none\\n'", "PrivateData = accounts,jobs\\n'")
     budget = budgets_of(ask(sacctmgr=hidden), OWNERS)[3]
     assert (budget.user, budget.running) == ("xy12345", 4)
     assert budgets_of(ask(), OWNERS)[3].user == ""
+    usage = ask(sacctmgr=hidden.replace("accounts,jobs", "usage"))  # Slurm shows the jobs of others all the same
+    assert budgets_of(usage, OWNERS)[3].user == ""
+
+
+def test_limits_that_slurm_hides_are_unknown(ask: Ask) -> None:
+    """With PrivateData=usage, sshare has no rows of projects: that is no project without a limit."""
+    rows = "\n".join(line for line in SSHARE.splitlines() if "|xy12345|" in line)
+    usage = ask(sshare=f"echo '{rows}'")
+    assert usage.shares is None
+    assert usage.trouble == ["sshare: Slurm hides from you what your projects may use (PrivateData)"]
+
+
+def test_limits_of_projects_are_read_where_slurm_hides_what_is_above_them(ask: Ask) -> None:
+    """With PrivateData=users, sacctmgr has no rows of projects."""
+    hidden = "\n".join(line for line in ASSOCIATIONS.splitlines() if "account=" not in line)
+    usage = ask(sacctmgr=hidden)
+    assert budgets_of(usage, settings())[0].left == 8
+    assert "what is above your projects" in usage.trouble[0]
 
 
 def test_gpus_that_slurm_does_not_account_for_are_unknown(ask: Ask) -> None:

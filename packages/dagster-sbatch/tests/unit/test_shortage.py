@@ -31,7 +31,7 @@ WAITS = Queued(2, running=False, user="xy", project="p1", seconds=1800, tres={"g
 def usage(**fields: Any) -> Usage:
     known: dict[str, Any] = {
         "user": "xy", "projects": ["p1", "p2"], "default": "p1", "since": None, "now": NOW, "jobs": None,
-        "queue": [WAITS], "shares": [GPUS], "parents": {}, "private": False, "trouble": [],
+        "queue": [WAITS], "parents": {"p1": "root", "p2": "root"}, "shares": [GPUS], "private": False, "trouble": [],
     }  # fmt: skip
     return Usage(**{**known, **fields})
 
@@ -60,6 +60,7 @@ def test_what_waits_and_runs_is_subtracted_and_the_refusal_has_the_numbers() -> 
         "could cost 1 GPU-hour (1 node x 1 GPU x 01:00:00). Project p1 has 0 free: of 1 GPU-hour (GrpTRESMins"
         in str(find(less, time_limit="01:00:00")[0])
     )
+    assert find(usage(), account="P1", time_limit="04:01:00") == find(usage(), time_limit="04:01:00")  # as for Slurm
     assert "could cost 8 GPU-hours (2 tasks x 1 node x 1 GPU x 04:00:00). Project" in str(find(usage(), 2)[0])
 
 
@@ -100,6 +101,8 @@ def test_a_job_that_costs_just_what_is_free_is_submitted() -> None:
          "squeue: down."),
         ({"queue": [replace(WAITS, seconds=None)]}, "what project p1 has left of GrpTRESMins of p1 is not known."),
         ({"shares": None, "trouble": ["sshare: down"]}, "the limits of project p1 are not known: sshare: down."),
+        ({"shares": [], "parents": {}, "trouble": ["sacctmgr: hidden"]}, "the limits of project p1 are not known: "
+         "sacctmgr: hidden."),
         ({"shares": None, "projects": [], "default": ""}, "the limits of your default project are not known."),
     ],
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dagster_sbatch.costs.budget import UNSEEN, Budget, budgets_of, sees_all
+from dagster_sbatch.costs.budget import UNSEEN, Budget, budgets_of, charged_project, sees_all
 from dagster_sbatch.costs.cost import describe_cost, highest_cost
 from dagster_sbatch.costs.hours import MOST_DIGITS, show_hours
 from dagster_sbatch.settings import Settings
@@ -29,7 +29,7 @@ def find_shortage(
     Returns:
         Why nothing is submitted, or None; and for the log, why limits could not be compared.
     """
-    cost, project = highest_cost(allocation, tasks), allocation.request.account or usage.default
+    cost, project = highest_cost(allocation, tasks), charged_project(allocation.request.account, usage)
     hours = {GPU: cost.gpu_hours, "node": cost.node_hours}
     budgets = [each for each in budgets_of(usage, settings) if each.project == project and hours.get(each.tres)]
     unknown = [each for each in budgets if each.free is None]
@@ -38,7 +38,7 @@ def find_shortage(
         f"{SETTING}: what project {project} has left of {each.source} is not known{why}. The job is submitted."
         for each in unknown
     ]
-    if not budgets and (usage.shares is None or not project):
+    if not budgets and (usage.shares is None or project not in usage.parents):
         of = f"project {project}" if project else "your default project"
         notes.append(f"{SETTING}: the limits of {of} are not known{why}. The job is submitted.")
     for each in budgets:

@@ -108,7 +108,7 @@ class Usage:
         jobs: what has begun; None if the accounting did not answer, or was not asked.
         queue: what waits and runs; None if the controller did not answer.
         shares: all limits on what may be used; None if Slurm did not tell.
-        parents: the project above each project.
+        parents: the project above each project; empty if Slurm hides them.
         private: whether Slurm hides the jobs of other users; None if that is not known.
         trouble: why something is None.
     """
@@ -138,7 +138,7 @@ class Usage:
             queue=None if queue is None else [_queued(row, tracked) for row in queue],
             shares=None if shares is None else _shares(shares),
             parents=said["parents"] or {},
-            private=None if private is None else not {"jobs", "usage"}.isdisjoint(private),
+            private=None if private is None else "jobs" in private,
         )
 
 

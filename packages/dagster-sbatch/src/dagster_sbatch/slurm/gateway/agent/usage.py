@@ -10,6 +10,7 @@ ALLOCATION = "JobID,State,User,Account,Start,End,ElapsedRaw,AllocTRES,Partition,
 QUEUED = (("State", 30), ("UserName", 64), ("Account", 64), ("TimeLeft", 30), ("tres-alloc", 512))  # and widths
 SHARE = "Account,User,GrpTRESMins,GrpTRESRaw,TRESRunMins"
 MOST_LEVELS = 10  # of projects, one above the other
+DAY = 86400.0
 PATIENCE = 120.0  # a database may have to read the jobs of a year
 
 
@@ -21,7 +22,7 @@ def usage(agent, ask, _):
     now: of this machine
     jobs: rows of ALLOCATION, for each allocation that has begun; each life of a requeued job is one
     queue: rows of a number of jobs and QUEUED
-    shares: rows of SHARE, of the projects and of those above them; None unless both are known
+    shares: rows of SHARE, of the projects and of those above them that are known
     parents: the project above each project
     tracked: names of what Slurm accounts for, such as gres/gpu
     private: names of what Slurm hides from users
@@ -39,6 +40,8 @@ def usage(agent, ask, _):
             return None
 
     above = tried(parents, names)
+    if names and above == {}:
+        trouble.append("sacctmgr: Slurm hides from you what is above your projects, and may limit them (PrivateData)")
     return {
         "user": user(),
         "projects": names,
@@ -46,7 +49,7 @@ def usage(agent, ask, _):
         "now": time.time(),
         "jobs": None if ask["since"] is None else tried(allocations, names, ask["since"]),
         "queue": tried(queued, names),
-        "shares": tried(shares, sorted(set(names).union(above.values()))) if above else None,
+        "shares": tried(shares, names, above) if names and above is not None else None,
         "parents": above,
         "tracked": tried(tracked),
         "private": tried(private),
@@ -56,8 +59,9 @@ def usage(agent, ask, _):
 
 def allocations(names, since):
     """Return the rows of all jobs of some projects that the user may see; without a project, of the user's own."""
-    day = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since))
-    command = ["sacct", "-X", "-D", "-n", "-P", "-S", day, "-o", ",".join(ALLOCATION)]
+    # Without an end, sacct leaves out what Slurm says began later than this machine's clock shows, which may be behind.
+    days = [time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at)) for at in (since, time.time() + DAY)]
+    command = ["sacct", "-X", "-D", "-n", "-P", "-S", days[0], "-E", days[1], "-o", ",".join(ALLOCATION)]
     command += ["-a", "-A", ",".join(names)] if names else ["-u", user()]
     lines = ask_slurm(*command, patience=PATIENCE).splitlines()
     rows = [line.split("|", len(ALLOCATION) - 1) for line in lines]
@@ -75,9 +79,16 @@ def queued(names):
     return [[found[row]] + list(row) for row in rows]
 
 
-def shares(names):
-    rows = rows_of("sshare", "-n", "-P", "-A", ",".join(names), "-o", SHARE)
-    return [[text.strip() for text in row] for row in rows]  # the tree is indented
+def shares(names, above):
+    """Return the rows of projects, of those above them, and of the user in them.
+
+    RequestError: Slurm hides the rows of projects, with what they may use.
+    """
+    rows = rows_of("sshare", "-n", "-P", "-A", ",".join(sorted(set(names).union(above.values()))), "-o", SHARE)
+    rows = [[text.strip() for text in row] for row in rows]  # the tree is indented
+    if not {row[0] for row in rows if not row[1]}.issuperset(names):
+        raise RequestError("refused", "sshare: Slurm hides from you what your projects may use (PrivateData)")
+    return rows
 
 
 def parents(names):
@@ -100,7 +111,7 @@ def tracked():
 
 
 def private():
-    """Return the names of what Slurm's daemons hide from users: `jobs` and `usage` are those of other users."""
+    """Return the names of what Slurm's daemons hide from users: `jobs` are those of other users."""
     lines = ask_slurm("sacctmgr", "show", "configuration").splitlines()  # of slurmctld and of slurmdbd
     return sorted({name for value in values(lines, "PrivateData") for name in value.split(",")} - {"none"})
 
