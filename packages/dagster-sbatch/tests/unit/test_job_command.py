@@ -35,3 +35,23 @@ def test_jobs_are_compared_with_the_history_of_the_project(tmp_path: Path, monke
     job.show_left(Project(project), no_runs)
     assert (project / ".dagster" / "history").is_dir()
     assert not [*elsewhere.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("err", "shown"), [(b"", "Nothing was written to stdout and stderr.\n"), (b"slow\n", "slow\n")]
+)
+def test_logs_say_that_they_are_empty(
+    err: bytes, shown: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in job.STREAMS:
+        monkeypatch.setitem(job.STREAMS, name, getattr(sys, name))
+
+    class NoRuns:
+        class gateway:  # noqa: N801
+            @staticmethod
+            def get(path: str, local: Path) -> None:
+                local.write_bytes({"/run/stdout": b"", "/run/stderr": err}[path])
+
+    runs: Any = NoRuns()
+    job.show_logs(runs, {"stdout": "/run/stdout", "stderr": "/run/stderr"})
+    assert tuple(capfd.readouterr()) == ("", shown)

@@ -25,6 +25,8 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 
 ANYONE = "--anyone-on-this-machine"
+SUPERSEDED = "Function `dev_command` is superseded"
+"""Begins a warning of Dagster, which recommends `dg dev` for `dagster dev`."""
 REFUSED = f"""\
 Dagster is not started: this machine is the login node (SLURM_EDGE_NODE_HOST=localhost).
 Its UI asks for no password. Every user of this node could open it, and start jobs in your name.
@@ -53,4 +55,4 @@ def main(project: Project) -> None:
     if home and Path(home).resolve() != project.root:
         print(f"DAGSTER_HOME={home} is not used: dagster.yaml and the history are in {project.root}", file=sys.stderr)
     os.environ["DAGSTER_HOME"] = str(project.root)
-    os.execv(sys.executable, [sys.executable, "-m", "dagster", "dev", *options])
+    os.execv(sys.executable, [sys.executable, "-W", f"ignore:{SUPERSEDED}", "-m", "dagster", "dev", *options])

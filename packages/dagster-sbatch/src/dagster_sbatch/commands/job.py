@@ -183,13 +183,17 @@ def one(found: list[RunRecord], name: str) -> RunRecord:
 
 
 def show_logs(runs: Runs, paths: Mapping[str, str]) -> None:
-    """Print files of the supercomputer to the streams of STREAMS."""
+    """Print files of the supercomputer to the streams of STREAMS, and say so if all are empty."""
+    size = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, path in paths.items():
             runs.gateway.get(path, Path(folder) / name)
+            size += (Path(folder) / name).stat().st_size
             with (Path(folder) / name).open("rb") as file:
                 shutil.copyfileobj(file, STREAMS[name].buffer)
             STREAMS[name].flush()
+    if not size:
+        print(f"Nothing was written to {' and '.join(paths)}.", file=sys.stderr)
 
 
 def writer(stream: TextIO) -> Callable[[bytes], None]:
