@@ -90,6 +90,7 @@ class Person:
 
         try:
             wait_for(loaded, 300, f"{command} has loaded the code location")
+            assert "superseded" not in log.read_text(), "Dagster's advice for other projects"
         finally:
             process.terminate()
             process.wait(60)
