@@ -20,9 +20,18 @@ def read(*lines: str, **asset: Any) -> SlurmRequest:
 
 def test_lines_are_read_as_sbatch_reads_them() -> None:
     text = "#!/bin/bash\n# a comment\n\n#SBATCH -N2 -n 8 --time=10 # minutes\n#SBATCH\t--mem 4G\n ##SBATCH --qos=x\n"
-    text += "#SBATCHED --no\nmodule load x\n#SBATCH --nodes=9\n"
+    text += "#SBATCHED --no\n\t# \u2028 and a form feed:\n\f\n#SBATCH--exclusive\nmodule load x\n#SBATCH --nodes=9\n"
     shown = [(each.line, str(each)) for each in read_directives(text)]
-    assert shown == [(4, "--nodes=2"), (4, "--ntasks=8"), (4, "--time=10"), (5, "--mem=4G")]
+    assert shown == [(4, "--nodes=2"), (4, "--ntasks=8"), (4, "--time=10"), (5, "--mem=4G"), (10, "--exclusive")]
+
+
+@pytest.mark.parametrize("option", ["-O", "--overcommit", "-B 2:4:1", "-F nodes.txt", "--x11", "--propagate", "--reboot"])
+def test_an_option_that_only_sbatch_has_is_named(option: str) -> None:
+    """Such an option may be written without a value; the next one is not taken for it."""
+    (found, after) = read_directives(script(f"{option} -n1"))
+    assert str(after) == "--ntasks=1"
+    with pytest.raises(ConfigurationError, match=f"line 2: --{found.name} cannot be an option of an asset's job"):
+        read(option)
 
 
 @pytest.mark.parametrize(

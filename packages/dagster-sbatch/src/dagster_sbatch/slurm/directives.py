@@ -9,12 +9,14 @@ from dagster_sbatch.errors import ConfigurationError
 _LETTERS = {
     "A": "account",
     "a": "array",
+    "B": "extra-node-info",
     "b": "begin",
     "c": "cpus-per-task",
     "C": "constraint",
     "d": "dependency",
     "D": "chdir",
     "e": "error",
+    "F": "nodefile",
     "G": "gpus",
     "H": "hold",
     "i": "input",
@@ -25,6 +27,7 @@ _LETTERS = {
     "M": "clusters",
     "n": "ntasks",
     "N": "nodes",
+    "O": "overcommit",
     "o": "output",
     "p": "partition",
     "q": "qos",
@@ -39,8 +42,8 @@ _LETTERS = {
 }
 _WITHOUT_VALUE = frozenset(
     """
-    contiguous exclusive get-user-env hold nice no-kill no-requeue oversubscribe parsable quiet requeue spread-job
-    use-min-nodes verbose wait
+    contiguous exclusive get-user-env hold ignore-pbs nice no-kill no-requeue overcommit oversubscribe parsable
+    propagate quiet reboot requeue spread-job test-only use-min-nodes verbose wait x11
     """.split()
 )
 """Options whose value, if they have one, follows a `=` (man sbatch)."""
@@ -68,14 +71,16 @@ class Directive:
 def read_directives(script: str) -> list[Directive]:
     """Return the options of a batch script, in its order; sbatch reads them up to the first command.
 
+    A comment may be indented; an indented #SBATCH is one.
+
     Raises:
         ConfigurationError: a line cannot be read.
     """
     found: list[Directive] = []
-    for number, line in enumerate(script.splitlines(), 1):
-        if line.strip() and not line.startswith("#"):
+    for number, line in enumerate(script.split("\n"), 1):
+        if not re.match(r"\s*(#|$)", line):
             break
-        if re.match(r"#SBATCH\s", line):
+        if re.match(r"#SBATCH(\s|-)", line):
             found += _read_line(number, line.removeprefix("#SBATCH"))
     return found
 
@@ -88,7 +93,7 @@ def _read_line(number: int, text: str) -> list[Directive]:
         raise ConfigurationError(f"line {number}: {error}") from None
     while words:
         word = words.pop(0)
-        match = re.fullmatch(r"--([a-z][a-z-]*)(?:=(.*))?|-([A-Za-z])=?(.*)", word)
+        match = re.fullmatch(r"--([a-z][a-z0-9-]*)(?:=(.*))?|-([A-Za-z])=?(.*)", word)
         name = match and (match[1] or _LETTERS.get(match[3]))
         if not match or not name:
             raise ConfigurationError(f"line {number}: {word!r} is not an option of sbatch")
