@@ -4,6 +4,8 @@ import base64
 import re
 import shutil
 import signal
+import sys
+import zipapp
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,17 @@ def test_a_binary_runs_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str
     outcome = materialize(path, tmp_path, launcher=CommandLauncher(), args=["%s|", "a'b $HOME", ""])
     assert outcome.error == ""
     assert capfd.readouterr().out == "a'b $HOME||"
+
+
+def test_a_script_with_data_behind_it_runs_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its data has bytes that would be line ends of Windows in a text."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "__main__.py").write_text("print('from a zipapp')")
+    (tmp_path / "source" / "data").write_bytes(b"\0\r\n")
+    path = tmp_path / "model.pyz"
+    zipapp.create_archive(tmp_path / "source", path, interpreter=sys.executable)
+    assert materialize(path, tmp_path, launcher=CommandLauncher()).error == ""
+    assert capfd.readouterr().out == "from a zipapp\n"
 
 
 def test_a_program_has_the_usual_signals(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

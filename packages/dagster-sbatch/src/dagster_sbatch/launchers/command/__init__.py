@@ -86,7 +86,7 @@ def check_text(script: Path) -> None:
             f"{script} begins with a byte order mark, with which it does not run on Linux. "
             "Save it as UTF-8 without a byte order mark."
         )
-    if content.startswith(b"#!") and b"\r\n" in content:
+    if content.startswith(b"#!") and b"\r\n" in content and b"\0" not in content:  # a zipapp is a script and data
         raise ConfigurationError(
             f"{script} has the line ends of Windows (CRLF), with which it does not run on Linux. Convert it:\n"
             f"sed -i 's/\\r$//' {shlex.quote(str(script))}"
