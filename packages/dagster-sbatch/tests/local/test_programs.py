@@ -152,6 +152,23 @@ def test_a_batch_script_runs_unchanged(tmp_path: Path, capfd: pytest.CaptureFixt
     assert "--job-name=relax (line 2), --output=out.%j (line 2)" in err
 
 
+@pytest.mark.parametrize("launcher", [CommandLauncher(), BatchScriptLauncher()])
+@pytest.mark.parametrize("shell", ["/bin/bash -l", "/bin/sh -el", "/usr/bin/env -S bash --login"])
+def test_a_login_shell_whose_profile_sets_the_path_anew_finds_pipes(
+    shell: str, launcher: CommandLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So do the programs that it starts; the script has its own name and arguments."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".profile").write_text("PATH=/usr/bin:/bin OF_PROFILE=read\n")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    text = f"#!{shell}\nsh -c 'pipes log begun'\npipes materialize --metadata words=\"$OF_PROFILE $0 $*\"\nexit $3\n"
+    path = make(tmp_path, text)
+    outcome = materialize(path, tmp_path, launcher=launcher, args=["a b", "c", "0"])
+    assert outcome.error == ""
+    assert outcome.materializations[None][0]["words"] == f"read {path} a b c 0"
+    assert "model.sh ended with exit code 7" in materialize(path, tmp_path, launcher=launcher, args=["", "", "7"]).error
+
+
 # ---- what does not
 
 

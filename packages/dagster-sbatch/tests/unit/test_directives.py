@@ -25,7 +25,9 @@ def test_lines_are_read_as_sbatch_reads_them() -> None:
     assert shown == [(4, "--nodes=2"), (4, "--ntasks=8"), (4, "--time=10"), (5, "--mem=4G"), (10, "--exclusive")]
 
 
-@pytest.mark.parametrize("option", ["-O", "--overcommit", "-B 2:4:1", "-F nodes.txt", "--x11", "--propagate", "--reboot"])
+@pytest.mark.parametrize(
+    "option", ["-O", "--overcommit", "-B 2:4:1", "-F nodes.txt", "--x11", "--propagate", "--reboot"]
+)
 def test_an_option_that_only_sbatch_has_is_named(option: str) -> None:
     """Such an option may be written without a value; the next one is not taken for it."""
     (found, after) = read_directives(script(f"{option} -n1"))

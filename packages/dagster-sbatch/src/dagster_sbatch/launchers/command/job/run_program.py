@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -33,6 +34,10 @@ RUN_PIPES = (
     "import runpy, sys; sys.path.append(sys.argv[1]); del sys.argv[:2]; runpy.run_path(sys.argv[0], {}, '__main__')"
 )
 """In a container, dagster_pipes is not among the packages of its Python."""
+LOGIN_SHELL = re.compile(r"/\S*/(env -S ?)?(ba|da|k|z)?sh (-[a-z]*l[a-z]*|--login)")
+"""Interpreter and argument of a first line. Its shell reads the login profile, which may set PATH anew."""
+WITH_PATH = 'PATH=$1:$PATH; shift; . "$0"'
+"""Runs a script in the shell that has read the profile; its first argument comes first on the PATH."""
 FOREIGN = {b"MZ": "Windows", b"\xcf\xfa\xed\xfe": "macOS", b"\xca\xfe\xba\xbe": "macOS"}
 """Systems by the first bytes of their programs."""
 
@@ -51,8 +56,11 @@ def main() -> int:
         if batch:
             enter_work_folder(Path(program).parent)
         refuse_missing_program(Path(program))
-        if batch:
-            command = [*read_first_line(Path(program)), *command]
+        first_line = read_first_line(Path(program))
+        if LOGIN_SHELL.fullmatch(" ".join(first_line)):
+            command = [*first_line, "-c", WITH_PATH, program, str((folder / COMMAND).parent), *arguments]
+        elif batch:
+            command = [*first_line, *command]
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and the program would inherit that
             signal.signal(number, signal.SIG_DFL)
         os.execv(command[0], command)
@@ -88,11 +96,11 @@ def enter_work_folder(beside: Path) -> None:
     os.environ["SLURM_SUBMIT_DIR"] = str(work)
 
 
-def read_first_line(script: Path) -> list[str]:
-    """Return the interpreter of a script, and its argument if there is one (execve(2))."""
-    with script.open("rb") as file:
-        line = os.fsdecode(file.readline().removeprefix(b"#!").strip())
-    return line.split(maxsplit=1)
+def read_first_line(program: Path) -> list[str]:
+    """Return the interpreter of a script, and its argument if there is one (execve(2)); nothing for a binary."""
+    with program.open("rb") as file:
+        line = file.readline() if file.read(2) == b"#!" else b""
+    return os.fsdecode(line.strip()).split(maxsplit=1)
 
 
 def refuse_missing_program(script: Path) -> None:
@@ -101,10 +109,7 @@ def refuse_missing_program(script: Path) -> None:
     Raises:
         FileNotFoundError: as if the script named that program by its path.
     """
-    with script.open("rb") as file:
-        if file.read(2) != b"#!":
-            return
-    interpreter, *name = read_first_line(script)
+    interpreter, *name = read_first_line(script) or [""]
     plain = name and not name[0].startswith("-") and "=" not in name[0]
     if plain and Path(interpreter).name == "env" and shutil.which(name[0]) is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name[0])
