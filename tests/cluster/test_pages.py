@@ -1,5 +1,6 @@
 """Listings of the documentation that need a supercomputer, as they stand there."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ folder.mkdir(parents=True, exist_ok=True)
 (folder / os.uname().nodename).touch()
 if os.environ["SLURM_PROCID"] == "0":
     with open_dagster_pipes() as pipes:
-        while len(names := sorted(path.name for path in folder.iterdir())) < 2:
+        while len(names := sorted(path.name for path in folder.iterdir())) < COUNT:
             time.sleep(0.1)
         pipes.report_asset_materialization(metadata={"nodes": names})
 """
@@ -48,20 +49,31 @@ def test_the_launcher_refuses_what_it_cannot_do(each_node: Any) -> None:
     assert "--label" in each_node().with_site({"each_node": {"label": True}}).render(SlurmRequest(), ["w.py"])
 
 
-@pytest.mark.cluster
-@pytest.mark.usefixtures("on_supercomputer")
-def test_the_launcher_runs_on_every_node(each_node: Any, workloads: Path) -> None:
-    program = workloads / "each.py"
-    program.write_text(WORKLOAD)
+def run_on(count: int, folder: Path, launcher: Any) -> set[str]:
+    """Run the workload on so many nodes; their names, as it reports them."""
+    program = folder / "each.py"
+    program.write_text(WORKLOAD.replace("COUNT", str(count)))
 
     @dg.asset
     def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
-        request = SlurmRequest(nodes=2, mem="100M", time_limit="5")
-        done = compute.run(context, workload=program, launcher=each_node(label=True), request=request)
+        request = SlurmRequest(nodes=count, mem="100M", time_limit="5")
+        done = compute.run(context, workload=program, launcher=launcher, request=request)
         return done.get_materialize_result()
 
     result = dg.materialize([probe], resources=build_resources())
     (event,) = result.asset_materializations_for_node("probe")
     nodes = event.metadata["nodes"].value
     assert isinstance(nodes, list)
-    assert len(set(nodes)) == 2
+    return set(nodes)
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("on_supercomputer")
+def test_the_launcher_runs_on_every_node(each_node: Any, workloads: Path) -> None:
+    assert len(run_on(2, workloads, each_node(label=True))) == 2
+
+
+@pytest.mark.local
+def test_the_launcher_runs_in_development(each_node: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "data"))
+    assert run_on(1, tmp_path, each_node()) == {os.uname().nodename}
