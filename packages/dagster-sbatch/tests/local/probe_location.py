@@ -14,6 +14,8 @@ from dagster_sbatch import (
     Launcher,
     RayLauncher,
     ScriptLauncher,
+    SlurmRequest,
+    SrunLauncher,
 )
 from resources import build_resources
 
@@ -25,6 +27,13 @@ warnings.filterwarnings("ignore", category=dg.BetaWarning)  # as in the template
 def sleeper(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
     """Never ends by itself."""
     return compute.run(context, workload=WORKLOADS / "sleeper.py", launcher=ScriptLauncher()).get_materialize_result()
+
+
+@dg.asset
+def srun_sleeper(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    """Has two ranks that never end."""
+    workload, request = WORKLOADS / "sleeper.py", SlurmRequest(ntasks_per_node=2)
+    return compute.run(context, workload=workload, launcher=SrunLauncher(), request=request).get_materialize_result()
 
 
 @dg.asset
@@ -72,7 +81,7 @@ def weather(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.M
 
 
 defs = dg.Definitions(
-    assets=[sleeper, ray_sleeper, talker, weather, *programs],
+    assets=[sleeper, srun_sleeper, ray_sleeper, talker, weather, *programs],
     resources=build_resources(),
     executor=dg.in_process_executor,
 )

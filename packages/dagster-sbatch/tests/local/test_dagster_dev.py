@@ -53,6 +53,8 @@ def start_sleeper(dagster_dev: DagsterDev, asset: str) -> tuple[str, list[int], 
     run_id = dagster_dev.launch(asset, location="probe", dagster__max_retries="0")
     path = dagster_dev.data_root / f"pids-{run_id}"
     text = wait_for(lambda: path.exists() and path.read_text(), 90, "the workload runs")
+    if asset == "srun_sleeper":
+        wait_for(path.with_name(f"{path.name}-").exists, 90, "rank 1 runs")
     workload, child, supervisor = map(int, text.split())
     pids = workload_processes(dagster_dev.data_root)
     assert {workload, child, supervisor} <= set(pids)
@@ -60,7 +62,7 @@ def start_sleeper(dagster_dev: DagsterDev, asset: str) -> tuple[str, list[int], 
     return run_id, pids, int(worker)
 
 
-@pytest.mark.parametrize("asset", ["sleeper", "ray_sleeper"])
+@pytest.mark.parametrize("asset", ["sleeper", "srun_sleeper", "ray_sleeper"])
 def test_terminate_ends_the_workload_with_its_children(asset: str, dagster_dev: DagsterDev) -> None:
     run_id, pids, _ = start_sleeper(dagster_dev, asset)
     dagster_dev.terminate(run_id)
@@ -91,7 +93,7 @@ def test_a_killed_run_leaves_no_run_directory(dagster_dev: DagsterDev) -> None:
     wait_for(lambda: not directory.exists(), 60, "the run directory is removed")
 
 
-@pytest.mark.parametrize("asset", ["sleeper", "ray_sleeper"])
+@pytest.mark.parametrize("asset", ["sleeper", "srun_sleeper", "ray_sleeper"])
 def test_a_killed_run_takes_its_workload_with_it(asset: str, dagster_dev: DagsterDev) -> None:
     run_id, pids, worker = start_sleeper(dagster_dev, asset)
     os.kill(worker, signal.SIGKILL)

@@ -17,13 +17,13 @@ import os, pathlib, subprocess, time
 from dagster_pipes import decode_param, open_dagster_pipes
 with open_dagster_pipes() as pipes:
     child = subprocess.Popen(["sleep", "600"])
-    pids = f"{os.getpid()} {child.pid} {os.getppid()}"
+    pids, rank = f"{os.getpid()} {child.pid} {os.getpgid(0)}", os.environ.get("RANK", "0")
     folder = pathlib.Path(os.environ["DATA_ROOT"])
     folder.mkdir(exist_ok=True)
     context = decode_param(os.environ["DAGSTER_PIPES_CONTEXT"])["path"]
     (folder / f"run-directory-{pipes.run_id}").write_text(os.path.dirname(context))
-    (folder / "pids.part").write_text(pids)
-    (folder / "pids.part").rename(folder / f"pids-{pipes.run_id}")
+    (folder / f"pids-{rank}.part").write_text(pids)
+    (folder / f"pids-{rank}.part").rename(folder / f"pids-{pipes.run_id}{'-' * int(rank)}")
     time.sleep(600)
 """
 
