@@ -20,6 +20,7 @@ from support.background import (
     only_job,
     runs_there,
 )
+from support.ray_run import nothing_is_left
 from support.step import Step, kill
 from support.workload_asset import PIPES
 
@@ -78,6 +79,7 @@ def test_two_at_once_then_killed_then_done_anew(site: SimulatedSite, tmp_path: P
     assert metadata["job_id"] == first_result["job_id"]
     assert metadata["run_directory"].endswith("-3")
     one_job_each(site)
+    nothing_is_left(site)
     nobody_left(site)
 
 

@@ -9,7 +9,6 @@ import pytest
 from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, Launcher, ScriptLauncher, SrunLauncher
 from dagster_sbatch.slurm import Retries, SlurmRequest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
-from slurm_in_a_box.layout import COMPUTE_NODES
 from slurm_in_a_box.machines import MEMORY_CGROUPS
 from support.background import MEASURED, Background, attempts_of, go_on, jobs_of, nobody_left, runs_there
 from support.programs import foreign_elf, make
@@ -25,7 +24,6 @@ LAUNCHERS: dict[str, Launcher] = {
     "srun": SrunLauncher(),
 }
 """By the first word of a program's name."""
-NODES = [node.hostname for node in COMPUTE_NODES]
 GO_ON = f"until [ -e {CERTIFICATE_USER.home}/go-on ]; do sleep 0.1; done\n"
 BEGUN = 'echo "begun $(basename "$0")"\necho "$SLURM_JOB_ID" >~/"begun $(basename "$0")"\n'
 """Writes the id of the job into a file in the user's home."""
@@ -169,7 +167,7 @@ def test_jobs_that_fail_in_every_way_at_once(
     assert len(runs_there(site)) == len(PROGRAMS) + 1
     for run in runs_there(site):
         assert len(jobs_of(site, run)) == 1, run
-    nothing_is_left(site, *NODES)
+    nothing_is_left(site)
     nobody_left(site)
 
 
@@ -200,5 +198,5 @@ def test_jobs_that_run_out_of_memory(site: SimulatedSite, workloads: Path) -> No
         assert outcome.retries == []
         if name == "script-in-memory":
             assert 100 <= most_memory(outcome) <= 205  # of 200
-    nothing_is_left(site, *NODES)
+    nothing_is_left(site)
     nobody_left(site)

@@ -28,6 +28,7 @@ from support.background import (
     only_job,
     pause,
 )
+from support.ray_run import nothing_is_left
 from support.workload_asset import PIPES, materialize
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
@@ -113,6 +114,7 @@ def test_dropped_before_during_and_after_the_submission_twenty_times(
     after = logins(site)
     assert sum(after.values()) - sum(before.values()) >= 10
     assert all(after[node] > before[node] for node in after), "the name went to one login node only"
+    nothing_is_left(site)
     nobody_left(site)
 
 

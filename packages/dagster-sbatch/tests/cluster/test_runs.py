@@ -29,6 +29,7 @@ from support.background import (
     runs_there,
 )
 from support.code_root import check_metadata, make_package, make_program
+from support.ray_run import nothing_is_left
 from support.workload_asset import PIPES, Outcome, materialize
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
@@ -92,6 +93,7 @@ def test_result_output_and_numbers(site: SimulatedSite, workloads: Path, capfd: 
     assert (about["run"], about["root"], about["asset"]) == (outcome.run_id, outcome.run_id, "probe")
     assert site.run_on_login(CERTIFICATE_USER, f"stat -c %a {run}").stdout.strip() == "700"
     wait_until(lambda: [each.command for each in site.processes_on_login()] == before, "nothing is left there")
+    nothing_is_left(site)
 
 
 def test_an_asset_check_and_an_asset_with_partitions_report_from_jobs_of_their_own(
@@ -324,6 +326,7 @@ def test_a_workload_that(name: str, site: SimulatedSite, workloads: Path) -> Non
         assert text in outcome.error
     assert outcome.retries == []
     assert len(runs_there(site)) == 1
+    nothing_is_left(site)
 
 
 @pytest.mark.smoke
@@ -334,6 +337,7 @@ def test_cancelled_by_an_administrator(site: SimulatedSite, workloads: Path) -> 
     outcome = run.outcome()
     assert "it was cancelled on the cluster, by scancel or by its administrators (Slurm: CANCELLED)" in outcome.error
     assert outcome.retries == []
+    nothing_is_left(site)
 
 
 @pytest.mark.smoke

@@ -9,10 +9,12 @@ from typing import Any
 from dagster_sbatch.launchers import RayLauncher
 from dagster_sbatch.slurm import SlurmRequest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
+from slurm_in_a_box.layout import COMPUTE_NODES
 from support.background import Background
 from support.workload_asset import PIPES, Outcome, materialize
 
 NODES = ("n4001", "n4002")
+ALL_NODES = tuple(node.hostname for node in COMPUTE_NODES)
 PAIRS = (NODES, ("n4003", "n4004"))
 
 
@@ -147,13 +149,13 @@ def cause_of(text: str) -> str:
 
 
 def leftovers(site: SimulatedSite, *nodes: str) -> str:
-    """What is left of Ray, or of anything else of the user, on some nodes."""
+    """What is left of Ray, or of anything else of the user, on some nodes; on all of them if none is named."""
     look = f"ps -u {CERTIFICATE_USER.uid} -o pid=,args=; find /tmp /local /dev/shm -mindepth 1"
-    return "".join(site.run_on_node(node, look, check=False).stdout for node in nodes)
+    return "".join(site.run_on_node(node, look, check=False).stdout for node in nodes or ALL_NODES)
 
 
 def nothing_is_left(site: SimulatedSite, *nodes: str, seconds: float = 60) -> None:
-    """Wait for the nodes to be as clean as before the job."""
+    """Wait for the nodes, by default all of them, to be as clean as before the job."""
     try:
         wait_until(lambda: not leftovers(site, *nodes), "clean nodes", seconds)
     except Exception as error:
