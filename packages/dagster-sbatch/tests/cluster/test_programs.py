@@ -6,7 +6,7 @@ import pytest
 
 from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher
 from dagster_sbatch.slurm import SlurmRequest
-from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
+from slurm_in_a_box import CERTIFICATE_USER, GPU_PARTITION, SimulatedSite
 from support.background import nobody_left, rows_of
 from support.programs import PICTURE, REPORTS, make
 from support.workload_asset import materialize
@@ -65,3 +65,20 @@ def test_a_batch_script_runs_unchanged_on_its_nodes(
     assert row == ["2", "5:00"]
     shown = site.run_on_login(CERTIFICATE_USER, f"cat {metadata['run_directory']}/work/nodes").stdout
     assert shown.split() == nodes
+
+
+def test_tasks_of_a_batch_script_have_the_gpus_that_they_have_with_sbatch(
+    site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The lines are those with which `sbatch` on the login node gives each task a GPU of its own."""
+    lines = "#!/bin/bash\n  # indented\n#SBATCH--ntasks=4 --gpus-per-task=1 --time=5 --mem=1G\n"
+    shows = "srun bash -c 'echo $CUDA_VISIBLE_DEVICES' | sort\n"
+    path = workloads / "relax.sbatch"
+    path.write_text(lines + shows)
+    assert materialize(path, workloads, launcher=BatchScriptLauncher()).error == ""
+    assert capfd.readouterr().out == "0\n1\n2\n3\n"
+    script = f"{lines}#SBATCH -p {GPU_PARTITION} -q {GPU_PARTITION} -c 2 -o by-hand\n{shows}"
+    home = site.layout.home / CERTIFICATE_USER.name
+    (home / "by-hand.sbatch").write_text(script.replace("\n", "\n#ASC --vanilla\n", 1))
+    site.run_on_login(CERTIFICATE_USER, "sbatch --wait by-hand.sbatch")
+    assert (home / "by-hand").read_text() == "0\n1\n2\n3\n"

@@ -9,6 +9,9 @@ from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.directives import read_directives
 from dagster_sbatch.slurm.script_request import complete_request
 
+BIND = "--gpu-bind=per_task"
+ONE_EACH = {"options": [f"{BIND}:1"]}
+
 
 def script(*lines: str) -> str:
     return "\n".join(["#!/bin/bash", *(f"#SBATCH {line}" for line in lines), "srun ./model"])
@@ -45,8 +48,10 @@ def test_an_option_that_only_sbatch_has_is_named(option: str) -> None:
         (["--gres=gpu:h100:4"], {}, {"gpus_per_node": 4}),
         (["--gres=gpu"], {}, {"gpus_per_node": 1}),
         (["-N2", "-G 8"], {}, {"nodes": 2, "gpus_per_node": 4}),
-        (["--gpus-per-task=1", "-n4"], {}, {"ntasks_per_node": 4, "gpus_per_node": 4}),
-        (["--gpus-per-task=1", "-n4"], {"ntasks_per_node": 2}, {"ntasks_per_node": 2, "gpus_per_node": 2}),
+        (["--gpus-per-task=h100:2", "-n2"], {}, {"ntasks_per_node": 2, "gpus_per_node": 4, "options": [f"{BIND}:2"]}),
+        (["--gpus-per-task=1", "-n4"], {"ntasks_per_node": 2}, {"ntasks_per_node": 2, "gpus_per_node": 2, **ONE_EACH}),
+        (["--gpus-per-task=1", "-n4"], {"gpus_per_node": 2}, {"ntasks_per_node": 4, "gpus_per_node": 2}),
+        (["--gpus-per-task=1", "--gpu-bind=none"], {}, {"gpus_per_node": 1, "options": ["--gpu-bind=none"]}),
         (["--gpus-per-node=2", "--mem-per-gpu=10G"], {}, {"gpus_per_node": 2, "mem": "20G"}),
         (["--mem-per-gpu=10G"], {"gpus_per_node": 4}, {"gpus_per_node": 4, "mem": "40G"}),
         (["-G1", "--mem-per-gpu=10G"], {"gpus_per_node": 4}, {"gpus_per_node": 4, "mem": "40G"}),
@@ -90,6 +95,16 @@ def test_of_an_option_that_occurs_twice_the_last_one_applies_as_with_sbatch() ->
     assert request == SlurmRequest(time_limit="10", options=["--nice=1"])
     assert notes[0] == "m, line 2: --time=5 does not apply. Line 4 has --time=10."
     assert len(notes) == 2
+
+
+def test_variables_of_export_are_not_lost_in_silence() -> None:
+    _, notes = complete_request(SlurmRequest(), script("--export=ALL,MODEL=x"), "m")
+    assert notes[0] == "m, line 2: the variables of --export are not set. Pass them to compute.run in env={...}."
+
+
+def test_lines_of_another_batch_system_are_named() -> None:
+    _, notes = complete_request(SlurmRequest(), "#!/bin/bash\n#PBS -l nodes=2\n#SBATCH -n 1\nset -e\n#PBS -q x\n", "m")
+    assert notes == ["m, line 2: #PBS -l nodes=2 does not apply. Write what it requests as an #SBATCH line."]
 
 
 def test_a_script_that_says_the_same_as_the_asset_has_no_notes() -> None:

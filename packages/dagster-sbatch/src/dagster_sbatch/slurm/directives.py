@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dagster_sbatch.errors import ConfigurationError
@@ -77,12 +78,23 @@ def read_directives(script: str) -> list[Directive]:
         ConfigurationError: a line cannot be read.
     """
     found: list[Directive] = []
-    for number, line in enumerate(script.split("\n"), 1):
-        if not re.match(r"\s*(#|$)", line):
-            break
+    for number, line in _comments(script):
         if re.match(r"#SBATCH(\s|-)", line):
             found += _read_line(number, line.removeprefix("#SBATCH"))
     return found
+
+
+def read_others(script: str) -> list[tuple[int, str]]:
+    """Return the lines, with their numbers, that are for PBS or LSF; sbatch translates some of their options."""
+    return [(number, line.strip()) for number, line in _comments(script) if re.match(r"#(PBS|BSUB)\s", line)]
+
+
+def _comments(script: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines before the first command, with their numbers."""
+    for number, line in enumerate(script.split("\n"), 1):
+        if not re.match(r"\s*(#|$)", line):
+            return
+        yield number, line
 
 
 def _read_line(number: int, text: str) -> list[Directive]:

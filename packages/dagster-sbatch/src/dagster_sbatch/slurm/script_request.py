@@ -1,12 +1,12 @@
 """The request of an existing batch script: what its #SBATCH lines ask for, as fields of SlurmRequest."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 from dagster_sbatch.errors import ConfigurationError, nearest
-from dagster_sbatch.slurm.directives import Directive, read_directives
+from dagster_sbatch.slurm.directives import Directive, read_directives, read_others
 from dagster_sbatch.slurm.request import FURTHER_OPTIONS, SlurmRequest
 from dagster_sbatch.slurm.units import count_of, format_memory, format_time, parse_memory
 
@@ -67,22 +67,33 @@ def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[Slu
         for field in [_FIELDS.get(each.name, "options")]
         if field in closed and getattr(theirs, field) != mine.get(field)
     ]
-    notes += [
-        f"{name}, line {each.line}: {each} does not apply. The asset has another value in options."
-        for each in directives
-        if each.name in FURTHER_OPTIONS and str(each) not in options
-    ]
-    last = {each.name: each for each in directives}
-    notes += [
-        f"{name}, line {each.line}: {each} does not apply. Line {last[each.name].line} has {last[each.name]}."
-        for each in directives
-        if each.value != last[each.name].value and each.name not in _DAGSTERS
-    ]
+    notes += [f"{name}, line {line}: {text}" for line, text in _explain(script, directives, options)]
     without = [each for each in directives if each.name in _DAGSTERS]
     if without:
         listed = ", ".join(f"{each} (line {each.line})" for each in without)
         notes.append(f"{name}: these do not apply, because the job of an asset has its own: {listed}.")
     return SlurmRequest(**{**filled, **mine, "options": options}), notes
+
+
+def _explain(script: str, directives: Sequence[Directive], options: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Yield a line and a sentence for what does not apply for another reason than a field of the asset's request.
+
+    Args:
+        script: text of the batch script.
+        directives: of the script.
+        options: of the completed request.
+    """
+    last = {each.name: each for each in directives}
+    for each in directives:
+        if each.name in FURTHER_OPTIONS and str(each) not in options:
+            yield each.line, f"{each} does not apply. The asset has another value in options."
+    for each in directives:
+        if each.value != last[each.name].value and each.name not in _DAGSTERS:
+            yield each.line, f"{each} does not apply. Line {last[each.name].line} has {last[each.name]}."
+        if each.name == "export" and "=" in each.value:
+            yield each.line, "the variables of --export are not set. Pass them to compute.run in env={...}."
+    for line, text in read_others(script):
+        yield line, f"{text} does not apply. Write what it requests as an #SBATCH line."
 
 
 def _shown(mine: Mapping[str, Any], field: str) -> str:
@@ -127,6 +138,8 @@ def _fields_of(directives: Sequence[Directive], mine: Mapping[str, Any]) -> dict
             fields[name] = _memory(fields[name])
     fields |= _layout(values, mine)
     options = {each.name: str(each) for each in directives if each.name in FURTHER_OPTIONS}
+    if "gpus-per-task" in values and "gpus_per_node" not in mine:  # srun in the script divides them, as with sbatch
+        options.setdefault("gpu-bind", f"--gpu-bind=per_task:{_gpus('gpus-per-task', values['gpus-per-task'])}")
     return {**fields, "options": tuple(options.values())}
 
 
