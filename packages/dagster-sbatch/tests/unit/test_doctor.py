@@ -9,8 +9,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from dagster_sbatch.commands import doctor
 from dagster_sbatch.inspect.diagnosis import examine, login_node, make, slurm_jobs, this_machine
-from dagster_sbatch.inspect.diagnosis.finding import Facts
+from dagster_sbatch.inspect.diagnosis.finding import Facts, Finding
 from dagster_sbatch.inspect.diagnosis.survey import Output, Room, parse, parse_room, render
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
@@ -179,3 +180,18 @@ def test_a_long_temporary_folder(tmp_path: Path) -> None:
     facts.survey = answers
     state, found, _ = login_node.check_temporary_folder(facts)
     assert (state, found) == ("warning", f"/tmp/{'x' * 60} has 65 characters")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("asset weather", "ok      asset weather     job 7\n                          -> wait\n"),
+        (
+            "asset long_weather",
+            "ok      asset long_weather\n                          job 7\n                          -> wait\n",
+        ),
+    ],
+)
+def test_what_is_found_is_in_one_column(name: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.show(Finding(name, "ok", "job 7", "wait"))
+    assert capsys.readouterr().out == shown

@@ -34,7 +34,9 @@ examples:
 
 exit codes: 0 ready (warnings do not count), 1 you must fix something first, 2 wrong usage
 """
-INDENT = 26
+NAMES = 17
+"""Characters of names; a longer one has a line of its own."""
+INDENT = 9 + NAMES
 MARKS = {"ok": "[green]ok     [/green]", "warning": "[yellow]warning[/yellow]", "broken": "[red]broken [/red]"}
 
 
@@ -75,7 +77,11 @@ def show(finding: Finding) -> None:
     width = max(console.width, 60) - INDENT
     text = f"{finding.found}\n-> {finding.fix}" if finding.fix else finding.found
     first, *more = [piece for line in text.splitlines() for piece in wrap(line, width)]
-    console.print(f"{MARKS[finding.state]} [bold]{finding.name:17}[/bold] {escape(first)}")
+    name = f"{MARKS[finding.state]} [bold]{finding.name:{NAMES}}[/bold]"
+    if len(finding.name) > NAMES:
+        console.print(name)
+        name = " " * (INDENT - 1)
+    console.print(f"{name} {escape(first)}")
     for piece in more:
         console.print(f"{' ' * INDENT}{piece}", markup=False)
 
