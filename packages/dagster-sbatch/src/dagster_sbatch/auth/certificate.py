@@ -89,7 +89,7 @@ class Certificate:
         return f"expired at {clock.written(self.valid_before)}" if now >= self.valid_before else ""
 
     def renew_at(self, skew_minutes: float | None) -> datetime:
-        """Return when it should be replaced: after two thirds of its life, or so many minutes before its end.
+        """Return when it should be replaced: after two thirds of its life, or this many minutes before its end.
 
         Args:
             skew_minutes: ASC_STEP_REFRESH_SKEW; at most half of its life counts.

@@ -19,7 +19,7 @@ from dagster_sbatch.auth.access_errors import MisconfiguredError
 from dagster_sbatch.auth.private_file import explained, read_private
 
 REFRESH_WINDOW = timedelta(days=7)
-"""A secret is replaced so long before it expires, or a third of its lifetime before, if that is less."""
+"""A secret is replaced this long before it expires, or a third of its lifetime before, if that is less."""
 
 Source = Literal["stored", "bootstrap", "direct"]
 """Where a credential came from: the credentials file, ASC_AUTHENTIK_API_TOKEN, ASC_OIDC_APP_PASSWORD."""

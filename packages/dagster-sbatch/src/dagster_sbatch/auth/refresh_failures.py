@@ -43,7 +43,7 @@ class Failing:
 
 
 def pause_after(failures: int) -> timedelta:
-    """Return the pause after so many failures in a row (1 or more): 1, 2, 4 ... minutes, 30 at most."""
+    """Return the pause after this many failures in a row (1 or more): 1, 2, 4 ... minutes, 30 at most."""
     pause: timedelta = FIRST_PAUSE * 2 ** min(failures - 1, 10)
     return min(LONGEST_PAUSE, pause)
 

@@ -19,7 +19,7 @@ WORTH = 0.8
 TIME_STEP = 300
 """Seconds: proposed times are multiples."""
 MANY_TIMES = 2
-"""Partitions differ if one needs so many times what another needs."""
+"""Partitions differ if one needs this many times what another needs."""
 GIB = 1 << 20
 """KiB of a GiB."""
 

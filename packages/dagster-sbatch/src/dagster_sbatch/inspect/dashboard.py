@@ -33,7 +33,7 @@ CHECK_SECONDS = 5
 PIECE = 1 << 15
 
 MOST_FAILURES = 3
-"""After so many failed checks in a row the dashboard is gone; one alone may be a busy node."""
+"""After this many failed checks in a row, the dashboard is gone; one alone may be a busy node."""
 
 Dial = Callable[[], Any]
 """Opens a connection to the dashboard: a socket, or a channel of SSH, which has the same methods."""

@@ -92,7 +92,7 @@ class LocalProcess:
             os.killpg(self._process.pid, signal.SIGTERM)
 
     def wait(self, seconds: float) -> None:
-        """Wait until it has ended, for so long at most."""
+        """Wait until it has ended, for at most this many seconds."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
 

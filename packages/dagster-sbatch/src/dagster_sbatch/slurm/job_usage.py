@@ -50,7 +50,7 @@ def _bars(values: Sequence[float], full: float) -> str:
 
 
 def describe_idle(seconds: float, request: SlurmRequest) -> str:
-    """Return a warning about a job whose GPUs have all been idle for so long."""
+    """Return a warning about a job whose GPUs have all been idle for this long."""
     gpus = request.nodes * request.gpus_per_node
     which = "The GPU of the job has" if gpus == 1 else f"All {gpus} GPUs of the job have"
     limit = request.gpu_idle_limit

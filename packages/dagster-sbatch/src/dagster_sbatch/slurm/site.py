@@ -131,7 +131,7 @@ def _merge(known: Mapping[str, Any], changes: Any) -> Any:
 
 
 def _keys_beside(place: Place) -> list[str]:
-    """Return the valid keys beside an unknown one, which is so many keys below the site's entry."""
+    """Return the valid keys beside an unknown one, which is this many keys below the site's entry."""
     if place[0] == "container_runtime" and len(place) > 1:
         return list(ContainerRuntime.model_fields)
     models: dict[int, type[BaseModel]] = {1: Site, 3: Partition}

@@ -14,7 +14,7 @@ from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Usage
 
 PLOT_DAYS = 7
-"""Each number is that of so many days before the observation."""
+"""Each number is that of this many days before the observation."""
 TABLE = "hours_by_week"
 MOST_NAMES = 10
 """Assets, projects or users that plot: those with the most node-hours."""

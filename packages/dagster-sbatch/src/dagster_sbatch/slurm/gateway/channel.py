@@ -81,7 +81,7 @@ class Channel(Protocol):
     """
 
     def read(self, seconds: float) -> bytes:
-        """Return some bytes, none at the end; raise TimeoutError if nothing comes for so long."""
+        """Return some bytes, none at the end; raise TimeoutError if nothing comes within this time."""
 
     def write(self, data: bytes) -> None:
         """Send all bytes."""

@@ -134,7 +134,7 @@ class Gateway(Link):
         """Return what is known of a run that is an array job.
 
         Raises:
-            RefusedError: it is none.
+            RefusedError: it is not an array job.
         """
         return ArrayJob.parse(self.ask(do="array", run=run))
 

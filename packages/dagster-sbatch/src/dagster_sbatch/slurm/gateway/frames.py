@@ -11,7 +11,7 @@ from dagster_sbatch.slurm.gateway.channel import NO_PYTHON, Channel
 PING_SECONDS = 15.0
 """Between two pings: the agent leaves a client that is silent for 60 s."""
 DEAD_SECONDS = 45.0
-"""A connection over which nothing comes for so long is given up."""
+"""A connection over which nothing comes for this long is given up."""
 READ_SECONDS = 0.5
 """The longest wait for bytes, before `stop` is checked again."""
 Frame = tuple[Mapping[str, Any], bytes]

@@ -23,9 +23,9 @@ from dagster_sbatch.ssh import AuthenticationError, SshError, UnreachableError
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 60.0
 """Seconds between two tries of a request: each pause is twice as long as the one before."""
 MOST_LOGINS, LOGINS_SECONDS = 15, 600.0
-"""A link that has opened so many connections within so many seconds waits LONGEST_PAUSE before each further one."""
+"""A link that has opened this many connections within this many seconds waits LONGEST_PAUSE before each further one."""
 BROKEN_TRIES = 4
-"""After so many broken answers to a request in a row it fails."""
+"""After this many broken answers in a row, a request fails."""
 DENIED_PAUSE, DENIED_PATIENCE = 60.0, 86400.0
 """For a login node that has let this client in and now refuses it: somebody may fix that while the job runs."""
 PYTHON_ADVICE = (

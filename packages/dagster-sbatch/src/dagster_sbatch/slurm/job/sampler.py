@@ -4,7 +4,7 @@ usage: sampler.py job NODES GPUS [LIMIT]   on the first node, in the folder of t
                                            standard input it prints what the job has used until then, as JSON
        sampler.py node GPUS                on another node: it prints each sample as JSON
 
-GPUS: of the job on one node. LIMIT: end the job when all its GPUs have been idle for so many seconds.
+GPUS: of the job on one node. LIMIT: end the job when all its GPUs have been idle for this many seconds.
 
 It runs with the environment's Python or that of the system: Python 3.6, standard library. It ends with its standard
 input, which ends with the shell of the batch script, and it writes no file but a line of the events. A number that a

@@ -261,7 +261,7 @@ def explain(record: Mapping[str, Any], *, out_of_memory: bool = False) -> tuple[
 
 
 def explain_late(ranks: str, seconds: str) -> str:
-    """Return the cause of a job that was ended because ranks still ran so long after another had ended."""
+    """Return the cause of a job that was ended because ranks still ran end_time_limit after another had ended."""
     return (
         f"rank {ranks} still ran {seconds} s after another rank had ended, so all were ended. Let all ranks end "
         "together, or raise SrunLauncher(end_time_limit=...)."

@@ -15,7 +15,7 @@ from .tasks import Tasks
 
 FIRST_PAUSE, ROOM_PAUSE, LONGEST_PAUSE = 0.5, 5.0, 60.0  # seconds between two tries to submit; each is twice as long
 READS_PER_SECOND = 100.0  # of tasks, however many run; each opens four files
-SHARE = 20  # a command of Slurm that took a second is not repeated for so many: for many tasks, its answers are long
+SHARE = 20  # a command of Slurm that took a second is not repeated for this many: for many tasks, its answers are long
 PAUSE_PER_TASK = 1e-5  # seconds: of many tasks, going through all takes long
 REPORT_EVERY = 1.0  # seconds between two reports of how many tasks wait and run
 

@@ -78,7 +78,7 @@ def store(path, document):
 
 
 def parse(data, *names):
-    """Return a JSON document; None if it is none, or lacks one of the names."""
+    """Return a JSON document; None if the text is not one, or lacks one of the names."""
     try:
         found = json.loads(data.decode())
     except ValueError:

@@ -72,7 +72,7 @@ class Agent:
             self.leave()
 
     def receive(self, size=0):
-        """Return so many bytes of stdin, or a line; None at its end. Any byte shows that the client is alive."""
+        """Return this many bytes of stdin, or a line; None at its end. Any byte shows that the client is alive."""
         while True:
             cut = size or self.inbox.find(b"\n") + 1
             if 0 < cut <= len(self.inbox):
