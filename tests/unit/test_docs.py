@@ -69,7 +69,7 @@ def test_links_and_paths_exist(page: Path) -> None:
         assert any(
             (base / path).exists()
             for base in (ROOT, ROOT / "scripts" / "_skeleton", *ROOT.glob("packages/*"), *ROOT.glob("packages/*/src"))
-        ) or path.endswith("count_planes.py"), path
+        ) or path.endswith("planes.py"), path
 
 
 def test_texts_have_no_words_that_a_newcomer_reads_twice() -> None:
@@ -93,24 +93,16 @@ def test_the_readmes_asset_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The two listings of "Write your own asset", put together and materialised."""
     import dagster as dg
 
-    from dagster_sbatch.launchers import ScriptLauncher
-    from dagster_sbatch.run.compute import ComputeResource
-    from dagster_sbatch.slurm import SlurmRequest
     from resources import build_resources
 
     monkeypatch.setenv("DATA_ROOT", str(tmp_path))
     workload, asset = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len((workload + asset).splitlines()) < 20
-    program = ROOT / "musica_pipelines" / "workloads" / "count_planes.py"
-    names: dict[str, Any] = {
-        "dg": dg,
-        "ComputeResource": ComputeResource,
-        "ScriptLauncher": ScriptLauncher,
-        "SlurmRequest": SlurmRequest,
-    }
-    names["WORKLOADS"] = tmp_path
-    (tmp_path / "flight_delays").symlink_to(program.parent / "flight_delays")
-    (tmp_path / "count_planes.py").write_text(workload)
+    assert len((workload + asset).splitlines()) < 30
+    names: dict[str, Any] = {"__file__": str(tmp_path / "assets" / "planes.py")}
+    folder = tmp_path / "workloads"
+    folder.mkdir()
+    (folder / "flight_delays").symlink_to(ROOT / "musica_pipelines" / "workloads" / "flight_delays")
+    (folder / "count_planes.py").write_text(workload)
     exec(compile(asset, "README.md", "exec"), names)
     result = dg.materialize([names["count_planes"]], resources=build_resources())
     (event,) = result.asset_materializations_for_node("count_planes")
