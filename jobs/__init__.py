@@ -8,6 +8,6 @@ all_jobs = (flight_delays_job, refresh_credentials_job)
 all_sensors = (refresh_credentials_sensor, *upkeep.sensors)
 all_checks = (access_health, *upkeep.checks)
 all_observed = (musica_access, upkeep.asset)
-"""What the code location offers; the last are things that are watched, not made."""
+"""Jobs, checks, sensors, and assets that Dagster observes and does not make."""
 
 __all__ = ["all_checks", "all_jobs", "all_observed", "all_sensors"]

@@ -1,4 +1,4 @@
-"""Access to the supercomputer, kept alive by itself: an op, its job, and the sensor that starts it when it is due."""
+"""Access to the supercomputer that renews itself: an op, its job, and the sensor that launches the job when needed."""
 
 from dagster_sbatch import make_credential_refresh
 from resources import PROJECT
@@ -6,10 +6,10 @@ from resources import PROJECT
 _refresh = make_credential_refresh(PROJECT)
 
 refresh_credentials_op = _refresh.op
-"""Replaces the secrets and the certificate, as far as they are due."""
+"""Replaces the secrets and the certificate if they are due."""
 
 refresh_credentials_job = _refresh.job
-"""Runs the op; it may also be launched by hand."""
+"""Runs the op; you can also launch it by hand."""
 
 refresh_credentials_sensor = _refresh.sensor
 """Reads their expiry times every 30 seconds, connects to nothing, and launches the job when something is due."""

@@ -5,5 +5,5 @@ import dagster as dg
 flight_delays_job = dg.define_asset_job(
     "flight_delays",
     selection=dg.AssetSelection.groups("flight_delays"),
-    description="The whole example. Launched over a range of months, these are done in one run.",
+    description="The whole example. A range of months is one run.",
 )

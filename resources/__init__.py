@@ -8,8 +8,8 @@ from dagster_sbatch import Project
 SUPERCOMPUTER_SITE_OVERRIDES: dict[str, dict[str, Any]] = {
     "musica": {"launchers": {"ray": {"pre_start_commands": ["ulimit -n 65536"]}}},
 }
-"""By SLURM_SUPERCOMPUTER_SITE; merged over what dagster_sbatch knows of the site. What may stand in an entry:
-`dagster_sbatch.Site`."""
+"""By SLURM_SUPERCOMPUTER_SITE; merged over the facts that dagster_sbatch has about the site.
+`dagster_sbatch.Site` lists the keys of an entry."""
 
 PROJECT = Project(
     root=Path(__file__).resolve().parent.parent,
