@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from dagster_sbatch import JobArray
-from dagster_sbatch.launchers import CommandLauncher, Container, Launcher, ScriptLauncher, SrunLauncher
+from dagster_sbatch.launchers import (
+    BatchScriptLauncher,
+    CommandLauncher,
+    Container,
+    Launcher,
+    ScriptLauncher,
+    SrunLauncher,
+)
 from dagster_sbatch.slurm import SlurmRequest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from slurm_in_a_box.images import IMAGE, NOT_AN_IMAGE, OS_NAME, REBUILT
@@ -116,6 +123,13 @@ def test_each_launcher_runs_its_workload_in_the_image(site: SimulatedSite, workl
         extras={"trials": 3},
         checks=("fine",),
     )
+    batch = start(
+        workloads / "b",
+        f'#!/bin/bash\n#SBATCH --cpus-per-task=3\ngrep -q "{OS_NAME}" /etc/os-release || exit 9\n'
+        'pipes materialize --metadata cpus="$SLURM_CPUS_PER_TASK" --metadata folder="${PWD##*/}"\nmodule load GCC\n',
+        BatchScriptLauncher(container=Container(str(image))),
+        {},
+    )
     ranks = start(
         workloads / "r",
         RENDEZVOUS.replace("words = [word]", f'assert "{OS_NAME}" in open("/etc/os-release").read(); words = [word]'),
@@ -133,6 +147,10 @@ def test_each_launcher_runs_its_workload_in_the_image(site: SimulatedSite, workl
         {"nodes": 2, "modules": (STACK, SOLVER)},  # one rank per node: each is in a user namespace of its own
     )
     outcome, of_command, of_ranks, of_mpi = (succeeded(run) for run in (script, command, ranks, mpi))
+    of_batch = batch.outcome(180)
+    assert "/model.sh: line 5" not in of_batch.error
+    assert "model.sh ended with exit code 127" in of_batch.error
+    assert "module: command not found. A container has the commands of its image, not those of the" in of_batch.error
     assert of_mpi["total"] == 0 + 1
     assert of_mpi["module"].endswith(SOLVER)
     assert outcome["system"] == f'NAME="{OS_NAME}"\n'

@@ -76,7 +76,7 @@ class RayRun:
 
     def __init__(
         self, site: SimulatedSite, folder: Path, workload: str, *, name: str = "ready",
-        launcher: RayLauncher | None = None, **request: Any,
+        launcher: RayLauncher | None = None, env: Mapping[str, str] | None = None, **request: Any,
     ) -> None:  # fmt: skip
         """`name`: of the file in the user's home that says that the workload runs; `request`: of SlurmRequest."""
         self._site, self._name = site, name
@@ -85,7 +85,7 @@ class RayRun:
         wanted = SlurmRequest(**{"cpus_per_task": FEW_CPUS, "mem": "3G", "time_limit": "5", **request})
         ray = launcher or RayLauncher()
         self._run = Background(
-            lambda: materialize(workload, folder, launcher=ray, request=wanted, extras={"name": name})
+            lambda: materialize(workload, folder, launcher=ray, request=wanted, extras={"name": name}, env=env)
         )
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from dagster_pipes import encode_param
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import Preview, preview_asset
@@ -61,11 +62,11 @@ def test_the_script_is_the_golden_one(shellcheck: str, tmp_path: Path) -> None:
     assert found.summary["python"] == "/opt/bin/python of the image"
 
 
-@pytest.mark.parametrize("launcher", [RayLauncher, BatchScriptLauncher])
-def test_launchers_that_need_the_system_say_why(launcher: type[Launcher], tmp_path: Path) -> None:
-    program = make(tmp_path, "#!/usr/bin/python3\n")
-    with pytest.raises(ConfigurationError, match=f"{launcher.__name__} does not work with a container: "):
-        preview(launcher(container=Container("a.sif")), program, SlurmRequest())
+def test_ray_needs_its_folder_in_the_container(tmp_path: Path) -> None:
+    program, binds = make(tmp_path, "pass"), ["/scratch"]
+    preview(RayLauncher(temp_dir="/scratch", container=Container("a.sif", binds=binds)), program, SlurmRequest())
+    with pytest.raises(ConfigurationError, match=r"temp_dir='/scratch': the container .* binds=\['/scratch'\]"):
+        preview(RayLauncher(temp_dir="/scratch", container=Container("a.sif")), program, SlurmRequest())
 
 
 def test_gpus_need_an_option() -> None:
@@ -291,7 +292,16 @@ def test_a_job_does_not_start_in_another_image_or_with_a_folder_that_apptainer_w
         ({"image": "/none.sif"}, "", "There is no container image /none.sif on "),
         ({"image": "an image.sif", "binds": ["/none/folder"]}, "", "The container should have /none/folder, and "),
         ({"image": "an image.sif", "python": "python9"}, "", "an image.sif has no python9, and a Python of the image"),
-        ({"image": "an image.sif", "python": "/usr/bin/false"}, "", "and Dagster Pipes needs Python 3.10 or newer."),
+        (
+            {"image": "an image.sif", "python": "/usr/bin/false"},
+            "",
+            "/usr/bin/false in the image {image} does not run: ",
+        ),
+        (
+            {"image": "an image.sif", "python": "./old"},
+            "",
+            "{image} is Python 2.7.18, and Dagster Pipes needs Python 3.1",
+        ),
         ({"image": "an image.sif"}, "echo 'FATAL: no' >&2; exit 255", "The container did not start: apptainer ended"),
         ({"image": "an image.sif"}, "gone", "There is no apptainer on "),
     ],
@@ -305,17 +315,55 @@ def test_a_container_that_cannot_start_says_why(image: dict[str, Any], broken: s
         text = text.replace("apptainer", "apptainer9")
     elif broken:
         runtime.write_text(f"#!/bin/bash\n{broken}\n")
+    make(folder, '#!/bin/bash\n[ "${!#}" != -V ] || { echo Python 2.7.18; exit 0; }; exit 1\n', "old")
     done = run_script(folder, script)
     assert done.returncode != 0
-    assert text in (folder / "cause").read_text()
+    assert text.format(image=folder / "data" / "an image.sif") in (folder / "cause").read_text()
     assert "Traceback" not in done.stderr
 
 
-def test_ranks_and_programs_start_in_the_container_too() -> None:
-    for launcher in (SrunLauncher(), CommandLauncher()):
-        text = script_of(Path("/run"), launcher=launcher)
-        assert "run_python() { in_container sh /run/container/start.sh /run/code python3 -u " in text
-        assert "export -f in_container run_python\n" in text
+@pytest.mark.parametrize("launcher", [SrunLauncher(), CommandLauncher(), BatchScriptLauncher(), RayLauncher()])
+def test_every_other_launcher_starts_in_the_container_too(launcher: Launcher, tmp_path: Path) -> None:
+    inside = launcher.model_copy(update={"container": Container("a.sif")})
+    found = preview(inside, make(tmp_path, "#!/usr/bin/python3\n"), SlurmRequest())
+    run, code = "<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe", "<hash of its content>/workloads"
+    assert f"run_python() {{ in_container sh '{run}/container/start.sh' '" in found.script
+    assert f"{code}' python3 -u " in found.script
+    assert "export -f in_container run_python\n" in found.script
+
+
+SCRIPT = """\
+#!/bin/bash
+#SBATCH --mem=3G
+pipes log "$(pwd -P)"
+if command -v module; then module load GCC; fi
+no-such-command
+module load GCC
+"""
+
+
+@pytest.mark.parametrize("launcher", [CommandLauncher(), BatchScriptLauncher()])
+def test_a_script_that_asks_its_image_for_commands_of_the_machine_is_told(launcher: Launcher, folder: Path) -> None:
+    """Its exit code and other errors are those of bash without a container."""
+    make(folder / "code", SCRIPT, "work load.py")
+    (folder / "context.json").write_text(json.dumps({"asset_keys": ["a"], "run_id": "", "extras": {}}))
+    for name, text in launcher.files(SlurmRequest()).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    variables = {
+        "DAGSTER_PIPES_CONTEXT": encode_param({"path": str(folder / "context.json")}),
+        "DAGSTER_PIPES_MESSAGES": encode_param({"path": str(folder / "messages.jsonl")}),
+    }
+    text = script_of(folder, Container("an image.sif", python=sys.executable), launcher)
+    done = run_script(folder, text, **variables)
+    assert done.returncode == 127
+    first, second, *_ = done.stderr.splitlines()
+    assert first.endswith("work load.py: line 5: no-such-command: command not found")
+    assert second.startswith("module: command not found. A container has the commands of its image, not those of the")
+    assert (
+        str(folder / "work" if isinstance(launcher, BatchScriptLauncher) else folder)
+        in (folder / "messages.jsonl").read_text()
+    )
 
 
 class _Images:

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,43 +14,11 @@ import driver
 import job_cluster
 
 
-@pytest.fixture
-def scontrol(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-    """Makes a sham scontrol from a script; without, there is none."""
+def test_the_more_nodes_are_missing_the_longer_is_the_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_STATE", str(tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
-
-    def make(script: str) -> None:
-        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / "scontrol").chmod(0o755)
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("script", "cause"),
-    [
-        (None, "does not start on .*: No such file or directory"),
-        ("echo no hosts >&2; exit 3", "ended with exit code 3 on .*: no hosts"),
-    ],
-)
-def test_a_scontrol_that_does_not_work_is_the_cause(
-    script: str | None, cause: str, scontrol: Callable[[str], None], tmp_path: Path
-) -> None:
-    if script:
-        scontrol(script)
-    with pytest.raises(SystemExit):
-        driver.await_cluster(60)
-    text = "Ray: the names of the job's nodes are unknown: `scontrol show hostnames` "
-    assert re.fullmatch(text + cause, (tmp_path / "failed").read_text().strip())
-
-
-def test_the_more_nodes_are_missing_the_longer_is_the_pause(
-    scontrol: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
     names = [f"n{number}" for number in range(100)]
-    scontrol(f"echo {' '.join(names)}")
+    (tmp_path / "nodes").write_text("\n".join(names) + "\n")
     job_cluster.publish(job_cluster.HEAD_FILE, {"ray_address": "10.0.0.1:6379"})
     pauses = list[float]()
 

@@ -299,41 +299,22 @@ def test_a_ray_without_authentication_is_refused(version: str, monkeypatch: pyte
         checks.versions()
 
 
+@pytest.mark.parametrize("name", ["APPTAINER_CONTAINER", "SINGULARITY_CONTAINER", ""])
+def test_a_missing_ray_is_named_with_its_image(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(_: str) -> str:
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setenv(name or "OTHER", "/images/ray.sif")
+    where = "in the image /images/ray.sif has no Ray. Install it" if name else "there is no Ray in the environment of"
+    with pytest.raises(job_cluster.NodeError, match=where):
+        checks.versions()
+
+
 @pytest.mark.parametrize("version", ["2.52.0", "2.60.0rc1", "3.0.0.dev0"])
 def test_a_ray_with_authentication_is_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
     assert checks.versions()["Ray"] == version
-
-
-def run_cluster_script(folder: Path, text: str, srun: str) -> subprocess.CompletedProcess[str]:
-    """Run a text of cluster.sh in a folder, as the job script does, with a sham srun."""
-    programs = folder / "bin"
-    programs.mkdir()
-    (programs / "srun").write_text(f"#!/bin/bash\n{srun}\n")
-    (programs / "srun").chmod(0o755)
-    (folder / "ray").mkdir()
-    (folder / "ray/watch.py").touch()
-    (folder / "cluster.sh").write_text(text)
-    script = "run_workload() { echo $BASHPID >workload.pid; exec sleep 60; }; . ./cluster.sh program.py"
-    environment = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHON": sys.executable}
-    return subprocess.run(
-        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-
-
-def test_the_heads_file_is_there_before_any_node_asks_for_it(tmp_path: Path) -> None:
-    """An NFS client that was told "no such file" may repeat that for a minute."""
-    done = run_cluster_script(tmp_path, (JOB / "cluster.sh").read_text(), 'ls "$RAY_JOB_STATE" >seen; exit 3')
-    assert done.returncode == 1
-    assert "head.json" in (tmp_path / "seen").read_text()
-
-
-def test_a_bash_that_is_too_old_is_named(tmp_path: Path) -> None:
-    text = (JOB / "cluster.sh").read_text().replace("BASH_VERSINFO", "SHAM_VERSION")
-    done = run_cluster_script(tmp_path, f"SHAM_VERSION=(4 2)\n{text}", "exit 0")
-    assert done.returncode == 1
-    assert "and 4.3 or later is needed" in (tmp_path / "cause").read_text()
-    assert not (tmp_path / "workload.pid").exists()
 
 
 def test_a_failed_start_is_described_by_its_last_line() -> None:

@@ -28,8 +28,6 @@ class Launcher(BaseModel, ABC):
     """Name of the launcher in the site overrides."""
     not_in_arrays: ClassVar[str] = ""
     """Why it does not work in the tasks of a job array, and what to do instead; empty if it does."""
-    not_in_containers: ClassVar[str] = ""
-    """Why it does not work with a container, and what to do instead; empty if it does."""
     runs_python: ClassVar[bool] = True
     """Whether its workloads are Python programs; then their syntax and their imports are checked before a run."""
 

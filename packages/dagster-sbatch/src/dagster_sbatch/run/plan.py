@@ -8,7 +8,7 @@ from typing import Any
 
 from dagster_sbatch.environments.groups import check_environment, is_path, lock_path
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.launchers import Container, Launcher
+from dagster_sbatch.launchers import Launcher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.array import PARTITION_KEYS, JobArray, Task, make_tasks
 from dagster_sbatch.run.digests import check_json
@@ -111,7 +111,7 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
     name = settings.supercomputer_site or project.only_site
     plan = _allocate_on(project.load_site(name), plan, settings) if name else plan
     if plan.launcher.container:
-        _check_container(plan.launcher, plan.launcher.container, plan.allocation.request, plan.site)
+        plan.launcher.container.check(plan.allocation.request, plan.site.container_runtime)
     return plan
 
 
@@ -167,14 +167,6 @@ def _note_environment(
             f"environment={environment!r} is for the supercomputer. Here, the project's own environment is used."
         )
     return notes
-
-
-def _check_container(launcher: Launcher, container: Container, request: SlurmRequest, site: Site) -> None:
-    if launcher.not_in_containers:
-        raise ConfigurationError(
-            f"{type(launcher).__name__} does not work with a container: {launcher.not_in_containers}"
-        )
-    container.check(request, site.container_runtime)
 
 
 def _check_running_tasks(array: JobArray, request: SlurmRequest, site: Site) -> None:

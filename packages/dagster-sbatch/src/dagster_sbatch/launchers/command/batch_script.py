@@ -14,18 +14,14 @@ class BatchScriptLauncher(CommandLauncher):
 
     Its #SBATCH lines apply where the asset's request says nothing; the run's log names those that do not apply. The
     exit code of the script decides about success, and it may report by the command `pipes`, as with CommandLauncher. It
-    runs in a folder of the run that has links to the files beside the script; SLURM_SUBMIT_DIR is that folder.
+    runs in a folder of the run that has links to the files beside the script; SLURM_SUBMIT_DIR is that folder. With a
+    container, all of it runs in the image, which has neither srun nor module.
 
     Example:
         compute.run(context, workload=WORKLOADS / "relax.sbatch", launcher=BatchScriptLauncher())
     """
 
     key: ClassVar[str] = "batch_script"
-    not_in_containers: ClassVar[str] = (
-        "a batch script calls programs of the system, such as srun and module, which an image does not have. Call "
-        "apptainer in the script, or write the part that needs the image as a program and use "
-        "launcher=CommandLauncher(container=...)."
-    )
     options: ClassVar[tuple[str, ...]] = ("--batch-script",)
 
     def check_program(self, program: Path) -> None:  # noqa: D102 - see Launcher

@@ -51,7 +51,8 @@ class RayLauncher(Launcher):
     """Starts Ray on every node of the allocation and runs the workload with RAY_ADDRESS set.
 
     CPUs, GPUs and memory are those of the request. The workload calls `ray.init()` without an address. In a job, that
-    finds this cluster; in `development`, the launcher starts nothing, and `ray.init()` starts a local Ray.
+    finds this cluster; in `development`, the launcher starts nothing, and `ray.init()` starts a local Ray. With a
+    container, the Ray of the image runs on every node.
 
     Example:
         RayLauncher(ray_start_args=["--include-dashboard=false"])
@@ -62,11 +63,6 @@ class RayLauncher(Launcher):
         "each task would start a Ray cluster of its own. Remove array=..., and let the one Ray cluster of the job "
         "divide the partitions (pipes.extras['partition_keys']) among Ray tasks; or use launcher=ScriptLauncher()."
     )
-    not_in_containers: ClassVar[str] = (
-        "its programs ask Slurm for the nodes of the job, and an image does not have Slurm's commands. Remove "
-        "container=..., so that Ray runs in the project's environment; or use launcher=SrunLauncher(container=...)."
-    )
-
     ray_start_args: tuple[Annotated[str, AfterValidator(_argument)], ...] = Field(
         (), description="Further arguments of `ray start` on every node; --include-dashboard only on the head."
     )
@@ -103,6 +99,11 @@ class RayLauncher(Launcher):
             raise ConfigurationError(
                 f"cpus_per_task={request.cpus_per_task or 1} with gpus_per_node={request.gpus_per_node}: "
                 "Ray needs at least one CPU per GPU. Raise cpus_per_task"
+            )
+        if self.container and self.temp_dir and self.temp_dir not in self.container.binds:
+            raise ConfigurationError(
+                f"temp_dir={self.temp_dir!r}: the container does not have this folder. "
+                f"Write Container(..., binds=[{self.temp_dir!r}])"
             )
 
     def files(self, request: SlurmRequest) -> dict[str, str]:  # noqa: D102 - see Launcher

@@ -38,6 +38,18 @@ LOGIN_SHELL = re.compile(r"/\S*/(env -S ?)?(ba|da|k|z)?sh (-[a-z]*l[a-z]*|--logi
 """Interpreter and argument of a first line. Its shell reads the login profile, which may set PATH anew."""
 WITH_PATH = 'PATH=$1:$PATH; shift; . "$0"'
 """Runs a script in the shell that has read the profile; its first argument comes first on the PATH."""
+NOT_FOUND = "BASH_FUNC_command_not_found_handle%%"
+"""The variable that has the function which bash calls for a command that is not there."""
+NOT_IN_IMAGES = """() {
+  case $1 in
+    srun | sbatch | scontrol | module | ml | apptainer | singularity)
+      echo "$1: command not found. A container has the commands of its image, not those of the machine. Remove $1" \\
+        "here, or remove container= from the launcher and call apptainer exec where the image is needed." >&2 ;;
+    *) echo "${BASH_SOURCE[1]}: line ${BASH_LINENO[0]}: $1: command not found" >&2 ;;
+  esac
+  return 127
+}"""
+"""For NOT_FOUND."""
 FOREIGN = {b"MZ": "Windows", b"\xcf\xfa\xed\xfe": "macOS", b"\xca\xfe\xba\xbe": "macOS"}
 """Systems by the first bytes of their programs."""
 
@@ -81,6 +93,8 @@ def prepare_environment(folder: Path) -> None:
     command.chmod(0o700)
     os.environ["PATH"] = f"{command.parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     os.environ["PYTHON"] = sys.executable
+    if os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"):
+        os.environ[NOT_FOUND] = NOT_IN_IMAGES
     for name in ("PYTHONNOUSERSITE", "SLURM_EXPORT_ENV"):  # other Pythons; srun, as in a job that has its environment
         os.environ.pop(name, None)
 

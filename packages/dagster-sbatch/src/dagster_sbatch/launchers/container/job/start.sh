@@ -17,8 +17,10 @@ shift
 . "${0%/*}/variables.sh"
 command -v "$1" >/dev/null || refuse "The image $image has no $1, and a Python of the image starts every workload. Name \
 it with Container(python=...), or use an image that has Python 3.10 or newer."
+said=$("$1" -I -S -V 2>&1) || refuse "$1 in the image $image does not run: $said. Name another Python with \
+Container(python=...), or build the image again."
 "$1" -I -S -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-  refuse "$1 in the image $image is $("$1" -V 2>&1), and Dagster Pipes needs Python 3.10 or newer. Name another one with \
+  refuse "$1 in the image $image is $said, and Dagster Pipes needs Python 3.10 or newer. Name another one with \
 Container(python=...), or use a newer image."
 PYTHON=$(command -v "$1")
 export PYTHON PYTHONPATH="$PYTHONPATH:${0%/*}"

@@ -128,6 +128,10 @@ def versions() -> dict[str, str]:
     try:
         ray = importlib.metadata.version("ray")
     except importlib.metadata.PackageNotFoundError:
+        image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
+        if image:
+            advice = "Install it in the image, or name the Python that has it with Container(python=...)"
+            raise NodeError(f"{sys.executable} in the image {image} has no Ray. {advice}") from None
         raise NodeError(
             f"there is no Ray in the environment of {sys.executable}. Add `ray` to its packages, or check which "
             "interpreter pre_start_commands choose"

@@ -17,6 +17,12 @@ export RAY_JOB_STATE RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_JOB_STATE/toke
 mkdir "$RAY_JOB_STATE"
 ln -sfn "${RAY_JOB_STATE##*/}" ray/state # for people, and for `scripts/job JOB dashboard`
 od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH"
+# driver.py reads the names of the nodes from a file: in a container, it has no commands of Slurm.
+if ! scontrol show hostnames >"$RAY_JOB_STATE/nodes" 2>"$RAY_JOB_STATE/scontrol.err"; then
+  echo "Ray: \`scontrol show hostnames\` failed on $HOSTNAME, so the names of the job's nodes are unknown:" \
+    "$(<"$RAY_JOB_STATE/scontrol.err")" | tee cause >&2
+  exit 1
+fi
 # These exist before any node asks for them: an NFS client may repeat "no such file" for a minute.
 : >"$RAY_JOB_STATE/head.json"
 : >cause
@@ -39,13 +45,14 @@ coproc NODES {
       [ "$TMPDIR" = "$JOB_TMPDIR" ] || echo "temporary files on $HOSTNAME: $TMPDIR" >&2
       JOB_TMPDIR=$TMPDIR
       pre_start
-      type -P "$PYTHON" >/dev/null || ray_failed "Ray on $HOSTNAME: there is no $PYTHON"
+      declare -F in_container >/dev/null || type -P "$PYTHON" >/dev/null ||
+        ray_failed "Ray on $HOSTNAME: there is no $PYTHON"
       run_python ray/node.py' >&2
 }
-nodes=$NODES_PID hold=${NODES[1]}
+nodes=$! hold=${NODES[1]-} # bash forgets NODES as soon as srun ends
 run_workload ray/driver.py "${workload[@]}" &
 driver=$!
-"$PYTHON" ray/watch.py &
+run_python ray/watch.py &
 watch=$! node_lost=75 # os.EX_TEMPFAIL
 
 # Wait for the end of a process, at most this many seconds.
@@ -55,7 +62,8 @@ end() {
   wait "$1" 2>/dev/null
 }
 
-wait -n "$nodes" "$driver" "$watch"
+# bash does not wait for a coprocess that has ended already: an srun that refuses its options.
+kill -0 "$nodes" 2>/dev/null && wait -n "$nodes" "$driver" "$watch"
 status=$?
 if kill -0 "$nodes" 2>/dev/null && kill -0 "$driver" 2>/dev/null && [ "$status" != "$node_lost" ]; then
   wait -n "$nodes" "$driver" # watch.py itself has failed: that does not end the job
@@ -64,7 +72,9 @@ fi
 if kill -0 "$driver" 2>/dev/null; then # the cluster ended before the workload
   ray_failed "Ray: srun ended with exit code $status, and no node has reported why"
   status=1
-  kill -KILL "$(cat workload.pid)" # it can do nothing without its cluster
+  # It can do nothing without its cluster. A container may still be starting.
+  until [ -s workload.pid ] || ! kill -0 "$driver" 2>/dev/null; do sleep 0.1; done
+  [ ! -s workload.pid ] || kill -KILL "$(<workload.pid)"
   wait "$driver" 2>/dev/null
 elif [ "$status" != 0 ]; then
   await_end 3 "$watch" # if a lost node made the workload fail, watch.py sees that some seconds later
@@ -76,8 +86,8 @@ elif wait "$watch"; [ $? = "$node_lost" ]; then
 fi
 if [ "$status" != 0 ] && [ -e "$RAY_JOB_STATE/failed" ]; then
   cat "$RAY_JOB_STATE/failed" >&2
-  head -n 1 "$RAY_JOB_STATE/failed" >cause
+  [ -s cause ] || head -n 1 "$RAY_JOB_STATE/failed" >cause # a container that does not start has written why
 fi
-exec {hold}>&-
+[ ! "$hold" ] || exec {hold}>&-
 await_end 15 "$nodes" || end "$nodes"
 exit "$status"

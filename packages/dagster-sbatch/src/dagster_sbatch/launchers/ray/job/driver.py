@@ -9,8 +9,6 @@ startup_time_limit, the workload does not run, and the cause names the node with
 import importlib
 import os
 import runpy
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,10 +33,10 @@ def await_cluster(seconds: int) -> str:
     """Return the address of the cluster when all of its nodes have joined.
 
     Raises:
-        SystemExit: a node has not joined in this time, or Slurm does not name the nodes.
+        SystemExit: a node has not joined in this time.
     """
     until = time.monotonic() + seconds
-    nodes = node_names()
+    nodes = (state() / "nodes").read_text().split()
     for node in nodes:
         (state() / joined_file(node)).touch()
     importlib.import_module("ray")
@@ -51,23 +49,6 @@ def await_cluster(seconds: int) -> str:
     head = read_published(HEAD_FILE)
     assert head
     return str(head["ray_address"])
-
-
-def node_names() -> list[str]:
-    """Return the names of the job's nodes.
-
-    Raises:
-        SystemExit: scontrol does not run here, or fails.
-    """
-    command = ["scontrol", "show", "hostnames"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except OSError as error:
-        cause = f"does not start on {socket.gethostname()}: {error.strerror}"
-    except subprocess.CalledProcessError as error:
-        cause = f"ended with exit code {error.returncode} on {socket.gethostname()}: {tail(error.stderr)}"
-    fail(f"Ray: the names of the job's nodes are unknown: `{' '.join(command)}` {cause}")
-    raise SystemExit(1)
 
 
 def describe_missing(seconds: int, nodes: list[str], missing: list[str]) -> str:
