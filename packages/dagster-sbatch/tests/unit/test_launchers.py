@@ -1,7 +1,11 @@
 """Fields of the launchers: checked, and merged with the site's field by field."""
 
+import re
+from pathlib import Path
+
 import pytest
 
+from dagster_sbatch import launchers
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
 from dagster_sbatch.slurm import SlurmRequest
@@ -58,3 +62,11 @@ def test_wrong_values_are_named(fields: dict[str, object], text: str) -> None:
 def test_ray_refuses_what_it_cannot_work_in(request_: SlurmRequest, text: str) -> None:
     with pytest.raises(ConfigurationError, match=text):
         RayLauncher().check(request_)
+
+
+@pytest.mark.parametrize("name", sorted(set(launchers.__all__) - {"Launcher", "Container"}))
+def test_the_page_has_each_launcher_in_its_table_and_an_example(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "launchers.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert f"| `{name}()` |" in page
+    assert any("compute.run(" in block and f"launcher={name}()" in block for block in blocks)
