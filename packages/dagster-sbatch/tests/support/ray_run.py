@@ -76,9 +76,19 @@ class RayRun:
 
     def __init__(
         self, site: SimulatedSite, folder: Path, workload: str, *, name: str = "ready",
-        launcher: RayLauncher | None = None, env: Mapping[str, str] | None = None, **request: Any,
+        launcher: RayLauncher | None = None, env: Any = None, **request: Any,
     ) -> None:  # fmt: skip
-        """`name`: of the file in the user's home that says that the workload runs; `request`: of SlurmRequest."""
+        """Start it.
+
+        Args:
+            site: where it runs.
+            folder: for the workload.
+            workload: its text.
+            name: of the file in the user's home that says that the workload runs.
+            launcher: default: one without fields.
+            env: variables of the workload.
+            request: fields of SlurmRequest.
+        """
         self._site, self._name = site, name
         folder = folder / name
         folder.mkdir()
