@@ -54,6 +54,8 @@ def describe_at(
         text = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             text = f"unknown field{nearest(str(place[-1]), known(place))}"
+        elif problem["type"] == "tuple_type":
+            text = "this is no list. Write [...], also around a single value"
         if more:
             text += f"{'' if text.endswith('?') else '.'} {more}"
         lines.append(f"{name(place)}: {text}")

@@ -83,7 +83,9 @@ def test_gpus_need_an_option() -> None:
     ("fields", "text"),
     [
         ({"image": "docker://ubuntu"}, "Pull it once:\napptainer pull image.sif docker://ubuntu"),
-        ({"image": ""}, "not a path of an image"),
+        ({"image": ""}, "image: '' is no"),
+        ({"image": "a.sif", "binds": [""]}, "binds.0: '' is no"),
+        ({"image": "a.sif", "binds": "/notes"}, "binds: this is no list"),
         ({"image": "$DAT/a.sif"}, r"\$DAT is unknown"),
         ({"image": "a.sif", "binds": ["notes"]}, "is not an absolute path"),
         ({"image": "a.sif", "binds": ["/a:b"]}, "is not a bind. Write /folder"),

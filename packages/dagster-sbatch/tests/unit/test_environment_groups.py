@@ -221,7 +221,7 @@ def test_an_interpreter_that_is_too_old_is_refused_if_an_asset_names_it(tmp_path
 def test_an_interpreter_is_checked_without_making_anything(tmp_path: Path) -> None:
     check = releases.VERBS["check_interpreter"]
     assert check(ask_for(tmp_path, sys.executable, modules=["dagster_pipes"]), None) == {}
-    said = rf"No module named 'none_such'\nenvironment={sys.executable} must have these packages\. .*\n"
+    said = rf"^environment={sys.executable} cannot import none_such on .*: .*No module named 'none_such'\nInstall .*\n"
     with pytest.raises(RequestError, match=rf"{said}{sys.executable} -m pip install none-such$"):
         check(ask_for(tmp_path, sys.executable, modules=["none_such"]), None)
     assert [path.name for path in (tmp_path / "environments").iterdir() if path.is_dir()] == []

@@ -108,6 +108,21 @@ def test_what_an_agent_has_started_ends_with_it_however_it_ends(tmp_path: Path) 
     wait_until(lambda: not any(map(is_running, children)), "the end of its children", 60, 0.02)
 
 
+def test_the_news_of_a_login_profile_are_no_part_of_an_error(
+    request_of_it: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the setup commands print may be the reason. A profile that ends the shell has said why."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    profile = tmp_path / ".bash_profile"
+    profile.write_text("echo maintenance in 31 days\n")
+    assert in_setup({"setup": ["echo no such stack"]}, "echo said; exit 3") == (3, "no such stack\nsaid\n")
+    missing = {**request_of_it, "asked": "/none/python", "python": "/none/python"}
+    with pytest.raises(RequestError, match=r"does not run on [^:]*: bash: line \d: /none/python: No such file"):
+        choose(missing)
+    profile.write_text("echo the disk is full; exit 1\n")
+    assert in_setup({"setup": []}, "echo said") == (1, "the disk is full\n")
+
+
 @pytest.mark.timeout(60)
 def test_what_a_profile_leaves_in_the_background_is_not_waited_for(tmp_path: Path) -> None:
     """It has the same stdout, and ends with the command."""

@@ -159,14 +159,17 @@ def assemble(ask, content, new):
 
 def verify(ask, content, python):
     """Refuse an environment that cannot import what every workload needs."""
-    try:
-        run(ask, python, "-I", "-c", VERIFY, *content["modules"])
-    except RequestError as error:
-        if content["layer"]:
-            raise
+    command = (python, "-I", "-c", VERIFY) + tuple(content["modules"])
+    if content["layer"]:
+        run(ask, *command)
+        return
+    code, said = in_setup(ask, 'exec "$@"', *command)
+    if code:
+        names, why = ", ".join(content["modules"]), (said.strip().splitlines() or ["no reason was printed"])[-1]
+        text = "%s=%s cannot import %s on %s: %s\nInstall these packages there, for instance with\n%s -m pip install %s"
         packages = " ".join(content["modules"]).replace("_", "-")
-        text = "%s\n%s=%s must have these packages. Install them there, for instance with\n%s -m pip install %s"
-        raise RequestError("refused", text % (error, ask["asked_by"], ask["asked"], python, packages))
+        values = (ask["asked_by"], ask["asked"], names, os.uname()[1], why, python, packages)
+        raise RequestError("refused", text % values)
 
 
 # Verbs of `environment`

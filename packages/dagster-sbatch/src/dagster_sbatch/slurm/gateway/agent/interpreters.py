@@ -31,11 +31,11 @@ def collect(pipe, said):
 
 
 def in_setup(ask, script, *arguments):
-    """Run a piece of bash after the site's setup commands; return its exit code and all that it printed.
+    """Run a piece of bash after the site's setup commands; return its exit code and all that both have printed.
 
     It ends with the agent, together with all that it has started, however the agent ends.
     """
-    text, said = "\n".join(list(ask["setup"]) + [script]), []
+    text, said = "\n".join(["echo " + MARK] + list(ask["setup"]) + [script]), []
     watched, held = os.pipe()
     try:
         process = subprocess.Popen(
@@ -54,7 +54,9 @@ def in_setup(ask, script, *arguments):
         os.close(watched)
         os.close(held)
     reader.join(LAST_WORDS)  # what the profile has left in the background was killed, unless it has left the group
-    return process.returncode, b"".join(said).decode(errors="replace")
+    printed = b"".join(said).decode(errors="replace")
+    banner, mark, text = printed.partition(MARK + "\n")  # the login profile prints news
+    return process.returncode, text if mark else banner
 
 
 def load_modules(_, ask, __):
