@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.launchers import CommandLauncher, Container, ScriptLauncher, SrunLauncher
+from dagster_sbatch.launchers import (
+    BatchScriptLauncher,
+    CommandLauncher,
+    Container,
+    RayLauncher,
+    ScriptLauncher,
+    SrunLauncher,
+)
 from dagster_sbatch.slurm import SlurmRequest
 from support.containers import SIF, put_apptainer
 from support.programs import make
@@ -51,8 +58,11 @@ def test_each_launcher_uses_the_image_of_this_machine(arguments: Path, data_root
     ranks = materialize(LOOK, tmp_path, launcher=SrunLauncher(container=IMAGE), request=SlurmRequest(ntasks_per_node=2))
     assert (ranks.error, ranks.materializations[None][0]["image"]) == ("", image)
     program = make(tmp_path, '#!/bin/sh\npipes materialize --metadata image="$APPTAINER_CONTAINER"\n')
-    command = materialize(program, tmp_path, launcher=CommandLauncher(container=IMAGE))
-    assert (command.error, command.materializations[None][0]["image"]) == ("", image)
+    for launcher in (CommandLauncher(container=IMAGE), BatchScriptLauncher(container=IMAGE)):
+        command = materialize(program, tmp_path, launcher=launcher)
+        assert (command.error, command.materializations[None][0]["image"]) == ("", image)
+    ray = materialize(LOOK, tmp_path, launcher=RayLauncher(container=IMAGE))
+    assert (ray.error, ray.materializations[None][0]["image"]) == ("", image)
 
 
 def test_without_apptainer_or_the_image_it_runs_without_a_container_and_says_so_once(
