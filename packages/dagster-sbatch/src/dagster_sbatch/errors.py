@@ -56,6 +56,8 @@ def describe_at(
             text = f"unknown field{nearest(str(place[-1]), known(place))}"
         elif problem["type"] == "tuple_type":
             text = "this is no list. Write [...], also around a single value"
+        elif problem["type"] == "model_type":
+            text = f"write {problem['ctx']['class_name']}(...)"
         if more:
             text += f"{'' if text.endswith('?') else '.'} {more}"
         lines.append(f"{name(place)}: {text}")

@@ -63,7 +63,8 @@ def project(tmp_path: Path) -> Project:
 
 
 def plan(project: Project, environment: Any, settings: Settings = STAGING, container: Container | None = None) -> Plan:
-    launcher, request = ScriptLauncher(container=container), SlurmRequest()
+    launcher = ScriptLauncher(container=container) if container else ScriptLauncher()
+    request = SlurmRequest()
     return make_plan(settings, project, project.workloads / "main.py", launcher, request, environment=environment)
 
 
@@ -156,6 +157,22 @@ def test_imports_are_compared_with_the_lock_of_the_group(project: Project) -> No
 def test_a_container_has_packages_of_its_own(project: Project) -> None:
     with pytest.raises(ConfigurationError, match=r"environment='torch' has no effect with a container: .*Remove one"):
         plan(project, "torch", container=IMAGE)
+
+
+def test_the_container_of_a_site_counts_as_one_of_the_asset(project: Project) -> None:
+    """The asset may leave it out. The packages of its image are not compared with a lock file."""
+    entry = {**PROJECT.site_overrides["musica"], "launchers": {"script": {"container": {"image": "image.sif"}}}}
+    project = Project(project.root, {"musica": entry})
+    with pytest.raises(ConfigurationError, match=r"has no effect with a container: .* container=None in the launcher"):
+        plan(project, "torch")
+    without = make_plan(
+        STAGING, project, project.workloads / "main.py", ScriptLauncher(container=None), SlurmRequest(),
+        environment="torch",
+    )  # fmt: skip
+    assert without.launcher.container is None
+    (project.workloads / "main.py").write_text("import dagster\n")
+    assert plan(project, None).notes == ()
+    assert len(plan(Project(project.root, PROJECT.site_overrides), None).notes) == 1
 
 
 def test_the_environment_is_an_input_and_the_default_has_the_inputs_that_it_had(project: Project) -> None:

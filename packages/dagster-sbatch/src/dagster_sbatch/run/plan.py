@@ -88,6 +88,9 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
             work; the text says why.
     """
     _check_types(workload, launcher, request, array)
+    name = settings.supercomputer_site or project.only_site
+    site = project.load_site(name) if name else Site()
+    launcher = launcher.with_site(site.launchers)
     _check_environment(environment, project, launcher)
     _check_variables(env or {})
     program = read_workload(Path(workload), args, project.workloads, python=launcher.runs_python)
@@ -98,7 +101,7 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
         project=project,
         workload=program,
         launcher=launcher,
-        site=Site(),
+        site=site,
         allocation=Allocation(request),
         env=dict(env or {}),
         extras=extras,
@@ -108,25 +111,23 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
         environment=environment,
         request=request,
     )
-    name = settings.supercomputer_site or project.only_site
-    plan = _allocate_on(project.load_site(name), plan, settings) if name else plan
+    plan = _allocate(plan, settings) if name else plan
     if plan.launcher.container:
         plan.launcher.container.check(plan.allocation.request, plan.site.container_runtime)
     return plan
 
 
-def _allocate_on(site: Site, plan: Plan, settings: Settings) -> Plan:
-    """Return the plan with what a site adds: the rest of the request, the launcher's other fields, and notes.
+def _allocate(plan: Plan, settings: Settings) -> Plan:
+    """Return the plan with what its site adds: the rest of the request, and notes.
 
     Raises:
         ConfigurationError: the site does not allow it.
     """
-    launcher = plan.launcher.with_site(site.launchers)
-    plan = with_request(replace(plan, site=site, launcher=launcher), plan.request, settings)
+    plan = with_request(plan, plan.request, settings)
     request = plan.allocation.request
     check_retries(request)
     if plan.array and (plan.request.qos or not settings.qos):  # in a QoS of the environment, tasks wait
-        _check_running_tasks(plan.array, request, site)
+        _check_running_tasks(plan.array, request, plan.site)
     notes = [*plan.allocation.notes, *plan.notes]
     if settings.deployment == "production_supercomputer" and (request.qos or "").startswith("dev_"):
         notes.append(f"QoS {request.qos} is for short tests, and this is {settings.deployment}. Check SLURM_QOS.")
@@ -150,7 +151,7 @@ def _check_environment(environment: str | None, project: Project, launcher: Laun
     if environment is not None and launcher.container:
         raise ConfigurationError(
             f"environment={environment!r} has no effect with a container: the workload runs with the Python and the "
-            "packages of the image. Remove one of the two."
+            "packages of the image. Remove one of the two; container=None in the launcher leaves out that of the site."
         )
 
 
