@@ -132,11 +132,19 @@ def fail() -> Callable[..., str]:
     return work
 
 
-def test_the_budget_refuses_a_further_attempt(fail: Callable[..., str]) -> None:
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ConfigurationError("Project p1 has 3 free."), "Project p1 has 3 free."),
+        (RefusedError("No space left"), "refused on the supercomputer: No space left"),
+    ],
+    ids=["the budget", "the disk"],
+)
+def test_a_further_attempt_that_is_not_allowed(error: Exception, shown: str, fail: Callable[..., str]) -> None:
     """The failure says why the job failed, and not that it still runs; a re-execution begins anew."""
     gateway = Gateway(OOM)
-    text = fail(gateway, Claim(None, runs="runs"), [None, ConfigurationError("Project p1 has 3 free.")])
-    assert "it ran out of memory (Slurm: OUT_OF_MEMORY). No other attempt follows: Project p1 has 3 free." in text
+    text = fail(gateway, Claim(None, runs="runs"), [None, error])
+    assert f"it ran out of memory (Slurm: OUT_OF_MEMORY). No other attempt follows: {shown}" in text
     assert "still running" not in text
     assert gateway.rejected == ["runs/family-1"]
 

@@ -107,6 +107,8 @@ class RemoteRun(RemoteStep):
             return self._find_environment(gateway, environment)
         except ConfigurationError as error:
             raise self._end_attempts(gateway, str(error), final=True) from None
+        except RefusedError as error:
+            raise self._end_attempts(gateway, self._explain(gateway, str(error)), final=False) from None
 
     def _end_attempts(self, gateway: Gateway, reason: str, *, final: bool) -> dg.Failure:
         """Return the step's failure: the next attempt cannot be submitted. A re-execution begins with the first one."""
