@@ -100,7 +100,7 @@ class CostsStory:
         for text in ("mem=200M", "mem=800M", "succeeded"):
             expect(attempts.get_by_text(text).first).to_be_visible()
         expect(page.get_by_text(re.compile("^GPU [▁▂▃▄▅▆▇█]+ "))).to_be_visible()
-        page.set_viewport_size({"width": 1800, "height": 900})
+        page.set_viewport_size({"width": 2350, "height": 900})  # the costs of an attempt are right of its cause
         page.locator("tr", has_text="trains.py").last.evaluate("row => row.hidden = true")  # a path of this machine
         row = page.locator("tr", has_text="ran out of memory").first
         row.evaluate("row => row.scrollIntoView({block: 'end', inline: 'start'})")
