@@ -355,8 +355,10 @@ def test_a_script_that_asks_its_image_for_commands_of_the_machine_is_told(launch
     variables = {
         "DAGSTER_PIPES_CONTEXT": encode_param({"path": str(folder / "context.json")}),
         "DAGSTER_PIPES_MESSAGES": encode_param({"path": str(folder / "messages.jsonl")}),
+        "BASH_FUNC_module%%": '() { /of/the/machine/lmod "$@"; }',  # as Lmod exports it
     }
     text = script_of(folder, Container("an image.sif", python=sys.executable), launcher)
+    (put_apptainer(folder / "bin") / "sh").symlink_to("/bin/bash")  # as in images of Red Hat; dash drops functions
     done = run_script(folder, text, **variables)
     assert done.returncode == 127
     first, second, *_ = done.stderr.splitlines()

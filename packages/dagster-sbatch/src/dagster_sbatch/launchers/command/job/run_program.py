@@ -95,6 +95,8 @@ def prepare_environment(folder: Path) -> None:
     os.environ["PYTHON"] = sys.executable
     if os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER"):
         os.environ[NOT_FOUND] = NOT_IN_IMAGES
+        for name in ("BASH_FUNC_module%%", "BASH_FUNC_ml%%"):  # they call the Lmod of the machine
+            os.environ.pop(name, None)
     for name in ("PYTHONNOUSERSITE", "SLURM_EXPORT_ENV"):  # other Pythons; srun, as in a job that has its environment
         os.environ.pop(name, None)
 
