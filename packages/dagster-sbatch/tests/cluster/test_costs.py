@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from support.workload_asset import materialize
 
 pytestmark = pytest.mark.cluster
 
-LIMITED, UNLIMITED = "p80001", "p80002"
+LIMITED, UNLIMITED, BELOW = "p80001", "p80002", "p80003"
 """Projects of this test alone: what other tests have used on the same site does not count in them."""
 KEY = "my_asset-0123456789-abcdef0123-1"
 TWO_LIVES = '[ "$SLURM_RESTART_COUNT" ] || sleep 300; sleep 2'
@@ -40,7 +41,10 @@ HOUR = 3600
 
 @pytest.fixture
 def projects(site: SimulatedSite) -> Iterator[None]:
-    """LIMITED and UNLIMITED exist, with two users; 10 GPU-hours is all that jobs of LIMITED may use."""
+    """LIMITED and UNLIMITED exist, with two users, and BELOW, a part of LIMITED, with one.
+
+    10 GPU-hours is all that jobs of LIMITED and BELOW may use.
+    """
 
     def manage(*arguments: str) -> None:
         site.machines[DATABASE.hostname].run(["sacctmgr", "--immediate", "--quiet", *arguments])
@@ -50,8 +54,11 @@ def projects(site: SimulatedSite) -> Iterator[None]:
     manage("modify", "account", LIMITED, "set", "GrpTRESMins=gres/gpu=600")
     for user in (CERTIFICATE_USER, PLAIN_KEY_USER):
         manage("add", "user", user.name, f"Account={both}", f"QOS={CPU_PARTITION},{GPU_PARTITION}")
+    manage("add", "account", BELOW, f"parent={LIMITED}", "Description=test", "Organization=test")
+    manage("add", "user", CERTIFICATE_USER.name, f"Account={BELOW}")
     yield
     site.cluster.cancel_all()  # Slurm removes no project that has jobs
+    manage("delete", "account", BELOW)
     manage("delete", "account", both)
 
 
@@ -97,9 +104,9 @@ def hide(site: SimulatedSite) -> Iterator[Callable[[str], None]]:
     restart("none")
 
 
-def limited(usage: Usage) -> Budget:
+def limited(usage: Usage, project: str = LIMITED) -> Budget:
     found = budgets_of(usage, PROJECT.load_settings(supercomputer=True))
-    return next(budget for budget in found if budget.project == LIMITED)
+    return next(budget for budget in found if budget.project == project)
 
 
 def submit(
@@ -140,6 +147,7 @@ def test_the_ledger_agrees_with_sreport(
     assert after.used is not None
     assert after.used >= 1 / 60  # in whole minutes of a GPU
     assert (after.running, after.queued) == (0, 0)
+    assert limited(usage, BELOW) == replace(after, project=BELOW)
 
     entries = make_ledger(usage, PROJECT.load_site("musica"), lambda _: None, since)
     own = [entry for entry in entries if entry.project in (LIMITED, UNLIMITED)]
