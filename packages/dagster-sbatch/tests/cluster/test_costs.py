@@ -4,12 +4,13 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from dagster_sbatch import JobArray
 from dagster_sbatch.commands import costs
 from dagster_sbatch.costs.budget import Budget, budgets_of, describe, pace_of
 from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, Entry, make_ledger, sum_by
@@ -27,6 +28,7 @@ from slurm_in_a_box import (
     wait_until,
 )
 from slurm_in_a_box.layout import DATABASE
+from support.array_asset import DAYS, ArrayAsset
 from support.background import WAITS, Background, go_on, only_job
 from support.workload_asset import materialize
 
@@ -230,6 +232,7 @@ def test_a_user_who_may_not_see_the_jobs_of_others(
 def test_of_two_calls_at_the_same_moment_one_is_refused_where_both_exceed_what_is_left(
     site: SimulatedSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """And so is an array, all of whose tasks count, while the job of the other one runs."""
     monkeypatch.setenv("SLURM_KEEP_WITHIN_BUDGET", "true")
     request = SlurmRequest(account=LIMITED, gpus_per_node=1, time_limit="06:00:00")
     folders = [tmp_path / name for name in ("first", "second")]
@@ -238,6 +241,9 @@ def test_of_two_calls_at_the_same_moment_one_is_refused_where_both_exceed_what_i
     calls = [Background(partial(materialize, WAITS, folder, request=request)) for folder in folders]
     only_job(site, "RUNNING")
     wait_until(lambda: any(call.ended for call in calls), "the end of one call", 60)
+    an_hour = request.model_copy(update={"time_limit": timedelta(hours=1)})
+    array = ArrayAsset(tmp_path / "array", "pass", JobArray(), request=an_hour).run(*DAYS.get_partition_keys()[:5:4])
+    assert "could cost 5 GPU-hours (5 tasks x 1 node x 1 GPU x 01:00:00)" in array.error
     go_on(site)
     refused, done = sorted((call.outcome() for call in calls), key=lambda outcome: outcome.success)
     assert (refused.success, done.success) == (False, True)
