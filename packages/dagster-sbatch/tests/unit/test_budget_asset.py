@@ -82,7 +82,7 @@ def test_a_tick_records_numbers_and_the_check(tick: Tick, jobs: int, days: float
 
 def test_limits_of_a_user_and_above_a_project_have_other_names(tick: Tick) -> None:
     shares = [replace(SHARE, user="xy"), replace(SHARE, project="physics", tres="node"), replace(SHARE, used=None)]
-    usage = replace(USAGE, jobs=None, projects=["p1"], parents={"p1": "physics"}, shares=shares)
+    usage = replace(USAGE, jobs=None, projects=["p1"], parents={"p1": "physics"}, shares=shares, trouble=["sacct: off"])
     observation, check = tick(usage).asset_events
     assert isinstance(observation, dg.AssetObservation)
     assert set(observation.metadata) == {
@@ -93,6 +93,7 @@ def test_limits_of_a_user_and_above_a_project_have_other_names(tick: Tick) -> No
     }  # what is not known is missing
     assert isinstance(check, dg.AssetCheckEvaluation)
     assert check.passed
+    assert str(check.description).endswith("The last 14 days used ? per day.  \nNot known: sacct: off")
 
 
 def test_the_hours_of_assets_projects_and_users_plot(tick: Tick) -> None:

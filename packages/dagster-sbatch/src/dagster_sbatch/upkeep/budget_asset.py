@@ -79,7 +79,7 @@ def make_budget_sensor(project: Project) -> dg.SensorDefinition:
                     asset_key=MUSICA_BUDGET.key, check_name="budget_lasts", passed=passed, description=text, metadata={}
                 )
             )
-        return dg.SensorResult(skip_reason="\n".join([text, *usage.trouble]), asset_events=events)
+        return dg.SensorResult(skip_reason=text, asset_events=events)
 
     return observe_budget
 
@@ -95,12 +95,12 @@ def _ask(project: Project, instance: dg.DagsterInstance) -> tuple[Usage, list[Bu
 
 
 def _judge(usage: Usage, budgets: Sequence[Budget]) -> tuple[bool, str]:
-    """Return whether no budget ends soon, and what is known of all; what is not known is no failure."""
-    if not budgets:
-        return True, "No limit of a project is known: neither Slurm's, nor SLURM_BUDGET_GPU_HOURS."
+    """Return whether no budget ends soon, and what is known of all, and what not, which is no failure."""
     days = [days_left(usage, budget) for budget in budgets]
     passed = all(each is None or each >= SHORTEST_DAYS for each in days)
-    return passed, "\n".join(describe(usage, budget) for budget in budgets).replace("\n", "  \n")
+    none = "No limit of a project is known: neither Slurm's, nor SLURM_BUDGET_GPU_HOURS."
+    known = [describe(usage, budget) for budget in budgets] or [none]
+    return passed, "\n".join([*known, *(f"Not known: {text}" for text in usage.trouble)]).replace("\n", "  \n")
 
 
 def _observe(text: str, metadata: dict[str, Any]) -> list[dg.AssetObservation]:
