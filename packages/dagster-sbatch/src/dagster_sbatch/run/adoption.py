@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_sbatch.run.array import PARTITION_KEYS
-from dagster_sbatch.run.attempt_record import load_attempts, store_request
+from dagster_sbatch.run.attempt_record import load_attempts
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm import Retries
@@ -55,11 +55,6 @@ def inputs_of(
     }
     digests = {name: digest_of(value) for name, value in values.items()}
     return {**digests, **code, **({INPUT: image} if image else {})}
-
-
-def request_of(plan: Plan) -> dict[str, Any]:
-    """Return the Slurm request as it is stored with a job; it does not decide the result."""
-    return store_request(plan.allocation.request)
 
 
 @dataclass(frozen=True)

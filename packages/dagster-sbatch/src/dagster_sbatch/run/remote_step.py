@@ -13,7 +13,8 @@ import dagster as dg
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.environments.deployed import Environment, Environments
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.run.adoption import inputs_of, request_of
+from dagster_sbatch.run.adoption import inputs_of
+from dagster_sbatch.run.attempt_record import store_request
 from dagster_sbatch.run.attempts import Attempts, Submission
 from dagster_sbatch.run.calls import calls_of, step_key, step_prefix
 from dagster_sbatch.run.digests import digest_of
@@ -117,9 +118,9 @@ class RemoteStep(ABC):
             inputs = inputs_of(self._plan, environment.inputs, assets, data_root, self._find_image(gateway))
             call = calls.begin(root, step, digest_of(inputs))
         self._call = call.number
-        related = f"{step_prefix(root, step)}-"
-        request, retries = request_of(self._plan), self._plan.allocation.request.retries
-        return Submission(call, step, inputs, request, retries, Questions(related, data_root, environment.request))
+        request, related = self._plan.allocation.request, f"{step_prefix(root, step)}-"
+        questions = Questions(related, data_root, environment.request)
+        return Submission(call, step, inputs, store_request(request), request.retries, questions)
 
     @property
     def _data_root(self) -> str:
