@@ -14,6 +14,8 @@ from .machines import MEMORY_CGROUPS, PROGRAMS, Machine
 from .waiting import wait_until
 
 _NULL_DEVICE = os.makedev(1, 3)
+_IN_SERVICE = ("idle", "mix", "alloc", "comp")
+"""States of a node that is up, as sinfo(1) prints them."""
 
 
 class Cluster:
@@ -94,20 +96,17 @@ class Cluster:
         images.make(layout)
 
     def start(self) -> None:
-        """Start every daemon, fill the accounting the first time, and wait until all nodes are idle."""
-        for daemon in self._authentication:
-            daemon.launch()
-        first_time = self._start_accounting()
+        """Start every daemon that does not run, fill the accounting the first time, and wait until they serve."""
+        first_time = self._start_accounting([daemon for daemon in self._authentication if daemon.launch()])
         self.controller.start()
-        for daemon in self.node_daemons.values():
-            daemon.launch()
+        launched = [daemon for daemon in self.node_daemons.values() if daemon.launch()]
         if first_time:
             self._account(configuration.gpu_accounting_commands())
-        for daemon in self.node_daemons.values():
+        for daemon in launched:
             daemon.wait_ready()
 
-    def _start_accounting(self) -> bool:
-        """Start the database and slurmdbd, and return whether it was for the first time.
+    def _start_accounting(self, authentication: list[Daemon]) -> bool:
+        """Start the database and slurmdbd, once authentication serves, and return whether it was for the first time.
 
         slurmctld will not start before slurmdbd knows the cluster.
         """
@@ -126,7 +125,7 @@ class Cluster:
             account = "create user 'slurm'@'localhost' identified via unix_socket"
             rights = "grant all on slurm_acct_db.* to 'slurm'@'localhost'"
             database.run(["mariadb", "--execute", f"create database slurm_acct_db; {account}; {rights}"])
-        for daemon in self._authentication:
+        for daemon in authentication:
             daemon.wait_ready()
         self.accounting.start()
         if first_time:
@@ -151,13 +150,21 @@ class Cluster:
 
     def takes_jobs(self, hostname: str) -> bool:
         """Whether a node is up and in service, idle or busy."""
-        return self.node_state(hostname) in ("idle", "mix", "alloc", "comp")
+        return self.node_state(hostname) in _IN_SERVICE
+
+    def out_of_service(self) -> list[str]:
+        """Return the compute nodes that take no jobs."""
+        rows = self.query("sinfo", "--noheader", "--Node", "--format", "%N %t").splitlines()
+        states = dict(row.split() for row in rows)
+        return [node.hostname for node in COMPUTE_NODES if states.get(node.hostname) not in _IN_SERVICE]
 
     def cancel_all(self) -> None:
         """Cancel every job and wait until none is left, running, pending or completing."""
-        for owner in set(self.query("squeue", "--noheader", "--format=%u").split()):
+        owners = set(self.query("squeue", "--noheader", "--format=%u").split())
+        for owner in owners:
             self.query("scancel", f"--user={owner}")
-        wait_until(lambda: not self.query("squeue", "--noheader"), "an empty queue", 90.0)
+        if owners:
+            wait_until(lambda: not self.query("squeue", "--noheader"), "an empty queue", 90.0)
 
     def _database_answers(self) -> bool:
         return self._succeeds(DATABASE.hostname, "mariadb-admin", "ping")

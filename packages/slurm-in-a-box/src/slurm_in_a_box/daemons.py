@@ -35,15 +35,16 @@ class Daemon:
         pid = self._pid()
         return pid is not None and self.machine.process_alive(pid)
 
-    def launch(self) -> None:
-        """Start it unless it runs; do not wait until it serves."""
+    def launch(self) -> bool:
+        """Start it unless it runs, and return whether it was started; do not wait until it serves."""
         if self.running:
-            return
+            return False
         file = self.machine.pid_file(self.name)
         file.unlink(missing_ok=True)
         keep_pid = ["sh", "-c", 'echo $$ >"$1"; shift; exec "$@"', "sh", str(file)]
         spawn(self.machine.command([*keep_pid, *self.command]), self._output)
         wait_until(lambda: self._pid() is not None, f"start of {self.name}", interval=0.02)
+        return True
 
     def start(self) -> None:
         """Start it unless it runs, and wait until it serves."""

@@ -167,9 +167,8 @@ class Faults:
         site.authentik.clear_disturbances()  # before step-ca starts, which would not without its issuer
         site.start()
         site.login.relay.repair()
-        for node in COMPUTE_NODES:
-            if not site.cluster.takes_jobs(node.hostname):
-                self._reconnect(node.hostname)
+        for hostname in site.cluster.out_of_service():
+            self._reconnect(hostname)
 
     def _machine(self, node: str) -> Machine:
         nodes = [each.hostname for each in (*LOGIN_NODES, *COMPUTE_NODES)]

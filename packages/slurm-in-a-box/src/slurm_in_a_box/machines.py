@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from . import interpreter, roots
@@ -24,6 +25,7 @@ MEMORY_CGROUPS = (_CGROUP_MEMORY / "memory.limit_in_bytes").exists()
 """Whether the host has version 1 of the memory cgroup, with which Slurm can enforce a job's memory."""
 
 _EXIT_WAIT = 120.0
+_IFF_UP = 1  # of netdevice(7)
 _ROOT_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -42,10 +44,10 @@ class Machine:
         """Whether its first process lives."""
         return self._init_pid() is not None
 
-    def start(self) -> None:
-        """Switch it on, with the network plugged in; do nothing if it is on."""
+    def start(self) -> bool:
+        """Switch it on, with the network plugged in, and return whether it was off; do nothing if it is on."""
         if self.running:
-            return
+            return False
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         log = self.layout.log / f"machine-{self.hostname}.out"
@@ -63,6 +65,7 @@ class Machine:
         spawn(["sh", "-c", start, "sh", str(self._folder / "pid"), *init], log)
         wait_until((self._folder / "ready").exists, f"start of the machine {self.hostname}; see {log}", interval=0.02)
         self._connect()
+        return True
 
     def stop(self) -> None:
         """Switch it off as a power cut does: kill every process on it. Return when all of them have ended."""
@@ -83,8 +86,10 @@ class Machine:
         )
 
     def plug(self) -> None:
-        """Plug its network cable in."""
-        ip("link", "set", self._interface, "up")
+        """Plug its network cable in; do nothing if it is."""
+        flags = Path(f"/sys/class/net/{self._interface}/flags").read_text(encoding="ascii")
+        if not int(flags, 16) & _IFF_UP:
+            ip("link", "set", self._interface, "up")
 
     def unplug(self) -> None:
         """Pull its network cable out; its processes keep running."""
@@ -128,6 +133,15 @@ class Machine:
             output = (done.stdout + done.stderr).strip()
             raise SiteError(f"on {self.hostname}: {' '.join(arguments)} ended with {done.returncode}: {output}")
         return done
+
+    def is_clean(self, users: Collection[int], folders: Sequence[str]) -> bool:
+        """Return whether no process of these users runs on it, and these folders are empty, without a program there."""
+        root = Path(f"/proc/{self._init_pid()}/root")
+        for process in (root / "proc").iterdir():
+            with suppress(FileNotFoundError):  # it has ended
+                if process.name.isdigit() and process.stat().st_uid in users:
+                    return False
+        return not any(any((root / folder.lstrip("/")).iterdir()) for folder in folders)
 
     def pid_file(self, daemon: str) -> Path:
         """File for the PID of a daemon on this machine; `start` removes it."""

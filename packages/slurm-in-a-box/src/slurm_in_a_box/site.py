@@ -172,8 +172,8 @@ class SimulatedSite:
             self.login.restore_homes()
             self.storage.restore_project()
         with ThreadPoolExecutor(len(self.machines)) as pool:
-            list(pool.map(Machine.start, self.machines.values()))
-            self.machines[LOGIN_NODES[0].hostname].run(["ldconfig"])  # for all of them, since they share /etc
+            if any(list(pool.map(Machine.start, self.machines.values()))):
+                self.machines[LOGIN_NODES[0].hostname].run(["ldconfig"])  # for all of them, since they share /etc
             parts = [pool.submit(part) for part in (self.cluster.start, self.login.start, self._start_identity)]
             for part in parts:
                 part.result()
@@ -289,11 +289,12 @@ class SimulatedSite:
 
     def clean_machines(self) -> None:
         """Kill every process of every user on login and compute nodes, and empty their /tmp, /dev/shm and /local."""
-        uids = ",".join(str(user.uid) for user in USERS)
-        kill = f"while pids=$(ps -u {uids} -o pid=); do kill -KILL $pids; done"
+        uids = {user.uid for user in USERS}
+        kill = f"while pids=$(ps -u {','.join(map(str, uids))} -o pid=); do kill -KILL $pids; done"
         for node in (*LOGIN_NODES, *COMPUTE_NODES):
-            places = "/tmp /dev/shm /local" if node in COMPUTE_NODES else "/tmp /dev/shm"
-            self.run_on_node(node.hostname, f"{kill}; find {places} -mindepth 1 -delete")
+            folders = ["/tmp", "/dev/shm", *(["/local"] if node in COMPUTE_NODES else [])]
+            if not self.machines[node.hostname].is_clean(uids, folders):
+                self.run_on_node(node.hostname, f"{kill}; find {' '.join(folders)} -mindepth 1 -delete")
 
     def squeue(self, *options: str) -> str:
         """Return what root's squeue(1) prints."""
