@@ -18,6 +18,7 @@ from support.background import (
     jobs_of,
     nobody_left,
     only_job,
+    rows_of,
     runs_there,
 )
 from support.ray_run import nothing_is_left
@@ -91,26 +92,25 @@ ENDS = {
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("how", ENDS)
-def test_the_job_has_ended_while_nobody_looked(
-    how: str, site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
-) -> None:
-    workload, told, attempts = ENDS[how]
-    step = Step(tmp_path / "step", variables, workload)
-    process = step.start(again=False)
-    only_job(site, "RUNNING")
-    kill(process)
+def test_jobs_have_ended_while_nobody_looked(site: SimulatedSite, tmp_path: Path, variables: dict[str, str]) -> None:
+    steps = {how: Step(tmp_path / how.replace(" ", "-"), variables, ENDS[how][0]) for how in ENDS}
+    processes = [step.start(again=False) for step in steps.values()]
+    wait_until(lambda: rows_of(site, "%T").count(["RUNNING"]) == len(steps), "their jobs run", 120)
+    for process in processes:
+        kill(process)
     go_on(site)
-    wait_until(lambda: '"code"' in events(site), "the end of the job", 60)
+    wait_until(lambda: events(site).count('"code"') == len(steps), "the ends of their jobs", 60)
+    processes = [step.start(again=True) for step in steps.values()]
+    for (how, step), process in zip(steps.items(), processes, strict=True):
+        success, error, _ = step.result(process)
+        assert ENDS[how][1] in step.log, how
+        assert success is (how == "well"), error
+    step = steps["without closing Pipes"]  # its result was looked at, and is not taken a second time
     success, error, _ = step.result(step.start(again=True))
-    assert told in step.log
-    assert success is (how == "well"), error
-    if how == "without closing Pipes":  # its result was looked at, and is not taken a second time
-        success, error, _ = step.result(step.start(again=True))
-        assert not success
-        assert "without closing its Dagster Pipes session" in error
-        assert "Using its result" not in step.log
-    assert len(runs_there(site)) == attempts
+    assert not success
+    assert "without closing its Dagster Pipes session" in error
+    assert "Using its result" not in step.log
+    assert len(runs_there(site)) == sum(attempts for *_, attempts in ENDS.values())
     one_job_each(site)
 
 
