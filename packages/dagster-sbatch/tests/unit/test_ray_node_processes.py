@@ -22,7 +22,7 @@ import processes
 
 PROGRAM = Path(node.__file__)
 SHAM_RAY = """
-import os, subprocess, sys
+import atexit, os, subprocess, sys
 DAEMON = '''
 import os, signal, socket, sys, time
 
@@ -52,6 +52,7 @@ def main():
     if not os.path.exists("failed-once"):
         open("failed-once", "w").close()
         return 1
+    atexit.register(os.mkdir, "slow-end")
 """
 SETTINGS: dict[str, Any] = {
     "cpus": 1, "gpus": 0, "temp_dir": None, "network_interface": "lo", "ray_start_args": [],
@@ -142,6 +143,10 @@ def test_what_a_prestart_command_leaves_in_the_background_is_not_rays(started: S
         started.shell.wait(4 * node.WATCH_SECONDS)
     assert started.failure == ""
     assert any(map(is_running, others))
+
+
+def test_nobody_waits_until_python_has_freed_what_ray_has_loaded(started: Started) -> None:
+    assert not (started.folder / "slow-end").exists()
 
 
 def test_a_first_start_that_failed_leaves_the_cluster(started: Started) -> None:
