@@ -20,9 +20,10 @@ from .layout import COMPUTE_NODES, Layout, MachineName, User
 from .waiting import wait_until
 
 PROGRAMS = Path(__file__).parent / "programs"
-_CGROUP_MEMORY = Path("/sys/fs/cgroup/memory")
-MEMORY_CGROUPS = (_CGROUP_MEMORY / "memory.limit_in_bytes").exists()
-"""Whether the host has version 1 of the memory cgroup, with which Slurm can enforce a job's memory."""
+_CGROUPS = Path("/sys/fs/cgroup")
+_CONTROLLERS = ("memory", "freezer")
+MEMORY_CGROUPS = all((_CGROUPS / controller / "cgroup.procs").exists() for controller in _CONTROLLERS)
+"""Whether the host has version 1 of these cgroups, with which Slurm enforces a job's memory and finds its processes."""
 
 _EXIT_WAIT = 120.0
 _IFF_UP = 1  # of netdevice(7)
@@ -153,9 +154,9 @@ class Machine:
         return init is not None and Path(f"/proc/{init}/root/proc/{pid}").exists()
 
     def cgroups(self) -> list[Path]:
-        """Folders of the memory cgroups that were made for this machine, deepest first."""
-        top = self._cgroup
-        return [Path(folder) for folder, _, _ in os.walk(top, topdown=False)] if top.exists() else []
+        """Folders of the cgroups that were made for this machine, deepest first."""
+        tops = [_CGROUPS / controller / self._cgroup for controller in _CONTROLLERS]
+        return [Path(folder) for top in tops for folder, _, _ in os.walk(top, topdown=False)]
 
     def remove_cgroups(self) -> None:
         """Remove its cgroups, which the kernel allows a moment after their last process has ended."""
@@ -175,8 +176,8 @@ class Machine:
         return f"{self.layout.bridge}-{self.name.number}"
 
     @property
-    def _cgroup(self) -> Path:
-        return _CGROUP_MEMORY / f"simulated-site-{self._interface}"
+    def _cgroup(self) -> str:
+        return f"simulated-site-{self._interface}"
 
     def _make_folder(self, name: str, mode: int) -> None:
         """Make a folder that machine-init mounts, or mounts something on."""
@@ -185,11 +186,12 @@ class Machine:
         folder.chmod(mode)
 
     def _make_cgroup(self) -> str:
-        """Make the memory cgroup of this machine, where the host has version 1 of them; return its path, else ""."""
+        """Make the cgroups of this machine, where the host has version 1 of them; return their name, else ""."""
         if not MEMORY_CGROUPS:
             return ""
-        self._cgroup.mkdir(exist_ok=True)
-        return str(self._cgroup)
+        for controller in _CONTROLLERS:
+            (_CGROUPS / controller / self._cgroup).mkdir(exist_ok=True)
+        return self._cgroup
 
     def _connect(self) -> None:
         """Give it an interface `eth0` with its address, whose other end is on the site's bridge."""

@@ -45,7 +45,7 @@ def slurm_conf(layout: Layout, with_cgroups: bool) -> str:
     """Text of slurm.conf(5).
 
     Args:
-        with_cgroups: enforce memory with the memory cgroup (version 1), so that jobs end as OUT_OF_MEMORY.
+        with_cgroups: enforce memory and track processes with cgroups (version 1).
     """
     run = layout.run
     nodes = "\n".join(
@@ -73,9 +73,9 @@ SlurmctldPidFile={run}/slurmctld.pid
 SlurmdPidFile={run}/slurmd/%n.pid
 SlurmctldLogFile={layout.log}/slurmctld.log
 SlurmdLogFile={layout.log}/slurmd-%n.log
-# 192 claimed cores on the few of this machine: no affinity, processes are tracked by parentage.
+# 192 claimed cores on the few of this machine: no affinity.
 SlurmdParameters=config_overrides
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{"cgroup" if with_cgroups else "linuxproc"}
 TaskPlugin=task/{"cgroup" if with_cgroups else "none"}
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=task=5
