@@ -145,11 +145,23 @@ def test_tasks_of_an_array_with_two_ranks_each(site: SimulatedSite, tmp_path: Pa
 
 
 def test_a_job_that_is_cancelled(site: SimulatedSite, workloads: Path) -> None:
-    running = Background(lambda: run(RANK + "    time.sleep(600)\n", workloads))
+    """Each rank gets one SIGTERM, and has time to save its state."""
+    text = (
+        f"{RANK}    home = os.path.expanduser('~')\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: print('saved', file=open(f'{home}/saved-{rank}', 'a')))\n"
+        "    open(f'{home}/begun-{rank}', 'w').close()\n"
+        "    while not os.path.exists(f'{home}/go-on'): time.sleep(0.1)\n"
+    )
+    running, home = Background(lambda: run(text, workloads)), site.layout.home / CERTIFICATE_USER.name
     job = only_job(site, "RUNNING")
-    wait_until(lambda: site.run_on_node("n4002", "pgrep -f [p]robe", check=False).stdout, "the ranks run", 60)
+    ranks = range(4)
+    wait_until(lambda: all((home / f"begun-{rank}").exists() for rank in ranks), "the ranks run", 60)
     site.cluster.query("scancel", str(job))
+    saved = [home / f"saved-{rank}" for rank in ranks]
+    wait_until(lambda: all(path.exists() and path.read_text() for path in saved), "the ranks have saved", 60)
+    go_on(site)
     assert "it was cancelled on the cluster" in cause_of(running.outcome().error)
+    assert [path.read_text() for path in saved] == ["saved\n"] * 4
     nothing_is_left(site, *NODES)
 
 

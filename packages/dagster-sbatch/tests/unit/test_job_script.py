@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,6 @@ from dagster_sbatch.run.messages import JOB_STARTED
 from dagster_sbatch.slurm import ArrayShape, Site, SlurmRequest, allocate, load_site, render_job_script, render_start
 from resources import PROJECT
 from slurm_in_a_box import wait_until
-from support.dagster_dev import gone
 
 GOLDEN = Path(__file__).parent / "golden"
 SITE = PROJECT.load_site("musica")
@@ -197,61 +195,6 @@ def test_a_workload_that_calls_exit_cannot_skip_the_record(tmp_path: Path) -> No
     )
     assert run_as_slurm_would(tmp_path, text).returncode == 5
     assert read_events(tmp_path)[-1]["code"] == 5
-
-
-@contextmanager
-def start_in_group(folder: Path, body: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """Start a job in a process group of its own, which is killed at the end; its body has made the file `begun`."""
-    site = load_site({}, "musica")
-    request = allocate(SlurmRequest(), site).request
-    text = render_job_script(request, site, job_name="k", about={}, environment={}, body=body)
-    (folder / "job.sh").write_text(text)
-    for name in ("stdout", "stderr"):
-        (folder / name).touch()
-    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17"}
-    with subprocess.Popen(["bash", "job.sh"], cwd=folder, env=environment, start_new_session=True) as job:
-        try:
-            wait_until((folder / "begun").exists, "its body has begun", 60, 0.01)
-            yield job
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(job.pid, signal.SIGKILL)
-
-
-def test_a_job_that_is_terminated_records_that_it_was_cut_short(tmp_path: Path) -> None:
-    """An EXIT trap sees the status of the command before the signal, 0: that must not pass for a success."""
-    with start_in_group(tmp_path, "sh -c 'touch begun; exec sleep 600'; touch later") as job:
-        os.killpg(job.pid, signal.SIGTERM)  # as scancel does, to all processes of the job
-        job.wait(60)
-    assert read_events(tmp_path)[-1]["code"] is None
-    assert not (tmp_path / "later").exists()
-
-
-def test_a_workload_that_is_terminated_before_the_job_script_was_cut_short_as_well(tmp_path: Path) -> None:
-    """Slurm signals one process after another."""
-    with start_in_group(tmp_path, "sh -c 'echo $$ >pid; mv pid begun; exec sleep 600'") as job:
-        workload = int((tmp_path / "begun").read_text())
-        os.kill(workload, signal.SIGTERM)
-        wait_until(lambda: gone(workload), "its end", 60, 0.01)
-        job.terminate()
-        job.wait(60)
-    assert read_events(tmp_path)[-1]["code"] is None
-
-
-def test_a_workload_that_is_terminated_may_save_its_state(tmp_path: Path) -> None:
-    """The record is there before SIGKILL may prevent it; the exit code of such a workload does not count.
-
-    The job lasts until the workload has ended, which takes it 0.3 s here: then Slurm kills what is left.
-    """
-    save = "until [ -e go ]; do sleep 0.02; done; sleep 0.3; touch saved; exit 0"
-    with start_in_group(tmp_path, f"bash -c 'trap \"{save}\" TERM; touch begun; sleep 600 & wait'\ntrue") as job:
-        os.killpg(job.pid, signal.SIGTERM)
-        wait_until(lambda: "code" in read_events(tmp_path)[-1], "the record", 60, 0.01)
-        assert job.poll() is None
-        (tmp_path / "go").touch()
-        job.wait(60)
-    assert (tmp_path / "saved").exists()
-    assert [event["code"] for event in read_events(tmp_path)[1:]] == [None, None]
 
 
 def test_a_second_job_of_the_same_run_steps_back(tmp_path: Path) -> None:

@@ -84,9 +84,18 @@ warn() {
   if (( 0x${handled: -4} & 0x200 )); then kill -USR1 "$pid"; fi
 }
 trap warn USR1
-# At a cancellation or the time limit, Slurm sends SIGTERM to every process of the job, and SIGKILL some seconds later.
-# Meanwhile the workload may save its state: this shell and the one below outlive it. Its exit code does not count.
-trap 'terminated=1 warned=1; finish' TERM # a record, as SIGKILL prevents that of the end
+# At a cancellation or the time limit, Slurm sends SIGTERM, and SIGKILL some seconds later. Meanwhile the workload may
+# save its state: this shell and the one below outlive it. Its exit code does not count. Where Slurm finds the processes
+# of a job by their cgroup (of version 1: the freezer), only this shell gets SIGTERM: it passes it on to the workload.
+# shellcheck disable=SC2317  # the trap calls it
+pass_on() {
+  local pid cgroups
+  kill "$body" 2>/dev/null # it starts nothing more
+  pid=$(cat workload.pid 2>/dev/null) && cgroups=$(cat "/proc/$pid/cgroup" 2>/dev/null) || return
+  [ "$cgroups" = "$(cat /proc/$$/cgroup)" ] || return # of a step of srun, which gets its own
+  if [[ $cgroups =~ :(freezer)?:[^:]*/job_$SLURM_JOB_ID/ ]]; then kill "$pid"; fi
+}
+trap 'terminated=1 warned=1; pass_on; finish' TERM # a record, as SIGKILL prevents that of the end
 
 # In a subshell: whatever it does, the exit code is recorded. In the background: bash handles the warning meanwhile.
 (

@@ -472,8 +472,8 @@ class FirstNode(Sampler):
 
 def main():
     """Run one of both kinds."""
-    # Slurm sends SIGTERM to all processes of a job: the batch script still asks this one. Programs that it starts have
-    # the default again.
+    # Slurm may send SIGTERM to all processes of a job: the batch script still asks this one. Programs that this one
+    # starts have the default again.
     signal.signal(signal.SIGTERM, lambda *_: None)
     kind, *numbers = sys.argv[1:]
     if kind == "job":

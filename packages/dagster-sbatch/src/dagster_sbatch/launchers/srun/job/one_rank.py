@@ -10,6 +10,7 @@ import base64
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,6 +60,8 @@ def run_rank(failure: Path, command: Sequence[str]) -> int:
         stderr=subprocess.PIPE,
         close_fds=False,  # MPI may have one of srun's
     )
+    if are_known_by_cgroup(Path("/proc/self/cgroup"), os.environ.get("SLURM_JOB_ID", "")):
+        signal.signal(signal.SIGTERM, lambda *_: workload.send_signal(signal.SIGTERM))
     if first:
         Path("workload.pid").write_text(f"{workload.pid}\n")  # gets the warning before the time limit
     label = "" if first else f"[rank {rank}] "
@@ -99,6 +102,18 @@ def leave_signals_to_the_workload() -> None:
     """Let this process survive the signals for its group; it does not ignore them: the workload would inherit that."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
+
+
+def are_known_by_cgroup(cgroups: Path, job: str) -> bool:
+    """Return whether Slurm knows the processes of a job by their cgroup: of a task, this process alone gets SIGTERM.
+
+    Args:
+        cgroups: /proc/self/cgroup. Of version 1, the freezer counts.
+        job: its id.
+    """
+    with suppress(OSError):
+        return re.search(rf":(freezer)?:[^:]*/job_{job}/", cgroups.read_text()) is not None
+    return False
 
 
 def shell_code(code: int) -> int:

@@ -1,0 +1,118 @@
+"""Signals of Slurm to a job: the record of its end, and what its workload gets."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.slurm import SlurmRequest, allocate, load_site, render_job_script
+from slurm_in_a_box import wait_until
+from support.dagster_dev import gone
+from support.programs import make
+
+import one_rank
+
+STEP = "system.slice/slurmstepd.scope/job_17/step_batch/user/task_0"
+MEMORY = "4:memory:/slurm/uid_1/job_17/step_batch/task_0"
+CGROUPS = {
+    "version 2": (f"0::/{STEP}", f"0::/{STEP}", True),
+    "version 1": (*[f"5:freezer:/slurm/uid_1/job_17/step_batch\n{MEMORY}"] * 2, True),
+    "memory only": (*[f"5:freezer:/\n{MEMORY}"] * 2, False),
+    "another job": (*["0::/system.slice/slurmstepd.scope/job_171/step_batch/user/task_0"] * 2, False),
+    "none": ("0::/", "0::/", False),
+    "a step of srun, which gets its own": (f"0::/{STEP}", f"0::/{STEP.replace('batch', '0')}", False),
+}
+"""/proc/PID/cgroup of the job script and of its workload, and whether the workload needs the signal of the script."""
+
+
+def read_events(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "events").read_text().splitlines()]
+
+
+@contextmanager
+def start_in_group(folder: Path, body: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """Start a job in a process group of its own, which is killed at the end; its body has made the file `begun`."""
+    site = load_site({}, "musica")
+    request = allocate(SlurmRequest(), site).request
+    text = render_job_script(request, site, job_name="k", about={}, environment={}, body=body)
+    (folder / "job.sh").write_text(text)
+    for name in ("stdout", "stderr"):
+        (folder / name).touch()
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17"}
+    with subprocess.Popen(["bash", "job.sh"], cwd=folder, env=environment, start_new_session=True) as job:
+        try:
+            wait_until((folder / "begun").exists, "its body has begun", 60, 0.01)
+            yield job
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+
+
+def test_a_job_that_is_terminated_records_that_it_was_cut_short(tmp_path: Path) -> None:
+    """An EXIT trap sees the status of the command before the signal, 0: that must not pass for a success."""
+    with start_in_group(tmp_path, "sh -c 'touch begun; exec sleep 600'; touch later") as job:
+        os.killpg(job.pid, signal.SIGTERM)  # as scancel does, to all processes of the job
+        job.wait(60)
+    assert read_events(tmp_path)[-1]["code"] is None
+    assert not (tmp_path / "later").exists()
+
+
+def test_a_workload_that_is_terminated_before_the_job_script_was_cut_short_as_well(tmp_path: Path) -> None:
+    """Slurm signals one process after another."""
+    with start_in_group(tmp_path, "sh -c 'echo $$ >pid; mv pid begun; exec sleep 600'") as job:
+        workload = int((tmp_path / "begun").read_text())
+        os.kill(workload, signal.SIGTERM)
+        wait_until(lambda: gone(workload), "its end", 60, 0.01)
+        job.terminate()
+        job.wait(60)
+    assert read_events(tmp_path)[-1]["code"] is None
+
+
+def test_a_workload_that_is_terminated_may_save_its_state(tmp_path: Path) -> None:
+    """The record is there before SIGKILL may prevent it; the exit code of such a workload does not count.
+
+    The job lasts until the workload has ended, which takes it 0.3 s here: then Slurm kills what is left.
+    """
+    save = "until [ -e go ]; do sleep 0.02; done; sleep 0.3; touch saved; exit 0"
+    with start_in_group(tmp_path, f"bash -c 'trap \"{save}\" TERM; touch begun; sleep 600 & wait'\ntrue") as job:
+        os.killpg(job.pid, signal.SIGTERM)
+        wait_until(lambda: "code" in read_events(tmp_path)[-1], "the record", 60, 0.01)
+        assert job.poll() is None
+        (tmp_path / "go").touch()
+        job.wait(60)
+    assert (tmp_path / "saved").exists()
+    assert [event["code"] for event in read_events(tmp_path)[1:]] == [None, None]
+
+
+@pytest.mark.parametrize(("cgroups", "of_workload", "gets_it"), CGROUPS.values(), ids=CGROUPS)
+def test_sigterm_is_passed_on_where_slurm_sends_it_to_the_script_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cgroups: str, of_workload: str, gets_it: bool
+) -> None:
+    """Slurm signals its own child only if it knows the processes of a job by their cgroup, else all of them."""
+    (tmp_path / "bin").mkdir()
+    text = f'#!/bin/sh\nread -r pid <workload.pid\ncase $1 in /proc/$pid/*) echo "{of_workload}" ;;'
+    make(tmp_path / "bin", f'{text}\n/proc/*) echo "{cgroups}" ;; *) exec /bin/cat "$@" ;; esac\n', "cat")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    waits = 'trap "echo >>saved; exit" TERM; echo $$ >workload.pid; touch begun; sleep 600 & wait'
+    with start_in_group(tmp_path, f"bash -c '{waits}'\ntouch later") as job:
+        job.terminate()
+        wait_until(lambda: "code" in read_events(tmp_path)[-1], "the record", 60, 0.01)
+        if gets_it:
+            job.wait(60)
+        else:
+            os.kill(int((tmp_path / "workload.pid").read_text()), signal.SIGKILL)
+            job.wait(60)
+    assert (tmp_path / "saved").exists() == gets_it
+    assert not (tmp_path / "later").exists()
+
+
+@pytest.mark.parametrize("name", ["version 2", "version 1", "memory only", "another job", "none"])
+def test_a_rank_gets_sigterm_from_the_process_that_slurm_signals(tmp_path: Path, name: str) -> None:
+    text, _, expected = CGROUPS[name]
+    (tmp_path / "cgroup").write_text(f"{text}\n")
+    assert one_rank.are_known_by_cgroup(tmp_path / "cgroup", "17") == expected
