@@ -132,13 +132,13 @@ if day == "{HANGS}" and other: time.sleep(600)
 def test_tasks_of_an_array_with_two_ranks_each(site: SimulatedSite, tmp_path: Path) -> None:
     """They share a node: each has a port of its own, the error of its own rank, and ends by itself."""
     request = SlurmRequest(ntasks_per_node=2, nodelist=NODES[0], mem="500M", time_limit="5")
-    launcher = SrunLauncher(end_time_limit=5)
+    launcher = SrunLauncher(end_time_limit=20)  # the ranks of a task start within that time
     asset = ArrayAsset(tmp_path, BY_DAY, JobArray(), launcher=launcher, request=request, extras={"name": "probe"})
     outcome = asset.run(FINE, FULL if MEMORY_CGROUPS else HANGS)
     assert list(outcome.once) == [FINE]
     assert outcome.once[FINE]["words"] == ["0 0 n4001 None probe 1", "1 1 n4001 None probe 1"]
     assert f"1 task ({RAISES}): rank 1 on n4001 ended with exit code 1: ValueError: boom" in outcome.error
-    assert f"1 task ({HANGS}): rank 1 still ran 5 s after another rank had ended" in outcome.error
+    assert f"1 task ({HANGS}): rank 1 still ran 20 s after another rank had ended" in outcome.error
     if MEMORY_CGROUPS:
         assert f"1 task ({FULL}): rank 1 on n4001 ran out of memory." in outcome.error
     nothing_is_left(site, NODES[0])
