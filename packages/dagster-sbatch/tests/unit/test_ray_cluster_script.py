@@ -34,7 +34,7 @@ def run_cluster_script(
 
 
 def test_the_heads_file_is_there_before_any_node_asks_for_it(tmp_path: Path) -> None:
-    """An NFS client that was told "no such file" may repeat that for a minute."""
+    """An NFS client that got "no such file" as an answer may repeat that for a minute."""
     done = run_cluster_script(
         tmp_path, (JOB / "cluster.sh").read_text(), f'{WATCHING}ls "$RAY_JOB_STATE" >seen; exit 3'
     )
