@@ -186,7 +186,7 @@ def test_an_address_is_trusted_if_the_systems_store_trusts_it(
     address: str, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenSSL reads the system's store; SSL_CERT_FILE is its name for another one."""
-    for name in ("PIP_CERT", "SSL_CERT_DIR", "SSL_CERT_FILE"):
+    for name in ("PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_RETRIES": "0", "NO_PROXY": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
@@ -194,5 +194,7 @@ def test_an_address_is_trusted_if_the_systems_store_trusts_it(
     made.mkdir()
     with pytest.raises(UpgradeError, match=r"(?is)cannot be downloaded.*certificate"):
         find_wheels(address, made)
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-    assert find_wheels(address, made)["dagster-sbatch"].version == "1.1.0"
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):  # of OpenSSL, of pip
+        monkeypatch.setenv(name, str(certificate))
+        assert find_wheels(address, made)["dagster-sbatch"].version == "1.1.0"
+        monkeypatch.delenv(name)

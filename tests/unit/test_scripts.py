@@ -89,6 +89,19 @@ def test_pixi_is_used_where_it_is_found(copy: Path) -> None:
     assert done.stdout.splitlines() == wanted
 
 
+def test_uv_trusts_what_the_system_trusts(copy: Path) -> None:
+    """And pip what the user's variables name. uv is used where it is found: that of another project, for instance."""
+    tools = copy / "tools"
+    tools.mkdir()
+    (tools / "uv").write_text('#!/bin/sh\nenv > "$0.environment"; exit 3\n')
+    (tools / "uv").chmod(0o755)
+    ours = {"UV_SYSTEM_CERTS": "nonsense", "REQUESTS_CA_BUNDLE": "/ca.pem", "CURL_CA_BUNDLE": "/ca.pem"}
+    done = run([sys.executable, "scripts/show"], cwd=copy, env={"PATH": f"{tools}:/usr/bin:/bin", **ours})
+    assert "uv venv" in done.stderr
+    given = (tools / "uv.environment").read_text().splitlines()
+    assert {"UV_SYSTEM_CERTS=1", "UV_NATIVE_TLS=1", "REQUESTS_CA_BUNDLE=/ca.pem", "CURL_CA_BUNDLE=/ca.pem"} <= {*given}
+
+
 @pytest.mark.parametrize("name", ["default", "dev"])
 def test_within_an_environment_of_pixi_nothing_is_set_up(name: str, copy: Path) -> None:
     """As with `pixi run python scripts/show` and `pixi run -e dev python scripts/show`."""

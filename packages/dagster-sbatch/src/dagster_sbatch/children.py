@@ -8,8 +8,13 @@ _ALWAYS = frozenset(
     XDG_CACHE_HOME XDG_CONFIG_HOME SSL_CERT_FILE SSL_CERT_DIR
     """.split()
 )
-NETWORK = tuple("HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy".split())
-"""For what fetches something; proxies may have passwords in them."""
+NETWORK = tuple(
+    """
+    HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy
+    REQUESTS_CA_BUNDLE CURL_CA_BUNDLE
+    """.split()
+)
+"""For what fetches something; proxies may have passwords in them. The last two are pip's."""
 
 
 def child_environment(*more: str, **values: str) -> "dict[str, str]":
