@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from dagster_sbatch import Project
 from dagster_sbatch.commands import project_copy
+from dagster_sbatch.commands.new_project import find_problems
 from dagster_sbatch.commands.project_copy import OLD_PACKAGE, OLD_PROJECT, CopyError, Names, Template, convert
 from support import ROOT
 from support.dagster_dev import DagsterDev
@@ -295,8 +297,13 @@ def test_the_skeleton_agrees_with_the_template() -> None:
         (["./json"], ["is a keyword or a module of Python"]),
         (["./resources"], ["is that of a folder or a package"]),
         (["./dagster"], ["is that of a folder or a package"]),
+        (["./dagster-sbatch"], ["is that of a folder or a package"]),  # installed from its sources: no module is listed
+        (["./python_dotenv"], ["is that of a folder or a package"]),  # its module has another name
+        (["./vendor"], ["is that of a folder or a package"]),
+        (["./pi-estimate"], ["is that of a folder or a package"]),  # the module of the workload
+        (["./dist"], ["git ignores a folder dist (.gitignore:"]),
         (["./there"], ["there exists already. Choose another name"]),
-        (["./no/such/climate"], ["mkdir -p"]),
+        (["./no/such it's/climate"], ["""/no/such it'"'"'s'"""]),
         ([str(ROOT / "climate")], ["would lie within the template"]),
         (["./climate", "--site", "musika"], ["did you mean 'musica'", "another-site"]),
         (["./There", "--site", "x"], ["cannot be used", "There exists", "is not a known site"]),
@@ -313,6 +320,13 @@ def test_all_that_is_wrong_is_told_and_nothing_is_made(arguments: list[str], tex
     assert len(done.stderr.splitlines()) == len(texts) - ("another-site" in texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["There", "there"]
     assert not (ROOT / "climate").exists()
+
+
+def test_in_place_the_folder_has_to_be_renamed() -> None:
+    """A forge takes any name for the repository, and git makes a folder with it."""
+    problems = find_problems(Project(ROOT, {"musica": {}}), "My Project", ROOT, "musica", in_place=True)
+    assert problems[0].endswith("for instance my-project")
+    assert problems[1:] == [f"a project that is made in place has the name of its folder: rename {ROOT}"]
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ The first of these that has a value that is not blank wins:
 """
 
 import os
+import shlex
 import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -106,7 +107,7 @@ def _problems(path: Path) -> list[str]:
     problems = [f"{path}: unknown variable {name}{nearest(name, fields)}" for name in unknown]
     secrets = [name for name in values if name in fields and fields[name].annotation == (SecretStr | None)]
     if secrets and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        problems.append(f"{path} holds {', '.join(secrets)} and others can read it: chmod 600 '{path}'")
+        problems.append(f"{path} holds {', '.join(secrets)} and others can read it: chmod 600 {shlex.quote(str(path))}")
     raw = dotenv_values(path, interpolate=False) if path.is_file() else {}
     for name in (_alias(Settings.model_fields[field]) for field in _REMOTE_PATHS):
         if found := BRACES.search(raw.get(name) or ""):

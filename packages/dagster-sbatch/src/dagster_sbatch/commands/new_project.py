@@ -4,24 +4,30 @@ import importlib.metadata
 import keyword
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 
+from dagster_sbatch.commands import lock_entries
 from dagster_sbatch.commands.command_line import make_parser
 from dagster_sbatch.commands.project_copy import (
     OLD_PACKAGE,
     OLD_PROJECT,
+    SKELETON,
     CopyError,
     Names,
     Template,
     convert,
+    git,
     make_copy,
 )
 from dagster_sbatch.commands.signals import interrupt_once
+from dagster_sbatch.commands.vendored import PACKAGES
 from dagster_sbatch.errors import nearest
 from dagster_sbatch.project import Project
 
@@ -58,12 +64,11 @@ def main(project: Project, left_out: Sequence[str], renamed: Mapping[str, str]) 
     )
     asked = parser.parse_args()
     root, path = project.root, Path(asked.name).expanduser()
-    target = path.absolute() if os.sep in asked.name or asked.name == "." else root.parent / path
+    target = path.absolute() if os.sep in asked.name or asked.name in (".", "..") else root.parent / path
     in_place = target.resolve() == root
     name = root.name if in_place else path.name
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    places = git_problems(root) if in_place else [*git_problems(root), *place_problems(root, target)]
-    problems = [*name_problems(root, name, in_place=in_place), *places, *site_problems(project, asked.site)]
+    problems = find_problems(project, name, target, asked.site, in_place=in_place)
     if problems:
         console.print("\n".join(f"- {problem}" for problem in problems))
         return 1
@@ -82,13 +87,23 @@ def main(project: Project, left_out: Sequence[str], renamed: Mapping[str, str]) 
         return 130
     console.print(
         f"{target.resolve()} is made. Next:\n"
-        f"  cd {target.resolve()}\n"
+        f"  cd {shlex.quote(str(target.resolve()))}\n"
         "  scripts/demo\n"
         "  scripts/test\n"
         "  scripts/dev                   then materialise pi_estimate\n"
         f"and for the supercomputer fill in envs/.env.{asked.site}, which git does not track."
     )
     return 0
+
+
+def find_problems(project: Project, name: str, target: Path, site: str, *, in_place: bool) -> list[str]:
+    """Return why the project cannot be made; empty if it can."""
+    named = name_problems(project.root, name, in_place=in_place)
+    if named and in_place:
+        named.append(f"a project that is made in place has the name of its folder: rename {project.root}")
+    history = git_problems(project.root) or ([] if named else ignored_problems(project.root, name))
+    places = [] if in_place else place_problems(project.root, target)
+    return [*named, *history, *places, *site_problems(project, site)]
 
 
 def name_problems(root: Path, name: str, *, in_place: bool) -> list[str]:
@@ -101,10 +116,27 @@ def name_problems(root: Path, name: str, *, in_place: bool) -> list[str]:
     package = name.replace("-", "_")
     if keyword.iskeyword(package) or package in sys.stdlib_module_names:
         return [f"the name {name!r} is a keyword or a module of Python. Choose another name"]
-    taken = {path.name for path in root.iterdir()} | set(importlib.metadata.packages_distributions())
-    taken -= {OLD_PACKAGE, OLD_PROJECT} if in_place else set()
-    if package in taken or name in taken:
+    taken = names_in_use(root) - ({OLD_PACKAGE, OLD_PROJECT} if in_place else set())
+    if {package, name, name.replace("_", "-")} & taken:
         return [f"the name {name!r} is that of a folder or a package that the project uses. Choose another name"]
+    return []
+
+
+def names_in_use(root: Path) -> set[str]:
+    """Return the names that a project cannot have: of folders, of modules and of locked packages."""
+    locks, workloads = (root / "requirements").glob("*.txt"), root / SKELETON / OLD_PACKAGE / "workloads"
+    folders = {path.name for path in root.iterdir()} | {"vendor"}
+    modules = {path.stem for path in workloads.iterdir()} | set(importlib.metadata.packages_distributions())
+    locked = {entry.name for lock in locks for entry in lock_entries.parse(lock.read_text())}
+    return folders | modules | locked | set(PACKAGES)
+
+
+def ignored_problems(root: Path, name: str) -> list[str]:
+    """Return that git would ignore the folder of the project's package; empty if it would not."""
+    package = name.replace("-", "_")
+    with suppress(CopyError):  # exit code 1: nothing ignores it
+        rule = git(root, "check-ignore", "--verbose", "--no-index", f"{package}/").split("\t")[0]
+        return [f"the name {name!r} cannot be used: git ignores a folder {package} ({rule}). Choose another name"]
     return []
 
 
@@ -130,7 +162,7 @@ def place_problems(root: Path, target: Path) -> list[str]:
     if os.path.lexists(target):
         problems.append(f"{target} exists already. Choose another name, or move it away")
     elif not target.parent.is_dir():
-        problems.append(f"there is no folder {target.parent}: mkdir -p '{target.parent}'")
+        problems.append(f"there is no folder {target.parent}: mkdir -p {shlex.quote(str(target.parent))}")
     elif not os.access(target.parent, os.W_OK):
         problems.append(f"you may not make a folder in {target.parent}: name another place, like ~/{target.name}")
     if target.resolve().is_relative_to(root):
