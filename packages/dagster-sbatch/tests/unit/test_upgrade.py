@@ -15,7 +15,7 @@ import pytest
 from dagster_sbatch.commands import lock
 from dagster_sbatch.commands.signals import STOPS
 from dagster_sbatch.commands.upgrade import KEPT, UpgradeError, changes_between, go_back, main, upgrade
-from dagster_sbatch.commands.vendored import Wheel, wheels_in, wheels_named
+from dagster_sbatch.commands.vendored import Wheel, WheelError, wheels_in, wheels_named
 
 CHANGELOG = """\
 # Changes
@@ -54,6 +54,7 @@ def make_wheel(folder: Path, version: str) -> Wheel:
     path = folder / f"dagster_sbatch-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("dagster_sbatch/CHANGELOG.md", CHANGELOG)
+        archive.writestr(f"dagster_sbatch-{version}.dist-info/METADATA", "")
     return Wheel(path)
 
 
@@ -101,9 +102,9 @@ def newer(tmp_path: Path) -> str:
 
 
 def state(project: Path) -> dict[str, bytes]:
-    """The project's files, less those of the engine before."""
+    """The project's files, less its scripts and those of the engine before."""
     files = {str(path.relative_to(project)): path.read_bytes() for path in project.rglob("*") if path.is_file()}
-    return {name: content for name, content in files.items() if name != KEPT}
+    return {name: content for name, content in files.items() if name != KEPT and not name.startswith("scripts/")}
 
 
 def engines(project: Path) -> set[str]:
@@ -114,9 +115,10 @@ def engines(project: Path) -> set[str]:
     return {wheel.version for wheel in wheels}
 
 
-def run_main(project: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, test: str = "") -> int:
-    """Run the command in a project whose tests are a Python program."""
+def run_main(project: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, test: str = "", install: str = "") -> int:
+    """Run the command in a project whose tests, and the installation of its engine, are Python programs."""
     (project / "scripts").mkdir(exist_ok=True)
+    (project / "scripts" / "upgrade").write_text(f"import os, signal, sys\n{install}\n")
     (project / "scripts" / "test").write_text(f"import os, signal, sys\n{test}\n")
     monkeypatch.setattr(sys, "argv", ["upgrade", *arguments])
     return main(project)
@@ -140,7 +142,7 @@ def test_an_interrupted_upgrade_leaves_the_project_as_it_was(
     before = state(project)
     assert run_main(project, monkeypatch, newer) == 130
     assert seen == ['dagster-sbatch = { path = "./vendor/dagster_sbatch-1.1.0-py3-none-any.whl" }\n']
-    assert {name: content for name, content in state(project).items() if name != "scripts/test"} == before
+    assert state(project) == before
     assert capsys.readouterr().err == "Interrupted. Nothing was changed.\n"
 
 
@@ -278,16 +280,42 @@ def test_going_back_resolves_only_if_the_requirements_have_changed(
     assert (project / "pyproject.toml").read_text() == before["pyproject.toml"].decode() + 'polars = "*"\n'
 
 
+@pytest.mark.parametrize("moment", ["install", "test"])
 def test_an_interrupt_of_the_tests_leaves_the_new_engine(
-    project: Path, newer: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    moment: str, project: Path, newer: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The tests end by themselves; what to do by hand is printed before them."""
     interrupt = "os.kill(os.getppid(), signal.SIGINT); import time; time.sleep(0.5); print('tests end')"
-    assert run_main(project, monkeypatch, newer, test=interrupt) == 130
+    assert run_main(project, monkeypatch, newer, **{moment: interrupt}) == 130
     printed = capfd.readouterr()
-    assert "by hand:\n\n1.1.0\n- one\n\nRunning the tests:\ntests end\n" in printed.out
-    assert "Interrupted: upgraded, not tested. Run the tests:\n  scripts/test\n" in printed.err
+    assert "by hand:\n\n1.1.0\n- one\n\n" in printed.out
+    assert ("Running the tests:\ntests end\n" in printed.out) == (moment == "test")
+    assert "Interrupted: the engine is replaced, not tested. Run the tests:\n  scripts/test\n" in printed.err
     assert engines(project) == {"1.1.0"}
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "1.1.0"])
+def test_an_engine_that_cannot_be_installed_is_not_kept(
+    version: str, project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not even --back could start: a script sets up the environment first."""
+    wheel, before = make_wheel(project.parent / "new", version), state(project)
+    with zipfile.ZipFile(wheel.path, "a") as archive:
+        archive.writestr("dagster_sbatch/new.py", "")
+    assert run_main(project, monkeypatch, str(wheel.path), install="sys.exit('no such package')") == 1
+    assert capfd.readouterr().err.endswith(
+        "no such package\n\ndagster-sbatch cannot be installed; the reason is above.\nNothing was changed.\n"
+    )
+    assert state(project) == before
+    assert run_main(project, monkeypatch, "--back") == 1
+
+
+def test_a_wheel_that_was_renamed_changes_nothing(project: Path, newer: str) -> None:
+    renamed = Path(newer).rename(project.parent / "dagster_sbatch-3.0.0-py3-none-any.whl")
+    before = state(project)
+    with pytest.raises(WheelError, match=r"has no dagster_sbatch-3\.0\.0\.dist-info/METADATA: it is another package's"):
+        upgrade(project, str(renamed), project.parent)
+    assert state(project) == before
 
 
 def test_a_terminated_upgrade_ends_its_tests(
@@ -295,7 +323,7 @@ def test_a_terminated_upgrade_ends_its_tests(
 ) -> None:
     terminate = "os.kill(os.getppid(), signal.SIGTERM); signal.pause()"
     assert run_main(project, monkeypatch, newer, test=terminate) == 130
-    assert "upgraded, not tested" in capfd.readouterr().err
+    assert "replaced, not tested" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("back", [False, True])

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from dagster_sbatch.atomic_write import replacing
 from dagster_sbatch.children import NETWORK, child_environment
 from dagster_sbatch.commands import lock
 from dagster_sbatch.commands.command_line import make_parser
+from dagster_sbatch.commands.own_scripts import run_script
 from dagster_sbatch.commands.signals import ignore_interrupts, interrupt_once
 from dagster_sbatch.commands.vendored import (
     PACKAGES,
@@ -34,8 +34,8 @@ Upgrade the engine of this project: the package dagster-sbatch, whose wheel is i
 wheel, resolves the dependencies again, prints what the engine's changelog asks you to change in your own files, and
 runs the project's tests.
 
-If the dependencies cannot be resolved, nothing is changed. If a test fails, the new engine stays; --back returns to the
-one before.
+If the dependencies cannot be resolved or installed, nothing is changed. If a test fails, the new engine stays; --back
+returns to the one before.
 """
 EPILOG = """\
 examples:
@@ -73,7 +73,7 @@ def main(root: Path) -> int:
     interrupt_once()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            old, new, changes = go_back(root) if asked.back else upgrade(root, asked.source, Path(folder))
+            old, new, changes, kept = go_back(root) if asked.back else upgrade(root, asked.source, Path(folder))
     except (UpgradeError, WheelError, ConfigurationError) as error:
         print(f"{error}\nNothing was changed.", file=sys.stderr)
         return 1
@@ -87,44 +87,37 @@ def main(root: Path) -> int:
     if changes:
         verb = "undo" if asked.back else "also make"
         print(f"\nThese changes are not made for you. In your own files, {verb} them by hand:\n\n{changes}\n")
-    print("Running the tests:", flush=True)
+    return _test(root, kept=kept)
+
+
+def _test(root: Path, *, kept: bool) -> int:
+    """Install the engine and run the project's tests; return the exit code.
+
+    If the engine cannot be installed, no script can start, not even for --back: the one before returns, if it is kept.
+    """
     interrupt_once()
     try:
-        failed = run_tests(root)
+        if kept and run_script(root, "upgrade", "--help"):
+            go_back(root)
+            print(f"\n{ENGINE} cannot be installed; the reason is above.\nNothing was changed.", file=sys.stderr)
+            return 1
+        print("Running the tests:", flush=True)
+        failed = run_script(root, "test")
     except (KeyboardInterrupt, OSError) as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        done, reason = "returned" if asked.back else "upgraded", "Interrupted" if stopped else error
-        print(f"\n{reason}: {done}, not tested. Run the tests:\n  scripts/test", file=sys.stderr)
+        reason = "Interrupted" if stopped else error
+        print(f"\n{reason}: the engine is replaced, not tested. Run the tests:\n  scripts/test", file=sys.stderr)
         return 130 if stopped else 3
     if failed:
         print("\nA test fails. Its output is above.")
-        if not asked.back:
+        if kept:
             print("Correct your code, or return to the engine before:\n  scripts/upgrade --back")
         return 3
     print("\nAll tests pass. Commit the change:\n  git add --all && git commit")
     return 0
 
 
-def run_tests(root: Path) -> int:
-    """Run the project's tests with the engine that its files name now; return their exit code.
-
-    pixi has to install that engine first: within its environment a script does not set anything up.
-    """
-    command = [sys.executable, str(root / "scripts" / "test")]
-    if (root / ".pixi").resolve() in Path(sys.prefix).resolve().parents:
-        command = ["pixi", "run", "--manifest-path", str(root / "pixi.toml"), "python", command[1]]
-    environment = child_environment("UV_", "PIP_", "CI", "PYTEST_ADDOPTS", *NETWORK)
-    with subprocess.Popen(command, cwd=root, env=environment) as tests:
-        try:
-            return tests.wait()
-        except KeyboardInterrupt as interrupt:
-            if interrupt.args == (signal.SIGTERM,):
-                tests.terminate()  # the terminal sends Ctrl-C to the tests, too
-            tests.wait()
-            raise
-
-
-def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str]:
+def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str, bool]:
     """Replace the wheels in vendor/ by those of a source.
 
     Args:
@@ -133,7 +126,8 @@ def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str]:
         folder: an empty folder for what is built or downloaded.
 
     Returns:
-        The versions of the engine before and after, and what the changelog says about a project's own files.
+        The versions of the engine before and after, what the changelog says about a project's own files, and whether
+        the engine before is kept for `go_back`.
 
     Raises:
         UpgradeError, WheelError, ConfigurationError: nothing was changed.
@@ -152,16 +146,18 @@ def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str]:
     new = {name: wheel for name, wheel in find_wheels(source, folder).items() if name in old}
     if not new:
         raise UpgradeError(f"{source} has no wheel of {' or '.join(old)}.")
+    for wheel in new.values():
+        wheel.read(f"{wheel.distribution}-{wheel.version}.dist-info/METADATA")  # the file may have been renamed
     engine = new.get(ENGINE, old[ENGINE])
     changes = changes_between(engine, old[ENGINE].version)
     files = _resolved(root, new, _texts(root))
     same = all(wheel.requirement == old[name].requirement for name, wheel in new.items())
     ignore_interrupts()
     _replace(root, new, files, kept=None if same else old)  # the same again is nothing to return to
-    return old[ENGINE].version, engine.version, changes
+    return old[ENGINE].version, engine.version, changes, not same
 
 
-def go_back(root: Path) -> tuple[str, str, str]:
+def go_back(root: Path) -> tuple[str, str, str, bool]:
     """Return to the wheels and the locked versions before the last upgrade; see `upgrade`.
 
     Without a network, unless pyproject.toml has changed since.
@@ -187,7 +183,7 @@ def go_back(root: Path) -> tuple[str, str, str]:
         ignore_interrupts()
         _replace(root, new, files, kept=None)
     kept.unlink()
-    return old[ENGINE].version, new[ENGINE].version, changes
+    return old[ENGINE].version, new[ENGINE].version, changes, False
 
 
 def find_wheels(source: str, folder: Path) -> dict[str, Wheel]:

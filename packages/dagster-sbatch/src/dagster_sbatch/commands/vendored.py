@@ -75,7 +75,9 @@ class Wheel:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return archive.read(member).decode()
-        except (KeyError, zipfile.BadZipFile) as error:
+        except KeyError:
+            raise WheelError(f"{self.path.name} has no {member}: it is another package's, or was renamed.") from None
+        except zipfile.BadZipFile as error:
             raise WheelError(f"{self.path.name} cannot be read: {error}") from None
 
 
