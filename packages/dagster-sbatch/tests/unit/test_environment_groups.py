@@ -2,6 +2,7 @@
 
 import stat
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ import pytest
 
 from dagster_sbatch.commands import lock
 from dagster_sbatch.commands.deploy_environment import choose_for_removal
+from dagster_sbatch.environments.code import read_code
 from dagster_sbatch.environments.deployed import EnvironmentListing, Environments
 from dagster_sbatch.environments.groups import DEFAULT, read_group
 from dagster_sbatch.errors import ConfigurationError
@@ -247,13 +249,13 @@ def test_an_interpreter_is_checked_without_making_anything(tmp_path: Path) -> No
 class Published:
     """The folder of environments, as the agent sees it, with an environment of each name."""
 
-    def __init__(self, folder: Path, *names: str) -> None:
+    def __init__(self, folder: Path, *names: str, code: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         for name in names:
             (folder / name).mkdir(parents=True)
             content = dict.fromkeys(releases.NEEDED)
             about = dict.fromkeys(("executable", "version", "machine", "glibc"), "")
-            store(str(folder / name / HERE), {**content, "name": name, "code": {}, "interpreter": about})
+            store(str(folder / name / HERE), {**content, "name": name, "code": code or {}, "interpreter": about})
 
     def ask(self, *_: Any, verb: str, **fields: Any) -> Any:
         """Stand for `Gateway.ask`, with the agent in this process."""
@@ -295,12 +297,12 @@ def test_all_groups_are_published_and_rolled_back_at_once(tmp_path: Path) -> Non
 
 
 def test_the_doctor_names_the_group_that_cannot_run(project: Project, tmp_path: Path) -> None:
-    there = Published(tmp_path / "environments", "a1", "b1", "c1")
+    there = Published(tmp_path / "environments", "a1", "b1", "c1", code=read_code(project.workloads).digests)
     facts = Facts(project, dg.DagsterInstance.ephemeral, ExitStack())
     facts.settings = STAGING.model_copy(update={"deployment": "production_supercomputer"})
     facts.site, facts.runs = project.load_site("musica"), Runs(cast(Gateway, there), STAGING)
     state, found, fix = check_environment(facts)
-    assert (state, "cluster-new.txt does not exist" in found, fix) == ("broken", True, "scripts/lock")
+    assert (state, "cluster-new.txt does not exist" in found, fix) == ("broken", True, "do what the error says")
 
     (project.root / "requirements" / "cluster-new.txt").write_text(f"tiny==2 {HASH}\n")
     there.publish(default="a1", torch="b1")
@@ -310,6 +312,12 @@ def test_the_doctor_names_the_group_that_cannot_run(project: Project, tmp_path: 
 
     there.publish(default="a1", torch="b1", empty="c1", new="c1")
     assert check_environment(facts)[0] == "ok"
+
+    (project.workloads / "main.py").write_text("changed")  # or production has been rolled back
+    state, found, fix = check_environment(facts)
+    said = f"what is here is not what was published: runs are refused\n{project.workloads / 'main.py'} is changed"
+    assert (state, found) == ("broken", said)
+    assert fix.endswith("publish what is here: scripts/deploy_environment.py")
 
 
 def trial(there: Published, project: Project, environment: str, **settings: str) -> tuple[bool, str]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,15 @@ def test_what_sbatch_refuses(say: Say, words: str, kind: str, submitted: str, tm
         jobs.sbatch(str(tmp_path), lock, dict(os.environ))
     assert (failure.value.kind, str(failure.value)) == (kind, words)
     assert (tmp_path / "tried").exists() is (submitted == "perhaps")
+
+
+def test_a_job_is_found_that_began_by_slurms_clock_after_the_time_of_the_login_node(say: Say, tmp_path: Path) -> None:
+    """sacct leaves out what began after its end, which is now, by the clock of the login node, unless it is named."""
+    say("sacct", f'echo "$*" >{tmp_path}/asked; echo "17_3|KEY"')
+    assert slurm_commands.find_by_name("KEY", time.time()) == "17"
+    words = (tmp_path / "asked").read_text().split()
+    until = datetime.fromisoformat(words[words.index("-E") + 1])  # in the time zone of the login node
+    assert until.timestamp() > time.time() + 2 * 3600
 
 
 @pytest.mark.parametrize(("earlier", "marked"), [("job.sh", True), ("tasks.jsonl", False)])

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.commands.command_line import ends_with_reader, make_parser
-from dagster_sbatch.environments.code import read_code, revision_of
-from dagster_sbatch.environments.deployed import EnvironmentListing, Environments, EnvironmentSpec
-from dagster_sbatch.environments.groups import DEFAULT, find_groups, read_group
+from dagster_sbatch.environments.code import revision_of
+from dagster_sbatch.environments.deployed import EnvironmentListing, Environments, EnvironmentSpec, read_specs
+from dagster_sbatch.environments.groups import DEFAULT
 from dagster_sbatch.environments.progress import LoggedProgress, Progress
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import Runs
@@ -66,14 +66,9 @@ def main(project: Project) -> int:
             if options.remove:
                 used = Runs(gateway, settings).environments_in_use()
                 return remove(environments, used, options.keep, options.older_than)
-            code = read_code(project.workloads)
-            for note in code.notes:
+            specs = read_specs(project, settings)
+            for note in specs[DEFAULT].code.notes:
                 print(f"warning: {note}", file=sys.stderr)
-            groups = (DEFAULT, *find_groups(project.root))
-            specs = {
-                group: EnvironmentSpec(code, read_group(project, group), None if group else settings.python)
-                for group in groups
-            }
             return check(environments, specs) if options.check else publish(environments, specs)
         finally:
             gateway.close()

@@ -7,12 +7,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dagster_sbatch.environments.code import Code
-from dagster_sbatch.environments.groups import DEFAULT
+from dagster_sbatch.environments.code import Code, read_code
+from dagster_sbatch.environments.groups import DEFAULT, find_groups, read_group
 from dagster_sbatch.environments.interpreter import NEWEST, OLDEST, Interpreter
 from dagster_sbatch.environments.lockfile import VERIFIED, LockFile
 from dagster_sbatch.environments.progress import Progress
 from dagster_sbatch.environments.wheels import Wheel, gather_wheels
+from dagster_sbatch.project import Project
+from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Gateway
 
@@ -121,6 +123,18 @@ class EnvironmentSpec:
         if len(names) > MOST_NAMES:
             found.append(f"and {len(names) - MOST_NAMES} more files")
         return found
+
+
+def read_specs(project: Project, settings: Settings) -> dict[str, EnvironmentSpec]:
+    """Return what the environment of each group of a project consists of now.
+
+    Raises:
+        ConfigurationError: see `read_code` and `read_group`.
+    """
+    groups, code = (DEFAULT, *find_groups(project.root)), read_code(project.workloads)
+    return {
+        group: EnvironmentSpec(code, read_group(project, group), None if group else settings.python) for group in groups
+    }
 
 
 @dataclass(frozen=True)

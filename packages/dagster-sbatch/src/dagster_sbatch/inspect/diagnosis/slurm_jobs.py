@@ -4,8 +4,8 @@ import uuid
 
 import dagster as dg
 
-from dagster_sbatch.environments.deployed import Environments
-from dagster_sbatch.environments.groups import find_groups, read_group
+from dagster_sbatch.environments.deployed import Environments, read_specs
+from dagster_sbatch.environments.groups import DEFAULT
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import NotPreviewedError, preview_asset, supercomputer_deployment
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
@@ -79,26 +79,28 @@ def check_jobs(facts: Facts) -> Verdict:
 
 
 def check_environment(facts: Facts) -> Verdict:
-    """Check the lock file of each group, and that its environment is published, if the deployment is production."""
-    settings = facts.settings
+    """Check that the environment of each group can be made or, in production, that what is here is published."""
+    settings, publish = facts.settings, "scripts/deploy_environment.py"
     try:
-        groups = find_groups(facts.project.root)
-        for group in groups:
-            read_group(facts.project, group)
+        specs = read_specs(facts.project, settings)
     except ConfigurationError as error:
-        return broken(str(error), "scripts/lock")
+        return broken(str(error), "do what the error says")
     if settings.deployment != "production_supercomputer":
         return ok(f"a run on {settings.deployment} makes its own")
     environments = Environments(facts.runs.gateway, str(settings.deployment_base_path), facts.site)
-    published = environments.published()
-    if published is None:
-        return broken("nothing has been published: runs are refused", "scripts/deploy_environment.py")
-    lacking = [group for group in groups if environments.published(group) is None]
-    if lacking:
+    published = {group: there for group in specs if (there := environments.published(group))}
+    if DEFAULT not in published:
+        return broken("nothing has been published: runs are refused", publish)
+    if lacking := sorted(specs.keys() - published.keys()):
         found = f"environment {', '.join(lacking)} has not been published: runs of assets that name it are refused"
-        return broken(found, "scripts/deploy_environment.py")
-    revision = f", revision {published.revision}" if published.revision else ""
-    return ok(f"published at {published.at:%Y-%m-%d %H:%M} UTC{revision}")
+        return broken(found, publish)
+    differences = [each for group in specs for each in specs[group].differences_from(published[group].environment)]
+    if differences:
+        found = "\n".join(["what is here is not what was published: runs are refused", *dict.fromkeys(differences)])
+        return broken(found, f"go back to what was published, with git, or publish what is here: {publish}")
+    current = published[DEFAULT]
+    revision = f", revision {current.revision}" if current.revision else ""
+    return ok(f"published at {current.at:%Y-%m-%d %H:%M} UTC{revision}")
 
 
 def check_job_script(facts: Facts, definitions: dg.Definitions, asset: str, partition: str | None) -> Verdict:

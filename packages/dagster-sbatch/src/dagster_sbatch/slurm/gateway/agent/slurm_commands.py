@@ -15,6 +15,7 @@ KEPT = frozenset("SLURM_CONF SLURM_CONF_SERVER SLURM_JWT SBATCH_ACCOUNT".split()
 """The variables that Slurm's commands keep: how to reach Slurm, and the project that the user has chosen."""
 ACCOUNT = re.compile(r"^#SBATCH --account=", re.M)
 FIELD = re.compile(r"(\w+)=(\S*)")
+DAY = 86400.0
 SQUEUE_EVERY = 15.0
 UNSHARED_EVERY = 60.0  # seconds between two calls of squeue by an agent that asks for itself
 UNSEEN = 60.0  # seconds without an answer of squeue, after which an agent asks Slurm about its own job, as often
@@ -115,14 +116,22 @@ def rows_of(*command, patience=COMMAND_PATIENCE):
     return [line.split("|") for line in ask_slurm(*command, patience=patience).splitlines() if "|" in line]
 
 
+def period(since):
+    """Return sacct's options for all jobs from a time on.
+
+    Without an end, sacct leaves out what Slurm says began later than this machine's clock shows, which may be behind.
+    """
+    begin, end = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at)) for at in (since, time.time() + DAY))
+    return "-S", begin, "-E", end
+
+
 def find_by_name(key, since):
     """Return the job of that name, if the queue or the accounting has one; it was not submitted before `since`."""
     rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-n", key, "-o", "%F|%j")
     if not rows:
-        day = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - 120))
-        fields = ("-X", "-n", "-P", "-u", user(), "--name", key, "-S", day, "-o", "JobID,JobName")
+        fields = ("-X", "-n", "-P", "-u", user(), "--name", key, "-o", "JobID,JobName")
         try:
-            rows = rows_of("sacct", *fields)
+            rows = rows_of("sacct", *period(since - 120), *fields)
         except RequestError:
             if time.time() - since > FORGOTTEN:
                 raise

@@ -4,13 +4,12 @@ import time
 from collections import Counter
 
 from .disk import RequestError
-from .slurm_commands import ask_slurm, projects, rows_of, user
+from .slurm_commands import ask_slurm, period, projects, rows_of, user
 
 ALLOCATION = "JobID,State,User,Account,Start,End,ElapsedRaw,AllocTRES,Partition,JobName,Comment".split(",")
 QUEUED = (("State", 30), ("UserName", 64), ("Account", 64), ("TimeLeft", 30), ("tres-alloc", 512))  # and widths
 SHARE = "Account,User,GrpTRESMins,GrpTRESRaw,TRESRunMins"
 MOST_LEVELS = 10  # of projects, one above the other
-DAY = 86400.0
 PATIENCE = 120.0  # a database may have to read the jobs of a year
 
 
@@ -59,9 +58,7 @@ def usage(agent, ask, _):
 
 def allocations(names, since):
     """Return the rows of all jobs of some projects that the user may see; without a project, of the user's own."""
-    # Without an end, sacct leaves out what Slurm says began later than this machine's clock shows, which may be behind.
-    days = [time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at)) for at in (since, time.time() + DAY)]
-    command = ["sacct", "-X", "-D", "-n", "-P", "-S", days[0], "-E", days[1], "-o", ",".join(ALLOCATION)]
+    command = ["sacct", "-X", "-D", "-n", "-P", *period(since), "-o", ",".join(ALLOCATION)]
     command += ["-a", "-A", ",".join(names)] if names else ["-u", user()]
     lines = ask_slurm(*command, patience=PATIENCE).splitlines()
     rows = [line.split("|", len(ALLOCATION) - 1) for line in lines]
