@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, UnavailableError
@@ -24,7 +25,6 @@ BUDGET_SECONDS = 60.0
 """For all calls of one refresh together."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0
 """Seconds between tries; each pause is a random part of a limit that doubles."""
-_LARGEST_ANSWER = 1 << 20
 _TEMPORARY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -57,7 +57,6 @@ class Http:
 
     def __init__(self, budget: float = BUDGET_SECONDS) -> None:
         self._ends = time.monotonic() + budget
-        self._public_trust: ssl.SSLContext | None = None
 
     def remaining(self) -> float:
         """Return the seconds that are left of the budget."""
@@ -111,23 +110,21 @@ class Http:
             address = httpx.URL(url)
         except httpx.InvalidURL as error:
             raise MisconfiguredError(f"{url} is not a URL: {error}") from None
-        proxy = proxy_for(address.scheme, address.host, address.port)
-        to_proxy = self._trust_for("https") if proxy and proxy.encrypted else None
+        proxy = proxy_for(address)
+        to_proxy = self._public_trust if proxy and proxy.url.lower().startswith("https:") else None
         through = httpx.Proxy(proxy.url, ssl_context=to_proxy) if proxy else None
-        ours = trust or self._trust_for(address.scheme)
         seconds = min(TRY_SECONDS, self.remaining())
         try:
-            with httpx.Client(verify=ours, timeout=seconds, proxy=through, trust_env=False) as client:
+            with httpx.Client(
+                verify=trust or self._public_trust, timeout=seconds, proxy=through, trust_env=False
+            ) as client:
                 return _receive(client.send(client.build_request(method, address, **content), stream=True), proxy)
         except httpx.HTTPError as error:
             raise _explain(error, address, proxy, public=trust is None) from None
 
-    def _trust_for(self, scheme: str) -> ssl.SSLContext:
-        """Return whom to trust, read once for all calls; nobody for plain http, which is not encrypted anyway."""
-        if scheme != "https":
-            return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._public_trust = self._public_trust or public_trust()
-        return self._public_trust
+    @cached_property
+    def _public_trust(self) -> ssl.SSLContext:
+        return public_trust()
 
 
 def _receive(response: "httpx.Response", proxy: Proxy | None) -> HttpAnswer:
@@ -139,8 +136,6 @@ def _receive(response: "httpx.Response", proxy: Proxy | None) -> HttpAnswer:
             received += chunk
             if time.monotonic() > deadline:
                 raise UnavailableError(f"{place}: the answer takes longer than {TRY_SECONDS:.0f} s")
-            if len(received) > _LARGEST_ANSWER:
-                raise MisconfiguredError(f"{place}: the answer is far too long. Check the address in the settings")
     finally:
         response.close()
     if response.is_redirect:
