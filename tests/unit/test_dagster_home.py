@@ -41,7 +41,7 @@ def test_the_doctor_warns_about_another_dagster_yaml(tmp_path: Path, monkeypatch
     state, found, fix = checked(tmp_path, monkeypatch)
     assert (state, found) == (
         "warning",
-        f"DAGSTER_HOME={tmp_path} has a dagster.yaml without run_retries and run_monitoring",
+        f"DAGSTER_HOME={tmp_path} has a dagster.yaml without run_retries and run_monitoring and ForkingRunLauncher",
     )
     assert str(ROOT / "dagster.yaml") in fix
     shutil.copy(ROOT / "dagster.yaml", tmp_path)

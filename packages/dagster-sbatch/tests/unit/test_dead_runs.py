@@ -1,19 +1,20 @@
 """Which runs count as dead: by their process, and never by the clock, which may be set at any time."""
 
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.code_pointer import ModuleCodePointer
+from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 
 from dagster_sbatch.run_launcher.run_process import RunProcess
-from dagster_sbatch.upkeep.dead_runs import end_dead_runs_sensor
 
 SLEEP = "import time; time.sleep(600)"
-ALIVE = "every run that has started has a living process"
+POINTER = ModuleCodePointer(__name__, "nothing", None)
 
 
 @dg.job
@@ -22,8 +23,9 @@ def nothing() -> None:
 
 
 @pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    with dg.instance_for_test(overrides={"run_launcher": {"module": "dagster", "class": "DefaultRunLauncher"}}) as made:
+def instance(tmp_path: Path) -> Iterator[dg.DagsterInstance]:
+    launcher = {"module": "dagster_sbatch", "class": "ForkingRunLauncher", "config": {"base_dir": str(tmp_path)}}
+    with dg.instance_for_test(overrides={"run_launcher": launcher, "run_monitoring": {"enabled": True}}) as made:
         yield made
 
 
@@ -34,9 +36,10 @@ def python() -> Iterator["subprocess.Popen[bytes]"]:
         process.kill()
 
 
-def started(instance: dg.DagsterInstance, pid: int, seconds_ago: float = 0) -> str:
-    """A run that a process began so long ago by the clock; its id."""
-    run = instance.create_run_for_job(nothing, status=dg.DagsterRunStatus.STARTING)
+def started(instance: dg.DagsterInstance, pid: int, seconds_ago: float = 0, image: str | None = None) -> str:
+    """A run that a process began so long ago by the clock, perhaps in a container; its id."""
+    code = JobPythonOrigin("nothing", RepositoryPythonOrigin(sys.executable, POINTER, image))
+    run = instance.create_run_for_job(nothing, status=dg.DagsterRunStatus.STARTING, job_code_origin=code)
     event = dg.DagsterEvent(
         event_type_value=dg.DagsterEventType.RUN_START.value, job_name=run.job_name, message="", pid=pid
     )
@@ -45,38 +48,15 @@ def started(instance: dg.DagsterInstance, pid: int, seconds_ago: float = 0) -> s
         job_name=run.job_name, dagster_event=event,
     )  # fmt: skip
     instance.handle_new_event(entry)
-    assert status(instance, run.run_id) == dg.DagsterRunStatus.STARTED
     return run.run_id
 
 
-@pytest.mark.parametrize("monitored", [True, False])
-def test_a_forked_run_is_left_to_run_monitoring_if_that_is_enabled(
-    python: "subprocess.Popen[bytes]", monitored: bool
-) -> None:
-    process = RunProcess.find(python.pid)
-    assert process
-    overrides = {"run_monitoring": {"enabled": monitored}}
-    with dg.instance_for_test(overrides=overrides) as instance:
-        run_id = started(instance, python.pid)
-        instance.add_run_tags(run_id, process.tags(run_id))
-        assert tick(instance)[0] == ALIVE
-        python.kill()
-        python.wait()
-        assert tick(instance)[0] == (ALIVE if monitored else f"ended {run_id}")
-
-
-def status(instance: dg.DagsterInstance, run_id: str) -> dg.DagsterRunStatus:
+def health(instance: dg.DagsterInstance, run_id: str) -> str:
+    """What Dagster's run monitoring learns about a run."""
     run = instance.get_run_by_id(run_id)
     assert run
-    return run.status
-
-
-def tick(instance: dg.DagsterInstance, cursor: str | None = None) -> tuple[str, str]:
-    """What a tick says, and its cursor."""
-    result = end_dead_runs_sensor(dg.build_sensor_context(instance=instance, cursor=cursor))
-    assert isinstance(result, dg.SensorResult)
-    assert isinstance(result.skip_reason, dg.SkipReason)
-    return str(result.skip_reason.skip_message), str(result.cursor)
+    assert run.status == dg.DagsterRunStatus.STARTED
+    return instance.run_launcher.check_run_worker_health(run).status.value
 
 
 @pytest.mark.parametrize("seconds", [-3600, 0, 60, 86400])
@@ -84,43 +64,44 @@ def test_a_clock_that_is_set_ends_no_run(
     instance: dg.DagsterInstance, python: "subprocess.Popen[bytes]", seconds: float
 ) -> None:
     run_id = started(instance, python.pid, seconds)
-    said, cursor = tick(instance)
-    assert said == ALIVE
-    assert tick(instance, cursor) == (ALIVE, cursor)
-    assert status(instance, run_id) == dg.DagsterRunStatus.STARTED
+    for _ in range(2):
+        assert health(instance, run_id) == "RUNNING"
     python.kill()
     python.wait()
-    assert tick(instance, cursor) == (f"ended {run_id}", "{}")
-    assert status(instance, run_id) == dg.DagsterRunStatus.FAILURE
+    assert health(instance, run_id) == "NOT_FOUND"
 
 
 def test_another_process_under_the_same_number_is_not_the_runs(
     instance: dg.DagsterInstance, python: "subprocess.Popen[bytes]"
 ) -> None:
     """After a reboot, or when the numbers have come round: another Python."""
-    run_id = started(instance, python.pid)
-    _, cursor = tick(instance)
-    ((key, process),) = json.loads(cursor).items()
-    boot, ticks = process.split()
+    process = RunProcess.find(python.pid)
+    assert process
+    boot, ticks = process.begin.split()
     for other in (f"{boot} {int(ticks) - 1}", f"0{boot[1:]} {ticks}" if boot[0] != "0" else f"1{boot[1:]} {ticks}"):
-        again = started(instance, python.pid)
-        known = json.dumps({key: process, f"{again} {python.pid}": other})
-        assert tick(instance, known)[0] == f"ended {again}"
-    assert status(instance, run_id) == dg.DagsterRunStatus.STARTED
+        run_id = started(instance, python.pid)
+        assert health(instance, run_id) == "RUNNING"
+        instance.add_run_tags(run_id, RunProcess(python.pid, other).tags(run_id))
+        assert health(instance, run_id) == "NOT_FOUND"
 
 
-def test_another_program_under_the_number_of_a_run_that_no_tick_has_seen(instance: dg.DagsterInstance) -> None:
+def test_another_program_under_the_number_of_a_run_that_was_never_checked(instance: dg.DagsterInstance) -> None:
     with subprocess.Popen(["sleep", "600"]) as process:
         run_id = started(instance, process.pid)
-        assert tick(instance)[0] == f"ended {run_id}"
+        assert health(instance, run_id) == "NOT_FOUND"
         process.kill()
+
+
+def test_a_process_in_a_container_is_not_on_this_machine(instance: dg.DagsterInstance) -> None:
+    run_id = started(instance, pid=1 << 22, image="an-image")  # no machine has that number
+    assert health(instance, run_id) == "RUNNING"
 
 
 def test_a_zombie_is_gone(instance: dg.DagsterInstance, python: "subprocess.Popen[bytes]") -> None:
     run_id = started(instance, python.pid)
-    _, cursor = tick(instance)
+    assert health(instance, run_id) == "RUNNING"
     python.kill()
     with open(f"/proc/{python.pid}/stat") as file:  # noqa: PTH123 - read again and again
         while file.seek(0) == 0 and file.read().rpartition(")")[2].split()[0] != "Z":
             time.sleep(0.01)
-    assert tick(instance, cursor)[0] == f"ended {run_id}"
+    assert health(instance, run_id) == "NOT_FOUND"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import psutil
 
 # Dagster documents no public names for run launchers. These are what its own Docker and Kubernetes launchers import.
 from dagster._config.config_schema import UserConfigSchema
@@ -33,7 +34,7 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
     another host, and runs for which no fork server can be started (the run's log says so).
 
     A run's process is found again by a tag of the run. `run_monitoring` must be enabled in dagster.yaml: it fails the
-    runs whose process is gone.
+    runs on this machine whose process is gone, whatever has started them.
 
     Example:
         run_launcher:
@@ -42,9 +43,10 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
           config: {base_dir: .dagster/run_launcher}
     """
 
-    def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
+    def __init__(self, base_dir: str, fork: bool = True, inst_data: ConfigurableClassData | None = None) -> None:
         """See `config_type`."""
         super().__init__(inst_data)
+        self._fork = fork and CAN_FORK
         self._servers = ForkServers(Path(base_dir).absolute())
 
     @classmethod
@@ -54,8 +56,9 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
         Returns:
             base_dir: folder on a local disk for the sockets and the log of the fork servers; only its owner can enter
                 it. A relative one counts from Dagster's working directory, as in Dagster's other settings.
+            fork: false: every run is started as by Dagster's DefaultRunLauncher.
         """
-        return {"base_dir": dg.StringSource}
+        return {"base_dir": dg.StringSource, "fork": dg.Field(dg.BoolSource, default_value=True)}
 
     @classmethod
     def from_config_value(
@@ -71,7 +74,7 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
             DagsterLaunchFailedError: neither a fork server nor Dagster's default launcher can start it.
         """
         run, origin = context.dagster_run, context.job_code_origin
-        if not CAN_FORK or origin is None or origin.repository_origin.container_image or _is_elsewhere(run):
+        if not self._fork or origin is None or _is_elsewhere(run):
             super().launch_run(context)
             return
         arguments = ExecuteRunArgs(origin, run.run_id, self._instance.get_ref(), set_exit_code_on_failure=True)
@@ -128,16 +131,41 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
         return True
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
-        """Return whether a run's process is alive. What this launcher has not forked counts as alive."""
-        process = RunProcess.of(run)
+        """Return whether a run's process is alive. A process that is not on this machine counts as alive."""
+        process = RunProcess.of(run) or self._find_process(run)
         if process is None or process.alive:
             return CheckRunHealthResult(WorkerStatus.RUNNING)
         text = f"Process {process.pid} of this run is gone, and has not reported how the run ended."
         return CheckRunHealthResult(WorkerStatus.NOT_FOUND, text)
 
+    def _find_process(self, run: dg.DagsterRun) -> RunProcess | None:
+        """Return the process of a run that this launcher has not forked, and tag the run with it.
+
+        It is the one that has reported the run's start. If that number is no Python's now, it is gone.
+        """
+        event = dg.DagsterEventType.RUN_START
+        started = self._instance.get_records_for_run(run.run_id, of_type=event, limit=1, ascending=False).records
+        pid = started[0].event_log_entry.get_dagster_event().pid if started else None
+        if pid is None or _is_elsewhere(run):
+            return None
+        process = RunProcess.find(pid)
+        if process is None or not _is_python(pid):
+            return RunProcess(pid, begin="")
+        self._instance.add_run_tags(run.run_id, process.tags(run.run_id))
+        return process
+
+
+def _is_python(pid: int) -> bool:
+    try:
+        return "python" in Path(psutil.Process(pid).exe()).name.lower()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+
 
 def _is_elsewhere(run: dg.DagsterRun) -> bool:
-    """Return whether the code server of a run's location is on another host: its Python and its code are there."""
+    """Return whether a run's Python and code are in a container or on another host, with its location's code server."""
+    if run.job_code_origin and run.job_code_origin.repository_origin.container_image:
+        return True
     origin = run.remote_job_origin.repository_origin.code_location_origin if run.remote_job_origin else None
     if not isinstance(origin, GrpcServerCodeLocationOrigin) or origin.socket:
         return False

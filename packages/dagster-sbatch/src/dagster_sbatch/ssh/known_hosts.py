@@ -8,7 +8,7 @@ import hmac
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from dagster_sbatch.auth.certificate import fingerprint
@@ -29,7 +29,6 @@ class Entry:
         hosts: patterns, or one hashed name.
         key_type: for example `ssh-ed25519`.
         key: the public key as it is sent over the wire (RFC 4253, section 6.6).
-        from_site: it is from the site's entry, not from a file.
     """
 
     place: str
@@ -37,7 +36,6 @@ class Entry:
     hosts: str
     key_type: str
     key: bytes
-    from_site: bool = False
 
     def matches(self, name: str) -> bool:
         """Return whether the line is for a name: a host in lower case, or `[host]:port`."""
@@ -97,7 +95,7 @@ def parse_authority(line: str) -> Entry:
     words = line.split()
     if not words or words[0] != CERT_AUTHORITY:
         raise ValueError(f"the line does not begin with {CERT_AUTHORITY}")
-    return replace(_parse("SUPERCOMPUTER_SITE_OVERRIDES", words), from_site=True)
+    return _parse("SUPERCOMPUTER_SITE_OVERRIDES", words)
 
 
 def _read_file(file: Path) -> list[Entry]:

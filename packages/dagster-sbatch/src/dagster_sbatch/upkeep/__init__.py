@@ -1,4 +1,4 @@
-"""What runs by itself: credentials, orphaned jobs, runs whose process is gone."""
+"""What runs by itself: credentials, orphaned jobs, old run directories, budgets."""
 
 import dagster as dg
 

@@ -7,7 +7,6 @@ import dagster as dg
 from dagster_sbatch.project import Project
 from dagster_sbatch.upkeep.budget_asset import MUSICA_BUDGET, make_budget_check, make_budget_sensor
 from dagster_sbatch.upkeep.cleaning import make_cleaning_sensor
-from dagster_sbatch.upkeep.dead_runs import end_dead_runs_sensor
 from dagster_sbatch.upkeep.orphans import make_job_checks, make_orphan_sensor
 
 
@@ -16,9 +15,8 @@ class Upkeep:
     """Sensors and checks that look after runs and jobs.
 
     Attributes:
-        sensors: `end_dead_runs` fails runs whose process is gone; `cancel_orphaned_jobs` cancels or lists Slurm jobs
-            that no run follows; `clean_run_directories` removes old run directories; `observe_budget` observes
-            the asset.
+        sensors: `cancel_orphaned_jobs` cancels or lists Slurm jobs that no run follows; `clean_run_directories` removes
+            old run directories; `observe_budget` observes the asset.
         checks: of the asset `musica_access`: `jobs_are_followed` and `jobs_are_reachable`; of `musica_budget`:
             `budget_lasts`.
         asset: `musica_budget`, whose metadata are what the projects have used and have left.
@@ -36,10 +34,5 @@ def make_upkeep(project: Project) -> Upkeep:
         upkeep = make_upkeep(PROJECT)
         defs = dg.Definitions(assets=[upkeep.asset], sensors=upkeep.sensors, asset_checks=upkeep.checks)
     """
-    sensors = (
-        end_dead_runs_sensor,
-        make_orphan_sensor(project),
-        make_cleaning_sensor(project),
-        make_budget_sensor(project),
-    )
+    sensors = (make_orphan_sensor(project), make_cleaning_sensor(project), make_budget_sensor(project))
     return Upkeep(sensors, (*make_job_checks(project), make_budget_check(project)), MUSICA_BUDGET)

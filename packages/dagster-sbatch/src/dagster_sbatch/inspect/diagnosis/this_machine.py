@@ -38,7 +38,11 @@ def check_dagster_home(facts: Facts) -> Verdict:
         return broken(f"DAGSTER_HOME={home} cannot be used: {error}", fix)
     if not home or Path(home).resolve() == facts.project.root:
         return ok(str(facts.project.root))
-    settings = {"run_retries": instance.run_retries_enabled, "run_monitoring": instance.run_monitoring_enabled}
+    settings = {
+        "run_retries": instance.run_retries_enabled,
+        "run_monitoring": instance.run_monitoring_enabled,
+        "ForkingRunLauncher": type(instance.run_launcher) is not dg.DefaultRunLauncher,
+    }
     lacking = [name for name, enabled in settings.items() if not enabled]
     if lacking:
         return warning(f"DAGSTER_HOME={home} has a dagster.yaml without {' and '.join(lacking)}", fix)
@@ -107,7 +111,8 @@ def check_port(facts: Facts) -> Verdict:
 def check_host_authority(facts: Facts) -> Verdict:
     """Show which authority or key the login node's key must match, and where to compare it."""
     login, _ = read_route(facts.settings)
-    entries = trusted_entries(KnownHosts.read(login.known_hosts, facts.site.host_authorities), login.host, login.port)
+    known = KnownHosts.read(login.known_hosts, facts.site.host_authorities)
+    entries = trusted_entries(known, login.host, login.port)
     if not entries:
         return warning(f"nothing is known for {login.host}", "`scripts/docs ssh`: What you have to do once")
     kinds = {CERT_AUTHORITY: "authority", "": "key"}
@@ -115,7 +120,7 @@ def check_host_authority(facts: Facts) -> Verdict:
         str(Path.home()), "~"
     )
     page = facts.site.documentation
-    return ok(f"{found}; compare it with {page}" if page and any(each.from_site for each in entries) else found)
+    return ok(f"{found}; compare it with {page}" if page and set(entries) & set(known.site_authorities) else found)
 
 
 def _first_hop(facts: Facts) -> Hop:
