@@ -119,12 +119,20 @@ def test_a_lock_file_that_is_out_of_date(project: Project, pins: list[str], text
         plan(project, "torch")
 
 
-@pytest.mark.parametrize("included", ["cluster-a", "b"])
-def test_a_group_that_includes_itself_or_none(project: Project, included: str) -> None:
-    text = f'[dependency-groups]\ncluster-a = [{{include-group = "{included}"}}]\n'
-    (project.root / "pyproject.toml").write_text(text)
+@pytest.mark.parametrize(
+    ("each", "text"),
+    [
+        ('{include-group = "cluster-a"}', "cluster-a includes itself"),
+        ('{include-group = "b"}', "Dependency group 'b' not found"),
+        ('"tiny >> 2"', "Expected .*\n.*tiny >> 2"),
+    ],
+)
+def test_a_group_that_cannot_be_resolved(project: Project, each: str, text: str) -> None:
+    (project.root / "pyproject.toml").write_text(f"[dependency-groups]\ncluster-a = [{each}]\n")
     (project.root / "requirements" / "cluster-a.txt").touch()
-    with pytest.raises(ConfigurationError, match=r"the dependency group .* (includes itself|does not exist)"):
+    with pytest.raises(
+        ConfigurationError, match=rf"'cluster-a' was malformed: (?s:.*){text}(?s:.*)Correct \[dependency"
+    ):
         plan(project, "a")
 
 

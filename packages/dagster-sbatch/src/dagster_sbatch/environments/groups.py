@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from packaging.dependency_groups import resolve_dependency_groups
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -85,30 +86,20 @@ def _check_current(lock: LockFile, groups: Mapping[str, list[Any]], group: str) 
     versions: dict[str, list[str]] = {}
     for pin in lock.pins:
         versions.setdefault(pin.name, []).extend(each.version for each in Requirement(pin.text).specifier)
-    for text in _requirements(groups, group, ()):
-        requirement = Requirement(text)
+    try:
+        texts = resolve_dependency_groups(groups, group)
+    except ExceptionGroup as error:
+        problems = "; ".join(map(str, error.exceptions))
+        raise ConfigurationError(f"pyproject.toml: {error.message}: {problems}. Correct [dependency-groups].") from None
+    for requirement in map(Requirement, texts):
         found = versions.get(canonicalize_name(requirement.name), [])
         fits = any(requirement.specifier.contains(each, prereleases=True) for each in found)
         if not fits and requirement.marker is None:
             there = f"{requirement.name} {', '.join(found)}" if found else f"no {requirement.name}"
             raise ConfigurationError(
-                f"{lock.path} is out of date. The group {group} of pyproject.toml requires {text}, and the file has "
-                f"{there}. Lock the packages again:\nscripts/lock"
+                f"{lock.path} is out of date. The group {group} of pyproject.toml requires {requirement}, and the file "
+                f"has {there}. Lock the packages again:\nscripts/lock"
             )
-
-
-def _requirements(groups: Mapping[str, list[Any]], group: str, above: tuple[str, ...]) -> list[str]:
-    """Return the requirements of a group, with those of the groups that it includes (PEP 735)."""
-    if group not in groups or group in above:
-        problem = "includes itself" if group in above else "does not exist"
-        raise ConfigurationError(
-            f"pyproject.toml: the dependency group {group} {problem}. Correct [dependency-groups]."
-        )
-    found: list[str] = []
-    for each in groups[group]:
-        included = canonicalize_name(each["include-group"]) if isinstance(each, dict) else None
-        found += _requirements(groups, included, (*above, group)) if included else [each]
-    return found
 
 
 def _read_groups(root: Path) -> dict[str, list[Any]]:
