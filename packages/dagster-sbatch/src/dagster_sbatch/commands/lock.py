@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from dagster_sbatch.children import NETWORK, child_environment
-from dagster_sbatch.commands.command_line import ends_with_reader, make_parser
+from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
 from dagster_sbatch.commands.vendored import PACKAGES
 from dagster_sbatch.environments.groups import GROUP, PREFIX, find_groups
 from dagster_sbatch.errors import ConfigurationError
@@ -34,20 +34,23 @@ def main(project: Project) -> int:
     parser.add_argument("--upgrade", action="store_true", help="use the newest versions that pyproject.toml allows")
     parser.add_argument("--check", action="store_true", help="change nothing; print what is not up to date")
     options = parser.parse_args()
-    folder = project.root / "requirements"
-    try:
-        if not options.check:
-            resolve(project.root, folder, upgrade=options.upgrade)
-            return 0
-        with tempfile.TemporaryDirectory() as copy:
-            shutil.copytree(folder, copy, dirs_exist_ok=True)
-            resolve(project.root, Path(copy), upgrade=options.upgrade)
-            changes = [
-                line for name in locked_files(project.root) for line in _compare(folder / name, Path(copy) / name)
-            ]
-    except ConfigurationError as error:
-        print(error, file=sys.stderr)
-        return 1
+
+    def command() -> int:
+        if options.check:
+            return check(project.root)
+        resolve(project.root, project.root / "requirements", upgrade=options.upgrade)
+        return 0
+
+    return exit_code_of(command)
+
+
+def check(root: Path) -> int:
+    """Print the lines of the lock files that `scripts/lock` would change."""
+    folder = root / "requirements"
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        resolve(root, Path(copy))
+        changes = [line for name in locked_files(root) for line in _compare(folder / name, Path(copy) / name)]
     if changes:
         print("\n".join([*changes, "requirements/ is not what pyproject.toml asks for. Update it:\nscripts/lock"]))
     return int(bool(changes))

@@ -17,7 +17,7 @@ from pathlib import Path
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.commands import lock, lock_entries
 from dagster_sbatch.commands.signals import ignore_interrupts
-from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, WheelError, build_wheel
+from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, WheelError, build_wheel, rename_wheels
 
 OLD_PACKAGE, OLD_PROJECT = "musica_pipelines", "musica-pipelines"
 SKELETON = Path("scripts/_skeleton")
@@ -182,11 +182,12 @@ def _make(template: Template, folder: Path, names: Names, report: Callable[[str]
     report("building the wheels of the engine")
     (folder / "vendor").mkdir()
     try:
-        wheels = [build_wheel(template.root / "packages" / name, folder / "vendor") for name in PACKAGES]
+        wheels = {name: build_wheel(template.root / "packages" / name, folder / "vendor") for name in PACKAGES}
     except WheelError as error:
         raise CopyError(str(error)) from None
     report("locking the dependencies")
-    _name_wheels(folder, wheels)
+    for path in (folder / name for name in SOURCES):
+        path.write_text(rename_wheels(path.read_text(), wheels))
     _write_locks(template.root, folder, names, wheels)
     _run(
         folder, "ruff", "check", "--fix", "--select", "I001", "--quiet", "--no-cache", "."
@@ -221,20 +222,11 @@ def _rename(text: str, words: Mapping[str, str]) -> str:
     return text
 
 
-def _name_wheels(folder: Path, wheels: list[Wheel]) -> None:
-    """Put the versions of the wheels into the files that name them."""
-    for name in SOURCES:
-        text = (folder / name).read_text()
-        for wheel in wheels:
-            text = text.replace(f"./vendor/{wheel.distribution}-VERSION-py3-none-any.whl", wheel.source)
-        (folder / name).write_text(text)
-
-
-def _write_locks(root: Path, folder: Path, names: Names, wheels: list[Wheel]) -> None:
+def _write_locks(root: Path, folder: Path, names: Names, wheels: Mapping[str, Wheel]) -> None:
     """Lock the versions of the template, less those that only its other requirements need."""
     gone = _requirements(root / "pyproject.toml") - _requirements(folder / "pyproject.toml")
     (folder / "requirements").mkdir(exist_ok=True)
-    required = {wheel.package: wheel.requirement for wheel in wheels}
+    required = {name: wheel.requirement for name, wheel in wheels.items()}
     for name in lock.locked_files(folder):
         entries = lock_entries.parse((root / "requirements" / name).read_text())
         if name == "dev.txt":

@@ -73,7 +73,7 @@ def read_code(folder: Path) -> Code:
         ConfigurationError: the files are larger than MOST_BYTES, a link leads out of the folder, a submodule is not
             checked out, or git fails.
     """
-    listed = _ask_git(folder)
+    listed = _list_files(folder)
     names, left_out = (sorted(_walk(folder)), []) if listed is None else listed
     files: dict[str, bytes] = {}
     executable: set[str] = set()
@@ -95,8 +95,13 @@ def read_code(folder: Path) -> Code:
 
 def revision_of(folder: Path) -> str:
     """Return `git describe` of a folder's repository, with `-dirty` if files are changed; empty without a commit."""
-    described = _git(folder, "describe", "--always", "--dirty", "--tags")
-    return described.stdout.strip() if described and described.returncode == 0 else ""
+    return ask_git(folder, "describe", "--always", "--dirty", "--tags")
+
+
+def ask_git(folder: Path, *command: str) -> str:
+    """Return what git prints in a folder; nothing if it fails or is not installed."""
+    done = _git(folder, *command)
+    return done.stdout.strip() if done and done.returncode == 0 else ""
 
 
 def _follow_links(folder: Path, names: Sequence[str]) -> Iterator[str]:
@@ -139,7 +144,7 @@ def _is_dotenv(name: str) -> bool:
     return name == ".env" or name.startswith(".env.") or name.endswith(".env")
 
 
-def _ask_git(folder: Path) -> tuple[list[str], list[str]] | None:
+def _list_files(folder: Path) -> tuple[list[str], list[str]] | None:
     """Return the paths that git tracks, and those that it neither tracks nor ignores; None without a repository."""
     listed = _git(folder, "ls-files", "-z", "-t", "--cached", "--stage", "--others", "--exclude-standard")
     if listed is None or "not a git repository" in listed.stderr:
@@ -157,7 +162,7 @@ def _ask_git(folder: Path) -> tuple[list[str], list[str]] | None:
         if not details.startswith(_SUBMODULE_MODE):
             tracked.add(name)
             continue
-        inner = _ask_git(folder / name) if (folder / name / ".git").exists() else None
+        inner = _list_files(folder / name) if (folder / name / ".git").exists() else None
         if inner is None:
             raise ConfigurationError(
                 f"the submodule {folder / name} is not checked out here. Its files cannot be sent. Check it out:\n"

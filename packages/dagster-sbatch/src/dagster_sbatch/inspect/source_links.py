@@ -1,14 +1,13 @@
 """Links from the assets in Dagster's UI to their source code."""
 
 import re
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import dagster as dg
 
-from dagster_sbatch.children import child_environment
+from dagster_sbatch.environments.code import ask_git
 
 _REMOTE = re.compile(
     r"(?:\w+://)?(?:[^@/]*@)?(?P<host>[\w.-]*(?P<kind>github|gitlab)[\w.-]*)(?::\d+/|[:/])(?P<path>.+?)(?:\.git)?/*"
@@ -27,11 +26,11 @@ def link_to_source(assets: Iterable[Any], root: Path) -> list[Any]:
         root: a folder in the git repository of the assets. Without git, only files are linked.
     """
     linked = dg.with_source_code_references(list(assets))
-    page = forge_page(_git(root, "remote", "get-url", "origin"))
-    commit = _git(root, "rev-parse", "HEAD")
-    if page is None or not _git(root, "for-each-ref", "--count=1", "--contains=HEAD", "refs/remotes/origin"):
+    page = forge_page(ask_git(root, "remote", "get-url", "origin"))
+    commit = ask_git(root, "rev-parse", "HEAD")
+    if page is None or not ask_git(root, "for-each-ref", "--count=1", "--contains=HEAD", "refs/remotes/origin"):
         return list(linked)
-    top = dg.AnchorBasedFilePathMapping(Path(_git(root, "rev-parse", "--show-toplevel")), "")
+    top = dg.AnchorBasedFilePathMapping(Path(ask_git(root, "rev-parse", "--show-toplevel")), "")
     linked = dg.link_code_references_to_git(linked, page[0], commit, top, platform=page[1])
     return list(dg.with_source_code_references(linked))
 
@@ -42,13 +41,3 @@ def forge_page(remote: str) -> tuple[str, Literal["github", "gitlab"]] | None:
     if match is None:
         return None
     return f"https://{match['host']}/{match['path']}", "github" if match["kind"] == "github" else "gitlab"
-
-
-def _git(root: Path, *arguments: str) -> str:
-    """Return what git prints; nothing if it fails or is not installed."""
-    command = ["git", "-C", str(root), *arguments]
-    try:
-        done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
