@@ -19,7 +19,7 @@ from dagster_sbatch.auth import (
     refresh,
 )
 from dagster_sbatch.auth.authentik import Authentik
-from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Secret
+from dagster_sbatch.auth.credentials_file import CredentialsFile, Secret
 from dagster_sbatch.auth.http import Http, HttpAnswer
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance
@@ -90,15 +90,20 @@ def test_the_stored_token_makes_the_next_pair(later: Settings, control: Authenti
 
 
 def test_the_old_pair_leaves_the_file_before_it_is_deleted(later: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_the_file, delete = [], Authentik.delete
+    deleted, delete = [], Authentik.delete
 
     def look_and_delete(authentik: Authentik, identifier: str) -> None:
-        in_the_file.append(stored(later).proven)
+        pair = stored(later)
+        assert pair.api_token and pair.app_password
+        assert identifier not in (pair.api_token.identifier, pair.app_password.identifier)
+        deleted.append(identifier)
         delete(authentik, identifier)
 
+    before = stored(later)
     monkeypatch.setattr(Authentik, "delete", look_and_delete)
     refresh(later, rotation="now", certificate="no")
-    assert in_the_file == [True, True]
+    assert before.api_token and before.app_password
+    assert deleted == [before.api_token.identifier, before.app_password.identifier]
 
 
 def test_nothing_is_done_before_it_is_due(
@@ -298,20 +303,21 @@ def test_after_failures_it_waits_longer_and_longer(
     assert (failing.since, failing.count) == (start, 8)
 
 
-@pytest.mark.parametrize("gone", ["api_token", "app_password"])
+@pytest.mark.parametrize("gone", ["api", "app"])
 def test_a_new_pair_that_does_not_work_is_not_taken(
     later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch, gone: str
 ) -> None:
     """One of the two new tokens disappears at authentik before it is tried."""
-    before, write = stored(later), CredentialsFile.write
+    before, view_key = stored(later), Authentik.view_key
 
-    def write_and_delete(file: CredentialsFile, credentials: Credentials) -> None:
-        write(file, credentials)
-        if not credentials.proven:
-            access.delete_token(later, credentials, getattr(credentials, gone).identifier)
+    def view_and_delete(authentik: Authentik, identifier: str) -> str:
+        key = view_key(authentik, identifier)
+        if f"-{gone}-" in identifier:
+            access.delete_token(later, before, identifier)
+        return key
 
     with monkeypatch.context() as patch:
-        patch.setattr(CredentialsFile, "write", write_and_delete)
+        patch.setattr(Authentik, "view_key", view_and_delete)
         with pytest.raises(MisconfiguredError, match="authentik refuses a secret that it has just made"):
             refresh(later, rotation="now", certificate="no")
     assert check_one_working_pair(later, control).api_token == before.api_token  # what was made is gone again
@@ -320,19 +326,18 @@ def test_a_new_pair_that_does_not_work_is_not_taken(
     assert check_one_working_pair(later, control).api_token != before.api_token
 
 
-def test_while_it_cannot_be_told_whether_the_new_pair_works_both_are_kept(
+def test_while_it_cannot_be_told_whether_the_new_pair_works_the_old_one_stays(
     later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = stored(later)
     control.disturb(Disturbance("error", status=503, path="/application/o/token/"))
     with pytest.raises(UnavailableError, match=r"HTTP 503"):
         refresh(later, rotation="now", certificate="no")
-    between = stored(later)
-    assert (between.previous_api_token, between.previous_app_password) == (before.api_token, before.app_password)
     control.clear_disturbances()
+    assert check_one_working_pair(later, control).api_token == before.api_token
     in_days(monkeypatch, 0.01)
-    assert refresh(later, certificate="no").rotated_with is None
-    assert check_one_working_pair(later, control).api_token == between.api_token
+    assert refresh(later, certificate="no").rotated_with == "stored"
+    assert check_one_working_pair(later, control).api_token != before.api_token
 
 
 @pytest.mark.parametrize("days", [0.02, 30])

@@ -38,7 +38,7 @@ def write(path: Path, text: str, mode: int = 0o600) -> CredentialsFile:
 def test_what_is_written_is_read(path: Path) -> None:
     file = CredentialsFile(path)
     assert file.read() is None
-    for credentials in (PAIR, Credentials(), Credentials(previous_api_token=PAIR.api_token, others="X='1 2'\n")):
+    for credentials in (PAIR, Credentials(), Credentials(api_token=PAIR.api_token, others="X='1 2'\n")):
         file.write(credentials)
         assert file.read() == credentials
 

@@ -5,7 +5,7 @@ A dotenv file that python-dotenv and `source` read alike. Other variables in it 
 
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
@@ -27,8 +27,6 @@ Source = Literal["stored", "bootstrap", "direct"]
 _VARIABLES = {
     "api_token": "ASC_AUTHENTIK_API_TOKEN",
     "app_password": "ASC_OIDC_APP_PASSWORD",
-    "previous_api_token": "ASC_PREVIOUS_API_TOKEN",
-    "previous_app_password": "ASC_PREVIOUS_APP_PASSWORD",
 }
 _ATTRIBUTES = ("_ID", "_EXPIRES_AT", "_CREATED_AT")
 _RECORD = "ASC_AUTHENTIK_TOKEN_RECORD"
@@ -82,33 +80,18 @@ class Credentials:
     Attributes:
         api_token: makes tokens and app passwords.
         app_password: is exchanged for OIDC tokens.
-        previous_api_token: of the pair before, until the new pair has worked.
-        previous_app_password: likewise.
         record: identifiers of all tokens made here that are not known to be deleted.
         others: lines of the file with other variables.
     """
 
     api_token: Secret | None = None
     app_password: Secret | None = None
-    previous_api_token: Secret | None = None
-    previous_app_password: Secret | None = None
     record: tuple[str, ...] = ()
     others: str = field(default="", repr=False)
 
-    @property
-    def proven(self) -> bool:
-        """Whether the pair has worked: no rotation was cut short."""
-        return self.previous_api_token is None and self.previous_app_password is None
-
     def renew_at(self, skew_days: float | None, now: datetime) -> datetime:
-        """Return when the pair should be replaced: the earlier of both; `now` for an incomplete or unproven pair."""
-        secrets = (self.api_token, self.app_password)
-        moments = [now if each is None else each.renew_at(skew_days) or now for each in secrets]
-        return min(moments) if self.proven else now
-
-    def without_previous(self) -> "Credentials":
-        """Return the same without the previous pair: the new one has worked."""
-        return replace(self, previous_api_token=None, previous_app_password=None)
+        """Return when the pair should be replaced: the earlier of both; `now` for an incomplete pair."""
+        return min(each.renew_at(skew_days) or now if each else now for each in (self.api_token, self.app_password))
 
 
 class CredentialsFile:

@@ -180,12 +180,8 @@ class _Refresh:
             raise self._rotation_failure
 
     def _rotate_if_due(self, *, forced: bool) -> None:
-        before = self._access.stored
-        stored = self._rotator.settle(before)
-        completed = not before.proven and stored.api_token == before.api_token
-        failed = "rotation" in self._access.failing and not completed
-        due = stored.renew_at(self._settings.authentik_refresh_skew_days, clock.now()) <= clock.now()
-        if forced or failed or due:
+        stored, skew, now = self._access.stored, self._settings.authentik_refresh_skew_days, clock.now()
+        if forced or "rotation" in self._access.failing or stored.renew_at(skew, now) <= now:
             self._report.rotated_with, warnings = self._rotator.rotate(stored)
             self._report.warnings.extend(warnings)
         else:
@@ -259,12 +255,12 @@ class _Refresh:
 
     def _try_app_passwords(self) -> tuple[OidcToken, Source] | None:
         direct, stored = self._settings.oidc_app_password, self._access.stored
-        candidates: list[tuple[Source, str]] = [
-            ("stored", secret.value) for secret in (stored.app_password, stored.previous_app_password) if secret
-        ]
+        candidates: dict[Source, str] = {}
+        if stored.app_password:
+            candidates["stored"] = stored.app_password.value
         if direct:
-            candidates.append(("direct", direct.get_secret_value()))
-        for source, value in candidates:
+            candidates["direct"] = direct.get_secret_value()
+        for source, value in candidates.items():
             try:
                 return request_oidc_token(self._settings, value, self._http), source
             except RejectedError as error:

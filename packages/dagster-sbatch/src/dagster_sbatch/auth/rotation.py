@@ -1,8 +1,8 @@
 """Replace both stored secrets, so that a kill at any moment leaves a file with a pair that works.
 
-The order of the steps guarantees that: names are recorded before their tokens are made, the new pair is written before
-it is tried, the old pair leaves the file only after the new one has worked, and is deleted last. A rotation that fails
-deletes the tokens that it has made; those that it cannot delete stay in the record, and the next refresh deletes them.
+The order of the steps guarantees that: names are recorded before their tokens are made, the new pair is tried before
+it replaces the old one in the file, and the old one is deleted last. A rotation that fails deletes the tokens that it
+has made; those that it cannot delete stay in the record, and the next refresh deletes them.
 """
 
 import secrets
@@ -53,26 +53,6 @@ class Rotator:
         self._file = file
         self._http = http
 
-    def settle(self, stored: Credentials) -> Credentials:
-        """Finish a rotation that was cut short: keep the new pair if it works, else the one before.
-
-        Raises:
-            UnavailableError: authentik does not answer; the file keeps both.
-        """
-        if stored.proven:
-            return stored
-        try:
-            self._prove(stored)
-            settled = stored.without_previous()
-        except RejectedError:
-            settled = replace(
-                stored.without_previous(),
-                api_token=stored.previous_api_token,
-                app_password=stored.previous_app_password,
-            )
-        self._file.write(settled)
-        return settled
-
     def check(self, stored: Credentials) -> None:
         """Ask authentik whether the stored API token still works, long before it is due; an outage is no failure.
 
@@ -88,10 +68,10 @@ class Rotator:
             raise NoTokenError({"stored": self._explain_refusal(stored.api_token.value, error, "stored")}) from None
 
     def rotate(self, stored: Credentials) -> tuple[Source, list[str]]:
-        """Make a new pair, write it, try it, then delete the old one and what earlier failures have left.
+        """Make a new pair, try it, write it, then delete the old one and what earlier failures have left.
 
         Args:
-            stored: what the file holds; settled.
+            stored: what the file holds.
 
         Returns:
             Which API token made the pair, and a warning for each token that could not be deleted.
@@ -112,34 +92,19 @@ class Rotator:
         self._file.write(stored)
         try:
             api_token, app_password = self._make(authentik, names)
-            unproven = replace(
-                stored,
-                api_token=api_token,
-                app_password=app_password,
-                previous_api_token=stored.api_token,
-                previous_app_password=stored.app_password,
-            )
-            self._file.write(unproven)
+            self._prove(api_token, app_password)
+            new = replace(stored, api_token=api_token, app_password=app_password)
+            self._file.write(new)
         except AccessError:
             self._delete_unused(authentik, stored)
             raise
-        try:
-            self._prove(unproven)
-        except AccessError as error:
-            if error.temporary:  # the file keeps both, and the next refresh decides
-                raise
-            self._file.write(stored)
-            self._delete_unused(authentik, stored)
-            raise not_allowed(self._settings, error) if isinstance(error, RejectedError) else error from None
-        proven = unproven.without_previous()
-        self._file.write(proven)
-        return used, self.clean(proven)
+        return used, self.clean(new)
 
     def clean(self, current: Credentials) -> list[str]:
         """Delete the tokens made here that are not in use; those that cannot be deleted now stay in the record.
 
         Args:
-            current: what the file holds; proven.
+            current: what the file holds.
 
         Returns:
             A warning for each token that could not be deleted.
@@ -198,12 +163,13 @@ class Rotator:
             f"{API_BUTTON}, not {APP_BUTTON}"
         )
 
-    def _prove(self, credentials: Credentials) -> None:
-        """Raise RejectedError unless both secrets work."""
-        if credentials.api_token is None or credentials.app_password is None:
-            raise RejectedError("the pair is incomplete")
-        self._authentik(credentials.api_token.value).user()
-        request_oidc_token(self._settings, credentials.app_password.value, self._http)
+    def _prove(self, api_token: Secret, app_password: Secret) -> None:
+        """Use both new secrets; raises MisconfiguredError if one is refused."""
+        try:
+            self._authentik(api_token.value).user()
+            request_oidc_token(self._settings, app_password.value, self._http)
+        except RejectedError as error:
+            raise not_allowed(self._settings, error) from None
 
     def _delete_unused(self, authentik: Authentik, current: Credentials) -> tuple[Credentials, dict[str, AccessError]]:
         """Delete the tokens in our record that bear our prefix and are not in use.
