@@ -1,12 +1,14 @@
 """What scripts/job prints of the tasks of an array job, however many there are."""
 
+from argparse import Namespace
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dagster_sbatch.commands.job_tasks import MOST_LOGS, MOST_ROWS, open_task, show_array, show_array_logs, split_task
+from dagster_sbatch.commands.job import act_on_task
+from dagster_sbatch.commands.job_tasks import MOST_LOGS, MOST_ROWS, find_task, show_array, show_array_logs, split_task
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import RunRecord
 from dagster_sbatch.run.directory import RunInfo
@@ -94,11 +96,11 @@ def test_the_logs_of_an_array_without_failed_tasks_say_how_to_name_one(capsys: p
 def test_a_task_that_does_not_exist_says_which_do() -> None:
     runs: Any = ManyRuns(10, {}, started=1)
     with pytest.raises(ConfigurationError, match=r"has no task 10\. The highest index of its tasks is 9"):
-        open_task(runs, run(), 10)
+        find_task(runs, run(), 10)
     with pytest.raises(ConfigurationError, match=r"not an array job, so it has no tasks\. .*:\n  scripts/job 17$"):
-        open_task(runs, run(array=False), 0)
+        find_task(runs, run(array=False), 0)
     with pytest.raises(ConfigurationError, match=r"17_9 \(day-9\) has no output, because it has not started"):
-        open_task(runs, run(), 9).check_started()
+        act_on_task(Namespace(action="logs", follow=False), runs, *find_task(runs, run(), 9))
 
 
 def test_names_of_tasks_are_slurms() -> None:

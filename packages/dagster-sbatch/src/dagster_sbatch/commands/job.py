@@ -14,17 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
-from dagster_sbatch.commands.job_tasks import (
-    Task,
-    open_task,
-    show_array,
-    show_array_logs,
-    show_tasks,
-    split_task,
-)
+from dagster_sbatch.commands.job_tasks import find_task, show_array, show_array_logs, show_tasks, split_task
 from dagster_sbatch.commands.project_history import choose_instance
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.array_tasks import count_tasks
+from dagster_sbatch.inspect.array_tasks import TaskList, TaskRecord, count_tasks
 from dagster_sbatch.inspect.dashboard import open_dashboard
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
 from dagster_sbatch.project import Project
@@ -100,7 +93,7 @@ def act(asked: argparse.Namespace, project: Project, runs: Runs, settings: Setti
     name, index = split_task(asked.run)
     found = runs.find(name)
     if index is not None:
-        act_on_task(asked, runs, open_task(runs, found[-1], index))
+        act_on_task(asked, runs, *find_task(runs, found[-1], index))
     elif asked.action == "state":
         show_table(found, runs, now=True)
         for run in found:
@@ -145,21 +138,25 @@ def act_on_job(asked: argparse.Namespace, runs: Runs, run: RunRecord, site: Site
         print(f"The forwarding has ended: {reason}. To see the state of the job:\n  scripts/job {run.job} state")
 
 
-def act_on_task(asked: argparse.Namespace, runs: Runs, task: Task) -> None:
+def act_on_task(asked: argparse.Namespace, runs: Runs, tasks: TaskList, task: TaskRecord) -> None:
+    name = f"{tasks.run.job}_{task.index}"
     if asked.action == "state":
-        show_tasks(task.job, [task.record])
-        print(f"{task.name}: {task.path('')}")
+        show_tasks(tasks, [task])
+        print(f"{name}: {tasks.path(task.index, '')}")
     elif asked.action == "cancel":
-        print(f"task {task.name}: {runs.cancel_task(task.job.run, task.record.index).state}")
+        print(f"task {name}: {runs.cancel_task(tasks.run, task.index).state}")
     elif asked.action == "dashboard":
-        raise ConfigurationError(f"Task {task.name} has no Ray dashboard, because RayLauncher does not run in arrays.")
+        raise ConfigurationError(f"Task {name} has no Ray dashboard, because RayLauncher does not run in arrays.")
     elif asked.action == "fetch":
-        fetch(runs, task.path(asked.path), asked)
+        fetch(runs, tasks.path(task.index, asked.path), asked)
     elif asked.follow:
-        task.follow({name: writer(stream) for name, stream in STREAMS.items()})
+        tasks.follow(task.index, {name: writer(stream) for name, stream in STREAMS.items()})
+    elif not task.node:
+        raise ConfigurationError(
+            f"Task {name} ({task.name}) has no output, because it has not started: it is {task.state}."
+        )
     else:
-        task.check_started()
-        show_logs(runs, {name: task.path(name) for name in STREAMS})
+        show_logs(runs, {name: tasks.path(task.index, name) for name in STREAMS})
 
 
 def fetch(runs: Runs, path: str, asked: argparse.Namespace) -> None:

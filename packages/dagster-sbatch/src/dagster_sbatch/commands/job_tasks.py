@@ -2,8 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
@@ -28,42 +27,8 @@ def split_task(name: str) -> tuple[str, int | None]:
     return (found[1], int(found[2])) if found else (name, None)
 
 
-@dataclass(frozen=True)
-class Task:
-    """A task that a user has named.
-
-    Attributes:
-        job: the tasks of its array job.
-        record: what is known of it.
-    """
-
-    job: TaskList
-    record: TaskRecord
-
-    @property
-    def name(self) -> str:
-        """The name that Slurm gives it."""
-        return f"{self.job.run.job}_{self.record.index}"
-
-    def path(self, name: str) -> str:
-        """Return the path of one of its files; see `TaskList.path`."""
-        return self.job.path(self.record.index, name)
-
-    def check_started(self) -> None:
-        """Raise ConfigurationError if it has no output because it has not started."""
-        if not self.record.node:
-            raise ConfigurationError(
-                f"Task {self.name} ({self.record.name}) has no output, because it has not started: it is "
-                f"{self.record.state}."
-            )
-
-    def follow(self, sinks: Mapping[str, Callable[[bytes], None]]) -> None:
-        """Pass on what it writes until it ends."""
-        self.job.follow(self.record.index, sinks)
-
-
-def open_task(runs: Runs, run: RunRecord, index: int) -> Task:
-    """Return the task with an index.
+def find_task(runs: Runs, run: RunRecord, index: int) -> tuple[TaskList, TaskRecord]:
+    """Return the task with an index, and the tasks of its array job.
 
     Raises:
         ConfigurationError: the job is no array job, or has no such task.
@@ -73,7 +38,7 @@ def open_task(runs: Runs, run: RunRecord, index: int) -> Task:
             f"Slurm job {run.job} is not an array job, so it has no tasks. Name the job:\n  scripts/job {run.job}"
         )
     tasks = TaskList(runs, run)
-    return Task(tasks, tasks.one(index))
+    return tasks, tasks.one(index)
 
 
 def show_array(runs: Runs, run: RunRecord) -> None:
