@@ -270,6 +270,17 @@ def test_where_nothing_can_be_forked_dagsters_default_launcher_starts_the_run(
     assert not runs.base.exists()
 
 
+def test_with_fork_false_dagsters_default_launcher_starts_the_run(tmp_path: Path) -> None:
+    config = {"base_dir": str(tmp_path / "base"), "fork": False}
+    launcher = {"module": "dagster_sbatch", "class": "ForkingRunLauncher", "config": config}
+    with (
+        dg.instance_for_test(overrides={"run_launcher": launcher}) as instance,
+        pytest.raises(dg.DagsterInvariantViolationError, match="DefaultRunLauncher requires a workspace"),
+    ):
+        Runs(instance, tmp_path).launch("reporting")
+    assert not (tmp_path / "base").exists()
+
+
 def test_the_log_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = """
 import socket, sys

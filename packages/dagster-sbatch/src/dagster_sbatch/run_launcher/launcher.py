@@ -46,7 +46,7 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
     def __init__(self, base_dir: str, fork: bool = True, inst_data: ConfigurableClassData | None = None) -> None:
         """See `config_type`."""
         super().__init__(inst_data)
-        self._fork = fork and CAN_FORK
+        self._fork = fork
         self._servers = ForkServers(Path(base_dir).absolute())
 
     @classmethod
@@ -74,7 +74,7 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
             DagsterLaunchFailedError: neither a fork server nor Dagster's default launcher can start it.
         """
         run, origin = context.dagster_run, context.job_code_origin
-        if not self._fork or origin is None or _is_elsewhere(run):
+        if not (CAN_FORK and self._fork) or origin is None or _is_elsewhere(run):
             super().launch_run(context)
             return
         arguments = ExecuteRunArgs(origin, run.run_id, self._instance.get_ref(), set_exit_code_on_failure=True)
