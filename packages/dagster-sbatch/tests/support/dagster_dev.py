@@ -125,8 +125,8 @@ class DagsterDev:
         assert alive == []
         self._process = None
 
-    def kill(self, spared: psutil.Process) -> None:
-        """As a power cut does: SIGKILL to it and all that it started, but for one process."""
+    def kill(self, spared: psutil.Process | None = None) -> None:
+        """As a power cut does: SIGKILL to it and all that it started, perhaps but for one process."""
         assert self._process is not None
         main = psutil.Process(self._process.pid)
         doomed = [each for each in (main, *main.children(recursive=True)) if each != spared]

@@ -73,9 +73,9 @@ class LeftJob:
         )
 
 
-def left_jobs(instance: dg.DagsterInstance, runs: Runs, now: datetime | None = None) -> Iterator[LeftJob]:
+def left_jobs(instance: dg.DagsterInstance, runs: Runs) -> Iterator[LeftJob]:
     """Yield the waiting and running jobs that no run follows and that a re-execution can attach to."""
-    now = now or datetime.now(UTC)
+    now = datetime.now(UTC)
     for run in runs.all():
         if not run.job or run.end or group_state(instance, run.about.root, now) not in ("over", "just ended"):
             continue
