@@ -1,7 +1,6 @@
 """The command line of scripts/job."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,15 @@ from support import ROOT
 
 
 @pytest.mark.parametrize("words", [["logs"], ["cancel"], ["state"], ["logs", "logs"]])
-def test_an_action_without_a_job_is_wrong_usage(words: list[str]) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "job"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.endswith(f"name a job before the action, for example: scripts/job 1184 {words[0]}\n")
+def test_an_action_without_a_job_is_wrong_usage(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["scripts/job", *words])
+    with pytest.raises(SystemExit) as ended:
+        job.main(Project(ROOT))
+    shown = capsys.readouterr()
+    assert (ended.value.code, shown.out) == (2, "")
+    assert shown.err.endswith(f"name a job before the action, for example: scripts/job 1184 {words[0]}\n")
 
 
 def test_jobs_are_compared_with_the_history_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

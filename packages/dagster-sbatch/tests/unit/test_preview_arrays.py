@@ -1,8 +1,6 @@
 """The preview of a run over several partitions."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import Limits, Projects
 from resources import PROJECT
-from support import ROOT
 
 WORKLOAD = Path(__file__)
 """Any program that parses."""
@@ -142,11 +139,3 @@ def test_more_running_tasks_than_submitted_jobs_are_refused_before_slurm_is_aske
     accepted, said, options = ask(preview("monthly", "2013-01", "2013-12"), Limits(1001, 3))
     assert (accepted, options) == (False, [])
     assert said.startswith("max_running_tasks=4 is more than you may have submitted at once: 3 jobs")
-
-
-@pytest.mark.parametrize("text", ["2013-01", "2013-01..2013-02", "...2013-02", "2013-01..."])
-def test_a_text_that_is_no_range_is_wrong_usage(text: str) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "preview"), "anything", f"--partition-range={text}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert f"{text!r} is not a range" in done.stderr
