@@ -105,7 +105,8 @@ def test_the_holder_of_the_lock_is_named(later: Settings, monkeypatch: pytest.Mo
 
 
 FULL_DISK = """\
-import resource, signal
+import resource, signal, sys
+sys.dont_write_bytecode = True  # Python would leave half a file, and read it the next time
 from resources import PROJECT
 from dagster_sbatch.auth import refresh
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -240,7 +240,7 @@ def test_of_several_reports_at_once_one_is_accepted(tmp_path: Path, job: dict[st
 def test_a_message_that_the_disk_cannot_hold_leaves_nothing(tmp_path: Path, job: dict[str, str]) -> None:
     path = tmp_path / "messages.jsonl"
     before = path.read_bytes()
-    command = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", sys.executable, "-I", pipes_command.__file__]
+    command = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", sys.executable, "-I", "-B", pipes_command.__file__]
     done = subprocess.run(
         [*command, "log", "x" * 5000], env={"PATH": os.environ["PATH"], **job}, capture_output=True, check=False
     )
