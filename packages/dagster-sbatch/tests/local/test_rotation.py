@@ -18,7 +18,7 @@ from dagster_sbatch.auth import (
     http,
     refresh,
 )
-from dagster_sbatch.auth.authentik import Authentik
+from dagster_sbatch.auth.authentik import Authentik, Intent
 from dagster_sbatch.auth.credentials_file import CredentialsFile, Secret
 from dagster_sbatch.auth.http import Http, HttpAnswer
 from dagster_sbatch.settings import Settings
@@ -236,6 +236,28 @@ def test_an_old_token_that_cannot_be_deleted_is_deleted_by_the_next_refresh(
     assert len(access.made_here(control)) == 4
     control.clear_disturbances()
     assert refresh(later, certificate="no").warnings == []
+    check_one_working_pair(later, control)
+
+
+def test_a_repeated_request_that_arrives_after_its_token_was_deleted_leaves_nothing(
+    later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, create = [], Authentik.create
+
+    def note_and_create(authentik: Authentik, identifier: str, intent: Intent) -> datetime:
+        made.append(identifier)
+        return create(authentik, identifier, intent)
+
+    control.disturb(Disturbance("error", status=503, path="/view_key/"))
+    with monkeypatch.context() as patch, pytest.raises(UnavailableError, match="HTTP 503"):
+        patch.setattr(Authentik, "create", note_and_create)
+        refresh(later, rotation="now", certificate="no")
+    control.clear_disturbances()
+    check_one_working_pair(later, control)
+    assert len(made) == 2
+    control.create_token(access.USER, "api", made[0])
+    in_days(monkeypatch, 0.01)
+    refresh(later, certificate="no")
     check_one_working_pair(later, control)
 
 

@@ -87,12 +87,11 @@ class Authentik:
             )
         return str(answer.data["key"])
 
-    def delete(self, identifier: str) -> bool:
-        """Delete a token of one's own; return whether it was there."""
+    def delete(self, identifier: str) -> None:
+        """Delete a token of one's own, if it is there."""
         answer = self._call("DELETE", f"/tokens/{identifier}/", tries=1)
         if answer.status not in (204, 404):
             raise MisconfiguredError(f"authentik did not delete {identifier!r} ({answer.reason}). {_ADDRESS}")
-        return answer.status == 204
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None, tries: int = TRIES) -> HttpAnswer:
         """Call the API; a 403 is returned only if the token works and the user lacks a right."""

@@ -174,7 +174,8 @@ class Rotator:
     def _delete_unused(self, authentik: Authentik, current: Credentials) -> tuple[Credentials, dict[str, AccessError]]:
         """Delete the tokens in our record that bear our prefix and are not in use.
 
-        A name that authentik does not know stays in the record for LATE_REQUEST: its token may yet be made.
+        A name stays in the record for LATE_REQUEST, to be deleted again: a request for it may yet arrive, since one
+        that gets no answer in time is repeated.
 
         Returns:
             What the file holds now, and the names that could not be deleted, each with the reason.
@@ -188,7 +189,8 @@ class Rotator:
             try:
                 if failure is not None and (failure.temporary or isinstance(failure, RejectedError)):
                     raise failure  # the others would fail alike
-                if not authentik.delete(name) and self._may_be_made_yet(name):
+                authentik.delete(name)
+                if self._may_be_made_yet(name):
                     kept.append(name)
             except AccessError as error:
                 failure = failures[name] = error
