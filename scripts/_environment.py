@@ -26,11 +26,15 @@ EDITABLE = (*(str(path.parent) for path in sorted((ROOT / "packages").glob("*/py
 """What is installed from its sources: a copy has wheels in place of the packages."""
 PASSED_ON = re.compile(
     r"PATH|HOME|USER|LOGNAME|LANG|LC_.*|TMPDIR|XDG_CACHE_HOME|XDG_CONFIG_HOME|LD_LIBRARY_PATH|SSL_CERT_FILE|SSL_CERT_DIR"
-    r"|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|(?i:https?_proxy|all_proxy|no_proxy)|UV_.*|PIP_.*"
+    r"|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|(?i:https?_proxy|all_proxy|no_proxy)|UV_.*"
+    r"|PIP_(?!(?:TARGET|PREFIX|ROOT|PYTHON|DRY_RUN)$).*"
 )
-"""Variables that the installer gets. Secrets are not among them, but those of a package index or a proxy may be."""
+"""Variables that the installer gets, but none that name another place to install to. Secrets are not among them, but
+those of a package index or a proxy may be."""
 SYSTEM_CERTIFICATES = {"UV_SYSTEM_CERTS": "1", "UV_NATIVE_TLS": "1"}
 """uv trusts the authorities of the system, not only those that it brings; the second name is that of older versions."""
+NOT_THE_USERS = {"PIP_USER": "0", "PIP_REQUIRE_HASHES": "0", "UV_REQUIRE_HASHES": "0"}
+"""Set so against the user's variables and pip.conf: no installation into ~/.local, and none of the project by hash."""
 SUPPORTED = ("3.11", "3.12", "3.13")
 
 
@@ -85,7 +89,7 @@ def _set_up() -> None:
             f"Setting up {VENV} with {'uv' if uv else 'pip'} (once; a minute or two) ...", file=sys.stderr, flush=True
         )
         passed_on = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
-        environment = {**passed_on, **SYSTEM_CERTIFICATES}
+        environment = {**passed_on, **SYSTEM_CERTIFICATES, **NOT_THE_USERS}
         for command in _uv_commands(uv) if uv else _pip_commands():
             done = subprocess.run(command, cwd=str(ROOT), env=environment, stdin=subprocess.DEVNULL, check=False)
             if done.returncode:

@@ -96,9 +96,11 @@ def test_uv_trusts_what_the_system_trusts(copy: Path) -> None:
     (tools / "uv").write_text('#!/bin/sh\nenv > "$0.environment"; exit 3\n')
     (tools / "uv").chmod(0o755)
     ours = {"UV_SYSTEM_CERTS": "nonsense", "REQUESTS_CA_BUNDLE": "/ca.pem", "CURL_CA_BUNDLE": "/ca.pem"}
+    ours["UV_REQUIRE_HASHES"] = "1"  # the project itself has none
     done = run([sys.executable, "scripts/show"], cwd=copy, env={"PATH": f"{tools}:/usr/bin:/bin", **ours})
     assert "uv venv" in done.stderr
     given = (tools / "uv.environment").read_text().splitlines()
+    assert "UV_REQUIRE_HASHES=0" in given
     assert {"UV_SYSTEM_CERTS=1", "UV_NATIVE_TLS=1", "REQUESTS_CA_BUNDLE=/ca.pem", "CURL_CA_BUNDLE=/ca.pem"} <= {*given}
 
 
@@ -110,6 +112,34 @@ def test_within_an_environment_of_pixi_nothing_is_set_up(name: str, copy: Path) 
     done = run([str(made / "bin" / "python"), "scripts/show", "a b"], cwd=copy, env={"PATH": "/usr/bin:/bin"})
     assert done.stdout == f"{made} ['a b']\n"
     assert not (copy / ".venv").exists()
+
+
+BACKEND = """\
+import zipfile
+
+
+def build_editable(folder, *_):
+    with zipfile.ZipFile(f"{folder}/copy-0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("copy-0.dist-info/METADATA", "Metadata-Version: 2.1\\nName: copy\\nVersion: 0\\n")
+        wheel.writestr("copy-0.dist-info/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+        wheel.writestr("copy-0.dist-info/RECORD", "")
+    return "copy-0-py3-none-any.whl"
+"""
+"""Builds the project `copy` without a package."""
+
+
+@pytest.mark.parametrize("variable", ["PIP_USER", "PIP_REQUIRE_HASHES", "PIP_DRY_RUN", "PIP_TARGET", "pip.conf"])
+def test_pip_installs_into_the_projects_environment_whatever_the_user_prefers(variable: str, copy: Path) -> None:
+    """Many sites recommend `user = true`."""
+    (copy / "backend.py").write_text(BACKEND)
+    with (copy / "pyproject.toml").open("a") as project:
+        project.write('[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
+    (copy / "pip.conf").write_text("[install]\nuser = true\n" if variable == "pip.conf" else "")
+    theirs = {"PIP_TARGET": str(copy / "elsewhere")}.get(variable, "1")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(copy), "PIP_NO_INDEX": "1", variable: theirs}
+    done = run([sys.executable, "scripts/show"], cwd=copy, env={**environment, "PIP_CONFIG_FILE": f"{copy}/pip.conf"})
+    assert done.stdout == f"{copy}/.venv []\n", done.stderr
+    assert list((copy / ".venv").glob("lib/python*/site-packages/copy-0.dist-info"))
 
 
 def test_a_failed_set_up_shows_the_command_and_leaves_no_stamp(copy: Path) -> None:
