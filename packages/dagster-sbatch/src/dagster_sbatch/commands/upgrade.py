@@ -96,6 +96,7 @@ def _test(root: Path, *, kept: bool) -> int:
     If the engine cannot be installed, no script can start, not even for --back: the one before returns, if it is kept.
     """
     interrupt_once()
+    sys.stdout.flush()
     try:
         if kept and run_script(root, "upgrade", "--help"):
             go_back(root)
