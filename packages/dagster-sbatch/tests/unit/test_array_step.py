@@ -49,21 +49,21 @@ def plan_of_all() -> Plan:
 def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     """It follows and cancels its jobs meanwhile; the run ends when Dagster has stored all."""
     go_on, stored = threading.Event(), []
-    log_event = dg.AssetExecutionContext.log_event
+    log_event = dg.OpExecutionContext.log_event
 
-    def log_slowly(context: dg.AssetExecutionContext, event: dg.AssetMaterialization) -> None:
+    def log_slowly(context: dg.OpExecutionContext, event: dg.AssetMaterialization) -> None:
         if not go_on.wait(60):
             go_on.set()
             raise TimeoutError
         stored.append(event.partition)
         log_event(context, event)
 
-    monkeypatch.setattr(dg.AssetExecutionContext, "log_event", log_slowly)
+    monkeypatch.setattr(dg.OpExecutionContext, "log_event", log_slowly)
     plan = plan_of_all()
 
     @dg.asset(partitions_def=dg.StaticPartitionsDefinition(KEYS), backfill_policy=dg.BackfillPolicy.single_run())
     def many(context: dg.AssetExecutionContext) -> None:
-        step = ArrayStep(context, "many", plan)
+        step = ArrayStep(context.op_execution_context, "many", plan)
         step.where = {"partition": "zen4"}
         with step.open("context.json", "messages.jsonl"):
             for index in range(10):
@@ -103,7 +103,7 @@ def test_the_proposal_of_an_array_is_metadata_of_its_first_partition_or_of_the_a
         backfill_policy=None if by_name else dg.BackfillPolicy.single_run(),
     )
     def probe(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        step = ArrayStep(context, "probe", plan)
+        step = ArrayStep(context.op_execution_context, "probe", plan)
         with step.open("context.json", "messages.jsonl"):
             for index in range(2):
                 succeed(step, index)
@@ -134,7 +134,7 @@ def test_tasks_that_have_recorded_their_ends_do_not_count_as_running() -> None:
 
     @dg.asset
     def many(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        array = RemoteArray(context, "many", SETTINGS, plan_of_all())
+        array = RemoteArray(context.op_execution_context, "many", SETTINGS, plan_of_all())
         with array._array.open("context.json", "messages.jsonl"):
             for run, tasks in (("a", range(10)), ("b", range(10, 20))):
                 array._jobs_by_run[run] = _ArrayJob(dict(enumerate(tasks)), SlurmRequest(), share=2)
@@ -161,7 +161,7 @@ def test_a_task_that_was_repeated_has_the_costs_of_its_last_job() -> None:
 
     @dg.asset
     def many(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        array: Any = RemoteArray(context, "many", SETTINGS, plan)
+        array: Any = RemoteArray(context.op_execution_context, "many", SETTINGS, plan)
         array._gateway = SimpleNamespace(reject=lambda *_: None)
         with array._array.open("context.json", "messages.jsonl"):
             for run, tasks in (("a", {0: 0, 1: 1}), ("b", {0: 0})):
@@ -185,7 +185,7 @@ def test_a_step_that_ends_before_its_tasks_reports_no_lost_messages() -> None:
 
     @dg.asset(partitions_def=dg.StaticPartitionsDefinition(KEYS), backfill_policy=dg.BackfillPolicy.single_run())
     def many(context: dg.AssetExecutionContext) -> None:
-        step = ArrayStep(context, "many", plan_of_all())
+        step = ArrayStep(context.op_execution_context, "many", plan_of_all())
         with step.open("context.json", "messages.jsonl"):
             succeed(step, 0)
             raise StoppedError

@@ -15,7 +15,6 @@ class Step:
         self.instance = instance
         self.run = dg.DagsterRun(job_name="job", parent_run_id=parent, root_run_id=parent)
         self.op_handle = "work"
-        self.op_execution_context = self
 
     def get_mapping_key(self) -> None:
         """It is no dynamic output's."""

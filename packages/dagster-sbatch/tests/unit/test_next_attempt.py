@@ -117,7 +117,7 @@ def fail() -> Callable[..., str]:
         def probe(context: dg.AssetExecutionContext) -> None:
             deployment = SETTINGS.model_copy(update=settings)
             plan = make_plan(deployment, PROJECT, Path(__file__), ScriptLauncher(), REQUEST)
-            step: Any = RemoteRun(context, "probe", deployment, plan)
+            step: Any = RemoteRun(context.op_execution_context, "probe", deployment, plan)
             try:
                 step._execute(gateway, Attempts(claim), SimpleNamespace(find=find))
             except StoppedError:
@@ -191,7 +191,7 @@ def test_each_task_has_its_own_next_request_and_a_refusal_of_one_ends_no_other()
 
     @dg.asset
     def probe(context: dg.AssetExecutionContext) -> None:
-        step: Any = RemoteArray(context, "probe", SETTINGS, plan)
+        step: Any = RemoteArray(context.op_execution_context, "probe", SETTINGS, plan)
         step._gateway, step._claim, step._family, step._number = gateway, Claim(None, runs="runs"), "family", 0
         step._found = SimpleNamespace(name="env", python="/env/bin/python", workloads="/code")
         step._submission = SimpleNamespace(record={"call": 0, "inputs": {}, "request": store_request(REQUEST)})

@@ -10,9 +10,8 @@ import pytest
 
 from dagster_sbatch.run.messages import JOB_STARTED
 from dagster_sbatch.run.pipes import Messages, Output
-from dagster_sbatch.run.results import StepContext
 
-CONTEXT = cast(StepContext, None)
+CONTEXT = cast(dg.OpExecutionContext, None)
 """Not needed without reports on partitions."""
 STARTED = b'\n{"method": "' + JOB_STARTED.encode() + b'"}\n'
 

@@ -13,7 +13,6 @@ from resources import build_resources
 WORKLOAD = "from dagster_pipes import open_dagster_pipes\nwith open_dagster_pipes(): pass\n"
 
 
-@pytest.mark.filterwarnings("ignore:AssetExecutionContext.run_id:DeprecationWarning")
 def test_a_run_has_its_deployment_and_jobs(tmp_path: Path) -> None:
     (tmp_path / "nothing.py").write_text(WORKLOAD)
 
@@ -21,7 +20,7 @@ def test_a_run_has_its_deployment_and_jobs(tmp_path: Path) -> None:
     def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
         done = compute.run(context, workload=tmp_path / "nothing.py", launcher=ScriptLauncher())
         for number, job in enumerate(("101", "102")):  # as on a supercomputer, for two calls
-            tag_job(context, job, number)
+            tag_job(context.op_execution_context, job, number)
         return done.get_materialize_result()
 
     with dg.DagsterInstance.ephemeral() as instance:
@@ -37,7 +36,7 @@ def test_a_run_has_its_deployment_and_jobs(tmp_path: Path) -> None:
 
 def test_an_asset_that_is_called_directly_has_no_run() -> None:
     with dg.build_asset_context() as context:
-        tag_deployment(context, "development", None)
+        tag_deployment(context.op_execution_context, "development", None)
         assert context.instance.get_runs() == []
 
 
@@ -47,4 +46,4 @@ def test_a_database_that_takes_no_tag_does_not_end_the_step(monkeypatch: pytest.
 
     with dg.build_asset_context() as context:
         monkeypatch.setattr(context.instance, "has_run", fail)
-        tag_deployment(context, "development", None)
+        tag_deployment(context.op_execution_context, "development", None)

@@ -25,7 +25,7 @@ from dagster_sbatch.run.past_use import proposal_metadata, uses_of
 from dagster_sbatch.run.pipes import Session, open_session
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import StepContext, add_metadata, op_context, partitions_of
+from dagster_sbatch.run.results import add_metadata, partitions_of
 from dagster_sbatch.run.task_contexts import TaskContexts
 from dagster_sbatch.run.task_failures import TaskFailures
 from dagster_sbatch.run.task_output import TaskReader, Warnings
@@ -53,7 +53,7 @@ class ArrayStep:
         where: metadata for all results.
     """
 
-    def __init__(self, context: StepContext, name: str, plan: Plan) -> None:
+    def __init__(self, context: dg.OpExecutionContext, name: str, plan: Plan) -> None:
         """Find out which partitions are done.
 
         Args:
@@ -66,10 +66,9 @@ class ArrayStep:
         """
         self._context, self._name, self._plan = context, name, plan
         self._log = StepLog(context)
-        self._step = op_context(context)
         self.tasks = plan.tasks
         by_partition = any(task.partitions for task in plan.tasks)
-        if by_partition and not calls_of(self._step).claim_once("partitions"):
+        if by_partition and not calls_of(self._context).claim_once("partitions"):
             raise failure(
                 name,
                 "this step has called compute.run with an array of its partitions before. A partition is done once, so "
@@ -92,14 +91,16 @@ class ArrayStep:
         self._reported_by: dict[tuple[str, dg.AssetKey], str] = {}
         self._failures, self._warnings = TaskFailures(), Warnings()
         self._storer: ThreadPoolExecutor | None = None
-        self._stores_early = self._step.has_assets_def and isinstance(self._step.assets_def.node_def, dg.OpDefinition)
+        self._stores_early = self._context.has_assets_def and isinstance(
+            self._context.assets_def.node_def, dg.OpDefinition
+        )
 
     @contextmanager
     def open(self, context_path: str, messages_path: str) -> Iterator[Session]:
         """Open the Pipes session of all tasks, and log their progress; the paths are those that a task sees."""
         with open_session(self._context, self._plan.extras, context_path, messages_path) as session:
             self._session = session
-            definition = self._step.assets_def.partitions_def if self._step.has_assets_def else None
+            definition = self._context.assets_def.partitions_def if self._context.has_assets_def else None
             self.contexts = TaskContexts(session.context_document.text, definition, self.tasks)
             if self._done:
                 completed = count_of(len(self._done), "partition")
@@ -245,7 +246,9 @@ class ArrayStep:
 
     def _store(self, result: TaskResult) -> None:
         versions = {(each.partition, each.asset): each.data_version for each in result.reports if each.data_version}
-        for (partition, key), metadata in result.of_partitions(self._step.selected_asset_keys, versions=True).items():
+        for (partition, key), metadata in result.of_partitions(
+            self._context.selected_asset_keys, versions=True
+        ).items():
             version = versions.get((partition, key))
             tags = {DATA_VERSION_TAG: version} if version else None
             stored = {**self.where, **metadata}
@@ -263,13 +266,13 @@ class ArrayStep:
         single = len(partitions_of(self._context)) == 1
         for result in results:
             self._attach(result, single=single)
-        checks = combine_checks(self._step.selected_asset_check_keys, results, self._earlier_checks())
+        checks = combine_checks(self._context.selected_asset_check_keys, results, self._earlier_checks())
         by_partition = any(task.partitions for task in self.tasks)
         where = {**self.where, **self._attempts()}
         metadata = dict(where) if by_partition else {**where, **summarize(results)}
         proposal = self._propose(results)
-        if by_partition and results and self._step.selected_asset_keys:
-            key, partition = min(self._step.selected_asset_keys), results[0].task.partitions[0]
+        if by_partition and results and self._context.selected_asset_keys:
+            key, partition = min(self._context.selected_asset_keys), results[0].task.partitions[0]
             add_metadata(self._context, key, partition, proposal)
         elif not by_partition:
             metadata |= proposal
@@ -278,7 +281,7 @@ class ArrayStep:
     def _propose(self, results: Sequence[TaskResult]) -> dict[str, Any]:
         place = self.where.get("partition")
         uses = [use for each in results for use in uses_of(each.costs, each.task.partitions or [each.task.name], place)]
-        return proposal_metadata(self._step, self._plan, uses)
+        return proposal_metadata(self._context, self._plan, uses)
 
     def _attach(self, result: TaskResult, *, single: bool) -> None:
         """Attach what a task reported to the materializations that Dagster makes at the end of the step.
@@ -288,14 +291,14 @@ class ArrayStep:
         for report in result.reports:
             if single and report.data_version:
                 self._context.set_data_version(report.asset, dg.DataVersion(report.data_version))
-        metadata = result.of_partitions(self._step.selected_asset_keys, versions=not single)
+        metadata = result.of_partitions(self._context.selected_asset_keys, versions=not single)
         for (partition, key), each in metadata.items():
             add_metadata(self._context, key, partition, each)
 
     def _earlier_checks(self) -> dict[dg.AssetCheckKey, list[CheckOutcome]]:
         """Return the outcomes of the checks for the partitions that an earlier run has computed."""
         found: dict[dg.AssetCheckKey, list[CheckOutcome]] = {}
-        for check in self._step.selected_asset_check_keys:
+        for check in self._context.selected_asset_check_keys:
             for partition, assets in self._done.items():
                 if outcome := read_outcome(check, partition, assets.get(check.asset_key, {})):
                     found.setdefault(check, []).append(outcome)

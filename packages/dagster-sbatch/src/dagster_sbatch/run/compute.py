@@ -19,7 +19,7 @@ from dagster_sbatch.run.plan import Plan, complete_extras, make_plan
 from dagster_sbatch.run.remote import RemoteRun
 from dagster_sbatch.run.remote_array import RemoteArray
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import StepContext, partitions_of
+from dagster_sbatch.run.results import partitions_of
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest
 
@@ -46,7 +46,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
 
     def run(  # noqa: PLR0913 - what an asset passes
         self,
-        context: StepContext | dg.AssetCheckExecutionContext,
+        context: dg.AssetExecutionContext | dg.OpExecutionContext | dg.AssetCheckExecutionContext,
         *,
         workload: Path | str,
         launcher: Launcher,
@@ -83,7 +83,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
             DagsterExecutionInterruptedError: the run was terminated, and its processes and its job have ended; or
                 Dagster is stopping, and the Slurm job keeps running.
         """
-        step = context.op_execution_context if isinstance(context, dg.AssetCheckExecutionContext) else context
+        step = context.op_execution_context
         name = ", ".join(sorted(key.to_user_string() for key in step.selected_asset_keys)) or step.op_def.name
         try:
             settings = self._settings()
@@ -107,7 +107,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         return self.project.load_settings()
 
     def _execute(
-        self, context: StepContext, name: str, settings: Settings, plan: Plan
+        self, context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan
     ) -> dg.PipesClientCompletedInvocation:
         if _intercept:
             _intercept(name, settings, plan)

@@ -16,7 +16,6 @@ from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.pipes import open_session
 from dagster_sbatch.run.plan import Plan
-from dagster_sbatch.run.results import StepContext
 from dagster_sbatch.settings import Settings
 
 
@@ -67,7 +66,7 @@ class FakeCompute(ComputeResource):
 
     def _execute(
         self,
-        context: StepContext,
+        context: dg.OpExecutionContext,
         name: str,
         settings: Settings,  # noqa: ARG002
         plan: Plan,
@@ -85,7 +84,7 @@ class FakeCompute(ComputeResource):
             raise failure(name, cause)
         return dg.PipesClientCompletedInvocation(session.pipes)
 
-    def _execute_array(self, array: ArrayStep, context: StepContext) -> dg.PipesClientCompletedInvocation:
+    def _execute_array(self, array: ArrayStep, context: dg.OpExecutionContext) -> dg.PipesClientCompletedInvocation:
         with array.open("", ""):
             for index in array.left:
                 for message in self._reports(context):
@@ -93,11 +92,11 @@ class FakeCompute(ComputeResource):
                 array.ended(index, 0, {}, {}, "")
         return array.complete()
 
-    def _reports(self, step: StepContext) -> Iterator[PipesMessage]:
+    def _reports(self, step: dg.OpExecutionContext) -> Iterator[PipesMessage]:
         for method, params in self._methods(step):
             yield {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": params}
 
-    def _methods(self, step: StepContext) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _methods(self, step: dg.OpExecutionContext) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield what a workload would report: a method of Dagster Pipes and its parameters."""
         yield "opened", {"extras": {}}
         metadata = {name: {"raw_value": value, "type": "__infer__"} for name, value in self.metadata.items()}

@@ -8,7 +8,6 @@ import dagster as dg
 
 from dagster_sbatch.run.calls import step_key
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import StepContext, op_context
 
 PAGE = 1000
 JOB_TAG = "slurm_job"
@@ -46,13 +45,12 @@ def _events_of(
         cursor, more = page.cursor, page.has_more
 
 
-def stored_partitions(context: StepContext) -> dict[str, dict[dg.AssetKey, Mapping[str, Any]]]:
+def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey, Mapping[str, Any]]]:
     """Return the metadata of the partitions that need not be computed again, by asset.
 
     They are those that this run, or the runs of which it is a re-execution from failure, have stored in this step. A
     run that was requested to execute everything again begins anew, and so does a step that has succeeded before.
     """
-    step = op_context(context)
     key, run = step_key(step), step.instance.get_run_by_id(step.run_id)
     found: dict[str, dict[dg.AssetKey, Mapping[str, Any]]] = {}
     while run:
@@ -86,22 +84,21 @@ def requested_at(instance: dg.DagsterInstance, run_id: str) -> float | None:
     return records[0].event_log_entry.timestamp if records else None
 
 
-def tag_deployment(context: StepContext, deployment: str, site: str | None) -> None:
+def tag_deployment(context: dg.OpExecutionContext, deployment: str, site: str | None) -> None:
     """Tag the run of a step with DAGSTER_DEPLOYMENT and, on a supercomputer, the site."""
     _tag(context, {"deployment": deployment, **({"site": site} if site else {})})
 
 
-def tag_job(context: StepContext, job: str, call: int) -> None:
+def tag_job(context: dg.OpExecutionContext, job: str, call: int) -> None:
     """Tag the run of a step with a Slurm job id, under the step's name; `call`: how many calls the step made before."""
-    _tag(context, {job_tag(step_key(op_context(context)) + (f".{call + 1}" if call else "")): job})
+    _tag(context, {job_tag(step_key(context) + (f".{call + 1}" if call else "")): job})
 
 
-def left_job(context: StepContext) -> str | None:
+def left_job(step: dg.OpExecutionContext) -> str | None:
     """Return the Slurm job that an earlier run submitted or followed when this step was interrupted in it.
 
     None if there is no such run, or if the step has ended in it.
     """
-    step = op_context(context)
     key, parent = step_key(step), step.run.parent_run_id
     ends = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
     while parent:
@@ -119,7 +116,7 @@ def job_tag(step: str) -> str:
     return f"{JOB_TAG}/{re.sub(r'[^A-Za-z0-9_.-]', '_', step)[-_LONGEST_TAG:]}"
 
 
-def _tag(context: StepContext, tags: dict[str, str]) -> None:
+def _tag(context: dg.OpExecutionContext, tags: dict[str, str]) -> None:
     run = context.run_id
     try:
         if context.instance.has_run(run):  # an asset that is called directly has none

@@ -33,12 +33,14 @@ from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.pipes import open_session
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import StepContext, complete, declared_checks
+from dagster_sbatch.run.results import complete, declared_checks
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import MESSAGES
 
 
-def run_here(context: StepContext, name: str, settings: Settings, plan: Plan) -> dg.PipesClientCompletedInvocation:
+def run_here(
+    context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan
+) -> dg.PipesClientCompletedInvocation:
     """Run the workload as a subprocess of this step; see `ComputeResource.run`."""
     image = _find_image(context, name, settings, plan)
     with temporary_run_directory() as folder:
@@ -62,7 +64,7 @@ def run_here(context: StepContext, name: str, settings: Settings, plan: Plan) ->
         return complete(context, session.pipes, where, {"workload_seconds": round(ended.seconds, 3)})
 
 
-def _find_image(context: StepContext, name: str, settings: Settings, plan: Plan) -> Path | None:
+def _find_image(context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan) -> Path | None:
     """Return the image of the workload; None: it runs without a container, and the log says so if it should have one.
 
     Raises:
@@ -102,7 +104,7 @@ def _folders(settings: Settings, plan: Plan) -> tuple[Path, ...]:
     return plan.project.local_data_root(settings), plan.workload.root, Path(launchers.__file__).parent
 
 
-def _environment(context: StepContext, settings: Settings, plan: Plan) -> dict[str, str]:
+def _environment(context: dg.OpExecutionContext, settings: Settings, plan: Plan) -> dict[str, str]:
     """Return the variables of a workload, without those of Dagster Pipes."""
     return {
         **workload_environment(),
@@ -115,7 +117,7 @@ def _environment(context: StepContext, settings: Settings, plan: Plan) -> dict[s
 
 
 def run_array_here(
-    context: StepContext, name: str, settings: Settings, plan: Plan
+    context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan
 ) -> dg.PipesClientCompletedInvocation:
     """Run the tasks of an array as subprocesses of this step, some at once; see `ComputeResource.run`."""
     step = ArrayStep(context, name, plan)

@@ -16,7 +16,7 @@ from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesContextData, PipesMessage
 
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import StepContext, attach_partitions, refuse_undeclared_check
+from dagster_sbatch.run.results import attach_partitions, refuse_undeclared_check
 
 TAIL_LINES = 30
 """Lines of stderr that a failure shows."""
@@ -56,7 +56,7 @@ class Messages(MessageParser, dg.PipesMessageReader):
         self.deliver = handler.handle_message
         yield {"path": self.path, "include_stdio_in_messages": False}
 
-    def finish(self, context: StepContext) -> None:
+    def finish(self, context: dg.OpExecutionContext) -> None:
         """Hand the results to Dagster, after the last byte."""
         with self.error_kept():
             for message in self.results:
@@ -156,7 +156,7 @@ class Session:
 
 @contextmanager
 def open_session(
-    context: StepContext, extras: Mapping[str, Any], context_path: str, messages_path: str
+    context: dg.OpExecutionContext, extras: Mapping[str, Any], context_path: str, messages_path: str
 ) -> Iterator[Session]:
     """Open a Pipes session; the paths of its files are the workload's."""
     log = StepLog(context)

@@ -155,7 +155,7 @@ class RemoteRun(RemoteStep):
             raise
         costs = self._costs(end, "succeeded")
         uses = [*uses_of(costs, partitions_of(self._context)[:1], self._plan.allocation.request.partition)]
-        proposal = proposal_metadata(self._step, replace(self._plan, allocation=self._planned), uses)
+        proposal = proposal_metadata(self._context, replace(self._plan, allocation=self._planned), uses)
         return complete(self._context, session.pipes, self._about(end), {**costs, **proposal})
 
     def _find_next(self, failed: Outcome | None, end: JobEnd) -> Next:

@@ -22,7 +22,7 @@ from dagster_sbatch.run.attempts import Attempts
 from dagster_sbatch.run.directory import CONTEXT, array_files_of
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
-from dagster_sbatch.run.results import StepContext, declared_checks
+from dagster_sbatch.run.results import declared_checks
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.run.task_attempts import TaskAttempts
 from dagster_sbatch.settings import Settings
@@ -79,7 +79,7 @@ class _ArrayJob:
 class RemoteArray(RemoteStep, Arrays):
     """One call of `compute.run` with an array on the supercomputer."""
 
-    def __init__(self, context: StepContext, asset: str, settings: Settings, plan: Plan) -> None:
+    def __init__(self, context: dg.OpExecutionContext, asset: str, settings: Settings, plan: Plan) -> None:
         super().__init__(context, asset, settings, plan)
         self._array = ArrayStep(context, asset, plan)
         self._jobs_by_run: dict[str, _ArrayJob] = {}

@@ -25,7 +25,7 @@ from dagster_sbatch.run.history import left_job, tag_job
 from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_terminal
-from dagster_sbatch.run.results import StepContext, op_context, partitions_of
+from dagster_sbatch.run.results import partitions_of
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import (
@@ -54,12 +54,12 @@ class RemoteStep(ABC):
     `planned` has the request of a first attempt.
     """
 
-    def __init__(self, context: StepContext, asset: str, settings: Settings, plan: Plan) -> None:
+    def __init__(self, context: dg.OpExecutionContext, asset: str, settings: Settings, plan: Plan) -> None:
         self._context, self._asset, self._settings, self._plan = context, asset, settings, plan
-        self._step, self._log = op_context(context), StepLog(context)
+        self._log = StepLog(context)
         root, partitions = context.run.root_run_id or context.run_id, partitions_of(context)
         ends = " to ".join(sorted({*partitions[:1], *partitions[-1:]}))
-        self._info = RunInfo(context.run_id, root, asset, ends, step=step_key(self._step))
+        self._info = RunInfo(context.run_id, root, asset, ends, step=step_key(self._context))
         self._planned, self._guard = plan.allocation, Guard(settings, self._log)
         self._call = 0
         self._runs: dict[str, str | None] = {}
@@ -89,8 +89,8 @@ class RemoteStep(ABC):
         gateway.committed = self._left is not None
         environment = RunEnvironment(Environments(gateway, base, site), self._settings, self._plan)
         try:
-            attempts = Attempts(self._step, gateway, base, self._register(gateway, environment))
-            with stopped_with_run(self._step, stop):
+            attempts = Attempts(self._context, gateway, base, self._register(gateway, environment))
+            with stopped_with_run(self._context, stop):
                 return self._execute(gateway, attempts, environment)
         except StoppedError:
             raise self._end(gateway) from None
@@ -111,9 +111,9 @@ class RemoteStep(ABC):
         Raises:
             ConfigurationError: the container of its job has no image.
         """
-        assets = tuple(sorted(key.to_user_string() for key in self._step.selected_asset_keys))
+        assets = tuple(sorted(key.to_user_string() for key in self._context.selected_asset_keys))
         data_root = self._data_root
-        root, step, calls = self._info.root, self._info.step, calls_of(self._step)
+        root, step, calls = self._info.root, self._info.step, calls_of(self._context)
         with calls.preparing():
             inputs = inputs_of(self._plan, environment.inputs, assets, data_root, self._find_image(gateway))
             call = calls.begin(root, step, digest_of(inputs))
@@ -163,7 +163,7 @@ class RemoteStep(ABC):
         """Cancel the jobs of an interrupted step, or leave them to the next attempt; return the step's failure."""
         if not self._runs:
             return self._failure("The step was interrupted while it had no Slurm job.", final=True)
-        interruption = read_interruption(self._step)
+        interruption = read_interruption(self._context)
         if interruption == "stopped":
             show_on_terminal(f"{self._asset}: stopped.{self._still_running}")
             self._log.info(f"Stopped.{self._still_running}")
@@ -250,12 +250,12 @@ class RemoteStep(ABC):
             "  scripts/doctor"
         )
         self._log.error(report)
-        report_reachable(self._step, passed=False, description=report)
+        report_reachable(self._context, passed=False, description=report)
 
     def _report_recovered(self) -> None:
         report = f"The step reaches its Slurm job {self._jobs or self._left or '(just submitted)'} again."
         self._log.info(report)
-        report_reachable(self._step, passed=True, description=report)
+        report_reachable(self._context, passed=True, description=report)
 
     @property
     def _jobs(self) -> str:

@@ -8,8 +8,6 @@ from functools import partial
 
 import dagster as dg
 
-from dagster_sbatch.run.results import StepContext
-
 ACCESS = dg.AssetKey("musica_access")
 REACHABLE, LEFT_JOBS = "jobs_are_reachable", "jobs_are_followed"
 """Its checks about jobs on the supercomputer."""
@@ -22,7 +20,7 @@ class StepLog:
     running then, so the line is lost and the step continues.
     """
 
-    def __init__(self, context: StepContext) -> None:
+    def __init__(self, context: dg.OpExecutionContext) -> None:
         self.info = partial(_write, context.log.info)
         self.warning = partial(_write, context.log.warning)
         self.error = partial(_write, context.log.error)

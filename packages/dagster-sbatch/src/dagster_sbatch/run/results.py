@@ -2,33 +2,25 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import dagster as dg
 from dagster_pipes import PIPES_METADATA_TYPE_INFER, PIPES_PROTOCOL_VERSION, PipesMessage
-
-StepContext: TypeAlias = dg.AssetExecutionContext | dg.OpExecutionContext
 
 PARTITION = "musica.partition"
 """The only key of the custom message by which a workload reports on one partition; see docs/assets.md."""
 _FIELDS = ("partition", "metadata", "asset_key", "data_version")
 
 
-def op_context(context: StepContext) -> dg.OpExecutionContext:
-    """Return the context of the same step's op."""
-    return context.op_execution_context if isinstance(context, dg.AssetExecutionContext) else context
-
-
-def partitions_of(context: StepContext) -> Sequence[str]:
+def partitions_of(context: dg.OpExecutionContext) -> Sequence[str]:
     """Return the partition keys of the step; none for an asset without partitions, also in a run over partitions."""
     if not (context.has_partition_key or context.has_partition_key_range):
         return []
-    step = op_context(context)
-    unpartitioned = step.has_assets_def and step.assets_def.partitions_def is None
+    unpartitioned = context.has_assets_def and context.assets_def.partitions_def is None
     return [] if unpartitioned else list(context.partition_keys)
 
 
-def declared_checks(context: StepContext) -> dict[str, list[str]]:
+def declared_checks(context: dg.OpExecutionContext) -> dict[str, list[str]]:
     """Return the names of the asset checks that the step may report, by asset key as Pipes writes it."""
     found: dict[str, list[str]] = {}
     for check in sorted(context.selected_asset_check_keys):
@@ -36,7 +28,7 @@ def declared_checks(context: StepContext) -> dict[str, list[str]]:
     return found
 
 
-def refuse_undeclared_check(context: StepContext, message: PipesMessage) -> None:
+def refuse_undeclared_check(context: dg.OpExecutionContext, message: PipesMessage) -> None:
     """Refuse the result of an asset check that the step does not declare.
 
     Dagster would refuse it when it has stored the materializations of the step already.
@@ -71,14 +63,14 @@ class PartitionReport:
     data_version: str | None
 
 
-def attach_partitions(context: StepContext, reader: dg.PipesMessageReader, reports: Sequence[Any]) -> None:
+def attach_partitions(context: dg.OpExecutionContext, reader: dg.PipesMessageReader, reports: Sequence[Any]) -> None:
     """Attach the workload's reports on single partitions to their materializations; see `read_partitions`."""
     if reports:
         attach(context, read_partitions(context, reader, reports, partitions_of(context), whose="run"))
 
 
 def read_partitions(
-    context: StepContext,
+    context: dg.OpExecutionContext,
     reader: dg.PipesMessageReader,
     reports: Sequence[Any],
     partitions: Iterable[str],
@@ -130,7 +122,7 @@ def report_on(result: dg.MaterializeResult[Any], partition: str) -> PartitionRep
     return PartitionReport(result.asset_key, partition, dict(result.metadata or {}), version)
 
 
-def attach(context: StepContext, reports: Iterable[PartitionReport]) -> None:
+def attach(context: dg.OpExecutionContext, reports: Iterable[PartitionReport]) -> None:
     """Attach reports to the materializations that Dagster makes at the end of the step; several are merged."""
     one = len(partitions_of(context)) == 1
     found: dict[tuple[dg.AssetKey, str], dict[str, Any]] = {}
@@ -145,12 +137,14 @@ def attach(context: StepContext, reports: Iterable[PartitionReport]) -> None:
         add_metadata(context, key, partition, metadata)
 
 
-def add_metadata(context: StepContext, asset: dg.AssetKey, partition: str | None, metadata: Mapping[str, Any]) -> None:
+def add_metadata(
+    context: dg.OpExecutionContext, asset: dg.AssetKey, partition: str | None, metadata: Mapping[str, Any]
+) -> None:
     """Add metadata to the materialization of an asset, or of one of its partitions, that Dagster makes at the end."""
-    _asset_context(context).add_asset_metadata(metadata, asset_key=asset, partition_key=partition)
+    dg.AssetExecutionContext(context).add_asset_metadata(metadata, asset_key=asset, partition_key=partition)
 
 
-def _find_asset(context: StepContext, report: Any) -> dg.AssetKey:
+def _find_asset(context: dg.OpExecutionContext, report: Any) -> dg.AssetKey:
     """Check the form of a report, and return its asset."""
     form = f'{{"{PARTITION}": {{"partition": KEY, "metadata": {{...}}, "asset_key": KEY, "data_version": TEXT}}}}'
     known = isinstance(report, dict) and report.keys() <= set(_FIELDS) and isinstance(report.get("partition"), str)
@@ -172,13 +166,8 @@ def _typed(value: Any) -> Any:
     return value if typed else {"raw_value": value, "type": PIPES_METADATA_TYPE_INFER}
 
 
-def _asset_context(context: StepContext) -> dg.AssetExecutionContext:
-    """Return the asset context of the same step, however the asset's function has annotated it."""
-    return context if isinstance(context, dg.AssetExecutionContext) else dg.AssetExecutionContext(context)
-
-
 def complete(
-    context: StepContext, session: dg.PipesSession, where: Mapping[str, Any], costs: Mapping[str, Any]
+    context: dg.OpExecutionContext, session: dg.PipesSession, where: Mapping[str, Any], costs: Mapping[str, Any]
 ) -> dg.PipesClientCompletedInvocation:
     """Return the completed invocation; Dagster shows the costs once.
 

@@ -10,7 +10,6 @@ from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.results import (
     PartitionReport,
-    StepContext,
     partitions_of,
     read_partitions,
     refuse_undeclared_check,
@@ -83,7 +82,7 @@ def shorten_metadata(result: dg.AssetCheckResult) -> str:
 
 
 def read_result(
-    context: StepContext,
+    context: dg.OpExecutionContext,
     reader: dg.PipesMessageReader,
     task: Task,
     messages: MessageParser,
@@ -127,7 +126,7 @@ def read_result(
     return result
 
 
-def _known_asset(context: StepContext, key: dg.AssetKey | None) -> dg.AssetKey:
+def _known_asset(context: dg.OpExecutionContext, key: dg.AssetKey | None) -> dg.AssetKey:
     if key not in context.selected_asset_keys:
         names = ", ".join(sorted(each.to_user_string() for each in context.selected_asset_keys))
         raise ValueError(f"a report on the asset {key and key.to_user_string()!r}; the assets of this run are {names}")
