@@ -10,7 +10,7 @@ import pytest
 
 from dagster_sbatch import JobArray
 from dagster_sbatch.launchers import SrunLauncher
-from dagster_sbatch.run.local import RunDirectory, run_workload
+from dagster_sbatch.run.local import LocalProcess
 from dagster_sbatch.slurm import SlurmRequest
 from slurm_in_a_box import wait_until
 from support.array_asset import ArrayAsset
@@ -191,7 +191,7 @@ def test_ranks_that_are_terminated_save_their_state_and_are_gone(tmp_path: Path)
 
     threading.Thread(target=terminate).start()
     command = SrunLauncher().local_command(FOUR, [str(workload)])
-    ended = run_workload(command, os.environ, RunDirectory(directory), {}, stop)
+    ended = LocalProcess(command, os.environ, directory, {}).run(stop)
     assert ended.exit_code == 3
     assert all((directory / f"saved-{n}").exists() for n in range(4))
     pids = [int(pid) for n in range(4) for pid in (directory / f"pids-{n}").read_text().split()]

@@ -28,14 +28,14 @@ def say(method: str, **params: Any) -> bytes:
 
 
 def succeed(step: ArrayStep, index: int) -> None:
-    step.started(index)
-    step.feed(index, "messages.jsonl", say("opened", extras={}) + say("closed"))
+    step.progress.started.add(index)
+    step.reader(index).messages.feed(say("opened", extras={}) + say("closed"))
     assert step.ended(index, 0, {"job_id": f"17_{index}"}, {"node_hours": 0.5}, "logs")
 
 
 def fail(step: ArrayStep, index: int) -> None:
-    step.started(index)
-    step.feed(index, "stderr", b"slurmstepd-n1: error: Detected 1 oom_kill event in StepId=17.0.\n")
+    step.progress.started.add(index)
+    step.reader(index).stderr.feed(b"slurmstepd-n1: error: Detected 1 oom_kill event in StepId=17.0.\n")
     assert not step.ended(index, 1, {}, {}, "logs")
 
 

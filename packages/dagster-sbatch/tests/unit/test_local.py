@@ -1,4 +1,4 @@
-"""A command on this machine, as `run_workload` follows it."""
+"""A command on this machine, as `LocalProcess` follows it."""
 
 import os
 import signal
@@ -8,23 +8,22 @@ import threading
 import time
 from pathlib import Path
 
-from dagster_sbatch.run.local import RunDirectory, run_workload
+from dagster_sbatch.run.local import LocalProcess
 from slurm_in_a_box import wait_until
 from support.dagster_dev import gone
 
 
 def test_how_long_it_ran_does_not_include_what_its_output_costs_us(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path)
     slow = 0.5
 
     def store(data: bytes) -> None:
         """As a database that takes its time."""
-        wait_until(directory.end.exists, "the command has ended", 60, 0.01)
+        wait_until((tmp_path / "end").exists, "the command has ended", 60, 0.01)
         time.sleep(slow)
 
     begun = time.monotonic()
     command = [sys.executable, "-c", "print('a line')"]
-    ended = run_workload(command, os.environ, directory, {directory.stdout: store}, threading.Event())
+    ended = LocalProcess(command, os.environ, tmp_path, {"stdout": store}).run(threading.Event())
     assert ended.exit_code == 0
     assert 0 < ended.seconds <= time.monotonic() - begun - slow
 
@@ -39,21 +38,21 @@ time.sleep(600)
 """A workload with a child in a session of its own."""
 STEP = """
 import os, pathlib, sys, threading
-from dagster_sbatch.run.local import RunDirectory, run_workload
+from dagster_sbatch.run.local import LocalProcess
 folder, *command = sys.argv[1:]
-run_workload(command, os.environ, RunDirectory(pathlib.Path(folder)), {}, threading.Event())
+LocalProcess(command, os.environ, pathlib.Path(folder), {}).run(threading.Event())
 """
 
 
 def test_a_workload_that_is_terminated_leaves_nothing_running(tmp_path: Path) -> None:
-    pid, stop, directory = tmp_path / "pid", threading.Event(), RunDirectory(tmp_path)
+    pid, stop = tmp_path / "pid", threading.Event()
 
     def terminate() -> None:
         wait_until(pid.exists, "the child runs", 60, 0.01)
         stop.set()
 
     threading.Thread(target=terminate).start()
-    ended = run_workload([sys.executable, "-c", CHILD, str(pid)], os.environ, directory, {}, stop)
+    ended = LocalProcess([sys.executable, "-c", CHILD, str(pid)], os.environ, tmp_path, {}).run(stop)
     assert ended.exit_code == -signal.SIGTERM
     wait_until(lambda: gone(int(pid.read_text())), "the child has ended")
 

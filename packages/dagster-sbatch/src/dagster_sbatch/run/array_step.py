@@ -31,7 +31,6 @@ from dagster_sbatch.run.task_failures import TaskFailures
 from dagster_sbatch.run.task_output import TaskReader, Warnings
 from dagster_sbatch.run.task_results import TaskResult, read_result
 from dagster_sbatch.slurm import SlurmRequest
-from dagster_sbatch.slurm.gateway import MESSAGES
 from dagster_sbatch.slurm.outcome import explain_stderr
 from dagster_sbatch.slurm.units import count_of
 
@@ -51,6 +50,7 @@ class ArrayStep:
         contexts: of the tasks, once the session is open.
         attempts: rows of a table: the attempts of the tasks that were repeated.
         where: metadata for all results.
+        progress: the numbers of tasks that run and that are over.
     """
 
     def __init__(self, context: dg.OpExecutionContext, name: str, plan: Plan) -> None:
@@ -85,7 +85,7 @@ class ArrayStep:
         self.left = [index for index in range(len(plan.tasks)) if index not in complete]
         self.attempts: list[dict[str, Any]] = []
         self.where: Mapping[str, Any] = {}
-        self._progress = ArrayProgress(len(plan.tasks), len(complete), self._log.info)
+        self.progress = ArrayProgress(len(plan.tasks), len(complete), self._log.info)
         self._readers: dict[int, TaskReader] = {}
         self._results: dict[int, TaskResult] = {}
         self._reported_by: dict[tuple[str, dg.AssetKey], str] = {}
@@ -101,45 +101,23 @@ class ArrayStep:
         with open_session(self._context, self._plan.extras, context_path, messages_path) as session:
             self._session = session
             definition = self._context.assets_def.partitions_def if self._context.has_assets_def else None
-            self.contexts = TaskContexts(session.context_document.text, definition, self.tasks)
+            self.contexts = TaskContexts(session.context, definition, self.tasks)
             if self._done:
                 completed = count_of(len(self._done), "partition")
                 self._log.info(f"This run skips {completed} that earlier runs have completed.")
             try:
-                with self._progress.shown():
+                with self.progress.shown():
                     yield session
             finally:  # each task has its own end
                 session.messages.close()
 
     # What happens to a task
 
-    def started(self, index: int) -> None:
-        """Register that a task runs; the same one may start again."""
-        self._progress.started.add(index)
-
-    def running(self, number: int, requeued: int) -> None:
-        """Register how many of the tasks that have started run, and how many wait to start again."""
-        self._progress.running, self._progress.requeued = number, requeued
-
-    def feed(self, index: int, name: str, data: bytes) -> None:
-        """Read what a task has written: the next bytes of `messages.jsonl`, `stdout` or `stderr`."""
-        reader = self.reader(index)
-        sinks = {MESSAGES: reader.messages.feed, "stdout": reader.stdout.feed, "stderr": reader.stderr.feed}
-        sinks[name](data)
-
     def reader(self, index: int) -> TaskReader:
-        """Return what reads the output of a task; it exists from the task's first byte to its end."""
+        """Return what reads the output of a task; it exists until the task's end."""
         if index not in self._readers:
             self._readers[index] = TaskReader(self.tasks[index], self._session, self._warnings)
         return self._readers[index]
-
-    def waits(self, index: int) -> None:
-        """Register that a task waits to run once more; what it reported does not count."""
-        self._end(index)
-
-    def stderr(self, index: int) -> str:
-        """Return the last lines of a task's stderr, before its end is registered."""
-        return self.reader(index).stderr.tail
 
     def ended(
         self,
@@ -163,10 +141,11 @@ class ArrayStep:
             request: of its job; None: that of the plan.
             limit: of the retries that was reached, for the cause of its failure.
         """
-        task, messages = self.tasks[index], self.reader(index).messages
+        task, reader = self.tasks[index], self.reader(index)
+        messages = reader.messages
         cause = explain_failure(messages, exit_code, self._plan.workload.name)
         if cause:
-            cause = explain_stderr(cause, self.stderr(index), request or self._plan.allocation.request) + limit
+            cause = explain_stderr(cause, reader.stderr.tail, request or self._plan.allocation.request) + limit
         if cause is None:
             try:
                 result = read_result(self._context, self._session.messages, task, messages, dict(where), dict(costs))
@@ -176,8 +155,8 @@ class ArrayStep:
         if cause is not None:
             self.failed(index, cause, logs)
             return False
-        self._end(index)
-        self._progress.done += 1
+        self.stop_reading(index)
+        self.progress.done += 1
         self._results[index] = result
         if self._storer:
             self._storer.submit(self._materialize, result)
@@ -185,15 +164,20 @@ class ArrayStep:
 
     def failed(self, index: int, cause: str, logs: str) -> None:
         """Register that a task has failed for good, and store what others have completed: the step will fail."""
-        reader = self._end(index)
-        self._progress.failed += 1
+        reader = self.stop_reading(index)
+        self.progress.failed += 1
         task = self.tasks[index]
         if self._failures.add(index, task, cause, reader.stderr.tail if reader else "", logs):
             self._log.error(f"Task {task.label} failed: {cause}\nLogs: {logs}\nThe other tasks continue.")
         self.store_completed()
 
-    def _end(self, index: int) -> TaskReader | None:
-        self._progress.started.discard(index)
+    def stop_reading(self, index: int) -> TaskReader | None:
+        """Register that a task does not run any more: it is over, or waits to run once more. What it reported is lost.
+
+        Returns:
+            What has read its output; None if there was none.
+        """
+        self.progress.started.discard(index)
         reader = self._readers.pop(index, None)
         if reader:
             reader.finish()

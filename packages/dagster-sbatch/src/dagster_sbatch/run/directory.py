@@ -73,7 +73,7 @@ def render_job(plan: Plan, paths: RunPaths, info: RunInfo, array: ArrayShape | N
         "PYTHONPATH": paths.workloads,
         "PYTHONUNBUFFERED": "1",
         "DATA_ROOT": paths.data_root,
-        **({} if array else _pipes_variables(paths.run)),
+        **({} if array else pipes_variables(paths.run)),
     }
     request, runtime, container = plan.allocation.request, plan.site.container_runtime, plan.launcher.container
     body, start = plan.launcher.render(request, plan.workload.command(paths.workloads)), render_start(plan.env)
@@ -99,7 +99,7 @@ def _files_of_commands(plan: Plan) -> dict[str, str]:
     return {**sampler_file(), **own, **(container.files(plan.env) if container else {})}
 
 
-def _pipes_variables(folder: str) -> dict[str, str]:
+def pipes_variables(folder: str) -> dict[str, str]:
     """Return the variables by which a workload finds its context and its messages."""
     messages = {"path": f"{folder}/{MESSAGES}", "include_stdio_in_messages": False}
     return {
@@ -153,7 +153,7 @@ def array_files_of(
         max_running: how many tasks run at once.
     """
     head, *tails = contexts
-    pipes = [" ".join(_pipes_variables(f"{paths.run}/tasks/{index}").values()) for index in range(len(tails))]
+    pipes = [" ".join(pipes_variables(f"{paths.run}/tasks/{index}").values()) for index in range(len(tails))]
     return {
         **_files_of_commands(plan),
         "job.sh": render_job(plan, paths, info, ArrayShape(len(tails), max_running)),

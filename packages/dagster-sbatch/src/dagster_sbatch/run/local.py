@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.run import supervisor
-from dagster_sbatch.slurm.gateway import MESSAGES
+from dagster_sbatch.slurm.gateway.agent.job_record import CAUSE
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0
@@ -21,6 +20,8 @@ GRACE_SECONDS = 10.0
 KILL_SECONDS = 5.0
 """For the supervisor to kill what is left."""
 CHUNK = 1 << 20
+END = "end"
+"""Name of the file that the supervisor writes."""
 
 _MACHINE = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
@@ -28,21 +29,6 @@ _MACHINE = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", 
 def workload_environment() -> dict[str, str]:
     """Return the variables of this process that a workload gets."""
     return child_environment(*_MACHINE, PYTHONUNBUFFERED="1")
-
-
-class RunDirectory:
-    """Paths of the files of one run: context and checks, and what it writes: messages, output, its end and cause."""
-
-    def __init__(self, path: Path) -> None:
-        """`path`: an empty folder that exists; the workload runs in it."""
-        self.path = path
-        self.context = path / "context.json"
-        self.checks = path / "checks.json"
-        self.messages = path / MESSAGES
-        self.stdout = path / "stdout"
-        self.stderr = path / "stderr"
-        self.end = path / "end"
-        self.cause = path / "cause"
 
 
 @dataclass(frozen=True)
@@ -60,11 +46,6 @@ class Ended:
     cause: str = ""
 
 
-def temporary_run_directory() -> "tempfile.TemporaryDirectory[str]":
-    """Make a private folder (mode 0700) that is removed at the end: Dagster has all results by then."""
-    return tempfile.TemporaryDirectory(prefix="workload-", ignore_cleanup_errors=True)
-
-
 class LocalProcess:
     """A workload that runs in its run directory, and the files that it writes."""
 
@@ -72,18 +53,53 @@ class LocalProcess:
         self,
         command: list[str],
         environment: Mapping[str, str],
-        directory: RunDirectory,
-        sinks: Mapping[Path, Callable[[bytes], None]],
+        folder: Path,
+        sinks: Mapping[str, Callable[[bytes], None]],
     ) -> None:
-        """Start it; see `run_workload`."""
-        self._directory, self._sinks = directory, sinks
+        """Start it, in a process group of its own.
+
+        Args:
+            command: program and arguments.
+            environment: all of the variables that it gets.
+            folder: its run directory, in which it runs and writes.
+            sinks: functions that get the new bytes of the files in it, by name.
+        """
+        self._folder, self._sinks = folder, sinks
         self._offsets = dict.fromkeys(sinks, 0)
-        self._process = _start(command, environment, directory)
+        with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(supervisor.__file__), str(folder / END), *command],
+                env=dict(environment),
+                cwd=folder,
+                stdin=subprocess.PIPE,  # never written to: the supervisor reads its end when this process ends
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
+
+    def run(self, stop: threading.Event) -> Ended:
+        """Follow it to its end; when `stop` is set, it gets SIGTERM and after GRACE_SECONDS SIGKILL."""
+        try:
+            while self.follow() and not stop.is_set():
+                stop.wait(POLL_SECONDS)
+            if stop.is_set():
+                self.terminate()
+                self.wait(GRACE_SECONDS)
+        finally:
+            ended = self.end()
+        return ended
 
     def follow(self) -> bool:
         """Pass on what it has written; return whether it runs."""
         running = self._process.poll() is None
-        _follow(self._sinks, self._offsets)
+        for name, sink in self._sinks.items():
+            path = self._folder / name
+            if path.exists():
+                with path.open("rb") as file:
+                    file.seek(self._offsets[name])
+                    while data := file.read(CHUNK):
+                        self._offsets[name] += len(data)
+                        sink(data)
         return running
 
     def terminate(self) -> None:
@@ -108,62 +124,10 @@ class LocalProcess:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        _follow(self._sinks, self._offsets)
-        if self._directory.end.exists():
-            code, seconds = self._directory.end.read_text().split()
-            known = self._directory.cause if int(code) else None
-            cause = known.read_text(errors="replace").strip() if known and known.exists() else ""
-            return Ended(int(code), float(seconds), cause)
-        return Ended(self._process.returncode, 0.0)
-
-
-def run_workload(
-    command: list[str],
-    environment: Mapping[str, str],
-    directory: RunDirectory,
-    sinks: Mapping[Path, Callable[[bytes], None]],
-    stop: threading.Event,
-) -> Ended:
-    """Run a command to its end in its run directory, and follow the files that it writes.
-
-    Args:
-        command: program and arguments.
-        environment: all of the variables that it gets.
-        directory: for its stdout, stderr and messages.
-        sinks: for each file to follow, the function that gets its new bytes.
-        stop: when set, the process group gets SIGTERM and after GRACE_SECONDS SIGKILL.
-    """
-    process = LocalProcess(command, environment, directory, sinks)
-    try:
-        while process.follow() and not stop.is_set():
-            stop.wait(POLL_SECONDS)
-        if stop.is_set():
-            process.terminate()
-            process.wait(GRACE_SECONDS)
-    finally:
-        ended = process.end()
-    return ended
-
-
-def _start(command: list[str], environment: Mapping[str, str], directory: RunDirectory) -> "subprocess.Popen[bytes]":
-    with directory.stdout.open("wb") as stdout, directory.stderr.open("wb") as stderr:
-        return subprocess.Popen(
-            [sys.executable, "-I", "-S", str(supervisor.__file__), str(directory.end), *command],
-            env=dict(environment),
-            cwd=directory.path,
-            stdin=subprocess.PIPE,  # never written to: the supervisor reads its end when this process ends
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,
-        )
-
-
-def _follow(sinks: Mapping[Path, Callable[[bytes], None]], offsets: dict[Path, int]) -> None:
-    """Pass on what was appended to files beyond the offsets."""
-    for path, sink in sinks.items():
-        if path.exists():
-            with path.open("rb") as file:
-                file.seek(offsets[path])
-                while data := file.read(CHUNK):
-                    offsets[path] += len(data)
-                    sink(data)
+        self.follow()
+        end, cause = self._folder / END, self._folder / CAUSE
+        if not end.exists():
+            return Ended(self._process.returncode, 0.0)
+        code, seconds = end.read_text().split()
+        known = int(code) and cause.exists()
+        return Ended(int(code), float(seconds), cause.read_text(errors="replace").strip() if known else "")

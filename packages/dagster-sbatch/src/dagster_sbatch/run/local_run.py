@@ -4,30 +4,21 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
 import dagster as dg
-from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
 from dagster_sbatch import launchers
 from dagster_sbatch.run.array_step import ArrayStep
-from dagster_sbatch.run.directory import CONTEXT
+from dagster_sbatch.run.directory import CHECKS, CONTEXT, pipes_variables
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.interrupts import run_interruptibly
-from dagster_sbatch.run.local import (
-    GRACE_SECONDS,
-    POLL_SECONDS,
-    Ended,
-    LocalProcess,
-    RunDirectory,
-    run_workload,
-    temporary_run_directory,
-    workload_environment,
-)
+from dagster_sbatch.run.local import GRACE_SECONDS, POLL_SECONDS, Ended, LocalProcess, workload_environment
 from dagster_sbatch.run.local_modules import load_modules
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.pipes import open_session
@@ -42,109 +33,111 @@ def run_here(
     context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan
 ) -> dg.PipesClientCompletedInvocation:
     """Run the workload as a subprocess of this step; see `ComputeResource.run`."""
-    image = _find_image(context, name, settings, plan)
-    with temporary_run_directory() as folder:
-        directory = RunDirectory(Path(folder))
-        with open_session(context, plan.extras, str(directory.context), str(directory.messages)) as session:
-            directory.context.write_text(session.context_document.text)
-            directory.checks.write_text(json.dumps(declared_checks(context)))
-            environment = {**_environment(context, settings, plan), **session.pipes.get_bootstrap_env_vars()}
-            sinks = {
-                directory.stdout: session.stdout.feed,
-                directory.stderr: session.stderr.feed,
-                directory.messages: session.messages.feed,
-            }
-            command = _command(settings, plan, image, directory)
-            ended = run_interruptibly(lambda stop: run_workload(command, environment, directory, sinks, stop))
+    machine = _Machine(context, name, settings, plan)
+    with temporary_run_directory() as path:
+        folder = Path(path)
+        with open_session(context, plan.extras, f"{folder}/{CONTEXT}", f"{folder}/{MESSAGES}") as session:
+            ended = run_interruptibly(lambda stop: machine.start(folder, session.context, session.sinks).run(stop))
             session.messages.finish(context)
-        cause = ended.cause or explain_failure(session.messages, ended.exit_code, plan.workload.name)
-        if cause:
-            raise failure(name, cause, session.stderr.tail, exit_code=ended.exit_code, workload=plan.workload.path)
-        where = {"host": socket.gethostname(), "workload": str(plan.workload.path)}
-        return complete(context, session.pipes, where, {"workload_seconds": round(ended.seconds, 3)})
+    cause = ended.cause or explain_failure(session.messages, ended.exit_code, plan.workload.name)
+    if cause:
+        raise failure(name, cause, session.stderr.tail, exit_code=ended.exit_code, workload=plan.workload.path)
+    return complete(context, session.pipes, machine.where, {"workload_seconds": round(ended.seconds, 3)})
 
 
-def _find_image(context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan) -> Path | None:
-    """Return the image of the workload; None: it runs without a container, and the log says so if it should have one.
+def temporary_run_directory() -> "tempfile.TemporaryDirectory[str]":
+    """Make a private folder (mode 0700) that is removed at the end: Dagster has all results by then."""
+    return tempfile.TemporaryDirectory(prefix="workload-", ignore_cleanup_errors=True)
 
-    Raises:
-        Failure: the file is not an image, or a folder's name cannot be passed to the container's command.
+
+class _Machine:
+    """This machine, as the workload of a call finds it.
+
+    Attributes:
+        where: metadata for all results.
     """
-    container, command = plan.launcher.container, plan.site.container_runtime.command
-    if container is None:
-        return None
-    image = container.local_image(plan.project.local_data_root(settings)) if shutil.which(command) else None
-    if image is None:
-        lacking = f"no container image {container.image}" if shutil.which(command) else f"no {command}"
-        StepLog(context).warning(f"This machine has {lacking}. The workload runs without its container here.")
-        return None
-    problem = container.local_problem(image, _folders(settings, plan))
-    if problem:
-        raise failure(name, problem, final=True)
-    return image
 
+    def __init__(self, context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan) -> None:
+        """Prepare what all processes of the call have in common.
 
-def _command(settings: Settings, plan: Plan, image: Path | None, directory: RunDirectory) -> list[str]:
-    """Return the command that runs the workload in its run directory, or in an image."""
-    request, container = plan.allocation.request, plan.launcher.container
-    command = plan.launcher.local_command(request, plan.workload.command(plan.workload.root))
-    if container is None or image is None:
-        return command
-    for file, text in container.files(plan.env).items():
-        path = directory.path / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    folders = _folders(settings, plan)
-    plan.project.local_data_root(settings).mkdir(parents=True, exist_ok=True)
-    return container.local_command(request, plan.site.container_runtime, image, directory.path, command, folders)
+        Raises:
+            Failure: the image is not one, or a folder's name cannot be passed to the container's command.
+        """
+        self._plan, self._log = plan, StepLog(context)
+        self._data_root = plan.project.local_data_root(settings)
+        self._folders = self._data_root, plan.workload.root, Path(launchers.__file__).parent
+        self._image = self._find_image(name)
+        self._checks = json.dumps(declared_checks(context))
+        self.where = {"host": socket.gethostname(), "workload": str(plan.workload.path)}
+        self._environment = {
+            **workload_environment(),
+            **load_modules(plan.allocation.request.modules or (), self._log),
+            **plan.launcher.local_environment(),
+            "DATA_ROOT": str(self._data_root),
+            "PYTHONPATH": str(plan.workload.root),
+            **plan.env,
+        }
 
+    def _find_image(self, name: str) -> Path | None:
+        """Return the image of the workload; None: it runs without a container, and the log says so if it should not."""
+        container, command = self._plan.launcher.container, self._plan.site.container_runtime.command
+        if container is None:
+            return None
+        image = container.local_image(self._data_root) if shutil.which(command) else None
+        if image is None:
+            lacking = f"no container image {container.image}" if shutil.which(command) else f"no {command}"
+            self._log.warning(f"This machine has {lacking}. The workload runs without its container here.")
+            return None
+        problem = container.local_problem(image, self._folders)
+        if problem:
+            raise failure(name, problem, final=True)
+        return image
 
-def _folders(settings: Settings, plan: Plan) -> tuple[Path, ...]:
-    """Return the folders that a container needs beside its run directory."""
-    return plan.project.local_data_root(settings), plan.workload.root, Path(launchers.__file__).parent
+    def start(self, folder: Path, context: str, sinks: Mapping[str, Callable[[bytes], None]]) -> LocalProcess:
+        """Start a process of the workload, in an image if it has one.
 
+        Args:
+            folder: its run directory, which is empty.
+            context: of Dagster Pipes, as JSON.
+            sinks: see `LocalProcess`.
+        """
+        (folder / CONTEXT).write_text(context)
+        (folder / CHECKS).write_text(self._checks)
+        environment = {**self._environment, **pipes_variables(str(folder))}
+        return LocalProcess(self._command(folder), environment, folder, sinks)
 
-def _environment(context: dg.OpExecutionContext, settings: Settings, plan: Plan) -> dict[str, str]:
-    """Return the variables of a workload, without those of Dagster Pipes."""
-    return {
-        **workload_environment(),
-        **load_modules(plan.allocation.request.modules or (), StepLog(context)),
-        **plan.launcher.local_environment(),
-        "DATA_ROOT": str(plan.project.local_data_root(settings)),
-        "PYTHONPATH": str(plan.workload.root),
-        **plan.env,
-    }
+    def _command(self, folder: Path) -> list[str]:
+        plan, request, container = self._plan, self._plan.allocation.request, self._plan.launcher.container
+        command = plan.launcher.local_command(request, plan.workload.command(plan.workload.root))
+        if container is None or self._image is None:
+            return command
+        for file, text in container.files(plan.env).items():
+            path = folder / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        self._data_root.mkdir(parents=True, exist_ok=True)
+        return container.local_command(
+            request, plan.site.container_runtime, self._image, folder, command, self._folders
+        )
 
 
 def run_array_here(
     context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan
 ) -> dg.PipesClientCompletedInvocation:
     """Run the tasks of an array as subprocesses of this step, some at once; see `ComputeResource.run`."""
-    step = ArrayStep(context, name, plan)
-    step.where = {"host": socket.gethostname(), "workload": str(plan.workload.path)}
-    image, checks = _find_image(context, name, settings, plan), json.dumps(declared_checks(context))
-    tasks = _LocalTasks(step, settings, plan, _environment(context, settings, plan), image, checks)
+    assert plan.array is not None
+    step, machine = ArrayStep(context, name, plan), _Machine(context, name, settings, plan)
+    step.where = machine.where
     with step.open(CONTEXT, MESSAGES):
-        run_interruptibly(tasks.run)
+        run_interruptibly(_LocalTasks(step, machine, plan.array.max_running_tasks or os.cpu_count() or 1).run)
     return step.complete()
 
 
 class _LocalTasks:
-    """The processes of the tasks that run now."""
+    """The processes of the tasks that run now; `most`: how many at once."""
 
-    def __init__(
-        self,
-        step: ArrayStep,
-        settings: Settings,
-        plan: Plan,
-        environment: Mapping[str, str],
-        image: Path | None,
-        checks: str,
-    ) -> None:
-        self._step, self._settings, self._plan = step, settings, plan
-        self._environment, self._image, self._checks = environment, image, checks
-        assert plan.array is not None
-        self._most = plan.array.max_running_tasks or os.cpu_count() or 1
+    def __init__(self, step: ArrayStep, machine: _Machine, most: int) -> None:
+        self._step, self._machine, self._most = step, machine, most
         self._processes: dict[int, LocalProcess] = {}
         self._folders: dict[int, ExitStack] = {}
 
@@ -182,22 +175,12 @@ class _LocalTasks:
         self._step.store_completed()
 
     def _start(self, index: int) -> None:
-        folder = self._folders[index] = ExitStack()
-        directory = RunDirectory(Path(folder.enter_context(temporary_run_directory())))
-        contexts = self._step.contexts
-        directory.context.write_text(contexts.head + contexts.tail(self._step.tasks[index]))
-        directory.checks.write_text(self._checks)
-        messages = {"path": str(directory.messages), "include_stdio_in_messages": False}
-        environment = {
-            **self._environment,
-            DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"path": str(directory.context)}),
-            DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param(messages),
-        }
-        names = {directory.stdout: "stdout", directory.stderr: "stderr", directory.messages: MESSAGES}
-        sinks = {path: lambda data, name=name: self._step.feed(index, name, data) for path, name in names.items()}
-        command = _command(self._settings, self._plan, self._image, directory)
-        self._processes[index] = LocalProcess(command, environment, directory, sinks)
-        self._step.started(index)
+        folder, contexts = ExitStack(), self._step.contexts
+        self._folders[index] = folder
+        path = Path(folder.enter_context(temporary_run_directory()))
+        context = contexts.head + contexts.tail(self._step.tasks[index])
+        self._processes[index] = self._machine.start(path, context, self._step.reader(index).sinks)
+        self._step.progress.started.add(index)
 
     def _end(self, index: int) -> Ended:
         with self._folders.pop(index):

@@ -17,6 +17,7 @@ from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesContextData, PipesMessage
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import attach_partitions, refuse_undeclared_check
+from dagster_sbatch.slurm.gateway import MESSAGES
 
 TAIL_LINES = 30
 """Lines of stderr that a failure shows."""
@@ -143,12 +144,25 @@ class Output(Lines):
             data = data[os.write(number, data) :]
 
 
+class Streams:
+    """What reads the three files that a workload writes: its messages, stdout and stderr."""
+
+    messages: MessageParser
+    stdout: Lines
+    stderr: Lines
+
+    @property
+    def sinks(self) -> dict[str, Callable[[bytes], None]]:
+        """Functions that get the next bytes of the files, by name."""
+        return {MESSAGES: self.messages.feed, "stdout": self.stdout.feed, "stderr": self.stderr.feed}
+
+
 @dataclass
-class Session:
-    """A Pipes session with its three streams."""
+class Session(Streams):
+    """A Pipes session with its streams; `context` is the document that the workload reads."""
 
     pipes: dg.PipesSession
-    context_document: ContextDocument
+    context: str
     messages: Messages
     stdout: Output
     stderr: Output
@@ -169,4 +183,4 @@ def open_session(
 
     document, messages = ContextDocument(context_path), Messages(messages_path)
     with dg.open_pipes_session(context, document, messages, extras=dict(extras)) as pipes:
-        yield Session(pipes, document, messages, write_to(sys.stdout, "stdout"), write_to(sys.stderr, "stderr"))
+        yield Session(pipes, document.text, messages, write_to(sys.stdout, "stdout"), write_to(sys.stderr, "stderr"))

@@ -126,13 +126,14 @@ class RemoteRun(RemoteStep):
         """Submit the job, if it has paths, and follow it to its end; return None if another attempt has to follow."""
         run, request = self._run, self._plan.allocation.request
         with open_session(self._context, self._plan.extras, f"{run}/{CONTEXT}", f"{run}/{MESSAGES}") as session:
-            document, checks = session.context_document.text, declared_checks(self._context)
+            document, checks = session.context, declared_checks(self._context)
             change = store_change(request, self._planned.request)
             record = {**submission.record, **change, **store_attempts(self._failed)}
             files = files_of(self._plan, paths, self._info, document, checks, record) if paths else None
-            sinks = {MESSAGES: session.messages.feed, "stdout": session.stdout.feed, "stderr": session.stderr.feed}
             try:
-                end = gateway.run(run, files, sinks, self._report_submitted, self._report_state, self._context.run_id)
+                end = gateway.run(
+                    run, files, session.sinks, self._report_submitted, self._report_state, self._context.run_id
+                )
             except RefusedError as error:
                 if not self._failed or self._job:
                     raise

@@ -254,16 +254,17 @@ class RemoteArray(RemoteStep, Arrays):
 
     def started(self, run: str, task: int, node: str) -> None:  # noqa: ARG002, D102 - see Arrays
         array_job = self._jobs_by_run[run]
-        self._array.started(array_job.tasks[task])
+        self._array.progress.started.add(array_job.tasks[task])
         self._count_running(array_job, array_job.running + 1, array_job.requeued)  # until the next state
 
     def _count_running(self, array_job: _ArrayJob, running: int, requeued: int) -> None:
         array_job.running, array_job.requeued = running, requeued
-        active = self._jobs_by_run.values()
-        self._array.running(sum(each.running for each in active), sum(each.requeued for each in active))
+        active, progress = self._jobs_by_run.values(), self._array.progress
+        progress.running = sum(each.running for each in active)
+        progress.requeued = sum(each.requeued for each in active)
 
     def feed(self, run: str, task: int, name: str, data: bytes) -> None:  # noqa: D102 - see Arrays
-        self._array.feed(self._jobs_by_run[run].tasks[task], name, data)
+        self._array.reader(self._jobs_by_run[run].tasks[task]).sinks[name](data)
 
     def ended(self, run: str, task: int, end: JobEnd) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run[run]
@@ -273,7 +274,7 @@ class RemoteArray(RemoteStep, Arrays):
         self._array.where = self._where(self._project)
         job, costs = f"{array_job.job}_{task}", accounting.count(end, request)
         outcome, logs = judge(end, request), f"scripts/job {job} logs"
-        failed = find_fault(outcome, end, self._array.stderr(index), request)
+        failed = find_fault(outcome, end, self._array.reader(index).stderr.tail, request)
         following = self._attempts.find_next(index, failed.fault if failed else None, request, end.node)
         attempt = AttemptRecord(job, failed.cause if failed else "failed", store_request(request), costs)
         if failed and following.request:
@@ -297,7 +298,7 @@ class RemoteArray(RemoteStep, Arrays):
     def _repeat(self, index: int, attempt: AttemptRecord, request: SlurmRequest, changes: str) -> None:
         """Register a failed attempt of a task, and have the task submitted once more."""
         self._attempts.repeat(index, attempt, request)
-        self._array.waits(index)
+        self._array.stop_reading(index)
         self._batches.add(index)
         text = f"{attempt.end}; it is submitted again, with {changes}."
         self._warn_once(text, f"Task {self._array.tasks[index].label}: {text}")

@@ -8,7 +8,7 @@ from dagster_pipes import PipesMessage
 
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.messages import MessageParser
-from dagster_sbatch.run.pipes import Lines, Session
+from dagster_sbatch.run.pipes import Lines, Session, Streams
 
 MOST_WARNINGS = 500
 """Different warnings of one step that are compared; later ones are shown each time."""
@@ -64,7 +64,7 @@ class TaskLines(Lines):
         return not self._left_out
 
 
-class TaskReader:
+class TaskReader(Streams):
     """Reads what one task writes, while it runs.
 
     Attributes:
@@ -75,8 +75,8 @@ class TaskReader:
     def __init__(self, task: Task, session: Session, warnings: Warnings) -> None:
         """`session`: of the whole step."""
         self._label, self._session, self._warnings = task.label, session, warnings
-        self.stdout = TaskLines(task.label, session.stdout.show, warnings)
-        self.stderr = TaskLines(task.label, session.stderr.show, warnings)
+        self.stdout: TaskLines = TaskLines(task.label, session.stdout.show, warnings)
+        self.stderr: TaskLines = TaskLines(task.label, session.stderr.show, warnings)
         self.messages = MessageParser(session.messages.path, self._deliver)
 
     def finish(self) -> None:
