@@ -21,9 +21,9 @@ from dagster_sbatch.run.adoption import (
     name_request_changes,
     outdated_runs,
 )
-from dagster_sbatch.run.attempts import Attempts, Submission
 from dagster_sbatch.run.calls import StepCalls, step_key
 from dagster_sbatch.run.digests import digest_of
+from dagster_sbatch.run.family import Family
 from dagster_sbatch.run.history import is_stored, requested_at
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.workload import Workload
@@ -174,7 +174,7 @@ def test_jobs_are_not_outdated_while_a_thread_prepares_its_call() -> None:
 
     gateway: Any = SimpleNamespace(stop=Stop())  # a claim or a cancellation would be an error
     context: Any = SimpleNamespace(log=logging.getLogger())
-    attempts = Attempts(context, gateway, "/base", Submission(call, "step", {}, {}, Retries(), Questions()))
+    attempts = Family(context, gateway, "/base", call, {}, SlurmRequest(), questions=Questions())
     preparing.__enter__()
     assert not attempts.cancel_outdated(Claim(None, others=[theirs]))
     assert len(waits) == 3

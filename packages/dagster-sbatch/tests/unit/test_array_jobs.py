@@ -10,13 +10,13 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.run import attempts as attempts_module
+from dagster_sbatch.run import family as family_module
 from dagster_sbatch.run.adoption import choose_tasks
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.array_batches import Batches
-from dagster_sbatch.run.attempts import Attempts, Submission
 from dagster_sbatch.run.calls import StepCalls
-from dagster_sbatch.slurm import Retries
+from dagster_sbatch.run.family import Family
+from dagster_sbatch.slurm import Retries, SlurmRequest
 from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, Limits, OtherRun, Questions, RefusedError
 
 NO_LIMITS = Limits(None, None)
@@ -167,10 +167,12 @@ def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bo
     warnings: list[str] = []
     log = SimpleNamespace(info=lambda _: None, warning=warnings.append, error=None)
     with dg.DagsterInstance.ephemeral() as instance:
-        context: Any = SimpleNamespace(instance=instance, run_id="r", log=log)
+        context: Any = SimpleNamespace(
+            instance=instance, run_id="r", log=log, op_handle="step", get_mapping_key=lambda: None
+        )
         gateway: Any = SimpleNamespace(claim=claim, cancel=cancel, cancel_tasks=cancel)
         call = StepCalls().begin("r", "step", "digest")
-        attempts = Attempts(context, gateway, "/base", Submission(call, "step", {}, {}, Retries(), Questions()))
+        attempts = Family(context, gateway, "/base", call, {}, SlurmRequest(), questions=Questions())
         attempts.choose_tasks({0: TASK})
     assert done == [("runs/f-1", [1, 2]), ("runs/f-2", None)]
     assert "values (y, z). They are cancelled" in warnings[0]
@@ -179,7 +181,7 @@ def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bo
 
 def test_all_array_jobs_with_other_inputs_are_cancelled_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long range has several of one family. The step follows jobs of its other calls itself."""
-    monkeypatch.setattr(attempts_module, "SIBLING_SECONDS", 0)
+    monkeypatch.setattr(family_module, "SIBLING_SECONDS", 0)
     calls = StepCalls()
     call, other = (calls.begin("r", "step", digest) for digest in ("old", "new"))
     record = {"call": 0, "inputs": {"args": "old"}}
@@ -198,9 +200,7 @@ def test_all_array_jobs_with_other_inputs_are_cancelled_at_the_same_time(monkeyp
     gateway: Any = SimpleNamespace(claim=claim, cancel_all=cancel_all, stop=threading.Event())
     log = SimpleNamespace(info=None, warning=warnings.append, error=None)
     context: Any = SimpleNamespace(run_id="r", log=log)
-    attempts = Attempts(
-        context, gateway, "/base", Submission(call, "step", {"args": "new"}, {}, Retries(), Questions())
-    )
+    attempts = Family(context, gateway, "/base", call, {"args": "new"}, SlurmRequest(), questions=Questions())
     found = Claim(None, others=others)
     assert [attempts.cancel_outdated(found), attempts.cancel_outdated(found)] == [True, False]
     assert (claimed, cancelled[0]) == (["of-a", "of-b"], ["of-a-1", "of-a-2", "of-b-1"])

@@ -80,13 +80,16 @@ class Gateway:
         return USAGE
 
 
-class Attempts:
+CALL = SimpleNamespace(family="family", number=0)
+
+
+class Family:
     """An earlier attempt, or none."""
 
-    family = "family"
+    call = CALL
 
     def __init__(self, claim: Claim) -> None:
-        self.claim, self.submission = claim, self
+        self.claim = claim
         self.request = store_request(allocate(REQUEST, PROJECT.load_site("musica")).request)
         self.record = {"call": 0, "inputs": {}, "request": self.request}
 
@@ -119,9 +122,10 @@ def fail() -> Callable[..., str]:
             plan = make_plan(deployment, PROJECT, Path(__file__), ScriptLauncher(), REQUEST)
             step: Any = RemoteRun(context.op_execution_context, "probe", deployment, plan)
             try:
-                step._execute(gateway, Attempts(claim), SimpleNamespace(find=find))
+                step._gateway, step._family, step._environment = gateway, Family(claim), SimpleNamespace(find=find)
+                step._execute()
             except StoppedError:
-                raise step._end(gateway) from None
+                raise step._end() from None
 
         with dg.DagsterInstance.ephemeral() as instance:
             (failure,) = dg.materialize([probe], instance=instance, raise_on_error=False).get_step_failure_events()
@@ -192,9 +196,10 @@ def test_each_task_has_its_own_next_request_and_a_refusal_of_one_ends_no_other()
     @dg.asset
     def probe(context: dg.AssetExecutionContext) -> None:
         step: Any = RemoteArray(context.op_execution_context, "probe", SETTINGS, plan)
-        step._gateway, step._claim, step._family, step._number = gateway, Claim(None, runs="runs"), "family", 0
+        step._gateway, step._claim, step._number = gateway, Claim(None, runs="runs"), 0
         step._found = SimpleNamespace(name="env", python="/env/bin/python", workloads="/code")
-        step._submission = SimpleNamespace(record={"call": 0, "inputs": {}, "request": store_request(REQUEST)})
+        record = {"call": 0, "inputs": {}, "request": store_request(REQUEST)}
+        step._family = SimpleNamespace(call=CALL, record=record)
         step._batches = Batches(range(3), Limits(array=2, submit=None), None)
 
         def submit() -> str:
@@ -224,7 +229,7 @@ def test_each_task_has_its_own_next_request_and_a_refusal_of_one_ends_no_other()
             end(fifth, 0, SUCCESS)
             assert step.take() is None
             step._fail_refused()
-        step._array.attempts = step._attempts.rows(step._array.tasks)
+        step._array.attempts = step._rows()
         assert step._array.where["partition"] == plan.allocation.request.partition
         step._array.complete()
 

@@ -8,7 +8,6 @@ import pytest
 
 from dagster_sbatch import ConfigurationError, Retries, SlurmRequest
 from dagster_sbatch.run.adoption import Choice, choose, is_left_out, name_request_changes
-from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.attempt_record import (
     AttemptRecord,
     load_attempts,
@@ -18,9 +17,9 @@ from dagster_sbatch.run.attempt_record import (
     store_change,
     store_request,
 )
+from dagster_sbatch.run.attempt_series import AttemptSeries
 from dagster_sbatch.run.guard import Guard
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.task_attempts import TaskAttempts
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site, allocate, render_job_script
 from dagster_sbatch.slurm.gateway import Claim, JobEnd
@@ -172,20 +171,20 @@ def test_a_task_that_a_killed_step_has_left_counts_its_attempts_and_has_the_requ
     """If a person has changed that meanwhile, the next attempt has it as it is now."""
     planned = allocate(SlurmRequest(mem="16G", retries=Retries(max_mem="64G", max_retries=3)), site)
     settings = Settings.model_construct()
-    attempts = TaskAttempts(planned, Guard(settings, StepLog(dg.build_op_context())))
+    series = AttemptSeries(planned, Guard(settings, StepLog(dg.build_op_context())))
     now = store_request(planned.request)
     record = {"request": {**now, "mem": stored}, "tasks": [{"name": "a", **store_attempts([ATTEMPT])}]}
-    attempts.read(record, {0: 7}, now)
+    series.read(record, now, 0)
     request, found = planned.request, list[str | None]()
     for _ in range(2):
-        following = attempts.find_next(7, Fault.MEMORY, request, "n1").request
+        following = series.find_next(Fault.MEMORY, request, "n1").request
         assert following
         found.append(following.mem)
-        attempts.repeat(7, ATTEMPT, following)
-        request = attempts.request_of(7)
+        series.repeat(ATTEMPT, following)
+        request = series.request
     assert found == memory
-    assert attempts.find_next(7, Fault.NODE, request, "n1").text == "max_retries=3"
-    assert [row["attempt"] for row in attempts.rows([Task("a")] * 8)] == [1, 2, 3]
+    assert series.find_next(Fault.NODE, request, "n1").text == "max_retries=3"
+    assert series.ended == (ATTEMPT,) * 3
 
 
 OOM = JobEnd(None, "OUT_OF_MEMORY", "0:125")

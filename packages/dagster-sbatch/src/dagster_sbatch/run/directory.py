@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any
 
 from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
@@ -15,7 +15,6 @@ from dagster_sbatch.slurm.gateway.agent.images import RECORD
 
 CONTEXT, CHECKS = "context.json", "checks.json"
 """Names of files in it."""
-Checks: TypeAlias = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,14 @@ def pipes_variables(folder: str) -> dict[str, str]:
 
 
 def files_of(
-    plan: Plan, paths: RunPaths, info: RunInfo, context: str, checks: Checks, record: Mapping[str, Any]
+    plan: Plan,
+    paths: RunPaths,
+    info: RunInfo,
+    contexts: Mapping[str, str],
+    checks: Mapping[str, Sequence[str]],
+    record: Mapping[str, Any],
+    *,
+    array: ArrayShape | None = None,
 ) -> dict[str, str]:
     """Return all files of a run directory by name.
 
@@ -117,50 +123,32 @@ def files_of(
         plan: of the run.
         paths: of the run.
         info: whose it is.
-        context: the Pipes context.
+        contexts: the file with the Pipes context, or those of the tasks of an array; see `contexts_of_tasks`.
         checks: names of the asset checks that the step declares, by asset key.
-        record: what a later attempt compares its own inputs with: `call`, `inputs`, `request`.
+        record: what a later attempt compares its own inputs with: `call`, `inputs`, `request`, and `tasks` of an array.
+        array: its size.
     """
     return {
         **_files_of_commands(plan),
-        "job.sh": render_job(plan, paths, info),
-        CONTEXT: context,
+        "job.sh": render_job(plan, paths, info, array),
+        **contexts,
         CHECKS: json.dumps(checks),
         "about.json": info.text,
         RECORD: json.dumps(record),
     }
 
 
-def array_files_of(
-    plan: Plan,
-    paths: RunPaths,
-    info: RunInfo,
-    contexts: Sequence[str],
-    checks: Checks,
-    record: Mapping[str, Any],
-    *,
-    max_running: int | None = None,
-) -> dict[str, str]:
-    """Return all files of the run directory of an array job by name.
+def contexts_of_tasks(run: str, head: str, tails: Sequence[str]) -> dict[str, str]:
+    """Return the files with the Pipes contexts of an array job.
 
     Args:
-        plan: of the run.
-        paths: of the run.
-        info: whose it is.
-        contexts: what the Pipes contexts of all tasks begin with, then the rest of each.
-        checks: as for a single job.
-        record: as for a single job, and `tasks`.
-        max_running: how many tasks run at once.
+        run: its run directory.
+        head: what the contexts of all tasks begin with.
+        tails: the rest of each.
     """
-    head, *tails = contexts
-    pipes = [" ".join(pipes_variables(f"{paths.run}/tasks/{index}").values()) for index in range(len(tails))]
+    pipes = [" ".join(pipes_variables(f"{run}/tasks/{index}").values()) for index in range(len(tails))]
     return {
-        **_files_of_commands(plan),
-        "job.sh": render_job(plan, paths, info, ArrayShape(len(tails), max_running)),
         "context.head": head,
-        CHECKS: json.dumps(checks),
         "tasks.jsonl": "".join(f"{tail}\n" for tail in tails),
         "tasks.pipes": "".join(f"{each}\n" for each in pipes),
-        "about.json": info.text,
-        RECORD: json.dumps(record),
     }

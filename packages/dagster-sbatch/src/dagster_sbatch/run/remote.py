@@ -1,6 +1,5 @@
 """A workload on the supercomputer as one job, as its Dagster step sees it: submit or adopt, follow, judge, repeat."""
 
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,32 +12,30 @@ from dagster_sbatch.run.array_results import table
 from dagster_sbatch.run.attempt_record import (
     ATTEMPTS,
     AttemptRecord,
-    load_attempts,
     load_request,
     rows_of,
     store_attempts,
-    store_change,
     store_request,
 )
-from dagster_sbatch.run.attempts import Attempts, Submission
-from dagster_sbatch.run.directory import CONTEXT, RunPaths, files_of
+from dagster_sbatch.run.attempt_series import AttemptSeries
+from dagster_sbatch.run.directory import CONTEXT
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.past_use import proposal_metadata, uses_of
 from dagster_sbatch.run.pipes import Session, open_session
+from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
-from dagster_sbatch.run.results import complete, declared_checks, partitions_of
-from dagster_sbatch.run.run_environment import RunEnvironment
+from dagster_sbatch.run.results import complete, partitions_of
+from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, accounting, job_usage
 from dagster_sbatch.slurm.gateway import (
     MESSAGES,
-    Gateway,
     JobEnd,
     JobState,
     RefusedError,
     StoppedError,
     Submitted,
 )
-from dagster_sbatch.slurm.next_request import Next, next_request
+from dagster_sbatch.slurm.next_request import Next
 from dagster_sbatch.slurm.outcome import CAUSES, Outcome, explain_stderr, find_fault, judge
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.waiting import advise
@@ -50,136 +47,123 @@ RETRY_SECONDS = 10.0
 class RemoteRun(RemoteStep):
     """One call of `compute.run` on the supercomputer, as one job; after some failures, as one job after another."""
 
-    _run = ""
-    _number = 0
-    _state: list[str] | None = None
-    _idle_reported = False
-    _failed: tuple[AttemptRecord, ...] = ()
+    def __init__(self, context: dg.OpExecutionContext, asset: str, settings: Settings, plan: Plan) -> None:
+        super().__init__(context, asset, settings, plan)
+        self._series = AttemptSeries(self._planned, self._guard)
+        self._run, self._number = "", 0
+        self._state: list[str] | None = None
+        self._idle_reported = False
 
-    def _execute(
-        self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment
-    ) -> dg.PipesClientCompletedInvocation:
-        paths = self._choose(gateway, attempts, environment)
-        while not (completed := self._follow(gateway, attempts.submission, paths)):
-            paths = self._begin(attempts.family, self._number + 1, self._find_next_environment(gateway, environment))
+    @property
+    def _request(self) -> SlurmRequest:
+        """The request of the attempt that is submitted or followed now."""
+        return self._series.request
+
+    def _execute(self) -> dg.PipesClientCompletedInvocation:
+        found = self._choose()
+        while not (completed := self._follow(found)):
+            found = self._find_next_environment()
+            self._begin(self._number + 1)
         return completed
 
     def _before_cancelling(self) -> None:
         """Nothing is complete before the job is over."""
 
-    def _choose(self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment) -> RunPaths | None:
-        """Choose the attempt; return where a new one is to be submitted, None if an earlier one is adopted."""
-        choice, found = self._claim_runs(attempts), None
+    def _choose(self) -> Environment | None:
+        """Choose the attempt; return the environment of a new one, None if an earlier one is adopted."""
+        choice, found = self._claim_runs(), None
         if not choice.adopt:
-            self._guard.check_cost(self._plan.allocation)
-            found = self._find_environment(gateway, environment, self._claim.environment)
-            while not choice.adopt and attempts.cancel_outdated(self._claim):
-                choice = self._claim_runs(attempts)
-        gateway.committed = True
-        job = self._claim.job if choice.adopt else None
-        return self._begin(attempts.family, choice.attempt, None if choice.adopt else found, job)
+            self._guard.check_cost(self._allocation)
+            found = self._find_environment(self._claim.environment)
+            while not choice.adopt and self._family.cancel_outdated(self._claim):
+                choice = self._claim_runs()
+        self._gateway.committed = True
+        self._begin(choice.attempt, self._claim.job if choice.adopt else None)
+        return None if choice.adopt else found
 
-    def _claim_runs(self, attempts: Attempts) -> Choice:
+    def _claim_runs(self) -> Choice:
         """Claim the runs of the call, and continue with what an earlier execution of this step has left to do."""
-        self._claim, choice = attempts.choose()
-        record = self._claim.record or {}
-        changed = bool(record) and record["request"] != attempts.submission.request
-        if choice.adopt or (is_left_out(self._claim) and not changed):
-            self._failed = load_attempts(record)
-            self._set_request(load_request(record, self._planned.request))
-        self._changed = changed and choice.adopt
+        self._claim, choice = self._family.choose()
+        record, request = self._claim.record, self._family.request
+        if record and (choice.adopt or (is_left_out(self._claim) and record["request"] == request)):
+            self._series.read(record, request)
+            self._series.request = load_request(record, self._planned.request)
         return choice
 
-    def _begin(self, family: str, number: int, found: Environment | None, job: str | None = None) -> RunPaths | None:
-        """Begin to submit an attempt, or to follow one; return where it is submitted, None without an environment."""
+    def _begin(self, number: int, job: str | None = None) -> None:
+        """Begin to submit an attempt, or to follow one that has this job."""
         self._number, self._state, self._idle_reported = number, None, False
-        self._run = f"{self._claim.runs}/{family}-{number}"
+        self._run = f"{self._claim.runs}/{self._family.call.family}-{number}"
         self._runs[self._run] = job
-        return self._paths(self._claim, self._run, found) if found else None
 
-    def _find_next_environment(self, gateway: Gateway, environment: RunEnvironment) -> Environment:
+    def _find_next_environment(self) -> Environment:
         """Return the environment of the next attempt.
 
         Raises:
             Failure: there is none, or the project has not enough left.
         """
         try:
-            return self._find_environment(gateway, environment)
-        except ConfigurationError as error:
-            raise self._end_attempts(gateway, str(error), final=True) from None
-        except RefusedError as error:
-            raise self._end_attempts(gateway, self._explain(gateway, str(error)), final=False) from None
+            return self._find_environment()
+        except (ConfigurationError, RefusedError) as error:
+            raise self._end_attempts(error) from None
 
-    def _end_attempts(self, gateway: Gateway, reason: str, *, final: bool) -> dg.Failure:
+    def _end_attempts(self, error: ConfigurationError | RefusedError) -> dg.Failure:
         """Return the step's failure: the next attempt cannot be submitted. A re-execution begins with the first one."""
-        gateway.reject(self._run)
-        attempts: dict[str, Any] = {ATTEMPTS: table(rows_of(self._failed))}
-        return self._failure(self._failed[-1].explain_last(reason), final=final, **attempts)
+        self._gateway.reject(self._run)
+        final = isinstance(error, ConfigurationError)
+        text = self._series.ended[-1].explain_last(str(error) if final else self._explain(str(error)))
+        attempts: dict[str, Any] = {ATTEMPTS: table(rows_of(self._series.ended))}
+        return self._failure(text, final=final, **attempts)
 
-    def _set_request(self, request: SlurmRequest) -> None:
-        """Let the plan have the request of the attempt that is submitted or followed now."""
-        self._plan = replace(self._plan, allocation=replace(self._planned, request=request))
+    def _follow(self, found: Environment | None) -> dg.PipesClientCompletedInvocation | None:
+        """Follow the job to its end; return None if another attempt has to follow.
 
-    def _follow(
-        self, gateway: Gateway, submission: Submission, paths: RunPaths | None
-    ) -> dg.PipesClientCompletedInvocation | None:
-        """Submit the job, if it has paths, and follow it to its end; return None if another attempt has to follow."""
-        run, request = self._run, self._plan.allocation.request
+        `found`: the environment in which it is submitted; None if it exists.
+        """
+        run, request = self._run, self._request
         with open_session(self._context, self._plan.extras, f"{run}/{CONTEXT}", f"{run}/{MESSAGES}") as session:
-            document, checks = session.context, declared_checks(self._context)
-            change = store_change(request, self._planned.request)
-            record = {**submission.record, **change, **store_attempts(self._failed)}
-            files = files_of(self._plan, paths, self._info, document, checks, record) if paths else None
+            contexts, record = {CONTEXT: session.context}, store_attempts(self._series.ended)
+            files = self._files(run, found, request, contexts, record) if found else None
+            report = self._report_submitted, self._report_state
             try:
-                end = gateway.run(
-                    run, files, session.sinks, self._report_submitted, self._report_state, self._context.run_id
-                )
+                end = self._gateway.run(run, files, session.sinks, *report, self._context.run_id)
             except RefusedError as error:
-                if not self._failed or self._job:
+                if not self._series.ended or self._job:
                     raise
-                raise self._end_attempts(gateway, self._explain(gateway, str(error)), final=False) from None
+                raise self._end_attempts(error) from None
             outcome = judge(end, request)
             failed = find_fault(outcome, end, session.stderr.tail, request)
-            following = self._find_next(failed, end)
+            following = self._series.find_next(failed.fault if failed else None, request, end.node)
             if following.request:
                 session.messages.close()
             else:
                 session.messages.finish(self._context)
         self._report_project(self._job, end.account)
         if failed and following.request:
-            self._retry(gateway, failed, following, end)
+            self._retry(failed, following, end)
             return None
         try:
             self._check(session, end, outcome, failed, following.text)
         except dg.Failure:
-            gateway.reject(run)
+            self._gateway.reject(run)
             raise
         costs = self._costs(end, "succeeded")
-        uses = [*uses_of(costs, partitions_of(self._context)[:1], self._plan.allocation.request.partition)]
-        proposal = proposal_metadata(self._context, replace(self._plan, allocation=self._planned), uses)
+        uses = [*uses_of(costs, partitions_of(self._context)[:1], request.partition)]
+        proposal = proposal_metadata(self._context, self._plan, uses)
         return complete(self._context, session.pipes, self._about(end), {**costs, **proposal})
 
-    def _find_next(self, failed: Outcome | None, end: JobEnd) -> Next:
-        """Return what follows this attempt; nothing if it succeeded, or failed for a reason that is not repeated."""
-        request, fault = self._plan.allocation.request, failed.fault if failed else None
-        found = next_request(fault, request, self._planned, end.node, len(self._failed))
-        if found.request and self._changed:
-            found = Next(self._planned.request, "the request of the asset, which has changed")
-        return self._guard.within_limit(found, self._planned)
-
-    def _retry(self, gateway: Gateway, failed: Outcome, following: Next, end: JobEnd) -> None:
+    def _retry(self, failed: Outcome, following: Next, end: JobEnd) -> None:
         """Register a failed attempt, and wait before the same request is submitted again."""
         assert following.request
         most = self._planned.request.retries.max_retries + 1
-        number = len(self._failed) + 2
+        number = len(self._series.ended) + 2
         self._log.warning(
             f"Slurm job {self._job}: {failed.cause}. Attempt {number} of at most {most} follows, with {following.text}."
         )
-        self._failed += (self._attempt(failed.cause, end),)
+        same = following.request == self._request
+        self._series.repeat(self._attempt(failed.cause, end), following.request)
         del self._runs[self._run]  # its job is over
-        same, self._changed = following.request == self._plan.allocation.request, False
-        self._set_request(following.request)
-        if same and gateway.stop.wait(RETRY_SECONDS):
+        if same and self._gateway.stop.wait(RETRY_SECONDS):
             raise StoppedError
 
     def _check(
@@ -198,7 +182,7 @@ class RemoteRun(RemoteStep):
         if cause:
             own = self._about(end) | self._costs(end, failed.cause if failed else cause.partition("\n")[0])
             if end.state not in CAUSES:
-                cause = explain_stderr(cause, session.stderr.tail, self._plan.allocation.request)
+                cause = explain_stderr(cause, session.stderr.tail, self._request)
             if limit:
                 cause += f". No other attempt follows: {limit}"
             final = bool(limit) and failed is not None and failed.fault in (Fault.MEMORY, Fault.TIME)
@@ -226,7 +210,7 @@ class RemoteRun(RemoteStep):
             words.append(f"expected to start at {datetime.fromtimestamp(state.start, UTC):%Y-%m-%d %H:%M:%S} UTC")
         if state.idle is not None and not self._idle_reported:
             self._idle_reported = True
-            text = job_usage.describe_idle(state.idle, self._plan.allocation.request)
+            text = job_usage.describe_idle(state.idle, self._request)
             self._log.warning(f"Slurm job {self._job}: {text}")
         if words != self._state:
             self._state = words
@@ -246,14 +230,12 @@ class RemoteRun(RemoteStep):
 
     def _costs(self, end: JobEnd, how: str) -> dict[str, Any]:
         """Return metadata of the whole job, and a table of the attempts if there were several; `how` it ended."""
-        request = self._plan.allocation.request
-        costs: dict[str, Any] = {**accounting.count(end, request)}
-        if plot := job_usage.plot(end.usage, request):
+        costs: dict[str, Any] = {**accounting.count(end, self._request)}
+        if plot := job_usage.plot(end.usage, self._request):
             costs["usage"] = plot
-        if self._failed:
-            costs[ATTEMPTS] = table(rows_of((*self._failed, self._attempt(how, end))))
+        if self._series.ended:
+            costs[ATTEMPTS] = table(rows_of((*self._series.ended, self._attempt(how, end))))
         return costs
 
     def _attempt(self, how: str, end: JobEnd) -> AttemptRecord:
-        request = self._plan.allocation.request
-        return AttemptRecord(self._job or "", how, store_request(request), accounting.count(end, request))
+        return AttemptRecord(self._job or "", how, store_request(self._request), accounting.count(end, self._request))

@@ -1,6 +1,7 @@
 """An array on the supercomputer, as its Dagster step sees it: adopt tasks, submit the others, follow and judge each."""
 
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -15,25 +16,22 @@ from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.attempt_record import (
     AttemptRecord,
     load_request,
-    store_change,
+    rows_of,
+    store_attempts,
     store_request,
 )
-from dagster_sbatch.run.attempts import Attempts
-from dagster_sbatch.run.directory import CONTEXT, array_files_of
+from dagster_sbatch.run.attempt_series import AttemptSeries
+from dagster_sbatch.run.directory import CONTEXT, contexts_of_tasks
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
-from dagster_sbatch.run.results import declared_checks
-from dagster_sbatch.run.run_environment import RunEnvironment
-from dagster_sbatch.run.task_attempts import TaskAttempts
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm import SlurmRequest, accounting
+from dagster_sbatch.slurm import ArrayShape, SlurmRequest, accounting
 from dagster_sbatch.slurm.gateway import (
     MESSAGES,
     ArrayRun,
     Arrays,
     ArrayState,
     Claim,
-    Gateway,
     JobEnd,
     Limits,
     Submitted,
@@ -90,7 +88,7 @@ class RemoteArray(RemoteStep, Arrays):
         self._refusal: str | None = None
         self._refused: dict[int, str] = {}
         self._failed_in: dict[int, tuple[str, int]] = {}
-        self._attempts = TaskAttempts(self._planned, self._guard)
+        self._series = self._no_attempts()
         self._warned: set[str] = set()
 
     def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
@@ -99,47 +97,51 @@ class RemoteArray(RemoteStep, Arrays):
         finally:
             self._array.wait_until_stored()
 
-    def _execute(
-        self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment
-    ) -> dg.PipesClientCompletedInvocation:
+    def _execute(self) -> dg.PipesClientCompletedInvocation:
         with self._array.open(CONTEXT, MESSAGES):
             if self._array.left:
-                self._gateway = gateway
-                self._choose(attempts, environment)
-                gateway.committed = True
-                gateway.run_arrays(self, self._context.run_id)
+                self._choose()
+                self._gateway.committed = True
+                self._gateway.run_arrays(self, self._context.run_id)
                 if self._found is None and self._batches.left:  # adopted tasks that have to run again
-                    self._found = self._find_environment(self._gateway, environment, tasks=0)  # they cost nothing new
+                    self._found = self._find_environment(tasks=0)  # they cost nothing new
                     self._batches = self._divide(self._batches.left)
-                    gateway.run_arrays(self, self._context.run_id)
+                    self._gateway.run_arrays(self, self._context.run_id)
                 self._fail_refused()
-        self._array.attempts = self._attempts.rows(self._array.tasks)
+        self._array.attempts = self._rows()
         self._array.where = self._where(self._project)
         return self._array.complete()
 
     def _before_cancelling(self) -> None:
         self._array.store_completed()
 
-    def _choose(self, attempts: Attempts, environment: RunEnvironment) -> None:
+    def _no_attempts(self) -> defaultdict[int, AttemptSeries]:
+        """Return the attempts at each task, by its index, before the first one."""
+        return defaultdict(lambda: AttemptSeries(self._planned, self._guard))
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Return the rows of a table: the attempts at the tasks that were repeated."""
+        tasks = [(self._array.tasks[index].name, series) for index, series in sorted(self._series.items())]
+        return [{"task": name, **row} for name, series in tasks for row in rows_of(series.ended)]
+
+    def _choose(self) -> None:
         """Choose which tasks are adopted and which are submitted."""
-        self._submission = attempts.submission
         left = {index: self._array.tasks[index] for index in self._array.left}
-        claim, choice = attempts.choose_tasks(left)
+        claim, choice = self._family.choose_tasks(left)
         self._adopt(claim, choice)
         found: Environment | None = None
         if choice.new:
             self._guard.check_cost(self._planned, len(choice.new))
-            found = self._find_environment(self._gateway, environment, claim.environment, len(choice.new))
-            while attempts.cancel_outdated(claim):
-                claim, choice = attempts.choose_tasks(left)
+            found = self._find_environment(claim.environment, len(choice.new))
+            while self._family.cancel_outdated(claim):
+                claim, choice = self._family.choose_tasks(left)
                 self._adopt(claim, choice)
             self._batches = self._divide(choice.new)
-        self._claim, self._found = claim, found
-        self._family, self._number = attempts.family, claim.attempt
+        self._claim, self._found, self._number = claim, found, claim.attempt
 
     def _adopt(self, claim: Claim, choice: TaskChoice) -> None:
         """Register the array jobs that this step follows, and cancels if a person terminates the run from now on."""
-        self._jobs_by_run, self._runs, self._attempts = {}, {}, TaskAttempts(self._planned, self._guard)
+        self._jobs_by_run, self._runs, self._series = {}, {}, self._no_attempts()
         for array in claim.arrays:
             if array.run in choice.follow:
                 places = choice.follow[array.run]
@@ -148,7 +150,8 @@ class RemoteArray(RemoteStep, Arrays):
                 request = load_request(array.record, self._planned.request)
                 self._jobs_by_run[array.run] = _ArrayJob(dict(places), request, min(most, number))
                 if array.record:
-                    self._attempts.read(array.record, places, self._submission.request)
+                    for place, index in places.items():
+                        self._series[index].read(array.record, self._family.request, place)
                 self._runs[array.run] = array.job
         self._adopted = list(self._runs)
         if self._runs:
@@ -165,9 +168,9 @@ class RemoteArray(RemoteStep, Arrays):
         """Register the tasks of array jobs that Slurm refused, and those that were not submitted after that."""
         if self._refusal is not None:
             self._refused |= dict.fromkeys(self._batches.left, self._refusal)
-        explained = {text: self._explain(self._gateway, text) for text in {*self._refused.values()}}
+        explained = {text: self._explain(text) for text in {*self._refused.values()}}
         for index, text in self._refused.items():
-            last, cause = self._attempts.last(index), explained[text]
+            last, cause = next(reversed(self._series[index].ended), None), explained[text]
             if last and index in self._failed_in:  # a re-execution begins with the request of the asset
                 self._gateway.reject(*self._failed_in[index])
             logs = f"scripts/job {last.job} logs" if last else "none: it was not submitted"
@@ -184,34 +187,31 @@ class RemoteArray(RemoteStep, Arrays):
         active, planned = self._jobs_by_run.values(), self._planned.request
         repeated = sum(each.request != planned for each in active)
         left = self._batches.left
-        if left and self._attempts.request_of(left[0]) != planned and repeated >= MOST_REPEATED:
+        if left and self._series[left[0]].request != planned and repeated >= MOST_REPEATED:
             return None
         queued = sum(len(each.tasks) - len(each.ends) for each in active)
-        indices, max_running = self._batches.take([each.share for each in active], queued, self._attempts.request_of)
+        shares = [each.share for each in active]
+        indices, max_running = self._batches.take(shares, queued, lambda index: self._series[index].request)
         if not indices:
             return None
         self._number += 1
-        run = self._submitting = f"{self._claim.runs}/{self._family}-{self._number}"
-        request = self._attempts.request_of(indices[0])
+        run = self._submitting = f"{self._claim.runs}/{self._family.call.family}-{self._number}"
+        request = self._series[indices[0]].request
         self._jobs_by_run[run] = _ArrayJob(dict(enumerate(indices)), request, max_running or len(indices))
         self._runs[run] = None
-        return ArrayRun(run, self._files(run, indices, max_running), range(len(indices)))
+        return ArrayRun(run, self._files_of_array(run, indices, max_running), range(len(indices)))
 
-    def _files(self, run: str, indices: Sequence[int], max_running: int | None) -> dict[str, str]:
+    def _files_of_array(self, run: str, indices: Sequence[int], max_running: int | None) -> dict[str, str]:
         assert self._found
-        request = self._attempts.request_of(indices[0])
-        plan = replace(self._plan, allocation=replace(self._planned, request=request))
         tasks, contexts = [self._array.tasks[index] for index in indices], self._array.contexts
+        attempts = [store_attempts(self._series[index].ended) for index in indices]
         record = {
-            **self._submission.record,
-            **store_change(request, self._planned.request),
             "max_running_tasks": max_running,
-            "tasks": [{**self._array.tasks[index].record, **self._attempts.store(index)} for index in indices],
+            "tasks": [{**task.record, **each} for task, each in zip(tasks, attempts, strict=True)],
         }
-        paths = self._paths(self._claim, run, self._found)
-        texts = [contexts.head, *(contexts.tail(task) for task in tasks)]
-        checks = declared_checks(self._context)
-        return array_files_of(plan, paths, self._info, texts, checks, record, max_running=max_running)
+        files = contexts_of_tasks(run, contexts.head, [contexts.tail(task) for task in tasks])
+        request, shape = self._series[indices[0]].request, ArrayShape(len(tasks), max_running)
+        return self._files(run, self._found, request, files, record, shape)
 
     def submitted(self, run: str, submitted: Submitted) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run[run]
@@ -275,7 +275,7 @@ class RemoteArray(RemoteStep, Arrays):
         job, costs = f"{array_job.job}_{task}", accounting.count(end, request)
         outcome, logs = judge(end, request), f"scripts/job {job} logs"
         failed = find_fault(outcome, end, self._array.reader(index).stderr.tail, request)
-        following = self._attempts.find_next(index, failed.fault if failed else None, request, end.node)
+        following = self._series[index].find_next(failed.fault if failed else None, request, end.node)
         attempt = AttemptRecord(job, failed.cause if failed else "failed", store_request(request), costs)
         if failed and following.request:
             array_job.repeated.add(task)
@@ -291,13 +291,13 @@ class RemoteArray(RemoteStep, Arrays):
         else:
             where = {"job_id": job, "run_directory": f"{run}/tasks/{task}"}
             succeeded = self._array.ended(index, exit_code(end), where, costs, logs, request=request, limit=limit)
-        self._attempts.end(index, attempt, succeeded=succeeded)
+        self._series[index].end(attempt, succeeded=succeeded)
         if not succeeded:
             self._gateway.reject(run, task)
 
     def _repeat(self, index: int, attempt: AttemptRecord, request: SlurmRequest, changes: str) -> None:
         """Register a failed attempt of a task, and have the task submitted once more."""
-        self._attempts.repeat(index, attempt, request)
+        self._series[index].repeat(attempt, request)
         self._array.stop_reading(index)
         self._batches.add(index)
         text = f"{attempt.end}; it is submitted again, with {changes}."

@@ -14,20 +14,21 @@ from dagster_sbatch.auth import AccessError
 from dagster_sbatch.environments.deployed import Environment, Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import inputs_of
-from dagster_sbatch.run.attempt_record import store_request
-from dagster_sbatch.run.attempts import Attempts, Submission
+from dagster_sbatch.run.attempt_record import store_change
 from dagster_sbatch.run.calls import calls_of, step_key, step_prefix
 from dagster_sbatch.run.digests import digest_of
-from dagster_sbatch.run.directory import RunInfo, RunPaths
+from dagster_sbatch.run.directory import RunInfo, RunPaths, files_of
 from dagster_sbatch.run.failures import failure
+from dagster_sbatch.run.family import Family
 from dagster_sbatch.run.guard import Guard
 from dagster_sbatch.run.history import left_job, tag_job
 from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_terminal
-from dagster_sbatch.run.results import partitions_of
+from dagster_sbatch.run.results import declared_checks, partitions_of
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import Allocation, ArrayShape, SlurmRequest
 from dagster_sbatch.slurm.gateway import (
     Claim,
     Gateway,
@@ -54,6 +55,11 @@ class RemoteStep(ABC):
     `planned` has the request of a first attempt.
     """
 
+    _gateway: Gateway
+    _environment: RunEnvironment
+    _family: Family
+    _claim: Claim
+
     def __init__(self, context: dg.OpExecutionContext, asset: str, settings: Settings, plan: Plan) -> None:
         self._context, self._asset, self._settings, self._plan = context, asset, settings, plan
         self._log = StepLog(context)
@@ -61,7 +67,6 @@ class RemoteStep(ABC):
         ends = " to ".join(sorted({*partitions[:1], *partitions[-1:]}))
         self._info = RunInfo(context.run_id, root, asset, ends, step=step_key(self._context))
         self._planned, self._guard = plan.allocation, Guard(settings, self._log)
-        self._call = 0
         self._runs: dict[str, str | None] = {}
         self._left = left_job(context)
         self._trouble: str | None = None
@@ -72,9 +77,7 @@ class RemoteStep(ABC):
         return run_interruptibly(self._work)
 
     @abstractmethod
-    def _execute(
-        self, gateway: Gateway, attempts: Attempts, environment: RunEnvironment
-    ) -> dg.PipesClientCompletedInvocation:
+    def _execute(self) -> dg.PipesClientCompletedInvocation:
         """Submit or adopt, follow to the end, and return the results."""
 
     @abstractmethod
@@ -83,64 +86,59 @@ class RemoteStep(ABC):
 
     def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
         site, base = self._plan.site, str(self._settings.deployment_base_path)
-        gateway = make_gateway(
-            self._settings, site, stop, lambda text: self._report_trouble(gateway, text), self._report_recovered
-        )
+        gateway = make_gateway(self._settings, site, stop, self._report_trouble, self._report_recovered)
         gateway.committed = self._left is not None
-        environment = RunEnvironment(Environments(gateway, base, site), self._settings, self._plan)
+        self._gateway = gateway
+        self._environment = RunEnvironment(Environments(gateway, base, site), self._settings, self._plan)
         try:
-            attempts = Attempts(self._context, gateway, base, self._register(gateway, environment))
+            self._family = self._register(base)
             with stopped_with_run(self._context, stop):
-                return self._execute(gateway, attempts, environment)
+                return self._execute()
         except StoppedError:
-            raise self._end(gateway) from None
+            raise self._end() from None
         except LostClaimError as error:
             text = f"While the connection of this step was lost, another run ({error}) attached to its job."
             raise self._failure(text, final=True) from None
         except RefusedError as error:
-            raise self._failure(f"{self._explain(gateway, str(error))}{self._still_running}") from None
+            raise self._failure(f"{self._explain(str(error))}{self._still_running}") from None
         except (AccessError, SshError, ConfigurationError) as error:
             final = isinstance(error, ConfigurationError)
             raise self._failure(f"{error}{self._still_running}", final=final) from None
         finally:
             gateway.close()
 
-    def _register(self, gateway: Gateway, environment: RunEnvironment) -> Submission:
+    def _register(self, base: str) -> Family:
         """Register this call, and compute digests of everything that decides its result.
 
         Raises:
             ConfigurationError: the container of its job has no image.
         """
         assets = tuple(sorted(key.to_user_string() for key in self._context.selected_asset_keys))
-        data_root = self._data_root
         root, step, calls = self._info.root, self._info.step, calls_of(self._context)
+        related, data_root, environment = f"{step_prefix(root, step)}-", self._data_root, self._environment
         with calls.preparing():
-            inputs = inputs_of(self._plan, environment.inputs, assets, data_root, self._find_image(gateway))
+            inputs = inputs_of(self._plan, environment.inputs, assets, data_root, self._find_image())
             call = calls.begin(root, step, digest_of(inputs))
-        self._call = call.number
-        request, related = self._plan.allocation.request, f"{step_prefix(root, step)}-"
         questions = Questions(related, data_root, environment.request)
-        return Submission(call, step, inputs, store_request(request), request.retries, questions)
+        return Family(self._context, self._gateway, base, call, inputs, self._planned.request, questions=questions)
 
     @property
     def _data_root(self) -> str:
         """DATA_ROOT, as the user wrote it."""
         return self._settings.data_root or f"{self._settings.deployment_base_path}/data"
 
-    def _find_image(self, gateway: Gateway) -> str | None:
+    def _find_image(self) -> str | None:
         """Return the identity of the image of the job's container; None without a container."""
         container = self._plan.launcher.container
         if container is None:
             return None
         runs = f"{self._settings.deployment_base_path}/runs"
-        problem, identity = gateway.image(container.remote_image(self._data_root), self._data_root, runs)
+        problem, identity = self._gateway.image(container.remote_image(self._data_root), self._data_root, runs)
         if problem:
             raise ConfigurationError(problem)
         return identity
 
-    def _find_environment(
-        self, gateway: Gateway, environment: RunEnvironment, answer: Mapping[str, Any] | None = None, tasks: int = 1
-    ) -> Environment:
+    def _find_environment(self, answer: Mapping[str, Any] | None = None, tasks: int = 1) -> Environment:
         """Return the environment of new jobs; see `RunEnvironment.find`.
 
         `tasks`: of an array, that would be submitted; 0: none that cost more than was compared before.
@@ -148,18 +146,38 @@ class RemoteStep(ABC):
         Raises:
             ConfigurationError: there is none, or the project has not enough left.
         """
-        found = environment.find(self._log.info, answer)
-        self._guard.check_budget(gateway, self._plan.allocation, tasks)
+        found = self._environment.find(self._log.info, answer)
+        self._guard.check_budget(self._gateway, self._allocation, tasks)
         return found
 
-    def _paths(self, claim: Claim, run: str, found: Environment) -> RunPaths:
-        """Return the paths of a new run, in an environment."""
+    @property
+    def _request(self) -> SlurmRequest:
+        """The request of the jobs that messages are about."""
+        return self._planned.request
+
+    @property
+    def _allocation(self) -> Allocation:
+        return replace(self._planned, request=self._request)
+
+    def _files(
+        self,
+        run: str,
+        found: Environment,
+        request: SlurmRequest,
+        contexts: Mapping[str, str],
+        record: Mapping[str, Any],
+        array: ArrayShape | None = None,
+    ) -> dict[str, str]:
+        """Return the files of a new run directory, in an environment; see `files_of`."""
         self._info = replace(self._info, environment=found.name)
-        return RunPaths(run, found.python, found.workloads, claim.data_root)
+        paths = RunPaths(run, found.python, found.workloads, self._claim.data_root)
+        plan = replace(self._plan, allocation=replace(self._planned, request=request))
+        record = {**self._family.record, **store_change(request, self._planned.request), **record}
+        return files_of(plan, paths, self._info, contexts, declared_checks(self._context), record, array=array)
 
     # Terminate
 
-    def _end(self, gateway: Gateway) -> dg.Failure:
+    def _end(self) -> dg.Failure:
         """Cancel the jobs of an interrupted step, or leave them to the next attempt; return the step's failure."""
         if not self._runs:
             return self._failure("The step was interrupted while it had no Slurm job.", final=True)
@@ -171,7 +189,7 @@ class RemoteStep(ABC):
         self._before_cancelling()
         jobs = ", ".join(job or "(just submitted)" for job in self._runs.values())
         show_on_terminal(f"{self._asset}: cancelling Slurm job {jobs} ...")
-        texts, left, error = self._cancel(gateway, CANCEL_SECONDS[interruption])
+        texts, left, error = self._cancel(CANCEL_SECONDS[interruption])
         if left:
             text = "\n".join([*texts, self._describe_left(left, error)])
             show_on_terminal(text)
@@ -182,13 +200,13 @@ class RemoteStep(ABC):
         self._log.info(f"Terminated. {text}")
         return self._failure(f"Terminated. {text}", final=True)
 
-    def _cancel(self, gateway: Gateway, seconds: float) -> tuple[list[str], Mapping[str, str | None], str]:
+    def _cancel(self, seconds: float) -> tuple[list[str], Mapping[str, str | None], str]:
         """Cancel the jobs of all runs; return how they ended, those that may not be over, and why.
 
         `seconds`: for all of them together.
         """
-        gateway.stop = threading.Event()
-        limit = threading.Timer(seconds, gateway.stop.set)
+        self._gateway.stop = threading.Event()
+        limit = threading.Timer(seconds, self._gateway.stop.set)
         limit.start()
         texts, errors, left = [], [], dict(self._runs)
 
@@ -200,7 +218,7 @@ class RemoteStep(ABC):
             texts.append(f"Slurm job {job} is over: {outcome.state}" if outcome else "No job was submitted.")
 
         try:
-            gateway.cancel_all(list(left), report)
+            self._gateway.cancel_all(list(left), report)
         except (RefusedError, StoppedError, LostClaimError, AccessError, SshError, ConfigurationError) as error:
             errors.append(str(error))
         finally:
@@ -222,12 +240,12 @@ class RemoteStep(ABC):
         """Register the job of a run directory, here and in the tags of the Dagster run."""
         self._runs.pop(run, None)
         self._runs[run] = job
-        tag_job(self._context, self._jobs, self._call)
+        tag_job(self._context, self._jobs, self._family.call.number)
 
-    def _explain(self, gateway: Gateway, text: str) -> str:
+    def _explain(self, text: str) -> str:
         """Return why a request was refused, by its text."""
         with suppress(RefusedError, StoppedError, AccessError, SshError):  # the refusal itself is what counts
-            text = explain_refusal(text, self._plan.allocation.request, gateway.projects)
+            text = explain_refusal(text, self._request, self._gateway.projects)
         return f"refused on the supercomputer: {text}"
 
     def _report_project(self, job: str | None, account: str) -> None:
@@ -235,12 +253,12 @@ class RemoteStep(ABC):
             self._project = account
             self._log.info(f"job {job} is charged to project {account}")
 
-    def _report_trouble(self, gateway: Gateway, text: str) -> None:
+    def _report_trouble(self, text: str) -> None:
         """Log a lost connection or a temporary error, once; report an error that a person may have to fix."""
         if text == self._trouble:
             return
         self._trouble, where = text, self._settings.edge_node_host
-        if not gateway.blocked:
+        if not self._gateway.blocked:
             self._log.warning(f"{where}: {text}; trying again")
             return
         job = self._jobs or self._left or "(just submitted)"
@@ -280,10 +298,9 @@ class RemoteStep(ABC):
 
     def _where(self, account: str | None) -> dict[str, Any]:
         """Return metadata for everything that the jobs report."""
-        request = self._plan.allocation.request
         where = {
-            "partition": request.partition,
-            "qos": request.qos,
+            "partition": self._request.partition,
+            "qos": self._request.qos,
             "account": account or None,
             "workload": str(self._plan.workload.path),
         }

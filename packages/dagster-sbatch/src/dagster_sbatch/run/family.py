@@ -4,8 +4,6 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import dagster as dg
 
@@ -20,10 +18,11 @@ from dagster_sbatch.run.adoption import (
     outdated_runs,
 )
 from dagster_sbatch.run.array import Task
-from dagster_sbatch.run.calls import Call
+from dagster_sbatch.run.attempt_record import store_request
+from dagster_sbatch.run.calls import Call, step_key
 from dagster_sbatch.run.history import is_stored, requested_at, stored_before
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.slurm import Retries
+from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import (
     ArrayJob,
     Claim,
@@ -41,53 +40,54 @@ SIBLING_SECONDS = 2.0
 """For other threads of the step to make their calls, before jobs with other inputs count as outdated."""
 
 
-@dataclass(frozen=True)
-class Submission:
-    """A call of `compute.run`, and what identifies its jobs and those of the same step.
+class Family:
+    """The family of jobs of one call of `compute.run`: its attempts, also those of earlier runs of the same step.
 
     Attributes:
         call: the call.
-        step: Dagster's key of the step.
-        inputs: of the call: digests by name.
-        request: the Slurm request.
-        retries: of the Slurm request.
-        questions: for the login node.
+        request: of Slurm, as it is stored with a job.
+        record: what is stored with a job: a later attempt compares its own inputs with it.
     """
 
-    call: Call
-    step: str
-    inputs: Mapping[str, str]
-    request: Mapping[str, Any]
-    retries: Retries
-    questions: Questions
+    def __init__(
+        self,
+        context: dg.OpExecutionContext,
+        gateway: Gateway,
+        base: str,
+        call: Call,
+        inputs: Mapping[str, str],
+        request: SlurmRequest,
+        *,
+        questions: Questions,
+    ) -> None:
+        """Store the arguments.
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """What is stored with the job: a later attempt compares its own inputs with it."""
-        return {"call": self.call.number, "inputs": self.inputs, "request": self.request}
-
-
-class Attempts:
-    """The attempts at one call of `compute.run`, over a connection to the login node."""
-
-    def __init__(self, context: dg.OpExecutionContext, gateway: Gateway, base: str, submission: Submission) -> None:
-        """`base`: SLURM_DEPLOYMENT_BASE_PATH."""
-        self._context, self._gateway, self.submission = context, gateway, submission
+        Args:
+            context: of the step.
+            gateway: to the login node.
+            base: SLURM_DEPLOYMENT_BASE_PATH.
+            call: the call.
+            inputs: of the call: digests by name.
+            request: of Slurm.
+            questions: for the login node.
+        """
+        self._context, self._gateway, self._questions = context, gateway, questions
+        self._inputs, self._retries = inputs, request.retries
         self._log = StepLog(context)
         self._folder = f"{base}/runs"
         self._token = uuid.uuid4().hex
-        self.family = submission.call.family
+        self.call, self.request = call, store_request(request)
+        self.record = {"call": call.number, "inputs": inputs, "request": self.request}
 
     def choose(self) -> tuple[Claim, Choice]:
         """Claim the call's runs, once no other run executes them; choose between an earlier attempt and a new one."""
-        submission = self.submission
-        claim = self._claim(self.family, submission.questions)
+        claim = self._claim(self.call.family, self._questions)
         instance, asked = self._context.instance, requested_at(self._context.instance, self._context.run_id)
-        stored = claim.over and is_stored(instance, claim.followers, submission.step, before=asked)
-        choice = choose(claim, stored=stored, retries=submission.retries)
+        stored = claim.over and is_stored(instance, claim.followers, step_key(self._context), before=asked)
+        choice = choose(claim, stored=stored, retries=self._retries)
         if choice.reason:
             self._log.info(choice.reason)
-        if choice.adopt and (changes := name_request_changes(submission.request, claim.record)):
+        if choice.adopt and (changes := name_request_changes(self.request, claim.record)):
             self._log.info(f"The job keeps its Slurm request, which differs: {changes}")
         return claim, choice
 
@@ -97,22 +97,21 @@ class Attempts:
         Args:
             tasks: those that are not done, by index.
         """
-        submission, instance = self.submission, self._context.instance
-        claim = self._claim(self.family, submission.questions)
+        instance, step = self._context.instance, step_key(self._context)
+        claim = self._claim(self.call.family, self._questions)
         asked = requested_at(instance, self._context.run_id)
         stored: dict[str, tuple[bool, set[str]]] = {}
 
         def task_is_stored(array: ArrayJob, index: int) -> bool:
             if array.run not in stored:
-                followers, step = array.followers, submission.step
-                whole = is_stored(instance, followers, step, before=asked)
-                stored[array.run] = whole, stored_before(instance, followers, step, asked)
+                whole = is_stored(instance, array.followers, step, before=asked)
+                stored[array.run] = whole, stored_before(instance, array.followers, step, asked)
             whole, partitions = stored[array.run]
             own = tasks[index].partitions
             return whole or (bool(own) and partitions.issuperset(own))
 
         ids = {index: task.id for index, task in tasks.items()}
-        choice = choose_tasks(claim.arrays, ids, task_is_stored, submission.retries)
+        choice = choose_tasks(claim.arrays, ids, task_is_stored, self._retries)
         followed = sum(map(len, choice.follow.values()))
         if followed:
             jobs = ", ".join(str(array.job) for array in claim.arrays if array.run in choice.follow)
@@ -151,7 +150,7 @@ class Attempts:
         """
         if not claim.others:
             return False
-        step, waited = self.submission.call.step, False
+        step, waited = self.call.step, False
         while not waited or not step.are_prepared:
             if self._gateway.stop.wait(SIBLING_SECONDS):
                 raise StoppedError
@@ -168,7 +167,7 @@ class Attempts:
         """Cancel jobs at the same time: a family has several array jobs."""
         jobs = {run.run: f"Slurm job {run.job}" if run.job else f"The Slurm job of {run.run}" for run in runs}
         for run in runs:
-            differences = name_differences(self.submission.inputs, run.record)
+            differences = name_differences(self._inputs, run.record)
             self._log.warning(
                 f"{jobs[run.run]} was submitted by an earlier run of this step with other inputs ({differences}). "
                 "It is cancelled, and a new job is submitted."
