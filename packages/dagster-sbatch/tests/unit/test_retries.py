@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from typing import Any
 
-import dagster as dg
 import pytest
 
 from dagster_sbatch import ConfigurationError, Retries, SlurmRequest
@@ -18,8 +17,6 @@ from dagster_sbatch.run.attempt_record import (
     store_request,
 )
 from dagster_sbatch.run.attempt_series import AttemptSeries
-from dagster_sbatch.run.guard import Guard
-from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site, allocate, render_job_script
 from dagster_sbatch.slurm.gateway import Claim, JobEnd
@@ -170,8 +167,7 @@ def test_a_task_that_a_killed_step_has_left_counts_its_attempts_and_has_the_requ
 ) -> None:
     """If a person has changed that meanwhile, the next attempt has it as it is now."""
     planned = allocate(SlurmRequest(mem="16G", retries=Retries(max_mem="64G", max_retries=3)), site)
-    settings = Settings.model_construct()
-    series = AttemptSeries(planned, Guard(settings, StepLog(dg.build_op_context())))
+    series = AttemptSeries(planned, Settings.model_construct())
     now = store_request(planned.request)
     record = {"request": {**now, "mem": stored}, "tasks": [{"name": "a", **store_attempts([ATTEMPT])}]}
     series.read(record, now, 0)

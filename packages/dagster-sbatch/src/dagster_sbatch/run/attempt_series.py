@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dagster_sbatch.run.attempt_record import AttemptRecord, load_attempts
-from dagster_sbatch.run.guard import Guard
+from dagster_sbatch.run.guard import within_limit
+from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation, SlurmRequest
 from dagster_sbatch.slurm.next_request import Next, next_request
 from dagster_sbatch.slurm.retries import Fault
@@ -17,7 +18,7 @@ class AttemptSeries:
 
     Attributes:
         planned: the allocation of a first attempt.
-        guard: refuses an attempt that could cost too much.
+        settings: with the limit of what an attempt may cost.
         ended: the attempts that are over, if there are several.
         changed: whether the asset's request has changed since an earlier run of the step submitted the job that is
             followed now.
@@ -25,7 +26,7 @@ class AttemptSeries:
     """
 
     planned: Allocation
-    guard: Guard
+    settings: Settings
     ended: tuple[AttemptRecord, ...] = ()
     changed: bool = False
     request: SlurmRequest = field(init=False)
@@ -55,7 +56,7 @@ class AttemptSeries:
         found = next_request(fault, request, self.planned, node, len(self.ended))
         if found.request and self.changed:
             found = Next(self.planned.request, "the request of the asset, which has changed")
-        return self.guard.within_limit(found, self.planned)
+        return within_limit(found, self.planned, self.settings)
 
     def repeat(self, attempt: AttemptRecord, request: SlurmRequest) -> None:
         """Register an attempt that has failed, and the request of the next one."""

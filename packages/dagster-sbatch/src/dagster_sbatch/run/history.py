@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from math import inf
 from typing import Any
 
 import dagster as dg
@@ -17,7 +18,7 @@ _LONGEST_TAG = 63
 """Characters of each half of a tag's key, for Dagster."""
 
 
-def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str, before: float | None = None) -> bool:
+def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str, before: float = inf) -> bool:
     """Return whether Dagster has stored the result of a step in one of some runs.
 
     Args:
@@ -26,13 +27,12 @@ def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str, befo
         step: Dagster's key of the step.
         before: only results that were stored by then count, in seconds since 1970.
     """
-    latest = float("inf") if before is None else before
-    return any(_succeeded(instance, run, step, latest) for run in runs)
+    return any(_succeeded(instance, run, step, before) for run in runs)
 
 
-def _succeeded(instance: dg.DagsterInstance, run_id: str, step: str, latest: float) -> bool:
+def _succeeded(instance: dg.DagsterInstance, run_id: str, step: str, before: float = inf) -> bool:
     ends = _events_of(instance, run_id, step, {dg.DagsterEventType.STEP_SUCCESS})
-    return any(end.timestamp <= latest for end in ends)
+    return any(end.timestamp <= before for end in ends)
 
 
 def _events_of(
@@ -60,28 +60,27 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
                 found.setdefault(stored.partition, {}).setdefault(stored.asset_key, stored.metadata)
         again = any(run.tags.get(tag) == "true" for tag in _RESUMED)
         run = step.instance.get_run_by_id(run.parent_run_id) if again and run.parent_run_id else None
-        if run and _succeeded(step.instance, run.run_id, key, float("inf")):
+        if run and _succeeded(step.instance, run.run_id, key):
             break
     return {partition: each for partition, each in found.items() if each.keys() == step.selected_asset_keys}
 
 
-def stored_before(instance: dg.DagsterInstance, runs: Iterable[str], step: str, before: float | None) -> set[str]:
+def stored_before(instance: dg.DagsterInstance, runs: Iterable[str], step: str, before: float = inf) -> set[str]:
     """Return the partitions that a step has stored in one of some runs; `before`: see `is_stored`."""
-    latest = float("inf") if before is None else before
     events = (
         event for run in runs for event in _events_of(instance, run, step, {dg.DagsterEventType.ASSET_MATERIALIZATION})
     )
-    stored = (event.asset_materialization for event in events if event.timestamp <= latest)
+    stored = (event.asset_materialization for event in events if event.timestamp <= before)
     return {each.partition for each in stored if each and each.partition is not None}
 
 
-def requested_at(instance: dg.DagsterInstance, run_id: str) -> float | None:
-    """Return the time of a run's first event, in seconds since 1970; None if it was deleted.
+def requested_at(instance: dg.DagsterInstance, run_id: str) -> float:
+    """Return the time of a run's first event, in seconds since 1970; infinity if it was deleted.
 
     Dagster's own time of its creation has no fraction of a second in SQLite.
     """
     records = instance.get_records_for_run(run_id, limit=1, ascending=True).records
-    return records[0].event_log_entry.timestamp if records else None
+    return records[0].event_log_entry.timestamp if records else inf
 
 
 def tag_deployment(context: dg.OpExecutionContext, deployment: str, site: str | None) -> None:

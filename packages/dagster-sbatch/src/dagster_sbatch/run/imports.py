@@ -16,6 +16,8 @@ from dagster_sbatch.project import Project
 from dagster_sbatch.run.workload import Workload
 
 _ENGINE = __name__.partition(".")[0]
+_installed = cache(packages_distributions)
+"""Names of distributions by module, on this machine."""
 _CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 
@@ -118,9 +120,3 @@ def _locked(lock: Path) -> set[str]:
     with suppress(ConfigurationError):
         return {str(pin.name) for pin in read_lock(lock).pins}
     return set()
-
-
-@cache
-def _installed() -> dict[str, list[str]]:
-    """Return the names of distributions by module, on this machine."""
-    return {module: list(names) for module, names in packages_distributions().items()}

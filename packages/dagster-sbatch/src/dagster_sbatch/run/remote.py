@@ -19,6 +19,7 @@ from dagster_sbatch.run.attempt_record import (
 )
 from dagster_sbatch.run.attempt_series import AttemptSeries
 from dagster_sbatch.run.directory import CONTEXT
+from dagster_sbatch.run.guard import check_cost
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.past_use import proposal_metadata, uses_of
 from dagster_sbatch.run.pipes import Session, open_session
@@ -49,7 +50,7 @@ class RemoteRun(RemoteStep):
 
     def __init__(self, context: dg.OpExecutionContext, asset: str, settings: Settings, plan: Plan) -> None:
         super().__init__(context, asset, settings, plan)
-        self._series = AttemptSeries(self._planned, self._guard)
+        self._series = AttemptSeries(self._planned, self._settings)
         self._run, self._number = "", 0
         self._state: list[str] | None = None
         self._idle_reported = False
@@ -73,7 +74,7 @@ class RemoteRun(RemoteStep):
         """Choose the attempt; return the environment of a new one, None if an earlier one is adopted."""
         choice, found = self._claim_runs(), None
         if not choice.adopt:
-            self._guard.check_cost(self._allocation)
+            check_cost(self._allocation, self._settings)
             found = self._find_environment(self._claim.environment)
             while not choice.adopt and self._family.cancel_outdated(self._claim):
                 choice = self._claim_runs()

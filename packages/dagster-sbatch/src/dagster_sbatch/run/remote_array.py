@@ -22,6 +22,7 @@ from dagster_sbatch.run.attempt_record import (
 )
 from dagster_sbatch.run.attempt_series import AttemptSeries
 from dagster_sbatch.run.directory import CONTEXT, contexts_of_tasks
+from dagster_sbatch.run.guard import check_cost
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.settings import Settings
@@ -117,7 +118,7 @@ class RemoteArray(RemoteStep, Arrays):
 
     def _no_attempts(self) -> defaultdict[int, AttemptSeries]:
         """Return the attempts at each task, by its index, before the first one."""
-        return defaultdict(lambda: AttemptSeries(self._planned, self._guard))
+        return defaultdict(lambda: AttemptSeries(self._planned, self._settings))
 
     def _rows(self) -> list[dict[str, Any]]:
         """Return the rows of a table: the attempts at the tasks that were repeated."""
@@ -131,7 +132,7 @@ class RemoteArray(RemoteStep, Arrays):
         self._adopt(claim, choice)
         found: Environment | None = None
         if choice.new:
-            self._guard.check_cost(self._planned, len(choice.new))
+            check_cost(self._planned, self._settings, len(choice.new))
             found = self._find_environment(claim.environment, len(choice.new))
             while self._family.cancel_outdated(claim):
                 claim, choice = self._family.choose_tasks(left)
@@ -301,7 +302,9 @@ class RemoteArray(RemoteStep, Arrays):
         self._array.stop_reading(index)
         self._batches.add(index)
         text = f"{attempt.end}; it is submitted again, with {changes}."
-        self._warn_once(text, f"Task {self._array.tasks[index].label}: {text}")
+        if text not in self._warned:  # once for all tasks
+            self._warned.add(text)
+            self._log.warning(f"Task {self._array.tasks[index].label}: {text}")
 
     def over(self, run: str, rows: Any) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run.pop(run)
@@ -314,9 +317,3 @@ class RemoteArray(RemoteStep, Arrays):
                 end = replace(array_job.ends[task], rows=found)
                 costs = accounting.count(end, array_job.request)
                 self._array.add_costs(array_job.tasks[task], costs)
-
-    def _warn_once(self, kind: str, text: str) -> None:
-        """Log a warning, unless there was one of this kind."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            self._log.warning(text)

@@ -20,7 +20,7 @@ from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.directory import RunInfo, RunPaths, files_of
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.family import Family
-from dagster_sbatch.run.guard import Guard
+from dagster_sbatch.run.guard import check_budget
 from dagster_sbatch.run.history import left_job, tag_job
 from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
 from dagster_sbatch.run.plan import Plan
@@ -66,7 +66,7 @@ class RemoteStep(ABC):
         root, partitions = context.run.root_run_id or context.run_id, partitions_of(context)
         ends = " to ".join(sorted({*partitions[:1], *partitions[-1:]}))
         self._info = RunInfo(context.run_id, root, asset, ends, step=step_key(self._context))
-        self._planned, self._guard = plan.allocation, Guard(settings, self._log)
+        self._planned = plan.allocation
         self._runs: dict[str, str | None] = {}
         self._left = left_job(context)
         self._trouble: str | None = None
@@ -147,7 +147,7 @@ class RemoteStep(ABC):
             ConfigurationError: there is none, or the project has not enough left.
         """
         found = self._environment.find(self._log.info, answer)
-        self._guard.check_budget(self._gateway, self._allocation, tasks)
+        check_budget(self._gateway, self._allocation, self._settings, self._log, tasks)
         return found
 
     @property

@@ -29,10 +29,6 @@ class ForkServerUnavailableError(Exception):
     """No fork server has answered; the text says where its log is."""
 
 
-class _UnfitServerError(OSError):
-    """A fork server has answered why it can never fork."""
-
-
 class ForkedProcess:
     """A run's process that waits; when this connection is closed before `begin`, it ends without having done anything.
 
@@ -108,7 +104,7 @@ class ForkServers:
         answer = fork_server.read_line(connection).strip()
         if not answer.isdigit():
             self._unfit[_name(executable)] = time.monotonic() + UNFIT_SECONDS, answer
-            raise _UnfitServerError(answer)
+            raise OSError(answer)
         return RunProcess.find(int(answer))
 
     def _connect(self, executable: str) -> socket.socket:
@@ -120,7 +116,7 @@ class ForkServers:
         name = _name(executable)
         until, why = self._unfit.get(name, (0.0, ""))
         if time.monotonic() < until:
-            raise _UnfitServerError(why)
+            raise OSError(why)
         with self._opened() as folder:
             path = _path(folder, name)
             with suppress(FileNotFoundError, ConnectionRefusedError):

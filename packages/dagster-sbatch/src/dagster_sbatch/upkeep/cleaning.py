@@ -75,7 +75,7 @@ def is_obsolete(
 
 def _are_stored(instance: dg.DagsterInstance, run: RunRecord, tasks: TaskList) -> bool:
     """Return whether Dagster has stored the partitions of all tasks that have succeeded, though their step failed."""
-    stored = stored_before(instance, run.followers, run.about.step, None)
+    stored = stored_before(instance, run.followers, run.about.step)
     done = (tasks.partitions[task.index] for task in tasks.records() if task.kind == "done")
     known = len(tasks) > 0  # its record can be read
     return known and all(partitions and stored.issuperset(partitions) for partitions in done)
