@@ -84,7 +84,7 @@ class StepCalls:
         return self._twins.total()
 
     def claim_once(self, family: str) -> bool:
-        """Register a family of attempts for one call to act on; False if a call of this step has it already."""
+        """Register a family of attempts, or another thing, for one call to act on; False if a call has it already."""
         with self._lock:
             if family in self._families:
                 return False

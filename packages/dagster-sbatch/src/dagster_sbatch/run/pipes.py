@@ -16,7 +16,7 @@ from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesContextData, PipesMessage
 
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import attach_partitions, refuse_undeclared_check
+from dagster_sbatch.run.results import attach_partitions, check_report
 from dagster_sbatch.slurm.gateway import MESSAGES
 
 TAIL_LINES = 30
@@ -61,7 +61,7 @@ class Messages(MessageParser, dg.PipesMessageReader):
         """Hand the results to Dagster, after the last byte."""
         with self.error_kept():
             for message in self.results:
-                refuse_undeclared_check(context, message)
+                check_report(context, message)
                 self.deliver(message)
             attach_partitions(context, self, self.partitions)
             if self.closed:  # the last one alone: Dagster warns of what follows the first

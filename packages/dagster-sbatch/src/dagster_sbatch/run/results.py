@@ -7,8 +7,19 @@ from typing import Any
 import dagster as dg
 from dagster_pipes import PIPES_METADATA_TYPE_INFER, PIPES_PROTOCOL_VERSION, PipesMessage
 
+from dagster_sbatch.run.calls import calls_of
+from dagster_sbatch.run.reports import StepLog
+
 PARTITION = "musica.partition"
 """The only key of the custom message by which a workload reports on one partition; see docs/assets.md."""
+OWN_NAMES = frozenset(
+    """
+    host workload partition qos account job_id run_directory attach dashboard tasks attempts usage proposal
+    queue_seconds elapsed_seconds workload_seconds node_hours cpu_hours gpu_hours
+    max_rss_mib cpu_efficiency gpu_utilization gpu_memory_max_mib
+    """.split()
+)
+"""Names of the metadata that the engine itself adds, on one deployment or another; see docs/assets.md."""
 _FIELDS = ("partition", "metadata", "asset_key", "data_version")
 
 
@@ -28,10 +39,10 @@ def declared_checks(context: dg.OpExecutionContext) -> dict[str, list[str]]:
     return found
 
 
-def refuse_undeclared_check(context: dg.OpExecutionContext, message: PipesMessage) -> None:
-    """Refuse the result of an asset check that the step does not declare.
+def check_report(context: dg.OpExecutionContext, message: PipesMessage) -> None:
+    """Refuse the result of an asset check that the step does not declare; warn of metadata under one of OWN_NAMES.
 
-    Dagster would refuse it when it has stored the materializations of the step already.
+    Dagster would refuse the check when it has stored the materializations of the step already.
 
     Args:
         context: of the step.
@@ -40,9 +51,15 @@ def refuse_undeclared_check(context: dg.OpExecutionContext, message: PipesMessag
     Raises:
         ValueError: it names the checks that the step declares.
     """
+    params = message["params"] or {}
+    names = ", ".join(sorted(OWN_NAMES.intersection(params.get("metadata") or ())))
+    if names and calls_of(context).claim_once(f"metadata: {names}"):
+        StepLog(context).warning(
+            f"The workload reports metadata that the engine adds, too, under the same name: {names}. Dagster stores "
+            "only one value of each name. Use another name in the workload."
+        )
     if message["method"] != "report_asset_check":
         return
-    params = message["params"] or {}
     asset, name = params["asset_key"], params["check_name"]
     known = declared_checks(context)
     if name not in known.get(asset, ()):
@@ -101,13 +118,13 @@ def read_partitions(
             "metadata": metadata,
             "data_version": report.get("data_version"),
         }
-        handler.handle_message(
-            {
-                "__dagster_pipes_version": PIPES_PROTOCOL_VERSION,
-                "method": "report_asset_materialization",
-                "params": params,
-            }
-        )
+        message: PipesMessage = {
+            "__dagster_pipes_version": PIPES_PROTOCOL_VERSION,
+            "method": "report_asset_materialization",
+            "params": params,
+        }
+        check_report(context, message)
+        handler.handle_message(message)
     found = []
     for report, result in zip(reports, handler.get_reported_results(), strict=True):
         assert isinstance(result, dg.MaterializeResult)

@@ -10,9 +10,9 @@ from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.results import (
     PartitionReport,
+    check_report,
     partitions_of,
     read_partitions,
-    refuse_undeclared_check,
     report_on,
 )
 
@@ -106,7 +106,7 @@ def read_result(
     result = TaskResult(task, where, costs)
     handler = dg.PipesMessageHandler(context, reader)
     for message in messages.results:
-        refuse_undeclared_check(context, message)
+        check_report(context, message)
         handler.handle_message(message)
     result.messages.extend(handler.get_custom_messages())
     for each in handler.get_reported_results():
