@@ -15,7 +15,7 @@ from dagster_sbatch import ConfigurationError, JobArray, Retries, ScriptLauncher
 from dagster_sbatch.run import remote
 from dagster_sbatch.run.adoption import Choice, choose
 from dagster_sbatch.run.array_batches import Batches
-from dagster_sbatch.run.attempt_record import load_request, store_request
+from dagster_sbatch.run.attempts import load_request, store_request
 from dagster_sbatch.run.plan import make_plan
 from dagster_sbatch.run.remote import RemoteRun
 from dagster_sbatch.run.remote_array import RemoteArray

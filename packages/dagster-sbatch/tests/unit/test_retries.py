@@ -7,8 +7,9 @@ import pytest
 
 from dagster_sbatch import ConfigurationError, Retries, SlurmRequest
 from dagster_sbatch.run.adoption import Choice, choose, is_left_out, name_request_changes
-from dagster_sbatch.run.attempt_record import (
+from dagster_sbatch.run.attempts import (
     AttemptRecord,
+    AttemptSeries,
     load_attempts,
     load_request,
     rows_of,
@@ -16,7 +17,6 @@ from dagster_sbatch.run.attempt_record import (
     store_change,
     store_request,
 )
-from dagster_sbatch.run.attempt_series import AttemptSeries
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site, allocate, render_job_script
 from dagster_sbatch.slurm.gateway import Claim, JobEnd

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dagster_sbatch.run.array import PARTITION_KEYS
-from dagster_sbatch.run.attempt_record import load_attempts
+from dagster_sbatch.run.attempts import load_attempts
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm import Retries

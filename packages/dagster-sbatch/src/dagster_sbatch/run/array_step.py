@@ -16,7 +16,7 @@ from dagster_sbatch.run.array_results import (
     summarize,
     table,
 )
-from dagster_sbatch.run.attempt_record import ATTEMPTS
+from dagster_sbatch.run.attempts import ATTEMPTS
 from dagster_sbatch.run.calls import calls_of
 from dagster_sbatch.run.failures import failure, shorten
 from dagster_sbatch.run.history import stored_partitions

@@ -11,7 +11,6 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm import ArrayShape, render_job_script, render_start, sampler_file
 from dagster_sbatch.slurm.gateway import MESSAGES
 from dagster_sbatch.slurm.gateway.agent.disk import FORMAT
-from dagster_sbatch.slurm.gateway.agent.images import RECORD
 
 CONTEXT, CHECKS = "context.json", "checks.json"
 """Names of files in it."""
@@ -91,7 +90,7 @@ def render_job(plan: Plan, paths: RunPaths, info: RunInfo, array: ArrayShape | N
     )
 
 
-def _files_of_commands(plan: Plan) -> dict[str, str]:
+def files_of_commands(plan: Plan) -> dict[str, str]:
     """Return the files that the job script and the commands of the launcher and its container need."""
     container = plan.launcher.container
     own = plan.launcher.files(plan.allocation.request)
@@ -104,37 +103,6 @@ def pipes_variables(folder: str) -> dict[str, str]:
     return {
         DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"path": f"{folder}/{CONTEXT}"}),
         DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param(messages),
-    }
-
-
-def files_of(
-    plan: Plan,
-    paths: RunPaths,
-    info: RunInfo,
-    contexts: Mapping[str, str],
-    checks: Mapping[str, Sequence[str]],
-    record: Mapping[str, Any],
-    *,
-    array: ArrayShape | None = None,
-) -> dict[str, str]:
-    """Return all files of a run directory by name.
-
-    Args:
-        plan: of the run.
-        paths: of the run.
-        info: whose it is.
-        contexts: the file with the Pipes context, or those of the tasks of an array; see `contexts_of_tasks`.
-        checks: names of the asset checks that the step declares, by asset key.
-        record: what a later attempt compares its own inputs with: `call`, `inputs`, `request`, and `tasks` of an array.
-        array: its size.
-    """
-    return {
-        **_files_of_commands(plan),
-        "job.sh": render_job(plan, paths, info, array),
-        **contexts,
-        CHECKS: json.dumps(checks),
-        "about.json": info.text,
-        RECORD: json.dumps(record),
     }
 
 

@@ -18,7 +18,7 @@ from dagster_sbatch.run.adoption import (
     outdated_runs,
 )
 from dagster_sbatch.run.array import Task
-from dagster_sbatch.run.attempt_record import store_request
+from dagster_sbatch.run.attempts import store_request
 from dagster_sbatch.run.calls import Call, step_key
 from dagster_sbatch.run.history import is_stored, requested_at, stored_before
 from dagster_sbatch.run.reports import StepLog

@@ -1,7 +1,5 @@
 """Refuse jobs that could cost more than the limit per run, or than the project has left."""
 
-from dataclasses import replace
-
 from dagster_sbatch.costs.budget import budget_start
 from dagster_sbatch.costs.cost import explain_excess
 from dagster_sbatch.costs.shortage import SETTING, find_shortage
@@ -10,7 +8,6 @@ from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation
 from dagster_sbatch.slurm.gateway import Gateway
-from dagster_sbatch.slurm.next_request import Next
 
 ANSWER_SECONDS = 40.0
 """For Slurm to say what the project has left: ten, after up to 30 for calls that are being submitted."""
@@ -29,16 +26,6 @@ def check_cost(allocation: Allocation, settings: Settings, tasks: int = 1) -> No
     """
     if excess := explain_excess(allocation, tasks, settings):
         raise ConfigurationError(excess)
-
-
-def within_limit(following: Next, planned: Allocation, settings: Settings) -> Next:
-    """Return what follows a failed attempt, unless it alone could cost more than the limit per run.
-
-    `planned`: the allocation of the first attempt.
-    """
-    request = following.request
-    excess = request and explain_excess(replace(planned, request=request), 1, settings)
-    return Next(None, excess) if excess else following
 
 
 def check_budget(gateway: Gateway, allocation: Allocation, settings: Settings, log: StepLog, tasks: int) -> None:

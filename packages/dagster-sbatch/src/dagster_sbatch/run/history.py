@@ -10,7 +10,6 @@ import dagster as dg
 from dagster_sbatch.run.calls import step_key
 from dagster_sbatch.run.reports import StepLog
 
-PAGE = 1000
 JOB_TAG = "slurm_job"
 _RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
 """Tags that Dagster sets to "true" in a re-execution from failure, also in one that Dagster itself requests."""
@@ -38,11 +37,7 @@ def _succeeded(instance: dg.DagsterInstance, run_id: str, step: str, before: flo
 def _events_of(
     instance: dg.DagsterInstance, run_id: str, step: str, kinds: set[dg.DagsterEventType]
 ) -> Iterator[dg.EventLogEntry]:
-    cursor, more = None, True
-    while more:
-        page = instance.get_records_for_run(run_id, cursor, of_type=kinds, limit=PAGE)
-        yield from (record.event_log_entry for record in page.records if record.event_log_entry.step_key == step)
-        cursor, more = page.cursor, page.has_more
+    return (event for event in instance.all_logs(run_id, of_type=kinds) if event.step_key == step)
 
 
 def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey, Mapping[str, Any]]]:

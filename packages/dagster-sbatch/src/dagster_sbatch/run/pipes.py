@@ -16,7 +16,7 @@ from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesContextData, PipesMessage
 
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import attach_partitions, check_report
+from dagster_sbatch.run.results import attach, check_report, partitions_of, read_partitions
 from dagster_sbatch.slurm.gateway import MESSAGES
 
 TAIL_LINES = 30
@@ -63,7 +63,9 @@ class Messages(MessageParser, dg.PipesMessageReader):
             for message in self.results:
                 check_report(context, message)
                 self.deliver(message)
-            attach_partitions(context, self, self.partitions)
+            if self.partitions:
+                own = partitions_of(context)
+                attach(context, read_partitions(context, self, self.partitions, own, whose="run"))
             if self.closed:  # the last one alone: Dagster warns of what follows the first
                 self.deliver(self.closed)
 

@@ -9,15 +9,15 @@ from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import Choice, is_left_out
 from dagster_sbatch.run.array_results import table
-from dagster_sbatch.run.attempt_record import (
+from dagster_sbatch.run.attempts import (
     ATTEMPTS,
     AttemptRecord,
+    AttemptSeries,
     load_request,
     rows_of,
     store_attempts,
     store_request,
 )
-from dagster_sbatch.run.attempt_series import AttemptSeries
 from dagster_sbatch.run.directory import CONTEXT
 from dagster_sbatch.run.guard import check_cost
 from dagster_sbatch.run.messages import explain_failure

@@ -13,14 +13,14 @@ from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.run.adoption import TaskChoice
 from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.array_step import ArrayStep
-from dagster_sbatch.run.attempt_record import (
+from dagster_sbatch.run.attempts import (
     AttemptRecord,
+    AttemptSeries,
     load_request,
     rows_of,
     store_attempts,
     store_request,
 )
-from dagster_sbatch.run.attempt_series import AttemptSeries
 from dagster_sbatch.run.directory import CONTEXT, contexts_of_tasks
 from dagster_sbatch.run.guard import check_cost
 from dagster_sbatch.run.plan import Plan

@@ -1,5 +1,6 @@
 """What every call of `compute.run` does on the supercomputer: claim, report trouble, cancel or leave its jobs."""
 
+import json
 import signal
 import threading
 from abc import ABC, abstractmethod
@@ -14,10 +15,11 @@ from dagster_sbatch.auth import AccessError
 from dagster_sbatch.environments.deployed import Environment, Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import inputs_of
-from dagster_sbatch.run.attempt_record import store_change
+from dagster_sbatch.run.attempts import store_change
 from dagster_sbatch.run.calls import calls_of, step_key, step_prefix
+from dagster_sbatch.run.cancelling import cancel_jobs, describe_left
 from dagster_sbatch.run.digests import digest_of
-from dagster_sbatch.run.directory import RunInfo, RunPaths, files_of
+from dagster_sbatch.run.directory import CHECKS, RunInfo, RunPaths, files_of_commands, render_job
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.family import Family
 from dagster_sbatch.run.guard import check_budget
@@ -39,6 +41,7 @@ from dagster_sbatch.slurm.gateway import (
     StoppedError,
     make_gateway,
 )
+from dagster_sbatch.slurm.gateway.agent.images import RECORD
 from dagster_sbatch.slurm.outcome import explain_refusal
 from dagster_sbatch.ssh import SshError
 
@@ -168,12 +171,28 @@ class RemoteStep(ABC):
         record: Mapping[str, Any],
         array: ArrayShape | None = None,
     ) -> dict[str, str]:
-        """Return the files of a new run directory, in an environment; see `files_of`."""
+        """Return all files of a new run directory by name.
+
+        Args:
+            run: its path; the last part is the submission key.
+            found: the environment of the job.
+            request: of Slurm.
+            contexts: the file with the Pipes context, or those of the tasks of an array; see `contexts_of_tasks`.
+            record: what a later attempt reads of this one, beside what decides the result.
+            array: its size.
+        """
         self._info = replace(self._info, environment=found.name)
         paths = RunPaths(run, found.python, found.workloads, self._claim.data_root)
         plan = replace(self._plan, allocation=replace(self._planned, request=request))
         record = {**self._family.record, **store_change(request, self._planned.request), **record}
-        return files_of(plan, paths, self._info, contexts, declared_checks(self._context), record, array=array)
+        return {
+            **files_of_commands(plan),
+            "job.sh": render_job(plan, paths, self._info, array),
+            **contexts,
+            CHECKS: json.dumps(declared_checks(self._context)),
+            "about.json": self._info.text,
+            RECORD: json.dumps(record),
+        }
 
     # Terminate
 
@@ -189,9 +208,9 @@ class RemoteStep(ABC):
         self._before_cancelling()
         jobs = ", ".join(job or "(just submitted)" for job in self._runs.values())
         show_on_terminal(f"{self._asset}: cancelling Slurm job {jobs} ...")
-        texts, left, error = self._cancel(CANCEL_SECONDS[interruption])
+        texts, left, error = cancel_jobs(self._gateway, self._runs, CANCEL_SECONDS[interruption])
         if left:
-            text = "\n".join([*texts, self._describe_left(left, error)])
+            text = "\n".join([*texts, describe_left(left, error or self._trouble)])
             show_on_terminal(text)
             self._log.error(text)
             return self._failure(text, final=True)
@@ -199,40 +218,6 @@ class RemoteStep(ABC):
         show_on_terminal(f"{self._asset}: {text}")
         self._log.info(f"Terminated. {text}")
         return self._failure(f"Terminated. {text}", final=True)
-
-    def _cancel(self, seconds: float) -> tuple[list[str], Mapping[str, str | None], str]:
-        """Cancel the jobs of all runs; return how they ended, those that may not be over, and why.
-
-        `seconds`: for all of them together.
-        """
-        self._gateway.stop = threading.Event()
-        limit = threading.Timer(seconds, self._gateway.stop.set)
-        limit.start()
-        texts, errors, left = [], [], dict(self._runs)
-
-        def report(run: str, outcome: JobEnd | RefusedError | None) -> None:
-            if isinstance(outcome, RefusedError):
-                errors.append(str(outcome))
-                return
-            job = left.pop(run)
-            texts.append(f"Slurm job {job} is over: {outcome.state}" if outcome else "No job was submitted.")
-
-        try:
-            self._gateway.cancel_all(list(left), report)
-        except (RefusedError, StoppedError, LostClaimError, AccessError, SshError, ConfigurationError) as error:
-            errors.append(str(error))
-        finally:
-            limit.cancel()
-        return texts, left, "\n".join(filter(None, errors))
-
-    def _describe_left(self, left: Mapping[str, str | None], error: str) -> str:
-        """Return what to do about jobs that could not be cancelled; `left`: by run directory."""
-        names = [job or run.rpartition("/")[2] for run, job in left.items()]
-        commands = "\n".join(f"  scripts/job {name} cancel" for name in names)
-        return (
-            f"Slurm job {', '.join(names)} could not be cancelled, and may still be running. "
-            f"{error or self._trouble or 'The login node cannot be reached.'}\nCancel it later:\n{commands}"
-        )
 
     # Messages
 

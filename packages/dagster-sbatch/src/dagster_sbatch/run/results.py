@@ -80,12 +80,6 @@ class PartitionReport:
     data_version: str | None
 
 
-def attach_partitions(context: dg.OpExecutionContext, reader: dg.PipesMessageReader, reports: Sequence[Any]) -> None:
-    """Attach the workload's reports on single partitions to their materializations; see `read_partitions`."""
-    if reports:
-        attach(context, read_partitions(context, reader, reports, partitions_of(context), whose="run"))
-
-
 def read_partitions(
     context: dg.OpExecutionContext,
     reader: dg.PipesMessageReader,

@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dagster_sbatch.run_launcher import fork_server
@@ -77,14 +77,13 @@ class ForkServers:
         cause: object = "it ended before it answered"
         for _ in range(ATTEMPTS):
             try:
-                connection = self._connect(executable)
-                try:
+                with ExitStack() as closed:
+                    connection = closed.enter_context(self._connect(executable))
                     connection.settimeout(ANSWER_SECONDS)
                     connection.sendall(request)
-                    process = self._read_process(executable, connection)
-                except BaseException:
-                    connection.close()
-                    raise
+                    if process := self._read_process(executable, connection):
+                        closed.pop_all()
+                        return ForkedProcess(connection, process)
             except TimeoutError:
                 cause = f"it has not answered within {ANSWER_SECONDS:.0f} s"
                 break
@@ -93,9 +92,6 @@ class ForkServers:
             except (OSError, ValueError) as error:
                 cause = error
                 break
-            if process is not None:
-                return ForkedProcess(connection, process)
-            connection.close()
         log = self._folder / fork_server.LOG
         raise ForkServerUnavailableError(f"The fork server cannot start a run: {cause}. Its log is {log}.")
 

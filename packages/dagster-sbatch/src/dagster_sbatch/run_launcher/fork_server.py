@@ -66,13 +66,11 @@ def read_line(connection: socket.socket) -> str:
     Raises:
         ConnectionError: the other side has closed it.
     """
-    line = b""
-    while not line.endswith(b"\n"):
-        data = connection.recv(1 << 16)
-        if not data:
-            raise ConnectionError("the connection was closed")
-        line += data
-    return line.decode()
+    with connection.makefile(encoding="utf-8") as file:
+        line = file.readline()
+    if not line.endswith("\n"):
+        raise ConnectionError("the connection was closed")
+    return line
 
 
 class Server:

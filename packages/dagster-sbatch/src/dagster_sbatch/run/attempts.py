@@ -1,16 +1,19 @@
-"""The attempts at a call: the record of each job has those before it, and the run shows all of them.
+"""The attempts at a call, or at a task of it: the record of each job has those before it, and the run shows all.
 
 In the record of a job, `request` is the request of the asset, and CHANGED that of the job if retries have changed it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from dagster_sbatch.costs.cost import explain_excess
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.slurm import SlurmRequest
-from dagster_sbatch.slurm.next_request import RETRIED_FIELDS
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import Allocation, SlurmRequest
+from dagster_sbatch.slurm.next_request import RETRIED_FIELDS, Next, next_request
 from dagster_sbatch.slurm.request import COST_LIMITS
+from dagster_sbatch.slurm.retries import Fault
 
 ATTEMPTS = "attempts"
 """Key of a record, and name of the metadata."""
@@ -85,3 +88,61 @@ def rows_of(attempts: Sequence[AttemptRecord]) -> list[dict[str, Any]]:
         }
         for number, each in enumerate(attempts, 1)
     ]
+
+
+@dataclass
+class AttemptSeries:
+    """The attempts at a job, or at a task of an array.
+
+    Attributes:
+        planned: the allocation of a first attempt.
+        settings: with the limit of what an attempt may cost.
+        ended: the attempts that are over, if there are several.
+        changed: whether the asset's request has changed since an earlier run of the step submitted the job that is
+            followed now.
+        request: of the next attempt.
+    """
+
+    planned: Allocation
+    settings: Settings
+    ended: tuple[AttemptRecord, ...] = ()
+    changed: bool = False
+    request: SlurmRequest = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.request = self.planned.request
+
+    def read(self, record: Mapping[str, Any], request: Mapping[str, Any], task: int | None = None) -> None:
+        """Read the attempts before a job that an earlier run of the step has submitted.
+
+        Args:
+            record: of the job.
+            request: of the asset, as it would be stored now.
+            task: the index of the task in the array job, if it is one.
+        """
+        self.ended = load_attempts(record if task is None else record["tasks"][task])
+        self.changed = record["request"] != request
+
+    def find_next(self, fault: Fault | None, request: SlurmRequest, node: str) -> Next:
+        """Return what follows an attempt; none that alone could cost more than the limit per run.
+
+        Args:
+            fault: why the attempt failed; None if it has not, or if that is not known.
+            request: of the attempt.
+            node: on which it ran; empty if that is not known.
+        """
+        found = next_request(fault, request, self.planned, node, len(self.ended))
+        if found.request and self.changed:
+            found = Next(self.planned.request, "the request of the asset, which has changed")
+        excess = found.request and explain_excess(replace(self.planned, request=found.request), 1, self.settings)
+        return Next(None, excess) if excess else found
+
+    def repeat(self, attempt: AttemptRecord, request: SlurmRequest) -> None:
+        """Register an attempt that has failed, and the request of the next one."""
+        self.ended += (attempt,)
+        self.request, self.changed = request, False
+
+    def end(self, attempt: AttemptRecord, *, succeeded: bool) -> None:
+        """Register the last attempt, if there were others before it."""
+        if self.ended:
+            self.ended += (replace(attempt, end="succeeded") if succeeded else attempt,)
