@@ -65,7 +65,7 @@ def test_the_step_does_not_wait_while_dagster_stores_partitions(monkeypatch: pyt
     def many(context: dg.AssetExecutionContext) -> None:
         step = ArrayStep(context.op_execution_context, "many", plan)
         step.where = {"partition": "zen4"}
-        with step.open("context.json", "messages.jsonl"):
+        with step.open():
             for index in range(10):
                 succeed(step, index)
             fail(step, 10)
@@ -104,7 +104,7 @@ def test_the_proposal_of_an_array_is_metadata_of_its_first_partition_or_of_the_a
     )
     def probe(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         step = ArrayStep(context.op_execution_context, "probe", plan)
-        with step.open("context.json", "messages.jsonl"):
+        with step.open():
             for index in range(2):
                 succeed(step, index)
                 step.add_costs(index, {**numbers, **({"max_rss_mib": 7.5} if index else {})})
@@ -135,9 +135,10 @@ def test_tasks_that_have_recorded_their_ends_do_not_count_as_running() -> None:
     @dg.asset
     def many(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         array = RemoteArray(context.op_execution_context, "many", SETTINGS, plan_of_all())
-        with array._array.open("context.json", "messages.jsonl"):
+        with array._array.open():
             for run, tasks in (("a", range(10)), ("b", range(10, 20))):
                 array._jobs_by_run[run] = _ArrayJob(dict(enumerate(tasks)), SlurmRequest(), share=2)
+                array._runs[run] = "17"
                 for task in range(4):
                     array.started(run, task, "n1")
                 array.state(run, ArrayState(waiting=6, running=2, requeued=0, reason="None", start=None, account=""))
@@ -163,7 +164,7 @@ def test_a_task_that_was_repeated_has_the_costs_of_its_last_job() -> None:
     def many(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         array: Any = RemoteArray(context.op_execution_context, "many", SETTINGS, plan)
         array._gateway = SimpleNamespace(reject=lambda *_: None)
-        with array._array.open("context.json", "messages.jsonl"):
+        with array._array.open():
             for run, tasks in (("a", {0: 0, 1: 1}), ("b", {0: 0})):
                 array._jobs_by_run[run] = _ArrayJob(tasks, plan.allocation.request, share=2)
                 array._runs[run] = run
@@ -186,7 +187,7 @@ def test_a_step_that_ends_before_its_tasks_reports_no_lost_messages() -> None:
     @dg.asset(partitions_def=dg.StaticPartitionsDefinition(KEYS), backfill_policy=dg.BackfillPolicy.single_run())
     def many(context: dg.AssetExecutionContext) -> None:
         step = ArrayStep(context.op_execution_context, "many", plan_of_all())
-        with step.open("context.json", "messages.jsonl"):
+        with step.open():
             succeed(step, 0)
             raise StoppedError
 

@@ -215,7 +215,7 @@ def test_each_task_has_its_own_next_request_and_a_refusal_of_one_ends_no_other()
                 step.feed(run, task, "messages.jsonl", REPORT)
             step.ended(run, task, how)
 
-        with step._array.open("context.json", "messages.jsonl"):
+        with step._array.open():
             run = submit()
             step.submitted(run, Submitted("1", "submitted"))
             end(run, 0, OOM)

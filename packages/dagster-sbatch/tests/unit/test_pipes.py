@@ -33,7 +33,7 @@ def handler() -> Handler:
 
 @pytest.fixture
 def messages(handler: Handler) -> Messages:
-    reader = Messages("messages.jsonl")
+    reader = Messages("/run")
     with reader.read_messages(cast(dg.PipesMessageHandler, handler)):
         return reader
 

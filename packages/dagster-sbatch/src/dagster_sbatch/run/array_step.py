@@ -96,9 +96,9 @@ class ArrayStep:
         )
 
     @contextmanager
-    def open(self, context_path: str, messages_path: str) -> Iterator[Session]:
-        """Open the Pipes session of all tasks, and log their progress; the paths are those that a task sees."""
-        with open_session(self._context, self._plan.extras, context_path, messages_path) as session:
+    def open(self) -> Iterator[Session]:
+        """Open the Pipes session of all tasks, and log their progress."""
+        with open_session(self._context, self._plan.extras) as session:
             self._session = session
             definition = self._context.assets_def.partitions_def if self._context.has_assets_def else None
             self.contexts = TaskContexts(session.context, definition, self.tasks)

@@ -5,15 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
-
+from dagster_sbatch.run.pipes import pipes_variables
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm import ArrayShape, render_job_script, render_start, sampler_file
-from dagster_sbatch.slurm.gateway import MESSAGES
 from dagster_sbatch.slurm.gateway.agent.disk import FORMAT
 
-CONTEXT, CHECKS = "context.json", "checks.json"
-"""Names of files in it."""
+CHECKS = "checks.json"
+"""Name of a file in it."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +93,6 @@ def files_of_commands(plan: Plan) -> dict[str, str]:
     container = plan.launcher.container
     own = plan.launcher.files(plan.allocation.request)
     return {**sampler_file(), **own, **(container.files(plan.env) if container else {})}
-
-
-def pipes_variables(folder: str) -> dict[str, str]:
-    """Return the variables by which a workload finds its context and its messages."""
-    messages = {"path": f"{folder}/{MESSAGES}", "include_stdio_in_messages": False}
-    return {
-        DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"path": f"{folder}/{CONTEXT}"}),
-        DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param(messages),
-    }
 
 
 def contexts_of_tasks(run: str, head: str, tails: Sequence[str]) -> dict[str, str]:

@@ -75,7 +75,7 @@ class FakeCompute(ComputeResource):
         self.calls.append(FakeCall(plan))
         if plan.array:
             return self._execute_array(ArrayStep(context, name, plan), context)
-        with open_session(context, plan.extras, "", "") as session:
+        with open_session(context, plan.extras) as session:
             for message in self._reports(context):
                 session.messages.receive(message)
             session.messages.finish(context)
@@ -85,7 +85,7 @@ class FakeCompute(ComputeResource):
         return dg.PipesClientCompletedInvocation(session.pipes)
 
     def _execute_array(self, array: ArrayStep, context: dg.OpExecutionContext) -> dg.PipesClientCompletedInvocation:
-        with array.open("", ""):
+        with array.open():
             for index in array.left:
                 for message in self._reports(context):
                     array.reader(index).messages.receive(message)

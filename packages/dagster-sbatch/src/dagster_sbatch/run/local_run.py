@@ -15,18 +15,17 @@ import dagster as dg
 
 from dagster_sbatch import launchers
 from dagster_sbatch.run.array_step import ArrayStep
-from dagster_sbatch.run.directory import CHECKS, CONTEXT, pipes_variables
+from dagster_sbatch.run.directory import CHECKS
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.interrupts import run_interruptibly
 from dagster_sbatch.run.local import GRACE_SECONDS, POLL_SECONDS, Ended, LocalProcess, workload_environment
 from dagster_sbatch.run.local_modules import load_modules
 from dagster_sbatch.run.messages import explain_failure
-from dagster_sbatch.run.pipes import open_session
+from dagster_sbatch.run.pipes import CONTEXT, open_session, pipes_variables
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import complete, declared_checks
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import MESSAGES
 
 
 def run_here(
@@ -36,7 +35,7 @@ def run_here(
     machine = _Machine(context, name, settings, plan)
     with temporary_run_directory() as path:
         folder = Path(path)
-        with open_session(context, plan.extras, f"{folder}/{CONTEXT}", f"{folder}/{MESSAGES}") as session:
+        with open_session(context, plan.extras, path) as session:
             ended = run_interruptibly(lambda stop: machine.start(folder, session.context, session.sinks).run(stop))
             session.messages.finish(context)
     cause = ended.cause or explain_failure(session.messages, ended.exit_code, plan.workload.name)
@@ -128,7 +127,7 @@ def run_array_here(
     assert plan.array is not None
     step, machine = ArrayStep(context, name, plan), _Machine(context, name, settings, plan)
     step.where = machine.where
-    with step.open(CONTEXT, MESSAGES):
+    with step.open():
         run_interruptibly(_LocalTasks(step, machine, plan.array.max_running_tasks or os.cpu_count() or 1).run)
     return step.complete()
 

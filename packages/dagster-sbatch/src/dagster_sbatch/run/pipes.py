@@ -12,13 +12,22 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 import dagster as dg
-from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesContextData, PipesMessage
+from dagster_pipes import (
+    DAGSTER_PIPES_CONTEXT_ENV_VAR,
+    DAGSTER_PIPES_MESSAGES_ENV_VAR,
+    PIPES_PROTOCOL_VERSION,
+    PipesContextData,
+    PipesMessage,
+    encode_param,
+)
 
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import attach, check_report, partitions_of, read_partitions
 from dagster_sbatch.slurm.gateway import MESSAGES
 
+CONTEXT = "context.json"
+"""Name of the file with the Pipes context in a run directory, beside MESSAGES."""
 TAIL_LINES = 30
 """Lines of stderr that a failure shows."""
 TAIL_CHARACTERS = 2000
@@ -31,9 +40,9 @@ class ContextDocument(dg.PipesContextInjector):
     It is a file because an environment variable has 128 KiB at most.
     """
 
-    def __init__(self, path: str) -> None:
-        """`path`: where the workload will find the document."""
-        self.path = path
+    def __init__(self, folder: str) -> None:
+        """`folder`: the run directory."""
+        self.path = f"{folder}/{CONTEXT}"
         self.text = ""
 
     @contextmanager
@@ -48,9 +57,9 @@ class ContextDocument(dg.PipesContextInjector):
 class Messages(MessageParser, dg.PipesMessageReader):
     """Reads the messages of a step's workload; results wait until `finish`."""
 
-    def __init__(self, path: str) -> None:
-        """`path`: where the workload will write its messages."""
-        super().__init__(path, _refuse)
+    def __init__(self, folder: str) -> None:
+        """`folder`: the run directory, where the workload will write its messages."""
+        super().__init__(f"{folder}/{MESSAGES}", _refuse)
 
     @contextmanager
     def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[dict[str, Any]]:  # noqa: D102 - Dagster's
@@ -171,10 +180,8 @@ class Session(Streams):
 
 
 @contextmanager
-def open_session(
-    context: dg.OpExecutionContext, extras: Mapping[str, Any], context_path: str, messages_path: str
-) -> Iterator[Session]:
-    """Open a Pipes session; the paths of its files are the workload's."""
+def open_session(context: dg.OpExecutionContext, extras: Mapping[str, Any], folder: str = ".") -> Iterator[Session]:
+    """Open a Pipes session; `folder`: the run directory of the workload."""
     log = StepLog(context)
 
     def write_to(target: TextIO | None, name: str) -> Output:
@@ -183,6 +190,15 @@ def open_session(
 
         return Output(target, warn)
 
-    document, messages = ContextDocument(context_path), Messages(messages_path)
+    document, messages = ContextDocument(folder), Messages(folder)
     with dg.open_pipes_session(context, document, messages, extras=dict(extras)) as pipes:
         yield Session(pipes, document.text, messages, write_to(sys.stdout, "stdout"), write_to(sys.stderr, "stderr"))
+
+
+def pipes_variables(folder: str) -> dict[str, str]:
+    """Return the variables by which a workload finds its context and its messages."""
+    messages = {"path": f"{folder}/{MESSAGES}", "include_stdio_in_messages": False}
+    return {
+        DAGSTER_PIPES_CONTEXT_ENV_VAR: encode_param({"path": f"{folder}/{CONTEXT}"}),
+        DAGSTER_PIPES_MESSAGES_ENV_VAR: encode_param(messages),
+    }

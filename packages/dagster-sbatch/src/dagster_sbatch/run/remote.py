@@ -18,18 +18,16 @@ from dagster_sbatch.run.attempts import (
     store_attempts,
     store_request,
 )
-from dagster_sbatch.run.directory import CONTEXT
 from dagster_sbatch.run.guard import check_cost
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.past_use import proposal_metadata, uses_of
-from dagster_sbatch.run.pipes import Session, open_session
+from dagster_sbatch.run.pipes import CONTEXT, Session, open_session
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.run.results import complete, partitions_of
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, accounting, job_usage
 from dagster_sbatch.slurm.gateway import (
-    MESSAGES,
     JobEnd,
     JobState,
     RefusedError,
@@ -122,7 +120,7 @@ class RemoteRun(RemoteStep):
         `found`: the environment in which it is submitted; None if it exists.
         """
         run, request = self._run, self._request
-        with open_session(self._context, self._plan.extras, f"{run}/{CONTEXT}", f"{run}/{MESSAGES}") as session:
+        with open_session(self._context, self._plan.extras, run) as session:
             contexts, record = {CONTEXT: session.context}, store_attempts(self._series.ended)
             files = self._files(run, found, request, contexts, record) if found else None
             report = self._report_submitted, self._report_state

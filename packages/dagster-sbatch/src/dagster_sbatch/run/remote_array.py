@@ -21,14 +21,13 @@ from dagster_sbatch.run.attempts import (
     store_attempts,
     store_request,
 )
-from dagster_sbatch.run.directory import CONTEXT, contexts_of_tasks
+from dagster_sbatch.run.directory import contexts_of_tasks
 from dagster_sbatch.run.guard import check_cost
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape, SlurmRequest, accounting
 from dagster_sbatch.slurm.gateway import (
-    MESSAGES,
     ArrayRun,
     Arrays,
     ArrayState,
@@ -56,7 +55,6 @@ class _ArrayJob:
         tasks: indices of its tasks that this step follows, by their index in the array job.
         request: of Slurm.
         share: how many of its tasks may run at once.
-        job: its id, once it is known.
         reasons: for which its tasks have waited so far.
         ends: of its tasks.
         repeated: those that have failed and are submitted again.
@@ -67,7 +65,6 @@ class _ArrayJob:
     tasks: dict[int, int]
     request: SlurmRequest
     share: int
-    job: str | None = None
     reasons: set[str] = field(default_factory=set)
     ends: dict[int, JobEnd] = field(default_factory=dict)
     repeated: set[int] = field(default_factory=set)
@@ -99,7 +96,7 @@ class RemoteArray(RemoteStep, Arrays):
             self._array.wait_until_stored()
 
     def _execute(self) -> dg.PipesClientCompletedInvocation:
-        with self._array.open(CONTEXT, MESSAGES):
+        with self._array.open():
             if self._array.left:
                 self._choose()
                 self._gateway.committed = True
@@ -215,12 +212,11 @@ class RemoteArray(RemoteStep, Arrays):
         return self._files(run, self._found, request, files, record, shape)
 
     def submitted(self, run: str, submitted: Submitted) -> None:  # noqa: D102 - see Arrays
-        array_job = self._jobs_by_run[run]
-        array_job.job = submitted.job
         if self._submitting == run:
             self._submitting = None
         self._register_job(run, submitted.job)
-        self._log.info(f"job {submitted.job} ({submitted.how}) with {count_of(len(array_job.tasks), 'task')} in {run}")
+        tasks = count_of(len(self._jobs_by_run[run].tasks), "task")
+        self._log.info(f"job {submitted.job} ({submitted.how}) with {tasks} in {run}")
 
     def refused(self, run: str, text: str) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run.pop(run)
@@ -241,17 +237,17 @@ class RemoteArray(RemoteStep, Arrays):
         self._log.info(f"Slurm has no room for {what} yet ({text}). {they} submitted when it has.")
 
     def state(self, run: str, state: ArrayState) -> None:  # noqa: D102 - see Arrays
-        array_job = self._jobs_by_run[run]
+        array_job, job = self._jobs_by_run[run], self._runs[run]
         self._count_running(array_job, state.running, state.requeued)
-        self._report_project(array_job.job, state.account)
+        self._report_project(job, state.account)
         if not (state.waiting or state.requeued) or state.reason in array_job.reasons | {"None"}:
             return
         array_job.reasons.add(state.reason)
         start = f"{datetime.fromtimestamp(state.start, UTC):%Y-%m-%d %H:%M:%S} UTC" if state.start else ""
         expected = f"; the next one is expected to start at {start}" if start else ""
-        self._log.info(f"job {array_job.job}: tasks wait ({state.reason}){expected}")
-        if advice := advise(state.reason, array_job.job or "JOB"):
-            self._log.warning(f"Tasks of Slurm job {array_job.job} may never start ({state.reason}): {advice}")
+        self._log.info(f"job {job}: tasks wait ({state.reason}){expected}")
+        if advice := advise(state.reason, job or "JOB"):
+            self._log.warning(f"Tasks of Slurm job {job} may never start ({state.reason}): {advice}")
 
     def started(self, run: str, task: int, node: str) -> None:  # noqa: ARG002, D102 - see Arrays
         array_job = self._jobs_by_run[run]
@@ -271,9 +267,9 @@ class RemoteArray(RemoteStep, Arrays):
         array_job = self._jobs_by_run[run]
         index, request = array_job.tasks[task], array_job.request
         array_job.ends[task] = end
-        self._report_project(array_job.job, end.account)
+        self._report_project(self._runs[run], end.account)
         self._array.where = self._where(self._project)
-        job, costs = f"{array_job.job}_{task}", accounting.count(end, request)
+        job, costs = f"{self._runs[run]}_{task}", accounting.count(end, request)
         outcome, logs = judge(end, request), f"scripts/job {job} logs"
         failed = find_fault(outcome, end, self._array.reader(index).stderr.tail, request)
         following = self._series[index].find_next(failed.fault if failed else None, request, end.node)
@@ -307,10 +303,9 @@ class RemoteArray(RemoteStep, Arrays):
             self._log.warning(f"Task {self._array.tasks[index].label}: {text}")
 
     def over(self, run: str, rows: Any) -> None:  # noqa: D102 - see Arrays
-        array_job = self._jobs_by_run.pop(run)
-        del self._runs[run]
+        array_job, job = self._jobs_by_run.pop(run), self._runs.pop(run)
         if short := sum(bool(end.short) for end in array_job.ends.values()):
-            tasks = f"{count_of(short, 'task')} of job {array_job.job}"
+            tasks = f"{count_of(short, 'task')} of job {job}"
             self._log.warning(f"Not all output of {tasks} arrived. It is in {run}/tasks.")
         for task, found in rows.items():
             if task in array_job.ends and task not in array_job.repeated:
