@@ -27,13 +27,7 @@ from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.run.results import complete, partitions_of
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, accounting, job_usage
-from dagster_sbatch.slurm.gateway import (
-    JobEnd,
-    JobState,
-    RefusedError,
-    StoppedError,
-    Submitted,
-)
+from dagster_sbatch.slurm.gateway import JobEnd, JobState, RefusedError, StoppedError, Submitted
 from dagster_sbatch.slurm.next_request import Next
 from dagster_sbatch.slurm.outcome import CAUSES, Outcome, explain_stderr, find_fault, judge
 from dagster_sbatch.slurm.retries import Fault
@@ -61,7 +55,10 @@ class RemoteRun(RemoteStep):
     def _execute(self) -> dg.PipesClientCompletedInvocation:
         found = self._choose()
         while not (completed := self._follow(found)):
-            found = self._find_next_environment()
+            try:
+                found = self._find_environment()
+            except (ConfigurationError, RefusedError) as error:
+                raise self._end_attempts(error) from None
             self._begin(self._number + 1)
         return completed
 
@@ -94,17 +91,6 @@ class RemoteRun(RemoteStep):
         self._number, self._state, self._idle_reported = number, None, False
         self._run = f"{self._claim.runs}/{self._family.call.family}-{number}"
         self._runs[self._run] = job
-
-    def _find_next_environment(self) -> Environment:
-        """Return the environment of the next attempt.
-
-        Raises:
-            Failure: there is none, or the project has not enough left.
-        """
-        try:
-            return self._find_environment()
-        except (ConfigurationError, RefusedError) as error:
-            raise self._end_attempts(error) from None
 
     def _end_attempts(self, error: ConfigurationError | RefusedError) -> dg.Failure:
         """Return the step's failure: the next attempt cannot be submitted. A re-execution begins with the first one."""

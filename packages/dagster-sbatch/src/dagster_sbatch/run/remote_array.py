@@ -27,15 +27,7 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape, SlurmRequest, accounting
-from dagster_sbatch.slurm.gateway import (
-    ArrayRun,
-    Arrays,
-    ArrayState,
-    Claim,
-    JobEnd,
-    Limits,
-    Submitted,
-)
+from dagster_sbatch.slurm.gateway import ArrayRun, Arrays, ArrayState, Claim, JobEnd, Limits, Submitted
 from dagster_sbatch.slurm.outcome import find_fault, judge
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.units import count_of

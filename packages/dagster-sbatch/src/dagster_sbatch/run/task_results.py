@@ -8,13 +8,7 @@ import dagster as dg
 
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.messages import MessageParser
-from dagster_sbatch.run.results import (
-    PartitionReport,
-    check_report,
-    partitions_of,
-    read_partitions,
-    report_on,
-)
+from dagster_sbatch.run.results import PartitionReport, check_report, partitions_of, read_partitions, report_on
 
 MOST_ROWS = 200
 """Of a table in the metadata: Dagster stores it with the event."""
