@@ -81,7 +81,7 @@ def test_a_limit_above_the_site_s_is_refused() -> None:
 def test_a_task_that_has_to_run_again_is_submitted_with_the_next_array_job() -> None:
     batches = Batches(range(2), NO_LIMITS, None)
     assert batches.take([], 0) == ([0, 1], None)
-    batches.add(1)
+    batches.left.append(1)
     assert (batches.take([], 2), batches.take([], 2)) == (([1], None), ([], None))
 
 
@@ -89,7 +89,7 @@ def test_tasks_that_were_adopted_and_have_to_run_again_are_one_array_job() -> No
     batches = Batches([7], Limits(1001, None), 5)
     assert batches.take([], 0) == ([7], 1)
     for index in range(300):
-        batches.add(index)
+        batches.left.append(index)
     assert batches.take([1], 1) == (list(range(300)), 4)
 
 
@@ -128,7 +128,7 @@ def test_a_failed_task_that_may_be_repeated_is_followed_unless_a_step_has_judged
 def test_the_tasks_of_an_array_job_have_one_request() -> None:
     batches = Batches(range(2), NO_LIMITS, None)
     for index in (0, 5, 6, 7):
-        batches.add(index)
+        batches.left.append(index)
     requests = {5: "more", 7: "more"}
     sizes = [batches.take([], 0, requests.get)[0] for _ in range(3)]
     assert sizes == [[0, 1, 0, 6], [5, 7], []]

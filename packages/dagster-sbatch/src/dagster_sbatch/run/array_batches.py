@@ -13,7 +13,11 @@ PARTS = 4
 
 
 class Batches:
-    """The tasks that have to be submitted, as array jobs."""
+    """The tasks that have to be submitted, as array jobs.
+
+    Attributes:
+        left: those that are not submitted yet. One that has to be submitted once more is appended.
+    """
 
     def __init__(self, tasks: Sequence[int], limits: Limits, max_running: int | None) -> None:
         """Choose the size of the array jobs.
@@ -32,12 +36,8 @@ class Batches:
                 f"max_running_tasks={max_running} is more than you may have submitted at once: "
                 f"{count_of(submit, 'job')}. A task counts as a job. Write JobArray(max_running_tasks={submit})."
             )
-        self._left = list(tasks)
+        self.left = list(tasks)
         self._limits, self._max_running = limits, max_running
-
-    def add(self, task: int) -> None:
-        """Have a task submitted once more."""
-        self._left.append(task)
 
     def take(
         self, shares: Sequence[int], queued: int, kind: Callable[[int], Hashable] = lambda _: None
@@ -50,9 +50,9 @@ class Batches:
             kind: returns the request of a task: the tasks of an array job have the same one.
         """
         submit = self._limits.submit
-        alike = [task for task in self._left if kind(task) == kind(self._left[0])]
+        alike = [task for task in self.left if kind(task) == kind(self.left[0])]
         size = min(len(alike), self._limits.array or USUAL_LIMIT)
-        if submit and len(self._left) + queued > submit // 2:  # other jobs of the user need room, too
+        if submit and len(self.left) + queued > submit // 2:  # other jobs of the user need room, too
             size = min(size, max(1, submit // PARTS))
         share = self._max_running
         if share is not None and size:
@@ -64,10 +64,5 @@ class Batches:
             share = min(size, -(-share // number))
         taken = alike[:size]
         gone = set(taken)
-        self._left = [task for task in self._left if task not in gone]
+        self.left = [task for task in self.left if task not in gone]
         return taken, share
-
-    @property
-    def left(self) -> Sequence[int]:
-        """Tasks that are not submitted yet."""
-        return self._left

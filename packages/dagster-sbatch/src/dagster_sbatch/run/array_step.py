@@ -22,7 +22,7 @@ from dagster_sbatch.run.failures import failure, shorten
 from dagster_sbatch.run.history import stored_partitions
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.past_use import proposal_metadata, uses_of
-from dagster_sbatch.run.pipes import Session, open_session
+from dagster_sbatch.run.pipes import open_session
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import add_metadata, partitions_of
@@ -96,7 +96,7 @@ class ArrayStep:
         )
 
     @contextmanager
-    def open(self) -> Iterator[Session]:
+    def open(self) -> Iterator[None]:
         """Open the Pipes session of all tasks, and log their progress."""
         with open_session(self._context, self._plan.extras) as session:
             self._session = session
@@ -107,7 +107,7 @@ class ArrayStep:
                 self._log.info(f"This run skips {completed} that earlier runs have completed.")
             try:
                 with self.progress.shown():
-                    yield session
+                    yield
             finally:  # each task has its own end
                 session.messages.close()
 

@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -22,8 +21,7 @@ def failure(step: str, cause: str, stderr: str = "", *, final: bool = False, **d
         details: metadata.
     """
     description = f"{step}: {cause}" + (f"\n\nLast lines of stderr:\n{stderr}" if stderr else "")
-    metadata = {name: str(value) if isinstance(value, Path) else value for name, value in details.items()}
-    return dg.Failure(description=description, metadata=metadata, allow_retries=not final)
+    return dg.Failure(description=description, metadata=details, allow_retries=not final)
 
 
 def name_exit(code: int) -> str:

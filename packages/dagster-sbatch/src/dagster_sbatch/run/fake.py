@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
-from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesMessage
+from dagster_pipes import PipesMessage
 from pydantic import Field
 
 from dagster_sbatch.run.array import PARTITION_KEYS
@@ -16,6 +16,7 @@ from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.pipes import open_session
 from dagster_sbatch.run.plan import Plan
+from dagster_sbatch.run.results import make_message
 from dagster_sbatch.settings import Settings
 
 
@@ -93,18 +94,14 @@ class FakeCompute(ComputeResource):
         return array.complete()
 
     def _reports(self, step: dg.OpExecutionContext) -> Iterator[PipesMessage]:
-        for method, params in self._methods(step):
-            yield {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": params}
-
-    def _methods(self, step: dg.OpExecutionContext) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield what a workload would report: a method of Dagster Pipes and its parameters."""
-        yield "opened", {"extras": {}}
+        """Yield the messages of a workload."""
+        yield make_message("opened", {"extras": {}})
         metadata = {name: {"raw_value": value, "type": "__infer__"} for name, value in self.metadata.items()}
         for key in step.selected_asset_keys:
-            named = {"asset_key": key.to_escaped_user_string()}
-            yield "report_asset_materialization", {**named, "data_version": None, "metadata": metadata}
+            params = {"asset_key": key.to_escaped_user_string(), "data_version": None, "metadata": metadata}
+            yield make_message("report_asset_materialization", params)
         for check in step.selected_asset_check_keys:
             named = {"asset_key": check.asset_key.to_escaped_user_string(), "check_name": check.name}
             passed = check.name not in self.failed_checks
-            yield "report_asset_check", {**named, "passed": passed, "severity": "ERROR", "metadata": {}}
-        yield "closed", {}
+            yield make_message("report_asset_check", {**named, "passed": passed, "severity": "ERROR", "metadata": {}})
+        yield make_message("closed", {})

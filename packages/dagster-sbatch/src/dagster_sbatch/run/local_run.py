@@ -40,7 +40,7 @@ def run_here(
             session.messages.finish(context)
     cause = ended.cause or explain_failure(session.messages, ended.exit_code, plan.workload.name)
     if cause:
-        raise failure(name, cause, session.stderr.tail, exit_code=ended.exit_code, workload=plan.workload.path)
+        raise failure(name, cause, session.stderr.tail, exit_code=ended.exit_code, workload=str(plan.workload.path))
     return complete(context, session.pipes, machine.where, {"workload_seconds": round(ended.seconds, 3)})
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from dagster_pipes import PIPES_PROTOCOL_VERSION, PipesMessage
+from dagster_pipes import PipesMessage
 
 from dagster_sbatch.launchers.command.job.run_program import EXIT_CODE_DECIDES
 from dagster_sbatch.run.failures import is_success, name_exception, name_exit, shorten, shorten_exception
-from dagster_sbatch.run.results import PARTITION
+from dagster_sbatch.run.results import PARTITION, make_message
 
 JOB_STARTED = "job_started"
 """Method of the line that the job script writes into the messages file whenever Slurm starts the job."""
@@ -113,8 +113,7 @@ class MessageParser:
             self.inner_exception = shortened
         elif shortened:
             self.exception = self.exception or shortened
-        params = {"exception": shortened} if shortened else {}
-        self.closed = {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": "closed", "params": params}
+        self.closed = make_message("closed", {"exception": shortened} if shortened else {})
 
 
 def _replace_surrogates(line: bytes) -> str:

@@ -50,16 +50,12 @@ def past_uses(instance: dg.DagsterInstance, assets: Iterable[dg.AssetKey]) -> li
 
 
 def _uses_of_event(event: dg.AssetMaterialization) -> Iterator[Use]:
-    values = _values(event.metadata)
+    values = {
+        name: value.records if isinstance(value, dg.TableMetadataValue) else value.value
+        for name, value in event.metadata.items()
+    }
     place = values.get("partition")
     return uses_of(values, [event.partition] if event.partition else [], place if isinstance(place, str) else None)
-
-
-def _values(metadata: Mapping[str, dg.MetadataValue[Any]]) -> dict[str, Any]:
-    return {
-        name: value.records if isinstance(value, dg.TableMetadataValue) else value.value
-        for name, value in metadata.items()
-    }
 
 
 def proposal_metadata(step: dg.OpExecutionContext, plan: Plan, uses: Sequence[Use]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import dagster as dg
 from dagster_pipes import (
     DAGSTER_PIPES_CONTEXT_ENV_VAR,
     DAGSTER_PIPES_MESSAGES_ENV_VAR,
-    PIPES_PROTOCOL_VERSION,
     PipesContextData,
     PipesMessage,
     encode_param,
@@ -23,7 +22,7 @@ from dagster_pipes import (
 
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import attach, check_report, partitions_of, read_partitions
+from dagster_sbatch.run.results import attach, check_report, make_message, partitions_of, read_partitions
 from dagster_sbatch.slurm.gateway import MESSAGES
 
 CONTEXT = "context.json"
@@ -81,7 +80,7 @@ class Messages(MessageParser, dg.PipesMessageReader):
     def close(self) -> None:
         """Report to Dagster that the session has ended, without any result: otherwise it warns of lost messages."""
         for method in ("closed",) if self.opened else ("opened", "closed"):
-            self.deliver({"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": {}})
+            self.deliver(make_message(method, {}))
 
     def no_messages_debug_text(self) -> str:  # noqa: D102 - Dagster's
         return f"The workload was to write its messages to {self.path}."

@@ -214,8 +214,7 @@ class RemoteArray(RemoteStep, Arrays):
         array_job = self._jobs_by_run.pop(run)
         del self._runs[run]
         if run != self._submitting:  # an earlier run made it, which Slurm has never accepted
-            for index in array_job.tasks.values():
-                self._batches.add(index)
+            self._batches.left += array_job.tasks.values()
             return
         self._submitting = None
         self._refused |= dict.fromkeys(array_job.tasks.values(), text)
@@ -288,7 +287,7 @@ class RemoteArray(RemoteStep, Arrays):
         """Register a failed attempt of a task, and have the task submitted once more."""
         self._series[index].repeat(attempt, request)
         self._array.stop_reading(index)
-        self._batches.add(index)
+        self._batches.left.append(index)
         text = f"{attempt.end}; it is submitted again, with {changes}."
         if text not in self._warned:  # once for all tasks
             self._warned.add(text)

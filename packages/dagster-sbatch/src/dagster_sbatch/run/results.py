@@ -23,6 +23,11 @@ OWN_NAMES = frozenset(
 _FIELDS = ("partition", "metadata", "asset_key", "data_version")
 
 
+def make_message(method: str, params: Mapping[str, Any]) -> PipesMessage:
+    """Return a message of Dagster Pipes."""
+    return {"__dagster_pipes_version": PIPES_PROTOCOL_VERSION, "method": method, "params": params}
+
+
 def partitions_of(context: dg.OpExecutionContext) -> Sequence[str]:
     """Return the partition keys of the step; none for an asset without partitions, also in a run over partitions."""
     if not (context.has_partition_key or context.has_partition_key_range):
@@ -112,11 +117,7 @@ def read_partitions(
             "metadata": metadata,
             "data_version": report.get("data_version"),
         }
-        message: PipesMessage = {
-            "__dagster_pipes_version": PIPES_PROTOCOL_VERSION,
-            "method": "report_asset_materialization",
-            "params": params,
-        }
+        message = make_message("report_asset_materialization", params)
         check_report(context, message)
         handler.handle_message(message)
     found = []
