@@ -13,7 +13,7 @@ from dagster_sbatch.run.array import Task, make_tasks
 from dagster_sbatch.run.array_progress import ArrayProgress
 from dagster_sbatch.run.plan import Plan, make_plan
 from dagster_sbatch.run.task_contexts import TaskContexts
-from dagster_sbatch.run.task_failures import TaskFailures
+from dagster_sbatch.run.task_failures import FailedTask, TaskFailures
 from dagster_sbatch.settings import Settings
 from resources import PROJECT
 from slurm_in_a_box import wait_until
@@ -167,7 +167,7 @@ def test_several_partitions_of_two_dimensions_have_a_time_window_if_it_is_one(
 def failures(*causes: tuple[str, str]) -> TaskFailures:
     found = TaskFailures()
     for index, (name, cause) in enumerate(causes):
-        found.add(index, Task(name, [name]), cause, "the last line", f"scripts/job 7_{index} logs")
+        found.add(FailedTask(index, Task(name, [name]), cause, "the last line", f"scripts/job 7_{index} logs"))
     return found
 
 

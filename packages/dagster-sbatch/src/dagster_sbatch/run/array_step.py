@@ -27,7 +27,7 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import add_metadata, partitions_of
 from dagster_sbatch.run.task_contexts import TaskContexts
-from dagster_sbatch.run.task_failures import TaskFailures
+from dagster_sbatch.run.task_failures import FailedTask, TaskFailures
 from dagster_sbatch.run.task_output import TaskReader, Warnings
 from dagster_sbatch.run.task_results import TaskResult, read_result
 from dagster_sbatch.slurm import SlurmRequest
@@ -68,7 +68,7 @@ class ArrayStep:
         self._log = StepLog(context)
         self.tasks = plan.tasks
         by_partition = any(task.partitions for task in plan.tasks)
-        if by_partition and not calls_of(self._context).claim_once("partitions"):
+        if by_partition and not calls_of(context).claim_once("partitions"):
             raise failure(
                 name,
                 "this step has called compute.run with an array of its partitions before. A partition is done once, so "
@@ -91,9 +91,7 @@ class ArrayStep:
         self._reported_by: dict[tuple[str, dg.AssetKey], str] = {}
         self._failures, self._warnings = TaskFailures(), Warnings()
         self._storer: ThreadPoolExecutor | None = None
-        self._stores_early = self._context.has_assets_def and isinstance(
-            self._context.assets_def.node_def, dg.OpDefinition
-        )
+        self._stores_early = context.has_assets_def and isinstance(context.assets_def.node_def, dg.OpDefinition)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -167,7 +165,7 @@ class ArrayStep:
         reader = self.stop_reading(index)
         self.progress.failed += 1
         task = self.tasks[index]
-        if self._failures.add(index, task, cause, reader.stderr.tail if reader else "", logs):
+        if self._failures.add(FailedTask(index, task, cause, reader.stderr.tail if reader else "", logs)):
             self._log.error(f"Task {task.label} failed: {cause}\nLogs: {logs}\nThe other tasks continue.")
         self.store_completed()
 

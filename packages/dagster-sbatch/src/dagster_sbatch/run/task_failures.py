@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dagster_sbatch.run.array import Task
@@ -13,73 +13,69 @@ MOST_CAUSES, MOST_NAMES = 10, 12
 """Causes that a failure describes, and names of tasks that it shows for each. Its metadata has more."""
 
 
-@dataclass
-class Cause:
-    """Tasks that failed for the same reason.
+@dataclass(frozen=True)
+class FailedTask:
+    """A failed task.
 
     Attributes:
-        first: name of the task that failed first.
-        text: what happened to it, and what to do.
+        index: of the task.
+        task: the task.
+        cause: what happened, and what to do.
         stderr: its last lines.
-        tasks: the failed tasks by index; for each what happened to it, in one line, and where its logs are.
+        logs: where its output is, in words or as a command.
     """
 
-    first: str
-    text: str
+    index: int
+    task: Task
+    cause: str
     stderr: str
-    tasks: dict[int, tuple[Task, str, str]] = field(default_factory=dict)
+    logs: str
 
 
 class TaskFailures:
-    """The failed tasks so far. Only the first one of each cause keeps its last lines of stderr."""
+    """The failed tasks so far, by cause. Only the first one of each cause keeps its last lines of stderr."""
 
     def __init__(self) -> None:
-        self._causes: dict[str, Cause] = {}
+        self._causes: dict[str, list[FailedTask]] = {}
 
-    def add(self, index: int, task: Task, cause: str, stderr: str, logs: str) -> bool:
-        """Register a failed task; return whether its cause is a new one.
-
-        Args:
-            index: of the task.
-            task: the task.
-            cause: what happened, and what to do.
-            stderr: its last lines.
-            logs: where its output is, in words or as a command.
-        """
-        kind = _kind(cause, task)
-        new = kind not in self._causes
-        found = self._causes.setdefault(kind, Cause(task.label, cause, stderr))
-        found.tasks[index] = task, cause.partition("\n")[0], logs
-        return new
+    def add(self, failed: FailedTask) -> bool:
+        """Register a failed task; return whether its cause is a new one."""
+        same = self._causes.setdefault(_kind(failed.cause, failed.task), [])
+        same.append(replace(failed, stderr="") if same else failed)
+        return len(same) == 1
 
     def __len__(self) -> int:
-        return sum(len(cause.tasks) for cause in self._causes.values())
+        return sum(map(len, self._causes.values()))
 
     def describe(self) -> str:
         """Return the causes, the most frequent first, each with its tasks and where the logs of the first one are."""
-        causes = sorted(self._causes.values(), key=lambda cause: -len(cause.tasks))
+        causes = sorted(self._causes.values(), key=lambda cause: -len(cause))
         parts = [_describe(cause) for cause in causes[:MOST_CAUSES]]
         left = causes[MOST_CAUSES:]
         if left:
-            number = sum(len(cause.tasks) for cause in left)
+            number = sum(map(len, left))
             parts.append(f"{count_of(number, 'task')} failed for {count_of(len(left), 'other cause')}.")
         return "\n\n".join(parts)
 
     def metadata(self) -> Mapping[str, Any]:
         """Return the table of failed tasks."""
         rows = [
-            {"task": task.name, "cause": line, "logs": logs}
+            {"task": each.task.name, "cause": each.cause.partition("\n")[0], "logs": each.logs}
             for cause in self._causes.values()
-            for _, (task, line, logs) in sorted(cause.tasks.items())
+            for each in _by_index(cause)
         ]
         return {"failed_tasks": table(rows)}
 
 
-def _describe(cause: Cause) -> str:
-    tasks = [cause.tasks[index] for index in sorted(cause.tasks)]
-    names, number = list_names([task.label for task, _, _ in tasks]), len(tasks)
-    text = f"{count_of(number, 'task')} ({names}): {cause.text}\nLogs: {tasks[0][2]}"
-    return text + (f"\nLast lines of stderr of {cause.first}:\n{cause.stderr}" if cause.stderr else "")
+def _describe(cause: Sequence[FailedTask]) -> str:
+    tasks, first = _by_index(cause), cause[0]
+    names = list_names([each.task.label for each in tasks])
+    text = f"{count_of(len(tasks), 'task')} ({names}): {first.cause}\nLogs: {tasks[0].logs}"
+    return text + (f"\nLast lines of stderr of {first.task.label}:\n{first.stderr}" if first.stderr else "")
+
+
+def _by_index(cause: Sequence[FailedTask]) -> list[FailedTask]:
+    return sorted(cause, key=lambda each: each.index)
 
 
 def list_names(names: Sequence[str]) -> str:
