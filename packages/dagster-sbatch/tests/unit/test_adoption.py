@@ -113,7 +113,7 @@ def test_the_slurm_request_is_not_an_input() -> None:
 
 def test_many_differences_are_counted_and_no_record_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adoption, "MOST_NAMES", 2)
-    assert name_differences({"a": "1", "b": "1", "c": "1"}, {"inputs": {}}) == "a (new), b (new), and 1 more"
+    assert name_differences({"a": "1", "b": "1", "c": "1"}, {"inputs": {}}) == "a (new), b (new) and 1 more"
     assert name_differences(inputs(), None) == NO_RECORD
 
 

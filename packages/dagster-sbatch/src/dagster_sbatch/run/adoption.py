@@ -12,6 +12,7 @@ from dagster_sbatch.slurm import Retries
 from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, OtherRun
 from dagster_sbatch.slurm.gateway.agent.images import INPUT
 from dagster_sbatch.slurm.outcome import fault_of
+from dagster_sbatch.slurm.units import list_names
 
 MOST_NAMES = 8
 """Differences that a message names."""
@@ -180,10 +181,7 @@ def name_differences(mine: Mapping[str, str], record: Mapping[str, Any] | None) 
         return NO_RECORD
     theirs = record["inputs"]
     names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
-    shown = [f"{name}{_how(name, mine, theirs)}" for name in names[:MOST_NAMES]]
-    if len(names) > MOST_NAMES:
-        shown.append(f"and {len(names) - MOST_NAMES} more")
-    return ", ".join(shown)
+    return list_names([f"{name}{_how(name, mine, theirs)}" for name in names], MOST_NAMES)
 
 
 def _how(name: str, mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:

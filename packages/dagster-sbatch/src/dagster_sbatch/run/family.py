@@ -33,6 +33,7 @@ from dagster_sbatch.slurm.gateway import (
     RefusedError,
     StoppedError,
 )
+from dagster_sbatch.slurm.units import list_names
 
 HOLDER_SECONDS = 5.0
 """Pause before asking again whether another run still executes this step."""
@@ -127,12 +128,11 @@ class Family:
     def _cancel_tasks(self, array: ArrayJob, outdated: Sequence[int], *, followed: bool) -> None:
         """Cancel tasks of an array job that this step does not need; the whole job if it follows none of the others."""
         names = [task["name"] for task in (array.record or {})["tasks"]]
-        shown = ", ".join(names[index] for index in outdated[:MOST_NAMES])
-        more = f" and {len(outdated) - MOST_NAMES} more" if len(outdated) > MOST_NAMES else ""
+        shown = list_names([names[index] for index in outdated], MOST_NAMES)
         job = f"Slurm job {array.job}" if array.job else f"The Slurm job of {array.run}"
         self._log.warning(
             f"{job} of an earlier run of this step has tasks that this run does not need, or needs with other values "
-            f"({shown}{more}). They are cancelled."
+            f"({shown}). They are cancelled."
         )
         try:
             if followed:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.array_results import table
-from dagster_sbatch.slurm.units import count_of
+from dagster_sbatch.slurm.units import count_of, list_names
 
 MOST_CAUSES, MOST_NAMES = 10, 12
 """Causes that a failure describes, and names of tasks that it shows for each. Its metadata has more."""
@@ -69,19 +69,13 @@ class TaskFailures:
 
 def _describe(cause: Sequence[FailedTask]) -> str:
     tasks, first = _by_index(cause), cause[0]
-    names = list_names([each.task.label for each in tasks])
+    names = list_names([each.task.label for each in tasks], MOST_NAMES)
     text = f"{count_of(len(tasks), 'task')} ({names}): {first.cause}\nLogs: {tasks[0].logs}"
     return text + (f"\nLast lines of stderr of {first.task.label}:\n{first.stderr}" if first.stderr else "")
 
 
 def _by_index(cause: Sequence[FailedTask]) -> list[FailedTask]:
     return sorted(cause, key=lambda each: each.index)
-
-
-def list_names(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
-    more = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _kind(cause: str, task: Task) -> str:

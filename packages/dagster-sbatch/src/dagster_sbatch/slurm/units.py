@@ -1,6 +1,7 @@
 """Slurm's notations for time and memory; numbers of things as text."""
 
 import re
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Annotated
 
@@ -74,6 +75,12 @@ def format_memory(kib: int) -> str:
 def count_of(number: int, noun: str) -> str:
     """Return a number with the noun that it counts: `1 GPU`, `4 GPUs`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def list_names(names: Sequence[str], most: int) -> str:
+    """Return the first names, and how many more there are than `most`."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _time(value: object) -> timedelta:
