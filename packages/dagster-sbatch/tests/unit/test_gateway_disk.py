@@ -300,6 +300,19 @@ def test_nul_bytes_of_a_late_write_are_not_delivered(prepare: Prepare, tmp_path:
     assert time.monotonic() - begun > 0.5
 
 
+def test_a_hole_that_a_node_without_power_has_left_is_delivered(prepare: Prepare, tmp_path: Path) -> None:
+    """The job's next start appends to the same file. Messages without that hole would end there for ever."""
+    run, come = lay_out(tmp_path), bytearray()
+    said = b'{"method": "opened"}\n' + bytes(2000) + b'\n{"method": "job_started"}\n{"method": "opened"}\n'
+    (run / "messages.jsonl").write_bytes(said)
+    end = {"code": 0, "time": 1, "sizes": {"stdout": 0, "stderr": 0, "messages.jsonl": len(said)}}
+    (run / "events").write_text(json.dumps(end) + "\n")
+    gateway = prepare(HURRIED)
+    put(tmp_path / "bin", "scontrol", f"echo '{CANCELLED}'")
+    found = follow(gateway, run, messages_jsonl=come.extend)
+    assert (bytes(come), found.short) == (said, {})
+
+
 # Files of another version
 
 

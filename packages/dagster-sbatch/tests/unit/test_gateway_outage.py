@@ -16,7 +16,7 @@ from dagster_sbatch.slurm.gateway import channel as channels
 from dagster_sbatch.slurm.gateway.agent.server import HELLO
 from dagster_sbatch.slurm.gateway.channel import Channel
 from slurm_in_a_box import wait_until
-from support.agent_fixtures import Prepare, put
+from support.agent_fixtures import HURRIED, Prepare, put
 from support.dagster_dev import gone
 
 SPEED = 60
@@ -293,3 +293,35 @@ def test_no_command_of_slurm_stays_when_its_client_is_gone(slurm: Path, prepare:
     wait_until(pid.exists, "squeue runs")
     gateway.close()
     wait_until(lambda: gone(int(pid.read_text())), "squeue has ended")
+
+
+SET_BACK = """
+import os, time
+def set_back(clock):
+    time.time = lambda: clock() - 3600 * os.path.exists({mark!r})
+set_back(time.time)
+"""
+
+
+def test_the_clock_of_the_login_node_is_set_back(slurm: Path, prepare: Prepare, tmp_path: Path) -> None:
+    """What was due by the old clock would be due in an hour: for instance the end of a job that has recorded none."""
+    mark, run = tmp_path / "mark", slurm / "runs" / "KEY"
+    run.mkdir(parents=True, mode=0o700)
+    for name in ("messages.jsonl", "stdout", "stderr", "events"):
+        (run / name).touch()
+    (run / "job").symlink_to("17")
+    put(slurm / "bin", "squeue", "echo '17|RUNNING|None|N/A|KEY|p1'")
+    gateway = prepare(f"{HURRIED}\n{SET_BACK.format(mark=str(mark))}")
+    states: list[str] = []
+    with ThreadPoolExecutor(1) as pool:
+        end = pool.submit(lambda: gateway.follow(str(run), {}, lambda state: states.append(state.state)))
+        try:
+            wait_until(lambda: states == ["RUNNING"], "it is followed", 60)
+            put(slurm / "bin", "squeue", "")
+            record = "JobName=KEY JobState=CANCELLED ExitCode=0:15 SubmitTime=100 StartTime=110 EndTime=120"
+            put(slurm / "bin", "scontrol", f"echo '{record}'")
+            mark.touch()
+            assert end.result(30).state == "CANCELLED"
+        finally:
+            gateway.stop.set()
+            gateway.close()

@@ -27,6 +27,7 @@ from .usage import usage
 
 HELLO = "gateway-agent 1"
 SILENCE = 60.0  # seconds without a byte from the client: it is gone, though the connection does not say so
+CLOCK_STEP = 5.0  # seconds by which the clock of the login node was set, after which the agent ends
 
 
 def ping(*_):
@@ -114,8 +115,14 @@ class Agent:
                 self.busy -= 1
 
     def watch(self):
-        while time.monotonic() - self.heard < SILENCE:
+        """End the agent once its client is gone; or the clock was set: the client continues with a new agent.
+
+        Otherwise what is due by the old clock would wait until the new one shows that time.
+        """
+        offset = before = time.time() - time.monotonic()
+        while time.monotonic() - self.heard < SILENCE and abs(offset - before) < CLOCK_STEP:
             time.sleep(1)
+            before, offset = offset, time.time() - time.monotonic()
         self.leave()
 
     def leave(self):

@@ -6,6 +6,7 @@ import time
 from .transfer import CHUNK
 
 HOLE = 10.0  # seconds for which NUL bytes are held back: on NFS, a node may not have written those bytes yet
+LONGER = 4  # times as long in a file that has none otherwise: a node that has lost power never writes those bytes
 MOST_CHUNKS = 8  # of one stream in a row, so that none starves another
 
 
@@ -43,14 +44,12 @@ class Stream:
         place = data.find(b"\0")
         if place < 0:
             return len(data)
-        if self.text:
-            return place
         size, since = self.hole
         if size <= self.at + place:
             size, since = self.hole = os.fstat(file).st_size, time.time()
-        if time.time() - since < HOLE:
+        if time.time() - since < HOLE * (LONGER if self.text else 1):
             return place
-        return min(len(data), size - self.at)  # the program wrote NUL bytes
+        return min(len(data), size - self.at)  # the program wrote NUL bytes, or nobody will replace them
 
 
 def short_of(streams, sizes):
