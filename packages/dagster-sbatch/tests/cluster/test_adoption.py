@@ -178,6 +178,28 @@ def test_what_decides_the_result_is_changed_while_the_job_runs(
     one_job_each(site)
 
 
+def test_a_step_before_it_runs_again(site: SimulatedSite, tmp_path: Path, variables: dict[str, str]) -> None:
+    """The job has read what that step had written before. Without that step, the job is adopted."""
+    step = Step(tmp_path / "step", variables, WAITS)
+    step.call(upstream=True)
+    process = step.start(again=False)
+    old = only_job(site, "RUNNING")
+    kill(process)
+    process = step.start("probe", again=True)
+    wait_until(lambda: f"Slurm job {old} was submitted by an earlier run" in step.log, "the job is adopted", 90)
+    kill(process)
+    process = step.start(again=True)
+    wait_until(lambda: site.job_state(old) == "CANCELLED", "the outdated job is cancelled", 90)
+    assert f"Slurm job {old} was submitted by an earlier run of this step with other inputs (upstream step files)" in (
+        step.log
+    )
+    go_on(site)
+    success, error, metadata = step.result(process)
+    assert (success, error) == (True, "")
+    assert metadata["job_id"] != old
+    one_job_each(site)
+
+
 LAST_KILL = 8.0
 LINES = 70
 COUNTS = (

@@ -269,12 +269,6 @@ def test_extras_that_are_not_json(tmp_path: Path) -> None:
     assert "extras['bad'] cannot be sent to the workload as JSON" in outcome.error
 
 
-def test_an_extra_that_the_partitions_would_overwrite(tmp_path: Path) -> None:
-    extras = {"partition_keys": ["mine"]}
-    outcome = materialize("", tmp_path, extras=extras, partitions=("a",), partition_key="a")
-    assert "probe: extras['partition_keys'] holds the partitions of the run" in outcome.error
-
-
 @pytest.mark.parametrize(
     ("request_", "text"),
     [

@@ -27,6 +27,10 @@ LAUNCHER = getattr(launchers, CALL["launcher"])(container=CONTAINER)
 REQUEST = SlurmRequest(**CALL["request"])
 
 @dg.asset
+def files():
+    pass  # what the next asset reads, if CALL says so
+
+@dg.asset(deps=[files] if CALL["upstream"] else [])
 def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
     (FOLDER / f"begun-{os.getpid()}").touch()
     workload = FOLDER / "workloads" / "workload.py"
@@ -40,10 +44,11 @@ def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.Mat
 
 def make_job():
     job = dg.define_asset_job("all", selection="*", executor_def=dg.in_process_executor)
-    return dg.Definitions(assets=[probe], jobs=[job], resources=build_resources()).resolve_job_def("all")
+    assets = [files, probe] if CALL["upstream"] else [probe]
+    return dg.Definitions(assets=assets, jobs=[job], resources=build_resources()).resolve_job_def("all")
 
 if __name__ == "__main__":
-    parent = dg.ReexecutionOptions(parent_run_id=sys.argv[1]) if sys.argv[1:] else None
+    parent = dg.ReexecutionOptions(sys.argv[1], sys.argv[2:] or None) if sys.argv[1:] else None
     job = dg.reconstructable(make_job)
     with dg.DagsterInstance.get() as instance, dg.execute_job(job, instance, reexecution_options=parent) as result:
         metadata = {}
@@ -80,10 +85,13 @@ class Step:
         env: dict[str, str] | None = None,
         launcher: str = "ScriptLauncher",
         container: str | None = None,
+        *,
+        upstream: bool = False,
         **request: Any,
     ) -> None:
-        """Let the next start pass other arguments to `compute.run`."""
+        """Let the next start pass other arguments to `compute.run`; `upstream`: after the asset `files`."""
         call = {"extras": extras or {}, "env": env or {}, "launcher": launcher, "container": container}
+        call["upstream"] = upstream
         call["request"] = {"time_limit": "00:30:00", **request}
         (self._folder / "call.json").write_text(json.dumps(call))
 
@@ -108,9 +116,9 @@ class Step:
         with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
             return len(instance.fetch_materializations(dg.AssetKey("probe"), limit=10).records)
 
-    def start(self, *, again: bool) -> "subprocess.Popen[bytes]":
-        """Start a run; `again` makes it a re-execution of the latest one."""
-        parent = self.runs()[-1:] if again else []
+    def start(self, *steps: str, again: bool) -> "subprocess.Popen[bytes]":
+        """Start a run; `again` makes it a re-execution of the latest one: of all steps, or of these."""
+        parent = [*self.runs()[-1:], *steps] if again else []
         number = len(list(self._folder.glob("log-*")))
         with (self._folder / f"log-{number}").open("wb") as log, (self._folder / f"out-{number}").open("wb") as out:
             return subprocess.Popen(

@@ -65,7 +65,7 @@ BASE: dict[str, Any] = {
     "extras": {"n": 1},
     "env": {"X": "1"},
     "args": ("-v",),
-    "assets": ["a"],
+    "step": {"assets": ["a"]},
     "data_root": "/data",
 }
 
@@ -92,7 +92,8 @@ def inputs(launcher: Launcher | None = None, request: SlurmRequest | None = None
         ({"env": {"X": "2"}}, "env['X']"),
         ({"env": {}}, "env['X'] (new)"),
         ({"args": ()}, "args"),
-        ({"assets": ["a", "b"]}, "assets"),
+        ({"step": {"assets": ["a", "b"]}}, "assets"),
+        ({"step": {"assets": ["a"], "upstream step b": "run"}}, "upstream step b (gone)"),
         ({"data_root": "/other"}, "DATA_ROOT"),
         ({"image": "7"}, "container image (gone)"),
         ({"launcher": ScriptLauncher(pre_start_commands=("true",))}, "launcher.pre_start_commands"),

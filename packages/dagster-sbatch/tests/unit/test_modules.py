@@ -87,7 +87,7 @@ def test_modules_decide_the_result_of_a_job() -> None:
         workload = Workload(Path("/root/a.py"), Path("/root"), None, ())
         allocation = allocate(SlurmRequest(modules=modules), PROJECT.load_site("musica"))
         plan = Plan(Project(Path("/root")), workload, ScriptLauncher(), Site(), allocation, {}, {}, ())
-        return inputs_of(plan, {}, [], None)
+        return inputs_of(plan, {}, {}, None)
 
     assert inputs([]) == inputs(None)
     assert len({inputs(modules)["modules"] for modules in (["a", "b"], ["b", "a"], ["a"], [])}) == 4

@@ -1,5 +1,6 @@
 """Which folder is sent with a program, and how Python runs it; the variables that it may have."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers import ScriptLauncher
-from dagster_sbatch.run.plan import Plan, make_plan
+from dagster_sbatch.run.plan import Plan, complete_extras, make_plan
 from dagster_sbatch.run.workload import read_workload
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest
@@ -91,9 +92,9 @@ def plan(folder: Path, **arguments: Any) -> Plan:
     return make_plan(Settings(), PROJECT, folder / "main.py", **given)
 
 
-@pytest.mark.parametrize("args", ["--trials 3", ["--trials", 3], [Path("/x")], ["a\0b"], [None]])
+@pytest.mark.parametrize("args", ["--trials 3", ["--trials", 3], [Path("/x")], ["a\0b"], ["\udcff"], [None]])
 def test_arguments_are_a_list_of_texts(args: Any, folder: Path) -> None:
-    with pytest.raises(ConfigurationError, match="a list of strings is needed"):
+    with pytest.raises(ConfigurationError, match="a list of strings in UTF-8 is needed"):
         plan(folder, args=args)
 
 
@@ -111,6 +112,7 @@ def test_arguments_are_a_list_of_texts(args: Any, folder: Path) -> None:
         ({"N": None}, "env['N'] is not a string but None"),
         ({"X": dg.EnvVar("HOME")}, "(EnvVar)"),
         ({"X": "a\0b"}, "has a NUL"),
+        ({"X": os.fsdecode(b"\xff")}, "a byte that is not UTF-8"),
         ({"X": "y" * 131072}, "128 KiB"),
         ({"PATH": "/mine"}, "the deployment sets this variable. Extend it in the workload"),
         ({"PYTHON": "python3"}, "the deployment sets this variable."),
@@ -127,6 +129,14 @@ def test_a_variable_that_could_not_be_the_same_everywhere_is_refused(env: Any, t
     with pytest.raises(ConfigurationError) as caught:
         plan(folder, env=env)
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("partitions", [(), ("a",)])
+@pytest.mark.parametrize("value", [["b", "a"], {"a": 1}, 5])
+def test_the_name_of_the_partitions_is_no_name_of_an_extra(value: Any, partitions: tuple[str, ...]) -> None:
+    """As partitions their order does not count: ["a", "b"] would be the same input."""
+    with pytest.raises(ConfigurationError, match=r"extras\['partition_keys'\] holds the partitions of the run"):
+        complete_extras({"partition_keys": value}, partitions)
 
 
 def test_ordinary_variables_stay_as_they_are(folder: Path) -> None:

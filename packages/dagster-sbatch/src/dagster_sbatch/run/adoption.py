@@ -22,7 +22,7 @@ NO_RECORD = "no record of what it was submitted with"
 def inputs_of(
     plan: Plan,
     code: Mapping[str, str],
-    assets: Iterable[str],
+    step: Mapping[str, Any],
     data_root: str | None,
     image: str | None = None,
 ) -> dict[str, str]:
@@ -33,7 +33,7 @@ def inputs_of(
     Args:
         plan: launcher, workload with its arguments, variables, extras, and site.
         code: digests of code and packages, by name; see `RunEnvironment.inputs`.
-        assets: keys of the step's assets.
+        step: what else decides the step's result, by name; see `inputs_of_step`.
         data_root: DATA_ROOT, if it is set.
         image: identity of the image of the launcher's container; see `Gateway.image`.
     """
@@ -43,7 +43,7 @@ def inputs_of(
     values: dict[str, Any] = {
         "workload": plan.workload.name,
         "args": plan.workload.args,
-        "assets": sorted(assets),
+        **step,
         "launcher": plan.launcher.key,
         **{f"launcher.{name}": value for name, value in launcher.items()},
         **{f"extras[{name!r}]": value for name, value in plan.extras.items() if name != PARTITION_KEYS},

@@ -1,7 +1,7 @@
 """What Dagster has recorded of steps: their ends, and tags with their Slurm jobs."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from math import inf
 from typing import Any
 
@@ -30,14 +30,25 @@ def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str, befo
 
 
 def _succeeded(instance: dg.DagsterInstance, run_id: str, step: str, before: float = inf) -> bool:
-    ends = _events_of(instance, run_id, step, {dg.DagsterEventType.STEP_SUCCESS})
+    ends = _events_of(instance, run_id, [step], {dg.DagsterEventType.STEP_SUCCESS})
     return any(end.timestamp <= before for end in ends)
 
 
+def find_successes(instance: dg.DagsterInstance, run_id: str, steps: set[str]) -> dict[str, str]:
+    """Return the latest run in which each of some steps has succeeded: a run, or one of which it is a re-execution."""
+    found: dict[str, str] = {}
+    run = instance.get_run_by_id(run_id)
+    while run and steps - found.keys():
+        events = _events_of(instance, run.run_id, steps - found.keys(), {dg.DagsterEventType.STEP_SUCCESS})
+        found |= {str(event.step_key): run.run_id for event in events}
+        run = instance.get_run_by_id(run.parent_run_id) if run.parent_run_id else None
+    return dict(sorted(found.items()))
+
+
 def _events_of(
-    instance: dg.DagsterInstance, run_id: str, step: str, kinds: set[dg.DagsterEventType]
+    instance: dg.DagsterInstance, run_id: str, steps: Collection[str], kinds: set[dg.DagsterEventType]
 ) -> Iterator[dg.EventLogEntry]:
-    return (event for event in instance.all_logs(run_id, of_type=kinds) if event.step_key == step)
+    return (event for event in instance.all_logs(run_id, of_type=kinds) if event.step_key in steps)
 
 
 def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey, Mapping[str, Any]]]:
@@ -49,7 +60,7 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
     key, run = step_key(step), step.instance.get_run_by_id(step.run_id)
     found: dict[str, dict[dg.AssetKey, Mapping[str, Any]]] = {}
     while run:
-        for event in _events_of(step.instance, run.run_id, key, {dg.DagsterEventType.ASSET_MATERIALIZATION}):
+        for event in _events_of(step.instance, run.run_id, [key], {dg.DagsterEventType.ASSET_MATERIALIZATION}):
             stored = event.asset_materialization
             if stored and stored.partition is not None and stored.asset_key in step.selected_asset_keys:
                 found.setdefault(stored.partition, {}).setdefault(stored.asset_key, stored.metadata)
@@ -63,7 +74,9 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
 def stored_before(instance: dg.DagsterInstance, runs: Iterable[str], step: str, before: float = inf) -> set[str]:
     """Return the partitions that a step has stored in one of some runs; `before`: see `is_stored`."""
     events = (
-        event for run in runs for event in _events_of(instance, run, step, {dg.DagsterEventType.ASSET_MATERIALIZATION})
+        event
+        for run in runs
+        for event in _events_of(instance, run, [step], {dg.DagsterEventType.ASSET_MATERIALIZATION})
     )
     stored = (event.asset_materialization for event in events if event.timestamp <= before)
     return {each.partition for each in stored if each and each.partition is not None}
@@ -97,7 +110,7 @@ def left_job(step: dg.OpExecutionContext) -> str | None:
     ends = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
     while parent:
         run = step.instance.get_run_by_id(parent)
-        if run is None or any(_events_of(step.instance, parent, key, ends)):
+        if run is None or any(_events_of(step.instance, parent, [key], ends)):
             return None
         if job := run.tags.get(job_tag(key)):
             return job

@@ -13,7 +13,7 @@ from dagster_sbatch.project import Project
 from dagster_sbatch.run.array import PARTITION_KEYS, JobArray, Task, make_tasks
 from dagster_sbatch.run.digests import check_json
 from dagster_sbatch.run.imports import find_missing
-from dagster_sbatch.run.workload import Workload, read_workload
+from dagster_sbatch.run.workload import Workload, is_text, read_workload
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation, Site, SlurmRequest, allocate
 from dagster_sbatch.slurm.next_request import check_retries
@@ -221,11 +221,9 @@ def complete_extras(extras: Mapping[str, Any] | None, partitions: Sequence[str])
             check_json(f"extras[{key!r}]", value)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
-    if not partitions:
-        return values
-    if PARTITION_KEYS in values:
+    if PARTITION_KEYS in values:  # also without partitions: of what is there, the order does not count as an input
         raise ConfigurationError(f"extras[{PARTITION_KEYS!r}] holds the partitions of the run. Use another name.")
-    return {**values, PARTITION_KEYS: list(partitions)}
+    return {**values, PARTITION_KEYS: list(partitions)} if partitions else values
 
 
 def _check_variables(env: Mapping[str, str]) -> None:
@@ -241,5 +239,7 @@ def _check_variables(env: Mapping[str, str]) -> None:
             raise ConfigurationError(
                 f"env[{name!r}] is not a string but {value!r} ({type(value).__name__}). Write a string."
             )
-        if "\0" in value or len(f"{name}={value}".encode(errors="replace")) >= LONGEST_VARIABLE:
-            raise ConfigurationError(f"env[{name!r}] cannot be a variable: it has a NUL or 128 KiB. Use extras.")
+        if not is_text(value) or len(f"{name}={value}".encode()) >= LONGEST_VARIABLE:
+            raise ConfigurationError(
+                f"env[{name!r}] cannot be a variable: it has a NUL, a byte that is not UTF-8, or 128 KiB. Use extras."
+            )

@@ -29,6 +29,7 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_terminal
 from dagster_sbatch.run.results import declared_checks, partitions_of
 from dagster_sbatch.run.run_environment import RunEnvironment
+from dagster_sbatch.run.step_inputs import inputs_of_step
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation, ArrayShape, SlurmRequest
 from dagster_sbatch.slurm.gateway import (
@@ -116,11 +117,11 @@ class RemoteStep(ABC):
         Raises:
             ConfigurationError: the container of its job has no image.
         """
-        assets = tuple(sorted(key.to_user_string() for key in self._context.selected_asset_keys))
         root, step, calls = self._info.root, self._info.step, calls_of(self._context)
         related, data_root, environment = f"{step_prefix(root, step)}-", self._data_root, self._environment
         with calls.preparing():
-            inputs = inputs_of(self._plan, environment.inputs, assets, data_root, self._find_image())
+            known = inputs_of_step(self._context)
+            inputs = inputs_of(self._plan, environment.inputs, known, data_root, self._find_image())
             call = calls.begin(root, step, digest_of(inputs))
         questions = Questions(related, data_root, environment.request)
         return Family(self._context, self._gateway, base, call, inputs, self._planned.request, questions=questions)

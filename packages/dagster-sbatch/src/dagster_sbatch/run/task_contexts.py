@@ -43,29 +43,31 @@ class TaskContexts:
 
     def _fields(self, task: Task) -> dict[str, Any]:
         first, last = task.partitions[0], task.partitions[-1]
-        window = self._window(task.partitions)
+        window = time_window(self._partitions_def, task.partitions)
         return {
             "partition_key": first if len(task.partitions) == 1 else None,
             "partition_key_range": {"start": first, "end": last},
             "partition_time_window": window and {"start": window[0].isoformat(), "end": window[1].isoformat()},
         }
 
-    def _window(self, partitions: Sequence[str]) -> tuple[datetime, datetime] | None:
-        """Return the time from the first partition to the last.
 
-        None if the partitions have no time, or if they have a second dimension and are not one range of time for one
-        value of it.
-        """
-        definition = self._partitions_def
-        if isinstance(definition, dg.TimeWindowPartitionsDefinition):
-            first, last = (definition.time_window_for_partition_key(partitions[at]) for at in (0, -1))
-            return first.start, last.end
-        if not isinstance(definition, dg.MultiPartitionsDefinition) or not definition.has_time_window_dimension:
-            return None
-        time = definition.time_window_dimension.name
-        keys = [definition.get_partition_key_from_str(partition).keys_by_dimension for partition in partitions]
-        others = {value for key in keys for name, value in key.items() if name != time}
-        windows = [definition.time_window_for_partition_key(partition) for partition in partitions]
-        if len(others) > 1 or any(before.end != after.start for before, after in pairwise(windows)):
-            return None
-        return windows[0].start, windows[-1].end
+def time_window(
+    definition: dg.PartitionsDefinition | None, partitions: Sequence[str]
+) -> tuple[datetime, datetime] | None:
+    """Return the time from the first of some partitions to the last; there is at least one.
+
+    None if the partitions have no time, or if they have a second dimension and are not one range of time for one value
+    of it.
+    """
+    if isinstance(definition, dg.TimeWindowPartitionsDefinition):
+        first, last = (definition.time_window_for_partition_key(partitions[at]) for at in (0, -1))
+        return first.start, last.end
+    if not isinstance(definition, dg.MultiPartitionsDefinition) or not definition.has_time_window_dimension:
+        return None
+    time = definition.time_window_dimension.name
+    keys = [definition.get_partition_key_from_str(partition).keys_by_dimension for partition in partitions]
+    others = {value for key in keys for name, value in key.items() if name != time}
+    windows = [definition.time_window_for_partition_key(partition) for partition in partitions]
+    if len(others) > 1 or any(before.end != after.start for before, after in pairwise(windows)):
+        return None
+    return windows[0].start, windows[-1].end

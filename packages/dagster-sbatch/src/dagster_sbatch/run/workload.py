@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ class Workload:
         return [*(["-m", self.module] if self.module else [f"{root}/{self.relative}"]), *self.args]
 
 
+def is_text(value: str) -> bool:
+    """Return whether a string can be in a job script: it has no NUL, and no byte that Python could not decode."""
+    return not re.search("[\0\ud800-\udfff]", value)
+
+
 def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: bool = True) -> Workload:
     """Find out how to run a workload.
 
@@ -54,8 +60,8 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: b
     Raises:
         ConfigurationError: there is no such program, it does not parse, or an argument is not a string.
     """
-    if isinstance(args, str) or not all(isinstance(each, str) and "\0" not in each for each in args):
-        raise ConfigurationError(f"args={args!r}: a list of strings is needed, as on a command line")
+    if isinstance(args, str) or not all(isinstance(each, str) and is_text(each) for each in args):
+        raise ConfigurationError(f"args={args!r}: a list of strings in UTF-8 is needed, as on a command line")
     given = Path(os.path.abspath(path))  # noqa: PTH100 - links are kept: what they point to is checked when code is sent
     if given.is_dir() and not python:
         raise ConfigurationError(f"the workload {given} is a folder. Name the program in it.")

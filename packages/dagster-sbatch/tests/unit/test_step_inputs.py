@@ -1,0 +1,103 @@
+"""What decides a step's result beside what its asset passes: steps before it, code versions, the time of partitions."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch.run.step_inputs import inputs_of_step
+
+seen: list[dict[str, Any]] = []
+KILLED = "killed"
+
+
+@dg.asset
+def files() -> None:
+    """What the next asset reads."""
+
+
+@dg.asset
+def number() -> int:
+    return 1
+
+
+@dg.asset(deps=[files], code_version="3")
+def reader(context: dg.AssetExecutionContext, number: int) -> None:
+    seen.append(inputs_of_step(context.op_execution_context))
+    if context.run.tags.get(KILLED):
+        raise RuntimeError(number)
+
+
+def make_job() -> dg.JobDefinition:
+    job = dg.define_asset_job("all", executor_def=dg.in_process_executor)
+    return dg.Definitions(assets=[files, number, reader], jobs=[job]).resolve_job_def("all")
+
+
+def test_a_step_that_runs_again_is_another_input_of_those_that_wait_for_it(tmp_path: Path) -> None:
+    """Its value is none: what the asset passes on of it counts. A re-execution that leaves it out has its files."""
+    job, tags = dg.reconstructable(make_job), {KILLED: "yes"}
+    seen.clear()
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+
+        def execute(parent: dg.ReexecutionOptions | None = None) -> str:
+            with dg.execute_job(job, instance, tags=tags, reexecution_options=parent) as result:
+                return result.run_id
+
+        first = execute()
+        from_failure = execute(dg.ReexecutionOptions.from_failure(first, instance))
+        alone = execute(dg.ReexecutionOptions(from_failure, step_selection=["reader"]))
+        again = execute(dg.ReexecutionOptions(alone))
+        execute(dg.ReexecutionOptions.from_failure(again, instance))
+    expected = {"assets": ["reader"], "code_version of reader": "3"}
+    assert seen == [{**expected, "upstream step files": run} for run in (first, first, first, again, again)]
+
+
+@pytest.mark.parametrize(
+    ("definition", "key", "window"),
+    [
+        (dg.DailyPartitionsDefinition("2013-01-01"), "2013-01-01", ["2013-01-01T00:00", "2013-01-02T00:00"]),
+        (
+            dg.DailyPartitionsDefinition("2013-01-01", hour_offset=6),
+            "2013-01-01",
+            ["2013-01-01T06:00", "2013-01-02T06:00"],
+        ),
+        (dg.StaticPartitionsDefinition(["a"]), "a", None),
+        (None, None, None),
+    ],
+)
+def test_the_time_of_a_partition_is_an_input(
+    definition: dg.PartitionsDefinition | None, key: str | None, window: list[str] | None
+) -> None:
+    @dg.asset(partitions_def=definition)
+    def probe(context: dg.AssetExecutionContext) -> None:
+        seen.append(inputs_of_step(context.op_execution_context))
+
+    seen.clear()
+    dg.materialize([probe], partition_key=key)
+    [found] = seen
+    assert found.pop("assets") == ["probe"]
+    times = found.pop("time window of the partitions", None)
+    assert times == (window and [f"{time}:00+00:00" for time in window])
+    assert not found
+
+
+def test_ops_wait_for_each_other_without_values_too() -> None:
+    @dg.op
+    def first() -> None: ...
+
+    @dg.op(ins={"start": dg.In(dg.Nothing)})
+    def second(context: dg.OpExecutionContext) -> None:
+        seen.append(inputs_of_step(context))
+
+    @dg.graph
+    def inner() -> None:
+        second(start=first())
+
+    @dg.job
+    def outer() -> None:
+        inner()
+
+    seen.clear()
+    result = outer.execute_in_process()
+    assert seen == [{"assets": [], "upstream step inner.first": result.run_id}]
