@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.slurm.gateway import Limits, RefusedError
-from dagster_sbatch.slurm.gateway.agent import run_directories
+from dagster_sbatch.slurm.gateway.agent import run_directories, tasks
 from resources import PROJECT
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import Prepare, put
@@ -133,3 +133,14 @@ def test_a_run_of_a_single_job_is_no_array_job(prepare: Prepare, tmp_path: Path)
     (tmp_path / "runs/KEY-1").mkdir(parents=True)
     with pytest.raises(RefusedError, match="is not the run directory of an array job"):
         prepare().array(f"{tmp_path}/runs/KEY-1")
+
+
+def test_the_tasks_of_an_array_job_that_its_user_has_renamed(slurm: Path) -> None:
+    same = "JobName=mine WorkDir=/base/runs/KEY-1 ExitCode=0:0 SubmitTime=1 StartTime=2 EndTime=3"
+    said = "\n".join(f"{same} ArrayTaskId={each}" for each in ("0 JobState=COMPLETED", "1 JobState=RUNNING"))
+    put(slurm, "scontrol", f"cat <<'E'\n{said}\nE")
+    put(slurm, "sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    found, trouble = tasks.verdicts("17", "KEY-1", 2, {0, 1}, {0, 1})
+    assert trouble is None
+    assert found[0]["state"] == "COMPLETED"
+    assert found[1] is None

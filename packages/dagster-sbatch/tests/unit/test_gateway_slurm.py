@@ -22,6 +22,7 @@ from support import ROOT
 Say = Callable[[str, str], None]
 RUNNING = "JobId=17 JobName=KEY Account=p1 JobState=RUNNING ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=Unknown"
 ENDED = "JobId=17 JobName=KEY Account=p1 JobState=COMPLETED ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=120"
+RENAMED = "JobId=17 JobName=mine Account=p1 WorkDir=/base/runs/KEY SubmitTime=100 StartTime=110 EndTime=120"
 INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
 
@@ -49,6 +50,9 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         (f"echo '{RUNNING}'", "", None),
         (f"echo '{ENDED}'", "", ("COMPLETED", "0:0", [100, 110, 120], "p1")),
         (f"echo '{ENDED} Comment=JobState=FAILED'", "", ("COMPLETED", "0:0", [100, 110, 120], "p1")),
+        # Its user has renamed it: scontrol update JobId=17 JobName=mine.
+        (f"echo '{RENAMED} JobState=RUNNING ExitCode=0:0'", "echo 'RUNNING|0:0|100|110|Unknown|p1|mine'", None),
+        (f"echo '{RENAMED} JobState=FAILED ExitCode=3:0'", "", ("FAILED", "3:0", [100, 110, 120], "p1")),
         (INVALID, "echo 'CANCELLED by 0|0:15|100|110|120|p1|KEY'", ("CANCELLED", "0:15", [100, 110, 120], "p1")),
         (INVALID, "echo 'COMPLETED+|0:0|100|Unknown|120|p1|KEY'", ("COMPLETED", "0:0", [100, None, 120], "p1")),
         (AWAY, "echo 'FAILED|3:0|100|110|120|p1|KEY'", ("FAILED", "3:0", [100, 110, 120], "p1")),

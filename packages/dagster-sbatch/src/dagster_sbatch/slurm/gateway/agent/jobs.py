@@ -8,7 +8,7 @@ import time
 from .disk import RequestError, lock, own, read
 from .paths import login_environment
 from .run_directories import digest, has, job_of, lay_out, locate, mark, note_follower, quietly_conclude, settle
-from .slurm_commands import COMMAND_PATIENCE, ask_slurm, environment, find_by_name, for_sbatch, user
+from .slurm_commands import COMMAND_PATIENCE, environment, find_by_name, for_sbatch, scancel
 from .tasks import is_array
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
@@ -186,7 +186,7 @@ def end_job(run, key, job):
     """Cancel a run's job; return how it ended, None if it did not end within a minute."""
     end, until = quietly_conclude(run, job), time.time() + COMMAND_PATIENCE
     if not end:
-        ask_slurm("scancel", "--user", user(), "--name", key)
+        scancel(job, key)
     try:
         mark(run, "cancelled")
     except OSError:  # the disk is full; a run that has a job is not submitted again

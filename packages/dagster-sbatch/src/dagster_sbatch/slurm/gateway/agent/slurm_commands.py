@@ -147,6 +147,21 @@ def fields_of(line):
     return found
 
 
+def is_of(record, key):
+    """Return whether a record of scontrol is of a run's job: ids are used again, and its user may rename a job."""
+    return key in (record.get("JobName"), os.path.basename(record.get("WorkDir", "")))
+
+
+def scancel(job, key, *tasks):
+    """Cancel a run's job, or tasks of it: by the run's name, or by the id if the user has renamed the job."""
+    try:
+        record = fields_of(ask_slurm("scontrol", "-o", "show", "job", job))
+    except RequestError:
+        record = {}
+    renamed = is_of(record, key) and record["JobName"] != key
+    ask_slurm("scancel", "--user", user(), *((tasks or (job,)) if renamed else ("--name", key, *tasks)))
+
+
 def state_of(record):
     """Return what a record of scontrol says of the end, as `over`."""
     names = ("JobState", "ExitCode", "SubmitTime", "StartTime", "EndTime")
@@ -164,7 +179,7 @@ def verdict(job, key):
     forgotten = False
     try:
         found = fields_of(ask_slurm("scontrol", "-o", "show", "job", job))
-        if found.get("JobName") == key:  # ids are used again
+        if is_of(found, key):
             return state_of(found)
         forgotten = True
     except RequestError as error:

@@ -6,7 +6,7 @@ import time
 from .disk import RequestError
 from .job_record import cut_short, events_of
 from .run_directories import has, job_of, locate
-from .slurm_commands import COMMAND_PATIENCE, ask_slurm, user
+from .slurm_commands import COMMAND_PATIENCE, scancel
 from .task_states import ranges
 from .tasks import Tasks, is_array
 
@@ -75,7 +75,7 @@ def cancel_tasks(_, ask, __):
         raise RequestError("refused", "%s has no job" % run)
     ends, until = tasks.all_ends(job)[0], time.time() + COMMAND_PATIENCE
     if wanted - set(ends):
-        ask_slurm("scancel", "--user", user(), "--name", key, "%s_[%s]" % (job, ranges(wanted - set(ends))))
+        scancel(job, key, "%s_[%s]" % (job, ranges(wanted - set(ends))))
     while wanted - set(ends) and time.time() < until:
         time.sleep(CANCEL_EVERY)
         ends = tasks.all_ends(job)[0]

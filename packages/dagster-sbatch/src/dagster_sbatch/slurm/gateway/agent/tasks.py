@@ -24,6 +24,7 @@ from .slurm_commands import (
     UNKNOWN_JOB,
     ask_slurm,
     fields_of,
+    is_of,
     over,
     rows_of,
     state_of,
@@ -203,7 +204,7 @@ def ask_controller(job, key, count, wanted):
         if not remains and not numbers & wanted:
             continue
         record = fields_of(line)
-        if record.get("JobName") != key:  # ids are used again
+        if not is_of(record, key):
             continue
         known, said = True, state_of(record)
         if remains and said:
