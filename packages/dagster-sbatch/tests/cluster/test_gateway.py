@@ -114,6 +114,7 @@ def test_a_wait_that_is_stopped_leaves_the_job_alone(settings: Settings, site: S
         follow(gateway, run)
     assert site.job_state(int(job)) == "RUNNING"
     gateway.stop = threading.Event()
+    site.run_on_login(CERTIFICATE_USER, f"scontrol update JobId={job} JobName=mine")  # and its user may rename it
     cancelled = gateway.cancel(run.path)
     assert cancelled is not None
     assert cancelled.state == "CANCELLED"

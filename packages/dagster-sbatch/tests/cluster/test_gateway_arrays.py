@@ -138,7 +138,10 @@ def test_an_answer_of_sbatch_that_is_lost_submits_one_array_job(
 def test_an_array_job_that_waits_is_adopted_and_cancelled_as_a_whole(
     open_gateway: Callable[[], Gateway], site: SimulatedSite
 ) -> None:
-    """Two tasks run, one has ended, the others wait; the client dies, another one takes over, then cancels."""
+    """Two tasks run, one has ended, the others wait; the client dies, another one takes over, then cancels.
+
+    Meanwhile its user has renamed it.
+    """
     run = array('[ "$index" = 0 ] || sleep 300', 50, max_running=2)
     key = run.run.rpartition("/")[2]
     first = open_gateway()
@@ -160,6 +163,7 @@ def test_an_array_job_that_waits_is_adopted_and_cancelled_as_a_whole(
         second.run_arrays(adopted, "run-2")
     assert adopted.jobs[run.run].how == "recorded"
     second.stop = threading.Event()
+    site.run_on_login(CERTIFICATE_USER, f"scontrol update JobId={known.job} JobName=mine")
     end = second.cancel(run.run)
     assert end is not None
     assert end.state == "CANCELLED"

@@ -90,8 +90,8 @@ class Step:
         **request: Any,
     ) -> None:
         """Let the next start pass other arguments to `compute.run`; `upstream`: after the asset `files`."""
-        call = {"extras": extras or {}, "env": env or {}, "launcher": launcher, "container": container}
-        call["upstream"] = upstream
+        call: dict[str, Any] = {"extras": extras or {}, "env": env or {}, "launcher": launcher}
+        call |= {"container": container, "upstream": upstream}
         call["request"] = {"time_limit": "00:30:00", **request}
         (self._folder / "call.json").write_text(json.dumps(call))
 

@@ -36,6 +36,6 @@ def _window(step: dg.OpExecutionContext, partitions: Sequence[str]) -> dict[str,
 
 def _upstream_runs(step: dg.OpExecutionContext) -> Mapping[str, str]:
     execution = step.get_step_execution_context()
-    silent = {name for name, each in execution.op_def.ins.items() if each.dagster_type.is_nothing}
+    silent = {each.name for each in execution.op_def.input_defs if each.dagster_type.is_nothing}
     keys = {key for each in execution.step.step_inputs if each.name in silent for key in each.dependency_keys}
     return find_successes(step.instance, step.run_id, keys) if keys else {}
