@@ -51,7 +51,7 @@ def read1(_):
     looked.clear()
     looked.wait()
     return data
-server.time = SimpleNamespace(monotonic=lambda: now[0], sleep=sleep)
+server.time = SimpleNamespace(monotonic=lambda: now[0], time=lambda: now[0], sleep=sleep)
 server.sys = SimpleNamespace(stdin=SimpleNamespace(buffer=SimpleNamespace(read1=read1)), version=sys.version)
 server.SILENCE = 3
 server.serve()

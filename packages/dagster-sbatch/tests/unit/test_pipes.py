@@ -51,7 +51,7 @@ def test_only_the_last_life_of_a_requeued_job_counts(messages: Messages, handler
 
 
 def test_a_line_that_the_end_of_an_earlier_life_has_cut_off_does_no_harm(messages: Messages, handler: Handler) -> None:
-    messages.feed(STARTED + line("opened") + line("report_asset_materialization", "old") + b'{"method": "clo')
+    messages.feed(STARTED + line("opened") + line("report_asset_materialization", "old") + b'{"method": "clo\0\0')
     assert messages.open == 1
     messages.feed(STARTED + line("opened") + line("report_asset_materialization", "new") + line("closed"))
     messages.finish(CONTEXT)

@@ -101,3 +101,15 @@ def test_ops_wait_for_each_other_without_values_too() -> None:
     seen.clear()
     result = outer.execute_in_process()
     assert seen == [{"assets": [], "upstream step inner.first": result.run_id}]
+
+
+def test_an_asset_check_waits_for_its_asset() -> None:
+    @dg.asset_check(asset=files)
+    def check(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
+        seen.append(inputs_of_step(context.op_execution_context))
+        return dg.AssetCheckResult(passed=True)
+
+    seen.clear()
+    job = dg.define_asset_job("all", executor_def=dg.in_process_executor)
+    result = dg.Definitions([files], asset_checks=[check], jobs=[job]).resolve_job_def("all").execute_in_process()
+    assert seen == [{"assets": [], "upstream step files": result.run_id}]
