@@ -163,7 +163,8 @@ def test_an_array_job_that_waits_is_adopted_and_cancelled_as_a_whole(
         second.run_arrays(adopted, "run-2")
     assert adopted.jobs[run.run].how == "recorded"
     second.stop = threading.Event()
-    site.run_on_login(CERTIFICATE_USER, f"scontrol update JobId={known.job} JobName=mine")
+    site.run_on_login(CERTIFICATE_USER, f"scontrol update JobId={known.job} JobName=mine", check=False)  # one has ended
+    assert {*site.squeue("--noheader", "--format=%j").split()} == {"mine"}
     end = second.cancel(run.run)
     assert end is not None
     assert end.state == "CANCELLED"
