@@ -379,6 +379,6 @@ class _Images:
 
 def test_a_preview_asks_the_login_node_for_the_image(tmp_path: Path) -> None:
     found = preview(ScriptLauncher(container=Container("a.sif")), make(tmp_path, "pass"), SlurmRequest())
-    answer = try_script(_Images(), found, Projects.parse([], ""))  # type: ignore[arg-type]
+    answer = try_script(_Images(), found, Projects({}))  # type: ignore[arg-type]
     base = "<SLURM_DEPLOYMENT_BASE_PATH>"
     assert answer == (False, f"There is no container image {base}/data/a.sif; {base}/data; {base}/runs")

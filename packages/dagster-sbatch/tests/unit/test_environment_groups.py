@@ -332,7 +332,7 @@ def trial(there: Published, project: Project, environment: str, **settings: str)
     """Ask Slurm about the job of an asset, as `scripts/preview --test-only` and the doctor do."""
     changed = STAGING.model_copy(update=settings)
     shown = Preview(plan(project, environment), {}, place_run(changed, "r", environment), "step", None, changed)
-    return try_script(cast(Gateway, there), shown, Projects.parse([["p1", "p1", "q"]], ""))
+    return try_script(cast(Gateway, there), shown, Projects({"p1": frozenset("q")}, "p1"))
 
 
 def test_an_interpreter_that_cannot_run_workloads_is_found_before_the_job(project: Project, tmp_path: Path) -> None:

@@ -201,15 +201,21 @@ def test_what_a_shell_exports_for_slurm(
 
 
 @pytest.mark.parametrize(
-    ("sacctmgr", "rows"),
-    [("echo 'p1|p1|a,b'; echo 'p1|p2|c'", [["p1", "p1", "a,b"], ["p1", "p2", "c"]]), ("exit 1", [])],
+    ("sacctmgr", "exported", "rows", "default"),
+    [
+        ("echo 'p1|p1|a,b'; echo 'p1|p2|c'", "p2", [["p1", "p1", "a,b"], ["p1", "p2", "c"]], "p2"),
+        ("echo 'p1|p1|a,b'", "", [["p1", "p1", "a,b"]], "p1"),
+        ("exit 1", "p2", [], "p2"),
+        ("exit 1", "", [], ""),
+    ],
 )
 def test_the_projects_of_a_user(
-    sacctmgr: str, rows: list[list[str]], say: Say, monkeypatch: pytest.MonkeyPatch
+    sacctmgr: str, exported: str, rows: list[list[str]], default: str, say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SBATCH_ACCOUNT", "p2")
+    monkeypatch.setenv("SBATCH_ACCOUNT", exported)
     say("sacctmgr", sacctmgr)
-    assert slurm_commands.projects(None, {}, None) == {"rows": rows, "exported": "p2"}
+    known = slurm_commands.projects(None, {}, None)
+    assert known == {"rows": rows, "default": default, "exported": bool(exported)}
 
 
 QUICK = """\

@@ -177,28 +177,28 @@ ROWS = [["p1", "p1", "q,idle_q"], ["p1", "p2", "idle_q"]]
 
 
 @pytest.mark.parametrize(
-    ("text", "account", "rows", "exported", "expected"),
+    ("text", "account", "rows", "default", "expected"),
     [
         (
             BAD_ACCOUNT,
             "p9",
             ROWS,
-            "",
+            "p1",
             "'p9' is not a project of yours. Yours are p1, p2: name another one in SLURM_ACC",
         ),
         (BAD_ACCOUNT, None, ROWS, "p8", "'p8' is not a project of yours. Yours are p1, p2"),
         (BAD_QOS, "p2", ROWS, "p8", "Project p2 may not use QoS q, only idle_q. A project that has used up its budget"),
         (BAD_QOS, "p2", ROWS, "p8", "Set SLURM_QOS to one of these, or charge another project (p1, p2)"),
-        (BAD_QOS, None, [["p2", "p2", "idle_q"]], "", "Project p2 may not use QoS q, only idle_q."),
-        (BAD_QOS, None, ROWS, "", "The job would be charged to project p1. Yours are p1, p2"),
+        (BAD_QOS, None, [["p2", "p2", "idle_q"]], "p2", "Project p2 may not use QoS q, only idle_q."),
+        (BAD_QOS, None, ROWS, "p1", "The job would be charged to project p1. Yours are p1, p2"),
         (BAD_ACCOUNT, "p9", [], "", "The job names the project p9; name another one in SLURM_ACCOUNT"),
         (BAD_ACCOUNT, None, [], "", "The job names the project that is your default; name another one"),
     ],
 )
 def test_a_refusal_for_the_project_names_it_and_what_to_change(
-    text: str, account: str | None, rows: list[list[str]], exported: str, expected: str
+    text: str, account: str | None, rows: list[list[str]], default: str, expected: str
 ) -> None:
-    projects = Projects.parse(rows, exported)
+    projects = Projects.parse({"rows": rows, "default": default, "exported": False})
     said = explain_refusal(text, SlurmRequest(qos="q", account=account), lambda: projects)
     assert said.startswith(f"{text}\n")
     assert expected in said
@@ -206,7 +206,7 @@ def test_a_refusal_for_the_project_names_it_and_what_to_change(
 
 def test_a_refusal_for_a_limit_does_not_blame_the_project() -> None:
     text = "sbatch: error: QOSMaxWallDurationPerJobLimit\nallocation failure: Job violates accounting/QOS policy (...)"
-    said = explain_refusal(text, SlurmRequest(qos="dev_q"), lambda: Projects.parse(ROWS, ""))
+    said = explain_refusal(text, SlurmRequest(qos="dev_q"), lambda: Projects({}))
     assert said.startswith(f"{text}\nThe request is outside a limit of QoS dev_q or of the project. Request less time")
     assert "SLURM_ACCOUNT" not in said
 

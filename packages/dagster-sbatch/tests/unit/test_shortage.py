@@ -141,7 +141,8 @@ class Agent:
 
     def write(self, data: bytes) -> None:
         ask = json.loads(data)
-        self._lines.append({"id": ask["id"] - 1 if ask["do"] == "usage" else ask["id"], "rows": [], "exported": ""})
+        other = {"rows": [], "default": "", "exported": False}
+        self._lines.append({"id": ask["id"] - 1 if ask["do"] == "usage" else ask["id"], **other})
         if ask["do"] == "usage" and self._said is not None:
             self._lines.append({**self._said, "id": ask["id"]})
 

@@ -121,6 +121,22 @@ class Launcher(BaseModel, ABC):
             command: the program as the job sees it, or -m and a package; then the workload's own arguments.
         """
 
+    @staticmethod
+    def render_threads(request: SlurmRequest) -> str:
+        """Return a line of bash that sets OMP_NUM_THREADS, unless it is set."""
+        return f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{request.cpus_per_task or 1}}}"
+
+    @staticmethod
+    def step_options(request: SlurmRequest) -> list[str]:
+        """Return the options of srun for a step on the whole job: it inherits neither CPUs nor GPUs (Slurm 22.05)."""
+        nodes, tasks, gpus = request.nodes, request.ntasks_per_node, request.gpus_per_node
+        options = [f"--nodes={nodes}", f"--ntasks={nodes * tasks}", f"--ntasks-per-node={tasks}"]
+        return [*options, f"--cpus-per-task={request.cpus_per_task or 1}", *([f"--gres=gpu:{gpus}"] if gpus else [])]
+
+    def render_pre_start_function(self) -> str:
+        """Return the pre-start commands as a function of bash, for the shells of a step."""
+        return f"pre_start() {{\n{self.render_pre_start() or ':'}\n}}\nexport -f pre_start\n"
+
     def render_pre_start(self) -> str:
         """Return the pre-start commands as lines of bash; each reports on stderr if it fails.
 

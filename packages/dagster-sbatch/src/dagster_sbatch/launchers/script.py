@@ -18,6 +18,5 @@ class ScriptLauncher(Launcher):
     key: ClassVar[str] = "script"
 
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
-        threads = f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{request.cpus_per_task or 1}}}"
-        lines = [threads, self.render_pre_start(), f"run_workload {shlex.join(command)}"]
+        lines = [self.render_threads(request), self.render_pre_start(), f"run_workload {shlex.join(command)}"]
         return "\n".join(filter(None, lines))

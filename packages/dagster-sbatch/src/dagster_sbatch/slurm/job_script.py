@@ -18,6 +18,7 @@ _SCRIPT = Template(
 $header
 # Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
+run_directory=$$PWD
 
 $claim
 
@@ -152,7 +153,7 @@ coproc SAMPLER {{
   read -rt {delay}
   (($? > 128)) || exit
   type -P "$PYTHON" >/dev/null || PYTHON=python3
-  exec "$PYTHON" -I -S {program} job {numbers}
+  exec "$PYTHON" -I -S "$run_directory/{program}" job {numbers}
 }} 2>/dev/null
 """
 _SAMPLER_DELAY, _SAMPLER_DELAY_OF_TASKS = 3, 30
@@ -304,6 +305,6 @@ def _render_sampler(request: SlurmRequest, *, in_array: bool) -> str:
         numbers.append(int(request.gpu_idle_limit.total_seconds()))
     return _SAMPLER.format(
         delay=_SAMPLER_DELAY_OF_TASKS if in_array else _SAMPLER_DELAY,
-        program=f"../../{SAMPLER}" if in_array else SAMPLER,
+        program=SAMPLER,
         numbers=" ".join(map(str, numbers)),
     ).rstrip()

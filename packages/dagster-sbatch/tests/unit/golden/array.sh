@@ -17,6 +17,7 @@
 #SBATCH --array=0-999%50
 # Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
+run_directory=$PWD
 
 # One array job per run: the first to make this link is the run's job; the tasks of any other end. The link leads to a
 # file that is named after its job: bash can compare the two (-ef) without starting a program.
@@ -126,7 +127,7 @@ coproc SAMPLER {
   read -rt 30
   (($? > 128)) || exit
   type -P "$PYTHON" >/dev/null || PYTHON=python3
-  exec "$PYTHON" -I -S ../../sampler.py job 1 0
+  exec "$PYTHON" -I -S "$run_directory/sampler.py" job 1 0
 } 2>/dev/null
 while :; do
   warned=

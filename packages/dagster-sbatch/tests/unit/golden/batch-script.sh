@@ -15,6 +15,7 @@
 #SBATCH --signal=B:USR1@60
 # Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
+run_directory=$PWD
 
 # One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
 ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
@@ -98,9 +99,7 @@ trap 'terminated=1 warned=1; pass_on; finish' TERM # a record, as SIGKILL preven
 (
 trap 'exit 143' TERM
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-program=program/run_program.py
-[ -e "$program" ] || program=../../$program # the task of an array runs two folders below
-run_workload "$program" --batch-script 'work load.py'
+run_workload "$run_directory/program/run_program.py" --batch-script 'work load.py'
 ) &
 body=$!
 # Measures what the job uses. A shorter job starts no program for it. It ends with its standard input, when this shell
@@ -109,7 +108,7 @@ coproc SAMPLER {
   read -rt 3
   (($? > 128)) || exit
   type -P "$PYTHON" >/dev/null || PYTHON=python3
-  exec "$PYTHON" -I -S sampler.py job 2 0
+  exec "$PYTHON" -I -S "$run_directory/sampler.py" job 2 0
 } 2>/dev/null
 while :; do
   warned=

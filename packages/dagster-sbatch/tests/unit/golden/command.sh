@@ -16,6 +16,7 @@
 #SBATCH --signal=B:USR1@300
 # Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
+run_directory=$PWD
 
 # One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
 ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
@@ -100,9 +101,7 @@ trap 'terminated=1 warned=1; pass_on; finish' TERM # a record, as SIGKILL preven
 trap 'exit 143' TERM
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 ulimit -n 65536 || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on '"$HOSTNAME"'; the job continues' >&2; }
-program=program/run_program.py
-[ -e "$program" ] || program=../../$program # the task of an array runs two folders below
-run_workload "$program" 'work load.py'
+run_workload "$run_directory/program/run_program.py" 'work load.py'
 ) &
 body=$!
 # Measures what the job uses. A shorter job starts no program for it. It ends with its standard input, when this shell
@@ -111,7 +110,7 @@ coproc SAMPLER {
   read -rt 3
   (($? > 128)) || exit
   type -P "$PYTHON" >/dev/null || PYTHON=python3
-  exec "$PYTHON" -I -S sampler.py job 1 0
+  exec "$PYTHON" -I -S "$run_directory/sampler.py" job 1 0
 } 2>/dev/null
 while :; do
   warned=

@@ -18,6 +18,7 @@
 #SBATCH --signal=B:USR1@300
 # Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
+run_directory=$PWD
 
 # One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
 ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
@@ -117,7 +118,7 @@ coproc SAMPLER {
   read -rt 3
   (($? > 128)) || exit
   type -P "$PYTHON" >/dev/null || PYTHON=python3
-  exec "$PYTHON" -I -S sampler.py job 2 4
+  exec "$PYTHON" -I -S "$run_directory/sampler.py" job 2 4
 } 2>/dev/null
 while :; do
   warned=

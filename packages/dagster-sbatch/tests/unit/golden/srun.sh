@@ -18,6 +18,7 @@
 #SBATCH --signal=B:USR1@300
 # Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
+run_directory=$PWD
 
 # One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
 ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
@@ -107,9 +108,7 @@ pre_start() {
 ulimit -n 65536 || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on '"$HOSTNAME"'; the job continues' >&2; }
 }
 export -f pre_start
-ranks=$PWD/srun/ranks.py
-[ -e "$ranks" ] || ranks=$PWD/../../srun/ranks.py # the task of an array runs two folders below
-"$PYTHON" -B -E -s -S "$ranks" job --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=44 --gres=gpu:4 --gpu-bind=per_task:1 --cpu-bind=cores --mpi=pmix --wait=600 'work load.py'
+"$PYTHON" -B -E -s -S "$run_directory/srun/ranks.py" job --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=44 --gres=gpu:4 --gpu-bind=per_task:1 --cpu-bind=cores --mpi=pmix --wait=600 'work load.py'
 ) &
 body=$!
 # Measures what the job uses. A shorter job starts no program for it. It ends with its standard input, when this shell
@@ -118,7 +117,7 @@ coproc SAMPLER {
   read -rt 3
   (($? > 128)) || exit
   type -P "$PYTHON" >/dev/null || PYTHON=python3
-  exec "$PYTHON" -I -S sampler.py job 2 4
+  exec "$PYTHON" -I -S "$run_directory/sampler.py" job 2 4
 } 2>/dev/null
 while :; do
   warned=

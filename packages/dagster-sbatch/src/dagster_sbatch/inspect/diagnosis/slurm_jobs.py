@@ -25,7 +25,7 @@ def check_projects(facts: Facts) -> Verdict:
     settings = facts.settings
     facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.project, SECONDS))
     facts.projects = projects = facts.runs.gateway.projects()
-    charged = projects.charged(settings.account)
+    charged = settings.account or projects.default
     if not projects.qos:
         return warning("the accounting does not answer, or knows no project of yours", "try again; ask the centre")
     source = "SLURM_ACCOUNT" if settings.account else "SBATCH_ACCOUNT there" if projects.exported else "your default"

@@ -69,11 +69,9 @@ class CommandLauncher(Launcher):
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
         start = shlex.join([*self.options, *command])
         lines = [
-            f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{request.cpus_per_task or 1}}}",
+            self.render_threads(request),
             self.render_pre_start(),
-            f"program={_THERE}/{_PROGRAMS[0]}",
-            '[ -e "$program" ] || program=../../$program # the task of an array runs two folders below',
-            f'run_workload "$program" {start}',
+            f'run_workload "$run_directory/{_THERE}/{_PROGRAMS[0]}" {start}',
         ]
         return "\n".join(filter(None, lines))
 

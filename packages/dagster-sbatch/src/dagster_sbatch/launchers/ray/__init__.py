@@ -125,15 +125,11 @@ class RayLauncher(Launcher):
         return {} if _NO_DASHBOARD in self.ray_start_args else {"dashboard": f"scripts/job {job} dashboard"}
 
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
-        nodes, cpus, gpus = request.nodes, request.cpus_per_task or 1, request.gpus_per_node
-        # A step inherits neither CPUs nor GPUs from the job (Slurm 22.05 and later).
-        step = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={cpus}"]
-        step += [f"--gres=gpu:{gpus}"] if gpus else []
+        step, gpus = self.step_options(request), request.gpus_per_node
         # Ray starts one worker per CPU in advance; with GPUs, usually only one worker per GPU is used.
         few = "export RAY_prestart_worker_first_driver=${RAY_prestart_worker_first_driver:-0}\n" if gpus else ""
-        pre_start = self.render_pre_start() or ":"
         return (
-            f"# Every node runs this before Ray.\n# shellcheck disable=SC2317\npre_start() {{\n{pre_start}\n}}\n"
-            f"export -f pre_start\n{few}# shellcheck source=/dev/null\n"
+            f"# Every node runs this before Ray.\n# shellcheck disable=SC2317\n{self.render_pre_start_function()}"
+            f"{few}# shellcheck source=/dev/null\n"
             f". ray/cluster.sh {len(command)} {shlex.join([*command, *step])}"
         )

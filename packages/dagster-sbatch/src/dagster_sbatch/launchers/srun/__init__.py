@@ -84,30 +84,17 @@ class SrunLauncher(Launcher):
         return {f"srun/{path.name}": path.read_text() for path in sorted(_FOLDER.glob("*.py"))}
 
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
-        nodes, tasks, cpus, gpus = (
-            request.nodes, request.ntasks_per_node, request.cpus_per_task or 1, request.gpus_per_node
-        )  # fmt: skip
-        # A step inherits neither CPUs nor GPUs from the job (Slurm 22.05 and later).
-        step = [
-            f"--nodes={nodes}",
-            f"--ntasks={nodes * tasks}",
-            f"--ntasks-per-node={tasks}",
-            f"--cpus-per-task={cpus}",
-        ]
-        step += [f"--gres=gpu:{gpus}"] if gpus else []
+        gpus, step = request.gpus_per_node, self.step_options(request)
         # --gpu-bind=none is the default, but with it Slurm 22.05 sets no CUDA_VISIBLE_DEVICES.
         step += [f"--gpu-bind={self.gpu_bind}"] if gpus and self.gpu_bind != "none" else []
         step += [f"--cpu-bind={self.cpu_bind}"] if self.cpu_bind else []
         step += [f"--mpi={self.mpi}"] if self.mpi else []
         step += [f"--wait={self.end_time_limit}"]
-        pre_start = self.render_pre_start() or ":"
+        program = f'"$PYTHON" {shlex.join(_PYTHON_OPTIONS)} "$run_directory/srun/{_PROGRAM}"'
         return (
-            f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cpus}}}\n"
-            "# Every rank runs this before the workload.\n# shellcheck disable=SC2317\n"
-            f"pre_start() {{\n{pre_start}\n}}\n"
-            f"export -f pre_start\nranks=$PWD/srun/{_PROGRAM}\n"
-            f'[ -e "$ranks" ] || ranks=$PWD/../../srun/{_PROGRAM} # the task of an array runs two folders below\n'
-            f'"$PYTHON" {shlex.join(_PYTHON_OPTIONS)} "$ranks" job {shlex.join([*step, *command])}'
+            f"{self.render_threads(request)}\n# Every rank runs this before the workload.\n"
+            f"# shellcheck disable=SC2317\n{self.render_pre_start_function()}"
+            f"{program} job {shlex.join([*step, *command])}"
         )
 
     def local_command(self, request: SlurmRequest, command: Sequence[str]) -> list[str]:  # noqa: D102 - see Launcher

@@ -184,25 +184,21 @@ class Projects:
 
     Attributes:
         qos: the QoS that each project's jobs may have, by project; empty if the accounting does not answer.
-        default: the project of a job that names none.
-        exported: SBATCH_ACCOUNT of the login shell, which sbatch prefers to the default; empty if it is not set.
+        default: the project of a job that names none; empty if that is not known.
+        exported: whether SBATCH_ACCOUNT of the login shell says so.
     """
 
     qos: Mapping[str, frozenset[str]]
     default: str = ""
-    exported: str = ""
+    exported: bool = False
 
     @classmethod
-    def parse(cls, rows: Sequence[Sequence[str]], exported: str) -> "Projects":
-        """Read the agent's rows of default account, account and its QoS, separated by commas."""
+    def parse(cls, said: Mapping[str, Any]) -> "Projects":
+        """Read the agent's answer."""
         qos: dict[str, frozenset[str]] = {}
-        for _, account, names in rows:  # one for each partition, if a project has more than one
+        for _, account, names in said["rows"]:  # one for each partition, if a project has more than one
             qos[account] = qos.get(account, frozenset()) | frozenset(filter(None, names.split(",")))
-        return cls(qos, rows[0][0] if rows else "", exported)
-
-    def charged(self, account: str | None) -> str:
-        """Return the project of a job whose script names `account`; empty if that is not known."""
-        return account or self.exported or self.default
+        return cls(qos, said["default"], said["exported"])
 
 
 @dataclass(frozen=True)

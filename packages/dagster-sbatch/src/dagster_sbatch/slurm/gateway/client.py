@@ -173,8 +173,7 @@ class Gateway(Link):
 
     def projects(self) -> Projects:
         """Return the projects that the user may charge jobs to."""
-        said = self.ask(do="projects")
-        return Projects.parse(said["rows"], said["exported"])
+        return Projects.parse(self.ask(do="projects"))
 
     def usage(self, since: datetime | None) -> Usage:
         """Return what the user's projects have used, what waits and runs in them, and their limits.

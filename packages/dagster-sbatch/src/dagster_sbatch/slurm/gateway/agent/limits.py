@@ -3,7 +3,7 @@
 import re
 
 from .disk import RequestError
-from .slurm_commands import ask_slurm, fields_of, projects, rows_of, user
+from .slurm_commands import ask_slurm, fields_of, listed, projects, user
 
 SETTING = re.compile(r"^(\w+)\s*=\s*(.*?)\s*$", re.M)
 MOST_TASKS = re.compile(r"\bmax_array_tasks=(\d+)")
@@ -17,7 +17,7 @@ def limits(_, ask, __):
     """
     settings = dict(SETTING.findall(ask_slurm("scontrol", "show", "config")))
     most = [settings.get("MaxArraySize", "")] + MOST_TASKS.findall(settings.get("SchedulerParameters", ""))
-    account = ask["account"] or charged()
+    account = ask["account"] or projects()["default"]
     chosen = ["account=" + account] if account else []
     associations = listed("assoc", "user=" + user(), *(chosen + ["format=Partition,MaxSubmitJobs,GrpSubmitJobs"]))
     submit = [text for partition, *texts in associations if partition in ("", ask["partition"]) for text in texts]
@@ -27,22 +27,8 @@ def limits(_, ask, __):
     return {"array": fewest(most), "submit": fewest(submit)}
 
 
-def charged():
-    """Return the project that Slurm charges a job to whose script names none; empty if Slurm does not answer."""
-    known = projects()
-    return known["exported"] or next((default for default, *_ in known["rows"]), "")
-
-
 def fewest(texts):
     return min((int(text) for text in texts if text.isdigit()), default=None)
-
-
-def listed(*what):
-    """Return rows of sacctmgr; none if Slurm has no accounting, or that does not answer."""
-    try:
-        return rows_of("sacctmgr", "--noheader", "--parsable2", "show", *what)
-    except RequestError:
-        return []
 
 
 def qos_of(partition):

@@ -125,6 +125,14 @@ def period(since):
     return "-S", begin, "-E", end
 
 
+def listed(*what):
+    """Return rows of sacctmgr; none if Slurm has no accounting, or that does not answer."""
+    try:
+        return rows_of("sacctmgr", "--noheader", "--parsable2", "show", *what)
+    except RequestError:
+        return []
+
+
 def find_by_name(key, since):
     """Return the job of that name, if the queue or the accounting has one; it was not submitted before `since`."""
     rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-n", key, "-o", "%F|%j")
@@ -322,10 +330,11 @@ def test(_, ask, __):
 
 
 def projects(*_):
-    """Return rows of default account, account and its QoS, none if Slurm does not answer; and SBATCH_ACCOUNT."""
-    fields = ("show", "user", user(), "withassoc", "format=DefaultAccount,Account,QOS")
-    try:
-        rows = rows_of("sacctmgr", "--noheader", "--parsable2", *fields)
-    except RequestError:
-        rows = []
-    return {"rows": rows, "exported": os.environ.get("SBATCH_ACCOUNT", "")}
+    """Return rows of the user's default project, a project and its QoS; none if Slurm does not answer.
+
+    default: the project of a job whose script names none; empty if Slurm does not answer
+    exported: whether that is SBATCH_ACCOUNT, which sbatch prefers
+    """
+    rows, exported = listed("user", user(), "withassoc", "format=DefaultAccount,Account,QOS"), "SBATCH_ACCOUNT"
+    default = os.environ.get(exported) or (rows[0][0] if rows else "")
+    return {"rows": rows, "default": default, "exported": bool(os.environ.get(exported))}

@@ -44,7 +44,7 @@ def usage(agent, ask, _):
     return {
         "user": user(),
         "projects": names,
-        "default": known["exported"] or (known["rows"][0][0] if names else ""),
+        "default": known["default"],
         "now": time.time(),
         "jobs": None if ask["since"] is None else tried(allocations, names, ask["since"]),
         "queue": tried(queued, names),
