@@ -29,11 +29,9 @@ from dagster_sbatch.slurm import ArrayShape, SlurmRequest, allocate, render_job_
 from dagster_sbatch.slurm.gateway import (
     ArrayRun,
     Arrays,
-    ArrayState,
     Gateway,
     JobEnd,
     OpenChannel,
-    Submitted,
     choose_channel,
 )
 from dagster_sbatch.slurm.gateway.channel import Channel
@@ -58,29 +56,11 @@ class _Measured(Arrays):
         run, self.next = self.next, None
         return run
 
-    def submitted(self, run: str, submitted: Submitted) -> None:
-        pass
-
-    def refused(self, run: str, text: str) -> None:
-        raise SystemExit(f"{run}: {text}")
-
     def waiting(self, run: str, text: str) -> None:
         raise SystemExit(f"{run}: {text}")
 
-    def state(self, run: str, state: ArrayState) -> None:
-        pass
-
-    def started(self, run: str, task: int, node: str) -> None:
-        pass
-
-    def feed(self, run: str, task: int, name: str, data: bytes) -> None:
-        pass
-
     def ended(self, run: str, task: int, end: JobEnd) -> None:
         self.states[run, task] = end.state
-
-    def over(self, run: str, rows: object) -> None:
-        pass
 
 
 class _Watch:

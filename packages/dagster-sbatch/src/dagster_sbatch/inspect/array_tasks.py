@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
-from dagster_sbatch.slurm.gateway import ArrayJob, ArrayRun, Arrays, ArrayState, JobEnd, RefusedError, Submitted
-from dagster_sbatch.slurm.gateway.arrays import Rows
+from dagster_sbatch.slurm.gateway import ArrayJob, ArrayRun, Arrays
 
 Kind = Literal["failed", "running", "waiting", "done"]
 ORDER: Sequence[Kind] = ("failed", "running", "waiting", "done")
@@ -129,30 +128,9 @@ class _Follower(Arrays):
     def take(self) -> ArrayRun | None:
         return self._next.pop() if self._next else None
 
-    def refused(self, run: str, text: str) -> None:  # noqa: ARG002
-        raise RefusedError(text)
-
     def feed(self, run: str, task: int, name: str, data: bytes) -> None:  # noqa: ARG002
         if name in self._sinks:
             self._sinks[name](data)
-
-    def submitted(self, run: str, submitted: Submitted) -> None:
-        """It exists."""
-
-    def waiting(self, run: str, text: str) -> None:
-        """It is submitted."""
-
-    def state(self, run: str, state: ArrayState) -> None:
-        """Not shown."""
-
-    def started(self, run: str, task: int, node: str) -> None:
-        """Not shown."""
-
-    def ended(self, run: str, task: int, end: JobEnd) -> None:
-        """Not shown."""
-
-    def over(self, run: str, rows: Rows) -> None:
-        """It has ended."""
 
 
 def _time(seconds: float | None) -> datetime | None:

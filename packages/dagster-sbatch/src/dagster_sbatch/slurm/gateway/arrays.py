@@ -1,11 +1,10 @@
 """Array jobs as a client follows them: several at once, over one channel, each task from the byte where it broke."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dagster_sbatch.slurm.gateway.answers import ArrayState, JobEnd, Submitted
+from dagster_sbatch.slurm.gateway.answers import ArrayState, JobEnd, RefusedError, Submitted
 from dagster_sbatch.slurm.gateway.link import AgainError, Link
 
 Files = Mapping[str, str]
@@ -29,48 +28,42 @@ class ArrayRun:
     tasks: Sequence[int]
 
 
-class Arrays(ABC):
+class Arrays:
     """Names the array jobs of a step, and gets all that comes of them. All calls are made by one thread.
 
+    A subclass has `take` and the other methods that it needs: by default, `refused` raises, and the others do nothing.
     `run` is a run directory, `task` the index of a task in its array job.
     """
 
-    @abstractmethod
     def take(self) -> ArrayRun | None:
         """Return the next array job to submit or follow now; None: none now, or no more.
 
         It is asked at the start, and after each call of `submitted`, `refused`, `ended` and `over`.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def submitted(self, run: str, submitted: Submitted) -> None:
         """Slurm has accepted the job, or it was found."""
 
-    @abstractmethod
-    def refused(self, run: str, text: str) -> None:
+    def refused(self, run: str, text: str) -> None:  # noqa: ARG002
         """Slurm or the agent has refused the job for good; nothing else comes of it."""
+        raise RefusedError(text)
 
-    @abstractmethod
     def waiting(self, run: str, text: str) -> None:
         """Slurm has no room for the job (a limit of submitted jobs). The agent tries again by itself."""
 
-    @abstractmethod
     def state(self, run: str, state: ArrayState) -> None:
         """The number of waiting or running tasks has changed, or why they wait; at most once per second."""
 
-    @abstractmethod
     def started(self, run: str, task: int, node: str) -> None:
         """A task has started, or has started again."""
 
-    @abstractmethod
     def feed(self, run: str, task: int, name: str, data: bytes) -> None:
         """A task has written to `messages.jsonl`, `stdout` or `stderr`: each byte comes once and in order."""
 
-    @abstractmethod
     def ended(self, run: str, task: int, end: JobEnd) -> None:
         """A task is over. All that it wrote has come, except for what `end.short` names."""
 
-    @abstractmethod
     def over(self, run: str, rows: Rows) -> None:
         """All followed tasks of the job are over; `rows` has those that the accounting knew in time."""
 
