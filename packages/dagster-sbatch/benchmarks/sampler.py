@@ -11,15 +11,17 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 
-from dagster_sbatch.slurm.job import sampler
+import dagster_sbatch
 
 BAR_PERCENT = 0.2
 JOB = "4711"
+PROGRAM = Path(dagster_sbatch.__file__).parent / "slurm" / "job" / "sampler.py"
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def main() -> None:
     asked = parser.parse_args()
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": JOB}
     members = [subprocess.Popen(["sleep", "86400"], env=environment) for _ in range(asked.processes)]
-    command = [sys.executable, "-I", "-S", sampler.__file__, "job", "1", "0"]
+    command = [sys.executable, "-B", "-E", "-s", "-S", str(PROGRAM), "job", "1", "0"]
     process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     try:
         seconds, memory = _measure(psutil.Process(process.pid), 60 * asked.minutes)

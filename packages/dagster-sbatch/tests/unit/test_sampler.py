@@ -14,18 +14,21 @@ import psutil
 import pytest
 
 from dagster_sbatch.slurm.gateway.agent import job_record
-from dagster_sbatch.slurm.job import sampler
 from slurm_in_a_box import wait_until
 from support.programs import make
+
+import job_use
+import node_use
+import sampler
 
 JOB = "4711"
 
 
-def gpus(count: int, visible: str | None, monkeypatch: pytest.MonkeyPatch) -> sampler.Gpus:
+def gpus(count: int, visible: str | None, monkeypatch: pytest.MonkeyPatch) -> node_use.Gpus:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    return sampler.Gpus(count)
+    return node_use.Gpus(count)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +77,8 @@ Machine = Callable[[dict[str, str]], None]
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """`machine(files)` writes files that the sampler takes for those of /proc and of cgroups."""
-    monkeypatch.setattr(sampler, "CGROUPS", str(tmp_path))
-    monkeypatch.setattr(sampler, "PROC", str(tmp_path))
+    monkeypatch.setattr(node_use, "CGROUPS", str(tmp_path))
+    monkeypatch.setattr(node_use, "PROC", str(tmp_path))
 
     def write(files: dict[str, str]) -> None:
         for name, text in files.items():
@@ -105,14 +108,14 @@ HYBRID = V1 | {"self/cgroup": V1["self/cgroup"] + "1:name=systemd:/system.slice/
 def test_memory_and_cpu_time_of_a_job_come_from_its_cgroup(files: dict[str, str], machine: Machine) -> None:
     """The cache of files does not count: it gives way when a process needs memory."""
     machine(files)
-    node = sampler.Node(JOB)
+    node = node_use.Node(JOB)
     assert node.sample() == (101.0, 2.5)
     assert node.processes is None
 
 
 def process(parent: int, kib: int, environment: str = "") -> dict[str, str]:
     """Files of a process that has used 2.5 s."""
-    times = f"{2 * sampler.TICKS} {sampler.TICKS // 2} 0 0"
+    times = f"{2 * node_use.TICKS} {node_use.TICKS // 2} 0 0"
     return {
         "stat": f"7 (a ) b) S {parent} {'0 ' * 9}{times} 20",
         "status": f"Name:\ta\nRssAnon:\t{kib} kB\nRssFile:\t9999 kB\nRssShmem:\t1024 kB\n",
@@ -127,7 +130,7 @@ def files_of(processes: dict[int, dict[str, str]]) -> dict[str, str]:
 def test_what_a_cgroup_does_not_have_comes_from_the_processes(machine: Machine) -> None:
     """Version 2 always counts CPU time, memory only if Slurm asks for that."""
     machine(NO_MEMORY | files_of({70000: process(1, 100 << 10, f"SLURM_JOB_ID={JOB}\0")}))
-    assert sampler.Node(JOB).sample() == (101.0, 2.5)
+    assert node_use.Node(JOB).sample() == (101.0, 2.5)
 
 
 @pytest.mark.parametrize("late", ["environ", "parent"])
@@ -136,7 +139,7 @@ def test_a_process_that_is_not_yet_known_as_the_job_s_is_counted_later(late: str
     mark = f"A=1\0SLURM_JOB_ID={JOB}\0"
     first = {70000: process(1, 1024, mark), 60000: process(70000 if late == "parent" else 1, 2048)}
     machine(files_of(first))
-    node = sampler.Node(JOB)
+    node = node_use.Node(JOB)
     assert node.sample() == (1 + 1, 2.5)
     if late == "environ":
         machine(files_of({60000: process(1, 2048, mark)}))
@@ -165,7 +168,7 @@ def test_without_cgroups_the_jobs_processes_are_counted() -> None:
 
 
 def test_samples_of_several_nodes_become_sums_means_and_maxima() -> None:
-    usage = sampler.Usage(2, 1, 0.0)
+    usage = job_use.Usage(2, 1, 0.0)
     usage.add("", 0.0, 100.0, 1.0, [(50.0, 7.0)])
     usage.point(0.0)
     assert usage.document(1.0, series=True) == {"seconds": 1.0}  # the other node is not known yet
@@ -196,7 +199,7 @@ def test_samples_of_several_nodes_become_sums_means_and_maxima() -> None:
 def test_numbers_of_which_one_gpu_does_not_tell_its_part_are_left_out(
     row: object, known: set[str], means: list[float | None]
 ) -> None:
-    usage = sampler.Usage(2, 2, 0.0)
+    usage = job_use.Usage(2, 2, 0.0)
     for now in (0.0, 15.0):
         usage.add("", now, 1.0, now, [(50.0, 7.0), (50.0, 7.0)])
         usage.add("n2", now, 1.0, now, [(50.0, 7.0), row])
@@ -208,7 +211,7 @@ def test_numbers_of_which_one_gpu_does_not_tell_its_part_are_left_out(
 
 def test_of_a_job_that_has_lost_a_node_nothing_is_known() -> None:
     """Slurm may notice it minutes later. Numbers of the other nodes would be taken for those of the job."""
-    usage = sampler.Usage(2, 1, 0.0)
+    usage = job_use.Usage(2, 1, 0.0)
     for now in (0.0, 15.0, 30.0):
         usage.add("", now, 100.0, now, [(50.0, 7.0)])
         usage.add("n2", now, 300.0, now, [(50.0, 7.0)])
@@ -262,19 +265,19 @@ def test_what_was_measured_before_the_job_asks_is_counted(tmp_path: Path) -> Non
 
 
 def test_the_series_of_a_long_job_stays_short_and_keeps_the_most_memory() -> None:
-    usage = sampler.Usage(1, 0, 0.0)
+    usage = job_use.Usage(1, 0, 0.0)
     for sample in range(5760):  # a day
         usage.add("", 15.0 * sample, 900.0 if sample == 4321 else 100.0, 30.0 * sample, [])
         usage.point(15.0 * sample)
     series = usage.document(86400.0, series=True)["series"]
-    assert 32 <= len(series) < sampler.MOST_POINTS
+    assert 32 <= len(series) < job_use.MOST_POINTS
     assert max(point[2] for point in series) == 900.0
     assert {point[1] for point in series} == {2.0}
     assert "gpu_percent" not in usage.document(86400.0, series=False)
 
 
 def test_gpus_are_idle_if_all_of_all_nodes_are_and_all_are_known() -> None:
-    usage = sampler.Usage(2, 2, 0.0)
+    usage = job_use.Usage(2, 2, 0.0)
     idle, busy = [(0.0, 4.0), (0.0, 4.0)], [(0.0, 4.0), (1.0, 4.0)]
     for now in (0.0, 15.0, 30.0):
         usage.add("", now, None, None, idle)
@@ -283,17 +286,17 @@ def test_gpus_are_idle_if_all_of_all_nodes_are_and_all_are_known() -> None:
     usage.add("n2", 45.0, None, None, idle)
     usage.add("", 45.0, None, None, idle)
     assert usage.idle(45.0) == 15.0
-    assert usage.idle(45.0 + sampler.STALE) == 0
+    assert usage.idle(45.0 + job_use.STALE) == 0
     usage.add("n2", 60.0, None, None, busy)
     assert usage.idle(60.0) == 0
     usage.add("n2", 75.0, None, None, [(0.0, 4.0), (None, 4.0)])
     assert usage.idle(75.0) == 0
-    assert sampler.Usage(1, 0, 0.0).idle(1e6) == 0  # a job without GPUs
+    assert job_use.Usage(1, 0, 0.0).idle(1e6) == 0  # a job without GPUs
 
 
 def test_time_without_a_reading_of_the_gpus_is_not_idle_time() -> None:
     """Such as a job that Slurm suspends for an hour: it has had no time to use them again."""
-    usage = sampler.Usage(1, 1, 0.0)
+    usage = job_use.Usage(1, 1, 0.0)
     idle = [(0.0, 4.0)]
     for now in (0.0, 15.0, 3600.0, 3615.0):
         usage.add("", now, None, None, idle)
@@ -374,7 +377,7 @@ def test_the_sampler_ends_with_its_standard_input_and_what_it_started_ends_too(t
     smi.chmod(0o755)
     environment = {"SLURM_JOB_ID": JOB, "CUDA_VISIBLE_DEVICES": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", sampler.__file__, "job", "1", "1"],
+        [sys.executable, *sampler.PYTHON_OPTIONS, sampler.__file__, "job", "1", "1"],
         cwd=tmp_path,
         env=environment,
         stdin=subprocess.PIPE,

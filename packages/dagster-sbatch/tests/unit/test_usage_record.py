@@ -30,7 +30,8 @@ IN_PIECES = "print('{\"sec', end='', flush=True)\ntime.sleep(3)\nprint('onds\": 
 @contextmanager
 def started(folder: Path, answer: str, body: str) -> Iterator["subprocess.Popen[bytes]"]:
     """Start a job with a sampler, in a process group of its own, which is killed at the end."""
-    (folder / "sampler.py").write_text(SAMPLER + answer)
+    (folder / "sampler").mkdir()
+    (folder / "sampler" / "sampler.py").write_text(SAMPLER + answer)
     request = allocate(SlurmRequest(), SITE).request
     (folder / "job.sh").write_text(render_job_script(request, SITE, job_name="k", about={}, environment={}, body=body))
     for name in ("stdout", "stderr"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from dagster_sbatch.run.pipes import pipes_variables
 from dagster_sbatch.run.plan import Plan
-from dagster_sbatch.slurm import ArrayShape, render_job_script, render_start, sampler_file
+from dagster_sbatch.slurm import ArrayShape, render_job_script, render_start, sampler_files
 from dagster_sbatch.slurm.gateway.agent.disk import FORMAT
 
 CHECKS = "checks.json"
@@ -92,7 +92,7 @@ def files_of_commands(plan: Plan) -> dict[str, str]:
     """Return the files that the job script and the commands of the launcher and its container need."""
     container = plan.launcher.container
     own = plan.launcher.files(plan.allocation.request)
-    return {**sampler_file(), **own, **(container.files(plan.env) if container else {})}
+    return {**sampler_files(), **own, **(container.files(plan.env) if container else {})}
 
 
 def contexts_of_tasks(run: str, head: str, tails: Sequence[str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Slurm: the request of an asset, the site's partitions and limits, and the job script."""
 
 from dagster_sbatch.slurm.allocation import Allocation, allocate
-from dagster_sbatch.slurm.job_script import ArrayShape, render_job_script, render_start, sampler_file
+from dagster_sbatch.slurm.job_script import ArrayShape, render_job_script, render_start, sampler_files
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.retries import Retries
 from dagster_sbatch.slurm.site import ContainerRuntime, Site, load_site
@@ -17,5 +17,5 @@ __all__ = [
     "load_site",
     "render_job_script",
     "render_start",
-    "sampler_file",
+    "sampler_files",
 ]

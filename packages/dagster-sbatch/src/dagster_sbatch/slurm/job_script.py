@@ -153,7 +153,7 @@ coproc SAMPLER {{
   read -rt {delay}
   (($? > 128)) || exit
   type -P "$PYTHON" >/dev/null || PYTHON=python3
-  exec "$PYTHON" -I -S "$run_directory/{program}" job {numbers}
+  exec "$PYTHON" -B -E -s -S "$run_directory/{program}" job {numbers}
 }} 2>/dev/null
 """
 _SAMPLER_DELAY, _SAMPLER_DELAY_OF_TASKS = 3, 30
@@ -166,8 +166,8 @@ _THREADS = ("--threads-per-core", "--hint")
 """Options that decide whether hardware threads count; sbatch accepts only one of them."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_./+-]")
 
-SAMPLER = "sampler.py"
-"""Its name in the run directory."""
+SAMPLER = "sampler/sampler.py"
+"""Its path in the run directory."""
 LONGEST_LEAD = 300
 
 
@@ -234,9 +234,9 @@ def directives(
     return [f"#SBATCH {option}" for option in (*options, *request.options, *own)]
 
 
-def sampler_file() -> dict[str, str]:
-    """Return the program that measures what the job uses, by its name in the run directory."""
-    return {SAMPLER: (Path(__file__).parent / "job" / SAMPLER).read_text()}
+def sampler_files() -> dict[str, str]:
+    """Return the program that measures what the job uses: its files by name in the run directory."""
+    return {f"sampler/{path.name}": path.read_text() for path in sorted((Path(__file__).parent / "job").glob("*.py"))}
 
 
 def render_start(variables: Mapping[str, str]) -> str:
@@ -268,7 +268,7 @@ def render_job_script(
 
     That of an array job reads `context.head`, `tasks.jsonl` and `tasks.pipes` in the run directory. Task `index` writes
     `context.head` and line `index` (from 0) of `tasks.jsonl` to its `context.json`; its line of `tasks.pipes` has the
-    values of DAGSTER_PIPES_CONTEXT and DAGSTER_PIPES_MESSAGES, separated by a space. Both kinds need `sampler_file`.
+    values of DAGSTER_PIPES_CONTEXT and DAGSTER_PIPES_MESSAGES, separated by a space. Both kinds need `sampler_files`.
 
     Args:
         request: after `allocate`.

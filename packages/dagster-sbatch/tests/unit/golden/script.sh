@@ -111,7 +111,7 @@ coproc SAMPLER {
   read -rt 3
   (($? > 128)) || exit
   type -P "$PYTHON" >/dev/null || PYTHON=python3
-  exec "$PYTHON" -I -S "$run_directory/sampler.py" job 1 0
+  exec "$PYTHON" -B -E -s -S "$run_directory/sampler/sampler.py" job 1 0
 } 2>/dev/null
 while :; do
   warned=
