@@ -115,6 +115,7 @@ class Launcher(BaseModel, ABC):
         They can use two functions: `run_workload COMMAND...` starts the environment's Python as the workload, and
         `run_python COMMAND...` replaces its shell with another Python. Both set the variables of the asset's `env`.
         With a container, both run the Python of the image in it.
+        `$run_directory` has what `files` returns; the task of an array runs in a folder below it.
 
         Args:
             request: after `allocate`.
@@ -128,13 +129,19 @@ class Launcher(BaseModel, ABC):
 
     @staticmethod
     def step_options(request: SlurmRequest) -> list[str]:
-        """Return the options of srun for a step on the whole job: it inherits neither CPUs nor GPUs (Slurm 22.05)."""
+        """Return the options of srun for a step that has the whole job.
+
+        A step inherits neither CPUs nor GPUs from the job (Slurm 22.05 and later).
+
+        Args:
+            request: after `allocate`.
+        """
         nodes, tasks, gpus = request.nodes, request.ntasks_per_node, request.gpus_per_node
         options = [f"--nodes={nodes}", f"--ntasks={nodes * tasks}", f"--ntasks-per-node={tasks}"]
         return [*options, f"--cpus-per-task={request.cpus_per_task or 1}", *([f"--gres=gpu:{gpus}"] if gpus else [])]
 
     def render_pre_start_function(self) -> str:
-        """Return the pre-start commands as a function of bash, for the shells of a step."""
+        """Return lines of bash that define the function `pre_start`, also for the shells that srun starts."""
         return f"pre_start() {{\n{self.render_pre_start() or ':'}\n}}\nexport -f pre_start\n"
 
     def render_pre_start(self) -> str:
