@@ -153,21 +153,18 @@ coproc SAMPLER {{
   read -rt {delay}
   (($? > 128)) || exit
   type -P "$PYTHON" >/dev/null || PYTHON=python3
-  exec "$PYTHON" -B -E -s -S "$run_directory/{program}" job {numbers}
+  exec "$PYTHON" -B -E -s -S "$run_directory/sampler/sampler.py" job {numbers}
 }} 2>/dev/null
 """
 _SAMPLER_DELAY, _SAMPLER_DELAY_OF_TASKS = 3, 30
 """Seconds. There may be thousands of tasks."""
 
-_FLAGS = ("exclusive",)
 _NOT_OPTIONS = ("options", "modules", "retries", "gpu_idle_limit", *COST_LIMITS)
 _GPUS = "gpus_per_node"
 _THREADS = ("--threads-per-core", "--hint")
 """Options that decide whether hardware threads count; sbatch accepts only one of them."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_./+-]")
 
-SAMPLER = "sampler/sampler.py"
-"""Its path in the run directory."""
 LONGEST_LEAD = 300
 
 
@@ -223,7 +220,7 @@ def directives(
             options.append(f"--time={format_time(value)}")
         else:
             name = field.replace("_", "-")
-            options.append(f"--{name}" if field in _FLAGS else f"--{name}={value}")
+            options.append(f"--{name}" if value is True else f"--{name}={value}")
     if site.threads_per_core and not any(option.startswith(_THREADS) for option in request.options):
         options.append(f"--threads-per-core={site.threads_per_core}")
     folder = "tasks/%a." if array else ""
@@ -245,12 +242,8 @@ def render_start(variables: Mapping[str, str]) -> str:
     Args:
         variables: for the workload alone.
     """
-    return _START.format(env=render_env(variables))
-
-
-def render_env(variables: Mapping[str, str]) -> str:
-    """Return the words of bash that set variables for the command after them; nothing without variables."""
-    return shlex.join(["env", *(f"{name}={value}" for name, value in variables.items())]) + " " if variables else ""
+    words = shlex.join(["env", *(f"{name}={value}" for name, value in variables.items())])
+    return _START.format(env=f"{words} " if variables else "")
 
 
 def render_job_script(
@@ -305,6 +298,5 @@ def _render_sampler(request: SlurmRequest, *, in_array: bool) -> str:
         numbers.append(int(request.gpu_idle_limit.total_seconds()))
     return _SAMPLER.format(
         delay=_SAMPLER_DELAY_OF_TASKS if in_array else _SAMPLER_DELAY,
-        program=SAMPLER,
         numbers=" ".join(map(str, numbers)),
     ).rstrip()
