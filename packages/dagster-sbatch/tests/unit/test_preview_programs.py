@@ -27,7 +27,8 @@ def preview(program: Path, launcher: Launcher, request: SlurmRequest | None = No
 def test_a_program_and_its_arguments(tmp_path: Path) -> None:
     found = preview(make(tmp_path, SCRIPT), CommandLauncher())
     assert found.summary["how"] == "model.sh with CommandLauncher"
-    assert '\nrun_workload "$program" \'<SLURM_DEPLOYMENT_BASE_PATH>/environments/' in found.script
+    program = '\nrun_workload "$run_directory/program/run_program.py"'
+    assert f"{program} '<SLURM_DEPLOYMENT_BASE_PATH>/environments/" in found.script
     assert "/workloads/model.sh' 'a b'\n" in found.script
     assert "#SBATCH --nodes=1\n" in found.script
 
@@ -47,6 +48,6 @@ def test_the_ranks_of_srun(tmp_path: Path) -> None:
     found = preview(make(tmp_path, "print(1)\n", "train.py"), SrunLauncher(mpi="pmix"), request)
     assert found.summary["how"] == "train.py with SrunLauncher"
     assert found.summary["nodes"].startswith("2, 4 tasks per node")
-    assert '"$ranks" job --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=44 ' in found.script
+    assert '/srun/ranks.py" job --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=44 ' in found.script
     assert " --gres=gpu:4 --mpi=pmix --wait=600 '<SLURM_DEPLOYMENT_BASE_PATH>/" in found.script
     assert "/workloads/train.py' 'a b'\n" in found.script
