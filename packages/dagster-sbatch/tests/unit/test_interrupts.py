@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from tempfile import TemporaryDirectory
 
 import dagster as dg
 import pytest
@@ -72,7 +73,8 @@ def in_a_step(look: Callable[[dg.OpExecutionContext], object]) -> object:
     def only() -> None:
         step()
 
-    with dg.DagsterInstance.ephemeral() as instance:
+    # Threads that read and write at the same time need a database in a file: one in memory would be locked.
+    with TemporaryDirectory() as folder, dg.DagsterInstance.local_temp(folder) as instance:
         only.execute_in_process(instance=instance, raise_on_error=False)
     return seen[0]
 
