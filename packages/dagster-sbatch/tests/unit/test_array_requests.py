@@ -1,16 +1,17 @@
 """Requests about array jobs that follow nothing: Slurm's limits, what is known of a run, rejected results."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.slurm.gateway import Limits, RefusedError
+from dagster_sbatch.slurm.gateway import ArrayRun, Limits, RefusedError, StoppedError
 from dagster_sbatch.slurm.gateway.agent import run_directories, tasks
 from resources import PROJECT
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import Prepare, put
-from support.array_run import files_of
+from support.array_run import Recorder, files_of
 
 SCONTROL = """\
 case "$*" in
@@ -144,3 +145,19 @@ def test_the_tasks_of_an_array_job_that_its_user_has_renamed(slurm: Path) -> Non
     assert trouble is None
     assert found[0]["state"] == "COMPLETED"
     assert found[1] is None
+
+
+def test_whoever_only_reads_the_output_of_a_task_does_not_submit_its_job(
+    prepare: Prepare, slurm: Path, tmp_path: Path
+) -> None:
+    """`scripts/job` follows a task of an array job whose submission waits for room, or has failed."""
+    run, gateway = tmp_path / "runs" / "KEY-1", prepare()
+    run.parent.mkdir(mode=0o700)
+    run_directories.lay_out(str(run), files_of(PROJECT.load_site("musica"), "KEY-1", "true", 3))
+    put(slurm, "sbatch", f"touch {tmp_path}/submitted; echo 17")
+    gateway.host()  # it is connected
+    threading.Timer(0.3, gateway.stop.set).start()
+    with pytest.raises(StoppedError):
+        gateway.run_arrays(Recorder(ArrayRun(str(run), None, [0])), follower="")
+    gateway.close()  # the agent finishes a submission that it has begun
+    assert not (tmp_path / "submitted").exists()

@@ -323,7 +323,7 @@ class Gateway(Link):
 
         Args:
             arrays: names the array jobs, and gets all that comes of them.
-            follower: id of the Dagster run; the agent records it in the run directories.
+            follower: id of the Dagster run; the agent records it in the run directories. Empty: nothing is submitted.
 
         Raises:
             RefusedError: the agent cannot act at all; that Slurm refuses one array job is no error here.

@@ -8,12 +8,13 @@ from functools import partial
 from .disk import RequestError, kind_of
 from .job_record import events_of
 from .jobs import submit_once
-from .run_directories import locate, note_follower
+from .run_directories import job_of, locate, note_follower
 from .slurm_commands import COMMAND_PATIENCE, LAG, SQUEUE_EVERY, UNSEEN, account
 from .streams import MOST_CHUNKS, pause_after, short_of
 from .tasks import Tasks
 
 FIRST_PAUSE, ROOM_PAUSE, LONGEST_PAUSE = 0.5, 5.0, 60.0  # seconds between two tries to submit; each is twice as long
+JOB_EVERY = 1.0  # seconds between two looks for the job of a run that another client submits
 READS_PER_SECOND = 100.0  # of tasks, however many run; each opens four files
 SHARE = 20  # a command of Slurm that took a second is not repeated for this many: for many tasks, its answers are long
 PAUSE_PER_TASK = 1e-5  # seconds: of many tasks, going through all takes long
@@ -276,8 +277,7 @@ def submit_when_possible(agent, ask, say, current):
             with agent.finishing():
                 job, how = submit_once(run, key, ask)
                 agent.turn.end()
-                if ask["follower"]:  # `scripts/job` is none
-                    note_follower(run, ask["follower"])
+                note_follower(run, ask["follower"])
                 return job, how
         except RequestError as error:
             kind, text = error.kind, str(error)
@@ -296,11 +296,22 @@ def submit_when_possible(agent, ask, say, current):
     return None
 
 
+def await_job(_, ask, __, current):
+    """Wait until another client has submitted the run; return as `submit_when_possible`."""
+    run, _ = locate(ask)
+    while current() and not job_of(run):
+        time.sleep(JOB_EVERY)
+    return current() and (job_of(run), "recorded")
+
+
 # Requests
 
 
 def run_array(agent, ask, say):
-    """Submit an array job once, as soon as Slurm has room for it, and follow some of its tasks to their ends."""
+    """Submit an array job once, as soon as Slurm has room for it, and follow some of its tasks to their ends.
+
+    Without a `follower`, as `scripts/job` asks, nothing is submitted: the run may wait for room, or have no step.
+    """
     run, _ = locate(ask)
     agent.followers[run] = me = object()
 
@@ -308,7 +319,7 @@ def run_array(agent, ask, say):
         return agent.followers[run] is me
 
     try:
-        submitted = submit_when_possible(agent, ask, say, current)
+        submitted = (submit_when_possible if ask["follower"] else await_job)(agent, ask, say, current)
     except RequestError as error:
         if error.kind != "refused":
             raise
