@@ -14,6 +14,7 @@ import pytest
 from dagster_sbatch.launchers import RayLauncher
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
 from slurm_in_a_box.machines import MEMORY_CGROUPS
+from support.background import kill_on_node
 from support.ray_run import (
     CONNECT,
     HANG,
@@ -185,7 +186,7 @@ class Failing:
         )
         if self.victims:
             run.wait_until_ready()
-            site.run_on_node(nodes[self.second], f"kill -KILL $({self.victims})")
+            kill_on_node(site, nodes[self.second], self.victims)
         outcome = run.finish()
         assert not outcome.success
         assert self.cause.format(head=nodes[0], second=nodes[-1]) in cause_of(outcome.error)

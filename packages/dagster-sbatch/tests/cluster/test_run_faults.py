@@ -18,6 +18,7 @@ from support.background import (
     attempts_of,
     events,
     go_on,
+    kill_on_node,
     logins,
     nobody_left,
     one_job_did_it,
@@ -179,7 +180,7 @@ def test_a_job_that_vanishes_without_a_word(site: SimulatedSite, workloads: Path
     job = only_job(site, "RUNNING")
     wait_until(lambda: "begun" in output_there(site), "it runs")
     ((node,),) = rows_of(site, "%N", f"--jobs={job}")
-    site.run_on_node(node, "kill -KILL $(pgrep -f [s]lurm_script)")
+    kill_on_node(site, node, "pgrep -f [s]lurm_script")
     outcome = run.outcome()
     assert re.search("it recorded no exit code .*, and Slurm reports (FAILED|COMPLETED)", outcome.error)
     go_on(site)

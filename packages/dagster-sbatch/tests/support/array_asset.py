@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import dagster as dg
 
@@ -119,7 +120,11 @@ class ArrayAsset:
                 tags["dagster/root_run_id"] = parent.root_run_id or of
             if from_failure:
                 tags["dagster/is_resume_retry"] = "true"
-            with dg.execute_job(job, instance, tags=tags, raise_on_error=False, **options) as result:
+            # It would configure Python's logging anew, which deadlocks with a run in another thread of this process.
+            with (
+                patch.object(instance, "get_yaml_python_handlers", list),
+                dg.execute_job(job, instance, tags=tags, raise_on_error=False, **options) as result,
+            ):
                 return _outcome(result, instance)
 
 

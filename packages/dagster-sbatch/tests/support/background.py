@@ -58,6 +58,12 @@ def wait_until_measured(seconds):
 then computes for some seconds."""
 
 
+def kill_on_node(site: SimulatedSite, node: str, victims: str) -> None:
+    """Kill the processes whose pids a command prints on a node, at least one; one of them may end meanwhile."""
+    each = "kill -KILL $pid || [ ! -e /proc/$pid ]"
+    site.run_on_node(node, f"pids=$({victims}) && for pid in $pids; do {each} || exit 1; done")
+
+
 def go_on(site: SimulatedSite) -> None:
     """Let every workload that waits end."""
     site.run_on_login(CERTIFICATE_USER, "touch go-on")
