@@ -384,12 +384,9 @@ def test_the_sampler_ends_with_its_standard_input_and_what_it_started_ends_too(t
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdin
-    assert process.stdout
 
     def ask() -> str:
-        assert process.stdin
-        assert process.stdout
+        assert process.stdin and process.stdout
         process.stdin.write("\n")
         process.stdin.flush()
         return process.stdout.readline()
