@@ -37,7 +37,7 @@ def waiting(gateway: Gateway, runs: str) -> int:
 def submit(gateway: Gateway, runs: str, key: str, *, array: bool) -> None:
     if array:
         files = files_of(PROJECT.load_site("musica"), key, "true", 3)
-        ask = {"do": "run_array", "run": f"{runs}/{key}", "files": files, "follower": ""}
+        ask = {"do": "run_array", "run": f"{runs}/{key}", "files": files, "follower": "a-run"}
         assert "job" in next(gateway.exchange([ask]))[1]
     else:
         gateway.submit(f"{runs}/{key}", {"job.sh": ""})
