@@ -215,8 +215,8 @@ def _by_ssh(ssh: list[str], command: str) -> str:
 def _measure_output(site: SimulatedSite, settings: Settings) -> None:
     lines = MEGABYTES * (1 << 20) // 80
     with _gateway(settings) as gateway:
-        run, key = _submit(gateway, f"""yes {"x" * 79} | head -n {lines}""", "output")
-        gateway.follow(run, {"stdout": lambda _: None}, lambda _: None)
+        run, files = _make_run(f"""yes {"x" * 79} | head -n {lines}""", "output")
+        gateway.run(run, files, {"stdout": lambda _: None}, "benchmark")
         ours, floor, process = [], [], psutil.Process()
         before, size = process.memory_info().rss, 0
 
@@ -226,10 +226,10 @@ def _measure_output(site: SimulatedSite, settings: Settings) -> None:
 
         command = site.login_command("cat", f"{run}/stdout")
         for _ in range(5):
-            ours.append(_seconds(lambda: gateway.follow(run, {"stdout": count}, lambda _: None)))
+            ours.append(_seconds(lambda: gateway.run(run, None, {"stdout": count}, "benchmark")))
             floor.append(_seconds(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True)))
         grown = process.memory_info().rss - before
-        assert size == 5 * lines * 80, key
+        assert size == 5 * lines * 80, run
     ratio = statistics.median(ours) / statistics.median(floor)
     CONSOLE.print(
         f"{MEGABYTES} MB of stdout: {statistics.median(ours):.2f} s, ssh cat {statistics.median(floor):.2f} s, "
@@ -268,9 +268,9 @@ def _measure_many(settings: Settings) -> None:
 
 def _follow_one(settings: Settings, number: int, stop: threading.Event) -> None:
     with _gateway(settings, stop) as gateway:
-        run, _ = _submit(gateway, "sleep 200", f"sleep-{number}")
+        run, files = _make_run("sleep 200", f"sleep-{number}")
         with suppress(StoppedError):
-            gateway.follow(run, {"stdout": lambda _: None}, lambda _: None)
+            gateway.run(run, files, {"stdout": lambda _: None}, "benchmark")
 
 
 def _agents() -> list[int]:
@@ -300,13 +300,12 @@ def _gateway(settings: Settings, stop: threading.Event | None = None) -> Iterato
         gateway.close()
 
 
-def _submit(gateway: Gateway, body: str, name: str) -> tuple[str, str]:
+def _make_run(body: str, name: str) -> tuple[str, dict[str, str]]:
+    """Return a new run directory and its files."""
     key = f"{name}-{random.randrange(1 << 40)}"  # noqa: S311 - a name
     request = allocate(SlurmRequest(time_limit="5"), SITE, qos="zen4_0768").request
     script = render_job_script(request, SITE, job_name=key, about={}, environment={}, body=body)
-    run = f"{RUNS}/{key}"
-    gateway.submit(run, {"job.sh": script})
-    return run, key
+    return f"{RUNS}/{key}", {"job.sh": script}
 
 
 def _seconds(function: Callable[[], object]) -> float:

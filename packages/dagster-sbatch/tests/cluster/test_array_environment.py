@@ -43,8 +43,7 @@ def run_single(gateway: Gateway) -> str:
     request = allocate(SlurmRequest(time_limit="5"), SITE, qos="zen4_0768").request
     environment = {"PYTHON": "/usr/bin/python3"}
     script = render_job_script(request, SITE, job_name=key, about={}, environment=environment, body=SHOW)
-    gateway.submit(f"{RUNS}/{key}", {"job.sh": script})
-    assert gateway.follow(f"{RUNS}/{key}", {}, lambda _: None).code == 0
+    assert gateway.run(f"{RUNS}/{key}", {"job.sh": script}, {}, "a-run").code == 0
     return f"{RUNS}/{key}"
 
 

@@ -13,6 +13,7 @@ from dagster_sbatch.slurm import SlurmRequest, allocate, render_job_script
 from dagster_sbatch.slurm.gateway import Gateway, JobEnd, JobState, RefusedError, StoppedError, choose_channel
 from resources import PROJECT
 from slurm_in_a_box import CERTIFICATE_USER, TCSH_USER, SimulatedSite, wait_until
+from support.submission import submit_run
 
 pytestmark = pytest.mark.cluster
 SITE = PROJECT.load_site("musica")
@@ -57,12 +58,8 @@ def gateway(settings: Settings) -> Iterator[Gateway]:
     made.close()
 
 
-def submit(gateway: Gateway, run: Run) -> str:
-    return gateway.submit(run.path, run.files).job
-
-
 def follow(gateway: Gateway, run: Run) -> JobEnd:
-    return gateway.follow(run.path, run.sinks, run.states.append)
+    return gateway.run(run.path, None, run.sinks, "", on_state=run.states.append)
 
 
 def jobs_named(site: SimulatedSite, run: Run) -> list[str]:
@@ -76,7 +73,7 @@ def nobody_left(site: SimulatedSite) -> None:
 @pytest.mark.smoke
 def test_a_run_from_submission_to_its_end(gateway: Gateway, site: SimulatedSite) -> None:
     run = Run(f"{LINES}; echo to stderr >&2; echo '{{}}' >> messages.jsonl; exit 3")
-    first = gateway.submit(run.path, run.files)
+    first = submit_run(gateway, run.path, run.files)
     assert first.how == "submitted"
     end = follow(gateway, run)
     assert (end.code, end.short) == (3, {})
@@ -84,7 +81,7 @@ def test_a_run_from_submission_to_its_end(gateway: Gateway, site: SimulatedSite)
     assert run.stderr.decode() == "to stderr\n"
     assert run.messages.decode().endswith("\n{}\n")
     assert run.states[-1].state == "RUNNING"
-    again = gateway.submit(run.path, run.files)
+    again = submit_run(gateway, run.path, run.files)
     assert (again.job, again.how) == (first.job, "recorded")
     assert jobs_named(site, run) == [first.job]
     mode = site.run_on_login(CERTIFICATE_USER, f"stat -c %a {run.path}").stdout.strip()
@@ -98,16 +95,16 @@ def test_a_refusal_is_final_and_in_slurms_words(gateway: Gateway, site: Simulate
     refused = {"job.sh": run.files["job.sh"].replace("--qos=dev_zen4_0768", "--qos=admin")}
     for _ in range(2):
         with pytest.raises(RefusedError, match="Invalid qos specification"):
-            gateway.submit(run.path, refused)
+            submit_run(gateway, run.path, refused)
     with pytest.raises(RefusedError, match="exists already, with other content"):
-        gateway.submit(run.path, run.files)
+        submit_run(gateway, run.path, run.files)
 
 
 def test_a_wait_that_is_stopped_leaves_the_job_alone(settings: Settings, site: SimulatedSite) -> None:
     stop = threading.Event()
     gateway = Gateway(choose_channel(settings, PYTHONS, ensure_certificate), stop)
     run = Run("echo begun; sleep 300")
-    job = submit(gateway, run)
+    job = submit_run(gateway, run.path, run.files).job
     site.wait_for_job(int(job), "RUNNING")
     threading.Timer(0.5, stop.set).start()
     with pytest.raises(StoppedError):
@@ -126,7 +123,7 @@ def test_many_at_once_submit_one_job(settings: Settings, site: SimulatedSite) ->
 
     def ask() -> None:
         gateway = Gateway(choose_channel(settings, PYTHONS, ensure_certificate))
-        found.append(gateway.submit(run.path, run.files))
+        found.append(submit_run(gateway, run.path, run.files))
         gateway.close()
 
     ensure_certificate(settings)
@@ -148,7 +145,7 @@ def test_a_submission_that_hangs_is_not_overtaken(settings: Settings, site: Simu
 
         def ask() -> None:
             with pytest.raises(StoppedError):
-                first.submit(run.path, run.files)
+                submit_run(first, run.path, run.files)
 
         thread = threading.Thread(target=ask)
         thread.start()
@@ -174,7 +171,7 @@ def test_a_submission_that_is_stopped_cannot_submit_beside_a_new_one(settings: S
 
     def give_up() -> None:
         with pytest.raises(StoppedError):
-            first.submit(run.path, run.files)
+            submit_run(first, run.path, run.files)
 
     thread = threading.Thread(target=give_up)
     thread.start()
@@ -185,7 +182,7 @@ def test_a_submission_that_is_stopped_cannot_submit_beside_a_new_one(settings: S
     first.stop.set()
     thread.join(60)
     first.close()
-    other = threading.Thread(target=lambda: found.append(second.submit(run.path, run.files)))
+    other = threading.Thread(target=lambda: found.append(submit_run(second, run.path, run.files)))
     other.start()
     other.join(3)
     assert other.is_alive(), "it has not waited for the first"
@@ -204,7 +201,7 @@ def test_a_submission_that_is_stopped_cannot_submit_beside_a_new_one(settings: S
 @pytest.mark.smoke
 def test_state_and_times(gateway: Gateway, site: SimulatedSite) -> None:
     run = Run("sleep 1")
-    job = submit(gateway, run)
+    job = submit_run(gateway, run.path, run.files).job
     end = follow(gateway, run)
     assert (end.state, end.exit) == ("COMPLETED", "0:0")
     assert end.submitted and end.started and end.ended
@@ -260,7 +257,7 @@ def test_slurm_that_only_login_shells_find(site: SimulatedSite, settings: Settin
     )
     gateway = Gateway(choose_channel(settings, ["broken", "python3"], ensure_certificate))
     run = Run("echo works")
-    assert submit(gateway, run)
+    assert submit_run(gateway, run.path, run.files)
     assert follow(gateway, run).code == 0
     gateway.close()
     nobody_left(site)
@@ -289,7 +286,7 @@ def test_what_is_cancelled_before_it_is_submitted_stays_so(gateway: Gateway, sit
     run = Run("echo never")
     assert gateway.cancel(run.path) is None
     with pytest.raises(RefusedError):
-        gateway.submit(run.path, run.files)
+        submit_run(gateway, run.path, run.files)
     assert not jobs_named(site, run)
 
 

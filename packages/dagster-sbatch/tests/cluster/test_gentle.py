@@ -70,7 +70,7 @@ def followed_runs(site: SimulatedSite) -> Iterator[None]:
         run, files = f"{CERTIFICATE_USER.home}/runs/{key}", {"job.sh": script}
         sinks = {"stdout": lambda _: begun.release(), "stderr": lambda _: None, "messages.jsonl": lambda _: None}
         with pytest.raises(StoppedError):
-            gateway.run(run, files, sinks, lambda _: None, lambda _: None, "a-run")
+            gateway.run(run, files, sinks, "a-run")
         gateway.close()
 
     threads = [threading.Thread(target=follow) for _ in range(RUNS)]

@@ -14,6 +14,7 @@ from resources import PROJECT
 from slurm_in_a_box import wait_until
 from support import ROOT
 from support.array_run import RUNS, files_of, new_key
+from support.submission import submit_run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 
@@ -44,7 +45,7 @@ def runs() -> Iterator[Runs]:
 def submit(runs: Runs, body: str, tasks: int, max_running: int | None = None) -> Submitted:
     key = new_key()
     path = f"{RUNS}/{key}"
-    job = runs.gateway.submit(path, files_of(PROJECT.load_site("musica"), key, body, tasks, max_running)).job
+    job = submit_run(runs.gateway, path, files_of(PROJECT.load_site("musica"), key, body, tasks, max_running)).job
     return Submitted(job, path)
 
 

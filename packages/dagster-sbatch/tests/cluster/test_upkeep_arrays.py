@@ -14,6 +14,7 @@ from dagster_sbatch.upkeep.orphans import make_orphan_sensor
 from resources import PROJECT
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from support.array_run import RUNS, files_of, new_key
+from support.submission import submit_run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 
@@ -46,7 +47,7 @@ def submit(runs: Runs, run_id: str, tasks: int) -> str:
     key = new_key()
     files = files_of(PROJECT.load_site("musica"), key, 'if [ "$index" != 0 ]; then sleep 600; fi', tasks, max_running=1)
     about = {"run": run_id, "root": run_id, "asset": "a", "step": "work", "environment": "live"}
-    runs.gateway.submit(f"{RUNS}/{key}", {**files, "about.json": json.dumps(about)})
+    submit_run(runs.gateway, f"{RUNS}/{key}", {**files, "about.json": json.dumps(about)})
     return f"{RUNS}/{key}"
 
 

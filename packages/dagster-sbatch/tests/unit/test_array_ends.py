@@ -15,6 +15,7 @@ from resources import PROJECT
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, Prepare, put
 from support.array_run import Recorder, files_of
+from support.submission import submit_run
 
 SITE = PROJECT.load_site("musica")
 INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
@@ -274,7 +275,7 @@ def test_a_claim_takes_no_end_for_final_whose_record_may_still_appear(site: Site
     """The task has recorded its success on another node, and this one does not see that yet."""
     gateway, now = prepare(), str(int(time.time()))
     assert site.array.files
-    gateway.submit(str(site.run), site.array.files)
+    submit_run(gateway, str(site.run), site.array.files)
     for index in range(2):
         site.start(index)
     never = record("2", "CANCELLED", now).replace("StartTime=110", "StartTime=Unknown")
@@ -363,7 +364,7 @@ def test_a_full_disk_keeps_no_end_from_the_client(site: Site, prepare: Prepare, 
 COUNTING = """
 def spoil():
     import sys
-    arrays = sys.modules["agent.array_jobs"]
+    arrays = sys.modules["agent.array_follower"]
     events_of = arrays.events_of
     def count(folder):
         with open({counted!r}, "a") as file:

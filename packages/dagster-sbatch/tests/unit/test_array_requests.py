@@ -147,17 +147,22 @@ def test_the_tasks_of_an_array_job_that_its_user_has_renamed(slurm: Path) -> Non
     assert found[1] is None
 
 
-def test_whoever_only_reads_the_output_of_a_task_does_not_submit_its_job(
-    prepare: Prepare, slurm: Path, tmp_path: Path
+@pytest.mark.parametrize("array", [False, True])
+def test_whoever_only_reads_the_output_of_a_run_does_not_submit_it(
+    array: bool, prepare: Prepare, slurm: Path, tmp_path: Path
 ) -> None:
-    """`scripts/job` follows a task of an array job whose submission waits for room, or has failed."""
+    """`scripts/job` follows a run whose submission waits for room, or has failed."""
     run, gateway = tmp_path / "runs" / "KEY-1", prepare()
     run.parent.mkdir(mode=0o700)
-    run_directories.lay_out(str(run), files_of(PROJECT.load_site("musica"), "KEY-1", "true", 3))
+    files = files_of(PROJECT.load_site("musica"), "KEY-1", "true", 3) if array else {"job.sh": "#!/bin/sh\n"}
+    run_directories.lay_out(str(run), files)
     put(slurm, "sbatch", f"touch {tmp_path}/submitted; echo 17")
     gateway.host()  # it is connected
     threading.Timer(0.3, gateway.stop.set).start()
     with pytest.raises(StoppedError):
-        gateway.run_arrays(Recorder(ArrayRun(str(run), None, [0])), follower="")
+        if array:
+            gateway.run_arrays(Recorder(ArrayRun(str(run), None, [0])), follower="")
+        else:
+            gateway.run(str(run), None, {}, follower="")
     gateway.close()  # the agent finishes a submission that it has begun
     assert not (tmp_path / "submitted").exists()

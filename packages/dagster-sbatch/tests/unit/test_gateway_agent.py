@@ -33,6 +33,7 @@ from dagster_sbatch.slurm.gateway.channel import Channel, without_comments
 from dagster_sbatch.ssh import AuthenticationError, HostKeyError, SshError
 from slurm_in_a_box import wait_until
 from support import ENGINE, ROOT
+from support.submission import submit_run
 
 SERVE = "from dagster_sbatch.slurm.gateway.agent import server; server.SILENCE = {silence}; server.serve()"
 
@@ -158,10 +159,10 @@ def test_a_request_that_makes_no_sense_is_answered(tmp_path: Path) -> None:
         answer(agent)
         ask(agent, do="dance")
         assert answer(agent)["error"] == "broken"
-        ask(agent, do="submit", run=f"{tmp_path}/--wrap", files={})
+        ask(agent, do="run", run=f"{tmp_path}/--wrap", files={}, follower="a-run")
         assert answer(agent) == {"id": 1, "error": "refused", "text": "'--wrap' is not a valid name of a run"}
-        ask(agent, do="submit", run=f"{tmp_path}/KEY", files={"../out": "x"})
-        assert "is not a path below the run directory" in answer(agent)["text"]
+        ask(agent, do="run", run=f"{tmp_path}/KEY", files={"../out": "x"}, follower="a-run")
+        assert "is not a path below the run directory" in answer(agent)["refused"]
         assert list(tmp_path.iterdir()) == []
         assert agent.stdin
         agent.stdin.close()
@@ -174,7 +175,7 @@ def test_a_run_directory_is_there_as_a_whole_and_for_its_owner(
     files = {"job.sh": "#!/bin/sh\n", "workloads/a/b": "\0", "ä": "ö"}
     gateway = open_gateway()
     with pytest.raises(RefusedError, match="Invalid qos specification"):
-        gateway.submit(str(run), files)
+        submit_run(gateway, str(run), files)
     assert run.stat().st_mode & 0o777 == 0o700
     assert all(path.stat().st_mode & 0o077 == 0 for path in run.rglob("*") if path.is_file())
     assert (run / "workloads/a/b").read_bytes() == b"\0"
@@ -182,9 +183,9 @@ def test_a_run_directory_is_there_as_a_whole_and_for_its_owner(
     assert (run / "stdout").read_bytes() == b""
     assert not (run / "tried").exists()
     with pytest.raises(RefusedError, match="exists already, with other content"):
-        gateway.submit(str(run), {**files, "ä": "o"})
+        submit_run(gateway, str(run), {**files, "ä": "o"})
     with pytest.raises(RefusedError, match="Invalid qos specification"):
-        gateway.submit(str(run), files)
+        submit_run(gateway, str(run), files)
     assert [path.name for path in run.parent.iterdir()] == ["KEY"]
 
 
@@ -192,7 +193,7 @@ def test_what_was_cancelled_first_is_not_submitted(open_gateway: Callable[[], Ga
     gateway = open_gateway()
     assert gateway.cancel(str(tmp_path / "KEY")) is None
     with pytest.raises(RefusedError, match="was cancelled before it was submitted"):
-        gateway.submit(str(tmp_path / "KEY"), {"job.sh": ""})
+        submit_run(gateway, str(tmp_path / "KEY"), {"job.sh": ""})
 
 
 def test_a_claim_is_lost_to_whoever_was_faster(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_a_claim_is_lost_to_whoever_was_faster(open_gateway: Callable[[], Gatewa
     first.close()
     assert second.claim(runs, "family", "token 2", "run 2").held_by is None
     with pytest.raises(LostClaimError, match="run 2"):
-        first.follow(f"{runs}/family-1", {}, lambda _: None)
+        first.run(f"{runs}/family-1", None, {}, follower="")
 
 
 def test_a_family_goes_on_from_its_latest_attempt(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_who_follows_a_run_is_noted(open_gateway: Callable[[], Gateway], tmp_pat
     (run / "end").write_text(json.dumps({"code": 0, "state": "COMPLETED", "exit": "0:0", "times": [1, 2, 3]}))
     gateway = open_gateway()
     for follower in ("run-2", "run-1", "run-1"):
-        assert gateway.ask(do="submit", run=str(run), files=None, follower=follower)["how"] == "recorded"
+        assert submit_run(gateway, str(run), None, follower).how == "recorded"
     assert gateway.claim(str(run.parent), "family", "token", "me").followers == ["run-2", "run-1"]
 
 
@@ -316,7 +317,7 @@ def test_waiting_ends_when_it_is_stopped(open_gateway: Callable[[], Gateway], tm
     (tmp_path / "KEY").mkdir()
     threading.Timer(0.3, gateway.stop.set).start()
     with pytest.raises(StoppedError):
-        gateway.follow(str(tmp_path / "KEY"), {}, lambda _: None)
+        gateway.run(str(tmp_path / "KEY"), None, {}, follower="")
 
 
 def test_a_login_that_has_worked_and_is_refused_is_tried_again(

@@ -15,6 +15,7 @@ from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, link
 from dagster_sbatch.slurm.gateway.agent import disk
 from support import ROOT
 from support.agent_fixtures import HURRIED, SETTINGS, Prepare, put
+from support.submission import submit_run
 
 NO_LOCKS = """
 import fcntl
@@ -59,7 +60,7 @@ def lay_out(folder: Path, job: str = "17") -> Path:
 
 
 def follow(gateway: Gateway, run: Path, **sinks: Callable[[bytes], None]) -> JobEnd:
-    return gateway.follow(str(run), {name.replace("_", "."): sink for name, sink in sinks.items()}, lambda _: None)
+    return gateway.run(str(run), None, {name.replace("_", "."): sink for name, sink in sinks.items()}, follower="")
 
 
 # Locks
@@ -71,7 +72,7 @@ def test_a_file_system_without_locks_is_refused(code: int, prepare: Prepare, tmp
     gateway = prepare(NO_LOCKS.format(code=code, text=os.strerror(code)))
     for ask in (
         lambda: gateway.claim(f"{tmp_path}/base/runs", "family", "token", "me"),
-        lambda: gateway.submit(f"{tmp_path}/base/runs/KEY", {"job.sh": ""}),
+        lambda: submit_run(gateway, f"{tmp_path}/base/runs/KEY", {"job.sh": ""}),
         lambda: gateway.put(ROOT / "README.md", f"{tmp_path}/base/environments/wheels/x"),
         lambda: gateway.ask(do="environment", verb="roll_back", folder=f"{tmp_path}/base/environments"),
     ):
@@ -89,7 +90,7 @@ def test_folders_are_the_users_alone_whatever_the_umask(umask: int, prepare: Pre
     gateway.claim(f"{base}/runs", "family", "token", "me")
     gateway.put(ROOT / "README.md", f"{base}/environments/wheels/1/x")
     with pytest.raises(RefusedError):
-        gateway.submit(f"{base}/runs/a", {"job.sh": "", "code/a": ""})
+        submit_run(gateway, f"{base}/runs/a", {"job.sh": "", "code/a": ""})
     assert gateway.cancel(f"{base}/runs/KEY") is None
     paths = [tmp_path / "scratch", *(tmp_path / "scratch").rglob("*")]
     assert {path.stat().st_mode & 0o777 for path in paths if path.is_dir()} == {0o700}
@@ -235,7 +236,7 @@ def test_a_full_disk_after_the_submission_does_not_lose_the_job(prepare: Prepare
     """The link to the job cannot be made; the job exists all the same."""
     put(slurm, "sbatch", "echo 17")
     gateway = prepare("import os\ndef full(*_): raise OSError(28, 'No space left on device')\nos.symlink = full")
-    assert gateway.submit(f"{tmp_path}/runs/KEY", {"job.sh": ""}).job == "17"
+    assert submit_run(gateway, f"{tmp_path}/runs/KEY", {"job.sh": ""}).job == "17"
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_errors_of_the_agent_do_not_cost_a_job_and_are_shown(
     gateway = prepare(HURRIED + SPOILT.format(counted=f"{tmp_path}/counted", times=times, error=error), told)
     run, job = f"{tmp_path}/runs/KEY", list[str]()
     sinks = {"stdout": lambda _: None}
-    end = gateway.run(run, {"job.sh": ""}, sinks, lambda found: job.append(found.job), lambda _: None, "follower")
+    end = gateway.run(run, {"job.sh": ""}, sinks, "follower", lambda found: job.append(found.job))
     assert (end.state, set(job)) == ("CANCELLED", {"17"})
     assert len([text for text in told if error.split("'")[1] in text]) >= times
 
@@ -304,7 +305,7 @@ def test_nul_bytes_of_a_late_write_are_not_delivered(prepare: Prepare, tmp_path:
 
     put(tmp_path / "bin", "scontrol", f"echo '{CANCELLED}'")
     begun = time.monotonic()
-    gateway.follow(str(run), {name: take(name) for name in come}, lambda _: None)
+    gateway.run(str(run), None, {name: take(name) for name in come}, follower="")
     assert come["messages.jsonl"] == 3 * lines
     assert come["stdout"] == lines + bytes(2000) + lines
     assert time.monotonic() - begun > 0.5

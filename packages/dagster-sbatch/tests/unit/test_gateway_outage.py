@@ -129,7 +129,7 @@ def test_ten_minutes_without_slurm(words: str, slurm: Path) -> None:
         files = {"job.sh": "#!/bin/sh\n"}
         try:
             gateway.claim(str(slurm / "runs"), f"family{number}", "token", "me")
-            return gateway.run(f"{slurm}/runs/sweep-{number}", files, sinks, lambda _: None, lambda _: None, "a-run")
+            return gateway.run(f"{slurm}/runs/sweep-{number}", files, sinks, "a-run")
         finally:
             gateway.close()
 
@@ -175,6 +175,7 @@ def test_a_login_node_that_fails_is_not_hammered(way: str, slurm: Path, monkeypa
     run = slurm / "runs" / "sweep-1"
     run.mkdir(parents=True, mode=0o700)
     (run / "stdout").write_bytes(b"x" * (1 << 24))
+    (run / "job").symlink_to("17")
 
     def open_channel() -> Channel:
         if clock.now > OUTAGE:
@@ -186,7 +187,7 @@ def test_a_login_node_that_fails_is_not_hammered(way: str, slurm: Path, monkeypa
 
     gateway = Gateway(open_channel, clock)
     with pytest.raises(StoppedError):
-        gateway.follow(str(run), {"stdout": lambda _: None}, lambda _: None)
+        gateway.run(str(run), None, {"stdout": lambda _: None}, follower="")
     gateway.close()
     print(f"{way}: {logins.count} logins")
     assert 5 < logins.count <= MOST_LOGINS

@@ -95,7 +95,7 @@ VIOLATES = "Job violates accounting/QOS policy (job submit limit, user's size an
 def test_the_answers_of_sbatch(say: Say, sbatch: str, expected: str, tmp_path: Path) -> None:
     say("sbatch", sbatch)
     (tmp_path / "tried").touch()
-    with jobs.Locked(str(tmp_path)) as lock:
+    with jobs.locked(str(tmp_path)) as lock:
         if expected == "temporary":
             with pytest.raises(disk.RequestError) as failure:
                 jobs.sbatch(str(tmp_path), lock, dict(os.environ))
@@ -134,7 +134,7 @@ def test_what_sbatch_refuses(say: Say, words: str, kind: str, submitted: str, tm
     (tmp_path / "words").write_text(words)
     say("sbatch", f"cat {tmp_path}/words >&2; exit 1")
     (tmp_path / "tried").touch()
-    with jobs.Locked(str(tmp_path)) as lock, pytest.raises(disk.RequestError) as failure:
+    with jobs.locked(str(tmp_path)) as lock, pytest.raises(disk.RequestError) as failure:
         jobs.sbatch(str(tmp_path), lock, dict(os.environ))
     assert (failure.value.kind, str(failure.value)) == (kind, words)
     assert (tmp_path / "tried").exists() is (submitted == "perhaps")
@@ -195,7 +195,7 @@ def test_what_a_shell_exports_for_slurm(
     else:
         (tmp_path / "tried").touch()
         (tmp_path / "job.sh").write_text(script)
-        with jobs.Locked(str(tmp_path)) as lock:
+        with jobs.locked(str(tmp_path)) as lock:
             jobs.sbatch(str(tmp_path), lock, jobs.environment_of(str(tmp_path)))
     assert (tmp_path / "bin" / "variables").read_text().splitlines() == expected
 
@@ -241,7 +241,7 @@ def test_slurms_word_alone_is_not_believed_at_once(meanwhile: str, lag: float, s
     agent = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert agent.stdin and agent.stdout
     offsets = dict.fromkeys(("messages.jsonl", "stdout", "stderr"), 0)
-    follow = {"id": 1, "do": "follow", "run": str(run), "offsets": offsets, "fields": "JobID,State"}
+    follow = {"id": 1, "do": "run", "run": str(run), "follower": "", "offsets": offsets, "fields": "JobID,State"}
     agent.stdin.write(json.dumps(follow).encode() + b"\n")
     agent.stdin.flush()
     wait_until(asked.exists, "Slurm is asked")
@@ -314,11 +314,11 @@ def test_slurm_is_asked_again_soon_whether_a_job_that_was_cut_short_is_over(
     monkeypatch.setattr(follower, "conclude", conclude)
     queue = SimpleNamespace(row=lambda *_: ["COMPLETING"], view={"at": 0.0})
     request = {"run": str(tmp_path / "KEY-1"), "offsets": {}, "fields": []}
-    following = follower.Follower(SimpleNamespace(queue=queue), request, lambda **_: None)
+    following = follower.Follower(queue, request, lambda **_: None, "17", None)
     now[0] += 100
     following.moved = now[0]
     while now[0] < 1131:
-        following.ask_for_end("17", {"code": None})
+        following.ask_for_end({"code": None})
         queue.view["at"] = now[0] = now[0] + 0.1
     pauses = [later - earlier for earlier, later in pairwise(asked)]
     assert pauses == pytest.approx([1.1, 1.2, 2.4, 4.8, 9.6], rel=0.1)

@@ -100,7 +100,7 @@ def test_a_run_whose_environment_exists_waits_twice(
     outcome = materialize(workload, workloads)
     assert outcome.error == ""
     assert outcome.materializations[None][0]["rows"] == 7
-    assert exchanges == [["claim"], ["submit", "follow"]]
+    assert exchanges == [["claim"], ["run"]]
 
 
 def test_a_claim_does_not_depend_on_the_environment(gateway: Gateway, workloads: Path) -> None:

@@ -10,6 +10,7 @@ from dagster_sbatch.slurm.gateway import Gateway
 from resources import PROJECT
 from support.agent_fixtures import Prepare, put
 from support.array_run import files_of
+from support.submission import submit_run
 
 HURRY = "import sys\ndef spoil():\n    vars(sys.modules['agent.turn']).update({})"
 ENOUGH = 25.0
@@ -37,10 +38,10 @@ def waiting(gateway: Gateway, runs: str) -> int:
 def submit(gateway: Gateway, runs: str, key: str, *, array: bool) -> None:
     if array:
         files = files_of(PROJECT.load_site("musica"), key, "true", 3)
-        ask = {"do": "run_array", "run": f"{runs}/{key}", "files": files, "follower": "a-run"}
-        assert "job" in next(gateway.exchange([ask]))[1]
+        ask = {"do": "run", "run": f"{runs}/{key}", "files": files, "follower": "a-run", "tasks": [], "followed": []}
+        assert "job" in next(gateway.exchange([{**ask, "fields": "", "offsets": {}}]))[1]
     else:
-        gateway.submit(f"{runs}/{key}", {"job.sh": ""})
+        submit_run(gateway, f"{runs}/{key}", {"job.sh": ""})
 
 
 @pytest.mark.parametrize("array", [False, True])

@@ -128,7 +128,7 @@ def act_on_job(asked: argparse.Namespace, runs: Runs, run: RunRecord, site: Site
     elif asked.action == "logs" and run.array:
         show_array_logs(runs, run, asked.follow)
     elif asked.action == "logs" and asked.follow:
-        runs.gateway.follow(run.path, {name: writer(stream) for name, stream in STREAMS.items()}, lambda _: None)
+        runs.gateway.run(run.path, None, {name: writer(stream) for name, stream in STREAMS.items()}, follower="")
     elif asked.action == "logs":
         show_logs(runs, {name: f"{run.path}/{name}" for name in STREAMS})
     else:

@@ -111,7 +111,7 @@ class RemoteRun(RemoteStep):
             files = self._files(run, found, request, contexts, record) if found else None
             report = self._report_submitted, self._report_state
             try:
-                end = self._gateway.run(run, files, session.sinks, *report, self._context.run_id)
+                end = self._gateway.run(run, files, session.sinks, self._context.run_id, *report)
             except RefusedError as error:
                 if not self._series.ended or self._job:
                     raise

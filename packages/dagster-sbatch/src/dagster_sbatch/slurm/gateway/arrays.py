@@ -81,7 +81,7 @@ class _Followed:
     def request(self, common: Mapping[str, str]) -> dict[str, Any]:
         run = {"run": self.array.run, "files": self.array.files}
         tasks = {"tasks": list(self.left), "followed": list(self.array.tasks), "offsets": self.offsets}
-        return {"do": "run_array", **common, **run, **tasks}
+        return {"do": "run", **common, **run, **tasks}
 
 
 def follow_arrays(link: Link, arrays: Arrays, common: Mapping[str, str]) -> None:

@@ -60,20 +60,6 @@ class Gateway(Link):
             self.claimed = claim
         return found
 
-    def submit(self, run: str, files: Files) -> Submitted:
-        """Submit a run once, however often this is requested.
-
-        Args:
-            run: the run directory; its last part is the submission key, which is the job's name.
-            files: content by name; one is `job.sh`.
-
-        Raises:
-            RefusedError: sbatch refused the job, or another run exists under that key.
-            StoppedError: `stop` was set.
-        """
-        answer = self.ask(do="submit", run=run, files=files)
-        return Submitted(answer["job"], answer["how"])
-
     def cancel(self, run: str) -> JobEnd | None:
         """Cancel a run's job, and wait until it is over; return how it ended, None if there never was a job.
 
@@ -284,39 +270,67 @@ class Gateway(Link):
         """Keep the connection alive while other work takes long; raises StoppedError if `stop` was set meanwhile."""
         self.ask(do="ping")
 
-    def follow(self, run: str, sinks: Sinks, on_state: Callable[[JobState], None]) -> JobEnd:
-        """Pass on what a run writes, each byte once and in order, until its job is over.
-
-        Args:
-            run: the run directory.
-            sinks: functions that get the new bytes of `stdout`, `stderr` and `messages.jsonl`.
-            on_state: gets each new state of the job.
-
-        Raises:
-            RefusedError: there is no such run.
-            StoppedError: `stop` was set; the job still runs.
-        """
-        return self._follow(run, sinks, on_state, [], lambda _: None, lasting=lambda: False)
-
     def run(
         self,
         run: str,
         files: Files | None,
         sinks: Sinks,
-        on_submitted: Callable[[Submitted], None],
-        on_state: Callable[[JobState], None],
         follower: str,
+        on_submitted: Callable[[Submitted], None] = lambda _: None,
+        on_state: Callable[[JobState], None] = lambda _: None,
     ) -> JobEnd:
-        """Submit and follow in one request; see there.
+        """Submit a run once, however often this is requested, and pass on what it writes until its job is over.
 
-        `files`: None if the run exists already. `follower`: id of the Dagster run; the agent records it in the run
-        directory.
+        Args:
+            run: the run directory; its last part is the submission key, which is the job's name.
+            files: content by name; one is `job.sh`. None: the run exists already.
+            sinks: functions that get the new bytes of `stdout`, `stderr` and `messages.jsonl`, each byte once and in
+                order.
+            follower: id of the Dagster run; the agent records it in the run directory. Empty: nothing is submitted.
+            on_submitted: gets the job.
+            on_state: gets each new state of the job.
+
+        Raises:
+            RefusedError: sbatch refused the job, another run exists under that key, or there is no such run.
+            StoppedError: `stop` was set; the job still runs.
         """
-        before = [{"do": "submit", "run": run, "files": files, "follower": follower}]
-        # An error of `follow` does not end the request: the job exists, or is about to.
-        return self._follow(
-            run, sinks, on_state, before, on_submitted, lasting=lambda: not before or self._failed == len(before)
-        )
+        offsets, job = dict.fromkeys(sinks, 0), ""
+        request = {"do": "run", "run": run, "follower": follower, "fields": ",".join(ACCOUNTED)}
+
+        def go_on() -> JobEnd:
+            nonlocal job
+            for _, head, data in self.exchange([{**request, "files": None if job else files, "offsets": offsets}]):
+                if "end" in head:
+                    return JobEnd.parse(head["end"], head["short"], head["rows"])
+                if "refused" in head:
+                    raise RefusedError(head["refused"])
+                if "job" in head and not job:
+                    job = head["job"]
+                    on_submitted(Submitted(job, head["how"]))
+                elif "file" in head:
+                    name = head["file"]
+                    if head["at"] != offsets[name]:
+                        raise AgainError(f"{name} came from byte {head['at']}, not {offsets[name]}")
+                    offsets[name] += len(data)
+                    sinks[name](data)
+                else:
+                    self._report(head, on_state)
+            raise AgainError("the agent ended its answer")
+
+        # An error does not end the request of a job that exists.
+        return self.patiently(go_on, lasting=lambda: bool(job))
+
+    def _report(self, head: Mapping[str, Any], on_state: Callable[[JobState], None]) -> None:
+        """Report what the agent says of a run beside its job and its output."""
+        if "waiting" in head:
+            text = "you have as many jobs as Slurm allows you; this step waits until others have ended"
+            self.on_trouble(f"{text}. {head['waiting']}")
+        elif "trouble" in head:
+            self.on_trouble(head["trouble"])
+        elif "state" in head:
+            start = float(head["start"]) if head["start"].isdecimal() else None
+            place = {name: head[name] for name in ("account", "node", "temporary", "idle")}
+            on_state(JobState(head["state"], head["reason"], start, **place))
 
     def run_arrays(self, arrays: Arrays, follower: str) -> None:
         """Submit array jobs and follow their tasks, until there is no further one and all are over.
@@ -330,43 +344,6 @@ class Gateway(Link):
             StoppedError: `stop` was set; the jobs still run.
         """
         follow_arrays(self, arrays, {"follower": follower, "fields": ",".join(ACCOUNTED)})
-
-    def _follow(
-        self,
-        run: str,
-        sinks: Sinks,
-        on_state: Callable[[JobState], None],
-        before: list[dict[str, Any]],
-        on_submitted: Callable[[Submitted], None],
-        lasting: Callable[[], bool],
-    ) -> JobEnd:
-        offsets = dict.fromkeys(sinks, 0)
-        follow = {"do": "follow", "run": run, "fields": ",".join(ACCOUNTED)}
-
-        def go_on() -> JobEnd:
-            for _, head, data in self.exchange([*before, {**follow, "offsets": offsets}]):
-                if "end" in head:
-                    if before:  # sbatch has never answered
-                        on_submitted(Submitted(head["job"], "found"))
-                    return JobEnd.parse(head["end"], head["short"], head["rows"])
-                if "job" in head:
-                    before.clear()
-                    on_submitted(Submitted(head["job"], head["how"]))
-                elif "file" in head:
-                    name = head["file"]
-                    if head["at"] != offsets[name]:
-                        raise AgainError(f"{name} came from byte {head['at']}, not {offsets[name]}")
-                    offsets[name] += len(data)
-                    sinks[name](data)
-                elif "trouble" in head:
-                    self.on_trouble(head["trouble"])
-                elif "state" in head:
-                    start = float(head["start"]) if head["start"].isdecimal() else None
-                    place = {name: head[name] for name in ("account", "node", "temporary", "idle")}
-                    on_state(JobState(head["state"], head["reason"], start, **place))
-            raise AgainError("the agent ended its answer")
-
-        return self.patiently(go_on, lasting)
 
 
 def _outcome_of_cancel(answer: Mapping[str, Any]) -> JobEnd | RefusedError | None:

@@ -55,14 +55,7 @@ class _BrokenError(_TemporaryError):
     """The agent failed by an error of its own."""
 
 
-class _FullError(_TemporaryError):
-    """A limit of submitted jobs is reached: sbatch accepts the same job once others have ended."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(f"you have as many jobs as Slurm allows you; this step waits until others have ended. {text}")
-
-
-_ERRORS = {"refused": RefusedError, "broken": _BrokenError, "full": _FullError}
+_ERRORS = {"refused": RefusedError, "broken": _BrokenError}
 """By the kind that the agent names; any other is temporary."""
 
 

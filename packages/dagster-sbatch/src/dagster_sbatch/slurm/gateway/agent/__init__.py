@@ -3,11 +3,11 @@
 Standard library, Python 3.6: the client sends these modules along as one program, nothing is installed. It is run with
 `python3 -I -S -u -c`, reads requests from stdin and writes answers to stdout, each a line of JSON:
 
-    stdin   {"id": 1, "do": "submit", "run": "/path/KEY", "files": {"job.sh": "..."}}
+    stdin   {"id": 1, "do": "run", "run": "/path/KEY", "files": {"job.sh": "..."}, ...}
     stdout  {"id": 0, "hello": "gateway-agent 1", ...}          what comes before is not ours: banners, profiles
             {"id": 1, "job": "1184", "how": "submitted"}
-            {"id": 2, "file": "stdout", "at": 0, "size": 13}    13 raw bytes follow that line
-            {"id": 1, "error": "refused", "text": "..."}        final; `temporary`: the client repeats the request with
+            {"id": 1, "file": "stdout", "at": 0, "size": 13}    13 raw bytes follow that line
+            {"id": 2, "error": "refused", "text": "..."}        final; `temporary`: the client repeats the request with
                                                                 growing pauses; `broken`: a few times
 
 A request with a `size` is followed by this many raw bytes, too. What can be asked for is in `server.VERBS`.

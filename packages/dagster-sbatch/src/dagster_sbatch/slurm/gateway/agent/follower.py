@@ -3,23 +3,23 @@
 import os
 import time
 
+from .array_follower import ArrayFollower
 from .disk import RequestError
-from .job_record import MESSAGES, STREAMS, events_of
+from .job_record import STREAMS, events_of
+from .jobs import submit_when_possible
 from .run_directories import conclude, job_of, locate, quietly_conclude, row_of
 from .slurm_commands import COMMAND_PATIENCE, LAG, OVER, SQUEUE_EVERY, UNSEEN, account
 from .streams import MOST_CHUNKS, Stream, pause_after, short_of
 
-ABSENT = 10.0  # seconds to wait for a run directory that a submission is about to make
+JOB_EVERY = 1.0  # seconds between two looks for the job of a run that another client submits
 
 
 class Follower:
-    def __init__(self, agent, ask, say):
-        self.agent, self.queue = agent, agent.queue
+    def __init__(self, queue, ask, say, job, current):
+        self.queue, self.say, self.job, self.current = queue, say, job, current
         self.run, self.key = locate(ask)
-        self.say = say
         at = ask["offsets"]
-        names = [name for name in STREAMS if name in at]
-        self.streams = [Stream(os.path.join(self.run, name), name, at[name], name == MESSAGES) for name in names]
+        self.streams = [Stream(os.path.join(self.run, name), name, at[name]) for name in STREAMS if name in at]
         self.fields = ask["fields"]
         self.begun = self.moved = self.asked = time.time()
         self.pause = 0.02  # seconds until Slurm is asked about a job that has recorded its end, and asked again; grows
@@ -29,26 +29,21 @@ class Follower:
 
     def follow(self):
         self.queue.want(os.path.dirname(self.run))
-        self.agent.followers[self.run] = self
-        while not os.path.isdir(self.run):  # the client sends its submission and this request together
-            if time.time() - self.begun > ABSENT and self.run not in self.agent.submitting:
-                raise RequestError("refused", "there is no run %s" % self.run)
-            time.sleep(0.02)
-        while self.agent.followers[self.run] is self:
+        while self.current():
             events = events_of(self.run)  # before the streams: so all that was written before the end is sent
             sent = [stream.pump(self.say) for stream in self.streams]
             if any(sent):
                 self.moved = time.time()
-            job, own = job_of(self.run), events.get("end")
+            own = events.get("end")
             recorded = bool(own and own["code"] is not None)
             if recorded and not self.recorded:
                 self.asked = time.time()  # Slurm needs a moment to see the end itself
             self.recorded = recorded
-            if job and not self.end:
-                self.report_state(job, events)
-                self.ask_for_end(job, own)
+            if not self.end:
+                self.report_state(events)
+                self.ask_for_end(own)
             if self.end and not any(sent):
-                answer = self.finish(job, own)
+                answer = self.finish(own)
                 if answer:
                     return answer
             if max(sent or [0]) < MOST_CHUNKS:
@@ -56,8 +51,8 @@ class Follower:
                 time.sleep(min(quiet, self.pause / 4) if self.recorded else quiet)
         return {}
 
-    def report_state(self, job, events):
-        row = row_of(self.agent, job, self.key, events)
+    def report_state(self, events):
+        row = row_of(self.queue, self.job, self.key, events)
         if row and row[0] not in OVER and "end" not in events:
             self.report(*row, idle=events.get("idle"), **events.get("started", {}))
         if self.queue.view["trouble"] and self.queue.view["trouble"] != self.trouble:
@@ -70,9 +65,9 @@ class Follower:
             place = {"node": started, "temporary": temporary, "idle": idle}
             self.say(state=state, reason=reason, start=start, account=project, **place)
 
-    def ask_for_end(self, job, own):
+    def ask_for_end(self, own):
         """Ask Slurm whether the job is over: soon after its own record says so, else later and less often."""
-        since, row = time.time() - self.asked, self.queue.row(job, self.key)
+        since, row = time.time() - self.asked, self.queue.row(self.job, self.key)
         ended = own and own["code"] is not None and since > self.pause
         # A second after a job was cut short; if Slurm does not confirm that, after twice the silence before.
         cut_short = own and since > min(max(1, self.asked - self.moved), SQUEUE_EVERY)
@@ -85,28 +80,59 @@ class Follower:
         if ended:
             self.pause = min(1.5 * self.pause, 5)
         try:
-            self.end = conclude(self.run, job)
+            self.end = conclude(self.run, self.job)
         except RequestError as error:
             if own:
                 self.report("COMPLETING", "waiting for Slurm to confirm the end: %s" % error)
 
-    def finish(self, job, own):
+    def finish(self, own):
         """Return the answer, once all that the job wrote is sent; wait for the record of a job that has none yet."""
         self.end_seen = self.end_seen or time.time()
         waited = time.time() - self.end_seen
         short = short_of(self.streams, (own or {}).get("sizes", {}))
         if (short and waited < COMMAND_PATIENCE) or (not own and waited < LAG):
             return None
-        if not own and not quietly_conclude(self.run, job):  # put back in the queue meanwhile
+        if not own and not quietly_conclude(self.run, self.job):  # put back in the queue meanwhile
             self.end, self.end_seen = None, 0.0
             return None
         start, end = self.end["times"][1:]
-        rows = account(job, self.fields, end - start) if start and end else []
-        return {"job": job, "end": dict(own or {}, **self.end), "short": short, "rows": rows}
+        rows = account(self.job, self.fields, end - start) if start and end else []
+        return {"end": dict(own or {}, **self.end), "short": short, "rows": rows}
 
 
 # Requests
 
 
-def follow(agent, ask, say):
-    return Follower(agent, ask, say).follow()
+def run(agent, ask, say):
+    """Submit a run once, as soon as Slurm has room for it, and follow its job to its end.
+
+    files: None if the run exists already
+    follower: the Dagster run that follows the job; empty for `scripts/job`, which submits nothing
+    tasks: of an array job, those to follow
+    """
+    path, _ = locate(ask)
+    agent.followers[path] = me = object()
+
+    def current():
+        return agent.followers[path] is me
+
+    try:
+        job, how = (submit_when_possible if ask["follower"] else await_job)(agent, ask, say, current)
+    except RequestError as error:
+        if error.kind != "refused":
+            raise
+        return {"refused": str(error)}  # an answer: an error would end the client's other requests
+    if not job:
+        return {}
+    say(job=job, how=how)
+    return (ArrayFollower if "tasks" in ask else Follower)(agent.queue, ask, say, job, current).follow()
+
+
+def await_job(_, ask, __, current):
+    """Wait until another client has submitted a run; return its job as `submit_when_possible` does."""
+    path, _ = locate(ask)
+    if not os.path.isdir(path):
+        raise RequestError("refused", "there is no run %s" % path)
+    while current() and not job_of(path):
+        time.sleep(JOB_EVERY)
+    return job_of(path), "recorded"

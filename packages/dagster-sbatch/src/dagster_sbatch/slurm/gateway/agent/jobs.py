@@ -4,8 +4,9 @@ import os
 import re
 import subprocess
 import time
+from contextlib import contextmanager
 
-from .disk import RequestError, lock, own, read
+from .disk import RequestError, kind_of, lock, own, read
 from .paths import login_environment
 from .run_directories import digest, has, job_of, lay_out, locate, mark, note_follower, quietly_conclude, settle
 from .slurm_commands import COMMAND_PATIENCE, environment, find_by_name, for_sbatch, scancel
@@ -15,6 +16,8 @@ JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
 SBATCH_PATIENCE = 120.0
 LATE = 20.0  # seconds after which the job of a submission that got no answer can no longer appear in the queue
 SEARCH_EVERY = 2.0
+LOCK_EVERY = 0.1
+FIRST_PAUSE, ROOM_PAUSE, LONGEST_PAUSE = 0.5, 5.0, 60.0  # seconds between two tries to submit; each is twice as long
 CANCEL_EVERY = 0.5
 # Errors of sbatch after which the job may exist or not, or Slurm does not work as it should.
 UNSURE = re.compile(
@@ -35,23 +38,55 @@ LIMIT = re.compile(r"violates accounting/QOS policy", re.I)
 NAMED_LIMIT = re.compile(r"\b(Assoc|QOS)\w*(Limit|Max|Min|Per)\w*")
 
 
-class Locked:
-    """The lock of a run. sbatch inherits it: if the agent is killed, the lock stays until sbatch has ended."""
+@contextmanager
+def locked(run):
+    """Hold the lock of a run, unless its job is recorded meanwhile: by the job itself, while its sbatch has the lock.
 
-    def __init__(self, run):
-        self.run = run
+    sbatch inherits the lock: if the agent is killed, the lock stays until sbatch has ended.
+    """
+    file = os.open(os.path.join(run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        while not job_of(run):
+            try:
+                lock(file, run, wait=False)
+                break
+            except BlockingIOError:
+                time.sleep(LOCK_EVERY)
+        yield file
+    finally:
+        os.close(file)
 
-    def __enter__(self):
-        self.file = os.open(os.path.join(self.run, "lock"), os.O_CREAT | os.O_RDWR, 0o600)
+
+def submit_when_possible(agent, ask, say, current):
+    """Submit a run; return its job and how that was found, None for both if the client has given up this request.
+
+    RequestError: `refused` or `broken`.
+    """
+    run, key = locate(ask)
+    pause, said = FIRST_PAUSE, None
+    while current():
         try:
-            lock(self.file, self.run)
-        except OSError:
-            os.close(self.file)
-            raise
-        return self.file
-
-    def __exit__(self, *_):
-        os.close(self.file)
+            with agent.finishing():
+                found = submit_once(run, key, ask)
+                note_follower(run, ask["follower"])
+                return found
+        except RequestError as error:
+            kind, text = error.kind, str(error)
+        except OSError as error:
+            kind, text = kind_of(error), "%s: %s" % (error.filename or run, error.strerror)
+        finally:
+            agent.turn.end()
+        if kind in ("refused", "broken"):
+            raise RequestError(kind, text)
+        if text != said:
+            said = text
+            say(**{"waiting" if kind == "full" else "trouble": text})
+        pause = max(pause, ROOM_PAUSE) if kind == "full" else pause
+        until = time.time() + pause
+        while current() and time.time() < until:
+            time.sleep(min(0.5, pause))
+        pause = min(2 * pause, LONGEST_PAUSE)
+    return None, None
 
 
 def submit_once(run, key, ask):
@@ -65,9 +100,7 @@ def submit_once(run, key, ask):
         raise RequestError("refused", "%s was cancelled before it was submitted" % run)
     if ask["files"] is not None and read(os.path.join(run, "digest")) != digest(ask["files"]):
         raise RequestError("refused", "%s exists already, with other content" % run)
-    if job_of(run):  # the job itself may have recorded it, while its sbatch still holds the lock
-        return job_of(run), "recorded"
-    with Locked(run) as lock:
+    with locked(run) as lock:
         job, how = find_job(run, key)
         if not job:
             if has(run, "cancelled"):
@@ -154,32 +187,18 @@ def sbatch(run, lock, variables):
 # Requests
 
 
-def submit(agent, ask, _):
-    """Submit a run once, however often and by however many clients it is requested; without files (None), it exists."""
-    run, key = locate(ask)
-    agent.submitting.add(run)
-    try:
-        job, how = submit_once(run, key, ask)
-        if "follower" in ask:
-            note_follower(run, ask["follower"])
-    finally:
-        agent.submitting.discard(run)
-        agent.turn.end()
-    return {"job": job, "how": how}
-
-
-def cancel(_, ask, __):
+def cancel(agent, ask, _):
     """Cancel a run's job, and wait until it is over. A run that has no job will never get one."""
     run, key = locate(ask)
-    job = job_of(run)
-    if job:
-        return {"job": job, "end": end_job(run, key, job)}
-    own(os.path.dirname(run))
-    os.makedirs(run, 0o700, exist_ok=True)
-    mark(run, "cancelled")
-    with Locked(run):  # after a submission that another agent has begun
-        job, _ = find_job(run, key)
-    return {"job": job, "end": job and end_job(run, key, job)}
+    with agent.finishing():
+        job = job_of(run)
+        if not job:
+            own(os.path.dirname(run))
+            os.makedirs(run, 0o700, exist_ok=True)
+            mark(run, "cancelled")
+            with locked(run):  # after a submission that another agent has begun
+                job, _ = find_job(run, key)
+        return {"job": job, "end": job and end_job(run, key, job)}
 
 
 def end_job(run, key, job):

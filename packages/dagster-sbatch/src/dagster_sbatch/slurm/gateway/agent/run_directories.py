@@ -138,9 +138,9 @@ def quietly_conclude(run, job):
         return None
 
 
-def row_of(agent, job, key, events):
+def row_of(queue, job, key, events):
     """Return a job's row of the queue; RUNNING if that view is older than the job's own record of its start."""
-    row = agent.queue.row(job, key)
+    row = queue.row(job, key)
     if "started" in events and (not row or row[0] == "PENDING"):
         return ["RUNNING", "None", ""] + (row or [])[3:]
     return row
@@ -213,7 +213,7 @@ def state(agent, ask, _):
     end = conclude(run, job) if job else None
     if job and not end:
         agent.queue.refresh(os.path.dirname(run))
-    return {"job": job, "end": end, "row": job and row_of(agent, job, key, events_of(run))}
+    return {"job": job, "end": end, "row": job and row_of(agent.queue, job, key, events_of(run))}
 
 
 def reject(_, ask, __):

@@ -8,13 +8,12 @@ import time
 from contextlib import contextmanager
 from functools import partial
 
-from .array_jobs import run_array
 from .claims import claim, clean, hold
 from .disk import RequestError, kind_of
-from .follower import follow
+from .follower import run
 from .images import image
 from .interpreters import load_modules
-from .jobs import SBATCH_PATIENCE, cancel, submit
+from .jobs import SBATCH_PATIENCE, cancel
 from .limits import limits
 from .paths import Profile, with_paths
 from .releases import environment
@@ -34,10 +33,9 @@ def ping(*_):
     return {"pong": True, "host": os.uname()[1]}
 
 
-VERBS = (hold, claim, submit, test, cancel, state, reject, runs, clean, put, piece, get, environment, queue, projects)
-VERBS += (follow, array, run_array, limits, task_counts, task_records, cancel_tasks, load_modules, image, usage, ping)
+VERBS = (hold, claim, run, test, cancel, state, reject, runs, clean, put, piece, get, environment, queue, projects)
+VERBS += (array, limits, task_counts, task_records, cancel_tasks, load_modules, image, usage, ping)
 VERBS = {verb.__name__: verb for verb in VERBS}
-FINISHED = ("submit", "cancel")  # even if the client goes away meanwhile
 IN_ORDER = ("hold", "reject", "piece")  # before the next request is read, which builds on them
 
 
@@ -48,13 +46,12 @@ class Agent:
     profile   what the login profile sets
     held      the locks of claims, by path, held as long as the agent lives
     turn      of its client, to submit what it has compared with what is left
-    submitting  the runs that are about to be submitted
     followers by run: the latest request to follow it; a client that asks again has given up the one before
     """
 
     def __init__(self):
         self.queue, self.profile, self.turn = Queue(), Profile(), Turn()
-        self.held, self.submitting, self.followers = {}, set(), {}
+        self.held, self.followers = {}, {}
         self.out = os.fdopen(os.dup(1), "wb")
         os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # nothing that a child prints gets between two answers
         self.writing, self.counting = threading.Lock(), threading.Lock()
@@ -98,9 +95,6 @@ class Agent:
             import traceback  # loading it takes longer than most agents have a use for it
 
             answer = {"error": "broken", "text": "the gateway agent failed:\n%s" % traceback.format_exc(-3).strip()}
-        if ask.get("do") in FINISHED:
-            with self.counting:
-                self.busy -= 1
         say(**answer)
 
     @contextmanager
@@ -149,9 +143,6 @@ class Agent:
             if ask["do"] in IN_ORDER:
                 self.handle(ask)
                 continue
-            if ask["do"] in FINISHED:
-                with self.counting:
-                    self.busy += 1
             threading.Thread(target=self.handle, args=(ask,), daemon=True).start()
 
 

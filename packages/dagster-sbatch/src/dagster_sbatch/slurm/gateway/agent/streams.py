@@ -3,6 +3,7 @@
 import os
 import time
 
+from .job_record import MESSAGES
 from .transfer import CHUNK
 
 HOLE = 10.0  # seconds for which NUL bytes are held back: on NFS, a node may not have written those bytes yet
@@ -11,14 +12,10 @@ MOST_CHUNKS = 8  # of one stream in a row, so that none starves another
 
 
 class Stream:
-    """A file, and the number of its bytes that are sent.
+    """A file, what the client calls it, and the number of its bytes that are sent."""
 
-    name  what the client calls it
-    text  whether it can have no NUL bytes, as JSON
-    """
-
-    def __init__(self, path, name, at, text):
-        self.path, self.name, self.at, self.text = path, name, at, text
+    def __init__(self, path, name, at):
+        self.path, self.name, self.at = path, name, at
         self.hole = (0, 0)  # its size when NUL bytes were first seen, and the time
 
     def pump(self, say):
@@ -47,7 +44,7 @@ class Stream:
         size, since = self.hole
         if size <= self.at + place:
             size, since = self.hole = os.fstat(file).st_size, time.time()
-        if time.time() - since < HOLE * (LONGER if self.text else 1):
+        if time.time() - since < HOLE * (LONGER if self.name == MESSAGES else 1):
             return place
         return min(len(data), size - self.at)  # the program wrote NUL bytes, or nobody will replace them
 

@@ -75,7 +75,7 @@ class Tasks:
         """Return the streams of a task."""
         paths = {name: "%s.%s" % (self.path(index), name) for name in STREAMS}
         paths[MESSAGES] = os.path.join(self.path(index), MESSAGES)
-        return [Stream(paths[name], name, offsets.get(name, 0), name == MESSAGES) for name in STREAMS]
+        return [Stream(paths[name], name, offsets.get(name, 0)) for name in STREAMS]
 
     def started(self):
         """Return the indices of the tasks that have started."""

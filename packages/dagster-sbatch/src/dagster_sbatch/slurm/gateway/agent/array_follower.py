@@ -1,20 +1,16 @@
-"""Array jobs: submit one as soon as there is room for it, and follow its tasks: their output, states and ends."""
+"""Following the tasks of an array job: their output, states and ends."""
 
 import heapq
 import os
 import time
 from functools import partial
 
-from .disk import RequestError, kind_of
 from .job_record import events_of
-from .jobs import submit_once
-from .run_directories import job_of, locate, note_follower
+from .run_directories import locate
 from .slurm_commands import COMMAND_PATIENCE, LAG, SQUEUE_EVERY, UNSEEN, account
 from .streams import MOST_CHUNKS, pause_after, short_of
 from .tasks import Tasks
 
-FIRST_PAUSE, ROOM_PAUSE, LONGEST_PAUSE = 0.5, 5.0, 60.0  # seconds between two tries to submit; each is twice as long
-JOB_EVERY = 1.0  # seconds between two looks for the job of a run that another client submits
 READS_PER_SECOND = 100.0  # of tasks, however many run; each opens four files
 SHARE = 20  # a command of Slurm that took a second is not repeated for this many: for many tasks, its answers are long
 PAUSE_PER_TASK = 1e-5  # seconds: of many tasks, going through all takes long
@@ -70,8 +66,8 @@ class ArrayFollower:
     requeued  those of them that have started, and wait to start again
     """
 
-    def __init__(self, agent, ask, say, job, current):
-        self.queue, self.say, self.job, self.current = agent.queue, say, job, current
+    def __init__(self, queue, ask, say, job, current):
+        self.queue, self.say, self.job, self.current = queue, say, job, current
         self.run, self.key = locate(ask)
         self.fields, self.offsets = ask["fields"], {int(index): at for index, at in ask["offsets"].items()}
         self.tasks, self.followed, self.left = Tasks(self.run), set(ask["followed"]), set(ask["tasks"])
@@ -263,69 +259,3 @@ class ArrayFollower:
             if index.isdigit():  # tasks that never started share a row, with nothing in it
                 rows.setdefault(index, []).append(row)
         return {"over": True, "rows": rows}
-
-
-def submit_when_possible(agent, ask, say, current):
-    """Submit the run; return its job and how that was found, or None if the client has given up this request.
-
-    RequestError: `refused`.
-    """
-    run, key = locate(ask)
-    pause, said = FIRST_PAUSE, None
-    while current():
-        try:
-            with agent.finishing():
-                job, how = submit_once(run, key, ask)
-                agent.turn.end()
-                note_follower(run, ask["follower"])
-                return job, how
-        except RequestError as error:
-            kind, text = error.kind, str(error)
-        except OSError as error:
-            kind, text = kind_of(error), "%s: %s" % (error.filename or run, error.strerror)
-        if kind in ("refused", "broken"):
-            raise RequestError(kind, text)
-        if text != said:
-            said = text
-            say(**{"waiting" if kind == "full" else "trouble": text})
-        pause = max(pause, ROOM_PAUSE) if kind == "full" else pause
-        until = time.time() + pause
-        while current() and time.time() < until:
-            time.sleep(min(0.5, pause))
-        pause = min(2 * pause, LONGEST_PAUSE)
-    return None
-
-
-def await_job(_, ask, __, current):
-    """Wait until another client has submitted the run; return as `submit_when_possible`."""
-    run, _ = locate(ask)
-    while current() and not job_of(run):
-        time.sleep(JOB_EVERY)
-    return current() and (job_of(run), "recorded")
-
-
-# Requests
-
-
-def run_array(agent, ask, say):
-    """Submit an array job once, as soon as Slurm has room for it, and follow some of its tasks to their ends.
-
-    Without a `follower`, as `scripts/job` asks, nothing is submitted: the run may wait for room, or have no step.
-    """
-    run, _ = locate(ask)
-    agent.followers[run] = me = object()
-
-    def current():
-        return agent.followers[run] is me
-
-    try:
-        submitted = (submit_when_possible if ask["follower"] else await_job)(agent, ask, say, current)
-    except RequestError as error:
-        if error.kind != "refused":
-            raise
-        return {"refused": str(error)}  # an answer: an error would end the client's other requests
-    if not submitted:
-        return {}
-    job, how = submitted
-    say(job=job, how=how)
-    return ArrayFollower(agent, ask, say, job, current).follow()
