@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.slurm.gateway import ArrayJob, ArrayRun, Gateway, StoppedError
-from dagster_sbatch.slurm.gateway.agent import disk, task_states, tasks
+from dagster_sbatch.slurm.gateway.agent import disk, ends, task_states, tasks
 from resources import PROJECT
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, Prepare, put
@@ -118,7 +118,7 @@ def test_what_slurm_says_of_tasks(
 ) -> None:
     put(slurm, "scontrol", scontrol)
     put(slurm, "sacct", sacct)
-    found, trouble = tasks.verdicts("17", KEY, 6, set(range(6)), {1, 2, 3})
+    found, trouble = ends.verdicts("17", KEY, 6, set(range(6)), {1, 2, 3})
     if isinstance(expected, str):
         assert not found
         assert expected in str(trouble)
@@ -130,7 +130,7 @@ def test_what_slurm_says_of_tasks(
 def test_an_outage_leaves_only_those_tasks_undecided_that_need_it(slurm: Path) -> None:
     put(slurm, "scontrol", lines(record("1", "COMPLETED"), record("2", "RUNNING", "Unknown")))
     put(slurm, "sacct", AWAY)
-    found, trouble = tasks.verdicts("17", KEY, 4, {1, 2, 3}, {1, 2, 3})
+    found, trouble = ends.verdicts("17", KEY, 4, {1, 2, 3}, {1, 2, 3})
     assert (found[1]["state"], found[1]["times"], found[2]) == ("COMPLETED", TIMES, None)
     assert set(found) == {1, 2}
     assert isinstance(trouble, disk.RequestError)

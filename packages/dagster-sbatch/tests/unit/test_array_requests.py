@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.slurm.gateway import ArrayRun, Limits, RefusedError, StoppedError
-from dagster_sbatch.slurm.gateway.agent import run_directories, tasks
+from dagster_sbatch.slurm.gateway.agent import ends, run_directories
 from resources import PROJECT
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import Prepare, put
@@ -141,7 +141,7 @@ def test_the_tasks_of_an_array_job_that_its_user_has_renamed(slurm: Path) -> Non
     said = "\n".join(f"{same} ArrayTaskId={each}" for each in ("0 JobState=COMPLETED", "1 JobState=RUNNING"))
     put(slurm, "scontrol", f"cat <<'E'\n{said}\nE")
     put(slurm, "sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
-    found, trouble = tasks.verdicts("17", "KEY-1", 2, {0, 1}, {0, 1})
+    found, trouble = ends.verdicts("17", "KEY-1", 2, {0, 1}, {0, 1})
     assert trouble is None
     assert found[0]["state"] == "COMPLETED"
     assert found[1] is None

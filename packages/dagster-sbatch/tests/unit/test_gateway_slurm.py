@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.slurm.gateway.agent import disk, follower, jobs, run_directories, slurm_commands
+from dagster_sbatch.slurm.gateway.agent import disk, ends, follower, jobs, run_directories, slurm_commands
 from slurm_in_a_box import wait_until
 from support import ROOT
 
@@ -51,16 +51,16 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         (f"echo '{ENDED}'", "", ("COMPLETED", "0:0", [100, 110, 120], "p1")),
         (f"echo '{ENDED} Comment=JobState=FAILED'", "", ("COMPLETED", "0:0", [100, 110, 120], "p1")),
         # Its user has renamed it: scontrol update JobId=17 JobName=mine.
-        (f"echo '{RENAMED} JobState=RUNNING ExitCode=0:0'", "echo 'RUNNING|0:0|100|110|Unknown|p1|mine'", None),
+        (f"echo '{RENAMED} JobState=RUNNING ExitCode=0:0'", "echo 'RUNNING|0:0|100|110|Unknown|p1|mine|17'", None),
         (f"echo '{RENAMED} JobState=FAILED ExitCode=3:0'", "", ("FAILED", "3:0", [100, 110, 120], "p1")),
-        (INVALID, "echo 'CANCELLED by 0|0:15|100|110|120|p1|KEY'", ("CANCELLED", "0:15", [100, 110, 120], "p1")),
-        (INVALID, "echo 'COMPLETED+|0:0|100|Unknown|120|p1|KEY'", ("COMPLETED", "0:0", [100, None, 120], "p1")),
-        (AWAY, "echo 'FAILED|3:0|100|110|120|p1|KEY'", ("FAILED", "3:0", [100, 110, 120], "p1")),
-        (AWAY, "echo 'RUNNING|0:0|100|110|Unknown|p1|KEY'", None),
+        (INVALID, "echo 'CANCELLED by 0|0:15|100|110|120|p1|KEY|17'", ("CANCELLED", "0:15", [100, 110, 120], "p1")),
+        (INVALID, "echo 'COMPLETED+|0:0|100|Unknown|120|p1|KEY|17'", ("COMPLETED", "0:0", [100, None, 120], "p1")),
+        (AWAY, "echo 'FAILED|3:0|100|110|120|p1|KEY|17'", ("FAILED", "3:0", [100, 110, 120], "p1")),
+        (AWAY, "echo 'RUNNING|0:0|100|110|Unknown|p1|KEY|17'", None),
         # The id is another job's by now.
-        (f"echo '{ENDED.replace('KEY', 'other')}'", "echo 'FAILED|1:0|1|2|3|p1|other'", "forgotten"),
-        (INVALID, "echo 'FAILED|1:0|1|2|3|p1|other'", "forgotten"),
-        (INVALID, "echo 'Slurm accounting storage is disabled' >&2; exit 1", "forgotten"),
+        (f"echo '{ENDED.replace('KEY', 'other')}'", "echo 'FAILED|1:0|1|2|3|p1|other|17'", ("", "", [None] * 3, "")),
+        (INVALID, "echo 'FAILED|1:0|1|2|3|p1|other|17'", ("", "", [None] * 3, "")),
+        (INVALID, "echo 'Slurm accounting storage is disabled' >&2; exit 1", ("", "", [None] * 3, "")),
         # An outage is no end.
         (AWAY, "", "temporary"),
         (AWAY, "echo 'Connection refused' >&2; exit 1", "temporary"),
@@ -70,13 +70,11 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
 def test_the_verdict_on_a_job(say: Say, scontrol: str, sacct: str, expected: Any) -> None:
     say("scontrol", scontrol)
     say("sacct", sacct)
+    found, trouble = ends.verdicts("17", "KEY")
     if isinstance(expected, str):
-        with pytest.raises(disk.RequestError) as failure:
-            slurm_commands.verdict("17", "KEY")
-        assert failure.value.kind == expected
+        assert (found, trouble.kind) == ({}, expected)
     else:
-        found = slurm_commands.verdict("17", "KEY")
-        assert (tuple(found.values()) if found else None) == expected
+        assert (found[0] and tuple(found[0].values()), trouble) == (expected, None)
 
 
 VIOLATES = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"

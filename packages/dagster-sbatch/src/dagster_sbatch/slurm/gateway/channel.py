@@ -19,7 +19,7 @@ from dagster_sbatch.slurm.gateway.agent.slurm_commands import KEPT
 from dagster_sbatch.slurm.gateway.shell import after_login_profile, for_any_shell
 from dagster_sbatch.ssh import connect
 
-_MODULES = "disk transfer turn task_states slurm_commands job_record streams tasks paths".split()
+_MODULES = "disk transfer turn task_states slurm_commands job_record ends streams tasks paths".split()
 _MODULES += "run_directories limits usage jobs array_follower follower interpreters building".split()
 _MODULES += "releases claims images task_records server".split()
 """Of the agent, each after those that it uses."""

@@ -8,8 +8,9 @@ from .disk import RequestError
 from .job_record import STREAMS, events_of
 from .jobs import submit_when_possible
 from .run_directories import conclude, job_of, locate, quietly_conclude, row_of
-from .slurm_commands import COMMAND_PATIENCE, LAG, OVER, SQUEUE_EVERY, UNSEEN, account
+from .slurm_commands import COMMAND_PATIENCE, LAG, SQUEUE_EVERY, UNSEEN, account
 from .streams import MOST_CHUNKS, Stream, pause_after, short_of
+from .task_states import OVER
 
 JOB_EVERY = 1.0  # seconds between two looks for the job of a run that another client submits
 

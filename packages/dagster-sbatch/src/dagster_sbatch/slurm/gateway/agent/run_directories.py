@@ -18,11 +18,10 @@ import hashlib
 import json
 import os
 import re
-import time
 
 from .disk import RequestError, load, read, remove_tree, store, unique, write
-from .job_record import CAUSE, EVENTS, STREAMS, cause_of, cut_short, events_of, node_of
-from .slurm_commands import FORGOTTEN, UNKNOWN, verdict
+from .ends import end_in, verdicts
+from .job_record import CAUSE, EVENTS, STREAMS, cut_short, events_of
 from .tasks import CONTENTS, ENDS, FOLDER, Tasks, is_array, task_folder
 
 FOLLOWER = "follower-"
@@ -109,20 +108,11 @@ def conclude(run, job):
         return known
     if is_array(run):
         return Tasks(run).conclude(job)
-    own = events_of(run).get("end") or {}
-    try:
-        slurms = verdict(job, os.path.basename(run))
-    except RequestError as error:
-        old = own.get("code") is not None and time.time() - own["time"] > FORGOTTEN
-        if error.kind != "forgotten" and not old:
-            raise
-        slurms = UNKNOWN
-    if slurms is None:
-        return None
-    events = events_of(run)  # once more: the job may have written its end meanwhile
-    own = events.get("end") or {}
-    end = dict(own, cause=cause_of(run), node=node_of(events), **slurms)
-    if own:
+    found, trouble = verdicts(job, os.path.basename(run))
+    end = end_in(run, found)
+    if not end and trouble:
+        raise trouble
+    if end and "code" in end:
         try:
             store(os.path.join(run, "end"), end)
         except OSError:  # the disk is full: the next request works it out again

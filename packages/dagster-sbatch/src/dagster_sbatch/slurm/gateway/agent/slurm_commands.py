@@ -9,7 +9,7 @@ import threading
 import time
 
 from .disk import RequestError, load, lock, own, store
-from .task_states import OVER, by_job, indices
+from .task_states import by_job, indices
 
 KEPT = frozenset("SLURM_CONF SLURM_CONF_SERVER SLURM_JWT SBATCH_ACCOUNT".split())
 """The variables that Slurm's commands keep: how to reach Slurm, and the project that the user has chosen."""
@@ -21,9 +21,6 @@ UNSHARED_EVERY = 60.0  # seconds between two calls of squeue by an agent that as
 UNSEEN = 60.0  # seconds without an answer of squeue, after which an agent asks Slurm about its own job, as often
 LAG = 15.0  # seconds to wait for a job's own record of its end, once Slurm says that it is over
 COMMAND_PATIENCE = 60.0
-UNKNOWN = {"state": "", "exit": "", "times": [None] * 3, "account": ""}  # the end of a job that Slurm has forgotten
-ENDED = "State,ExitCode,Submit,Start,End,Account,JobName"
-UNKNOWN_JOB, NO_ACCOUNTING = "Invalid job id", "disabled"  # in errors of scontrol and of sacct
 UNFINISHED = ("PENDING", "RUNNING", "COMPLETING")
 ACCOUNTING_TAKES = 0.1  # seconds: sacct asks a database
 RUNNING = set()  # Slurm's commands that have not ended yet
@@ -168,45 +165,6 @@ def scancel(job, key, *tasks):
         record = {}
     renamed = is_of(record, key) and record["JobName"] != key
     ask_slurm("scancel", "--user", user(), *((tasks or (job,)) if renamed else ("--name", key, *tasks)))
-
-
-def state_of(record):
-    """Return what a record of scontrol says of the end, as `over`."""
-    names = ("JobState", "ExitCode", "SubmitTime", "StartTime", "EndTime")
-    return over([record[name] for name in names], record.get("Account"))
-
-
-def verdict(job, key):
-    """Return state, exit code, times and account of a job that is over, None of one that is not.
-
-    The controller is asked first, then the accounting.
-
-    RequestError: `forgotten` if the controller has forgotten the job and the accounting has nothing; `temporary` if
-    they do not answer.
-    """
-    forgotten = False
-    try:
-        found = fields_of(ask_slurm("scontrol", "-o", "show", "job", job))
-        if is_of(found, key):
-            return state_of(found)
-        forgotten = True
-    except RequestError as error:
-        forgotten = UNKNOWN_JOB in str(error)
-    try:
-        rows = [row for row in rows_of("sacct", "-X", "-n", "-P", "-j", job, "-o", ENDED) if row[-1] == key]
-    except RequestError as error:
-        if not forgotten or NO_ACCOUNTING not in str(error):
-            raise
-        rows = []
-    if not rows:
-        raise RequestError("forgotten" if forgotten else "temporary", "Slurm does not know job %s" % job)
-    return over(rows[-1], rows[-1][5])
-
-
-def over(row, project):
-    state = row[0].split()[0].rstrip("+")  # "CANCELLED by 123", "COMPLETED+"
-    times = [int(text) if text.isdigit() else None for text in row[2:5]]
-    return {"state": state, "exit": row[1], "times": times, "account": project} if state in OVER else None
 
 
 def account(job, fields, ran, tasks=None):

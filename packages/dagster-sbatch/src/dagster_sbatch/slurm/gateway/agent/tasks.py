@@ -11,31 +11,15 @@ KEY/
 """
 
 import os
-import re
 import time
 
-from .disk import RequestError, load, lock, read, store
-from .job_record import MESSAGES, STREAMS, cause_of, events_of, node_of
-from .slurm_commands import (
-    ENDED,
-    FORGOTTEN,
-    NO_ACCOUNTING,
-    UNKNOWN,
-    UNKNOWN_JOB,
-    ask_slurm,
-    fields_of,
-    is_of,
-    over,
-    rows_of,
-    state_of,
-)
+from .disk import load, lock, read, store
+from .ends import end_in, verdicts
+from .job_record import MESSAGES, STREAMS
 from .streams import Stream
-from .task_states import indices
 
 CONTENTS, FOLDER, ENDS, LOCK = "tasks.jsonl", "tasks", "ends.json", "ends.lock"
 STARTED = ".started"
-TASK_ID = re.compile(r" ArrayTaskId=(\S+)")
-CANCELLED = dict(UNKNOWN, state="CANCELLED")
 RECORDED = ("account", "cause", "code", "exit", "node", "state", "time", "times", "usage")  # of an end, in ends.json
 # Of the ends of several tasks, the one that is the array job's.
 WORST = "NODE_FAIL BOOT_FAIL OUT_OF_MEMORY TIMEOUT DEADLINE FAILED PREEMPTED REVOKED CANCELLED".split() + [""]
@@ -95,18 +79,13 @@ class Tasks:
         found, trouble = verdicts(job, os.path.basename(self.run), self.count, missing, started)
         ends, certain = {}, set()
         for index in missing:
-            slurms = found.get(index, UNKNOWN)
-            if slurms is None:
+            end = end_in(self.path(index), found, index)
+            if not end:
                 continue
-            events = events_of(self.path(index))
-            own = events.get("end") or {}
-            old = own.get("code") is not None and time.time() - own["time"] > FORGOTTEN
-            if index not in found and not old:
-                continue
-            ends[index] = dict(own, cause=cause_of(self.path(index)), node=node_of(events), **slurms)
-            never = slurms["state"] and slurms["times"][1] is None and index not in started
-            settled = time.time() - (slurms["times"][2] or time.time()) > SETTLED
-            if own or never or settled:
+            ends[index] = end
+            never = end["state"] and end["times"][1] is None and index not in started
+            settled = time.time() - (end["times"][2] or time.time()) > SETTLED
+            if "code" in end or never or settled:
                 certain.add(index)
         return ends, certain, trouble
 
@@ -159,65 +138,3 @@ def whole(ends):
         known = [end["times"][place] for end in ends.values() if end["times"][place] is not None]
         times.append(choose(known) if known else None)
     return dict(worst, times=times)
-
-
-def verdicts(job, key, count, wanted, started):
-    """Return what Slurm says of tasks by index, and the error that leaves the others undecided.
-
-    count: of the array job's tasks
-    wanted: the indices to ask for
-    started: those that have started. If Slurm has no record of another one, that was cancelled while it waited
-    A task that is over has what `over` returns, one that is not has None.
-    """
-    found, known, trouble = {}, False, None
-    try:
-        found, rest, known = ask_controller(job, key, count, wanted)
-        if rest:
-            found.update(dict.fromkeys(wanted - set(found) - started, rest))
-    except RequestError as error:
-        trouble = None if UNKNOWN_JOB in str(error) else error
-    left = wanted - set(found)
-    if not left:
-        return found, None
-    try:
-        more, recorded = ask_accounting(job, key, left)
-    except RequestError as error:
-        if trouble or NO_ACCOUNTING not in str(error):
-            return found, trouble or error
-        more, recorded = {}, False
-    found.update(more)
-    left -= set(more)
-    if trouble and left:
-        return found, trouble
-    for index in left:
-        found[index] = CANCELLED if (known or recorded) and index not in started else UNKNOWN
-    return found, None
-
-
-def ask_controller(job, key, count, wanted):
-    """Return states by index, that of waiting tasks that were all cancelled, and whether Slurm knows the job."""
-    found, rest, known = {}, None, False
-    for line in ask_slurm("scontrol", "-o", "show", "job", job).splitlines():
-        text = TASK_ID.search(line)
-        numbers = indices(text.group(1)) if text else set()
-        remains = bool(numbers) and min(numbers) >= count  # of the waiting tasks, when all of them are cancelled
-        if not remains and not numbers & wanted:
-            continue
-        record = fields_of(line)
-        if not is_of(record, key):
-            continue
-        known, said = True, state_of(record)
-        if remains and said:
-            rest = dict(said, times=[said["times"][0], None, said["times"][2]])
-        found.update(dict.fromkeys(numbers & wanted, said))
-    return found, rest, known
-
-
-def ask_accounting(job, key, wanted):
-    """Return states by index, and whether the accounting knows the job."""
-    rows = rows_of("sacct", "-X", "-n", "-P", "-j", job, "-o", ENDED + ",JobID")
-    rows = [row for row in rows if row[6] == key]
-    found = {}
-    for row in rows:
-        found.update(dict.fromkeys(indices(row[7].partition("_")[2]) & wanted, over(row, row[5])))
-    return found, bool(rows)

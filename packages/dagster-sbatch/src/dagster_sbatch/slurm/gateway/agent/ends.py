@@ -1,0 +1,113 @@
+"""How jobs, and tasks of array jobs, have ended: by their own records and by what Slurm says.
+
+A single job counts as a task with the index 0.
+"""
+
+import re
+import time
+
+from .disk import RequestError
+from .job_record import cause_of, events_of, node_of
+from .slurm_commands import FORGOTTEN, ask_slurm, fields_of, is_of, rows_of
+from .task_states import OVER, indices
+
+ENDED = "State,ExitCode,Submit,Start,End,Account,JobName,JobID"
+TASK_ID = re.compile(r" ArrayTaskId=(\S+)")
+UNKNOWN_JOB, NO_ACCOUNTING = "Invalid job id", "disabled"  # in errors of scontrol and of sacct
+UNKNOWN = {"state": "", "exit": "", "times": [None] * 3, "account": ""}  # the end of a job that Slurm has forgotten
+CANCELLED = dict(UNKNOWN, state="CANCELLED")
+SINGLE = frozenset([0])
+
+
+def end_in(folder, found, index=0):
+    """Return how a job or a task ended; None if it has not, or that is not decided.
+
+    folder: with its own record
+    found: what Slurm says, by index
+    """
+    if found.get(index, UNKNOWN) is None:
+        return None
+    events = events_of(folder)
+    own = events.get("end") or {}
+    old = own.get("code") is not None and time.time() - own["time"] > FORGOTTEN
+    if index not in found and not old:
+        return None
+    return dict(own, cause=cause_of(folder), node=node_of(events), **found.get(index, UNKNOWN))
+
+
+def verdicts(job, key, count=1, wanted=SINGLE, started=SINGLE):
+    """Return what Slurm says of tasks by index, and the error that leaves the others undecided.
+
+    The controller is asked first, then the accounting.
+
+    count: of the array job's tasks
+    wanted: the indices to ask for
+    started: those that have started. If Slurm has no record of another one, that was cancelled while it waited
+    A task that is over has what `over` returns, one that is not has None.
+    """
+    found, known, trouble = {}, False, None
+    try:
+        found, rest, known = ask_controller(job, key, count, wanted)
+        if rest:
+            found.update(dict.fromkeys(wanted - set(found) - started, rest))
+    except RequestError as error:
+        trouble = None if UNKNOWN_JOB in str(error) else error
+    left = wanted - set(found)
+    if not left:
+        return found, None
+    try:
+        more, recorded = ask_accounting(job, key, left)
+    except RequestError as error:
+        if trouble or NO_ACCOUNTING not in str(error):
+            return found, trouble or error
+        more, recorded = {}, False
+    found.update(more)
+    left -= set(more)
+    if trouble and left:
+        return found, trouble
+    for index in left:
+        found[index] = CANCELLED if (known or recorded) and index not in started else UNKNOWN
+    return found, None
+
+
+def ask_controller(job, key, count, wanted):
+    """Return states by index, that of waiting tasks that were all cancelled, and whether Slurm knows the job."""
+    found, rest, known = {}, None, False
+    for line in ask_slurm("scontrol", "-o", "show", "job", job).splitlines():
+        text = TASK_ID.search(line)
+        numbers = indices(text.group(1)) if text else SINGLE
+        remains = bool(numbers) and min(numbers) >= count  # of the waiting tasks, when all of them are cancelled
+        if not remains and not numbers & wanted:
+            continue
+        record = fields_of(line)
+        if not is_of(record, key):
+            continue
+        known, said = True, state_of(record)
+        if remains and said:
+            rest = dict(said, times=[said["times"][0], None, said["times"][2]])
+        found.update(dict.fromkeys(numbers & wanted, said))
+    return found, rest, known
+
+
+def ask_accounting(job, key, wanted):
+    """Return states by index, and whether the accounting knows the job."""
+    rows = rows_of("sacct", "-X", "-n", "-P", "-j", job, "-o", ENDED)
+    rows = [row for row in rows if row[6] == key]
+    found = {}
+    for row in rows:
+        numbers = indices(row[7].partition("_")[2]) if "_" in row[7] else SINGLE
+        found.update(dict.fromkeys(numbers & wanted, over(row, row[5])))
+    return found, bool(rows)
+
+
+def state_of(record):
+    """Return what a record of scontrol says of the end, as `over`."""
+    names = ("JobState", "ExitCode", "SubmitTime", "StartTime", "EndTime")
+    return over([record[name] for name in names], record.get("Account"))
+
+
+def over(row, project):
+    """Return state, exit code, times and account of what is over, None of what is not."""
+    state = row[0].split()[0].rstrip("+")  # "CANCELLED by 123", "COMPLETED+"
+    times = [int(text) if text.isdigit() else None for text in row[2:5]]
+    return {"state": state, "exit": row[1], "times": times, "account": project} if state in OVER else None
