@@ -47,7 +47,7 @@ def submit(runs: Runs, run_id: str, tasks: int) -> str:
     key = new_key()
     files = files_of(PROJECT.load_site("musica"), key, 'if [ "$index" != 0 ]; then sleep 600; fi', tasks, max_running=1)
     about = {"run": run_id, "root": run_id, "asset": "a", "step": "work", "environment": "live"}
-    submit_run(runs.gateway, f"{RUNS}/{key}", {**files, "about.json": json.dumps(about)})
+    submit_run(runs.gateway, f"{RUNS}/{key}", {**files, "about.json": json.dumps(about)}, run_id)
     return f"{RUNS}/{key}"
 
 
