@@ -70,9 +70,11 @@ def test_an_array_job_that_no_run_follows(site: SimulatedSite, runs: Runs, monke
         wait_until(lambda: runs.task_counts(runs.all()) == {path: ONE_OF_EACH}, "the second task runs", 60)
         site.run_on_login(CERTIFICATE_USER, f"touch -d '2 days ago' {path}/tasks {path}/ends.json")
         assert runs.environments_in_use() == {"live"}
+        job = str(runs.gateway.array(path).job)
+        wait_until(lambda: runs.gateway.queue(RUNS)["jobs"][job][0] == "RUNNING", "squeue says so, too", 60)
 
         left = tick(instance)
-        assert f"Slurm job {runs.gateway.array(path).job} (a) is RUNNING, and no Dagster run follows it" in said(left)
+        assert f"Slurm job {job} (a) is RUNNING, and no Dagster run follows it" in said(left)
         assert clean(instance, monkeypatch) == "nothing is old enough"
 
         run = instance.get_run_by_id(run_id)

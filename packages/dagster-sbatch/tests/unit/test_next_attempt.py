@@ -60,12 +60,12 @@ class Gateway:
         self.ends, self.records, self.rejected = list(ends), list[Any](), list[str]()
         self.stop, self.committed, self.metadata = threading.Event(), False, dict[str, Any]()
 
-    def run(self, run: str, files: Any, sinks: Any, on_submitted: Callable[[Submitted], None], *_: Any) -> JobEnd:
+    def run(self, run: str, files: Any, _: Any, __: str, report: Callable[[Submitted], None], ___: Any) -> JobEnd:
         if files:
             self.records.append(json.loads(files["submitted_with.json"]))
         end = self.ends.pop(0)
         if not isinstance(end, RefusedError):
-            on_submitted(Submitted(run.rpartition("-")[2], "submitted"))
+            report(Submitted(run.rpartition("-")[2], "submitted"))
         if isinstance(end, Exception):
             raise end
         return end

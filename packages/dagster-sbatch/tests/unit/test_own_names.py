@@ -78,7 +78,7 @@ class Gateway:
     def __init__(self) -> None:
         self.stop, self.committed = threading.Event(), False
 
-    def run(self, run: str, files: Any, sinks: Any, on_submitted: Any, *_: Any) -> JobEnd:
+    def run(self, run: str, files: Any, sinks: Any, _: str, on_submitted: Any, *__: Any) -> JobEnd:
         assert files is None, run
         on_submitted(Submitted("7", "found"))
         sinks["messages.jsonl"](REPORT)
