@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -315,7 +316,8 @@ def test_the_clock_of_the_login_node_is_set_back(slurm: Path, prepare: Prepare, 
     gateway = prepare(f"{HURRIED}\n{SET_BACK.format(mark=str(mark))}")
     states: list[str] = []
     with ThreadPoolExecutor(1) as pool:
-        end = pool.submit(lambda: gateway.follow(str(run), {}, lambda state: states.append(state.state)))
+        follow = partial(gateway.run, on_state=lambda state: states.append(state.state))
+        end = pool.submit(follow, str(run), None, {}, "")
         try:
             wait_until(lambda: states == ["RUNNING"], "it is followed", 60)
             put(slurm / "bin", "squeue", "")
