@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import shutil
 import ssl
 import sys
 import threading
@@ -42,12 +43,11 @@ SITE = '    "borealis": {"partitions": {"batch": {"cores": 128, "mem": "256G"}}}
 JOB = '\ncoarse_job = dg.define_asset_job("coarse", selection="coarse_pi")\n'
 ENGINES_OWN = ["pixi.toml", "pyproject.toml", "requirements/dev.txt", "vendor/dagster_sbatch-1.0.0-py3-none-any.whl"]
 """What an upgrade changes in a project, beside the new wheel."""
-QUICK = {"PYTEST_ADDOPTS": "tests/unit"}
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy with an asset, a site and a job of its owner."""
+    """A copy with an asset, a site and a job of its owner, who keeps the quick tests only."""
     folder = made_in(tmp_path_factory.mktemp("project"))
     (folder / PACKAGE / "assets" / "coarse.py").write_text(ASSET)
     sites = folder / "resources" / "__init__.py"
@@ -60,6 +60,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         .replace("import estimates_job", "import coarse_job, estimates_job")
         .replace("all_jobs = (", "all_jobs = (coarse_job, ")
     )
+    for slow in ("cluster", "local"):
+        shutil.rmtree(folder / "tests" / slow)
     assert run_in(folder, "git", "add", "--all").returncode == 0
     commit = ("-c", "user.name=me", "-c", "user.email=me@localhost", "commit", "--quiet", "--message", "mine")
     assert run_in(folder, "git", *commit).returncode == 0
@@ -79,7 +81,7 @@ def installed(project: Path) -> str:
 
 def test_an_edited_project_runs_with_a_newer_engine_and_returns(project: Path, tmp_path: Path) -> None:
     wheel = newer_engine(tmp_path, "1.1.0")
-    done = run_in(project, sys.executable, "scripts/upgrade", str(wheel.path), **QUICK)
+    done = run_in(project, sys.executable, "scripts/upgrade", str(wheel.path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All tests pass" in done.stdout
     assert f"also make them by hand:\n\n1.1.0\n{CHANGE}" in done.stdout
@@ -90,7 +92,7 @@ def test_an_edited_project_runs_with_a_newer_engine_and_returns(project: Path, t
     assert run.returncode == 0, run.stderr
     assert "Materialized value coarse_pi" in run.stdout + run.stderr
 
-    back = run_in(project, sys.executable, "scripts/upgrade", "--back", **QUICK)
+    back = run_in(project, sys.executable, "scripts/upgrade", "--back")
     assert back.returncode == 0, back.stdout + back.stderr
     assert f"undo them by hand:\n\n1.1.0\n{CHANGE}" in back.stdout
     assert run_in(project, "git", "status", "--porcelain").stdout == ""
@@ -104,12 +106,12 @@ def test_an_engine_that_fails_the_tests_stays_until_back(project: Path, tmp_path
     wheel = newer_engine(
         tmp_path, "1.1.1", {"src/dagster_sbatch/run/compute.py": ("class ComputeResource(", "class Renamed(")}
     )
-    done = run_in(project, sys.executable, "scripts/upgrade", str(wheel.path), **QUICK)
+    done = run_in(project, sys.executable, "scripts/upgrade", str(wheel.path))
     assert done.returncode == 3
     assert "A test fails. Its output is above." in done.stdout
     assert "\n  scripts/upgrade --back\n" in done.stdout
     assert installed(project) == "1.1.1"
-    assert run_in(project, sys.executable, "scripts/upgrade", "--back", **QUICK).returncode == 0
+    assert run_in(project, sys.executable, "scripts/upgrade", "--back").returncode == 0
     assert run_in(project, "git", "status", "--porcelain").stdout == ""
 
 

@@ -1,8 +1,10 @@
 """What CI leaves out: the simulated site's own tests, if this commit does not change the site."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -78,17 +80,17 @@ def test_without_a_main_to_compare_with_all_tests_run(checkout: Checkout) -> Non
     assert checkout.options(CI_BASE=checkout.first) == LEFT_OUT
 
 
-def test_the_option_leaves_out_the_tests_of_the_site_and_no_others() -> None:
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
-
-    def collected(*options: str) -> set[str]:
-        done = subprocess.run(
-            [*command, *options], cwd=ROOT, env={**os.environ, "PYTEST_ADDOPTS": ""}, capture_output=True, text=True,
-            check=True,
-        )  # fmt: skip
-        return {line for line in done.stdout.splitlines() if "::" in line}
-
-    everything = collected()
-    of_the_site = {test for test in everything if test.startswith("packages/slurm-in-a-box/")}
-    assert of_the_site
-    assert collected(LEFT_OUT.strip()) == everything - of_the_site
+def test_the_option_leaves_out_the_tests_of_the_site_and_no_others(tmp_path: Path) -> None:
+    """In a repository with the same configuration of pytest, and one test in each folder of tests."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    folders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"]
+    assert all((ROOT / folder).is_dir() for folder in folders)
+    for number, folder in enumerate(folders):
+        (tmp_path / folder / "unit").mkdir(parents=True)
+        (tmp_path / folder / "unit" / f"test_{number}.py").write_text("def test() -> None: pass\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", LEFT_OUT.strip()], cwd=tmp_path,
+        env={**os.environ, "PYTEST_ADDOPTS": ""}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    left = {folder for folder in folders if f"{folder}/unit/test_" in done.stdout}
+    assert left == set(folders) - {"packages/slurm-in-a-box/tests"} != set(folders)

@@ -128,15 +128,23 @@ def build_editable(folder, *_):
 """Builds the project `copy` without a package."""
 
 
-@pytest.mark.parametrize("variable", ["PIP_USER", "PIP_REQUIRE_HASHES", "PIP_DRY_RUN", "PIP_TARGET", "pip.conf"])
-def test_pip_installs_into_the_projects_environment_whatever_the_user_prefers(variable: str, copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("variables", "settings"),
+    [
+        ({"PIP_USER": "1", "PIP_REQUIRE_HASHES": "1", "PIP_DRY_RUN": "1", "PIP_TARGET": "elsewhere"}, ""),
+        ({}, "[install]\nuser = true\n"),
+    ],
+    ids=["variables", "pip.conf"],
+)
+def test_pip_installs_into_the_projects_environment_whatever_the_user_prefers(
+    variables: dict[str, str], settings: str, copy: Path
+) -> None:
     """Many sites recommend `user = true`."""
     (copy / "backend.py").write_text(BACKEND)
     with (copy / "pyproject.toml").open("a") as project:
         project.write('[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
-    (copy / "pip.conf").write_text("[install]\nuser = true\n" if variable == "pip.conf" else "")
-    theirs = {"PIP_TARGET": str(copy / "elsewhere")}.get(variable, "1")
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(copy), "PIP_NO_INDEX": "1", variable: theirs}
+    (copy / "pip.conf").write_text(settings)
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(copy), "PIP_NO_INDEX": "1", **variables}
     done = run([sys.executable, "scripts/show"], cwd=copy, env={**environment, "PIP_CONFIG_FILE": f"{copy}/pip.conf"})
     assert done.stdout == f"{copy}/.venv []\n", done.stderr
     assert list((copy / ".venv").glob("lib/python*/site-packages/copy-0.dist-info"))

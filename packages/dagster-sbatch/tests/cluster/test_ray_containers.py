@@ -9,7 +9,7 @@ import pytest
 from dagster_sbatch.launchers import Container, RayLauncher
 from slurm_in_a_box import SimulatedSite
 from slurm_in_a_box.images import IMAGE, OS_NAME
-from support.ray_run import CONNECT, HANG, RayRun, cause_of, nothing_is_left, place, share_out
+from support.ray_run import CONNECT, HANG, NO_DASHBOARD, RayRun, cause_of, nothing_is_left, place, share_out
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 LOOKS = HANG.replace(
@@ -33,15 +33,10 @@ def kill_raylet(site: SimulatedSite, _: RayRun, nodes: tuple[str, ...]) -> None:
     site.run_on_node(nodes[-1], "kill -KILL $(pgrep -x raylet)")
 
 
-def end(site: SimulatedSite, run: RayRun, _: tuple[str, ...]) -> None:
-    run.go_on()
-
-
 CASES: dict[str, tuple[str, Disturb, str]] = {
     "works": (LOOKS, drop, ""),
     "cancelled": (HANG, cancel, "it was cancelled on the cluster"),
     "raylet": (HANG, kill_raylet, "Ray on {second}: raylet was killed by signal 9"),
-    "raises": (f"{HANG}    raise KeyError('why')\n", end, "probe workload.py raised KeyError: 'why'"),
 }
 """By name: the workload, what happens when it runs, and the cause of its failure."""
 
@@ -50,7 +45,8 @@ def play(name: str, site: SimulatedSite, folder: Path, python: str, nodes: tuple
     workload, disturb, cause = CASES[name]
     packages = str(Path(python).parents[1])
     image = Container(str(site.layout.images / IMAGE), binds=["~", packages], python=python)
-    launcher, libraries = RayLauncher(container=image), {"LD_LIBRARY_PATH": f"{packages}/base/lib"}
+    launcher = NO_DASHBOARD.model_copy(update={"container": image})
+    libraries = {"LD_LIBRARY_PATH": f"{packages}/base/lib"}
     run = RayRun(site, folder, workload, name=name, launcher=launcher, env=libraries, **place(nodes))
     run.wait_until_ready()
     disturb(site, run, nodes)

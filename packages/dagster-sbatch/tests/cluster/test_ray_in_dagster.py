@@ -24,7 +24,7 @@ def hangs(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.Mat
     return compute.run(
         context,
         workload=Path(__file__).parent / "workloads" / "hangs.py",
-        launcher=RayLauncher(),
+        launcher=RayLauncher(ray_start_args=["--include-dashboard=false"]),
         request=SlurmRequest(cpus_per_task=2, mem="3G", time_limit="00:10:00", **{PLACE}),
         extras={{"name": "ready"}},
     ).get_materialize_result()

@@ -19,13 +19,13 @@ USES_GPU = "gpu = open(os.environ['DEVICES'] + '/nvidia' + os.environ['CUDA_VISI
 BUSY = f"""{MEASURED}
 {USES_GPU}
 kept = b'x' * (200 << 20)
-wait_until_measured(18)
+wait_until_measured(18, pause=0.05)
 {PIPES}    pipes.report_asset_materialization()
 """
 RANKS = f"""{MEASURED}
 if os.environ['RANK'] == '1':
     kept = b'x' * (300 << 20)
-wait_until_measured(12)
+wait_until_measured(12, pause=0.05)
 {PIPES}    pipes.report_asset_materialization()
 """
 FIRST, SECOND = DAYS.get_partition_keys()[:2]

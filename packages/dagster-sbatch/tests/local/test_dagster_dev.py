@@ -134,15 +134,3 @@ def test_a_backfill_of_1000_partitions_with_failures_and_its_re_execution(
         assert tasks_of(dagster_dev, second) == ["2021-07-30", "2022-02-15", "2022-02-25", "2023-03-02"]
         expect_partitions(page, "weather", DAY, failed=0, materialized=1000)
         expect(page.get_by_text("mean_temperature", exact=True)).to_be_visible()
-
-
-def test_history_survives_a_restart(dagster_dev: DagsterDev) -> None:
-    run_id = dagster_dev.launch("talker", location="probe")
-    assert dagster_dev.wait(run_id) == "SUCCESS"
-    before = dagster_dev.materializations("talker")
-    dagster_dev.stop()
-    dagster_dev.start()
-    assert dagster_dev.status(run_id) == "SUCCESS"
-    assert dagster_dev.materializations("talker") == before
-    kept = {path.name for path in dagster_dev.folder.iterdir() if not path.name.startswith(".tmp_dagster_home_")}
-    assert kept == {".dagster", "dagster.yaml", "workspace.yaml"}

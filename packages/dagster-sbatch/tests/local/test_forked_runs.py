@@ -107,8 +107,15 @@ def test_a_run_that_is_killed_with_its_fork_server_is_found_and_retried(server: 
     assert another != parent
 
 
-def test_a_run_that_was_not_forked_is_found_and_retried_after_a_power_cut(tmp_path: Path) -> None:
+def test_after_a_power_cut_history_is_kept_and_a_run_that_was_not_forked_is_retried(tmp_path: Path) -> None:
+    go = tmp_path / "data" / "go"
     with dagster_dev_in(tmp_path, ", fork: false") as server:
+        go.parent.mkdir()
+        go.touch()
+        done = server.launch("waiter", location="waiting")
+        assert server.wait(done) == "SUCCESS"
+        stored = server.materializations("waiter")
+        go.unlink()
         run_id = server.launch("waiter", location="waiting")
         path = server.data_root / run_id
         wait_for(lambda: path.exists() and path.read_text(), 90, f"run {run_id} waits")
@@ -117,11 +124,14 @@ def test_a_run_that_was_not_forked_is_found_and_retried_after_a_power_cut(tmp_pa
         server.kill()
         wait_for(lambda: gone(pid), 60, "the run has been killed, too")
         server.start()
+        assert (server.status(done), server.materializations("waiter")) == ("SUCCESS", stored)
         wait_for(lambda: server.status(run_id) == "FAILURE", 60, "run monitoring fails the run")
         assert any(f"Process {pid} of this run is gone" in text for text in server.messages(run_id))
         retry = wait_for(lambda: server.re_execution_of(run_id), 60, "it is retried")
-        (server.data_root / "go").touch()
+        go.touch()
         assert server.wait(retry) == "SUCCESS"
+        kept = {path.name for path in server.folder.iterdir() if not path.name.startswith(".tmp_dagster_home_")}
+        assert kept == {".dagster", "dagster.yaml", "workspace.yaml"}
 
 
 def test_runs_end_with_dagster_dev_by_ctrl_c_and_outlive_its_kill(server: DagsterDev) -> None:

@@ -1,6 +1,7 @@
 """Refreshes that fail: nothing piles up at authentik, nothing is recorded as done, each text says what to do."""
 
 import base64
+import functools
 import json
 import threading
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from dagster_sbatch.auth import (
 )
 from dagster_sbatch.auth.authentik import request_oidc_token
 from dagster_sbatch.auth.http import Http, HttpAnswer
+from dagster_sbatch.auth.network import public_trust
 from dagster_sbatch.auth.refresh_failures import RefreshFailures
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance, wait_until
@@ -38,8 +40,9 @@ Wind = Callable[[timedelta], None]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pauses between the tries of one refresh, and no waiting for the disk."""
+    """No pauses between the tries of one refresh, no waiting for the disk, and the authorities are read once."""
     monkeypatch.setattr("os.fsync", lambda _: None)
+    monkeypatch.setattr("dagster_sbatch.auth.http.public_trust", functools.cache(public_trust))
     monkeypatch.setattr("dagster_sbatch.auth.http.FIRST_PAUSE", 0.0)
     monkeypatch.setattr("dagster_sbatch.auth.renew.ISSUE_TRIES", 1)
 

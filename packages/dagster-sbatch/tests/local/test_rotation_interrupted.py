@@ -19,7 +19,7 @@ from support.rotation import variables as variables
 
 pytestmark = pytest.mark.local
 STRESS = os.environ.get("STRESS") == "1"
-ROUNDS = 30 if STRESS else 3
+ROUNDS = 30 if STRESS else 2
 
 
 def count_steps(variables: dict[str, str]) -> int:

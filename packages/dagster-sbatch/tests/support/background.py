@@ -29,7 +29,7 @@ MEASURED = """
 import os, time
 from pathlib import Path
 
-def wait_until_measured(seconds):
+def wait_until_measured(seconds, pause=0):
     own = f"SLURM_JOB_ID={os.environ['SLURM_JOB_ID']}\\0".encode()
 
     def is_sampler(process):
@@ -52,10 +52,11 @@ def wait_until_measured(seconds):
             time.sleep(0.2)
     until = time.time() + seconds
     while time.time() < until:
-        pass
+        sum(range(100_000))
+        time.sleep(pause)
 """
 """Beginning of a workload that waits until the sampler of its job runs and its GPUs, if it has any, were read, and
-then computes for some seconds."""
+then computes for some seconds, with pauses."""
 
 
 def kill_on_node(site: SimulatedSite, node: str, victims: str) -> None:

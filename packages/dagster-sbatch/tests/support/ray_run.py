@@ -27,7 +27,8 @@ PLACE = place(NODES)
 NO_DASHBOARD = RayLauncher(ray_start_args=["--include-dashboard=false"])
 ON_THE_SECOND = '[ "$SLURM_PROCID" = 0 ] || '
 """Begins a pre-start command for the node that is not the head."""
-FEW_CPUS = 2
+FEW_CPUS = 1
+"""Per node. Ray starts a process for each."""
 CONNECT = (
     PIPES
     + """
