@@ -111,7 +111,7 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
 def start_badly(name: str, site: SimulatedSite, folder: Path, nodes: tuple[str, ...]) -> None:
     fields, which, texts = BAD_STARTS[name]
     nodes = ("g4001",) if name == GPU_IS_BROKEN else nodes[:which]
-    gpus = {"gpus_per_node": 2} if name == GPU_IS_BROKEN else {}
+    gpus = {"gpus_per_node": 2, "cpus_per_task": 2} if name == GPU_IS_BROKEN else {}
     run = RayRun(
         site, folder, HANG, name=name.replace(" ", "-"), launcher=RayLauncher(**fields), **place(nodes), **gpus
     )
