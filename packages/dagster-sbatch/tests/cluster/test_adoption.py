@@ -179,7 +179,10 @@ def test_what_decides_the_result_is_changed_while_the_job_runs(
 
 
 def test_a_step_before_it_runs_again(site: SimulatedSite, tmp_path: Path, variables: dict[str, str]) -> None:
-    """The job has read what that step had written before. Without that step, the job is adopted."""
+    """The job has read what that step had written before. Without that step, the job is adopted.
+
+    Unless another run has materialized that asset meanwhile.
+    """
     step = Step(tmp_path / "step", variables, WAITS)
     step.call(upstream=True)
     process = step.start(again=False)
@@ -190,13 +193,18 @@ def test_a_step_before_it_runs_again(site: SimulatedSite, tmp_path: Path, variab
     kill(process)
     process = step.start(again=True)
     wait_until(lambda: site.job_state(old) == "CANCELLED", "the outdated job is cancelled", 90)
-    assert f"Slurm job {old} was submitted by an earlier run of this step with other inputs (upstream step files)" in (
-        step.log
-    )
+    by_another = "was submitted by an earlier run of this step with other inputs"
+    assert f"Slurm job {old} {by_another} (data version of files, upstream step files)" in step.log
+    new = only_job(site, "RUNNING")
+    kill(process)
+    step.materialize("files")
+    process = step.start("probe", again=True)
+    wait_until(lambda: site.job_state(new) == "CANCELLED", "the job that has read older files is cancelled", 90)
+    assert f"Slurm job {new} {by_another} (data version of files)" in step.log
     go_on(site)
     success, error, metadata = step.result(process)
     assert (success, error) == (True, "")
-    assert metadata["job_id"] != old
+    assert metadata["job_id"] not in (old, new)
     one_job_each(site)
 
 

@@ -138,6 +138,28 @@ def test_after_a_kill_tasks_that_run_are_followed_and_results_of_the_others_are_
     nobody_left(site)
 
 
+def test_tasks_that_have_read_older_data_run_again(
+    site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    """One of them has ended, the other one runs."""
+    asset = ArrayProcess(tmp_path / "asset", variables, HALF_WAITS, FIRST, SIX)
+    asset.renew_readings(*KEYS)
+    process = asset.start()
+    wait_until(lambda: half_is_over(site), "three tasks are over", 90)
+    kill(process)
+    newer = ["2013-01-02", "2013-01-05"]
+    asset.renew_readings(*newer, "2013-01-09")
+    process = asset.start(of=asset.runs()[0], from_failure=True)
+    wait_until(lambda: "attaching to 2, and using the results of 2 that have ended" in asset.log, "adopted", 90)
+    assert "needs with other values or newer data (2013-01-05). They are cancelled" in asset.log
+    go_on(site)
+    outcome = asset.outcome(process)
+    assert outcome.error == ""
+    assert sorted(str(key) for key in outcome.once) == KEYS[:6]
+    assert sorted(tasks_there(site).values(), key=len) == [newer, KEYS[:6]]
+    nobody_left(site)
+
+
 def test_a_task_that_was_adopted_and_requests_a_retry_runs_again(
     site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
 ) -> None:

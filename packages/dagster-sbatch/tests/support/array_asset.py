@@ -77,9 +77,11 @@ class ArrayAsset:
         (self._folder / "workloads" / "workload.py").write_text(f"{PIPES}\n{body}\n")
 
     def definitions(self) -> dg.Definitions:
-        """Return the code location."""
+        """Return the code location: the asset reads `readings`, which others materialize."""
+        readings = dg.AssetSpec("readings", partitions_def=self.partitions)
 
         @dg.asset(
+            deps=[readings],
             partitions_def=self.partitions,
             backfill_policy=dg.BackfillPolicy.single_run() if self.partitions else None,
             check_specs=[dg.AssetCheckSpec(name, asset="probe") for name in self._checks],
@@ -91,8 +93,8 @@ class ArrayAsset:
             self.completed.append(done)
             return done.get_materialize_result()
 
-        job = dg.define_asset_job("all", selection="*", executor_def=dg.in_process_executor)
-        return dg.Definitions(assets=[probe], jobs=[job], resources={"compute": ComputeResource.of(PROJECT)})
+        job = dg.define_asset_job("all", selection="probe", executor_def=dg.in_process_executor)
+        return dg.Definitions(assets=[readings, probe], jobs=[job], resources={"compute": ComputeResource.of(PROJECT)})
 
     def run(
         self, first: str = "", last: str = "", *, of: str | None = None, from_failure: bool = False, **tags: str

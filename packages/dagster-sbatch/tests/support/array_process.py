@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import dagster as dg
 
 from support import ROOT
 from support.array_asset import ArrayOutcome
+from support.step import start
 
 PROGRAM = """\
 import json, os, sys
@@ -50,18 +50,9 @@ class ArrayProcess:
         calls = {"array": self.array, "request": self.request, "range": self._range}
         options = {**calls, "of": of, "from_failure": from_failure}
         number = len(list(self._folder.glob("log-*")))
-        with (
-            (self._folder / f"log-{number:03}").open("wb") as log,
-            (self._folder / f"out-{number:03}").open("wb") as out,
-        ):
-            return subprocess.Popen(
-                [sys.executable, str(self._folder / "program.py"), str(self._folder), json.dumps(options)],
-                env=self._variables,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=log,
-            )
+        command = [str(self._folder / "program.py"), str(self._folder), json.dumps(options)]
+        files = self._folder / f"out-{number:03}", self._folder / f"log-{number:03}"
+        return start(command, self._variables, *files)
 
     def outcome(self, process: "subprocess.Popen[bytes]", seconds: float = 180) -> ArrayOutcome:
         """The outcome of a run that ends by itself."""
@@ -77,6 +68,12 @@ class ArrayProcess:
     def output(self) -> str:
         """What the latest run has written to its stdout."""
         return sorted(self._folder.glob("out-*"))[-1].read_text()
+
+    def renew_readings(self, *partitions: str) -> None:
+        """Record that another run has materialized partitions of the asset that this one reads."""
+        with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
+            for partition in partitions:
+                instance.report_runless_asset_event(dg.AssetMaterialization("readings", partition=partition))
 
     def step_succeeded(self, run_id: str | None) -> bool:
         """Return whether the step of a run has succeeded; a kill may come between that and the end of its process."""

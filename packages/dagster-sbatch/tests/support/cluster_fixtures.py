@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import paramiko
@@ -9,6 +10,14 @@ import pytest
 
 from slurm_in_a_box import CPU_PARTITION, SimulatedSite, wait_until
 from support import access
+from support.step import kill_all
+
+
+@pytest.fixture(autouse=True)
+def steps_end_with_their_test() -> Iterator[None]:
+    """That of a test which has failed would use the next test's access."""
+    yield
+    kill_all()
 
 
 @pytest.fixture

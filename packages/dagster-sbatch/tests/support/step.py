@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,19 +117,17 @@ class Step:
         with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
             return len(instance.fetch_materializations(dg.AssetKey("probe"), limit=10).records)
 
+    def materialize(self, asset: str) -> None:
+        """Record a materialization of an asset, as of another run."""
+        with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
+            instance.report_runless_asset_event(dg.AssetMaterialization(asset))
+
     def start(self, *steps: str, again: bool) -> "subprocess.Popen[bytes]":
         """Start a run; `again` makes it a re-execution of the latest one: of all steps, or of these."""
         parent = [*self.runs()[-1:], *steps] if again else []
         number = len(list(self._folder.glob("log-*")))
-        with (self._folder / f"log-{number}").open("wb") as log, (self._folder / f"out-{number}").open("wb") as out:
-            return subprocess.Popen(
-                [sys.executable, str(self._folder / "step.py"), *parent],
-                env=self._variables,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=log,
-            )
+        files = self._folder / f"out-{number}", self._folder / f"log-{number}"
+        return start([str(self._folder / "step.py"), *parent], self._variables, *files)
 
     def begun(self, process: "subprocess.Popen[bytes]") -> bool:
         """Whether its asset has begun."""
@@ -149,6 +148,32 @@ class Step:
     def output(self) -> str:
         """What the latest run has written to its stdout."""
         return sorted(self._folder.glob("out-*"))[-1].read_text()
+
+
+_started: "list[subprocess.Popen[bytes]]" = []
+
+
+def start(command: Sequence[str], variables: Mapping[str, str], output: Path, log: Path) -> "subprocess.Popen[bytes]":
+    """Start a Python program that ends with the test at the latest.
+
+    Args:
+        command: the program and its arguments.
+        variables: its environment.
+        output: gets its stdout.
+        log: gets its stderr.
+    """
+    with output.open("wb") as out, log.open("wb") as err:
+        process = subprocess.Popen(
+            [sys.executable, *command], env=variables, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+        )
+    _started.append(process)
+    return process
+
+
+def kill_all() -> None:
+    """End what was started and still runs: a test has failed."""
+    while _started:
+        kill(_started.pop())
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:

@@ -175,7 +175,7 @@ def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bo
         attempts = Family(context, gateway, "/base", call, {}, SlurmRequest(), questions=Questions())
         attempts.choose_tasks({0: TASK})
     assert done == [("runs/f-1", [1, 2]), ("runs/f-2", None)]
-    assert "values (y, z). They are cancelled" in warnings[0]
+    assert "newer data (y, z). They are cancelled" in warnings[0]
     assert len(warnings) == (4 if refused else 2)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_sbatch.run.step_inputs import inputs_of_step
+from dagster_sbatch.run.array import Task
+from dagster_sbatch.run.step_inputs import inputs_of_step, with_versions
 
 seen: list[dict[str, Any]] = []
 KILLED = "killed"
@@ -49,8 +50,84 @@ def test_a_step_that_runs_again_is_another_input_of_those_that_wait_for_it(tmp_p
         alone = execute(dg.ReexecutionOptions(from_failure, step_selection=["reader"]))
         again = execute(dg.ReexecutionOptions(alone))
         execute(dg.ReexecutionOptions.from_failure(again, instance))
+        dg.materialize([files], instance=instance)
+        execute(dg.ReexecutionOptions.from_failure(again, instance))
+    versions = [each.pop("data version of files") for each in seen]
+    assert versions == [versions[0]] * 3 + [versions[3]] * 2 + [versions[5]]
+    assert len({version for _, version in versions}) == 3
     expected = {"assets": ["reader"], "code_version of reader": "3"}
-    assert seen == [{**expected, "upstream step files": run} for run in (first, first, first, again, again)]
+    assert seen == [{**expected, "upstream step files": run} for run in (first, first, first, again, again, again)]
+
+
+months = dg.StaticPartitionsDefinition(["1", "2", "3"])
+observed = dg.AssetSpec("observed")
+
+
+@dg.asset(partitions_def=months)
+def monthly(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    return dg.MaterializeResult(data_version=dg.DataVersion(context.run.tags["version"]))
+
+
+def test_the_newest_data_of_the_assets_before_it_are_inputs() -> None:
+    """Of the partitions that it reads, and where Dagster does not materialize an asset, as it was observed."""
+    reads = dg.AssetDep(monthly, partition_mapping=dg.SpecificPartitionsPartitionMapping(["1", "2"]))
+
+    @dg.asset(deps=[reads, observed])
+    def reader(context: dg.AssetExecutionContext) -> None:
+        for by_partition in (False, True):
+            seen.append(inputs_of_step(context.op_execution_context, by_partition=by_partition))
+
+    def read() -> list[dict[str, Any]]:
+        seen.clear()
+        dg.materialize([reader, monthly, observed], selection=[reader], instance=instance)
+        assert [each.pop("assets") for each in seen] == [["reader"], ["reader"]]
+        return list(seen)
+
+    def materialize(month: str, version: str) -> None:
+        dg.materialize([monthly], partition_key=month, tags={"version": version}, instance=instance)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert read() == [{}, {}]
+        materialize("2", "a")
+        materialize("3", "b")
+        assert read() == [{"data version of monthly": ("2", "a")}, {}]
+        materialize("1", "a")
+        seen_at = dg.AssetObservation("observed", tags={"dagster/data_version": "seen"})
+        instance.report_runless_asset_event(seen_at)
+        version = {"data version of observed": (None, "seen")}
+        assert read() == [{"data version of monthly": ("1", "a"), **version}, version]
+
+
+def test_the_task_of_an_array_reads_its_own_partitions() -> None:
+    """Of assets with the same partitions; a mapping to others is not followed."""
+    all_of_it, at_once = dg.AllPartitionMapping(), dg.BackfillPolicy.single_run()
+    other = dg.asset(name="other", partitions_def=months)(lambda: None)
+    tasks = [Task("1..2", ["1", "2"]), Task("3", ["3"])]
+    found: list[tuple[Task, ...]] = []
+
+    @dg.asset(
+        deps=[monthly, observed, dg.AssetDep(other, partition_mapping=all_of_it)],
+        partitions_def=months,
+        backfill_policy=at_once,
+    )
+    def reader(context: dg.AssetExecutionContext) -> None:
+        found.append(with_versions(context.op_execution_context, tasks))
+
+    def read() -> list[list[str]]:
+        partitions = {"dagster/asset_partition_range_start": "1", "dagster/asset_partition_range_end": "3"}
+        dg.materialize([reader, monthly, other, observed], selection=[reader], tags=partitions, instance=instance)
+        return [list(task.reads) for task in found[-1]]
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert read() == [[], []]
+        assert [task.id for task in found[0]] == [task.id for task in tasks]
+        for month, version in (("1", "a"), ("2", "b"), ("1", "c")):
+            dg.materialize([monthly], partition_key=month, tags={"version": version}, instance=instance)
+        dg.materialize([other], partition_key="3", instance=instance)
+        assert read() == [["monthly c", "monthly b"], []]
+        ids = [[task.id for task in each] for each in found]
+        assert ids[0][0] != ids[1][0]
+        assert ids[0][1] == ids[1][1]
 
 
 @pytest.mark.parametrize(
@@ -112,4 +189,6 @@ def test_an_asset_check_waits_for_its_asset() -> None:
     seen.clear()
     job = dg.define_asset_job("all", executor_def=dg.in_process_executor)
     result = dg.Definitions([files], asset_checks=[check], jobs=[job]).resolve_job_def("all").execute_in_process()
-    assert seen == [{"assets": [], "upstream step files": result.run_id}]
+    [found] = seen
+    assert found.pop("data version of files")
+    assert found == {"assets": [], "upstream step files": result.run_id}

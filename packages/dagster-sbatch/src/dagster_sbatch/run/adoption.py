@@ -110,7 +110,8 @@ class TaskChoice:
         ended: how many of these tasks are over.
         new: indices of the tasks that have to be submitted.
         outdated: run directories of earlier array jobs, each with the indices there of tasks that are not over and that
-            no task of this array is: their parameter sets have other values now, or their partitions are done.
+            no task of this array is: their values, or the data that they read, are others now; or their partitions are
+            done.
     """
 
     follow: Mapping[str, Mapping[int, int]]

@@ -132,7 +132,7 @@ class Family:
         job = f"Slurm job {array.job}" if array.job else f"The Slurm job of {array.run}"
         self._log.warning(
             f"{job} of an earlier run of this step has tasks that this run does not need, or needs with other values "
-            f"({shown}). They are cancelled."
+            f"or newer data ({shown}). They are cancelled."
         )
         try:
             if followed:

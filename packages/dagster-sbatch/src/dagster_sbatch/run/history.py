@@ -1,7 +1,7 @@
 """What Dagster has recorded of steps: their ends, and tags with their Slurm jobs."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import inf
 from typing import Any
 
@@ -13,6 +13,10 @@ from dagster_sbatch.run.reports import StepLog
 JOB_TAG = "slurm_job"
 _RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
 """Tags that Dagster sets to "true" in a re-execution from failure, also in one that Dagster itself requests."""
+_DATA_VERSION = "dagster/data_version"
+"""Tag of a materialization."""
+_PAGE = 1000
+"""Records."""
 _LONGEST_TAG = 63
 """Characters of each half of a tag's key, for Dagster."""
 
@@ -43,6 +47,41 @@ def find_successes(instance: dg.DagsterInstance, run_id: str, steps: set[str]) -
         found |= {str(event.step_key): run.run_id for event in events}
         run = instance.get_run_by_id(run.parent_run_id) if run.parent_run_id else None
     return dict(sorted(found.items()))
+
+
+def find_data_version(
+    instance: dg.DagsterInstance, asset: dg.AssetKey, partitions: Sequence[str] | None
+) -> Sequence[str | None]:
+    """Return the partition and the version of an asset's newest data; nothing if there is none.
+
+    Args:
+        instance: Dagster's.
+        asset: that was materialized, or observed where it is not Dagster that materializes it.
+        partitions: only these count; None: an asset without partitions.
+    """
+    wanted = dg.AssetRecordsFilter(asset, partitions)
+    for found in (instance.fetch_materializations(wanted, limit=1), instance.fetch_observations(wanted, limit=1)):
+        for record in found.records:
+            return record.partition_key, _data_version(record)
+    return ()
+
+
+def find_data_versions(instance: dg.DagsterInstance, asset: dg.AssetKey, partitions: Collection[str]) -> dict[str, str]:
+    """Return the version of the newest data of each partition that was materialized."""
+    wanted, found, cursor = dg.AssetRecordsFilter(asset, list(partitions)), dict[str, str](), None
+    while len(found) < len(partitions):
+        page = instance.fetch_materializations(wanted, limit=_PAGE, cursor=cursor)
+        for record in page.records:
+            found.setdefault(str(record.partition_key), _data_version(record))
+        if not page.has_more:
+            break
+        cursor = page.cursor
+    return found
+
+
+def _data_version(record: dg.EventLogRecord) -> str:
+    event = record.asset_materialization or record.asset_observation
+    return ((event and event.tags) or {}).get(_DATA_VERSION, str(record.storage_id))
 
 
 def _events_of(

@@ -120,7 +120,7 @@ class RemoteStep(ABC):
         root, step, calls = self._info.root, self._info.step, calls_of(self._context)
         related, data_root, environment = f"{step_prefix(root, step)}-", self._data_root, self._environment
         with calls.preparing():
-            known = inputs_of_step(self._context)
+            known = inputs_of_step(self._context, by_partition=any(task.partitions for task in self._plan.tasks))
             inputs = inputs_of(self._plan, environment.inputs, known, data_root, self._find_image())
             call = calls.begin(root, step, digest_of(inputs))
         questions = Questions(related, data_root, environment.request)

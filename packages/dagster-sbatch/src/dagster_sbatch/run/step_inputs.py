@@ -1,21 +1,29 @@
 """What decides the result of a step beside what its asset passes to `compute.run`: as Dagster knows it."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import dagster as dg
 
-from dagster_sbatch.run.history import find_successes
+from dagster_sbatch.run.array import Task
+from dagster_sbatch.run.history import find_data_version, find_data_versions, find_successes
 from dagster_sbatch.run.results import partitions_of
 from dagster_sbatch.run.task_contexts import time_window
 
 
-def inputs_of_step(step: dg.OpExecutionContext) -> dict[str, Any]:
+def inputs_of_step(step: dg.OpExecutionContext, *, by_partition: bool = False) -> dict[str, Any]:
     """Return the step's inputs by name; JSON.
 
-    They are its assets with their code versions; the time of its partitions; and, for each step that it waits for and
-    that passes no value to it, the run in which that step has succeeded: it reads what that step has written. A value
-    counts as far as the asset passes it on.
+    They are its assets with their code versions; the time of its partitions; and, of what the step waits for without
+    getting a value, the run in which each step has succeeded, and the data version of each asset: it reads what they
+    have written. A value counts as far as the asset passes it on.
+
+    Args:
+        step: the step.
+        by_partition: for an array whose tasks compute partitions. Assets before it that have partitions are left out:
+            each task reads others of them; see `with_versions`.
     """
     assets = sorted(step.selected_asset_keys)
     versions = step.assets_def.code_versions_by_key if step.has_assets_def else {}
@@ -24,6 +32,7 @@ def inputs_of_step(step: dg.OpExecutionContext) -> dict[str, Any]:
         **{f"code_version of {key.to_user_string()}": versions[key] for key in assets if versions.get(key)},
         **_window(step, partitions_of(step)),
         **{f"upstream step {key}": run for key, run in _upstream_runs(step).items()},
+        **_upstream_versions(step, by_partition=by_partition),
     }
 
 
@@ -35,7 +44,51 @@ def _window(step: dg.OpExecutionContext, partitions: Sequence[str]) -> dict[str,
 
 
 def _upstream_runs(step: dg.OpExecutionContext) -> Mapping[str, str]:
-    execution = step.get_step_execution_context()
-    silent = {each.name for each in execution.op_def.input_defs if each.dagster_type.is_nothing}
+    execution, silent = step.get_step_execution_context(), _silent_inputs(step)
     keys = {key for each in execution.step.step_inputs if each.name in silent for key in each.dependency_keys}
     return find_successes(step.instance, step.run_id, keys) if keys else {}
+
+
+def _upstream_versions(step: dg.OpExecutionContext, *, by_partition: bool) -> dict[str, Any]:
+    """Return the newest data version of each asset that the step reads: another run may have materialized it again."""
+    execution, found = step.get_step_execution_context(), {}
+    for name in _silent_inputs(step):
+        asset, partitions = _asset_of(step, name), None
+        if asset and execution.has_asset_partitions_for_input(name):
+            subset = execution.asset_partitions_subset_for_input(name, require_valid_partitions=False)
+            partitions = list(subset.get_partition_keys())
+        if asset is None or (by_partition and partitions is not None):
+            continue
+        if version := find_data_version(step.instance, asset, partitions):
+            found[f"data version of {asset.to_user_string()}"] = version
+    return found
+
+
+def _asset_of(step: dg.OpExecutionContext, name: str) -> dg.AssetKey | None:
+    with suppress(Exception):  # of Dagster's own checks: the input comes from an op
+        return step.asset_key_for_input(name)
+    return None
+
+
+def with_versions(step: dg.OpExecutionContext, tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """Return the tasks of an array with the versions of the data that each reads.
+
+    They are those of the partitions with its own keys, of assets before it that have the same partitions. A mapping to
+    other partitions is not followed.
+    """
+    execution, own = step.get_step_execution_context(), step.assets_def.partitions_def if step.has_assets_def else None
+    read: dict[str, list[str]] = {key: [] for task in tasks for key in task.partitions}
+    for name in sorted(_silent_inputs(step)) if own and read else ():
+        asset = _asset_of(step, name)
+        if asset is None or step.assets_def.get_partition_mapping(asset) is not None:
+            continue
+        if execution.has_asset_partitions_for_input(name) and step.asset_partitions_def_for_input(name) == own:
+            for key, version in find_data_versions(step.instance, asset, read).items():
+                read[key].append(f"{asset.to_user_string()} {version}")
+    return tuple(replace(task, reads=[each for key in task.partitions for each in read[key]]) for task in tasks)
+
+
+def _silent_inputs(step: dg.OpExecutionContext) -> set[str]:
+    """Return the names of the inputs by which a step waits for others, and gets no value."""
+    definitions = step.get_step_execution_context().op_def.input_defs
+    return {each.name for each in definitions if each.dagster_type.is_nothing}
