@@ -15,8 +15,8 @@ _RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
 """Tags that Dagster sets to "true" in a re-execution from failure, also in one that Dagster itself requests."""
 _DATA_VERSION = "dagster/data_version"
 """Tag of a materialization."""
-_PAGE = 1000
-"""Records."""
+_MOST = 1000
+"""Partitions, or records, that Dagster's storage is asked for at once."""
 _LONGEST_TAG = 63
 """Characters of each half of a tag's key, for Dagster."""
 
@@ -57,25 +57,29 @@ def find_data_version(
     Args:
         instance: Dagster's.
         asset: that was materialized, or observed where it is not Dagster that materializes it.
-        partitions: only these count; None: an asset without partitions.
+        partitions: only these count; all of them do if these are very many. None: this code location knows of none. If
+            the asset has some all the same, there is nothing to return: nobody knows which of them a step reads.
     """
-    wanted = dg.AssetRecordsFilter(asset, partitions)
+    few = partitions if partitions and len(partitions) <= _MOST else None
+    wanted = dg.AssetRecordsFilter(asset, few)
     for found in (instance.fetch_materializations(wanted, limit=1), instance.fetch_observations(wanted, limit=1)):
         for record in found.records:
-            return record.partition_key, _data_version(record)
+            known = partitions is not None or record.partition_key is None
+            return (record.partition_key, _data_version(record)) if known else ()
     return ()
 
 
-def find_data_versions(instance: dg.DagsterInstance, asset: dg.AssetKey, partitions: Collection[str]) -> dict[str, str]:
+def find_data_versions(instance: dg.DagsterInstance, asset: dg.AssetKey, partitions: Sequence[str]) -> dict[str, str]:
     """Return the version of the newest data of each partition that was materialized."""
-    wanted, found, cursor = dg.AssetRecordsFilter(asset, list(partitions)), dict[str, str](), None
-    while len(found) < len(partitions):
-        page = instance.fetch_materializations(wanted, limit=_PAGE, cursor=cursor)
-        for record in page.records:
-            found.setdefault(str(record.partition_key), _data_version(record))
-        if not page.has_more:
-            break
-        cursor = page.cursor
+    found: dict[str, str] = {}
+    for first in range(0, len(partitions), _MOST):
+        some = partitions[first : first + _MOST]
+        wanted, left, cursor = dg.AssetRecordsFilter(asset, some), set(some), None
+        while left:
+            page = instance.fetch_materializations(wanted, limit=_MOST, cursor=cursor)
+            for record in page.records:
+                found.setdefault(str(record.partition_key), _data_version(record))
+            left, cursor = left - found.keys() if page.has_more else set(), page.cursor
     return found
 
 

@@ -57,7 +57,7 @@ def _upstream_versions(step: dg.OpExecutionContext, *, by_partition: bool) -> di
         if asset and execution.has_asset_partitions_for_input(name):
             subset = execution.asset_partitions_subset_for_input(name, require_valid_partitions=False)
             partitions = list(subset.get_partition_keys())
-        if asset is None or (by_partition and partitions is not None):
+        if asset is None or partitions == [] or (by_partition and partitions):
             continue
         if version := find_data_version(step.instance, asset, partitions):
             found[f"data version of {asset.to_user_string()}"] = version
@@ -83,7 +83,7 @@ def with_versions(step: dg.OpExecutionContext, tasks: Sequence[Task]) -> tuple[T
         if asset is None or step.assets_def.get_partition_mapping(asset) is not None:
             continue
         if execution.has_asset_partitions_for_input(name) and step.asset_partitions_def_for_input(name) == own:
-            for key, version in find_data_versions(step.instance, asset, read).items():
+            for key, version in find_data_versions(step.instance, asset, list(read)).items():
                 read[key].append(f"{asset.to_user_string()} {version}")
     return tuple(replace(task, reads=[each for key in task.partitions for each in read[key]]) for task in tasks)
 
