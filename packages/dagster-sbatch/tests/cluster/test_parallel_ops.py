@@ -17,6 +17,7 @@ import pytest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from support import ROOT
 from support.background import STRESS, nobody_left, rows_of
+from support.step import ends_with_test
 
 pytestmark = pytest.mark.cluster
 
@@ -114,7 +115,7 @@ class Graph:
         (self.folder / "value.json").write_text(json.dumps(value))
         parent = [run.run_id for run in self.runs()[:1]]
         with self.log.open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, str(self.folder / "program.py"), *parent],
                 env=self._variables,
                 cwd=ROOT,
@@ -123,6 +124,7 @@ class Graph:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        return ends_with_test(process)
 
     def runs(self) -> list[dg.DagsterRun]:
         """The latest comes first."""

@@ -1,6 +1,7 @@
 """A step in a process of its own that can be killed, with a Dagster instance that outlives it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -166,14 +167,24 @@ def start(command: Sequence[str], variables: Mapping[str, str], output: Path, lo
         process = subprocess.Popen(
             [sys.executable, *command], env=variables, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err
         )
+    return ends_with_test(process)
+
+
+def ends_with_test(process: "subprocess.Popen[bytes]") -> "subprocess.Popen[bytes]":
+    """Have a process, with its process group if it leads one, end with the test at the latest; return it."""
     _started.append(process)
     return process
 
 
 def kill_all() -> None:
-    """End what was started and still runs: a test has failed."""
+    """End what still runs: a test has failed."""
     while _started:
-        kill(_started.pop())
+        process = _started.pop()
+        if process.poll() is not None:
+            continue
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+        kill(process)
 
 
 def kill(process: "subprocess.Popen[bytes]") -> None:
