@@ -6,7 +6,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_sbatch.run import history
+from dagster_sbatch.run import history, step_inputs
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.step_inputs import inputs_of_step, with_versions
 
@@ -55,7 +55,7 @@ def test_a_step_that_runs_again_is_another_input_of_those_that_wait_for_it(tmp_p
         execute(dg.ReexecutionOptions.from_failure(again, instance))
     versions = [each.pop("data version of files") for each in seen]
     assert versions == [versions[0]] * 3 + [versions[3]] * 2 + [versions[5]]
-    assert len({version for _, version in versions}) == 3
+    assert len(set(versions)) == 3
     expected = {"assets": ["reader"], "code_version of reader": "3"}
     assert seen == [{**expected, "upstream step files": run} for run in (first, first, first, again, again, again)]
 
@@ -69,7 +69,7 @@ def monthly(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     return dg.MaterializeResult(data_version=dg.DataVersion(context.run.tags["version"]))
 
 
-def test_the_newest_data_of_the_assets_before_it_are_inputs() -> None:
+def test_the_newest_data_of_the_assets_before_it_are_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the partitions that it reads, and where Dagster does not materialize an asset, as it was observed.
 
     Of an asset of another code location it is not known which partitions that are.
@@ -94,18 +94,21 @@ def test_the_newest_data_of_the_assets_before_it_are_inputs() -> None:
         assert read() == [{}, {}]
         materialize("2", "a")
         materialize("3", "b")
-        assert read() == [{"data version of monthly": ("2", "a")}, {}]
-        materialize("1", "a")
+        assert read() == [{"data version of monthly": {"2": "a"}}] * 2
+        materialize("1", "c")
+        materialize("2", "a")  # the newest data of all is as before
         instance.report_runless_asset_event(dg.AssetMaterialization("elsewhere", partition="a"))
         seen_at = dg.AssetObservation("observed", tags={"dagster/data_version": "seen"})
         instance.report_runless_asset_event(seen_at)
-        version = {"data version of observed": (None, "seen")}
-        assert read() == [{"data version of monthly": ("1", "a"), **version}, version]
+        expected = {"data version of monthly": {"1": "c", "2": "a"}, "data version of observed": "seen"}
+        assert read() == [expected] * 2
+        monkeypatch.setattr(step_inputs, "MOST_PARTITIONS", 1)
+        assert read()[0] == {**expected, "data version of monthly": "a"}
 
 
 def test_the_task_of_an_array_reads_its_own_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of assets with the same partitions; a mapping to others is not followed."""
-    monkeypatch.setattr(history, "_MOST", 1)  # several questions for two records
+    """Of assets with the same partitions; what is mapped to others is read by all tasks."""
+    monkeypatch.setattr(history, "MOST_PARTITIONS", 1)  # several questions for two records
     all_of_it, at_once = dg.AllPartitionMapping(), dg.BackfillPolicy.single_run()
     other = dg.asset(name="other", partitions_def=months)(lambda: None)
     tasks = [Task("1..2", ["1", "2"]), Task("3", ["3"])]
@@ -118,6 +121,7 @@ def test_the_task_of_an_array_reads_its_own_partitions(monkeypatch: pytest.Monke
     )
     def reader(context: dg.AssetExecutionContext) -> None:
         found.append(with_versions(context.op_execution_context, tasks))
+        seen.append(inputs_of_step(context.op_execution_context, by_partition=True))
 
     def read() -> list[list[str]]:
         partitions = {"dagster/asset_partition_range_start": "1", "dagster/asset_partition_range_end": "3"}
@@ -134,6 +138,7 @@ def test_the_task_of_an_array_reads_its_own_partitions(monkeypatch: pytest.Monke
         ids = [[task.id for task in each] for each in found]
         assert ids[0][0] != ids[1][0]
         assert ids[0][1] == ids[1][1]
+        assert [name for name in seen[-1] if name.startswith("data version")] == ["data version of other"]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ _RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
 """Tags that Dagster sets to "true" in a re-execution from failure, also in one that Dagster itself requests."""
 _DATA_VERSION = "dagster/data_version"
 """Tag of a materialization."""
-_MOST = 1000
-"""Partitions, or records, that Dagster's storage is asked for at once."""
+MOST_PARTITIONS = 1000
+"""That Dagster's storage is asked for at once."""
 _LONGEST_TAG = 63
 """Characters of each half of a tag's key, for Dagster."""
 
@@ -49,38 +49,34 @@ def find_successes(instance: dg.DagsterInstance, run_id: str, steps: set[str]) -
     return dict(sorted(found.items()))
 
 
-def find_data_version(
-    instance: dg.DagsterInstance, asset: dg.AssetKey, partitions: Sequence[str] | None
-) -> Sequence[str | None]:
-    """Return the partition and the version of an asset's newest data; nothing if there is none.
+def find_data_version(instance: dg.DagsterInstance, asset: dg.AssetKey, *, partitioned: bool) -> str | None:
+    """Return the version of an asset's newest data; None if there is none.
 
     Args:
         instance: Dagster's.
         asset: that was materialized, or observed where it is not Dagster that materializes it.
-        partitions: only these count; all of them do if these are very many. None: this code location knows of none. If
-            the asset has some all the same, there is nothing to return: nobody knows which of them a step reads.
+        partitioned: whether this code location knows that it has partitions. If it has some that are not known here,
+            this returns None: nobody knows which of them a step reads.
     """
-    few = partitions if partitions and len(partitions) <= _MOST else None
-    wanted = dg.AssetRecordsFilter(asset, few)
-    for found in (instance.fetch_materializations(wanted, limit=1), instance.fetch_observations(wanted, limit=1)):
-        for record in found.records:
-            known = partitions is not None or record.partition_key is None
-            return (record.partition_key, _data_version(record)) if known else ()
-    return ()
+    for fetch in (instance.fetch_materializations, instance.fetch_observations):
+        for record in fetch(asset, limit=1).records:
+            return _data_version(record) if partitioned or record.partition_key is None else None
+    return None
 
 
 def find_data_versions(instance: dg.DagsterInstance, asset: dg.AssetKey, partitions: Sequence[str]) -> dict[str, str]:
-    """Return the version of the newest data of each partition that was materialized."""
+    """Return the version of the newest data of each partition that was materialized, or observed."""
     found: dict[str, str] = {}
-    for first in range(0, len(partitions), _MOST):
-        some = partitions[first : first + _MOST]
-        wanted, left, cursor = dg.AssetRecordsFilter(asset, some), set(some), None
-        while left:
-            page = instance.fetch_materializations(wanted, limit=_MOST, cursor=cursor)
-            for record in page.records:
-                found.setdefault(str(record.partition_key), _data_version(record))
-            left, cursor = left - found.keys() if page.has_more else set(), page.cursor
-    return found
+    for fetch in (instance.fetch_materializations, instance.fetch_observations):
+        for first in range(0, len(partitions), MOST_PARTITIONS):
+            left, cursor = set(partitions[first : first + MOST_PARTITIONS]) - found.keys(), None
+            while left:
+                wanted = dg.AssetRecordsFilter(asset, sorted(left))
+                page = fetch(wanted, limit=MOST_PARTITIONS, cursor=cursor)
+                for record in page.records:
+                    found.setdefault(str(record.partition_key), _data_version(record))
+                left, cursor = left - found.keys() if page.has_more else set(), page.cursor
+    return dict(sorted(found.items()))
 
 
 def _data_version(record: dg.EventLogRecord) -> str:

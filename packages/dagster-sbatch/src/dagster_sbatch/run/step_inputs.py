@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.run.array import Task
-from dagster_sbatch.run.history import find_data_version, find_data_versions, find_successes
+from dagster_sbatch.run.history import MOST_PARTITIONS, find_data_version, find_data_versions, find_successes
 from dagster_sbatch.run.results import partitions_of
 from dagster_sbatch.run.task_contexts import time_window
 
@@ -22,8 +22,8 @@ def inputs_of_step(step: dg.OpExecutionContext, *, by_partition: bool = False) -
 
     Args:
         step: the step.
-        by_partition: for an array whose tasks compute partitions. Assets before it that have partitions are left out:
-            each task reads others of them; see `with_versions`.
+        by_partition: for an array whose tasks compute partitions. Assets before it with the same partitions are left
+            out: each task reads its own; see `with_versions`.
     """
     assets = sorted(step.selected_asset_keys)
     versions = step.assets_def.code_versions_by_key if step.has_assets_def else {}
@@ -50,42 +50,55 @@ def _upstream_runs(step: dg.OpExecutionContext) -> Mapping[str, str]:
 
 
 def _upstream_versions(step: dg.OpExecutionContext, *, by_partition: bool) -> dict[str, Any]:
-    """Return the newest data version of each asset that the step reads: another run may have materialized it again."""
+    """Return the data version of each asset that the step reads: another run may have materialized it again."""
     execution, found = step.get_step_execution_context(), {}
-    for name in _silent_inputs(step):
-        asset, partitions = _asset_of(step, name), None
-        if asset and execution.has_asset_partitions_for_input(name):
+    for name, asset in _silent_assets(step):
+        if by_partition and _has_own_partitions(step, name, asset):
+            continue
+        version: Any = None
+        if execution.has_asset_partitions_for_input(name):
             subset = execution.asset_partitions_subset_for_input(name, require_valid_partitions=False)
             partitions = list(subset.get_partition_keys())
-        if asset is None or partitions == [] or (by_partition and partitions):
-            continue
-        if version := find_data_version(step.instance, asset, partitions):
+            if len(partitions) <= MOST_PARTITIONS:
+                version = find_data_versions(step.instance, asset, partitions)
+            else:
+                version = find_data_version(step.instance, asset, partitioned=True)
+        else:
+            version = find_data_version(step.instance, asset, partitioned=False)
+        if version:
             found[f"data version of {asset.to_user_string()}"] = version
     return found
 
 
-def _asset_of(step: dg.OpExecutionContext, name: str) -> dg.AssetKey | None:
-    with suppress(Exception):  # of Dagster's own checks: the input comes from an op
-        return step.asset_key_for_input(name)
-    return None
-
-
 def with_versions(step: dg.OpExecutionContext, tasks: Sequence[Task]) -> tuple[Task, ...]:
-    """Return the tasks of an array with the versions of the data that each reads.
+    """Return the tasks of an array with the versions of the data that each reads beside what all of them read.
 
-    They are those of the partitions with its own keys, of assets before it that have the same partitions. A mapping to
-    other partitions is not followed.
+    These are the partitions with its own keys, of assets that have the same partitions.
     """
-    execution, own = step.get_step_execution_context(), step.assets_def.partitions_def if step.has_assets_def else None
     read: dict[str, list[str]] = {key: [] for task in tasks for key in task.partitions}
-    for name in sorted(_silent_inputs(step)) if own and read else ():
-        asset = _asset_of(step, name)
-        if asset is None or step.assets_def.get_partition_mapping(asset) is not None:
-            continue
-        if execution.has_asset_partitions_for_input(name) and step.asset_partitions_def_for_input(name) == own:
+    for name, asset in _silent_assets(step):
+        if read and _has_own_partitions(step, name, asset):
             for key, version in find_data_versions(step.instance, asset, list(read)).items():
                 read[key].append(f"{asset.to_user_string()} {version}")
     return tuple(replace(task, reads=[each for key in task.partitions for each in read[key]]) for task in tasks)
+
+
+def _has_own_partitions(step: dg.OpExecutionContext, name: str, asset: dg.AssetKey) -> bool:
+    """Return whether each partition of the step reads that of an asset with the same key; `name`: of the input."""
+    own = step.assets_def.partitions_def if step.has_assets_def else None
+    if own is None or step.assets_def.get_partition_mapping(asset) is not None:
+        return False
+    partitioned = step.get_step_execution_context().has_asset_partitions_for_input(name)
+    return partitioned and step.asset_partitions_def_for_input(name) == own
+
+
+def _silent_assets(step: dg.OpExecutionContext) -> list[tuple[str, dg.AssetKey]]:
+    """Return the assets that the step waits for without getting a value, each with the name of the input."""
+    found = []
+    for name in sorted(_silent_inputs(step)):
+        with suppress(Exception):  # Dagster's CheckError, which it does not export: the input comes from an op
+            found.append((name, step.asset_key_for_input(name)))
+    return found
 
 
 def _silent_inputs(step: dg.OpExecutionContext) -> set[str]:
