@@ -1,12 +1,12 @@
 """Refreshes that fail: nothing piles up at authentik, nothing is recorded as done, each text says what to do."""
 
 import base64
-import functools
 import json
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,7 +42,7 @@ Wind = Callable[[timedelta], None]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses between the tries of one refresh, no waiting for the disk, and the authorities are read once."""
     monkeypatch.setattr("os.fsync", lambda _: None)
-    monkeypatch.setattr("dagster_sbatch.auth.http.public_trust", functools.cache(public_trust))
+    monkeypatch.setattr("dagster_sbatch.auth.http.public_trust", cache(public_trust))
     monkeypatch.setattr("dagster_sbatch.auth.http.FIRST_PAUSE", 0.0)
     monkeypatch.setattr("dagster_sbatch.auth.renew.ISSUE_TRIES", 1)
 
@@ -74,16 +74,11 @@ def delete_api_token(settings: Settings) -> None:
 # A day of failures
 
 
-def denied(control: AuthentikControl) -> None:
-    control.change_user(access.USER, allowed=False)
+def changed(**fields: bool) -> Callable[[AuthentikControl], None]:
+    return lambda control: control.change_user(access.USER, **fields)
 
 
-def inactive(control: AuthentikControl) -> None:
-    control.change_user(access.USER, active=False)
-
-
-def keys_withheld(control: AuthentikControl) -> None:
-    control.change_user(access.USER, views_keys=False)
+denied, inactive, keys_withheld = changed(allowed=False), changed(active=False), changed(views_keys=False)
 
 
 def disturbed(**fields: object) -> Callable[[AuthentikControl], None]:
@@ -123,7 +118,7 @@ def test_tokens_do_not_pile_up_in_a_day_of_failures(
     settings: Settings, control: AuthentikControl, wind: Wind, failure: str, due: str
 ) -> None:
     """The sensor refreshes when something is due, and a run without a certificate asks every half an hour."""
-    begin, most, there = timedelta(days=24 if due == "due" else 0), 0, 2
+    begin, most = timedelta(days=24 if due == "due" else 0), 0
     fail, allowed = FAILURES[failure]
     fail(control)
     for minute in range(0, 24 * 60, 5):
@@ -136,8 +131,7 @@ def test_tokens_do_not_pile_up_in_a_day_of_failures(
                 ensure_certificate(settings)
             else:
                 continue
-        there = len(access.made_here(control))
-        most = max(most, there)
+        most = max(most, len(access.made_here(control)))
     made = [each for each in control.requests() if (each.method, each.path) == ("POST", "/api/v3/core/tokens/")]
     assert most <= allowed
     assert len(made) <= 2 + 6 * 55  # three tries of two requests for each attempt, which come every half an hour
