@@ -182,7 +182,7 @@ def test_a_run_outlives_restarts_of_all_services(services: Services, site: Simul
     services.end_all()
     services.start()
     assert services.status(first) == "FAILURE"
-    retry = wait_for(lambda: services.newest_run_but(first), 120, "it is retried")
+    retry = wait_for(lambda: services.re_execution_of(first), 240, "it is retried")
     wait_for(lambda: services.status(retry) == "STARTED", 120, "the retry has begun")
     site.run_on_login(CERTIFICATE_USER, "mkdir -p data && touch data/go")
     assert services.wait(retry) == "SUCCESS"

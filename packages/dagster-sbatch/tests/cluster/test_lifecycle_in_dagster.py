@@ -114,7 +114,7 @@ def go_on(site: SimulatedSite, asset: str) -> None:
 def adopted(server: DagsterDev, site: SimulatedSite, asset: str, run_id: str, job: str) -> None:
     """The run has failed; its retry goes on with its job, to the end."""
     assert server.wait(run_id, 120) == "FAILURE"
-    retry = wait_for(lambda: server.re_execution_of(run_id), 120, "Dagster tries it again")
+    retry = wait_for(lambda: server.re_execution_of(run_id), 240, "Dagster tries it again")
     pids = server.folder.parent / "location" / f"pids-{retry}"
     wait_for(pids.exists, 120, "the retry has begun")
     go_on(site, asset)

@@ -1,8 +1,10 @@
 """Dagster and all that it started is killed at once, as in a power cut, while a job runs on the supercomputer."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import dagster as dg
 import psutil
@@ -17,7 +19,8 @@ LOCATION = """\
 import os
 from pathlib import Path
 import dagster as dg
-from resources import build_resources
+from resources import PROJECT, build_resources
+from dagster_sbatch import make_upkeep
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.launchers import BatchScriptLauncher, ScriptLauncher
 from dagster_sbatch.slurm import SlurmRequest
@@ -32,7 +35,11 @@ def define(name, launcher, program):
 
 dies = define("dies", BatchScriptLauncher(), "waiter.sbatch")
 lives = define("lives", ScriptLauncher(), "waiter.py")
-defs = dg.Definitions(assets=[dies, lives], resources=build_resources(), executor=dg.in_process_executor)
+unlucky = define("unlucky", BatchScriptLauncher(), "waiter.sbatch")
+(sensor,) = [each for each in make_upkeep(PROJECT).sensors if each.name == "cancel_orphaned_jobs"]
+defs = dg.Definitions(
+    assets=[dies, lives, unlucky], sensors=[sensor], resources=build_resources(), executor=dg.in_process_executor
+)
 """
 WAITER = """\
 import os, pathlib, time
@@ -78,29 +85,54 @@ def worker_of(server: DagsterDev, run_id: str) -> psutil.Process:
         return psutil.Process(entry.get_dagster_event().pid)
 
 
-def test_a_retry_adopts_the_job_and_a_run_that_lives_is_left_alone(
+def fail_slowly(server: DagsterDev, run_id: str) -> None:
+    """Report the failure of a run as Dagster does, but so slowly that its daemon examines the run in the middle."""
+    name = "EVENT_LOG_CONSUMER_CURSOR-PIPELINE_FAILURE"
+    event = dg.DagsterEvent(event_type_value=dg.DagsterEventType.RUN_FAILURE.value, job_name="", message="killed")
+    entry = dg.EventLogEntry(  # type: ignore[no-untyped-call]
+        error_info=None, user_message="", level="error", run_id=run_id, timestamp=time.time() - 600, job_name="",
+        dagster_event=event,
+    )  # fmt: skip
+    with dg.DagsterInstance.from_config(str(server.folder)) as instance:
+        before = instance.daemon_cursor_storage.get_cursor_values({name})
+        instance.event_log_storage.store_event(entry)
+        wait_for(
+            lambda: instance.daemon_cursor_storage.get_cursor_values({name}) != before, 60, "the daemon has seen it"
+        )
+        with patch.object(instance.event_log_storage, "store_event"):
+            instance.handle_new_event(entry)
+
+
+def test_retries_adopt_their_jobs_and_a_run_that_lives_is_left_alone(
     dagster_dev: DagsterDev, site: SimulatedSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also a retry that Dagster has missed."""
     monkeypatch.chdir(dagster_dev.folder)
     of_others = set(site.squeue("--noheader", "--states=all", "--format=%i").split())
-    dies, lives = (dagster_dev.launch(asset, location="waiting") for asset in ("dies", "lives"))
+    runs = {asset: dagster_dev.launch(asset, location="waiting") for asset in ("dies", "lives", "unlucky")}
 
     def jobs() -> list[str]:
         rows = site.squeue("--noheader", "--states=all", "--format=%i %T %k").splitlines()
         return [row for row in rows if row.split()[0] not in of_others]
 
-    wait_for(lambda: len([each for each in jobs() if "RUNNING" in each]) == 2, 120, "both jobs run")
-    dagster_dev.kill(spared=worker_of(dagster_dev, lives))
-    assert (len(jobs()), dagster_dev.log.exists()) == (2, True)
+    wait_for(lambda: len([each for each in jobs() if "RUNNING" in each]) == 3, 120, "all jobs run")
+    fail_slowly(dagster_dev, runs["unlucky"])
+    assert dagster_dev.status(runs["unlucky"]) == "FAILURE"
+    dagster_dev.kill(spared=worker_of(dagster_dev, runs["lives"]))
+    assert (len(jobs()), dagster_dev.log.exists()) == (3, True)
     dagster_dev.start()
-    wait_for(lambda: dagster_dev.status(dies) == "FAILURE", 90, "the run whose process is gone is ended")
-    retry = wait_for(lambda: dagster_dev.newest_run_but(dies, lives), 90, "it is retried")
-    wait_for(lambda: dagster_dev.status(retry) == "STARTED", 60, "the retry has begun")
-    assert dagster_dev.status(lives) == "STARTED"
+    wait_for(lambda: dagster_dev.status(runs["dies"]) == "FAILURE", 90, "the run whose process is gone is ended")
+    retries = {
+        asset: wait_for(lambda: dagster_dev.re_execution_of(runs[asset]), 240, f"{asset} is retried")  # noqa: B023
+        for asset in ("dies", "unlucky")
+    }
+    for retry in retries.values():
+        wait_for(lambda: dagster_dev.status(retry) == "STARTED", 60, "the retry has begun")  # noqa: B023
+    assert dagster_dev.status(runs["lives"]) == "STARTED"
     site.run_on_login(CERTIFICATE_USER, "mkdir -p data && touch data/go")
-    assert dagster_dev.wait(retry) == "SUCCESS"
-    assert dagster_dev.wait(lives) == "SUCCESS"
-    assert len(jobs()) == 2
-    assert len([each for each in jobs() if f"run={dies}" in each]) == 1
-    assert [(event["runId"], event["rows"]) for event in dagster_dev.materializations("dies")] == [(retry, 7)]
-    assert [event["runId"] for event in dagster_dev.materializations("lives")] == [lives]
+    for asset, run in ({"lives": runs["lives"]} | retries).items():
+        assert dagster_dev.wait(run) == "SUCCESS", asset
+        assert [event["runId"] for event in dagster_dev.materializations(asset)] == [run]
+        assert len([each for each in jobs() if f"run={runs[asset]}" in each]) == 1
+    assert dagster_dev.materializations("dies")[0]["rows"] == 7
+    assert len(jobs()) == 3

@@ -70,6 +70,7 @@ class DagsterDev:
         self.environment = environment
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
+        self._spared: psutil.Process | None = None
         self.url = self.log_of_start = ""
 
     def start(self) -> None:
@@ -102,9 +103,13 @@ class DagsterDev:
         return bool(entries) and all(entry["loadStatus"] == "LOADED" for entry in entries)
 
     def stop(self) -> None:
-        """As Ctrl-C does: SIGINT to the group."""
+        """As Ctrl-C does: SIGINT to the group. pytest shows the log if the test has failed."""
+        if self._spared is not None:
+            with suppress(psutil.NoSuchProcess):
+                self._spared.kill()
         if self._process is None:
             return
+        print(self.log.read_text())
         os.killpg(self._process.pid, signal.SIGINT)
         try:
             self._process.wait(60)
@@ -135,16 +140,7 @@ class DagsterDev:
                 each.kill()
         self._process.wait()
         psutil.wait_procs(doomed, timeout=20)
-        self._process = None
-
-    def newest_run_but(self, *known: str) -> str | None:
-        """The id of the newest run of an asset that is none of those."""
-        runs = self.ask("{ runsOrError(limit: 20) { ... on Runs { results { runId jobName } } } }")["runsOrError"][
-            "results"
-        ]
-        return next(
-            (run["runId"] for run in runs if run["jobName"] == "__ASSET_JOB" and run["runId"] not in known), None
-        )
+        self._process, self._spared = None, spared
 
     def run_with_tag(self, name: str, value: str) -> str:
         """The id of the newest run with a tag; empty if there is none."""

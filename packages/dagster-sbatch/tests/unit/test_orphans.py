@@ -96,7 +96,7 @@ def instance() -> dg.DagsterInstance:
     return dg.DagsterInstance.ephemeral()
 
 
-def failed(instance: dg.DagsterInstance, *, terminated: bool = False) -> str:
+def failed(instance: dg.DagsterInstance, *, terminated: bool = False, of: str | None = None) -> str:
     """A run whose step failed while its job was running; its id."""
 
     @dg.op
@@ -107,12 +107,17 @@ def failed(instance: dg.DagsterInstance, *, terminated: bool = False) -> str:
     def job() -> None:
         work()
 
-    run_id = job.execute_in_process(instance=instance, raise_on_error=False).run_id
+    tags = {"dagster/root_run_id": of} if of else None
+    run_id = job.execute_in_process(instance=instance, raise_on_error=False, tags=tags).run_id
     if terminated:
         run = instance.get_run_by_id(run_id)
         assert run
         instance.report_run_canceled(run)
     return run_id
+
+
+def failures(instance: dg.DagsterInstance, run: str) -> int:
+    return len(instance.all_logs(run, of_type=dg.DagsterEventType.RUN_FAILURE))
 
 
 def name(run: str, job: str) -> str:
@@ -195,6 +200,49 @@ def test_a_listed_job_that_is_cancelled_leaves_the_list_if_the_time_runs_out_the
     assert not passed
     assert "Slurm job 2 (asset)" in str(listed)
     assert "Slurm job 1 (asset)" not in str(listed)
+
+
+def test_a_retry_that_dagster_has_missed_is_requested_once(
+    instance: dg.DagsterInstance, supercomputer: Supercomputer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = failed(instance)
+    instance.add_run_tags(run, {"dagster/will_retry": "true"})
+    supercomputer.add(run, "1")
+    first = Tick(instance)
+    assert (first.said, failures(instance, run)) == (f"run {run}: retry due", 1)
+    monkeypatch.setattr(ownership, "RETRY_PATIENCE", timedelta())
+    second = Tick(instance, first.cursor)
+    assert (second.said, failures(instance, run)) == (f"run {run}: retry missed", 2)
+    third = Tick(instance, second.cursor)  # for instance because retries were switched off meanwhile
+    assert third.said.endswith("scripts/job 1 cancel")
+    assert failures(instance, run) == 2
+
+
+def test_a_run_that_was_re_executed_is_not_retried_late(
+    instance: dg.DagsterInstance, supercomputer: Supercomputer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = failed(instance)
+    instance.add_run_tags(run, {"dagster/will_retry": "true"})
+    supercomputer.add(run, "1")
+    again = failed(instance, of=run)
+    monkeypatch.setattr(ownership, "RETRY_PATIENCE", timedelta())
+    assert Tick(instance).said.endswith("scripts/job 1 cancel")
+    assert [failures(instance, each) for each in (run, again)] == [1, 1]
+
+
+def test_a_run_whose_end_is_stored_late_is_examined(
+    instance: dg.DagsterInstance, supercomputer: Supercomputer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, other = failed(instance), failed(instance)
+    supercomputer.add(late, "1")
+    records = instance.get_run_records
+    with monkeypatch.context() as patched:
+        patched.setattr(instance, "get_run_records", lambda *args, **kw: [
+            each for each in records(*args, **kw) if each.dagster_run.run_id != late
+        ])  # fmt: skip
+        tick = Tick(instance)
+    assert other not in tick.said
+    assert Tick(instance, tick.cursor).said.endswith("scripts/job 1 cancel")
 
 
 @pytest.mark.parametrize("cursor", ["nonsense", None])

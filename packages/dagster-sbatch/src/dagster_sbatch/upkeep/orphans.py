@@ -16,10 +16,12 @@ from dagster_sbatch.slurm.gateway import JobEnd, RefusedError
 from dagster_sbatch.slurm.units import count_of
 from dagster_sbatch.ssh import SshError
 from dagster_sbatch.upkeep import running_on_supercomputer
-from dagster_sbatch.upkeep.ownership import LeftJob, group_state, left_jobs, reason_to_cancel
+from dagster_sbatch.upkeep.ownership import LeftJob, group_state, left_jobs, reason_to_cancel, repeat_failure
 
 LOOK_BACK = timedelta(days=7)
 """The first tick examines runs that have ended within this time."""
+LATE = timedelta(minutes=1)
+"""The database may show the end of a run so much later than its time."""
 LEFT_PAUSE = timedelta(minutes=15)
 """Before the supercomputer is asked again about jobs that are listed."""
 TICK_SECONDS = 40.0
@@ -122,7 +124,7 @@ def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.Sens
     settings = project.load_settings(supercomputer=True)  # the tick fails if they are wrong
     instance, now = context.instance, datetime.now(UTC)
     cursor = _Cursor.read(context.cursor, now)
-    ended, since = _find_ended(instance, cursor.since)
+    ended, since = _find_ended(instance, cursor.since, now)
     states = {root: group_state(instance, root, now) for root in sorted({*cursor.groups, *ended})}
     groups = {root: _Group() for root, state in states.items() if state not in ("over", "unknown")}
     said: list[str] = []
@@ -140,6 +142,8 @@ def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.Sens
 
     for root in groups:
         say(f"run {root}: {states[root]}")
+        if states[root] == "retry missed":
+            repeat_failure(instance, root)
     over = {root: cursor.groups.get(root, _Group()) for root, state in states.items() if state == "over"}
     recently = (now - LEFT_PAUSE).timestamp()
     due = {root for root, group in over.items() if root in ended or group.asked <= recently}
@@ -167,11 +171,12 @@ def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.Sens
     )
 
 
-def _find_ended(instance: dg.DagsterInstance, since: datetime) -> tuple[set[str], datetime]:
-    """Return the first runs of the groups in which a run has ended without success since then, and the latest end."""
+def _find_ended(instance: dg.DagsterInstance, since: datetime, now: datetime) -> tuple[set[str], datetime]:
+    """Return the first runs of groups in which a run has ended without success since then, and where to look next."""
     records = instance.get_run_records(dg.RunsFilter(statuses=_UNHAPPY, updated_after=since))
     latest = max((record.update_timestamp.astimezone(UTC) for record in records), default=since)
-    return {record.dagster_run.root_run_id or record.dagster_run.run_id for record in records}, max(latest, since)
+    roots = {record.dagster_run.root_run_id or record.dagster_run.run_id for record in records}
+    return roots, max(min(latest, now - LATE), since)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Which Slurm jobs belong to a Dagster run, and which of the others have to be cancelled."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -12,7 +12,12 @@ from dagster_sbatch.run.history import is_stored
 
 GRACE = timedelta(minutes=1)
 """After the end of a run: a person or Dagster may be about to request its retry or re-execution."""
-GroupState = Literal["alive", "retry due", "just ended", "over", "unknown"]
+RETRY_PATIENCE = timedelta(minutes=2)
+"""Within which Dagster retries a run, if it does. It examines each failure once, and misses the retry if it does so when
+the failure is in the event log and the run does not have its new status yet, or when its database is locked."""
+REPEATED = "dagster_sbatch/failure_repeated"
+"""Tag of a run with its id: its failure was reported again, so that Dagster examines it again. Retries inherit tags."""
+GroupState = Literal["alive", "retry due", "retry missed", "just ended", "over", "unknown"]
 
 
 def group_state(instance: dg.DagsterInstance, root: str, now: datetime) -> GroupState:
@@ -22,10 +27,29 @@ def group_state(instance: dg.DagsterInstance, root: str, now: datetime) -> Group
         return "unknown"
     if not all(record.dagster_run.is_finished for record in records):
         return "alive"
-    if any(_is_to_be_retried(record.dagster_run) for record in records):
-        return "retry due"
-    ended = max(record.end_time or record.update_timestamp.timestamp() for record in records)
-    return "just ended" if now.timestamp() - ended < GRACE.total_seconds() else "over"
+    newest = _newest(records)
+    if _is_to_be_retried(newest.dagster_run):
+        if _has_ended_within(RETRY_PATIENCE, newest, now):
+            return "retry due"
+        if newest.dagster_run.tags.get(REPEATED) != newest.dagster_run.run_id:
+            return "retry missed"
+    return "just ended" if any(_has_ended_within(GRACE, record, now) for record in records) else "over"
+
+
+def repeat_failure(instance: dg.DagsterInstance, root: str) -> None:
+    """Report the failure of the newest run of a group again: Dagster has missed its retry."""
+    run = _newest(_group(instance, root)).dagster_run
+    instance.add_run_tags(run.run_id, {REPEATED: run.run_id})
+    instance.report_run_failed(run, "Dagster should have retried this run. Its failure is reported again, for that.")
+
+
+def _newest(records: Sequence[dg.RunRecord]) -> dg.RunRecord:
+    return max(records, key=lambda record: record.create_timestamp)
+
+
+def _has_ended_within(span: timedelta, record: dg.RunRecord, now: datetime) -> bool:
+    ended = record.end_time or record.update_timestamp.timestamp()
+    return now.timestamp() - ended < span.total_seconds()
 
 
 def _group(instance: dg.DagsterInstance, root: str) -> list[dg.RunRecord]:
@@ -34,7 +58,7 @@ def _group(instance: dg.DagsterInstance, root: str) -> list[dg.RunRecord]:
 
 
 def _is_to_be_retried(run: dg.DagsterRun) -> bool:
-    """Return whether Dagster will retry a run and has not done so yet."""
+    """Return whether Dagster has promised to retry a run and has not done so."""
     promised = run.status == dg.DagsterRunStatus.FAILURE and run.tags.get("dagster/will_retry") == "true"
     return promised and "dagster/auto_retry_run_id" not in run.tags
 
