@@ -30,10 +30,11 @@ BEGUN = 'echo "begun $(basename "$0")"\necho "$SLURM_JOB_ID" >~/"begun $(basenam
 FAILS = "#!/bin/bash\npipes materialize --metadata rows=1\necho 'no licence' >&2\nexit 3\n"
 WARNED = 'trap \'echo "warned $(basename "$0")"\' USR1\nsleep 600 & wait; wait\n'
 SAVES = """\
-trap 'sleep 1; pipes log "saved $(basename "$0")"; exit 0' TERM
+trap 'trap "" TERM; sleep 1; pipes log "saved $(basename "$0")"; exit 0' TERM
 pipes materialize --metadata rows=1
 """
-"""When it is cancelled, it has some seconds. Neither the report nor the exit code counts."""
+"""When it is cancelled, it has some seconds. Neither the report nor the exit code counts. The controller repeats its
+request to a node that is slow to answer, and each process gets SIGTERM again."""
 LIVES = """\
 if [ -z "$SLURM_RESTART_COUNT" ]; then
   pipes materialize --metadata rows=6

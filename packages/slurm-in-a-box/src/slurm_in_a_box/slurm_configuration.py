@@ -93,11 +93,11 @@ PreemptType=preempt/qos
 PreemptMode=REQUEUE
 JobRequeue=1
 Epilog={layout.epilog}
-# Short, so that faults show soon.
+# Short, so that faults show soon; but a program that saves its state on a busy machine needs more than a moment.
 SlurmdTimeout=20
 SlurmctldTimeout=10
 MessageTimeout=10
-KillWait=5
+KillWait=15
 InactiveLimit=0
 MinJobAge=300
 # A node that did not respond returns when its slurmd registers; one that an administrator took down does not.
