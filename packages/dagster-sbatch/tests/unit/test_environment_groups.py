@@ -12,6 +12,7 @@ import pytest
 
 from dagster_sbatch.commands import lock
 from dagster_sbatch.commands.deploy_environment import choose_for_removal
+from dagster_sbatch.environments import deployed
 from dagster_sbatch.environments.code import read_code
 from dagster_sbatch.environments.deployed import EnvironmentListing, Environments
 from dagster_sbatch.environments.groups import DEFAULT, read_group
@@ -328,10 +329,10 @@ def test_the_doctor_names_the_group_that_cannot_run(project: Project, tmp_path: 
     assert fix.endswith("publish what is here: scripts/deploy_environment.py")
 
 
-def trial(there: Published, project: Project, environment: str, **settings: str) -> tuple[bool, str]:
+def trial(there: Published, project: Project, environment: str | None, **settings: str) -> tuple[bool, str]:
     """Ask Slurm about the job of an asset, as `scripts/preview --test-only` and the doctor do."""
     changed = STAGING.model_copy(update=settings)
-    shown = Preview(plan(project, environment), {}, place_run(changed, "r", environment), "step", None, changed)
+    shown = Preview(plan(project, environment), {}, place_run(changed, "r", environment or "/p"), "step", None, changed)
     return try_script(cast(Gateway, there), shown, Projects({"p1": frozenset("q")}, "p1"))
 
 
@@ -344,6 +345,20 @@ def test_an_interpreter_that_cannot_run_workloads_is_found_before_the_job(projec
     assert said.endswith(
         "\nName a Python interpreter, or the folder that has its bin/python, which all nodes can see and run."
     )
+
+
+def test_a_login_node_without_a_python_for_the_packages_is_found_before_the_job(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Published(tmp_path / "environments")
+    (tmp_path / "environments").mkdir()
+    assert trial(there, project, None)[0]
+    accepted, said = trial(there, project, None, python="/no/bin/python")
+    assert (accepted, "SLURM_PYTHON=/no/bin/python does not run on " in said) == (False, True)
+    monkeypatch.setattr(deployed, "OLDEST", (4, 0))
+    monkeypatch.setattr(deployed, "NEWEST", (4, 1))
+    accepted, said = trial(there, project, "torch")
+    assert (accepted, said.startswith("no Python 4.0 to 4.1 on ")) == (False, True)
 
 
 def test_a_group_that_is_not_published_is_found_before_the_job(project: Project, tmp_path: Path) -> None:

@@ -177,6 +177,10 @@ class Slurm:
         start = self.now + (self.later if "--time=02:00:00" in script else 0)
         return True, f"sbatch: Job 1 to start at {start} using 19 processors"
 
+    def ask(self, **_: Any) -> dict[str, Any]:
+        """Find the environment."""
+        return {}
+
 
 def test_the_history_of_an_asset_becomes_a_proposal_in_the_preview_and_in_the_metadata() -> None:
     definitions = dg.Definitions([sweep], resources={"compute": ComputeResource.of(PROJECT)})

@@ -68,8 +68,10 @@ def _find_problem(gateway: Gateway, preview: Preview) -> str:
         if problem:
             return problem
     environments = Environments(gateway, str(settings.deployment_base_path), preview.plan.site)
+    environment = RunEnvironment(environments, settings, preview.plan)
     try:
-        RunEnvironment(environments, settings, preview.plan).check()
+        environment.check()
+        gateway.ask(**environment.request)  # in staging, it refuses if the login node has no fitting interpreter
     except (ConfigurationError, RefusedError) as error:
         return str(error)
     return ""

@@ -100,8 +100,9 @@ def check_python(facts: Facts) -> Verdict:
         if code == 0 and tuple(map(int, version.split("."))) >= OLDEST_PYTHON:
             return ok(f"{candidate} is {version}")
     oldest = ".".join(map(str, OLDEST_PYTHON))
-    fix = f"name one of at least {oldest} in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES"
-    return broken(f"none of {', '.join(facts.site.python_candidates)} is there on the login node", fix)
+    fix = "name another one in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES, or load one in setup_commands"
+    candidates = ", ".join(facts.site.python_candidates)
+    return broken(f"none of {candidates} is Python {oldest} or newer on the login node", fix)
 
 
 def check_temporary_folder(facts: Facts) -> Verdict:
