@@ -17,7 +17,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` if a known word is close to this one, else the list of all known words."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid are {', '.join(names)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; valid are {', '.join(names)}" if names else "; it has none"
 
 
 def describe(error: ValidationError, where: str, fields: Iterable[str]) -> str:

@@ -46,7 +46,7 @@ def test_what_the_asset_names_wins() -> None:
     ("fields", "partition", "qos", "text"),
     [
         ({"gpus_per_node": 5}, None, None, f"a node of partition {GPU} has 4"),
-        ({"gpus_per_node": 1, "partition": CPU}, None, None, f"{CPU} has no GPUs; {GPU} has"),
+        ({"gpus_per_node": 1, "partition": CPU}, None, None, f"{CPU} has no GPUs. Leave partition out, or write partition='{GPU}'"),
         ({"qos": CPU, "gpus_per_node": 1}, None, None, f"qos='{CPU}' is not a QoS of partition {GPU}"),
         ({"partition": "zen4_768"}, None, None, f"did you mean '{CPU}'"),
         ({}, "zen4_768", None, f"did you mean '{CPU}'"),
@@ -73,6 +73,26 @@ def test_what_the_site_cannot_give_is_refused(
 ) -> None:
     with pytest.raises(ConfigurationError) as error:
         allocate(SlurmRequest(**fields), SITE, partition, qos)
+    assert text in str(error.value)
+
+
+def test_a_site_whose_nodes_all_have_gpus_runs_requests_without_gpus_there() -> None:
+    site = load_site({"one": {"partitions": {"gpu": {"cores": 8, "mem": "64G", "gpus": 2}}}}, "one")
+    assert allocate(SlurmRequest(), site).request.partition == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("partitions", "fields", "text"),
+    [
+        ({}, {}, "the site has no partition. Describe one in its entry of SUPERCOMPUTER_SITE_OVERRIDES:"),
+        ({"cpu": {"cores": 8, "mem": "64G"}}, {"gpus_per_node": 1}, "with GPUs. Leave gpus_per_node out"),
+        ({"cpu": {"cores": 8, "mem": "64G"}}, {"qos": "fast"}, "is not a QoS of partition cpu; it has none"),
+    ],
+)
+def test_a_site_that_lacks_what_a_request_needs(partitions: Any, fields: dict[str, Any], text: str) -> None:
+    site = load_site({"one": {"partitions": partitions}}, "one")
+    with pytest.raises(ConfigurationError) as error:
+        allocate(SlurmRequest(**fields), site)
     assert text in str(error.value)
 
 

@@ -60,7 +60,7 @@ def check_environment(environment: object, project: Project) -> None:
         return
     groups = find_groups(project.root)
     if environment not in groups:
-        hint = nearest(environment, groups) if groups else "; it has none"
+        hint = nearest(environment, groups)
         raise ConfigurationError(
             f"environment={environment!r} is not an environment of this project{hint}. Each one is a dependency group "
             "of pyproject.toml, such as `cluster-torch` for 'torch', which scripts/lock locks. To use an interpreter "

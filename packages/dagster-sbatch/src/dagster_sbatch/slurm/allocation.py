@@ -49,6 +49,7 @@ def allocate(
         request: of the asset; its own fields come first.
         site: partitions and limits.
         partition: SLURM_PARTITION; used if its nodes fit the request (GPUs or none), else the site's first that does.
+            A request without GPUs gets nodes with GPUs only if it names them, or if the site has no others.
         qos: SLURM_QOS; used if it belongs to the partition, else that of the same class (`dev_`, `idle_`, plain).
         account: SLURM_ACCOUNT; used if the request names none.
         reservation: SLURM_RESERVATION; used if the request names none.
@@ -76,18 +77,24 @@ def _choose_partition(request: SlurmRequest, site: Site, preferred: str | None) 
         if name and name not in site.partitions:
             raise ConfigurationError(f"the site has no partition {name!r}{nearest(name, site.partitions)}")
     fitting = [name for name, nodes in site.partitions.items() if bool(nodes.gpus) == wants_gpus]
-    if request.partition:
-        if wants_gpus and request.partition not in fitting:
-            raise ConfigurationError(
-                f"gpus_per_node={request.gpus_per_node}: partition {request.partition} has no GPUs"
-                + (f"; {', '.join(fitting)} has" if fitting else "")
-            )
-        return request.partition, site.partitions[request.partition]
-    if preferred in fitting:
-        return preferred, site.partitions[preferred]
+    if not wants_gpus:
+        fitting = fitting or list(site.partitions)  # a site whose nodes all have GPUs
+    if not site.partitions:
+        raise ConfigurationError(
+            "the site has no partition. Describe one in its entry of SUPERCOMPUTER_SITE_OVERRIDES:\n"
+            "  scripts/docs another-site"
+        )
     if not fitting:
-        raise ConfigurationError(f"the site has no partition {'with' if wants_gpus else 'without'} GPUs")
-    return fitting[0], site.partitions[fitting[0]]
+        raise ConfigurationError(
+            f"gpus_per_node={request.gpus_per_node}: the site has no partition with GPUs. Leave gpus_per_node out"
+        )
+    chosen = request.partition or (preferred if preferred in fitting else fitting[0])
+    if wants_gpus and chosen not in fitting:
+        raise ConfigurationError(
+            f"gpus_per_node={request.gpus_per_node}: partition {chosen} has no GPUs. Leave partition out, or write "
+            f"partition={fitting[0]!r}"
+        )
+    return chosen, site.partitions[chosen]
 
 
 def _choose_qos(request: SlurmRequest, site: Site, partition: str, preferred: str | None) -> tuple[str | None, bool]:
