@@ -4,6 +4,7 @@ import inspect
 import os
 import textwrap
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,11 +12,14 @@ from pydantic import BaseModel
 
 import dagster_sbatch
 from dagster_sbatch.slurm.site import ContainerRuntime, Partition, Qos
+from dagster_sbatch.slurm.units import format_time
 from support import ROOT
 
 PAGE = ROOT / "packages" / "dagster-sbatch" / "docs" / "reference.md"
 PARTS = {"Site": (Partition, Qos, ContainerRuntime)}
 """Models that stand in the fields of a public one."""
+CALLED_BY_OTHERS = ("Container", "ForkingRunLauncher")
+"""Classes whose methods only the engine or Dagster calls."""
 HEAD = """\
 # Reference
 
@@ -37,7 +41,7 @@ def section(name: str) -> str:
             parts.append(f"### {part.__name__}\n\n{docstring(part)}\n{''.join(fields(part))}")
     elif not inspect.isclass(found):
         parts.insert(1, f"`{name}{signature(found)}`\n")
-    if inspect.isclass(found):
+    if inspect.isclass(found) and name not in CALLED_BY_OTHERS:
         parts += [f"### {name}.{method.__name__}\n\n{docstring(method)}" for method in methods(found)]
     return "\n".join(part for part in parts if part)
 
@@ -53,8 +57,15 @@ def signature(found: Any) -> str:
 def fields(model: type[BaseModel]) -> Iterator[str]:
     yield "| field | meaning | default |\n|---|---|---|\n"
     for name, field in model.model_fields.items():
-        default = "" if field.is_required() else f"`{field.get_default(call_default_factory=True)!r}`"
+        default = "" if field.is_required() else f"`{shown(field.get_default(call_default_factory=True))}`"
         yield f"| `{name}` | {(field.description or '').replace('|', chr(92) + '|')} | {default} |\n"
+
+
+def shown(default: Any) -> str:
+    """Return a default as an asset would write it."""
+    if isinstance(default, timedelta):
+        return repr(format_time(default))
+    return f"{type(default).__name__}()" if isinstance(default, BaseModel) else repr(default)
 
 
 def methods(found: type) -> Iterator[Any]:

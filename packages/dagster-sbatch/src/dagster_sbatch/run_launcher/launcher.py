@@ -36,6 +36,11 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
     A run's process is found again by a tag of the run. `run_monitoring` must be enabled in dagster.yaml: it fails the
     runs on this machine whose process is gone, whatever has started them.
 
+    Args:
+        base_dir: folder on a local disk for the sockets and the log of the fork servers; only its owner can enter it.
+            A relative one counts from Dagster's working directory, as in Dagster's other settings.
+        fork: false: every run is started as by Dagster's DefaultRunLauncher.
+
     Example:
         run_launcher:
           module: dagster_sbatch
@@ -44,20 +49,14 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
     """
 
     def __init__(self, base_dir: str, fork: bool = True, inst_data: ConfigurableClassData | None = None) -> None:
-        """See `config_type`."""
+        """See the class."""
         super().__init__(inst_data)
         self._fork = fork
         self._servers = ForkServers(Path(base_dir).absolute())
 
     @classmethod
     def config_type(cls) -> UserConfigSchema:
-        """Return the fields of `config` in dagster.yaml.
-
-        Returns:
-            base_dir: folder on a local disk for the sockets and the log of the fork servers; only its owner can enter
-                it. A relative one counts from Dagster's working directory, as in Dagster's other settings.
-            fork: false: every run is started as by Dagster's DefaultRunLauncher.
-        """
+        """Return the fields of `config` in dagster.yaml; see the class."""
         return {"base_dir": dg.StringSource, "fork": dg.Field(dg.BoolSource, default_value=True)}
 
     @classmethod

@@ -52,9 +52,9 @@ Dependency = Annotated[str, _word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)
 
 
 class SlurmRequest(BaseModel):
-    """The allocation that an asset needs. Each field is the option of sbatch of that name (man sbatch).
+    """The allocation that an asset needs. Most fields are the options of sbatch with that name (man sbatch).
 
-    Not options are `modules`, `retries`, `gpu_idle_limit`, `most_gpu_hours` and `most_node_hours`.
+    sbatch does not see `modules`, `retries`, `gpu_idle_limit`, `most_gpu_hours` and `most_node_hours`.
 
     The deployment and the site fill in what is left out: partition, QoS, and for GPU requests CPUs and memory per GPU.
     The request is checked in `development` too, so that a mistake is found on the laptop.
@@ -80,7 +80,8 @@ class SlurmRequest(BaseModel):
     )
     mem_per_cpu: Memory | None = Field(None, description="Memory per CPU; instead of mem.")
     time_limit: Time = Field(
-        timedelta(hours=1), description="Limit of the run time, for instance '02:00:00' or '1-12', or a timedelta."
+        timedelta(hours=1),
+        description="Limit of the run time, for instance '02:00:00' or '1-12', or a timedelta; becomes --time.",
     )
     partition: Name | None = Field(None, description="Overrides the deployment's choice.")
     qos: Name | None = Field(None, description="Overrides the deployment's choice.")
