@@ -27,8 +27,12 @@ HEAD = """\
 
 Values come from the process environment, else from `.env` at the root of the repository, else from one file of `envs/`:
 `.env.development`, or for the `*_supercomputer` deployments `.env.<SLURM_SUPERCOMPUTER_SITE>`. Blank means unset, `~`
-your home. A file that holds a secret must be yours alone (`chmod 600`). An unknown variable in a file whose name
-begins with `SLURM_`, `ASC_` or `DAGSTER_DEPLOYMENT` is an error. This table is made from `dagster_sbatch.settings`.
+your home. A file that holds a secret must be yours alone (`chmod 600`). An unknown variable in these files is an error
+if it begins with `SLURM_`, `ASC_` or `DAGSTER_DEPLOYMENT`. This table is made from `dagster_sbatch.settings`.
+
+The deployment is `development` unless `DAGSTER_DEPLOYMENT` names another in the process environment or in `.env`. That
+line in `.env.<SLURM_SUPERCOMPUTER_SITE>` counts only where `SLURM_SUPERCOMPUTER_SITE` is set in one of these two and
+`DAGSTER_DEPLOYMENT` is not, and in commands that always concern the supercomputer, such as `scripts/doctor`.
 
 `SLURM_PARTITION`, `SLURM_QOS`, `SLURM_ACCOUNT` and `SLURM_RESERVATION` are also variables of `srun`, with the same
 meaning. Where a module or profile exports one of them on the machine on which Dagster runs, that value wins over the
@@ -43,7 +47,8 @@ it is not meant.
 def settings_page() -> str:
     rows = []
     for field in Settings.model_fields.values():
-        default = "" if field.default is None else f"`{field.default}`"
+        value = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        default = "" if value is None else f"`{value}`"
         example = (field.examples or [""])[0]
         rows.append(f"| `{field.validation_alias}` | {field.description} | {default} | `{example}` |\n")
     return HEAD + "".join(rows)
