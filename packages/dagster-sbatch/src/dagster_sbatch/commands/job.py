@@ -37,6 +37,7 @@ examples:
   scripts/job
   scripts/job 1184                the state of the job, and of its tasks if it is an array job
   scripts/job 1184 logs
+  scripts/job 1184 logs --follow  and what the job writes until it ends
   scripts/job 3f2a9c1d
   scripts/job 1184 fetch events
   scripts/job 1184 fetch stderr --to /tmp/stderr.txt
