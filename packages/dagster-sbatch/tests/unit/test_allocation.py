@@ -46,7 +46,7 @@ def test_what_the_asset_names_wins() -> None:
     ("fields", "partition", "qos", "text"),
     [
         ({"gpus_per_node": 5}, None, None, f"a node of partition {GPU} has 4"),
-        ({"gpus_per_node": 1, "partition": CPU}, None, None, f"{CPU} has no GPUs. Leave partition out, or write partition='{GPU}'"),
+        ({"gpus_per_node": 1, "partition": CPU}, None, None, f"{CPU} has no GPUs. Leave partition out, or write"),
         ({"qos": CPU, "gpus_per_node": 1}, None, None, f"qos='{CPU}' is not a QoS of partition {GPU}"),
         ({"partition": "zen4_768"}, None, None, f"did you mean '{CPU}'"),
         ({}, "zen4_768", None, f"did you mean '{CPU}'"),
