@@ -16,7 +16,7 @@ from dagster_sbatch.slurm.gateway import JobEnd, RefusedError
 from dagster_sbatch.slurm.units import count_of
 from dagster_sbatch.ssh import SshError
 from dagster_sbatch.upkeep import running_on_supercomputer
-from dagster_sbatch.upkeep.ownership import LeftJob, group_state, left_jobs, reason_to_cancel, repeat_failure
+from dagster_sbatch.upkeep.ownership import LeftJob, group_state, left_jobs, reason_to_cancel, repeat_failures
 
 LOOK_BACK = timedelta(days=7)
 """The first tick examines runs that have ended within this time."""
@@ -142,8 +142,7 @@ def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.Sens
 
     for root in groups:
         say(f"run {root}: {states[root]}")
-        if states[root] == "retry missed":
-            repeat_failure(instance, root)
+    repeat_failures(instance, [root for root in groups if states[root] == "retry missed"])
     over = {root: cursor.groups.get(root, _Group()) for root, state in states.items() if state == "over"}
     recently = (now - LEFT_PAUSE).timestamp()
     due = {root for root, group in over.items() if root in ended or group.asked <= recently}
