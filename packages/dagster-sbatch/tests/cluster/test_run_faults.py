@@ -48,6 +48,7 @@ def tried(site: SimulatedSite) -> str:
     return site.run_on_login(CERTIFICATE_USER, "ls dagster-slurm/runs/*", check=False).stdout
 
 
+@pytest.mark.timeout(1500 if STRESS else 600)
 def test_the_controller_is_down_at_the_submission_in_mid_run_and_at_the_end(
     site: SimulatedSite, workloads: Path
 ) -> None:
