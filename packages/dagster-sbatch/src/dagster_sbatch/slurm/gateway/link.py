@@ -266,4 +266,6 @@ class Link:
             self._on_recovered()
         if frame and frame[0]["id"] == self._hold and "held" in frame[0]:
             raise LostClaimError(frame[0]["held"])
+        if frame and frame[0]["id"] == self._hold and "error" in frame[0]:
+            raise OSError(frame[0]["text"])  # without the claim, this connection is of no use
         return frame

@@ -44,14 +44,17 @@ def holder_of(path):
     return parse(read(path), "token", "who") or {}
 
 
-def inherit(held, path, mine, say):
-    """Wait until this client's previous agent releases the lock, then take it; report if another client got it."""
-    while not take(held, path, mine):
-        there = holder_of(path)
-        if there and there["token"] != mine["token"]:
-            say(held=there["who"])
-            return
-        time.sleep(INHERIT_EVERY)
+def inherit(agent, path, mine, say):
+    """Wait until this client's previous agent releases the lock, then take it; leave if that is not possible."""
+    try:
+        while not take(agent.held, path, mine):
+            there = holder_of(path)
+            if there and there["token"] != mine["token"]:
+                say(held=there["who"])
+                agent.leave()
+            time.sleep(INHERIT_EVERY)
+    except OSError:  # the client holds the family again with its next agent, or waits until it can
+        agent.leave()
 
 
 def latest(folder, family):
@@ -97,11 +100,8 @@ def environment_of(agent, ask, say):
         return None
 
 
-# Requests
-
-
-def hold(agent, ask, say):
-    """Make the client the one that acts on a family of runs, or answer who does.
+def acquire(agent, ask, say):
+    """Make the client the one that acts on a family of runs, or return who does.
 
     A client that has lost its connection may have another agent here that does not know it yet. The same token is
     let in beside that one, and inherits its lock.
@@ -114,16 +114,31 @@ def hold(agent, ask, say):
     there = holder_of(path)
     if there.get("token") != mine["token"]:
         return {"held": there.get("who", "somebody")}
-    threading.Thread(target=inherit, args=(agent.held, path, mine, say), daemon=True).start()
+    threading.Thread(target=inherit, args=(agent, path, mine, say), daemon=True).start()
+    return {}
+
+
+# Requests
+
+
+def hold(agent, ask, say):
+    """Acquire a family once more for a client that connects anew.
+
+    If the client has lost it, the agent leaves: the requests that follow must not touch the jobs of another client.
+    """
+    lost = acquire(agent, ask, say)
+    if lost:
+        say(**lost)
+        agent.leave()
     return {}
 
 
 def claim(agent, ask, say):
-    """Hold a family; answer the state of its latest attempt, and `runs` and `data_root` as absolute paths.
+    """Acquire a family; answer the state of its latest attempt, and `runs` and `data_root` as absolute paths.
 
     environment: a request about the environment of a new attempt, which is answered once the latest one is over
     """
-    held = hold(agent, ask, say)
+    held = acquire(agent, ask, say)
     if held:
         return held
     folder = ask["runs"]

@@ -1,0 +1,92 @@
+"""Claims on families of runs: whoever has lost one touches no job of the family any more."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from dagster_sbatch.slurm.gateway import choose_channel
+from dagster_sbatch.slurm.gateway.frames import Frames
+from slurm_in_a_box import wait_until
+from support.agent_fixtures import SETTINGS, Prepare
+
+OTHER = {"token": "token 2", "who": "run 2"}
+
+
+@pytest.fixture
+def agent(slurm: Path) -> Iterator[Frames]:
+    """The connection to an agent, as a client has it that sends several requests at once."""
+    frames = Frames(choose_channel(SETTINGS, (), lambda _: None)(), count(1))
+    yield frames
+    frames.close()
+
+
+def answers_of(agent: Frames) -> list[Any]:
+    """Return what the agent answers to the first request until it leaves."""
+    found, until = [], monotonic() + 20
+    while monotonic() < until:
+        try:
+            found += [frame[0] for frame in [agent.receive()] if frame and frame[0]["id"] == 1]
+        except EOFError:
+            return found
+    raise AssertionError(f"the agent does not leave: {found}")
+
+
+@pytest.mark.parametrize("request_", [{"do": "cancel"}, {"do": "run", "files": {"job.sh": ""}, "follower": "run-1"}])
+def test_a_client_that_has_lost_its_claim_neither_cancels_nor_submits(
+    request_: dict[str, Any], agent: Frames, prepare: Prepare, tmp_path: Path
+) -> None:
+    """It was cut off, and another client acts on its runs by now. Its next request comes right behind the claim."""
+    runs = tmp_path / "runs"
+    assert prepare().claim(str(runs), "family", **OTHER).held_by is None
+    agent.send(do="hold", runs=str(runs), family="family", token="token 1", who="run 1")
+    agent.send(run=f"{runs}/family-1", **request_)
+    assert [answer["held"] for answer in answers_of(agent)] == ["run 2"]
+    assert [path.name for path in runs.iterdir()] == ["family.holder"]
+
+
+def test_a_client_that_loses_its_claim_while_it_inherits_it_is_left(agent: Frames, tmp_path: Path) -> None:
+    """Its previous agent has ended, and another client was faster than its present one."""
+    (tmp_path / "runs").mkdir(mode=0o700)
+    mine = {"token": "token 1", "who": "run 1"}
+    with (tmp_path / "runs" / "family.holder").open("w+") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        json.dump(mine, holder)
+        holder.flush()
+        agent.send(do="hold", runs=f"{tmp_path}/runs", family="family", **mine)
+        wait_until(lambda: (frame := agent.receive()) and frame[0]["id"] == 1, "the agent lets it in")
+        holder.seek(0)
+        json.dump(OTHER, holder)
+        holder.flush()
+        assert answers_of(agent) == [{"id": 1, "held": "run 2"}]
+
+
+NO_CLAIM = """
+def spoil():
+    import os, sys
+    def take(held, path, mine, take=sys.modules["agent.claims"].take):
+        if os.path.exists({mark!r}):
+            os.unlink({mark!r})
+            raise OSError(116, "Stale file handle", path)
+        return take(held, path, mine)
+    sys.modules["agent.claims"].take = take
+"""
+
+
+def test_a_claim_that_fails_over_a_new_connection_is_repeated(prepare: Prepare, tmp_path: Path) -> None:
+    """Otherwise a second client could act on the runs at the same time."""
+    mark, troubles, runs = tmp_path / "mark", list[str](), f"{tmp_path}/runs"
+    code = NO_CLAIM.format(mark=str(mark))
+    first, second = prepare(code, troubles), prepare(code)
+    assert first.claim(runs, "family", "token 1", "run 1").held_by is None
+    first.close()
+    mark.touch()
+    assert first.host()
+    assert second.claim(runs, "family", **OTHER).held_by == "run 1"
+    assert not mark.exists()
+    assert troubles == [f"{runs}/family.holder: Stale file handle"]
