@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import pytest
 from dagster_sbatch.slurm.gateway import choose_channel
 from dagster_sbatch.slurm.gateway.frames import Frames
 from slurm_in_a_box import wait_until
-from support.agent_fixtures import SETTINGS, Prepare
+from support.agent_fixtures import SETTINGS, Prepare, put
 
 OTHER = {"token": "token 2", "who": "run 2"}
 
@@ -90,3 +90,22 @@ def test_a_claim_that_fails_over_a_new_connection_is_repeated(prepare: Prepare, 
     assert second.claim(runs, "family", **OTHER).held_by == "run 1"
     assert not mark.exists()
     assert troubles == [f"{runs}/family.holder: Stale file handle"]
+
+
+@pytest.mark.parametrize(
+    ("age", "code", "over"), [(0, None, False), (0, 0, True), (120, None, True)], ids=["late", "recorded", "killed"]
+)
+def test_a_claim_takes_no_end_for_final_whose_record_may_still_appear(
+    age: int, code: int | None, over: bool, prepare: Prepare, slurm: Path, tmp_path: Path
+) -> None:
+    """The job has recorded its success on another node, and this one does not see that yet. A minute later it does."""
+    run, ended = tmp_path / "runs" / "family-1", int(time()) - age
+    run.mkdir(parents=True, mode=0o700)
+    (run / "job").symlink_to("17")
+    if code is not None:
+        (run / "events").write_text(json.dumps({"code": code, "time": ended, "sizes": {}}) + "\n")
+    record = f"JobName=family-1 JobState=COMPLETED ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime={ended}"
+    put(slurm, "scontrol", f"echo '{record}'")
+    claim = prepare().claim(str(run.parent), "family", "token 1", "run 1")
+    assert (claim.over, claim.end and claim.end.code) == (over, code)
+    assert (run / "end").exists() is over

@@ -93,10 +93,10 @@ def test_an_array_job_goes_when_the_results_of_its_tasks_are_stored(
         assert not is_obsolete(instance, run, timedelta(days=KEEP_FAILED_DAYS - 1), partial(TaskList, runs))
 
 
-def test_the_end_of_an_old_array_job_that_nobody_has_asked_for_is_asked_for(
+def test_the_end_of_an_old_job_that_nobody_has_asked_for_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Waiting tasks that were cancelled have no record of their own, and Slurm's word counts after a while only."""
+    """What was cancelled while it waited has no record of its own, and Slurm's word counts after a while only."""
     for name, value in access.environment("http://127.0.0.1:1", tmp_path).items():
         monkeypatch.setenv(name, value)
     about, now = RunInfo(run="r", root="r", asset="a", partitions=""), datetime.now(UTC)
@@ -112,4 +112,4 @@ def test_the_end_of_an_old_array_job_that_nobody_has_asked_for_is_asked_for(
     monkeypatch.setattr(cleaning, "check_health", lambda _: SimpleNamespace(verdict="ok"))
     with dg.DagsterInstance.ephemeral() as instance:
         make_cleaning_sensor(PROJECT)(dg.build_sensor_context(instance=instance))
-    assert asked == ["/runs/old-1"]
+    assert asked == ["/runs/old-1", "/runs/single-1"]

@@ -186,9 +186,10 @@ def test_a_job_that_is_gone_is_noticed_though_squeue_hangs(prepare: Prepare, slu
     """It was cancelled while it waited: it leaves no word."""
     run, told = lay_out(tmp_path), list[str]()
     put(slurm, "squeue", "sleep 100")
-    put(slurm, "scontrol", f"echo '{CANCELLED}'")
+    put(slurm, "scontrol", f"echo '{CANCELLED.replace('EndTime=120', f'EndTime={int(time.time())}')}'")
     assert follow(prepare(HURRIED, told), run).state == "CANCELLED"
     assert told == ["squeue did not answer within 0 s"]
+    assert json.loads((run / "end").read_text())["state"] == "CANCELLED"
 
 
 def test_a_job_that_ends_slowly_is_cancelled_all_the_same(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:

@@ -233,8 +233,9 @@ def test_slurms_word_alone_is_not_believed_at_once(meanwhile: str, lag: float, s
     for name in ("messages.jsonl", "stdout", "stderr", "events"):
         (run / name).touch()
     (run / "job").symlink_to("17")
-    later = RUNNING if meanwhile == "it is put back in the queue" else ENDED
-    say("scontrol", f"if [ -e {asked} ]; then touch {again}; echo '{later}'; else touch {asked}; echo '{ENDED}'; fi")
+    ended = ENDED.replace("EndTime=120", f"EndTime={int(time.time())}")
+    later = RUNNING if meanwhile == "it is put back in the queue" else ended
+    say("scontrol", f"if [ -e {asked} ]; then touch {again}; echo '{later}'; else touch {asked}; echo '{ended}'; fi")
     command = [sys.executable, "-c", QUICK.format(lag=lag)]
     agent = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert agent.stdin and agent.stdout
@@ -249,7 +250,7 @@ def test_slurms_word_alone_is_not_believed_at_once(meanwhile: str, lag: float, s
     if meanwhile != "nothing":
         (run / "stdout").write_text("late\n")
         (run / "events").write_text(word)
-    say("scontrol", f"echo '{ENDED}'")
+    say("scontrol", f"echo '{ended}'")
     answers: list[dict[str, Any]] = []
     while not answers or "end" not in answers[-1]:
         answers.append(json.loads(agent.stdout.readline()))

@@ -41,7 +41,7 @@ def make_cleaning_sensor(project: Project) -> dg.SensorDefinition:
                 old = (run for run in found if is_obsolete(context.instance, run, now - run.heard, list_tasks))
                 removed = runs.remove(old)
                 for run in found:
-                    if run.array and run.end is None and now - run.heard > timedelta(days=KEEP_DAYS):
+                    if run.end is None and now - run.heard > timedelta(days=KEEP_DAYS):
                         runs.state(run)  # it records an end that nobody has asked for, for the next tick
         except NO_ACCESS as error:
             return dg.SkipReason(str(error))

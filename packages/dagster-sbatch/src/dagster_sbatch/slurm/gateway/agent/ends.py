@@ -17,6 +17,7 @@ UNKNOWN_JOB, NO_ACCOUNTING = "Invalid job id", "disabled"  # in errors of scontr
 UNKNOWN = {"state": "", "exit": "", "times": [None] * 3, "account": ""}  # the end of a job that Slurm has forgotten
 CANCELLED = dict(UNKNOWN, state="CANCELLED")
 SINGLE = frozenset([0])
+SETTLED = 60.0  # seconds after Slurm's end of a job that has no record of its own: none will appear
 
 
 def end_in(folder, found, index=0):
@@ -33,6 +34,20 @@ def end_in(folder, found, index=0):
     if index not in found and not old:
         return None
     return dict(own, cause=cause_of(folder), node=node_of(events), **found.get(index, UNKNOWN))
+
+
+def is_final(end, started):
+    """Return whether nothing more can come of what is over: it has its own record, never started, or ended a while ago.
+
+    started: whether it has said so
+    """
+    never = end["state"] and end["times"][1] is None and not started
+    return "code" in end or never or time.time() - (end["times"][2] or time.time()) > SETTLED
+
+
+def may_be_success(end):
+    """Return whether only the own record is missing."""
+    return end["state"] == "COMPLETED" and end.get("code") is None
 
 
 def verdicts(job, key, count=1, wanted=SINGLE, started=SINGLE):

@@ -7,7 +7,7 @@ from .array_follower import ArrayFollower
 from .disk import RequestError
 from .job_record import STREAMS, events_of
 from .jobs import submit_when_possible
-from .run_directories import conclude, job_of, locate, quietly_conclude, row_of
+from .run_directories import conclude, job_of, keep_end, locate, quietly_conclude, row_of
 from .slurm_commands import COMMAND_PATIENCE, LAG, SQUEUE_EVERY, UNSEEN, account
 from .streams import MOST_CHUNKS, Stream, pause_after, short_of
 from .task_states import OVER
@@ -93,12 +93,15 @@ class Follower:
         short = short_of(self.streams, (own or {}).get("sizes", {}))
         if (short and waited < COMMAND_PATIENCE) or (not own and waited < LAG):
             return None
-        if not own and not quietly_conclude(self.run, self.job):  # put back in the queue meanwhile
-            self.end, self.end_seen = None, 0.0
-            return None
+        if "code" not in self.end:  # its own record may have come meanwhile, or it was put back in the queue
+            self.end = quietly_conclude(self.run, self.job)
+            if not self.end:
+                self.end_seen = 0.0
+                return None
+            keep_end(self.run, self.end)
         start, end = self.end["times"][1:]
         rows = account(self.job, self.fields, end - start) if start and end else []
-        return {"end": dict(own or {}, **self.end), "short": short, "rows": rows}
+        return {"end": self.end, "short": short, "rows": rows}
 
 
 # Requests

@@ -20,7 +20,7 @@ import os
 import re
 
 from .disk import RequestError, load, read, remove_tree, store, unique, write
-from .ends import end_in, verdicts
+from .ends import end_in, is_final, may_be_success, verdicts
 from .job_record import CAUSE, EVENTS, STREAMS, cut_short, events_of
 from .tasks import CONTENTS, ENDS, FOLDER, Tasks, is_array, task_folder
 
@@ -112,12 +112,17 @@ def conclude(run, job):
     end = end_in(run, found)
     if not end and trouble:
         raise trouble
-    if end and "code" in end:
-        try:
-            store(os.path.join(run, "end"), end)
-        except OSError:  # the disk is full: the next request works it out again
-            pass
+    if end and is_final(end, "started" in events_of(run)):
+        keep_end(run, end)
     return end
+
+
+def keep_end(run, end):
+    """Record how a run ended. If the disk is full, the next request works it out again."""
+    try:
+        store(os.path.join(run, "end"), end)
+    except OSError:
+        pass
 
 
 def quietly_conclude(run, job):
@@ -163,11 +168,6 @@ def array_of(run, certain=False):
         "followers": followers_of(run),
         "record": record,
     }
-
-
-def may_be_success(end):
-    """Return whether only a task's own record is missing."""
-    return end["state"] == "COMPLETED" and end.get("code") is None
 
 
 def record_of(run):

@@ -11,10 +11,9 @@ KEY/
 """
 
 import os
-import time
 
 from .disk import load, lock, read, store
-from .ends import end_in, verdicts
+from .ends import end_in, is_final, verdicts
 from .job_record import MESSAGES, STREAMS
 from .streams import Stream
 
@@ -23,7 +22,6 @@ STARTED = ".started"
 RECORDED = ("account", "cause", "code", "exit", "node", "state", "time", "times", "usage")  # of an end, in ends.json
 # Of the ends of several tasks, the one that is the array job's.
 WORST = "NODE_FAIL BOOT_FAIL OUT_OF_MEMORY TIMEOUT DEADLINE FAILED PREEMPTED REVOKED CANCELLED".split() + [""]
-SETTLED = 60.0  # seconds after Slurm's end of a task that has no record of its own: none will appear
 
 
 def is_array(run):
@@ -83,9 +81,7 @@ class Tasks:
             if not end:
                 continue
             ends[index] = end
-            never = end["state"] and end["times"][1] is None and index not in started
-            settled = time.time() - (end["times"][2] or time.time()) > SETTLED
-            if "code" in end or never or settled:
+            if is_final(end, index in started):
                 certain.add(index)
         return ends, certain, trouble
 
