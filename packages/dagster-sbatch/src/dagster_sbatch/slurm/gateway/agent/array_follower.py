@@ -237,8 +237,9 @@ class ArrayFollower:
         for index in list(self.over):
             end, since = self.over[index]
             task = self.active.get(index) or self.schedule(index, now)
-            # It was read after it recorded its end, or else after Slurm confirmed that: Slurm writes to stderr, too.
-            read = end.get("code") is not None and task.own and task.own["time"] == end["time"]
+            # It was read after it recorded its success, or else after Slurm confirmed its end: Slurm writes to stderr.
+            success = end["state"] == "COMPLETED" and end.get("code") is not None
+            read = success and task.own and task.own["time"] == end["time"]
             short = task.short() if read or task.empty > since else None
             if short is None or (short and now - since < COMMAND_PATIENCE):
                 self.schedule(index, now + pause_after(now - since))

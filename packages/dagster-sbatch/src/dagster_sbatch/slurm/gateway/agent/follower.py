@@ -31,6 +31,7 @@ class Follower:
     def follow(self):
         self.queue.want(os.path.dirname(self.run))
         while self.current():
+            ended = self.end  # before the streams, too: Slurm itself writes to stderr
             events = events_of(self.run)  # before the streams: so all that was written before the end is sent
             sent = [stream.pump(self.say) for stream in self.streams]
             if any(sent):
@@ -40,14 +41,14 @@ class Follower:
             if recorded and not self.recorded:
                 self.asked = time.time()  # Slurm needs a moment to see the end itself
             self.recorded = recorded
-            if not self.end:
+            if not ended:
                 self.report_state(events)
                 self.ask_for_end(own)
-            if self.end and not any(sent):
+            elif not any(sent):
                 answer = self.finish(own)
                 if answer:
                     return answer
-            if max(sent or [0]) < MOST_CHUNKS:
+            if max(sent or [0]) < MOST_CHUNKS and self.end is ended:
                 quiet = pause_after(time.time() - self.moved)
                 time.sleep(min(quiet, self.pause / 4) if self.recorded else quiet)
         return {}

@@ -50,8 +50,11 @@ class Stream:
 
 
 def short_of(streams, sizes):
-    """Return the streams that have sent less than a job's own record of their sizes, with the number of bytes sent."""
-    return {each.name: each.at for each in streams if each.at < sizes.get(each.name, 0)}
+    """Return the streams that have not sent all, with the number of bytes sent.
+
+    sizes: the job's own record of them
+    """
+    return {each.name: each.at for each in streams if each.at < max(sizes.get(each.name, 0), each.hole[0])}
 
 
 def pause_after(silence):

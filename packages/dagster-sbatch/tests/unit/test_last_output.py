@@ -1,0 +1,67 @@
+"""What a job writes last: it comes before its end is reported."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from support.agent_fixtures import HURRIED, Prepare, put
+from support.array_site import Follow, Site, record, wait_for_ends
+
+KILLED = "*** JOB 17 ON n1 CANCELLED AT 2026-11-28T00:00:00 DUE TO TIME LIMIT ***\n"
+HOLE = b'{"method": "opened"}\n' + bytes(2000) + b'\n{"method": "log"}\n'
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The directory of a run whose job is 17."""
+    run = tmp_path / "runs" / "KEY"
+    run.mkdir(parents=True, mode=0o700)
+    for name in ("messages.jsonl", "stdout", "stderr", "events"):
+        (run / name).touch()
+    (run / "job").symlink_to("17")
+    return run
+
+
+def say_end(slurm: Path, state: str, before: str = "true") -> None:
+    """Have Slurm say that the job has just ended; `before`: a command that runs each time before Slurm says so."""
+    times = f"SubmitTime=100 StartTime=110 EndTime={int(time.time())}"
+    put(slurm, "scontrol", f"{before}; echo 'JobName=KEY JobState={state} ExitCode=0:0 {times}'")
+
+
+@pytest.mark.parametrize("code", ["null", "137"])
+def test_what_slurm_writes_to_stderr_at_the_end_is_not_lost(
+    code: str, run: Path, prepare: Prepare, slurm: Path
+) -> None:
+    """Slurm writes that after the job's own record, while the agent asks for the end."""
+    sizes = {"stdout": 0, "stderr": 0, "messages.jsonl": 0}
+    (run / "events").write_text(f'{{"code": {code}, "time": 1, "sizes": {json.dumps(sizes)}}}\n')
+    say_end(slurm, "TIMEOUT", f"[ -s {run}/stderr ] || echo '{KILLED.strip()}' >>{run}/stderr")
+    come = bytearray()
+    end = prepare(HURRIED).run(str(run), None, {"stderr": come.extend}, follower="")
+    assert (end.state, come.decode()) == ("TIMEOUT", KILLED)
+
+
+def test_what_follows_a_hole_comes_though_the_job_was_killed(run: Path, prepare: Prepare, slurm: Path) -> None:
+    """Its node has lost power: there is neither a record of the end nor one of the size."""
+    (run / "messages.jsonl").write_bytes(HOLE)
+    say_end(slurm, "NODE_FAIL")
+    come = bytearray()
+    end = prepare(HURRIED).run(str(run), None, {"messages.jsonl": come.extend}, follower="")
+    assert (end.state, bytes(come)) == ("NODE_FAIL", HOLE)
+
+
+@pytest.mark.parametrize("code", [None, 137])
+def test_what_slurm_writes_to_stderr_at_the_end_of_a_task_is_not_lost(
+    code: int | None, prepare: Prepare, slurm: Path, tmp_path: Path, follow: Follow
+) -> None:
+    """The task has recorded its end, and was read since."""
+    site = Site(slurm, tmp_path, 1)
+    seen = follow(site, prepare(HURRIED))
+    site.start(0)
+    site.end(0, code)
+    site.wait_until_asked()
+    site.say(record("0", "OUT_OF_MEMORY", str(int(time.time()))), before=f"echo oom_kill >>{site.run}/tasks/0.stderr")
+    wait_for_ends(seen, 1)
+    assert seen.text(0, "stderr") == "oom_kill\n"
