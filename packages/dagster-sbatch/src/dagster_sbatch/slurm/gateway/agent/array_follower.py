@@ -5,7 +5,7 @@ import os
 import time
 from functools import partial
 
-from .job_record import events_of
+from .job_record import events_of, heard_of
 from .run_directories import locate
 from .slurm_commands import COMMAND_PATIENCE, LAG, SQUEUE_EVERY, UNSEEN, account
 from .streams import MOST_CHUNKS, pause_after, short_of
@@ -45,7 +45,7 @@ class Task:
         else:
             self.empty = now
         self.own = events.get("end")
-        self.heard = max([event["time"] for event in events.values()], default=None)
+        self.heard = heard_of(events)
         return sent
 
     def short(self):

@@ -33,6 +33,9 @@ class Follower:
         while self.current():
             ended = self.end  # before the streams, too: Slurm itself writes to stderr
             events = events_of(self.run)  # before the streams: so all that was written before the end is sent
+            row = row_of(self.queue, self.job, self.key, events)
+            if row and row[0] == "PENDING" and not ended:
+                events = {}  # of an earlier start: Slurm has put the job back in the queue since
             sent = [stream.pump(self.say) for stream in self.streams]
             if any(sent):
                 self.moved = time.time()
@@ -42,7 +45,7 @@ class Follower:
                 self.asked = time.time()  # Slurm needs a moment to see the end itself
             self.recorded = recorded
             if not ended:
-                self.report_state(events)
+                self.report_state(row, events)
                 self.ask_for_end(own)
             elif not any(sent):
                 answer = self.finish(own)
@@ -53,10 +56,9 @@ class Follower:
                 time.sleep(min(quiet, self.pause / 4) if self.recorded else quiet)
         return {}
 
-    def report_state(self, events):
-        row = row_of(self.queue, self.job, self.key, events)
+    def report_state(self, row, events):
         if row and row[0] not in OVER and "end" not in events:
-            self.report(*row, idle=events.get("idle"), **events.get("started", {}))
+            self.report(*row, idle=events.get("idle", {}).get("idle"), **events.get("started", {}))
         if self.queue.view["trouble"] and self.queue.view["trouble"] != self.trouble:
             self.trouble = self.queue.view["trouble"]
             self.say(trouble=self.trouble)

@@ -10,10 +10,10 @@ EVENTS, CAUSE = "events", "cause"
 
 
 def events_of(folder):
-    """Return the job's own records of its latest start; a requeued job starts again.
+    """Return the job's own records of its latest start by name; a requeued job starts again.
 
-    started, end  the lines of the job script
-    idle          for how many seconds the GPUs have been idle; the sampler writes that once
+    started, end  of the job script
+    idle          of the sampler: for how many seconds the GPUs have been idle; it writes that once
     """
     events = {}
     for line in read(os.path.join(folder, EVENTS)).split(b"\n")[:-1]:  # the last piece is not a whole line yet
@@ -24,9 +24,14 @@ def events_of(folder):
             events = {"started": event}
         elif "code" in event:
             events["end"] = event
-        else:
-            events["idle"] = event["idle"]
+        elif "idle" in event:
+            events["idle"] = event
     return events
+
+
+def heard_of(events):
+    """Return the time of the latest of the job's own records; None without one."""
+    return max([event["time"] for event in events.values()], default=None)
 
 
 def node_of(events):

@@ -21,7 +21,7 @@ import re
 
 from .disk import RequestError, load, read, remove_tree, store, unique, write
 from .ends import end_in, is_final, may_be_success, verdicts
-from .job_record import CAUSE, EVENTS, STREAMS, cut_short, events_of
+from .job_record import CAUSE, EVENTS, STREAMS, cut_short, events_of, heard_of
 from .tasks import CONTENTS, ENDS, FOLDER, Tasks, is_array, task_folder
 
 FOLLOWER = "follower-"
@@ -136,7 +136,7 @@ def quietly_conclude(run, job):
 def row_of(queue, job, key, events):
     """Return a job's row of the queue; RUNNING if that view is older than the job's own record of its start."""
     row = queue.row(job, key)
-    if "started" in events and (not row or row[0] == "PENDING"):
+    if "started" in events and (not row or (row[0] == "PENDING" and heard_of(events) > queue.view["at"])):
         return ["RUNNING", "None", ""] + (row or [])[3:]
     return row
 

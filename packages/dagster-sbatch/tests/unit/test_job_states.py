@@ -1,0 +1,67 @@
+"""The state of a job as Slurm's queue and the job's own record have it."""
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.slurm.gateway import JobState, StoppedError
+from slurm_in_a_box import wait_until
+from support.agent_fixtures import HURRIED, Prepare, put
+from support.array_site import Follow, Site, record, wait_for_ends
+
+STARTED = {"started": "n1", "temporary": "/tmp"}
+WAITS, RUNS = ("PENDING", "BeginTime", ""), ("RUNNING", "None", "n1")
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ([], WAITS),
+        ([{**STARTED, "time": 100}], WAITS),  # its node has failed
+        ([{**STARTED, "time": 100}, {"code": None, "time": 200, "sizes": {}}], WAITS),  # it was preempted
+        ([{**STARTED, "time": 100}, {"code": 0, "time": 200, "sizes": {}}], WAITS),  # an administrator has requeued it
+        ([{**STARTED, "time": time.time() + 1000}], RUNS),  # the queue as it is known is older
+    ],
+)
+def test_a_job_that_waits_to_run_again_is_shown_as_waiting(
+    own: list[dict[str, object]], expected: tuple[str, str, str], prepare: Prepare, slurm: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "KEY"
+    run.mkdir(parents=True, mode=0o700)
+    (run / "job").symlink_to("17")
+    (run / "events").write_text("".join(f"{json.dumps(event)}\n" for event in own))
+    put(slurm, "squeue", "echo '17|PENDING|BeginTime|N/A|KEY|p1'")
+    put(slurm, "scontrol", "echo 'JobName=KEY JobState=PENDING ExitCode=0:0 SubmitTime=1 StartTime=2 EndTime=3'")
+    gateway = prepare(HURRIED)
+    known = gateway.state(str(run))[0]
+    assert known is not None
+    assert (known.state, known.reason) == expected[:2]
+
+    states: list[JobState] = []
+
+    def report(state: JobState) -> None:
+        states.append(state)
+        gateway.stop.set()
+
+    with suppress(StoppedError):
+        gateway.run(str(run), None, {}, "", on_state=report)
+    assert [(state.state, state.reason, state.node) for state in states] == [expected]
+
+
+def test_a_task_whose_gpus_are_idle_is_followed_to_its_end(
+    prepare: Prepare, slurm: Path, tmp_path: Path, follow: Follow
+) -> None:
+    """Its sampler says so in the task's own record."""
+    site, troubles = Site(slurm, tmp_path, 1), list[str]()
+    seen = follow(site, prepare(HURRIED, troubles))
+    site.start(0)
+    site.write(0, "events", '{"idle": 600, "time": 2}\n')
+    site.write(0, "stdout", "works\n")
+    wait_until(lambda: seen.text(0) == "works\n", "its output", 20, 0.02)
+    site.end(0)
+    site.say(record("0", "COMPLETED"))
+    wait_for_ends(seen, 1)
+    assert (seen.outcomes, troubles) == ({0: ("COMPLETED", 0)}, [])
