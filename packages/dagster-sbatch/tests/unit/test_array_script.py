@@ -102,6 +102,13 @@ def test_a_task_that_was_rejected_and_starts_again_ends_at_once(run: Path) -> No
     assert (run / "tasks/4/events").read_text() == before
 
 
+def test_an_array_job_that_appears_after_its_cancellation_does_nothing(run: Path) -> None:
+    """Slurm has accepted it though sbatch reported an error. The run stays one that has no job."""
+    (run / "cancelled").touch()
+    assert start(run, 4) == 0
+    assert (listed(run), (run / "job").is_symlink()) == (["4.stderr", "4.stdout"], False)
+
+
 def test_a_task_that_cannot_make_its_folder_fails(run: Path) -> None:
     """It ends with an error on its stderr, not as if it had succeeded."""
     (run / "tasks/6").rmdir()

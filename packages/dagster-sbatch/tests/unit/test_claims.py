@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from dagster_sbatch.slurm.gateway import choose_channel
+from dagster_sbatch.slurm.gateway.agent import run_directories
 from dagster_sbatch.slurm.gateway.frames import Frames
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import SETTINGS, Prepare, put
@@ -109,3 +111,19 @@ def test_a_claim_takes_no_end_for_final_whose_record_may_still_appear(
     claim = prepare().claim(str(run.parent), "family", "token 1", "run 1")
     assert (claim.over, claim.end and claim.end.code) == (over, code)
     assert (run / "end").exists() is over
+
+
+@pytest.mark.parametrize("kind", ["job.sh", "tasks.jsonl"])
+def test_a_run_that_was_cancelled_before_it_had_a_job_is_over(
+    kind: str, prepare: Prepare, slurm: Path, tmp_path: Path
+) -> None:
+    """sbatch has never answered, and Slurm knows no such job. The next execution of the step submits a new attempt."""
+    run, gateway = tmp_path / "runs" / "family-1", prepare()
+    run.parent.mkdir(mode=0o700)
+    run_directories.lay_out(str(run), {"job.sh": "", kind: "{}\n"})
+    (run / "tried").touch()
+    os.utime(run / "tried", (time() - 60, time() - 60))
+    assert not gateway.claim(str(run.parent), "family", "token 1", "run 1").over
+    assert gateway.cancel(str(run)) is None
+    claim = gateway.claim(str(run.parent), "family", "token 1", "run 1")
+    assert (claim.over, [array.over for array in claim.arrays]) == (True, [True] * (kind == "tasks.jsonl"))

@@ -156,7 +156,7 @@ def test_times_are_told_with_any_bash_and_locale(bash: str, told: float | None, 
     assert int(done.stdout) > before
 
 
-@pytest.mark.parametrize("mark", ["end", "failed"])
+@pytest.mark.parametrize("mark", ["end", "failed", "cancelled"])
 def test_a_job_that_is_requeued_when_no_step_follows_it_ends_at_once(mark: str, tmp_path: Path) -> None:
     """By an administrator: the step has another attempt, or is over. Before that, Slurm may start it again."""
     (tmp_path / "work load.py").write_text("print('works')\n")
@@ -167,6 +167,14 @@ def test_a_job_that_is_requeued_when_no_step_follows_it_ends_at_once(mark: str, 
     done = run_as_slurm_would(tmp_path, text)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (len(before), read_events(tmp_path)) == (4, before)
+
+
+def test_a_job_that_appears_after_its_cancellation_does_nothing(tmp_path: Path) -> None:
+    """Slurm has accepted it though sbatch reported an error. The run stays one that has no job."""
+    (tmp_path / "cancelled").touch()
+    done = run_as_slurm_would(tmp_path, render(*CASES["script"]))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not (tmp_path / "job").is_symlink()
 
 
 def test_variables_and_arguments_reach_the_workload_and_not_the_script(tmp_path: Path) -> None:

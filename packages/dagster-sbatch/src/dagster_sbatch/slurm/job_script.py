@@ -117,12 +117,16 @@ export -f run_python
 run_workload() {{ ( echo "$BASHPID" >workload.pid; run_python "$@" ) }}"""
 
 _CLAIM = """\
+# It was cancelled before its submission got an answer.
+[ -e cancelled ] && exit 0
 # One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
 ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
 # No step follows it any more: its end is recorded, or another attempt is submitted. An administrator has requeued it.
 [ -e end ] && exit 0
 [ -e failed ] && exit 0"""
 _CLAIM_TASK = """\
+# It was cancelled before its submission got an answer.
+[ -e cancelled ] && exit 0
 # One array job per run: the first to make this link is the run's job; the tasks of any other end. The link leads to a
 # file that is named after its job: bash can compare the two (-ef) without starting a program.
 id=$SLURM_ARRAY_JOB_ID

@@ -19,6 +19,8 @@
 umask 077
 run_directory=$PWD
 
+# It was cancelled before its submission got an answer.
+[ -e cancelled ] && exit 0
 # One array job per run: the first to make this link is the run's job; the tasks of any other end. The link leads to a
 # file that is named after its job: bash can compare the two (-ef) without starting a program.
 id=$SLURM_ARRAY_JOB_ID

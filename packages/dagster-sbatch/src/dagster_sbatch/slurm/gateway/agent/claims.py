@@ -12,7 +12,7 @@ from .disk import RequestError, lock, own, parse, read, remove_tree
 from .ends import may_be_success
 from .paths import with_paths
 from .releases import environment
-from .run_directories import DAY, array_of, checked, conclude, followers_of, has, job_of, record_of
+from .run_directories import DAY, array_of, checked, conclude, followers_of, has, job_of, may_have_job, record_of
 from .tasks import is_array, whole
 
 INHERIT_EVERY = 0.5  # seconds between two tries to take the lock of this client's previous agent
@@ -70,7 +70,7 @@ def latest(folder, family):
     job = job_of(run)
     found = {"attempt": numbers[-1], "over": True, "end": None, "job": job, "followers": []}
     found.update(record=record_of(run), arrays=arrays, rejected=has(run, "failed"))
-    if not numbers[-1] or not (job or has(run, "tried")):  # never submitted: sbatch refused it, or the agent died
+    if not numbers[-1] or not may_have_job(run):  # sbatch refused it, the agent died, or it was cancelled before
         return found
     end = None
     if is_array(run):

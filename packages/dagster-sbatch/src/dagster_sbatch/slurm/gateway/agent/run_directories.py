@@ -89,6 +89,11 @@ def job_of(run):
         return None
 
 
+def may_have_job(run):
+    """Return whether a run has a job, or may get one because its submission got no answer."""
+    return bool(job_of(run)) or (has(run, "tried") and not has(run, "cancelled"))
+
+
 def settle(run, job):
     """Record the run's job, unless one is recorded; return the recorded one."""
     try:
@@ -159,7 +164,7 @@ def array_of(run, certain=False):
         "run": run,
         "number": int(number) if number.isdigit() else 0,
         "job": job,
-        "over": len(ends) == tasks.count or not (job or has(run, "tried")),
+        "over": len(ends) == tasks.count or not may_have_job(run),
         "tasks": [task["id"] for task in (record or {}).get("tasks", ())],
         "ends": {str(index): end for index, end in ends.items()},
         "started": sorted(started),
