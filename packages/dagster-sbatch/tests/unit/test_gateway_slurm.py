@@ -125,6 +125,15 @@ def test_the_answers_of_sbatch(say: Say, sbatch: str, expected: str, tmp_path: P
         ("Socket timed out on send/recv operation", "temporary", "perhaps"),
         ("Zero Bytes were transmitted or received", "temporary", "perhaps"),
         ("Unable to contact slurm controller", "temporary", "perhaps"),
+        ("Unexpected missing socket error", "temporary", "perhaps"),
+        ("Header lengths are longer than data received", "temporary", "perhaps"),
+        ("Received zero length message", "temporary", "perhaps"),
+        ("Message receive failure", "temporary", "perhaps"),
+        ("Broken pipe", "temporary", "perhaps"),
+        ("Transport endpoint is not connected", "temporary", "perhaps"),
+        ("No route to host", "temporary", "perhaps"),
+        ("Network is unreachable", "temporary", "perhaps"),
+        ("Invalid authentication credential", "temporary", "perhaps"),
     ],
 )
 def test_what_sbatch_refuses(say: Say, words: str, kind: str, submitted: str, tmp_path: Path) -> None:

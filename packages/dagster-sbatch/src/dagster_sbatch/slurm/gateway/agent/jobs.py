@@ -21,8 +21,9 @@ FIRST_PAUSE, ROOM_PAUSE, LONGEST_PAUSE = 0.5, 5.0, 60.0  # seconds between two t
 CANCEL_EVERY = 0.5
 # Errors of sbatch after which the job may exist or not, or Slurm does not work as it should.
 UNSURE = re.compile(
-    r"timed out|timeout|contact slurm controller|communication|connection|unexpected message|zero bytes"
-    r"|temporarily|authentication error|munge",
+    r"timed out|timeout|contact slurm controller|communication|connection|not connected|no route|is unreachable"
+    r"|unexpected m(essage|issing)|zero (bytes|length)|message (send|receive|length)|entire message|header lengths"
+    r"|broken pipe|temporarily|authentication|munge",
     re.I,
 )
 # Errors of sbatch after which there is no job, and the same job may be accepted later: too many jobs, and all others.
