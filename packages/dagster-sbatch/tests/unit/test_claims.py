@@ -127,3 +127,21 @@ def test_a_run_that_was_cancelled_before_it_had_a_job_is_over(
     assert gateway.cancel(str(run)) is None
     claim = gateway.claim(str(run.parent), "family", "token 1", "run 1")
     assert (claim.over, [array.over for array in claim.arrays]) == (True, [True] * (kind == "tasks.jsonl"))
+
+
+PATIENCE = """
+def spoil():
+    import sys
+    vars(sys.modules["agent.jobs"]).update(LATE=0.5, SEARCH_EVERY=0.1)
+"""
+
+
+def test_a_clock_of_the_file_server_that_is_ahead_delays_nothing(prepare: Prepare, tmp_path: Path) -> None:
+    """The time of the submission that got no answer is that of a file."""
+    run = tmp_path / "runs" / "family-1"
+    run.mkdir(parents=True, mode=0o700)
+    (run / "tried").touch()
+    os.utime(run / "tried", (time() + 3600, time() + 3600))
+    begun = monotonic()
+    assert prepare(PATIENCE).cancel(str(run)) is None
+    assert monotonic() - begun < 20

@@ -103,8 +103,11 @@ def environment_of(agent, ask, say):
         return None
 
 
-def acquire(agent, ask, say):
-    """Make the client the one that acts on a family of runs, or return who does.
+# Requests
+
+
+def hold(agent, ask, say):
+    """Make the client the one that acts on a family of runs, or answer who does.
 
     A client that has lost its connection may have another agent here that does not know it yet. The same token is
     let in beside that one, and inherits its lock.
@@ -121,27 +124,12 @@ def acquire(agent, ask, say):
     return {}
 
 
-# Requests
-
-
-def hold(agent, ask, say):
-    """Acquire a family once more for a client that connects anew.
-
-    If the client has lost it, the agent leaves: the requests that follow must not touch the jobs of another client.
-    """
-    lost = acquire(agent, ask, say)
-    if lost:
-        say(**lost)
-        agent.leave()
-    return {}
-
-
 def claim(agent, ask, say):
-    """Acquire a family; answer the state of its latest attempt, and `runs` and `data_root` as absolute paths.
+    """Hold a family; answer the state of its latest attempt, and `runs` and `data_root` as absolute paths.
 
     environment: a request about the environment of a new attempt, which is answered once the latest one is over
     """
-    held = acquire(agent, ask, say)
+    held = hold(agent, ask, say)
     if held:
         return held
     folder = ask["runs"]

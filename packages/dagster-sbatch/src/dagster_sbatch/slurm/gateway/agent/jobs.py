@@ -129,7 +129,7 @@ def find_job(run, key):
     job = job_of(run)
     if job or not has(run, "tried"):
         return job, "recorded"
-    since = os.stat(os.path.join(run, "tried")).st_mtime
+    since = min(os.stat(os.path.join(run, "tried")).st_mtime, time.time())  # the file server's clock may be ahead
     job = find_by_name(key, since)
     while not job and time.time() - since < LATE:
         time.sleep(SEARCH_EVERY)

@@ -96,6 +96,8 @@ class Agent:
 
             answer = {"error": "broken", "text": "the gateway agent failed:\n%s" % traceback.format_exc(-3).strip()}
         say(**answer)
+        if answer and ask.get("do") == "hold":  # the requests that follow could touch the jobs of another client
+            self.leave()
 
     @contextmanager
     def finishing(self):
