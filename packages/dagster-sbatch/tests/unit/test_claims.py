@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 
 from dagster_sbatch.slurm.gateway import choose_channel
-from dagster_sbatch.slurm.gateway.agent import run_directories
 from dagster_sbatch.slurm.gateway.frames import Frames
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import SETTINGS, Prepare, put
 
-OTHER = {"token": "token 2", "who": "run 2"}
+OTHER = "token 2", "run 2"
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def test_a_client_that_has_lost_its_claim_neither_cancels_nor_submits(
 ) -> None:
     """It was cut off, and another client acts on its runs by now. Its next request comes right behind the claim."""
     runs = tmp_path / "runs"
-    assert prepare().claim(str(runs), "family", **OTHER).held_by is None
+    assert prepare().claim(str(runs), "family", *OTHER).held_by is None
     agent.send(do="hold", runs=str(runs), family="family", token="token 1", who="run 1")
     agent.send(run=f"{runs}/family-1", **request_)
     assert [answer["held"] for answer in answers_of(agent)] == ["run 2"]
@@ -55,7 +54,7 @@ def test_a_client_that_has_lost_its_claim_neither_cancels_nor_submits(
 def test_a_client_that_loses_its_claim_while_it_inherits_it_is_left(agent: Frames, tmp_path: Path) -> None:
     """Its previous agent has ended, and another client was faster than its present one."""
     (tmp_path / "runs").mkdir(mode=0o700)
-    mine = {"token": "token 1", "who": "run 1"}
+    mine: dict[str, Any] = {"token": "token 1", "who": "run 1"}
     with (tmp_path / "runs" / "family.holder").open("w+") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
         json.dump(mine, holder)
@@ -63,7 +62,7 @@ def test_a_client_that_loses_its_claim_while_it_inherits_it_is_left(agent: Frame
         agent.send(do="hold", runs=f"{tmp_path}/runs", family="family", **mine)
         wait_until(lambda: (frame := agent.receive()) and frame[0]["id"] == 1, "the agent lets it in")
         holder.seek(0)
-        json.dump(OTHER, holder)
+        json.dump(dict(zip(("token", "who"), OTHER, strict=True)), holder)
         holder.flush()
         assert answers_of(agent) == [{"id": 1, "held": "run 2"}]
 
@@ -89,7 +88,7 @@ def test_a_claim_that_fails_over_a_new_connection_is_repeated(prepare: Prepare, 
     first.close()
     mark.touch()
     assert first.host()
-    assert second.claim(runs, "family", **OTHER).held_by == "run 1"
+    assert second.claim(runs, "family", *OTHER).held_by == "run 1"
     assert not mark.exists()
     assert troubles == [f"{runs}/family.holder: Stale file handle"]
 
@@ -119,8 +118,8 @@ def test_a_run_that_was_cancelled_before_it_had_a_job_is_over(
 ) -> None:
     """sbatch has never answered, and Slurm knows no such job. The next execution of the step submits a new attempt."""
     run, gateway = tmp_path / "runs" / "family-1", prepare()
-    run.parent.mkdir(mode=0o700)
-    run_directories.lay_out(str(run), {"job.sh": "", kind: "{}\n"})
+    (run / "tasks").mkdir(parents=True, mode=0o700)
+    (run / kind).write_text("{}\n")
     (run / "tried").touch()
     os.utime(run / "tried", (time() - 60, time() - 60))
     assert not gateway.claim(str(run.parent), "family", "token 1", "run 1").over
