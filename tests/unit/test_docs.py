@@ -1,5 +1,6 @@
 """What the documentation says is true."""
 
+import ast
 import os
 import re
 from pathlib import Path
@@ -17,6 +18,8 @@ PAGES = [
     *sorted(ROOT.glob("packages/*/docs/*.md")),
     *sorted(ROOT.glob("packages/*/README.md")),
 ]
+SURVEY = ENGINE / "inspect" / "diagnosis" / "survey.py"
+SLURM = ("sacct", "sbatch", "scancel", "sinfo", "squeue", "sshare")
 AVOIDED = re.compile(
     r"\b(mend(s|ed)?|passed over|taken up|(is|are|was|were) told|go(es)? along|go(es)? on|what of|word of its end)\b",
     re.IGNORECASE,
@@ -92,6 +95,29 @@ def test_the_architecture_page_names_every_module() -> None:
     for module in ENGINE.iterdir():
         if not module.name.startswith("__") and module.name != "py.typed":
             assert module.name in text, module.name
+
+
+def slurm_commands() -> set[str]:
+    """The commands of Slurm that the agent and the doctor start, each with what it shows."""
+    found = re.findall(r"^report \w+ timeout \d+ (s\w+)(.*)", SURVEY.read_text(), re.MULTILINE)
+    commands = {" ".join([name, *(word for word in options.split() if word.isalpha())]) for name, options in found}
+    for path in (ENGINE / "slurm" / "gateway" / "agent").glob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            words = [str(node.value) for node in call.args if isinstance(node, ast.Constant)]
+            if getattr(call.func, "id", "") == "listed":
+                words = ["sacctmgr", "show", *words]
+            if words and words[0] in ("scontrol", "sacctmgr"):
+                shown = [word for word in words if word.isalpha()][:3]
+                commands |= {" ".join(shown)} if len(shown) == 3 else set()
+            elif words and words[0] in SLURM:
+                commands.add(" ".join([words[0], *(word for word in words if word == "--test-only")]))
+    return commands
+
+
+def test_the_login_node_page_names_each_command_of_slurm() -> None:
+    rows = re.findall(r"^\| (`s[^|]*) \|", (ENGINE_DOCS / "login-node.md").read_text(), re.MULTILINE)
+    listed = {re.sub(r" -\w [A-Z]+| -A", "", each) for row in rows for each in re.findall(r"`(s[^`/]*)`", row)}
+    assert listed == slurm_commands()
 
 
 def test_the_readmes_asset_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
