@@ -14,9 +14,10 @@ class ConfigurationError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` if a known word is close to this one, else the list of all known words."""
+    """Return `; did you mean 'x'?` for a known word that is close, or the only one that begins so; else list all."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1)
+    longer = [name for name in names if word and name.startswith(word)]
+    close = difflib.get_close_matches(word, names, n=1) or (longer if len(longer) == 1 else [])
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; valid are {', '.join(names)}" if names else "; it has none"
@@ -58,6 +59,8 @@ def describe_at(
             text = f"unknown field{nearest(str(place[-1]), known(place))}"
         elif problem["type"] == "tuple_type":
             text = "this is no list. Write [...], also around a single value"
+        elif problem["type"] == "string_type":
+            text = "this is no text. Write it in quotes"
         elif problem["type"] == "model_type":
             text = f"write {problem['ctx']['class_name']}(...)"
         if more:

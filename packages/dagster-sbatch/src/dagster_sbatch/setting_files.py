@@ -78,7 +78,7 @@ def _choose_file(folder: Path, values: Mapping[str, str], sites: Collection[str]
     there = [folder / f".env.{name}" for name in sorted(sites) if (folder / f".env.{name}").is_file()]
     if len(there) == 1:
         return there[0]
-    who = f"DAGSTER_DEPLOYMENT={deployment}" if deployment else "This"
+    who = f"DAGSTER_DEPLOYMENT={deployment}" if deployment else "This command or sensor"
     if there:
         raise ConfigurationError(
             f"{who} needs SLURM_SUPERCOMPUTER_SITE, because {folder} has several files: "

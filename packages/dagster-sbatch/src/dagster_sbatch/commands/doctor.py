@@ -44,7 +44,9 @@ MARKS = {"ok": "[green]ok     [/green]", "warning": "[yellow]warning[/yellow]", 
 def main(project: Project, definitions: dg.Definitions) -> int:
     parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument(
-        "--settings", action="store_true", help="check only the settings and the sites; open no connection"
+        "--settings",
+        action="store_true",
+        help="check only the settings of DAGSTER_DEPLOYMENT and the sites; open no connection",
     )
     parser.add_argument("--json", action="store_true", help="for programs: a list of name, state, found, fix")
     asked = parser.parse_args()

@@ -66,7 +66,10 @@ def read_route(settings: Settings) -> tuple[Hop, Hop | None]:
     user, alias, port = _split_jump(jump)
     gateway, outer = _read_hop(config, alias, _Login(user, port, None), _Login(login.user, 22, login.key))
     if outer != "none" and _split_jump(outer)[1] != alias:  # with `Host *`, a jump host would jump over itself
-        raise ConfigurationError(f"~/.ssh/config: {alias} is itself behind {outer}; one jump host is supported")
+        raise ConfigurationError(
+            f"~/.ssh/config: {alias} is itself behind {outer}, and only one jump host is supported. "
+            "Name a jump host that this machine reaches directly"
+        )
     return login, gateway
 
 
@@ -87,7 +90,7 @@ def _read_hop(config: SSHConfig, alias: str, first: _Login, default: _Login) -> 
         warn_once(f"{file}: {option} is ignored here, though it is set for {alias}")
     port = found.get("port")
     if port is not None and not (port.isdecimal() and 1 <= int(port) <= 65535):
-        raise ConfigurationError(f"{file}: Port {port} for {alias} is not a port")
+        raise ConfigurationError(f"{file}: Port {port} for {alias} is not a port. Write a number from 1 to 65535")
     keys = [Path(name) for name in found.get("identityfile", []) if name.lower() != "none"]
     key = first.key or next((key for key in keys if key.exists()), keys[0] if keys else default.key)
     if key is None:
@@ -107,7 +110,7 @@ def _read_hop(config: SSHConfig, alias: str, first: _Login, default: _Login) -> 
 def _split_jump(text: str) -> tuple[str | None, str, int | None]:
     match = _JUMP.fullmatch(text.rstrip("/"))
     if match is None:
-        raise ConfigurationError(f"~/.ssh/config: ProxyJump {text} is not one host as [user@]host[:port]")
+        raise ConfigurationError(f"~/.ssh/config: ProxyJump {text} is not one host. Write it as [user@]host[:port]")
     return match["user"], match["host"].strip("[]"), int(match["port"]) if match["port"] else None
 
 
