@@ -194,7 +194,7 @@ def test_a_step_before_it_runs_again(site: SimulatedSite, tmp_path: Path, variab
     process = step.start(again=True)
     wait_until(lambda: site.job_state(old) == "CANCELLED", "the outdated job is cancelled", 90)
     by_another = "was submitted by an earlier run of this step with other inputs"
-    assert f"Slurm job {old} {by_another} (data version of files, upstream step files)" in step.log
+    assert f"Slurm job {old} {by_another} (data version of files)" in step.log
     new = only_job(site, "RUNNING")
     kill(process)
     step.materialize("files")

@@ -1,10 +1,13 @@
 """What decides a step's result beside what its asset passes: steps before it, code versions, the time of partitions."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.job_base import InMemoryJob
+from dagster._core.execution.api import execute_run
 
 from dagster_sbatch.run import history, step_inputs
 from dagster_sbatch.run.array import Task
@@ -14,9 +17,9 @@ seen: list[dict[str, Any]] = []
 KILLED = "killed"
 
 
-@dg.asset
+@dg.asset(code_version="1")
 def files() -> None:
-    """What the next asset reads."""
+    """What the next asset reads: other data each time, by the same code."""
 
 
 @dg.asset
@@ -36,7 +39,7 @@ def make_job() -> dg.JobDefinition:
     return dg.Definitions(assets=[files, number, reader], jobs=[job]).resolve_job_def("all")
 
 
-def test_a_step_that_runs_again_is_another_input_of_those_that_wait_for_it(tmp_path: Path) -> None:
+def test_an_asset_that_is_materialized_again_is_another_input_of_those_that_wait_for_it(tmp_path: Path) -> None:
     """Its value is none: what the asset passes on of it counts. A re-execution that leaves it out has its files."""
     job, tags = dg.reconstructable(make_job), {KILLED: "yes"}
     seen.clear()
@@ -46,7 +49,15 @@ def test_a_step_that_runs_again_is_another_input_of_those_that_wait_for_it(tmp_p
             with dg.execute_job(job, instance, tags=tags, reexecution_options=parent) as result:
                 return result.run_id
 
+        def execute_from_asset_failure(parent: str) -> None:
+            selection = {reader.key}
+            subset = make_job().get_subset(asset_selection=selection)
+            of: Any = {"root_run_id": parent, "parent_run_id": parent, "asset_selection": frozenset(selection)}
+            run = instance.create_run_for_job(subset, tags=tags, **of)
+            execute_run(InMemoryJob(subset), run, instance)
+
         first = execute()
+        execute_from_asset_failure(first)
         from_failure = execute(dg.ReexecutionOptions.from_failure(first, instance))
         alone = execute(dg.ReexecutionOptions(from_failure, step_selection=["reader"]))
         again = execute(dg.ReexecutionOptions(alone))
@@ -54,10 +65,9 @@ def test_a_step_that_runs_again_is_another_input_of_those_that_wait_for_it(tmp_p
         dg.materialize([files], instance=instance)
         execute(dg.ReexecutionOptions.from_failure(again, instance))
     versions = [each.pop("data version of files") for each in seen]
-    assert versions == [versions[0]] * 3 + [versions[3]] * 2 + [versions[5]]
+    assert versions == [versions[0]] * 4 + [versions[4]] * 2 + [versions[6]]
     assert len(set(versions)) == 3
-    expected = {"assets": ["reader"], "code_version of reader": "3"}
-    assert seen == [{**expected, "upstream step files": run} for run in (first, first, first, again, again, again)]
+    assert seen == [{"assets": ["reader"], "code_version of reader": "3"}] * 7
 
 
 months = dg.StaticPartitionsDefinition(["1", "2", "3"])
@@ -98,12 +108,89 @@ def test_the_newest_data_of_the_assets_before_it_are_inputs(monkeypatch: pytest.
         materialize("1", "c")
         materialize("2", "a")  # the newest data of all is as before
         instance.report_runless_asset_event(dg.AssetMaterialization("elsewhere", partition="a"))
-        seen_at = dg.AssetObservation("observed", tags={"dagster/data_version": "seen"})
-        instance.report_runless_asset_event(seen_at)
-        expected = {"data version of monthly": {"1": "c", "2": "a"}, "data version of observed": "seen"}
+        expected = {"data version of monthly": {"1": "c", "2": "a"}}
         assert read() == [expected] * 2
         monkeypatch.setattr(step_inputs, "MOST_PARTITIONS", 1)
-        assert read()[0] == {**expected, "data version of monthly": "a"}
+        very_many = read()
+        materialize("1", "d")
+        materialize("2", "a")  # the newest version of all is as before
+        assert read() != very_many
+
+
+@pytest.mark.parametrize("partition", [None, "2"])
+def test_an_observation_is_of_newer_data_if_it_has_a_data_version(partition: str | None) -> None:
+    """It may follow a materialization, which another program has reported. One without says nothing of the data."""
+    raw = dg.AssetSpec("raw", partitions_def=months if partition else None)
+    versions = []
+
+    @dg.asset(deps=[raw])
+    def reader(context: dg.AssetExecutionContext) -> None:
+        found = inputs_of_step(context.op_execution_context).get("data version of raw", {})
+        versions.append(found.get(partition) if isinstance(found, dict) else found)
+
+    with dg.DagsterInstance.ephemeral() as instance:
+
+        def read(event: dg.AssetObservation | dg.AssetMaterialization) -> str | None:
+            instance.report_runless_asset_event(event)
+            dg.materialize([reader, raw], selection=[reader], instance=instance)
+            return versions[-1]
+
+        def observe(version: str) -> str | None:
+            return read(dg.AssetObservation("raw", partition=partition, tags={"dagster/data_version": version}))
+
+        without = dg.AssetObservation("raw", partition=partition, metadata={"rows": 3})
+        assert read(without) is None
+        reported = read(dg.AssetMaterialization("raw", partition=partition))
+        assert reported
+        assert read(without) == reported
+        assert observe("a") == read(without) == "a"
+        assert observe("b") == "b"
+        assert read(dg.AssetMaterialization("raw", partition=partition)) not in (reported, "b", None)
+
+
+def test_a_multi_asset_reads_what_the_selected_ones_of_its_assets_depend_on() -> None:
+    """What it computes itself is not among that: it may be stored when the step is executed again."""
+    specs = [dg.AssetSpec("a", deps=["x"], skippable=True), dg.AssetSpec("b", deps=["a", "y"], skippable=True)]
+
+    @dg.multi_asset(specs=specs, can_subset=True, check_specs=[dg.AssetCheckSpec("good", asset="b")])
+    def both(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        seen.append(inputs_of_step(context.op_execution_context))
+        yield from (dg.MaterializeResult(asset_key=key) for key in sorted(context.selected_asset_keys))
+        for key in context.selected_asset_check_keys:
+            yield dg.AssetCheckResult(passed=True, asset_key=key.asset_key, check_name=key.name)
+
+    def read(*names: str) -> set[str]:
+        selection = dg.AssetSelection.assets(*names).without_checks()
+        dg.materialize([both], selection=selection, instance=instance)
+        return {name.removeprefix("data version of ") for name in seen.pop() if name.startswith("data version")}
+
+    seen.clear()
+    with dg.DagsterInstance.ephemeral() as instance:
+        for name in ("a", "b", "x", "y"):
+            instance.report_runless_asset_event(dg.AssetMaterialization(name))
+        assert read("a", "b") == {"x", "y"}
+        assert read("a") == {"x"}
+        assert read("b") == {"a", "y"}
+        dg.materialize([both], instance=instance)
+    assert seen.pop()["checks"] == {"b": ["good"]}
+
+
+def test_a_partition_that_depends_on_former_ones_does_not_read_those_of_its_own_run() -> None:
+    days = dg.DailyPartitionsDefinition("2013-01-01", end_date="2013-01-05")
+    before = dg.AssetDep("total", partition_mapping=dg.TimeWindowPartitionMapping(start_offset=-1, end_offset=-1))
+
+    @dg.asset(partitions_def=days, deps=[before], backfill_policy=dg.BackfillPolicy.single_run())
+    def total(context: dg.AssetExecutionContext) -> None:
+        seen.append(inputs_of_step(context.op_execution_context)["data version of total"])
+
+    seen.clear()
+    tags = {"dagster/asset_partition_range_start": "2013-01-02", "dagster/asset_partition_range_end": "2013-01-03"}
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.report_runless_asset_event(dg.AssetMaterialization("total", partition="2013-01-01"))
+        for _ in range(2):
+            dg.materialize([total], tags=tags, instance=instance)
+    assert seen[0].keys() == {"2013-01-01"}
+    assert seen[0] == seen[1]
 
 
 def test_the_task_of_an_array_reads_its_own_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +213,7 @@ def test_the_task_of_an_array_reads_its_own_partitions(monkeypatch: pytest.Monke
     def read() -> list[list[str]]:
         partitions = {"dagster/asset_partition_range_start": "1", "dagster/asset_partition_range_end": "3"}
         dg.materialize([reader, monthly, other, observed], selection=[reader], tags=partitions, instance=instance)
-        return [list(task.reads) for task in found[-1]]
+        return [[each for versions in task.reads.values() for each in versions] for task in found[-1]]
 
     with dg.DagsterInstance.ephemeral() as instance:
         assert read() == [[], []]
@@ -199,7 +286,7 @@ def test_an_asset_check_waits_for_its_asset() -> None:
 
     seen.clear()
     job = dg.define_asset_job("all", executor_def=dg.in_process_executor)
-    result = dg.Definitions([files], asset_checks=[check], jobs=[job]).resolve_job_def("all").execute_in_process()
+    dg.Definitions([files], asset_checks=[check], jobs=[job]).resolve_job_def("all").execute_in_process()
     [found] = seen
     assert found.pop("data version of files")
-    assert found == {"assets": [], "upstream step files": result.run_id}
+    assert found == {"assets": [], "checks": {"files": ["check"]}}

@@ -99,13 +99,13 @@ class Task:
             the array has it.
         partitions: that it computes; empty for a parameter set.
         values: its parameter set; empty for partitions.
-        reads: versions of the data that it reads, beside those that all tasks read.
+        reads: versions of the data that it reads, by partition, beside those that all tasks read.
     """
 
     name: str
     partitions: Sequence[str] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
-    reads: Sequence[str] = ()
+    reads: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -115,7 +115,7 @@ class Task:
     @property
     def id(self) -> str:
         """A digest of what decides its result, beside the inputs that all tasks have in common, and of its name."""
-        return digest_of([self.name, list(self.partitions), dict(self.values), list(self.reads)])
+        return digest_of([self.name, list(self.partitions), dict(self.values), dict(self.reads)])
 
     @property
     def record(self) -> dict[str, Any]:

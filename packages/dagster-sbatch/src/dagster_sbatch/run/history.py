@@ -13,10 +13,13 @@ from dagster_sbatch.run.reports import StepLog
 JOB_TAG = "slurm_job"
 _RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
 """Tags that Dagster sets to "true" in a re-execution from failure, also in one that Dagster itself requests."""
-_DATA_VERSION = "dagster/data_version"
-"""Tag of a materialization."""
-MOST_PARTITIONS = 1000
+_DATA_VERSION, _IS_REPORTED = "dagster/data_version", "dagster/data_version_is_user_provided"
+_CODE_VERSION = "dagster/code_version"
+"""Tags of a materialization; the last one, if the end of a step has made it."""
+MOST_PARTITIONS = 10_000
 """That Dagster's storage is asked for at once."""
+_MOST_OBSERVATIONS = 100
+"""The latest ones, among which one with a data version is searched."""
 _LONGEST_TAG = 63
 """Characters of each half of a tag's key, for Dagster."""
 
@@ -54,34 +57,54 @@ def find_data_version(instance: dg.DagsterInstance, asset: dg.AssetKey, *, parti
 
     Args:
         instance: Dagster's.
-        asset: that was materialized, or observed where it is not Dagster that materializes it.
-        partitioned: whether this code location knows that it has partitions. If it has some that are not known here,
-            this returns None: nobody knows which of them a step reads.
+        asset: that was materialized, or observed with a data version.
+        partitioned: whether the step reads very many partitions: then the newest event of all partitions is the
+            version. Otherwise, this returns None for an asset with partitions: it is one of another code location, and
+            nobody knows which of them the step reads.
     """
-    for fetch in (instance.fetch_materializations, instance.fetch_observations):
-        for record in fetch(asset, limit=1).records:
-            return _data_version(record) if partitioned or record.partition_key is None else None
-    return None
+    records = [
+        *instance.fetch_materializations(asset, limit=1).records,
+        *instance.fetch_observations(asset, limit=_MOST_OBSERVATIONS).records,
+    ]
+    newest = max((each for each in records if _data_version(each)), key=_age, default=None)
+    if newest is None or partitioned:
+        return newest and str(newest.storage_id)
+    return _data_version(newest) if newest.partition_key is None else None
 
 
 def find_data_versions(instance: dg.DagsterInstance, asset: dg.AssetKey, partitions: Sequence[str]) -> dict[str, str]:
-    """Return the version of the newest data of each partition that was materialized, or observed."""
-    found: dict[str, str] = {}
+    """Return the version of the newest data of each partition that was materialized, or observed with a version."""
+    newest: dict[str, dg.EventLogRecord] = {}
     for fetch in (instance.fetch_materializations, instance.fetch_observations):
         for first in range(0, len(partitions), MOST_PARTITIONS):
-            left, cursor = set(partitions[first : first + MOST_PARTITIONS]) - found.keys(), None
+            left, cursor = set(partitions[first : first + MOST_PARTITIONS]), None
             while left:
                 wanted = dg.AssetRecordsFilter(asset, sorted(left))
                 page = fetch(wanted, limit=MOST_PARTITIONS, cursor=cursor)
                 for record in page.records:
-                    found.setdefault(str(record.partition_key), _data_version(record))
-                left, cursor = left - found.keys() if page.has_more else set(), page.cursor
-    return dict(sorted(found.items()))
+                    key = str(record.partition_key)
+                    if key in left and _data_version(record):
+                        left.remove(key)
+                        newest[key] = max(newest.get(key, record), record, key=_age)
+                left, cursor = left if page.has_more else set(), page.cursor
+    return {key: str(_data_version(record)) for key, record in sorted(newest.items())}
 
 
-def _data_version(record: dg.EventLogRecord) -> str:
+def _age(record: dg.EventLogRecord) -> int:
+    return record.storage_id
+
+
+def _data_version(record: dg.EventLogRecord) -> str | None:
+    """Return the version of the data that was materialized or observed; None for an observation without one.
+
+    Dagster computes a version from `code_version`, and that is the same if the asset was materialized again: only one
+    that a person, a workload or an observation has reported stands for the data.
+    """
     event = record.asset_materialization or record.asset_observation
-    return ((event and event.tags) or {}).get(_DATA_VERSION, str(record.storage_id))
+    tags = (event and event.tags) or {}
+    computed = _CODE_VERSION in tags and _IS_REPORTED not in tags
+    without = str(record.storage_id) if record.asset_materialization else None
+    return without if computed else tags.get(_DATA_VERSION, without)
 
 
 def _events_of(

@@ -1,7 +1,6 @@
 """What decides the result of a step beside what its asset passes to `compute.run`: as Dagster knows it."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -9,26 +8,27 @@ import dagster as dg
 
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.history import MOST_PARTITIONS, find_data_version, find_data_versions, find_successes
-from dagster_sbatch.run.results import partitions_of
+from dagster_sbatch.run.results import declared_checks, partitions_of
 from dagster_sbatch.run.task_contexts import time_window
 
 
 def inputs_of_step(step: dg.OpExecutionContext, *, by_partition: bool = False) -> dict[str, Any]:
     """Return the step's inputs by name; JSON.
 
-    They are its assets with their code versions; the time of its partitions; and, of what the step waits for without
-    getting a value, the run in which each step has succeeded, and the data version of each asset: it reads what they
-    have written. A value counts as far as the asset passes it on.
+    They are its assets with their code versions, and its checks; the time of its partitions; and what it waits for
+    without getting a value, because it reads what that has written: the data version of each asset, and the run in
+    which each op has succeeded. A value counts as far as the asset passes it on.
 
     Args:
         step: the step.
         by_partition: for an array whose tasks compute partitions. Assets before it with the same partitions are left
             out: each task reads its own; see `with_versions`.
     """
-    assets = sorted(step.selected_asset_keys)
+    assets, checks = sorted(step.selected_asset_keys), declared_checks(step)
     versions = step.assets_def.code_versions_by_key if step.has_assets_def else {}
     return {
         "assets": sorted(key.to_user_string() for key in assets),
+        **({"checks": checks} if checks else {}),
         **{f"code_version of {key.to_user_string()}": versions[key] for key in assets if versions.get(key)},
         **_window(step, partitions_of(step)),
         **{f"upstream step {key}": run for key, run in _upstream_runs(step).items()},
@@ -44,21 +44,24 @@ def _window(step: dg.OpExecutionContext, partitions: Sequence[str]) -> dict[str,
 
 
 def _upstream_runs(step: dg.OpExecutionContext) -> Mapping[str, str]:
-    execution, silent = step.get_step_execution_context(), _silent_inputs(step)
-    keys = {key for each in execution.step.step_inputs if each.name in silent for key in each.dependency_keys}
+    """Return the runs of ops. That of an asset does not count: its data version does, whatever the run selects."""
+    inputs, silent = step.get_step_execution_context().step.step_inputs, _silent_inputs(step)
+    ops = {name for name, asset in silent.items() if asset is None}
+    keys = {key for each in inputs if each.name in ops for key in each.dependency_keys}
     return find_successes(step.instance, step.run_id, keys) if keys else {}
 
 
 def _upstream_versions(step: dg.OpExecutionContext, *, by_partition: bool) -> dict[str, Any]:
     """Return the data version of each asset that the step reads: another run may have materialized it again."""
     execution, found = step.get_step_execution_context(), {}
-    for name, asset in _silent_assets(step):
+    for name, asset in _assets_read(step).items():
         if by_partition and _has_own_partitions(step, name, asset):
             continue
         version: Any = None
         if execution.has_asset_partitions_for_input(name):
             subset = execution.asset_partitions_subset_for_input(name, require_valid_partitions=False)
-            partitions = list(subset.get_partition_keys())
+            own = set(partitions_of(step)) if asset in step.selected_asset_keys else set()
+            partitions = [key for key in subset.get_partition_keys() if key not in own]
             if len(partitions) <= MOST_PARTITIONS:
                 version = find_data_versions(step.instance, asset, partitions)
             else:
@@ -75,12 +78,13 @@ def with_versions(step: dg.OpExecutionContext, tasks: Sequence[Task]) -> tuple[T
 
     These are the partitions with its own keys, of assets that have the same partitions.
     """
-    read: dict[str, list[str]] = {key: [] for task in tasks for key in task.partitions}
-    for name, asset in _silent_assets(step):
-        if read and _has_own_partitions(step, name, asset):
-            for key, version in find_data_versions(step.instance, asset, list(read)).items():
-                read[key].append(f"{asset.to_user_string()} {version}")
-    return tuple(replace(task, reads=[each for key in task.partitions for each in read[key]]) for task in tasks)
+    read: dict[str, list[str]] = {}
+    keys = [key for task in tasks for key in task.partitions]
+    for name, asset in _assets_read(step).items() if keys else ():
+        if _has_own_partitions(step, name, asset):
+            for key, version in find_data_versions(step.instance, asset, keys).items():
+                read.setdefault(key, []).append(f"{asset.to_user_string()} {version}")
+    return tuple(replace(task, reads={key: read[key] for key in task.partitions if key in read}) for task in tasks)
 
 
 def _has_own_partitions(step: dg.OpExecutionContext, name: str, asset: dg.AssetKey) -> bool:
@@ -92,16 +96,25 @@ def _has_own_partitions(step: dg.OpExecutionContext, name: str, asset: dg.AssetK
     return partitioned and step.asset_partitions_def_for_input(name) == own
 
 
-def _silent_assets(step: dg.OpExecutionContext) -> list[tuple[str, dg.AssetKey]]:
-    """Return the assets that the step waits for without getting a value, each with the name of the input."""
-    found = []
-    for name in sorted(_silent_inputs(step)):
-        with suppress(Exception):  # Dagster's CheckError, which it does not export: the input comes from an op
-            found.append((name, step.asset_key_for_input(name)))
-    return found
+def _assets_read(step: dg.OpExecutionContext) -> dict[str, dg.AssetKey]:
+    """Return the assets that the step reads without getting a value, by the name of the input.
+
+    Of a step that computes some of its assets, those that these depend on. What the step computes itself is none of
+    them, unless its partitions depend on other ones.
+    """
+    own, silent = step.selected_asset_keys, _silent_inputs(step)
+    found = {name: asset for name, asset in sorted(silent.items()) if asset is not None}
+    if not own:
+        return found
+    definition = step.assets_def
+    needed = {each for key in own for each in definition.asset_deps[key]}
+    needed -= {key for key in own if definition.get_partition_mapping(key) is None}
+    return {name: asset for name, asset in found.items() if asset in needed}
 
 
-def _silent_inputs(step: dg.OpExecutionContext) -> set[str]:
-    """Return the names of the inputs by which a step waits for others, and gets no value."""
-    definitions = step.get_step_execution_context().op_def.input_defs
-    return {each.name for each in definitions if each.dagster_type.is_nothing}
+def _silent_inputs(step: dg.OpExecutionContext) -> dict[str, dg.AssetKey | None]:
+    """Return the inputs by which a step waits for others without getting a value: the asset of each, None for an op."""
+    execution = step.get_step_execution_context()
+    names = [each.name for each in execution.op_def.input_defs if each.dagster_type.is_nothing]
+    find = execution.job_def.asset_layer.get_asset_key_for_node_input
+    return {name: find(execution.node_handle, name) for name in names}
