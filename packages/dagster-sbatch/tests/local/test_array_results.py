@@ -63,6 +63,20 @@ def test_only_a_re_execution_from_failure_leaves_out_what_is_stored(tmp_path: Pa
     assert ran(data_root, selected.run_id) == KEYS
 
 
+def test_a_stored_partition_is_computed_again_if_there_is_newer_data_to_read(tmp_path: Path, data_root: Path) -> None:
+    """Otherwise the end of the step would store the older result once more, as one of the newer data."""
+    asset = ArrayAsset(tmp_path, LAST_FAILS, JobArray())
+    first = asset.run(FIRST, LAST)
+    (data_root / "fixed").touch()
+    with dg.DagsterInstance.from_config(str(tmp_path / "dagster")) as instance:
+        instance.report_runless_asset_event(dg.AssetMaterialization("readings", partition=FIRST))
+    resumed = asset.run(FIRST, LAST, of=first.run_id, from_failure=True)
+    assert ran(data_root, resumed.run_id) == [FIRST, LAST]
+    assert sorted(map(str, resumed.once)) == KEYS
+    assert "This run skips 1 partition that earlier runs have completed." in resumed.log
+    assert any(line.startswith("This run computes 1 partition again") for line in resumed.log)
+
+
 def stored(folder: Path, run_id: str) -> dict[str | None, dg.AssetMaterialization]:
     """What a run has stored, by partition."""
     with dg.DagsterInstance.from_config(str(folder / "dagster")) as instance:

@@ -18,8 +18,8 @@ from dagster_sbatch.run.array_results import (
 )
 from dagster_sbatch.run.attempts import ATTEMPTS
 from dagster_sbatch.run.calls import calls_of
+from dagster_sbatch.run.completed import CompletedPartitions
 from dagster_sbatch.run.failures import failure, shorten
-from dagster_sbatch.run.history import stored_partitions
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.past_use import proposal_metadata, uses_of
 from dagster_sbatch.run.pipes import open_session
@@ -66,7 +66,6 @@ class ArrayStep:
         """
         self._context, self._name, self._plan = context, name, plan
         self._log = StepLog(context)
-        self.tasks = plan.tasks
         by_partition = any(task.partitions for task in plan.tasks)
         if by_partition and not calls_of(context).claim_once("partitions"):
             raise failure(
@@ -75,17 +74,11 @@ class ArrayStep:
                 "Dagster could not tell which call it is done for. Make an asset of each call.",
                 final=True,
             )
-        stored = stored_partitions(context) if by_partition else {}
-        complete = {
-            index
-            for index, task in enumerate(plan.tasks)
-            if task.partitions and all(key in stored for key in task.partitions)
-        }
-        self._done = {key: stored[key] for index in complete for key in plan.tasks[index].partitions}
-        self.left = [index for index in range(len(plan.tasks)) if index not in complete]
+        self._completed = CompletedPartitions(context, plan.tasks)
+        self.tasks, self.left = self._completed.tasks, self._completed.left
         self.attempts: list[dict[str, Any]] = []
         self.where: Mapping[str, Any] = {}
-        self.progress = ArrayProgress(len(plan.tasks), len(complete), self._log.info)
+        self.progress = ArrayProgress(len(self.tasks), len(self.tasks) - len(self.left), self._log.info)
         self._readers: dict[int, TaskReader] = {}
         self._results: dict[int, TaskResult] = {}
         self._reported_by: dict[tuple[str, dg.AssetKey], str] = {}
@@ -100,9 +93,7 @@ class ArrayStep:
             self._session = session
             definition = self._context.assets_def.partitions_def if self._context.has_assets_def else None
             self.contexts = TaskContexts(session.context, definition, self.tasks)
-            if self._done:
-                completed = count_of(len(self._done), "partition")
-                self._log.info(f"This run skips {completed} that earlier runs have completed.")
+            self._completed.report(self._log.info)
             try:
                 with self.progress.shown():
                     yield
@@ -232,7 +223,7 @@ class ArrayStep:
             self._context.selected_asset_keys, versions=True
         ).items():
             version = versions.get((partition, key))
-            tags = {DATA_VERSION_TAG: version} if version else None
+            tags = self._completed.tags(result.task, partition) | ({DATA_VERSION_TAG: version} if version else {})
             stored = {**self.where, **metadata}
             self._context.log_event(dg.AssetMaterialization(key, metadata=stored, partition=partition, tags=tags))
 
@@ -242,9 +233,9 @@ class ArrayStep:
         if self._failures:
             raise self._failure()
         results = [self._results[index] for index in sorted(self._results)]
-        for partition, assets in self._done.items():
+        for partition, assets in self._completed.stored.items():
             for key, stored in assets.items():
-                add_metadata(self._context, key, partition, stored)
+                add_metadata(self._context, key, partition, stored.metadata)
         single = len(partitions_of(self._context)) == 1
         for result in results:
             self._attach(result, single=single)
@@ -281,8 +272,9 @@ class ArrayStep:
         """Return the outcomes of the checks for the partitions that an earlier run has computed."""
         found: dict[dg.AssetCheckKey, list[CheckOutcome]] = {}
         for check in self._context.selected_asset_check_keys:
-            for partition, assets in self._done.items():
-                if outcome := read_outcome(check, partition, assets.get(check.asset_key, {})):
+            for partition, assets in self._completed.stored.items():
+                stored = assets.get(check.asset_key)
+                if stored and (outcome := read_outcome(check, partition, stored.metadata)):
                     found.setdefault(check, []).append(outcome)
         return found
 
@@ -290,8 +282,8 @@ class ArrayStep:
         number, total = len(self._failures), len(self.tasks)
         kept = [self.tasks[index] for index in self._results if self.tasks[index].partitions]
         head = f"{number} of {count_of(total, 'task')} failed."
-        if self._stores_early and (kept or self._done):
-            stored = sum(len(task.partitions) for task in kept) + len(self._done)
+        if self._stores_early and (kept or self._completed.stored):
+            stored = sum(len(task.partitions) for task in kept) + len(self._completed.stored)
             head += f" The other tasks have materialized {count_of(stored, 'partition')}.{_AGAIN}"
         return failure(
             self._name, f"{head}\n\n{self._failures.describe()}", **self._failures.metadata(), **self._attempts()

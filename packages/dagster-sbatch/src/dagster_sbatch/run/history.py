@@ -1,9 +1,8 @@
 """What Dagster has recorded of steps: their ends, and tags with their Slurm jobs."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from math import inf
-from typing import Any
 
 import dagster as dg
 
@@ -113,19 +112,19 @@ def _events_of(
     return (event for event in instance.all_logs(run_id, of_type=kinds) if event.step_key in steps)
 
 
-def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey, Mapping[str, Any]]]:
-    """Return the metadata of the partitions that need not be computed again, by asset.
+def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey, dg.AssetMaterialization]]:
+    """Return the partitions that need not be computed again, if their inputs are the same; by asset.
 
     They are those that this run, or the runs of which it is a re-execution from failure, have stored in this step. A
     run that was requested to execute everything again begins anew, and so does a step that has succeeded before.
     """
     key, run = step_key(step), step.instance.get_run_by_id(step.run_id)
-    found: dict[str, dict[dg.AssetKey, Mapping[str, Any]]] = {}
+    found: dict[str, dict[dg.AssetKey, dg.AssetMaterialization]] = {}
     while run:
         for event in _events_of(step.instance, run.run_id, [key], {dg.DagsterEventType.ASSET_MATERIALIZATION}):
             stored = event.asset_materialization
             if stored and stored.partition is not None and stored.asset_key in step.selected_asset_keys:
-                found.setdefault(stored.partition, {}).setdefault(stored.asset_key, stored.metadata)
+                found.setdefault(stored.partition, {}).setdefault(stored.asset_key, stored)
         again = any(run.tags.get(tag) == "true" for tag in _RESUMED)
         run = step.instance.get_run_by_id(run.parent_run_id) if again and run.parent_run_id else None
         if run and _succeeded(step.instance, run.run_id, key):

@@ -25,7 +25,6 @@ from dagster_sbatch.run.directory import contexts_of_tasks
 from dagster_sbatch.run.guard import check_cost
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
-from dagster_sbatch.run.step_inputs import with_versions
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape, SlurmRequest, accounting
 from dagster_sbatch.slurm.gateway import ArrayRun, Arrays, ArrayState, Claim, JobEnd, Limits, Submitted
@@ -69,7 +68,6 @@ class RemoteArray(RemoteStep, Arrays):
     """One call of `compute.run` with an array on the supercomputer."""
 
     def __init__(self, context: dg.OpExecutionContext, asset: str, settings: Settings, plan: Plan) -> None:
-        plan = replace(plan, tasks=with_versions(context, plan.tasks))
         super().__init__(context, asset, settings, plan)
         self._array = ArrayStep(context, asset, plan)
         self._jobs_by_run: dict[str, _ArrayJob] = {}
