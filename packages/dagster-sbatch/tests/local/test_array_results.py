@@ -77,6 +77,23 @@ def test_a_stored_partition_is_computed_again_if_there_is_newer_data_to_read(tmp
     assert any(line.startswith("This run computes 1 partition again") for line in resumed.log)
 
 
+def test_a_re_execution_from_failure_leaves_out_what_is_stored_now(tmp_path: Path, data_root: Path) -> None:
+    """Another run may have materialized a partition since, or a person may have wiped it."""
+    asset = ArrayAsset(tmp_path, LAST_FAILS, JobArray())
+    first = asset.run(FIRST, LAST)
+    probe = dg.AssetKey("probe")
+    with dg.DagsterInstance.from_config(str(tmp_path / "dagster")) as instance:
+        instance.report_runless_asset_event(dg.AssetMaterialization(probe, partition=FIRST, metadata={"newer": True}))
+    (data_root / "fixed").touch()
+    resumed = asset.run(FIRST, LAST, of=first.run_id, from_failure=True)
+    assert ran(data_root, resumed.run_id) == [LAST]
+    assert [key for key, metadata in resumed.once.items() if "newer" in metadata] == [FIRST]
+    with dg.DagsterInstance.from_config(str(tmp_path / "dagster")) as instance:
+        instance.wipe_assets([probe])
+    again = asset.run(FIRST, LAST, of=first.run_id, from_failure=True)
+    assert ran(data_root, again.run_id) == KEYS
+
+
 def stored(folder: Path, run_id: str) -> dict[str | None, dg.AssetMaterialization]:
     """What a run has stored, by partition."""
     with dg.DagsterInstance.from_config(str(folder / "dagster")) as instance:

@@ -1,7 +1,7 @@
 """What Dagster has recorded of steps: their ends, and tags with their Slurm jobs."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from math import inf
 
 import dagster as dg
@@ -73,20 +73,24 @@ def find_data_version(instance: dg.DagsterInstance, asset: dg.AssetKey, *, parti
 
 def find_data_versions(instance: dg.DagsterInstance, asset: dg.AssetKey, partitions: Sequence[str]) -> dict[str, str]:
     """Return the version of the newest data of each partition that was materialized, or observed with a version."""
-    newest: dict[str, dg.EventLogRecord] = {}
-    for fetch in (instance.fetch_materializations, instance.fetch_observations):
-        for first in range(0, len(partitions), MOST_PARTITIONS):
-            left, cursor = set(partitions[first : first + MOST_PARTITIONS]), None
-            while left:
-                wanted = dg.AssetRecordsFilter(asset, sorted(left))
-                page = fetch(wanted, limit=MOST_PARTITIONS, cursor=cursor)
-                for record in page.records:
-                    key = str(record.partition_key)
-                    if key in left and _data_version(record):
-                        left.remove(key)
-                        newest[key] = max(newest.get(key, record), record, key=_age)
-                left, cursor = left if page.has_more else set(), page.cursor
+    newest = _newest(instance.fetch_materializations, asset, partitions)
+    for key, record in _newest(instance.fetch_observations, asset, partitions).items():
+        newest[key] = max(newest.get(key, record), record, key=_age)
     return {key: str(_data_version(record)) for key, record in sorted(newest.items())}
+
+
+def _newest(
+    fetch: Callable[..., dg.EventRecordsResult], asset: dg.AssetKey, partitions: Sequence[str]
+) -> dict[str, dg.EventLogRecord]:
+    """Return the newest record of each partition that has a data version."""
+    newest: dict[str, dg.EventLogRecord] = {}
+    for first in range(0, len(partitions), MOST_PARTITIONS):
+        left, cursor = set(partitions[first : first + MOST_PARTITIONS]), None
+        while left:
+            page = fetch(dg.AssetRecordsFilter(asset, sorted(left)), limit=MOST_PARTITIONS, cursor=cursor)
+            newest |= {str(each.partition_key): each for each in reversed(page.records) if _data_version(each)}
+            left, cursor = left - newest.keys() if page.has_more else set(), page.cursor
+    return newest
 
 
 def _age(record: dg.EventLogRecord) -> int:
@@ -116,20 +120,27 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
     """Return the partitions that need not be computed again, if their inputs are the same; by asset.
 
     They are those that this run, or the runs of which it is a re-execution from failure, have stored in this step. A
-    run that was requested to execute everything again begins anew, and so does a step that has succeeded before.
+    run that was requested to execute everything again begins anew, and so does a step that has succeeded before. Their
+    materializations are the newest ones: another run may have made them, and what a person has wiped has none.
     """
-    key, run = step_key(step), step.instance.get_run_by_id(step.run_id)
-    found: dict[str, dict[dg.AssetKey, dg.AssetMaterialization]] = {}
+    key, run, assets = step_key(step), step.instance.get_run_by_id(step.run_id), sorted(step.selected_asset_keys)
+    found: dict[str, set[dg.AssetKey]] = {}
     while run:
         for event in _events_of(step.instance, run.run_id, [key], {dg.DagsterEventType.ASSET_MATERIALIZATION}):
             stored = event.asset_materialization
-            if stored and stored.partition is not None and stored.asset_key in step.selected_asset_keys:
-                found.setdefault(stored.partition, {}).setdefault(stored.asset_key, stored)
+            if stored and stored.partition is not None and stored.asset_key in assets:
+                found.setdefault(stored.partition, set()).add(stored.asset_key)
         again = any(run.tags.get(tag) == "true" for tag in _RESUMED)
         run = step.instance.get_run_by_id(run.parent_run_id) if again and run.parent_run_id else None
         if run and _succeeded(step.instance, run.run_id, key):
             break
-    return {partition: each for partition, each in found.items() if each.keys() == step.selected_asset_keys}
+    complete = [partition for partition, each in found.items() if len(each) == len(assets)]
+    newest: dict[str, dict[dg.AssetKey, dg.AssetMaterialization]] = {}
+    for asset in assets:
+        for partition, record in _newest(step.instance.fetch_materializations, asset, complete).items():
+            if record.asset_materialization:
+                newest.setdefault(partition, {})[asset] = record.asset_materialization
+    return {partition: each for partition, each in newest.items() if len(each) == len(assets)}
 
 
 def stored_before(instance: dg.DagsterInstance, runs: Iterable[str], step: str, before: float = inf) -> set[str]:
