@@ -132,6 +132,24 @@ def test_killed_between_the_result_and_dagsters_record_of_it(
     one_job_each(site)
 
 
+def test_a_result_that_another_job_has_replaced_is_not_used(
+    site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
+) -> None:
+    """What decides the result was changed, and changed back."""
+    step = Step(tmp_path / "step", variables, REPORTS)
+    step.hold()
+    process = step.start(again=False)
+    wait_until(step.held, "the asset has the result", 90)
+    kill(process)
+    for extras in ({"n": 1}, {}):
+        step.call(extras)
+        success, error, _ = step.result(step.start(again=True))
+        assert (success, error) == (True, "")
+        assert "Using its result" not in step.log
+    assert len(runs_there(site)) == 3
+    one_job_each(site)
+
+
 LATER = WAITS.replace("gone on", "gone on, later")
 
 

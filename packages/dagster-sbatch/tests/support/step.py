@@ -52,7 +52,10 @@ def make_job():
 if __name__ == "__main__":
     parent = dg.ReexecutionOptions(sys.argv[1], sys.argv[2:] or None) if sys.argv[1:] else None
     job = dg.reconstructable(make_job)
-    with dg.DagsterInstance.get() as instance, dg.execute_job(job, instance, reexecution_options=parent) as result:
+    instance, tags = dg.DagsterInstance.get(), {}
+    if parent:  # the UI and the daemon set it
+        tags["dagster/root_run_id"] = instance.get_run_by_id(sys.argv[1]).root_run_id or sys.argv[1]
+    with instance, dg.execute_job(job, instance, tags=tags, reexecution_options=parent) as result:
         metadata = {}
         for event in result.filter_events(lambda event: event.event_type_value == "ASSET_MATERIALIZATION"):
             for name, value in event.materialization.metadata.items():

@@ -3,7 +3,7 @@
 import os
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import dagster as dg
 
@@ -20,7 +20,7 @@ from dagster_sbatch.run.adoption import (
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.attempts import store_request
 from dagster_sbatch.run.calls import Call, step_key
-from dagster_sbatch.run.history import is_stored, requested_at, stored_before
+from dagster_sbatch.run.history import is_stored, requested_at, runs_since, stored_before
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import (
@@ -84,13 +84,18 @@ class Family:
         """Claim the call's runs, once no other run executes them; choose between an earlier attempt and a new one."""
         claim = self._claim(self.call.family, self._questions)
         instance, asked = self._context.instance, requested_at(self._context.instance, self._context.run_id)
-        stored = claim.over and is_stored(instance, claim.followers, step_key(self._context), before=asked)
+        runs = self._runs_since(claim.followers) if claim.over else ()
+        stored = is_stored(instance, runs, step_key(self._context), before=asked)
         choice = choose(claim, stored=stored, retries=self._retries)
         if choice.reason:
             self._log.info(choice.reason)
         if choice.adopt and (changes := name_request_changes(self.request, claim.record)):
             self._log.info(f"The job keeps its Slurm request, which differs: {changes}")
         return claim, choice
+
+    def _runs_since(self, followers: Collection[str]) -> set[str]:
+        """Return the runs in which Dagster may have stored the result of a job, or that of another job since."""
+        return runs_since(self._context.instance, self._context.run.root_run_id or self._context.run_id, followers)
 
     def choose_tasks(self, tasks: Mapping[int, Task]) -> tuple[Claim, TaskChoice]:
         """Claim the call's runs, and choose for each task between an earlier array job and a new one.
@@ -105,8 +110,9 @@ class Family:
 
         def task_is_stored(array: ArrayJob, index: int) -> bool:
             if array.run not in stored:
-                whole = is_stored(instance, array.followers, step, before=asked)
-                stored[array.run] = whole, stored_before(instance, array.followers, step, asked)
+                runs = self._runs_since(array.followers)
+                whole = is_stored(instance, runs, step, before=asked)
+                stored[array.run] = whole, stored_before(instance, runs, step, asked)
             whole, partitions = stored[array.run]
             own = tasks[index].partitions
             return whole or (bool(own) and partitions.issuperset(own))

@@ -40,6 +40,22 @@ def _succeeded(instance: dg.DagsterInstance, run_id: str, step: str, before: flo
     return any(end.timestamp <= before for end in ends)
 
 
+def group_of(instance: dg.DagsterInstance, root: str) -> dict[str, dg.RunRecord]:
+    """Return the run `root` with its retries and re-executions, by id."""
+    wanted = (dg.RunsFilter(run_ids=[root]), dg.RunsFilter(tags={"dagster/root_run_id": root}))
+    return {record.dagster_run.run_id: record for each in wanted for record in instance.get_run_records(each)}
+
+
+def runs_since(instance: dg.DagsterInstance, root: str, followers: Collection[str]) -> set[str]:
+    """Return the runs that followed a job, and those of its group since: they may have replaced its result.
+
+    Of a group in which no follower is known any more, all runs.
+    """
+    created = {each: record.create_timestamp.timestamp() for each, record in group_of(instance, root).items()}
+    last = max((created[each] for each in followers if each in created), default=0.0)
+    return {*followers, *(each for each, time in created.items() if time >= last)}
+
+
 def find_successes(instance: dg.DagsterInstance, run_id: str, steps: set[str]) -> dict[str, str]:
     """Return the latest run in which each of some steps has succeeded: a run, or one of which it is a re-execution."""
     found: dict[str, str] = {}

@@ -8,7 +8,7 @@ from typing import Literal
 import dagster as dg
 
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
-from dagster_sbatch.run.history import is_stored
+from dagster_sbatch.run.history import group_of, is_stored, runs_since
 
 GRACE = timedelta(minutes=1)
 """After the end of a run: a person or Dagster may be about to request its retry or re-execution."""
@@ -22,8 +22,9 @@ GroupState = Literal["alive", "retry due", "retry missed", "just ended", "over",
 
 def group_state(instance: dg.DagsterInstance, root: str, now: datetime) -> GroupState:
     """Return the state of a group: the run `root` with its retries and re-executions; unknown if it was deleted."""
-    records = _group(instance, root)
-    if not any(record.dagster_run.run_id == root for record in records):
+    group = group_of(instance, root)
+    records = group.values()
+    if root not in group:
         return "unknown"
     if not all(record.dagster_run.is_finished for record in records):
         return "alive"
@@ -55,11 +56,6 @@ def _has_ended_within(span: timedelta, record: dg.RunRecord, now: datetime) -> b
     return now.timestamp() - ended < span.total_seconds()
 
 
-def _group(instance: dg.DagsterInstance, root: str) -> list[dg.RunRecord]:
-    groups = (dg.RunsFilter(run_ids=[root]), dg.RunsFilter(tags={"dagster/root_run_id": root}))
-    return [record for wanted in groups for record in instance.get_run_records(wanted)]
-
-
 def _is_to_be_retried(run: dg.DagsterRun) -> bool:
     """Return whether Dagster has promised to retry a run and has not done so."""
     promised = run.status == dg.DagsterRunStatus.FAILURE and run.tags.get("dagster/will_retry") == "true"
@@ -72,14 +68,14 @@ def reason_to_cancel(instance: dg.DagsterInstance, run: RunRecord) -> str:
     It is cancelled if a person terminated the last run that followed it, or if the step has succeeded with another job
     in that run or a later one. It is kept if its step or process failed while it was running.
     """
-    group = {record.dagster_run.run_id: record for record in _group(instance, run.about.root)}
+    group = group_of(instance, run.about.root)
     followers = [group[each] for each in run.followers if each in group]
     if not followers:
         return ""
     last = max(followers, key=lambda record: record.create_timestamp)
     if last.dagster_run.status == dg.DagsterRunStatus.CANCELED:
         return "its run was terminated"
-    since = [each for each, record in group.items() if record.create_timestamp >= last.create_timestamp]
+    since = runs_since(instance, run.about.root, run.followers)
     return "its step has succeeded with another job" if is_stored(instance, since, run.about.step) else ""
 
 
