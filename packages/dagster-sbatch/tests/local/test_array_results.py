@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ if key == "2013-01-03" and not (folder / "fixed").exists():
 """
 RANGE = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "c"}
 LETTERS = dg.StaticPartitionsDefinition(["a", "b", "c"])
+PARTITION_OF_ALL = "report_custom_message({'musica.partition': {'partition': 'a', 'asset_key': 'all'}})"
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +176,32 @@ def test_partitions_of_an_asset_that_later_ops_make_are_not_stored_before_these_
     assert "1 of 3 tasks failed." in str(failure.description)
     assert "materialized" not in str(failure.description)
     assert [event for event in result.all_events if event.is_step_materialization] == []
+
+
+@pytest.mark.parametrize("report", ["report_asset_materialization({}, asset_key='all')", PARTITION_OF_ALL])
+@pytest.mark.parametrize("array", [None, JobArray()])
+def test_a_multi_asset_of_which_one_has_no_partitions(workload: Path, array: JobArray | None, report: str) -> None:
+    """Nothing is stored under a partition that it does not have; its own numbers are not lost."""
+    workload.write_text(f"{PIPES}\n    pipes.{report}\n")
+    specs = [dg.AssetSpec("all", skippable=True), dg.AssetSpec("letters", skippable=True, partitions_def=LETTERS)]
+
+    @dg.multi_asset(specs=specs, can_subset=True, backfill_policy=dg.BackfillPolicy.single_run())
+    def both(context: dg.AssetExecutionContext, compute: ComputeResource) -> Iterator[Any]:
+        done = compute.run(context, workload=workload, launcher=ScriptLauncher(), array=array)
+        yield from done.get_results()
+
+    resources = {"compute": ComputeResource.of(PROJECT)}
+    result = dg.materialize([both], resources=resources, tags=RANGE, raise_on_error=False)
+    errors = [str(event.step_failure_data.error) for event in result.all_events if event.is_step_failure]
+    if array:
+        assert "divides the partitions of the run among its tasks, and all has none" in errors[0]
+    elif "custom" in report:
+        assert "a report on a partition of all, which has none" in errors[0]
+    else:
+        assert errors == []
+    found = {event.asset_key: event.materialization for event in result.get_asset_materialization_events()}
+    assert bool(found) is not bool(errors)
+    assert errors or "workload_seconds" in found[dg.AssetKey("all")].metadata
 
 
 def test_the_tasks_of_a_check_without_its_asset(workload: Path) -> None:

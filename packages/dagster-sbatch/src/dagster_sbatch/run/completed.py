@@ -10,7 +10,7 @@ from dagster_sbatch.run.history import stored_partitions
 from dagster_sbatch.run.step_inputs import inputs_of_step, with_versions
 from dagster_sbatch.slurm.units import count_of
 
-INPUTS_TAG = "dagster-sbatch/inputs"
+INPUTS_TAG = "dagster_sbatch/inputs"
 """Tag of a materialization that is stored before the end of its step: a digest of what has decided its data."""
 
 

@@ -19,7 +19,7 @@ from dagster_sbatch.run.plan import Plan, complete_extras, make_plan
 from dagster_sbatch.run.remote import RemoteRun
 from dagster_sbatch.run.remote_array import RemoteArray
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import partitions_of
+from dagster_sbatch.run.results import partitions_of, unpartitioned_assets
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest
 
@@ -99,6 +99,12 @@ class ComputeResource(dg.ConfigurableResource[Any]):
                 array=array,
                 environment=environment,
             )
+            without = ", ".join(key.to_user_string() for key in unpartitioned_assets(step))
+            if without and any(task.partitions for task in plan.tasks):
+                raise ConfigurationError(
+                    f"array={array!r} divides the partitions of the run among its tasks, and {without} has none. "
+                    "Compute it in a step of its own."
+                )
         except ConfigurationError as error:
             raise failure(name, str(error), final=True) from None
         return self._execute(step, name, settings, plan)

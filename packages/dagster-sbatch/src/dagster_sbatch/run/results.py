@@ -36,6 +36,12 @@ def partitions_of(context: dg.OpExecutionContext) -> Sequence[str]:
     return [] if unpartitioned else list(context.partition_keys)
 
 
+def unpartitioned_assets(context: dg.OpExecutionContext) -> list[dg.AssetKey]:
+    """Return the assets of the step that have no partitions; a multi-asset may have both kinds."""
+    keys = sorted(context.selected_asset_keys)
+    return [key for key in keys if context.assets_def.specs_by_key[key].partitions_def is None]
+
+
 def declared_checks(context: dg.OpExecutionContext) -> dict[str, list[str]]:
     """Return the names of the asset checks that the step may report, by asset key as Pipes writes it."""
     found: dict[str, list[str]] = {}
@@ -111,6 +117,8 @@ def read_partitions(
         key = _find_asset(context, report)
         if report["partition"] not in known:
             raise ValueError(f"the partition {report['partition']!r} is not of this {whose}")
+        if key in unpartitioned_assets(context):
+            raise ValueError(f"a report on a partition of {key.to_user_string()}, which has none")
         metadata = {name: _typed(value) for name, value in (report.get("metadata") or {}).items()}
         params = {
             "asset_key": key.to_escaped_user_string(),
@@ -195,6 +203,6 @@ def complete(
     keys = sorted(key for key in reported if key) or sorted(context.selected_asset_keys)
     if not keys:  # an op, or the function of an asset check: there is no other place for them
         return dg.PipesClientCompletedInvocation(session, metadata={**where, **costs})
-    partition = next(iter(partitions_of(context)), None)
-    add_metadata(context, keys[0], partition, costs)
+    partitions = [] if keys[0] in unpartitioned_assets(context) else partitions_of(context)
+    add_metadata(context, keys[0], next(iter(partitions), None), costs)
     return dg.PipesClientCompletedInvocation(session, metadata=dict(where))
