@@ -171,8 +171,15 @@ def test_a_multi_asset_reads_what_the_selected_ones_of_its_assets_depend_on() ->
         assert read("a", "b") == {"x", "y"}
         assert read("a") == {"x"}
         assert read("b") == {"a", "y"}
-        dg.materialize([both], instance=instance)
-    assert seen.pop()["checks"] == {"b": ["good"]}
+        for _ in range(2):
+            dg.materialize(
+                [both],
+                selection=dg.AssetSelection.checks(dg.AssetCheckKey(dg.AssetKey("b"), "good")),
+                instance=instance,
+            )
+            assert seen[-1]["checks"] == {"b": ["good"]}
+            instance.report_runless_asset_event(dg.AssetMaterialization("b"))
+    assert seen[0]["data version of b"] != seen[1]["data version of b"]
 
 
 def test_a_partition_that_depends_on_former_ones_does_not_read_those_of_its_own_run() -> None:

@@ -73,7 +73,7 @@ def find_data_version(instance: dg.DagsterInstance, asset: dg.AssetKey, *, parti
     Args:
         instance: Dagster's.
         asset: that was materialized, or observed with a data version.
-        partitioned: whether the step reads very many partitions: then the newest event of all partitions is the
+        partitioned: whether the step may read all partitions that there are: then the asset's newest event is the
             version. Otherwise, this returns None for an asset with partitions: it is one of another code location, and
             nobody knows which of them the step reads.
     """

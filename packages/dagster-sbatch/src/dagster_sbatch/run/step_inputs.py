@@ -70,6 +70,10 @@ def _upstream_versions(step: dg.OpExecutionContext, *, by_partition: bool) -> di
             version = find_data_version(step.instance, asset, partitioned=False)
         if version:
             found[f"data version of {asset.to_user_string()}"] = version
+    checked = {check.asset_key for check in step.selected_asset_check_keys} - step.selected_asset_keys
+    for asset in sorted(checked - {*_assets_read(step).values()}):  # of a multi-asset that computes only its checks
+        if version := find_data_version(step.instance, asset, partitioned=True):
+            found[f"data version of {asset.to_user_string()}"] = version
     return found
 
 
