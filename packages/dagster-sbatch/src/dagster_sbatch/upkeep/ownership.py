@@ -13,8 +13,8 @@ from dagster_sbatch.run.history import group_of, is_stored, runs_since
 GRACE = timedelta(minutes=1)
 """After the end of a run: a person or Dagster may be about to request its retry or re-execution."""
 RETRY_PATIENCE = timedelta(minutes=2)
-"""Within which Dagster retries a run, if it does. It examines each failure once, and misses the retry if it does so when
-the failure is in the event log and the run does not have its new status yet, or when its database is locked."""
+"""Within which Dagster retries a run, if it does. It examines each failure once. It misses the retry if the event log
+has the failure then and the run does not have its new status yet, or if its database is locked."""
 REPEATED = "dagster_sbatch/failure_repeated"
 """Tag of a run with its id: its failure was reported again, so that Dagster examines it again. Retries inherit tags."""
 GroupState = Literal["alive", "retry due", "retry missed", "just ended", "over", "unknown"]
@@ -37,11 +37,14 @@ def group_state(instance: dg.DagsterInstance, root: str, now: datetime) -> Group
     return "just ended" if any(_has_ended_within(GRACE, record, now) for record in records) else "over"
 
 
-def repeat_failure(instance: dg.DagsterInstance, root: str) -> None:
-    """Report the failure of the newest run of a group again: Dagster has missed its retry."""
-    run = _newest(group_of(instance, root).values()).dagster_run
-    instance.add_run_tags(run.run_id, {REPEATED: run.run_id})
-    instance.report_run_failed(run, "Dagster should have retried this run. Its failure is reported again, for that.")
+def repeat_failures(instance: dg.DagsterInstance, roots: Iterable[str]) -> None:
+    """Report the failure of the newest run of each group again: Dagster has missed its retry."""
+    for root in roots:
+        run = _newest(group_of(instance, root).values()).dagster_run
+        instance.add_run_tags(run.run_id, {REPEATED: run.run_id})
+        instance.report_run_failed(
+            run, "Dagster has not retried this run. Its failure is reported again, so that it does."
+        )
 
 
 def _newest(records: Iterable[dg.RunRecord]) -> dg.RunRecord:
