@@ -140,8 +140,8 @@ def test_the_preview_shows_the_refusal_and_asks_slurm_nothing(
     monkeypatch.setenv("SLURM_MOST_GPU_HOURS_PER_RUN", "4")
     assert preview_command.main(PROJECT, definitions) == 1
     out, err = capsys.readouterr()
-    assert "5 GPU-hours for all 5 tasks" in out
-    assert "#SBATCH --array=0-4" in out
+    script, summary = out.index("#SBATCH --array=0-4"), out.index("5 GPU-hours for all 5 tasks")
+    assert script < summary, "a terminal shows the last lines"
     assert err.startswith("sweep: This call of compute.run could cost 5 GPU-hours (5 tasks x 1 node x 1 GPU x ")
     (shown,) = preview_asset(definitions, "sweep")
     no_gateway: Any = None

@@ -78,9 +78,9 @@ def main(project: Project, definitions: dg.Definitions) -> int:
             return test(project, preview_each)
         previews = preview_each()
         for preview in previews:
+            print(preview.script, end="")
             if not asked.script:
                 show(preview)
-            print(preview.script, end="")
         if refusals := [f"{preview.step}: {preview.refusal}" for preview in previews if preview.refusal]:
             raise ConfigurationError("\n".join(refusals))
         return 0
@@ -131,11 +131,12 @@ def test(project: Project, preview_each: Callable[[], Sequence[Preview]]) -> int
 
 
 def show(preview: Preview) -> None:
+    """Print the summary: below the script, so that it is what a terminal shows."""
     console = Console()
+    console.rule()
     table = Table.grid(padding=(0, 2))
     for name, value in preview.summary.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     console.print(table)
     for note in preview.plan.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
-    console.rule("job.sh")

@@ -103,4 +103,8 @@ def _pip(command: list[str], lock: LockFile, alive: Callable[[], None]) -> None:
             process.kill()
     if process.returncode:
         last = "\n".join(output.strip().splitlines()[-8:])
-        raise ConfigurationError(f"pip {command[0]} for {lock.path} failed:\n{last}")
+        raise ConfigurationError(
+            f"pip {command[0]} for {lock.path} failed:\n{last}\n"
+            'Check the index and the proxy of pip; "When something goes wrong" has more:\n'
+            "  pip config list\n  scripts/docs environments"
+        )
