@@ -65,7 +65,8 @@ class Settings(BaseSettings):
     )
     data_root: str | None = _variable(
         "DATA_ROOT",
-        "Folder for the workloads' files. Default: data/ of the repository, or of SLURM_DEPLOYMENT_BASE_PATH.",
+        "Folder for the workloads' files, on the machine where they run. Default: data/ of the repository; on the "
+        "supercomputer data/ of SLURM_DEPLOYMENT_BASE_PATH.",
         "~/data",
     )
 
