@@ -79,6 +79,17 @@ def test_a_stored_partition_is_computed_again_if_there_is_newer_data_to_read(tmp
     assert any(line.startswith("This run computes 1 partition again") for line in resumed.log)
 
 
+def test_what_another_deployment_has_stored_is_computed_again(tmp_path: Path, data_root: Path) -> None:
+    """Its data are on another machine."""
+    asset = ArrayAsset(tmp_path, LAST_FAILS, JobArray())
+    first = asset.run(FIRST, LAST)
+    with dg.DagsterInstance.from_config(str(tmp_path / "dagster")) as instance:
+        instance.add_run_tags(first.run_id, {"deployment": "staging_supercomputer", "site": "musica"})
+    (data_root / "fixed").touch()
+    resumed = asset.run(FIRST, LAST, of=first.run_id, from_failure=True)
+    assert ran(data_root, resumed.run_id) == KEYS
+
+
 def test_a_re_execution_from_failure_leaves_out_what_is_stored_now(tmp_path: Path, data_root: Path) -> None:
     """Another run may have materialized a partition since, or a person may have wiped it."""
     asset = ArrayAsset(tmp_path, LAST_FAILS, JobArray())

@@ -136,11 +136,13 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
     """Return the partitions that need not be computed again, if their inputs are the same; by asset.
 
     They are those that this run, or the runs of which it is a re-execution from failure, have stored in this step. A
-    run that was requested to execute everything again begins anew, and so does a step that has succeeded before. Their
-    materializations are the newest ones: another run may have made them, and what a person has wiped has none.
+    run that was requested to execute everything again begins anew, and so does a step that has succeeded before or ran
+    on another deployment. Their materializations are the newest ones: another run may have made them, and what a
+    person has wiped has none.
     """
     key, run, assets = step_key(step), step.instance.get_run_by_id(step.run_id), sorted(step.selected_asset_keys)
     found: dict[str, set[dg.AssetKey]] = {}
+    deployment = run and _deployment(run)
     while run:
         for event in _events_of(step.instance, run.run_id, [key], {dg.DagsterEventType.ASSET_MATERIALIZATION}):
             stored = event.asset_materialization
@@ -148,7 +150,7 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
                 found.setdefault(stored.partition, set()).add(stored.asset_key)
         again = any(run.tags.get(tag) == "true" for tag in _RESUMED)
         run = step.instance.get_run_by_id(run.parent_run_id) if again and run.parent_run_id else None
-        if run and _succeeded(step.instance, run.run_id, key):
+        if run and (_succeeded(step.instance, run.run_id, key) or _deployment(run) != deployment):
             break
     complete = [partition for partition, each in found.items() if len(each) == len(assets)]
     newest: dict[str, dict[dg.AssetKey, dg.AssetMaterialization]] = {}
@@ -182,6 +184,10 @@ def requested_at(instance: dg.DagsterInstance, run_id: str) -> float:
 def tag_deployment(context: dg.OpExecutionContext, deployment: str, site: str | None) -> None:
     """Tag the run of a step with DAGSTER_DEPLOYMENT and, on a supercomputer, the site."""
     _tag(context, {"deployment": deployment, **({"site": site} if site else {})})
+
+
+def _deployment(run: dg.DagsterRun) -> list[str | None]:
+    return [run.tags.get(name) for name in ("deployment", "site")]
 
 
 def tag_job(context: dg.OpExecutionContext, job: str, call: int) -> None:
