@@ -314,3 +314,43 @@ def test_only_running_tasks_are_read_and_not_too_often(
     assert len(read) <= 110 * (seconds + 0.5)
     site.write(77, "stdout", "news\n")
     wait_until(lambda: seen.text(77) == "news\n", "it is read in its turn")
+
+
+REFUSING = """
+def spoil():
+    import os, sys, threading, time
+    follower = sys.modules["agent.follower"]
+    submit = follower.submit_when_possible
+    def refuse_once(*arguments):
+        if os.path.exists({lost!r} + ".2"):
+            os.unlink({lost!r} + ".2")
+            raise sys.modules["agent.disk"].RequestError("refused", "Permission denied")
+        return submit(*arguments)
+    def lose():
+        while not os.path.exists({lost!r}):
+            time.sleep(0.01)
+        os.rename({lost!r}, {lost!r} + ".2")
+        os._exit(0)
+    follower.submit_when_possible = refuse_once
+    threading.Thread(target=lose, daemon=True).start()
+"""
+
+
+def test_a_refusal_over_a_new_connection_costs_no_job(
+    site: Site, prepare: Prepare, follow: Follow, tmp_path: Path
+) -> None:
+    """A step whose array job counts as refused submits its tasks once more. The job may run all the same."""
+    lost, troubles = tmp_path / "lost", list[str]()
+    seen = follow(site, prepare(HURRIED + REFUSING.format(lost=str(lost)), troubles))
+    site.start(0)
+    site.write(0, "stdout", "first\n")
+    wait_until(lambda: seen.text(0) == "first\n", "its output", 60, 0.02)
+    lost.touch()
+    wait_until(lambda: seen.refusals or "Permission denied" in troubles, "the refusal", 60, 0.02)
+    assert not seen.refusals
+    for index in range(3):
+        site.start(index)
+        site.end(index)
+    site.say(record("0-2", "COMPLETED"))
+    wait_for_ends(seen, 3)
+    assert set(seen.outcomes.values()) == {("COMPLETED", 0)}

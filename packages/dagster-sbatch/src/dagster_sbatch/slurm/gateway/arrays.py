@@ -133,6 +133,8 @@ def _report(arrays: Arrays, followed: _Followed, head: Mapping[str, Any], data: 
             arrays.submitted(run, Submitted(head["job"], head["how"]))
         return first
     if "refused" in head:
+        if followed.submitted:  # an error does not end the request of a job that exists
+            raise RefusedError(head["refused"])
         arrays.refused(run, head["refused"])
     elif "over" in head:
         arrays.over(run, {int(index): rows for index, rows in head["rows"].items()})
