@@ -57,6 +57,9 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         (INVALID, "echo 'COMPLETED+|0:0|100|Unknown|120|p1|KEY|17'", ("COMPLETED", "0:0", [100, None, 120], "p1")),
         (AWAY, "echo 'FAILED|3:0|100|110|120|p1|KEY|17'", ("FAILED", "3:0", [100, 110, 120], "p1")),
         (AWAY, "echo 'RUNNING|0:0|100|110|Unknown|p1|KEY|17'", None),
+        # Until Slurm has put it back in the queue, the accounting has only the record of its first start.
+        (AWAY, "echo 'PREEMPTED|0:15|100|110|120|p1|KEY|17'", "temporary"),
+        (INVALID, "echo 'PREEMPTED|0:15|100|110|120|p1|KEY|17'", ("PREEMPTED", "0:15", [100, 110, 120], "p1")),
         # The id is another job's by now.
         (f"echo '{ENDED.replace('KEY', 'other')}'", "echo 'FAILED|1:0|1|2|3|p1|other|17'", ("", "", [None] * 3, "")),
         (INVALID, "echo 'FAILED|1:0|1|2|3|p1|other|17'", ("", "", [None] * 3, "")),

@@ -16,6 +16,7 @@ TASK_ID = re.compile(r" ArrayTaskId=(\S+)")
 UNKNOWN_JOB, NO_ACCOUNTING = "Invalid job id", "disabled"  # in errors of scontrol and of sacct
 UNKNOWN = {"state": "", "exit": "", "times": [None] * 3, "account": ""}  # the end of a job that Slurm has forgotten
 CANCELLED = dict(UNKNOWN, state="CANCELLED")
+RESTARTED = frozenset("BOOT_FAIL NODE_FAIL PREEMPTED".split())  # after these, Slurm may start the same job again
 SINGLE = frozenset([0])
 SETTLED = 60.0  # seconds after Slurm's end of a job that has no record of its own: none will appear
 
@@ -76,6 +77,8 @@ def verdicts(job, key, count=1, wanted=SINGLE, started=SINGLE):
         if trouble or NO_ACCOUNTING not in str(error):
             return found, trouble or error
         more, recorded = {}, False
+    if trouble:  # only the controller knows whether Slurm has put such a job back in the queue
+        more = {index: said for index, said in more.items() if not said or said["state"] not in RESTARTED}
     found.update(more)
     left -= set(more)
     if trouble and left:
