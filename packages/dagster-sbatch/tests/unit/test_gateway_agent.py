@@ -192,8 +192,9 @@ def test_a_run_directory_is_there_as_a_whole_and_for_its_owner(
 def test_what_was_cancelled_first_is_not_submitted(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
     gateway = open_gateway()
     assert gateway.cancel(str(tmp_path / "KEY")) is None
-    with pytest.raises(RefusedError, match="was cancelled before it was submitted"):
-        submit_run(gateway, str(tmp_path / "KEY"), {"job.sh": ""})
+    for follower in ("a-run", ""):  # scripts/job submits nothing, and waits for the job of another client
+        with pytest.raises(RefusedError, match="was cancelled before it was submitted"):
+            submit_run(gateway, str(tmp_path / "KEY"), {"job.sh": ""}, follower)
 
 
 def test_a_claim_is_lost_to_whoever_was_faster(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from .array_follower import ArrayFollower
 from .disk import RequestError
 from .job_record import STREAMS, events_of
 from .jobs import submit_when_possible
-from .run_directories import conclude, job_of, keep_end, locate, quietly_conclude, row_of
+from .run_directories import conclude, has, job_of, keep_end, locate, quietly_conclude, row_of
 from .slurm_commands import COMMAND_PATIENCE, LAG, SQUEUE_EVERY, UNSEEN, account
 from .streams import MOST_CHUNKS, Stream, pause_after, short_of
 from .task_states import OVER
@@ -141,5 +141,7 @@ def await_job(_, ask, __, current):
     if not os.path.isdir(path):
         raise RequestError("refused", "there is no run %s" % path)
     while current() and not job_of(path):
+        if has(path, "cancelled"):
+            raise RequestError("refused", "%s was cancelled before it was submitted" % path)
         time.sleep(JOB_EVERY)
     return job_of(path), "recorded"
