@@ -1,4 +1,4 @@
-"""Sensors and checks that look after runs and Slurm jobs."""
+"""Sensors and checks for runs, Slurm jobs and budgets."""
 
 from dagster_sbatch import make_upkeep
 from resources import PROJECT

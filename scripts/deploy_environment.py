@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Publish the environment that production runs on the supercomputer, and look after those that are there."""
+"""Publish the environment that production runs on the supercomputer; list and remove environments."""
 
 import _environment
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look after access to the supercomputer: renew the SSH certificate, replace the stored secrets, tell how it is."""
+"""Renew access to the supercomputer, the SSH certificate and the stored secrets; show its state."""
 
 import _environment
 

@@ -1,4 +1,4 @@
-"""Sensors and checks that look after the runs and jobs of one code location."""
+"""Sensors and checks for the runs, jobs and budgets of one code location."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from dagster_sbatch.upkeep.orphans import make_job_checks, make_orphan_sensor
 
 @dataclass(frozen=True)
 class Upkeep:
-    """Sensors and checks that look after runs and jobs.
+    """Sensors and checks for runs, jobs and budgets.
 
     Attributes:
         sensors: `cancel_orphaned_jobs` cancels or lists Slurm jobs that no run follows; `clean_run_directories` removes
@@ -28,7 +28,7 @@ class Upkeep:
 
 
 def make_upkeep(project: Project) -> Upkeep:
-    """Make the sensors and checks that look after runs and jobs.
+    """Make the sensors and checks for runs, jobs and budgets.
 
     Example:
         upkeep = make_upkeep(PROJECT)
