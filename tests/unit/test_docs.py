@@ -64,12 +64,20 @@ def test_the_table_of_variables_is_current() -> None:
     assert path.read_text() == settings_page()
 
 
+def anchors(page: Path) -> set[str]:
+    """Where links into a page can lead: its headings, as GitHub and GitLab write them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_and_paths_exist(page: Path) -> None:
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
         if "://" not in target:
-            assert (page.parent / target).exists(), target
+            there = page.parent / target if target else page
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), f"{target}#{anchor}"
     for path in re.findall(
         r"`((?:packages|dagster_sbatch|slurm_in_a_box|benchmarks|scripts|docs|envs|tests|resources|jobs|musica_pipelines|requirements)/[\w./-]*)",
         text,
