@@ -21,7 +21,7 @@ PAGES = [
 SURVEY = ENGINE / "inspect" / "diagnosis" / "survey.py"
 SLURM = ("sacct", "sbatch", "scancel", "sinfo", "squeue", "sshare")
 AVOIDED = re.compile(
-    r"\b(mend(s|ed)?|passed over|taken up|(is|are|was|were) told|go(es)? along|go(es)? on|what of|word of its end)\b",
+    r"\b(mend(s|ed)?|passed\s+over|taken\s+up|(is|are|was|were)\s+told|go(es)?\s+(along|on)|what\s+of|word\s+of\s+its\s+end)\b",
     re.IGNORECASE,
 )
 """Words that a newcomer reads twice: write repair, skip, adopt, report, continue."""
