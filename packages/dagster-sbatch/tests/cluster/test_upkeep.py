@@ -75,6 +75,7 @@ def variables(site: SimulatedSite, client_home: Path, monkeypatch: pytest.Monkey
     for name, value in {**site.environment(), "HOME": str(client_home)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ownership, "GRACE", timedelta())
+    monkeypatch.setattr(orphans, "LATE", timedelta())
 
 
 class Dagster:
