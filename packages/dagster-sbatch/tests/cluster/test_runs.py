@@ -1,6 +1,7 @@
 """`compute.run` on the supercomputer, as an asset and whoever looks at its run see it."""
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -76,9 +77,8 @@ def test_result_output_and_numbers(site: SimulatedSite, workloads: Path, capfd: 
     assert jobs_of(site, run) == [job]
     assert (outcome.tags["deployment"], outcome.tags["site"]) == ("staging_supercomputer", "musica")
     assert outcome.tags["slurm_job/probe"] == job
-    assert metadata["attach"] == (
-        f"ssh -t {CERTIFICATE_USER.name}@{site.login.address} srun --jobid={job} --overlap --pty bash"
-    )
+    login = f"-i {os.environ['SLURM_EDGE_NODE_KEY_PATH']} {CERTIFICATE_USER.name}@{site.login.address}"
+    assert metadata["attach"] == f"ssh -t {login} srun --jobid={job} --overlap --pty bash"
     assert 30 <= metadata["elapsed_seconds"] < 90
     assert metadata["queue_seconds"] >= 0
     assert metadata["node_hours"] == pytest.approx(metadata["elapsed_seconds"] / 3600, abs=1e-6)

@@ -1,6 +1,7 @@
 """What every call of `compute.run` does on the supercomputer: claim, report trouble, cancel or leave its jobs."""
 
 import json
+import shlex
 import signal
 import threading
 from abc import ABC, abstractmethod
@@ -280,7 +281,10 @@ class RemoteStep(ABC):
         command = f"srun --jobid={job} --overlap --pty bash"
         if self._settings.on_login_node:
             return command
-        return f"ssh -t {self._settings.edge_node_user}@{self._settings.edge_node_host} {command}"
+        settings = self._settings
+        login = ["-i", str(settings.edge_node_key_path), f"{settings.edge_node_user}@{settings.edge_node_host}"]
+        port = ["-p", str(settings.edge_node_port)] if settings.edge_node_port != 22 else []
+        return f"ssh -t {shlex.join([*port, *login])} {command}"
 
     def _where(self, account: str | None) -> dict[str, Any]:
         """Return metadata for everything that the jobs report."""
