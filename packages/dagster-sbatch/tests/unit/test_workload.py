@@ -73,9 +73,9 @@ def test_elsewhere_it_is_the_folder_of_the_program_or_of_its_outermost_package(
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ("none.py", "the workload .*/none.py does not exist"),
-        ("climate", "the package .*/climate has no __main__.py"),
-        ("a-b", "the package .*/a-b cannot be imported"),
+        ("none.py", "the workload .*/none.py does not exist. Correct"),
+        ("climate", "the package .*/climate has no __main__.py. Add one"),
+        ("a-b", "the package .*/a-b cannot be imported: .*Rename the folder"),
         ("w.sh", "w.sh, line 2: .*\n.*\n.* For another language use launcher=CommandLauncher"),
         ("binary", "For another language use launcher=CommandLauncher"),
     ],
@@ -92,9 +92,19 @@ def plan(folder: Path, **arguments: Any) -> Plan:
     return make_plan(Settings(), PROJECT, folder / "main.py", **given)
 
 
-@pytest.mark.parametrize("args", ["--trials 3", ["--trials", 3], [Path("/x")], ["a\0b"], ["\udcff"], [None]])
-def test_arguments_are_a_list_of_texts(args: Any, folder: Path) -> None:
-    with pytest.raises(ConfigurationError, match="a list of strings in UTF-8 is needed"):
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ("--trials 3", r"args='--trials 3' is one string\. Write a list"),
+        (["--trials", 3], r"args\[1\]=3 is no string in UTF-8\. Write str"),
+        ([Path("/x")], r"args\[0\]=PosixPath\('/x'\) is no string"),
+        (["a\0b"], "is no string"),
+        (["\udcff"], "is no string"),
+        ([None], "is no string"),
+    ],
+)
+def test_arguments_are_a_list_of_texts(args: Any, text: str, folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match=text):
         plan(folder, args=args)
 
 

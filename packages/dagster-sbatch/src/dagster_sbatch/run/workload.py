@@ -60,15 +60,21 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: b
     Raises:
         ConfigurationError: there is no such program, it does not parse, or an argument is not a string.
     """
-    if isinstance(args, str) or not all(isinstance(each, str) and is_text(each) for each in args):
-        raise ConfigurationError(f"args={args!r}: a list of strings in UTF-8 is needed, as on a command line")
+    if isinstance(args, str):
+        raise ConfigurationError(f"args={args!r} is one string. Write a list of strings, as on a command line")
+    for index, each in enumerate(args):
+        if not (isinstance(each, str) and is_text(each)):
+            raise ConfigurationError(
+                f"args[{index}]={each!r} is no string in UTF-8. Write str(...) of numbers and paths"
+            )
     given = Path(os.path.abspath(path))  # noqa: PTH100 - links are kept: what they point to is checked when code is sent
     if given.is_dir() and not python:
         raise ConfigurationError(f"the workload {given} is a folder. Name the program in it.")
     program = given / MAIN if given.is_dir() else given
     if not program.is_file():
-        lacking = f"the package {given} has no {MAIN}" if given.is_dir() else f"the workload {given} does not exist"
-        raise ConfigurationError(lacking)
+        if given.is_dir():
+            raise ConfigurationError(f"the package {given} has no {MAIN}. Add one, or name a program in the folder.")
+        raise ConfigurationError(f"the workload {given} does not exist. Correct the path in `workload=`.")
     if python:
         _check_syntax(program)
     root, program = _find_root(program, workloads, package=given.is_dir())
@@ -77,7 +83,8 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: b
     parts = program.parent.relative_to(root).parts
     if not parts or not all(part.isidentifier() for part in parts):
         raise ConfigurationError(
-            f"the package {given} cannot be imported: {'.'.join(parts) or given.name!r} is not a name"
+            f"the package {given} cannot be imported: {'.'.join(parts) or given.name!r} is not a name in Python. "
+            "Rename the folder: letters, digits and underscores, and no digit first."
         )
     return Workload(program, root, ".".join(parts), tuple(args))
 

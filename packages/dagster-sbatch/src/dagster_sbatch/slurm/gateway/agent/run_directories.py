@@ -4,7 +4,7 @@ KEY/            0700; its name is the submission key, and the job's name
   job.sh ...    what the client has sent; `digest` is its hash
   lock          held while an agent submits or cancels
   tried         sbatch may have been called: search the queue for the job before calling it again
-  job           a link to the job's id, made by whoever knows it first: the agent or the job itself
+  job           a link to the job's id, made by the first that knows it: the agent or the job itself
   events        the job's own record: {"started": node}, then {"code": n, "sizes": {...}}; code null: cut short
   cause         why it failed, in a sentence, if something in the job knows more than the exit code
   end           how it ended, by the job's own record and Slurm's
