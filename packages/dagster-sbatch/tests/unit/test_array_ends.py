@@ -88,6 +88,11 @@ def test_an_array_job_is_one_row_of_the_queue() -> None:
             {0: None, 1: "", 2: "", 3: None, 4: None, 5: None},
         ),
         (INVALID, NO_ACCOUNTING, dict.fromkeys(range(6), "")),
+        (  # it has lost the job, which runs in the accounting until an administrator ends it there
+            INVALID,
+            lines(row("1", "RUNNING"), row("2", "RUNNING"), row("[0,3-5%2]", "PENDING", "Unknown")),
+            {0: "CANCELLED", 1: "", 2: "", 3: "", 4: "CANCELLED", 5: "CANCELLED"},
+        ),
         (AWAY, lines(row("[0-5%2]", "CANCELLED by 1", "None")), dict.fromkeys(range(6), "CANCELLED")),
         # The id is another job's by now.
         (lines(record("0-5", "FAILED", key="x")), lines(row("1", "FAILED", key="x")), dict.fromkeys(range(6), "")),

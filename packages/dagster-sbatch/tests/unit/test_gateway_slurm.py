@@ -63,6 +63,8 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         # The id is another job's by now.
         (f"echo '{ENDED.replace('KEY', 'other')}'", "echo 'FAILED|1:0|1|2|3|p1|other|17'", ("", "", [None] * 3, "")),
         (INVALID, "echo 'FAILED|1:0|1|2|3|p1|other|17'", ("", "", [None] * 3, "")),
+        # The controller has lost it: such a job runs in the accounting until an administrator ends it there.
+        (INVALID, "echo 'RUNNING|0:0|100|110|Unknown|p1|KEY|17'", ("", "", [None] * 3, "")),
         (INVALID, "echo 'Slurm accounting storage is disabled' >&2; exit 1", ("", "", [None] * 3, "")),
         # An outage is no end.
         (AWAY, "", "temporary"),

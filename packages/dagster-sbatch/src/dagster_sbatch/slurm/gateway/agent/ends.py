@@ -79,6 +79,8 @@ def verdicts(job, key, count=1, wanted=SINGLE, started=SINGLE):
         more, recorded = {}, False
     if trouble:  # only the controller knows whether Slurm has put such a job back in the queue
         more = {index: said for index, said in more.items() if not said or said["state"] not in RESTARTED}
+    else:  # what the controller does not know is over, even if the accounting has never got its end
+        more = {index: said for index, said in more.items() if said}
     found.update(more)
     left -= set(more)
     if trouble and left:
