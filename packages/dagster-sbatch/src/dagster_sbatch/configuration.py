@@ -3,7 +3,8 @@
 from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, RayLauncher, ScriptLauncher, SrunLauncher
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm import SlurmRequest, allocate
+from dagster_sbatch.slurm import SlurmRequest
+from dagster_sbatch.slurm.allocation import choose_partition, choose_qos
 
 
 def check_configuration(project: Project, *, supercomputer: bool = False) -> Settings:
@@ -21,6 +22,6 @@ def check_configuration(project: Project, *, supercomputer: bool = False) -> Set
         for launcher in (BatchScriptLauncher, CommandLauncher, RayLauncher, ScriptLauncher, SrunLauncher):
             launcher().with_site(project.load_site(name).launchers)
     if settings.supercomputer_site:
-        site = project.load_site(settings.supercomputer_site)
-        allocate(SlurmRequest(time_limit="1"), site, settings.partition, settings.qos)
+        site, request = project.load_site(settings.supercomputer_site), SlurmRequest()
+        choose_qos(request, site, choose_partition(request, site, settings.partition)[0], settings.qos)
     return settings

@@ -18,7 +18,7 @@ from support import ROOT
 PAGE = ROOT / "packages" / "dagster-sbatch" / "docs" / "reference.md"
 PARTS = {"Site": (Partition, Qos, ContainerRuntime)}
 """Models that stand in the fields of a public one."""
-CALLED_BY_OTHERS = ("Container", "ForkingRunLauncher")
+CALLED_BY_OTHERS = ("Container", "ForkingRunLauncher", "SlurmRequest")
 """Classes whose methods only the engine or Dagster calls."""
 HEAD = """\
 # Reference

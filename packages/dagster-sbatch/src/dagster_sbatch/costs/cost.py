@@ -27,7 +27,7 @@ def highest_cost(allocation: Allocation, tasks: int = 1) -> Cost:
         allocation: what is submitted.
         tasks: number of array tasks; each has the allocation.
     """
-    minutes = math.ceil(allocation.request.time_limit.total_seconds() / MINUTE)
+    minutes = math.ceil(allocation.request.seconds / MINUTE)
     nodes = tasks * allocation.request.nodes * minutes / 60
     return Cost(nodes, nodes * _gpus_per_node(allocation))
 

@@ -118,7 +118,7 @@ def propose(request: SlurmRequest, allocation: Allocation, uses: Sequence[Use]) 
         uses: of the asset's last successful jobs and tasks.
     """
     planned = allocation.request
-    size = (planned.nodes, planned.nodes * planned.gpus_per_node, planned.nodes * _cpus(planned))
+    size = (planned.nodes, planned.gpus, planned.cpus)
     alike = [
         use for use in uses
         if use.slurm_partition == planned.partition and (use.nodes, use.gpus, use.cpus) == size
@@ -185,7 +185,7 @@ def _fewer_gpus(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use
         cpus = _most(uses, lambda use: use.cpu_efficiency)
         shares.append(1 if cpus is None else cpus * MARGIN)
     if not (request.mem or request.mem_per_cpu):
-        memory, has = _memory_needed(uses, planned), _memory(planned)
+        memory, has = _memory_needed(uses, planned), planned.mem_per_node
         shares.append(memory / has if memory and has else 1)
     enough = max(1, math.ceil(max(shares) * gpus))
     return ({"gpus_per_node": enough}, 1 + busy * gpus / enough) if enough < gpus else ({}, 1.0)
@@ -193,13 +193,13 @@ def _fewer_gpus(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use
 
 def _fewer_cpus(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> tuple[dict[str, Any], float]:
     """Return fewer CPUs, with the memory that must not shrink with them, and how much longer the job may run."""
-    cpus, busy = _cpus(planned), _most(uses, lambda use: use.cpu_efficiency)
+    cpus, busy = planned.cpus_per_node, _most(uses, lambda use: use.cpu_efficiency)
     enough = cpus if busy is None else max(1, math.ceil(busy * cpus * MARGIN))
     if busy is None or enough > WORTH * cpus:
         return {}, 1.0
     changes: dict[str, Any] = {"cpus_per_task": enough}
     if not request.mem:
-        memory = min(filter(None, (_memory_needed(uses, planned), _memory(planned))), default=None)
+        memory = min(filter(None, (_memory_needed(uses, planned), planned.mem_per_node)), default=None)
         if memory is None:
             return {}, 1.0
         changes |= {"mem": format_memory(memory), "mem_per_cpu": None}
@@ -208,7 +208,7 @@ def _fewer_cpus(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use
 
 def _other_memory(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> dict[str, Any]:
     """Return less memory where the asset names it (otherwise it comes with the GPUs or the CPUs), or more of it."""
-    used, needed, has = _memory_used(uses, planned), _memory_needed(uses, planned), _memory(planned)
+    used, needed, has = _memory_used(uses, planned), _memory_needed(uses, planned), planned.mem_per_node
     if planned.exclusive or not used or not needed or not has:
         return {}
     named, most = request.mem or request.mem_per_cpu, _most_memory(request, planned)
@@ -230,7 +230,7 @@ def _other_retries(request: SlurmRequest, planned: SlurmRequest, changes: Mappin
 def _most_memory(request: SlurmRequest, planned: SlurmRequest) -> int | None:
     """Return the KiB per node to which retries may raise the memory; None if they do not."""
     most = parse_memory(request.retries.max_mem or "0")
-    return most * (_cpus(planned) if request.mem_per_cpu else 1) or None
+    return most * (planned.cpus_per_node if request.mem_per_cpu else 1) or None
 
 
 def _memory_needed(uses: Sequence[Use], planned: SlurmRequest) -> int | None:
@@ -244,17 +244,6 @@ def _memory_used(uses: Sequence[Use], planned: SlurmRequest) -> float | None:
     return _most(uses, lambda use: use.memory_per_node(planned.ntasks_per_node))
 
 
-def _memory(request: SlurmRequest) -> int | None:
-    """Return the KiB per node that are requested; None if Slurm decides, or if it is all that a node has."""
-    if request.mem_per_cpu:
-        return parse_memory(request.mem_per_cpu) * _cpus(request)
-    return parse_memory(request.mem or "0") or None
-
-
-def _cpus(request: SlurmRequest) -> int:
-    return request.ntasks_per_node * (request.cpus_per_task or 1)
-
-
 def _most(uses: Sequence[Use], number: Callable[[Use], float | None]) -> float | None:
     """Return the largest number; None if no job has it."""
     return max((found for use in uses if (found := number(use)) is not None), default=None)
@@ -262,8 +251,7 @@ def _most(uses: Sequence[Use], number: Callable[[Use], float | None]) -> float |
 
 def _describe(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> str:
     """Return the most that the jobs have used, of what is requested, and by which partition where they differ."""
-    has, cpus = _memory(planned), planned.nodes * _cpus(planned)
-    limit, gpus = format_time(request.time_limit), planned.nodes * planned.gpus_per_node
+    limit, has = format_time(request.time_limit), planned.mem_per_node
     of = f" of {has / GIB:.1f}" if has else ""
     parts = [
         _part(uses, lambda use: use.seconds, lambda most: f"{format_time(timedelta(seconds=round(most)))} of {limit}"),
@@ -272,8 +260,8 @@ def _describe(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use])
             lambda use: use.memory_per_node(planned.ntasks_per_node),
             lambda most: f"{most / GIB:.1f}{of} GiB per node",
         ),
-        _part(uses, lambda use: use.cpu_efficiency, lambda most: f"{most:.0%} of {count_of(cpus, 'CPU')}"),
-        _part(uses, lambda use: use.gpu_utilization, lambda most: f"{most:.0%} of {count_of(gpus, 'GPU')}"),
+        _part(uses, lambda use: use.cpu_efficiency, lambda most: f"{most:.0%} of {count_of(planned.cpus, 'CPU')}"),
+        _part(uses, lambda use: use.gpu_utilization, lambda most: f"{most:.0%} of {count_of(planned.gpus, 'GPU')}"),
         _part(uses, lambda use: use.gpu_memory, lambda most: f"{most / 1024:.1f} GiB of a GPU's memory"),
     ]
     jobs = "job" if len(uses) == 1 else f"{len(uses)} jobs"

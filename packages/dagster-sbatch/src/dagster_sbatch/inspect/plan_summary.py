@@ -112,7 +112,7 @@ def name_limits(limits: Limits) -> str:
 def _summarise_nodes(plan: Plan) -> dict[str, str]:
     """Return what the job requests of each node, of how much, and whether others may use the rest."""
     request, node = plan.allocation.request, plan.allocation.partition
-    cores = (request.cpus_per_task or 1) * request.ntasks_per_node
+    cores = request.cpus_per_node
     mem = "all" if request.mem == "0" else request.mem or (request.mem_per_cpu and f"{request.mem_per_cpu} per core")
     if mem:
         memory = f"memory {mem} of {node.mem}" if node else f"memory {mem}"

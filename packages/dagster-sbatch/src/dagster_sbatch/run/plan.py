@@ -127,7 +127,7 @@ def _allocate(plan: Plan, settings: Settings) -> Plan:
     request = plan.allocation.request
     check_retries(request)
     if plan.array and (plan.request.qos or not settings.qos):  # in a QoS of the environment, tasks wait
-        _check_running_tasks(plan.array, request, plan.site)
+        _check_running_tasks(plan.array, plan.allocation)
     notes = [*plan.allocation.notes, *plan.notes]
     if settings.deployment == "production_supercomputer" and (request.qos or "").startswith("dev_"):
         notes.append(f"QoS {request.qos} is for short tests, and this is {settings.deployment}. Check SLURM_QOS.")
@@ -170,11 +170,10 @@ def _note_environment(
     return notes
 
 
-def _check_running_tasks(array: JobArray, request: SlurmRequest, site: Site) -> None:
+def _check_running_tasks(array: JobArray, allocation: Allocation) -> None:
     """Refuse more running tasks than the QoS has nodes for a user, if each task has nodes of its own."""
-    partition = site.partitions.get(request.partition or "")
-    qos = partition.qos.get(request.qos or "") if partition else None
-    limit = qos.nodes if qos else None
+    request, partition = allocation.request, allocation.partition
+    limit = partition.limits_of(request.qos).nodes if partition else None
     shared = request.nodes == 1 and not request.exclusive
     if limit and not shared and (array.max_running_tasks or 0) * request.nodes > limit:
         raise ConfigurationError(

@@ -30,15 +30,14 @@ def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
             found["queue_seconds"] = end.started - end.submitted
         found["elapsed_seconds"] = elapsed
         found["node_hours"] = round(request.nodes * elapsed / 3600, 6)
-        cpus = request.nodes * request.ntasks_per_node * (request.cpus_per_task or 1)
-        found["cpu_hours"] = round(cpus * elapsed / 3600, 6)
+        found["cpu_hours"] = round(request.cpus * elapsed / 3600, 6)
         if request.gpus_per_node:
-            found["gpu_hours"] = round(request.nodes * request.gpus_per_node * elapsed / 3600, 6)
+            found["gpu_hours"] = round(request.gpus * elapsed / 3600, 6)
         used = _seconds(rows[0]["TotalCPU"]) if rows else None
         if used is None:
             used = number(end.usage, "cpu_seconds")
         if used is not None and elapsed:
-            found["cpu_efficiency"] = round(used / (cpus * elapsed), 4)
+            found["cpu_efficiency"] = round(used / (request.cpus * elapsed), 4)
     peaks = [_mebibytes(row["MaxRSS"]) for row in rows] + [number(end.usage, "memory_mib")]
     if most := max(filter(None, peaks), default=None):
         found["max_rss_mib"] = round(most, 1)

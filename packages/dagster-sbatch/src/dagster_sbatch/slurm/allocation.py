@@ -1,7 +1,7 @@
 """The request that is submitted: partition, QoS, CPUs, memory and time of an asset's request, by the site's rules."""
 
 from dataclasses import dataclass
-from datetime import timedelta
+from typing import Any
 
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.slurm.request import SlurmRequest
@@ -29,9 +29,8 @@ class Allocation:
         request, node = self.request, self.partition
         if request.exclusive or node is None:
             return 1
-        cores = (request.cpus_per_task or 1) * request.ntasks_per_node
-        kib = parse_memory(request.mem) if request.mem else parse_memory(request.mem_per_cpu or "0") * cores
-        shares = [cores / node.cores, request.gpus_per_node / max(node.gpus, 1), kib / parse_memory(node.mem)]
+        kib, gpus = request.mem_per_node, request.gpus_per_node
+        shares = [request.cpus_per_node / node.cores, gpus / max(node.gpus, 1), kib / parse_memory(node.mem)]
         return 1 if request.mem and not kib else min(max(shares), 1)
 
 
@@ -57,21 +56,28 @@ def allocate(
     Raises:
         ConfigurationError: the site does not allow the request; the text names the limit and the choices.
     """
-    name, nodes = _choose_partition(request, site, partition)
-    chosen_qos, from_environment = _choose_qos(request, site, name, qos)
-    time_limit, notes = _limit_time(request, nodes, chosen_qos, from_environment)
-    most = nodes.qos[chosen_qos].nodes if chosen_qos in nodes.qos else None
-    if most and request.nodes > most:
+    name, nodes = choose_partition(request, site, partition)
+    chosen_qos, from_environment = choose_qos(request, site, name, qos)
+    filled: dict[str, Any] = {"partition": name, "qos": chosen_qos}
+    notes, limits = list[str](), nodes.limits_of(chosen_qos)
+    if limits.nodes and request.nodes > limits.nodes:
         raise ConfigurationError(
-            f"nodes={request.nodes}: QoS {chosen_qos} allows a user at most {most}. Request fewer nodes"
+            f"nodes={request.nodes}: QoS {chosen_qos} allows a user at most {limits.nodes}. Request fewer nodes"
         )
-    filled = {**_size(request, name, nodes), "partition": name, "qos": chosen_qos, "time_limit": time_limit}
+    if limits.time_limit and request.time_limit > limits.time_limit:
+        longest = format_time(limits.time_limit)
+        text = f"time_limit {format_time(request.time_limit)} is over the {longest} that QoS {chosen_qos} allows"
+        if not from_environment:
+            raise ConfigurationError(f"{text}. Request less time, or another QoS ({', '.join(nodes.qos)})")
+        notes.append(f"{text} (from SLURM_QOS): shortened to {longest}")
+        filled["time_limit"] = limits.time_limit
     filled |= {"account": request.account or account, "reservation": request.reservation or reservation}
-    modules = (site.modules or None) if request.modules is None else request.modules
-    return Allocation(request.model_copy(update={**filled, "modules": modules}), notes, nodes)
+    filled["modules"] = (site.modules or None) if request.modules is None else request.modules
+    return Allocation(_size(request, name, nodes).model_copy(update=filled), tuple(notes), nodes)
 
 
-def _choose_partition(request: SlurmRequest, site: Site, preferred: str | None) -> tuple[str, Partition]:
+def choose_partition(request: SlurmRequest, site: Site, preferred: str | None) -> tuple[str, Partition]:
+    """Return the partition to submit to, with its name; `preferred`: SLURM_PARTITION."""
     wants_gpus = request.gpus_per_node > 0
     for name in (request.partition, preferred):
         if name and name not in site.partitions:
@@ -97,8 +103,8 @@ def _choose_partition(request: SlurmRequest, site: Site, preferred: str | None) 
     return chosen, site.partitions[chosen]
 
 
-def _choose_qos(request: SlurmRequest, site: Site, partition: str, preferred: str | None) -> tuple[str | None, bool]:
-    """Return the QoS to submit with (None: the site has none), and whether SLURM_QOS decided it."""
+def choose_qos(request: SlurmRequest, site: Site, partition: str, preferred: str | None) -> tuple[str | None, bool]:
+    """Return the QoS to submit with (None: the site has none), and whether `preferred` (SLURM_QOS) decided it."""
     valid = site.partitions[partition].qos
     if request.qos:
         if request.qos not in valid:
@@ -119,51 +125,36 @@ def _choose_qos(request: SlurmRequest, site: Site, partition: str, preferred: st
     return chosen, True
 
 
-def _limit_time(
-    request: SlurmRequest, partition: Partition, qos: str | None, from_environment: bool
-) -> tuple[timedelta, tuple[str, ...]]:
-    """Return the time limit to submit with, and a note if it had to be shortened."""
-    limit = partition.qos[qos].time_limit if qos in partition.qos else None
-    if limit is None or request.time_limit <= limit:
-        return request.time_limit, ()
-    longest = format_time(limit)
-    text = f"time_limit {format_time(request.time_limit)} is over the {longest} that QoS {qos} allows"
-    if not from_environment:
-        raise ConfigurationError(f"{text}. Request less time, or another QoS ({', '.join(partition.qos)})")
-    return limit, (f"{text} (from SLURM_QOS): shortened to {longest}",)
-
-
-def _size(request: SlurmRequest, name: str, partition: Partition) -> dict[str, int | str]:
-    """Return CPUs and memory where the request leaves them open; check all sizes against a node of the partition."""
-    gpus, tasks, cpus, mem = request.gpus_per_node, request.ntasks_per_node, request.cpus_per_task, request.mem
+def _size(request: SlurmRequest, name: str, partition: Partition) -> SlurmRequest:
+    """Fill in CPUs and memory where the request leaves them open; check all sizes against a node of the partition."""
+    gpus, tasks = request.gpus_per_node, request.ntasks_per_node
     if gpus > partition.gpus:
         raise ConfigurationError(
             f"gpus_per_node={gpus}: a node of partition {name} has {partition.gpus}. Request more nodes"
         )
-    filled: dict[str, int | str] = {}
+    filled = dict[str, Any]()
     if request.exclusive:  # whole nodes: all that they have, unless the asset says less
-        if cpus is None:
-            cpus = filled["cpus_per_task"] = partition.cores // tasks
-        if mem is None and request.mem_per_cpu is None:
-            mem = filled["mem"] = "0"
+        filled = {"cpus_per_task": partition.cores // tasks, "mem": "0"}
     elif gpus:
-        if cpus is None and partition.cores_per_gpu:
-            cpus = filled["cpus_per_task"] = max(partition.cores_per_gpu * gpus // tasks, 1)
-        if mem is None and request.mem_per_cpu is None and partition.mem_per_gpu:
-            mem = filled["mem"] = format_memory(parse_memory(partition.mem_per_gpu) * gpus)
-    if (cpus or 1) * tasks > partition.cores:
+        if partition.cores_per_gpu:
+            filled["cpus_per_task"] = max(partition.cores_per_gpu * gpus // tasks, 1)
+        if partition.mem_per_gpu:
+            filled["mem"] = format_memory(parse_memory(partition.mem_per_gpu) * gpus)
+    named = {"cpus_per_task": request.cpus_per_task, "mem": request.mem or request.mem_per_cpu}
+    sized = request.model_copy(update={field: value for field, value in filled.items() if named[field] is None})
+    if sized.cpus_per_node > partition.cores:
+        what, less = f"ntasks_per_node={tasks}", "fewer tasks per node"
+        if tasks <= partition.cores:
+            what += f" with cpus_per_task={sized.cpus_per_task or 1}"
+            less = f"at most cpus_per_task={partition.cores // tasks}"
+        cores = count_of(partition.cores, "CPU")
         raise ConfigurationError(
-            f"ntasks_per_node={tasks} with cpus_per_task={cpus or 1}: a node of partition {name} gives a job "
-            f"{count_of(partition.cores, 'CPU')}. Request at most cpus_per_task={partition.cores // tasks}, "
-            "or more nodes"
-            if tasks <= partition.cores
-            else f"ntasks_per_node={tasks}: a node of partition {name} gives a job {count_of(partition.cores, 'CPU')}. "
-            "Request fewer tasks per node, or more nodes"
+            f"{what}: a node of partition {name} gives a job {cores}. Request {less}, or more nodes"
         )
-    per_node = parse_memory(mem) if mem else parse_memory(request.mem_per_cpu or "0") * (cpus or 1) * tasks
-    if per_node > parse_memory(partition.mem):
-        what = f"mem={mem}" if mem else f"mem_per_cpu={request.mem_per_cpu} for {count_of((cpus or 1) * tasks, 'CPU')}"
+    if sized.mem_per_node > parse_memory(partition.mem):
+        cpus = count_of(sized.cpus_per_node, "CPU")
+        what = f"mem={sized.mem}" if sized.mem else f"mem_per_cpu={request.mem_per_cpu} for {cpus}"
         raise ConfigurationError(
             f"{what}: a node of partition {name} has {partition.mem}. Request less memory per node, or more nodes"
         )
-    return filled
+    return sized

@@ -8,9 +8,8 @@ from pathlib import Path
 from string import Template
 
 from dagster_sbatch.slurm.modules import render_modules
-from dagster_sbatch.slurm.request import COST_LIMITS, SlurmRequest
+from dagster_sbatch.slurm.request import SlurmRequest, render_options
 from dagster_sbatch.slurm.site import Site
-from dagster_sbatch.slurm.units import format_time
 
 _SCRIPT = Template(
     """\
@@ -163,8 +162,6 @@ coproc SAMPLER {{
 _SAMPLER_DELAY, _SAMPLER_DELAY_OF_TASKS = 3, 30
 """Seconds. There may be thousands of tasks."""
 
-_NOT_OPTIONS = ("options", "modules", "retries", "gpu_idle_limit", *COST_LIMITS)
-_GPUS = "gpus_per_node"
 _THREADS = ("--threads-per-core", "--hint")
 """Options that decide whether hardware threads count; sbatch accepts only one of them."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_./+-]")
@@ -192,7 +189,7 @@ class ArrayShape:
 
 def warning_lead(request: SlurmRequest) -> int:
     """Return how many seconds before its time limit the job is warned: a tenth of the limit, at most five minutes."""
-    return max(1, min(int(request.time_limit.total_seconds()) // 10, LONGEST_LEAD))
+    return max(1, min(request.seconds // 10, LONGEST_LEAD))
 
 
 def directives(
@@ -214,17 +211,7 @@ def directives(
         raise ValueError(f"not a job name: {job_name!r}")
     words = {"key": job_name, **about}
     comment = ",".join(f"{name}={re.sub(_UNSAFE, '_', value)}" for name, value in words.items())
-    options = [f"--job-name={job_name}", f"--comment={comment}"]
-    for field, value in request:
-        if field in _NOT_OPTIONS or value in (None, False, 0):
-            continue
-        if field == _GPUS:
-            options.append(f"--gres=gpu:{value}")
-        elif field == "time_limit":
-            options.append(f"--time={format_time(value)}")
-        else:
-            name = field.replace("_", "-")
-            options.append(f"--{name}" if value is True else f"--{name}={value}")
+    options = [f"--job-name={job_name}", f"--comment={comment}", *render_options(request)]
     if site.threads_per_core and not any(option.startswith(_THREADS) for option in request.options):
         options.append(f"--threads-per-core={site.threads_per_core}")
     folder = "tasks/%a." if array else ""
@@ -289,7 +276,7 @@ def render_job_script(
         start=start,
         disk=site.local_disk,
         lead=warning_lead(request),
-        seconds=int(request.time_limit.total_seconds()),
+        seconds=request.seconds,
         body=body.rstrip(),
         sampler=_render_sampler(request, in_array=array is not None),
     )

@@ -30,8 +30,7 @@ def plot(usage: Mapping[str, Any], request: SlurmRequest) -> str:
     if gpus:
         parts.append(f"GPU {_bars(gpus, 100)} {min(gpus):.0f} to {max(gpus):.0f} %")
     if cpus:
-        requested = request.nodes * request.ntasks_per_node * (request.cpus_per_task or 1)
-        parts.append(f"CPU {_bars(cpus, requested)} {min(cpus):.1f} to {max(cpus):.1f} of {requested}")
+        parts.append(f"CPU {_bars(cpus, request.cpus)} {min(cpus):.1f} to {max(cpus):.1f} of {request.cpus}")
     if memory:
         parts.append(f"memory {_bars(memory, max(memory))} at most {max(memory) / 1024:.2f} GiB")
     return " · ".join(parts)
@@ -51,8 +50,7 @@ def _bars(values: Sequence[float], full: float) -> str:
 
 def describe_idle(seconds: float, request: SlurmRequest) -> str:
     """Return a warning about a job whose GPUs have all been idle for this long."""
-    gpus = request.nodes * request.gpus_per_node
-    which = "The GPU of the job has" if gpus == 1 else f"All {gpus} GPUs of the job have"
+    which = "The GPU of the job has" if request.gpus == 1 else f"All {request.gpus} GPUs of the job have"
     limit = request.gpu_idle_limit
     then = (
         f"The job ends if they are idle for {format_time(limit)} (gpu_idle_limit)."
@@ -70,8 +68,8 @@ def explain_idle_end(usage: Mapping[str, Any], request: SlurmRequest) -> str | N
     seconds = number(usage, "ended_idle")
     if seconds is None:
         return None
-    limit, gpus = format_time(timedelta(seconds=seconds)), request.nodes * request.gpus_per_node
-    which = "its GPU was" if gpus == 1 else f"all of its {gpus} GPUs were"
+    limit = format_time(timedelta(seconds=seconds))
+    which = "its GPU was" if request.gpus == 1 else f"all of its {request.gpus} GPUs were"
     return (
         f"{which} idle for {limit}, and gpu_idle_limit={limit!r} ends such a job. Check that the workload uses GPUs, "
         "and that it does not wait for data; or request a longer gpu_idle_limit"

@@ -1,4 +1,4 @@
-"""The request of the next attempt, after a job has failed. Pure."""
+"""The request of the next attempt, after a job has failed, and what to suggest to its user. Pure."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm.allocation import Allocation
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.retries import Fault
-from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
+from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory, show_value
 
 RETRIED_FIELDS = ("mem", "mem_per_cpu", "time_limit", "exclude")
 """Fields of a request that may differ from attempt to attempt."""
@@ -50,7 +50,7 @@ def check_retries(request: SlurmRequest) -> None:
             )
     if retries.max_time_limit is not None and retries.max_time_limit <= request.time_limit:
         raise ConfigurationError(
-            f"retries: max_time_limit={format_time(retries.max_time_limit)!r} is not more than the time limit "
+            f"retries: max_time_limit={show_value(retries.max_time_limit)} is not more than the time limit "
             f"{format_time(request.time_limit)} of the request. Write a longer one"
         )
     if retries.exclude_failed_nodes and request.nodelist:
@@ -89,7 +89,7 @@ def _with_memory(failed: SlurmRequest, planned: Allocation) -> Next:
     asked = str(getattr(failed, name))
     most, limit = parse_memory(retries.max_mem or "0"), f"max_mem={retries.max_mem!r}"
     if partition:
-        cpus = 1 if name == "mem" else (failed.cpus_per_task or 1) * failed.ntasks_per_node
+        cpus = 1 if name == "mem" else failed.cpus_per_node
         there = parse_memory(partition.mem) // cpus // _MIB * _MIB
         if there < most:
             most, limit = there, f"the {partition.mem} that a node of partition {failed.partition} has"
@@ -97,22 +97,25 @@ def _with_memory(failed: SlurmRequest, planned: Allocation) -> Next:
     more = min(math.ceil(had * retries.factor / _MIB) * _MIB, most)
     if not had or more <= had:
         return Next(None, f"{name}={asked!r} has reached {limit}")
-    text = format_memory(more)
-    return Next(failed.model_copy(update={name: text}), f"{name}={text!r} instead of {asked!r}")
+    return _replace(failed, name, format_memory(more))
 
 
 def _with_time(failed: SlurmRequest, planned: Allocation) -> Next:
     retries, partition, had = planned.request.retries, planned.partition, failed.time_limit
     most = retries.max_time_limit or had
-    limit = f"max_time_limit={format_time(most)!r}"
-    qos = partition.qos.get(failed.qos or "") if partition else None
-    if qos and qos.time_limit and qos.time_limit < most:
-        most, limit = qos.time_limit, f"the {format_time(qos.time_limit)} that QoS {failed.qos} allows"
+    limit = f"max_time_limit={show_value(most)}"
+    allowed = partition.limits_of(failed.qos).time_limit if partition else None
+    if allowed and allowed < most:
+        most, limit = allowed, f"the {format_time(allowed)} that QoS {failed.qos} allows"
     more = min(timedelta(seconds=math.ceil(had.total_seconds() * retries.factor)), most)
     if more <= had:
-        return Next(None, f"time_limit={format_time(had)!r} has reached {limit}")
-    text = f"time_limit={format_time(more)!r} instead of {format_time(had)!r}"
-    return Next(failed.model_copy(update={"time_limit": more}), text)
+        return Next(None, f"time_limit={show_value(had)} has reached {limit}")
+    return _replace(failed, "time_limit", more)
+
+
+def _replace(failed: SlurmRequest, field: str, value: object) -> Next:
+    text = f"{field}={show_value(value)} instead of {show_value(getattr(failed, field))}"
+    return Next(failed.model_copy(update={field: value}), text)
 
 
 def _without_node(fault: Fault, failed: SlurmRequest, node: str) -> Next:
@@ -124,3 +127,19 @@ def _without_node(fault: Fault, failed: SlurmRequest, node: str) -> Next:
         return Next(None, "the node with the broken GPU is not known")
     excluded = ",".join(filter(None, (failed.exclude, name)))
     return Next(failed.model_copy(update={"exclude": excluded}), f"exclude={excluded!r}")
+
+
+def suggest(fault: Fault | None, failed: SlurmRequest) -> str:
+    """Return what to request after a failure, to be added to its cause; empty if that is not known."""
+    if fault is Fault.TIME:
+        longer = f"time_limit={show_value(2 * min(failed.time_limit, timedelta.max // 2))}"
+        return (
+            f". It had time_limit={show_value(failed.time_limit)}. Request more, for instance {longer}, "
+            "or let the workload save its state and resume from there"
+        )
+    if fault is Fault.MEMORY:
+        name, asked = ("mem", failed.mem) if failed.mem else ("mem_per_cpu", failed.mem_per_cpu)
+        if asked and (kib := parse_memory(asked)):
+            return f". It had {name}={asked!r}. Request more, for instance {name}={format_memory(kib * 3 // 2)!r}"
+        return ". Request more, for instance mem='32G'"
+    return ""

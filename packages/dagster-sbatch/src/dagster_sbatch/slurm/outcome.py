@@ -4,13 +4,12 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 
 from dagster_sbatch.slurm.gateway import MESSAGES, JobEnd, Projects
 from dagster_sbatch.slurm.job_usage import explain_idle_end
+from dagster_sbatch.slurm.next_request import suggest
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.retries import Fault
-from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory
 
 _RAN_OUT_OF_MEMORY = "ran out of memory"
 CAUSES = {
@@ -80,7 +79,7 @@ def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
         cause = idle or f"{CAUSES[end.state]} (Slurm: {end.state})"
         if end.state == "NODE_FAIL" and end.cause:
             cause += f"; {end.cause}"  # it may name the node
-        return Outcome(cause, fault_of(end), _advice(end.state, request))
+        return Outcome(cause, fault_of(end), suggest(fault_of(end), request))
     if end.code is None:
         return _explain_cut_short(end)
     if end.code == TRY_AGAIN or (end.code and end.cause):
@@ -117,7 +116,7 @@ def judge_stderr(stderr: str, request: SlurmRequest) -> Outcome | None:
     if nodes:
         where = f" on {', '.join(sorted(nodes))}" if all(nodes) else ""
         cause = f"it {_RAN_OUT_OF_MEMORY}{where}, and the system killed some of its processes"
-        return Outcome(cause, Fault.MEMORY, _advice("OUT_OF_MEMORY", request))
+        return Outcome(cause, Fault.MEMORY, suggest(Fault.MEMORY, request))
     if request.gpus_per_node and (found := _BROKEN_GPU.search(stderr)):
         return Outcome(f"a GPU of the node is broken (stderr: {found[0]!r})", Fault.GPU)
     return None
@@ -195,21 +194,3 @@ def _explain_cut_short(end: JobEnd) -> Outcome:
     return Outcome(
         f"it recorded no exit code (killed, or disk full?), and {slurms}. Read its stderr in the run directory"
     )
-
-
-def _advice(state: str, request: SlurmRequest) -> str:
-    """Return what to change, if that is known."""
-    if state == "TIMEOUT":
-        limit = format_time(request.time_limit)
-        longer = format_time(2 * min(request.time_limit, timedelta.max // 2))
-        return (
-            f". It had time_limit={limit!r}. Request more, for instance time_limit={longer!r}, "
-            "or let the workload save its state and resume from there"
-        )
-    if state == "OUT_OF_MEMORY":
-        for name in ("mem", "mem_per_cpu"):
-            asked = getattr(request, name)
-            if asked and (kib := parse_memory(asked)):
-                return f". It had {name}={asked!r}. Request more, for instance {name}={format_memory(kib * 3 // 2)!r}"
-        return ". Request more, for instance mem='32G'"
-    return ""

@@ -17,7 +17,7 @@ from pydantic import (
 from dagster_sbatch.errors import ConfigurationError, describe, nearest
 from dagster_sbatch.slurm.modules import Modules
 from dagster_sbatch.slurm.retries import Retries
-from dagster_sbatch.slurm.units import Memory, Time
+from dagster_sbatch.slurm.units import Memory, Time, format_time, parse_memory
 
 FURTHER_OPTIONS = frozenset(
     """
@@ -131,6 +131,52 @@ class SlurmRequest(BaseModel):
             _check_option(option)
         return self
 
+    @property
+    def seconds(self) -> int:
+        """The time limit as Slurm gets it."""
+        return int(self.time_limit.total_seconds())
+
+    @property
+    def cpus_per_node(self) -> int:
+        """CPUs of all tasks on a node."""
+        return self.ntasks_per_node * (self.cpus_per_task or 1)
+
+    @property
+    def cpus(self) -> int:
+        """CPUs on all nodes."""
+        return self.nodes * self.cpus_per_node
+
+    @property
+    def gpus(self) -> int:
+        """GPUs on all nodes."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def mem_per_node(self) -> int:
+        """KiB on each node; 0 if Slurm decides, or if it is all that a node has."""
+        return parse_memory(self.mem) if self.mem else parse_memory(self.mem_per_cpu or "0") * self.cpus_per_node
+
+
+_UNSEEN = {"options", "modules", "retries", "gpu_idle_limit", *COST_LIMITS}
+OPTIONS = {
+    field: {"gpus_per_node": "gres", "time_limit": "time"}.get(field, field.replace("_", "-"))
+    for field in SlurmRequest.model_fields
+    if field not in _UNSEEN
+}
+"""The option of sbatch by the field that it gets its value from."""
+
+
+def render_options(request: SlurmRequest) -> list[str]:
+    """Return the fields of a request as options of sbatch, without those of its `options`."""
+    found = []
+    for field, option in OPTIONS.items():
+        value = getattr(request, field)
+        if value in (None, False, 0):
+            continue
+        text = format_time(value) if isinstance(value, timedelta) else f"gpu:{value}" if option == "gres" else value
+        found.append(f"--{option}" if value is True else f"--{option}={text}")
+    return found
+
 
 def _check_option(option: str) -> None:
     match = re.fullmatch(r"--([a-z][a-z-]*)(=[A-Za-z0-9@%_.,:+/*&|\[\]-]+)?", option)
@@ -138,7 +184,7 @@ def _check_option(option: str) -> None:
         raise ValueError(f"options: {option!r} is not of the form '--name=value' or '--name' (no spaces, no quotes)")
     name = match[1]
     field = name.replace("-", "_")
-    if field in SlurmRequest.model_fields or name in ("time", "gres", "gpus"):
+    if field in SlurmRequest.model_fields or name in (*OPTIONS.values(), "gpus"):
         raise ValueError(f"options: --{name} has a field of its own in SlurmRequest")
     if name not in FURTHER_OPTIONS:
         raise ValueError(

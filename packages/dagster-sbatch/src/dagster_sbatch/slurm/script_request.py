@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.slurm.directives import Directive, read_directives, read_others
-from dagster_sbatch.slurm.request import FURTHER_OPTIONS, SlurmRequest
-from dagster_sbatch.slurm.units import count_of, format_memory, format_time, parse_memory
+from dagster_sbatch.slurm.request import FURTHER_OPTIONS, OPTIONS, SlurmRequest
+from dagster_sbatch.slurm.units import count_of, format_memory, parse_memory, show_value
 
 _DAGSTERS = frozenset(
     """
@@ -18,19 +17,12 @@ _DAGSTERS = frozenset(
 )
 """Options without effect: the job script has its own, or they are about the sbatch command."""
 _FIELDS = {
-    **{
-        name: name.replace("-", "_")
-        for name in """
-        account constraint cpus-per-task dependency exclude exclusive gpus-per-node mem mem-per-cpu nodelist nodes
-        ntasks-per-node partition qos reservation
-        """.split()
-    },
+    **{option: field for field, option in OPTIONS.items()},
     "gpus": "gpus_per_node",
+    "gpus-per-node": "gpus_per_node",
     "gpus-per-task": "gpus_per_node",
-    "gres": "gpus_per_node",
     "mem-per-gpu": "mem",
     "ntasks": "ntasks_per_node",
-    "time": "time_limit",
 }
 """Field of SlurmRequest by option."""
 _MEMORY = {"mem", "mem_per_cpu"}
@@ -99,8 +91,7 @@ def _explain(script: str, directives: Sequence[Directive], options: Sequence[str
 def _shown(mine: Mapping[str, Any], field: str) -> str:
     """Return what the asset says instead; of the two fields for memory, it has the other one, maybe."""
     name = field if field in mine else next(iter(_MEMORY & mine.keys()))
-    value = format_time(mine[name]) if isinstance(mine[name], timedelta) else mine[name]
-    return f"{name}={value!r}"
+    return f"{name}={show_value(mine[name])}"
 
 
 def _merge_options(mine: Sequence[str], theirs: Sequence[str]) -> tuple[str, ...]:
@@ -120,12 +111,10 @@ def _fields_of(directives: Sequence[Directive], mine: Mapping[str, Any]) -> dict
         if each.name not in {*_FIELDS, *_DAGSTERS, *FURTHER_OPTIONS}:
             raise ConfigurationError(f"line {each.line}: {_advice(each)}")
     fields: dict[str, Any] = {
-        field: values[name]
-        for name, field in _FIELDS.items()
-        if name in values and name.replace("-", "_") in SlurmRequest.model_fields
+        field: values[option]
+        for field, option in OPTIONS.items()
+        if option in values and field != "gpus_per_node"  # see _layout
     }
-    if "time" in values:
-        fields["time_limit"] = values["time"]
     if "exclusive" in values:
         fields["exclusive"] = values["exclusive"] or True
     memory = [f"--{name}={values[name]}" for name in _MEMORY_OPTIONS if name in values]

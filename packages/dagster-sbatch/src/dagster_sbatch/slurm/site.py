@@ -46,6 +46,10 @@ class Partition(_Part):
     tokens_per_gpu_hour: float | None = Field(None, ge=0, description="The same for a GPU for an hour.")
     qos: dict[str, Qos] = Field({}, description="QoS of this partition, the ordinary one first; empty: jobs need none.")
 
+    def limits_of(self, qos: str | None) -> Qos:
+        """Return the limits of a QoS; none of one that is not known."""
+        return self.qos.get(qos or "", Qos())
+
 
 class ContainerRuntime(_Part):
     """The program that runs the container of a launcher; see `Container`."""

@@ -72,6 +72,11 @@ def format_memory(kib: int) -> str:
     return f"{kib}K"
 
 
+def show_value(value: object) -> str:
+    """Return the value of a field as an asset writes it: a time in Slurm's notation."""
+    return repr(format_time(value) if isinstance(value, timedelta) else value)
+
+
 def count_of(number: int, noun: str) -> str:
     """Return a number with the noun that it counts: `1 GPU`, `4 GPUs`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
