@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,9 +155,13 @@ def test_a_job_is_found_that_began_by_slurms_clock_after_the_time_of_the_login_n
     """sacct leaves out what began after its end, which is now, by the clock of the login node, unless it is named."""
     say("sacct", f'echo "$*" >{tmp_path}/asked; echo "17_3|KEY"')
     assert slurm_commands.find_by_name("KEY", time.time()) == "17"
-    words = (tmp_path / "asked").read_text().split()
-    until = datetime.fromisoformat(words[words.index("-E") + 1])  # in the time zone of the login node
-    assert until.timestamp() > time.time() + 2 * 3600
+    assert "-S now-120seconds -E now+1days" in (tmp_path / "asked").read_text()
+
+
+def test_a_name_with_further_lines_does_not_disturb_the_queue(say: Say) -> None:
+    say("squeue", "printf '7|RUNNING|None|1|two\\na_b|p1\\n17|PENDING|Priority|2|KEY|p1\\n'")
+    view = slurm_commands.Queue().ask()
+    assert (view["jobs"], view["trouble"]) == ({"17": ["PENDING", "Priority", "2", "KEY", "p1"]}, None)
 
 
 @pytest.mark.parametrize(("earlier", "marked"), [("job.sh", True), ("tasks.jsonl", False)])
@@ -174,10 +177,11 @@ def test_the_next_attempt_ends_a_requeued_job_of_the_one_before(
     assert marks == [False, marked, False]
 
 
-SHOW_VARIABLES = 'echo 17; env | grep -E "^(SBATCH|SLURM|SQUEUE)_" | sort >"$(dirname "$0")/variables"'
+SHOW_VARIABLES = 'echo 17; env | grep -E "^(SBATCH|SCANCEL|SCONTROL|SLURM|SQUEUE)_" | sort >"$(dirname "$0")/variables"'
 EXPORTED = {
     "SBATCH_ACCOUNT": "p2", "SBATCH_PARTITION": "x", "SLURM_CONF": "/c", "SLURM_CONF_SERVER": "ctl:6817",
     "SLURM_JWT": "token", "SLURM_JOB_ID": "5", "SLURM_ACCOUNT": "p3", "SQUEUE_FORMAT": "%i",
+    "SCANCEL_PARTITION": "x", "SCONTROL_FEDERATION": "1",
 }  # fmt: skip
 REACHES_SLURM = [
     "SLURM_BITSTR_LEN=0",

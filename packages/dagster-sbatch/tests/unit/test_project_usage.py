@@ -1,5 +1,7 @@
 """What the agent asks Slurm about projects, and what the client makes of the answers: recorded ones of Slurm 24.11."""
 
+import re
+import time
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -121,12 +123,24 @@ def test_a_project_is_the_same_in_capital_letters(ask: Ask) -> None:
     assert [each.project for each in budgets_of(usage, changed)][3:] == ["p71234"]
 
 
-def test_jobs_count_that_began_by_slurms_clock_after_the_time_of_the_login_node(ask: Ask, slurm: Path) -> None:
-    """sacct leaves out what began after its end, which is now, by the clock of the login node, unless it is named."""
-    ask(sacct=f'echo "$*" >{slurm}/asked')
-    words = (slurm / "asked").read_text().split()
-    until = datetime.fromisoformat(words[words.index("-E") + 1])  # in the time zone of the login node
-    assert until.timestamp() > datetime.now(UTC).timestamp() + 2 * 3600
+def test_sacct_is_asked_by_its_own_clock(ask: Ask, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the night that ends summer time, a time of day is two times. Without an end, sacct leaves out what began after
+    the time of the login node, whose clock may be behind Slurm's."""
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Europe/Vienna")
+        time.tzset()
+        for hour in (0, 1):  # 02:30 in Vienna, both
+            ask(datetime(2026, 10, 25, hour, 30, tzinfo=UTC), sacct=f'echo "$*" >{slurm}/asked')
+            asked += re.findall(r"-S (\S+) -E now\+1days", (slurm / "asked").read_text())
+    time.tzset()
+    earlier, later = (int(words.removeprefix("now-").removesuffix("seconds")) for words in asked)
+    assert earlier - later == pytest.approx(3600, abs=30)
+
+
+def test_a_job_counts_whose_name_has_further_lines(ask: Ask) -> None:
+    jobs = ask(sacct=f"printf '6|COMPLETED|ab1|p1|{START}|{START + 60}|60|cpu=4,node=1|c|two\\nlines|more\\n'").jobs
+    assert [(job.job, job.name, job.comment, job.tres["node"]) for job in jobs or ()] == [("6", "two", "", 1)]
 
 
 def test_the_limit_of_slurm_comes_before_the_owners_budget(ask: Ask) -> None:

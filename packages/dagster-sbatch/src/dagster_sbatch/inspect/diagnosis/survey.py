@@ -26,8 +26,9 @@ write() {
 room() { timeout 10 df -k --output=source,avail,itotal,iavail "$1"; }
 python() { "$1" -c 'import sys; sys.stdout.write("%d.%d" % sys.version_info[:2])'; }
 report commands commands
+unset SLURM_CLUSTERS
 report controller timeout 20 scontrol ping
-report partitions timeout 20 scontrol --oneliner show partition
+report partitions timeout 20 scontrol --all --oneliner show partition
 report base printf %s "$BASE"
 report folder above
 report write write

@@ -3,9 +3,8 @@
 import re
 
 from .disk import RequestError
-from .slurm_commands import ask_slurm, fields_of, listed, projects, user
+from .slurm_commands import ask_slurm, configuration, fields_of, here, listed, projects, user
 
-SETTING = re.compile(r"^(\w+)\s*=\s*(.*?)\s*$", re.M)
 MOST_TASKS = re.compile(r"\bmax_array_tasks=(\d+)")
 
 
@@ -15,11 +14,11 @@ def limits(_, ask, __):
     partition, qos: of the jobs; empty: not known
     account: that the job script names; empty: it names none
     """
-    settings = dict(SETTING.findall(ask_slurm("scontrol", "show", "config")))
+    settings = configuration()
     most = [settings.get("MaxArraySize", "")] + MOST_TASKS.findall(settings.get("SchedulerParameters", ""))
     account = ask["account"] or projects()["default"]
-    chosen = ["account=" + account] if account else []
-    associations = listed("assoc", "user=" + user(), *(chosen + ["format=Partition,MaxSubmitJobs,GrpSubmitJobs"]))
+    chosen = here() + (["account=" + account] if account else [])
+    associations = listed("assoc", "user=" + user(), *chosen, "format=Partition,MaxSubmitJobs,GrpSubmitJobs")
     submit = [text for partition, *texts in associations if partition in ("", ask["partition"]) for text in texts]
     for qos in {ask["qos"], qos_of(ask["partition"])} - {""}:
         for _, *texts in listed("qos", qos, "format=Name,MaxSubmitPU,MaxSubmitPA,GrpSubmit"):
@@ -34,7 +33,7 @@ def fewest(texts):
 def qos_of(partition):
     """Return the name of a partition's own QoS; empty if it has none, or Slurm does not answer."""
     try:
-        name = fields_of(ask_slurm("scontrol", "-o", "show", "partition", partition)).get("QoS", "N/A")
+        name = fields_of(ask_slurm("scontrol", "-a", "-o", "show", "partition", partition)).get("QoS", "N/A")
     except RequestError:
         return ""
     return "" if name == "N/A" else name

@@ -13,9 +13,10 @@ from .task_states import by_job, indices
 
 KEPT = frozenset("SLURM_CONF SLURM_CONF_SERVER SLURM_JWT SBATCH_ACCOUNT".split())
 """The variables that Slurm's commands keep: how to reach Slurm, and the project that the user has chosen."""
+OTHERS = ("SACCT_", "SBATCH_", "SCANCEL_", "SCONTROL_", "SQUEUE_", "SLURM_")
 ACCOUNT = re.compile(r"^#SBATCH --account=", re.M)
 FIELD = re.compile(r"(\w+)=(\S*)")
-DAY = 86400.0
+SETTING = re.compile(r"^(\w+)\s*=\s*(.*?)\s*$", re.M)
 SQUEUE_EVERY = 15.0
 UNSHARED_EVERY = 60.0  # seconds between two calls of squeue by an agent that asks for itself
 UNSEEN = 60.0  # seconds without an answer of squeue, after which an agent asks Slurm about its own job, as often
@@ -41,11 +42,7 @@ def for_sbatch(variables, script):
 
     If the script names an account, SBATCH_ACCOUNT is left out, which sbatch would prefer.
     """
-    kept = {
-        name: value
-        for name, value in variables.items()
-        if not name.startswith(("SBATCH_", "SQUEUE_", "SACCT_", "SLURM_"))
-    }
+    kept = {name: value for name, value in variables.items() if not name.startswith(OTHERS)}
     kept.update((name, os.environ[name]) for name in KEPT if name in os.environ)
     if ACCOUNT.search(script):
         kept.pop("SBATCH_ACCOUNT", None)
@@ -118,8 +115,7 @@ def period(since):
 
     Without an end, sacct leaves out what Slurm says began later than this machine's clock shows, which may be behind.
     """
-    begin, end = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at)) for at in (since, time.time() + DAY))
-    return "-S", begin, "-E", end
+    return "-S", "now%+dseconds" % (since - time.time()), "-E", "now+1days"
 
 
 def listed(*what):
@@ -130,9 +126,22 @@ def listed(*what):
         return []
 
 
+def configuration():
+    """Return Slurm's settings by name."""
+    return dict(SETTING.findall(ask_slurm("scontrol", "show", "config")))
+
+
+def here():
+    """Return the option with which sacctmgr leaves out other clusters that share the accounting with this one."""
+    try:
+        return ["cluster=" + configuration()["ClusterName"]]
+    except (RequestError, KeyError):  # the controller does not answer
+        return []
+
+
 def find_by_name(key, since):
     """Return the job of that name, if the queue or the accounting has one; it was not submitted before `since`."""
-    rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-n", key, "-o", "%F|%j")
+    rows = rows_of("squeue", "-a", "-h", "-t", "all", "-u", user(), "-n", key, "-o", "%F|%j")
     if not rows:
         fields = ("-X", "-n", "-P", "-u", user(), "--name", key, "-o", "JobID,JobName")
         try:
@@ -243,8 +252,9 @@ class Queue:
         """Return squeue's answer as a view; without an answer, the former view with its age."""
         view = dict(self.view, asked=time.time(), calls=self.view["calls"] + 1, trouble=None)
         try:
-            rows = rows_of("squeue", "-h", "-t", "all", "-u", user(), "-o", "%i|%T|%r|%S|%j|%a")
-            view.update(at=view["asked"], jobs=by_job(rows))
+            rows = rows_of("squeue", "-a", "-h", "-t", "all", "-u", user(), "-o", "%i|%T|%r|%S|%j|%a")
+            # The name of another job may have further lines.
+            view.update(at=view["asked"], jobs=by_job(row for row in rows if len(row) > 5))
         except RequestError as error:
             view["trouble"] = str(error)
         return view
@@ -293,6 +303,7 @@ def projects(*_):
     default: the project of a job whose script names none; empty if Slurm does not answer
     exported: whether that is SBATCH_ACCOUNT, which sbatch prefers
     """
-    rows, exported = listed("user", user(), "withassoc", "format=DefaultAccount,Account,QOS"), "SBATCH_ACCOUNT"
+    rows = listed("user", user(), "withassoc", *here(), "format=DefaultAccount,Account,QOS")
+    exported = "SBATCH_ACCOUNT"
     default = os.environ.get(exported) or (rows[0][0] if rows else "")
     return {"rows": rows, "default": default, "exported": bool(os.environ.get(exported))}

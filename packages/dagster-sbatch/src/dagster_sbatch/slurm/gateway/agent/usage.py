@@ -4,7 +4,7 @@ import time
 from collections import Counter
 
 from .disk import RequestError
-from .slurm_commands import ask_slurm, period, projects, rows_of, user
+from .slurm_commands import SETTING, ask_slurm, configuration, here, period, projects, rows_of, user
 
 ALLOCATION = "JobID,State,User,Account,Start,End,ElapsedRaw,AllocTRES,Partition,JobName,Comment".split(",")
 QUEUED = (("State", 30), ("UserName", 64), ("Account", 64), ("TimeLeft", 30), ("tres-alloc", 512))  # and widths
@@ -60,10 +60,10 @@ def allocations(names, since):
     """Return the rows of all jobs of some projects that the user may see; without a project, of the user's own."""
     command = ["sacct", "-X", "-D", "-n", "-P", *period(since), "-o", ",".join(ALLOCATION)]
     command += ["-a", "-A", ",".join(names)] if names else ["-u", user()]
-    lines = ask_slurm(*command, patience=PATIENCE).splitlines()
-    rows = [line.split("|", len(ALLOCATION) - 1) for line in lines]
-    # A comment may have further lines. A job that has not begun has no time of that.
-    return [row for row in rows if len(row) == len(ALLOCATION) and row[4].isdigit()]
+    lines, number = ask_slurm(*command, patience=PATIENCE).splitlines(), len(ALLOCATION)
+    # A name and a comment may have further lines: then that of the job has no comment.
+    rows = [(line.split("|", number - 1) + [""])[:number] for line in lines]
+    return [row for row in rows if len(row) == number and row[4].isdigit()]  # one that has not begun has no time
 
 
 def queued(names):
@@ -90,12 +90,12 @@ def shares(names, above):
 
 def parents(names):
     """Return the project above each project, up to the root."""
-    found, left = {}, set(names)
+    found, left, options = {}, set(names), ["user=", *here(), "format=Account,User,ParentName"]
     for _ in range(MOST_LEVELS):
         if not left:
             break
-        chosen = ("account=" + ",".join(sorted(left)), "user=", "format=Account,User,ParentName")
-        rows = rows_of("sacctmgr", "--noheader", "--parsable2", "show", "assoc", *chosen)
+        accounts = "account=" + ",".join(sorted(left))
+        rows = rows_of("sacctmgr", "--noheader", "--parsable2", "show", "assoc", accounts, *options)
         new = {account: above for account, name, above in rows if above and not name and account in left}
         found.update(new)
         left = set(new.values()) - set(found)
@@ -103,16 +103,11 @@ def parents(names):
 
 
 def tracked():
-    lines = ask_slurm("scontrol", "show", "config").splitlines()
-    return [name for value in values(lines, "AccountingStorageTRES") for name in value.split(",")]
+    return configuration().get("AccountingStorageTRES", "").split(",")
 
 
 def private():
     """Return the names of what Slurm's daemons hide from users: `jobs` are those of other users."""
-    lines = ask_slurm("sacctmgr", "show", "configuration").splitlines()  # of slurmctld and of slurmdbd
-    return sorted({name for value in values(lines, "PrivateData") for name in value.split(",")} - {"none"})
-
-
-def values(lines, name):
-    split = (line.partition("=") for line in lines)
-    return [value.strip() for found, _, value in split if found.strip() == name]
+    said = ask_slurm("sacctmgr", "show", "configuration")  # of slurmctld and of slurmdbd
+    hidden = [text for name, text in SETTING.findall(said) if name == "PrivateData"]
+    return sorted(set(",".join(hidden).split(",")) - {"none", ""})
