@@ -5,7 +5,7 @@ import os
 import time
 from functools import partial
 
-from .job_record import events_of, heard_of
+from .job_record import events_of
 from .run_directories import locate
 from .slurm_commands import COMMAND_PATIENCE, LAG, SQUEUE_EVERY, UNSEEN, account
 from .streams import MOST_CHUNKS, pause_after, short_of
@@ -22,7 +22,7 @@ class Task:
 
     began   when it last started
     own     its own record of its end
-    heard   the time of its last record
+    heard   when its records were first seen, by this machine's clock: that of its node may be ahead or behind
     due     when it is read again; None if it is not
     empty   when it was last read and had nothing new
     """
@@ -30,11 +30,13 @@ class Task:
     def __init__(self, tasks, index, offsets):
         self.folder, self.streams = tasks.path(index), tasks.streams(index, offsets)
         self.moved, self.empty = time.time(), 0.0
-        self.began = self.own = self.heard = self.due = None
+        self.began = self.own = self.events = self.heard = self.due = None
 
     def read(self, say):
         """Send what is new; return the number of chunks that the stream with the most had."""
         now, events = time.time(), events_of(self.folder)  # before the streams: all written before the end is sent
+        if events != self.events:
+            self.events, self.heard = events, time.time()
         start = events.get("started")
         if start and start["time"] != self.began:
             self.began = start["time"]
@@ -45,7 +47,6 @@ class Task:
         else:
             self.empty = now
         self.own = events.get("end")
-        self.heard = heard_of(events)
         return sent
 
     def short(self):
@@ -182,8 +183,8 @@ class ArrayFollower:
 
     def waits_again(self, index):
         """Return whether a task that squeue has shown as waiting has started before that."""
-        heard = self.active[index].heard
-        return index not in self.over and heard and heard < self.viewed
+        task = self.active[index]
+        return index not in self.over and bool(task.events) and task.heard < self.viewed
 
     def all_recorded(self):
         if len(self.recorded) + len(self.over) < len(self.left):

@@ -7,7 +7,7 @@ from .array_follower import ArrayFollower
 from .disk import RequestError
 from .job_record import STREAMS, events_of
 from .jobs import submit_when_possible
-from .run_directories import conclude, has, job_of, keep_end, locate, quietly_conclude, row_of
+from .run_directories import RUNS, conclude, has, job_of, keep_end, locate, quietly_conclude
 from .slurm_commands import COMMAND_PATIENCE, LAG, SQUEUE_EVERY, UNSEEN, account
 from .streams import MOST_CHUNKS, Stream, pause_after, short_of
 from .task_states import OVER
@@ -22,7 +22,8 @@ class Follower:
         at = ask["offsets"]
         self.streams = [Stream(os.path.join(self.run, name), name, at[name]) for name in STREAMS if name in at]
         self.fields = ask["fields"]
-        self.begun = self.moved = self.asked = time.time()
+        self.begun = self.moved = self.asked = self.heard = time.time()
+        self.events = None
         self.pause = 0.02  # seconds until Slurm is asked about a job that has recorded its end, and asked again; grows
         self.recorded = False
         self.reported, self.trouble = None, None
@@ -33,7 +34,7 @@ class Follower:
         while self.current():
             ended = self.end  # before the streams, too: Slurm itself writes to stderr
             events = events_of(self.run)  # before the streams: so all that was written before the end is sent
-            row = row_of(self.queue, self.job, self.key, events)
+            row = self.row(events)
             if row and row[0] == "PENDING" and not ended:
                 events = {}  # of an earlier start: Slurm has put the job back in the queue since
             sent = [stream.pump(self.say) for stream in self.streams]
@@ -55,6 +56,20 @@ class Follower:
                 quiet = pause_after(time.time() - self.moved)
                 time.sleep(min(quiet, self.pause / 4) if self.recorded else quiet)
         return {}
+
+    def row(self, events):
+        """Return the job's row of the queue; RUNNING if that view is older than the job's own record of its start.
+
+        None if both were there when the job was first looked at. The record's own time counts for nothing: the clock
+        of its node may be ahead or behind.
+        """
+        if events != self.events:
+            self.heard = self.begun if self.events is None else time.time()
+            self.events = events
+        row = self.queue.row(self.job, self.key)
+        if "started" not in events or (row and (row[0] != "PENDING" or self.heard < self.queue.view["at"])):
+            return row
+        return None if row and self.heard == self.begun else RUNS + (row or [])[3:]
 
     def report_state(self, row, events):
         if row and row[0] not in OVER and "end" not in events:

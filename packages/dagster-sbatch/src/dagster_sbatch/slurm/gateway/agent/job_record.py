@@ -29,11 +29,6 @@ def events_of(folder):
     return events
 
 
-def heard_of(events):
-    """Return the time of the latest of the job's own records; None without one."""
-    return max([event["time"] for event in events.values()], default=None)
-
-
 def node_of(events):
     """Return the first node of the latest start; empty if there was none."""
     return events.get("started", {}).get("started", "")

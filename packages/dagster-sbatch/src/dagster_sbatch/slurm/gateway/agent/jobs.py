@@ -129,7 +129,9 @@ def find_job(run, key):
     job = job_of(run)
     if job or not has(run, "tried"):
         return job, "recorded"
-    since = min(os.stat(os.path.join(run, "tried")).st_mtime, time.time())  # the file server's clock may be ahead
+    os.utime(os.path.join(run, "lock"))  # to now by the file server's clock: this machine's may be ahead or behind
+    now, tried = (os.stat(os.path.join(run, name)).st_mtime for name in ("lock", "tried"))
+    since = time.time() - max(now - tried, 0)
     job = find_by_name(key, since)
     while not job and time.time() - since < LATE:
         time.sleep(SEARCH_EVERY)

@@ -21,12 +21,13 @@ import re
 
 from .disk import RequestError, load, read, remove_tree, store, unique, write
 from .ends import end_in, is_final, may_be_success, verdicts
-from .job_record import CAUSE, EVENTS, STREAMS, cut_short, events_of, heard_of
+from .job_record import CAUSE, EVENTS, STREAMS, cut_short, events_of
 from .tasks import CONTENTS, ENDS, FOLDER, Tasks, is_array, task_folder
 
 FOLLOWER = "follower-"
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
 DAY = 86400
+RUNS = ["RUNNING", "None", ""]  # the row of a job that has started, and is not in the queue as last seen
 
 
 def locate(ask):
@@ -138,14 +139,6 @@ def quietly_conclude(run, job):
         return None
 
 
-def row_of(queue, job, key, events):
-    """Return a job's row of the queue; RUNNING if that view is older than the job's own record of its start."""
-    row = queue.row(job, key)
-    if "started" in events and (not row or (row[0] == "PENDING" and heard_of(events) > queue.view["at"])):
-        return ["RUNNING", "None", ""] + (row or [])[3:]
-    return row
-
-
 def array_of(run, certain=False):
     """Return what is known of a run that is an array job; `over`: whether all of its tasks are.
 
@@ -205,10 +198,11 @@ def state(agent, ask, _):
     """Return a run's job, its row of the queue, and its end if it is over."""
     run, key = locate(ask)
     job = job_of(run)
-    end = conclude(run, job) if job else None
+    end, row = conclude(run, job) if job else None, None
     if job and not end:
         agent.queue.refresh(os.path.dirname(run))
-    return {"job": job, "end": end, "row": job and row_of(agent.queue, job, key, events_of(run))}
+        row = agent.queue.row(job, key) or (RUNS if "started" in events_of(run) else None)
+    return {"job": job, "end": end, "row": row}
 
 
 def reject(_, ask, __):
