@@ -100,9 +100,9 @@ def test_a_run_that_is_killed_with_its_fork_server_is_found_and_retried(server: 
     run_id, pid, parent = start(server)
     for each in (parent, pid):  # the server first: it would report the run
         os.kill(each, signal.SIGKILL)
-    wait_for(lambda: server.status(run_id) == "FAILURE", 60, "run monitoring fails the run")
+    wait_for(lambda: server.status(run_id) == "FAILURE", 240, "run monitoring fails the run")
     assert any(f"Process {pid} of this run is gone" in text for text in server.messages(run_id))
-    retry = wait_for(lambda: server.re_execution_of(run_id), 60, "it is retried")
+    retry = wait_for(lambda: server.re_execution_of(run_id), 240, "it is retried")
     _, _, another = start(server, retry)
     assert another != parent
 
@@ -125,9 +125,9 @@ def test_after_a_power_cut_history_is_kept_and_a_run_that_was_not_forked_is_retr
         wait_for(lambda: gone(pid), 60, "the run has been killed, too")
         server.start()
         assert (server.status(done), server.materializations("waiter")) == ("SUCCESS", stored)
-        wait_for(lambda: server.status(run_id) == "FAILURE", 60, "run monitoring fails the run")
+        wait_for(lambda: server.status(run_id) == "FAILURE", 240, "run monitoring fails the run")
         assert any(f"Process {pid} of this run is gone" in text for text in server.messages(run_id))
-        retry = wait_for(lambda: server.re_execution_of(run_id), 60, "it is retried")
+        retry = wait_for(lambda: server.re_execution_of(run_id), 240, "it is retried")
         go.touch()
         assert server.wait(retry) == "SUCCESS"
         kept = {path.name for path in server.folder.iterdir() if not path.name.startswith(".tmp_dagster_home_")}
