@@ -9,6 +9,8 @@ import pytest
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm import Site, SlurmRequest, allocate, load_site
+from dagster_sbatch.slurm.accounting import count
+from dagster_sbatch.slurm.gateway import JobEnd
 from resources import PROJECT
 from support import ROOT
 
@@ -121,10 +123,12 @@ def test_explicit_cpus_and_memory_stay() -> None:
     assert (request.cpus_per_task, request.mem, request.mem_per_cpu) == (8, None, "2G")
 
 
-@pytest.mark.parametrize(("gpus", "cpus"), [(0, 190), (4, 176)])
-def test_exclusive_means_the_whole_node(gpus: int, cpus: int) -> None:
-    request = allocate(SlurmRequest(gpus_per_node=gpus, exclusive=True), SITE).request
-    assert (request.cpus_per_task, request.mem) == (cpus, "0")
+@pytest.mark.parametrize(("asked", "cpus", "gpus"), [(0, 190, 0), (1, 176, 4), (4, 176, 4)])
+def test_exclusive_means_the_whole_node(asked: int, cpus: int, gpus: int) -> None:
+    """Slurm allocates all GPUs of the nodes, so the job may use them, and its numbers count them."""
+    request = allocate(SlurmRequest(gpus_per_node=asked, exclusive=True), SITE).request
+    assert (request.cpus_per_task, request.mem, request.gpus_per_node) == (cpus, "0", gpus)
+    assert count(JobEnd(0, "COMPLETED", started=0, ended=3600), request).get("gpu_hours", 0) == gpus
 
 
 def test_a_site_without_qos_gets_none() -> None:

@@ -29,7 +29,7 @@ def highest_cost(allocation: Allocation, tasks: int = 1) -> Cost:
     """
     minutes = math.ceil(allocation.request.seconds / MINUTE)
     nodes = tasks * allocation.request.nodes * minutes / 60
-    return Cost(nodes, nodes * _gpus_per_node(allocation))
+    return Cost(nodes, nodes * allocation.request.gpus_per_node)
 
 
 def explain_excess(allocation: Allocation, tasks: int, settings: Settings) -> str | None:
@@ -73,13 +73,7 @@ def describe_cost(allocation: Allocation, tasks: int, limit: float, *, gpus: boo
     request, cost = allocation.request, highest_cost(allocation, tasks)
     factors = [count_of(tasks, "task")] if tasks > 1 else []
     factors.append(count_of(request.nodes, "node"))
-    factors += [count_of(_gpus_per_node(allocation), "GPU")] if gpus else []
+    factors += [count_of(request.gpus_per_node, "GPU")] if gpus else []
     product = " x ".join([*factors, format_time(request.time_limit)])
     hours, unit = (cost.gpu_hours, "GPU-hours") if gpus else (cost.node_hours, "node-hours")
     return f"This call of compute.run could cost {show_hours(hours, unit, beside=[limit])} ({product})"
-
-
-def _gpus_per_node(allocation: Allocation) -> int:
-    """Return the GPUs that the job takes of each node: with `exclusive`, Slurm allocates all of them (man sbatch)."""
-    node = allocation.partition
-    return node.gpus if node and allocation.request.exclusive else allocation.request.gpus_per_node

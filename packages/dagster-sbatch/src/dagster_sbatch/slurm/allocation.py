@@ -133,15 +133,15 @@ def _size(request: SlurmRequest, name: str, partition: Partition) -> SlurmReques
             f"gpus_per_node={gpus}: a node of partition {name} has {partition.gpus}. Request more nodes"
         )
     filled = dict[str, Any]()
-    if request.exclusive:  # whole nodes: all that they have, unless the asset says less
-        filled = {"cpus_per_task": partition.cores // tasks, "mem": "0"}
+    if request.exclusive:  # whole nodes: all GPUs (man sbatch), and all else unless the asset says less
+        filled = {"gpus_per_node": partition.gpus, "cpus_per_task": partition.cores // tasks, "mem": "0"}
     elif gpus:
         if partition.cores_per_gpu:
             filled["cpus_per_task"] = max(partition.cores_per_gpu * gpus // tasks, 1)
         if partition.mem_per_gpu:
             filled["mem"] = format_memory(parse_memory(partition.mem_per_gpu) * gpus)
     named = {"cpus_per_task": request.cpus_per_task, "mem": request.mem or request.mem_per_cpu}
-    sized = request.model_copy(update={field: value for field, value in filled.items() if named[field] is None})
+    sized = request.model_copy(update={field: value for field, value in filled.items() if named.get(field) is None})
     if sized.cpus_per_node > partition.cores:
         what, less = f"ntasks_per_node={tasks}", "fewer tasks per node"
         if tasks <= partition.cores:

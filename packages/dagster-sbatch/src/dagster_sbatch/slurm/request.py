@@ -90,7 +90,7 @@ class SlurmRequest(BaseModel):
     constraint: Constraint | None = Field(None, description="Features that the nodes must have.")
     exclude: NodeList | None = Field(None, description="Nodes that the job must not use.")
     nodelist: NodeList | None = Field(None, description="Nodes that the job must use.")
-    exclusive: bool = Field(default=False, description="Whole nodes, shared with no other job.")
+    exclusive: bool = Field(default=False, description="Whole nodes with all of their GPUs, shared with no other job.")
     dependency: Dependency | None = Field(None, description="Other jobs to wait for, for instance afterok:123.")
     modules: Modules | None = Field(
         None,
