@@ -223,7 +223,12 @@ def test_what_slurm_says_to_the_assets_job_scripts(set_variables: Set) -> None:
         assert finding.state == "ok", finding
         assert " to start at " in finding.found
         assert finding.found.endswith(f"charged to project {ACCOUNT}")
-    set_variables(SLURM_RESERVATION="nobodys", DAGSTER_DEPLOYMENT="development")
+    set_variables(SLURM_KEEP_WITHIN_BUDGET="true", SLURM_BUDGET_GPU_HOURS="0.01", SLURM_BUDGET_START="2026-11-01")
+    refused = [finding.found for finding in tried().values() if finding.state == "broken"]
+    assert refused
+    for found in refused:
+        assert "SLURM_KEEP_WITHIN_BUDGET is set, so nothing is submitted" in found
+    set_variables(SLURM_KEEP_WITHIN_BUDGET="false", SLURM_RESERVATION="nobodys", DAGSTER_DEPLOYMENT="development")
     findings = tried()
     assert {finding.state for finding in findings.values()} == {"broken"}  # not the first one alone
     for name, partition in submitting:

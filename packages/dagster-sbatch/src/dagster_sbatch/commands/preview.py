@@ -13,7 +13,6 @@ from rich.table import Table
 
 from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
 from dagster_sbatch.commands.project_history import open_history
-from dagster_sbatch.costs.budget import budget_start
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import (
     Preview,
@@ -21,7 +20,7 @@ from dagster_sbatch.inspect.asset_preview import (
     preview_asset,
     supercomputer_deployment,
 )
-from dagster_sbatch.inspect.dry_run import try_script
+from dagster_sbatch.inspect.dry_run import ask_usage, try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
 
@@ -122,8 +121,7 @@ def test(project: Project, preview_each: Callable[[], Sequence[Preview]]) -> int
     with supercomputer_deployment(settings):
         previews = preview_each()
     with open_runs(settings, project, PATIENCE) as runs:
-        projects = runs.gateway.projects()
-        usage = runs.gateway.usage(budget_start(settings)) if settings.keep_within_budget else None
+        projects, usage = runs.gateway.projects(), ask_usage(runs.gateway, settings)
         answers = [try_script(runs.gateway, preview, projects, usage) for preview in previews]
     for _, said in answers:
         print(said)
@@ -132,7 +130,7 @@ def test(project: Project, preview_each: Callable[[], Sequence[Preview]]) -> int
 
 def show(preview: Preview) -> None:
     """Print the summary: below the script, so that it is what a terminal shows."""
-    console = Console()
+    console = Console(emoji=False)
     console.rule()
     table = Table.grid(padding=(0, 2))
     for name, value in preview.summary.items():

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from datetime import datetime, timedelta
 
+from dagster_sbatch.costs.budget import budget_start
 from dagster_sbatch.costs.proposal import render
 from dagster_sbatch.costs.shortage import find_shortage
 from dagster_sbatch.environments.deployed import Environments
@@ -11,6 +12,7 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import Preview
 from dagster_sbatch.inspect.plan_summary import ANY_LIMITS, count_array_jobs, name_limits
 from dagster_sbatch.run.run_environment import RunEnvironment
+from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Gateway, Limits, Projects, RefusedError, Usage
 from dagster_sbatch.slurm.outcome import explain_refusal
 from dagster_sbatch.slurm.units import format_time
@@ -20,10 +22,15 @@ SAME_TIME = 60
 _TIME = re.compile(r"(?<= to start at )\d+")
 
 
+def ask_usage(gateway: Gateway, settings: Settings) -> Usage | None:
+    """Return what the projects have used, if the deployment keeps within their budgets."""
+    return gateway.usage(budget_start(settings)) if settings.keep_within_budget else None
+
+
 def try_script(gateway: Gateway, preview: Preview, projects: Projects, usage: Usage | None = None) -> tuple[bool, str]:
     """Ask Slurm whether it would accept the script; return that, and the expected start and the project, or why not.
 
-    `usage`: of the projects, if the deployment keeps within their budgets.
+    `usage`: see `ask_usage`.
     """
     request, limits, array = preview.plan.allocation.request, ANY_LIMITS, ""
     shortage = find_shortage(preview.plan.allocation, preview.tasks, usage, preview.settings)[0] if usage else None

@@ -12,7 +12,7 @@ from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
-from dagster_sbatch.slurm.gateway import Projects
+from dagster_sbatch.slurm.gateway import Projects, Usage
 
 Verdict = tuple[Literal["ok", "warning", "broken"], str, str]
 """The last three fields of a Finding."""
@@ -54,6 +54,7 @@ class Facts:
     survey: dict[str, Output] = field(init=False)
     runs: Runs = field(init=False)
     projects: Projects = field(init=False)
+    usage: Usage | None = field(init=False)
 
 
 def ok(found: str) -> Verdict:

@@ -9,7 +9,7 @@ from dagster_sbatch.environments.groups import DEFAULT
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import NotPreviewedError, preview_asset, supercomputer_deployment
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
-from dagster_sbatch.inspect.dry_run import try_script
+from dagster_sbatch.inspect.dry_run import ask_usage, try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
 
 SECONDS = 240.0
@@ -25,6 +25,7 @@ def check_projects(facts: Facts) -> Verdict:
     settings = facts.settings
     facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.project, SECONDS))
     facts.projects = projects = facts.runs.gateway.projects()
+    facts.usage = ask_usage(facts.runs.gateway, settings)
     charged = settings.account or projects.default
     if not projects.qos:
         return warning("the accounting does not answer, or knows no project of yours", "try again; ask the centre")
@@ -113,10 +114,11 @@ def check_job_script(facts: Facts, definitions: dg.Definitions, asset: str, part
         return warning(f"not tried: {error}", command)
     except ConfigurationError as error:
         return broken(f"its run would be refused: {error}", f"correct the asset; {command}")
-    answers = [
-        (preview.summary["step"], *try_script(facts.runs.gateway, preview, facts.projects)) for preview in previews
-    ]
-    found = "\n".join(said if step == asset else f"{step}: {said}" for step, _, said in answers)
-    if all(accepted for _, accepted, _ in answers):
+    answers = [try_script(facts.runs.gateway, preview, facts.projects, facts.usage) for preview in previews]
+    found = "\n".join(
+        said if preview.step == asset else f"{preview.step}: {said}"
+        for preview, (_, said) in zip(previews, answers, strict=True)
+    )
+    if all(accepted for accepted, _ in answers):
         return ok(found)
     return broken(found, f"correct the asset; {command} --test-only")
