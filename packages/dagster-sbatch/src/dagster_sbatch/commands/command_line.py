@@ -3,10 +3,13 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import ParamSpec
+
+from rich.console import Console
+from rich.table import Table
 
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.errors import ConfigurationError
@@ -14,6 +17,9 @@ from dagster_sbatch.slurm.gateway import RefusedError
 from dagster_sbatch.ssh import SshError
 
 P = ParamSpec("P")
+LEAST_WIDTH = 80
+"""Of a table on a terminal. A narrower one wraps the lines itself: no job id is cut off."""
+WIDEST = 10_000
 
 
 def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -55,3 +61,24 @@ def ends_with_reader(main: Callable[P, int]) -> Callable[P, int]:
             return 1
 
     return run
+
+
+def print_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], *, folded: Sequence[str] = (), numbers: int = 0
+) -> None:
+    """Print a table of plain text; in a pipe, each row is one line.
+
+    Args:
+        headings: of the columns.
+        rows: the cells of each row.
+        folded: headings of the columns that a terminal shows on several lines if there is no room.
+        numbers: how many of the last columns are numbers.
+    """
+    table, console = Table(box=None, pad_edge=False), Console(markup=False, emoji=False)
+    for left, heading in enumerate(headings, numbers - len(headings)):
+        no_wrap = heading not in folded
+        table.add_column(heading, justify="left" if left < 0 else "right", overflow="fold", no_wrap=no_wrap)
+    for row in rows:
+        table.add_row(*row)
+    console.width = max(console.width, LEAST_WIDTH) if sys.stdout.isatty() else WIDEST
+    console.print(table)

@@ -5,11 +5,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, time, timedelta
 from typing import get_args
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
+from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser, print_table
 from dagster_sbatch.commands.project_history import open_history
 from dagster_sbatch.costs.budget import PACE_DAYS, budget_start, budgets_of, describe
 from dagster_sbatch.costs.hours import show_hours
@@ -101,15 +97,14 @@ def show(project: Project, by: Sequence[Dimension], day: datetime | None) -> int
 
 def show_ledger(entries: Sequence[Entry], by: Sequence[Dimension]) -> None:
     """Print the sums, and their sum. A column of numbers that are all unknown is left out."""
-    whole = total(entries)
     names = {"node-hours": "node_hours", "GPU-hours": "gpu_hours", "tokens": "tokens"}
     rows = sum_by(entries, by)
     known = {head: name for head, name in names.items() if any(getattr(used, name) is not None for _, used in rows)}
-    table = make_table(*by, "jobs", *known, words=len(by))
-    for values, used in [*rows, (["all", *[""] * (len(by) - 1)], whole)]:
-        numbers = (show_hours(getattr(used, name)) for name in known.values())
-        table.add_row(*(escape(value) for value in values), str(used.jobs), *numbers)
-    Console().print(table)
+    cells = [
+        [*values, str(used.jobs), *(show_hours(getattr(used, name)) for name in known.values())]
+        for values, used in [*rows, (["all", *[""] * (len(by) - 1)], total(entries))]
+    ]
+    print_table([*by, "jobs", *known], cells, folded=by, numbers=1 + len(known))
 
 
 def show_proposals(proposals: Mapping[str, tuple[str, str]]) -> None:
@@ -118,11 +113,3 @@ def show_proposals(proposals: Mapping[str, tuple[str, str]]) -> None:
         print("\nThe last runs propose other requests, which would be enough. scripts/preview ASSET explains one.")
     for asset, (used, code) in proposals.items():
         print(f"\n{asset}: {used}\n  {code}")
-
-
-def make_table(*columns: str, words: int) -> Table:
-    """Return a table whose first columns are words, and the others numbers."""
-    table = Table(box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < words else "right", overflow="fold")
-    return table

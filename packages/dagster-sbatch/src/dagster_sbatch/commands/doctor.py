@@ -53,16 +53,7 @@ def main(project: Project, definitions: dg.Definitions) -> int:
     if asked.settings:
         return exit_code_of(lambda: check_settings(project))
     choose_instance(project)
-    findings = []
-    for finding in examine(project, definitions):
-        findings.append(finding)
-        if not asked.json:
-            show(finding)
-    if asked.json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
-    else:
-        print(conclusion(findings))
-    return int(any(finding.state == "broken" for finding in findings))
+    return exit_code_of(lambda: diagnose(project, definitions, as_json=asked.json))
 
 
 def check_settings(project: Project) -> int:
@@ -73,9 +64,20 @@ def check_settings(project: Project) -> int:
     return 0
 
 
+def diagnose(project: Project, definitions: dg.Definitions, *, as_json: bool) -> int:
+    """Make all checks and print what they find."""
+    findings = []
+    for finding in examine(project, definitions):
+        findings.append(finding)
+        if not as_json:
+            show(finding)
+    print(json.dumps([asdict(finding) for finding in findings], indent=2) if as_json else conclusion(findings))
+    return int(any(finding.state == "broken" for finding in findings))
+
+
 def show(finding: Finding) -> None:
     """Print a finding, wrapped beside its name."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, emoji=False)
     width = max(console.width, 60) - INDENT
     text = f"{finding.found}\n-> {finding.fix}" if finding.fix else finding.found
     first, *more = [piece for line in text.splitlines() for piece in wrap(line, width)]

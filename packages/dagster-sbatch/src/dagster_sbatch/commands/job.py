@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 import dagster as dg
-from rich.console import Console
-from rich.table import Table
 
-from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
+from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser, print_table
 from dagster_sbatch.commands.job_tasks import find_task, show_array, show_array_logs, show_tasks, split_task
 from dagster_sbatch.commands.project_history import choose_instance
 from dagster_sbatch.errors import ConfigurationError
@@ -204,16 +202,17 @@ def writer(stream: TextIO) -> Callable[[bytes], None]:
 
 def show_table(found: list[RunRecord], runs: Runs, now: bool) -> None:
     counts = {} if now else runs.task_counts(found)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("job", "state", "asset", "Dagster run", "last change"):
-        table.add_column(heading, overflow="fold", no_wrap=heading not in ("asset", "state"))
+    rows = []
     for run in found:
         heard = f"{run.heard.astimezone():%m-%d %H:%M:%S}"
         asset = f"{run.about.asset} {run.about.partitions}".strip()
         count = counts.get(run.path)
         shown = count_tasks(count) if count and run.job and not now else state(run, runs, now)
-        table.add_row(run.job or "-", shown, asset, run.about.run[:8], heard)
-    Console().print(table if found else "no runs yet")
+        rows.append((run.job or "-", shown, asset, run.about.run[:8], heard))
+    if found:
+        print_table(("job", "state", "asset", "Dagster run", "last change"), rows, folded=("state", "asset"))
+    else:
+        print("no runs yet")
     for run in found if now else ():
         print(f"{run.job or '-'}: {run.path}")
 

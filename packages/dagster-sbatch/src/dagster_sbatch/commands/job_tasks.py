@@ -4,9 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
-from rich.console import Console
-from rich.table import Table
-
+from dagster_sbatch.commands.command_line import print_table
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.array_tasks import ORDER, TaskList, TaskRecord, count_tasks
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
@@ -63,15 +61,13 @@ def _first(every: list[TaskRecord]) -> list[TaskRecord]:
 
 def show_tasks(tasks: TaskList, shown: list[TaskRecord]) -> None:
     """Print a table of tasks."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("task", "name", "state", "exit", "node", "last change"):
-        table.add_column(heading, overflow="fold", no_wrap=heading not in ("name", "state"))
+    rows = []
     for task in shown:
         changed = f"{task.changed.astimezone():%m-%d %H:%M:%S}" if task.changed else "-"
         name = f"{tasks.run.job}_{task.index}"
-        table.add_row(name, task.name, task.state, task.exit or "-", task.node or "-", changed)
-    if shown:
-        Console().print(table)
+        rows.append((name, task.name, task.state, task.exit or "-", task.node or "-", changed))
+    if rows:
+        print_table(("task", "name", "state", "exit", "node", "last change"), rows, folded=("name", "state"))
     for task in shown:
         if task.cause:
             print(f"{tasks.run.job}_{task.index}: {task.cause}")
