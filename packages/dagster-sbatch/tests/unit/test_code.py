@@ -1,5 +1,6 @@
 """The code root as it is sent: what git tracks, submodules, links, and folders without git."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -98,6 +99,13 @@ def test_data_in_the_code_is_too_much(tmp_path: Path) -> None:
         read_code(tmp_path)
 
 
+def test_a_file_that_is_too_much_for_the_memory_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "data.bin").open("wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(ConfigurationError, match=r"more than 8 MB \(at data.bin\)"):
+        read_code(tmp_path)
+
+
 def test_without_a_repository_the_log_lists_what_is_sent(tmp_path: Path) -> None:
     for number in range(25):
         (tmp_path / f"m{number:02}.py").write_text("")
@@ -109,7 +117,41 @@ def test_without_a_repository_the_log_lists_what_is_sent(tmp_path: Path) -> None
 
 def test_what_git_does_not_track_is_noted(repository: Path) -> None:
     (repository / "new.py").write_text("")
-    assert read_code(repository).notes == [f"git does not track {repository}/new.py: it is not sent"]
+    (note,) = read_code(repository).notes
+    assert note == f"git does not track these files in {repository}, so they are not sent: new.py"
+
+
+def test_a_thousand_files_that_git_does_not_track_are_one_note(repository: Path) -> None:
+    for number in range(1000):
+        (repository / f"out{number:03}.csv").touch()
+    (note,) = read_code(repository).notes
+    assert note.endswith("out018.csv, out019.csv and 980 more")
+
+
+# Names and files that cannot be sent
+
+
+@pytest.fixture
+def odd(repository: Path) -> Path:
+    """A file whose name is not in UTF-8, as an archive from another machine may have."""
+    path = repository / os.fsdecode(b"gr\xfc\xdfe.py")
+    path.touch()
+    return path
+
+
+def test_a_name_that_is_not_utf_8_can_be_noted(repository: Path, odd: Path) -> None:
+    (note,) = read_code(repository).notes
+    assert note.endswith(r"not sent: gr\udcfc\udcdfe.py")
+    odd.unlink()
+    assert read_code(repository).notes == []
+
+
+def test_a_name_that_is_not_utf_8_cannot_be_sent(folder: Path, odd: Path) -> None:
+    add(folder)
+    with pytest.raises(
+        ConfigurationError, match=r"/workloads/gr\\udcfc\\udcdfe\.py is not in UTF-8\. Rename the file\."
+    ):
+        read_code(folder)
 
 
 # Links and submodules

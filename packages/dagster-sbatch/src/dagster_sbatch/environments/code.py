@@ -55,12 +55,12 @@ class Code:
     @property
     def notes(self) -> list[str]:
         """Sentences for the user: files that are not sent, and files that are sent because there is no git."""
-        found = [f"git does not track {self.folder / name}: it is not sent" for name in self.left_out]
+        names = sorted(self.left_out if self.in_git else self.files)
+        listed = _shown(", ".join(names[:MOST_NAMES]))
+        listed += f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         if not self.in_git:
-            names, more = sorted(self.files)[:MOST_NAMES], len(self.files) - MOST_NAMES
-            listed = ", ".join(names) + (f" and {more} more" if more > 0 else "")
-            found.append(f"{self.folder} is in no git repository: all {len(self.files)} files in it are sent: {listed}")
-        return found
+            return [f"{self.folder} is in no git repository: all {len(names)} files in it are sent: {listed}"]
+        return [f"git does not track these files in {self.folder}, so they are not sent: {listed}"] if names else []
 
 
 def read_code(folder: Path) -> Code:
@@ -70,8 +70,8 @@ def read_code(folder: Path) -> Code:
     what it points to. A dotenv file is never read.
 
     Raises:
-        ConfigurationError: the files are larger than MOST_BYTES, a link leads out of the folder, a submodule is not
-            checked out, or git fails.
+        ConfigurationError: the files are larger than MOST_BYTES, a name is not in UTF-8, a link leads out of the
+            folder, a submodule is not checked out, or git fails.
     """
     listed = _list_files(folder)
     names, left_out = (sorted(_walk(folder)), []) if listed is None else listed
@@ -81,15 +81,18 @@ def read_code(folder: Path) -> Code:
     for name in _follow_links(folder, names):
         path = folder / name
         if path.is_file() and not _is_dotenv(path.name) and not _is_dotenv(path.resolve().name):
-            files[name] = path.read_bytes()  # one that git tracks may have been deleted
-            size += len(files[name])
-            if path.stat().st_mode & stat.S_IXUSR:
-                executable.add(name)
+            about = path.stat()  # git tracks a file that was deleted, too
+            size += about.st_size
             if size > MOST_BYTES:
                 raise ConfigurationError(
                     f"{folder} has more than {MOST_BYTES >> 20} MB (at {name}). All of it is sent to the supercomputer "
                     "as code. Keep data elsewhere, for instance below DATA_ROOT."
                 )
+            if name != _shown(name):
+                raise ConfigurationError(f"The name of {folder}/{_shown(name)} is not in UTF-8. Rename the file.")
+            files[name] = path.read_bytes()
+            if about.st_mode & stat.S_IXUSR:
+                executable.add(name)
     return Code(folder, files, frozenset(executable), tuple(left_out), in_git=listed is not None)
 
 
@@ -140,6 +143,11 @@ def _walk(folder: Path) -> Iterator[str]:
                 yield (Path(path) / name).relative_to(folder).as_posix()
 
 
+def _shown(name: str) -> str:
+    """Return a name in UTF-8, which is the same unless bytes of it could not be decoded."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _is_dotenv(name: str) -> bool:
     return name == ".env" or name.startswith(".env.") or name.endswith(".env")
 
@@ -181,6 +189,7 @@ def _git(folder: Path, *command: str) -> subprocess.CompletedProcess[str] | None
             env=child_environment(LC_ALL="C"),  # without GIT_..., which a hook has
             capture_output=True,
             text=True,
+            errors="surrogateescape",  # of names
             check=False,
         )
     except FileNotFoundError:
