@@ -1,5 +1,6 @@
 """Imports that work here and cannot work on the supercomputer."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def test_an_import_that_fails_there_is_named(text: str, reason: str, tmp_path: P
         "try:\n    import dagster\nexcept ImportError:\n    dagster = None",
         "try:\n    import dagster\nexcept (ValueError, ModuleNotFoundError):\n    dagster = None",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import dagster",
+        "from contextlib import suppress\nwith suppress(ImportError):\n    import dagster",
         "import helper, package.sub\nfrom package import other",
         "from ..................................... import far",
         f"x = {'+'.join(['1'] * 1500)}",
@@ -73,6 +75,18 @@ def test_modules_of_the_code_root_are_followed(tmp_path: Path) -> None:
     (tmp_path / "package" / "beside.py").write_text("import package\nimport dagster\n")
     (note,) = missing(tmp_path, "import package")
     assert note.startswith(f"{tmp_path}/package/beside.py, line 2: `import dagster`")
+
+
+def test_a_module_that_git_ignores_is_named(tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    (tmp_path / ".gitignore").write_text("_*.py\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "_version.py").touch()
+    (tmp_path / "package" / "_unused.py").touch()
+    (note,) = missing(tmp_path, "from package import _version")
+    assert note.startswith(f"{tmp_path}/package/_version.py works here and not on the supercomputer: git ignores it")
+    subprocess.run(["git", "-C", str(tmp_path), "add", "--force", "package"], check=True)
+    assert missing(tmp_path, "from package import _version") == []
 
 
 def test_packages_of_slurm_python_are_not_known(tmp_path: Path) -> None:

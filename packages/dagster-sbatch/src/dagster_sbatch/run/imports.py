@@ -10,6 +10,7 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
+from dagster_sbatch.environments.code import ask_git
 from dagster_sbatch.environments.lockfile import read_lock
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
@@ -18,6 +19,7 @@ from dagster_sbatch.run.workload import Workload
 _ENGINE = __name__.partition(".")[0]
 _installed = cache(packages_distributions)
 """Names of distributions by module, on this machine."""
+_IGNORED = "git ignores it, and only what git tracks is sent. Add it with `git add --force`, or import another module."
 _CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 
@@ -25,6 +27,7 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
     """Return the imports of a workload, and of the modules in its code root that it imports, which fail there.
 
     Imports that the code expects to fail (`try: ... except ImportError`) and those for type checkers are not included.
+    Modules in the code root that git ignores are.
 
     Args:
         workload: parses.
@@ -53,7 +56,8 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
                     found[top] = (
                         f"{file}, line {line}: `import {top}` works here and not on the supercomputer: {reason}"
                     )
-    return list(found.values())
+    ignored = ask_git(workload.root, "check-ignore", *map(str, sorted(seen))).splitlines()
+    return [*found.values(), *(f"{each} works here and not on the supercomputer: {_IGNORED}" for each in ignored)]
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[int, int, str, list[str]]]:
@@ -63,7 +67,9 @@ def _imports(tree: ast.AST) -> Iterator[tuple[int, int, str, list[str]]]:
             yield from ((node.lineno, 0, alias.name, []) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.lineno, node.level, node.module or "", [alias.name for alias in node.names]
-        elif isinstance(node, ast.Try) and any(map(_catches, node.handlers)):
+        elif isinstance(node, ast.With) and any(_catches(item.context_expr) for item in node.items):
+            pass  # suppress(ImportError)
+        elif isinstance(node, ast.Try) and any(_catches(handler.type) for handler in node.handlers):
             for part in (*node.handlers, *node.orelse, *node.finalbody):
                 yield from _imports(part)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -73,10 +79,8 @@ def _imports(tree: ast.AST) -> Iterator[tuple[int, int, str, list[str]]]:
             yield from _imports(node)
 
 
-def _catches(handler: ast.ExceptHandler) -> bool:
-    return handler.type is None or any(
-        isinstance(each, ast.Name) and each.id in _CAUGHT for each in ast.walk(handler.type)
-    )
+def _catches(errors: ast.expr | None) -> bool:
+    return errors is None or any(isinstance(each, ast.Name) and each.id in _CAUGHT for each in ast.walk(errors))
 
 
 def _files(folder: Path, module: str, names: list[str]) -> Iterator[Path]:
