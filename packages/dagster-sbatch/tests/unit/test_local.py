@@ -8,6 +8,8 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
+
 from dagster_sbatch.run.local import LocalProcess
 from slurm_in_a_box import wait_until
 from support.dagster_dev import gone
@@ -66,3 +68,25 @@ def test_nothing_outlives_a_step_that_was_killed(tmp_path: Path) -> None:
         step.kill()
     wait_until(lambda: gone(int(pid.read_text())), "the child has ended")
     wait_until(lambda: not folder.exists(), "the run directory is gone")
+
+
+WRITER = """
+import pathlib, sys
+for number in range(sys.maxsize):
+    pathlib.Path(f"{number}.part").touch()
+    if number == 1000:
+        pathlib.Path(sys.argv[1]).touch()
+"""
+"""A workload that writes into its run directory all the time."""
+
+
+def test_the_run_directory_goes_though_the_workload_writes_into_it(tmp_path: Path) -> None:
+    writes, folder = tmp_path / "writes", tmp_path / "run"
+    folder.mkdir()
+    command = [sys.executable, "-c", STEP, str(folder), sys.executable, "-c", WRITER, str(writes)]
+    with subprocess.Popen(command) as step:
+        wait_until(writes.exists, "the workload writes", 60, 0.01)
+        (supervisor,) = psutil.Process(step.pid).children()
+        step.kill()
+    wait_until(lambda: gone(supervisor.pid), "the supervisor has ended")
+    assert not folder.exists()

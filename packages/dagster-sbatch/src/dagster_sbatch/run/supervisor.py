@@ -30,19 +30,19 @@ _parent_gone = threading.Event()
 def _end_with_parent(run_directory: Path) -> None:
     os.read(0, 1)
     _parent_gone.set()
+    _kill_children()
     shutil.rmtree(run_directory, ignore_errors=True)  # the step cannot remove it any more
-    _kill_all()
+    os.killpg(0, signal.SIGKILL)
 
 
-def _kill_all() -> None:
-    """Kill every process below this one, then this one with its group."""
+def _kill_children() -> None:
+    """Kill every process below this one."""
     until = time.monotonic() + SWEEP_SECONDS
     while (left := _children()) and time.monotonic() < until:
         for child in left:
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.01)  # until their children are ours
-    os.killpg(0, signal.SIGKILL)
 
 
 def _children() -> list[int]:
@@ -74,7 +74,8 @@ def main() -> None:
     with suppress(FileNotFoundError):  # the step has just ended
         part.write_text(f"{code} {time.monotonic() - begun}")
         part.rename(end_file)
-    _kill_all()
+    _kill_children()
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
