@@ -36,7 +36,7 @@ def build_wheel(directory, config_settings=None, metadata_directory=None):
 '''
 
 
-def make_source(folder: Path, name: str, tag: str = "py3-none-any", ballast: int = 0) -> str:
+def make_source(folder: Path, name: str, tag: str = "py3-none-any", ballast: int = 0, first: str = "") -> str:
     """Write a source distribution that needs nothing to be built; its line in a lock.
 
     Args:
@@ -44,10 +44,11 @@ def make_source(folder: Path, name: str, tag: str = "py3-none-any", ballast: int
         name: of the distribution and its one module, which has a WORD.
         tag: of the wheel that it makes.
         ballast: bytes that no compression makes fewer.
+        first: Python that its build executes first.
     """
     files = {
         "pyproject.toml": _PROJECT.encode(),
-        "backend.py": _BACKEND.format(name=name, tag=tag).encode(),
+        "backend.py": (_BACKEND.format(name=name, tag=tag) + first).encode(),
         "module.py": b'WORD = "a package"\n',
         "ballast": os.urandom(ballast),
         "PKG-INFO": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode(),

@@ -69,7 +69,7 @@ def test_pip_and_the_build_code_of_packages_get_no_secret(tmp_path: Path, monkey
     stand_in.write_text(f"#!{shutil.which('bash')}\nenv >'{tmp_path}/seen'\n")
     stand_in.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stand_in))
-    wheels._pip(["wheel"], lockfile.LockFile(tmp_path / "cluster.txt", ()), lambda: None)
+    wheels._pip(["wheel"], lockfile.LockFile(tmp_path / "cluster.txt", ()), tmp_path, lambda: None)
     seen = (tmp_path / "seen").read_text()
     assert "PIP_NO_INDEX=1" in seen
     assert "secret" not in seen

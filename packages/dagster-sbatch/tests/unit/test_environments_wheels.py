@@ -8,6 +8,8 @@ from dagster_sbatch.environments.interpreter import Interpreter
 from dagster_sbatch.environments.lockfile import read_lock
 from dagster_sbatch.environments.wheels import Wheel, gather_wheels
 from dagster_sbatch.errors import ConfigurationError
+from slurm_in_a_box import wait_until
+from support.dagster_dev import gone
 from support.environments import make_source, make_wheels
 
 WORKING = [
@@ -91,3 +93,30 @@ def test_an_exception_of_alive_ends_the_work(index: Path, tmp_path: Path, monkey
     lock.write_text(make_source(index, "tiny"))
     with pytest.raises(InterruptedError):
         gather_wheels(read_lock(lock), PYTHON, tmp_path, stop)
+
+
+BUILD = """
+import os, time
+open({path!r} + ".part", "w").write(str(os.getpid()))
+os.rename({path!r} + ".part", {path!r})
+time.sleep(600)
+"""
+
+
+def test_a_build_that_is_interrupted_leaves_nothing_running(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dagster_sbatch.environments.wheels.POLL_SECONDS", 0.01)
+    pid, lock, temporary = tmp_path / "pid", tmp_path / "lock.txt", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    lock.write_text(make_source(index, "tiny", first=BUILD.format(path=str(pid))))
+
+    def stop_the_build() -> None:
+        if pid.exists():
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        gather_wheels(read_lock(lock), PYTHON, tmp_path, stop_the_build)
+    wait_until(lambda: gone(int(pid.read_text())), "the build has ended", 10)
+    assert list(temporary.iterdir()) == []

@@ -1,6 +1,8 @@
 """Wheels for the supercomputer, downloaded and built on this machine."""
 
 import hashlib
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,10 +58,10 @@ def gather_wheels(lock: LockFile, interpreter: Interpreter, folder: Path, alive:
     downloaded, built, wanted = folder / "downloaded", folder / "built", folder / "requirements.txt"
     wanted.write_text("".join(f"{line}\n" for line in lock.requirements_for(interpreter)))
     options = [*interpreter.pip_options, "--requirement", str(wanted), "--dest", str(downloaded)]
-    _pip(["download", "--no-deps", "--require-hashes", *options], lock, alive)
+    _pip(["download", "--no-deps", "--require-hashes", *options], lock, folder, alive)
     sources = [path for path in downloaded.iterdir() if path.suffix != ".whl"]
     if sources:
-        _pip(["wheel", "--no-deps", "--wheel-dir", str(built), *map(str, sources)], lock, alive)
+        _pip(["wheel", "--no-deps", "--wheel-dir", str(built), *map(str, sources)], lock, folder, alive)
     for wheel in built.glob("*.whl"):
         if not wheel.name.endswith("-none-any.whl"):
             raise ConfigurationError(
@@ -77,19 +79,20 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _pip(command: list[str], lock: LockFile, alive: Callable[[], None]) -> None:
-    """Run pip.
+def _pip(command: list[str], lock: LockFile, folder: Path, alive: Callable[[], None]) -> None:
+    """Run pip, whose temporary files are in a folder. No process of it outlives an exception.
 
     Raises:
         ConfigurationError: pip failed; the text has its last lines.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet", *command],
-        env=child_environment("PIP_", *NETWORK, **_REPRODUCIBLE),
+        env=child_environment("PIP_", *NETWORK, TMPDIR=str(folder), **_REPRODUCIBLE),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     output = None
     with process:
@@ -99,8 +102,9 @@ def _pip(command: list[str], lock: LockFile, alive: Callable[[], None]) -> None:
                     output = process.communicate(timeout=POLL_SECONDS)[0]
                 except subprocess.TimeoutExpired:
                     alive()
-        finally:
-            process.kill()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # also the build of a package
+            raise
     if process.returncode:
         last = "\n".join(output.strip().splitlines()[-8:])
         raise ConfigurationError(
