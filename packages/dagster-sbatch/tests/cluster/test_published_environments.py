@@ -106,7 +106,7 @@ def test_old_environments_go_but_none_that_a_job_uses(site: SimulatedSite, workl
     site.cluster.cancel_all()
     context.join(120)
     assert not context.is_alive()
-    there(site, f"touch -d '2 days ago' {FOLDER}/* {FOLDER}/wheels/*")
+    there(site, f"touch -d '2 days ago' {FOLDER}/* {FOLDER}/packages/* {FOLDER}/wheels/*")
     assert client.environments.remove([live]) == [live]
     assert there(site, f"ls {FOLDER} {FOLDER}/packages {FOLDER}/wheels").split("\n") == [
         f"{FOLDER}:", "packages", "wheels", "", f"{FOLDER}/packages:", "", f"{FOLDER}/wheels:",

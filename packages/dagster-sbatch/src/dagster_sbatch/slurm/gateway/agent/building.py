@@ -17,7 +17,7 @@ import json
 import os
 import time
 
-from .disk import RequestError, lock, own, store, unique
+from .disk import RequestError, lock, own, remove_tree, store, unique
 from .interpreters import check_version, choose, dotted, in_setup, run, skeleton
 
 HERE = "environment.json"
@@ -49,12 +49,10 @@ def locked(folder, say):
 
 
 def remove_sealed(path):
-    """Remove a folder whose folders may be read-only."""
-    import shutil  # loading it takes longer than most runs have a use for it
-
+    """Remove a folder whose folders may be read-only, or as much of it as can be."""
     for folder, _, _ in os.walk(path):
         os.chmod(folder, 0o700)
-    shutil.rmtree(path)
+    remove_tree(path)
 
 
 @contextlib.contextmanager
@@ -76,7 +74,7 @@ def making(path):
 
 
 def touch(path):
-    """Note that an environment is used now; return whether it exists."""
+    """Note that an environment, packages or a wheel are used now; return whether they exist."""
     try:
         os.utime(path)
     except FileNotFoundError:
@@ -187,14 +185,14 @@ def find(ask, _):
     content = describe(ask)
     ready = touch(os.path.join(ask["folder"], content["name"]))
     layer = content["layer"]
-    installed = ready or not layer or os.path.isdir(os.path.join(ask["folder"], "packages", layer))
+    installed = ready or not layer or touch(os.path.join(ask["folder"], "packages", layer))
     return {"environment": content, "ready": ready, "installed": installed}
 
 
 def missing(ask, _):
     """Return those of some wheels (paths below the folder of wheels) that were not sent yet."""
-    folder = os.path.join(ask["folder"], "wheels")
-    return {"missing": [place for place in ask["wheels"] if not os.path.exists(os.path.join(folder, place))]}
+    paths = {place: os.path.join(ask["folder"], "wheels", place) for place in ask["wheels"]}
+    return {"missing": [place for place, path in paths.items() if not (touch(os.path.dirname(path)) and touch(path))]}
 
 
 def build(ask, say):

@@ -5,7 +5,7 @@ import os
 import time
 
 from .building import HERE, build, check_interpreter, find, locked, missing, remove_sealed, touch
-from .disk import RequestError, check, load, read, store
+from .disk import RequestError, check, load, read, store, unique
 
 PUBLISHED = "published.json"
 NEEDED = ("name", "kind", "python", "workloads", "asked", "lock", "code", "interpreter", "layer")  # of HERE
@@ -43,23 +43,30 @@ def environments(folder):
 
 
 def drop(path):
-    os.rename(path, path + ".old")
-    remove_sealed(path + ".old")
+    old = unique(path) + ".old"
+    os.rename(path, old)
+    remove_sealed(old)
+
+
+def idle(folder):
+    """Return the names of what lies in a folder, if there is one, and was not used lately."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [name for name in names if time.time() - os.stat(os.path.join(folder, name)).st_mtime > GRACE]
 
 
 def remove_unused(folder):
     """Remove the packages and wheels that no environment needs."""
     layers = {content["layer"] for content, _ in environments(folder)}
     packages, wheels = os.path.join(folder, "packages"), os.path.join(folder, "wheels")
-    for layer in os.listdir(packages) if os.path.isdir(packages) else ():
+    for layer in idle(packages):
         if layer not in layers:
             drop(os.path.join(packages, layer))
     needed = set()
     for layer in filter(None, layers):
         listed = load(os.path.join(packages, layer, "packages.json"), "wheels") or {"wheels": []}
         needed.update(place.split("/")[0] for place in listed["wheels"])
-    for name in os.listdir(wheels) if os.path.isdir(wheels) else ():
-        if name not in needed and time.time() - os.stat(os.path.join(wheels, name)).st_mtime > GRACE:
+    for name in idle(wheels):
+        if name not in needed:
             remove_sealed(os.path.join(wheels, name))
 
 

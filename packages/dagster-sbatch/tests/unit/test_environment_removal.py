@@ -1,0 +1,87 @@
+"""What the agent removes from the folder of environments while others use it; its functions run in this process."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dagster_sbatch.slurm.gateway.agent import releases
+from dagster_sbatch.slurm.gateway.agent.building import HERE
+from dagster_sbatch.slurm.gateway.agent.disk import store
+
+LONG_AGO = 1_000_000_000.0
+WHEEL = "0123/tiny-1.0-py3-none-any.whl"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with an old environment, its packages, and their wheel; nothing else needs these."""
+    folder = tmp_path / "environments"
+    content = {**dict.fromkeys(releases.NEEDED), "name": "old", "layer": wanted(folder)["environment"]["layer"]}
+    packages = folder / "packages" / content["layer"]
+    for path in (folder / "old", packages, (folder / "wheels" / WHEEL).parent):
+        path.mkdir(parents=True)
+    (folder / "wheels" / WHEEL).touch()
+    store(str(packages / "packages.json"), {"wheels": [WHEEL]})
+    store(str(folder / "old" / HERE), content)
+    for path in (folder / "old", packages, (folder / "wheels" / WHEEL).parent):
+        os.utime(path, (LONG_AGO, LONG_AGO))
+    return folder
+
+
+def ask(folder: Path, verb: str, **fields: Any) -> Any:
+    return releases.VERBS[verb]({**fields, "folder": str(folder)}, lambda **_: None)
+
+
+def wanted(folder: Path) -> Any:
+    """Ask for an environment with the same packages and other code, as each run does."""
+    python = {"asked": None, "python": None, "asked_by": "SLURM_PYTHON", "candidates": [sys.executable]}
+    content = {"lock": "a lock", "modules": [], "setup": [], "code": {"main.py": "new"}}
+    return ask(folder, "find", **python, **content, oldest=[3, 11], newest=[3, 99])
+
+
+def remains(folder: Path) -> list[str]:
+    """Remove the old environment, and what only it needs; return what is left."""
+    assert ask(folder, "remove", names=["old"])["removed"] == ["old"]
+    return [name for name in ("packages", "wheels") if any((folder / name).iterdir())]
+
+
+def test_what_nobody_needs_is_removed_with_the_last_environment(folder: Path) -> None:
+    assert remains(folder) == []
+
+
+def test_packages_that_a_client_has_found_stay_until_it_has_built_its_environment(folder: Path) -> None:
+    assert wanted(folder)["installed"]
+    assert remains(folder) == ["packages"]
+
+
+def test_a_wheel_that_a_client_does_not_send_again_stays_until_it_has_built_its_environment(folder: Path) -> None:
+    assert ask(folder, "missing", wheels=[WHEEL, "4567/new-1.0-py3-none-any.whl"])["missing"] == [
+        "4567/new-1.0-py3-none-any.whl"
+    ]
+    assert remains(folder) == ["wheels"]
+
+
+def test_a_file_that_cannot_be_removed_yet_blocks_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client of NFS renames a file that one of its programs has open, and refuses to remove that."""
+    unlink, is_open = os.unlink, True
+
+    def unlink_on_nfs(path: Any, *, dir_fd: int | None = None) -> None:
+        if not is_open or not str(path).endswith(("lib.so", ".nfs01")):
+            unlink(path, dir_fd=dir_fd)
+        elif str(path) == ".nfs01":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+        else:
+            os.rename(path, ".nfs01", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+
+    (folder / "old" / "lib.so").touch()
+    os.utime(folder / "old", (LONG_AGO, LONG_AGO))
+    monkeypatch.setattr(os, "unlink", unlink_on_nfs)
+    assert remains(folder) == []
+    assert ask(folder, "publish", groups={}, about={})["new"]
+    is_open = False
+    ask(folder, "publish", groups={}, about={})
+    assert list(folder.glob("*.old")) == []
