@@ -90,3 +90,26 @@ def test_the_run_directory_goes_though_the_workload_writes_into_it(tmp_path: Pat
         step.kill()
     wait_until(lambda: gone(supervisor.pid), "the supervisor has ended")
     assert not folder.exists()
+
+
+CHATTER = """
+import time
+until = time.monotonic() + 20
+while time.monotonic() < until:
+    print(".", end="", flush=True)
+"""
+"""A workload that writes faster than its output is stored, and ends by itself."""
+
+
+def test_a_workload_that_writes_faster_than_its_output_is_stored_can_be_terminated(tmp_path: Path) -> None:
+    stop, written, ended_file, stored = threading.Event(), tmp_path / "stdout", tmp_path / "end", 0
+
+    def store(data: bytes) -> None:
+        """As a database that takes its time: there is more to store afterwards, while the workload runs."""
+        nonlocal stored
+        stored += len(data)
+        stop.set()
+        wait_until(lambda: written.stat().st_size > stored or ended_file.exists(), "more is written", 60, 0.01)
+
+    ended = LocalProcess([sys.executable, "-c", CHATTER], os.environ, tmp_path, {"stdout": store}).run(stop)
+    assert ended.exit_code == -signal.SIGTERM

@@ -96,8 +96,9 @@ class LocalProcess:
             path = self._folder / name
             if path.exists():
                 with path.open("rb") as file:
+                    size = os.fstat(file.fileno()).st_size  # the workload may write faster than the sink reads
                     file.seek(self._offsets[name])
-                    while data := file.read(CHUNK):
+                    while data := file.read(min(CHUNK, size - self._offsets[name])):
                         self._offsets[name] += len(data)
                         sink(data)
         return running
