@@ -26,7 +26,8 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[BufferedRandom]:
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
-        _sync_folder(path.parent)
+        with suppress(OSError):  # not every file system can
+            _sync_folder(path.parent)
     except BaseException as error:
         remove_half_written(path)
         if isinstance(error, OSError):

@@ -1,13 +1,15 @@
 """Rotations that are killed, that run at the same time, or that cannot write: a working pair is always left."""
 
+import errno
 import os
 import re
 import signal
+import stat
 from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.auth import AccessError, refresh
+from dagster_sbatch.auth import AccessError, UnsafeFileError, refresh
 from dagster_sbatch.auth.refresh_lock import refresh_lock
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer
@@ -123,4 +125,45 @@ def test_a_failure_to_write_leaves_the_old_file_and_no_stray(
     _, errors = process.communicate(timeout=60)
     assert re.search(r"UnsafeFileError: .*\S+/musica-auth\.env: File too large", errors)
     assert later.credentials_file.read_text() == before
+    check_one_working_pair(later, control)
+
+
+def test_a_file_system_that_cannot_sync_folders_will_do(
+    later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CIFS, in some versions of Linux."""
+    fsync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    before = stored(later)
+    assert refresh(later, rotation="now", certificate="no").rotated_with == "stored"
+    assert check_one_working_pair(later, control).api_token != before.api_token
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_an_error_of_a_write_that_has_replaced_the_file_loses_nothing(
+    later: Settings, control: AuthentikControl, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """As from a file server whose answer is lost: the rename has happened."""
+    replace, renames = Path.replace, iter(range(1, 100))
+
+    def replace_and_fail(path: Path, target: Path) -> Path:
+        replaced = replace(path, target)
+        if target == later.credentials_file and next(renames) == failing:
+            raise OSError(errno.EIO, "Input/output error")
+        return replaced
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace_and_fail)
+        with pytest.raises(UnsafeFileError, match="Input/output error"):
+            refresh(later, rotation="now", certificate="no")
+    left = stored(later)
+    assert left.api_token and access.api_token_works(later, left.api_token.value)
+    assert left.app_password and access.app_password_works(later, left.app_password.value)
+    refresh(later, rotation="now", certificate="no")
     check_one_working_pair(later, control)

@@ -96,7 +96,8 @@ class Rotator:
             new = replace(stored, api_token=api_token, app_password=app_password)
             self._file.write(new)
         except AccessError:
-            self._delete_unused(authentik, stored)
+            if self._file.read() == stored:  # else the file holds the new pair, although an error followed
+                self._delete_unused(authentik, stored)
             raise
         return used, self.clean(new)
 
