@@ -15,7 +15,7 @@ from dagster._core.test_utils import freeze_time
 from dagster_sbatch.auth import check_health, clock
 from dagster_sbatch.auth.key_files import certificate_path
 from jobs.credentials import access_health, musica_access, refresh_credentials_job, refresh_credentials_sensor
-from slurm_in_a_box import AuthentikControl, AuthentikServer
+from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance
 from support import access
 from support.own_files import run_program
 
@@ -290,6 +290,21 @@ def test_a_run_that_dies_without_a_word_is_asked_for_again_less_and_less_often(
         if result.run_requests:
             asked.append(minute)
     assert asked == [0, 1, 3, 7, 15, 31, 61]
+
+
+def test_failures_and_requests_of_a_clock_that_was_ahead_do_not_stop_it(
+    variables: dict[str, str], instance: dg.DagsterInstance, authentik: AuthentikServer, wind: Wind
+) -> None:
+    wind(days=900)
+    authentik.control.disturb(Disturbance("error", status=400))
+    requested = tick(instance)
+    assert requested.run_requests
+    assert not run_job(instance).success
+    authentik.control.clear_disturbances()
+    wind(days=0)
+    assert tick(instance, requested.cursor).run_requests
+    run_job(instance)
+    assert "rotation" not in check_health(access.settings_of(variables)).failing
 
 
 def test_the_first_tick_shows_how_access_is_and_later_ones_what_has_become_of_it(

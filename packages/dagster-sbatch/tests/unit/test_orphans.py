@@ -257,3 +257,13 @@ def test_a_cursor_that_tells_no_report_is_followed_by_one(
     tick = Tick(instance, down.cursor)
     assert tick.checks == [(True, NONE_LEFT)]
     assert Tick(instance, tick.cursor).checks == []
+
+
+def test_a_cursor_of_a_clock_that_was_ahead_hides_no_run(
+    instance: dg.DagsterInstance, supercomputer: Supercomputer
+) -> None:
+    ahead = (datetime.now(UTC) + timedelta(days=3)).isoformat()
+    run = failed(instance)
+    supercomputer.add(run, "1")
+    tick = Tick(instance, f'{{"since": "{ahead}", "groups": {{}}, "report": ""}}')
+    assert tick.said.endswith("scripts/job 1 cancel")

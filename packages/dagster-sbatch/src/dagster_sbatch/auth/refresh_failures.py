@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from dagster_sbatch.atomic_write import replace_file
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.access_errors import AccessError
+from dagster_sbatch.auth.access_errors import AccessError, RejectedError, UnavailableError
 
 Part = Literal["certificate", "rotation"]
 
@@ -39,13 +39,20 @@ class Failing:
     @property
     def pause_ends(self) -> datetime:
         """Return until when it is not retried without being asked for."""
-        return self.last + pause_after(self.count)
+        return pause_end(self.last, self.count)
+
+    def again(self) -> AccessError:
+        """Return an error for a caller that does not retry now."""
+        return (UnavailableError if self.temporary else RejectedError)(self.error)
 
 
-def pause_after(failures: int) -> timedelta:
-    """Return the pause after this many failures in a row (1 or more): 1, 2, 4 ... minutes, 30 at most."""
-    pause: timedelta = FIRST_PAUSE * 2 ** min(failures - 1, 10)
-    return min(LONGEST_PAUSE, pause)
+def pause_end(last: datetime, failures: int) -> datetime:
+    """Return when the pause ends after this many failures in a row (1 or more): 1, 2, 4 ... minutes, 30 at most.
+
+    There is no pause after a failure in the future: this machine's clock was ahead then.
+    """
+    pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures - 1, 10))
+    return last + pause if last <= clock.now() else datetime.fromtimestamp(0, UTC)
 
 
 class RefreshFailures:

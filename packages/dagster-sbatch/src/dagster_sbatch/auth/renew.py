@@ -236,7 +236,7 @@ class _Refresh:
         failing = self._access.failing.get("rotation")
         failure = self._rotation_failure
         if failure is None and failing and not forced and self._access.pausing("rotation"):
-            failure = UnavailableError(failing.error) if failing.temporary else RejectedError(failing.error)
+            failure = failing.again()
         if failure is None:
             try:
                 self._rotate(forced=True)

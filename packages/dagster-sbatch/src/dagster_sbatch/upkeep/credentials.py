@@ -9,7 +9,7 @@ import dagster as dg
 from pydantic import TypeAdapter
 
 from dagster_sbatch.auth import AccessError, AccessHealth, Report, check_health, clock, refresh
-from dagster_sbatch.auth.refresh_failures import pause_after
+from dagster_sbatch.auth.refresh_failures import pause_end
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.reports import ACCESS
@@ -166,7 +166,7 @@ def _decide(
     """Return the next cursor, the request for a refresh, and the reason if there is none."""
     if health.next_refresh is None:
         return _Cursor(), [], health.summary
-    pause_ends = cursor.at + pause_after(cursor.count) if cursor.at else health.next_refresh
+    pause_ends = pause_end(cursor.at, cursor.count) if cursor.at else health.next_refresh
     moment = max(health.next_refresh, pause_ends)
     if moment > health.now:
         wait = clock.duration((moment - health.now).total_seconds())

@@ -1,6 +1,7 @@
 """Slurm jobs that no run follows: a sensor cancels those that nobody can adopt, and lists the others in a check."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -113,11 +114,12 @@ class _Cursor(BaseModel):
 
     @classmethod
     def read(cls, text: str | None, now: datetime) -> "_Cursor":
-        """Read a cursor; without one, begin with the runs of the last days."""
-        try:
-            return cls.model_validate_json(text or "")
-        except ValidationError:
-            return cls(since=now - LOOK_BACK, groups={})
+        """Read a cursor; without one, or with one of a clock that was ahead, begin with the runs of the last days."""
+        with suppress(ValidationError):
+            cursor = cls.model_validate_json(text or "")
+            if cursor.since <= now:
+                return cursor
+        return cls(since=now - LOOK_BACK, groups={})
 
 
 def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.SensorResult:
