@@ -5,7 +5,7 @@ import json
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from dagster_sbatch.auth import (
     RejectedError,
     UnavailableError,
     check_health,
-    clock,
     ensure_certificate,
     refresh,
 )
@@ -29,13 +28,13 @@ from dagster_sbatch.auth.refresh_failures import RefreshFailures
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance, wait_until
 from support import access
-from support.rotation import stored
+from support.rotation import Wind, stored
 from support.rotation import variables as variables
+from support.rotation import wind as wind
 
 pytestmark = pytest.mark.local
 
 TO_DO = "read -rs ASC_AUTHENTIK_API_TOKEN && export ASC_AUTHENTIK_API_TOKEN && scripts/refresh_step_auth.py"
-Wind = Callable[[timedelta], None]
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +44,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dagster_sbatch.auth.http.public_trust", cache(public_trust))
     monkeypatch.setattr("dagster_sbatch.auth.http.FIRST_PAUSE", 0.0)
     monkeypatch.setattr("dagster_sbatch.auth.renew.ISSUE_TRIES", 1)
-
-
-@pytest.fixture
-def wind(monkeypatch: pytest.MonkeyPatch) -> Wind:
-    """Stops this machine's clock so much after the test's begin."""
-    begun = datetime.now(UTC)
-    return lambda later: monkeypatch.setattr(clock, "now", lambda: begun + later)
 
 
 @pytest.fixture

@@ -1,14 +1,18 @@
 """For tests of the rotation: settings with and without a stored pair, and what has to hold after each refresh."""
 
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.auth import refresh
+from dagster_sbatch.auth import clock, refresh
 from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer
 from support import access
+
+Wind = Callable[[timedelta], None]
 
 
 @pytest.fixture
@@ -27,6 +31,13 @@ def later(settings: Settings, variables: dict[str, str]) -> Settings:
     """A pair is stored, and the bootstrap token is not set any more."""
     refresh(settings, rotation="now", certificate="no")
     return access.settings_of(variables)
+
+
+@pytest.fixture
+def wind(monkeypatch: pytest.MonkeyPatch) -> Wind:
+    """Stops this machine's clock so much after the test's begin."""
+    begun = datetime.now(UTC)
+    return lambda later: monkeypatch.setattr(clock, "now", lambda: begun + later)
 
 
 def stored(settings: Settings) -> Credentials:

@@ -16,6 +16,8 @@ Part = Literal["certificate", "rotation"]
 
 FIRST_PAUSE = timedelta(minutes=1)
 LONGEST_PAUSE = timedelta(minutes=30)
+SHORTER_WITHOUT_CERTIFICATE = 30
+"""So many times shorter are the pauses while there is no certificate: a minute at most, for all processes together."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,22 @@ class Failing:
         """Return an error for a caller that does not retry now."""
         return (UnavailableError if self.temporary else RejectedError)(self.error)
 
+    def counts_for(self, call: datetime, now: datetime) -> bool:
+        """Return whether a call without a certificate fails, too: others have retried meanwhile, or lately."""
+        return call - _pause_after(self.count) / SHORTER_WITHOUT_CERTIFICATE <= self.last <= now
+
 
 def pause_end(last: datetime, failures: int) -> datetime:
-    """Return when the pause ends after this many failures in a row (1 or more): 1, 2, 4 ... minutes, 30 at most.
+    """Return when the pause after a failure ends.
 
     There is no pause after a failure in the future: this machine's clock was ahead then.
     """
-    pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures - 1, 10))
-    return last + pause if last <= clock.now() else datetime.fromtimestamp(0, UTC)
+    return last + _pause_after(failures) if last <= clock.now() else datetime.fromtimestamp(0, UTC)
+
+
+def _pause_after(failures: int) -> timedelta:
+    """Return the pause after this many failures in a row (1 or more): 1, 2, 4 ... minutes, 30 at most."""
+    return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures - 1, 10))
 
 
 class RefreshFailures:

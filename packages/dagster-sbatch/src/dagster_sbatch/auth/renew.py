@@ -9,6 +9,7 @@ import random
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 from dagster_sbatch.atomic_write import remove_half_written
@@ -60,7 +61,8 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
     """Return a valid certificate to connect with, renewing it first if that is due.
 
     While it is not due, this only reads files. A renewal that fails is a warning as long as the certificate is valid,
-    and is not retried for a minute or more.
+    and is not retried for a minute or more. Without a valid certificate, all processes together retry once in 2, 4, 8
+    ... seconds, 60 at most; meanwhile each raises the same error.
 
     Returns:
         The certificate; None where plain keys are used: no certificate, and no ASC_ variable is set.
@@ -77,15 +79,23 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
             return None
     elif not access.certificate_due or not access.renewable or access.pausing("certificate"):
         return certificate
-    report = refresh(settings)
+    report = refresh(settings, patient=True)
     for warning in report.warnings:
         _log.warning("%s", warning)
     return report.certificate
 
 
 @explained()
-def refresh(settings: Settings, rotation: When = "due", certificate: When = "due") -> Report:
+def refresh(
+    settings: Settings, rotation: When = "due", certificate: When = "due", *, patient: bool = False
+) -> Report:
     """Replace the secrets (`rotation`) and the certificate as asked for, one process at a time.
+
+    Args:
+        settings: of the supercomputer.
+        rotation: whether to replace the secrets.
+        certificate: whether to replace the certificate.
+        patient: raise the error of the latest failure if that is too recent to retry, also without a certificate.
 
     Raises:
         BootstrapError: there is no way to get a certificate, and none is valid, or one was asked for `now`.
@@ -103,7 +113,7 @@ def refresh(settings: Settings, rotation: When = "due", certificate: When = "due
     try:
         seconds = LOCK_SECONDS if needed else LOCK_SECONDS_WITH_CERTIFICATE
         with explained(), refresh_lock(settings.credentials_file, seconds):
-            return _Refresh(settings).run(rotation, certificate)
+            return _Refresh(settings, access.now if patient else None).run(rotation, certificate)
     except AccessError as error:  # of the lock, or of a file
         if needed:
             raise
@@ -113,8 +123,10 @@ def refresh(settings: Settings, rotation: When = "due", certificate: When = "due
 class _Refresh:
     """One refresh, by the holder of the lock."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, called: datetime | None) -> None:
+        """`called`: when a patient caller began to wait for the lock; None for one that wants a try of its own."""
         self._settings = settings
+        self._called = called
         self._access = read_access(settings)  # again: another process may have refreshed it meanwhile
         self._http = Http()
         self._file = CredentialsFile(settings.credentials_file)
@@ -139,6 +151,9 @@ class _Refresh:
         self._report.certificate = self._access.valid_certificate
         if certificate == "now" or self._access.certificate_due:
             needed = certificate == "now" or self._access.valid_certificate is None
+            failing = None if self._report.rotated_with else self._access.failing.get("certificate")
+            if self._called and needed and failing and failing.counts_for(self._called, self._access.now):
+                raise failing.again()
             self._attempt("certificate", forced=certificate == "now", needed=needed)
         found = self._report.certificate
         if found and (warning := found.principals_problem(self._settings)):
