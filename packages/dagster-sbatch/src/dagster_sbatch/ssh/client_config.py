@@ -24,6 +24,9 @@ _REPORTED = frozenset(
 
 _JUMP = re.compile(r"(?:ssh://)?(?:(?P<user>[^@]+)@)?(?P<host>\[[^]]+\]|[^:,]+)(?::(?P<port>\d+))?")
 
+_COMMENT = re.compile(r'^((?:"[^"]*"|[^"])*?)\s#.*')
+"""Behind an option, as OpenSSH reads it from version 8.7 on; paramiko does not."""
+
 
 @dataclass(frozen=True)
 class Hop:
@@ -134,7 +137,8 @@ def _without_ignored(file: Path) -> str:
         raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from None
     kept = []
     in_match = False
-    for number, line in enumerate(lines, 1):
+    for number, whole in enumerate(lines, 1):
+        line = _COMMENT.sub(r"\1", whole)
         word = re.split(r"[\s=]", line.strip(), maxsplit=1)[0].lower()
         if word == "include":
             warn_once(f"{file}:{number}: Include is ignored here. Copy the needed options from that file into this one")
