@@ -96,7 +96,10 @@ def _not_blank(values: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _values(path: Path) -> dict[str, str]:
-    return _not_blank(dotenv_values(path)) if path.is_file() else {}
+    try:
+        return _not_blank(dotenv_values(path)) if path.is_file() else {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from None
 
 
 def _problems(path: Path) -> list[str]:

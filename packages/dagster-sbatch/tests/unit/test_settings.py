@@ -185,6 +185,12 @@ def test_a_typing_error_in_a_file_is_told(root: Path) -> None:
     assert "MY_OWN_VARIABLE" not in str(error.value)
 
 
+def test_a_file_that_is_not_utf_8_is_named(root: Path) -> None:
+    (root / ".env").write_bytes("# für alle\n".encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=r"/\.env cannot be read: .*utf-8"):
+        load_settings(SITES, root)
+
+
 def test_a_secret_that_others_can_read_is_refused_and_not_repeated(root: Path) -> None:
     path = root / ".env"
     write(path, "ASC_AUTHENTIK_API_TOKEN=test-api-token\n")

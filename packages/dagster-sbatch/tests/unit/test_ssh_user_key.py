@@ -44,6 +44,13 @@ def test_keys_of_every_kind_with_their_certificate(tmp_path: Path, authority: Pa
     assert loaded.private.public_blob.key_type.endswith("-cert-v01@openssh.com")
 
 
+def test_a_certificate_with_a_comment_in_another_encoding(key: Path, authority: Path) -> None:
+    keygen("-s", authority, "-I", "test", "-n", "xy12345", f"{key}.pub")
+    beside = key.with_name("id_test-cert.pub")
+    beside.write_bytes(beside.read_bytes().rstrip() + " Jürgen\n".encode("latin-1"))
+    assert UserKey.load(key).private.public_blob
+
+
 def test_a_key_without_a_comment_that_needs_no_padding(tmp_path: Path) -> None:
     """Half of all ECDSA keys: paramiko's own reader takes their last zero for a padding of no length."""
     for number in range(10):

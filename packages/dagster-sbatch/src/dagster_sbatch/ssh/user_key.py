@@ -63,7 +63,7 @@ class UserKey:
         except CertificateError as error:
             raise AuthenticationError(f"{error}. {_RENEW}") from None
         if certificate:
-            private.load_certificate(beside.read_text(encoding="utf-8"))
+            private.load_certificate(beside.read_text(encoding="utf-8", errors="replace"))
         return cls(path, private, certificate)
 
     def refused(self, hop: Hop, methods: list[str], *, partial: bool) -> AuthenticationError:
