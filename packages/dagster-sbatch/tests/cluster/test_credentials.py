@@ -1,8 +1,9 @@
 """From an authentik token to a certificate that opens the login node: a real step-ca and a real sshd."""
 
+import os
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from dagster_sbatch.auth.credentials_file import CredentialsFile
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.auth.key_files import certificate_path, public_path
 from dagster_sbatch.setting_files import load_settings
-from dagster_sbatch.ssh import connect
+from dagster_sbatch.ssh import AuthenticationError, connect
 from resources import PROJECT
 from slurm_in_a_box import SimulatedSite
 from support import ROOT, access
@@ -132,6 +133,26 @@ def test_a_due_certificate_is_renewed_before_it_ends(site: SimulatedSite, variab
     certificate = ensure_certificate(access.settings_of(variables))
     assert certificate
     assert (certificate.valid_before - datetime.now(UTC)).total_seconds() > 15 * 3600
+
+
+def test_a_certificate_that_is_valid_and_refused_is_replaced_once(
+    site: SimulatedSite, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, client_home: Path
+) -> None:
+    """As after the centre has changed the key of its authority, or revoked a certificate."""
+    monkeypatch.setenv("HOME", str(client_home))
+    settings = access.settings_of(variables)
+    refresh(settings)
+    key = access.key_of(variables)
+    access.certify(key, 10 * 3600)
+    young = certificate_path(key).read_bytes()
+    with pytest.raises(AuthenticationError, match="does not trust its authority"):
+        connect(settings, ensure_certificate)
+    assert certificate_path(key).read_bytes() == young
+    monkeypatch.setattr("dagster_sbatch.auth.refused.REFUSED_AGE", timedelta(seconds=30))
+    os.utime(certificate_path(key), (0, 0))
+    with connect(settings, ensure_certificate) as connection:
+        assert connection.is_connected
+    assert certificate_path(key).read_bytes() != young
 
 
 def test_a_plain_key_needs_nothing(site: SimulatedSite, without_secret: dict[str, str]) -> None:

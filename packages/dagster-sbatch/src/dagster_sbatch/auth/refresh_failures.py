@@ -45,7 +45,10 @@ class Failing:
 
     def again(self) -> AccessError:
         """Return an error for a caller that does not retry now."""
-        return (UnavailableError if self.temporary else RejectedError)(self.error)
+        kind = UnavailableError if self.temporary else RejectedError
+        return kind(
+            f"{self.error}\nThat was at {clock.written(self.last)}. To retry now:\n  scripts/refresh_step_auth.py"
+        )
 
     def counts_for(self, call: datetime, now: datetime) -> bool:
         """Return whether a call without a certificate fails, too: others have retried meanwhile, or lately."""
@@ -62,7 +65,8 @@ def pause_end(last: datetime, failures: int) -> datetime:
 
 def _pause_after(failures: int) -> timedelta:
     """Return the pause after this many failures in a row (1 or more): 1, 2, 4 ... minutes, 30 at most."""
-    return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures - 1, 10))
+    pause: timedelta = FIRST_PAUSE * 2 ** min(failures - 1, 10)
+    return min(LONGEST_PAUSE, pause)
 
 
 class RefreshFailures:

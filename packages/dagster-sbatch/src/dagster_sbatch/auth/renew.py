@@ -86,9 +86,7 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
 
 
 @explained()
-def refresh(
-    settings: Settings, rotation: When = "due", certificate: When = "due", *, patient: bool = False
-) -> Report:
+def refresh(settings: Settings, rotation: When = "due", certificate: When = "due", *, patient: bool = False) -> Report:
     """Replace the secrets (`rotation`) and the certificate as asked for, one process at a time.
 
     Args:

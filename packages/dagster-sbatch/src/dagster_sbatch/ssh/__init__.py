@@ -18,7 +18,7 @@ __all__ = ["AuthenticationError", "HostKeyError", "SshError", "UnreachableError"
 def connect(
     settings: Settings, refresh: Callable[[Settings], object], host_authorities: Sequence[str] = ()
 ) -> "fabric.Connection":
-    """Open a connection to the login node; one attempt.
+    """Open a connection to the login node; one attempt, or a second one with a new certificate if that is refused.
 
     For a channel of bytes, use `connection.transport.open_session()`: its window is 2 MB, its stderr is separate from
     its stdout. `connection.open()` reopens a lost connection, and calls `refresh` first, as here.
@@ -43,11 +43,17 @@ def connect(
         UnreachableError: no answer, refused, lost, or too slow; the caller may retry, after a random delay.
         SshError: the two sides have no algorithm in common.
     """
+    from dagster_sbatch.auth.refused import replace_refused
     from dagster_sbatch.ssh.client_config import read_route
     from dagster_sbatch.ssh.connection import Connection
 
     login, jump = read_route(settings)
     gateway = Connection(jump, None, lambda: None, host_authorities) if jump else None
     connection = Connection(login, gateway, lambda: refresh(settings), host_authorities)
-    connection.open()
+    try:
+        connection.open()
+    except AuthenticationError:
+        if not replace_refused(settings):
+            raise
+        connection.open()
     return connection
