@@ -67,6 +67,7 @@ def test_what_the_asset_names_wins() -> None:
         ),
         ({"ntasks_per_node": 191}, None, None, "gives a job 190 CPUs. Request fewer tasks per node"),
         ({"mem_per_cpu": "8G", "cpus_per_task": 97}, None, None, "for 97 CPUs: a node of partition zen4_0768 has 768G"),
+        ({"mem_per_cpu": "5G", "exclusive": True, "cpus_per_task": 4}, None, None, "mem_per_cpu=5G for 190 CPUs"),
         ({"mem": "1T"}, None, None, "has 768G"),
     ],
 )

@@ -151,10 +151,17 @@ def _size(request: SlurmRequest, name: str, partition: Partition) -> SlurmReques
         raise ConfigurationError(
             f"{what}: a node of partition {name} gives a job {cores}. Request {less}, or more nodes"
         )
-    if sized.mem_per_node > parse_memory(partition.mem):
-        cpus = count_of(sized.cpus_per_node, "CPU")
-        what = f"mem={sized.mem}" if sized.mem else f"mem_per_cpu={request.mem_per_cpu} for {cpus}"
+    cpus = cpus_with_memory(sized, partition)
+    if parse_memory(sized.mem or sized.mem_per_cpu or "0") * cpus > parse_memory(partition.mem):
+        what = f"mem={sized.mem}" if sized.mem else f"mem_per_cpu={request.mem_per_cpu} for {count_of(cpus, 'CPU')}"
         raise ConfigurationError(
             f"{what}: a node of partition {name} has {partition.mem}. Request less memory per node, or more nodes"
         )
     return sized
+
+
+def cpus_with_memory(request: SlurmRequest, partition: Partition) -> int:
+    """Return by how many CPUs Slurm multiplies the memory of a request: 1 for `mem`, all of a node for `exclusive`."""
+    if request.mem_per_cpu is None:
+        return 1
+    return partition.cores if request.exclusive else request.cpus_per_node

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.slurm.allocation import Allocation
+from dagster_sbatch.slurm.allocation import Allocation, cpus_with_memory
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory, show_value
@@ -89,8 +89,7 @@ def _with_memory(failed: SlurmRequest, planned: Allocation) -> Next:
     asked = str(getattr(failed, name))
     most, limit = parse_memory(retries.max_mem or "0"), f"max_mem={retries.max_mem!r}"
     if partition:
-        cpus = 1 if name == "mem" else failed.cpus_per_node
-        there = parse_memory(partition.mem) // cpus // _MIB * _MIB
+        there = parse_memory(partition.mem) // cpus_with_memory(failed, partition) // _MIB * _MIB
         if there < most:
             most, limit = there, f"the {partition.mem} that a node of partition {failed.partition} has"
     had = parse_memory(asked)
