@@ -179,7 +179,7 @@ def _gpus_per_node(values: Mapping[str, str], nodes: int, tasks: int, *, decided
     """
     counts: dict[str, int] = {}
     if "gres" in values:
-        counts["gres"] = _gpus("gres", *_gres(values["gres"]))
+        counts["gres"] = _gpus("gres", _gres(values["gres"]))
     if "gpus-per-node" in values:
         counts["gpus-per-node"] = _gpus("gpus-per-node", values["gpus-per-node"])
     if "gpus" in values:
@@ -206,19 +206,19 @@ def _divide(name: str, total: int, nodes: int) -> int:
     return total // nodes
 
 
-def _gres(value: str) -> list[str]:
+def _gres(value: str) -> str:
     kind, _, number = value.removeprefix("gres/").partition(":")
     if kind != "gpu" or "," in value:
         raise ConfigurationError(f"--gres={value}: an asset's job can request GPUs only, as in --gres=gpu:2")
-    return [number or "1"]
+    return number or "1"
 
 
 def _gpus(name: str, value: str) -> int:
-    """Read a number of GPUs; the type before it (`h100:2`) is that of the partition."""
-    number = value.rpartition(":")[2]
-    if not number.isdecimal():
+    """Read a number of GPUs; the type before it (`h100:2`), or alone (`h100`: one), is that of the partition."""
+    found = re.fullmatch(r"(?:[A-Za-z]\w*:)?(\d+)|[A-Za-z]\w*", value)
+    if not found:
         raise ConfigurationError(f"--{name}={value} is not a number of GPUs")
-    return int(number)
+    return int(found[1] or 1)
 
 
 def _memory(text: str) -> str:
