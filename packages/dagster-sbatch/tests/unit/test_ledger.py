@@ -199,6 +199,12 @@ def test_a_pace_that_is_not_known(changes: dict[str, object]) -> None:
     assert hidden is bool({"private", "projects"} & set(changes))
 
 
+def test_jobs_of_a_project_below_the_one_with_the_limit_count_for_its_pace() -> None:
+    usage = replace(USAGE, parents={"p3": "p2", "p2": "p1", "p4": "root"}, jobs=[replace(JOB, project="p3"), JOB])
+    assert pace_of(usage, BUDGET) == pytest.approx(16 / 14)
+    assert pace_of(replace(usage, jobs=[replace(JOB, project="p4")]), BUDGET) == 0
+
+
 def test_the_pace_of_the_user_alone() -> None:
     usage = replace(USAGE, jobs=[JOB, replace(JOB, user="ab")], private=True)
     own = replace(BUDGET, user="xy")

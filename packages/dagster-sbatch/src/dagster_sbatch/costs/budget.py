@@ -98,7 +98,8 @@ def pace_of(usage: Usage, budget: Budget) -> float | None:
     since = usage.now - timedelta(days=PACE_DAYS)
     if usage.jobs is None or usage.since is None or usage.since > since or not sees_all(usage, budget):
         return None
-    jobs = (job for job in usage.jobs if job.project == budget.limited and budget.user in ("", job.user))
+    jobs = [each for each in usage.jobs if budget.limited in _chain(usage, each.project)]
+    jobs = [job for job in jobs if budget.user in ("", job.user)]
     used = add(hours_used(job, budget.tres, since, None, usage.now) for job in jobs)
     return None if used is None else used / PACE_DAYS
 
