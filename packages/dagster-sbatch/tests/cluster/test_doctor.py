@@ -182,6 +182,12 @@ def test_a_project_that_is_not_the_users(set_variables: Set) -> None:
     assert ACCOUNT in finding.fix
 
 
+def test_slurm_takes_a_project_in_capital_letters(set_variables: Set) -> None:
+    set_variables(SLURM_ACCOUNT=ACCOUNT.upper())
+    (finding,) = (finding for finding in examined() if finding.name == "projects")
+    assert finding.found.endswith(f"jobs are charged to {ACCOUNT} (SLURM_ACCOUNT)")
+
+
 def test_a_project_without_budget(site: SimulatedSite, set_variables: Set) -> None:
     set_variables(SLURM_ACCOUNT=SPENT_ACCOUNT, SLURM_QOS="")
     (finding,) = (finding for finding in examined() if finding.name == "projects")

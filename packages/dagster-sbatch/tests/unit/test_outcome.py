@@ -191,6 +191,7 @@ ROWS = [["p1", "p1", "q,idle_q"], ["p1", "p2", "idle_q"]]
         (BAD_QOS, "p2", ROWS, "p8", "Set SLURM_QOS to one of these, or charge another project (p1, p2)"),
         (BAD_QOS, None, [["p2", "p2", "idle_q"]], "p2", "Project p2 may not use QoS q, only idle_q."),
         (BAD_QOS, None, ROWS, "p1", "The job would be charged to project p1. Yours are p1, p2"),
+        (BAD_QOS, "P1", ROWS, "p8", "The job would be charged to project p1. Yours"),  # Slurm writes it like this
         (BAD_ACCOUNT, "p9", [], "", "The job names the project p9; name another one in SLURM_ACCOUNT"),
         (BAD_ACCOUNT, None, [], "", "The job names the project that is your default; name another one"),
     ],

@@ -48,7 +48,7 @@ def try_script(gateway: Gateway, preview: Preview, projects: Projects, usage: Us
         return False, f"{array}{explain_refusal(said, request, lambda: projects)}"
     if request.modules and (problem := gateway.load_modules(request.modules, preview.plan.site.setup_commands)):
         return False, f"{array}{problem}"
-    project = request.account or projects.default or "(the accounting does not answer)"
+    project = projects.charged(request.account) or "(the accounting does not answer)"
     compared = f"\n{_compare(gateway, preview, limits, said)}" if preview.proposed else ""
     return True, f"{array}{_TIME.sub(_written, said)}\ncharged to project {project}{compared}"
 

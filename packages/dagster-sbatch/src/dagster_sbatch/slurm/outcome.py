@@ -166,7 +166,7 @@ def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects
     if not _ABOUT_PROJECTS.search(text):
         return text
     projects = ask()
-    charged, others = request.account or projects.default, ", ".join(sorted(projects.qos))
+    charged, others = projects.charged(request.account), ", ".join(sorted(projects.qos))
     elsewhere = "name another one in SLURM_ACCOUNT, or in the asset's SlurmRequest(account=...)"
     if not projects.qos:
         return f"{text}\nThe job names the project {charged or 'that is your default'}; {elsewhere}"

@@ -26,7 +26,7 @@ def check_projects(facts: Facts) -> Verdict:
     facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.project, SECONDS))
     facts.projects = projects = facts.runs.gateway.projects()
     facts.usage = ask_usage(facts.runs.gateway, settings)
-    charged = settings.account or projects.default
+    charged = projects.charged(settings.account)
     if not projects.qos:
         return warning("the accounting does not answer, or knows no project of yours", "try again; ask the centre")
     source = "SLURM_ACCOUNT" if settings.account else "SBATCH_ACCOUNT there" if projects.exported else "your default"

@@ -192,6 +192,10 @@ class Projects:
     default: str = ""
     exported: bool = False
 
+    def charged(self, account: str | None) -> str:
+        """Return the project that a job with this account is charged to, as Slurm writes it; empty: not known."""
+        return (account or self.default).lower()
+
     @classmethod
     def parse(cls, said: Mapping[str, Any]) -> "Projects":
         """Read the agent's answer."""
