@@ -1,12 +1,15 @@
 """The command line of `scripts/preview`."""
 
+import signal
 import sys
+import time
 
 import dagster as dg
 import pytest
 
-from dagster_sbatch import Project
+from dagster_sbatch import ComputeResource, Project
 from dagster_sbatch.commands import preview
+from resources import build_resources
 from support import ROOT
 
 
@@ -28,3 +31,15 @@ def test_wrong_usage(
         preview.main(Project(ROOT), dg.Definitions())
     assert ended.value.code == 2
     assert wrong in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_fault_of_the_asset(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    @dg.asset
+    def slow(compute: ComputeResource) -> None:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(sys, "argv", ["scripts/preview", "slow"])
+    monkeypatch.setenv("DAGSTER_HOME", str(ROOT))
+    assert preview.main(Project(ROOT), dg.Definitions(assets=[slow], resources=build_resources())) == 130
+    assert tuple(capsys.readouterr()) == ("", "")

@@ -279,6 +279,8 @@ def _explain(result: dg.ExecuteInProcessResult, asset: str) -> ConfigurationErro
         return ConfigurationError(str(refusal.description).removeprefix(f"{asset}: "))
     error = event.step_failure_data.error if event.is_step_failure else event.job_failure_data.error
     kind, root = (error.cls_name, error) if error else ("", None)
+    if kind == "DagsterExecutionInterruptedError":
+        raise KeyboardInterrupt
     while root and root.cause:
         root = root.cause
     why = f"{root.message.strip()}\n{root.stack[-1].rstrip() if root.stack else ''}" if root else "Dagster says no more"
