@@ -67,15 +67,15 @@ if __name__ == "__main__":
 
 
 class Step:
-    """One asset whose workload lies in `folder/workloads`; each start is a run, or a re-execution of the one before."""
+    """A workload in `folder/workloads`, and a program; each start is a run, or a re-execution of the one before."""
 
-    def __init__(self, folder: Path, variables: dict[str, str], workload: str) -> None:
+    def __init__(self, folder: Path, variables: dict[str, str], workload: str, program: str = PROGRAM) -> None:
         self._folder = folder
         home = folder / "dagster"
         for path in (home, folder / "workloads"):
             path.mkdir(parents=True)
         (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
-        (folder / "step.py").write_text(PROGRAM)
+        (folder / "step.py").write_text(program)
         self.change(workload)
         self.call()
         self._variables = {**variables, "DAGSTER_HOME": str(home), "PYTHONPATH": str(ROOT)}

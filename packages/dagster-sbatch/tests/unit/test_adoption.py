@@ -22,7 +22,7 @@ from dagster_sbatch.run.adoption import (
     name_request_changes,
     outdated_runs,
 )
-from dagster_sbatch.run.calls import StepCalls, step_key
+from dagster_sbatch.run.calls import StepCalls, StepName
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.family import Family
 from dagster_sbatch.run.history import is_stored, requested_at
@@ -201,7 +201,7 @@ def test_steps_of_a_graph_have_keys_and_success_is_read_by_them() -> None:
 
     @dg.op
     def work(context: dg.OpExecutionContext, name: str) -> None:
-        seen.append(step_key(context))
+        seen.append(StepName.of(context))
         if name == "b":
             raise ValueError(name)
 
@@ -215,7 +215,7 @@ def test_steps_of_a_graph_have_keys_and_success_is_read_by_them() -> None:
 
     with dg.DagsterInstance.ephemeral() as instance:
         result = outer.execute_in_process(instance=instance, raise_on_error=False)
-        assert seen == ["inner.work[a]", "inner.work[b]"]
+        assert [step.key for step in seen] == ["inner.work[a]", "inner.work[b]"]
         assert [is_stored(instance, ["unknown", result.run_id], step) for step in seen] == [True, False]
         begun = requested_at(instance, result.run_id)
         assert begun is not None

@@ -168,7 +168,12 @@ def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bo
     log = SimpleNamespace(info=lambda _: None, warning=warnings.append, error=None)
     with dg.DagsterInstance.ephemeral() as instance:
         context: Any = SimpleNamespace(
-            instance=instance, run_id="r", log=log, op_handle="step", get_mapping_key=lambda: None
+            instance=instance,
+            run_id="r",
+            log=log,
+            op_handle="step",
+            get_mapping_key=lambda: None,
+            selected_asset_keys=(),
         )
         gateway: Any = SimpleNamespace(claim=claim, cancel=cancel, cancel_tasks=cancel)
         call = StepCalls().begin("r", "step", "digest")

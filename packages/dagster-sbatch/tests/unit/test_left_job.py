@@ -14,7 +14,7 @@ class Step:
     def __init__(self, instance: dg.DagsterInstance, parent: str | None) -> None:
         self.instance = instance
         self.run = dg.DagsterRun(job_name="job", parent_run_id=parent, root_run_id=parent)
-        self.op_handle = "work"
+        self.op_handle, self.selected_asset_keys = "work", ()
 
     def get_mapping_key(self) -> None:
         """It is no dynamic output's."""

@@ -3,7 +3,7 @@
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -16,10 +16,32 @@ LONGEST_NAME = 40
 """Characters of a step's key in the names of its jobs."""
 
 
-def step_key(context: dg.OpExecutionContext) -> str:
-    """Return Dagster's key of a step: the path of its op, and the mapping key of a dynamic output."""
-    mapping = context.get_mapping_key()
-    return f"{context.op_handle}[{mapping}]" if mapping else str(context.op_handle)
+@dataclass(frozen=True)
+class StepName:
+    """A step of a run, by which it is found in another one: there, Dagster may have given its op another number.
+
+    It numbers the ops of the parts into which it divides a multi-asset, and these are others if a run selects others.
+
+    Attributes:
+        key: Dagster's key of the step: the path of its op, and the mapping key of a dynamic output.
+        assets: keys of its assets.
+    """
+
+    key: str
+    assets: Collection[str]
+
+    @classmethod
+    def of(cls, context: dg.OpExecutionContext) -> "StepName":
+        """Return the name of a step in its own run."""
+        mapping = context.get_mapping_key()
+        key = f"{context.op_handle}[{mapping}]" if mapping else str(context.op_handle)
+        return cls(key, {key.to_user_string() for key in context.selected_asset_keys})
+
+    def find_key(self, planned: Iterable[tuple[str, str]]) -> str:
+        """Return Dagster's key of the step in a run; `planned` has steps of that run, each with an asset."""
+        own, *rest = re.split(r"(?=[.\[])", self.key, maxsplit=1)
+        ops = sorted({re.split(r"[.\[]", step, maxsplit=1)[0] for step, asset in planned if asset in self.assets})
+        return self.key if not ops or own in ops else "".join([ops[0], *rest])
 
 
 def step_prefix(root: str, step: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from dagster_sbatch.run.calls import StepName
 from dagster_sbatch.run.pipes import pipes_variables
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm import ArrayShape, render_job_script, render_start, sampler_files
@@ -24,7 +25,7 @@ class RunInfo:
         asset: keys of the assets.
         partitions: first and last partition key; empty without partitions.
         environment: name of its environment; empty before it has one.
-        step: Dagster's key of the step; empty in a preview.
+        step: Dagster's key of the step in the run `root`; empty in a preview.
     """
 
     run: str
@@ -38,6 +39,11 @@ class RunInfo:
     def parse(cls, document: Mapping[str, Any]) -> "RunInfo":
         """Take what this version knows of a file, which another version may have written."""
         return cls(**{field.name: document.get(field.name, "") for field in fields(cls)})
+
+    @property
+    def step_name(self) -> StepName:
+        """Of the step."""
+        return StepName(self.step, self.asset.split(", "))
 
     @property
     def text(self) -> str:

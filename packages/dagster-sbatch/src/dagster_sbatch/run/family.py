@@ -19,7 +19,7 @@ from dagster_sbatch.run.adoption import (
 )
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.attempts import store_request
-from dagster_sbatch.run.calls import Call, step_key
+from dagster_sbatch.run.calls import Call, StepName
 from dagster_sbatch.run.history import is_stored, requested_at, runs_since, stored_before
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.slurm import SlurmRequest
@@ -85,7 +85,7 @@ class Family:
         claim = self._claim(self.call.family, self._questions)
         instance, asked = self._context.instance, requested_at(self._context.instance, self._context.run_id)
         runs = self._runs_since(claim.followers) if claim.over else ()
-        stored = is_stored(instance, runs, step_key(self._context), before=asked)
+        stored = is_stored(instance, runs, StepName.of(self._context), before=asked)
         choice = choose(claim, stored=stored, retries=self._retries)
         if choice.reason:
             self._log.info(choice.reason)
@@ -103,7 +103,7 @@ class Family:
         Args:
             tasks: those that are not done, by index.
         """
-        instance, step = self._context.instance, step_key(self._context)
+        instance, step = self._context.instance, StepName.of(self._context)
         claim = self._claim(self.call.family, self._questions)
         asked = requested_at(instance, self._context.run_id)
         stored: dict[str, tuple[bool, set[str]]] = {}

@@ -1,12 +1,12 @@
 """What Dagster has recorded of steps: their ends, and tags with their Slurm jobs."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from math import inf
 
 import dagster as dg
 
-from dagster_sbatch.run.calls import step_key
+from dagster_sbatch.run.calls import StepName
 from dagster_sbatch.run.reports import StepLog
 
 JOB_TAG = "slurm_job"
@@ -19,24 +19,25 @@ MOST_PARTITIONS = 10_000
 """That Dagster's storage is asked for at once."""
 _MOST_OBSERVATIONS = 100
 """The latest ones, among which one with a data version is searched."""
+_PLANNED = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
 _LONGEST_TAG = 63
 """Characters of each half of a tag's key, for Dagster."""
 
 
-def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: str, before: float = inf) -> bool:
+def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName, before: float = inf) -> bool:
     """Return whether Dagster has stored the result of a step in one of some runs.
 
     Args:
         instance: Dagster's; a run that was deleted has stored nothing.
         runs: their ids.
-        step: Dagster's key of the step.
+        step: the step.
         before: only results that were stored by then count, in seconds since 1970.
     """
     return any(_succeeded(instance, run, step, before) for run in runs)
 
 
-def _succeeded(instance: dg.DagsterInstance, run_id: str, step: str, before: float = inf) -> bool:
-    ends = _events_of(instance, run_id, [step], {dg.DagsterEventType.STEP_SUCCESS})
+def _succeeded(instance: dg.DagsterInstance, run_id: str, step: StepName, before: float = inf) -> bool:
+    ends = _events_of(instance, run_id, step, {dg.DagsterEventType.STEP_SUCCESS})
     return any(end.timestamp <= before for end in ends)
 
 
@@ -61,8 +62,8 @@ def find_successes(instance: dg.DagsterInstance, run_id: str, steps: set[str]) -
     found: dict[str, str] = {}
     run = instance.get_run_by_id(run_id)
     while run and steps - found.keys():
-        events = _events_of(instance, run.run_id, steps - found.keys(), {dg.DagsterEventType.STEP_SUCCESS})
-        found |= {str(event.step_key): run.run_id for event in events}
+        ends = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_SUCCESS)
+        found |= dict.fromkeys({str(end.step_key) for end in ends} & steps - found.keys(), run.run_id)
         run = instance.get_run_by_id(run.parent_run_id) if run.parent_run_id else None
     return dict(sorted(found.items()))
 
@@ -126,10 +127,19 @@ def _data_version(record: dg.EventLogRecord) -> str | None:
     return without if computed else tags.get(_DATA_VERSION, without)
 
 
+def key_in(instance: dg.DagsterInstance, run_id: str, step: StepName) -> str:
+    """Return Dagster's key of a step in a run; the one that it has if the run has planned none of its assets."""
+    entries = instance.all_logs(run_id, of_type=_PLANNED)
+    planned = ((entry.step_key, entry.get_dagster_event().asset_key) for entry in entries)
+    return step.find_key((str(key), asset.to_user_string()) for key, asset in planned if asset)
+
+
 def _events_of(
-    instance: dg.DagsterInstance, run_id: str, steps: Collection[str], kinds: set[dg.DagsterEventType]
-) -> Iterator[dg.EventLogEntry]:
-    return (event for event in instance.all_logs(run_id, of_type=kinds) if event.step_key in steps)
+    instance: dg.DagsterInstance, run_id: str, step: StepName, kinds: set[dg.DagsterEventType]
+) -> list[dg.EventLogEntry]:
+    found = instance.all_logs(run_id, of_type=kinds)
+    key = key_in(instance, run_id, step) if found else None
+    return [event for event in found if event.step_key == key]
 
 
 def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey, dg.AssetMaterialization]]:
@@ -140,17 +150,17 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
     on another deployment. Their materializations are the newest ones: another run may have made them, and what a
     person has wiped has none.
     """
-    key, run, assets = step_key(step), step.instance.get_run_by_id(step.run_id), sorted(step.selected_asset_keys)
+    name, run, assets = StepName.of(step), step.instance.get_run_by_id(step.run_id), sorted(step.selected_asset_keys)
     found: dict[str, set[dg.AssetKey]] = {}
     deployment = run and _deployment(run)
     while run:
-        for event in _events_of(step.instance, run.run_id, [key], {dg.DagsterEventType.ASSET_MATERIALIZATION}):
+        for event in _events_of(step.instance, run.run_id, name, {dg.DagsterEventType.ASSET_MATERIALIZATION}):
             stored = event.asset_materialization
             if stored and stored.partition is not None and stored.asset_key in assets:
                 found.setdefault(stored.partition, set()).add(stored.asset_key)
         again = any(run.tags.get(tag) == "true" for tag in _RESUMED)
         run = step.instance.get_run_by_id(run.parent_run_id) if again and run.parent_run_id else None
-        if run and (_succeeded(step.instance, run.run_id, key) or _deployment(run) != deployment):
+        if run and (_succeeded(step.instance, run.run_id, name) or _deployment(run) != deployment):
             break
     complete = [partition for partition, each in found.items() if len(each) == len(assets)]
     newest: dict[str, dict[dg.AssetKey, dg.AssetMaterialization]] = {}
@@ -161,12 +171,10 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
     return {partition: each for partition, each in newest.items() if len(each) == len(assets)}
 
 
-def stored_before(instance: dg.DagsterInstance, runs: Iterable[str], step: str, before: float = inf) -> set[str]:
+def stored_before(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName, before: float = inf) -> set[str]:
     """Return the partitions that a step has stored in one of some runs; `before`: see `is_stored`."""
     events = (
-        event
-        for run in runs
-        for event in _events_of(instance, run, [step], {dg.DagsterEventType.ASSET_MATERIALIZATION})
+        event for run in runs for event in _events_of(instance, run, step, {dg.DagsterEventType.ASSET_MATERIALIZATION})
     )
     stored = (event.asset_materialization for event in events if event.timestamp <= before)
     return {each.partition for each in stored if each and each.partition is not None}
@@ -192,7 +200,7 @@ def _deployment(run: dg.DagsterRun) -> list[str | None]:
 
 def tag_job(context: dg.OpExecutionContext, job: str, call: int) -> None:
     """Tag the run of a step with a Slurm job id, under the step's name; `call`: how many calls the step made before."""
-    _tag(context, {job_tag(step_key(context) + (f".{call + 1}" if call else "")): job})
+    _tag(context, {job_tag(StepName.of(context).key + (f".{call + 1}" if call else "")): job})
 
 
 def left_job(step: dg.OpExecutionContext) -> str | None:
@@ -200,13 +208,13 @@ def left_job(step: dg.OpExecutionContext) -> str | None:
 
     None if there is no such run, or if the step has ended in it.
     """
-    key, parent = step_key(step), step.run.parent_run_id
+    name, parent = StepName.of(step), step.run.parent_run_id
     ends = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
     while parent:
         run = step.instance.get_run_by_id(parent)
-        if run is None or any(_events_of(step.instance, parent, [key], ends)):
+        if run is None or _events_of(step.instance, parent, name, ends):
             return None
-        if job := run.tags.get(job_tag(key)):
+        if job := run.tags.get(job_tag(key_in(step.instance, parent, name))):
             return job
         parent = run.parent_run_id
     return None

@@ -17,14 +17,14 @@ from dagster_sbatch.environments.deployed import Environment, Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import inputs_of
 from dagster_sbatch.run.attempts import store_change
-from dagster_sbatch.run.calls import calls_of, step_key, step_prefix
+from dagster_sbatch.run.calls import StepName, calls_of, step_prefix
 from dagster_sbatch.run.cancelling import cancel_jobs, describe_left
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.directory import CHECKS, RunInfo, RunPaths, files_of_commands, render_job
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.family import Family
 from dagster_sbatch.run.guard import check_budget
-from dagster_sbatch.run.history import left_job, tag_job
+from dagster_sbatch.run.history import key_in, left_job, tag_job
 from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_terminal
@@ -70,7 +70,8 @@ class RemoteStep(ABC):
         self._log = StepLog(context)
         root, partitions = context.run.root_run_id or context.run_id, partitions_of(context)
         ends = " to ".join(sorted({*partitions[:1], *partitions[-1:]}))
-        self._info = RunInfo(context.run_id, root, asset, ends, step=step_key(self._context))
+        step = key_in(context.instance, root, StepName.of(context))
+        self._info = RunInfo(context.run_id, root, asset, ends, step=step)
         self._planned = plan.allocation
         self._runs: dict[str, str | None] = {}
         self._left = left_job(context)

@@ -68,14 +68,14 @@ def is_obsolete(
     succeeded = run.end.code == 0 and run.end.state in ("COMPLETED", "")
     if not succeeded and age < timedelta(days=KEEP_FAILED_DAYS):
         return False
-    if (succeeded or run.array) and not is_stored(instance, run.followers, run.about.step):
+    if (succeeded or run.array) and not is_stored(instance, run.followers, run.about.step_name):
         return run.array and _are_stored(instance, run, list_tasks(run))
     return True
 
 
 def _are_stored(instance: dg.DagsterInstance, run: RunRecord, tasks: TaskList) -> bool:
     """Return whether Dagster has stored the partitions of all tasks that have succeeded, though their step failed."""
-    stored = stored_before(instance, run.followers, run.about.step)
+    stored = stored_before(instance, run.followers, run.about.step_name)
     done = (tasks.partitions[task.index] for task in tasks.records() if task.kind == "done")
     known = len(tasks) > 0  # its record can be read
     return known and all(partitions and stored.issuperset(partitions) for partitions in done)

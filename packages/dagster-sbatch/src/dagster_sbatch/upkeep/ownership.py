@@ -75,7 +75,7 @@ def reason_to_cancel(instance: dg.DagsterInstance, run: RunRecord) -> str:
     if _newest(followers).dagster_run.status == dg.DagsterRunStatus.CANCELED:
         return "its run was terminated"
     since = runs_since(instance, run.about.root, run.followers)
-    return "its step has succeeded with another job" if is_stored(instance, since, run.about.step) else ""
+    return "its step has succeeded with another job" if is_stored(instance, since, run.about.step_name) else ""
 
 
 @dataclass(frozen=True)
