@@ -14,7 +14,7 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.auth import ensure_certificate
-from dagster_sbatch.environments import deployed
+from dagster_sbatch.environments import deployed, groups
 from dagster_sbatch.environments.code import read_code
 from dagster_sbatch.environments.deployed import Comparison, Environment, Environments, EnvironmentSpec
 from dagster_sbatch.environments.interpreter import Interpreter
@@ -67,6 +67,7 @@ def in_order(site: SimulatedSite, index: Path, client_home: Path, monkeypatch: p
     for name, value in {**variables, **pip_variables(index), "HOME": str(client_home)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Project, "lock", index / "lock.txt")
+    monkeypatch.setattr(groups, "GROUP", "none that requires more than that lock has")
 
 
 @pytest.fixture

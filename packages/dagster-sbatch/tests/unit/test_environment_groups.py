@@ -120,6 +120,14 @@ def test_a_lock_file_that_is_out_of_date(project: Project, pins: list[str], text
         plan(project, "torch")
 
 
+def test_the_lock_file_of_assets_that_name_no_environment_is_out_of_date(project: Project) -> None:
+    project.lock.write_text(f"tiny==2 {HASH}\n")
+    error = rf"^{project.lock} is out of date. The group cluster of pyproject.toml requires dagster-pipes, and "
+    with pytest.raises(ConfigurationError, match=error):
+        inputs(project, None)
+    assert "packages" in inputs(project, None, python="/a/python")  # which has the packages
+
+
 @pytest.mark.parametrize(
     ("each", "text"),
     [

@@ -132,9 +132,13 @@ def read_specs(project: Project, settings: Settings) -> dict[str, EnvironmentSpe
         ConfigurationError: see `read_code` and `read_group`.
     """
     groups, code = (DEFAULT, *find_groups(project.root)), read_code(project.workloads)
-    return {
-        group: EnvironmentSpec(code, read_group(project, group), None if group else settings.python) for group in groups
-    }
+    return {group: make_spec(project, settings, code, group) for group in groups}
+
+
+def make_spec(project: Project, settings: Settings, code: Code, group: str | None) -> EnvironmentSpec:
+    """Return what the environment of a group consists of; see `read_group`."""
+    python = None if group else settings.python
+    return EnvironmentSpec(code, read_group(project, group, python), python)
 
 
 @dataclass(frozen=True)

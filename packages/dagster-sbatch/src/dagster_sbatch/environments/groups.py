@@ -69,15 +69,21 @@ def check_environment(environment: object, project: Project) -> None:
     read_group(project, environment)
 
 
-def read_group(project: Project, environment: str | None) -> LockFile:
+def read_group(project: Project, environment: str | None, python: str | None = None) -> LockFile:
     """Read the lock file of a group.
+
+    Args:
+        project: which has it.
+        environment: the group; None and DEFAULT stand for the group `cluster`.
+        python: an interpreter that has the packages: then it does not count what the group requires.
 
     Raises:
         ConfigurationError: see `read_lock`; or the file lacks a requirement that the group has in pyproject.toml.
     """
-    lock = read_lock(lock_path(project, environment))
-    if environment:
-        _check_current(lock, _read_groups(project.root), f"{PREFIX}{environment}")
+    lock, groups = read_lock(lock_path(project, environment)), _read_groups(project.root)
+    group = f"{PREFIX}{environment}" if environment else GROUP
+    if group in groups and not python:
+        _check_current(lock, groups, group)
     return lock
 
 

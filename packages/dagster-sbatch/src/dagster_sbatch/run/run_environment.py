@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import Any
 
 from dagster_sbatch.environments.code import read_code
-from dagster_sbatch.environments.deployed import Environment, Environments, EnvironmentSpec, Published
-from dagster_sbatch.environments.groups import DEFAULT, is_path, read_group
+from dagster_sbatch.environments.deployed import Environment, Environments, EnvironmentSpec, Published, make_spec
+from dagster_sbatch.environments.groups import DEFAULT, is_path
 from dagster_sbatch.environments.progress import LoggedProgress
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.plan import Plan
@@ -129,5 +129,4 @@ class RunEnvironment:
             )
         if is_path(environment):
             return EnvironmentSpec(code, None, environment)
-        lock = read_group(self._plan.project, environment)
-        return EnvironmentSpec(code, lock, None if environment else self._settings.python)
+        return make_spec(self._plan.project, self._settings, code, environment)
