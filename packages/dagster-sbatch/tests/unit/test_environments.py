@@ -1,18 +1,19 @@
 """What goes into an environment: the lock for a target, the code as git has it; and what may be removed."""
 
+import subprocess
 import tomllib
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from dagster_sbatch.commands.deploy_environment import choose_for_removal
-from dagster_sbatch.environments.code import read_code
-from dagster_sbatch.environments.deployed import Environment, EnvironmentListing, Environments
+from dagster_sbatch.commands.deploy_environment import choose_for_removal, publish
+from dagster_sbatch.environments.code import read_code, revision_of
+from dagster_sbatch.environments.deployed import Environment, EnvironmentListing, Environments, EnvironmentSpec
 from dagster_sbatch.environments.interpreter import NEWEST, OLDEST, Interpreter
 from dagster_sbatch.environments.lockfile import read_lock
 from dagster_sbatch.environments.progress import LoggedProgress
@@ -109,6 +110,31 @@ def test_every_workload_below_the_workloads_folder_has_the_same_code(
         inputs = RunEnvironment(environments, Settings(), plan).inputs
         code = {name.removeprefix("code "): digest for name, digest in inputs.items() if name.startswith("code ")}
         assert code == read_code(tmp_path).digests
+
+
+def test_what_is_published_has_the_revision_that_was_read(tmp_path: Path) -> None:
+    """Making an environment takes minutes, in which a person commits."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(tmp_path)]
+    commit = [*git, "commit", "--quiet", "--allow-empty", "--message=a"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run(commit, check=True)
+    read = revision_of(tmp_path)
+
+    class Slow(Environments):
+        def __init__(self) -> None:
+            self.published_as = ""
+
+        def ensure(self, *_: Any) -> Environment:
+            subprocess.run(commit, check=True)
+            return listing("a", 0).environment
+
+        def publish(self, environments: Any, revision: str) -> bool:
+            self.published_as = revision
+            return True
+
+    environments = Slow()
+    publish(environments, {"": EnvironmentSpec(read_code(tmp_path), None)})
+    assert environments.published_as == read != revision_of(tmp_path)
 
 
 # What may go

@@ -97,11 +97,11 @@ def _parse_arguments() -> argparse.Namespace:
 
 def publish(environments: Environments, specs: Mapping[str, EnvironmentSpec]) -> int:
     """Make the environment of each group that is not there, then let production run all of them."""
-    made = {}
+    made, revision = {}, revision_of(specs[DEFAULT].code.folder)
     for group, spec in specs.items():
         with _progress_on(Console()) as progress:
             made[group] = environments.ensure(spec, progress)
-    new = environments.publish(made, revision_of(specs[DEFAULT].code.folder))
+    new = environments.publish(made, revision)
     how = "published" if new else "was published already"
     for group, environment in made.items():
         print(f"{how}: {environment.name}, Python {environment.interpreter.version}{_named(group)}")
