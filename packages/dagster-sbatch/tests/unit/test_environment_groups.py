@@ -272,7 +272,8 @@ class Published:
             (folder / name).mkdir(parents=True)
             content = dict.fromkeys(releases.NEEDED)
             about = dict.fromkeys(("executable", "version", "machine", "glibc"), "")
-            store(str(folder / name / HERE), {**content, "name": name, "code": code or {}, "interpreter": about})
+            own = {"name": name, "python": sys.executable, "code": code or {}, "interpreter": about}
+            store(str(folder / name / HERE), {**content, **own})
 
     def ask(self, *_: Any, verb: str, **fields: Any) -> Any:
         """Stand for `Gateway.ask`, with the agent in this process."""

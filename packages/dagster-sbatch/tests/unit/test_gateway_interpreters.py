@@ -11,8 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-from dagster_sbatch.slurm.gateway.agent import interpreters
-from dagster_sbatch.slurm.gateway.agent.disk import RequestError
+from dagster_sbatch.slurm.gateway.agent import interpreters, releases
+from dagster_sbatch.slurm.gateway.agent.building import HERE
+from dagster_sbatch.slurm.gateway.agent.disk import RequestError, store
 from dagster_sbatch.slurm.gateway.agent.interpreters import REMEMBERED, choose, in_setup
 from slurm_in_a_box import wait_until
 
@@ -91,6 +92,22 @@ def test_before_the_first_deployment_nothing_is_remembered(
     assert choose(nowhere) == choose(nowhere)
     assert interpreter.asked == 2
     assert not (tmp_path / "none").exists()
+
+
+def test_production_refuses_an_environment_whose_interpreter_was_removed(
+    interpreter: Interpreter, tmp_path: Path
+) -> None:
+    environment, ask = tmp_path / "environments" / "a1", {"folder": str(tmp_path / "environments"), "group": ""}
+    (environment / "bin").mkdir(parents=True)
+    python = environment / "bin" / "python"
+    python.symlink_to(interpreter.path)
+    content = {**dict.fromkeys(releases.NEEDED), "name": "a1", "python": str(python)}
+    store(str(environment / HERE), content)
+    releases.publish({**ask, "groups": {"": "a1"}, "about": {}}, None)
+    assert releases.published(ask, None)["environment"]["name"] == "a1"
+    interpreter.path.unlink()
+    with pytest.raises(RequestError, match=rf"^{python} leads to a Python that was removed from .* Publish .*\n"):
+        releases.published(ask, None)
 
 
 SETUP = """\

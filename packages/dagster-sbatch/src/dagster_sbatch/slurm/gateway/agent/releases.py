@@ -84,6 +84,9 @@ def published(ask, _):
     if not touch(path) or not content:
         text = "%s was published and does not exist any more, or its %s cannot be read"
         raise RequestError("refused", text % (path, HERE))
+    if not os.path.exists(content["python"]):
+        text = "%s leads to a Python that was removed from %s. Publish again:\nscripts/deploy_environment.py"
+        raise RequestError("refused", text % (content["python"], os.uname()[1]))
     return {"environment": content, "entry": entries[-1]}
 
 
