@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from dagster_sbatch.run.local import LocalProcess
 from slurm_in_a_box import wait_until
@@ -20,11 +21,11 @@ def test_how_long_it_ran_does_not_include_what_its_output_costs_us(tmp_path: Pat
 
     def store(data: bytes) -> None:
         """As a database that takes its time."""
-        wait_until((tmp_path / "end").exists, "the command has ended", 60, 0.01)
+        wait_until(lambda: gone(int(data)), "the command has ended", 60, 0.01)
         time.sleep(slow)
 
     begun = time.monotonic()
-    command = [sys.executable, "-c", "print('a line')"]
+    command = [sys.executable, "-c", "import os; print(os.getpid())"]
     ended = LocalProcess(command, os.environ, tmp_path, {"stdout": store}).run(threading.Event())
     assert ended.exit_code == 0
     assert 0 < ended.seconds <= time.monotonic() - begun - slow
@@ -93,8 +94,9 @@ def test_the_run_directory_goes_though_the_workload_writes_into_it(tmp_path: Pat
 
 
 CHATTER = """
-import time
+import os, time
 until = time.monotonic() + 20
+open("pid", "w").write(str(os.getpid()))
 while time.monotonic() < until:
     print(".", end="", flush=True)
 """
@@ -102,14 +104,25 @@ while time.monotonic() < until:
 
 
 def test_a_workload_that_writes_faster_than_its_output_is_stored_can_be_terminated(tmp_path: Path) -> None:
-    stop, written, ended_file, stored = threading.Event(), tmp_path / "stdout", tmp_path / "end", 0
+    stop, written, stored = threading.Event(), tmp_path / "stdout", 0
 
     def store(data: bytes) -> None:
         """As a database that takes its time: there is more to store afterwards, while the workload runs."""
         nonlocal stored
         stored += len(data)
         stop.set()
-        wait_until(lambda: written.stat().st_size > stored or ended_file.exists(), "more is written", 60, 0.01)
+        pid = int((tmp_path / "pid").read_text())
+        wait_until(lambda: written.stat().st_size > stored or gone(pid), "more is written", 60, 0.01)
 
     ended = LocalProcess([sys.executable, "-c", CHATTER], os.environ, tmp_path, {"stdout": store}).run(stop)
     assert ended.exit_code == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("last", ["shutil.rmtree(os.getcwd())", "os.mkdir('end')", "sys.exit(3)", "os.abort()"])
+def test_how_a_workload_has_ended_does_not_depend_on_its_run_directory(last: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    command = [sys.executable, "-c", f"import os, shutil, sys\n{last}"]
+    ended = LocalProcess(command, os.environ, folder, {}).run(threading.Event())
+    assert ended.exit_code == {"sys.exit(3)": 3, "os.abort()": -signal.SIGABRT}.get(last, 0)
+    assert ended.seconds > 0

@@ -20,8 +20,6 @@ GRACE_SECONDS = 10.0
 KILL_SECONDS = 5.0
 """For the supervisor to kill what is left."""
 CHUNK = 1 << 20
-END = "end"
-"""Name of the file that the supervisor writes."""
 
 _MACHINE = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
@@ -66,13 +64,13 @@ class LocalProcess:
         """
         self._folder, self._sinks = folder, sinks
         self._offsets = dict.fromkeys(sinks, 0)
-        with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
+        with (folder / "stderr").open("wb") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(supervisor.__file__), str(folder / END), *command],
+                [sys.executable, "-I", "-S", str(supervisor.__file__), str(folder / "stdout"), *command],
                 env=dict(environment),
                 cwd=folder,
                 stdin=subprocess.PIPE,  # never written to: the supervisor reads its end when this process ends
-                stdout=stdout,
+                stdout=subprocess.PIPE,  # of the supervisor, which writes how the workload has ended
                 stderr=stderr,
                 start_new_session=True,
             )
@@ -126,9 +124,11 @@ class LocalProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self.follow()
-        end, cause = self._folder / END, self._folder / CAUSE
-        if not end.exists():
+        assert self._process.stdout
+        with self._process.stdout as report:
+            code, _, seconds = report.read().partition(b" ")
+        if not seconds:
             return Ended(self._process.returncode, 0.0)
-        code, seconds = end.read_text().split()
+        cause = self._folder / CAUSE
         known = int(code) and cause.exists()
         return Ended(int(code), float(seconds), cause.read_text(errors="replace").strip() if known else "")

@@ -1,11 +1,12 @@
 """Run a workload on this machine so that none of its processes outlives the Dagster step.
 
-usage: supervisor.py END_FILE COMMAND...   (started by `dagster_sbatch.run.local` as the leader of a process group)
+usage: supervisor.py STDOUT COMMAND...   (started by `dagster_sbatch.run.local` as the leader of a process group)
 
 Standard input is a pipe from the step, which never writes to it. It ends when the step ends, also by SIGKILL; then the
-supervisor kills the whole group. When the workload ends, the supervisor writes its exit code (negative: the
-signal that ended it) and its run time in seconds into END_FILE, and kills all processes that it left. On Linux these
-include children in sessions of their own (`start_new_session=True`, daemons), as at the end of a Slurm job.
+supervisor kills the whole group. The workload writes its output into the file STDOUT in its run directory. When it has
+ended, the supervisor writes its exit code (negative: the signal that ended it) and its run time in seconds on standard
+output, and kills all processes that it left. On Linux these include children in sessions of their own
+(`start_new_session=True`, daemons), as at the end of a Slurm job.
 """
 
 import ctypes
@@ -58,22 +59,21 @@ def _children() -> list[int]:
 
 def main() -> None:
     """Run the workload."""
-    end_file, *command = sys.argv[1:]
+    output, *command = sys.argv[1:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGTERM, signal.SIGINT):  # they are for the workload, which ends first
         signal.signal(number, lambda *_: None)  # the workload would inherit SIG_IGN
     begun = time.monotonic()
-    workload = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    watcher = threading.Thread(target=_end_with_parent, args=(Path(end_file).parent,), daemon=True)
+    with Path(output).open("wb") as stdout:
+        workload = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout)
+    watcher = threading.Thread(target=_end_with_parent, args=(Path(output).parent,), daemon=True)
     watcher.start()
     code = workload.wait()
     if _parent_gone.is_set():
         watcher.join()  # it ends this process
-    part = Path(end_file + ".part")
-    with suppress(FileNotFoundError):  # the step has just ended
-        part.write_text(f"{code} {time.monotonic() - begun}")
-        part.rename(end_file)
+    with suppress(BrokenPipeError):  # the step has just ended
+        os.write(1, f"{code} {time.monotonic() - begun}".encode())
     _kill_children()
     os.killpg(0, signal.SIGKILL)
 
