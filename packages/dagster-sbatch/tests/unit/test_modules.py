@@ -155,6 +155,7 @@ LMOD = """\
 #!/bin/sh
 [ "$1 $2 $3" = "bash load GCC/14.3.0" ] || { echo "wrong: $*" >&2; echo false; exit; }
 [ "$MODULEPATH" = /modules ] && [ -z "$A_SECRET" ] || { echo "wrong environment" >&2; echo false; exit; }
+echo 'echo a module says hello'
 echo 'export PATH="/of/module:$PATH" SOLVER="a = b
 c" PYTHONHOME=/nowhere PYTHONPATH=/nowhere'
 """
@@ -163,6 +164,7 @@ PROGRAM = (
     + """
     import os
     words = [os.environ.get(name, "") for name in ("SOLVER", "PATH", "A_SECRET")]
+    words.append("".join(name for name in os.environ if "hello" in name))
     pipes.report_asset_materialization(metadata={"words": words})
 """
 )
@@ -190,8 +192,8 @@ def run_here(folder: Path, capfd: pytest.CaptureFixture[str]) -> tuple[list[str]
 
 @pytest.mark.usefixtures("lmod")
 def test_development_loads_them_if_the_machine_has_lmod(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (solver, path, secret), log = run_here(tmp_path, capfd)
-    assert (solver, path.partition(":")[0], secret) == ("a = b\nc", "/of/module", "")
+    (solver, path, secret, printed), log = run_here(tmp_path, capfd)
+    assert (solver, path.partition(":")[0], secret, printed) == ("a = b\nc", "/of/module", "", "")
     assert "modules" not in log
 
 
@@ -199,7 +201,7 @@ def test_development_runs_without_those_that_the_machine_lacks(
     tmp_path: Path, lmod: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     lmod.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{UNKNOWN}END\necho false\n")
-    (solver, _, _), log = run_here(tmp_path, capfd)
+    (solver, *_), log = run_here(tmp_path, capfd)
     assert solver == ""
     assert "WARNING" in log
     assert "Lmod on this machine could not load the modules GCC/14.3.0. The following module(s) are unknown:" in log

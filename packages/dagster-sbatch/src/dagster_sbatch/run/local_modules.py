@@ -12,7 +12,7 @@ _LMOD = "LMOD_CMD"
 """Lmod sets it in every shell in which `module` works."""
 _STATE = ("LMOD_", "__LMOD_", "MODULE", "_ModuleTable", "LOADEDMODULES", "_LMFILES_")
 """Beginnings of the names of Lmod's own variables."""
-_LOAD = 'set -e; eval "$("$LMOD_CMD" bash load "$@")"; env -0'
+_LOAD = 'set -e; eval "$("$LMOD_CMD" bash load "$@")" >&2; env -0'  # a module may print
 _SHELLS = ("PWD", "OLDPWD", "SHLVL", "_")
 
 
