@@ -10,6 +10,7 @@ import pytest
 
 from dagster_sbatch.run.messages import JOB_STARTED
 from dagster_sbatch.run.pipes import Messages, Output
+from dagster_sbatch.run.task_output import TaskLines, Warnings
 
 CONTEXT = cast(dg.OpExecutionContext, None)
 """Not needed without reports on partitions."""
@@ -134,3 +135,13 @@ def test_output_to_what_is_closed(tmp_path: Path) -> None:
         each.feed(b"a line\n")
         assert each.tail == "a line"
     assert [str(error) for error in errors] == ["I/O operation on closed file"]
+
+
+def test_of_a_progress_bar_of_a_task_the_last_state_is_shown() -> None:
+    shown: list[str] = []
+    lines = TaskLines("2013-01", shown.append, Warnings())
+    for percent in range(101):
+        lines.feed(b"\r%3d %% [########]" % percent)
+    lines.feed(b"\r")
+    lines.feed(b"\ndone\r\n")
+    assert "".join(shown) == "[2013-01] 100 % [########]\r\n[2013-01] done\r\n"

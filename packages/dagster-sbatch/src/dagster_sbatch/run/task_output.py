@@ -46,8 +46,8 @@ class TaskLines(Lines):
         self._left_out = False
 
     def show(self, text: str) -> None:
-        """Write some text; what follows its last newline waits."""
-        *lines, self._rest = (self._rest + text).split("\n")
+        """Write some text; what follows its last newline waits. Of a progress bar, only its last state does."""
+        *lines, self._rest = (line[line.rfind("\r", 0, -1) + 1 :] for line in (self._rest + text).split("\n"))
         shown = [f"[{self._label}] {line}\n" for line in lines if self._is_shown(line)]
         if shown:
             self._target("".join(shown))
