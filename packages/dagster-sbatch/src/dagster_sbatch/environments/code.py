@@ -13,6 +13,7 @@ from pathlib import Path
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm.gateway.agent.building import EXECUTABLE
+from dagster_sbatch.slurm.units import list_names
 
 MOST_BYTES = 8 << 20
 """Size of all files together; more than this is data, not code."""
@@ -56,8 +57,7 @@ class Code:
     def notes(self) -> list[str]:
         """Sentences for the user: files that are not sent, and files that are sent because there is no git."""
         names = sorted(self.left_out if self.in_git else self.files)
-        listed = _shown(", ".join(names[:MOST_NAMES]))
-        listed += f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        listed = _shown(list_names(names, MOST_NAMES))
         if not self.in_git:
             return [f"{self.folder} is in no git repository: all {len(names)} files in it are sent: {listed}"]
         return [f"git does not track these files in {self.folder}, so they are not sent: {listed}"] if names else []
