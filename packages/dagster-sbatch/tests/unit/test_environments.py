@@ -72,9 +72,11 @@ def test_comments_and_order_do_not_count_but_hashes_do(tmp_path: Path) -> None:
     assert one.digest == same.digest != other.digest
 
 
-@pytest.mark.parametrize("line", ["a>=1 --hash=sha256:aa", "a==1", "-e .", "a==1 ; what --hash=sha256:aa"])
+@pytest.mark.parametrize(
+    "line", ["a>=1 --hash=sha256:aa", "a==1", "-e .", "a==1 ; what --hash=sha256:aa", "a @ file:///home/a"]
+)
 def test_what_is_not_exact_is_refused(tmp_path: Path, line: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"lock\.txt"):
+    with pytest.raises(ConfigurationError, match=r"lock\.txt: .* If pyproject\.toml names a folder or an address, "):
         read_lock(lock_of(tmp_path, line))
 
 

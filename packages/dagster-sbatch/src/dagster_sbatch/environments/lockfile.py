@@ -92,7 +92,7 @@ def _parse(line: str, path: Path) -> Pin:
         exact = False
     if not (exact and hashes):
         raise ConfigurationError(
-            f"{path}: {text!r} is not an exact version with hashes. The file was not made by scripts/lock. Make it "
-            "again:\nscripts/lock"
+            f"{path}: {text!r} is not an exact version with hashes. If pyproject.toml names a folder or an address, "
+            "put that code into the code root instead, beside the workloads. Then make the file again:\nscripts/lock"
         )
     return Pin(canonicalize_name(requirement.name), text, tuple(hashes))
