@@ -14,7 +14,7 @@ import pytest
 
 from dagster_sbatch.run import remote_step, reports
 from dagster_sbatch.slurm import SlurmRequest
-from dagster_sbatch.slurm.gateway import frames, link
+from dagster_sbatch.slurm.gateway import channel, link
 from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, TCSH_USER, SimulatedSite, wait_until
 from support.background import (
     REPORTS,
@@ -183,8 +183,8 @@ def test_frozen_without_being_closed(
 ) -> None:
     """The client gives the connection up and connects anew, beside an agent that knows of nothing."""
     if not STRESS:
-        monkeypatch.setattr(frames, "PING_SECONDS", 1.0)
-        monkeypatch.setattr(frames, "DEAD_SECONDS", 3.0)
+        monkeypatch.setattr(channel, "PING_SECONDS", 1.0)
+        monkeypatch.setattr(channel, "DEAD_SECONDS", 3.0)
     run = Background(lambda: materialize(WAITS, workloads, request=REQUEST))
     only_job(site, "RUNNING")
     before = logins(site)

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import Gateway, choose_channel, link
-from dagster_sbatch.slurm.gateway import channel as channels
+from dagster_sbatch.slurm.gateway import Gateway, choose_channel, link, programs
 
 HURRIED = """
 import sys
@@ -51,12 +50,12 @@ def put(folder: Path, name: str, script: str) -> None:
 def prepare(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prepare]:
     """`prepare(code)` gives a gateway whose agent has run that Python code first."""
     made: list[Gateway] = []
-    start = channels._START
+    start = programs.START
     monkeypatch.setattr(link, "FIRST_PAUSE", 0.01)
 
     def make(code: str = "", told: list[str] | None = None) -> Gateway:
         begin = "[globals()[name]() for name in ('hurry', 'spoil') if name in globals()]; names['serve']()"
-        monkeypatch.setattr(channels, "_START", code + "\n" + start.replace("names['serve']()", begin))
+        monkeypatch.setattr(programs, "START", code + "\n" + start.replace("names['serve']()", begin))
         on_trouble = (lambda _: None) if told is None else told.append
         made.append(Gateway(choose_channel(SETTINGS, (), lambda _: None), on_trouble=on_trouble))
         return made[-1]

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from time import monotonic, time
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from dagster_sbatch.slurm.gateway import choose_channel
-from dagster_sbatch.slurm.gateway.frames import Frames
+from dagster_sbatch.slurm.gateway.channel import Channel
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import SETTINGS, Prepare, put
 
@@ -20,14 +19,14 @@ OTHER = "token 2", "run 2"
 
 
 @pytest.fixture
-def agent(slurm: Path) -> Iterator[Frames]:
+def agent(slurm: Path) -> Iterator[Channel]:
     """The connection to an agent, as a client has it that sends several requests at once."""
-    frames = Frames(choose_channel(SETTINGS, (), lambda _: None)(), count(1))
-    yield frames
-    frames.close()
+    channel = choose_channel(SETTINGS, (), lambda _: None)()
+    yield channel
+    channel.close()
 
 
-def answers_of(agent: Frames) -> list[Any]:
+def answers_of(agent: Channel) -> list[Any]:
     """Return what the agent answers to the first request until it leaves."""
     found, until = [], monotonic() + 20
     while monotonic() < until:
@@ -40,7 +39,7 @@ def answers_of(agent: Frames) -> list[Any]:
 
 @pytest.mark.parametrize("request_", [{"do": "cancel"}, {"do": "run", "files": {"job.sh": ""}, "follower": "run-1"}])
 def test_a_client_that_has_lost_its_claim_neither_cancels_nor_submits(
-    request_: dict[str, Any], agent: Frames, prepare: Prepare, tmp_path: Path
+    request_: dict[str, Any], agent: Channel, prepare: Prepare, tmp_path: Path
 ) -> None:
     """It was cut off, and another client acts on its runs by now. Its next request comes right behind the claim."""
     runs = tmp_path / "runs"
@@ -51,7 +50,7 @@ def test_a_client_that_has_lost_its_claim_neither_cancels_nor_submits(
     assert [path.name for path in runs.iterdir()] == ["family.holder"]
 
 
-def test_a_client_that_loses_its_claim_while_it_inherits_it_is_left(agent: Frames, tmp_path: Path) -> None:
+def test_a_client_that_loses_its_claim_while_it_inherits_it_is_left(agent: Channel, tmp_path: Path) -> None:
     """Its previous agent has ended, and another client was faster than its present one."""
     (tmp_path / "runs").mkdir(mode=0o700)
     mine: dict[str, Any] = {"token": "token 1", "who": "run 1"}

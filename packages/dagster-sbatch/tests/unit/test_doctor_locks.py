@@ -12,8 +12,7 @@ from dagster_sbatch.inspect.diagnosis import make, slurm_jobs
 from dagster_sbatch.inspect.diagnosis.finding import Facts
 from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import Gateway, choose_channel
-from dagster_sbatch.slurm.gateway import channel as channels
+from dagster_sbatch.slurm.gateway import Gateway, choose_channel, programs
 from resources import PROJECT
 
 pytestmark = pytest.mark.usefixtures("slurm")  # with sbatch on PATH, this machine is the login node
@@ -27,7 +26,7 @@ def found(hosts: list[str], second: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
     settings = Settings.model_validate(
         {"SLURM_EDGE_NODE_HOST": "localhost", "SLURM_DEPLOYMENT_BASE_PATH": f"{tmp_path}/base"}
     )
-    start, names = channels._START, cycle(hosts)
+    start, names = programs.START, cycle(hosts)
     opened = 0
 
     @contextmanager
@@ -35,7 +34,7 @@ def found(hosts: list[str], second: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
         nonlocal opened
         opened += 1
         code = NAMED.format(host=next(names)) + (second if opened > 1 else "")
-        monkeypatch.setattr(channels, "_START", code + start)
+        monkeypatch.setattr(programs, "START", code + start)
         gateway = Gateway(choose_channel(settings, (), lambda _: None))
         try:
             yield Runs(gateway, settings)

@@ -25,11 +25,11 @@ from dagster_sbatch.slurm.gateway import (
     Questions,
     RefusedError,
     StoppedError,
-    channel,
     choose_channel,
     link,
 )
-from dagster_sbatch.slurm.gateway.channel import Channel, without_comments
+from dagster_sbatch.slurm.gateway.channel import Channel
+from dagster_sbatch.slurm.gateway.programs import SOURCE, START, without_comments
 from dagster_sbatch.ssh import AuthenticationError, HostKeyError, SshError
 from slurm_in_a_box import wait_until
 from support import ENGINE, ROOT
@@ -127,9 +127,9 @@ def test_a_module_of_the_agent_means_the_same_without_comments(module: Path) -> 
 
 
 def test_the_agent_starts_without_modules_that_take_long_to_load() -> None:
-    code = channel._START.replace("names['serve']()", "print({'shutil', 'tempfile', 'traceback'} & set(sys.modules))")
+    code = START.replace("names['serve']()", "print({'shutil', 'tempfile', 'traceback'} & set(sys.modules))")
     command = [sys.executable, "-I", "-S", "-c", code]
-    assert subprocess.run(command, input=channel._SOURCE, capture_output=True, check=True).stdout == b"set()\n"
+    assert subprocess.run(command, input=SOURCE, capture_output=True, check=True).stdout == b"set()\n"
 
 
 def test_a_client_that_is_silent_is_left_and_one_that_is_slow_is_not(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, StoppedError, choose_channel, frames, link
+from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, StoppedError, choose_channel, link, programs
 from dagster_sbatch.slurm.gateway import channel as channels
 from dagster_sbatch.slurm.gateway.agent.server import HELLO
 from dagster_sbatch.slurm.gateway.channel import Channel
@@ -88,7 +88,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, clock: Callable[[], float]) -> None:
     """Let the client have this clock."""
-    for module in (frames, link):
+    for module in (channels, link):
         monkeypatch.setattr(module, "monotonic", clock)
 
 
@@ -96,13 +96,13 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, clock: Callable[[], float]) -> No
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     server = 'sys.modules["agent.server"]'
     patient = f"{server}.SILENCE *= {SPEED}; names['serve']()"  # pings come as often as ever
-    assert "names['serve']()" in channels._START
-    start = channels._START.replace("names['serve']()", patient)
-    monkeypatch.setattr(channels, "_START", FAST.format(speed=SPEED, since=time.time()) + start)
+    assert "names['serve']()" in programs.START
+    start = programs.START.replace("names['serve']()", patient)
+    monkeypatch.setattr(programs, "START", FAST.format(speed=SPEED, since=time.time()) + start)
     set_clock(monkeypatch, lambda: time.monotonic() * SPEED)
-    monkeypatch.setattr(frames, "PING_SECONDS", frames.PING_SECONDS * SPEED)
-    monkeypatch.setattr(frames, "DEAD_SECONDS", frames.DEAD_SECONDS * SPEED)
-    monkeypatch.setattr(frames, "READ_SECONDS", frames.READ_SECONDS / SPEED)
+    monkeypatch.setattr(channels, "PING_SECONDS", channels.PING_SECONDS * SPEED)
+    monkeypatch.setattr(channels, "DEAD_SECONDS", channels.DEAD_SECONDS * SPEED)
+    monkeypatch.setattr(channels, "READ_SECONDS", channels.READ_SECONDS / SPEED)
 
 
 @pytest.mark.usefixtures("fast")
@@ -154,19 +154,20 @@ def test_ten_minutes_without_slurm(words: str, slurm: Path) -> None:
     assert len(waits) == (len(told) if "Submit" in words else 0)
 
 
-class Cut:
-    """A connection that is lost as soon as something of a job's output has come over it."""
+def cut(channel: Channel, monkeypatch: pytest.MonkeyPatch) -> Channel:
+    """Lose a connection as soon as something of a job's output has come over it."""
+    read, come = channel._read, 0
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel, self._come = channel, 0
-        self.write, self.complaint, self.close = channel.write, channel.complaint, channel.close
-
-    def read(self, seconds: float) -> bytes:
-        if self._come > 1 << 18:
+    def read_or_lose(seconds: float) -> bytes:
+        nonlocal come
+        if come > 1 << 18:
             raise EOFError("cut")
-        data = self._channel.read(seconds)
-        self._come += len(data)
+        data = read(seconds)
+        come += len(data)
         return data
+
+    monkeypatch.setattr(channel, "_read", read_or_lose)
+    return channel
 
 
 @pytest.mark.parametrize("way", ["nobody is let in", "each connection is cut"])
@@ -184,7 +185,7 @@ def test_a_login_node_that_fails_is_not_hammered(way: str, slurm: Path, monkeypa
         if way == "nobody is let in":
             logins.count += 1
             raise OSError("connection refused")
-        return Cut(logins())
+        return cut(logins(), monkeypatch)
 
     gateway = Gateway(open_channel, clock)
     with pytest.raises(StoppedError):
@@ -212,7 +213,7 @@ def test_an_error_of_the_agent_itself_ends_a_request_and_is_shown(
     assert len(told) == link.BROKEN_TRIES - 1
 
 
-class SlowAgent:
+class SlowAgent(Channel):
     """Works for longer than any pause on each request, and then answers with an error, or is gone."""
 
     SECONDS = link.LONGEST_PAUSE + 5
@@ -220,13 +221,13 @@ class SlowAgent:
     def __init__(self, clock: Clock, kind: str) -> None:
         self._clock, self._kind = clock, kind
         self.asked, self.ended = list[float](), list[float]()
-        self._out, self._ident = bytearray(), 0
 
     def __call__(self) -> Channel:
+        super().__init__()
         self._out, self._ident = bytearray(f"{HELLO}\n".encode()), 0
         return self
 
-    def write(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> None:
         request = json.loads(data)
         if request["do"] == "ping":
             self._out += json.dumps({"id": request["id"], "pong": True}).encode() + b"\n"
@@ -236,7 +237,7 @@ class SlowAgent:
         if len(self.asked) > 12:
             self._clock.set()
 
-    def read(self, seconds: float) -> bytes:
+    def _read(self, seconds: float) -> bytes:
         if self._ident and self._clock.now - self.asked[-1] > self.SECONDS:
             self.ended.append(self._clock.now)
             if self._kind == "lost":
@@ -251,7 +252,7 @@ class SlowAgent:
         self._out.clear()
         return data
 
-    def complaint(self) -> str:
+    def _complaint(self) -> str:
         return ""
 
     def close(self) -> None:
@@ -278,7 +279,7 @@ def test_slow_temporary_answers_are_repeated_with_growing_pauses(monkeypatch: py
     pauses = ask_slow_agent("temporary", StoppedError, monkeypatch)
     expected = [min(link.FIRST_PAUSE * 2**number, link.LONGEST_PAUSE) for number in range(len(pauses))]
     assert len(pauses) == 12
-    assert pauses == pytest.approx(expected, abs=2 * frames.READ_SECONDS)
+    assert pauses == pytest.approx(expected, abs=2 * channels.READ_SECONDS)
 
 
 def test_the_loss_of_a_connection_that_has_lasted_is_followed_by_a_short_pause(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from dagster_sbatch.environments.deployed import Environments, EnvironmentSpec
 from dagster_sbatch.environments.lockfile import read_lock
 from dagster_sbatch.environments.progress import LoggedProgress
 from dagster_sbatch.slurm.gateway import Gateway, Questions, make_gateway
-from dagster_sbatch.slurm.gateway.frames import Frame, Frames
+from dagster_sbatch.slurm.gateway.channel import Channel, Frame
 from resources import PROJECT
 from support.agent_fixtures import put
 from support.workload_asset import PIPES, materialize
@@ -30,26 +30,26 @@ echo "JobName=$(cat "$HOME/name") JobState=COMPLETED ExitCode=0:0 SubmitTime=1 S
 def exchanges(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The requests of all clients; those that are sent without waiting for an answer in between are one exchange."""
     found: list[list[str]] = []
-    send, receive = Frames.send, Frames.receive
+    send, receive = Channel.send, Channel.receive
     answered = True
 
-    def record_request(frames: Frames, data: bytes = b"", **request: Any) -> int:
+    def record_request(channel: Channel, data: bytes = b"", **request: Any) -> int:
         nonlocal answered
         if request["do"] != "ping":
             if answered:
                 found.append([])
             answered = False
             found[-1].append(request["do"])
-        return send(frames, data, **request)
+        return send(channel, data, **request)
 
-    def record_answer(frames: Frames) -> Frame | None:
+    def record_answer(channel: Channel) -> Frame | None:
         nonlocal answered
-        frame = receive(frames)
+        frame = receive(channel)
         answered |= frame is not None
         return frame
 
-    monkeypatch.setattr(Frames, "send", record_request)
-    monkeypatch.setattr(Frames, "receive", record_answer)
+    monkeypatch.setattr(Channel, "send", record_request)
+    monkeypatch.setattr(Channel, "receive", record_answer)
     return found
 
 

@@ -20,6 +20,7 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, allocate
 from dagster_sbatch.slurm.gateway import Gateway, Projects, Queued, Share, StoppedError, Usage
 from dagster_sbatch.slurm.gateway.agent.server import HELLO
+from dagster_sbatch.slurm.gateway.channel import Channel
 from resources import PROJECT
 
 SITE = PROJECT.load_site("musica")
@@ -133,20 +134,21 @@ SAID = {
 }  # fmt: skip
 
 
-class Agent:
+class Agent(Channel):
     """A connection whose agent answers `usage` after another answer, or with an error, or never."""
 
     def __init__(self, said: Mapping[str, Any] | None) -> None:
+        super().__init__()
         self._said, self._lines, self.closed = said, [{"id": 0, "hello": HELLO}], False
 
-    def write(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> None:
         ask = json.loads(data)
         other = {"rows": [], "default": "", "exported": False}
         self._lines.append({"id": ask["id"] - 1 if ask["do"] == "usage" else ask["id"], **other})
         if ask["do"] == "usage" and self._said is not None:
             self._lines.append({**self._said, "id": ask["id"]})
 
-    def read(self, seconds: float) -> bytes:
+    def _read(self, seconds: float) -> bytes:
         if self.closed:
             raise EOFError
         if self._lines:
@@ -154,7 +156,7 @@ class Agent:
         threading.Event().wait(min(seconds, 0.01))
         raise TimeoutError
 
-    def complaint(self) -> str:
+    def _complaint(self) -> str:
         return ""
 
     def close(self) -> None:

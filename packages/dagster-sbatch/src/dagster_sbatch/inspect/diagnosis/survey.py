@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from dagster_sbatch.setting_paths import to_shell
-from dagster_sbatch.slurm.gateway.shell import after_login_profile, for_any_shell
+from dagster_sbatch.slurm.gateway.programs import after_login_profile, for_any_shell
 
 if TYPE_CHECKING:
     import fabric

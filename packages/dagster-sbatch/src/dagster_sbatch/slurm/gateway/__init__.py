@@ -3,7 +3,8 @@
 client.Gateway     the requests
 arrays             array jobs: the part of their requests that the client does
 link.Link          repeats a request until it is answered, over a new connection if one is lost
-channel            bytes over SSH, or to a subprocess on the login node itself
+channel            requests and answers over SSH, or to a subprocess on the login node itself
+programs           the agent's source, and the command lines that start it
 ~~~~~~~~~~~~~~~~~  the login node begins here
 agent.server       reads requests, answers them, leaves when the client is gone
 """

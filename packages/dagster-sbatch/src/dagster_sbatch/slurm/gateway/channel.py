@@ -1,99 +1,213 @@
-"""Bytes to and from an agent: over SSH, or through a subprocess where Dagster runs on the login node itself."""
+"""A connection to an agent: over SSH, or through a subprocess where Dagster runs on the login node itself."""
 
+import json
 import os
-import re
 import select
 import shlex
 import subprocess
 import sys
-import time
-import zlib
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, Protocol
+from itertools import count
+from time import monotonic
+from typing import Any
 
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import programs
+from dagster_sbatch.slurm.gateway.agent.server import HELLO
 from dagster_sbatch.slurm.gateway.agent.slurm_commands import KEPT
-from dagster_sbatch.slurm.gateway.shell import after_login_profile, for_any_shell
 from dagster_sbatch.ssh import connect
 
-_MODULES = "disk transfer turn task_states slurm_commands job_record ends streams tasks paths".split()
-_MODULES += "run_directories limits usage jobs array_follower follower interpreters building".split()
-_MODULES += "releases claims images task_records server".split()
-"""Of the agent, each after those that it uses."""
-_JOIN = """\
-import sys, types
-sys.modules["agent"] = types.ModuleType("agent")
-for name, text in {texts!r}:
-    module = sys.modules["agent." + name] = types.ModuleType("agent." + name)
-    module.__package__ = "agent"
-    exec(compile(text, "agent/" + name, "exec"), module.__dict__)
-serve = module.serve
-"""
-
-
-def _join() -> bytes:
-    """Return the agent's modules as one program, compressed with zlib: a new connection takes few packets at once."""
-    folder = Path(__file__).with_name("agent")
-    texts = [(name, without_comments((folder / f"{name}.py").read_text(encoding="utf-8"))) for name in _MODULES]
-    return zlib.compress(_JOIN.format(texts=texts).encode(), 9)
-
-
-def without_comments(text: str) -> str:
-    """Return a module's code without comments and docstrings, two thirds of the bytes. Lines keep their numbers."""
-    docstring = re.compile(r'^( *)"""(.*?)"""', re.MULTILINE | re.DOTALL)
-    code = docstring.sub(lambda found: f'{found[1]}""' + "\n" * found[2].count("\n"), text)
-    return re.sub(r"(^ *|  )#.*$", "", code, flags=re.MULTILINE)
-
-
-_SOURCE = _join()
-# Reads exactly the source; the requests that follow on stdin stay in the same buffer, for the agent.
-_START = (
-    "import sys, zlib; sys.version_info < (3, 6) and sys.exit('it is Python ' + sys.version.split()[0]); "
-    f"source = zlib.decompress(sys.stdin.buffer.read({len(_SOURCE)})); "
-    "names = {}; exec(compile(source, 'agent', 'exec'), names); names['serve']()"
-)
-NO_PYTHON = "gateway-agent: no Python"
-"""Begins the line that comes instead of the agent's greeting where none of the interpreters starts."""
-# Runs the first interpreter that starts. An agent ends with 0 or by a signal.
-_CHOOSE = """\
-for each in {pythons}; do
-  command -v "$each" >/dev/null 2>&1 || continue
-  "$each" -I -S -u -c {start}
-  code=$?
-  if [ $code = 0 ] || [ $code -gt 128 ]; then exit $code; fi
-  echo "$each ended with exit code $code" >&2
-done
-"""
 _WINDOW = 2 << 20
 """Bytes that may be in flight: paramiko's default. It bounds the memory here; it allows 40 MB/s at 50 ms round trip."""
 _PIECE = 1 << 18
 _WRITE_SECONDS = 45.0
 """For a peer that accepts no bytes any more."""
+PING_SECONDS = 15.0
+"""Between two pings: the agent leaves a client that is silent for 60 s."""
+DEAD_SECONDS = 45.0
+"""A connection over which nothing comes for this long is given up."""
+READ_SECONDS = 0.5
+"""The longest wait for bytes, before `stop` is checked again."""
+Frame = tuple[Mapping[str, Any], bytes]
 
 
-class Channel(Protocol):
-    """Bytes to and from an agent that has just been started.
+class NoPythonError(Exception):
+    """No interpreter starts on the login node; the text says what was tried."""
 
-    All methods raise OSError, EOFError or SshError when the connection is lost.
+
+class Channel(ABC):
+    """A connection to an agent that has just been started: lines of JSON, and raw bytes behind a line with a `size`.
+
+    All methods raise OSError, EOFError or SshError when it is lost.
     """
 
-    def read(self, seconds: float) -> bytes:
+    def __init__(self) -> None:
+        """Nothing is sent yet."""
+        self._numbers = count(1)
+        self._buffer = bytearray()
+        self._greeted, self._banner = False, ""
+        self._heard = self._pinged = monotonic()
+
+    def send(self, data: bytes = b"", **request: Any) -> int:
+        """Send a request, and bytes behind it; return its number."""
+        ident = next(self._numbers)
+        size = {"size": len(data)} if data else {}
+        begun = monotonic()
+        try:
+            self._write(json.dumps({**request, **size, "id": ident}).encode() + b"\n" + data)
+        except OSError as error:
+            if self._greeted or isinstance(error, TimeoutError):
+                raise  # otherwise there is no agent: reading shows what came in its place
+        if monotonic() - begun > READ_SECONDS:  # the connection is slow, not dead: it has accepted bytes meanwhile
+            self._heard = monotonic()
+        return ident
+
+    def receive(self) -> Frame | None:
+        """Return the next frame, if it comes whole within READ_SECONDS; send pings."""
+        now = monotonic()
+        if now - self._pinged > PING_SECONDS:
+            self._pinged = now
+            self.send(do="ping")
+        frame = self._cut()
+        if frame is None:
+            self._fill(now)
+            frame = self._cut()
+        return frame
+
+    def _fill(self, now: float) -> None:
+        try:
+            data = self._read(READ_SECONDS)
+        except TimeoutError:
+            if now - self._heard > DEAD_SECONDS:
+                raise OSError(f"nothing has come for {DEAD_SECONDS:.0f} s") from None
+            return
+        if not data:
+            raise EOFError("the connection was closed" if self._greeted else f"no agent: {self._no_agent()}")
+        self._heard = now
+        self._buffer += data
+
+    def _no_agent(self) -> str:
+        """Return why there is no agent: what came on stderr and stdout in place of its greeting."""
+        return "\n".join(filter(None, (self._complaint(), self._banner))) or "the connection was closed"
+
+    def _cut(self) -> Frame | None:
+        """Take a whole frame off the buffer; what comes before the agent's greeting is a banner's or a profile's."""
+        while True:
+            end = self._buffer.find(b"\n")
+            if end < 0:
+                return None
+            line = bytes(self._buffer[:end])
+            if self._greeted:
+                break
+            del self._buffer[: end + 1]
+            self._banner = line.decode(errors="replace").strip() or self._banner
+            self._greeted = HELLO.encode() in line
+            if line.startswith(programs.NO_PYTHON.encode()):
+                raise NoPythonError(self._no_agent())
+        try:
+            head = json.loads(line)
+        except ValueError as error:
+            raise OSError(f"something other than the agent writes to the connection: {line[:100]!r}") from error
+        size = head.get("size", 0)
+        if len(self._buffer) < end + 1 + size:
+            return None
+        data = bytes(self._buffer[end + 1 : end + 1 + size])
+        del self._buffer[: end + 1 + size]
+        return head, data
+
+    @abstractmethod
+    def _read(self, seconds: float) -> bytes:
         """Return some bytes, none at the end; raise TimeoutError if nothing comes within this time."""
 
-    def write(self, data: bytes) -> None:
+    @abstractmethod
+    def _write(self, data: bytes) -> None:
         """Send all bytes."""
 
-    def complaint(self) -> str:
+    @abstractmethod
+    def _complaint(self) -> str:
         """Return what came on stderr: why an agent did not start."""
 
+    @abstractmethod
     def close(self) -> None:
         """End the connection; the agent leaves."""
 
 
 OpenChannel = Callable[[], Channel]
+
+
+class _SshChannel(Channel):
+    def __init__(self, connection: Any, script: str) -> None:
+        super().__init__()
+        self._connection = connection
+        try:
+            self._channel = connection.transport.open_session(window_size=_WINDOW)
+            self._channel.exec_command(programs.for_any_shell(script))
+            with suppress(OSError):  # the shell has ended: reading shows why
+                self._write(programs.SOURCE)
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, Exception) and not isinstance(error, OSError | EOFError):
+                raise OSError(f"no channel: {error}") from error
+            raise
+
+    def _read(self, seconds: float) -> bytes:
+        self._channel.settimeout(seconds)
+        return bytes(self._channel.recv(_PIECE))
+
+    def _write(self, data: bytes) -> None:
+        self._channel.settimeout(_WRITE_SECONDS)
+        self._channel.sendall(data)
+
+    def _complaint(self) -> str:
+        said = self._channel.recv_stderr(4096) if self._channel.recv_stderr_ready() else b""
+        return bytes(said).decode(errors="replace").strip()
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class _LocalChannel(Channel):
+    def __init__(self, setup: Sequence[str]) -> None:
+        super().__init__()
+        agent = [sys.executable, "-I", "-S", "-u", "-c", programs.START]
+        script = programs.after_login_profile(setup, f"exec {shlex.join(agent)}")
+        self._process = subprocess.Popen(
+            ["/bin/sh", "-c", script] if setup else agent,
+            bufsize=0,
+            env=child_environment(*KEPT),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for Dagster, which ends the agent itself
+        )
+        self._write(programs.SOURCE)
+
+    def _read(self, seconds: float) -> bytes:
+        assert self._process.stdout
+        if not select.select([self._process.stdout], [], [], seconds)[0]:
+            raise TimeoutError
+        return os.read(self._process.stdout.fileno(), _PIECE)
+
+    def _write(self, data: bytes) -> None:
+        assert self._process.stdin
+        view = memoryview(data)
+        while view:
+            view = view[self._process.stdin.write(view) :]
+
+    def _complaint(self) -> str:
+        assert self._process.stderr
+        ready = select.select([self._process.stderr], [], [], 0)[0]
+        return os.read(self._process.stderr.fileno(), 4096).decode(errors="replace").strip() if ready else ""
+
+    def close(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert pipe
+            pipe.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)  # it ends by itself, after a submission that it has begun
 
 
 def choose_channel(
@@ -114,90 +228,4 @@ def choose_channel(
     """
     if settings.on_login_node:
         return lambda: _LocalChannel(setup)
-    return lambda: _SshChannel(connect(settings, refresh, host_authorities), _start(pythons, setup))
-
-
-def _start(pythons: Sequence[str], setup: Sequence[str]) -> str:
-    """Return the script of /bin/sh that starts an agent.
-
-    Login profiles can be slow. One is read for the setup commands, and where Slurm or Python are not found without it.
-    """
-    choose = _CHOOSE.format(pythons=shlex.join(pythons), start=shlex.quote(_START))
-    none = f"{NO_PYTHON}: none of {', '.join(pythons)} starts on"
-    last = f'{choose}echo; echo {shlex.quote(none)} "$(uname -n)"'
-    first = "" if setup else f"if command -v sbatch >/dev/null 2>&1; then\n{choose}fi\n"
-    return first + after_login_profile(setup, last)
-
-
-class _SshChannel:
-    def __init__(self, connection: Any, script: str) -> None:
-        self._connection = connection
-        try:
-            self._channel = connection.transport.open_session(window_size=_WINDOW)
-            self._channel.exec_command(for_any_shell(script))
-            with suppress(OSError):  # the shell has ended: reading shows why
-                self.write(_SOURCE)
-        except BaseException as error:
-            connection.close()
-            if isinstance(error, Exception) and not isinstance(error, OSError | EOFError):
-                raise OSError(f"no channel: {error}") from error
-            raise
-
-    def read(self, seconds: float) -> bytes:
-        self._channel.settimeout(seconds)
-        return bytes(self._channel.recv(_PIECE))
-
-    def write(self, data: bytes) -> None:
-        self._channel.settimeout(_WRITE_SECONDS)
-        self._channel.sendall(data)
-
-    def complaint(self) -> str:
-        said = self._channel.recv_stderr(4096) if self._channel.recv_stderr_ready() else b""
-        return bytes(said).decode(errors="replace").strip()
-
-    def close(self) -> None:
-        self._connection.close()
-
-
-class _LocalChannel:
-    def __init__(self, setup: Sequence[str]) -> None:
-        agent = [sys.executable, "-I", "-S", "-u", "-c", _START]
-        script = after_login_profile(setup, f"exec {shlex.join(agent)}")
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", script] if setup else agent,
-            bufsize=0,
-            env=child_environment(*KEPT),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for Dagster, which ends the agent itself
-        )
-        self.write(_SOURCE)
-
-    def read(self, seconds: float) -> bytes:
-        assert self._process.stdout
-        if not select.select([self._process.stdout], [], [], seconds)[0]:
-            raise TimeoutError
-        return os.read(self._process.stdout.fileno(), _PIECE)
-
-    def write(self, data: bytes) -> None:
-        assert self._process.stdin
-        view = memoryview(data)
-        while view:
-            view = view[self._process.stdin.write(view) :]
-
-    def complaint(self) -> str:
-        assert self._process.stderr
-        ready = select.select([self._process.stderr], [], [], 0)[0]
-        return os.read(self._process.stderr.fileno(), 4096).decode(errors="replace").strip() if ready else ""
-
-    def close(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            assert pipe
-            pipe.close()
-        deadline = time.monotonic() + 5
-        while self._process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)  # it ends by itself, after a submission that it has begun
-
-
-__all__ = ["Channel", "OpenChannel", "choose_channel"]
+    return lambda: _SshChannel(connect(settings, refresh, host_authorities), programs.start_agent(pythons, setup))

@@ -9,15 +9,13 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
 from time import monotonic
 from typing import Any, TypeVar
 
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm.gateway.answers import LostClaimError, RefusedError, StoppedError
-from dagster_sbatch.slurm.gateway.channel import OpenChannel
-from dagster_sbatch.slurm.gateway.frames import Frame, Frames, NoPythonError
+from dagster_sbatch.slurm.gateway.channel import Channel, Frame, NoPythonError, OpenChannel
 from dagster_sbatch.ssh import AuthenticationError, SshError, UnreachableError
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 60.0
@@ -91,16 +89,14 @@ class Link:
         self._had_agent = False
         self._opened: deque[float] = deque(maxlen=MOST_LOGINS)
         self._advanced, self._failed = False, 0
-        self._numbers = count(1)  # of requests
-        # Of the connection that there is.
-        self._frames: Frames | None = None
-        self._hold = -1
+        self._channel: Channel | None = None
+        self._hold = -1  # the number of its request for the claim
 
     def close(self) -> None:
         """End the connection."""
-        if self._frames:
-            self._frames.close()
-            self._frames = None
+        if self._channel:
+            self._channel.close()
+            self._channel = None
 
     def ask(self, on_progress: Callable[[str], None] = lambda _: None, /, **request: Any) -> Mapping[str, Any]:
         """Return the answer to a request.
@@ -126,13 +122,13 @@ class Link:
         Requests that the caller adds meanwhile are sent, too. `data` is sent behind the first request.
         """
         try:
-            frames, idents = self._connect(), list[int]()
+            channel, idents = self._connect(), list[int]()
             while True:
                 if self.stop.is_set():
                     raise StoppedError
                 for request in requests[len(idents) :]:
-                    idents.append(frames.send(b"" if idents else data, **request))
-                frame = self._receive(frames)
+                    idents.append(channel.send(b"" if idents else data, **request))
+                frame = self._receive(channel)
                 if frame is None or frame[0]["id"] not in idents:
                     continue
                 if "error" in frame[0]:
@@ -163,9 +159,9 @@ class Link:
 
     def notify(self, **request: Any) -> None:
         """Send a request whose answer nobody waits for; without a connection, nothing is sent."""
-        if self._frames:
+        if self._channel:
             try:
-                self._frames.send(**request)
+                self._channel.send(**request)
             except (OSError, EOFError):
                 self.close()
 
@@ -174,13 +170,13 @@ class Link:
 
         It is sent over the connection that there is, and never repeated.
         """
-        frames, until = self._frames, monotonic() + seconds
+        channel, until = self._channel, monotonic() + seconds
         try:
-            ident = frames.send(**request) if frames else None
-            while frames and monotonic() <= until:
+            ident = channel.send(**request) if channel else None
+            while channel and monotonic() <= until:
                 if self.stop.is_set():
                     raise StoppedError
-                frame = self._receive(frames)
+                frame = self._receive(channel)
                 if frame and frame[0]["id"] == ident:
                     return None if "error" in frame[0] else frame[0]
         except (OSError, EOFError, UnreachableError):
@@ -232,33 +228,33 @@ class Link:
         """Wait before the next try; an open connection is kept alive, and what comes over it is dropped."""
         until = monotonic() + seconds
         while True:
-            if self._frames:
+            if self._channel:
                 try:
-                    self._receive(self._frames)
+                    self._receive(self._channel)
                 except (OSError, EOFError, UnreachableError):
                     self.close()
             many = len(self._opened) == MOST_LOGINS and monotonic() - self._opened[0] < LOGINS_SECONDS
-            if many and not self._frames:
+            if many and not self._channel:
                 until = max(until, self._opened[-1] + LONGEST_PAUSE)
             left = until - monotonic()
-            if self.stop.wait(0 if self._frames else max(left, 0)):
+            if self.stop.wait(0 if self._channel else max(left, 0)):
                 raise StoppedError
             if left <= 0:
                 return
 
     # The connection
 
-    def _connect(self) -> Frames:
+    def _connect(self) -> Channel:
         """Return the connection; over a new one, the claim is renewed first."""
-        if self._frames is None:
+        if self._channel is None:
             self._opened.append(monotonic())
-            self._frames = Frames(self._open_channel(), self._numbers)
-            self._hold = self._frames.send(do="hold", **self.claimed) if self.claimed else -1
-        return self._frames
+            self._channel = self._open_channel()
+            self._hold = self._channel.send(do="hold", **self.claimed) if self.claimed else -1
+        return self._channel
 
-    def _receive(self, frames: Frames) -> Frame | None:
+    def _receive(self, channel: Channel) -> Frame | None:
         """Return the next frame, if it comes soon, and note what it says of the connection and the claim."""
-        frame = frames.receive()
+        frame = channel.receive()
         self._had_agent |= frame is not None
         self._let_in = monotonic()
         if frame and self.blocked:
