@@ -4,10 +4,11 @@ import json
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from dagster_sbatch.slurm import ArrayShape, Site, SlurmRequest, allocate, render_job_script
-from dagster_sbatch.slurm.gateway import ArrayRun, Arrays, ArrayState, JobEnd, Submitted
+from dagster_sbatch.slurm.gateway import MESSAGES, ArrayRun, Arrays, ArrayState, JobEnd, Sinks, Submitted
 from slurm_in_a_box import CERTIFICATE_USER
 
 RUNS = f"{CERTIFICATE_USER.home}/dagster-slurm/runs"
@@ -100,10 +101,13 @@ class Recorder(Arrays):
         self.starts[self.first[run] + task].append(node)
         self.on_event("started")
 
-    def feed(self, run: str, task: int, name: str, data: bytes) -> None:
+    def sinks(self, run: str, task: int) -> Sinks:
         assert run in self.active
         assert self.first[run] + task not in self.ends, "a byte came after the end"
-        self.written[self.first[run] + task, name] += data
+        return {name: partial(self.feed, self.first[run] + task, name) for name in (MESSAGES, "stdout", "stderr")}
+
+    def feed(self, task: int, name: str, data: bytes) -> None:
+        self.written[task, name] += data
         self.on_event("feed")
 
     def ended(self, run: str, task: int, end: JobEnd) -> None:

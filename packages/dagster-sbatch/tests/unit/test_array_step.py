@@ -169,7 +169,7 @@ def test_a_task_that_was_repeated_has_the_costs_of_its_last_job() -> None:
                 array._jobs_by_run[run] = _ArrayJob(tasks, plan.allocation.request, share=2)
                 array._runs[run] = run
             array.ended("a", 0, JobEnd(75, "FAILED", "75:0", started=0, ended=7))
-            array.feed("b", 0, "messages.jsonl", say("opened", extras={}) + say("closed"))
+            array.sinks("b", 0)["messages.jsonl"](say("opened", extras={}) + say("closed"))
             array.ended("b", 0, JobEnd(0, "COMPLETED", "0:0", started=0, ended=99))
             for run, memory in (("b", "900M"), ("a", "100M")):
                 array.over(run, {0: [["17_0", "COMPLETED", memory, "00:01"]]})

@@ -312,6 +312,20 @@ def test_nul_bytes_of_a_late_write_are_not_delivered(prepare: Prepare, tmp_path:
     assert time.monotonic() - begun > 0.5
 
 
+def test_an_error_where_the_output_goes_is_no_lost_connection(prepare: Prepare, tmp_path: Path) -> None:
+    """`scripts/job JOB logs | head` ends. A lost connection would be opened anew, for ever."""
+    run = lay_out(tmp_path)
+    (run / "stdout").write_text("a line")
+
+    def fail(_: object) -> None:
+        raise BrokenPipeError("nobody reads")
+
+    gateway = prepare(HURRIED)
+    gateway.on_trouble = pytest.fail
+    with pytest.raises(BrokenPipeError, match="nobody reads"):
+        follow(gateway, run, stdout=fail)
+
+
 def test_a_hole_that_a_node_without_power_has_left_is_delivered(prepare: Prepare, tmp_path: Path) -> None:
     """The job's next start appends to the same file. Messages without that hole would end there for ever."""
     run, come = lay_out(tmp_path), bytearray()

@@ -1,13 +1,13 @@
 """The tasks of an array job, as people see them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
-from dagster_sbatch.slurm.gateway import ArrayJob, ArrayRun, Arrays
+from dagster_sbatch.slurm.gateway import ArrayJob, ArrayRun, Arrays, Sinks
 
 Kind = Literal["failed", "running", "waiting", "done"]
 ORDER: Sequence[Kind] = ("failed", "running", "waiting", "done")
@@ -93,13 +93,8 @@ class TaskList:
             return name
         return f"{self.run.path}/tasks/{index}{'.' if name in STREAMS else '/'}{name}"
 
-    def follow(self, index: int, sinks: Mapping[str, Callable[[bytes], None]]) -> None:
-        """Pass on what a task writes, until it ends.
-
-        Args:
-            index: of the task.
-            sinks: functions that get the new bytes of `stdout` and `stderr`.
-        """
+    def follow(self, index: int, sinks: Sinks) -> None:
+        """Pass on what a task writes, until it ends."""
         self._runs.gateway.run_arrays(_Follower(ArrayRun(self.run.path, None, [index]), sinks), follower="")
 
     def _record(self, index: int, own: Mapping[str, Any]) -> TaskRecord:
@@ -121,16 +116,15 @@ class TaskList:
 class _Follower(Arrays):
     """Follows one task that exists, and gets its output only."""
 
-    def __init__(self, array: ArrayRun, sinks: Mapping[str, Callable[[bytes], None]]) -> None:
+    def __init__(self, array: ArrayRun, sinks: Sinks) -> None:
         self._next: list[ArrayRun] = [array]
         self._sinks = sinks
 
     def take(self) -> ArrayRun | None:
         return self._next.pop() if self._next else None
 
-    def feed(self, run: str, task: int, name: str, data: bytes) -> None:  # noqa: ARG002
-        if name in self._sinks:
-            self._sinks[name](data)
+    def sinks(self, run: str, task: int) -> Sinks:  # noqa: ARG002
+        return self._sinks
 
 
 def _time(seconds: float | None) -> datetime | None:

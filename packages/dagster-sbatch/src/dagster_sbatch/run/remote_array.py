@@ -27,7 +27,7 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape, SlurmRequest, accounting
-from dagster_sbatch.slurm.gateway import ArrayRun, Arrays, ArrayState, Claim, JobEnd, Limits, Submitted
+from dagster_sbatch.slurm.gateway import ArrayRun, Arrays, ArrayState, Claim, JobEnd, Limits, Sinks, Submitted
 from dagster_sbatch.slurm.outcome import find_fault, judge
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.units import count_of
@@ -251,8 +251,8 @@ class RemoteArray(RemoteStep, Arrays):
         progress.running = sum(each.running for each in active)
         progress.requeued = sum(each.requeued for each in active)
 
-    def feed(self, run: str, task: int, name: str, data: bytes) -> None:  # noqa: D102 - see Arrays
-        self._array.reader(self._jobs_by_run[run].tasks[task]).sinks[name](data)
+    def sinks(self, run: str, task: int) -> Sinks:  # noqa: D102 - see Arrays
+        return self._array.reader(self._jobs_by_run[run].tasks[task]).sinks
 
     def ended(self, run: str, task: int, end: JobEnd) -> None:  # noqa: D102 - see Arrays
         array_job = self._jobs_by_run[run]

@@ -28,6 +28,7 @@ from dagster_sbatch.slurm.gateway.answers import (
 from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Arrays
 from dagster_sbatch.slurm.gateway.channel import OpenChannel, choose_channel
 from dagster_sbatch.slurm.gateway.client import ACCOUNTED, Gateway, make_gateway
+from dagster_sbatch.slurm.gateway.link import Sinks
 from dagster_sbatch.slurm.gateway.project_usage import GPU, JobLife, Queued, Share, Usage
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "Queued",
     "RefusedError",
     "Share",
+    "Sinks",
     "StoppedError",
     "Submitted",
     "Usage",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dagster_sbatch.slurm.gateway.answers import ArrayState, JobEnd, RefusedError, Submitted
-from dagster_sbatch.slurm.gateway.link import AgainError, Link
+from dagster_sbatch.slurm.gateway.link import Link, Sinks
 
 Files = Mapping[str, str]
 """Content of a run directory by name; one is `job.sh`."""
@@ -58,8 +58,9 @@ class Arrays:
     def started(self, run: str, task: int, node: str) -> None:
         """A task has started, or has started again."""
 
-    def feed(self, run: str, task: int, name: str, data: bytes) -> None:
-        """A task has written to `messages.jsonl`, `stdout` or `stderr`: each byte comes once and in order."""
+    def sinks(self, run: str, task: int) -> Sinks:  # noqa: ARG002
+        """Return what gets the output of a task that has written: `messages.jsonl`, `stdout`, `stderr`."""
+        return {}
 
     def ended(self, run: str, task: int, end: JobEnd) -> None:
         """A task is over. All that it wrote has come, except for what `end.short` names."""
@@ -107,9 +108,9 @@ def follow_arrays(link: Link, arrays: Arrays, common: Mapping[str, str]) -> None
         take()
         if not active:
             return
-        for which, head, data in link.exchange(requests):
+        for which, head in link.follow(requests, lambda which, task: arrays.sinks(runs[which], task)):
             followed = active[runs[which]]
-            if _report(arrays, followed, head, data):
+            if _report(arrays, followed, head):
                 if "refused" in head or "over" in head:
                     del active[runs[which]]
                 take()
@@ -121,11 +122,11 @@ def follow_arrays(link: Link, arrays: Arrays, common: Mapping[str, str]) -> None
     link.patiently(step, lasting=lambda: any(each.submitted for each in active.values()))
 
 
-def _report(arrays: Arrays, followed: _Followed, head: Mapping[str, Any], data: bytes) -> bool:
+def _report(arrays: Arrays, followed: _Followed, head: Mapping[str, Any]) -> bool:
     """Report an answer of the agent; return whether there may be another array job to take."""
     run = followed.array.run
     if "task" in head:
-        return _report_task(arrays, followed, head, data)
+        return _report_task(arrays, followed, head)
     if "job" in head:
         first, followed.submitted = not followed.submitted, True
         if first:
@@ -146,15 +147,9 @@ def _report(arrays: Arrays, followed: _Followed, head: Mapping[str, Any], data: 
     return "refused" in head or "over" in head
 
 
-def _report_task(arrays: Arrays, followed: _Followed, head: Mapping[str, Any], data: bytes) -> bool:
+def _report_task(arrays: Arrays, followed: _Followed, head: Mapping[str, Any]) -> bool:
     run, task = followed.array.run, head["task"]
-    if "file" in head:
-        name, offsets = head["file"], followed.offsets.setdefault(task, {})
-        if head["at"] != offsets.get(name, 0):
-            raise AgainError(f"{name} of task {task} came from byte {head['at']}, not {offsets.get(name, 0)}")
-        offsets[name] = head["at"] + len(data)
-        arrays.feed(run, task, name, data)
-    elif "began" in head:
+    if "began" in head:
         if followed.starts.get(task) != head["began"]:
             followed.starts[task] = head["began"]
             arrays.started(run, task, head["node"])

@@ -28,7 +28,7 @@ from dagster_sbatch.slurm.gateway.answers import (
 )
 from dagster_sbatch.slurm.gateway.arrays import Arrays, Files, follow_arrays
 from dagster_sbatch.slurm.gateway.channel import choose_channel
-from dagster_sbatch.slurm.gateway.link import AgainError, Link
+from dagster_sbatch.slurm.gateway.link import AgainError, Link, Sinks
 from dagster_sbatch.slurm.gateway.project_usage import Usage
 from dagster_sbatch.slurm.modules import explain_modules
 from dagster_sbatch.slurm.site import Site
@@ -37,8 +37,6 @@ NONE = Questions()
 PIECE = 1 << 20
 ACCOUNTED = ("JobID", "State", "MaxRSS", "TotalCPU")
 """The fields of sacct: a row for the job, then one for each of its steps."""
-
-Sinks = Mapping[str, Callable[[bytes], None]]
 
 
 class Gateway(Link):
@@ -284,8 +282,7 @@ class Gateway(Link):
         Args:
             run: the run directory; its last part is the submission key, which is the job's name.
             files: content by name; one is `job.sh`. None: the run exists already.
-            sinks: functions that get the new bytes of `stdout`, `stderr` and `messages.jsonl`, each byte once and in
-                order.
+            sinks: of `stdout`, `stderr` and `messages.jsonl`.
             follower: id of the Dagster run; the agent records it in the run directory. Empty: nothing is submitted.
             on_submitted: gets the job.
             on_state: gets each new state of the job.
@@ -299,7 +296,8 @@ class Gateway(Link):
 
         def go_on() -> JobEnd:
             nonlocal job
-            for _, head, data in self.exchange([{**request, "files": None if job else files, "offsets": offsets}]):
+            ask = {**request, "files": None if job else files, "offsets": offsets}
+            for _, head in self.follow([ask], lambda *_: sinks):
                 if "end" in head:
                     return JobEnd.parse(head["end"], head["short"], head["rows"])
                 if "refused" in head:
@@ -307,12 +305,6 @@ class Gateway(Link):
                 if "job" in head and not job:
                     job = head["job"]
                     on_submitted(Submitted(job, head["how"]))
-                elif "file" in head:
-                    name = head["file"]
-                    if head["at"] != offsets[name]:
-                        raise AgainError(f"{name} came from byte {head['at']}, not {offsets[name]}")
-                    offsets[name] += len(data)
-                    sinks[name](data)
                 else:
                     self._report(head, on_state)
             raise AgainError("the agent ended its answer")

@@ -31,6 +31,8 @@ PYTHON_ADVICE = (
     "or load one in its setup_commands."
 )
 T = TypeVar("T")
+Sinks = Mapping[str, Callable[[bytes], None]]
+"""Functions that get the new bytes of files, by name: each byte once and in order."""
 
 
 class AgainError(Exception):
@@ -113,6 +115,27 @@ class Link:
             return head
 
         return self.patiently(step)
+
+    def follow(
+        self, requests: Sequence[Mapping[str, Any]], find_sinks: Callable[[int, Any], Sinks]
+    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Generate the answers as `exchange` does, and pass on what jobs write.
+
+        Args:
+            requests: whose `offsets`, by task in an array job, are kept current.
+            find_sinks: returns the sinks of a job, by the index of its request, or of a task of it.
+        """
+        for which, head, data in self.exchange(requests):
+            if "file" not in head:
+                yield which, head
+                continue
+            name, at, task, offsets = head["file"], head["at"], head.get("task"), requests[which]["offsets"]
+            offsets = offsets if task is None else offsets.setdefault(task, {})
+            if at != offsets.get(name, 0):
+                raise AgainError(f"{name} came from byte {at}, not {offsets.get(name, 0)}")
+            offsets[name] = at + len(data)
+            if sink := find_sinks(which, task).get(name):
+                sink(data)
 
     def exchange(
         self, requests: Sequence[Mapping[str, Any]], data: bytes = b""
