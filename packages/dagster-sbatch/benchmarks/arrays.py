@@ -33,6 +33,7 @@ from dagster_sbatch.slurm.gateway import (
     JobEnd,
     OpenChannel,
     choose_channel,
+    follow_arrays,
 )
 from dagster_sbatch.slurm.gateway.channel import Channel
 from slurm_in_a_box import SimulatedSite
@@ -168,7 +169,7 @@ def _run(open_channel: OpenChannel, tasks: int) -> int:
     try:
         before = gateway.queue(RUNS)["calls"]
         arrays = _Measured(ArrayRun(f"{RUNS}/{key}", files, range(tasks)))
-        gateway.run_arrays(arrays, "benchmark")
+        follow_arrays(gateway, arrays, "benchmark")
         ends = Counter(arrays.states.values())
         if ends != {"COMPLETED": tasks}:
             raise SystemExit(f"tasks did not end as they should: {ends}")

@@ -10,7 +10,16 @@ import pytest
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, allocate, render_job_script
-from dagster_sbatch.slurm.gateway import Gateway, JobEnd, JobState, RefusedError, StoppedError, choose_channel
+from dagster_sbatch.slurm.gateway import (
+    Gateway,
+    JobEnd,
+    JobState,
+    RefusedError,
+    StoppedError,
+    choose_channel,
+    fetch_file,
+    send_file,
+)
 from resources import PROJECT
 from slurm_in_a_box import CERTIFICATE_USER, TCSH_USER, SimulatedSite, wait_until
 from support.submission import submit_run
@@ -305,14 +314,14 @@ def test_files_there_and_back_through_lost_connections(gateway: Gateway, site: S
             due = next(drops, 1 << 40)
             site.faults.drop_connections()
 
-    assert len(content) <= gateway.put(local, there, progress) < 2 * len(content)
+    assert len(content) <= send_file(gateway, local, there, progress) < 2 * len(content)
     assert told[-1] == len(content)
-    assert gateway.put(local, there) == 0
+    assert send_file(gateway, local, there) == 0
     drops = iter((4 << 20, 9 << 20, 9 << 20))
     due = next(drops)
-    gateway.get(there, back, progress)
+    fetch_file(gateway, there, back, progress)
     assert back.read_bytes() == content
     with pytest.raises(RefusedError, match="No such file"):
-        gateway.get(f"{there} not", back)
+        fetch_file(gateway, f"{there} not", back)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["a file", "back"]
     assert site.run_on_login(CERTIFICATE_USER, "ls -A 'put here'").stdout.splitlines()[-1] == "a $file"

@@ -11,7 +11,7 @@ import pytest
 
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import ArrayRun, Gateway, StoppedError, choose_channel
+from dagster_sbatch.slurm.gateway import ArrayRun, Gateway, StoppedError, choose_channel, follow_arrays
 from resources import PROJECT
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from support.array_run import RUNS, Recorder, files_of, new_key
@@ -72,7 +72,7 @@ def lines_of(task: int) -> str:
 def test_each_task_from_submission_to_its_end(open_gateway: Callable[[], Gateway], site: SimulatedSite) -> None:
     gateway, run = open_gateway(), array(f"{LINES}; {MESSAGE}; echo error >&2; exit $((index % 2))", 6, max_running=3)
     seen = Recorder(run)
-    gateway.run_arrays(seen, "run-1")
+    follow_arrays(gateway, seen, "run-1")
     assert seen.jobs[run.run].how == "submitted"
     assert seen.outcomes == {task: ("FAILED", 1) if task % 2 else ("COMPLETED", 0) for task in range(6)}
     for task in range(6):
@@ -112,7 +112,7 @@ def test_nothing_is_lost_or_doubled_when_connections_break(
     with site.faults.sbatch("slow"):
         timer = threading.Timer(1.0, site.faults.drop_connections)
         timer.start()
-        gateway.run_arrays(seen, "run-1")
+        follow_arrays(gateway, seen, "run-1")
         timer.join()
     assert due > 50, "connections were dropped"
     assert seen.outcomes == dict.fromkeys(range(12), ("COMPLETED", 0))
@@ -130,7 +130,7 @@ def test_an_answer_of_sbatch_that_is_lost_submits_one_array_job(
     gateway, run = open_gateway(), array("echo once", 3)
     seen = Recorder(run)
     with site.faults.sbatch("error-after"):
-        gateway.run_arrays(seen, "run-1")
+        follow_arrays(gateway, seen, "run-1")
     assert len(job_ids(site, run)) == 1
     assert [seen.text(task) for task in range(3)] == ["once\n"] * 3
 
@@ -148,7 +148,7 @@ def test_an_array_job_that_waits_is_adopted_and_cancelled_as_a_whole(
     first.claim(RUNS, key.rpartition("-")[0], "token-1", "me")
     seen = Recorder(run, on_event=lambda event: first.stop.set() if event == "ended" else None)
     with pytest.raises(StoppedError):
-        first.run_arrays(seen, "run-1")
+        follow_arrays(first, seen, "run-1")
     first.close()
     assert seen.outcomes == {0: ("COMPLETED", 0)}
     second = open_gateway()
@@ -160,7 +160,7 @@ def test_an_array_job_that_waits_is_adopted_and_cancelled_as_a_whole(
         ArrayRun(run.run, None, range(1, 50)), on_event=lambda event: second.stop.set() if event == "started" else None
     )
     with pytest.raises(StoppedError):
-        second.run_arrays(adopted, "run-2")
+        follow_arrays(second, adopted, "run-2")
     assert adopted.jobs[run.run].how == "recorded"
     second.stop = threading.Event()
     site.run_on_login(CERTIFICATE_USER, f"scontrol update JobId={known.job} JobName=mine", check=False)  # one has ended
@@ -169,7 +169,7 @@ def test_an_array_job_that_waits_is_adopted_and_cancelled_as_a_whole(
     assert end is not None
     assert end.state == "CANCELLED"
     last = Recorder(ArrayRun(run.run, None, range(1, 50)))
-    second.run_arrays(last, "run-2")
+    follow_arrays(second, last, "run-2")
     assert Counter(last.outcomes.values()) == {("CANCELLED", None): 49}
     known = second.array(run.run)
     assert (known.over, len(known.ends), known.ends[0].state) == (True, 50, "COMPLETED")
@@ -186,7 +186,7 @@ def test_tasks_end_in_every_way_that_slurm_knows(open_gateway: Callable[[], Gate
     run = array(body, 6, max_running=4)
     begun = threading.Event()
     seen = Recorder(run, on_event=lambda _: begun.set() if {0, 2} <= set(seen.starts) else None)
-    thread = threading.Thread(target=lambda: gateway.run_arrays(seen, "run-1"))
+    thread = threading.Thread(target=lambda: follow_arrays(gateway, seen, "run-1"))
     thread.start()
     assert begun.wait(60)
     job = seen.jobs[run.run].job
@@ -210,7 +210,7 @@ def test_an_array_that_slurm_refuses_ends_no_other(open_gateway: Callable[[], Ga
     good, refused, cancelled = array("true", 2), array("true", 2, constraint="nosuch"), array("true", 2)
     assert gateway.cancel(cancelled.run) is None
     seen = Recorder(good, refused, cancelled, at_once=3)
-    gateway.run_arrays(seen, "run-1")
+    follow_arrays(gateway, seen, "run-1")
     assert "Invalid feature specification" in seen.refusals[refused.run]
     assert "was cancelled before it was submitted" in seen.refusals[cancelled.run]
     assert seen.outcomes == dict.fromkeys(range(2), ("COMPLETED", 0))
@@ -230,7 +230,7 @@ def test_an_array_waits_for_room_while_another_runs(open_gateway: Callable[[], G
         seen = Recorder(
             first, array("true", 3), at_once=2, on_event=lambda event: go.touch() if event == "waiting" else None
         )
-        gateway.run_arrays(seen, "run-1")
+        follow_arrays(gateway, seen, "run-1")
     finally:
         site.cluster.query(*limit, "MaxSubmitJobsPerUser=-1")
     assert len(seen.jobs) == 2

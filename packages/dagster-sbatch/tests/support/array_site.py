@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.slurm.gateway import ArrayRun, Gateway, StoppedError
+from dagster_sbatch.slurm.gateway import ArrayRun, Gateway, StoppedError, follow_arrays
 from resources import PROJECT
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import put
@@ -79,7 +79,7 @@ def follow() -> Iterator[Follow]:
 
     def work(gateway: Gateway, seen: Recorder) -> None:
         with suppress(StoppedError):
-            gateway.run_arrays(seen, "run-1")
+            follow_arrays(gateway, seen, "run-1")
 
     def start(site: Site, gateway: Gateway) -> Recorder:
         seen = Recorder(site.array)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.slurm.gateway import ArrayRun, Limits, RefusedError, StoppedError
+from dagster_sbatch.slurm.gateway import ArrayRun, Limits, RefusedError, StoppedError, follow_arrays
 from dagster_sbatch.slurm.gateway.agent import ends, run_directories
 from resources import PROJECT
 from slurm_in_a_box import wait_until
@@ -161,7 +161,7 @@ def test_whoever_only_reads_the_output_of_a_run_does_not_submit_it(
     threading.Timer(0.3, gateway.stop.set).start()
     with pytest.raises(StoppedError):
         if array:
-            gateway.run_arrays(Recorder(ArrayRun(str(run), None, [0])), follower="")
+            follow_arrays(gateway, Recorder(ArrayRun(str(run), None, [0])), follower="")
         else:
             gateway.run(str(run), None, {}, follower="")
     gateway.close()  # the agent finishes a submission that it has begun

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.inspect.remote_runs import Runs
-from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, link
+from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, fetch_file, link, send_file
 from dagster_sbatch.slurm.gateway.agent import disk
 from support import ROOT
 from support.agent_fixtures import HURRIED, SETTINGS, Prepare, put
@@ -73,7 +73,7 @@ def test_a_file_system_without_locks_is_refused(code: int, prepare: Prepare, tmp
     for ask in (
         lambda: gateway.claim(f"{tmp_path}/base/runs", "family", "token", "me"),
         lambda: submit_run(gateway, f"{tmp_path}/base/runs/KEY", {"job.sh": ""}),
-        lambda: gateway.put(ROOT / "README.md", f"{tmp_path}/base/environments/wheels/x"),
+        lambda: send_file(gateway, ROOT / "README.md", f"{tmp_path}/base/environments/wheels/x"),
         lambda: gateway.ask(do="environment", verb="roll_back", folder=f"{tmp_path}/base/environments"),
     ):
         with pytest.raises(RefusedError, match=rf"no file locks \(flock: {os.strerror(code)}\).*another file system"):
@@ -88,7 +88,7 @@ def test_folders_are_the_users_alone_whatever_the_umask(umask: int, prepare: Pre
     gateway, base = prepare(f"import os; os.umask({umask})"), tmp_path / "scratch" / "base"
     put(tmp_path / "bin", "sbatch", "echo Invalid >&2; exit 1")
     gateway.claim(f"{base}/runs", "family", "token", "me")
-    gateway.put(ROOT / "README.md", f"{base}/environments/wheels/1/x")
+    send_file(gateway, ROOT / "README.md", f"{base}/environments/wheels/1/x")
     with pytest.raises(RefusedError):
         submit_run(gateway, f"{base}/runs/a", {"job.sh": "", "code/a": ""})
     assert gateway.cancel(f"{base}/runs/KEY") is None
@@ -275,7 +275,7 @@ def test_fetching_a_file_that_grows_ends(prepare: Prepare, tmp_path: Path) -> No
     thread.start()
     told: list[str] = []
     try:
-        prepare(told=told).get(str(log), tmp_path / "fetched")
+        fetch_file(prepare(told=told), str(log), tmp_path / "fetched")
     finally:
         over.set()
         thread.join()

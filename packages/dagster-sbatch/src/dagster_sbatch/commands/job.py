@@ -21,7 +21,7 @@ from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
-from dagster_sbatch.slurm.gateway import JobEnd, RefusedError
+from dagster_sbatch.slurm.gateway import JobEnd, RefusedError, fetch_file
 from dagster_sbatch.upkeep.ownership import left_jobs
 
 DESCRIPTION = """\
@@ -166,7 +166,7 @@ def fetch(runs: Runs, path: str, asked: argparse.Namespace) -> None:
             f"{target} is in this folder already. The command does not overwrite it. Name another file:\n"
             f"  scripts/job {asked.run} fetch {asked.path} --to FILE"
         )
-    runs.gateway.get(path, target)
+    fetch_file(runs.gateway, path, target)
     print(f"{target}: {target.stat().st_size} bytes")
 
 
@@ -183,7 +183,7 @@ def show_logs(runs: Runs, paths: Mapping[str, str]) -> None:
     size = 0
     with tempfile.TemporaryDirectory() as folder:
         for name, path in paths.items():
-            runs.gateway.get(path, Path(folder) / name)
+            fetch_file(runs.gateway, path, Path(folder) / name)
             size += (Path(folder) / name).stat().st_size
             with (Path(folder) / name).open("rb") as file:
                 shutil.copyfileobj(file, STREAMS[name].buffer)

@@ -16,7 +16,7 @@ from dagster_sbatch.environments.wheels import Wheel, gather_wheels
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
-from dagster_sbatch.slurm.gateway import Gateway
+from dagster_sbatch.slurm.gateway import Gateway, send_file
 
 MOST_NAMES = 5
 """Files that a refusal lists by name."""
@@ -224,7 +224,7 @@ class Environments:
             def report(done: int, _: int, before: int = before) -> None:
                 progress.sent(before + done, total)
 
-            self._gateway.put(wheel.path, f"{self._folder}/wheels/{wheel.place}", report)
+            send_file(self._gateway, wheel.path, f"{self._folder}/wheels/{wheel.place}", report)
             before += wheel.size
 
     def request_published(self, group: str) -> dict[str, Any]:

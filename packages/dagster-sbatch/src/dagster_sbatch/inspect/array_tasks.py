@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
-from dagster_sbatch.slurm.gateway import ArrayJob, ArrayRun, Arrays, Sinks
+from dagster_sbatch.slurm.gateway import ArrayJob, ArrayRun, Arrays, Sinks, follow_arrays
 
 Kind = Literal["failed", "running", "waiting", "done"]
 ORDER: Sequence[Kind] = ("failed", "running", "waiting", "done")
@@ -95,7 +95,7 @@ class TaskList:
 
     def follow(self, index: int, sinks: Sinks) -> None:
         """Pass on what a task writes, until it ends."""
-        self._runs.gateway.run_arrays(_Follower(ArrayRun(self.run.path, None, [index]), sinks), follower="")
+        follow_arrays(self._runs.gateway, _Follower(ArrayRun(self.run.path, None, [index]), sinks), follower="")
 
     def _record(self, index: int, own: Mapping[str, Any]) -> TaskRecord:
         name, end = self._names[index], self.job.ends.get(index)

@@ -23,7 +23,7 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
-from dagster_sbatch.slurm.gateway import RefusedError
+from dagster_sbatch.slurm.gateway import RefusedError, fetch_file
 from dagster_sbatch.ssh import connect
 
 STATE = "ray/state"
@@ -136,7 +136,7 @@ def _fetch(runs: Runs, run: RunRecord, name: str) -> str:
     with TemporaryDirectory() as folder:
         path = Path(folder, name)
         try:
-            runs.gateway.get(f"{run.path}/{STATE}/{name}", path)
+            fetch_file(runs.gateway, f"{run.path}/{STATE}/{name}", path)
         except RefusedError as error:
             raise ConfigurationError(f"{run.key} has no Ray cluster, or it has not started yet ({error})") from None
         return path.read_text()

@@ -27,7 +27,17 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape, SlurmRequest, accounting
-from dagster_sbatch.slurm.gateway import ArrayRun, Arrays, ArrayState, Claim, JobEnd, Limits, Sinks, Submitted
+from dagster_sbatch.slurm.gateway import (
+    ArrayRun,
+    Arrays,
+    ArrayState,
+    Claim,
+    JobEnd,
+    Limits,
+    Sinks,
+    Submitted,
+    follow_arrays,
+)
 from dagster_sbatch.slurm.outcome import find_fault, judge
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.units import count_of
@@ -92,11 +102,11 @@ class RemoteArray(RemoteStep, Arrays):
             if self._array.left:
                 self._choose()
                 self._gateway.committed = True
-                self._gateway.run_arrays(self, self._context.run_id)
+                follow_arrays(self._gateway, self, self._context.run_id)
                 if self._found is None and self._batches.left:  # adopted tasks that have to run again
                     self._found = self._find_environment(tasks=0)  # they cost nothing new
                     self._batches = self._divide(self._batches.left)
-                    self._gateway.run_arrays(self, self._context.run_id)
+                    follow_arrays(self._gateway, self, self._context.run_id)
                 self._fail_refused()
         self._array.attempts = self._rows()
         self._array.where = self._where(self._project)

@@ -1,7 +1,7 @@
 """The gateway: requests to an agent on the login node, which submits, follows, cancels and accounts for jobs.
 
 client.Gateway     the requests
-arrays             array jobs: the part of their requests that the client does
+arrays, transfers  what needs many answers: following the tasks of array jobs; files
 link.Link          repeats a request until it is answered, over a new connection if one is lost
 channel            requests and answers over SSH, or to a subprocess on the login node itself
 programs           the agent's source, and the command lines that start it
@@ -11,6 +11,7 @@ agent.server       reads requests, answers them, leaves when the client is gone
 
 from dagster_sbatch.slurm.gateway.agent.job_record import MESSAGES
 from dagster_sbatch.slurm.gateway.answers import (
+    ACCOUNTED,
     ArrayJob,
     ArrayState,
     Claim,
@@ -25,11 +26,12 @@ from dagster_sbatch.slurm.gateway.answers import (
     StoppedError,
     Submitted,
 )
-from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Arrays
+from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Arrays, follow_arrays
 from dagster_sbatch.slurm.gateway.channel import OpenChannel, choose_channel
-from dagster_sbatch.slurm.gateway.client import ACCOUNTED, Gateway, make_gateway
+from dagster_sbatch.slurm.gateway.client import Gateway, make_gateway
 from dagster_sbatch.slurm.gateway.link import Sinks
 from dagster_sbatch.slurm.gateway.project_usage import GPU, JobLife, Queued, Share, Usage
+from dagster_sbatch.slurm.gateway.transfers import fetch_file, send_file
 
 __all__ = [
     "ACCOUNTED",
@@ -58,5 +60,8 @@ __all__ = [
     "Submitted",
     "Usage",
     "choose_channel",
+    "fetch_file",
+    "follow_arrays",
     "make_gateway",
+    "send_file",
 ]

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+ACCOUNTED = ("JobID", "State", "MaxRSS", "TotalCPU")
+"""The fields of sacct: a row for the job, then one for each of its steps."""
+
 
 class RefusedError(Exception):
     """Slurm or the agent refused a request: a permanent error, with their text."""

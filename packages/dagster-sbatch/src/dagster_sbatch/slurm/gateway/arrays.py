@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dagster_sbatch.slurm.gateway.answers import ArrayState, JobEnd, RefusedError, Submitted
+from dagster_sbatch.slurm.gateway.answers import ACCOUNTED, ArrayState, JobEnd, RefusedError, Submitted
 from dagster_sbatch.slurm.gateway.link import Link, Sinks
 
 Files = Mapping[str, str]
@@ -79,31 +79,35 @@ class _Followed:
     offsets: dict[int, dict[str, int]] = field(default_factory=dict)
     starts: dict[int, float] = field(default_factory=dict)
 
-    def request(self, common: Mapping[str, str]) -> dict[str, Any]:
-        run = {"run": self.array.run, "files": self.array.files}
+    def request(self, follower: str) -> dict[str, Any]:
+        run = {"run": self.array.run, "files": self.array.files, "follower": follower, "fields": ",".join(ACCOUNTED)}
         tasks = {"tasks": list(self.left), "followed": list(self.array.tasks), "offsets": self.offsets}
-        return {"do": "run", **common, **run, **tasks}
+        return {"do": "run", **run, **tasks}
 
 
-def follow_arrays(link: Link, arrays: Arrays, common: Mapping[str, str]) -> None:
-    """Submit and follow array jobs until there are no more; see `Gateway.run_arrays`.
+def follow_arrays(link: Link, arrays: Arrays, follower: str) -> None:
+    """Submit array jobs and follow their tasks, until there is no further one and all are over.
 
     Args:
         link: to the agent.
-        arrays: names the array jobs.
-        common: fields of each request.
+        arrays: names the array jobs, and gets all that comes of them.
+        follower: id of the Dagster run; the agent records it in the run directories. Empty: nothing is submitted.
+
+    Raises:
+        RefusedError: the agent cannot act at all; that Slurm refuses one array job is no error here.
+        StoppedError: `stop` was set; the jobs still run.
     """
     active: dict[str, _Followed] = {}
 
     def step() -> None:
         runs = list(active)
-        requests = [active[run].request(common) for run in runs]
+        requests = [active[run].request(follower) for run in runs]
 
         def take() -> None:
             while array := arrays.take():
                 active[array.run] = _Followed(array, set(array.tasks))
                 runs.append(array.run)
-                requests.append(active[array.run].request(common))
+                requests.append(active[array.run].request(follower))
 
         take()
         if not active:

@@ -4,18 +4,16 @@ A lost connection says nothing about a job: every request is repeated until it i
 from the byte where the connection broke.
 """
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from dagster_sbatch.atomic_write import replacing
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway.answers import (
+    ACCOUNTED,
     ArrayJob,
     Claim,
     JobEnd,
@@ -26,7 +24,7 @@ from dagster_sbatch.slurm.gateway.answers import (
     RefusedError,
     Submitted,
 )
-from dagster_sbatch.slurm.gateway.arrays import Arrays, Files, follow_arrays
+from dagster_sbatch.slurm.gateway.arrays import Files
 from dagster_sbatch.slurm.gateway.channel import choose_channel
 from dagster_sbatch.slurm.gateway.link import AgainError, Link, Sinks
 from dagster_sbatch.slurm.gateway.project_usage import Usage
@@ -34,9 +32,6 @@ from dagster_sbatch.slurm.modules import explain_modules
 from dagster_sbatch.slurm.site import Site
 
 NONE = Questions()
-PIECE = 1 << 20
-ACCOUNTED = ("JobID", "State", "MaxRSS", "TotalCPU")
-"""The fields of sacct: a row for the job, then one for each of its steps."""
 
 
 class Gateway(Link):
@@ -208,58 +203,6 @@ class Gateway(Link):
         cleaned: list[str] = self.ask(do="clean", runs=runs, names=list(names))["cleaned"]
         return cleaned
 
-    def put(self, local: Path, path: str, on_progress: Callable[[int, int], None] = lambda *_: None) -> int:
-        """Send a file, from where an earlier try stopped; it appears under its name when it is whole.
-
-        Args:
-            local: the file.
-            path: its path on the login node.
-            on_progress: gets the number of bytes sent so far, by earlier tries too, and the size of the file.
-
-        Returns:
-            The number of bytes that this call has sent.
-        """
-        with local.open("rb") as file:
-            whole, size = hashlib.file_digest(file, "sha256").hexdigest(), local.stat().st_size
-            about = {"path": path, "sha256": whole, "bytes": size}
-            sent = 0
-
-            def go_on() -> int:
-                nonlocal sent
-                at = next(self.exchange([{"do": "put", **about}]))[1]["at"]
-                file.seek(at)
-                while at < size:
-                    data = file.read(PIECE)
-                    at = next(self.exchange([{"do": "piece", **about, "at": at}], data=data))[1]["at"]
-                    sent += len(data)
-                    on_progress(at, size)
-                return sent
-
-            return self.patiently(go_on)
-
-    def get(self, path: str, local: Path, on_progress: Callable[[int], None] = lambda _: None) -> None:
-        """Fetch a file, from where a lost connection stopped; it appears under its name when it is whole.
-
-        Raises:
-            RefusedError: it cannot be read.
-        """
-        with replacing(local) as file:
-
-            def go_on() -> None:
-                for _, head, data in self.exchange([{"do": "get", "path": path, "at": file.tell()}]):
-                    if "file" in head:
-                        file.write(data)
-                        on_progress(file.tell())
-                        continue
-                    file.seek(0)
-                    if hashlib.file_digest(file, "sha256").hexdigest() == head["sha256"]:
-                        return
-                    file.seek(0)
-                    file.truncate()
-                    raise AgainError(f"{path} arrived damaged")
-
-            self.patiently(go_on)
-
     def host(self) -> str:
         """Return the name of the login node."""
         return str(self.ask(do="ping")["host"])
@@ -323,19 +266,6 @@ class Gateway(Link):
             start = float(head["start"]) if head["start"].isdecimal() else None
             place = {name: head[name] for name in ("account", "node", "temporary", "idle")}
             on_state(JobState(head["state"], head["reason"], start, **place))
-
-    def run_arrays(self, arrays: Arrays, follower: str) -> None:
-        """Submit array jobs and follow their tasks, until there is no further one and all are over.
-
-        Args:
-            arrays: names the array jobs, and gets all that comes of them.
-            follower: id of the Dagster run; the agent records it in the run directories. Empty: nothing is submitted.
-
-        Raises:
-            RefusedError: the agent cannot act at all; that Slurm refuses one array job is no error here.
-            StoppedError: `stop` was set; the jobs still run.
-        """
-        follow_arrays(self, arrays, {"follower": follower, "fields": ",".join(ACCOUNTED)})
 
 
 def _outcome_of_cancel(answer: Mapping[str, Any]) -> JobEnd | RefusedError | None:
