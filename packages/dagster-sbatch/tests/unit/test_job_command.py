@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,12 +50,10 @@ def test_logs_say_that_they_are_empty(
     for name in job.STREAMS:
         monkeypatch.setitem(job.STREAMS, name, getattr(sys, name))
 
-    class NoRuns:
-        class gateway:  # noqa: N801
-            @staticmethod
-            def get(path: str, local: Path) -> None:
-                local.write_bytes({"/run/stdout": b"", "/run/stderr": err}[path])
+    def fetch(_: object, path: str, local: Path) -> None:
+        local.write_bytes({"/run/stdout": b"", "/run/stderr": err}[path])
 
-    runs: Any = NoRuns()
+    monkeypatch.setattr(job, "fetch_file", fetch)
+    runs: Any = SimpleNamespace(gateway=None)
     job.show_logs(runs, {"stdout": "/run/stdout", "stderr": "/run/stderr"})
     assert tuple(capfd.readouterr()) == ("", shown)
