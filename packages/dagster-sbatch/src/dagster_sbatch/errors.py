@@ -2,8 +2,9 @@
 
 import difflib
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 Place = tuple[int | str, ...]
 """The keys and indices that lead to a problem that pydantic found."""
@@ -21,20 +22,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; valid are {', '.join(names)}" if names else "; it has none"
-
-
-def describe(error: ValidationError, where: str, fields: Iterable[str]) -> str:
-    """Return the problems that pydantic found in a model, one per line; see `describe_at`.
-
-    Args:
-        error: what pydantic found.
-        where: the thing that is wrong, for instance `RayLauncher`.
-        fields: the known names on the top level.
-    """
-    known = tuple(fields)
-    return describe_at(
-        error, lambda place: ": ".join(filter(None, (where, ".".join(map(str, place))))), lambda _: known
-    )
 
 
 def describe_at(
@@ -67,3 +54,20 @@ def describe_at(
             text += f"{'' if text.endswith('?') else '.'} {more}"
         lines.append(f"{name(place)}: {text}")
     return "\n".join(lines)
+
+
+class CheckedModel(BaseModel):
+    """What an asset writes: it does not change, and one ConfigurationError lists all that is wrong with it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            own, known = type(self).__name__, type(self).model_fields
+
+            def name(place: Place) -> str:
+                return f"{own}: {'.'.join(map(str, place))}" if place else own
+
+            raise ConfigurationError(describe_at(error, name, lambda _: known)) from None

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from dagster_sbatch.errors import ConfigurationError, describe
+from dagster_sbatch.errors import CheckedModel
 from dagster_sbatch.launchers.container import Container
 from dagster_sbatch.slurm.request import SlurmRequest
 
 
-class Launcher(BaseModel, ABC):
+class Launcher(CheckedModel, ABC):
     """How a workload is started inside an allocation.
 
     A field that the asset leaves out has the site's value (SUPERCOMPUTER_SITE_OVERRIDES[site]["launchers"]), or its
@@ -23,7 +23,6 @@ class Launcher(BaseModel, ABC):
         ConfigurationError: a field is unknown or has a wrong value.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     key: ClassVar[str]
     """Name of the launcher in the site overrides."""
     not_in_arrays: ClassVar[str] = ""
@@ -36,12 +35,6 @@ class Launcher(BaseModel, ABC):
         description="Shell commands that every node of the job runs first; a failing one is reported and skipped.",
     )
     container: Container | None = Field(None, description="The image in which the workload runs; default: none.")
-
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise ConfigurationError(describe(error, type(self).__name__, type(self).model_fields)) from None
 
     def with_site(self, launchers: Mapping[str, Mapping[str, Any]]) -> Self:
         """Return this launcher with the site's values in the fields that the asset left out.

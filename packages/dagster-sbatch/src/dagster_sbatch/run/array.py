@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from dagster_sbatch.errors import ConfigurationError, describe
+from dagster_sbatch.errors import CheckedModel, ConfigurationError
 from dagster_sbatch.run.digests import check_json, digest_of
 
 PARTITION_KEYS = "partition_keys"
@@ -32,7 +32,7 @@ def _parameter_sets(value: Any) -> Any:
     return dict(pairs)
 
 
-class JobArray(BaseModel):
+class JobArray(CheckedModel):
     """Runs a workload in many tasks of a Slurm job array; in `development`, in many processes at once.
 
     Without `tasks`, each partition of the run has its own task, or each `partitions_per_task` of them. The request, the
@@ -46,8 +46,6 @@ class JobArray(BaseModel):
         ConfigurationError: a field is unknown or has a wrong value; the text lists all problems.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     partitions_per_task: PositiveInt = Field(1, description="How many partitions a task computes, one after another.")
     max_running_tasks: PositiveInt | None = Field(
         None,
@@ -59,11 +57,8 @@ class JobArray(BaseModel):
         "`pipes.extras`. A list of pairs (name, set) is accepted, too, and refused if a name comes twice.",
     )
 
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise ConfigurationError(describe(error, "JobArray", type(self).model_fields)) from None
+    def __init__(self, **fields: Any) -> None:  # type checkers accept what the validators do
+        super().__init__(**fields)
 
     @model_validator(mode="after")
     def _check(self) -> "JobArray":

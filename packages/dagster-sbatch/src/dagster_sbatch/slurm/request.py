@@ -6,15 +6,12 @@ from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
-from dagster_sbatch.errors import ConfigurationError, describe, nearest
+from dagster_sbatch.errors import CheckedModel, nearest
 from dagster_sbatch.slurm.modules import Modules
 from dagster_sbatch.slurm.retries import Retries
 from dagster_sbatch.slurm.units import Memory, Time, format_time, parse_memory
@@ -51,7 +48,7 @@ Constraint = Annotated[str, _word(r"[A-Za-z0-9_.,&|*()\[\]-]+", "hdr&nvme")]
 Dependency = Annotated[str, _word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)?)*)*", "afterok:123:124")]
 
 
-class SlurmRequest(BaseModel):
+class SlurmRequest(CheckedModel):
     """The allocation that an asset needs. Most fields are the options of sbatch with that name (man sbatch).
 
     sbatch does not see `modules`, `retries`, `gpu_idle_limit`, `most_gpu_hours` and `most_node_hours`.
@@ -65,8 +62,6 @@ class SlurmRequest(BaseModel):
     Raises:
         ConfigurationError: a field is unknown or Slurm does not accept its value; the text lists all problems.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     nodes: PositiveInt = Field(1, description="Number of nodes.")
     ntasks_per_node: PositiveInt = Field(1, description="Tasks per node; Ray needs 1.")
@@ -115,11 +110,8 @@ class SlurmRequest(BaseModel):
     options: tuple[str, ...] = Field((), description="Further options of sbatch, for instance ('--mail-type=END',).")
     retries: Retries = Field(Retries(), description="Which failures the step repeats, and with what changes.")
 
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise ConfigurationError(describe(error, "SlurmRequest", type(self).model_fields)) from None
+    def __init__(self, **fields: Any) -> None:  # type checkers accept what the validators do
+        super().__init__(**fields)
 
     @model_validator(mode="after")
     def _check(self) -> "SlurmRequest":

@@ -3,9 +3,9 @@
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt
 
-from dagster_sbatch.errors import ConfigurationError, describe
+from dagster_sbatch.errors import CheckedModel
 from dagster_sbatch.slurm.units import Memory, Time
 
 
@@ -19,7 +19,7 @@ class Fault(StrEnum):
     AGAIN = "preempted, or the workload requests another attempt"
 
 
-class Retries(BaseModel):
+class Retries(CheckedModel):
     """Which failures of its job a step repeats, and with what changes; the step submits another job each time.
 
     After a node failure, a preemption and exit code 75, the step repeats the same request. All else is off unless a
@@ -32,8 +32,6 @@ class Retries(BaseModel):
     Raises:
         ConfigurationError: a field is unknown or has a wrong value; the text lists all problems.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_retries: NonNegativeInt = Field(3, description="Attempts after the first one, for all causes together.")
     max_mem: Memory | None = Field(
@@ -53,11 +51,8 @@ class Retries(BaseModel):
         "only with this: stderr has CUDA's or NVML's text of an uncorrectable error, or of a lost GPU.",
     )
 
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise ConfigurationError(describe(error, "Retries", type(self).model_fields)) from None
+    def __init__(self, **fields: Any) -> None:  # type checkers accept what the validators do
+        super().__init__(**fields)
 
     def repeats(self, fault: Fault | None) -> bool:
         """Return whether a job that failed for this reason is repeated, as long as attempts are left."""

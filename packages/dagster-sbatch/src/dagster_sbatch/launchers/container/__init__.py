@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import dagster_pipes
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field
 
-from dagster_sbatch.errors import ConfigurationError, describe
+from dagster_sbatch.errors import CheckedModel, ConfigurationError
 from dagster_sbatch.setting_paths import check_remote_path, expand_here, to_shell
 from dagster_sbatch.slurm.gateway.agent import images
 from dagster_sbatch.slurm.request import SlurmRequest
@@ -74,7 +74,7 @@ def _option(text: str) -> str:
     return text
 
 
-class Container(BaseModel):
+class Container(CheckedModel):
     """An image in which the workload runs, by apptainer or singularity.
 
     The Python of the image runs the workload, with the packages of the image: those of requirements/cluster.txt are not
@@ -91,8 +91,6 @@ class Container(BaseModel):
     Raises:
         ConfigurationError: a field is unknown or has a wrong value.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     image: Annotated[str, AfterValidator(_image)] = Field(
         description="A SIF or squashfs file, or a folder, on the supercomputer: an absolute path, one that begins with "
@@ -112,10 +110,7 @@ class Container(BaseModel):
     )
 
     def __init__(self, image: str, **fields: Any) -> None:
-        try:
-            super().__init__(image=image, **fields)
-        except ValidationError as error:
-            raise ConfigurationError(describe(error, "Container", type(self).model_fields)) from None
+        super().__init__(image=image, **fields)
 
     def check(self, request: SlurmRequest, runtime: ContainerRuntime) -> None:
         """Refuse a request for GPUs that the container would not have.
