@@ -208,6 +208,16 @@ class Settings(BaseSettings):
         return self.edge_node_host == "localhost" and shutil.which("sbatch") is not None
 
     @property
+    def runs_folder(self) -> str:
+        """The folder of all runs, on the supercomputer."""
+        return f"{self.deployment_base_path}/runs"
+
+    @property
+    def data_folder(self) -> str:
+        """DATA_ROOT on the supercomputer, as the user wrote it, or its default."""
+        return self.data_root or f"{self.deployment_base_path}/data"
+
+    @property
     def credentials_file(self) -> Path:
         """ASC_AUTHENTIK_CREDENTIALS_FILE or its default."""
         default = Path(f"~/.config/musica-pipelines/{self.supercomputer_site}-auth.env")

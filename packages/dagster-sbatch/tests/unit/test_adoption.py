@@ -176,7 +176,7 @@ def test_jobs_are_not_outdated_while_a_thread_prepares_its_call() -> None:
 
     gateway: Any = SimpleNamespace(stop=Stop())  # a claim or a cancellation would be an error
     context: Any = SimpleNamespace(log=logging.getLogger())
-    attempts = Family(context, gateway, "/base", call, {}, SlurmRequest(), questions=Questions())
+    attempts = Family(context, gateway, "/base/runs", call, {}, SlurmRequest(), questions=Questions())
     preparing.__enter__()
     assert not attempts.cancel_outdated(Claim(None, others=[theirs]))
     assert len(waits) == 3

@@ -177,7 +177,7 @@ def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bo
         )
         gateway: Any = SimpleNamespace(claim=claim, cancel=cancel, cancel_tasks=cancel)
         call = StepCalls().begin("r", "step", "digest")
-        attempts = Family(context, gateway, "/base", call, {}, SlurmRequest(), questions=Questions())
+        attempts = Family(context, gateway, "/base/runs", call, {}, SlurmRequest(), questions=Questions())
         attempts.choose_tasks({0: TASK})
     assert done == [("runs/f-1", [1, 2]), ("runs/f-2", None)]
     assert "newer data (y, z). They are cancelled" in warnings[0]
@@ -205,7 +205,7 @@ def test_all_array_jobs_with_other_inputs_are_cancelled_at_the_same_time(monkeyp
     gateway: Any = SimpleNamespace(claim=claim, cancel_all=cancel_all, stop=threading.Event())
     log = SimpleNamespace(info=None, warning=warnings.append, error=None)
     context: Any = SimpleNamespace(run_id="r", log=log)
-    attempts = Family(context, gateway, "/base", call, {"args": "new"}, SlurmRequest(), questions=Questions())
+    attempts = Family(context, gateway, "/base/runs", call, {"args": "new"}, SlurmRequest(), questions=Questions())
     found = Claim(None, others=others)
     assert [attempts.cancel_outdated(found), attempts.cancel_outdated(found)] == [True, False]
     assert (claimed, cancelled[0]) == (["of-a", "of-b"], ["of-a-1", "of-a-2", "of-b-1"])

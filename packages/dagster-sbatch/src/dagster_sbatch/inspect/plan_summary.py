@@ -21,11 +21,12 @@ def place_run(settings: Settings, run: str, environment: str | None = None) -> R
 
     `environment`: that of the plan; see `ComputeResource.run`.
     """
-    base = settings.deployment_base_path or "<SLURM_DEPLOYMENT_BASE_PATH>"
-    folder = f"{base}/environments/<hash of its content>"
+    if not settings.deployment_base_path:
+        settings = settings.model_copy(update={"deployment_base_path": "<SLURM_DEPLOYMENT_BASE_PATH>"})
+    folder = f"{settings.deployment_base_path}/environments/<hash of its content>"
     named = environment if is_path(environment) else None if environment else settings.python
     python = named or f"{folder}/bin/python"
-    return RunPaths(f"{base}/runs/{run}", python, f"{folder}/workloads", settings.data_root or f"{base}/data")
+    return RunPaths(f"{settings.runs_folder}/{run}", python, f"{folder}/workloads", settings.data_folder)
 
 
 def summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:

@@ -66,7 +66,7 @@ class Runs:
 
     def __init__(self, gateway: Gateway, settings: Settings) -> None:
         self.gateway = gateway
-        self.folder = f"{settings.deployment_base_path}/runs"
+        self.folder = settings.runs_folder
 
     def all(self) -> list[RunRecord]:
         """Return every run, by the time of its last change."""

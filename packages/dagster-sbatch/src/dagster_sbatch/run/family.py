@@ -54,7 +54,7 @@ class Family:
         self,
         context: dg.OpExecutionContext,
         gateway: Gateway,
-        base: str,
+        runs: str,
         call: Call,
         inputs: Mapping[str, str],
         request: SlurmRequest,
@@ -66,7 +66,7 @@ class Family:
         Args:
             context: of the step.
             gateway: to the login node.
-            base: SLURM_DEPLOYMENT_BASE_PATH.
+            runs: folder of all runs.
             call: the call.
             inputs: of the call: digests by name.
             request: of Slurm.
@@ -75,7 +75,7 @@ class Family:
         self._context, self._gateway, self._questions = context, gateway, questions
         self._inputs, self._retries = inputs, request.retries
         self._log = StepLog(context)
-        self._folder = f"{base}/runs"
+        self._folder = runs
         self._token = uuid.uuid4().hex
         self.call, self.request = call, store_request(request)
         self.record = {"call": call.number, "inputs": inputs, "request": self.request}

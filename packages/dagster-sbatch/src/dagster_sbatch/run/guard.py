@@ -43,8 +43,7 @@ def check_budget(gateway: Gateway, allocation: Allocation, settings: Settings, l
     """
     if not settings.keep_within_budget or not tasks:
         return
-    runs, since = f"{settings.deployment_base_path}/runs", budget_start(settings)
-    usage = gateway.usage_before_submitting(runs, since, ANSWER_SECONDS)
+    usage = gateway.usage_before_submitting(settings.runs_folder, budget_start(settings), ANSWER_SECONDS)
     if usage is None:
         log.warning(f"{SETTING}: the supercomputer did not say in time what is left. The job is submitted.")
         return

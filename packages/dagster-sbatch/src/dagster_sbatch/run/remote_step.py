@@ -91,13 +91,14 @@ class RemoteStep(ABC):
         """Keep what is complete, before the jobs of a terminated run are cancelled. It must not take long."""
 
     def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
-        site, base = self._plan.site, str(self._settings.deployment_base_path)
-        gateway = make_gateway(self._settings, site, stop, self._report_trouble, self._report_recovered)
+        site, settings = self._plan.site, self._settings
+        gateway = make_gateway(settings, site, stop, self._report_trouble, self._report_recovered)
         gateway.committed = self._left is not None
         self._gateway = gateway
-        self._environment = RunEnvironment(Environments(gateway, base, site), self._settings, self._plan)
+        environments = Environments(gateway, str(settings.deployment_base_path), site)
+        self._environment = RunEnvironment(environments, settings, self._plan)
         try:
-            self._family = self._register(base)
+            self._family = self._register()
             with stopped_with_run(self._context, stop):
                 return self._execute()
         except StoppedError:
@@ -113,33 +114,29 @@ class RemoteStep(ABC):
         finally:
             gateway.close()
 
-    def _register(self, base: str) -> Family:
+    def _register(self) -> Family:
         """Register this call, and compute digests of everything that decides its result.
 
         Raises:
             ConfigurationError: the container of its job has no image.
         """
         root, step, calls = self._info.root, self._info.step, calls_of(self._context)
-        related, data_root, environment = f"{step_prefix(root, step)}-", self._data_root, self._environment
+        data_root, runs, environment = self._settings.data_folder, self._settings.runs_folder, self._environment
         with calls.preparing():
             known = inputs_of_step(self._context, by_partition=any(task.partitions for task in self._plan.tasks))
             inputs = inputs_of(self._plan, environment.inputs, known, data_root, self._find_image())
             call = calls.begin(root, step, digest_of(inputs))
+        related = f"{step_prefix(root, step)}-"
         questions = Questions(related, data_root, environment.request)
-        return Family(self._context, self._gateway, base, call, inputs, self._planned.request, questions=questions)
-
-    @property
-    def _data_root(self) -> str:
-        """DATA_ROOT, as the user wrote it."""
-        return self._settings.data_root or f"{self._settings.deployment_base_path}/data"
+        return Family(self._context, self._gateway, runs, call, inputs, self._planned.request, questions=questions)
 
     def _find_image(self) -> str | None:
         """Return the identity of the image of the job's container; None without a container."""
-        container = self._plan.launcher.container
+        container, data_root = self._plan.launcher.container, self._settings.data_folder
         if container is None:
             return None
-        runs = f"{self._settings.deployment_base_path}/runs"
-        problem, identity = self._gateway.image(container.remote_image(self._data_root), self._data_root, runs)
+        image = container.remote_image(data_root)
+        problem, identity = self._gateway.image(image, data_root, self._settings.runs_folder)
         if problem:
             raise ConfigurationError(problem)
         return identity
@@ -212,15 +209,11 @@ class RemoteStep(ABC):
         jobs = ", ".join(job or "(just submitted)" for job in self._runs.values())
         show_on_terminal(f"{self._asset}: cancelling Slurm job {jobs} ...")
         texts, left, error = cancel_jobs(self._gateway, self._runs, CANCEL_SECONDS[interruption])
-        if left:
-            text = "\n".join([*texts, describe_left(left, error or self._trouble)])
-            show_on_terminal(text)
-            self._log.error(text)
-            return self._failure(text, final=True)
-        text = "\n".join(texts)
+        text = "\n".join([*texts, *([describe_left(left, error or self._trouble)] if left else [])])
         show_on_terminal(f"{self._asset}: {text}")
-        self._log.info(f"Terminated. {text}")
-        return self._failure(f"Terminated. {text}", final=True)
+        ended = text if left else f"Terminated. {text}"
+        (self._log.error if left else self._log.info)(ended)
+        return self._failure(ended, final=True)
 
     # Messages
 
@@ -273,9 +266,8 @@ class RemoteStep(ABC):
         """What to do about jobs that this step does not follow any more; empty without one."""
         if not self._jobs:
             return ""
-        if "," in self._jobs:
-            return f"\nSlurm jobs {self._jobs} are still running. Re-execute this run to attach to them again."
-        return f"\nSlurm job {self._jobs} is still running. Re-execute this run to attach to it again."
+        jobs, are, them = ("jobs", "are", "them") if "," in self._jobs else ("job", "is", "it")
+        return f"\nSlurm {jobs} {self._jobs} {are} still running. Re-execute this run to attach to {them} again."
 
     def _attach(self, job: str) -> str:
         """Return the command that opens a shell inside a job."""
@@ -289,13 +281,9 @@ class RemoteStep(ABC):
 
     def _where(self, account: str | None) -> dict[str, Any]:
         """Return metadata for everything that the jobs report."""
-        where = {
-            "partition": self._request.partition,
-            "qos": self._request.qos,
-            "account": account or None,
-            "workload": str(self._plan.workload.path),
-        }
-        return {name: value for name, value in where.items() if value is not None}
+        place = {"partition": self._request.partition, "qos": self._request.qos, "account": account or None}
+        known = {name: value for name, value in place.items() if value is not None}
+        return {**known, "workload": str(self._plan.workload.path)}
 
     def _failure(self, cause: str, stderr: str = "", *, final: bool = False, **details: Any) -> dg.Failure:
         for run in [run for run, job in self._runs.items() if job][-MOST_JOBS:]:

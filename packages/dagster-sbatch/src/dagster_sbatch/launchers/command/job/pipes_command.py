@@ -43,14 +43,8 @@ CHECKS = "checks.json"
 """File in the run directory: names of the asset checks that the step declares, by asset key."""
 MOST_NAMES = 10
 """Partitions that a message lists."""
-PICTURES = {
-    ".gif": "image/gif",
-    ".jpeg": "image/jpeg",
-    ".jpg": "image/jpeg",
-    ".png": "image/png",
-    ".svg": "image/svg+xml",
-    ".webp": "image/webp",
-}
+PICTURES = {".gif": "gif", ".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png", ".svg": "svg+xml", ".webp": "webp"}
+"""Types of images (MIME) by suffix."""
 TEXTS = ("text", "md", "path", "url")
 VALUES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "json": (dict, list)}
 """Types of metadata, and what JSON each of them is."""
@@ -179,7 +173,7 @@ def _read_file(name: str, path: Path) -> dict[str, Any]:
     kind = path.suffix.lower()
     if kind in PICTURES:
         encoded = base64.b64encode(content).decode()
-        return {"type": "md", "raw_value": f"![{name}](data:{PICTURES[kind]};base64,{encoded})"}
+        return {"type": "md", "raw_value": f"![{name}](data:image/{PICTURES[kind]};base64,{encoded})"}
     if kind == ".json":
         return {"type": "json", "raw_value": _read_json("json", content, str(path))}
     if kind in (".md", ".txt"):
@@ -195,10 +189,8 @@ def materialize(pipes: PipesContext, arguments: argparse.Namespace) -> None:
         pipes.report_asset_materialization(metadata, version, arguments.asset)
         return
     _refuse_partition(pipes, arguments.partition, arguments.asset)
-    report = {"partition": arguments.partition, "metadata": metadata}
-    report.update({"asset_key": arguments.asset} if arguments.asset else {})
-    report.update({"data_version": version} if version else {})
-    pipes.report_custom_message({"musica.partition": report})
+    named = {name: value for name, value in (("asset_key", arguments.asset), ("data_version", version)) if value}
+    pipes.report_custom_message({"musica.partition": {"partition": arguments.partition, "metadata": metadata, **named}})
 
 
 def _refuse_partition(pipes: PipesContext, partition: str, asset: str | None) -> None:
@@ -218,9 +210,9 @@ def _refuse_partition(pipes: PipesContext, partition: str, asset: str | None) ->
 
 def check(pipes: PipesContext, arguments: argparse.Namespace) -> None:
     """Report the result of an asset check."""
-    _refuse_undeclared(arguments.name, arguments.asset)
-    metadata = dict(arguments.metadata)
-    pipes.report_asset_check(arguments.name, arguments.passed, arguments.severity, metadata, arguments.asset)
+    name, asset = arguments.name, arguments.asset
+    _refuse_undeclared(name, asset)
+    pipes.report_asset_check(name, arguments.passed, arguments.severity, dict(arguments.metadata), asset)
 
 
 def _refuse_undeclared(name: str, asset: str | None) -> None:
@@ -285,26 +277,23 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run the command line."""
     arguments = make_parser().parse_args()
-    if DAGSTER_PIPES_MESSAGES_ENV_VAR not in os.environ:
-        print(
-            "pipes: this process was not started by Dagster, so there is nobody to report to. "
-            "Run the program from an asset with CommandLauncher or BatchScriptLauncher.",
-            file=sys.stderr,
-        )
-        return 1
     try:
-        arguments.run(open_dagster_pipes(message_writer=_Writer()), arguments)
-    except FileNotFoundError as error:
-        print(
-            f"pipes: {error.filename} does not exist. The run has ended or was cancelled, so nothing is reported. "
-            "Let the program wait for all processes that report.",
-            file=sys.stderr,
+        if DAGSTER_PIPES_MESSAGES_ENV_VAR in os.environ:
+            arguments.run(open_dagster_pipes(message_writer=_Writer()), arguments)
+            return 0
+        problem = (
+            "this process was not started by Dagster, so there is nobody to report to. "
+            "Run the program from an asset with CommandLauncher or BatchScriptLauncher."
         )
-        return 1
+    except FileNotFoundError as error:
+        problem = (
+            f"{error.filename} does not exist. The run has ended or was cancelled, so nothing is reported. "
+            "Let the program wait for all processes that report."
+        )
     except (DagsterPipesError, OSError) as error:
-        print(f"pipes: {error}", file=sys.stderr)
-        return 1
-    return 0
+        problem = str(error)
+    print(f"pipes: {problem}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
