@@ -12,6 +12,7 @@ from dagster_sbatch.commands.deploy_environment import check
 from dagster_sbatch.environments.code import read_code
 from dagster_sbatch.environments.deployed import EnvironmentSpec
 from dagster_sbatch.inspect.remote_runs import open_runs
+from dagster_sbatch.project import Project
 from dagster_sbatch.slurm.gateway import RefusedError
 from resources import PROJECT
 from slurm_in_a_box import SimulatedSite, wait_until
@@ -39,6 +40,7 @@ def test_production_runs_only_what_was_published(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DAGSTER_DEPLOYMENT", "production_supercomputer")
+    monkeypatch.setattr(Project, "workloads", workload.parent)
     assert "nothing has been published" in failure_of(materialize(workload))
     assert site.squeue("--noheader") == ""
 

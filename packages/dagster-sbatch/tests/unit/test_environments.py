@@ -13,7 +13,13 @@ from packaging.specifiers import SpecifierSet
 
 from dagster_sbatch.commands.deploy_environment import choose_for_removal, publish
 from dagster_sbatch.environments.code import read_code, revision_of
-from dagster_sbatch.environments.deployed import Environment, EnvironmentListing, Environments, EnvironmentSpec
+from dagster_sbatch.environments.deployed import (
+    Environment,
+    EnvironmentListing,
+    Environments,
+    EnvironmentSpec,
+    Published,
+)
 from dagster_sbatch.environments.interpreter import NEWEST, OLDEST, Interpreter
 from dagster_sbatch.environments.lockfile import read_lock
 from dagster_sbatch.environments.progress import LoggedProgress
@@ -112,6 +118,22 @@ def test_every_workload_below_the_workloads_folder_has_the_same_code(
         inputs = RunEnvironment(environments, Settings(), plan).inputs
         code = {name.removeprefix("code "): digest for name, digest in inputs.items() if name.startswith("code ")}
         assert code == read_code(tmp_path).digests
+
+
+def test_production_says_that_the_code_of_a_workload_elsewhere_is_never_published(tmp_path: Path) -> None:
+    """To publish it, as for other differences, would not help."""
+    (tmp_path / "prog.py").touch()
+
+    class Other(Environments):
+        def published(self, *_: Any) -> Published:
+            return Published(listing("a", 0).environment, "", datetime.now(UTC))
+
+    environments = Other(cast(Gateway, None), "/base", PROJECT.load_site("musica"))
+    production = Settings().model_copy(update={"deployment": "production_supercomputer", "python": "/python"})
+    plan = make_plan(Settings(), PROJECT, tmp_path / "prog.py", ScriptLauncher(), SlurmRequest())
+    with pytest.raises(ConfigurationError) as error:
+        RunEnvironment(environments, production, plan).find(lambda _: None)
+    assert str(error.value).endswith(f"\nOnly {PROJECT.workloads} is published. Move {tmp_path}/prog.py there.")
 
 
 def test_what_is_published_has_the_revision_that_was_read(tmp_path: Path) -> None:

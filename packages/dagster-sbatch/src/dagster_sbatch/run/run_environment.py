@@ -75,10 +75,13 @@ class RunEnvironment:
         differences = self._spec.differences_from(published.environment)
         if differences:
             listed = "".join(f"\n  {each}" for each in differences)
+            workload, workloads = self._plan.workload, self._plan.project.workloads
+            todo = f"Go back to what was published, with git, or publish what is here:\n{COMMAND}"
+            if workload.root != workloads:
+                todo = f"Only {workloads} is published. Move {workload.path} there."
             raise ConfigurationError(
                 f"what is here is not what was published for {deployment} at {published.at:%Y-%m-%d %H:%M} UTC"
-                f"{f' (revision {published.revision})' if published.revision else ''}:{listed}\n"
-                f"Go back to what was published, with git, or publish what is here:\n{COMMAND}"
+                f"{f' (revision {published.revision})' if published.revision else ''}:{listed}\n{todo}"
             )
         if is_path(environment):
             return self._environments.ensure(self._spec, LoggedProgress(log))
