@@ -20,16 +20,22 @@ WHEEL = "0123/tiny-1.0-py3-none-any.whl"
 def folder(tmp_path: Path) -> Path:
     """A folder with an old environment, its packages, and their wheel; nothing else needs these."""
     folder = tmp_path / "environments"
-    content = {**dict.fromkeys(releases.NEEDED), "name": "old", "layer": wanted(folder)["environment"]["layer"]}
-    packages = folder / "packages" / content["layer"]
-    for path in (folder / "old", packages, (folder / "wheels" / WHEEL).parent):
+    layer = wanted(folder)["environment"]["layer"]
+    packages = folder / "packages" / layer
+    for path in (packages, (folder / "wheels" / WHEEL).parent):
         path.mkdir(parents=True)
     (folder / "wheels" / WHEEL).touch()
     store(str(packages / "packages.json"), {"wheels": [WHEEL]})
-    store(str(folder / "old" / HERE), content)
-    for path in (folder / "old", packages, (folder / "wheels" / WHEEL).parent):
+    for path in (packages, (folder / "wheels" / WHEEL).parent):
         os.utime(path, (LONG_AGO, LONG_AGO))
+    make_environment(folder, "old", layer)
     return folder
+
+
+def make_environment(folder: Path, name: str, layer: str | None) -> None:
+    (folder / name).mkdir()
+    store(str(folder / name / HERE), {**dict.fromkeys(releases.NEEDED), "name": name, "layer": layer})
+    os.utime(folder / name, (LONG_AGO, LONG_AGO))
 
 
 def ask(folder: Path, verb: str, **fields: Any) -> Any:
@@ -43,9 +49,9 @@ def wanted(folder: Path) -> Any:
     return ask(folder, "find", **python, **content, oldest=[3, 11], newest=[3, 99])
 
 
-def remains(folder: Path) -> list[str]:
-    """Remove the old environment, and what only it needs; return what is left."""
-    assert ask(folder, "remove", names=["old"])["removed"] == ["old"]
+def remains(folder: Path, name: str = "old") -> list[str]:
+    """Remove an environment, and what only it needs; return what is left."""
+    assert ask(folder, "remove", names=[name])["removed"] == [name]
     return [name for name in ("packages", "wheels") if any((folder / name).iterdir())]
 
 
@@ -77,11 +83,18 @@ def test_a_file_that_cannot_be_removed_yet_blocks_nobody(folder: Path, monkeypat
         else:
             os.rename(path, ".nfs01", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
 
-    (folder / "old" / "lib.so").touch()
-    os.utime(folder / "old", (LONG_AGO, LONG_AGO))
+    (packages,) = (folder / "packages").iterdir()
+    for place in (folder / "old", packages):
+        (place / "lib.so").touch()
+        os.utime(place, (LONG_AGO, LONG_AGO))
     monkeypatch.setattr(os, "unlink", unlink_on_nfs)
-    assert remains(folder) == []
-    assert ask(folder, "publish", groups={}, about={})["new"]
+    assert remains(folder) == ["packages"]
+    left = {*folder.glob("*.old"), *(folder / "packages").iterdir()}
+    for place in left:
+        os.utime(place, (LONG_AGO, LONG_AGO))
+    make_environment(folder, "other", None)
+    assert remains(folder, "other") == ["packages"]
+    assert {*folder.glob("*.old"), *(folder / "packages").iterdir()} == left
     is_open = False
     ask(folder, "publish", groups={}, about={})
-    assert list(folder.glob("*.old")) == []
+    assert [*folder.glob("*.old"), *(folder / "packages").iterdir()] == []

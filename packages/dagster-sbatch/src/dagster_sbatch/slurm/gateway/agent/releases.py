@@ -50,7 +50,7 @@ def drop(path):
 
 def idle(folder):
     """Return the names of what lies in a folder, if there is one, and was not used lately."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
+    names = [name for name in os.listdir(folder) if not name.endswith(".old")] if os.path.isdir(folder) else []
     return [name for name in names if time.time() - os.stat(os.path.join(folder, name)).st_mtime > GRACE]
 
 
