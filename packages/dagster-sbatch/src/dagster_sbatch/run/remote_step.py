@@ -70,7 +70,8 @@ class RemoteStep(ABC):
         self._log = StepLog(context)
         root, partitions = context.run.root_run_id or context.run_id, partitions_of(context)
         ends = " to ".join(sorted({*partitions[:1], *partitions[-1:]}))
-        step = key_in(context.instance, root, StepName.of(context))
+        name = StepName.of(context)
+        step = name.key if root == context.run_id else key_in(context.instance, root, name)
         self._info = RunInfo(context.run_id, root, asset, ends, step=step)
         self._planned = plan.allocation
         self._runs: dict[str, str | None] = {}
