@@ -103,6 +103,17 @@ def test_no_user_anywhere_is_oneself() -> None:
     assert read_route(settings())[0].user == getpass.getuser()
 
 
+def test_a_user_without_a_name_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is started with a uid of its own."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    with pytest.raises(ConfigurationError, match=r"uid 54321.*\n  export USER=dagster$"):
+        read_route(settings(USER="xy12345"))
+    monkeypatch.setenv("USER", "dagster")
+    assert read_route(settings(USER="xy12345"))[0].user == "xy12345"
+
+
 def test_the_jump_host_has_options_of_its_own(config: Path) -> None:
     config.write_text(
         "Host musica\nProxyJump gate\nUserKnownHostsFile none\n"

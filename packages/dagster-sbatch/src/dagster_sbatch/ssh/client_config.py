@@ -2,6 +2,7 @@
 
 import getpass
 import ipaddress
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def read_route(settings: Settings) -> tuple[Hop, Hop | None]:
     """Return the login node and, with ProxyJump, the jump host before it.
 
     Raises:
-        ConfigurationError: no host or key is named, there is more than one jump host, or ~/.ssh/config is not valid.
+        ConfigurationError: no host or key is named, there is more than one jump host, ~/.ssh/config is not valid, or the
+            user who runs this has no name.
     """
     if settings.edge_node_host is None:
         raise ConfigurationError("SLURM_EDGE_NODE_HOST is not set: the name of the login node")
@@ -63,7 +65,14 @@ def read_route(settings: Settings) -> tuple[Hop, Hop | None]:
         raise ConfigurationError(f"{file}: {error}") from None
     port = settings.edge_node_port if "edge_node_port" in settings.model_fields_set else None
     ours = _Login(settings.edge_node_user, port, settings.edge_node_key_path)
-    login, jump = _read_hop(config, settings.edge_node_host, ours, _Login(getpass.getuser(), 22, None))
+    try:
+        oneself = getpass.getuser()  # which paramiko asks for, too
+    except (KeyError, OSError):
+        raise ConfigurationError(
+            f"This machine has no name for the user who runs this program (uid {os.getuid()}), as in some containers. "
+            "Give it one:\n  export USER=dagster"
+        ) from None
+    login, jump = _read_hop(config, settings.edge_node_host, ours, _Login(oneself, 22, None))
     if jump == "none":
         return login, None
     user, alias, port = _split_jump(jump)
