@@ -12,7 +12,7 @@ REFUSED_AGE = timedelta(minutes=15)
 """A younger certificate is not replaced: the next one would be refused, too."""
 
 
-def replace_refused(settings: Settings) -> bool:
+def replace_refused_certificate(settings: Settings) -> bool:
     """Replace a certificate that a server has refused, and return whether there is a new one.
 
     The centre may have revoked it, changed the key of its authority, or the user's login name.

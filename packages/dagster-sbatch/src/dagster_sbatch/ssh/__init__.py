@@ -43,7 +43,7 @@ def connect(
         UnreachableError: no answer, refused, lost, or too slow; the caller may retry, after a random delay.
         SshError: the two sides have no algorithm in common.
     """
-    from dagster_sbatch.auth.refused import replace_refused
+    from dagster_sbatch.auth.refused import replace_refused_certificate
     from dagster_sbatch.ssh.client_config import read_route
     from dagster_sbatch.ssh.connection import Connection
 
@@ -53,7 +53,7 @@ def connect(
     try:
         connection.open()
     except AuthenticationError:
-        if not replace_refused(settings):
+        if not replace_refused_certificate(settings):
             raise
         connection.open()
     return connection

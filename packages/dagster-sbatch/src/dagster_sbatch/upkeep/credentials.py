@@ -17,6 +17,8 @@ from dagster_sbatch.upkeep import running_on_supercomputer
 
 LONGEST_RUN = timedelta(minutes=15)
 """A refresh takes five minutes at most: a run whose status has not changed for longer was killed."""
+LATER = timedelta(minutes=1)
+"""A run that is updated later than now was updated by a clock that was ahead, unless it was just now."""
 JOB = "refresh_credentials"
 
 MUSICA_ACCESS = dg.AssetSpec(
@@ -187,7 +189,7 @@ def _running(instance: dg.DagsterInstance, now: datetime) -> str | None:
     active = [statuses.NOT_STARTED, statuses.STARTING, statuses.STARTED, statuses.CANCELING]
     for wanted in (
         dg.RunsFilter(job_name=JOB, statuses=[statuses.QUEUED]),
-        dg.RunsFilter(job_name=JOB, statuses=active, updated_after=now - LONGEST_RUN),
+        dg.RunsFilter(job_name=JOB, statuses=active, updated_after=now - LONGEST_RUN, updated_before=now + LATER),
     ):
         if records := instance.get_run_records(wanted, limit=1):
             return records[0].dagster_run.run_id
