@@ -292,6 +292,17 @@ def test_a_token_made_by_a_crashing_authentik_is_temporary(settings: Settings, c
     assert len(access.made_here(control)) == 2
 
 
+def test_a_right_that_is_missing_is_known_in_every_language(settings: Settings, control: AuthentikControl) -> None:
+    for path, method, words in (
+        ("/view_key/", "GET", "without the right to see its secret"),
+        ("/core/tokens/", "POST", "does not allow this user to make tokens"),
+    ):
+        disturbed(kind="error", status=403, path=path, method=method)(control)
+        with pytest.raises(AccessError, match=words):
+            refresh(settings, rotation="now", certificate="no")
+        end(control)
+
+
 def test_refused_secrets_are_told_way_by_way(variables: dict[str, str], control: AuthentikControl) -> None:
     password = control.create_token(access.USER, "app_password", "by-hand")
     wrong = {"ASC_AUTHENTIK_API_TOKEN": password, "ASC_OIDC_APP_PASSWORD": "test-wrong-password"}

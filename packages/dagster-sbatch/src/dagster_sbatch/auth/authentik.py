@@ -19,6 +19,7 @@ NEVER = datetime(9999, 1, 1, tzinfo=UTC)
 API_BUTTON = "'New Token' (before 2026.2: 'Create Token')"
 APP_BUTTON = "'New App Password' (before 2026.2: 'Create App password')"
 Intent = Literal["api", "app_password"]
+_ME = "/users/me/"
 _ADDRESS = "Check ASC_AUTHENTIK_API_BASE, or ask the centre with this text"
 
 
@@ -38,12 +39,12 @@ class Authentik:
         Raises:
             RejectedError: unknown, expired, an app password, or of a user that is not active: the server answers alike.
         """
-        answer = self._call("GET", "/users/me/", tries=tries)
+        answer = self._call("GET", _ME, tries=tries)
         try:
             return str(answer.data["user"]["username"])
         except (TypeError, KeyError):
             raise MisconfiguredError(
-                f"{self._base}/users/me/ answered without a user ({answer.reason}). {_ADDRESS}"
+                f"{self._base}{_ME} answered without a user ({answer.reason}). {_ADDRESS}"
             ) from None
 
     def create(self, identifier: str, intent: Intent) -> datetime:
@@ -94,12 +95,17 @@ class Authentik:
             raise MisconfiguredError(f"authentik did not delete {identifier!r} ({answer.reason}). {_ADDRESS}")
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None, tries: int = TRIES) -> HttpAnswer:
-        """Call the API; a 403 is returned only if the token works and the user lacks a right."""
+        """Call the API; a 403 is returned only if the token works, so the user lacks a right.
+
+        The texts do not tell: authentik translates them.
+        """
         if not self._usable:
             raise RejectedError("it has characters that no token has: was it pasted whole?")
         answer = self._http.call(method, self._base + path, headers=self._headers, json_body=body, tries=tries)
-        if answer.status == 401 or (answer.status == 403 and "permission" not in answer.reason):
+        if answer.status in (401, 403) and path == _ME:
             raise RejectedError(f"authentik refused it ({answer.reason})")
+        if answer.status in (401, 403):
+            self.user()
         return answer
 
 
