@@ -18,15 +18,24 @@ PROGRAM = """\
 import json, os
 from pathlib import Path
 import dagster as dg
-from resources import build_resources
+from resources import PROJECT, build_resources
+from dagster_sbatch.inspect.diagnosis import examine
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.upkeep.budget_asset import make_budget_sensor
+from dagster_sbatch.upkeep.cleaning import make_cleaning_sensor
+from dagster_sbatch.upkeep.credentials import make_credential_refresh
 
 @dg.asset
 def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
     workload = Path(__file__).parent / "workloads" / "workload.py"
     return compute.run(context, workload=workload, launcher=ScriptLauncher()).get_materialize_result()
 
+for sensor in make_credential_refresh(PROJECT).sensor, make_cleaning_sensor(PROJECT), make_budget_sensor(PROJECT):
+    with dg.build_sensor_context(instance=dg.DagsterInstance.ephemeral()) as context:
+        print(f"{sensor.name}: {sensor.evaluate_tick(context).skip_message}")
+for found in examine(PROJECT, open_instance=dg.DagsterInstance.ephemeral):
+    print(f"{found.name}: {found.state} {found.found}")
 result = dg.materialize([probe], resources=build_resources())
 (event,) = result.asset_materializations_for_node("probe")
 print(json.dumps({name: value.value for name, value in event.metadata.items()}))
@@ -75,6 +84,9 @@ def test_a_run_without_ssh(site: SimulatedSite) -> None:
     assert "ASC_" not in site.run_on_node(agent.machine, f"cat /proc/{agent.pid}/environ").stdout
     site.run_on_login(CERTIFICATE_USER, "touch go-on")
     thread.join(180)
+    for line in ("refresh_credentials_when_due: Dagster runs on", "clean_run_directories: nothing is old enough",
+                 "observe_budget: ", "login: ok this machine", "Slurm: ok Slurmctld", "jobs: ok"):  # fmt: skip
+        assert f"\n{line}" in f"\n{said[0]}"
     metadata = json.loads(said[0].splitlines()[-1])
     assert (metadata["rows"], metadata["account"]) == (7, SECOND_ACCOUNT)
     assert metadata["attach"] == f"srun --jobid={metadata['job_id']} --overlap --pty bash"

@@ -1,5 +1,6 @@
 """What is said of access from the files alone: what there is, what ends, what is wrong, and what to do."""
 
+import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,6 +35,20 @@ def variables(tmp_path: Path) -> dict[str, str]:
 
 def file_of(variables: dict[str, str]) -> CredentialsFile:
     return CredentialsFile(access.settings_of(variables).credentials_file)
+
+
+def test_on_the_login_node_nothing_is_needed(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sbatch").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    lacking = ("SLURM_EDGE_NODE_USER", "SLURM_EDGE_NODE_KEY_PATH")
+    left = {name: value for name, value in variables.items() if name not in lacking}
+    settings = access.settings_of({**left, "SLURM_EDGE_NODE_HOST": "localhost"})
+    health = check_health(settings)
+    assert (health.verdict, health.next_refresh) == ("ok", None)
+    assert ensure_certificate(settings) is None
+    assert refresh(settings, "now", "now").certificate is None
 
 
 def test_a_certificate_that_nothing_renews_works_until_its_end(variables: dict[str, str]) -> None:

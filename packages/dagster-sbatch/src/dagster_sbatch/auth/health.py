@@ -63,6 +63,8 @@ class AccessHealth:
 
 def check_health(settings: Settings) -> AccessHealth:
     """Return the state of the access, from the files alone."""
+    if settings.on_login_node:
+        return AccessHealth(clock.now(), "ok", "Dagster runs on the login node: it needs no access", (), None, {}, ())
     access = read_access(settings)
     next_refresh = _next_refresh(access)
     verdict, summary = _judge(access, next_refresh)

@@ -65,13 +65,16 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
     ... seconds, 60 at most; meanwhile each raises the same error.
 
     Returns:
-        The certificate; None where plain keys are used: no certificate, and no ASC_ variable is set.
+        The certificate; None on the login node, and where plain keys are used: no certificate, and no ASC_ variable is
+        set.
 
     Raises:
         BootstrapError: there is no way to get one; known from files alone, before any network.
         AccessError: there is none now; `temporary` says whether a retry may help. Never an OSError: the caller would
             take that for a lost connection.
     """
+    if settings.on_login_node:
+        return None
     access = read_access(settings)
     certificate = access.valid_certificate
     if certificate is None:
@@ -99,6 +102,8 @@ def refresh(settings: Settings, rotation: When = "due", certificate: When = "due
         BootstrapError: there is no way to get a certificate, and none is valid, or one was asked for `now`.
         AccessError: a part that was asked for `now` failed, or there is no valid certificate.
     """
+    if settings.on_login_node:
+        return Report()
     access = read_access(settings)
     needed = access.valid_certificate is None or "now" in (rotation, certificate)
     if access.plain_key:

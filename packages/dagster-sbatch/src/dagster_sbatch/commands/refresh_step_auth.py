@@ -88,7 +88,7 @@ def show_report(report: Report, settings: Settings) -> None:
             f"for {', '.join(report.certificate.principals)}, until {clock.written(report.certificate.valid_before)}."
         )
     if not report.certificate and not report.rotated_with:
-        print(f"{settings.edge_node_key_path} is a plain key: there is nothing to renew.")
+        print(f"There is nothing to renew: {check_health(settings).summary}.")
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 

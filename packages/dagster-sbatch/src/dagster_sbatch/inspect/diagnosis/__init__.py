@@ -38,6 +38,8 @@ CHECKS: dict[str, Callable[[Facts], Verdict]] = {
     "environment": slurm_jobs.check_environment,
 }
 """In this order; each may use what those before it have put into the facts."""
+OVER_SSH = ("credentials", "certificate", "name", "port", "host authority")
+"""Not made where Dagster runs on the login node."""
 
 
 def examine(
@@ -57,6 +59,8 @@ def examine(
     with ExitStack() as until_the_end:
         facts = Facts(project, open_instance, until_the_end)
         for name, check in CHECKS.items():
+            if name in OVER_SSH and facts.settings.on_login_node:
+                continue
             finding = Finding(name, *make(check, facts))
             yield finding
             if finding.state == "broken":

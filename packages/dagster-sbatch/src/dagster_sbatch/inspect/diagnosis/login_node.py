@@ -1,5 +1,7 @@
 """Checks of what the login node's survey says."""
 
+from contextlib import nullcontext
+
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
 from dagster_sbatch.inspect.diagnosis.survey import Room, parse_room, take_survey
@@ -16,15 +18,16 @@ WANTED_FILES = 65536
 def check_login(facts: Facts) -> Verdict:
     """Log in, and take the survey that the checks below read."""
     settings, site = facts.settings, facts.site
+    here = nullcontext() if settings.on_login_node else None
     try:
-        with connect(settings, ensure_certificate, site.host_authorities) as connection:
+        with here or connect(settings, ensure_certificate, site.host_authorities) as connection:
             base = str(settings.deployment_base_path)
             facts.survey = take_survey(connection, base, site.python_candidates, site.setup_commands)
     except SshError as error:
         return broken(str(error), "do what the error says; scripts/refresh_step_auth.py --status shows the certificate")
     except OSError as error:
         return broken(str(error), "try again; check what your login shell does on the login node")
-    return ok(f"{settings.edge_node_user} at {settings.edge_node_host}")
+    return ok("this machine" if here else f"{settings.edge_node_user} at {settings.edge_node_host}")
 
 
 def check_slurm(facts: Facts) -> Verdict:

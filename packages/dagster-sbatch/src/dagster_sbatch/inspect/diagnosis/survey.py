@@ -2,11 +2,14 @@
 
 import re
 import shlex
+import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from dagster_sbatch.children import child_environment
 from dagster_sbatch.setting_paths import to_shell
+from dagster_sbatch.slurm.gateway.agent.slurm_commands import KEPT
 from dagster_sbatch.slurm.gateway.programs import after_login_profile, for_any_shell
 
 if TYPE_CHECKING:
@@ -53,12 +56,12 @@ class Output(NamedTuple):
 
 
 def take_survey(
-    connection: "fabric.Connection", base: str, pythons: tuple[str, ...], setup: tuple[str, ...]
+    connection: "fabric.Connection | None", base: str, pythons: tuple[str, ...], setup: tuple[str, ...]
 ) -> dict[str, Output]:
     """Run the script on the login node, after the login profile and the site's setup commands, as the agent runs.
 
     Args:
-        connection: open.
+        connection: open; None on the login node itself.
         base: SLURM_DEPLOYMENT_BASE_PATH; the script does not create it.
         pythons: interpreters to try.
         setup: the site's setup commands.
@@ -68,14 +71,32 @@ def take_survey(
         OSError: the connection was lost, or the script did not run to its end.
     """
     script = f"exec /bin/sh -c {shlex.quote(render(base, pythons))}"
+    line = after_login_profile(setup, script)
+    try:
+        printed = _run_here(line) if connection is None else _run_there(connection, line)
+    except (TimeoutError, subprocess.TimeoutExpired):
+        raise TimeoutError(f"the login node printed nothing for {SECONDS:.0f} s") from None
+    return parse(printed.decode(errors="replace"))
+
+
+def _run_there(connection: "fabric.Connection", line: str) -> bytes:
     with connection.transport.open_session() as channel:
         channel.settimeout(SECONDS)
-        channel.exec_command(for_any_shell(after_login_profile(setup, script)))
-        try:
-            printed = channel.makefile("rb").read()
-        except TimeoutError:
-            raise TimeoutError(f"the login node printed nothing for {SECONDS:.0f} s") from None
-    return parse(printed.decode(errors="replace"))
+        channel.exec_command(for_any_shell(line))
+        return bytes(channel.makefile("rb").read())
+
+
+def _run_here(line: str) -> bytes:
+    command = ["/bin/sh", "-c", line]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=SECONDS,
+        env=child_environment(*KEPT),
+        check=False,
+    )
+    return done.stdout
 
 
 def render(base: str, pythons: tuple[str, ...]) -> str:
