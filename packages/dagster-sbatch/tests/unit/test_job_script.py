@@ -224,6 +224,28 @@ def test_a_pre_start_command_that_fails_is_reported_and_skipped(tmp_path: Path, 
     assert ("failed on" in done.stderr) == (limit != "64")
 
 
+@pytest.mark.parametrize(
+    ("command", "does", "reported"),
+    [
+        ("touch done &", "done", False),
+        ("touch done; false # a comment", "done", True),
+        ("cat >done <<EOF\nline\nEOF", "done", False),
+        ("export NAME='a b'", "", False),
+        ("if true", "", True),
+        ("echo 'a", "", True),
+        ("false é ' \"'\" $(", "", True),
+    ],
+)
+def test_any_pre_start_command_can_fail_and_the_job_continues(
+    command: str, does: str, reported: bool, tmp_path: Path
+) -> None:
+    lines = ScriptLauncher(pre_start_commands=[command]).render_pre_start()
+    done = run_as_slurm_would(tmp_path, f'#!/bin/bash\n{lines}\nwait\necho "$NAME" next')
+    assert done.stdout == ("a b next\n" if "NAME" in command else " next\n")
+    assert (f"{command}: failed on " in done.stderr) == reported
+    assert not does or (tmp_path / does).exists()
+
+
 def test_setup_commands_of_the_site_come_before_python_in_a_login_shell(tmp_path: Path) -> None:
     """Only login shells have `module`."""
     (tmp_path / ".bash_profile").write_text("provide() { export MODULE=$1; }\n")

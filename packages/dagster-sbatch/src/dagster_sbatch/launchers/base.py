@@ -1,5 +1,6 @@
 """The interface of all launchers."""
 
+import shlex
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -145,7 +146,6 @@ class Launcher(CheckedModel, ABC):
         lines = []
         for command in self.pre_start_commands:
             fallback = 'ulimit -n "$(ulimit -Hn)"; ' if command.startswith("ulimit -n ") else ""
-            quoted = command.replace("'", "'\\''")
-            report = f"echo '{quoted}: failed on '\"$HOSTNAME\"'; the job continues' >&2"
-            lines.append(f"{command} || {{ {fallback}{report}; }}")
+            report = f'echo {shlex.quote(f"{command}: failed on")} "$HOSTNAME; the job continues" >&2'
+            lines.append(f"eval {shlex.quote(command)} || {{ {fallback}{report}; }}")
         return "\n".join(lines)

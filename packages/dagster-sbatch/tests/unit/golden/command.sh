@@ -102,7 +102,7 @@ trap 'terminated=1 warned=1; pass_on; finish' TERM # a record, as SIGKILL preven
 (
 trap 'exit 143' TERM
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-ulimit -n 65536 || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on '"$HOSTNAME"'; the job continues' >&2; }
+eval 'ulimit -n 65536' || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on' "$HOSTNAME; the job continues" >&2; }
 run_workload "$run_directory/program/run_program.py" 'work load.py'
 ) &
 body=$!

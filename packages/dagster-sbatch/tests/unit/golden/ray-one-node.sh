@@ -103,7 +103,7 @@ trap 'exit 143' TERM
 # Every node runs this before Ray.
 # shellcheck disable=SC2317
 pre_start() {
-ulimit -n 65536 || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on '"$HOSTNAME"'; the job continues' >&2; }
+eval 'ulimit -n 65536' || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on' "$HOSTNAME; the job continues" >&2; }
 }
 export -f pre_start
 # shellcheck source=/dev/null

@@ -106,7 +106,7 @@ trap 'exit 143' TERM
 # Every node runs this before Ray.
 # shellcheck disable=SC2317
 pre_start() {
-ulimit -n 65536 || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on '"$HOSTNAME"'; the job continues' >&2; }
+eval 'ulimit -n 65536' || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on' "$HOSTNAME; the job continues" >&2; }
 }
 export -f pre_start
 export RAY_prestart_worker_first_driver=${RAY_prestart_worker_first_driver:-0}

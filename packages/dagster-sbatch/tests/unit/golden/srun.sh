@@ -107,7 +107,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-44}
 # Every rank runs this before the workload.
 # shellcheck disable=SC2317
 pre_start() {
-ulimit -n 65536 || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on '"$HOSTNAME"'; the job continues' >&2; }
+eval 'ulimit -n 65536' || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on' "$HOSTNAME; the job continues" >&2; }
 }
 export -f pre_start
 "$PYTHON" -B -E -s -S "$run_directory/srun/ranks.py" job --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=44 --gres=gpu:4 --gpu-bind=per_task:1 --cpu-bind=cores --mpi=pmix --wait=600 'work load.py'
