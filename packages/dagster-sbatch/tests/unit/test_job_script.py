@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -344,21 +345,31 @@ def test_paths_are_quoted() -> None:
     assert shlex.quote(AWKWARD) in SrunLauncher().render(SlurmRequest(), [AWKWARD])
 
 
-@pytest.mark.parametrize("handles", [True, False])
-def test_a_warning_reaches_a_workload_that_handles_it_and_no_other(tmp_path: Path, handles: bool) -> None:
-    handler = "signal.signal(signal.SIGUSR1, lambda *_: print('saving', flush=True))\n" if handles else ""
-    text = "import pathlib, signal, time\n" + handler + "print('ready', flush=True)\n"
-    text += "while not pathlib.Path('go').exists(): time.sleep(0.02)\nraise SystemExit(7)\n"
-    (tmp_path / "work load.py").write_text(text)
-    (tmp_path / "job.sh").write_text(render(*CASES["script"]))
+@pytest.mark.parametrize(
+    ("runtime", "trap", "heard"),
+    [
+        ("python3.12", "trap 'echo saving' USR1", True),
+        ("python3.12", "", False),
+        ("R", "trap 'echo .RData; exit 2' USR1", False),  # as R 4.2 does
+        ("node", "trap 'echo Debugger listening' USR1", False),  # as Node.js 20 does, for all users of the machine
+        ("beam.smp", "trap 'echo erl_crash.dump; exit 1' USR1", False),
+    ],
+)
+def test_a_warning_reaches_a_workload_that_handles_it_itself_and_no_other(
+    runtime: str, trap: str, heard: bool, tmp_path: Path
+) -> None:
+    shutil.copy("/bin/bash", tmp_path / runtime)
+    (tmp_path / "work load.py").write_text(f"{trap}\necho ready\nuntil [ -e go ]; do sleep 0.02; done\nexit 7\n")
+    (tmp_path / "job.sh").write_text(render(*CASES["script"]).replace(sys.executable, str(tmp_path / runtime)))
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17", "HOME": str(tmp_path)}
     with (tmp_path / "stdout").open("w") as out, (tmp_path / "stderr").open("w") as err:
         process = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment, stdout=out, stderr=err)
     wait_until(lambda: (tmp_path / "stdout").read_text() == "ready\n", "the workload is ready")
     process.send_signal(signal.SIGUSR1)
     wait_until(lambda: "time limit: 60 s left" in (tmp_path / "stderr").read_text(), "the warning")
-    if handles:
+    if heard:
         wait_until(lambda: "saving" in (tmp_path / "stdout").read_text(), "the workload has heard it")
     (tmp_path / "go").touch()
     assert process.wait(60) == 7
+    assert heard or (tmp_path / "stdout").read_text() == "ready\n"
     assert read_events(tmp_path)[-1]["code"] == 7
