@@ -42,6 +42,7 @@ def render(
     variables: dict[str, str] | None = None,
     command: Sequence[str] = ("work load.py",),
     *,
+    run: str = ".",
     array: ArrayShape | None = None,
 ) -> str:
     complete = allocate(request, site).request
@@ -54,6 +55,7 @@ def render(
         about={"asset": "a b"},
         environment=environment,
         start=render_start(variables or {}),
+        run=run,
         body=body,
         array=array,
     )
@@ -248,12 +250,16 @@ def test_any_pre_start_command_can_fail_and_the_job_continues(
 
 
 def test_setup_commands_of_the_site_come_before_python_in_a_login_shell(tmp_path: Path) -> None:
-    """Only login shells have `module`."""
-    (tmp_path / ".bash_profile").write_text("provide() { export MODULE=$1; }\n")
-    site = load_site({"musica": {"setup_commands": ["provide loaded"]}}, "musica")
-    (tmp_path / "w.py").write_text("import os\nprint(os.environ['MODULE'])\n")
-    done = run_as_slurm_would(tmp_path, render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"]))
-    assert (done.stdout, done.returncode) == ("loaded\n", 0), done.stderr
+    """Only login shells have `module`. Neither the profile nor these commands change where the job runs."""
+    folder = tmp_path / AWKWARD
+    folder.mkdir()
+    (folder / ".bash_profile").write_text("cd /\nprovide() { export MODULE=$1; }\n")
+    site = load_site({"musica": {"setup_commands": ["provide loaded", "cd /usr"]}}, "musica")
+    (folder / "w.py").write_text("import os\nprint(os.environ['MODULE'], os.getcwd())\n")
+    text = render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"], run=str(folder))
+    done = run_as_slurm_would(folder, text)
+    assert (done.stdout, done.returncode) == (f"loaded {folder}\n", 0), done.stderr
+    assert read_events(folder)[-1]["code"] == 0
 
 
 def test_nothing_of_the_home_or_of_a_module_shadows_the_packages_of_the_environment(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def render_job(plan: Plan, paths: RunPaths, info: RunInfo, array: ArrayShape | N
         environment=environment,
         body=body,
         start=start,
+        run=paths.run,
         array=array,
     )
 

@@ -17,6 +17,7 @@ _SCRIPT = Template(
 $header
 # Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
+cd $run || exit 1 # a login profile may have gone elsewhere
 run_directory=$$PWD
 
 $claim
@@ -248,6 +249,7 @@ def render_job_script(
     environment: Mapping[str, str],
     body: str,
     start: str = render_start({}),
+    run: str = ".",
     array: ArrayShape | None = None,
 ) -> str:
     """Return the batch script.
@@ -264,16 +266,19 @@ def render_job_script(
         environment: variables of the script; this function quotes the values.
         body: the launcher's commands (`Launcher.render`).
         start: functions of bash that start the workload: `render_start`, or those of a container.
+        run: the run directory; default: where Slurm starts the script.
         array: the tasks, if it is an array job; each works in `tasks/<index>`.
     """
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     modules = request.modules or ()
+    commands = ["job_folder=$PWD", *site.setup_commands, 'cd "$job_folder" || exit 1'] if site.setup_commands else []
     return _SCRIPT.substitute(
         header="\n".join([*site.script_header, *directives(request, site, job_name, about, array)]),
         claim=_CLAIM_TASK if array else _CLAIM,
         outputs='"../$index.stdout" "../$index.stderr"' if array else "stdout stderr",
-        shell="/bin/bash -l" if site.setup_commands or modules else "/bin/bash",  # only login shells have `module`
-        setup="".join(f"{command}\n" for command in site.setup_commands) + render_modules(modules),
+        shell="/bin/bash -l" if commands or modules else "/bin/bash",  # only login shells have `module`
+        setup="".join(f"{command}\n" for command in commands) + render_modules(modules),
+        run=shlex.quote(run),
         environment="\n".join(lines),
         start=start,
         disk=site.local_disk,

@@ -17,6 +17,7 @@
 #SBATCH --array=0-999%50
 # Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 umask 077
+cd . || exit 1 # a login profile may have gone elsewhere
 run_directory=$PWD
 
 # It was cancelled before its submission got an answer.
