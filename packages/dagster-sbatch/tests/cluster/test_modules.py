@@ -23,6 +23,7 @@ from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.sites import SITES
 from dagster_sbatch.slurm import SlurmRequest
 from resources import PROJECT
+from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
 from slurm_in_a_box.storage import MODULE, SOLVER, STACK
 from support.array_asset import ArrayAsset
 from support.background import Background
@@ -121,9 +122,13 @@ def test_a_module_that_cannot_be_loaded_ends_the_job_at_once_by_its_name(workloa
 
 
 def test_a_site_has_modules_for_requests_that_name_none(
-    workloads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: SimulatedSite, workloads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They come after its setup commands, in each task of an array, too; --test-only loads them on the login node."""
+    """They come after its setup commands, in each task of an array, too; --test-only loads them on the login node.
+
+    Such a job has a login shell. The profile may go to another folder.
+    """
+    (site.layout.home / CERTIFICATE_USER.name / ".bash_profile").write_text("cd /\n")
     monkeypatch.setitem(SITES["musica"], "setup_commands", [f"module load {STACK}"])
     monkeypatch.setitem(SITES["musica"], "modules", [SOLVER])
     other = "    import os\n    words = {name: os.environ.get(f'EBROOT{name}', '') for name in ('PYTHON', 'SOLVER')}\n"

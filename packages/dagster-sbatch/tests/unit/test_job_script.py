@@ -23,6 +23,7 @@ from dagster_sbatch.launchers import (
     ray,
 )
 from dagster_sbatch.run.messages import JOB_STARTED
+from dagster_sbatch.run.workload import LONGEST, fits
 from dagster_sbatch.slurm import ArrayShape, Site, SlurmRequest, allocate, load_site, render_job_script, render_start
 from resources import PROJECT
 from slurm_in_a_box import wait_until
@@ -185,7 +186,10 @@ def test_variables_and_arguments_reach_the_workload_and_not_the_script(tmp_path:
     program = "import json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
     (tmp_path / "work load.py").write_text(program)
     variables = {"BASH_ENV": "/none", "IFS": "a", "RANDOM": "r", "UID": "u", "code": "7", "now": "then", "X": AWKWARD}
-    arguments = [AWKWARD, "-m", "--nodes=2", "", "*"]
+    variables["LONG"] = "y" * (LONGEST - len(render_start(variables).encode()) - len(" LONG=") - 1)
+    assert fits(render_start(variables))
+    arguments = [AWKWARD, "-m", "--nodes=2", "", "*", "y" * (LONGEST - 1)]
+    assert fits(arguments[-1])
     script = (ScriptLauncher(), SlurmRequest())
     done = run_as_slurm_would(tmp_path, render(*script, variables=variables, command=["work load.py", *arguments]))
     received, environment = json.loads(done.stdout)

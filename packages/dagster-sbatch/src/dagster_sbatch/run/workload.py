@@ -10,6 +10,8 @@ from pathlib import Path
 from dagster_sbatch.errors import ConfigurationError
 
 MAIN = "__main__.py"
+LONGEST = 128 << 10
+"""Bytes that Linux takes as one argument or one variable (MAX_ARG_STRLEN of execve(2))."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ class Workload:
         return [*(["-m", self.module] if self.module else [f"{root}/{self.relative}"]), *self.args]
 
 
-def is_text(value: str) -> bool:
-    """Return whether a string can be in a job script: it has no NUL, and no byte that Python could not decode."""
-    return not re.search("[\0\ud800-\udfff]", value)
+def fits(value: str) -> bool:
+    """Return whether a string can be an argument of a program: no NUL, only UTF-8, less than 128 KiB."""
+    return not re.search("[\0\ud800-\udfff]", value) and len(value.encode()) < LONGEST
 
 
 def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: bool = True) -> Workload:
@@ -63,9 +65,11 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: b
     if isinstance(args, str):
         raise ConfigurationError(f"args={args!r} is one string. Write a list of strings, as on a command line")
     for index, each in enumerate(args):
-        if not (isinstance(each, str) and is_text(each)):
+        if not isinstance(each, str):
+            raise ConfigurationError(f"args[{index}]={each!r} is no string. Write str(...) of numbers and paths")
+        if not fits(each):
             raise ConfigurationError(
-                f"args[{index}]={each!r} is no string in UTF-8. Write str(...) of numbers and paths"
+                f"args[{index}] cannot be an argument: it has a NUL, a byte that is not UTF-8, or 128 KiB. Use extras."
             )
     given = Path(os.path.abspath(path))  # noqa: PTH100 - links are kept: what they point to is checked when code is sent
     if given.is_dir() and not python:
