@@ -197,11 +197,12 @@ class Failing:
 HANDLES_WARNING = (
     CONNECT.replace(
         "    ray.init",
-        "    import signal; signal.signal(signal.SIGUSR1, lambda *_: (home_of / 'saved').touch())\n    ray.init",
+        "    import signal; signal.signal(signal.SIGUSR1, lambda *_: (home_of / 'saved').touch())\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), (home_of / 'saved again').touch()))\n    ray.init",
     ).replace("    import ray\n", "    import ray\n    home_of = pathlib.Path.home()\n", 1)
     + "    hosts(); ray.get(ray.remote(lambda: time.sleep(600)).remote())\n"
 )
-"""Gets the warning before the time limit in the middle of its waiting for Ray; then it hangs on."""
+"""Gets the warning before the time limit, and SIGTERM at the limit, in the middle of its waiting for Ray."""
 FAILING = {
     "a time limit": Failing("it reached its time limit (Slurm: TIMEOUT)", HANDLES_WARNING, time_limit="2"),
     "the raylet of a worker is killed": Failing(
@@ -223,7 +224,7 @@ FAILING = {
 
 def test_jobs_that_fail_under_way(site: SimulatedSite, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     share_out({name: partial(failing.play, name, site, tmp_path) for name, failing in FAILING.items()})
-    assert (site.layout.home / CERTIFICATE_USER.name / "saved").exists()
+    assert all((site.layout.home / CERTIFICATE_USER.name / name).exists() for name in ("saved", "saved again"))
     assert "time limit: 12 s left" in capfd.readouterr().err
 
 

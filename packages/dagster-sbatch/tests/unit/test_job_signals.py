@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from dagster_sbatch.launchers import ray
 from dagster_sbatch.slurm import SlurmRequest, allocate, load_site, render_job_script
 from slurm_in_a_box import wait_until
 from support.dagster_dev import gone
@@ -109,6 +112,51 @@ def test_sigterm_is_passed_on_where_slurm_sends_it_to_the_script_alone(
             job.wait(60)
     assert (tmp_path / "saved").exists() == gets_it
     assert not (tmp_path / "later").exists()
+
+
+DRIVER = """\
+import pathlib, signal, sys, time
+from job_cluster import end_with_parent
+def save(*_):
+    time.sleep(0.5)
+    pathlib.Path("saved").touch()
+    sys.exit()
+end_with_parent()
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("begun").touch()
+while True: signal.pause()
+"""
+
+
+@pytest.mark.parametrize("order", ["all processes", "the script alone", "the nodes, then the script"])
+def test_the_workload_of_a_ray_cluster_may_save_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    """As any other, although the cluster ends at once. Slurm kills what is left when the job script has ended."""
+    for folder in ("bin", "ray"):
+        (tmp_path / folder).mkdir()
+    for file in ("cluster.sh", "job_cluster.py"):
+        shutil.copy(Path(ray.__file__).parent / "job" / file, tmp_path / "ray")
+    (tmp_path / "ray/driver.py").write_text(DRIVER)
+    (tmp_path / "ray/watch.py").write_text("import time\ntime.sleep(600)\n")
+    make(tmp_path / "bin", "#!/bin/bash\necho $$ >srun.pid; trap 'exit 143' TERM; read -r\n", "srun")
+    make(tmp_path / "bin", "#!/bin/sh\necho n1\n", "scontrol")
+    text = CGROUPS["none" if order == "all processes" else "version 2"][0]
+    make(tmp_path / "bin", f'#!/bin/sh\ncase $1 in /proc/*) echo "{text}" ;; *) exec /bin/cat "$@" ;; esac\n', "cat")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    with start_in_group(tmp_path, f"PYTHON={sys.executable}\n. ray/cluster.sh 1 program.py") as job:
+        if order == "all processes":
+            os.killpg(job.pid, signal.SIGTERM)
+        elif order == "the script alone":
+            job.terminate()
+        else:
+            nodes = int((tmp_path / "srun.pid").read_text())
+            os.kill(nodes, signal.SIGTERM)
+            wait_until(lambda: gone(nodes), "the end of the cluster", 60, 0.01)
+            job.terminate()
+        job.wait(60)
+    assert (tmp_path / "saved").exists()
+    assert [event["code"] for event in read_events(tmp_path)[1:]] == [None, None]
 
 
 @pytest.mark.parametrize("name", ["version 2", "version 1", "memory only", "another job", "none"])

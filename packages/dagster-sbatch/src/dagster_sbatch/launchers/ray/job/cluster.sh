@@ -50,8 +50,13 @@ coproc NODES {
       run_python ray/node.py' >&2
 }
 nodes=$! hold=${NODES[1]-} # bash forgets NODES as soon as srun ends
-run_workload ray/driver.py "${workload[@]}" &
+# At SIGTERM the workload may save its state, while the cluster ends: the shell around it and this one outlive it.
+(
+  trap : TERM
+  run_workload ray/driver.py "${workload[@]}"
+) &
 driver=$!
+trap 'trap "" TERM; wait "$driver"; exit 143' TERM
 run_python ray/watch.py &
 watch=$! node_lost=75 # os.EX_TEMPFAIL
 
@@ -69,6 +74,7 @@ if kill -0 "$nodes" 2>/dev/null && kill -0 "$driver" 2>/dev/null && [ "$status" 
   wait -n "$nodes" "$driver" # watch.py itself has failed: that does not end the job
   status=$?
 fi
+[ "$status" != 143 ] || await_end 1 "$driver" # Slurm signals one process after another: SIGTERM may reach this one, too
 if kill -0 "$driver" 2>/dev/null; then # the cluster ended before the workload
   ray_failed "Ray: srun ended with exit code $status, and no node has reported why"
   status=1
