@@ -198,7 +198,8 @@ HANDLES_WARNING = (
     CONNECT.replace(
         "    ray.init",
         "    import signal; signal.signal(signal.SIGUSR1, lambda *_: (home_of / 'saved').touch())\n"
-        "    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), (home_of / 'saved again').touch()))\n    ray.init",
+        "    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), (home_of / 'saved again').touch()))\n"
+        "    ray.init",
     ).replace("    import ray\n", "    import ray\n    home_of = pathlib.Path.home()\n", 1)
     + "    hosts(); ray.get(ray.remote(lambda: time.sleep(600)).remote())\n"
 )

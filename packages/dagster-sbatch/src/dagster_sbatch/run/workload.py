@@ -62,15 +62,7 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: b
     Raises:
         ConfigurationError: there is no such program, it does not parse, or an argument is not a string.
     """
-    if isinstance(args, str):
-        raise ConfigurationError(f"args={args!r} is one string. Write a list of strings, as on a command line")
-    for index, each in enumerate(args):
-        if not isinstance(each, str):
-            raise ConfigurationError(f"args[{index}]={each!r} is no string. Write str(...) of numbers and paths")
-        if not fits(each):
-            raise ConfigurationError(
-                f"args[{index}] cannot be an argument: it has a NUL, a byte that is not UTF-8, or 128 KiB. Use extras."
-            )
+    _check_arguments(args)
     given = Path(os.path.abspath(path))  # noqa: PTH100 - links are kept: what they point to is checked when code is sent
     if given.is_dir() and not python:
         raise ConfigurationError(f"the workload {given} is a folder. Name the program in it.")
@@ -91,6 +83,18 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: b
             "Rename the folder: letters, digits and underscores, and no digit first."
         )
     return Workload(program, root, ".".join(parts), tuple(args))
+
+
+def _check_arguments(args: Sequence[str]) -> None:
+    if isinstance(args, str):
+        raise ConfigurationError(f"args={args!r} is one string. Write a list of strings, as on a command line")
+    for index, each in enumerate(args):
+        if not isinstance(each, str):
+            raise ConfigurationError(f"args[{index}]={each!r} is no string. Write str(...) of numbers and paths")
+        if not fits(each):
+            raise ConfigurationError(
+                f"args[{index}] cannot be an argument: it has a NUL, a byte that is not UTF-8, or 128 KiB. Use extras."
+            )
 
 
 def _check_syntax(program: Path) -> None:

@@ -240,7 +240,7 @@ def render_start(variables: Mapping[str, str]) -> str:
     return _START.format(env=f"{words} " if variables else "")
 
 
-def render_job_script(
+def render_job_script(  # noqa: PLR0913 - the parts of a script
     request: SlurmRequest,
     site: Site,
     *,
