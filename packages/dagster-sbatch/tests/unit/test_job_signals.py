@@ -47,7 +47,10 @@ def start_in_group(folder: Path, body: str) -> Iterator["subprocess.Popen[bytes]
     for name in ("stdout", "stderr"):
         (folder / name).touch()
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17"}
-    with subprocess.Popen(["bash", "job.sh"], cwd=folder, env=environment, start_new_session=True) as job:
+    with (
+        (folder / "stderr").open("w") as stderr,
+        subprocess.Popen(["bash", "job.sh"], cwd=folder, env=environment, stderr=stderr, start_new_session=True) as job,
+    ):
         try:
             wait_until((folder / "begun").exists, "its body has begun", 60, 0.01)
             yield job
@@ -112,6 +115,23 @@ def test_sigterm_is_passed_on_where_slurm_sends_it_to_the_script_alone(
             job.wait(60)
     assert (tmp_path / "saved").exists() == gets_it
     assert not (tmp_path / "later").exists()
+
+
+def test_of_a_former_start_no_process_is_warned_and_no_cause_is_left(tmp_path: Path) -> None:
+    """A requeued job may run on another node, where another process of the user has that number."""
+    traps = "trap 'exit 9' USR1; trap 'exit 0' TERM; touch ready; while :; do sleep 0.02; done"
+    with subprocess.Popen(["bash", "-c", traps], cwd=tmp_path) as other:
+        wait_until((tmp_path / "ready").exists, "its traps", 60, 0.01)
+        (tmp_path / "workload.pid").write_text(f"{other.pid}\n")
+        (tmp_path / "cause").write_text("a node had no Python")
+        with start_in_group(tmp_path, "touch begun; until [ -e go ]; do sleep 0.02; done") as job:
+            job.send_signal(signal.SIGUSR1)
+            wait_until(lambda: (tmp_path / "stderr").read_text() != "", "the warning", 60, 0.01)
+            (tmp_path / "go").touch()
+            assert job.wait(60) == 0
+        other.terminate()
+        assert other.wait(60) == 0
+    assert (tmp_path / "cause").read_text() == ""
 
 
 DRIVER = """\

@@ -74,6 +74,7 @@ set_temporary_folder() {
 export -f set_temporary_folder
 set_temporary_folder
 export JOB_TMPDIR=$TMPDIR
+[ ! -e workload.pid ] || { rm workload.pid; : >cause; } # of a former start, maybe on another node
 printf '\n{"method": "job_started"}\n' >>messages.jsonl # a former start may have left half a line
 now=${EPOCHREALTIME:-$(date +%s.%N)} # with the locale's decimal point
 printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "${now/,/.}" "$JOB_TMPDIR" >>events

@@ -58,6 +58,7 @@ set_temporary_folder() {
 export -f set_temporary_folder
 set_temporary_folder
 export JOB_TMPDIR=$TMPDIR
+[ ! -e workload.pid ] || { rm workload.pid; : >cause; } # of a former start, maybe on another node
 printf '\n{"method": "job_started"}\n' >>messages.jsonl # a former start may have left half a line
 now=${EPOCHREALTIME:-$(date +%s.%N)} # with the locale's decimal point
 printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "${now/,/.}" "$JOB_TMPDIR" >>events
@@ -90,7 +91,6 @@ export -f in_container run_python
 # shellcheck disable=SC2317  # the launcher's commands call it
 run_workload() {
   local code=0
-  rm -f workload.pid
   ( in_container sh '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe/container/start.sh' --workload '<SLURM_DEPLOYMENT_BASE_PATH>/environments/<hash of its content>/workloads' /opt/bin/python -u "$@" ) || code=$?
   [ -e workload.pid ] || [ -s cause ] ||
     echo 'The container did not start: apptainer ended before the workload.' \

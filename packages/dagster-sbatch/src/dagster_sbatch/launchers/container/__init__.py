@@ -188,7 +188,6 @@ export -f in_container run_python
 # shellcheck disable=SC2317  # the launcher's commands call it
 run_workload() {{
   local code=0
-  rm -f workload.pid
   ( in_container {start} --workload {python} "$@" ) || code=$?
   [ -e workload.pid ] || [ -s cause ] ||
     echo {shlex.quote(f"The container did not start: {runtime.command} ended before the workload.")} \\
