@@ -13,7 +13,7 @@ from dagster_sbatch.project import Project
 from dagster_sbatch.run.array import PARTITION_KEYS, JobArray, Task, make_tasks
 from dagster_sbatch.run.digests import check_json
 from dagster_sbatch.run.imports import find_missing
-from dagster_sbatch.run.workload import Workload, fits, read_workload
+from dagster_sbatch.run.workload import UNFIT, Workload, fits, read_workload
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation, Site, SlurmRequest, allocate, render_start
 from dagster_sbatch.slurm.next_request import check_retries
@@ -237,8 +237,6 @@ def _check_variables(env: Mapping[str, str]) -> None:
                 f"env[{name!r}] is not a string but {value!r} ({type(value).__name__}). Write a string."
             )
         if not fits(value):
-            raise ConfigurationError(
-                f"env[{name!r}] cannot be a variable: it has a NUL, a byte that is not UTF-8, or 128 KiB. Use extras."
-            )
+            raise ConfigurationError(f"env[{name!r}] cannot be a variable: {UNFIT}")
     if not fits(render_start(env)):  # a function of bash, which is one variable of the job
         raise ConfigurationError("env cannot be passed: its variables have 128 KiB in all. Use extras.")

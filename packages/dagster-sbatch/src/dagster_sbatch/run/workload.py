@@ -13,6 +13,9 @@ MAIN = "__main__.py"
 LONGEST = 128 << 10
 """Bytes that Linux takes as one argument or one variable (MAX_ARG_STRLEN of execve(2))."""
 
+UNFIT = "it has a NUL, a byte that is not UTF-8, a line end of Windows (CRLF), or 128 KiB. Use extras."
+"""Why a string cannot be passed to a program: the first two by Linux, CRLF by sbatch."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -46,8 +49,8 @@ class Workload:
 
 
 def fits(value: str) -> bool:
-    """Return whether a string can be an argument of a program: no NUL, only UTF-8, less than 128 KiB."""
-    return not re.search("[\0\ud800-\udfff]", value) and len(value.encode()) < LONGEST
+    """Return whether a job script can pass a string to a program: no NUL, no CRLF, only UTF-8, less than 128 KiB."""
+    return not re.search("[\0\ud800-\udfff]|\r\n", value) and len(value.encode()) < LONGEST
 
 
 def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: bool = True) -> Workload:
@@ -92,9 +95,7 @@ def _check_arguments(args: Sequence[str]) -> None:
         if not isinstance(each, str):
             raise ConfigurationError(f"args[{index}]={each!r} is no string. Write str(...) of numbers and paths")
         if not fits(each):
-            raise ConfigurationError(
-                f"args[{index}] cannot be an argument: it has a NUL, a byte that is not UTF-8, or 128 KiB. Use extras."
-            )
+            raise ConfigurationError(f"args[{index}] cannot be an argument: {UNFIT}")
 
 
 def _check_syntax(program: Path) -> None:
