@@ -197,13 +197,29 @@ class Failing:
 HANDLES_WARNING = (
     CONNECT.replace(
         "    ray.init",
-        "    import signal; signal.signal(signal.SIGUSR1, lambda *_: (home_of / 'saved').touch())\n"
-        "    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), (home_of / 'saved again').touch()))\n"
-        "    ray.init",
-    ).replace("    import ray\n", "    import ray\n    home_of = pathlib.Path.home()\n", 1)
-    + "    hosts(); ray.get(ray.remote(lambda: time.sleep(600)).remote())\n"
+        "    import signal; signal.signal(signal.SIGUSR1, warned)\n    ray.init",
+    ).replace(
+        "    import ray\n",
+        """    import ray
+    home_of = pathlib.Path.home()
+    def warned(*_):
+        (home_of / 'saved').touch()
+        raise TimeoutError
+    def ends(*_):
+        time.sleep(1)
+        (home_of / 'saved again').touch()
+""",
+        1,
+    )
+    + """    hosts()
+    signal.signal(signal.SIGTERM, ends)  # after ray.init(), which sets a handler that raises SystemExit
+    try:
+        ray.get(ray.remote(lambda: time.sleep(600)).remote())
+    except TimeoutError:
+        time.sleep(600)
+"""
 )
-"""Gets the warning before the time limit, and SIGTERM at the limit, in the middle of its waiting for Ray."""
+"""Gets the warning before the time limit in the middle of its waiting for Ray, and SIGTERM at the limit."""
 FAILING = {
     "a time limit": Failing("it reached its time limit (Slurm: TIMEOUT)", HANDLES_WARNING, time_limit="2"),
     "the raylet of a worker is killed": Failing(
