@@ -10,6 +10,8 @@ import pytest
 
 from dagster_sbatch import Project
 from dagster_sbatch.commands import job
+from dagster_sbatch.inspect.remote_runs import Runs
+from dagster_sbatch.settings import Settings
 from support import ROOT
 
 
@@ -39,6 +41,19 @@ def test_jobs_are_compared_with_the_history_of_the_project(tmp_path: Path, monke
     job.show_left(Project(project), no_runs)
     assert (project / ".dagster" / "history").is_dir()
     assert not [*elsewhere.iterdir()]
+
+
+def test_a_job_id_is_not_the_beginning_of_a_run_id() -> None:
+    """Or `scripts/job 123456 cancel` would cancel the jobs of that run, too."""
+    rows: list[dict[str, Any]] = [
+        {"run": f"/runs/{key}", "job": number, "at": 1.0, "end": None, "array": False, "followers": [],
+         "about": {"run": run, "root": run, "asset": "a", "partitions": ""}}
+        for key, number, run in (("a-1", "123456", "f0f0f0f0"), ("b-1", "123457", "12345678"))
+    ]  # fmt: skip
+    gateway: Any = SimpleNamespace(runs=lambda _: rows)
+    runs = Runs(gateway, Settings())
+    assert [run.key for run in runs.find("123456")] == ["a-1"]
+    assert [run.key for run in runs.find("1234567")] == ["b-1"]
 
 
 @pytest.mark.parametrize(

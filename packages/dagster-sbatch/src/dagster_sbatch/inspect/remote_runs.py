@@ -78,11 +78,10 @@ class Runs:
         Raises:
             ConfigurationError: there is none.
         """
-        found = [
-            run
-            for run in self.all()
-            if name in (run.job, run.key) or (len(name) >= SHORTEST_ID and run.about.run.startswith(name))
-        ]
+        runs = self.all()
+        found = [run for run in runs if name in (run.job, run.key)]
+        if not found and len(name) >= SHORTEST_ID:
+            found = [run for run in runs if run.about.run.startswith(name)]
         if not found:
             raise ConfigurationError(
                 f"No run in {self.folder} has the job id, the Dagster run id (at least {SHORTEST_ID} characters of it) "
