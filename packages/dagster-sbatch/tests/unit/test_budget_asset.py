@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from dagster_sbatch import upkeep
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import RefusedError, Share, Usage
 from dagster_sbatch.upkeep import budget_asset
@@ -25,7 +26,7 @@ def tick(monkeypatch: pytest.MonkeyPatch) -> Tick:
     """`tick(usage)` evaluates the sensor; an error in place of the usage is raised."""
     health = SimpleNamespace(verdict="ok", summary="")
     settings = Settings.model_validate({"SLURM_SUPERCOMPUTER_SITE": "musica"})
-    monkeypatch.setattr(budget_asset, "check_health", lambda _: health)
+    monkeypatch.setattr(upkeep, "check_health", lambda _: health)
     monkeypatch.setattr(type(PROJECT), "load_settings", lambda *_, **__: settings)
 
     instance = dg.DagsterInstance.ephemeral()
@@ -133,5 +134,11 @@ def test_a_tick_without_numbers_records_nothing(tick: Tick) -> None:
     assert not said.asset_events
     assert "sacct: Connection refused" in str(said.skip_reason)
     assert not tick(RefusedError("no way")).asset_events
-    said = tick(AssertionError("it was asked"), verdict="broken")
-    assert "waits until access is in order" in str(said.skip_reason)
+    for verdict in ("due", "broken"):
+        said = tick(AssertionError("it was asked"), verdict=verdict)
+        assert "waits until access is in order" in str(said.skip_reason)
+
+
+def test_a_renewal_that_fails_stops_nothing_while_access_works(tick: Tick) -> None:
+    """A stored secret that cannot be renewed is good for weeks, and so may be a certificate."""
+    assert tick(USAGE, verdict="failing").asset_events

@@ -109,7 +109,7 @@ def test_the_end_of_an_old_job_that_nobody_has_asked_for_is_asked_for(
     asked: list[str] = []
     runs = SimpleNamespace(all=lambda: records, remove=list, state=lambda run: asked.append(run.path))
     monkeypatch.setattr(cleaning, "open_runs", lambda *_: nullcontext(runs))
-    monkeypatch.setattr(cleaning, "check_health", lambda _: SimpleNamespace(verdict="ok"))
+    monkeypatch.setattr(cleaning, "wait_for_access", lambda _: "")
     with dg.DagsterInstance.ephemeral() as instance:
         make_cleaning_sensor(PROJECT)(dg.build_sensor_context(instance=instance))
     assert asked == ["/runs/old-1", "/runs/single-1"]

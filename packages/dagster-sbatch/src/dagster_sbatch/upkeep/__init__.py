@@ -2,8 +2,10 @@
 
 import dagster as dg
 
+from dagster_sbatch.auth import check_health
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
+from dagster_sbatch.settings import Settings
 
 
 def running_on_supercomputer(project: Project) -> dg.DefaultSensorStatus:
@@ -13,3 +15,12 @@ def running_on_supercomputer(project: Project) -> dg.DefaultSensorStatus:
     except ConfigurationError:
         runs = True
     return dg.DefaultSensorStatus.RUNNING if runs else dg.DefaultSensorStatus.STOPPED
+
+
+def wait_for_access(settings: Settings) -> str:
+    """Return why a sensor does not connect now, empty if it does: the refresh job renews access, others only use it.
+
+    A renewal that fails is no reason while there is a valid certificate, or one can be requested all the same.
+    """
+    health = check_health(settings)
+    return f"waits until access is in order: {health.summary}" if health.verdict in ("due", "broken") else ""

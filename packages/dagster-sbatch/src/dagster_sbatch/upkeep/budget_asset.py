@@ -8,12 +8,11 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_sbatch.auth import check_health
 from dagster_sbatch.costs.budget import PACE_DAYS, Budget, budget_start, budgets_of, days_left, describe, pace_of
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.slurm.gateway import Usage
-from dagster_sbatch.upkeep import running_on_supercomputer
+from dagster_sbatch.upkeep import running_on_supercomputer, wait_for_access
 from dagster_sbatch.upkeep.ledger_metadata import ledger_metadata
 from dagster_sbatch.upkeep.orphans import NO_ACCESS, TICK_SECONDS
 
@@ -64,9 +63,8 @@ def make_budget_sensor(project: Project) -> dg.SensorDefinition:
         "records it at musica_budget.",
     )
     def observe_budget(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        health = check_health(project.load_settings(supercomputer=True))
-        if health.verdict != "ok":  # the refresh job renews access; this sensor only uses it
-            return dg.SensorResult(skip_reason=f"waits until access is in order: {health.summary}")
+        if reason := wait_for_access(project.load_settings(supercomputer=True)):
+            return dg.SensorResult(skip_reason=reason)
         try:
             usage, budgets, metadata = _ask(project, context.instance)
         except NO_ACCESS as error:

@@ -6,12 +6,11 @@ from functools import partial
 
 import dagster as dg
 
-from dagster_sbatch.auth import check_health
 from dagster_sbatch.inspect.array_tasks import TaskList
 from dagster_sbatch.inspect.remote_runs import RunRecord, open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.history import is_stored, stored_before
-from dagster_sbatch.upkeep import running_on_supercomputer
+from dagster_sbatch.upkeep import running_on_supercomputer, wait_for_access
 from dagster_sbatch.upkeep.orphans import NO_ACCESS, TICK_SECONDS
 
 CLEAN_EVERY = 6 * 3600
@@ -32,9 +31,8 @@ def make_cleaning_sensor(project: Project) -> dg.SensorDefinition:
     )
     def clean_run_directories(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         settings, now = project.load_settings(supercomputer=True), datetime.now(UTC)
-        health = check_health(settings)
-        if health.verdict != "ok":  # the refresh job renews access; this sensor only uses it
-            return dg.SkipReason(f"waits until access is in order: {health.summary}")
+        if reason := wait_for_access(settings):
+            return dg.SkipReason(reason)
         try:
             with open_runs(settings, project, TICK_SECONDS) as runs:
                 found, list_tasks = runs.all(), partial(TaskList, runs)
