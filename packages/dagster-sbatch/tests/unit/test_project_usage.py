@@ -221,6 +221,12 @@ def test_what_slurm_does_not_answer_is_unknown(ask: Ask, command: str, unknown: 
         assert (budget.queued is None) == (command == "squeue")
 
 
+def test_a_controller_that_does_not_answer_is_waited_for_once(ask: Ask, slurm: Path) -> None:
+    usage = ask(scontrol=f"echo asked >>{slurm}/asked; {AWAY}")
+    assert (slurm / "asked").read_text() == "asked\n"
+    assert usage.projects == ["p70600", "p71234"]
+
+
 def test_half_a_budget_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLURM_BUDGET_GPU_HOURS", "100")
     with pytest.raises(ConfigurationError, match="SLURM_BUDGET_START is not set: a budget has an amount and a first"):

@@ -3,7 +3,7 @@
 import re
 
 from .disk import RequestError
-from .slurm_commands import ask_slurm, configuration, fields_of, here, listed, projects, user
+from .slurm_commands import ask_slurm, configuration, fields_of, here, listed, projects_here, user
 
 MOST_TASKS = re.compile(r"\bmax_array_tasks=(\d+)")
 
@@ -16,8 +16,8 @@ def limits(_, ask, __):
     """
     settings = configuration()
     most = [settings.get("MaxArraySize", "")] + MOST_TASKS.findall(settings.get("SchedulerParameters", ""))
-    account = ask["account"] or projects()["default"]
-    chosen = here() + (["account=" + account] if account else [])
+    account = ask["account"] or projects_here(settings)["default"]
+    chosen = here(settings) + (["account=" + account] if account else [])
     associations = listed("assoc", "user=" + user(), *chosen, "format=Partition,MaxSubmitJobs,GrpSubmitJobs")
     submit = [text for partition, *texts in associations if partition in ("", ask["partition"]) for text in texts]
     for qos in {ask["qos"], qos_of(ask["partition"])} - {""}:

@@ -131,12 +131,12 @@ def configuration():
     return dict(SETTING.findall(ask_slurm("scontrol", "show", "config")))
 
 
-def here():
-    """Return the option with which sacctmgr leaves out other clusters that share the accounting with this one."""
-    try:
-        return ["cluster=" + configuration()["ClusterName"]]
-    except (RequestError, KeyError):  # the controller does not answer
-        return []
+def here(settings):
+    """Return the option with which sacctmgr leaves out other clusters that share the accounting with this one.
+
+    settings: of Slurm; empty if the controller does not answer
+    """
+    return ["cluster=" + settings["ClusterName"]] if "ClusterName" in settings else []
 
 
 def find_by_name(key, since):
@@ -298,12 +298,20 @@ def test(_, ask, __):
 
 
 def projects(*_):
+    """Return what `projects_here` does."""
+    try:
+        return projects_here(configuration())
+    except RequestError:
+        return projects_here({})
+
+
+def projects_here(settings):
     """Return rows of the user's default project, a project and its QoS; none if Slurm does not answer.
 
     default: the project of a job whose script names none; empty if Slurm does not answer
     exported: whether that is SBATCH_ACCOUNT, which sbatch prefers
     """
-    rows = listed("user", user(), "withassoc", *here(), "format=DefaultAccount,Account,QOS")
+    rows = listed("user", user(), "withassoc", *here(settings), "format=DefaultAccount,Account,QOS")
     exported = "SBATCH_ACCOUNT"
     default = os.environ.get(exported) or (rows[0][0] if rows else "")
     return {"rows": rows, "default": default, "exported": bool(os.environ.get(exported))}

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 
 from .disk import RequestError
-from .slurm_commands import SETTING, ask_slurm, configuration, here, period, projects, rows_of, user
+from .slurm_commands import SETTING, ask_slurm, configuration, here, period, projects_here, rows_of, user
 
 ALLOCATION = "JobID,State,User,Account,Start,End,ElapsedRaw,AllocTRES,Partition,JobName,Comment".split(",")
 QUEUED = (("State", 30), ("UserName", 64), ("Account", 64), ("TimeLeft", 30), ("tres-alloc", 512))  # and widths
@@ -26,10 +26,9 @@ def usage(agent, ask, _):
     tracked: names of what Slurm accounts for, such as gres/gpu
     private: names of what Slurm hides from users
     """
-    trouble, known = [], projects()
+    trouble = []
     if ask.get("runs"):
         agent.turn.take(ask["runs"])
-    names = sorted({row[1] for row in known["rows"]})
 
     def tried(find, *arguments):
         try:
@@ -38,7 +37,10 @@ def usage(agent, ask, _):
             trouble.append(str(error))
             return None
 
-    above = tried(parents, names)
+    settings = tried(configuration)
+    known = projects_here(settings or {})
+    names = sorted({row[1] for row in known["rows"]})
+    above = tried(parents, names, settings or {})
     if names and above == {}:
         trouble.append("sacctmgr: Slurm hides from you what is above your projects, and may limit them (PrivateData)")
     return {
@@ -50,7 +52,7 @@ def usage(agent, ask, _):
         "queue": tried(queued, names),
         "shares": tried(shares, names, above) if names and above is not None else None,
         "parents": above,
-        "tracked": tried(tracked),
+        "tracked": settings and settings.get("AccountingStorageTRES", "").split(","),
         "private": tried(private),
         "trouble": trouble,
     }
@@ -88,9 +90,9 @@ def shares(names, above):
     return rows
 
 
-def parents(names):
+def parents(names, settings):
     """Return the project above each project, up to the root."""
-    found, left, options = {}, set(names), ["user=", *here(), "format=Account,User,ParentName"]
+    found, left, options = {}, set(names), ["user=", *here(settings), "format=Account,User,ParentName"]
     for _ in range(MOST_LEVELS):
         if not left:
             break
@@ -100,10 +102,6 @@ def parents(names):
         found.update(new)
         left = set(new.values()) - set(found)
     return found
-
-
-def tracked():
-    return configuration().get("AccountingStorageTRES", "").split(",")
 
 
 def private():
