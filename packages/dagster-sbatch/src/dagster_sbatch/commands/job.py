@@ -5,7 +5,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TextIO
 
@@ -231,5 +230,5 @@ def state(run: RunRecord, runs: Runs, now: bool) -> str:
         return f"{end.state or 'ended'} {end.exit}".strip()
     if state is None:
         return "not ended" if run.job and not now else "never submitted"
-    start = f", expected at {datetime.fromtimestamp(state.start, UTC):%Y-%m-%d %H:%M} UTC" if state.start else ""
+    start = f", expected at {state.start:%Y-%m-%d %H:%M} UTC" if state.start else ""
     return state.state if state.reason == "None" else f"{state.state} ({state.reason}{start})"

@@ -11,7 +11,9 @@ from dagster_sbatch.costs.cost import explain_excess
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation, SlurmRequest
+from dagster_sbatch.slurm.gateway import JobEnd
 from dagster_sbatch.slurm.next_request import RETRIED_FIELDS, Next, next_request
+from dagster_sbatch.slurm.outcome import Outcome, find_fault, judge
 from dagster_sbatch.slurm.request import COST_LIMITS
 from dagster_sbatch.slurm.retries import Fault
 
@@ -122,6 +124,12 @@ class AttemptSeries:
         """
         self.ended = load_attempts(record if task is None else record["tasks"][task])
         self.changed = record["request"] != request
+
+    def judge(self, end: JobEnd, request: SlurmRequest, stderr: str) -> tuple[Outcome | None, Outcome | None, Next]:
+        """Return why an attempt failed, as Slurm says and as `stderr` may say, and what follows; see `find_next`."""
+        outcome = judge(end, request)
+        failed = find_fault(outcome, end, stderr, request)
+        return outcome, failed, self.find_next(failed.fault if failed else None, request, end.node)
 
     def find_next(self, fault: Fault | None, request: SlurmRequest, node: str) -> Next:
         """Return what follows an attempt; none that alone could cost more than the limit per run.

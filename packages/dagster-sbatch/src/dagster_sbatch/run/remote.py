@@ -1,10 +1,10 @@
 """A workload on the supercomputer as one job, as its Dagster step sees it: submit or adopt, follow, judge, repeat."""
 
-from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
 
+from dagster_sbatch.auth.clock import written
 from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import Choice, is_left_out
@@ -29,7 +29,7 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, accounting, job_usage
 from dagster_sbatch.slurm.gateway import JobEnd, JobState, RefusedError, StoppedError, Submitted
 from dagster_sbatch.slurm.next_request import Next
-from dagster_sbatch.slurm.outcome import CAUSES, Outcome, explain_stderr, find_fault, judge
+from dagster_sbatch.slurm.outcome import CAUSES, Outcome, explain_stderr
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.waiting import advise
 
@@ -116,9 +116,7 @@ class RemoteRun(RemoteStep):
                 if not self._series.ended or self._job:
                     raise
                 raise self._end_attempts(error) from None
-            outcome = judge(end, request)
-            failed = find_fault(outcome, end, session.stderr.tail, request)
-            following = self._series.find_next(failed.fault if failed else None, request, end.node)
+            outcome, failed, following = self._series.judge(end, request, session.stderr.tail)
             if following.request:
                 session.messages.close()
             else:
@@ -192,7 +190,7 @@ class RemoteRun(RemoteStep):
         if state.reason != "None":
             words.append(state.reason)
         if state.start and state.state == "PENDING":
-            words.append(f"expected to start at {datetime.fromtimestamp(state.start, UTC):%Y-%m-%d %H:%M:%S} UTC")
+            words.append(f"expected to start at {written(state.start)}")
         if state.idle is not None and not self._idle_reported:
             self._idle_reported = True
             text = job_usage.describe_idle(state.idle, self._request)

@@ -4,11 +4,11 @@ import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
 
+from dagster_sbatch.auth.clock import written
 from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.run.adoption import TaskChoice
 from dagster_sbatch.run.array_batches import Batches
@@ -27,18 +27,8 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape, SlurmRequest, accounting
-from dagster_sbatch.slurm.gateway import (
-    ArrayRun,
-    Arrays,
-    ArrayState,
-    Claim,
-    JobEnd,
-    Limits,
-    Sinks,
-    Submitted,
-    follow_arrays,
-)
-from dagster_sbatch.slurm.outcome import find_fault, judge
+from dagster_sbatch.slurm.gateway import ArrayState, Claim, JobEnd, Limits, Sinks, Submitted
+from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Arrays, follow_arrays
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.units import count_of
 from dagster_sbatch.slurm.waiting import advise
@@ -88,7 +78,7 @@ class RemoteArray(RemoteStep, Arrays):
         self._refusal: str | None = None
         self._refused: dict[int, str] = {}
         self._failed_in: dict[int, tuple[str, int]] = {}
-        self._series = self._no_attempts()
+        self._series = defaultdict[int, AttemptSeries](lambda: AttemptSeries(self._planned, self._settings))
         self._warned: set[str] = set()
 
     def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
@@ -115,10 +105,6 @@ class RemoteArray(RemoteStep, Arrays):
     def _before_cancelling(self) -> None:
         self._array.store_completed()
 
-    def _no_attempts(self) -> defaultdict[int, AttemptSeries]:
-        """Return the attempts at each task, by its index, before the first one."""
-        return defaultdict(lambda: AttemptSeries(self._planned, self._settings))
-
     def _rows(self) -> list[dict[str, Any]]:
         """Return the rows of a table: the attempts at the tasks that were repeated."""
         tasks = [(self._array.tasks[index].name, series) for index, series in sorted(self._series.items())]
@@ -141,7 +127,8 @@ class RemoteArray(RemoteStep, Arrays):
 
     def _adopt(self, claim: Claim, choice: TaskChoice) -> None:
         """Register the array jobs that this step follows, and cancels if a person terminates the run from now on."""
-        self._jobs_by_run, self._runs, self._series = {}, {}, self._no_attempts()
+        self._jobs_by_run, self._runs = {}, {}
+        self._series.clear()
         for array in claim.arrays:
             if array.run in choice.follow:
                 places = choice.follow[array.run]
@@ -244,8 +231,7 @@ class RemoteArray(RemoteStep, Arrays):
         if not (state.waiting or state.requeued) or state.reason in array_job.reasons | {"None"}:
             return
         array_job.reasons.add(state.reason)
-        start = f"{datetime.fromtimestamp(state.start, UTC):%Y-%m-%d %H:%M:%S} UTC" if state.start else ""
-        expected = f"; the next one is expected to start at {start}" if start else ""
+        expected = f"; the next one is expected to start at {written(state.start)}" if state.start else ""
         self._log.info(f"job {job}: tasks wait ({state.reason}){expected}")
         if advice := advise(state.reason, job or "JOB"):
             self._log.warning(f"Tasks of Slurm job {job} may never start ({state.reason}): {advice}")
@@ -271,9 +257,8 @@ class RemoteArray(RemoteStep, Arrays):
         self._report_project(self._runs[run], end.account)
         self._array.where = self._where(self._project)
         job, costs = f"{self._runs[run]}_{task}", accounting.count(end, request)
-        outcome, logs = judge(end, request), f"scripts/job {job} logs"
-        failed = find_fault(outcome, end, self._array.reader(index).stderr.tail, request)
-        following = self._series[index].find_next(failed.fault if failed else None, request, end.node)
+        outcome, failed, following = self._series[index].judge(end, request, self._array.reader(index).stderr.tail)
+        logs = f"scripts/job {job} logs"
         attempt = AttemptRecord(job, failed.cause if failed else "failed", store_request(request), costs)
         if failed and following.request:
             array_job.repeated.add(task)
@@ -311,5 +296,4 @@ class RemoteArray(RemoteStep, Arrays):
         for task, found in rows.items():
             if task in array_job.ends and task not in array_job.repeated:
                 end = replace(array_job.ends[task], rows=found)
-                costs = accounting.count(end, array_job.request)
-                self._array.add_costs(array_job.tasks[task], costs)
+                self._array.add_costs(array_job.tasks[task], accounting.count(end, array_job.request))

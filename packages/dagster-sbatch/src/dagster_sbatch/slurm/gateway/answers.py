@@ -2,10 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 ACCOUNTED = ("JobID", "State", "MaxRSS", "TotalCPU")
 """The fields of sacct: a row for the job, then one for each of its steps."""
+
+
+def read_start(text: str) -> datetime | None:
+    """Read the expected start of a job, as squeue writes it; None if Slurm does not know."""
+    return datetime.fromtimestamp(int(text), UTC) if text.isdecimal() else None
 
 
 class RefusedError(Exception):
@@ -40,7 +46,7 @@ class JobState:
     Attributes:
         state: `PENDING`, `RUNNING`, ...
         reason: why it waits; `None` (the word) if it does not.
-        start: expected start in seconds since 1970, if Slurm knows.
+        start: when it is expected to start, if Slurm knows.
         account: project that it is charged to; empty until Slurm has answered.
         node: its first node; empty until the job has started.
         temporary: folder for temporary files on that node; empty until the job has started.
@@ -49,7 +55,7 @@ class JobState:
 
     state: str
     reason: str
-    start: float | None
+    start: datetime | None
     account: str = ""
     node: str = ""
     temporary: str = ""
@@ -117,7 +123,7 @@ class ArrayState:
         running: tasks that have, and have not recorded their end.
         requeued: tasks that have started, and wait to start again: they were preempted, or their node failed.
         reason: why tasks wait; `None` (the word) if none does.
-        start: expected start of the next one in seconds since 1970, if Slurm knows.
+        start: when the next one is expected to start, if Slurm knows.
         account: project that the job is charged to; empty until Slurm has answered.
     """
 
@@ -125,7 +131,7 @@ class ArrayState:
     running: int
     requeued: int
     reason: str
-    start: float | None
+    start: datetime | None
     account: str = ""
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dagster_sbatch.slurm.gateway.answers import ACCOUNTED, ArrayState, JobEnd, RefusedError, Submitted
+from dagster_sbatch.slurm.gateway.answers import ACCOUNTED, ArrayState, JobEnd, RefusedError, Submitted, read_start
 from dagster_sbatch.slurm.gateway.link import Link, Sinks
 
 Files = Mapping[str, str]
@@ -146,8 +146,7 @@ def _report(arrays: Arrays, followed: _Followed, head: Mapping[str, Any]) -> boo
     elif "waiting" in head:
         arrays.waiting(run, head["waiting"])
     elif "state" in head:
-        start = head["state"]["start"]
-        arrays.state(run, ArrayState(**{**head["state"], "start": float(start) if start.isdecimal() else None}))
+        arrays.state(run, ArrayState(**{**head["state"], "start": read_start(head["state"]["start"])}))
     return "refused" in head or "over" in head
 
 

@@ -23,6 +23,7 @@ from dagster_sbatch.slurm.gateway.answers import (
     Questions,
     RefusedError,
     Submitted,
+    read_start,
 )
 from dagster_sbatch.slurm.gateway.arrays import Files
 from dagster_sbatch.slurm.gateway.channel import choose_channel
@@ -107,7 +108,7 @@ class Gateway(Link):
         if not said["job"]:
             return None, None
         state, reason, start, *_ = said["row"] or ("PENDING", "None", "")
-        return JobState(state, reason, float(start) if start.isdecimal() else None), None
+        return JobState(state, reason, read_start(start)), None
 
     def array(self, run: str) -> ArrayJob:
         """Return what is known of a run that is an array job.
@@ -263,9 +264,8 @@ class Gateway(Link):
         elif "trouble" in head:
             self.on_trouble(head["trouble"])
         elif "state" in head:
-            start = float(head["start"]) if head["start"].isdecimal() else None
             place = {name: head[name] for name in ("account", "node", "temporary", "idle")}
-            on_state(JobState(head["state"], head["reason"], start, **place))
+            on_state(JobState(head["state"], head["reason"], read_start(head["start"]), **place))
 
 
 def _outcome_of_cancel(answer: Mapping[str, Any]) -> JobEnd | RefusedError | None:
