@@ -106,9 +106,8 @@ class TaskList:
             if index in self.job.requeued:
                 return TaskRecord(index, name, "waiting", "PENDING", **recorded)
             return TaskRecord(index, name, "running", "RUNNING", changed=_time(own.get("time")), **recorded)
-        succeeded = end.code == 0 and end.state in ("COMPLETED", "")
-        rejected = succeeded and index in self.job.rejected
-        kind: Kind = "done" if succeeded and not rejected else "failed"
+        rejected = end.succeeded and index in self.job.rejected
+        kind: Kind = "done" if end.succeeded and not rejected else "failed"
         state = f"{end.state or 'ended'}{', result rejected' if rejected else ''}"
         return TaskRecord(index, name, kind, state, end.exit, changed=_time(end.ended), cause=end.cause, **recorded)
 

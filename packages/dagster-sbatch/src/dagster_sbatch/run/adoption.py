@@ -9,7 +9,7 @@ from dagster_sbatch.run.attempts import load_attempts
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm import Retries
-from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, OtherRun
+from dagster_sbatch.slurm.gateway import ArrayJob, Claim, OtherRun
 from dagster_sbatch.slurm.gateway.agent.images import INPUT
 from dagster_sbatch.slurm.outcome import fault_of
 from dagster_sbatch.slurm.units import list_names
@@ -86,7 +86,7 @@ def choose(claim: Claim, *, stored: bool, retries: Retries) -> Choice:
         reason = f"{job} was submitted by an earlier run of this step. Attaching to it."
         return Choice(claim.attempt, adopt=True, reason=reason)
     end = claim.end
-    if end and _succeeded(end) and not claim.rejected and not stored:
+    if end and end.succeeded and not claim.rejected and not stored:
         reason = f"{job} of an earlier run of this step has ended. Using its result."
         return Choice(claim.attempt, adopt=True, reason=reason)
     if end and not claim.rejected and retries.repeats(fault_of(end)):
@@ -147,7 +147,7 @@ def choose_tasks(
         elif end is None:
             follow.setdefault(array.run, {})[place] = index
         elif place not in array.rejected and (
-            retries.repeats(fault_of(end)) or (_succeeded(end) and not is_stored(array, index))
+            retries.repeats(fault_of(end)) or (end.succeeded and not is_stored(array, index))
         ):
             follow.setdefault(array.run, {})[place] = index
             ended += 1
@@ -160,10 +160,6 @@ def choose_tasks(
         for array in active
     }
     return TaskChoice(follow, ended, new, {run: places for run, places in left.items() if places})
-
-
-def _succeeded(end: JobEnd) -> bool:
-    return end.code == 0 and end.state in ("COMPLETED", "")
 
 
 def outdated_runs(others: Iterable[OtherRun], begun: int) -> list[OtherRun]:

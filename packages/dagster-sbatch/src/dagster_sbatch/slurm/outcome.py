@@ -85,7 +85,7 @@ def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
     if end.code == TRY_AGAIN or (end.code and end.cause):
         cause = end.cause or f"it requests a retry (exit code {TRY_AGAIN}). Its stderr says why"
         return Outcome(cause, fault_of(end))
-    if end.code == 0 and end.state not in ("COMPLETED", ""):
+    if end.code == 0 and not end.succeeded:
         return Outcome(f"its script ended with 0, but Slurm says {end.state} {end.exit}")
     if MESSAGES in end.short:
         return Outcome("its Pipes messages did not arrive in full. The file system has lost some, or is very slow")

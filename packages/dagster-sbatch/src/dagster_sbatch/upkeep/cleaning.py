@@ -63,10 +63,9 @@ def is_obsolete(
     """
     if run.end is None or age < timedelta(days=KEEP_DAYS):
         return False
-    succeeded = run.end.code == 0 and run.end.state in ("COMPLETED", "")
-    if not succeeded and age < timedelta(days=KEEP_FAILED_DAYS):
+    if not run.end.succeeded and age < timedelta(days=KEEP_FAILED_DAYS):
         return False
-    if (succeeded or run.array) and not is_stored(instance, run.followers, run.about.step_name):
+    if (run.end.succeeded or run.array) and not is_stored(instance, run.followers, run.about.step_name):
         return run.array and _are_stored(instance, run, list_tasks(run))
     return True
 

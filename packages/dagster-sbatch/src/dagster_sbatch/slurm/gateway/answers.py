@@ -92,6 +92,11 @@ class JobEnd:
     usage: Mapping[str, Any] = field(default_factory=dict)
     node: str = ""
 
+    @property
+    def succeeded(self) -> bool:
+        """Whether its script ended with 0, and Slurm says nothing else."""
+        return self.code == 0 and self.state in ("COMPLETED", "")
+
     @classmethod
     def parse(
         cls, end: Mapping[str, Any], short: Mapping[str, int] | None = None, rows: Sequence[Sequence[str]] = ()
