@@ -3,6 +3,8 @@
 import signal
 import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -43,3 +45,12 @@ def test_ctrl_c_is_no_fault_of_the_asset(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setenv("DAGSTER_HOME", str(ROOT))
     assert preview.main(Project(ROOT), dg.Definitions(assets=[slow], resources=build_resources())) == 130
     assert tuple(capsys.readouterr()) == ("", "")
+
+
+def test_the_summary_cuts_no_path_off(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = f"/data/{'folder/' * 20}job.sh"
+    shown: Any = SimpleNamespace(summary={"files": path}, plan=SimpleNamespace(notes=()))
+    for columns in ("40", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        preview.show(shown)
+        assert path in "".join(capsys.readouterr().out.removeprefix("─" * int(columns)).split())

@@ -8,13 +8,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from rich import box
 from rich import progress as bars
 from rich.console import Console
-from rich.table import Table
 
 from dagster_sbatch.auth import AccessError
-from dagster_sbatch.commands.command_line import ends_with_reader, make_parser
+from dagster_sbatch.commands.command_line import ends_with_reader, make_parser, print_table
 from dagster_sbatch.environments.code import revision_of
 from dagster_sbatch.environments.deployed import EnvironmentListing, Environments, EnvironmentSpec, read_specs
 from dagster_sbatch.environments.groups import DEFAULT
@@ -152,12 +150,12 @@ def roll_back(environments: Environments) -> int:
 
 
 def show(environments: Environments) -> int:
-    headings = ("name", "kind", "Python", "last used (UTC)", "production")
-    table = Table(*headings, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for row in environments.inventory():
-        each, used = row.environment, f"{row.used:%Y-%m-%d %H:%M}"
-        table.add_row(each.name, each.kind, each.interpreter.version, used, row.published)
-    Console().print(table)
+    rows = [
+        (each.name, each.kind, each.interpreter.version, f"{row.used:%Y-%m-%d %H:%M}", row.published)
+        for row in environments.inventory()
+        for each in [row.environment]
+    ]
+    print_table(("name", "kind", "Python", "last used (UTC)", "production"), rows)
     return 0
 
 

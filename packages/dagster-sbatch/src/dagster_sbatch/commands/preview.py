@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
 from dagster_sbatch.commands.project_history import open_history
@@ -132,9 +132,9 @@ def show(preview: Preview) -> None:
     """Print the summary: below the script, so that it is what a terminal shows."""
     console = Console(emoji=False)
     console.rule()
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid(Column(style="bold"), Column(overflow="fold"), padding=(0, 2))  # no path is cut off
     for name, value in preview.summary.items():
-        table.add_row(f"[bold]{name}[/bold]", escape(value))
+        table.add_row(name, escape(value))
     console.print(table)
     for note in preview.plan.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)

@@ -4,13 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Column, Table
-
 from dagster_sbatch.auth import AccessError, AccessHealth, HealthItem, Report, check_health, clock, refresh
 from dagster_sbatch.auth.key_files import certificate_path
-from dagster_sbatch.commands.command_line import ends_with_reader, make_parser
+from dagster_sbatch.commands.command_line import ends_with_reader, make_parser, print_table
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
@@ -95,22 +91,16 @@ def show_report(report: Report, settings: Settings) -> None:
 
 def show(health: AccessHealth, settings: Settings) -> None:
     """Print a table, and the paths below it, since they do not fit into 80 columns."""
-    console = Console()
-    headings = ("what", "valid until (UTC)", "remaining", "replaced after")
-    table = Table(*(Column(heading, no_wrap=True) for heading in headings), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    rows = []
     for item in health.items:
-        remaining = health.remaining(item)
-        table.add_row(
-            item.name,
-            f"{item.valid_until:%Y-%m-%d %H:%M}" if item.valid_until else "",
-            clock.duration(remaining.total_seconds()) if remaining and item.state == "valid" else item.state,
-            next_action(item, health),
-        )
-    console.print(table)
+        until, remaining = item.valid_until, health.remaining(item)
+        left = clock.duration(remaining.total_seconds()) if remaining and item.state == "valid" else item.state
+        rows.append((item.name, f"{until:%Y-%m-%d %H:%M}" if until else "", left, next_action(item, health)))
+    print_table(("what", "valid until (UTC)", "remaining", "replaced after"), rows)
     places = [f"{item.name}: {item.where.replace(str(Path.home()), '~', 1)}" for item in health.items]
     state = f"{settings.edge_node_user}@{settings.edge_node_host}: {health.verdict}. {health.summary}"
     for line in (*places, "", state, *health.notes):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print(line)
 
 
 def next_action(item: HealthItem, health: AccessHealth) -> str:
