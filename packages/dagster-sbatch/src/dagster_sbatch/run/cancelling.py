@@ -32,7 +32,7 @@ def cancel_jobs(
         texts.append(f"Slurm job {job} is over: {outcome.state}" if outcome else "No job was submitted.")
 
     try:
-        gateway.cancel_all(list(left), report)
+        gateway.cancel_all(list(left), report, runs)
     except (RefusedError, StoppedError, LostClaimError, AccessError, SshError, ConfigurationError) as error:
         errors.append(str(error))
     finally:

@@ -40,6 +40,7 @@ from dagster_sbatch.slurm.gateway import (
     LostClaimError,
     Questions,
     RefusedError,
+    RemovedError,
     StoppedError,
     make_gateway,
 )
@@ -107,6 +108,10 @@ class RemoteStep(ABC):
         except LostClaimError as error:
             text = f"While the connection of this step was lost, another run ({error}) attached to its job."
             raise self._failure(text, final=True) from None
+        except RemovedError as error:
+            del self._runs[error.run]
+            text = f"{error}\nRe-execute this run to submit a new job; leave the folders of runs that are not over."
+            raise self._failure(f"{text}{self._still_running}") from None
         except RefusedError as error:
             raise self._failure(f"{self._explain(str(error))}{self._still_running}") from None
         except (AccessError, SshError, ConfigurationError) as error:

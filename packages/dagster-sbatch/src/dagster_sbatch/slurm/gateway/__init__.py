@@ -23,6 +23,7 @@ from dagster_sbatch.slurm.gateway.answers import (
     Projects,
     Questions,
     RefusedError,
+    RemovedError,
     StoppedError,
     Submitted,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "Questions",
     "Queued",
     "RefusedError",
+    "RemovedError",
     "Share",
     "Sinks",
     "StoppedError",

@@ -18,6 +18,18 @@ class RefusedError(Exception):
     """Slurm or the agent refused a request: a permanent error, with their text."""
 
 
+class RemovedError(RefusedError):
+    """The run directory of a job that is followed was removed, so that nobody can adopt the job any more.
+
+    Attributes:
+        run: the run directory.
+    """
+
+    def __init__(self, text: str, run: str) -> None:
+        super().__init__(text)
+        self.run = run
+
+
 class LostClaimError(Exception):
     """While the connection was lost, another client has claimed the runs; the text says which."""
 

@@ -4,7 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dagster_sbatch.slurm.gateway.answers import ACCOUNTED, ArrayState, JobEnd, RefusedError, Submitted, read_start
+from dagster_sbatch.slurm.gateway.answers import (
+    ACCOUNTED,
+    ArrayState,
+    JobEnd,
+    RefusedError,
+    RemovedError,
+    Submitted,
+    read_start,
+)
 from dagster_sbatch.slurm.gateway.link import Link, Sinks
 
 Files = Mapping[str, str]
@@ -75,14 +83,14 @@ class _Followed:
 
     array: ArrayRun
     left: set[int]
-    submitted: bool = False
+    known: Mapping[str, Any] | None = None
     offsets: dict[int, dict[str, int]] = field(default_factory=dict)
     starts: dict[int, float] = field(default_factory=dict)
 
     def request(self, follower: str) -> dict[str, Any]:
-        run = {"run": self.array.run, "files": self.array.files, "follower": follower, "fields": ",".join(ACCOUNTED)}
+        run = {"run": self.array.run, "files": self.array.files, "follower": follower, "known": self.known}
         tasks = {"tasks": list(self.left), "followed": list(self.array.tasks), "offsets": self.offsets}
-        return {"do": "run", **run, **tasks}
+        return {"do": "run", "fields": ",".join(ACCOUNTED), **run, **tasks}
 
 
 def follow_arrays(link: Link, arrays: Arrays, follower: str) -> None:
@@ -123,7 +131,7 @@ def follow_arrays(link: Link, arrays: Arrays, follower: str) -> None:
             if not active:
                 return
 
-    link.patiently(step, lasting=lambda: any(each.submitted for each in active.values()))
+    link.patiently(step, lasting=lambda: any(each.known for each in active.values()))
 
 
 def _report(arrays: Arrays, followed: _Followed, head: Mapping[str, Any]) -> bool:
@@ -132,14 +140,13 @@ def _report(arrays: Arrays, followed: _Followed, head: Mapping[str, Any]) -> boo
     if "task" in head:
         return _report_task(arrays, followed, head)
     if "job" in head:
-        first, followed.submitted = not followed.submitted, True
-        if first:
-            followed.array = replace(followed.array, files=None)  # they are there, and not needed again
-            arrays.submitted(run, Submitted(head["job"], head["how"]))
-        return first
+        followed.known = head
+        followed.array = replace(followed.array, files=None)  # they are there, and not needed again
+        arrays.submitted(run, Submitted(head["job"], head["how"]))
+        return True
+    if "removed" in head:
+        raise RemovedError(head["removed"], run)
     if "refused" in head:
-        if followed.submitted:  # an error does not end the request of a job that exists
-            raise RefusedError(head["refused"])
         arrays.refused(run, head["refused"])
     elif "over" in head:
         arrays.over(run, {int(index): rows for index, rows in head["rows"].items()})

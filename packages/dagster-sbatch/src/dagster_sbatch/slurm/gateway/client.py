@@ -22,6 +22,7 @@ from dagster_sbatch.slurm.gateway.answers import (
     Projects,
     Questions,
     RefusedError,
+    RemovedError,
     Submitted,
     read_start,
 )
@@ -66,18 +67,24 @@ class Gateway(Link):
             raise outcomes[0]
         return outcomes[0]
 
-    def cancel_all(self, runs: Sequence[str], report: Callable[[str, JobEnd | RefusedError | None], None]) -> None:
+    def cancel_all(
+        self,
+        runs: Sequence[str],
+        report: Callable[[str, JobEnd | RefusedError | None], None],
+        jobs: Mapping[str, str | None] = {},
+    ) -> None:
         """Cancel the jobs of some runs at the same time, and wait until they are over. A slow one delays no other.
 
         Args:
             runs: the run directories.
             report: gets each of them with what `cancel` returns or raises for it.
+            jobs: the ids of their jobs, as far as they are known: a run directory may have been removed.
         """
         left, asked = list(runs), list[str]()
 
         def step() -> None:
             self._failed, asked[:] = -1, left
-            for which, head, _ in self.exchange([{"do": "cancel", "run": run} for run in asked]):
+            for which, head, _ in self.exchange([{"do": "cancel", "run": run, "job": jobs.get(run)} for run in asked]):
                 left.remove(asked[which])
                 report(asked[which], _outcome_of_cancel(head))
                 if not left:
@@ -233,28 +240,32 @@ class Gateway(Link):
 
         Raises:
             RefusedError: sbatch refused the job, another run exists under that key, or there is no such run.
+            RemovedError: somebody has removed the run directory; the job is cancelled.
             StoppedError: `stop` was set; the job still runs.
         """
-        offsets, job = dict.fromkeys(sinks, 0), ""
+        offsets = dict.fromkeys(sinks, 0)
+        known: Mapping[str, Any] | None = None
         request = {"do": "run", "run": run, "follower": follower, "fields": ",".join(ACCOUNTED)}
 
         def go_on() -> JobEnd:
-            nonlocal job
-            ask = {**request, "files": None if job else files, "offsets": offsets}
+            nonlocal known
+            ask = {**request, "files": None if known else files, "offsets": offsets, "known": known}
             for _, head in self.follow([ask], lambda *_: sinks):
                 if "end" in head:
                     return JobEnd.parse(head["end"], head["short"], head["rows"])
                 if "refused" in head:
                     raise RefusedError(head["refused"])
-                if "job" in head and not job:
-                    job = head["job"]
-                    on_submitted(Submitted(job, head["how"]))
+                if "removed" in head:
+                    raise RemovedError(head["removed"], run)
+                if "job" in head:
+                    known = head
+                    on_submitted(Submitted(head["job"], head["how"]))
                 else:
                     self._report(head, on_state)
             raise AgainError("the agent ended its answer")
 
         # An error does not end the request of a job that exists.
-        return self.patiently(go_on, lasting=lambda: bool(job))
+        return self.patiently(go_on, lasting=lambda: bool(known))
 
     def _report(self, head: Mapping[str, Any], on_state: Callable[[JobState], None]) -> None:
         """Report what the agent says of a run beside its job and its output."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.slurm.gateway.answers import LostClaimError, RefusedError, StoppedError
+from dagster_sbatch.slurm.gateway.answers import LostClaimError, RefusedError, RemovedError, StoppedError
 from dagster_sbatch.slurm.gateway.channel import Channel, Frame, NoPythonError, OpenChannel
 from dagster_sbatch.ssh import AuthenticationError, SshError, UnreachableError
 
@@ -217,7 +217,8 @@ class Link:
 
         Args:
             step: makes the request.
-            lasting: whether there is a job to follow: then neither broken nor refused answers end the request.
+            lasting: whether there is a job to follow: then neither broken nor refused answers end the request, unless
+                the run directory was removed.
 
         Raises:
             RefusedError: also for BROKEN_TRIES broken answers in a row.
@@ -229,7 +230,7 @@ class Link:
             try:
                 return step()
             except (AgainError, RefusedError) as error:
-                if isinstance(error, RefusedError) and not lasting():
+                if isinstance(error, RemovedError) or (isinstance(error, RefusedError) and not lasting()):
                     raise
                 lost = not isinstance(error, _TemporaryError | RefusedError)
                 if self._advanced or (lost and monotonic() - begun > LONGEST_PAUSE):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _MODULES = "disk transfer turn task_states slurm_commands job_record ends streams tasks paths".split()
-_MODULES += "run_directories limits usage jobs array_follower follower interpreters building".split()
+_MODULES += "run_directories limits usage jobs location array_follower follower interpreters building".split()
 _MODULES += "releases claims images task_records server".split()
 """Of the agent, each after those that it uses."""
 _JOIN = """\

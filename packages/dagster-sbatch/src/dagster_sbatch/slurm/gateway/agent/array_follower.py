@@ -67,8 +67,8 @@ class ArrayFollower:
     requeued  those of them that have started, and wait to start again
     """
 
-    def __init__(self, queue, ask, say, job, current):
-        self.queue, self.say, self.job, self.current = queue, say, job, current
+    def __init__(self, queue, ask, say, job, location):
+        self.queue, self.say, self.job, self.location = queue, say, job, location
         self.run, self.key = locate(ask)
         self.fields, self.offsets = ask["fields"], {int(index): at for index, at in ask["offsets"].items()}
         self.tasks, self.followed, self.left = Tasks(self.run), set(ask["followed"]), set(ask["tasks"])
@@ -83,7 +83,8 @@ class ArrayFollower:
 
     def follow(self):
         self.queue.want(os.path.dirname(self.run))
-        while self.current():
+        while self.location.current():
+            self.location.wait()
             self.discover()
             more = self.read()
             self.look_at_queue()

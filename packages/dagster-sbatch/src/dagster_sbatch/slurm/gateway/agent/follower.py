@@ -7,6 +7,7 @@ from .array_follower import ArrayFollower
 from .disk import RequestError
 from .job_record import STREAMS, events_of
 from .jobs import submit_when_possible
+from .location import Location, RemovedError, give_up, inodes_above
 from .run_directories import RUNS, conclude, has, job_of, keep_end, locate, quietly_conclude
 from .slurm_commands import COMMAND_PATIENCE, LAG, SQUEUE_EVERY, UNSEEN, account
 from .streams import MOST_CHUNKS, Stream, pause_after, short_of
@@ -16,8 +17,8 @@ JOB_EVERY = 1.0  # seconds between two looks for the job of a run that another c
 
 
 class Follower:
-    def __init__(self, queue, ask, say, job, current):
-        self.queue, self.say, self.job, self.current = queue, say, job, current
+    def __init__(self, queue, ask, say, job, location):
+        self.queue, self.say, self.job, self.location = queue, say, job, location
         self.run, self.key = locate(ask)
         at = ask["offsets"]
         self.streams = [Stream(os.path.join(self.run, name), name, at[name]) for name in STREAMS if name in at]
@@ -31,7 +32,8 @@ class Follower:
 
     def follow(self):
         self.queue.want(os.path.dirname(self.run))
-        while self.current():
+        while self.location.current():
+            self.location.wait()
             ended = self.end  # before the streams, too: Slurm itself writes to stderr
             events = events_of(self.run)  # before the streams: so all that was written before the end is sent
             row = self.row(events)
@@ -131,6 +133,7 @@ def run(agent, ask, say):
     files: None if the run exists already
     follower: the Dagster run that follows the job; empty for `scripts/job`, which submits nothing
     tasks: of an array job, those to follow
+    known: the answer with the job that this client has had before; None: none yet
     """
     path, _ = locate(ask)
     agent.followers[path] = me = object()
@@ -138,16 +141,25 @@ def run(agent, ask, say):
     def current():
         return agent.followers[path] is me
 
+    known = ask.get("known")
     try:
-        job, how = (submit_when_possible if ask["follower"] else await_job)(agent, ask, say, current)
+        if not known:
+            job, how = (submit_when_possible if ask["follower"] else await_job)(agent, ask, say, current)
+            if not job:
+                return {}
+            known = {"job": job, "how": how, "above": inodes_above(path)}
+            say(**known)
     except RequestError as error:
         if error.kind != "refused":
             raise
         return {"refused": str(error)}  # an answer: an error would end the client's other requests
-    if not job:
-        return {}
-    say(job=job, how=how)
-    return (ArrayFollower if "tasks" in ask else Follower)(agent.queue, ask, say, job, current).follow()
+    location = Location(path, known["above"], say, current)
+    try:
+        location.wait()
+        kind = ArrayFollower if "tasks" in ask else Follower
+        return kind(agent.queue, ask, say, known["job"], location).follow()
+    except RemovedError:
+        return {"removed": give_up(path, known["job"], ask.get("tasks"), ask["follower"])}
 
 
 def await_job(_, ask, __, current):

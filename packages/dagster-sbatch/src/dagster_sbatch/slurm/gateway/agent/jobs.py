@@ -191,10 +191,13 @@ def sbatch(run, lock, variables):
 
 
 def cancel(agent, ask, _):
-    """Cancel a run's job, and wait until it is over. A run that has no job will never get one."""
+    """Cancel a run's job, and wait until it is over. A run that has no job will never get one.
+
+    job: that the client knows: the run directory may have been removed
+    """
     run, key = locate(ask)
     with agent.finishing():
-        job = job_of(run)
+        job = job_of(run) or ask.get("job")
         if not job:
             own(os.path.dirname(run))
             os.makedirs(run, 0o700, exist_ok=True)

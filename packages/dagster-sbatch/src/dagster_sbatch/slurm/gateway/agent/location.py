@@ -1,0 +1,96 @@
+"""Where a run directory lies: one that was removed is not taken for one whose file system is away."""
+
+import os
+import time
+
+from .ends import SINGLE, verdicts
+from .slurm_commands import COMMAND_PATIENCE, scancel
+
+REMOVED = 300.0  # seconds after which a run directory that was removed is given up
+MISSING_EVERY = 1.0
+
+
+class RemovedError(Exception):
+    """A run directory was removed."""
+
+
+def inodes_above(run):
+    """Return the inodes of the folders above a run directory by path, as far up as they lie on its file system."""
+    device, path, found = os.stat(run).st_dev, os.path.dirname(run), {}
+    while path not in found and os.stat(path).st_dev == device:
+        found[path] = os.stat(path).st_ino
+        path = os.path.dirname(path)
+    return found
+
+
+class Location:
+    """The run directory of a job.
+
+    above: of `inodes_above`, when the job was submitted or found
+    """
+
+    def __init__(self, run, above, say, current):
+        self.run, self.above, self.say, self.current = run, above, say, current
+
+    def wait(self):
+        """Return once the run directory is there, or the client has given up.
+
+        RemovedError: it was not for a while, and a folder above it is: so the file system is there
+        """
+        since, said = None, None
+        while self.current():
+            inode = inode_of(self.run)
+            if inode:
+                return
+            removed = inode is None and any(inode_of(path) == known for path, known in self.above.items())
+            since = (since or time.time()) if removed else None
+            if since and time.time() - since > REMOVED:
+                raise RemovedError
+            if removed != said:
+                said, host = removed, os.uname()[1]
+                lost = "%s was removed. The step fails unless it is back within %d minutes" % (self.run, REMOVED / 60)
+                away = "%s is not there: its file system is away from %s. The job is not affected" % (self.run, host)
+                self.say(trouble=lost if removed else away)
+            time.sleep(MISSING_EVERY)
+
+
+def inode_of(path):
+    """Return the inode of a folder; None: there is none, 0: that is not known."""
+    try:
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return 0
+
+
+def give_up(run, job, tasks, follower):
+    """Return what a step reports whose run directory was removed; its job is cancelled: nobody can adopt it any more.
+
+    tasks: those that are followed, if it is an array job
+    follower: the Dagster run; empty for `scripts/job`, which cancels nothing
+    RequestError: Slurm does not answer
+    """
+    key, wanted = os.path.basename(run), SINGLE if tasks is None else set(tasks)
+
+    def states():
+        found, trouble = verdicts(job, key, max(wanted, default=0) + 1, wanted, wanted)
+        if trouble:
+            raise trouble
+        return [said and (said["state"] or "unknown to Slurm") for said in found.values()]
+
+    found = states()
+    end = "It had ended: %s" % ", ".join(sorted(set(filter(None, found))))
+    if None in found:
+        end = "It is still running. Cancel it:\n  scancel %s" % job
+        if follower:
+            scancel(job, key)
+            until = time.time() + COMMAND_PATIENCE
+            while None in found and time.time() < until:
+                time.sleep(MISSING_EVERY)
+                found = states()
+            over = "is over" if None not in found else "is not over after a minute"
+            end = "It was still running, so it was cancelled, and %s" % over
+    text = "the run directory of Slurm job %s was removed while the job was followed: %s\n"
+    text += "Without it, nothing can receive the messages and the result of the job. %s"
+    return text % (job, run, end)
