@@ -63,6 +63,15 @@ def follow(gateway: Gateway, run: Path, **sinks: Callable[[bytes], None]) -> Job
     return gateway.run(str(run), None, {name.replace("_", "."): sink for name, sink in sinks.items()}, follower="")
 
 
+@pytest.mark.parametrize("half", ['{"idle": 600, "ti', "\0" * 20], ids=["a full disk", "a node without power"])
+def test_a_record_that_follows_half_a_record_counts(half: str, prepare: Prepare, slurm: Path, tmp_path: Path) -> None:
+    run, ended = lay_out(tmp_path), '{"code": 0, "time": 2, "sizes": {}}'
+    (run / "events").write_text(f'{half}{{"started": "n1", "time": 1, "temporary": "/tmp"}}\n{half}{ended}\n')
+    put(slurm, "scontrol", f"echo '{CANCELLED.replace('CANCELLED', 'COMPLETED')}'")
+    end = follow(prepare(HURRIED), run)
+    assert (end.code, end.node) == (0, "n1")
+
+
 # Locks
 
 

@@ -1,12 +1,15 @@
 """The job's own record: what a job, or a task of an array job, writes about itself in its folder."""
 
 import os
+import re
 
 from .disk import parse, read
 
 MESSAGES = "messages.jsonl"
 STREAMS = (MESSAGES, "stdout", "stderr")
 EVENTS, CAUSE = "events", "cause"
+HALF = re.compile(rb'.+(?=\{"(?:started|code|idle)": )', re.S)
+"""Half a record, as a full disk or a node without power leaves it: the next record follows in the same line."""
 
 
 def events_of(folder):
@@ -17,9 +20,7 @@ def events_of(folder):
     """
     events = {}
     for line in read(os.path.join(folder, EVENTS)).split(b"\n")[:-1]:  # the last piece is not a whole line yet
-        event = parse(line, "time")
-        if not event:  # cut off by a full disk
-            continue
+        event = parse(line, "time") or parse(HALF.sub(b"", line), "time") or {}
         if "started" in event:
             events = {"started": event}
         elif "code" in event:
