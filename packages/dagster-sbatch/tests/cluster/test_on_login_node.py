@@ -84,8 +84,15 @@ def test_a_run_without_ssh(site: SimulatedSite) -> None:
     assert "ASC_" not in site.run_on_node(agent.machine, f"cat /proc/{agent.pid}/environ").stdout
     site.run_on_login(CERTIFICATE_USER, "touch go-on")
     thread.join(180)
-    for line in ("refresh_credentials_when_due: Dagster runs on", "clean_run_directories: nothing is old enough",
-                 "observe_budget: ", "login: ok this machine", "Slurm: ok Slurmctld", "jobs: ok"):  # fmt: skip
+    for line in (
+        "refresh_credentials_when_due: Dagster runs on the login node",
+        "clean_run_directories: nothing is old enough",
+        "observe_budget: ",
+        "settings: ok staging_supercomputer, musica\n",
+        "login: ok this machine",
+        "Slurm: ok Slurmctld",
+        "jobs: ok",
+    ):
         assert f"\n{line}" in f"\n{said[0]}"
     metadata = json.loads(said[0].splitlines()[-1])
     assert (metadata["rows"], metadata["account"]) == (7, SECOND_ACCOUNT)

@@ -98,7 +98,8 @@ def show(health: AccessHealth, settings: Settings) -> None:
         rows.append((item.name, f"{until:%Y-%m-%d %H:%M}" if until else "", left, next_action(item, health)))
     print_table(("what", "valid until (UTC)", "remaining", "replaced after"), rows)
     places = [f"{item.name}: {item.where.replace(str(Path.home()), '~', 1)}" for item in health.items]
-    state = f"{settings.edge_node_user}@{settings.edge_node_host}: {health.verdict}. {health.summary}"
+    account = "@".join(filter(None, (settings.edge_node_user, settings.edge_node_host)))
+    state = f"{account}: {health.verdict}. {health.summary}"
     for line in (*places, "", state, *health.notes):
         print(line)
 

@@ -25,7 +25,8 @@ def check_settings(facts: Facts) -> Verdict:
         facts.site = facts.project.load_site(settings.supercomputer_site)
     except ConfigurationError as error:
         return broken(str(error), "correct the settings; `scripts/docs settings` has all of them")
-    return ok(f"{settings.deployment}, {settings.supercomputer_site}, {settings.edge_node_user}")
+    found = (settings.deployment, settings.supercomputer_site, settings.edge_node_user)
+    return ok(", ".join(filter(None, found)))
 
 
 def check_dagster_home(facts: Facts) -> Verdict:
