@@ -6,7 +6,7 @@ import re
 import ssl
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
@@ -39,7 +39,7 @@ class HttpAnswer:
     """
 
     status: int
-    data: Any
+    data: Any = field(repr=False)
     date: datetime | None
 
     @property
