@@ -71,7 +71,8 @@ def take_survey(
         OSError: the connection was lost, or the script did not run to its end.
     """
     script = f"exec /bin/sh -c {shlex.quote(render(base, pythons))}"
-    line = after_login_profile(setup, script)
+    here = connection is None and not setup  # then the agent, too, has this program's PATH
+    line = script if here else after_login_profile(setup, script)
     try:
         printed = _run_here(line) if connection is None else _run_there(connection, line)
     except (TimeoutError, subprocess.TimeoutExpired):
