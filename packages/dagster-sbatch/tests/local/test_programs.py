@@ -157,11 +157,13 @@ def test_a_batch_script_runs_unchanged(tmp_path: Path, capfd: pytest.CaptureFixt
 def test_a_login_shell_whose_profile_sets_the_path_anew_finds_pipes(
     shell: str, launcher: CommandLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So do the programs that it starts; the script has its own name and arguments."""
+    """So do the programs that it starts; the script has its own name, arguments and folder."""
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / ".profile").write_text("PATH=/usr/bin:/bin OF_PROFILE=read\n")
+    (tmp_path / "home" / ".profile").write_text("cd /\nPATH=/usr/bin:/bin OF_PROFILE=read\n")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    text = f"#!{shell}\nsh -c 'pipes log begun'\npipes materialize --metadata words=\"$OF_PROFILE $0 $*\"\nexit $3\n"
+    here = "[ -x bin/pipes ] || [ -x ../bin/pipes ] || exit 9"
+    report = 'pipes materialize --metadata words="$OF_PROFILE $0 $*"'
+    text = f"#!{shell}\n{here}\nsh -c 'pipes log begun'\n{report}\nexit $3\n"
     path = make(tmp_path, text)
     outcome = materialize(path, tmp_path, launcher=launcher, args=["a b", "c", "0"])
     assert outcome.error == ""

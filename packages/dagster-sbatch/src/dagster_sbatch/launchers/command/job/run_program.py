@@ -36,8 +36,8 @@ RUN_PIPES = (
 """In a container, dagster_pipes is not among the packages of its Python."""
 LOGIN_SHELL = re.compile(r"/\S*/(env -S ?)?(ba|da|k|z)?sh (-[a-z]*l[a-z]*|--login)")
 """Interpreter and argument of a first line. Its shell reads the login profile, which may set PATH anew."""
-WITH_PATH = 'PATH=$1:$PATH; shift; . "$0"'
-"""Runs a script in the shell that has read the profile; its first argument comes first on the PATH."""
+AFTER_PROFILE = 'cd "$1"; PATH=$2:$PATH; shift 2; . "$0"'
+"""Runs a script in the shell that has read the profile: in a folder, and with another one first on the PATH."""
 NOT_FOUND = "BASH_FUNC_command_not_found_handle%%"
 """The variable that has the function which bash calls for a command that is not there."""
 NOT_IN_IMAGES = """() {
@@ -70,7 +70,8 @@ def main() -> int:
         refuse_missing_program(Path(program))
         first_line = read_first_line(Path(program))
         if LOGIN_SHELL.fullmatch(" ".join(first_line)):
-            command = [*first_line, "-c", WITH_PATH, program, str((folder / COMMAND).parent), *arguments]
+            folders = [str(Path.cwd()), str((folder / COMMAND).parent)]
+            command = [*first_line, "-c", AFTER_PROFILE, program, *folders, *arguments]
         elif batch:
             command = [*first_line, *command]
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and the program would inherit that
