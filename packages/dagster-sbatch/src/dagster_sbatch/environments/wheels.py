@@ -1,13 +1,14 @@
 """Wheels for the supercomputer, downloaded and built on this machine."""
 
 import hashlib
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from dagster_sbatch.children import NETWORK, child_environment
 from dagster_sbatch.environments.interpreter import Interpreter
@@ -92,7 +93,6 @@ def _pip(command: list[str], lock: LockFile, folder: Path, alive: Callable[[], N
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     output = None
     with process:
@@ -103,7 +103,9 @@ def _pip(command: list[str], lock: LockFile, folder: Path, alive: Callable[[], N
                 except subprocess.TimeoutExpired:
                     alive()
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)  # also the build of a package
+            for each in (process, *psutil.Process(process.pid).children(recursive=True)):  # those that build a package
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
             raise
     if process.returncode:
         last = "\n".join(output.strip().splitlines()[-8:])
