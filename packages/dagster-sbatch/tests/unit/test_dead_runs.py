@@ -105,3 +105,20 @@ def test_a_zombie_is_gone(instance: dg.DagsterInstance, python: "subprocess.Pope
         while file.seek(0) == 0 and file.read().rpartition(")")[2].split()[0] != "Z":
             time.sleep(0.01)
     assert health(instance, run_id) == "NOT_FOUND"
+
+
+def test_a_process_that_ends_while_it_is_examined_is_gone(
+    python: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_text = Path.read_text
+
+    def read(path: Path) -> str:
+        if path.name != "stat":
+            return read_text(path)
+        with path.open() as file:
+            python.kill()
+            python.wait()
+            return file.read()
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert RunProcess.find(python.pid) is None

@@ -34,7 +34,7 @@ class RunProcess:
         try:
             process = psutil.Process(pid)
             return None if process.status() == psutil.STATUS_ZOMBIE else cls(pid, _begin(process))
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # the latter is another user's
+        except (psutil.Error, FileNotFoundError, ProcessLookupError):  # another user's; or it has just ended
             return None
 
     @classmethod
@@ -75,9 +75,8 @@ class RunProcess:
 
 
 def _begin(process: psutil.Process) -> str:
-    try:
-        boot = (PROC / "sys" / "kernel" / "random" / "boot_id").read_text().strip()
-        stat = (PROC / str(process.pid) / "stat").read_text()
-    except FileNotFoundError:
+    boot = PROC / "sys" / "kernel" / "random" / "boot_id"
+    if not boot.exists():
         return str(process.create_time())
-    return f"{boot} {stat.rpartition(')')[2].split()[19]}"  # field 22 of proc_pid_stat(5)
+    stat = (PROC / str(process.pid) / "stat").read_text()
+    return f"{boot.read_text().strip()} {stat.rpartition(')')[2].split()[19]}"  # field 22 of proc_pid_stat(5)
