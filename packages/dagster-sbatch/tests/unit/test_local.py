@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dagster_sbatch.run.local import LocalProcess
+from dagster_sbatch.run.local import CHUNK, LocalProcess
 from slurm_in_a_box import wait_until
 from support.dagster_dev import gone
 
@@ -116,6 +116,30 @@ def test_a_workload_that_writes_faster_than_its_output_is_stored_can_be_terminat
 
     ended = LocalProcess([sys.executable, "-c", CHATTER], os.environ, tmp_path, {"stdout": store}).run(stop)
     assert ended.exit_code == -signal.SIGTERM
+
+
+BACKLOG = f"""
+import os, time
+with open("pid", "w") as file:
+    file.write(str(os.getpid()))
+with open("written", "wb") as file:
+    file.write(bytes({3 * CHUNK}))
+os.rename("written", "messages")
+time.sleep(600)
+"""
+"""A workload that has written much more than was stored."""
+
+
+def test_a_workload_is_terminated_before_all_that_it_has_written_is_stored(tmp_path: Path) -> None:
+    stop, ran, sizes = threading.Event(), [], []
+
+    def store(data: bytes) -> None:
+        stop.set()
+        ran.append(not gone(int((tmp_path / "pid").read_text())))
+        sizes.append(len(data))
+
+    LocalProcess([sys.executable, "-c", BACKLOG], os.environ, tmp_path, {"messages": store}).run(stop)
+    assert (ran, sum(sizes)) == ([True, False, False], 3 * CHUNK)
 
 
 @pytest.mark.parametrize("last", ["shutil.rmtree(os.getcwd())", "os.mkdir('end')", "sys.exit(3)", "os.abort()"])

@@ -19,7 +19,8 @@ GRACE_SECONDS = 10.0
 """Between SIGTERM and SIGKILL, when a run is terminated."""
 KILL_SECONDS = 5.0
 """For the supervisor to kill what is left."""
-CHUNK = 1 << 20
+CHUNK = 1 << 18
+"""Bytes of a file that are passed on between two questions whether the run is terminated: storing them takes time."""
 
 _MACHINE = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
@@ -88,18 +89,23 @@ class LocalProcess:
         return ended
 
     def follow(self) -> bool:
-        """Pass on what it has written; return whether it runs."""
+        """Pass on some of what it has written; return whether it runs."""
         running = self._process.poll() is None
-        for name, sink in self._sinks.items():
-            path = self._folder / name
-            if path.exists():
-                with path.open("rb") as file:
-                    size = os.fstat(file.fileno()).st_size  # the workload may write faster than the sink reads
-                    file.seek(self._offsets[name])
-                    while data := file.read(min(CHUNK, size - self._offsets[name])):
-                        self._offsets[name] += len(data)
-                        sink(data)
+        for name in self._sinks:
+            self._pass_on(name)
         return running
+
+    def _pass_on(self, name: str) -> bool:
+        """Pass on the next bytes of a file, CHUNK at most; return whether there were any."""
+        path, data = self._folder / name, b""
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(self._offsets[name])
+                data = file.read(CHUNK)
+        if data:
+            self._offsets[name] += len(data)
+            self._sinks[name](data)
+        return bool(data)
 
     def terminate(self) -> None:
         """Send SIGTERM to its process group."""
@@ -123,7 +129,9 @@ class LocalProcess:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self.follow()
+        for name in self._sinks:
+            while self._pass_on(name):
+                pass
         assert self._process.stdout
         with self._process.stdout as report:
             code, _, seconds = report.read().partition(b" ")
