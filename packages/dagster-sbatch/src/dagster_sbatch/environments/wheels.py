@@ -103,7 +103,9 @@ def _pip(command: list[str], lock: LockFile, folder: Path, alive: Callable[[], N
                 except subprocess.TimeoutExpired:
                     alive()
         except BaseException:
-            for each in (process, *psutil.Process(process.pid).children(recursive=True)):  # those that build a package
+            started = psutil.Process(process.pid).children(recursive=True)  # which build a package
+            process.kill()
+            for each in started:
                 with suppress(psutil.NoSuchProcess):
                     each.kill()
             raise
