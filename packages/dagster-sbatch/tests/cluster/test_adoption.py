@@ -226,39 +226,6 @@ def test_a_step_before_it_runs_again(site: SimulatedSite, tmp_path: Path, variab
     one_job_each(site)
 
 
-def test_an_unrelated_run_finds_a_job_for_the_same_data(
-    site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
-) -> None:
-    """It adopts one with equal inputs that no run follows, waits for another run's, and names one with other inputs."""
-    step = Step(tmp_path / "step", variables, WAITS)
-    process = step.start(again=False)
-    job = only_job(site, "RUNNING")
-    kill(process)
-    step.call(extras={"n": 1})
-    process = step.start(again=False)
-    wait_until(lambda: rows_of(site, "%T").count(["RUNNING"]) == 2, "a job with other inputs", 90)
-    named = f"Slurm job {job} of run {step.runs()[0]} computes the same with other inputs (extras['n'] (new))."
-    assert named in step.log
-    kill(process)
-    step.call()
-    third = step.start(again=False)
-    wait_until(lambda: f"Slurm job {job} was submitted by an earlier run of this step" in step.log, "adoption", 90)
-    wait_until(lambda: f"job {job}: RUNNING" in step.log, "it follows the job", 60)
-    kill(third)
-    again = step.start(again=True)
-    wait_until(lambda: f"job {job}: RUNNING" in step.log, "its re-execution follows the job", 90)
-    last = step.start(again=False)
-    wait_until(lambda: f"Another run (run {step.runs()[3]}, process {again.pid}" in step.log, "it waits", 90)
-    go_on(site)
-    success, error, metadata = step.result(again)
-    assert (success, error, metadata["job_id"]) == (True, "", job)
-    success, error, metadata = step.result(last)
-    assert (success, error) == (True, "")
-    assert metadata["job_id"] != job
-    assert len(runs_there(site)) == 3
-    one_job_each(site)
-
-
 LAST_KILL = 8.0
 LINES = 70
 COUNTS = (

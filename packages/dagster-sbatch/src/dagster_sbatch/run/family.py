@@ -3,9 +3,7 @@
 import os
 import socket
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
-from math import inf
+from collections.abc import Collection, Mapping, Sequence
 
 import dagster as dg
 
@@ -83,60 +81,11 @@ class Family:
         self.record = {"call": call.number, "inputs": inputs, "request": self.request}
 
     def choose(self) -> tuple[Claim, Choice]:
-        """Claim the call's runs, once no other run executes them; choose between an earlier attempt and a new one.
-
-        Without an earlier attempt, it is the job of an unrelated run for the same data, if that has equal inputs.
-        """
-        own, asked = self.call, requested_at(self._context.instance, self._context.run_id)
-        claim, choice = self._choose(asked)
-        if choice.adopt:
-            return claim, choice
-        outdated, has_waited = [], False
-        for rival in self._find_rivals(claim):
-            if self._has_equal_inputs(rival):
-                self.call, has_waited = replace(own, family=rival.family), True
-                found = self._choose(asked if rival.own else inf)  # what an unrelated run has stored is its own
-                if found[1].adopt:
-                    return found
-            elif rival.own:
-                outdated.append(rival)
-            else:
-                self._warn_of(rival)
-        self.call = own
-        claim, choice = self._choose(asked) if has_waited else (claim, choice)
-        return replace(claim, others=[*claim.others, *outdated]), choice
-
-    def _find_rivals(self, claim: Claim) -> Iterator[OtherRun]:
-        """Yield the jobs of unrelated runs for the same data.
-
-        They are waiting or running; those with equal inputs that this run's group has adopted may be over.
-        """
-        for rival in claim.rivals:
-            equal = self._has_equal_inputs(rival)
-            if not equal and rival.record and rival.record["call"] != self.call.number:
-                continue
-            known = (equal and rival.own) or (not rival.over and self._gateway.state(rival.run)[0])
-            if known and self.call.step.claim_once(rival.family if equal else f"{rival.run}: reported"):
-                yield rival
-
-    def _has_equal_inputs(self, other: OtherRun) -> bool:
-        return other.record is not None and other.record["inputs"] == self._inputs
-
-    def _warn_of(self, rival: OtherRun) -> None:
-        differences = name_differences(self._inputs, rival.record)
-        run = next(run for beginning, run in self._questions.rivals.items() if rival.family.startswith(beginning))
-        self._log.warning(
-            f"Slurm job {rival.job} of run {run} computes the same"
-            + (differences and f" with other inputs ({differences})")
-            + ". Both jobs may write the same files. If you need only one of them, cancel the other one:\n"
-            f"  scripts/job {rival.job} cancel"
-        )
-
-    def _choose(self, before: float) -> tuple[Claim, Choice]:
-        """Claim the runs of a family, and choose; a result that Dagster has stored before then is not used."""
+        """Claim the call's runs, once no other run executes them; choose between an earlier attempt and a new one."""
         claim = self._claim(self.call.family, self._questions)
+        instance, asked = self._context.instance, requested_at(self._context.instance, self._context.run_id)
         runs = self._runs_since(claim.followers) if claim.over else ()
-        stored = is_stored(self._context.instance, runs, StepName.of(self._context), before=before)
+        stored = is_stored(instance, runs, StepName.of(self._context), before=asked)
         choice = choose(claim, stored=stored, retries=self._retries)
         if choice.reason:
             self._log.info(choice.reason)
@@ -156,8 +105,6 @@ class Family:
         """
         instance, step = self._context.instance, StepName.of(self._context)
         claim = self._claim(self.call.family, self._questions)
-        for rival in self._find_rivals(claim):
-            self._warn_of(rival)
         asked = requested_at(instance, self._context.run_id)
         stored: dict[str, tuple[bool, set[str]]] = {}
 

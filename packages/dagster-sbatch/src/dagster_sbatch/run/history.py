@@ -6,7 +6,7 @@ from math import inf
 
 import dagster as dg
 
-from dagster_sbatch.run.calls import StepName, step_prefix
+from dagster_sbatch.run.calls import StepName
 from dagster_sbatch.run.reports import StepLog
 
 JOB_TAG = "slurm_job"
@@ -20,9 +20,6 @@ MOST_PARTITIONS = 10_000
 _MOST_OBSERVATIONS = 100
 """The latest ones, among which one with a data version is searched."""
 _PLANNED = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
-_PARTITIONS = ("dagster/partition", "dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
-"""Tags with the partitions of a run."""
-_MOST_RIVALS = 25
 _LONGEST_TAG = 63
 """Characters of each half of a tag's key, for Dagster."""
 
@@ -132,37 +129,9 @@ def _data_version(record: dg.EventLogRecord) -> str | None:
 
 def key_in(instance: dg.DagsterInstance, run_id: str, step: StepName) -> str:
     """Return Dagster's key of a step in a run; the one that it has if the run has planned none of its assets."""
-    return step.find_key(_planned(instance, run_id))
-
-
-def _planned(instance: dg.DagsterInstance, run_id: str) -> list[tuple[str, str]]:
-    """Return the steps of a run that compute assets, each with an asset."""
     entries = instance.all_logs(run_id, of_type=_PLANNED)
     planned = ((entry.step_key, entry.get_dagster_event().asset_key) for entry in entries)
-    return [(str(key), asset.to_user_string()) for key, asset in planned if asset]
-
-
-def find_rivals(context: dg.OpExecutionContext, root: str) -> dict[str, str]:
-    """Return the latest unrelated runs that may have a job for the same partitions of an asset of a step.
-
-    They are alive or have failed, and have submitted a job in that step. Each is a value; its key is the beginning of
-    the submission keys of the step there.
-
-    Args:
-        context: of the step.
-        root: the first run of its group.
-    """
-    instance, step, tags, found = context.instance, StepName.of(context), context.run.tags, dict[str, str]()
-    own = {tag: tags[tag] for tag in _PARTITIONS if tag in tags}
-    latest = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE], tags=own)
-    for run in instance.get_runs(latest, limit=_MOST_RIVALS) if step.assets else ():
-        its = run.root_run_id or run.run_id
-        if its == root or {tag: run.tags[tag] for tag in _PARTITIONS if tag in run.tags} != own:
-            continue
-        planned = _planned(instance, run.run_id)
-        if any(asset in step.assets for _, asset in planned) and job_tag(step.find_key(planned)) in run.tags:
-            found.setdefault(f"{step_prefix(its, key_in(instance, its, step))}-", run.run_id)
-    return found
+    return step.find_key((str(key), asset.to_user_string()) for key, asset in planned if asset)
 
 
 def _events_of(

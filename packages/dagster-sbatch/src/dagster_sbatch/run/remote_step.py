@@ -24,7 +24,7 @@ from dagster_sbatch.run.directory import CHECKS, RunInfo, RunPaths, files_of_com
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.family import Family
 from dagster_sbatch.run.guard import check_budget
-from dagster_sbatch.run.history import find_rivals, group_of, key_in, left_job, tag_job
+from dagster_sbatch.run.history import key_in, left_job, tag_job
 from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_terminal
@@ -132,9 +132,8 @@ class RemoteStep(ABC):
             known = inputs_of_step(self._context, by_partition=any(task.partitions for task in self._plan.tasks))
             inputs = inputs_of(self._plan, environment.inputs, known, data_root, self._find_image())
             call = calls.begin(root, step, digest_of(inputs))
-        instance, related = self._context.instance, f"{step_prefix(root, step)}-"
-        group = [*group_of(instance, root)] if root != self._info.run else [root]
-        questions = Questions(related, find_rivals(self._context, root), group, data_root, environment.request)
+        related = f"{step_prefix(root, step)}-"
+        questions = Questions(related, data_root, environment.request)
         return Family(self._context, self._gateway, runs, call, inputs, self._planned.request, questions=questions)
 
     def _find_image(self) -> str | None:

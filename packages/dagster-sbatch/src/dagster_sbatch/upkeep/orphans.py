@@ -17,7 +17,7 @@ from dagster_sbatch.slurm.gateway import JobEnd, RefusedError
 from dagster_sbatch.slurm.units import count_of
 from dagster_sbatch.ssh import SshError
 from dagster_sbatch.upkeep import running_on_supercomputer
-from dagster_sbatch.upkeep.ownership import LeftJob, group_state, left_jobs, reason_to_cancel, repeat_failures, unended
+from dagster_sbatch.upkeep.ownership import LeftJob, group_state, left_jobs, reason_to_cancel, repeat_failures
 
 LOOK_BACK = timedelta(days=7)
 """The first tick examines runs that have ended within this time."""
@@ -212,7 +212,7 @@ def _group(found: list[_Finding], before: Mapping[str, _Group], now: datetime) -
 def _settle(instance: dg.DagsterInstance, runs: Runs, over: set[str], report: Callable[[_Finding], None]) -> None:
     """Cancel or report the jobs of groups that are over. One that is refused does not stop the others."""
     families: dict[str, dict[str, str]] = {}
-    found = {run.path: run for run in unended(instance, runs) if run.about.root in over}
+    found = {run.path: run for run in runs.all() if run.about.root in over and run.end is None}
     for run in found.values():
         families.setdefault(run.family, {})[run.path] = reason_to_cancel(instance, run)
     for reasons in families.values():

@@ -1,7 +1,7 @@
 """Which Slurm jobs belong to a Dagster run, and which of the others have to be cancelled."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -62,15 +62,6 @@ def _is_to_be_retried(run: dg.DagsterRun) -> bool:
     return promised and "dagster/auto_retry_run_id" not in run.tags
 
 
-def unended(instance: dg.DagsterInstance, runs: Runs) -> Iterator[RunRecord]:
-    """Yield the runs without a recorded end, each with the root of the Dagster run that followed it last."""
-    for run in runs.all():
-        if run.end is None:
-            last = instance.get_run_by_id(run.followers[-1])
-            root = last and (last.root_run_id or last.tags.get("dagster/root_run_id", last.run_id))
-            yield replace(run, about=replace(run.about, root=root or run.about.root))
-
-
 def reason_to_cancel(instance: dg.DagsterInstance, run: RunRecord) -> str:
     """Return why the job of a run has to be cancelled; empty if a re-execution may attach to it.
 
@@ -107,8 +98,8 @@ class LeftJob:
 def left_jobs(instance: dg.DagsterInstance, runs: Runs) -> Iterator[LeftJob]:
     """Yield the waiting and running jobs that no run follows and that a re-execution can attach to."""
     now = datetime.now(UTC)
-    for run in unended(instance, runs):
-        if not run.job or group_state(instance, run.about.root, now) not in ("over", "just ended"):
+    for run in runs.all():
+        if not run.job or run.end or group_state(instance, run.about.root, now) not in ("over", "just ended"):
             continue
         state = None if reason_to_cancel(instance, run) else runs.state(run)[0]
         if state:

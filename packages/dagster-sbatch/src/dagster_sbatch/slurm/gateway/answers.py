@@ -233,23 +233,19 @@ class Projects:
 
 @dataclass(frozen=True)
 class OtherRun:
-    """A run of the same step in another family, whose job may be waiting or running; a rival's may be over.
+    """A run of the same step in another family, whose job may be waiting or running.
 
     Attributes:
         family: first part of its submission key.
         run: its run directory.
         job: its job's id; None while sbatch has not answered.
         record: what it was submitted with; None if there is no readable record.
-        own: whether a run of the client's group has followed it.
-        over: whether its end is recorded.
     """
 
     family: str
     run: str
     job: str | None
     record: Mapping[str, Any] | None
-    own: bool = False
-    over: bool = False
 
 
 @dataclass(frozen=True)
@@ -258,15 +254,11 @@ class Questions:
 
     Attributes:
         related: beginning of the submission keys of other runs; they are reported if their jobs may not be over.
-        rivals: beginnings of the submission keys of the step in unrelated runs, each with a run; reported likewise.
-        group: ids of the client's Dagster runs; of rivals, those that they have followed are reported also if over.
         data_root: DATA_ROOT; the answer has its absolute path.
         environment: a request about the environment of a new attempt; see `RunEnvironment.request`.
     """
 
     related: str = ""
-    rivals: Mapping[str, str] = field(default_factory=dict)
-    group: Sequence[str] = ()
     data_root: str = ""
     environment: Mapping[str, Any] | None = None
 
@@ -287,7 +279,6 @@ class Claim:
         followers: ids of the Dagster runs that submitted or adopted it.
         record: what it was submitted with.
         others: further runs of the step.
-        rivals: runs of the step in unrelated Dagster runs.
         arrays: the attempts that are array jobs, the latest last; several can be active at once.
         environment: the answer to the request about the environment of a new attempt; None if it failed, or if the
             latest attempt is not over.
@@ -304,7 +295,6 @@ class Claim:
     followers: Sequence[str] = ()
     record: Mapping[str, Any] | None = None
     others: Sequence[OtherRun] = ()
-    rivals: Sequence[OtherRun] = ()
     arrays: Sequence[ArrayJob] = ()
     environment: Mapping[str, Any] | None = None
 
@@ -314,8 +304,8 @@ class Claim:
         if "held" in said:
             return cls(said["held"])
         end = JobEnd.parse(said["end"]) if said["end"] else None
-        others, rivals = ([OtherRun(**each) for each in said[name]] for name in ("others", "rivals"))
+        others = [OtherRun(**each) for each in said["others"]]
         same = {name: said[name] for name in ("runs", "data_root", "attempt", "over", "job")}
         seen = {name: said[name] for name in ("rejected", "followers", "record", "environment")}
         arrays = [ArrayJob.parse(each) for each in said["arrays"]]
-        return cls(None, **same, **seen, end=end, others=others, rivals=rivals, arrays=arrays)
+        return cls(None, **same, **seen, end=end, others=others, arrays=arrays)

@@ -12,18 +12,7 @@ from .disk import RequestError, lock, own, parse, read, remove_tree
 from .ends import may_be_success
 from .paths import with_paths
 from .releases import environment
-from .run_directories import (
-    DAY,
-    FOLLOWER,
-    array_of,
-    checked,
-    conclude,
-    followers_of,
-    has,
-    job_of,
-    may_have_job,
-    record_of,
-)
+from .run_directories import DAY, array_of, checked, conclude, followers_of, has, job_of, may_have_job, record_of
 from .tasks import is_array, whole
 
 INHERIT_EVERY = 0.5  # seconds between two tries to take the lock of this client's previous agent
@@ -93,20 +82,16 @@ def latest(folder, family):
     return dict(found, over=bool(end), end=end, followers=followers_of(run))
 
 
-def others(folder, family, beginning, group=()):
-    """Return runs whose names have a beginning, of other families, if their job may not be over.
-
-    group: Dagster runs; what one of them has followed counts as its own, and is returned also if it is over
-    """
+def others(folder, family, beginning):
+    """Return runs whose names have a beginning, of other families, if their job may not be over."""
     found = []
     for name in sorted(os.listdir(folder)) if beginning else ():
         run, its = os.path.join(folder, name), name.rpartition("-")[0]
         if its == family or not name.startswith(beginning) or not name.rpartition("-")[2].isdigit():
             continue
-        job, over, own = job_of(run), has(run, "end"), any(has(run, FOLLOWER + each) for each in group)
-        if (job or has(run, "tried")) and (own or not over) and not has(run, "cancelled"):
-            known = {"family": its, "run": run, "job": job, "record": record_of(run)}
-            found.append(dict(known, own=own, over=over))
+        job = job_of(run)
+        if (job or has(run, "tried")) and not has(run, "end") and not has(run, "cancelled"):
+            found.append({"family": its, "run": run, "job": job, "record": record_of(run)})
     return found
 
 
@@ -150,7 +135,6 @@ def claim(agent, ask, say):
     folder = ask["runs"]
     found = latest(folder, ask["family"])
     found["others"] = others(folder, ask["family"], ask["related"])
-    found["rivals"] = [run for rival in ask["rivals"] for run in others(folder, ask["family"], rival, ask["group"])]
     wanted = ask["environment"] if found["over"] else None
     found["environment"] = environment_of(agent, wanted, say) if wanted else None
     return dict(found, runs=folder, data_root=ask["data_root"])
