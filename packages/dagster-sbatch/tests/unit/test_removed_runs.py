@@ -206,6 +206,19 @@ def test_a_file_system_that_goes_away_and_comes_back(
     assert not (slurm / "cancelled").exists()
 
 
+def test_a_run_directory_that_cannot_be_reached(job: Job, begin: Begin, tmp_path: Path) -> None:
+    """The step reports what the file system says, and follows the job when that has passed."""
+    told: list[str] = []
+    end = begin(0.1, [], told)
+    job.base.rename(tmp_path / "away")
+    job.base.symlink_to(job.base)
+    wait_until(lambda: f"{job.run}: Too many levels of symbolic links" in told, "that is reported", 60, 0.02)
+    job.base.unlink()
+    (tmp_path / "away").rename(job.base)
+    finish(job)
+    assert (end.result(60), job.text) == (0, "first\nlast\n")
+
+
 def test_a_person_terminates_a_run_whose_directory_was_removed(job: Job, prepare: Prepare, slurm: Path) -> None:
     job.run.rename(job.base / "removed")
     texts, left, _ = cancel_jobs(prepare(HURRIED), {str(job.run): "17"}, 30)

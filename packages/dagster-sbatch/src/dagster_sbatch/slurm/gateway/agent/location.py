@@ -36,13 +36,13 @@ class Location:
         """Return once the run directory is there, or the client has given up.
 
         RemovedError: it was not for a while, and a folder above it is: so the file system is there
+        OSError: that cannot be known now
         """
         since, said = None, None
         while self.current():
-            inode = inode_of(self.run)
-            if inode:
+            if inode_of(self.run):
                 return
-            removed = inode is None and any(inode_of(path) == known for path, known in self.above.items())
+            removed = any(inode_of(path) == known for path, known in self.above.items())
             since = (since or time.time()) if removed else None
             if since and time.time() - since > REMOVED:
                 raise RemovedError
@@ -55,13 +55,11 @@ class Location:
 
 
 def inode_of(path):
-    """Return the inode of a folder; None: there is none, 0: that is not known."""
+    """Return the inode of a folder; None if there is none."""
     try:
         return os.stat(path).st_ino
     except FileNotFoundError:
         return None
-    except OSError:
-        return 0
 
 
 def give_up(run, job, tasks, follower):
