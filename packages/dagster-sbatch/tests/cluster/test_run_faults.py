@@ -7,6 +7,7 @@ import pytest
 
 from dagster_sbatch.run import remote
 from dagster_sbatch.slurm import Retries, SlurmRequest
+from dagster_sbatch.slurm.gateway import programs
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from slurm_in_a_box.faults import SbatchFault
 from support.background import (
@@ -211,3 +212,20 @@ def test_a_disk_that_is_full_in_mid_run(site: SimulatedSite, workloads: Path) ->
         outcome = run.outcome()
     assert not outcome.success
     assert "No space left on device" in outcome.error or "recorded no exit code" in outcome.error
+
+
+def test_the_run_directory_of_a_running_job_is_removed(
+    site: SimulatedSite, workloads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file system is there. Nobody can receive its result, so the job is cancelled."""
+    serve, hurry = "names['serve']()", "sys.modules['agent.location'].REMOVED = 3"
+    assert serve in programs.START
+    monkeypatch.setattr(programs, "START", programs.START.replace(serve, f"{hurry}; {serve}"))
+    run = Background(lambda: materialize(SLEEPS, workloads, request=REQUEST))
+    wait_until(lambda: "begun" in output_there(site), "it runs")
+    job = only_job(site, "RUNNING")
+    site.run_on_login(CERTIFICATE_USER, "rm -rf dagster-slurm/runs/*")
+    error = run.outcome().error
+    assert f"the run directory of Slurm job {job} was removed while the job was followed" in error
+    assert "It was still running, so it was cancelled, and is over" in error
+    assert [str(job), "CANCELLED"] in rows_of(site, "%i %T")
