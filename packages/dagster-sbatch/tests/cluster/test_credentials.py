@@ -150,9 +150,25 @@ def test_a_certificate_that_is_valid_and_refused_is_replaced_once(
     assert certificate_path(key).read_bytes() == young
     monkeypatch.setattr("dagster_sbatch.auth.refused.REFUSED_AGE", timedelta(seconds=30))
     os.utime(certificate_path(key), (0, 0))
-    with connect(settings, ensure_certificate) as connection:
-        assert connection.is_connected
+    before, ready, connected = asked_for_tokens(site), threading.Barrier(6), list[bool]()
+
+    def reach() -> None:
+        ready.wait()
+        with connect(settings, ensure_certificate) as connection:
+            connected.append(connection.is_connected)
+
+    threads = [threading.Thread(target=reach) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert connected == [True] * 6
     assert certificate_path(key).read_bytes() != young
+    assert asked_for_tokens(site) == before + 1
+
+
+def asked_for_tokens(site: SimulatedSite) -> int:
+    return sum(each.path.startswith("/application/o/token/") for each in site.authentik.requests())
 
 
 def test_a_plain_key_needs_nothing(site: SimulatedSite, without_secret: dict[str, str]) -> None:
@@ -202,8 +218,7 @@ def test_processes_and_threads_at_once_ask_for_one_certificate(site: SimulatedSi
     assert len(found) == 8
     assert len(set(found)) == 1
     assert len(access.made_here(site.authentik)) == 2
-    passwords = [each for each in site.authentik.requests() if each.path.startswith("/application/o/token/")]
-    assert len(passwords) == 2  # one proves the new app password, one is for the certificate
+    assert asked_for_tokens(site) == 2  # one proves the new app password, one is for the certificate
 
 
 def test_certificates_of_twenty_seconds_are_renewed_before_they_end(

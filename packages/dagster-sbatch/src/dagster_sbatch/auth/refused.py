@@ -23,5 +23,5 @@ def replace_refused_certificate(settings: Settings) -> bool:
     found = access.valid_certificate
     if found and access.now - found.obtained >= REFUSED_AGE and not access.pausing("certificate"):
         with suppress(AccessError):
-            return refresh(settings, certificate="now").issued_with is not None
+            return refresh(settings, certificate="now", patient=True).certificate != found
     return False

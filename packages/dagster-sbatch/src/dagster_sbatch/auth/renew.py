@@ -96,7 +96,8 @@ def refresh(settings: Settings, rotation: When = "due", certificate: When = "due
         settings: of the supercomputer.
         rotation: whether to replace the secrets.
         certificate: whether to replace the certificate.
-        patient: raise the error of the latest failure if that is too recent to retry, also without a certificate.
+        patient: use what another process has done meanwhile: its certificate, also if one is asked for `now`, or its
+            error, if that is too recent to retry, also without a certificate.
 
     Raises:
         BootstrapError: there is no way to get a certificate, and none is valid, or one was asked for `now`.
@@ -151,7 +152,9 @@ class _Refresh:
             self._attempt("rotation", forced=rotation == "now", needed=rotation == "now")
         if certificate == "no":
             return self._report
-        self._report.certificate = self._access.valid_certificate
+        self._report.certificate = found = self._access.valid_certificate
+        if self._called and found and found.obtained > self._called:
+            certificate = "due"
         if certificate == "now" or self._access.certificate_due:
             needed = certificate == "now" or self._access.valid_certificate is None
             failing = None if self._report.rotated_with else self._access.failing.get("certificate")
