@@ -292,10 +292,6 @@ def render_job_script(  # noqa: PLR0913 - the parts of a script
 
 def _render_sampler(request: SlurmRequest, *, in_array: bool) -> str:
     """Return the commands that start the sampler."""
-    numbers = [request.nodes, request.gpus_per_node]
-    if request.gpu_idle_limit:
-        numbers.append(int(request.gpu_idle_limit.total_seconds()))
-    return _SAMPLER.format(
-        delay=_SAMPLER_DELAY_OF_TASKS if in_array else _SAMPLER_DELAY,
-        numbers=" ".join(map(str, numbers)),
-    ).rstrip()
+    idle = [int(request.gpu_idle_limit.total_seconds())] if request.gpu_idle_limit else []
+    numbers = " ".join(map(str, [request.nodes, request.gpus_per_node, *idle]))
+    return _SAMPLER.format(delay=_SAMPLER_DELAY_OF_TASKS if in_array else _SAMPLER_DELAY, numbers=numbers).rstrip()
