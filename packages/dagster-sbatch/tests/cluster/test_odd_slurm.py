@@ -70,7 +70,7 @@ def test_a_job_in_a_hidden_partition_is_seen(site: SimulatedSite, runs: Runs) ->
         found = submit_run(runs.gateway, f"{runs.folder}/hidden-1", files_of(WAITS, "hidden-1"))
     assert found.how == "found"
     assert site.squeue("--noheader", "--format=%i").split() == [found.job]
-    assert runs.gateway.queue(runs.folder)["jobs"].keys() == {found.job}
+    assert found.job in runs.gateway.queue(runs.folder)["jobs"]
     findings = {finding.name: finding for finding in examine(PROJECT, open_instance=dg.DagsterInstance.ephemeral)}
     assert findings["partitions"].found == f"{CPU_PARTITION}, {GPU_PARTITION}"
 
