@@ -49,6 +49,24 @@ def test_a_job_that_waits_to_run_again_is_shown_as_waiting(
     assert [(state.state, state.reason, state.node) for state in states] == [WAITS]
 
 
+def test_a_job_that_has_started_since_the_last_look_at_the_queue_is_shown_as_running(
+    prepare: Prepare, slurm: Path, tmp_path: Path
+) -> None:
+    """The view of the queue is a few seconds old, and good for all else."""
+    run = tmp_path / "runs" / "KEY"
+    run.mkdir(parents=True, mode=0o700)
+    (run / "job").symlink_to("17")
+    put(slurm, "squeue", "echo '17|PENDING|Priority|N/A|KEY|p1'")
+    put(slurm, "scontrol", "echo 'JobName=KEY JobState=RUNNING ExitCode=0:0 SubmitTime=1 StartTime=2 EndTime=3'")
+    gateway = prepare()
+    assert gateway.queue(str(run.parent))["jobs"].keys() == {"17"}
+    put(slurm, "squeue", "echo '17|RUNNING|None|N/A|KEY|p1'")
+    (run / "events").write_text(f"{json.dumps({**STARTED, 'time': 100})}\n")
+    known = gateway.state(str(run))[0]
+    assert known is not None
+    assert known.state == "RUNNING"
+
+
 def test_a_task_whose_gpus_are_idle_is_followed_to_its_end(
     prepare: Prepare, slurm: Path, tmp_path: Path, follow: Follow
 ) -> None:

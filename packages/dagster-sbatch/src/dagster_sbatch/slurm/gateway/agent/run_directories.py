@@ -201,7 +201,11 @@ def state(agent, ask, _):
     end, row = conclude(run, job) if job else None, None
     if job and not end:
         agent.queue.refresh(os.path.dirname(run))
-        row = agent.queue.row(job, key) or (RUNS if "started" in events_of(run) else None)
+        row, started = agent.queue.row(job, key), "started" in events_of(run)
+        if started and row and row[0] == "PENDING":  # that view is older than the start, or the job waits to run again
+            agent.queue.refresh(os.path.dirname(run), anew=True)
+            row = agent.queue.row(job, key)
+        row = row or (RUNS if started else None)
     return {"job": job, "end": end, "row": row}
 
 

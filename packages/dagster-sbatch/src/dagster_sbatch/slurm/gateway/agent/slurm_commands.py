@@ -223,8 +223,8 @@ class Queue:
         self.folder = folder
         self.wanted.set()
 
-    def refresh(self, folder):
-        """Bring the view up to date."""
+    def refresh(self, folder, anew=False):
+        """Bring the view up to date; `anew`: however new it is."""
         path = os.path.join(folder, ".queue-%s.json" % os.uname()[1])
         try:
             own(folder)
@@ -233,13 +233,13 @@ class Queue:
                 shared = load(path, *self.view) or self.view
                 if asked(shared) > asked(self.view):
                     self.view, self.every = shared, SQUEUE_EVERY
-                if not self.fresh():
+                if anew or not self.fresh():
                     self.view = self.ask()
                     store(path, self.view)
                     self.every = SQUEUE_EVERY
         except OSError as error:
             self.every = UNSHARED_EVERY
-            if not self.fresh():
+            if anew or not self.fresh():
                 self.view = self.ask()
             if not self.view["trouble"]:
                 text = "each run asks squeue for itself, since the answer cannot be shared: %s: %s"
