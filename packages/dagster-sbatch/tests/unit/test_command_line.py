@@ -15,7 +15,7 @@ ROWS = [("12345678", "PENDING (Resources)", "a[b] [/c] :bug: " + "d" * 90, "3f2a
 
 
 def test_a_table_shows_what_it_is_given_on_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    """Rich reads [b] as bold, [/c] as an error and :bug: as a picture, unless it is told not to."""
+    """By default, Rich reads [b] as bold, [/c] as an error and :bug: as a picture."""
     print_table(HEADINGS, ROWS, folded=("state", "asset"))
     assert capsys.readouterr().out.splitlines()[1].split() == " ".join(ROWS[0]).split()
 
