@@ -188,7 +188,7 @@ def calls_nothing(compute: ComputeResource) -> None:
 @dg.asset
 def breaks(compute: ComputeResource) -> None:
     assert compute
-    raise LookupError("no such station")
+    SlurmRequest(nodes=0)  # raises in the engine; the line to correct is this one
 
 
 @dg.asset(required_resource_keys={"compute", "database"})
@@ -274,7 +274,7 @@ def test_every_kind_of_asset_is_shown(
         ),
         ("plain", None, ["none of its resources is a ComputeResource"]),
         ("calls_nothing", None, ["ran to its end without calling compute.run"]),
-        ("breaks", None, ["its own code failed before it called compute.run", "no such station", "test_preview.py"]),
+        ("breaks", None, ["its own code failed before it called compute.run", "SlurmRequest", "test_preview.py"]),
         ("needs_a_database", None, ["a resource that it needs cannot be made here", "DATABASE_URL is not set"]),
         ("too_large", None, ["gives a job 176 CPUs"]),
     ],

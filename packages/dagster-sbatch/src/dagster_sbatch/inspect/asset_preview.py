@@ -34,6 +34,7 @@ RANGE_TAGS = ("dagster/asset_partition_range_start", "dagster/asset_partition_ra
 """Of a run over several partitions, as Dagster tags it."""
 MOST_NAMES = 12
 """Partition keys that an error lists; of more than these it names the first and the last."""
+LIBRARY = re.compile(r'File "[^"]*/(dagster_sbatch|python3\.\d+)/')  # a frame outside the project's own code
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,8 @@ def _explain(result: dg.ExecuteInProcessResult, asset: str) -> ConfigurationErro
         raise KeyboardInterrupt
     while root and root.cause:
         root = root.cause
-    why = f"{root.message.strip()}\n{root.stack[-1].rstrip() if root.stack else ''}" if root else "Dagster says no more"
+    frames = [frame for frame in root.stack if not LIBRARY.search(frame)] or root.stack if root else []
+    why = f"{root.message.strip()}\n{''.join(frames[-1:]).rstrip()}" if root else "Dagster says no more"
     if kind == "DagsterExecutionLoadInputError":
         return NotPreviewedError(
             "it takes the value of another asset from an IO manager, and that value cannot be loaded in the temporary "
