@@ -58,7 +58,7 @@ def materialise(
         run_config: of the job.
 
     Returns:
-        The exit code: 0 if every asset was materialised, 1 if one failed, 130 after Ctrl-C or SIGTERM.
+        The exit code: 0 if every asset was materialised, 1 if one failed or there is none, 130 after Ctrl-C or SIGTERM.
     """
     # The person's own settings of a supercomputer are not for this run.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "ASC_"))}
@@ -67,6 +67,9 @@ def materialise(
     chosen = defs.resolve_job_def(job).asset_layer.selected_asset_keys
     keys = [key for key in defs.resolve_asset_graph().toposorted_asset_keys if key in chosen]
     console, log = Console(), home / ".dagster" / "demo.log"
+    if not keys:
+        console.print(f"The job {job} selects no asset. Select your own, where the project defines its jobs.")
+        return 1
     log.parent.mkdir(exist_ok=True)
     console.print(f"Materialising the assets of the job {job} {where}, all in one run:", soft_wrap=True)
     command = [sys.executable, "-m", "dagster_sbatch.commands.demo", location, job, json.dumps(run_config or {})]
