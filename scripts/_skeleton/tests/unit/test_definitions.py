@@ -8,10 +8,9 @@ def test_the_definitions_are_loadable() -> None:
     dg.Definitions.validate_loadable(defs)
 
 
-def test_assets_are_found_and_described() -> None:
-    descriptions = {spec.key.to_user_string(): spec.description for spec in defs.resolve_all_asset_specs()}
-    assert {"pi_estimate", "musica_access"} <= set(descriptions)
-    assert all(descriptions.values())
+def test_assets_are_found() -> None:
+    found = {spec.key.to_user_string() for spec in defs.resolve_all_asset_specs()}
+    assert {"pi_estimate", "musica_access"} <= found
 
 
 def test_the_job_runs_the_assets_of_its_group() -> None:
