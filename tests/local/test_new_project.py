@@ -17,7 +17,8 @@ import pytest
 from dagster_sbatch import Project
 from dagster_sbatch.commands import project_copy
 from dagster_sbatch.commands.new_project import find_problems
-from dagster_sbatch.commands.project_copy import OLD_PACKAGE, OLD_PROJECT, CopyError, Names, Template, convert
+from dagster_sbatch.commands.project_copy import OLD_PACKAGE, OLD_PROJECT, Names, Template, convert
+from dagster_sbatch.errors import ConfigurationError
 from support import ROOT
 from support.dagster_dev import DagsterDev
 from support.new_project import NAME, PACKAGE, SCRIPT, made_in, new_project, plain_environment, run_in
@@ -169,7 +170,7 @@ def test_a_file_that_changes_meanwhile_is_not_lost(name: str, small_clone: Path)
     """Modified, or new and in the way of the project's, be it ignored by git or not."""
     (small_clone / "person").write_text(f"echo mine > {name}\n")
     head = run_in(small_clone, "git", "rev-parse", "HEAD").stdout
-    with pytest.raises(CopyError, match=re.escape(name)):
+    with pytest.raises(ConfigurationError, match=re.escape(name)):
         become_a_project(small_clone)
     assert (small_clone / name).read_text() == "mine\n"
     assert run_in(small_clone, "git", "rev-parse", "HEAD").stdout == head
@@ -181,7 +182,7 @@ def test_untracked_files_count_whatever_git_shows(small_clone: Path) -> None:
     run_in(small_clone, "git", "config", "status.showUntrackedFiles", "no")
     (small_clone / "notes").mkdir()
     (small_clone / "notes" / "mine.txt").touch()
-    with pytest.raises(CopyError, match=r"not committed:\n\?\? notes/mine.txt"):
+    with pytest.raises(ConfigurationError, match=r"not committed:\n\?\? notes/mine.txt"):
         become_a_project(small_clone)
 
 
@@ -202,7 +203,7 @@ def test_a_branch_that_cannot_move_leaves_the_files_as_they_were(small_clone: Pa
     hook = small_clone / ".git" / "hooks" / "reference-transaction"
     hook.write_text("#!/bin/sh\necho not this branch >&2; exit 1\n")
     hook.chmod(0o755)
-    with pytest.raises(CopyError, match="not this branch"):
+    with pytest.raises(ConfigurationError, match="not this branch"):
         become_a_project(small_clone)
     assert run_in(small_clone, "git", "status", "--porcelain").stdout == ""
     assert (small_clone / "old.txt").exists()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.commands.upgrade import UpgradeError, find_wheels, upgrade
-from dagster_sbatch.commands.vendored import WheelError
+from dagster_sbatch.commands.upgrade import find_wheels, upgrade
+from dagster_sbatch.errors import ConfigurationError
 from support import ROOT
 from support.new_project import CHANGE, PACKAGE, made_in, newer_engine, run_in
 from support.tls import self_signed
@@ -134,7 +134,7 @@ def test_a_source_that_is_none_changes_nothing(
     (tmp_path / "broken").mkdir()
     for name in ("dagster_sbatch-1.1.0", "dagster-1.13.0"):
         (tmp_path / "broken" / f"{name}-py3-none-any.whl").write_text("no archive")
-    with pytest.raises((UpgradeError, WheelError), match=reason):
+    with pytest.raises(ConfigurationError, match=reason):
         upgrade(project, source, tmp_path)
     assert changed(project) == []
 
@@ -194,7 +194,7 @@ def test_an_address_is_trusted_if_the_systems_store_trusts_it(
         monkeypatch.setenv(name, value)
     made = tmp_path / "made"
     made.mkdir()
-    with pytest.raises(UpgradeError, match=r"(?is)cannot be downloaded.*certificate"):
+    with pytest.raises(ConfigurationError, match=r"(?is)cannot be downloaded.*certificate"):
         find_wheels(address, made)
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):  # of OpenSSL, of pip
         monkeypatch.setenv(name, str(certificate))

@@ -11,7 +11,7 @@ Place = tuple[int | str, ...]
 
 
 class ConfigurationError(ValueError):
-    """A setting, a site override, a launcher or a Slurm request that cannot work. The text is meant for its author."""
+    """A setting, a launcher, a Slurm request or a file of the project cannot work. The text is meant for its author."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

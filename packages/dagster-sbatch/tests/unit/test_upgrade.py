@@ -14,8 +14,9 @@ import pytest
 
 from dagster_sbatch.commands import lock
 from dagster_sbatch.commands.signals import STOPS
-from dagster_sbatch.commands.upgrade import KEPT, UpgradeError, changes_between, go_back, main, upgrade
-from dagster_sbatch.commands.vendored import Wheel, WheelError, wheels_in, wheels_named
+from dagster_sbatch.commands.upgrade import KEPT, changes_between, go_back, main, upgrade
+from dagster_sbatch.commands.vendored import Wheel, wheels_in, wheels_named
+from dagster_sbatch.errors import ConfigurationError
 
 CHANGELOG = """\
 # Changes
@@ -180,7 +181,7 @@ def test_a_killed_upgrade_can_be_left(recover: str, project: Path, newer: str, m
             upgrade(project, newer, project.parent)
             assert engines(project) == {"1.1.0"}
         elif recover == "again":
-            with pytest.raises(UpgradeError, match=r"interrupted(.|\n)*--back(.|\n)*git restore vendor requirements"):
+            with pytest.raises(ConfigurationError, match=r"interrupted(.|\n)*--back(.|\n)*git restore vendor"):
                 upgrade(project, newer, project.parent)
         if versions != {"1.0.0"} or recover == "again":
             go_back(project)
@@ -210,7 +211,7 @@ def test_a_killed_upgrade_to_the_same_version_is_never_mixed_with_another(
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         try:
             upgrade(copy, str(third.path), copy.parent)
-        except UpgradeError as error:
+        except ConfigurationError as error:
             assert "an upgrade was interrupted" in str(error)
             refused += 1
         go_back(copy)
@@ -313,7 +314,9 @@ def test_an_engine_that_cannot_be_installed_is_not_kept(
 def test_a_wheel_that_was_renamed_changes_nothing(project: Path, newer: str) -> None:
     renamed = Path(newer).rename(project.parent / "dagster_sbatch-3.0.0-py3-none-any.whl")
     before = state(project)
-    with pytest.raises(WheelError, match=r"has no dagster_sbatch-3\.0\.0\.dist-info/METADATA: it is another package's"):
+    with pytest.raises(
+        ConfigurationError, match=r"has no dagster_sbatch-3\.0\.0\.dist-info/METADATA: it is another package's"
+    ):
         upgrade(project, str(renamed), project.parent)
     assert state(project) == before
 

@@ -19,7 +19,6 @@ from dagster_sbatch.commands.project_copy import (
     OLD_PACKAGE,
     OLD_PROJECT,
     SKELETON,
-    CopyError,
     Names,
     Template,
     convert,
@@ -28,7 +27,7 @@ from dagster_sbatch.commands.project_copy import (
 )
 from dagster_sbatch.commands.signals import interrupt_once
 from dagster_sbatch.commands.vendored import PACKAGES
-from dagster_sbatch.errors import nearest
+from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.project import Project
 
 DESCRIPTION = """\
@@ -79,7 +78,7 @@ def main(project: Project, left_out: Sequence[str], renamed: Mapping[str, str]) 
             convert(template, names, asked.site, lambda text: console.print(f"{text} ..."))
         else:
             make_copy(template, target, names, asked.site, lambda text: console.print(f"{text} ..."))
-    except CopyError as error:
+    except ConfigurationError as error:
         console.print(f"{error}\nNothing was made.")
         return 1
     except KeyboardInterrupt:
@@ -134,7 +133,7 @@ def names_in_use(root: Path) -> set[str]:
 def ignored_problems(root: Path, name: str) -> list[str]:
     """Return that git would ignore the folder of the project's package; empty if it would not."""
     package = name.replace("-", "_")
-    with suppress(CopyError):  # exit code 1: nothing ignores it
+    with suppress(ConfigurationError):  # exit code 1: nothing ignores it
         rule = git(root, "check-ignore", "--verbose", "--no-index", f"{package}/").split("\t")[0]
         return [f"the name {name!r} cannot be used: git ignores a folder {package} ({rule}). Choose another name"]
     return []

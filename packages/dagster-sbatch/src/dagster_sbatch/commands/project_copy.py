@@ -17,16 +17,13 @@ from pathlib import Path
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.commands import lock, lock_entries
 from dagster_sbatch.commands.signals import ignore_interrupts
-from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, WheelError, build_wheel, rename_wheels
+from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, build_wheel, rename_wheels
+from dagster_sbatch.errors import ConfigurationError
 
 OLD_PACKAGE, OLD_PROJECT = "musica_pipelines", "musica-pipelines"
 SKELETON = Path("scripts/_skeleton")
 MESSAGE = "The template, without its example"
 """Of the first commit."""
-
-
-class CopyError(Exception):
-    """The copy cannot be made; the text says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +60,14 @@ def git(folder: Path, *arguments: str) -> str:
     git does not get the Ctrl-C of the terminal, which could end it between two of its files.
 
     Raises:
-        CopyError: it failed.
+        ConfigurationError: it failed.
     """
     command = ["git", "-C", str(folder), *arguments]
     done = subprocess.run(
         command, env=child_environment(), capture_output=True, text=True, check=False, start_new_session=True
     )
     if done.returncode:
-        raise CopyError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+        raise ConfigurationError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
     return done.stdout
 
 
@@ -78,12 +75,12 @@ def tracked(root: Path) -> list[str]:
     """Return every path that git tracks in the template, relative to it.
 
     Raises:
-        CopyError: one of them is missing, or git does not know the folder.
+        ConfigurationError: one of them is missing, or git does not know the folder.
     """
     paths = [path for path in git(root, "ls-files", "-z").split("\0") if path]
     gone = [path for path in paths if not os.path.lexists(root / path)]
     if gone:
-        raise CopyError(f"git tracks files that are missing: {', '.join(gone)}. Restore them: git restore .")
+        raise ConfigurationError(f"git tracks files that are missing: {', '.join(gone)}. Restore them: git restore .")
     return paths
 
 
@@ -98,7 +95,7 @@ def make_copy(template: Template, target: Path, names: Names, site: str, report:
         report: receives what is being done.
 
     Raises:
-        CopyError: something failed.
+        ConfigurationError: something failed.
     """
     with _whole_or_not_at_all(target) as folder:
         _make(template, folder, names, report)
@@ -119,13 +116,15 @@ def convert(template: Template, names: Names, site: str, report: Callable[[str],
         report: see `make_copy`.
 
     Raises:
-        CopyError: something failed; the clone is as it was.
+        ConfigurationError: something failed; the clone is as it was.
     """
     root = template.root
     head = git(root, "rev-parse", "HEAD").strip()
     changed = git(root, "--no-optional-locks", "status", "--porcelain", "--untracked-files=all")
     if changed:
-        raise CopyError(f"{root} has changes that are not committed:\n{changed}Commit them, or make a copy elsewhere.")
+        raise ConfigurationError(
+            f"{root} has changes that are not committed:\n{changed}Commit them, or make a copy elsewhere."
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "copy"
         folder.mkdir()
@@ -138,17 +137,19 @@ def convert(template: Template, names: Names, site: str, report: Callable[[str],
     )
     in_the_way = [path for path in added if path and os.path.lexists(root / path)]  # git would replace an ignored file
     if in_the_way:
-        raise CopyError(f"{root} has files that the project would replace: {', '.join(in_the_way)}. Move them away.")
+        raise ConfigurationError(
+            f"{root} has files that the project would replace: {', '.join(in_the_way)}. Move them away."
+        )
     ignore_interrupts()
-    with suppress(CopyError):  # read-tree names what has changed
+    with suppress(ConfigurationError):  # read-tree names what has changed
         git(root, "update-index", "-q", "--refresh")
     git(root, "read-tree", "-m", "-u", head, commit)  # leaves what git ignores: .venv and dotenv files
     try:
         git(root, "update-ref", "-m", MESSAGE, "HEAD", commit, head)
-    except CopyError:
+    except ConfigurationError:
         git(root, "read-tree", "-m", "-u", commit, head)
         raise
-    with suppress(CopyError):
+    with suppress(ConfigurationError):
         git(root, "clean", "-fdqX", "packages")  # what git ignores there, such as __pycache__
     begin_settings(root, site)
 
@@ -170,7 +171,7 @@ def _whole_or_not_at_all(target: Path) -> Iterator[Path]:
         yield made
         made.rename(target)
     except OSError as error:
-        raise CopyError(f"{target} cannot be made: {error}") from None
+        raise ConfigurationError(f"{target} cannot be made: {error}") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
@@ -181,10 +182,7 @@ def _make(template: Template, folder: Path, names: Names, report: Callable[[str]
     _write_files(template, folder, names)
     report("building the wheels of the engine")
     (folder / "vendor").mkdir()
-    try:
-        wheels = {name: build_wheel(template.root / "packages" / name, folder / "vendor") for name in PACKAGES}
-    except WheelError as error:
-        raise CopyError(str(error)) from None
+    wheels = {name: build_wheel(template.root / "packages" / name, folder / "vendor") for name in PACKAGES}
     report("locking the dependencies")
     for path in (folder / name for name in SOURCES):
         path.write_text(rename_wheels(path.read_text(), wheels))
@@ -250,7 +248,7 @@ def _run(folder: Path, *arguments: str) -> None:
     command = [sys.executable, "-m", *arguments]
     done = subprocess.run(command, cwd=folder, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise CopyError(f"`{' '.join(command)}` failed:\n{done.stdout}{done.stderr}".strip())
+        raise ConfigurationError(f"`{' '.join(command)}` failed:\n{done.stdout}{done.stderr}".strip())
 
 
 def _begin_history(folder: Path, message: str) -> None:
@@ -265,6 +263,6 @@ def _commit(folder: Path, tree: str, message: str, *options: str) -> str:
     identity: list[str] = []
     try:
         git(folder, "var", "GIT_AUTHOR_IDENT")
-    except CopyError:  # git does not know its user
+    except ConfigurationError:  # git does not know its user
         identity = ["-c", "user.name=new_project", "-c", "user.email=new_project@localhost"]
     return git(folder, *identity, "commit-tree", tree, "-m", message, *options).strip()

@@ -21,7 +21,6 @@ from dagster_sbatch.commands.vendored import (
     PACKAGES,
     SOURCES,
     Wheel,
-    WheelError,
     build_wheel,
     rename_wheels,
     wheels_in,
@@ -58,10 +57,6 @@ KEPT = "vendor/previous.zip"
 RESTORE = f"  git restore vendor requirements {' '.join(SOURCES)}"
 
 
-class UpgradeError(Exception):
-    """Nothing was changed; the text says why."""
-
-
 def main(root: Path) -> int:
     """Run the command for the project in a folder."""
     parser = make_parser(DESCRIPTION, EPILOG)
@@ -74,7 +69,7 @@ def main(root: Path) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             old, new, changes, kept = go_back(root) if asked.back else upgrade(root, asked.source, Path(folder))
-    except (UpgradeError, WheelError, ConfigurationError) as error:
+    except ConfigurationError as error:
         print(f"{error}\nNothing was changed.", file=sys.stderr)
         return 1
     except OSError as error:
@@ -131,7 +126,7 @@ def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str, bool]
         the engine before is kept for `go_back`.
 
     Raises:
-        UpgradeError, WheelError, ConfigurationError: nothing was changed.
+        ConfigurationError: nothing was changed.
     """
     old = _wheels_of(root)
     for name, text in _texts(root).items():
@@ -140,13 +135,13 @@ def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str, bool]
             old[each].requirement not in text for each in old if each in named
         )
         if other or old != {**old, **named}:
-            raise UpgradeError(
+            raise ConfigurationError(
                 f"pyproject.toml and {name} name different wheels: an upgrade was interrupted. "
                 f"Return to the engine before it:\n  scripts/upgrade --back\nor to your last commit:\n{RESTORE}"
             )
     new = {name: wheel for name, wheel in find_wheels(source, folder).items() if name in old}
     if not new:
-        raise UpgradeError(f"{source} has no wheel of {' or '.join(old)}.")
+        raise ConfigurationError(f"{source} has no wheel of {' or '.join(old)}.")
     for wheel in new.values():
         wheel.read(f"{wheel.distribution}-{wheel.version}.dist-info/METADATA")  # the file may have been renamed
     engine = new.get(ENGINE, old[ENGINE])
@@ -165,13 +160,13 @@ def go_back(root: Path) -> tuple[str, str, str, bool]:
     """
     old, kept = _wheels_of(root), root / KEPT
     if not kept.exists():
-        raise UpgradeError("There is no engine to return to: nothing was upgraded since the last --back.")
+        raise ConfigurationError("There is no engine to return to: nothing was upgraded since the last --back.")
     with tempfile.TemporaryDirectory() as temporary:
         try:
             with zipfile.ZipFile(kept) as archive:
                 archive.extractall(temporary)
         except zipfile.BadZipFile as error:
-            raise UpgradeError(
+            raise ConfigurationError(
                 f"{KEPT} cannot be read: {error}. Return to the commit before the last upgrade instead:\n"
                 f"  git restore --source COMMIT vendor requirements {' '.join(SOURCES)}"
             ) from None
@@ -192,7 +187,7 @@ def find_wheels(source: str, folder: Path) -> dict[str, Wheel]:
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "packages" / ENGINE / "pyproject.toml").is_file():
-            raise UpgradeError(f"{path} is not a clone of the template: it has no packages/{ENGINE}.")
+            raise ConfigurationError(f"{path} is not a clone of the template: it has no packages/{ENGINE}.")
         return {name: build_wheel(path / "packages" / name, folder) for name in PACKAGES}
     if path.is_file():
         wheel = Wheel(path)
@@ -217,7 +212,7 @@ def _version(text: str) -> Version:
     try:
         return Version(text)
     except InvalidVersion:
-        raise UpgradeError(f"{text} is not a file, a folder, an address with https:// or a version.") from None
+        raise ConfigurationError(f"{text} is not a file, a folder, an address with https:// or a version.") from None
 
 
 def _download(wanted: str, folder: Path) -> None:
@@ -227,20 +222,20 @@ def _download(wanted: str, folder: Path) -> None:
     environment = child_environment("PIP_", *NETWORK)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UpgradeError(f"{wanted} cannot be downloaded.\n{done.stderr.strip()}")
+        raise ConfigurationError(f"{wanted} cannot be downloaded.\n{done.stderr.strip()}")
 
 
 def _wheels_of(root: Path) -> dict[str, Wheel]:
     """Return the project's wheels, by package, the engine among them."""
     wheels = wheels_named(root, "pyproject.toml")
     if ENGINE not in wheels:
-        raise UpgradeError(
+        raise ConfigurationError(
             f"pyproject.toml names no wheel of {ENGINE} in vendor/, so the engine comes from a package index. "
             "Ask for another version in pyproject.toml, then run:\n  scripts/lock"
         )
     for wheel in wheels.values():
         if not wheel.path.is_file():
-            raise UpgradeError(f"pyproject.toml names {wheel.source}, which is missing. Restore it:\n{RESTORE}")
+            raise ConfigurationError(f"pyproject.toml names {wheel.source}, which is missing. Restore it:\n{RESTORE}")
     return wheels
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dagster_sbatch.children import child_environment
+from dagster_sbatch.errors import ConfigurationError
 
 PACKAGES = ("dagster-sbatch", "slurm-in-a-box")
 """What a project takes from this repository; each lies in `packages/`."""
@@ -20,10 +21,6 @@ NAME_OF_WHEEL = re.compile(
     rf"\./vendor/((?:{'|'.join(name.replace('-', '_') for name in PACKAGES)})-[^-/\s\"']+-py3-none-any\.whl)"
 )
 """How a file of a project names one of its wheels."""
-
-
-class WheelError(Exception):
-    """A wheel cannot be built or is not one of PACKAGES; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Wheel:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w+-[^-]+-py3-none-any\.whl", self.path.name) or self.package not in PACKAGES:
-            raise WheelError(f"{self.path.name} is not a wheel of {' or '.join(PACKAGES)}.")
+            raise ConfigurationError(f"{self.path.name} is not a wheel of {' or '.join(PACKAGES)}.")
 
     @property
     def distribution(self) -> str:
@@ -70,15 +67,17 @@ class Wheel:
         """Return the text of a file in the wheel.
 
         Raises:
-            WheelError: the file is not a wheel, or has no such member.
+            ConfigurationError: the file is not a wheel, or has no such member.
         """
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return archive.read(member).decode()
         except KeyError:
-            raise WheelError(f"{self.path.name} has no {member}: it is another package's, or was renamed.") from None
+            raise ConfigurationError(
+                f"{self.path.name} has no {member}: it is another package's, or was renamed."
+            ) from None
         except zipfile.BadZipFile as error:
-            raise WheelError(f"{self.path.name} cannot be read: {error}") from None
+            raise ConfigurationError(f"{self.path.name} cannot be read: {error}") from None
 
 
 def build_wheel(source: Path, folder: Path) -> Wheel:
@@ -91,13 +90,13 @@ def build_wheel(source: Path, folder: Path) -> Wheel:
         folder: where the wheel is written.
 
     Raises:
-        WheelError: hatchling failed.
+        ConfigurationError: hatchling failed.
     """
     with tempfile.TemporaryDirectory() as made:
         command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", made]
         done = subprocess.run(command, cwd=source, env=child_environment(), capture_output=True, text=True, check=False)
         if done.returncode:
-            raise WheelError(f"The wheel of {source} cannot be built.\n{done.stdout}{done.stderr}".strip())
+            raise ConfigurationError(f"The wheel of {source} cannot be built.\n{done.stdout}{done.stderr}".strip())
         (path,) = Path(made).glob("*.whl")
         return Wheel(Path(shutil.copy(path, folder)))
 
