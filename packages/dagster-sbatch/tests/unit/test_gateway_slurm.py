@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.slurm.gateway.agent import disk, ends, follower, jobs, run_directories, slurm_commands
+from dagster_sbatch.slurm.gateway.agent import disk, ends, follower, jobs, run_directories, shared_queue, slurm_commands
 from slurm_in_a_box import wait_until
 from support import ROOT
 
@@ -160,7 +160,7 @@ def test_a_job_is_found_that_began_by_slurms_clock_after_the_time_of_the_login_n
 
 def test_a_name_with_further_lines_does_not_disturb_the_queue(say: Say) -> None:
     say("squeue", "printf '7|RUNNING|None|1|two\\na_b|p1\\n17|PENDING|Priority|2|KEY|p1\\n'")
-    view = slurm_commands.Queue().ask()
+    view = shared_queue.Queue().ask()
     assert (view["jobs"], view["trouble"]) == ({"17": ["PENDING", "Priority", "2", "KEY", "p1"]}, None)
 
 
@@ -235,8 +235,8 @@ def test_the_projects_of_a_user(
 
 
 QUICK = """\
-from dagster_sbatch.slurm.gateway.agent import follower, server, slurm_commands
-slurm_commands.SQUEUE_EVERY, follower.SQUEUE_EVERY, follower.LAG = 0.5, 0.5, {lag}
+from dagster_sbatch.slurm.gateway.agent import follower, server, shared_queue
+shared_queue.SQUEUE_EVERY, follower.SQUEUE_EVERY, follower.LAG = 0.5, 0.5, {lag}
 server.serve()
 """
 

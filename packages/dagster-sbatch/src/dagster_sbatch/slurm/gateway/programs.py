@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-_MODULES = "disk transfer turn task_states slurm_commands job_record ends streams tasks paths".split()
+_MODULES = "disk transfer turn task_states slurm_commands shared_queue job_record ends streams tasks paths".split()
 _MODULES += "run_directories limits usage jobs location array_follower follower interpreters building".split()
 _MODULES += "releases claims images task_records server".split()
 """Of the agent, each after those that it uses."""

@@ -7,7 +7,8 @@ from functools import partial
 
 from .job_record import events_of
 from .run_directories import locate
-from .slurm_commands import COMMAND_PATIENCE, LAG, SQUEUE_EVERY, UNSEEN, account
+from .shared_queue import SQUEUE_EVERY
+from .slurm_commands import COMMAND_PATIENCE, LAG, UNSEEN, account
 from .streams import MOST_CHUNKS, pause_after, short_of
 from .tasks import Tasks
 

@@ -9,7 +9,8 @@ from .job_record import STREAMS, events_of
 from .jobs import submit_when_possible
 from .location import Location, RemovedError, give_up, inodes_above
 from .run_directories import RUNS, conclude, has, job_of, keep_end, locate, quietly_conclude
-from .slurm_commands import COMMAND_PATIENCE, LAG, SQUEUE_EVERY, UNSEEN, account
+from .shared_queue import SQUEUE_EVERY
+from .slurm_commands import COMMAND_PATIENCE, LAG, UNSEEN, account
 from .streams import MOST_CHUNKS, Stream, pause_after, short_of
 from .task_states import OVER
 

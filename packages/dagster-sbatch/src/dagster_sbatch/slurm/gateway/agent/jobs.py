@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from .disk import RequestError, kind_of, lock, own, read
 from .paths import login_environment
 from .run_directories import digest, has, job_of, lay_out, locate, mark, note_follower, quietly_conclude, settle
-from .slurm_commands import COMMAND_PATIENCE, environment, find_by_name, for_sbatch, scancel
+from .slurm_commands import await_end, environment, find_by_name, for_sbatch, scancel
 from .tasks import is_array
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
@@ -18,7 +18,6 @@ LATE = 20.0  # seconds after which the job of a submission that got no answer ca
 SEARCH_EVERY = 2.0
 LOCK_EVERY = 0.1
 FIRST_PAUSE, ROOM_PAUSE, LONGEST_PAUSE = 0.5, 5.0, 60.0  # seconds between two tries to submit; each is twice as long
-CANCEL_EVERY = 0.5
 # Errors of sbatch after which the job may exist or not, or Slurm does not work as it should.
 UNSURE = re.compile(
     r"timed out|timeout|contact slurm controller|communication|connection|not connected|no route|is unreachable"
@@ -209,14 +208,11 @@ def cancel(agent, ask, _):
 
 def end_job(run, key, job):
     """Cancel a run's job; return how it ended, None if it did not end within a minute."""
-    end, until = quietly_conclude(run, job), time.time() + COMMAND_PATIENCE
+    end = quietly_conclude(run, job)
     if not end:
         scancel(job, key)
     try:
         mark(run, "cancelled")
     except OSError:  # the disk is full; a run that has a job is not submitted again
         pass
-    while not end and time.time() < until:
-        time.sleep(CANCEL_EVERY)
-        end = quietly_conclude(run, job)
-    return end
+    return end or await_end(lambda: quietly_conclude(run, job), bool)

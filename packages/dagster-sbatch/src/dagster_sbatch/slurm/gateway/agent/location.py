@@ -4,7 +4,7 @@ import os
 import time
 
 from .ends import SINGLE, verdicts
-from .slurm_commands import COMMAND_PATIENCE, scancel
+from .slurm_commands import await_end, scancel
 
 REMOVED = 300.0  # seconds after which a run directory that was removed is given up
 MISSING_EVERY = 1.0
@@ -83,12 +83,10 @@ def give_up(run, job, tasks, follower):
         end = "It is still running. Cancel it:\n  scancel %s" % job
         if follower:
             scancel(job, key)
-            until = time.time() + COMMAND_PATIENCE
-            while None in found and time.time() < until:
-                time.sleep(MISSING_EVERY)
-                found = states()
-            over = "is over" if None not in found else "is not over after a minute"
-            end = "It was still running, so it was cancelled, and %s" % over
+            over = None not in await_end(states, lambda found: None not in found)
+            end = "It was still running, so it was cancelled, and %s" % (
+                "is over" if over else "is not over after a minute"
+            )
     text = "the run directory of Slurm job %s was removed while the job was followed: %s\n"
     text += "Without it, nothing can receive the messages and the result of the job. %s"
     return text % (job, run, end)

@@ -18,7 +18,8 @@ from .limits import limits
 from .paths import Profile, with_paths
 from .releases import environment
 from .run_directories import array, reject, runs, state
-from .slurm_commands import Queue, kill_running, projects, queue, test
+from .shared_queue import Queue, queue
+from .slurm_commands import kill_running, projects, test
 from .task_records import cancel_tasks, task_counts, task_records
 from .transfer import CHUNK, get, piece, put
 from .turn import Turn

@@ -1,16 +1,13 @@
 """What people ask about the tasks of an array job: how many are done, what one has recorded, and its cancellation."""
 
 import os
-import time
 
 from .disk import RequestError
 from .job_record import cut_short, events_of
 from .run_directories import has, job_of, locate
-from .slurm_commands import COMMAND_PATIENCE, scancel
+from .slurm_commands import await_end, scancel
 from .task_states import ranges
 from .tasks import Tasks, is_array
-
-CANCEL_EVERY = 1.0
 
 
 def count(run):
@@ -73,10 +70,8 @@ def cancel_tasks(_, ask, __):
     job, wanted, tasks = job_of(run), set(ask["tasks"]), Tasks(run)
     if not job:
         raise RequestError("refused", "%s has no job" % run)
-    ends, until = tasks.all_ends(job)[0], time.time() + COMMAND_PATIENCE
+    ends = tasks.all_ends(job)[0]
     if wanted - set(ends):
         scancel(job, key, "%s_[%s]" % (job, ranges(wanted - set(ends))))
-    while wanted - set(ends) and time.time() < until:
-        time.sleep(CANCEL_EVERY)
-        ends = tasks.all_ends(job)[0]
+        ends = await_end(lambda: tasks.all_ends(job)[0], wanted.issubset)
     return {"ends": {str(index): ends[index] for index in wanted & set(ends)}}
