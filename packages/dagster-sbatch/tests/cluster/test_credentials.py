@@ -148,7 +148,7 @@ def test_a_certificate_that_is_valid_and_refused_is_replaced_once(
     with pytest.raises(AuthenticationError, match="does not trust its authority"):
         connect(settings, ensure_certificate)
     assert certificate_path(key).read_bytes() == young
-    monkeypatch.setattr("dagster_sbatch.auth.refused.REFUSED_AGE", timedelta(seconds=30))
+    monkeypatch.setattr("dagster_sbatch.auth.renew.REFUSED_AGE", timedelta(seconds=30))
     os.utime(certificate_path(key), (0, 0))
     before, ready, connected = asked_for_tokens(site), threading.Barrier(6), list[bool]()
 

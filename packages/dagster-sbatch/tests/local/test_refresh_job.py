@@ -257,7 +257,7 @@ def test_a_failed_refresh_is_asked_for_again_less_and_less_often(
     variables: dict[str, str], instance: dg.DagsterInstance, authentik: AuthentikServer, wind: Wind,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("dagster_sbatch.auth.renew.ISSUE_TRIES", 1)
+    monkeypatch.setattr("dagster_sbatch.auth.refresher.ISSUE_TRIES", 1)
     certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
     authentik.stop()
     cursor, asked = None, []

@@ -43,7 +43,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setattr("dagster_sbatch.auth.http.public_trust", cache(public_trust))
     monkeypatch.setattr("dagster_sbatch.auth.http.FIRST_PAUSE", 0.0)
-    monkeypatch.setattr("dagster_sbatch.auth.renew.ISSUE_TRIES", 1)
+    monkeypatch.setattr("dagster_sbatch.auth.refresher.ISSUE_TRIES", 1)
 
 
 @pytest.fixture
@@ -361,7 +361,7 @@ def test_an_error_of_the_file_system_is_never_a_lost_connection(
     settings: Settings, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever connects waits at an OSError, for the login node is what it knows."""
-    monkeypatch.setattr("dagster_sbatch.auth.renew.ensure_key", lambda _: Path("/nonexistent/key").read_text())
+    monkeypatch.setattr("dagster_sbatch.auth.refresher.ensure_key", lambda _: Path("/nonexistent/key").read_text())
     with pytest.raises(AccessError, match=r"/nonexistent/key: No such file or directory") as error:
         ensure_certificate(settings)
     assert not error.value.temporary

@@ -254,7 +254,7 @@ def test_a_run_waits_for_an_outage_and_fails_at_a_stale_variable(
     """What stands in the way is blamed, not the login node."""
     monkeypatch.setattr("dagster_sbatch.slurm.gateway.link.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("dagster_sbatch.auth.refresh_failures.FIRST_PAUSE", timedelta(0))
-    monkeypatch.setattr("dagster_sbatch.auth.renew.ISSUE_TRIES", 1)
+    monkeypatch.setattr("dagster_sbatch.auth.refresher.ISSUE_TRIES", 1)
     monkeypatch.setattr("dagster_sbatch.auth.http.FIRST_PAUSE", 0.0)
     secret = {"ASC_OIDC_APP_PASSWORD": "test-app-password"}
     settings = access.settings_of({**access.environment("https://127.0.0.1:1", tmp_path), **secret})

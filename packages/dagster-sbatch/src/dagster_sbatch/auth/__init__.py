@@ -15,7 +15,8 @@ from dagster_sbatch.auth.access_errors import (
     UnsafeFileError,
 )
 from dagster_sbatch.auth.health import AccessHealth, HealthItem, check_health
-from dagster_sbatch.auth.renew import Report, ensure_certificate, refresh
+from dagster_sbatch.auth.refresher import Report
+from dagster_sbatch.auth.renew import ensure_certificate, refresh, replace_refused_certificate
 
 __all__ = [
     "AccessError",
@@ -32,4 +33,5 @@ __all__ = [
     "check_health",
     "ensure_certificate",
     "refresh",
+    "replace_refused_certificate",
 ]

@@ -1,59 +1,28 @@
-"""The refresh: new secrets from authentik, an OIDC token, a certificate from the step CA.
+"""Renew access when that is due, or asked for.
 
 `ensure_certificate` is called before each connect. `refresh` is the same with options and a report, for the job and
-the command. Both take the same lock, read the files again once they hold it, and keep what works when something fails.
+the command. Both take the same lock, and read the files again once they hold it.
 """
 
 import logging
-import random
-import time
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Literal
+from datetime import timedelta
 
-from dagster_sbatch.atomic_write import remove_half_written
-from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, RejectedError, UnavailableError
-from dagster_sbatch.auth.authentik import APP_BUTTON, Authentik, OidcToken, refused_password, request_oidc_token
+from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError
 from dagster_sbatch.auth.certificate import Certificate
-from dagster_sbatch.auth.credentials_file import CredentialsFile, Source
-from dagster_sbatch.auth.http import Http
-from dagster_sbatch.auth.issuer import issue_certificate
-from dagster_sbatch.auth.key_files import certificate_path, ensure_key, public_path, write_certificate
 from dagster_sbatch.auth.private_file import explained
-from dagster_sbatch.auth.refresh_failures import Part, RefreshFailures
 from dagster_sbatch.auth.refresh_lock import refresh_lock
-from dagster_sbatch.auth.rotation import NoTokenError, Rotator
+from dagster_sbatch.auth.refresher import Refresher, Report, When
 from dagster_sbatch.auth.ways import read_access
 from dagster_sbatch.settings import Settings
-
-When = Literal["due", "now", "no"]
-"""Do a part of the refresh if it is due, in any case, or not at all."""
 
 LOCK_SECONDS = 150.0
 """Longer than a refresh can take: all calls together 60 s (`http.BUDGET_SECONDS`), the last one a little more."""
 LOCK_SECONDS_WITH_CERTIFICATE = 5.0
-ISSUE_TRIES = 3
+REFUSED_AGE = timedelta(minutes=15)
+"""A younger certificate that is refused is not replaced: the next one would be refused, too."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class Report:
-    """The outcome of a refresh.
-
-    Attributes:
-        certificate: the valid one; None on sites that accept plain keys, or if none was asked for.
-        rotated_with: which API token replaced the two secrets; None if they were not replaced.
-        issued_with: which app password the certificate was requested with; None if there is no new one.
-        warnings: failures that have done no harm so far.
-    """
-
-    certificate: Certificate | None = None
-    rotated_with: Source | None = None
-    issued_with: Source | None = None
-    warnings: list[str] = field(default_factory=list)
 
 
 @explained()
@@ -88,214 +57,59 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
     return report.certificate
 
 
+def replace_refused_certificate(settings: Settings) -> bool:
+    """Replace a valid certificate that a server has refused, and return whether there is a new one.
+
+    The centre may have revoked it, changed the key of its authority, or the user's login name.
+    """
+    if settings.edge_node_key_path is None:  # a key of ~/.ssh/config, which nothing renews
+        return False
+    access = read_access(settings)
+    found = access.valid_certificate
+    if found and access.now - found.obtained >= REFUSED_AGE and not access.pausing("certificate"):
+        with suppress(AccessError):
+            return refresh(settings, refused=found, patient=True).certificate != found
+    return False
+
+
 @explained()
-def refresh(settings: Settings, rotation: When = "due", certificate: When = "due", *, patient: bool = False) -> Report:
+def refresh(
+    settings: Settings,
+    rotation: When = "due",
+    certificate: When = "due",
+    *,
+    refused: Certificate | None = None,
+    patient: bool = False,
+) -> Report:
     """Replace the secrets (`rotation`) and the certificate as asked for, one process at a time.
 
     Args:
         settings: of the supercomputer.
         rotation: whether to replace the secrets.
         certificate: whether to replace the certificate.
-        patient: use what another process has done meanwhile: its certificate, also if one is asked for `now`, or its
-            error, if that is too recent to retry, also without a certificate.
+        refused: a certificate that a server has refused: it is replaced, unless another process has done that.
+        patient: raise the error of the last try, if that is too recent to retry without a certificate that works.
 
     Raises:
         BootstrapError: there is no way to get a certificate, and none is valid, or one was asked for `now`.
-        AccessError: a part that was asked for `now` failed, or there is no valid certificate.
+        AccessError: a part that was asked for `now` failed, or there is no certificate that works.
     """
     if settings.on_login_node:
         return Report()
     access = read_access(settings)
-    needed = access.valid_certificate is None or "now" in (rotation, certificate)
+    needed = access.valid_certificate in (None, refused) or "now" in (rotation, certificate)
     if access.plain_key:
         if rotation == "now":
             key = settings.edge_node_key_path
             raise MisconfiguredError(f"{key} is a plain key and no ASC_ variable is set: there are no secrets")
         return Report()
-    if not access.renewable and (access.valid_certificate is None or certificate == "now"):
+    if not access.renewable and (access.valid_certificate in (None, refused) or certificate == "now"):
         raise access.explain({})
     try:
         seconds = LOCK_SECONDS if needed else LOCK_SECONDS_WITH_CERTIFICATE
         with explained(), refresh_lock(settings.credentials_file, seconds):
-            return _Refresh(settings, access.now if patient else None).run(rotation, certificate)
+            return Refresher(settings).run(rotation, certificate, refused, access.now if patient else None)
     except AccessError as error:  # of the lock, or of a file
         if needed:
             raise
         return Report(access.valid_certificate, warnings=[f"{error}. The certificate is still valid"])
-
-
-class _Refresh:
-    """One refresh, by the holder of the lock."""
-
-    def __init__(self, settings: Settings, called: datetime | None) -> None:
-        """`called`: when a patient caller began to wait for the lock; None for one that wants a try of its own."""
-        self._settings = settings
-        self._called = called
-        self._access = read_access(settings)  # again: another process may have refreshed it meanwhile
-        self._http = Http()
-        self._file = CredentialsFile(settings.credentials_file)
-        self._rotator = Rotator(settings, self._file, self._http)
-        self._failures = RefreshFailures(settings.credentials_file)
-        self._report = Report()
-        self._refusals: dict[Source, list[str]] = {}
-        self._rotation_failure: AccessError | None = None
-
-    def run(self, rotation: When, certificate: When) -> Report:
-        """Do what is asked for; raises as `refresh` does."""
-        key = self._settings.edge_node_key_path
-        assert key
-        for path in (self._file.path, key, public_path(key), certificate_path(key)):
-            remove_half_written(path)
-        if rotation == "now" and not self._access.rotatable:
-            raise self._access.explain_rotation({})
-        if rotation == "now" or (rotation == "due" and self._access.rotatable and not self._access.pausing("rotation")):
-            self._attempt("rotation", forced=rotation == "now", needed=rotation == "now")
-        if certificate == "no":
-            return self._report
-        self._report.certificate = found = self._access.valid_certificate
-        if self._called and found and found.obtained > self._called:
-            certificate = "due"
-        if certificate == "now" or self._access.certificate_due:
-            needed = certificate == "now" or self._access.valid_certificate is None
-            failing = None if self._report.rotated_with else self._access.failing.get("certificate")
-            if self._called and needed and failing and failing.counts_for(self._called, self._access.now):
-                raise failing.again()
-            self._attempt("certificate", forced=certificate == "now", needed=needed)
-        found = self._report.certificate
-        if found and (warning := found.principals_problem(self._settings)):
-            self._report.warnings.append(warning)
-        return self._report
-
-    def _attempt(self, part: Part, *, forced: bool, needed: bool) -> None:
-        """Refresh a part; a failure is a warning unless the part is needed now."""
-        try:
-            if part == "rotation":
-                self._rotate(forced=forced)
-            else:
-                self._issue(forced=forced)
-        except AccessError as error:
-            if needed:
-                raise
-            name = "the secrets" if part == "rotation" else "the certificate"
-            self._report.warnings.append(f"{name} could not be replaced: {error}")
-
-    def _rotate(self, *, forced: bool) -> None:
-        """Replace the secrets if they are due or a rotation has failed, and record the outcome."""
-        try:
-            with explained():
-                self._rotate_if_due(forced=forced)
-        except NoTokenError as error:
-            for source, why in error.refusals.items():
-                self._refuse(source, f"API token: {why}" if source == "stored" else why)
-            self._rotation_failure = self._access.explain_rotation(error.refusals)
-        except RejectedError as error:
-            self._rotation_failure = self._access.explain_rotation({"stored": str(error)})
-        except AccessError as error:
-            self._rotation_failure = error
-        if self._rotation_failure is None:
-            self._failures.clear("rotation")
-        else:
-            self._failures.add("rotation", self._rotation_failure)
-        self._access = read_access(self._settings)
-        if self._rotation_failure is not None:
-            raise self._rotation_failure
-
-    def _rotate_if_due(self, *, forced: bool) -> None:
-        stored, skew, now = self._access.stored, self._settings.authentik_refresh_skew_days, clock.now()
-        if forced or "rotation" in self._access.failing or stored.renew_at(skew, now) <= now:
-            self._report.rotated_with, warnings = self._rotator.rotate(stored)
-            self._report.warnings.extend(warnings)
-        else:
-            self._report.warnings.extend(self._rotator.clean(stored))
-            self._rotator.check(stored)
-
-    def _issue(self, *, forced: bool) -> None:
-        """Request a certificate, and record the outcome."""
-        try:
-            with explained():
-                self._report.certificate = self._request_certificate(forced=forced)
-        except AccessError as error:
-            self._failures.add("certificate", error)
-            raise
-        self._failures.clear("certificate")
-
-    def _request_certificate(self, *, forced: bool) -> Certificate:
-        """Request a certificate, each time with a fresh token: the CA accepts each once, also when it fails then."""
-        key = self._settings.edge_node_key_path
-        assert key
-        public = ensure_key(key)
-        for left in reversed(range(ISSUE_TRIES)):
-            token, source = self._oidc_token(forced=forced)
-            try:
-                line = issue_certificate(self._settings, self._http, public, token)
-                break
-            except (UnavailableError, RejectedError):
-                if not left or self._http.remaining() <= 0:
-                    raise
-                time.sleep(random.uniform(0.2, 1.0) * (ISSUE_TRIES - left))  # noqa: S311 (jitter)
-        certificate = write_certificate(key, line)
-        self._report.issued_with = source
-        certificate.check_own_clock()
-        return certificate
-
-    def _oidc_token(self, *, forced: bool) -> tuple[OidcToken, Source]:
-        """Request a token with the stored app password, else with the direct one, else with a new one."""
-        found = self._try_app_passwords()
-        if found is None and self._report.rotated_with is None and self._access.rotatable:
-            self._replace_refused(forced=forced)
-            found = self._try_app_passwords()
-        if found is None:
-            raise self._access.explain({source: "; ".join(reasons) for source, reasons in self._refusals.items()})
-        return found
-
-    def _replace_refused(self, *, forced: bool) -> None:
-        """Replace the pair, since no app password works: once, and not while an earlier failure pauses.
-
-        Raises:
-            AccessError: the replacement failed, now or lately, for another reason than refused secrets.
-        """
-        failing = self._access.failing.get("rotation")
-        failure = self._rotation_failure
-        if failure is None and failing and not forced and self._access.pausing("rotation"):
-            failure = failing.again()
-        if failure is None:
-            try:
-                self._rotate(forced=True)
-                return
-            except AccessError as error:
-                failure = error
-        if failure.temporary or not self._refusals:
-            raise failure
-        if failure is not self._rotation_failure or not isinstance(failure, RejectedError):  # else it is among them
-            self._refuse("stored", f"new ones cannot be made: {str(failure).splitlines()[0]}")
-
-    def _refuse(self, source: Source, why: str) -> None:
-        reasons = self._refusals.setdefault(source, [])
-        if why not in reasons:
-            reasons.append(why)
-
-    def _try_app_passwords(self) -> tuple[OidcToken, Source] | None:
-        direct, stored = self._settings.oidc_app_password, self._access.stored
-        candidates: dict[Source, str] = {}
-        if stored.app_password:
-            candidates["stored"] = stored.app_password.value
-        if direct:
-            candidates["direct"] = direct.get_secret_value()
-        for source, value in candidates.items():
-            try:
-                return request_oidc_token(self._settings, value, self._http), source
-            except RejectedError as error:
-                why = self._why_refused(source, value, error)
-                self._refuse(source, f"app password: {why}" if source == "stored" else why)
-        return None
-
-    def _why_refused(self, source: Source, value: str, error: RejectedError) -> str:
-        """Return why authentik may have refused an app password; it refuses an API token in the same words."""
-        if source == "direct" and self._settings.authentik_api_base:
-            with suppress(AccessError):
-                Authentik(self._settings.authentik_api_base, value, self._http).user(tries=1)
-                return (
-                    "it is an API token, and an app password is needed: put it into ASC_AUTHENTIK_API_TOKEN instead, "
-                    f"or make an app password with {APP_BUTTON}"
-                )
-        return f"{error}. {refused_password(self._settings)}"

@@ -43,7 +43,7 @@ def connect(
         UnreachableError: no answer, refused, lost, or too slow; the caller may retry, after a random delay.
         SshError: the two sides have no algorithm in common.
     """
-    from dagster_sbatch.auth.refused import replace_refused_certificate
+    from dagster_sbatch.auth import replace_refused_certificate
     from dagster_sbatch.ssh.client_config import read_route
     from dagster_sbatch.ssh.connection import Connection
 
