@@ -7,7 +7,7 @@ from datetime import UTC, datetime, time, timedelta
 
 from dagster_sbatch.costs.hours import add, hours_at_most, hours_used, show_hours
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import GPU, JobLife, Queued, Share, Usage
+from dagster_sbatch.slurm.gateway import GPU, JobLife, Queued, Share, Usage, charged_project
 from dagster_sbatch.slurm.units import count_of
 
 UNITS = {GPU: "GPU-hours", "node": "node-hours", "cpu": "CPU-hours"}
@@ -80,17 +80,12 @@ def budgets_of(usage: Usage, settings: Settings) -> list[Budget]:
         settings: of the deployment.
     """
     found = [budget for project in usage.projects for budget in _limits_of(usage, project)]
-    charged = charged_project(settings.account, usage)
+    charged = charged_project(settings.account, usage.default)
     known = charged in usage.projects or not usage.projects
     since = budget_start(settings)
     if since and charged and known and not any(budget.project == charged for budget in found):
         found.append(_owners(usage, charged, settings.budget_gpu_hours or 0.0, since))
     return found
-
-
-def charged_project(account: str | None, usage: Usage) -> str:
-    """Return the project that a job with this account is charged to, as Slurm writes it; empty if it is not known."""
-    return (account or usage.default).lower()
 
 
 def pace_of(usage: Usage, budget: Budget) -> float | None:

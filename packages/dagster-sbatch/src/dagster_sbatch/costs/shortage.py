@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from dagster_sbatch.costs.budget import UNSEEN, Budget, budgets_of, charged_project, sees_all
+from dagster_sbatch.costs.budget import UNSEEN, Budget, budgets_of, sees_all
 from dagster_sbatch.costs.cost import describe_cost, highest_cost
 from dagster_sbatch.costs.hours import MOST_DIGITS, show_hours
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation
-from dagster_sbatch.slurm.gateway import GPU, Usage
+from dagster_sbatch.slurm.gateway import GPU, Usage, charged_project
 
 SETTING = "SLURM_KEEP_WITHIN_BUDGET"
 
@@ -29,7 +29,7 @@ def find_shortage(
     Returns:
         Why nothing is submitted, or None; and for the log, why limits could not be compared.
     """
-    cost, project = highest_cost(allocation, tasks), charged_project(allocation.request.account, usage)
+    cost, project = highest_cost(allocation, tasks), charged_project(allocation.request.account, usage.default)
     hours = {GPU: cost.gpu_hours, "node": cost.node_hours}
     budgets = [each for each in budgets_of(usage, settings) if each.project == project and hours.get(each.tres)]
     unknown = [each for each in budgets if each.free is None]

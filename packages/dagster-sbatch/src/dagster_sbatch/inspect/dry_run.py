@@ -13,7 +13,7 @@ from dagster_sbatch.inspect.asset_preview import Preview
 from dagster_sbatch.inspect.plan_summary import ANY_LIMITS, count_array_jobs, name_limits
 from dagster_sbatch.run.run_environment import RunEnvironment
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import Gateway, Limits, Projects, RefusedError, Usage
+from dagster_sbatch.slurm.gateway import Gateway, Limits, Projects, RefusedError, Usage, charged_project
 from dagster_sbatch.slurm.outcome import explain_refusal
 from dagster_sbatch.slurm.units import format_time
 
@@ -48,7 +48,7 @@ def try_script(gateway: Gateway, preview: Preview, projects: Projects, usage: Us
         return False, f"{array}{explain_refusal(said, request, lambda: projects)}"
     if request.modules and (problem := gateway.load_modules(request.modules, preview.plan.site.setup_commands)):
         return False, f"{array}{problem}"
-    project = projects.charged(request.account) or "(the accounting does not answer)"
+    project = charged_project(request.account, projects.default) or "(the accounting does not answer)"
     compared = f"\n{_compare(gateway, preview, limits, said)}" if preview.proposed else ""
     return True, f"{array}{_TIME.sub(_written, said)}\ncharged to project {project}{compared}"
 

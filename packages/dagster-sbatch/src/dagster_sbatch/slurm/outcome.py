@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dagster_sbatch.slurm.gateway import MESSAGES, JobEnd, Projects
+from dagster_sbatch.slurm.gateway import MESSAGES, JobEnd, Projects, charged_project
 from dagster_sbatch.slurm.job_usage import explain_idle_end
 from dagster_sbatch.slurm.next_request import suggest
 from dagster_sbatch.slurm.request import SlurmRequest
@@ -166,7 +166,7 @@ def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects
     if not _ABOUT_PROJECTS.search(text):
         return text
     projects = ask()
-    charged, others = projects.charged(request.account), ", ".join(sorted(projects.qos))
+    charged, others = charged_project(request.account, projects.default), ", ".join(sorted(projects.qos))
     elsewhere = "name another one in SLURM_ACCOUNT, or in the asset's SlurmRequest(account=...)"
     if not projects.qos:
         return f"{text}\nThe job names the project {charged or 'that is your default'}; {elsewhere}"

@@ -11,6 +11,7 @@ from dagster_sbatch.inspect.asset_preview import NotPreviewedError, preview_asse
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
 from dagster_sbatch.inspect.dry_run import ask_usage, try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
+from dagster_sbatch.slurm.gateway import charged_project
 
 SECONDS = 240.0
 """For the agent to answer all requests; Slurm takes some seconds for each job script."""
@@ -26,7 +27,7 @@ def check_projects(facts: Facts) -> Verdict:
     facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.project, SECONDS))
     facts.projects = projects = facts.runs.gateway.projects()
     facts.usage = ask_usage(facts.runs.gateway, settings)
-    charged = projects.charged(settings.account)
+    charged = charged_project(settings.account, projects.default)
     if not projects.qos:
         return warning("the accounting does not answer, or knows no project of yours", "try again; ask the centre")
     source = "SLURM_ACCOUNT" if settings.account else "SBATCH_ACCOUNT there" if projects.exported else "your default"

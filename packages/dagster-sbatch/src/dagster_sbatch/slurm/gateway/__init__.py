@@ -17,10 +17,8 @@ from dagster_sbatch.slurm.gateway.answers import (
     Claim,
     JobEnd,
     JobState,
-    Limits,
     LostClaimError,
     OtherRun,
-    Projects,
     Questions,
     RefusedError,
     RemovedError,
@@ -31,7 +29,16 @@ from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Arrays, follow_arrays
 from dagster_sbatch.slurm.gateway.channel import OpenChannel, choose_channel
 from dagster_sbatch.slurm.gateway.client import Gateway, make_gateway
 from dagster_sbatch.slurm.gateway.link import Sinks
-from dagster_sbatch.slurm.gateway.project_usage import GPU, JobLife, Queued, Share, Usage
+from dagster_sbatch.slurm.gateway.project_usage import (
+    GPU,
+    JobLife,
+    Limits,
+    Projects,
+    Queued,
+    Share,
+    Usage,
+    charged_project,
+)
 from dagster_sbatch.slurm.gateway.transfers import fetch_file, send_file
 
 __all__ = [
@@ -61,6 +68,7 @@ __all__ = [
     "StoppedError",
     "Submitted",
     "Usage",
+    "charged_project",
     "choose_channel",
     "fetch_file",
     "follow_arrays",

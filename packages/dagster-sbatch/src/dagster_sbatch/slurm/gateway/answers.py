@@ -192,46 +192,6 @@ class ArrayJob:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What Slurm accepts of a user.
-
-    Attributes:
-        array: the most tasks of an array job (MaxArraySize); their indices are smaller. None: not known.
-        submit: the most jobs in the queue at once, a task counting as a job; None: no limit is known.
-    """
-
-    array: int | None
-    submit: int | None
-
-
-@dataclass(frozen=True)
-class Projects:
-    """The projects (Slurm's accounts) that a user may charge jobs to.
-
-    Attributes:
-        qos: the QoS that each project's jobs may have, by project; empty if the accounting does not answer.
-        default: the project of a job that names none; empty if that is not known.
-        exported: whether SBATCH_ACCOUNT of the login shell says so.
-    """
-
-    qos: Mapping[str, frozenset[str]]
-    default: str = ""
-    exported: bool = False
-
-    def charged(self, account: str | None) -> str:
-        """Return the project that a job with this account is charged to, as Slurm writes it; empty: not known."""
-        return (account or self.default).lower()
-
-    @classmethod
-    def parse(cls, said: Mapping[str, Any]) -> "Projects":
-        """Read the agent's answer."""
-        qos: dict[str, frozenset[str]] = {}
-        for _, account, names in said["rows"]:  # one for each partition, if a project has more than one
-            qos[account] = qos.get(account, frozenset()) | frozenset(filter(None, names.split(",")))
-        return cls(qos, said["default"], said["exported"])
-
-
-@dataclass(frozen=True)
 class OtherRun:
     """A run of the same step in another family, whose job may be waiting or running.
 

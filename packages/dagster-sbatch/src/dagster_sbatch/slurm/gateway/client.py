@@ -18,8 +18,6 @@ from dagster_sbatch.slurm.gateway.answers import (
     Claim,
     JobEnd,
     JobState,
-    Limits,
-    Projects,
     Questions,
     RefusedError,
     RemovedError,
@@ -29,7 +27,7 @@ from dagster_sbatch.slurm.gateway.answers import (
 from dagster_sbatch.slurm.gateway.arrays import Files
 from dagster_sbatch.slurm.gateway.channel import choose_channel
 from dagster_sbatch.slurm.gateway.link import AgainError, Link, Sinks
-from dagster_sbatch.slurm.gateway.project_usage import Usage
+from dagster_sbatch.slurm.gateway.project_usage import Limits, Projects, Usage
 from dagster_sbatch.slurm.modules import explain_modules
 from dagster_sbatch.slurm.site import Site
 

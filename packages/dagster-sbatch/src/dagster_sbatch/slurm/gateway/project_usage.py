@@ -1,4 +1,4 @@
-"""The agent's answer about the projects of a user: jobs, queue and limits, as data classes. Absent numbers are None."""
+"""The agent's answers about a user's projects: limits, queue, past jobs, as data classes. Absent numbers are None."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +24,47 @@ def parse_tres(text: str, tracked: Sequence[str] = ()) -> Tres:
     """
     named = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
     return {name: int(count) for name, count in {**dict.fromkeys(tracked, "0"), **named}.items() if count.isdigit()}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What Slurm accepts of a user.
+
+    Attributes:
+        array: the most tasks of an array job (MaxArraySize); their indices are smaller. None: not known.
+        submit: the most jobs in the queue at once, a task counting as a job; None: no limit is known.
+    """
+
+    array: int | None
+    submit: int | None
+
+
+@dataclass(frozen=True)
+class Projects:
+    """The projects (Slurm's accounts) that a user may charge jobs to.
+
+    Attributes:
+        qos: the QoS that each project's jobs may have, by project; empty if the accounting does not answer.
+        default: the project of a job that names none; empty if that is not known.
+        exported: whether SBATCH_ACCOUNT of the login shell says so.
+    """
+
+    qos: Mapping[str, frozenset[str]]
+    default: str = ""
+    exported: bool = False
+
+    @classmethod
+    def parse(cls, said: Mapping[str, Any]) -> "Projects":
+        """Read the agent's answer."""
+        qos: dict[str, frozenset[str]] = {}
+        for _, account, names in said["rows"]:  # one for each partition, if a project has more than one
+            qos[account] = qos.get(account, frozenset()) | frozenset(filter(None, names.split(",")))
+        return cls(qos, said["default"], said["exported"])
+
+
+def charged_project(account: str | None, default: str) -> str:
+    """Return the project that a job with this account is charged to, as Slurm writes it; empty if it is not known."""
+    return (account or default).lower()
 
 
 @dataclass(frozen=True)
