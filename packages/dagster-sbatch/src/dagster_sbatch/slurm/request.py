@@ -31,21 +31,23 @@ COST_LIMITS = ("most_gpu_hours", "most_node_hours")
 """Fields that limit the cost of a call; Slurm does not see them."""
 
 
-def _word(pattern: str, example: str) -> AfterValidator:
-    """Accept a value that an #SBATCH line can hold as it is: no space, no quote, no newline."""
+def word(pattern: str, hint: str) -> AfterValidator:
+    """Accept a value that needs no quotes in a shell: no space, no quote, no newline."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
-            raise ValueError(f"{text!r} is not valid here; an example is {example!r}")
+            raise ValueError(f"{text!r} is not valid here: {hint}")
         return text
 
     return AfterValidator(check)
 
 
-Name = Annotated[str, _word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "zen4_0768")]
-NodeList = Annotated[str, _word(r"[A-Za-z0-9_.,\[\]-]+", "n[4001-4003],n4007")]
-Constraint = Annotated[str, _word(r"[A-Za-z0-9_.,&|*()\[\]-]+", "hdr&nvme")]
-Dependency = Annotated[str, _word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)?)*)*", "afterok:123:124")]
+Name = Annotated[str, word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "an example is 'zen4_0768'")]
+NodeList = Annotated[str, word(r"[A-Za-z0-9_.,\[\]-]+", "an example is 'n[4001-4003],n4007'")]
+Constraint = Annotated[str, word(r"[A-Za-z0-9_.,&|*()\[\]-]+", "an example is 'hdr&nvme'")]
+Dependency = Annotated[
+    str, word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)?)*)*", "an example is 'afterok:123:124'")
+]
 
 
 class SlurmRequest(CheckedModel):
@@ -149,11 +151,12 @@ class SlurmRequest(CheckedModel):
         return parse_memory(self.mem) if self.mem else parse_memory(self.mem_per_cpu or "0") * self.cpus_per_node
 
 
-_UNSEEN = {"options", "modules", "retries", "gpu_idle_limit", *COST_LIMITS}
+_NO_OPTIONS = {"options", "modules", "retries", "gpu_idle_limit", *COST_LIMITS}
+"""Fields that are no option of sbatch: `options` has several; the job script and the client act on the others."""
 OPTIONS = {
     field: {"gpus_per_node": "gres", "time_limit": "time"}.get(field, field.replace("_", "-"))
     for field in SlurmRequest.model_fields
-    if field not in _UNSEEN
+    if field not in _NO_OPTIONS
 }
 """The option of sbatch by the field that it gets its value from."""
 

@@ -36,9 +36,7 @@ def _argument(text: str) -> str:
     return text
 
 
-def _temp_dir(text: str | None) -> str | None:
-    if text is None:
-        return None
+def _temp_dir(text: str) -> str:
     longest = LONGEST_TEMP_DIR - len(_JOB_FOLDER)
     if not text.startswith("/") or len(text) > longest:
         raise ValueError(
@@ -76,7 +74,7 @@ class RayLauncher(Launcher):
         None,
         description="Network interface that Ray uses, for instance ib0; default: that of the address of the host name.",
     )
-    temp_dir: Annotated[str | None, AfterValidator(_temp_dir)] = Field(
+    temp_dir: Annotated[str, AfterValidator(_temp_dir)] | None = Field(
         None,
         description="Local disk on which each node keeps Ray's folder, `r-XXXXXXXX`, until the job ends. Default: the "
         "site's `local_disk`, or /tmp where that is not writable.",

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers.base import Launcher
-from dagster_sbatch.slurm.request import SlurmRequest
+from dagster_sbatch.slurm.request import SlurmRequest, word
 
 _FOLDER = Path(__file__).parent / "job"
 _PROGRAM = "ranks.py"
@@ -20,18 +20,9 @@ _PYTHON_OPTIONS = ("-B", "-E", "-s", "-S")
 _GPUS_PER_TASK = re.compile(r"per_task:(\d+)")
 
 
-def _word(pattern: str, hint: str) -> AfterValidator:
-    def check(text: str | None) -> str | None:
-        if text is not None and not re.fullmatch(pattern, text):
-            raise ValueError(f"{text!r} is not valid here: {hint}")
-        return text
-
-    return AfterValidator(check)
-
-
-_MPI = _word(r"[a-z0-9_]+", "write a type that `srun --mpi=list` prints, for instance pmix")
-_CPU_BIND = _word(r"[a-z_]+([:,][\w,:*.-]+)?", "write what srun's --cpu-bind takes, for instance cores")
-_GPU_BIND = _word(r"[a-z_]+([:,][\w,:*.-]+)?", "write what srun's --gpu-bind takes, for instance per_task:1")
+_MPI = word(r"[a-z0-9_]+", "write a type that `srun --mpi=list` prints, for instance pmix")
+_CPU_BIND = word(r"[a-z_]+([:,][\w,:*.-]+)?", "write what srun's --cpu-bind takes, for instance cores")
+_GPU_BIND = word(r"[a-z_]+([:,][\w,:*.-]+)?", "write what srun's --gpu-bind takes, for instance per_task:1")
 
 
 class SrunLauncher(Launcher):
@@ -51,10 +42,10 @@ class SrunLauncher(Launcher):
 
     key: ClassVar[str] = "srun"
 
-    mpi: Annotated[str | None, _MPI] = Field(
+    mpi: Annotated[str, _MPI] | None = Field(
         None, description="srun's --mpi: a type that `srun --mpi=list` prints, for instance pmix; default: the site's."
     )
-    cpu_bind: Annotated[str | None, _CPU_BIND] = Field(
+    cpu_bind: Annotated[str, _CPU_BIND] | None = Field(
         None, description="srun's --cpu-bind, for instance cores; default: srun's own."
     )
     gpu_bind: Annotated[str, _GPU_BIND] = Field(
