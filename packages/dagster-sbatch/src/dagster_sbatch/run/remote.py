@@ -1,5 +1,6 @@
 """A workload on the supercomputer as one job, as its Dagster step sees it: submit or adopt, follow, judge, repeat."""
 
+import shlex
 from typing import Any
 
 import dagster as dg
@@ -210,6 +211,16 @@ class RemoteRun(RemoteStep):
         """Return metadata for everything that the job reports."""
         own = {"job_id": int(self._job or 0), "run_directory": self._run, "attach": self._attach(self._job or "")}
         return {**own, **self._plan.launcher.hints(self._job or ""), **self._where(end.account)}
+
+    def _attach(self, job: str) -> str:
+        """Return the command that opens a shell inside a job."""
+        command = f"srun --jobid={job} --overlap --pty bash"
+        if self._settings.on_login_node:
+            return command
+        settings = self._settings
+        login = ["-i", str(settings.edge_node_key_path), f"{settings.edge_node_user}@{settings.edge_node_host}"]
+        port = ["-p", str(settings.edge_node_port)] if settings.edge_node_port != 22 else []
+        return f"ssh -t {shlex.join([*port, *login])} {command}"
 
     def _costs(self, end: JobEnd, how: str) -> dict[str, Any]:
         """Return metadata of the whole job, and a table of the attempts if there were several; `how` it ended."""

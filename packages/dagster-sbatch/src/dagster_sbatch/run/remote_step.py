@@ -1,7 +1,6 @@
 """What every call of `compute.run` does on the supercomputer: claim, report trouble, cancel or leave its jobs."""
 
 import json
-import shlex
 import signal
 import threading
 from abc import ABC, abstractmethod
@@ -274,16 +273,6 @@ class RemoteStep(ABC):
             return ""
         jobs, are, them = ("jobs", "are", "them") if "," in self._jobs else ("job", "is", "it")
         return f"\nSlurm {jobs} {self._jobs} {are} still running. Re-execute this run to attach to {them} again."
-
-    def _attach(self, job: str) -> str:
-        """Return the command that opens a shell inside a job."""
-        command = f"srun --jobid={job} --overlap --pty bash"
-        if self._settings.on_login_node:
-            return command
-        settings = self._settings
-        login = ["-i", str(settings.edge_node_key_path), f"{settings.edge_node_user}@{settings.edge_node_host}"]
-        port = ["-p", str(settings.edge_node_port)] if settings.edge_node_port != 22 else []
-        return f"ssh -t {shlex.join([*port, *login])} {command}"
 
     def _where(self, account: str | None) -> dict[str, Any]:
         """Return metadata for everything that the jobs report."""

@@ -1,7 +1,7 @@
 """The fork server: a process that has imported Dagster, and forks a process for each run.
 
 `dagster_sbatch.run_launcher.fork_client` starts this file as a script, in the Python of the code location. That Python
-has Dagster, and need not have this package.
+has Dagster, and need not have this package: so all of the server is in this file.
 
 The server imports only what each run needs whatever its code is: Dagster, and this package with its libraries. It never
 imports the project: each run does that itself, as with Dagster's default launcher. So a run has the project's code and
