@@ -34,12 +34,6 @@ class ClockError(AccessError):
 
 
 class UnavailableError(AccessError):
-    """A server does not answer, or says that it cannot now."""
-
-    temporary = True
-
-
-class LockTimeoutError(AccessError):
-    """Another process is refreshing the credentials, and did not end in time."""
+    """A server does not answer, or says that it cannot now; or another process has the lock for too long."""
 
     temporary = True

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.access_errors import LockTimeoutError
+from dagster_sbatch.auth.access_errors import UnavailableError
 
 POLL_SECONDS = 0.05
 
@@ -22,7 +22,7 @@ def refresh_lock(credentials_file: Path, seconds: float) -> Iterator[None]:
         seconds: how long to wait for another holder.
 
     Raises:
-        LockTimeoutError: another process holds it for longer; the text names it.
+        UnavailableError: another process holds it for longer; the text names it.
         OSError: the lock file cannot be written.
     """
     from filelock import FileLock, Timeout
@@ -35,8 +35,9 @@ def refresh_lock(credentials_file: Path, seconds: float) -> Iterator[None]:
         )
         lock.acquire()
     except Timeout:
-        raise LockTimeoutError(
-            f"Another process has been refreshing the credentials for more than {seconds:.0f} s: {_holder(path)}. "
+        holder = path.read_text().strip() or "it did not write its name"
+        raise UnavailableError(
+            f"Another process has been refreshing the credentials for more than {seconds:.0f} s: {holder}. "
             "It times out by itself after some minutes; if it does not, end that process"
         ) from None
     try:
@@ -52,10 +53,3 @@ def _sign(descriptor: int) -> None:
     with suppress(OSError):  # a full disk: the lock holds without a name
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
-
-
-def _holder(path: Path) -> str:
-    try:
-        return path.read_text().strip() or "it did not write its name"
-    except OSError:
-        return "its name cannot be read"
