@@ -111,7 +111,7 @@ def test_without_a_repository_the_log_lists_what_is_sent(tmp_path: Path) -> None
         (tmp_path / f"m{number:02}.py").write_text("")
     (tmp_path / "id_rsa").write_text("key")
     (note,) = read_code(tmp_path).notes
-    assert f"{tmp_path} is in no git repository: all 26 files in it are sent: id_rsa, m00.py, m01.py" in note
+    assert f"{tmp_path} is in no git repository, so everything in it is sent (26 files): id_rsa, m00.py, m01.py" in note
     assert note.endswith("m18.py and 6 more")
 
 

@@ -21,6 +21,7 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.slurm.gateway import RefusedError, make_gateway
+from dagster_sbatch.slurm.units import count_of
 from dagster_sbatch.ssh import SshError
 
 DESCRIPTION = """\
@@ -134,7 +135,7 @@ def _print_missing(environments: Environments, group: str, spec: EnvironmentSpec
             print("  exists: nothing would be sent")
         else:
             wheels, code = sum(wheel.size for wheel in found.missing), sum(map(len, spec.code.files.values()))
-            size = f"{wheels / 1e6:8.1f} MB in {len(found.missing)} wheels"
+            size = f"{wheels / 1e6:8.1f} MB in {count_of(len(found.missing), 'wheel')}"
             print(f"  {size} would be sent, and {code / 1e3:.1f} kB of code")
 
 

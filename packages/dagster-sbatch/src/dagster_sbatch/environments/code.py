@@ -13,7 +13,7 @@ from pathlib import Path
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm.gateway.agent.building import EXECUTABLE
-from dagster_sbatch.slurm.units import list_names
+from dagster_sbatch.slurm.units import count_of, list_names
 
 MOST_BYTES = 8 << 20
 """Size of all files together; more than this is data, not code."""
@@ -59,7 +59,8 @@ class Code:
         names = sorted(self.left_out if self.in_git else self.files)
         listed = _shown(list_names(names, MOST_NAMES))
         if not self.in_git:
-            return [f"{self.folder} is in no git repository: all {len(names)} files in it are sent: {listed}"]
+            number = count_of(len(names), "file")
+            return [f"{self.folder} is in no git repository, so everything in it is sent ({number}): {listed}"]
         return [f"git does not track these files in {self.folder}, so they are not sent: {listed}"] if names else []
 
 
