@@ -22,6 +22,8 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 
 FAILED_LINES = 40
+REASONS = "These assets were not materialised:"
+"""A line of the child; what follows is shown when the run has failed, otherwise its last FAILED_LINES."""
 WIDTH = 40
 """Characters of what is shown of a running asset."""
 # 2013-11-22 10:00:00 +0000 - dagster - INFO - JOB - RUN ID - [PID - ] STEP - MESSAGE
@@ -102,14 +104,16 @@ def _follow(
             for line in child.stdout:
                 file.write(line)
                 last.append(line)
+                if line.rstrip() == REASONS:
+                    last = deque()  # all that follow
                 _show(progress, tasks, EVENT.search(line))
     seconds = {steps[step]: progress.tasks[task].finished_time or 0.0 for step, task in tasks.items()}
     if interrupts:
         console.print("Interrupted; nothing is left running.")
         return 130, seconds
     if child.returncode:
-        console.print("".join(last), markup=False, highlight=False, end="")
-        console.print(f"[red]An asset was not materialised.[/red] These are the last lines of {log}.", soft_wrap=True)
+        console.print("".join(last), markup=False, highlight=False, end="", soft_wrap=True)
+        console.print(f"[red]Not all assets were materialised.[/red] The whole log is {log}", soft_wrap=True)
         return 1, seconds
     return 0, seconds
 
@@ -180,7 +184,13 @@ def _run(location: str, job: str, run_config: str) -> int:
         done = definition.execute_in_process(
             instance=instance, tags=tags, run_config=json.loads(run_config), raise_on_error=False
         )
-    return 0 if done.success else 1
+    if done.success:
+        return 0
+    print(REASONS)
+    for failed in (event.step_failure_data for event in done.all_events if event.is_step_failure):
+        own = failed.user_failure_data  # of a Failure, which needs no stack
+        print(own.description if own else failed.error_display_string)
+    return 1
 
 
 if __name__ == "__main__":
