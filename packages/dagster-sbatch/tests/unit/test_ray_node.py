@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,7 +171,8 @@ def test_a_node_asks_for_the_head_less_often_the_longer_it_waits(
     assert head._await_head({}) == {"versions": {}}
     assert pauses[0] == job_cluster.POLL_SECONDS
     assert len(pauses) < 300
-    assert all(pause <= max(job_cluster.POLL_SECONDS, sum(pauses[:n]) / 50) for n, pause in enumerate(pauses))
+    waited = [0.0, *accumulate(pauses)]
+    assert all(pause <= max(job_cluster.POLL_SECONDS, waited[n] / 50) for n, pause in enumerate(pauses))
 
 
 def test_a_port_that_was_chosen_and_is_taken_is_named() -> None:

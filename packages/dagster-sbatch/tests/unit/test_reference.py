@@ -51,7 +51,8 @@ def docstring(found: Any) -> str:
 
 
 def signature(found: Any) -> str:
-    return str(inspect.signature(found)).replace("'", "").replace("dagster_sbatch.", "")
+    text = str(inspect.signature(found)).replace("'", "").replace("dagster_sbatch.", "")
+    return text.replace("pathlib._local.", "pathlib.")  # Python 3.13 keeps it there
 
 
 def fields(model: type[BaseModel]) -> Iterator[str]:
