@@ -44,6 +44,8 @@ def activate() -> None:
     Raises:
         SystemExit: the environment cannot be made; the message says what to install.
     """
+    # The imports that follow take seconds: Ctrl-C ends them without a traceback.
+    sys.excepthook = lambda kind, *more: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *more)
     prefix = Path(sys.prefix).resolve()
     if (ROOT / ".pixi" / "envs") in prefix.parents or (prefix == VENV and _is_current()):
         return

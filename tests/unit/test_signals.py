@@ -73,3 +73,11 @@ def test_the_test_suite(program: Path, tmp_path: Path, workers: list[str]) -> No
     done = run_with_ignored_signals([*command, *workers, str(test)])
     assert done.returncode == 0, done.stdout + done.stderr
     assert ignored_in(said.read_text()) == []
+
+
+def test_an_interrupt_while_a_script_imports_dagster_shows_no_traceback(program: Path) -> None:
+    (program.parent / "__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
+    command = [sys.executable, str(ROOT / "scripts" / "preview"), "flights"]
+    variables = {**os.environ, "PYTHONPATH": str(program.parent.parent)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
