@@ -225,6 +225,17 @@ def test_a_person_terminates_a_run_whose_directory_was_removed(job: Job, prepare
     assert (texts, left, (slurm / "cancelled").exists()) == (["Slurm job 17 is over: CANCELLED"], {}, True)
 
 
+def test_a_person_terminates_an_array_whose_directory_was_removed(
+    prepare: Prepare, slurm: Path, tmp_path: Path
+) -> None:
+    """Its first task is over, and another one is not: nothing says any more that there is one."""
+    job = Job(slurm, tmp_path, array=True)
+    put(slurm, "scontrol", f"echo '{record('0', 'COMPLETED')}'; echo '{record('1', 'RUNNING')}'")
+    job.run.rename(job.base / "removed")
+    cancel_jobs(prepare(HURRIED), {str(job.run): "17"}, 30)
+    assert "--name KEY-1" in (slurm / "cancelled").read_text()
+
+
 def test_what_the_step_reports(prepare: Prepare, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its workload removes the run directory."""
     put(slurm, "sbatch", SBATCH.format(slurm=slurm))

@@ -209,7 +209,7 @@ def cancel(agent, ask, _):
 def end_job(run, key, job):
     """Cancel a run's job; return how it ended, None if it did not end within a minute."""
     end = quietly_conclude(run, job)
-    if not end:
+    if not end or not os.path.isdir(run):  # of an array job whose run directory was removed, one task is known
         scancel(job, key)
     try:
         mark(run, "cancelled")
