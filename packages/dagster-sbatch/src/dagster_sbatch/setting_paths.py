@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from dagster_sbatch.errors import nearest
@@ -28,7 +27,7 @@ def check_remote_path(text: str) -> str:
     return text.rstrip("/") or "/"
 
 
-def expand_here(text: str, environ: Mapping[str, str] = os.environ) -> Path:
+def expand_here(text: str) -> Path:
     """Return a path on this machine without `~` and variables; it may be relative.
 
     Raises:
@@ -39,9 +38,9 @@ def expand_here(text: str, environ: Mapping[str, str] = os.environ) -> Path:
     if not found:
         return Path(text).expanduser()
     name = found[1] or "HOME"
-    if not environ.get(name):
+    if not os.environ.get(name):
         raise ValueError(f"{text!r} begins with ${name}, which is not set on this machine. Write the path itself")
-    return Path(environ[name] + text[found.end() :])
+    return Path(os.environ[name] + text[found.end() :])
 
 
 def to_shell(text: str) -> str:

@@ -99,7 +99,7 @@ def make_copy(template: Template, target: Path, names: Names, site: str, report:
     """
     with _whole_or_not_at_all(target) as folder:
         _make(template, folder, names, report)
-        _begin_history(folder, MESSAGE)
+        _begin_history(folder)
         begin_settings(folder, site)
 
 
@@ -129,7 +129,7 @@ def convert(template: Template, names: Names, site: str, report: Callable[[str],
         folder = Path(temporary) / "copy"
         folder.mkdir()
         _make(template, folder, names, report)
-        _begin_history(folder, "copy")
+        _begin_history(folder)
         git(root, "fetch", "--quiet", str(folder), "HEAD")
     commit = _commit(root, git(root, "rev-parse", "FETCH_HEAD^{tree}").strip(), MESSAGE, "-p", head)
     added = git(root, "diff-tree", "-r", "--name-only", "--no-renames", "--diff-filter=A", "-z", head, commit).split(
@@ -251,11 +251,11 @@ def _run(folder: Path, *arguments: str) -> None:
         raise ConfigurationError(f"`{' '.join(command)}` failed:\n{done.stdout}{done.stderr}".strip())
 
 
-def _begin_history(folder: Path, message: str) -> None:
+def _begin_history(folder: Path) -> None:
     """Make a repository with one commit of all files there."""
     git(folder, "init", "--quiet", "--initial-branch=main")
     git(folder, "add", "--all", "--force")  # whatever else the user's git ignores
-    git(folder, "update-ref", "HEAD", _commit(folder, git(folder, "write-tree").strip(), message))
+    git(folder, "update-ref", "HEAD", _commit(folder, git(folder, "write-tree").strip(), MESSAGE))
 
 
 def _commit(folder: Path, tree: str, message: str, *options: str) -> str:
