@@ -344,6 +344,7 @@ pipes.report_asset_materialization(metadata={{"day": pipes.partition_key}})
 """
 
 
+@pytest.mark.timeout(3600 if STRESS else 600)
 @pytest.mark.parametrize("kills", [100 if STRESS else 5])
 def test_kills_at_random_moments(kills: int, site: SimulatedSite, tmp_path: Path, variables: dict[str, str]) -> None:
     """Of Dagster, of the connection, of tasks: a task runs again only if it was killed; nothing is lost or doubled."""
