@@ -148,7 +148,13 @@ while True: signal.pause()
 """
 
 
-@pytest.mark.parametrize("order", ["all processes", "the script alone", "the nodes, then the script"])
+SECOND = '$(case $BASH_COMMAND in trap*) [ ! -e begun ] || kill "$own" ;; esac)'
+"""What bash expands when it has read a command, and before it executes it: then, a second SIGTERM comes."""
+
+
+@pytest.mark.parametrize(
+    "order", ["all processes", "all processes, one twice", "the script alone", "the nodes, then the script"]
+)
 def test_the_workload_of_a_ray_cluster_may_save_its_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
@@ -161,11 +167,12 @@ def test_the_workload_of_a_ray_cluster_may_save_its_state(
     (tmp_path / "ray/watch.py").write_text("import time\ntime.sleep(600)\n")
     make(tmp_path / "bin", "#!/bin/bash\necho $$ >srun.pid; trap 'exit 143' TERM; read -r\n", "srun")
     make(tmp_path / "bin", "#!/bin/sh\necho n1\n", "scontrol")
-    text = CGROUPS["none" if order == "all processes" else "version 2"][0]
+    text = CGROUPS["none" if order.startswith("all processes") else "version 2"][0]
     make(tmp_path / "bin", f'#!/bin/sh\ncase $1 in /proc/*) echo "{text}" ;; *) exec /bin/cat "$@" ;; esac\n', "cat")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    with start_in_group(tmp_path, f"PYTHON={sys.executable}\n. ray/cluster.sh 1 program.py") as job:
-        if order == "all processes":
+    twice = f"own=$BASHPID PS4='{SECOND}'; set -x\n" if "twice" in order else ""
+    with start_in_group(tmp_path, f"PYTHON={sys.executable}\n{twice}. ray/cluster.sh 1 program.py") as job:
+        if order.startswith("all processes"):
             os.killpg(job.pid, signal.SIGTERM)
         elif order == "the script alone":
             job.terminate()

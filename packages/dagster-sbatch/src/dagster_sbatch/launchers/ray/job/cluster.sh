@@ -56,7 +56,8 @@ nodes=$! hold=${NODES[1]-} # bash forgets NODES as soon as srun ends
   run_workload ray/driver.py "${workload[@]}"
 ) &
 driver=$!
-trap 'trap "" TERM; wait "$driver"; exit 143' TERM
+# A second SIGTERM, from the job script, may end a `wait`.
+trap 'trap : TERM; while kill -0 "$driver" 2>/dev/null; do wait "$driver"; done; exit 143' TERM
 run_python ray/watch.py &
 watch=$! node_lost=75 # os.EX_TEMPFAIL
 
