@@ -18,7 +18,12 @@ from cryptography.hazmat.primitives.serialization import (
     SSHCertificateType,
 )
 
-from dagster_sbatch.auth import MisconfiguredError, UnsafeFileError
+from dagster_sbatch.auth import (
+    MisconfiguredError,
+    UnsafeFileError,
+    ensure_certificate,
+    replace_refused_certificate,
+)
 from dagster_sbatch.auth.key_files import (
     CertificateError,
     KeyFileError,
@@ -28,6 +33,7 @@ from dagster_sbatch.auth.key_files import (
     read_certificate,
     write_certificate,
 )
+from support import access
 
 HOUR = 3600
 AUTHORITY = Ed25519PrivateKey.generate()
@@ -198,3 +204,14 @@ def test_only_the_certificate_is_replaced_and_only_by_one_of_the_key(key: Path) 
     assert certificate_path(key).read_text().strip() == good
     assert key.read_bytes() == key_before
     assert sorted(path.name for path in key.parent.iterdir()) == ["id_musica", "id_musica-cert.pub", "id_musica.pub"]
+
+
+def test_after_a_refusal_a_certificate_that_another_process_has_written_meanwhile_is_used(tmp_path: Path) -> None:
+    """It is young; a young one that was refused itself is not replaced."""
+    settings = access.settings_of(access.environment("https://127.0.0.1:1", tmp_path))
+    assert settings.edge_node_key_path
+    access.certify(settings.edge_node_key_path, access.DAY)
+    refused = ensure_certificate(settings)
+    access.certify(settings.edge_node_key_path, 2 * access.DAY)
+    assert replace_refused_certificate(settings, refused)
+    assert not replace_refused_certificate(settings, ensure_certificate(settings))

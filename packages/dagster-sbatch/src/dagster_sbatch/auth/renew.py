@@ -57,15 +57,21 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
     return report.certificate
 
 
-def replace_refused_certificate(settings: Settings) -> bool:
-    """Replace a valid certificate that a server has refused, and return whether there is a new one.
+def replace_refused_certificate(settings: Settings, refused: object) -> bool:
+    """Replace a valid certificate that a server has refused, and return whether there is another one.
 
     The centre may have revoked it, changed the key of its authority, or the user's login name.
+
+    Args:
+        settings: of the supercomputer.
+        refused: the certificate with which the client tried to log in; None if that is not known.
     """
     if settings.edge_node_key_path is None:  # a key of ~/.ssh/config, which nothing renews
         return False
     access = read_access(settings)
     found = access.valid_certificate
+    if found and refused and found != refused:  # another process has replaced it
+        return True
     if found and access.now - found.obtained >= REFUSED_AGE and not access.pausing("certificate"):
         with suppress(AccessError):
             return refresh(settings, refused=found, patient=True).certificate != found

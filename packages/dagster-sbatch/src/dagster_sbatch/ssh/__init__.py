@@ -49,11 +49,17 @@ def connect(
 
     login, jump = read_route(settings)
     gateway = Connection(jump, None, lambda: None, host_authorities) if jump else None
-    connection = Connection(login, gateway, lambda: refresh(settings), host_authorities)
+    used: object = None
+
+    def renew() -> None:
+        nonlocal used
+        used = refresh(settings)
+
+    connection = Connection(login, gateway, renew, host_authorities)
     try:
         connection.open()
     except AuthenticationError:
-        if not replace_refused_certificate(settings):
+        if not replace_refused_certificate(settings, used):
             raise
         connection.open()
     return connection
