@@ -6,6 +6,7 @@ import select
 import shlex
 import subprocess
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -107,10 +108,11 @@ class Channel(ABC):
             self._greeted = HELLO.encode() in line
             if line.startswith(programs.NO_PYTHON.encode()):
                 raise NoPythonError(self._no_agent())
-        try:
+        head = None
+        with suppress(ValueError):
             head = json.loads(line)
-        except ValueError as error:
-            raise OSError(f"something other than the agent writes to the connection: {line[:100]!r}") from error
+        if not isinstance(head, dict) or "id" not in head:
+            raise OSError(f"something other than the agent writes to the connection: {line[:100]!r}")
         size = head.get("size", 0)
         if len(self._buffer) < end + 1 + size:
             return None
@@ -144,7 +146,12 @@ class _SshChannel(Channel):
         self._connection = connection
         try:
             self._channel = connection.transport.open_session(window_size=_WINDOW)
-            self._channel.exec_command(programs.for_any_shell(script))
+            too_late = threading.Timer(DEAD_SECONDS, connection.close)  # paramiko itself waits for ever
+            too_late.start()
+            try:
+                self._channel.exec_command(programs.for_any_shell(script))
+            finally:
+                too_late.cancel()
             with suppress(OSError):  # the shell has ended: reading shows why
                 self._write(programs.SOURCE)
         except BaseException as error:
@@ -183,6 +190,8 @@ class _LocalChannel(Channel):
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for Dagster, which ends the agent itself
         )
+        assert self._process.stdin
+        os.set_blocking(self._process.stdin.fileno(), False)
         self._write(programs.SOURCE)
 
     def _read(self, seconds: float) -> bytes:
@@ -195,7 +204,9 @@ class _LocalChannel(Channel):
         assert self._process.stdin
         view = memoryview(data)
         while view:
-            view = view[self._process.stdin.write(view) :]
+            if not select.select([], [self._process.stdin], [], _WRITE_SECONDS)[1]:
+                raise TimeoutError(f"the agent has accepted nothing for {_WRITE_SECONDS:.0f} s")
+            view = view[os.write(self._process.stdin.fileno(), view) :]
 
     def _complaint(self) -> str:
         assert self._process.stderr

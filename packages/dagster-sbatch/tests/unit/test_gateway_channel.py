@@ -1,0 +1,117 @@
+"""A channel to the agent whose other end does not do what it should: the client gives it up in time, and says why."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import paramiko
+import psutil
+import pytest
+
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import channel, choose_channel
+from support.agent_fixtures import Prepare
+from unit.ssh_forge import Forge
+from unit.test_ssh_connection import server
+
+
+class SilentShell(paramiko.ServerInterface):  # type: ignore[misc]
+    """Lets everybody in, opens sessions, and does not answer when a command is to be started."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:  # noqa: ARG002
+        return int(paramiko.AUTH_SUCCESSFUL)
+
+    def get_allowed_auths(self, username: str) -> str:  # noqa: ARG002
+        return "publickey"
+
+    def check_channel_request(self, kind: str, chanid: int) -> int:  # noqa: ARG002
+        return int(paramiko.OPEN_SUCCEEDED)
+
+    def check_channel_exec_request(self, *_: object) -> bool:
+        return self.over.wait(60)
+
+
+@pytest.fixture
+def forge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Forge:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    return Forge(tmp_path)
+
+
+def test_a_login_node_that_does_not_start_the_agent(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "DEAD_SECONDS", 0.5)
+    silent = SilentShell()
+
+    def serve(connection: socket.socket) -> None:
+        transport = paramiko.Transport(connection)
+        transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
+        transport.start_server(server=silent)
+        transport.join(60)
+
+    with server(serve) as port:
+        (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
+        settings = Settings(
+            SLURM_EDGE_NODE_HOST="127.0.0.1",
+            SLURM_EDGE_NODE_PORT=port,
+            SLURM_EDGE_NODE_USER="me",
+            SLURM_EDGE_NODE_KEY_PATH=forge.key("ed25519-mine"),
+        )
+        with pytest.raises(OSError, match="no channel: "):
+            choose_channel(settings, ("python3",), lambda _: None)()
+        silent.over.set()
+
+
+@pytest.fixture
+def opened(prepare: Prepare) -> Iterator[channel.Channel]:
+    """A channel to an agent on this machine."""
+    prepare()
+    settings = Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"})
+    found = choose_channel(settings, (), lambda _: None)()
+    yield found
+    found.close()
+
+
+def test_an_agent_on_this_machine_that_stands_still(opened: channel.Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a file system that does not answer: it reads nothing, and a pipe holds 64 KiB."""
+    monkeypatch.setattr(channel, "_WRITE_SECONDS", 0.5)
+    (agent,) = psutil.Process().children()
+    agent.suspend()
+    try:
+        with pytest.raises(TimeoutError, match="the agent has accepted nothing for "):
+            opened.send(b"x" * (1 << 20), do="ping")
+    finally:
+        agent.kill()
+
+
+class Canned(channel.Channel):
+    """Receives these lines."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__()
+        self._left = [f"{line}\n".encode() for line in lines]
+
+    def _read(self, seconds: float) -> bytes:  # noqa: ARG002
+        return self._left.pop(0)
+
+    def _write(self, data: bytes) -> None:
+        """Nobody reads it."""
+
+    def _complaint(self) -> str:
+        return ""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+@pytest.mark.parametrize("noise", ["updating ...", "42", '["a"]', '{"a": 1}', "null"])
+def test_what_others_write_between_two_answers_is_no_answer(noise: str) -> None:
+    received = Canned('{"id": 0, "hello": "gateway-agent 1"}', '{"id": 1}', noise)
+    assert received.receive() is None
+    assert received.receive() == ({"id": 1}, b"")
+    with pytest.raises(OSError, match="something other than the agent writes to the connection: b'") as raised:
+        received.receive()
+    assert noise in str(raised.value)
