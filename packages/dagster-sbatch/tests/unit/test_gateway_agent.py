@@ -295,7 +295,7 @@ def test_a_file_goes_on_where_it_stopped(tmp_path: Path) -> None:
             assert answer(agent)["at"] == at + len(data)
             ask(agent, do="piece", at=17, size=1, **about)
             agent.stdin.write(b"x")
-            agent.stdin.close()
+            agent.stdin.flush()
             assert "error" in answer(agent)
     assert (tmp_path / "a file").read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == ["a file"]

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import channel, choose_channel
+from dagster_sbatch.slurm.gateway import channel, choose_channel, send_file
 from support.agent_fixtures import Prepare
 from unit.ssh_forge import Forge
 from unit.test_ssh_connection import server
@@ -115,3 +115,15 @@ def test_what_others_write_between_two_answers_is_no_answer(noise: str) -> None:
     with pytest.raises(OSError, match="something other than the agent writes to the connection: b'") as raised:
         received.receive()
     assert noise in str(raised.value)
+
+
+def test_a_slow_disk_does_not_end_an_upload(prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent answers pings while it writes: a large file may take longer than the client waits for a dead agent."""
+    for name, seconds in {"DEAD_SECONDS": 0.8, "PING_SECONDS": 0.2, "READ_SECONDS": 0.1}.items():
+        monkeypatch.setattr(channel, name, seconds)
+    slow = "def spoil():\n    import os, time\n    os.fsync = lambda _: time.sleep(2)\n"
+    told: list[str] = []
+    (tmp_path / "wheel").write_bytes(b"x" * 100_000)
+    assert send_file(prepare(slow, told), tmp_path / "wheel", f"{tmp_path}/sent") == 100_000
+    assert (tmp_path / "sent").read_bytes() == b"x" * 100_000
+    assert told == []

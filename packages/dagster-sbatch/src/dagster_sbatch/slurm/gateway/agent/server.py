@@ -37,7 +37,7 @@ def ping(*_):
 VERBS = (hold, claim, run, test, cancel, state, reject, runs, clean, put, piece, get, environment, queue, projects)
 VERBS += (array, limits, task_counts, task_records, cancel_tasks, load_modules, image, usage, ping)
 VERBS = {verb.__name__: verb for verb in VERBS}
-IN_ORDER = ("hold", "reject", "piece")  # before the next request is read, which builds on them
+IN_ORDER = ("hold", "reject")  # before the next request is read, which builds on them
 
 
 class Agent:
