@@ -16,6 +16,9 @@ from unit.ssh_forge import Forge
 from unit.test_ssh_connection import server
 
 
+HELLO = '{"id": 0, "hello": "gateway-agent 1"}'
+
+
 class SilentShell(paramiko.ServerInterface):  # type: ignore[misc]
     """Lets everybody in, opens sessions, and does not answer when a command is to be started."""
 
@@ -95,21 +98,38 @@ class Canned(channel.Channel):
         self._left = [f"{line}\n".encode() for line in lines]
 
     def _read(self, seconds: float) -> bytes:  # noqa: ARG002
+        if not self._left:
+            raise TimeoutError
         return self._left.pop(0)
 
     def _write(self, data: bytes) -> None:
         """Nobody reads it."""
 
     def _complaint(self) -> str:
-        return ""
+        return "python3: no memory"
 
     def close(self) -> None:
         """There is nothing to close."""
 
 
+@pytest.mark.parametrize(
+    ("greeting", "said"), [(["Welcome"], "\npython3: no memory\nWelcome"), ([HELLO], "")], ids=["none", "has come"]
+)
+def test_silence_in_place_of_a_greeting_shows_what_has_come(
+    greeting: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For instance of an interpreter that fails after it has read the agent's source: the next one waits for it."""
+    monkeypatch.setattr(channel, "DEAD_SECONDS", 0)
+    received = Canned(*greeting)
+    assert received.receive() is None
+    with pytest.raises(OSError, match="^nothing has come for 0 s") as raised:
+        received.receive()
+    assert str(raised.value) == f"nothing has come for 0 s{said}"
+
+
 @pytest.mark.parametrize("noise", ["updating ...", "42", '["a"]', '{"a": 1}', "null"])
 def test_what_others_write_between_two_answers_is_no_answer(noise: str) -> None:
-    received = Canned('{"id": 0, "hello": "gateway-agent 1"}', '{"id": 1}', noise)
+    received = Canned(HELLO, '{"id": 1}', noise)
     assert received.receive() is None
     assert received.receive() == ({"id": 1}, b"")
     with pytest.raises(OSError, match="something other than the agent writes to the connection: b'") as raised:

@@ -83,16 +83,17 @@ class Channel(ABC):
             data = self._read(READ_SECONDS)
         except TimeoutError:
             if now - self._heard > DEAD_SECONDS:
-                raise OSError(f"nothing has come for {DEAD_SECONDS:.0f} s") from None
+                raise OSError(f"nothing has come for {DEAD_SECONDS:.0f} s\n{self._no_agent()}".strip()) from None
             return
         if not data:
-            raise EOFError("the connection was closed" if self._greeted else f"no agent: {self._no_agent()}")
+            closed = "the connection was closed"
+            raise EOFError(closed if self._greeted else f"no agent: {self._no_agent() or closed}")
         self._heard = now
         self._buffer += data
 
     def _no_agent(self) -> str:
-        """Return why there is no agent: what came on stderr and stdout in place of its greeting."""
-        return "\n".join(filter(None, (self._complaint(), self._banner))) or "the connection was closed"
+        """Return why there is no agent: what came on stderr and stdout in place of its greeting; empty if that came."""
+        return "" if self._greeted else "\n".join(filter(None, (self._complaint(), self._banner)))
 
     def _cut(self) -> Frame | None:
         """Take a whole frame off the buffer; what comes before the agent's greeting is a banner's or a profile's."""
