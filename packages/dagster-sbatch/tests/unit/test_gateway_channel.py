@@ -15,7 +15,6 @@ from support.agent_fixtures import Prepare
 from unit.ssh_forge import Forge
 from unit.test_ssh_connection import server
 
-
 HELLO = '{"id": 0, "hello": "gateway-agent 1"}'
 
 
@@ -25,13 +24,13 @@ class SilentShell(paramiko.ServerInterface):  # type: ignore[misc]
     def __init__(self) -> None:
         self.over = threading.Event()
 
-    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:  # noqa: ARG002
+    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
         return int(paramiko.AUTH_SUCCESSFUL)
 
-    def get_allowed_auths(self, username: str) -> str:  # noqa: ARG002
+    def get_allowed_auths(self, username: str) -> str:
         return "publickey"
 
-    def check_channel_request(self, kind: str, chanid: int) -> int:  # noqa: ARG002
+    def check_channel_request(self, kind: str, chanid: int) -> int:
         return int(paramiko.OPEN_SUCCEEDED)
 
     def check_channel_exec_request(self, *_: object) -> bool:
@@ -97,7 +96,7 @@ class Canned(channel.Channel):
         super().__init__()
         self._left = [f"{line}\n".encode() for line in lines]
 
-    def _read(self, seconds: float) -> bytes:  # noqa: ARG002
+    def _read(self, seconds: float) -> bytes:
         if not self._left:
             raise TimeoutError
         return self._left.pop(0)
@@ -122,7 +121,7 @@ def test_silence_in_place_of_a_greeting_shows_what_has_come(
     monkeypatch.setattr(channel, "DEAD_SECONDS", 0)
     received = Canned(*greeting)
     assert received.receive() is None
-    with pytest.raises(OSError, match="^nothing has come for 0 s") as raised:
+    with pytest.raises(OSError, match="nothing has come for 0 s") as raised:
         received.receive()
     assert str(raised.value) == f"nothing has come for 0 s{said}"
 
