@@ -13,6 +13,9 @@ import paramiko
 import pytest
 
 from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway.agent.server import HELLO
+from dagster_sbatch.slurm.gateway.channel import choose_channel
+from dagster_sbatch.slurm.gateway.link import AgainError, Link
 from dagster_sbatch.ssh import AuthenticationError, HostKeyError, SshError, UnreachableError, connect
 from dagster_sbatch.ssh import connection as module
 from slurm_in_a_box import wait_until
@@ -234,6 +237,46 @@ def test_a_login_for_people_is_named_and_not_waited_for(forge: Forge, answer: in
             connect(settings(forge, port), lambda _: None)
     assert text in str(raised.value)
     assert ("does not trust its authority" in str(raised.value)) is False
+
+
+class Welcome(paramiko.ServerInterface):  # type: ignore[misc]
+    """Lets everybody in, and starts what they want."""
+
+    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
+        return int(paramiko.AUTH_SUCCESSFUL)
+
+    def get_allowed_auths(self, username: str) -> str:
+        return "publickey"
+
+    def check_channel_request(self, kind: str, chanid: int) -> int:
+        return int(paramiko.OPEN_SUCCEEDED)
+
+    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        return True
+
+
+def test_a_connection_that_is_lost_within_a_later_key_exchange_is_replaced(forge: Forge) -> None:
+    """Both sides make new keys now and then; a request that is sent then must not fail by an error of paramiko."""
+
+    def serve(connection: socket.socket) -> None:
+        transport = paramiko.Transport(connection)
+        transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
+        transport.start_server(server=Welcome())
+        session = transport.accept(60)
+        session.sendall(f"{HELLO}\n".encode())
+        transport.join(60)
+
+    with server(serve) as port:
+        (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
+        channel = choose_channel(settings(forge, port), (), lambda _: None)()
+        link = Link(lambda: channel)
+        wait_until(lambda: channel.receive() or channel._greeted, "the greeting")
+        transport = channel._connection.transport  # type: ignore[attr-defined]
+        transport.clear_to_send_timeout = 0.1
+        transport.clear_to_send.clear()  # as from the beginning of an exchange to its end
+        with pytest.raises(AgainError, match="Key-exchange timed out"):
+            next(link.exchange([{"do": "ping"}]))
+        channel.close()
 
 
 class Impostor(paramiko.Ed25519Key):  # type: ignore[misc]
