@@ -298,6 +298,18 @@ def test_no_command_of_slurm_stays_when_its_client_is_gone(slurm: Path, prepare:
     wait_until(lambda: gone(int(pid.read_text())), "squeue has ended")
 
 
+def test_no_login_profile_stays_when_its_client_is_gone(prepare: Prepare, tmp_path: Path) -> None:
+    """One that waits for a file system may wait for hours."""
+    pid = tmp_path / "pid"
+    gateway = prepare()
+    gateway.host()
+    (tmp_path / ".bash_profile").write_text(f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600\n")
+    gateway.notify(do="runs", runs="$DATA/runs")
+    wait_until(pid.exists, "the profile is read")
+    gateway.close()
+    wait_until(lambda: gone(int(pid.read_text())), "its shell has ended")
+
+
 SET_BACK = """
 import os, time
 def set_back(clock):

@@ -12,7 +12,7 @@ import threading
 import time
 
 from .disk import RequestError, load, store
-from .slurm_commands import user
+from .slurm_commands import RUNNING, user
 
 START = re.compile(r"(?:~|\$(HOME|DATA|SCRATCH))(?=/|\Z)")
 FIELDS = ("data_root", "folder", "path", "python", "run", "runs")  # of requests, that are paths
@@ -117,6 +117,7 @@ def ask_login_shell(script):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    RUNNING.add(child)
     said, until = b"", time.monotonic() + PROFILE_PATIENCE
     try:
         while said.count(MARK) < 2:  # not to its end: a process that the profile left may hold it
@@ -130,6 +131,7 @@ def ask_login_shell(script):
                 )
             said += more
     finally:
+        RUNNING.discard(child)
         child.kill()
         child.wait()
         child.stdout.close()

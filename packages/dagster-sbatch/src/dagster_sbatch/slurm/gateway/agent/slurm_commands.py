@@ -22,7 +22,7 @@ COMMAND_PATIENCE = 60.0
 CANCEL_EVERY = 0.5
 UNFINISHED = ("PENDING", "RUNNING", "COMPLETING")
 ACCOUNTING_TAKES = 0.1  # seconds: sacct asks a database
-RUNNING = set()  # Slurm's commands that have not ended yet
+RUNNING = set()  # the commands and login shells that end with the agent
 FORGOTTEN = 240.0  # seconds after which squeue alone proves nothing: it forgets ended jobs after MinJobAge (300)
 
 
