@@ -97,9 +97,6 @@ class ArrayFollower:
                 self.wait()
         return {}
 
-    def say_of(self, index):
-        return partial(self.say, task=index)
-
     # Read
 
     def discover(self):
@@ -107,10 +104,8 @@ class ArrayFollower:
         now = time.time()
         if now < self.listed or self.left <= set(self.active):
             return
-        new = (self.tasks.started() & self.left) - set(self.active)
-        for index in new:
+        for index in (self.tasks.started() & self.left) - set(self.active):
             self.schedule(index, now)
-        if new:
             self.news = now
         self.listed = now + max(pause_after(now - self.news), SHARE * (time.time() - now))
 
@@ -136,7 +131,7 @@ class ArrayFollower:
                 continue
             self.allowance -= 1
             task.due = None
-            sent = task.read(self.say_of(index))
+            sent = task.read(partial(self.say, task=index))
             more |= sent == MOST_CHUNKS
             if not task.own:  # it runs, perhaps again
                 self.recorded.discard(index)
@@ -247,7 +242,7 @@ class ArrayFollower:
             if short is None or (short and now - since < COMMAND_PATIENCE):
                 self.schedule(index, now + pause_after(now - since))
                 continue
-            self.say_of(index)(end=end, short=short)
+            self.say(task=index, end=end, short=short)
             for known in (self.over, self.active):
                 del known[index]
             for known in (self.left, self.recorded, self.gone):
