@@ -10,8 +10,9 @@ import psutil
 import pytest
 
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import channel, choose_channel, send_file
-from support.agent_fixtures import Prepare
+from dagster_sbatch.slurm.gateway import Gateway, channel, choose_channel, send_file
+from dagster_sbatch.slurm.gateway.link import AgainError
+from support.agent_fixtures import SETTINGS, Prepare
 from unit.ssh_forge import Forge
 from unit.test_ssh_connection import server
 
@@ -71,8 +72,7 @@ def test_a_login_node_that_does_not_start_the_agent(forge: Forge, monkeypatch: p
 def opened(prepare: Prepare) -> Iterator[channel.Channel]:
     """A channel to an agent on this machine."""
     prepare()
-    settings = Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"})
-    found = choose_channel(settings, (), lambda _: None)()
+    found = choose_channel(SETTINGS, (), lambda _: None)()
     yield found
     found.close()
 
@@ -146,3 +146,23 @@ def test_a_slow_disk_does_not_end_an_upload(prepare: Prepare, tmp_path: Path, mo
     assert send_file(prepare(slow, told), tmp_path / "wheel", f"{tmp_path}/sent") == 100_000
     assert (tmp_path / "sent").read_bytes() == b"x" * 100_000
     assert told == []
+
+
+@pytest.mark.usefixtures("slurm")
+def test_an_agent_starts_however_much_the_setup_commands_complain() -> None:
+    gateway = Gateway(choose_channel(SETTINGS, (), lambda _: None, setup=["head -c 300000 /dev/zero >&2"]))
+    assert gateway.host()
+    gateway.close()
+
+
+def test_a_request_that_nobody_waits_for_leaves_the_loss_to_those_that_wait(prepare: Prepare) -> None:
+    """A step that follows an array job rejects results meanwhile."""
+    gateway = prepare()
+    answers = gateway.exchange([{"do": "ping"}])
+    next(answers)
+    (agent,) = psutil.Process().children()
+    agent.kill()
+    agent.wait()
+    gateway.notify(do="ping")
+    with pytest.raises(AgainError, match="the connection was closed"):
+        next(answers)

@@ -6,6 +6,7 @@ import select
 import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,7 @@ class NoPythonError(Exception):
 class Channel(ABC):
     """A connection to an agent that has just been started: lines of JSON, and raw bytes behind a line with a `size`.
 
-    All methods raise OSError, EOFError or SshError when it is lost.
+    All methods raise OSError or EOFError when it is lost.
     """
 
     def __init__(self) -> None:
@@ -180,6 +181,7 @@ class _SshChannel(Channel):
 class _LocalChannel(Channel):
     def __init__(self, setup: Sequence[str]) -> None:
         super().__init__()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (unlike a pipe, it is never full)
         agent = [sys.executable, "-I", "-S", "-u", "-c", programs.START]
         script = programs.after_login_profile(setup, f"exec {shlex.join(agent)}")
         self._process = subprocess.Popen(
@@ -188,36 +190,33 @@ class _LocalChannel(Channel):
             env=child_environment(*KEPT),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._stderr,
             start_new_session=True,  # Ctrl-C is for Dagster, which ends the agent itself
         )
         assert self._process.stdin
-        os.set_blocking(self._process.stdin.fileno(), False)
+        assert self._process.stdout
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        os.set_blocking(self._stdin.fileno(), False)
         self._write(programs.SOURCE)
 
     def _read(self, seconds: float) -> bytes:
-        assert self._process.stdout
-        if not select.select([self._process.stdout], [], [], seconds)[0]:
+        if not select.select([self._stdout], [], [], seconds)[0]:
             raise TimeoutError
-        return os.read(self._process.stdout.fileno(), _PIECE)
+        return os.read(self._stdout.fileno(), _PIECE)
 
     def _write(self, data: bytes) -> None:
-        assert self._process.stdin
         view = memoryview(data)
         while view:
-            if not select.select([], [self._process.stdin], [], _WRITE_SECONDS)[1]:
+            if not select.select([], [self._stdin], [], _WRITE_SECONDS)[1]:
                 raise TimeoutError(f"the agent has accepted nothing for {_WRITE_SECONDS:.0f} s")
-            view = view[os.write(self._process.stdin.fileno(), view) :]
+            view = view[os.write(self._stdin.fileno(), view) :]
 
     def _complaint(self) -> str:
-        assert self._process.stderr
-        ready = select.select([self._process.stderr], [], [], 0)[0]
-        return os.read(self._process.stderr.fileno(), 4096).decode(errors="replace").strip() if ready else ""
+        return os.pread(self._stderr.fileno(), 4096, 0).decode(errors="replace").strip()
 
     def close(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            assert pipe
-            pipe.close()
+        for file in (self._stdin, self._stdout, self._stderr):
+            file.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(5)  # it ends by itself, after a submission that it has begun
 

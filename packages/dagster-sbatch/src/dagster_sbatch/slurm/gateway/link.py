@@ -9,6 +9,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -183,10 +184,8 @@ class Link:
     def notify(self, **request: Any) -> None:
         """Send a request whose answer nobody waits for; without a connection, nothing is sent."""
         if self._channel:
-            try:
+            with suppress(OSError, EOFError):  # a request that is waited for shows the loss
                 self._channel.send(**request)
-            except (OSError, EOFError):
-                self.close()
 
     def ask_once(self, seconds: float, /, **request: Any) -> Mapping[str, Any] | None:
         """Return the answer to a request; None if there is none within some seconds, or an error.

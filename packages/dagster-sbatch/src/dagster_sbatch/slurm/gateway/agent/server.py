@@ -71,7 +71,7 @@ class Agent:
             self.leave()
 
     def receive(self, size=0):
-        """Return this many bytes of stdin, or a line; None at its end. Any byte shows that the client is alive."""
+        """Return this many bytes of stdin, or a line; leave at its end. Any byte shows that the client is alive."""
         while True:
             cut = size or self.inbox.find(b"\n") + 1
             if 0 < cut <= len(self.inbox):
@@ -81,7 +81,7 @@ class Agent:
             more = sys.stdin.buffer.read1(CHUNK)
             self.heard = time.monotonic()
             if not more:
-                return None
+                self.leave()
             self.inbox += more
 
     def handle(self, ask):
@@ -135,14 +135,9 @@ class Agent:
             threading.Thread(target=target, daemon=True).start()
         self.say(0, hello=HELLO, pid=os.getpid(), python=sys.version.split()[0], host=os.uname()[1])
         while True:
-            line = self.receive()
-            if line is None:
-                self.leave()
-            ask = json.loads(line.decode())
+            ask = json.loads(self.receive().decode())
             if ask.get("size"):
                 ask["data"] = self.receive(ask["size"])
-                if ask["data"] is None:
-                    self.leave()
             if ask["do"] in IN_ORDER:
                 self.handle(ask)
                 continue
