@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.slurm.gateway import ArrayJob
-from dagster_sbatch.slurm.gateway.agent import disk, ends, task_states, tasks
+from dagster_sbatch.slurm.gateway import ArrayJob, ArrayRun, follow_arrays
+from dagster_sbatch.slurm.gateway.agent import disk, ends, run_directories, task_states, tasks
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, Prepare, put
 from support.array_run import Recorder
@@ -357,3 +357,27 @@ def test_a_refusal_over_a_new_connection_costs_no_job(
     site.say(record("0-2", "COMPLETED"))
     wait_for_ends(seen, 3)
     assert set(seen.outcomes.values()) == {("COMPLETED", 0)}
+
+
+IN_SMALL_PIECES = """
+def spoil():
+    for name in ("streams", "array_follower"):
+        vars(sys.modules["agent." + name]).update(CHUNK=1000, MOST_CHUNKS=1)
+    sys.modules["agent.array_follower"].COMMAND_PATIENCE = 0.5
+"""
+
+
+def test_output_that_takes_long_to_send_is_sent_to_its_end(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:
+    """Of a task that is over: gigabytes, over a slow line. Only output that does not come is given up."""
+    site = Site(slurm, tmp_path, 1)
+    site.run.parent.mkdir(mode=0o700)
+    run_directories.lay_out(str(site.run), site.array.files)
+    site.start(0)
+    site.write(0, "stdout", "x" * 200_000)
+    site.end(0, at=5)
+    end = {"state": "COMPLETED", "exit": "0:0", "times": TIMES, "code": 0, "time": 5}
+    (site.run / "ends.json").write_text(json.dumps({"tasks": {"0": end}}))
+    (site.run / "job").symlink_to("17")
+    seen = Recorder(ArrayRun(str(site.run), None, [0]))
+    follow_arrays(prepare(HURRIED + IN_SMALL_PIECES), seen, "run-1")
+    assert (len(seen.written[0, "stdout"]), seen.ends[0].short) == (200_000, {})

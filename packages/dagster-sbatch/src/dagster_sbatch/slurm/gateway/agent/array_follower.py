@@ -239,7 +239,7 @@ class ArrayFollower:
             success = end["state"] == "COMPLETED" and end.get("code") is not None
             read = success and task.own and task.own["time"] == end["time"]
             short = task.short() if read or task.empty > since else None
-            if short is None or (short and now - since < COMMAND_PATIENCE):
+            if short is None or (short and now - max(since, task.moved) < COMMAND_PATIENCE):
                 self.schedule(index, now + pause_after(now - since))
                 continue
             self.say(task=index, end=end, short=short)
