@@ -34,7 +34,7 @@ logging.getLogger("paramiko").addHandler(logging.NullHandler())
 class Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
     """A transport that asks for host keys that can be checked, and keeps the one that was shown.
 
-    What it overrides are internals of paramiko; tests/unit/test_ssh_connection.py holds them.
+    `preferred_keys` and `_verify_key` are internals of paramiko; tests/unit/test_ssh_connection.py holds them.
     """
 
     def __init__(self, hop: Hop, known: KnownHosts, sock: Any, **options: Any) -> None:
@@ -54,12 +54,6 @@ class Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no ty
         except paramiko.SSHException as error:
             raise HostKeyError(f"{self._hop} has not proved that it holds the host key it shows: {error}") from error
         self.host_key_blob = blob
-
-    def _send_user_message(self, data: Any) -> None:
-        try:
-            super()._send_user_message(data)
-        except paramiko.SSHException as error:  # the connection was lost while new keys were exchanged
-            raise OSError(str(error)) from error
 
     def start_client(self, event: threading.Event | None = None, timeout: float | None = None) -> None:
         """Exchange keys; unlike paramiko's own, it fails when time (in seconds) is up."""

@@ -9,8 +9,8 @@ import sys
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from time import monotonic
 from typing import Any
@@ -142,6 +142,17 @@ class Channel(ABC):
 OpenChannel = Callable[[], Channel]
 
 
+@contextmanager
+def _lost() -> Iterator[None]:
+    """Raise OSError for a connection that is lost while SSH exchanges new keys, as for any other."""
+    from paramiko import SSHException
+
+    try:
+        yield
+    except SSHException as error:
+        raise OSError(str(error)) from error
+
+
 class _SshChannel(Channel):
     def __init__(self, connection: Any, script: str) -> None:
         super().__init__()
@@ -164,11 +175,13 @@ class _SshChannel(Channel):
 
     def _read(self, seconds: float) -> bytes:
         self._channel.settimeout(seconds)
-        return bytes(self._channel.recv(_PIECE))
+        with _lost():
+            return bytes(self._channel.recv(_PIECE))
 
     def _write(self, data: bytes) -> None:
         self._channel.settimeout(_WRITE_SECONDS)
-        self._channel.sendall(data)
+        with _lost():
+            self._channel.sendall(data)
 
     def _complaint(self) -> str:
         said = self._channel.recv_stderr(4096) if self._channel.recv_stderr_ready() else b""
