@@ -1,6 +1,5 @@
 """A channel to the agent whose other end does not do what it should: the client gives it up in time, and says why."""
 
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +8,11 @@ import paramiko
 import psutil
 import pytest
 
-from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Gateway, channel, choose_channel, send_file
 from dagster_sbatch.slurm.gateway.link import AgainError
 from support.agent_fixtures import SETTINGS, Prepare
 from unit.ssh_forge import Forge
-from unit.test_ssh_connection import server
+from unit.test_ssh_connection import as_server, server, settings
 
 HELLO = '{"id": 0, "hello": "gateway-agent 1"}'
 
@@ -49,22 +47,10 @@ def test_a_login_node_that_does_not_start_the_agent(forge: Forge, monkeypatch: p
     monkeypatch.setattr(channel, "DEAD_SECONDS", 0.5)
     silent = SilentShell()
 
-    def serve(connection: socket.socket) -> None:
-        transport = paramiko.Transport(connection)
-        transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
-        transport.start_server(server=silent)
-        transport.join(60)
-
-    with server(serve) as port:
+    with server(as_server(forge, silent)) as port:
         (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
-        settings = Settings(
-            SLURM_EDGE_NODE_HOST="127.0.0.1",
-            SLURM_EDGE_NODE_PORT=port,
-            SLURM_EDGE_NODE_USER="me",
-            SLURM_EDGE_NODE_KEY_PATH=forge.key("ed25519-mine"),
-        )
         with pytest.raises(OSError, match="no channel: "):
-            choose_channel(settings, ("python3",), lambda _: None)()
+            choose_channel(settings(forge, port), ("python3",), lambda _: None)()
         silent.over.set()
 
 

@@ -57,6 +57,18 @@ def server(behave: Behaviour) -> Iterator[int]:
         assert not thread.is_alive()
 
 
+def as_server(forge: Forge, interface: paramiko.ServerInterface) -> Behaviour:
+    """Serve a connection by SSH, as this interface says."""
+
+    def serve(connection: socket.socket) -> None:
+        transport = paramiko.Transport(connection)
+        transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
+        transport.start_server(server=interface)
+        transport.join(60)
+
+    return serve
+
+
 def settings(forge: Forge, port: int, host: str = "127.0.0.1") -> Settings:
     return Settings(
         SLURM_EDGE_NODE_HOST=host,
@@ -165,13 +177,7 @@ def test_silence_within_the_login(forge: Forge, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "AUTHENTICATION_SECONDS", 1.0)
     silent = SilentLogin()
 
-    def serve(connection: socket.socket) -> None:
-        transport = paramiko.Transport(connection)
-        transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
-        transport.start_server(server=silent)
-        transport.join(60)
-
-    with server(serve) as port:
+    with server(as_server(forge, silent)) as port:
         (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
         assert "no answer to the login within 1.0 s" in unreachable(forge, port)
         silent.over.set()
@@ -225,13 +231,7 @@ class AsksForMore(paramiko.ServerInterface):  # type: ignore[misc]
     ],
 )
 def test_a_login_for_people_is_named_and_not_waited_for(forge: Forge, answer: int, text: str) -> None:
-    def serve(connection: socket.socket) -> None:
-        transport = paramiko.Transport(connection)
-        transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
-        transport.start_server(server=AsksForMore(answer))
-        transport.join(60)
-
-    with server(serve) as port:
+    with server(as_server(forge, AsksForMore(answer))) as port:
         (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
         with pytest.raises(AuthenticationError) as raised:
             connect(settings(forge, port), lambda _: None)
