@@ -20,9 +20,8 @@ NETWORK = tuple(
 def child_environment(*more: str, **values: str) -> "dict[str, str]":
     """Return the variables for a child process.
 
-    Args:
-        more: names that this child may have, too; one that ends with `_` stands for all that begin so.
-        values: further variables.
+    `more`: names that this child may have, too; one that ends with `_` stands for all that begin so. `values`: further
+    variables.
     """
     prefixes = ("LC_", *(name for name in more if name.endswith("_")))
     names = _ALWAYS.union(more)

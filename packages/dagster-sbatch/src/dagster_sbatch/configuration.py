@@ -10,10 +10,6 @@ from dagster_sbatch.slurm.allocation import choose_partition, choose_qos
 def check_configuration(project: Project, *, supercomputer: bool = False) -> Settings:
     """Return the settings, after a check of them, of all sites and of the preferred partition and QoS.
 
-    Args:
-        project: the code location.
-        supercomputer: as for `load_settings`.
-
     Raises:
         ConfigurationError: something is wrong.
     """

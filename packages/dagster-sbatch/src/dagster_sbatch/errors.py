@@ -32,11 +32,8 @@ def describe_at(
 ) -> str:
     """Return the problems that pydantic found, one per line, without the values, which may be secret.
 
-    Args:
-        error: what pydantic found.
-        name: how the user calls a place in the input.
-        known: the valid names beside an unknown one; the nearest of them is shown.
-        advice: further sentences about a place.
+    `name`: how the user calls a place in the input. `known`: the valid names beside an unknown one; the nearest of them
+    is shown. `advice`: further sentences about a place.
     """
     lines = []
     for problem in error.errors(include_url=False, include_input=False):

@@ -31,11 +31,8 @@ REQUIRED_ON_SUPERCOMPUTER = ("supercomputer_site", "edge_node_host", *NEEDED_FOR
 def load_settings(sites: Collection[str], root: Path, supercomputer: bool = False) -> Settings:
     """Read the settings from their layers (see the top of this module).
 
-    Args:
-        sites: the names of the known sites.
-        root: the folder with `.env` and `envs/`.
-        supercomputer: read the settings of a supercomputer, also if the deployment is `development` or not set: for
-            commands and sensors that connect to it.
+    `supercomputer`: read the settings of a supercomputer, also if the deployment is `development` or not set: for
+    commands and sensors that connect to it.
 
     Raises:
         ConfigurationError: everything that is missing or wrong, at once, with names and examples; a dotenv file with a

@@ -47,9 +47,7 @@ class Certificate:
     def parse(cls, line: bytes, written: datetime = _ALWAYS) -> "Certificate | None":
         """Read a certificate from `type base64 [comment]`; None for a plain public key.
 
-        Args:
-            line: as in OpenSSH's `-cert.pub` files.
-            written: when it was written to its file.
+        `written`: when it was written to its file.
 
         Raises:
             ValueError: it is damaged, or of a type that is not supported.
@@ -91,8 +89,7 @@ class Certificate:
     def renew_at(self, skew_minutes: float | None) -> datetime:
         """Return when it should be replaced: after two thirds of its life, or this many minutes before its end.
 
-        Args:
-            skew_minutes: ASC_STEP_REFRESH_SKEW; at most half of its life counts.
+        `skew_minutes`: ASC_STEP_REFRESH_SKEW; at most half of its life counts.
         """
         life = self.valid_before - self.obtained
         if skew_minutes is None:

@@ -57,8 +57,7 @@ class Secret:
     def renew_at(self, skew_days: float | None) -> datetime | None:
         """Return when it should be replaced; None for at once, since it is not known when it expires.
 
-        Args:
-            skew_days: ASC_AUTHENTIK_REFRESH_SKEW_DAYS; at most half the lifetime of it counts.
+        `skew_days`: ASC_AUTHENTIK_REFRESH_SKEW_DAYS; at most half the lifetime of it counts.
         """
         if self.expires is None:
             return None

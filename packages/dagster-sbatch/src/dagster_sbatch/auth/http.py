@@ -75,14 +75,8 @@ class Http:
     ) -> HttpAnswer:
         """Send a request, up to `tries` times while the server does not answer, or says that it cannot answer now.
 
-        Args:
-            method: of HTTP.
-            url: where to; a redirection is not followed.
-            headers: of the request.
-            json_body: body as JSON.
-            form: body as a form.
-            trust: for https; by default what the environment says, else the public authorities.
-            tries: 1 where the body serves once only.
+        `url`: where to; a redirection is not followed. `trust`: for https; by default what the environment says, else
+        the public authorities. `tries`: 1 where the body serves once only.
 
         Raises:
             UnavailableError: no usable answer in time, HTTP 5xx, or an error page that is not the server's own.

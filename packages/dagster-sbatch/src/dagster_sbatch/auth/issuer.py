@@ -20,11 +20,7 @@ CLOCK_TOLERANCE = timedelta(seconds=30)
 def issue_certificate(settings: Settings, http: Http, public_key: str, token: OidcToken) -> str:
     """Request a certificate for a public key; return it as OpenSSH's line `<type> <base64> <comment>`.
 
-    Args:
-        settings: ASC_STEP_CA_URL and ASC_STEP_FINGERPRINT.
-        http: the calls of this refresh.
-        public_key: `<type> <base64> [comment]`.
-        token: a fresh one, since the authority accepts each token once.
+    `token`: a fresh one, since the authority accepts each token once.
 
     Raises:
         UnavailableError: the authority does not answer.

@@ -17,10 +17,6 @@ POLL_SECONDS = 0.05
 def refresh_lock(credentials_file: Path, seconds: float) -> Iterator[None]:
     """Hold the lock `<credentials file>.lock`; the system releases it when the process ends.
 
-    Args:
-        credentials_file: whose lock; it need not exist.
-        seconds: how long to wait for another holder.
-
     Raises:
         UnavailableError: another process holds it for longer; the text names it.
         OSError: the lock file cannot be written.

@@ -62,9 +62,7 @@ def replace_refused_certificate(settings: Settings, refused: object) -> bool:
 
     The centre may have revoked it, changed the key of its authority, or the user's login name.
 
-    Args:
-        settings: of the supercomputer.
-        refused: the certificate with which the client tried to log in; None if that is not known.
+    `refused`: the certificate with which the client tried to log in; None if that is not known.
     """
     if settings.edge_node_key_path is None:  # a key of ~/.ssh/config, which nothing renews
         return False
@@ -89,12 +87,8 @@ def refresh(
 ) -> Report:
     """Replace the secrets (`rotation`) and the certificate as asked for, one process at a time.
 
-    Args:
-        settings: of the supercomputer.
-        rotation: whether to replace the secrets.
-        certificate: whether to replace the certificate.
-        refused: a certificate that a server has refused: it is replaced, unless another process has done that.
-        patient: raise the error of the last try, if that is too recent to retry without a certificate that works.
+    `refused`: a certificate that a server has refused: it is replaced, unless another process has done that. `patient`:
+    raise the error of the last try, if that is too recent to retry without a certificate that works.
 
     Raises:
         BootstrapError: there is no way to get a certificate, and none is valid, or one was asked for `now`.

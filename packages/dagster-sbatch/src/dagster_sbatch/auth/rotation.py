@@ -70,9 +70,6 @@ class Rotator:
     def rotate(self, stored: Credentials) -> tuple[Source, list[str]]:
         """Make a new pair, try it, write it, then delete the old one and what earlier failures have left.
 
-        Args:
-            stored: what the file holds.
-
         Returns:
             Which API token made the pair, and a warning for each token that could not be deleted.
 
@@ -103,9 +100,6 @@ class Rotator:
 
     def clean(self, current: Credentials) -> list[str]:
         """Delete the tokens made here that are not in use; those that cannot be deleted now stay in the record.
-
-        Args:
-            current: what the file holds.
 
         Returns:
             A warning for each token that could not be deleted.

@@ -132,8 +132,7 @@ class AccessState:
     def explain_rotation(self, refusals: Mapping[Source, str]) -> RejectedError:
         """Return why the stored secrets cannot be replaced, and the command that makes new ones.
 
-        Args:
-            refusals: what authentik has said, by `stored` and `bootstrap`.
+        `refusals`: what authentik has said, by `stored` and `bootstrap`.
         """
         stored = f"the API token in {self.settings.credentials_file}: {refusals.get('stored')}"
         token = refusals.get("bootstrap") or ("set" if self.settings.authentik_api_token else "not set")
@@ -150,8 +149,7 @@ class AccessState:
     def explain(self, refusals: Mapping[Source, str]) -> BootstrapError:
         """Return the four ways, why none is open, and what opens each; without the first if a certificate is valid.
 
-        Args:
-            refusals: what servers have said, by `stored`, `bootstrap` and `direct`.
+        `refusals`: what servers have said, by `stored`, `bootstrap` and `direct`.
         """
         valid, enough = self.valid_certificate, "One of these is enough, and none of them works:"
         head = (

@@ -68,11 +68,8 @@ def print_table(
 ) -> None:
     """Print a table of plain text; in a pipe, each row is one line.
 
-    Args:
-        headings: of the columns.
-        rows: the cells of each row.
-        folded: headings of the columns that a terminal shows on several lines if there is no room.
-        numbers: how many of the last columns are numbers.
+    `folded`: headings of the columns that a terminal shows on several lines if there is no room. `numbers`: how many of
+    the last columns are numbers.
     """
     table, console = Table(box=None, pad_edge=False), Console(markup=False, emoji=False)
     for left, heading in enumerate(headings, numbers - len(headings)):

@@ -50,14 +50,9 @@ def materialise(
 ) -> int:
     """Materialise the assets of a job, and print a table of what they reported.
 
-    Args:
-        location: the module with the code location's `defs`.
-        job: the name of the job.
-        where: for people: where the workloads run.
-        home: Dagster's home; the log is `.dagster/demo.log` in it.
-        figures: returns columns of the table: heading and text, from an asset's name and values.
-        variables: more environment variables of the run; `development` without them.
-        run_config: of the job.
+    `where`: for people: where the workloads run. `home`: Dagster's home; the log is `.dagster/demo.log` in it.
+    `figures`: returns columns of the table: heading and text, from an asset's name and values. `variables`: more
+    environment variables of the run; `development` without them.
 
     Returns:
         The exit code: 0 if every asset was materialised, 1 if one failed or there is none, 130 after Ctrl-C or SIGTERM.

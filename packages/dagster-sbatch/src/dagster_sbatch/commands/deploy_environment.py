@@ -174,11 +174,8 @@ def choose_for_removal(
 ) -> list[str]:
     """Return names of environments that may be removed: never one that production runs or could go back to.
 
-    Args:
-        listings: the one used last first.
-        used: names that jobs use.
-        keep: so many of those that were used last stay.
-        older_than: days; those that were used since then stay.
+    `listings`: the one used last first. `keep`: so many of those that were used last stay. `older_than`: days; those
+    that were used since then stay.
     """
     limit = datetime.now(UTC) - timedelta(days=older_than or 0)
     return [

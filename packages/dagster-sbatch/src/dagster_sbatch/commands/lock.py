@@ -69,10 +69,7 @@ def locked_files(root: Path) -> dict[str, list[str]]:
 def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
     """Write each of a project's lock files into a folder; versions that are in it already are kept.
 
-    Args:
-        root: the folder of pyproject.toml.
-        folder: of the files.
-        upgrade: use the newest versions instead.
+    `upgrade`: use the newest versions instead.
 
     Raises:
         ConfigurationError: uv found no solution, or no index; the text is uv's.

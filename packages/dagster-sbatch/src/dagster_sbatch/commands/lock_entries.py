@@ -65,10 +65,7 @@ def without(entries: Iterable[Entry], names: set[str]) -> list[Entry]:
 def with_wheels(entries: Iterable[Entry], requirements: dict[str, str], project: str) -> list[Entry]:
     """Return the entries with those of wheels in vendor/, which the project requires itself.
 
-    Args:
-        entries: of the lock file.
-        requirements: by package, the lines of its wheel.
-        project: its name.
+    `requirements`: by package, the lines of its wheel.
     """
     wheels = [Entry(name, f"{lines}\n", (f"{project} {DIRECT})",)) for name, lines in requirements.items()]
     return sorted([*entries, *wheels], key=lambda each: each.name)

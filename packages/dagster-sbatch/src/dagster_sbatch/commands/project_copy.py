@@ -87,12 +87,7 @@ def tracked(root: Path) -> list[str]:
 def make_copy(template: Template, target: Path, names: Names, site: str, report: Callable[[str], None]) -> None:
     """Make the project. A failure and an interrupt leave nothing.
 
-    Args:
-        template: what it is made from.
-        target: a folder that does not exist yet.
-        names: of the copy.
-        site: `envs/.env.<site>` starts from its example.
-        report: receives what is being done.
+    `target`: a folder that does not exist yet. `site`: `envs/.env.<site>` starts from its example.
 
     Raises:
         ConfigurationError: something failed.
@@ -109,11 +104,7 @@ def convert(template: Template, names: Names, site: str, report: Callable[[str],
     The commit is made first, from a copy elsewhere. Then git exchanges the files, unless that would change one that is
     in no commit. The branch gets the commit last.
 
-    Args:
-        template: the clone, without uncommitted changes.
-        names: of the project.
-        site: see `make_copy`.
-        report: see `make_copy`.
+    `template`: the clone, without uncommitted changes.
 
     Raises:
         ConfigurationError: something failed; the clone is as it was.

@@ -116,10 +116,8 @@ def _test(root: Path, *, kept: bool) -> int:
 def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str, bool]:
     """Replace the wheels in vendor/ by those of a source.
 
-    Args:
-        root: the project.
-        source: a clone of the template, a wheel, an https address of a wheel, or a version.
-        folder: an empty folder for what is built or downloaded.
+    `source`: a clone of the template, a wheel, an https address of a wheel, or a version. `folder`: an empty folder for
+    what is built or downloaded.
 
     Returns:
         The versions of the engine before and after, what the changelog says about a project's own files, and whether
@@ -267,11 +265,8 @@ def _replace(root: Path, wheels: dict[str, Wheel], files: dict[str, str], kept: 
 
     After a crash at any moment, the wheels that its files name are there.
 
-    Args:
-        root: the project.
-        wheels: the new ones, by package.
-        files: the new texts of SOURCES and lock files, by name.
-        kept: the wheels of the project, to be kept with these files in KEPT, if it is not the source.
+    `files`: the new texts of SOURCES and lock files, by name. `kept`: the wheels of the project, to be kept with these
+    files in KEPT, if it is not the source.
     """
     vendor = root / "vendor"
     contents = {root / name: text.encode() for name, text in files.items()}

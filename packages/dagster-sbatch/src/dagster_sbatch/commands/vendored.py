@@ -85,10 +85,6 @@ def build_wheel(source: Path, folder: Path) -> Wheel:
 
     The same sources give the same bytes.
 
-    Args:
-        source: the package's folder, with its pyproject.toml.
-        folder: where the wheel is written.
-
     Raises:
         ConfigurationError: hatchling failed.
     """

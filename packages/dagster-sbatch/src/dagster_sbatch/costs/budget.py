@@ -75,9 +75,7 @@ def budgets_of(usage: Usage, settings: Settings) -> list[Budget]:
     A project has one for each resource that Slurm limits, in it, in a project above it or for this user. The project
     that jobs are charged to has the owner's budget (SLURM_BUDGET_GPU_HOURS) if Slurm limits nothing of it.
 
-    Args:
-        usage: with the jobs since `budget_start`, or the owner's budget has no `used`.
-        settings: of the deployment.
+    `usage`: with the jobs since `budget_start`, or the owner's budget has no `used`.
     """
     found = [budget for project in usage.projects for budget in _limits_of(usage, project)]
     charged = charged_project(settings.account, usage.default)

@@ -23,9 +23,7 @@ class Cost:
 def highest_cost(allocation: Allocation, tasks: int = 1) -> Cost:
     """Return the cost if every job runs to its time limit, once.
 
-    Args:
-        allocation: what is submitted.
-        tasks: number of array tasks; each has the allocation.
+    `tasks`: number of array tasks; each has the allocation.
     """
     minutes = math.ceil(allocation.request.seconds / MINUTE)
     nodes = tasks * allocation.request.nodes * minutes / 60
@@ -37,10 +35,7 @@ def explain_excess(allocation: Allocation, tasks: int, settings: Settings) -> st
 
     A limit of the request replaces the setting, in both directions.
 
-    Args:
-        allocation: what would be submitted.
-        tasks: number of array tasks that would be submitted; 1 without an array.
-        settings: with the limits of the deployment.
+    `tasks`: number of array tasks that would be submitted; 1 without an array.
     """
     request, cost = allocation.request, highest_cost(allocation, tasks)
     limits = [
@@ -65,10 +60,8 @@ def explain_excess(allocation: Allocation, tasks: int, settings: Settings) -> st
 def describe_cost(allocation: Allocation, tasks: int, limit: float, *, gpus: bool) -> str:
     """Return what a call could cost, with its factors, as the beginning of a sentence.
 
-    Args:
-        allocation, tasks: see `highest_cost`.
-        limit: what the cost exceeds; the reader can tell the two numbers apart.
-        gpus: whether both are GPU-hours; otherwise node-hours.
+    `limit`: what the cost exceeds; the reader can tell the two numbers apart. `gpus`: whether both are GPU-hours;
+    otherwise node-hours.
     """
     request, cost = allocation.request, highest_cost(allocation, tasks)
     factors = [count_of(tasks, "task")] if tasks > 1 else []

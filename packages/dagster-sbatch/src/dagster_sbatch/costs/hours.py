@@ -12,9 +12,7 @@ DIGITS, MOST_DIGITS = 2, 6
 def end_of(job: JobLife, now: datetime) -> datetime:
     """Return when a job ended; of one that is running, the time until which it counts.
 
-    Args:
-        job: of Slurm's accounting.
-        now: by the clock of the login node. Where that is behind Slurm's, what Slurm says that the job ran counts.
+    `now`: by the clock of the login node. Where that is behind Slurm's, what Slurm says that the job ran counts.
     """
     return job.end or max(now, job.start + timedelta(seconds=job.seconds))
 
@@ -22,9 +20,7 @@ def end_of(job: JobLife, now: datetime) -> datetime:
 def hours_ran(job: JobLife, since: datetime, until: datetime | None, now: datetime) -> float:
     """Return for how many hours a job ran within a period; a suspension is spread evenly over its life.
 
-    Args:
-        job, now: see `end_of`.
-        since, until: of the period; until None: the period has no end.
+    `since`, `until`: of the period; until None: the period has no end.
     """
     end = end_of(job, now)
     whole = (end - job.start).total_seconds()
@@ -59,11 +55,8 @@ def add(hours: Iterable[float | None]) -> float | None:
 def show_hours(hours: float | None, unit: str = "", *, beside: Sequence[float | None] = ()) -> str:
     """Return hours as text: as a whole number, or with two digits after the point; `?` if they are not known.
 
-    Args:
-        hours: the number.
-        unit: what follows it, in the plural: `GPU-hours`.
-        beside: numbers that a reader compares it with. It has up to six digits after the point if it would otherwise
-            read like one of them, or like 0, and is another number.
+    `unit`: what follows it, in the plural: `GPU-hours`. `beside`: numbers that a reader compares it with. It has up to
+    six digits after the point if it would otherwise read like one of them, or like 0, and is another number.
     """
     if hours is None:
         return f"? {unit}".rstrip()

@@ -61,9 +61,8 @@ class Entry:
 def find_asset(job: JobLife, recorded: AssetOf) -> str:
     """Return the asset of a job, OTHER or UNKNOWN; of several assets `a, b`.
 
-    Args:
-        job: its comment names the asset where the site stores comments.
-        recorded: returns what Dagster has recorded of a job that has the name of one of Dagster.
+    `job`: its comment names the asset where the site stores comments. `recorded`: returns what Dagster has recorded of
+    a job that has the name of one of Dagster.
     """
     if found := _ASSET.search(job.comment):
         return found[1].replace("+", ", ")
@@ -80,11 +79,7 @@ def make_ledger(usage: Usage, site: Site, recorded: AssetOf, since: datetime) ->
 
     Each life of a requeued job counts. A job that is running counts up to now.
 
-    Args:
-        usage: with the jobs since that time.
-        site: with the formulas of its partitions.
-        recorded: see `find_asset`.
-        since: what jobs used before does not count.
+    `recorded`: see `find_asset`.
     """
     parts: dict[tuple[str, str, str, str], list[_Part]] = defaultdict(list)
     for job in usage.jobs or ():

@@ -112,10 +112,7 @@ def propose(request: SlurmRequest, allocation: Allocation, uses: Sequence[Use]) 
     Jobs of another Slurm partition, or with other numbers of nodes, GPUs or CPUs, tell nothing: their time and their
     utilization would be others.
 
-    Args:
-        request: as the asset wrote it.
-        allocation: of this request.
-        uses: of the asset's last successful jobs and tasks.
+    `request`: as the asset wrote it.
     """
     planned = allocation.request
     size = (planned.nodes, planned.gpus, planned.cpus)

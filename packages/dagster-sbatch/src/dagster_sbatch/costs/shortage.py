@@ -20,11 +20,7 @@ def find_shortage(
     Limits on GPU-hours and node-hours are compared. A limit whose numbers are not known refuses nothing.
     Waiting jobs that the user does not see may leave less than that.
 
-    Args:
-        allocation: what would be submitted.
-        tasks: number of array tasks that would be submitted; 1 without an array.
-        usage: of the projects, with the jobs since `budget_start`.
-        settings: of the deployment.
+    `usage`: of the projects, with the jobs since `budget_start`.
 
     Returns:
         Why nothing is submitted, or None; and for the log, why limits could not be compared.

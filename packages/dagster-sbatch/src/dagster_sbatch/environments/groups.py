@@ -72,10 +72,8 @@ def check_environment(environment: object, project: Project) -> None:
 def read_group(project: Project, environment: str | None, python: str | None = None) -> LockFile:
     """Read the lock file of a group.
 
-    Args:
-        project: which has it.
-        environment: the group; None and DEFAULT stand for the group `cluster`.
-        python: an interpreter that has the packages: then it does not count what the group requires.
+    `environment`: the group; None and DEFAULT stand for the group `cluster`. `python`: an interpreter that has the
+    packages: then it does not count what the group requires.
 
     Raises:
         ConfigurationError: see `read_lock`; or the file lacks a requirement that the group has in pyproject.toml.

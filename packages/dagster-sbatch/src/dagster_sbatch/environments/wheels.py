@@ -47,11 +47,8 @@ def gather_wheels(lock: LockFile, interpreter: Interpreter, folder: Path, alive:
     pip's own configuration decides about indices, proxies, credentials and the cache. pip and the build code of
     packages get nothing else of this process's environment.
 
-    Args:
-        lock: the packages.
-        interpreter: the Python that they are for.
-        folder: an empty folder for the files.
-        alive: is called every few seconds; an exception that it raises ends the work.
+    `folder`: an empty folder for the files. `alive`: is called every few seconds; an exception that it raises ends the
+    work.
 
     Raises:
         ConfigurationError: pip failed, or a wheel that was built here holds compiled code.

@@ -64,9 +64,7 @@ class TaskList:
     def records(self, indices: Iterable[int] | None = None, tail: int = 0) -> list[TaskRecord]:
         """Return tasks with what they have recorded; without `indices`, all tasks without that.
 
-        Args:
-            indices: of the tasks.
-            tail: how many bytes of the end of their stderr.
+        `tail`: how many bytes of the end of their stderr.
         """
         if indices is None:
             return [self._record(index, {}) for index in range(len(self))]

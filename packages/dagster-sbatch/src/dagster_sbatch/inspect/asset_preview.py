@@ -101,13 +101,8 @@ def preview_asset(
 
     This runs the asset's own code before the call, and the resources and IO managers that it needs.
 
-    Args:
-        definitions: of the code location.
-        asset: its key as people write it, `a/b`.
-        partition: key of one partition, for a partitioned asset.
-        config: run config, as in the launchpad.
-        last: key of the last partition of a run over several, which begins with `partition`.
-        history: Dagster's instance, for what earlier runs have used and for the proposal that follows.
+    `asset`: its key as people write it, `a/b`. `last`: key of the last partition of a run over several, which begins
+    with `partition`. `history`: Dagster's instance, for what earlier runs have used and for the proposal that follows.
 
     Returns:
         One preview for each step that calls compute.run; only a graph asset has more than one.
@@ -170,9 +165,7 @@ def _run_job(
 def find_submitting(definitions: dg.Definitions, instance: dg.DagsterInstance) -> list[tuple[str, str | None]]:
     """Return the assets that submit jobs, one for each function, each with its last partition.
 
-    Args:
-        definitions: of the code location.
-        instance: has the keys of dynamic partitions.
+    `instance`: has the keys of dynamic partitions.
     """
     found = []
     for each in _with_code(definitions):

@@ -143,10 +143,7 @@ class Runs:
 def open_runs(settings: Settings, project: Project, seconds: float | None = None) -> Iterator[Runs]:
     """Open a connection to the runs on the supercomputer.
 
-    Args:
-        settings: of a supercomputer.
-        project: the code location.
-        seconds: for all requests together; None: no limit.
+    `seconds`: for all requests together; None: no limit.
 
     Raises:
         UnreachableError: the time was not enough.

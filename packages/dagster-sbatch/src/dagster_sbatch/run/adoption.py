@@ -30,12 +30,9 @@ def inputs_of(
 
     Of the Slurm request, only the modules are among them.
 
-    Args:
-        plan: launcher, workload with its arguments, variables, extras, and site.
-        code: digests of code and packages, by name; see `RunEnvironment.inputs`.
-        step: what else decides the step's result, by name; see `inputs_of_step`.
-        data_root: DATA_ROOT, if it is set.
-        image: identity of the image of the launcher's container; see `Gateway.image`.
+    `code`: digests of code and packages, by name; see `RunEnvironment.inputs`. `step`: what else decides the step's
+    result, by name; see `inputs_of_step`. `image`: identity of the image of the launcher's container; see
+    `Gateway.image`.
     """
     launcher = plan.launcher.model_dump(mode="json")
     if launcher["container"]:
@@ -76,10 +73,8 @@ class Choice:
 def choose(claim: Claim, *, stored: bool, retries: Retries) -> Choice:
     """Choose between the latest attempt with equal inputs and a new one.
 
-    Args:
-        claim: on the family of attempts with these inputs.
-        stored: whether Dagster has stored the result of the latest attempt.
-        retries: of the request. The step follows a failed attempt that it may have to repeat.
+    `stored`: whether Dagster has stored the result of the latest attempt. `retries`: of the request. The step follows a
+    failed attempt that it may have to repeat.
     """
     job = f"Slurm job {claim.job}" if claim.job else "The Slurm job"
     if claim.attempt and not claim.over:
@@ -125,11 +120,8 @@ def choose_tasks(
 ) -> TaskChoice:
     """Choose for each task between the latest array job with it and a new one.
 
-    Args:
-        arrays: of the family, the latest last.
-        ids: of the tasks that are not done, by index.
-        is_stored: whether Dagster has stored the result of a task of an array job.
-        retries: of the request. The step follows a failed task that it may have to repeat.
+    `arrays`: of the family, the latest last. `ids`: of the tasks that are not done, by index. `retries`: of the
+    request. The step follows a failed task that it may have to repeat.
     """
     latest = {
         name: (array, place)

@@ -121,10 +121,6 @@ class Task:
 def make_tasks(array: JobArray, partitions: Sequence[str]) -> tuple[Task, ...]:
     """Return the tasks that an array asks for, in order.
 
-    Args:
-        array: of the call.
-        partitions: of the run.
-
     Raises:
         ConfigurationError: there are none, or too many.
     """

@@ -22,10 +22,8 @@ class Batches:
     def __init__(self, tasks: Sequence[int], limits: Limits, max_running: int | None) -> None:
         """Choose the size of the array jobs.
 
-        Args:
-            tasks: indices, in the order in which they are submitted.
-            limits: of the site.
-            max_running: how many tasks may run at once, of all array jobs together.
+        `tasks`: indices, in the order in which they are submitted. `max_running`: how many tasks may run at once, of
+        all array jobs together.
 
         Raises:
             ConfigurationError: Slurm does not let so many tasks run at once.
@@ -44,10 +42,9 @@ class Batches:
     ) -> tuple[list[int], int | None]:
         """Return the tasks of the next array job, none if there is none now, and how many of them may run at once.
 
-        Args:
-            shares: how many tasks of each array job that is not over may run at once; not read without `max_running`.
-            queued: number of tasks of these array jobs.
-            kind: returns the request of a task: the tasks of an array job have the same one.
+        `shares`: how many tasks of each array job that is not over may run at once; not read without `max_running`.
+        `queued`: number of tasks of these array jobs. `kind`: returns the request of a task: the tasks of an array job
+        have the same one.
         """
         submit = self._limits.submit
         alike = [task for task in self.left if kind(task) == kind(self.left[0])]

@@ -21,13 +21,7 @@ class ArrayProgress:
     """
 
     def __init__(self, total: int, done: int, log: Callable[[str], None]) -> None:
-        """Nothing has begun.
-
-        Args:
-            total: number of tasks.
-            done: how many of them an earlier run has computed.
-            log: gets the lines.
-        """
+        """Nothing has begun."""
         self._total, self._log = total, log
         self.done, self.failed = done, 0
         self.started: set[int] = set()

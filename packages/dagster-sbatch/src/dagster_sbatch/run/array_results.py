@@ -69,10 +69,7 @@ def combine_checks(
 ) -> list[dg.AssetCheckResult]:
     """Return one result for each asset check that a task has reported: passed if it has passed in every task.
 
-    Args:
-        expected: the checks of the step.
-        results: of the tasks.
-        earlier: outcomes for partitions that an earlier run has computed.
+    `earlier`: outcomes for partitions that an earlier run has computed.
     """
     combined = []
     for check in sorted(expected):

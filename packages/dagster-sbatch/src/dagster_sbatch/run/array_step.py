@@ -56,11 +56,6 @@ class ArrayStep:
     def __init__(self, context: dg.OpExecutionContext, name: str, plan: Plan) -> None:
         """Find out which partitions are done.
 
-        Args:
-            context: of the step.
-            name: of the step, for texts.
-            plan: of the call, with its tasks.
-
         Raises:
             Failure: this step has called `compute.run` with an array of partitions before.
         """
@@ -121,14 +116,8 @@ class ArrayStep:
     ) -> bool:
         """Judge a task by its exit code and its messages, after its last byte; return whether it succeeded.
 
-        Args:
-            index: of the task.
-            exit_code: of its process; negative is the signal that ended it.
-            where: metadata of its job.
-            costs: numbers of its job.
-            logs: where its output is.
-            request: of its job; None: that of the plan.
-            limit: of the retries that was reached, for the cause of its failure.
+        `exit_code`: of its process; negative is the signal that ended it. `request`: of its job; None: that of the
+        plan. `limit`: of the retries that was reached, for the cause of its failure.
         """
         task, reader = self.tasks[index], self.reader(index)
         messages = reader.messages

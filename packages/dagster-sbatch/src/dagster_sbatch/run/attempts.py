@@ -117,10 +117,8 @@ class AttemptSeries:
     def read(self, record: Mapping[str, Any], request: Mapping[str, Any], task: int | None = None) -> None:
         """Read the attempts before a job that an earlier run of the step has submitted.
 
-        Args:
-            record: of the job.
-            request: of the asset, as it would be stored now.
-            task: the index of the task in the array job, if it is one.
+        `request`: of the asset, as it would be stored now. `task`: the index of the task in the array job, if it is
+        one.
         """
         self.ended = load_attempts(record if task is None else record["tasks"][task])
         self.changed = record["request"] != request
@@ -134,10 +132,8 @@ class AttemptSeries:
     def find_next(self, fault: Fault | None, request: SlurmRequest, node: str) -> Next:
         """Return what follows an attempt; none that alone could cost more than the limit per run.
 
-        Args:
-            fault: why the attempt failed; None if it has not, or if that is not known.
-            request: of the attempt.
-            node: on which it ran; empty if that is not known.
+        `fault`: why the attempt failed; None if it has not, or if that is not known. `node`: on which it ran; empty if
+        that is not known.
         """
         found = next_request(fault, request, self.planned, node, len(self.ended))
         if found.request and self.changed:

@@ -14,10 +14,7 @@ def cancel_jobs(
 ) -> tuple[list[str], Mapping[str, str | None], str]:
     """Cancel the jobs of run directories; return how they ended, those that may not be over, and why.
 
-    Args:
-        gateway: of the step that was stopped.
-        runs: the run directories, each with the id of its job, if that is known.
-        seconds: for all of them together.
+    `runs`: the run directories, each with the id of its job, if that is known. `seconds`: for all of them together.
     """
     gateway.stop = threading.Event()
     limit = threading.Timer(seconds, gateway.stop.set)

@@ -135,8 +135,7 @@ _intercept: _Intercept | None = None
 def intercept_runs(intercept: _Intercept) -> Iterator[None]:
     """Call `intercept` in place of every run in this process, nested resources and other threads included.
 
-    Args:
-        intercept: gets the step's name, the settings and the plan, and raises.
+    `intercept`: gets the step's name, the settings and the plan, and raises.
     """
     global _intercept  # noqa: PLW0603 - for all threads; a context variable does not reach those that an asset starts
     _intercept = intercept

@@ -105,10 +105,7 @@ def files_of_commands(plan: Plan) -> dict[str, str]:
 def contexts_of_tasks(run: str, head: str, tails: Sequence[str]) -> dict[str, str]:
     """Return the files with the Pipes contexts of an array job.
 
-    Args:
-        run: its run directory.
-        head: what the contexts of all tasks begin with.
-        tails: the rest of each.
+    `head`: what the contexts of all tasks begin with. `tails`: the rest of each.
     """
     pipes = [" ".join(pipes_variables(f"{run}/tasks/{index}").values()) for index in range(len(tails))]
     return {

@@ -13,12 +13,8 @@ MOST_CHARACTERS = 10_000
 def failure(step: str, cause: str, stderr: str = "", *, final: bool = False, **details: Any) -> dg.Failure:
     """Return the failure of a step. Dagster retries it if the asset has a `retry_policy`.
 
-    Args:
-        step: the asset keys, or the name of the op.
-        cause: what happened, and what to do.
-        stderr: its last lines.
-        final: whether a retry cannot help; then Dagster ignores the `retry_policy`.
-        details: metadata.
+    `step`: the asset keys, or the name of the op. `stderr`: its last lines. `final`: whether a retry cannot help; then
+    Dagster ignores the `retry_policy`.
     """
     description = f"{step}: {cause}" + (f"\n\nLast lines of stderr:\n{stderr}" if stderr else "")
     return dg.Failure(description=description, metadata=details, allow_retries=not final)

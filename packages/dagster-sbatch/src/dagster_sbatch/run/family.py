@@ -61,17 +61,7 @@ class Family:
         *,
         questions: Questions,
     ) -> None:
-        """Store the arguments.
-
-        Args:
-            context: of the step.
-            gateway: to the login node.
-            runs: folder of all runs.
-            call: the call.
-            inputs: of the call: digests by name.
-            request: of Slurm.
-            questions: for the login node.
-        """
+        """Store the arguments."""
         self._context, self._gateway, self._questions = context, gateway, questions
         self._inputs, self._retries = inputs, request.retries
         self._log = StepLog(context)
@@ -98,11 +88,7 @@ class Family:
         return runs_since(self._context.instance, self._context.run.root_run_id or self._context.run_id, followers)
 
     def choose_tasks(self, tasks: Mapping[int, Task]) -> tuple[Claim, TaskChoice]:
-        """Claim the call's runs, and choose for each task between an earlier array job and a new one.
-
-        Args:
-            tasks: those that are not done, by index.
-        """
+        """Claim the call's runs, and choose for each task between an earlier array job and a new one."""
         instance, step = self._context.instance, StepName.of(self._context)
         claim = self._claim(self.call.family, self._questions)
         asked = requested_at(instance, self._context.run_id)

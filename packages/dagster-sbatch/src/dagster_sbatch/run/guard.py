@@ -16,11 +16,6 @@ ANSWER_SECONDS = 40.0
 def check_cost(allocation: Allocation, settings: Settings, tasks: int = 1) -> None:
     """Refuse new jobs that could cost more than the limit per run; call it before anything is sent for them.
 
-    Args:
-        allocation: what would be submitted.
-        settings: with the limit.
-        tasks: of an array, that would be submitted.
-
     Raises:
         ConfigurationError: they could.
     """
@@ -33,10 +28,7 @@ def check_budget(gateway: Gateway, allocation: Allocation, settings: Settings, l
 
     Call it when nothing else has to be done before they are submitted: other calls of the user wait until then.
 
-    Args:
-        gateway: its agent asks Slurm what is left, if the deployment keeps within that.
-        allocation, settings, tasks: see `check_cost`.
-        log: of the step.
+    `gateway`: its agent asks Slurm what is left, if the deployment keeps within that.
 
     Raises:
         ConfigurationError: they could.

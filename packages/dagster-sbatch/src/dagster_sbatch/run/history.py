@@ -27,11 +27,8 @@ _LONGEST_TAG = 63
 def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName, before: float = inf) -> bool:
     """Return whether Dagster has stored the result of a step in one of some runs.
 
-    Args:
-        instance: Dagster's; a run that was deleted has stored nothing.
-        runs: their ids.
-        step: the step.
-        before: only results that were stored by then count, in seconds since 1970.
+    A run that was deleted has stored nothing. `before`: only results that were stored by then count, in seconds since
+    1970.
     """
     return any(_succeeded(instance, run, step, before) for run in runs)
 
@@ -71,12 +68,9 @@ def find_successes(instance: dg.DagsterInstance, run_id: str, steps: set[str]) -
 def find_data_version(instance: dg.DagsterInstance, asset: dg.AssetKey, *, partitioned: bool) -> str | None:
     """Return the version of an asset's newest data; None if there is none.
 
-    Args:
-        instance: Dagster's.
-        asset: that was materialized, or observed with a data version.
-        partitioned: whether the step may read all partitions that there are: then the asset's newest event is the
-            version. Otherwise, this returns None for an asset with partitions: it is one of another code location, and
-            nobody knows which of them the step reads.
+    `asset`: that was materialized, or observed with a data version. `partitioned`: whether the step may read all
+    partitions that there are: then the asset's newest event is the version. Otherwise, this returns None for an asset
+    with partitions: it is one of another code location, and nobody knows which of them the step reads.
     """
     records = [
         *instance.fetch_materializations(asset, limit=1).records,

@@ -29,10 +29,7 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
     Imports that the code expects to fail (`try: ... except ImportError`) and those for type checkers are not included.
     Modules in the code root that git ignores are.
 
-    Args:
-        workload: parses.
-        project: of the workload.
-        lock: the lock file of the packages there; None: they are not known (an image, a named interpreter).
+    `lock`: the lock file of the packages there; None: they are not known (an image, a named interpreter).
 
     Returns:
         For each: where it is, why it fails, and what to do.

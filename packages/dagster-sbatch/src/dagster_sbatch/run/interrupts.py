@@ -24,8 +24,7 @@ def run_interruptibly(work: Callable[[threading.Event], T]) -> T:
     there is lost. So while `work` runs, SIGINT and SIGTERM are only recorded. The first one sets `stop`, `work` cleans
     up and returns, and then the handler from before gets the signal.
 
-    Args:
-        work: checks `stop` often; when it is set, ends what it started, then returns or raises.
+    `work`: checks `stop` often; when it is set, ends what it started, then returns or raises.
 
     Raises:
         BaseException: what the earlier handler raises for a signal (DagsterExecutionInterruptedError in a step),

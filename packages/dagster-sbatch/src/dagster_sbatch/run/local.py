@@ -57,11 +57,8 @@ class LocalProcess:
     ) -> None:
         """Start it, in a process group of its own.
 
-        Args:
-            command: program and arguments.
-            environment: all of the variables that it gets.
-            folder: its run directory, in which it runs and writes.
-            sinks: functions that get the new bytes of the files in it, by name.
+        `environment`: all of the variables that it gets. `sinks`: functions that get the new bytes of the files in it,
+        by name.
         """
         self._folder, self._sinks = folder, sinks
         self._offsets = dict.fromkeys(sinks, 0)

@@ -95,10 +95,7 @@ class _Machine:
     def start(self, folder: Path, context: str, sinks: Mapping[str, Callable[[bytes], None]]) -> LocalProcess:
         """Start a process of the workload, in an image if it has one.
 
-        Args:
-            folder: its run directory, which is empty.
-            context: of Dagster Pipes, as JSON.
-            sinks: see `LocalProcess`.
+        `folder`: its run directory, which is empty. `context`: of Dagster Pipes, as JSON.
         """
         (folder / CONTEXT).write_text(context)
         (folder / CHECKS).write_text(self._checks)

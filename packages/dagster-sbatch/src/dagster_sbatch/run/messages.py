@@ -39,9 +39,7 @@ class MessageParser:
     def __init__(self, path: str, deliver: Callable[[PipesMessage], None]) -> None:
         """Nothing is read yet.
 
-        Args:
-            path: where the workload will write its messages.
-            deliver: gets each message that says `opened`, and each line of the log, at once.
+        `deliver`: gets each message that says `opened`, and each line of the log, at once.
         """
         self.path, self.deliver = path, deliver
         self._rest = b""
@@ -132,10 +130,8 @@ def explain_failure(messages: MessageParser, exit_code: int, workload: str) -> s
     workload that raises after it has reported a materialization, or that never ran, has failed. If the launcher says
     that the exit code decides, the sessions do not count.
 
-    Args:
-        messages: of the workload, after the last byte.
-        exit_code: of the workload's process; negative is the signal that ended it, as in `subprocess`.
-        workload: its name, for the text.
+    `messages`: of the workload, after the last byte. `exit_code`: of the workload's process; negative is the signal
+    that ended it, as in `subprocess`.
     """
     exception = messages.exception or (messages.inner_exception if messages.open > 0 else None)
     if exception is not None and not is_success(exception) and not messages.exit_code_decides:

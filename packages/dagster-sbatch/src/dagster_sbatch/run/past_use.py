@@ -21,11 +21,8 @@ PROPOSAL = "proposal"
 def uses_of(metadata: Mapping[str, Any], partitions: Sequence[str], slurm_partition: str | None) -> Iterator[Use]:
     """Return what the jobs behind a materialization have used.
 
-    Args:
-        metadata: its values; of parameter sets, `tasks` has their rows. A table of MOST_ROWS may be cut: it tells
-            nothing.
-        partitions: of the asset; the first one names the job.
-        slurm_partition: where it ran; None if that is not known.
+    `metadata`: its values; of parameter sets, `tasks` has their rows. A table of MOST_ROWS may be cut: it tells
+    nothing. `partitions`: of the asset; the first one names the job.
     """
     records = metadata.get("tasks")
     rows = [metadata]
@@ -64,10 +61,7 @@ def proposal_metadata(step: dg.OpExecutionContext, plan: Plan, uses: Sequence[Us
     The history is read only if the call's own jobs are not what was requested, and one of them ran long enough
     that nobody notices the time for that.
 
-    Args:
-        step: of the call.
-        plan: of the call.
-        uses: of its jobs, which Dagster has not stored yet.
+    `uses`: of its jobs, which Dagster has not stored yet.
     """
     if max((use.seconds for use in uses), default=0) < SHORTEST_JOB:
         return {}
@@ -86,9 +80,7 @@ def proposal_metadata(step: dg.OpExecutionContext, plan: Plan, uses: Sequence[Us
 def last_proposals(instance: dg.DagsterInstance, assets: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Return what the last run of each asset proposes: what its jobs have used, and the code of a request.
 
-    Args:
-        instance: Dagster's.
-        assets: keys as people write them; without those that this instance does not know, or that propose nothing.
+    `assets`: keys as people write them; without those that this instance does not know, or that propose nothing.
     """
     found = {}
     for name in sorted(set(assets)):

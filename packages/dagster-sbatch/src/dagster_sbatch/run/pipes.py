@@ -122,9 +122,8 @@ class Output(Lines):
     def __init__(self, target: TextIO | None, on_error: Callable[[Exception], None]) -> None:
         """Nothing is written yet.
 
-        Args:
-            target: the step's stdout or stderr; None where that is closed, as Python has it.
-            on_error: called once, if the target cannot be written to; the workload continues.
+        `target`: the step's stdout or stderr; None where that is closed, as Python has it. `on_error`: called once, if
+        the target cannot be written to; the workload continues.
         """
         super().__init__()
         self._target = target

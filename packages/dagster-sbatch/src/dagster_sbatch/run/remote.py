@@ -155,12 +155,8 @@ class RemoteRun(RemoteStep):
     ) -> None:
         """Raise if the job or its workload failed.
 
-        Args:
-            session: of the workload.
-            end: of the job.
-            outcome: what Slurm and the job's own record say; None if its exit code and its Pipes session decide.
-            failed: the same, or what stderr says.
-            limit: of the retries, if it was reached.
+        `outcome`: what Slurm and the job's own record say; None if its exit code and its Pipes session decide.
+        `failed`: the same, or what stderr says. `limit`: of the retries, if it was reached.
         """
         cause = outcome.text if outcome else explain_failure(session.messages, exit_code(end), self._plan.workload.name)
         if cause:

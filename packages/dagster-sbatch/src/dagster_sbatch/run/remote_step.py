@@ -178,13 +178,8 @@ class RemoteStep(ABC):
     ) -> dict[str, str]:
         """Return all files of a new run directory by name.
 
-        Args:
-            run: its path; the last part is the submission key.
-            found: the environment of the job.
-            request: of Slurm.
-            contexts: the file with the Pipes context, or those of the tasks of an array; see `contexts_of_tasks`.
-            record: what a later attempt reads of this one, beside what decides the result.
-            array: its size.
+        `contexts`: the file with the Pipes context, or those of the tasks of an array; see `contexts_of_tasks`.
+        `record`: what a later attempt reads of this one, beside what decides the result.
         """
         self._info = replace(self._info, environment=found.name)
         paths = RunPaths(run, found.python, found.workloads, self._claim.data_root)

@@ -55,10 +55,6 @@ def check_report(context: dg.OpExecutionContext, message: PipesMessage) -> None:
 
     Dagster would refuse the check when it has stored the materializations of the step already.
 
-    Args:
-        context: of the step.
-        message: a report of the workload.
-
     Raises:
         ValueError: it names the checks that the step declares.
     """
@@ -101,12 +97,7 @@ def read_partitions(
 ) -> list[PartitionReport]:
     """Read the workload's reports on single partitions.
 
-    Args:
-        context: of the step.
-        reader: of its messages.
-        reports: the values of the PARTITION messages, in the order in which they came.
-        partitions: that the workload computes.
-        whose: they are, for the error.
+    `reports`: the values of the PARTITION messages, in the order in which they came.
 
     Raises:
         ValueError: a report does not have the documented form, or names an asset or a partition that the run has not.
@@ -191,11 +182,8 @@ def complete(
 ) -> dg.PipesClientCompletedInvocation:
     """Return the completed invocation; Dagster shows the costs once.
 
-    Args:
-        context: of the step.
-        session: with the workload's reports.
-        where: metadata for all results.
-        costs: metadata of the whole job, for the first partition of the first asset only, so that sums are right.
+    `where`: metadata for all results. `costs`: metadata of the whole job, for the first partition of the first asset
+    only, so that sums are right.
     """
     reported = [
         result.asset_key for result in session.get_reported_results() if isinstance(result, dg.MaterializeResult)

@@ -20,13 +20,7 @@ class RunEnvironment:
     """Finds or makes the environment of a new job. A step that adopts an existing job does not need it."""
 
     def __init__(self, environments: Environments, settings: Settings, plan: Plan) -> None:
-        """Store the arguments; the code and the lock file are read when they are needed.
-
-        Args:
-            environments: of the deployment.
-            settings: name the deployment, and its SLURM_PYTHON.
-            plan: its workload's code root is the user's code; its `environment` says which packages.
-        """
+        """Store the arguments; the code and the lock file are read when they are needed."""
         self._environments, self._settings, self._plan = environments, settings, plan
 
     @property
@@ -59,9 +53,8 @@ class RunEnvironment:
         Of an interpreter that the asset names, production compares the code with what was published, and puts that code
         beside the interpreter if this is its first use.
 
-        Args:
-            log: called with what takes long, and with which files are not sent.
-            answer: to `request`, if the login node has already answered that.
+        `log`: called with what takes long, and with which files are not sent. `answer`: to `request`, if the login node
+        has already answered that.
 
         Raises:
             ConfigurationError: git does not track the workload; or in production: it is not what was published.

@@ -19,10 +19,8 @@ def inputs_of_step(step: dg.OpExecutionContext, *, by_partition: bool = False) -
     without getting a value, because it reads what that has written: the data version of each asset, and the run in
     which each op has succeeded. A value counts as far as the asset passes it on.
 
-    Args:
-        step: the step.
-        by_partition: for an array whose tasks compute partitions. Assets before it with the same partitions are left
-            out: each task reads its own; see `with_versions`.
+    `by_partition`: for an array whose tasks compute partitions. Assets before it with the same partitions are left out:
+    each task reads its own; see `with_versions`.
     """
     assets, checks = sorted(step.selected_asset_keys), declared_checks(step)
     versions = step.assets_def.code_versions_by_key if step.has_assets_def else {}

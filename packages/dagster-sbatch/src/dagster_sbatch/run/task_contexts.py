@@ -17,10 +17,7 @@ class TaskContexts:
     def __init__(self, document: str, partitions_def: dg.PartitionsDefinition | None, tasks: Iterable[Task]) -> None:
         """Read what all tasks have in common.
 
-        Args:
-            document: the context of the whole step, as JSON.
-            partitions_def: of the step's assets.
-            tasks: all tasks of the array.
+        `document`: the context of the whole step, as JSON.
         """
         common = json.loads(document)
         self._partitions_def = partitions_def

@@ -85,13 +85,7 @@ def read_result(
 ) -> TaskResult:
     """Read what a task has reported.
 
-    Args:
-        context: of the step.
-        reader: of the step's messages.
-        task: the task.
-        messages: of the task, after the last byte.
-        where: metadata of its job.
-        costs: numbers of its job.
+    `messages`: of the task, after the last byte.
 
     Raises:
         ValueError: it reported a partition of another task, or an asset or a check that is not of this step.

@@ -56,11 +56,8 @@ def fits(value: str) -> bool:
 def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: bool = True) -> Workload:
     """Find out how to run a workload.
 
-    Args:
-        path: a program, or the folder of a Python package with a `__main__.py`.
-        args: its arguments.
-        workloads: the code root of every workload below it.
-        python: whether it is a Python program.
+    `path`: a program, or the folder of a Python package with a `__main__.py`. `workloads`: the code root of every
+    workload below it.
 
     Raises:
         ConfigurationError: there is no such program, it does not parse, or an argument is not a string.

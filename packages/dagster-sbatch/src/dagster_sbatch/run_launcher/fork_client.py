@@ -65,10 +65,7 @@ class ForkServers:
     def fork(self, executable: str, run_id: str, arguments: str) -> ForkedProcess:
         """Return a new process that waits to execute a run.
 
-        Args:
-            executable: the Python of the code location.
-            run_id: of the run.
-            arguments: for `dagster api execute_run`.
+        `executable`: the Python of the code location. `arguments`: for `dagster api execute_run`.
 
         Raises:
             ForkServerUnavailableError: no server could be started, or none has answered.

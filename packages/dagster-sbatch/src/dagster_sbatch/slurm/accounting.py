@@ -12,10 +12,6 @@ from dagster_sbatch.slurm.request import SlurmRequest
 def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
     """Return the numbers that are known.
 
-    Args:
-        end: of the job, with its times, sacct's rows, and what its sampler has measured.
-        request: with its nodes and GPUs.
-
     Returns:
         `queue_seconds`, `elapsed_seconds`, `node_hours`, `cpu_hours` and `gpu_hours` (of what was requested),
         `max_rss_mib` (most memory of the job on a node, or of one of its tasks), `cpu_efficiency` (0 to 1: CPU time

@@ -44,14 +44,10 @@ def allocate(
 ) -> Allocation:
     """Fill in the fields that the request leaves open, and check them against the site.
 
-    Args:
-        request: of the asset; its own fields come first.
-        site: partitions and limits.
-        partition: SLURM_PARTITION; used if its nodes fit the request (GPUs or none), else the site's first that does.
-            A request without GPUs gets nodes with GPUs only if it names them, or if the site has no others.
-        qos: SLURM_QOS; used if it belongs to the partition, else that of the same class (`dev_`, `idle_`, plain).
-        account: SLURM_ACCOUNT; used if the request names none.
-        reservation: SLURM_RESERVATION; used if the request names none.
+    `partition`: SLURM_PARTITION; used if its nodes fit the request (GPUs or none), else the site's first that does. A
+    request without GPUs gets nodes with GPUs only if it names them, or if the site has no others. `qos`: SLURM_QOS;
+    used if it belongs to the partition, else that of the same class (`dev_`, `idle_`, plain). `account`: SLURM_ACCOUNT;
+    used if the request names none.
 
     Raises:
         ConfigurationError: the site does not allow the request; the text names the limit and the choices.

@@ -201,12 +201,8 @@ def directives(
 ) -> list[str]:
     """Return the #SBATCH lines of a request, in the order of its fields.
 
-    Args:
-        request: after `allocate`; its values are words without spaces or quotes.
-        site: with threads_per_core, unless the request has an option for that.
-        job_name: the submission key.
-        about: further parts of the job's comment, for people who read the queue or the accounting.
-        array: the tasks, if it is an array job.
+    `request`: after `allocate`; its values are words without spaces or quotes. `about`: further parts of the job's
+    comment, for people who read the queue or the accounting.
 
     Raises:
         ValueError: the job name is not a plain word.
@@ -234,8 +230,7 @@ def sampler_files() -> dict[str, str]:
 def render_start(variables: Mapping[str, str]) -> str:
     """Return the functions of bash with which launchers start a workload (`Launcher.render`).
 
-    Args:
-        variables: for the workload alone.
+    `variables`: for the workload alone.
     """
     words = shlex.join(["env", *(f"{name}={value}" for name, value in variables.items())])
     return _START.format(env=f"{words} " if variables else "")
@@ -259,16 +254,8 @@ def render_job_script(  # noqa: PLR0913 - the parts of a script
     `context.head` and line `index` (from 0) of `tasks.jsonl` to its `context.json`; its line of `tasks.pipes` has the
     values of DAGSTER_PIPES_CONTEXT and DAGSTER_PIPES_MESSAGES, separated by a space. Both kinds need `sampler_files`.
 
-    Args:
-        request: after `allocate`.
-        site: with its header, which comes before the directives, and its setup commands.
-        job_name: the submission key.
-        about: for the job's comment.
-        environment: variables of the script; this function quotes the values.
-        body: the launcher's commands (`Launcher.render`).
-        start: functions of bash that start the workload: `render_start`, or those of a container.
-        run: the run directory; default: where Slurm starts the script.
-        array: the tasks, if it is an array job; each works in `tasks/<index>`.
+    `body`: the launcher's commands (`Launcher.render`). `start`: functions of bash that start the workload:
+    `render_start`, or those of a container. `run`: the run directory; default: where Slurm starts the script.
     """
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     modules = request.modules or ()

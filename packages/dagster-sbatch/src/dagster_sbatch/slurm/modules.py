@@ -68,8 +68,7 @@ Modules = Annotated[tuple[str, ...], BeforeValidator(_check)]
 def render_modules(modules: Sequence[str]) -> str:
     """Return lines of bash that load modules; if that fails, they write the file `cause` and end the job with code 1.
 
-    Args:
-        modules: their names; without any, the text is empty.
+    Without any, the text is empty.
     """
     if not modules:
         return ""
@@ -85,14 +84,7 @@ def render_modules(modules: Sequence[str]) -> str:
 
 
 def explain_modules(host: str, modules: Sequence[str], code: int, said: str) -> str:
-    """Return why modules could not be loaded, and what to change; the lines of `render_modules` write the same.
-
-    Args:
-        host: name of the machine.
-        modules: all that were to be loaded.
-        code: exit code of `module`.
-        said: text of Lmod.
-    """
+    """Return why modules could not be loaded, and what to change; the lines of `render_modules` write the same."""
     why = _NO_LMOD if code == _NOT_FOUND else f"{shorten_error(said)}\n{_ADVICE}"
     return f"{host} {_FAILED} {', '.join(modules)}. {why}"
 

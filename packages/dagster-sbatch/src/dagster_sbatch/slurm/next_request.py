@@ -31,8 +31,7 @@ class Next:
 def check_retries(request: SlurmRequest) -> None:
     """Refuse retries that could never change anything.
 
-    Args:
-        request: after `allocate`.
+    `request`: after `allocate`.
 
     Raises:
         ConfigurationError: the text says what to change.
@@ -62,12 +61,8 @@ def check_retries(request: SlurmRequest) -> None:
 def next_request(fault: Fault | None, failed: SlurmRequest, planned: Allocation, node: str, retried: int) -> Next:
     """Return what follows an attempt that has failed.
 
-    Args:
-        fault: why it failed.
-        failed: its request.
-        planned: the request of the first attempt, with the partition's limits; its `retries` apply.
-        node: on which the job ran, the first one of several; empty if not known.
-        retried: how many attempts came before it.
+    `planned`: the request of the first attempt, with the partition's limits; its `retries` apply. `node`: on which the
+    job ran, the first one of several; empty if not known. `retried`: how many attempts came before it.
     """
     retries = planned.request.retries
     if fault is None or not retries.repeats(fault):

@@ -68,12 +68,7 @@ def fault_of(end: JobEnd) -> Fault | None:
 
 
 def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
-    """Return why a job failed, as Slurm and its own record say; None: its exit code and its Pipes session decide.
-
-    Args:
-        end: of the job.
-        request: of the job.
-    """
+    """Return why a job failed, as Slurm and its own record say; None: its exit code and its Pipes session decide."""
     if end.state in CAUSES:
         idle = explain_idle_end(end.usage, request) if end.state == "CANCELLED" else None
         cause = idle or f"{CAUSES[end.state]} (Slurm: {end.state})"
@@ -107,10 +102,6 @@ def judge_stderr(stderr: str, request: SlurmRequest) -> Outcome | None:
 
     Slurm calls a job FAILED if a step that its script started by srun ran out of memory. A Ray cluster is such a step:
     Ray reports only that a worker died.
-
-    Args:
-        stderr: the last lines of the job.
-        request: of the job.
     """
     nodes = set(_OUT_OF_MEMORY.findall(stderr))
     if nodes:
@@ -133,11 +124,7 @@ def explain_stderr(cause: str, stderr: str, request: SlurmRequest) -> str:
 def find_fault(outcome: Outcome | None, end: JobEnd, stderr: str, request: SlurmRequest) -> Outcome | None:
     """Return why a job failed, to decide whether it is repeated; None if it has succeeded, or nothing is known.
 
-    Args:
-        outcome: what `judge` says.
-        end: of the job.
-        stderr: the last lines of the job; they count unless Slurm itself names the cause.
-        request: of the job.
+    `outcome`: what `judge` says. `stderr`: the last lines of the job; they count unless Slurm itself names the cause.
     """
     if end.state in CAUSES or not end.code:
         return outcome
@@ -152,10 +139,8 @@ _ABOUT_LIMITS = "violates accounting/QOS policy"
 def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects]) -> str:
     """Return why sbatch refused a job; if that may be about projects, with those that the user has.
 
-    Args:
-        text: of sbatch.
-        request: of the job, after `allocate`.
-        ask: asks the login node for the user's projects; it is called only if the answer is needed.
+    `request`: of the job, after `allocate`. `ask`: asks the login node for the user's projects; it is called only if
+    the answer is needed.
     """
     if _ABOUT_LIMITS in text:
         qos = request.qos or "(the default)"

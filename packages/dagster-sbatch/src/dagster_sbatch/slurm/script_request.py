@@ -32,11 +32,6 @@ _MEMORY_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
 def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[SlurmRequest, list[str]]:
     """Fill in a request from the #SBATCH lines of a batch script; fields that the request sets stay.
 
-    Args:
-        request: of the asset.
-        script: text of the batch script.
-        name: of the script, for messages.
-
     Returns:
         The request, and a sentence for each line that does not apply.
 
@@ -70,10 +65,7 @@ def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[Slu
 def _explain(script: str, directives: Sequence[Directive], options: Sequence[str]) -> Iterator[tuple[int, str]]:
     """Yield a line and a sentence for what does not apply for another reason than a field of the asset's request.
 
-    Args:
-        script: text of the batch script.
-        directives: of the script.
-        options: of the completed request.
+    `options`: of the completed request.
     """
     last = {each.name: each for each in directives}
     for each in directives:
@@ -102,9 +94,7 @@ def _merge_options(mine: Sequence[str], theirs: Sequence[str]) -> tuple[str, ...
 def _fields_of(directives: Sequence[Directive], mine: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a request; of an option that occurs twice, the last one counts.
 
-    Args:
-        directives: of the script.
-        mine: the fields that the asset sets.
+    `mine`: the fields that the asset sets.
     """
     values = {each.name: each.value for each in directives}
     for each in directives:
@@ -171,11 +161,7 @@ def _layout(values: Mapping[str, str], mine: Mapping[str, Any]) -> dict[str, Any
 def _gpus_per_node(values: Mapping[str, str], nodes: int, tasks: int, *, decided: bool) -> int:
     """Return the GPUs per node, 0 without any.
 
-    Args:
-        values: by option.
-        nodes: of the job.
-        tasks: per node.
-        decided: whether the asset's number applies.
+    `decided`: whether the asset's number applies.
     """
     counts: dict[str, int] = {}
     if "gres" in values:

@@ -104,10 +104,6 @@ def load_site(overrides: Mapping[str, Any], name: str) -> Site:
 
     Dictionaries are merged key by key, any other value replaces the known one; None removes it.
 
-    Args:
-        overrides: SUPERCOMPUTER_SITE_OVERRIDES.
-        name: SLURM_SUPERCOMPUTER_SITE.
-
     Raises:
         ConfigurationError: the name is unknown, or its entry has an unknown key or a wrong value.
     """

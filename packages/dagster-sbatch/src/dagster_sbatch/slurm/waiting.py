@@ -35,9 +35,7 @@ _ADVICE = (
 def advise(reason: str, job: str) -> str | None:
     """Return what to do about a job that may never start; None if the job only waits for its turn.
 
-    Args:
-        reason: of a pending job (squeue(1), JOB REASON CODES).
-        job: its id.
+    `reason`: of a pending job (squeue(1), JOB REASON CODES).
     """
     for pattern, advice in _ADVICE:
         if re.search(pattern, reason):

@@ -28,10 +28,9 @@ def connect(
             channel = connection.transport.open_session()
             channel.exec_command("hostname")
 
-    Args:
-        settings: SLURM_EDGE_NODE_HOST, _PORT, _USER and _KEY_PATH; ~/.ssh/config fills in those that are not set.
-        refresh: called with the settings before each attempt, to renew the certificate; its exceptions pass through.
-        host_authorities: the site's `@cert-authority` lines, for hosts that the user's known_hosts does not have.
+    `settings`: SLURM_EDGE_NODE_HOST, _PORT, _USER and _KEY_PATH; ~/.ssh/config fills in those that are not set.
+    `refresh`: called with the settings before each attempt, to renew the certificate; its exceptions pass through.
+    `host_authorities`: the site's `@cert-authority` lines, for hosts that the user's known_hosts does not have.
 
     Returns:
         The opened connection, a context manager that closes it and the jump host's.

@@ -64,11 +64,8 @@ def check(blob: bytes, host: str, port: int, known: KnownHosts) -> None:
     Stricter than ssh(1): a certificate without names is for no host, and a key revoked for a host is revoked on all
     its ports.
 
-    Args:
-        blob: the host key or host certificate as it was sent.
-        host: the name that was asked for; certificates and known_hosts are matched with it.
-        port: if it is not 22, known_hosts is asked for `[host]:port`, then for `host`.
-        known: what is trusted.
+    `host`: the name that was asked for; certificates and known_hosts are matched with it. `port`: if it is not 22,
+    known_hosts is asked for `[host]:port`, then for `host`.
 
     Raises:
         HostKeyError: it is not trusted; the text says why, what was shown, what is known, and what to do.

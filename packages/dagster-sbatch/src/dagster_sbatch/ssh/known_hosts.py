@@ -61,9 +61,7 @@ class KnownHosts:
     def read(cls, files: Iterable[Path], site_authorities: Iterable[str] = ()) -> "KnownHosts":
         """Read the files that exist; lines and files that cannot be read are reported and skipped.
 
-        Args:
-            files: the user's first.
-            site_authorities: lines that `parse_authority` accepts.
+        `files`: the user's first. `site_authorities`: lines that `parse_authority` accepts.
         """
         files = tuple(files)
         entries = tuple(entry for file in files for entry in _read_file(file))

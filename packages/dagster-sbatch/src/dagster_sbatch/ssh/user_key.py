@@ -69,10 +69,8 @@ class UserKey:
     def refused(self, hop: Hop, methods: list[str], *, partial: bool) -> AuthenticationError:
         """Return the error to raise when a server has not let the key in.
 
-        Args:
-            hop: which server, and as which user.
-            methods: the ways to log in that the server named in its answer.
-            partial: it has accepted the key, and requires one of those ways in addition.
+        `methods`: the ways to log in that the server named in its answer. `partial`: it has accepted the key, and
+        requires one of those ways in addition.
         """
         if partial:
             return AuthenticationError(

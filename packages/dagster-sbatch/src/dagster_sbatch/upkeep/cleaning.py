@@ -55,11 +55,7 @@ def is_obsolete(
 
     A result that Dagster has not stored is kept, whatever its age; of an array job, each task has its own.
 
-    Args:
-        instance: Dagster's.
-        run: the run directory.
-        age: since the last event of its job.
-        list_tasks: asks for the tasks of an array job.
+    `age`: since the last event of its job.
     """
     if run.end is None or age < timedelta(days=KEEP_DAYS):
         return False

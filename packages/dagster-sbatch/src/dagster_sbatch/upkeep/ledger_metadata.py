@@ -27,10 +27,7 @@ def ledger_metadata(usage: Usage, site: Site, instance: dg.DagsterInstance) -> d
     `gpu_hours_7_days/asset/my_asset`; 0 once its jobs are older than PLOT_DAYS. Where Slurm hides the jobs of other
     users, nothing plots by project and user, because only those of this user would count.
 
-    Args:
-        usage: with the jobs of the last two weeks.
-        site: of the deployment.
-        instance: Dagster's, which knows the assets of jobs without a comment.
+    `usage`: with the jobs of the last two weeks.
     """
     monday = usage.now.date() - timedelta(days=usage.now.weekday() + 7)
     since = datetime.combine(monday, datetime.min.time(), usage.now.tzinfo)

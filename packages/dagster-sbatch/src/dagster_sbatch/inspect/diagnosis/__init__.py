@@ -51,10 +51,8 @@ def examine(
 
     The last checks ask Slurm about the job scripts of the assets; none of these stops the others.
 
-    Args:
-        project: the code location.
-        definitions: of the code location; None: no job scripts are tried.
-        open_instance: opens the Dagster instance whose runs this project's jobs belong to.
+    `definitions`: of the code location; None: no job scripts are tried. `open_instance`: opens the Dagster instance
+    whose runs this project's jobs belong to.
     """
     with ExitStack() as until_the_end:
         facts = Facts(project, open_instance, until_the_end)

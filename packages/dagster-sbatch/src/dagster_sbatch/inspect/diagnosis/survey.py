@@ -60,11 +60,8 @@ def take_survey(
 ) -> dict[str, Output]:
     """Run the script on the login node, after the login profile and the site's setup commands, as the agent runs.
 
-    Args:
-        connection: open; None on the login node itself.
-        base: SLURM_DEPLOYMENT_BASE_PATH; the script does not create it.
-        pythons: interpreters to try.
-        setup: the site's setup commands.
+    `connection`: open; None on the login node itself. `base`: SLURM_DEPLOYMENT_BASE_PATH; the script does not create
+    it.
 
     Raises:
         TimeoutError: the login node printed nothing for SECONDS.
@@ -145,9 +142,7 @@ _QUOTA = re.compile(r"^\s*(\S+)\s+(\d+)\*?\s+(\d+)\s+(\d+)\s+\d+\s+(\d+)\*?\s+(\
 def parse_room(df: str, quotas: str) -> Room:
     """Return the room of a folder: what its file system has left, or what the user's quota leaves if that is less.
 
-    Args:
-        df: the output of `room` in the script.
-        quotas: the output of `quota -w -p`, or its error.
+    `df`: the output of `room` in the script. `quotas`: the output of `quota -w -p`, or its error.
     """
     source, *columns = [("", "-", "-", "-"), *_DF.findall(df)][-1]
     kib, total, files = (None if column == "-" else max(0, int(column)) for column in columns)

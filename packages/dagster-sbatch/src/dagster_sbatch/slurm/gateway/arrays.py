@@ -96,10 +96,7 @@ class _Followed:
 def follow_arrays(link: Link, arrays: Arrays, follower: str) -> None:
     """Submit array jobs and follow their tasks, until there is no further one and all are over.
 
-    Args:
-        link: to the agent.
-        arrays: names the array jobs, and gets all that comes of them.
-        follower: id of the Dagster run; the agent records it in the run directories. Empty: nothing is submitted.
+    `follower`: id of the Dagster run; the agent records it in the run directories. Empty: nothing is submitted.
 
     Raises:
         RefusedError: the agent cannot act at all; that Slurm refuses one array job is no error here.

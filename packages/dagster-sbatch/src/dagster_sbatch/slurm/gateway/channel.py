@@ -243,12 +243,8 @@ def choose_channel(
 ) -> OpenChannel:
     """Return what opens a channel to a new agent: SSH, or a subprocess if this machine is the login node.
 
-    Args:
-        settings: of the login node.
-        pythons: interpreters there to try, the best first; 3.6 or later.
-        refresh: `ensure_certificate`.
-        host_authorities: of the site.
-        setup: the site's setup commands, for the agent and for what it starts.
+    `pythons`: interpreters there to try, the best first; 3.6 or later. `setup`: the site's setup commands, for the
+    agent and for what it starts.
     """
     if settings.on_login_node:
         return lambda: _LocalChannel(setup)

@@ -40,12 +40,8 @@ class Gateway(Link):
     def claim(self, runs: str, family: str, token: str, who: str, questions: Questions = NONE) -> Claim:
         """Become the client that acts on a family of runs, for as long as the connection lives.
 
-        Args:
-            runs: folder of all runs; the agent makes it.
-            family: first part of the submission keys of the attempts, which follow as `-1`, `-2`, ...
-            token: identifies this client, also when it connects anew.
-            who: describes this client to others.
-            questions: are answered with the claim, in the same round trip.
+        `family`: first part of the submission keys of the attempts, which follow as `-1`, `-2`, ... `token`: identifies
+        this client, also when it connects anew. `questions`: are answered with the claim, in the same round trip.
         """
         claim = {"runs": runs, "family": family, "token": token, "who": who}
         found = Claim.parse(self.ask(do="claim", **claim, **asdict(questions)))
@@ -73,10 +69,8 @@ class Gateway(Link):
     ) -> None:
         """Cancel the jobs of some runs at the same time, and wait until they are over. A slow one delays no other.
 
-        Args:
-            runs: the run directories.
-            report: gets each of them with what `cancel` returns or raises for it.
-            jobs: the ids of their jobs, as far as they are known: a run directory may have been removed.
+        `report`: gets each of them with what `cancel` returns or raises for it. `jobs`: the ids of their jobs, as far
+        as they are known: a run directory may have been removed.
         """
         left, asked = list(runs), list[str]()
 
@@ -134,12 +128,7 @@ class Gateway(Link):
         return said["code"] == 0, said["text"]
 
     def load_modules(self, modules: Sequence[str], setup: Sequence[str]) -> str:
-        """Load modules on the login node, in a shell of its own; return why that failed, or an empty text.
-
-        Args:
-            modules: their names.
-            setup: the site's `setup_commands`.
-        """
+        """Load modules on the login node, in a shell of its own; return why that failed, or an empty text."""
         said = self.ask(do="load_modules", modules=list(modules), setup=list(setup))
         return explain_modules(said["host"], modules, said["code"], said["text"]) if said["code"] else ""
 
@@ -147,11 +136,6 @@ class Gateway(Link):
         """Return what is wrong with the image of a container, empty if nothing is, and the identity of the image.
 
         The identity is a text that no other image under the same path has.
-
-        Args:
-            path: of the image.
-            data_root: DATA_ROOT, which the container has to have.
-            runs: folder of all runs, likewise.
         """
         said = self.ask(do="image", path=path, data_root=data_root, runs=runs)
         return said["problem"], said["identity"]
@@ -163,9 +147,8 @@ class Gateway(Link):
     def usage(self, since: datetime | None) -> Usage:
         """Return what the user's projects have used, what waits and runs in them, and their limits.
 
-        Args:
-            since: for the jobs that ran at this time or later, Slurm reads its database: ask at most once per hour.
-                None: for no jobs.
+        `since`: for the jobs that ran at this time or later, Slurm reads its database: ask at most once per hour. None:
+        for no jobs.
         """
         return Usage.parse(self.ask(do="usage", since=since and since.timestamp()), since)
 
@@ -173,11 +156,6 @@ class Gateway(Link):
         """Return the usage as `usage` does, for a client that submits next; None if it does not come in time.
 
         The user's clients get answers one at a time, each when the one before has submitted: it sees their jobs.
-
-        Args:
-            runs: folder of all runs.
-            since: see `usage`.
-            seconds: for the answer.
         """
         said = self.ask_once(seconds, do="usage", runs=runs, since=since and since.timestamp())
         return None if said is None else Usage.parse(said, since)
@@ -228,13 +206,9 @@ class Gateway(Link):
     ) -> JobEnd:
         """Submit a run once, however often this is requested, and pass on what it writes until its job is over.
 
-        Args:
-            run: the run directory; its last part is the submission key, which is the job's name.
-            files: content by name; one is `job.sh`. None: the run exists already.
-            sinks: of `stdout`, `stderr` and `messages.jsonl`.
-            follower: id of the Dagster run; the agent records it in the run directory. Empty: nothing is submitted.
-            on_submitted: gets the job.
-            on_state: gets each new state of the job.
+        `run`: the run directory; its last part is the submission key, which is the job's name. `files`: content by
+        name; one is `job.sh`. None: the run exists already. `follower`: id of the Dagster run; the agent records it in
+        the run directory. Empty: nothing is submitted.
 
         Raises:
             RefusedError: sbatch refused the job, another run exists under that key, or there is no such run.
@@ -295,10 +269,7 @@ def make_gateway(
 ) -> Gateway:
     """Make the gateway to the login node of some settings; the first request opens the connection.
 
-    Args:
-        settings: of a supercomputer; they decide between SSH and a subprocess on the login node itself.
-        site: with interpreters, host authorities and setup commands.
-        stop, on_trouble, on_recovered: see `Link`.
+    `stop`, `on_trouble`, `on_recovered`: see `Link`.
     """
     channel = choose_channel(
         settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands

@@ -104,9 +104,8 @@ class Link:
     def ask(self, on_progress: Callable[[str], None] = lambda _: None, /, **request: Any) -> Mapping[str, Any]:
         """Return the answer to a request.
 
-        Args:
-            on_progress: gets what the agent reports before it answers.
-            request: `do` names the verb; the others are the verb's own.
+        `on_progress`: gets what the agent reports before it answers. `request`: `do` names the verb; the others are the
+        verb's own.
         """
 
         def step() -> Mapping[str, Any]:
@@ -122,9 +121,8 @@ class Link:
     ) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Generate the answers as `exchange` does, and pass on what jobs write.
 
-        Args:
-            requests: whose `offsets`, by task in an array job, are kept current.
-            find_sinks: returns the sinks of a job, by the index of its request, or of a task of it.
+        `requests`: whose `offsets`, by task in an array job, are kept current. `find_sinks`: returns the sinks of a
+        job, by the index of its request, or of a task of it.
         """
         for which, head, data in self.exchange(requests):
             if "file" not in head:
@@ -214,10 +212,8 @@ class Link:
         connection that lasted is a good one, so the pause after its loss is short. A request that the agent answers
         with an error after a long time (an environment that it cannot build) has not advanced.
 
-        Args:
-            step: makes the request.
-            lasting: whether there is a job to follow: then neither broken nor refused answers end the request, unless
-                the run directory was removed.
+        `lasting`: whether there is a job to follow: then neither broken nor refused answers end the request, unless the
+        run directory was removed.
 
         Raises:
             RefusedError: also for BROKEN_TRIES broken answers in a row.

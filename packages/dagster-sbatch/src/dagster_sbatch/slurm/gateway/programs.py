@@ -82,10 +82,6 @@ def after_login_profile(setup: Sequence[str], script: str) -> str:
     """Return a line of /bin/sh that runs a script of bash after the login profile and a site's setup commands.
 
     Only login shells have `module`. Neither the profile nor a setup command can read the standard input.
-
-    Args:
-        setup: the site's `setup_commands`.
-        script: gets the standard input of the line.
     """
     text = "\n".join([*setup, "exec <&3 3<&-", script])
     return f"exec /bin/bash -l -c {shlex.quote(text)} bash 3<&0 </dev/null"

@@ -18,9 +18,8 @@ One that Slurm does not account for is missing, which is no 0."""
 def parse_tres(text: str, tracked: Sequence[str] = ()) -> Tres:
     """Read a list of trackable resources.
 
-    Args:
-        text: as Slurm prints it. A resource with a unit, such as mem=8000M, is left out.
-        tracked: what Slurm accounts for: there is 0 of it if the text does not name it.
+    `text`: as Slurm prints it. A resource with a unit, such as mem=8000M, is left out. `tracked`: what Slurm accounts
+    for: there is 0 of it if the text does not name it.
     """
     named = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
     return {name: int(count) for name, count in {**dict.fromkeys(tracked, "0"), **named}.items() if count.isdigit()}

@@ -13,11 +13,7 @@ PIECE = 1 << 20
 def send_file(link: Link, local: Path, path: str, on_progress: Callable[[int, int], None] = lambda *_: None) -> int:
     """Send a file, from where an earlier try stopped; it appears under its name when it is whole.
 
-    Args:
-        link: to the agent.
-        local: the file.
-        path: its path on the login node.
-        on_progress: gets the number of bytes sent so far, by earlier tries too, and the size of the file.
+    `on_progress`: gets the number of bytes sent so far, by earlier tries too, and the size of the file.
 
     Returns:
         The number of bytes that this call has sent.

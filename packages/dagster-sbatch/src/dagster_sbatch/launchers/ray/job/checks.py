@@ -90,8 +90,7 @@ def _ask_driver(wanted: int) -> None:
 def count_gpus(listing: str) -> int:
     """Return how many devices `nvidia-smi -L` lists that a program can use: the MIG slices of a GPU, or the GPU.
 
-    Args:
-        listing: a line `GPU 0: ...` per GPU, each followed by its slices as indented lines `  MIG 1g.12gb ...`.
+    `listing`: a line `GPU 0: ...` per GPU, each followed by its slices as indented lines `  MIG 1g.12gb ...`.
     """
     gpus = re.split(r"^GPU \d+:", listing, flags=re.M)[1:]
     return sum(len(re.findall(r"^\s+MIG ", gpu, re.M)) or 1 for gpu in gpus)
@@ -100,9 +99,7 @@ def count_gpus(listing: str) -> int:
 def memory_arguments(object_store: int | None, environ: Mapping[str, str]) -> list[str]:
     """Return Ray's share of memory from the job's: Ray's default is that of the whole node.
 
-    Args:
-        object_store: bytes, if the launcher has them as a field.
-        environ: Slurm's variables.
+    `object_store`: bytes, if the launcher has them as a field.
     """
     per_node = int(environ.get("SLURM_MEM_PER_NODE", 0))
     total = (per_node or int(environ.get("SLURM_MEM_PER_CPU", 0)) * int(environ.get("SLURM_CPUS_ON_NODE", 1))) << 20

@@ -22,9 +22,7 @@ def make_folder(base: Path, job: str) -> Path:
 
     Folders that an earlier run of the same job has left are removed.
 
-    Args:
-        base: a folder that other users may write to as well, such as /tmp.
-        job: id of the Slurm job.
+    `base`: a folder that other users may write to as well, such as /tmp.
 
     Raises:
         NodeError: the base folder is not writable.
@@ -52,9 +50,7 @@ def keep_logs(logs: Path, archive: Path) -> None:
     Of a longer log, the last FILE_BYTES are kept; logs beyond ALL_BYTES are left out. A file `LEFT_OUT` in the archive
     names both.
 
-    Args:
-        logs: the folder.
-        archive: a path that ends in .tar.gz; its stem is the folder in the archive.
+    `archive`: a path that ends in .tar.gz; its stem is the folder in the archive.
     """
     name = archive.name.removesuffix(".tar.gz")
     part = archive.with_name(archive.name + ".part")

@@ -61,8 +61,7 @@ def fail(text: str) -> None:
 
     The file appears with its text: as soon as another node fails, too, Slurm may kill this program.
 
-    Args:
-        text: its first line becomes the cause of the run's failure.
+    `text`: its first line becomes the cause of the run's failure.
     """
     part = state() / f"failed-{socket.gethostname()}-{os.getpid()}"
     part.write_text(f"{text}\n")

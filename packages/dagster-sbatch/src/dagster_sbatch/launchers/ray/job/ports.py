@@ -22,9 +22,6 @@ def claim_ports(count: int) -> tuple[list[int], list[socket.socket]]:
     A socket that is bound and does not listen keeps its port from every process that binds without SO_REUSEADDR, as
     this function does. Ray's processes bind with it, so they get the port.
 
-    Args:
-        count: how many.
-
     Returns:
         The ports, and the sockets that reserve them: keep these open as long as the ports are used.
 
@@ -64,9 +61,6 @@ def is_ours(port: int) -> bool:
 
 def check_ports(arguments: Iterable[str]) -> None:
     """Check that the ports which the user has chosen are free: Ray reports a taken port only deep in its logs.
-
-    Args:
-        arguments: of `ray start`.
 
     Raises:
         NodeError: one is taken.

@@ -30,11 +30,7 @@ def report(text: str) -> None:
 
 
 def describe(status: Any) -> str:
-    """Return in a line how busy a cluster is.
-
-    Args:
-        status: Ray's ClusterStatus.
-    """
+    """Return in a line how busy a cluster is."""
     parts = [f"{len(status.active_nodes) + len(status.idle_nodes)} node(s)"]
     parts += [
         f"{used.used:g} of {used.total:g} {used.resource_name}s in use"
@@ -57,10 +53,6 @@ def find_lost(status: Any, nodes: Mapping[str, str]) -> list[str]:
     """Return the names of the nodes that are not alive.
 
     Ray's own list of failed nodes also has those whose first start failed and whose second did not.
-
-    Args:
-        status: Ray's ClusterStatus.
-        nodes: names, by address.
     """
     alive = {node.ip_address for node in (*status.active_nodes, *status.idle_nodes)}
     return [name for address, name in nodes.items() if address not in alive]

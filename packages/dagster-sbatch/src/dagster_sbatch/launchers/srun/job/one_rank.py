@@ -107,9 +107,7 @@ def leave_signals_to_the_workload() -> None:
 def are_known_by_cgroup(cgroups: Path, job: str) -> bool:
     """Return whether Slurm knows the processes of a job by their cgroup: of a task, this process alone gets SIGTERM.
 
-    Args:
-        cgroups: /proc/self/cgroup. Of version 1, the freezer counts.
-        job: its id.
+    `cgroups`: /proc/self/cgroup. Of version 1, the freezer counts.
     """
     with suppress(OSError):
         return re.search(rf":(freezer)?:[^:]*/job_{job}/", cgroups.read_text()) is not None
@@ -127,11 +125,8 @@ class Output:
     def __init__(self, source: IO[bytes] | None, target: int, label: str = "") -> None:
         """Start to copy, in a thread.
 
-        Args:
-            source: a pipe from the process.
-            target: a file descriptor. The thread may be blocked in writing when this process ends: a buffer of Python
-                would be locked then, and Python would abort.
-            label: begins each line.
+        `target`: a file descriptor. The thread may be blocked in writing when this process ends: a buffer of Python
+        would be locked then, and Python would abort.
         """
         assert source is not None
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)

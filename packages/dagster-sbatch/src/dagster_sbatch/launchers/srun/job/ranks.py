@@ -246,12 +246,7 @@ def read_failure(path: Path) -> "dict[str, Any] | None":
 
 
 def explain(record: Mapping[str, Any], *, out_of_memory: bool = False) -> tuple[int, str]:
-    """Return exit code and cause of the rank that has failed first.
-
-    Args:
-        record: of its failure.
-        out_of_memory: whether Slurm has reported that.
-    """
+    """Return exit code and cause of the rank that has failed first."""
     rank, code, tail = record["rank"], record["code"], record["stderr"]
     how = "ran out of memory. Request more with SlurmRequest(mem=...)" if out_of_memory else name_exit(code)
     exceptions = [line for line in tail if _EXCEPTION.match(line)]
