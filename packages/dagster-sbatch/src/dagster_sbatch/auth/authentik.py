@@ -111,23 +111,14 @@ class Authentik:
 
 @dataclass(frozen=True)
 class OidcToken:
-    """An OIDC token; the certificate authority accepts each once.
+    """An OIDC token; the certificate authority accepts each once."""
 
-    Attributes:
-        value: the JWT.
-        email: of the user, from which the authority derives the login names.
-        issued: by authentik's clock.
-        expires: likewise.
-        issuer: the claim `iss`, which authentik derives from the name that it was called by.
-        audience: the claim `aud`.
-    """
-
-    value: str = field(repr=False)
-    email: str
-    issued: datetime
-    expires: datetime
-    issuer: str
-    audience: str
+    value: str = field(repr=False)  # the JWT
+    email: str  # of the user, from which the authority derives the login names
+    issued: datetime  # by authentik's clock
+    expires: datetime  # likewise
+    issuer: str  # the claim `iss`, which authentik derives from the name that it was called by
+    audience: str  # the claim `aud`
 
 
 def request_oidc_token(settings: Settings, app_password: str, http: Http) -> OidcToken:

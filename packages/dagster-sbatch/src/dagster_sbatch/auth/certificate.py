@@ -19,28 +19,17 @@ _ALWAYS = datetime.fromtimestamp(0, UTC)
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a certificate says; `signature_problem` tells whether its authority has really said so.
+    """What a certificate says; `signature_problem` tells whether its authority has really said so."""
 
-    Attributes:
-        for_host: whether it is a host's certificate rather than a user's.
-        key: the public key that it certifies, as sent over the wire (RFC 4253, section 6.6).
-        authority: the public key that signed it, likewise.
-        principals: the login names or host names that it is for.
-        valid_after: when its validity begins.
-        valid_before: when its validity ends; in the year 9999 if it does not.
-        critical_options: names of restrictions that whoever accepts it must know.
-        signature_problem: why the signature does not count, or empty.
-        obtained: when it was written to its file here, within its validity; step-ca dates the begin a minute back.
-    """
-
-    for_host: bool
-    key: bytes
-    authority: bytes
-    principals: tuple[str, ...]
-    valid_after: datetime
-    valid_before: datetime
-    critical_options: tuple[str, ...]
-    signature_problem: str
+    for_host: bool  # whether it is a host's certificate rather than a user's
+    key: bytes  # the public key that it certifies, as sent over the wire (RFC 4253, section 6.6)
+    authority: bytes  # the public key that signed it, likewise
+    principals: tuple[str, ...]  # the login names or host names that it is for
+    valid_after: datetime  # when its validity begins
+    valid_before: datetime  # when its validity ends; in the year 9999 if it does not
+    critical_options: tuple[str, ...]  # names of restrictions that whoever accepts it must know
+    signature_problem: str  # why the signature does not count, or empty
+    # When it was written to its file here, within its validity; step-ca dates the begin a minute back
     obtained: datetime
 
     @classmethod

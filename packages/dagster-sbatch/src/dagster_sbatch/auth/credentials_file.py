@@ -40,19 +40,12 @@ _HEADER = """\
 
 @dataclass(frozen=True)
 class Secret:
-    """One secret of authentik's.
+    """One secret of authentik's."""
 
-    Attributes:
-        value: the secret itself.
-        identifier: its name at authentik; empty if it is not known.
-        expires: as authentik said.
-        created: by this machine's clock, when it is one of ours.
-    """
-
-    value: str = field(repr=False)
-    identifier: str = ""
-    expires: datetime | None = None
-    created: datetime | None = None
+    value: str = field(repr=False)  # the secret itself
+    identifier: str = ""  # its name at authentik; empty if it is not known
+    expires: datetime | None = None  # as authentik said
+    created: datetime | None = None  # by this machine's clock, when it is one of ours
 
     def renew_at(self, skew_days: float | None) -> datetime | None:
         """Return when it should be replaced; None for at once, since it is not known when it expires.
@@ -74,19 +67,12 @@ class Secret:
 
 @dataclass(frozen=True)
 class Credentials:
-    """What the credentials file holds.
+    """What the credentials file holds."""
 
-    Attributes:
-        api_token: makes tokens and app passwords.
-        app_password: is exchanged for OIDC tokens.
-        record: identifiers of all tokens made here that are not known to be deleted.
-        others: lines of the file with other variables.
-    """
-
-    api_token: Secret | None = None
-    app_password: Secret | None = None
-    record: tuple[str, ...] = ()
-    others: str = field(default="", repr=False)
+    api_token: Secret | None = None  # makes tokens and app passwords
+    app_password: Secret | None = None  # is exchanged for OIDC tokens
+    record: tuple[str, ...] = ()  # identifiers of all tokens made here that are not known to be deleted
+    others: str = field(default="", repr=False)  # lines of the file with other variables
 
     def renew_at(self, skew_days: float | None, now: datetime) -> datetime:
         """Return when the pair should be replaced: the earlier of both; `now` for an incomplete pair."""

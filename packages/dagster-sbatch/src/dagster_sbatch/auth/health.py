@@ -16,45 +16,27 @@ Verdict = Literal["ok", "due", "failing", "broken"]
 
 @dataclass(frozen=True)
 class HealthItem:
-    """One thing that ends.
+    """One thing that ends."""
 
-    Attributes:
-        name: `certificate`, `API token` or `app password`.
-        where: its file, or the variable.
-        valid_until: None if it is not there or its end is not known.
-        renew_at: from when on it is made or replaced; None if it is not.
-        state: in words.
-    """
-
-    name: str
-    where: str
-    valid_until: datetime | None
-    renew_at: datetime | None
-    state: str
+    name: str  # `certificate`, `API token` or `app password`
+    where: str  # its file, or the variable
+    valid_until: datetime | None  # None if it is not there or its end is not known
+    renew_at: datetime | None  # from when on it is made or replaced; None if it is not
+    state: str  # in words
 
 
 @dataclass(frozen=True)
 class AccessHealth:
-    """The state of the access.
+    """The state of the access."""
 
-    Attributes:
-        now: when the files were read.
-        verdict: `ok`; `due`: a refresh is due; `failing`: a refresh fails, while access still works; `broken`: there
-            is no access.
-        summary: what is wrong and what to do; one sentence where nothing is.
-        items: the certificate and both secrets.
-        next_refresh: when something is to be done next; None if nothing renews itself.
-        failing: the parts whose last refresh failed.
-        notes: what people should know besides.
-    """
-
-    now: datetime
+    now: datetime  # when the files were read
+    # `ok`; `due`: a refresh is due; `failing`: a refresh fails, while access still works; `broken`: there is no access
     verdict: Verdict
-    summary: str
-    items: tuple[HealthItem, ...]
-    next_refresh: datetime | None
-    failing: Mapping[Part, Failing]
-    notes: tuple[str, ...]
+    summary: str  # what is wrong and what to do; one sentence where nothing is
+    items: tuple[HealthItem, ...]  # the certificate and both secrets
+    next_refresh: datetime | None  # when something is to be done next; None if nothing renews itself
+    failing: Mapping[Part, Failing]  # the parts whose last refresh failed
+    notes: tuple[str, ...]  # what people should know besides
 
     def remaining(self, item: HealthItem) -> timedelta | None:
         """Return how long an item lasts; negative after its end."""

@@ -30,17 +30,11 @@ _TEMPORARY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 @dataclass(frozen=True)
 class HttpAnswer:
-    """A server's answer.
+    """A server's answer."""
 
-    Attributes:
-        status: HTTP status.
-        data: the JSON document; None for an empty answer.
-        date: the server's clock, if the answer has it.
-    """
-
-    status: int
-    data: Any = field(repr=False)
-    date: datetime | None
+    status: int  # HTTP status
+    data: Any = field(repr=False)  # the JSON document; None for an empty answer
+    date: datetime | None  # the server's clock, if the answer has it
 
     @property
     def reason(self) -> str:

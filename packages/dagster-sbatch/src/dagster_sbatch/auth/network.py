@@ -21,15 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Proxy:
-    """An HTTP proxy.
+    """An HTTP proxy."""
 
-    Attributes:
-        variable: the environment variable that names it.
-        url: its address, perhaps with a password.
-    """
-
-    variable: str
-    url: str
+    variable: str  # the environment variable that names it
+    url: str  # its address, perhaps with a password
 
     def __str__(self) -> str:
         """Return variable and address, without the password."""

@@ -22,21 +22,13 @@ SHORTER_WITHOUT_CERTIFICATE = 30
 
 @dataclass(frozen=True)
 class Failing:
-    """A part of the refresh that has failed since its last success.
+    """A part of the refresh that has failed since its last success."""
 
-    Attributes:
-        since: the first failure.
-        last: the latest one.
-        count: how many.
-        error: text of the latest one; no secret.
-        temporary: whether the latest one may pass by itself.
-    """
-
-    since: datetime
-    last: datetime
-    count: int
-    error: str
-    temporary: bool = False
+    since: datetime  # the first failure
+    last: datetime  # the latest one
+    count: int  # how many
+    error: str  # text of the latest one; no secret
+    temporary: bool = False  # whether the latest one may pass by itself
 
     @property
     def pause_ends(self) -> datetime:

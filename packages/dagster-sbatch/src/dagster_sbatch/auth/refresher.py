@@ -30,19 +30,14 @@ ISSUE_TRIES = 3
 
 @dataclass
 class Report:
-    """The outcome of a refresh.
+    """The outcome of a refresh."""
 
-    Attributes:
-        certificate: the valid one; None on sites that accept plain keys, or if none was asked for.
-        rotated_with: which API token replaced the two secrets; None if they were not replaced.
-        issued_with: which app password the certificate was requested with; None if there is no new one.
-        warnings: failures that have done no harm so far.
-    """
-
+    # The valid one; None on sites that accept plain keys, or if none was asked for
     certificate: Certificate | None = None
-    rotated_with: Source | None = None
+    rotated_with: Source | None = None  # which API token replaced the two secrets; None if they were not replaced
+    # Which app password the certificate was requested with; None if there is no new one
     issued_with: Source | None = None
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # failures that have done no harm so far
 
 
 class Refresher:

@@ -24,24 +24,15 @@ _ASK_FOR_PASSWORD = f"read -rs ASC_OIDC_APP_PASSWORD && export ASC_OIDC_APP_PASS
 
 @dataclass(frozen=True)
 class AccessState:
-    """The files and settings on this machine that decide about access.
+    """The files and settings on this machine that decide about access."""
 
-    Attributes:
-        settings: say where the files are.
-        now: when the files were read.
-        certificate: beside the key, valid or not; or why there is none.
-        stored: what the credentials file holds; empty where there is no such file, or where it must not be used.
-        file_exists: whether there is a credentials file.
-        file_problem: why the credentials file must not be used; empty if it may, or if there is none.
-        failing: the parts of the refresh that failed the last time.
-    """
-
-    settings: Settings
-    now: datetime
-    certificate: Certificate | AccessError
+    settings: Settings  # say where the files are
+    now: datetime  # when the files were read
+    certificate: Certificate | AccessError  # beside the key, valid or not; or why there is none
+    # What the credentials file holds; empty where there is no such file, or where it must not be used
     stored: Credentials
-    file_exists: bool
-    file_problem: str
+    file_exists: bool  # whether there is a credentials file
+    file_problem: str  # why the credentials file must not be used; empty if it may, or if there is none
     failing: Mapping[Part, Failing]
 
     @property

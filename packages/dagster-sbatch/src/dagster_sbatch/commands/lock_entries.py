@@ -14,17 +14,11 @@ DIRECT = "(pyproject.toml"
 
 @dataclass(frozen=True)
 class Entry:
-    """A package in a lock file.
+    """A package in a lock file."""
 
-    Attributes:
-        name: of the package.
-        lines: its requirement and hashes, as they are in the file.
-        parents: who requires it.
-    """
-
-    name: str
-    lines: str
-    parents: tuple[str, ...]
+    name: str  # of the package
+    lines: str  # its requirement and hashes, as they are in the file
+    parents: tuple[str, ...]  # who requires it
 
     def render(self) -> str:
         """Return the lines that uv writes for it."""

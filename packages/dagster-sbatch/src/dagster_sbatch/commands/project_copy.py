@@ -28,30 +28,19 @@ MESSAGE = "The template, without its example"
 
 @dataclass(frozen=True)
 class Template:
-    """What a copy is made from.
+    """What a copy is made from."""
 
-    Attributes:
-        root: its folder.
-        left_out: patterns of the paths that a copy does not have (fnmatch); SKELETON replaces them.
-        renamed: words of the other files, and what stands there in a copy.
-    """
-
-    root: Path
-    left_out: Sequence[str]
-    renamed: Mapping[str, str]
+    root: Path  # its folder
+    left_out: Sequence[str]  # patterns of the paths that a copy does not have (fnmatch); SKELETON replaces them
+    renamed: Mapping[str, str]  # words of the other files, and what stands there in a copy
 
 
 @dataclass(frozen=True)
 class Names:
-    """What a copy is called.
+    """What a copy is called."""
 
-    Attributes:
-        package: what Python imports, for instance `climate_runs`.
-        project: what pip and pixi say, for instance `climate-runs`.
-    """
-
-    package: str
-    project: str
+    package: str  # what Python imports, for instance `climate_runs`
+    project: str  # what pip and pixi say, for instance `climate-runs`
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -25,11 +25,7 @@ NAME_OF_WHEEL = re.compile(
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of one of PACKAGES.
-
-    Attributes:
-        path: the file; its name is `<distribution>-<version>-py3-none-any.whl` (PyPA's binary distribution format).
-    """
+    """A wheel of one of PACKAGES."""
 
     path: Path
 

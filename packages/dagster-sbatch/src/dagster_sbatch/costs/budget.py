@@ -21,29 +21,17 @@ UNSEEN = "waiting jobs of others are not known"
 
 @dataclass(frozen=True)
 class Budget:
-    """What a project may use, and how much of it is used, all in hours of one resource. Unknown numbers are None.
+    """What a project may use, and how much of it is used, all in hours of one resource. Unknown numbers are None."""
 
-    Attributes:
-        project: that jobs are charged to.
-        tres: Slurm's name of the resource: gres/gpu, node, cpu, billing, ...
-        limited: the project whose limit it is: the same, or one above it.
-        user: whose jobs count; empty: those of all users. It is the user where Slurm hides the jobs of others.
-        source: what sets the limit: `GrpTRESMins of p70600`, or SLURM_BUDGET_GPU_HOURS.
-        limit: what may be used in total.
-        used: what is used of it.
-        running: what the running jobs use at most from now on, until their time limits.
-        queued: what the waiting jobs use at most: those that the user sees, see `sees_all`.
-    """
-
-    project: str
-    limited: str
-    tres: str
-    user: str
-    source: str
-    limit: float
-    used: float | None
-    running: float | None
-    queued: float | None
+    project: str  # that jobs are charged to
+    limited: str  # the project whose limit it is: the same, or one above it
+    tres: str  # Slurm's name of the resource: gres/gpu, node, cpu, billing, ...
+    user: str  # whose jobs count; empty: those of all users. It is the user where Slurm hides the jobs of others
+    source: str  # what sets the limit: `GrpTRESMins of p70600`, or SLURM_BUDGET_GPU_HOURS
+    limit: float  # what may be used in total
+    used: float | None  # what is used of it
+    running: float | None  # what the running jobs use at most from now on, until their time limits
+    queued: float | None  # what the waiting jobs use at most: those that the user sees, see `sees_all`
 
     @property
     def unit(self) -> str:

@@ -24,38 +24,23 @@ AssetOf = Callable[[JobLife], str | None]
 
 @dataclass(frozen=True)
 class Sum:
-    """What some jobs have used. Unknown numbers are None.
+    """What some jobs have used. Unknown numbers are None."""
 
-    Attributes:
-        jobs: how many lives of jobs, or of tasks of array jobs; one that ran in two weeks counts in both.
-        node_hours: of whole nodes, also where other jobs had the rest of a node.
-        gpu_hours: None if Slurm does not account for GPUs.
-        tokens: in the unit of the centre; None without a formula for the partitions of all jobs.
-    """
-
-    jobs: int
-    node_hours: float | None
-    gpu_hours: float | None
-    tokens: float | None
+    jobs: int  # how many lives of jobs, or of tasks of array jobs; one that ran in two weeks counts in both
+    node_hours: float | None  # of whole nodes, also where other jobs had the rest of a node
+    gpu_hours: float | None  # None if Slurm does not account for GPUs
+    tokens: float | None  # in the unit of the centre; None without a formula for the partitions of all jobs
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the jobs of one asset, week, project and user have used.
+    """What the jobs of one asset, week, project and user have used."""
 
-    Attributes:
-        asset: its key, OTHER or UNKNOWN.
-        week: ISO week in UTC, such as 2026-W48.
-        project: that the jobs are charged to.
-        user: who submitted them.
-        used: the sum of those jobs.
-    """
-
-    asset: str
-    week: str
-    project: str
-    user: str
-    used: Sum
+    asset: str  # its key, OTHER or UNKNOWN
+    week: str  # ISO week in UTC, such as 2026-W48
+    project: str  # that the jobs are charged to
+    user: str  # who submitted them
+    used: Sum  # the sum of those jobs
 
 
 def find_asset(job: JobLife, recorded: AssetOf) -> str:

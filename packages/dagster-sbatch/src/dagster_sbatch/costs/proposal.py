@@ -26,31 +26,20 @@ GIB = 1 << 20
 
 @dataclass(frozen=True)
 class Use:
-    """What one successful job, or task of a job array, has used. Numbers that are not known are None.
+    """What one successful job, or task of a job array, has used. Numbers that are not known are None."""
 
-    Attributes:
-        slurm_partition: where it ran.
-        partition: of the asset; empty without partitions. Of several partitions, the first.
-        nodes, gpus, cpus: that it had requested, on all nodes together.
-        seconds: for which it ran.
-        memory: MiB of the job on a node.
-        cpu_efficiency: share of the CPU time that it used, 0 to 1.
-        gpu_utilization: of its GPUs, 0 to 1.
-        gpu_memory: most MiB of one GPU.
-        sampled: whether its sampler has measured it; otherwise `memory` may be that of its largest task.
-    """
-
-    slurm_partition: str
-    partition: str
+    slurm_partition: str  # where it ran
+    partition: str  # of the asset; empty without partitions. Of several partitions, the first
+    # nodes, gpus, cpus: that it had requested, on all nodes together
     nodes: int
     gpus: int
     cpus: int
-    seconds: float
-    memory: float | None = None
-    cpu_efficiency: float | None = None
-    gpu_utilization: float | None = None
-    gpu_memory: float | None = None
-    sampled: bool = False
+    seconds: float  # for which it ran
+    memory: float | None = None  # MiB of the job on a node
+    cpu_efficiency: float | None = None  # share of the CPU time that it used, 0 to 1
+    gpu_utilization: float | None = None  # of its GPUs, 0 to 1
+    gpu_memory: float | None = None  # most MiB of one GPU
+    sampled: bool = False  # whether its sampler has measured it; otherwise `memory` may be that of its largest task
 
     @classmethod
     def parse(cls, numbers: Mapping[str, Any], slurm_partition: str, partition: str) -> "Use | None":
@@ -72,17 +61,11 @@ class Use:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What the last jobs of an asset have used, and a request that would be enough.
+    """What the last jobs of an asset have used, and a request that would be enough."""
 
-    Attributes:
-        used: for people: the most that a job has used, of what the asset requests.
-        request: that would be enough; None if the asset requests little more, or numbers are missing.
-        code: of the request, to paste into the asset; empty without one.
-    """
-
-    used: str
-    request: SlurmRequest | None
-    code: str
+    used: str  # for people: the most that a job has used, of what the asset requests
+    request: SlurmRequest | None  # that would be enough; None if the asset requests little more, or numbers are missing
+    code: str  # of the request, to paste into the asset; empty without one
 
     @property
     def text(self) -> str:

@@ -24,21 +24,13 @@ _SUBMODULE_MODE = "160000"
 
 @dataclass(frozen=True)
 class Code:
-    """The files of a code root.
+    """The files of a code root."""
 
-    Attributes:
-        folder: the code root on this machine.
-        files: content by path below the folder.
-        executable: paths of the files that their owner may execute.
-        left_out: files that git neither tracks nor ignores. They are not sent.
-        in_git: False if the folder is in no git repository; then all its files are sent.
-    """
-
-    folder: Path
-    files: Mapping[str, bytes]
-    executable: frozenset[str] = frozenset()
-    left_out: tuple[str, ...] = ()
-    in_git: bool = True
+    folder: Path  # the code root on this machine
+    files: Mapping[str, bytes]  # content by path below the folder
+    executable: frozenset[str] = frozenset()  # paths of the files that their owner may execute
+    left_out: tuple[str, ...] = ()  # files that git neither tracks nor ignores. They are not sent
+    in_git: bool = True  # False if the folder is in no git repository; then all its files are sent
 
     @property
     def digests(self) -> dict[str, str]:

@@ -24,27 +24,17 @@ MOST_NAMES = 5
 
 @dataclass(frozen=True)
 class Environment:
-    """An environment that exists on the supercomputer, or that would.
+    """An environment that exists on the supercomputer, or that would."""
 
-    Attributes:
-        name: hash of all that it consists of, and the name of its folder.
-        kind: `wheelhouse`: made from wheels that were sent; `path`: an interpreter that existed, with the user's code.
-        python: path of the interpreter for workloads.
-        workloads: path of the user's code there.
-        interpreter: the Python that it is made for.
-        asked: SLURM_PYTHON, if it was set, or the interpreter that an asset named.
-        lock: digest of the lock file; None for the kind `path`.
-        code: digest by file; see `Code.digests`.
-    """
-
-    name: str
+    name: str  # hash of all that it consists of, and the name of its folder
+    # `wheelhouse`: made from wheels that were sent; `path`: an interpreter that existed, with the user's code
     kind: str
-    python: str
-    workloads: str
-    interpreter: Interpreter
-    asked: str | None
-    lock: str | None
-    code: Mapping[str, str]
+    python: str  # path of the interpreter for workloads
+    workloads: str  # path of the user's code there
+    interpreter: Interpreter  # the Python that it is made for
+    asked: str | None  # SLURM_PYTHON, if it was set, or the interpreter that an asset named
+    lock: str | None  # digest of the lock file; None for the kind `path`
+    code: Mapping[str, str]  # digest by file; see `Code.digests`
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any]) -> "Environment":
@@ -56,48 +46,32 @@ class Environment:
 
 @dataclass(frozen=True)
 class Published:
-    """What production runs.
-
-    Attributes:
-        environment: the environment.
-        revision: of the repository, as git described it; may be empty.
-        at: when it was published.
-    """
+    """What production runs."""
 
     environment: Environment
-    revision: str
-    at: datetime
+    revision: str  # of the repository, as git described it; may be empty
+    at: datetime  # when it was published
 
 
 @dataclass(frozen=True)
 class EnvironmentListing:
-    """An environment that exists, with its use.
-
-    Attributes:
-        environment: the environment.
-        used: when it was used last.
-        published: `current`: production runs it; `before`: a rollback returns to it; else empty. The name of the
-            group stands behind it, if it is not `cluster`.
-    """
+    """An environment that exists, with its use."""
 
     environment: Environment
-    used: datetime
+    used: datetime  # when it was used last
+    # `current`: production runs it; `before`: a rollback returns to it; else empty. The name of the group stands behind
+    # it, if it is not `cluster`
     published: str
 
 
 @dataclass(frozen=True)
 class EnvironmentSpec:
-    """What an environment consists of.
+    """What an environment consists of."""
 
-    Attributes:
-        code: the workloads.
-        lock: the packages; None: an asset has named the interpreter, which has them.
-        python: SLURM_PYTHON or what an asset names: an interpreter that has the packages, or the folder with its
-            `bin/python`; None: the packages are sent.
-    """
-
-    code: Code
-    lock: LockFile | None
+    code: Code  # the workloads
+    lock: LockFile | None  # the packages; None: an asset has named the interpreter, which has them
+    # SLURM_PYTHON or what an asset names: an interpreter that has the packages, or the folder with its `bin/python`;
+    # None: the packages are sent
     python: str | None = None
 
     @property
@@ -143,19 +117,12 @@ def make_spec(project: Project, settings: Settings, code: Code, group: str | Non
 
 @dataclass(frozen=True)
 class Comparison:
-    """What has to be sent for an environment.
-
-    Attributes:
-        environment: the environment.
-        ready: whether it exists.
-        wheels: all its wheels; empty if its packages are installed.
-        missing: those of the wheels that are not on the supercomputer.
-    """
+    """What has to be sent for an environment."""
 
     environment: Environment
-    ready: bool
-    wheels: Sequence[Wheel] = ()
-    missing: Sequence[Wheel] = ()
+    ready: bool  # whether it exists
+    wheels: Sequence[Wheel] = ()  # all its wheels; empty if its packages are installed
+    missing: Sequence[Wheel] = ()  # those of the wheels that are not on the supercomputer
 
 
 class Environments:

@@ -10,19 +10,12 @@ OLDEST_MANYLINUX = 17
 
 @dataclass(frozen=True)
 class Interpreter:
-    """A CPython on the supercomputer, as it described itself on the login node.
+    """A CPython on the supercomputer, as it described itself on the login node."""
 
-    Attributes:
-        executable: absolute path, with links resolved.
-        version: such as `3.11.9`.
-        machine: such as `x86_64`.
-        glibc: such as `2.28`.
-    """
-
-    executable: str
-    version: str
-    machine: str
-    glibc: str
+    executable: str  # absolute path, with links resolved
+    version: str  # such as `3.11.9`
+    machine: str  # such as `x86_64`
+    glibc: str  # such as `2.28`
 
     @property
     def minor(self) -> str:

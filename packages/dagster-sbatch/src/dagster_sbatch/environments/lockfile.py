@@ -18,17 +18,11 @@ VERIFIED = {"dagster-pipes": "dagster_pipes", "ray": "ray"}
 
 @dataclass(frozen=True)
 class Pin:
-    """One line of a lock file.
+    """One line of a lock file."""
 
-    Attributes:
-        name: normalised name of the distribution.
-        text: name, version and marker, as in PEP 508.
-        hashes: `sha256:...` of each file that is accepted.
-    """
-
-    name: str
-    text: str
-    hashes: tuple[str, ...]
+    name: str  # normalised name of the distribution
+    text: str  # name, version and marker, as in PEP 508
+    hashes: tuple[str, ...]  # `sha256:...` of each file that is accepted
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,11 @@ _REPRODUCIBLE = {"SOURCE_DATE_EPOCH": "315532800"}
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel on this machine.
-
-    Attributes:
-        path: its file.
-        digest: SHA-256 of the file.
-        size: in bytes.
-    """
+    """A wheel on this machine."""
 
     path: Path
-    digest: str
-    size: int
+    digest: str  # SHA-256 of the file
+    size: int  # in bytes
 
     @property
     def place(self) -> str:

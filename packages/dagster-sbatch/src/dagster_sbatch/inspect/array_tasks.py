@@ -17,29 +17,17 @@ STREAMS = ("stdout", "stderr")
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """A task of an array job.
+    """A task of an array job."""
 
-    Attributes:
-        index: in its array job.
-        name: its partition, the first and last of several, or the name of its parameter set.
-        kind: `failed` is also a task whose result its step has rejected.
-        state: Slurm's.
-        exit: Slurm's exit code and signal, such as `1:0`; empty if it is not over.
-        node: that it runs or ran on.
-        changed: when it ended, or started; None while it waits.
-        cause: why it failed, as something in it has recorded; empty if nothing has.
-        stderr: its end.
-    """
-
-    index: int
-    name: str
-    kind: Kind
-    state: str
-    exit: str = ""
-    node: str = ""
-    changed: datetime | None = None
-    cause: str = ""
-    stderr: str = ""
+    index: int  # in its array job
+    name: str  # its partition, the first and last of several, or the name of its parameter set
+    kind: Kind  # `failed` is also a task whose result its step has rejected
+    state: str  # Slurm's
+    exit: str = ""  # Slurm's exit code and signal, such as `1:0`; empty if it is not over
+    node: str = ""  # that it runs or ran on
+    changed: datetime | None = None  # when it ended, or started; None while it waits
+    cause: str = ""  # why it failed, as something in it has recorded; empty if nothing has
+    stderr: str = ""  # its end
 
 
 class TaskList:

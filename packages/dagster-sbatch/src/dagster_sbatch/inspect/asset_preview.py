@@ -39,21 +39,13 @@ LIBRARY = re.compile(r'File "[^"]*/(dagster_sbatch|python3\.\d+)/')  # a frame o
 
 @dataclass(frozen=True)
 class Preview:
-    """A submission that is not made.
+    """A submission that is not made."""
 
-    Attributes:
-        plan: the complete request and launcher.
-        summary: for people: what is asked for, by heading.
-        paths: on the supercomputer.
-        step: its name.
-        proposed: the plan of a request that would be enough, if the history has what is needed to propose one.
-        settings: of the deployment.
-    """
-
-    plan: Plan
-    summary: Mapping[str, str]
-    paths: RunPaths
-    step: str
+    plan: Plan  # the complete request and launcher
+    summary: Mapping[str, str]  # for people: what is asked for, by heading
+    paths: RunPaths  # on the supercomputer
+    step: str  # its name
+    # The plan of a request that would be enough, if the history has what is needed to propose one
     proposed: Plan | None
     settings: Settings
 

@@ -48,16 +48,10 @@ _DIAL_ERRORS = (OSError, EOFError, SSHException)
 
 @dataclass(frozen=True)
 class Dashboard:
-    """An open way to a dashboard.
+    """An open way to a dashboard."""
 
-    Attributes:
-        url: for a browser on this machine.
-        token: login token of the dashboard. Whoever has it can run code on the cluster: do not share it.
-        dial: see `Dial`.
-    """
-
-    url: str
-    token: str
+    url: str  # for a browser on this machine
+    token: str  # login token of the dashboard. Whoever has it can run code on the cluster: do not share it
     dial: Dial
 
     def wait_until_gone(self) -> str:

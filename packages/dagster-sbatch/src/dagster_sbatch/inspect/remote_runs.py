@@ -23,25 +23,15 @@ ACTIVE_WITHOUT_END = timedelta(days=1)
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run directory, and the job in it.
+    """A run directory, and the job in it."""
 
-    Attributes:
-        path: of the run directory.
-        job: its Slurm id; None if sbatch has not answered, or refused.
-        about: the Dagster run that it belongs to.
-        end: how the job ended; None if it has not, or if nobody has asked Slurm since.
-        heard: when the run directory last changed: created, job started, job ended.
-        followers: ids of the Dagster runs that submitted or adopted it, in that order.
-        array: whether it is an array job.
-    """
-
-    path: str
-    job: str | None
-    about: RunInfo
-    end: JobEnd | None
-    heard: datetime
-    followers: tuple[str, ...] = ()
-    array: bool = False
+    path: str  # of the run directory
+    job: str | None  # its Slurm id; None if sbatch has not answered, or refused
+    about: RunInfo  # the Dagster run that it belongs to
+    end: JobEnd | None  # how the job ended; None if it has not, or if nobody has asked Slurm since
+    heard: datetime  # when the run directory last changed: created, job started, job ended
+    followers: tuple[str, ...] = ()  # ids of the Dagster runs that submitted or adopted it, in that order
+    array: bool = False  # whether it is an array job
 
     @property
     def key(self) -> str:

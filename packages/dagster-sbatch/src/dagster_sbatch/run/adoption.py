@@ -57,17 +57,11 @@ def inputs_of(
 
 @dataclass(frozen=True)
 class Choice:
-    """The attempt that a step follows.
+    """The attempt that a step follows."""
 
-    Attributes:
-        attempt: its number.
-        adopt: whether it exists already; otherwise the step submits it.
-        reason: why, for the log; empty for a new attempt.
-    """
-
-    attempt: int
-    adopt: bool
-    reason: str = ""
+    attempt: int  # its number
+    adopt: bool  # whether it exists already; otherwise the step submits it
+    reason: str = ""  # why, for the log; empty for a new attempt
 
 
 def choose(claim: Claim, *, stored: bool, retries: Retries) -> Choice:
@@ -98,20 +92,14 @@ def is_left_out(claim: Claim) -> bool:
 
 @dataclass(frozen=True)
 class TaskChoice:
-    """What a step does with the tasks of an array that are not done.
+    """What a step does with the tasks of an array that are not done."""
 
-    Attributes:
-        follow: run directories of earlier array jobs, each with the indices of its tasks there, by the task's index.
-        ended: how many of these tasks are over.
-        new: indices of the tasks that have to be submitted.
-        outdated: run directories of earlier array jobs, each with the indices there of tasks that are not over and that
-            no task of this array is: their values, or the data that they read, are others now; or their partitions are
-            done.
-    """
-
+    # Run directories of earlier array jobs, each with the indices of its tasks there, by the task's index
     follow: Mapping[str, Mapping[int, int]]
-    ended: int
-    new: Sequence[int]
+    ended: int  # how many of these tasks are over
+    new: Sequence[int]  # indices of the tasks that have to be submitted
+    # Run directories of earlier array jobs, each with the indices there of tasks that are not over and that no task of
+    # this array is: their values, or the data that they read, are others now; or their partitions are done
     outdated: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 

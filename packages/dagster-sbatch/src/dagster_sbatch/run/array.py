@@ -87,19 +87,14 @@ def _check_values(name: str, values: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task of an array.
+    """One task of an array."""
 
-    Attributes:
-        name: its partition, `first..last` of several partitions, or the name of its parameter set. No other task of
-            the array has it.
-        partitions: that it computes; empty for a parameter set.
-        values: its parameter set; empty for partitions.
-        reads: versions of the data that it reads, by partition, beside those that all tasks read.
-    """
-
+    # Its partition, `first..last` of several partitions, or the name of its parameter set. No other task of the array
+    # has it
     name: str
-    partitions: Sequence[str] = ()
-    values: Mapping[str, Any] = field(default_factory=dict)
+    partitions: Sequence[str] = ()  # that it computes; empty for a parameter set
+    values: Mapping[str, Any] = field(default_factory=dict)  # its parameter set; empty for partitions
+    # Versions of the data that it reads, by partition, beside those that all tasks read
     reads: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property

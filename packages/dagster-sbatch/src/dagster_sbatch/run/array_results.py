@@ -14,15 +14,11 @@ _SUMS = ("node_hours", "cpu_hours", "gpu_hours", "workload_seconds")
 
 @dataclass(frozen=True)
 class TaskReports:
-    """What one task reported.
+    """What one task reported."""
 
-    Attributes:
-        metadata: of the asset, by name; with several assets, the names begin with `ASSET: `.
-        messages: its custom messages.
-    """
-
+    # Of the asset, by name; with several assets, the names begin with `ASSET: `
     metadata: Mapping[str, dg.MetadataValue[Any]]
-    messages: Sequence[Any]
+    messages: Sequence[Any]  # its custom messages
 
 
 class CompletedArray(dg.PipesClientCompletedInvocation):

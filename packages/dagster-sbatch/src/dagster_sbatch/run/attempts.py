@@ -28,19 +28,12 @@ _COSTS = ("elapsed_seconds", "node_hours", "gpu_hours")
 
 @dataclass(frozen=True)
 class AttemptRecord:
-    """One attempt at a call, or at a task of it.
+    """One attempt at a call, or at a task of it."""
 
-    Attributes:
-        job: id of its job, with the task's index if it is one.
-        end: how it ended: `succeeded`, or why it failed.
-        request: of Slurm, as it is stored with the job.
-        costs: numbers of the job; see `accounting.count`.
-    """
-
-    job: str
-    end: str
-    request: Mapping[str, Any]
-    costs: Mapping[str, float]
+    job: str  # id of its job, with the task's index if it is one
+    end: str  # how it ended: `succeeded`, or why it failed
+    request: Mapping[str, Any]  # of Slurm, as it is stored with the job
+    costs: Mapping[str, float]  # numbers of the job; see `accounting.count`
 
     def explain_last(self, reason: str) -> str:
         """Return why it failed, and why no other attempt follows."""
@@ -94,22 +87,14 @@ def rows_of(attempts: Sequence[AttemptRecord]) -> list[dict[str, Any]]:
 
 @dataclass
 class AttemptSeries:
-    """The attempts at a job, or at a task of an array.
+    """The attempts at a job, or at a task of an array."""
 
-    Attributes:
-        planned: the allocation of a first attempt.
-        settings: with the limit of what an attempt may cost.
-        ended: the attempts that are over, if there are several.
-        changed: whether the asset's request has changed since an earlier run of the step submitted the job that is
-            followed now.
-        request: of the next attempt.
-    """
-
-    planned: Allocation
-    settings: Settings
-    ended: tuple[AttemptRecord, ...] = ()
+    planned: Allocation  # the allocation of a first attempt
+    settings: Settings  # with the limit of what an attempt may cost
+    ended: tuple[AttemptRecord, ...] = ()  # the attempts that are over, if there are several
+    # Whether the asset's request has changed since an earlier run of the step submitted the job that is followed now
     changed: bool = False
-    request: SlurmRequest = field(init=False)
+    request: SlurmRequest = field(init=False)  # of the next attempt
 
     def __post_init__(self) -> None:
         self.request = self.planned.request

@@ -21,14 +21,10 @@ class StepName:
     """A step of a run, by which it is found in another one: there, Dagster may have given its op another number.
 
     It numbers the ops of the parts into which it divides a multi-asset, and these are others if a run selects others.
-
-    Attributes:
-        key: Dagster's key of the step: the path of its op, and the mapping key of a dynamic output.
-        assets: keys of its assets.
     """
 
-    key: str
-    assets: Collection[str]
+    key: str  # Dagster's key of the step: the path of its op, and the mapping key of a dynamic output
+    assets: Collection[str]  # keys of its assets
 
     @classmethod
     def of(cls, context: dg.OpExecutionContext) -> "StepName":
@@ -52,18 +48,13 @@ def step_prefix(root: str, step: str) -> str:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `compute.run`.
+    """One call of `compute.run`."""
 
-    Attributes:
-        step: all calls of its step.
-        family: first part of the submission keys of its attempts. Calls that are equal in everything have different
-            ones; which call has which does not matter.
-        number: how many calls of the step began before it.
-    """
-
-    step: "StepCalls"
+    step: "StepCalls"  # all calls of its step
+    # First part of the submission keys of its attempts. Calls that are equal in everything have different ones; which
+    # call has which does not matter
     family: str
-    number: int
+    number: int  # how many calls of the step began before it
 
 
 class StepCalls:

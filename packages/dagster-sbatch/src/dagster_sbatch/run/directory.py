@@ -17,23 +17,14 @@ CHECKS = "checks.json"
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Which Dagster run a run directory belongs to: `about.json` in it, and the job's comment.
+    """Which Dagster run a run directory belongs to: `about.json` in it, and the job's comment."""
 
-    Attributes:
-        run: id of the Dagster run that submitted it.
-        root: id of the first run of which that one is a retry or a re-execution.
-        asset: keys of the assets.
-        partitions: first and last partition key; empty without partitions.
-        environment: name of its environment; empty before it has one.
-        step: Dagster's key of the step in the run `root`; empty in a preview.
-    """
-
-    run: str
-    root: str
-    asset: str
-    partitions: str
-    environment: str = ""
-    step: str = ""
+    run: str  # id of the Dagster run that submitted it
+    root: str  # id of the first run of which that one is a retry or a re-execution
+    asset: str  # keys of the assets
+    partitions: str  # first and last partition key; empty without partitions
+    environment: str = ""  # name of its environment; empty before it has one
+    step: str = ""  # Dagster's key of the step in the run `root`; empty in a preview
 
     @classmethod
     def parse(cls, document: Mapping[str, Any]) -> "RunInfo":
@@ -53,19 +44,12 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class RunPaths:
-    """Paths on the supercomputer.
+    """Paths on the supercomputer."""
 
-    Attributes:
-        run: the run directory; its last part is the submission key.
-        python: interpreter for the workload.
-        workloads: the code root there.
-        data_root: DATA_ROOT there.
-    """
-
-    run: str
-    python: str
-    workloads: str
-    data_root: str
+    run: str  # the run directory; its last part is the submission key
+    python: str  # interpreter for the workload
+    workloads: str  # the code root there
+    data_root: str  # DATA_ROOT there
 
 
 def render_job(plan: Plan, paths: RunPaths, info: RunInfo, array: ArrayShape | None = None) -> str:

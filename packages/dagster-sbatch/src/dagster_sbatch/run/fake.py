@@ -22,13 +22,9 @@ from dagster_sbatch.settings import Settings
 
 @dataclass(frozen=True)
 class FakeCall:
-    """One call of `compute.run`.
+    """One call of `compute.run`."""
 
-    Attributes:
-        plan: the workload, the launcher, the request as Slurm would get it (`plan.allocation.request`), and `env`.
-    """
-
-    plan: Plan
+    plan: Plan  # the workload, the launcher, the request as Slurm would get it (`plan.allocation.request`), and `env`
 
     @property
     def extras(self) -> Mapping[str, Any]:

@@ -32,17 +32,11 @@ def workload_environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a workload ended.
+    """How a workload ended."""
 
-    Attributes:
-        exit_code: of its process; negative is the number of the signal that ended it.
-        seconds: its run time; 0 if that is not known.
-        cause: why it failed, if something beside the workload knows more than its exit code; else empty.
-    """
-
-    exit_code: int
-    seconds: float
-    cause: str = ""
+    exit_code: int  # of its process; negative is the number of the signal that ended it
+    seconds: float  # its run time; 0 if that is not known
+    cause: str = ""  # why it failed, if something beside the workload knows more than its exit code; else empty
 
 
 class LocalProcess:

@@ -33,34 +33,23 @@ _RESERVED_PREFIXES = ("DAGSTER_PIPES_", "SLURM_", "RAY_AUTH_", "RAY_JOB_")
 
 @dataclass(frozen=True)
 class Plan:
-    """A call of `compute.run`, checked, with all that was left open filled in.
+    """A call of `compute.run`, checked, with all that was left open filled in."""
 
-    Attributes:
-        project: the code location.
-        workload: the program, which parses.
-        launcher: with the site's fields.
-        site: the one that the request was checked against; in `development` the only one there is, or the one set.
-        allocation: the complete request.
-        env: further variables for the workload.
-        extras: JSON values for the workload, with the partitions of the run as `partition_keys`, if it has any.
-        notes: what deserves a warning: changes of the request, imports that cannot work on the supercomputer.
-        array: as the asset passed it; None: one job for everything.
-        tasks: of the array.
-        request: the one that the allocation was made from: as the asset, and a batch script with it, wrote it.
-        environment: as the asset passed it: a group of packages, or the path of an interpreter; None: the default.
-    """
-
-    project: Project
-    workload: Workload
-    launcher: Launcher
-    site: Site
-    allocation: Allocation
-    env: Mapping[str, str]
+    project: Project  # the code location
+    workload: Workload  # the program, which parses
+    launcher: Launcher  # with the site's fields
+    site: Site  # the one that the request was checked against; in `development` the only one there is, or the one set
+    allocation: Allocation  # the complete request
+    env: Mapping[str, str]  # further variables for the workload
+    # JSON values for the workload, with the partitions of the run as `partition_keys`, if it has any
     extras: Mapping[str, Any]
+    # What deserves a warning: changes of the request, imports that cannot work on the supercomputer
     notes: tuple[str, ...]
-    array: JobArray | None = None
-    tasks: tuple[Task, ...] = ()
+    array: JobArray | None = None  # as the asset passed it; None: one job for everything
+    tasks: tuple[Task, ...] = ()  # of the array
+    # As the asset passed it: a group of packages, or the path of an interpreter; None: the default
     environment: str | None = None
+    # The one that the allocation was made from: as the asset, and a batch script with it, wrote it
     request: SlurmRequest = field(default_factory=SlurmRequest)
 
 

@@ -41,27 +41,16 @@ _SLURM_REPEATS = (Fault.NODE, Fault.AGAIN)
 
 @dataclass
 class _ArrayJob:
-    """An array job that is not over.
+    """An array job that is not over."""
 
-    Attributes:
-        tasks: indices of its tasks that this step follows, by their index in the array job.
-        request: of Slurm.
-        share: how many of its tasks may run at once.
-        reasons: for which its tasks have waited so far.
-        ends: of its tasks.
-        repeated: those that have failed and are submitted again.
-        running: how many of its tasks run.
-        requeued: how many of its tasks have started, and wait to start again.
-    """
-
-    tasks: dict[int, int]
-    request: SlurmRequest
-    share: int
-    reasons: set[str] = field(default_factory=set)
-    ends: dict[int, JobEnd] = field(default_factory=dict)
-    repeated: set[int] = field(default_factory=set)
-    running: int = 0
-    requeued: int = 0
+    tasks: dict[int, int]  # indices of its tasks that this step follows, by their index in the array job
+    request: SlurmRequest  # of Slurm
+    share: int  # how many of its tasks may run at once
+    reasons: set[str] = field(default_factory=set)  # for which its tasks have waited so far
+    ends: dict[int, JobEnd] = field(default_factory=dict)  # of its tasks
+    repeated: set[int] = field(default_factory=set)  # those that have failed and are submitted again
+    running: int = 0  # how many of its tasks run
+    requeued: int = 0  # how many of its tasks have started, and wait to start again
 
 
 class RemoteArray(RemoteStep, Arrays):

@@ -15,21 +15,13 @@ MOST_CAUSES, MOST_NAMES = 10, 12
 
 @dataclass(frozen=True)
 class FailedTask:
-    """A failed task.
+    """A failed task."""
 
-    Attributes:
-        index: of the task.
-        task: the task.
-        cause: what happened, and what to do.
-        stderr: its last lines.
-        logs: where its output is, in words or as a command.
-    """
-
-    index: int
-    task: Task
-    cause: str
-    stderr: str
-    logs: str
+    index: int  # of the task
+    task: Task  # the task
+    cause: str  # what happened, and what to do
+    stderr: str  # its last lines
+    logs: str  # where its output is, in words or as a command
 
 
 class TaskFailures:

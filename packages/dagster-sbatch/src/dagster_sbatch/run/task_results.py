@@ -22,25 +22,16 @@ LONGEST_TEXT = 200
 
 @dataclass(slots=True)
 class TaskResult:
-    """What is kept of a task that succeeded.
+    """What is kept of a task that succeeded."""
 
-    Attributes:
-        task: the task.
-        where: metadata of its job.
-        costs: numbers of its job.
-        reports: on its partitions, by asset.
-        metadata: what it reported of its assets as a whole.
-        checks: the outcome of each asset check that it reported.
-        messages: its own custom messages.
-    """
-
-    task: Task
-    where: dict[str, Any]
-    costs: dict[str, Any]
-    reports: list[PartitionReport] = field(default_factory=list)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    task: Task  # the task
+    where: dict[str, Any]  # metadata of its job
+    costs: dict[str, Any]  # numbers of its job
+    reports: list[PartitionReport] = field(default_factory=list)  # on its partitions, by asset
+    metadata: dict[str, Any] = field(default_factory=dict)  # what it reported of its assets as a whole
+    # The outcome of each asset check that it reported
     checks: dict[dg.AssetCheckKey, "dg.AssetCheckResult"] = field(default_factory=dict)
-    messages: list[Any] = field(default_factory=list)
+    messages: list[Any] = field(default_factory=list)  # its own custom messages
 
     def of_partitions(
         self, assets: Iterable[dg.AssetKey], *, versions: bool

@@ -19,19 +19,12 @@ UNFIT = "it has a NUL, a byte that is not UTF-8, a line end of Windows (CRLF), o
 
 @dataclass(frozen=True)
 class Workload:
-    """A program or a package, with its arguments.
+    """A program or a package, with its arguments."""
 
-    Attributes:
-        path: absolute path of the program; for a package that of its `__main__.py`.
-        root: the code root: the folder that is sent to the supercomputer, and from which modules are imported.
-        module: name of the package; None for a program.
-        args: its arguments.
-    """
-
-    path: Path
-    root: Path
-    module: str | None = None
-    args: tuple[str, ...] = ()
+    path: Path  # absolute path of the program; for a package that of its `__main__.py`
+    root: Path  # the code root: the folder that is sent to the supercomputer, and from which modules are imported
+    module: str | None = None  # name of the package; None for a program
+    args: tuple[str, ...] = ()  # its arguments
 
     @property
     def relative(self) -> str:

@@ -78,10 +78,9 @@ class Server:
 
     Attributes:
         runs: the id of the run and its arguments, by the pid of its process.
-        execute: the console command `dagster`, once `warm_up` has imported it.
     """
 
-    execute: Callable[[], None]
+    execute: Callable[[], None]  # the console command `dagster`, once `warm_up` has imported it
 
     def __init__(self, listener: socket.socket, folder: Path, name: str) -> None:
         self.runs: dict[int, dict[str, str]] = {}

@@ -18,15 +18,10 @@ KILL_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class RunProcess:
-    """A process.
+    """A process."""
 
-    Attributes:
-        pid: its number.
-        begin: when it began: the boot of the machine and clock ticks after it; not on Linux, by the clock.
-    """
-
-    pid: int
-    begin: str
+    pid: int  # its number
+    begin: str  # when it began: the boot of the machine and clock ticks after it; not on Linux, by the clock
 
     @classmethod
     def find(cls, pid: int) -> "RunProcess | None":

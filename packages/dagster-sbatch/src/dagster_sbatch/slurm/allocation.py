@@ -11,17 +11,11 @@ from dagster_sbatch.slurm.units import count_of, format_memory, format_time, par
 
 @dataclass(frozen=True)
 class Allocation:
-    """A request with every gap filled.
+    """A request with every gap filled."""
 
-    Attributes:
-        request: what is submitted; partition is always set, QoS where the site has any.
-        notes: warnings for the run's log, such as a shortened time limit.
-        partition: the site's data on the partition; None if no site is known.
-    """
-
-    request: SlurmRequest
-    notes: tuple[str, ...] = ()
-    partition: Partition | None = None
+    request: SlurmRequest  # what is submitted; partition is always set, QoS where the site has any
+    notes: tuple[str, ...] = ()  # warnings for the run's log, such as a shortened time limit
+    partition: Partition | None = None  # the site's data on the partition; None if no site is known
 
     @property
     def share(self) -> float:

@@ -52,17 +52,11 @@ _WITHOUT_VALUE = frozenset(
 
 @dataclass(frozen=True)
 class Directive:
-    """An option on an #SBATCH line.
+    """An option on an #SBATCH line."""
 
-    Attributes:
-        line: its number, from 1.
-        name: its long name, without dashes.
-        value: empty if it has none.
-    """
-
-    line: int
-    name: str
-    value: str
+    line: int  # its number, from 1
+    name: str  # its long name, without dashes
+    value: str  # empty if it has none
 
     def __str__(self) -> str:
         """Return it as on a command line."""

@@ -175,15 +175,10 @@ LONGEST_LEAD = 300
 
 @dataclass(frozen=True)
 class ArrayShape:
-    """The tasks of an array job.
+    """The tasks of an array job."""
 
-    Attributes:
-        tasks: how many there are; their indices begin at 0.
-        max_running: how many run at once; None: as many as Slurm starts.
-    """
-
-    tasks: int
-    max_running: int | None = None
+    tasks: int  # how many there are; their indices begin at 0
+    max_running: int | None = None  # how many run at once; None: as many as Slurm starts
 
     @property
     def option(self) -> str:

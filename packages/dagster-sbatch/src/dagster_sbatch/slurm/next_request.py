@@ -17,14 +17,10 @@ _MIB = 1024
 
 @dataclass(frozen=True)
 class Next:
-    """What follows a failed attempt.
+    """What follows a failed attempt."""
 
-    Attributes:
-        request: of the next attempt; None: there is none.
-        text: what changes; without a next attempt the limit that is reached, empty if this failure is not repeated.
-    """
-
-    request: SlurmRequest | None
+    request: SlurmRequest | None  # of the next attempt; None: there is none
+    # What changes; without a next attempt the limit that is reached, empty if this failure is not repeated
     text: str = ""
 
 

@@ -42,17 +42,11 @@ NOT_STARTED = ("0:53", "2:0")
 
 @dataclass(frozen=True)
 class Outcome:
-    """Why a job failed.
+    """Why a job failed."""
 
-    Attributes:
-        cause: in a sentence.
-        fault: why, if another attempt may succeed.
-        advice: what to change; it follows the cause.
-    """
-
-    cause: str
-    fault: Fault | None = None
-    advice: str = ""
+    cause: str  # in a sentence
+    fault: Fault | None = None  # why, if another attempt may succeed
+    advice: str = ""  # what to change; it follows the cause
 
     @property
     def text(self) -> str:

@@ -31,19 +31,13 @@ _COMMENT = re.compile(r'^((?:"[^"]*"|[^"])*?)\s#.*')
 
 @dataclass(frozen=True)
 class Hop:
-    """A machine to log in to.
+    """A machine to log in to."""
 
-    Attributes:
-        host: name or address; host keys and certificates are checked for it.
-        key: the private key; its certificate is the file beside it whose name ends in `-cert.pub`.
-        known_hosts: files with the keys that are trusted.
-    """
-
-    host: str
+    host: str  # name or address; host keys and certificates are checked for it
     port: int
     user: str
-    key: Path
-    known_hosts: tuple[Path, ...]
+    key: Path  # the private key; its certificate is the file beside it whose name ends in `-cert.pub`
+    known_hosts: tuple[Path, ...]  # files with the keys that are trusted
 
     def __str__(self) -> str:
         return f"{self.host} (port {self.port})"

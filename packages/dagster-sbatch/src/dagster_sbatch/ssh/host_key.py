@@ -30,15 +30,10 @@ _BAD_CERTIFICATE = "Only your computing centre can correct that. Tell it."
 
 @dataclass(frozen=True)
 class HostKey:
-    """What a machine has shown, after it proved that it holds the private key.
+    """What a machine has shown, after it proved that it holds the private key."""
 
-    Attributes:
-        key: the plain public key as sent over the wire.
-        certificate: of that key, where it showed one.
-    """
-
-    key: bytes
-    certificate: Certificate | None
+    key: bytes  # the plain public key as sent over the wire
+    certificate: Certificate | None  # of that key, where it showed one
 
     @classmethod
     def parse(cls, blob: bytes) -> "HostKey":

@@ -21,21 +21,13 @@ _log = logging.getLogger("dagster_sbatch.ssh")
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a known_hosts file.
+    """One line of a known_hosts file."""
 
-    Attributes:
-        place: `file:line`.
-        marker: CERT_AUTHORITY, REVOKED, or empty for an ordinary host key.
-        hosts: patterns, or one hashed name.
-        key_type: for example `ssh-ed25519`.
-        key: the public key as it is sent over the wire (RFC 4253, section 6.6).
-    """
-
-    place: str
-    marker: str
-    hosts: str
-    key_type: str
-    key: bytes
+    place: str  # `file:line`
+    marker: str  # CERT_AUTHORITY, REVOKED, or empty for an ordinary host key
+    hosts: str  # patterns, or one hashed name
+    key_type: str  # for example `ssh-ed25519`
+    key: bytes  # the public key as it is sent over the wire (RFC 4253, section 6.6)
 
     def matches(self, name: str) -> bool:
         """Return whether the line is for a name: a host in lower case, or `[host]:port`."""
@@ -47,13 +39,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class KnownHosts:
-    """The lines of all known_hosts files, and the authorities of the site's entry.
+    """The lines of all known_hosts files, and the authorities of the site's entry."""
 
-    Attributes:
-        files: those that were read, including missing ones.
-    """
-
-    files: tuple[Path, ...]
+    files: tuple[Path, ...]  # those that were read, including missing ones
     entries: tuple[Entry, ...]
     site_authorities: tuple[Entry, ...] = ()
 

@@ -35,17 +35,11 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class UserKey:
-    """A private key, ready to be used.
+    """A private key, ready to be used."""
 
-    Attributes:
-        path: its file.
-        private: with the certificate, if there is one; then servers are shown that, and not the plain key.
-        certificate: beside it.
-    """
-
-    path: Path
-    private: paramiko.PKey
-    certificate: Certificate | None
+    path: Path  # its file
+    private: paramiko.PKey  # with the certificate, if there is one; then servers are shown that, and not the plain key
+    certificate: Certificate | None  # beside it
 
     @classmethod
     def load(cls, path: Path) -> "UserKey":

@@ -128,17 +128,12 @@ def _refresh(project: Project, context: dg.OpExecutionContext) -> None:
 
 @dataclass(frozen=True)
 class _Cursor:
-    """What the sensor remembers.
+    """What the sensor remembers."""
 
-    Attributes:
-        at: when it made the latest request for a need that still exists; None if there is no such need.
-        count: how many requests it made for that need.
-        shown: the state that it last recorded at `musica_access`; empty before the first tick.
-    """
-
+    # When it made the latest request for a need that still exists; None if there is no such need
     at: datetime | None = None
-    count: int = 0
-    shown: str = ""
+    count: int = 0  # how many requests it made for that need
+    shown: str = ""  # the state that it last recorded at `musica_access`; empty before the first tick
 
 
 _CURSOR = TypeAdapter(_Cursor)

@@ -88,29 +88,18 @@ def _ask(project: Project, question: Callable[[Runs], tuple[bool, str]]) -> dg.A
 
 
 class _Group(BaseModel):
-    """A run, its retries and its re-executions, which are not settled yet.
+    """A run, its retries and its re-executions, which are not settled yet."""
 
-    Attributes:
-        asked: when the supercomputer was asked about their jobs, in seconds since 1970.
-        jobs: the report on each job that no run follows, by its submission key.
-    """
-
-    asked: float = 0
-    jobs: dict[str, str] = {}
+    asked: float = 0  # when the supercomputer was asked about their jobs, in seconds since 1970
+    jobs: dict[str, str] = {}  # the report on each job that no run follows, by its submission key
 
 
 class _Cursor(BaseModel):
-    """What a tick leaves to the next one.
+    """What a tick leaves to the next one."""
 
-    Attributes:
-        since: runs that ended before that time have been examined.
-        groups: by the id of their first run.
-        report: what the check reported last; None if that is not known, so that this tick reports.
-    """
-
-    since: datetime
-    groups: dict[str, _Group]
-    report: str | None = None
+    since: datetime  # runs that ended before that time have been examined
+    groups: dict[str, _Group]  # by the id of their first run
+    report: str | None = None  # what the check reported last; None if that is not known, so that this tick reports
 
     @classmethod
     def read(cls, text: str | None, now: datetime) -> "_Cursor":
@@ -182,16 +171,11 @@ def _find_ended(instance: dg.DagsterInstance, since: datetime, now: datetime) ->
 
 @dataclass(frozen=True)
 class _Finding:
-    """What was found or done about a job.
+    """What was found or done about a job."""
 
-    Attributes:
-        run: the run directory of the job.
-        text: for people.
-        kind: `cancelled`: it is over. `later`: it cannot be settled now. `left`: it runs, and no run follows it.
-    """
-
-    run: RunRecord
-    text: str
+    run: RunRecord  # the run directory of the job
+    text: str  # for people
+    # `cancelled`: it is over. `later`: it cannot be settled now. `left`: it runs, and no run follows it
     kind: Literal["cancelled", "later", "left"]
 
 

@@ -20,34 +20,22 @@ Verdict = tuple[Literal["ok", "warning", "broken"], str, str]
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of a check.
-
-    Attributes:
-        name: of the check.
-        state: `ok`; `warning`: jobs run all the same; `broken`: the doctor has stopped here.
-        found: in words.
-        fix: what to do; empty if the state is ok.
-    """
+    """The result of a check."""
 
     name: str
+    # `ok`; `warning`: jobs run all the same; `broken`: the doctor has stopped here
     state: Literal["ok", "warning", "broken"]
-    found: str
-    fix: str = ""
+    found: str  # in words
+    fix: str = ""  # what to do; empty if the state is ok
 
 
 @dataclass
 class Facts:
-    """What is known so far. Each check adds what those after it need.
-
-    Attributes:
-        project: the code location.
-        open_instance: opens Dagster's instance.
-        until_the_end: closes what checks have opened for those after them.
-    """
+    """What is known so far. Each check adds what those after it need."""
 
     project: Project
-    open_instance: Callable[[], dg.DagsterInstance]
-    until_the_end: ExitStack
+    open_instance: Callable[[], dg.DagsterInstance]  # opens Dagster's instance
+    until_the_end: ExitStack  # closes what checks have opened for those after them
     instance: dg.DagsterInstance = field(init=False)
     settings: Settings = field(init=False)
     site: Site = field(init=False)

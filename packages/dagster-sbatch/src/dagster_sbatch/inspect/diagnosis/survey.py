@@ -117,15 +117,10 @@ def parse(text: str) -> dict[str, Output]:
 
 @dataclass(frozen=True)
 class Room:
-    """What may still be written to a folder.
+    """What may still be written to a folder."""
 
-    Attributes:
-        kib: KiB; None if not known.
-        files: number of files; None if not known, or if the file system does not count them.
-    """
-
-    kib: int | None
-    files: int | None
+    kib: int | None  # KiB; None if not known
+    files: int | None  # number of files; None if not known, or if the file system does not count them
 
     def __str__(self) -> str:
         parts = [] if self.kib is None else [f"{self.kib / (1 << 20):,.1f} GB"]

@@ -40,69 +40,47 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Submitted:
-    """A run's job.
+    """A run's job."""
 
-    Attributes:
-        job: its id.
-        how: `submitted` now, `recorded` before, or `found` in Slurm after its answer was lost.
-    """
-
-    job: str
-    how: str
+    job: str  # its id
+    how: str  # `submitted` now, `recorded` before, or `found` in Slurm after its answer was lost
 
 
 @dataclass(frozen=True)
 class JobState:
-    """The state of a job that is not over.
+    """The state of a job that is not over."""
 
-    Attributes:
-        state: `PENDING`, `RUNNING`, ...
-        reason: why it waits; `None` (the word) if it does not.
-        start: when it is expected to start, if Slurm knows.
-        account: project that it is charged to; empty until Slurm has answered.
-        node: its first node; empty until the job has started.
-        temporary: folder for temporary files on that node; empty until the job has started.
-        idle: for how many seconds all its GPUs had been idle when its sampler reported that; None if it has not.
-    """
-
-    state: str
-    reason: str
-    start: datetime | None
-    account: str = ""
-    node: str = ""
-    temporary: str = ""
+    state: str  # `PENDING`, `RUNNING`, ...
+    reason: str  # why it waits; `None` (the word) if it does not
+    start: datetime | None  # when it is expected to start, if Slurm knows
+    account: str = ""  # project that it is charged to; empty until Slurm has answered
+    node: str = ""  # its first node; empty until the job has started
+    temporary: str = ""  # folder for temporary files on that node; empty until the job has started
+    # For how many seconds all its GPUs had been idle when its sampler reported that; None if it has not
     idle: float | None = None
 
 
 @dataclass(frozen=True)
 class JobEnd:
-    """How a job ended.
+    """How a job ended."""
 
-    Attributes:
-        code: exit code that the job script has recorded; None if it was cut short.
-        state: Slurm's last one; empty if Slurm does not know the job any more.
-        exit: Slurm's exit code and signal, such as `0:0`; empty if not known.
-        submitted, started, ended: times of Slurm, in seconds since 1970; None if not known.
-        cause: why it failed, as something in the job has recorded; empty if nothing knows more than the exit code.
-        short: streams that did not arrive in full, with the number of bytes that arrived.
-        rows: of sacct, the job and its steps, with ACCOUNTED; empty if sacct did not answer in time.
-        account: project that it was charged to; empty if not known.
-        usage: what its sampler has measured (`slurm.job_usage`); empty if the job was too short, or was killed.
-        node: the first node of its latest start; empty if not known.
-    """
-
-    code: int | None
-    state: str
-    exit: str = ""
+    code: int | None  # exit code that the job script has recorded; None if it was cut short
+    state: str  # Slurm's last one; empty if Slurm does not know the job any more
+    exit: str = ""  # Slurm's exit code and signal, such as `0:0`; empty if not known
+    # submitted, started, ended: times of Slurm, in seconds since 1970; None if not known
     submitted: int | None = None
     started: int | None = None
     ended: int | None = None
+    # Why it failed, as something in the job has recorded; empty if nothing knows more than the exit code
     cause: str = ""
+    # Streams that did not arrive in full, with the number of bytes that arrived
     short: Mapping[str, int] = field(default_factory=dict)
+    # Of sacct, the job and its steps, with ACCOUNTED; empty if sacct did not answer in time
     rows: Sequence[Sequence[str]] = ()
-    account: str = ""
+    account: str = ""  # project that it was charged to; empty if not known
+    # What its sampler has measured (`slurm.job_usage`); empty if the job was too short, or was killed
     usage: Mapping[str, Any] = field(default_factory=dict)
-    node: str = ""
+    node: str = ""  # the first node of its latest start; empty if not known
 
     @property
     def succeeded(self) -> bool:
@@ -133,54 +111,31 @@ class JobEnd:
 
 @dataclass(frozen=True)
 class ArrayState:
-    """The state of the tasks of an array job that a client follows.
+    """The state of the tasks of an array job that a client follows."""
 
-    Attributes:
-        waiting: tasks that have not started yet.
-        running: tasks that have, and have not recorded their end.
-        requeued: tasks that have started, and wait to start again: they were preempted, or their node failed.
-        reason: why tasks wait; `None` (the word) if none does.
-        start: when the next one is expected to start, if Slurm knows.
-        account: project that the job is charged to; empty until Slurm has answered.
-    """
-
-    waiting: int
-    running: int
-    requeued: int
-    reason: str
-    start: datetime | None
-    account: str = ""
+    waiting: int  # tasks that have not started yet
+    running: int  # tasks that have, and have not recorded their end
+    requeued: int  # tasks that have started, and wait to start again: they were preempted, or their node failed
+    reason: str  # why tasks wait; `None` (the word) if none does
+    start: datetime | None  # when the next one is expected to start, if Slurm knows
+    account: str = ""  # project that the job is charged to; empty until Slurm has answered
 
 
 @dataclass(frozen=True)
 class ArrayJob:
-    """An attempt that is an array job.
+    """An attempt that is an array job."""
 
-    Attributes:
-        run: its run directory.
-        number: of the attempt.
-        job: its job's id; None while sbatch has not answered, or if it was never submitted.
-        over: whether all of its tasks are.
-        tasks: the tasks' ids by index, of the record.
-        ends: how tasks ended, by index.
-        started: indices of the tasks that have started, also of those that are over.
-        requeued: those of them that were cut short and are not over: Slurm runs them again.
-        rejected: indices of the tasks whose results a step has rejected.
-        followers: ids of the Dagster runs that submitted or adopted it.
-        record: what it was submitted with; None if there is no readable record.
-    """
-
-    run: str
-    number: int
-    job: str | None
-    over: bool
-    tasks: Sequence[str]
-    ends: Mapping[int, JobEnd]
-    started: frozenset[int] = frozenset()
-    requeued: frozenset[int] = frozenset()
-    rejected: frozenset[int] = frozenset()
-    followers: Sequence[str] = ()
-    record: Mapping[str, Any] | None = None
+    run: str  # its run directory
+    number: int  # of the attempt
+    job: str | None  # its job's id; None while sbatch has not answered, or if it was never submitted
+    over: bool  # whether all of its tasks are
+    tasks: Sequence[str]  # the tasks' ids by index, of the record
+    ends: Mapping[int, JobEnd]  # how tasks ended, by index
+    started: frozenset[int] = frozenset()  # indices of the tasks that have started, also of those that are over
+    requeued: frozenset[int] = frozenset()  # those of them that were cut short and are not over: Slurm runs them again
+    rejected: frozenset[int] = frozenset()  # indices of the tasks whose results a step has rejected
+    followers: Sequence[str] = ()  # ids of the Dagster runs that submitted or adopted it
+    record: Mapping[str, Any] | None = None  # what it was submitted with; None if there is no readable record
 
     @classmethod
     def parse(cls, said: Mapping[str, Any]) -> "ArrayJob":
@@ -193,69 +148,42 @@ class ArrayJob:
 
 @dataclass(frozen=True)
 class OtherRun:
-    """A run of the same step in another family, whose job may be waiting or running.
+    """A run of the same step in another family, whose job may be waiting or running."""
 
-    Attributes:
-        family: first part of its submission key.
-        run: its run directory.
-        job: its job's id; None while sbatch has not answered.
-        record: what it was submitted with; None if there is no readable record.
-    """
-
-    family: str
-    run: str
-    job: str | None
-    record: Mapping[str, Any] | None
+    family: str  # first part of its submission key
+    run: str  # its run directory
+    job: str | None  # its job's id; None while sbatch has not answered
+    record: Mapping[str, Any] | None  # what it was submitted with; None if there is no readable record
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What the client of a claim has to know before it submits a job.
+    """What the client of a claim has to know before it submits a job."""
 
-    Attributes:
-        related: beginning of the submission keys of other runs; they are reported if their jobs may not be over.
-        data_root: DATA_ROOT; the answer has its absolute path.
-        environment: a request about the environment of a new attempt; see `RunEnvironment.request`.
-    """
-
-    related: str = ""
-    data_root: str = ""
+    related: str = ""  # beginning of the submission keys of other runs; they are reported if their jobs may not be over
+    data_root: str = ""  # DATA_ROOT; the answer has its absolute path
+    # A request about the environment of a new attempt; see `RunEnvironment.request`
     environment: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The state of a family of runs, and who acts on it.
+    """The state of a family of runs, and who acts on it."""
 
-    Attributes:
-        held_by: the other client that does, in words; then nothing else is known.
-        runs: the folder of all runs, as an absolute path.
-        data_root: DATA_ROOT, as an absolute path.
-        attempt: number of the latest attempt; 0 if there is none.
-        over: whether that attempt is over.
-        end: how it ended; None if it is not over, or was never submitted.
-        job: its id.
-        rejected: whether a step has rejected its result, or Slurm has refused it.
-        followers: ids of the Dagster runs that submitted or adopted it.
-        record: what it was submitted with.
-        others: further runs of the step.
-        arrays: the attempts that are array jobs, the latest last; several can be active at once.
-        environment: the answer to the request about the environment of a new attempt; None if it failed, or if the
-            latest attempt is not over.
-    """
-
-    held_by: str | None
-    runs: str = ""
-    data_root: str = ""
-    attempt: int = 0
-    over: bool = True
-    end: JobEnd | None = None
-    job: str | None = None
-    rejected: bool = False
-    followers: Sequence[str] = ()
-    record: Mapping[str, Any] | None = None
-    others: Sequence[OtherRun] = ()
-    arrays: Sequence[ArrayJob] = ()
+    held_by: str | None  # the other client that does, in words; then nothing else is known
+    runs: str = ""  # the folder of all runs, as an absolute path
+    data_root: str = ""  # DATA_ROOT, as an absolute path
+    attempt: int = 0  # number of the latest attempt; 0 if there is none
+    over: bool = True  # whether that attempt is over
+    end: JobEnd | None = None  # how it ended; None if it is not over, or was never submitted
+    job: str | None = None  # its id
+    rejected: bool = False  # whether a step has rejected its result, or Slurm has refused it
+    followers: Sequence[str] = ()  # ids of the Dagster runs that submitted or adopted it
+    record: Mapping[str, Any] | None = None  # what it was submitted with
+    others: Sequence[OtherRun] = ()  # further runs of the step
+    arrays: Sequence[ArrayJob] = ()  # the attempts that are array jobs, the latest last; several can be active at once
+    # The answer to the request about the environment of a new attempt; None if it failed, or if the latest attempt is
+    # not over
     environment: Mapping[str, Any] | None = None
 
     @classmethod

@@ -23,17 +23,11 @@ Rows = Mapping[int, Sequence[Sequence[str]]]
 
 @dataclass(frozen=True)
 class ArrayRun:
-    """An array job to submit or to follow.
+    """An array job to submit or to follow."""
 
-    Attributes:
-        run: the run directory.
-        files: its content by name; None: it exists already.
-        tasks: indices of the tasks to follow.
-    """
-
-    run: str
-    files: Files | None
-    tasks: Sequence[int]
+    run: str  # the run directory
+    files: Files | None  # its content by name; None: it exists already
+    tasks: Sequence[int]  # indices of the tasks to follow
 
 
 class Arrays:

@@ -27,30 +27,20 @@ def parse_tres(text: str, tracked: Sequence[str] = ()) -> Tres:
 
 @dataclass(frozen=True)
 class Limits:
-    """What Slurm accepts of a user.
+    """What Slurm accepts of a user."""
 
-    Attributes:
-        array: the most tasks of an array job (MaxArraySize); their indices are smaller. None: not known.
-        submit: the most jobs in the queue at once, a task counting as a job; None: no limit is known.
-    """
-
-    array: int | None
-    submit: int | None
+    array: int | None  # the most tasks of an array job (MaxArraySize); their indices are smaller. None: not known
+    submit: int | None  # the most jobs in the queue at once, a task counting as a job; None: no limit is known
 
 
 @dataclass(frozen=True)
 class Projects:
-    """The projects (Slurm's accounts) that a user may charge jobs to.
+    """The projects (Slurm's accounts) that a user may charge jobs to."""
 
-    Attributes:
-        qos: the QoS that each project's jobs may have, by project; empty if the accounting does not answer.
-        default: the project of a job that names none; empty if that is not known.
-        exported: whether SBATCH_ACCOUNT of the login shell says so.
-    """
-
+    # The QoS that each project's jobs may have, by project; empty if the accounting does not answer
     qos: Mapping[str, frozenset[str]]
-    default: str = ""
-    exported: bool = False
+    default: str = ""  # the project of a job that names none; empty if that is not known
+    exported: bool = False  # whether SBATCH_ACCOUNT of the login shell says so
 
     @classmethod
     def parse(cls, said: Mapping[str, Any]) -> "Projects":
@@ -68,102 +58,62 @@ def charged_project(account: str | None, default: str) -> str:
 
 @dataclass(frozen=True)
 class JobLife:
-    """A life of a job, or of a task of an array job, that has begun; a requeued job has several.
+    """A life of a job, or of a task of an array job, that has begun; a requeued job has several."""
 
-    Attributes:
-        job: Slurm's id; of a task, `1184_17`.
-        user: who submitted it.
-        project: that it is charged to.
-        start, end: in UTC; no end: it is running.
-        seconds: that it ran so far, without the time for which it was suspended.
-        tres: what it has on all nodes together.
-        partition: in which it ran.
-        name: of the job; that of a job of this package is its submission key.
-        comment: of the job; empty if the site does not store comments.
-    """
-
-    job: str
-    user: str
-    project: str
+    job: str  # Slurm's id; of a task, `1184_17`
+    user: str  # who submitted it
+    project: str  # that it is charged to
+    # start, end: in UTC; no end: it is running
     start: datetime
     end: datetime | None
-    seconds: float
-    tres: Tres
-    partition: str
-    name: str
-    comment: str
+    seconds: float  # that it ran so far, without the time for which it was suspended
+    tres: Tres  # what it has on all nodes together
+    partition: str  # in which it ran
+    name: str  # of the job; that of a job of this package is its submission key
+    comment: str  # of the job; empty if the site does not store comments
 
 
 @dataclass(frozen=True)
 class Queued:
-    """Some jobs or tasks that are alike, and wait or run.
+    """Some jobs or tasks that are alike, and wait or run."""
 
-    Attributes:
-        count: how many they are.
-        running: whether they run.
-        user, project: as of a JobLife.
-        seconds: that each of them may still run; None if it has no time limit.
-        tres: what each of them has, or has requested.
-    """
-
-    count: int
-    running: bool
+    count: int  # how many they are
+    running: bool  # whether they run
+    # user, project: as of a JobLife
     user: str
     project: str
-    seconds: float | None
-    tres: Tres
+    seconds: float | None  # that each of them may still run; None if it has no time limit
+    tres: Tres  # what each of them has, or has requested
 
 
 @dataclass(frozen=True)
 class Share:
-    """A limit of Slurm on what a project, or a user in it, may use (GrpTRESMins), and what is used of it.
+    """A limit of Slurm on what a project, or a user in it, may use (GrpTRESMins), and what is used of it."""
 
-    Attributes:
-        project: whose limit it is.
-        user: whose within the project; empty: all users.
-        tres: the resource that is limited, such as gres/gpu.
-        limit: in minutes of that resource.
-        used: in the same unit; None if Slurm does not tell. It decays where the site has a PriorityDecayHalfLife.
-        running: what the running jobs may still use, until their time limits.
-    """
-
-    project: str
-    user: str
-    tres: str
-    limit: int
+    project: str  # whose limit it is
+    user: str  # whose within the project; empty: all users
+    tres: str  # the resource that is limited, such as gres/gpu
+    limit: int  # in minutes of that resource
+    # In the same unit; None if Slurm does not tell. It decays where the site has a PriorityDecayHalfLife
     used: int | None
-    running: int
+    running: int  # what the running jobs may still use, until their time limits
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What the projects of a user have used, as far as Slurm shows it to the user.
+    """What the projects of a user have used, as far as Slurm shows it to the user."""
 
-    Attributes:
-        user: on the supercomputer.
-        projects: of the user; empty if the accounting did not answer.
-        default: project that a job is charged to which names none; empty if not known.
-        since: jobs that ended before are not in it; None if the jobs were not asked for.
-        now: by the clock of the login node.
-        jobs: what has begun; None if the accounting did not answer, or was not asked.
-        queue: what waits and runs; None if the controller did not answer.
-        shares: all limits on what may be used; None if Slurm did not tell.
-        parents: the project above each project; empty if Slurm hides them.
-        private: whether Slurm hides the jobs of other users; None if that is not known.
-        trouble: why something is None.
-    """
-
-    user: str
-    projects: Sequence[str]
-    default: str
-    since: datetime | None
-    now: datetime
-    jobs: Sequence[JobLife] | None
-    queue: Sequence[Queued] | None
-    shares: Sequence[Share] | None
-    parents: Mapping[str, str]
-    private: bool | None
-    trouble: Sequence[str]
+    user: str  # on the supercomputer
+    projects: Sequence[str]  # of the user; empty if the accounting did not answer
+    default: str  # project that a job is charged to which names none; empty if not known
+    since: datetime | None  # jobs that ended before are not in it; None if the jobs were not asked for
+    now: datetime  # by the clock of the login node
+    jobs: Sequence[JobLife] | None  # what has begun; None if the accounting did not answer, or was not asked
+    queue: Sequence[Queued] | None  # what waits and runs; None if the controller did not answer
+    shares: Sequence[Share] | None  # all limits on what may be used; None if Slurm did not tell
+    parents: Mapping[str, str]  # the project above each project; empty if Slurm hides them
+    private: bool | None  # whether Slurm hides the jobs of other users; None if that is not known
+    trouble: Sequence[str]  # why something is None
 
     @classmethod
     def parse(cls, said: Mapping[str, Any], since: datetime | None) -> "Usage":
