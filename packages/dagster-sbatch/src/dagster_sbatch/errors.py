@@ -6,8 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-Place = tuple[int | str, ...]
-"""The keys and indices that lead to a problem that pydantic found."""
+Place = tuple[int | str, ...]  # the keys and indices that lead to a problem that pydantic found
 
 
 class ConfigurationError(ValueError):

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from dagster_sbatch.errors import nearest
 
-VARIABLES = ("HOME", "DATA", "SCRATCH")
-"""What a path may begin with, each behind a `$`; `~` is `$HOME`."""
+VARIABLES = ("HOME", "DATA", "SCRATCH")  # what a path may begin with, each behind a `$`; `~` is `$HOME`
 FORMS = "/absolute/path, ~/path, $HOME/path, $DATA/path, $SCRATCH/path"
 BRACES = re.compile(r"\$\{(" + "|".join(VARIABLES) + r")\}")
 """python-dotenv replaces this by the variable of this machine, which most often is empty."""

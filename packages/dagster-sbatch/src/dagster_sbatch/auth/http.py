@@ -18,13 +18,10 @@ from dagster_sbatch.auth.network import Proxy, proxy_for, public_trust, trust_va
 if TYPE_CHECKING:
     import httpx
 
-TRY_SECONDS = 10.0
-"""Between two signs of life of a server, and for its whole answer."""
+TRY_SECONDS = 10.0  # between two signs of life of a server, and for its whole answer
 TRIES = 3
-BUDGET_SECONDS = 60.0
-"""For all calls of one refresh together."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0
-"""Seconds between tries; each pause is a random part of a limit that doubles."""
+BUDGET_SECONDS = 60.0  # for all calls of one refresh together
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 5.0  # seconds between tries; each pause is a random part of a limit that doubles
 _TEMPORARY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 

@@ -22,8 +22,7 @@ from dagster_sbatch.auth.rotation import NoTokenError, Rotator
 from dagster_sbatch.auth.ways import read_access
 from dagster_sbatch.settings import Settings
 
-When = Literal["due", "now", "no"]
-"""Do a part of the refresh if it is due, in any case, or not at all."""
+When = Literal["due", "now", "no"]  # do a part of the refresh if it is due, in any case, or not at all
 
 ISSUE_TRIES = 3
 

@@ -27,8 +27,7 @@ from dagster_sbatch.settings import Settings
 
 LATE_REQUEST = timedelta(hours=1)
 """How long a request for a token may still arrive after its client has died: a proxy may delay it."""
-MOST_LEFT = 4
-"""With this many tokens that could not be deleted, no more are made."""
+MOST_LEFT = 4  # with this many tokens that could not be deleted, no more are made
 _TIME = "%Y%m%d%H%M%S"
 
 

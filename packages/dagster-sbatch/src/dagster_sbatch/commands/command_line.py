@@ -17,8 +17,7 @@ from dagster_sbatch.slurm.gateway import RefusedError
 from dagster_sbatch.ssh import SshError
 
 P = ParamSpec("P")
-LEAST_WIDTH = 80
-"""Of a table on a terminal. A narrower one wraps the lines itself: no job id is cut off."""
+LEAST_WIDTH = 80  # of a table on a terminal. A narrower one wraps the lines itself: no job id is cut off
 WIDEST = 10_000
 
 

@@ -16,8 +16,7 @@ from dagster_sbatch.project import Project
 from dagster_sbatch.run.past_use import last_proposals
 
 WEEKS = 8
-PATIENCE = 180.0
-"""Seconds for the supercomputer to answer: Slurm reads its database."""
+PATIENCE = 180.0  # seconds for the supercomputer to answer: Slurm reads its database
 DESCRIPTION = f"""\
 Show what the jobs of your projects have used, in node-hours and GPU-hours, and what the projects have left. The numbers
 come from Slurm's accounting: all jobs of your projects count, as far as Slurm shows you those of other users. A number

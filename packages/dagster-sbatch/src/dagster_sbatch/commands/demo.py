@@ -24,12 +24,10 @@ from rich.table import Table
 FAILED_LINES = 40
 REASONS = "These assets were not materialised:"
 """A line of the child; what follows is shown when the run has failed, otherwise its last FAILED_LINES."""
-WIDTH = 40
-"""Characters of what is shown of a running asset."""
+WIDTH = 40  # characters of what is shown of a running asset
 # 2013-11-22 10:00:00 +0000 - dagster - INFO - JOB - RUN ID - [PID - ] STEP - MESSAGE
 EVENT = re.compile(r" - dagster - [A-Z]+ - \w+ - [0-9a-f-]{36} - (?:\d+ - )?(?P<step>\w+) - (?P<message>.*)")
-Values = list[dict[str, Any]]
-"""The metadata of an asset's newest materializations: one entry per partition, or one."""
+Values = list[dict[str, Any]]  # the metadata of an asset's newest materializations: one entry per partition, or one
 
 
 def numbers(_: str, values: Values) -> dict[str, str]:

@@ -34,8 +34,7 @@ examples:
 
 exit codes: 0 ready (warnings do not count), 1 you must fix something first, 2 wrong usage
 """
-NAMES = 17
-"""Characters of names; a longer one has a line of its own."""
+NAMES = 17  # characters of names; a longer one has a line of its own
 INDENT = 9 + NAMES
 MARKS = {"ok": "[green]ok     [/green]", "warning": "[yellow]warning[/yellow]", "broken": "[red]broken [/red]"}
 

@@ -46,8 +46,7 @@ exit codes: 0 done, 1 there is no such run, or the supercomputer refused (the re
 3 the supercomputer cannot be reached
 """
 STREAMS = {"stdout": sys.stdout, "stderr": sys.stderr}
-PATIENCE = 90.0
-"""Seconds for the supercomputer to answer."""
+PATIENCE = 90.0  # seconds for the supercomputer to answer
 
 
 @ends_with_reader

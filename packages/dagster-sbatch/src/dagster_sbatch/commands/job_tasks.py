@@ -12,10 +12,8 @@ from dagster_sbatch.slurm.units import count_of
 
 MOST_ROWS = 30
 """Of a table of tasks. A longer one has the failed tasks first, then the running ones, and numbers of the others."""
-MOST_LOGS = 3
-"""Failed tasks whose stderr `logs` shows for a whole array job."""
-TAIL = 2000
-"""Bytes of their stderr."""
+MOST_LOGS = 3  # failed tasks whose stderr `logs` shows for a whole array job
+TAIL = 2000  # bytes of their stderr
 _TASK = re.compile(r"(\d+)_(\d+)")
 
 

@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-DIRECT = "(pyproject.toml"
-"""uv writes this behind a project's name where the project itself requires a package."""
+DIRECT = "(pyproject.toml"  # uv writes this behind a project's name where the project itself requires a package
 
 
 @dataclass(frozen=True)

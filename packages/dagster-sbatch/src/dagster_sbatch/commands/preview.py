@@ -40,8 +40,7 @@ EXIT_CODES = """\
 exit codes: 0 done, 1 the asset could not run like this (the reason is printed), 2 wrong usage,
 3 the supercomputer cannot be reached
 """
-PATIENCE = 60.0
-"""Seconds for the supercomputer to answer."""
+PATIENCE = 60.0  # seconds for the supercomputer to answer
 
 
 @ends_with_reader

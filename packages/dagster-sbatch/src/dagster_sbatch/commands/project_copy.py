@@ -22,8 +22,7 @@ from dagster_sbatch.errors import ConfigurationError
 
 OLD_PACKAGE, OLD_PROJECT = "musica_pipelines", "musica-pipelines"
 SKELETON = Path("scripts/_skeleton")
-MESSAGE = "The template, without its example"
-"""Of the first commit."""
+MESSAGE = "The template, without its example"  # of the first commit
 
 
 @dataclass(frozen=True)

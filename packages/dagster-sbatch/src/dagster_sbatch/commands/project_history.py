@@ -9,8 +9,7 @@ import dagster as dg
 
 from dagster_sbatch.project import Project
 
-HISTORY = ".dagster"
-"""Folder of the project's Dagster instance, as dagster.yaml names it; the first run makes it."""
+HISTORY = ".dagster"  # folder of the project's Dagster instance, as dagster.yaml names it; the first run makes it
 
 
 def choose_instance(project: Project) -> None:

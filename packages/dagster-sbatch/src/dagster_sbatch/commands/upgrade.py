@@ -50,10 +50,8 @@ exit codes: 0 upgraded and tested, 1 nothing was changed, 2 wrong usage, 3 upgra
 can run, 130 interrupted (nothing was changed, or upgraded but not tested)
 """
 ENGINE = PACKAGES[0]
-LOCKS = "requirements/"
-"""Folder of the lock files. An upgrade replaces these and SOURCES, beside wheels."""
-KEPT = "vendor/previous.zip"
-"""What an upgrade has replaced: SOURCES, lock files and wheels."""
+LOCKS = "requirements/"  # folder of the lock files. An upgrade replaces these and SOURCES, beside wheels
+KEPT = "vendor/previous.zip"  # what an upgrade has replaced: SOURCES, lock files and wheels
 RESTORE = f"  git restore vendor requirements {' '.join(SOURCES)}"
 
 

@@ -13,10 +13,8 @@ from pathlib import Path
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.errors import ConfigurationError
 
-PACKAGES = ("dagster-sbatch", "slurm-in-a-box")
-"""What a project takes from this repository; each lies in `packages/`."""
-SOURCES = ("pyproject.toml", "pixi.toml")
-"""The files of a project that name its wheels by path."""
+PACKAGES = ("dagster-sbatch", "slurm-in-a-box")  # what a project takes from this repository; each lies in `packages/`
+SOURCES = ("pyproject.toml", "pixi.toml")  # the files of a project that name its wheels by path
 NAME_OF_WHEEL = re.compile(
     rf"\./vendor/((?:{'|'.join(name.replace('-', '_') for name in PACKAGES)})-[^-/\s\"']+-py3-none-any\.whl)"
 )

@@ -12,11 +12,9 @@ from dagster_sbatch.slurm.units import count_of
 
 UNITS = {GPU: "GPU-hours", "node": "node-hours", "cpu": "CPU-hours"}
 """By resource of Slurm; that of another is `<resource>-hours`."""
-PACE_DAYS = 14
-"""The pace of a project is what it used per day in this many days."""
+PACE_DAYS = 14  # the pace of a project is what it used per day in this many days
 OWNERS = "SLURM_BUDGET_GPU_HOURS"
-UNSEEN = "waiting jobs of others are not known"
-"""Beside the hours of waiting jobs, where the usage lacks some."""
+UNSEEN = "waiting jobs of others are not known"  # beside the hours of waiting jobs, where the usage lacks some
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation
 from dagster_sbatch.slurm.units import count_of, format_time
 
-MINUTE = 60
-"""Slurm rounds time limits up to whole minutes (man sbatch, --time)."""
+MINUTE = 60  # Slurm rounds time limits up to whole minutes (man sbatch, --time)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from datetime import datetime, timedelta
 
 from dagster_sbatch.slurm.gateway import JobLife, Queued
 
-DIGITS, MOST_DIGITS = 2, 6
-"""After the point, of hours that are shown."""
+DIGITS, MOST_DIGITS = 2, 6  # after the point, of hours that are shown
 
 
 def end_of(job: JobLife, now: datetime) -> datetime:

@@ -12,16 +12,11 @@ from pydantic import BaseModel
 from dagster_sbatch.slurm import Allocation, SlurmRequest
 from dagster_sbatch.slurm.units import count_of, format_memory, format_time, parse_memory
 
-TIME_MARGIN, MARGIN = 1.5, 1.25
-"""Of the proposed time, and of everything else, to the most that a job has used."""
-WORTH = 0.8
-"""A proposal for less time, memory or CPUs is at most this share of the request."""
-TIME_STEP = 300
-"""Seconds: proposed times are multiples."""
-MANY_TIMES = 2
-"""Partitions differ if one needs this many times what another needs."""
-GIB = 1 << 20
-"""KiB of a GiB."""
+TIME_MARGIN, MARGIN = 1.5, 1.25  # of the proposed time, and of everything else, to the most that a job has used
+WORTH = 0.8  # a proposal for less time, memory or CPUs is at most this share of the request
+TIME_STEP = 300  # seconds: proposed times are multiples
+MANY_TIMES = 2  # partitions differ if one needs this many times what another needs
+GIB = 1 << 20  # KiB of a GiB
 
 
 @dataclass(frozen=True)

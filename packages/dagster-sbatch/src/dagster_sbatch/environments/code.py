@@ -15,10 +15,8 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm.gateway.agent.building import EXECUTABLE
 from dagster_sbatch.slurm.units import count_of, list_names
 
-MOST_BYTES = 8 << 20
-"""Size of all files together; more than this is data, not code."""
-MOST_NAMES = 20
-"""Files that a note lists by name."""
+MOST_BYTES = 8 << 20  # size of all files together; more than this is data, not code
+MOST_NAMES = 20  # files that a note lists by name
 _SUBMODULE_MODE = "160000"
 
 

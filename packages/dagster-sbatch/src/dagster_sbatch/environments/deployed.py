@@ -18,8 +18,7 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Gateway, send_file
 
-MOST_NAMES = 5
-"""Files that a refusal lists by name."""
+MOST_NAMES = 5  # files that a refusal lists by name
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.project import Project
 from dagster_sbatch.setting_paths import check_remote_path
 
-DEFAULT = ""
-"""Stands for the group `cluster`, which assets use that name no environment."""
+DEFAULT = ""  # stands for the group `cluster`, which assets use that name no environment
 GROUP = "cluster"
 PREFIX = f"{GROUP}-"
 

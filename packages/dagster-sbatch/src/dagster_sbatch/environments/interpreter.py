@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-OLDEST, NEWEST = (3, 11), (3, 13)
-"""Versions that the lock file is resolved for: `requires-python` of pyproject.toml."""
+OLDEST, NEWEST = (3, 11), (3, 13)  # versions that the lock file is resolved for: `requires-python` of pyproject.toml
 OLDEST_MANYLINUX = 17
 """Minor version of the oldest glibc whose wheels are named `manylinux_2_N`; pip knows the names of older ones."""
 

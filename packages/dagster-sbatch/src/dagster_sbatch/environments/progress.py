@@ -4,8 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-LOG_SECONDS = 10.0
-"""Between two lines about bytes that were sent."""
+LOG_SECONDS = 10.0  # between two lines about bytes that were sent
 
 
 class Progress(Protocol):

@@ -15,8 +15,7 @@ from dagster_sbatch.environments.interpreter import Interpreter
 from dagster_sbatch.environments.lockfile import LockFile
 from dagster_sbatch.errors import ConfigurationError
 
-POLL_SECONDS = 5.0
-"""Between two calls of `alive` while pip works."""
+POLL_SECONDS = 5.0  # between two calls of `alive` while pip works
 _REPRODUCIBLE = {"SOURCE_DATE_EPOCH": "315532800"}
 """1980, the first year that a zip file can hold: the same source makes the same wheel."""
 

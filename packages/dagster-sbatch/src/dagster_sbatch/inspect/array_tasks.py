@@ -11,8 +11,7 @@ from dagster_sbatch.slurm.gateway import ArrayJob, ArrayRun, Arrays, Sinks, foll
 
 Kind = Literal["failed", "running", "waiting", "done"]
 ORDER: Sequence[Kind] = ("failed", "running", "waiting", "done")
-STREAMS = ("stdout", "stderr")
-"""Files of a task that lie beside its folder: Slurm opens them before the task makes it."""
+STREAMS = ("stdout", "stderr")  # files of a task that lie beside its folder: Slurm opens them before the task makes it
 
 
 @dataclass(frozen=True)

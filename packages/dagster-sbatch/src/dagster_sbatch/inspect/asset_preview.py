@@ -32,8 +32,7 @@ from dagster_sbatch.slurm.gateway import Limits
 JOB = "preview_of_an_asset"
 RANGE_TAGS = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
 """Of a run over several partitions, as Dagster tags it."""
-MOST_NAMES = 12
-"""Partition keys that an error lists; of more than these it names the first and the last."""
+MOST_NAMES = 12  # partition keys that an error lists; of more than these it names the first and the last
 LIBRARY = re.compile(r'File "[^"]*/(dagster_sbatch|python3\.\d+)/')  # a frame outside the project's own code
 
 

@@ -26,14 +26,12 @@ from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import RefusedError, fetch_file
 from dagster_sbatch.ssh import connect
 
-STATE = "ray/state"
-"""In a run directory: what the job's Ray cluster publishes."""
+STATE = "ray/state"  # in a run directory: what the job's Ray cluster publishes
 DIAL_SECONDS = 10
 CHECK_SECONDS = 5
 PIECE = 1 << 15
 
-MOST_FAILURES = 3
-"""After this many failed checks in a row, the dashboard is gone; one alone may be a busy node."""
+MOST_FAILURES = 3  # after this many failed checks in a row, the dashboard is gone; one alone may be a busy node
 
 Dial = Callable[[], Any]
 """Opens a connection to the dashboard: a socket, or a channel of SSH, which has the same methods."""

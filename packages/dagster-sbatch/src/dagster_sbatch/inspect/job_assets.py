@@ -10,10 +10,8 @@ from dagster_sbatch.costs.ledger import AssetOf, needs_record
 from dagster_sbatch.run.history import JOB_TAG, job_tag
 from dagster_sbatch.slurm.gateway import JobLife, Usage
 
-LONGEST_WAIT = timedelta(days=60)
-"""Between the creation of a run and the end of its job."""
-CLOCKS = timedelta(hours=6)
-"""By which the clocks of this machine and of the supercomputer may differ."""
+LONGEST_WAIT = timedelta(days=60)  # between the creation of a run and the end of its job
+CLOCKS = timedelta(hours=6)  # by which the clocks of this machine and of the supercomputer may differ
 
 
 def recorded_assets(instance: dg.DagsterInstance, usage: Usage) -> AssetOf:

@@ -12,8 +12,7 @@ from dagster_sbatch.slurm import Retries
 from dagster_sbatch.slurm.gateway import Limits
 from dagster_sbatch.slurm.units import count_of, format_time
 
-ANY_LIMITS = Limits(None, None)
-"""Of a site that is not asked."""
+ANY_LIMITS = Limits(None, None)  # of a site that is not asked
 
 
 def place_run(settings: Settings, run: str, environment: str | None = None) -> RunPaths:

@@ -15,8 +15,7 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Gateway, JobEnd, JobState, RefusedError, StoppedError, make_gateway
 from dagster_sbatch.ssh import UnreachableError
 
-SHORTEST_ID = 6
-"""Characters of a Dagster run's id that identify it; the UI shows eight."""
+SHORTEST_ID = 6  # characters of a Dagster run's id that identify it; the UI shows eight
 ACTIVE_WITHOUT_END = timedelta(days=1)
 """A run without a recorded end counts as active for this long: the cached squeue output may be older than its job."""
 

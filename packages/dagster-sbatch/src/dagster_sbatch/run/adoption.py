@@ -14,8 +14,7 @@ from dagster_sbatch.slurm.gateway.agent.images import INPUT
 from dagster_sbatch.slurm.outcome import fault_of
 from dagster_sbatch.slurm.units import list_names
 
-MOST_NAMES = 8
-"""Differences that a message names."""
+MOST_NAMES = 8  # differences that a message names
 NO_RECORD = "no record of what it was submitted with"
 
 

@@ -10,12 +10,9 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from dagster_sbatch.errors import CheckedModel, ConfigurationError
 from dagster_sbatch.run.digests import check_json, digest_of
 
-PARTITION_KEYS = "partition_keys"
-"""The one of the extras that holds the partitions of the run, or of a task."""
-MOST_TASKS = 10_000
-"""Of one run."""
-LONGEST_NAME = 200
-"""Characters of the name of a parameter set."""
+PARTITION_KEYS = "partition_keys"  # the one of the extras that holds the partitions of the run, or of a task
+MOST_TASKS = 10_000  # of one run
+LONGEST_NAME = 200  # characters of the name of a parameter set
 
 
 def _parameter_sets(value: Any) -> Any:

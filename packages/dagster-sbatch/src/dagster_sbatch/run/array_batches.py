@@ -6,10 +6,8 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm.gateway import Limits
 from dagster_sbatch.slurm.units import count_of
 
-USUAL_LIMIT = 1000
-"""Tasks of an array job where Slurm does not tell its limit (MaxArraySize is 1001 by default)."""
-PARTS = 4
-"""Array jobs that fill the submit limit together: when one of them is over, there is room for the next one."""
+USUAL_LIMIT = 1000  # tasks of an array job where Slurm does not tell its limit (MaxArraySize is 1001 by default)
+PARTS = 4  # array jobs that fill the submit limit together: when one of them is over, there is room for the next one
 
 
 class Batches:

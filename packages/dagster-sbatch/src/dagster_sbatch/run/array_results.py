@@ -8,8 +8,7 @@ import dagster as dg
 
 from dagster_sbatch.run.task_results import CHECK, CHECK_DETAILS, MOST_ROWS, TaskResult, shorten_metadata
 
-_SUMS = ("node_hours", "cpu_hours", "gpu_hours", "workload_seconds")
-"""Numbers of jobs that can be added."""
+_SUMS = ("node_hours", "cpu_hours", "gpu_hours", "workload_seconds")  # numbers of jobs that can be added
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,8 @@ from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.outcome import explain_stderr
 from dagster_sbatch.slurm.units import count_of
 
-DATA_VERSION_TAG = "dagster/data_version"
-"""Tag of a materialization from which Dagster reads its data version."""
-MOST_REPEATED = 10
-"""Repeated warnings that the log names at the end."""
+DATA_VERSION_TAG = "dagster/data_version"  # tag of a materialization from which Dagster reads its data version
+MOST_REPEATED = 10  # repeated warnings that the log names at the end
 _AGAIN = "\nRe-execute this run from failure: it runs only the tasks that have not succeeded."
 
 

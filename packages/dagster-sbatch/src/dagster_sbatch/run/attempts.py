@@ -17,12 +17,9 @@ from dagster_sbatch.slurm.outcome import Outcome, find_fault, judge
 from dagster_sbatch.slurm.request import COST_LIMITS
 from dagster_sbatch.slurm.retries import Fault
 
-ATTEMPTS = "attempts"
-"""Key of a record, and name of the metadata."""
-CHANGED = "changed_request"
-"""Key of a record."""
-_OF_RUN = ("retries", *COST_LIMITS)
-"""Fields that Slurm does not see: those of the run apply, whatever job it follows."""
+ATTEMPTS = "attempts"  # key of a record, and name of the metadata
+CHANGED = "changed_request"  # key of a record
+_OF_RUN = ("retries", *COST_LIMITS)  # fields that Slurm does not see: those of the run apply, whatever job it follows
 _COSTS = ("elapsed_seconds", "node_hours", "gpu_hours")
 
 

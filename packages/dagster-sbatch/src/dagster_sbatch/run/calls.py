@@ -12,8 +12,7 @@ import dagster as dg
 
 from dagster_sbatch.run.digests import digest_of
 
-LONGEST_NAME = 40
-"""Characters of a step's key in the names of its jobs."""
+LONGEST_NAME = 40  # characters of a step's key in the names of its jobs
 
 
 @dataclass(frozen=True)

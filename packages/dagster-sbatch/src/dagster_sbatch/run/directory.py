@@ -11,8 +11,7 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm import ArrayShape, render_job_script, render_start, sampler_files
 from dagster_sbatch.slurm.gateway.agent.disk import FORMAT
 
-CHECKS = "checks.json"
-"""Name of a file in it."""
+CHECKS = "checks.json"  # name of a file in it
 
 
 @dataclass(frozen=True)

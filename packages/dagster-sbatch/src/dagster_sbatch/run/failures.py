@@ -6,8 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-MOST_CHARACTERS = 10_000
-"""Of an exception's message or stack: Dagster stores it with several events."""
+MOST_CHARACTERS = 10_000  # of an exception's message or stack: Dagster stores it with several events
 
 
 def failure(step: str, cause: str, stderr: str = "", *, final: bool = False, **details: Any) -> dg.Failure:

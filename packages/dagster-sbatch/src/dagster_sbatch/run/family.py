@@ -35,8 +35,7 @@ from dagster_sbatch.slurm.gateway import (
 )
 from dagster_sbatch.slurm.units import list_names
 
-HOLDER_SECONDS = 5.0
-"""Pause before asking again whether another run still executes this step."""
+HOLDER_SECONDS = 5.0  # pause before asking again whether another run still executes this step
 SIBLING_SECONDS = 2.0
 """For other threads of the step to make their calls, before jobs with other inputs count as outdated."""
 

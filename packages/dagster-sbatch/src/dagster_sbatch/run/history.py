@@ -15,13 +15,10 @@ _RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
 _DATA_VERSION, _IS_REPORTED = "dagster/data_version", "dagster/data_version_is_user_provided"
 _CODE_VERSION = "dagster/code_version"
 """Tags of a materialization; the last one, if the end of a step has made it."""
-MOST_PARTITIONS = 10_000
-"""That Dagster's storage is asked for at once."""
-_MOST_OBSERVATIONS = 100
-"""The latest ones, among which one with a data version is searched."""
+MOST_PARTITIONS = 10_000  # that Dagster's storage is asked for at once
+_MOST_OBSERVATIONS = 100  # the latest ones, among which one with a data version is searched
 _PLANNED = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
-_LONGEST_TAG = 63
-"""Characters of each half of a tag's key, for Dagster."""
+_LONGEST_TAG = 63  # characters of each half of a tag's key, for Dagster
 
 
 def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName, before: float = inf) -> bool:

@@ -17,8 +17,7 @@ from dagster_sbatch.project import Project
 from dagster_sbatch.run.workload import Workload
 
 _ENGINE = __name__.partition(".")[0]
-_installed = cache(packages_distributions)
-"""Names of distributions by module, on this machine."""
+_installed = cache(packages_distributions)  # names of distributions by module, on this machine
 _IGNORED = "git ignores it, and only what git tracks is sent. Add it with `git add --force`, or import another module."
 _CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 

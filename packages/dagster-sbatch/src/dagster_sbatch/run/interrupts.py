@@ -10,10 +10,8 @@ import dagster as dg
 
 T = TypeVar("T")
 
-SIGNAL_SECONDS = 0.1
-"""Between two times at which the main thread checks for signals."""
-LIFE_SECONDS = 10.0
-"""Between two questions whether Dagster still counts this run as running."""
+SIGNAL_SECONDS = 0.1  # between two times at which the main thread checks for signals
+LIFE_SECONDS = 10.0  # between two questions whether Dagster still counts this run as running
 _TERMINATED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 

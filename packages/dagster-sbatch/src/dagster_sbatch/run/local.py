@@ -15,10 +15,8 @@ from dagster_sbatch.run import supervisor
 from dagster_sbatch.slurm.gateway.agent.job_record import CAUSE
 
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 10.0
-"""Between SIGTERM and SIGKILL, when a run is terminated."""
-KILL_SECONDS = 5.0
-"""For the supervisor to kill what is left."""
+GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL, when a run is terminated
+KILL_SECONDS = 5.0  # for the supervisor to kill what is left
 CHUNK = 1 << 18
 """Bytes of a file that are passed on between two questions whether the run is terminated: storing them takes time."""
 

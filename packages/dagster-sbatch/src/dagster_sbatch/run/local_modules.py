@@ -8,8 +8,7 @@ from dagster_sbatch.children import child_environment
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.slurm.modules import shorten_error
 
-_LMOD = "LMOD_CMD"
-"""Lmod sets it in every shell in which `module` works."""
+_LMOD = "LMOD_CMD"  # Lmod sets it in every shell in which `module` works
 _STATE = ("LMOD_", "__LMOD_", "MODULE", "_ModuleTable", "LOADEDMODULES", "_LMFILES_")
 """Beginnings of the names of Lmod's own variables."""
 _LOAD = 'set -e; eval "$("$LMOD_CMD" bash load "$@")" >&2; env -0'  # a module may print

@@ -10,12 +10,9 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.task_results import MOST_ROWS
 
-MOST_RESULTS = 100
-"""Materializations of an asset that are read, the latest ones."""
-SHORTEST_JOB = 10
-"""Seconds: reading them takes some 15 ms, a thousandth of that."""
-PROPOSAL = "proposal"
-"""Name of the metadata."""
+MOST_RESULTS = 100  # materializations of an asset that are read, the latest ones
+SHORTEST_JOB = 10  # seconds: reading them takes some 15 ms, a thousandth of that
+PROPOSAL = "proposal"  # name of the metadata
 
 
 def uses_of(metadata: Mapping[str, Any], partitions: Sequence[str], slurm_partition: str | None) -> Iterator[Use]:

@@ -25,12 +25,9 @@ from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import attach, check_report, make_message, partitions_of, read_partitions
 from dagster_sbatch.slurm.gateway import MESSAGES
 
-CONTEXT = "context.json"
-"""Name of the file with the Pipes context in a run directory, beside MESSAGES."""
-TAIL_LINES = 30
-"""Lines of stderr that a failure shows."""
-TAIL_CHARACTERS = 2000
-"""Of each of them: a progress bar may well write megabytes without a newline."""
+CONTEXT = "context.json"  # name of the file with the Pipes context in a run directory, beside MESSAGES
+TAIL_LINES = 30  # lines of stderr that a failure shows
+TAIL_CHARACTERS = 2000  # of each of them: a progress bar may well write megabytes without a newline
 
 
 class ContextDocument(dg.PipesContextInjector):

@@ -34,8 +34,7 @@ from dagster_sbatch.slurm.outcome import CAUSES, Outcome, explain_stderr
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.waiting import advise
 
-RETRY_SECONDS = 10.0
-"""Before the same request is submitted again."""
+RETRY_SECONDS = 10.0  # before the same request is submitted again
 
 
 class RemoteRun(RemoteStep):

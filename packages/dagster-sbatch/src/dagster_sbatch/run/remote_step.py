@@ -49,8 +49,7 @@ from dagster_sbatch.ssh import SshError
 
 CANCEL_SECONDS = {"terminated": 170.0, "command": 30.0}
 """For cancelling jobs. `cancel_timeout_seconds` of dagster.yaml is a little longer; a person waits at a terminal."""
-MOST_JOBS = 3
-"""Jobs that a message or a tag of the run names; the latest ones."""
+MOST_JOBS = 3  # jobs that a message or a tag of the run names; the latest ones
 
 
 class RemoteStep(ABC):

@@ -9,8 +9,7 @@ from functools import partial
 import dagster as dg
 
 ACCESS = dg.AssetKey("musica_access")
-REACHABLE, LEFT_JOBS = "jobs_are_reachable", "jobs_are_followed"
-"""Its checks about jobs on the supercomputer."""
+REACHABLE, LEFT_JOBS = "jobs_are_reachable", "jobs_are_followed"  # its checks about jobs on the supercomputer
 
 
 class StepLog:

@@ -20,10 +20,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-SWEEP_SECONDS = 5.0
-"""For killing what is left: a process may hang in a system call."""
-_PR_SET_CHILD_SUBREAPER = 36
-"""prctl(2): orphans below this process become its children, not init's."""
+SWEEP_SECONDS = 5.0  # for killing what is left: a process may hang in a system call
+_PR_SET_CHILD_SUBREAPER = 36  # prctl(2): orphans below this process become its children, not init's
 
 _parent_gone = threading.Event()
 

@@ -10,8 +10,7 @@ from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.pipes import Lines, Session, Streams
 
-MOST_WARNINGS = 500
-"""Different warnings of one step that are compared; later ones are shown each time."""
+MOST_WARNINGS = 500  # different warnings of one step that are compared; later ones are shown each time
 _WARNING = re.compile(r"warning", re.IGNORECASE)
 
 

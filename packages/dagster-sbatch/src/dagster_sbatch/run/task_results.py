@@ -10,14 +10,11 @@ from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.results import PartitionReport, check_report, partitions_of, read_partitions, report_on
 
-MOST_ROWS = 200
-"""Of a table in the metadata: Dagster stores it with the event."""
-CHECK = "check {}"
-"""Metadata of a partition: whether the asset check of that name passed for it."""
+MOST_ROWS = 200  # of a table in the metadata: Dagster stores it with the event
+CHECK = "check {}"  # metadata of a partition: whether the asset check of that name passed for it
 CHECK_DETAILS = CHECK + " details"
 """Metadata of a partition: severity of the asset check of that name, and what was reported with it, as JSON."""
-LONGEST_TEXT = 200
-"""Characters of what is kept of the metadata of a check."""
+LONGEST_TEXT = 200  # characters of what is kept of the metadata of a check
 
 
 @dataclass(slots=True)

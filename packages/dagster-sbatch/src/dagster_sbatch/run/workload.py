@@ -10,8 +10,7 @@ from pathlib import Path
 from dagster_sbatch.errors import ConfigurationError
 
 MAIN = "__main__.py"
-LONGEST = 128 << 10
-"""Bytes that Linux takes as one argument or one variable (MAX_ARG_STRLEN of execve(2))."""
+LONGEST = 128 << 10  # bytes that Linux takes as one argument or one variable (MAX_ARG_STRLEN of execve(2))
 
 UNFIT = "it has a NUL, a byte that is not UTF-8, a line end of Windows (CRLF), or 128 KiB. Use extras."
 """Why a string cannot be passed to a program: the first two by Linux, CRLF by sbatch."""

@@ -35,14 +35,12 @@ from pathlib import Path
 from typing import Any
 
 LOG = "fork-server.log"
-LOG_BYTES = 1_000_000
-"""Size at which the log becomes `fork-server.log.old`."""
+LOG_BYTES = 1_000_000  # size at which the log becomes `fork-server.log.old`
 BEGIN = b"begin\n"
 PROCESS_TAG = "dagster_sbatch/run_process"
 """Tag of a run with its id and what identifies its process. A retry has the tag of its predecessor until it starts."""
 REQUEST_SECONDS = 10.0
-IDLE_SECONDS = 600.0
-"""After which a server without runs ends. The next run starts another one."""
+IDLE_SECONDS = 600.0  # after which a server without runs ends. The next run starts another one
 LOOK_SECONDS = 5.0
 REHEARSAL = "dagster_sbatch_rehearsal"
 ASSET = """\

@@ -4,5 +4,4 @@ from typing import Any
 
 from dagster_sbatch.sites.musica import MUSICA
 
-SITES: dict[str, dict[str, Any]] = {"musica": MUSICA}
-"""The keys of an entry: `dagster_sbatch.slurm.site.Site`."""
+SITES: dict[str, dict[str, Any]] = {"musica": MUSICA}  # the keys of an entry: `dagster_sbatch.slurm.site.Site`

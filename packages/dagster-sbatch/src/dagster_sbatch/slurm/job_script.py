@@ -163,8 +163,7 @@ coproc SAMPLER {{
   exec "$PYTHON" -B -E -s -S "$run_directory/sampler/sampler.py" job {numbers}
 }} 2>/dev/null
 """
-_SAMPLER_DELAY, _SAMPLER_DELAY_OF_TASKS = 3, 30
-"""Seconds. There may be thousands of tasks."""
+_SAMPLER_DELAY, _SAMPLER_DELAY_OF_TASKS = 3, 30  # seconds. There may be thousands of tasks
 
 _THREADS = ("--threads-per-core", "--hint")
 """Options that decide whether hardware threads count; sbatch accepts only one of them."""

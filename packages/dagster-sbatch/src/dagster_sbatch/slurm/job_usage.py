@@ -8,8 +8,7 @@ from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.units import format_time
 
 _BARS = "▁▂▃▄▅▆▇█"
-_WIDTH = 32
-"""Most bars of a plot."""
+_WIDTH = 32  # most bars of a plot
 
 
 def number(usage: Mapping[str, Any], name: str) -> float | None:

@@ -16,8 +16,7 @@ _ADVICE = (
     "Correct modules=[...] of the request or of the site. In a shell there, this command lists valid names:\n"
     "module spider"
 )
-_NOT_FOUND = 127
-"""Exit code of a shell for a command that it does not have."""
+_NOT_FOUND = 127  # exit code of a shell for a command that it does not have
 _NO_LMOD = (
     "There is no command module: the machine has no Lmod, or its login profile does not start it. "
     "Remove modules=[...], or start Lmod in the setup_commands of the site."
@@ -61,8 +60,7 @@ def _check(value: object) -> object:
     return value
 
 
-Modules = Annotated[tuple[str, ...], BeforeValidator(_check)]
-"""Names of modules, in the order in which they are loaded."""
+Modules = Annotated[tuple[str, ...], BeforeValidator(_check)]  # names of modules, in the order in which they are loaded
 
 
 def render_modules(modules: Sequence[str]) -> str:

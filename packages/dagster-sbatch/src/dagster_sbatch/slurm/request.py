@@ -27,8 +27,7 @@ FURTHER_OPTIONS = frozenset(
 """Options of sbatch (man sbatch, Slurm 22.05) that `options` accepts. Options with a field of their own are not among
 them, nor those that the job script sets itself (job-name, output, signal, export, array, ...)."""
 
-COST_LIMITS = ("most_gpu_hours", "most_node_hours")
-"""Fields that limit the cost of a call; Slurm does not see them."""
+COST_LIMITS = ("most_gpu_hours", "most_node_hours")  # fields that limit the cost of a call; Slurm does not see them
 
 
 def word(pattern: str, hint: str) -> AfterValidator:

@@ -22,8 +22,7 @@ CONNECT_SECONDS = 10.0
 HANDSHAKE_SECONDS = 30.0
 """From the server's greeting to the end of the key exchange; half of it for the greeting itself."""
 AUTHENTICATION_SECONDS = 30.0
-CHANNEL_SECONDS = 30.0
-"""To open a channel, also the one through a jump host."""
+CHANNEL_SECONDS = 30.0  # to open a channel, also the one through a jump host
 KEEPALIVE_SECONDS = 15.0
 """Stops firewalls from dropping an idle connection. It does not detect that the other side is gone."""
 

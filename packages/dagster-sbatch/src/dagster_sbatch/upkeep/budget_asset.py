@@ -17,8 +17,7 @@ from dagster_sbatch.upkeep.ledger_metadata import ledger_metadata
 from dagster_sbatch.upkeep.orphans import NO_ACCESS, TICK_SECONDS
 
 OBSERVE_EVERY = 3600
-SHORTEST_DAYS = 14
-"""A budget that lasts for fewer days fails the check."""
+SHORTEST_DAYS = 14  # a budget that lasts for fewer days fails the check
 
 MUSICA_BUDGET = dg.AssetSpec(
     "musica_budget",

@@ -13,11 +13,9 @@ from dagster_sbatch.run.array_results import table
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Usage
 
-PLOT_DAYS = 7
-"""Each number is that of this many days before the observation."""
+PLOT_DAYS = 7  # each number is that of this many days before the observation
 TABLE = "hours_by_week"
-MOST_NAMES = 10
-"""Assets, projects or users that plot: those with the most node-hours."""
+MOST_NAMES = 10  # assets, projects or users that plot: those with the most node-hours
 
 
 def ledger_metadata(usage: Usage, site: Site, instance: dg.DagsterInstance) -> dict[str, Any]:

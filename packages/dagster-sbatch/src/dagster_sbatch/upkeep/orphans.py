@@ -19,14 +19,10 @@ from dagster_sbatch.ssh import SshError
 from dagster_sbatch.upkeep import running_on_supercomputer
 from dagster_sbatch.upkeep.ownership import LeftJob, group_state, left_jobs, reason_to_cancel, repeat_failures
 
-LOOK_BACK = timedelta(days=7)
-"""The first tick examines runs that have ended within this time."""
-LATE = timedelta(minutes=1)
-"""The database may show the end of a run so much later than its time."""
-LEFT_PAUSE = timedelta(minutes=15)
-"""Before the supercomputer is asked again about jobs that are listed."""
-TICK_SECONDS = 40.0
-"""For the supercomputer to answer; Dagster gives a tick 60."""
+LOOK_BACK = timedelta(days=7)  # the first tick examines runs that have ended within this time
+LATE = timedelta(minutes=1)  # the database may show the end of a run so much later than its time
+LEFT_PAUSE = timedelta(minutes=15)  # before the supercomputer is asked again about jobs that are listed
+TICK_SECONDS = 40.0  # for the supercomputer to answer; Dagster gives a tick 60
 
 NO_ACCESS = (AccessError, SshError, RefusedError)
 _UNHAPPY = [dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.FAILURE]

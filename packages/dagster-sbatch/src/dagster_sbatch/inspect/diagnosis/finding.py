@@ -14,8 +14,7 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Projects, Usage
 
-Verdict = tuple[Literal["ok", "warning", "broken"], str, str]
-"""The last three fields of a Finding."""
+Verdict = tuple[Literal["ok", "warning", "broken"], str, str]  # the last three fields of a Finding
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ from dagster_sbatch.inspect.diagnosis.survey import Room, parse_room, take_surve
 from dagster_sbatch.ssh import SshError, connect
 
 LEAST_FREE_KIB, LEAST_FREE_FILES = 1 << 20, 10_000
-OLDEST_PYTHON = (3, 6)
-"""Needed by what the client runs on the login node; workloads have their own environment."""
-LONGEST_TEMPORARY = 40
-"""Characters. Ray creates sockets below it, and the path of a socket has at most 107 (unix(7))."""
+OLDEST_PYTHON = (3, 6)  # needed by what the client runs on the login node; workloads have their own environment
+LONGEST_TEMPORARY = 40  # characters. Ray creates sockets below it, and the path of a socket has at most 107 (unix(7))
 WANTED_FILES = 65536
 
 

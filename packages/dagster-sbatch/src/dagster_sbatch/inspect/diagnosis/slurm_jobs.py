@@ -13,11 +13,9 @@ from dagster_sbatch.inspect.dry_run import ask_usage, try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.slurm.gateway import charged_project
 
-SECONDS = 240.0
-"""For the agent to answer all requests; Slurm takes some seconds for each job script."""
+SECONDS = 240.0  # for the agent to answer all requests; Slurm takes some seconds for each job script
 LOCK_SECONDS = 60.0
-LOCK_TRIES = 6
-"""Connections to open: each may reach the login node that holds the lock."""
+LOCK_TRIES = 6  # connections to open: each may reach the login node that holds the lock
 LOCK_FAMILY = "lock-test"
 
 

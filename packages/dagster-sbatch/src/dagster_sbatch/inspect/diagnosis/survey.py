@@ -15,8 +15,7 @@ from dagster_sbatch.slurm.gateway.programs import after_login_profile, for_any_s
 if TYPE_CHECKING:
     import fabric
 
-SECONDS = 90.0
-"""In which the login node must print something more; each Slurm command has 20 s."""
+SECONDS = 90.0  # in which the login node must print something more; each Slurm command has 20 s
 
 _SCRIPT = r"""
 report() { name=$1; shift; text=$("$@" 2>&1); printf '\036%s\037%s\037%s' "$name" "$?" "$text"; }

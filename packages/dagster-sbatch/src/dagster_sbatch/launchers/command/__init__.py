@@ -19,8 +19,7 @@ _BINARIES = (b"\x7fELF", *FOREIGN)
 FIRST_LINE = re.compile(rb"#![ \t]*/")
 _FOLDER = Path(__file__).parent / "job"
 _PROGRAMS = ("run_program.py", "pipes_command.py")
-_THERE = "program"
-"""Their folder in the run directory."""
+_THERE = "program"  # their folder in the run directory
 
 
 class CommandLauncher(Launcher):

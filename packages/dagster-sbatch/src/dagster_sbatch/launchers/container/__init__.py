@@ -15,8 +15,7 @@ from dagster_sbatch.slurm.gateway.agent import images
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.site import ContainerRuntime
 
-FOLDER = "container"
-"""In the run directory."""
+FOLDER = "container"  # in the run directory
 _START = Path(__file__).parent / "job" / "start.sh"
 _GPU_OPTIONS = frozenset({"--nv", "--nvccli", "--rocm"})
 _NOT_OPTIONS = {

@@ -15,8 +15,7 @@ from dagster_sbatch.slurm.gateway.answers import (
 )
 from dagster_sbatch.slurm.gateway.link import Link, Sinks
 
-Files = Mapping[str, str]
-"""Content of a run directory by name; one is `job.sh`."""
+Files = Mapping[str, str]  # content of a run directory by name; one is `job.sh`
 Rows = Mapping[int, Sequence[Sequence[str]]]
 """Rows of sacct by the index of a task, with ACCOUNTED: the task, then its steps."""
 

@@ -25,14 +25,10 @@ from dagster_sbatch.ssh import connect
 _WINDOW = 2 << 20
 """Bytes that may be in flight: paramiko's default. It bounds the memory here; it allows 40 MB/s at 50 ms round trip."""
 _PIECE = 1 << 18
-_WRITE_SECONDS = 45.0
-"""For a peer that accepts no bytes any more."""
-PING_SECONDS = 15.0
-"""Between two pings: the agent leaves a client that is silent for 60 s."""
-DEAD_SECONDS = 45.0
-"""A connection over which nothing comes for this long is given up."""
-READ_SECONDS = 0.5
-"""The longest wait for bytes, before `stop` is checked again."""
+_WRITE_SECONDS = 45.0  # for a peer that accepts no bytes any more
+PING_SECONDS = 15.0  # between two pings: the agent leaves a client that is silent for 60 s
+DEAD_SECONDS = 45.0  # a connection over which nothing comes for this long is given up
+READ_SECONDS = 0.5  # the longest wait for bytes, before `stop` is checked again
 Frame = tuple[Mapping[str, Any], bytes]
 
 

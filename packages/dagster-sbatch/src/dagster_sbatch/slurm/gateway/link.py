@@ -23,8 +23,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.2, 60.0
 """Seconds between two tries of a request: each pause is twice as long as the one before."""
 MOST_LOGINS, LOGINS_SECONDS = 15, 600.0
 """A link that has opened this many connections within this many seconds waits LONGEST_PAUSE before each further one."""
-BROKEN_TRIES = 4
-"""After this many broken answers in a row, a request fails."""
+BROKEN_TRIES = 4  # after this many broken answers in a row, a request fails
 DENIED_PAUSE, DENIED_PATIENCE = 60.0, 86400.0
 """For a login node that has let this client in and now refuses it: somebody may fix that while the job runs."""
 PYTHON_ADVICE = (
@@ -56,8 +55,7 @@ class _BrokenError(_TemporaryError):
     """The agent failed by an error of its own."""
 
 
-_ERRORS = {"refused": RefusedError, "broken": _BrokenError}
-"""By the kind that the agent names; any other is temporary."""
+_ERRORS = {"refused": RefusedError, "broken": _BrokenError}  # by the kind that the agent names; any other is temporary
 
 
 class Link:

@@ -37,12 +37,9 @@ from dagster_pipes import (
     open_dagster_pipes,
 )
 
-LARGEST = 100_000
-"""Bytes of a metadata value. Dagster stores it with every materialization."""
-CHECKS = "checks.json"
-"""File in the run directory: names of the asset checks that the step declares, by asset key."""
-MOST_NAMES = 10
-"""Partitions that a message lists."""
+LARGEST = 100_000  # bytes of a metadata value. Dagster stores it with every materialization
+CHECKS = "checks.json"  # file in the run directory: names of the asset checks that the step declares, by asset key
+MOST_NAMES = 10  # partitions that a message lists
 PICTURES = {".gif": "gif", ".jpeg": "jpeg", ".jpg": "jpeg", ".png": "png", ".svg": "svg+xml", ".webp": "webp"}
 """Types of images (MIME) by suffix."""
 TEXTS = ("text", "md", "path", "url")
@@ -50,8 +47,7 @@ VALUES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bo
 """Types of metadata, and what JSON each of them is."""
 ONCE = ("report_asset_materialization", "report_asset_check")
 """Methods that Dagster accepts once from a job, per asset or check."""
-_INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
-"""A number with more leading zeros is an identifier, and stays a text."""
+_INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")  # a number with more leading zeros is an identifier, and stays a text
 _FLOAT = re.compile(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
 

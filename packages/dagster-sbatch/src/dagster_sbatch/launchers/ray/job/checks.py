@@ -14,8 +14,7 @@ from collections.abc import Mapping
 
 from job_cluster import NodeError, tail
 
-OLDEST_RAY = (2, 52)
-"""The first with token authentication."""
+OLDEST_RAY = (2, 52)  # the first with token authentication
 SIOCGIFADDR = 0x8915
 OBJECT_STORE_SHARE, SHARED_MEMORY_SHARE = 0.3, 0.9
 """The object store's share of the job's memory (Ray's default, of the node's), and of what is free in /dev/shm."""

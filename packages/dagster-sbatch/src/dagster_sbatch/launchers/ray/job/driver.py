@@ -26,8 +26,7 @@ from job_cluster import (
     tail,
 )
 
-LONGEST_POLL = 2.0
-"""Seconds between two reads of the nodes' files, however many nodes are missing."""
+LONGEST_POLL = 2.0  # seconds between two reads of the nodes' files, however many nodes are missing
 
 
 def await_cluster(seconds: int) -> str:

@@ -11,8 +11,7 @@ from pathlib import Path
 from job_cluster import NodeError
 
 _PREFIX = "r-"
-_MARK = "job"
-"""File in the folder with the job's id: a requeued job finds what its earlier run has left."""
+_MARK = "job"  # file in the folder with the job's id: a requeued job finds what its earlier run has left
 FILE_BYTES, ALL_BYTES = 10 << 20, 100 << 20
 """Limits of one log, and of all logs of a node: the time for packing and the user's quota are short."""
 

@@ -44,16 +44,14 @@ from processes import children, describe_death, end_descendants, kill_descendant
 
 AGENT_PORTS = ("runtime-env-agent", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export")
 """Of Ray's agents. The raylet does not wait for an agent whose port it knows."""
-RAY_FOLDER = "ray"
-"""Below the private folder: Ray opens its own to everybody."""
+RAY_FOLDER = "ray"  # below the private folder: Ray opens its own to everybody
 PR_SET_CHILD_SUBREAPER = 36
 WATCH_SECONDS = 0.5
 LEAVE_SECONDS = 3.0
 """For a raylet to leave its cluster. If it is killed, the head counts its node as alive for some seconds more."""
 LONGEST_POLL = 1.0
 """Seconds between two reads of the head's file. The pause grows with the time waited: every node reads it."""
-WRONG_ARGUMENTS = 2
-"""Exit code of `ray start`."""
+WRONG_ARGUMENTS = 2  # exit code of `ray start`
 
 
 def describe_failed_start(code: int, output: str) -> str:

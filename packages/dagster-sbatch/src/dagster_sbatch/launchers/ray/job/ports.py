@@ -10,8 +10,7 @@ from pathlib import Path
 
 from job_cluster import NodeError
 
-PORTS = range(20000, 32768)
-"""Below the ports that Linux uses for outgoing connections (ip_local_port_range)."""
+PORTS = range(20000, 32768)  # below the ports that Linux uses for outgoing connections (ip_local_port_range)
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LISTENING = "0A"
 

@@ -26,10 +26,8 @@ from typing import Any
 from one_rank import STDERR, Output, leave_signals_to_the_workload, shell_code
 
 _RANK = Path(__file__).with_name("one_rank.py")
-PORTS = range(20000, 32768)
-"""Below the ports that Linux uses for outgoing connections (ip_local_port_range)."""
-GRACE_SECONDS = 5.0
-"""Between SIGTERM and SIGKILL for local ranks."""
+PORTS = range(20000, 32768)  # below the ports that Linux uses for outgoing connections (ip_local_port_range)
+GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL for local ranks
 POLL_SECONDS = 0.05
 NO_CONTAINER = ("container: ", "FATAL: ")
 """Beginnings of lines of start.sh and of apptainer, if a rank cannot start in its container."""
