@@ -13,9 +13,8 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[BufferedRandom]:
 
     It has its mode from its first byte. If the block raises, the old file stays. Two callers at once for one path need
     a lock.
-
-    Raises:
-        OSError: the folder cannot be written to, or the disk is full; its `filename` is the path. The old file stays.
+    Raises OSError: the folder cannot be written to, or the disk is full; its `filename` is the path. The old file
+    stays.
     """
     new = _new(path)
     try:

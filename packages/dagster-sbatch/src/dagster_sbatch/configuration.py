@@ -10,8 +10,7 @@ from dagster_sbatch.slurm.allocation import choose_partition, choose_qos
 def check_configuration(project: Project, *, supercomputer: bool = False) -> Settings:
     """Return the settings, after a check of them, of all sites and of the preferred partition and QoS.
 
-    Raises:
-        ConfigurationError: something is wrong.
+    Raises ConfigurationError: something is wrong.
     """
     settings = project.load_settings(supercomputer=supercomputer)
     for name in project.site_overrides:

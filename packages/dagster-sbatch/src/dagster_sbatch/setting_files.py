@@ -33,10 +33,8 @@ def load_settings(sites: Collection[str], root: Path, supercomputer: bool = Fals
 
     `supercomputer`: read the settings of a supercomputer, also if the deployment is `development` or not set: for
     commands and sensors that connect to it.
-
-    Raises:
-        ConfigurationError: everything that is missing or wrong, at once, with names and examples; a dotenv file with a
-            secret that others can read; no file or several files for a supercomputer that is not named.
+    Raises ConfigurationError: everything that is missing or wrong, at once, with names and examples; a dotenv file with
+    a secret that others can read; no file or several files for a supercomputer that is not named.
     """
     known = {**_values(root / ".env"), **_not_blank(os.environ)}
     file = _choose_file(root / "envs", known, sites, supercomputer)

@@ -17,8 +17,7 @@ _VARIABLE = re.compile(r"(?:^|/)\$\{?(\w+)")
 def check_remote_path(text: str) -> str:
     """Return a path on the supercomputer as it was written, without slashes at its end.
 
-    Raises:
-        ValueError: it has none of FORMS; the text names them, and the variable that may have been meant.
+    Raises ValueError: it has none of FORMS; the text names them, and the variable that may have been meant.
     """
     _check_variables(text)
     if not text.startswith("/") and not _START.match(text):
@@ -29,8 +28,7 @@ def check_remote_path(text: str) -> str:
 def expand_here(text: str) -> Path:
     """Return a path on this machine without `~` and variables; it may be relative.
 
-    Raises:
-        ValueError: it has another variable than VARIABLES, or one that is not set here.
+    Raises ValueError: it has another variable than VARIABLES, or one that is not set here.
     """
     _check_variables(text)
     found = _START.match(text)

@@ -36,8 +36,8 @@ class Authentik:
     def user(self, tries: int = TRIES) -> str:
         """Return the user name that the token belongs to: the cheapest proof that it works.
 
-        Raises:
-            RejectedError: unknown, expired, an app password, or of a user that is not active: the server answers alike.
+        Raises RejectedError: unknown, expired, an app password, or of a user that is not active: the server answers
+        alike.
         """
         answer = self._call("GET", _ME, tries=tries)
         try:
@@ -73,8 +73,7 @@ class Authentik:
     def view_key(self, identifier: str) -> str:
         """Return the secret of a token of one's own.
 
-        Raises:
-            UnavailableError: the right to see it is missing, as after a crash of authentik between two steps.
+        Raises UnavailableError: the right to see it is missing, as after a crash of authentik between two steps.
         """
         answer = self._call("GET", f"/tokens/{identifier}/view_key/")
         if answer.status == 403:

@@ -37,9 +37,7 @@ class Certificate:
         """Read a certificate from `type base64 [comment]`; None for a plain public key.
 
         `written`: when it was written to its file.
-
-        Raises:
-            ValueError: it is damaged, or of a type that is not supported.
+        Raises ValueError: it is damaged, or of a type that is not supported.
         """
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.serialization import (

@@ -89,8 +89,7 @@ class CredentialsFile:
     def read(self) -> Credentials | None:
         """Return what it holds, as far as it can be parsed; None where there is no file.
 
-        Raises:
-            UnsafeFileError: others can read it, or could have written it; or it cannot be read.
+        Raises UnsafeFileError: others can read it, or could have written it; or it cannot be read.
         """
         with explained():
             text = read_private(self.path)

@@ -86,8 +86,7 @@ def read_certificate(key: Path) -> Certificate:
 def write_certificate(key: Path, line: str) -> Certificate:
     """Check a new certificate for a key, and replace the old one by it.
 
-    Raises:
-        CertificateError: it is not a user certificate of this key; the old one stays.
+    Raises CertificateError: it is not a user certificate of this key; the old one stays.
     """
     path = certificate_path(key)
     certificate = _parse_user_certificate(line.encode(), path, datetime.now(UTC))

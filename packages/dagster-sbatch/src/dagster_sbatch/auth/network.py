@@ -38,8 +38,7 @@ class Proxy:
 def public_trust() -> ssl.SSLContext:
     """Return a context that trusts SSL_CERT_FILE, else SSL_CERT_DIR, else the public authorities.
 
-    Raises:
-        MisconfiguredError: the file is missing, cannot be read, or holds no certificate.
+    Raises MisconfiguredError: the file is missing, cannot be read, or holds no certificate.
     """
     context, variable = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), trust_variable()
     if variable == "SSL_CERT_DIR":
@@ -65,8 +64,7 @@ def trust_variable() -> str | None:
 def proxy_for(url: "httpx.URL") -> Proxy | None:
     """Return the proxy for an address; None for a direct connection.
 
-    Raises:
-        MisconfiguredError: the proxy's address is malformed, or of a kind that is not supported.
+    Raises MisconfiguredError: the proxy's address is malformed, or of a kind that is not supported.
     """
     import httpx
 

@@ -165,8 +165,7 @@ class Refresher:
     def _replace_refused(self, *, forced: bool) -> None:
         """Replace the pair, since no app password works: once, and not while an earlier failure pauses.
 
-        Raises:
-            AccessError: the replacement failed, now or lately, for another reason than refused secrets.
+        Raises AccessError: the replacement failed, now or lately, for another reason than refused secrets.
         """
         failing = self._access.failing.get("rotation")
         failure = self._rotation_failure

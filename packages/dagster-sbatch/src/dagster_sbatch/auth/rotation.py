@@ -55,8 +55,7 @@ class Rotator:
     def check(self, stored: Credentials) -> None:
         """Ask authentik whether the stored API token still works, long before it is due; an outage is no failure.
 
-        Raises:
-            NoTokenError: it does not.
+        Raises NoTokenError: it does not.
         """
         if stored.api_token is None:
             return

@@ -37,8 +37,7 @@ Run Dagster on a machine of your own. If nobody else can log in here:
 def main(project: Project) -> None:
     """Replace this process by `dagster dev`.
 
-    Raises:
-        SystemExit: the settings are wrong, or this is a login node; the text says what to do.
+    Raises SystemExit: the settings are wrong, or this is a login node; the text says what to do.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)

@@ -26,8 +26,7 @@ def split_task(name: str) -> tuple[str, int | None]:
 def find_task(runs: Runs, run: RunRecord, index: int) -> tuple[TaskList, TaskRecord]:
     """Return the task with an index, and the tasks of its array job.
 
-    Raises:
-        ConfigurationError: the job is no array job, or has no such task.
+    Raises ConfigurationError: the job is no array job, or has no such task.
     """
     if not run.array:
         raise ConfigurationError(

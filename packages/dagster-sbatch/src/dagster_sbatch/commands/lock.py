@@ -59,8 +59,7 @@ def check(root: Path) -> int:
 def locked_files(root: Path) -> dict[str, list[str]]:
     """Return uv's names of what a project locks, by file of requirements/. A group is resolved without the project.
 
-    Raises:
-        ConfigurationError: pyproject.toml cannot be read.
+    Raises ConfigurationError: pyproject.toml cannot be read.
     """
     groups = [GROUP, *(f"{PREFIX}{name}" for name in find_groups(root))]
     return {"dev.txt": ["pyproject.toml", "--extra", "dev"], **{f"{each}.txt": ["--group", each] for each in groups}}
@@ -70,9 +69,7 @@ def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
     """Write each of a project's lock files into a folder; versions that are in it already are kept.
 
     `upgrade`: use the newest versions instead.
-
-    Raises:
-        ConfigurationError: uv found no solution, or no index; the text is uv's.
+    Raises ConfigurationError: uv found no solution, or no index; the text is uv's.
     """
     # A package in the project's own repository is installed from there, where a hash means nothing.
     own = [word for name in PACKAGES if _is_source(root / "packages" / name) for word in ("--no-emit-package", name)]

@@ -46,9 +46,7 @@ def git(folder: Path, *arguments: str) -> str:
     """Run git in a folder, whatever repository this process was started in; return what it printed.
 
     git does not get the Ctrl-C of the terminal, which could end it between two of its files.
-
-    Raises:
-        ConfigurationError: it failed.
+    Raises ConfigurationError: it failed.
     """
     command = ["git", "-C", str(folder), *arguments]
     done = subprocess.run(
@@ -62,8 +60,7 @@ def git(folder: Path, *arguments: str) -> str:
 def tracked(root: Path) -> list[str]:
     """Return every path that git tracks in the template, relative to it.
 
-    Raises:
-        ConfigurationError: one of them is missing, or git does not know the folder.
+    Raises ConfigurationError: one of them is missing, or git does not know the folder.
     """
     paths = [path for path in git(root, "ls-files", "-z").split("\0") if path]
     gone = [path for path in paths if not os.path.lexists(root / path)]
@@ -76,9 +73,7 @@ def make_copy(template: Template, target: Path, names: Names, site: str, report:
     """Make the project. A failure and an interrupt leave nothing.
 
     `target`: a folder that does not exist yet. `site`: `envs/.env.<site>` starts from its example.
-
-    Raises:
-        ConfigurationError: something failed.
+    Raises ConfigurationError: something failed.
     """
     with _whole_or_not_at_all(target) as folder:
         _make(template, folder, names, report)
@@ -93,9 +88,7 @@ def convert(template: Template, names: Names, site: str, report: Callable[[str],
     in no commit. The branch gets the commit last.
 
     `template`: the clone, without uncommitted changes.
-
-    Raises:
-        ConfigurationError: something failed; the clone is as it was.
+    Raises ConfigurationError: something failed; the clone is as it was.
     """
     root = template.root
     head = git(root, "rev-parse", "HEAD").strip()

@@ -121,8 +121,7 @@ def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str, bool]
         The versions of the engine before and after, what the changelog says about a project's own files, and whether
         the engine before is kept for `go_back`.
 
-    Raises:
-        ConfigurationError: nothing was changed.
+    Raises ConfigurationError: nothing was changed.
     """
     old = _wheels_of(root)
     for name, text in _texts(root).items():

@@ -60,8 +60,7 @@ class Wheel:
     def read(self, member: str) -> str:
         """Return the text of a file in the wheel.
 
-        Raises:
-            ConfigurationError: the file is not a wheel, or has no such member.
+        Raises ConfigurationError: the file is not a wheel, or has no such member.
         """
         try:
             with zipfile.ZipFile(self.path) as archive:
@@ -78,9 +77,7 @@ def build_wheel(source: Path, folder: Path) -> Wheel:
     """Build the wheel of a package, without a network: hatchling is part of the project's environment.
 
     The same sources give the same bytes.
-
-    Raises:
-        ConfigurationError: hatchling failed.
+    Raises ConfigurationError: hatchling failed.
     """
     with tempfile.TemporaryDirectory() as made:
         command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", made]

@@ -59,10 +59,8 @@ def read_code(folder: Path) -> Code:
 
     Without a git repository, read all files but hidden ones and caches. Submodules are included. A link is replaced by
     what it points to. A dotenv file is never read.
-
-    Raises:
-        ConfigurationError: the files are larger than MOST_BYTES, a name is not in UTF-8, a link leads out of the
-            folder, a submodule is not checked out, or git fails.
+    Raises ConfigurationError: the files are larger than MOST_BYTES, a name is not in UTF-8, a link leads out of the
+    folder, a submodule is not checked out, or git fails.
     """
     listed = _list_files(folder)
     names, left_out = (sorted(_walk(folder)), []) if listed is None else listed

@@ -101,8 +101,7 @@ class EnvironmentSpec:
 def read_specs(project: Project, settings: Settings) -> dict[str, EnvironmentSpec]:
     """Return what the environment of each group of a project consists of now.
 
-    Raises:
-        ConfigurationError: see `read_code` and `read_group`.
+    Raises ConfigurationError: see `read_code` and `read_group`.
     """
     groups, code = (DEFAULT, *find_groups(project.root)), read_code(project.workloads)
     return {group: make_spec(project, settings, code, group) for group in groups}
@@ -135,8 +134,7 @@ class Environments:
     def check_interpreter(self, python: str) -> None:
         """Check that an interpreter that an asset names can run workloads; make nothing.
 
-        Raises:
-            RefusedError: it does not run on the login node, is too old, or cannot import dagster_pipes.
+        Raises RefusedError: it does not run on the login node, is too old, or cannot import dagster_pipes.
         """
         self._ask("check_interpreter", **self._describe(EnvironmentSpec(Code(Path(), {}), None, python)))
 
@@ -150,9 +148,7 @@ class Environments:
         """Find out whether an environment exists; if not, gather its wheels in an empty folder.
 
         `answer`: to `request_find`, if the login node has already answered that.
-
-        Raises:
-            ConfigurationError: see `gather_wheels`.
+        Raises ConfigurationError: see `gather_wheels`.
         """
         answer = answer or self._gateway.ask(**self.request_find(spec))
         environment = Environment.parse(answer["environment"])
@@ -171,8 +167,7 @@ class Environments:
     def ensure(self, spec: EnvironmentSpec, progress: Progress, answer: Mapping[str, Any] | None = None) -> Environment:
         """Make an environment, unless it exists. Only wheels that are missing there are sent. `answer`: see `compare`.
 
-        Raises:
-            ConfigurationError: see `gather_wheels`.
+        Raises ConfigurationError: see `gather_wheels`.
         """
         with tempfile.TemporaryDirectory(prefix="wheels-") as folder:
             found = self.compare(spec, Path(folder), progress, answer)

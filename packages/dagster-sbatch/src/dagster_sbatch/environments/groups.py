@@ -32,8 +32,7 @@ def lock_path(project: Project, environment: str | None) -> Path:
 def find_groups(root: Path) -> list[str]:
     """Return the names of the environments of a project, sorted: `torch` for the group `cluster-torch`.
 
-    Raises:
-        ConfigurationError: pyproject.toml is not valid TOML.
+    Raises ConfigurationError: pyproject.toml is not valid TOML.
     """
     return sorted(name.removeprefix(PREFIX) for name in _read_groups(root) if name.startswith(PREFIX))
 
@@ -41,9 +40,8 @@ def find_groups(root: Path) -> list[str]:
 def check_environment(environment: object, project: Project) -> None:
     """Check what an asset passes as `environment`, without the supercomputer.
 
-    Raises:
-        ConfigurationError: it is neither a valid path nor a group of the project, or the group's lock file is missing
-            or not up to date.
+    Raises ConfigurationError: it is neither a valid path nor a group of the project, or the group's lock file is
+    missing or not up to date.
     """
     if environment is None:
         return
@@ -73,9 +71,7 @@ def read_group(project: Project, environment: str | None, python: str | None = N
 
     `environment`: the group; None and DEFAULT stand for the group `cluster`. `python`: an interpreter that has the
     packages: then it does not count what the group requires.
-
-    Raises:
-        ConfigurationError: see `read_lock`; or the file lacks a requirement that the group has in pyproject.toml.
+    Raises ConfigurationError: see `read_lock`; or the file lacks a requirement that the group has in pyproject.toml.
     """
     lock, groups = read_lock(lock_path(project, environment)), _read_groups(project.root)
     group = f"{PREFIX}{environment}" if environment else GROUP

@@ -60,8 +60,7 @@ class LockFile:
 def read_lock(path: Path) -> LockFile:
     """Read a lock file that scripts/lock made.
 
-    Raises:
-        ConfigurationError: the file does not exist, or a line is not an exact version with hashes.
+    Raises ConfigurationError: the file does not exist, or a line is not an exact version with hashes.
     """
     if not path.is_file():
         raise ConfigurationError(

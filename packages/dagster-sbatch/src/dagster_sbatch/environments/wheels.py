@@ -42,9 +42,7 @@ def gather_wheels(lock: LockFile, interpreter: Interpreter, folder: Path, alive:
 
     `folder`: an empty folder for the files. `alive`: is called every few seconds; an exception that it raises ends the
     work.
-
-    Raises:
-        ConfigurationError: pip failed, or a wheel that was built here holds compiled code.
+    Raises ConfigurationError: pip failed, or a wheel that was built here holds compiled code.
     """
     downloaded, built, wanted = folder / "downloaded", folder / "built", folder / "requirements.txt"
     wanted.write_text("".join(f"{line}\n" for line in lock.requirements_for(interpreter)))
@@ -73,8 +71,7 @@ def _digest(path: Path) -> str:
 def _pip(command: list[str], lock: LockFile, folder: Path, alive: Callable[[], None]) -> None:
     """Run pip, whose temporary files are in a folder. No process of it outlives an exception.
 
-    Raises:
-        ConfigurationError: pip failed; the text has its last lines.
+    Raises ConfigurationError: pip failed; the text has its last lines.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet", *command],

@@ -62,8 +62,7 @@ class TaskList:
     def one(self, index: int) -> TaskRecord:
         """Return one task.
 
-        Raises:
-            ConfigurationError: there is none with this index.
+        Raises ConfigurationError: there is none with this index.
         """
         if index >= len(self):
             raise ConfigurationError(

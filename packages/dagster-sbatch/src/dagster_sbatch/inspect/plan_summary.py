@@ -94,8 +94,7 @@ def count_array_jobs(plan: Plan, limits: Limits) -> str:
 def divide(plan: Plan, limits: Limits) -> Batches | None:
     """Return the tasks of an array as array jobs within some limits; None without an array.
 
-    Raises:
-        ConfigurationError: Slurm does not let so many tasks run at once.
+    Raises ConfigurationError: Slurm does not let so many tasks run at once.
     """
     return Batches(range(len(plan.tasks)), limits, plan.array.max_running_tasks) if plan.array else None
 

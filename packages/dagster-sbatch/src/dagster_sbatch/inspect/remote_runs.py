@@ -64,8 +64,7 @@ class Runs:
     def find(self, name: str) -> list[RunRecord]:
         """Return the runs of that name: a Slurm job id, the beginning of a Dagster run id, or a submission key.
 
-        Raises:
-            ConfigurationError: there is none.
+        Raises ConfigurationError: there is none.
         """
         runs = self.all()
         found = [run for run in runs if name in (run.job, run.key)]
@@ -96,8 +95,7 @@ class Runs:
     def cancel_task(self, run: RunRecord, index: int) -> JobEnd:
         """Cancel one task of an array job, and wait until it is over; return how it ended.
 
-        Raises:
-            RefusedError: it is not over after a minute.
+        Raises RefusedError: it is not over after a minute.
         """
         end = self.gateway.cancel_tasks(run.path, [index]).get(index)
         if not end:
@@ -114,8 +112,7 @@ class Runs:
     def environments_in_use(self) -> set[str]:
         """Return the names of the environments of all runs whose job is in Slurm's queue, or may still get there.
 
-        Raises:
-            RefusedError: Slurm does not answer.
+        Raises RefusedError: Slurm does not answer.
         """
         queue = self.gateway.queue(self.folder)
         if queue["trouble"]:

@@ -113,8 +113,7 @@ class Task:
 def make_tasks(array: JobArray, partitions: Sequence[str]) -> tuple[Task, ...]:
     """Return the tasks that an array asks for, in order.
 
-    Raises:
-        ConfigurationError: there are none, or too many.
+    Raises ConfigurationError: there are none, or too many.
     """
     if array.tasks is not None:
         _check_number(

@@ -22,9 +22,7 @@ class Batches:
 
         `tasks`: indices, in the order in which they are submitted. `max_running`: how many tasks may run at once, of
         all array jobs together.
-
-        Raises:
-            ConfigurationError: Slurm does not let so many tasks run at once.
+        Raises ConfigurationError: Slurm does not let so many tasks run at once.
         """
         submit = limits.submit
         if max_running and submit and max_running > submit:

@@ -54,8 +54,7 @@ class ArrayStep:
     def __init__(self, context: dg.OpExecutionContext, name: str, plan: Plan) -> None:
         """Find out which partitions are done.
 
-        Raises:
-            Failure: this step has called `compute.run` with an array of partitions before.
+        Raises Failure: this step has called `compute.run` with an array of partitions before.
         """
         self._context, self._name, self._plan = context, name, plan
         self._log = StepLog(context)

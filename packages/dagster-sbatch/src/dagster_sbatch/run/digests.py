@@ -8,8 +8,7 @@ from typing import Any
 def check_json(name: str, value: Any) -> None:
     """Check that the workload can get a value as JSON, and that the value has a digest.
 
-    Raises:
-        ValueError: it is not JSON, or the keys of a dictionary in it are of several types.
+    Raises ValueError: it is not JSON, or the keys of a dictionary in it are of several types.
     """
     try:
         json.dumps(value, sort_keys=True)

@@ -16,8 +16,7 @@ ANSWER_SECONDS = 40.0
 def check_cost(allocation: Allocation, settings: Settings, tasks: int = 1) -> None:
     """Refuse new jobs that could cost more than the limit per run; call it before anything is sent for them.
 
-    Raises:
-        ConfigurationError: they could.
+    Raises ConfigurationError: they could.
     """
     if excess := explain_excess(allocation, tasks, settings):
         raise ConfigurationError(excess)
@@ -29,9 +28,7 @@ def check_budget(gateway: Gateway, allocation: Allocation, settings: Settings, l
     Call it when nothing else has to be done before they are submitted: other calls of the user wait until then.
 
     `gateway`: its agent asks Slurm what is left, if the deployment keeps within that.
-
-    Raises:
-        ConfigurationError: they could.
+    Raises ConfigurationError: they could.
     """
     if not settings.keep_within_budget or not tasks:
         return

@@ -23,10 +23,8 @@ def run_interruptibly(work: Callable[[threading.Event], T]) -> T:
     up and returns, and then the handler from before gets the signal.
 
     `work`: checks `stop` often; when it is set, ends what it started, then returns or raises.
-
-    Raises:
-        BaseException: what the earlier handler raises for a signal (DagsterExecutionInterruptedError in a step),
-            after the clean-up; else what `work` raised.
+    Raises BaseException: what the earlier handler raises for a signal (DagsterExecutionInterruptedError in a step),
+    after the clean-up; else what `work` raised.
     """
     stop, finished = threading.Event(), threading.Event()
     results: list[T] = []

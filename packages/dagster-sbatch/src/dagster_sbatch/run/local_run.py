@@ -59,8 +59,7 @@ class _Machine:
     def __init__(self, context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan) -> None:
         """Prepare what all processes of the call have in common.
 
-        Raises:
-            Failure: the image is not one, or a folder's name cannot be passed to the container's command.
+        Raises Failure: the image is not one, or a folder's name cannot be passed to the container's command.
         """
         self._plan, self._log = plan, StepLog(context)
         self._data_root = plan.project.local_data_root(settings)

@@ -69,10 +69,8 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
     """Check what an asset passes to `ComputeResource.run`, and fill in what it leaves open.
 
     In `development` with several sites and none chosen there is nothing to check a request against: it stays as it is.
-
-    Raises:
-        ConfigurationError: the workload, the launcher, the request, the array, the environment or a variable cannot
-            work; the text says why.
+    Raises ConfigurationError: the workload, the launcher, the request, the array, the environment or a variable cannot
+    work; the text says why.
     """
     _check_types(workload, launcher, request, array)
     name = settings.supercomputer_site or project.only_site
@@ -107,8 +105,7 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
 def _allocate(plan: Plan, settings: Settings) -> Plan:
     """Return the plan with what its site adds: the rest of the request, and notes.
 
-    Raises:
-        ConfigurationError: the site does not allow it.
+    Raises ConfigurationError: the site does not allow it.
     """
     plan = with_request(plan, plan.request, settings)
     request = plan.allocation.request
@@ -124,8 +121,7 @@ def _allocate(plan: Plan, settings: Settings) -> Plan:
 def with_request(plan: Plan, request: SlurmRequest, settings: Settings) -> Plan:
     """Return the plan of the same call with another request.
 
-    Raises:
-        ConfigurationError: the site or the launcher does not allow it.
+    Raises ConfigurationError: the site or the launcher does not allow it.
     """
     preferred = settings.partition, settings.qos, settings.account, settings.reservation
     allocation = allocate(request, plan.site, *preferred)
@@ -192,8 +188,7 @@ def _check_types(workload: object, launcher: object, request: object, array: obj
 def complete_extras(extras: Mapping[str, Any] | None, partitions: Sequence[str]) -> dict[str, Any]:
     """Return the extras as the workload gets them: JSON, with the partitions of the run.
 
-    Raises:
-        ConfigurationError: they are not a dictionary, or a name is not a string, or a value is not JSON.
+    Raises ConfigurationError: they are not a dictionary, or a name is not a string, or a value is not JSON.
     """
     if not isinstance(extras, Mapping | None):
         raise ConfigurationError(f"extras={extras!r} is not a dictionary. Write for instance extras={{'trials': 3}}")

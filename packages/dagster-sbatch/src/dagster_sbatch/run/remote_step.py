@@ -121,8 +121,7 @@ class RemoteStep(ABC):
     def _register(self) -> Family:
         """Register this call, and compute digests of everything that decides its result.
 
-        Raises:
-            ConfigurationError: the container of its job has no image.
+        Raises ConfigurationError: the container of its job has no image.
         """
         root, step, calls = self._info.root, self._info.step, calls_of(self._context)
         data_root, runs, environment = self._settings.data_folder, self._settings.runs_folder, self._environment
@@ -149,9 +148,7 @@ class RemoteStep(ABC):
         """Return the environment of new jobs; see `RunEnvironment.find`.
 
         `tasks`: of an array, that would be submitted; 0: none that cost more than was compared before.
-
-        Raises:
-            ConfigurationError: there is none, or the project has not enough left.
+        Raises ConfigurationError: there is none, or the project has not enough left.
         """
         found = self._environment.find(self._log.info, answer)
         check_budget(self._gateway, self._allocation, self._settings, self._log, tasks)

@@ -54,9 +54,7 @@ def check_report(context: dg.OpExecutionContext, message: PipesMessage) -> None:
     """Refuse the result of an asset check that the step does not declare; warn of metadata under one of OWN_NAMES.
 
     Dagster would refuse the check when it has stored the materializations of the step already.
-
-    Raises:
-        ValueError: it names the checks that the step declares.
+    Raises ValueError: it names the checks that the step declares.
     """
     params = message["params"] or {}
     names = ", ".join(sorted(OWN_NAMES.intersection(params.get("metadata") or ())))
@@ -98,9 +96,8 @@ def read_partitions(
     """Read the workload's reports on single partitions.
 
     `reports`: the values of the PARTITION messages, in the order in which they came.
-
-    Raises:
-        ValueError: a report does not have the documented form, or names an asset or a partition that the run has not.
+    Raises ValueError: a report does not have the documented form, or names an asset or a partition that the run has
+    not.
     """
     known = dict.fromkeys(partitions)
     handler = dg.PipesMessageHandler(context, reader)  # reads metadata of all types

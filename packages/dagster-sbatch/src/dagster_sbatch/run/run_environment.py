@@ -27,8 +27,7 @@ class RunEnvironment:
     def inputs(self) -> dict[str, str]:
         """Digests of the code and the packages that a job would get, by name.
 
-        Raises:
-            ConfigurationError: git does not track the workload.
+        Raises ConfigurationError: git does not track the workload.
         """
         spec = self._spec
         code = {f"code {name}": digest for name, digest in spec.code.digests.items()}
@@ -40,8 +39,7 @@ class RunEnvironment:
     def request(self) -> Mapping[str, Any]:
         """The first request of `find`: which environment production runs; in staging, whether the environment exists.
 
-        Raises:
-            ConfigurationError: git does not track the workload.
+        Raises ConfigurationError: git does not track the workload.
         """
         if self._settings.deployment == "production_supercomputer":
             return self._environments.request_published(self._group)
@@ -55,9 +53,7 @@ class RunEnvironment:
 
         `log`: called with what takes long, and with which files are not sent. `answer`: to `request`, if the login node
         has already answered that.
-
-        Raises:
-            ConfigurationError: git does not track the workload; or in production: it is not what was published.
+        Raises ConfigurationError: git does not track the workload; or in production: it is not what was published.
         """
         for note in self._spec.code.notes:
             log(f"environment: {note}")
@@ -101,8 +97,7 @@ class RunEnvironment:
     def _find_published(self, answer: Mapping[str, Any] | None = None) -> Published:
         """Return what production runs for the group of the asset; `answer`: see `find`.
 
-        Raises:
-            ConfigurationError: nothing was published for it.
+        Raises ConfigurationError: nothing was published for it.
         """
         deployment, group = self._settings.deployment, self._group
         published = self._environments.published(group, answer)

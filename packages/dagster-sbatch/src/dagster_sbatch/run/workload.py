@@ -50,9 +50,7 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: b
 
     `path`: a program, or the folder of a Python package with a `__main__.py`. `workloads`: the code root of every
     workload below it.
-
-    Raises:
-        ConfigurationError: there is no such program, it does not parse, or an argument is not a string.
+    Raises ConfigurationError: there is no such program, it does not parse, or an argument is not a string.
     """
     _check_arguments(args)
     given = Path(os.path.abspath(path))  # noqa: PTH100 - links are kept: what they point to is checked when code is sent

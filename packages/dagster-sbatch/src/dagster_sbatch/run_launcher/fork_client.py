@@ -64,9 +64,7 @@ class ForkServers:
         """Return a new process that waits to execute a run.
 
         `executable`: the Python of the code location. `arguments`: for `dagster api execute_run`.
-
-        Raises:
-            ForkServerUnavailableError: no server could be started, or none has answered.
+        Raises ForkServerUnavailableError: no server could be started, or none has answered.
         """
         request = json.dumps({"run_id": run_id, "arguments": arguments}).encode() + b"\n"
         cause: object = "it ended before it answered"
@@ -101,8 +99,7 @@ class ForkServers:
     def _connect(self, executable: str) -> socket.socket:
         """Return a connection to the server for this process; start the server if there is none.
 
-        Raises:
-            OSError: there is no such Python, or others can enter the folder, or the last server could not fork.
+        Raises OSError: there is no such Python, or others can enter the folder, or the last server could not fork.
         """
         name = _name(executable)
         until, why = self._unfit.get(name, (0.0, ""))
@@ -124,8 +121,7 @@ class ForkServers:
     def _opened(self) -> Iterator[int]:
         """Yield a descriptor of the folder; it is made if it is missing.
 
-        Raises:
-            PermissionError: another user can enter it, or owns it.
+        Raises PermissionError: another user can enter it, or owns it.
         """
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)

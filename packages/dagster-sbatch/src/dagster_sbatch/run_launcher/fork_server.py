@@ -61,8 +61,7 @@ LIBRARIES = tuple(
 def read_line(connection: socket.socket) -> str:
     """Return the next line of a connection as text.
 
-    Raises:
-        ConnectionError: the other side has closed it.
+    Raises ConnectionError: the other side has closed it.
     """
     with connection.makefile(encoding="utf-8") as file:
         line = file.readline()

@@ -42,9 +42,7 @@ def allocate(
     request without GPUs gets nodes with GPUs only if it names them, or if the site has no others. `qos`: SLURM_QOS;
     used if it belongs to the partition, else that of the same class (`dev_`, `idle_`, plain). `account`: SLURM_ACCOUNT;
     used if the request names none.
-
-    Raises:
-        ConfigurationError: the site does not allow the request; the text names the limit and the choices.
+    Raises ConfigurationError: the site does not allow the request; the text names the limit and the choices.
     """
     name, nodes = choose_partition(request, site, partition)
     chosen_qos, from_environment = choose_qos(request, site, name, qos)

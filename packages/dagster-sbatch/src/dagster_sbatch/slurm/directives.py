@@ -67,9 +67,7 @@ def read_directives(script: str) -> list[Directive]:
     """Return the options of a batch script, in its order; sbatch reads them up to the first command.
 
     A comment may be indented; an indented #SBATCH is one.
-
-    Raises:
-        ConfigurationError: a line cannot be read.
+    Raises ConfigurationError: a line cannot be read.
     """
     found: list[Directive] = []
     for number, line in _comments(script):

@@ -197,9 +197,7 @@ def directives(
 
     `request`: after `allocate`; its values are words without spaces or quotes. `about`: further parts of the job's
     comment, for people who read the queue or the accounting.
-
-    Raises:
-        ValueError: the job name is not a plain word.
+    Raises ValueError: the job name is not a plain word.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", job_name):
         raise ValueError(f"not a job name: {job_name!r}")

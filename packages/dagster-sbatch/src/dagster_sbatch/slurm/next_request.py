@@ -28,9 +28,7 @@ def check_retries(request: SlurmRequest) -> None:
     """Refuse retries that could never change anything.
 
     `request`: after `allocate`.
-
-    Raises:
-        ConfigurationError: the text says what to change.
+    Raises ConfigurationError: the text says what to change.
     """
     retries, asked = request.retries, request.mem or request.mem_per_cpu
     if retries.max_mem is not None:

@@ -35,8 +35,7 @@ def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[Slu
     Returns:
         The request, and a sentence for each line that does not apply.
 
-    Raises:
-        ConfigurationError: a line cannot be read, or the job of an asset cannot have its option.
+    Raises ConfigurationError: a line cannot be read, or the job of an asset cannot have its option.
     """
     mine = {field: getattr(request, field) for field in sorted(request.model_fields_set)}
     try:

@@ -103,9 +103,7 @@ def load_site(overrides: Mapping[str, Any], name: str) -> Site:
     """Return a site: what the project knows of it, with its entry in `overrides` merged over that.
 
     Dictionaries are merged key by key, any other value replaces the known one; None removes it.
-
-    Raises:
-        ConfigurationError: the name is unknown, or its entry has an unknown key or a wrong value.
+    Raises ConfigurationError: the name is unknown, or its entry has an unknown key or a wrong value.
     """
     known = SITES.keys() | overrides.keys()
     if name not in known:

@@ -17,9 +17,7 @@ def parse_time(text: str) -> timedelta:
 
     Those are `minutes`, `minutes:seconds`, `hours:minutes:seconds`, `days-hours`, `days-hours:minutes` and
     `days-hours:minutes:seconds` (man sbatch).
-
-    Raises:
-        ValueError: any other text, zero, and a time that is too long for a timedelta.
+    Raises ValueError: any other text, zero, and a time that is too long for a timedelta.
     """
     match = _TIME.fullmatch(text)
     if not match:
@@ -54,9 +52,7 @@ def parse_memory(text: str) -> int:
     """Return the KiB of a memory size of `sbatch --mem`: a whole number and K, M, G or T (M if there is no unit).
 
     0 stands for all memory of a node.
-
-    Raises:
-        ValueError: any other text.
+    Raises ValueError: any other text.
     """
     match = _MEMORY.fullmatch(text)
     if not match:

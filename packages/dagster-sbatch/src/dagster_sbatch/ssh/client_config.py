@@ -46,9 +46,8 @@ class Hop:
 def read_route(settings: Settings) -> tuple[Hop, Hop | None]:
     """Return the login node and, with ProxyJump, the jump host before it.
 
-    Raises:
-        ConfigurationError: no host or key is named, there is more than one jump host, ~/.ssh/config is not valid, or
-            the user who runs this has no name.
+    Raises ConfigurationError: no host or key is named, there is more than one jump host, ~/.ssh/config is not valid, or
+    the user who runs this has no name.
     """
     if settings.edge_node_host is None:
         raise ConfigurationError("SLURM_EDGE_NODE_HOST is not set: the name of the login node")

@@ -39,8 +39,7 @@ class HostKey:
     def parse(cls, blob: bytes) -> "HostKey":
         """Read a host key or host certificate as it was sent in the key exchange.
 
-        Raises:
-            ValueError: it is damaged.
+        Raises ValueError: it is damaged.
         """
         certificate = Certificate.parse(_type_of(blob) + b" " + base64.b64encode(blob))
         return cls(certificate.key if certificate else blob, certificate)
@@ -61,9 +60,7 @@ def check(blob: bytes, host: str, port: int, known: KnownHosts) -> None:
 
     `host`: the name that was asked for; certificates and known_hosts are matched with it. `port`: if it is not 22,
     known_hosts is asked for `[host]:port`, then for `host`.
-
-    Raises:
-        HostKeyError: it is not trusted; the text says why, what was shown, what is known, and what to do.
+    Raises HostKeyError: it is not trusted; the text says why, what was shown, what is known, and what to do.
     """
     where = f"{host} (port {port})"
     try:

@@ -75,8 +75,7 @@ def names_of(host: str, port: int) -> list[str]:
 def parse_authority(line: str) -> Entry:
     """Parse a `@cert-authority` line of a site's entry.
 
-    Raises:
-        ValueError: it is no such line; the text says why.
+    Raises ValueError: it is no such line; the text says why.
     """
     words = line.split()
     if not words or words[0] != CERT_AUTHORITY:

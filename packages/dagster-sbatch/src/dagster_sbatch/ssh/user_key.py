@@ -45,8 +45,7 @@ class UserKey:
     def load(cls, path: Path) -> "UserKey":
         """Read a private key without passphrase, and the certificate beside it if there is one.
 
-        Raises:
-            AuthenticationError: the key or its certificate cannot be used (`dagster_sbatch.auth.key_files`).
+        Raises AuthenticationError: the key or its certificate cannot be used (`dagster_sbatch.auth.key_files`).
         """
         beside = certificate_path(path)
         try:

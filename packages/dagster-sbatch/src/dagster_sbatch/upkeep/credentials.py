@@ -142,8 +142,7 @@ _CURSOR = TypeAdapter(_Cursor)
 def _tick(project: Project, context: dg.SensorEvaluationContext) -> dg.SensorResult:
     """Evaluate the sensor; the first tick, and each that finds access better or worse, records its state.
 
-    Raises:
-        ConfigurationError: the settings are wrong, and the tick fails.
+    Raises ConfigurationError: the settings are wrong, and the tick fails.
     """
     health = check_health(project.load_settings(supercomputer=True))
     before = _CURSOR.validate_json(context.cursor or "{}")

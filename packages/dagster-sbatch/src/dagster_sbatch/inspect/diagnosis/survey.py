@@ -104,8 +104,7 @@ def render(base: str, pythons: tuple[str, ...]) -> str:
 def parse(text: str) -> dict[str, Output]:
     """Return the output of each command by name, without what the login shell printed before the first.
 
-    Raises:
-        OSError: the script did not run to its end.
+    Raises OSError: the script did not run to its end.
     """
     parts = [part.split("\x1f", 2) for part in text.split("\x1e")[1:]]
     found = {name: Output(int(code), said.strip()) for name, code, said in parts}

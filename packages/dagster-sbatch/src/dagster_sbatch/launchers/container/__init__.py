@@ -114,8 +114,7 @@ class Container(CheckedModel):
     def check(self, request: SlurmRequest, runtime: ContainerRuntime) -> None:
         """Refuse a request for GPUs that the container would not have.
 
-        Raises:
-            ConfigurationError: says what to change.
+        Raises ConfigurationError: says what to change.
         """
         if request.gpus_per_node and not _GPU_OPTIONS.intersection(self._options(request, runtime)):
             raise ConfigurationError(

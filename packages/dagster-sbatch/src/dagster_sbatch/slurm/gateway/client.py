@@ -52,8 +52,7 @@ class Gateway(Link):
     def cancel(self, run: str) -> JobEnd | None:
         """Cancel a run's job, and wait until it is over; return how it ended, None if there never was a job.
 
-        Raises:
-            RefusedError: its job is not over after a minute.
+        Raises RefusedError: its job is not over after a minute.
         """
         outcomes: list[JobEnd | RefusedError | None] = []
         self.cancel_all([run], lambda _, outcome: outcomes.append(outcome))
@@ -112,8 +111,7 @@ class Gateway(Link):
     def array(self, run: str) -> ArrayJob:
         """Return what is known of a run that is an array job.
 
-        Raises:
-            RefusedError: it is not an array job.
+        Raises RefusedError: it is not an array job.
         """
         return ArrayJob.parse(self.ask(do="array", run=run))
 

@@ -40,8 +40,7 @@ def send_file(link: Link, local: Path, path: str, on_progress: Callable[[int, in
 def fetch_file(link: Link, path: str, local: Path, on_progress: Callable[[int], None] = lambda _: None) -> None:
     """Fetch a file, from where a lost connection stopped; it appears under its name when it is whole.
 
-    Raises:
-        RefusedError: it cannot be read.
+    Raises RefusedError: it cannot be read.
     """
     with replacing(local) as file:
 

@@ -115,8 +115,7 @@ class _Writer(PipesMessageWriter[_Channel]):
 def read_metadata(text: str) -> tuple[str, Any]:
     """Return name and value of NAME=VALUE, NAME:TYPE=VALUE or NAME=@FILE.
 
-    Raises:
-        ArgumentTypeError: it has another form, or the file cannot be metadata.
+    Raises ArgumentTypeError: it has another form, or the file cannot be metadata.
     """
     name, equals, value = text.partition("=")
     name, _, kind = name.partition(":")

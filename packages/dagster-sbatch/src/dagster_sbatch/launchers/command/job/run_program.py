@@ -123,8 +123,7 @@ def read_first_line(program: Path) -> list[str]:
 def refuse_missing_program(script: Path) -> None:
     """Refuse a script whose first line has env start a program that is not on the PATH.
 
-    Raises:
-        FileNotFoundError: as if the script named that program by its path.
+    Raises FileNotFoundError: as if the script named that program by its path.
     """
     interpreter, *name = read_first_line(script) or [""]
     plain = name and not name[0].startswith("-") and "=" not in name[0]

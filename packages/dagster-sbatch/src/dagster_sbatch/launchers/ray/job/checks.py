@@ -25,8 +25,7 @@ NAME_INTERFACE = "Set network_interface of the launcher to the interface that ot
 def own_address(interface: str | None) -> str:
     """Return the IPv4 address of an interface; without one, what this host's name resolves to.
 
-    Raises:
-        NodeError: there is none that other nodes can reach.
+    Raises NodeError: there is none that other nodes can reach.
     """
     if interface:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -54,8 +53,7 @@ def own_address(interface: str | None) -> str:
 def check_gpus(wanted: int) -> None:
     """Compare the GPUs that Slurm allocated, and those that the driver sees, with the request.
 
-    Raises:
-        NodeError: there are fewer, or the driver does not answer; the text says which, and what to do.
+    Raises NodeError: there are fewer, or the driver does not answer; the text says which, and what to do.
     """
     if not wanted:
         return
@@ -112,8 +110,7 @@ def memory_arguments(object_store: int | None, environ: Mapping[str, str]) -> li
 def versions() -> dict[str, str]:
     """Return the versions that must be equal on all nodes.
 
-    Raises:
-        NodeError: there is no Ray, or it is too old.
+    Raises NodeError: there is no Ray, or it is too old.
     """
     try:
         ray = importlib.metadata.version("ray")

@@ -32,8 +32,7 @@ LONGEST_POLL = 2.0  # seconds between two reads of the nodes' files, however man
 def await_cluster(seconds: int) -> str:
     """Return the address of the cluster when all of its nodes have joined.
 
-    Raises:
-        SystemExit: a node has not joined in this time.
+    Raises SystemExit: a node has not joined in this time.
     """
     until = time.monotonic() + seconds
     nodes = (state() / "nodes").read_text().split()

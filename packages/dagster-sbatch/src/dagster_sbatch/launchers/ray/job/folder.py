@@ -22,9 +22,7 @@ def make_folder(base: Path, job: str) -> Path:
     Folders that an earlier run of the same job has left are removed.
 
     `base`: a folder that other users may write to as well, such as /tmp.
-
-    Raises:
-        NodeError: the base folder is not writable.
+    Raises NodeError: the base folder is not writable.
     """
     try:
         for folder in base.glob(f"{_PREFIX}*"):

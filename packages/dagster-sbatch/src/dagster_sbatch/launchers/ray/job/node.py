@@ -73,8 +73,7 @@ class Node:
     def make_folder(self) -> None:
         """Make the private folder of this node.
 
-        Raises:
-            NodeError: it cannot be made.
+        Raises NodeError: it cannot be made.
         """
         base = Path(self._settings["temp_dir"] or os.environ["JOB_TMPDIR"])
         self._folder = make_folder(base, os.environ["SLURM_JOB_ID"])
@@ -148,8 +147,7 @@ class Node:
     def _await_head(self, mine: Mapping[str, str]) -> dict[str, Any]:
         """Return what the head has published.
 
-        Raises:
-            NodeError: this node has another Ray or Python than the head.
+        Raises NodeError: this node has another Ray or Python than the head.
         """
         waited = 0.0
         while not (head := read_published(HEAD_FILE)):
@@ -189,8 +187,7 @@ class Node:
     def _publish_head(self, address: str, gcs: int, dashboard: int, mine: Mapping[str, str]) -> None:
         """Publish where the head and its dashboard listen. Clients send the token of the cluster there.
 
-        Raises:
-            NodeError: another user's process has taken the head's port.
+        Raises NodeError: another user's process has taken the head's port.
         """
         if not is_ours(gcs):
             raise NodeError(f"a process of another user listens on port {gcs}, which was reserved for Ray's head")
@@ -267,8 +264,7 @@ def main() -> None:
 def _await(child: int) -> NoReturn:
     """Wait for the child, and end with its exit code.
 
-    Raises:
-        NodeError: it was killed.
+    Raises NodeError: it was killed.
     """
 
     def pass_on(*_: object) -> None:

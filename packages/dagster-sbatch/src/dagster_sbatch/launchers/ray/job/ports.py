@@ -24,8 +24,7 @@ def claim_ports(count: int) -> tuple[list[int], list[socket.socket]]:
     Returns:
         The ports, and the sockets that reserve them: keep these open as long as the ports are used.
 
-    Raises:
-        NodeError: there are fewer free ports.
+    Raises NodeError: there are fewer free ports.
     """
     ports: list[int] = []
     claims: list[socket.socket] = []
@@ -61,8 +60,7 @@ def is_ours(port: int) -> bool:
 def check_ports(arguments: Iterable[str]) -> None:
     """Check that the ports which the user has chosen are free: Ray reports a taken port only deep in its logs.
 
-    Raises:
-        NodeError: one is taken.
+    Raises NodeError: one is taken.
     """
     for argument in arguments:
         chosen = re.fullmatch(r"--(?!m(?:in|ax)-worker-)[a-z-]+-port=([1-9][0-9]*)", argument)

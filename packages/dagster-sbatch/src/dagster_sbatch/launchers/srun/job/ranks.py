@@ -73,9 +73,7 @@ def claimed_port() -> Iterator[int]:
 
     A socket that is bound and does not listen keeps its port from every process that binds without SO_REUSEADDR, as
     this function does. PyTorch binds with it, so rank 0 gets the port.
-
-    Raises:
-        SystemExit: there is none.
+    Raises SystemExit: there is none.
     """
     first = secrets.randbelow(len(PORTS))
     for step in range(len(PORTS)):
