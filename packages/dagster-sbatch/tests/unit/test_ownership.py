@@ -7,7 +7,7 @@ import pytest
 
 from dagster_sbatch.inspect.remote_runs import RunRecord
 from dagster_sbatch.run.directory import RunInfo
-from dagster_sbatch.upkeep.ownership import LeftJob, reason_to_cancel
+from dagster_sbatch.upkeep.ownership import describe_left, reason_to_cancel
 
 TERMINATED, SUCCEEDED = "its run was terminated", "its step has succeeded with another job"
 
@@ -98,7 +98,7 @@ def test_a_job_of_runs_that_nobody_knows_is_kept(instance: dg.DagsterInstance) -
 
 
 def test_what_is_said_of_a_job_that_is_left() -> None:
-    assert LeftJob(record("root", "root", "last"), "RUNNING").text == (
+    assert describe_left(record("root", "root", "last"), "RUNNING") == (
         "Slurm job 7 (asset) is RUNNING, and no Dagster run follows it. "
         "Re-execute run last to attach to it again, or cancel it:\n  scripts/job 7 cancel"
     )

@@ -219,8 +219,8 @@ def show_left(project: Project, runs: Runs) -> None:
     """Print the jobs that no run of this project's Dagster follows."""
     choose_instance(project)
     with dg.DagsterInstance.get() as instance:
-        for job in left_jobs(instance, runs):
-            print(f"\n{job.text}")
+        for text in left_jobs(instance, runs):
+            print(f"\n{text}")
 
 
 def state(run: RunRecord, runs: Runs, now: bool) -> str:

@@ -17,7 +17,7 @@ from dagster_sbatch.slurm.gateway import JobEnd, RefusedError
 from dagster_sbatch.slurm.units import count_of
 from dagster_sbatch.ssh import SshError
 from dagster_sbatch.upkeep import running_on_supercomputer
-from dagster_sbatch.upkeep.ownership import LeftJob, group_state, left_jobs, reason_to_cancel, repeat_failures
+from dagster_sbatch.upkeep.ownership import describe_left, group_state, left_jobs, reason_to_cancel, repeat_failures
 
 LOOK_BACK = timedelta(days=7)  # the first tick examines runs that have ended within this time
 LATE = timedelta(minutes=1)  # the database may show the end of a run so much later than its time
@@ -57,7 +57,7 @@ def make_job_checks(project: Project) -> tuple[dg.AssetChecksDefinition, dg.Asse
     )
     def jobs_are_followed(context: dg.AssetCheckExecutionContext) -> dg.AssetCheckResult:
         def find(runs: Runs) -> tuple[bool, str]:
-            left = "\n".join(job.text for job in left_jobs(context.instance, runs))
+            left = "\n".join(left_jobs(context.instance, runs))
             return not left, left or _NONE_LEFT
 
         return _ask(project, find)
@@ -212,7 +212,7 @@ def _report_left(runs: Runs, run: RunRecord, report: Callable[[_Finding], None])
         report(_later(run, error))
         return
     if state:
-        report(_Finding(run, LeftJob(run, state.state).text, "left"))
+        report(_Finding(run, describe_left(run, state.state), "left"))
 
 
 def _cancel(

@@ -1,7 +1,6 @@
 """Which Slurm jobs belong to a Dagster run, and which of the others have to be cancelled."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -78,29 +77,20 @@ def reason_to_cancel(instance: dg.DagsterInstance, run: RunRecord) -> str:
     return "its step has succeeded with another job" if is_stored(instance, since, run.about.step_name) else ""
 
 
-@dataclass(frozen=True)
-class LeftJob:
-    """A job that no run follows, and that a re-execution can attach to."""
-
-    run: RunRecord
-    state: str
-
-    @property
-    def text(self) -> str:
-        """The job, and what to do about it."""
-        run = self.run
-        return (
-            f"Slurm job {run.job} ({run.about.asset}) is {self.state}, and no Dagster run follows it. "
-            f"Re-execute run {run.followers[-1]} to attach to it again, or cancel it:\n  scripts/job {run.job} cancel"
-        )
+def describe_left(run: RunRecord, state: str) -> str:
+    """Return what to do about a job that no run follows, and that a re-execution can attach to."""
+    return (
+        f"Slurm job {run.job} ({run.about.asset}) is {state}, and no Dagster run follows it. "
+        f"Re-execute run {run.followers[-1]} to attach to it again, or cancel it:\n  scripts/job {run.job} cancel"
+    )
 
 
-def left_jobs(instance: dg.DagsterInstance, runs: Runs) -> Iterator[LeftJob]:
-    """Yield the waiting and running jobs that no run follows and that a re-execution can attach to."""
+def left_jobs(instance: dg.DagsterInstance, runs: Runs) -> Iterator[str]:
+    """Describe the waiting and running jobs that no run follows and that a re-execution can attach to."""
     now = datetime.now(UTC)
     for run in runs.all():
         if not run.job or run.end or group_state(instance, run.about.root, now) not in ("over", "just ended"):
             continue
         state = None if reason_to_cancel(instance, run) else runs.state(run)[0]
         if state:
-            yield LeftJob(run, state.state)
+            yield describe_left(run, state.state)

@@ -92,21 +92,9 @@ class JobEnd:
         cls, end: Mapping[str, Any], short: Mapping[str, int] | None = None, rows: Sequence[Sequence[str]] = ()
     ) -> "JobEnd":
         """Read the agent's answer."""
-        submitted, started, ended = end["times"]
-        return cls(
-            code=end.get("code"),
-            state=end["state"],
-            exit=end["exit"],
-            submitted=submitted,
-            started=started,
-            ended=ended,
-            cause=end.get("cause", ""),
-            short=short or {},
-            rows=rows,
-            account=end.get("account") or "",
-            usage=end.get("usage") or {},
-            node=end.get("node", ""),
-        )
+        times = dict(zip(("submitted", "started", "ended"), end["times"], strict=True))
+        same = {name: end[name] for name in ("cause", "account", "usage", "node") if end.get(name)}
+        return cls(end.get("code"), end["state"], end["exit"], **times, **same, short=short or {}, rows=rows)
 
 
 @dataclass(frozen=True)
