@@ -24,10 +24,7 @@ REFRESH_WINDOW = timedelta(days=7)
 Source = Literal["stored", "bootstrap", "direct"]
 """Where a credential came from: the credentials file, ASC_AUTHENTIK_API_TOKEN, ASC_OIDC_APP_PASSWORD."""
 
-_VARIABLES = {
-    "api_token": "ASC_AUTHENTIK_API_TOKEN",
-    "app_password": "ASC_OIDC_APP_PASSWORD",
-}
+_VARIABLES = {"api_token": "ASC_AUTHENTIK_API_TOKEN", "app_password": "ASC_OIDC_APP_PASSWORD"}
 _ATTRIBUTES = ("_ID", "_EXPIRES_AT", "_CREATED_AT")
 _RECORD = "ASC_AUTHENTIK_TOKEN_RECORD"
 _OWN = {name + suffix for name in _VARIABLES.values() for suffix in ("", *_ATTRIBUTES)} | {_RECORD}

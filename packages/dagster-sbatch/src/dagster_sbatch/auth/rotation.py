@@ -13,14 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, RejectedError, UnavailableError
-from dagster_sbatch.auth.authentik import (
-    API_BUTTON,
-    APP_BUTTON,
-    Authentik,
-    Intent,
-    not_allowed,
-    request_oidc_token,
-)
+from dagster_sbatch.auth.authentik import API_BUTTON, APP_BUTTON, Authentik, Intent, not_allowed, request_oidc_token
 from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Secret, Source
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.settings import Settings

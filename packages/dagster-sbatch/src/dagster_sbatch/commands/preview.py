@@ -14,12 +14,7 @@ from rich.table import Column, Table
 from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
 from dagster_sbatch.commands.project_history import open_history
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.asset_preview import (
-    Preview,
-    find_submitting,
-    preview_asset,
-    supercomputer_deployment,
-)
+from dagster_sbatch.inspect.asset_preview import Preview, find_submitting, preview_asset, supercomputer_deployment
 from dagster_sbatch.inspect.dry_run import ask_usage, try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project

@@ -14,13 +14,7 @@ import dagster as dg
 from dagster_sbatch.costs.cost import explain_excess
 from dagster_sbatch.costs.proposal import propose
 from dagster_sbatch.errors import ConfigurationError, nearest
-from dagster_sbatch.inspect.plan_summary import (
-    ANY_LIMITS,
-    divide,
-    place_run,
-    summarise,
-    summarise_proposal,
-)
+from dagster_sbatch.inspect.plan_summary import ANY_LIMITS, divide, place_run, summarise, summarise_proposal
 from dagster_sbatch.run.compute import ComputeResource, intercept_runs
 from dagster_sbatch.run.directory import RunInfo, RunPaths, render_job
 from dagster_sbatch.run.past_use import past_uses

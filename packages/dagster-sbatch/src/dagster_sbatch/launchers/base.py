@@ -32,8 +32,7 @@ class Launcher(CheckedModel, ABC):
     """Whether its workloads are Python programs; then their syntax and their imports are checked before a run."""
 
     pre_start_commands: tuple[str, ...] = Field(
-        (),
-        description="Shell commands that every node of the job runs first; a failing one is reported and skipped.",
+        (), description="Shell commands that every node of the job runs first; a failing one is reported and skipped."
     )
     container: Container | None = Field(None, description="The image in which the workload runs; default: none.")
 

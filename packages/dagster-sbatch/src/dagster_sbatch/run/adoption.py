@@ -19,11 +19,7 @@ NO_RECORD = "no record of what it was submitted with"
 
 
 def inputs_of(
-    plan: Plan,
-    code: Mapping[str, str],
-    step: Mapping[str, Any],
-    data_root: str | None,
-    image: str | None = None,
+    plan: Plan, code: Mapping[str, str], step: Mapping[str, Any], data_root: str | None, image: str | None = None
 ) -> dict[str, str]:
     """Return the inputs of a call, which decide its result: a digest by name.
 

@@ -4,12 +4,7 @@ import re
 from datetime import timedelta
 from typing import Annotated, Any
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from dagster_sbatch.errors import CheckedModel, nearest
 from dagster_sbatch.slurm.modules import Modules
@@ -71,8 +66,7 @@ class SlurmRequest(CheckedModel):
     )
     gpus_per_node: int = Field(0, ge=0, description="GPUs per node; becomes --gres=gpu:N.")
     mem: Memory | None = Field(
-        None,
-        description="Memory per node, for instance 64G. GPU requests: the site's mem_per_gpu per GPU.",
+        None, description="Memory per node, for instance 64G. GPU requests: the site's mem_per_gpu per GPU."
     )
     mem_per_cpu: Memory | None = Field(None, description="Memory per CPU; instead of mem.")
     time_limit: Time = Field(

@@ -86,8 +86,7 @@ class Site(_Part):
     )
     modules: Modules = Field((), description="Modules (Lmod) that jobs load whose request has no `modules` of its own.")
     host_authorities: tuple[Annotated[str, AfterValidator(_authority)], ...] = Field(
-        (),
-        description="Lines `@cert-authority ...` for hosts that are not in the user's known_hosts.",
+        (), description="Lines `@cert-authority ...` for hosts that are not in the user's known_hosts."
     )
     container_runtime: ContainerRuntime = Field(ContainerRuntime(), description="The program that runs containers.")
     documentation: str | None = Field(None, description="Address of the centre's documentation.")

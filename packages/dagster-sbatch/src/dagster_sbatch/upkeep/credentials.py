@@ -71,8 +71,7 @@ def make_credential_refresh(project: Project) -> CredentialRefresh:
         )
 
     @dg.op(  # Dagster wants its name to differ from its job's
-        name=f"{JOB}_op",
-        description="Replace the secrets and the certificate if they are due.",
+        name=f"{JOB}_op", description="Replace the secrets and the certificate if they are due."
     )
     def refresh_op(context: dg.OpExecutionContext) -> None:
         _refresh(project, context)

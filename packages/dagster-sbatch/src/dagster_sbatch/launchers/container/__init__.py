@@ -96,8 +96,7 @@ class Container(CheckedModel):
         "~, $HOME, $DATA or $SCRATCH, or one below DATA_ROOT."
     )
     binds: tuple[Annotated[str, AfterValidator(_bind)], ...] = Field(
-        (),
-        description="Further folders that the container has: /folder, /folder:/place/in/image, /folder:/place:ro.",
+        (), description="Further folders that the container has: /folder, /folder:/place/in/image, /folder:/place:ro."
     )
     options: tuple[Annotated[str, AfterValidator(_option)], ...] = Field(
         (), description="Further options of `apptainer exec`, each as --name or --name=value."

@@ -119,10 +119,7 @@ class FirstNode(Sampler):
         program = [sys.executable] + PYTHON_OPTIONS + [os.path.abspath(__file__), "node", str(self.usage.gpus)]
         try:
             self.others = subprocess.Popen(
-                ["srun"] + step + program,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                ["srun"] + step + program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
             )
         except OSError:
             return
