@@ -2,13 +2,9 @@
 
 
 class AccessError(Exception):
-    """There is no access, or it could not be renewed.
+    """There is no access, or it could not be renewed."""
 
-    Attributes:
-        temporary: a later retry may succeed without any change.
-    """
-
-    temporary = False
+    temporary = False  # a later retry may succeed without any change
 
 
 class BootstrapError(AccessError):

@@ -25,11 +25,7 @@ _TIME = "%Y%m%d%H%M%S"
 
 
 class NoTokenError(RejectedError):
-    """No API token works.
-
-    Attributes:
-        refusals: the reason for each token that was tried.
-    """
+    """No API token works; `refusals`: the reason for each token that was tried."""
 
     def __init__(self, refusals: Mapping[Source, str]) -> None:
         super().__init__("; ".join(refusals.values()) or "there is no API token")

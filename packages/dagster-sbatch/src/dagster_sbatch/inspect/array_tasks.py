@@ -30,19 +30,14 @@ class TaskRecord:
 
 
 class TaskList:
-    """The tasks of an array job.
-
-    Attributes:
-        run: the run directory.
-        job: the array job, with the ends of its tasks.
-        partitions: of each task; empty for parameter sets.
-    """
+    """The tasks of an array job."""
 
     def __init__(self, runs: Runs, run: RunRecord) -> None:
         self._runs, self.run = runs, run
-        self.job: ArrayJob = runs.gateway.array(run.path)
+        self.job: ArrayJob = runs.gateway.array(run.path)  # with the ends of its tasks
         record = self.job.record or {}
         self._names: list[str] = [task["name"] for task in record.get("tasks", ())]
+        # Of each task; empty for parameter sets
         self.partitions: list[Sequence[str]] = [task["partitions"] for task in record.get("tasks", ())]
 
     def __len__(self) -> int:

@@ -11,11 +11,7 @@ PARTS = 4  # array jobs that fill the submit limit together: when one of them is
 
 
 class Batches:
-    """The tasks that have to be submitted, as array jobs.
-
-    Attributes:
-        left: those that are not submitted yet. One that has to be submitted once more is appended.
-    """
+    """The tasks that have to be submitted, as array jobs."""
 
     def __init__(self, tasks: Sequence[int], limits: Limits, max_running: int | None) -> None:
         """Choose the size of the array jobs.
@@ -30,7 +26,7 @@ class Batches:
                 f"max_running_tasks={max_running} is more than you may have submitted at once: "
                 f"{count_of(submit, 'job')}. A task counts as a job. Write JobArray(max_running_tasks={submit})."
             )
-        self.left = list(tasks)
+        self.left = list(tasks)  # not submitted yet; one that has to be submitted once more is appended
         self._limits, self._max_running = limits, max_running
 
     def take(

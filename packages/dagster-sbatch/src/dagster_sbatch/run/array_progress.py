@@ -11,22 +11,15 @@ FIRST_PAUSE, LONGEST_PAUSE = 10.0, 300.0
 
 
 class ArrayProgress:
-    """Counts tasks, and logs the counts from a thread of its own.
-
-    Attributes:
-        done, failed: numbers of tasks that are over.
-        started: tasks that have started and are not over.
-        requeued: how many of `started` wait to start again.
-        running: how many of `started` run; None: all of them. The others have ended, which Slurm has not confirmed yet.
-    """
+    """Counts tasks, and logs the counts from a thread of its own."""
 
     def __init__(self, total: int, done: int, log: Callable[[str], None]) -> None:
-        """Nothing has begun."""
         self._total, self._log = total, log
         self.done, self.failed = done, 0
-        self.started: set[int] = set()
+        self.started: set[int] = set()  # and are not over
+        # How many of `started` run; None: all of them. The others have ended, which Slurm has not confirmed yet.
         self.running: int | None = None
-        self.requeued = 0
+        self.requeued = 0  # how many of `started` wait to start again
         self._shown = ""
 
     @contextmanager

@@ -40,16 +40,7 @@ _AGAIN = "\nRe-execute this run from failure: it runs only the tasks that have n
 
 
 class ArrayStep:
-    """The tasks of one call: what they write, what they report, and what comes of it all.
-
-    Attributes:
-        tasks: of the array.
-        left: indices of the tasks that no earlier run has completed.
-        contexts: of the tasks, once the session is open.
-        attempts: rows of a table: the attempts of the tasks that were repeated.
-        where: metadata for all results.
-        progress: the numbers of tasks that run and that are over.
-    """
+    """The tasks of one call: what they write, what they report, and what comes of it all."""
 
     def __init__(self, context: dg.OpExecutionContext, name: str, plan: Plan) -> None:
         """Find out which partitions are done.
@@ -67,9 +58,9 @@ class ArrayStep:
                 final=True,
             )
         self._completed = CompletedPartitions(context, plan.tasks)
-        self.tasks, self.left = self._completed.tasks, self._completed.left
-        self.attempts: list[dict[str, Any]] = []
-        self.where: Mapping[str, Any] = {}
+        self.tasks, self.left = self._completed.tasks, self._completed.left  # left: indices
+        self.attempts: list[dict[str, Any]] = []  # rows of a table: of the tasks that were repeated
+        self.where: Mapping[str, Any] = {}  # metadata for all results
         self.progress = ArrayProgress(len(self.tasks), len(self.tasks) - len(self.left), self._log.info)
         self._readers: dict[int, TaskReader] = {}
         self._results: dict[int, TaskResult] = {}

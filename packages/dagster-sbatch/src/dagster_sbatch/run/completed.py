@@ -18,11 +18,6 @@ class CompletedPartitions:
     """What is stored of the tasks' partitions, and was computed from the data that a task would read now.
 
     The end of the step stores them once more, and for Dagster they are made of the newest data then.
-
-    Attributes:
-        tasks: of the array, with the versions of the data that each reads.
-        stored: the materializations of the partitions of complete tasks, by asset.
-        left: indices of the other tasks.
     """
 
     def __init__(self, step: dg.OpExecutionContext, tasks: Sequence[Task]) -> None:
@@ -36,6 +31,7 @@ class CompletedPartitions:
         complete = {
             index for index, task in enumerate(self.tasks) if task.partitions and current.issuperset(task.partitions)
         }
+        # The materializations of the partitions of complete tasks, by asset; and the indices of the other tasks
         self.stored = {key: found[key] for index in complete for key in self.tasks[index].partitions}
         self.left = [index for index in range(len(self.tasks)) if index not in complete]
 

@@ -41,13 +41,7 @@ SIBLING_SECONDS = 2.0
 
 
 class Family:
-    """The family of jobs of one call of `compute.run`: its attempts, also those of earlier runs of the same step.
-
-    Attributes:
-        call: the call.
-        request: of Slurm, as it is stored with a job.
-        record: what is stored with a job: a later attempt compares its own inputs with it.
-    """
+    """The family of jobs of one call of `compute.run`: its attempts, also those of earlier runs of the same step."""
 
     def __init__(
         self,
@@ -60,13 +54,13 @@ class Family:
         *,
         questions: Questions,
     ) -> None:
-        """Store the arguments."""
         self._context, self._gateway, self._questions = context, gateway, questions
         self._inputs, self._retries = inputs, request.retries
         self._log = StepLog(context)
         self._folder = runs
         self._token = uuid.uuid4().hex
         self.call, self.request = call, store_request(request)
+        # What is stored with a job: a later attempt compares its own inputs with it
         self.record = {"call": call.number, "inputs": inputs, "request": self.request}
 
     def choose(self) -> tuple[Claim, Choice]:

@@ -50,11 +50,7 @@ def temporary_run_directory() -> "tempfile.TemporaryDirectory[str]":
 
 
 class _Machine:
-    """This machine, as the workload of a call finds it.
-
-    Attributes:
-        where: metadata for all results.
-    """
+    """This machine, as the workload of a call finds it."""
 
     def __init__(self, context: dg.OpExecutionContext, name: str, settings: Settings, plan: Plan) -> None:
         """Prepare what all processes of the call have in common.
@@ -66,6 +62,7 @@ class _Machine:
         self._folders = self._data_root, plan.workload.root, Path(launchers.__file__).parent
         self._image = self._find_image(name)
         self._checks = json.dumps(declared_checks(context))
+        # Metadata for all results
         self.where = {"host": socket.gethostname(), "workload": str(plan.workload.path)}
         self._environment = {
             **workload_environment(),

@@ -22,40 +22,25 @@ class MessageParser:
     results of a job that Slurm requeued twice. Here only the results since the last start of the job count. `error`
     keeps the first message that cannot be read or that Dagster refuses; the step follows the job to its end in spite of
     it.
-
-    Attributes:
-        exit_code_decides: whether the launcher says that Pipes sessions decide nothing about success.
-        opened: whether a process has opened a Pipes session.
-        open: how many sessions are open now. A process that the workload starts may open one of its own.
-        exception: that ended an outermost session.
-        inner_exception: that ended a session inside another one, which may have handled it.
-        error: what was wrong with the messages; None if nothing was.
-        closed: the last message that closed a session.
-        results: reports on assets and checks, and the workload's own custom messages.
-        partitions: the values of the PARTITION messages.
-        deliver: see `__init__`.
     """
 
     def __init__(self, path: str, deliver: Callable[[PipesMessage], None]) -> None:
-        """Nothing is read yet.
-
-        `deliver`: gets each message that says `opened`, and each line of the log, at once.
-        """
+        """`deliver`: gets each message that says `opened`, and each line of the log, at once."""
         self.path, self.deliver = path, deliver
         self._rest = b""
         self._begin()
 
     def _begin(self) -> None:
         """Forget everything: the job begins, for the first time or once more."""
-        self.exit_code_decides = False
-        self.opened = False
-        self.open = 0
-        self.exception: Mapping[str, Any] | None = None
-        self.inner_exception: Mapping[str, Any] | None = None
-        self.error: Exception | None = None
-        self.closed: PipesMessage | None = None
-        self.results: list[PipesMessage] = []
-        self.partitions: list[Any] = []
+        self.exit_code_decides = False  # and not the Pipes sessions, as the launcher says
+        self.opened = False  # whether a process has opened a session
+        self.open = 0  # sessions; a process that the workload starts may open one of its own
+        self.exception: Mapping[str, Any] | None = None  # that ended an outermost session
+        self.inner_exception: Mapping[str, Any] | None = None  # inside another session, which may have handled it
+        self.error: Exception | None = None  # what was wrong with the messages
+        self.closed: PipesMessage | None = None  # the last message that closed a session
+        self.results: list[PipesMessage] = []  # reports, and the workload's own custom messages
+        self.partitions: list[Any] = []  # the values of the PARTITION messages
 
     def feed(self, data: bytes) -> None:
         """Read the next bytes; log messages are delivered at once. An incomplete last line waits for its rest."""

@@ -20,7 +20,6 @@ class RunEnvironment:
     """Finds or makes the environment of a new job. A step that adopts an existing job does not need it."""
 
     def __init__(self, environments: Environments, settings: Settings, plan: Plan) -> None:
-        """Store the arguments; the code and the lock file are read when they are needed."""
         self._environments, self._settings, self._plan = environments, settings, plan
 
     @property

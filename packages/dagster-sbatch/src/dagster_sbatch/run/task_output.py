@@ -64,12 +64,7 @@ class TaskLines(Lines):
 
 
 class TaskReader(Streams):
-    """Reads what one task writes, while it runs.
-
-    Attributes:
-        messages: its Pipes messages; lines of the log are in the step's log at once.
-        stdout, stderr: its output; the last lines of each are kept.
-    """
+    """Reads what one task writes, while it runs; lines of its log are in the step's log at once."""
 
     def __init__(self, task: Task, session: Session, warnings: Warnings) -> None:
         """`session`: of the whole step."""

@@ -28,11 +28,7 @@ class ForkServerUnavailableError(Exception):
 
 
 class ForkedProcess:
-    """A run's process that waits; when this connection is closed before `begin`, it ends without having done anything.
-
-    Attributes:
-        process: what identifies it.
-    """
+    """A run's process that waits; if this connection is closed before `begin`, it ends without having done anything."""
 
     def __init__(self, connection: socket.socket, process: RunProcess) -> None:
         self._connection, self.process = connection, process

@@ -71,16 +71,12 @@ def read_line(connection: socket.socket) -> str:
 
 
 class Server:
-    """A fork server.
-
-    Attributes:
-        runs: the id of the run and its arguments, by the pid of its process.
-    """
+    """A fork server."""
 
     execute: Callable[[], None]  # the console command `dagster`, once `warm_up` has imported it
 
     def __init__(self, listener: socket.socket, folder: Path, name: str) -> None:
-        self.runs: dict[int, dict[str, str]] = {}
+        self.runs: dict[int, dict[str, str]] = {}  # the id of the run and its arguments, by the pid of its process
         self._listener: socket.socket | None = listener
         self._socket, self._log_file = folder / name, folder / LOG
         self._versions: list[tuple[bytes, object]] = []

@@ -19,11 +19,7 @@ class RefusedError(Exception):
 
 
 class RemovedError(RefusedError):
-    """The run directory of a job that is followed was removed, so that nobody can adopt the job any more.
-
-    Attributes:
-        run: the run directory.
-    """
+    """The run directory of a job that is followed was removed, so that nobody can adopt the job any more."""
 
     def __init__(self, text: str, run: str) -> None:
         super().__init__(text)

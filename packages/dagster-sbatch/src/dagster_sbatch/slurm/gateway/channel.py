@@ -43,7 +43,6 @@ class Channel(ABC):
     """
 
     def __init__(self) -> None:
-        """Nothing is sent yet."""
         self._numbers = count(1)
         self._buffer = bytearray()
         self._greeted, self._banner = False, ""
