@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.auth import AccessError, UnsafeFileError, refresh
-from dagster_sbatch.auth.refresh_lock import refresh_lock
+from dagster_sbatch.auth.renew import refresh_lock
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer
 from support import access

@@ -3,9 +3,8 @@
 import pytest
 
 from dagster_sbatch.slurm import SlurmRequest
-from dagster_sbatch.slurm.accounting import count
+from dagster_sbatch.slurm.accounting import count, describe_idle, plot
 from dagster_sbatch.slurm.gateway import JobEnd
-from dagster_sbatch.slurm.job_usage import describe_idle, plot
 from dagster_sbatch.slurm.outcome import judge
 
 SERIES = [[0.0, None, 100.0], [50.0, 1.0, 200.0], [100.0, 2.0, 1024.0]]

@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_sbatch.costs.shortage import find_shortage
+from dagster_sbatch.costs.budget import find_shortage
 from dagster_sbatch.inspect.asset_preview import preview_asset
 from dagster_sbatch.inspect.dry_run import try_script
 from dagster_sbatch.launchers import ScriptLauncher

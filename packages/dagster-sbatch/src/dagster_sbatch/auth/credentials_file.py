@@ -77,7 +77,7 @@ class Credentials:
 
 
 class CredentialsFile:
-    """Reads and writes the credentials file; writers hold the lock (`dagster_sbatch.auth.refresh_lock`)."""
+    """Reads and writes the credentials file; writers hold the lock (`renew.refresh_lock`)."""
 
     def __init__(self, path: Path) -> None:
         """`path`: ASC_AUTHENTIK_CREDENTIALS_FILE; it need not exist."""

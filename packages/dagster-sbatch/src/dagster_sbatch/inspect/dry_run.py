@@ -4,9 +4,8 @@ import re
 from dataclasses import replace
 from datetime import datetime, timedelta
 
-from dagster_sbatch.costs.budget import budget_start
+from dagster_sbatch.costs.budget import budget_start, find_shortage
 from dagster_sbatch.costs.proposal import render
-from dagster_sbatch.costs.shortage import find_shortage
 from dagster_sbatch.environments.deployed import Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import Preview

@@ -1,8 +1,7 @@
 """Refuse jobs that could cost more than the limit per run, or than the project has left."""
 
-from dagster_sbatch.costs.budget import budget_start
+from dagster_sbatch.costs.budget import SETTING, budget_start, find_shortage
 from dagster_sbatch.costs.cost import explain_excess
-from dagster_sbatch.costs.shortage import SETTING, find_shortage
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.settings import Settings

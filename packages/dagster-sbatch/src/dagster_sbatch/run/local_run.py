@@ -4,28 +4,30 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import dagster as dg
 
 from dagster_sbatch import launchers
+from dagster_sbatch.children import child_environment
 from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.directory import CHECKS
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.interrupts import run_interruptibly
 from dagster_sbatch.run.local import GRACE_SECONDS, POLL_SECONDS, Ended, LocalProcess, workload_environment
-from dagster_sbatch.run.local_modules import load_modules
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.pipes import CONTEXT, open_session, pipes_variables
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import complete, declared_checks
 from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.modules import shorten_error
 
 
 def run_here(
@@ -193,3 +195,43 @@ class _LocalTasks:
             process.terminate()
         for process in self._processes.values():
             process.wait(max(0.0, until - time.monotonic()))
+
+
+_LMOD = "LMOD_CMD"  # Lmod sets it in every shell in which `module` works
+_STATE = ("LMOD_", "__LMOD_", "MODULE", "_ModuleTable", "LOADEDMODULES", "_LMFILES_")
+"""Beginnings of the names of Lmod's own variables."""
+_LOAD = 'set -e; eval "$("$LMOD_CMD" bash load "$@")" >&2; env -0'  # a module may print
+_SHELLS = ("PWD", "OLDPWD", "SHLVL", "_")
+
+
+def load_modules(modules: Sequence[str], log: StepLog) -> dict[str, str]:
+    """Return the variables that modules set or change on this machine.
+
+    The log says if they cannot be loaded: laptops have no Lmod, and other machines have other modules.
+    """
+    if not modules:
+        return {}
+    names = ", ".join(modules)
+    if _LMOD not in os.environ:
+        log.info(
+            f"These modules are not loaded: {names}. This machine has no Lmod. "
+            "The workload uses the programs that it finds on the PATH."
+        )
+        return {}
+    before = child_environment(*(name for name in os.environ if name.startswith(_STATE)))
+    done = subprocess.run(
+        ["bash", "-c", _LOAD, "bash", *modules], env=before, stdin=subprocess.DEVNULL, capture_output=True, check=False
+    )
+    if done.returncode:
+        log.warning(
+            f"Lmod on this machine could not load the modules {names}. "
+            f"{shorten_error(done.stderr.decode(errors='replace'))}\nThe workload runs without them."
+        )
+        return {}
+    after = dict(line.partition("=")[::2] for line in os.fsdecode(done.stdout).split("\0") if line)
+    # As in a job, Python does not get the variables of a module's Python.
+    return {
+        name: value
+        for name, value in after.items()
+        if before.get(name) != value and name not in _SHELLS and not name.startswith("PYTHON")
+    }

@@ -27,7 +27,7 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.run.results import complete, partitions_of
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm import SlurmRequest, accounting, job_usage
+from dagster_sbatch.slurm import SlurmRequest, accounting
 from dagster_sbatch.slurm.gateway import JobEnd, JobState, RefusedError, StoppedError, Submitted
 from dagster_sbatch.slurm.next_request import Next
 from dagster_sbatch.slurm.outcome import CAUSES, Outcome, explain_stderr
@@ -189,7 +189,7 @@ class RemoteRun(RemoteStep):
             words.append(f"expected to start at {written(state.start)}")
         if state.idle is not None and not self._idle_reported:
             self._idle_reported = True
-            text = job_usage.describe_idle(state.idle, self._request)
+            text = accounting.describe_idle(state.idle, self._request)
             self._log.warning(f"Slurm job {self._job}: {text}")
         if words != self._state:
             self._state = words
@@ -220,7 +220,7 @@ class RemoteRun(RemoteStep):
     def _costs(self, end: JobEnd, how: str) -> dict[str, Any]:
         """Return metadata of the whole job, and a table of the attempts if there were several; `how` it ended."""
         costs: dict[str, Any] = {**accounting.count(end, self._request)}
-        if plot := job_usage.plot(end.usage, self._request):
+        if plot := accounting.plot(end.usage, self._request):
             costs["usage"] = plot
         if self._series.ended:
             costs[ATTEMPTS] = table(rows_of((*self._series.ended, self._attempt(how, end))))

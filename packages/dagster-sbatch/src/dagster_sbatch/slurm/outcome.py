@@ -5,8 +5,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dagster_sbatch.slurm.accounting import explain_idle_end
 from dagster_sbatch.slurm.gateway import MESSAGES, JobEnd, Projects, charged_project
-from dagster_sbatch.slurm.job_usage import explain_idle_end
 from dagster_sbatch.slurm.next_request import suggest
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.retries import Fault

@@ -74,7 +74,7 @@ class JobEnd:
     # Of sacct, the job and its steps, with ACCOUNTED; empty if sacct did not answer in time
     rows: Sequence[Sequence[str]] = ()
     account: str = ""  # project that it was charged to; empty if not known
-    # What its sampler has measured (`slurm.job_usage`); empty if the job was too short, or was killed
+    # What its sampler has measured (`slurm.accounting`); empty if the job was too short, or was killed
     usage: Mapping[str, Any] = field(default_factory=dict)
     node: str = ""  # the first node of its latest start; empty if not known
 
