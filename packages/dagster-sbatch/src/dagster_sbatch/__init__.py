@@ -54,32 +54,24 @@ __all__ = [
 ]
 
 _MODULES = {
-    "dagster_sbatch.errors": ("ConfigurationError",),
-    "dagster_sbatch.inspect.source_links": ("link_to_source",),
-    "dagster_sbatch.launchers": (
-        "BatchScriptLauncher",
-        "CommandLauncher",
-        "Container",
-        "Launcher",
-        "RayLauncher",
-        "ScriptLauncher",
-        "SrunLauncher",
-    ),
-    "dagster_sbatch.project": ("Project",),
-    "dagster_sbatch.run.array": ("JobArray",),
-    "dagster_sbatch.run.array_results": ("CompletedArray",),
-    "dagster_sbatch.run.compute": ("ComputeResource",),
-    "dagster_sbatch.run.fake": ("FakeCompute",),
-    "dagster_sbatch.run_launcher.launcher": ("ForkingRunLauncher",),
-    "dagster_sbatch.slurm": ("Retries", "Site", "SlurmRequest"),
-    "dagster_sbatch.upkeep.credentials": ("CredentialRefresh", "make_credential_refresh"),
-    "dagster_sbatch.upkeep.sensors": ("Upkeep", "make_upkeep"),
+    "errors": "ConfigurationError",
+    "inspect.source_links": "link_to_source",
+    "launchers": "BatchScriptLauncher CommandLauncher Container Launcher RayLauncher ScriptLauncher SrunLauncher",
+    "project": "Project",
+    "run.array": "JobArray",
+    "run.array_results": "CompletedArray",
+    "run.compute": "ComputeResource",
+    "run.fake": "FakeCompute",
+    "run_launcher.launcher": "ForkingRunLauncher",
+    "slurm": "Retries Site SlurmRequest",
+    "upkeep.credentials": "CredentialRefresh make_credential_refresh",
+    "upkeep.sensors": "Upkeep make_upkeep",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: commands that need no Dagster start without it (PEP 562)."""
     for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(module), name)
+        if name in names.split():
+            return getattr(import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,38 +8,13 @@ from dataclasses import dataclass
 from dagster_sbatch.errors import ConfigurationError
 
 _LETTERS = {
-    "A": "account",
-    "a": "array",
-    "B": "extra-node-info",
-    "b": "begin",
-    "c": "cpus-per-task",
-    "C": "constraint",
-    "d": "dependency",
-    "D": "chdir",
-    "e": "error",
-    "F": "nodefile",
-    "G": "gpus",
-    "H": "hold",
-    "i": "input",
-    "J": "job-name",
-    "k": "no-kill",
-    "L": "licenses",
-    "m": "distribution",
-    "M": "clusters",
-    "n": "ntasks",
-    "N": "nodes",
-    "O": "overcommit",
-    "o": "output",
-    "p": "partition",
-    "q": "qos",
-    "Q": "quiet",
-    "S": "core-spec",
-    "s": "oversubscribe",
-    "t": "time",
-    "v": "verbose",
-    "W": "wait",
-    "w": "nodelist",
-    "x": "exclude",
+    pair[0]: pair[2:]
+    for pair in """
+    A:account a:array B:extra-node-info b:begin c:cpus-per-task C:constraint d:dependency D:chdir e:error
+    F:nodefile G:gpus H:hold i:input J:job-name k:no-kill L:licenses m:distribution M:clusters n:ntasks N:nodes
+    O:overcommit o:output p:partition q:qos Q:quiet S:core-spec s:oversubscribe t:time v:verbose W:wait
+    w:nodelist x:exclude
+    """.split()
 }
 _WITHOUT_VALUE = frozenset(
     """
