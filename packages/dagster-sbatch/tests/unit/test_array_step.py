@@ -10,12 +10,13 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch import JobArray, ScriptLauncher, SlurmRequest
+from dagster_sbatch.run import remote_step
 from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.past_use import last_proposals, past_uses
 from dagster_sbatch.run.plan import Plan, make_plan
 from dagster_sbatch.run.remote_array import RemoteArray, _ArrayJob
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import ArrayState, JobEnd, StoppedError
+from dagster_sbatch.slurm.gateway import ArrayState, JobEnd, RemovedError, StoppedError
 from resources import PROJECT
 
 KEYS = [f"{number:03}" for number in range(20)]
@@ -39,8 +40,8 @@ def fail(step: ArrayStep, index: int) -> None:
     assert not step.ended(index, 1, {}, {}, "logs")
 
 
-def plan_of_all() -> Plan:
-    extras = {"partition_keys": KEYS}
+def plan_of_all(keys: list[str] = KEYS) -> Plan:
+    extras = {"partition_keys": keys}
     return make_plan(
         SETTINGS, PROJECT, Path(__file__), ScriptLauncher(), SlurmRequest(), extras=extras, array=JobArray()
     )
@@ -154,10 +155,7 @@ def test_tasks_that_have_recorded_their_ends_do_not_count_as_running() -> None:
 
 def test_a_task_that_was_repeated_has_the_costs_of_its_last_job() -> None:
     """Also if the array job in which it failed is over later, and the accounting knows more of that one."""
-    extras = {"partition_keys": KEYS[:2]}
-    plan = make_plan(
-        SETTINGS, PROJECT, Path(__file__), ScriptLauncher(), SlurmRequest(), extras=extras, array=JobArray()
-    )
+    plan = plan_of_all(KEYS[:2])
     costs: list[float] = []
 
     @dg.asset
@@ -199,3 +197,52 @@ def test_a_step_that_ends_before_its_tasks_reports_no_lost_messages() -> None:
     assert [text for text in texts if "[pipes]" in text] == [
         "[pipes] external process successfully opened dagster pipes."
     ]
+
+
+@pytest.mark.parametrize("removed", ["000", "001"])
+def test_partitions_are_stored_if_one_of_them_was_removed_during_the_run(removed: str) -> None:
+    """Dagster refuses the results of a step whose partitions do not all exist any more."""
+    names, keys = "names", KEYS[:3]
+    policy = dg.BackfillPolicy.single_run()
+
+    @dg.asset(partitions_def=dg.DynamicPartitionsDefinition(name=names), backfill_policy=policy)
+    def many(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        step = ArrayStep(context.op_execution_context, "many", plan_of_all(keys))
+        with step.open():
+            context.instance.delete_dynamic_partition(names, removed)
+            for index in range(3):
+                succeed(step, index)
+        return step.complete().get_materialize_result()
+
+    tags = {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]}
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions(names, keys)
+        result = dg.materialize([many], tags=tags, instance=instance, raise_on_error=False)
+        assert set(instance.get_materialized_partitions(dg.AssetKey("many"))) == set(keys)
+    (failure,) = result.get_step_failure_events()
+    assert "many: Dagster refuses the results of the step: " in str(failure)
+    assert "If a partition was removed during the run: all others are stored." in str(failure)
+
+
+def test_tasks_that_succeeded_are_stored_if_their_run_directory_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No later run can receive their results."""
+    monkeypatch.setattr(remote_step, "make_gateway", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(RemoteArray, "_register", lambda _: None)
+
+    def follow(array: RemoteArray) -> None:
+        with array._array.open():
+            array._runs["/base/runs/a-1"] = "17"
+            succeed(array._array, 3)
+            raise RemovedError("the run directory of Slurm job 17 was removed", "/base/runs/a-1")
+
+    monkeypatch.setattr(RemoteArray, "_execute", follow)
+
+    @dg.asset(partitions_def=dg.StaticPartitionsDefinition(KEYS), backfill_policy=dg.BackfillPolicy.single_run())
+    def many(context: dg.AssetExecutionContext) -> None:
+        RemoteArray(context.op_execution_context, "many", SETTINGS, plan_of_all()).run()
+
+    tags = {"dagster/asset_partition_range_start": KEYS[0], "dagster/asset_partition_range_end": KEYS[-1]}
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([many], tags=tags, instance=instance, raise_on_error=False)
+        assert set(instance.get_materialized_partitions(dg.AssetKey("many"))) == {KEYS[3]}
+    assert "Slurm job 17 was removed" in str(result.get_step_failure_events())

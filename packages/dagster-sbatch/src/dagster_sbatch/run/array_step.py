@@ -36,6 +36,7 @@ from dagster_sbatch.slurm.units import count_of
 
 DATA_VERSION_TAG = "dagster/data_version"  # tag of a materialization from which Dagster reads its data version
 MOST_REPEATED = 10  # repeated warnings that the log names at the end
+_STORED = "If a partition was removed during the run: all others are stored. Compute what is missing in a new run."
 _AGAIN = "\nRe-execute this run from failure: it runs only the tasks that have not succeeded."
 
 
@@ -205,45 +206,45 @@ class ArrayStep:
             self._context.log_event(dg.AssetMaterialization(key, metadata=stored, partition=partition, tags=tags))
 
     def complete(self) -> dg.PipesClientCompletedInvocation:
-        """Return the results, or raise the step's failure."""
+        """Return the results, or raise the step's failure; results that Dagster refuses are stored by partition."""
         self._log_repeated()
         if self._failures:
             raise self._failure()
-        results = [self._results[index] for index in sorted(self._results)]
+        try:
+            return self._combine()
+        except Exception as error:
+            self.store_completed()
+            self.wait_until_stored()
+            text = f"Dagster refuses the results of the step: {shorten(str(error))}\n{_STORED}"
+            raise failure(self._name, text, final=True) from error
+
+    def _combine(self) -> dg.PipesClientCompletedInvocation:
+        """Attach what tasks reported to the materializations that Dagster makes at the end of the step."""
+        context, results = self._context, [self._results[index] for index in sorted(self._results)]
         for partition, assets in self._completed.stored.items():
             for key, stored in assets.items():
-                add_metadata(self._context, key, partition, stored.metadata)
-        single = len(partitions_of(self._context)) == 1
+                add_metadata(context, key, partition, stored.metadata)
+        single = len(partitions_of(context)) == 1
         for result in results:
-            self._attach(result, single=single)
-        checks = combine_checks(self._context.selected_asset_check_keys, results, self._earlier_checks())
-        by_partition = any(task.partitions for task in self.tasks)
-        where = {**self.where, **self._attempts()}
-        metadata = dict(where) if by_partition else {**where, **summarize(results)}
-        proposal = self._propose(results)
-        if by_partition and results and self._context.selected_asset_keys:
-            key, partition = min(self._context.selected_asset_keys), results[0].task.partitions[0]
-            add_metadata(self._context, key, partition, proposal)
-        elif not by_partition:
-            metadata |= proposal
+            for report in result.reports:
+                if single and report.data_version:
+                    context.set_data_version(report.asset, dg.DataVersion(report.data_version))
+            for (partition, key), each in result.of_partitions(
+                context.selected_asset_keys, versions=not single
+            ).items():
+                add_metadata(context, key, partition, each)
+        checks = combine_checks(context.selected_asset_check_keys, results, self._earlier_checks())
+        metadata, proposal = {**self.where, **self._attempts()}, self._propose(results)
+        if not any(task.partitions for task in self.tasks):
+            metadata |= {**summarize(results), **proposal}
+        elif results and context.selected_asset_keys:
+            add_metadata(context, min(context.selected_asset_keys), results[0].task.partitions[0], proposal)
         return CompletedArray(self._session.pipes, metadata, results, checks)
 
     def _propose(self, results: Sequence[TaskResult]) -> dict[str, Any]:
         place = self.where.get("partition")
         uses = [use for each in results for use in uses_of(each.costs, each.task.partitions or [each.task.name], place)]
         return proposal_metadata(self._context, self._plan, uses)
-
-    def _attach(self, result: TaskResult, *, single: bool) -> None:
-        """Attach what a task reported to the materializations that Dagster makes at the end of the step.
-
-        `single`: whether the step has one partition.
-        """
-        for report in result.reports:
-            if single and report.data_version:
-                self._context.set_data_version(report.asset, dg.DataVersion(report.data_version))
-        metadata = result.of_partitions(self._context.selected_asset_keys, versions=not single)
-        for (partition, key), each in metadata.items():
-            add_metadata(self._context, key, partition, each)
 
     def _earlier_checks(self) -> dict[dg.AssetCheckKey, list[CheckOutcome]]:
         """Return the outcomes of the checks for the partitions that an earlier run has computed."""

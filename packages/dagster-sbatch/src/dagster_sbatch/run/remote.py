@@ -62,7 +62,7 @@ class RemoteRun(RemoteStep):
             self._begin(self._number + 1)
         return completed
 
-    def _before_cancelling(self) -> None:
+    def _keep_completed(self) -> None:
         """Nothing is complete before the job is over."""
 
     def _choose(self) -> Environment | None:

@@ -91,7 +91,7 @@ class RemoteArray(RemoteStep, Arrays):
         self._array.where = self._where(self._project)
         return self._array.complete()
 
-    def _before_cancelling(self) -> None:
+    def _keep_completed(self) -> None:
         self._array.store_completed()
 
     def _rows(self) -> list[dict[str, Any]]:

@@ -87,8 +87,8 @@ class RemoteStep(ABC):
         """Submit or adopt, follow to the end, and return the results."""
 
     @abstractmethod
-    def _before_cancelling(self) -> None:
-        """Keep what is complete, before the jobs of a terminated run are cancelled. It must not take long."""
+    def _keep_completed(self) -> None:
+        """Store what is complete: its jobs are cancelled, or their run directory is gone. It must not take long."""
 
     def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
         site, settings = self._plan.site, self._settings
@@ -108,6 +108,7 @@ class RemoteStep(ABC):
             raise self._failure(text, final=True) from None
         except RemovedError as error:
             del self._runs[error.run]
+            self._keep_completed()
             text = f"{error}\nRe-execute this run to submit a new job; leave the folders of runs that are not over."
             raise self._failure(f"{text}{self._still_running}") from None
         except RefusedError as error:
@@ -201,7 +202,7 @@ class RemoteStep(ABC):
             show_on_terminal(f"{self._asset}: stopped.{self._still_running}")
             self._log.info(f"Stopped.{self._still_running}")
             return self._failure(f"Dagster has stopped this step.{self._still_running}", final=True)
-        self._before_cancelling()
+        self._keep_completed()
         jobs = ", ".join(job or "(just submitted)" for job in self._runs.values())
         show_on_terminal(f"{self._asset}: cancelling Slurm job {jobs} ...")
         texts, left, error = cancel_jobs(self._gateway, self._runs, CANCEL_SECONDS[interruption])
