@@ -21,6 +21,15 @@ from resources import PROJECT
 from support import access
 
 
+@pytest.mark.parametrize(("days", "goes"), [(KEEP_DAYS - 1, False), (KEEP_DAYS + 1, True)])
+def test_old_directories_of_runs_without_a_job_go(days: int, goes: bool) -> None:
+    """sbatch has refused them; the agent decides whether one may still get a job."""
+    about, age = RunInfo(run="r", root="r", asset="a", partitions=""), timedelta(days=days)
+    run = RunRecord("/runs/a-1", None, about, None, datetime.now(UTC) - age, ("r",))
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert is_obsolete(instance, run, age, no_tasks) is goes
+
+
 @pytest.mark.parametrize(
     ("end", "days", "goes"),
     [

@@ -85,7 +85,7 @@ class Runs:
         return counts
 
     def remove(self, found: Iterable[RunRecord]) -> list[str]:
-        """Remove run directories whose job has ended, and unfinished ones; return the names of those removed."""
+        """Remove run directories without a job that may run, and unfinished ones; return the names of those removed."""
         return self.gateway.clean(self.folder, [run.key for run in found])
 
     def state(self, run: RunRecord) -> tuple[JobState | None, JobEnd | None]:

@@ -15,7 +15,7 @@ from dagster_sbatch.upkeep.orphans import NO_ACCESS, TICK_SECONDS
 
 CLEAN_EVERY = 6 * 3600
 KEEP_DAYS, KEEP_FAILED_DAYS = 14, 90
-"""After the end of a job: of those whose result Dagster has stored, and of those that have failed."""
+"""After the end of a job: of those whose result Dagster has stored, or that never had one; of those that failed."""
 
 
 def make_cleaning_sensor(project: Project) -> dg.SensorDefinition:
@@ -26,7 +26,8 @@ def make_cleaning_sensor(project: Project) -> dg.SensorDefinition:
         minimum_interval_seconds=CLEAN_EVERY,
         default_status=running_on_supercomputer(project),
         description=f"Removes run directories from the supercomputer {KEEP_DAYS} days after their job has succeeded, "
-        f"if Dagster has stored the result, and {KEEP_FAILED_DAYS} days after their job has failed. "
+        f"if Dagster has stored the result, and {KEEP_FAILED_DAYS} days after their job has failed; those that never "
+        f"got a job after {KEEP_DAYS} days. "
         "That of an array job stays as long as Dagster has not stored the partition of a task that succeeded.",
     )
     def clean_run_directories(context: dg.SensorEvaluationContext) -> dg.SkipReason:
@@ -57,8 +58,10 @@ def is_obsolete(
 
     `age`: since the last event of its job.
     """
-    if run.end is None or age < timedelta(days=KEEP_DAYS):
+    if age < timedelta(days=KEEP_DAYS):
         return False
+    if run.end is None:
+        return run.job is None  # sbatch has refused it; the agent keeps one that may still get a job
     if not run.end.succeeded and age < timedelta(days=KEEP_FAILED_DAYS):
         return False
     if (run.end.succeeded or run.array) and not is_stored(instance, run.followers, run.about.step_name):

@@ -141,7 +141,7 @@ def claim(agent, ask, say):
 
 
 def clean(agent, ask, _):
-    """Remove the runs of some names, if they are over, and what was begun and never finished."""
+    """Remove the runs of some names that have no job, or one that is over, and what was begun and never finished."""
     folder, cleaned = ask["runs"], []
     names = os.listdir(folder) if os.path.isdir(folder) else []
     for name in names:
@@ -149,7 +149,7 @@ def clean(agent, ask, _):
         if name.endswith((".new", ".old")):
             if time.time() - os.stat(path).st_mtime > DAY:
                 remove_tree(path)
-        elif name in ask["names"] and has(path, "end"):
+        elif name in ask["names"] and (has(path, "end") or not may_have_job(path)):
             os.rename(path, path + ".old")
             remove_tree(path + ".old")
             cleaned.append(name)
