@@ -1,10 +1,10 @@
 """When it runs: jobs, schedules and sensors."""
 
 from jobs.credentials import access_health, musica_access, refresh_credentials_job, refresh_credentials_sensor
-from jobs.pipelines import flight_delays_job
+from jobs.pipelines import pipelines
 from jobs.upkeep import upkeep
 
-all_jobs = (flight_delays_job, refresh_credentials_job)
+all_jobs = (*pipelines, refresh_credentials_job)
 all_sensors = (refresh_credentials_sensor, *upkeep.sensors)
 all_checks = (access_health, *upkeep.checks)
 all_observed = (musica_access, upkeep.asset)

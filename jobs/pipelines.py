@@ -2,8 +2,10 @@
 
 import dagster as dg
 
-flight_delays_job = dg.define_asset_job(
-    "flight_delays",
-    selection=dg.AssetSelection.groups("flight_delays"),
-    description="The whole example. A range of months is one run.",
+pipelines = (
+    dg.define_asset_job(
+        "flight_delays",
+        selection=dg.AssetSelection.groups("flight_delays"),
+        description="The whole example. A range of months is one run.",
+    ),
 )

@@ -22,9 +22,6 @@ LEFT_OUT = (
 )
 """Patterns of paths as fnmatch(3) reads them: `*` includes slashes. What `_skeleton/` has replaces what is here."""
 
-RENAMED = {"flight_delays": "estimates"}
-"""Words of the files that stay, and what stands there in a copy."""
-
 WORDS = (
     "flight",
     "delay_features",

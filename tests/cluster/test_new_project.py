@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
-from support.new_project import made_in, newer_engine, plain_environment, run_in
+from support.new_project import made_in, newer_engine, plain_environment, replace_first_asset, run_in
 
 pytestmark = pytest.mark.cluster
 
@@ -54,9 +54,13 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_in(tmp_path_factory.mktemp("copy"))
 
 
-def test_a_copy_passes_its_tests_on_the_simulated_supercomputer(site: SimulatedSite, copy: Path) -> None:
+def test_a_copy_with_own_assets_passes_its_tests_on_the_simulated_supercomputer(
+    site: SimulatedSite, tmp_path: Path
+) -> None:
     """It starts a site of its own beside this one, which shows that a site can be simulated here."""
-    done = run_in(copy, sys.executable, "scripts/test", "-n", "0", "-m", "cluster")  # the others: local/
+    own = made_in(tmp_path, "valley")
+    replace_first_asset(own)
+    done = run_in(own, sys.executable, "scripts/test", "-n", "0", "-m", "cluster")  # the others: local/
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
 

@@ -22,14 +22,6 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def no_namespaces(tmp_path: Path) -> str:
-    """PATH on a machine that cannot have a simulated site."""
-    (tmp_path / "unshare").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "unshare").chmod(0o755)
-    return f"{tmp_path}:{plain_environment()['PATH']}"
-
-
-@pytest.fixture
 def workload(copy: Path) -> Path:
     """The program of the copy's asset; it is a fresh one for each test."""
     path = copy / PACKAGE / "workloads" / "pi_estimate.py"

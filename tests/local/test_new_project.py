@@ -159,7 +159,7 @@ def small_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def become_a_project(root: Path) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        convert(Template(root, (), {}), Names("climate", "climate"), "musica", lambda _: None)
+        convert(Template(root, ()), Names("climate", "climate"), "musica", lambda _: None)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

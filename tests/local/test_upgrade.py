@@ -40,7 +40,7 @@ def coarse_pi(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg
     ).get_materialize_result()
 '''
 SITE = '    "borealis": {"partitions": {"batch": {"cores": 128, "mem": "256G"}}},\n'
-JOB = '\ncoarse_job = dg.define_asset_job("coarse", selection="coarse_pi")\n'
+JOB = '= (dg.define_asset_job("coarse", selection="coarse_pi"),)'
 ENGINES_OWN = ["pixi.toml", "pyproject.toml", "requirements/dev.txt", "vendor/dagster_sbatch-1.0.0-py3-none-any.whl"]
 """What an upgrade changes in a project, beside the new wheel."""
 
@@ -53,13 +53,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sites = folder / "resources" / "__init__.py"
     sites.write_text(sites.read_text().replace('    "musica": {', f'{SITE}    "musica": {{', 1))
     jobs = folder / "jobs" / "pipelines.py"
-    jobs.write_text(jobs.read_text() + JOB)
-    offered = folder / "jobs" / "__init__.py"
-    offered.write_text(
-        offered.read_text()
-        .replace("import estimates_job", "import coarse_job, estimates_job")
-        .replace("all_jobs = (", "all_jobs = (coarse_job, ")
-    )
+    jobs.write_text(jobs.read_text().replace("= ()", JOB))
     for slow in ("cluster", "local"):
         shutil.rmtree(folder / "tests" / slow)
     assert run_in(folder, "git", "add", "--all").returncode == 0

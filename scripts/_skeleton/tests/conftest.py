@@ -1,11 +1,12 @@
 """For all tests: they ignore the variables and dotenv files of the person who runs them."""
 
-import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import dagster as dg
 import pytest
-from dagster_sbatch import Project
+from dagster_sbatch.commands import demo
 from resources import PROJECT
 
 PREFIXES = ("DAGSTER_", "SLURM_", "SBATCH_", "ASC_", "RAY_")
@@ -20,7 +21,20 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
-    """This project in another folder: with its locked packages and without dotenv files; the data goes there, too."""
+def materialise_demo(tmp_path: Path) -> Callable[[], None]:
+    """Return a function that materialises what DEMO selects.
+
+    It uses the locked packages of this project, no dotenv files, and another folder for the data.
+    """
+    from jobs.pipelines import DEMO
+    from musica_pipelines.definitions import defs
+
     (tmp_path / "requirements").symlink_to(PROJECT.root / "requirements")
-    return dataclasses.replace(PROJECT, root=tmp_path)
+    config = {"resources": {"compute": {"config": {"root": str(tmp_path)}}}}
+
+    def materialise() -> None:
+        with dg.DagsterInstance.ephemeral() as instance:
+            for done in demo.execute(defs, demo.runs_of_each(defs, DEMO), instance, config):
+                assert not [check.check_name for check in done.get_asset_check_evaluations() if not check.passed]
+
+    return materialise

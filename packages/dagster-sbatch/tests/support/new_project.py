@@ -13,6 +13,41 @@ from support import ROOT
 NAME, PACKAGE = "climate-runs-of-an-alpine-valley", "climate_runs_of_an_alpine_valley"
 """As long as names may be: lines get longer with it."""
 SCRIPT = str(ROOT / "scripts" / "new_project")
+OWN_WORKLOAD = """\
+from dagster_pipes import open_dagster_pipes
+
+with open_dagster_pipes() as pipes:
+    key = pipes.partition_key if pipes.is_partition_step else ""
+    pipes.report_asset_materialization(metadata={"depth": len(key)})
+"""
+OWN_ASSETS = """\
+from pathlib import Path
+
+import dagster as dg
+from dagster_sbatch import ComputeResource, JobArray, ScriptLauncher, SlurmRequest
+
+WORKLOAD = Path(__file__).parents[1] / "workloads" / "snow.py"
+REQUEST = SlurmRequest(cpus_per_task=1, mem="200M", time_limit="00:05:00")
+days = dg.DailyPartitionsDefinition("2026-11-01", end_date="2026-11-06")
+
+
+@dg.asset
+def stations(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    done = compute.run(context, workload=WORKLOAD, launcher=ScriptLauncher(), request=REQUEST)
+    return done.get_materialize_result()
+
+
+@dg.asset(deps=[stations], partitions_def=dg.StaticPartitionsDefinition(["north", "south"]))
+def depths(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    done = compute.run(context, workload=WORKLOAD, launcher=ScriptLauncher(), request=REQUEST)
+    return done.get_materialize_result()
+
+
+@dg.asset(deps=[stations], partitions_def=days, backfill_policy=dg.BackfillPolicy.single_run())
+def melting(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+    done = compute.run(context, workload=WORKLOAD, launcher=ScriptLauncher(), request=REQUEST, array=JobArray())
+    return done.get_materialize_result()
+"""
 CHANGE = "- `scripts/dev`: write it anew."
 """What the changelog of a newer engine asks for."""
 
@@ -70,3 +105,13 @@ def newer_engine(folder: Path, version: str, edits: dict[str, tuple[str, str]] |
     wheel = build_wheel(source, folder)
     shutil.rmtree(source)
     return wheel
+
+
+def replace_first_asset(copy: Path) -> None:
+    """What an owner does first: own assets with an own workload in place of the first ones, and nothing else."""
+    package = copy / copy.name.replace("-", "_")
+    for name in ("assets/estimates.py", "workloads/pi_estimate.py"):
+        (package / name).unlink()
+    (package / "workloads" / "snow.py").write_text(OWN_WORKLOAD)
+    (package / "assets" / "valley.py").write_text(OWN_ASSETS)
+    run_in(copy, "git", "add", "--all")

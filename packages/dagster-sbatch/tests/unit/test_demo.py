@@ -8,7 +8,17 @@ import dagster as dg
 import pytest
 from rich.progress import Progress
 
-from dagster_sbatch.commands.demo import EVENT, WIDTH, _show, materialise, numbers
+from dagster_sbatch.commands.demo import (
+    EVENT,
+    WIDTH,
+    Run,
+    _show,
+    execute,
+    materialise,
+    numbers,
+    run_of_job,
+    runs_of_each,
+)
 
 
 def test_only_numbers_are_in_the_table() -> None:
@@ -17,13 +27,70 @@ def test_only_numbers_are_in_the_table() -> None:
     }
 
 
+@dg.asset(group_name="one")
+def plain() -> None: ...
+
+
+@dg.asset(group_name="one", deps=[plain], partitions_def=dg.StaticPartitionsDefinition(["a", "b"]))
+def by_letter(context: dg.AssetExecutionContext) -> None:
+    context.add_output_metadata({"key": context.partition_key})
+
+
+@dg.asset(deps=[plain], partitions_def=dg.DailyPartitionsDefinition("2026-11-01", end_date="2026-11-04"))
+def by_day() -> None: ...
+
+
+@dg.asset(partitions_def=dg.DynamicPartitionsDefinition(name="stations"))
+def by_station() -> None: ...
+
+
+@dg.asset_check(asset=by_day)
+def complete() -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(passed=True)
+
+
+@dg.multi_asset(outs={"late": dg.AssetOut(), "early": dg.AssetOut()})
+def both() -> tuple[int, int]:
+    return 1, 2
+
+
+DEFS = dg.Definitions(
+    assets=[by_day, by_letter, plain, by_station, both, dg.AssetSpec("seen")],
+    asset_checks=[complete],
+    jobs=[
+        dg.define_asset_job("none", selection=dg.AssetSelection.groups("estimates")),
+        dg.define_asset_job("letters", selection=dg.AssetSelection.groups("one")),
+    ],
+)
+
+
+def test_each_asset_has_a_run_with_its_newest_partition() -> None:
+    """Those that have no partition yet have none, nor those that the project only observes."""
+    runs = runs_of_each(DEFS, dg.AssetSelection.all())
+    day, letter = Run(["by_day"], "2026-11-03", "2026-11-03"), Run(["by_letter"], "b", "b")
+    assert sorted(runs) == [day, letter, Run(["early", "late"]), Run(["plain"])]
+    assert runs.index(Run(["plain"])) < min(runs.index(day), runs.index(letter))
+    with dg.DagsterInstance.ephemeral() as instance:
+        done = list(execute(DEFS, runs, instance))
+    assert sum(len(each.get_asset_materialization_events()) for each in done) == 5
+    assert sum(len(each.get_asset_check_evaluations()) for each in done) == 1
+
+
+def test_a_selection_of_assets_leaves_the_others_out() -> None:
+    assert runs_of_each(DEFS, dg.AssetSelection.assets("plain")) == [Run(["plain"])]
+
+
+def test_a_job_is_one_run_over_all_partitions() -> None:
+    (run,) = run_of_job(DEFS, "letters")
+    assert (sorted(run.assets), run.first, run.last) == (["by_letter", "plain"], "a", "b")
+
+
 def test_a_job_without_assets_is_no_success(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = dg.define_asset_job("estimates", selection=dg.AssetSelection.groups("estimates"))
-    monkeypatch.setitem(sys.modules, "project", SimpleNamespace(defs=dg.Definitions(jobs=[job])))
-    assert materialise("project", "estimates", "here", tmp_path) == 1
-    assert "The job estimates selects no asset. Select your own" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "project", SimpleNamespace(defs=DEFS))
+    assert materialise("project", run_of_job(DEFS, "none"), "here", tmp_path) == 1
+    assert "No asset is selected. Select your own" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
-"""The plan of an asset that runs a program, a batch script or ranks."""
+"""The plan of an asset that runs a program, a batch script or ranks, and of an asset check."""
 
+import re
 from pathlib import Path
 
 import dagster as dg
+import pytest
 
-from dagster_sbatch.inspect.asset_preview import Preview, preview_asset
-from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, Launcher, SrunLauncher
+from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.inspect.asset_preview import Preview, find_submitting, preview_asset
+from dagster_sbatch.launchers import BatchScriptLauncher, CommandLauncher, Launcher, ScriptLauncher, SrunLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import SlurmRequest
 from resources import PROJECT
@@ -51,3 +54,32 @@ def test_the_ranks_of_srun(tmp_path: Path) -> None:
     assert '/srun/ranks.py" job --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=44 ' in found.script
     assert " --gres=gpu:4 --mpi=pmix --wait=600 '<SLURM_DEPLOYMENT_BASE_PATH>/" in found.script
     assert "/workloads/train.py' 'a b'\n" in found.script
+
+
+def test_an_asset_check_that_submits_a_job(tmp_path: Path) -> None:
+    """A check that the asset's own workload reports has no job of its own."""
+    program = make(tmp_path, "print(1)\n", "no_gaps.py")
+
+    @dg.asset(check_specs=[dg.AssetCheckSpec("complete", asset="counts")])
+    def counts(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+        return compute.run(context, workload=program, launcher=ScriptLauncher()).get_materialize_result()
+
+    @dg.asset_check(asset=counts)
+    def no_gaps(context: dg.AssetCheckExecutionContext, compute: ComputeResource) -> dg.AssetCheckResult:
+        request = SlurmRequest(time_limit="00:07:00")
+        done = compute.run(context, workload=program, launcher=ScriptLauncher(), request=request)
+        return done.get_asset_check_result()
+
+    resources = {"compute": ComputeResource.of(PROJECT)}
+    defs = dg.Definitions(assets=[counts], asset_checks=[no_gaps], resources=resources)
+    (found,) = preview_asset(defs, "counts:no_gaps")
+    assert "#SBATCH --time=00:07:00\n" in found.script
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert find_submitting(defs, instance) == [("counts", None), ("counts:no_gaps", None)]
+    for asked, proposed in {
+        "no_gaps": "did you mean 'counts:no_gaps'?",
+        "complete": "valid are counts",
+        "counts:complete": "valid are counts",
+    }.items():
+        with pytest.raises(ConfigurationError, match=re.escape(f"there is no such asset; {proposed}")):
+            preview_asset(defs, asked)

@@ -1,6 +1,6 @@
-"""Materialise the assets of a job in one run over all partitions, and show the progress: for `scripts/demo`.
+"""Materialise assets in one run or in several, and show the progress: for `scripts/demo` and the tests of a project.
 
-The run is a child process with this file as its program. The parent reads its log.
+The runs are in a child process with this file as its program. The parent reads its log.
 """
 
 import json
@@ -10,16 +10,18 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dagster as dg
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from dagster_sbatch.inspect.asset_preview import RANGE_TAGS
 
 FAILED_LINES = 40
 REASONS = "These assets were not materialised:"
@@ -36,9 +38,64 @@ def numbers(_: str, values: Values) -> dict[str, str]:
     return {"result": ", ".join(f"{name} {value:.6g}" for name, value in found.items())}
 
 
+class Run(NamedTuple):
+    """A run of some assets; `first` and `last` are partition keys, empty for assets without partitions."""
+
+    assets: list[str]
+    first: str = ""
+    last: str = ""
+
+
+def run_of_job(defs: dg.Definitions, name: str) -> list[Run]:
+    """Return one run of all assets of a job, over all its partitions."""
+    job = defs.resolve_job_def(name)
+    keys = job.partitions_def.get_partition_keys() if job.partitions_def else [""]
+    return [Run([key.to_user_string() for key in job.asset_layer.selected_asset_keys], keys[0], keys[-1])]
+
+
+def runs_of_each(defs: dg.Definitions, selection: dg.AssetSelection) -> list[Run]:
+    """Return one run of each asset that the project makes, upstream assets first, with its newest partition.
+
+    An asset that has no partition yet gets no run. Assets that one function makes together get one.
+    """
+    graph = defs.resolve_asset_graph()
+    chosen, runs = selection.resolve(graph), {}
+    with dg.DagsterInstance.ephemeral() as instance:
+        for key in graph.toposorted_asset_keys:
+            asset = graph.get(key)
+            partitions = asset.partitions_def
+            newest = partitions.get_partition_keys(dynamic_partitions_store=instance)[-1:] if partitions else [""]
+            if key in chosen and asset.is_materializable and newest:
+                together = sorted(each.to_user_string() for each in asset.execution_set_asset_keys)
+                runs[together[0]] = Run(together, newest[0], newest[0])
+    return list(runs.values())
+
+
+def execute(
+    defs: dg.Definitions,
+    runs: Iterable[Run],
+    instance: dg.DagsterInstance,
+    run_config: Mapping[str, Any] | None = None,
+    *,
+    raise_on_error: bool = True,
+) -> Iterator[dg.ExecuteInProcessResult]:
+    """Execute runs in this process, without a daemon; yield the result of each."""
+    job = defs.resolve_implicit_global_asset_job_def()
+    for run in runs:
+        several = run.first != run.last
+        yield job.execute_in_process(
+            instance=instance,
+            asset_selection=[dg.AssetKey.from_user_string(asset) for asset in run.assets],
+            partition_key=None if several else run.first or None,
+            tags=dict(zip(RANGE_TAGS, run[1:], strict=True)) if several else None,
+            run_config=dict(run_config or {}),
+            raise_on_error=raise_on_error,
+        )
+
+
 def materialise(
     location: str,
-    job: str,
+    runs: Sequence[Run],
     where: str,
     home: Path,
     *,
@@ -46,11 +103,11 @@ def materialise(
     variables: Mapping[str, str] | None = None,
     run_config: Mapping[str, Any] | None = None,
 ) -> int:
-    """Materialise the assets of a job, and print a table of what they reported.
+    """Materialise assets, and print a table of what they reported. The first run that fails is the last.
 
     `where`: for people: where the workloads run. `home`: Dagster's home; the log is `.dagster/demo.log` in it.
     `figures`: returns columns of the table: heading and text, from an asset's name and values. `variables`: more
-    environment variables of the run; `development` without them.
+    environment variables of the runs; `development` without them.
 
     Returns:
         The exit code: 0 if every asset was materialised, 1 if one failed or there is none, 130 after Ctrl-C or SIGTERM.
@@ -59,15 +116,15 @@ def materialise(
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "ASC_"))}
     own = {"DAGSTER_HOME": str(home), "DAGSTER_DEPLOYMENT": "development", **(variables or {})}
     defs = import_module(location).defs
-    chosen = defs.resolve_job_def(job).asset_layer.selected_asset_keys
+    chosen = {dg.AssetKey.from_user_string(asset) for run in runs for asset in run.assets}
     keys = [key for key in defs.resolve_asset_graph().toposorted_asset_keys if key in chosen]
     console, log = Console(), home / ".dagster" / "demo.log"
     if not keys:
-        console.print(f"The job {job} selects no asset. Select your own, where the project defines its jobs.")
+        console.print("No asset is selected. Select your own.")
         return 1
     log.parent.mkdir(exist_ok=True)
-    console.print(f"Materialising the assets of the job {job} {where}, all in one run:", soft_wrap=True)
-    command = [sys.executable, "-m", "dagster_sbatch.commands.demo", location, job, json.dumps(run_config or {})]
+    console.print(f"Materialising {where}:", soft_wrap=True)
+    command = [sys.executable, "-m", "dagster_sbatch.commands.demo", location, json.dumps(runs), json.dumps(run_config)]
     code, seconds = _follow(console, command, {**kept, **own}, log, {key.to_python_identifier(): key for key in keys})
     if not code:
         with dg.DagsterInstance.from_config(str(home)) as instance:
@@ -166,24 +223,18 @@ def _table(
     return table
 
 
-def _run(location: str, job: str, run_config: str) -> int:
-    """Materialise in this process, the child: without a daemon, over the whole range of partitions."""
-    definition = import_module(location).defs.resolve_job_def(job)
-    keys = definition.partitions_def.get_partition_keys() if definition.partitions_def else []
-    tags = (
-        {"dagster/asset_partition_range_start": keys[0], "dagster/asset_partition_range_end": keys[-1]} if keys else {}
-    )
+def _run(location: str, runs: str, run_config: str) -> int:
+    """Execute runs in this process, the child, up to the first one that fails."""
+    defs, wanted = import_module(location).defs, [Run(*each) for each in json.loads(runs)]
     with dg.DagsterInstance.get() as instance:
-        done = definition.execute_in_process(
-            instance=instance, tags=tags, run_config=json.loads(run_config), raise_on_error=False
-        )
-    if done.success:
-        return 0
-    print(REASONS)
-    for failed in (event.step_failure_data for event in done.all_events if event.is_step_failure):
-        own = failed.user_failure_data  # of a Failure, which needs no stack
-        print(own.description if own else failed.error_display_string)
-    return 1
+        for done in execute(defs, wanted, instance, json.loads(run_config), raise_on_error=False):
+            if not done.success:
+                print(REASONS)
+                for failed in (event.step_failure_data for event in done.all_events if event.is_step_failure):
+                    own = failed.user_failure_data  # of a Failure, which needs no stack
+                    print(own.description if own else failed.error_display_string)
+                return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,8 +50,8 @@ LONGEST_NAME = 32  # lines with it must not become too long
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
 
-def main(project: Project, left_out: Sequence[str], renamed: Mapping[str, str]) -> int:
-    """Run the command; see `Template` for `left_out` and `renamed`."""
+def main(project: Project, left_out: Sequence[str]) -> int:
+    """Run the command; see `Template` for `left_out`."""
     parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument(
         "name", metavar="NAME", help="name of the project, for instance climate-runs; or a path to it; or a dot"
@@ -72,7 +72,7 @@ def main(project: Project, left_out: Sequence[str], renamed: Mapping[str, str]) 
         console.print("\n".join(f"- {problem}" for problem in problems))
         return 1
     interrupt_once()
-    template, names = Template(root, left_out, renamed), Names(name.replace("-", "_"), name.replace("_", "-"))
+    template, names = Template(root, left_out), Names(name.replace("-", "_"), name.replace("_", "-"))
     try:
         if in_place:
             convert(template, names, asked.site, lambda text: console.print(f"{text} ..."))

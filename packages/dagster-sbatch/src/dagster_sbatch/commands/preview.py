@@ -41,7 +41,7 @@ PATIENCE = 60.0  # seconds for the supercomputer to answer
 @ends_with_reader
 def main(project: Project, definitions: dg.Definitions) -> int:
     parser = make_parser(DESCRIPTION, f"{examples(definitions)}\n\n{EXIT_CODES}")
-    parser.add_argument("asset", help="asset key")
+    parser.add_argument("asset", help="asset key; or ASSET:CHECK for an asset check that calls compute.run")
     partitions = parser.add_mutually_exclusive_group()
     partitions.add_argument("--partition", metavar="KEY", help="partition key")
     partitions.add_argument(

@@ -31,7 +31,6 @@ class Template:
 
     root: Path  # its folder
     left_out: Sequence[str]  # patterns of the paths that a copy does not have (fnmatch); SKELETON replaces them
-    renamed: Mapping[str, str]  # words of the other files, and what stands there in a copy
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _make(template: Template, folder: Path, names: Names, report: Callable[[str]
 
 def _write_files(template: Template, folder: Path, names: Names) -> None:
     root, paths = template.root, tracked(template.root)
-    words = {**template.renamed, OLD_PACKAGE: names.package, OLD_PROJECT: names.project}
+    words = {OLD_PACKAGE: names.package, OLD_PROJECT: names.project}
     for path in paths:
         if not any(fnmatch.fnmatch(path, pattern) for pattern in template.left_out):
             _write_file(root / path, folder / _rename(path, words), words)

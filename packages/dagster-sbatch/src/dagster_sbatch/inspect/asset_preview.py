@@ -86,19 +86,20 @@ def preview_asset(
 
     This runs the asset's own code before the call, and the resources and IO managers that it needs.
 
-    `asset`: its key as people write it, `a/b`. `last`: key of the last partition of a run over several, which begins
-    with `partition`. `history`: Dagster's instance, for what earlier runs have used and for the proposal that follows.
+    `asset`: its key as people write it, `a/b`; or an asset check, `a/b:check`. `last`: key of the last partition of a
+    run over several, which begins with `partition`. `history`: Dagster's instance, for what earlier runs have used and
+    for the proposal that follows.
 
     Returns:
         One preview for each step that calls compute.run; only a graph asset has more than one.
 
     Raises:
-        ConfigurationError: there is no such asset or partition, or the client would refuse its run.
+        ConfigurationError: there is no such asset, check or partition, or the client would refuse its run.
         NotPreviewedError: its code did not get to a call of compute.run here.
     """
     definition = _find(definitions, asset)
-    keys = {dg.AssetKey.from_user_string(asset)} if definition.can_subset else definition.keys
-    selection = dg.AssetSelection.assets(*keys)
+    keys = {key for key in definition.keys if key.to_user_string() == asset or not definition.can_subset}
+    selection = dg.AssetSelection.assets(*keys) if keys else dg.AssetSelection.checks(*definition.check_keys)
     job = dg.Definitions(jobs=[dg.define_asset_job(JOB, selection=selection)])
     found: list[Preview] = []
     uses = past_uses(history, keys) if history else []
@@ -148,16 +149,16 @@ def _run_job(
 
 
 def find_submitting(definitions: dg.Definitions, instance: dg.DagsterInstance) -> list[tuple[str, str | None]]:
-    """Return the assets that submit jobs, one for each function, each with its last partition.
+    """Return the assets and asset checks that submit jobs, one for each function, each with its last partition.
 
     `instance`: has the keys of dynamic partitions.
     """
     found = []
     for each in _with_code(definitions):
-        if each.keys and _submits(each, definitions):
+        if _submits(each, definitions):
             partitions = each.partitions_def
             keys = partitions.get_partition_keys(dynamic_partitions_store=instance) if partitions else ()
-            found.append((min(key.to_user_string() for key in each.keys), keys[-1] if keys else None))
+            found.append((min(_names(each)), keys[-1] if keys else None))
     return found
 
 
@@ -173,21 +174,29 @@ def supercomputer_deployment(settings: Settings) -> Iterator[None]:
 
 
 def _find(definitions: dg.Definitions, asset: str) -> dg.AssetsDefinition:
-    by_key = {key.to_user_string(): each for each in _with_code(definitions) for key in each.keys}
-    if asset not in by_key:
+    by_name = {name: each for each in _with_code(definitions) for name in _names(each)}
+    if asset not in by_name:
         if asset in {spec.key.to_user_string() for spec in definitions.resolve_all_asset_specs()}:
             raise ConfigurationError("no code of this project makes it, so there is nothing to submit")
-        raise ConfigurationError(f"there is no such asset{nearest(asset, by_key)}")
-    if not _submits(by_key[asset], definitions):
+        check = asset.rpartition(":")[2]
+        found = {name for name, each in by_name.items() for key in each.check_keys if key.name == check}
+        raise ConfigurationError(f"there is no such asset{nearest(asset, found or by_name)}")
+    if not _submits(by_name[asset], definitions):
         raise ConfigurationError(
             "none of its resources is a ComputeResource, so it submits nothing. "
             "Preview runs no such asset. One that submits has the parameter `compute: ComputeResource`"
         )
-    return by_key[asset]
+    return by_name[asset]
 
 
 def _with_code(definitions: dg.Definitions) -> list[dg.AssetsDefinition]:
-    return [each for each in definitions.assets or () if isinstance(each, dg.AssetsDefinition)]
+    parts = (*(definitions.assets or ()), *(definitions.asset_checks or ()))
+    return [each for each in parts if isinstance(each, dg.AssetsDefinition)]
+
+
+def _names(definition: dg.AssetsDefinition) -> list[str]:
+    """Return the keys of its assets; of a function with asset checks only, those of the checks."""
+    return [key.to_user_string() for key in definition.keys or definition.check_keys]
 
 
 def _submits(asset: dg.AssetsDefinition, definitions: dg.Definitions) -> bool:
