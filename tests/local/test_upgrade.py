@@ -158,6 +158,25 @@ def test_a_version_is_taken_from_the_index_that_pip_knows(tmp_path: Path, monkey
     assert find_wheels("1.1.0", tmp_path)["dagster-sbatch"].version == "1.1.0"
 
 
+def test_a_version_that_pip_does_not_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(ConfigurationError, match=r"(?s)==9\.9 cannot be downloaded.*not that of uv\. Name"):
+        find_wheels("9.9", tmp_path)
+
+
+def test_an_engine_that_cannot_be_installed_says_how_to_return(project: Path) -> None:
+    """An upgrade to a broken wheel was killed before it could return by itself."""
+    (project / ENGINES_OWN[-1]).write_text("no wheel")
+    with (project / "requirements" / "dev.txt").open("a") as file:
+        file.write("# another one\n")
+    done = run_in(project, sys.executable, "scripts/upgrade", "--back")
+    assert done.returncode == 1
+    (restore,) = (line for line in done.stdout.splitlines() if line.startswith("  git restore "))
+    assert run_in(project, *restore.split()).returncode == 0
+    assert run_in(project, "git", "status", "--porcelain").stdout == ""
+    assert run_in(project, sys.executable, "scripts/upgrade", "--help").returncode == 0
+
+
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
     return self_signed(tmp_path / "certificate.pem")

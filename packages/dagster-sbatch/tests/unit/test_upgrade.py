@@ -4,10 +4,11 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -250,6 +251,25 @@ def test_without_space_nothing_is_changed(project: Path, newer: str, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         upgrade(project, newer, project.parent)
     assert state(project) == before
+
+
+@pytest.mark.parametrize("name", ["vendor", "requirements"])
+def test_a_read_only_folder_is_named_by_its_path_in_the_project(
+    name: str, project: Path, newer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dependencies are resolved in a copy of the project, which can be written to. For root everything can."""
+    (project / name).chmod(0o555)
+    (project / "requirements" / "dev.txt").chmod(0o444)
+    write = lock.resolve
+
+    def resolve(root: Path, folder: Path) -> None:
+        paths = (root / "vendor", folder, folder / "dev.txt")
+        assert [path.name for path in paths if not path.stat().st_mode & stat.S_IWUSR] == []
+        write(root, folder)
+
+    monkeypatch.setattr(lock, "resolve", resolve)
+    with nullcontext() if os.geteuid() == 0 else pytest.raises(PermissionError, match=str(project / name)):
+        upgrade(project, newer, project.parent)
 
 
 @pytest.mark.parametrize("arguments", [["--back"], ["1.1.0"]])

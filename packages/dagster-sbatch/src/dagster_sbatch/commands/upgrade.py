@@ -41,7 +41,7 @@ examples:
   scripts/upgrade ../template                            a clone of the template: its packages are built
   scripts/upgrade dagster_sbatch-1.1.0-py3-none-any.whl  a wheel
   scripts/upgrade https://files.example.org/dagster_sbatch-1.1.0-py3-none-any.whl
-  scripts/upgrade 1.1.0                                  a version on the package index
+  scripts/upgrade 1.1.0                                  a version on the package index of pip
   scripts/upgrade --back                                 the engine before the last upgrade
 
 The certificate store of the system decides which servers are trusted.
@@ -217,7 +217,8 @@ def _download(wanted: str, folder: Path) -> None:
     environment = child_environment("PIP_", *NETWORK)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ConfigurationError(f"{wanted} cannot be downloaded.\n{done.stderr.strip()}")
+        advice = "" if "://" in wanted else "\nOnly pip's own index is asked, not that of uv. Name the wheel instead."
+        raise ConfigurationError(f"{wanted} cannot be downloaded.\n{done.stderr.strip()}{advice}")
 
 
 def _wheels_of(root: Path) -> dict[str, Wheel]:
@@ -247,8 +248,9 @@ def _resolved(root: Path, wheels: dict[str, Wheel], files: dict[str, str]) -> di
         for path in root.iterdir():
             if path.name not in {"vendor", "requirements", *SOURCES}:
                 (copy / path.name).symlink_to(path)
-        shutil.copytree(root / "vendor", copy / "vendor", ignore=shutil.ignore_patterns("*.zip"))
-        shutil.copytree(root / "requirements", copy / "requirements")
+        for path in (*root.glob("vendor/*.whl"), *root.glob("requirements/*.txt")):
+            (copy / path.parent.name).mkdir(exist_ok=True)  # its mode and that of the file may be read-only
+            shutil.copyfile(path, copy / path.parent.name / path.name)
         for wheel in wheels.values():
             shutil.copyfile(wheel.path, copy / "vendor" / wheel.path.name)
         for name, text in files.items():
