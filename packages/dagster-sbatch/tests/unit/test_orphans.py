@@ -1,5 +1,6 @@
 """What a tick says and keeps of the jobs that no run follows, whatever Slurm and the login node answer."""
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -216,6 +217,19 @@ def test_a_retry_that_dagster_has_missed_is_requested_once(
     third = Tick(instance, second.cursor)  # for instance because retries were switched off meanwhile
     assert third.said.endswith("scripts/job 1 cancel")
     assert failures(instance, run) == 2
+
+
+def test_a_missed_retry_is_requested_again_if_the_database_was_locked(
+    instance: dg.DagsterInstance, supercomputer: Supercomputer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = failed(instance)
+    instance.add_run_tags(run, {"dagster/will_retry": "true"})
+    monkeypatch.setattr(ownership, "RETRY_PATIENCE", timedelta())
+    with monkeypatch.context() as patched:
+        patched.setattr(instance, "report_run_failed", lambda *_: sqlite3.connect("file:/?mode=ro", uri=True))
+        with pytest.raises(sqlite3.OperationalError):
+            Tick(instance)
+    assert (Tick(instance).said, failures(instance, run)) == (f"run {run}: retry missed", 2)
 
 
 def test_a_run_that_was_re_executed_is_not_retried_late(

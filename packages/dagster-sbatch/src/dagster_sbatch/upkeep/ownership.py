@@ -40,10 +40,10 @@ def repeat_failures(instance: dg.DagsterInstance, roots: Iterable[str]) -> None:
     """Report the failure of the newest run of each group again: Dagster has missed its retry."""
     for root in roots:
         run = _newest(group_of(instance, root).values()).dagster_run
-        instance.add_run_tags(run.run_id, {REPEATED: run.run_id})
         instance.report_run_failed(
             run, "Dagster has not retried this run. Its failure is reported again, so that it does."
         )
+        instance.add_run_tags(run.run_id, {REPEATED: run.run_id})  # the report may fail: then the next tick repeats it
 
 
 def _newest(records: Iterable[dg.RunRecord]) -> dg.RunRecord:
