@@ -1,6 +1,7 @@
 """The tasks of an array as the step sees them, in a Dagster that takes its time for each event."""
 
 import json
+import math
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 
 from dagster_sbatch import JobArray, ScriptLauncher, SlurmRequest
 from dagster_sbatch.run import remote_step
+from dagster_sbatch.run.array_results import table
 from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.past_use import last_proposals, past_uses
 from dagster_sbatch.run.plan import Plan, make_plan
@@ -246,3 +248,17 @@ def test_tasks_that_succeeded_are_stored_if_their_run_directory_is_removed(monke
         result = dg.materialize([many], tags=tags, instance=instance, raise_on_error=False)
         assert set(instance.get_materialized_partitions(dg.AssetKey("many"))) == {KEYS[3]}
     assert "Slurm job 17 was removed" in str(result.get_step_failure_events())
+
+
+def test_a_table_with_a_loss_that_is_no_number_is_shown_whole() -> None:
+    """The UI reads each row as JSON, which knows neither NaN nor Infinity."""
+    rows = [
+        {"task": name, "loss": value, "epochs": 3} for name, value in (("a", math.nan), ("b", -math.inf), ("c", 0.5))
+    ]
+    found = table(rows)
+    assert [json.loads(json.dumps(record.data, allow_nan=False))["loss"] for record in found.records] == [
+        "nan",
+        "-inf",
+        0.5,
+    ]
+    assert {column.name: column.type for column in found.schema.columns}["epochs"] == "int"

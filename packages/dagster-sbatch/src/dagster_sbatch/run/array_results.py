@@ -1,5 +1,6 @@
 """What an array as a whole has come to: one result for each asset and check, and the results of single tasks."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,8 +112,9 @@ def _combine(check: dg.AssetCheckKey, outcomes: Sequence[CheckOutcome]) -> dg.As
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
-    """Return the first MOST_ROWS rows as metadata; numbers stay numbers, and what a row lacks is None."""
+    """Return the first MOST_ROWS rows as metadata; finite numbers stay numbers, and what a row lacks is None."""
     columns: dict[str, str] = {}
+    rows = [{name: _in_json(value) for name, value in row.items()} for row in rows]
     for row in rows:
         for name, value in row.items():
             kind = "int" if type(value) is int else "float" if type(value) is float else "string"
@@ -121,6 +123,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
     nothing = dict.fromkeys(columns)  # Dagster refuses a table whose records differ in their fields
     records = [dg.TableRecord({**nothing, **row}) for row in rows[:MOST_ROWS]]
     return dg.MetadataValue.table(records, schema)
+
+
+def _in_json(value: Any) -> Any:
+    """Return a value as the UI can read it: JSON has no number for a loss that is not finite."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summarize(results: Sequence[TaskResult]) -> dict[str, Any]:
