@@ -85,14 +85,15 @@ class Family:
         instance, step = self._context.instance, StepName.of(self._context)
         claim = self._claim(self.call.family, self._questions)
         asked = requested_at(instance, self._context.run_id)
-        stored: dict[str, tuple[bool, set[str]]] = {}
+        stored: dict[tuple[str, ...], tuple[bool, set[str]]] = {}
 
         def task_is_stored(array: ArrayJob, index: int) -> bool:
-            if array.run not in stored:
-                runs = self._runs_since(array.followers)
+            followers = tuple(array.followers)  # mostly those of all array jobs: Dagster is asked once
+            if followers not in stored:
+                runs = self._runs_since(followers)
                 whole = is_stored(instance, runs, step, before=asked)
-                stored[array.run] = whole, stored_before(instance, runs, step, asked)
-            whole, partitions = stored[array.run]
+                stored[followers] = whole, stored_before(instance, runs, step, asked)
+            whole, partitions = stored[followers]
             own = tasks[index].partitions
             return whole or (bool(own) and partitions.issuperset(own))
 
