@@ -52,6 +52,7 @@ BUSY = {"gpu_utilization": 0.31, "cpu_efficiency": 0.1, "memory": 9000}
         ({"mem": "64G"}, {"seconds": 3000, "memory": 50 * 1024}, ""),
         ({"mem": "64G", "ntasks_per_node": 4}, {"seconds": 3000, "memory": 9 * 1024},
          'SlurmRequest(ntasks_per_node=4, mem="45G")'),
+        ({"mem": "64G", "ntasks_per_node": 4}, {"seconds": 3000, "memory": 40 * 1024}, ""),  # of all tasks: 64G at most
         ({"mem_per_cpu": "8G", "cpus_per_task": 2}, {"seconds": 3000, "memory": 1024},
          'SlurmRequest(cpus_per_task=2, mem="2G")'),
         ({"mem": "64G", "ntasks_per_node": 4}, {"seconds": 3000, "memory": 9 * 1024, "sampled": True},
@@ -83,6 +84,8 @@ BUSY = {"gpu_utilization": 0.31, "cpu_efficiency": 0.1, "memory": 9000}
         (GPUS, BUSY | {"seconds": 1000}, 'SlurmRequest(gpus_per_node=2, time_limit="00:45:00")'),
         (GPUS, BUSY | {"cpu_efficiency": 0.5}, 'SlurmRequest(gpus_per_node=3, time_limit="00:40:00")'),
         (GPUS, BUSY | {"memory": 500 * 1024}, 'SlurmRequest(gpus_per_node=4, time_limit="00:25:00")'),
+        (GPUS | {"mem_per_cpu": "2G"}, BUSY | {"memory": 300 * 1024},  # the memory comes with the CPUs of the GPUs
+         'SlurmRequest(gpus_per_node=4, mem_per_cpu="2G", time_limit="00:25:00")'),
         (GPUS, BUSY | {"cpu_efficiency": None}, 'SlurmRequest(gpus_per_node=4, time_limit="00:25:00")'),
         (GPUS | {"ntasks_per_node": 4}, BUSY,
          'SlurmRequest(ntasks_per_node=4, gpus_per_node=4, time_limit="00:25:00")'),

@@ -49,9 +49,12 @@ class Use:
         sampled = isinstance(numbers.get("usage"), str)
         return cls(slurm_partition, partition, nodes, gpus, cpus, seconds, memory, cpu, gpu, gpu_memory, sampled)
 
-    def memory_per_node(self, tasks: int) -> float | None:
-        """Return the KiB per node: of all of its tasks, if only the largest one is known."""
-        return None if self.memory is None else self.memory * 1024 * (1 if self.sampled else tasks)
+    def memory_per_node(self, planned: SlurmRequest) -> float | None:
+        """Return the KiB per node: of all of its tasks, if only the largest one is known, but not more than it had."""
+        if self.memory is None or self.sampled:
+            return self.memory and self.memory * 1024
+        of_all, has = self.memory * planned.ntasks_per_node, (planned.mem_per_node or math.inf) / 1024
+        return 1024 * max(self.memory, min(of_all, has))
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def _fewer_gpus(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use
     if not request.cpus_per_task:
         cpus = _most(uses, lambda use: use.cpu_efficiency)
         shares.append(1 if cpus is None else cpus * MARGIN)
-    if not (request.mem or request.mem_per_cpu):
+    if not (request.mem or (request.mem_per_cpu and request.cpus_per_task)):
         memory, has = _memory_needed(uses, planned), planned.mem_per_node
         shares.append(memory / has if memory and has else 1)
     enough = max(1, math.ceil(max(shares) * gpus))
@@ -216,7 +219,7 @@ def _memory_needed(uses: Sequence[Use], planned: SlurmRequest) -> int | None:
 
 def _memory_used(uses: Sequence[Use], planned: SlurmRequest) -> float | None:
     """Return the most KiB per node that a job has used."""
-    return _most(uses, lambda use: use.memory_per_node(planned.ntasks_per_node))
+    return _most(uses, lambda use: use.memory_per_node(planned))
 
 
 def _most(uses: Sequence[Use], number: Callable[[Use], float | None]) -> float | None:
@@ -232,7 +235,7 @@ def _describe(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use])
         _part(uses, lambda use: use.seconds, lambda most: f"{format_time(timedelta(seconds=round(most)))} of {limit}"),
         _part(
             uses,
-            lambda use: use.memory_per_node(planned.ntasks_per_node),
+            lambda use: use.memory_per_node(planned),
             lambda most: f"{most / GIB:.1f}{of} GiB per node",
         ),
         _part(uses, lambda use: use.cpu_efficiency, lambda most: f"{most:.0%} of {count_of(planned.cpus, 'CPU')}"),
