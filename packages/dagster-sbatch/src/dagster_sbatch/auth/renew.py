@@ -37,10 +37,8 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
     While it is not due, this only reads files. A renewal that fails is a warning as long as the certificate is valid,
     and is not retried for a minute or more. Without a valid certificate, all processes together retry once in 2, 4, 8
     ... seconds, 60 at most; meanwhile each raises the same error.
-
-    Returns:
-        The certificate; None on the login node, and where plain keys are used: no certificate, and no ASC_ variable is
-        set.
+    Returns the certificate; None on the login node, and where plain keys are used: no certificate, and no ASC_ variable
+    is set.
 
     Raises:
         BootstrapError: there is no way to get one; known from files alone, before any network.

@@ -57,8 +57,7 @@ class Rotator:
     def rotate(self, stored: Credentials) -> tuple[Source, list[str]]:
         """Make a new pair, try it, write it, then delete the old one and what earlier failures have left.
 
-        Returns:
-            Which API token made the pair, and a warning for each token that could not be deleted.
+        Returns which API token made the pair, and a warning for each token that could not be deleted.
 
         Raises:
             NoTokenError: no API token works; the text says why, for each.
@@ -88,8 +87,7 @@ class Rotator:
     def clean(self, current: Credentials) -> list[str]:
         """Delete the tokens made here that are not in use; those that cannot be deleted now stay in the record.
 
-        Returns:
-            A warning for each token that could not be deleted.
+        Returns a warning for each token that could not be deleted.
         """
         if not current.api_token:
             return []
@@ -158,9 +156,7 @@ class Rotator:
 
         A name stays in the record for LATE_REQUEST, to be deleted again: a request for it may yet arrive, since one
         that gets no answer in time is repeated.
-
-        Returns:
-            What the file holds now, and the names that could not be deleted, each with the reason.
+        Returns what the file holds now, and the names that could not be deleted, each with the reason.
         """
         in_use = [each.identifier for each in (current.api_token, current.app_password) if each]
         old = [name for name in current.record if name not in in_use and name.startswith(f"{self._prefix}-")]

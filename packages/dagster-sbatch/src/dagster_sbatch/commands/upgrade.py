@@ -116,11 +116,8 @@ def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str, bool]
 
     `source`: a clone of the template, a wheel, an https address of a wheel, or a version. `folder`: an empty folder for
     what is built or downloaded.
-
-    Returns:
-        The versions of the engine before and after, what the changelog says about a project's own files, and whether
-        the engine before is kept for `go_back`.
-
+    Returns the versions of the engine before and after, what the changelog says about a project's own files, and
+    whether the engine before is kept for `go_back`.
     Raises ConfigurationError: nothing was changed.
     """
     old = _wheels_of(root)

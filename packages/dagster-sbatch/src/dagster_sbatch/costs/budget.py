@@ -198,9 +198,7 @@ def find_shortage(
     Waiting jobs that the user does not see may leave less than that.
 
     `usage`: of the projects, with the jobs since `budget_start`.
-
-    Returns:
-        Why nothing is submitted, or None; and for the log, why limits could not be compared.
+    Returns why nothing is submitted, or None; and for the log, why limits could not be compared.
     """
     cost, project = highest_cost(allocation, tasks), charged_project(allocation.request.account, usage.default)
     hours = {GPU: cost.gpu_hours, "node": cost.node_hours}

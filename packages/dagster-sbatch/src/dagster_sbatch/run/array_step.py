@@ -141,8 +141,7 @@ class ArrayStep:
     def stop_reading(self, index: int) -> TaskReader | None:
         """Register that a task does not run any more: it is over, or waits to run once more. What it reported is lost.
 
-        Returns:
-            What has read its output; None if there was none.
+        Returns what has read its output; None if there was none.
         """
         self.progress.started.discard(index)
         reader = self._readers.pop(index, None)

@@ -131,8 +131,7 @@ class Family:
     def cancel_outdated(self, claim: Claim) -> bool:
         """Cancel the jobs that earlier executions of this step submitted with other inputs.
 
-        Returns:
-            Whether there were any; then the call's own runs have to be claimed again.
+        Returns whether there were any; then the call's own runs have to be claimed again.
         """
         if not claim.others:
             return False

@@ -29,9 +29,7 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
     Modules in the code root that git ignores are.
 
     `lock`: the lock file of the packages there; None: they are not known (an image, a named interpreter).
-
-    Returns:
-        For each: where it is, why it fails, and what to do.
+    Returns for each: where it is, why it fails, and what to do.
     """
     roots = [workload.root] if workload.module else [workload.path.parent, workload.root]
     found: dict[str, str] = {}

@@ -13,11 +13,10 @@ from dagster_sbatch.slurm.units import format_time
 def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
     """Return the numbers that are known.
 
-    Returns:
-        `queue_seconds`, `elapsed_seconds`, `node_hours`, `cpu_hours` and `gpu_hours` (of what was requested),
-        `max_rss_mib` (most memory of the job on a node, or of one of its tasks), `cpu_efficiency` (0 to 1: CPU time
-        used, per CPU time requested), `gpu_utilization` (0 to 1: mean of all GPUs and samples), `gpu_memory_max_mib`
-        (of one GPU).
+    Returns `queue_seconds`, `elapsed_seconds`, `node_hours`, `cpu_hours` and `gpu_hours` (of what was requested),
+    `max_rss_mib` (most memory of the job on a node, or of one of its tasks), `cpu_efficiency` (0 to 1: CPU time used,
+    per CPU time requested), `gpu_utilization` (0 to 1: mean of all GPUs and samples), `gpu_memory_max_mib` (of one
+    GPU).
     """
     found: dict[str, float] = {}
     rows = [dict(zip(ACCOUNTED, row, strict=True)) for row in end.rows if len(row) == len(ACCOUNTED)]

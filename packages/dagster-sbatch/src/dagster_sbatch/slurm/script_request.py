@@ -32,9 +32,7 @@ _MEMORY_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
 def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[SlurmRequest, list[str]]:
     """Fill in a request from the #SBATCH lines of a batch script; fields that the request sets stay.
 
-    Returns:
-        The request, and a sentence for each line that does not apply.
-
+    Returns the request, and a sentence for each line that does not apply.
     Raises ConfigurationError: a line cannot be read, or the job of an asset cannot have its option.
     """
     mine = {field: getattr(request, field) for field in sorted(request.model_fields_set)}

@@ -161,8 +161,7 @@ class Gateway(Link):
     def queue(self, runs: str) -> Mapping[str, Any]:
         """Return the view of all of the user's jobs, which the agents share in the folder of all runs.
 
-        Returns:
-            `jobs` by id (state, reason, start, name, account), `at`, `calls`, `trouble`.
+        Returns `jobs` by id (state, reason, start, name, account), `at`, `calls`, `trouble`.
         """
         return self.ask(do="queue", runs=runs)
 

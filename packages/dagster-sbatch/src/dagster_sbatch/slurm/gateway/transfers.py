@@ -14,9 +14,7 @@ def send_file(link: Link, local: Path, path: str, on_progress: Callable[[int, in
     """Send a file, from where an earlier try stopped; it appears under its name when it is whole.
 
     `on_progress`: gets the number of bytes sent so far, by earlier tries too, and the size of the file.
-
-    Returns:
-        The number of bytes that this call has sent.
+    Returns the number of bytes that this call has sent.
     """
     with local.open("rb") as file:
         whole, size = hashlib.file_digest(file, "sha256").hexdigest(), local.stat().st_size

@@ -20,10 +20,7 @@ def claim_ports(count: int) -> tuple[list[int], list[socket.socket]]:
 
     A socket that is bound and does not listen keeps its port from every process that binds without SO_REUSEADDR, as
     this function does. Ray's processes bind with it, so they get the port.
-
-    Returns:
-        The ports, and the sockets that reserve them: keep these open as long as the ports are used.
-
+    Returns the ports, and the sockets that reserve them: keep these open as long as the ports are used.
     Raises NodeError: there are fewer free ports.
     """
     ports: list[int] = []

@@ -201,8 +201,7 @@ def await_ranks(
 ) -> "tuple[list[int], tuple[int, int] | None]":
     """Wait until all ranks have ended, until one has failed, or until a time after the first one has ended.
 
-    Returns:
-        The ranks that still ran at that time; the rank that has failed and its exit code, None if none has.
+    Returns the ranks that still ran at that time; the rank that has failed and its exit code, None if none has.
     """
     first = None
     while True:
