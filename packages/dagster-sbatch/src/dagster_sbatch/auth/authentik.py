@@ -123,9 +123,9 @@ class OidcToken:
 def request_oidc_token(settings: Settings, app_password: str, http: Http) -> OidcToken:
     """Exchange an app password for an OIDC token.
 
-    Raises:
-        RejectedError: authentik does not accept the app password, or the user for this application; it answers alike.
-        MisconfiguredError: the client id is not known, or the token lacks what the certificate authority needs.
+    Raises RejectedError: authentik does not accept the app password, or the user for this application; it answers
+    alike.
+    Raises MisconfiguredError: the client id is not known, or the token lacks what the certificate authority needs.
     """
     assert settings.oidc_token_url and settings.oidc_client_id and settings.oidc_username
     form = {

@@ -106,9 +106,8 @@ class CredentialsFile:
     def write(self, credentials: Credentials) -> None:
         """Replace the file, mode 0600.
 
-        Raises:
-            UnsafeFileError: it cannot be written; the old file stays.
-            MisconfiguredError: a value has characters that not all readers of dotenv files understand alike.
+        Raises UnsafeFileError: it cannot be written; the old file stays.
+        Raises MisconfiguredError: a value has characters that not all readers of dotenv files understand alike.
         """
         lines = {_RECORD: " ".join(credentials.record)}
         for attribute, name in _VARIABLES.items():

@@ -68,11 +68,9 @@ class Http:
 
         `url`: where to; a redirection is not followed. `trust`: for https; by default what the environment says, else
         the public authorities. `tries`: 1 where the body serves once only.
-
-        Raises:
-            UnavailableError: no usable answer in time, HTTP 5xx, or an error page that is not the server's own.
-            MisconfiguredError: another server than was meant (a wrong certificate, a redirection, no JSON), or
-                variables of the environment that cannot be used (certificates, proxies).
+        Raises UnavailableError: no usable answer in time, HTTP 5xx, or an error page that is not the server's own.
+        Raises MisconfiguredError: another server than was meant (a wrong certificate, a redirection, no JSON), or
+        variables of the environment that cannot be used (certificates, proxies).
         """
         failures = 0
         while True:

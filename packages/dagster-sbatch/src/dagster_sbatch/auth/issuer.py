@@ -21,12 +21,10 @@ def issue_certificate(settings: Settings, http: Http, public_key: str, token: Oi
     """Request a certificate for a public key; return it as OpenSSH's line `<type> <base64> <comment>`.
 
     `token`: a fresh one, since the authority accepts each token once.
-
-    Raises:
-        UnavailableError: the authority does not answer.
-        ClockError: the authority's clock differs from authentik's.
-        RejectedError: the authority does not accept the token, or issues no certificate to this user.
-        MisconfiguredError: it is another authority than ASC_STEP_FINGERPRINT says, or it does not certify this key.
+    Raises UnavailableError: the authority does not answer.
+    Raises ClockError: the authority's clock differs from authentik's.
+    Raises RejectedError: the authority does not accept the token, or issues no certificate to this user.
+    Raises MisconfiguredError: it is another authority than ASC_STEP_FINGERPRINT says, or it does not certify this key.
     """
     trust = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody yet
     trust.load_verify_locations(cadata=_fetch_root(settings, http))

@@ -34,9 +34,8 @@ def public_path(key: Path) -> Path:
 def read_private_key(key: Path) -> "serialization.SSHPrivateKeyTypes":
     """Read a private key without a passphrase, in any of OpenSSH's formats.
 
-    Raises:
-        CertificateError: it is missing.
-        KeyFileError: others can read it, it has a passphrase, or it is not a private SSH key.
+    Raises CertificateError: it is missing.
+    Raises KeyFileError: others can read it, it has a passphrase, or it is not a private SSH key.
     """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
@@ -67,9 +66,8 @@ def read_private_key(key: Path) -> "serialization.SSHPrivateKeyTypes":
 def read_certificate(key: Path) -> Certificate:
     """Read the certificate beside a private key, valid or not.
 
-    Raises:
-        CertificateError: there is none, or it is not a user certificate of this key.
-        KeyFileError: the key cannot be used.
+    Raises CertificateError: there is none, or it is not a user certificate of this key.
+    Raises KeyFileError: the key cannot be used.
     """
     path = certificate_path(key)
     private = read_private_key(key)
@@ -99,11 +97,10 @@ def write_certificate(key: Path, line: str) -> Certificate:
 def ensure_key(key: Path) -> str:
     """Return the public line of a private key, which is made (ed25519, mode 0600, no passphrase) if there is none.
 
-    Raises:
-        KeyFileError: there is a key that cannot be used.
-        MisconfiguredError: there is a public half without the private one.
-        UnsafeFileError: the key is a symbolic link to nowhere.
-        OSError: the files cannot be written.
+    Raises KeyFileError: there is a key that cannot be used.
+    Raises MisconfiguredError: there is a public half without the private one.
+    Raises UnsafeFileError: the key is a symbolic link to nowhere.
+    Raises OSError: the files cannot be written.
     """
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 

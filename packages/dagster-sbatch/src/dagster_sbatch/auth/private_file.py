@@ -26,10 +26,9 @@ def explained() -> Iterator[None]:
 def read_private(path: Path) -> str | None:
     """Return the text of a file that only its owner can read; None where there is no file.
 
-    Raises:
-        UnsafeFileError: it is a symbolic link, not a plain file, of another owner, or readable by group or others. The
-            last line of the text is the command that corrects it.
-        OSError: it cannot be read.
+    Raises UnsafeFileError: it is a symbolic link, not a plain file, of another owner, or readable by group or others.
+    The last line of the text is the command that corrects it.
+    Raises OSError: it cannot be read.
     """
     name = shlex.quote(str(path))
     try:

@@ -39,11 +39,9 @@ def ensure_certificate(settings: Settings) -> Certificate | None:
     ... seconds, 60 at most; meanwhile each raises the same error.
     Returns the certificate; None on the login node, and where plain keys are used: no certificate, and no ASC_ variable
     is set.
-
-    Raises:
-        BootstrapError: there is no way to get one; known from files alone, before any network.
-        AccessError: there is none now; `temporary` says whether a retry may help. Never an OSError: the caller would
-            take that for a lost connection.
+    Raises BootstrapError: there is no way to get one; known from files alone, before any network.
+    Raises AccessError: there is none now; `temporary` says whether a retry may help. Never an OSError: the caller would
+    take that for a lost connection.
     """
     if settings.on_login_node:
         return None
@@ -92,10 +90,8 @@ def refresh(
 
     `refused`: a certificate that a server has refused: it is replaced, unless another process has done that. `patient`:
     raise the error of the last try, if that is too recent to retry without a certificate that works.
-
-    Raises:
-        BootstrapError: there is no way to get a certificate, and none is valid, or one was asked for `now`.
-        AccessError: a part that was asked for `now` failed, or there is no certificate that works.
+    Raises BootstrapError: there is no way to get a certificate, and none is valid, or one was asked for `now`.
+    Raises AccessError: a part that was asked for `now` failed, or there is no certificate that works.
     """
     if settings.on_login_node:
         return Report()
@@ -125,9 +121,8 @@ POLL_SECONDS = 0.05
 def refresh_lock(credentials_file: Path, seconds: float) -> Iterator[None]:
     """Hold the lock `<credentials file>.lock`; the system releases it when the process ends.
 
-    Raises:
-        UnavailableError: another process holds it for longer; the text names it.
-        OSError: the lock file cannot be written.
+    Raises UnavailableError: another process holds it for longer; the text names it.
+    Raises OSError: the lock file cannot be written.
     """
     from filelock import FileLock, Timeout
 

@@ -58,11 +58,9 @@ class Rotator:
         """Make a new pair, try it, write it, then delete the old one and what earlier failures have left.
 
         Returns which API token made the pair, and a warning for each token that could not be deleted.
-
-        Raises:
-            NoTokenError: no API token works; the text says why, for each.
-            UnavailableError: authentik does not answer; the file holds a pair that works, if it did before.
-            MisconfiguredError: the new secrets do not work, or the file cannot hold them.
+        Raises NoTokenError: no API token works; the text says why, for each.
+        Raises UnavailableError: authentik does not answer; the file holds a pair that works, if it did before.
+        Raises MisconfiguredError: the new secrets do not work, or the file cannot hold them.
         """
         authentik, used = self._choose(stored)
         stored, failures = self._delete_unused(authentik, stored)

@@ -72,9 +72,8 @@ class Dashboard:
 def open_dashboard(settings: Settings, site: Site, runs: Runs, run: RunRecord) -> Iterator[Dashboard]:
     """Open a way to the dashboard of a run's Ray cluster; it closes when the context ends.
 
-    Raises:
-        ConfigurationError: the run has no Ray dashboard, or it cannot be reached.
-        AccessError, SshError: there is no access; see there.
+    Raises ConfigurationError: the run has no Ray dashboard, or it cannot be reached.
+    Raises AccessError, SshError: there is no access; see there.
     """
     text = _fetch(runs, run, "head.json")
     if not text:

@@ -130,11 +130,9 @@ def open_runs(settings: Settings, project: Project, seconds: float | None = None
     """Open a connection to the runs on the supercomputer.
 
     `seconds`: for all requests together; None: no limit.
-
-    Raises:
-        UnreachableError: the time was not enough.
-        AccessError, SshError: there is no access.
-        RefusedError: the agent or Slurm refused a request.
+    Raises UnreachableError: the time was not enough.
+    Raises AccessError, SshError: there is no access.
+    Raises RefusedError: the agent or Slurm refused a request.
     """
     site = project.load_site(settings.supercomputer_site)
     stop, troubles = threading.Event(), ["no answer"]

@@ -78,9 +78,8 @@ class RunEnvironment:
     def check(self) -> None:
         """Check that a run would find its environment; make nothing, and do not compare the code.
 
-        Raises:
-            ConfigurationError: in production: the packages have not been published.
-            RefusedError: the interpreter that the asset names cannot run workloads.
+        Raises ConfigurationError: in production: the packages have not been published.
+        Raises RefusedError: the interpreter that the asset names cannot run workloads.
         """
         if self._settings.deployment == "production_supercomputer":
             self._find_published()

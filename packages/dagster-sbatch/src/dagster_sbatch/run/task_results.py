@@ -74,10 +74,8 @@ def read_result(
     """Read what a task has reported.
 
     `messages`: of the task, after the last byte.
-
-    Raises:
-        ValueError: it reported a partition of another task, or an asset or a check that is not of this step.
-        Exception: of Dagster, about a report that it cannot read.
+    Raises ValueError: it reported a partition of another task, or an asset or a check that is not of this step.
+    Raises Exception: of Dagster, about a report that it cannot read.
     """
     result = TaskResult(task, where, costs)
     handler = dg.PipesMessageHandler(context, reader)

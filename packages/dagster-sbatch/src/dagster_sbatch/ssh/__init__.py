@@ -35,12 +35,11 @@ def connect(
     Returns:
         The opened connection, a context manager that closes it and the jump host's.
 
-    Raises:
-        ConfigurationError: the settings or ~/.ssh/config name no host or key, or something that is not supported.
-        HostKeyError: the machine's host key or host certificate is unknown, changed, revoked or not valid.
-        AuthenticationError: the private key or its certificate cannot be used, or was refused.
-        UnreachableError: no answer, refused, lost, or too slow; the caller may retry, after a random delay.
-        SshError: the two sides have no algorithm in common.
+    Raises ConfigurationError: the settings or ~/.ssh/config name no host or key, or something that is not supported.
+    Raises HostKeyError: the machine's host key or host certificate is unknown, changed, revoked or not valid.
+    Raises AuthenticationError: the private key or its certificate cannot be used, or was refused.
+    Raises UnreachableError: no answer, refused, lost, or too slow; the caller may retry, after a random delay.
+    Raises SshError: the two sides have no algorithm in common.
     """
     from dagster_sbatch.auth import replace_refused_certificate
     from dagster_sbatch.ssh.client_config import read_route

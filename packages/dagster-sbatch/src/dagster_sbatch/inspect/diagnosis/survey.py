@@ -61,10 +61,8 @@ def take_survey(
 
     `connection`: open; None on the login node itself. `base`: SLURM_DEPLOYMENT_BASE_PATH; the script does not create
     it.
-
-    Raises:
-        TimeoutError: the login node printed nothing for SECONDS.
-        OSError: the connection was lost, or the script did not run to its end.
+    Raises TimeoutError: the login node printed nothing for SECONDS.
+    Raises OSError: the connection was lost, or the script did not run to its end.
     """
     script = f"exec /bin/sh -c {shlex.quote(render(base, pythons))}"
     here = connection is None and not setup  # then the agent, too, has this program's PATH

@@ -90,10 +90,8 @@ def follow_arrays(link: Link, arrays: Arrays, follower: str) -> None:
     """Submit array jobs and follow their tasks, until there is no further one and all are over.
 
     `follower`: id of the Dagster run; the agent records it in the run directories. Empty: nothing is submitted.
-
-    Raises:
-        RefusedError: the agent cannot act at all; that Slurm refuses one array job is no error here.
-        StoppedError: `stop` was set; the jobs still run.
+    Raises RefusedError: the agent cannot act at all; that Slurm refuses one array job is no error here.
+    Raises StoppedError: `stop` was set; the jobs still run.
     """
     active: dict[str, _Followed] = {}
 

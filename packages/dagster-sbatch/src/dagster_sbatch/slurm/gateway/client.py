@@ -206,11 +206,9 @@ class Gateway(Link):
         `run`: the run directory; its last part is the submission key, which is the job's name. `files`: content by
         name; one is `job.sh`. None: the run exists already. `follower`: id of the Dagster run; the agent records it in
         the run directory. Empty: nothing is submitted.
-
-        Raises:
-            RefusedError: sbatch refused the job, another run exists under that key, or there is no such run.
-            RemovedError: somebody has removed the run directory; the job is cancelled.
-            StoppedError: `stop` was set; the job still runs.
+        Raises RefusedError: sbatch refused the job, another run exists under that key, or there is no such run.
+        Raises RemovedError: somebody has removed the run directory; the job is cancelled.
+        Raises StoppedError: `stop` was set; the job still runs.
         """
         offsets = dict.fromkeys(sinks, 0)
         known: Mapping[str, Any] | None = None

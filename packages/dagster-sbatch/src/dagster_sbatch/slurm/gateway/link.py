@@ -212,10 +212,8 @@ class Link:
 
         `lasting`: whether there is a job to follow: then neither broken nor refused answers end the request, unless the
         run directory was removed.
-
-        Raises:
-            RefusedError: also for BROKEN_TRIES broken answers in a row.
-            StoppedError: `stop` was set.
+        Raises RefusedError: also for BROKEN_TRIES broken answers in a row.
+        Raises StoppedError: `stop` was set.
         """
         pause, broken = FIRST_PAUSE, 0
         while True:

@@ -81,9 +81,8 @@ class Node:
     def run(self) -> NoReturn:
         """Start Ray and watch it until the batch script ends.
 
-        Raises:
-            NodeError: Ray cannot run here, did not start, or a process of it has ended.
-            SystemExit: the batch script has ended.
+        Raises NodeError: Ray cannot run here, did not start, or a process of it has ended.
+        Raises SystemExit: the batch script has ended.
         """
         assert self._folder
         mine = versions()
