@@ -143,12 +143,7 @@ class Container(CheckedModel):
         return str(problem or images.problem_of(str(image)))  # type: ignore[no-untyped-call]
 
     def render_check(self, runtime: ContainerRuntime, run: str) -> str:
-        """Return the line of bash that ends the job if the container cannot start.
-
-        Args:
-            runtime: of the site.
-            run: path of the run directory.
-        """
+        """Return the line of bash that ends the job if the container cannot start; `run`: the run directory."""
         program = shlex.quote(f"{run}/{FOLDER}/images.py")
         sources = [to_shell(bind.split(":")[0]) for bind in self.binds]
         words = [shlex.quote(runtime.command), self._image_word(), '"$DATA_ROOT"', *sources]
@@ -157,11 +152,7 @@ class Container(CheckedModel):
     def render_start(self, request: SlurmRequest, runtime: ContainerRuntime, run: str, code: str) -> str:
         """Return the functions of bash with which launchers start the workload; see `Launcher.render`.
 
-        Args:
-            request: after `allocate`.
-            runtime: of the site.
-            run: path of the run directory, with `files`.
-            code: path of the code root.
+        `request`: after `allocate`. `run`: path of the run directory, with `files`. `code`: that of the code root.
         """
         own = ['"$DATA_ROOT"', '"$TMPDIR"', shlex.quote(run), shlex.quote(code)]
         binds = " ".join(f"--bind {word}" for word in [*own, *map(_bind_word, self.binds)])
@@ -203,13 +194,8 @@ run_workload() {{
     ) -> list[str]:
         """Return the command that runs a workload of this machine in the container.
 
-        Args:
-            request: of the asset.
-            runtime: of the site.
-            image: a file of this machine.
-            run: the run directory, with `files`.
-            command: what runs it without the container; it begins with this machine's Python.
-            folders: that the container needs beside the run directory: DATA_ROOT, the code root, others.
+        `run`: the run directory, with `files`. `command`: what runs it without the container; it begins with this
+        machine's Python. `folders`: that the container needs beside `run`: DATA_ROOT, the code root, others.
         """
         binds = [f"--bind={each}" for each in (run, *folders, *(self._local_bind(bind) for bind in self.binds))]
         options = [*self._options(request, runtime), f"--pwd={run}", *binds]
@@ -221,8 +207,7 @@ run_workload() {{
     def files(env: Mapping[str, str]) -> dict[str, str]:
         """Return the files that a container needs, by name in the run directory.
 
-        Args:
-            env: variables for the workload alone. All users of a node can read the arguments of apptainer.
+        `env`: variables for the workload alone. All users of a node can read the arguments of apptainer.
         """
         package = Path(dagster_pipes.__file__).parent
         variables = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())

@@ -70,21 +70,16 @@ class Link:
     ) -> None:
         """Nothing is opened yet.
 
-        Args:
-            open_channel: makes a connection with an agent at its other end.
-            stop: ends waits with StoppedError, when it is set.
-            on_trouble: gets the text of each error after which the request is repeated.
-            on_recovered: is called when the login node answers again after the link was `blocked`.
-
-        Attributes:
-            committed: set it when a job may exist: from then on no error on the way to the login node is final.
-            blocked: whether a person may have to fix the latest error.
-            on_trouble: see above.
+        `open_channel`: makes a connection with an agent at its other end. `stop`: ends waits with StoppedError, when it
+        is set. `on_trouble`: gets the text of each error after which the request is repeated. `on_recovered`: is called
+        when the login node answers again after the link was `blocked`: a person may have had to fix the latest error.
         """
         self._open_channel = open_channel
         self.stop = stop or threading.Event()
         self.on_trouble, self._on_recovered = on_trouble, on_recovered
-        self.committed = self.blocked = False
+        # Set it when a job may exist: from then on no error on the way to the login node is final.
+        self.committed = False
+        self.blocked = False  # whether a person may have to fix the latest error
         self.claimed: Mapping[str, Any] | None = None
         self._let_in: float | None = None
         self._had_agent = False
