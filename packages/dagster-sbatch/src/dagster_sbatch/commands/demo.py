@@ -108,9 +108,8 @@ def materialise(
     `where`: for people: where the workloads run. `home`: Dagster's home; the log is `.dagster/demo.log` in it.
     `figures`: returns columns of the table: heading and text, from an asset's name and values. `variables`: more
     environment variables of the runs; `development` without them.
-
-    Returns:
-        The exit code: 0 if every asset was materialised, 1 if one failed or there is none, 130 after Ctrl-C or SIGTERM.
+    Returns the exit code: 0 if every asset was materialised, 1 if one failed or there is none, 130 after Ctrl-C or
+    SIGTERM.
     """
     # The person's own settings of a supercomputer are not for this run.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "ASC_"))}

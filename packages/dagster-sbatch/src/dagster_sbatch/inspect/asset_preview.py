@@ -89,13 +89,9 @@ def preview_asset(
     `asset`: its key as people write it, `a/b`; or an asset check, `a/b:check`. `last`: key of the last partition of a
     run over several, which begins with `partition`. `history`: Dagster's instance, for what earlier runs have used and
     for the proposal that follows.
-
-    Returns:
-        One preview for each step that calls compute.run; only a graph asset has more than one.
-
-    Raises:
-        ConfigurationError: there is no such asset, check or partition, or the client would refuse its run.
-        NotPreviewedError: its code did not get to a call of compute.run here.
+    Returns one preview for each step that calls compute.run; only a graph asset has more than one.
+    Raises ConfigurationError: there is no such asset, check or partition, or the client would refuse its run.
+    Raises NotPreviewedError: its code did not get to a call of compute.run here.
     """
     definition = _find(definitions, asset)
     keys = {key for key in definition.keys if key.to_user_string() == asset or not definition.can_subset}
