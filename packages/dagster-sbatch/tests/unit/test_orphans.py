@@ -273,6 +273,15 @@ def test_a_cursor_that_tells_no_report_is_followed_by_one(
     assert Tick(instance, tick.cursor).checks == []
 
 
+@pytest.mark.parametrize(("will_retry", "state"), [("false", "over"), ("true", "retry missed")])
+def test_a_run_that_ended_by_a_clock_that_was_ahead_is_over(
+    instance: dg.DagsterInstance, will_retry: str, state: str
+) -> None:
+    run = failed(instance)
+    instance.add_run_tags(run, {"dagster/will_retry": will_retry})
+    assert ownership.group_state(instance, run, datetime.now(UTC) - timedelta(days=3)) == state
+
+
 def test_a_cursor_of_a_clock_that_was_ahead_hides_no_run(
     instance: dg.DagsterInstance, supercomputer: Supercomputer
 ) -> None:

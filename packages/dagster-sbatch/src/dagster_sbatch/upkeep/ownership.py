@@ -52,7 +52,7 @@ def _newest(records: Iterable[dg.RunRecord]) -> dg.RunRecord:
 
 def _has_ended_within(span: timedelta, record: dg.RunRecord, now: datetime) -> bool:
     ended = record.end_time or record.update_timestamp.timestamp()
-    return now.timestamp() - ended < span.total_seconds()
+    return abs(now.timestamp() - ended) < span.total_seconds()  # one that ended later than now: a clock was ahead
 
 
 def _is_to_be_retried(run: dg.DagsterRun) -> bool:
