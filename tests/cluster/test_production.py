@@ -109,6 +109,7 @@ def test_materialize_all_from_the_ui(
         (sweep,) = dagster_dev.materializations("delay_sweep")
         page.goto(f"/runs/{sweep['runId']}?levels=info")
         expect(page.get_by_text(re.compile("^job [0-9]+: RUNNING on g400[12]")).first).to_be_visible()
+        expect(page.get_by_text("A shell inside it: ssh -t -i ~/.ssh/id_musica xy12345@").first).to_be_visible()
         take(page, "sweep-on-the-supercomputer.png", tmp_path)
     runs = site.run_on_login(CERTIFICATE_USER, f"bash -lc 'ls -d {base}/runs/*/'").stdout.split()
     keys = [run.strip("/").rpartition("/")[2] for run in runs if "dagster-slurm/runs/" in run]

@@ -102,6 +102,8 @@ class CostsStory:
         expect(page.get_by_text(re.compile("^GPU [▁▂▃▄▅▆▇█]+ "))).to_be_visible()
         page.set_viewport_size({"width": 2350, "height": 900})  # the costs of an attempt are right of its cause
         page.locator("tr", has_text="trains.py").last.evaluate("row => row.hidden = true")  # a path of this machine
+        attach = page.get_by_text(re.compile("^ssh -t -i /"))  # here the site's key is not in ~/.ssh
+        attach.evaluate("command => { command.textContent = command.textContent.replace(/-i .*\\//, '-i ~/.ssh/') }")
         row = page.locator("tr", has_text="ran out of memory").first
         row.evaluate("row => row.scrollIntoView({block: 'end', inline: 'start'})")
         take(page, "attempts.png", self._pictures)

@@ -138,7 +138,7 @@ class AccessState:
         )
 
     def explain(self, refusals: Mapping[Source, str]) -> BootstrapError:
-        """Return the four ways, why none is open, and what opens each; without the first if a certificate is valid.
+        """Return the ways, why none is open, and what opens each; without the first if a certificate is valid.
 
         `refusals`: what servers have said, by `stored`, `bootstrap` and `direct`.
         """
@@ -154,13 +154,20 @@ class AccessState:
                 found = (status or "present, but the server rejected it").replace("\n", "\n     ")
                 lines += [f"  {number}. {name}", f"     status: {found}"]
                 lines += [f"     to do: {advice}", *([f"       {command}"] if command else [])]
-        if self.missing_settings:
+        if self.no_asc_settings:
+            lines.append(
+                "A site whose certificates renew themselves needs the ASC_ variables (scripts/docs credentials)"
+            )
+        elif self.missing_settings:
             names = ", ".join(self.missing_settings)
             lines.append(f"Ways 2 to 4 also need settings that are not set: {names} (scripts/docs settings)")
         return BootstrapError("\n".join(lines))
 
     def _ways(self, refusals: Mapping[Source, str]) -> list[tuple[str, str, str, str]]:
-        """Return each way: its name and variable, why it is closed (empty if unknown), what opens it, the command."""
+        """Return each way: its name and variable, why it is closed (empty if unknown), what opens it, the command.
+
+        Without ASC_ variables these are the two that need only the key.
+        """
         settings, key = self.settings, self.settings.edge_node_key_path
         assert key
         name, certificate = shlex.quote(str(key)), self.certificate
@@ -204,9 +211,8 @@ class AccessState:
                     f"ssh-keygen -t ed25519 -N '' -f {name}",
                 )
             )
-            ways.append(
-                (f"a plain key, where the site accepts one: SLURM_EDGE_NODE_KEY_PATH={key}", status, advice, command)
-            )
+            plain = f"a plain key, where the site accepts one: SLURM_EDGE_NODE_KEY_PATH={key}"
+            return [ways[0], (plain, status, advice, command)]
         return ways
 
 

@@ -1,6 +1,7 @@
 """A workload on the supercomputer as one job, as its Dagster step sees it: submit or adopt, follow, judge, repeat."""
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -213,9 +214,11 @@ class RemoteRun(RemoteStep):
         if self._settings.on_login_node:
             return command
         settings = self._settings
-        login = ["-i", str(settings.edge_node_key_path), f"{settings.edge_node_user}@{settings.edge_node_host}"]
-        port = ["-p", str(settings.edge_node_port)] if settings.edge_node_port != 22 else []
-        return f"ssh -t {shlex.join([*port, *login])} {command}"
+        key, home = shlex.quote(str(settings.edge_node_key_path)), f"{Path.home()}/"
+        key = f"~/{key.removeprefix(home)}" if key.startswith(home) else key
+        port = f"-p {settings.edge_node_port} " if settings.edge_node_port != 22 else ""
+        login = shlex.quote(f"{settings.edge_node_user}@{settings.edge_node_host}")
+        return f"ssh -t {port}-i {key} {login} {command}"
 
     def _costs(self, end: JobEnd, how: str) -> dict[str, Any]:
         """Return metadata of the whole job, and a table of the attempts if there were several; `how` it ended."""
