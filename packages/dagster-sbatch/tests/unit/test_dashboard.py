@@ -6,22 +6,24 @@ import secrets
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from paramiko import SSHException
+from paramiko import OPEN_SUCCEEDED, PKey, SSHException, Transport
+from paramiko.common import OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect import dashboard as dashboards
 from dagster_sbatch.inspect.dashboard import forward, open_dashboard
 from dagster_sbatch.slurm.gateway import RefusedError
+from unit.ssh_forge import Forge
+from unit.test_ssh_connection import Welcome, server, settings
 
 RUN: Any = SimpleNamespace(path="/runs/key", key="key", job="7")
 ON_LOGIN_NODE: Any = SimpleNamespace(on_login_node=True)
-FROM_ELSEWHERE: Any = SimpleNamespace(on_login_node=False)
 
 
 @pytest.fixture
@@ -132,31 +134,86 @@ def test_the_forwarding_ends_after_three_failed_checks_in_a_row() -> None:
     assert list(checks) == [None]
 
 
-class Transport:
-    """A connection with a login node that cannot connect further."""
+class LoginNode(Welcome):
+    """Lets everybody in, and answers this when somebody wants to connect further."""
 
-    def __init__(self, error: Exception, active: bool) -> None:
-        self._error, self.is_active, self.count = error, lambda: active, 0
+    def __init__(self, answer: int) -> None:
+        self.answer, self.asked = answer, 0
+        self.transport: Transport | None = None
 
-    def open_channel(self, *_: object, **__: object) -> Any:
-        self.count += 1
-        raise self._error
+    def check_channel_direct_tcpip_request(self, chanid: int, origin: object, destination: object) -> int:
+        self.asked += 1
+        return self.answer
 
 
-@pytest.mark.parametrize("error", [EOFError(), SSHException("SSH session not active")])
-@pytest.mark.parametrize("active", [True, False])
-def test_the_forwarding_ends_with_the_connection_to_the_login_node(
-    error: Exception, active: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    transport = Transport(error, active)
-    connection = nullcontext(SimpleNamespace(transport=transport))
-    monkeypatch.setattr(dashboards, "connect", lambda *_: connection)
+@contextmanager
+def through(login_node: LoginNode, forge: Forge, monkeypatch: pytest.MonkeyPatch) -> Iterator[dashboards.Dial]:
+    """The way to a dashboard through a login node."""
+
+    def serve(connection: socket.socket) -> None:
+        login_node.transport = Transport(connection)
+        login_node.transport.add_server_key(PKey.from_path(forge.key("ed25519")))
+        login_node.transport.start_server(server=login_node)
+        login_node.transport.join(60)
+
+    monkeypatch.setattr(dashboards, "ensure_certificate", lambda _: None)
     site: Any = SimpleNamespace(host_authorities=())
-    with dashboards._dialling(FROM_ELSEWHERE, site, "n1", 1) as dial_dashboard:
+    with server(serve) as port:
+        (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
+        with dashboards._dialling(settings(forge, port), site, "n1", 8265) as dial_dashboard:
+            yield dial_dashboard
+
+
+def test_the_forwarding_ends_with_the_connection_to_the_login_node(
+    forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    login_node = LoginNode(OPEN_SUCCEEDED)
+    with through(login_node, forge, monkeypatch) as dial_dashboard, forward(dial_dashboard) as port:
+        assert login_node.transport
+        with socket.create_connection(("127.0.0.1", port)) as user:
+            far = login_node.transport.accept(60)
+            user.sendall(b"hello")
+            assert far.recv(10) == b"hello"
+            login_node.transport.close()
+            assert user.recv(10) == b""
         reason = dashboards.Dashboard("", "", dial_dashboard).wait_until_gone()
-    assert ("the connection with the login node is lost" in reason) is not active
-    assert (str(error) or "EOFError") in reason
-    assert transport.count == (3 if active else 1)
+    assert "the connection with the login node is lost (" in reason
+
+
+def test_a_login_node_that_forbids_forwarding(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
+    login_node = LoginNode(OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED)
+    with through(login_node, forge, monkeypatch) as dial_dashboard:
+        reason = dashboards.Dashboard("", "", dial_dashboard).wait_until_gone()
+    assert reason == "the dashboard did not answer 3 times in a row (Administratively prohibited)"
+    assert login_node.asked == 3
+
+
+def test_a_connection_that_is_lost_within_a_key_exchange_shows_no_traceback(
+    forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sides make new keys after each 512 MB."""
+    with through(LoginNode(OPEN_SUCCEEDED), forge, monkeypatch) as dial_dashboard, dial_dashboard() as far:
+        transport, (near, browser) = far.get_transport(), socket.socketpair()
+        transport.clear_to_send_timeout = 0.1
+        transport.clear_to_send.clear()  # as from the beginning of an exchange to its end
+        with near, browser:
+            browser.sendall(b"hello")
+            dashboards._copy(near, far)
+        transport.clear_to_send.set()
+
+
+@pytest.mark.parametrize("saved", [ConnectionResetError("reset"), EOFError(), None])
+def test_a_connection_that_is_lost_while_a_page_is_opened(
+    saved: Exception | None, forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paramiko raises what has ended the connection, of whatever kind."""
+    login_node = LoginNode(OPEN_SUCCEEDED)
+    with through(login_node, forge, monkeypatch) as dial_dashboard:
+        client = dial_dashboard().get_transport()
+        monkeypatch.setattr(client, "_send_user_message", lambda _: client.close())
+        monkeypatch.setattr(client, "get_exception", lambda: saved)
+        with pytest.raises(dashboards.LostError, match="the connection with the login node is lost"):
+            dial_dashboard()
 
 
 @pytest.mark.parametrize(

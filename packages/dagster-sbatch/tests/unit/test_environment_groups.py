@@ -336,6 +336,9 @@ def test_the_doctor_names_the_group_that_cannot_run(project: Project, tmp_path: 
     said = f"what is here is not what was published: runs are refused\n{project.workloads / 'main.py'} is changed"
     assert (state, found) == ("broken", said)
     assert fix.endswith("publish what is here: scripts/deploy_environment.py")
+    for number in range(5):
+        (project.workloads / f"new_{number}.py").touch()
+    assert check_environment(facts)[1].endswith("new_3.py is new\nand 1 more file")
 
 
 def trial(there: Published, project: Project, environment: str | None, **settings: str) -> tuple[bool, str]:

@@ -36,13 +36,6 @@ class SilentShell(paramiko.ServerInterface):  # type: ignore[misc]
         return self.over.wait(60)
 
 
-@pytest.fixture
-def forge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Forge:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".ssh").mkdir()
-    return Forge(tmp_path)
-
-
 def test_a_login_node_that_does_not_start_the_agent(forge: Forge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "DEAD_SECONDS", 0.5)
     silent = SilentShell()

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import paramiko
 import pytest
@@ -22,13 +21,6 @@ from slurm_in_a_box import wait_until
 from unit.ssh_forge import Forge, needs_sshd, start
 
 Behaviour = Callable[[socket.socket], None]
-
-
-@pytest.fixture
-def forge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Forge:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".ssh").mkdir()
-    return Forge(tmp_path)
 
 
 @pytest.fixture(autouse=True)

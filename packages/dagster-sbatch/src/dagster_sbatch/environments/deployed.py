@@ -17,6 +17,7 @@ from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Gateway, send_file
+from dagster_sbatch.slurm.units import count_of
 
 MOST_NAMES = 5  # files that a refusal lists by name
 
@@ -94,7 +95,7 @@ class EnvironmentSpec:
             how = "is new" if name not in there else "is gone" if name not in here else "is changed"
             found.append(f"{self.code.folder / name} {how}")
         if len(names) > MOST_NAMES:
-            found.append(f"and {len(names) - MOST_NAMES} more files")
+            found.append(f"and {count_of(len(names) - MOST_NAMES, 'more file')}")
         return found
 
 

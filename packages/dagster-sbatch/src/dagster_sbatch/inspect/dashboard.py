@@ -25,6 +25,7 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import RefusedError, fetch_file
 from dagster_sbatch.ssh import connect
+from dagster_sbatch.ssh.connection import text_of
 
 STATE = "ray/state"  # in a run directory: what the job's Ray cluster publishes
 DIAL_SECONDS = 10
@@ -41,7 +42,7 @@ class LostError(OSError):
     """The connection with the login node has ended."""
 
 
-_DIAL_ERRORS = (OSError, EOFError, SSHException)
+_LOST = (OSError, EOFError, SSHException)  # of a connection of either kind, at any time
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class Dashboard:
                 failures = 0
             except LostError as error:
                 return str(error)
-            except _DIAL_ERRORS as error:
+            except _LOST as error:
                 failures += 1
                 if failures == MOST_FAILURES:
-                    return f"the dashboard did not answer {failures} times in a row ({_text_of(error)})"
+                    return f"the dashboard did not answer {failures} times in a row ({text_of(error)})"
             time.sleep(CHECK_SECONDS)
 
 
@@ -85,9 +86,9 @@ def open_dashboard(settings: Settings, site: Site, runs: Runs, run: RunRecord) -
     with _dialling(settings, site, host, port) as dial, forward(dial) as local_port:
         try:
             dial().close()
-        except _DIAL_ERRORS as error:
+        except _LOST as error:
             raise ConfigurationError(
-                f"The login node cannot connect to the Ray dashboard of job {run.job}: {_text_of(error)}. Either the "
+                f"The login node cannot connect to the Ray dashboard of job {run.job}: {text_of(error)}. Either the "
                 "job has ended, or the site forbids such connections. To see the state of the job:\n"
                 f"  scripts/job {run.job} state"
             ) from None
@@ -113,14 +114,10 @@ def _dial_directly(host: str, port: int) -> socket.socket:
 def _dial_through(transport: Transport, host: str, port: int) -> Channel:
     try:
         return transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=DIAL_SECONDS)
-    except (EOFError, SSHException) as error:
+    except _LOST as error:
         if transport.is_active():
             raise
-        raise LostError(f"the connection with the login node is lost ({_text_of(error)})") from error
-
-
-def _text_of(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+        raise LostError(f"the connection with the login node is lost ({text_of(error)})") from error
 
 
 def _fetch(runs: Runs, run: RunRecord, name: str) -> str:
@@ -139,7 +136,7 @@ def forward(dial: Dial) -> Iterator[int]:
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            with suppress(*_DIAL_ERRORS), dial() as far:
+            with suppress(*_LOST), dial() as far:
                 threading.Thread(target=_copy, args=(self.request, far), daemon=True).start()
                 _copy(far, self.request)
 
@@ -153,8 +150,8 @@ def forward(dial: Dial) -> Iterator[int]:
 
 
 def _copy(source: Any, target: Any) -> None:
-    with suppress(OSError, EOFError):
+    with suppress(*_LOST):
         while data := source.recv(PIECE):
             target.sendall(data)
-    with suppress(OSError, EOFError):
+    with suppress(*_LOST):
         target.shutdown(socket.SHUT_WR)

@@ -183,5 +183,11 @@ def _describe(error: Exception, hop: Hop, gateway: Connection | None) -> str:
     elif isinstance(error, ConnectionRefusedError):
         reason = "it refuses connections. SSH is switched off there, or uses another port"
     else:
-        reason = str(error) or type(error).__name__
+        reason = text_of(error)
     return f"{hop} cannot be reached{through}: {reason}"
+
+
+def text_of(error: BaseException) -> str:
+    """Return an error of a connection in words: some have none, and paramiko writes others as code."""
+    said = error.text if isinstance(error, paramiko.ChannelException) else str(error)
+    return said or type(error).__name__

@@ -1,0 +1,142 @@
+"""Connections that are cut, delayed and split at random bytes in both directions: nothing is lost, nothing doubled."""
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dagster_sbatch.slurm import SlurmRequest, allocate, load_site, render_job_script
+from dagster_sbatch.slurm.gateway import MESSAGES, Gateway, choose_channel, fetch_file, link, send_file, transfers
+from dagster_sbatch.slurm.gateway.channel import Channel
+from support.agent_fixtures import HURRIED, SETTINGS, Prepare, put
+from support.array_site import Follow, Site, record, wait_for_ends
+from support.background import STRESS
+from unit.test_agent_killed import SBATCH, SCONTROL, SQUEUE
+
+SEEDS = range(200 if STRESS else 3)
+TEXT = "".join(f"Zeile {number}: äöü €\n" for number in range(400)) + "x" * 20_000 + "\n"
+TASKS = 5
+NAMES = (MESSAGES, "stdout", "stderr")
+
+
+class Cuts:
+    """Opens channels to agents on this machine that are cut after some bytes; counts them."""
+
+    def __init__(self, seed: int) -> None:
+        self.count, self._random = 0, random.Random(seed)
+        self._open = choose_channel(SETTINGS, (), lambda _: None)
+
+    def __call__(self) -> Channel:
+        self.count += 1
+        found = self._open()
+        sizes = (30, 3_000, 40_000) if self.count < 4 else (3_000, 40_000, 300_000)
+        to_come, to_go = (self._random.randrange(1, self._random.choice(sizes)) for _ in range(2))
+        read, write, held, is_cut = found._read, found._write, bytearray(), False
+
+        def read_some(seconds: float) -> bytes:
+            nonlocal is_cut, to_come
+            if not held and not is_cut:
+                held.extend(read(seconds))
+            data = b"" if is_cut else self._part(held)[:to_come]
+            del held[: len(data)]
+            to_come -= len(data)
+            is_cut |= not to_come
+            return data
+
+        def write_some(data: bytes) -> None:
+            nonlocal is_cut, to_go
+            while data and not is_cut:
+                part = self._part(data)[:to_go]
+                write(part)
+                data = data[len(part) :]
+                to_go -= len(part)
+                is_cut = not to_go
+            if is_cut:
+                raise ConnectionResetError
+
+        found._read, found._write = read_some, write_some  # type: ignore[method-assign]
+        return found
+
+    def _part(self, data: bytes) -> bytes:
+        """Return the beginning of what is sent, sometimes late."""
+        if self._random.random() < 0.05:
+            time.sleep(self._random.random() / 50)
+        return bytes(data[: self._random.choice((1, 7, 1000, 100_000))])
+
+
+MakeCut = Callable[[int], tuple[Gateway, Cuts]]
+
+
+@pytest.fixture
+def cut(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> MakeCut:
+    """A gateway with such channels, by a seed."""
+    monkeypatch.setattr(link, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(link, "LOGINS_SECONDS", 0.0)
+
+    def make(seed: int) -> tuple[Gateway, Cuts]:
+        gateway = prepare(HURRIED)
+        gateway._open_channel = cuts = Cuts(seed)
+        return gateway, cuts
+
+    return make
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_job(seed: int, cut: MakeCut, slurm: Path, tmp_path: Path) -> None:
+    for name, text in {"sbatch": SBATCH, "squeue": SQUEUE, "scontrol": SCONTROL}.items():
+        put(slurm, name, text.format(slurm=slurm).replace(">>stdout", ">>stdout 2>>stderr"))
+    (slurm / "jobs").touch()
+    (tmp_path / "text").write_text(TEXT)
+    runs, site = tmp_path / "runs", load_site({}, "musica")
+    body = f"for each in {MESSAGES} /dev/fd/2 /dev/fd/1; do cat {tmp_path}/text >>$each; sleep 0.02; done"
+    request = allocate(SlurmRequest(), site).request
+    script = render_job_script(request, site, job_name="family-1", about={}, environment={}, body=body)
+    gateway, cuts = cut(seed)
+    received: dict[str, bytearray] = defaultdict(bytearray)
+    assert gateway.claim(str(runs), "family", "token", "me").held_by is None
+    sinks = {name: received[name].extend for name in NAMES}
+    end = gateway.run(str(runs / "family-1"), {"job.sh": script, "sampler/sampler.py": ""}, sinks, "run")
+    assert end.code == 0
+    assert {name: bytes(data) for name, data in received.items()} == {
+        name: (runs / "family-1" / name).read_bytes() for name in NAMES
+    }
+    assert TEXT in received["stdout"].decode()
+    assert (slurm / "jobs").read_text() == "family-1\n"
+    assert cuts.count > 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_array_job(seed: int, cut: MakeCut, slurm: Path, tmp_path: Path, follow: Follow) -> None:
+    site = Site(slurm, tmp_path, TASKS)
+    gateway, cuts = cut(seed)
+    seen = follow(site, gateway)
+    for task in range(TASKS):
+        site.start(task)
+        for name in NAMES:
+            site.write(task, name, f"{task}: {TEXT}")
+    for task in range(TASKS):
+        site.end(task)
+    site.say(*(record(str(task), "COMPLETED") for task in range(TASKS)))
+    wait_for_ends(seen, TASKS)
+    assert {task: end.code for task, end in seen.ends.items()} == dict.fromkeys(range(TASKS), 0)
+    for task in range(TASKS):
+        assert {name: seen.text(task, name) for name in NAMES} == dict.fromkeys(NAMES, f"{task}: {TEXT}")
+    assert cuts.count > 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_file(seed: int, cut: MakeCut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfers, "PIECE", 10_000)
+    local, there, back = (tmp_path / name for name in ("local", "there/there", "back"))
+    local.write_bytes(random.Random(seed).randbytes(300_000))
+    gateway, cuts = cut(seed)
+    seen: list[int] = []
+    send_file(gateway, local, str(there), lambda at, _: seen.append(at))
+    fetch_file(gateway, str(there), back)
+    assert there.read_bytes() == back.read_bytes() == local.read_bytes()
+    assert [path.name for path in there.parent.iterdir()] == ["there"]
+    assert seen == sorted(seen)
+    assert cuts.count > 1
