@@ -11,14 +11,15 @@ import pytest
 from dagster_sbatch.slurm import SlurmRequest, allocate, load_site, render_job_script
 from dagster_sbatch.slurm.gateway import MESSAGES, Gateway, choose_channel, fetch_file, link, send_file, transfers
 from dagster_sbatch.slurm.gateway.channel import Channel
+from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, SETTINGS, Prepare, put
 from support.array_site import Follow, Site, record, wait_for_ends
 from support.background import STRESS
 from unit.test_agent_killed import SBATCH, SCONTROL, SQUEUE
 
-SEEDS = range(200 if STRESS else 3)
-TEXT = "".join(f"Zeile {number}: äöü €\n" for number in range(400)) + "x" * 20_000 + "\n"
-TASKS = 5
+SEEDS = range(200 if STRESS else 2)
+TEXT = "".join(f"Zeile {number}: äöü €\n" for number in range(200)) + "x" * 5_000 + "\n"
+TASKS, PARTS = 5, 4
 NAMES = (MESSAGES, "stdout", "stderr")
 
 
@@ -32,8 +33,7 @@ class Cuts:
     def __call__(self) -> Channel:
         self.count += 1
         found = self._open()
-        sizes = (30, 3_000, 40_000) if self.count < 4 else (3_000, 40_000, 300_000)
-        to_come, to_go = (self._random.randrange(1, self._random.choice(sizes)) for _ in range(2))
+        to_come, to_go = (self._random.randrange(1, self._random.choice((30, 3_000, 400_000))) for _ in range(2))
         read, write, held, is_cut = found._read, found._write, bytearray(), False
 
         def read_some(seconds: float) -> bytes:
@@ -91,7 +91,8 @@ def test_a_job(seed: int, cut: MakeCut, slurm: Path, tmp_path: Path) -> None:
     (slurm / "jobs").touch()
     (tmp_path / "text").write_text(TEXT)
     runs, site = tmp_path / "runs", load_site({}, "musica")
-    body = f"for each in {MESSAGES} /dev/fd/2 /dev/fd/1; do cat {tmp_path}/text >>$each; sleep 0.02; done"
+    each = f"for each in {MESSAGES} /dev/fd/2 /dev/fd/1; do cat {tmp_path}/text >>$each; sleep 0.02; done"
+    body = f"for part in {' '.join('1' * PARTS)}; do {each}; done"
     request = allocate(SlurmRequest(), site).request
     script = render_job_script(request, site, job_name="family-1", about={}, environment={}, body=body)
     gateway, cuts = cut(seed)
@@ -103,7 +104,7 @@ def test_a_job(seed: int, cut: MakeCut, slurm: Path, tmp_path: Path) -> None:
     assert {name: bytes(data) for name, data in received.items()} == {
         name: (runs / "family-1" / name).read_bytes() for name in NAMES
     }
-    assert TEXT in received["stdout"].decode()
+    assert TEXT * PARTS in received["stdout"].decode()
     assert (slurm / "jobs").read_text() == "family-1\n"
     assert cuts.count > 1
 
@@ -113,25 +114,34 @@ def test_an_array_job(seed: int, cut: MakeCut, slurm: Path, tmp_path: Path, foll
     site = Site(slurm, tmp_path, TASKS)
     gateway, cuts = cut(seed)
     seen = follow(site, gateway)
-    for task in range(TASKS):
-        site.start(task)
-        for name in NAMES:
-            site.write(task, name, f"{task}: {TEXT}")
-    for task in range(TASKS):
+    for part in range(PARTS):
+        for task in range(part and 2, TASKS):
+            site.start(task)
+            for name in NAMES:
+                site.write(task, name, f"{task}, {part}: {TEXT}")
+        if not part:  # these are over before the others write on
+            site.end(0)
+            site.end(1)
+            site.say(record("0-1", "COMPLETED"), record("2-4", "RUNNING", "Unknown"))
+            wait_for_ends(seen, 2)
+        wait_until(lambda: "x\n" in seen.text(4, "stderr").rpartition(f"4, {part}:")[2], "the last of a part", 60, 0.02)
+    for task in range(2, TASKS):
         site.end(task)
-    site.say(*(record(str(task), "COMPLETED") for task in range(TASKS)))
+    site.say(record("0-4", "COMPLETED"))
     wait_for_ends(seen, TASKS)
     assert {task: end.code for task, end in seen.ends.items()} == dict.fromkeys(range(TASKS), 0)
     for task in range(TASKS):
-        assert {name: seen.text(task, name) for name in NAMES} == dict.fromkeys(NAMES, f"{task}: {TEXT}")
+        text = "".join(f"{task}, {part}: {TEXT}" for part in range(PARTS if task > 1 else 1))
+        assert {name: seen.text(task, name) for name in NAMES} == dict.fromkeys(NAMES, text)
+    assert [len(nodes) for _, nodes in sorted(seen.starts.items())] == [1] * TASKS
     assert cuts.count > 1
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_file(seed: int, cut: MakeCut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfers, "PIECE", 10_000)
+    monkeypatch.setattr(transfers, "PIECE", 20_000)
     local, there, back = (tmp_path / name for name in ("local", "there/there", "back"))
-    local.write_bytes(random.Random(seed).randbytes(300_000))
+    local.write_bytes(random.Random(seed).randbytes(500_000))
     gateway, cuts = cut(seed)
     seen: list[int] = []
     send_file(gateway, local, str(there), lambda at, _: seen.append(at))
