@@ -215,7 +215,7 @@ class ArrayStep:
             self.store_completed()
             self.wait_until_stored()
             text = f"Dagster refuses the results of the step: {shorten(str(error))}\n{_STORED}"
-            raise failure(self._name, text, final=True) from error
+            raise failure(self._name, text) from error
 
     def _combine(self) -> dg.PipesClientCompletedInvocation:
         """Attach what tasks reported to the materializations that Dagster makes at the end of the step."""
