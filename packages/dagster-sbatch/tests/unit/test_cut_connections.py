@@ -22,6 +22,16 @@ TEXT = "".join(f"Zeile {number}: äöü €\n" for number in range(200)) + "x" *
 TASKS, PARTS = 5, 4
 NAMES = (MESSAGES, "stdout", "stderr")
 
+ENDS_ONCE_AT_FSYNC = """
+def spoil():
+    import os
+    def end(_):
+        if not os.path.exists({mark!r}):
+            os.close(os.open({mark!r}, os.O_CREAT))
+            os._exit(9)
+    os.fsync = end
+"""
+
 
 class Cuts:
     """Opens channels to agents on this machine. They are cut after some bytes, the first one after few."""
@@ -149,3 +159,13 @@ def test_a_file(seed: int, cut: MakeCut, tmp_path: Path, monkeypatch: pytest.Mon
     assert there.read_bytes() == back.read_bytes() == local.read_bytes()
     assert [path.name for path in there.parent.iterdir()] == ["there"]
     assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("content", [b"x" * 100_000, b""], ids=["full", "empty"])
+def test_a_file_whose_last_piece_has_come_is_not_sent_again(content: bytes, prepare: Prepare, tmp_path: Path) -> None:
+    """Its agent ends before the file has its name: writing a large one to slow storage takes long."""
+    (tmp_path / "local").write_bytes(content)
+    gateway = prepare(ENDS_ONCE_AT_FSYNC.format(mark=str(tmp_path / "mark")))
+    assert send_file(gateway, tmp_path / "local", f"{tmp_path}/there/there") == 0
+    assert (tmp_path / "mark").exists()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()} == {"there": content}

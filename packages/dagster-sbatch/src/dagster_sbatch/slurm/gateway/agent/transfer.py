@@ -47,9 +47,8 @@ def put(_, ask, __):
         return {"at": ask["bytes"]}
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     with locked(part, os.O_CREAT) as file:
-        if os.fstat(file.fileno()).st_size >= ask["bytes"]:
-            file.truncate(0)
-        return {"at": os.fstat(file.fileno()).st_size}
+        at = os.fstat(file.fileno()).st_size
+        return complete(file, ask) if at >= ask["bytes"] else {"at": at}
 
 
 def piece(_, ask, __):
@@ -61,13 +60,18 @@ def piece(_, ask, __):
         file.seek(ask["at"])
         file.write(ask["data"])
         file.flush()
-        if ask["at"] + len(ask["data"]) < ask["bytes"]:
-            return {"at": ask["at"] + len(ask["data"])}
-        os.fsync(file.fileno())
-        if hash_of(part) != ask["sha256"]:
-            os.unlink(part)
-            raise RequestError("temporary", "%s did not arrive as it was sent" % path)
-        os.rename(part, path)
+        at = ask["at"] + len(ask["data"])
+        return complete(file, ask) if at >= ask["bytes"] else {"at": at}
+
+
+def complete(file, ask):
+    """Give a file that was sent to its end its name; it is sent anew if it is not what the client has."""
+    path, part = part_of(ask)
+    os.fsync(file.fileno())
+    if hash_of(part) != ask["sha256"]:
+        os.unlink(part)
+        raise RequestError("temporary", "%s did not arrive as it was sent" % path)
+    os.rename(part, path)
     return {"at": ask["bytes"]}
 
 
