@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from paramiko import OPEN_SUCCEEDED, PKey, SSHException, Transport
+from paramiko import OPEN_SUCCEEDED, SSHException, Transport
 from paramiko.common import OPEN_FAILED_ADMINISTRATIVELY_PROHIBITED
 
 from dagster_sbatch.errors import ConfigurationError
@@ -20,7 +20,7 @@ from dagster_sbatch.inspect import dashboard as dashboards
 from dagster_sbatch.inspect.dashboard import forward, open_dashboard
 from dagster_sbatch.slurm.gateway import RefusedError
 from unit.ssh_forge import Forge
-from unit.test_ssh_connection import Welcome, server, settings
+from unit.test_ssh_connection import Welcome, as_server, server, settings
 
 RUN: Any = SimpleNamespace(path="/runs/key", key="key", job="7")
 ON_LOGIN_NODE: Any = SimpleNamespace(on_login_node=True)
@@ -137,9 +137,10 @@ def test_the_forwarding_ends_after_three_failed_checks_in_a_row() -> None:
 class LoginNode(Welcome):
     """Lets everybody in, and answers this when somebody wants to connect further."""
 
+    transport: Transport
+
     def __init__(self, answer: int) -> None:
         self.answer, self.asked = answer, 0
-        self.transport: Transport | None = None
 
     def check_channel_direct_tcpip_request(self, *_: object) -> int:
         self.asked += 1
@@ -149,16 +150,9 @@ class LoginNode(Welcome):
 @contextmanager
 def through(login_node: LoginNode, forge: Forge, monkeypatch: pytest.MonkeyPatch) -> Iterator[dashboards.Dial]:
     """The way to a dashboard through a login node."""
-
-    def serve(connection: socket.socket) -> None:
-        login_node.transport = Transport(connection)
-        login_node.transport.add_server_key(PKey.from_path(forge.key("ed25519")))
-        login_node.transport.start_server(server=login_node)
-        login_node.transport.join(60)
-
     monkeypatch.setattr(dashboards, "ensure_certificate", lambda _: None)
     site: Any = SimpleNamespace(host_authorities=())
-    with server(serve) as port:
+    with server(as_server(forge, login_node)) as port:
         (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
         with dashboards._dialling(settings(forge, port), site, "n1", 8265) as dial_dashboard:
             yield dial_dashboard
@@ -169,7 +163,6 @@ def test_the_forwarding_ends_with_the_connection_to_the_login_node(
 ) -> None:
     login_node = LoginNode(OPEN_SUCCEEDED)
     with through(login_node, forge, monkeypatch) as dial_dashboard, forward(dial_dashboard) as port:
-        assert login_node.transport
         with socket.create_connection(("127.0.0.1", port)) as user:
             far = login_node.transport.accept(60)
             user.sendall(b"hello")

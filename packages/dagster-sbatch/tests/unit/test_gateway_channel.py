@@ -47,6 +47,20 @@ def test_a_login_node_that_does_not_start_the_agent(forge: Forge, monkeypatch: p
         silent.over.set()
 
 
+class NoSessions(SilentShell):
+    """As one with MaxSessions in sshd_config, or without processes to spare."""
+
+    def check_channel_request(self, kind: str, chanid: int) -> int:
+        return int(paramiko.common.OPEN_FAILED_RESOURCE_SHORTAGE)
+
+
+def test_a_login_node_that_opens_no_session(forge: Forge) -> None:
+    with server(as_server(forge, NoSessions())) as port:
+        (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
+        with pytest.raises(OSError, match=r"^no channel: Resource shortage$"):
+            choose_channel(settings(forge, port), ("python3",), lambda _: None)()
+
+
 @pytest.fixture
 def opened(prepare: Prepare) -> Iterator[channel.Channel]:
     """A channel to an agent on this machine."""

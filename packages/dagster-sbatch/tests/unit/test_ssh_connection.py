@@ -50,12 +50,13 @@ def server(behave: Behaviour) -> Iterator[int]:
 
 
 def as_server(forge: Forge, interface: paramiko.ServerInterface) -> Behaviour:
-    """Serve a connection by SSH, as this interface says."""
+    """Serve a connection by SSH, as this interface says, which gets its `transport`."""
 
     def serve(connection: socket.socket) -> None:
-        transport = paramiko.Transport(connection)
+        interface.transport = transport = paramiko.Transport(connection)
         transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
-        transport.start_server(server=interface)
+        with contextlib.suppress(EOFError, paramiko.SSHException):  # one side may have hung up before this has looked
+            transport.start_server(server=interface)
         transport.join(60)
 
     return serve
@@ -189,15 +190,7 @@ class Hangup(paramiko.ServerInterface):  # type: ignore[misc]
 
 
 def test_closed_within_the_login_is_no_refusal_of_the_key(forge: Forge) -> None:
-    def serve(connection: socket.socket) -> None:
-        interface = Hangup()
-        interface.transport = paramiko.Transport(connection)
-        interface.transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
-        with contextlib.suppress(EOFError, paramiko.SSHException):  # it may have hung up before this has looked
-            interface.transport.start_server(server=interface)
-        interface.transport.join(60)
-
-    with server(serve) as port:
+    with server(as_server(forge, Hangup())) as port:
         (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
         assert "cannot be reached" in unreachable(forge, port)
 

@@ -150,6 +150,8 @@ def _lost() -> Iterator[None]:
 
 class _SshChannel(Channel):
     def __init__(self, connection: Any, script: str) -> None:
+        from dagster_sbatch.ssh.connection import text_of
+
         super().__init__()
         self._connection = connection
         try:
@@ -165,7 +167,7 @@ class _SshChannel(Channel):
         except BaseException as error:
             connection.close()
             if isinstance(error, Exception) and not isinstance(error, OSError | EOFError):
-                raise OSError(f"no channel: {error}") from error
+                raise OSError(f"no channel: {text_of(error)}") from error
             raise
 
     def _read(self, seconds: float) -> bytes:
