@@ -29,7 +29,7 @@ def replacing(path: Path, mode: int = 0o666) -> Iterator[BufferedRandom]:
             _sync_folder(path.parent)
     except BaseException as error:
         remove_half_written(path)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.filename in (None, new, str(new)):
             error.filename = str(path)
         raise
 

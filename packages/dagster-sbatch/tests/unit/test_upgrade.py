@@ -272,6 +272,14 @@ def test_a_read_only_folder_is_named_by_its_path_in_the_project(
         upgrade(project, newer, project.parent)
 
 
+def test_the_file_that_cannot_be_written_is_named(project: Path, newer: str) -> None:
+    """Several files are open by then."""
+    name = Path(newer).name
+    (project / "vendor" / f".{name}.new").mkdir()
+    with pytest.raises(OSError, match=f"{project}/vendor/{name}"):
+        upgrade(project, newer, project.parent)
+
+
 @pytest.mark.parametrize("arguments", [["--back"], ["1.1.0"]])
 def test_an_engine_of_a_package_index_is_not_replaced(
     arguments: list[str], project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
