@@ -193,7 +193,7 @@ def test_ssh_refused_while_an_open_session_stays(slurm_site: SimulatedSite) -> N
         slurm_site.login_command("echo open; cat"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as session:
         assert session.stdin and session.stdout
-        wait_until(lambda: session.stdout and session.stdout.readline() == "open\n", "the open session", 60, 0)
+        wait_until(lambda: session.stdout and session.stdout.readline() == "open\n", "the open session")
         with slurm_site.faults.ssh_refused():
             refused = ssh(slurm_site)
             assert refused.returncode == 255
@@ -210,7 +210,7 @@ def test_all_connections_dropped_at_once(slurm_site: SimulatedSite) -> None:
     sessions = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for session in sessions:
         assert session.stdout
-        wait_until(lambda out=session.stdout: out.readline() == "open\n", "the open session", 60, 0)  # type: ignore[misc]
+        wait_until(lambda out=session.stdout: out.readline() == "open\n", "the open session")  # type: ignore[misc]
     slurm_site.faults.drop_connections()
     for session in sessions:
         _, errors = session.communicate(timeout=30)
@@ -231,7 +231,7 @@ def test_frozen_login_path_is_neither_closed_nor_passed(slurm_site: SimulatedSit
     command = slurm_site.login_command("echo open; cat")
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as session:
         assert session.stdin and session.stdout
-        wait_until(lambda: session.stdout and session.stdout.readline() == "open\n", "the open session", 60, 0)
+        wait_until(lambda: session.stdout and session.stdout.readline() == "open\n", "the open session")
         with slurm_site.faults.login_frozen():
             session.stdin.write("on its way\n")
             session.stdin.flush()

@@ -72,7 +72,7 @@ def test_both_login_nodes_answer_at_one_address_with_different_keys(slurm_site: 
         seen.add(log_in(slurm_site, CERTIFICATE_USER, key).stdout.splitlines()[-1])
         return len(seen) == 2
 
-    wait_until(both, "both login nodes", 60, 0)
+    wait_until(both, "both login nodes")
     assert seen == {"login01", "login02"}
     host_keys = {(slurm_site.layout.etc / "ssh" / node / "ssh_host_ed25519_key.pub").read_bytes() for node in seen}
     assert len(host_keys) == 2

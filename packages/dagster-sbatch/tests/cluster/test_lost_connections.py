@@ -250,7 +250,7 @@ def test_the_certificate_ends_in_mid_run(
     def refused() -> bool:
         return subprocess.run(log_in, capture_output=True, timeout=30, check=False).returncode != 0
 
-    wait_until(refused, "the end of the first certificate", 60, 1)
+    wait_until(refused, "the end of the first certificate", 60)
     site.faults.drop_connections()
     wait_until(lambda: certificate.read_text() != first, "a new certificate")
     go_on(site)

@@ -61,7 +61,7 @@ def test_both_login_nodes_are_trusted_by_the_one_line_of_their_authority(site: S
             seen.add((hostname(connection), connection.transport.host_key.asbytes()))
         return len(seen) == 2
 
-    wait_until(both, "both login nodes", 60, 0)
+    wait_until(both, "both login nodes", 60)
     assert {name for name, _ in seen} == {"login01", "login02"}
 
 

@@ -160,7 +160,7 @@ def remote_runs() -> list[RunRecord]:
 
 def wait_for_job(site: SimulatedSite, count: int = 1) -> list[RunRecord]:
     """Until so many runs have a job, and all of these run."""
-    wait_until(lambda: len([each for each in remote_runs() if each.job]) == count, "the job is there", 60, interval=1)
+    wait_until(lambda: len([each for each in remote_runs() if each.job]) == count, "the job is there", 60)
     found = remote_runs()
     for each in found:
         site.wait_for_job(int(each.job or 0), "RUNNING")

@@ -302,7 +302,7 @@ def test_a_run_that_is_interrupted_leaves_nothing_and_keeps_what_is_complete(tmp
     asset = ArrayAsset(tmp_path, workload, JobArray(max_running_tasks=2))
 
     def interrupt() -> None:
-        wait_until(lambda: len([*data_root.glob("pids-*")]) == 2, "two tasks sleep", 60, 0.01)
+        wait_until(lambda: len([*data_root.glob("pids-*")]) == 2, "two tasks sleep", 60)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

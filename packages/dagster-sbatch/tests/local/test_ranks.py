@@ -186,7 +186,7 @@ def test_ranks_that_are_terminated_save_their_state_and_are_gone(tmp_path: Path)
     directory.mkdir()
 
     def terminate() -> None:
-        wait_until(lambda: all((directory / f"pids-{n}").exists() for n in range(4)), "the ranks run", 60, 0.01)
+        wait_until(lambda: all((directory / f"pids-{n}").exists() for n in range(4)), "the ranks run", 60)
         stop.set()
 
     threading.Thread(target=terminate).start()

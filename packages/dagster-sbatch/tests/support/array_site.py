@@ -46,7 +46,7 @@ class Site:
 
     def wait_until_asked(self) -> None:
         before = self.asked.stat().st_size if self.asked.exists() else 0
-        wait_until(lambda: self.asked.exists() and self.asked.stat().st_size > before, "Slurm is asked", 60, 0.02)
+        wait_until(lambda: self.asked.exists() and self.asked.stat().st_size > before, "Slurm is asked", 60)
 
     def write(self, index: int, name: str, text: str) -> None:
         """Append to a file of a task, which has started once its folder has all its files."""
@@ -85,7 +85,7 @@ def follow() -> Iterator[Follow]:
         seen = Recorder(site.array)
         threads.append((threading.Thread(target=work, args=(gateway, seen)), gateway))
         threads[-1][0].start()
-        wait_until((site.run / "job").is_symlink, "it is submitted", 60, 0.02)
+        wait_until((site.run / "job").is_symlink, "it is submitted", 60)
         return seen
 
     yield start
@@ -95,4 +95,4 @@ def follow() -> Iterator[Follow]:
 
 
 def wait_for_ends(seen: Recorder, count: int) -> None:
-    wait_until(lambda: len(seen.ends) == count, f"{count} ends", 60, 0.02)
+    wait_until(lambda: len(seen.ends) == count, f"{count} ends", 60)

@@ -193,9 +193,9 @@ def test_progress_is_logged_when_it_changes_and_at_the_end(monkeypatch: pytest.M
     lines: list[str] = []
     progress = ArrayProgress(3, 1, lines.append)
     with progress.shown():
-        wait_until(lambda: len(lines) == 1, "the first line", 60, 0.01)
+        wait_until(lambda: len(lines) == 1, "the first line", 60)
         progress.started = {0, 1}
-        wait_until(lambda: len(lines) == 2, "the second line", 60, 0.01)
+        wait_until(lambda: len(lines) == 2, "the second line", 60)
         progress.started, progress.failed = set(), 1
         progress.done = 2
     assert lines[0] == "3 tasks: 1 done, 0 running, 2 waiting, 0 failed"

@@ -84,7 +84,7 @@ def test_a_rejected_result_is_known_to_the_next_claim(prepare: Prepare, tmp_path
         (run / "tasks" / f"{index}.started").touch()
     gateway.claim(str(run.parent), "family", "token", "me")
     gateway.reject(str(run), 2)
-    wait_until((run / "tasks/2/failed").exists, "the mark", 60, 0.01)
+    wait_until((run / "tasks/2/failed").exists, "the mark", 60)
     (known,) = gateway.claim(str(run.parent), "family", "token", "me").arrays
     assert (known.number, known.job, known.over, known.tasks) == (1, "17", True, ["i0", "i1", "i2"])
     assert (known.rejected, known.started) == (frozenset({2}), frozenset({0, 2}))

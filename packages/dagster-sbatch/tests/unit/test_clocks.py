@@ -50,7 +50,7 @@ class Job:
             file.write(json.dumps({**event, "time": time.time() + self.skew}) + "\n")
 
     def wait_for(self, *states: str) -> None:
-        wait_until(lambda: self.states == [*states], f"states {states}, not {self.states}", 10, 0.02)
+        wait_until(lambda: self.states == [*states], f"states {states}, not {self.states}", 10)
 
 
 Begin = Callable[[Job, Gateway], Future[JobEnd]]
@@ -108,11 +108,11 @@ def test_tasks_that_start_and_wait_to_run_again(
         def counts() -> list[tuple[int, int]]:
             return [(state.running, state.requeued) for state in seen.states]
 
-        wait_until(lambda: counts()[-1:] == [(running, requeued)], f"{running, requeued}, not {counts()}", 10, 0.02)
+        wait_until(lambda: counts()[-1:] == [(running, requeued)], f"{running, requeued}, not {counts()}", 10)
 
     put(slurm, "squeue", f"[ ! -e {asked} ] || exit 1; touch {asked}; {queue}")
     seen = follow(site, prepare(HURRIED + UNSEEN))
-    wait_until(asked.exists, "squeue is asked", 60, 0.02)
+    wait_until(asked.exists, "squeue is asked", 60)
     wait_for(0, 0)
     site.start(0, time.time() + skew)
     wait_for(1, 0)

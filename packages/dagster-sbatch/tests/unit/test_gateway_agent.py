@@ -220,7 +220,7 @@ def test_a_family_goes_on_from_its_latest_attempt(open_gateway: Callable[[], Gat
     gateway = open_gateway()
     assert gateway.claim(str(runs), "family", "token", "me").attempt == 10
     gateway.reject(str(runs / "family-10"))  # answers nothing
-    wait_until((runs / "family-10" / "failed").exists, "the mark", 60, 0.01)
+    wait_until((runs / "family-10" / "failed").exists, "the mark", 60)
     claim = gateway.claim(str(runs), "family", "token", "me")
     assert claim.rejected
     assert claim.end is not None

@@ -119,10 +119,10 @@ in_setup({"setup": []}, "sleep 300 & echo $$ $! >$1.part; mv $1.part $1; wait", 
 def test_what_an_agent_has_started_ends_with_it_however_it_ends(tmp_path: Path) -> None:
     started = tmp_path / "started"
     with subprocess.Popen([sys.executable, "-c", SETUP.replace("PATH", repr(str(started)))]) as agent:
-        wait_until(started.exists, "its children", 60, 0.02)
+        wait_until(started.exists, "its children", 60)
         agent.kill()
     children = [int(pid) for pid in started.read_text().split()]
-    wait_until(lambda: not any(map(is_running, children)), "the end of its children", 60, 0.02)
+    wait_until(lambda: not any(map(is_running, children)), "the end of its children", 60)
 
 
 def test_the_news_of_a_login_profile_are_no_part_of_an_error(
@@ -146,7 +146,7 @@ def test_what_a_profile_leaves_in_the_background_is_not_waited_for(tmp_path: Pat
     left = tmp_path / "left"
     code, said = in_setup({"setup": [f"sleep 300 & echo $! >{left}"]}, "echo said; exit 3")
     assert (code, said) == (3, "said\n")
-    wait_until(lambda: not is_running(int(left.read_text())), "its end", 60, 0.02)
+    wait_until(lambda: not is_running(int(left.read_text())), "its end", 60)
 
 
 @pytest.mark.timeout(60)

@@ -52,7 +52,7 @@ def start_in_group(folder: Path, body: str) -> Iterator["subprocess.Popen[bytes]
         subprocess.Popen(["bash", "job.sh"], cwd=folder, env=environment, stderr=stderr, start_new_session=True) as job,
     ):
         try:
-            wait_until((folder / "begun").exists, "its body has begun", 60, 0.01)
+            wait_until((folder / "begun").exists, "its body has begun", 60)
             yield job
         finally:
             with suppress(ProcessLookupError):
@@ -73,7 +73,7 @@ def test_a_workload_that_is_terminated_before_the_job_script_was_cut_short_as_we
     with start_in_group(tmp_path, "sh -c 'echo $$ >pid; mv pid begun; exec sleep 600'") as job:
         workload = int((tmp_path / "begun").read_text())
         os.kill(workload, signal.SIGTERM)
-        wait_until(lambda: gone(workload), "its end", 60, 0.01)
+        wait_until(lambda: gone(workload), "its end", 60)
         job.terminate()
         job.wait(60)
     assert read_events(tmp_path)[-1]["code"] is None
@@ -87,7 +87,7 @@ def test_a_workload_that_is_terminated_may_save_its_state(tmp_path: Path) -> Non
     save = "until [ -e go ]; do sleep 0.02; done; sleep 0.3; touch saved; exit 0"
     with start_in_group(tmp_path, f"bash -c 'trap \"{save}\" TERM; touch begun; sleep 600 & wait'\ntrue") as job:
         os.killpg(job.pid, signal.SIGTERM)
-        wait_until(lambda: "code" in read_events(tmp_path)[-1], "the record", 60, 0.01)
+        wait_until(lambda: "code" in read_events(tmp_path)[-1], "the record", 60)
         assert job.poll() is None
         (tmp_path / "go").touch()
         job.wait(60)
@@ -107,7 +107,7 @@ def test_sigterm_is_passed_on_where_slurm_sends_it_to_the_script_alone(
     waits = 'trap "echo >>saved; exit" TERM; echo $$ >workload.pid; touch begun; sleep 600 & wait'
     with start_in_group(tmp_path, f"bash -c '{waits}'\ntouch later") as job:
         job.terminate()
-        wait_until(lambda: "code" in read_events(tmp_path)[-1], "the record", 60, 0.01)
+        wait_until(lambda: "code" in read_events(tmp_path)[-1], "the record", 60)
         if gets_it:
             job.wait(60)
         else:
@@ -121,12 +121,12 @@ def test_of_a_former_start_no_process_is_warned_and_no_cause_is_left(tmp_path: P
     """A requeued job may run on another node, where another process of the user has that number."""
     traps = "trap 'exit 9' USR1; trap 'exit 0' TERM; touch ready; while :; do sleep 0.02; done"
     with subprocess.Popen(["bash", "-c", traps], cwd=tmp_path) as other:
-        wait_until((tmp_path / "ready").exists, "its traps", 60, 0.01)
+        wait_until((tmp_path / "ready").exists, "its traps", 60)
         (tmp_path / "workload.pid").write_text(f"{other.pid}\n")
         (tmp_path / "cause").write_text("a node had no Python")
         with start_in_group(tmp_path, "touch begun; until [ -e go ]; do sleep 0.02; done") as job:
             job.send_signal(signal.SIGUSR1)
-            wait_until(lambda: (tmp_path / "stderr").read_text() != "", "the warning", 60, 0.01)
+            wait_until(lambda: (tmp_path / "stderr").read_text() != "", "the warning", 60)
             (tmp_path / "go").touch()
             assert job.wait(60) == 0
         other.terminate()
@@ -179,7 +179,7 @@ def test_the_workload_of_a_ray_cluster_may_save_its_state(
         else:
             nodes = int((tmp_path / "srun.pid").read_text())
             os.kill(nodes, signal.SIGTERM)
-            wait_until(lambda: gone(nodes), "the end of the cluster", 60, 0.01)
+            wait_until(lambda: gone(nodes), "the end of the cluster", 60)
             job.terminate()
         job.wait(60)
     assert (tmp_path / "saved").exists()

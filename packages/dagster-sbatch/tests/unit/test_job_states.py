@@ -76,7 +76,7 @@ def test_a_task_whose_gpus_are_idle_is_followed_to_its_end(
     site.start(0)
     site.write(0, "events", '{"idle": 600, "time": 2}\n')
     site.write(0, "stdout", "works\n")
-    wait_until(lambda: seen.text(0) == "works\n", "its output", 20, 0.02)
+    wait_until(lambda: seen.text(0) == "works\n", "its output", 20)
     site.end(0)
     site.say(record("0", "COMPLETED"))
     wait_for_ends(seen, 1)

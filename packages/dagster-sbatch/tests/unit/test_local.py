@@ -21,7 +21,7 @@ def test_how_long_it_ran_does_not_include_what_its_output_costs_us(tmp_path: Pat
 
     def store(data: bytes) -> None:
         """As a database that takes its time."""
-        wait_until(lambda: gone(int(data)), "the command has ended", 60, 0.01)
+        wait_until(lambda: gone(int(data)), "the command has ended", 60)
         time.sleep(slow)
 
     begun = time.monotonic()
@@ -51,7 +51,7 @@ def test_a_workload_that_is_terminated_leaves_nothing_running(tmp_path: Path) ->
     pid, stop = tmp_path / "pid", threading.Event()
 
     def terminate() -> None:
-        wait_until(pid.exists, "the child runs", 60, 0.01)
+        wait_until(pid.exists, "the child runs", 60)
         stop.set()
 
     threading.Thread(target=terminate).start()
@@ -65,7 +65,7 @@ def test_nothing_outlives_a_step_that_was_killed(tmp_path: Path) -> None:
     folder.mkdir()
     command = [sys.executable, "-c", STEP, str(folder), sys.executable, "-c", CHILD, str(pid)]
     with subprocess.Popen(command) as step:
-        wait_until(pid.exists, "the child runs", 60, 0.01)
+        wait_until(pid.exists, "the child runs", 60)
         step.kill()
     wait_until(lambda: gone(int(pid.read_text())), "the child has ended")
     wait_until(lambda: not folder.exists(), "the run directory is gone")
@@ -86,7 +86,7 @@ def test_the_run_directory_goes_though_the_workload_writes_into_it(tmp_path: Pat
     folder.mkdir()
     command = [sys.executable, "-c", STEP, str(folder), sys.executable, "-c", WRITER, str(writes)]
     with subprocess.Popen(command) as step:
-        wait_until(writes.exists, "the workload writes", 60, 0.01)
+        wait_until(writes.exists, "the workload writes", 60)
         (supervisor,) = psutil.Process(step.pid).children()
         step.kill()
     wait_until(lambda: gone(supervisor.pid), "the supervisor has ended")
@@ -112,7 +112,7 @@ def test_a_workload_that_writes_faster_than_its_output_is_stored_can_be_terminat
         stored += len(data)
         stop.set()
         pid = int((tmp_path / "pid").read_text())
-        wait_until(lambda: written.stat().st_size > stored or gone(pid), "more is written", 60, 0.01)
+        wait_until(lambda: written.stat().st_size > stored or gone(pid), "more is written", 60)
 
     ended = LocalProcess([sys.executable, "-c", CHATTER], os.environ, tmp_path, {"stdout": store}).run(stop)
     assert ended.exit_code == -signal.SIGTERM

@@ -74,7 +74,7 @@ class Job:
         """Wait until the agent has asked squeue so many times again."""
         asked = self.slurm / "asked"
         asked.unlink(missing_ok=True)
-        wait_until(lambda: asked.exists() and asked.stat().st_size >= times, "squeue is asked", 60, 0.02)
+        wait_until(lambda: asked.exists() and asked.stat().st_size >= times, "squeue is asked", 60)
 
     def write(self, name: str, text: str) -> None:
         if self.array:
@@ -118,7 +118,7 @@ def begin(job: Job, prepare: Prepare) -> Iterator[Begin]:
             end = pool.submit(job.follow, gateways[-1], follower)
             job.write("events", json.dumps({"started": "n1", "time": 1, "temporary": "/tmp"}) + "\n")
             job.write("stdout", "first\n")
-            wait_until(lambda: job.text == "first\n", "its output has come", 60, 0.02)
+            wait_until(lambda: job.text == "first\n", "its output has come", 60)
             return end
 
         yield follow
@@ -172,7 +172,7 @@ def test_a_run_directory_that_is_put_back(job: Job, begin: Begin) -> None:
     told: list[str] = []
     end = begin(600, [], told)
     job.run.rename(job.base / "moved")
-    wait_until(lambda: any("was removed" in text for text in told), "that is reported", 60, 0.02)
+    wait_until(lambda: any("was removed" in text for text in told), "that is reported", 60)
     (job.base / "moved").rename(job.run)
     finish(job)
     assert (end.result(60), job.text) == (0, "first\nlast\n")
@@ -194,7 +194,7 @@ def test_a_file_system_that_goes_away_and_comes_back(
     if while_ != "connected":
         os.kill(int(job.pid.read_text()), signal.SIGKILL)
     job.show("COMPLETED")
-    wait_until(lambda: any("its file system is away" in text for text in told), "that is reported", 60, 0.02)
+    wait_until(lambda: any("its file system is away" in text for text in told), "that is reported", 60)
     if while_ == "connected":
         job.wait_for_squeue(6)  # the last one shows it as over, 5 s after the agent was asked to follow it
     assert not end.done()
@@ -212,7 +212,7 @@ def test_a_run_directory_that_cannot_be_reached(job: Job, begin: Begin, tmp_path
     end = begin(0.1, [], told)
     job.base.rename(tmp_path / "away")
     job.base.symlink_to(job.base)
-    wait_until(lambda: f"{job.run}: Too many levels of symbolic links" in told, "that is reported", 60, 0.02)
+    wait_until(lambda: f"{job.run}: Too many levels of symbolic links" in told, "that is reported", 60)
     job.base.unlink()
     (tmp_path / "away").rename(job.base)
     finish(job)

@@ -75,9 +75,9 @@ def test_the_end_of_a_job_is_recorded_with_what_its_sampler_says_in_time(
 def test_a_job_that_slurm_ends_waits_for_its_sampler_once(tmp_path: Path) -> None:
     """Slurm kills it soon. The second record has the answer, if there is time for that."""
     with started(tmp_path, LATE, "trap '' TERM; until [ -e go ]; do sleep 0.02; done") as job:
-        wait_until((tmp_path / "ready").exists, "its sampler runs", 60, 0.01)
+        wait_until((tmp_path / "ready").exists, "its sampler runs", 60)
         job.terminate()
-        wait_until(lambda: bool(end_of(tmp_path)), "the record", 60, 0.01)
+        wait_until(lambda: bool(end_of(tmp_path)), "the record", 60)
         assert (end_of(tmp_path)["code"], end_of(tmp_path)["usage"]) == (None, None)
         (tmp_path / "go").touch()
         job.wait(60)

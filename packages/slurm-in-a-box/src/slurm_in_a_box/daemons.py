@@ -43,7 +43,7 @@ class Daemon:
         file.unlink(missing_ok=True)
         keep_pid = ["sh", "-c", 'echo $$ >"$1"; shift; exec "$@"', "sh", str(file)]
         spawn(self.machine.command([*keep_pid, *self.command]), self._output)
-        wait_until(lambda: self._pid() is not None, f"start of {self.name}", interval=0.02)
+        wait_until(lambda: self._pid() is not None, f"start of {self.name}")
         return True
 
     def start(self) -> None:
@@ -71,7 +71,7 @@ class Daemon:
         if pid is None or not self.machine.process_alive(pid):
             return
         self.machine.run(["kill", str(pid)], check=False)  # it may have ended meanwhile
-        wait_until(lambda: not self.machine.process_alive(pid), f"end of {self.name}", _STOP_WAIT, 0.05)
+        wait_until(lambda: not self.machine.process_alive(pid), f"end of {self.name}", _STOP_WAIT)
 
     @property
     def _output(self) -> Path:

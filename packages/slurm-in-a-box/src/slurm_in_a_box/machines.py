@@ -64,7 +64,7 @@ class Machine:
         start = f'echo $$ >"$1"; shift; exec unshare {namespaces} "$@"'
         init = [str(PROGRAMS / "machine-init"), str(self.layout.state), self.hostname, root, cgroup, *mounts]
         spawn(["sh", "-c", start, "sh", str(self._folder / "pid"), *init], log)
-        wait_until((self._folder / "ready").exists, f"start of the machine {self.hostname}; see {log}", interval=0.02)
+        wait_until((self._folder / "ready").exists, f"start of the machine {self.hostname}; see {log}")
         self._connect()
         return True
 
@@ -75,7 +75,7 @@ class Machine:
             descriptor = os.pidfd_open(init)
             try:
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-                wait_until(lambda: self._init_pid() is None, f"end of the machine {self.hostname}", _EXIT_WAIT, 0.02)
+                wait_until(lambda: self._init_pid() is None, f"end of the machine {self.hostname}", _EXIT_WAIT)
             finally:
                 os.close(descriptor)
         # The interface goes with the network namespace, which the kernel cleans up a moment after the last process.
@@ -83,7 +83,6 @@ class Machine:
             lambda: not Path(f"/sys/class/net/{self._interface}").exists(),
             f"end of {self._interface}",
             _EXIT_WAIT,
-            0.02,
         )
 
     def plug(self) -> None:
