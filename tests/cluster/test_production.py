@@ -134,7 +134,11 @@ def test_materialize_all_from_the_ui(
     }
     assert len(keys) == 5
     assert len(jobs) == 4 + 12  # an array has a row per task
-    assert len(dagster_dev.materializations("flights")) == 12
+    months = [f"2013-{month:02}" for month in range(1, 13)]
+    for asset in ("flights", "delay_features"):
+        found = {event["partition"]: event["rows"] for event in dagster_dev.materializations(asset)}
+        assert sorted(found) == months
+        assert found["2013-01"] > 10_000
 
 
 def backfill(server: DagsterDev) -> str:
