@@ -135,7 +135,7 @@ def test_an_array_job(seed: int, cut: MakeCut, slurm: Path, tmp_path: Path, foll
             site.say(record("0-1", "COMPLETED"), record("2-4", "RUNNING", "Unknown"))
             wait_for_ends(seen, 2)
         end = f"4, {part}: {TEXT}".encode()
-        wait_until(lambda end=end: seen.written[4, "stderr"].endswith(end), "the last of a part", 60, 0.02)  # type: ignore[misc]
+        wait_until(lambda end=end: seen.written[4, "stderr"].endswith(end), "the last of a part", 60)  # type: ignore[misc]
     for task in range(2, TASKS):
         site.end(task)
     site.say(record("0-4", "COMPLETED"))
