@@ -29,7 +29,8 @@ def materialise_demo(tmp_path: Path) -> Callable[[], None]:
     from jobs.pipelines import DEMO
     from musica_pipelines.definitions import defs
 
-    (tmp_path / "requirements").symlink_to(PROJECT.root / "requirements")
+    for name in ("requirements", "pyproject.toml"):
+        (tmp_path / name).symlink_to(PROJECT.root / name)
     config = {"resources": {"compute": {"config": {"root": str(tmp_path)}}}}
 
     def materialise() -> None:

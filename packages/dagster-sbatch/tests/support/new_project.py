@@ -33,7 +33,7 @@ days = dg.DailyPartitionsDefinition("2026-11-01", end_date="2026-11-06")
 
 @dg.asset
 def stations(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
-    done = compute.run(context, workload=WORKLOAD, launcher=ScriptLauncher(), request=REQUEST)
+    done = compute.run(context, workload=WORKLOAD, launcher=ScriptLauncher(), request=REQUEST, environment="snow")
     return done.get_materialize_result()
 
 
@@ -108,10 +108,14 @@ def newer_engine(folder: Path, version: str, edits: dict[str, tuple[str, str]] |
 
 
 def replace_first_asset(copy: Path) -> None:
-    """What an owner does first: own assets with an own workload in place of the first ones, and nothing else."""
+    """What an owner does first: own assets, workload and group of packages in place of the first ones, and no more."""
     package = copy / copy.name.replace("-", "_")
     for name in ("assets/estimates.py", "workloads/pi_estimate.py"):
         (package / name).unlink()
     (package / "workloads" / "snow.py").write_text(OWN_WORKLOAD)
     (package / "assets" / "valley.py").write_text(OWN_ASSETS)
+    pyproject, locks = copy / "pyproject.toml", copy / "requirements"
+    group = '[dependency-groups]\ncluster-snow = ["dagster-pipes", "pip"]\n'
+    pyproject.write_text(pyproject.read_text().replace("[dependency-groups]\n", group))
+    shutil.copy(locks / "cluster.txt", locks / "cluster-snow.txt")
     run_in(copy, "git", "add", "--all")
