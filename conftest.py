@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 from collections.abc import Generator
-from pathlib import Path
 
 import pytest
 
@@ -34,20 +33,10 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of tests that mostly wait for Slurm, and of others, which mostly compute, come in turns.
-
-    So several workers keep the processors busy. Slurm's are the first to end: the last file of all is a short one.
-    """
-    tiers: dict[str, list[Path]] = {"cluster": [], "local": [], "unit": []}
-    begins = {}
-    for item in items:
-        tier = next((name for name in ("cluster", "local") if item.get_closest_marker(name)), "unit")
-        if item.path not in tiers[tier]:
-            tiers[tier].append(item.path)
-    for tier, files in tiers.items():
-        share = 0.85 if tier == "cluster" else 1.0
-        begins.update({file: share * number / len(files) for number, file in enumerate(files)})
-    items.sort(key=lambda item: begins[item.path])
+    """On several workers, the files that take longest come first, as they stand: so no worker is left with one."""
+    items.sort(
+        key=lambda item: 0 if item.get_closest_marker("cluster") else 1 if item.get_closest_marker("local") else 2
+    )
 
 
 @pytest.fixture
