@@ -115,7 +115,7 @@ class OidcToken:
     value: str = field(repr=False)  # the JWT
     email: str  # of the user, from which the authority derives the login names
     issued: datetime  # by authentik's clock
-    expires: datetime  # likewise
+    expires: datetime  # by the same clock
     issuer: str  # the claim `iss`, which authentik derives from the name that it was called by
     audience: str  # the claim `aud`
 
