@@ -21,8 +21,8 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def materialise_demo(tmp_path: Path) -> Callable[[], None]:
-    """Return a function that materialises what DEMO selects.
+def materialise_demo(tmp_path: Path) -> Callable[[], set[str]]:
+    """Return a function that materialises what DEMO selects, and returns the names of what the assets reported.
 
     It uses the locked packages of this project, no dotenv files, and another folder for the data.
     """
@@ -33,9 +33,13 @@ def materialise_demo(tmp_path: Path) -> Callable[[], None]:
         (tmp_path / name).symlink_to(PROJECT.root / name)
     config = {"resources": {"compute": {"config": {"root": str(tmp_path)}}}}
 
-    def materialise() -> None:
+    def materialise() -> set[str]:
+        names: set[str] = set()
         with dg.DagsterInstance.ephemeral() as instance:
             for done in demo.execute(defs, demo.runs_of_each(defs, DEMO), instance, config):
                 assert not [check.check_name for check in done.get_asset_check_evaluations() if not check.passed]
+                for event in done.get_asset_materialization_events():
+                    names.update(event.materialization.metadata)
+        return names
 
     return materialise

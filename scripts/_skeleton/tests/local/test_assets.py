@@ -7,5 +7,5 @@ import pytest
 pytestmark = pytest.mark.local
 
 
-def test_the_assets_are_materialised_on_this_machine(materialise_demo: Callable[[], None]) -> None:
-    materialise_demo()
+def test_the_assets_are_materialised_on_this_machine(materialise_demo: Callable[[], set[str]]) -> None:
+    assert materialise_demo()

@@ -119,10 +119,10 @@ def materialise(
     keys = [key for key in defs.resolve_asset_graph().toposorted_asset_keys if key in chosen]
     console, log = Console(), home / ".dagster" / "demo.log"
     if not keys:
-        console.print("No asset is selected. Select your own.")
+        console.print("No asset is selected. Select at least one, where the project defines its jobs.")
         return 1
     log.parent.mkdir(exist_ok=True)
-    console.print(f"Materialising {where}:", soft_wrap=True)
+    console.print(f"Materialising the assets {where}:", soft_wrap=True)
     command = [sys.executable, "-m", "dagster_sbatch.commands.demo", location, json.dumps(runs), json.dumps(run_config)]
     code, seconds = _follow(console, command, {**kept, **own}, log, {key.to_python_identifier(): key for key in keys})
     if not code:
