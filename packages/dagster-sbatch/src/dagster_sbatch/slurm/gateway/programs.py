@@ -6,26 +6,36 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-_MODULES = "disk transfer turn task_states slurm_commands shared_queue job_record ends streams tasks paths".split()
-_MODULES += "run_directories limits usage jobs location array_follower follower interpreters building".split()
-_MODULES += "releases claims images task_records server".split()
-"""Of the agent, each after those that it uses."""
-_JOIN = """\
-import sys, types
-sys.modules["agent"] = types.ModuleType("agent")
-for name, text in {texts!r}:
-    module = sys.modules["agent." + name] = types.ModuleType("agent." + name)
-    module.__package__ = "agent"
-    exec(compile(text, "agent/" + name, "exec"), module.__dict__)
-serve = module.serve
+_AGENT = """\
+import sys
+from importlib.machinery import ModuleSpec
+
+TEXTS = {texts!r}
+
+
+class Importer:
+    def find_spec(self, name, path=None, target=None):
+        return ModuleSpec(name, self, is_package=name == "agent") if name in TEXTS else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        exec(compile(TEXTS[module.__name__], module.__name__.replace(".", "/"), "exec"), module.__dict__)
+
+
+sys.meta_path.insert(0, Importer())
+from agent.server import serve
 """
+"""A program that imports the agent's modules from itself, each when it is needed: compiling them all takes longer."""
 
 
 def _join() -> bytes:
     """Return the agent's modules as one program, compressed with zlib: a new connection takes few packets at once."""
-    folder = Path(__file__).with_name("agent")
-    texts = [(name, without_comments((folder / f"{name}.py").read_text(encoding="utf-8"))) for name in _MODULES]
-    return zlib.compress(_JOIN.format(texts=texts).encode(), 9)
+    files = Path(__file__).with_name("agent").glob("*.py")
+    texts = {f"agent.{file.stem}": without_comments(file.read_text(encoding="utf-8")) for file in sorted(files)}
+    texts["agent"] = texts.pop("agent.__init__")
+    return zlib.compress(_AGENT.format(texts=texts).encode(), 9)
 
 
 def without_comments(text: str) -> str:

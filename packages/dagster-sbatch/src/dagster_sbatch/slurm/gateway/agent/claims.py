@@ -11,7 +11,6 @@ import time
 from .disk import RequestError, lock, own, parse, read, remove_tree
 from .ends import may_be_success
 from .paths import with_paths
-from .releases import environment
 from .run_directories import DAY, array_of, checked, conclude, followers_of, has, job_of, may_have_job, record_of
 from .tasks import is_array, whole
 
@@ -97,6 +96,8 @@ def others(folder, family, beginning):
 
 def environment_of(agent, ask, say):
     """Return the answer to a request about an environment; None if that fails: a client that needs it asks again."""
+    from .releases import environment  # compiled where it is needed
+
     try:
         return environment(agent, with_paths(agent.profile, ask), say)
     except (RequestError, OSError):

@@ -3,7 +3,6 @@
 import os
 import time
 
-from .array_follower import ArrayFollower
 from .disk import RequestError
 from .job_record import STREAMS, events_of
 from .jobs import submit_when_possible
@@ -157,8 +156,12 @@ def run(agent, ask, say):
     location = Location(path, known["above"], say, current)
     try:
         location.wait()
-        kind = ArrayFollower if "tasks" in ask else Follower
-        return kind(agent.queue, ask, say, known["job"], location).follow()
+        details = (agent.queue, ask, say, known["job"], location)
+        if "tasks" not in ask:
+            return Follower(*details).follow()
+        from .array_follower import ArrayFollower  # compiled where it is needed
+
+        return ArrayFollower(*details).follow()
     except RemovedError:
         return {"removed": give_up(path, known["job"], ask.get("tasks"), ask["follower"])}
 

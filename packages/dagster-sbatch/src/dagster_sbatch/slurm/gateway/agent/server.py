@@ -11,19 +11,13 @@ from functools import partial
 from .claims import claim, clean, hold
 from .disk import RequestError, kind_of
 from .follower import run
-from .images import image
-from .interpreters import load_modules
 from .jobs import SBATCH_PATIENCE, cancel
-from .limits import limits
 from .paths import Profile, with_paths
-from .releases import environment
 from .run_directories import array, reject, runs, state
 from .shared_queue import Queue, queue
 from .slurm_commands import kill_running, projects, test
-from .task_records import cancel_tasks, task_counts, task_records
 from .transfer import CHUNK, get, piece, put
 from .turn import Turn
-from .usage import usage
 
 HELLO = "gateway-agent 1"
 SILENCE = 60.0  # seconds without a byte from the client: it is gone, though the connection does not say so
@@ -34,10 +28,22 @@ def ping(*_):
     return {"pong": True, "host": os.uname()[1]}
 
 
-VERBS = (hold, claim, run, test, cancel, state, reject, runs, clean, put, piece, get, environment, queue, projects)
-VERBS += (array, limits, task_counts, task_records, cancel_tasks, load_modules, image, usage, ping)
+VERBS = (hold, claim, run, test, cancel, state, reject, runs, clean, put, piece, get, queue, projects, array, ping)
 VERBS = {verb.__name__: verb for verb in VERBS}
 IN_ORDER = ("hold", "reject")  # before the next request is read, which builds on them
+
+
+def rare_verbs():
+    """Return verbs of which most agents need none: their modules are compiled only then."""
+    from .images import image
+    from .interpreters import load_modules
+    from .limits import limits
+    from .releases import environment
+    from .task_records import cancel_tasks, task_counts, task_records
+    from .usage import usage
+
+    rare = (image, load_modules, limits, environment, cancel_tasks, task_counts, task_records, usage)
+    return {verb.__name__: verb for verb in rare}
 
 
 class Agent:
@@ -87,7 +93,8 @@ class Agent:
     def handle(self, ask):
         say = partial(self.say, ask.get("id"))
         try:
-            answer = VERBS[ask["do"]](self, with_paths(self.profile, ask), say)
+            verb = VERBS.get(ask["do"]) or rare_verbs()[ask["do"]]
+            answer = verb(self, with_paths(self.profile, ask), say)
         except RequestError as error:
             answer = {"error": error.kind, "text": str(error)}
         except OSError as error:
