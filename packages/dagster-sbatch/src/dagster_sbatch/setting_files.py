@@ -7,6 +7,7 @@ The first of these that has a value that is not blank wins:
 3. one file of `envs/`: `.env.development`, or for the `*_supercomputer` deployments `.env.<site>`
 """
 
+import io
 import os
 import shlex
 import stat
@@ -20,6 +21,7 @@ from pydantic.fields import FieldInfo
 from dagster_sbatch.errors import ConfigurationError, Place, describe_at, nearest
 from dagster_sbatch.setting_paths import BRACES, check_remote_path, expand_here
 from dagster_sbatch.settings import DEPLOYMENTS, Settings
+from dagster_sbatch.text_file import read_text
 
 _OWN_PREFIXES = ("SLURM_", "ASC_", "DAGSTER_DEPLOYMENT")
 """An unknown variable of a dotenv file with one of these prefixes is an error."""
@@ -91,10 +93,7 @@ def _not_blank(values: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _values(path: Path) -> dict[str, str]:
-    try:
-        return _not_blank(dotenv_values(path)) if path.is_file() else {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}") from None
+    return _not_blank(dotenv_values(stream=io.StringIO(read_text(path)))) if path.is_file() else {}
 
 
 def _problems(path: Path) -> list[str]:

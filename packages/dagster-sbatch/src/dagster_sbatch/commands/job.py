@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
-import dagster as dg
-
 from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser, print_table
 from dagster_sbatch.commands.job_tasks import find_task, show_array, show_array_logs, show_tasks, split_task
-from dagster_sbatch.commands.project_history import choose_instance
+from dagster_sbatch.commands.project_history import open_instance
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.array_tasks import TaskList, TaskRecord, count_tasks
 from dagster_sbatch.inspect.dashboard import open_dashboard
@@ -217,8 +215,7 @@ def show_table(found: list[RunRecord], runs: Runs, now: bool) -> None:
 
 def show_left(project: Project, runs: Runs) -> None:
     """Print the jobs that no run of this project's Dagster follows."""
-    choose_instance(project)
-    with dg.DagsterInstance.get() as instance:
+    with open_instance(project) as instance:
         for text in left_jobs(instance, runs):
             print(f"\n{text}")
 

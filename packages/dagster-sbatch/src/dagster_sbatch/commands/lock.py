@@ -13,6 +13,7 @@ from dagster_sbatch.commands.vendored import PACKAGES
 from dagster_sbatch.environments.groups import GROUP, PREFIX, find_groups
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
+from dagster_sbatch.text_file import read_text
 
 DESCRIPTION = """\
 Resolve the dependencies in pyproject.toml to exact versions with hashes: requirements/*.txt.
@@ -94,5 +95,5 @@ def _is_source(package: Path) -> bool:
 
 def _compare(old: Path, new: Path) -> list[str]:
     """Return the lines in which two files differ."""
-    before = old.read_text().splitlines() if old.exists() else []
-    return list(difflib.unified_diff(before, new.read_text().splitlines(), str(old), "up to date", n=0, lineterm=""))
+    before = read_text(old).splitlines() if old.exists() else []
+    return list(difflib.unified_diff(before, read_text(new).splitlines(), str(old), "up to date", n=0, lineterm=""))

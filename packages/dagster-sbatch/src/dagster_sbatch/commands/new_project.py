@@ -29,6 +29,7 @@ from dagster_sbatch.commands.signals import interrupt_once
 from dagster_sbatch.commands.vendored import PACKAGES
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.project import Project
+from dagster_sbatch.text_file import read_text
 
 DESCRIPTION = """\
 Make a project of your own from this template: what git tracks here under your name, with one small asset, its workload
@@ -67,13 +68,13 @@ def main(project: Project, left_out: Sequence[str]) -> int:
     in_place = target.resolve() == root
     name = root.name if in_place else path.name
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    problems = find_problems(project, name, target, asked.site, in_place=in_place)
-    if problems:
-        console.print("\n".join(f"- {problem}" for problem in problems))
-        return 1
     interrupt_once()
     template, names = Template(root, left_out), Names(name.replace("-", "_"), name.replace("_", "-"))
     try:
+        problems = find_problems(project, name, target, asked.site, in_place=in_place)
+        if problems:
+            console.print("\n".join(f"- {problem}" for problem in problems))
+            return 1
         if in_place:
             convert(template, names, asked.site, lambda text: console.print(f"{text} ..."))
         else:
@@ -126,7 +127,7 @@ def names_in_use(root: Path) -> set[str]:
     locks, workloads = (root / "requirements").glob("*.txt"), root / SKELETON / OLD_PACKAGE / "workloads"
     folders = {path.name for path in root.iterdir()} | {"vendor"}
     modules = {path.stem for path in workloads.iterdir()} | set(importlib.metadata.packages_distributions())
-    locked = {entry.name for lock in locks for entry in lock_entries.parse(lock.read_text())}
+    locked = {entry.name for lock in locks for entry in lock_entries.parse(read_text(lock))}
     return folders | modules | locked | set(PACKAGES)
 
 

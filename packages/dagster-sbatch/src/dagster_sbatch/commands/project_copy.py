@@ -2,13 +2,11 @@
 
 import fnmatch
 import os
-import re
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +16,9 @@ from dagster_sbatch.children import child_environment
 from dagster_sbatch.commands import lock, lock_entries
 from dagster_sbatch.commands.signals import ignore_interrupts
 from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, build_wheel, rename_wheels
+from dagster_sbatch.environments.groups import find_requirements
 from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.text_file import read_text
 
 OLD_PACKAGE, OLD_PROJECT = "musica_pipelines", "musica-pipelines"
 SKELETON = Path("scripts/_skeleton")
@@ -156,7 +156,7 @@ def _make(template: Template, folder: Path, names: Names, report: Callable[[str]
     wheels = {name: build_wheel(template.root / "packages" / name, folder / "vendor") for name in PACKAGES}
     report("locking the dependencies")
     for path in (folder / name for name in SOURCES):
-        path.write_text(rename_wheels(path.read_text(), wheels))
+        path.write_text(rename_wheels(read_text(path), wheels))
     _write_locks(template.root, folder, names, wheels)
     _run(
         folder, "ruff", "check", "--fix", "--select", "I001", "--quiet", "--no-cache", "."
@@ -193,26 +193,15 @@ def _rename(text: str, words: Mapping[str, str]) -> str:
 
 def _write_locks(root: Path, folder: Path, names: Names, wheels: Mapping[str, Wheel]) -> None:
     """Lock the versions of the template, less those that only its other requirements need."""
-    gone = _requirements(root / "pyproject.toml") - _requirements(folder / "pyproject.toml")
+    gone = find_requirements(root) - find_requirements(folder)
     (folder / "requirements").mkdir(exist_ok=True)
     required = {name: wheel.requirement for name, wheel in wheels.items()}
     for name in lock.locked_files(folder):
-        entries = lock_entries.parse((root / "requirements" / name).read_text())
+        entries = lock_entries.parse(read_text(root / "requirements" / name))
         if name == "dev.txt":
             entries = lock_entries.with_wheels(entries, required, OLD_PROJECT)
         text = lock_entries.render(lock_entries.without(entries, gone), OLD_PROJECT, names.project)
         (folder / "requirements" / name).write_text(text)
-
-
-def _requirements(pyproject: Path) -> set[str]:
-    """Return the names of the packages that a project requires itself, for this machine and the supercomputer."""
-    content = tomllib.loads(pyproject.read_text())
-    lists = [
-        content["project"]["dependencies"],
-        content["project"]["optional-dependencies"]["dev"],
-        content["dependency-groups"]["cluster"],
-    ]
-    return {each for requirements in lists for text in requirements for each in re.findall(r"^[\w.-]+", text)}
 
 
 def _run(folder: Path, *arguments: str) -> None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import dagster as dg
 
+from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 
 HISTORY = ".dagster"  # folder of the project's Dagster instance, as dagster.yaml names it; the first run makes it
@@ -19,17 +20,33 @@ def choose_instance(project: Project) -> None:
 
 
 @contextmanager
+def open_instance(project: Project) -> Iterator[dg.DagsterInstance]:
+    """Open the project's Dagster instance.
+
+    Raises ConfigurationError: its dagster.yaml has an error, or its database does not answer.
+    """
+    choose_instance(project)
+    with ExitStack() as stack:
+        try:
+            instance = stack.enter_context(dg.DagsterInstance.get())
+            instance.fetch_materializations(dg.AssetKey("any"), limit=1)
+        except Exception as error:  # noqa: BLE001 - of whatever file and database it is
+            file = f"{os.environ['DAGSTER_HOME']}/dagster.yaml"
+            text = f"Dagster's history cannot be opened: {error}\nCorrect {file}, or what it names."
+            raise ConfigurationError(text) from None
+        yield instance
+
+
+@contextmanager
 def open_history(project: Project) -> Iterator[dg.DagsterInstance | None]:
     """Open the project's Dagster instance; None if there is none yet, or it has an error, which stderr shows."""
     if "DAGSTER_HOME" not in os.environ and not (project.root / HISTORY).is_dir():
         yield None
         return
-    choose_instance(project)
     with ExitStack() as stack:
         try:
-            history = stack.enter_context(dg.DagsterInstance.get())
-            history.fetch_materializations(dg.AssetKey("any"), limit=1)
-        except Exception as error:  # noqa: BLE001 - of whatever database it is
-            print(f"What earlier runs have used is not known: {error}", file=sys.stderr)
+            history = stack.enter_context(open_instance(project))
+        except ConfigurationError as error:
+            print(f"What earlier runs have used is not known. {error}", file=sys.stderr)
             history = None
         yield history

@@ -27,6 +27,7 @@ from dagster_sbatch.commands.vendored import (
     wheels_named,
 )
 from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.text_file import read_text
 
 DESCRIPTION = """\
 Upgrade the engine of this project: the package dagster-sbatch, whose wheel is in vendor/. The command replaces the
@@ -235,7 +236,7 @@ def _wheels_of(root: Path) -> dict[str, Wheel]:
 def _texts(root: Path) -> dict[str, str]:
     """Return the texts of those SOURCES and lock files that a project has, by name."""
     names = (*SOURCES, *(f"{LOCKS}{name}" for name in lock.locked_files(root)))
-    return {name: (root / name).read_text() for name in names if (root / name).exists()}
+    return {name: read_text(root / name) for name in names if (root / name).exists()}
 
 
 def _resolved(root: Path, wheels: dict[str, Wheel], files: dict[str, str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.text_file import read_text
 
 PACKAGES = ("dagster-sbatch", "slurm-in-a-box")  # what a project takes from this repository; each lies in `packages/`
 SOURCES = ("pyproject.toml", "pixi.toml")  # the files of a project that name its wheels by path
@@ -95,7 +96,7 @@ def wheels_in(folder: Path) -> dict[str, Wheel]:
 
 def wheels_named(root: Path, name: str) -> dict[str, Wheel]:
     """Return the wheels in `vendor/` that a file of a project names, by package; none if there is no such file."""
-    text = (root / name).read_text() if (root / name).exists() else ""
+    text = read_text(root / name) if (root / name).exists() else ""
     return {wheel.package: wheel for wheel in (Wheel(root / "vendor" / file) for file in NAME_OF_WHEEL.findall(text))}
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from packaging.dependency_groups import resolve_dependency_groups
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from dagster_sbatch.environments.lockfile import LockFile, read_lock
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.project import Project
 from dagster_sbatch.setting_paths import check_remote_path
+from dagster_sbatch.text_file import read_text
 
 DEFAULT = ""  # stands for the group `cluster`, which assets use that name no environment
 GROUP = "cluster"
@@ -32,7 +33,7 @@ def lock_path(project: Project, environment: str | None) -> Path:
 def find_groups(root: Path) -> list[str]:
     """Return the names of the environments of a project, sorted: `torch` for the group `cluster-torch`.
 
-    Raises ConfigurationError: pyproject.toml is not valid TOML.
+    Raises ConfigurationError: pyproject.toml cannot be read.
     """
     return sorted(name.removeprefix(PREFIX) for name in _read_groups(root) if name.startswith(PREFIX))
 
@@ -66,6 +67,34 @@ def check_environment(environment: object, project: Project) -> None:
     read_group(project, environment)
 
 
+def read_pyproject(root: Path) -> dict[str, Any]:
+    """Read the pyproject.toml of a project; empty if it has none.
+
+    Raises ConfigurationError: it cannot be read.
+    """
+    path = root / "pyproject.toml"
+    try:
+        return tomllib.loads(read_text(path)) if path.is_file() else {}
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}. Correct the file.") from None
+
+
+def find_requirements(root: Path) -> set[str]:
+    """Return the names of the packages that a project requires itself, for this machine and the supercomputer.
+
+    Raises ConfigurationError: pyproject.toml cannot be read, or one of its lists is missing.
+    """
+    try:
+        project = read_pyproject(root)["project"]
+        texts = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+        return {canonicalize_name(Requirement(text).name) for text in (*texts, *_resolve(_read_groups(root), GROUP))}
+    except (KeyError, TypeError, InvalidRequirement) as error:
+        raise ConfigurationError(
+            f"{root}/pyproject.toml: the dependencies of [project], its extra `dev` or the group `{GROUP}` cannot be "
+            f"read: {error}. Correct the file."
+        ) from None
+
+
 def read_group(project: Project, environment: str | None, python: str | None = None) -> LockFile:
     """Read the lock file of a group.
 
@@ -85,12 +114,7 @@ def _check_current(lock: LockFile, groups: Mapping[str, list[Any]], group: str) 
     versions: dict[str, list[str]] = {}
     for pin in lock.pins:
         versions.setdefault(pin.name, []).extend(each.version for each in Requirement(pin.text).specifier)
-    try:
-        texts = resolve_dependency_groups(groups, group)
-    except ExceptionGroup as error:
-        problems = "; ".join(map(str, error.exceptions))
-        raise ConfigurationError(f"pyproject.toml: {error.message}: {problems}. Correct [dependency-groups].") from None
-    for requirement in map(Requirement, texts):
+    for requirement in map(Requirement, _resolve(groups, group)):
         found = versions.get(canonicalize_name(requirement.name), [])
         fits = any(requirement.specifier.contains(each, prereleases=True) for each in found)
         if not fits and requirement.marker is None:
@@ -101,11 +125,18 @@ def _check_current(lock: LockFile, groups: Mapping[str, list[Any]], group: str) 
             )
 
 
+def _resolve(groups: Mapping[str, Any], group: str) -> tuple[str, ...]:
+    """Return the requirements of a group, with those of the groups that it includes."""
+    try:
+        return resolve_dependency_groups(groups, group)
+    except ExceptionGroup as error:
+        problems = "; ".join(map(str, error.exceptions))
+        raise ConfigurationError(f"pyproject.toml: {error.message}: {problems}. Correct [dependency-groups].") from None
+
+
 def _read_groups(root: Path) -> dict[str, list[Any]]:
     """Return the dependency groups of a project by normalised name; none without a pyproject.toml."""
-    path = root / "pyproject.toml"
-    try:
-        content = tomllib.loads(path.read_text()) if path.is_file() else {}
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}. Correct the file.") from None
-    return {canonicalize_name(name): group for name, group in content.get("dependency-groups", {}).items()}
+    groups = read_pyproject(root).get("dependency-groups", {})
+    if not isinstance(groups, dict):
+        raise ConfigurationError(f"{root}/pyproject.toml: dependency-groups is no table. Write [dependency-groups].")
+    return {canonicalize_name(name): group for name, group in groups.items()}

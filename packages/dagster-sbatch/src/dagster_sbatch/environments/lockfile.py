@@ -11,6 +11,7 @@ from packaging.utils import canonicalize_name
 
 from dagster_sbatch.environments.interpreter import Interpreter
 from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.text_file import read_text
 
 VERIFIED = {"dagster-pipes": "dagster_pipes", "ray": "ray"}
 """Modules that a new environment must be able to import, by the distribution that has them."""
@@ -60,13 +61,14 @@ class LockFile:
 def read_lock(path: Path) -> LockFile:
     """Read a lock file that scripts/lock made.
 
-    Raises ConfigurationError: the file does not exist, or a line is not an exact version with hashes.
+    Raises ConfigurationError: the file does not exist or cannot be read, or a line is not an exact version
+    with hashes.
     """
     if not path.is_file():
         raise ConfigurationError(
             f"{path} does not exist. It locks the packages for the supercomputer. Make it:\nscripts/lock"
         )
-    return _parse_all(path.read_text(), path)
+    return _parse_all(read_text(path), path)
 
 
 @lru_cache(maxsize=8)  # each run reads that of its group

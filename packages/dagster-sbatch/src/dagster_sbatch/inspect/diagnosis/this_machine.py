@@ -32,12 +32,14 @@ def check_settings(facts: Facts) -> Verdict:
 def check_dagster_home(facts: Facts) -> Verdict:
     """Open Dagster's instance; a dagster.yaml elsewhere must retry and monitor runs as the project's own does."""
     home = os.environ.get("DAGSTER_HOME", "")
-    fix = f"unset DAGSTER_HOME, or copy {facts.project.root / 'dagster.yaml'} to that folder"
+    own = facts.project.root / "dagster.yaml"
+    fix = f"unset DAGSTER_HOME, or copy {own} to that folder"
+    is_own = not home or Path(home).resolve() == facts.project.root
     try:
         facts.instance = instance = facts.until_the_end.enter_context(facts.open_instance())
-    except (dg.DagsterError, OSError) as error:
-        return broken(f"DAGSTER_HOME={home} cannot be used: {error}", fix)
-    if not home or Path(home).resolve() == facts.project.root:
+    except Exception as error:  # noqa: BLE001 - of whatever file and database it is
+        return broken(f"DAGSTER_HOME={home} cannot be used: {error}", f"correct {own}" if is_own else fix)
+    if is_own:
         return ok(str(facts.project.root))
     settings = {
         "run_retries": instance.run_retries_enabled,
