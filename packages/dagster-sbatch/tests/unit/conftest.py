@@ -6,6 +6,7 @@ import pytest
 
 from support.agent_fixtures import *  # noqa: F403
 from support.array_site import *  # noqa: F403
+from support.played_slurm import *  # noqa: F403
 from unit.ssh_forge import Forge
 
 

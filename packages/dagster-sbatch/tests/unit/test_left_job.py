@@ -1,11 +1,11 @@
-"""The job of a step that was interrupted in an earlier run: it may be running, and errors on the way are not final."""
+"""The job of a step in an earlier run: it may be running; if the step was interrupted, no error on the way is final."""
 
 from typing import Any
 
 import dagster as dg
 import pytest
 
-from dagster_sbatch.run.history import left_job
+from dagster_sbatch.run.history import earlier_job
 
 
 class Step:
@@ -20,9 +20,9 @@ class Step:
         """It is no dynamic output's."""
 
 
-def left(instance: dg.DagsterInstance, parent: str | None) -> str | None:
+def earlier(instance: dg.DagsterInstance, parent: str | None) -> tuple[str | None, bool]:
     context: Any = Step(instance, parent)
-    return left_job(context)
+    return earlier_job(context)
 
 
 def interrupted(instance: dg.DagsterInstance, parent: str | None = None, **tags: str) -> str:
@@ -41,15 +41,14 @@ def instance() -> dg.DagsterInstance:
 
 def test_the_job_of_an_interrupted_step(instance: dg.DagsterInstance) -> None:
     first = interrupted(instance, work="79")
-    assert left(instance, first) == "79"
-    assert left(instance, interrupted(instance, first)) == "79"  # that one never came to it
-    assert left(instance, interrupted(instance, other="79")) is None
-    assert left(instance, None) is None
-    assert left(instance, "deleted") is None
+    assert earlier(instance, first) == ("79", True)
+    assert earlier(instance, interrupted(instance, first)) == ("79", True)  # that one never came to it
+    for parent in (interrupted(instance, other="79"), None, "deleted"):
+        assert earlier(instance, parent) == (None, False)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_step_that_has_ended_left_nothing(instance: dg.DagsterInstance, fails: bool) -> None:
+def test_a_step_that_has_ended_was_not_interrupted(instance: dg.DagsterInstance, fails: bool) -> None:
     @dg.op
     def work(context: dg.OpExecutionContext) -> None:
         context.instance.add_run_tags(context.run_id, {"slurm_job/work": "79"})
@@ -61,4 +60,4 @@ def test_a_step_that_has_ended_left_nothing(instance: dg.DagsterInstance, fails:
         work()
 
     parent = job.execute_in_process(instance=instance, raise_on_error=False).run_id
-    assert left(instance, parent) is None
+    assert earlier(instance, parent) == ("79", False)

@@ -2,8 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
-import sys
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,9 @@ from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, Prepare, put
 from support.array_run import Recorder
 from support.array_site import Site, record
-from support.workload_asset import materialize
+from support.played_slurm import PlayedSlurm
+from support.step import Step, kill
+from support.workload_asset import PIPES, materialize
 
 AGENT = """
 import os
@@ -34,15 +37,6 @@ def spoil():
         return os.stat_result(found[:2] + (found.st_dev + 1,) + found[3:]) if other else found
     os.stat = other_devices
 """
-
-SBATCH = """\
-cd "$3"
-basename "$3" >{slurm}/name
-SLURM_JOB_ID=17 setsid bash job.sh >stdout 2>stderr </dev/null &
-echo 17"""
-SCONTROL = """\
-[ -e {slurm}/cancelled ] && state=CANCELLED || state=RUNNING
-echo "JobName=$(cat {slurm}/name) JobState=$state ExitCode=0:0 SubmitTime=1 StartTime=1 EndTime=2" """
 
 
 class Job:
@@ -236,29 +230,52 @@ def test_a_person_terminates_an_array_whose_directory_was_removed(
     assert "--name KEY-1" in (slurm / "cancelled").read_text()
 
 
-def test_what_the_step_reports(prepare: Prepare, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_step_reports(prepare: Prepare, played_slurm: PlayedSlurm, tmp_path: Path) -> None:
     """Its workload removes the run directory."""
-    put(slurm, "sbatch", SBATCH.format(slurm=slurm))
-    put(slurm, "scancel", f"touch {slurm}/cancelled")
-    put(slurm, "scontrol", SCONTROL.format(slurm=slurm))
-    variables = {
-        "DAGSTER_DEPLOYMENT": "staging_supercomputer",
-        "SLURM_SUPERCOMPUTER_SITE": "musica",
-        "SLURM_EDGE_NODE_HOST": "localhost",
-        "SLURM_DEPLOYMENT_BASE_PATH": f"{tmp_path}/base",
-        "SLURM_PYTHON": sys.executable,
-    }
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
     prepare(HURRIED + AGENT.format(pid=f"{tmp_path}/pid", patience=0.5, above=[]))
-    outcome = materialize("import os, shutil; shutil.rmtree(os.getcwd())", tmp_path)
-    run = f"{tmp_path}/base/runs/{(slurm / 'name').read_text().strip()}"
+    outcome = materialize("import os, shutil, time; shutil.rmtree(os.getcwd()); time.sleep(600)", tmp_path)
+    (name,) = played_slurm.names()
     assert (
-        f"the run directory of Slurm job 17 was removed while the job was followed: {run}\nWithout it, nothing can "
-        "receive the messages and the result of the job. It was still running, so it was cancelled, and is over\n"
+        f"the run directory of Slurm job 17 was removed while the job was followed: {played_slurm.runs}/{name}\n"
+        "Without it, nothing can receive the messages and the result of the job. It was still running, so it was "
+        "cancelled, and is over\n"
         "Re-execute this run to submit a new job; leave the folders of runs that are not over.\n"
     ) in outcome.error
     assert "still running. Re-execute" not in outcome.error
+    assert played_slurm.cancelled() == ["17"]
+
+
+WAITS = f"""{PIPES}
+    import os, time
+    print("begun", flush=True)
+    while not os.path.exists(pipes.extras["go_on"]):
+        time.sleep(0.1)
+    pipes.report_asset_materialization(metadata={{"job": os.environ["SLURM_JOB_ID"]}})
+"""
+
+
+def test_a_step_is_executed_again_whose_run_directory_was_removed(played_slurm: PlayedSlurm, tmp_path: Path) -> None:
+    """Its job still runs, and would write its messages into the directory of the next one."""
+    variables = {**{name: os.environ[name] for name in ("PATH", "HOME")}, **played_slurm.variables}
+    step, go_on = Step(tmp_path / "step", variables, WAITS), tmp_path / "go-on"
+    step.call({"go_on": str(go_on)})
+    killed = step.start(again=False)
+    wait_until(lambda: step.output == "begun\n", "the step follows the job", 120)
+    kill(killed)
+    (name,) = played_slurm.names()
+    shutil.rmtree(played_slurm.runs / name)
+    success, error, _ = step.result(step.start(again=True))
+    assert not success
+    assert (
+        f"Slurm job 17 of an earlier run of this step is RUNNING, and its run directory is gone: "
+        f"{played_slurm.runs}/{name}\nA new job could receive its messages. Cancel it on {os.uname()[1]}, then "
+        "re-execute this run:\n  scancel 17"
+    ) in error
+    assert played_slurm.names() == [name]
+    subprocess.run(["scancel", "17"], check=True)
+    go_on.touch()
+    success, error, metadata = step.result(step.start(again=True))
+    assert (success, error, metadata["job"]) == (True, "", "18")
 
 
 def finish(job: Job) -> None:

@@ -11,7 +11,7 @@ from dagster._core.execution.api import execute_run
 from dagster_sbatch.inspect.remote_runs import RunRecord
 from dagster_sbatch.run.calls import StepName
 from dagster_sbatch.run.directory import RunInfo
-from dagster_sbatch.run.history import is_stored, key_in, left_job, stored_before
+from dagster_sbatch.run.history import earlier_job, is_stored, key_in, stored_before
 from dagster_sbatch.upkeep.ownership import reason_to_cancel
 
 ALL = ("a", "between", "b")
@@ -74,14 +74,14 @@ def test_a_step_of_a_re_execution_is_the_same_one_under_its_other_name(instance:
         assert is_stored(instance, [root, again, last], name)
         assert stored_before(instance, [root, again], name) == set()
         assert stored_before(instance, [last], name) == {"1"}
-    assert left_job(contexts[2]) is None  # it has failed in that run
+    assert earlier_job(contexts[2])[1] is False  # it has failed in that run
 
 
 def test_the_job_of_an_interrupted_step_is_found_under_its_other_name(instance: dg.DagsterInstance) -> None:
     root = make(instance, *ALL, killed=True)
     instance.add_run_tags(root, {"slurm_job/both": "78", "slurm_job/both_2": "79"})
     make(instance, "b", parent=root)
-    assert left_job(contexts[0]) == "79"
+    assert earlier_job(contexts[0]) == ("79", True)
 
 
 def record(instance: dg.DagsterInstance, run: str, step: str) -> RunRecord:

@@ -194,21 +194,19 @@ def tag_job(context: dg.OpExecutionContext, job: str, call: int) -> None:
     _tag(context, {job_tag(StepName.of(context).key + (f".{call + 1}" if call else "")): job})
 
 
-def left_job(step: dg.OpExecutionContext) -> str | None:
-    """Return the Slurm job that an earlier run submitted or followed when this step was interrupted in it.
+def earlier_job(step: dg.OpExecutionContext) -> tuple[str | None, bool]:
+    """Return the Slurm job that an earlier run submitted or followed in this step; None if there is none.
 
-    None if there is no such run, or if the step has ended in it.
+    Also returns whether the step was interrupted then: it has not ended in that run or a later one.
     """
-    name, parent = StepName.of(step), step.run.parent_run_id
+    name, parent, interrupted = StepName.of(step), step.run.parent_run_id, True
     ends = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
-    while parent:
-        run = step.instance.get_run_by_id(parent)
-        if run is None or _events_of(step.instance, parent, name, ends):
-            return None
+    while parent and (run := step.instance.get_run_by_id(parent)):
+        interrupted = interrupted and not _events_of(step.instance, parent, name, ends)
         if job := run.tags.get(job_tag(key_in(step.instance, parent, name))):
-            return job
+            return job, interrupted
         parent = run.parent_run_id
-    return None
+    return None, False
 
 
 def job_tag(step: str) -> str:

@@ -23,7 +23,7 @@ from dagster_sbatch.run.directory import CHECKS, RunInfo, RunPaths, files_of_com
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.family import Family
 from dagster_sbatch.run.guard import check_budget
-from dagster_sbatch.run.history import key_in, left_job, tag_job
+from dagster_sbatch.run.history import earlier_job, key_in, tag_job
 from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_terminal
@@ -74,7 +74,8 @@ class RemoteStep(ABC):
         self._info = RunInfo(context.run_id, root, asset, ends, step=step)
         self._planned = plan.allocation
         self._runs: dict[str, str | None] = {}
-        self._left = left_job(context)
+        self._earlier, interrupted = earlier_job(context)
+        self._left = self._earlier if interrupted else None
         self._trouble: str | None = None
         self._project: str | None = None
 
@@ -131,7 +132,8 @@ class RemoteStep(ABC):
             inputs = inputs_of(self._plan, environment.inputs, known, data_root, self._find_image())
             call = calls.begin(root, step, digest_of(inputs))
         related = f"{step_prefix(root, step)}-"
-        questions = Questions(related, data_root, environment.request)
+        earlier = self._earlier.split(", ") if self._earlier else ()
+        questions = Questions(related, data_root, environment.request, earlier)
         return Family(self._context, self._gateway, runs, call, inputs, self._planned.request, questions=questions)
 
     def _find_image(self) -> str | None:

@@ -9,9 +9,10 @@ import threading
 import time
 
 from .disk import RequestError, lock, own, parse, read, remove_tree
-from .ends import may_be_success
+from .ends import UNKNOWN_JOB, may_be_success, state_of
 from .paths import with_paths
 from .run_directories import DAY, array_of, checked, conclude, followers_of, has, job_of, may_have_job, record_of
+from .slurm_commands import ask_slurm, fields_of
 from .tasks import is_array, whole
 
 INHERIT_EVERY = 0.5  # seconds between two tries to take the lock of this client's previous agent
@@ -81,17 +82,49 @@ def latest(folder, family):
     return dict(found, over=bool(end), end=end, followers=followers_of(run))
 
 
+def runs_of(folder, beginning):
+    """Return the names of runs that have a beginning."""
+    names = sorted(os.listdir(folder)) if beginning else ()
+    return [name for name in names if name.startswith(beginning) and name.rpartition("-")[2].isdigit()]
+
+
 def others(folder, family, beginning):
     """Return runs whose names have a beginning, of other families, if their job may not be over."""
     found = []
-    for name in sorted(os.listdir(folder)) if beginning else ():
+    for name in runs_of(folder, beginning):
         run, its = os.path.join(folder, name), name.rpartition("-")[0]
-        if its == family or not name.startswith(beginning) or not name.rpartition("-")[2].isdigit():
+        if its == family:
             continue
         job = job_of(run)
         if (job or has(run, "tried")) and not has(run, "end") and not has(run, "cancelled"):
             found.append({"family": its, "run": run, "job": job, "record": record_of(run)})
     return found
+
+
+def refuse_beside_lost(folder, beginning, jobs):
+    """Refuse a new job while an earlier one of the step runs whose run directory was removed.
+
+    Its messages could get among those of the new job: both have the same paths.
+
+    jobs: those that the client knows of
+    """
+    known = {job_of(os.path.join(folder, name)) for name in runs_of(folder, beginning)}
+    for job in jobs:
+        if job in known:
+            continue
+        try:
+            records = [fields_of(line) for line in ask_slurm("scontrol", "-o", "show", "job", job).splitlines()]
+        except RequestError as error:
+            if UNKNOWN_JOB in str(error):
+                continue
+            raise
+        for record in records:
+            key = record.get("JobName", "")
+            if key.startswith(beginning) and not state_of(record):
+                text = "Slurm job %s of an earlier run of this step is %s, and its run directory is gone: %s\n"
+                text += "A new job could receive its messages. Cancel it on %s, then re-execute this run:\n  scancel %s"
+                values = (job, record["JobState"], os.path.join(folder, key), os.uname()[1], job)
+                raise RequestError("refused", text % values)
 
 
 def environment_of(agent, ask, say):
@@ -129,6 +162,7 @@ def claim(agent, ask, say):
     """Hold a family; answer the state of its latest attempt, and `runs` and `data_root` as absolute paths.
 
     environment: a request about the environment of a new attempt, which is answered once the latest one is over
+    earlier: ids of jobs that earlier runs of the step have followed
     """
     held = hold(agent, ask, say)
     if held:
@@ -136,6 +170,8 @@ def claim(agent, ask, say):
     folder = ask["runs"]
     found = latest(folder, ask["family"])
     found["others"] = others(folder, ask["family"], ask["related"])
+    if found["over"]:
+        refuse_beside_lost(folder, ask["related"], ask["earlier"])
     wanted = ask["environment"] if found["over"] else None
     found["environment"] = environment_of(agent, wanted, say) if wanted else None
     return dict(found, runs=folder, data_root=ask["data_root"])
