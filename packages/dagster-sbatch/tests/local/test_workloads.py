@@ -79,6 +79,7 @@ def test_no_secret_and_no_setting_reaches_a_workload(tmp_path: Path, monkeypatch
         "DATA_ROOT",
         "PYTHONPATH",
         "PYTHONUNBUFFERED",
+        "PYTHONUTF8",
         "RAY_AUTH_MODE",
         "RAY_AUTH_TOKEN",
         "RAY_USAGE_STATS_ENABLED",

@@ -57,6 +57,7 @@ def render_job(plan: Plan, paths: RunPaths, info: RunInfo, array: ArrayShape | N
         "PYTHON": paths.python,
         "PYTHONPATH": paths.workloads,
         "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",
         "DATA_ROOT": paths.data_root,
         **({} if array else pipes_variables(paths.run)),
     }

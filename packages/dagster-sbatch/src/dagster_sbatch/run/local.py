@@ -25,7 +25,7 @@ _MACHINE = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", 
 
 def workload_environment() -> dict[str, str]:
     """Return the variables of this process that a workload gets."""
-    return child_environment(*_MACHINE, PYTHONUNBUFFERED="1")
+    return child_environment(*_MACHINE, PYTHONUNBUFFERED="1", PYTHONUTF8="1")
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ class _LocalChannel(Channel):
     def __init__(self, setup: Sequence[str]) -> None:
         super().__init__()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (unlike a pipe, it is never full)
-        agent = [sys.executable, "-I", "-S", "-u", "-c", programs.START]
+        agent = [sys.executable, *"-I -S -u -X utf8 -c".split(), programs.START]
         script = programs.after_login_profile(setup, f"exec {shlex.join(agent)}")
         self._process = subprocess.Popen(
             ["/bin/sh", "-c", script] if setup else agent,

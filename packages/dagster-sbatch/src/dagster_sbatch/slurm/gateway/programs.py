@@ -58,7 +58,7 @@ NO_PYTHON = "gateway-agent: no Python"
 _CHOOSE = """\
 for each in {pythons}; do
   command -v "$each" >/dev/null 2>&1 || continue
-  "$each" -I -S -u -c {start}
+  "$each" -I -S -u -X utf8 -c {start}
   code=$?
   if [ $code = 0 ] || [ $code -gt 128 ]; then exit $code; fi
   echo "$each ended with exit code $code" >&2

@@ -1,7 +1,7 @@
 """The gateway agent: what has to be done on a login node, over one pair of pipes.
 
 Standard library, Python 3.6: the client sends these modules along as one program, nothing is installed. It is run with
-`python3 -I -S -u -c`, reads requests from stdin and writes answers to stdout, each a line of JSON:
+`python3 -I -S -u -X utf8 -c`, reads requests from stdin and writes answers to stdout, each a line of JSON:
 
     stdin   {"id": 1, "do": "run", "run": "/path/KEY", "files": {"job.sh": "..."}, ...}
     stdout  {"id": 0, "hello": "gateway-agent 1", ...}          what comes before is not ours: banners, profiles
