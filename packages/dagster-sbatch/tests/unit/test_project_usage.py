@@ -36,11 +36,11 @@ root|||{NOTHING.format(90, 30, 30)}|{NOTHING.format(22, 25, 25)}
  p71234|||{NOTHING.format(8, 0, 0)}|{NOTHING.format(2, 0, 0)}"""
 SQUEUE = "\n".join(
     [
-        *["PENDING   xy12345   p70600  1:00:00   cpu=4,mem=8000M,node=1,billing=4,gres/gpu=2  "] * 3,
-        "PENDING   ab1       p70600  2-00:30:00   cpu=4,mem=8000M,node=1,billing=4  ",
-        "RUNNING   xy12345   p71234  30:00  cpu=8,mem=8000M,node=2,billing=8,gres/gpu=8,gres/gpu:h100=8  ",
-        "RUNNING   ab1       p71234  UNLIMITED  cpu=8,mem=8000M,node=1,billing=8  ",
-        "COMPLETING  ab1     p71234  50:00  cpu=8,mem=8000M,node=1,billing=8,gres/gpu=8  ",  # it has ended
+        *["PENDING   xy12345   p70600  1:00:00   1:00:00  cpu=4,mem=8000M,node=1,billing=4,gres/gpu=2  "] * 3,
+        "PENDING   ab1       p70600  2-00:30:00  2-00:30:00  cpu=4,mem=8000M,node=1,billing=4  ",
+        "RUNNING   xy12345   p71234  30:00  1:00:00  cpu=8,mem=8000M,node=2,billing=8,gres/gpu=8,gres/gpu:h100=8  ",
+        "RUNNING   ab1       p71234  UNLIMITED  UNLIMITED  cpu=8,mem=8000M,node=1,billing=8  ",
+        "COMPLETING  ab1     p71234  50:00  1:00:00  cpu=8,mem=8000M,node=1,billing=8,gres/gpu=8  ",  # it has ended
     ]
 )
 CONFIG = "AccountingStorageTRES   = cpu,mem,energy,node,billing,gres/gpu,gres/gpu:h100\nPrivateData = none"
@@ -141,6 +141,24 @@ def test_sacct_is_asked_by_its_own_clock(ask: Ask, slurm: Path, monkeypatch: pyt
 def test_a_job_counts_whose_name_has_further_lines(ask: Ask) -> None:
     jobs = ask(sacct=f"printf '6|COMPLETED|ab1|p1|{START}|{START + 60}|60|cpu=4,node=1|c|two\\nlines|more\\n'").jobs
     assert [(job.job, job.name, job.comment, job.tres["node"]) for job in jobs or ()] == [("6", "two", "", 1)]
+
+
+@pytest.mark.parametrize(
+    ("state", "left", "limit", "hours"),
+    [
+        ("RUNNING", "INVALID", "1:00", 4),  # past its limit: Slurm ends it within a minute
+        ("RUNNING", "INVALID", "INVALID", None),  # more than a year
+        ("PENDING", "INVALID", "INVALID", None),
+        ("RUNNING", "UNLIMITED", "UNLIMITED", None),
+        ("PENDING", "NOT_SET", "NOT_SET", None),
+    ],
+)
+def test_times_that_squeue_does_not_write_as_numbers(
+    ask: Ask, state: str, left: str, limit: str, hours: float | None
+) -> None:
+    queue = "\n".join([SQUEUE, f"{state} xy12345 p71234 {left} {limit} cpu=8,mem=8000M,node=1,billing=8,gres/gpu=2"])
+    budget = budgets_of(ask(datetime(2026, 11, 26, tzinfo=UTC), squeue=f"cat <<'END'\n{queue}\nEND"), OWNERS)[3]
+    assert (budget.running if state == "RUNNING" else budget.queued) == hours
 
 
 def test_the_limit_of_slurm_comes_before_the_owners_budget(ask: Ask) -> None:

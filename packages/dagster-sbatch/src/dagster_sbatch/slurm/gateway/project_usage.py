@@ -149,11 +149,20 @@ def _life(row: Sequence[str], tracked: Sequence[str]) -> JobLife:
 
 
 def _queued(row: Sequence[Any], tracked: Sequence[str]) -> Queued:
-    count, state, user, project, left, text = row
-    found = _TIME.fullmatch(left)  # [days-][hours:]minutes:seconds; UNLIMITED, INVALID
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
-    whole = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    return Queued(count, state != "PENDING", user, project, whole if found else None, parse_tres(text, tracked))
+    count, state, user, project, left, limit, text = row
+    seconds = _seconds(left)
+    if seconds is None and _seconds(limit) is not None:  # INVALID: it is past its limit, and Slurm is about to end it
+        seconds = 0
+    return Queued(count, state != "PENDING", user, project, seconds, parse_tres(text, tracked))
+
+
+def _seconds(text: str) -> int | None:
+    """Read a time as squeue prints it; None for UNLIMITED, NOT_SET and INVALID (below 0, or more than a year)."""
+    found = _TIME.fullmatch(text)
+    if not found:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _shares(rows: Sequence[Sequence[str]]) -> list[Share]:
