@@ -59,6 +59,16 @@ def test_what_nobody_needs_is_removed_with_the_last_environment(folder: Path) ->
     assert remains(folder) == []
 
 
+def test_what_an_upload_has_left_is_removed_though_no_environment_is(folder: Path) -> None:
+    """Its client was stopped before it could make one."""
+    left = folder / "wheels" / "89ab"
+    left.mkdir()
+    (left / "huge-1.0-py3-none-any.whl.0123456789abcdef.part").touch()
+    os.utime(left, (LONG_AGO, LONG_AGO))
+    assert ask(folder, "remove", names=[])["removed"] == []
+    assert [path.name for path in (folder / "wheels").iterdir()] == ["0123"]
+
+
 def test_packages_that_a_client_has_found_stay_until_it_has_built_its_environment(folder: Path) -> None:
     assert wanted(folder)["installed"]
     assert remains(folder) == ["packages"]

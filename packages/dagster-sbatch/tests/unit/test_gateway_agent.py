@@ -268,6 +268,7 @@ def test_who_follows_a_run_is_noted(open_gateway: Callable[[], Gateway], tmp_pat
 def test_runs_that_are_over_or_have_no_job_are_cleaned_up(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
     runs, gateway = tmp_path / "runs", open_gateway()
     marks = {"a-1": "end", "a-2": "end", "a-3": "digest", "a-4": "tried", "b-1": "tried", "b-2": "tried"}
+    marks |= {"c-1": "cancelled", "c-2": "cancelled"}  # which have nothing else
     for name, mark in marks.items():
         (runs / name).mkdir(parents=True)
         (runs / name / mark).touch()
@@ -275,11 +276,13 @@ def test_runs_that_are_over_or_have_no_job_are_cleaned_up(open_gateway: Callable
     (runs / "b-1" / "job").symlink_to("17")
     long_ago = time.time() - 40 * 86400
     (runs / "left-1.node-7-7.new").mkdir()
-    os.utime(runs / "left-1.node-7-7.new", (long_ago, long_ago))
+    (runs / ".queue-node.json.node-7-7.part").touch()
+    for name in ("left-1.node-7-7.new", ".queue-node.json.node-7-7.part", "c-1"):
+        os.utime(runs / name, (long_ago, long_ago))
     (runs / "gone.holder").touch()
     (runs / "b.holder").touch()
     assert sorted(gateway.clean(str(runs), ["a-1", "a-3", "a-4", "b-1", "b-2", "../b-1"])) == ["a-1", "a-3", "a-4"]
-    assert sorted(path.name for path in runs.iterdir()) == ["a-2", "b-1", "b-2", "b.holder"]
+    assert sorted(path.name for path in runs.iterdir()) == ["a-2", "b-1", "b-2", "b.holder", "c-2"]
 
 
 def test_a_file_goes_on_where_it_stopped(tmp_path: Path) -> None:

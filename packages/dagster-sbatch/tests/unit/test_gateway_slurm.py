@@ -81,6 +81,25 @@ def test_the_verdict_on_a_job(say: Say, scontrol: str, sacct: str, expected: Any
         assert (found[0] and tuple(found[0].values()), trouble) == (expected, None)
 
 
+@pytest.mark.parametrize("array", [False, True])
+def test_the_end_of_a_job_that_slurm_has_forgotten_is_recorded_after_a_while(
+    say: Say, array: bool, tmp_path: Path
+) -> None:
+    """Or its run directory would stay for ever. Its own record may still appear."""
+    say("scontrol", INVALID)
+    (tmp_path / "KEY" / "tasks").mkdir(parents=True)
+    if array:
+        (tmp_path / "KEY" / "tasks.jsonl").write_text("{}\n{}\n")
+        (tmp_path / "KEY" / "tasks" / "1.started").touch()
+    for _ in range(2):
+        end = run_directories.conclude(str(tmp_path / "KEY"), "17")
+        assert end["state"] == ""
+        assert not (tmp_path / "KEY" / "end").exists()
+    os.utime(tmp_path / "KEY" / "forgotten", (1, 1))
+    assert run_directories.conclude(str(tmp_path / "KEY"), "17")["state"] == ""
+    assert (tmp_path / "KEY" / "end").exists()
+
+
 VIOLATES = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from contextlib import suppress
 
 from .disk import RequestError, lock, own, parse, read, remove_tree
 from .ends import UNKNOWN_JOB, may_be_success, state_of
@@ -137,6 +138,13 @@ def environment_of(agent, ask, say):
         return None
 
 
+def is_left(path):
+    """Return whether something was begun there more than a day ago and never finished, or cancelled before it began."""
+    unfinished = path.endswith((".new", ".old", ".part"))
+    empty = has(path, "cancelled") and not has(path, "about.json") and not may_have_job(path)
+    return (unfinished or empty) and time.time() - os.stat(path).st_mtime > DAY
+
+
 # Requests
 
 
@@ -183,9 +191,10 @@ def clean(agent, ask, _):
     names = os.listdir(folder) if os.path.isdir(folder) else []
     for name in names:
         path = os.path.join(folder, name)
-        if name.endswith((".new", ".old")):
-            if time.time() - os.stat(path).st_mtime > DAY:
-                remove_tree(path)
+        if is_left(path):
+            remove_tree(path)
+            with suppress(OSError):  # it was a folder
+                os.unlink(path)
         elif name in ask["names"] and (has(path, "end") or not may_have_job(path)):
             os.rename(path, path + ".old")
             remove_tree(path + ".old")

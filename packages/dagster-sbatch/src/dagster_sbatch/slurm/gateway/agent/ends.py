@@ -3,10 +3,11 @@
 A single job counts as a task with the index 0.
 """
 
+import os
 import re
 import time
 
-from .disk import RequestError
+from .disk import RequestError, write
 from .job_record import cause_of, events_of, node_of
 from .slurm_commands import FORGOTTEN, ask_slurm, fields_of, is_of, rows_of
 from .task_states import OVER, indices
@@ -37,13 +38,25 @@ def end_in(folder, found, index=0):
     return dict(own, cause=cause_of(folder), node=node_of(events), **found.get(index, UNKNOWN))
 
 
-def is_final(end, started):
+def is_final(end, started, run):
     """Return whether nothing more can come of what is over: it has its own record, never started, or ended a while ago.
 
     started: whether it has said so
+    run: its run directory, where is noted since when it is over without a time of Slurm, as what Slurm has forgotten
     """
-    never = end["state"] and end["times"][1] is None and not started
-    return "code" in end or never or time.time() - (end["times"][2] or time.time()) > SETTLED
+    if "code" in end or (end["state"] and end["times"][1] is None and not started):
+        return True
+    return time.time() - (end["times"][2] or noted(os.path.join(run, "forgotten"))) > SETTLED
+
+
+def noted(mark):
+    """Return when a mark was made; make it now, if that was not before."""
+    try:
+        if not os.path.exists(mark):
+            write(mark, b"")
+        return os.stat(mark).st_mtime
+    except OSError:  # the disk is full, or the run is being removed
+        return time.time()
 
 
 def may_be_success(end):

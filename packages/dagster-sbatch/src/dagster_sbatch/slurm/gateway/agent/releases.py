@@ -133,8 +133,7 @@ def remove(ask, say):
             if name in ask["names"] and name not in kept and time.time() - used > GRACE:
                 drop(os.path.join(folder, name))
                 removed.append(name)
-        if removed:
-            remove_unused(folder)
+        remove_unused(folder)
     return {"removed": removed}
 
 

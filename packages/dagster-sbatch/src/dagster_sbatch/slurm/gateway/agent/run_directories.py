@@ -9,6 +9,7 @@ KEY/            0700; its name is the submission key, and the job's name
   cause         why it failed, in a sentence, if something in the job knows more than the exit code
   end           how it ended, by the job's own record and Slurm's
   cancelled     it must not be submitted any more
+  forgotten     it is over, and Slurm has no time of its end, since the time of this file
   failed        a step rejected its result, or the next attempt was submitted
   follower-ID   a Dagster run that submitted or adopted it
 """
@@ -118,7 +119,7 @@ def conclude(run, job):
     end = end_in(run, found)
     if not end and trouble:
         raise trouble
-    if end and is_final(end, "started" in events_of(run)):
+    if end and is_final(end, "started" in events_of(run), run):
         keep_end(run, end)
     return end
 

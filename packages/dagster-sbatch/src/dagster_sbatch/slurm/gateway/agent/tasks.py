@@ -81,7 +81,7 @@ class Tasks:
             if not end:
                 continue
             ends[index] = end
-            if is_final(end, index in started):
+            if is_final(end, index in started, self.run):
                 certain.add(index)
         return ends, certain, trouble
 

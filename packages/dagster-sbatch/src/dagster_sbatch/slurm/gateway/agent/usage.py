@@ -7,7 +7,8 @@ from .disk import RequestError
 from .slurm_commands import SETTING, ask_slurm, configuration, here, period, projects_here, rows_of, user
 
 ALLOCATION = "JobID,State,User,Account,Start,End,ElapsedRaw,AllocTRES,Partition,JobName,Comment".split(",")
-QUEUED = tuple(zip("State UserName Account TimeLeft TimeLimit tres-alloc".split(), (30, 64, 64, 30, 30, 512)))  # widths
+# and their widths
+QUEUED = (("State", 30), ("UserName", 64), ("Account", 64), ("TimeLeft", 30), ("TimeLimit", 30), ("tres-alloc", 512))
 SHARE = "Account,User,GrpTRESMins,GrpTRESRaw,TRESRunMins"
 MOST_LEVELS = 10  # of projects, one above the other
 PATIENCE = 120.0  # a database may have to read the jobs of a year
