@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from slurm_in_a_box import CPU_PARTITION, GPU_PARTITION, PLAIN_KEY_USER, SimulatedSite
-from support import ROOT
+from support import DOWNLOADS, ROOT
 
 pytestmark = pytest.mark.cluster
 
@@ -150,7 +150,8 @@ def test_a_key_that_is_missing_is_asked_for_and_not_a_token(project: Path, site:
 def test_the_doctor_is_asked_as_the_page_says(project: Path, site: SimulatedSite) -> None:
     command = "SLURM_SUPERCOMPUTER_SITE=borealis scripts/doctor"
     assert f"\n{command} " in PAGE
-    environment = {**os.environ, "PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "HOME": str(project.parent / "home")}
+    own = {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "HOME": str(project.parent / "home")}
+    environment = {**os.environ, **own, **DOWNLOADS}
     done = subprocess.run(
         ["bash", "-c", command], cwd=project, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

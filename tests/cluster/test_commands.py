@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
-from support import ROOT
+from support import DOWNLOADS, ROOT
 from support.dagster_dev import wait_for
 from tests.unit.test_pages import PAGES, commands, runner_of
 
@@ -46,7 +46,7 @@ class Person:
         shutil.copy(site.login.known_hosts, self.home / ".ssh" / "known_hosts")
         kept = ("LANG", "UV_", "PIP_", "SSL_", "HTTP", "http", "NO_PROXY", "no_proxy")
         self.variables = {name: value for name, value in os.environ.items() if name.startswith(kept)}
-        self.variables |= {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "HOME": str(self.home)}
+        self.variables |= {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "HOME": str(self.home), **DOWNLOADS}
 
     def types(self, script: str, answer: str = "") -> str:
         done = subprocess.run(

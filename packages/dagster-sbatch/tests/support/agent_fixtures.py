@@ -10,6 +10,7 @@ from dagster_sbatch.slurm.gateway import Gateway, choose_channel, link, programs
 
 HURRIED = """
 import sys
+from importlib import import_module
 def hurry():
     for name, values in {
         "shared_queue": dict(SQUEUE_EVERY=0.5, UNSHARED_EVERY=0.5),
@@ -19,7 +20,7 @@ def hurry():
         "array_follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5, COMMAND_PATIENCE=3),
         "streams": dict(HOLE=0.5),
     }.items():
-        vars(sys.modules["agent." + name]).update(values)
+        vars(import_module("agent." + name)).update(values)
     slurm = sys.modules["agent.slurm_commands"]
     for each in (slurm.call, slurm.ask_slurm, slurm.rows_of):
         each.__kwdefaults__["patience"] = 0.5
