@@ -140,8 +140,11 @@ def forward(dial: Dial) -> Iterator[int]:
                 threading.Thread(target=_copy, args=(self.request, far), daemon=True).start()
                 _copy(far, self.request)
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        request_queue_size = 128  # of connections that come at once; the system resets those beyond it
+
+    with Server(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield server.server_address[1]
