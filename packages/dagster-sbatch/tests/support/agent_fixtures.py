@@ -56,8 +56,7 @@ def prepare(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prepare]:
     monkeypatch.setattr(link, "FIRST_PAUSE", 0.01)
 
     def make(code: str = "", told: list[str] | None = None) -> Gateway:
-        changes = "[globals()[name]() for name in ('hurry', 'spoil') if name in globals()]"
-        begin = f"[__import__(name) for name in names['TEXTS']]; {changes}; names['serve']()"
+        begin = "[globals()[name]() for name in ('hurry', 'spoil') if name in globals()]; names['serve']()"
         monkeypatch.setattr(programs, "START", code + "\n" + start.replace("names['serve']()", begin))
         on_trouble = (lambda _: None) if told is None else told.append
         made.append(Gateway(choose_channel(SETTINGS, (), lambda _: None), on_trouble=on_trouble))

@@ -1,18 +1,22 @@
 """Interrupts: raised in the main thread at any moment and more than once; why they came, and calls in other threads."""
 
+import math
 import os
 import random
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import dagster as dg
 import pytest
 
 from dagster_sbatch.run import interrupts
 from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
+from slurm_in_a_box import wait_until
 
 ROUNDS = 200 if os.environ.get("STRESS") == "1" else 10
 
@@ -101,6 +105,55 @@ def test_why_a_step_is_interrupted(happens: Callable[[dg.OpExecutionContext], No
         return read_interruption(context)
 
     assert in_a_step(look) == interruption
+
+
+class Away:
+    """Dagster's database, which does not answer the next questions about a run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.times, ask = 0.0, dg.DagsterInstance.get_run_by_id
+
+        def get_run_by_id(*arguments: Any) -> dg.DagsterRun | None:
+            if self.times > 0:
+                self.times -= 1
+                raise sqlite3.OperationalError("database is locked")
+            return ask(*arguments)
+
+        monkeypatch.setattr(dg.DagsterInstance, "get_run_by_id", get_run_by_id)
+
+
+@pytest.mark.parametrize(("times", "interruption"), [(3, "terminated"), (math.inf, "stopped")])
+def test_a_step_is_interrupted_while_the_database_is_away(
+    times: float, interruption: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an answer the job is left to a later attempt."""
+    monkeypatch.setattr(interrupts, "SIGNAL_SECONDS", 0.01)
+    monkeypatch.setattr(interrupts, "DATABASE_SECONDS", 60 if times == 3 else 0.1)
+    away = Away(monkeypatch)
+
+    def look(context: dg.OpExecutionContext) -> str:
+        cancel(context)
+        away.times = times
+        found = read_interruption(context)
+        away.times = 0
+        return found
+
+    assert in_a_step(look) == interruption
+
+
+def test_a_run_is_terminated_after_the_database_was_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "LIFE_SECONDS", 0.01)
+    away = Away(monkeypatch)
+
+    def look(context: dg.OpExecutionContext) -> bool:
+        stop = threading.Event()
+        away.times = 3
+        with stopped_with_run(context, stop):
+            wait_until(lambda: away.times == 0, "it was asked", 60)
+            cancel(context)
+            return stop.wait(60)
+
+    assert in_a_step(look) is True
 
 
 @pytest.mark.parametrize("happens", [cancel, delete, fail])

@@ -2,8 +2,9 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal, TypeVar
 
 import dagster as dg
@@ -12,6 +13,7 @@ T = TypeVar("T")
 
 SIGNAL_SECONDS = 0.1  # between two times at which the main thread checks for signals
 LIFE_SECONDS = 10.0  # between two questions whether Dagster still counts this run as running
+DATABASE_SECONDS = 20.0  # for Dagster's database to say why a step is interrupted: it may be locked, or away
 _TERMINATED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 
@@ -79,10 +81,11 @@ def stopped_with_run(context: dg.OpExecutionContext, stop: threading.Event) -> I
 
     def watch() -> None:
         while not done.wait(LIFE_SECONDS):
-            run = context.instance.get_run_by_id(context.run_id)
-            if run is None or run.is_finished or run.status in _TERMINATED:
-                stop.set()
-                return
+            with suppress(Exception):  # of whatever database it is; it is asked again
+                run = context.instance.get_run_by_id(context.run_id)
+                if run is None or run.is_finished or run.status in _TERMINATED:
+                    stop.set()
+                    return
 
     watcher = threading.Thread(target=watch, name="run watcher", daemon=True)
     watcher.start()
@@ -100,9 +103,18 @@ def read_interruption(context: dg.OpExecutionContext) -> Literal["terminated", "
         `terminated`: a person has terminated or deleted the run; its job has to be cancelled.
         `command`: the run was started by a command in a terminal, and that was interrupted. No daemon retries such a
         run, so its job has to be cancelled.
-        `stopped`: Dagster is stopping, or counts the run as ended. A later attempt adopts the job.
+        `stopped`: Dagster is stopping, or counts the run as ended, or its database does not answer in time. A later
+        attempt adopts the job.
     """
-    run = context.instance.get_run_by_id(context.run_id)
+    until = time.monotonic() + DATABASE_SECONDS
+    while True:
+        try:
+            run = context.instance.get_run_by_id(context.run_id)
+            break
+        except Exception:  # noqa: BLE001 - of whatever database it is
+            if time.monotonic() > until:
+                return "stopped"
+            time.sleep(SIGNAL_SECONDS)
     if run is None or run.status in _TERMINATED:
         return "terminated"
     return "command" if not run.is_finished and run.remote_job_origin is None else "stopped"
