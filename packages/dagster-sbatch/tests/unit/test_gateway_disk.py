@@ -242,10 +242,10 @@ def test_a_run_that_cannot_be_cancelled_delays_the_cancellation_of_no_other(
     assert ("Not a directory" in str(refused), other.state) == (True, "CANCELLED")
 
 
-def test_a_full_disk_after_the_submission_does_not_lose_the_job(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:
-    """The link to the job cannot be made; the job exists all the same."""
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_job_whose_link_cannot_be_made_is_not_lost(code: int, prepare: Prepare, slurm: Path, tmp_path: Path) -> None:
     put(slurm, "sbatch", "echo 17")
-    gateway = prepare("import os\ndef full(*_): raise OSError(28, 'No space left on device')\nos.symlink = full")
+    gateway = prepare(f"import os\ndef fail(*_): raise OSError({code}, {os.strerror(code)!r})\nos.symlink = fail")
     assert submit_run(gateway, f"{tmp_path}/runs/KEY", {"job.sh": ""}).job == "17"
 
 

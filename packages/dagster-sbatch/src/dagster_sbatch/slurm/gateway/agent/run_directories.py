@@ -20,7 +20,7 @@ import json
 import os
 import re
 
-from .disk import RequestError, load, read, remove_tree, store, unique, write
+from .disk import RequestError, kind_of, load, read, remove_tree, store, unique, write
 from .ends import end_in, is_final, may_be_success, verdicts
 from .job_record import CAUSE, EVENTS, STREAMS, cut_short, events_of
 from .tasks import CONTENTS, ENDS, FOLDER, Tasks, is_array, task_folder
@@ -103,7 +103,7 @@ def settle(run, job):
     except FileExistsError:
         pass
     except OSError as error:  # the job exists all the same, and records itself when it starts
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if kind_of(error) != "refused":
             raise
     return job_of(run) or job
 
