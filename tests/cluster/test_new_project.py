@@ -51,18 +51,8 @@ def start(project: Path, variables: dict[str, str]) -> "subprocess.Popen[str]":
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last test changes it."""
     return made_in(tmp_path_factory.mktemp("copy"))
-
-
-def test_a_copy_with_own_assets_passes_its_tests_on_the_simulated_supercomputer(
-    site: SimulatedSite, tmp_path: Path
-) -> None:
-    """It starts a site of its own beside this one, which shows that a site can be simulated here."""
-    own = made_in(tmp_path, "valley")
-    replace_first_asset(own)
-    done = run_in(own, sys.executable, "scripts/test", "-n", "0", "-m", "cluster")  # the others: local/
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
 
 
 def test_two_versions_of_the_engine_share_one_base_path(
@@ -98,3 +88,11 @@ def test_its_demo_runs_here_and_on_a_simulated_supercomputer(site: SimulatedSite
     assert done.stdout.count("pi 3.13504, points 200000") == 2
     assert done.stdout.count("job_id 1") == 1
     assert run_in(copy, "git", "status", "--porcelain").stdout == ""
+
+
+def test_with_own_assets_it_passes_its_tests_on_the_simulated_supercomputer(site: SimulatedSite, copy: Path) -> None:
+    """It starts a site of its own beside this one, which shows that a site can be simulated here."""
+    replace_first_asset(copy)
+    done = run_in(copy, sys.executable, "scripts/test", "-n", "0", "-m", "cluster")  # the others: local/
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
