@@ -1,8 +1,10 @@
 """A channel to the agent whose other end does not do what it should: the client gives it up in time, and says why."""
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import paramiko
 import psutil
@@ -10,6 +12,7 @@ import pytest
 
 from dagster_sbatch.slurm.gateway import Gateway, channel, choose_channel, send_file
 from dagster_sbatch.slurm.gateway.link import AgainError
+from slurm_in_a_box import wait_until
 from support.agent_fixtures import SETTINGS, Prepare
 from unit.ssh_forge import Forge
 from unit.test_ssh_connection import as_server, server, settings
@@ -45,6 +48,70 @@ def test_a_login_node_that_does_not_start_the_agent(forge: Forge, monkeypatch: p
         with pytest.raises(OSError, match="no channel: "):
             choose_channel(settings(forge, port), ("python3",), lambda _: None)()
         silent.over.set()
+
+
+class HangingProfile(SilentShell):
+    """Its login shell starts the agent once `over` is set, and that answers one request."""
+
+    def check_channel_exec_request(self, *request: Any) -> bool:
+        def run() -> None:
+            self.over.wait(60)
+            with contextlib.suppress(OSError):  # it was given up
+                request[0].sendall(f'{HELLO}\n{{"id": 1, "host": "login01"}}\n'.encode())
+
+        threading.Thread(target=run).start()
+        return True
+
+
+def test_a_login_profile_that_hangs_is_waited_for_over_one_connection(
+    forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each further connection would leave another shell on the login node, which does not end with it."""
+    monkeypatch.setattr(channel, "DEAD_SECONDS", 0.5)
+    hanging, told = HangingProfile(), list[str]()
+
+    def hear(text: str) -> None:
+        told.append(text)
+        assert text == f"nothing has come for 0 s\n{channel.HANGS}"
+        if len(told) == 3:
+            hanging.over.set()
+
+    with server(as_server(forge, hanging)) as port:  # it accepts one connection
+        (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
+        gateway = Gateway(choose_channel(settings(forge, port), ("python3",), lambda _: None), on_trouble=hear)
+        assert gateway.host() == "login01"
+        gateway.close()
+    assert len(told) == 3
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_login_shell_that_starts_no_agent_is_given_up(
+    dead: bool, forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a while; at once if the login node does not answer either."""
+    monkeypatch.setattr(channel, "DEAD_SECONDS", 0.5)
+    monkeypatch.setattr(channel, "SHELL_SECONDS", 60 if dead else 1)
+    hanging, told = HangingProfile(), list[str]()
+    if dead:
+        monkeypatch.setattr(hanging, "check_global_request", lambda *_: hanging.over.wait(60), raising=False)
+    with server(as_server(forge, hanging)) as port:
+        (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
+        opened = choose_channel(settings(forge, port), ("python3",), lambda _: None)()
+        opened.on_trouble = told.append
+        with pytest.raises(OSError, match="nothing has come for 0 s"):
+            while opened.receive() is None:
+                pass
+        assert bool(told) is not dead
+        opened.close()
+        hanging.over.set()
+
+
+@pytest.mark.usefixtures("slurm")
+def test_a_login_profile_that_hangs_on_this_machine_ends_with_the_connection(tmp_path: Path) -> None:
+    opened = choose_channel(SETTINGS, (), lambda _: None, setup=[f"echo $$ > {tmp_path}/shell; sleep 987"])()
+    wait_until((tmp_path / "shell").exists, "the profile hangs")
+    opened.close()
+    assert not psutil.Process().children(recursive=True)
 
 
 class NoSessions(SilentShell):

@@ -143,7 +143,7 @@ def open_runs(settings: Settings, project: Project, seconds: float | None = None
     try:
         yield Runs(gateway, settings)
     except StoppedError:
-        raise UnreachableError(f"{settings.edge_node_host}: {troubles[-1]} (after {seconds:.0f} s)") from None
+        raise UnreachableError(f"{settings.edge_node_host}, within {seconds:.0f} s: {troubles[-1]}") from None
     finally:
         if limit:
             limit.cancel()

@@ -4,6 +4,7 @@ import json
 import os
 import select
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,12 @@ _PIECE = 1 << 18
 _WRITE_SECONDS = 45.0  # for a peer that accepts no bytes any more
 PING_SECONDS = 15.0  # between two pings: the agent leaves a client that is silent for 60 s
 DEAD_SECONDS = 45.0  # a connection over which nothing comes for this long is given up
+# A login shell that starts no agent is given up after this long: as its profile hangs, it stays on the login node.
+SHELL_SECONDS = 600.0
+HANGS = (
+    "The login node answers, but its login shell has not started the agent yet. Find out what its profile waits for:\n"
+    "  bash -lc true"
+)
 READ_SECONDS = 0.5  # the longest wait for bytes, before `stop` is checked again
 Frame = tuple[Mapping[str, Any], bytes]
 
@@ -46,7 +53,8 @@ class Channel(ABC):
         self._numbers = count(1)
         self._buffer = bytearray()
         self._greeted, self._banner = False, ""
-        self._heard = self._pinged = monotonic()
+        self._begun = self._heard = self._pinged = monotonic()
+        self.on_trouble: Callable[[str], None] = lambda _: None  # gets the text of an error that may pass by itself
 
     def send(self, data: bytes = b"", **request: Any) -> int:
         """Send a request, and bytes behind it; return its number."""
@@ -79,7 +87,11 @@ class Channel(ABC):
             data = self._read(READ_SECONDS)
         except TimeoutError:
             if now - self._heard > DEAD_SECONDS:
-                raise OSError(f"nothing has come for {DEAD_SECONDS:.0f} s\n{self._no_agent()}".strip()) from None
+                silence = f"nothing has come for {DEAD_SECONDS:.0f} s\n{self._no_agent()}".strip()
+                if self._greeted or now - self._begun > SHELL_SECONDS or not self._is_alive():
+                    raise OSError(silence) from None
+                self._heard = now
+                self.on_trouble(f"{silence}\n{HANGS}")
             return
         if not data:
             closed = "the connection was closed"
@@ -125,6 +137,10 @@ class Channel(ABC):
     def _write(self, data: bytes) -> None:
         """Send all bytes."""
 
+    def _is_alive(self) -> bool:
+        """Return whether the login node answers, although the agent does not."""
+        return False
+
     @abstractmethod
     def _complaint(self) -> str:
         """Return what came on stderr: why an agent did not start."""
@@ -156,12 +172,8 @@ class _SshChannel(Channel):
         self._connection = connection
         try:
             self._channel = connection.transport.open_session(window_size=_WINDOW)
-            too_late = threading.Timer(DEAD_SECONDS, connection.close)  # paramiko itself waits for ever
-            too_late.start()
-            try:
+            with self._closing_in_time():
                 self._channel.exec_command(programs.for_any_shell(script))
-            finally:
-                too_late.cancel()
             with suppress(OSError):  # the shell has ended: reading shows why
                 self._write(programs.SOURCE)
         except BaseException as error:
@@ -169,6 +181,22 @@ class _SshChannel(Channel):
             if isinstance(error, Exception) and not isinstance(error, OSError | EOFError):
                 raise OSError(f"no channel: {text_of(error)}") from error
             raise
+
+    @contextmanager
+    def _closing_in_time(self) -> Iterator[None]:
+        """Close the connection if the server does not answer in time: paramiko itself waits for ever."""
+        too_late = threading.Timer(DEAD_SECONDS, self._connection.close)
+        too_late.start()
+        try:
+            yield
+        finally:
+            too_late.cancel()
+
+    def _is_alive(self) -> bool:
+        transport = self._connection.transport
+        with _lost(), self._closing_in_time():
+            transport.global_request("keepalive@openssh.com")  # a server refuses it: that is an answer, too
+        return bool(transport.is_active())
 
     def _read(self, seconds: float) -> bytes:
         self._channel.settimeout(seconds)
@@ -221,14 +249,21 @@ class _LocalChannel(Channel):
                 raise TimeoutError(f"the agent has accepted nothing for {_WRITE_SECONDS:.0f} s")
             view = view[os.write(self._stdin.fileno(), view) :]
 
+    def _is_alive(self) -> bool:
+        return self._process.poll() is None
+
     def _complaint(self) -> str:
         return os.pread(self._stderr.fileno(), 4096, 0).decode(errors="replace").strip()
 
     def close(self) -> None:
         for file in (self._stdin, self._stdout, self._stderr):
             file.close()
-        with suppress(subprocess.TimeoutExpired):
+        try:
             self._process.wait(5)  # it ends by itself, after a submission that it has begun
+        except subprocess.TimeoutExpired:
+            if not self._greeted:  # the login profile hangs
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
 
 
 def choose_channel(

@@ -259,6 +259,7 @@ class Link:
         if self._channel is None:
             self._opened.append(monotonic())
             self._channel = self._open_channel()
+            self._channel.on_trouble = self.on_trouble
             self._hold = self._channel.send(do="hold", **self.claimed) if self.claimed else -1
         return self._channel
 
