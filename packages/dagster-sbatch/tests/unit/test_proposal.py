@@ -69,6 +69,16 @@ BUSY = {"gpu_utilization": 0.31, "cpu_efficiency": 0.1, "memory": 9000}
         ({"time_limit": "00:30:00", "mem": "4G", "retries": {"max_time_limit": "01:30:00"}}, {"seconds": 2900},
          'SlurmRequest(mem="4G", time_limit="01:15:00", retries=Retries(max_time_limit="01:30:00"))'),
         ({"retries": {"max_time_limit": "01:30:00"}}, {"seconds": 4000}, 'SlurmRequest(time_limit="01:30:00")'),
+        # but not more than a node has, and its QoS allows
+        ({"mem": "400G", "retries": {"max_mem": "1T"}}, {"seconds": 3000, "memory": 700 * 1024},
+         'SlurmRequest(mem="768G")'),
+        ({"mem_per_cpu": "1G", "cpus_per_task": 190, "retries": {"max_mem": "8G"}},
+         {"seconds": 3000, "memory": 700 * 1024}, 'SlurmRequest(cpus_per_task=190, mem="768G")'),
+        ({"mem_per_cpu": "1G", "cpus_per_task": 100, "retries": {"max_mem": "16G"}},
+         {"seconds": 3000, "memory": 120 * 1024},
+         'SlurmRequest(cpus_per_task=100, mem="150G", retries=Retries(max_mem="768G"))'),
+        ({"time_limit": "2-00", "retries": {"max_time_limit": "5-00"}}, {"seconds": 240_000},
+         'SlurmRequest(time_limit="3-00:00:00", retries=Retries(max_time_limit="5-00:00:00"))'),
         ({}, {"seconds": 3000, "memory": 1024}, ""),  # Slurm decides: nobody knows what it gave
         # CPUs, with the memory that must not shrink with them, and the time that the job may take longer
         ({"cpus_per_task": 16, "mem": "4G", "time_limit": "02:00:00"}, {"cpu_efficiency": 0.1, "seconds": 1000},

@@ -103,7 +103,7 @@ def propose(request: SlurmRequest, allocation: Allocation, uses: Sequence[Use]) 
     ]  # fmt: skip
     if not alike:
         return None
-    changes = _changes(request, planned, alike)
+    changes = _changes(request, allocation, alike)
     enough = request.model_copy(update=changes) if changes else None
     return Proposal(_describe(request, planned, alike), enough, render(enough) if enough else "")
 
@@ -126,8 +126,10 @@ def _render_value(value: object) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
-def _changes(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> dict[str, Any]:
+def _changes(request: SlurmRequest, allocation: Allocation, uses: Sequence[Use]) -> dict[str, Any]:
     """Return the fields that differ; fewer CPUs and GPUs only where the time limit is enough for that."""
+    planned, partition = allocation.request, allocation.partition
+    node = parse_memory(partition.mem) if partition else None
     fewer: dict[str, Any] = {}
     factor = 1.0
     one = planned.ntasks_per_node == 1 and not planned.exclusive  # several tasks: the program may count on their GPUs
@@ -138,11 +140,12 @@ def _changes(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) 
     slowest = max(use.seconds for use in uses)
     if _time(slowest * factor) > request.time_limit:
         fewer, factor = {}, 1.0
-    time, most = _time(slowest * factor), request.retries.max_time_limit
-    changes = {**fewer, **_other_memory(request, planned, uses)}
+    time = _time(slowest * factor)
+    most = (request.retries.max_time_limit, partition.limits_of(planned.qos).time_limit if partition else None)
+    changes = {**fewer, **_other_memory(request, planned, node, uses)}
     if time <= WORTH * request.time_limit or timedelta(seconds=slowest) > request.time_limit:
-        changes["time_limit"] = min(time, most) if most else time
-    return {**changes, **_other_retries(request, planned, changes)}
+        changes["time_limit"] = min(filter(None, (time, *most)))
+    return {**changes, **_other_retries(request, planned, node, changes)}
 
 
 def _time(seconds: float) -> timedelta:
@@ -184,20 +187,27 @@ def _fewer_cpus(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use
     return changes, 1 + busy * cpus / enough
 
 
-def _other_memory(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use]) -> dict[str, Any]:
-    """Return less memory where the asset names it (otherwise it comes with the GPUs or the CPUs), or more of it."""
+def _other_memory(
+    request: SlurmRequest, planned: SlurmRequest, node: int | None, uses: Sequence[Use]
+) -> dict[str, Any]:
+    """Return less memory where the asset names it (otherwise it comes with the GPUs or the CPUs), or more of it.
+
+    `node`: KiB of a node; None if they are not known.
+    """
     used, needed, has = _memory_used(uses, planned), _memory_needed(uses, planned), planned.mem_per_node
     if planned.exclusive or not used or not needed or not has:
         return {}
-    named, most = request.mem or request.mem_per_cpu, _most_memory(request, planned)
-    if used > has or (named and needed <= WORTH * has):
-        return {"mem": format_memory(min(needed, most) if most else needed), "mem_per_cpu": None}
+    if used > has or ((request.mem or request.mem_per_cpu) and needed <= WORTH * has):
+        most = (_most_memory(request, planned, node), node)
+        return {"mem": format_memory(min(filter(None, (needed, *most)))), "mem_per_cpu": None}
     return {}
 
 
-def _other_retries(request: SlurmRequest, planned: SlurmRequest, changes: Mapping[str, Any]) -> dict[str, Any]:
+def _other_retries(
+    request: SlurmRequest, planned: SlurmRequest, node: int | None, changes: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the retries, whose limits must stay above the request; `max_mem` is per node once the memory is."""
-    retries, most, found = request.retries, _most_memory(request, planned), {}
+    retries, most, found = request.retries, _most_memory(request, planned, node), {}
     if most and "mem" in changes:
         found["max_mem"] = format_memory(most) if most > parse_memory(changes["mem"]) else None
     if retries.max_time_limit and changes.get("time_limit") == retries.max_time_limit:
@@ -205,10 +215,10 @@ def _other_retries(request: SlurmRequest, planned: SlurmRequest, changes: Mappin
     return {"retries": retries.model_copy(update=found)} if found else {}
 
 
-def _most_memory(request: SlurmRequest, planned: SlurmRequest) -> int | None:
+def _most_memory(request: SlurmRequest, planned: SlurmRequest, node: int | None) -> int | None:
     """Return the KiB per node to which retries may raise the memory; None if they do not."""
-    most = parse_memory(request.retries.max_mem or "0")
-    return most * (planned.cpus_per_node if request.mem_per_cpu else 1) or None
+    most = parse_memory(request.retries.max_mem or "0") * (planned.cpus_per_node if request.mem_per_cpu else 1)
+    return min(filter(None, (most, node))) if most else None
 
 
 def _memory_needed(uses: Sequence[Use], planned: SlurmRequest) -> int | None:
