@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dagster_sbatch.auth import (
+    AccessError,
     BootstrapError,
     MisconfiguredError,
     RejectedError,
@@ -184,6 +185,23 @@ def test_a_token_of_another_user_is_refused_before_anything_is_made(
     with pytest.raises(MisconfiguredError, match="belongs to 'colleague', not to ASC_OIDC_USERNAME=xy12345"):
         refresh(settings, rotation="now", certificate="no")
     assert [each.identifier for each in control.tokens("colleague")] == ["theirs"]
+
+
+@pytest.mark.parametrize("own_token", [False, True])
+def test_the_credentials_of_another_user_are_left_alone(
+    own_token: bool, later: Settings, variables: dict[str, str], control: AuthentikControl
+) -> None:
+    """Two projects of one account here, with two users there, have the same default name of this file."""
+    control.create_user("colleague")
+    token = control.create_token("colleague", "api", "theirs") if own_token else ""
+    theirs = {**variables, "ASC_OIDC_USERNAME": "colleague", "ASC_AUTHENTIK_API_TOKEN": token}
+    before = later.credentials_file.read_text()
+    problem = "has the credentials of 'xy12345', not of ASC_OIDC_USERNAME=colleague.*Set ASC_AUTHENTIK_CREDENTIALS_FILE"
+    with pytest.raises(AccessError, match=problem):
+        refresh(access.settings_of(theirs))
+    assert not later.credentials_file.with_name(later.credentials_file.name + ".failing").exists()
+    assert refresh(later, certificate="no").rotated_with is None
+    assert later.credentials_file.read_text() == before
 
 
 @pytest.mark.parametrize("value", ["two words", "line\nbreak", "ümlaut"])

@@ -26,9 +26,9 @@ Source = Literal["stored", "bootstrap", "direct"]
 
 _VARIABLES = {"api_token": "ASC_AUTHENTIK_API_TOKEN", "app_password": "ASC_OIDC_APP_PASSWORD"}
 _ATTRIBUTES = ("_ID", "_EXPIRES_AT", "_CREATED_AT")
-_RECORD = "ASC_AUTHENTIK_TOKEN_RECORD"
-_OWN = {name + suffix for name in _VARIABLES.values() for suffix in ("", *_ATTRIBUTES)} | {_RECORD}
-_PLAIN = re.compile(r"[A-Za-z0-9_.:+\- ]*")
+_RECORD, _USER = "ASC_AUTHENTIK_TOKEN_RECORD", "ASC_OIDC_USERNAME"
+_OWN = {name + suffix for name in _VARIABLES.values() for suffix in ("", *_ATTRIBUTES)} | {_RECORD, _USER}
+_PLAIN = re.compile(r"[A-Za-z0-9_.:+@\- ]*")
 _HEADER = """\
 # Written by the project, which replaces these secrets before they expire. Do not copy this file: copies stop working.
 # Status: scripts/refresh_step_auth.py --status
@@ -68,6 +68,7 @@ class Credentials:
 
     api_token: Secret | None = None  # makes tokens and app passwords
     app_password: Secret | None = None  # is exchanged for OIDC tokens
+    user: str = ""  # ASC_OIDC_USERNAME of both; empty if it is not known
     record: tuple[str, ...] = ()  # identifiers of all tokens made here that are not known to be deleted
     others: str = field(default="", repr=False)  # lines of the file with other variables
 
@@ -95,6 +96,7 @@ class CredentialsFile:
         values = dotenv_values(stream=StringIO(text), interpolate=False)
         return Credentials(
             **{attribute: _parse_secret(name, values) for attribute, name in _VARIABLES.items()},
+            user=values.get(_USER) or "",
             record=tuple((values.get(_RECORD) or "").split()),
             others="".join(
                 binding.original.string.strip() + "\n"
@@ -109,7 +111,7 @@ class CredentialsFile:
         Raises UnsafeFileError: it cannot be written; the old file stays.
         Raises MisconfiguredError: a value has characters that not all readers of dotenv files understand alike.
         """
-        lines = {_RECORD: " ".join(credentials.record)}
+        lines = {_USER: credentials.user, _RECORD: " ".join(credentials.record)}
         for attribute, name in _VARIABLES.items():
             lines |= _render_secret(name, getattr(credentials, attribute))
         for name, value in lines.items():

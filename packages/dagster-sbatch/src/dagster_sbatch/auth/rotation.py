@@ -74,7 +74,8 @@ class Rotator:
         try:
             api_token, app_password = self._make(authentik, names)
             self._prove(api_token, app_password)
-            new = replace(stored, api_token=api_token, app_password=app_password)
+            user = self._settings.oidc_username or ""
+            new = replace(stored, api_token=api_token, app_password=app_password, user=user)
             self._file.write(new)
         except AccessError:
             if self._file.read() == stored:  # else the file holds the new pair, although an error followed
@@ -121,7 +122,8 @@ class Rotator:
                 name = f"The API token in {self._file.path}" if source == "stored" else "ASC_AUTHENTIK_API_TOKEN"
                 raise MisconfiguredError(
                     f"{name} belongs to {user!r}, not to ASC_OIDC_USERNAME={self._settings.oidc_username}. "
-                    "Correct ASC_OIDC_USERNAME, or use a token of that user"
+                    "Correct ASC_OIDC_USERNAME, or use a token of that user, or set ASC_AUTHENTIK_CREDENTIALS_FILE to "
+                    "another file if this one is another project's"
                 )
             return authentik, source
         raise NoTokenError(refusals)

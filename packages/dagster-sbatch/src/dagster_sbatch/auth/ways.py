@@ -230,5 +230,11 @@ def read_access(settings: Settings) -> AccessState:
         exists = stored is not None
     except UnsafeFileError as error:
         stored, exists, problem = None, True, str(error)
+    if stored and stored.user not in ("", settings.oidc_username):
+        problem = (
+            f"{file} has the credentials of {stored.user!r}, not of ASC_OIDC_USERNAME={settings.oidc_username}: "
+            "perhaps of another project of yours. Set ASC_AUTHENTIK_CREDENTIALS_FILE to another file, or correct the user"
+        )
+        stored = None
     failing = RefreshFailures(file).read()
     return AccessState(settings, clock.now(), certificate, stored or Credentials(), exists, problem, failing)
