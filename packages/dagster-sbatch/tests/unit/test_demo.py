@@ -89,7 +89,7 @@ def test_a_job_without_assets_is_no_success(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "project", SimpleNamespace(defs=DEFS))
-    assert materialise("project", run_of_job(DEFS, "none"), "here", tmp_path) == 1
+    assert materialise("project", "none", "here", tmp_path) == 1
     assert "No asset is selected. Select at least one" in capsys.readouterr().out
 
 

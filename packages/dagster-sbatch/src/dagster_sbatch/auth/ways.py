@@ -233,7 +233,8 @@ def read_access(settings: Settings) -> AccessState:
     if stored and stored.user not in ("", settings.oidc_username):
         problem = (
             f"{file} has the credentials of {stored.user!r}, not of ASC_OIDC_USERNAME={settings.oidc_username}: "
-            "perhaps of another project of yours. Set ASC_AUTHENTIK_CREDENTIALS_FILE to another file, or correct the user"
+            "perhaps of another project of yours. Set ASC_AUTHENTIK_CREDENTIALS_FILE to another file, or correct "
+            "ASC_OIDC_USERNAME"
         )
         stored = None
     failing = RefreshFailures(file).read()

@@ -95,7 +95,7 @@ def execute(
 
 def materialise(
     location: str,
-    runs: Sequence[Run],
+    runs: Sequence[Run] | str,
     where: str,
     home: Path,
     *,
@@ -105,9 +105,9 @@ def materialise(
 ) -> int:
     """Materialise assets, and print a table of what they reported. The first run that fails is the last.
 
-    `where`: for people: where the workloads run. `home`: Dagster's home; the log is `.dagster/demo.log` in it.
-    `figures`: returns columns of the table: heading and text, from an asset's name and values. `variables`: more
-    environment variables of the runs; `development` without them.
+    `runs`: or the name of a job, for `run_of_job`. `where`: for people: where the workloads run. `home`: Dagster's
+    home; the log is `.dagster/demo.log` in it. `figures`: returns columns of the table: heading and text, from an
+    asset's name and values. `variables`: more environment variables of the runs; `development` without them.
     Returns the exit code: 0 if every asset was materialised, 1 if one failed or there is none, 130 after Ctrl-C or
     SIGTERM.
     """
@@ -115,6 +115,7 @@ def materialise(
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "ASC_"))}
     own = {"DAGSTER_HOME": str(home), "DAGSTER_DEPLOYMENT": "development", **(variables or {})}
     defs = import_module(location).defs
+    runs = run_of_job(defs, runs) if isinstance(runs, str) else runs
     chosen = {dg.AssetKey.from_user_string(asset) for run in runs for asset in run.assets}
     keys = [key for key in defs.resolve_asset_graph().toposorted_asset_keys if key in chosen]
     console, log = Console(), home / ".dagster" / "demo.log"
