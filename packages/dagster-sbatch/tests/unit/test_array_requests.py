@@ -77,18 +77,20 @@ def test_a_rejected_result_is_known_to_the_next_claim(prepare: Prepare, tmp_path
     run, gateway = tmp_path / "runs" / "family-1", prepare()
     run.parent.mkdir(mode=0o700)
     run_directories.lay_out(str(run), files_of(PROJECT.load_site("musica"), "family-1", "true", 3))
-    ends = {str(index): {"state": "COMPLETED", "exit": "0:0", "times": [1, 2, 3], "code": 0} for index in range(3)}
+    ends = {str(index): {"state": "COMPLETED", "exit": "0:0", "times": [1, 2, 3], "code": 0} for index in range(2)}
+    ends["2"] = {"state": "NODE_FAIL", "exit": "0:0", "times": [1, 2, 3]}  # before the task could say that it started
     (run / "job").symlink_to("17")
     (run / "ends.json").write_text(json.dumps({"tasks": ends}))
-    for index in (0, 2):
+    for index in (0, 1):
         (run / "tasks" / f"{index}.started").touch()
     gateway.claim(str(run.parent), "family", "token", "me")
-    gateway.reject(str(run), 2)
+    for index in (1, 2):
+        gateway.reject(str(run), index)
     wait_until((run / "tasks/2/failed").exists, "the mark", 60)
     (known,) = gateway.claim(str(run.parent), "family", "token", "me").arrays
     assert (known.number, known.job, known.over, known.tasks) == (1, "17", True, ["i0", "i1", "i2"])
-    assert (known.rejected, known.started) == (frozenset({2}), frozenset({0, 2}))
-    assert {index: end.code for index, end in known.ends.items()} == {0: 0, 1: 0, 2: 0}
+    assert (known.rejected, known.started) == (frozenset({1, 2}), frozenset({0, 1}))
+    assert {index: end.code for index, end in known.ends.items()} == {0: 0, 1: 0, 2: None}
 
 
 def test_a_task_that_was_cut_short_waits_to_run_again(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def array_of(run, certain=False):
         "ends": {str(index): end for index, end in ends.items()},
         "started": sorted(started),
         "requeued": sorted(index for index in started - set(ends) if cut_short(events_of(tasks.path(index)))),
-        "rejected": sorted(index for index in started if has(tasks.path(index), "failed")),
+        "rejected": sorted(index for index in started.union(ends) if has(tasks.path(index), "failed")),
         "followers": followers_of(run),
         "record": record,
     }
