@@ -163,21 +163,23 @@ def test_tasks_that_have_read_older_data_run_again(
 def test_a_task_that_was_adopted_and_requests_a_retry_runs_again(
     site: SimulatedSite, tmp_path: Path, variables: dict[str, str]
 ) -> None:
-    """No environment was needed until then."""
-    workload = """
+    """No environment was needed until then. It does not wait for the other task, which here waits for it."""
+    workload = f"""
     import pathlib, sys, time
     home = pathlib.Path.home()
-    while not (home / "go-on").exists():
+    first = pipes.partition_key == "{FIRST}"
+    while not (home / ("go-on" if first else "again")).exists():
         time.sleep(0.1)
-    if not (home / "tried").exists():
+    if first and not (home / "tried").exists():
         (home / "tried").touch()
         sys.exit(75)
-    pipes.report_asset_materialization(metadata={"day": pipes.partition_key})
+    (home / "again").touch()
+    pipes.report_asset_materialization(metadata={{"day": pipes.partition_key}})
     """
     asset = ArrayProcess(tmp_path / "asset", variables, workload, FIRST, "2013-01-02")
-    asset.array = {"max_running_tasks": 1}
+    asset.array = {"max_running_tasks": 2}
     process = asset.start()
-    wait_until(lambda: "2 tasks: 0 done, 1 running" in asset.log, "one runs", 90)
+    wait_until(lambda: "2 tasks: 0 done, 2 running" in asset.log, "both run", 90)
     kill(process)
     process = asset.start(of=asset.runs()[0], from_failure=True)
     wait_until(lambda: "attaching to 2" in asset.log, "adopted", 90)

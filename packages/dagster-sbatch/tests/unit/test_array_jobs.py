@@ -85,12 +85,16 @@ def test_a_task_that_has_to_run_again_is_submitted_with_the_next_array_job() -> 
     assert (batches.take([], 2), batches.take([], 2)) == (([1], None), ([], None))
 
 
-def test_tasks_that_were_adopted_and_have_to_run_again_are_one_array_job() -> None:
+def test_tasks_that_have_to_run_again_wait_only_for_as_many_others_as_there_are_of_them() -> None:
+    """A larger number waits for the end of an array job: Slurm would not let more of them run once there is room."""
     batches = Batches([7], Limits(1001, None), 5)
     assert batches.take([], 0) == ([7], 1)
     for index in range(300):
         batches.left.append(index)
+    assert batches.take([5], 2, running=2) == ([], None)
     assert batches.take([1], 1) == (list(range(300)), 4)
+    batches.left += [7, 8]
+    assert [batches.take([5], left, running=left) for left in (4, 3)] == [([], None), ([7, 8], 2)]
 
 
 WELL, BADLY = JobEnd(0, "COMPLETED"), JobEnd(1, "FAILED")

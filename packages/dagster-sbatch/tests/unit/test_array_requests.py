@@ -1,17 +1,20 @@
-"""Requests about array jobs that follow nothing: Slurm's limits, what is known of a run, rejected results."""
+"""Requests about array jobs: Slurm's limits, what is known of a run, rejected results; also while a job is followed."""
 
 import json
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.slurm.gateway import ArrayRun, Limits, RefusedError, StoppedError, follow_arrays
+from dagster_sbatch.slurm.gateway import ArrayRun, Gateway, Limits, RefusedError, StoppedError, follow_arrays
 from dagster_sbatch.slurm.gateway.agent import ends, run_directories
 from resources import PROJECT
 from slurm_in_a_box import wait_until
-from support.agent_fixtures import Prepare, put
+from support.agent_fixtures import HURRIED, Prepare, put
 from support.array_run import Recorder, files_of
+from support.array_site import Site, record
 
 SCONTROL = """\
 case "$*" in
@@ -168,3 +171,54 @@ def test_whoever_only_reads_the_output_of_a_run_does_not_submit_it(
             gateway.run(str(run), None, {}, follower="")
     gateway.close()  # the agent finishes a submission that it has begun
     assert not (tmp_path / "submitted").exists()
+
+
+class Asks(Recorder):
+    """Makes a request whenever a task has started or ended."""
+
+    def __init__(self, site: Site, gateway: Gateway) -> None:
+        super().__init__(site.array, on_event=self.wish)
+        self._gateway, self._wishes, self.requests = gateway, False, 0
+
+    def wish(self, event: str) -> None:
+        self._wishes |= event in ("started", "ended")
+
+    def is_prepared(self) -> bool:
+        return not self._wishes
+
+    def prepare(self) -> None:
+        self._wishes = False
+        self._gateway.ping()
+        self.requests += 1
+
+
+def test_requests_while_an_array_job_is_followed_lose_nothing_and_double_nothing(
+    slurm: Path, tmp_path: Path, prepare: Prepare
+) -> None:
+    site, gateway, tasks = Site(slurm, tmp_path, 4), prepare(HURRIED), range(4)
+    seen, written = Asks(site, gateway), dict.fromkeys(tasks, "")
+
+    def write_in_all(requests: int) -> None:
+        """Write while a request is made."""
+        while seen.requests < requests:
+            for index in (each for each in tasks if each not in over):
+                line = f"task {index}, {len(written[index])} bytes before\n"
+                site.write(index, "stdout", line)
+                written[index] += line
+            time.sleep(0.01)
+
+    with ThreadPoolExecutor(1) as pool:
+        end, over = pool.submit(follow_arrays, gateway, seen, "run-1"), list(tasks)
+        wait_until((site.run / "job").is_symlink, "it is submitted", 60)
+        for index in tasks:
+            site.start(index)
+            over.remove(index)
+            write_in_all(index + 1)
+        for index in tasks:
+            over.append(index)
+            site.end(index)
+            site.say(*(record(str(each), "COMPLETED" if each in over else "RUNNING") for each in tasks))
+            write_in_all(len(tasks) + index + 1)
+        end.result(60)
+    assert seen.outcomes == dict.fromkeys(tasks, ("COMPLETED", 0))
+    assert {index: seen.text(index) for index in tasks} == written

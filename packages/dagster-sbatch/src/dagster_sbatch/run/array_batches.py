@@ -30,24 +30,27 @@ class Batches:
         self._limits, self._max_running = limits, max_running
 
     def take(
-        self, shares: Sequence[int], queued: int, kind: Callable[[int], Hashable] = lambda _: None
+        self, shares: Sequence[int], queued: int, kind: Callable[[int], Hashable] = lambda _: None, running: int = 0
     ) -> tuple[list[int], int | None]:
         """Return the tasks of the next array job, none if there is none now, and how many of them may run at once.
 
         `shares`: how many tasks of each array job that is not over may run at once; not read without `max_running`.
         `queued`: number of tasks of these array jobs. `kind`: returns the request of a task: the tasks of an array job
-        have the same one.
+        have the same one. `running`: how many tasks of the array jobs can run at once from now on: fewer than their
+        shares, if these have fewer tasks left; not read without `max_running`.
         """
         submit = self._limits.submit
         alike = [task for task in self.left if kind(task) == kind(self.left[0])]
         size = min(len(alike), self._limits.array or USUAL_LIMIT)
         if submit and len(self.left) + queued > submit // 2:  # other jobs of the user need room, too
             size = min(size, max(1, submit // PARTS))
-        share = self._max_running
-        if share is not None and size:
-            number, share = -(-len(alike) // size), share - sum(shares)
-            if share < 1:
-                return [], None
+        most = share = self._max_running
+        if most is not None and size:
+            number, share = -(-len(alike) // size), most - sum(shares)
+            if share < 1:  # Slurm would never let more of them run than have room now
+                number, share = 1, min(size, most - running)
+                if share < len(alike):
+                    return [], None
             if submit:
                 number = min(number, max(1, PARTS - len(shares)))
             share = min(size, -(-share // number))

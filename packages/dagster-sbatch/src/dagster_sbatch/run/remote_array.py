@@ -10,6 +10,7 @@ import dagster as dg
 
 from dagster_sbatch.auth.clock import written
 from dagster_sbatch.environments.deployed import Environment
+from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import TaskChoice
 from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.array_step import ArrayStep
@@ -27,7 +28,7 @@ from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape, SlurmRequest, accounting
-from dagster_sbatch.slurm.gateway import ArrayState, Claim, JobEnd, Limits, Sinks, Submitted
+from dagster_sbatch.slurm.gateway import ArrayState, Claim, JobEnd, Limits, RefusedError, Sinks, Submitted
 from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Arrays, follow_arrays
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.units import count_of
@@ -64,8 +65,8 @@ class RemoteArray(RemoteStep, Arrays):
         self._batches = Batches([], Limits(None, None), None)
         self._submitting: str | None = None
         self._found: Environment | None = None
-        self._refusal: str | None = None
-        self._refused: dict[int, str] = {}
+        self._refusal: RefusedError | ConfigurationError | None = None
+        self._refused: dict[int, RefusedError | ConfigurationError] = {}
         self._failed_in: dict[int, tuple[str, int]] = {}
         self._series = defaultdict[int, AttemptSeries](lambda: AttemptSeries(self._planned, self._settings))
         self._warned: set[str] = set()
@@ -82,10 +83,6 @@ class RemoteArray(RemoteStep, Arrays):
                 self._choose()
                 self._gateway.committed = True
                 follow_arrays(self._gateway, self, self._context.run_id)
-                if self._found is None and self._batches.left:  # adopted tasks that have to run again
-                    self._found = self._find_environment(tasks=0)  # they cost nothing new
-                    self._batches = self._divide(self._batches.left)
-                    follow_arrays(self._gateway, self, self._context.run_id)
                 self._fail_refused()
         self._array.attempts = self._rows()
         self._array.where = self._where(self._project)
@@ -144,9 +141,12 @@ class RemoteArray(RemoteStep, Arrays):
         """Register the tasks of array jobs that Slurm refused, and those that were not submitted after that."""
         if self._refusal is not None:
             self._refused |= dict.fromkeys(self._batches.left, self._refusal)
-        explained = {text: self._explain(text) for text in {*self._refused.values()}}
-        for index, text in self._refused.items():
-            last, cause = next(reversed(self._series[index].ended), None), explained[text]
+        explained = {
+            error: str(error) if isinstance(error, ConfigurationError) else self._explain(str(error))
+            for error in {*self._refused.values()}
+        }
+        for index, error in self._refused.items():
+            last, cause = next(reversed(self._series[index].ended), None), explained[error]
             if last and index in self._failed_in:  # a re-execution begins with the request of the asset
                 self._gateway.reject(*self._failed_in[index])
             logs = f"scripts/job {last.job} logs" if last else "none: it was not submitted"
@@ -167,7 +167,8 @@ class RemoteArray(RemoteStep, Arrays):
             return None
         queued = sum(len(each.tasks) - len(each.ends) for each in active)
         shares = [each.share for each in active]
-        indices, max_running = self._batches.take(shares, queued, lambda index: self._series[index].request)
+        running = sum(min(each.share, len(each.tasks) - len(each.ends)) for each in active)
+        indices, max_running = self._batches.take(shares, queued, lambda index: self._series[index].request, running)
         if not indices:
             return None
         self._number += 1
@@ -176,6 +177,17 @@ class RemoteArray(RemoteStep, Arrays):
         self._jobs_by_run[run] = _ArrayJob(dict(enumerate(indices)), request, max_running or len(indices))
         self._runs[run] = None
         return ArrayRun(run, self._files_of_array(run, indices, max_running), range(len(indices)))
+
+    def is_prepared(self) -> bool:  # noqa: D102 - see Arrays
+        return self._found is not None or self._refusal is not None or not self._batches.left
+
+    def prepare(self) -> None:
+        """Find the environment in which adopted tasks run again. Without one, they fail, and the others continue."""
+        try:
+            self._batches = self._divide(self._batches.left)
+            self._found = self._find_environment(tasks=0)  # they cost nothing new
+        except (ConfigurationError, RefusedError) as error:
+            self._refusal = error
 
     def _files_of_array(self, run: str, indices: Sequence[int], max_running: int | None) -> dict[str, str]:
         assert self._found
@@ -203,9 +215,10 @@ class RemoteArray(RemoteStep, Arrays):
             self._batches.left += array_job.tasks.values()
             return
         self._submitting = None
-        self._refused |= dict.fromkeys(array_job.tasks.values(), text)
+        error = RefusedError(text)
+        self._refused |= dict.fromkeys(array_job.tasks.values(), error)
         if array_job.request == self._planned.request:  # otherwise it may accept that of other tasks
-            self._refusal = text
+            self._refusal = error
         self._array.store_completed()
 
     def waiting(self, run: str, text: str) -> None:  # noqa: D102 - see Arrays

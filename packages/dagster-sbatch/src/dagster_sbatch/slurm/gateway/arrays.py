@@ -43,6 +43,13 @@ class Arrays:
         """
         raise NotImplementedError
 
+    def is_prepared(self) -> bool:
+        """Return whether `take` needs no answer of the login node first; `prepare` is called if it does."""
+        return True
+
+    def prepare(self) -> None:
+        """Request what `take` needs to know. No other method may make requests: they would get among the answers."""
+
     def submitted(self, run: str, submitted: Submitted) -> None:
         """Slurm has accepted the job, or it was found."""
 
@@ -96,30 +103,38 @@ def follow_arrays(link: Link, arrays: Arrays, follower: str) -> None:
     active: dict[str, _Followed] = {}
 
     def step() -> None:
-        runs = list(active)
-        requests = [active[run].request(follower) for run in runs]
-
-        def take() -> None:
-            while array := arrays.take():
-                active[array.run] = _Followed(array, set(array.tasks))
-                runs.append(array.run)
-                requests.append(active[array.run].request(follower))
-
-        take()
-        if not active:
-            return
-        for which, head in link.follow(requests, lambda which, task: arrays.sinks(runs[which], task)):
-            followed = active[runs[which]]
-            if _report(arrays, followed, head):
-                if "refused" in head or "over" in head:
-                    del active[runs[which]]
-                take()
-            elif "trouble" in head:
-                link.on_trouble(head["trouble"])
-            if not active:
-                return
+        _follow(link, arrays, active, follower)
+        while not arrays.is_prepared():
+            arrays.prepare()
+            _follow(link, arrays, active, follower)
 
     link.patiently(step, lasting=lambda: any(each.known for each in active.values()))
+
+
+def _follow(link: Link, arrays: Arrays, active: dict[str, _Followed], follower: str) -> None:
+    """Follow array jobs until all are over, or `prepare` has to be called; a second call continues where one ended."""
+    runs = list(active)
+    requests = [active[run].request(follower) for run in runs]
+
+    def take() -> None:
+        while array := arrays.take():
+            active[array.run] = _Followed(array, set(array.tasks))
+            runs.append(array.run)
+            requests.append(active[array.run].request(follower))
+
+    take()
+    if not active:
+        return
+    for which, head in link.follow(requests, lambda which, task: arrays.sinks(runs[which], task)):
+        followed = active[runs[which]]
+        if _report(arrays, followed, head):
+            if "refused" in head or "over" in head:
+                del active[runs[which]]
+            take()
+        elif "trouble" in head:
+            link.on_trouble(head["trouble"])
+        if not active or not arrays.is_prepared():
+            return
 
 
 def _report(arrays: Arrays, followed: _Followed, head: Mapping[str, Any]) -> bool:
