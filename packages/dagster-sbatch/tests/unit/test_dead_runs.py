@@ -1,5 +1,6 @@
 """Which runs count as dead: by their process, and never by the clock, which may be set at any time."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -85,6 +86,22 @@ def test_another_process_under_the_same_number_is_not_the_runs(
         assert health(instance, run_id) == "NOT_FOUND"
 
 
+def test_another_program_under_the_number_of_a_run_may_have_any_name(
+    instance: dg.DagsterInstance, python: "subprocess.Popen[bytes]", tmp_path: Path
+) -> None:
+    """Linux shows its first 15 bytes, which may end within a character."""
+    path = tmp_path / "mein-Programm-ü"
+    shutil.copy("/bin/sleep", path)
+    run_id = started(instance, python.pid)
+    assert health(instance, run_id) == "RUNNING"
+    with subprocess.Popen([path, "600"]) as program:
+        instance.add_run_tags(run_id, RunProcess(program.pid, "another boot 1").tags(run_id))
+        try:
+            assert health(instance, run_id) == "NOT_FOUND"
+        finally:
+            program.kill()
+
+
 def test_another_program_under_the_number_of_a_run_that_was_never_checked(instance: dg.DagsterInstance) -> None:
     with subprocess.Popen(["sleep", "600"]) as process:
         run_id = started(instance, process.pid)
@@ -112,9 +129,9 @@ def test_a_process_that_ends_while_it_is_examined_is_gone(
 ) -> None:
     read_text = Path.read_text
 
-    def read(path: Path) -> str:
+    def read(path: Path, errors: str | None = None) -> str:
         if path.name != "stat":
-            return read_text(path)
+            return read_text(path, errors=errors)
         with path.open() as file:
             python.kill()
             python.wait()

@@ -5,6 +5,7 @@ The node's program runs as srun runs it, after pre-start commands in the same sh
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,3 +216,15 @@ def test_the_node_program_ends_and_nothing_is_left(how: str, started: Started) -
     assert started.shell.wait(60) == (143 if how == "it gets SIGTERM" else 0)
     assert started.is_clean()
     assert started.failure == ""
+
+
+def test_a_program_of_any_user_may_have_any_name(tmp_path: Path) -> None:
+    """Linux shows its first 15 bytes, which may end within a character."""
+    path = tmp_path / "mein-Programm-ü"
+    shutil.copy("/bin/sleep", path)
+    with subprocess.Popen([path, "600"]) as program:
+        try:
+            assert b"(mein-Programm-\xc3)" in Path(f"/proc/{program.pid}/stat").read_bytes()
+            assert program.pid in processes.children()[os.getpid()]
+        finally:
+            program.kill()

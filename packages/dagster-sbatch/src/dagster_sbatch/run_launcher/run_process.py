@@ -73,5 +73,5 @@ def _begin(process: psutil.Process) -> str:
     boot = PROC / "sys" / "kernel" / "random" / "boot_id"
     if not boot.exists():
         return str(process.create_time())
-    stat = (PROC / str(process.pid) / "stat").read_text()
+    stat = (PROC / str(process.pid) / "stat").read_text(errors="replace")  # another program may have the number now
     return f"{boot.read_text().strip()} {stat.rpartition(')')[2].split()[19]}"  # field 22 of proc_pid_stat(5)

@@ -11,12 +11,12 @@ from job_cluster import tail
 
 
 def children() -> dict[int, list[int]]:
-    """Return the processes of this machine by their parent."""
+    """Return the processes of this machine by their parent; the name of a program may have any bytes."""
     found: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parent = int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
                 found.setdefault(parent, []).append(int(entry.name))
     return found
 
@@ -60,7 +60,7 @@ def reap() -> Iterator[tuple[int, int]]:
 
 def process_name(pid: int) -> str:
     """Return the name of a process of Ray, as in its log files' names: that of its module, script or program."""
-    words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
     if "-m" in words:
         return words[words.index("-m") + 1]
     return Path(next((word for word in words if word.endswith(".py")), words[0])).stem or "a process of Ray"
