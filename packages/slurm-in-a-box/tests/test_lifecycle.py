@@ -142,7 +142,7 @@ def test_up_again_leaves_what_runs_alone(slurm_site: SimulatedSite) -> None:
 
 
 @pytest.mark.cluster
-def test_commands(slurm_site: SimulatedSite, capfd: pytest.CaptureFixture[str]) -> None:
+def test_commands(slurm_site: SimulatedSite, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def sim(*arguments: str) -> tuple[int, str]:
         code = main(["--name", slurm_site.layout.name, *arguments])
         return code, capfd.readouterr().out
@@ -153,7 +153,10 @@ def test_commands(slurm_site: SimulatedSite, capfd: pytest.CaptureFixture[str]) 
     code, dotenv = sim("env")
     assert code == 0
     assert f"SLURM_EDGE_NODE_HOST={slurm_site.login.address}\n" in dotenv
-    assert slurm_site.login.known_hosts.read_text(encoding="utf-8") in dotenv
+    (tmp_path / ".ssh").mkdir()
+    command = dotenv.splitlines()[1].removeprefix("#")
+    subprocess.run(["/bin/sh", "-c", command], env={"HOME": str(tmp_path), "PATH": os.defpath}, check=True)
+    assert (tmp_path / ".ssh" / "known_hosts").read_bytes() == slurm_site.login.known_hosts.read_bytes()
     assert sim("fault", "ca-down")[0] == 0
     assert sim("status")[0] == 1
     assert sim("fault", "repair")[0] == 0

@@ -1,6 +1,7 @@
 """The command `python -m slurm_in_a_box`."""
 
 import argparse
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -161,8 +162,8 @@ def _login(options: argparse.Namespace) -> int:
 
 def _env(options: argparse.Namespace) -> int:
     site = SimulatedSite.running(options.name)
-    print("# Test values for the simulated site. Its host keys are signed: add this line to your known_hosts.")
-    print(f"# {site.login.known_hosts.read_text(encoding='utf-8').strip()}")
+    print("# Test values for the simulated site. Let SSH trust its host keys:")
+    print(f"#   cat {shlex.quote(str(site.login.known_hosts))} >>~/.ssh/known_hosts")
     for name, value in site.environment().items():
         print(f"{name}={value}")
     return 0
