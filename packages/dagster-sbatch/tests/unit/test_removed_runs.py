@@ -267,8 +267,8 @@ def test_a_step_is_executed_again_whose_run_directory_was_removed(played_slurm: 
     success, error, _ = step.result(step.start(again=True))
     assert not success
     assert (
-        f"Slurm job 17 of an earlier run of this step is RUNNING, and its run directory is gone: "
-        f"{played_slurm.runs}/{name}\nA new job could receive its messages. Cancel it on {os.uname()[1]}, then "
+        f"Slurm job 17 of an earlier run of this step is RUNNING, and its run directory is not there: "
+        f"{played_slurm.runs}/{name}\nA new job would run beside it. Cancel it on {os.uname()[1]}, then "
         "re-execute this run:\n  scancel 17"
     ) in error
     assert played_slurm.names() == [name]

@@ -103,9 +103,9 @@ def others(folder, family, beginning):
 
 
 def refuse_beside_lost(folder, beginning, jobs):
-    """Refuse a new job while an earlier one of the step runs whose run directory was removed.
+    """Refuse a new job while an earlier one of the step runs whose run directory was removed, or is elsewhere.
 
-    Its messages could get among those of the new job: both have the same paths.
+    Its messages could get among those of the new job: both may have the same paths.
 
     jobs: those that the client knows of
     """
@@ -122,8 +122,8 @@ def refuse_beside_lost(folder, beginning, jobs):
         for record in records:
             key = record.get("JobName", "")
             if key.startswith(beginning) and not state_of(record):
-                text = "Slurm job %s of an earlier run of this step is %s, and its run directory is gone: %s\n"
-                text += "A new job could receive its messages. Cancel it on %s, then re-execute this run:\n  scancel %s"
+                text = "Slurm job %s of an earlier run of this step is %s, and its run directory is not there: %s\n"
+                text += "A new job would run beside it. Cancel it on %s, then re-execute this run:\n  scancel %s"
                 values = (job, record["JobState"], os.path.join(folder, key), os.uname()[1], job)
                 raise RequestError("refused", text % values)
 
