@@ -1,6 +1,7 @@
 """What a node of a Ray job does around Ray: ports, memory, its folder, and leaving nothing behind."""
 
 import importlib.metadata
+import json
 import os
 import socket
 import subprocess
@@ -369,3 +370,12 @@ def test_a_node_is_lost_when_it_is_not_alive_any_more(head: node.Node) -> None:
     busy, idle, failed = (SimpleNamespace(ip_address=f"10.0.0.{number}") for number in (1, 2, 1))
     status = SimpleNamespace(active_nodes=[busy], idle_nodes=[idle], failed_nodes=[failed])
     assert watch.find_lost(status, watch.joined_nodes()) == ["n3"]
+
+
+def test_a_full_disk_does_not_end_the_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for target in ("/dev/full", tmp_path / "room"):
+        Path("messages.jsonl").unlink(missing_ok=True)
+        Path("messages.jsonl").symlink_to(target)
+        watch.report("Ray: 2 node(s)")
+    assert json.loads((tmp_path / "room").read_text())["params"]["message"] == "Ray: 2 node(s)"

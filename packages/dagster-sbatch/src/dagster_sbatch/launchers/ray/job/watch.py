@@ -10,6 +10,8 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from job_cluster import HEAD_FILE, end_with_parent, fail, read_published, state
@@ -21,12 +23,11 @@ FIRST_PAUSE, LONGEST_PAUSE = 10, 300
 
 
 def report(text: str) -> None:
-    """Write a log line into the events of the Dagster run."""
+    """Write a log line into the events of the Dagster run; do without it if the disk is full."""
     params = {"message": text, "level": "INFO"}
     line = json.dumps({"__dagster_pipes_version": "0.1", "method": "log", "params": params}) + "\n"
-    messages = os.open("messages.jsonl", os.O_WRONLY | os.O_APPEND)
-    os.write(messages, line.encode())  # in one call: the workload writes there too
-    os.close(messages)
+    with suppress(OSError), Path("messages.jsonl").open("ab", buffering=0) as messages:
+        messages.write(line.encode())  # in one call: the workload writes there too
 
 
 def describe(status: Any) -> str:
