@@ -16,8 +16,7 @@ def hurry():
         "shared_queue": dict(SQUEUE_EVERY=0.5, UNSHARED_EVERY=0.5),
         "slurm_commands": dict(COMMAND_PATIENCE=3),
         "jobs": dict(FIRST_PAUSE=0.1, ROOM_PAUSE=0.5),
-        "follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5),
-        "array_follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5, COMMAND_PATIENCE=3),
+        "follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5, COMMAND_PATIENCE=3),
         "streams": dict(HOLE=0.5),
     }.items():
         vars(import_module("agent." + name)).update(values)

@@ -96,7 +96,7 @@ class Recorder(Arrays):
         self.states.append(state)
         self.on_event("state")
 
-    def started(self, run: str, task: int, node: str) -> None:
+    def started(self, run: str, task: int, node: str, temporary: str) -> None:
         assert run in self.active
         self.starts[self.first[run] + task].append(node)
         self.on_event("started")

@@ -284,7 +284,7 @@ def test_a_full_disk_keeps_no_end_from_the_client(site: Site, prepare: Prepare, 
 COUNTING = """
 def spoil():
     import sys
-    arrays = sys.modules["agent.array_follower"]
+    arrays = sys.modules["agent.follower"]
     events_of = arrays.events_of
     def count(folder):
         with open({counted!r}, "a") as file:
@@ -324,8 +324,8 @@ def test_only_running_tasks_are_read_and_not_too_often(
 REFUSING = """
 def spoil():
     import os, sys, threading, time
-    follower = sys.modules["agent.follower"]
-    submit = follower.submit_when_possible
+    jobs = sys.modules["agent.jobs"]
+    submit = jobs.submit_when_possible
     def refuse(*arguments):
         if os.path.exists({lost!r} + ".2"):
             raise sys.modules["agent.disk"].RequestError("refused", "Permission denied")
@@ -335,7 +335,7 @@ def spoil():
             time.sleep(0.01)
         os.rename({lost!r}, {lost!r} + ".2")
         os._exit(0)
-    follower.submit_when_possible = refuse
+    jobs.submit_when_possible = refuse
     threading.Thread(target=lose, daemon=True).start()
 """
 
@@ -361,9 +361,9 @@ def test_a_refusal_over_a_new_connection_costs_no_job(
 
 IN_SMALL_PIECES = """
 def spoil():
-    for name in ("streams", "array_follower"):
+    for name in ("streams", "follower"):
         vars(sys.modules["agent." + name]).update(CHUNK=1000, MOST_CHUNKS=1)
-    sys.modules["agent.array_follower"].COMMAND_PATIENCE = 0.5
+    sys.modules["agent.follower"].COMMAND_PATIENCE = 0.5
 """
 
 

@@ -143,9 +143,9 @@ def test_tasks_that_have_recorded_their_ends_do_not_count_as_running() -> None:
                 array._jobs_by_run[run] = _ArrayJob(dict(enumerate(tasks)), SlurmRequest(), share=2)
                 array._runs[run] = "17"
                 for task in range(4):
-                    array.started(run, task, "n1")
+                    array.started(run, task, "n1", "/tmp")
                 array.state(run, ArrayState(waiting=6, running=2, requeued=0, reason="None", start=None, account=""))
-            array.started("b", 4, "n1")
+            array.started("b", 4, "n1", "/tmp")
         return dg.MaterializeResult()
 
     with dg.DagsterInstance.ephemeral() as instance:

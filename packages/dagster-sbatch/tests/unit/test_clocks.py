@@ -21,8 +21,7 @@ SKEWS = [-30, 30]
 UNSEEN = """
 def spoil():
     import sys
-    for name in ("follower", "array_follower"):
-        sys.modules["agent." + name].UNSEEN = 600
+    sys.modules["agent.follower"].UNSEEN = 600
 """
 QUEUE = "echo '17|{state}|None|N/A|KEY|p1'"
 RECORD = "JobName=KEY JobState={state} ExitCode=0:0 SubmitTime=1 StartTime=2 EndTime=3"

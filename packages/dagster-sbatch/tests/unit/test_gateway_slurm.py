@@ -14,7 +14,16 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.slurm.gateway.agent import disk, ends, follower, jobs, run_directories, shared_queue, slurm_commands
+from dagster_sbatch.slurm.gateway.agent import (
+    disk,
+    ends,
+    follower,
+    jobs,
+    run_directories,
+    shared_queue,
+    slurm_commands,
+    tasks,
+)
 from slurm_in_a_box import wait_until
 from support import ROOT
 
@@ -276,8 +285,8 @@ def test_slurms_word_alone_is_not_believed_at_once(meanwhile: str, lag: float, s
     command = [sys.executable, "-c", QUICK.format(lag=lag)]
     agent = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert agent.stdin and agent.stdout
-    offsets = dict.fromkeys(("messages.jsonl", "stdout", "stderr"), 0)
-    follow = {"id": 1, "do": "run", "run": str(run), "follower": "", "offsets": offsets, "fields": "JobID,State"}
+    tasks = {"tasks": [0], "followed": [0], "offsets": {}}
+    follow = {"id": 1, "do": "run", "run": str(run), "follower": "", **tasks, "fields": "JobID,State"}
     agent.stdin.write(json.dumps(follow).encode() + b"\n")
     agent.stdin.flush()
     wait_until(asked.exists, "Slurm is asked")
@@ -339,22 +348,23 @@ def test_a_directory_of_users_that_does_not_answer_is_no_end(monkeypatch: pytest
 def test_slurm_is_asked_again_soon_whether_a_job_that_was_cut_short_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its processes may have some seconds to end: the pauses begin with one second, and double."""
+    """Its processes may have some seconds to end: the pauses begin with a second, and grow."""
     now, asked = [1000.0], []
 
-    def conclude(*_: str) -> None:
+    def find_ends(*_: str) -> tuple[dict[int, Any], set[int], None]:
         asked.append(now[0])
-        raise disk.RequestError("temporary", "it is COMPLETING")
+        return {}, set(), None  # it is COMPLETING
 
     monkeypatch.setattr(follower, "time", SimpleNamespace(time=lambda: now[0]))
-    monkeypatch.setattr(follower, "conclude", conclude)
-    queue = SimpleNamespace(row=lambda *_: ["COMPLETING"], view={"at": 0.0})
-    request = {"run": str(tmp_path / "KEY-1"), "offsets": {}, "fields": []}
+    monkeypatch.setattr(tasks.Tasks, "find_ends", find_ends)
+    queue = SimpleNamespace(view={"at": 0.0})
+    request = {"run": str(tmp_path / "KEY-1"), "offsets": {}, "fields": [], "tasks": [0], "followed": [0]}
     following = follower.Follower(queue, request, lambda **_: None, "17", None)
+    following.schedule(0, now[0]).own = {"code": None}
+    following.recorded = {0}
     now[0] += 100
-    following.moved = now[0]
-    while now[0] < 1131:
-        following.ask_for_end({"code": None})
+    while now[0] < 1126:
+        following.find_ends()
         queue.view["at"] = now[0] = now[0] + 0.1
     pauses = [later - earlier for earlier, later in pairwise(asked)]
-    assert pauses == pytest.approx([1.1, 1.2, 2.4, 4.8, 9.6], rel=0.1)
+    assert pauses == pytest.approx([1.6, 2.3, 3.4, 5.1, 7.6], rel=0.1)

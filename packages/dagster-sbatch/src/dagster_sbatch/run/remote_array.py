@@ -238,7 +238,7 @@ class RemoteArray(RemoteStep, Arrays):
         if advice := advise(state.reason, job or "JOB"):
             self._log.warning(f"Tasks of Slurm job {job} may never start ({state.reason}): {advice}")
 
-    def started(self, run: str, task: int, node: str) -> None:  # noqa: ARG002, D102 - see Arrays
+    def started(self, run: str, task: int, node: str, temporary: str) -> None:  # noqa: ARG002, D102 - see Arrays
         array_job = self._jobs_by_run[run]
         self._array.progress.started.add(array_job.tasks[task])
         self._count_running(array_job, array_job.running + 1, array_job.requeued)  # until the next state

@@ -95,7 +95,7 @@ class JobEnd:
 
 @dataclass(frozen=True)
 class ArrayState:
-    """The state of the tasks of an array job that a client follows."""
+    """The state of the tasks of a job that a client follows."""
 
     waiting: int  # tasks that have not started yet
     running: int  # tasks that have, and have not recorded their end
@@ -103,6 +103,7 @@ class ArrayState:
     reason: str  # why tasks wait; `None` (the word) if none does
     start: datetime | None  # when the next one is expected to start, if Slurm knows
     account: str = ""  # project that the job is charged to; empty until Slurm has answered
+    shown: str = ""  # the job's own state in the queue; empty if squeue has not shown it
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
-"""Array jobs as a client follows them: several at once, over one channel, each task from the byte where it broke."""
+"""Jobs as a client follows them: several at once, over one channel, each task from the byte where it broke.
 
-from collections.abc import Mapping, Sequence
+A single job is followed as an array job that has one task.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,6 +11,7 @@ from dagster_sbatch.slurm.gateway.answers import (
     ACCOUNTED,
     ArrayState,
     JobEnd,
+    JobState,
     RefusedError,
     RemovedError,
     Submitted,
@@ -63,8 +67,11 @@ class Arrays:
     def state(self, run: str, state: ArrayState) -> None:
         """The number of waiting or running tasks has changed, or why they wait; at most once per second."""
 
-    def started(self, run: str, task: int, node: str) -> None:
-        """A task has started, or has started again."""
+    def started(self, run: str, task: int, node: str, temporary: str) -> None:
+        """A task has started, or has started again; `temporary`: its folder for temporary files on the node."""
+
+    def idle(self, run: str, task: int, seconds: float) -> None:
+        """The GPUs of a task have been idle for this long. It is said once."""
 
     def sinks(self, run: str, task: int) -> Sinks:  # noqa: ARG002
         """Return what gets the output of a task that has written: `messages.jsonl`, `stdout`, `stderr`."""
@@ -165,7 +172,9 @@ def _report_task(arrays: Arrays, followed: _Followed, head: Mapping[str, Any]) -
     if "began" in head:
         if followed.starts.get(task) != head["began"]:
             followed.starts[task] = head["began"]
-            arrays.started(run, task, head["node"])
+            arrays.started(run, task, head["node"], head["temporary"])
+    elif "idle" in head:
+        arrays.idle(run, task, head["idle"])
     elif "end" in head:
         followed.left.discard(task)
         followed.offsets.pop(task, None)
@@ -173,3 +182,59 @@ def _report_task(arrays: Arrays, followed: _Followed, head: Mapping[str, Any]) -
         arrays.ended(run, task, JobEnd.parse(head["end"], head["short"]))
         return True
     return False
+
+
+class SingleJob(Arrays):
+    """A single job, and how it has ended; `sinks` get its output."""
+
+    def __init__(
+        self,
+        run: ArrayRun,
+        sinks: Sinks,
+        on_submitted: Callable[[Submitted], None],
+        on_state: Callable[[JobState], None],
+        on_trouble: Callable[[str], None],
+    ) -> None:
+        self.end: JobEnd | None = None
+        self._left, self._sinks = [run], sinks
+        self._state = self._reported = JobState("", "None", None)
+        self._on_submitted, self._on_state, self._on_trouble = on_submitted, on_state, on_trouble
+
+    def take(self) -> ArrayRun | None:  # noqa: D102 - see Arrays
+        return self._left.pop() if self._left else None
+
+    def submitted(self, run: str, submitted: Submitted) -> None:  # noqa: ARG002, D102 - see Arrays
+        self._on_submitted(submitted)
+
+    def waiting(self, run: str, text: str) -> None:  # noqa: ARG002, D102 - see Arrays
+        self._on_trouble(f"you have as many jobs as Slurm allows you; this step waits until others have ended. {text}")
+
+    def state(self, run: str, state: ArrayState) -> None:  # noqa: ARG002, D102 - see Arrays
+        if state.running and state.shown in ("", "PENDING"):  # squeue has not been asked since it has started
+            self._report(state="RUNNING", reason="None", start=None, account=state.account)
+        elif state.shown and (state.running or state.waiting or state.requeued):
+            nowhere = {} if state.running else {"node": "", "temporary": "", "idle": None}
+            self._report(state=state.shown, reason=state.reason, start=state.start, account=state.account, **nowhere)
+
+    def started(self, run: str, task: int, node: str, temporary: str) -> None:  # noqa: ARG002, D102 - see Arrays
+        self._state = replace(self._state, node=node, temporary=temporary, idle=None)  # what it says of the job follows
+
+    def idle(self, run: str, task: int, seconds: float) -> None:  # noqa: ARG002, D102 - see Arrays
+        self._report(idle=seconds)
+
+    def _report(self, **changes: Any) -> None:
+        """Report a state, unless only the expected start has changed."""
+        self._state = replace(self._state, **changes)
+        if self._reported != (known := replace(self._state, start=None)):
+            self._reported = known
+            self._on_state(self._state)
+
+    def sinks(self, run: str, task: int) -> Sinks:  # noqa: ARG002, D102 - see Arrays
+        return self._sinks
+
+    def ended(self, run: str, task: int, end: JobEnd) -> None:  # noqa: ARG002, D102 - see Arrays
+        self.end = end
+
+    def over(self, run: str, rows: Rows) -> None:  # noqa: ARG002, D102 - see Arrays
+        assert self.end
+        self.end = replace(self.end, rows=rows[0])

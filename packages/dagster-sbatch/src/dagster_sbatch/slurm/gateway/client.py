@@ -13,20 +13,18 @@ from typing import Any
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway.answers import (
-    ACCOUNTED,
     ArrayJob,
     Claim,
     JobEnd,
     JobState,
     Questions,
     RefusedError,
-    RemovedError,
     Submitted,
     read_start,
 )
-from dagster_sbatch.slurm.gateway.arrays import Files
+from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Files, SingleJob, follow_arrays
 from dagster_sbatch.slurm.gateway.channel import choose_channel
-from dagster_sbatch.slurm.gateway.link import AgainError, Link, Sinks
+from dagster_sbatch.slurm.gateway.link import Link, Sinks
 from dagster_sbatch.slurm.gateway.project_usage import Limits, Projects, Usage
 from dagster_sbatch.slurm.modules import explain_modules
 from dagster_sbatch.slurm.site import Site
@@ -210,40 +208,10 @@ class Gateway(Link):
         Raises RemovedError: somebody has removed the run directory; the job is cancelled.
         Raises StoppedError: `stop` was set; the job still runs.
         """
-        offsets = dict.fromkeys(sinks, 0)
-        known: Mapping[str, Any] | None = None
-        request = {"do": "run", "run": run, "follower": follower, "fields": ",".join(ACCOUNTED)}
-
-        def go_on() -> JobEnd:
-            nonlocal known
-            ask = {**request, "files": None if known else files, "offsets": offsets, "known": known}
-            for _, head in self.follow([ask], lambda *_: sinks):
-                if "end" in head:
-                    return JobEnd.parse(head["end"], head["short"], head["rows"])
-                if "refused" in head:
-                    raise RefusedError(head["refused"])
-                if "removed" in head:
-                    raise RemovedError(head["removed"], run)
-                if "job" in head:
-                    known = head
-                    on_submitted(Submitted(head["job"], head["how"]))
-                else:
-                    self._report(head, on_state)
-            raise AgainError("the agent ended its answer")
-
-        # An error does not end the request of a job that exists.
-        return self.patiently(go_on, lasting=lambda: bool(known))
-
-    def _report(self, head: Mapping[str, Any], on_state: Callable[[JobState], None]) -> None:
-        """Report what the agent says of a run beside its job and its output."""
-        if "waiting" in head:
-            text = "you have as many jobs as Slurm allows you; this step waits until others have ended"
-            self.on_trouble(f"{text}. {head['waiting']}")
-        elif "trouble" in head:
-            self.on_trouble(head["trouble"])
-        elif "state" in head:
-            place = {name: head[name] for name in ("account", "node", "temporary", "idle")}
-            on_state(JobState(head["state"], head["reason"], read_start(head["start"]), **place))
+        job = SingleJob(ArrayRun(run, files, [0]), sinks, on_submitted, on_state, self.on_trouble)
+        follow_arrays(self, job, follower)
+        assert job.end
+        return job.end
 
 
 def _outcome_of_cancel(answer: Mapping[str, Any]) -> JobEnd | RefusedError | None:

@@ -110,19 +110,19 @@ class Link:
         return self.patiently(step)
 
     def follow(
-        self, requests: Sequence[Mapping[str, Any]], find_sinks: Callable[[int, Any], Sinks]
+        self, requests: Sequence[Mapping[str, Any]], find_sinks: Callable[[int, int], Sinks]
     ) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Generate the answers as `exchange` does, and pass on what jobs write.
 
-        `requests`: whose `offsets`, by task in an array job, are kept current. `find_sinks`: returns the sinks of a
-        job, by the index of its request, or of a task of it.
+        `requests`: whose `offsets`, by task, are kept current. `find_sinks`: returns the sinks of a task, by the index
+        of the request and its own.
         """
         for which, head, data in self.exchange(requests):
             if "file" not in head:
                 yield which, head
                 continue
-            name, at, task, offsets = head["file"], head["at"], head.get("task"), requests[which]["offsets"]
-            offsets = offsets if task is None else offsets.setdefault(task, {})
+            name, at, task = head["file"], head["at"], head["task"]
+            offsets = requests[which]["offsets"].setdefault(task, {})
             if at != offsets.get(name, 0):
                 raise AgainError(f"{name} came from byte {at}, not {offsets.get(name, 0)}")
             offsets[name] = at + len(data)

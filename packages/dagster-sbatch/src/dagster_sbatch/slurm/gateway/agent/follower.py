@@ -1,178 +1,276 @@
-"""Following a run: its output, messages, states and end, from given offsets on."""
+"""Following the tasks of a job: their output, states and ends. A single job is one task, with index 0."""
 
+import heapq
 import os
 import time
+from functools import partial
 
-from .disk import RequestError
-from .job_record import STREAMS, events_of
-from .jobs import submit_when_possible
-from .location import Location, RemovedError, give_up, inodes_above
-from .run_directories import RUNS, conclude, has, job_of, keep_end, locate, quietly_conclude
+from .job_record import events_of
+from .run_directories import locate
 from .shared_queue import SQUEUE_EVERY
 from .slurm_commands import COMMAND_PATIENCE, LAG, UNSEEN, account
-from .streams import MOST_CHUNKS, Stream, pause_after, short_of
+from .streams import MOST_CHUNKS, pause_after, short_of
 from .task_states import OVER
+from .tasks import Tasks
 
-JOB_EVERY = 1.0  # seconds between two looks for the job of a run that another client submits
+READS_PER_SECOND = 100.0  # of tasks, however many run; each opens four files
+SHARE = 20  # a command of Slurm that took a second is not repeated for this many: for many tasks, its answers are long
+PAUSE_PER_TASK = 1e-5  # seconds: of many tasks, going through all takes long
+REPORT_EVERY = 1.0  # seconds between two reports of how many tasks wait and run
+
+
+class Task:
+    """A task that has started, or has ended without: its streams from an offset on, and its own record.
+
+    began   when it last started
+    idle    its own record of idle GPUs
+    own     its own record of its end
+    heard   when its records were first seen, by this machine's clock: that of its node may be ahead or behind
+    due     when it is read again; None if it is not
+    empty   when it was last read and had nothing new
+    """
+
+    def __init__(self, tasks, index, offsets, heard):
+        self.folder, self.streams, self.heard = tasks.path(index), tasks.streams(index, offsets), heard
+        self.moved, self.empty = time.time(), 0.0
+        self.began = self.idle = self.own = self.events = self.due = None
+
+    def read(self, say):
+        """Send what is new; return the number of chunks that the stream with the most had."""
+        now, events = time.time(), events_of(self.folder)  # before the streams: all written before the end is sent
+        if events != self.events:
+            self.heard = self.heard if self.events is None else time.time()
+            self.events = events
+        start = events.get("started")
+        if start and start["time"] != self.began:
+            self.began = start["time"]
+            say(began=start["time"], node=start["started"], temporary=start.get("temporary", ""))
+        if events.get("idle") != self.idle:
+            self.idle = events.get("idle")
+            if self.idle:
+                say(idle=self.idle["idle"])
+        sent = max([stream.pump(say) for stream in self.streams])
+        if sent:
+            self.moved = now
+        else:
+            self.empty = now
+        self.own = events.get("end")
+        return sent
+
+    def short(self):
+        return short_of(self.streams, (self.own or {}).get("sizes", {}))
 
 
 class Follower:
+    """Follows some tasks of a job. All sets and keys are indices of tasks.
+
+    left      those whose end is not reported yet
+    active    the Task of each that is or was read
+    agenda    a heap of times and indices: what is read when
+    recorded  those that have recorded their own end, and whose output is sent
+    over      the end that Slurm has confirmed, and since when that is known
+    silent    since when Slurm says that they are over, and they have no own record
+    gone      those that squeue shows no more
+    pending   those that squeue shows as waiting
+    requeued  those of them that have started, and wait to start again
+    """
+
     def __init__(self, queue, ask, say, job, location):
         self.queue, self.say, self.job, self.location = queue, say, job, location
         self.run, self.key = locate(ask)
-        at = ask["offsets"]
-        self.streams = [Stream(os.path.join(self.run, name), name, at[name]) for name in STREAMS if name in at]
-        self.fields = ask["fields"]
-        self.begun = self.moved = self.asked = self.heard = time.time()
-        self.events = None
-        self.pause = 0.02  # seconds until Slurm is asked about a job that has recorded its end, and asked again; grows
-        self.recorded = False
+        self.fields, self.offsets = ask["fields"], {int(index): at for index, at in ask["offsets"].items()}
+        self.tasks, self.followed, self.left = Tasks(self.run), set(ask["followed"]), set(ask["tasks"])
+        self.active, self.agenda, self.recorded = {}, [], set()
+        self.over, self.silent, self.gone, self.pending, self.requeued = {}, {}, set(), set(), set()
+        now = self.begun = self.asked = self.news = self.filled = time.time()
+        self.listed = self.reported_at = self.seen = self.viewed = 0.0
+        self.allowance, self.pause, self.took = READS_PER_SECOND / 10, 0.015, 0.0
         self.reported, self.trouble = None, None
-        self.end, self.end_seen = None, 0.0
+        for index in self.left & set(self.tasks.ends):  # only its output is missing
+            self.over[index] = (self.tasks.ends[index], now)
+        if not self.tasks.array:  # its files are there before it starts
+            self.schedule(0, now)
 
     def follow(self):
         self.queue.want(os.path.dirname(self.run))
         while self.location.current():
             self.location.wait()
-            ended = self.end  # before the streams, too: Slurm itself writes to stderr
-            events = events_of(self.run)  # before the streams: so all that was written before the end is sent
-            row = self.row(events)
-            if row and row[0] == "PENDING" and not ended:
-                events = {}  # of an earlier start: Slurm has put the job back in the queue since
-            sent = [stream.pump(self.say) for stream in self.streams]
-            if any(sent):
-                self.moved = time.time()
-            own = events.get("end")
-            recorded = bool(own and own["code"] is not None)
-            if recorded and not self.recorded:
-                self.asked = time.time()  # Slurm needs a moment to see the end itself
-            self.recorded = recorded
-            if not ended:
-                self.report_state(row, events)
-                self.ask_for_end(own)
-            elif not any(sent):
-                answer = self.finish(own)
-                if answer:
-                    return answer
-            if max(sent or [0]) < MOST_CHUNKS and self.end is ended:
-                quiet = pause_after(time.time() - self.moved)
-                time.sleep(min(quiet, self.pause / 4) if self.recorded else quiet)
+            self.discover()
+            more = self.read()
+            self.look_at_queue()
+            self.find_ends()
+            self.finish()
+            if not self.left:
+                return self.answer()
+            if not more:
+                self.wait()
         return {}
 
-    def row(self, events):
-        """Return the job's row of the queue; RUNNING if that view is older than the job's own record of its start.
+    # Read
 
-        None if both were there when the job was first looked at. The record's own time counts for nothing: the clock
-        of its node may be ahead or behind.
-        """
-        if events != self.events:
-            self.heard = self.begun if self.events is None else time.time()
-            self.events = events
-        row = self.queue.row(self.job, self.key)
-        if "started" not in events or (row and (row[0] != "PENDING" or self.heard < self.queue.view["at"])):
-            return row
-        return None if row and self.heard == self.begun else RUNS + (row or [])[3:]
-
-    def report_state(self, row, events):
-        if row and row[0] not in OVER and "end" not in events:
-            self.report(*row, idle=events.get("idle", {}).get("idle"), **events.get("started", {}))
-        if self.queue.view["trouble"] and self.queue.view["trouble"] != self.trouble:
-            self.trouble = self.queue.view["trouble"]
-            self.say(trouble=self.trouble)
-
-    def report(self, state, reason, start="", project="", *, started="", temporary="", idle=None, **_):
-        if (state, reason, project, started, idle) != self.reported:
-            self.reported = (state, reason, project, started, idle)
-            place = {"node": started, "temporary": temporary, "idle": idle}
-            self.say(state=state, reason=reason, start=start, account=project, **place)
-
-    def ask_for_end(self, own):
-        """Ask Slurm whether the job is over: soon after its own record says so, else later and less often."""
-        since, row = time.time() - self.asked, self.queue.row(self.job, self.key)
-        ended = own and own["code"] is not None and since > self.pause
-        # A second after a job was cut short; if Slurm does not confirm that, after twice the silence before.
-        cut_short = own and since > min(max(1, self.asked - self.moved), SQUEUE_EVERY)
-        # A view that is at least 5 s younger than this request shows a job that was submitted before it.
-        gone = since > SQUEUE_EVERY and self.queue.view["at"] > self.begun + 5 and (not row or row[0] in OVER)
-        unseen = since > UNSEEN and time.time() - self.queue.view["at"] > UNSEEN
-        if not (ended or cut_short or gone or unseen):
+    def discover(self):
+        """Find the tasks that have started, by a listing of their folder."""
+        now = time.time()
+        if now < self.listed or self.left <= set(self.active):
             return
-        self.asked = time.time()
-        if ended:
-            self.pause = min(1.5 * self.pause, 5)
-        try:
-            self.end = conclude(self.run, self.job)
-        except RequestError as error:
-            if own:
-                self.report("COMPLETING", "waiting for Slurm to confirm the end: %s" % error)
+        for index in (self.tasks.started() & self.left) - set(self.active):
+            self.schedule(index, time.time() if self.listed else self.begun)
+            self.news = now
+        self.listed = now + max(pause_after(now - self.news), SHARE * (time.time() - now))
 
-    def finish(self, own):
-        """Return the answer, once all that the job wrote is sent; wait for the record of a job that has none yet."""
-        self.end_seen = self.end_seen or time.time()
-        waited = time.time() - self.end_seen
-        short = short_of(self.streams, (own or {}).get("sizes", {}))
-        if (short and waited < COMMAND_PATIENCE) or (not own and waited < LAG):
-            return None
-        if "code" not in self.end:  # its own record may have come meanwhile, or it was put back in the queue
-            self.end = quietly_conclude(self.run, self.job)
-            if not self.end:
-                self.end_seen = 0.0
-                return None
-            keep_end(self.run, self.end)
-        start, end = self.end["times"][1:]
-        rows = account(self.job, self.fields, end - start) if start and end else []
-        return {"end": self.end, "short": short, "rows": rows}
+    def schedule(self, index, at):
+        """Have a task read, unless it is going to be; return it."""
+        if index not in self.active:
+            self.active[index] = Task(self.tasks, index, self.offsets.pop(index, {}), at)
+        task = self.active[index]
+        if task.due is None:
+            task.due = at
+            heapq.heappush(self.agenda, (at, index))
+        return task
 
+    def read(self):
+        """Read the tasks that are due, as far as the allowance goes; return whether one has much more to send."""
+        now, more = time.time(), False
+        self.allowance = min(self.allowance + (now - self.filled) * READS_PER_SECOND, READS_PER_SECOND / 10)
+        self.filled = now
+        while self.agenda and self.agenda[0][0] <= now and self.allowance >= 1:
+            index = heapq.heappop(self.agenda)[1]
+            task = self.active.get(index)
+            if not task:
+                continue
+            self.allowance -= 1
+            task.due = None
+            sent = task.read(partial(self.say, task=index))
+            more |= sent == MOST_CHUNKS
+            if not task.own:  # it runs, perhaps again
+                self.recorded.discard(index)
+            elif not sent or not task.short():
+                self.recorded.add(index)
+                if task.own["code"] is not None:  # one that was cut short may start again soon
+                    continue
+            self.schedule(index, now if sent == MOST_CHUNKS else now + pause_after(now - task.moved))
+        return more
 
-# Requests
+    def wait(self):
+        """Sleep until something is due."""
+        now = time.time()
+        due = [now + 1, self.agenda[0][0] if self.agenda else now + 1]
+        if not self.left <= set(self.active):
+            due.append(self.listed)
+        if self.all_recorded():
+            due.append(self.asked + max(self.pause, self.took))
+        time.sleep(max(min(due) - now, 0.01, len(self.left) * PAUSE_PER_TASK))
 
+    # Ask Slurm
 
-def run(agent, ask, say):
-    """Submit a run once, as soon as Slurm has room for it, and follow its job to its end.
+    def look_at_queue(self):
+        """Report how many tasks wait and run; note those that squeue shows no more."""
+        view, now = self.queue.view, time.time()
+        if view["trouble"] and view["trouble"] != self.trouble:
+            self.trouble = view["trouble"]
+            self.say(trouble=self.trouble)
+        if view["at"] != self.seen and view["at"] > self.begun + 5:  # an older view may be older than the job
+            self.seen = view["at"]
+            shown = set().union(*self.queue.tasks(self.job, self.key).values())
+            self.gone = self.left - shown - self.recorded
+        if view["at"] != self.viewed:
+            self.viewed, self.pending = view["at"], self.queue.tasks(self.job, self.key).get("PENDING", set())
+        if self.tasks.array and now - self.reported_at < REPORT_EVERY:
+            return
+        started = {index for index, task in self.active.items() if task.began}
+        if self.viewed < self.begun and not self.pending.isdisjoint(started):  # it is not known whether these wait again
+            return
+        self.requeued = {index for index in self.pending & started if self.waits_again(index)}
+        running = started - self.recorded - self.requeued - set(self.over)
+        waiting = self.left - started - set(self.over)
+        shown, reason, start, project = self.queue.row(self.job, self.key) or ("", "None", "", "")
+        counts = {"waiting": len(waiting), "running": len(running), "requeued": len(self.requeued)}
+        state = dict(counts, shown="" if shown in OVER else shown, reason=reason, start=start)
+        if (state, project) != self.reported:
+            self.reported, self.reported_at = (state, project), now
+            self.say(state=dict(state, account=project))
 
-    files: None if the run exists already
-    follower: the Dagster run that follows the job; empty for `scripts/job`, which submits nothing
-    tasks: of an array job, those to follow
-    known: the answer with the job that this client has had before; None: none yet
-    """
-    path, _ = locate(ask)
-    agent.followers[path] = me = object()
+    def waits_again(self, index):
+        """Return whether a task that squeue has shown as waiting has started before that."""
+        task = self.active[index]
+        return index not in self.over and task.heard < self.viewed
 
-    def current():
-        return agent.followers[path] is me
+    def all_recorded(self):
+        if len(self.recorded) + len(self.over) < len(self.left):
+            return False
+        return self.left <= self.recorded | set(self.over) and not self.left <= self.requeued | set(self.over)
 
-    known = ask.get("known")
-    try:
-        if not known:
-            job, how = (submit_when_possible if ask["follower"] else await_job)(agent, ask, say, current)
-            if not job:
-                return {}
-            known = {"job": job, "how": how, "above": inodes_above(path)}
-            say(**known)
-    except RequestError as error:
-        if error.kind != "refused":
-            raise
-        return {"refused": str(error)}  # an answer: an error would end the client's other requests
-    location = Location(path, known["above"], say, current)
-    try:
-        location.wait()
-        details = (agent.queue, ask, say, known["job"], location)
-        if "tasks" not in ask:
-            return Follower(*details).follow()
-        from .array_follower import ArrayFollower  # compiled where it is needed
+    def find_ends(self):
+        """Ask Slurm which tasks are over: at once when all have recorded that, else seldom, and if one may be."""
+        since, open_ones = time.time() - self.asked, self.left - set(self.over)
+        unseen = since > UNSEEN and time.time() - self.queue.view["at"] > UNSEEN
+        if not unseen:
+            open_ones -= self.requeued
+        if not open_ones:
+            return
+        if self.all_recorded():
+            cut_short = any(self.active[index].own["code"] is None for index in open_ones)
+            if cut_short:  # its processes may have some seconds to end
+                self.pause = max(self.pause, min(1, SQUEUE_EVERY))
+            due = since > max(self.pause, self.took)
+            self.pause = min(1.5 * self.pause, SQUEUE_EVERY if cut_short else 5) if due else self.pause
+        else:
+            self.pause = 0.015
+            hint = self.silent or not open_ones.isdisjoint(self.recorded) or not open_ones.isdisjoint(self.gone)
+            due = unseen or (hint and since > max(SQUEUE_EVERY, SHARE * self.took))
+        if due:
+            self.ask()
 
-        return ArrayFollower(*details).follow()
-    except RemovedError:
-        return {"removed": give_up(path, known["job"], ask.get("tasks"), ask["follower"])}
+    def ask(self):
+        begun = time.time()
+        ends, certain, trouble = self.tasks.find_ends(self.job)
+        self.asked = now = time.time()
+        self.took = now - begun
+        if trouble and str(trouble) != self.trouble:
+            self.trouble = str(trouble)
+            self.say(trouble="waiting for Slurm to confirm the end: %s" % trouble)
+        doubtful = set(ends) & self.left - certain
+        self.silent = {index: self.silent.get(index, now) for index in doubtful}
+        certain |= {index for index in doubtful if now - self.silent[index] > LAG}
+        if certain:
+            self.tasks.keep({index: ends[index] for index in certain})
+        for index in self.left & certain:
+            self.over[index] = (ends[index], now)
+            self.silent.pop(index, None)
+        for index in self.recorded - set(self.over):  # it may have been put back in the queue
+            if now - self.active[index].moved > SQUEUE_EVERY:
+                self.schedule(index, now)
 
+    # Report ends
 
-def await_job(_, ask, __, current):
-    """Wait until another client has submitted a run; return its job as `submit_when_possible` does."""
-    path, _ = locate(ask)
-    if not os.path.isdir(path):
-        raise RequestError("refused", "there is no run %s" % path)
-    while current() and not job_of(path):
-        if has(path, "cancelled"):
-            raise RequestError("refused", "%s was cancelled before it was submitted" % path)
-        time.sleep(JOB_EVERY)
-    return job_of(path), "recorded"
+    def finish(self):
+        """Report the ends of the tasks that are over and whose output is sent."""
+        now = time.time()
+        for index in list(self.over):
+            end, since = self.over[index]
+            task = self.active.get(index) or self.schedule(index, now)
+            # It was read after it recorded its success, or else after Slurm confirmed its end: Slurm writes to stderr.
+            success = end["state"] == "COMPLETED" and end.get("code") is not None
+            read = success and task.own and task.own["time"] == end["time"]
+            short = task.short() if read or task.empty > since else None
+            if short is None or (short and now - max(since, task.moved) < COMMAND_PATIENCE):
+                self.schedule(index, now + pause_after(now - since))
+                continue
+            self.say(task=index, end=end, short=short)
+            for known in (self.over, self.active):
+                del known[index]
+            for known in (self.left, self.recorded, self.gone):
+                known.discard(index)
+
+    def answer(self):
+        """Return what sacct says of all followed tasks, by index."""
+        times = [self.tasks.ends[index]["times"] for index in self.followed if index in self.tasks.ends]
+        starts, ends = [each[1] for each in times if each[1]], [each[2] for each in times if each[2]]
+        ran, rows = max(ends) - min(starts) if starts and ends else 0, {}
+        if not self.tasks.array:
+            return {"over": True, "rows": {"0": account(self.job, self.fields, ran)}}
+        for row in account(self.job, self.fields, ran, self.followed):
+            index = row[0].partition("_")[2].partition(".")[0]
+            if index.isdigit():  # tasks that never started share a row, with nothing in it
+                rows.setdefault(index, []).append(row)
+        return {"over": True, "rows": rows}

@@ -1,4 +1,4 @@
-"""One job per run: submit it, find the job of a submission that got no answer, cancel it."""
+"""One job per run: submit and follow it, find the job of a submission that got no answer, cancel it."""
 
 import os
 import re
@@ -7,6 +7,8 @@ import time
 from contextlib import contextmanager
 
 from .disk import RequestError, kind_of, lock, own, read
+from .follower import Follower
+from .location import Location, RemovedError, give_up, inodes_above
 from .paths import login_environment
 from .run_directories import digest, has, job_of, lay_out, locate, mark, note_follower, quietly_conclude, settle
 from .slurm_commands import await_end, environment, find_by_name, for_sbatch, scancel
@@ -17,6 +19,7 @@ SBATCH_PATIENCE = 120.0
 LATE = 20.0  # seconds after which the job of a submission that got no answer can no longer appear in the queue
 SEARCH_EVERY = 2.0
 LOCK_EVERY = 0.1
+JOB_EVERY = 1.0  # seconds between two looks for the job of a run that another client submits
 FIRST_PAUSE, ROOM_PAUSE, LONGEST_PAUSE = 0.5, 5.0, 60.0  # seconds between two tries to submit; each is twice as long
 # Errors of sbatch after which the job may exist or not, or Slurm does not work as it should.
 UNSURE = re.compile(
@@ -187,6 +190,52 @@ def sbatch(run, lock, variables):
 
 
 # Requests
+
+
+def run(agent, ask, say):
+    """Submit a run once, as soon as Slurm has room for it, and follow its job to its end.
+
+    files: None if the run exists already
+    follower: the Dagster run that follows the job; empty for `scripts/job`, which submits nothing
+    tasks: those to follow
+    known: the answer with the job that this client has had before; None: none yet
+    """
+    path, _ = locate(ask)
+    agent.followers[path] = me = object()
+
+    def current():
+        return agent.followers[path] is me
+
+    known = ask.get("known")
+    try:
+        if not known:
+            job, how = (submit_when_possible if ask["follower"] else await_job)(agent, ask, say, current)
+            if not job:
+                return {}
+            known = {"job": job, "how": how, "above": inodes_above(path)}
+            say(**known)
+    except RequestError as error:
+        if error.kind != "refused":
+            raise
+        return {"refused": str(error)}  # an answer: an error would end the client's other requests
+    location = Location(path, known["above"], say, current)
+    try:
+        location.wait()
+        return Follower(agent.queue, ask, say, known["job"], location).follow()
+    except RemovedError:
+        return {"removed": give_up(path, known["job"], set(ask["tasks"]), ask["follower"])}
+
+
+def await_job(_, ask, __, current):
+    """Wait until another client has submitted a run; return its job as `submit_when_possible` does."""
+    path, _ = locate(ask)
+    if not os.path.isdir(path):
+        raise RequestError("refused", "there is no run %s" % path)
+    while current() and not job_of(path):
+        if has(path, "cancelled"):
+            raise RequestError("refused", "%s was cancelled before it was submitted" % path)
+        time.sleep(JOB_EVERY)
+    return job_of(path), "recorded"
 
 
 def cancel(agent, ask, _):

@@ -3,7 +3,7 @@
 import os
 import time
 
-from .ends import SINGLE, verdicts
+from .ends import verdicts
 from .slurm_commands import await_end, scancel
 
 REMOVED = 300.0  # seconds after which a run directory that was removed is given up
@@ -62,14 +62,14 @@ def inode_of(path):
         return None
 
 
-def give_up(run, job, tasks, follower):
+def give_up(run, job, wanted, follower):
     """Return what a step reports whose run directory was removed; its job is cancelled: nobody can adopt it any more.
 
-    tasks: those that are followed, if it is an array job
+    wanted: the indices of the tasks that are followed
     follower: the Dagster run; empty for `scripts/job`, which cancels nothing
     RequestError: Slurm does not answer
     """
-    key, wanted = os.path.basename(run), SINGLE if tasks is None else set(tasks)
+    key = os.path.basename(run)
 
     def states():
         found, trouble = verdicts(job, key, max(wanted, default=0) + 1, wanted, wanted)

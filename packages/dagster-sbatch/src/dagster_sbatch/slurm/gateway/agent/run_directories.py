@@ -20,10 +20,10 @@ import json
 import os
 import re
 
-from .disk import RequestError, kind_of, load, read, remove_tree, store, unique, write
-from .ends import end_in, is_final, may_be_success, verdicts
+from .disk import RequestError, kind_of, load, read, remove_tree, unique, write
+from .ends import may_be_success
 from .job_record import CAUSE, EVENTS, STREAMS, cut_short, events_of
-from .tasks import CONTENTS, ENDS, FOLDER, Tasks, is_array, task_folder
+from .tasks import CONTENTS, END, ENDS, FOLDER, Tasks, is_array, task_folder
 
 FOLLOWER = "follower-"
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}\Z")
@@ -110,26 +110,7 @@ def settle(run, job):
 
 def conclude(run, job):
     """Return how the run ended, by its own record and Slurm's; None while it has not."""
-    known = load(os.path.join(run, "end"), "state", "exit", "times")
-    if known:
-        return known
-    if is_array(run):
-        return Tasks(run).conclude(job)
-    found, trouble = verdicts(job, os.path.basename(run))
-    end = end_in(run, found)
-    if not end and trouble:
-        raise trouble
-    if end and is_final(end, "started" in events_of(run), run):
-        keep_end(run, end)
-    return end
-
-
-def keep_end(run, end):
-    """Record how a run ended. If the disk is full, the next request works it out again."""
-    try:
-        store(os.path.join(run, "end"), end)
-    except OSError:
-        pass
+    return load(os.path.join(run, END), "state", "exit", "times") or Tasks(run).conclude(job)
 
 
 def quietly_conclude(run, job):
@@ -238,7 +219,7 @@ def runs(_, ask, __):
                 followers = followers_of(run)
             except (FileNotFoundError, ValueError):  # it is being removed
                 continue
-            end = load(os.path.join(run, "end"), "state", "exit", "times")
+            end = load(os.path.join(run, END), "state", "exit", "times")
             row = {"run": run, "job": job_of(run), "about": about, "end": end, "at": at, "followers": followers}
             found.append(dict(row, array=is_array(run)))
     return {"found": found}

@@ -10,8 +10,7 @@ from functools import partial
 
 from .claims import claim, clean, hold
 from .disk import RequestError, kind_of
-from .follower import run
-from .jobs import SBATCH_PATIENCE, cancel
+from .jobs import SBATCH_PATIENCE, cancel, run
 from .paths import Profile, with_paths
 from .run_directories import array, reject, runs, state
 from .shared_queue import Queue, queue

@@ -6,7 +6,7 @@ import time
 
 from .disk import RequestError, load, lock, own, store
 from .slurm_commands import rows_of, user
-from .task_states import by_job, indices
+from .task_states import OVER, by_job, indices
 
 SQUEUE_EVERY = 15.0
 UNSHARED_EVERY = 60.0  # seconds between two calls of squeue by an agent that asks for itself
@@ -86,9 +86,11 @@ class Queue:
         return found[:3] + found[4:5] if found and found[3] == key else None
 
     def tasks(self, job, key):
-        """Return the indices of an array job's tasks that are not over, by state, as last seen."""
+        """Return the indices of a job's tasks that are not over, by state, as last seen."""
         found = self.view["jobs"].get(job)
-        active = found[5] if found and found[3] == key and len(found) > 5 else {}
+        if not found or found[3] != key:
+            return {}
+        active = found[5] if len(found) > 5 else {} if found[0] in OVER else {found[0]: "0"}
         return {state: indices(text) for state, text in active.items()}
 
 

@@ -1,6 +1,6 @@
-"""Array jobs: the tasks of a run that is one, and how each has ended, by its own record and Slurm's.
+"""The tasks of a job, and how each has ended, by its own record and Slurm's. A single job is one task, with index 0.
 
-KEY/
+KEY/                of an array job; that of a single job has what a task's folder has
   tasks.jsonl       a line per task: what its Pipes context has beyond context.head. It makes the run an array job
   tasks.pipes       a line per task: the values of its variables for Pipes
   tasks/17.stdout   and 17.stderr, opened by Slurm
@@ -13,11 +13,11 @@ KEY/
 import os
 
 from .disk import load, lock, read, store
-from .ends import end_in, is_final, verdicts
-from .job_record import MESSAGES, STREAMS
+from .ends import SINGLE, end_in, is_final, verdicts
+from .job_record import MESSAGES, STREAMS, events_of
 from .streams import Stream
 
-CONTENTS, FOLDER, ENDS, LOCK = "tasks.jsonl", "tasks", "ends.json", "ends.lock"
+CONTENTS, FOLDER, ENDS, LOCK, END = "tasks.jsonl", "tasks", "ends.json", "ends.lock", "end"
 STARTED = ".started"
 RECORDED = ("account", "cause", "code", "exit", "node", "state", "time", "times", "usage")  # of an end, in ends.json
 # Of the ends of several tasks, the one that is the array job's.
@@ -34,34 +34,39 @@ def task_folder(run, index):
 
 
 class Tasks:
-    """The tasks of an array job.
+    """The tasks of a job.
 
+    array  whether it is an array job
     count  how many there are; their indices begin at 0
     ends   how those have ended that are over, by index
     """
 
     def __init__(self, run):
-        self.run = run
-        self.folder = os.path.join(run, FOLDER)
-        self.count = len(read(os.path.join(run, CONTENTS)).splitlines())
+        self.run, self.array = run, is_array(run)
+        self.count = len(read(os.path.join(run, CONTENTS)).splitlines()) if self.array else 1
         self.ends = self.recorded()
 
     def recorded(self):
+        if not self.array:
+            end = load(os.path.join(self.run, END), "state", "exit", "times")
+            return {0: end} if end else {}
         known = load(os.path.join(self.run, ENDS), "tasks") or {"tasks": {}}
         return {int(index): end for index, end in known["tasks"].items()}
 
     def path(self, index):
-        return task_folder(self.run, index)
+        return task_folder(self.run, index) if self.array else self.run
 
     def streams(self, index, offsets):
         """Return the streams of a task."""
-        paths = {name: "%s.%s" % (self.path(index), name) for name in STREAMS}
-        paths[MESSAGES] = os.path.join(self.path(index), MESSAGES)
-        return [Stream(paths[name], name, offsets.get(name, 0)) for name in STREAMS]
+        own = os.path.join(self.path(index), "")
+        beside = self.path(index) + "." if self.array else own  # where Slurm opens two of them before the task begins
+        return [Stream((own if name == MESSAGES else beside) + name, name, offsets.get(name, 0)) for name in STREAMS]
 
     def started(self):
         """Return the indices of the tasks that have started."""
-        names = os.listdir(self.folder)
+        if not self.array:
+            return set(SINGLE) if "started" in events_of(self.run) else set()
+        names = os.listdir(os.path.join(self.run, FOLDER))
         return {int(name[: -len(STARTED)]) for name in names if name.endswith(STARTED)}
 
     def missing(self):
@@ -74,7 +79,8 @@ class Tasks:
         their end, or never started; the error that leaves other tasks undecided.
         """
         missing, started = self.missing(), self.started()
-        found, trouble = verdicts(job, os.path.basename(self.run), self.count, missing, started)
+        asked = started if self.array else SINGLE
+        found, trouble = verdicts(job, os.path.basename(self.run), self.count, missing, asked)
         ends, certain = {}, set()
         for index in missing:
             end = end_in(self.path(index), found, index)
@@ -93,12 +99,13 @@ class Tasks:
         self.ends.update((index, {name: end[name] for name in RECORDED if name in end}) for index, end in ends.items())
         path = os.path.join(self.run, ENDS)
         try:
-            with open(os.path.join(self.run, LOCK), "w") as file:
-                lock(file, path)
-                self.ends = {**self.recorded(), **self.ends}
-                store(path, {"tasks": {str(index): end for index, end in self.ends.items()}})
-                if not self.missing():
-                    store(os.path.join(self.run, "end"), whole(self.ends))
+            if self.array:
+                with open(os.path.join(self.run, LOCK), "w") as file:
+                    lock(file, path)
+                    self.ends = {**self.recorded(), **self.ends}
+                    store(path, {"tasks": {str(index): end for index, end in self.ends.items()}})
+            if not self.missing():
+                store(os.path.join(self.run, END), whole(self.ends))
         except OSError:
             pass
 
@@ -115,7 +122,7 @@ class Tasks:
         return {**ends, **self.ends}, trouble
 
     def conclude(self, job):
-        """Return how the array job ended; None while a task is not over."""
+        """Return how the job ended; None while a task is not over."""
         ends, trouble = self.all_ends(job)
         if len(ends) == self.count:
             return whole(ends)
@@ -125,7 +132,7 @@ class Tasks:
 
 
 def whole(ends):
-    """Return the end of an array job: that of its worst task, with the times of all."""
+    """Return the end of a job: that of its worst task, with the times of all."""
     worst = min(ends.values(), key=lambda end: (WORST + [end["state"]]).index(end["state"]))
     if worst["state"] in ("", "COMPLETED"):  # a task that Slurm has forgotten may have failed
         worst = max(ends.values(), key=lambda end: (end.get("code") is None, end.get("code") or 0, bool(end["state"])))
