@@ -294,12 +294,12 @@ def test_a_file_goes_on_where_it_stopped(tmp_path: Path) -> None:
             ask(agent, do="put", **about)
             assert answer(agent)["at"] == at
             data = content[at : at + 600]
-            ask(agent, do="piece", at=at, size=len(data), **about)
+            ask(agent, do="put", at=at, size=len(data), **about)
             assert agent.stdin
             agent.stdin.write(data)
             agent.stdin.flush()
             assert answer(agent)["at"] == at + len(data)
-            ask(agent, do="piece", at=17, size=1, **about)
+            ask(agent, do="put", at=17, size=1, **about)
             agent.stdin.write(b"x")
             agent.stdin.flush()
             assert "error" in answer(agent)

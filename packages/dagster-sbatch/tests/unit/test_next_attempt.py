@@ -210,7 +210,7 @@ def test_each_task_has_its_own_next_request_and_a_refusal_of_one_ends_no_other()
             return str(taken.run)
 
         def end(run: str, task: int, how: JobEnd) -> None:
-            step.started(run, task, "n1")
+            step.started(run, task, "n1", "/tmp")
             if how.code == 0:
                 step.sinks(run, task)["messages.jsonl"](REPORT)
             step.ended(run, task, how)

@@ -4,7 +4,8 @@ import argparse
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -123,7 +124,7 @@ def act_on_job(asked: argparse.Namespace, runs: Runs, run: RunRecord, site: Site
     elif asked.action == "logs" and run.array:
         show_array_logs(runs, run, asked.follow)
     elif asked.action == "logs" and asked.follow:
-        runs.gateway.run(run.path, None, {name: writer(stream) for name, stream in STREAMS.items()}, follower="")
+        follow_logs(runs, run)
     elif asked.action == "logs":
         show_logs(runs, {name: f"{run.path}/{name}" for name in STREAMS})
     else:
@@ -145,7 +146,7 @@ def act_on_task(asked: argparse.Namespace, runs: Runs, tasks: TaskList, task: Ta
     elif asked.action == "fetch":
         fetch(runs, tasks.path(task.index, asked.path), asked)
     elif asked.follow:
-        tasks.follow(task.index, {name: writer(stream) for name, stream in STREAMS.items()})
+        follow_logs(runs, tasks.run, task.index)
     elif not task.node:
         raise ConfigurationError(
             f"Task {name} ({task.name}) has no output, because it has not started: it is {task.state}."
@@ -188,12 +189,15 @@ def show_logs(runs: Runs, paths: Mapping[str, str]) -> None:
         print(f"Nothing was written to {' and '.join(paths)}.", file=sys.stderr)
 
 
-def writer(stream: TextIO) -> Callable[[bytes], None]:
-    def write(data: bytes) -> None:
+def follow_logs(runs: Runs, run: RunRecord, task: int = 0) -> None:
+    """Print what a job, or a task of an array job, writes until it ends."""
+
+    def write(stream: TextIO, data: bytes) -> None:
         stream.buffer.write(data)
         stream.flush()
 
-    return write
+    sinks = {name: partial(write, stream) for name, stream in STREAMS.items()}
+    runs.gateway.run(run.path, None, sinks, follower="", task=task)
 
 
 def show_table(found: list[RunRecord], runs: Runs, now: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
-from dagster_sbatch.slurm.gateway import ArrayJob, ArrayRun, Arrays, Sinks, follow_arrays
+from dagster_sbatch.slurm.gateway import ArrayJob
 
 Kind = Literal["failed", "running", "waiting", "done"]
 ORDER: Sequence[Kind] = ("failed", "running", "waiting", "done")
@@ -72,10 +72,6 @@ class TaskList:
             return name
         return f"{self.run.path}/tasks/{index}{'.' if name in STREAMS else '/'}{name}"
 
-    def follow(self, index: int, sinks: Sinks) -> None:
-        """Pass on what a task writes, until it ends."""
-        follow_arrays(self._runs.gateway, _Follower(ArrayRun(self.run.path, None, [index]), sinks), follower="")
-
     def _record(self, index: int, own: Mapping[str, Any]) -> TaskRecord:
         name, end = self._names[index], self.job.ends.get(index)
         recorded = {"node": own.get("node", ""), "stderr": own.get("stderr", "")}
@@ -89,20 +85,6 @@ class TaskList:
         kind: Kind = "done" if end.succeeded and not rejected else "failed"
         state = f"{end.state or 'ended'}{', result rejected' if rejected else ''}"
         return TaskRecord(index, name, kind, state, end.exit, changed=_time(end.ended), cause=end.cause, **recorded)
-
-
-class _Follower(Arrays):
-    """Follows one task that exists, and gets its output only."""
-
-    def __init__(self, array: ArrayRun, sinks: Sinks) -> None:
-        self._next: list[ArrayRun] = [array]
-        self._sinks = sinks
-
-    def take(self) -> ArrayRun | None:
-        return self._next.pop() if self._next else None
-
-    def sinks(self, run: str, task: int) -> Sinks:  # noqa: ARG002
-        return self._sinks
 
 
 def _time(seconds: float | None) -> datetime | None:

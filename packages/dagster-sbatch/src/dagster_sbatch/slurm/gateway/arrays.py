@@ -185,7 +185,7 @@ def _report_task(arrays: Arrays, followed: _Followed, head: Mapping[str, Any]) -
 
 
 class SingleJob(Arrays):
-    """A single job, and how it has ended; `sinks` get its output."""
+    """A single job, or one task of an array job, and how it has ended; `sinks` get its output."""
 
     def __init__(
         self,
@@ -237,4 +237,4 @@ class SingleJob(Arrays):
 
     def over(self, run: str, rows: Rows) -> None:  # noqa: ARG002, D102 - see Arrays
         assert self.end
-        self.end = replace(self.end, rows=rows[0])
+        self.end = replace(self.end, rows=next(iter(rows.values()), ()))

@@ -69,24 +69,18 @@ class Gateway(Link):
         `report`: gets each of them with what `cancel` returns or raises for it. `jobs`: the ids of their jobs, as far
         as they are known: a run directory may have been removed.
         """
-        left, asked = list(runs), list[str]()
+        left = list(runs)
 
         def step() -> None:
-            self._failed, asked[:] = -1, left
+            asked = list(left)
             for which, head, _ in self.exchange([{"do": "cancel", "run": run, "job": jobs.get(run)} for run in asked]):
                 left.remove(asked[which])
                 report(asked[which], _outcome_of_cancel(head))
                 if not left:
                     return
 
-        while left:
-            try:
-                self.patiently(step)
-            except RefusedError as error:
-                if self._failed < 0:
-                    raise
-                left.remove(asked[self._failed])
-                report(asked[self._failed], error)
+        if left:
+            self.patiently(step)
 
     def cancel_tasks(self, run: str, tasks: Iterable[int]) -> dict[int, JobEnd]:
         """Cancel some tasks of an array job, and wait until they are over; return how they ended, by index.
@@ -198,23 +192,28 @@ class Gateway(Link):
         follower: str,
         on_submitted: Callable[[Submitted], None] = lambda _: None,
         on_state: Callable[[JobState], None] = lambda _: None,
+        *,
+        task: int = 0,
     ) -> JobEnd:
         """Submit a run once, however often this is requested, and pass on what it writes until its job is over.
 
         `run`: the run directory; its last part is the submission key, which is the job's name. `files`: content by
         name; one is `job.sh`. None: the run exists already. `follower`: id of the Dagster run; the agent records it in
-        the run directory. Empty: nothing is submitted.
+        the run directory. Empty: nothing is submitted. `task`: the index of the only one that is followed, in an array
+        job.
         Raises RefusedError: sbatch refused the job, another run exists under that key, or there is no such run.
         Raises RemovedError: somebody has removed the run directory; the job is cancelled.
         Raises StoppedError: `stop` was set; the job still runs.
         """
-        job = SingleJob(ArrayRun(run, files, [0]), sinks, on_submitted, on_state, self.on_trouble)
+        job = SingleJob(ArrayRun(run, files, [task]), sinks, on_submitted, on_state, self.on_trouble)
         follow_arrays(self, job, follower)
         assert job.end
         return job.end
 
 
 def _outcome_of_cancel(answer: Mapping[str, Any]) -> JobEnd | RefusedError | None:
+    if "refused" in answer:
+        return RefusedError(answer["refused"])
     if answer["job"] and not answer["end"]:
         return RefusedError(
             f"Slurm has accepted that job {answer['job']} is cancelled, but the job is not over after a minute. "

@@ -84,7 +84,7 @@ class Link:
         self._let_in: float | None = None
         self._had_agent = False
         self._opened: deque[float] = deque(maxlen=MOST_LOGINS)
-        self._advanced, self._failed = False, 0
+        self._advanced = False
         self._channel: Channel | None = None
         self._hold = -1  # the number of its request for the claim
 
@@ -147,7 +147,6 @@ class Link:
                 if frame is None or frame[0]["id"] not in idents:
                     continue
                 if "error" in frame[0]:
-                    self._failed = idents.index(frame[0]["id"])
                     raise _ERRORS.get(frame[0]["error"], _TemporaryError)(frame[0]["text"])
                 self._advanced |= bool(frame[1] or data)
                 yield idents.index(frame[0]["id"]), *frame

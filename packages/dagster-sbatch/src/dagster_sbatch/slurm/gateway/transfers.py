@@ -27,7 +27,7 @@ def send_file(link: Link, local: Path, path: str, on_progress: Callable[[int, in
             file.seek(at)
             while at < size:
                 data = file.read(PIECE)
-                at = next(link.exchange([{"do": "piece", **about, "at": at}], data=data))[1]["at"]
+                at = next(link.exchange([{"do": "put", **about, "at": at}], data=data))[1]["at"]
                 sent += len(data)
                 on_progress(at, size)
             return sent

@@ -10,8 +10,7 @@ Standard library, Python 3.6: the client sends these modules along as one progra
             {"id": 2, "error": "refused", "text": "..."}        final; `temporary`: the client repeats the request with
                                                                 growing pauses; `broken`: a few times
 
-A request with a `size` is followed by this many raw bytes, too. What can be asked for is in `server.VERBS`
-and `server.rare_verbs`.
+A request with a `size` is followed by this many raw bytes, too. What can be asked for is in `server.MODULES`.
 
 Requests are independent of each other and may be repeated: the run directory remembers, the agent does not. It lives as
 long as its stdin, and no longer than `server.SILENCE` without a byte from its client, since a laptop that sleeps closes

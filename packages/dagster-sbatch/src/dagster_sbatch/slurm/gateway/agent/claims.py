@@ -9,7 +9,7 @@ import threading
 import time
 from contextlib import suppress
 
-from .disk import RequestError, lock, own, parse, read, remove_tree
+from .disk import RequestError, open_locked, own, parse, read, remove_tree
 from .ends import UNKNOWN_JOB, may_be_success, state_of
 from .paths import with_paths
 from .run_directories import DAY, array_of, checked, conclude, followers_of, has, job_of, may_have_job, record_of
@@ -21,24 +21,20 @@ INHERIT_EVERY = 0.5  # seconds between two tries to take the lock of this client
 
 def take(held, path, holder):
     """Lock a file and write the holder into it, unless another agent has it; return whether that worked."""
-    while True:
-        file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            lock(file, path, wait=False)
-            if os.path.exists(path) and os.path.samestat(os.fstat(file), os.stat(path)):
-                text = json.dumps(holder).encode()
-                if read(path) != text:  # a client that connects anew writes nothing: the disk may be full by now
-                    os.pwrite(file, text.ljust(os.fstat(file).st_size), 0)
-                    os.ftruncate(file, len(text))
-                held[path] = file
-                return True
-        except BlockingIOError:
-            os.close(file)
-            return False
-        except OSError:
-            os.close(file)
-            raise
-        os.close(file)  # another agent has removed it meanwhile
+    try:
+        file = open_locked(path, os.O_CREAT, wait=False)
+    except BlockingIOError:
+        return False
+    try:
+        text = json.dumps(holder).encode()
+        if read(path) != text:  # a client that connects anew writes nothing: the disk may be full by now
+            os.pwrite(file, text.ljust(os.fstat(file).st_size), 0)
+            os.ftruncate(file, len(text))
+    except OSError:
+        os.close(file)
+        raise
+    held[path] = file
+    return True
 
 
 def holder_of(path):

@@ -113,6 +113,25 @@ def lock(file, path, wait=True):
         raise OSError(error.errno, text, path)
 
 
+def open_locked(path, flags=0, wait=True):
+    """Return a descriptor of a file that is locked while it is open; whoever had the lock before may have removed it.
+
+    BlockingIOError: another has it, and `wait` is not set.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | flags, 0o600)
+        try:
+            lock(file, path, wait)
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(file)
+            raise
+        os.close(file)
+
+
 def own(folder):
     """Make a folder below the base path (and that itself) for the user alone; refuse those that others could change."""
     os.makedirs(folder, 0o700, exist_ok=True)

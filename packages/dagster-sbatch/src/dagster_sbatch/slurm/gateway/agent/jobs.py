@@ -11,11 +11,10 @@ from .follower import Follower
 from .location import Location, RemovedError, give_up, inodes_above
 from .paths import login_environment
 from .run_directories import digest, has, job_of, lay_out, locate, mark, note_follower, quietly_conclude, settle
-from .slurm_commands import await_end, environment, find_by_name, for_sbatch, scancel
+from .slurm_commands import SBATCH_PATIENCE, await_end, environment, find_by_name, for_sbatch, scancel
 from .tasks import is_array
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
-SBATCH_PATIENCE = 120.0
 LATE = 20.0  # seconds after which the job of a submission that got no answer can no longer appear in the queue
 SEARCH_EVERY = 2.0
 LOCK_EVERY = 0.1

@@ -7,15 +7,13 @@ import threading
 import time
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 
-from .claims import claim, clean, hold
 from .disk import RequestError, kind_of
-from .jobs import SBATCH_PATIENCE, cancel, run
 from .paths import Profile, with_paths
-from .run_directories import array, reject, runs, state
-from .shared_queue import Queue, queue
-from .slurm_commands import kill_running, projects, test
-from .transfer import CHUNK, get, piece, put
+from .shared_queue import Queue
+from .slurm_commands import SBATCH_PATIENCE, kill_running
+from .transfer import CHUNK
 from .turn import Turn
 
 HELLO = "gateway-agent 1"
@@ -27,22 +25,29 @@ def ping(*_):
     return {"pong": True, "host": os.uname()[1]}
 
 
-VERBS = (hold, claim, run, test, cancel, state, reject, runs, clean, put, piece, get, queue, projects, array, ping)
-VERBS = {verb.__name__: verb for verb in VERBS}
+MODULES = {
+    "claims": "hold claim clean",
+    "images": "image",
+    "interpreters": "load_modules",
+    "jobs": "run cancel",
+    "limits": "limits",
+    "releases": "environment",
+    "run_directories": "state reject runs array",
+    "server": "ping",
+    "shared_queue": "queue",
+    "slurm_commands": "test projects",
+    "task_records": "cancel_tasks task_counts task_records",
+    "transfer": "put get",
+    "usage": "usage",
+}
+"""The verbs of requests, by the module with their functions."""
 IN_ORDER = ("hold", "reject")  # before the next request is read, which builds on them
 
 
-def rare_verbs():
-    """Return verbs of which most agents need none: their modules are compiled only then."""
-    from .images import image
-    from .interpreters import load_modules
-    from .limits import limits
-    from .releases import environment
-    from .task_records import cancel_tasks, task_counts, task_records
-    from .usage import usage
-
-    rare = (image, load_modules, limits, environment, cancel_tasks, task_counts, task_records, usage)
-    return {verb.__name__: verb for verb in rare}
+def find(verb):
+    """Return the function of a verb; its module is compiled when it is first needed."""
+    module = next(name for name, verbs in MODULES.items() if verb in verbs.split())
+    return getattr(import_module("." + module, __package__), verb)
 
 
 class Agent:
@@ -92,8 +97,7 @@ class Agent:
     def handle(self, ask):
         say = partial(self.say, ask.get("id"))
         try:
-            verb = VERBS.get(ask["do"]) or rare_verbs()[ask["do"]]
-            answer = verb(self, with_paths(self.profile, ask), say)
+            answer = find(ask["do"])(self, with_paths(self.profile, ask), say)
         except RequestError as error:
             answer = {"error": error.kind, "text": str(error)}
         except OSError as error:
@@ -102,6 +106,8 @@ class Agent:
             import traceback  # loading it takes longer than most agents have a use for it
 
             answer = {"error": "broken", "text": "the gateway agent failed:\n%s" % traceback.format_exc(-3).strip()}
+        if ask.get("do") == "cancel" and answer.get("error") == "refused":
+            answer = {"refused": answer["text"]}  # an answer: an error would end the client's other requests
         say(**answer)
         if answer and ask.get("do") == "hold":  # the requests that follow could touch the jobs of another client
             self.leave()

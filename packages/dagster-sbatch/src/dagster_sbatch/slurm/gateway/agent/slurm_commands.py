@@ -18,7 +18,7 @@ FIELD = re.compile(r"(\w+)=(\S*)")
 SETTING = re.compile(r"^(\w+)\s*=\s*(.*?)\s*$", re.M)
 UNSEEN = 60.0  # seconds without an answer of squeue, after which an agent asks Slurm about its own job, as often
 LAG = 15.0  # seconds to wait for a job's own record of its end, once Slurm says that it is over
-COMMAND_PATIENCE = 60.0
+COMMAND_PATIENCE, SBATCH_PATIENCE = 60.0, 120.0
 CANCEL_EVERY = 0.5
 UNFINISHED = ("PENDING", "RUNNING", "COMPLETING")
 ACCOUNTING_TAKES = 0.1  # seconds: sacct asks a database

@@ -3,7 +3,7 @@
 import hashlib
 import os
 
-from .disk import RequestError, lock
+from .disk import RequestError, open_locked
 
 CHUNK = 1 << 18
 
@@ -24,43 +24,24 @@ def part_of(ask):
     return path, "%s.%s.part" % (path, ask["sha256"][:16])
 
 
-def locked(path, flags=0):
-    """Return a file, open for one writer at a time: two clients may send the same one."""
-    while True:
-        file = os.open(path, os.O_RDWR | flags, 0o600)
-        try:
-            lock(file, path)
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                return os.fdopen(file, "r+b")
-        except FileNotFoundError:  # the writer before has put it in place, or removed it
-            pass
-        except OSError:
-            os.close(file)
-            raise
-        os.close(file)
-
-
 def put(_, ask, __):
-    """Return how many bytes of a file were sent already; a whole file counts only with the right content."""
+    """Write the next bytes of a file that a client sends, from `at` on; return how many there are.
+
+    A request without bytes asks only for that; a whole file counts only with the right content. The last bytes give the
+    file its name.
+    """
     path, part = part_of(ask)
-    if os.path.isfile(path) and os.path.getsize(path) == ask["bytes"] and hash_of(path) == ask["sha256"]:
+    data = ask.get("data", b"")
+    if not data and os.path.isfile(path) and os.path.getsize(path) == ask["bytes"] and hash_of(path) == ask["sha256"]:
         return {"at": ask["bytes"]}
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-    with locked(part, os.O_CREAT) as file:
-        at = os.fstat(file.fileno()).st_size
-        return complete(file, ask) if at >= ask["bytes"] else {"at": at}
-
-
-def piece(_, ask, __):
-    """Write the next bytes of a file that a client sends; with the last ones it appears under its name."""
-    path, part = part_of(ask)
-    with locked(part) as file:
-        if os.fstat(file.fileno()).st_size != ask["at"]:
+    with os.fdopen(open_locked(part, 0 if data else os.O_CREAT), "r+b") as file:  # two clients may send the same one
+        at = file.seek(0, os.SEEK_END)
+        if data and at != ask["at"]:
             raise RequestError("temporary", "%s: a piece does not follow the one before" % path)
-        file.seek(ask["at"])
-        file.write(ask["data"])
+        file.write(data)
         file.flush()
-        at = ask["at"] + len(ask["data"])
+        at += len(data)
         return complete(file, ask) if at >= ask["bytes"] else {"at": at}
 
 
