@@ -10,7 +10,6 @@ from dagster_sbatch.slurm.gateway import Gateway, choose_channel, link, programs
 
 HURRIED = """
 import sys
-from importlib import import_module
 def hurry():
     for name, values in {
         "shared_queue": dict(SQUEUE_EVERY=0.5, UNSHARED_EVERY=0.5),
@@ -19,7 +18,7 @@ def hurry():
         "follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5, COMMAND_PATIENCE=3),
         "streams": dict(HOLE=0.5),
     }.items():
-        vars(import_module("agent." + name)).update(values)
+        vars(sys.modules["agent." + name]).update(values)
     slurm = sys.modules["agent.slurm_commands"]
     for each in (slurm.call, slurm.ask_slurm, slurm.rows_of):
         each.__kwdefaults__["patience"] = 0.5
@@ -55,7 +54,8 @@ def prepare(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prepare]:
     monkeypatch.setattr(link, "FIRST_PAUSE", 0.01)
 
     def make(code: str = "", told: list[str] | None = None) -> Gateway:
-        begin = "[globals()[name]() for name in ('hurry', 'spoil') if name in globals()]; names['serve']()"
+        changes = "[globals()[name]() for name in ('hurry', 'spoil') if name in globals()]"
+        begin = f"[__import__(name) for name in names['TEXTS']]; {changes}; names['serve']()"
         monkeypatch.setattr(programs, "START", code + "\n" + start.replace("names['serve']()", begin))
         on_trouble = (lambda _: None) if told is None else told.append
         made.append(Gateway(choose_channel(SETTINGS, (), lambda _: None), on_trouble=on_trouble))

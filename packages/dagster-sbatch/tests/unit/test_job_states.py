@@ -1,6 +1,7 @@
 """The state of a job as Slurm's queue and the job's own record have it."""
 
 import json
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -65,6 +66,32 @@ def test_a_job_that_has_started_since_the_last_look_at_the_queue_is_shown_as_run
     known = gateway.state(str(run))[0]
     assert known is not None
     assert known.state == "RUNNING"
+
+
+def test_a_job_that_starts_while_it_is_followed_is_shown_as_running(
+    prepare: Prepare, slurm: Path, tmp_path: Path
+) -> None:
+    """Another run has asked for the view of the queue before; squeue is not asked again for a while."""
+    run = tmp_path / "runs" / "KEY"
+    run.mkdir(parents=True, mode=0o700)
+    (run / "job").symlink_to("17")
+    put(slurm, "squeue", "echo '17|PENDING|Priority|N/A|KEY|p1'")
+    gateway, states = prepare(), list[tuple[str, str]]()
+    gateway.queue(str(run.parent))
+    put(slurm, "squeue", "exit 1")
+
+    def report(state: JobState) -> None:
+        states.append((state.state, state.node))
+        (run / "events").write_text(f"{json.dumps({**STARTED, 'time': 100})}\n")
+        if state.state == "RUNNING":
+            gateway.stop.set()
+
+    limit = threading.Timer(20, gateway.stop.set)
+    limit.start()
+    with suppress(StoppedError):
+        gateway.run(str(run), None, {}, "", on_state=report)
+    limit.cancel()
+    assert states == [("PENDING", ""), ("RUNNING", "n1")]
 
 
 def test_a_task_whose_gpus_are_idle_is_followed_to_its_end(

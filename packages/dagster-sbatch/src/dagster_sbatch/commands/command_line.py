@@ -27,16 +27,18 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(name, description=description, epilog=examples, formatter_class=form)
 
 
-def exit_code_of(command: Callable[[], int]) -> int:
+def exit_code_of(command: Callable[[], int], *, wrong: int = 1, refused: int = 1) -> int:
     """Run a command and return its exit code.
 
-    An error is printed to stderr: exit code 1 if something is to be corrected, or if the supercomputer refused;
-    3 if the supercomputer cannot be reached; 130 after Ctrl-C.
+    An error is printed to stderr: exit code `wrong` if something is to be corrected, `refused` if the supercomputer
+    refused; 3 if the supercomputer cannot be reached; 130 after Ctrl-C.
     """
     try:
         return command()
-    except (ConfigurationError, RefusedError) as error:
-        problem, code = str(error), 1
+    except ConfigurationError as error:
+        problem, code = str(error), wrong
+    except RefusedError as error:
+        problem, code = str(error), refused
     except (AccessError, SshError) as error:
         problem, code = str(error), 3
     except KeyboardInterrupt:

@@ -11,18 +11,15 @@ from pathlib import Path
 from rich import progress as bars
 from rich.console import Console
 
-from dagster_sbatch.auth import AccessError
-from dagster_sbatch.commands.command_line import ends_with_reader, make_parser, print_table
+from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser, print_table
 from dagster_sbatch.environments.code import revision_of
 from dagster_sbatch.environments.deployed import EnvironmentListing, Environments, EnvironmentSpec, read_specs
 from dagster_sbatch.environments.groups import DEFAULT
 from dagster_sbatch.environments.progress import LoggedProgress, Progress
-from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.project import Project
-from dagster_sbatch.slurm.gateway import RefusedError, make_gateway
+from dagster_sbatch.slurm.gateway import make_gateway
 from dagster_sbatch.slurm.units import count_of
-from dagster_sbatch.ssh import SshError
 
 DESCRIPTION = """\
 Publish what production_supercomputer runs: the packages of requirements/cluster.txt and of each cluster-NAME.txt (for
@@ -52,31 +49,28 @@ exit codes:
 @ends_with_reader
 def main(project: Project) -> int:
     options = _parse_arguments()
+    return exit_code_of(lambda: act(project, options), wrong=2, refused=3)
+
+
+def act(project: Project, options: argparse.Namespace) -> int:
+    settings = project.load_settings(supercomputer=True)
+    site = project.load_site(settings.supercomputer_site)
+    gateway = make_gateway(settings, site, on_trouble=lambda text: print(f"{text}; trying again", file=sys.stderr))
+    environments = Environments(gateway, str(settings.deployment_base_path), site)
     try:
-        settings = project.load_settings(supercomputer=True)
-        site = project.load_site(settings.supercomputer_site)
-        gateway = make_gateway(settings, site, on_trouble=lambda text: print(f"{text}; trying again", file=sys.stderr))
-        environments = Environments(gateway, str(settings.deployment_base_path), site)
-        try:
-            if options.rollback:
-                return roll_back(environments)
-            if options.list:
-                return show(environments)
-            if options.remove:
-                used = Runs(gateway, settings).environments_in_use()
-                return remove(environments, used, options.keep, options.older_than)
-            specs = read_specs(project, settings)
-            for note in specs[DEFAULT].code.notes:
-                print(f"warning: {note}", file=sys.stderr)
-            return check(environments, specs) if options.check else publish(environments, specs)
-        finally:
-            gateway.close()
-    except ConfigurationError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (RefusedError, AccessError, SshError) as error:
-        print(error, file=sys.stderr)
-        return 3
+        if options.rollback:
+            return roll_back(environments)
+        if options.list:
+            return show(environments)
+        if options.remove:
+            used = Runs(gateway, settings).environments_in_use()
+            return remove(environments, used, options.keep, options.older_than)
+        specs = read_specs(project, settings)
+        for note in specs[DEFAULT].code.notes:
+            print(f"warning: {note}", file=sys.stderr)
+        return check(environments, specs) if options.check else publish(environments, specs)
+    finally:
+        gateway.close()
 
 
 def _parse_arguments() -> argparse.Namespace:

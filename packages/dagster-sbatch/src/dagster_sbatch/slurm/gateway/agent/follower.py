@@ -178,7 +178,8 @@ class Follower:
         if self.tasks.array and now - self.reported_at < REPORT_EVERY:
             return
         started = {index for index, task in self.active.items() if task.began}
-        if self.viewed < self.begun and not self.pending.isdisjoint(started):  # it is not known whether these wait again
+        early = (index for index in self.pending & started if self.active[index].heard == self.begun)
+        if self.viewed < self.begun and next(early, None) is not None:  # it is not known whether these wait again
             return
         self.requeued = {index for index in self.pending & started if self.waits_again(index)}
         running = started - self.recorded - self.requeued - set(self.over)
