@@ -10,9 +10,9 @@ import time
 from contextlib import suppress
 
 from .disk import RequestError, open_locked, own, parse, read, remove_tree
-from .ends import UNKNOWN_JOB, may_be_success, state_of
+from .ends import UNKNOWN_JOB, state_of
 from .paths import with_paths
-from .run_directories import DAY, array_of, checked, conclude, followers_of, has, job_of, may_have_job, record_of
+from .run_directories import DAY, array_of, checked, has, job_of, may_have_job, record_of
 from .slurm_commands import ask_slurm, fields_of
 from .tasks import is_array, whole
 
@@ -61,22 +61,13 @@ def latest(folder, family):
     `arrays`: all attempts that are array jobs, in order: several can be active at once.
     """
     attempts = [name[len(family) + 1 :] for name in os.listdir(folder) if name.startswith(family + "-")]
-    numbers = sorted(int(text) for text in attempts if text.isdigit()) or [0]
-    paths = [os.path.join(folder, "%s-%d" % (family, number)) for number in numbers]
-    arrays, run = [array_of(path, certain=True) for path in paths if is_array(path)], paths[-1]
-    job = job_of(run)
-    found = {"attempt": numbers[-1], "over": True, "end": None, "job": job, "followers": []}
-    found.update(record=record_of(run), arrays=arrays, rejected=has(run, "failed"))
-    if not numbers[-1] or not may_have_job(run):  # sbatch refused it, the agent died, or it was cancelled before
-        return found
-    end = None
-    if is_array(run):
-        end = whole(arrays[-1]["ends"]) if job and arrays[-1]["over"] else None
-    elif job:
-        end = conclude(run, job)
-        if end and may_be_success(end) and not has(run, "end"):  # NFS shows its own record later
-            end = None
-    return dict(found, over=bool(end), end=end, followers=followers_of(run))
+    numbers = sorted(int(text) for text in attempts if text.isdigit())
+    known = [array_of(os.path.join(folder, "%s-%d" % (family, number)), certain=True) for number in numbers]
+    last = known[-1] if known else {"over": True, "ends": {}, "job": None, "followers": [], "record": None}
+    found = {name: last[name] for name in ("over", "job", "followers", "record")}
+    found["end"] = whole(last["ends"]) if last["over"] and last["ends"] else None
+    found["arrays"] = [each for each in known if is_array(each["run"])]
+    return dict(found, attempt=max(numbers, default=0), rejected=bool(known) and has(last["run"], "failed"))
 
 
 def runs_of(folder, beginning):

@@ -122,7 +122,7 @@ def quietly_conclude(run, job):
 
 
 def array_of(run, certain=False):
-    """Return what is known of a run that is an array job; `over`: whether all of its tasks are.
+    """Return what is known of a run and its tasks; `over`: whether all of them are.
 
     certain: a task is not over that Slurm calls complete, while its own record may still appear (NFS shows it later)
     RequestError: Slurm does not answer, and some task's end is not recorded.
