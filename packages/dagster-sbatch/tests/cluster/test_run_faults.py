@@ -218,7 +218,7 @@ def test_the_run_directory_of_a_running_job_is_removed(
     site: SimulatedSite, workloads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its file system is there. Nobody can receive its result, so the job is cancelled."""
-    serve, hurry = "names['serve']()", "sys.modules['agent.location'].REMOVED = 3"
+    serve, hurry = "names['serve']()", "__import__('agent.location').location.REMOVED = 3"
     assert serve in programs.START
     monkeypatch.setattr(programs, "START", programs.START.replace(serve, f"{hurry}; {serve}"))
     run = Background(lambda: materialize(SLEEPS, workloads, request=REQUEST))
