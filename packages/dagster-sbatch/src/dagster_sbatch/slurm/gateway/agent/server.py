@@ -46,8 +46,8 @@ IN_ORDER = ("hold", "reject")  # before the next request is read, which builds o
 
 def find(verb):
     """Return the function of a verb; its module is compiled when it is first needed."""
-    module = next(name for name, verbs in MODULES.items() if verb in verbs.split())
-    return getattr(import_module("." + module, __package__), verb)
+    modules = {each: module for module, verbs in MODULES.items() for each in verbs.split()}
+    return getattr(import_module("." + modules[verb], __package__), verb)
 
 
 class Agent:
