@@ -23,7 +23,7 @@ def test_paths_and_output_are_utf_8_whatever_the_locale_is(
 ) -> None:
     made = subprocess.run(["localedef", "-c", "-f", "ISO-8859-1", "-i", "de_AT", tmp_path / LOCALE], check=False)
     if made.returncode or not (tmp_path / LOCALE).exists():
-        pytest.skip("localedef, or what it needs, is not installed")
+        pytest.skip("the sources of locales are not installed (package locales on Debian)")
     monkeypatch.setattr(children, "_ALWAYS", children._ALWAYS | {"LOCPATH"})
     base = played_slurm.runs.parent / "Größe '€'"
     variables = {"LOCPATH": tmp_path, "LC_ALL": LOCALE, "SLURM_DEPLOYMENT_BASE_PATH": base}
