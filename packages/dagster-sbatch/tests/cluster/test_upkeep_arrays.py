@@ -87,7 +87,8 @@ def test_an_array_job_that_no_run_follows(site: SimulatedSite, runs: Runs, monke
 
         ended = submit(runs, run_id, 1)
         wait_until(lambda: runs.gateway.array(ended).over, "its task has ended", 60)
-        assert clean(instance, monkeypatch) == f"removed {ended.rpartition('/')[2]}"
+        removed = f"removed {ended.rpartition('/')[2]}"  # once nothing of it changes any more
+        wait_until(lambda: clean(instance, monkeypatch) == removed, "it is removed", 60)
         site.run_on_login(CERTIFICATE_USER, f"test ! -e {ended}")
 
 
