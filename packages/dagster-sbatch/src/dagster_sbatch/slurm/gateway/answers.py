@@ -149,7 +149,8 @@ class Questions:
     data_root: str = ""  # DATA_ROOT; the answer has its absolute path
     # A request about the environment of a new attempt; see `RunEnvironment.request`
     environment: Mapping[str, Any] | None = None
-    earlier: Sequence[str] = ()  # ids of jobs of the step; no other job is submitted beside one that is lost
+    # Ids of the step's earlier jobs. While one of them runs without a run directory, nothing is submitted
+    earlier: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
