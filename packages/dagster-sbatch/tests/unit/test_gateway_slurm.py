@@ -367,4 +367,4 @@ def test_slurm_is_asked_again_soon_whether_a_job_that_was_cut_short_is_over(
         following.find_ends()
         queue.view["at"] = now[0] = now[0] + 0.1
     pauses = [later - earlier for earlier, later in pairwise(asked)]
-    assert pauses == pytest.approx([1.6, 2.3, 3.4, 5.1, 7.6], rel=0.1)
+    assert pauses == pytest.approx([1.1, 1.6, 2.4, 3.4, 5.1, 7.6], rel=0.1)

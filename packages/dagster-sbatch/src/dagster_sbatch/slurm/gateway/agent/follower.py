@@ -84,7 +84,7 @@ class Follower:
         self.over, self.silent, self.gone, self.pending, self.requeued = {}, {}, set(), set(), set()
         now = self.begun = self.asked = self.news = self.filled = time.time()
         self.listed = self.reported_at = self.seen = self.viewed = 0.0
-        self.allowance, self.pause, self.took = READS_PER_SECOND / 10, 0.015, 0.0
+        self.allowance, self.pause, self.took = READS_PER_SECOND / 10, 0, 0.0
         self.reported, self.trouble = None, None
         for index in self.left & set(self.tasks.ends):  # only its output is missing
             self.over[index] = (self.tasks.ends[index], now)
@@ -210,13 +210,14 @@ class Follower:
         if not open_ones:
             return
         if self.all_recorded():
-            cut_short = any(self.active[index].own["code"] is None for index in open_ones)
-            if cut_short:  # its processes may have some seconds to end
-                self.pause = max(self.pause, min(1, SQUEUE_EVERY))
+            if not self.pause:  # the last one has just recorded it: Slurm needs a moment to end the job
+                self.asked, since, self.pause = time.time(), 0, 0.03
             due = since > max(self.pause, self.took)
-            self.pause = min(1.5 * self.pause, SQUEUE_EVERY if cut_short else 5) if due else self.pause
+            if due:  # the processes of a job that was cut short may have some seconds to end
+                cut_short = any(self.active[index].own["code"] is None for index in open_ones)
+                self.pause = min(max(1.5 * self.pause, int(cut_short)), SQUEUE_EVERY if cut_short else 5)
         else:
-            self.pause = 0.015
+            self.pause = 0
             hint = self.silent or not open_ones.isdisjoint(self.recorded) or not open_ones.isdisjoint(self.gone)
             due = unseen or (hint and since > max(SQUEUE_EVERY, SHARE * self.took))
         if due:

@@ -109,6 +109,8 @@ class Agent:
         if ask.get("do") == "cancel" and answer.get("error") == "refused":
             answer = {"refused": answer["text"]}  # an answer: an error would end the client's other requests
         say(**answer)
+        if ask.get("do") == "claim":
+            find("run")  # compiled while the client reads the answer: this is what it asks for next
         if answer and ask.get("do") == "hold":  # the requests that follow could touch the jobs of another client
             self.leave()
 
