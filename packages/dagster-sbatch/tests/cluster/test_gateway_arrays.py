@@ -154,7 +154,7 @@ def test_an_array_job_that_waits_is_adopted_and_cancelled_as_a_whole(
     second = open_gateway()
     family = key.rpartition("-")[0]
     wait_until(lambda: second.claim(RUNS, family, "token-2", "me").held_by is None, "the first agent leaves")
-    (known,) = second.claim(RUNS, family, "token-2", "me").arrays
+    (known,) = second.claim(RUNS, family, "token-2", "me").attempts
     assert (known.job, known.over, set(known.ends)) == (seen.jobs[run.run].job, False, {0})
     adopted = Recorder(
         ArrayRun(run.run, None, range(1, 50)), on_event=lambda event: second.stop.set() if event == "started" else None

@@ -15,8 +15,8 @@ from dagster_sbatch.project import Project
 from dagster_sbatch.run import adoption
 from dagster_sbatch.run.adoption import (
     NO_RECORD,
-    Choice,
     choose,
+    describe_adoption,
     inputs_of,
     name_differences,
     name_request_changes,
@@ -29,7 +29,8 @@ from dagster_sbatch.run.history import is_stored, requested_at
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.workload import Workload
 from dagster_sbatch.slurm import Allocation, Retries, Site, SlurmRequest
-from dagster_sbatch.slurm.gateway import Claim, JobEnd, OtherRun, Questions
+from dagster_sbatch.slurm.gateway import Attempt, Claim, JobEnd, OtherRun, Questions
+from support.claims import single_job
 
 WELL = JobEnd(0, "COMPLETED", "0:0")
 FORGOTTEN = JobEnd(0, "", "")
@@ -37,27 +38,27 @@ BADLY = JobEnd(3, "FAILED", "3:0")
 
 
 @pytest.mark.parametrize(
-    ("claim", "stored", "attempt", "adopt"),
+    ("attempt", "stored", "said"),
     [
-        (Claim(None), False, 1, False),
-        (Claim(None, attempt=1, over=True), False, 2, False),  # laid out, never submitted
-        (Claim(None, attempt=1, over=False, job="7"), False, 1, True),
-        (Claim(None, attempt=1, over=False, job=None), False, 1, True),  # sbatch has not answered
-        (Claim(None, attempt=3, over=True, end=WELL, job="7"), False, 3, True),
-        (Claim(None, attempt=3, over=True, end=FORGOTTEN, job="7"), False, 3, True),
-        (Claim(None, attempt=3, over=True, end=WELL, job="7"), True, 4, False),
-        (Claim(None, attempt=3, over=True, end=WELL, job="7", rejected=True), False, 4, False),
-        (Claim(None, attempt=3, over=True, end=BADLY, job="7"), False, 4, False),
-        (Claim(None, attempt=3, over=True, end=JobEnd(0, "CANCELLED", "0:15"), job="7"), False, 4, False),
+        (None, False, ""),
+        (single_job(1, job=None), False, ""),  # laid out, never submitted
+        (single_job(1, over=False), False, "Slurm job 7 was submitted by an earlier run of this step."),
+        # sbatch has not answered
+        (single_job(1, job=None, over=False), False, "The Slurm job was submitted by an earlier run of this step."),
+        (single_job(3, end=WELL), False, "Slurm job 7 of an earlier run of this step has ended. Using its result."),
+        (single_job(3, end=FORGOTTEN), False, "has ended. Using its result."),
+        (single_job(3, end=WELL), True, ""),
+        (single_job(3, end=WELL, rejected=True), False, ""),
+        (single_job(3, end=BADLY), False, ""),
+        (single_job(3, end=JobEnd(0, "CANCELLED", "0:15")), False, ""),
     ],
 )
-def test_the_latest_attempt_or_a_new_one(claim: Claim, stored: bool, attempt: int, adopt: bool) -> None:
-    choice = choose(claim, stored=stored, retries=Retries())
-    assert (choice.attempt, choice.adopt, bool(choice.reason)) == (attempt, adopt, adopt)
-
-
-def test_a_first_attempt_needs_no_reason() -> None:
-    assert choose(Claim(None), stored=False, retries=Retries()) == Choice(1, adopt=False)
+def test_the_latest_attempt_or_a_new_one(attempt: Attempt | None, stored: bool, said: str) -> None:
+    """`said`: of an attempt that is adopted."""
+    choice = choose([attempt] if attempt else [], {0: ""}, lambda *_: stored, Retries())
+    assert choice.follow == ({attempt.run: {0: 0}} if attempt and said else {})
+    assert (list(choice.new), choice.outdated) == ([] if said else [0], {})
+    assert not said or (attempt and said in describe_adoption(attempt))
 
 
 BASE: dict[str, Any] = {

@@ -54,8 +54,8 @@ def follow(gateway: Gateway, runs: Path, token: str, said: bytearray) -> int | N
     """Claim the family, and submit or adopt its latest attempt as a step does; return its exit code."""
     while (claim := gateway.claim(str(runs), "family", token, token)).held_by:
         pass
-    adopt = claim.attempt and (not claim.over or claim.end)
-    name = f"family-{claim.attempt if adopt else claim.attempt + 1}"
+    adopt = any(not attempt.over or attempt.ends for attempt in claim.attempts)
+    name = f"family-{claim.number if adopt else claim.number + 1}"
     return gateway.run(str(runs / name), None if adopt else files_of(name), {"stdout": said.extend}, "run").code
 
 

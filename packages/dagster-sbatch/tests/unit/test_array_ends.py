@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.slurm.gateway import ArrayJob, ArrayRun, follow_arrays
+from dagster_sbatch.slurm.gateway import ArrayRun, Attempt, follow_arrays
 from dagster_sbatch.slurm.gateway.agent import disk, ends, run_directories, task_states, tasks
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, Prepare, put
@@ -201,8 +201,8 @@ def test_a_claim_takes_no_end_for_final_whose_record_may_still_appear(site: Site
     never = record("2", "CANCELLED", now).replace("StartTime=110", "StartTime=Unknown")
     site.say(record("0", "COMPLETED", now), record("1", "CANCELLED", now), never)
 
-    def claimed() -> ArrayJob:
-        return gateway.claim(str(site.run.parent), "KEY", "token", "me").arrays[0]
+    def claimed() -> Attempt:
+        return gateway.claim(str(site.run.parent), "KEY", "token", "me").attempts[0]
 
     first = claimed()
     assert (first.over, set(first.ends)) == (False, {1, 2})

@@ -11,13 +11,13 @@ import pytest
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run import family as family_module
-from dagster_sbatch.run.adoption import choose_tasks
+from dagster_sbatch.run.adoption import choose
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.calls import StepCalls
 from dagster_sbatch.run.family import Family
 from dagster_sbatch.slurm import Retries, SlurmRequest
-from dagster_sbatch.slurm.gateway import ArrayJob, Claim, JobEnd, Limits, OtherRun, Questions, RefusedError
+from dagster_sbatch.slurm.gateway import Attempt, Claim, JobEnd, Limits, OtherRun, Questions, RefusedError
 
 NO_LIMITS = Limits(None, None)
 
@@ -102,16 +102,16 @@ WELL, BADLY = JobEnd(0, "COMPLETED"), JobEnd(1, "FAILED")
 
 def array(
     number: int, tasks: str, ends: Mapping[int, JobEnd], *, job: str | None = "7", rejected: int | None = None
-) -> ArrayJob:
+) -> Attempt:
     over = len(ends) == len(tasks)
     refused = frozenset() if rejected is None else frozenset([rejected])
-    return ArrayJob(f"runs/f-{number}", number, job, over, list(tasks), ends, rejected=refused)
+    return Attempt(f"runs/f-{number}", number, job, over, list(tasks), ends, rejected=refused)
 
 
 def test_each_task_is_adopted_from_the_latest_array_job_with_it() -> None:
     first = array(1, "abcde", {0: WELL, 1: BADLY, 2: WELL, 3: WELL}, rejected=2)
     second = array(2, "b", {})
-    choice = choose_tasks(
+    choice = choose(
         [first, second],
         dict(zip([10, 11, 12, 13, 14, 15], "abcdex", strict=True)),
         lambda _, index: index == 13,
@@ -124,9 +124,9 @@ def test_each_task_is_adopted_from_the_latest_array_job_with_it() -> None:
 def test_a_failed_task_that_may_be_repeated_is_followed_unless_a_step_has_judged_it() -> None:
     ran_out = JobEnd(None, "OUT_OF_MEMORY")
     arrays, ids = [array(1, "ab", {0: ran_out, 1: ran_out}, rejected=1)], {0: "a", 1: "b"}
-    choice = choose_tasks(arrays, ids, lambda *_: False, Retries(max_mem="1G"))
+    choice = choose(arrays, ids, lambda *_: False, Retries(max_mem="1G"))
     assert (choice.follow, list(choice.new), choice.ended) == ({"runs/f-1": {0: 0}}, [1], 1)
-    assert list(choose_tasks(arrays, ids, lambda *_: False, Retries()).new) == [0, 1]
+    assert list(choose(arrays, ids, lambda *_: False, Retries()).new) == [0, 1]
 
 
 def test_the_tasks_of_an_array_job_have_one_request() -> None:
@@ -142,7 +142,7 @@ def test_tasks_with_other_values_are_outdated_until_they_are_over() -> None:
     """Task b has another value now (B), c and d are not in the array any more."""
     first, second = array(1, "abc", {2: WELL}), array(2, "d", {})
     over = array(3, "bd", {0: WELL, 1: BADLY})
-    choice = choose_tasks([first, second, over], {0: "a", 1: "B"}, lambda *_: False, Retries())
+    choice = choose([first, second, over], {0: "a", 1: "B"}, lambda *_: False, Retries())
     assert (choice.follow, list(choice.new)) == ({"runs/f-1": {0: 0}}, [1])
     assert choice.outdated == {"runs/f-1": [1], "runs/f-2": [0]}
 
@@ -166,7 +166,7 @@ def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bo
             raise RefusedError("it is not over after a minute")
 
     def claim(*_: object) -> Claim:
-        return Claim(None, arrays=[first, second])
+        return Claim(None, attempts=[first, second])
 
     warnings: list[str] = []
     log = SimpleNamespace(info=lambda _: None, warning=warnings.append, error=None)
@@ -182,7 +182,7 @@ def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bo
         gateway: Any = SimpleNamespace(claim=claim, cancel=cancel, cancel_tasks=cancel)
         call = StepCalls().begin("r", "step", "digest")
         attempts = Family(context, gateway, "/base/runs", call, {}, SlurmRequest(), questions=Questions())
-        attempts.choose_tasks({0: TASK})
+        attempts.choose({0: TASK})
     assert done == [("runs/f-1", [1, 2]), ("runs/f-2", None)]
     assert "newer data (y, z). They are cancelled" in warnings[0]
     assert len(warnings) == (4 if refused else 2)
@@ -218,11 +218,11 @@ def test_all_array_jobs_with_other_inputs_are_cancelled_at_the_same_time(monkeyp
 
 
 def test_an_array_job_that_was_never_submitted_hides_no_earlier_one() -> None:
-    never = ArrayJob("runs/f-2", 2, None, over=True, tasks=["a"], ends={})
-    choice = choose_tasks([array(1, "a", {}), never], {0: "a"}, lambda *_: False, Retries())
+    never = Attempt("runs/f-2", 2, None, over=True, tasks=["a"], ends={})
+    choice = choose([array(1, "a", {}), never], {0: "a"}, lambda *_: False, Retries())
     assert choice.follow == {"runs/f-1": {0: 0}}
 
 
 def test_a_submission_without_an_answer_is_followed() -> None:
-    asked = ArrayJob("runs/f-1", 1, None, over=False, tasks=["a"], ends={})
-    assert choose_tasks([asked], {0: "a"}, lambda *_: False, Retries()).follow == {"runs/f-1": {0: 0}}
+    asked = Attempt("runs/f-1", 1, None, over=False, tasks=["a"], ends={})
+    assert choose([asked], {0: "a"}, lambda *_: False, Retries()).follow == {"runs/f-1": {0: 0}}

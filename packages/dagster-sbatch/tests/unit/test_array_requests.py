@@ -90,7 +90,7 @@ def test_a_rejected_result_is_known_to_the_next_claim(prepare: Prepare, tmp_path
     for index in (1, 2):
         gateway.reject(str(run), index)
     wait_until((run / "tasks/2/failed").exists, "the mark", 60)
-    (known,) = gateway.claim(str(run.parent), "family", "token", "me").arrays
+    (known,) = gateway.claim(str(run.parent), "family", "token", "me").attempts
     assert (known.number, known.job, known.over, known.tasks) == (1, "17", True, ["i0", "i1", "i2"])
     assert (known.rejected, known.started) == (frozenset({1, 2}), frozenset({0, 1}))
     assert {index: end.code for index, end in known.ends.items()} == {0: 0, 1: 0, 2: None}

@@ -106,8 +106,8 @@ def test_a_claim_takes_no_end_for_final_whose_record_may_still_appear(
         (run / "events").write_text(json.dumps({"code": code, "time": ended, "sizes": {}}) + "\n")
     record = f"JobName=family-1 JobState=COMPLETED ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime={ended}"
     put(slurm, "scontrol", f"echo '{record}'")
-    claim = prepare().claim(str(run.parent), "family", "token 1", "run 1")
-    assert (claim.over, claim.end and claim.end.code) == (over, code)
+    (attempt,) = prepare().claim(str(run.parent), "family", "token 1", "run 1").attempts
+    assert (attempt.over, [end.code for end in attempt.ends.values()]) == (over, [code] * over)
     assert (run / "end").exists() is over
 
 
@@ -121,10 +121,10 @@ def test_a_run_that_was_cancelled_before_it_had_a_job_is_over(
     (run / kind).write_text("{}\n")
     (run / "tried").touch()
     os.utime(run / "tried", (time() - 60, time() - 60))
-    assert not gateway.claim(str(run.parent), "family", "token 1", "run 1").over
+    assert not gateway.claim(str(run.parent), "family", "token 1", "run 1").attempts[0].over
     assert gateway.cancel(str(run)) is None
-    claim = gateway.claim(str(run.parent), "family", "token 1", "run 1")
-    assert (claim.over, [array.over for array in claim.arrays]) == (True, [True] * (kind == "tasks.jsonl"))
+    (attempt,) = gateway.claim(str(run.parent), "family", "token 1", "run 1").attempts
+    assert attempt.over
 
 
 PATIENCE = """

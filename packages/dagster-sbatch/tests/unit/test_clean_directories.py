@@ -14,7 +14,7 @@ from dagster_sbatch.inspect.array_tasks import TaskList
 from dagster_sbatch.inspect.remote_runs import RunRecord
 from dagster_sbatch.run.array import Task, name_range
 from dagster_sbatch.run.directory import RunInfo
-from dagster_sbatch.slurm.gateway import ArrayJob, JobEnd
+from dagster_sbatch.slurm.gateway import Attempt, JobEnd
 from dagster_sbatch.upkeep import cleaning
 from dagster_sbatch.upkeep.cleaning import KEEP_DAYS, KEEP_FAILED_DAYS, is_obsolete, make_cleaning_sensor
 from resources import PROJECT
@@ -92,7 +92,7 @@ def test_an_array_job_goes_when_the_results_of_its_tasks_are_stored(
     made = [Task(name_range(each) if (each := keys.split()) else "p", each) for keys in tasks]
     record = {"tasks": [task.record for task in made]}
     known = dict(enumerate(ends))
-    job = ArrayJob("/runs/a-1", 1, "17", bool(ends), (), known, record=record)
+    job = Attempt("/runs/a-1", 1, "17", bool(ends), (), known, record=record)
     runs: Any = SimpleNamespace(gateway=SimpleNamespace(array=lambda _: job))
     with dg.DagsterInstance.ephemeral() as instance:
         run_id = stores(instance, *stored)

@@ -213,18 +213,18 @@ def test_a_family_goes_on_from_its_latest_attempt(open_gateway: Callable[[], Gat
     for name in ("family-9", "family-10", "family-10.new", "family-x", "family-other-11"):
         (runs / name).mkdir(parents=True)
     claim = open_gateway().claim(str(runs), "family", "token", "me")
-    assert (claim.attempt, claim.over, claim.end, claim.rejected) == (10, True, None, False)
+    (attempt,) = claim.attempts
+    assert (claim.number, attempt.over, attempt.ends, attempt.rejected) == (10, True, {}, frozenset())
     end = {"code": 0, "state": "COMPLETED", "exit": "0:0", "times": [1, 2, 3]}
     (runs / "family-10" / "job").symlink_to("17")
     (runs / "family-10" / "end").write_text(json.dumps(end))
     gateway = open_gateway()
-    assert gateway.claim(str(runs), "family", "token", "me").attempt == 10
+    assert gateway.claim(str(runs), "family", "token", "me").number == 10
     gateway.reject(str(runs / "family-10"))  # answers nothing
     wait_until((runs / "family-10" / "failed").exists, "the mark", 60)
-    claim = gateway.claim(str(runs), "family", "token", "me")
-    assert claim.rejected
-    assert claim.end is not None
-    assert (claim.job, claim.over, claim.end.code, claim.end.ended) == ("17", True, 0, 3)
+    (attempt,) = gateway.claim(str(runs), "family", "token", "me").attempts
+    assert (attempt.job, attempt.over, [*attempt.rejected]) == ("17", True, [0])
+    assert (attempt.ends[0].code, attempt.ends[0].ended) == (0, 3)
 
 
 def test_what_else_a_step_has_there_is_reported(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_who_follows_a_run_is_noted(open_gateway: Callable[[], Gateway], tmp_pat
     gateway = open_gateway()
     for follower in ("run-2", "run-1", "run-1"):
         assert submit_run(gateway, str(run), None, follower).how == "recorded"
-    assert gateway.claim(str(run.parent), "family", "token", "me").followers == ["run-2", "run-1"]
+    assert gateway.claim(str(run.parent), "family", "token", "me").attempts[0].followers == ["run-2", "run-1"]
 
 
 def test_runs_that_are_over_or_have_no_job_are_cleaned_up(open_gateway: Callable[[], Gateway], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dagster_sbatch.commands.job_tasks import MOST_LOGS, MOST_ROWS, find_task, s
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import RunRecord
 from dagster_sbatch.run.directory import RunInfo
-from dagster_sbatch.slurm.gateway import ArrayJob, JobEnd
+from dagster_sbatch.slurm.gateway import Attempt, JobEnd
 
 DONE, FAILED = JobEnd(0, "COMPLETED", "0:0"), JobEnd(7, "FAILED", "7:0", cause="no input")
 
@@ -23,7 +23,7 @@ class ManyRuns:
     def __init__(self, tasks: int, ends: dict[int, JobEnd], started: int, **indices: Any):
         record = {"tasks": [{"name": f"day-{index}", "partitions": []} for index in range(tasks)]}
         over, begun = len(ends) == tasks, frozenset(range(started))
-        job = ArrayJob("/runs/a-1", 1, "17", over, (), ends, started=begun, record=record, **indices)
+        job = Attempt("/runs/a-1", 1, "17", over, (), ends, started=begun, record=record, **indices)
         self.gateway = SimpleNamespace(array=lambda _: job, ask=self.ask)
         self.asked: list[list[int]] = []
 

@@ -35,6 +35,7 @@ from dagster_sbatch.slurm.gateway import (
 from dagster_sbatch.slurm.units import format_time
 from resources import PROJECT
 from support.background import attempts_of
+from support.claims import single_job
 
 REQUEST = SlurmRequest(mem="16G", time_limit="01:00:00", retries=Retries(max_mem="64G", max_time_limit="04:00:00"))
 SETTINGS = Settings.model_construct(supercomputer_site="musica")
@@ -93,8 +94,8 @@ class Family:
         self.request = store_request(allocate(REQUEST, PROJECT.load_site("musica")).request)
         self.record = {"call": 0, "inputs": {}, "request": self.request}
 
-    def choose(self) -> tuple[Claim, Choice]:
-        return self.claim, choose(self.claim, stored=False, retries=REQUEST.retries)
+    def choose(self, _: None) -> tuple[Claim, Choice]:
+        return self.claim, choose(self.claim.attempts, {0: ""}, lambda *_: False, REQUEST.retries)
 
     def cancel_outdated(self, _: Claim) -> bool:
         return False
@@ -255,7 +256,8 @@ def test_a_request_that_was_changed_while_a_job_ran_applies_to_the_next_attempt(
     memory = []
     for number in (1, 2):
         gateway = Gateway(OOM, KILLED)
-        claim = Claim(None, runs="runs", attempt=number, over=False, job=str(number), record=record)
+        adopted = single_job(number, str(number), over=False, record=record)
+        claim = Claim(None, runs="runs", attempts=[adopted])
         assert "killed" in fail(gateway, claim, [None])
         (record,) = gateway.records
         memory.append(load_request(record, REQUEST).mem)
@@ -272,12 +274,9 @@ def test_the_attempt_that_a_killed_execution_has_left_to_do_is_compared_with_the
     killed = Gateway(TIMEOUT, KILLED)
     assert "killed" in fail(killed, Claim(None, runs="runs"), [None, None])
     first, second = killed.records
-    if submitted:
-        left = Claim(None, runs="runs", attempt=1, end=TIMEOUT, job="1", record=first)
-    else:
-        left = Claim(None, runs="runs", attempt=2, record=second)
+    left = single_job(1, "1", end=TIMEOUT, record=first) if submitted else single_job(2, None, record=second)
     gateway = Gateway(TIMEOUT)
-    text = fail(gateway, left, [None], **settings)
+    text = fail(gateway, Claim(None, runs="runs", attempts=[left]), [None], **settings)
     assert "This call of compute.run could cost 2 node-hours (1 node x 02:00:00)." in text
     assert gateway.records == []  # nothing is submitted
     assert "killed" in fail(Gateway(KILLED), Claim(None, runs="runs"), [None], **settings)

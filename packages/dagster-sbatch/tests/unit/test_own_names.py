@@ -20,6 +20,7 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Claim, JobEnd, Submitted
 from resources import PROJECT, build_resources
 from support import ROOT
+from support.claims import single_job
 
 WORKLOAD = "from dagster_pipes import open_dagster_pipes\nwith open_dagster_pipes(): pass\n"
 REPORT = b"".join(
@@ -89,15 +90,15 @@ def test_all_names_that_the_engine_adds_to_the_result_of_a_job_are_documented() 
     settings = Settings.model_construct(supercomputer_site="musica")
     attempt = {"job": "6", "end": "out of memory", "request": {}, "costs": {}}
     record = {"call": 0, "inputs": {}, "request": REQUEST, "attempts": [attempt]}
-    claim = Claim(None, runs="runs", attempt=2, over=False, job="7", record=record)
+    claim = Claim(None, runs="runs", attempts=[single_job(2, over=False, record=record)])
 
     @dg.asset
     def probe(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         plan = make_plan(settings, PROJECT, Path(__file__), RayLauncher(), SlurmRequest())
         step: Any = RemoteRun(context.op_execution_context, "probe", settings, plan)
-        choice = Choice(2, adopt=True)
+        choice = Choice({"runs/family-2": {0: 0}}, 0, [])
         call = SimpleNamespace(family="family", number=0)
-        step._family = SimpleNamespace(choose=lambda: (claim, choice), call=call, request={}, record={})
+        step._family = SimpleNamespace(choose=lambda _: (claim, choice), call=call, request={}, record={})
         step._gateway, step._environment = Gateway(), None
         done: dg.MaterializeResult = step._execute().get_materialize_result()
         return done

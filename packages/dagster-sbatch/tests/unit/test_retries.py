@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dagster_sbatch import ConfigurationError, Retries, SlurmRequest
-from dagster_sbatch.run.adoption import Choice, choose, is_left_out, name_request_changes
+from dagster_sbatch.run.adoption import Choice, choose, describe_adoption, is_left_out, name_request_changes
 from dagster_sbatch.run.attempts import (
     AttemptRecord,
     AttemptSeries,
@@ -19,10 +19,11 @@ from dagster_sbatch.run.attempts import (
 )
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site, allocate, render_job_script
-from dagster_sbatch.slurm.gateway import Claim, JobEnd
+from dagster_sbatch.slurm.gateway import JobEnd
 from dagster_sbatch.slurm.next_request import check_retries, next_request
 from dagster_sbatch.slurm.retries import Fault
 from resources import PROJECT
+from support.claims import single_job
 
 ALL = Retries(max_mem="64G", max_time_limit="04:00:00", exclude_failed_nodes=True)
 
@@ -201,8 +202,10 @@ OOM = JobEnd(None, "OUT_OF_MEMORY", "0:125")
 def test_a_failed_attempt_that_no_step_has_judged_is_followed(
     end: JobEnd, rejected: bool, retries: Retries, adopt: bool
 ) -> None:
-    choice = choose(Claim(None, attempt=2, end=end, job="7", rejected=rejected), stored=False, retries=retries)
-    assert (choice.attempt, choice.adopt, bool(choice.reason)) == (2 if adopt else 3, adopt, adopt)
+    attempt = single_job(2, end=end, rejected=rejected)
+    choice = choose([attempt], {0: ""}, lambda *_: False, retries)
+    assert (list(choice.new), [*choice.follow]) == (([], [attempt.run]) if adopt else ([0], []))
+    assert "has failed (Slurm:" in describe_adoption(attempt)
 
 
 @pytest.mark.parametrize(
@@ -211,12 +214,15 @@ def test_a_failed_attempt_that_no_step_has_judged_is_followed(
         ({}, True),
         ({"rejected": True}, False),  # Slurm has refused it
         ({"job": "8", "end": OOM}, False),
-        ({"record": {"request": {}}}, False),
+        ({"record": {"request": store_request(GREW)}}, False),
+        ({"request": {}}, False),  # the asset's has changed since
     ],
 )
 def test_a_further_attempt_that_was_never_submitted_is_recognised(changes: dict[str, Any], left_out: bool) -> None:
-    record = {"request": store_request(GREW), "attempts": [asdict(ATTEMPT)]}
-    claim = Claim(None, **{"attempt": 2, "record": record, **changes})
-    assert is_left_out(claim) is left_out
+    request = store_request(GREW)
+    known = {"job": None, "record": {"request": request, "attempts": [asdict(ATTEMPT)]}, "request": request, **changes}
+    request = known.pop("request")
+    attempt = single_job(2, **known)
+    assert is_left_out(attempt, request) is left_out
     if left_out:
-        assert choose(claim, stored=False, retries=ALL) == Choice(3, adopt=False)
+        assert choose([attempt], {0: ""}, lambda *_: False, ALL) == Choice({}, 0, [0])

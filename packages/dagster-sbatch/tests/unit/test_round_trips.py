@@ -118,4 +118,4 @@ def test_a_claim_does_not_depend_on_the_environment(gateway: Gateway, workloads:
     (runs / "family-1").mkdir(mode=0o700)
     (runs / "family-1" / "tried").touch()
     claim = gateway.claim(str(runs), "family", "token", "me", found)
-    assert (claim.over, claim.environment) == (False, None)
+    assert (claim.attempts[0].over, claim.environment) == (False, None)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
-from dagster_sbatch.slurm.gateway import ArrayJob
+from dagster_sbatch.slurm.gateway import Attempt
 
 Kind = Literal["failed", "running", "waiting", "done"]
 ORDER: Sequence[Kind] = ("failed", "running", "waiting", "done")
@@ -34,7 +34,7 @@ class TaskList:
 
     def __init__(self, runs: Runs, run: RunRecord) -> None:
         self._runs, self.run = runs, run
-        self.job: ArrayJob = runs.gateway.array(run.path)  # with the ends of its tasks
+        self.job: Attempt = runs.gateway.array(run.path)  # with the ends of its tasks
         record = self.job.record or {}
         self._names: list[str] = [task["name"] for task in record.get("tasks", ())]
         # Of each task; empty for parameter sets

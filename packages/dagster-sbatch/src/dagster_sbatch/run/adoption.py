@@ -9,7 +9,7 @@ from dagster_sbatch.run.attempts import load_attempts
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.slurm import Retries
-from dagster_sbatch.slurm.gateway import ArrayJob, Claim, OtherRun
+from dagster_sbatch.slurm.gateway import Attempt, OtherRun
 from dagster_sbatch.slurm.gateway.agent.images import INPUT
 from dagster_sbatch.slurm.outcome import fault_of
 from dagster_sbatch.slurm.units import list_names
@@ -52,44 +52,9 @@ def inputs_of(
 
 @dataclass(frozen=True)
 class Choice:
-    """The attempt that a step follows."""
+    """What a step does with its tasks that are not done."""
 
-    attempt: int  # its number
-    adopt: bool  # whether it exists already; otherwise the step submits it
-    reason: str = ""  # why, for the log; empty for a new attempt
-
-
-def choose(claim: Claim, *, stored: bool, retries: Retries) -> Choice:
-    """Choose between the latest attempt with equal inputs and a new one.
-
-    `stored`: whether Dagster has stored the result of the latest attempt. `retries`: of the request. The step follows a
-    failed attempt that it may have to repeat.
-    """
-    job = f"Slurm job {claim.job}" if claim.job else "The Slurm job"
-    if claim.attempt and not claim.over:
-        reason = f"{job} was submitted by an earlier run of this step. Attaching to it."
-        return Choice(claim.attempt, adopt=True, reason=reason)
-    end = claim.end
-    if end and end.succeeded and not claim.rejected and not stored:
-        reason = f"{job} of an earlier run of this step has ended. Using its result."
-        return Choice(claim.attempt, adopt=True, reason=reason)
-    if end and not claim.rejected and retries.repeats(fault_of(end)):
-        reason = f"{job} of an earlier run of this step has failed (Slurm: {end.state}). This run decides what follows."
-        return Choice(claim.attempt, adopt=True, reason=reason)
-    return Choice(claim.attempt + 1, adopt=False)
-
-
-def is_left_out(claim: Claim) -> bool:
-    """Return whether the latest attempt repeats a failed one, and was interrupted before it was submitted."""
-    unsubmitted = claim.over and not claim.job and claim.end is None and not claim.rejected
-    return unsubmitted and bool(load_attempts(claim.record))
-
-
-@dataclass(frozen=True)
-class TaskChoice:
-    """What a step does with the tasks of an array that are not done."""
-
-    # Run directories of earlier array jobs, each with the indices of its tasks there, by the task's index
+    # Run directories of earlier attempts, each with the indices of its tasks there, by the task's index
     follow: Mapping[str, Mapping[int, int]]
     ended: int  # how many of these tasks are over
     new: Sequence[int]  # indices of the tasks that have to be submitted
@@ -98,43 +63,66 @@ class TaskChoice:
     outdated: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
-def choose_tasks(
-    arrays: Sequence[ArrayJob], ids: Mapping[int, str], is_stored: Callable[[ArrayJob, int], bool], retries: Retries
-) -> TaskChoice:
-    """Choose for each task between the latest array job with it and a new one.
+def choose(
+    attempts: Sequence[Attempt], ids: Mapping[int, str], is_stored: Callable[[Attempt, int], bool], retries: Retries
+) -> Choice:
+    """Choose for each task between the latest attempt with it and a new one.
 
-    `arrays`: of the family, the latest last. `ids`: of the tasks that are not done, by index. `retries`: of the
-    request. The step follows a failed task that it may have to repeat.
+    `attempts`: of the family, the latest last. `ids`: of the tasks that are not done, by index. `is_stored`: whether
+    Dagster has stored the result of a task in an attempt. `retries`: of the request. The step follows a failed task
+    that it may have to repeat.
     """
     latest = {
-        name: (array, place)
-        for array in arrays
-        if array.job or not array.over  # else it was never submitted
-        for place, name in enumerate(array.tasks)
+        name: (attempt, place)
+        for attempt in attempts
+        if attempt.job or not attempt.over  # else it was never submitted
+        for place, name in enumerate(attempt.tasks)
     }
     follow: dict[str, dict[int, int]] = {}
     new, ended = [], 0
     for index, name in ids.items():
-        array, place = latest.get(name, (None, 0))
-        end = array.ends.get(place) if array else None
-        if array is None or (end is None and array.over):
+        attempt, place = latest.get(name, (None, 0))
+        end = attempt.ends.get(place) if attempt else None
+        if attempt is None or (end is None and attempt.over):
             new.append(index)
         elif end is None:
-            follow.setdefault(array.run, {})[place] = index
-        elif place not in array.rejected and (
-            retries.repeats(fault_of(end)) or (end.succeeded and not is_stored(array, index))
+            follow.setdefault(attempt.run, {})[place] = index
+        elif place not in attempt.rejected and (
+            retries.repeats(fault_of(end)) or (end.succeeded and not is_stored(attempt, index))
         ):
-            follow.setdefault(array.run, {})[place] = index
+            follow.setdefault(attempt.run, {})[place] = index
             ended += 1
         else:
             new.append(index)
     wanted = set(ids.values())
-    active = [array for array in arrays if not array.over]
+    active = [attempt for attempt in attempts if not attempt.over]
     left = {
-        array.run: [place for place, name in enumerate(array.tasks) if name not in wanted and place not in array.ends]
-        for array in active
+        attempt.run: [
+            place for place, name in enumerate(attempt.tasks) if name not in wanted and place not in attempt.ends
+        ]
+        for attempt in active
     }
-    return TaskChoice(follow, ended, new, {run: places for run, places in left.items() if places})
+    return Choice(follow, ended, new, {run: places for run, places in left.items() if places})
+
+
+def describe_adoption(attempt: Attempt) -> str:
+    """Return what a step does with the single job of an earlier run that it follows."""
+    job, end = f"Slurm job {attempt.job}" if attempt.job else "The Slurm job", attempt.ends.get(0)
+    if not attempt.over or end is None:
+        return f"{job} was submitted by an earlier run of this step. Attaching to it."
+    if end.succeeded:
+        return f"{job} of an earlier run of this step has ended. Using its result."
+    return f"{job} of an earlier run of this step has failed (Slurm: {end.state}). This run decides what follows."
+
+
+def is_left_out(attempt: Attempt, request: Mapping[str, Any]) -> bool:
+    """Return whether a single job repeats a failed one, and the step was interrupted before it was submitted.
+
+    `request`: of the asset, as it would be stored now; with another one, the attempts begin anew.
+    """
+    unsubmitted = attempt.over and not (attempt.job or attempt.ends or attempt.rejected)
+    record = attempt.record or {}
+    return unsubmitted and bool(load_attempts(record)) and record["request"] == request
 
 
 def outdated_runs(others: Iterable[OtherRun], begun: int) -> list[OtherRun]:

@@ -91,19 +91,20 @@ class AttemptSeries:
     ended: tuple[AttemptRecord, ...] = ()  # the attempts that are over, if there are several
     # Whether the asset's request has changed since an earlier run of the step submitted the job that is followed now
     changed: bool = False
-    request: SlurmRequest = field(init=False)  # of the next attempt
+    request: SlurmRequest = field(init=False)  # of the attempt that is followed, or submitted next
 
     def __post_init__(self) -> None:
         self.request = self.planned.request
 
-    def read(self, record: Mapping[str, Any], request: Mapping[str, Any], task: int | None = None) -> None:
-        """Read the attempts before a job that an earlier run of the step has submitted.
+    def read(self, record: Mapping[str, Any] | None, request: Mapping[str, Any], task: int) -> None:
+        """Read the attempts before a job that an earlier run of the step has submitted, and the job's request.
 
-        `request`: of the asset, as it would be stored now. `task`: the index of the task in the array job, if it is
-        one.
+        `request`: of the asset, as it would be stored now. `task`: the index of the task in the job.
         """
-        self.ended = load_attempts(record if task is None else record["tasks"][task])
-        self.changed = record["request"] != request
+        if record:
+            self.ended = load_attempts(record.get("tasks", [record])[task])
+            self.changed = record["request"] != request
+            self.request = load_request(record, self.planned.request)
 
     def judge(self, end: JobEnd, request: SlurmRequest, stderr: str) -> tuple[Outcome | None, Outcome | None, Next]:
         """Return why an attempt failed, as Slurm says and as `stderr` may say, and what follows; see `find_next`."""

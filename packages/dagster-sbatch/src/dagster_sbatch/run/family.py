@@ -3,16 +3,16 @@
 import os
 import socket
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import dagster as dg
 
 from dagster_sbatch.run.adoption import (
     MOST_NAMES,
     Choice,
-    TaskChoice,
     choose,
-    choose_tasks,
+    describe_adoption,
     name_differences,
     name_request_changes,
     outdated_runs,
@@ -24,7 +24,7 @@ from dagster_sbatch.run.history import is_stored, requested_at, runs_since, stor
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.gateway import (
-    ArrayJob,
+    Attempt,
     Claim,
     Gateway,
     JobEnd,
@@ -63,55 +63,50 @@ class Family:
         # What is stored with a job: a later attempt compares its own inputs with it
         self.record = {"call": call.number, "inputs": inputs, "request": self.request}
 
-    def choose(self) -> tuple[Claim, Choice]:
-        """Claim the call's runs, once no other run executes them; choose between an earlier attempt and a new one."""
+    def choose(self, tasks: Mapping[int, Task] | None = None) -> tuple[Claim, Choice]:
+        """Claim the call's runs, once no other run executes them; choose between earlier attempts and a new one.
+
+        `tasks`: of an array, those that are not done, by index; None: the call is one job, and that is its only task.
+        """
         claim = self._claim(self.call.family, self._questions)
-        instance, asked = self._context.instance, requested_at(self._context.instance, self._context.run_id)
-        runs = self._runs_since(claim.followers) if claim.over else ()
-        stored = is_stored(instance, runs, StepName.of(self._context), before=asked)
-        choice = choose(claim, stored=stored, retries=self._retries)
-        if choice.reason:
-            self._log.info(choice.reason)
-        if choice.adopt and (changes := name_request_changes(self.request, claim.record)):
-            self._log.info(f"The job keeps its Slurm request, which differs: {changes}")
+        ids = {0: ""} if tasks is None else {index: task.id for index, task in tasks.items()}
+        choice = choose(claim.attempts, ids, self._find_stored(tasks or {}), self._retries)
+        followed = [attempt for attempt in claim.attempts if attempt.run in choice.follow]
+        if followed and tasks is None:
+            self._log.info(describe_adoption(followed[0]))
+            if changes := name_request_changes(self.request, followed[0].record):
+                self._log.info(f"The job keeps its Slurm request, which differs: {changes}")
+        elif followed:
+            jobs, number = ", ".join(str(attempt.job) for attempt in followed), sum(map(len, choice.follow.values()))
+            self._log.info(
+                f"Slurm job {jobs} of an earlier run of this step has {number} of the tasks: attaching to "
+                f"{number - choice.ended}, and using the results of {choice.ended} that have ended."
+            )
+        for attempt in claim.attempts:
+            if attempt.run in choice.outdated:
+                self._cancel_tasks(attempt, choice.outdated[attempt.run], followed=attempt.run in choice.follow)
         return claim, choice
 
-    def _runs_since(self, followers: Collection[str]) -> set[str]:
-        """Return the runs in which Dagster may have stored the result of a job, or that of another job since."""
-        return runs_since(self._context.instance, self._context.run.root_run_id or self._context.run_id, followers)
+    def _find_stored(self, tasks: Mapping[int, Task]) -> Callable[[Attempt, int], bool]:
+        """Return a function that tells whether Dagster has stored the result of a task in an attempt."""
+        context, instance, step = self._context, self._context.instance, StepName.of(self._context)
+        asked = requested_at(instance, context.run_id)
 
-    def choose_tasks(self, tasks: Mapping[int, Task]) -> tuple[Claim, TaskChoice]:
-        """Claim the call's runs, and choose for each task between an earlier array job and a new one."""
-        instance, step = self._context.instance, StepName.of(self._context)
-        claim = self._claim(self.call.family, self._questions)
-        asked = requested_at(instance, self._context.run_id)
-        stored: dict[tuple[str, ...], tuple[bool, set[str]]] = {}
+        @cache  # the followers are mostly those of all attempts
+        def find(followers: tuple[str, ...]) -> tuple[bool, set[str]]:
+            # Dagster may have stored the result of a job in these runs, or that of another job since
+            runs = runs_since(instance, context.run.root_run_id or context.run_id, followers)
+            partitions = stored_before(instance, runs, step, asked) if tasks else set[str]()
+            return is_stored(instance, runs, step, before=asked), partitions
 
-        def task_is_stored(array: ArrayJob, index: int) -> bool:
-            followers = tuple(array.followers)  # mostly those of all array jobs: Dagster is asked once
-            if followers not in stored:
-                runs = self._runs_since(followers)
-                whole = is_stored(instance, runs, step, before=asked)
-                stored[followers] = whole, stored_before(instance, runs, step, asked)
-            whole, partitions = stored[followers]
-            own = tasks[index].partitions
+        def is_task_stored(attempt: Attempt, index: int) -> bool:
+            whole, partitions = find(tuple(attempt.followers))
+            own = tasks[index].partitions if tasks else ()
             return whole or (bool(own) and partitions.issuperset(own))
 
-        ids = {index: task.id for index, task in tasks.items()}
-        choice = choose_tasks(claim.arrays, ids, task_is_stored, self._retries)
-        followed = sum(map(len, choice.follow.values()))
-        if followed:
-            jobs = ", ".join(str(array.job) for array in claim.arrays if array.run in choice.follow)
-            self._log.info(
-                f"Slurm job {jobs} of an earlier run of this step has {followed} of the tasks: attaching to "
-                f"{followed - choice.ended}, and using the results of {choice.ended} that have ended."
-            )
-        for array in claim.arrays:
-            if array.run in choice.outdated:
-                self._cancel_tasks(array, choice.outdated[array.run], followed=array.run in choice.follow)
-        return claim, choice
+        return is_task_stored
 
-    def _cancel_tasks(self, array: ArrayJob, outdated: Sequence[int], *, followed: bool) -> None:
+    def _cancel_tasks(self, array: Attempt, outdated: Sequence[int], *, followed: bool) -> None:
         """Cancel tasks of an array job that this step does not need; the whole job if it follows none of the others."""
         names = [task["name"] for task in (array.record or {})["tasks"]]
         shown = list_names([names[index] for index in outdated], MOST_NAMES)

@@ -9,18 +9,14 @@ import dagster as dg
 from dagster_sbatch.auth.clock import written
 from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.run.adoption import Choice, is_left_out
 from dagster_sbatch.run.array_results import table
 from dagster_sbatch.run.attempts import (
     ATTEMPTS,
     AttemptRecord,
-    AttemptSeries,
-    load_request,
     rows_of,
     store_attempts,
     store_request,
 )
-from dagster_sbatch.run.guard import check_cost
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.past_use import proposal_metadata, uses_of
 from dagster_sbatch.run.pipes import CONTEXT, Session, open_session
@@ -43,7 +39,6 @@ class RemoteRun(RemoteStep):
 
     def __init__(self, context: dg.OpExecutionContext, asset: str, settings: Settings, plan: Plan) -> None:
         super().__init__(context, asset, settings, plan)
-        self._series = AttemptSeries(self._planned, self._settings)
         self._run, self._number = "", 0
         self._state: list[str] | None = None
         self._idle_reported = False
@@ -51,10 +46,11 @@ class RemoteRun(RemoteStep):
     @property
     def _request(self) -> SlurmRequest:
         """The request of the attempt that is submitted or followed now."""
-        return self._series.request
+        return self._series[0].request
 
     def _execute(self) -> dg.PipesClientCompletedInvocation:
-        found = self._choose()
+        choice, found = self._choose()
+        self._begin(self._claim.number + len(choice.new))
         while not (completed := self._follow(found)):
             try:
                 found = self._find_environment()
@@ -66,39 +62,18 @@ class RemoteRun(RemoteStep):
     def _keep_completed(self) -> None:
         """Nothing is complete before the job is over."""
 
-    def _choose(self) -> Environment | None:
-        """Choose the attempt; return the environment of a new one, None if an earlier one is adopted."""
-        choice, found = self._claim_runs(), None
-        if not choice.adopt:
-            check_cost(self._allocation, self._settings)
-            found = self._find_environment(self._claim.environment)
-            while not choice.adopt and self._family.cancel_outdated(self._claim):
-                choice = self._claim_runs()
-        self._gateway.committed = True
-        self._begin(choice.attempt, self._claim.job if choice.adopt else None)
-        return None if choice.adopt else found
-
-    def _claim_runs(self) -> Choice:
-        """Claim the runs of the call, and continue with what an earlier execution of this step has left to do."""
-        self._claim, choice = self._family.choose()
-        record, request = self._claim.record, self._family.request
-        if record and (choice.adopt or (is_left_out(self._claim) and record["request"] == request)):
-            self._series.read(record, request)
-            self._series.request = load_request(record, self._planned.request)
-        return choice
-
-    def _begin(self, number: int, job: str | None = None) -> None:
-        """Begin to submit an attempt, or to follow one that has this job."""
+    def _begin(self, number: int) -> None:
+        """Begin to submit an attempt, or to follow an earlier one."""
         self._number, self._state, self._idle_reported = number, None, False
         self._run = f"{self._claim.runs}/{self._family.call.family}-{number}"
-        self._runs[self._run] = job
+        self._runs.setdefault(self._run, None)
 
     def _end_attempts(self, error: ConfigurationError | RefusedError) -> dg.Failure:
         """Return the step's failure: the next attempt cannot be submitted. A re-execution begins with the first one."""
         self._gateway.reject(self._run)
         final = isinstance(error, ConfigurationError)
-        text = self._series.ended[-1].explain_last(str(error) if final else self._explain(str(error)))
-        attempts: dict[str, Any] = {ATTEMPTS: table(rows_of(self._series.ended))}
+        text = self._series[0].ended[-1].explain_last(str(error) if final else self._explain(str(error)))
+        attempts: dict[str, Any] = {ATTEMPTS: table(rows_of(self._series[0].ended))}
         return self._failure(text, final=final, **attempts)
 
     def _follow(self, found: Environment | None) -> dg.PipesClientCompletedInvocation | None:
@@ -108,16 +83,16 @@ class RemoteRun(RemoteStep):
         """
         run, request = self._run, self._request
         with open_session(self._context, self._plan.extras, run) as session:
-            contexts, record = {CONTEXT: session.context}, store_attempts(self._series.ended)
+            contexts, record = {CONTEXT: session.context}, store_attempts(self._series[0].ended)
             files = self._files(run, found, request, contexts, record) if found else None
             report = self._report_submitted, self._report_state
             try:
                 end = self._gateway.run(run, files, session.sinks, self._context.run_id, *report)
             except RefusedError as error:
-                if not self._series.ended or self._job:
+                if not self._series[0].ended or self._job:
                     raise
                 raise self._end_attempts(error) from None
-            outcome, failed, following = self._series.judge(end, request, session.stderr.tail)
+            outcome, failed, following = self._series[0].judge(end, request, session.stderr.tail)
             if following.request:
                 session.messages.close()
             else:
@@ -140,12 +115,12 @@ class RemoteRun(RemoteStep):
         """Register a failed attempt, and wait before the same request is submitted again."""
         assert following.request
         most = self._planned.request.retries.max_retries + 1
-        number = len(self._series.ended) + 2
+        number = len(self._series[0].ended) + 2
         self._log.warning(
             f"Slurm job {self._job}: {failed.cause}. Attempt {number} of at most {most} follows, with {following.text}."
         )
         same = following.request == self._request
-        self._series.repeat(self._attempt(failed.cause, end), following.request)
+        self._series[0].repeat(self._attempt(failed.cause, end), following.request)
         del self._runs[self._run]  # its job is over
         if same and self._gateway.stop.wait(RETRY_SECONDS):
             raise StoppedError
@@ -225,8 +200,8 @@ class RemoteRun(RemoteStep):
         costs: dict[str, Any] = {**accounting.count(end, self._request)}
         if plot := accounting.plot(end.usage, self._request):
             costs["usage"] = plot
-        if self._series.ended:
-            costs[ATTEMPTS] = table(rows_of((*self._series.ended, self._attempt(how, end))))
+        if self._series[0].ended:
+            costs[ATTEMPTS] = table(rows_of((*self._series[0].ended, self._attempt(how, end))))
         return costs
 
     def _attempt(self, how: str, end: JobEnd) -> AttemptRecord:

@@ -1,8 +1,7 @@
 """An array on the supercomputer, as its Dagster step sees it: adopt tasks, submit the others, follow and judge each."""
 
 import threading
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,24 +10,23 @@ import dagster as dg
 from dagster_sbatch.auth.clock import written
 from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.run.adoption import TaskChoice
+from dagster_sbatch.run.adoption import Choice
+from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.attempts import (
     AttemptRecord,
-    AttemptSeries,
     load_request,
     rows_of,
     store_attempts,
     store_request,
 )
 from dagster_sbatch.run.directory import contexts_of_tasks
-from dagster_sbatch.run.guard import check_cost
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape, SlurmRequest, accounting
-from dagster_sbatch.slurm.gateway import ArrayState, Claim, JobEnd, Limits, RefusedError, Sinks, Submitted
+from dagster_sbatch.slurm.gateway import ArrayState, JobEnd, Limits, RefusedError, Sinks, Submitted
 from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Arrays, follow_arrays
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.units import count_of
@@ -68,7 +66,6 @@ class RemoteArray(RemoteStep, Arrays):
         self._refusal: RefusedError | ConfigurationError | None = None
         self._refused: dict[int, RefusedError | ConfigurationError] = {}
         self._failed_in: dict[int, tuple[str, int]] = {}
-        self._series = defaultdict[int, AttemptSeries](lambda: AttemptSeries(self._planned, self._settings))
         self._warned: set[str] = set()
 
     def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
@@ -80,8 +77,10 @@ class RemoteArray(RemoteStep, Arrays):
     def _execute(self) -> dg.PipesClientCompletedInvocation:
         with self._array.open():
             if self._array.left:
-                self._choose()
-                self._gateway.committed = True
+                choice, self._found = self._choose({index: self._array.tasks[index] for index in self._array.left})
+                self._adopted, self._number = list(self._runs), self._claim.number
+                if choice.new:
+                    self._batches = self._divide(choice.new)
                 follow_arrays(self._gateway, self, self._context.run_id)
                 self._fail_refused()
         self._array.attempts = self._rows()
@@ -96,39 +95,15 @@ class RemoteArray(RemoteStep, Arrays):
         tasks = [(self._array.tasks[index].name, series) for index, series in sorted(self._series.items())]
         return [{"task": name, **row} for name, series in tasks for row in rows_of(series.ended)]
 
-    def _choose(self) -> None:
-        """Choose which tasks are adopted and which are submitted."""
-        left = {index: self._array.tasks[index] for index in self._array.left}
-        claim, choice = self._family.choose_tasks(left)
-        self._adopt(claim, choice)
-        found: Environment | None = None
-        if choice.new:
-            check_cost(self._planned, self._settings, len(choice.new))
-            found = self._find_environment(claim.environment, len(choice.new))
-            while self._family.cancel_outdated(claim):
-                claim, choice = self._family.choose_tasks(left)
-                self._adopt(claim, choice)
-            self._batches = self._divide(choice.new)
-        self._claim, self._found, self._number = claim, found, claim.attempt
-
-    def _adopt(self, claim: Claim, choice: TaskChoice) -> None:
-        """Register the array jobs that this step follows, and cancels if a person terminates the run from now on."""
-        self._jobs_by_run, self._runs = {}, {}
-        self._series.clear()
-        for array in claim.arrays:
-            if array.run in choice.follow:
-                places = choice.follow[array.run]
-                number = sum(place not in array.ends for place in places)
-                most = (array.record or {}).get("max_running_tasks") or number
-                request = load_request(array.record, self._planned.request)
-                self._jobs_by_run[array.run] = _ArrayJob(dict(places), request, min(most, number))
-                if array.record:
-                    for place, index in places.items():
-                        self._series[index].read(array.record, self._family.request, place)
-                self._runs[array.run] = array.job
-        self._adopted = list(self._runs)
-        if self._runs:
-            self._gateway.committed = True
+    def _adopt(self, tasks: Mapping[int, Task] | None) -> Choice:
+        choice, self._jobs_by_run = super()._adopt(tasks), {}
+        for attempt in self._claim.attempts:
+            if places := choice.follow.get(attempt.run):
+                number = sum(place not in attempt.ends for place in places)
+                most = (attempt.record or {}).get("max_running_tasks") or number
+                request = load_request(attempt.record, self._planned.request)
+                self._jobs_by_run[attempt.run] = _ArrayJob(dict(places), request, min(most, number))
+        return choice
 
     def _divide(self, tasks: Sequence[int]) -> Batches:
         """Divide tasks into array jobs, within the limits of the site as they are now."""
@@ -212,7 +187,9 @@ class RemoteArray(RemoteStep, Arrays):
         array_job = self._jobs_by_run.pop(run)
         del self._runs[run]
         if run != self._submitting:  # an earlier run made it, which Slurm has never accepted
-            self._batches.left += array_job.tasks.values()
+            for index in array_job.tasks.values():
+                self._series[index].request = self._planned.request
+                self._batches.left.append(index)
             return
         self._submitting = None
         error = RefusedError(text)

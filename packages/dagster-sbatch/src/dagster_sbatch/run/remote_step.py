@@ -4,6 +4,7 @@ import json
 import signal
 import threading
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -14,15 +15,16 @@ import dagster as dg
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.environments.deployed import Environment, Environments
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.run.adoption import inputs_of
-from dagster_sbatch.run.attempts import store_change
+from dagster_sbatch.run.adoption import Choice, inputs_of, is_left_out
+from dagster_sbatch.run.array import Task
+from dagster_sbatch.run.attempts import AttemptSeries, store_change
 from dagster_sbatch.run.calls import StepName, calls_of, step_prefix
 from dagster_sbatch.run.cancelling import cancel_jobs, describe_left
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.directory import CHECKS, RunInfo, RunPaths, files_of_commands, render_job
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.family import Family
-from dagster_sbatch.run.guard import check_budget
+from dagster_sbatch.run.guard import check_budget, check_cost
 from dagster_sbatch.run.history import earlier_job, key_in, tag_job
 from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
 from dagster_sbatch.run.plan import Plan
@@ -74,6 +76,7 @@ class RemoteStep(ABC):
         self._info = RunInfo(context.run_id, root, asset, ends, step=step)
         self._planned = plan.allocation
         self._runs: dict[str, str | None] = {}
+        self._series = defaultdict[int, AttemptSeries](lambda: AttemptSeries(self._planned, self._settings))
         self._earlier, interrupted = earlier_job(context)
         self._left = self._earlier if interrupted else None
         self._trouble: str | None = None
@@ -146,6 +149,32 @@ class RemoteStep(ABC):
         if problem:
             raise ConfigurationError(problem)
         return identity
+
+    def _choose(self, tasks: Mapping[int, Task] | None = None) -> tuple[Choice, Environment | None]:
+        """Choose which tasks are adopted and which are submitted; `tasks`: see `Family.choose`.
+
+        Also returns the environment of new jobs; None if nothing is submitted.
+        """
+        choice, found = self._adopt(tasks), None
+        if choice.new:
+            check_cost(self._allocation, self._settings, len(choice.new))
+            found = self._find_environment(self._claim.environment, len(choice.new))
+            while choice.new and self._family.cancel_outdated(self._claim):
+                choice = self._adopt(tasks)
+        self._gateway.committed = True
+        return choice, found if choice.new else None
+
+    def _adopt(self, tasks: Mapping[int, Task] | None) -> Choice:
+        """Register the jobs that this step follows, and cancels if a person terminates the run from now on."""
+        self._claim, choice = self._family.choose(tasks)
+        self._runs = {each.run: each.job for each in self._claim.attempts if each.run in choice.follow}
+        self._gateway.committed |= bool(self._runs)
+        self._series.clear()
+        for attempt in self._claim.attempts:
+            left_out = {0: 0} if is_left_out(attempt, self._family.request) else {}
+            for place, index in choice.follow.get(attempt.run, left_out).items():
+                self._series[index].read(attempt.record, self._family.request, place)
+        return choice
 
     def _find_environment(self, answer: Mapping[str, Any] | None = None, tasks: int = 1) -> Environment:
         """Return the environment of new jobs; see `RunEnvironment.find`.

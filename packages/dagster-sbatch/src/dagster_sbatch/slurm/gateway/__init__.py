@@ -12,8 +12,8 @@ agent.server       reads requests, answers them, leaves when the client is gone
 from dagster_sbatch.slurm.gateway.agent.job_record import MESSAGES
 from dagster_sbatch.slurm.gateway.answers import (
     ACCOUNTED,
-    ArrayJob,
     ArrayState,
+    Attempt,
     Claim,
     JobEnd,
     JobState,
@@ -45,10 +45,10 @@ __all__ = [
     "ACCOUNTED",
     "GPU",
     "MESSAGES",
-    "ArrayJob",
     "ArrayRun",
     "ArrayState",
     "Arrays",
+    "Attempt",
     "Claim",
     "Gateway",
     "JobEnd",

@@ -107,23 +107,24 @@ class ArrayState:
 
 
 @dataclass(frozen=True)
-class ArrayJob:
-    """An attempt that is an array job."""
+class Attempt:
+    """An attempt at a call: an array job, or a single job, which has one task."""
 
     run: str  # its run directory
     number: int  # of the attempt
     job: str | None  # its job's id; None while sbatch has not answered, or if it was never submitted
     over: bool  # whether all of its tasks are
-    tasks: Sequence[str]  # the tasks' ids by index, of the record
+    tasks: Sequence[str]  # the tasks' ids by index, of the record; that of a single job is empty
     ends: Mapping[int, JobEnd]  # how tasks ended, by index
     started: frozenset[int] = frozenset()  # indices of the tasks that have started, also of those that are over
     requeued: frozenset[int] = frozenset()  # those of them that were cut short and are not over: Slurm runs them again
-    rejected: frozenset[int] = frozenset()  # indices of the tasks whose results a step has rejected
+    # Indices of the tasks whose results a step has rejected; that of a single job also if Slurm has refused it
+    rejected: frozenset[int] = frozenset()
     followers: Sequence[str] = ()  # ids of the Dagster runs that submitted or adopted it
     record: Mapping[str, Any] | None = None  # what it was submitted with; None if there is no readable record
 
     @classmethod
-    def parse(cls, said: Mapping[str, Any]) -> "ArrayJob":
+    def parse(cls, said: Mapping[str, Any]) -> "Attempt":
         """Read the agent's answer."""
         same = {name: said[name] for name in ("run", "number", "job", "over", "tasks", "followers", "record")}
         ends = {int(index): JobEnd.parse(end) for index, end in said["ends"].items()}
@@ -160,15 +161,9 @@ class Claim:
     held_by: str | None  # the other client that does, in words; then nothing else is known
     runs: str = ""  # the folder of all runs, as an absolute path
     data_root: str = ""  # DATA_ROOT, as an absolute path
-    attempt: int = 0  # number of the latest attempt; 0 if there is none
-    over: bool = True  # whether that attempt is over
-    end: JobEnd | None = None  # how it ended; None if it is not over, or was never submitted
-    job: str | None = None  # its id
-    rejected: bool = False  # whether a step has rejected its result, or Slurm has refused it
-    followers: Sequence[str] = ()  # ids of the Dagster runs that submitted or adopted it
-    record: Mapping[str, Any] | None = None  # what it was submitted with
+    # The latest attempt; of array jobs all, the latest last: several can be active at once
+    attempts: Sequence[Attempt] = ()
     others: Sequence[OtherRun] = ()  # further runs of the step
-    arrays: Sequence[ArrayJob] = ()  # the attempts that are array jobs, the latest last; several can be active at once
     # The answer to the request about the environment of a new attempt; None if it failed, or if the latest attempt is
     # not over
     environment: Mapping[str, Any] | None = None
@@ -178,9 +173,11 @@ class Claim:
         """Read the agent's answer."""
         if "held" in said:
             return cls(said["held"])
-        end = JobEnd.parse(said["end"]) if said["end"] else None
-        others = [OtherRun(**each) for each in said["others"]]
-        same = {name: said[name] for name in ("runs", "data_root", "attempt", "over", "job")}
-        seen = {name: said[name] for name in ("rejected", "followers", "record", "environment")}
-        arrays = [ArrayJob.parse(each) for each in said["arrays"]]
-        return cls(None, **same, **seen, end=end, others=others, arrays=arrays)
+        same = {name: said[name] for name in ("runs", "data_root", "environment")}
+        attempts, others = map(Attempt.parse, said["attempts"]), (OtherRun(**each) for each in said["others"])
+        return cls(None, **same, attempts=[*attempts], others=[*others])
+
+    @property
+    def number(self) -> int:
+        """The number of the latest attempt; 0 if there is none."""
+        return self.attempts[-1].number if self.attempts else 0

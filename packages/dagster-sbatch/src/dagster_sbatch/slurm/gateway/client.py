@@ -13,7 +13,7 @@ from typing import Any
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway.answers import (
-    ArrayJob,
+    Attempt,
     Claim,
     JobEnd,
     JobState,
@@ -100,12 +100,12 @@ class Gateway(Link):
         state, reason, start, *_ = said["row"] or ("PENDING", "None", "")
         return JobState(state, reason, read_start(start)), None
 
-    def array(self, run: str) -> ArrayJob:
+    def array(self, run: str) -> Attempt:
         """Return what is known of a run that is an array job.
 
         Raises RefusedError: it is not an array job.
         """
-        return ArrayJob.parse(self.ask(do="array", run=run))
+        return Attempt.parse(self.ask(do="array", run=run))
 
     def limits(self, partition: str, qos: str = "", account: str = "") -> Limits:
         """Return how many tasks and jobs Slurm accepts; `qos`, `account`: of the jobs, empty if they name none."""

@@ -12,9 +12,9 @@ from contextlib import suppress
 from .disk import RequestError, open_locked, own, parse, read, remove_tree
 from .ends import UNKNOWN_JOB, state_of
 from .paths import with_paths
-from .run_directories import DAY, array_of, checked, has, job_of, may_have_job, record_of
+from .run_directories import DAY, attempt_of, checked, has, job_of, may_have_job, record_of
 from .slurm_commands import ask_slurm, fields_of
-from .tasks import is_array, whole
+from .tasks import is_array
 
 INHERIT_EVERY = 0.5  # seconds between two tries to take the lock of this client's previous agent
 
@@ -55,19 +55,12 @@ def inherit(agent, path, mine, say):
         agent.leave()
 
 
-def latest(folder, family):
-    """Return the last attempt of a family: its number (0: there is none), whether it is over, how it ended.
-
-    `arrays`: all attempts that are array jobs, in order: several can be active at once.
-    """
-    attempts = [name[len(family) + 1 :] for name in os.listdir(folder) if name.startswith(family + "-")]
-    numbers = sorted(int(text) for text in attempts if text.isdigit())
-    known = [array_of(os.path.join(folder, "%s-%d" % (family, number)), certain=True) for number in numbers]
-    last = known[-1] if known else {"over": True, "ends": {}, "job": None, "followers": [], "record": None}
-    found = {name: last[name] for name in ("over", "job", "followers", "record")}
-    found["end"] = whole(last["ends"]) if last["over"] and last["ends"] else None
-    found["arrays"] = [each for each in known if is_array(each["run"])]
-    return dict(found, attempt=max(numbers, default=0), rejected=bool(known) and has(last["run"], "failed"))
+def attempts_of(folder, family):
+    """Return the last attempt of a family; of array jobs all, the last at the end: several can be active at once."""
+    endings = [name[len(family) + 1 :] for name in os.listdir(folder) if name.startswith(family + "-")]
+    numbers = sorted(int(text) for text in endings if text.isdigit())
+    paths = [os.path.join(folder, "%s-%d" % (family, number)) for number in numbers]
+    return [attempt_of(path, certain=True) for path in paths if is_array(path) or path == paths[-1]]
 
 
 def runs_of(folder, beginning):
@@ -154,7 +147,7 @@ def hold(agent, ask, say):
 
 
 def claim(agent, ask, say):
-    """Hold a family; answer the state of its latest attempt, and `runs` and `data_root` as absolute paths.
+    """Hold a family; answer the state of its attempts, and `runs` and `data_root` as absolute paths.
 
     environment: a request about the environment of a new attempt, which is answered once the latest one is over
     earlier: ids of jobs that earlier runs of the step have followed
@@ -162,14 +155,14 @@ def claim(agent, ask, say):
     held = hold(agent, ask, say)
     if held:
         return held
-    folder = ask["runs"]
-    found = latest(folder, ask["family"])
-    found["others"] = others(folder, ask["family"], ask["related"])
-    if found["over"]:
+    folder, environment = ask["runs"], None
+    attempts = attempts_of(folder, ask["family"])
+    beside = others(folder, ask["family"], ask["related"])
+    if not attempts or attempts[-1]["over"]:
         refuse_beside_lost(folder, ask["related"], ask["earlier"])
-    wanted = ask["environment"] if found["over"] else None
-    found["environment"] = environment_of(agent, wanted, say) if wanted else None
-    return dict(found, runs=folder, data_root=ask["data_root"])
+        environment = ask["environment"] and environment_of(agent, ask["environment"], say)
+    known = {"attempts": attempts, "others": beside, "environment": environment}
+    return dict(known, runs=folder, data_root=ask["data_root"])
 
 
 def clean(agent, ask, _):

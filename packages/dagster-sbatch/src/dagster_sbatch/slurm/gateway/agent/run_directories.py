@@ -21,7 +21,7 @@ import os
 import re
 
 from .disk import RequestError, kind_of, load, read, remove_tree, unique, write
-from .ends import may_be_success
+from .ends import SINGLE, may_be_success
 from .job_record import CAUSE, EVENTS, STREAMS, cut_short, events_of
 from .tasks import CONTENTS, END, ENDS, FOLDER, Tasks, is_array, task_folder
 
@@ -121,8 +121,8 @@ def quietly_conclude(run, job):
         return None
 
 
-def array_of(run, certain=False):
-    """Return what is known of a run and its tasks; `over`: whether all of them are.
+def attempt_of(run, certain=False):
+    """Return what is known of a run and its tasks; `over`: whether all of them are. A single job is a task without id.
 
     certain: a task is not over that Slurm calls complete, while its own record may still appear (NFS shows it later)
     RequestError: Slurm does not answer, and some task's end is not recorded.
@@ -135,16 +135,18 @@ def array_of(run, certain=False):
         if trouble and len(ends) < tasks.count:
             raise trouble
     record, started, number = record_of(run), tasks.started(), run.rpartition("-")[2]
+    ids = [task["id"] for task in (record or {}).get("tasks", ())] if tasks.array else [""]
+    judged = started.union(ends) if tasks.array else SINGLE  # also if Slurm has refused it
     return {
         "run": run,
         "number": int(number) if number.isdigit() else 0,
         "job": job,
         "over": len(ends) == tasks.count or not may_have_job(run),
-        "tasks": [task["id"] for task in (record or {}).get("tasks", ())],
+        "tasks": ids,
         "ends": {str(index): end for index, end in ends.items()},
         "started": sorted(started),
         "requeued": sorted(index for index in started - set(ends) if cut_short(events_of(tasks.path(index)))),
-        "rejected": sorted(index for index in started.union(ends) if has(tasks.path(index), "failed")),
+        "rejected": sorted(index for index in judged if has(tasks.path(index), "failed")),
         "followers": followers_of(run),
         "record": record,
     }
@@ -203,7 +205,7 @@ def array(_, ask, __):
     run, _ = locate(ask)
     if not is_array(run):
         raise RequestError("refused", "%s is not the run directory of an array job" % run)
-    return array_of(run)
+    return attempt_of(run)
 
 
 def runs(_, ask, __):
