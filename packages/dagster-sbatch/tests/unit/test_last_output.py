@@ -52,6 +52,19 @@ def test_what_follows_a_hole_comes_though_the_job_was_killed(run: Path, prepare:
     assert (end.state, bytes(come)) == ("NODE_FAIL", HOLE)
 
 
+def test_a_connection_that_is_lost_while_the_accounting_is_asked_doubles_nothing(
+    run: Path, prepare: Prepare, slurm: Path
+) -> None:
+    """The client has all output, and the end."""
+    (run / "stdout").write_text("once\n")
+    (run / "events").write_text('{"code": 0, "time": 1, "sizes": {"stdout": 5}}\n')
+    say_end(slurm, "COMPLETED")
+    put(slurm, "sacct", f"[ -e {run}/killed ] || {{ touch {run}/killed; kill -9 $PPID; }}; echo '17|COMPLETED||'")
+    come, troubles = bytearray(), list[str]()
+    end = prepare(HURRIED, troubles).run(str(run), None, {"stdout": come.extend}, follower="")
+    assert (end.code, end.rows, come.decode(), len(troubles)) == (0, [["17", "COMPLETED", "", ""]], "once\n", 1)
+
+
 @pytest.mark.parametrize("code", [None, 137])
 def test_what_slurm_writes_to_stderr_at_the_end_of_a_task_is_not_lost(
     code: int | None, prepare: Prepare, slurm: Path, tmp_path: Path, follow: Follow

@@ -88,8 +88,8 @@ class Follower:
         self.reported, self.trouble = None, None
         for index in self.left & set(self.tasks.ends):  # only its output is missing
             self.over[index] = (self.tasks.ends[index], now)
-        if not self.tasks.array:  # its files are there before it starts
-            self.schedule(0, now)
+        for index in () if self.tasks.array else self.left:  # its files are there before it starts
+            self.schedule(index, now)
 
     def follow(self):
         self.queue.want(os.path.dirname(self.run))
