@@ -93,11 +93,12 @@ def test_a_task_that_starts_again_keeps_its_folder(run: Path) -> None:
     assert ["started" in record for record in records] == [True, False, True, False]
 
 
-def test_a_task_that_was_rejected_and_starts_again_ends_at_once(run: Path) -> None:
-    """Slurm, or an administrator, has requeued it after its end, and the step has submitted another task for it."""
+@pytest.mark.parametrize("mark", ["tasks/4/failed", "end"])
+def test_a_task_that_starts_again_when_no_step_follows_it_ends_at_once(run: Path, mark: str) -> None:
+    """Slurm, or an administrator, has requeued it: the step has submitted another task for it, or all are over."""
     assert start(run, 4) == 3
     before = (run / "tasks/4/events").read_text()
-    (run / "tasks/4/failed").touch()
+    (run / mark).touch()
     assert start(run, 4) == 0
     assert (run / "tasks/4/events").read_text() == before
 

@@ -32,8 +32,9 @@ id=$SLURM_ARRAY_JOB_ID
 # A task works in a folder of its own, which the agent has made. Nobody looks into that before it has its files and the
 # task has said that it started: a file system may cache that a file does not exist. Slurm may start a task again.
 index=$SLURM_ARRAY_TASK_ID
-# Once a step has rejected its result, it may run again in another array job: this one ends.
+# No step follows it any more: its result was rejected, and another array job may have it; or all tasks are over.
 [ -e "tasks/$index/failed" ] && exit 0
+[ -e end ] && exit 0
 if ! [ -e "tasks/$index.started" ]; then
   for name in messages.jsonl events cause; do : >"tasks/$index/$name" || exit 1; done
   IFS= read -r -d '' head <context.head
