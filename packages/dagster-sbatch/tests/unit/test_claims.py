@@ -93,21 +93,23 @@ def test_a_claim_that_fails_over_a_new_connection_is_repeated(prepare: Prepare, 
 
 
 @pytest.mark.parametrize(
-    ("age", "code", "over"), [(0, None, False), (0, 0, True), (120, None, True)], ids=["late", "recorded", "killed"]
+    ("age", "codes", "over"),
+    [(0, [], False), (0, [None], False), (0, [0], True), (120, [], True)],
+    ids=["late", "late, after a preemption", "recorded", "killed"],
 )
 def test_a_claim_takes_no_end_for_final_whose_record_may_still_appear(
-    age: int, code: int | None, over: bool, prepare: Prepare, slurm: Path, tmp_path: Path
+    age: int, codes: list[int | None], over: bool, prepare: Prepare, slurm: Path, tmp_path: Path
 ) -> None:
     """The job has recorded its success on another node, and this one does not see that yet. A minute later it does."""
     run, ended = tmp_path / "runs" / "family-1", int(time()) - age
     run.mkdir(parents=True, mode=0o700)
     (run / "job").symlink_to("17")
-    if code is not None:
+    for code in codes:
         (run / "events").write_text(json.dumps({"code": code, "time": ended, "sizes": {}}) + "\n")
     record = f"JobName=family-1 JobState=COMPLETED ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime={ended}"
     put(slurm, "scontrol", f"echo '{record}'")
     (attempt,) = prepare().claim(str(run.parent), "family", "token 1", "run 1").attempts
-    assert (attempt.over, [end.code for end in attempt.ends.values()]) == (over, [code] * over)
+    assert (attempt.over, [end.code for end in attempt.ends.values()]) == (over, [0 if codes == [0] else None] * over)
     assert (run / "end").exists() is over
 
 

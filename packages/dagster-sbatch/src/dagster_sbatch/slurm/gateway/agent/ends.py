@@ -44,7 +44,8 @@ def is_final(end, started, run):
     started: whether it has said so
     run: its run directory, where is noted since when it is over without a time of Slurm, as what Slurm has forgotten
     """
-    if "code" in end or (end["state"] and end["times"][1] is None and not started):
+    recorded = "code" in end and not may_be_success(end)  # else the record is of an earlier start, which was cut short
+    if recorded or (end["state"] and end["times"][1] is None and not started):
         return True
     return time.time() - (end["times"][2] or noted(os.path.join(run, "forgotten"))) > SETTLED
 
