@@ -9,7 +9,7 @@ import threading
 import time
 from contextlib import suppress
 
-from .disk import RequestError, open_locked, own, parse, read, remove_tree
+from .disk import RequestError, inode_of, open_locked, own, parse, read, remove_tree
 from .ends import UNKNOWN_JOB, state_of
 from .paths import with_paths
 from .run_directories import DAY, attempt_of, checked, has, job_of, may_have_job, record_of
@@ -168,7 +168,7 @@ def claim(agent, ask, say):
 def clean(agent, ask, _):
     """Remove the runs of some names that have no job, or one that is over, and what was begun and never finished."""
     folder, cleaned = ask["runs"], []
-    names = os.listdir(folder) if os.path.isdir(folder) else []
+    names = os.listdir(folder) if inode_of(folder) else []
     for name in names:
         path = os.path.join(folder, name)
         if is_left(path):

@@ -45,6 +45,17 @@ def read(path):
         return b""
 
 
+def inode_of(path):
+    """Return the inode of a file or folder; None if there is none.
+
+    OSError: that cannot be known now; os.path.exists would say that there is none.
+    """
+    try:
+        return os.stat(path).st_ino
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def remove_tree(path):
     """Remove a folder, or as much of it as can be."""
     import shutil  # loading it takes longer than most runs have a use for it

@@ -7,7 +7,7 @@ import os
 import re
 import time
 
-from .disk import RequestError, write
+from .disk import RequestError, inode_of, write
 from .job_record import cause_of, events_of, node_of
 from .slurm_commands import FORGOTTEN, ask_slurm, fields_of, is_of, rows_of
 from .task_states import OVER, indices
@@ -53,7 +53,7 @@ def is_final(end, started, run):
 def noted(mark):
     """Return when a mark was made; make it now, if that was not before."""
     try:
-        if not os.path.exists(mark):
+        if not inode_of(mark):
             write(mark, b"")
         return os.stat(mark).st_mtime
     except OSError:  # the disk is full, or the run is being removed

@@ -6,7 +6,7 @@ import subprocess
 import time
 from contextlib import contextmanager
 
-from .disk import RequestError, kind_of, lock, own, read
+from .disk import RequestError, inode_of, kind_of, lock, own, read
 from .follower import Follower
 from .location import Location, RemovedError, give_up, inodes_above
 from .paths import login_environment
@@ -93,7 +93,7 @@ def submit_when_possible(agent, ask, say, current):
 
 def submit_once(run, key, ask):
     """Return the run's job, and whether it was `recorded` before, `found` in Slurm, or `submitted` now."""
-    if not os.path.isdir(run):
+    if not inode_of(run):
         if ask["files"] is None:
             raise RequestError("refused", "there is no run %s" % run)
         own(os.path.dirname(run))
@@ -121,7 +121,7 @@ def end_earlier_attempt(run):
     """
     family, _, number = run.rpartition("-")
     earlier = "%s-%d" % (family, int(number) - 1) if number.isdigit() else ""
-    if os.path.isdir(earlier) and not is_array(earlier):
+    if inode_of(earlier) and not is_array(earlier):
         mark(earlier, "failed")
 
 
@@ -228,7 +228,7 @@ def run(agent, ask, say):
 def await_job(_, ask, __, current):
     """Wait until another client has submitted a run; return its job as `submit_when_possible` does."""
     path, _ = locate(ask)
-    if not os.path.isdir(path):
+    if not inode_of(path):
         raise RequestError("refused", "there is no run %s" % path)
     while current() and not job_of(path):
         if has(path, "cancelled"):
@@ -257,7 +257,7 @@ def cancel(agent, ask, _):
 def end_job(run, key, job):
     """Cancel a run's job; return how it ended, None if it did not end within a minute."""
     end = quietly_conclude(run, job)
-    if not end or not os.path.isdir(run):  # of an array job whose run directory was removed, one task is known
+    if not end or not inode_of(run):  # of an array job whose run directory was removed, one task is known
         scancel(job, key)
     try:
         mark(run, "cancelled")

@@ -3,6 +3,7 @@
 import os
 import time
 
+from .disk import inode_of
 from .ends import verdicts
 from .slurm_commands import await_end, scancel
 
@@ -52,14 +53,6 @@ class Location:
                 away = "%s is not there: its file system is away from %s. The job is not affected" % (self.run, host)
                 self.say(trouble=lost if removed else away)
             time.sleep(MISSING_EVERY)
-
-
-def inode_of(path):
-    """Return the inode of a folder; None if there is none."""
-    try:
-        return os.stat(path).st_ino
-    except FileNotFoundError:
-        return None
 
 
 def give_up(run, job, wanted, follower):

@@ -5,7 +5,7 @@ import os
 import time
 
 from .building import HERE, build, check_interpreter, find, locked, missing, remove_sealed, touch
-from .disk import RequestError, check, load, read, store, unique
+from .disk import RequestError, check, inode_of, load, read, store, unique
 
 PUBLISHED = "published.json"
 NEEDED = ("name", "kind", "python", "workloads", "asked", "lock", "code", "interpreter", "layer")  # of HERE
@@ -36,7 +36,7 @@ def keep(folder, entries):
 
 def environments(folder):
     """Generate the content of each environment, and when it was used last."""
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+    for name in sorted(os.listdir(folder)) if inode_of(folder) else ():
         content = load(os.path.join(folder, name, HERE), *NEEDED) if not name.endswith((".new", ".old")) else None
         if content:
             yield content, os.stat(os.path.join(folder, name)).st_mtime
@@ -50,7 +50,7 @@ def drop(path):
 
 def idle(folder):
     """Return the names of what lies in a folder, if there is one, and was not used lately."""
-    names = [name for name in os.listdir(folder) if not name.endswith(".old")] if os.path.isdir(folder) else []
+    names = [name for name in os.listdir(folder) if not name.endswith(".old")] if inode_of(folder) else []
     return [name for name in names if time.time() - os.stat(os.path.join(folder, name)).st_mtime > GRACE]
 
 
@@ -84,7 +84,7 @@ def published(ask, _):
     if not touch(path) or not content:
         text = "%s was published and does not exist any more, or its %s cannot be read"
         raise RequestError("refused", text % (path, HERE))
-    if not os.path.exists(content["python"]):
+    if not inode_of(content["python"]):
         text = "%s leads to a Python that was removed from %s. Publish again:\nscripts/deploy_environment.py"
         raise RequestError("refused", text % (content["python"], os.uname()[1]))
     return {"environment": content, "entry": entries[-1]}

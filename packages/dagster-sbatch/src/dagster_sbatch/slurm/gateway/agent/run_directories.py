@@ -20,7 +20,7 @@ import json
 import os
 import re
 
-from .disk import RequestError, kind_of, load, read, remove_tree, unique, write
+from .disk import RequestError, inode_of, kind_of, load, read, remove_tree, unique, write
 from .ends import SINGLE, may_be_success
 from .job_record import CAUSE, EVENTS, STREAMS, cut_short, events_of
 from .tasks import CONTENTS, END, ENDS, FOLDER, Tasks, is_array, task_folder
@@ -45,7 +45,7 @@ def checked(key):
 
 
 def has(run, mark):
-    return os.path.exists(os.path.join(run, mark))
+    return bool(inode_of(os.path.join(run, mark)))
 
 
 def mark(run, name):
@@ -211,7 +211,7 @@ def array(_, ask, __):
 def runs(_, ask, __):
     """Return all that is known of every run without asking Slurm."""
     folder, found = ask["runs"], []
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+    for name in sorted(os.listdir(folder)) if inode_of(folder) else ():
         run = os.path.join(folder, name)
         about = load(os.path.join(run, "about.json"), "run", "asset")
         if about:

@@ -12,7 +12,7 @@ KEY/                of an array job; that of a single job has what a task's fold
 
 import os
 
-from .disk import load, lock, read, store
+from .disk import inode_of, load, lock, read, store
 from .ends import SINGLE, end_in, is_final, verdicts
 from .job_record import MESSAGES, STREAMS, events_of
 from .streams import Stream
@@ -25,7 +25,7 @@ WORST = "NODE_FAIL BOOT_FAIL OUT_OF_MEMORY TIMEOUT DEADLINE FAILED PREEMPTED REV
 
 
 def is_array(run):
-    return os.path.exists(os.path.join(run, CONTENTS))
+    return bool(inode_of(os.path.join(run, CONTENTS)))
 
 
 def task_folder(run, index):
