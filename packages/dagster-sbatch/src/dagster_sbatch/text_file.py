@@ -1,4 +1,4 @@
-"""Read text files of the user."""
+"""Text files of the user: UTF-8 in any locale."""
 
 from pathlib import Path
 
@@ -18,3 +18,8 @@ def read_text(path: Path) -> str:
         line = error.object.count(b"\n", 0, error.start) + 1
         text = f"{path} cannot be read: line {line} is not in UTF-8. Save the file in UTF-8."
         raise ConfigurationError(text) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; its former content is lost."""
+    path.write_bytes(text.encode())

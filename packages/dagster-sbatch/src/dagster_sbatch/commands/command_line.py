@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from io import TextIOWrapper
 from pathlib import Path
 from typing import ParamSpec
 
@@ -48,10 +49,12 @@ def exit_code_of(command: Callable[[], int], *, wrong: int = 1, refused: int = 1
 
 
 def ends_with_reader(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorate a command's `main`: if the reader of its output is gone (`| head`), it ends with 1 and no traceback."""
+    """Decorate a command's `main`: it writes UTF-8, and ends with 1 and no traceback without a reader (`| head`)."""
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # in any locale, as the output of a step
         try:
             try:
                 return main(*args, **kwargs)

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dagster_sbatch.commands.command_line import ends_with_reader
 from dagster_sbatch.inspect.asset_preview import RANGE_TAGS
 
 FAILED_LINES = 40
@@ -93,6 +94,7 @@ def execute(
         )
 
 
+@ends_with_reader
 def materialise(
     location: str,
     runs: Sequence[Run] | str,
@@ -113,7 +115,7 @@ def materialise(
     """
     # The person's own settings of a supercomputer are not for this run.
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "ASC_"))}
-    own = {"DAGSTER_HOME": str(home), "DAGSTER_DEPLOYMENT": "development", **(variables or {})}
+    own = {"DAGSTER_HOME": str(home), "DAGSTER_DEPLOYMENT": "development", "PYTHONUTF8": "1", **(variables or {})}
     defs = import_module(location).defs
     runs = run_of_job(defs, runs) if isinstance(runs, str) else runs
     chosen = {dg.AssetKey.from_user_string(asset) for run in runs for asset in run.assets}
@@ -144,9 +146,19 @@ def _follow(
     )
     # In a session of its own the child does not get the terminal's Ctrl-C: it comes here, and is passed on once.
     child = subprocess.Popen(
-        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
     )
-    with _interrupts_for(child) as interrupts, Progress(*columns, console=console) as progress, log.open("w") as file:
+    with (
+        _interrupts_for(child) as interrupts,
+        Progress(*columns, console=console) as progress,
+        log.open("w", encoding="utf-8") as file,
+    ):
         tasks = {step: progress.add_task("", asset=key.to_user_string(), total=1, start=False)
                  for step, key in steps.items()}  # fmt: skip
         with child:

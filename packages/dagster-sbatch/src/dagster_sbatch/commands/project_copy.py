@@ -18,7 +18,7 @@ from dagster_sbatch.commands.signals import ignore_interrupts
 from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, build_wheel, rename_wheels
 from dagster_sbatch.environments.groups import find_requirements
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.text_file import read_text
+from dagster_sbatch.text_file import read_text, write_text
 
 OLD_PACKAGE, OLD_PROJECT = "musica_pipelines", "musica-pipelines"
 SKELETON = Path("scripts/_skeleton")
@@ -156,7 +156,7 @@ def _make(template: Template, folder: Path, names: Names, report: Callable[[str]
     wheels = {name: build_wheel(template.root / "packages" / name, folder / "vendor") for name in PACKAGES}
     report("locking the dependencies")
     for path in (folder / name for name in SOURCES):
-        path.write_text(rename_wheels(read_text(path), wheels))
+        write_text(path, rename_wheels(read_text(path), wheels))
     _write_locks(template.root, folder, names, wheels)
     _run(
         folder, "ruff", "check", "--fix", "--select", "I001", "--quiet", "--no-cache", "."
@@ -201,7 +201,7 @@ def _write_locks(root: Path, folder: Path, names: Names, wheels: Mapping[str, Wh
         if name == "dev.txt":
             entries = lock_entries.with_wheels(entries, required, OLD_PROJECT)
         text = lock_entries.render(lock_entries.without(entries, gone), OLD_PROJECT, names.project)
-        (folder / "requirements" / name).write_text(text)
+        write_text(folder / "requirements" / name, text)
 
 
 def _run(folder: Path, *arguments: str) -> None:

@@ -14,7 +14,7 @@ from packaging.version import InvalidVersion, Version
 from dagster_sbatch.atomic_write import replacing
 from dagster_sbatch.children import NETWORK, child_environment
 from dagster_sbatch.commands import lock
-from dagster_sbatch.commands.command_line import make_parser
+from dagster_sbatch.commands.command_line import ends_with_reader, make_parser
 from dagster_sbatch.commands.own_scripts import run_script
 from dagster_sbatch.commands.signals import ignore_interrupts, interrupt_once
 from dagster_sbatch.commands.vendored import (
@@ -27,7 +27,7 @@ from dagster_sbatch.commands.vendored import (
     wheels_named,
 )
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.text_file import read_text
+from dagster_sbatch.text_file import read_text, write_text
 
 DESCRIPTION = """\
 Upgrade the engine of this project: the package dagster-sbatch, whose wheel is in vendor/. The command replaces the
@@ -56,6 +56,7 @@ KEPT = "vendor/previous.zip"  # what an upgrade has replaced: SOURCES, lock file
 RESTORE = f"  git restore vendor requirements {' '.join(SOURCES)}"
 
 
+@ends_with_reader
 def main(root: Path) -> int:
     """Run the command for the project in a folder."""
     parser = make_parser(DESCRIPTION, EPILOG)
@@ -252,7 +253,7 @@ def _resolved(root: Path, wheels: dict[str, Wheel], files: dict[str, str]) -> di
         for wheel in wheels.values():
             shutil.copyfile(wheel.path, copy / "vendor" / wheel.path.name)
         for name, text in files.items():
-            (copy / name).write_text(text if name.startswith(LOCKS) else rename_wheels(text, wheels))
+            write_text(copy / name, text if name.startswith(LOCKS) else rename_wheels(text, wheels))
         lock.resolve(copy, copy / "requirements")
         return _texts(copy)
 

@@ -28,6 +28,7 @@ from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import complete, declared_checks
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.modules import shorten_error
+from dagster_sbatch.text_file import write_text
 
 
 def run_here(
@@ -108,7 +109,7 @@ class _Machine:
         for file, text in container.files(plan.env).items():
             path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            write_text(path, text)
         self._data_root.mkdir(parents=True, exist_ok=True)
         return container.local_command(
             request, plan.site.container_runtime, self._image, folder, command, self._folders
