@@ -262,6 +262,7 @@ def test_who_follows_a_run_is_noted(open_gateway: Callable[[], Gateway], tmp_pat
     gateway = open_gateway()
     for follower in ("run-2", "run-1", "run-1"):
         assert submit_run(gateway, str(run), None, follower).how == "recorded"
+    (run / "follower-run-3.node-7-7.part").touch()  # its agent was killed meanwhile
     assert gateway.claim(str(run.parent), "family", "token", "me").attempts[0].followers == ["run-2", "run-1"]
 
 

@@ -170,7 +170,7 @@ def note_follower(run, follower):
 
 def followers_of(run):
     """Return the Dagster runs that submitted or adopted the job, in that order."""
-    marks = [name for name in os.listdir(run) if name.startswith(FOLLOWER)]
+    marks = [name for name in os.listdir(run) if name.startswith(FOLLOWER) and not name.endswith(".part")]
     marks.sort(key=lambda name: os.stat(os.path.join(run, name)).st_mtime)
     return [name[len(FOLLOWER) :] for name in marks]
 
