@@ -20,14 +20,14 @@ steps = 0
 def watch(event, args):
     global steps
     writes = event == "open" and (args[2] or 0) & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)
-    if writes or event in ("os.rename", "os.symlink", "os.remove", "os.mkdir", "os.utime", "subprocess.Popen"):
-        if {runs!r} in str(args) and ".queue-" not in str(args):
-            steps += 1
-            if steps == {step}:
-                os.close(os.open({mark!r}, os.O_CREAT))
-                os._exit(9)
+    changes = writes or event in ("os.rename", "os.symlink", "os.remove", "os.mkdir", "os.utime")
+    if event == "subprocess.Popen" or (changes and {runs!r} in str(args) and ".queue-" not in str(args)):
+        steps += 1
+        if steps == {step}:
+            os.close(os.open({mark!r}, os.O_CREAT))
+            os._exit(9)
 """
-"""Ends the agent before a step at which it changes a file beside the runs or starts sbatch, unless the mark exists."""
+"""Ends the agent before a step, which changes a file beside the runs or starts a command, unless the mark exists."""
 SBATCH = """\
 basename "$3" >>{slurm}/jobs
 echo "$3" >{slurm}/part && mv {slurm}/part {slurm}/run
@@ -70,7 +70,8 @@ def test_an_agent_is_killed_at_every_step_of_a_submission(
 ) -> None:
     """Its client continues with another agent, or is killed with it: then another client claims its runs (STRESS=1)."""
     for name, text in {"sbatch": SBATCH, "squeue": SQUEUE, "scontrol": SCONTROL}.items():
-        put(slurm, name, text.format(slurm=slurm))
+        put(slurm, name, text.format(slurm=slurm).replace("EndTime=2", "EndTime=1000"))  # the accounting is asked
+    put(slurm, "sacct", "echo '17|COMPLETED||'")
     mark, jobs, step, killed = tmp_path / "mark", slurm / "jobs", 1, True
     while killed:
         base, said = tmp_path / f"step-{step}", bytearray()
