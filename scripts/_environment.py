@@ -17,9 +17,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
 REQUIREMENTS = ROOT / "requirements" / "dev.txt"
 STAMP = VENV / "installed.sha256"  # written last: a set-up that was cut short is seen and done again
 EDITABLE = (*(str(path.parent) for path in sorted((ROOT / "packages").glob("*/pyproject.toml"))), ".")
@@ -46,16 +48,19 @@ def activate() -> None:
     """
     # The imports that follow take seconds: Ctrl-C ends them without a traceback.
     sys.excepthook = lambda kind, *more: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *more)
-    prefix = Path(sys.prefix).resolve()
-    if (ROOT / ".pixi" / "envs") in prefix.parents or (prefix == VENV and _is_current()):
+    _open_streams()
+    prefix = Path(sys.prefix).resolve()  # links, such as to a disk with more room, count as what they point to
+    if (ROOT / ".pixi" / "envs").resolve() in prefix.parents or (prefix == VENV.resolve() and _is_current()):
         return
     command = [str(Path(sys.argv[0]).resolve()), *sys.argv[1:]]
     pixi = shutil.which("pixi")
     if pixi:
         command = [pixi, "run", "--manifest-path", str(ROOT / "pixi.toml"), "python", *command]
     else:
-        _set_up()
-        command = [str(VENV / "bin" / "python"), *command]
+        if not _is_current():
+            _set_up()
+        command = [str(PYTHON), *command]
+    os.environ.pop("PYTHONHOME", None)  # of another Python: a module may have set it
     sys.stdout.flush()
     os.execv(command[0], command)
 
@@ -70,38 +75,68 @@ def restore_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def _open_streams() -> None:
+    """Open /dev/null in place of standard streams that the caller has closed: Python has None for these."""
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            break
+        os.set_inheritable(descriptor, True)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+
+
 def _wanted() -> str:
-    folder = str(ROOT).encode()  # the scripts in .venv/bin carry it: a moved folder needs new ones
-    return hashlib.sha256(REQUIREMENTS.read_bytes() + folder).hexdigest()
+    # The scripts in .venv/bin carry the folder: a moved one needs new ones. Another Python does not find the packages.
+    places = os.fsencode(f"{ROOT}{os.path.realpath(str(PYTHON))}")
+    return hashlib.sha256(REQUIREMENTS.read_bytes() + places).hexdigest()
 
 
 def _is_current() -> bool:
-    return STAMP.is_file() and STAMP.read_text() == _wanted()
+    return PYTHON.exists() and STAMP.is_file() and STAMP.read_text() == _wanted()
 
 
 def _set_up() -> None:
-    """Make .venv as the lock file says; two scripts that start at once wait for each other."""
-    with (ROOT / ".venv.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if _is_current():
-            return
-        begun = time.monotonic()
-        uv = shutil.which("uv", path=_path_without_venv())
-        print(
-            f"Setting up {VENV} with {'uv' if uv else 'pip'} (once; a minute or two) ...", file=sys.stderr, flush=True
-        )
-        passed_on = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
-        environment = {**passed_on, **SYSTEM_CERTIFICATES, **NOT_THE_USERS}
-        for command in _uv_commands(uv) if uv else _pip_commands():
-            done = subprocess.run(command, cwd=str(ROOT), env=environment, stdin=subprocess.DEVNULL, check=False)
-            if done.returncode:
-                shown = " ".join(command)
-                raise SystemExit(
-                    f"Setting up {VENV} failed (exit code {done.returncode}); the output is above.\n"
-                    f"Command: {shown}\nIt is safe to try again."
-                )
-        STAMP.write_text(_wanted())
-        print(f"Environment ready after {time.monotonic() - begun:.0f} s.", file=sys.stderr, flush=True)
+    """Make .venv as the lock file says; two scripts that start at once wait for each other.
+
+    Raises:
+        SystemExit: it cannot be made.
+    """
+    try:
+        with (ROOT / ".venv.lock").open("w") as lock:
+            _lock(lock)
+            if not _is_current():
+                _install()
+    except OSError as error:
+        raise SystemExit(
+            f"Setting up {VENV} failed: {error}.\nThe project's folder must be yours, and its disk must have room."
+        ) from None
+
+
+def _lock(file: "IO[str]") -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"Another script is setting up {VENV}. Waiting for it ...", file=sys.stderr, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _install() -> None:
+    begun = time.monotonic()
+    uv = shutil.which("uv", path=_path_without_venv())
+    print(f"Setting up {VENV} with {'uv' if uv else 'pip'} (once; a minute or two) ...", file=sys.stderr, flush=True)
+    passed_on = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
+    environment = {**passed_on, **SYSTEM_CERTIFICATES, **NOT_THE_USERS}
+    for command in _uv_commands(uv) if uv else _pip_commands():
+        done = subprocess.run(command, cwd=str(ROOT), env=environment, stdin=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            shown = " ".join(command)
+            raise SystemExit(
+                f"Setting up {VENV} failed (exit code {done.returncode}); the output is above.\n"
+                f"Command: {shown}\nIt is safe to try again."
+            )
+    STAMP.write_text(_wanted())
+    print(f"Environment ready after {time.monotonic() - begun:.0f} s.", file=sys.stderr, flush=True)
 
 
 def _path_without_venv() -> str:
@@ -112,18 +147,18 @@ def _path_without_venv() -> str:
 
 
 def _uv_commands(uv: str) -> "list[list[str]]":
-    python = str(VENV / "bin" / "python")
+    python = str(PYTHON)
     return [
-        [uv, "venv", "--quiet", "--clear", "--python", f">={SUPPORTED[0]},<3.14", str(VENV)],
+        [uv, "venv", "--quiet", "--clear", "--python", f">={SUPPORTED[0]},<3.14", str(VENV.resolve())],
         [uv, "pip", "sync", "--quiet", "--require-hashes", "--python", python, str(REQUIREMENTS)],
         [uv, "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--python", python, *_editable()],
     ]
 
 
 def _pip_commands() -> "list[list[str]]":
-    pip = [str(VENV / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-compile"]
+    pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-compile"]
     return [
-        [_interpreter(), "-m", "venv", "--clear", str(VENV)],
+        [_interpreter(), "-m", "venv", "--clear", str(VENV.resolve())],  # venv refuses a link
         [*pip, "--require-hashes", "--use-pep517", "--requirement", str(REQUIREMENTS)],
         [*pip, "--no-deps", "--no-build-isolation", *_editable()],
     ]

@@ -1,5 +1,6 @@
 """The commands for people: each explains itself and finds the project's environment; the pixi tasks call them."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from slurm_in_a_box import wait_until
 from support import ROOT
 
 SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if not path.name.startswith("_") and path.is_file())
@@ -105,13 +107,79 @@ def test_uv_trusts_what_the_system_trusts(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["default", "dev"])
-def test_within_an_environment_of_pixi_nothing_is_set_up(name: str, copy: Path) -> None:
+@pytest.mark.parametrize("detached", [False, True])
+def test_within_an_environment_of_pixi_nothing_is_set_up(name: str, detached: bool, copy: Path) -> None:
     """As with `pixi run python scripts/show` and `pixi run -e dev python scripts/show`."""
     made = copy / ".pixi" / "envs" / name
+    if detached:  # pixi's option `detached-environments`
+        (copy / "elsewhere").mkdir()
+        (copy / ".pixi").mkdir()
+        made.parent.symlink_to(copy / "elsewhere")
     venv.create(made)
     done = run([str(made / "bin" / "python"), "scripts/show", "a b"], cwd=copy, env={"PATH": "/usr/bin:/bin"})
     assert done.stdout == f"{made} ['a b']\n"
     assert not (copy / ".venv").exists()
+
+
+@pytest.fixture
+def ready(copy: Path) -> Path:
+    """The same with an environment as a set-up leaves it, on another disk; and a uv that fails."""
+    venv.create(copy / "elsewhere", symlinks=True)
+    (copy / ".venv").symlink_to(copy / "elsewhere")
+    code = "import sys; sys.path.insert(0, 'scripts'); import _environment as e; e.STAMP.write_text(e._wanted())"
+    assert run([sys.executable, "-c", code], cwd=copy).returncode == 0
+    (copy / "uv").write_text("#!/bin/sh\nexit 3\n")
+    (copy / "uv").chmod(0o755)
+    return copy
+
+
+@pytest.mark.parametrize("variables", [{}, {"PYTHONHOME": sys.base_prefix}], ids=["plain", "PYTHONHOME"])
+def test_an_environment_is_used_where_it_is_current(variables: dict[str, str], ready: Path) -> None:
+    (ready / ".venv.lock").mkdir()  # nothing has to be written, so the folder may be somebody else's
+    done = run([sys.executable, "scripts/show"], cwd=ready, env={"PATH": str(ready), **variables})
+    assert (done.stdout, done.stderr) == (f"{ready}/.venv []\n", "")
+
+
+@pytest.mark.parametrize("target", ["/nowhere/python3", "/bin/true"], ids=["gone", "another"])
+def test_an_environment_whose_python_was_replaced_is_set_up_again(target: str, ready: Path) -> None:
+    """As after an upgrade of the system."""
+    python = ready / ".venv" / "bin" / "python"
+    python.unlink()
+    python.symlink_to(target)
+    done = run([sys.executable, "scripts/show"], cwd=ready, env={"PATH": str(ready)})
+    assert done.returncode == 1
+    assert f"Setting up {ready}/.venv failed (exit code 3)" in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(copy: Path) -> None:
+    (copy / ".venv.lock").mkdir()
+    done = run([sys.executable, "scripts/show"], cwd=copy, env={"PATH": str(copy)})
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Setting up {copy}/.venv failed: [Errno 21] Is a directory: '{copy}/.venv.lock'.\n")
+
+
+def test_a_script_says_that_it_waits_for_another(ready: Path) -> None:
+    (ready / "requirements" / "dev.txt").write_text("# changed\n")
+    said = ready / "said"
+    with (ready / ".venv.lock").open("w") as lock, said.open("w") as errors:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with subprocess.Popen(
+            [sys.executable, "scripts/show"], cwd=ready, env={"PATH": str(ready)}, stderr=errors
+        ) as it:
+            try:
+                wait_until(said.read_text, "the script says something")
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)
+    assert said.read_text().startswith(f"Another script is setting up {ready}/.venv. Waiting for it ...\n")
+    assert (it.returncode, "(exit code 3)" in said.read_text()) == (1, True)
+
+
+def test_a_script_whose_output_is_closed_runs(ready: Path) -> None:
+    with (ready / "scripts" / "show").open("a") as script:
+        script.write("open('ran', 'w')\n")
+    done = run(["/bin/sh", "-c", 'exec "$0" scripts/show <&- >&-', sys.executable], cwd=ready)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (ready / "ran").exists()
 
 
 BACKEND = """\

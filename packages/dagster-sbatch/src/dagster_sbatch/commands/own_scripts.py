@@ -14,7 +14,7 @@ def run_script(root: Path, name: str, *options: str) -> int:
     pixi has to install that engine itself: within its environment a script does not set anything up.
     """
     command = [sys.executable, str(root / "scripts" / name)]
-    if (root / ".pixi").resolve() in Path(sys.prefix).resolve().parents:
+    if (root / ".pixi" / "envs").resolve() in Path(sys.prefix).resolve().parents:
         command = ["pixi", "run", "--manifest-path", str(root / "pixi.toml"), "python", command[1]]
     environment = child_environment("UV_", "PIP_", "CI", "PYTEST_ADDOPTS", *NETWORK)
     output = subprocess.DEVNULL if options else None
