@@ -82,7 +82,7 @@ def _open_streams() -> None:
         if descriptor > 2:
             os.close(descriptor)
             break
-        os.set_inheritable(descriptor, True)
+        os.set_inheritable(descriptor, True)  # noqa: FBT003 - it has no keywords
     sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
 
 
