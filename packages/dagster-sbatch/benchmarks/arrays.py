@@ -27,13 +27,13 @@ from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape, SlurmRequest, allocate, render_job_script
 from dagster_sbatch.slurm.gateway import (
-    ArrayRun,
-    Arrays,
     Gateway,
     JobEnd,
+    JobHandler,
+    JobToFollow,
     OpenChannel,
     choose_channel,
-    follow_arrays,
+    follow_jobs,
 )
 from dagster_sbatch.slurm.gateway.channel import Channel
 from slurm_in_a_box import SimulatedSite
@@ -46,14 +46,14 @@ SAMPLE_SECONDS = 2.0
 CONSOLE = Console(width=120)
 
 
-class _Measured(Arrays):
+class _Measured(JobHandler):
     """Keeps the states of the tasks of one array job, and nothing else."""
 
-    def __init__(self, run: ArrayRun) -> None:
-        self.next: ArrayRun | None = run
+    def __init__(self, run: JobToFollow) -> None:
+        self.next: JobToFollow | None = run
         self.states: dict[tuple[str, int], str] = {}
 
-    def take(self) -> ArrayRun | None:
+    def take(self) -> JobToFollow | None:
         run, self.next = self.next, None
         return run
 
@@ -168,8 +168,8 @@ def _run(open_channel: OpenChannel, tasks: int) -> int:
     gateway = Gateway(open_channel)
     try:
         before = gateway.queue(RUNS)["calls"]
-        arrays = _Measured(ArrayRun(f"{RUNS}/{key}", files, range(tasks)))
-        follow_arrays(gateway, arrays, "benchmark")
+        arrays = _Measured(JobToFollow(f"{RUNS}/{key}", files, range(tasks)))
+        follow_jobs(gateway, arrays, "benchmark")
         ends = Counter(arrays.states.values())
         if ends != {"COMPLETED": tasks}:
             raise SystemExit(f"tasks did not end as they should: {ends}")

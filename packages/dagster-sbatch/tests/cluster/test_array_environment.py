@@ -8,7 +8,7 @@ import pytest
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, allocate, render_job_script
-from dagster_sbatch.slurm.gateway import ArrayRun, Gateway, choose_channel, follow_arrays
+from dagster_sbatch.slurm.gateway import Gateway, JobToFollow, choose_channel, follow_jobs
 from resources import PROJECT
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite
 from support.array_run import RUNS, Recorder, files_of, new_key
@@ -57,9 +57,9 @@ def test_a_task_has_the_environment_of_a_single_job(gateway: Gateway, site: Simu
     home = site.layout.home / CERTIFICATE_USER.name
     (home / ".bash_profile").write_text(PROFILE)
     key = new_key()
-    run = ArrayRun(f"{RUNS}/{key}", files_of(SITE, key, SHOW, 4), range(4))
+    run = JobToFollow(f"{RUNS}/{key}", files_of(SITE, key, SHOW, 4), range(4))
     seen = Recorder(run)
-    follow_arrays(gateway, seen, "run-1")
+    follow_jobs(gateway, seen, "run-1")
     assert seen.outcomes == dict.fromkeys(range(4), ("COMPLETED", 0))
     (login_node,) = (home / "read").read_text().split()
     assert login_node.startswith("l"), "the profile was read once, on the login node"

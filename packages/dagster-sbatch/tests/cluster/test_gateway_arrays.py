@@ -11,7 +11,7 @@ import pytest
 
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import ArrayRun, Gateway, StoppedError, choose_channel, follow_arrays
+from dagster_sbatch.slurm.gateway import Gateway, JobToFollow, StoppedError, choose_channel, follow_jobs
 from resources import PROJECT
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from support.array_run import RUNS, Recorder, files_of, new_key
@@ -44,17 +44,17 @@ def open_gateway(settings: Settings) -> Iterator[Callable[[], Gateway]]:
         gateway.close()
 
 
-def array(body: str, tasks: int, key: str = "", **more: Any) -> ArrayRun:
+def array(body: str, tasks: int, key: str = "", **more: Any) -> JobToFollow:
     key = key or new_key()
-    return ArrayRun(f"{RUNS}/{key}", files_of(SITE, key, body, tasks, **more), range(tasks))
+    return JobToFollow(f"{RUNS}/{key}", files_of(SITE, key, body, tasks, **more), range(tasks))
 
 
-def job_ids(site: SimulatedSite, run: ArrayRun) -> set[str]:
+def job_ids(site: SimulatedSite, run: JobToFollow) -> set[str]:
     """The ids of all array jobs that ever had the run's name."""
     return set(site.squeue("--noheader", "--states=all", f"--name={run.run.rpartition('/')[2]}", "--format=%F").split())
 
 
-def on_disk(site: SimulatedSite, run: ArrayRun) -> Path:
+def on_disk(site: SimulatedSite, run: JobToFollow) -> Path:
     return site.layout.home / Path(run.run).relative_to("/home")
 
 
@@ -72,7 +72,7 @@ def lines_of(task: int) -> str:
 def test_each_task_from_submission_to_its_end(open_gateway: Callable[[], Gateway], site: SimulatedSite) -> None:
     gateway, run = open_gateway(), array(f"{LINES}; {MESSAGE}; echo error >&2; exit $((index % 2))", 6, max_running=3)
     seen = Recorder(run)
-    follow_arrays(gateway, seen, "run-1")
+    follow_jobs(gateway, seen, "run-1")
     assert seen.jobs[run.run].how == "submitted"
     assert seen.outcomes == {task: ("FAILED", 1) if task % 2 else ("COMPLETED", 0) for task in range(6)}
     for task in range(6):
@@ -84,7 +84,7 @@ def test_each_task_from_submission_to_its_end(open_gateway: Callable[[], Gateway
         assert (end.short, end.account) == ({}, "p71234")
     assert max(state.running for state in seen.states) <= 3
     assert job_ids(site, run) == {seen.jobs[run.run].job}
-    known = gateway.array(run.run)
+    known = gateway.attempt(run.run)
     assert (known.over, len(known.ends), known.tasks[5], known.followers) == (True, 6, "i5", ["run-1"])
     _, whole = gateway.state(run.run)
     assert whole is not None
@@ -112,7 +112,7 @@ def test_nothing_is_lost_or_doubled_when_connections_break(
     with site.faults.sbatch("slow"):
         timer = threading.Timer(1.0, site.faults.drop_connections)
         timer.start()
-        follow_arrays(gateway, seen, "run-1")
+        follow_jobs(gateway, seen, "run-1")
         timer.join()
     assert due > 50, "connections were dropped"
     assert seen.outcomes == dict.fromkeys(range(12), ("COMPLETED", 0))
@@ -130,7 +130,7 @@ def test_an_answer_of_sbatch_that_is_lost_submits_one_array_job(
     gateway, run = open_gateway(), array("echo once", 3)
     seen = Recorder(run)
     with site.faults.sbatch("error-after"):
-        follow_arrays(gateway, seen, "run-1")
+        follow_jobs(gateway, seen, "run-1")
     assert len(job_ids(site, run)) == 1
     assert [seen.text(task) for task in range(3)] == ["once\n"] * 3
 
@@ -148,7 +148,7 @@ def test_an_array_job_that_waits_is_adopted_and_cancelled_as_a_whole(
     first.claim(RUNS, key.rpartition("-")[0], "token-1", "me")
     seen = Recorder(run, on_event=lambda event: first.stop.set() if event == "ended" else None)
     with pytest.raises(StoppedError):
-        follow_arrays(first, seen, "run-1")
+        follow_jobs(first, seen, "run-1")
     first.close()
     assert seen.outcomes == {0: ("COMPLETED", 0)}
     second = open_gateway()
@@ -157,10 +157,11 @@ def test_an_array_job_that_waits_is_adopted_and_cancelled_as_a_whole(
     (known,) = second.claim(RUNS, family, "token-2", "me").attempts
     assert (known.job, known.over, set(known.ends)) == (seen.jobs[run.run].job, False, {0})
     adopted = Recorder(
-        ArrayRun(run.run, None, range(1, 50)), on_event=lambda event: second.stop.set() if event == "started" else None
+        JobToFollow(run.run, None, range(1, 50)),
+        on_event=lambda event: second.stop.set() if event == "started" else None,
     )
     with pytest.raises(StoppedError):
-        follow_arrays(second, adopted, "run-2")
+        follow_jobs(second, adopted, "run-2")
     assert adopted.jobs[run.run].how == "recorded"
     second.stop = threading.Event()
     site.run_on_login(CERTIFICATE_USER, f"scontrol update JobId={known.job} JobName=mine", check=False)  # one has ended
@@ -168,10 +169,10 @@ def test_an_array_job_that_waits_is_adopted_and_cancelled_as_a_whole(
     end = second.cancel(run.run)
     assert end is not None
     assert end.state == "CANCELLED"
-    last = Recorder(ArrayRun(run.run, None, range(1, 50)))
-    follow_arrays(second, last, "run-2")
+    last = Recorder(JobToFollow(run.run, None, range(1, 50)))
+    follow_jobs(second, last, "run-2")
     assert Counter(last.outcomes.values()) == {("CANCELLED", None): 49}
-    known = second.array(run.run)
+    known = second.attempt(run.run)
     assert (known.over, len(known.ends), known.ends[0].state) == (True, 50, "COMPLETED")
     assert known.followers == ["run-1", "run-2"]
     assert (on_disk(site, run) / "end").exists()
@@ -186,7 +187,7 @@ def test_tasks_end_in_every_way_that_slurm_knows(open_gateway: Callable[[], Gate
     run = array(body, 6, max_running=4)
     begun = threading.Event()
     seen = Recorder(run, on_event=lambda _: begun.set() if {0, 2} <= set(seen.starts) else None)
-    thread = threading.Thread(target=lambda: follow_arrays(gateway, seen, "run-1"))
+    thread = threading.Thread(target=lambda: follow_jobs(gateway, seen, "run-1"))
     thread.start()
     assert begun.wait(60)
     job = seen.jobs[run.run].job
@@ -210,7 +211,7 @@ def test_an_array_that_slurm_refuses_ends_no_other(open_gateway: Callable[[], Ga
     good, refused, cancelled = array("true", 2), array("true", 2, constraint="nosuch"), array("true", 2)
     assert gateway.cancel(cancelled.run) is None
     seen = Recorder(good, refused, cancelled, at_once=3)
-    follow_arrays(gateway, seen, "run-1")
+    follow_jobs(gateway, seen, "run-1")
     assert "Invalid feature specification" in seen.refusals[refused.run]
     assert "was cancelled before it was submitted" in seen.refusals[cancelled.run]
     assert seen.outcomes == dict.fromkeys(range(2), ("COMPLETED", 0))
@@ -230,7 +231,7 @@ def test_an_array_waits_for_room_while_another_runs(open_gateway: Callable[[], G
         seen = Recorder(
             first, array("true", 3), at_once=2, on_event=lambda event: go.touch() if event == "waiting" else None
         )
-        follow_arrays(gateway, seen, "run-1")
+        follow_jobs(gateway, seen, "run-1")
     finally:
         site.cluster.query(*limit, "MaxSubmitJobsPerUser=-1")
     assert len(seen.jobs) == 2

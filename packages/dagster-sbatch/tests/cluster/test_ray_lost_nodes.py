@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dagster_sbatch.launchers import RayLauncher
-from dagster_sbatch.run import remote
+from dagster_sbatch.run import remote_job
 from slurm_in_a_box import SimulatedSite, wait_until
 from slurm_in_a_box.faults import Fault
 from support.background import attempts_of
@@ -94,6 +94,6 @@ def lose_in_mid_run(name: str, site: SimulatedSite, folder: Path, nodes: tuple[s
 
 
 def test_lost_nodes(site: SimulatedSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "RETRY_SECONDS", 1)
+    monkeypatch.setattr(remote_job, "RETRY_SECONDS", 1)
     cases = {name: partial(lose_in_mid_run, name, site, tmp_path) for name in LOST}
     share_out({**cases, "while Ray starts": partial(lose_at_the_start, site, tmp_path)})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.run import remote
+from dagster_sbatch.run import remote_job
 from dagster_sbatch.slurm import Retries, SlurmRequest
 from dagster_sbatch.slurm.gateway import programs
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
@@ -142,7 +142,7 @@ def test_a_node_fails_and_its_job_runs_again(
 def test_after_a_node_failure_without_requeue_another_attempt_is_made(
     site: SimulatedSite, workloads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "RETRY_SECONDS", 1)
+    monkeypatch.setattr(remote_job, "RETRY_SECONDS", 1)
     retries = Retries(exclude_failed_nodes=True)
     request = SlurmRequest(time_limit="00:30:00", options=("--no-requeue",), retries=retries)
     run = Background(lambda: materialize(FIRST_SLEEPS, workloads, request=request))
@@ -161,7 +161,7 @@ def test_after_a_node_failure_without_requeue_another_attempt_is_made(
 def test_attempts_after_node_failures_are_counted(
     site: SimulatedSite, workloads: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "RETRY_SECONDS", 1)
+    monkeypatch.setattr(remote_job, "RETRY_SECONDS", 1)
     request = SlurmRequest(time_limit="00:30:00", options=("--no-requeue",), retries=Retries(max_retries=1))
     run = Background(lambda: materialize(SLEEPS, workloads, request=request))
     for attempt in (1, 2):

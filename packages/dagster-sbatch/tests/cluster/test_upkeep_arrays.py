@@ -70,7 +70,7 @@ def test_an_array_job_that_no_run_follows(site: SimulatedSite, runs: Runs, monke
         wait_until(lambda: runs.task_counts(runs.all()) == {path: ONE_OF_EACH}, "the second task runs", 60)
         site.run_on_login(CERTIFICATE_USER, f"touch -d '2 days ago' {path}/tasks {path}/ends.json")
         assert runs.environments_in_use() == {"live"}
-        job = str(runs.gateway.array(path).job)
+        job = str(runs.gateway.attempt(path).job)
         wait_until(lambda: runs.gateway.queue(RUNS)["jobs"][job][0] == "RUNNING", "squeue says so, too", 60)
 
         left = tick(instance)
@@ -81,12 +81,12 @@ def test_an_array_job_that_no_run_follows(site: SimulatedSite, runs: Runs, monke
         assert run
         instance.report_run_canceled(run)
         assert "CANCELLED, since its run was terminated" in said(tick(instance, left.cursor))
-        ends = runs.gateway.array(path).ends
+        ends = runs.gateway.attempt(path).ends
         assert [ends[index].state for index in range(3)] == ["COMPLETED", "CANCELLED", "CANCELLED"]
         assert site.squeue("--noheader", "--format=%i") == ""
 
         ended = submit(runs, run_id, 1)
-        wait_until(lambda: runs.gateway.array(ended).over, "its task has ended", 60)
+        wait_until(lambda: runs.gateway.attempt(ended).over, "its task has ended", 60)
         removed = f"removed {ended.rpartition('/')[2]}"  # once nothing of it changes any more
         wait_until(lambda: clean(instance, monkeypatch) == removed, "it is removed", 60)
         site.run_on_login(CERTIFICATE_USER, f"test ! -e {ended}")

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from dagster_sbatch.slurm import ArrayShape, Site, SlurmRequest, allocate, render_job_script
-from dagster_sbatch.slurm.gateway import MESSAGES, ArrayRun, Arrays, ArrayState, JobEnd, Sinks, Submitted
+from dagster_sbatch.slurm.gateway import MESSAGES, JobEnd, JobHandler, JobToFollow, Sinks, Submitted, TaskStates
 from slurm_in_a_box import CERTIFICATE_USER
 
 RUNS = f"{CERTIFICATE_USER.home}/dagster-slurm/runs"
@@ -50,13 +50,13 @@ def files_of(
     }
 
 
-class Recorder(Arrays):
+class Recorder(JobHandler):
     """Keeps all that comes of array jobs; `on_event` is called with the name of each.
 
     The tasks of all are numbered through, in the order of the runs.
     """
 
-    def __init__(self, *runs: ArrayRun, at_once: int = 1, on_event: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, *runs: JobToFollow, at_once: int = 1, on_event: Callable[[str], None] = lambda _: None) -> None:
         self.waiting_runs, self.at_once, self.on_event = list(runs), at_once, on_event
         counts = [max(run.tasks, default=0) + 1 for run in runs]
         self.first = {run.run: sum(counts[:number]) for number, run in enumerate(runs)}
@@ -64,13 +64,13 @@ class Recorder(Arrays):
         self.jobs: dict[str, Submitted] = {}
         self.refusals: dict[str, str] = {}
         self.waits: list[str] = []
-        self.states: list[ArrayState] = []
+        self.states: list[TaskStates] = []
         self.starts: dict[int, list[str]] = defaultdict(list)
         self.written: dict[tuple[int, str], bytearray] = defaultdict(bytearray)
         self.ends: dict[int, JobEnd] = {}
         self.rows: dict[int, Sequence[Sequence[str]]] = {}
 
-    def take(self) -> ArrayRun | None:
+    def take(self) -> JobToFollow | None:
         if not self.waiting_runs or len(self.active) >= self.at_once:
             return None
         run = self.waiting_runs.pop(0)
@@ -91,7 +91,7 @@ class Recorder(Arrays):
         self.waits.append(text)
         self.on_event("waiting")
 
-    def state(self, run: str, state: ArrayState) -> None:
+    def state(self, run: str, state: TaskStates) -> None:
         assert run in self.active
         self.states.append(state)
         self.on_event("state")

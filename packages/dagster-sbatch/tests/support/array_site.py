@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.slurm.gateway import ArrayRun, Gateway, StoppedError, follow_arrays
+from dagster_sbatch.slurm.gateway import Gateway, JobToFollow, StoppedError, follow_jobs
 from resources import PROJECT
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import put
@@ -35,7 +35,7 @@ class Site:
 
     def __init__(self, slurm: Path, folder: Path, tasks: int) -> None:
         self.slurm, self.run, self.asked = slurm, folder / "runs" / KEY, folder / "asked"
-        self.array = ArrayRun(str(self.run), files_of(SITE, KEY, "true", tasks), range(tasks))
+        self.array = JobToFollow(str(self.run), files_of(SITE, KEY, "true", tasks), range(tasks))
         put(slurm, "sbatch", "echo 17")
         put(slurm, "sacct", NO_ACCOUNTING)
         self.say(record(f"0-{tasks - 1}", "PENDING", "Unknown"))
@@ -79,7 +79,7 @@ def follow() -> Iterator[Follow]:
 
     def work(gateway: Gateway, seen: Recorder) -> None:
         with suppress(StoppedError):
-            follow_arrays(gateway, seen, "run-1")
+            follow_jobs(gateway, seen, "run-1")
 
     def start(site: Site, gateway: Gateway) -> Recorder:
         seen = Recorder(site.array)

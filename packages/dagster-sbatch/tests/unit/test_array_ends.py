@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.slurm.gateway import ArrayRun, Attempt, follow_arrays
+from dagster_sbatch.slurm.gateway import Attempt, JobToFollow, follow_jobs
 from dagster_sbatch.slurm.gateway.agent import disk, ends, run_directories, task_states, tasks
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, Prepare, put
@@ -378,6 +378,6 @@ def test_output_that_takes_long_to_send_is_sent_to_its_end(prepare: Prepare, slu
     end = {"state": "COMPLETED", "exit": "0:0", "times": TIMES, "code": 0, "time": 5}
     (site.run / "ends.json").write_text(json.dumps({"tasks": {"0": end}}))
     (site.run / "job").symlink_to("17")
-    seen = Recorder(ArrayRun(str(site.run), None, [0]))
-    follow_arrays(prepare(HURRIED + IN_SMALL_PIECES), seen, "run-1")
+    seen = Recorder(JobToFollow(str(site.run), None, [0]))
+    follow_jobs(prepare(HURRIED + IN_SMALL_PIECES), seen, "run-1")
     assert (len(seen.written[0, "stdout"]), seen.ends[0].short) == (200_000, {})

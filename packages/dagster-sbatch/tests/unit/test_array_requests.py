@@ -3,12 +3,13 @@
 import json
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.slurm.gateway import ArrayRun, Gateway, Limits, RefusedError, StoppedError, follow_arrays
+from dagster_sbatch.slurm.gateway import Gateway, JobToFollow, Limits, StoppedError, follow_jobs
 from dagster_sbatch.slurm.gateway.agent import ends, run_directories
 from resources import PROJECT
 from slurm_in_a_box import wait_until
@@ -107,7 +108,7 @@ def test_a_task_that_was_cut_short_waits_to_run_again(prepare: Prepare, slurm: P
         (run / "tasks" / str(index) / "events").write_text(f'{{"started": "n1", "time": 1}}\n{end}')
     waits = "JobId=17 ArrayTaskId=0-2 JobName=KEY-1 JobState=PENDING ExitCode=0:0 SubmitTime=1 StartTime=2 EndTime=3"
     put(slurm, "scontrol", f"echo '{waits}'")
-    known = gateway.array(str(run))
+    known = gateway.attempt(str(run))
     assert (known.started, known.requeued, known.ends) == (frozenset({0, 1}), frozenset({0}), {})
     counts = gateway.ask(do="task_counts", paths=[str(run)])["counts"][str(run)]
     assert counts == {"done": 0, "running": 1, "waiting": 2, "failed": 0}
@@ -135,12 +136,6 @@ def test_rejecting_a_result_reads_no_list_of_tasks(tmp_path: Path) -> None:
     assert (tmp_path / "KEY-1/tasks/7/failed").exists()
 
 
-def test_a_run_of_a_single_job_is_no_array_job(prepare: Prepare, tmp_path: Path) -> None:
-    (tmp_path / "runs/KEY-1").mkdir(parents=True)
-    with pytest.raises(RefusedError, match="is not the run directory of an array job"):
-        prepare().array(f"{tmp_path}/runs/KEY-1")
-
-
 def test_the_tasks_of_an_array_job_that_its_user_has_renamed(slurm: Path) -> None:
     same = "JobName=mine WorkDir=/base/runs/KEY-1 ExitCode=0:0 SubmitTime=1 StartTime=2 EndTime=3"
     said = "\n".join(f"{same} ArrayTaskId={each}" for each in ("0 JobState=COMPLETED", "1 JobState=RUNNING"))
@@ -166,7 +161,7 @@ def test_whoever_only_reads_the_output_of_a_run_does_not_submit_it(
     threading.Timer(0.3, gateway.stop.set).start()
     with pytest.raises(StoppedError):
         if array:
-            follow_arrays(gateway, Recorder(ArrayRun(str(run), None, [0])), follower="")
+            follow_jobs(gateway, Recorder(JobToFollow(str(run), None, [0])), follower="")
         else:
             gateway.run(str(run), None, {}, follower="")
     gateway.close()  # the agent finishes a submission that it has begun
@@ -183,10 +178,10 @@ class Asks(Recorder):
     def wish(self, event: str) -> None:
         self._wishes |= event in ("started", "ended")
 
-    def is_prepared(self) -> bool:
-        return not self._wishes
+    def request_before(self) -> Callable[[], None] | None:
+        return self._ask if self._wishes else None
 
-    def prepare(self) -> None:
+    def _ask(self) -> None:
         self._wishes = False
         self._gateway.ping()
         self.requests += 1
@@ -208,7 +203,7 @@ def test_requests_while_an_array_job_is_followed_lose_nothing_and_double_nothing
             time.sleep(0.01)
 
     with ThreadPoolExecutor(1) as pool:
-        end, over = pool.submit(follow_arrays, gateway, seen, "run-1"), list(tasks)
+        end, over = pool.submit(follow_jobs, gateway, seen, "run-1"), list(tasks)
         wait_until((site.run / "job").is_symlink, "it is submitted", 60)
         for index in tasks:
             site.start(index)

@@ -18,7 +18,7 @@ from dagster_sbatch.run.past_use import last_proposals, past_uses
 from dagster_sbatch.run.plan import Plan, make_plan
 from dagster_sbatch.run.remote_array import RemoteArray, _ArrayJob
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm.gateway import ArrayState, JobEnd, RemovedError, StoppedError
+from dagster_sbatch.slurm.gateway import JobEnd, RemovedError, StoppedError, TaskStates
 from resources import PROJECT
 
 KEYS = [f"{number:03}" for number in range(20)]
@@ -144,7 +144,7 @@ def test_tasks_that_have_recorded_their_ends_do_not_count_as_running() -> None:
                 array._runs[run] = "17"
                 for task in range(4):
                     array.started(run, task, "n1", "/tmp")
-                array.state(run, ArrayState(waiting=6, running=2, requeued=0, reason="None", start=None, account=""))
+                array.state(run, TaskStates(waiting=6, running=2, requeued=0, reason="None", start=None, account=""))
             array.started("b", 4, "n1", "/tmp")
         return dg.MaterializeResult()
 

@@ -93,7 +93,7 @@ def test_an_array_job_goes_when_the_results_of_its_tasks_are_stored(
     record = {"tasks": [task.record for task in made]}
     known = dict(enumerate(ends))
     job = Attempt("/runs/a-1", 1, "17", bool(ends), (), known, record=record)
-    runs: Any = SimpleNamespace(gateway=SimpleNamespace(array=lambda _: job))
+    runs: Any = SimpleNamespace(gateway=SimpleNamespace(attempt=lambda _: job))
     with dg.DagsterInstance.ephemeral() as instance:
         run_id = stores(instance, *stored)
         about = RunInfo(run=run_id, root=run_id, asset="a", partitions="", step="work")

@@ -24,7 +24,7 @@ class ManyRuns:
         record = {"tasks": [{"name": f"day-{index}", "partitions": []} for index in range(tasks)]}
         over, begun = len(ends) == tasks, frozenset(range(started))
         job = Attempt("/runs/a-1", 1, "17", over, (), ends, started=begun, record=record, **indices)
-        self.gateway = SimpleNamespace(array=lambda _: job, ask=self.ask)
+        self.gateway = SimpleNamespace(attempt=lambda _: job, ask=self.ask)
         self.asked: list[list[int]] = []
 
     def ask(self, *, tasks: list[int], **_: object) -> dict[str, Any]:

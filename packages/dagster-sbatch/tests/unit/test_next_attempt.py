@@ -12,13 +12,13 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch import ConfigurationError, JobArray, Retries, ScriptLauncher, SlurmRequest
-from dagster_sbatch.run import remote
+from dagster_sbatch.run import remote_job
 from dagster_sbatch.run.adoption import Choice, choose
 from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.attempts import load_request, store_request
 from dagster_sbatch.run.plan import make_plan
-from dagster_sbatch.run.remote import RemoteRun
 from dagster_sbatch.run.remote_array import RemoteArray
+from dagster_sbatch.run.remote_job import RemoteJob
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import allocate
 from dagster_sbatch.slurm.gateway import (
@@ -121,7 +121,7 @@ def fail() -> Callable[..., str]:
         def probe(context: dg.AssetExecutionContext) -> None:
             deployment = SETTINGS.model_copy(update=settings)
             plan = make_plan(deployment, PROJECT, Path(__file__), ScriptLauncher(), REQUEST)
-            step: Any = RemoteRun(context.op_execution_context, "probe", deployment, plan)
+            step: Any = RemoteJob(context.op_execution_context, "probe", deployment, plan)
             try:
                 step._gateway, step._family, step._environment = gateway, Family(claim), SimpleNamespace(find=find)
                 step._execute()
@@ -181,7 +181,7 @@ def test_dagster_s_retry_policy_begins_after_the_last_attempt_unless_that_has_re
     ends: list[JobEnd], memory: list[str], fail: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And then all attempts begin anew, with the request of the asset."""
-    monkeypatch.setattr(remote, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(remote_job, "RETRY_SECONDS", 0)
     gateway = Gateway(*ends)
     fail(gateway, Claim(None, runs="runs"), [None] * 9, dg.RetryPolicy(max_retries=1))
     assert [load_request(record, REQUEST).mem for record in gateway.records] == memory

@@ -14,7 +14,7 @@ from dagster_sbatch.launchers import RayLauncher
 from dagster_sbatch.run.adoption import Choice
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.run.plan import make_plan
-from dagster_sbatch.run.remote import RemoteRun
+from dagster_sbatch.run.remote_job import RemoteJob
 from dagster_sbatch.run.results import OWN_NAMES
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Claim, JobEnd, Submitted
@@ -95,7 +95,7 @@ def test_all_names_that_the_engine_adds_to_the_result_of_a_job_are_documented() 
     @dg.asset
     def probe(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         plan = make_plan(settings, PROJECT, Path(__file__), RayLauncher(), SlurmRequest())
-        step: Any = RemoteRun(context.op_execution_context, "probe", settings, plan)
+        step: Any = RemoteJob(context.op_execution_context, "probe", settings, plan)
         choice = Choice({"runs/family-2": {0: 0}}, 0, [])
         call = SimpleNamespace(family="family", number=0)
         step._family = SimpleNamespace(choose=lambda _: (claim, choice), call=call, request={}, record={})

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.run.cancelling import cancel_jobs
-from dagster_sbatch.slurm.gateway import Gateway, RemovedError, follow_arrays
+from dagster_sbatch.slurm.gateway import Gateway, RemovedError, follow_jobs
 from dagster_sbatch.slurm.gateway.agent import run_directories
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, Prepare, put
@@ -80,7 +80,7 @@ class Job:
     def follow(self, gateway: Gateway, follower: str) -> int | None:
         """Follow it to its end; return its exit code."""
         if self.array:
-            follow_arrays(gateway, self.seen, follower)
+            follow_jobs(gateway, self.seen, follower)
             return self.seen.ends[0].code
         sinks = {"stdout": self.said.extend}
         report = self.states.append

@@ -172,16 +172,13 @@ def test_a_task_that_a_killed_step_has_left_counts_its_attempts_and_has_the_requ
     now = store_request(planned.request)
     record = {"request": {**now, "mem": stored}, "tasks": [{"name": "a", **store_attempts([ATTEMPT])}]}
     series.read(record, now, 0)
-    request, found = planned.request, list[str | None]()
     for _ in range(2):
-        following = series.find_next(Fault.MEMORY, request, "n1").request
+        following = series.find_next(Fault.MEMORY, "n1").request
         assert following
-        found.append(following.mem)
-        series.repeat(ATTEMPT, following)
-        request = series.request
-    assert found == memory
-    assert series.find_next(Fault.NODE, request, "n1").text == "max_retries=3"
-    assert series.ended == (ATTEMPT,) * 3
+        series.repeat("8", JobEnd(None, "OUT_OF_MEMORY"), "out of memory", following)
+    assert series.find_next(Fault.NODE, "n1").text == "max_retries=3"
+    assert [attempt.request["mem"] for attempt in series.ended] == ["16G", stored, memory[0]]
+    assert series.request.mem == memory[1]
 
 
 OOM = JobEnd(None, "OUT_OF_MEMORY", "0:125")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.run.remote import RemoteRun
+from dagster_sbatch.run.remote_job import RemoteJob
 from dagster_sbatch.slurm.gateway import JobState
 from dagster_sbatch.slurm.waiting import advise
 
@@ -54,7 +54,7 @@ def test_the_step_warns_once_with_the_advice() -> None:
     log = SimpleNamespace(info=lambda _: None, warning=warned.append)
     step: Any = SimpleNamespace(_job="17", _state=None, _log=log, _report_project=lambda *_: None)
     for reason in ("Priority", "JobHeldUser", "JobHeldUser", "None"):
-        RemoteRun._report_state(step, JobState("PENDING", reason, None))
+        RemoteJob._report_state(step, JobState("PENDING", reason, None))
     (text,) = warned
     assert text.startswith("Slurm job 17 may never start (JobHeldUser): ")
     assert text.endswith("\n  scontrol release 17")

@@ -34,7 +34,7 @@ class TaskList:
 
     def __init__(self, runs: Runs, run: RunRecord) -> None:
         self._runs, self.run = runs, run
-        self.job: Attempt = runs.gateway.array(run.path)  # with the ends of its tasks
+        self.job: Attempt = runs.gateway.attempt(run.path)  # with the ends of its tasks
         record = self.job.record or {}
         self._names: list[str] = [task["name"] for task in record.get("tasks", ())]
         # Of each task; empty for parameter sets

@@ -7,6 +7,7 @@ from typing import Any
 
 import dagster as dg
 
+from dagster_sbatch.run.attempts import ATTEMPTS
 from dagster_sbatch.run.task_results import CHECK, CHECK_DETAILS, MOST_ROWS, TaskResult, shorten_metadata
 
 _SUMS = ("node_hours", "cpu_hours", "gpu_hours", "workload_seconds")  # numbers of jobs that can be added
@@ -123,6 +124,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
     nothing = dict.fromkeys(columns)  # Dagster refuses a table whose records differ in their fields
     records = [dg.TableRecord({**nothing, **row}) for row in rows[:MOST_ROWS]]
     return dg.MetadataValue.table(records, schema)
+
+
+def attempts_metadata(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the attempts at jobs as metadata; nothing without rows, which `rows_of` returns."""
+    return {ATTEMPTS: table(rows)} if rows else {}
 
 
 def _in_json(value: Any) -> Any:

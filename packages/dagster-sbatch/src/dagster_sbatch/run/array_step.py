@@ -11,12 +11,11 @@ from dagster_sbatch.run.array_progress import ArrayProgress
 from dagster_sbatch.run.array_results import (
     CheckOutcome,
     CompletedArray,
+    attempts_metadata,
     combine_checks,
     read_outcome,
     summarize,
-    table,
 )
-from dagster_sbatch.run.attempts import ATTEMPTS
 from dagster_sbatch.run.calls import calls_of
 from dagster_sbatch.run.completed import CompletedPartitions
 from dagster_sbatch.run.failures import failure, shorten
@@ -233,7 +232,7 @@ class ArrayStep:
             ).items():
                 add_metadata(context, key, partition, each)
         checks = combine_checks(context.selected_asset_check_keys, results, self._earlier_checks())
-        metadata, proposal = {**self.where, **self._attempts()}, self._propose(results)
+        metadata, proposal = {**self.where, **attempts_metadata(self.attempts)}, self._propose(results)
         if not any(task.partitions for task in self.tasks):
             metadata |= {**summarize(results), **proposal}
         elif results and context.selected_asset_keys:
@@ -263,11 +262,11 @@ class ArrayStep:
             stored = sum(len(task.partitions) for task in kept) + len(self._completed.stored)
             head += f" The other tasks have materialized {count_of(stored, 'partition')}.{_AGAIN}"
         return failure(
-            self._name, f"{head}\n\n{self._failures.describe()}", **self._failures.metadata(), **self._attempts()
+            self._name,
+            f"{head}\n\n{self._failures.describe()}",
+            **self._failures.metadata(),
+            **attempts_metadata(self.attempts),
         )
-
-    def _attempts(self) -> dict[str, Any]:
-        return {ATTEMPTS: table(self.attempts)} if self.attempts else {}
 
     def _log_repeated(self) -> None:
         repeated = sorted(self._warnings.repeated.items(), key=lambda item: -item[1])

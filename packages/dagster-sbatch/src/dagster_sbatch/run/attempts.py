@@ -10,7 +10,7 @@ from typing import Any
 from dagster_sbatch.costs.cost import explain_excess
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.slurm import Allocation, SlurmRequest
+from dagster_sbatch.slurm import Allocation, SlurmRequest, accounting
 from dagster_sbatch.slurm.gateway import JobEnd
 from dagster_sbatch.slurm.next_request import RETRIED_FIELDS, Next, next_request
 from dagster_sbatch.slurm.outcome import Outcome, find_fault, judge
@@ -106,30 +106,30 @@ class AttemptSeries:
             self.changed = record["request"] != request
             self.request = load_request(record, self.planned.request)
 
-    def judge(self, end: JobEnd, request: SlurmRequest, stderr: str) -> tuple[Outcome | None, Outcome | None, Next]:
+    def judge(self, end: JobEnd, stderr: str) -> tuple[Outcome | None, Outcome | None, Next]:
         """Return why an attempt failed, as Slurm says and as `stderr` may say, and what follows; see `find_next`."""
-        outcome = judge(end, request)
-        failed = find_fault(outcome, end, stderr, request)
-        return outcome, failed, self.find_next(failed.fault if failed else None, request, end.node)
+        outcome = judge(end, self.request)
+        failed = find_fault(outcome, end, stderr, self.request)
+        return outcome, failed, self.find_next(failed.fault if failed else None, end.node)
 
-    def find_next(self, fault: Fault | None, request: SlurmRequest, node: str) -> Next:
+    def find_next(self, fault: Fault | None, node: str) -> Next:
         """Return what follows an attempt; none that alone could cost more than the limit per run.
 
         `fault`: why the attempt failed; None if it has not, or if that is not known. `node`: on which it ran; empty if
         that is not known.
         """
-        found = next_request(fault, request, self.planned, node, len(self.ended))
+        found = next_request(fault, self.request, self.planned, node, len(self.ended))
         if found.request and self.changed:
             found = Next(self.planned.request, "the request of the asset, which has changed")
         excess = found.request and explain_excess(replace(self.planned, request=found.request), 1, self.settings)
         return Next(None, excess) if excess else found
 
-    def repeat(self, attempt: AttemptRecord, request: SlurmRequest) -> None:
-        """Register an attempt that has failed, and the request of the next one."""
-        self.ended += (attempt,)
+    def repeat(self, job: str, end: JobEnd, how: str, request: SlurmRequest) -> None:
+        """Register an attempt that has failed, and the request of the next one; `job`, `how`: see AttemptRecord."""
+        self.ended += (AttemptRecord(job, how, store_request(self.request), accounting.count(end, self.request)),)
         self.request, self.changed = request, False
 
-    def end(self, attempt: AttemptRecord, *, succeeded: bool) -> None:
+    def finish(self, job: str, end: JobEnd, how: str) -> None:
         """Register the last attempt, if there were others before it."""
         if self.ended:
-            self.ended += (replace(attempt, end="succeeded") if succeeded else attempt,)
+            self.repeat(job, end, how, self.request)

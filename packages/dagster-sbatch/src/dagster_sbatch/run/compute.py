@@ -16,8 +16,8 @@ from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.history import tag_deployment
 from dagster_sbatch.run.local_run import run_array_here, run_here
 from dagster_sbatch.run.plan import Plan, complete_extras, make_plan
-from dagster_sbatch.run.remote import RemoteRun
 from dagster_sbatch.run.remote_array import RemoteArray
+from dagster_sbatch.run.remote_job import RemoteJob
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import partitions_of, unpartitioned_assets
 from dagster_sbatch.settings import Settings
@@ -121,7 +121,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         for note in plan.notes:
             StepLog(context).warning(note)
         if settings.on_supercomputer:
-            return (RemoteArray if plan.array else RemoteRun)(context, name, settings, plan).run()
+            return (RemoteArray if plan.array else RemoteJob)(context, name, settings, plan).run()
         if plan.array:
             return run_array_here(context, name, settings, plan)
         return run_here(context, name, settings, plan)

@@ -1,7 +1,7 @@
 """An array on the supercomputer, as its Dagster step sees it: adopt tasks, submit the others, follow and judge each."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,20 +14,14 @@ from dagster_sbatch.run.adoption import Choice
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.array_batches import Batches
 from dagster_sbatch.run.array_step import ArrayStep
-from dagster_sbatch.run.attempts import (
-    AttemptRecord,
-    load_request,
-    rows_of,
-    store_attempts,
-    store_request,
-)
+from dagster_sbatch.run.attempts import rows_of, store_attempts
 from dagster_sbatch.run.directory import contexts_of_tasks
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep, exit_code
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape, SlurmRequest, accounting
-from dagster_sbatch.slurm.gateway import ArrayState, JobEnd, Limits, RefusedError, Sinks, Submitted
-from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Arrays, follow_arrays
+from dagster_sbatch.slurm.gateway import JobEnd, Limits, RefusedError, Sinks, Submitted, TaskStates
+from dagster_sbatch.slurm.gateway.following import JobHandler, JobToFollow, follow_jobs
 from dagster_sbatch.slurm.retries import Fault
 from dagster_sbatch.slurm.units import count_of
 from dagster_sbatch.slurm.waiting import advise
@@ -52,7 +46,7 @@ class _ArrayJob:
     requeued: int = 0  # how many of its tasks have started, and wait to start again
 
 
-class RemoteArray(RemoteStep, Arrays):
+class RemoteArray(RemoteStep, JobHandler):
     """One call of `compute.run` with an array on the supercomputer."""
 
     def __init__(self, context: dg.OpExecutionContext, asset: str, settings: Settings, plan: Plan) -> None:
@@ -81,7 +75,7 @@ class RemoteArray(RemoteStep, Arrays):
                 self._adopted, self._number = list(self._runs), self._claim.number
                 if choice.new:
                     self._batches = self._divide(choice.new)
-                follow_arrays(self._gateway, self, self._context.run_id)
+                follow_jobs(self._gateway, self, self._context.run_id)
                 self._fail_refused()
         self._array.attempts = self._rows()
         self._array.where = self._where(self._project)
@@ -101,7 +95,7 @@ class RemoteArray(RemoteStep, Arrays):
             if places := choice.follow.get(attempt.run):
                 number = sum(place not in attempt.ends for place in places)
                 most = (attempt.record or {}).get("max_running_tasks") or number
-                request = load_request(attempt.record, self._planned.request)
+                request = self._series[next(iter(places.values()))].request
                 self._jobs_by_run[attempt.run] = _ArrayJob(dict(places), request, min(most, number))
         return choice
 
@@ -129,10 +123,10 @@ class RemoteArray(RemoteStep, Arrays):
 
     # What the gateway asks and reports
 
-    def take(self) -> ArrayRun | None:  # noqa: D102 - see Arrays
+    def take(self) -> JobToFollow | None:  # noqa: D102 - see JobHandler
         if self._adopted:
             run = self._adopted.pop()
-            return ArrayRun(run, None, sorted(self._jobs_by_run[run].tasks))
+            return JobToFollow(run, None, sorted(self._jobs_by_run[run].tasks))
         if self._submitting or self._refusal is not None or self._found is None:
             return None
         active, planned = self._jobs_by_run.values(), self._planned.request
@@ -151,12 +145,13 @@ class RemoteArray(RemoteStep, Arrays):
         request = self._series[indices[0]].request
         self._jobs_by_run[run] = _ArrayJob(dict(enumerate(indices)), request, max_running or len(indices))
         self._runs[run] = None
-        return ArrayRun(run, self._files_of_array(run, indices, max_running), range(len(indices)))
+        return JobToFollow(run, self._files_of_array(run, indices, max_running), range(len(indices)))
 
-    def is_prepared(self) -> bool:  # noqa: D102 - see Arrays
-        return self._found is not None or self._refusal is not None or not self._batches.left
+    def request_before(self) -> Callable[[], None] | None:  # noqa: D102 - see JobHandler
+        ready = self._found is not None or self._refusal is not None or not self._batches.left
+        return None if ready else self._prepare
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         """Find the environment in which adopted tasks run again. Without one, they fail, and the others continue."""
         try:
             self._batches = self._divide(self._batches.left)
@@ -176,14 +171,14 @@ class RemoteArray(RemoteStep, Arrays):
         request, shape = self._series[indices[0]].request, ArrayShape(len(tasks), max_running)
         return self._files(run, self._found, request, files, record, shape)
 
-    def submitted(self, run: str, submitted: Submitted) -> None:  # noqa: D102 - see Arrays
+    def submitted(self, run: str, submitted: Submitted) -> None:  # noqa: D102 - see JobHandler
         if self._submitting == run:
             self._submitting = None
         self._register_job(run, submitted.job)
         tasks = count_of(len(self._jobs_by_run[run].tasks), "task")
         self._log.info(f"job {submitted.job} ({submitted.how}) with {tasks} in {run}")
 
-    def refused(self, run: str, text: str) -> None:  # noqa: D102 - see Arrays
+    def refused(self, run: str, text: str) -> None:  # noqa: D102 - see JobHandler
         array_job = self._jobs_by_run.pop(run)
         del self._runs[run]
         if run != self._submitting:  # an earlier run made it, which Slurm has never accepted
@@ -198,12 +193,12 @@ class RemoteArray(RemoteStep, Arrays):
             self._refusal = error
         self._array.store_completed()
 
-    def waiting(self, run: str, text: str) -> None:  # noqa: D102 - see Arrays
+    def waiting(self, run: str, text: str) -> None:  # noqa: D102 - see JobHandler
         number = len(self._jobs_by_run[run].tasks) + len(self._batches.left)
         what, they = count_of(number, "more task"), "It is" if number == 1 else "They are"
         self._log.info(f"Slurm has no room for {what} yet ({text}). {they} submitted when it has.")
 
-    def state(self, run: str, state: ArrayState) -> None:  # noqa: D102 - see Arrays
+    def state(self, run: str, state: TaskStates) -> None:  # noqa: D102 - see JobHandler
         array_job, job = self._jobs_by_run[run], self._runs[run]
         self._count_running(array_job, state.running, state.requeued)
         self._report_project(job, state.account)
@@ -215,7 +210,7 @@ class RemoteArray(RemoteStep, Arrays):
         if advice := advise(state.reason, job or "JOB"):
             self._log.warning(f"Tasks of Slurm job {job} may never start ({state.reason}): {advice}")
 
-    def started(self, run: str, task: int, node: str, temporary: str) -> None:  # noqa: ARG002, D102 - see Arrays
+    def started(self, run: str, task: int, node: str, temporary: str) -> None:  # noqa: ARG002, D102 - see JobHandler
         array_job = self._jobs_by_run[run]
         self._array.progress.started.add(array_job.tasks[task])
         self._count_running(array_job, array_job.running + 1, array_job.requeued)  # until the next state
@@ -226,23 +221,23 @@ class RemoteArray(RemoteStep, Arrays):
         progress.running = sum(each.running for each in active)
         progress.requeued = sum(each.requeued for each in active)
 
-    def sinks(self, run: str, task: int) -> Sinks:  # noqa: D102 - see Arrays
+    def sinks(self, run: str, task: int) -> Sinks:  # noqa: D102 - see JobHandler
         return self._array.reader(self._jobs_by_run[run].tasks[task]).sinks
 
-    def ended(self, run: str, task: int, end: JobEnd) -> None:  # noqa: D102 - see Arrays
+    def ended(self, run: str, task: int, end: JobEnd) -> None:  # noqa: D102 - see JobHandler
         array_job = self._jobs_by_run[run]
         index, request = array_job.tasks[task], array_job.request
         array_job.ends[task] = end
         self._report_project(self._runs[run], end.account)
         self._array.where = self._where(self._project)
-        job, costs = f"{self._runs[run]}_{task}", accounting.count(end, request)
-        outcome, failed, following = self._series[index].judge(end, request, self._array.reader(index).stderr.tail)
+        job, series = f"{self._runs[run]}_{task}", self._series[index]
+        outcome, failed, following = series.judge(end, self._array.reader(index).stderr.tail)
         logs = f"scripts/job {job} logs"
-        attempt = AttemptRecord(job, failed.cause if failed else "failed", store_request(request), costs)
         if failed and following.request:
             array_job.repeated.add(task)
             self._failed_in[index] = run, task
-            self._repeat(index, attempt, following.request, following.text)
+            series.repeat(job, end, failed.cause, following.request)
+            self._submit_again(index, f"{failed.cause}; it is submitted again, with {following.text}.")
             if failed.fault in _SLURM_REPEATS:
                 self._gateway.reject(run, task)
             return
@@ -251,23 +246,21 @@ class RemoteArray(RemoteStep, Arrays):
             succeeded = False
             self._array.failed(index, outcome.text + limit, logs)
         else:
-            where = {"job_id": job, "run_directory": f"{run}/tasks/{task}"}
+            where, costs = {"job_id": job, "run_directory": f"{run}/tasks/{task}"}, accounting.count(end, request)
             succeeded = self._array.ended(index, exit_code(end), where, costs, logs, request=request, limit=limit)
-        self._series[index].end(attempt, succeeded=succeeded)
+        series.finish(job, end, "succeeded" if succeeded else failed.cause if failed else "failed")
         if not succeeded:
             self._gateway.reject(run, task)
 
-    def _repeat(self, index: int, attempt: AttemptRecord, request: SlurmRequest, changes: str) -> None:
-        """Register a failed attempt of a task, and have the task submitted once more."""
-        self._series[index].repeat(attempt, request)
+    def _submit_again(self, index: int, text: str) -> None:
+        """Have a task submitted once more; the log has the text."""
         self._array.stop_reading(index)
         self._batches.left.append(index)
-        text = f"{attempt.end}; it is submitted again, with {changes}."
         if text not in self._warned:  # once for all tasks
             self._warned.add(text)
             self._log.warning(f"Task {self._array.tasks[index].label}: {text}")
 
-    def over(self, run: str, rows: Any) -> None:  # noqa: D102 - see Arrays
+    def over(self, run: str, rows: Any) -> None:  # noqa: D102 - see JobHandler
         array_job, job = self._jobs_by_run.pop(run), self._runs.pop(run)
         if short := sum(bool(end.short) for end in array_job.ends.values()):
             tasks = f"{count_of(short, 'task')} of job {job}"

@@ -52,8 +52,8 @@ def nothing() -> None: ...
 defs = dg.Definitions(assets=[nothing], executor=dg.in_process_executor)
 """
 LIBRARIES = tuple(
-    "dagster_sbatch.run.compute dagster_sbatch.run.remote dagster_sbatch.ssh.connection fabric httpx httpcore certifi "
-    "encodings.idna".split()
+    "dagster_sbatch.run.compute dagster_sbatch.run.remote_job dagster_sbatch.ssh.connection fabric httpx httpcore "
+    "certifi encodings.idna".split()
 )
 """What runs of this package import, some of it only once a step has begun."""
 

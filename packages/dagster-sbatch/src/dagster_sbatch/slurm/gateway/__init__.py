@@ -1,7 +1,8 @@
 """The gateway: requests to an agent on the login node, which submits, follows, cancels and accounts for jobs.
 
 client.Gateway     the requests
-arrays, transfers  what needs many answers: following the tasks of array jobs; files
+following          jobs: submitted, and followed to the end of their tasks; a single job has one task
+transfers          files: sent and fetched
 link.Link          repeats a request until it is answered, over a new connection if one is lost
 channel            requests and answers over SSH, or to a subprocess on the login node itself
 programs           the agent's source, and the command lines that start it
@@ -12,7 +13,6 @@ agent.server       reads requests, answers them, leaves when the client is gone
 from dagster_sbatch.slurm.gateway.agent.job_record import MESSAGES
 from dagster_sbatch.slurm.gateway.answers import (
     ACCOUNTED,
-    ArrayState,
     Attempt,
     Claim,
     JobEnd,
@@ -24,10 +24,11 @@ from dagster_sbatch.slurm.gateway.answers import (
     RemovedError,
     StoppedError,
     Submitted,
+    TaskStates,
 )
-from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Arrays, follow_arrays
 from dagster_sbatch.slurm.gateway.channel import OpenChannel, choose_channel
 from dagster_sbatch.slurm.gateway.client import Gateway, make_gateway
+from dagster_sbatch.slurm.gateway.following import JobHandler, JobToFollow, follow_jobs
 from dagster_sbatch.slurm.gateway.link import Sinks
 from dagster_sbatch.slurm.gateway.project_usage import (
     GPU,
@@ -45,15 +46,14 @@ __all__ = [
     "ACCOUNTED",
     "GPU",
     "MESSAGES",
-    "ArrayRun",
-    "ArrayState",
-    "Arrays",
     "Attempt",
     "Claim",
     "Gateway",
     "JobEnd",
+    "JobHandler",
     "JobLife",
     "JobState",
+    "JobToFollow",
     "Limits",
     "LostClaimError",
     "OpenChannel",
@@ -67,11 +67,12 @@ __all__ = [
     "Sinks",
     "StoppedError",
     "Submitted",
+    "TaskStates",
     "Usage",
     "charged_project",
     "choose_channel",
     "fetch_file",
-    "follow_arrays",
+    "follow_jobs",
     "make_gateway",
     "send_file",
 ]

@@ -94,7 +94,7 @@ class JobEnd:
 
 
 @dataclass(frozen=True)
-class ArrayState:
+class TaskStates:
     """The state of the tasks of a job that a client follows."""
 
     waiting: int  # tasks that have not started yet

@@ -22,8 +22,8 @@ from dagster_sbatch.slurm.gateway.answers import (
     Submitted,
     read_start,
 )
-from dagster_sbatch.slurm.gateway.arrays import ArrayRun, Files, SingleJob, follow_arrays
 from dagster_sbatch.slurm.gateway.channel import choose_channel
+from dagster_sbatch.slurm.gateway.following import Files, JobToFollow, SingleTask, follow_jobs
 from dagster_sbatch.slurm.gateway.link import Link, Sinks
 from dagster_sbatch.slurm.gateway.project_usage import Limits, Projects, Usage
 from dagster_sbatch.slurm.modules import explain_modules
@@ -100,12 +100,9 @@ class Gateway(Link):
         state, reason, start, *_ = said["row"] or ("PENDING", "None", "")
         return JobState(state, reason, read_start(start)), None
 
-    def array(self, run: str) -> Attempt:
-        """Return what is known of a run that is an array job.
-
-        Raises RefusedError: it is not an array job.
-        """
-        return Attempt.parse(self.ask(do="array", run=run))
+    def attempt(self, run: str) -> Attempt:
+        """Return what is known of a run."""
+        return Attempt.parse(self.ask(do="attempt", run=run))
 
     def limits(self, partition: str, qos: str = "", account: str = "") -> Limits:
         """Return how many tasks and jobs Slurm accepts; `qos`, `account`: of the jobs, empty if they name none."""
@@ -205,8 +202,8 @@ class Gateway(Link):
         Raises RemovedError: somebody has removed the run directory; the job is cancelled.
         Raises StoppedError: `stop` was set; the job still runs.
         """
-        job = SingleJob(ArrayRun(run, files, [task]), sinks, on_submitted, on_state, self.on_trouble)
-        follow_arrays(self, job, follower)
+        job = SingleTask(JobToFollow(run, files, [task]), sinks, on_submitted, on_state, self.on_trouble)
+        follow_jobs(self, job, follower)
         assert job.end
         return job.end
 

@@ -200,12 +200,9 @@ def reject(_, ask, __):
     return {}
 
 
-def array(_, ask, __):
-    """Return what is known of a run that is an array job."""
-    run, _ = locate(ask)
-    if not is_array(run):
-        raise RequestError("refused", "%s is not the run directory of an array job" % run)
-    return attempt_of(run)
+def attempt(_, ask, __):
+    """Return what is known of a run."""
+    return attempt_of(locate(ask)[0])
 
 
 def runs(_, ask, __):

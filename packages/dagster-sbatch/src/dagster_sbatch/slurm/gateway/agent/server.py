@@ -32,7 +32,7 @@ MODULES = {
     "jobs": "run cancel",
     "limits": "limits",
     "releases": "environment",
-    "run_directories": "state reject runs array",
+    "run_directories": "state reject runs attempt",
     "server": "ping",
     "shared_queue": "queue",
     "slurm_commands": "test projects",

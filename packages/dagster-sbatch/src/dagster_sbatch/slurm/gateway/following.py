@@ -1,6 +1,6 @@
 """Jobs as a client follows them: several at once, over one channel, each task from the byte where it broke.
 
-A single job is followed as an array job that has one task.
+A single job has one task, an array job several.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,12 +9,12 @@ from typing import Any
 
 from dagster_sbatch.slurm.gateway.answers import (
     ACCOUNTED,
-    ArrayState,
     JobEnd,
     JobState,
     RefusedError,
     RemovedError,
     Submitted,
+    TaskStates,
     read_start,
 )
 from dagster_sbatch.slurm.gateway.link import Link, Sinks
@@ -25,34 +25,34 @@ Rows = Mapping[int, Sequence[Sequence[str]]]
 
 
 @dataclass(frozen=True)
-class ArrayRun:
-    """An array job to submit or to follow."""
+class JobToFollow:
+    """A job to follow, and to submit before if it does not exist."""
 
     run: str  # the run directory
     files: Files | None  # its content by name; None: it exists already
     tasks: Sequence[int]  # indices of the tasks to follow
 
 
-class Arrays:
-    """Names the array jobs of a step, and gets all that comes of them. All calls are made by one thread.
+class JobHandler:
+    """Names the jobs of a step, and gets all that comes of them. All calls are made by one thread.
 
     A subclass has `take` and the other methods that it needs: by default, `refused` raises, and the others do nothing.
-    `run` is a run directory, `task` the index of a task in its array job.
+    `run` is a run directory, `task` the index of a task in its job.
     """
 
-    def take(self) -> ArrayRun | None:
-        """Return the next array job to submit or follow now; None: none now, or no more.
+    def take(self) -> JobToFollow | None:
+        """Return the next job to follow now; None: none now, or no more.
 
         It is asked at the start, and after each call of `submitted`, `refused`, `ended` and `over`.
         """
         raise NotImplementedError
 
-    def is_prepared(self) -> bool:
-        """Return whether `take` needs no answer of the login node first; `prepare` is called if it does."""
-        return True
+    def request_before(self) -> Callable[[], None] | None:
+        """Return what requests something that the next `take` needs; None if it needs nothing.
 
-    def prepare(self) -> None:
-        """Request what `take` needs to know. No other method may make requests: they would get among the answers."""
+        No other method may make requests: they would get among the answers.
+        """
+        return None
 
     def submitted(self, run: str, submitted: Submitted) -> None:
         """Slurm has accepted the job, or it was found."""
@@ -64,7 +64,7 @@ class Arrays:
     def waiting(self, run: str, text: str) -> None:
         """Slurm has no room for the job (a limit of submitted jobs). The agent tries again by itself."""
 
-    def state(self, run: str, state: ArrayState) -> None:
+    def state(self, run: str, state: TaskStates) -> None:
         """The number of waiting or running tasks has changed, or why they wait; at most once per second."""
 
     def started(self, run: str, task: int, node: str, temporary: str) -> None:
@@ -86,110 +86,110 @@ class Arrays:
 
 @dataclass
 class _Followed:
-    """An array job that is followed: the tasks whose end has not come, and the bytes that came of them."""
+    """A job that is followed: the tasks whose end has not come, and the bytes that came of them."""
 
-    array: ArrayRun
+    job: JobToFollow
     left: set[int]
     known: Mapping[str, Any] | None = None
     offsets: dict[int, dict[str, int]] = field(default_factory=dict)
     starts: dict[int, float] = field(default_factory=dict)
 
     def request(self, follower: str) -> dict[str, Any]:
-        run = {"run": self.array.run, "files": self.array.files, "follower": follower, "known": self.known}
-        tasks = {"tasks": list(self.left), "followed": list(self.array.tasks), "offsets": self.offsets}
+        run = {"run": self.job.run, "files": self.job.files, "follower": follower, "known": self.known}
+        tasks = {"tasks": list(self.left), "followed": list(self.job.tasks), "offsets": self.offsets}
         return {"do": "run", "fields": ",".join(ACCOUNTED), **run, **tasks}
 
 
-def follow_arrays(link: Link, arrays: Arrays, follower: str) -> None:
-    """Submit array jobs and follow their tasks, until there is no further one and all are over.
+def follow_jobs(link: Link, handler: JobHandler, follower: str) -> None:
+    """Submit jobs and follow their tasks, until there is no further one and all are over.
 
     `follower`: id of the Dagster run; the agent records it in the run directories. Empty: nothing is submitted.
-    Raises RefusedError: the agent cannot act at all; that Slurm refuses one array job is no error here.
+    Raises RefusedError: the agent cannot act at all; that Slurm refuses one job is no error here.
     Raises StoppedError: `stop` was set; the jobs still run.
     """
     active: dict[str, _Followed] = {}
 
     def step() -> None:
-        _follow(link, arrays, active, follower)
-        while not arrays.is_prepared():
-            arrays.prepare()
-            _follow(link, arrays, active, follower)
+        _follow(link, handler, active, follower)
+        while request := handler.request_before():
+            request()
+            _follow(link, handler, active, follower)
 
     link.patiently(step, lasting=lambda: any(each.known for each in active.values()))
 
 
-def _follow(link: Link, arrays: Arrays, active: dict[str, _Followed], follower: str) -> None:
-    """Follow array jobs until all are over, or `prepare` has to be called; a second call continues where one ended."""
+def _follow(link: Link, handler: JobHandler, active: dict[str, _Followed], follower: str) -> None:
+    """Follow jobs until all are over, or another request comes before; a second call continues where one ended."""
     runs = list(active)
     requests = [active[run].request(follower) for run in runs]
 
     def take() -> None:
-        while array := arrays.take():
-            active[array.run] = _Followed(array, set(array.tasks))
-            runs.append(array.run)
-            requests.append(active[array.run].request(follower))
+        while job := handler.take():
+            active[job.run] = _Followed(job, set(job.tasks))
+            runs.append(job.run)
+            requests.append(active[job.run].request(follower))
 
     take()
     if not active:
         return
-    for which, head in link.follow(requests, lambda which, task: arrays.sinks(runs[which], task)):
+    for which, head in link.follow(requests, lambda which, task: handler.sinks(runs[which], task)):
         followed = active[runs[which]]
-        if _report(arrays, followed, head):
+        if _report(handler, followed, head):
             if "refused" in head or "over" in head:
                 del active[runs[which]]
             take()
         elif "trouble" in head:
             link.on_trouble(head["trouble"])
-        if not active or not arrays.is_prepared():
+        if not active or handler.request_before():
             return
 
 
-def _report(arrays: Arrays, followed: _Followed, head: Mapping[str, Any]) -> bool:
-    """Report an answer of the agent; return whether there may be another array job to take."""
-    run = followed.array.run
+def _report(handler: JobHandler, followed: _Followed, head: Mapping[str, Any]) -> bool:
+    """Report an answer of the agent; return whether there may be another job to take."""
+    run = followed.job.run
     if "task" in head:
-        return _report_task(arrays, followed, head)
+        return _report_task(handler, followed, head)
     if "job" in head:
         followed.known = head
-        followed.array = replace(followed.array, files=None)  # they are there, and not needed again
-        arrays.submitted(run, Submitted(head["job"], head["how"]))
+        followed.job = replace(followed.job, files=None)  # they are there, and not needed again
+        handler.submitted(run, Submitted(head["job"], head["how"]))
         return True
     if "removed" in head:
         raise RemovedError(head["removed"], run)
     if "refused" in head:
-        arrays.refused(run, head["refused"])
+        handler.refused(run, head["refused"])
     elif "over" in head:
-        arrays.over(run, {int(index): rows for index, rows in head["rows"].items()})
+        handler.over(run, {int(index): rows for index, rows in head["rows"].items()})
     elif "waiting" in head:
-        arrays.waiting(run, head["waiting"])
+        handler.waiting(run, head["waiting"])
     elif "state" in head:
-        arrays.state(run, ArrayState(**{**head["state"], "start": read_start(head["state"]["start"])}))
+        handler.state(run, TaskStates(**{**head["state"], "start": read_start(head["state"]["start"])}))
     return "refused" in head or "over" in head
 
 
-def _report_task(arrays: Arrays, followed: _Followed, head: Mapping[str, Any]) -> bool:
-    run, task = followed.array.run, head["task"]
+def _report_task(handler: JobHandler, followed: _Followed, head: Mapping[str, Any]) -> bool:
+    run, task = followed.job.run, head["task"]
     if "began" in head:
         if followed.starts.get(task) != head["began"]:
             followed.starts[task] = head["began"]
-            arrays.started(run, task, head["node"], head["temporary"])
+            handler.started(run, task, head["node"], head["temporary"])
     elif "idle" in head:
-        arrays.idle(run, task, head["idle"])
+        handler.idle(run, task, head["idle"])
     elif "end" in head:
         followed.left.discard(task)
         followed.offsets.pop(task, None)
         followed.starts.pop(task, None)
-        arrays.ended(run, task, JobEnd.parse(head["end"], head["short"]))
+        handler.ended(run, task, JobEnd.parse(head["end"], head["short"]))
         return True
     return False
 
 
-class SingleJob(Arrays):
+class SingleTask(JobHandler):
     """A single job, or one task of an array job, and how it has ended; `sinks` get its output."""
 
     def __init__(
         self,
-        run: ArrayRun,
+        run: JobToFollow,
         sinks: Sinks,
         on_submitted: Callable[[Submitted], None],
         on_state: Callable[[JobState], None],
@@ -200,26 +200,26 @@ class SingleJob(Arrays):
         self._state = self._reported = JobState("", "None", None)
         self._on_submitted, self._on_state, self._on_trouble = on_submitted, on_state, on_trouble
 
-    def take(self) -> ArrayRun | None:  # noqa: D102 - see Arrays
+    def take(self) -> JobToFollow | None:  # noqa: D102 - see JobHandler
         return self._left.pop() if self._left else None
 
-    def submitted(self, run: str, submitted: Submitted) -> None:  # noqa: ARG002, D102 - see Arrays
+    def submitted(self, run: str, submitted: Submitted) -> None:  # noqa: ARG002, D102 - see JobHandler
         self._on_submitted(submitted)
 
-    def waiting(self, run: str, text: str) -> None:  # noqa: ARG002, D102 - see Arrays
+    def waiting(self, run: str, text: str) -> None:  # noqa: ARG002, D102 - see JobHandler
         self._on_trouble(f"you have as many jobs as Slurm allows you; this step waits until others have ended. {text}")
 
-    def state(self, run: str, state: ArrayState) -> None:  # noqa: ARG002, D102 - see Arrays
+    def state(self, run: str, state: TaskStates) -> None:  # noqa: ARG002, D102 - see JobHandler
         if state.running and state.shown in ("", "PENDING"):  # squeue has not been asked since it has started
             self._report(state="RUNNING", reason="None", start=None, account=state.account)
         elif state.shown and (state.running or state.waiting or state.requeued):
             nowhere = {} if state.running else {"node": "", "temporary": "", "idle": None}
             self._report(state=state.shown, reason=state.reason, start=state.start, account=state.account, **nowhere)
 
-    def started(self, run: str, task: int, node: str, temporary: str) -> None:  # noqa: ARG002, D102 - see Arrays
+    def started(self, run: str, task: int, node: str, temporary: str) -> None:  # noqa: ARG002, D102 - see JobHandler
         self._state = replace(self._state, node=node, temporary=temporary, idle=None)  # what it says of the job follows
 
-    def idle(self, run: str, task: int, seconds: float) -> None:  # noqa: ARG002, D102 - see Arrays
+    def idle(self, run: str, task: int, seconds: float) -> None:  # noqa: ARG002, D102 - see JobHandler
         self._report(idle=seconds)
 
     def _report(self, **changes: Any) -> None:
@@ -229,12 +229,12 @@ class SingleJob(Arrays):
             self._reported = known
             self._on_state(self._state)
 
-    def sinks(self, run: str, task: int) -> Sinks:  # noqa: ARG002, D102 - see Arrays
+    def sinks(self, run: str, task: int) -> Sinks:  # noqa: ARG002, D102 - see JobHandler
         return self._sinks
 
-    def ended(self, run: str, task: int, end: JobEnd) -> None:  # noqa: ARG002, D102 - see Arrays
+    def ended(self, run: str, task: int, end: JobEnd) -> None:  # noqa: ARG002, D102 - see JobHandler
         self.end = end
 
-    def over(self, run: str, rows: Rows) -> None:  # noqa: ARG002, D102 - see Arrays
+    def over(self, run: str, rows: Rows) -> None:  # noqa: ARG002, D102 - see JobHandler
         assert self.end
         self.end = replace(self.end, rows=next(iter(rows.values()), ()))

@@ -9,14 +9,8 @@ import dagster as dg
 from dagster_sbatch.auth.clock import written
 from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.run.array_results import table
-from dagster_sbatch.run.attempts import (
-    ATTEMPTS,
-    AttemptRecord,
-    rows_of,
-    store_attempts,
-    store_request,
-)
+from dagster_sbatch.run.array_results import attempts_metadata
+from dagster_sbatch.run.attempts import rows_of, store_attempts
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.past_use import proposal_metadata, uses_of
 from dagster_sbatch.run.pipes import CONTEXT, Session, open_session
@@ -34,7 +28,7 @@ from dagster_sbatch.slurm.waiting import advise
 RETRY_SECONDS = 10.0  # before the same request is submitted again
 
 
-class RemoteRun(RemoteStep):
+class RemoteJob(RemoteStep):
     """One call of `compute.run` on the supercomputer, as one job; after some failures, as one job after another."""
 
     def __init__(self, context: dg.OpExecutionContext, asset: str, settings: Settings, plan: Plan) -> None:
@@ -73,8 +67,7 @@ class RemoteRun(RemoteStep):
         self._gateway.reject(self._run)
         final = isinstance(error, ConfigurationError)
         text = self._series[0].ended[-1].explain_last(str(error) if final else self._explain(str(error)))
-        attempts: dict[str, Any] = {ATTEMPTS: table(rows_of(self._series[0].ended))}
-        return self._failure(text, final=final, **attempts)
+        return self._failure(text, final=final, **attempts_metadata(rows_of(self._series[0].ended)))
 
     def _follow(self, found: Environment | None) -> dg.PipesClientCompletedInvocation | None:
         """Follow the job to its end; return None if another attempt has to follow.
@@ -92,7 +85,7 @@ class RemoteRun(RemoteStep):
                 if not self._series[0].ended or self._job:
                     raise
                 raise self._end_attempts(error) from None
-            outcome, failed, following = self._series[0].judge(end, request, session.stderr.tail)
+            outcome, failed, following = self._series[0].judge(end, session.stderr.tail)
             if following.request:
                 session.messages.close()
             else:
@@ -120,7 +113,7 @@ class RemoteRun(RemoteStep):
             f"Slurm job {self._job}: {failed.cause}. Attempt {number} of at most {most} follows, with {following.text}."
         )
         same = following.request == self._request
-        self._series[0].repeat(self._attempt(failed.cause, end), following.request)
+        self._series[0].repeat(self._job or "", end, failed.cause, following.request)
         del self._runs[self._run]  # its job is over
         if same and self._gateway.stop.wait(RETRY_SECONDS):
             raise StoppedError
@@ -200,9 +193,5 @@ class RemoteRun(RemoteStep):
         costs: dict[str, Any] = {**accounting.count(end, self._request)}
         if plot := accounting.plot(end.usage, self._request):
             costs["usage"] = plot
-        if self._series[0].ended:
-            costs[ATTEMPTS] = table(rows_of((*self._series[0].ended, self._attempt(how, end))))
-        return costs
-
-    def _attempt(self, how: str, end: JobEnd) -> AttemptRecord:
-        return AttemptRecord(self._job or "", how, store_request(self._request), accounting.count(end, self._request))
+        self._series[0].finish(self._job or "", end, how)
+        return costs | attempts_metadata(rows_of(self._series[0].ended))
