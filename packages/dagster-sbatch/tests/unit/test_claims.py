@@ -37,14 +37,16 @@ def answers_of(agent: Channel) -> list[Any]:
     raise AssertionError(f"the agent does not leave: {found}")
 
 
-@pytest.mark.parametrize("request_", [{"do": "cancel"}, {"do": "run", "files": {"job.sh": ""}, "follower": "run-1"}])
+@pytest.mark.parametrize(
+    "request_", [{"do": "jobs.cancel"}, {"do": "jobs.run", "files": {"job.sh": ""}, "follower": "run-1"}]
+)
 def test_a_client_that_has_lost_its_claim_neither_cancels_nor_submits(
     request_: dict[str, Any], agent: Channel, prepare: Prepare, tmp_path: Path
 ) -> None:
     """It was cut off, and another client acts on its runs by now. Its next request comes right behind the claim."""
     runs = tmp_path / "runs"
     assert prepare().claim(str(runs), "family", *OTHER).held_by is None
-    agent.send(do="hold", runs=str(runs), family="family", token="token 1", who="run 1")
+    agent.send(do="claims.hold", runs=str(runs), family="family", token="token 1", who="run 1")
     agent.send(run=f"{runs}/family-1", **request_)
     assert [answer["held"] for answer in answers_of(agent)] == ["run 2"]
     assert [path.name for path in runs.iterdir()] == ["family.holder"]
@@ -58,7 +60,7 @@ def test_a_client_that_loses_its_claim_while_it_inherits_it_is_left(agent: Chann
         fcntl.flock(holder, fcntl.LOCK_EX)
         json.dump(mine, holder)
         holder.flush()
-        agent.send(do="hold", runs=f"{tmp_path}/runs", family="family", **mine)
+        agent.send(do="claims.hold", runs=f"{tmp_path}/runs", family="family", **mine)
         wait_until(lambda: (frame := agent.receive()) and frame[0]["id"] == 1, "the agent lets it in")
         holder.seek(0)
         json.dump(dict(zip(("token", "who"), OTHER, strict=True)), holder)

@@ -137,7 +137,7 @@ def test_a_client_that_is_silent_is_left_and_one_that_is_slow_is_not(tmp_path: P
     silent = tmp_path / "silent"
     with start(SLOWLY.format(silent=str(silent))) as agent:
         assert answer(agent)["hello"]
-        ask(agent, do="ping", padding="x" * 60)
+        ask(agent, do="server.ping", padding="x" * 60)
         assert answer(agent)["pong"]
         silent.touch()
         assert agent.wait(60) == 0
@@ -159,9 +159,9 @@ def test_a_request_that_makes_no_sense_is_answered(tmp_path: Path) -> None:
         answer(agent)
         ask(agent, do="dance")
         assert answer(agent)["error"] == "broken"
-        ask(agent, do="run", run=f"{tmp_path}/--wrap", files={}, follower="a-run")
+        ask(agent, do="jobs.run", run=f"{tmp_path}/--wrap", files={}, follower="a-run")
         assert answer(agent) == {"id": 1, "error": "refused", "text": "'--wrap' is not a valid name of a run"}
-        ask(agent, do="run", run=f"{tmp_path}/KEY", files={"../out": "x"}, follower="a-run")
+        ask(agent, do="jobs.run", run=f"{tmp_path}/KEY", files={"../out": "x"}, follower="a-run")
         assert "is not a path below the run directory" in answer(agent)["refused"]
         assert list(tmp_path.iterdir()) == []
         assert agent.stdin
@@ -292,15 +292,15 @@ def test_a_file_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for at in (0, 600):
         with start() as agent:
             answer(agent)
-            ask(agent, do="put", **about)
+            ask(agent, do="transfer.put", **about)
             assert answer(agent)["at"] == at
             data = content[at : at + 600]
-            ask(agent, do="put", at=at, size=len(data), **about)
+            ask(agent, do="transfer.put", at=at, size=len(data), **about)
             assert agent.stdin
             agent.stdin.write(data)
             agent.stdin.flush()
             assert answer(agent)["at"] == at + len(data)
-            ask(agent, do="put", at=17, size=1, **about)
+            ask(agent, do="transfer.put", at=17, size=1, **about)
             agent.stdin.write(b"x")
             agent.stdin.flush()
             assert "error" in answer(agent)

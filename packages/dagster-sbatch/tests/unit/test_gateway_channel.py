@@ -144,7 +144,7 @@ def test_an_agent_on_this_machine_that_stands_still(opened: channel.Channel, mon
     agent.suspend()
     try:
         with pytest.raises(TimeoutError, match="the agent has accepted nothing for "):
-            opened.send(b"x" * (1 << 20), do="ping")
+            opened.send(b"x" * (1 << 20), do="server.ping")
     finally:
         agent.kill()
 
@@ -218,11 +218,11 @@ def test_an_agent_starts_however_much_the_setup_commands_complain() -> None:
 def test_a_request_that_nobody_waits_for_leaves_the_loss_to_those_that_wait(prepare: Prepare) -> None:
     """A step that follows an array job rejects results meanwhile."""
     gateway = prepare()
-    answers = gateway.exchange([{"do": "ping"}])
+    answers = gateway.exchange([{"do": "server.ping"}])
     next(answers)
     agent = max(psutil.Process().children(), key=psutil.Process.create_time)
     agent.kill()
     agent.wait()
-    gateway.notify(do="ping")
+    gateway.notify(do="server.ping")
     with pytest.raises(AgainError, match="the connection was closed"):
         next(answers)

@@ -286,7 +286,7 @@ def test_slurms_word_alone_is_not_believed_at_once(meanwhile: str, lag: float, s
     agent = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert agent.stdin and agent.stdout
     tasks = {"tasks": [0], "followed": [0], "offsets": {}}
-    follow = {"id": 1, "do": "run", "run": str(run), "follower": "", **tasks, "fields": "JobID,State"}
+    follow = {"id": 1, "do": "jobs.run", "run": str(run), "follower": "", **tasks, "fields": "JobID,State"}
     agent.stdin.write(json.dumps(follow).encode() + b"\n")
     agent.stdin.flush()
     wait_until(asked.exists, "Slurm is asked")

@@ -35,7 +35,7 @@ def exchanges(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def record_request(channel: Channel, data: bytes = b"", **request: Any) -> int:
         nonlocal answered
-        if request["do"] != "ping":
+        if request["do"] != "server.ping":
             if answered:
                 found.append([])
             answered = False
@@ -100,7 +100,7 @@ def test_a_run_whose_environment_exists_waits_twice(
     outcome = materialize(workload, workloads)
     assert outcome.error == ""
     assert outcome.materializations[None][0]["rows"] == 7
-    assert exchanges == [["claim"], ["run"]]
+    assert exchanges == [["claims.claim"], ["jobs.run"]]
 
 
 def test_a_claim_does_not_depend_on_the_environment(gateway: Gateway, workloads: Path) -> None:

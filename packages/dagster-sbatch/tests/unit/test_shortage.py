@@ -144,8 +144,8 @@ class Agent(Channel):
     def _write(self, data: bytes) -> None:
         ask = json.loads(data)
         other = {"rows": [], "default": "", "exported": False}
-        self._lines.append({"id": ask["id"] - 1 if ask["do"] == "usage" else ask["id"], **other})
-        if ask["do"] == "usage" and self._said is not None:
+        self._lines.append({"id": ask["id"] - 1 if ask["do"] == "usage.usage" else ask["id"], **other})
+        if ask["do"] == "usage.usage" and self._said is not None:
             self._lines.append({**self._said, "id": ask["id"]})
 
     def _read(self, seconds: float) -> bytes:

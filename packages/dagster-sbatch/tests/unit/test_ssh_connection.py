@@ -260,7 +260,7 @@ def test_a_connection_that_is_lost_within_a_later_key_exchange_is_replaced(forge
         transport.clear_to_send_timeout = 0.1
         transport.clear_to_send.clear()  # as from the beginning of an exchange to its end
         with pytest.raises(AgainError, match="Key-exchange timed out"):
-            next(link.exchange([{"do": "ping"}]))
+            next(link.exchange([{"do": "server.ping"}]))
         channel.close()
 
 

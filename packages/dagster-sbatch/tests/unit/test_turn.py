@@ -38,7 +38,14 @@ def waiting(gateway: Gateway, runs: str) -> int:
 def submit(gateway: Gateway, runs: str, key: str, *, array: bool) -> None:
     if array:
         files = files_of(PROJECT.load_site("musica"), key, "true", 3)
-        ask = {"do": "run", "run": f"{runs}/{key}", "files": files, "follower": "a-run", "tasks": [], "followed": []}
+        ask = {
+            "do": "jobs.run",
+            "run": f"{runs}/{key}",
+            "files": files,
+            "follower": "a-run",
+            "tasks": [],
+            "followed": [],
+        }
         assert "job" in next(gateway.exchange([{**ask, "fields": "", "offsets": {}}]))[1]
     else:
         submit_run(gateway, f"{runs}/{key}", {"job.sh": ""})

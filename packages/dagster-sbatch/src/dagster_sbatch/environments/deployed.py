@@ -259,4 +259,4 @@ class Environments:
         return self._gateway.ask(on_progress, **self._request(verb, **fields))
 
     def _request(self, verb: str, **fields: Any) -> dict[str, Any]:
-        return {"do": "environment", "verb": verb, "folder": self._folder, **fields}
+        return {"do": "releases.environment", "verb": verb, "folder": self._folder, **fields}

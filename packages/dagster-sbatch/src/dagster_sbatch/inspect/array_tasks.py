@@ -51,7 +51,9 @@ class TaskList:
         if indices is None:
             return [self._record(index, {}) for index in range(len(self))]
         wanted = list(indices)
-        records = self._runs.gateway.ask(do="task_records", run=self.run.path, tasks=wanted, tail=tail)["records"]
+        records = self._runs.gateway.ask(do="task_records.task_records", run=self.run.path, tasks=wanted, tail=tail)[
+            "records"
+        ]
         return [self._record(index, records[str(index)]) for index in wanted]
 
     def one(self, index: int) -> TaskRecord:

@@ -75,7 +75,7 @@ class Channel(ABC):
         now = monotonic()
         if now - self._pinged > PING_SECONDS:
             self._pinged = now
-            self.send(do="ping")
+            self.send(do="server.ping")
         frame = self._cut()
         if frame is None:
             self._fill(now)

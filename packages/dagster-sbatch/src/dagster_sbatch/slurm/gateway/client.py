@@ -42,7 +42,7 @@ class Gateway(Link):
         this client, also when it connects anew. `questions`: are answered with the claim, in the same round trip.
         """
         claim = {"runs": runs, "family": family, "token": token, "who": who}
-        found = Claim.parse(self.ask(do="claim", **claim, **asdict(questions)))
+        found = Claim.parse(self.ask(do="claims.claim", **claim, **asdict(questions)))
         if found.held_by is None:
             self.claimed = claim
         return found
@@ -73,7 +73,9 @@ class Gateway(Link):
 
         def step() -> None:
             asked = list(left)
-            for which, head, _ in self.exchange([{"do": "cancel", "run": run, "job": jobs.get(run)} for run in asked]):
+            for which, head, _ in self.exchange(
+                [{"do": "jobs.cancel", "run": run, "job": jobs.get(run)} for run in asked]
+            ):
                 left.remove(asked[which])
                 report(asked[which], _outcome_of_cancel(head))
                 if not left:
@@ -87,12 +89,12 @@ class Gateway(Link):
 
         A task that is not over after a minute is missing in the answer.
         """
-        ends = self.ask(do="cancel_tasks", run=run, tasks=sorted(tasks))["ends"]
+        ends = self.ask(do="task_records.cancel_tasks", run=run, tasks=sorted(tasks))["ends"]
         return {int(index): JobEnd.parse(end) for index, end in ends.items()}
 
     def state(self, run: str) -> tuple[JobState | None, JobEnd | None]:
         """Return the state of a run's job, or how it ended; neither if it has no job."""
-        said = self.ask(do="state", run=run)
+        said = self.ask(do="run_directories.state", run=run)
         if said["end"]:
             return None, JobEnd.parse(said["end"])
         if not said["job"]:
@@ -102,21 +104,21 @@ class Gateway(Link):
 
     def attempt(self, run: str) -> Attempt:
         """Return what is known of a run."""
-        return Attempt.parse(self.ask(do="attempt", run=run))
+        return Attempt.parse(self.ask(do="run_directories.attempt", run=run))
 
     def limits(self, partition: str, qos: str = "", account: str = "") -> Limits:
         """Return how many tasks and jobs Slurm accepts; `qos`, `account`: of the jobs, empty if they name none."""
-        said = self.ask(do="limits", partition=partition, qos=qos, account=account)
+        said = self.ask(do="limits.limits", partition=partition, qos=qos, account=account)
         return Limits(said["array"], said["submit"])
 
     def test(self, script: str) -> tuple[bool, str]:
         """Return whether Slurm would accept a batch script, and its text: the expected start, or why not."""
-        said = self.ask(do="test", script=script)
+        said = self.ask(do="slurm_commands.test", script=script)
         return said["code"] == 0, said["text"]
 
     def load_modules(self, modules: Sequence[str], setup: Sequence[str]) -> str:
         """Load modules on the login node, in a shell of its own; return why that failed, or an empty text."""
-        said = self.ask(do="load_modules", modules=list(modules), setup=list(setup))
+        said = self.ask(do="interpreters.load_modules", modules=list(modules), setup=list(setup))
         return explain_modules(said["host"], modules, said["code"], said["text"]) if said["code"] else ""
 
     def image(self, path: str, data_root: str, runs: str) -> tuple[str, str]:
@@ -124,12 +126,12 @@ class Gateway(Link):
 
         The identity is a text that no other image under the same path has.
         """
-        said = self.ask(do="image", path=path, data_root=data_root, runs=runs)
+        said = self.ask(do="images.image", path=path, data_root=data_root, runs=runs)
         return said["problem"], said["identity"]
 
     def projects(self) -> Projects:
         """Return the projects that the user may charge jobs to."""
-        return Projects.parse(self.ask(do="projects"))
+        return Projects.parse(self.ask(do="slurm_commands.projects"))
 
     def usage(self, since: datetime | None) -> Usage:
         """Return what the user's projects have used, what waits and runs in them, and their limits.
@@ -137,14 +139,14 @@ class Gateway(Link):
         `since`: for the jobs that ran at this time or later, Slurm reads its database: ask at most once per hour. None:
         for no jobs.
         """
-        return Usage.parse(self.ask(do="usage", since=since and since.timestamp()), since)
+        return Usage.parse(self.ask(do="usage.usage", since=since and since.timestamp()), since)
 
     def usage_before_submitting(self, runs: str, since: datetime | None, seconds: float) -> Usage | None:
         """Return the usage as `usage` does, for a client that submits next; None if it does not come in time.
 
         The user's clients get answers one at a time, each when the one before has submitted: it sees their jobs.
         """
-        said = self.ask_once(seconds, do="usage", runs=runs, since=since and since.timestamp())
+        said = self.ask_once(seconds, do="usage.usage", runs=runs, since=since and since.timestamp())
         return None if said is None else Usage.parse(said, since)
 
     def queue(self, runs: str) -> Mapping[str, Any]:
@@ -152,11 +154,11 @@ class Gateway(Link):
 
         Returns `jobs` by id (state, reason, start, name, account), `at`, `calls`, `trouble`.
         """
-        return self.ask(do="queue", runs=runs)
+        return self.ask(do="shared_queue.queue", runs=runs)
 
     def runs(self, runs: str) -> list[Mapping[str, Any]]:
         """Return every run in the folder: `run` (path), `about`, `job`, `end` (None: unknown), `at` (last event)."""
-        found: list[Mapping[str, Any]] = self.ask(do="runs", runs=runs)["found"]
+        found: list[Mapping[str, Any]] = self.ask(do="run_directories.runs", runs=runs)["found"]
         return found
 
     def reject(self, run: str, task: int | None = None) -> None:
@@ -166,20 +168,20 @@ class Gateway(Link):
 
         If the record is lost, the next attempt reads the result, rejects it and fails; the attempt after it is new.
         """
-        self.notify(do="reject", run=run, task=task)
+        self.notify(do="run_directories.reject", run=run, task=task)
 
     def clean(self, runs: str, names: Sequence[str]) -> list[str]:
         """Remove the runs of these names, and what was begun and never finished; return the names of removed runs."""
-        cleaned: list[str] = self.ask(do="clean", runs=runs, names=list(names))["cleaned"]
+        cleaned: list[str] = self.ask(do="claims.clean", runs=runs, names=list(names))["cleaned"]
         return cleaned
 
     def host(self) -> str:
         """Return the name of the login node."""
-        return str(self.ask(do="ping")["host"])
+        return str(self.ask(do="server.ping")["host"])
 
     def ping(self) -> None:
         """Keep the connection alive while other work takes long; raises StoppedError if `stop` was set meanwhile."""
-        self.ask(do="ping")
+        self.ask(do="server.ping")
 
     def run(
         self,

@@ -97,7 +97,7 @@ class _Followed:
     def request(self, follower: str) -> dict[str, Any]:
         run = {"run": self.job.run, "files": self.job.files, "follower": follower, "known": self.known}
         tasks = {"tasks": list(self.left), "followed": list(self.job.tasks), "offsets": self.offsets}
-        return {"do": "run", "fields": ",".join(ACCOUNTED), **run, **tasks}
+        return {"do": "jobs.run", "fields": ",".join(ACCOUNTED), **run, **tasks}
 
 
 def follow_jobs(link: Link, handler: JobHandler, follower: str) -> None:

@@ -97,8 +97,8 @@ class Link:
     def ask(self, on_progress: Callable[[str], None] = lambda _: None, /, **request: Any) -> Mapping[str, Any]:
         """Return the answer to a request.
 
-        `on_progress`: gets what the agent reports before it answers. `request`: `do` names the verb; the others are the
-        verb's own.
+        `on_progress`: gets what the agent reports before it answers. `request`: `do` names the verb, a function of
+        the agent's; the others are the verb's own.
         """
 
         def step() -> Mapping[str, Any]:
@@ -259,7 +259,7 @@ class Link:
             self._opened.append(monotonic())
             self._channel = self._open_channel()
             self._channel.on_trouble = self.on_trouble
-            self._hold = self._channel.send(do="hold", **self.claimed) if self.claimed else -1
+            self._hold = self._channel.send(do="claims.hold", **self.claimed) if self.claimed else -1
         return self._channel
 
     def _receive(self, channel: Channel) -> Frame | None:

@@ -23,11 +23,11 @@ def send_file(link: Link, local: Path, path: str, on_progress: Callable[[int, in
 
         def go_on() -> int:
             nonlocal sent
-            at = next(link.exchange([{"do": "put", **about}]))[1]["at"]
+            at = next(link.exchange([{"do": "transfer.put", **about}]))[1]["at"]
             file.seek(at)
             while at < size:
                 data = file.read(PIECE)
-                at = next(link.exchange([{"do": "put", **about, "at": at}], data=data))[1]["at"]
+                at = next(link.exchange([{"do": "transfer.put", **about, "at": at}], data=data))[1]["at"]
                 sent += len(data)
                 on_progress(at, size)
             return sent
@@ -43,7 +43,7 @@ def fetch_file(link: Link, path: str, local: Path, on_progress: Callable[[int], 
     with replacing(local) as file:
 
         def go_on() -> None:
-            for _, head, data in link.exchange([{"do": "get", "path": path, "at": file.tell()}]):
+            for _, head, data in link.exchange([{"do": "transfer.get", "path": path, "at": file.tell()}]):
                 if "file" in head:
                     file.write(data)
                     on_progress(file.tell())

@@ -25,29 +25,13 @@ def ping(*_):
     return {"pong": True, "host": os.uname()[1]}
 
 
-MODULES = {
-    "claims": "hold claim clean",
-    "images": "image",
-    "interpreters": "load_modules",
-    "jobs": "run cancel",
-    "limits": "limits",
-    "releases": "environment",
-    "run_directories": "state reject runs attempt",
-    "server": "ping",
-    "shared_queue": "queue",
-    "slurm_commands": "test projects",
-    "task_records": "cancel_tasks task_counts task_records",
-    "transfer": "put get",
-    "usage": "usage",
-}
-"""The verbs of requests, by the module with their functions."""
-IN_ORDER = ("hold", "reject")  # before the next request is read, which builds on them
+IN_ORDER = ("claims.hold", "run_directories.reject")  # before the next request is read, which builds on them
 
 
 def find(verb):
-    """Return the function of a verb; its module is compiled when it is first needed."""
-    modules = {each: module for module, verbs in MODULES.items() for each in verbs.split()}
-    return getattr(import_module("." + modules[verb], __package__), verb)
+    """Return the function of a verb, such as `jobs.run`; its module is compiled when it is first needed."""
+    module, _, name = verb.partition(".")
+    return getattr(import_module("." + module, __package__), name)
 
 
 class Agent:
@@ -106,12 +90,12 @@ class Agent:
             import traceback  # loading it takes longer than most agents have a use for it
 
             answer = {"error": "broken", "text": "the gateway agent failed:\n%s" % traceback.format_exc(-3).strip()}
-        if ask.get("do") == "cancel" and answer.get("error") == "refused":
+        if ask.get("do") == "jobs.cancel" and answer.get("error") == "refused":
             answer = {"refused": answer["text"]}  # an answer: an error would end the client's other requests
         say(**answer)
-        if ask.get("do") == "claim":
-            find("run")  # compiled while the client reads the answer: this is what it asks for next
-        if answer and ask.get("do") == "hold":  # the requests that follow could touch the jobs of another client
+        if ask.get("do") == "claims.claim":
+            find("jobs.run")  # compiled while the client reads the answer: this is what it asks for next
+        if answer and ask.get("do") == "claims.hold":  # the requests that follow could touch the jobs of another client
             self.leave()
 
     @contextmanager
