@@ -221,8 +221,3 @@ def test_an_array_job_that_was_never_submitted_hides_no_earlier_one() -> None:
     never = Attempt("runs/f-2", 2, None, over=True, tasks=["a"], ends={})
     choice = choose([array(1, "a", {}), never], {0: "a"}, lambda *_: False, Retries())
     assert choice.follow == {"runs/f-1": {0: 0}}
-
-
-def test_a_submission_without_an_answer_is_followed() -> None:
-    asked = Attempt("runs/f-1", 1, None, over=False, tasks=["a"], ends={})
-    assert choose([asked], {0: "a"}, lambda *_: False, Retries()).follow == {"runs/f-1": {0: 0}}

@@ -101,11 +101,10 @@ def test_the_end_of_a_job_that_slurm_has_forgotten_is_recorded_after_a_while(
         (tmp_path / "KEY" / "tasks.jsonl").write_text("{}\n{}\n")
         (tmp_path / "KEY" / "tasks" / "1.started").touch()
     for _ in range(2):
-        end = run_directories.conclude(str(tmp_path / "KEY"), "17")
-        assert end["state"] == ""
+        assert tasks.Tasks(str(tmp_path / "KEY")).conclude("17")[0]["state"] == ""
         assert not (tmp_path / "KEY" / "end").exists()
     os.utime(tmp_path / "KEY" / "forgotten", (1, 1))
-    assert run_directories.conclude(str(tmp_path / "KEY"), "17")["state"] == ""
+    assert tasks.Tasks(str(tmp_path / "KEY")).conclude("17")[0]["state"] == ""
     assert (tmp_path / "KEY" / "end").exists()
 
 

@@ -34,7 +34,7 @@ class AttemptRecord:
 
     def explain_last(self, reason: str) -> str:
         """Return why it failed, and why no other attempt follows."""
-        return f"{self.end}. No other attempt follows: {reason}"
+        return self.end + Next(None, reason).refusal
 
 
 def store_request(request: SlurmRequest) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.attempts import rows_of, store_attempts
 from dagster_sbatch.run.directory import contexts_of_tasks
 from dagster_sbatch.run.plan import Plan
-from dagster_sbatch.run.remote_step import RemoteStep, exit_code
+from dagster_sbatch.run.remote_step import RemoteStep
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape, SlurmRequest, accounting
 from dagster_sbatch.slurm.gateway import JobEnd, Limits, RefusedError, Sinks, Submitted, TaskStates
@@ -72,7 +72,7 @@ class RemoteArray(RemoteStep, JobHandler):
         with self._array.open():
             if self._array.left:
                 choice, self._found = self._choose({index: self._array.tasks[index] for index in self._array.left})
-                self._adopted, self._number = list(self._runs), self._claim.number
+                self._adopted = list(self._runs)
                 if choice.new:
                     self._batches = self._divide(choice.new)
                 follow_jobs(self._gateway, self, self._context.run_id)
@@ -110,10 +110,7 @@ class RemoteArray(RemoteStep, JobHandler):
         """Register the tasks of array jobs that Slurm refused, and those that were not submitted after that."""
         if self._refusal is not None:
             self._refused |= dict.fromkeys(self._batches.left, self._refusal)
-        explained = {
-            error: str(error) if isinstance(error, ConfigurationError) else self._explain(str(error))
-            for error in {*self._refused.values()}
-        }
+        explained = {error: self._explain(error) for error in {*self._refused.values()}}
         for index, error in self._refused.items():
             last, cause = next(reversed(self._series[index].ended), None), explained[error]
             if last and index in self._failed_in:  # a re-execution begins with the request of the asset
@@ -140,11 +137,9 @@ class RemoteArray(RemoteStep, JobHandler):
         indices, max_running = self._batches.take(shares, queued, lambda index: self._series[index].request, running)
         if not indices:
             return None
-        self._number += 1
-        run = self._submitting = f"{self._claim.runs}/{self._family.call.family}-{self._number}"
+        run = self._submitting = self._begin_attempt()
         request = self._series[indices[0]].request
         self._jobs_by_run[run] = _ArrayJob(dict(enumerate(indices)), request, max_running or len(indices))
-        self._runs[run] = None
         return JobToFollow(run, self._files_of_array(run, indices, max_running), range(len(indices)))
 
     def request_before(self) -> Callable[[], None] | None:  # noqa: D102 - see JobHandler
@@ -241,13 +236,14 @@ class RemoteArray(RemoteStep, JobHandler):
             if failed.fault in _SLURM_REPEATS:
                 self._gateway.reject(run, task)
             return
-        limit = f". No other attempt follows: {following.text}" if following.text else ""
         if outcome:
             succeeded = False
-            self._array.failed(index, outcome.text + limit, logs)
+            self._array.failed(index, outcome.text + following.refusal, logs)
         else:
             where, costs = {"job_id": job, "run_directory": f"{run}/tasks/{task}"}, accounting.count(end, request)
-            succeeded = self._array.ended(index, exit_code(end), where, costs, logs, request=request, limit=limit)
+            succeeded = self._array.ended(
+                index, end.exit_code, where, costs, logs, request=request, limit=following.refusal
+            )
         series.finish(job, end, "succeeded" if succeeded else failed.cause if failed else "failed")
         if not succeeded:
             self._gateway.reject(run, task)

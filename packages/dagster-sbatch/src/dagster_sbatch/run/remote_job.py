@@ -15,7 +15,7 @@ from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.past_use import proposal_metadata, uses_of
 from dagster_sbatch.run.pipes import CONTEXT, Session, open_session
 from dagster_sbatch.run.plan import Plan
-from dagster_sbatch.run.remote_step import RemoteStep, exit_code
+from dagster_sbatch.run.remote_step import RemoteStep
 from dagster_sbatch.run.results import complete, partitions_of
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, accounting
@@ -33,7 +33,7 @@ class RemoteJob(RemoteStep):
 
     def __init__(self, context: dg.OpExecutionContext, asset: str, settings: Settings, plan: Plan) -> None:
         super().__init__(context, asset, settings, plan)
-        self._run, self._number = "", 0
+        self._run = ""
         self._state: list[str] | None = None
         self._idle_reported = False
 
@@ -44,30 +44,28 @@ class RemoteJob(RemoteStep):
 
     def _execute(self) -> dg.PipesClientCompletedInvocation:
         choice, found = self._choose()
-        self._begin(self._claim.number + len(choice.new))
-        while not (completed := self._follow(found)):
+        self._run = self._begin_attempt() if choice.new else next(iter(self._runs))
+        while True:
+            self._state, self._idle_reported = None, False
             try:
+                if completed := self._follow(found):
+                    return completed
                 found = self._find_environment()
             except (ConfigurationError, RefusedError) as error:
+                if not self._series[0].ended or self._job:
+                    raise
                 raise self._end_attempts(error) from None
-            self._begin(self._number + 1)
-        return completed
+            self._run = self._begin_attempt()
 
     def _keep_completed(self) -> None:
         """Nothing is complete before the job is over."""
 
-    def _begin(self, number: int) -> None:
-        """Begin to submit an attempt, or to follow an earlier one."""
-        self._number, self._state, self._idle_reported = number, None, False
-        self._run = f"{self._claim.runs}/{self._family.call.family}-{number}"
-        self._runs.setdefault(self._run, None)
-
     def _end_attempts(self, error: ConfigurationError | RefusedError) -> dg.Failure:
         """Return the step's failure: the next attempt cannot be submitted. A re-execution begins with the first one."""
         self._gateway.reject(self._run)
-        final = isinstance(error, ConfigurationError)
-        text = self._series[0].ended[-1].explain_last(str(error) if final else self._explain(str(error)))
-        return self._failure(text, final=final, **attempts_metadata(rows_of(self._series[0].ended)))
+        ended, final = self._series[0].ended, isinstance(error, ConfigurationError)
+        text = ended[-1].explain_last(self._explain(error))
+        return self._failure(text, final=final, **attempts_metadata(rows_of(ended)))
 
     def _follow(self, found: Environment | None) -> dg.PipesClientCompletedInvocation | None:
         """Follow the job to its end; return None if another attempt has to follow.
@@ -79,12 +77,7 @@ class RemoteJob(RemoteStep):
             contexts, record = {CONTEXT: session.context}, store_attempts(self._series[0].ended)
             files = self._files(run, found, request, contexts, record) if found else None
             report = self._report_submitted, self._report_state
-            try:
-                end = self._gateway.run(run, files, session.sinks, self._context.run_id, *report)
-            except RefusedError as error:
-                if not self._series[0].ended or self._job:
-                    raise
-                raise self._end_attempts(error) from None
+            end = self._gateway.run(run, files, session.sinks, self._context.run_id, *report)
             outcome, failed, following = self._series[0].judge(end, session.stderr.tail)
             if following.request:
                 session.messages.close()
@@ -95,7 +88,7 @@ class RemoteJob(RemoteStep):
             self._retry(failed, following, end)
             return None
         try:
-            self._check(session, end, outcome, failed, following.text)
+            self._check(session, end, outcome, failed, following)
         except dg.Failure:
             self._gateway.reject(run)
             raise
@@ -119,21 +112,20 @@ class RemoteJob(RemoteStep):
             raise StoppedError
 
     def _check(
-        self, session: Session, end: JobEnd, outcome: Outcome | None, failed: Outcome | None, limit: str
+        self, session: Session, end: JobEnd, outcome: Outcome | None, failed: Outcome | None, following: Next
     ) -> None:
         """Raise if the job or its workload failed.
 
         `outcome`: what Slurm and the job's own record say; None if its exit code and its Pipes session decide.
-        `failed`: the same, or what stderr says. `limit`: of the retries, if it was reached.
+        `failed`: the same, or what stderr says. `following`: no attempt, and perhaps why.
         """
-        cause = outcome.text if outcome else explain_failure(session.messages, exit_code(end), self._plan.workload.name)
+        cause = outcome.text if outcome else explain_failure(session.messages, end.exit_code, self._plan.workload.name)
         if cause:
             own = self._about(end) | self._costs(end, failed.cause if failed else cause.partition("\n")[0])
             if end.state not in CAUSES:
                 cause = explain_stderr(cause, session.stderr.tail, self._request)
-            if limit:
-                cause += f". No other attempt follows: {limit}"
-            final = bool(limit) and failed is not None and failed.fault in (Fault.MEMORY, Fault.TIME)
+            cause += following.refusal
+            final = bool(following.text) and failed is not None and failed.fault in (Fault.MEMORY, Fault.TIME)
             raise self._failure(cause, stderr=session.stderr.tail, final=final, **own)
         if not end.state:
             self._log.warning("Slurm does not know the job any more. The job's own record of its end is used.")
@@ -169,7 +161,7 @@ class RemoteJob(RemoteStep):
 
     @property
     def _job(self) -> str | None:
-        return self._runs[self._run]
+        return self._runs.get(self._run)
 
     def _about(self, end: JobEnd) -> dict[str, Any]:
         """Return metadata for everything that the job reports."""

@@ -1,7 +1,6 @@
 """What every call of `compute.run` does on the supercomputer: claim, report trouble, cancel or leave its jobs."""
 
 import json
-import signal
 import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -37,7 +36,6 @@ from dagster_sbatch.slurm import Allocation, ArrayShape, SlurmRequest
 from dagster_sbatch.slurm.gateway import (
     Claim,
     Gateway,
-    JobEnd,
     LostClaimError,
     Questions,
     RefusedError,
@@ -58,13 +56,14 @@ class RemoteStep(ABC):
     """One call of `compute.run` on the supercomputer, as one job or as array jobs.
 
     `runs` has the run directories that may have a job which is not over, each with that job's id once it is known.
-    `planned` has the request of a first attempt.
+    `planned` has the request of a first attempt, `series` the attempts at each task, `number` that of the latest one.
     """
 
     _gateway: Gateway
     _environment: RunEnvironment
     _family: Family
     _claim: Claim
+    _number: int
 
     def __init__(self, context: dg.OpExecutionContext, asset: str, settings: Settings, plan: Plan) -> None:
         self._context, self._asset, self._settings, self._plan = context, asset, settings, plan
@@ -116,7 +115,7 @@ class RemoteStep(ABC):
             text = f"{error}\nRe-execute this run to submit a new job; leave the folders of runs that are not over."
             raise self._failure(f"{text}{self._still_running}") from None
         except RefusedError as error:
-            raise self._failure(f"{self._explain(str(error))}{self._still_running}") from None
+            raise self._failure(f"{self._explain(error)}{self._still_running}") from None
         except (AccessError, SshError, ConfigurationError) as error:
             final = isinstance(error, ConfigurationError)
             raise self._failure(f"{error}{self._still_running}", final=final) from None
@@ -167,6 +166,7 @@ class RemoteStep(ABC):
     def _adopt(self, tasks: Mapping[int, Task] | None) -> Choice:
         """Register the jobs that this step follows, and cancels if a person terminates the run from now on."""
         self._claim, choice = self._family.choose(tasks)
+        self._number = self._claim.number
         self._runs = {each.run: each.job for each in self._claim.attempts if each.run in choice.follow}
         self._gateway.committed |= bool(self._runs)
         self._series.clear()
@@ -175,6 +175,13 @@ class RemoteStep(ABC):
             for place, index in choice.follow.get(attempt.run, left_out).items():
                 self._series[index].read(attempt.record, self._family.request, place)
         return choice
+
+    def _begin_attempt(self) -> str:
+        """Return the run directory of a new attempt; from now on it may have a job."""
+        self._number += 1
+        run = f"{self._claim.runs}/{self._family.call.family}-{self._number}"
+        self._runs[run] = None
+        return run
 
     def _find_environment(self, answer: Mapping[str, Any] | None = None, tasks: int = 1) -> Environment:
         """Return the environment of new jobs; see `RunEnvironment.find`.
@@ -251,8 +258,11 @@ class RemoteStep(ABC):
         self._runs[run] = job
         tag_job(self._context, self._jobs, self._family.call.number)
 
-    def _explain(self, text: str) -> str:
-        """Return why a request was refused, by its text."""
+    def _explain(self, error: RefusedError | ConfigurationError) -> str:
+        """Return why no job is submitted, or why another request was refused."""
+        text = str(error)
+        if isinstance(error, ConfigurationError):
+            return text
         with suppress(RefusedError, StoppedError, AccessError, SshError):  # the refusal itself is what counts
             text = explain_refusal(text, self._request, self._gateway.projects)
         return f"refused on the supercomputer: {text}"
@@ -307,9 +317,3 @@ class RemoteStep(ABC):
         for run in [run for run, job in self._runs.items() if job][-MOST_JOBS:]:
             cause += f"\n\nRun directory on {self._settings.edge_node_host}: {run}"
         return failure(self._asset, cause, stderr, final=final, **details)
-
-
-def exit_code(end: JobEnd) -> int:
-    """Return an exit code as in `subprocess`: the shell's 128 + N, if signal N ended the workload, becomes -N."""
-    code = end.code or 0
-    return 128 - code if code - 128 in set(signal.Signals) else code

@@ -23,6 +23,11 @@ class Next:
     # What changes; without a next attempt the limit that is reached, empty if this failure is not repeated
     text: str = ""
 
+    @property
+    def refusal(self) -> str:
+        """Why there is no next attempt, to be added to the cause of the failure; empty if it is not repeated anyway."""
+        return f". No other attempt follows: {self.text}" if self.text and not self.request else ""
+
 
 def check_retries(request: SlurmRequest) -> None:
     """Refuse retries that could never change anything.

@@ -1,5 +1,6 @@
 """The agent's answers as data classes, and the exceptions that end a request."""
 
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -82,6 +83,12 @@ class JobEnd:
     def succeeded(self) -> bool:
         """Whether its script ended with 0, and Slurm says nothing else."""
         return self.code == 0 and self.state in ("COMPLETED", "")
+
+    @property
+    def exit_code(self) -> int:
+        """Its exit code as in `subprocess`: the shell's 128 + N, if signal N ended the workload, becomes -N."""
+        code = self.code or 0
+        return 128 - code if code - 128 in set(signal.Signals) else code
 
     @classmethod
     def parse(

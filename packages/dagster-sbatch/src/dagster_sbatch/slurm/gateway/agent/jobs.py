@@ -10,9 +10,9 @@ from .disk import RequestError, inode_of, kind_of, lock, own, read
 from .follower import Follower
 from .location import Location, RemovedError, give_up, inodes_above
 from .paths import login_environment
-from .run_directories import digest, has, job_of, lay_out, locate, mark, note_follower, quietly_conclude, settle
+from .run_directories import digest, has, job_of, lay_out, locate, mark, note_follower, settle
 from .slurm_commands import SBATCH_PATIENCE, await_end, environment, find_by_name, for_sbatch, scancel
-from .tasks import is_array
+from .tasks import Tasks, is_array
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
 LATE = 20.0  # seconds after which the job of a submission that got no answer can no longer appear in the queue
@@ -256,11 +256,11 @@ def cancel(agent, ask, _):
 
 def end_job(run, key, job):
     """Cancel a run's job; return how it ended, None if it did not end within a minute."""
-    end = quietly_conclude(run, job)
+    end = Tasks(run).conclude(job)[0]
     if not end or not inode_of(run):  # of an array job whose run directory was removed, one task is known
         scancel(job, key)
     try:
         mark(run, "cancelled")
     except OSError:  # the disk is full; a run that has a job is not submitted again
         pass
-    return end or await_end(lambda: quietly_conclude(run, job), bool)
+    return end or await_end(lambda: Tasks(run).conclude(job)[0], bool)

@@ -108,19 +108,6 @@ def settle(run, job):
     return job_of(run) or job
 
 
-def conclude(run, job):
-    """Return how the run ended, by its own record and Slurm's; None while it has not."""
-    return load(os.path.join(run, END), "state", "exit", "times") or Tasks(run).conclude(job)
-
-
-def quietly_conclude(run, job):
-    """Return how a run ended; None also while Slurm does not answer."""
-    try:
-        return conclude(run, job)
-    except RequestError:
-        return None
-
-
 def attempt_of(run, certain=False):
     """Return what is known of a run and its tasks; `over`: whether all of them are. A single job is a task without id.
 
@@ -182,7 +169,9 @@ def state(agent, ask, _):
     """Return a run's job, its row of the queue, and its end if it is over."""
     run, key = locate(ask)
     job = job_of(run)
-    end, row = conclude(run, job) if job else None, None
+    (end, trouble), row = Tasks(run).conclude(job) if job else (None, None), None
+    if trouble:
+        raise trouble
     if job and not end:
         agent.queue.refresh(os.path.dirname(run))
         row, started = agent.queue.row(job, key), "started" in events_of(run)

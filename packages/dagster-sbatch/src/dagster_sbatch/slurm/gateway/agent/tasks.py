@@ -122,13 +122,9 @@ class Tasks:
         return {**ends, **self.ends}, trouble
 
     def conclude(self, job):
-        """Return how the job ended; None while a task is not over."""
+        """Return how the job ended, None while a task is not over; and the error that leaves that undecided."""
         ends, trouble = self.all_ends(job)
-        if len(ends) == self.count:
-            return whole(ends)
-        if trouble:
-            raise trouble
-        return None
+        return (whole(ends), None) if len(ends) == self.count else (None, trouble)
 
 
 def whole(ends):
