@@ -22,6 +22,7 @@ from dagster_sbatch.run.remote_job import RemoteJob
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import allocate
 from dagster_sbatch.slurm.gateway import (
+    Attempt,
     Claim,
     JobEnd,
     Limits,
@@ -248,6 +249,38 @@ def test_each_task_has_its_own_next_request_and_a_refusal_of_one_ends_no_other()
     rows = attempts_of({**failed.step_failure_data.user_failure_data.metadata})
     assert [(row["task"], row["job"]) for row in rows] == [("a", "1_0"), ("b", "1_1"), ("b", "4_0"), ("b", "5_0")]
     assert gateway.rejected == ["runs/family-1"]
+
+
+def test_an_array_job_of_an_earlier_run_that_slurm_has_never_accepted_is_submitted_as_the_asset_requests_it_now() -> (
+    None
+):
+    """That run was killed before sbatch had answered, and Slurm refuses its request."""
+    plan = make_plan(SETTINGS, PROJECT, Path(__file__), ScriptLauncher(), REQUEST, array=JobArray(tasks={"a": {}}))
+    then, submitted = {"request": {"mem": "500G"}, "tasks": [plan.tasks[0].record]}, list[Any]()
+    attempt = Attempt("runs/family-1", 1, None, over=False, tasks=[plan.tasks[0].id], ends={}, record=then)
+    found = Claim(None, runs="runs", attempts=[attempt]), Choice({attempt.run: {0: 0}}, 0, [])
+
+    @dg.asset
+    def probe(context: dg.AssetExecutionContext) -> None:
+        step: Any = RemoteArray(context.op_execution_context, "probe", SETTINGS, plan)
+        step._gateway = SimpleNamespace(committed=False, limits=lambda *_: Limits(None, None))
+        place = SimpleNamespace(name="env", python="/env/bin/python", workloads="/code")
+        step._environment = SimpleNamespace(find=lambda *_: place)
+        record = {"call": 0, "inputs": {}, "request": store_request(plan.allocation.request)}
+        step._family = SimpleNamespace(call=CALL, request=record["request"], record=record, choose=lambda _: found)
+        with step._array.open():
+            step._choose({0: plan.tasks[0]})
+            assert step._jobs_by_run[attempt.run].request.mem == "500G"
+            step.refused(attempt.run, "no node has so much")
+            assert step.take() is None
+            step.request_before()()
+            submitted.append(step.take())
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        dg.materialize([probe], instance=instance, raise_on_error=False)
+    (job,) = submitted
+    record = json.loads(job.files["submitted_with.json"])
+    assert (job.run, record["request"]["mem"], "changed_request" in record) == ("runs/family-2", "16G", False)
 
 
 def test_a_request_that_was_changed_while_a_job_ran_applies_to_the_next_attempt(fail: Callable[..., str]) -> None:
