@@ -56,7 +56,7 @@ class HangingProfile(SilentShell):
     def check_channel_exec_request(self, *request: Any) -> bool:
         def run() -> None:
             self.over.wait(60)
-            with contextlib.suppress(OSError):  # it was given up
+            with contextlib.suppress(OSError, EOFError):  # it was given up
                 request[0].sendall(f'{HELLO}\n{{"id": 1, "host": "login01"}}\n'.encode())
 
         threading.Thread(target=run).start()
