@@ -55,6 +55,13 @@ def test_the_tests_run_in_parallel_unless_the_options_say_otherwise(
     assert json.loads(done.stdout) == [workers if word == "WORKERS" else word for word in expected]
 
 
+def test_what_is_no_test_is_named() -> None:
+    """pytest's workers say nothing about it."""
+    done = run([sys.executable, str(ROOT / "scripts" / "test"), "unti", "-x"])
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr == "scripts/test: 'unti' is neither unit nor smoke, nor a file or folder of tests\n"
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_a_pixi_task_is_a_command_that_exists(name: str) -> None:
     program, script = TASKS[name]["cmd"].split()

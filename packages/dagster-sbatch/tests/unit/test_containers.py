@@ -99,7 +99,7 @@ def test_gpus_need_an_option() -> None:
         ({"image": "a.sif", "options": ["--cleanenv"]}, "--cleanenv cannot be an option here. Without the variables"),
         ({"image": "a.sif", "options": ["--compat"]}, "--compat cannot be an option here. Without the variables"),
         ({"image": "a.sif", "options": ["--bind=/a"]}, "--bind cannot be an option here. Use binds="),
-        ({"image": "a.sif", "python": "python3 -u"}, "python"),
+        ({"image": "a.sif", "python": "python3 -u"}, "is not a program. Write the name or the absolute path"),
         ({"image": "a.sif", "gpu": True}, "gpu: unknown field"),
     ],
 )
@@ -250,7 +250,8 @@ def test_the_workload_runs_in_the_container(folder: Path) -> None:
 
     What the job and the asset set counts more than what the image sets, and is not among the arguments of apptainer.
     """
-    image = Container("an image.sif", python=sys.executable, binds=["~/code:/code"])
+    (folder / "a python").symlink_to(sys.executable)
+    image = Container("an image.sif", python=str(folder / "a python"), binds=["~/code:/code"])
     done = run_script(folder, script_of(folder, image))
     where = f"{folder}/data /tmp {[f'{folder}/code', '/of/the/image']}"
     assert done.stdout == f"container {AWKWARD} {AWKWARD}\n{where}\nTrue run's dir\n", done.stderr

@@ -73,6 +73,12 @@ def _option(text: str) -> str:
     return text
 
 
+def _python(text: str) -> str:
+    if not re.fullmatch(r"/[^\0\n]+|[A-Za-z0-9_./+-]+", text):
+        raise ValueError(f"{text!r} is not a program. Write the name or the absolute path of a Python, without options")
+    return text
+
+
 class Container(CheckedModel):
     """An image in which the workload runs, by apptainer or singularity.
 
@@ -101,9 +107,8 @@ class Container(CheckedModel):
     options: tuple[Annotated[str, AfterValidator(_option)], ...] = Field(
         (), description="Further options of `apptainer exec`, each as --name or --name=value."
     )
-    python: str = Field(
+    python: Annotated[str, AfterValidator(_python)] = Field(
         "python3",
-        pattern=r"^[A-Za-z0-9_./+-]+$",
         description="The Python of the image, 3.10 or newer: a name on the image's PATH, or a path in the image.",
     )
 
