@@ -22,15 +22,17 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 
 FIRST, LAST = "2013-01-01", "2013-01-12"
 KEYS = DAYS.get_partition_keys()
-ONE_FAILS = """
+TWO_FAIL = """
 import os, pathlib, sys
-key = pipes.partition_key
+key, fixed = pipes.partition_key, pathlib.Path.home().joinpath("fixed").exists()
 assert pipes.extras["partition_keys"] == [key]
 print(f"line of {key}")
 pathlib.Path(f"begun-{key}").touch()
-if key == "2013-01-07" and not pathlib.Path.home().joinpath("fixed").exists():
+if key == "2013-01-07" and not fixed:
     print("this is why", file=sys.stderr)
     raise ValueError(f"no weather on {key}")
+if key == "2013-01-09" and not fixed:
+    pipes.report_custom_message({"musica.partition": {"partition": "2013-01-01"}})
 pipes.report_asset_materialization(metadata={"day": key})
 """
 
@@ -51,11 +53,11 @@ def tasks_there(site: SimulatedSite) -> dict[str, list[str]]:
 
 
 @pytest.mark.smoke
-def test_one_of_twelve_fails_and_runs_again_alone(
+def test_two_of_twelve_fail_and_run_again_alone(
     site: SimulatedSite, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The limit per run counts the tasks that are submitted."""
-    asset = ArrayAsset(tmp_path, ONE_FAILS, JobArray())
+    """One ends well, and its report is rejected. The limit per run counts the tasks that are submitted."""
+    asset, failed = ArrayAsset(tmp_path, TWO_FAIL, JobArray()), ["2013-01-07", "2013-01-09"]
     monkeypatch.setenv("SLURM_MOST_NODE_HOURS_PER_RUN", "11.9")
     refused = asset.run(FIRST, LAST)
     assert "could cost 12 node-hours (12 tasks x 1 node x 01:00:00)" in refused.error
@@ -63,9 +65,11 @@ def test_one_of_twelve_fails_and_runs_again_alone(
     monkeypatch.setenv("SLURM_MOST_NODE_HOURS_PER_RUN", "12")
     first = asset.run(FIRST, LAST)
     assert not first.success
-    assert sorted(str(key) for key in first.once) == [key for key in KEYS if key != "2013-01-07"], first.error
+    assert sorted(str(key) for key in first.once) == [key for key in KEYS if key not in failed], first.error
     assert "1 task (2013-01-07): workload.py raised ValueError: no weather on 2013-01-07" in first.error
     assert "this is why" in first.error
+    rejection = "what workload.py reported cannot be used: the partition '2013-01-01' is not of this task"
+    assert f"1 task (2013-01-09): {rejection}" in first.error
     (job,) = {metadata["job_id"].partition("_")[0] for metadata in first.once.values()}
     assert f"Logs: scripts/job {job}_6 logs" in first.error
     for place, key in enumerate(KEYS):
@@ -76,13 +80,13 @@ def test_one_of_twelve_fails_and_runs_again_alone(
             assert metadata["node_hours"] >= 0
     assert "[2013-01-03] line of 2013-01-03\n" in capfd.readouterr().out
     site.run_on_login(CERTIFICATE_USER, "touch fixed")
-    monkeypatch.setenv("SLURM_MOST_NODE_HOURS_PER_RUN", "1")
+    monkeypatch.setenv("SLURM_MOST_NODE_HOURS_PER_RUN", "2")
     second = asset.run(FIRST, LAST, of=first.run_id, from_failure=True)
     assert second.error == ""
     assert sorted(str(key) for key in second.once) == KEYS
     assert {key: metadata["day"] for key, metadata in second.once.items()} == {key: key for key in KEYS}
     assert second.once["2013-01-01"]["job_id"] == f"{job}_0"
-    assert sorted(tasks_there(site).values(), key=len) == [["2013-01-07"], KEYS]
+    assert sorted(tasks_there(site).values(), key=len) == [failed, KEYS]
     nobody_left(site)
 
 
