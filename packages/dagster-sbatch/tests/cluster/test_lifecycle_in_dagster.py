@@ -135,11 +135,10 @@ def test_the_life_of_a_run(dagster_dev: DagsterDev, site: SimulatedSite, locatio
     before = job_ids(site)
     costs = costs_story.CostsStory(dagster_dev, site, location, tmp_path)
     story = ThreadPoolExecutor(1).submit(costs.play)  # meanwhile, on the nodes with GPUs
-    both = {"dagster__asset_partition_range_start": "ends", "dagster__asset_partition_range_end": "waits"}
-    many = dagster_dev.launch("many", location="probe", **both)
     orphans = ("orphaned", "orphaned_batch")
     assets = ("terminated", "ranks", *orphans, "restarted")
     runs = {asset: dagster_dev.launch(asset, location="probe") for asset in assets}
+    many = dagster_dev.backfill("many", ["ends", "waits"])
     jobs = {asset: running_job(site, asset) for asset in runs}
 
     # Terminated in the UI: the job is cancelled, and the run ended only when it is gone.
@@ -159,11 +158,11 @@ def test_the_life_of_a_run(dagster_dev: DagsterDev, site: SimulatedSite, locatio
     for asset in orphans:
         adopted(dagster_dev, site, asset, runs[asset], jobs[asset])
 
-    # An array job is terminated: what is complete is kept.
+    # The backfill of an array job is cancelled: what is complete is kept.
     wait_for(
         lambda: any("2 tasks: 1 done, 1 running" in f"{line}" for line in dagster_dev.messages(many)), 60, "one is done"
     )
-    dagster_dev.terminate(many)
+    dagster_dev.cancel_backfill_of(many)
     assert dagster_dev.wait(many, 90) == "CANCELED"
     assert [event["partition"] for event in dagster_dev.materializations("many")] == ["ends"]
     rows = [row for row in rows_of(site, "%T %j", "--array") if row[1].startswith("many-")]

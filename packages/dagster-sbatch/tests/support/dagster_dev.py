@@ -167,6 +167,14 @@ class DagsterDev:
         )
         return str(found)
 
+    def cancel_backfill_of(self, run_id: str) -> None:
+        """Cancel the backfill of a run as the UI does."""
+        query = "query Tags($id: ID!) { runOrError(runId: $id) { ... on Run { tags { key value } } } }"
+        tags = {tag["key"]: tag["value"] for tag in self.ask(query, id=run_id)["runOrError"]["tags"]}
+        mutation = "mutation End($id: String!) { cancelPartitionBackfill(backfillId: $id) { __typename } }"
+        answer = self.ask(mutation, id=tags["dagster/backfill"])["cancelPartitionBackfill"]
+        assert answer["__typename"] == "CancelBackfillSuccess", answer
+
     def re_execute_from_failure(self, run_id: str) -> str:
         """Re-execute a run as *From failure* in the UI does; the id of the new run."""
         mutation = """
