@@ -1,4 +1,4 @@
-"""Commands whose output nobody reads any more, as in `scripts/docs | head`: they end without a traceback."""
+"""Commands whose output nobody reads any more, as in `scripts/docs | head`, or on a full disk: no traceback."""
 
 import os
 import subprocess
@@ -10,6 +10,14 @@ import pytest
 from support import ROOT
 
 HELP = "deploy_environment.py docs doctor job lock preview refresh_step_auth.py".split()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+def test_a_full_disk_is_named() -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        command = [sys.executable, str(ROOT / "scripts" / "docs")]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "[Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize(

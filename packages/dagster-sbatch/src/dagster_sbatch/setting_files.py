@@ -8,6 +8,7 @@ The first of these that has a value that is not blank wins:
 """
 
 import io
+import logging
 import os
 import shlex
 import stat
@@ -15,6 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
@@ -23,6 +25,7 @@ from dagster_sbatch.setting_paths import BRACES, check_remote_path, expand_here
 from dagster_sbatch.settings import DEPLOYMENTS, Settings
 from dagster_sbatch.text_file import read_text
 
+logging.getLogger("dotenv.main").addHandler(logging.NullHandler())  # it warns of such lines, without the file's name
 _OWN_PREFIXES = ("SLURM_", "ASC_", "DAGSTER_DEPLOYMENT")
 """An unknown variable of a dotenv file with one of these prefixes is an error."""
 _REMOTE_PATHS = ("deployment_base_path", "data_root", "python")
@@ -97,11 +100,13 @@ def _values(path: Path) -> dict[str, str]:
 
 
 def _problems(path: Path) -> list[str]:
-    """Return the problems of a dotenv file: unknown variables, secrets that others can read, variables in braces."""
+    """Return the problems of a dotenv file: unknown lines and variables, open secrets, variables in braces."""
     values = _values(path)
     fields = {_alias(field): field for field in Settings.model_fields.values()}
     unknown = [name for name in values if name not in fields and name.startswith(_OWN_PREFIXES)]
-    problems = [f"{path}: unknown variable {name}{nearest(name, fields)}" for name in unknown]
+    lines = parse_stream(io.StringIO(read_text(path) if path.is_file() else ""))
+    problems = [f"{path}, line {line.original.line}: this is not NAME=value" for line in lines if line.error]
+    problems += [f"{path}: unknown variable {name}{nearest(name, fields)}" for name in unknown]
     secrets = [name for name in values if name in fields and fields[name].annotation == (SecretStr | None)]
     if secrets and stat.S_IMODE(path.stat().st_mode) & 0o077:
         problems.append(f"{path} holds {', '.join(secrets)} and others can read it: chmod 600 {shlex.quote(str(path))}")

@@ -166,6 +166,14 @@ def test_all_that_is_wrong_is_told_at_once(root: Path, monkeypatch: pytest.Monke
     assert "ASC_STEP_CA_URL" in text
 
 
+def test_a_line_that_means_nothing_is_named(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write(root / ".env", 'SLURM_ACCOUNT=p1\nSLURM_QOS: dev\nSLURM_PARTITION="zen4\n')
+    with pytest.raises(ConfigurationError) as error:
+        load_settings(SITES, root)
+    assert str(error.value).splitlines() == [f"{root}/.env, line {line}: this is not NAME=value" for line in (2, 3)]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_an_unknown_deployment_names_the_valid_ones(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAGSTER_DEPLOYMENT", "produktion")
     with pytest.raises(ConfigurationError, match=r"'produktion'.*development, staging_supercomputer, production_super"):

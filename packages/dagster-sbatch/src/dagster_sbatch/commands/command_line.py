@@ -49,7 +49,10 @@ def exit_code_of(command: Callable[[], int], *, wrong: int = 1, refused: int = 1
 
 
 def ends_with_reader(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorate a command's `main`: it writes UTF-8, and ends with 1 and no traceback without a reader (`| head`)."""
+    """Decorate a command's `main`: it writes UTF-8, and ends with 1 and no traceback without a reader (`| head`).
+
+    Other errors of this machine's files, such as a full disk, are printed to stderr.
+    """
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -60,8 +63,10 @@ def ends_with_reader(main: Callable[P, int]) -> Callable[P, int]:
                 return main(*args, **kwargs)
             finally:
                 print(end="", flush=True)  # here, because Python's own flush at exit would print the error
-        except BrokenPipeError:
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):
+                print(error, file=sys.stderr)
             return 1
 
     return run
