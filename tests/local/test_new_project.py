@@ -292,6 +292,7 @@ def test_the_skeleton_agrees_with_the_template() -> None:
         ),
         (["./2climate"], ["for instance climate"]),
         (["./climate-"], ["for instance climate"]),
+        (["./Klima-Läufe"], ["for instance klima-laufe"]),
         (["./--"], ["between words\n"]),
         (["./" + "c" * 33], ["cannot be used"]),
         (["./class"], ["is a keyword or a module of Python"]),

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -142,7 +143,8 @@ def ignored_problems(root: Path, name: str) -> list[str]:
 
 def similar(name: str) -> str:
     """Return a valid name that is similar, as the end of a sentence; empty without one."""
-    words = re.findall(r"[a-z0-9]+", name.lower())
+    ascii_only = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()  # letters without accents
+    words = re.findall(r"[a-z0-9]+", ascii_only.lower())
     found = "-".join(words).lstrip("0123456789-")[:LONGEST_NAME].rstrip("-")
     return f", for instance {found}" if NAME.fullmatch(found) else ""
 
