@@ -77,12 +77,10 @@ def restore_signals() -> None:
 
 def _open_streams() -> None:
     """Open /dev/null in place of standard streams that the caller has closed: Python has None for these."""
-    while True:
-        descriptor = os.open(os.devnull, os.O_RDWR)
-        if descriptor > 2:
-            os.close(descriptor)
-            break
-        os.set_inheritable(descriptor, True)  # noqa: FBT003 - it has no keywords
+    null = fcntl.fcntl(os.open(os.devnull, os.O_RDWR), fcntl.F_DUPFD_CLOEXEC, 3)
+    for descriptor, stream in enumerate((sys.stdin, sys.stdout, sys.stderr)):
+        if stream is None:
+            os.dup2(null, descriptor)
     sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
 
 
