@@ -40,10 +40,10 @@ HEAD, BOTH = 1, 2
 GPU_IS_BROKEN = "a GPU is broken"
 BAD_STARTS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "a node does not join in time": (
-        {"startup_time_limit": 30, "pre_start_commands": [f"{ON_THE_SECOND}{{ echo dawdling; sleep 300; }}"]},
+        {"startup_time_limit": 60, "pre_start_commands": [f"{ON_THE_SECOND}{{ echo dawdling; sleep 300; }}"]},
         BOTH,
         [
-            "Ray: after 30 s, 1 of 2 nodes have joined; missing: {second}",
+            "Ray: after 60 s, 1 of 2 nodes have joined; missing: {second}",
             "The last lines of `ray start` on {second}:\n(nothing)",
             "dawdling",
         ],
