@@ -129,7 +129,7 @@ def test_the_forwarding_ends_after_three_failed_checks_in_a_row() -> None:
         return SimpleNamespace(close=lambda: None)
 
     reason = dashboards.Dashboard("", "", check).wait_until_gone()
-    assert reason == "the dashboard did not answer 3 times in a row (EOFError)"
+    assert reason == "the dashboard did not answer 3 times in a row (the connection was closed)"
     assert list(checks) == [None]
 
 

@@ -1,10 +1,12 @@
 """A channel to the agent whose other end does not do what it should: the client gives it up in time, and says why."""
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import paramiko
 import psutil
@@ -45,9 +47,41 @@ def test_a_login_node_that_does_not_start_the_agent(forge: Forge, monkeypatch: p
 
     with server(as_server(forge, silent)) as port:
         (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
-        with pytest.raises(OSError, match="no channel: "):
+        with pytest.raises(OSError, match=r"^no channel: no answer within 0 s$"):
             choose_channel(settings(forge, port), ("python3",), lambda _: None)()
         silent.over.set()
+
+
+WITHOUT_WORDS = {
+    EOFError(): "the connection was closed",
+    TimeoutError(): "no answer in time",
+    OSError(9, "Bad file descriptor"): "[Errno 9] Bad file descriptor",
+    paramiko.SSHException("Key-exchange timed out"): "Key-exchange timed out",
+}
+
+
+@pytest.mark.parametrize("error", WITHOUT_WORDS, ids=repr)
+@pytest.mark.parametrize("when", ["exec_command", "sendall", "recv"])
+def test_a_connection_that_is_lost_while_paramiko_works_is_an_error_with_a_text(
+    when: str, error: Exception, forge: Forge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which error it is depends on what paramiko's thread notices first; some of them have no text."""
+    hanging = HangingProfile()
+    hanging.over.set()
+    with server(as_server(forge, hanging)) as port:
+        (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
+        if when == "exec_command":
+            monkeypatch.setattr(paramiko.Channel, when, Mock(side_effect=error))
+            with pytest.raises(OSError, match=f"^{re.escape(f'no channel: {WITHOUT_WORDS[error]}')}$"):
+                choose_channel(settings(forge, port), ("python3",), lambda _: None)()
+            return
+        opened = choose_channel(settings(forge, port), ("python3",), lambda _: None)()
+        while opened.receive() is None:  # the agent has greeted
+            pass
+        monkeypatch.setattr(paramiko.Channel, when, Mock(side_effect=error))
+        with pytest.raises(OSError, match=f"^{re.escape(WITHOUT_WORDS[error])}$"):
+            opened.send(do="server.ping") if when == "sendall" else opened._read(0)
+        opened.close()
 
 
 class HangingProfile(SilentShell):

@@ -187,7 +187,8 @@ def _describe(error: Exception, hop: Hop, gateway: Connection | None) -> str:
     return f"{hop} cannot be reached{through}: {reason}"
 
 
-def text_of(error: BaseException) -> str:
+def text_of(error: Exception) -> str:
     """Return an error of a connection in words: some have none, and paramiko writes others as code."""
     said = error.text if isinstance(error, paramiko.ChannelException) else str(error)
-    return said or type(error).__name__
+    wordless = {EOFError: "the connection was closed", TimeoutError: "no answer in time"}
+    return said or wordless.get(type(error), type(error).__name__)

@@ -154,43 +154,53 @@ OpenChannel = Callable[[], Channel]
 
 
 @contextmanager
-def _lost() -> Iterator[None]:
-    """Raise OSError for a connection that is lost while SSH exchanges new keys, as for any other."""
+def _lost(where: str = "") -> Iterator[None]:
+    """Raise OSError with a text for a connection that is lost: paramiko has other errors, too, and some without one."""
     from paramiko import SSHException
+
+    from dagster_sbatch.ssh.connection import text_of
 
     try:
         yield
-    except SSHException as error:
-        raise OSError(str(error)) from error
+    except (OSError, EOFError, SSHException) as error:
+        kind = TimeoutError if isinstance(error, TimeoutError) else OSError
+        raise kind(f"{where}{text_of(error)}") from error
 
 
 class _SshChannel(Channel):
     def __init__(self, connection: Any, script: str) -> None:
-        from dagster_sbatch.ssh.connection import text_of
-
         super().__init__()
         self._connection = connection
         try:
-            self._channel = connection.transport.open_session(window_size=_WINDOW)
-            with self._closing_in_time():
-                self._channel.exec_command(programs.for_any_shell(script))
+            with _lost("no channel: "):
+                self._channel = connection.transport.open_session(window_size=_WINDOW)
+                with self._closing_in_time():
+                    self._channel.exec_command(programs.for_any_shell(script))
             with suppress(OSError):  # the shell has ended: reading shows why
                 self._write(programs.SOURCE)
-        except BaseException as error:
+        except BaseException:
             connection.close()
-            if isinstance(error, Exception) and not isinstance(error, OSError | EOFError):
-                raise OSError(f"no channel: {text_of(error)}") from error
             raise
 
     @contextmanager
     def _closing_in_time(self) -> Iterator[None]:
         """Close the connection if the server does not answer in time: paramiko itself waits for ever."""
-        too_late = threading.Timer(DEAD_SECONDS, self._connection.close)
-        too_late.start()
+        too_late = threading.Event()
+
+        def give_up() -> None:
+            too_late.set()
+            self._connection.close()
+
+        timer = threading.Timer(DEAD_SECONDS, give_up)
+        timer.start()
         try:
             yield
+        except Exception as error:
+            if too_late.is_set():
+                raise TimeoutError(f"no answer within {DEAD_SECONDS:.0f} s") from error
+            raise
         finally:
-            too_late.cancel()
+            timer.cancel()
 
     def _is_alive(self) -> bool:
         transport = self._connection.transport

@@ -151,7 +151,7 @@ class Link:
                 self._advanced |= bool(frame[1] or data)
                 yield idents.index(frame[0]["id"]), *frame
         except (OSError, EOFError, UnreachableError) as error:
-            raise AgainError(str(error) or type(error).__name__) from error
+            raise AgainError(str(error)) from error
         except NoPythonError as error:
             kind = _BlockedError if self.committed else AgainError if self._had_agent else RefusedError
             raise kind(f"{error}\n{PYTHON_ADVICE}") from error
