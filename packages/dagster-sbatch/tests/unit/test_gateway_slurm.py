@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import resource
 import subprocess
 import sys
 import time
@@ -176,6 +177,24 @@ def test_what_sbatch_refuses(say: Say, words: str, kind: str, submitted: str, tm
         jobs.sbatch(str(tmp_path), lock, dict(os.environ))
     assert (failure.value.kind, str(failure.value)) == (kind, words)
     assert (tmp_path / "tried").exists() is (submitted == "perhaps")
+
+
+def test_a_command_that_cannot_be_started_now_is_repeated(tmp_path: Path) -> None:
+    (tmp_path / "tried").touch()
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with jobs.locked(str(tmp_path)) as lock:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, most))
+        try:
+            with pytest.raises(disk.RequestError, match="sbatch: Too many open files") as submission:
+                jobs.sbatch(str(tmp_path), lock, dict(os.environ))
+            with pytest.raises(disk.RequestError, match="squeue: Too many open files") as query:
+                slurm_commands.call("squeue")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    with pytest.raises(disk.RequestError, match="squeue9: No such file or directory") as absent:
+        slurm_commands.call("squeue9")
+    assert [each.value.kind for each in (submission, query, absent)] == ["temporary", "temporary", "refused"]
+    assert not (tmp_path / "tried").exists()  # there is no job to search the queue for
 
 
 def test_a_job_is_found_that_began_by_slurms_clock_after_the_time_of_the_login_node(say: Say, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from .follower import Follower
 from .location import Location, RemovedError, give_up, inodes_above
 from .paths import login_environment
 from .run_directories import digest, has, job_of, lay_out, locate, mark, note_follower, settle
-from .slurm_commands import SBATCH_PATIENCE, await_end, environment, find_by_name, for_sbatch, scancel
+from .slurm_commands import SBATCH_PATIENCE, await_end, environment, find_by_name, for_sbatch, not_started, scancel
 from .tasks import Tasks, is_array
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
@@ -167,7 +167,7 @@ def sbatch(run, lock, variables):
         )
     except OSError as error:
         os.unlink(os.path.join(run, "tried"))
-        raise RequestError("refused", "sbatch: %s" % error.strerror)
+        raise not_started("sbatch", error)
     until = time.monotonic() + SBATCH_PATIENCE
     while True:
         try:

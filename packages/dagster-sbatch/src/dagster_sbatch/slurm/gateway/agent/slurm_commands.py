@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 
-from .disk import RequestError
+from .disk import RequestError, kind_of
 from .task_states import indices
 
 KEPT = frozenset("SLURM_CONF SLURM_CONF_SERVER SLURM_JWT SBATCH_ACCOUNT".split())
@@ -63,7 +63,7 @@ def call(*command, patience=COMMAND_PATIENCE, script=""):
             command, env=environment(script), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
         )
     except OSError as error:
-        raise RequestError("refused", "%s: %s" % (command[0], error.strerror))
+        raise not_started(command[0], error)
     RUNNING.add(child)
     try:
         out, err = child.communicate(script.encode(), timeout=patience)
@@ -73,6 +73,12 @@ def call(*command, patience=COMMAND_PATIENCE, script=""):
     finally:
         RUNNING.discard(child)
     return subprocess.CompletedProcess(command, child.returncode, out, err)
+
+
+def not_started(command, error):
+    """Return the error of a command that did not start: `temporary` if the machine is short of something now."""
+    kind = "temporary" if kind_of(error) == "temporary" else "refused"
+    return RequestError(kind, "%s: %s" % (command, error.strerror))
 
 
 def kill(child):
