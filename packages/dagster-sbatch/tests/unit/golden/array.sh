@@ -36,7 +36,7 @@ index=$SLURM_ARRAY_TASK_ID
 [ -e "tasks/$index/failed" ] && exit 0
 [ -e end ] && exit 0
 if ! [ -e "tasks/$index.started" ]; then
-  for name in messages.jsonl events cause; do : >"tasks/$index/$name" || exit 1; done
+  for name in messages.jsonl events cause; do : >>"tasks/$index/$name" || exit 1; done
   IFS= read -r -d '' head <context.head
   mapfile -t -s "$index" -n 1 rest <tasks.jsonl
   printf '%s%s\n' "$head" "${rest[0]}" >"tasks/$index/context.json" || exit 1
