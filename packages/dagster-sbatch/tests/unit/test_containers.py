@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -323,6 +324,15 @@ def test_a_container_that_cannot_start_says_why(image: dict[str, Any], broken: s
     assert done.returncode != 0
     assert text.format(image=folder / "data" / "an image.sif") in (folder / "cause").read_text()
     assert "Traceback" not in done.stderr
+
+
+def test_another_attempt_is_requested_if_a_folder_cannot_be_read_now(folder: Path) -> None:
+    (folder / "loop").symlink_to("loop")  # the error of a path that is neither missing nor forbidden
+    done = run_script(folder, script_of(folder, Container("an image.sif", binds=["~/loop"])))
+    assert done.returncode == os.EX_TEMPFAIL
+    cause = (folder / "cause").read_text()
+    assert cause in done.stderr
+    assert f"{folder}/loop on {platform.node()}: Too many levels of symbolic links. If that happens again, " in cause
 
 
 @pytest.mark.parametrize("launcher", [SrunLauncher(), CommandLauncher(), BatchScriptLauncher(), RayLauncher()])

@@ -17,7 +17,7 @@ import json
 import os
 import time
 
-from .disk import RequestError, lock, own, remove_tree, store, unique
+from .disk import RequestError, inode_of, lock, own, remove_tree, store, unique
 from .interpreters import check_version, choose, dotted, in_setup, run, skeleton
 
 HERE = "environment.json"
@@ -105,7 +105,7 @@ def describe(ask):
 def install(ask, content, say):
     """Install wheels into a folder of packages, unless it exists."""
     path = os.path.join(ask["folder"], "packages", content["layer"])
-    if os.path.isdir(path):
+    if inode_of(path):
         return
     with making(path) as new:
         python = skeleton(new, content["interpreter"])

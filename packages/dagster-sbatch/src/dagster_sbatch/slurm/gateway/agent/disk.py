@@ -3,6 +3,7 @@
 Every document has a `format`. Readers use what they know of a newer one, and skip one that they cannot read.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -78,7 +79,7 @@ def write(path, data):
             os.fsync(file.fileno())
         os.rename(part, path)
     except OSError:
-        if os.path.exists(part):
+        with contextlib.suppress(OSError):  # the first error counts
             os.unlink(part)
         raise
 
@@ -172,7 +173,7 @@ def check(folder):
     above = os.path.realpath(base)
     while above != os.path.dirname(above):
         above = os.path.dirname(above)
-        mode = os.stat(above).st_mode if os.path.exists(above) else 0
+        mode = os.stat(above).st_mode if inode_of(above) else 0
         if mode & 0o002 and not mode & stat.S_ISVTX:
             text = "everybody can rename what lies in it, and so exchange %s, which has what your jobs run. Choose "
             text += "another SLURM_DEPLOYMENT_BASE_PATH, or let its owner run:\n  chmod o-w '%s'"

@@ -3,14 +3,15 @@
 usage: images.py COMMAND IMAGE DATA_ROOT SOURCE...   (on the first node)
 
 It checks that there is such a command, that IMAGE is one and the one with which the job was submitted, and that the
-container can have DATA_ROOT, which it makes, and each SOURCE. Exit code 1: something is wrong; `cause`, in the working
-directory, and stderr say what. Standard library, Python 3.6.
+container can have DATA_ROOT, which it makes, and each SOURCE. Exit code 1: something is wrong; 75: a path cannot be
+read now. `cause`, in the working directory, and stderr say what. Standard library, Python 3.6.
 """
 
 import hashlib
 import json
 import os
 import re
+import stat
 import struct
 import sys
 
@@ -28,7 +29,7 @@ def problem_of(path):
     """Return why no container can run from an image, as far as its beginning shows; empty if nothing is wrong."""
     host = os.uname()[1]
     try:
-        if os.path.isdir(path):
+        if stat.S_ISDIR(os.stat(path).st_mode):
             known = bool({"bin", "usr"} & set(os.listdir(path)))
         else:
             head, status = begin(path)
@@ -58,7 +59,7 @@ def identity_of(path):
     unless the build was to be reproducible; then, and for other files, the size and the time of modification count, as
     for rsync. Of a folder, the times of the folder and of what lies directly in it count.
     """
-    if os.path.isdir(path):
+    if stat.S_ISDIR(os.stat(path).st_mode):
         with os.scandir(path) as entries:
             times = sorted((entry.name, entry.stat(follow_symlinks=False).st_mtime_ns) for entry in entries)
         facts = [os.stat(path).st_mtime_ns, times]
@@ -110,11 +111,11 @@ def problem_here(command, image, data_root, sources):
         )
     os.makedirs(data_root, exist_ok=True)
     for source in sources:
-        if not os.path.exists(source):
-            return "The container should have %s, and %s has no such path. Correct Container(binds=...)." % (
-                source,
-                host,
-            )
+        try:
+            os.stat(source)
+        except (FileNotFoundError, NotADirectoryError):
+            text = "The container should have %s, and %s has no such path. Correct Container(binds=...)."
+            return text % (source, host)
     return unbindable([data_root, *sources]) or problem_of(image) or change_of(image)
 
 
@@ -139,7 +140,17 @@ def image(_, ask, __):
 
 
 if __name__ == "__main__":
-    cause = problem_here(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])
+    code = 1
+    try:
+        cause = problem_here(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])
+    except OSError as error:
+        code = 1 if isinstance(error, PermissionError) else os.EX_TEMPFAIL
+        text = (
+            "The container cannot have %s on %s: %s. If that happens again, correct Container(...) or ask the centre."
+        )
+        cause = text % (error.filename or sys.argv[2], os.uname()[1], error.strerror)
     with open("cause", "w") as file:
         file.write(cause)
-    sys.exit(cause or 0)
+    if cause:
+        print(cause, file=sys.stderr)
+        sys.exit(code)

@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 
-from .disk import RequestError, load, store
+from .disk import RequestError, inode_of, load, store
 from .slurm_commands import environment
 
 LAST_WORDS = 5.0  # seconds for the output of a command that has ended, if another process has its pipe, too
@@ -78,8 +78,9 @@ def choose(ask):
 
     In place of a fixed one, a request may name the folder that has its bin/python.
     """
-    if ask["python"] and os.path.isdir(ask["python"]):
-        ask = dict(ask, python=os.path.join(ask["python"], "bin", "python"))
+    inside = ask["python"] and os.path.join(ask["python"], "bin", "python")
+    if inside and inode_of(inside):
+        ask = dict(ask, python=inside)
     parts = [os.uname()[1], DESCRIBE] + [ask[name] for name in ("setup", "asked", "candidates", "oldest", "newest")]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     path = os.path.join(ask["folder"], ".interpreter-%s.json" % key)

@@ -70,12 +70,10 @@ def lay_out(run, files):
             write(os.path.join(new, name), content.encode())
         write(os.path.join(new, "digest"), digest(files))
         os.rename(new, run)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+    except BaseException as error:
+        remove_tree(new)
+        if not (isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST)):
             raise
-    finally:
-        if os.path.isdir(new):
-            remove_tree(new)
 
 
 def digest(files):

@@ -3,7 +3,7 @@
 import hashlib
 import os
 
-from .disk import RequestError, open_locked
+from .disk import RequestError, inode_of, open_locked
 
 CHUNK = 1 << 18
 
@@ -32,7 +32,7 @@ def put(_, ask, __):
     """
     path, part = part_of(ask)
     data = ask.get("data", b"")
-    if not data and os.path.isfile(path) and os.path.getsize(path) == ask["bytes"] and hash_of(path) == ask["sha256"]:
+    if not data and inode_of(path) and os.path.getsize(path) == ask["bytes"] and hash_of(path) == ask["sha256"]:
         return {"at": ask["bytes"]}
     os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     with os.fdopen(open_locked(part, 0 if data else os.O_CREAT), "r+b") as file:  # two clients may send the same one
