@@ -69,7 +69,7 @@ _WIDTH = 32  # most bars of a plot
 
 
 def number(usage: Mapping[str, Any], name: str) -> float | None:
-    """Return a number of a job's usage; None if it is not there, or is none."""
+    """Return a number of a job's usage; None if it is missing, or is not a number."""
     value = usage.get(name)
     return float(value) if isinstance(value, int | float) else None
 
@@ -77,7 +77,7 @@ def number(usage: Mapping[str, Any], name: str) -> float | None:
 def plot(usage: Mapping[str, Any], request: SlurmRequest) -> str:
     """Return a line of text with a bar per moment for GPUs, CPUs and memory; empty if too little was measured.
 
-    The bars of GPUs and CPUs are of what was requested, those of memory of its maximum.
+    A full bar stands for all requested GPUs or CPUs, and for the highest use of memory.
     """
     series = usage.get("series")
     columns = zip(*series, strict=True) if isinstance(series, list) and series else ()

@@ -243,9 +243,9 @@ def render_job_script(  # noqa: PLR0913 - the parts of a script
 ) -> str:
     """Return the batch script.
 
-    That of an array job reads `context.head`, `tasks.jsonl` and `tasks.pipes` in the run directory. Task `index` writes
+    In an array job, it reads `context.head`, `tasks.jsonl` and `tasks.pipes` in the run directory. Task `index` writes
     `context.head` and line `index` (from 0) of `tasks.jsonl` to its `context.json`; its line of `tasks.pipes` has the
-    values of DAGSTER_PIPES_CONTEXT and DAGSTER_PIPES_MESSAGES, separated by a space. Both kinds need `sampler_files`.
+    values of DAGSTER_PIPES_CONTEXT and DAGSTER_PIPES_MESSAGES, separated by a space. Every job needs `sampler_files`.
 
     `body`: the launcher's commands (`Launcher.render`). `start`: functions of bash that start the workload:
     `render_start`, or those of a container. `run`: the run directory; default: where Slurm starts the script.

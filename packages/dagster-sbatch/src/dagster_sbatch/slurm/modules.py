@@ -66,7 +66,7 @@ Modules = Annotated[tuple[str, ...], BeforeValidator(_check)]  # names of module
 def render_modules(modules: Sequence[str]) -> str:
     """Return lines of bash that load modules; if that fails, they write the file `cause` and end the job with code 1.
 
-    Without any, the text is empty.
+    Without modules, the text is empty.
     """
     if not modules:
         return ""

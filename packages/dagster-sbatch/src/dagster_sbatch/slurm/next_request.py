@@ -20,7 +20,7 @@ class Next:
     """What follows a failed attempt."""
 
     request: SlurmRequest | None  # of the next attempt; None: there is none
-    # What changes; without a next attempt the limit that is reached, empty if this failure is not repeated
+    # What changes in it. Without it: the limit that was reached; empty if such a failure is never repeated
     text: str = ""
 
     @property

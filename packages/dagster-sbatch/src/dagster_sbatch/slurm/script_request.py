@@ -60,7 +60,7 @@ def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[Slu
 
 
 def _explain(script: str, directives: Sequence[Directive], options: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Yield a line and a sentence for what does not apply for another reason than a field of the asset's request.
+    """Yield line number and sentence for what does not apply, unless a field of the asset's request replaces it.
 
     `options`: of the completed request.
     """
@@ -78,7 +78,7 @@ def _explain(script: str, directives: Sequence[Directive], options: Sequence[str
 
 
 def _shown(mine: Mapping[str, Any], field: str) -> str:
-    """Return what the asset says instead; of the two fields for memory, it has the other one, maybe."""
+    """Return the asset's own value of a field; of the two fields for memory, the asset may set the other one."""
     name = field if field in mine else next(iter(_MEMORY & mine.keys()))
     return f"{name}={show_value(mine[name])}"
 

@@ -47,7 +47,7 @@ class Partition(_Part):
     qos: dict[str, Qos] = Field({}, description="QoS of this partition, the ordinary one first; empty: jobs need none.")
 
     def limits_of(self, qos: str | None) -> Qos:
-        """Return the limits of a QoS; none of one that is not known."""
+        """Return the limits of a QoS; an unknown QoS has none."""
         return self.qos.get(qos or "", Qos())
 
 

@@ -81,7 +81,7 @@ class JobEnd:
 
     @property
     def succeeded(self) -> bool:
-        """Whether its script ended with 0, and Slurm says nothing else."""
+        """Whether its script ended with 0, and Slurm calls it completed or has forgotten it."""
         return self.code == 0 and self.state in ("COMPLETED", "")
 
     @property
@@ -105,7 +105,7 @@ class TaskStates:
     """The state of the tasks of a job that a client follows."""
 
     waiting: int  # tasks that have not started yet
-    running: int  # tasks that have, and have not recorded their end
+    running: int  # tasks that have started, and have not recorded their end
     requeued: int  # tasks that have started, and wait to start again: they were preempted, or their node failed
     reason: str  # why tasks wait; `None` (the word) if none does
     start: datetime | None  # when the next one is expected to start, if Slurm knows
@@ -120,12 +120,12 @@ class Attempt:
     run: str  # its run directory
     number: int  # of the attempt
     job: str | None  # its job's id; None while sbatch has not answered, or if it was never submitted
-    over: bool  # whether all of its tasks are
-    tasks: Sequence[str]  # the tasks' ids by index, of the record; that of a single job is empty
+    over: bool  # whether all of its tasks are over
+    tasks: Sequence[str]  # ids of the tasks by index, as recorded; a single job has one empty id
     ends: Mapping[int, JobEnd]  # how tasks ended, by index
-    started: frozenset[int] = frozenset()  # indices of the tasks that have started, also of those that are over
+    started: frozenset[int] = frozenset()  # indices of the tasks that have started; some may be over
     requeued: frozenset[int] = frozenset()  # those of them that were cut short and are not over: Slurm runs them again
-    # Indices of the tasks whose results a step has rejected; that of a single job also if Slurm has refused it
+    # Indices of the tasks whose results a step has rejected; that of a single job (0) also if Slurm refused the job
     rejected: frozenset[int] = frozenset()
     followers: Sequence[str] = ()  # ids of the Dagster runs that submitted or adopted it
     record: Mapping[str, Any] | None = None  # what it was submitted with; None if there is no readable record
@@ -153,7 +153,7 @@ class OtherRun:
 class Questions:
     """What the client of a claim has to know before it submits a job."""
 
-    related: str = ""  # beginning of the submission keys of other runs; they are reported if their jobs may not be over
+    related: str = ""  # beginning of the submission keys of other runs: those whose jobs may not be over are reported
     data_root: str = ""  # DATA_ROOT; the answer has its absolute path
     # A request about the environment of a new attempt; see `RunEnvironment.request`
     environment: Mapping[str, Any] | None = None
@@ -165,10 +165,10 @@ class Questions:
 class Claim:
     """The state of a family of runs, and who acts on it."""
 
-    held_by: str | None  # the other client that does, in words; then nothing else is known
+    held_by: str | None  # the other client that acts on it, in words; then nothing else is known
     runs: str = ""  # the folder of all runs, as an absolute path
     data_root: str = ""  # DATA_ROOT, as an absolute path
-    # The latest attempt; of array jobs all, the latest last: several can be active at once
+    # The latest attempt; if the attempts are array jobs, all of them, the latest last: several can be active at once
     attempts: Sequence[Attempt] = ()
     others: Sequence[OtherRun] = ()  # further runs of the step
     # The answer to the request about the environment of a new attempt; None if it failed, or if the latest attempt is

@@ -29,7 +29,7 @@ _PIECE = 1 << 18
 _WRITE_SECONDS = 45.0  # for a peer that accepts no bytes any more
 PING_SECONDS = 15.0  # between two pings: the agent leaves a client that is silent for 60 s
 DEAD_SECONDS = 45.0  # a connection over which nothing comes for this long is given up
-# A login shell that starts no agent is given up after this long: as its profile hangs, it stays on the login node.
+# Seconds to wait for a login shell whose profile hangs: such a shell stays on the login node, and each try adds one.
 SHELL_SECONDS = 600.0
 HANGS = (
     "The login node answers, but its login shell has not started the agent yet. Find out what its profile waits for:\n"
@@ -100,7 +100,7 @@ class Channel(ABC):
         self._buffer += data
 
     def _no_agent(self) -> str:
-        """Return why there is no agent: what came on stderr and stdout in place of its greeting; empty if that came."""
+        """Return why there is no agent: what came on stderr and stdout; empty if its greeting came."""
         return "" if self._greeted else "\n".join(filter(None, (self._complaint(), self._banner)))
 
     def _cut(self) -> Frame | None:

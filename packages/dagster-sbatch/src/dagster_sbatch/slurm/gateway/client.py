@@ -144,7 +144,7 @@ class Gateway(Link):
     def usage_before_submitting(self, runs: str, since: datetime | None, seconds: float) -> Usage | None:
         """Return the usage as `usage` does, for a client that submits next; None if it does not come in time.
 
-        The user's clients get answers one at a time, each when the one before has submitted: it sees their jobs.
+        The user's clients get their answers one after another: an answer counts the jobs of the client before it.
         """
         said = self.ask_once(seconds, do="usage.usage", runs=runs, since=since and since.timestamp())
         return None if said is None else Usage.parse(said, since)
@@ -198,8 +198,8 @@ class Gateway(Link):
 
         `run`: the run directory; its last part is the submission key, which is the job's name. `files`: content by
         name; one is `job.sh`. None: the run exists already. `follower`: id of the Dagster run; the agent records it in
-        the run directory. Empty: nothing is submitted. `task`: the index of the only one that is followed, in an array
-        job.
+        the run directory. Empty: nothing is submitted. `task`: of an array job, the index of the only task that is
+        followed.
         Raises RefusedError: sbatch refused the job, another run exists under that key, or there is no such run.
         Raises RemovedError: somebody has removed the run directory; the job is cancelled.
         Raises StoppedError: `stop` was set; the job still runs.

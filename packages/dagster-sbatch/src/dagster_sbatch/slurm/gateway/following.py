@@ -34,7 +34,7 @@ class JobToFollow:
 
 
 class JobHandler:
-    """Names the jobs of a step, and gets all that comes of them. All calls are made by one thread.
+    """Chooses the jobs of a step, and gets all that they report. One thread calls all methods.
 
     A subclass has `take` and the other methods that it needs: by default, `refused` raises, and the others do nothing.
     `run` is a run directory, `task` the index of a task in its job.
@@ -43,14 +43,14 @@ class JobHandler:
     def take(self) -> JobToFollow | None:
         """Return the next job to follow now; None: none now, or no more.
 
-        It is asked at the start, and after each call of `submitted`, `refused`, `ended` and `over`.
+        It is called at the start, and after each call of `submitted`, `refused`, `ended` and `over`.
         """
         raise NotImplementedError
 
     def request_before(self) -> Callable[[], None] | None:
-        """Return what requests something that the next `take` needs; None if it needs nothing.
+        """Return a function that asks the agent for what the next `take` needs; None if that needs nothing.
 
-        No other method may make requests: they would get among the answers.
+        The other methods must not ask the agent: the link is busy with the answers about the jobs.
         """
         return None
 
@@ -101,10 +101,10 @@ class _Followed:
 
 
 def follow_jobs(link: Link, handler: JobHandler, follower: str) -> None:
-    """Submit jobs and follow their tasks, until there is no further one and all are over.
+    """Submit jobs and follow their tasks, until `take` returns no further job and all are over.
 
     `follower`: id of the Dagster run; the agent records it in the run directories. Empty: nothing is submitted.
-    Raises RefusedError: the agent cannot act at all; that Slurm refuses one job is no error here.
+    Raises RefusedError: the agent cannot act at all. A job that Slurm refuses goes to `handler.refused`.
     Raises StoppedError: `stop` was set; the jobs still run.
     """
     active: dict[str, _Followed] = {}
@@ -119,7 +119,7 @@ def follow_jobs(link: Link, handler: JobHandler, follower: str) -> None:
 
 
 def _follow(link: Link, handler: JobHandler, active: dict[str, _Followed], follower: str) -> None:
-    """Follow jobs until all are over, or another request comes before; a second call continues where one ended."""
+    """Follow jobs until all are over, or the handler has another request; the next call continues from there."""
     runs = list(active)
     requests = [active[run].request(follower) for run in runs]
 
@@ -217,7 +217,7 @@ class SingleTask(JobHandler):
             self._report(state=state.shown, reason=state.reason, start=state.start, account=state.account, **nowhere)
 
     def started(self, run: str, task: int, node: str, temporary: str) -> None:  # noqa: ARG002, D102 - see JobHandler
-        self._state = replace(self._state, node=node, temporary=temporary, idle=None)  # what it says of the job follows
+        self._state = replace(self._state, node=node, temporary=temporary, idle=None)  # the job's state follows
 
     def idle(self, run: str, task: int, seconds: float) -> None:  # noqa: ARG002, D102 - see JobHandler
         self._report(idle=seconds)

@@ -25,7 +25,7 @@ MOST_LOGINS, LOGINS_SECONDS = 15, 600.0
 """A link that has opened this many connections within this many seconds waits LONGEST_PAUSE before each further one."""
 BROKEN_TRIES = 4  # after this many broken answers in a row, a request fails
 DENIED_PAUSE, DENIED_PATIENCE = 60.0, 86400.0
-"""For a login node that has let this client in and now refuses it: somebody may fix that while the job runs."""
+"""Seconds between tries, and since the last login, while the login node refuses this client: a person may fix that."""
 PYTHON_ADVICE = (
     "The agent needs Python 3.6 or newer. Name one in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES, "
     "or load one in its setup_commands."
@@ -86,7 +86,7 @@ class Link:
         self._opened: deque[float] = deque(maxlen=MOST_LOGINS)
         self._advanced = False
         self._channel: Channel | None = None
-        self._hold = -1  # the number of its request for the claim
+        self._hold = -1  # number of the request that renews the claim over this connection
 
     def close(self) -> None:
         """End the connection."""
@@ -114,8 +114,8 @@ class Link:
     ) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Generate the answers as `exchange` does, and pass on what jobs write.
 
-        `requests`: whose `offsets`, by task, are kept current. `find_sinks`: returns the sinks of a task, by the index
-        of the request and its own.
+        `requests`: this keeps their `offsets`, by task, current. `find_sinks`: returns the sinks of a task, from the
+        index of the request and that of the task.
         """
         for which, head, data in self.exchange(requests):
             if "file" not in head:

@@ -12,7 +12,7 @@ GPU = "gres/gpu"
 Tres = Mapping[str, int]
 """Numbers of Slurm's trackable resources by name: cpu, node, billing, gres/gpu, ...
 
-One that Slurm does not account for is missing, which is no 0."""
+A resource that Slurm does not account for is missing, which does not mean 0."""
 
 
 def parse_tres(text: str, tracked: Sequence[str] = ()) -> Tres:
@@ -105,7 +105,7 @@ class Usage:
 
     user: str  # on the supercomputer
     projects: Sequence[str]  # of the user; empty if the accounting did not answer
-    default: str  # project that a job is charged to which names none; empty if not known
+    default: str  # project of a job that names none; empty if not known
     since: datetime | None  # jobs that ended before are not in it; None if the jobs were not asked for
     now: datetime  # by the clock of the login node
     jobs: Sequence[JobLife] | None  # what has begun; None if the accounting did not answer, or was not asked

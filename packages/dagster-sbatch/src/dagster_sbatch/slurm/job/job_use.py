@@ -13,7 +13,7 @@ class Usage:
 
     def __init__(self, nodes, gpus, now):
         self.nodes, self.gpus, self.begun = nodes, gpus, now
-        self.memory, self.gpu_memory, self.cpu = {}, {}, {}  # by node: the most, the most of a GPU, and until now
+        self.memory, self.gpu_memory, self.cpu = {}, {}, {}  # by node: most memory, most of a GPU, CPU time so far
         self.gpu_sum, self.gpu_count = 0.0, 0
         self.idle_since, self.seen = {}, {}  # by node: when its GPUs began to be idle, and when they were read
         self.latest = {}  # by node: GPU utilization, CPUs in use, memory
@@ -21,7 +21,7 @@ class Usage:
         self.points, self.every, self.pending = [], 1, []
 
     def add(self, node, now, memory, cpu, gpus):
-        """Add a sample of a node; None is not known."""
+        """Add a sample of a node; None stands for an unknown number."""
         if memory is not None:
             self.memory[node] = max(self.memory.get(node, 0), memory)
         if cpu is not None:
@@ -29,7 +29,7 @@ class Usage:
         known, sizes = known_columns(gpus) if gpus else ([], [])
         if gpus and len(sizes) == self.gpus:
             self.gpu_memory[node] = max(self.gpu_memory.get(node, 0), *sizes)
-        if gpus and len(known) < self.gpus:  # that of some is not known, nor is their mean
+        if gpus and len(known) < self.gpus:  # some are not known, so the mean is not either
             known = []
             self.idle_since.pop(node, None)
         utilization = sum(known) / len(known) if known else self.latest.get(node, (None,))[0]
@@ -70,7 +70,7 @@ class Usage:
     def point(self, now):
         """Add a point to the series: mean GPU utilization, CPUs in use, most memory of a node.
 
-        There is none while a node is not known: CPUs in use would be those of the other nodes.
+        No point is added while the numbers of a node are not known: the sum of CPUs in use would lack them.
         """
         if not self.all_sampled(now):
             return
@@ -87,7 +87,7 @@ class Usage:
             self.every *= 2
 
     def document(self, now, series):
-        """Return all of it; without the numbers of which a node does not know its part."""
+        """Return all numbers, except those to which a node cannot add its part."""
         found = {"seconds": round(now - self.begun, 1)}
         if not self.all_sampled(now):
             return found

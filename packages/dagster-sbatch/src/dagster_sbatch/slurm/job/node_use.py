@@ -99,7 +99,7 @@ class Processes:
     def scan(self):
         """Read the processes that there are now.
 
-        One counts as another job's if it is so twice: Slurm may be about to start it, or its parent comes after it.
+        It takes two scans to count one as another job's: Slurm may be about to start it, or its parent comes after it.
         """
         pids = {int(name) for name in os.listdir(PROC) if name.isdigit()}
         self.members &= pids

@@ -32,7 +32,7 @@ class Sampler:
     def __init__(self, gpus):
         self.node, self.gpus = Node(os.environ["SLURM_JOB_ID"]), Gpus(gpus)
         self.parent = os.getppid()
-        self.inputs = {0: self.asked}  # what reads a descriptor, and is given its data
+        self.inputs = {0: self.asked}  # by descriptor: the function that gets its data
         self.pauses = list(FIRST_PAUSES)
         self.due = 0.0
 
@@ -47,7 +47,7 @@ class Sampler:
                 self.sample(now)
                 self.due = now + (self.pauses.pop(0) if self.pauses else SAMPLE_SECONDS)
             ready, _, _ = select.select(list(self.inputs), [], [], max(self.due - now, 0.0))
-            for descriptor in sorted(ready, reverse=True):  # before an answer, what has come is counted
+            for descriptor in sorted(ready, reverse=True):  # samples that have come count in an answer
                 data = os.read(descriptor, 65536)
                 if not data and descriptor == 0:
                     return
@@ -66,7 +66,7 @@ class OtherNode(Sampler):
     """On another node of the job."""
 
     def asked(self, data):
-        """Nobody asks here."""
+        """Do nothing: nobody asks this node."""
 
     def sample(self, now):
         """Print a sample."""
@@ -147,7 +147,7 @@ class FirstNode(Sampler):
             pass
 
     def cancelled(self):
-        """Return whether it has cancelled the job, or is doing so; if Slurm did not answer, it tries again."""
+        """Return whether this program has cancelled the job, or is doing so; False after a scancel that failed."""
         return self.scancel is not None and (self.scancel.poll() or 0) <= 0  # SIGTERM also ends scancel in the job
 
     def end_job(self):
@@ -169,7 +169,7 @@ class FirstNode(Sampler):
 
 
 def main():
-    """Run one of both kinds."""
+    """Run the sampler of the first node, or that of another one."""
     # Slurm may send SIGTERM to all processes of a job: the batch script still asks this one. Programs that this one
     # starts have the default again.
     signal.signal(signal.SIGTERM, lambda *_: None)

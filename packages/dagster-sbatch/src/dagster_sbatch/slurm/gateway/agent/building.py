@@ -115,7 +115,7 @@ def install(ask, content, say):
         unpack(ask, python, os.path.join(new, "requirements.txt"), say)
         say(progress="compiling")
         compiler = (python, "-I", "-m", "compileall", "-q", "-j", str(COMPILERS), library)
-        in_setup(ask, 'exec "$@"', *compiler)  # it fails where a file is only a template for one
+        in_setup(ask, 'exec "$@"', *compiler)  # it fails for a file that is only a template of a module
         remove_sealed(os.path.join(new, "bin"))  # its commands name this folder; programs start by `python -m`
         os.unlink(os.path.join(new, "pyvenv.cfg"))
         store(os.path.join(new, "packages.json"), {"wheels": sorted(ask["wheels"])})

@@ -56,7 +56,7 @@ def inherit(agent, path, mine, say):
 
 
 def attempts_of(folder, family):
-    """Return the last attempt of a family; of array jobs all, the last at the end: several can be active at once."""
+    """Return the latest attempt of a family; of array jobs, all (several can be active at once), the latest last."""
     endings = [name[len(family) + 1 :] for name in os.listdir(folder) if name.startswith(family + "-")]
     numbers = sorted(int(text) for text in endings if text.isdigit())
     paths = [os.path.join(folder, "%s-%d" % (family, number)) for number in numbers]
@@ -64,13 +64,13 @@ def attempts_of(folder, family):
 
 
 def runs_of(folder, beginning):
-    """Return the names of runs that have a beginning."""
+    """Return the names of the runs that begin with a text, in order."""
     names = sorted(os.listdir(folder)) if beginning else ()
     return [name for name in names if name.startswith(beginning) and name.rpartition("-")[2].isdigit()]
 
 
 def others(folder, family, beginning):
-    """Return runs whose names have a beginning, of other families, if their job may not be over."""
+    """Return the runs of other families whose names begin with a text and whose jobs may not be over."""
     found = []
     for name in runs_of(folder, beginning):
         run, its = os.path.join(folder, name), name.rpartition("-")[0]

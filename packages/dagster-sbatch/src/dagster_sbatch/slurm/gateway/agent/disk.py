@@ -151,7 +151,7 @@ def own(folder):
 
 
 def check(folder):
-    """Refuse a folder that others own or can write to, or whose base path they do.
+    """Refuse a folder if others own it or can write to it, or to the base path around it.
 
     OSError: with the command that fixes it.
     """

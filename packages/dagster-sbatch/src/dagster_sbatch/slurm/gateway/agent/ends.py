@@ -42,7 +42,7 @@ def is_final(end, started, run):
     """Return whether nothing more can come of what is over: it has its own record, never started, or ended a while ago.
 
     started: whether it has said so
-    run: its run directory, where is noted since when it is over without a time of Slurm, as what Slurm has forgotten
+    run: its run directory; since when it is known to be over is noted there if Slurm has no time of its end
     """
     recorded = "code" in end and not may_be_success(end)  # else the record is of an earlier start, which was cut short
     if recorded or (end["state"] and end["times"][1] is None and not started):
@@ -61,7 +61,7 @@ def noted(mark):
 
 
 def may_be_success(end):
-    """Return whether only the own record is missing."""
+    """Return whether Slurm calls it completed, and only its own record is missing."""
     return end["state"] == "COMPLETED" and end.get("code") is None
 
 
@@ -72,8 +72,8 @@ def verdicts(job, key, count=1, wanted=SINGLE, started=SINGLE):
 
     count: of the array job's tasks
     wanted: the indices to ask for
-    started: those that have started. If Slurm has no record of another one, that was cancelled while it waited
-    A task that is over has what `over` returns, one that is not has None.
+    started: those that have started. Another one of which Slurm has no record was cancelled while it waited
+    For a task that is over, Slurm's answer is what `over` returns; for any other it is None.
     """
     found, known, trouble = {}, False, None
     try:
@@ -105,7 +105,7 @@ def verdicts(job, key, count=1, wanted=SINGLE, started=SINGLE):
 
 
 def ask_controller(job, key, count, wanted):
-    """Return states by index, that of waiting tasks that were all cancelled, and whether Slurm knows the job."""
+    """Return ends by index, the end of the waiting tasks if all were cancelled, and whether Slurm knows the job."""
     found, rest, known = {}, None, False
     for line in ask_slurm("scontrol", "-o", "show", "job", job).splitlines():
         text = TASK_ID.search(line)
@@ -124,7 +124,7 @@ def ask_controller(job, key, count, wanted):
 
 
 def ask_accounting(job, key, wanted):
-    """Return states by index, and whether the accounting knows the job."""
+    """Return ends by index, and whether the accounting knows the job."""
     rows = rows_of("sacct", "-X", "-n", "-P", "-j", job, "-o", ENDED)
     rows = [row for row in rows if row[6] == key]
     found = {}

@@ -14,13 +14,13 @@ from .task_states import OVER
 from .tasks import Tasks
 
 READS_PER_SECOND = 100.0  # of tasks, however many run; each opens four files
-SHARE = 20  # a command of Slurm that took a second is not repeated for this many: for many tasks, its answers are long
+SHARE = 20  # pause after a command of Slurm, in times its duration: for many tasks, its answers are long
 PAUSE_PER_TASK = 1e-5  # seconds: of many tasks, going through all takes long
 REPORT_EVERY = 1.0  # seconds between two reports of how many tasks wait and run
 
 
 class Task:
-    """A task that has started, or has ended without: its streams from an offset on, and its own record.
+    """A task that has started, or has ended without a start: its streams from an offset on, and its own record.
 
     began   when it last started
     idle    its own record of idle GPUs
@@ -119,7 +119,7 @@ class Follower:
         self.listed = now + max(pause_after(now - self.news), SHARE * (time.time() - now))
 
     def schedule(self, index, at):
-        """Have a task read, unless it is going to be; return it."""
+        """Have a task read at a time, unless that is planned already; return it."""
         if index not in self.active:
             self.active[index] = Task(self.tasks, index, self.offsets.pop(index, {}), at)
         task = self.active[index]
@@ -192,7 +192,7 @@ class Follower:
             self.say(state=dict(state, account=project))
 
     def waits_again(self, index):
-        """Return whether a task that squeue has shown as waiting has started before that."""
+        """Return whether a task had started before squeue showed it as waiting."""
         task = self.active[index]
         return index not in self.over and task.heard < self.viewed
 
@@ -202,7 +202,7 @@ class Follower:
         return self.left <= self.recorded | set(self.over) and not self.left <= self.requeued | set(self.over)
 
     def find_ends(self):
-        """Ask Slurm which tasks are over: at once when all have recorded that, else seldom, and if one may be."""
+        """Ask Slurm which tasks are over: at once when all have recorded that, else seldom, and only if one may be."""
         since, open_ones = time.time() - self.asked, self.left - set(self.over)
         unseen = since > UNSEEN and time.time() - self.queue.view["at"] > UNSEEN
         if not unseen:

@@ -76,7 +76,7 @@ def run(ask, *command):
 def choose(ask):
     """Return the interpreter for an environment; remembered for a day, per machine, while its file is the same.
 
-    In place of a fixed one, a request may name the folder that has its bin/python.
+    A request may name an interpreter, or the folder that has its bin/python.
     """
     inside = ask["python"] and os.path.join(ask["python"], "bin", "python")
     if inside and inode_of(inside):

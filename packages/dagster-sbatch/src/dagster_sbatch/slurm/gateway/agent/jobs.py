@@ -197,7 +197,7 @@ def run(agent, ask, say):
     files: None if the run exists already
     follower: the Dagster run that follows the job; empty for `scripts/job`, which submits nothing
     tasks: those to follow
-    known: the answer with the job that this client has had before; None: none yet
+    known: the answer in which this client has already got the job; None: it has not
     """
     path, _ = locate(ask)
     agent.followers[path] = me = object()
@@ -240,7 +240,7 @@ def await_job(_, ask, __, current):
 def cancel(agent, ask, _):
     """Cancel a run's job, and wait until it is over. A run that has no job will never get one.
 
-    job: that the client knows: the run directory may have been removed
+    job: its id, if the client knows that: the run directory may have been removed
     """
     run, key = locate(ask)
     with agent.finishing():

@@ -36,7 +36,7 @@ class Location:
     def wait(self):
         """Return once the run directory is there, or the client has given up.
 
-        RemovedError: it was not for a while, and a folder above it is: so the file system is there
+        RemovedError: it has been missing for a while, but a folder above it is there: so the file system works
         OSError: that cannot be known now
         """
         since, said = None, None

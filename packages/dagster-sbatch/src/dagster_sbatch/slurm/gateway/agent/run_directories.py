@@ -9,7 +9,7 @@ KEY/            0700; its name is the submission key, and the job's name
   cause         why it failed, in a sentence, if something in the job knows more than the exit code
   end           how it ended, by the job's own record and Slurm's
   cancelled     it must not be submitted any more
-  forgotten     it is over, and Slurm has no time of its end, since the time of this file
+  forgotten     since the time of this file, it is known to be over, and Slurm has no time of its end
   failed        a step rejected its result, or the next attempt was submitted
   follower-ID   a Dagster run that submitted or adopted it
 """
@@ -77,7 +77,7 @@ def lay_out(run, files):
 
 
 def digest(files):
-    """Return what differs between two submissions under one key."""
+    """Return a digest of a submission's files, to tell two submissions under one key apart."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest().encode()
 
 
@@ -109,7 +109,7 @@ def settle(run, job):
 def attempt_of(run, certain=False):
     """Return what is known of a run and its tasks; `over`: whether all of them are. A single job is a task without id.
 
-    certain: a task is not over that Slurm calls complete, while its own record may still appear (NFS shows it later)
+    certain: a task that Slurm calls complete is not over while its own record may still appear (NFS shows it later)
     RequestError: Slurm does not answer, and some task's end is not recorded.
     """
     job, tasks, ends = job_of(run), Tasks(run), {}
@@ -121,7 +121,7 @@ def attempt_of(run, certain=False):
             raise trouble
     record, started, number = record_of(run), tasks.started(), run.rpartition("-")[2]
     ids = [task["id"] for task in (record or {}).get("tasks", ())] if tasks.array else [""]
-    judged = started.union(ends) if tasks.array else SINGLE  # also if Slurm has refused it
+    judged = started.union(ends) if tasks.array else SINGLE  # one that Slurm refuses is rejected without a start
     return {
         "run": run,
         "number": int(number) if number.isdigit() else 0,

@@ -34,7 +34,7 @@ class Queue:
         self.wanted.set()
 
     def refresh(self, folder, anew=False):
-        """Bring the view up to date; `anew`: however new it is."""
+        """Bring the view up to date; `anew`: even if it is fresh."""
         path = os.path.join(folder, ".queue-%s.json" % os.uname()[1])
         try:
             own(folder)

@@ -16,7 +16,7 @@ OTHERS = ("SACCT_", "SBATCH_", "SCANCEL_", "SCONTROL_", "SQUEUE_", "SLURM_")
 ACCOUNT = re.compile(r"^#SBATCH --account=", re.M)
 FIELD = re.compile(r"(\w+)=(\S*)")
 SETTING = re.compile(r"^(\w+)\s*=\s*(.*?)\s*$", re.M)
-UNSEEN = 60.0  # seconds without an answer of squeue, after which an agent asks Slurm about its own job, as often
+UNSEEN = 60.0  # seconds without an answer of squeue, after which, and as often, an agent asks Slurm about its own job
 LAG = 15.0  # seconds to wait for a job's own record of its end, once Slurm says that it is over
 COMMAND_PATIENCE, SBATCH_PATIENCE = 60.0, 120.0
 CANCEL_EVERY = 0.5
@@ -31,7 +31,7 @@ def environment(script=""):
 
     script: a job for sbatch.
     """
-    # With the second, Slurm does not cut off the indices of an array's waiting tasks.
+    # With SLURM_BITSTR_LEN=0, Slurm does not cut off the indices of an array's waiting tasks.
     return dict(for_sbatch(os.environ, script), SLURM_TIME_FORMAT="%s", SLURM_BITSTR_LEN="0")
 
 
@@ -193,14 +193,14 @@ def await_end(ask, is_over):
 def account(job, fields, ran, tasks=None):
     """Return sacct's rows of a job that is over and of its steps, once sacct knows that all of them are over.
 
-    tasks: of an array job, the indices that count; without an answer in time, the rows of those that are over
-    Give up after 5 % of the time for which the job ran: sacct lags, and a short job must not wait for it.
+    Give up after 5 % of the time for which the job ran, with the rows of what is over: sacct lags, and a short job must
+    not wait for it. tasks: of an array job, the indices that count.
     """
     until, pause, complete = time.time() + min(0.05 * ran, 5), 0.05, []
     while until - time.time() > ACCOUNTING_TAKES:
         try:
             rows = rows_of("sacct", "-n", "-P", "-j", job, "-o", fields, patience=until - time.time())
-        except RequestError:  # it does without
+        except RequestError:  # the end is reported without these rows
             break
         groups = {}
         for row in rows:

@@ -7,7 +7,7 @@ from .job_record import MESSAGES
 from .transfer import CHUNK
 
 HOLE = 10.0  # seconds for which NUL bytes are held back: on NFS, a node may not have written those bytes yet
-LONGER = 4  # times as long in a file that has none otherwise: a node that has lost power never writes those bytes
+LONGER = 4  # times as long for messages, which have no NUL bytes: a node without power never writes what is missing
 MOST_CHUNKS = 8  # of one stream in a row, so that none starves another
 
 

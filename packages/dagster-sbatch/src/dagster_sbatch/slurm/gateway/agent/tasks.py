@@ -20,7 +20,7 @@ from .streams import Stream
 CONTENTS, FOLDER, ENDS, LOCK, END = "tasks.jsonl", "tasks", "ends.json", "ends.lock", "end"
 STARTED = ".started"
 RECORDED = ("account", "cause", "code", "exit", "node", "state", "time", "times", "usage")  # of an end, in ends.json
-# Of the ends of several tasks, the one that is the array job's.
+# States of tasks, the worst first: the worst one of its tasks is that of the array job.
 WORST = "NODE_FAIL BOOT_FAIL OUT_OF_MEMORY TIMEOUT DEADLINE FAILED PREEMPTED REVOKED CANCELLED".split() + [""]
 
 
@@ -112,7 +112,7 @@ class Tasks:
     def all_ends(self, job):
         """Return the ends of all tasks that are over, by index, and the error that leaves others undecided.
 
-        Ends that are certain are recorded: without a task's own record, one may still appear for a while.
+        Only certain ends are recorded: a task's own record may still appear for a while.
         """
         if not self.missing():
             return self.ends, None

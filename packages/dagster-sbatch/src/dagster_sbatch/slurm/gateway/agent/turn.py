@@ -43,7 +43,7 @@ class Turn:
         limit.start()
 
     def end(self, file=None):
-        """Let the next call have its turn; `file`: if it is still the turn that has this one."""
+        """Let the next call have its turn; `file`: only if this is still the turn that opened it."""
         with self.changing:
             if self.file and file in (None, self.file):
                 self.file.close()

@@ -7,7 +7,7 @@ from .disk import RequestError
 from .slurm_commands import SETTING, ask_slurm, configuration, here, period, projects_here, rows_of, user
 
 ALLOCATION = "JobID,State,User,Account,Start,End,ElapsedRaw,AllocTRES,Partition,JobName,Comment".split(",")
-# and their widths
+# Fields of squeue, and the widths of their columns.
 QUEUED = (("State", 30), ("UserName", 64), ("Account", 64), ("TimeLeft", 30), ("TimeLimit", 30), ("tres-alloc", 512))
 SHARE = "Account,User,GrpTRESMins,GrpTRESRaw,TRESRunMins"
 MOST_LEVELS = 10  # of projects, one above the other
