@@ -54,12 +54,12 @@ def inputs_of(
 class Choice:
     """What a step does with its tasks that are not done."""
 
-    # Run directories of earlier attempts, each with the indices of its tasks there, by the task's index
+    # Earlier attempts that the step adopts, by run directory: the index of each task here, by its index there
     follow: Mapping[str, Mapping[int, int]]
     ended: int  # how many of these tasks are over
     new: Sequence[int]  # indices of the tasks that have to be submitted
-    # Run directories of earlier array jobs, each with the indices there of tasks that are not over and that no task of
-    # this array is: their values, or the data that they read, are others now; or their partitions are done
+    # Tasks of earlier array jobs that run or wait in vain: their indices in the job, by run directory. Their values or
+    # the data that they read have changed since, or their partitions are done
     outdated: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 

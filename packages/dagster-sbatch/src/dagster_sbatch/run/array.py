@@ -134,7 +134,7 @@ def make_tasks(array: JobArray, partitions: Sequence[str]) -> tuple[Task, ...]:
 
 
 def _name_chunks(chunks: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Return a name for each; one that another has gets a number: `a..b` may be a partition, too."""
+    """Return a name for each chunk; a name that is taken gets a number: `a..b` may be a partition, too."""
     names: set[str] = set()
     for chunk in chunks:
         name = name_range(chunk)

@@ -16,7 +16,7 @@ class ArrayProgress:
     def __init__(self, total: int, done: int, log: Callable[[str], None]) -> None:
         self._total, self._log = total, log
         self.done, self.failed = done, 0
-        self.started: set[int] = set()  # and are not over
+        self.started: set[int] = set()  # tasks that have started, and are not over
         # How many of `started` run; None: all of them. The others have ended, which Slurm has not confirmed yet.
         self.running: int | None = None
         self.requeued = 0  # how many of `started` wait to start again

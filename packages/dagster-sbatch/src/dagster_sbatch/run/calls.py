@@ -67,7 +67,7 @@ class StepCalls:
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """Prepare a call of which it is not known yet which job it may adopt."""
+        """Mark, while this context lasts, that a call is prepared: the job that it may adopt is not known yet."""
         with self._lock:
             self._preparing += 1
         try:

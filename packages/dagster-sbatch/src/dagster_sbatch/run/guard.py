@@ -9,7 +9,7 @@ from dagster_sbatch.slurm import Allocation
 from dagster_sbatch.slurm.gateway import Gateway
 
 ANSWER_SECONDS = 40.0
-"""For Slurm to say what the project has left: ten, after up to 30 for calls that are being submitted."""
+"""Time to ask what the project has left: 10 s for Slurm, after up to 30 s for calls that are submitted first."""
 
 
 def check_cost(allocation: Allocation, settings: Settings, tasks: int = 1) -> None:

@@ -44,7 +44,7 @@ def group_of(instance: dg.DagsterInstance, root: str) -> dict[str, dg.RunRecord]
 def runs_since(instance: dg.DagsterInstance, root: str, followers: Collection[str]) -> set[str]:
     """Return the runs that followed a job, and those of its group since: they may have replaced its result.
 
-    Of a group in which no follower is known any more, all runs.
+    If no follower is known any more, these are all runs of the group.
     """
     created = {each: record.create_timestamp.timestamp() for each, record in group_of(instance, root).items()}
     last = max((created[each] for each in followers if each in created), default=0.0)

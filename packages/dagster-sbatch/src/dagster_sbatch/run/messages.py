@@ -32,7 +32,7 @@ class MessageParser:
 
     def _begin(self) -> None:
         """Forget everything: the job begins, for the first time or once more."""
-        self.exit_code_decides = False  # and not the Pipes sessions, as the launcher says
+        self.exit_code_decides = False  # not the Pipes sessions; the launcher says so
         self.opened = False  # whether a process has opened a session
         self.open = 0  # sessions; a process that the workload starts may open one of its own
         self.exception: Mapping[str, Any] | None = None  # that ended an outermost session

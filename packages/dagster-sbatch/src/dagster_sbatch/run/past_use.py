@@ -11,7 +11,7 @@ from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.task_results import MOST_ROWS
 
 MOST_RESULTS = 100  # materializations of an asset that are read, the latest ones
-SHORTEST_JOB = 10  # seconds: reading them takes some 15 ms, a thousandth of that
+SHORTEST_JOB = 10  # seconds; reading past uses takes some 15 ms, a thousandth of that
 PROPOSAL = "proposal"  # name of the metadata
 
 

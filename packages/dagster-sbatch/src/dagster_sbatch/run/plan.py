@@ -49,7 +49,7 @@ class Plan:
     tasks: tuple[Task, ...] = ()  # of the array
     # As the asset passed it: a group of packages, or the path of an interpreter; None: the default
     environment: str | None = None
-    # The one that the allocation was made from: as the asset, and a batch script with it, wrote it
+    # The request as the asset wrote it, completed from a batch script's lines; the allocation is made from it
     request: SlurmRequest = field(default_factory=SlurmRequest)
 
 
@@ -110,7 +110,7 @@ def _allocate(plan: Plan, settings: Settings) -> Plan:
     plan = with_request(plan, plan.request, settings)
     request = plan.allocation.request
     check_retries(request)
-    if plan.array and (plan.request.qos or not settings.qos):  # in a QoS of the environment, tasks wait
+    if plan.array and (plan.request.qos or not settings.qos):  # in the QoS of SLURM_QOS, the others wait
         _check_running_tasks(plan.array, plan.allocation)
     notes = [*plan.allocation.notes, *plan.notes]
     if settings.deployment == "production_supercomputer" and (request.qos or "").startswith("dev_"):

@@ -29,7 +29,7 @@ from dagster_sbatch.slurm.waiting import advise
 MOST_REPEATED = 8
 """Array jobs at once whose tasks are repeated with a changed request: tasks that fail meanwhile share the next one."""
 _SLURM_REPEATS = (Fault.NODE, Fault.AGAIN)
-"""After these, Slurm may start the same task again; a rejected one ends at once."""
+"""After these faults, Slurm may start the same task again: then a task that is marked as rejected ends at once."""
 
 
 @dataclass
@@ -176,7 +176,7 @@ class RemoteArray(RemoteStep, JobHandler):
     def refused(self, run: str, text: str) -> None:  # noqa: D102 - see JobHandler
         array_job = self._jobs_by_run.pop(run)
         del self._runs[run]
-        if run != self._submitting:  # an earlier run made it, which Slurm has never accepted
+        if run != self._submitting:  # adopted from an earlier run: Slurm had never accepted it
             for index in array_job.tasks.values():
                 self._series[index].request = self._planned.request
                 self._batches.left.append(index)
@@ -184,7 +184,7 @@ class RemoteArray(RemoteStep, JobHandler):
         self._submitting = None
         error = RefusedError(text)
         self._refused |= dict.fromkeys(array_job.tasks.values(), error)
-        if array_job.request == self._planned.request:  # otherwise it may accept that of other tasks
+        if array_job.request == self._planned.request:  # a changed request may be the reason
             self._refusal = error
         self._array.store_completed()
 

@@ -186,7 +186,7 @@ class RemoteStep(ABC):
     def _find_environment(self, answer: Mapping[str, Any] | None = None, tasks: int = 1) -> Environment:
         """Return the environment of new jobs; see `RunEnvironment.find`.
 
-        `tasks`: of an array, that would be submitted; 0: none that cost more than was compared before.
+        `tasks`: how many of an array would be submitted; 0: only tasks whose cost was compared before.
         Raises ConfigurationError: there is none, or the project has not enough left.
         """
         found = self._environment.find(self._log.info, answer)

@@ -42,7 +42,7 @@ def _window(step: dg.OpExecutionContext, partitions: Sequence[str]) -> dict[str,
 
 
 def _upstream_runs(step: dg.OpExecutionContext) -> Mapping[str, str]:
-    """Return the runs of ops. That of an asset does not count: its data version does, whatever the run selects."""
+    """Return the runs of ops. For an asset, its data version counts and not its run, whatever the run selects."""
     inputs, silent = step.get_step_execution_context().step.step_inputs, _silent_inputs(step)
     ops = {name for name, asset in silent.items() if asset is None}
     keys = {key for each in inputs if each.name in ops for key in each.dependency_keys}

@@ -33,7 +33,7 @@ class TaskResult:
     def of_partitions(
         self, assets: Iterable[dg.AssetKey], *, versions: bool
     ) -> dict[tuple[str, dg.AssetKey], dict[str, Any]]:
-        """Return the metadata of each of its partitions, by asset; its costs are with the first of both, only.
+        """Return the metadata of each of its partitions, by asset; the first partition of the first has the costs.
 
         `versions`: whether data versions are among them: Dagster stores one per asset and step.
         """

@@ -19,7 +19,7 @@ _BINARIES = (b"\x7fELF", *FOREIGN)
 FIRST_LINE = re.compile(rb"#![ \t]*/")
 _FOLDER = Path(__file__).parent / "job"
 _PROGRAMS = ("run_program.py", "pipes_command.py")
-_THERE = "program"  # their folder in the run directory
+_THERE = "program"  # folder of these programs in the run directory
 
 
 class CommandLauncher(Launcher):
@@ -36,7 +36,7 @@ class CommandLauncher(Launcher):
     key: ClassVar[str] = "command"
     runs_python: ClassVar[bool] = False
     options: ClassVar[tuple[str, ...]] = ()
-    """Of run_program.py."""
+    """Options of run_program.py."""
 
     def check_program(self, program: Path) -> None:  # noqa: D102 - see Launcher
         check_text(program)

@@ -189,7 +189,7 @@ def materialize(pipes: PipesContext, arguments: argparse.Namespace) -> None:
 
 
 def _refuse_partition(pipes: PipesContext, partition: str, asset: str | None) -> None:
-    """Refuse a partition or an asset that this run does not have: Dagster would, when the program has ended."""
+    """Refuse a partition or an asset that this run lacks: Dagster would refuse it only after the program's end."""
     known, keys = pipes.asset_keys, pipes.extras.get("partition_keys") or ()
     if asset not in (known if len(known) > 1 else (None, *known)):
         raise DagsterPipesError(f"The assets of this step are {', '.join(known)}. Name one of them: --asset KEY")
@@ -211,7 +211,7 @@ def check(pipes: PipesContext, arguments: argparse.Namespace) -> None:
 
 
 def _refuse_undeclared(name: str, asset: str | None) -> None:
-    """Refuse a check that the step does not declare: Dagster would, when the program has ended."""
+    """Refuse a check that the step does not declare: Dagster would refuse it only after the program's end."""
     folder = Path(decode_param(os.environ[DAGSTER_PIPES_CONTEXT_ENV_VAR])["path"]).parent
     path = folder / CHECKS
     if not path.exists():

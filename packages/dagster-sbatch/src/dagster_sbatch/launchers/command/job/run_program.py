@@ -33,13 +33,13 @@ MACHINES = {0x03: "i386", 0x15: "ppc64le", 0x28: "arm", 0x3E: "x86_64", 0xB7: "a
 RUN_PIPES = (
     "import runpy, sys; sys.path.append(sys.argv[1]); del sys.argv[:2]; runpy.run_path(sys.argv[0], {}, '__main__')"
 )
-"""In a container, dagster_pipes is not among the packages of its Python."""
+"""Runs a program with another folder on its path: in a container, Python lacks dagster_pipes."""
 LOGIN_SHELL = re.compile(r"/\S*/(env -S ?)?(ba|da|k|z)?sh (-[a-z]*l[a-z]*|--login)")
-"""Interpreter and argument of a first line. Its shell reads the login profile, which may set PATH anew."""
+"""A first line that names a login shell, which reads the login profile; that may set PATH anew."""
 AFTER_PROFILE = 'cd "$1"; PATH=$2:$PATH; shift 2; . "$0"'
-"""Runs a script in the shell that has read the profile: in a folder, and with another one first on the PATH."""
+"""What that shell runs after the profile: it goes to a folder, puts another one first on the PATH, runs the script."""
 NOT_FOUND = "BASH_FUNC_command_not_found_handle%%"
-"""The variable that has the function which bash calls for a command that is not there."""
+"""The variable with the function that bash calls for a command that does not exist."""
 NOT_IN_IMAGES = """() {
   case $1 in
     srun | sbatch | scontrol | module | ml | apptainer | singularity)
@@ -49,7 +49,7 @@ NOT_IN_IMAGES = """() {
   esac
   return 127
 }"""
-"""For NOT_FOUND."""
+"""Value of NOT_FOUND in a container."""
 FOREIGN = {b"MZ": "Windows", b"\xcf\xfa\xed\xfe": "macOS", b"\xca\xfe\xba\xbe": "macOS"}
 """Systems by the first bytes of their programs."""
 

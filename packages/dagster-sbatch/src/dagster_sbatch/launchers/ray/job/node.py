@@ -43,12 +43,12 @@ from ports import check_ports, claim_ports, is_ours
 from processes import children, describe_death, end_descendants, kill_descendants, process_name, reap
 
 AGENT_PORTS = ("runtime-env-agent", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export")
-"""Of Ray's agents. The raylet does not wait for an agent whose port it knows."""
+"""Options for the ports of Ray's agents. The raylet does not wait for an agent whose port it knows."""
 RAY_FOLDER = "ray"  # below the private folder: Ray opens its own to everybody
 PR_SET_CHILD_SUBREAPER = 36
 WATCH_SECONDS = 0.5
 LEAVE_SECONDS = 3.0
-"""For a raylet to leave its cluster. If it is killed, the head counts its node as alive for some seconds more."""
+"""Time for a raylet to leave its cluster. If it is killed, the head counts its node as alive for some seconds more."""
 LONGEST_POLL = 1.0
 """Seconds between two reads of the head's file. The pause grows with the time waited: every node reads it."""
 WRONG_ARGUMENTS = 2  # exit code of `ray start`

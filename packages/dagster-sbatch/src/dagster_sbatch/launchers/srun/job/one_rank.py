@@ -26,12 +26,12 @@ from typing import IO
 _MPI_RANK = Path(__file__).with_name("mpi_rank.py")
 STDOUT, STDERR = 1, 2
 KEPT_LINES, TAIL_LINES = 200, 20
-"""Of what a process writes to stderr: those that are searched for the cause, and those that are shown with it."""
+"""Last lines of a rank's stderr: how many are searched for the cause, and how many are shown with it."""
 LONGEST_LINE = 1 << 16  # bytes of a line that are labelled at once
 DRAIN_SECONDS = 2.0  # wait for more output of a rank that has ended: a process that it has left may keep the pipe open
 POLL_SECONDS = 0.05
 RANK_VARIABLES = ("SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "RANK")
-"""Where srun, two kinds of mpiexec and `local` write a rank."""
+"""Variables in which srun, two kinds of mpiexec and `ranks.py local` pass the rank."""
 
 
 def main() -> int:
