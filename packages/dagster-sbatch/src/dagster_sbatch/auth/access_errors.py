@@ -20,7 +20,7 @@ class MisconfiguredError(AccessError):
 
 
 class UnsafeFileError(AccessError):
-    """A file that decides about access cannot be used: others can read it, or could have put it there, or it fails."""
+    """A file for access cannot be used: others can read it, or could have put it there, or reading it fails."""
 
 
 class ClockError(AccessError):

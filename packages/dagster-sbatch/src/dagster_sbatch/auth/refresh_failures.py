@@ -17,7 +17,7 @@ Part = Literal["certificate", "rotation"]
 FIRST_PAUSE = timedelta(minutes=1)
 LONGEST_PAUSE = timedelta(minutes=30)
 SHORTER_WITHOUT_CERTIFICATE = 30
-"""So many times shorter are the pauses while there is no certificate: a minute at most, for all processes together."""
+"""The pauses are divided by this while there is no certificate: a minute at most, for all processes together."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Failing:
         )
 
     def counts_for(self, call: datetime, now: datetime) -> bool:
-        """Return whether a call without a certificate fails, too: others have retried meanwhile, or lately."""
+        """Return whether a call without a certificate fails without a try: others have just tried."""
         return call - _pause_after(self.count) / SHORTER_WITHOUT_CERTIFICATE <= self.last <= now
 
 

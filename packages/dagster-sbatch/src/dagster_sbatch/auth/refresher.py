@@ -179,7 +179,7 @@ class Refresher:
                 failure = error
         if failure.temporary or not self._refusals:
             raise failure
-        if failure is not self._rotation_failure or not isinstance(failure, RejectedError):  # else it is among them
+        if failure is not self._rotation_failure or not isinstance(failure, RejectedError):  # else they include it
             self._refuse("stored", f"new ones cannot be made: {str(failure).splitlines()[0]}")
 
     def _refuse(self, source: Source, why: str) -> None:

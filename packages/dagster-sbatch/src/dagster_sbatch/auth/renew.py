@@ -89,7 +89,7 @@ def refresh(
     """Replace the secrets (`rotation`) and the certificate as asked for, one process at a time.
 
     `refused`: a certificate that a server has refused: it is replaced, unless another process has done that. `patient`:
-    raise the error of the last try, if that is too recent to retry without a certificate that works.
+    without a certificate that works, raise the error of the last try if that is too recent to try again.
     Raises BootstrapError: there is no way to get a certificate, and none is valid, or one was asked for `now`.
     Raises AccessError: a part that was asked for `now` failed, or there is no certificate that works.
     """

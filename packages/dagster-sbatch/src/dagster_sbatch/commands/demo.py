@@ -26,7 +26,7 @@ from dagster_sbatch.inspect.asset_preview import RANGE_TAGS
 
 FAILED_LINES = 40
 REASONS = "These assets were not materialised:"
-"""A line of the child; what follows is shown when the run has failed, otherwise its last FAILED_LINES."""
+"""A line that the child prints. If the run fails, the lines after it are shown; without it, the last FAILED_LINES."""
 WIDTH = 40  # characters of what is shown of a running asset
 # 2013-11-22 10:00:00 +0000 - dagster - INFO - JOB - RUN ID - [PID - ] STEP - MESSAGE
 EVENT = re.compile(r" - dagster - [A-Z]+ - \w+ - [0-9a-f-]{36} - (?:\d+ - )?(?P<step>\w+) - (?P<message>.*)")
@@ -107,7 +107,7 @@ def materialise(
 ) -> int:
     """Materialise assets, and print a table of what they reported. The first run that fails is the last.
 
-    `runs`: or the name of a job, for `run_of_job`. `where`: for people: where the workloads run. `home`: Dagster's
+    `runs`: runs, or the name of a job for `run_of_job`. `where`: for people: where the workloads run. `home`: Dagster's
     home; the log is `.dagster/demo.log` in it. `figures`: returns columns of the table: heading and text, from an
     asset's name and values. `variables`: more environment variables of the runs; `development` without them.
     Returns the exit code: 0 if every asset was materialised, 1 if one failed or there is none, 130 after Ctrl-C or
@@ -167,7 +167,7 @@ def _follow(
                 file.write(line)
                 last.append(line)
                 if line.rstrip() == REASONS:
-                    last = deque()  # all that follow
+                    last = deque()  # keeps all lines that follow
                 _show(progress, tasks, EVENT.search(line))
     seconds = {steps[step]: progress.tasks[task].finished_time or 0.0 for step, task in tasks.items()}
     if interrupts:
@@ -182,7 +182,7 @@ def _follow(
 
 @contextmanager
 def _interrupts_for(child: "subprocess.Popen[str]") -> Iterator[list[int]]:
-    """Meanwhile, interrupt a child on Ctrl-C and SIGTERM; the list has an entry for each."""
+    """While this context lasts, interrupt a child on Ctrl-C and SIGTERM; the list has an entry for each."""
     interrupts: list[int] = []
 
     def interrupt(number: int, _: object) -> None:

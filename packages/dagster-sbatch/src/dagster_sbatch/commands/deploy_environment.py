@@ -168,8 +168,8 @@ def choose_for_removal(
 ) -> list[str]:
     """Return names of environments that may be removed: never one that production runs or could go back to.
 
-    `listings`: the one used last first. `keep`: so many of those that were used last stay. `older_than`: days; those
-    that were used since then stay.
+    `listings`: the one used last comes first. `keep`: this many, used last, stay. `older_than`: days; those that were
+    used since then stay.
     """
     limit = datetime.now(UTC) - timedelta(days=older_than or 0)
     return [

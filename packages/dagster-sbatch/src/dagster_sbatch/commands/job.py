@@ -168,7 +168,7 @@ def fetch(runs: Runs, path: str, asked: argparse.Namespace) -> None:
 
 
 def one(found: list[RunRecord], name: str) -> RunRecord:
-    """Return the latest attempt, if all are attempts of the same step; of array jobs, several can be active at once."""
+    """Return the latest of some attempts at the same step; refuse array jobs: several of them can be active at once."""
     if len({run.family for run in found}) > 1 or (len(found) > 1 and found[-1].array):
         choices = "\n".join(f"  {run.job}  {run.about.asset} {run.about.partitions}" for run in found)
         raise ConfigurationError(f"{name} has several jobs. Name one of them:\n{choices}")

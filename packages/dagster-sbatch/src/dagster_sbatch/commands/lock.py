@@ -89,7 +89,7 @@ def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
 
 
 def _is_source(package: Path) -> bool:
-    """Return whether a package is there; without it, git may leave its folder with ignored files."""
+    """Return whether a folder has a package: git may leave a folder that has only ignored files."""
     return (package / "pyproject.toml").is_file()
 
 

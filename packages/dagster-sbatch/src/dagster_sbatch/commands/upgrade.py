@@ -88,7 +88,7 @@ def main(root: Path) -> int:
 def _test(root: Path, *, kept: bool) -> int:
     """Install the engine and run the project's tests; return the exit code.
 
-    If the engine cannot be installed, no script can start, not even for --back: the one before returns, if it is kept.
+    If the engine cannot be installed, no script can start, so --back neither: this puts back the one before, if kept.
     """
     interrupt_once()
     sys.stdout.flush()

@@ -13,7 +13,7 @@ from dagster_sbatch.slurm.gateway import GPU, JobLife, Queued, Share, Usage, cha
 from dagster_sbatch.slurm.units import count_of
 
 UNITS = {GPU: "GPU-hours", "node": "node-hours", "cpu": "CPU-hours"}
-"""By resource of Slurm; that of another is `<resource>-hours`."""
+"""Units by resource of Slurm; another resource has `<resource>-hours`."""
 PACE_DAYS = 14  # the pace of a project is what it used per day in this many days
 OWNERS = "SLURM_BUDGET_GPU_HOURS"
 UNSEEN = "waiting jobs of others are not known"  # beside the hours of waiting jobs, where the usage lacks some

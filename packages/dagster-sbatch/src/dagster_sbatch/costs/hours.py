@@ -11,7 +11,7 @@ DIGITS, MOST_DIGITS = 2, 6  # after the point, of hours that are shown
 def end_of(job: JobLife, now: datetime) -> datetime:
     """Return when a job ended; of one that is running, the time until which it counts.
 
-    `now`: by the clock of the login node. Where that is behind Slurm's, what Slurm says that the job ran counts.
+    `now`: by the clock of the login node. If that clock is behind Slurm's, the run time that Slurm reports counts.
     """
     return job.end or max(now, job.start + timedelta(seconds=job.seconds))
 

@@ -114,7 +114,7 @@ def _tokens(job: JobLife, site: Site, nodes: float | None, gpus: float | None) -
 
 
 def _weeks(job: JobLife, since: datetime, now: datetime) -> Iterator[tuple[str, datetime, datetime]]:
-    """Return the weeks in which a job ran since then, each with the part of it that counts; of no second, one."""
+    """Return the weeks in which a job ran since then, each with the part of it that counts; a job of 0 s has one."""
     at, end = max(job.start, since), end_of(job, now)
     while at < end or at == job.start:
         monday = at.date() - timedelta(days=at.weekday())

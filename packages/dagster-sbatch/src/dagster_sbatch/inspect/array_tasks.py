@@ -37,14 +37,14 @@ class TaskList:
         self.job: Attempt = runs.gateway.attempt(run.path)  # with the ends of its tasks
         record = self.job.record or {}
         self._names: list[str] = [task["name"] for task in record.get("tasks", ())]
-        # Of each task; empty for parameter sets
+        # The partitions of each task; empty for parameter sets
         self.partitions: list[Sequence[str]] = [task["partitions"] for task in record.get("tasks", ())]
 
     def __len__(self) -> int:
         return len(self._names)
 
     def records(self, indices: Iterable[int] | None = None, tail: int = 0) -> list[TaskRecord]:
-        """Return tasks with what they have recorded; without `indices`, all tasks without that.
+        """Return tasks with what they have recorded; without `indices`, all tasks, but without their records.
 
         `tail`: how many bytes of the end of their stderr.
         """

@@ -44,7 +44,7 @@ class Preview:
 
     @property
     def refusal(self) -> str | None:
-        """Why a run of it submits nothing: it could cost more than a limit per run; None: it does."""
+        """Why a run would submit nothing: it could cost more than a limit per run; None if it would submit."""
         return explain_excess(self.plan.allocation, self.tasks, self.settings)
 
     @property

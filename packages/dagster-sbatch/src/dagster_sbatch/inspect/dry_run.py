@@ -16,7 +16,7 @@ from dagster_sbatch.slurm.gateway import Gateway, Limits, Projects, RefusedError
 from dagster_sbatch.slurm.outcome import explain_refusal
 from dagster_sbatch.slurm.units import format_time
 
-SAME_TIME = 60  # seconds: Slurm is asked twice, and a job that could start at once would start when it is asked
+SAME_TIME = 60  # seconds between two starts that count as one: a job that can start at once starts when Slurm is asked
 _TIME = re.compile(r"(?<= to start at )\d+")
 
 

@@ -9,7 +9,7 @@ from dagster_sbatch.settings import Settings
 
 
 def running_on_supercomputer(project: Project) -> dg.DefaultSensorStatus:
-    """Return whether a sensor runs by default: on a supercomputer, or if the settings are wrong: its ticks say so."""
+    """Return whether a sensor runs by default: on a supercomputer; with wrong settings too, which its ticks report."""
     try:
         runs = project.load_settings().on_supercomputer
     except ConfigurationError:

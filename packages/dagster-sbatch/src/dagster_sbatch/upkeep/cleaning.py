@@ -15,7 +15,7 @@ from dagster_sbatch.upkeep.orphans import NO_ACCESS, TICK_SECONDS
 
 CLEAN_EVERY = 6 * 3600
 KEEP_DAYS, KEEP_FAILED_DAYS = 14, 90
-"""After the end of a job: of those whose result Dagster has stored, or that never had one; of those that failed."""
+"""Days after the last event of a run: if Dagster has stored its result, or it never got a job; if it failed."""
 
 
 def make_cleaning_sensor(project: Project) -> dg.SensorDefinition:

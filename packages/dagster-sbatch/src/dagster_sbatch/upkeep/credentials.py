@@ -18,7 +18,7 @@ from dagster_sbatch.upkeep import running_on_supercomputer
 LONGEST_RUN = timedelta(minutes=15)
 """A refresh takes five minutes at most: a run whose status has not changed for longer was killed."""
 LATER = timedelta(minutes=1)
-"""A run that is updated later than now was updated by a clock that was ahead, unless it was just now."""
+"""A run whose last update lies further in the future was updated by a clock that was ahead: it counts as killed."""
 JOB = "refresh_credentials"
 
 MUSICA_ACCESS = dg.AssetSpec(

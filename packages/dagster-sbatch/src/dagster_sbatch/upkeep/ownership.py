@@ -10,10 +10,10 @@ from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
 from dagster_sbatch.run.history import group_of, is_stored, runs_since
 
 GRACE = timedelta(minutes=1)
-"""After the end of a run: a person or Dagster may be about to request its retry or re-execution."""
+"""Pause after the end of a run: a person or Dagster may be about to request its retry or re-execution."""
 RETRY_PATIENCE = timedelta(minutes=2)
-"""Within which Dagster retries a run, if it does. It examines each failure once. It misses the retry if the event log
-has the failure then and the run does not have its new status yet, or if its database is locked."""
+"""Time within which Dagster retries a run, if it does. It examines each failure once. It misses the retry if the event
+log has the failure then and the run does not have its new status yet, or if its database is locked."""
 REPEATED = "dagster_sbatch/failure_repeated"
 """Tag of a run with its id: its failure was reported again, so that Dagster examines it again. Retries inherit tags."""
 GroupState = Literal["alive", "retry due", "retry missed", "just ended", "over", "unknown"]
