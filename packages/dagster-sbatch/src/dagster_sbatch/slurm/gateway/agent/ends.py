@@ -19,7 +19,9 @@ UNKNOWN = {"state": "", "exit": "", "times": [None] * 3, "account": ""}  # the e
 CANCELLED = dict(UNKNOWN, state="CANCELLED")
 RESTARTED = frozenset("BOOT_FAIL NODE_FAIL PREEMPTED".split())  # after these, Slurm may start the same job again
 SINGLE = frozenset([0])
-SETTLED = 60.0  # seconds after Slurm's end of a job that has no record of its own: none will appear
+# Seconds after Slurm's end of a job: it records nothing more, and its processes are gone. The accounting has the end of
+# a job that is cut short as soon as Slurm asks its processes to end; they have KillWait (by default 30 s) to do so.
+SETTLED = 60.0
 
 
 def end_in(folder, found, index=0):
@@ -91,8 +93,8 @@ def verdicts(job, key, count=1, wanted=SINGLE, started=SINGLE):
         if trouble or NO_ACCOUNTING not in str(error):
             return found, trouble or error
         more, recorded = {}, False
-    if trouble:  # only the controller knows whether Slurm has put such a job back in the queue
-        more = {index: said for index, said in more.items() if not said or said["state"] not in RESTARTED}
+    if trouble:
+        more = {index: said for index, said in more.items() if not said or suffices(said)}
     else:  # what the controller does not know is over, even if the accounting has never got its end
         more = {index: said for index, said in more.items() if said}
     found.update(more)
@@ -132,6 +134,16 @@ def ask_accounting(job, key, wanted):
         numbers = indices(row[7].partition("_")[2]) if "_" in row[7] else SINGLE
         found.update(dict.fromkeys(numbers & wanted, over(row, row[5])))
     return found, bool(rows)
+
+
+def suffices(said):
+    """Return whether an end by the accounting counts while the controller does not answer.
+
+    Only the controller knows whether Slurm has put a job back in the queue, and whether its processes still run.
+    """
+    _, start, end = said["times"]
+    ended = said["state"] in ("COMPLETED", "FAILED") or not start or time.time() - (end or 0) > SETTLED
+    return ended and said["state"] not in RESTARTED
 
 
 def state_of(record):
