@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -93,6 +95,26 @@ def test_a_workload_that_is_terminated_may_save_its_state(tmp_path: Path) -> Non
         job.wait(60)
     assert (tmp_path / "saved").exists()
     assert [event["code"] for event in read_events(tmp_path)[1:]] == [None, None]
+
+
+@pytest.mark.parametrize("seed", range(200 if os.environ.get("STRESS") else 5))
+def test_signals_that_come_close_together_do_not_end_the_job_script(tmp_path: Path, seed: int) -> None:
+    """The controller repeats its request to a node that is slow to answer, and the warning may come with it.
+
+    A signal may come while bash reads `$(...)`.
+    """
+    chance = random.Random(seed)
+    saves = "echo $$ >workload.pid; touch begun; until [ -e go ]; do sleep 0.02; done; touch saved"
+    with start_in_group(tmp_path, f"bash -c 'trap \"\" TERM USR1; {saves}'") as job:
+        for _ in range(2000):
+            job.send_signal(chance.choice([signal.SIGTERM, signal.SIGUSR1]))
+            time.sleep(chance.uniform(0, 0.0004))
+        (tmp_path / "go").touch()
+        job.wait(60)
+    assert (tmp_path / "saved").exists()
+    assert {event.get("code") for event in read_events(tmp_path)} == {None}
+    assert len(read_events(tmp_path)) >= 2
+    assert set((tmp_path / "stderr").read_text().splitlines()) == {"time limit: 300 s left"}
 
 
 @pytest.mark.parametrize(("cgroups", "of_workload", "gets_it"), CGROUPS.values(), ids=CGROUPS)

@@ -144,7 +144,7 @@ class Launcher(CheckedModel, ABC):
         """
         lines = []
         for command in self.pre_start_commands:
-            fallback = 'ulimit -n "$(ulimit -Hn)"; ' if command.startswith("ulimit -n ") else ""
+            fallback = "ulimit -n hard; " if command.startswith("ulimit -n ") else ""
             report = f'echo {shlex.quote(f"{command}: failed on")} "$HOSTNAME; the job continues" >&2'
             lines.append(f"eval {shlex.quote(command)} || {{ {fallback}{report}; }}")
         return "\n".join(lines)

@@ -28,13 +28,15 @@ ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ]
 [ -e failed ] && exit 0
 
 # The job's own record: a line at its start, a line at its end. The code is null if it was cut short; Slurm knows why.
+# Where traps are set, $(...) and <(...) stand in subshells, which have none: a signal while bash reads one of them
+# makes the trap and the rest of the command fail ("unexpected EOF while looking for matching").
 code=null reading='' terminated=''
 # A node may stand still: then a time limit passes with it. A second read has its own, and may find the end of a line.
 # shellcheck disable=SC2317  # finish calls it
 read_usage() { IFS= read -rt 2 usage <&"${SAMPLER[0]-}" && [[ $usage == "{"*"}" ]]; }
 # shellcheck disable=SC2317  # the trap calls it
 finish() {
-  local sizes written usage=null now=${EPOCHREALTIME:-$(date +%s.%N)}
+  local usage=null
   trap '' PIPE # the sampler may have ended
   if ! [ "$reading" ]; then # it runs again in a trap: bash forgets the time limit of the first of two reads
     reading=1
@@ -42,10 +44,14 @@ finish() {
       usage=null
     reading=
   fi
-  mapfile -t sizes < <(exec stat -c %s messages.jsonl stdout stderr)
-  printf -v written '{"messages.jsonl": %s, "stdout": %s, "stderr": %s}' "${sizes[@]}"
-  printf '{"code": %s, "job": "%s", "time": %s, "sizes": %s, "usage": %s}\n' \
-    "$code" "$SLURM_JOB_ID" "${now/,/.}" "$written" "$usage" >>events
+  (
+    trap '' TERM USR1
+    now=${EPOCHREALTIME:-$(date +%s.%N)}
+    mapfile -t sizes < <(exec stat -c %s messages.jsonl stdout stderr)
+    printf -v written '{"messages.jsonl": %s, "stdout": %s, "stderr": %s}' "${sizes[@]}"
+    printf '{"code": %s, "job": "%s", "time": %s, "sizes": %s, "usage": %s}\n' \
+      "$code" "$SLURM_JOB_ID" "${now/,/.}" "$written" "$usage" >>events
+  )
 }
 trap finish EXIT
 # Sets TMPDIR, the folder for temporary files on a node: its own disk, if the job can write to it.
@@ -79,14 +85,16 @@ export -f run_python
 run_workload() { ( echo "$BASHPID" >workload.pid; run_python "$@" ) }
 # shellcheck disable=SC2317  # the trap calls it
 warn() {
-  local pid handled
   warned=1
   echo "time limit: 300 s left" >&2
-  pid=$(cat workload.pid 2>/dev/null) || return
-  # These handle it themselves: R and Erlang would end, and Node.js open a debugger to all users of the node.
-  case $(readlink "/proc/$pid/exe") in */R | */node | */beam.smp) return ;; esac
-  handled=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$pid/status" 2>/dev/null)
-  if (( 0x${handled: -4} & 0x200 )); then kill -USR1 "$pid"; fi
+  (
+    trap '' TERM USR1
+    pid=$(cat workload.pid 2>/dev/null) || exit
+    # These handle it themselves: R and Erlang would end, and Node.js open a debugger to all users of the node.
+    case $(readlink "/proc/$pid/exe") in */R | */node | */beam.smp) exit ;; esac
+    handled=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$pid/status" 2>/dev/null)
+    if (( 0x${handled: -4} & 0x200 )); then kill -USR1 "$pid"; fi
+  )
 }
 trap warn USR1
 # At a cancellation or the time limit, Slurm sends SIGTERM, and SIGKILL some seconds later. Meanwhile the workload may
@@ -94,11 +102,13 @@ trap warn USR1
 # of a job by their cgroup (of version 1: the freezer), only this shell gets SIGTERM: it passes it on to the workload.
 # shellcheck disable=SC2317  # the trap calls it
 pass_on() {
-  local pid cgroups
   kill "$body" 2>/dev/null # it starts nothing more
-  pid=$(cat workload.pid 2>/dev/null) && cgroups=$(cat "/proc/$pid/cgroup" 2>/dev/null) || return
-  [ "$cgroups" = "$(cat /proc/$$/cgroup)" ] || return # of a step of srun, which gets its own
-  if [[ $cgroups =~ :(freezer)?:[^:]*/job_$SLURM_JOB_ID/ ]]; then kill "$pid"; fi
+  (
+    trap '' TERM USR1
+    pid=$(cat workload.pid 2>/dev/null) && cgroups=$(cat "/proc/$pid/cgroup" 2>/dev/null) || exit
+    [ "$cgroups" = "$(cat /proc/$$/cgroup)" ] || exit # of a step of srun, which gets its own
+    if [[ $cgroups =~ :(freezer)?:[^:]*/job_$SLURM_JOB_ID/ ]]; then kill "$pid"; fi
+  )
 }
 trap 'terminated=1 warned=1; pass_on; finish' TERM # a record, as SIGKILL prevents that of the end
 
@@ -106,7 +116,7 @@ trap 'terminated=1 warned=1; pass_on; finish' TERM # a record, as SIGKILL preven
 (
 trap 'exit 143' TERM
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-eval 'ulimit -n 65536' || { ulimit -n "$(ulimit -Hn)"; echo 'ulimit -n 65536: failed on' "$HOSTNAME; the job continues" >&2; }
+eval 'ulimit -n 65536' || { ulimit -n hard; echo 'ulimit -n 65536: failed on' "$HOSTNAME; the job continues" >&2; }
 run_workload "$run_directory/program/run_program.py" 'work load.py'
 ) &
 body=$!
@@ -125,6 +135,6 @@ while :; do
   [ "$warned" ] || break
 done
 # Slurm signals one process after another: SIGTERM may have ended the workload before it reaches this shell.
-[ "$terminated" ] || [ "$status" != 143 ] || { reading=1; read -rt 1 <> <(:); reading=; }
+[ "$terminated" ] || [ "$status" != 143 ] || ( read -rt 1 <> <(:) )
 [ "$terminated" ] || code=$status
 exit "$status"

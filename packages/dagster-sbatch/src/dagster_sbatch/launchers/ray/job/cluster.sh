@@ -81,7 +81,7 @@ if kill -0 "$driver" 2>/dev/null; then # the cluster ended before the workload
   status=1
   # It can do nothing without its cluster. A container may still be starting.
   until [ -s workload.pid ] || ! kill -0 "$driver" 2>/dev/null; do sleep 0.1; done
-  [ ! -s workload.pid ] || kill -KILL "$(<workload.pid)"
+  [ ! -s workload.pid ] || { read -r pid <workload.pid && kill -KILL "$pid"; }
   wait "$driver" 2>/dev/null
 elif [ "$status" != 0 ]; then
   await_end 3 "$watch" # if a lost node made the workload fail, watch.py sees that some seconds later
