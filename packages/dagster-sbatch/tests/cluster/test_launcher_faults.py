@@ -35,6 +35,8 @@ pipes materialize --metadata rows=1
 """
 """When it is cancelled, it has some seconds. Neither the report nor the exit code counts. The controller repeats its
 request to a node that is slow to answer, and each process gets SIGTERM again."""
+WAITS = "while :; do sleep 600 & wait $!; done\n"
+"""For SIGTERM, which `sleep` and srun may get first."""
 LIVES = """\
 if [ -z "$SLURM_RESTART_COUNT" ]; then
   pipes materialize --metadata rows=6
@@ -47,7 +49,7 @@ CANCELLED = "it was cancelled on the cluster, by scancel or by its administrator
 PROGRAMS: dict[str, tuple[str, list[str]]] = {
     "command-fails": (FAILS, ["command-fails ended with exit code 3", "\nno licence\n"]),
     "command-out-of-time": (f"#!/bin/bash\n{WARNED}", [TIME, "time_limit='00:02:00'"]),
-    "command-cancelled": (f"#!/bin/bash\n{SAVES}{BEGUN}sleep 600 & wait\n", [CANCELLED]),
+    "command-cancelled": (f"#!/bin/bash\n{SAVES}{BEGUN}{WAITS}", [CANCELLED]),
     "command-cancels-itself": (  # it may end before the job script gets SIGTERM: Slurm's state counts
         '#!/bin/bash\npipes materialize --metadata rows=1\nscancel "$SLURM_JOB_ID"\n',
         [CANCELLED],
@@ -59,7 +61,7 @@ PROGRAMS: dict[str, tuple[str, list[str]]] = {
     "batch-fails": (FAILS, ["batch-fails ended with exit code 3", "\nno licence\n"]),
     "batch-out-of-time": (f"#!/bin/bash\n#SBATCH --time=1\n{WARNED}", [TIME, "time_limit='00:02:00'"]),
     "batch-cancelled": (
-        f"#!/bin/bash\n#SBATCH -N 2 --ntasks-per-node=1\n{SAVES}{BEGUN}srun sleep 600 & wait\n",
+        f"#!/bin/bash\n#SBATCH -N 2 --ntasks-per-node=1\n{SAVES}{BEGUN}srun sleep 600 &\n{WAITS}",
         [CANCELLED],
     ),
     "batch-disconnected": (f"#!/bin/bash\n{BEGUN}{GO_ON}srun pipes materialize --metadata rows=7\n", []),

@@ -70,8 +70,8 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         (AWAY, "echo 'PREEMPTED|0:15|100|110|120|p1|KEY|17'", "temporary"),
         (INVALID, "echo 'PREEMPTED|0:15|100|110|120|p1|KEY|17'", ("PREEMPTED", "0:15", [100, 110, 120], "p1")),
         # The accounting has the end before the processes have ended: they have some seconds, and may write meanwhile.
-        (AWAY, "echo \"CANCELLED by 0|0:15|100|110|$(date +%s)|p1|KEY|17\"", "temporary"),
-        (AWAY, "echo \"TIMEOUT|0:15|100|110|$(date +%s)|p1|KEY|17\"", "temporary"),
+        (AWAY, 'echo "CANCELLED by 0|0:15|100|110|$(date +%s)|p1|KEY|17"', "temporary"),
+        (AWAY, 'echo "TIMEOUT|0:15|100|110|$(date +%s)|p1|KEY|17"', "temporary"),
         (AWAY, "echo 'TIMEOUT|0:15|100|110|120|p1|KEY|17'", ("TIMEOUT", "0:15", [100, 110, 120], "p1")),
         # The id is another job's by now.
         (f"echo '{ENDED.replace('KEY', 'other')}'", "echo 'FAILED|1:0|1|2|3|p1|other|17'", ("", "", [None] * 3, "")),

@@ -398,3 +398,14 @@ def test_the_sampler_ends_with_its_standard_input_and_what_it_started_ends_too(t
     process.communicate(timeout=30)  # closes its standard input
     assert process.returncode == 0
     wait_until(lambda: not child.is_running(), "nvidia-smi has ended", 30)
+
+
+def test_on_another_node_the_sampler_ends_when_slurm_ends_the_job() -> None:
+    """Its srun may have ended before it has closed the sampler's standard input."""
+    command = [sys.executable, *sampler.PYTHON_OPTIONS, sampler.__file__, "node", "0"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env={"SLURM_JOB_ID": JOB}, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout
+        process.stdout.readline()
+        process.terminate()
+        assert process.wait(30) == -signal.SIGTERM

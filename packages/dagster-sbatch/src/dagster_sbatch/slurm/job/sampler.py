@@ -170,11 +170,11 @@ class FirstNode(Sampler):
 
 def main():
     """Run the sampler of the first node, or that of another one."""
-    # Slurm may send SIGTERM to all processes of a job: the batch script still asks this one. Programs that this one
-    # starts have the default again.
-    signal.signal(signal.SIGTERM, lambda *_: None)
     kind, *numbers = sys.argv[1:]
     if kind == "job":
+        # Slurm may send SIGTERM to all processes of a job: the batch script still asks this one. Programs that this one
+        # starts have the default again. On other nodes the sampler ends at once, or the job would last for KillWait.
+        signal.signal(signal.SIGTERM, lambda *_: None)
         nodes, gpus, *limit = map(int, numbers)
         sampler = FirstNode(nodes, gpus, limit[0] if limit else 0)
     else:
