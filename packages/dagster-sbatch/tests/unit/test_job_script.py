@@ -220,6 +220,13 @@ def test_a_second_job_of_the_same_run_steps_back(tmp_path: Path) -> None:
     assert not (tmp_path / "events").exists()
 
 
+def test_a_job_that_can_neither_make_nor_read_the_link_fails(tmp_path: Path) -> None:
+    """The disk is full, say: the job must not end as if another job had its work."""
+    (tmp_path / "job").touch()
+    assert run_as_slurm_would(tmp_path, render(*CASES["script"])).returncode == 1
+    assert not (tmp_path / "events").exists()
+
+
 @pytest.mark.parametrize("limit", ["64", "99999999"])
 def test_a_pre_start_command_that_fails_is_reported_and_skipped(tmp_path: Path, limit: str) -> None:
     (tmp_path / "w.py").write_text("import resource\nprint(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n")

@@ -24,7 +24,8 @@ run_directory=$PWD
 # It was cancelled before its submission got an answer.
 [ -e cancelled ] && exit 0
 # One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.
-ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || exit 0
+# Without a link (the disk is full, say) it fails.
+ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ] || { [ -L job ]; exit; }
 # No step follows it any more: its end is recorded, or another attempt is submitted. An administrator has requeued it.
 [ -e end ] && exit 0
 [ -e failed ] && exit 0
