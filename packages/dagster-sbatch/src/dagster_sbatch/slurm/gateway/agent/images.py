@@ -34,7 +34,8 @@ def problem_of(path):
         else:
             head, status = begin(path)
             known = len(head) == HEAD and any(is_at(head, magic) for magic in (SIF, SQUASHFS, EXT3))
-            missing = data_end(head) - status.st_size if known and is_at(head, SIF) else 0
+            data_end = sum(SIF_HEADER.unpack_from(head)[-2:]) if known and is_at(head, SIF) else 0
+            missing = data_end - status.st_size
             if missing > 0:
                 return (
                     "The container image %s on %s is not complete: %d bytes at its end are missing. "
@@ -80,12 +81,6 @@ def begin(path):
 def is_at(head, magic):
     offset, text = magic
     return head[offset : offset + len(text)] == text
-
-
-def data_end(head):
-    """Return where the data of a SIF file ends."""
-    offset, size = SIF_HEADER.unpack_from(head)[-2:]
-    return offset + size
 
 
 def unbindable(paths):
