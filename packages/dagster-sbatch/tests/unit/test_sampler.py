@@ -409,3 +409,19 @@ def test_on_another_node_the_sampler_ends_when_slurm_ends_the_job() -> None:
         process.stdout.readline()
         process.terminate()
         assert process.wait(30) == -signal.SIGTERM
+
+
+def test_what_the_sampler_started_on_other_nodes_has_ended_before_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If Slurm finds a process after the job script's end, it kills that and sleeps for a second."""
+    make(tmp_path, "#!/bin/bash\ntrap 'sleep 0.3; exit' TERM\ntouch begun\nsleep 600 & wait\n", "srun")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", JOB)
+    monkeypatch.chdir(tmp_path)
+    first = sampler.FirstNode(2, 0, 0)
+    first.start_others()
+    wait_until((tmp_path / "begun").exists, "its srun runs", 30)
+    first.end()
+    assert first.others
+    assert first.others.returncode == 0

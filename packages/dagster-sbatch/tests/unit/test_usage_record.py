@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dagster_sbatch.slurm import SlurmRequest, allocate, render_job_script
@@ -17,9 +18,11 @@ from slurm_in_a_box import wait_until
 
 SITE = PROJECT.load_site("musica")
 SAMPLER = """\
-import signal, sys, time
+import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: None)
-open("ready", "w").close()
+with open("pid", "w") as file:
+    file.write(str(os.getpid()))
+os.rename("pid", "ready")
 sys.stdin.readline()
 """
 LATE = "time.sleep(3)\nprint('{\"seconds\": 7}', flush=True)\nsys.stdin.read()"
@@ -70,6 +73,22 @@ def test_the_end_of_a_job_is_recorded_with_what_its_sampler_says_in_time(
         assert job.wait(60) == 5
     end = end_of(tmp_path)
     assert (end["code"], end["usage"]) == (5, usage)
+
+
+def test_a_job_leaves_no_sampler_behind(tmp_path: Path) -> None:
+    """If Slurm finds a process after the job script's end, it kills that and sleeps for a second."""
+    answer = "print('{\"seconds\": 7}', flush=True)\nsys.stdin.read()\ntime.sleep(0.5)\n"
+    with started(tmp_path, answer, "until [ -e ready ]; do sleep 0.02; done; exit 5") as job:
+        assert job.wait(60) == 5
+        assert not psutil.pid_exists(int((tmp_path / "ready").read_text()))
+    assert end_of(tmp_path)["usage"] == {"seconds": 7}
+
+
+def test_a_job_does_not_wait_long_for_a_sampler_that_does_not_end(tmp_path: Path) -> None:
+    answer = "print('{\"seconds\": 7}', flush=True)\ntime.sleep(600)\n"
+    with started(tmp_path, answer, "until [ -e ready ]; do sleep 0.02; done") as job:
+        assert job.wait(60) == 0
+    assert end_of(tmp_path)["usage"] == {"seconds": 7}
 
 
 def test_a_job_that_slurm_ends_waits_for_its_sampler_once(tmp_path: Path) -> None:

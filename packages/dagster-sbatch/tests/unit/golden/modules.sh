@@ -54,7 +54,17 @@ finish() {
       "$code" "$SLURM_JOB_ID" "${now/,/.}" "$written" "$usage" >>events
   )
 }
-trap finish EXIT
+# Waits for the end of the sampler, and so of its output: Slurm, if it finds a process then, sleeps for a second.
+# shellcheck disable=SC2317  # the trap calls it
+end_sampler() {
+  local hold=${SAMPLER[1]-} heard=${SAMPLER[0]-}
+  trap : TERM USR1 # all is recorded
+  [ "$hold" ] || return
+  exec {hold}>&-
+  read -rt 2 <&"$heard"
+  (($? > 128)) || wait "$SAMPLER_PID"
+} 2>/dev/null
+trap 'finish; end_sampler' EXIT
 # Sets TMPDIR, the folder for temporary files on a node: its own disk, if the job can write to it.
 set_temporary_folder() {
   export TMPDIR=/tmp

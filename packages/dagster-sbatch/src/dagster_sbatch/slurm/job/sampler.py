@@ -166,6 +166,7 @@ class FirstNode(Sampler):
         super().end()
         if self.others and self.others.poll() is None:
             self.others.terminate()
+            self.others.wait()
 
 
 def main():
