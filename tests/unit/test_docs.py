@@ -35,7 +35,8 @@ if it begins with `SLURM_`, `ASC_` or `DAGSTER_DEPLOYMENT`. This table is made f
 
 The deployment is `development` unless `DAGSTER_DEPLOYMENT` names another in the process environment or in `.env`. That
 line in `.env.<SLURM_SUPERCOMPUTER_SITE>` counts only where `SLURM_SUPERCOMPUTER_SITE` is set in one of these two and
-`DAGSTER_DEPLOYMENT` is not, and in commands that always concern the supercomputer, such as `scripts/doctor`.
+`DAGSTER_DEPLOYMENT` is not, and in commands that always concern the supercomputer, such as `scripts/doctor` and
+`scripts/preview`.
 
 `SLURM_PARTITION`, `SLURM_QOS`, `SLURM_ACCOUNT` and `SLURM_RESERVATION` are also variables of `srun`, with the same
 meaning. Where a module or profile exports one of them on the machine on which Dagster runs, that value wins over the

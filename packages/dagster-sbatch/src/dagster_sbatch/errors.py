@@ -13,6 +13,10 @@ class ConfigurationError(ValueError):
     """A setting, a launcher, a Slurm request or a file of the project cannot work. The text is meant for its author."""
 
 
+class NoSettingsFileError(ConfigurationError):
+    """The settings of a supercomputer are not complete, and there is no file for them: there is no account yet."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for a known word that is close, or the only one that begins so; else list all."""
     names = sorted(known)

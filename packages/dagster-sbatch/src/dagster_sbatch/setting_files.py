@@ -20,7 +20,7 @@ from dotenv.parser import parse_stream
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from dagster_sbatch.errors import ConfigurationError, Place, describe_at, nearest
+from dagster_sbatch.errors import ConfigurationError, NoSettingsFileError, Place, describe_at, nearest
 from dagster_sbatch.setting_paths import BRACES, check_remote_path, expand_here
 from dagster_sbatch.settings import DEPLOYMENTS, Settings
 from dagster_sbatch.text_file import read_text
@@ -39,7 +39,8 @@ def load_settings(sites: Collection[str], root: Path, supercomputer: bool = Fals
     `supercomputer`: read the settings of a supercomputer, also if the deployment is `development` or not set: for
     commands and sensors that connect to it.
     Raises ConfigurationError: everything that is missing or wrong, at once, with names and examples; a dotenv file with
-    a secret that others can read; no file or several files for a supercomputer that is not named.
+    a secret that others can read; several files for a supercomputer that is not named.
+    Raises NoSettingsFileError: something is missing, and there is no file for the supercomputer.
     """
     known = {**_values(root / ".env"), **_not_blank(os.environ)}
     file = _choose_file(root / "envs", known, sites, supercomputer)
@@ -58,7 +59,7 @@ def load_settings(sites: Collection[str], root: Path, supercomputer: bool = Fals
     if settings.on_supercomputer or supercomputer:
         problems.extend(_missing(settings, file))
     if problems:
-        raise ConfigurationError("\n".join(problems))
+        raise (ConfigurationError if file.is_file() else NoSettingsFileError)("\n".join(problems))
     return settings
 
 
@@ -84,7 +85,7 @@ def _choose_file(folder: Path, values: Mapping[str, str], sites: Collection[str]
             f"{who} needs SLURM_SUPERCOMPUTER_SITE, because {folder} has several files: "
             f"{', '.join(path.name for path in there)}. Set it to one of {', '.join(sorted(sites))}."
         )
-    raise ConfigurationError(
+    raise NoSettingsFileError(
         f"{who} needs the settings of a supercomputer ({', '.join(sorted(sites))}), and {folder} has no file for one. "
         "Copy the example and fill it in:\n"
         "  cp envs/.env.musica.example envs/.env.musica && chmod 600 envs/.env.musica"

@@ -391,10 +391,15 @@ def test_a_trial_uses_the_settings_of_the_supercomputer_in_every_deployment(
     runs = SimpleNamespace(gateway=SimpleNamespace(projects=lambda: None))
     monkeypatch.setattr(command, "open_runs", lambda *_: nullcontext(runs))
 
-    def preview() -> list[Preview]:
+    monkeypatch.setattr(command, "open_history", lambda _: nullcontext())
+
+    def preview(*_: Any, **__: Any) -> list[Preview]:
         seen.append(os.environ["DAGSTER_DEPLOYMENT"])
         return []
 
-    assert command.test(PROJECT, preview) == 0
-    assert seen == ["production_supercomputer" if "production" in deployment else "staging_supercomputer"]
+    monkeypatch.setattr(command, "preview_asset", preview)
+    for options in (["--test-only"], []):
+        monkeypatch.setattr(sys, "argv", ["scripts/preview", "sweep", *options])
+        assert command.main(PROJECT, dg.Definitions()) == 0
+    assert seen == 2 * ["production_supercomputer" if "production" in deployment else "staging_supercomputer"]
     assert os.environ["DAGSTER_DEPLOYMENT"] == deployment

@@ -3,14 +3,16 @@
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
 import pytest
 
-from dagster_sbatch import ComputeResource, Project
+from dagster_sbatch import ComputeResource, Project, ScriptLauncher, SlurmRequest, project
 from dagster_sbatch.commands import preview
+from dagster_sbatch.setting_files import load_settings
 from resources import build_resources
 from support import ROOT
 
@@ -54,3 +56,50 @@ def test_the_summary_cuts_no_path_off(monkeypatch: pytest.MonkeyPatch, capsys: p
         monkeypatch.setenv("COLUMNS", columns)
         preview.show(shown)
         assert path in "".join(capsys.readouterr().out.removeprefix("─" * int(columns)).split())
+
+
+FILE = """\
+DAGSTER_DEPLOYMENT=production_supercomputer
+SLURM_SUPERCOMPUTER_SITE=musica
+SLURM_EDGE_NODE_HOST=musica.example
+SLURM_EDGE_NODE_USER=xy12345
+SLURM_EDGE_NODE_KEY_PATH=~/.ssh/id_musica
+SLURM_DEPLOYMENT_BASE_PATH=$DATA/here
+SLURM_QOS=idle_zen4_0768
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "shown"),
+    [
+        (FILE, 0, ("--qos=idle_zen4_0768_h100x4", "$DATA/here/runs/")),
+        (None, 0, ("<SLURM_DEPLOYMENT_BASE_PATH>/runs/",)),  # there is no account yet
+        (FILE.replace("SLURM_DEPLOYMENT", "# "), 1, ("more variables", "SLURM_DEPLOYMENT_BASE_PATH=")),
+    ],
+    ids=["a file", "none", "half a file"],
+)
+def test_the_settings_are_those_of_the_supercomputer(
+    file: str | None,
+    code: int,
+    shown: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """DAGSTER_DEPLOYMENT is not set, as in a shell of somebody who has filled in the file."""
+    (tmp_path / "envs").mkdir()
+    if file:
+        (tmp_path / "envs" / ".env.musica").write_text(file)
+    workload = tmp_path / "train.py"
+    workload.touch()
+
+    @dg.asset
+    def train(context: dg.AssetExecutionContext, compute: ComputeResource) -> None:
+        compute.run(context, workload=workload, launcher=ScriptLauncher(), request=SlurmRequest(gpus_per_node=1))
+
+    monkeypatch.setattr(project, "load_settings", load_settings)
+    monkeypatch.setattr(sys, "argv", ["scripts/preview", "train"])
+    resources = {"compute": ComputeResource.of(Project(tmp_path))}
+    assert preview.main(Project(tmp_path), dg.Definitions(assets=[train], resources=resources)) == code
+    said = "".join(capsys.readouterr())
+    assert [text for text in shown if text not in said] == []

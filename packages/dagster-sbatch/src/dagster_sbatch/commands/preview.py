@@ -2,8 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import dagster as dg
@@ -13,11 +13,12 @@ from rich.table import Column, Table
 
 from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
 from dagster_sbatch.commands.project_history import open_history
-from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.errors import ConfigurationError, NoSettingsFileError
 from dagster_sbatch.inspect.asset_preview import Preview, find_submitting, preview_asset, supercomputer_deployment
 from dagster_sbatch.inspect.dry_run import ask_usage, try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
+from dagster_sbatch.settings import Settings
 
 DESCRIPTION = """\
 Show what an asset would submit to Slurm: where it would run, what it requests of each node, which project is charged,
@@ -28,8 +29,8 @@ It runs the asset's own code on this machine up to the call of compute.run, in a
 resources and IO managers of the project. It shows a graph asset step by step, without the steps that need the result of
 another step.
 
-It reads the settings of a supercomputer deployment (scripts/docs settings). For a variable that is not set it shows
-<NAME>.
+It reads the settings of the supercomputer (scripts/docs settings), also if DAGSTER_DEPLOYMENT is not set. As long as
+envs/ has no file for one, it shows <NAME> in place of a variable that is not set.
 """
 EXIT_CODES = """\
 exit codes: 0 done, 1 the asset could not run like this (the reason is printed), 2 wrong usage,
@@ -60,16 +61,19 @@ def main(project: Project, definitions: dg.Definitions) -> int:
     def command() -> int:
         first, last = asked.partition_range or (asked.partition, None)
 
-        def preview_each() -> Sequence[Preview]:
-            try:
-                with open_history(project) as history:
-                    return preview_asset(definitions, asked.asset, first, asked.config_json, last=last, history=history)
-            except ConfigurationError as error:
-                raise ConfigurationError(f"{asked.asset}: {error}") from None
-
-        if asked.test_only:
-            return test(project, preview_each)
-        previews = preview_each()
+        try:
+            settings = project.load_settings(supercomputer=True)
+        except NoSettingsFileError:
+            if asked.test_only:
+                raise
+            settings = None
+        try:
+            with supercomputer_deployment(settings) if settings else nullcontext(), open_history(project) as history:
+                previews = preview_asset(definitions, asked.asset, first, asked.config_json, last=last, history=history)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{asked.asset}: {error}") from None
+        if settings and asked.test_only:
+            return test(project, settings, previews)
         for preview in previews:
             print(preview.script, end="")
             if not asked.script:
@@ -110,10 +114,7 @@ def run_config(text: str) -> Mapping[str, Any]:
     raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object; an example is {{"ops": {{}}}}')
 
 
-def test(project: Project, preview_each: Callable[[], Sequence[Preview]]) -> int:
-    settings = project.load_settings(supercomputer=True)
-    with supercomputer_deployment(settings):
-        previews = preview_each()
+def test(project: Project, settings: Settings, previews: Sequence[Preview]) -> int:
     with open_runs(settings, project, PATIENCE) as runs:
         projects, usage = runs.gateway.projects(), ask_usage(runs.gateway, settings)
         answers = [try_script(runs.gateway, preview, projects, usage) for preview in previews]
