@@ -60,7 +60,8 @@ def activate() -> None:
         if not _is_current():
             _set_up()
         command = [str(PYTHON), *command]
-    os.environ.pop("PYTHONHOME", None)  # of another Python: a module may have set it
+    for variable in ("PYTHONHOME", "PYTHONPATH"):  # of another Python: a module or a shell's profile may have set them
+        os.environ.pop(variable, None)
     sys.stdout.flush()
     os.execv(command[0], command)
 

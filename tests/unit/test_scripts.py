@@ -140,10 +140,18 @@ def ready(copy: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("variables", [{}, {"PYTHONHOME": sys.base_prefix}], ids=["plain", "PYTHONHOME"])
-def test_an_environment_is_used_where_it_is_current(variables: dict[str, str], ready: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("VIRTUAL_ENV", "/nowhere"), ("PYTHONHOME", sys.base_prefix), ("PYTHONPATH", "others")],
+)
+def test_an_environment_is_used_where_it_is_current(name: str, value: str, ready: Path) -> None:
+    """Whatever else is active in the shell: its packages do not hide those of the project."""
     (ready / ".venv.lock").mkdir()  # nothing has to be written, so the folder may be somebody else's
-    done = run([sys.executable, "scripts/show"], cwd=ready, env={"PATH": str(ready), **variables})
+    (ready / "others").mkdir()
+    (ready / "others" / "tomllib.py").write_text("raise ImportError")
+    with (ready / "scripts" / "show").open("a") as script:
+        script.write("import tomllib\n")
+    done = run([sys.executable, "scripts/show"], cwd=ready, env={"PATH": str(ready), name: value})
     assert (done.stdout, done.stderr) == (f"{ready}/.venv []\n", "")
 
 
