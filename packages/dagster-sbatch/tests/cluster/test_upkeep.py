@@ -278,7 +278,7 @@ def test_a_job_whose_run_is_alive_or_comes_again_is_left_alone(
     monkeypatch.setattr(orphans, "TICK_SECONDS", 2.0)
     with site.faults.ssh_refused():
         said, cursor = ours.tick(cursor)
-    assert ", within 2 s: " in said
+    assert "has not answered everything within 2 s. Last error: " in said
     monkeypatch.setattr(orphans, "TICK_SECONDS", 40.0)
     cancel_latest_run(ours)
     assert "CANCELLED, since its run was terminated" in ours.tick(cursor)[0]

@@ -21,7 +21,8 @@ from dagster_sbatch.slurm.gateway import RefusedError
 from unit.ssh_forge import Forge
 from unit.test_ssh_connection import Welcome, as_server, server, settings
 
-RUN: Any = SimpleNamespace(path="/runs/key", key="key", job="7")
+RUN: Any = SimpleNamespace(path="/runs/key", key="key", job="7", end=None)
+ENDED: Any = SimpleNamespace(**{**vars(RUN), "end": "COMPLETED"})
 ON_LOGIN_NODE: Any = SimpleNamespace(on_login_node=True)
 
 
@@ -179,15 +180,16 @@ def test_a_connection_that_is_lost_while_a_page_is_opened(
 
 
 @pytest.mark.parametrize(
-    ("published", "text"),
+    ("run", "published", "text"),
     [
-        ({}, "key has no Ray cluster, or it has not started yet"),
-        ({"head.json": ""}, "has not started yet. Try again"),
-        ({"head.json": head(None)}, "has no dashboard"),
-        ({"head.json": head(("127.0.0.1", 1))}, "cannot connect to the Ray dashboard of job 7: .*refused"),
+        (RUN, {}, "key has no Ray cluster, or it has not started yet"),
+        (RUN, {"head.json": ""}, "has not started yet. Try again"),
+        (RUN, {"head.json": head(None)}, "has no dashboard"),
+        (RUN, {"head.json": head(("127.0.0.1", 1))}, "cannot connect to the Ray dashboard of job 7: .*refused"),
+        (ENDED, {"head.json": head(("127.0.0.1", 1))}, "Job 7 has ended"),
     ],
 )
-def test_why_there_is_no_way_to_a_dashboard(published: dict[str, str], text: str) -> None:
-    opening = open_dashboard(ON_LOGIN_NODE, None, runs_with(**published), RUN)  # type: ignore[arg-type]
+def test_why_there_is_no_way_to_a_dashboard(run: Any, published: dict[str, str], text: str) -> None:
+    opening = open_dashboard(ON_LOGIN_NODE, None, runs_with(**published), run)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match=text), opening:
         pass

@@ -176,7 +176,7 @@ def site_problems(project: Project, site: str) -> list[str]:
     """Return why the project cannot have a dotenv file of that site; empty if it can."""
     if site not in project.site_overrides:
         known = nearest(site, project.site_overrides)
-        return [f"--site {site!r} is not a known site{known}; `scripts/docs another-site` shows how to add one"]
+        return [f"--site {site!r} is not a known site{known}\n  `scripts/docs another-site` shows how to add one"]
     if not (project.root / "envs" / f".env.{site}.example").is_file():
         return [f"there is no envs/.env.{site}.example to begin envs/.env.{site} with: write one"]
     return []

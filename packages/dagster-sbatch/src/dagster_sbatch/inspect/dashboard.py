@@ -76,6 +76,8 @@ def open_dashboard(settings: Settings, site: Site, runs: Runs, run: RunRecord) -
     Raises ConfigurationError: the run has no Ray dashboard, or it cannot be reached.
     Raises AccessError, SshError: there is no access; see there.
     """
+    if run.end:
+        raise ConfigurationError(f"Job {run.job} has ended, and its Ray cluster with it.")
     text = _fetch(runs, run, "head.json")
     if not text:
         raise ConfigurationError(f"The Ray cluster of {run.key} has not started yet. Try again in some seconds.")

@@ -135,7 +135,7 @@ def open_runs(settings: Settings, project: Project, seconds: float | None = None
     Raises RefusedError: the agent or Slurm refused a request.
     """
     site = project.load_site(settings.supercomputer_site)
-    stop, troubles = threading.Event(), ["no answer"]
+    stop, troubles = threading.Event(), ["none"]
     gateway = make_gateway(settings, site, stop, troubles.append)
     limit = threading.Timer(seconds, stop.set) if seconds else None
     if limit:
@@ -143,7 +143,9 @@ def open_runs(settings: Settings, project: Project, seconds: float | None = None
     try:
         yield Runs(gateway, settings)
     except StoppedError:
-        raise UnreachableError(f"{settings.edge_node_host}, within {seconds:.0f} s: {troubles[-1]}") from None
+        raise UnreachableError(
+            f"{settings.edge_node_host} has not answered everything within {seconds:.0f} s. Last error: {troubles[-1]}"
+        ) from None
     finally:
         if limit:
             limit.cancel()
