@@ -10,15 +10,17 @@ import stat
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dagster_sbatch import Project
 from dagster_sbatch.commands import project_copy
-from dagster_sbatch.commands.new_project import find_problems
+from dagster_sbatch.commands.new_project import find_problems, main
 from dagster_sbatch.commands.project_copy import OLD_PACKAGE, OLD_PROJECT, Names, Template, convert
 from dagster_sbatch.errors import ConfigurationError
+from resources import PROJECT
 from support import ROOT
 from support.dagster_dev import DagsterDev
 from support.new_project import NAME, PACKAGE, SCRIPT, made_in, new_project, plain_environment, run_in
@@ -127,7 +129,7 @@ def test_a_clone_with_changes_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def small_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_handlers: None) -> Path:
     """A repository with little in it; what becomes of it is made in no time."""
 
     def make(template: Template, folder: Path, *_: object) -> None:
@@ -156,13 +158,17 @@ def small_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def become_a_project(root: Path) -> None:
+@pytest.fixture
+def same_handlers() -> Iterator[None]:
+    """The command handles signals; pytest does so again afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        convert(Template(root, ()), Names("climate", "climate"), "musica", lambda _: None)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def become_a_project(root: Path) -> None:
+    convert(Template(root, ()), Names("climate", "climate"), "musica", lambda _: None)
 
 
 @pytest.mark.parametrize("name", ["README.md", "old.txt", "new.txt", "new.log"])
@@ -312,14 +318,23 @@ def test_the_skeleton_agrees_with_the_template() -> None:
         ([""], ["the name '' cannot be used", "exists already. Choose another name"]),
     ],
 )
-def test_all_that_is_wrong_is_told_and_nothing_is_made(arguments: list[str], texts: list[str], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("same_handlers")
+def test_all_that_is_wrong_is_told_and_nothing_is_made(
+    arguments: list[str],
+    texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for name in ("there", "There"):
         (tmp_path / name).mkdir()
-    done = new_project(*arguments, folder=tmp_path)
-    assert done.returncode == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments])
+    assert main(PROJECT, ()) == 1
+    told = capsys.readouterr().err
     for text in texts:
-        assert text in done.stderr
-    assert len(done.stderr.splitlines()) == len(texts) - ("another-site" in texts)
+        assert text in told
+    assert len(told.splitlines()) == len(texts) - ("another-site" in texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["There", "there"]
     assert not (ROOT / "climate").exists()
 

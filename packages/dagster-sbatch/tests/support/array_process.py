@@ -1,7 +1,6 @@
 """Runs of an array asset in processes of their own that can be killed, with a Dagster instance that outlives them."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import dagster as dg
 
 from support import ROOT
 from support.array_asset import ArrayOutcome
+from support.forked import Forked
 from support.step import start
 
 PROGRAM = """\
@@ -45,7 +45,7 @@ class ArrayProcess:
         """Write another workload."""
         (self._folder / "tasks.py").write_text(workload)
 
-    def start(self, *, of: str | None = None, from_failure: bool = False) -> "subprocess.Popen[bytes]":
+    def start(self, *, of: str | None = None, from_failure: bool = False) -> Forked:
         """Start a run, or the re-execution of another one."""
         calls = {"array": self.array, "request": self.request, "range": self._range}
         options = {**calls, "of": of, "from_failure": from_failure}
@@ -54,7 +54,7 @@ class ArrayProcess:
         files = self._folder / f"out-{number:03}", self._folder / f"log-{number:03}"
         return start(command, self._variables, *files)
 
-    def outcome(self, process: "subprocess.Popen[bytes]", seconds: float = 180) -> ArrayOutcome:
+    def outcome(self, process: Forked, seconds: float = 180) -> ArrayOutcome:
         """The outcome of a run that ends by itself."""
         assert process.wait(seconds) == 0, self.log
         return ArrayOutcome(**json.loads((self._folder / f"outcome-{process.pid}").read_text()))

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import dagster as dg
 
 from support import ROOT
+from support.forked import Forked
 
 PROGRAM = """\
 import json, os, sys, time
@@ -126,18 +126,18 @@ class Step:
         with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
             instance.report_runless_asset_event(dg.AssetMaterialization(asset))
 
-    def start(self, *steps: str, again: bool) -> "subprocess.Popen[bytes]":
+    def start(self, *steps: str, again: bool) -> Forked:
         """Start a run; `again` makes it a re-execution of the latest one: of all steps, or of these."""
         parent = [*self.runs()[-1:], *steps] if again else []
         number = len(list(self._folder.glob("log-*")))
         files = self._folder / f"out-{number}", self._folder / f"log-{number}"
         return start([str(self._folder / "step.py"), *parent], self._variables, *files)
 
-    def begun(self, process: "subprocess.Popen[bytes]") -> bool:
+    def begun(self, process: Forked) -> bool:
         """Whether its asset has begun."""
         return (self._folder / f"begun-{process.pid}").exists()
 
-    def result(self, process: "subprocess.Popen[bytes]") -> tuple[bool, str, dict[str, Any]]:
+    def result(self, process: Forked) -> tuple[bool, str, dict[str, Any]]:
         """Of one that ends by itself: success, the text of its failure, the metadata of its materialization."""
         assert process.wait(180) == 0, self.log
         success, errors, metadata = json.loads((self._folder / f"result-{process.pid}").read_text())
@@ -154,23 +154,15 @@ class Step:
         return sorted(self._folder.glob("out-*"))[-1].read_text()
 
 
-_started: "list[subprocess.Popen[bytes]]" = []
+Process = Forked | subprocess.Popen[bytes]
+_started: list[Process] = []
 
 
-def start(command: Sequence[str], variables: Mapping[str, str], output: Path, log: Path) -> "subprocess.Popen[bytes]":
-    """Start a Python program that ends with the test at the latest.
-
-    Args:
-        command: the program and its arguments.
-        variables: its environment.
-        output: gets its stdout.
-        log: gets its stderr.
-    """
-    with output.open("wb") as out, log.open("wb") as err:
-        process = subprocess.Popen(
-            [sys.executable, *command], env=variables, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err
-        )
-    return ends_with_test(process)
+def start(command: Sequence[str], variables: Mapping[str, str], output: Path, log: Path) -> Forked:
+    """Start a Python program that ends with the test at the latest; the arguments are those of `Forked`."""
+    process = Forked(command, variables, output, log)
+    _started.append(process)
+    return process
 
 
 def ends_with_test(process: "subprocess.Popen[bytes]") -> "subprocess.Popen[bytes]":
@@ -190,7 +182,7 @@ def kill_all() -> None:
         kill(process)
 
 
-def kill(process: "subprocess.Popen[bytes]") -> None:
+def kill(process: Process) -> None:
     """End it as a power cut does."""
     process.send_signal(signal.SIGKILL)
     process.wait()
