@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from support.local_fixtures import *  # noqa: F403
 from support.new_project import plain_environment
 
 

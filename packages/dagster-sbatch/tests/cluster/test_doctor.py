@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from musica_pipelines.definitions import defs
 from resources import PROJECT
 from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, TCSH_USER, SimulatedSite
 from slurm_in_a_box.slurm_configuration import ACCOUNT, LIMITED_ACCOUNT, SECOND_ACCOUNT, SPENT_ACCOUNT
-from support import ROOT
+from support import ROOT, forked
 
 pytestmark = pytest.mark.cluster
 CHAIN = list(CHECKS)
@@ -245,8 +244,7 @@ def test_what_slurm_says_to_the_assets_job_scripts(set_variables: Set) -> None:
 
 def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "scripts" / "doctor"), *options]
-        return subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
+        return forked.run([str(ROOT / "scripts" / "doctor"), *options], os.environ, tmp_path)
 
     done = run("--json")
     assert done.returncode == 0, done.stderr

@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import SlurmRequest
 from resources import PROJECT
 from slurm_in_a_box import SimulatedSite
-from support import ROOT
+from support import ROOT, forked
 from support.environment_fixtures import FOLDER, Client, names, there
 from support.environment_fixtures import client as client
 from support.environment_fixtures import gathered as gathered
@@ -72,9 +70,8 @@ def deploy(project: Project, tmp_path: Path) -> Deploy:
     )
 
     def run(*options: str) -> str:
-        command = [sys.executable, str(ROOT / "scripts" / "deploy_environment.py"), *options]
         variables = {**os.environ, "PYTHONPATH": str(resources.parent), "COLUMNS": "120"}
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+        done = forked.run([str(ROOT / "scripts" / "deploy_environment.py"), *options], variables)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -1,7 +1,7 @@
 """Array jobs as people see them with scripts/job: counts, a table of tasks, and each task's output, files and end."""
 
+import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import pytest
 from dagster_sbatch.inspect.remote_runs import Runs, open_runs
 from resources import PROJECT
 from slurm_in_a_box import wait_until
-from support import ROOT
+from support import ROOT, forked
 from support.array_run import RUNS, files_of, new_key
 from support.submission import submit_run
 
@@ -50,8 +50,7 @@ def submit(runs: Runs, body: str, tasks: int, max_running: int | None = None) ->
 
 
 def job(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(ROOT / "scripts" / "job"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return forked.run([str(ROOT / "scripts" / "job"), *arguments], os.environ)
 
 
 def refusal(*arguments: str) -> str:

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -21,7 +20,8 @@ from dagster_sbatch.upkeep.orphans import make_orphan_sensor
 from resources import PROJECT
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from slurm_in_a_box.slurm_configuration import ACCOUNT, SPENT_ACCOUNT
-from support import ROOT
+from support import ROOT, forked
+from support.forked import Forked
 
 pytestmark = pytest.mark.cluster
 
@@ -86,22 +86,18 @@ class Dagster:
         folder.mkdir()
         (folder / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
         self.instance = dg.DagsterInstance.from_config(str(folder))
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Forked] = []
         self.checks: list[tuple[bool, str]] = []
 
-    def start(self, workload: str, *, again: bool = False) -> "subprocess.Popen[bytes]":
+    def start(self, workload: str, *, again: bool = False) -> Forked:
         """Materialise an asset with that workload, in another process; `again` re-executes the latest run."""
         parent = [self.run_id] if again else []
         (self.folder / "workloads").mkdir(exist_ok=True)
         for name, text in (("program.py", PROGRAM), ("workloads/workload.py", workload)):
             (self.folder / name).write_text(text)
-        with (self.folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, self.folder / "program.py", *parent],
-                env={**os.environ, "DAGSTER_HOME": str(self.folder), "PYTHONPATH": str(ROOT)},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        variables = {**os.environ, "DAGSTER_HOME": str(self.folder), "PYTHONPATH": str(ROOT)}
+        command = [str(self.folder / "program.py"), *parent]
+        process = Forked(command, variables, self.folder / "output", self.folder / "log")
         self.processes.append(process)
         return process
 
@@ -147,8 +143,7 @@ def make_dagster(tmp_path: Path) -> Iterator[Callable[[str], Dagster]]:
     yield make
     for each in made:
         for process in each.processes:
-            process.kill()
-            process.wait()
+            end(process)
         each.instance.dispose()
 
 
@@ -168,11 +163,10 @@ def wait_for_job(site: SimulatedSite, count: int = 1) -> list[RunRecord]:
 
 
 def job(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(ROOT / "scripts" / "job"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return forked.run([str(ROOT / "scripts" / "job"), *arguments], os.environ)
 
 
-def end(process: "subprocess.Popen[bytes]") -> None:
+def end(process: Forked) -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
 
@@ -325,13 +319,13 @@ def clean(instance: dg.DagsterInstance) -> str:
 
 
 def test_slurm_is_asked_for_the_start_or_the_reason_of_a_refusal() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "preview"), "flights", "--partition", "2013-01", "--test-only"]
-    taken = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    command = [str(ROOT / "scripts" / "preview"), "flights", "--partition", "2013-01", "--test-only"]
+    taken = forked.run(command, os.environ)
     assert taken.returncode == 0, taken.stderr
     assert re.search(r" to start at \w{3} \w{3} .* using \d processors", taken.stdout), taken.stdout
     assert f"charged to project {ACCOUNT}\n" in taken.stdout
     environment = {**os.environ, "SLURM_ACCOUNT": SPENT_ACCOUNT}
-    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    refused = forked.run(command, environment)
     assert refused.returncode == 1
     assert "Invalid qos specification" in refused.stdout
     assert f"Project {SPENT_ACCOUNT} may not use QoS dev_zen4_0768, only idle_" in refused.stdout

@@ -1,4 +1,4 @@
-"""The project in a real `dagster dev`, and a job array in its UI.
+"""Assets in a real `dagster dev` as the project configures it, and a job array in its UI.
 
 With UPDATE_SCREENSHOTS=1 the picture of docs/many-partitions.md is taken anew.
 """
@@ -24,14 +24,6 @@ DAY = "2022-02-17"
 def test_telemetry_and_the_welcome_dialog_are_off(dagster_dev: DagsterDev) -> None:
     assert dagster_dev.ask("{ shouldShowNux }") == {"shouldShowNux": False}
     assert '"telemetryEnabled": false' in httpx.get(dagster_dev.url).text
-
-
-def test_two_months_at_once(dagster_dev: DagsterDev) -> None:
-    runs = {month: dagster_dev.launch("flights", dagster__partition=month) for month in ("2013-03", "2013-04")}
-    for month, rows in {"2013-03": 28834, "2013-04": 28330}.items():
-        assert dagster_dev.wait(runs[month]) == "SUCCESS"
-        newest = dagster_dev.materializations("flights", month)[0]
-        assert (newest["runId"], newest["rows"]) == (runs[month], rows)
 
 
 def test_output_is_in_the_compute_logs_once(dagster_dev: DagsterDev) -> None:

@@ -1,15 +1,13 @@
-"""One `dagster dev` for all tests that need one, with the whole example materialised in it once; an authentik."""
+"""One `dagster dev` for all tests that need one; an authentik."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from slurm_in_a_box import AuthentikControl, AuthentikServer
-from support import ROOT, access
-from support.dagster_dev import DagsterDev
+from support import access
+from support.dagster_dev import DagsterDev, beside_location
 from support.programs import make
 
 SLEEPER = """\
@@ -95,11 +93,10 @@ with open_dagster_pipes() as pipes:
 
 @pytest.fixture(scope="session")
 def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev]:
-    """`dagster dev` with the project's code location and one of the tests', an empty home, and DATA_ROOT alone set."""
-    folder = tmp_path_factory.mktemp("dagster") / "project"
-    workloads = folder.parent / "workloads"
-    home = folder.parent / "home"
-    for path in (folder, workloads, home):
+    """`dagster dev` with the code location of the tests, an empty home, and DATA_ROOT alone set."""
+    folder = tmp_path_factory.mktemp("dagster")
+    workloads, home = folder / "workloads", folder / "home"
+    for path in (workloads, home):
         path.mkdir()
     (workloads / "sleeper.py").write_text(SLEEPER)
     (workloads / "ray_sleeper.py").write_text(RAY_SLEEPER)
@@ -107,36 +104,10 @@ def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev
     (workloads / "weather.py").write_text(WEATHER)
     make(workloads, PROGRAM_SLEEPER, "sleeper.sh")
     make(workloads, PROGRAM_TALKER, "talker.sh")
-    shutil.copy(ROOT / "dagster.yaml", folder)
-    probe = Path(__file__).parents[1] / "local" / "probe_location.py"
-    extra = f"  - python_file: {{relative_path: {probe}, location_name: probe}}\n"
-    (folder / "workspace.yaml").write_text((ROOT / "workspace.yaml").read_text() + extra)
-    environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    environment |= {"HOME": str(home), "DATA_ROOT": str(folder.parent / "data"), "PROBE_WORKLOADS": str(workloads)}
-    server = DagsterDev(folder, environment)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="session")
-def log_of_example(dagster_dev: DagsterDev) -> list[str]:
-    """What `dagster dev` has printed at its start, and during `whole_example`."""
-    return [dagster_dev.log_of_start]
-
-
-@pytest.fixture(scope="session")
-def whole_example(dagster_dev: DagsterDev, log_of_example: list[str]) -> str:
-    """Id of a run over all assets and all months."""
-    before = len(dagster_dev.log.read_text())
-    months = {"dagster__asset_partition_range_start": "2013-01", "dagster__asset_partition_range_end": "2013-12"}
-    assets = ("flights", "delay_features", "delay_sweep", "delay_model", "delay_forest")
-    run_id = dagster_dev.launch(*assets, **months)
-    assert dagster_dev.wait(run_id, 300) == "SUCCESS"
-    log_of_example.append(dagster_dev.log.read_text()[before:])
-    return run_id
+    location = Path(__file__).parents[1] / "local" / "probe_location.py"
+    variables = {"HOME": str(home), "DATA_ROOT": str(folder / "data"), "PROBE_WORKLOADS": str(workloads)}
+    with beside_location(location, folder / "project", variables) as started:
+        yield started
 
 
 @pytest.fixture
