@@ -17,6 +17,7 @@ import pytest
 from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from support import ROOT
 from support.background import STRESS, nobody_left, rows_of
+from support.instances import make_instance
 from support.step import ends_with_test
 
 pytestmark = pytest.mark.cluster
@@ -103,8 +104,7 @@ class Graph:
     def __init__(self, folder: Path, variables: dict[str, str]) -> None:
         self.folder = folder
         (folder / "workloads").mkdir(parents=True)
-        (folder / "dagster").mkdir()
-        (folder / "dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+        make_instance(folder / "dagster")
         (folder / "program.py").write_text(PROGRAM)
         (folder / "workloads" / "workload.py").write_text(WORKLOAD)
         self._variables = {**variables, "DAGSTER_HOME": str(folder / "dagster"), "PYTHONPATH": str(ROOT)}

@@ -22,6 +22,7 @@ from slurm_in_a_box import CERTIFICATE_USER, SimulatedSite, wait_until
 from slurm_in_a_box.slurm_configuration import ACCOUNT, SPENT_ACCOUNT
 from support import ROOT, forked
 from support.forked import Forked
+from support.instances import make_instance
 
 pytestmark = pytest.mark.cluster
 
@@ -83,8 +84,7 @@ class Dagster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir()
-        (folder / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+        make_instance(folder)
         self.instance = dg.DagsterInstance.from_config(str(folder))
         self.processes: list[Forked] = []
         self.checks: list[tuple[bool, str]] = []

@@ -11,6 +11,7 @@ import dagster as dg
 
 from dagster_sbatch import ComputeResource, JobArray, ScriptLauncher, SlurmRequest
 from resources import PROJECT
+from support.instances import make_instance
 from support.workload_asset import PIPES
 
 DAYS = dg.DailyPartitionsDefinition("2013-01-01", end_date="2013-01-13")
@@ -67,8 +68,8 @@ class ArrayAsset:
         self._number = len(_assets)
         _assets.append(self)
         (folder / "workloads").mkdir(parents=True, exist_ok=True)
-        (folder / "dagster").mkdir(exist_ok=True)
-        (folder / "dagster" / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+        if not (folder / "dagster").exists():
+            make_instance(folder / "dagster")
         self.change(workload)
 
     def change(self, workload: str) -> None:

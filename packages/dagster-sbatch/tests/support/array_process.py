@@ -9,6 +9,7 @@ import dagster as dg
 from support import ROOT
 from support.array_asset import ArrayOutcome
 from support.forked import Forked
+from support.instances import make_instance
 from support.step import start
 
 PROGRAM = """\
@@ -33,7 +34,7 @@ class ArrayProcess:
 
     def __init__(self, folder: Path, variables: dict[str, str], workload: str, first: str, last: str) -> None:
         self._folder, self._range = folder, (first, last)
-        (folder / "dagster").mkdir(parents=True)  # a kill may come before the program has made it
+        make_instance(folder / "dagster")  # a kill may come before the program has made it
         (folder / "program.py").write_text(PROGRAM)
         self.change(workload)
         tests = Path(__file__).parents[1]

@@ -12,6 +12,7 @@ import dagster as dg
 
 from support import ROOT
 from support.forked import Forked
+from support.instances import make_instance
 
 PROGRAM = """\
 import json, os, sys, time
@@ -72,9 +73,8 @@ class Step:
     def __init__(self, folder: Path, variables: dict[str, str], workload: str, program: str = PROGRAM) -> None:
         self._folder = folder
         home = folder / "dagster"
-        for path in (home, folder / "workloads"):
-            path.mkdir(parents=True)
-        (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
+        make_instance(home)
+        (folder / "workloads").mkdir()
         (folder / "step.py").write_text(program)
         self.change(workload)
         self.call()
