@@ -129,7 +129,7 @@ def test_a_clone_with_changes_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_handlers: None) -> Path:
+def small_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with little in it; what becomes of it is made in no time."""
 
     def make(template: Template, folder: Path, *_: object) -> None:
@@ -158,7 +158,7 @@ def small_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_handlers: 
     return root
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def same_handlers() -> Iterator[None]:
     """The command handles signals; pytest does so again afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -318,7 +318,6 @@ def test_the_skeleton_agrees_with_the_template() -> None:
         ([""], ["the name '' cannot be used", "exists already. Choose another name"]),
     ],
 )
-@pytest.mark.usefixtures("same_handlers")
 def test_all_that_is_wrong_is_told_and_nothing_is_made(
     arguments: list[str],
     texts: list[str],

@@ -67,7 +67,7 @@ class DagsterDev:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._spared: psutil.Process | None = None
-        self.url = self.log_of_start = ""
+        self.url = ""
 
     def start(self) -> None:
         """Start it and wait until every code location is loaded."""
@@ -87,7 +87,6 @@ class DagsterDev:
                     start_new_session=True,
                 )
             wait_for(self._loaded, 300, f"dagster dev has loaded; see {self.log}")
-        self.log_of_start = self.log.read_text()
 
     def _loaded(self) -> bool:
         assert self._process is not None and self._process.poll() is None, self.log.read_text()
