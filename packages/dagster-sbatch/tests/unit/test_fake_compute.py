@@ -113,7 +113,9 @@ def test_the_page(tmp_path: Path) -> None:
     )
     own = "from musica_pipelines.assets.my_assets import my_asset\n"
     assert own in example
-    exec(example.replace(own, ""), {"my_asset": my_asset})
+    names: dict[str, Any] = {"my_asset": my_asset}
+    exec(example.replace(own, ""), names)
+    names["test_my_asset"]()
 
 
 @pytest.mark.parametrize(
