@@ -1,19 +1,15 @@
 """The plan of an asset, worked out offline."""
 
 import asyncio
-import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
 import pytest
 
-from dagster_sbatch.commands import preview as command
 from dagster_sbatch.commands.preview import examples
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import Preview, preview_asset
@@ -21,7 +17,6 @@ from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import Retries, SlurmRequest
 from resources import PROJECT
-from support import access
 
 CPU, GPU = "zen4_0768", "zen4_0768_h100x4"
 
@@ -379,27 +374,3 @@ def test_the_examples_of_the_help_are_assets_of_the_project() -> None:
         "sweep --test-only",
     ]
     assert "scripts/preview my_asset\n" in examples(dg.Definitions())
-
-
-@pytest.mark.parametrize("deployment", ["", "development", "production_supercomputer"])
-def test_a_trial_uses_the_settings_of_the_supercomputer_in_every_deployment(
-    deployment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {**access.environment("http://127.0.0.1:1", tmp_path), "DAGSTER_DEPLOYMENT": deployment}.items():
-        monkeypatch.setenv(name, value)
-    seen: list[str] = []
-    runs = SimpleNamespace(gateway=SimpleNamespace(projects=lambda: None))
-    monkeypatch.setattr(command, "open_runs", lambda *_: nullcontext(runs))
-
-    monkeypatch.setattr(command, "open_history", lambda _: nullcontext())
-
-    def preview(*_: Any, **__: Any) -> list[Preview]:
-        seen.append(os.environ["DAGSTER_DEPLOYMENT"])
-        return []
-
-    monkeypatch.setattr(command, "preview_asset", preview)
-    for options in (["--test-only"], []):
-        monkeypatch.setattr(sys, "argv", ["scripts/preview", "sweep", *options])
-        assert command.main(PROJECT, dg.Definitions()) == 0
-    assert seen == 2 * ["production_supercomputer" if "production" in deployment else "staging_supercomputer"]
-    assert os.environ["DAGSTER_DEPLOYMENT"] == deployment

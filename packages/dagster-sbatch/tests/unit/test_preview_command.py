@@ -1,8 +1,10 @@
 """The command line of `scripts/preview`."""
 
+import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +15,8 @@ import pytest
 from dagster_sbatch import ComputeResource, Project, ScriptLauncher, SlurmRequest, project
 from dagster_sbatch.commands import preview
 from dagster_sbatch.setting_files import load_settings
-from resources import build_resources
-from support import ROOT
+from resources import PROJECT, build_resources
+from support import ROOT, access
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,29 @@ def test_the_summary_cuts_no_path_off(monkeypatch: pytest.MonkeyPatch, capsys: p
         monkeypatch.setenv("COLUMNS", columns)
         preview.show(shown)
         assert path in "".join(capsys.readouterr().out.removeprefix("─" * int(columns)).split())
+
+
+@pytest.mark.parametrize("deployment", ["", "development", "production_supercomputer"])
+def test_a_trial_uses_the_settings_of_the_supercomputer_in_every_deployment(
+    deployment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**access.environment("http://127.0.0.1:1", tmp_path), "DAGSTER_DEPLOYMENT": deployment}.items():
+        monkeypatch.setenv(name, value)
+    seen: list[str] = []
+    runs = SimpleNamespace(gateway=SimpleNamespace(projects=lambda: None))
+    monkeypatch.setattr(preview, "open_runs", lambda *_: nullcontext(runs))
+    monkeypatch.setattr(preview, "open_history", lambda _: nullcontext())
+
+    def preview_asset(*_: Any, **__: Any) -> list[Any]:
+        seen.append(os.environ["DAGSTER_DEPLOYMENT"])
+        return []
+
+    monkeypatch.setattr(preview, "preview_asset", preview_asset)
+    for options in (["--test-only"], []):
+        monkeypatch.setattr(sys, "argv", ["scripts/preview", "sweep", *options])
+        assert preview.main(PROJECT, dg.Definitions()) == 0
+    assert seen == 2 * ["production_supercomputer" if "production" in deployment else "staging_supercomputer"]
+    assert os.environ["DAGSTER_DEPLOYMENT"] == deployment
 
 
 FILE = """\

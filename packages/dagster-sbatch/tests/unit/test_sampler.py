@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 
 from dagster_sbatch.slurm.gateway.agent import job_record
@@ -368,60 +367,3 @@ def test_a_full_disk_does_not_save_a_job_with_idle_gpus(tmp_path: Path, monkeypa
     for now in (0.0, 20.0, 40.0):
         first.sample(now)
     assert ended == [True]
-
-
-def test_the_sampler_ends_with_its_standard_input_and_what_it_started_ends_too(tmp_path: Path) -> None:
-    """As the batch script asks: also after Slurm has sent SIGTERM."""
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho '0, GPU-a, 40, 1000'\nexec sleep 600\n")
-    smi.chmod(0o755)
-    environment = {"SLURM_JOB_ID": JOB, "CUDA_VISIBLE_DEVICES": "0", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    process = subprocess.Popen(
-        [sys.executable, *sampler.PYTHON_OPTIONS, sampler.__file__, "job", "1", "1"],
-        cwd=tmp_path,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def ask() -> str:
-        assert process.stdin and process.stdout
-        process.stdin.write("\n")
-        process.stdin.flush()
-        return process.stdout.readline()
-
-    wait_until(lambda: '"gpu_percent": 40.0' in ask(), "the sampler has heard of the GPU", 30)
-    (child,) = psutil.Process(process.pid).children()
-    process.terminate()
-    assert '"gpu_memory_mib": 1000.0' in ask()
-    process.communicate(timeout=30)  # closes its standard input
-    assert process.returncode == 0
-    wait_until(lambda: not child.is_running(), "nvidia-smi has ended", 30)
-
-
-def test_on_another_node_the_sampler_ends_when_slurm_ends_the_job() -> None:
-    """Its srun may have ended before it has closed the sampler's standard input."""
-    command = [sys.executable, *sampler.PYTHON_OPTIONS, sampler.__file__, "node", "0"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env={"SLURM_JOB_ID": JOB}, stdin=pipe, stdout=pipe) as process:
-        assert process.stdout
-        process.stdout.readline()
-        process.terminate()
-        assert process.wait(30) == -signal.SIGTERM
-
-
-def test_what_the_sampler_started_on_other_nodes_has_ended_before_it_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If Slurm finds a process after the job script's end, it kills that and sleeps for a second."""
-    make(tmp_path, "#!/bin/bash\ntrap 'sleep 0.3; exit' TERM\ntouch begun\nsleep 600 & wait\n", "srun")
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", JOB)
-    monkeypatch.chdir(tmp_path)
-    first = sampler.FirstNode(2, 0, 0)
-    first.start_others()
-    wait_until((tmp_path / "begun").exists, "its srun runs", 30)
-    first.end()
-    assert first.others
-    assert first.others.returncode == 0
