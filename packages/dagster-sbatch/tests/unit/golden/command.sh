@@ -54,7 +54,7 @@ finish() {
       "$code" "$SLURM_JOB_ID" "${now/,/.}" "$written" "$usage" >>events
   )
 }
-# Waits for the end of the sampler, and so of its output: Slurm, if it finds a process then, sleeps for a second.
+# Waits at most 2 s for the end of the sampler: if Slurm finds a process when this script has ended, it sleeps for 1 s.
 # shellcheck disable=SC2317  # the trap calls it
 end_sampler() {
   local hold=${SAMPLER[1]-} heard=${SAMPLER[0]-}
