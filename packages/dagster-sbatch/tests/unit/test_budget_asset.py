@@ -22,14 +22,12 @@ Tick = Callable[..., dg.SensorResult]
 
 
 @pytest.fixture
-def tick(monkeypatch: pytest.MonkeyPatch) -> Tick:
+def tick(monkeypatch: pytest.MonkeyPatch, instance: dg.DagsterInstance) -> Tick:
     """`tick(usage)` evaluates the sensor; an error in place of the usage is raised."""
     health = SimpleNamespace(verdict="ok", summary="")
     settings = Settings.model_validate({"SLURM_SUPERCOMPUTER_SITE": "musica"})
     monkeypatch.setattr(upkeep, "check_health", lambda _: health)
     monkeypatch.setattr(type(PROJECT), "load_settings", lambda *_, **__: settings)
-
-    instance = dg.DagsterInstance.ephemeral()
 
     def make(answer: Usage | Exception, verdict: str = "ok") -> dg.SensorResult:
         def usage(_: object) -> Usage:

@@ -34,11 +34,6 @@ def interrupted(instance: dg.DagsterInstance, parent: str | None = None, **tags:
     return run.run_id
 
 
-@pytest.fixture
-def instance() -> dg.DagsterInstance:
-    return dg.DagsterInstance.ephemeral()
-
-
 def test_the_job_of_an_interrupted_step(instance: dg.DagsterInstance) -> None:
     first = interrupted(instance, work="79")
     assert earlier(instance, first) == ("79", True)

@@ -92,11 +92,6 @@ def supercomputer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Supercompu
     return made
 
 
-@pytest.fixture
-def instance() -> dg.DagsterInstance:
-    return dg.DagsterInstance.ephemeral()
-
-
 def failed(instance: dg.DagsterInstance, *, terminated: bool = False, of: str | None = None) -> str:
     """A run whose step failed while its job was running; its id."""
 

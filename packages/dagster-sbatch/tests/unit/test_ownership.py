@@ -3,7 +3,6 @@
 from datetime import UTC, datetime
 
 import dagster as dg
-import pytest
 
 from dagster_sbatch.inspect.remote_runs import RunRecord
 from dagster_sbatch.run.directory import RunInfo
@@ -43,11 +42,6 @@ def cancel(instance: dg.DagsterInstance, run_id: str) -> None:
     run = instance.get_run_by_id(run_id)
     assert run is not None
     instance.report_run_canceled(run)
-
-
-@pytest.fixture
-def instance() -> dg.DagsterInstance:
-    return dg.DagsterInstance.ephemeral()
 
 
 def test_a_job_whose_step_failed_is_kept(instance: dg.DagsterInstance) -> None:

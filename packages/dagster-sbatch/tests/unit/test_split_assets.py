@@ -35,11 +35,9 @@ def both(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult]:
 def between() -> None: ...
 
 
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
+@pytest.fixture(autouse=True)
+def no_contexts() -> None:
     contexts.clear()
-    with dg.DagsterInstance.ephemeral() as made:
-        yield made
 
 
 def make(
