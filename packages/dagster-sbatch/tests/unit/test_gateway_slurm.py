@@ -33,6 +33,7 @@ RUNNING = "JobId=17 JobName=KEY Account=p1 JobState=RUNNING ExitCode=0:0 SubmitT
 ENDED = "JobId=17 JobName=KEY Account=p1 JobState=COMPLETED ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=120"
 RENAMED = "JobId=17 JobName=mine Account=p1 WorkDir=/base/runs/KEY SubmitTime=100 StartTime=110 EndTime=120"
 INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+LATER = 9999999999  # as an end that has just been: less than a minute ago, whatever the clocks show
 AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
 
 
@@ -64,14 +65,15 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         (f"echo '{RENAMED} JobState=FAILED ExitCode=3:0'", "", ("FAILED", "3:0", [100, 110, 120], "p1")),
         (INVALID, "echo 'CANCELLED by 0|0:15|100|110|120|p1|KEY|17'", ("CANCELLED", "0:15", [100, 110, 120], "p1")),
         (INVALID, "echo 'COMPLETED+|0:0|100|Unknown|120|p1|KEY|17'", ("COMPLETED", "0:0", [100, None, 120], "p1")),
-        (AWAY, "echo 'FAILED|3:0|100|110|120|p1|KEY|17'", ("FAILED", "3:0", [100, 110, 120], "p1")),
+        (AWAY, f"echo 'FAILED|3:0|100|110|{LATER}|p1|KEY|17'", ("FAILED", "3:0", [100, 110, LATER], "p1")),
+        (AWAY, f"echo 'CANCELLED|0:0|100|None|{LATER}|p1|KEY|17'", ("CANCELLED", "0:0", [100, None, LATER], "p1")),
         (AWAY, "echo 'RUNNING|0:0|100|110|Unknown|p1|KEY|17'", None),
         # Until Slurm has put it back in the queue, the accounting has only the record of its first start.
         (AWAY, "echo 'PREEMPTED|0:15|100|110|120|p1|KEY|17'", "temporary"),
         (INVALID, "echo 'PREEMPTED|0:15|100|110|120|p1|KEY|17'", ("PREEMPTED", "0:15", [100, 110, 120], "p1")),
         # The accounting has the end before the processes have ended: they have some seconds, and may write meanwhile.
-        (AWAY, 'echo "CANCELLED by 0|0:15|100|110|$(date +%s)|p1|KEY|17"', "temporary"),
-        (AWAY, 'echo "TIMEOUT|0:15|100|110|$(date +%s)|p1|KEY|17"', "temporary"),
+        (AWAY, f"echo 'CANCELLED by 0|0:15|100|110|{LATER}|p1|KEY|17'", "temporary"),
+        (AWAY, f"echo 'TIMEOUT|0:15|100|110|{LATER}|p1|KEY|17'", "temporary"),
         (AWAY, "echo 'TIMEOUT|0:15|100|110|120|p1|KEY|17'", ("TIMEOUT", "0:15", [100, 110, 120], "p1")),
         # The id is another job's by now.
         (f"echo '{ENDED.replace('KEY', 'other')}'", "echo 'FAILED|1:0|1|2|3|p1|other|17'", ("", "", [None] * 3, "")),
