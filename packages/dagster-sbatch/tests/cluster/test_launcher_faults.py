@@ -143,8 +143,12 @@ def test_jobs_that_fail_in_every_way_at_once(
     listing = ("--noheader", "--steps", f"--jobs={cancelled[1]}", "--format=%i")
     wait_until(lambda: f"{cancelled[1]}.1" in site.squeue(*listing).split(), "the second node has its sampler", 60)
     wait_until(lambda: has_run(site, cancelled[0]) > 10, "the sampler has measured it", 60)
+    kill_wait = re.search(r"^KillWait\s*= (\d+) sec", site.cluster.query("scontrol", "show", "config"), re.MULTILINE)
+    assert kill_wait
     for job in cancelled:
         site.faults.cancel_job(job)
+    listing = ("--noheader", f"--jobs={cancelled[1]}")
+    wait_until(lambda: not site.squeue(*listing), "both nodes are left before Slurm kills", int(kill_wait[1]))
     outcomes = {name: run.outcome(240) for name, run in runs.items()}
     for name, (text, texts) in PROGRAMS.items():
         outcome = outcomes[name]
