@@ -52,6 +52,26 @@ def test_what_follows_a_hole_comes_though_the_job_was_killed(run: Path, prepare:
     assert (end.state, bytes(come)) == ("NODE_FAIL", HOLE)
 
 
+@pytest.mark.parametrize("later", ["an error\n", "a later line\n", "a line that is longer\n"])
+def test_what_a_program_writes_after_it_has_emptied_its_output_comes(
+    later: str, run: Path, prepare: Prepare, slurm: Path
+) -> None:
+    """As `echo ... >/dev/stderr` in a script: the shell opens the file of the job anew, and empties it."""
+    (run / "stderr").write_text("a first line\n")
+    say_end(slurm, "RUNNING")
+    come = bytearray()
+
+    def take(data: bytes) -> None:
+        come.extend(data)
+        if come == b"a first line\n":
+            (run / "stderr").write_text(later)
+            (run / "events").write_text(f'{{"code": 3, "time": 1, "sizes": {{"stderr": {len(later)}}}}}\n')
+            say_end(slurm, "FAILED")
+
+    prepare(HURRIED).run(str(run), None, {"stderr": take}, follower="")
+    assert come.decode() == f"a first line\n{later}"
+
+
 def test_a_connection_that_is_lost_while_the_accounting_is_asked_doubles_nothing(
     run: Path, prepare: Prepare, slurm: Path
 ) -> None:

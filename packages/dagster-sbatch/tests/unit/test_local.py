@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dagster_sbatch.run.local import CHUNK, LocalProcess
+from dagster_sbatch.run.local import LocalProcess
+from dagster_sbatch.slurm.gateway.agent.transfer import CHUNK
 from slurm_in_a_box import wait_until
 from support.dagster_dev import gone
 
@@ -140,6 +141,25 @@ def test_a_workload_is_terminated_before_all_that_it_has_written_is_stored(tmp_p
 
     LocalProcess([sys.executable, "-c", BACKLOG], os.environ, tmp_path, {"messages": store}).run(stop)
     assert (ran, sum(sizes)) == ([True, False, False], 3 * CHUNK)
+
+
+EMPTIES = """\
+echo 'a first line' >&2
+until [ -e read ]; do sleep 0.01; done
+echo 'a second line' >/dev/stderr
+"""
+"""A workload whose shell empties the file."""
+
+
+def test_what_a_workload_writes_after_it_has_emptied_its_output_comes(tmp_path: Path) -> None:
+    come = bytearray()
+
+    def store(data: bytes) -> None:
+        come.extend(data)
+        (tmp_path / "read").touch()
+
+    LocalProcess(["bash", "-c", EMPTIES], os.environ, tmp_path, {"stderr": store}).run(threading.Event())
+    assert come.decode() == "a first line\na second line\n"
 
 
 @pytest.mark.parametrize("last", ["shutil.rmtree(os.getcwd())", "os.mkdir('end')", "sys.exit(3)", "os.abort()"])

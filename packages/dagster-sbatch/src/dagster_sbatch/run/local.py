@@ -13,12 +13,11 @@ from pathlib import Path
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.run import supervisor
 from dagster_sbatch.slurm.gateway.agent.job_record import CAUSE
+from dagster_sbatch.slurm.gateway.agent.streams import last_of, read_on
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL, when a run is terminated
 KILL_SECONDS = 5.0  # for the supervisor to kill what is left
-CHUNK = 1 << 18
-"""Bytes of a file that are passed on between two questions whether the run is terminated: storing them takes time."""
 
 _MACHINE = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
@@ -53,8 +52,8 @@ class LocalProcess:
         by name.
         """
         self._folder, self._sinks = folder, sinks
-        self._offsets = dict.fromkeys(sinks, 0)
-        with (folder / "stderr").open("wb") as stderr:
+        self._read = dict.fromkeys(sinks, (0, b""))  # of each file: how many bytes are passed on, and the last of them
+        with (folder / "stderr").open("ab") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(supervisor.__file__), str(folder / "stdout"), *command],
                 env=dict(environment),
@@ -85,14 +84,14 @@ class LocalProcess:
         return running
 
     def _pass_on(self, name: str) -> bool:
-        """Pass on the next bytes of a file, CHUNK at most; return whether there were any."""
-        path, data = self._folder / name, b""
+        """Pass on some bytes of a file, a CHUNK of the agent at most; return whether there were any."""
+        path, data, (at, last) = self._folder / name, b"", self._read[name]
         if path.exists():
             with path.open("rb") as file:
-                file.seek(self._offsets[name])
-                data = file.read(CHUNK)
+                data, at = read_on(file.fileno(), at, last)
         if data:
-            self._offsets[name] += len(data)
+            at += len(data)
+            self._read[name] = at, last_of(last, data, at)
             self._sinks[name](data)
         return bool(data)
 

@@ -63,7 +63,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):  # they are for the workload, which ends first
         signal.signal(number, lambda *_: None)  # the workload would inherit SIG_IGN
     begun = time.monotonic()
-    with Path(output).open("wb") as stdout:
+    with Path(output).open("ab") as stdout:
         workload = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout)
     watcher = threading.Thread(target=_end_with_parent, args=(Path(output).parent,), daemon=True)
     watcher.start()

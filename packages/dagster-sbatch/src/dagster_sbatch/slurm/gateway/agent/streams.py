@@ -9,13 +9,30 @@ from .transfer import CHUNK
 HOLE = 10.0  # seconds for which NUL bytes are held back: on NFS, a node may not have written those bytes yet
 LONGER = 4  # times as long for messages, which have no NUL bytes: a node without power never writes what is missing
 MOST_CHUNKS = 8  # of one stream in a row, so that none starves another
+LAST = 64  # bytes before an offset, by which a file is recognized
+
+
+def read_on(file, at, last):
+    """Return the next bytes of an open file and their offset: `at`, or 0 if a program has emptied the file meanwhile.
+
+    So does `echo ... >/dev/stderr` in a script: its shell opens the file anew. `last`: bytes that were before `at`.
+    """
+    data = os.pread(file, CHUNK + len(last), at - len(last))
+    if os.fstat(file).st_size < at or not data.startswith(last):
+        return os.pread(file, CHUNK, 0), 0
+    return data[len(last) :], at
+
+
+def last_of(last, data, at):
+    """Return the last bytes before `at`; `data` ends there, and `last` was before it."""
+    return (last + data)[-min(LAST, at) :]
 
 
 class Stream:
-    """A file, what the client calls it, and the number of its bytes that are sent."""
+    """A file, what the client calls it, and the number of its bytes that are sent, with the last of them."""
 
     def __init__(self, path, name, at):
-        self.path, self.name, self.at = path, name, at
+        self.path, self.name, self.at, self.last = path, name, at, b""
         self.hole = (0, 0)  # its size when NUL bytes were first seen, and the time
 
     def pump(self, say):
@@ -26,12 +43,15 @@ class Stream:
             return 0
         try:
             for sent in range(MOST_CHUNKS):
-                data = os.pread(file, CHUNK, self.at)  # nothing beyond the end of the file
+                data, at = read_on(file, self.at, self.last)
+                if at < self.at:
+                    self.at, self.last, self.hole = 0, b"", (0, 0)
                 data = data[: self.whole(data, file)]
                 if not data:
                     return sent
                 say(data, file=self.name, at=self.at)
                 self.at += len(data)
+                self.last = last_of(self.last, data, self.at)
             return MOST_CHUNKS
         finally:
             os.close(file)
