@@ -94,7 +94,44 @@ def test_what_is_not_unicode_is_replaced(text: str, messages: Messages, handler:
     ]
 
 
-@pytest.mark.parametrize("rubbish", [b"rubbish\n", b"[1]\n", b'{"params": {}}\n', b"\xff\xfe\n"])
+def test_a_last_line_without_a_newline_counts(messages: Messages, handler: Handler) -> None:
+    """Programs in other languages write messages, too; the exit code of theirs may decide."""
+    messages.feed(STARTED + line("opened") + line("closed") + line("report_asset_materialization", "last")[:-1])
+    messages.finish(CONTEXT)
+    assert (handler.taken[1:], messages.error) == (["report_asset_materialization last", "closed"], None)
+
+
+def test_a_line_of_the_log_with_a_level_of_its_own_is_not_lost() -> None:
+    """Dagster has five levels, and refuses others. Python's `logging` has any."""
+    levels = ["NOTICE", "Level 25", 25, "warn", None]
+
+    @dg.op
+    def log(context: dg.OpExecutionContext) -> None:
+        reader = Messages("/run")
+        with reader.read_messages(dg.PipesMessageHandler(context, reader)):
+            for level in levels:
+                params = {"message": f"with {level}", "level": level}
+                reader.feed(json.dumps({"method": "log", "params": params}).encode() + b"\n")
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.GraphDefinition(name="logs", node_defs=[log]).to_job().execute_in_process(instance=instance)
+        found = [(entry.user_message, entry.level) for entry in instance.all_logs(result.run_id)]
+    said = [each for each in found if each[0].startswith("with ")]
+    assert said == [(f"with {level}", 30 if level == "warn" else 20) for level in levels]
+
+
+def test_half_a_last_line_is_kept_as_the_error(messages: Messages, handler: Handler) -> None:
+    """The disk was full, and the program did not notice: its exit code is 0."""
+    messages.feed(STARTED + line("opened") + line("closed") + line("report_asset_materialization", "last")[:-9])
+    messages.finish(CONTEXT)
+    assert "not a Dagster Pipes message" in str(messages.error)
+
+
+RUBBISH = [b"rubbish\n", b"[1]\n", b'{"params": {}}\n', b"\xff\xfe\n", b'{"method": 5}\n']
+RUBBISH += [b'{"method": "log", "params": [1]}\n', b'{"method": "closed", "params": {"exception": "boom"}}\n']
+
+
+@pytest.mark.parametrize("rubbish", RUBBISH)
 def test_rubbish_is_kept_as_the_error_and_nothing_is_handed_over_after_it(rubbish: bytes, messages: Messages) -> None:
     messages.feed(STARTED + line("opened") + rubbish + line("closed"))
     messages.finish(CONTEXT)

@@ -109,6 +109,7 @@ class ArrayStep:
         """
         task, reader = self.tasks[index], self.reader(index)
         messages = reader.messages
+        messages.end()
         cause = explain_failure(messages, exit_code, self._plan.workload.name)
         if cause:
             cause = explain_stderr(cause, reader.stderr.tail, request or self._plan.allocation.request) + limit

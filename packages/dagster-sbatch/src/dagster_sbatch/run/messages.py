@@ -13,6 +13,7 @@ from dagster_sbatch.run.results import PARTITION, make_message
 
 JOB_STARTED = "job_started"
 """Method of the line that the job script writes into the messages file whenever Slurm starts the job."""
+LEVELS = frozenset("DEBUG INFO WARN WARNING ERROR FATAL CRITICAL".split())  # of lines of the log, which Dagster knows
 
 
 class MessageParser:
@@ -49,6 +50,10 @@ class MessageParser:
             with self.error_kept():
                 self._read(line)
 
+    def end(self) -> None:
+        """Read what is left as the last line: no more bytes come. A program may end it without a newline."""
+        self.feed(b"\n")
+
     @contextmanager
     def error_kept(self) -> Iterator[None]:
         """Keep the first error that a message causes, here or in Dagster; the step reports it."""
@@ -59,12 +64,14 @@ class MessageParser:
 
     def _read(self, line: bytes) -> None:
         try:
-            message: PipesMessage = json.loads(_replace_surrogates(line))
-            message = {**message, "method": message["method"], "params": message.get("params") or {}}
-        except (ValueError, TypeError, KeyError) as error:
+            message = json.loads(_replace_surrogates(line))
+            method, params = message["method"], message.get("params") or {}
+            if not isinstance(method, str) or not isinstance(params, dict):
+                raise TypeError
+            self.receive({**message, "method": method, "params": params})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             text = line[:200].decode(errors="replace")
             raise ValueError(f"not a Dagster Pipes message in {self.path}: {text!r}") from error
-        self.receive(message)
 
     def receive(self, message: PipesMessage) -> None:
         """Deliver a message at once, or keep it."""
@@ -86,6 +93,8 @@ class MessageParser:
             if method == "opened":
                 self.opened = True
                 self.open += 1
+            elif method == "log" and str(params.get("level")).upper() not in LEVELS:  # of Python's `logging`, say
+                message = {**message, "params": {**params, "level": "INFO"}}
             with suppress(Exception):  # a line of the log that Dagster cannot store decides nothing
                 self.deliver(message)
 

@@ -64,6 +64,7 @@ class Messages(MessageParser, dg.PipesMessageReader):
 
     def finish(self, context: dg.OpExecutionContext) -> None:
         """Hand the results to Dagster, after the last byte."""
+        self.end()
         with self.error_kept():
             for message in self.results:
                 check_report(context, message)
