@@ -128,7 +128,8 @@ def read_events(folder: Path) -> list[dict[str, object]]:
 
 
 def test_the_script_runs_the_workload_and_records_its_end(tmp_path: Path) -> None:
-    (tmp_path / "work load.py").write_text("import os, sys\nprint(os.environ['DATA_ROOT'])\nsys.exit(3)\n")
+    text = "import os, sys\nos.remove('stderr')\nprint(os.environ['DATA_ROOT'])\nsys.exit(3)\n"
+    (tmp_path / "work load.py").write_text(text)
     done = run_as_slurm_would(tmp_path, render(*CASES["script"], data=AWKWARD))
     assert done.returncode == 3
     assert done.stdout == AWKWARD + "\n"
@@ -220,11 +221,14 @@ def test_a_second_job_of_the_same_run_steps_back(tmp_path: Path) -> None:
     assert not (tmp_path / "events").exists()
 
 
-def test_a_job_that_can_neither_make_nor_read_the_link_fails(tmp_path: Path) -> None:
-    """The disk is full, say: the job must not end as if another job had its work."""
-    (tmp_path / "job").touch()
-    assert run_as_slurm_would(tmp_path, render(*CASES["script"])).returncode == 1
-    assert not (tmp_path / "events").exists()
+@pytest.mark.parametrize("name", ["job", "messages.jsonl"])
+def test_a_job_that_can_neither_claim_its_run_nor_say_that_it_starts_fails(name: str, tmp_path: Path) -> None:
+    """The disk is full, say: it must not end as if another job had its work, nor count reports of an earlier start."""
+    (tmp_path / "work load.py").write_text("print('works')\n")
+    (tmp_path / "messages.jsonl").symlink_to("/dev/full")
+    (tmp_path / name).touch()
+    done = run_as_slurm_would(tmp_path, render(*CASES["script"]))
+    assert (done.returncode, done.stdout, (tmp_path / "events").exists()) == (1, "", name != "job")
 
 
 @pytest.mark.parametrize("limit", ["64", "99999999"])

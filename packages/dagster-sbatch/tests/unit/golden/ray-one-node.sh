@@ -48,7 +48,8 @@ finish() {
     trap '' TERM USR1
     now=${EPOCHREALTIME:-$(date +%s.%N)}
     mapfile -t sizes < <(exec stat -c %s messages.jsonl stdout stderr)
-    printf -v written '{"messages.jsonl": %s, "stdout": %s, "stderr": %s}' "${sizes[@]}"
+    # The workload may have removed one: %d without a number is 0.
+    printf -v written '{"messages.jsonl": %d, "stdout": %d, "stderr": %d}' "${sizes[@]}"
     printf '{"code": %s, "job": "%s", "time": %s, "sizes": %s, "usage": %s}\n' \
       "$code" "$SLURM_JOB_ID" "${now/,/.}" "$written" "$usage" >>events
   )
@@ -73,7 +74,8 @@ export -f set_temporary_folder
 set_temporary_folder
 export JOB_TMPDIR=$TMPDIR
 [ ! -e workload.pid ] || { rm workload.pid; : >cause; } # of a former start, maybe on another node
-printf '\n{"method": "job_started"}\n' >>messages.jsonl # a former start may have left half a line
+# A former start may have left half a line. Its reports would count as well, if the disk is too full for this one.
+printf '\n{"method": "job_started"}\n' >>messages.jsonl || exit 1
 now=${EPOCHREALTIME:-$(date +%s.%N)} # with the locale's decimal point
 printf '{"started": "%s", "time": %s, "temporary": "%s"}\n' "$HOSTNAME" "${now/,/.}" "$JOB_TMPDIR" >>events
 
