@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dagster_sbatch.slurm.gateway.agent import streams
+from dagster_sbatch.slurm.gateway.agent.streams import Stream
 from support.agent_fixtures import HURRIED, Prepare, put
 from support.array_site import Follow, Site, record, wait_for_ends
 
@@ -70,6 +72,33 @@ def test_what_a_program_writes_after_it_has_emptied_its_output_comes(
 
     prepare(HURRIED).run(str(run), None, {"stderr": take}, follower="")
     assert come.decode() == f"a first line\n{later}"
+
+
+def send_all(stream: Stream) -> bytes:
+    sent = bytearray()
+    stream.pump(lambda data, **_: sent.extend(data))
+    return bytes(sent)
+
+
+def test_a_shorter_file_than_before_the_connection_was_lost_is_awaited(tmp_path: Path) -> None:
+    """Another login node may not see its end yet: it is not taken for one that a program has emptied."""
+    (tmp_path / "stdout").write_bytes(b"a first line\n")
+    stream = Stream(tmp_path / "stdout", "stdout", 20)
+    assert send_all(stream) == b""
+    whole = b"a first line\nanother line\n"
+    (tmp_path / "stdout").write_bytes(whole)
+    assert send_all(stream) == whole[20:]
+
+
+def test_a_hole_that_is_filled_after_it_was_sent_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "HOLE", 0)
+    (tmp_path / "stdout").write_bytes(HOLE)
+    stream = Stream(tmp_path / "stdout", "stdout", 0)
+    assert send_all(stream) == HOLE
+    (tmp_path / "stdout").write_bytes(HOLE.replace(b"\0", b"x") + b"end\n")
+    assert send_all(stream) == b"end\n"
 
 
 def test_a_connection_that_is_lost_while_the_accounting_is_asked_doubles_nothing(

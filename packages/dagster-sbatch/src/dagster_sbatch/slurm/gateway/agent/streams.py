@@ -15,17 +15,18 @@ LAST = 64  # bytes before an offset, by which a file is recognized
 def read_on(file, at, last):
     """Return the next bytes of an open file and their offset: `at`, or 0 if a program has emptied the file meanwhile.
 
-    So does `echo ... >/dev/stderr` in a script: its shell opens the file anew. `last`: bytes that were before `at`.
+    So does `echo ... >/dev/stderr` in a script: its shell opens the file anew. `last`: bytes that were before `at`;
+    without them, a shorter file counts as one whose end this machine does not see yet.
     """
     data = os.pread(file, CHUNK + len(last), at - len(last))
-    if os.fstat(file).st_size < at or not data.startswith(last):
+    if not data.startswith(last):
         return os.pread(file, CHUNK, 0), 0
     return data[len(last) :], at
 
 
 def last_of(last, data, at):
-    """Return the last bytes before `at`; `data` ends there, and `last` was before it."""
-    return (last + data)[-min(LAST, at) :]
+    """Return the last bytes before `at`; `data` ends there, and `last` was before it. NUL bytes may be replaced yet."""
+    return (last + data)[-min(LAST, at) :].rpartition(b"\0")[2]
 
 
 class Stream:
