@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, allocate
-from dagster_sbatch.slurm.gateway import Gateway, Projects, Queued, Share, StoppedError, Usage
+from dagster_sbatch.slurm.gateway import Gateway, JobLife, Projects, Queued, Share, StoppedError, Usage
 from dagster_sbatch.slurm.gateway.agent.server import HELLO
 from dagster_sbatch.slurm.gateway.channel import Channel
 from resources import PROJECT
@@ -27,6 +27,7 @@ SITE = PROJECT.load_site("musica")
 NOW = datetime(2026, 11, 27, tzinfo=UTC)
 GPUS = Share("p1", "", "gres/gpu", limit=600, used=240, running=60)
 WAITS = Queued(2, running=False, user="xy", project="p1", seconds=1800, tres={"gres/gpu": 1, "node": 1})
+ELSEWHERE = "charge another project (SLURM_ACCOUNT, or account=... of the request)"
 
 
 def usage(**fields: Any) -> Usage:
@@ -48,8 +49,8 @@ def test_what_waits_and_runs_is_subtracted_and_the_refusal_has_the_numbers() -> 
     assert find(usage(), time_limit="04:01:00") == (
         "This call of compute.run could cost 4.02 GPU-hours (1 node x 1 GPU x 04:01:00). Project p1 has 4 free: "
         "of 10 GPU-hours (GrpTRESMins of p1), 4 are used, and jobs that run and wait may use 1 and 1. "
-        "SLURM_KEEP_WITHIN_BUDGET is set, so nothing is submitted. Request less, wait until other jobs have ended, or "
-        "charge another project (account=...)",
+        f"SLURM_KEEP_WITHIN_BUDGET is set, so nothing is submitted. Request less, wait until other jobs have ended, or "
+        f"{ELSEWHERE}",
         [],
     )
     little = usage(queue=[replace(WAITS, seconds=1803)])
@@ -63,6 +64,30 @@ def test_what_waits_and_runs_is_subtracted_and_the_refusal_has_the_numbers() -> 
     )
     assert find(usage(), account="P1", time_limit="04:01:00") == find(usage(), time_limit="04:01:00")  # as for Slurm
     assert "could cost 8 GPU-hours (2 tasks x 1 node x 1 GPU x 04:00:00). Project" in str(find(usage(), 2)[0])
+
+
+@pytest.mark.parametrize(
+    ("used", "running", "queue", "advice"),
+    [
+        (240, 60, [], f"Request less, wait until other jobs have ended, or {ELSEWHERE}"),
+        (420, 0, [], f"Request less, or {ELSEWHERE}"),
+        (540, 60, [WAITS], f"Wait until other jobs have ended, or {ELSEWHERE}"),
+        (600, 60, [WAITS], f"C{ELSEWHERE[1:]}, or ask the centre for more"),
+        (900, 0, [], f"C{ELSEWHERE[1:]}, or ask the centre for more"),
+    ],
+)
+def test_a_refusal_advises_what_helps(used: float, running: float, queue: list[Queued], advice: str) -> None:
+    found = usage(shares=[replace(GPUS, used=used, running=running)], queue=queue)
+    assert str(find(found, time_limit="10:00:00")[0]).endswith(f"so nothing is submitted. {advice}")
+
+
+def test_the_owner_of_a_budget_can_raise_it() -> None:
+    settings = Settings.model_validate({"SLURM_BUDGET_GPU_HOURS": 1, "SLURM_BUDGET_START": "2026-11-01"})
+    hours = {"seconds": 3600, "tres": {"gres/gpu": 1}, "partition": "gpu", "name": "", "comment": ""}
+    life = JobLife("17", "xy", "p1", NOW - timedelta(hours=2), NOW - timedelta(hours=1), **hours)
+    found = usage(shares=[], queue=[], jobs=[life], since=NOW - timedelta(days=30))
+    shortage, _ = find_shortage(allocate(SlurmRequest(gpus_per_node=1), SITE), 1, found, settings)
+    assert f"C{ELSEWHERE[1:]}, or raise SLURM_BUDGET_GPU_HOURS" in str(shortage)
 
 
 @pytest.mark.parametrize(

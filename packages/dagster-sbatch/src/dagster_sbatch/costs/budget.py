@@ -225,6 +225,17 @@ def _explain(allocation: Allocation, tasks: int, budget: Budget, hours: float, u
         f"{describe_cost(allocation, tasks, free, gpus=budget.tres == GPU)}. Project {budget.project} has "
         f"{show_hours(free, beside=[hours])} free: of {show_hours(budget.limit, budget.unit, beside=[budget.used])} "
         f"({budget.source}), {used} are used, and jobs that run and wait may use {show_hours(budget.running)} and "
-        f"{show_hours(budget.queued)}{unseen}. {SETTING} is set, so nothing is submitted. "
-        "Request less, wait until other jobs have ended, or charge another project (account=...)"
+        f"{show_hours(budget.queued)}{unseen}. {SETTING} is set, so nothing is submitted. {_advise(budget)}"
     )
+
+
+def _advise(budget: Budget) -> str:
+    """Return what helps: not to wait where no job runs or waits, or where the budget is used up."""
+    free, left = budget.free or 0.0, budget.left or 0.0
+    ways = ["request less"] if free > 0 else []
+    ways += ["wait until other jobs have ended"] if left > max(free, 0) else []
+    ways.append("charge another project (SLURM_ACCOUNT, or account=... of the request)")
+    if left <= 0:
+        ways.append(f"raise {OWNERS}" if budget.source == OWNERS else "ask the centre for more")
+    text = f"{', '.join(ways[:-1])}, or {ways[-1]}"
+    return text[0].upper() + text[1:]
