@@ -226,9 +226,12 @@ BAD_WORKLOADS = {
 
 
 @pytest.mark.parametrize("name", BAD_WORKLOADS)
-def test_a_workload_that(name: str, tmp_path: Path) -> None:
+def test_a_workload_that(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     workload, texts = BAD_WORKLOADS[name]
     outcome = materialize(workload, tmp_path)
+    log = capfd.readouterr().err
+    assert "STEP_FAILURE" in log
+    assert "did not receive closed message" not in log  # Dagster's advice, beside what the failure says
     assert not outcome.success
     assert "probe: " in outcome.error
     for text in texts:

@@ -72,13 +72,18 @@ class Messages(MessageParser, dg.PipesMessageReader):
             if self.partitions:
                 own = partitions_of(context)
                 attach(context, read_partitions(context, self, self.partitions, own, whose="run"))
-            if self.closed:  # the last one alone: Dagster warns of what follows the first
-                self.deliver(self.closed)
 
     def close(self) -> None:
-        """Report to Dagster that the session has ended, without any result: otherwise it warns of lost messages."""
-        for method in ("closed",) if self.opened else ("opened", "closed"):
-            self.deliver(make_message(method, {}))
+        """Report to Dagster that there is a session, and that it has no result: otherwise it warns of lost messages."""
+        if not self.opened:
+            self.deliver(make_message("opened", {}))
+        self.opened, self.closed = True, None
+
+    def end(self) -> None:
+        """Report to Dagster that the session has ended, which a killed workload does not: the step says what it did."""
+        if self.opened:  # the last one alone: Dagster warns of what follows the first
+            with self.error_kept():
+                self.deliver(self.closed or make_message("closed", {}))
 
     def no_messages_debug_text(self) -> str:  # noqa: D102 - Dagster's
         return f"The workload was to write its messages to {self.path}."
@@ -188,7 +193,11 @@ def open_session(context: dg.OpExecutionContext, extras: Mapping[str, Any], fold
 
     document, messages = ContextDocument(folder), Messages(folder)
     with dg.open_pipes_session(context, document, messages, extras=dict(extras)) as pipes:
-        yield Session(pipes, document.text, messages, write_to(sys.stdout, "stdout"), write_to(sys.stderr, "stderr"))
+        try:
+            output = write_to(sys.stdout, "stdout"), write_to(sys.stderr, "stderr")
+            yield Session(pipes, document.text, messages, *output)
+        finally:
+            messages.end()
 
 
 def pipes_variables(folder: str) -> dict[str, str]:
