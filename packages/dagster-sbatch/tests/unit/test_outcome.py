@@ -212,6 +212,13 @@ def test_a_refusal_for_a_limit_does_not_blame_the_project() -> None:
     assert "SLURM_ACCOUNT" not in said
 
 
+def test_a_refusal_for_a_budget_says_where_it_is_shown() -> None:
+    text = "sbatch: error: AssocGrpGRESMinutes\nallocation failure: Job violates accounting/QOS policy (...)"
+    said = explain_refusal(text, SlurmRequest(qos="q"), lambda: Projects({}))
+    assert said.startswith(f"{text}\nThe job could use more computing time than the project has left; scripts/costs")
+    assert said.endswith("or name another project in SLURM_ACCOUNT, or in the asset's SlurmRequest(account=...)")
+
+
 def test_another_refusal_stays_as_it_is_and_asks_for_no_projects() -> None:
     def ask() -> Projects:
         raise AssertionError

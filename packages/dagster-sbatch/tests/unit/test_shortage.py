@@ -153,6 +153,28 @@ def test_the_preview_refuses_what_a_run_would_refuse() -> None:
     )
 
 
+class FullSlurm:
+    """It refuses what a test asks, as Slurm does if the project has used up its computing time."""
+
+    def test(self, _: str) -> tuple[bool, str]:
+        said = "sbatch: error: AssocGrpGRESMinutes", "allocation failure: Job violates accounting/QOS policy (...)"
+        return False, "\n".join(["Welcome", *said])
+
+    def ask(self, **_: Any) -> dict[str, Any]:
+        """Find the environment."""
+        return {}
+
+
+def test_the_preview_explains_what_slurm_refuses_for_the_budget() -> None:
+    (shown,) = preview_asset(dg.Definitions([trains], resources={"compute": ComputeResource.of(PROJECT)}), "trains")
+    slurm: Any = FullSlurm()
+    accepted, said = try_script(slurm, shown, Projects({}, default="p1"))
+    first, second, advice = said.splitlines()
+    assert (accepted, first) == (False, "sbatch: error: AssocGrpGRESMinutes")
+    assert second.startswith("allocation failure: Job violates accounting/QOS policy")
+    assert "more computing time than the project has left; scripts/costs shows that. Request less" in advice
+
+
 SAID = {
     "user": "xy", "projects": ["p1"], "default": "p1", "now": 0.0, "jobs": None, "queue": None, "shares": None,
     "parents": None, "tracked": None, "private": None, "trouble": ["down"],

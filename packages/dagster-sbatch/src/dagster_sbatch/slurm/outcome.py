@@ -128,6 +128,7 @@ def find_fault(outcome: Outcome | None, end: JobEnd, stderr: str, request: Slurm
 
 _ABOUT_PROJECTS = re.compile(r"account|qos|association", re.IGNORECASE)
 _ABOUT_LIMITS = "violates accounting/QOS policy"
+_ABOUT_BUDGETS = re.compile(r"\b(Assoc|QOS)Grp\w*Minutes")
 
 
 def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects]) -> str:
@@ -136,6 +137,12 @@ def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects
     `request`: of the job, after `allocate`. `ask`: asks the login node for the user's projects; it is called only if
     the answer is needed.
     """
+    another = "SLURM_ACCOUNT, or in the asset's SlurmRequest(account=...)"
+    if _ABOUT_BUDGETS.search(text):
+        return (
+            f"{text}\nThe job could use more computing time than the project has left; scripts/costs shows that. Request "
+            f"less, or name another project in {another}"
+        )
     if _ABOUT_LIMITS in text:
         qos = request.qos or "(the default)"
         return (
@@ -146,7 +153,7 @@ def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects
         return text
     projects = ask()
     charged, others = charged_project(request.account, projects.default), ", ".join(sorted(projects.qos))
-    elsewhere = "name another one in SLURM_ACCOUNT, or in the asset's SlurmRequest(account=...)"
+    elsewhere = f"name another one in {another}"
     if not projects.qos:
         return f"{text}\nThe job names the project {charged or 'that is your default'}; {elsewhere}"
     if charged not in projects.qos:
