@@ -147,8 +147,8 @@ def test_jobs_that_fail_in_every_way_at_once(
     assert kill_wait
     for job in cancelled:
         site.faults.cancel_job(job)
-    listing = ("--noheader", f"--jobs={cancelled[1]}")
-    wait_until(lambda: not site.squeue(*listing), "both nodes are left before Slurm kills", int(kill_wait[1]))
+    listed = ("--noheader", f"--jobs={cancelled[1]}")
+    wait_until(lambda: not site.squeue(*listed), "both nodes are left before Slurm kills", int(kill_wait[1]))
     outcomes = {name: run.outcome(240) for name, run in runs.items()}
     for name, (text, texts) in PROGRAMS.items():
         outcome = outcomes[name]

@@ -47,7 +47,7 @@ def test_only_the_last_life_of_a_requeued_job_counts(messages: Messages, handler
     first = STARTED + line("opened") + line("report_asset_materialization", "old") + line("closed")
     messages.feed(first + STARTED + line("opened") + line("report_asset_materialization", "new") + line("closed"))
     messages.finish(CONTEXT)
-    messages.end()
+    messages.end_session()
     assert handler.taken == ["opened", "opened", "report_asset_materialization new", "closed"]
     assert (messages.error, messages.open) == (None, 0)
 
@@ -57,7 +57,7 @@ def test_a_line_that_the_end_of_an_earlier_life_has_cut_off_does_no_harm(message
     assert messages.open == 1
     messages.feed(STARTED + line("opened") + line("report_asset_materialization", "new") + line("closed"))
     messages.finish(CONTEXT)
-    messages.end()
+    messages.end_session()
     assert handler.taken == ["opened", "opened", "report_asset_materialization new", "closed"]
     assert messages.error is None
 
@@ -69,7 +69,7 @@ def test_a_session_opened_by_a_child_discards_nothing(messages: Messages, handle
     assert messages.open == 1
     messages.feed(line("report_asset_materialization", "second") + line("closed"))
     messages.finish(CONTEXT)
-    messages.end()
+    messages.end_session()
     assert handler.taken[2:] == ["report_asset_materialization first", "report_asset_materialization second", "closed"]
     assert messages.open == 0
 
@@ -80,7 +80,7 @@ def test_a_session_that_a_killed_workload_has_left_open_is_closed_without_result
     """Dagster would advise to close it, although the workload does."""
     messages.feed(STARTED + line("opened") + line("log", "busy"))
     messages.finish(CONTEXT)
-    messages.end()
+    messages.end_session()
     assert handler.taken == ["opened", "log busy", "closed"]
     assert messages.open == 1
 
@@ -89,7 +89,7 @@ def test_messages_may_be_cut_anywhere(messages: Messages, handler: Handler) -> N
     for byte in STARTED + line("opened") + line("report_asset_materialization", "\u00e9") + line("closed"):
         messages.feed(bytes([byte]))
     messages.finish(CONTEXT)
-    messages.end()
+    messages.end_session()
     assert handler.taken == ["opened", "report_asset_materialization \u00e9", "closed"]
 
 
@@ -113,6 +113,7 @@ def test_a_last_line_without_a_newline_counts(messages: Messages, handler: Handl
     """Programs in other languages write messages, too; the exit code of theirs may decide."""
     messages.feed(STARTED + line("opened") + line("closed") + line("report_asset_materialization", "last")[:-1])
     messages.finish(CONTEXT)
+    messages.end_session()
     assert (handler.taken[1:], messages.error) == (["report_asset_materialization last", "closed"], None)
 
 
@@ -150,7 +151,7 @@ RUBBISH += [b'{"method": "log", "params": [1]}\n', b'{"method": "closed", "param
 def test_rubbish_is_kept_as_the_error_and_nothing_is_handed_over_after_it(rubbish: bytes, messages: Messages) -> None:
     messages.feed(STARTED + line("opened") + rubbish + line("closed"))
     messages.finish(CONTEXT)
-    messages.end()
+    messages.end_session()
     assert "not a Dagster Pipes message" in str(messages.error)
 
 

@@ -76,14 +76,14 @@ def test_what_waits_and_runs_is_subtracted_and_the_refusal_has_the_numbers() -> 
         (900, 0, [], f"C{ELSEWHERE[1:]}, or ask the centre for more"),
     ],
 )
-def test_a_refusal_advises_what_helps(used: float, running: float, queue: list[Queued], advice: str) -> None:
+def test_a_refusal_advises_what_helps(used: int, running: int, queue: list[Queued], advice: str) -> None:
     found = usage(shares=[replace(GPUS, used=used, running=running)], queue=queue)
     assert str(find(found, time_limit="10:00:00")[0]).endswith(f"so nothing is submitted. {advice}")
 
 
 def test_the_owner_of_a_budget_can_raise_it() -> None:
     settings = Settings.model_validate({"SLURM_BUDGET_GPU_HOURS": 1, "SLURM_BUDGET_START": "2026-11-01"})
-    hours = {"seconds": 3600, "tres": {"gres/gpu": 1}, "partition": "gpu", "name": "", "comment": ""}
+    hours: dict[str, Any] = {"seconds": 3600, "tres": {"gres/gpu": 1}, "partition": "gpu", "name": "", "comment": ""}
     life = JobLife("17", "xy", "p1", NOW - timedelta(hours=2), NOW - timedelta(hours=1), **hours)
     found = usage(shares=[], queue=[], jobs=[life], since=NOW - timedelta(days=30))
     shortage, _ = find_shortage(allocate(SlurmRequest(gpus_per_node=1), SITE), 1, found, settings)

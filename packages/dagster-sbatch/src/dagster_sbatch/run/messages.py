@@ -64,11 +64,11 @@ class MessageParser:
 
     def _read(self, line: bytes) -> None:
         try:
-            message = json.loads(_replace_surrogates(line))
-            method, params = message["method"], message.get("params") or {}
-            if not isinstance(method, str) or not isinstance(params, dict):
+            message: Any = json.loads(_replace_surrogates(line))
+            message["params"] = message.get("params") or {}
+            if not isinstance(message["method"], str) or not isinstance(message["params"], dict):
                 raise TypeError
-            self.receive({**message, "method": method, "params": params})
+            self.receive(message)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             text = line[:200].decode(errors="replace")
             raise ValueError(f"not a Dagster Pipes message in {self.path}: {text!r}") from error

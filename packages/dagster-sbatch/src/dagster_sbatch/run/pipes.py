@@ -79,7 +79,7 @@ class Messages(MessageParser, dg.PipesMessageReader):
             self.deliver(make_message("opened", {}))
         self.opened, self.closed = True, None
 
-    def end(self) -> None:
+    def end_session(self) -> None:
         """Report to Dagster that the session has ended, which a killed workload does not: the step says what it did."""
         if self.opened:  # the last one alone: Dagster warns of what follows the first
             with self.error_kept():
@@ -197,7 +197,7 @@ def open_session(context: dg.OpExecutionContext, extras: Mapping[str, Any], fold
             output = write_to(sys.stdout, "stdout"), write_to(sys.stderr, "stderr")
             yield Session(pipes, document.text, messages, *output)
         finally:
-            messages.end()
+            messages.end_session()
 
 
 def pipes_variables(folder: str) -> dict[str, str]:

@@ -138,17 +138,16 @@ def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects
     the answer is needed.
     """
     another = "SLURM_ACCOUNT, or in the asset's SlurmRequest(account=...)"
-    if _ABOUT_BUDGETS.search(text):
-        return (
-            f"{text}\nThe job could use more computing time than the project has left; scripts/costs shows that. Request "
-            f"less, or name another project in {another}"
-        )
     if _ABOUT_LIMITS in text:
         qos = request.qos or "(the default)"
-        return (
-            f"{text}\nThe request is outside a limit of QoS {qos} or of the project. Request less time or fewer nodes, "
+        advice = (
+            "The job could use more computing time than the project has left; scripts/costs shows that. Request "
+            f"less, or name another project in {another}"
+            if _ABOUT_BUDGETS.search(text)
+            else f"The request is outside a limit of QoS {qos} or of the project. Request less time or fewer nodes, "
             "or another QoS: SLURM_QOS, or the asset's SlurmRequest(qos=...)"
         )
+        return f"{text}\n{advice}"
     if not _ABOUT_PROJECTS.search(text):
         return text
     projects = ask()
