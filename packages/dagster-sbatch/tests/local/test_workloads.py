@@ -71,6 +71,7 @@ def test_no_secret_and_no_setting_reaches_a_workload(tmp_path: Path, monkeypatch
         "SSL_CERT_FILE",
         "SSL_CERT_DIR",
         "OMP_NUM_THREADS",
+        "OMP_WAIT_POLICY",
         "LD_LIBRARY_PATH",
         "CUDA_HOME",
         "CUDA_VISIBLE_DEVICES",

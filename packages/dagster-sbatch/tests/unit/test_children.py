@@ -62,6 +62,12 @@ def test_what_a_child_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"PIP_INDEX_URL", "HTTPS_PROXY"} <= set(child_environment("PIP_", "HTTPS_PROXY"))
 
 
+def test_waiting_threads_of_a_workload_leave_the_cpus_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workload_environment()["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert workload_environment()["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_pip_and_the_build_code_of_packages_get_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ASC_OIDC_APP_PASSWORD", "secret")
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -23,8 +23,12 @@ _MACHINE = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", 
 
 
 def workload_environment() -> dict[str, str]:
-    """Return the variables of this process that a workload gets."""
-    return child_environment(*_MACHINE, PYTHONUNBUFFERED="1", PYTHONUTF8="1")
+    """Return the variables of this process that a workload gets.
+
+    Its OpenMP threads that wait for others sleep, unless the user says otherwise: other workloads need the CPUs.
+    """
+    waiting = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    return child_environment(*_MACHINE, PYTHONUNBUFFERED="1", PYTHONUTF8="1", OMP_WAIT_POLICY=waiting)
 
 
 @dataclass(frozen=True)
