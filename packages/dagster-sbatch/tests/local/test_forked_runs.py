@@ -3,8 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager
-from pathlib import Path
+from contextlib import chdir
 
 import dagster as dg
 import psutil
@@ -33,23 +32,17 @@ defs = dg.Definitions(assets=[waiter], executor=dg.in_process_executor)
 """
 
 
-@contextmanager
-def dagster_dev_in(folder: Path, config: str = "") -> Iterator[DagsterDev]:
-    """`dagster dev` whose monitoring looks every second; `config`: more of the launcher's."""
+@pytest.fixture(scope="module")
+def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev]:
+    """`dagster dev` whose monitoring looks every second."""
+    folder = tmp_path_factory.mktemp("forked")
     (folder / "location.py").write_text(LOCATION)
     variables = {"HOME": str(folder), "DATA_ROOT": str(folder / "data")}
 
     def adapt(text: str) -> str:
-        text = text.replace("base_dir: .dagster/run_launcher", f"base_dir: .dagster/run_launcher{config}")
         return text.replace("poll_interval_seconds: 30", "poll_interval_seconds: 1")
 
     with beside_location(folder / "location.py", folder / "project", variables, "waiting", adapt) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def dagster_dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DagsterDev]:
-    with dagster_dev_in(tmp_path_factory.mktemp("forked")) as started:
         yield started
 
 
@@ -107,31 +100,32 @@ def test_a_run_that_is_killed_with_its_fork_server_is_found_and_retried(server: 
     assert another != parent
 
 
-def test_after_a_power_cut_history_is_kept_and_a_run_that_was_not_forked_is_retried(tmp_path: Path) -> None:
-    go = tmp_path / "data" / "go"
-    with dagster_dev_in(tmp_path, ", fork: false") as server:
-        go.parent.mkdir()
-        go.touch()
-        done = server.launch("waiter", location="waiting")
-        assert server.wait(done) == "SUCCESS"
-        stored = server.materializations("waiter")
-        go.unlink()
-        run_id = server.launch("waiter", location="waiting")
-        path = server.data_root / run_id
-        wait_for(lambda: path.exists() and path.read_text(), 90, f"run {run_id} waits")
-        pid, parent = map(int, path.read_text().split())
-        assert "fork_server.py" not in " ".join(psutil.Process(parent).cmdline())
-        server.kill()
-        wait_for(lambda: gone(pid), 60, "the run has been killed, too")
-        server.start()
-        assert (server.status(done), server.materializations("waiter")) == ("SUCCESS", stored)
-        wait_for(lambda: server.status(run_id) == "FAILURE", 240, "run monitoring fails the run")
-        assert any(f"Process {pid} of this run is gone" in text for text in server.messages(run_id))
-        retry = wait_for(lambda: server.re_execution_of(run_id), 240, "it is retried")
-        go.touch()
-        assert server.wait(retry) == "SUCCESS"
-        kept = {path.name for path in server.folder.iterdir() if not path.name.startswith(".tmp_dagster_home_")}
-        assert kept == {".dagster", "dagster.yaml", "workspace.yaml"}
+def test_after_a_power_cut_history_is_kept_and_a_run_that_was_not_forked_is_retried(server: DagsterDev) -> None:
+    go, launcher = server.data_root / "go", server.folder / ".dagster" / "run_launcher"
+    go.parent.mkdir(exist_ok=True)
+    go.touch()
+    done = server.launch("waiter", location="waiting")
+    assert server.wait(done) == "SUCCESS"
+    stored = server.materializations("waiter")
+    go.unlink()
+    launcher.chmod(0o755)  # then no fork server is asked
+    run_id = server.launch("waiter", location="waiting")
+    path = server.data_root / run_id
+    wait_for(lambda: path.exists() and path.read_text(), 90, f"run {run_id} waits")
+    pid, parent = map(int, path.read_text().split())
+    assert "fork_server.py" not in " ".join(psutil.Process(parent).cmdline())
+    launcher.chmod(0o700)
+    server.kill()
+    wait_for(lambda: gone(pid), 60, "the run has been killed, too")
+    server.start()
+    assert (server.status(done), server.materializations("waiter")) == ("SUCCESS", stored)
+    wait_for(lambda: server.status(run_id) == "FAILURE", 240, "run monitoring fails the run")
+    assert any(f"Process {pid} of this run is gone" in text for text in server.messages(run_id))
+    retry = wait_for(lambda: server.re_execution_of(run_id), 240, "it is retried")
+    go.touch()
+    assert server.wait(retry) == "SUCCESS"
+    kept = {path.name for path in server.folder.iterdir() if not path.name.startswith(".tmp_dagster_home_")}
+    assert kept == {".dagster", "dagster.yaml", "workspace.yaml"}
 
 
 def test_runs_end_with_dagster_dev_by_ctrl_c_and_outlive_its_kill(server: DagsterDev) -> None:
