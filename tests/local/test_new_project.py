@@ -243,7 +243,7 @@ def test_an_interrupt_while_git_exchanges_the_files_waits_for_the_end(
 @pytest.mark.timeout(600)
 def test_its_tests_and_checks_pass(copy: Path) -> None:
     (copy / ".env").write_text("DAGSTER_DEPLOYMENT=staging_supercomputer\n")  # reaches no test
-    tested = run_in(copy, sys.executable, "scripts/test", "-q", "-m", "not cluster")
+    tested = run_in(copy, sys.executable, "scripts/test", "-q", "-n", "0", "-m", "not cluster")
     assert tested.returncode == 0, tested.stdout + tested.stderr
     (copy / ".env").unlink()
     programs = copy / ".venv" / "bin"
