@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 
@@ -33,10 +34,19 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On several workers, the files that take longest come first, as they stand: so no worker is left with one."""
-    items.sort(
-        key=lambda item: 0 if item.get_closest_marker("cluster") else 1 if item.get_closest_marker("local") else 2
-    )
+    """On several workers, files of cluster tests, which wait, run beside files of local tests, which compute.
+
+    Unit tests come last: they are short, so no worker is left alone with a long file.
+    """
+    kinds: dict[Path, int] = {}
+    for item in items:
+        kind = 0 if item.get_closest_marker("cluster") else 1 if item.get_closest_marker("local") else 2
+        kinds[item.path] = min(kind, kinds.get(item.path, kind))
+    shares = {}
+    for kind in range(3):
+        paths = [path for path in kinds if kinds[path] == kind]
+        shares |= {path: (kind == 2, number / len(paths)) for number, path in enumerate(paths)}
+    items.sort(key=lambda item: shares[item.path])
 
 
 @pytest.fixture

@@ -211,24 +211,16 @@ def build_editable(folder, *_):
 """Builds the project `copy` without a package."""
 
 
-@pytest.mark.parametrize(
-    ("variables", "settings"),
-    [
-        ({"PIP_USER": "1", "PIP_REQUIRE_HASHES": "1", "PIP_DRY_RUN": "1", "PIP_TARGET": "elsewhere"}, ""),
-        ({}, "[install]\nuser = true\n"),
-    ],
-    ids=["variables", "pip.conf"],
-)
-def test_pip_installs_into_the_projects_environment_whatever_the_user_prefers(
-    variables: dict[str, str], settings: str, copy: Path
-) -> None:
-    """Many sites recommend `user = true`."""
+def test_pip_installs_into_the_projects_environment_whatever_the_user_prefers(copy: Path) -> None:
+    """Many sites recommend `user = true` in pip.conf, over which variables prevail."""
     (copy / "backend.py").write_text(BACKEND)
     with (copy / "pyproject.toml").open("a") as project:
         project.write('[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
-    (copy / "pip.conf").write_text(settings)
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(copy), "PIP_NO_INDEX": "1", **variables}
-    done = run([sys.executable, "scripts/show"], cwd=copy, env={**environment, "PIP_CONFIG_FILE": f"{copy}/pip.conf"})
+    (copy / "pip.conf").write_text("[install]\nuser = true\n")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(copy), "PIP_NO_INDEX": "1"}
+    environment |= {"PIP_CONFIG_FILE": f"{copy}/pip.conf", "PIP_USER": "1", "PIP_TARGET": "elsewhere"}
+    environment |= {"PIP_REQUIRE_HASHES": "1", "PIP_DRY_RUN": "1"}
+    done = run([sys.executable, "scripts/show"], cwd=copy, env=environment)
     assert done.stdout == f"{copy}/.venv []\n", done.stderr
     assert list((copy / ".venv").glob("lib/python*/site-packages/copy-0.dist-info"))
 
