@@ -17,7 +17,7 @@ from dagster_sbatch.slurm.outcome import explain_refusal
 from dagster_sbatch.slurm.units import format_time
 
 SAME_TIME = 60  # seconds between two starts that count as one: a job that can start at once starts when Slurm is asked
-_SLURMS = ("sbatch:", "allocation failure:")  # beginnings of its lines
+_SLURM_PREFIXES = ("sbatch:", "allocation failure:")  # of the lines that Slurm prints
 _TIME = re.compile(r"(?<= to start at )\d+")
 
 
@@ -42,7 +42,9 @@ def try_script(gateway: Gateway, preview: Preview, projects: Projects, usage: Us
         accepted, text = gateway.test(preview.render(limits))
     except ConfigurationError as error:
         return False, str(error)
-    said = "\n".join(line for line in text.splitlines() if line.startswith(_SLURMS)) or text  # centres print more
+    said = (
+        "\n".join(line for line in text.splitlines() if line.startswith(_SLURM_PREFIXES)) or text
+    )  # centres print more
     if not accepted:
         return False, f"{array}{explain_refusal(said, request, lambda: projects)}"
     if request.modules and (problem := gateway.load_modules(request.modules, preview.plan.site.setup_commands)):

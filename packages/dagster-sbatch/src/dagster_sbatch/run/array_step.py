@@ -81,7 +81,7 @@ class ArrayStep:
                 with self.progress.shown():
                     yield
             finally:  # each task has its own end
-                session.messages.close()
+                session.messages.discard()
 
     # What happens to a task
 
@@ -109,7 +109,7 @@ class ArrayStep:
         """
         task, reader = self.tasks[index], self.reader(index)
         messages = reader.messages
-        messages.end()
+        messages.read_last_line()
         cause = explain_failure(messages, exit_code, self._plan.workload.name)
         if cause:
             cause = explain_stderr(cause, reader.stderr.tail, request or self._plan.allocation.request) + limit

@@ -13,7 +13,7 @@ from dagster_sbatch.run.results import PARTITION, make_message
 
 JOB_STARTED = "job_started"
 """Method of the line that the job script writes into the messages file whenever Slurm starts the job."""
-LEVELS = frozenset("DEBUG INFO WARN WARNING ERROR FATAL CRITICAL".split())  # of lines of the log, which Dagster knows
+LEVELS = frozenset("DEBUG INFO WARN WARNING ERROR FATAL CRITICAL".split())  # those of Dagster, for a line of the log
 
 
 class MessageParser:
@@ -50,8 +50,8 @@ class MessageParser:
             with self.error_kept():
                 self._read(line)
 
-    def end(self) -> None:
-        """Read what is left as the last line: no more bytes come. A program may end it without a newline."""
+    def read_last_line(self) -> None:
+        """Read what is left as a line: no more bytes come, and a program may end its last one without a newline."""
         self.feed(b"\n")
 
     @contextmanager

@@ -64,7 +64,7 @@ class Messages(MessageParser, dg.PipesMessageReader):
 
     def finish(self, context: dg.OpExecutionContext) -> None:
         """Hand the results to Dagster, after the last byte."""
-        self.end()
+        self.read_last_line()
         with self.error_kept():
             for message in self.results:
                 check_report(context, message)
@@ -73,8 +73,8 @@ class Messages(MessageParser, dg.PipesMessageReader):
                 own = partitions_of(context)
                 attach(context, read_partitions(context, self, self.partitions, own, whose="run"))
 
-    def close(self) -> None:
-        """Report to Dagster that there is a session, and that it has no result: otherwise it warns of lost messages."""
+    def discard(self) -> None:
+        """Leave the results out, since another attempt follows. Without a session, Dagster would warn of lost messages."""
         if not self.opened:
             self.deliver(make_message("opened", {}))
         self.opened, self.closed = True, None

@@ -80,7 +80,7 @@ class RemoteJob(RemoteStep):
             end = self._gateway.run(run, files, session.sinks, self._context.run_id, *report)
             outcome, failed, following = self._series[0].judge(end, session.stderr.tail)
             if following.request:
-                session.messages.close()
+                session.messages.discard()
             else:
                 session.messages.finish(self._context)
         self._report_project(self._job, end.account)

@@ -15,8 +15,8 @@ LAST = 64  # bytes before an offset, by which a file is recognized
 def read_on(file, at, last):
     """Return the next bytes of an open file and their offset: `at`, or 0 if a program has emptied the file meanwhile.
 
-    So does `echo ... >/dev/stderr` in a script: its shell opens the file anew. `last`: bytes that were before `at`;
-    without them, a shorter file counts as one whose end this machine does not see yet.
+    `echo ... >/dev/stderr` in a shell script empties it, since the shell opens the file anew. `last`: the bytes that
+    were before `at`; if they are not known, a shorter file is one whose end this machine does not see yet.
     """
     data = os.pread(file, CHUNK + len(last), at - len(last))
     if not data.startswith(last):
