@@ -74,7 +74,7 @@ class Messages(MessageParser, dg.PipesMessageReader):
                 attach(context, read_partitions(context, self, self.partitions, own, whose="run"))
 
     def discard(self) -> None:
-        """Leave the results out, since another attempt follows. Without a session, Dagster would warn of lost messages."""
+        """Leave the results out: another attempt follows. Without a session, Dagster would warn of lost messages."""
         if not self.opened:
             self.deliver(make_message("opened", {}))
         self.opened, self.closed = True, None
