@@ -60,6 +60,15 @@ def test_a_task_has_its_own_context_and_its_own_record(run: Path, index: int) ->
     assert (task / "cause").read_text() == ""
 
 
+def test_a_task_may_remove_its_own_output(tmp_path: Path) -> None:
+    command = "rm ../7.stdout; echo more >&2"
+    run_directories.lay_out(str(tmp_path / "KEY-1"), files_of(SITE, "KEY-1", command, 20))
+    assert start(tmp_path / "KEY-1", 7) == 0
+    task = tmp_path / "KEY-1/tasks/7"
+    sizes = {"messages.jsonl": len((task / "messages.jsonl").read_bytes()), "stderr": 5}
+    assert json.loads((task / "events").read_text().splitlines()[-1])["sizes"] == sizes
+
+
 def test_the_tasks_of_a_second_array_job_end_at_once(run: Path) -> None:
     assert start(run, 1) == 3
     before = (run / "tasks/1/events").read_text()

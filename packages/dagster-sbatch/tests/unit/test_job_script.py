@@ -20,7 +20,6 @@ from dagster_sbatch.launchers import (
     RayLauncher,
     ScriptLauncher,
     SrunLauncher,
-    ray,
 )
 from dagster_sbatch.run.messages import JOB_STARTED
 from dagster_sbatch.run.workload import LONGEST, fits
@@ -100,12 +99,6 @@ def test_the_script_is_clean(name: str, shellcheck: str, tmp_path: Path) -> None
     assert done.returncode == 0
 
 
-def test_the_shell_part_of_ray_is_clean(shellcheck: str) -> None:
-    path = Path(ray.__file__).parent / "job" / "cluster.sh"
-    done = subprocess.run([shellcheck, "--severity=style", str(path)], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.returncode) == ("", 0)
-
-
 def run_as_slurm_would(folder: Path, text: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     (folder / "job.sh").write_text(text)
     (folder / "job.sh").chmod(0o755)
@@ -128,7 +121,7 @@ def read_events(folder: Path) -> list[dict[str, object]]:
 
 
 def test_the_script_runs_the_workload_and_records_its_end(tmp_path: Path) -> None:
-    text = "import os, sys\nos.remove('stderr')\nprint(os.environ['DATA_ROOT'])\nsys.exit(3)\n"
+    text = "import os, sys\nprint(os.environ['DATA_ROOT'])\nsys.exit(3)\n"
     (tmp_path / "work load.py").write_text(text)
     done = run_as_slurm_would(tmp_path, render(*CASES["script"], data=AWKWARD))
     assert done.returncode == 3
@@ -140,6 +133,15 @@ def test_the_script_runs_the_workload_and_records_its_end(tmp_path: Path) -> Non
     assert messages.startswith("\n")
     assert (ended["code"], ended["job"]) == (3, "17")
     assert ended["sizes"] == {"messages.jsonl": len(messages), "stdout": 0, "stderr": 0}
+
+
+@pytest.mark.parametrize("removed", [["stdout"], ["stderr"], ["messages.jsonl"], ["messages.jsonl", "stdout", "stderr"]])
+def test_a_workload_may_remove_its_own_output(removed: list[str], tmp_path: Path) -> None:
+    (tmp_path / "work load.py").write_text(f"import os, sys\nfor each in {removed}: os.remove(each)\nsys.exit(3)\n")
+    run_as_slurm_would(tmp_path, render(*CASES["script"]))
+    sizes = {"messages.jsonl": len('\n{"method": "job_started"}\n'), "stdout": 0, "stderr": 0}
+    ended = read_events(tmp_path)[-1]
+    assert (ended["code"], ended["sizes"]) == (3, {name: sizes[name] for name in sizes if name not in removed})
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,12 @@ def run_cluster_script(
     )
 
 
+def test_the_shell_part_of_ray_is_clean(shellcheck: str) -> None:
+    command = [shellcheck, "--severity=style", str(JOB / "cluster.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
 def test_the_heads_file_is_there_before_any_node_asks_for_it(tmp_path: Path) -> None:
     """An NFS client that got "no such file" as an answer may repeat that for a minute."""
     done = run_cluster_script(

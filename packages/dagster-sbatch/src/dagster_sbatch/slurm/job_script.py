@@ -42,9 +42,10 @@ finish() {
   (
     trap '' TERM USR1
     now=$${EPOCHREALTIME:-$$(date +%s.%N)}
-    mapfile -t sizes < <(exec stat -c %s messages.jsonl $outputs)
-    # The workload may have removed one: %d without a number is 0.
-    printf -v written '{"messages.jsonl": %d, "stdout": %d, "stderr": %d}' "$${sizes[@]}"
+    # Of those that the workload has not removed.
+    mapfile -t sizes < <(exec stat -c '"%n": %s' messages.jsonl $outputs 2>/dev/null)
+    IFS=,
+    written="{$${sizes[*]$names}}"
     printf '{"code": %s, "job": "%s", "time": %s, "sizes": %s, "usage": %s}\\n' \\
       "$$code" "$$SLURM_JOB_ID" "$${now/,/.}" "$$written" "$$usage" >>events
   )
@@ -280,6 +281,7 @@ def render_job_script(  # noqa: PLR0913 - the parts of a script
         header="\n".join([*site.script_header, *directives(request, site, job_name, about, array)]),
         claim=_CLAIM_TASK if array else _CLAIM,
         outputs='"../$index.stdout" "../$index.stderr"' if array else "stdout stderr",
+        names='/"../$index."' if array else "",
         shell="/bin/bash -l" if commands or modules else "/bin/bash",  # only login shells have `module`
         setup="".join(f"{command}\n" for command in commands) + render_modules(modules),
         run=shlex.quote(run),

@@ -50,9 +50,10 @@ finish() {
   (
     trap '' TERM USR1
     now=${EPOCHREALTIME:-$(date +%s.%N)}
-    mapfile -t sizes < <(exec stat -c %s messages.jsonl stdout stderr)
-    # The workload may have removed one: %d without a number is 0.
-    printf -v written '{"messages.jsonl": %d, "stdout": %d, "stderr": %d}' "${sizes[@]}"
+    # Of those that the workload has not removed.
+    mapfile -t sizes < <(exec stat -c '"%n": %s' messages.jsonl stdout stderr 2>/dev/null)
+    IFS=,
+    written="{${sizes[*]}}"
     printf '{"code": %s, "job": "%s", "time": %s, "sizes": %s, "usage": %s}\n' \
       "$code" "$SLURM_JOB_ID" "${now/,/.}" "$written" "$usage" >>events
   )
