@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import FloatRect, Locator, Page, expect, sync_playwright
 from playwright.sync_api import TimeoutError as PageTimeoutError
 
 from support import ROOT
@@ -59,11 +59,18 @@ def open_failure(page: Page, run_id: str) -> Locator:
     return page.get_by_role("dialog")
 
 
-def take(page: Page, name: str, folder: Path) -> None:
-    """A screenshot of a page that has come to rest; with UPDATE_SCREENSHOTS=1 it becomes the documentation's."""
+def take(page: Page, name: str, folder: Path, clip: FloatRect | None = None) -> None:
+    """A screenshot of a page that has come to rest; with UPDATE_SCREENSHOTS=1 it becomes the documentation's.
+
+    Args:
+        page: of the browser.
+        name: of the picture.
+        folder: where it is written otherwise.
+        clip: the part of the page, in pixels; None: all that is visible.
+    """
     with suppress(PageTimeoutError):  # on a busy machine the next question comes before the last answer
         page.wait_for_load_state("networkidle", timeout=10_000)
     documented = next(images for images in IMAGES if (images / name).exists())
     target = documented if os.environ.get("UPDATE_SCREENSHOTS") else folder
-    page.screenshot(path=target / name, animations="disabled")
+    page.screenshot(path=target / name, animations="disabled", clip=clip)
     assert 20_000 < (target / name).stat().st_size < 250_000

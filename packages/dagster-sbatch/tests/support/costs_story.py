@@ -177,6 +177,9 @@ class CostsStory:
         cost = f"could cost 2 GPU-hours (1 node x 4 GPUs x 00:30:00). Project {LIMITED_ACCOUNT} has 0 free: of"
         expect(failure.get_by_text(cost)).to_be_visible()
         expect(failure.get_by_text("SLURM_KEEP_WITHIN_BUDGET is set, so nothing is submitted.")).to_be_visible()
+        upper = failure.bounding_box()
+        assert upper
+        take(page, "budget-refusal.png", self._pictures, {**upper, "height": 180})  # what follows are paths
 
     def _observe(self) -> dict[str, float]:
         """Execute the check, and return the numbers that it records."""
