@@ -24,6 +24,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 REQUIREMENTS = ROOT / "requirements" / "dev.txt"
 STAMP = VENV / "installed.sha256"  # written last: a set-up that was cut short is seen and done again
+OWNER = VENV / "project"  # names the project that the environment was made for
 EDITABLE = (*(str(path.parent) for path in sorted((ROOT / "packages").glob("*/pyproject.toml"))), ".")
 """What is installed from its sources: a copy has wheels in place of the packages."""
 PASSED_ON = re.compile(
@@ -105,7 +106,8 @@ def _set_up() -> None:
         with (ROOT / ".venv.lock").open("w") as lock:
             _lock(lock)
             if not _is_current():
-                _install()
+                _refuse_foreign_folder()
+                _install(lock)
     except OSError as error:
         raise SystemExit(
             f"Setting up {VENV} failed: {error}.\nThe project's folder must be yours, and its disk must have room."
@@ -120,28 +122,63 @@ def _lock(file: "IO[str]") -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def _install() -> None:
+def _refuse_foreign_folder() -> None:
+    """Protect what a link .venv leads to: an environment is made in an empty folder, or in place of the one there.
+
+    Raises:
+        SystemExit: another project's environment is there, or other files.
+    """
+    target = VENV.resolve()
+    if not VENV.is_symlink() or not target.is_dir() or not any(target.iterdir()):
+        return
+    if not (target / "pyvenv.cfg").is_file():
+        found = "which has files that are no Python environment"
+    elif OWNER.is_file():
+        owner = Path(os.fsdecode(OWNER.read_bytes()))
+        if owner == ROOT or (owner / ".venv").resolve() != target:  # ours, or that of a project that is gone
+            return
+        found = f"the environment of {owner}"
+    else:
+        return
+    raise SystemExit(f"{VENV} is a link to {target}, {found}.\nNothing was changed. Link it to an empty folder.")
+
+
+def _install(lock: "IO[str]") -> None:
+    """Make the environment. The installer holds the lock, too: it may live longer than a script that is killed."""
     begun = time.monotonic()
     uv = shutil.which("uv", path=_path_without_venv())
     print(f"Setting up {VENV} with {'uv' if uv else 'pip'} (once; a minute or two) ...", file=sys.stderr, flush=True)
     passed_on = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
     environment = {**passed_on, **SYSTEM_CERTIFICATES, **NOT_THE_USERS}
     for command in _uv_commands(uv) if uv else _pip_commands():
-        done = subprocess.run(command, cwd=str(ROOT), env=environment, stdin=subprocess.DEVNULL, check=False)
+        done = subprocess.run(
+            command,
+            cwd=str(ROOT),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            check=False,
+            pass_fds=[lock.fileno()],
+        )
         if done.returncode:
             shown = " ".join(command)
             raise SystemExit(
                 f"Setting up {VENV} failed (exit code {done.returncode}); the output is above.\n"
                 f"Command: {shown}\nIt is safe to try again."
             )
-    STAMP.write_text(_wanted())
+    _finish()
     print(f"Environment ready after {time.monotonic() - begun:.0f} s.", file=sys.stderr, flush=True)
+
+
+def _finish() -> None:
+    OWNER.write_bytes(os.fsencode(str(ROOT)))
+    STAMP.write_text(_wanted())
 
 
 def _path_without_venv() -> str:
     """PATH less the environment that is about to be replaced, and that has a uv of its own."""
+    venv = VENV.resolve()  # also `activate` there names the folder that a link leads to
     return os.pathsep.join(
-        part for part in os.environ.get("PATH", "").split(os.pathsep) if VENV not in Path(part).parents
+        part for part in os.environ.get("PATH", "").split(os.pathsep) if venv not in Path(part).resolve().parents
     )
 
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -133,7 +134,7 @@ def ready(copy: Path) -> Path:
     """The same with an environment as a set-up leaves it, on another disk; and a uv that fails."""
     venv.create(copy / "elsewhere", symlinks=True)
     (copy / ".venv").symlink_to(copy / "elsewhere")
-    code = "import sys; sys.path.insert(0, 'scripts'); import _environment as e; e.STAMP.write_text(e._wanted())"
+    code = "import sys; sys.path.insert(0, 'scripts'); import _environment as e; e._finish()"
     assert run([sys.executable, "-c", code], cwd=copy).returncode == 0
     (copy / "uv").write_text("#!/bin/sh\nexit 3\n")
     (copy / "uv").chmod(0o755)
@@ -164,6 +165,60 @@ def test_an_environment_whose_python_was_replaced_is_set_up_again(target: str, r
     done = run([sys.executable, "scripts/show"], cwd=ready, env={"PATH": str(ready)})
     assert done.returncode == 1
     assert f"Setting up {ready}/.venv failed (exit code 3)" in done.stderr
+
+
+@pytest.mark.parametrize("found", ["files", "environment"])
+def test_a_link_to_what_is_not_the_projects_is_left_alone(found: str, ready: Path, tmp_path: Path) -> None:
+    """The second project is a copy of the first one's folder, link included: `cp -a`."""
+    second = tmp_path / "second"
+    for name in ("scripts", "requirements"):
+        shutil.copytree(ready / name, second / name)
+    (second / ".venv").symlink_to(ready / "elsewhere")
+    if found == "files":
+        (ready / "elsewhere" / "pyvenv.cfg").unlink()
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PIP_NO_INDEX": "1"}
+    done = run([sys.executable, "scripts/show"], cwd=second, env=environment)
+    assert done.returncode == 1
+    reason = "which has files that are no Python environment" if found == "files" else f"the environment of {ready}"
+    assert done.stderr == (
+        f"{second}/.venv is a link to {ready}/elsewhere, {reason}.\nNothing was changed. Link it to an empty folder.\n"
+    )
+    assert (ready / "elsewhere" / "installed.sha256").is_file()
+
+
+def test_a_moved_project_keeps_its_linked_environment(ready: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("scripts", "requirements", ".venv"):
+        (ready / name).rename(moved / name)
+    done = run([sys.executable, "scripts/show"], cwd=moved, env={"PATH": str(ready)})
+    assert f"Setting up {moved}/.venv failed (exit code 3)" in done.stderr
+
+
+def test_an_active_environment_behind_a_link_does_not_replace_itself(ready: Path) -> None:
+    """`activate` puts the folder that the link leads to on PATH, and uv is installed there."""
+    (ready / "requirements" / "dev.txt").write_text("# changed\n")
+    (ready / "uv").rename(ready / "elsewhere" / "bin" / "uv")
+    (ready / "pyproject.toml").write_text(PYPROJECT)
+    (ready / "backend.py").write_text(BACKEND)
+    environment = {"PATH": f"{ready}/elsewhere/bin:/usr/bin:/bin", "HOME": str(ready), "PIP_NO_INDEX": "1"}
+    done = run([sys.executable, "scripts/show"], cwd=ready, env=environment)
+    assert done.stdout == f"{ready}/.venv []\n", done.stderr
+
+
+def test_an_installer_that_outlives_a_killed_script_keeps_the_lock(copy: Path) -> None:
+    (copy / "uv").write_text('#!/bin/sh\necho "$$" > uv.pid.new; mv uv.pid.new uv.pid; exec sleep 60\n')
+    (copy / "uv").chmod(0o755)
+    pid = copy / "uv.pid"
+    with subprocess.Popen([sys.executable, "scripts/show"], cwd=copy, env={"PATH": f"{copy}:/usr/bin:/bin"}) as it:
+        wait_until(pid.exists, "the installer runs")
+        it.kill()
+    installer = int(pid.read_text())
+    try:
+        with (copy / ".venv.lock").open("w") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.kill(installer, signal.SIGKILL)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(copy: Path) -> None:
@@ -209,13 +264,21 @@ def build_editable(folder, *_):
     return "copy-0-py3-none-any.whl"
 """
 """Builds the project `copy` without a package."""
+PYPROJECT = """\
+[project]
+name = "copy"
+version = "0"
+[build-system]
+requires = []
+build-backend = "backend"
+backend-path = ["."]
+"""
 
 
 def test_pip_installs_into_the_projects_environment_whatever_the_user_prefers(copy: Path) -> None:
     """Many sites recommend `user = true` in pip.conf, over which variables prevail."""
     (copy / "backend.py").write_text(BACKEND)
-    with (copy / "pyproject.toml").open("a") as project:
-        project.write('[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n')
+    (copy / "pyproject.toml").write_text(PYPROJECT)
     (copy / "pip.conf").write_text("[install]\nuser = true\n")
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(copy), "PIP_NO_INDEX": "1"}
     environment |= {"PIP_CONFIG_FILE": f"{copy}/pip.conf", "PIP_USER": "1", "PIP_TARGET": "elsewhere"}
