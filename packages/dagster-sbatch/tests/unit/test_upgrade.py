@@ -7,6 +7,7 @@ import signal
 import stat
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -16,52 +17,13 @@ import pytest
 from dagster_sbatch.commands import lock
 from dagster_sbatch.commands.signals import STOPS
 from dagster_sbatch.commands.upgrade import KEPT, changes_between, go_back, main, upgrade
-from dagster_sbatch.commands.vendored import Wheel, wheels_in, wheels_named
+from dagster_sbatch.commands.vendored import wheels_in, wheels_named
 from dagster_sbatch.errors import ConfigurationError
-
-CHANGELOG = """\
-# Changes
-
-## 1.10.0
-
-Faster.
-
-## 1.2.0 (2027)
-
-### In your own files
-
-- two
-
-### Corrected
-
-- nothing of yours
-
-## 1.1.0
-
-### In your own files
-
-- one
-
-## 1.0.0
-
-### In your own files
-
-- zero
-"""
-
-
-def make_wheel(folder: Path, version: str) -> Wheel:
-    """A file that is like a wheel of the engine."""
-    folder.mkdir(exist_ok=True)
-    path = folder / f"dagster_sbatch-{version}-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("dagster_sbatch/CHANGELOG.md", CHANGELOG)
-        archive.writestr(f"dagster_sbatch-{version}.dist-info/METADATA", "")
-    return Wheel(path)
+from support.upgrades import kill_at, make_wheel
 
 
 @pytest.mark.parametrize(
-    ("engine", "other", "changes"),
+    ("one", "other", "changes"),
     [
         ("1.10.0", "1.0.0", "1.2.0 (2027)\n- two\n\n1.1.0\n- one"),
         ("1.10.0", "1.1.0", "1.2.0 (2027)\n- two"),
@@ -70,8 +32,8 @@ def make_wheel(folder: Path, version: str) -> Wheel:
         ("1.2.0", "1.2.0", ""),
     ],
 )
-def test_what_changed_between_two_versions(engine: str, other: str, changes: str, tmp_path: Path) -> None:
-    assert changes_between(make_wheel(tmp_path, engine), other) == changes
+def test_what_changed_between_two_versions(one: str, other: str, changes: str, tmp_path: Path) -> None:
+    assert changes_between(make_wheel(tmp_path, one), make_wheel(tmp_path, other)) == changes
 
 
 @pytest.fixture
@@ -224,24 +186,6 @@ def test_a_killed_upgrade_to_the_same_version_is_never_mixed_with_another(
     assert refused
 
 
-def kill_at(moment: int, project: Path) -> None:
-    """End this process without any clean-up before it makes its nth change below a folder."""
-    changes = 0
-
-    def audit(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal changes
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if not writes and event not in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
-            return
-        path = str(arguments[0])
-        if path.startswith(f"{project}/") or not path.startswith("/"):  # shutil.rmtree uses names within a folder
-            changes += 1
-            if changes == moment:
-                os._exit(9)
-
-    sys.addaudithook(audit)
-
-
 def test_without_space_nothing_is_changed(project: Path, newer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -339,6 +283,51 @@ def test_an_engine_that_cannot_be_installed_is_not_kept(
     assert run_main(project, monkeypatch, "--back") == 1
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_what_a_person_writes_meanwhile_is_kept(
+    back: bool, project: Path, newer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resolving the dependencies takes long enough to edit a file, or to start the command once more."""
+    if back:
+        upgrade(project, newer, project.parent)
+        with (project / "pyproject.toml").open("a") as file:
+            file.write("a = 1\n")
+    pixi = project / "pixi.toml"
+    monkeypatch.setattr(lock, "resolve", lambda *_: pixi.write_text(f"{pixi.read_text()}numpy = '*'\n"))
+    with pytest.raises(ConfigurationError, match=r"^pixi\.toml changed while this command ran\. Run it again\.$"):
+        go_back(project) if back else upgrade(project, newer, project.parent)
+    assert pixi.read_text().endswith("numpy = '*'\n")
+    assert engines(project) == {"1.1.0" if back else "1.0.0"}
+
+
+def test_an_older_engine_says_what_to_undo(
+    project: Path, newer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The changelog of the newer one has it."""
+    (old := project.parent / "old").mkdir()
+    shutil.copy(project / "vendor" / "dagster_sbatch-1.0.0-py3-none-any.whl", old)
+    upgrade(project, newer, project.parent)
+    assert run_main(project, monkeypatch, str(next(old.iterdir()))) == 0
+    assert "undo them by hand:\n\n1.1.0\n- one\n" in capsys.readouterr().out
+    assert run_main(project, monkeypatch, "--back") == 0
+    assert "also make them by hand:\n\n1.1.0\n- one\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damaged", ["wheel", "kept"])
+def test_damaged_content_changes_nothing(damaged: str, project: Path, newer: str) -> None:
+    """The archive's directory is whole, what it lists is not."""
+    if damaged == "kept":
+        upgrade(project, newer, project.parent)
+    path, content = (Path(newer), project / KEPT)[damaged == "kept"], zlib.compress(b"word " * 99, wbits=-15)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dagster_sbatch-1.1.0.dist-info/METADATA", b"word " * 99)
+    path.write_bytes(path.read_bytes().replace(content, b"\xff" * len(content)))
+    before = state(project)
+    with pytest.raises(ConfigurationError, match="cannot be read: Error -3"):
+        go_back(project) if damaged == "kept" else upgrade(project, newer, project.parent)
+    assert state(project) == before
+
+
 def test_a_wheel_that_was_renamed_changes_nothing(project: Path, newer: str) -> None:
     renamed = Path(newer).rename(project.parent / "dagster_sbatch-3.0.0-py3-none-any.whl")
     before = state(project)
@@ -393,5 +382,16 @@ def test_a_damaged_archive_of_the_engine_before_changes_nothing(
     assert run_main(project, monkeypatch, "--back") == 1
     error = capsys.readouterr().err
     assert f"{KEPT} cannot be read" in error
+    assert "\n  git restore --source COMMIT vendor requirements pyproject.toml pixi.toml\n" in error
     assert error.endswith("Nothing was changed.\n")
     assert engines(project) == {"1.1.0"}
+
+
+def test_a_file_that_a_project_does_not_have_is_not_restored(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """git would restore none."""
+    (project / "pixi.toml").unlink()
+    shutil.rmtree(project / "vendor")
+    assert run_main(project, monkeypatch, "--back") == 1
+    assert "Restore it:\n  git restore vendor requirements pyproject.toml\nNothing" in capsys.readouterr().err

@@ -48,6 +48,7 @@ examples:
 
 exit codes: 0 made, 1 it could not be made (all reasons are printed), 2 wrong usage, 130 interrupted
 """
+MODULES = sys.stdlib_module_names | {"test"}  # Python's list lacks this one
 LONGEST_NAME = 32  # lines with it must not become too long
 NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
@@ -115,7 +116,7 @@ def name_problems(root: Path, name: str, *, in_place: bool) -> list[str]:
             f"with - or _ between words{similar(name)}"
         ]
     package = name.replace("-", "_")
-    if keyword.iskeyword(package) or package in sys.stdlib_module_names:
+    if keyword.iskeyword(package) or package in MODULES:
         return [f"the name {name!r} is a keyword or a module of Python. Choose another name"]
     taken = names_in_use(root) - ({OLD_PACKAGE, OLD_PROJECT} if in_place else set())
     if {package, name, name.replace("_", "-")} & taken:

@@ -62,6 +62,8 @@ def tracked(root: Path) -> list[str]:
     Raises ConfigurationError: one of them is missing, or git does not know the folder.
     """
     paths = [path for path in git(root, "ls-files", "-z").split("\0") if path]
+    if not paths:
+        raise ConfigurationError(f"git tracks no files of {root}. Clone the template, or add its files: git add --all")
     gone = [path for path in paths if not os.path.lexists(root / path)]
     if gone:
         raise ConfigurationError(f"git tracks files that are missing: {', '.join(gone)}. Restore them: git restore .")
@@ -90,18 +92,21 @@ def convert(template: Template, names: Names, site: str, report: Callable[[str],
     Raises ConfigurationError: something failed; the clone is as it was.
     """
     root = template.root
-    head = git(root, "rev-parse", "HEAD").strip()
     changed = git(root, "--no-optional-locks", "status", "--porcelain", "--untracked-files=all")
     if changed:
         raise ConfigurationError(
             f"{root} has changes that are not committed:\n{changed}Commit them, or make a copy elsewhere."
         )
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "copy"
-        folder.mkdir()
-        _make(template, folder, names, report)
-        _begin_history(folder)
-        git(root, "fetch", "--quiet", str(folder), "HEAD")
+    head = git(root, "rev-parse", "HEAD").strip()
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "copy"
+            folder.mkdir()
+            _make(template, folder, names, report)
+            _begin_history(folder)
+            git(root, "fetch", "--quiet", str(folder), "HEAD")
+    except OSError as error:
+        raise ConfigurationError(f"The project cannot be made in a temporary folder: {error}.") from None
     commit = _commit(root, git(root, "rev-parse", "FETCH_HEAD^{tree}").strip(), MESSAGE, "-p", head)
     added = git(root, "diff-tree", "-r", "--name-only", "--no-renames", "--diff-filter=A", "-z", head, commit).split(
         "\0"

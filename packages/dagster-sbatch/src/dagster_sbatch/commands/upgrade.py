@@ -18,6 +18,7 @@ from dagster_sbatch.commands.command_line import ends_with_reader, make_parser
 from dagster_sbatch.commands.own_scripts import run_script
 from dagster_sbatch.commands.signals import ignore_interrupts, interrupt_once
 from dagster_sbatch.commands.vendored import (
+    DAMAGED,
     PACKAGES,
     SOURCES,
     Wheel,
@@ -53,7 +54,6 @@ can run, 130 interrupted (nothing was changed, or upgraded but not tested)
 ENGINE = PACKAGES[0]
 LOCKS = "requirements/"  # folder of the lock files. An upgrade replaces these and SOURCES, beside wheels
 KEPT = "vendor/previous.zip"  # what an upgrade has replaced: SOURCES, lock files and wheels
-RESTORE = f"  git restore vendor requirements {' '.join(SOURCES)}"
 
 
 @ends_with_reader
@@ -73,14 +73,14 @@ def main(root: Path) -> int:
         print(f"{error}\nNothing was changed.", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"{error}\nIf `git status` shows changes of this command, undo them:\n{RESTORE}", file=sys.stderr)
+        print(f"{error}\nIf `git status` shows changes of this command, undo them:\n{restoring(root)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted. Nothing was changed.", file=sys.stderr)
         return 130
     print(f"{ENGINE} {new} replaces {old}.")
     if changes:
-        verb = "undo" if asked.back else "also make"
+        verb = "undo" if Version(new) < Version(old) else "also make"
         print(f"\nThese changes are not made for you. In your own files, {verb} them by hand:\n\n{changes}\n")
     return _test(root, kept=kept)
 
@@ -122,8 +122,8 @@ def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str, bool]
     whether the engine before is kept for `go_back`.
     Raises ConfigurationError: nothing was changed.
     """
-    old = _wheels_of(root)
-    for name, text in _texts(root).items():
+    old, texts = _wheels_of(root), _texts(root)
+    for name, text in texts.items():
         named = wheels_named(root, name)
         other = name == "requirements/dev.txt" and any(
             old[each].requirement not in text for each in old if each in named
@@ -131,7 +131,7 @@ def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str, bool]
         if other or old != {**old, **named}:
             raise ConfigurationError(
                 f"pyproject.toml and {name} name different wheels: an upgrade was interrupted. "
-                f"Return to the engine before it:\n  scripts/upgrade --back\nor to your last commit:\n{RESTORE}"
+                f"Return to the engine before it:\n  scripts/upgrade --back\nor to your last commit:\n{restoring(root)}"
             )
     new = {name: wheel for name, wheel in find_wheels(source, folder).items() if name in old}
     if not new:
@@ -139,10 +139,11 @@ def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str, bool]
     for wheel in new.values():
         wheel.read(f"{wheel.distribution}-{wheel.version}.dist-info/METADATA")  # the file may have been renamed
     engine = new.get(ENGINE, old[ENGINE])
-    changes = changes_between(engine, old[ENGINE].version)
-    files = _resolved(root, new, _texts(root))
+    changes = changes_between(old[ENGINE], engine)
+    files = _resolved(root, new, texts)
     same = all(wheel.requirement == old[name].requirement for name, wheel in new.items())
     ignore_interrupts()
+    _refuse_other_texts(root, texts)
     _replace(root, new, files, kept=None if same else old)  # the same again is nothing to return to
     return old[ENGINE].version, engine.version, changes, not same
 
@@ -152,25 +153,26 @@ def go_back(root: Path) -> tuple[str, str, str, bool]:
 
     Without a network, unless pyproject.toml has changed since.
     """
-    old, kept = _wheels_of(root), root / KEPT
+    old, texts, kept = _wheels_of(root), _texts(root), root / KEPT
     if not kept.exists():
         raise ConfigurationError("There is no engine to return to: nothing was upgraded since the last --back.")
     with tempfile.TemporaryDirectory() as temporary:
         try:
             with zipfile.ZipFile(kept) as archive:
                 archive.extractall(temporary)
-        except zipfile.BadZipFile as error:
+        except DAMAGED as error:
             raise ConfigurationError(
                 f"{KEPT} cannot be read: {error}. Return to the commit before the last upgrade instead:\n"
-                f"  git restore --source COMMIT vendor requirements {' '.join(SOURCES)}"
+                f"{restoring(root, '--source COMMIT ')}"
             ) from None
         new, before = wheels_in(Path(temporary, "vendor")), _texts(Path(temporary))
-        changes = changes_between(old[ENGINE], new[ENGINE].version)
+        changes = changes_between(old[ENGINE], new[ENGINE])
         files = {name: text for name, text in before.items() if name.startswith(LOCKS)}
-        files |= {name: rename_wheels(text, new) for name, text in _texts(root).items() if name in SOURCES}
+        files |= {name: rename_wheels(text, new) for name, text in texts.items() if name in SOURCES}
         if files["pyproject.toml"] != before["pyproject.toml"]:
             files = _resolved(root, new, files)
         ignore_interrupts()
+        _refuse_other_texts(root, texts)
         _replace(root, new, files, kept=None)
     kept.unlink()
     return old[ENGINE].version, new[ENGINE].version, changes, False
@@ -190,11 +192,18 @@ def find_wheels(source: str, folder: Path) -> dict[str, Wheel]:
     return wheels_in(folder)
 
 
-def changes_between(engine: Wheel, other: str) -> str:
-    """Return what the changelog of an engine says about a project's own files, from one version to the other."""
-    low, high = sorted((Version(engine.version), Version(other)))
+def restoring(root: Path, options: str = "") -> str:
+    """Return the command that restores what an upgrade replaces. git restores nothing if it does not know a name."""
+    names = " ".join(name for name in SOURCES if (root / name).exists())
+    return f"  git restore {options}vendor requirements {names}"
+
+
+def changes_between(one: Wheel, other: Wheel) -> str:
+    """Return what the changelog of the newer of two engines says about a project's own files since the older one."""
+    older, newer = sorted((one, other), key=lambda each: Version(each.version))
+    low, high = Version(older.version), Version(newer.version)
     found = []
-    for section in engine.read("dagster_sbatch/CHANGELOG.md").split("\n## ")[1:]:
+    for section in newer.read("dagster_sbatch/CHANGELOG.md").split("\n## ")[1:]:
         version, _, text = section.partition("\n")
         own = re.search(r"^### In your own files\n(.*?)(?=^### |\Z)", text, re.MULTILINE | re.DOTALL)
         if own and low < Version(version.split()[0]) <= high:
@@ -230,7 +239,9 @@ def _wheels_of(root: Path) -> dict[str, Wheel]:
         )
     for wheel in wheels.values():
         if not wheel.path.is_file():
-            raise ConfigurationError(f"pyproject.toml names {wheel.source}, which is missing. Restore it:\n{RESTORE}")
+            raise ConfigurationError(
+                f"pyproject.toml names {wheel.source}, which is missing. Restore it:\n{restoring(root)}"
+            )
     return wheels
 
 
@@ -238,6 +249,14 @@ def _texts(root: Path) -> dict[str, str]:
     """Return the texts of those SOURCES and lock files that a project has, by name."""
     names = (*SOURCES, *(f"{LOCKS}{name}" for name in lock.locked_files(root)))
     return {name: read_text(root / name) for name in names if (root / name).exists()}
+
+
+def _refuse_other_texts(root: Path, texts: dict[str, str]) -> None:
+    """Raise ConfigurationError if what `_texts` returns is no longer these: a person or a command has written it."""
+    now = _texts(root)
+    changed = [name for name in sorted({**texts, **now}) if texts.get(name) != now.get(name)]
+    if changed:
+        raise ConfigurationError(f"{' and '.join(changed)} changed while this command ran. Run it again.")
 
 
 def _resolved(root: Path, wheels: dict[str, Wheel], files: dict[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ NAME_OF_WHEEL = re.compile(
     rf"\./vendor/((?:{'|'.join(name.replace('-', '_') for name in PACKAGES)})-[^-/\s\"']+-py3-none-any\.whl)"
 )
 """How a file of a project names one of its wheels."""
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError)  # what zipfile raises for a damaged archive
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Wheel:
             raise ConfigurationError(
                 f"{self.path.name} has no {member}: it is another package's, or was renamed."
             ) from None
-        except zipfile.BadZipFile as error:
+        except DAMAGED as error:
             raise ConfigurationError(f"{self.path.name} cannot be read: {error}") from None
 
 
