@@ -186,7 +186,7 @@ class Settings(BaseSettings):
     step_ca_url: Url | None = _variable("ASC_STEP_CA_URL", "The certificate authority.", "https://auth.asc.ac.at:9000")
     step_fingerprint: str | None = _variable(
         "ASC_STEP_FINGERPRINT",
-        "SHA-256 of the certificate authority's root certificate.",
+        "SHA-256 of the certificate authority's root certificate, 64 hexadecimal digits.",
         "44b04847...",
         pattern=r"^[0-9a-fA-F]{64}$",
     )

@@ -55,7 +55,7 @@ def test_each_of_the_four_ways_is_enough(
     assert not file.exists()
     health = check_health(settings)
     assert health.verdict == "ok"
-    assert any("not self-renewing, ends with the app password" in note for note in health.notes)
+    assert any("nothing renews access: it ends with the app password" in note for note in health.notes)
 
 
 def test_a_good_certificate_is_returned_without_asking_anybody(
@@ -111,7 +111,7 @@ def test_what_a_person_got_with_step_is_taken_as_it_is(
     settings = access.settings_of(without_secret)
     assert ensure_certificate(settings)
     assert {path: path.read_bytes() for path in before} == before
-    assert "not self-renewing, ends at" in check_health(settings).summary
+    assert "nothing renews access: it ends at" in check_health(settings).summary
 
 
 def test_the_key_that_step_made_is_kept_when_its_certificate_is_renewed(

@@ -46,7 +46,7 @@ def test_the_script_does_what_the_document_says(script: Script, variables: dict[
     file, key = Path(variables["ASC_AUTHENTIK_CREDENTIALS_FILE"]), access.key_of(variables)
     done = script("--rotate-credentials")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"Replaced both secrets in {file} with the bootstrap API token.\n"
+    assert done.stdout == f"New API token and app password in {file}, made with ASC_AUTHENTIK_API_TOKEN.\n"
     assert file.stat().st_mode & 0o777 == 0o600
     assert not certificate_path(key).exists()  # no certificate was requested
     done = script(ASC_AUTHENTIK_API_TOKEN=None)
@@ -67,12 +67,12 @@ def test_the_script_does_what_the_document_says(script: Script, variables: dict[
 def test_the_script_tells_how_access_is(script: Script, variables: dict[str, str], site: SimulatedSite) -> None:
     done = script("--status", ASC_AUTHENTIK_API_TOKEN=None)
     assert done.returncode == 1
-    assert "broken. No access to" in done.stdout
+    assert ": broken\nNo access to" in done.stdout
     assert script().returncode == 0
     done = script("--status")
     assert done.returncode == 0
     assert "xy12345@" in done.stdout
-    assert ": ok. next refresh at 20" in done.stdout
+    assert ": ok\nNext refresh at 20" in done.stdout
     for words in ("certificate", "API token", "app password", "15 h 59 min", "29 d 23 h"):
         assert words in done.stdout
     document = json.loads(script("--status", "--json").stdout)
@@ -84,7 +84,7 @@ def test_the_script_tells_how_access_is(script: Script, variables: dict[str, str
         assert refresh(access.settings_of(variables)).warnings
     done = script("--status")
     assert done.returncode == 3
-    assert "failing. the certificate could not be renewed since" in done.stdout
+    assert ": failing\nThe certificate could not be renewed since" in done.stdout
 
 
 def test_the_script_ends_with_the_codes_of_its_help(
@@ -95,7 +95,14 @@ def test_the_script_ends_with_the_codes_of_its_help(
     assert script(SLURM_EDGE_NODE_PORT="ssh").returncode == 2
     assert script(ASC_AUTHENTIK_API_TOKEN=None).returncode == 1
     with site.faults.authentik_down():
-        assert script("--rotate-credentials").returncode == 3
+        done = script("--rotate-credentials")
+        assert done.returncode == 3
+        assert done.stderr.endswith("\nThe cause may pass by itself: run the command again later.\n")
+    assert script().returncode == 0
+    with site.faults.certificate_authority_down():
+        done = script()
+        assert done.returncode == 3
+        assert "\nAccess works until 20" in done.stderr
     done = script(ALL_PROXY="socks5://127.0.0.1:1080")
     assert done.returncode == 1
     assert done.stderr.startswith("The proxy ALL_PROXY=socks5://127.0.0.1:1080 cannot be used: ")

@@ -328,7 +328,7 @@ def test_access_that_does_not_renew_itself_is_left_alone(
 ) -> None:
     monkeypatch.delenv("ASC_AUTHENTIK_API_TOKEN")
     wind(days=399)
-    assert "not self-renewing, ends at" in reason(tick(instance))
+    assert "nothing renews access: it ends at" in reason(tick(instance))
     wind(days=401)
     assert tick(instance).run_requests  # whose run fails, visibly
 

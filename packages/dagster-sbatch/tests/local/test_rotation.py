@@ -207,7 +207,7 @@ def test_the_credentials_of_another_user_are_left_alone(
 @pytest.mark.parametrize("value", ["two words", "line\nbreak", "ümlaut"])
 def test_a_token_that_was_pasted_wrongly_is_refused_without_being_shown(variables: dict[str, str], value: str) -> None:
     settings = access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": value})
-    with pytest.raises(RejectedError, match="was it pasted whole") as error:
+    with pytest.raises(RejectedError, match="was not pasted whole") as error:
         refresh(settings, rotation="now", certificate="no")
     assert value not in str(error.value)
 

@@ -55,14 +55,14 @@ def test_a_certificate_that_nothing_renews_works_until_its_end(variables: dict[s
     settings = access.settings_of(variables)
     health = check_health(settings)
     assert (health.verdict, health.next_refresh) == ("ok", None)
-    assert "not self-renewing, ends at" in health.summary
+    assert "nothing renews access: it ends at" in health.summary
     with pytest.raises(BootstrapError) as error:  # a new one is asked for, and there is nothing to get it with
         refresh(settings, certificate="now")
     text = str(error.value)
     assert text.startswith("The certificate works until 20")
     assert "but is not renewed" in text
     assert "1. a valid certificate" not in text
-    assert "2. stored credentials: ASC_AUTHENTIK_CREDENTIALS_FILE=" in text
+    assert "  1. stored credentials: ASC_AUTHENTIK_CREDENTIALS_FILE=" in text
     assert check_health(settings).verdict == "ok"
     assert check_health(settings).failing == {}  # to ask was wrong; nothing is broken
 
@@ -105,7 +105,7 @@ def test_a_file_that_others_can_read_is_told_with_the_one_command_that_fixes_it(
     )
     assert [item.state for item in health.items] == ["valid", "not usable", "not usable"]
     certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
-    with pytest.raises(BootstrapError, match=r"       chmod 600 \S+\n     to do: do that first\n"):
+    with pytest.raises(BootstrapError, match=r"       chmod 600 \S+\n     to do: do what the status says\n"):
         refresh(settings)
     with pytest.raises(AccessError, match=r"chmod 600"):
         refresh(settings, rotation="now", certificate="no")

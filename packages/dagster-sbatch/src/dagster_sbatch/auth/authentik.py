@@ -99,7 +99,7 @@ class Authentik:
         The texts do not tell: authentik translates them.
         """
         if not self._usable:
-            raise RejectedError("it has characters that no token has: was it pasted whole?")
+            raise RejectedError("it has characters that no token has, perhaps because it was not pasted whole")
         answer = self._http.call(method, self._base + path, headers=self._headers, json_body=body, tries=tries)
         if answer.status in (401, 403) and path == _ME:
             raise RejectedError(f"authentik refused it ({answer.reason})")

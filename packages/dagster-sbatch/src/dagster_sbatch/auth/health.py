@@ -123,7 +123,7 @@ def _not_self_renewing(access: AccessState) -> str:
         end = f"at {clock.written(certificate.valid_before)}, with the certificate"
     else:
         return ""
-    return f"not self-renewing, ends {end}"
+    return f"nothing renews access: it ends {end}"
 
 
 def _items(access: AccessState) -> tuple[HealthItem, ...]:

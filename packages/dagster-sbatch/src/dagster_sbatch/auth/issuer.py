@@ -76,7 +76,7 @@ def _fetch_root(settings: Settings, http: Http) -> str:
     except (KeyError, TypeError, ValueError):
         raise MisconfiguredError(
             f"{_base(settings)} does not know a root certificate with ASC_STEP_FINGERPRINT={fingerprint} "
-            f"({answer.reason}): is it the right certificate authority? Check both variables"
+            f"({answer.reason}). Check ASC_STEP_CA_URL and ASC_STEP_FINGERPRINT, or ask the centre with this text"
         ) from None
     if found != fingerprint:
         raise MisconfiguredError(

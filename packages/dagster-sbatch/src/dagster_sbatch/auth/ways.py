@@ -134,7 +134,7 @@ class AccessState:
         )
         return RejectedError(
             f"The stored secrets cannot be replaced: {'; '.join(filter(None, reasons))}. "
-            f"To replace them by hand, {self._make_token}\n  {_ASK_FOR_TOKEN}"
+            f"To make new ones, {self._make_token}\n  {_ASK_FOR_TOKEN}"
         )
 
     def explain(self, refusals: Mapping[Source, str]) -> BootstrapError:
@@ -149,18 +149,18 @@ class AccessState:
             else f"No access to {self.settings.edge_node_host}. {enough}"
         )
         lines = [head]
-        for number, (name, status, advice, command) in enumerate(self._ways(refusals), 1):
-            if number > 1 or not valid:
-                found = (status or "present, but the server rejected it").replace("\n", "\n     ")
-                lines += [f"  {number}. {name}", f"     status: {found}"]
-                lines += [f"     to do: {advice}", *([f"       {command}"] if command else [])]
+        ways = self._ways(refusals)[1 if valid else 0 :]
+        for number, (name, status, advice, command) in enumerate(ways, 1):
+            found = (status or "present, but the server rejected it").replace("\n", "\n     ")
+            lines += [f"  {number}. {name}", f"     status: {found}"]
+            lines += [f"     to do: {advice}", *([f"       {command}"] if command else [])]
         if self.no_asc_settings:
             lines.append(
                 "A site whose certificates renew themselves needs the ASC_ variables (scripts/docs credentials)"
             )
         elif self.missing_settings:
             names = ", ".join(self.missing_settings)
-            lines.append(f"Ways 2 to 4 also need settings that are not set: {names} (scripts/docs settings)")
+            lines.append(f"All but a certificate also need settings that are not set: {names} (scripts/docs settings)")
         return BootstrapError("\n".join(lines))
 
     def _ways(self, refusals: Mapping[Source, str]) -> list[tuple[str, str, str, str]]:
@@ -172,7 +172,7 @@ class AccessState:
         assert key
         name, certificate = shlex.quote(str(key)), self.certificate
         missing = f"{', '.join(self.missing_settings)} not set" if self.missing_settings else ""
-        once = "not set; it is needed only once: the credentials file then renews itself"
+        once = "not set; it is needed only once: from then on, Dagster makes its own"
         invalid = str(certificate) if isinstance(certificate, AccessError) else certificate.validity_problem(self.now)
         ways = [
             (
@@ -184,7 +184,7 @@ class AccessState:
             (
                 f"stored credentials: ASC_AUTHENTIK_CREDENTIALS_FILE={settings.credentials_file}",
                 refusals.get("stored") or self.stored_problem or missing,
-                "do that first" if self.file_problem else "way 3 writes this file anew",
+                "do what the status says" if self.file_problem else "set up the API token: that writes this file",
                 "",
             ),
             (

@@ -4,18 +4,27 @@ import json
 import sys
 from pathlib import Path
 
-from dagster_sbatch.auth import AccessError, AccessHealth, HealthItem, Report, check_health, clock, refresh
+from dagster_sbatch.auth import (
+    AccessError,
+    AccessHealth,
+    BootstrapError,
+    HealthItem,
+    Report,
+    check_health,
+    clock,
+    refresh,
+)
 from dagster_sbatch.auth.key_files import certificate_path
+from dagster_sbatch.auth.ways import read_access
 from dagster_sbatch.commands.command_line import ends_with_reader, make_parser, print_table
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 
 DESCRIPTION = """\
-Renew the SSH certificate with the stored credentials. ASC_AUTHENTIK_API_TOKEN need not be set for that.
-
-The credentials file (ASC_AUTHENTIK_CREDENTIALS_FILE) holds an authentik API token and an app password. Both are
-replaced before they expire. ASC_AUTHENTIK_API_TOKEN is needed only the first time, or when both have expired.
+Renew the SSH certificate with the stored secrets: an authentik API token and an app password, which are in the file
+ASC_AUTHENTIK_CREDENTIALS_FILE. Both are replaced before they expire. ASC_AUTHENTIK_API_TOKEN is needed only the first
+time, or when both have expired.
 
 The settings are those of the supercomputer (scripts/docs settings), also if DAGSTER_DEPLOYMENT is not set. The output
 holds no secret.
@@ -68,19 +77,31 @@ def main(project: Project) -> int:
         )
     except AccessError as error:
         print(error, file=sys.stderr)
+        print_consequences(error, settings)
         return 3 if error.temporary else 1
     show_report(report, settings)
     return 0
 
 
+def print_consequences(error: AccessError, settings: Settings) -> None:
+    """Say whether access still works, and whether a retry may help."""
+    certificate = read_access(settings).valid_certificate
+    if certificate and not isinstance(error, BootstrapError):  # which says so itself
+        print(f"Access works until {clock.written(certificate.valid_before)}.", file=sys.stderr)
+    if error.temporary:
+        print("The cause may pass by itself: run the command again later.", file=sys.stderr)
+
+
 def show_report(report: Report, settings: Settings) -> None:
     """Print what was done, and with which credential."""
     if report.rotated_with:
-        print(f"Replaced both secrets in {settings.credentials_file} with the {report.rotated_with} API token.")
+        token = "ASC_AUTHENTIK_API_TOKEN" if report.rotated_with == "bootstrap" else "the stored API token"
+        print(f"New API token and app password in {settings.credentials_file}, made with {token}.")
     if report.certificate and report.issued_with and settings.edge_node_key_path:
         path = certificate_path(settings.edge_node_key_path)
+        password = "ASC_OIDC_APP_PASSWORD" if report.issued_with == "direct" else "the stored app password"
         print(
-            f"New certificate {path}, requested with the {report.issued_with} app password: "
+            f"New certificate {path}, requested with {password}: "
             f"for {', '.join(report.certificate.principals)}, until {clock.written(report.certificate.valid_before)}."
         )
     if not report.certificate and not report.rotated_with:
@@ -99,7 +120,7 @@ def show(health: AccessHealth, settings: Settings) -> None:
     print_table(("what", "valid until (UTC)", "remaining", "replaced after"), rows)
     places = [f"{item.name}: {item.where.replace(str(Path.home()), '~', 1)}" for item in health.items]
     account = "@".join(filter(None, (settings.edge_node_user, settings.edge_node_host)))
-    state = f"{account}: {health.verdict}. {health.summary}"
+    state = f"{account}: {health.verdict}\n{health.summary[:1].upper()}{health.summary[1:]}"
     for line in (*places, "", state, *health.notes):
         print(line)
 
