@@ -7,6 +7,16 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 Place = tuple[int | str, ...]  # the keys and indices that lead to a problem that pydantic found
+_TEXTS = {
+    "tuple_type": "this is no list. Write [...], also around a single value",
+    "string_type": "this is no text. Write it in quotes",
+    "string_pattern_mismatch": "this does not have the right form",
+    "float_parsing": "this is no number",
+    "int_parsing": "this is no whole number",
+    "bool_parsing": "write true or false",
+    "date_from_datetime_parsing": "this is no day of the form YYYY-MM-DD",
+}
+"""What is wrong, by pydantic's type of the problem; for other types, pydantic's own text is shown."""
 
 
 class ConfigurationError(ValueError):
@@ -41,13 +51,9 @@ def describe_at(
     lines = []
     for problem in error.errors(include_url=False, include_input=False):
         place, more = problem["loc"], advice(problem["loc"])
-        text = problem["msg"].removeprefix("Value error, ")
+        text = _TEXTS.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             text = f"unknown field{nearest(str(place[-1]), known(place))}"
-        elif problem["type"] == "tuple_type":
-            text = "this is no list. Write [...], also around a single value"
-        elif problem["type"] == "string_type":
-            text = "this is no text. Write it in quotes"
         elif problem["type"] == "model_type":
             text = f"write {problem['ctx']['class_name']}(...)"
         if more:

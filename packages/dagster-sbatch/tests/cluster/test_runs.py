@@ -347,7 +347,7 @@ def test_cancelled_by_an_administrator(site: SimulatedSite, workloads: Path) -> 
         (SlurmRequest(nodelist="n4009"), "Invalid node name specified"),
         (
             SlurmRequest(account="nobody"),
-            "'nobody' is not a project of yours. Yours are p70001, p70600, p71234, p75678",
+            "'nobody' is not a project of yours. Name one of yours (p70001, p70600, p71234, p75678)",
         ),
         (SlurmRequest(account=SPENT_ACCOUNT), f"Project {SPENT_ACCOUNT} may not use QoS {CPU_PARTITION}, only idle_"),
     ],

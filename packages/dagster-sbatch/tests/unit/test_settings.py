@@ -166,6 +166,27 @@ def test_all_that_is_wrong_is_told_at_once(root: Path, monkeypatch: pytest.Monke
     assert "ASC_STEP_CA_URL" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("SLURM_EDGE_NODE_PORT", "ssh", "this is no whole number"),
+        ("SLURM_MOST_GPU_HOURS_PER_RUN", "many", "this is no number"),
+        ("SLURM_KEEP_WITHIN_BUDGET", "maybe", "write true or false"),
+        ("SLURM_BUDGET_START", "1.10.2026", "this is no day of the form YYYY-MM-DD"),
+        ("ASC_STEP_FINGERPRINT", "44b0", "this does not have the right form"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_told_in_words(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, problem: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as error:
+        load_settings(SITES, root)
+    (line,) = [line for line in str(error.value).splitlines() if line.startswith(name)]
+    assert line.startswith(f"{name}: {problem}. ")
+    assert "Example: " in line
+
+
 def test_a_line_that_means_nothing_is_named(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write(root / ".env", 'SLURM_ACCOUNT=p1\nSLURM_QOS: dev\nSLURM_PARTITION="zen4\n')
     with pytest.raises(ConfigurationError) as error:

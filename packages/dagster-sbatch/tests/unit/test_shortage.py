@@ -48,7 +48,7 @@ def test_what_waits_and_runs_is_subtracted_and_the_refusal_has_the_numbers() -> 
     assert find(usage()) == (None, [])  # 10 - 4 - 1 - 1: just enough
     assert find(usage(), time_limit="04:01:00") == (
         "This call of compute.run could cost 4.02 GPU-hours (1 node x 1 GPU x 04:01:00). Project p1 has 4 free: "
-        "of 10 GPU-hours (GrpTRESMins of p1), 4 are used, and jobs that run and wait may use 1 and 1. "
+        "of 10 GPU-hours (GrpTRESMins of p1), 4 are used, running jobs may use 1 more, and waiting jobs 1. "
         f"SLURM_KEEP_WITHIN_BUDGET is set, so nothing is submitted. Request less, wait until other jobs have ended, or "
         f"{ELSEWHERE}",
         [],
@@ -56,7 +56,9 @@ def test_what_waits_and_runs_is_subtracted_and_the_refusal_has_the_numbers() -> 
     little = usage(queue=[replace(WAITS, seconds=1803)])
     assert "could cost 4 GPU-hours (1 node x 1 GPU x 04:00:00). Project p1 has 3.998 free:" in str(find(little)[0])
     hidden = str(find(usage(private=True), time_limit="04:01:00")[0])
-    assert "that run and wait may use 1 and 1 (waiting jobs of others are not known). SLURM_KEEP" in hidden
+    assert (
+        "running jobs may use 1 more, and waiting jobs 1 (waiting jobs of others are not known). SLURM_KEEP" in hidden
+    )
     less = usage(shares=[replace(GPUS, limit=60, used=90)])
     assert (
         "could cost 1 GPU-hour (1 node x 1 GPU x 01:00:00). Project p1 has 0 free: of 1 GPU-hour (GrpTRESMins"

@@ -224,8 +224,8 @@ def _explain(allocation: Allocation, tasks: int, budget: Budget, hours: float, u
     return (
         f"{describe_cost(allocation, tasks, free, gpus=budget.tres == GPU)}. Project {budget.project} has "
         f"{show_hours(free, beside=[hours])} free: of {show_hours(budget.limit, budget.unit, beside=[budget.used])} "
-        f"({budget.source}), {used} are used, and jobs that run and wait may use {show_hours(budget.running)} and "
-        f"{show_hours(budget.queued)}{unseen}. {SETTING} is set, so nothing is submitted. {_advise(budget)}"
+        f"({budget.source}), {used} are used, running jobs may use {show_hours(budget.running)} more, and waiting "
+        f"jobs {show_hours(budget.queued)}{unseen}. {SETTING} is set, so nothing is submitted. {_advise(budget)}"
     )
 
 

@@ -151,20 +151,21 @@ def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects
     if not _ABOUT_PROJECTS.search(text):
         return text
     projects = ask()
-    charged, others = charged_project(request.account, projects.default), ", ".join(sorted(projects.qos))
+    charged = charged_project(request.account, projects.default)
+    others = ", ".join(sorted({*projects.qos} - {charged}))
     elsewhere = f"name another one in {another}"
     if not projects.qos:
         return f"{text}\nThe job names the project {charged or 'that is your default'}; {elsewhere}"
     if charged not in projects.qos:
-        return f"{text}\n{charged!r} is not a project of yours. Yours are {others}: {elsewhere}"
+        return f"{text}\n{charged!r} is not a project of yours. Name one of yours ({others}) in {another}"
     allowed = projects.qos[charged]
     if request.qos and request.qos not in allowed:
         return (
             f"{text}\nProject {charged} may not use QoS {request.qos}, only {', '.join(sorted(allowed))}. "
             "A project that has used up its budget may use the idle_ ones only. "
-            f"Set SLURM_QOS to one of these, or charge another project ({others}): {elsewhere}"
+            f"Set SLURM_QOS to one of these{f', or name another project ({others}) in {another}' if others else ''}"
         )
-    return f"{text}\nThe job would be charged to project {charged}. Yours are {others}: {elsewhere}"
+    return f"{text}\nThe job would be charged to project {charged}. Others of yours: {others or 'none'}; {elsewhere}"
 
 
 def _explain_cut_short(end: JobEnd) -> Outcome:
