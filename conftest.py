@@ -34,19 +34,19 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On several workers, files of cluster tests, which wait, run beside files of local tests, which compute.
+    """Mix the files of unit, local and cluster tests: on several workers, those that wait run beside those that compute.
 
-    Unit tests come last: they are short, so no worker is left alone with a long file.
+    The last ones are unit tests only: they are short, so no worker is left alone with a long file.
     """
     kinds: dict[Path, int] = {}
     for item in items:
         kind = 0 if item.get_closest_marker("cluster") else 1 if item.get_closest_marker("local") else 2
         kinds[item.path] = min(kind, kinds.get(item.path, kind))
-    shares = {}
-    for kind in range(3):
+    places = {}
+    for kind, end in enumerate((0.85, 0.85, 1)):
         paths = [path for path in kinds if kinds[path] == kind]
-        shares |= {path: (kind == 2, number / len(paths)) for number, path in enumerate(paths)}
-    items.sort(key=lambda item: shares[item.path])
+        places |= {path: end * number / len(paths) for number, path in enumerate(paths)}
+    items.sort(key=lambda item: places[item.path])
 
 
 @pytest.fixture
