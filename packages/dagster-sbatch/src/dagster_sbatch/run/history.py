@@ -27,11 +27,7 @@ def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName,
     A run that was deleted has stored nothing. `before`: only results that were stored by then count, in seconds since
     1970.
     """
-    return any(_succeeded(instance, run, step, before) for run in runs)
-
-
-def _succeeded(instance: dg.DagsterInstance, run_id: str, step: StepName, before: float = inf) -> bool:
-    ends = _events_of(instance, run_id, step, {dg.DagsterEventType.STEP_SUCCESS})
+    ends = (end for run in runs for end in _events_of(instance, run, step, {dg.DagsterEventType.STEP_SUCCESS}))
     return any(end.timestamp <= before for end in ends)
 
 
@@ -151,7 +147,7 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
                 found.setdefault(stored.partition, set()).add(stored.asset_key)
         again = any(run.tags.get(tag) == "true" for tag in _RESUMED)
         run = step.instance.get_run_by_id(run.parent_run_id) if again and run.parent_run_id else None
-        if run and (_succeeded(step.instance, run.run_id, name) or _deployment(run) != deployment):
+        if run and (is_stored(step.instance, [run.run_id], name) or _deployment(run) != deployment):
             break
     complete = [partition for partition, each in found.items() if len(each) == len(assets)]
     newest: dict[str, dict[dg.AssetKey, dg.AssetMaterialization]] = {}
