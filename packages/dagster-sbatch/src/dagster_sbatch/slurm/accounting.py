@@ -7,7 +7,7 @@ from typing import Any
 
 from dagster_sbatch.slurm.gateway import ACCOUNTED, JobEnd
 from dagster_sbatch.slurm.request import SlurmRequest
-from dagster_sbatch.slurm.units import format_time
+from dagster_sbatch.slurm.units import format_time, parse_duration
 
 
 def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
@@ -29,7 +29,7 @@ def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
         found["cpu_hours"] = round(request.cpus * elapsed / 3600, 6)
         if request.gpus_per_node:
             found["gpu_hours"] = round(request.gpus * elapsed / 3600, 6)
-        used = _seconds(rows[0]["TotalCPU"]) if rows else None
+        used = parse_duration(rows[0]["TotalCPU"]) if rows else None
         if used is None:
             used = number(end.usage, "cpu_seconds")
         if used is not None and elapsed:
@@ -53,15 +53,6 @@ def _mebibytes(size: str) -> float | None:
     """Return a size as sacct prints it (`12800K`, `12.50M`; KiB without a unit); None for any other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGTPE]?)", size)
     return float(match[1]) * 1024.0 ** ("KMGTPE".index(match[2] or "K") - 1) if match else None
-
-
-def _seconds(text: str) -> float | None:
-    """Return the seconds of a CPU time as sacct prints it, `[DD-[HH:]]MM:SS[.mmm]`; None for any other text."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)", text)
-    if not match:
-        return None
-    days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    return days * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 _BARS = "▁▂▃▄▅▆▇█"

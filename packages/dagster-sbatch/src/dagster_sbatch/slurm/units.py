@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
+_DURATION = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 _MEMORY = re.compile(r"(?P<number>0|[1-9]\d*)(?P<unit>[KMGT]?)")
 _UNITS = {"K": 1, "M": 1024, "G": 1024**2, "T": 1024**3}
 
@@ -46,6 +47,18 @@ def format_time(time: timedelta) -> str:
     rest = time.seconds
     clock = f"{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
     return f"{time.days}-{clock}" if time.days else clock
+
+
+def parse_duration(text: str) -> float | None:
+    """Return the seconds of a time as squeue and sacct print it, `[D-[HH:]]MM:SS[.mmm]`; None for any other text.
+
+    Other texts are UNLIMITED, NOT_SET and INVALID, which stands for less than 0 or more than a year.
+    """
+    match = _DURATION.fullmatch(text)
+    if not match:
+        return None
+    days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def parse_memory(text: str) -> int:

@@ -1,12 +1,12 @@
 """The agent's answers about a user's projects: limits, queue, past jobs, as data classes. Absent numbers are None."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-_TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)")
+from dagster_sbatch.slurm.units import parse_duration
+
 GPU = "gres/gpu"
 
 Tres = Mapping[str, int]
@@ -150,19 +150,10 @@ def _life(row: Sequence[str], tracked: Sequence[str]) -> JobLife:
 
 def _queued(row: Sequence[Any], tracked: Sequence[str]) -> Queued:
     count, state, user, project, left, limit, text = row
-    seconds = _seconds(left)
-    if seconds is None and _seconds(limit) is not None:  # INVALID: it is past its limit, and Slurm is about to end it
+    seconds = parse_duration(left)
+    if seconds is None and parse_duration(limit) is not None:  # INVALID: past its limit, Slurm is about to end it
         seconds = 0
     return Queued(count, state != "PENDING", user, project, seconds, parse_tres(text, tracked))
-
-
-def _seconds(text: str) -> int | None:
-    """Read a time as squeue prints it; None for UNLIMITED, NOT_SET and INVALID (below 0, or more than a year)."""
-    found = _TIME.fullmatch(text)
-    if not found:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _shares(rows: Sequence[Sequence[str]]) -> list[Share]:
