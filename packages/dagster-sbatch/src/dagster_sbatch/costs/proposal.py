@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from dagster_sbatch.slurm import Allocation, SlurmRequest
+from dagster_sbatch.slurm.accounting import read_number
 from dagster_sbatch.slurm.units import count_of, format_memory, format_time, parse_memory
 
 TIME_MARGIN, MARGIN = 1.5, 1.25  # of the proposed time, and of everything else, to the most that a job has used
@@ -39,13 +40,14 @@ class Use:
     @classmethod
     def parse(cls, numbers: Mapping[str, Any], slurm_partition: str, partition: str) -> "Use | None":
         """Read the numbers of a job in the metadata of a materialization; None if they do not tell its size."""
-        seconds, hours, cpu_hours = (_number(numbers, name) for name in ("elapsed_seconds", "node_hours", "cpu_hours"))
+        size = ("elapsed_seconds", "node_hours", "cpu_hours")
+        seconds, hours, cpu_hours = (read_number(numbers, name) for name in size)
         if not (seconds and hours and cpu_hours):
             return None
-        gpu_hours = _number(numbers, "gpu_hours") or 0.0
+        gpu_hours = read_number(numbers, "gpu_hours") or 0.0
         nodes, gpus, cpus = (round(each * 3600 / seconds) for each in (hours, gpu_hours, cpu_hours))
         others = ("max_rss_mib", "cpu_efficiency", "gpu_utilization", "gpu_memory_max_mib")
-        memory, cpu, gpu, gpu_memory = (_number(numbers, name) for name in others)
+        memory, cpu, gpu, gpu_memory = (read_number(numbers, name) for name in others)
         sampled = isinstance(numbers.get("usage"), str)
         return cls(slurm_partition, partition, nodes, gpus, cpus, seconds, memory, cpu, gpu, gpu_memory, sampled)
 
@@ -265,10 +267,3 @@ def _part(uses: Sequence[Use], number: Callable[[Use], float | None], show: Call
     if high and low != high and most > MANY_TIMES * least:
         return f"{show(most)} ({high}; least: {show(least).partition(' of ')[0]} in {low})"
     return show(most)
-
-
-def _number(numbers: Mapping[str, Any], name: str) -> float | None:
-    """Return a number that is 0 or more; None for anything else."""
-    found = numbers.get(name)
-    known = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found) and found >= 0
-    return float(found) if known and found is not None else None

@@ -1,5 +1,6 @@
 """Numbers of a job that Dagster plots: how long it waited and ran, what it used, how well it used it."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -31,10 +32,10 @@ def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
             found["gpu_hours"] = round(request.gpus * elapsed / 3600, 6)
         used = parse_duration(rows[0]["TotalCPU"]) if rows else None
         if used is None:
-            used = number(end.usage, "cpu_seconds")
+            used = read_number(end.usage, "cpu_seconds")
         if used is not None and elapsed:
             found["cpu_efficiency"] = round(used / (request.cpus * elapsed), 4)
-    peaks = [_mebibytes(row["MaxRSS"]) for row in rows] + [number(end.usage, "memory_mib")]
+    peaks = [_mebibytes(row["MaxRSS"]) for row in rows] + [read_number(end.usage, "memory_mib")]
     if most := max(filter(None, peaks), default=None):
         found["max_rss_mib"] = round(most, 1)
     return {**found, **_count_gpus(end.usage)}
@@ -42,9 +43,9 @@ def count(end: JobEnd, request: SlurmRequest) -> dict[str, float]:
 
 def _count_gpus(usage: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
-    if (percent := number(usage, "gpu_percent")) is not None:
+    if (percent := read_number(usage, "gpu_percent")) is not None:
         found["gpu_utilization"] = round(percent / 100, 4)
-    if (memory := number(usage, "gpu_memory_mib")) is not None:
+    if (memory := read_number(usage, "gpu_memory_mib")) is not None:
         found["gpu_memory_max_mib"] = memory
     return found
 
@@ -59,10 +60,12 @@ _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 32  # most bars of a plot
 
 
-def number(usage: Mapping[str, Any], name: str) -> float | None:
-    """Return a number of a job's usage; None if it is missing, or is not a number."""
-    value = usage.get(name)
-    return float(value) if isinstance(value, int | float) else None
+def read_number(numbers: Mapping[str, Any], name: str) -> float | None:
+    """Return a number of a job's usage, or of its metadata; None if it is missing, or is not a number from 0 on."""
+    found = numbers.get(name)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found < math.inf:
+        return None
+    return float(found)
 
 
 def plot(usage: Mapping[str, Any], request: SlurmRequest) -> str:
@@ -112,7 +115,7 @@ def describe_idle(seconds: float, request: SlurmRequest) -> str:
 
 def explain_idle_end(usage: Mapping[str, Any], request: SlurmRequest) -> str | None:
     """Return why a job was ended by its sampler; None if it was not."""
-    seconds = number(usage, "ended_idle")
+    seconds = read_number(usage, "ended_idle")
     if seconds is None:
         return None
     limit = format_time(timedelta(seconds=seconds))
