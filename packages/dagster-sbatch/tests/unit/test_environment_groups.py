@@ -72,9 +72,8 @@ def plan(project: Project, environment: Any, settings: Settings = STAGING, conta
 
 
 def inputs(project: Project, environment: str | None, **settings: Any) -> dict[str, str]:
-    environments = Environments(cast(Gateway, None), "/base", project.load_site("musica"))
     chosen = STAGING.model_copy(update=settings)
-    return RunEnvironment(environments, chosen, plan(project, environment)).inputs
+    return RunEnvironment(cast(Gateway, None), chosen, plan(project, environment)).inputs
 
 
 @pytest.mark.parametrize(

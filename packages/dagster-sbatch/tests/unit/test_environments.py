@@ -110,29 +110,26 @@ def test_every_workload_below_the_workloads_folder_has_the_same_code(
     for name in ("top.py", "climate/prog.py", "climate/model/__main__.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    site = PROJECT.load_site("musica")
-    environments = Environments(cast(Gateway, None), "/base", site)
     for given in ("top.py", "climate/prog.py", "climate/model"):
         project = replace(PROJECT, workload_folder=str(tmp_path))
         plan = make_plan(Settings(), project, tmp_path / given, ScriptLauncher(), SlurmRequest())
-        inputs = RunEnvironment(environments, Settings(), plan).inputs
+        inputs = RunEnvironment(cast(Gateway, None), Settings(), plan).inputs
         code = {name.removeprefix("code "): digest for name, digest in inputs.items() if name.startswith("code ")}
         assert code == read_code(tmp_path).digests
 
 
-def test_production_says_that_the_code_of_a_workload_elsewhere_is_never_published(tmp_path: Path) -> None:
+def test_production_says_that_the_code_of_a_workload_elsewhere_is_never_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To publish it, as for other differences, would not help."""
     (tmp_path / "prog.py").touch()
 
-    class Other(Environments):
-        def published(self, *_: Any) -> Published:
-            return Published(listing("a", 0).environment, "", datetime.now(UTC))
-
-    environments = Other(cast(Gateway, None), "/base", PROJECT.load_site("musica"))
+    there = Published(listing("a", 0).environment, "", datetime.now(UTC))
+    monkeypatch.setattr(Environments, "published", lambda *_: there)
     production = Settings().model_copy(update={"deployment": "production_supercomputer", "python": "/python"})
     plan = make_plan(Settings(), PROJECT, tmp_path / "prog.py", ScriptLauncher(), SlurmRequest())
     with pytest.raises(ConfigurationError) as error:
-        RunEnvironment(environments, production, plan).find(lambda _: None)
+        RunEnvironment(cast(Gateway, None), production, plan).find(lambda _: None)
     assert str(error.value).endswith(f"\nOnly {PROJECT.workloads} is published. Move {tmp_path}/prog.py there.")
 
 

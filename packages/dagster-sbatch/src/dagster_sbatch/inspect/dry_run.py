@@ -6,7 +6,6 @@ from datetime import datetime, timedelta
 
 from dagster_sbatch.costs.budget import budget_start, find_shortage
 from dagster_sbatch.costs.proposal import render
-from dagster_sbatch.environments.deployed import Environments
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import Preview
 from dagster_sbatch.inspect.plan_summary import ANY_LIMITS, count_array_jobs, name_limits
@@ -75,8 +74,7 @@ def _find_problem(gateway: Gateway, preview: Preview) -> str:
         problem, _ = gateway.image(container.remote_image(data_root), data_root, runs)
         if problem:
             return problem
-    environments = Environments(gateway, str(settings.deployment_base_path), preview.plan.site)
-    environment = RunEnvironment(environments, settings, preview.plan)
+    environment = RunEnvironment(gateway, settings, preview.plan)
     try:
         environment.check()
         gateway.ask(**environment.request)  # in staging, it refuses if the login node has no fitting interpreter

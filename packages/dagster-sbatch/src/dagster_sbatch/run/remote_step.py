@@ -12,7 +12,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.auth import AccessError
-from dagster_sbatch.environments.deployed import Environment, Environments
+from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import Choice, inputs_of, is_left_out
 from dagster_sbatch.run.array import Task
@@ -94,12 +94,11 @@ class RemoteStep(ABC):
         """Store what is complete: its jobs are cancelled, or their run directory is gone. It must not take long."""
 
     def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
-        site, settings = self._plan.site, self._settings
-        gateway = make_gateway(settings, site, stop, self._report_trouble, self._report_recovered)
+        settings = self._settings
+        gateway = make_gateway(settings, self._plan.site, stop, self._report_trouble, self._report_recovered)
         gateway.committed = self._left is not None
         self._gateway = gateway
-        environments = Environments(gateway, str(settings.deployment_base_path), site)
-        self._environment = RunEnvironment(environments, settings, self._plan)
+        self._environment = RunEnvironment(gateway, settings, self._plan)
         try:
             self._family = self._register()
             with stopped_with_run(self._context, stop):

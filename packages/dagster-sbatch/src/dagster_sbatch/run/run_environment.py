@@ -12,6 +12,7 @@ from dagster_sbatch.environments.progress import LoggedProgress
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import Gateway
 
 COMMAND = "scripts/deploy_environment.py"
 
@@ -19,8 +20,9 @@ COMMAND = "scripts/deploy_environment.py"
 class RunEnvironment:
     """Finds or makes the environment of a new job. A step that adopts an existing job does not need it."""
 
-    def __init__(self, environments: Environments, settings: Settings, plan: Plan) -> None:
-        self._environments, self._settings, self._plan = environments, settings, plan
+    def __init__(self, gateway: Gateway, settings: Settings, plan: Plan) -> None:
+        self._environments = Environments(gateway, str(settings.deployment_base_path), plan.site)
+        self._settings, self._plan = settings, plan
 
     @property
     def inputs(self) -> dict[str, str]:
