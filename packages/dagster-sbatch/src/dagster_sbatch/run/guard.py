@@ -1,7 +1,6 @@
-"""Refuse jobs that could cost more than the limit per run, or than the project has left."""
+"""Refuse jobs that could cost more than the project has left."""
 
 from dagster_sbatch.costs.budget import SETTING, budget_start, find_shortage
-from dagster_sbatch.costs.cost import explain_excess
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.settings import Settings
@@ -10,15 +9,6 @@ from dagster_sbatch.slurm.gateway import Gateway
 
 ANSWER_SECONDS = 40.0
 """Time to ask what the project has left: 10 s for Slurm, after up to 30 s for calls that are submitted first."""
-
-
-def check_cost(allocation: Allocation, settings: Settings, tasks: int = 1) -> None:
-    """Refuse new jobs that could cost more than the limit per run; call it before anything is sent for them.
-
-    Raises ConfigurationError: they could.
-    """
-    if excess := explain_excess(allocation, tasks, settings):
-        raise ConfigurationError(excess)
 
 
 def check_budget(gateway: Gateway, allocation: Allocation, settings: Settings, log: StepLog, tasks: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.auth import AccessError
+from dagster_sbatch.costs.cost import explain_excess
 from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import Choice, inputs_of, is_left_out
@@ -23,7 +24,7 @@ from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.directory import CHECKS, RunInfo, RunPaths, files_of_commands, render_job
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.family import Family
-from dagster_sbatch.run.guard import check_budget, check_cost
+from dagster_sbatch.run.guard import check_budget
 from dagster_sbatch.run.history import earlier_job, key_in, tag_job
 from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
 from dagster_sbatch.run.plan import Plan
@@ -155,7 +156,8 @@ class RemoteStep(ABC):
         """
         choice, found = self._adopt(tasks), None
         if choice.new:
-            check_cost(self._allocation, self._settings, len(choice.new))
+            if excess := explain_excess(self._allocation, len(choice.new), self._settings):
+                raise ConfigurationError(excess)
             found = self._find_environment(self._claim.environment, len(choice.new))
             while choice.new and self._family.cancel_outdated(self._claim):
                 choice = self._adopt(tasks)
