@@ -9,7 +9,6 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -23,11 +22,11 @@ from dagster_sbatch.commands.project_copy import (
     Names,
     Template,
     convert,
-    git,
     make_copy,
 )
 from dagster_sbatch.commands.signals import interrupt_once
 from dagster_sbatch.commands.vendored import PACKAGES
+from dagster_sbatch.environments.code import ask_git
 from dagster_sbatch.errors import ConfigurationError, nearest
 from dagster_sbatch.project import Project
 from dagster_sbatch.text_file import read_text
@@ -136,10 +135,9 @@ def names_in_use(root: Path) -> set[str]:
 def ignored_problems(root: Path, name: str) -> list[str]:
     """Return that git would ignore the folder of the project's package; empty if it would not."""
     package = name.replace("-", "_")
-    with suppress(ConfigurationError):  # exit code 1: nothing ignores it
-        rule = git(root, "check-ignore", "--verbose", "--no-index", f"{package}/").split("\t")[0]
-        return [f"the name {name!r} cannot be used: git ignores a folder {package} ({rule}). Choose another name"]
-    return []
+    rule = ask_git(root, "check-ignore", "--verbose", "--no-index", f"{package}/").split("\t")[0]
+    text = f"the name {name!r} cannot be used: git ignores a folder {package} ({rule}). Choose another name"
+    return [text] if rule else []
 
 
 def similar(name: str) -> str:

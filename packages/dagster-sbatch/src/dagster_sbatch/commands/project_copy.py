@@ -16,6 +16,7 @@ from dagster_sbatch.children import child_environment
 from dagster_sbatch.commands import lock, lock_entries
 from dagster_sbatch.commands.signals import ignore_interrupts
 from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, build_wheel, rename_wheels
+from dagster_sbatch.environments.code import ask_git
 from dagster_sbatch.environments.groups import find_requirements
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.text_file import read_text, write_text
@@ -107,7 +108,7 @@ def convert(template: Template, names: Names, site: str, report: Callable[[str],
             git(root, "fetch", "--quiet", str(folder), "HEAD")
     except OSError as error:
         raise ConfigurationError(f"The project cannot be made in a temporary folder: {error}.") from None
-    commit = _commit(root, git(root, "rev-parse", "FETCH_HEAD^{tree}").strip(), MESSAGE, "-p", head)
+    commit = _commit(root, git(root, "rev-parse", "FETCH_HEAD^{tree}").strip(), "-p", head)
     added = git(root, "diff-tree", "-r", "--name-only", "--no-renames", "--diff-filter=A", "-z", head, commit).split(
         "\0"
     )
@@ -220,14 +221,11 @@ def _begin_history(folder: Path) -> None:
     """Make a repository with one commit of all files there."""
     git(folder, "init", "--quiet", "--initial-branch=main")
     git(folder, "add", "--all", "--force")  # whatever else the user's git ignores
-    git(folder, "update-ref", "HEAD", _commit(folder, git(folder, "write-tree").strip(), MESSAGE))
+    git(folder, "update-ref", "HEAD", _commit(folder, git(folder, "write-tree").strip()))
 
 
-def _commit(folder: Path, tree: str, message: str, *options: str) -> str:
+def _commit(folder: Path, tree: str, *options: str) -> str:
     """Make a commit of a tree, on no branch yet, without hooks; return its name."""
-    identity: list[str] = []
-    try:
-        git(folder, "var", "GIT_AUTHOR_IDENT")
-    except ConfigurationError:  # git does not know its user
-        identity = ["-c", "user.name=new_project", "-c", "user.email=new_project@localhost"]
-    return git(folder, *identity, "commit-tree", tree, "-m", message, *options).strip()
+    known = ask_git(folder, "var", "GIT_AUTHOR_IDENT")  # its user
+    identity = [] if known else ["-c", "user.name=new_project", "-c", "user.email=new_project@localhost"]
+    return git(folder, *identity, "commit-tree", tree, "-m", MESSAGE, *options).strip()
