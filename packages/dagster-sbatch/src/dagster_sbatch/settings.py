@@ -16,10 +16,6 @@ Deployment = Literal["development", "staging_supercomputer", "production_superco
 DEPLOYMENTS: tuple[str, ...] = get_args(Deployment)
 
 
-def _expanded(path: Path) -> Path:
-    return path.expanduser()
-
-
 def _https(url: str, values: ValidationInfo) -> str:
     """Check an address: https, since secrets go there; http to this machine only, or with ASC_ALLOW_HTTP."""
     try:
@@ -43,7 +39,7 @@ def _is_loopback(host: str) -> bool:
 
 SLURM_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
-LocalPath = Annotated[Path, AfterValidator(_expanded)]
+LocalPath = Annotated[Path, AfterValidator(Path.expanduser)]
 RemotePath = Annotated[str, AfterValidator(check_remote_path)]
 Url = Annotated[str, AfterValidator(_https)]
 

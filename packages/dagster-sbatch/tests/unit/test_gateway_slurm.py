@@ -90,7 +90,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
 def test_the_verdict_on_a_job(say: Say, scontrol: str, sacct: str, expected: Any) -> None:
     say("scontrol", scontrol)
     say("sacct", sacct)
-    found, trouble = ends.verdicts("17", "KEY")
+    found, trouble = ends.verdicts("17", "KEY", 1, ends.SINGLE, ends.SINGLE)
     if isinstance(expected, str):
         assert (found, trouble.kind) == ({}, expected)
     else:

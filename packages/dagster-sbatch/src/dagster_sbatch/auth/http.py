@@ -46,8 +46,8 @@ class HttpAnswer:
 class Http:
     """Makes the calls of one refresh, within BUDGET_SECONDS."""
 
-    def __init__(self, budget: float = BUDGET_SECONDS) -> None:
-        self._ends = time.monotonic() + budget
+    def __init__(self) -> None:
+        self._ends = time.monotonic() + BUDGET_SECONDS
 
     def remaining(self) -> float:
         """Return the seconds that are left of the budget."""

@@ -24,7 +24,7 @@ SINGLE = frozenset([0])
 SETTLED = 60.0
 
 
-def end_in(folder, found, index=0):
+def end_in(folder, found, index):
     """Return how a job or a task ended; None if it has not, or that is not decided.
 
     folder: with its own record
@@ -67,7 +67,7 @@ def may_be_success(end):
     return end["state"] == "COMPLETED" and end.get("code") is None
 
 
-def verdicts(job, key, count=1, wanted=SINGLE, started=SINGLE):
+def verdicts(job, key, count, wanted, started):
     """Return what Slurm says of tasks by index, and the error that leaves the others undecided.
 
     The controller is asked first, then the accounting.
