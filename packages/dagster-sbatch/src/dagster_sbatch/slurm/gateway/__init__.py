@@ -28,8 +28,7 @@ from dagster_sbatch.slurm.gateway.answers import (
 )
 from dagster_sbatch.slurm.gateway.channel import OpenChannel, choose_channel
 from dagster_sbatch.slurm.gateway.client import Gateway, make_gateway
-from dagster_sbatch.slurm.gateway.following import JobHandler, JobToFollow, follow_jobs
-from dagster_sbatch.slurm.gateway.link import Sinks
+from dagster_sbatch.slurm.gateway.following import JobHandler, JobToFollow, Sinks, follow_jobs
 from dagster_sbatch.slurm.gateway.project_usage import (
     GPU,
     JobLife,

@@ -23,8 +23,8 @@ from dagster_sbatch.slurm.gateway.answers import (
     read_start,
 )
 from dagster_sbatch.slurm.gateway.channel import choose_channel
-from dagster_sbatch.slurm.gateway.following import Files, JobToFollow, SingleTask, follow_jobs
-from dagster_sbatch.slurm.gateway.link import Link, Sinks
+from dagster_sbatch.slurm.gateway.following import Files, JobToFollow, SingleTask, Sinks, follow_jobs
+from dagster_sbatch.slurm.gateway.link import Link
 from dagster_sbatch.slurm.gateway.project_usage import Limits, Projects, Usage
 from dagster_sbatch.slurm.modules import explain_modules
 from dagster_sbatch.slurm.site import Site

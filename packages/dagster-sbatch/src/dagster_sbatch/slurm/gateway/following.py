@@ -17,9 +17,11 @@ from dagster_sbatch.slurm.gateway.answers import (
     TaskStates,
     read_start,
 )
-from dagster_sbatch.slurm.gateway.link import Link, Sinks
+from dagster_sbatch.slurm.gateway.link import AgainError, Link
 
 Files = Mapping[str, str]  # content of a run directory by name; one is `job.sh`
+Sinks = Mapping[str, Callable[[bytes], None]]
+"""Functions that get the new bytes of files, by name: each byte once and in order."""
 Rows = Mapping[int, Sequence[Sequence[str]]]
 """Rows of sacct by the index of a task, with ACCOUNTED: the task, then its steps."""
 
@@ -132,8 +134,11 @@ def _follow(link: Link, handler: JobHandler, active: dict[str, _Followed], follo
     take()
     if not active:
         return
-    for which, head in link.follow(requests, lambda which, task: handler.sinks(runs[which], task)):
+    for which, head, data in link.exchange(requests):
         followed = active[runs[which]]
+        if "file" in head:
+            _pass_on(handler, followed, head, data)
+            continue
         if _report(handler, followed, head):
             if "refused" in head or "over" in head:
                 del active[runs[which]]
@@ -142,6 +147,17 @@ def _follow(link: Link, handler: JobHandler, active: dict[str, _Followed], follo
             link.on_trouble(head["trouble"])
         if not active or handler.request_before():
             return
+
+
+def _pass_on(handler: JobHandler, followed: _Followed, head: Mapping[str, Any], data: bytes) -> None:
+    """Pass on what a task has written, if it follows what came before."""
+    name, at, task = head["file"], head["at"], head["task"]
+    offsets = followed.offsets.setdefault(task, {})
+    if at not in (0, offsets.get(name, 0)):  # 0: a program has emptied the file
+        raise AgainError(f"{name} came from byte {at}, not {offsets.get(name, 0)}")
+    offsets[name] = at + len(data)
+    if sink := handler.sinks(followed.job.run, task).get(name):
+        sink(data)
 
 
 def _report(handler: JobHandler, followed: _Followed, head: Mapping[str, Any]) -> bool:

@@ -31,8 +31,6 @@ PYTHON_ADVICE = (
     "or load one in its setup_commands."
 )
 T = TypeVar("T")
-Sinks = Mapping[str, Callable[[bytes], None]]
-"""Functions that get the new bytes of files, by name: each byte once and in order."""
 
 
 class AgainError(Exception):
@@ -108,26 +106,6 @@ class Link:
             return head
 
         return self.patiently(step)
-
-    def follow(
-        self, requests: Sequence[Mapping[str, Any]], find_sinks: Callable[[int, int], Sinks]
-    ) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Generate the answers as `exchange` does, and pass on what jobs write.
-
-        `requests`: this keeps their `offsets`, by task, current. `find_sinks`: returns the sinks of a task, from the
-        index of the request and that of the task.
-        """
-        for which, head, data in self.exchange(requests):
-            if "file" not in head:
-                yield which, head
-                continue
-            name, at, task = head["file"], head["at"], head["task"]
-            offsets = requests[which]["offsets"].setdefault(task, {})
-            if at not in (0, offsets.get(name, 0)):  # 0: a program has emptied the file
-                raise AgainError(f"{name} came from byte {at}, not {offsets.get(name, 0)}")
-            offsets[name] = at + len(data)
-            if sink := find_sinks(which, task).get(name):
-                sink(data)
 
     def exchange(
         self, requests: Sequence[Mapping[str, Any]], data: bytes = b""
