@@ -10,7 +10,6 @@ ALLOCATION = "JobID,State,User,Account,Start,End,ElapsedRaw,AllocTRES,Partition,
 # Fields of squeue, and the widths of their columns.
 QUEUED = (("State", 30), ("UserName", 64), ("Account", 64), ("TimeLeft", 30), ("TimeLimit", 30), ("tres-alloc", 512))
 SHARE = "Account,User,GrpTRESMins,GrpTRESRaw,TRESRunMins"
-MOST_LEVELS = 10  # of projects, one above the other
 PATIENCE = 120.0  # a database may have to read the jobs of a year
 
 
@@ -94,9 +93,7 @@ def shares(names, above):
 def parents(names, settings):
     """Return the project above each project, up to the root."""
     found, left, options = {}, set(names), ["user=", *here(settings), "format=Account,User,ParentName"]
-    for _ in range(MOST_LEVELS):
-        if not left:
-            break
+    while left:
         accounts = "account=" + ",".join(sorted(left))
         rows = rows_of("sacctmgr", "--noheader", "--parsable2", "show", "assoc", accounts, *options)
         new = {account: above for account, name, above in rows if above and not name and account in left}
