@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from typing import Literal, TypeVar
 
@@ -28,28 +29,22 @@ def run_interruptibly(work: Callable[[threading.Event], T]) -> T:
     Raises BaseException: what the earlier handler raises for a signal (DagsterExecutionInterruptedError in a step),
     after the clean-up; else what `work` raised.
     """
-    stop, finished = threading.Event(), threading.Event()
-    results: list[T] = []
-    errors: list[BaseException] = []
+    stop, done = threading.Event(), Future[T]()
 
     def target() -> None:
         try:
-            results.append(work(stop))
+            done.set_result(work(stop))
         except BaseException as error:  # noqa: BLE001 - raised in the calling thread below
-            errors.append(error)
-        finally:
-            finished.set()
+            done.set_exception(error)
 
     with _recorded_signals() as received:
         threading.Thread(target=target, name="workload", daemon=True).start()
-        while not finished.wait(SIGNAL_SECONDS):
+        while not wait([done], SIGNAL_SECONDS).done:
             if received:  # not in the handler: a second signal during `set` would wait for its lock for ever
                 stop.set()
     if received:
         signal.raise_signal(received[0])
-    if errors:
-        raise errors[0]
-    return results[0]
+    return done.result()
 
 
 @contextmanager
