@@ -106,7 +106,7 @@ class RemoteJob(RemoteStep):
             f"Slurm job {self._job}: {failed.cause}. Attempt {number} of at most {most} follows, with {following.text}."
         )
         same = following.request == self._request
-        self._series[0].repeat(self._job or "", end, failed.cause, following.request)
+        self._series[0].repeat(self._job, end, failed.cause, following.request)
         del self._runs[self._run]  # its job is over
         if same and self._gateway.stop.wait(RETRY_SECONDS):
             raise StoppedError
@@ -160,13 +160,14 @@ class RemoteJob(RemoteStep):
                 self._log.warning(f"Slurm job {self._job} may never start ({state.reason}): {advice}")
 
     @property
-    def _job(self) -> str | None:
-        return self._runs.get(self._run)
+    def _job(self) -> str:
+        """The id of the job; empty until it is known."""
+        return self._runs.get(self._run) or ""
 
     def _about(self, end: JobEnd) -> dict[str, Any]:
         """Return metadata for everything that the job reports."""
-        own = {"job_id": int(self._job or 0), "run_directory": self._run, "attach": self._attach(self._job or "")}
-        return {**own, **self._plan.launcher.hints(self._job or ""), **self._where(end.account)}
+        own = {"job_id": int(self._job or 0), "run_directory": self._run, "attach": self._attach(self._job)}
+        return {**own, **self._plan.launcher.hints(self._job), **self._where(end.account)}
 
     def _attach(self, job: str) -> str:
         """Return the command that opens a shell inside a job."""
@@ -185,5 +186,5 @@ class RemoteJob(RemoteStep):
         costs: dict[str, Any] = {**accounting.count(end, self._request)}
         if plot := accounting.plot(end.usage, self._request):
             costs["usage"] = plot
-        self._series[0].finish(self._job or "", end, how)
+        self._series[0].finish(self._job, end, how)
         return costs | attempts_metadata(rows_of(self._series[0].ended))
