@@ -301,13 +301,13 @@ def test_nul_bytes_of_a_late_write_are_not_delivered(prepare: Prepare, tmp_path:
     for name in ("stdout", "messages.jsonl"):
         (run / name).write_bytes(lines + bytes(2000) + lines)
     come = {"stdout": b"", "messages.jsonl": b""}
-    gateway = prepare(HURRIED)
 
     def take(name: str) -> Callable[[bytes], None]:
         def add(data: bytes) -> None:
             come[name] += data
             if come[name] == lines and name == "messages.jsonl":  # the pages arrive
-                (run / name).write_bytes(3 * lines)
+                with (run / name).open("r+b") as file:
+                    file.write(3 * lines)
                 end = {"code": 0, "time": 1, "sizes": {"stdout": 16000, "stderr": 0, "messages.jsonl": 21000}}
                 (run / "events").write_text(json.dumps(end) + "\n")
 
@@ -315,7 +315,7 @@ def test_nul_bytes_of_a_late_write_are_not_delivered(prepare: Prepare, tmp_path:
 
     put(tmp_path / "bin", "scontrol", f"echo '{CANCELLED}'")
     begun = time.monotonic()
-    gateway.run(str(run), None, {name: take(name) for name in come}, follower="")
+    prepare(HURRIED).run(str(run), None, {name: take(name) for name in come}, follower="")
     assert come["messages.jsonl"] == 3 * lines
     assert come["stdout"] == lines + bytes(2000) + lines
     assert time.monotonic() - begun > 0.5
