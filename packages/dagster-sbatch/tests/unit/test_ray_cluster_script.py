@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dagster_sbatch.launchers import ray
 
 JOB = Path(ray.__file__).parent / "job"
@@ -60,6 +62,35 @@ def test_the_names_of_the_nodes_are_there_for_the_workload_and_an_error_of_slurm
     said = "`scontrol show hostnames` failed on .*, so the names of the job's nodes are unknown: no hosts\n"
     assert re.fullmatch(f"Ray: {said}", (tmp_path / "unnamed/cause").read_text())
     assert not (tmp_path / "unnamed/workload.pid").exists()
+
+
+@pytest.mark.parametrize("full", ["", "token", "nodes"])
+def test_a_full_disk_is_the_cause_and_nothing_is_started(full: str, tmp_path: Path) -> None:
+    """Without these files, some nodes and the workload would wait for one another. `full`: the file without room."""
+    mkdir = "echo 'mkdir: cannot create: No space left on device' >&2; exit 1"
+    if full:
+        mkdir = f'/bin/mkdir "$1" && ln -s /dev/full "$1/{full}"'
+    text = f"mkdir() {{ ({mkdir}); }}\n" + (JOB / "cluster.sh").read_text()
+    done = run_cluster_script(tmp_path, text, "touch started; sleep 60")
+    cause = f"cannot write to the run directory {tmp_path}: No space left on device. If the disk or your quota is full"
+    assert done.returncode == 1
+    assert cause in (tmp_path / "cause").read_text()
+    assert cause in done.stderr
+    assert not (tmp_path / "started").exists()
+    assert not (tmp_path / "workload.pid").exists()
+
+
+def test_a_workload_whose_process_a_full_disk_does_not_record_ends_with_its_cluster(tmp_path: Path) -> None:
+    """The shell has written no number: the disk was full by then. The workload waits for its cluster."""
+    hangs = f"import sys; sys.path[:0] = [{str(JOB)!r}]; import job_cluster, time; job_cluster.end_with_parent()"
+    (tmp_path / "hangs.py").write_text(f"{hangs}; open('hangs', 'w').close(); time.sleep(600)\n")
+    (tmp_path / "workload.pid").symlink_to("/dev/full")
+    works = 'run_workload() { (echo $BASHPID >workload.pid; exec "$PYTHON" hangs.py); }'
+    srun = 'until [ -e hangs ]; do sleep 0.01; done; ln -s /dev/full "$RAY_JOB_STATE/failed-$HOSTNAME-$PPID"; exit 1'
+    text = (JOB / "cluster.sh").read_text().replace("start_seconds=60", "start_seconds=0")
+    done = run_cluster_script(tmp_path, text, srun, functions=works)
+    assert done.returncode == 1
+    assert "Ray: srun ended with exit code 1, and no node has reported why" in done.stderr
 
 
 def test_a_container_that_does_not_start_on_a_node_is_the_cause_and_one_that_still_starts_is_ended(

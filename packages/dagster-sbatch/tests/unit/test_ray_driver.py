@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,16 @@ def test_the_first_failure_appears_with_its_text_and_the_others_are_told(
     assert [path.name for path in tmp_path.iterdir()] == ["failed"]
     assert (tmp_path / "failed").read_text() == "Ray on n1: broken\nits log\n"
     assert capsys.readouterr().err == "Ray on n2: broken, too\n"
+
+
+def test_a_failure_that_a_full_disk_does_not_record_is_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_JOB_STATE", str(tmp_path))
+    (tmp_path / f"failed-{socket.gethostname()}-{os.getpid()}").symlink_to("/dev/full")
+    job_cluster.fail("Ray on n1: broken")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == "Ray on n1: broken\n"
 
 
 def test_a_failure_that_the_shell_records_appears_with_its_text_too(tmp_path: Path) -> None:

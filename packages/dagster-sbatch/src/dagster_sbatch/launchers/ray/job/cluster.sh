@@ -14,23 +14,33 @@ unset RAY_ADDRESS RAY_API_SERVER_ADDRESS RAY_AUTH_TOKEN RAY_NAMESPACE RAY_REDIS_
 # A requeued job gets a new folder, because the old one has the address of the old cluster.
 RAY_JOB_STATE=$PWD/ray/state-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 export RAY_JOB_STATE RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_JOB_STATE/token RAY_USAGE_STATS_ENABLED=0
-mkdir "$RAY_JOB_STATE"
-ln -sfn "${RAY_JOB_STATE##*/}" ray/state # for people, and for `scripts/job JOB dashboard`
-od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH"
-# driver.py reads the names of the nodes from a file: in a container, it has no commands of Slurm.
-if ! scontrol show hostnames >"$RAY_JOB_STATE/nodes" 2>"$RAY_JOB_STATE/scontrol.err"; then
-  echo "Ray: \`scontrol show hostnames\` failed on $HOSTNAME, so the names of the job's nodes are unknown:" \
-    "$(<"$RAY_JOB_STATE/scontrol.err")" | tee cause >&2
+# head.json and cause exist before any node asks for them: an NFS client may repeat "no such file" for a minute.
+make_state() {
+  mkdir "$RAY_JOB_STATE" && : >"$RAY_JOB_STATE/head.json" && : >cause &&
+    ln -sfn "${RAY_JOB_STATE##*/}" ray/state && # for people, and for `scripts/job JOB dashboard`
+    od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH"
+}
+refuse() {
+  echo "Ray: $1" | tee cause >&2
   exit 1
-fi
-# These exist before any node asks for them: an NFS client may repeat "no such file" for a minute.
-: >"$RAY_JOB_STATE/head.json"
-: >cause
+}
+refuse_full() {
+  refuse "$HOSTNAME cannot write to the run directory $PWD: ${1##*: }. If the disk or your quota is full, make room \
+and run it again"
+}
+( # here, $(...) loses no signal: the traps are those of the shell around this one
+  said=$(make_state 2>&1) || refuse_full "$said"
+  # driver.py reads the names of the nodes from a file: in a container, it has no commands of Slurm.
+  nodes=$(scontrol show hostnames 2>"$RAY_JOB_STATE/scontrol.err") ||
+    refuse "\`scontrol show hostnames\` failed on $HOSTNAME, so the names of the job's nodes are unknown: \
+$(<"$RAY_JOB_STATE/scontrol.err")"
+  said=$(printf '%s\n' "$nodes" 2>&1 >"$RAY_JOB_STATE/nodes") || refuse_full "$said"
+) || exit 1
 
 # Record why the cluster failed. The first failure counts. The file appears with its text: see job_cluster.py.
 ray_failed() {
   local part=$RAY_JOB_STATE/failed-$HOSTNAME-$$
-  echo "$1" >"$part" && ln "$part" "$RAY_JOB_STATE/failed" 2>/dev/null
+  if echo "$1" >"$part"; then ln "$part" "$RAY_JOB_STATE/failed" 2>/dev/null; else echo "$1" >&2; fi
   rm -f "$part"
 }
 export -f ray_failed
@@ -60,6 +70,7 @@ driver=$!
 trap 'trap : TERM; while kill -0 "$driver" 2>/dev/null; do wait "$driver"; done; exit 143' TERM
 run_python ray/watch.py &
 watch=$! node_lost=75 # os.EX_TEMPFAIL
+start_seconds=60 # for a container
 
 # Wait for the end of a process, at most this many seconds.
 await_end() { timeout "$1" tail --pid="$2" -s 0.1 -f /dev/null; }
@@ -79,9 +90,11 @@ fi
 if kill -0 "$driver" 2>/dev/null; then # the cluster ended before the workload
   ray_failed "Ray: srun ended with exit code $status, and no node has reported why"
   status=1
-  # It can do nothing without its cluster. A container may still be starting.
-  until [ -s workload.pid ] || ! kill -0 "$driver" 2>/dev/null; do sleep 0.1; done
-  [ ! -s workload.pid ] || { read -r pid <workload.pid && kill -KILL "$pid"; }
+  # It can do nothing without its cluster. A container may still be starting. On a full disk, the workload's process is
+  # not recorded: driver.py ends with its parent, and Slurm ends a container with the job.
+  limit=$((SECONDS + start_seconds))
+  until [ -s workload.pid ] || ! kill -0 "$driver" 2>/dev/null || ((SECONDS > limit)); do sleep 0.1; done
+  if [ -s workload.pid ]; then read -r pid <workload.pid && kill -KILL "$pid"; else kill -KILL "$driver" 2>/dev/null; fi
   wait "$driver" 2>/dev/null
 elif [ "$status" != 0 ]; then
   await_end 3 "$watch" # if a lost node made the workload fail, watch.py sees that some seconds later

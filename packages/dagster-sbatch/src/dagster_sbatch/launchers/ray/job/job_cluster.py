@@ -57,19 +57,19 @@ def read_published(name: str) -> dict[str, Any] | None:
 
 
 def fail(text: str) -> None:
-    """Record why the cluster failed. The first failure counts; later ones go to stderr.
+    """Record why the cluster failed. The first failure counts; later ones go to stderr, and the first on a full disk.
 
     The file appears with its text: as soon as another node fails, too, Slurm may kill this program.
 
     `text`: its first line becomes the cause of the run's failure.
     """
     part = state() / f"failed-{socket.gethostname()}-{os.getpid()}"
-    part.write_text(f"{text}\n")
     try:
+        part.write_text(f"{text}\n")
         os.link(part, state() / "failed")  # cluster.sh shows it
-    except FileExistsError:
+    except OSError:
         print(text, file=sys.stderr)
-    part.unlink()
+    part.unlink(missing_ok=True)
 
 
 def tail(text: str) -> str:

@@ -255,6 +255,9 @@ def main() -> None:
     except NodeError as error:
         fail(f"Ray on {os.environ['SLURMD_NODENAME']}: {error}")
         raise SystemExit(1) from None
+    except OSError as error:  # the disk is full, say
+        fail(f"Ray on {os.environ['SLURMD_NODENAME']}: {error}")
+        raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         node.clean_up()
