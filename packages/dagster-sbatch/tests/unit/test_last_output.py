@@ -1,6 +1,8 @@
 """What a job writes last: it comes before its end is reported."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -54,24 +56,41 @@ def test_what_follows_a_hole_comes_though_the_job_was_killed(run: Path, prepare:
     assert (end.state, bytes(come)) == ("NODE_FAIL", HOLE)
 
 
-@pytest.mark.parametrize("later", ["an error\n", "a later line\n", "a line that is longer\n"])
+FIRST = "a first line\n"
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["connected", "the connection is lost meanwhile"])
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        (FIRST, "an error\n"),
+        (FIRST, "a later line\n"),
+        (FIRST, "a line that is longer\n"),
+        (FIRST * 20, "much shorter\n"),
+        (FIRST * 20, FIRST * 10),
+        (FIRST * 20, "a line that is longer\n" * 20),
+    ],
+)
 def test_what_a_program_writes_after_it_has_emptied_its_output_comes(
-    later: str, run: Path, prepare: Prepare, slurm: Path
+    first: str, later: str, lost: bool, run: Path, prepare: Prepare, slurm: Path
 ) -> None:
     """As `echo ... >/dev/stderr` in a script: the shell opens the file of the job anew, and empties it."""
-    (run / "stderr").write_text("a first line\n")
+    (run / "stderr").write_text(first)
     say_end(slurm, "RUNNING")
-    come = bytearray()
+    come, pid = bytearray(), run.parent / "pid"
 
     def take(data: bytes) -> None:
         come.extend(data)
-        if come == b"a first line\n":
+        if come.decode() == first:
+            if lost:
+                os.kill(int(pid.read_text()), signal.SIGKILL)
             (run / "stderr").write_text(later)
             (run / "events").write_text(f'{{"code": 3, "time": 1, "sizes": {{"stderr": {len(later)}}}}}\n')
             say_end(slurm, "FAILED")
 
-    prepare(HURRIED).run(str(run), None, {"stderr": take}, follower="")
-    assert come.decode() == f"a first line\n{later}"
+    write_pid = f"import os, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid()))"
+    end = prepare(f"{HURRIED}\n{write_pid}").run(str(run), None, {"stderr": take}, follower="")
+    assert (come.decode(), end.code, end.short) == (first + later, 3, {})
 
 
 def send_all(stream: Stream) -> bytes:
@@ -80,14 +99,20 @@ def send_all(stream: Stream) -> bytes:
     return bytes(sent)
 
 
-def test_a_shorter_file_than_before_the_connection_was_lost_is_awaited(tmp_path: Path) -> None:
+WHOLE = b"a first line\nanother line\n" * 10
+
+
+@pytest.mark.parametrize("seen", [0, 150, 199])
+@pytest.mark.parametrize("last", [WHOLE[136:200].decode(), ""], ids=["known", "a hole"])
+def test_a_shorter_file_than_before_the_connection_was_lost_is_awaited(seen: int, last: str, tmp_path: Path) -> None:
     """Another login node may not see its end yet: it is not taken for one that a program has emptied."""
-    (tmp_path / "stdout").write_bytes(b"a first line\n")
-    stream = Stream(tmp_path / "stdout", "stdout", 20)
+    (tmp_path / "stdout").write_bytes(WHOLE[:seen])
+    stream = Stream(tmp_path / "stdout", "stdout", 200, last)
     assert send_all(stream) == b""
-    whole = b"a first line\nanother line\n"
-    (tmp_path / "stdout").write_bytes(whole)
-    assert send_all(stream) == whole[20:]
+    assert streams.short_of([stream], {}) == ({"stdout": 200} if last else {})
+    (tmp_path / "stdout").write_bytes(WHOLE)
+    assert send_all(stream) == WHOLE[200:]
+    assert streams.short_of([stream], {}) == {}
 
 
 def test_a_hole_that_is_filled_after_it_was_sent_doubles_nothing(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dagster_sbatch.slurm.gateway.agent.streams import last_of
 from dagster_sbatch.slurm.gateway.answers import (
     ACCOUNTED,
     JobEnd,
@@ -93,7 +94,8 @@ class _Followed:
     job: JobToFollow
     left: set[int]
     known: Mapping[str, Any] | None = None
-    offsets: dict[int, dict[str, int]] = field(default_factory=dict)
+    # By task and name of a file, the number of bytes that came and the last of them, a character for each byte
+    offsets: dict[int, dict[str, tuple[int, str]]] = field(default_factory=dict)
     starts: dict[int, float] = field(default_factory=dict)
 
     def request(self, follower: str) -> dict[str, Any]:
@@ -153,9 +155,11 @@ def _pass_on(handler: JobHandler, followed: _Followed, head: Mapping[str, Any], 
     """Pass on what a task has written, if it follows what came before."""
     name, at, task = head["file"], head["at"], head["task"]
     offsets = followed.offsets.setdefault(task, {})
-    if at not in (0, offsets.get(name, 0)):  # 0: a program has emptied the file
-        raise AgainError(f"{name} came from byte {at}, not {offsets.get(name, 0)}")
-    offsets[name] = at + len(data)
+    come, last = offsets.get(name, (0, ""))
+    if at not in (0, come):  # 0: a program has emptied the file
+        raise AgainError(f"{name} came from byte {at}, not {come}")
+    end = at + len(data)
+    offsets[name] = end, last_of(last.encode("latin-1"), data, end).decode("latin-1")
     if sink := handler.sinks(followed.job.run, task).get(name):
         sink(data)
 

@@ -10,18 +10,21 @@ HOLE = 10.0  # seconds for which NUL bytes are held back: on NFS, a node may not
 LONGER = 4  # times as long for messages, which have no NUL bytes: a node without power never writes what is missing
 MOST_CHUNKS = 8  # of one stream in a row, so that none starves another
 LAST = 64  # bytes before an offset, by which a file is recognized
+BEHIND = 30.0  # seconds for which a machine may see less of a file than another one has seen before
 
 
-def read_on(file, at, last):
+def read_on(file, at, last, behind=False):
     """Return the next bytes of an open file and their offset: `at`, or 0 if a program has emptied the file meanwhile.
 
     `echo ... >/dev/stderr` in a shell script empties it, since the shell opens the file anew. `last`: the bytes that
-    were before `at`; if they are not known, a shorter file is one whose end this machine does not see yet.
+    were before `at`. `behind`: this machine may not see all of them yet. Return None for the bytes if it does not.
     """
     data = os.pread(file, CHUNK + len(last), at - len(last))
-    if not data.startswith(last):
-        return os.pread(file, CHUNK, 0), 0
-    return data[len(last) :], at
+    if data.startswith(last):
+        return data[len(last) :], at
+    if behind and last.startswith(data):
+        return None, at
+    return os.pread(file, CHUNK, 0), 0
 
 
 def last_of(last, data, at):
@@ -30,11 +33,15 @@ def last_of(last, data, at):
 
 
 class Stream:
-    """A file, what the client calls it, and the number of its bytes that are sent, with the last of them."""
+    """A file, what the client calls it, and the number of its bytes that are sent, with the last of them.
 
-    def __init__(self, path, name, at):
-        self.path, self.name, self.at, self.last = path, name, at, b""
+    An earlier agent may have sent them: `last` is what the client has of them, a text with a character for each byte.
+    """
+
+    def __init__(self, path, name, at=0, last=""):
+        self.path, self.name, self.at, self.last = path, name, at, last.encode("latin-1")
         self.hole = (0, 0)  # its size when NUL bytes were first seen, and the time
+        self.behind = time.time() + BEHIND if last else 0  # until when this machine may not see all that was sent
 
     def pump(self, say):
         """Send what the file has beyond the offset; return the number of chunks."""
@@ -44,7 +51,10 @@ class Stream:
             return 0
         try:
             for sent in range(MOST_CHUNKS):
-                data, at = read_on(file, self.at, self.last)
+                data, at = read_on(file, self.at, self.last, time.time() < self.behind)
+                if data is None:
+                    return sent
+                self.behind = 0
                 if at < self.at:
                     self.at, self.last, self.hole = 0, b"", (0, 0)
                 data = data[: self.whole(data, file)]
@@ -75,7 +85,9 @@ def short_of(streams, sizes):
 
     sizes: the job's own record of them
     """
-    return {each.name: each.at for each in streams if each.at < max(sizes.get(each.name, 0), each.hole[0])}
+    now = time.time()
+    short = (each for each in streams if each.at < max(sizes.get(each.name, 0), each.hole[0]) or now < each.behind)
+    return {each.name: each.at for each in short}
 
 
 def pause_after(silence):

@@ -57,10 +57,10 @@ class Tasks:
         return task_folder(self.run, index) if self.array else self.run
 
     def streams(self, index, offsets):
-        """Return the streams of a task."""
+        """Return the streams of a task; `offsets`: what the client has, by name; see `Stream`."""
         own = os.path.join(self.path(index), "")
         beside = self.path(index) + "." if self.array else own  # where Slurm opens two of them before the task begins
-        return [Stream((own if name == MESSAGES else beside) + name, name, offsets.get(name, 0)) for name in STREAMS]
+        return [Stream((own if name == MESSAGES else beside) + name, name, *offsets.get(name, ())) for name in STREAMS]
 
     def started(self):
         """Return the indices of the tasks that have started."""
