@@ -127,6 +127,30 @@ def test_a_wait_that_is_stopped_leaves_the_job_alone(settings: Settings, site: S
     gateway.close()
 
 
+def test_a_job_that_its_user_has_renamed_below_a_folder_with_a_space(gateway: Gateway, site: SimulatedSite) -> None:
+    """Slurm and its accounting know it by its folder."""
+    run = Run("sleep 300")
+    run.path = f"{CERTIFICATE_USER.home}/my runs/{run.key}"
+    script = run.files["job.sh"].replace("#SBATCH --time", "#SBATCH --hold\n#SBATCH --time", 1)
+    job = submit_run(gateway, run.path, {"job.sh": script}).job
+    site.run_on_login(CERTIFICATE_USER, f"scontrol update JobId={job} JobName=mine")
+
+    def report(state: JobState) -> None:
+        run.states.append(state)
+        gateway.stop.set()
+
+    with pytest.raises(StoppedError):
+        gateway.run(run.path, None, {}, "", on_state=report)
+    assert [(state.state, state.reason) for state in run.states] == [("PENDING", "JobHeldUser")]
+    gateway.stop = threading.Event()
+    assert gateway.state(run.path)[0] is not None
+    cancelled = gateway.cancel(run.path)
+    assert cancelled is not None
+    assert cancelled.state == "CANCELLED"
+    shown = ["-XnP", f"--jobs={job}", "--format=JobName,WorkDir"]
+    wait_until(lambda: site.sacct(*shown).strip() == f"mine|{run.path}", "it is in the accounting")
+
+
 def test_many_at_once_submit_one_job(settings: Settings, site: SimulatedSite) -> None:
     run, found = Run("echo once"), []
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dagster_sbatch.slurm.gateway import choose_channel
+from dagster_sbatch.slurm.gateway.agent import claims, disk
 from dagster_sbatch.slurm.gateway.channel import Channel
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import SETTINGS, Prepare, put
@@ -129,6 +130,14 @@ def test_a_run_that_was_cancelled_before_it_had_a_job_is_over(
     assert gateway.cancel(str(run)) is None
     (attempt,) = gateway.claim(str(run.parent), "family", "token 1", "run 1").attempts
     assert attempt.over
+
+
+def test_nothing_is_submitted_beside_a_job_that_its_user_has_renamed(slurm: Path, tmp_path: Path) -> None:
+    """And whose run directory is not there."""
+    times = "SubmitTime=100 StartTime=110 EndTime=Unknown"
+    put(slurm, "scontrol", f"echo 'JobName=mine JobState=RUNNING ExitCode=0:0 WorkDir=/my runs/family-1 {times}'")
+    with pytest.raises(disk.RequestError, match=f"^Slurm job 17 .* is not there: {tmp_path}/family-1\n"):
+        claims.refuse_beside_lost(str(tmp_path), "family", ["17"])
 
 
 PATIENCE = """

@@ -31,7 +31,7 @@ from support import ROOT
 Say = Callable[[str, str], None]
 RUNNING = "JobId=17 JobName=KEY Account=p1 JobState=RUNNING ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=Unknown"
 ENDED = "JobId=17 JobName=KEY Account=p1 JobState=COMPLETED ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=120"
-RENAMED = "JobId=17 JobName=mine Account=p1 WorkDir=/base/runs/KEY SubmitTime=100 StartTime=110 EndTime=120"
+RENAMED = "JobId=17 JobName=mine Account=p1 WorkDir=/my base/runs/KEY SubmitTime=100 StartTime=110 EndTime=120"
 INVALID = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 LATER = 9999999999  # as an end that has just been: less than a minute ago, whatever the clocks show
 AWAY = "echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
@@ -65,6 +65,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         (f"echo '{RENAMED} JobState=FAILED ExitCode=3:0'", "", ("FAILED", "3:0", [100, 110, 120], "p1")),
         (INVALID, "echo 'CANCELLED by 0|0:15|100|110|120|p1|KEY|17'", ("CANCELLED", "0:15", [100, 110, 120], "p1")),
         (INVALID, "echo 'COMPLETED+|0:0|100|Unknown|120|p1|KEY|17'", ("COMPLETED", "0:0", [100, None, 120], "p1")),
+        (INVALID, "echo 'TIMEOUT|0:0|100|1|120|p1|mine|17|/my base/KEY'", ("TIMEOUT", "0:0", [100, 1, 120], "p1")),
         (AWAY, f"echo 'FAILED|3:0|100|110|{LATER}|p1|KEY|17'", ("FAILED", "3:0", [100, 110, LATER], "p1")),
         (AWAY, f"echo 'CANCELLED|0:0|100|None|{LATER}|p1|KEY|17'", ("CANCELLED", "0:0", [100, None, LATER], "p1")),
         (AWAY, "echo 'RUNNING|0:0|100|110|Unknown|p1|KEY|17'", None),
@@ -210,8 +211,8 @@ def test_a_job_is_found_that_began_by_slurms_clock_after_the_time_of_the_login_n
     assert "-S now-120seconds -E now+1days" in (tmp_path / "asked").read_text()
 
 
-def test_a_name_with_further_lines_does_not_disturb_the_queue(say: Say) -> None:
-    say("squeue", "printf '7|RUNNING|None|1|two\\na_b|p1\\n17|PENDING|Priority|2|KEY|p1\\n'")
+def test_a_folder_with_further_lines_does_not_disturb_the_queue(say: Say) -> None:
+    say("squeue", "printf '7|RUNNING|None|1|/two\\na_b|p1\\n17|PENDING|Priority|2|/my base/KEY|p1\\n'")
     view = shared_queue.Queue().ask()
     assert (view["jobs"], view["trouble"]) == ({"17": ["PENDING", "Priority", "2", "KEY", "p1"]}, None)
 

@@ -13,7 +13,7 @@ from .disk import RequestError, inode_of, open_locked, own, parse, read, remove_
 from .ends import UNKNOWN_JOB, state_of
 from .paths import with_paths
 from .run_directories import DAY, attempt_of, checked, has, job_of, may_have_job, record_of
-from .slurm_commands import ask_slurm, fields_of
+from .slurm_commands import ask_slurm, fields_of, keys_of
 from .tasks import is_array
 
 INHERIT_EVERY = 0.5  # seconds between two tries to take the lock of this client's previous agent
@@ -100,8 +100,8 @@ def refuse_beside_lost(folder, beginning, jobs):
                 continue
             raise
         for record in records:
-            key = record.get("JobName", "")
-            if key.startswith(beginning) and not state_of(record):
+            key = next((each for each in keys_of(record) if each.startswith(beginning)), None)
+            if key and not state_of(record):
                 text = "Slurm job %s of an earlier run of this step is %s, and its run directory is not there: %s\n"
                 text += "A new job would run beside it. Cancel it on %s, then re-execute this run:\n  scancel %s"
                 values = (job, record["JobState"], os.path.join(folder, key), os.uname()[1], job)

@@ -12,7 +12,7 @@ from .job_record import cause_of, events_of, node_of
 from .slurm_commands import FORGOTTEN, ask_slurm, fields_of, is_of, rows_of
 from .task_states import OVER, indices
 
-ENDED = "State,ExitCode,Submit,Start,End,Account,JobName,JobID"
+ENDED = "State,ExitCode,Submit,Start,End,Account,JobName,JobID,WorkDir"
 TASK_ID = re.compile(r" ArrayTaskId=(\S+)")
 UNKNOWN_JOB, NO_ACCOUNTING = "Invalid job id", "disabled"  # in errors of scontrol and of sacct
 UNKNOWN = {"state": "", "exit": "", "times": [None] * 3, "account": ""}  # the end of a job that Slurm has forgotten
@@ -128,7 +128,7 @@ def ask_controller(job, key, count, wanted):
 def ask_accounting(job, key, wanted):
     """Return ends by index, and whether the accounting knows the job."""
     rows = rows_of("sacct", "-X", "-n", "-P", "-j", job, "-o", ENDED)
-    rows = [row for row in rows if row[6] == key]
+    rows = [row for row in rows if is_of({"JobName": row[6], "WorkDir": row[-1]}, key)]
     found = {}
     for row in rows:
         numbers = indices(row[7].partition("_")[2]) if "_" in row[7] else SINGLE

@@ -62,9 +62,10 @@ class Queue:
         """Return squeue's answer as a view; without an answer, the former view with its age."""
         view = dict(self.view, asked=time.time(), calls=self.view["calls"] + 1, trouble=None)
         try:
-            rows = rows_of("squeue", "-a", "-h", "-t", "all", "-u", user(), "-o", "%i|%T|%r|%S|%j|%a")
-            # The name of another job may have further lines.
-            view.update(at=view["asked"], jobs=by_job(row for row in rows if len(row) > 5))
+            rows = rows_of("squeue", "-a", "-h", "-t", "all", "-u", user(), "-o", "%i|%T|%r|%S|%Z|%a")
+            # A job's user may rename it: a run's job is known by its folder. That of another may have further lines.
+            rows = [row[:4] + [os.path.basename(row[4])] + row[5:] for row in rows if len(row) > 5]
+            view.update(at=view["asked"], jobs=by_job(rows))
         except RequestError as error:
             view["trouble"] = str(error)
         return view

@@ -14,7 +14,7 @@ KEPT = frozenset("SLURM_CONF SLURM_CONF_SERVER SLURM_JWT SBATCH_ACCOUNT".split()
 """The variables that Slurm's commands keep: how to reach Slurm, and the project that the user has chosen."""
 OTHERS = ("SACCT_", "SBATCH_", "SCANCEL_", "SCONTROL_", "SQUEUE_", "SLURM_")
 ACCOUNT = re.compile(r"^#SBATCH --account=", re.M)
-FIELD = re.compile(r"(\w+)=(\S*)")
+FIELD = re.compile(r"(\w+)=(\S*(?: +[^\s=]+(?!\S))*)")  # a path may have spaces
 SETTING = re.compile(r"^(\w+)\s*=\s*(.*?)\s*$", re.M)
 UNSEEN = 60.0  # seconds without an answer of squeue, after which, and as often, an agent asks Slurm about its own job
 LAG = 15.0  # seconds to wait for a job's own record of its end, once Slurm says that it is over
@@ -165,9 +165,14 @@ def fields_of(line):
     return found
 
 
+def keys_of(record):
+    """Return what can be the key of the run to which a record of scontrol belongs: its user may rename a job."""
+    return record.get("JobName", ""), os.path.basename(record.get("WorkDir", ""))
+
+
 def is_of(record, key):
-    """Return whether a record of scontrol is of a run's job: ids are used again, and its user may rename a job."""
-    return key in (record.get("JobName"), os.path.basename(record.get("WorkDir", "")))
+    """Return whether a record of scontrol is of a run's job: ids are used again."""
+    return key in keys_of(record)
 
 
 def scancel(job, key, *tasks):

@@ -30,7 +30,7 @@ def ranges(found):
 
 
 def by_job(rows):
-    """Return squeue's rows (id, state, reason, start, name, account) by job, without the id.
+    """Return squeue's rows (id, state, reason, start, key of the run, account) by job, without the id.
 
     The rows of an array job become one: its state is RUNNING as long as a task runs, its reason that of the waiting
     tasks. It ends with the indices of the tasks that are not over, by state.
