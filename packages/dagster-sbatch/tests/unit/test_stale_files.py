@@ -25,15 +25,21 @@ from dagster_sbatch.slurm.gateway.agent import (
 @pytest.fixture(autouse=True)
 def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that cannot be read, `stale` in the working directory; by relative paths, nor what lies in it."""
-    folder, real = tmp_path / "stale", os.stat
+    folder = tmp_path / "stale"
 
-    def stat(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
-        if not isinstance(path, int) and (Path(path) == folder or Path(path).parts[:1] == (folder.name,)):
-            raise OSError(errno.ESTALE, "Stale file handle", path)
-        return real(path, *arguments, **options)
+    def spoil(function: str) -> None:
+        real = getattr(os, function)
+
+        def fail(path: Any, *arguments: Any, **options: Any) -> Any:
+            if not isinstance(path, int) and (Path(path) == folder or Path(path).parts[:1] == (folder.name,)):
+                raise OSError(errno.ESTALE, "Stale file handle", path)
+            return real(path, *arguments, **options)
+
+        monkeypatch.setattr(os, function, fail)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "stat", stat)
+    spoil("stat")
+    spoil("listdir")
     return folder
 
 

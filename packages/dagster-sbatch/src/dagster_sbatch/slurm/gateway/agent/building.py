@@ -17,7 +17,7 @@ import json
 import os
 import time
 
-from .disk import RequestError, inode_of, lock, own, remove_tree, store, unique
+from .disk import RequestError, inode_of, lock, names_in, own, remove_tree, store, unique
 from .interpreters import check_version, choose, dotted, in_setup, run, skeleton
 
 HERE = "environment.json"
@@ -39,7 +39,7 @@ def locked(folder, say):
             say(progress="waiting for another deployment to this folder")
             lock(file, path)
         for place in (folder, os.path.join(folder, "packages")):
-            for name in os.listdir(place) if os.path.isdir(place) else ():
+            for name in names_in(place):
                 if name.endswith((".new", ".old")):
                     remove_sealed(os.path.join(place, name))
                 elif name.endswith(".part"):

@@ -9,7 +9,7 @@ import threading
 import time
 from contextlib import suppress
 
-from .disk import RequestError, inode_of, open_locked, own, parse, read, remove_tree
+from .disk import RequestError, names_in, open_locked, own, parse, read, remove_tree, status_of, unique
 from .ends import UNKNOWN_JOB, state_of
 from .paths import with_paths
 from .run_directories import DAY, attempt_of, checked, has, job_of, may_have_job, record_of
@@ -122,7 +122,8 @@ def is_left(path):
     """Return whether something was begun there more than a day ago and never finished, or cancelled before it began."""
     unfinished = path.endswith((".new", ".old", ".part"))
     empty = has(path, "cancelled") and not has(path, "about.json") and not may_have_job(path)
-    return (unfinished or empty) and time.time() - os.stat(path).st_mtime > DAY
+    status = status_of(path) if unfinished or empty else None
+    return status is not None and time.time() - status.st_mtime > DAY
 
 
 # Requests
@@ -168,7 +169,7 @@ def claim(agent, ask, say):
 def clean(agent, ask, _):
     """Remove the runs of some names that have no job, or one that is over, and what was begun and never finished."""
     folder, cleaned = ask["runs"], []
-    names = os.listdir(folder) if inode_of(folder) else []
+    names = names_in(folder)
     for name in names:
         path = os.path.join(folder, name)
         if is_left(path):
@@ -176,9 +177,11 @@ def clean(agent, ask, _):
             with suppress(OSError):  # it was a folder
                 os.unlink(path)
         elif name in ask["names"] and (has(path, "end") or not may_have_job(path)):
-            os.rename(path, path + ".old")
-            remove_tree(path + ".old")
-            cleaned.append(name)
+            old = unique(path) + ".old"
+            with suppress(FileNotFoundError):  # another client is removing it
+                os.rename(path, old)
+                remove_tree(old)
+                cleaned.append(name)
     left = {name.rpartition("-")[0] for name in os.listdir(folder)} if names else ()
     for name in names:
         path = os.path.join(folder, name)

@@ -46,15 +46,41 @@ def read(path):
         return b""
 
 
-def inode_of(path):
-    """Return the inode of a file or folder; None if there is none.
+def status_of(path):
+    """Return the status of a file or folder; None if there is none.
 
     OSError: that cannot be known now; os.path.exists would say that there is none.
     """
     try:
-        return os.stat(path).st_ino
+        return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def inode_of(path):
+    """Return the inode of a file or folder, as `status_of` does the status."""
+    found = status_of(path)
+    return found and found.st_ino
+
+
+def names_in(folder):
+    """Return the names of what lies in a folder; none if there is no folder.
+
+    OSError: that cannot be known now.
+    """
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def stamp_of(path, *names):
+    """Return these fields of a file's status, which change with the file; None if it cannot be found now."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return [getattr(found, name) for name in names]
 
 
 def remove_tree(path):

@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 
-from .disk import RequestError, inode_of, load, store
+from .disk import RequestError, inode_of, load, stamp_of, store
 from .slurm_commands import environment
 
 LAST_WORDS = 5.0  # seconds for the output of a command that has ended, if another process has its pipe, too
@@ -96,7 +96,7 @@ def choose(ask):
 def stamp(ask, found):
     """Return what changes when another interpreter is installed in the same place."""
     paths = (ask["python"] or found["given"], found["executable"])
-    return [os.path.exists(path) and [getattr(os.stat(path), name) for name in STAMP] for path in paths]
+    return [stamp_of(path, *STAMP) for path in paths]
 
 
 def probe(ask):

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 
-from .disk import RequestError, load, store
+from .disk import RequestError, load, stamp_of, store
 from .slurm_commands import RUNNING, user
 
 START = re.compile(r"(?:~|\$(HOME|DATA|SCRATCH))(?=/|\Z)")
@@ -85,8 +85,7 @@ def remember(values, when):
 
 def stamps():
     """Return when each file of the profile has last changed."""
-    paths = [os.path.expanduser(path) for path in PROFILES]
-    return [os.stat(path).st_mtime if os.path.exists(path) else None for path in paths]
+    return [stamp_of(os.path.expanduser(path), "st_mtime") for path in PROFILES]
 
 
 def read_profile():

@@ -5,7 +5,7 @@ import os
 import time
 
 from .building import HERE, build, check_interpreter, find, locked, missing, remove_sealed, touch
-from .disk import RequestError, check, inode_of, load, read, store, unique
+from .disk import RequestError, check, inode_of, load, names_in, read, status_of, store, unique
 
 PUBLISHED = "published.json"
 NEEDED = ("name", "kind", "python", "workloads", "asked", "lock", "code", "interpreter", "layer")  # of HERE
@@ -36,10 +36,11 @@ def keep(folder, entries):
 
 def environments(folder):
     """Generate the content of each environment, and when it was used last."""
-    for name in sorted(os.listdir(folder)) if inode_of(folder) else ():
+    for name in sorted(names_in(folder)):
         content = load(os.path.join(folder, name, HERE), *NEEDED) if not name.endswith((".new", ".old")) else None
-        if content:
-            yield content, os.stat(os.path.join(folder, name)).st_mtime
+        status = status_of(os.path.join(folder, name)) if content else None
+        if status:
+            yield content, status.st_mtime
 
 
 def drop(path):
@@ -50,8 +51,9 @@ def drop(path):
 
 def idle(folder):
     """Return the names of what lies in a folder, if there is one, and was not used lately."""
-    names = [name for name in os.listdir(folder) if not name.endswith(".old")] if inode_of(folder) else []
-    return [name for name in names if time.time() - os.stat(os.path.join(folder, name)).st_mtime > GRACE]
+    names = [name for name in names_in(folder) if not name.endswith(".old")]
+    found = [(name, status_of(os.path.join(folder, name))) for name in names]
+    return [name for name, status in found if status and time.time() - status.st_mtime > GRACE]
 
 
 def remove_unused(folder):

@@ -20,7 +20,7 @@ import json
 import os
 import re
 
-from .disk import RequestError, inode_of, kind_of, load, read, remove_tree, unique, write
+from .disk import RequestError, inode_of, kind_of, load, names_in, read, remove_tree, unique, write
 from .ends import SINGLE, may_be_success
 from .job_record import CAUSE, EVENTS, STREAMS, cut_short, events_of
 from .tasks import CONTENTS, END, ENDS, FOLDER, Tasks, is_array, task_folder
@@ -195,7 +195,7 @@ def attempt(_, ask, __):
 def runs(_, ask, __):
     """Return all that is known of every run without asking Slurm."""
     folder, found = ask["runs"], []
-    for name in sorted(os.listdir(folder)) if inode_of(folder) else ():
+    for name in sorted(names_in(folder)):
         run = os.path.join(folder, name)
         about = load(os.path.join(run, "about.json"), "run", "asset")
         if about:
