@@ -104,7 +104,7 @@ def test_the_proposals_of_the_last_runs_are_shown(run: Run, tmp_path: Path, monk
     assert code == 0
     assert "a, b               1           2          8" in said
     assert said.partition(" 16\n")[2] == (
-        "\nThe last runs propose other requests, which would be enough. scripts/preview ASSET explains one.\n"
+        "\nRequests that would have been enough for the last runs; scripts/preview ASSET explains one:\n"
         f'\nb: {USED}\n  SlurmRequest(mem="2G")\n\n'
         f'group/my_asset: {USED}\n  SlurmRequest(mem="2G")'
     )

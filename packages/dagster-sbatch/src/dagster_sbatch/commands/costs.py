@@ -20,7 +20,8 @@ PATIENCE = 180.0  # seconds for the supercomputer to answer: Slurm reads its dat
 DESCRIPTION = f"""\
 Show what the jobs of your projects have used, in node-hours and GPU-hours, and what the projects have left. The numbers
 come from Slurm's accounting: all jobs of your projects count, as far as Slurm shows you those of other users. A number
-that Slurm does not report is left out. Below are the requests that the last runs of these assets have proposed.
+that Slurm does not report is left out. Below the table are requests that would have been enough for the last runs of
+these assets.
 
 {OTHER} are jobs that Dagster did not submit. {UNKNOWN} are jobs of Dagster whose asset is recorded nowhere: the site
 does not store the comments of jobs, and this Dagster does not know their runs.
@@ -31,7 +32,7 @@ examples:
   scripts/costs --by week,project
   scripts/costs --by user --since 2026-10-01
 
-exit codes: 0 done, 1 Slurm's accounting did not answer, or something is to be corrected, 2 wrong usage,
+exit codes: 0 done, 1 Slurm's accounting did not answer, or a setting is wrong, 2 wrong usage,
 3 the supercomputer cannot be reached
 """
 
@@ -109,6 +110,6 @@ def show_ledger(entries: Sequence[Entry], by: Sequence[Dimension]) -> None:
 def show_proposals(proposals: Mapping[str, tuple[str, str]]) -> None:
     """Print the requests that would be enough, by asset."""
     if proposals:
-        print("\nThe last runs propose other requests, which would be enough. scripts/preview ASSET explains one.")
+        print("\nRequests that would have been enough for the last runs; scripts/preview ASSET explains one:")
     for asset, (used, code) in proposals.items():
         print(f"\n{asset}: {used}\n  {code}")

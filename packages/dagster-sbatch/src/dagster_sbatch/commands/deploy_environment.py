@@ -23,9 +23,9 @@ from dagster_sbatch.slurm.units import count_of
 
 DESCRIPTION = """\
 Publish what production_supercomputer runs: the packages of requirements/cluster.txt and of each cluster-NAME.txt (for
-assets with environment="NAME"), and the workloads as git tracks them. All are published at once, and --rollback returns
-to all that were published before. Each package is sent once. After a broken connection, sending continues where it
-stopped. From then on, production refuses runs whose workloads or packages differ from what was published.
+assets with environment="NAME"), and the workloads as git tracks them. From then on, production refuses runs whose
+workloads or packages differ. All groups of packages are published at once; --rollback returns to all that were
+published before. Each package is sent once. After a broken connection, sending continues where it stopped.
 
 The settings are those of a supercomputer deployment (scripts/docs settings). With SLURM_PYTHON, the packages of
 cluster.txt are not sent.

@@ -10,10 +10,10 @@ instance, with another port:
 It does not start with wrong settings, and on a login node only with --anyone-on-this-machine: the UI asks for no
 password, and every user of that node can open it and start jobs in your name.
 
-It sets DAGSTER_HOME to the project's folder, where dagster.yaml and the history are. SIGTERM stops it, too,
-also if it was started in the background (`nohup scripts/dev &`).
+It sets DAGSTER_HOME to the project's folder, where dagster.yaml and the history are. SIGTERM stops it, too, even if it
+was started in the background (`nohup scripts/dev &`).
 
-Exit codes are those of `dagster dev`; 1 also if the settings are wrong (the reason is printed).
+Exit codes are those of `dagster dev`; 1 also if it does not start (the reason is printed).
 """
 
 import os

@@ -32,12 +32,12 @@ from dagster_sbatch.project import Project
 from dagster_sbatch.text_file import read_text
 
 DESCRIPTION = """\
-Make a project of your own from this template: what git tracks here under your name, with one small asset, its workload
-and its tests in place of the example. The engine is a wheel in vendor/, the dependencies are locked, and a git history
-begins. No network is needed.
+Make a project of your own from this template: a copy of what git tracks here, with your name in place of the
+template's, and with one small asset, its workload and its tests in place of the example. The engine is a wheel in
+vendor/, the dependencies are locked, and a git history begins. No network is needed.
 
 NAME may be a dot, in a clone of the repository that a forge has made for you from this template: then the clone itself
-becomes the project, in one commit. A failure and Ctrl-C leave nothing.
+becomes the project, in one commit. After a failure or Ctrl-C, nothing of the new project remains.
 """
 EPILOG = """\
 examples:

@@ -100,6 +100,5 @@ def _pip(command: list[str], lock: LockFile, folder: Path, alive: Callable[[], N
         last = "\n".join(output.strip().splitlines()[-8:])
         raise ConfigurationError(
             f"pip {command[0]} for {lock.path} failed:\n{last}\n"
-            'Check the index and the proxy of pip; "When something goes wrong" has more:\n'
-            "  pip config list\n  scripts/docs environments"
+            "Check the index and the proxy of pip:\n  pip config list"
         )
