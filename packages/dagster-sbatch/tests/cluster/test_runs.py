@@ -322,7 +322,7 @@ def test_a_workload_that(name: str, site: SimulatedSite, workloads: Path) -> Non
     outcome = materialize(workload, workloads, request=SHORT)
     assert not outcome.success
     assert outcome.materializations == {}
-    for text in (*texts, "Run directory on", f"{CERTIFICATE_USER.home}/dagster-slurm/runs/probe-"):
+    for text in (*texts, "\n\nSlurm job ", ", run directory on ", f"{CERTIFICATE_USER.home}/dagster-slurm/runs/probe-"):
         assert text in outcome.error
     assert outcome.retries == []
     assert len(runs_there(site)) == 1

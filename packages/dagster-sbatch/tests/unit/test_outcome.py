@@ -18,7 +18,10 @@ from dagster_sbatch.slurm.outcome import (
 from dagster_sbatch.slurm.retries import Fault, Retries
 
 REQUEST = SlurmRequest(mem="8G", time_limit="01:00:00")
-CANCELLED = Outcome("it was cancelled on the cluster, by scancel or by its administrators (Slurm: CANCELLED)")
+CANCELLED = Outcome(
+    "it was cancelled on the cluster, by scancel or by its administrators (Slurm: CANCELLED)",
+    advice=". To submit it again, re-execute the run",
+)
 LOST = "Ray: lost the node n4002: health check failed"
 
 

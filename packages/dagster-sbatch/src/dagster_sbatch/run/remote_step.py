@@ -315,6 +315,6 @@ class RemoteStep(ABC):
         return {**known, "workload": str(self._plan.workload.path)}
 
     def _failure(self, cause: str, stderr: str = "", *, final: bool = False, **details: Any) -> dg.Failure:
-        for run in [run for run, job in self._runs.items() if job][-MOST_JOBS:]:
-            cause += f"\n\nRun directory on {self._settings.edge_node_host}: {run}"
+        for run, job in [(run, job) for run, job in self._runs.items() if job][-MOST_JOBS:]:
+            cause += f"\n\nSlurm job {job}, run directory on {self._settings.edge_node_host}: {run}"
         return failure(self._asset, cause, stderr, final=final, **details)

@@ -22,6 +22,7 @@ CAUSES = {
     "CANCELLED": "it was cancelled on the cluster, by scancel or by its administrators",
     "REVOKED": "it was taken over by another cluster",
 }
+_ADVICE = {"CANCELLED": ". To submit it again, re-execute the run"}
 _FAULTS = {
     "NODE_FAIL": Fault.NODE,
     "BOOT_FAIL": Fault.NODE,
@@ -64,11 +65,7 @@ def fault_of(end: JobEnd) -> Fault | None:
 def judge(end: JobEnd, request: SlurmRequest) -> Outcome | None:
     """Return why a job failed, as Slurm and its own record say; None: its exit code and its Pipes session decide."""
     if end.state in CAUSES:
-        idle = explain_idle_end(end.usage, request) if end.state == "CANCELLED" else None
-        cause = idle or f"{CAUSES[end.state]} (Slurm: {end.state})"
-        if end.state == "NODE_FAIL" and end.cause:
-            cause += f"; {end.cause}"  # it may name the node
-        return Outcome(cause, fault_of(end), suggest(fault_of(end), request))
+        return _explain_state(end, request)
     if end.code is None:
         return _explain_cut_short(end)
     if end.code == TRY_AGAIN or (end.code and end.cause):
@@ -166,6 +163,16 @@ def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects
             f"Set SLURM_QOS to one of these{f', or name another project ({others}) in {another}' if others else ''}"
         )
     return f"{text}\nThe job would be charged to project {charged}. Others of yours: {others or 'none'}; {elsewhere}"
+
+
+def _explain_state(end: JobEnd, request: SlurmRequest) -> Outcome:
+    """Return the outcome of a job whose state at Slurm is one of CAUSES."""
+    if end.state == "CANCELLED" and (idle := explain_idle_end(end.usage, request)):
+        return Outcome(idle)
+    cause = f"{CAUSES[end.state]} (Slurm: {end.state})"
+    if end.state == "NODE_FAIL" and end.cause:
+        cause += f"; {end.cause}"  # it may name the node
+    return Outcome(cause, fault_of(end), _ADVICE.get(end.state) or suggest(fault_of(end), request))
 
 
 def _explain_cut_short(end: JobEnd) -> Outcome:
