@@ -80,7 +80,8 @@ def main() -> int:
     except OSError as error:
         cause = explain(Path(program), error)
         print(cause, file=sys.stderr)
-        (folder / CAUSE).write_text(cause)
+        with suppress(OSError):  # the disk is full
+            (folder / CAUSE).write_text(cause)
         return 127 if error.errno == errno.ENOENT else 126
 
 

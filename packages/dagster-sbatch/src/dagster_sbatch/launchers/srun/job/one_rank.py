@@ -61,7 +61,8 @@ def run_rank(failure: Path, command: Sequence[str]) -> int:
     if are_known_by_cgroup(Path("/proc/self/cgroup"), os.environ.get("SLURM_JOB_ID", "")):
         signal.signal(signal.SIGTERM, lambda *_: workload.send_signal(signal.SIGTERM))
     if first:
-        Path("workload.pid").write_text(f"{workload.pid}\n")  # gets the warning before the time limit
+        with suppress(OSError):  # the disk is full: the workload gets no warning
+            Path("workload.pid").write_text(f"{workload.pid}\n")  # gets the warning before the time limit
     label = "" if first else f"[rank {rank}] "
     outputs = [Output(workload.stderr, STDERR, label)]
     outputs += [] if first else [Output(workload.stdout, STDOUT, label)]

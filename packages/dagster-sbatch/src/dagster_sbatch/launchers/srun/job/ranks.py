@@ -63,7 +63,10 @@ def main() -> int:
         os.environ["MASTER_PORT"] = str(port)
         code, cause = run_job(options, failure, command) if role == "job" else run_here(options, failure, command)
     if cause:
-        Path("cause").write_text(cause)
+        try:
+            Path("cause").write_text(cause)
+        except OSError as error:  # the exit code counts all the same
+            print(f"{cause}\nThis cause cannot be recorded: {error}", file=sys.stderr)
     return code
 
 

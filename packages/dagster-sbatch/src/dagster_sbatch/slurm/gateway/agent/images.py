@@ -144,8 +144,12 @@ if __name__ == "__main__":
             "The container cannot have %s on %s: %s. If that happens again, correct Container(...) or ask the centre."
         )
         cause = text % (error.filename or sys.argv[2], os.uname()[1], error.strerror)
-    with open("cause", "w") as file:
-        file.write(cause)
     if cause:
         print(cause, file=sys.stderr)
+    try:
+        with open("cause", "w") as file:
+            file.write(cause)
+    except OSError:  # the disk is full; the exit code counts all the same
+        pass
+    if cause:
         sys.exit(code)

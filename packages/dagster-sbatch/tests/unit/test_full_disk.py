@@ -1,0 +1,56 @@
+"""Programs of a job that cannot record their cause since the disk is full: exit code and stderr say all the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dagster_pipes import encode_param
+
+from dagster_sbatch.launchers import CommandLauncher, SrunLauncher
+from dagster_sbatch.slurm import SlurmRequest
+from dagster_sbatch.slurm.gateway.agent import images
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run directory, in which neither the cause nor the workload's process can be written."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cause", "workload.pid"):
+        (tmp_path / name).symlink_to("/dev/full")
+    (tmp_path / "context.json").write_text(json.dumps({"asset_keys": ["a"], "run_id": "", "extras": {}}))
+    monkeypatch.setenv("DAGSTER_PIPES_CONTEXT", encode_param({"path": str(tmp_path / "context.json")}))
+    monkeypatch.setenv("DAGSTER_PIPES_MESSAGES", encode_param({"path": str(tmp_path / "messages.jsonl")}))
+    return tmp_path
+
+
+def run(command: list[str]) -> tuple[int, str]:
+    """Run a program in a group of its own: `ranks.py` ends its group."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, start_new_session=True)
+    return done.returncode, done.stderr
+
+
+def test_ranks(folder: Path) -> None:
+    """The workload asks for a retry."""
+    code, said = run(SrunLauncher().local_command(SlurmRequest(), ["-c", "raise SystemExit(75)"]))
+    assert code == os.EX_TEMPFAIL
+    assert said.startswith("rank 0 on ")
+    assert said.endswith("This cause cannot be recorded: [Errno 28] No space left on device\n")
+
+
+def test_a_program_that_cannot_be_executed(folder: Path) -> None:
+    (folder / "program").write_text("#!/nowhere/sh\n")
+    (folder / "program").chmod(0o755)
+    code, said = run(CommandLauncher().local_command(SlurmRequest(), [str(folder / "program")]))
+    assert (code, len(said.splitlines())) == (127, 1)
+    assert "asks for /nowhere/sh in its first line" in said
+
+
+def test_the_check_of_an_image(folder: Path) -> None:
+    """A folder cannot be read now: the job is repeated."""
+    (folder / "loop").symlink_to("loop")
+    code, said = run([sys.executable, images.__file__, "sh", "a.sif", str(folder / "data"), str(folder / "loop")])
+    assert (code, len(said.splitlines())) == (os.EX_TEMPFAIL, 1)
+    assert "Too many levels of symbolic links" in said
