@@ -202,10 +202,10 @@ def test_the_memory_is_the_jobs(given: int | None, environ: dict[str, str], expe
 
 
 def test_the_folder_is_private_and_new(tmp_path: Path) -> None:
-    """What an earlier life of the job has left is removed; other jobs' folders stay."""
-    earlier, other = folder.make_folder(tmp_path, "7"), folder.make_folder(tmp_path, "8")
-    again = folder.make_folder(tmp_path, "7")
-    assert sorted(tmp_path.iterdir()) == sorted([other, again])
+    """What an earlier life of the job has left is removed; folders of other jobs and of other nodes stay."""
+    earlier, *others = (folder.make_folder(tmp_path, *each) for each in (("7", "n1"), ("8", "n1"), ("7", "n2")))
+    again = folder.make_folder(tmp_path, "7", "n1")
+    assert sorted(tmp_path.iterdir()) == sorted([*others, again])
     assert not earlier.exists()
     assert again.stat().st_mode & 0o777 == 0o700
     assert len(f"/{again.name}/{node.RAY_FOLDER}") <= len("/r-abcd1234/ray")  # as RayLauncher counts
@@ -215,9 +215,9 @@ def test_the_folder_is_private_and_new(tmp_path: Path) -> None:
 def test_a_folder_that_somebody_else_made_beforehand_stops_nothing(tmp_path: Path) -> None:
     for name in ("r-7", "r-abcd1234"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "job").write_text("7")
+        (tmp_path / name / "job").write_text("7 n1")
         os.chown(tmp_path / name, 12345, 12345)
-    made = folder.make_folder(tmp_path, "7")
+    made = folder.make_folder(tmp_path, "7", "n1")
     assert {path.name for path in tmp_path.iterdir()} == {"r-7", "r-abcd1234", made.name}
 
 

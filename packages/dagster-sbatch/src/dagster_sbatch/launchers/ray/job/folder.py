@@ -11,33 +11,34 @@ from pathlib import Path
 from job_cluster import NodeError
 
 _PREFIX = "r-"
-_MARK = "job"  # file in the folder with the job's id: a requeued job finds what its earlier run has left
+_MARK = "job"  # file in the folder with the job and the node: a requeued job finds what its earlier run has left there
 FILE_BYTES, ALL_BYTES = 10 << 20, 100 << 20
 """Limits of one log, and of all logs of a node: the time for packing and the user's quota are short."""
 
 
-def make_folder(base: Path, job: str) -> Path:
+def make_folder(base: Path, job: str, node: str) -> Path:
     """Make a folder that only this user can read, under a name that nobody can take beforehand.
 
-    Folders that an earlier run of the same job has left are removed.
+    Folders that an earlier run of the same job has left on this node are removed.
 
-    `base`: a folder that other users may write to as well, such as /tmp.
+    `base`: a folder that other users may write to as well, such as /tmp; other nodes may have the same one.
     Raises NodeError: the base folder is not writable.
     """
+    mark = f"{job} {node}"
     try:
         for folder in base.glob(f"{_PREFIX}*"):
-            if _is_left_by(job, folder):
+            if _has(mark, folder):
                 shutil.rmtree(folder)
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-        (folder / _MARK).write_text(job)
+        (folder / _MARK).write_text(mark)
     except OSError as error:
         raise NodeError(f"cannot make a folder in {base} ({error.strerror}): set RayLauncher's temp_dir") from None
     return folder
 
 
-def _is_left_by(job: str, folder: Path) -> bool:
+def _has(mark: str, folder: Path) -> bool:
     with suppress(OSError):
-        return folder.lstat().st_uid == os.getuid() and (folder / _MARK).read_text() == job
+        return folder.lstat().st_uid == os.getuid() and (folder / _MARK).read_text() == mark
     return False
 
 

@@ -76,7 +76,7 @@ class Node:
         Raises NodeError: it cannot be made.
         """
         base = Path(self._settings["temp_dir"] or os.environ["JOB_TMPDIR"])
-        self._folder = make_folder(base, os.environ["SLURM_JOB_ID"])
+        self._folder = make_folder(base, os.environ["SLURM_JOB_ID"], self._name)
 
     def run(self) -> NoReturn:
         """Start Ray and watch it until the batch script ends.
