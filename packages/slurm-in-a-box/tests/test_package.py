@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm_in_a_box import SimulatedSite, command_line, requirements
+from slurm_in_a_box import RequirementsError, SimulatedSite, command_line, requirements
 
 PACKAGE = Path(__file__).parents[1]
 (EXAMPLE,) = re.findall(r"^```python\n(.*?)^```", (PACKAGE / "README.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -91,3 +91,12 @@ def test_where_no_site_can_run_a_test_is_skipped_with_the_reason_and_fails_in_ci
     done = run("-m", "pytest", "-rs", "test_answer.py", folder=project, CI=ci)
     assert outcome in done.stdout
     assert "the simulated site needs root" in done.stdout
+
+
+def test_a_root_without_the_path_of_root_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As after `su`, which keeps the PATH of the user before."""
+    (tmp_path / "unshare").symlink_to("/bin/true")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RequirementsError, match="programs that PATH lacks: add /usr/sbin"):
+        requirements.check_system()

@@ -1,6 +1,7 @@
 """Check and install what the site needs from this machine: root, Debian or Ubuntu, and some packages."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -26,7 +27,7 @@ CACHE = Path("/var/cache/simulated-site")
 
 
 def check_system() -> None:
-    """Raise RequirementsError unless this is Linux, Debian or Ubuntu, and the caller is root."""
+    """Raise RequirementsError unless this is Linux, Debian or Ubuntu, and the caller is root, with root's PATH."""
     try:
         release = dict(
             line.split("=", 1)
@@ -41,6 +42,8 @@ def check_system() -> None:
         raise RequirementsError("the simulated site needs Debian 12 or 13, or Ubuntu (it uses their packages)")
     if os.geteuid() != 0:
         raise RequirementsError("the simulated site needs root (it makes network, mount and process namespaces)")
+    if shutil.which("pivot_root") is None:  # each Debian has it; `su` keeps the PATH of the user before
+        raise RequirementsError("the simulated site needs programs that PATH lacks: add /usr/sbin, or use `su -`")
     namespaces = subprocess.run(
         ["unshare", "--mount", "--net", "--pid", "--fork", "true"], capture_output=True, check=False
     )
