@@ -8,13 +8,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 Place = tuple[int | str, ...]  # the keys and indices that lead to a problem that pydantic found
 _TEXTS = {
-    "tuple_type": "this is no list. Write [...], also around a single value",
-    "string_type": "this is no text. Write it in quotes",
+    "tuple_type": "this is not a list. Write [...], also around a single value",
+    "string_type": "this is not a text. Write it in quotes",
     "string_pattern_mismatch": "this does not have the right form",
-    "float_parsing": "this is no number",
-    "int_parsing": "this is no whole number",
+    "float_parsing": "this is not a number",
+    "int_parsing": "this is not a whole number",
     "bool_parsing": "write true or false",
-    "date_from_datetime_parsing": "this is no day of the form YYYY-MM-DD",
+    "date_from_datetime_parsing": "this is not a day of the form YYYY-MM-DD",
 }
 """What is wrong, by pydantic's type of the problem; for other types, pydantic's own text is shown."""
 

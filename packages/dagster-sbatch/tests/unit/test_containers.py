@@ -86,7 +86,7 @@ def test_gpus_need_an_option() -> None:
         ({"image": "docker://ubuntu"}, "Pull it once:\napptainer pull image.sif docker://ubuntu"),
         ({"image": ""}, "image: '' is no"),
         ({"image": "a.sif", "binds": [""]}, "binds.0: '' is no"),
-        ({"image": "a.sif", "binds": "/notes"}, "binds: this is no list"),
+        ({"image": "a.sif", "binds": "/notes"}, "binds: this is not a list"),
         ({"image": "$DAT/a.sif"}, r"\$DAT is unknown"),
         ({"image": "a.sif", "binds": ["notes"]}, "is not an absolute path"),
         ({"image": "a.sif", "binds": ["/a:b"]}, "is not a bind. Write /folder"),

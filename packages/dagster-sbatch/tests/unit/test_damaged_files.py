@@ -96,7 +96,7 @@ def test_the_requirements_are_those_of_this_machine_and_of_the_supercomputer(roo
     ("old", "new", "text"),
     [
         ("[project]", "[project", r"cannot be read: .*line 1.*\. Correct the file\.$"),
-        ("[dependency-groups]", "[[dependency-groups]]", r"dependency-groups is no table\. Write \[dependency-groups"),
+        ("[dependency-groups]", "[[dependency-groups]]", r"dependency-groups is not a table\. Write \[depend"),
         ("cluster = [", 'cluster = "x"\nother = [', "'cluster' contained a string rather than a list.*Correct"),
         ("cluster = [", "other = [", "Dependency group 'cluster' not found.*Correct"),
         ("[project]", "[projects]", r"cannot be read: 'project'\. Correct"),
@@ -115,7 +115,7 @@ def test_a_pyproject_of_another_shape(old: str, new: str, text: str, root: Path)
 @pytest.mark.parametrize("read", [find_groups, lambda root: read_group(Project(root), None)])
 def test_groups_that_are_no_table_are_refused_before_a_job(read: Callable[[Path], object], root: Path) -> None:
     (root / "pyproject.toml").write_text("dependency-groups = []\n")
-    with pytest.raises(ConfigurationError, match=r"pyproject\.toml: dependency-groups is no table"):
+    with pytest.raises(ConfigurationError, match=r"pyproject\.toml: dependency-groups is not a table"):
         read(root)
 
 

@@ -46,7 +46,7 @@ def test_an_unknown_field_in_the_site_is_an_error_too() -> None:
         ({"ray_start_args": ["--num-gpus=8"]}, "RayLauncher sets --num-gpus itself"),
         ({"ray_start_args": ["verbose"]}, "write --name=value"),
         ({"container": "image.sif"}, r"RayLauncher: container: write Container\(\.\.\.\)"),
-        ({"ray_start_args": "--verbose"}, r"ray_start_args: this is no list. Write \[...\], also around"),
+        ({"ray_start_args": "--verbose"}, r"ray_start_args: this is not a list. Write \[...\], also around"),
     ],
 )
 def test_wrong_values_are_named(fields: dict[str, object], text: str) -> None:

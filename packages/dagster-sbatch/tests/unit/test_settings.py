@@ -169,10 +169,10 @@ def test_all_that_is_wrong_is_told_at_once(root: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("name", "value", "problem"),
     [
-        ("SLURM_EDGE_NODE_PORT", "ssh", "this is no whole number"),
-        ("SLURM_MOST_GPU_HOURS_PER_RUN", "many", "this is no number"),
+        ("SLURM_EDGE_NODE_PORT", "ssh", "this is not a whole number"),
+        ("SLURM_MOST_GPU_HOURS_PER_RUN", "many", "this is not a number"),
         ("SLURM_KEEP_WITHIN_BUDGET", "maybe", "write true or false"),
-        ("SLURM_BUDGET_START", "1.10.2026", "this is no day of the form YYYY-MM-DD"),
+        ("SLURM_BUDGET_START", "1.10.2026", "this is not a day of the form YYYY-MM-DD"),
         ("ASC_STEP_FINGERPRINT", "44b0", "this does not have the right form"),
     ],
 )

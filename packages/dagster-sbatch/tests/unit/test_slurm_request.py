@@ -75,7 +75,7 @@ def test_other_memory_sizes_are_refused(text: str) -> None:
         ({"gpus_per_node": -1}, "gpus_per_node: "),
         ({"num_gpus": 4}, "num_gpus: unknown field"),
         ({"gpus": 4}, "gpus: unknown field; did you mean 'gpus_per_node'?"),
-        ({"mem": 64}, "mem: this is no text. Write it in quotes"),
+        ({"mem": 64}, "mem: this is not a text. Write it in quotes"),
         ({"gpu_per_node": 4}, "did you mean 'gpus_per_node'"),
         ({"partition": "a b"}, "partition: 'a b' is not valid"),
         ({"account": "x\n#SBATCH --uid=0"}, "account: "),

@@ -96,13 +96,13 @@ def plan(folder: Path, **arguments: Any) -> Plan:
     ("args", "text"),
     [
         ("--trials 3", r"args='--trials 3' is one string\. Write a list"),
-        (["--trials", 3], r"args\[1\]=3 is no string\. Write str"),
-        ([Path("/x")], r"args\[0\]=PosixPath\('/x'\) is no string"),
+        (["--trials", 3], r"args\[1\]=3 is not a string\. Write str"),
+        ([Path("/x")], r"args\[0\]=PosixPath\('/x'\) is not a string"),
         (["a\0b"], r"args\[0\] cannot be an argument: it has a NUL, a byte that is not UTF-8, a line end "),
         (["\udcff"], "cannot be an argument"),
         (["", "é" * 65536], r"args\[1\] cannot be an argument"),
         (["two\r\nlines"], "cannot be an argument"),  # sbatch refuses a script with them, whatever they are in
-        ([None], "is no string"),
+        ([None], "is not a string"),
     ],
 )
 def test_arguments_are_a_list_of_texts(args: Any, text: str, folder: Path) -> None:

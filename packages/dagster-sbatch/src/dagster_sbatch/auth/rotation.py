@@ -42,7 +42,7 @@ class Rotator:
         self._http = http
 
     def check(self, stored: Credentials) -> None:
-        """Ask authentik whether the stored API token still works, long before it is due; an outage is no failure.
+        """Ask authentik whether the stored API token still works, long before it is due; an outage is not a failure.
 
         Raises NoTokenError: it does not.
         """

@@ -138,5 +138,5 @@ def _read_groups(root: Path) -> dict[str, list[Any]]:
     """Return the dependency groups of a project by normalised name; none without a pyproject.toml."""
     groups = read_pyproject(root).get("dependency-groups", {})
     if not isinstance(groups, dict):
-        raise ConfigurationError(f"{root}/pyproject.toml: dependency-groups is no table. Write [dependency-groups].")
+        raise ConfigurationError(f"{root}/pyproject.toml: dependency-groups is not a table. Write [dependency-groups].")
     return {canonicalize_name(name): group for name, group in groups.items()}

@@ -80,7 +80,7 @@ def _check_arguments(args: Sequence[str]) -> None:
         raise ConfigurationError(f"args={args!r} is one string. Write a list of strings, as on a command line")
     for index, each in enumerate(args):
         if not isinstance(each, str):
-            raise ConfigurationError(f"args[{index}]={each!r} is no string. Write str(...) of numbers and paths")
+            raise ConfigurationError(f"args[{index}]={each!r} is not a string. Write str(...) of numbers and paths")
         if not fits(each):
             raise ConfigurationError(f"args[{index}] cannot be an argument: {UNFIT}")
 

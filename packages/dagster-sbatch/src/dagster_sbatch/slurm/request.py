@@ -145,7 +145,7 @@ class SlurmRequest(CheckedModel):
 
 
 _NO_OPTIONS = {"options", "modules", "retries", "gpu_idle_limit", *COST_LIMITS}
-"""Fields that are no option of sbatch: `options` has several; the job script and the client act on the others."""
+"""Fields that are not an option of sbatch: `options` has several; the job script and the client act on the others."""
 OPTIONS = {
     field: {"gpus_per_node": "gres", "time_limit": "time"}.get(field, field.replace("_", "-"))
     for field in SlurmRequest.model_fields

@@ -20,7 +20,7 @@ def running_on_supercomputer(project: Project) -> dg.DefaultSensorStatus:
 def wait_for_access(settings: Settings) -> str:
     """Return why a sensor does not connect now, empty if it does: the refresh job renews access, others only use it.
 
-    A renewal that fails is no reason while there is a valid certificate, or one can be requested all the same.
+    A renewal that fails is not a reason while there is a valid certificate, or one can be requested all the same.
     """
     health = check_health(settings)
     return f"waits until access is in order: {health.summary}" if health.verdict in ("due", "broken") else ""

@@ -96,7 +96,7 @@ def _ask(project: Project, instance: dg.DagsterInstance) -> tuple[Usage, list[Bu
 
 
 def _judge(usage: Usage, budgets: Sequence[Budget]) -> tuple[bool, str]:
-    """Return whether no budget ends soon, and a text on all; a budget that is not known is no failure."""
+    """Return whether no budget ends soon, and a text on all; a budget that is not known is not a failure."""
     days = [days_left(usage, budget) for budget in budgets]
     passed = all(each is None or each >= SHORTEST_DAYS for each in days)
     none = "No limit of a project is known: neither Slurm's, nor SLURM_BUDGET_GPU_HOURS."

@@ -104,7 +104,7 @@ class _Listener(ThreadingHTTPServer):
     request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away before its answer is no error of the server; other errors are printed on stderr."""
+        """A client that went away before its answer is not an error; others are printed on stderr."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 

@@ -67,7 +67,7 @@ def me(call: Call) -> Answer:
 
 
 def create(call: Call) -> Answer:
-    """POST tokens/: only API tokens and app passwords, and for a user who is no admin always its own."""
+    """POST tokens/: only API tokens and app passwords, and for a user who is not an admin always its own."""
     fields = _checked(call, call.body, None)
     owner = call.caller
     if call.caller.superuser and "user" in call.body:

@@ -40,7 +40,7 @@ def _image(text: str) -> str:
 
 def _plain(text: str) -> str:
     if not text or re.search(r"[\0\n]", text):
-        raise ValueError(f"{text!r} is no path")
+        raise ValueError(f"{text!r} is not a path")
     return text
 
 
