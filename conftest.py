@@ -34,7 +34,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mix the files of unit, local and cluster tests: on several workers, those that wait run beside those that compute.
+    """Mix the files of unit, local and cluster tests: on several workers, some wait while others compute.
 
     The last ones are unit tests only: they are short, so no worker is left alone with a long file.
     """

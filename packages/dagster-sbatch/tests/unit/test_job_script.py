@@ -135,7 +135,9 @@ def test_the_script_runs_the_workload_and_records_its_end(tmp_path: Path) -> Non
     assert ended["sizes"] == {"messages.jsonl": len(messages), "stdout": 0, "stderr": 0}
 
 
-@pytest.mark.parametrize("removed", [["stdout"], ["stderr"], ["messages.jsonl"], ["messages.jsonl", "stdout", "stderr"]])
+@pytest.mark.parametrize(
+    "removed", [["stdout"], ["stderr"], ["messages.jsonl"], ["messages.jsonl", "stdout", "stderr"]]
+)
 def test_a_workload_may_remove_its_own_output(removed: list[str], tmp_path: Path) -> None:
     (tmp_path / "work load.py").write_text(f"import os, sys\nfor each in {removed}: os.remove(each)\nsys.exit(3)\n")
     run_as_slurm_would(tmp_path, render(*CASES["script"]))
