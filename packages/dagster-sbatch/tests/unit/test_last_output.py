@@ -115,6 +115,21 @@ def test_a_shorter_file_than_before_the_connection_was_lost_is_awaited(seen: int
     assert streams.short_of([stream], {}) == {}
 
 
+@pytest.mark.parametrize(("name", "again"), [("stdout", WHOLE[:150]), ("messages.jsonl", b"")])
+def test_a_file_that_stays_shorter_counts_as_emptied_but_no_message_is_sent_twice(
+    name: str, again: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step fails if messages do not come."""
+    monkeypatch.setattr(streams, "BEHIND", 0)
+    (tmp_path / name).write_bytes(WHOLE[:150])
+    stream = Stream(tmp_path / name, name, 200, WHOLE[136:200].decode())
+    assert send_all(stream) == again
+    assert streams.short_of([stream], {}) == ({} if again else {name: 200})
+    (tmp_path / name).unlink()
+    assert send_all(stream) == b""
+    assert streams.short_of([stream], {}) == {}
+
+
 def test_a_hole_that_is_filled_after_it_was_sent_doubles_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,13 +41,15 @@ class Stream:
     def __init__(self, path, name, at=0, last=""):
         self.path, self.name, self.at, self.last = path, name, at, last.encode("latin-1")
         self.hole = (0, 0)  # its size when NUL bytes were first seen, and the time
-        self.behind = time.time() + BEHIND if last else 0  # until when this machine may not see all that was sent
+        # Until when this machine may not see all that was sent. No program empties the messages
+        self.behind = time.time() + (float("inf") if name == MESSAGES else BEHIND) if last else 0
 
     def pump(self, say):
         """Send what the file has beyond the offset; return the number of chunks."""
         try:  # opened each time: on NFS, only that shows what another machine has appended
             file = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
+            self.behind = 0  # the job has removed it
             return 0
         try:
             for sent in range(MOST_CHUNKS):
