@@ -109,10 +109,9 @@ def convert(template: Template, names: Names, site: str, report: Callable[[str],
     except OSError as error:
         raise ConfigurationError(f"The project cannot be made in a temporary folder: {error}.") from None
     commit = _commit(root, git(root, "rev-parse", "FETCH_HEAD^{tree}").strip(), "-p", head)
-    added = git(root, "diff-tree", "-r", "--name-only", "--no-renames", "--diff-filter=A", "-z", head, commit).split(
-        "\0"
-    )
-    in_the_way = [path for path in added if path and os.path.lexists(root / path)]  # git would replace an ignored file
+    added = git(root, "diff-tree", "-r", "--name-only", "--no-renames", "--diff-filter=A", "-z", head, commit)
+    # git would replace a file that it ignores.
+    in_the_way = [path for path in added.split("\0") if path and os.path.lexists(root / path)]
     if in_the_way:
         raise ConfigurationError(
             f"{root} has files that the project would replace: {', '.join(in_the_way)}. Move them away."
@@ -164,9 +163,8 @@ def _make(template: Template, folder: Path, names: Names, report: Callable[[str]
     for path in (folder / name for name in SOURCES):
         write_text(path, rename_wheels(read_text(path), wheels))
     _write_locks(template.root, folder, names, wheels)
-    _run(
-        folder, "ruff", "check", "--fix", "--select", "I001", "--quiet", "--no-cache", "."
-    )  # other names sort differently
+    # Other names sort differently.
+    _run(folder, "ruff", "check", "--fix", "--select", "I001", "--quiet", "--no-cache", ".")
     _run(folder, "ruff", "format", "--quiet", "--no-cache", ".")
 
 

@@ -51,10 +51,8 @@ class TaskList:
         if indices is None:
             return [self._record(index, {}) for index in range(len(self))]
         wanted = list(indices)
-        records = self._runs.gateway.ask(do="task_records.task_records", run=self.run.path, tasks=wanted, tail=tail)[
-            "records"
-        ]
-        return [self._record(index, records[str(index)]) for index in wanted]
+        said = self._runs.gateway.ask(do="task_records.task_records", run=self.run.path, tasks=wanted, tail=tail)
+        return [self._record(index, said["records"][str(index)]) for index in wanted]
 
     def one(self, index: int) -> TaskRecord:
         """Return one task.

@@ -41,9 +41,8 @@ def try_script(gateway: Gateway, preview: Preview, projects: Projects, usage: Us
         accepted, text = gateway.test(preview.render(limits))
     except ConfigurationError as error:
         return False, str(error)
-    said = (
-        "\n".join(line for line in text.splitlines() if line.startswith(_SLURM_PREFIXES)) or text
-    )  # centres print more
+    of_slurm = [line for line in text.splitlines() if line.startswith(_SLURM_PREFIXES)]  # centres print more
+    said = "\n".join(of_slurm) or text
     if not accepted:
         return False, f"{array}{explain_refusal(said, request, lambda: projects)}"
     if request.modules and (problem := gateway.load_modules(request.modules, preview.plan.site.setup_commands)):

@@ -40,9 +40,8 @@ def _jobs_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Iterator[tuple
     if not tags:
         return
     steps: dict[str, list[str]] = {}
-    for record in instance.get_records_for_run(
-        run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
-    ).records:
+    planned = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+    for record in instance.get_records_for_run(run.run_id, of_type=planned).records:
         event = record.event_log_entry.get_dagster_event()
         if event.step_key and event.asset_key:
             steps.setdefault(job_tag(event.step_key), []).append(event.asset_key.to_user_string())

@@ -79,9 +79,8 @@ class Runs:
 
     def task_counts(self, found: Iterable[RunRecord]) -> dict[str, Mapping[str, int]]:
         """Return the numbers of tasks (`done`, `running`, `waiting`, `failed`) of array jobs, by run directory."""
-        counts: dict[str, Mapping[str, int]] = self.gateway.ask(
-            do="task_records.task_counts", paths=[run.path for run in found]
-        )["counts"]
+        paths = [run.path for run in found]
+        counts: dict[str, Mapping[str, int]] = self.gateway.ask(do="task_records.task_counts", paths=paths)["counts"]
         return counts
 
     def remove(self, found: Iterable[RunRecord]) -> list[str]:

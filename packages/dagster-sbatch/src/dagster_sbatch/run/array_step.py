@@ -196,9 +196,8 @@ class ArrayStep:
 
     def _store(self, result: TaskResult) -> None:
         versions = {(each.partition, each.asset): each.data_version for each in result.reports if each.data_version}
-        for (partition, key), metadata in result.of_partitions(
-            self._context.selected_asset_keys, versions=True
-        ).items():
+        found = result.of_partitions(self._context.selected_asset_keys, versions=True)
+        for (partition, key), metadata in found.items():
             version = versions.get((partition, key))
             tags = self._completed.tags(result.task, partition) | ({DATA_VERSION_TAG: version} if version else {})
             stored = {**self.where, **metadata}
@@ -228,9 +227,8 @@ class ArrayStep:
             for report in result.reports:
                 if single and report.data_version:
                     context.set_data_version(report.asset, dg.DataVersion(report.data_version))
-            for (partition, key), each in result.of_partitions(
-                context.selected_asset_keys, versions=not single
-            ).items():
+            found = result.of_partitions(context.selected_asset_keys, versions=not single)
+            for (partition, key), each in found.items():
                 add_metadata(context, key, partition, each)
         checks = combine_checks(context.selected_asset_check_keys, results, self._earlier_checks())
         metadata, proposal = {**self.where, **attempts_metadata(self.attempts)}, self._propose(results)

@@ -119,9 +119,8 @@ def check_host_authority(facts: Facts) -> Verdict:
     if not entries:
         return warning(f"nothing is known for {login.host}", "`scripts/docs ssh`: What you have to do once")
     kinds = {CERT_AUTHORITY: "authority", "": "key"}
-    found = ", ".join(f"{kinds[each.marker]} {fingerprint(each.key)} of {each.place}" for each in entries).replace(
-        str(Path.home()), "~"
-    )
+    found = ", ".join(f"{kinds[each.marker]} {fingerprint(each.key)} of {each.place}" for each in entries)
+    found = found.replace(str(Path.home()), "~")
     page = facts.site.documentation
     return ok(f"{found}; compare it with {page}" if page and set(entries) & set(known.site_authorities) else found)
 

@@ -73,9 +73,8 @@ class Gateway(Link):
 
         def step() -> None:
             asked = list(left)
-            for which, head, _ in self.exchange(
-                [{"do": "jobs.cancel", "run": run, "job": jobs.get(run)} for run in asked]
-            ):
+            requests = [{"do": "jobs.cancel", "run": run, "job": jobs.get(run)} for run in asked]
+            for which, head, _ in self.exchange(requests):
                 left.remove(asked[which])
                 report(asked[which], _outcome_of_cancel(head))
                 if not left:
