@@ -53,13 +53,18 @@ def report_reachable(context: dg.OpExecutionContext, *, passed: bool, descriptio
         context.instance.report_runless_asset_event(evaluation)
 
 
+def markdown(text: str) -> str:
+    """Return a text for Dagster's UI, which joins lines that do not end with two spaces."""
+    return text.replace("\n", "  \n")
+
+
 def evaluate(check: str, *, passed: bool, description: str) -> dg.AssetCheckEvaluation:
     """Return an evaluation of one of the checks."""
     return dg.AssetCheckEvaluation(
         asset_key=ACCESS,
         check_name=check,
         passed=passed,
-        description=description.replace("\n", "  \n"),
+        description=markdown(description),
         severity=dg.AssetCheckSeverity.ERROR,
         metadata={},
     )

@@ -15,6 +15,7 @@ from dagster_sbatch.inspect.job_assets import recorded_assets
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.array_results import table
+from dagster_sbatch.run.reports import markdown
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Usage
 from dagster_sbatch.upkeep import running_on_supercomputer, wait_for_access
@@ -101,7 +102,7 @@ def _judge(usage: Usage, budgets: Sequence[Budget]) -> tuple[bool, str]:
     passed = all(each is None or each >= SHORTEST_DAYS for each in days)
     none = "No limit of a project is known: neither Slurm's, nor SLURM_BUDGET_GPU_HOURS."
     known = [describe(usage, budget) for budget in budgets] or [none]
-    return passed, "\n".join([*known, *(f"Not known: {text}" for text in usage.trouble)]).replace("\n", "  \n")
+    return passed, markdown("\n".join([*known, *(f"Not known: {text}" for text in usage.trouble)]))
 
 
 def _observe(text: str, metadata: dict[str, Any]) -> list[dg.AssetObservation]:

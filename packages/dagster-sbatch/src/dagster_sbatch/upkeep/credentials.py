@@ -12,7 +12,7 @@ from dagster_sbatch.auth import AccessError, AccessHealth, Report, check_health,
 from dagster_sbatch.auth.refresh_failures import pause_end
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
-from dagster_sbatch.run.reports import ACCESS
+from dagster_sbatch.run.reports import ACCESS, markdown
 from dagster_sbatch.upkeep import running_on_supercomputer
 
 LONGEST_RUN = timedelta(minutes=15)
@@ -66,9 +66,7 @@ def make_credential_refresh(project: Project) -> CredentialRefresh:
             found = check_health(project.load_settings(supercomputer=True))
         except ConfigurationError as error:
             return dg.AssetCheckResult(passed=False, description=str(error))
-        return dg.AssetCheckResult(
-            passed=_passed(found), description=_markdown(found), metadata=_numbers(found), severity=_severity(found)
-        )
+        return dg.AssetCheckResult(**_outcome(found), metadata=_numbers(found))
 
     @dg.op(  # Dagster wants its name to differ from its job's
         name=f"{JOB}_op", description="Replace the secrets and the certificate if they are due."
@@ -191,17 +189,10 @@ def _running(instance: dg.DagsterInstance, now: datetime) -> str | None:
 
 def _events(health: AccessHealth, numbers: Mapping[str, Any]) -> list[dg.AssetObservation | dg.AssetCheckEvaluation]:
     """Return the events that record the state of the access at `musica_access`."""
-    text = _markdown(health)
+    outcome, asset = _outcome(health), MUSICA_ACCESS.key
     return [
-        dg.AssetObservation(MUSICA_ACCESS.key, description=text, metadata=numbers),
-        dg.AssetCheckEvaluation(
-            asset_key=MUSICA_ACCESS.key,
-            check_name="health",
-            passed=_passed(health),
-            description=text,
-            severity=_severity(health),
-            metadata=numbers,
-        ),
+        dg.AssetObservation(asset, description=outcome["description"], metadata=numbers),
+        dg.AssetCheckEvaluation(asset_key=asset, check_name="health", **outcome, metadata=numbers),
     ]
 
 
@@ -209,13 +200,10 @@ def _passed(health: AccessHealth) -> bool:
     return health.verdict in ("ok", "due")
 
 
-def _markdown(health: AccessHealth) -> str:
-    """Return the summary for the UI, which joins lines that do not end with two spaces."""
-    return health.summary.replace("\n", "  \n")
-
-
-def _severity(health: AccessHealth) -> dg.AssetCheckSeverity:
-    return dg.AssetCheckSeverity.ERROR if health.verdict == "broken" else dg.AssetCheckSeverity.WARN
+def _outcome(health: AccessHealth) -> dict[str, Any]:
+    """Return the fields of a result of the check, without its metadata."""
+    severity = dg.AssetCheckSeverity.ERROR if health.verdict == "broken" else dg.AssetCheckSeverity.WARN
+    return {"passed": _passed(health), "description": markdown(health.summary), "severity": severity}
 
 
 def _numbers(health: AccessHealth) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
 from dagster_sbatch.project import Project
-from dagster_sbatch.run.reports import ACCESS, LEFT_JOBS, REACHABLE, evaluate
+from dagster_sbatch.run.reports import ACCESS, LEFT_JOBS, REACHABLE, evaluate, markdown
 from dagster_sbatch.slurm.gateway import JobEnd, RefusedError
 from dagster_sbatch.slurm.units import count_of
 from dagster_sbatch.ssh import SshError
@@ -80,7 +80,7 @@ def _ask(project: Project, question: Callable[[Runs], tuple[bool, str]]) -> dg.A
             passed, text = question(runs)
     except NO_ACCESS as error:
         passed, text = False, f"{error}\nEvery link of the chain is tested by\n  scripts/doctor"
-    return dg.AssetCheckResult(passed=passed, description=text.replace("\n", "  \n"))
+    return dg.AssetCheckResult(passed=passed, description=markdown(text))
 
 
 class _Group(BaseModel):
