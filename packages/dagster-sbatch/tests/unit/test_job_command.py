@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 
 from dagster_sbatch import Project
 from dagster_sbatch.commands import job
+from dagster_sbatch.inspect import remote_runs
 from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm.gateway import StoppedError
 from support import ROOT
 
 
-@pytest.mark.parametrize("words", [["logs"], ["cancel"], ["state"], ["logs", "logs"]])
+@pytest.mark.parametrize("words", [["logs"], ["cancel"], ["state"], ["logs", "logs"], ["logs", "1184"]])
 def test_an_action_without_a_job_is_wrong_usage(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -25,6 +28,30 @@ def test_an_action_without_a_job_is_wrong_usage(
     shown = capsys.readouterr()
     assert (ended.value.code, shown.out) == (2, "")
     assert shown.err.endswith(f"name a job before the action, for example: scripts/job 1184 {words[0]}\n")
+
+
+def test_a_login_node_that_cannot_be_reached_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And once: the command retries for a while, or for ever with --follow."""
+    shown = []
+
+    def make_gateway(_: object, __: object, ___: object, on_trouble: Callable[[str], None]) -> Any:
+        def find_runs(_: str) -> None:
+            for text in ("no route", "no route", "refused"):
+                on_trouble(text)
+                shown.append(capsys.readouterr().err)
+            raise StoppedError
+
+        return SimpleNamespace(runs=find_runs, close=lambda: None)
+
+    settings = Settings.model_validate({"SLURM_SUPERCOMPUTER_SITE": "musica", "SLURM_EDGE_NODE_HOST": "login"})
+    monkeypatch.setattr(Project, "load_settings", lambda *_, **__: settings)
+    monkeypatch.setattr(remote_runs, "make_gateway", make_gateway)
+    monkeypatch.setattr(sys, "argv", ["scripts/job"])
+    assert job.main(Project(ROOT)) == 3
+    assert shown == ["no route; trying again\n", "", "refused; trying again\n"]
+    assert "login has not answered everything within 90 s. Last error: refused\n" in capsys.readouterr().err
 
 
 def test_jobs_are_compared_with_the_history_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

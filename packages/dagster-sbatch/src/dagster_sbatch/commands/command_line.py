@@ -48,6 +48,19 @@ def exit_code_of(command: Callable[[], int], *, wrong: int = 1, refused: int = 1
     return code
 
 
+def make_trouble_printer() -> Callable[[str], None]:
+    """Return a function that prints an error after which a request is repeated, unless it was the last one, too."""
+    last = ""
+
+    def report(text: str) -> None:
+        nonlocal last
+        if text != last:
+            last = text
+            print(f"{text}; trying again", file=sys.stderr)
+
+    return report
+
+
 def ends_with_reader(main: Callable[P, int]) -> Callable[P, int]:
     """Decorate a command's `main`: it writes UTF-8, and ends with 1 and no traceback without a reader (`| head`).
 

@@ -5,7 +5,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, time, timedelta
 from typing import get_args
 
-from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser, print_table
+from dagster_sbatch.commands.command_line import (
+    ends_with_reader,
+    exit_code_of,
+    make_parser,
+    make_trouble_printer,
+    print_table,
+)
 from dagster_sbatch.commands.project_history import open_history
 from dagster_sbatch.costs.budget import PACE_DAYS, budget_start, budgets_of, describe
 from dagster_sbatch.costs.hours import show_hours
@@ -73,7 +79,7 @@ def show(project: Project, by: Sequence[Dimension], day: datetime | None) -> int
     today = datetime.combine(datetime.now(UTC).date(), time(), UTC)
     since = day or today - timedelta(weeks=WEEKS)
     first = min(filter(None, (since, budget_start(settings), today - timedelta(days=PACE_DAYS + 1))))
-    with open_runs(settings, project, PATIENCE) as runs:
+    with open_runs(settings, project, PATIENCE, make_trouble_printer()) as runs:
         usage = runs.gateway.usage(first)
     for budget in budgets_of(usage, settings):
         print(describe(usage, budget), end="\n\n")

@@ -11,7 +11,13 @@ from pathlib import Path
 from rich import progress as bars
 from rich.console import Console
 
-from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser, print_table
+from dagster_sbatch.commands.command_line import (
+    ends_with_reader,
+    exit_code_of,
+    make_parser,
+    make_trouble_printer,
+    print_table,
+)
 from dagster_sbatch.environments.code import revision_of
 from dagster_sbatch.environments.deployed import EnvironmentListing, Environments, EnvironmentSpec, read_specs
 from dagster_sbatch.environments.groups import DEFAULT
@@ -55,7 +61,7 @@ def main(project: Project) -> int:
 def act(project: Project, options: argparse.Namespace) -> int:
     settings = project.load_settings(supercomputer=True)
     site = project.load_site(settings.supercomputer_site)
-    gateway = make_gateway(settings, site, on_trouble=lambda text: print(f"{text}; trying again", file=sys.stderr))
+    gateway = make_gateway(settings, site, on_trouble=make_trouble_printer())
     environments = Environments(gateway, str(settings.deployment_base_path), site)
     try:
         if options.rollback:

@@ -9,7 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser, print_table
+from dagster_sbatch.commands.command_line import (
+    ends_with_reader,
+    exit_code_of,
+    make_parser,
+    make_trouble_printer,
+    print_table,
+)
 from dagster_sbatch.commands.job_tasks import find_task, show_array, show_array_logs, show_tasks, split_task
 from dagster_sbatch.commands.project_history import open_instance
 from dagster_sbatch.errors import ConfigurationError
@@ -62,14 +68,15 @@ def main(project: Project) -> int:
     actions.add_parser("state", help="ask Slurm for the job's state")
     actions.add_parser("cancel", help="cancel the job, and wait until it is gone")
     actions.add_parser("dashboard", help="forward a local port to its Ray dashboard, until Ctrl-C or the job ends")
-    asked = parser.parse_args(add_action(sys.argv[1:]))
-    if asked.run in actions.choices:
-        parser.error(f"name a job before the action, for example: scripts/job 1184 {asked.run}")
+    words = sys.argv[1:]
+    if words and words[0] in actions.choices:
+        parser.error(f"name a job before the action, for example: scripts/job 1184 {words[0]}")
+    asked = parser.parse_args(add_action(words))
 
     def command() -> int:
         settings = project.load_settings(supercomputer=True)
         endless = asked.follow or asked.action in ("fetch", "dashboard")
-        with open_runs(settings, project, None if endless else PATIENCE) as runs:
+        with open_runs(settings, project, None if endless else PATIENCE, make_trouble_printer()) as runs:
             act(asked, project, runs, settings)
         return 0
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
+from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser, make_trouble_printer
 from dagster_sbatch.commands.project_history import open_history
 from dagster_sbatch.errors import ConfigurationError, NoSettingsFileError
 from dagster_sbatch.inspect.asset_preview import Preview, find_submitting, preview_asset, supercomputer_deployment
@@ -115,7 +115,7 @@ def run_config(text: str) -> Mapping[str, Any]:
 
 
 def test(project: Project, settings: Settings, previews: Sequence[Preview]) -> int:
-    with open_runs(settings, project, PATIENCE) as runs:
+    with open_runs(settings, project, PATIENCE, make_trouble_printer()) as runs:
         projects, usage = runs.gateway.projects(), ask_usage(runs.gateway, settings)
         answers = [try_script(runs.gateway, preview, projects, usage) for preview in previews]
     for _, said in answers:

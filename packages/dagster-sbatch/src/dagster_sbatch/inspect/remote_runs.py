@@ -2,7 +2,7 @@
 
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -72,8 +72,8 @@ class Runs:
             found = [run for run in runs if run.about.run.startswith(name)]
         if not found:
             raise ConfigurationError(
-                f"No run in {self.folder} has the job id, the Dagster run id (at least {SHORTEST_ID} characters of it) "
-                f"or the submission key {name!r}. To list all runs:\n  scripts/job"
+                f"No run in {self.folder} is called {name!r}. Name a Slurm job id, {SHORTEST_ID} or more characters of "
+                "a Dagster run's id, or a job's name. To list all runs:\n  scripts/job"
             )
         return found
 
@@ -125,17 +125,28 @@ class Runs:
 
 
 @contextmanager
-def open_runs(settings: Settings, project: Project, seconds: float | None = None) -> Iterator[Runs]:
+def open_runs(
+    settings: Settings,
+    project: Project,
+    seconds: float | None = None,
+    on_trouble: Callable[[str], None] = lambda _: None,
+) -> Iterator[Runs]:
     """Open a connection to the runs on the supercomputer.
 
-    `seconds`: for all requests together; None: no limit.
+    `seconds`: for all requests together; None: no limit. `on_trouble`: gets the text of each error after which a
+    request is repeated.
     Raises UnreachableError: the time was not enough.
     Raises AccessError, SshError: there is no access.
     Raises RefusedError: the agent or Slurm refused a request.
     """
     site = project.load_site(settings.supercomputer_site)
     stop, troubles = threading.Event(), ["none"]
-    gateway = make_gateway(settings, site, stop, troubles.append)
+
+    def note(text: str) -> None:
+        troubles.append(text)
+        on_trouble(text)
+
+    gateway = make_gateway(settings, site, stop, note)
     limit = threading.Timer(seconds, stop.set) if seconds else None
     if limit:
         limit.start()
