@@ -123,7 +123,7 @@ def _lock(file: "IO[str]") -> None:
 
 
 def _refuse_foreign_folder() -> None:
-    """Protect what a link .venv leads to: an environment is made in an empty folder, or in place of the one there.
+    """Protect what a link .venv leads to: an environment is made in an empty folder, or in place of this project's.
 
     Raises:
         SystemExit: another project's environment is there, or other files.
@@ -131,16 +131,15 @@ def _refuse_foreign_folder() -> None:
     target = VENV.resolve()
     if not VENV.is_symlink() or not target.is_dir() or not any(target.iterdir()):
         return
-    if not (target / "pyvenv.cfg").is_file():
-        found = "which has files that are no Python environment"
-    elif OWNER.is_file():
+    found = "which has other files"
+    if OWNER.is_file():
         owner = Path(os.fsdecode(OWNER.read_bytes()))
-        if owner == ROOT or (owner / ".venv").resolve() != target:  # ours, or that of a project that is gone
+        if owner == ROOT or (owner / ".venv").resolve() != target:  # this project, maybe before it was moved
             return
         found = f"the environment of {owner}"
-    else:
-        return
-    raise SystemExit(f"{VENV} is a link to {target}, {found}.\nNothing was changed. Link it to an empty folder.")
+    raise SystemExit(
+        f"{VENV} is a link to {target}, {found}.\nNothing was changed. Link it to an empty folder, or empty this one."
+    )
 
 
 def _install(lock: "IO[str]") -> None:
@@ -151,27 +150,30 @@ def _install(lock: "IO[str]") -> None:
     passed_on = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)}
     environment = {**passed_on, **SYSTEM_CERTIFICATES, **NOT_THE_USERS}
     for command in _uv_commands(uv) if uv else _pip_commands():
-        done = subprocess.run(
-            command,
-            cwd=str(ROOT),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            check=False,
-            pass_fds=[lock.fileno()],
-        )
+        try:
+            done = subprocess.run(
+                command,
+                cwd=str(ROOT),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                check=False,
+                pass_fds=[lock.fileno()],
+            )
+        finally:  # also after Ctrl-C and a failure
+            _sign()
         if done.returncode:
             shown = " ".join(command)
             raise SystemExit(
                 f"Setting up {VENV} failed (exit code {done.returncode}); the output is above.\n"
                 f"Command: {shown}\nIt is safe to try again."
             )
-    _finish()
+    STAMP.write_text(_wanted())
     print(f"Environment ready after {time.monotonic() - begun:.0f} s.", file=sys.stderr, flush=True)
 
 
-def _finish() -> None:
-    OWNER.write_bytes(os.fsencode(str(ROOT)))
-    STAMP.write_text(_wanted())
+def _sign() -> None:
+    if VENV.is_dir():
+        OWNER.write_bytes(os.fsencode(str(ROOT)))
 
 
 def _path_without_venv() -> str:

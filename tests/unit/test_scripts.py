@@ -134,7 +134,8 @@ def ready(copy: Path) -> Path:
     """The same with an environment as a set-up leaves it, on another disk; and a uv that fails."""
     venv.create(copy / "elsewhere", symlinks=True)
     (copy / ".venv").symlink_to(copy / "elsewhere")
-    code = "import sys; sys.path.insert(0, 'scripts'); import _environment as e; e._finish()"
+    code = "import sys; sys.path.insert(0, 'scripts'); import _environment as e; e._sign()\n"
+    code += "e.STAMP.write_text(e._wanted())"
     assert run([sys.executable, "-c", code], cwd=copy).returncode == 0
     (copy / "uv").write_text("#!/bin/sh\nexit 3\n")
     (copy / "uv").chmod(0o755)
@@ -167,23 +168,33 @@ def test_an_environment_whose_python_was_replaced_is_set_up_again(target: str, r
     assert f"Setting up {ready}/.venv failed (exit code 3)" in done.stderr
 
 
-@pytest.mark.parametrize("found", ["files", "environment"])
+@pytest.mark.parametrize("found", ["another project's", "another tool's"])
 def test_a_link_to_what_is_not_the_projects_is_left_alone(found: str, ready: Path, tmp_path: Path) -> None:
     """The second project is a copy of the first one's folder, link included: `cp -a`."""
     second = tmp_path / "second"
     for name in ("scripts", "requirements"):
         shutil.copytree(ready / name, second / name)
     (second / ".venv").symlink_to(ready / "elsewhere")
-    if found == "files":
-        (ready / "elsewhere" / "pyvenv.cfg").unlink()
+    if found == "another tool's":
+        (ready / "elsewhere" / "project").unlink()
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PIP_NO_INDEX": "1"}
     done = run([sys.executable, "scripts/show"], cwd=second, env=environment)
     assert done.returncode == 1
-    reason = "which has files that are no Python environment" if found == "files" else f"the environment of {ready}"
+    reason = f"the environment of {ready}" if found == "another project's" else "which has other files"
     assert done.stderr == (
-        f"{second}/.venv is a link to {ready}/elsewhere, {reason}.\nNothing was changed. Link it to an empty folder.\n"
+        f"{second}/.venv is a link to {ready}/elsewhere, {reason}.\n"
+        "Nothing was changed. Link it to an empty folder, or empty this one.\n"
     )
     assert (ready / "elsewhere" / "installed.sha256").is_file()
+
+
+def test_a_failed_set_up_behind_a_link_is_done_again(copy: Path) -> None:
+    (copy / ".venv").symlink_to(copy / "elsewhere")
+    (copy / "uv").write_text('#!/bin/sh\nfor last; do :; done\nmkdir -p "$last"; touch "$last/half"; exit 3\n')
+    (copy / "uv").chmod(0o755)
+    for _ in range(2):
+        done = run([sys.executable, "scripts/show"], cwd=copy, env={"PATH": f"{copy}:/usr/bin:/bin"})
+        assert f"Setting up {copy}/.venv failed (exit code 3)" in done.stderr
 
 
 def test_a_moved_project_keeps_its_linked_environment(ready: Path, tmp_path: Path) -> None:
