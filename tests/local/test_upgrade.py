@@ -147,6 +147,13 @@ def test_a_clone_of_the_template_is_a_source(tmp_path: Path) -> None:
     assert sorted(find_wheels(str(ROOT), tmp_path)) == ["dagster-sbatch", "slurm-in-a-box"]
 
 
+def test_a_clone_may_lack_the_box(tmp_path: Path) -> None:
+    """That of the project stays."""
+    (tmp_path / "clone" / "packages").mkdir(parents=True)
+    (tmp_path / "clone" / "packages" / "dagster-sbatch").symlink_to(ROOT / "packages" / "dagster-sbatch")
+    assert list(find_wheels(str(tmp_path / "clone"), tmp_path)) == ["dagster-sbatch"]
+
+
 def test_a_version_is_taken_from_the_index_that_pip_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = tmp_path / "index"
     index.mkdir()

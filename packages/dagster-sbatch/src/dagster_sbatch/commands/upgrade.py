@@ -182,9 +182,11 @@ def find_wheels(source: str, folder: Path) -> dict[str, Wheel]:
     """Return the wheels that a source has, by package; they are built or downloaded into a folder."""
     path = Path(source).expanduser()
     if path.is_dir():
-        if not (path / "packages" / ENGINE / "pyproject.toml").is_file():
+        sources = {name: path / "packages" / name for name in PACKAGES}
+        found = {name: source for name, source in sources.items() if (source / "pyproject.toml").is_file()}
+        if ENGINE not in found:
             raise ConfigurationError(f"{path} is not a clone of the template: it has no packages/{ENGINE}.")
-        return {name: build_wheel(path / "packages" / name, folder) for name in PACKAGES}
+        return {name: build_wheel(source, folder) for name, source in found.items()}
     if path.is_file():
         wheel = Wheel(path)
         return {wheel.package: wheel}
