@@ -132,9 +132,9 @@ class AccessState:
             f"ASC_AUTHENTIK_API_TOKEN: {token}",
             "" if self._rotation_problem == self.stored_problem else self._rotation_problem,
         )
+        what = "The stored secrets cannot be replaced" if self.file_exists else "No secrets can be made"
         return RejectedError(
-            f"The stored secrets cannot be replaced: {'; '.join(filter(None, reasons))}. "
-            f"To make new ones, {self._make_token}\n  {_ASK_FOR_TOKEN}"
+            f"{what}: {'; '.join(filter(None, reasons))}. To make new ones, {self._make_token}\n  {_ASK_FOR_TOKEN}"
         )
 
     def explain(self, refusals: Mapping[Source, str]) -> BootstrapError:
