@@ -134,7 +134,7 @@ def test_wrong_addresses_and_client_ids_are_told_as_such(variables: dict[str, st
     for wrong, words in (
         ({"ASC_OIDC_CLIENT_ID": "nobody"}, "authentik does not know ASC_OIDC_CLIENT_ID=nobody"),
         ({"ASC_OIDC_TOKEN_URL": f"{base}/application/o/other/"}, "ASC_OIDC_TOKEN_URL="),
-        ({"ASC_STEP_CA_URL": base}, "is it the right certificate authority"),
+        ({"ASC_STEP_CA_URL": base}, "Check ASC_STEP_CA_URL and ASC_STEP_FINGERPRINT"),
         ({"ASC_OIDC_USERNAME": "somebody"}, "has the credentials of 'xy12345', not of ASC_OIDC_USERNAME=somebody"),
     ):
         with pytest.raises(AccessError) as error:
