@@ -170,9 +170,8 @@ def test_an_app_password_given_as_api_token_is_told_in_words(
 ) -> None:
     password = control.create_token(access.USER, "app_password", "by-hand")
     settings = access.settings_of({**variables, "ASC_AUTHENTIK_API_TOKEN": password})
-    with pytest.raises(
-        RejectedError, match=r"^No secrets can be made: .*it is an App Password.*use 'New Token' .*, not 'New App"
-    ) as error:
+    why = r"^No secrets can be made: .*it is an App Password.*use 'New Token' .*, not 'New App"
+    with pytest.raises(RejectedError, match=why) as error:
         refresh(settings, rotation="now", certificate="no")
     assert password not in str(error.value)
     assert not settings.credentials_file.exists()
