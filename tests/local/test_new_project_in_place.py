@@ -133,7 +133,7 @@ def test_an_interrupt_while_git_exchanges_the_files_waits_for_the_end(
         signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             become_a_project(small_clone)
-        except BaseException:  # noqa: BLE001 - pytest goes on in the parent only
+        except BaseException:  # noqa: BLE001 - only the parent is pytest
             os._exit(1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0

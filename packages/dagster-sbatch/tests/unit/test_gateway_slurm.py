@@ -186,7 +186,7 @@ def test_what_sbatch_refuses(say: Say, words: str, kind: str, submitted: str, tm
     assert (tmp_path / "tried").exists() is (submitted == "perhaps")
 
 
-def test_a_command_that_cannot_be_started_now_is_repeated(tmp_path: Path) -> None:
+def test_a_command_that_cannot_be_started_now_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tried").touch()
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with jobs.locked(str(tmp_path)) as lock:
@@ -198,6 +198,7 @@ def test_a_command_that_cannot_be_started_now_is_repeated(tmp_path: Path) -> Non
                 slurm_commands.call("squeue")
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    monkeypatch.setenv("PATH", str(tmp_path))  # a folder that this user cannot read would give another error
     with pytest.raises(disk.RequestError, match="squeue9: No such file or directory") as absent:
         slurm_commands.call("squeue9")
     assert [each.value.kind for each in (submission, query, absent)] == ["temporary", "temporary", "refused"]

@@ -55,7 +55,8 @@ def as_server(forge: Forge, interface: paramiko.ServerInterface) -> Behaviour:
     def serve(connection: socket.socket) -> None:
         interface.transport = transport = paramiko.Transport(connection)
         transport.add_server_key(paramiko.PKey.from_path(forge.key("ed25519")))
-        with contextlib.suppress(EOFError, paramiko.SSHException):  # one side may have hung up before this has looked
+        # One side may have hung up before this has looked.
+        with contextlib.suppress(EOFError, ConnectionError, paramiko.SSHException):
             transport.start_server(server=interface)
         transport.join(60)
 
