@@ -48,6 +48,19 @@ def tick(monkeypatch: pytest.MonkeyPatch, instance: dg.DagsterInstance) -> Tick:
     return make
 
 
+def execute_check() -> dg.ExecuteInProcessResult:
+    """Execute the check, as a person does in the UI."""
+    return (
+        dg.Definitions(
+            assets=[budget_asset.MUSICA_BUDGET],
+            asset_checks=[budget_asset.make_budget_check(PROJECT)],
+            jobs=[dg.define_asset_job("now", dg.AssetSelection.all_asset_checks())],
+        )
+        .resolve_job_def("now")
+        .execute_in_process()
+    )
+
+
 @pytest.mark.parametrize(("jobs", "days", "lasts"), [(1, 122.5, True), (8, 15.3125, True), (9, 13.6111, False)])
 def test_a_tick_records_numbers_and_the_check(tick: Tick, jobs: int, days: float, lasts: bool) -> None:
     """70 GPU-hours are left, and each job has used 8 in the last two weeks."""
@@ -68,12 +81,8 @@ def test_a_tick_records_numbers_and_the_check(tick: Tick, jobs: int, days: float
         lasts,
     )
     assert "p1: 70 of 100 GPU-hours are left" in str(check.description)
-    job = dg.Definitions(
-        assets=[budget_asset.MUSICA_BUDGET],
-        asset_checks=[budget_asset.make_budget_check(PROJECT)],
-        jobs=[dg.define_asset_job("now", dg.AssetSelection.all_asset_checks())],
-    ).resolve_job_def("now")
-    run = job.execute_in_process()
+    assert str(check.description).endswith(f": it lasts {int(days)} days.")
+    run = execute_check()
     assert [each.passed for each in run.get_asset_check_evaluations()] == [lasts]
     (event,) = (event for event in run.all_events if event.is_asset_observation)
     assert event.asset_observation_data.asset_observation.metadata == observation.metadata
@@ -135,6 +144,18 @@ def test_a_tick_without_numbers_records_nothing(tick: Tick) -> None:
     for verdict in ("due", "broken"):
         said = tick(AssertionError("it was asked"), verdict=verdict)
         assert "waits until access is in order" in str(said.skip_reason)
+
+
+def test_a_check_for_which_slurm_does_not_answer_has_not_passed(tick: Tick) -> None:
+    tick(replace(USAGE, jobs=None, shares=None, trouble=["sshare: Unable to contact slurm controller"]))
+    (check,) = execute_check().get_asset_check_evaluations()
+    assert (check.passed, check.severity) == (False, dg.AssetCheckSeverity.WARN)
+    assert str(check.description).startswith("Slurm has not said whether it limits your projects, and ")
+    assert "sshare: Unable to contact slurm controller" in str(check.description)
+    tick(replace(USAGE, jobs=None, shares=[], trouble=["sacct: off"]))
+    (check,) = execute_check().get_asset_check_evaluations()
+    assert check.passed
+    assert str(check.description).startswith("Slurm limits no project of yours, and ")
 
 
 def test_a_renewal_that_fails_stops_nothing_while_access_works(tick: Tick) -> None:

@@ -61,7 +61,7 @@ def test_sums_and_budgets_are_shown(run: Run) -> None:
     assert said == (
         "p1: 70 of 100 GPU-hours are left (GrpTRESMins of p1).\n"
         "  Running jobs use at most 1 more, waiting jobs 0.\n"
-        "  The last 14 days used 1.71 per day: it lasts 41 days.\n"
+        "  The last 14 days used 1.71 per day: it lasts 40 days.\n"
         "\n"
         "asset           jobs  node-hours  GPU-hours\n"
         "(other)            1           2          8\n"

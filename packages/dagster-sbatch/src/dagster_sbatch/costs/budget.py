@@ -111,7 +111,7 @@ def describe(usage: Usage, budget: Budget) -> str:
     """Return what is left of a budget, what may still use it, and how long it lasts: three lines for people."""
     pace, days = pace_of(usage, budget), days_left(usage, budget)
     whose = f", your own jobs in {budget.project} only" if budget.user else ""
-    lasts = "" if days is None or math.isinf(days) else f": it lasts {count_of(round(days), 'day')}"
+    lasts = "" if days is None or math.isinf(days) else f": it lasts {count_of(math.floor(days), 'day')}"
     others = "" if sees_all(usage, budget) else f" ({UNSEEN})"
     limit = show_hours(budget.limit, budget.unit, beside=[budget.left, budget.used])
     if budget.left is not None and budget.left <= 0:

@@ -51,6 +51,8 @@ def make_budget_check(project: Project) -> dg.AssetChecksDefinition:
         passed, text = _judge(usage, budgets)
         for observation in _observe(text, metadata):
             context.op_execution_context.log_event(observation)
+        if not budgets and usage.shares is None:
+            return dg.AssetCheckResult(passed=False, severity=dg.AssetCheckSeverity.WARN, description=text)
         return dg.AssetCheckResult(passed=passed, description=text)
 
     return budget_lasts
@@ -100,7 +102,9 @@ def _judge(usage: Usage, budgets: Sequence[Budget]) -> tuple[bool, str]:
     """Return whether no budget ends soon, and a text on all; a budget that is not known is not a failure."""
     days = [days_left(usage, budget) for budget in budgets]
     passed = all(each is None or each >= SHORTEST_DAYS for each in days)
-    none = "No limit of a project is known: neither Slurm's, nor SLURM_BUDGET_GPU_HOURS."
+    none = "Slurm limits no project of yours, and SLURM_BUDGET_GPU_HOURS is not set."
+    if usage.shares is None:
+        none = "Slurm has not said whether it limits your projects, and SLURM_BUDGET_GPU_HOURS is not set."
     known = [describe(usage, budget) for budget in budgets] or [none]
     return passed, markdown("\n".join([*known, *(f"Not known: {text}" for text in usage.trouble)]))
 
