@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from dagster_sbatch.auth.certificate import fingerprint
 from dagster_sbatch.settings import Settings
+from dagster_sbatch.sites.musica import MUSICA
+from dagster_sbatch.ssh.known_hosts import parse_authority
 from support import ENGINE, ROOT
 
 ENGINE_DOCS = ROOT / "packages" / "dagster-sbatch" / "docs"
@@ -97,6 +100,13 @@ def test_texts_have_no_words_that_a_newcomer_reads_twice() -> None:
     assert len(texts) > 200
     found = [(str(path), match[0]) for path in texts for match in AVOIDED.finditer(path.read_text())]
     assert found == []
+
+
+def test_the_musica_page_has_the_host_authority_and_its_fingerprint() -> None:
+    text = (ENGINE_DOCS / "musica.md").read_text()
+    (line,) = MUSICA["host_authorities"]
+    assert f"```\n{line}\n```" in text
+    assert f"```\n{fingerprint(parse_authority(line).key)}\n```" in text
 
 
 def test_the_architecture_page_names_every_module() -> None:
