@@ -269,7 +269,7 @@ OUT_OF_MEMORY = {
     ),
     "an actor on the second node": Failing(
         f"it ran out of memory on {{second}}, and the system killed some of its processes{ADVICE}. "
-        "Then probe workload.py raised ActorDiedError: ",
+        "Then probe workload.py raised ray.exceptions.ActorDiedError: ",
         EAT + ON_ANOTHER_NODE,
         mem="2G",
     ),

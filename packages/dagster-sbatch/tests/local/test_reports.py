@@ -86,7 +86,7 @@ def test_a_child_s_closed_session_does_not_count_as_the_parent_s(tmp_path: Path)
     assert "without closing its Dagster Pipes session" in outcome.error
 
 
-@pytest.mark.parametrize(("check", "error"), [(False, ""), (True, "raised CalledProcessError")])
+@pytest.mark.parametrize(("check", "error"), [(False, ""), (True, "raised subprocess.CalledProcessError")])
 def test_whether_a_child_s_exception_counts_is_the_parent_s_choice(check: bool, error: str, tmp_path: Path) -> None:
     workload = PIPES + CHILD.format(body="1/0", check=check) + "    pipes.report_asset_materialization()\n"
     outcome = materialize(workload, tmp_path)

@@ -181,6 +181,20 @@ def test_output_to_what_is_no_file() -> None:
     assert target.getvalue() == "\u2713"
 
 
+def test_output_in_a_notebook_is_not_written_to_the_terminal_of_its_server(tmp_path: Path) -> None:
+    class Cell(io.StringIO):
+        """As ipykernel's stream: `fileno` is what the stdout of its process was before."""
+
+        def fileno(self) -> int:
+            return terminal.fileno()
+
+    with (tmp_path / "terminal").open("w") as terminal:
+        target = Cell()
+        Output(target, lambda error: pytest.fail(str(error))).feed("\u2713".encode())
+    assert target.getvalue() == "\u2713"
+    assert (tmp_path / "terminal").read_text() == ""
+
+
 def test_output_to_what_is_closed(tmp_path: Path) -> None:
     errors: list[Exception] = []
     with (tmp_path / "stdout").open("w") as target:

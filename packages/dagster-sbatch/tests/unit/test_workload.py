@@ -103,6 +103,10 @@ def plan(folder: Path, **arguments: Any) -> Plan:
         (["", "é" * 65536], r"args\[1\] cannot be an argument"),
         (["two\r\nlines"], "cannot be an argument"),  # sbatch refuses a script with them, whatever they are in
         ([None], "is not a string"),
+        (None, r"args=None is not a list\. Write a list"),
+        ({"--trials": "3"}, "is not a list"),  # its values would be lost
+        ({"a", "b"}, "is not a list"),  # another order in each process
+        ((each for each in ["--trials", "3"]), "is not a list"),  # can be read once, and is checked first
     ],
 )
 def test_arguments_are_a_list_of_texts(args: Any, text: str, folder: Path) -> None:
@@ -113,6 +117,7 @@ def test_arguments_are_a_list_of_texts(args: Any, text: str, folder: Path) -> No
 @pytest.mark.parametrize(
     ("env", "text"),
     [
+        ([("A", "1")], "env=[('A', '1')] is not a dictionary. Write for instance env={'OMP_NUM_THREADS': '1'}"),
         ({"A-B": "1"}, "env['A-B'] is not the name of a variable"),
         ({"X; touch f; Y": "1"}, "is not the name of a variable"),
         ({"": "1"}, "is not the name of a variable"),

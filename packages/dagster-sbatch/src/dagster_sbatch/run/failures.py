@@ -1,5 +1,6 @@
 """Texts of failures: how a workload ended, and the Failure that Dagster shows."""
 
+import re
 import signal
 from collections.abc import Mapping
 from typing import Any
@@ -38,7 +39,9 @@ def is_success(exception: Mapping[str, Any]) -> bool:
 def name_exception(exception: Mapping[str, Any], *, with_stack: bool) -> str:
     """Return name and message of a Pipes exception, with its stack if stderr does not show it."""
     name, message = exception.get("name") or "an exception", str(exception.get("message") or "").strip()
-    head = message if message.startswith(f"{name}:") else f"{name}: {message}"
+    # Python's messages begin with the name, after the module of an exception that is not built in
+    named = re.match(rf"(\S+\.)?{re.escape(name)}(:|\n|$)", message)
+    head = message if named else f"{name}: {message}".removesuffix(": ")
     stack = "".join(exception.get("stack") or [])
     return f"{head}\n\n{stack}".rstrip() if stack and with_stack else head
 

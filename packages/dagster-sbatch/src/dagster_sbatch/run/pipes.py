@@ -1,13 +1,14 @@
 """The Dagster Pipes session around a workload: context out, messages and output in."""
 
 import codecs
+import io
 import json
 import os
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -144,9 +145,8 @@ class Output(Lines):
     @staticmethod
     def _write(target: TextIO, text: str) -> None:
         """Write UTF-8 in any locale, past the buffer: it would keep what a full disk refuses."""
-        try:
-            number = target.fileno()
-        except (AttributeError, OSError):  # a test's, a notebook's
+        number = _file_of(target)
+        if number is None:
             target.write(text)
             target.flush()
             return
@@ -154,6 +154,17 @@ class Output(Lines):
         data = text.encode(errors="replace")  # half of a surrogate pair
         while data:
             data = data[os.write(number, data) :]
+
+
+def _file_of(stream: TextIO) -> int | None:
+    """Return the descriptor of the file that a stream writes to; None if it is not a file, as in a notebook or a test.
+
+    The stream of a notebook has one all the same: that of the terminal in which the notebook's server runs.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        with suppress(OSError):
+            return stream.fileno()
+    return None
 
 
 class Streams:

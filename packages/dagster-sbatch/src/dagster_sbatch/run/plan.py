@@ -209,6 +209,8 @@ def complete_extras(extras: Mapping[str, Any] | None, partitions: Sequence[str])
 
 def _check_variables(env: Mapping[str, str]) -> None:
     """Refuse variables that cannot be set everywhere."""
+    if not isinstance(env, Mapping):
+        raise ConfigurationError(f"env={env!r} is not a dictionary. Write for instance env={{'OMP_NUM_THREADS': '1'}}")
     for name, value in env.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigurationError(f"env[{name!r}] is not the name of a variable. Use letters, digits and _.")

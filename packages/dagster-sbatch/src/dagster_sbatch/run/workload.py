@@ -50,7 +50,7 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: b
 
     `path`: a program, or the folder of a Python package with a `__main__.py`. `workloads`: the code root of every
     workload below it.
-    Raises ConfigurationError: there is no such program, it does not parse, or an argument is not a string.
+    Raises ConfigurationError: there is no such program, it does not parse, or the arguments are not a list of strings.
     """
     _check_arguments(args)
     given = Path(os.path.abspath(path))  # noqa: PTH100 - links are kept: what they point to is checked when code is sent
@@ -78,6 +78,8 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: b
 def _check_arguments(args: Sequence[str]) -> None:
     if isinstance(args, str):
         raise ConfigurationError(f"args={args!r} is one string. Write a list of strings, as on a command line")
+    if not isinstance(args, Sequence):  # a generator can be read once, a set has no order, a dictionary hides its values
+        raise ConfigurationError(f"args={args!r} is not a list. Write a list of strings, as on a command line")
     for index, each in enumerate(args):
         if not isinstance(each, str):
             raise ConfigurationError(f"args[{index}]={each!r} is not a string. Write str(...) of numbers and paths")
