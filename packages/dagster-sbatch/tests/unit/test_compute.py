@@ -37,6 +37,25 @@ def test_a_qos_for_tries_is_warned_about_in_production(
     assert (text in said) is warned
 
 
+@pytest.mark.parametrize("partition", [None, "a"])
+def test_an_asset_that_is_called_outside_a_run_says_how_to_run_it(partition: str | None) -> None:
+    @dg.asset(partitions_def=dg.StaticPartitionsDefinition(["a"]) if partition else None)
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> None:
+        compute.run(context, workload=__file__, launcher=ScriptLauncher())
+
+    with dg.build_asset_context(partition_key=partition) as context, pytest.raises(dg.Failure) as error:
+        probe(context, **build_resources())
+    assert "compute.run: it was called outside a run" in str(error.value.description)
+    assert "dg.materialize([asset], resources=" in str(error.value.description)
+
+
+def test_the_context_of_something_else_is_refused() -> None:
+    compute = build_resources()["compute"]
+    with pytest.raises(dg.Failure) as error:
+        compute.run(dg.build_sensor_context(), workload=__file__, launcher=ScriptLauncher())
+    assert "compute.run: its context is a SensorEvaluationContext, and only an asset, an op or" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("argument", "value", "text"),
     [

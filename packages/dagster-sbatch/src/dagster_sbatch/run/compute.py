@@ -79,11 +79,12 @@ class ComputeResource(dg.ConfigurableResource[Any]):
             an array it is a CompletedArray, whose `.tasks` has what each task reported.
 
         Raises:
-            Failure: the workload, the request or another argument is wrong; the text says what to change.
+            Failure: the workload, the request or another argument is wrong, or there is no run; the text says what to
+                change.
             DagsterExecutionInterruptedError: the run was terminated, and its processes and its job have ended; or
                 Dagster is stopping, and the Slurm job keeps running.
         """
-        step = context.op_execution_context
+        step = _step_of(context)
         name = ", ".join(sorted(key.to_user_string() for key in step.selected_asset_keys)) or step.op_def.name
         try:
             settings = self._settings()
@@ -125,6 +126,32 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         if plan.array:
             return run_array_here(context, name, settings, plan)
         return run_here(context, name, settings, plan)
+
+
+def _step_of(context: object) -> dg.OpExecutionContext:
+    """Return the context of the step that runs.
+
+    Raises Failure: it is the context of something else, or of an asset or op that is called outside a run.
+    """
+    if not isinstance(context, dg.AssetExecutionContext | dg.OpExecutionContext | dg.AssetCheckExecutionContext):
+        raise failure(
+            "compute.run",
+            f"its context is a {type(context).__name__}, and only an asset, an op or the function of an asset check can "
+            "run a workload. Pass the `context` of that function.",
+            final=True,
+        )
+    step = context.op_execution_context
+    try:
+        step.get_step_execution_context()
+    except dg.DagsterError:  # Dagster's, of build_asset_context() and build_op_context()
+        raise failure(
+            "compute.run",
+            "it was called outside a run, with the context of build_asset_context() or build_op_context(). "
+            "Let a run call it, in tests as well: dg.materialize([asset], resources={'compute': ...}), "
+            "or execute_in_process() of a job.",
+            final=True,
+        ) from None
+    return step
 
 
 _Intercept = Callable[[str, Settings, Plan], Never]
