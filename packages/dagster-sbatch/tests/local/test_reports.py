@@ -267,7 +267,7 @@ def test_the_only_partition_of_a_run_gets_its_data_version(tmp_path: Path) -> No
         ({"partition": ["a"], "metadata": {"rows": 1}}, "not a report on a partition"),
         ({"partition": "a", "metadata": "text"}, "not a report on a partition"),
         ({"partition": "a", "metadata": {"t": {"raw_value": 1, "type": "nonsense"}}}, "nonsense"),
-        ({"partition": "a", "metadata": {"t": {"raw_value": {}, "type": "table"}}}, "records"),
+        ({"partition": "a", "metadata": {"t": {"raw_value": {}, "type": "table"}}}, "'table'}: 'records' is missing"),
         ({"metadata": {"rows": 1}}, "not a report on a partition"),
         ({"partition": "a", "numbers": {"rows": 1}}, "its form is"),
         (
@@ -289,10 +289,18 @@ def test_a_report_on_a_partition_of_an_asset_that_has_none(tmp_path: Path) -> No
     assert "cannot be used: the partition 'a' is not of this run" in materialize(workload, tmp_path).error
 
 
-def test_a_result_that_dagster_refuses_is_named_as_the_workload_s(tmp_path: Path) -> None:
-    metadata = {"at": {"raw_value": "yesterday", "type": "timestamp"}}
-    workload = PIPES + f"    pipes.report_asset_materialization(metadata={metadata!r})\n"
-    assert "probe: what probe workload.py reported cannot be used: " in materialize(workload, tmp_path).error
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({"raw_value": "yesterday", "type": "timestamp"}, 'Param "'),
+        ({"raw_value": {"records": [{"a": 1}]}, "type": "table"}, "'schema' is missing"),
+    ],
+)
+@pytest.mark.parametrize("report", ["report_asset_materialization(", "report_asset_check('fine', passed=True, "])
+def test_metadata_that_dagster_refuses_is_named(value: Any, reason: str, report: str, tmp_path: Path) -> None:
+    workload = PIPES + f"    pipes.{report}metadata={{'rows': 1, 'at': {value!r}}})\n"
+    error = materialize(workload, tmp_path, checks=("fine",)).error
+    assert f"probe: what probe workload.py reported cannot be used: the metadata 'at', {value}: {reason}" in error
 
 
 # Ops, checks, retries

@@ -25,7 +25,7 @@ def test_the_name_of_an_exception_stands_there_once(error: BaseException, text: 
 
 
 @pytest.mark.parametrize(
-    ("message", "text"), [("why", "simpleError: why"), ("", "simpleError"), ("simpleErrors", "simpleError: simpleErrors")]
+    ("message", "text"), [("why", "anError: why"), ("", "anError"), ("anErrors", "anError: anErrors")]
 )
 def test_an_exception_of_another_language_is_named_too(message: str, text: str) -> None:
-    assert name_exception({"name": "simpleError", "message": message}, with_stack=False) == text
+    assert name_exception({"name": "anError", "message": message}, with_stack=False) == text

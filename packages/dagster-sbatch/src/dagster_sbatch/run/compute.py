@@ -136,8 +136,8 @@ def _step_of(context: object) -> dg.OpExecutionContext:
     if not isinstance(context, dg.AssetExecutionContext | dg.OpExecutionContext | dg.AssetCheckExecutionContext):
         raise failure(
             "compute.run",
-            f"its context is a {type(context).__name__}, and only an asset, an op or the function of an asset check can "
-            "run a workload. Pass the `context` of that function.",
+            f"its context is a {type(context).__name__}, and only an asset, an op or the function of an asset check "
+            "can run a workload. Pass the `context` of that function.",
             final=True,
         )
     step = context.op_execution_context

@@ -142,5 +142,8 @@ def _explain_session(messages: MessageParser, workload: str) -> str | None:
     if not messages.opened:
         return f"{workload} ended without opening a Dagster Pipes session: wrap its work in `with open_dagster_pipes()`"
     if messages.open > 0:
-        return f"{workload} ended without closing its Dagster Pipes session: something ended it in mid-work"
+        return (
+            f"{workload} ended without closing its Dagster Pipes session: something ended it in mid-work, or its work "
+            "is not inside `with open_dagster_pipes()`"
+        )
     return None

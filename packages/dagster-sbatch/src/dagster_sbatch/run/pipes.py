@@ -23,7 +23,7 @@ from dagster_pipes import (
 
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import attach, check_report, make_message, partitions_of, read_partitions
+from dagster_sbatch.run.results import attach, hand_over, make_message, partitions_of, read_partitions
 from dagster_sbatch.slurm.gateway import MESSAGES
 
 CONTEXT = "context.json"  # name of the file with the Pipes context in a run directory, beside MESSAGES
@@ -68,8 +68,7 @@ class Messages(MessageParser, dg.PipesMessageReader):
         self.read_last_line()
         with self.error_kept():
             for message in self.results:
-                check_report(context, message)
-                self.deliver(message)
+                hand_over(context, message, self.deliver, self)
             if self.partitions:
                 own = partitions_of(context)
                 attach(context, read_partitions(context, self, self.partitions, own, whose="run"))

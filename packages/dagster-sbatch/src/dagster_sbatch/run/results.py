@@ -1,6 +1,6 @@
 """What a step adds to the events of its assets: metadata of single partitions, and the costs of its job."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ OWN_NAMES = frozenset(
     """.split()
 )
 """Names of the metadata that the engine itself adds, on one deployment or another; see docs/assets.md."""
+_SHOWN = 200  # characters of a wrong value
 _FIELDS = ("partition", "metadata", "asset_key", "data_version")
 
 
@@ -50,7 +51,7 @@ def declared_checks(context: dg.OpExecutionContext) -> dict[str, list[str]]:
     return found
 
 
-def check_report(context: dg.OpExecutionContext, message: PipesMessage) -> None:
+def _check_report(context: dg.OpExecutionContext, message: PipesMessage) -> None:
     """Refuse the result of an asset check that the step does not declare; warn of metadata under one of OWN_NAMES.
 
     Dagster would refuse the check when it has stored the materializations of the step already.
@@ -73,6 +74,39 @@ def check_report(context: dg.OpExecutionContext, message: PipesMessage) -> None:
             f"{asset} does not declare the check {name!r}. The checks of this step are: {listed or 'none'}. "
             f"Correct the name, or declare the check: check_specs=[AssetCheckSpec({name!r}, asset=...)]"
         )
+
+
+def hand_over(
+    context: dg.OpExecutionContext,
+    message: PipesMessage,
+    handle: Callable[[PipesMessage], None],
+    reader: dg.PipesMessageReader,
+) -> None:
+    """Check a report and hand it to Dagster; `handle`: of Dagster's handler.
+
+    Raises ValueError: see `_check_report`; or Dagster cannot read it. The text names the metadata with which it cannot.
+    """
+    _check_report(context, message)
+    try:
+        handle(message)
+    except Exception as error:
+        raise ValueError(_find_unreadable(context, message, reader) or str(error)) from error
+
+
+def _find_unreadable(
+    context: dg.OpExecutionContext, message: PipesMessage, reader: dg.PipesMessageReader
+) -> str | None:
+    """Return which metadata of a report Dagster cannot read, and why; None if it can read all."""
+    params = message["params"] or {}
+    metadata = params.get("metadata")
+    for name, value in metadata.items() if isinstance(metadata, Mapping) else ():
+        alone = make_message(message["method"], {**params, "metadata": {name: value}})
+        try:
+            dg.PipesMessageHandler(context, reader).handle_message(alone)
+        except Exception as error:  # noqa: BLE001 - Dagster raises its own for each kind of wrong metadata
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            return f"the metadata {name!r}, {str(value)[:_SHOWN]}: {reason}"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +148,7 @@ def read_partitions(
             "data_version": report.get("data_version"),
         }
         message = make_message("report_asset_materialization", params)
-        check_report(context, message)
-        handler.handle_message(message)
+        hand_over(context, message, handler.handle_message, reader)
     found = []
     for report, result in zip(reports, handler.get_reported_results(), strict=True):
         assert isinstance(result, dg.MaterializeResult)
@@ -157,7 +190,7 @@ def _find_asset(context: dg.OpExecutionContext, report: Any) -> dg.AssetKey:
     form = f'{{"{PARTITION}": {{"partition": KEY, "metadata": {{...}}, "asset_key": KEY, "data_version": TEXT}}}}'
     known = isinstance(report, dict) and report.keys() <= set(_FIELDS) and isinstance(report.get("partition"), str)
     if not known or not isinstance(report.get("metadata") or {}, dict):
-        raise ValueError(f"not a report on a partition: {str(report)[:200]}; its form is {form}")
+        raise ValueError(f"not a report on a partition: {str(report)[:_SHOWN]}; its form is {form}")
     keys: dict[str, dg.AssetKey] = {key.to_escaped_user_string(): key for key in sorted(context.selected_asset_keys)}
     name = report.get("asset_key")
     if name is None and len(keys) == 1:

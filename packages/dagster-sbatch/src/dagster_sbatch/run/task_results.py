@@ -8,7 +8,7 @@ import dagster as dg
 
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.messages import MessageParser
-from dagster_sbatch.run.results import PartitionReport, check_report, partitions_of, read_partitions, report_on
+from dagster_sbatch.run.results import PartitionReport, hand_over, partitions_of, read_partitions, report_on
 
 MOST_ROWS = 200  # of a table in the metadata: Dagster stores it with the event
 CHECK = "check {}"  # metadata of a partition: whether the asset check of that name passed for it
@@ -80,8 +80,7 @@ def read_result(
     result = TaskResult(task, where, costs)
     handler = dg.PipesMessageHandler(context, reader)
     for message in messages.results:
-        check_report(context, message)
-        handler.handle_message(message)
+        hand_over(context, message, handler.handle_message, reader)
     result.messages.extend(handler.get_custom_messages())
     for each in handler.get_reported_results():
         if isinstance(each, dg.AssetCheckResult):

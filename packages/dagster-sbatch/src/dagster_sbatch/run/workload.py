@@ -78,7 +78,7 @@ def read_workload(path: Path, args: Sequence[str], workloads: Path, *, python: b
 def _check_arguments(args: Sequence[str]) -> None:
     if isinstance(args, str):
         raise ConfigurationError(f"args={args!r} is one string. Write a list of strings, as on a command line")
-    if not isinstance(args, Sequence):  # a generator can be read once, a set has no order, a dictionary hides its values
+    if not isinstance(args, Sequence):  # a generator is read once, a set has no order, a dictionary hides its values
         raise ConfigurationError(f"args={args!r} is not a list. Write a list of strings, as on a command line")
     for index, each in enumerate(args):
         if not isinstance(each, str):
