@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from dagster_sbatch.auth import AccessError, MisconfiguredError, UnavailableError, ensure_certificate
-from dagster_sbatch.auth.http import Http
+from dagster_sbatch.auth.authentik import request_oidc_token
+from dagster_sbatch.auth.http import Http, HttpAnswer
 from dagster_sbatch.auth.network import proxy_for
 from dagster_sbatch.slurm.gateway.channel import Channel
 from dagster_sbatch.slurm.gateway.link import Link
@@ -208,7 +209,10 @@ def test_a_proxy_that_is_not_supported_is_named(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
 @pytest.mark.parametrize(
     "value",
-    ["http://", "http://proxy:port", "http://[::1", "two words", "http://u:test-password@a b:1"],
+    [
+        *("http://", "http://proxy:port", "http://[::1", "two words", "http://u:test-password@a b:1"),
+        *("http://proxy..test:1", f"http://{'p' * 64}.test:1", "http://127.0.0.1:65536", "http://u:\udcff@proxy:1"),
+    ],
 )
 def test_a_malformed_proxy_is_named_without_its_password(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str
@@ -310,6 +314,20 @@ def test_temporary_failures_are_tried_again_and_others_are_not(server: Server, m
     assert len(server.seen) == 4
 
 
-@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:port/", "ftp://127.0.0.1/", "nowhere"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://[::1", "http://127.0.0.1:port/", "ftp://127.0.0.1/", "nowhere"),
+        *("https://auth..example.test/", f"https://{'a' * 64}.test/"),
+    ],
+)
 def test_an_address_that_is_none_is_told_as_such(url: str) -> None:
     assert isinstance(failure(url), MisconfiguredError)
+
+
+def test_a_token_that_is_not_an_object_is_told_as_such(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = access.settings_of(access.environment(NOBODY, tmp_path))
+    for token in ("e30.W10.x", 5):  # in base64, W10 is []
+        monkeypatch.setattr(Http, "call", lambda *_, token=token, **__: HttpAnswer(200, {"id_token": token}, None))
+        with pytest.raises(MisconfiguredError, match="is missing or cannot be read"):
+            request_oidc_token(settings, "x", Http())

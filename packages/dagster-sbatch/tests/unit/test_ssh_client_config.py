@@ -72,7 +72,7 @@ def test_the_config_is_read_as_openssh_reads_it(config: Path, host: str) -> None
     for line in done.stdout.splitlines():
         name, _, value = line.partition(" ")
         theirs.setdefault(name, []).append(value)
-    login, jump = read_route(settings(HOST=host, KEY_PATH=None if host == "musica" else "key"))
+    login, jump = read_route(settings(HOST=host, KEY_PATH=None if host == "musica" else "/key"))
     assert [login.host] == theirs["hostname"]
     assert [str(login.port)] == theirs["port"]
     assert [login.user] == theirs["user"]
@@ -147,7 +147,13 @@ def test_what_cannot_be_followed_is_an_error(config: Path, text: str, message: s
     assert ".ssh/config" in str(refused.value)
 
 
-@pytest.mark.parametrize("host", ["xy12345@musica", "musica:2222", "-oProxyCommand=x", "mu sica", "ssh://musica"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("xy12345@musica", "musica:2222", "-oProxyCommand=x", "mu sica", "ssh://musica"),
+        *("musica..asc.ac.at", ".musica", f"{'m' * 64}.asc.ac.at"),
+    ],
+)
 def test_a_host_is_a_name_and_nothing_else(host: str) -> None:
     with pytest.raises(ConfigurationError, match="is not the name of a host"):
         read_route(settings(HOST=host))

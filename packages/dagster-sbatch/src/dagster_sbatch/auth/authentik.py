@@ -150,7 +150,7 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
         )
     try:
         return _parse_token(answer.data["id_token"])
-    except (LookupError, TypeError, ValueError) as problem:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
         lacks = str(problem) if type(problem) is ValueError else "it is missing or cannot be read"
         raise MisconfiguredError(
             f"authentik's OIDC token (id_token) cannot be used for a certificate: {lacks}. ASC_OIDC_CLIENT_ID="

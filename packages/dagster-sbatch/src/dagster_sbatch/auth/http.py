@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, UnavailableError
-from dagster_sbatch.auth.network import Proxy, proxy_for, public_trust, trust_variable
+from dagster_sbatch.auth.network import Proxy, names_host, proxy_for, public_trust, trust_variable
 
 if TYPE_CHECKING:
     import httpx
@@ -93,6 +93,8 @@ class Http:
             address = httpx.URL(url)
         except httpx.InvalidURL as error:
             raise MisconfiguredError(f"{url} is not a URL: {error}") from None
+        if address.host and not names_host(address):
+            raise MisconfiguredError(f"{url} is not a URL: {address.host!r} is not the name of a host")
         proxy = proxy_for(address)
         to_proxy = self._public_trust if proxy and proxy.url.lower().startswith("https:") else None
         through = httpx.Proxy(proxy.url, ssl_context=to_proxy) if proxy else None

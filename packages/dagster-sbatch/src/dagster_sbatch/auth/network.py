@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import httpx
 
 
+MOST_PORT = 65535
+LONGEST_PART = 63  # bytes between two dots of a host's name (RFC 1035)
+
+
 @dataclass(frozen=True)
 class Proxy:
     """An HTTP proxy."""
@@ -33,6 +37,11 @@ class Proxy:
     def advice(self, host: str) -> str:
         """Return what a user can do if the proxy cannot be used for a host."""
         return f"Correct the variable, or reach {host} without a proxy:\n  export NO_PROXY={host}"
+
+
+def names_host(url: "httpx.URL") -> bool:
+    """Return whether an address has a host that can be looked up: of a name, no part is empty or too long."""
+    return all(0 < len(part) <= LONGEST_PART for part in url.raw_host.removesuffix(b".").split(b"."))
 
 
 def public_trust() -> ssl.SSLContext:
@@ -76,9 +85,9 @@ def proxy_for(url: "httpx.URL") -> Proxy | None:
     proxy = Proxy(f"{name.upper()}_PROXY", value if "://" in value else f"http://{value}")
     try:
         address = httpx.URL(proxy.url)
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, UnicodeError):
         address = httpx.URL()
-    if address.scheme not in ("http", "https") or not address.host:
+    if address.scheme not in ("http", "https") or not names_host(address) or (address.port or 0) > MOST_PORT:
         raise MisconfiguredError(
             f"The proxy {proxy} cannot be used: an address has the form http://host:port or https://host:port. "
             f"{proxy.advice(url.host)}"

@@ -25,6 +25,9 @@ _REPORTED = frozenset(
 
 _JUMP = re.compile(r"(?:ssh://)?(?:(?P<user>[^@]+)@)?(?P<host>\[[^]]+\]|[^:,]+)(?::(?P<port>\d+))?")
 
+_NAME = re.compile(r"(?=[A-Za-z0-9_])([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}(?<=[A-Za-z0-9_])")
+"""Of a host: Python cannot look up one with an empty part, or with one of more than 63 characters (RFC 1035)."""
+
 _COMMENT = re.compile(r'^((?:"[^"]*"|[^"])*?)\s#.*')
 """Behind an option, as OpenSSH reads it from version 8.7 on; paramiko does not."""
 
@@ -124,7 +127,7 @@ def _checked(host: str, where: str) -> str:
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:
-        if re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?", host):
+        if _NAME.fullmatch(host):
             return host
     raise ConfigurationError(f"{host!r} is not the name of a host (in {where}). User and port are separate settings")
 
