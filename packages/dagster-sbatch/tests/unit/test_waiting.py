@@ -20,6 +20,7 @@ from dagster_sbatch.slurm.waiting import advise
         ("launch_failed_requeued_held", "scontrol release 17"),
         ("user env retrieval failed requeued held", "scontrol release 17"),
         ("job requeued in held state", "scontrol release 17"),
+        ("JobHoldMaxRequeue", "scontrol release 17"),
         ("BadConstraints", "constraint"),
         ("PartitionConfig", "--test-only"),
         ("PartitionTimeLimit", "--test-only"),
@@ -31,8 +32,12 @@ from dagster_sbatch.slurm.waiting import advise
         ("AssocMaxWallDurationPerJobLimit", "--test-only"),
         ("QOSMinGRES", "--test-only"),
         ("ReservationDeleted", "--test-only"),
+        ("MaxMemPerLimit", "--test-only"),
         ("AssocGrpBillingMinutes", "computing time"),
         ("QOSGrpGRESMinutes", "computing time"),
+        ("AssocGrpCPUMinutesLimit", "computing time"),
+        ("AssocGrpWallLimit", "computing time"),
+        ("QOSGrpWallLimit", "computing time"),
     ],
 )
 def test_a_job_that_may_never_start(reason: str, says: str) -> None:
@@ -43,7 +48,7 @@ def test_a_job_that_may_never_start(reason: str, says: str) -> None:
     "reason",
     "None Priority Resources Dependency BeginTime Licenses ReqNodeNotAvail Reservation PartitionDown PartitionInactive "
     "QOSMaxJobsPerUserLimit AssocMaxJobsLimit QOSGrpNodeLimit AssocGrpCpuLimit JobArrayTaskLimit Prolog Cleaning "
-    "QOSMaxGRESPerUser MaxJobsPerAccount".split(),
+    "QOSMaxGRESPerUser MaxJobsPerAccount AssocGrpCPURunMinutesLimit QOSGrpGRESRunMinutes".split(),
 )
 def test_a_job_that_waits_for_its_turn(reason: str) -> None:
     assert advise(reason, "17") is None

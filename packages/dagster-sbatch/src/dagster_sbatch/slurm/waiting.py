@@ -9,8 +9,8 @@ _ADVICE = (
         "without that dependency, or after the other job.",
     ),
     (
-        r"JobHeldUser|JobHeldAdmin|[Hh]eld",
-        "it is held. An administrator or you did that (scontrol hold), or its node failed to start it. Find out why, "
+        r"JobHeldUser|JobHeldAdmin|JobHoldMaxRequeue|[Hh]eld",
+        "it is held. An administrator or you did that (scontrol hold), or its nodes failed to start it. Find out why, "
         "then release it on the login node, or Terminate this run:\n  scontrol release {job}",
     ),
     (
@@ -20,12 +20,12 @@ _ADVICE = (
     ),
     (
         r"Partition(Config|NodeLimit|TimeLimit)|Invalid(Account|QOS)|(Account|QOS)NotAllowed|ReservationDeleted"
-        r"|Reservation.*(Invalid|deleted)|QOSMin\w*|((Assoc|QOS)\w*|Max\w*)Per(Job|Node)\w*|QOSNotAllowed|DeadLine",
+        r"|Reservation.*(Invalid|deleted)|QOSMin\w*|((Assoc|QOS)\w*|Max\w*)Per(Job|Node)\w*|MaxMemPerLimit|DeadLine",
         "a limit of its account, QoS, partition or reservation does not allow a job of this size. Terminate this run, "
         "and change its SlurmRequest; `scripts/preview ASSET --test-only` asks Slurm beforehand.",
     ),
     (
-        r"(Assoc|QOS)\w*Minutes\w*",
+        r"(Assoc|QOS)Grp(?!\w*RunMinutes)\w*(Minutes|Wall)\w*",  # RunMinutes: of the jobs that run now
         "the project has used up its computing time. It starts once there is more; Terminate this run if there will be "
         "none.",
     ),
