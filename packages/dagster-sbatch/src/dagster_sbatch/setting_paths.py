@@ -33,11 +33,25 @@ def expand_here(text: str) -> Path:
     _check_variables(text)
     found = _START.match(text)
     if not found:
-        return Path(text).expanduser()
+        try:
+            return Path(text).expanduser()
+        except RuntimeError:
+            raise ValueError(f"{text!r}: there is no such user on this machine. Write the path itself") from None
     name = found[1] or "HOME"
     if not os.environ.get(name):
         raise ValueError(f"{text!r} begins with ${name}, which is not set on this machine. Write the path itself")
     return Path(os.environ[name] + text[found.end() :])
+
+
+def read_local_path(path: Path) -> Path:
+    """Return an absolute path on this machine; see `expand_here`.
+
+    Raises ValueError: it is relative, and would be another file in each folder in which a process begins.
+    """
+    found = expand_here(str(path))
+    if not found.is_absolute():
+        raise ValueError(f"{str(path)!r} is not an absolute path. Valid forms: {FORMS}")
+    return found
 
 
 def to_shell(text: str) -> str:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, SecretStr, ValidationInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from dagster_sbatch.setting_paths import check_remote_path
+from dagster_sbatch.setting_paths import check_remote_path, read_local_path
 
 Deployment = Literal["development", "staging_supercomputer", "production_supercomputer"]
 DEPLOYMENTS: tuple[str, ...] = get_args(Deployment)
@@ -39,7 +39,7 @@ def _is_loopback(host: str) -> bool:
 
 SLURM_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
-LocalPath = Annotated[Path, AfterValidator(Path.expanduser)]
+LocalPath = Annotated[Path, AfterValidator(read_local_path)]
 RemotePath = Annotated[str, AfterValidator(check_remote_path)]
 Url = Annotated[str, AfterValidator(_https)]
 

@@ -327,6 +327,33 @@ def test_any_other_path_there_is_refused(
     assert text in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("$HOM/id_musica", "$HOM is unknown. " + FORMS + "; did you mean '$HOME'?"),
+        ("/home/$USER/id_musica", "$USER is unknown. "),
+        ("$SCRATCH/id_musica", "begins with $SCRATCH, which is not set on this machine"),
+        ("id_musica", "is not an absolute path. " + FORMS),
+        ("~no-such-user/id_musica", "there is no such user on this machine"),
+    ],
+)
+@pytest.mark.parametrize("name", ["SLURM_EDGE_NODE_KEY_PATH", "ASC_AUTHENTIK_CREDENTIALS_FILE"])
+def test_a_path_here_is_absolute(root: Path, path: str, text: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a refresh made a key and secrets in a folder `$HOME`, below the one in which it was started."""
+    monkeypatch.delenv("SCRATCH", raising=False)
+    monkeypatch.setenv(name, path)
+    with pytest.raises(ConfigurationError) as raised:
+        load_settings(SITES, root)
+    assert f"{name}: {path!r}" in str(raised.value)
+    assert text in str(raised.value)
+
+
+def test_the_home_has_two_names_here(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SLURM_EDGE_NODE_KEY_PATH", "$HOME/.ssh/id_musica")
+    assert load_settings(SITES, root).edge_node_key_path == Path("/home/me/.ssh/id_musica")
+
+
 @pytest.mark.parametrize("name", ["SLURM_DEPLOYMENT_BASE_PATH", "DATA_ROOT"])
 def test_a_misspelt_variable_is_refused_in_development_too(
     root: Path, name: str, monkeypatch: pytest.MonkeyPatch
