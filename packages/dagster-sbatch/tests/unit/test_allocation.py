@@ -153,6 +153,8 @@ def test_a_site_without_qos_gets_none() -> None:
         ({"script_header": ["ASC --vanilla"]}, "['script_header'][0]: 'ASC --vanilla' is not a comment: write one"),
         ({"script_header": ["#ASC --vanilla\nrm x"]}, "['script_header'][0]: '#ASC --vanilla\\nrm x' is not a comment"),
         ({"script_header": ["#ASC --vanilla", "#\r"]}, "['script_header'][1]: '#\\r' is not a comment"),
+        ({"python_candidates": ["~/bin/python"]}, "['python_candidates'][0]: '~/bin/python' is neither the name of a"),
+        ({"python_candidates": ["python3", "$DATA/python"]}, "['python_candidates'][1]: '$DATA/python' is neither"),
         ({"threads_per_core": 3}, "['threads_per_core']: Input should be 1, 2, 4 or 8"),
         ({"thread_per_core": 1}, "['thread_per_core']: unknown field; did you mean 'threads_per_core'"),
     ],

@@ -1,5 +1,6 @@
 """The facts about a supercomputer that the client needs: partitions, QoS, commands to run before Python."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,15 @@ from dagster_sbatch.ssh.known_hosts import parse_authority
 def _comment(text: str) -> str:
     if not text.startswith("#") or text.splitlines() != [text]:
         raise ValueError(f"{text!r} is not a comment: write one line that begins with #; commands go to setup_commands")
+    return text
+
+
+def _interpreter(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.+-]+|/\S+", text):
+        raise ValueError(
+            f"{text!r} is neither the name of a program nor an absolute path without spaces. Nothing replaces ~ or a "
+            "variable in it; the interpreter of one user is SLURM_PYTHON"
+        )
     return text
 
 
@@ -95,7 +105,9 @@ class Site(_Part):
         pattern=r"^/[A-Za-z0-9._/-]{1,24}$",
         description="Folder on each node's own disk for temporary files; jobs that cannot write to it use /tmp.",
     )
-    python_candidates: tuple[str, ...] = Field(("python3",), description="Python interpreters to try, the best first.")
+    python_candidates: tuple[Annotated[str, AfterValidator(_interpreter)], ...] = Field(
+        ("python3",), description="Python interpreters to try, the best first."
+    )
 
 
 def load_site(overrides: Mapping[str, Any], name: str) -> Site:
