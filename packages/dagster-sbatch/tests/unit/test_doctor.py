@@ -5,17 +5,21 @@ import subprocess
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import dagster as dg
 import pytest
+from paramiko import ChannelException
 
 from dagster_sbatch.commands import doctor
 from dagster_sbatch.inspect.diagnosis import examine, login_node, make, slurm_jobs, this_machine
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Finding
-from dagster_sbatch.inspect.diagnosis.survey import Output, Room, parse, parse_room, render
+from dagster_sbatch.inspect.diagnosis.survey import Output, Room, parse, parse_room, render, take_survey
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import StoppedError
+from dagster_sbatch.slurm.site import Partition
 from resources import PROJECT
 
 HEAD = "Filesystem         Avail  Inodes  IFree\n"
@@ -172,6 +176,28 @@ def test_no_python_that_the_agent_can_use(tmp_path: Path) -> None:
     state, found, fix = login_node.check_python(facts)
     assert found == "none of python9, python2, python3 is Python 3.6 or newer on the login node"
     assert (state, "python_candidates" in fix) == ("broken", True)
+    facts.survey["python python3"] = Output(0, "Could not find platform dependent libraries <exec_prefix>\n3.11")
+    assert login_node.check_python(facts) == ("ok", "python3 is 3.11", "")
+
+
+def test_partitions_that_slurm_does_not_list_are_not_wrong(tmp_path: Path) -> None:
+    facts = facts_of(("login.example", 22), tmp_path)
+    facts.site = Site(partitions={"cpu": Partition(cores=1, mem="1G")})
+    facts.survey = {"partitions": Output(124, "")}
+    state, found, fix = login_node.check_partitions(facts)
+    assert (state, found) == ("broken", "no answer to `scontrol show partition`")
+    assert fix == "try again later, or ask the centre"
+    facts.survey = {"partitions": Output(0, "PartitionName=gpu State=UP")}
+    assert login_node.check_partitions(facts)[1] == "there is no partition cpu"
+
+
+def test_a_login_node_that_runs_no_commands_is_no_traceback() -> None:
+    def open_session() -> None:
+        raise ChannelException(1, "Administratively prohibited")
+
+    connection: Any = SimpleNamespace(transport=SimpleNamespace(open_session=open_session))
+    with pytest.raises(OSError, match="lets you log in, and runs no command: Administratively prohibited"):
+        take_survey(connection, "~/base", ("python3",), ())
 
 
 def test_a_long_temporary_folder(tmp_path: Path) -> None:

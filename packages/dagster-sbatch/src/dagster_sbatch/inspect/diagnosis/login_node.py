@@ -1,5 +1,6 @@
 """Checks of what the login node's survey says."""
 
+import re
 from contextlib import nullcontext
 
 from dagster_sbatch.auth import ensure_certificate
@@ -11,6 +12,7 @@ LEAST_FREE_KIB, LEAST_FREE_FILES = 1 << 20, 10_000
 OLDEST_PYTHON = (3, 6)  # needed by what the client runs on the login node; workloads have their own environment
 LONGEST_TEMPORARY = 40  # characters. Ray creates sockets below it, and the path of a socket has at most 107 (unix(7))
 WANTED_FILES = 65536
+_VERSION = re.compile(r"\b(\d+)\.(\d+)\Z")
 
 
 def check_login(facts: Facts) -> Verdict:
@@ -42,7 +44,9 @@ def check_slurm(facts: Facts) -> Verdict:
 
 def check_partitions(facts: Facts) -> Verdict:
     """Compare the facts about the site with Slurm's partitions."""
-    text = facts.survey["partitions"].text
+    code, text = facts.survey["partitions"]
+    if code:
+        return broken(text or "no answer to `scontrol show partition`", "try again later, or ask the centre")
     rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines()]
     there = {row["PartitionName"]: row for row in rows if "PartitionName" in row}
     for partition, wanted in facts.site.partitions.items():
@@ -97,9 +101,10 @@ def _is_short(room: Room) -> bool:
 def check_python(facts: Facts) -> Verdict:
     """Check that the login node has an interpreter for the agent."""
     for candidate in facts.site.python_candidates:
-        code, version = facts.survey[f"python {candidate}"]
-        if code == 0 and tuple(map(int, version.split("."))) >= OLDEST_PYTHON:
-            return ok(f"{candidate} is {version}")
+        code, text = facts.survey[f"python {candidate}"]
+        version = _VERSION.search(text)  # what stderr says may stand before it
+        if code == 0 and version and tuple(map(int, version.groups())) >= OLDEST_PYTHON:
+            return ok(f"{candidate} is {version[0]}")
     oldest = ".".join(map(str, OLDEST_PYTHON))
     fix = "name another one in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES, or load one in setup_commands"
     candidates = ", ".join(facts.site.python_candidates)

@@ -75,10 +75,17 @@ def take_survey(
 
 
 def _run_there(connection: "fabric.Connection", line: str) -> bytes:
-    with connection.transport.open_session() as channel:
-        channel.settimeout(SECONDS)
-        channel.exec_command(for_any_shell(line))
-        return bytes(channel.makefile("rb").read())
+    from paramiko import SSHException
+
+    from dagster_sbatch.ssh.connection import text_of
+
+    try:
+        with connection.transport.open_session() as channel:
+            channel.settimeout(SECONDS)
+            channel.exec_command(for_any_shell(line))
+            return bytes(channel.makefile("rb").read())
+    except (EOFError, SSHException) as error:
+        raise OSError(f"the login node lets you log in, and runs no command: {text_of(error)}") from error
 
 
 def _run_here(line: str) -> bytes:
