@@ -23,6 +23,15 @@ def hurry():
     for each in (slurm.call, slurm.ask_slurm, slurm.rows_of):
         each.__kwdefaults__["patience"] = 0.5
 """
+NO_INODES = """
+import os
+made = dict(open=os.open, symlink=os.symlink, mkdir=os.mkdir)
+def full(path):
+    raise OSError(122, "Disk quota exceeded", path)
+def open_(path, flags, *more, **named):
+    return full(path) if flags & os.O_CREAT and not os.path.exists(path) else made["open"](path, flags, *more, **named)
+os.open, os.symlink, os.mkdir = open_, lambda _, path: full(path), lambda path, *_: full(path)
+"""
 SETTINGS = Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"})
 Prepare = Callable[..., Gateway]
 

@@ -1,4 +1,4 @@
-"""Programs of a job that cannot record their cause since the disk is full: exit code and stderr say all the same."""
+"""A full disk: programs of a job that cannot record their cause, and the agent that cannot record a job."""
 
 import json
 import os
@@ -11,7 +11,9 @@ from dagster_pipes import encode_param
 
 from dagster_sbatch.launchers import CommandLauncher, SrunLauncher
 from dagster_sbatch.slurm import SlurmRequest
+from dagster_sbatch.slurm.gateway import RefusedError
 from dagster_sbatch.slurm.gateway.agent import images
+from support.agent_fixtures import HURRIED, NO_INODES, Prepare, put
 
 
 @pytest.fixture
@@ -54,3 +56,22 @@ def test_the_check_of_an_image(folder: Path) -> None:
     code, said = run([sys.executable, images.__file__, "sh", "a.sif", str(folder / "data"), str(folder / "loop")])
     assert (code, len(said.splitlines())) == (os.EX_TEMPFAIL, 1)
     assert "Too many levels of symbolic links" in said
+
+
+def test_a_job_that_could_not_be_recorded_is_cancelled(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "KEY"
+    run.mkdir(parents=True, mode=0o700)
+    for name in ("tried", "lock"):
+        (run / name).touch()
+    over, running = (f"JobName=KEY JobState={state} ExitCode=0:15 SubmitTime=1" for state in ("CANCELLED", "RUNNING"))
+    times = "StartTime=Unknown EndTime=2"
+    put(slurm, "squeue", f"[ -e {tmp_path}/submitted ] && echo '17|KEY' || true")
+    put(slurm, "scontrol", f"[ -e {tmp_path}/scancel ] && echo '{over} {times}' || echo '{running} {times}'")
+    put(slurm, "scancel", f"touch {tmp_path}/scancel")
+    gateway = prepare(HURRIED + NO_INODES + "def spoil(): sys.modules['agent.jobs'].LATE = 0.5\n")
+    with pytest.raises(RefusedError, match="Disk quota exceeded"):  # there is none, and nothing keeps one from coming
+        gateway.cancel(str(run))
+    (tmp_path / "submitted").touch()
+    cancelled = gateway.cancel(str(run))
+    assert cancelled is not None
+    assert cancelled.state == "CANCELLED"

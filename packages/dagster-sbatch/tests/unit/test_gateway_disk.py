@@ -14,7 +14,7 @@ from dagster_sbatch.inspect.remote_runs import Runs
 from dagster_sbatch.slurm.gateway import Gateway, JobEnd, RefusedError, fetch_file, link, send_file
 from dagster_sbatch.slurm.gateway.agent import disk
 from support import ROOT
-from support.agent_fixtures import HURRIED, SETTINGS, Prepare, put
+from support.agent_fixtures import HURRIED, NO_INODES, SETTINGS, Prepare, put
 from support.submission import submit_run
 
 NO_LOCKS = """
@@ -22,15 +22,6 @@ import fcntl
 def flock(*_):
     raise OSError({code}, {text!r})
 fcntl.flock = flock
-"""
-NO_INODES = """
-import os
-made = dict(open=os.open, symlink=os.symlink, mkdir=os.mkdir)
-def full(path):
-    raise OSError(122, "Disk quota exceeded", path)
-def open_(path, flags, *more, **named):
-    return full(path) if flags & os.O_CREAT and not os.path.exists(path) else made["open"](path, flags, *more, **named)
-os.open, os.symlink, os.mkdir = open_, lambda _, path: full(path), lambda path, *_: full(path)
 """
 SPOILT = """
 def spoil():

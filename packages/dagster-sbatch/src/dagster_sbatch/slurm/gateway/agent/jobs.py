@@ -242,15 +242,22 @@ def cancel(agent, ask, _):
 
     job: its id, if the client knows that: the run directory may have been removed
     """
-    run, key = locate(ask)
+    (run, key), full = locate(ask), None
     with agent.finishing():
         job = job_of(run) or ask.get("job")
         if not job:
             own(os.path.dirname(run))
             os.makedirs(run, 0o700, exist_ok=True)
-            mark(run, "cancelled")
+            try:
+                mark(run, "cancelled")
+            except OSError as error:  # the disk is full: there may be a job all the same, which could not be recorded
+                if not has(run, "tried"):
+                    raise
+                full = error
             with locked(run):  # after a submission that another agent has begun
                 job, _ = find_job(run, key)
+            if full and not job:
+                raise full
         return {"job": job, "end": job and end_job(run, key, job)}
 
 
