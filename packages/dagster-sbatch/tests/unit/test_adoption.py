@@ -126,6 +126,12 @@ def test_changes_of_the_request_are_named_with_their_values() -> None:
     assert name_request_changes(mine, {"request": mine}) == ""
 
 
+def test_a_record_of_another_version_lacks_what_this_one_compares() -> None:
+    assert name_differences({"a": "1"}, {"later": 1}) == "a (new)"
+    assert name_request_changes({"nodes": 2}, {"later": 1}) == "nodes=default (now 2)"
+    assert outdated_runs([OtherRun("family", "run", "7", {"later": 1})], 1)
+
+
 def other(call: int | None) -> OtherRun:
     return OtherRun(f"family-{call}", "run", "7", None if call is None else {"call": call})
 

@@ -141,6 +141,9 @@ def test_the_record_gives_back_the_request_and_the_attempts() -> None:
     assert load_attempts(record) == (ATTEMPT,)
     assert load_request(None, REQUEST) == load_request({"request": {"later": 1}}, REQUEST) == REQUEST
     assert load_attempts(None) == load_attempts({"request": {}}) == ()
+    newer = {"attempts": [{**store_attempts([ATTEMPT])["attempts"][0], "later": 1}, {"job": "6"}]}
+    assert load_attempts(newer) == (ATTEMPT, AttemptRecord("6", "", {}, {}))
+    assert load_request({"older": 1}, REQUEST) == REQUEST
     assert store_attempts([]) == {}
     assert name_request_changes(store_request(REQUEST), record) == ""  # the step itself has changed it
     assert name_request_changes({**store_request(REQUEST), "mem": "8G"}, record) == "mem=16G (now 8G)"

@@ -122,7 +122,7 @@ def is_left_out(attempt: Attempt, request: Mapping[str, Any]) -> bool:
     """
     unsubmitted = attempt.over and not (attempt.job or attempt.ends or attempt.rejected)
     record = attempt.record or {}
-    return unsubmitted and bool(load_attempts(record)) and record["request"] == request
+    return unsubmitted and bool(load_attempts(record)) and record.get("request") == request
 
 
 def outdated_runs(others: Iterable[OtherRun], begun: int) -> list[OtherRun]:
@@ -132,14 +132,14 @@ def outdated_runs(others: Iterable[OtherRun], begun: int) -> list[OtherRun]:
 
     `begun` is the number of calls that this execution has made.
     """
-    return [each for each in others if each.record is None or each.record["call"] < begun]
+    return [each for each in others if each.record is None or each.record.get("call", 0) < begun]
 
 
 def name_differences(mine: Mapping[str, str], record: Mapping[str, Any] | None) -> str:
     """Return the names of the inputs that differ between a call and an earlier job; values are not shown."""
     if record is None:
         return NO_RECORD
-    theirs = record["inputs"]
+    theirs = record.get("inputs", {})
     names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
     return list_names([f"{name}{_how(name, mine, theirs)}" for name in names], MOST_NAMES)
 
@@ -150,6 +150,6 @@ def _how(name: str, mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
 
 def name_request_changes(mine: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:
     """Return the fields in which the asset's request for an adopted job differs, with both values; empty if none."""
-    theirs = record["request"] if record else {}
+    theirs = record.get("request", {}) if record else {}
     names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
     return ", ".join(f"{name}={theirs.get(name, 'default')} (now {mine.get(name, 'default')})" for name in names)

@@ -32,6 +32,12 @@ class AttemptRecord:
     request: Mapping[str, Any]  # of Slurm, as it is stored with the job
     costs: Mapping[str, float]  # numbers of the job; see `accounting.count`
 
+    @classmethod
+    def parse(cls, document: Mapping[str, Any]) -> "AttemptRecord":
+        """Take what this version knows of a record, which another version may have written."""
+        texts = {name: str(document.get(name) or "") for name in ("job", "end")}
+        return cls(**texts, request=document.get("request") or {}, costs=document.get("costs") or {})
+
     def explain_last(self, reason: str) -> str:
         """Return why it failed, and why no other attempt follows."""
         return self.end + Next(None, reason).refusal
@@ -54,7 +60,7 @@ def load_request(record: Mapping[str, Any] | None, planned: SlurmRequest) -> Slu
     try:
         stored = record.get(CHANGED) or record["request"]
         return SlurmRequest(**{**stored, **{name: getattr(planned, name) for name in _OF_RUN}})
-    except (ConfigurationError, TypeError):  # another version of the engine has written it
+    except (ConfigurationError, KeyError, TypeError):  # another version of the engine has written it
         return planned
 
 
@@ -65,7 +71,7 @@ def store_attempts(attempts: Sequence[AttemptRecord]) -> dict[str, Any]:
 
 def load_attempts(record: Mapping[str, Any] | None) -> tuple[AttemptRecord, ...]:
     """Return the attempts before a job."""
-    return tuple(AttemptRecord(**each) for each in (record or {}).get(ATTEMPTS, ()))
+    return tuple(map(AttemptRecord.parse, (record or {}).get(ATTEMPTS, ())))
 
 
 def rows_of(attempts: Sequence[AttemptRecord]) -> list[dict[str, Any]]:
@@ -103,7 +109,7 @@ class AttemptSeries:
         """
         if record:
             self.ended = load_attempts(record.get("tasks", [record])[task])
-            self.changed = record["request"] != request
+            self.changed = record.get("request") != request
             self.request = load_request(record, self.planned.request)
 
     def judge(self, end: JobEnd, stderr: str) -> tuple[Outcome | None, Outcome | None, Next]:

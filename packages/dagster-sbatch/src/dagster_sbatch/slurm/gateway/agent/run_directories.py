@@ -20,7 +20,7 @@ import json
 import os
 import re
 
-from .disk import RequestError, inode_of, kind_of, load, names_in, read, remove_tree, unique, write
+from .disk import RequestError, inode_of, kind_of, load, names_in, remove_tree, unique, write
 from .ends import SINGLE, may_be_success
 from .job_record import CAUSE, EVENTS, STREAMS, cut_short, events_of
 from .tasks import CONTENTS, END, ENDS, FOLDER, Tasks, is_array, task_folder
@@ -139,10 +139,7 @@ def attempt_of(run, certain=False):
 
 def record_of(run):
     """Return what a run was submitted with; None if it has no readable record of that."""
-    try:
-        return json.loads(read(os.path.join(run, "submitted_with.json")).decode())
-    except ValueError:
-        return None
+    return load(os.path.join(run, "submitted_with.json"))
 
 
 def note_follower(run, follower):
