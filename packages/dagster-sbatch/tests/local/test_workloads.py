@@ -1,5 +1,6 @@
 """Workloads on this machine: what reaches them, what comes back, and everything that can be wrong with one."""
 
+import errno
 import os
 import sys
 import threading
@@ -258,6 +259,16 @@ def test_a_workload_that_writes_rubbish_among_its_messages(tmp_path: Path) -> No
     outcome = materialize(workload, tmp_path)
     assert "not a Dagster Pipes message" in outcome.error
     assert outcome.materializations == {}
+
+
+@pytest.mark.parametrize("place", ["LocalProcess", "temporary_run_directory"])
+def test_a_process_that_cannot_be_started(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"dagster_sbatch.run.local_run.{place}", refuse)
+    outcome = materialize("", tmp_path)
+    assert f"\nprobe: its process could not be started: [Errno {errno.ENOSPC}] No space left" in outcome.error
 
 
 # ---- what an asset can ask for that cannot work

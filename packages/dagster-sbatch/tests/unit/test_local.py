@@ -170,3 +170,16 @@ def test_how_a_workload_has_ended_does_not_depend_on_its_run_directory(last: str
     ended = LocalProcess(command, os.environ, folder, {}).run(threading.Event())
     assert ended.exit_code == {"sys.exit(3)": 3, "os.abort()": -signal.SIGABRT}.get(last, 0)
     assert ended.seconds > 0
+
+
+def test_a_group_that_has_ended_is_not_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS, a signal for a group of zombies fails with EPERM."""
+    process = LocalProcess([sys.executable, "-c", ""], os.environ, tmp_path, {})
+    process.wait(60)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "killpg", refuse)
+    process.terminate()
+    assert process.end().exit_code == 0

@@ -101,8 +101,11 @@ class LocalProcess:
 
     def terminate(self) -> None:
         """Send SIGTERM to its process group."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
+        self._send(signal.SIGTERM)
+
+    def _send(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, PermissionError):  # macOS: all of the group have ended (kill(2), EPERM)
+            os.killpg(self._process.pid, number)
 
     def wait(self, seconds: float) -> None:
         """Wait until it has ended, for at most this many seconds."""
@@ -118,8 +121,7 @@ class LocalProcess:
         """Kill whatever is left, and return how the workload ended."""
         self.release()
         self.wait(KILL_SECONDS)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._send(signal.SIGKILL)
         self._process.wait()
         for name in self._sinks:
             while self._pass_on(name):

@@ -8,8 +8,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import dagster as dg
@@ -36,11 +36,17 @@ def run_here(
 ) -> dg.PipesClientCompletedInvocation:
     """Run the workload as a subprocess of this step; see `ComputeResource.run`."""
     machine = _Machine(context, name, settings, plan)
-    with temporary_run_directory() as path:
-        folder = Path(path)
-        with open_session(context, plan.extras, path) as session:
-            ended = run_interruptibly(lambda stop: machine.start(folder, session.context, session.sinks).run(stop))
-            session.messages.finish(context)
+    with _starting(name):
+        directory = temporary_run_directory()
+    with directory as path, open_session(context, plan.extras, path) as session:
+
+        def run(stop: threading.Event) -> Ended:
+            with _starting(name):
+                process = machine.start(Path(path), session.context, session.sinks)
+            return process.run(stop)
+
+        ended = run_interruptibly(run)
+        session.messages.finish(context)
     cause = ended.cause or explain_failure(session.messages, ended.exit_code, plan.workload.name)
     if cause:
         raise failure(name, cause, session.stderr.tail, exit_code=ended.exit_code, workload=str(plan.workload.path))
@@ -156,9 +162,9 @@ class _LocalTasks:
             while len(self._processes) < self._most and (index := next(left, None)) is not None:
                 try:
                     self._start(index)
-                except OSError as error:  # of the system: no memory, no space, too many processes
+                except OSError as error:
                     self._folders.pop(index).close()
-                    self._step.failed(index, f"its process could not be started: {error}", "none: it has not run")
+                    self._step.failed(index, _not_started(error), "none: it has not run")
             if not self._processes:
                 return
             ended = [index for index, process in self._processes.items() if not process.follow()]
@@ -196,6 +202,20 @@ class _LocalTasks:
             process.terminate()
         for process in self._processes.values():
             process.wait(max(0.0, until - time.monotonic()))
+
+
+@contextmanager
+def _starting(name: str) -> Iterator[None]:
+    """Raise the failure of the step `name` if its process cannot be started."""
+    try:
+        yield
+    except OSError as error:
+        raise failure(name, _not_started(error)) from None
+
+
+def _not_started(error: OSError) -> str:
+    """Return why there is no process; `error`: of the system: no memory, no space, too many processes."""
+    return f"its process could not be started: {error}"
 
 
 _LMOD = "LMOD_CMD"  # Lmod sets it in every shell in which `module` works
