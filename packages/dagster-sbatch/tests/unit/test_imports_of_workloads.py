@@ -1,12 +1,16 @@
-"""Imports that work here and cannot work on the supercomputer."""
+"""Imports that cannot work, on the supercomputer or everywhere."""
 
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from dagster_sbatch.launchers import CommandLauncher, Launcher, ScriptLauncher
 from dagster_sbatch.run.imports import find_missing
+from dagster_sbatch.run.plan import make_plan
 from dagster_sbatch.run.workload import read_workload
+from dagster_sbatch.settings import Settings
+from dagster_sbatch.slurm import SlurmRequest
 from resources import PROJECT
 
 WORKLOADS = PROJECT.workloads
@@ -56,7 +60,6 @@ def test_an_import_that_fails_there_is_named(text: str, reason: str, tmp_path: P
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import dagster",
         "from contextlib import suppress\nwith suppress(ImportError):\n    import dagster",
         "import helper, package.sub\nfrom package import other",
-        "from ..................................... import far",
         f"x = {'+'.join(['1'] * 1500)}",
         "if x:\n    pass\n" + "elif x:\n    pass\n" * 1500,
     ],
@@ -66,6 +69,31 @@ def test_any_other_import_is_not(text: str, tmp_path: Path) -> None:
     for name in ("helper.py", "package/__init__.py", "package/other.py", "package/sub/__init__.py"):
         (tmp_path / name).write_text("")
     assert missing(tmp_path, text) == []
+
+
+@pytest.mark.parametrize("module", [".helper", ".", "....................................."])
+def test_a_relative_import_of_a_program_is_named(module: str, tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("")
+    (note,) = missing(tmp_path, f"import os\nfrom {module} import grid\nfrom {module} import sea")
+    assert note.startswith(f"{tmp_path}/prog.py, line ")
+    assert "a relative import fails in a program" in note
+    assert missing(tmp_path, "try:\n    from . import helper\nexcept ImportError:\n    import helper") == []
+
+
+@pytest.mark.parametrize("name", ["random.py", "queue/__init__.py", "dagster_pipes.py"])
+@pytest.mark.parametrize("launcher", [ScriptLauncher(), CommandLauncher()])
+def test_a_file_with_the_name_of_a_module_of_python_is_named(name: str, launcher: Launcher, tmp_path: Path) -> None:
+    (tmp_path / "queue").mkdir()
+    for each in ("prog", "mine.py", "time.py", "test.py", "queue/data.csv", "json.txt", name):  # `time` is built in
+        (tmp_path / each).write_text("#!/bin/sh\n" if each == "prog" else "")
+    program = tmp_path / "prog"
+    program.chmod(0o700)
+    if launcher.runs_python:
+        program = program.rename(tmp_path / "prog.py")
+        program.write_text("")
+    (note,) = make_plan(Settings(), PROJECT, program, launcher, SlurmRequest()).notes
+    path = tmp_path / name.removesuffix("/__init__.py")
+    assert note.startswith(f"{path} hides the module `{path.stem}`: whatever imports that module gets this file")
 
 
 def test_modules_of_the_code_root_are_followed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Imports of a workload that work on this machine and fail on the supercomputer, found without running it."""
+"""Imports of a workload that fail, on the supercomputer or everywhere, found without running it."""
 
 import ast
 import sys
@@ -19,6 +19,8 @@ from dagster_sbatch.run.workload import Workload
 _ENGINE = __name__.partition(".")[0]
 _installed = cache(packages_distributions)  # names of distributions by module, on this machine
 _IGNORED = "git ignores it, and only what git tracks is sent. Add it with `git add --force`, or import another module."
+_HIDEABLE = {*sys.stdlib_module_names, "dagster_pipes"} - {*sys.builtin_module_names, "test"}
+"""Modules that programs and packages import, and that a file of the same name in the code root takes the place of."""
 _CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 
@@ -26,7 +28,7 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
     """Return the imports of a workload, and of the modules in its code root that it imports, which fail there.
 
     Imports that the code expects to fail (`try: ... except ImportError`) and those for type checkers are not included.
-    Modules in the code root that git ignores are.
+    Modules in the code root that git ignores are, and relative imports of a program, which fail everywhere.
 
     `lock`: the lock file of the packages there; None: they are not known (an image, a named interpreter).
     Returns for each: where it is, why it fails, and what to do.
@@ -43,6 +45,11 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
         with suppress(SyntaxError, ValueError, IndexError, RecursionError):  # nobody may ever import this module
             for line, level, module, names in _imports(ast.parse(file.read_bytes())):
                 top = module.partition(".")[0]
+                if level and file == workload.path and not workload.module:
+                    found["."] = (
+                        f"{file}, line {line}: a relative import fails in a program, because it does not run as a part "
+                        "of its package. Name a folder with a __main__.py as the workload, or write the package's name."
+                    )
                 bases = [file.parents[level - 1]] if level else roots
                 local = [each for base in bases for each in _files(base, module, names)]
                 waiting += local
@@ -52,6 +59,24 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
                     )
     ignored = ask_git(workload.root, "check-ignore", *map(str, sorted(seen))).splitlines()
     return [*found.values(), *(f"{each} works here and not on the supercomputer: {_IGNORED}" for each in ignored)]
+
+
+def find_hidden(workload: Workload) -> list[str]:
+    """Return the modules of Python itself that files beside the workload, or in the code root, hide from all imports.
+
+    Returns for each: the file, what it hides, and what to do.
+    """
+    found = []
+    for folder in sorted({workload.root} if workload.module else {workload.path.parent, workload.root}):
+        with suppress(OSError):  # it may not be listed
+            for path in sorted(folder.iterdir()):
+                if path.suffix == ".py" or (path / "__init__.py").is_file():
+                    found += [path] if path.stem in _HIDEABLE else []
+    return [
+        f"{path} hides the module `{path.stem}`: whatever imports that module gets this file, "
+        "packages such as dagster_pipes included. Rename it."
+        for path in found
+    ]
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[int, int, str, list[str]]]:

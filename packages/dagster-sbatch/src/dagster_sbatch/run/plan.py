@@ -12,7 +12,7 @@ from dagster_sbatch.launchers import Launcher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.array import PARTITION_KEYS, JobArray, Task, make_tasks
 from dagster_sbatch.run.digests import check_json
-from dagster_sbatch.run.imports import find_missing
+from dagster_sbatch.run.imports import find_hidden, find_missing
 from dagster_sbatch.run.workload import UNFIT, Workload, fits, read_workload
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation, Site, SlurmRequest, allocate, render_start
@@ -141,8 +141,8 @@ def _check_environment(environment: str | None, project: Project, launcher: Laun
 def _note_environment(
     program: Workload, project: Project, launcher: Launcher, settings: Settings, environment: str | None
 ) -> list[str]:
-    """Return what deserves a warning: imports that cannot work on the supercomputer, an environment without effect."""
-    notes = []
+    """Return what deserves a warning: imports that cannot work, an environment without effect."""
+    notes = find_hidden(program)
     if launcher.runs_python:
         others = launcher.container or is_path(environment) or (environment is None and settings.python)
         notes += find_missing(program, project, None if others else lock_path(project, environment))
