@@ -131,9 +131,11 @@ def test_a_job_that_its_user_has_renamed_below_a_folder_with_a_space(gateway: Ga
     """Slurm and its accounting know it by its folder."""
     run = Run("sleep 300")
     run.path = f"{CERTIFICATE_USER.home}/my runs/{run.key}"
-    script = run.files["job.sh"].replace("#SBATCH --time", "#SBATCH --hold\n#SBATCH --time", 1)
-    job = submit_run(gateway, run.path, {"job.sh": script}).job
-    site.run_on_login(CERTIFICATE_USER, f"scontrol update JobId={job} JobName=mine")
+    files = {"job.sh": run.files["job.sh"].replace("#SBATCH --time", "#SBATCH --hold\n#SBATCH --time", 1)}
+    job = submit_run(gateway, run.path, files).job
+    site.run_on_login(CERTIFICATE_USER, f"scontrol update JobId={job} JobName=mine && rm '{run.path}/job'")
+    found = submit_run(gateway, run.path, files)  # as after a submission that got no answer
+    assert (found.job, found.how) == (job, "found")
 
     def report(state: JobState) -> None:
         run.states.append(state)

@@ -207,8 +207,8 @@ def test_a_command_that_cannot_be_started_now_is_repeated(tmp_path: Path, monkey
 
 def test_a_job_is_found_that_began_by_slurms_clock_after_the_time_of_the_login_node(say: Say, tmp_path: Path) -> None:
     """sacct leaves out what began after its end, which is now, by the clock of the login node, unless it is named."""
-    say("sacct", f'echo "$*" >{tmp_path}/asked; echo "17_3|KEY"')
-    assert slurm_commands.find_by_name("KEY", time.time()) == "17"
+    say("sacct", f'echo "$*" >{tmp_path}/asked; echo "17_3|/my base/KEY"')
+    assert slurm_commands.find_by_folder("KEY", time.time()) == "17"
     assert "-S now-120seconds -E now+1days" in (tmp_path / "asked").read_text()
 
 

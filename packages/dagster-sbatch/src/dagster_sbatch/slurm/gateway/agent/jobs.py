@@ -11,7 +11,7 @@ from .follower import Follower
 from .location import Location, RemovedError, give_up, inodes_above
 from .paths import login_environment
 from .run_directories import digest, has, job_of, lay_out, locate, mark, note_follower, settle
-from .slurm_commands import SBATCH_PATIENCE, await_end, environment, find_by_name, for_sbatch, not_started, scancel
+from .slurm_commands import SBATCH_PATIENCE, await_end, environment, find_by_folder, for_sbatch, not_started, scancel
 from .tasks import Tasks, is_array
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
@@ -133,10 +133,10 @@ def find_job(run, key):
     os.utime(os.path.join(run, "lock"))  # to now by the file server's clock: this machine's may be ahead or behind
     now, tried = (os.stat(os.path.join(run, name)).st_mtime for name in ("lock", "tried"))
     since = time.time() - max(now - tried, 0)
-    job = find_by_name(key, since)
+    job = find_by_folder(key, since)
     while not job and time.time() - since < LATE:
         time.sleep(SEARCH_EVERY)
-        job = job_of(run) or find_by_name(key, since)
+        job = job_of(run) or find_by_folder(key, since)
     return job and settle(run, job), "found"
 
 

@@ -143,18 +143,27 @@ def here(settings):
     return ["cluster=" + settings["ClusterName"]] if "ClusterName" in settings else []
 
 
-def find_by_name(key, since):
-    """Return the job of that name, if the queue or the accounting has one; it was not submitted before `since`."""
-    rows = rows_of("squeue", "-a", "-h", "-t", "all", "-u", user(), "-n", key, "-o", "%F|%j")
-    if not rows:
-        fields = ("-X", "-n", "-P", "-u", user(), "--name", key, "-o", "JobID,JobName")
+def find_by_folder(key, since):
+    """Return the job of a run, if the queue or the accounting has one; it was not submitted before `since`.
+
+    Its user may have renamed it: a run's job is known by its folder.
+    """
+    jobs = jobs_in(key, rows_of("squeue", "-a", "-h", "-t", "all", "-u", user(), "-o", "%F|%Z"))
+    if not jobs:
         try:
-            rows = rows_of("sacct", *period(since - 120), *fields)
+            rows = rows_of("sacct", *period(since - 120), "-X", "-n", "-P", "-u", user(), "-o", "JobID,WorkDir")
         except RequestError:
             if time.time() - since > FORGOTTEN:
                 raise
-    jobs = [row[0].partition("_")[0] for row in rows if row[1] == key]  # of an array job, sacct says `17_3`
-    return min((job for job in jobs if job.isdigit()), key=int, default=None)
+            return None
+        jobs = jobs_in(key, rows)
+    return min(jobs, key=int, default=None)
+
+
+def jobs_in(key, rows):
+    """Return the jobs of those rows (id, folder) whose folder has the name of a run."""
+    jobs = [row[0].partition("_")[0] for row in rows if os.path.basename(row[-1]) == key]  # `17_3`: of an array job
+    return [job for job in jobs if job.isdigit()]
 
 
 def fields_of(line):
