@@ -9,7 +9,7 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.run.messages import JOB_STARTED
-from dagster_sbatch.run.pipes import Messages, Output
+from dagster_sbatch.run.pipes import Messages, Output, open_session
 from dagster_sbatch.run.task_output import TaskLines, Warnings
 
 CONTEXT = cast(dg.OpExecutionContext, None)
@@ -47,7 +47,6 @@ def test_only_the_last_life_of_a_requeued_job_counts(messages: Messages, handler
     first = STARTED + line("opened") + line("report_asset_materialization", "old") + line("closed")
     messages.feed(first + STARTED + line("opened") + line("report_asset_materialization", "new") + line("closed"))
     messages.finish(CONTEXT)
-    messages.end_session()
     assert handler.taken == ["opened", "opened", "report_asset_materialization new", "closed"]
     assert (messages.error, messages.open) == (None, 0)
 
@@ -57,7 +56,6 @@ def test_a_line_that_the_end_of_an_earlier_life_has_cut_off_does_no_harm(message
     assert messages.open == 1
     messages.feed(STARTED + line("opened") + line("report_asset_materialization", "new") + line("closed"))
     messages.finish(CONTEXT)
-    messages.end_session()
     assert handler.taken == ["opened", "opened", "report_asset_materialization new", "closed"]
     assert messages.error is None
 
@@ -69,27 +67,33 @@ def test_a_session_opened_by_a_child_discards_nothing(messages: Messages, handle
     assert messages.open == 1
     messages.feed(line("report_asset_materialization", "second") + line("closed"))
     messages.finish(CONTEXT)
-    messages.end_session()
     assert handler.taken[2:] == ["report_asset_materialization first", "report_asset_materialization second", "closed"]
     assert messages.open == 0
 
 
-def test_a_session_that_a_killed_workload_has_left_open_is_closed_without_result(
-    messages: Messages, handler: Handler
-) -> None:
-    """Dagster would advise to close it, although the workload does."""
-    messages.feed(STARTED + line("opened") + line("log", "busy"))
-    messages.finish(CONTEXT)
-    messages.end_session()
-    assert handler.taken == ["opened", "log busy", "closed"]
-    assert messages.open == 1
+@pytest.mark.parametrize("said", [[], ["opened"], ["opened", "log"]])
+def test_a_session_that_is_never_opened_or_closed_gets_no_advice_from_dagster(said: list[str]) -> None:
+    """Dagster would warn beside the step's own failure: Slurm has refused the job, or something has killed it."""
+
+    @dg.op
+    def step(context: dg.OpExecutionContext) -> None:
+        with open_session(context, {}) as session:
+            for method in said:
+                session.messages.feed(line(method, "busy"))
+            raise ValueError("the cause")
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        job = dg.GraphDefinition(name="job", node_defs=[step]).to_job()
+        result = job.execute_in_process(instance=instance, raise_on_error=False)
+        texts = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    assert not result.success
+    assert [text for text in texts if "did not receive" in text] == []
 
 
 def test_messages_may_be_cut_anywhere(messages: Messages, handler: Handler) -> None:
     for byte in STARTED + line("opened") + line("report_asset_materialization", "\u00e9") + line("closed"):
         messages.feed(bytes([byte]))
     messages.finish(CONTEXT)
-    messages.end_session()
     assert handler.taken == ["opened", "report_asset_materialization \u00e9", "closed"]
 
 
@@ -113,7 +117,6 @@ def test_a_last_line_without_a_newline_counts(messages: Messages, handler: Handl
     """Programs in other languages write messages, too; the exit code of theirs may decide."""
     messages.feed(STARTED + line("opened") + line("closed") + line("report_asset_materialization", "last")[:-1])
     messages.finish(CONTEXT)
-    messages.end_session()
     assert (handler.taken[1:], messages.error) == (["report_asset_materialization last", "closed"], None)
 
 
@@ -151,7 +154,6 @@ RUBBISH += [b'{"method": "log", "params": [1]}\n', b'{"method": "closed", "param
 def test_rubbish_is_kept_as_the_error_and_nothing_is_handed_over_after_it(rubbish: bytes, messages: Messages) -> None:
     messages.feed(STARTED + line("opened") + rubbish + line("closed"))
     messages.finish(CONTEXT)
-    messages.end_session()
     assert "not a Dagster Pipes message" in str(messages.error)
 
 

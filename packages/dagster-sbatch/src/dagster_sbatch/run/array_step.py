@@ -77,11 +77,8 @@ class ArrayStep:
             definition = self._context.assets_def.partitions_def if self._context.has_assets_def else None
             self.contexts = TaskContexts(session.context, definition, self.tasks)
             self._completed.report(self._log.info)
-            try:
-                with self.progress.shown():
-                    yield
-            finally:  # each task has its own end
-                session.messages.discard()
+            with self.progress.shown():
+                yield
 
     # What happens to a task
 

@@ -3,6 +3,7 @@
 import codecs
 import io
 import json
+import logging
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -23,7 +24,7 @@ from dagster_pipes import (
 
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import attach, hand_over, make_message, partitions_of, read_partitions
+from dagster_sbatch.run.results import attach, hand_over, partitions_of, read_partitions
 from dagster_sbatch.slurm.gateway import MESSAGES
 
 CONTEXT = "context.json"  # name of the file with the Pipes context in a run directory, beside MESSAGES
@@ -47,8 +48,8 @@ class ContextDocument(dg.PipesContextInjector):
         self.text = json.dumps(context)
         yield {"path": self.path}
 
-    def no_messages_debug_text(self) -> str:  # noqa: D102 - Dagster's
-        return f"The workload was to read its context from {self.path}."
+    def no_messages_debug_text(self) -> str:  # noqa: D102 - Dagster's, for a warning that is left out
+        return ""
 
 
 class Messages(MessageParser, dg.PipesMessageReader):
@@ -64,7 +65,7 @@ class Messages(MessageParser, dg.PipesMessageReader):
         yield {"path": self.path, "include_stdio_in_messages": False}
 
     def finish(self, context: dg.OpExecutionContext) -> None:
-        """Hand the results to Dagster, after the last byte."""
+        """Hand the results to Dagster, after the last byte, and the last message that closed a session."""
         self.read_last_line()
         with self.error_kept():
             for message in self.results:
@@ -72,21 +73,12 @@ class Messages(MessageParser, dg.PipesMessageReader):
             if self.partitions:
                 own = partitions_of(context)
                 attach(context, read_partitions(context, self, self.partitions, own, whose="run"))
-
-    def discard(self) -> None:
-        """Leave the results out: another attempt follows. Without a session, Dagster would warn of lost messages."""
-        if not self.opened:
-            self.deliver(make_message("opened", {}))
-        self.opened, self.closed = True, None
-
-    def end_session(self) -> None:
-        """Report to Dagster that the session has ended, which a killed workload does not: the step says what it did."""
-        if self.opened:  # the last one alone: Dagster warns of what follows the first
+        if self.closed:  # after all others: Dagster warns of what follows
             with self.error_kept():
-                self.deliver(self.closed or make_message("closed", {}))
+                self.deliver(self.closed)
 
-    def no_messages_debug_text(self) -> str:  # noqa: D102 - Dagster's
-        return f"The workload was to write its messages to {self.path}."
+    def no_messages_debug_text(self) -> str:  # noqa: D102 - Dagster's, for a warning that is left out
+        return ""
 
 
 def _refuse(_: PipesMessage) -> None:
@@ -202,12 +194,24 @@ def open_session(context: dg.OpExecutionContext, extras: Mapping[str, Any], fold
         return Output(target, warn)
 
     document, messages = ContextDocument(folder), Messages(folder)
-    with dg.open_pipes_session(context, document, messages, extras=dict(extras)) as pipes:
-        try:
-            output = write_to(sys.stdout, "stdout"), write_to(sys.stderr, "stderr")
-            yield Session(pipes, document.text, messages, *output)
-        finally:
-            messages.end_session()
+    opened = dg.open_pipes_session(context, document, messages, extras=dict(extras))
+    with _without_advice(context.log), opened as pipes:
+        output = write_to(sys.stdout, "stdout"), write_to(sys.stderr, "stderr")
+        yield Session(pipes, document.text, messages, *output)
+
+
+@contextmanager
+def _without_advice(log: logging.Logger) -> Iterator[None]:
+    """Leave out Dagster's warning of a session that no process has opened, or closed: the step's failure says why."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("[pipes] did not receive")
+
+    log.addFilter(is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)
 
 
 def pipes_variables(folder: str) -> dict[str, str]:

@@ -79,9 +79,7 @@ class RemoteJob(RemoteStep):
             report = self._report_submitted, self._report_state
             end = self._gateway.run(run, files, session.sinks, self._context.run_id, *report)
             outcome, failed, following = self._series[0].judge(end, session.stderr.tail)
-            if following.request:
-                session.messages.discard()
-            else:
+            if not following.request:  # else the results are those of a failed attempt
                 session.messages.finish(self._context)
         self._report_project(self._job, end.account)
         if failed and following.request:
