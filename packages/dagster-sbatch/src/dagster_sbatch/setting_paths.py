@@ -71,4 +71,4 @@ def _check_variables(text: str) -> None:
     if found[1] in VARIABLES:
         raise ValueError(f"{text!r}: ${found[1]} counts only as the first part, without braces. Valid forms: {FORMS}")
     hint = nearest(f"${found[1]}", [f"${each}" for each in VARIABLES])
-    raise ValueError(f"{text!r}: ${found[1]} is unknown. Valid forms: {FORMS}{hint}")
+    raise ValueError(f"{text!r}: ${found[1]} is unknown{hint}")

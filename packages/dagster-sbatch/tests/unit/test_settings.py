@@ -303,10 +303,10 @@ def test_a_path_on_the_supercomputer_stays_as_it_was_written(
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("$SCRACH/dagster", "$SCRACH is unknown. " + FORMS + "; did you mean '$SCRATCH'?"),
-        ("$DATAX/dagster", "$DATAX is unknown. "),
+        ("$SCRACH/dagster", "$SCRACH is unknown; did you mean '$SCRATCH'?"),
+        ("$WORK/dagster", "$WORK is unknown; valid are $DATA, $HOME, $SCRATCH"),
         ("$DATA-1/dagster", "$DATA counts only as the first part, without braces. "),
-        ("/data/$USER/dagster", "$USER is unknown. "),
+        ("/data/$USER/dagster", "$USER is unknown; "),
         ("/data/$HOME", "$HOME counts only as the first part"),
         ("dagster", "is not an absolute path. " + FORMS),
         ("./dagster", "is not an absolute path. "),
