@@ -143,9 +143,7 @@ def test_a_key_without_certificate(site: SimulatedSite, home: Path) -> None:
     text = refusal(settings(site))
     assert "has refused to log in 'xy12345'" in text
     assert "without a certificate" in text
-    assert text.endswith(
-        f"there is no {home}/.ssh/id_musica-cert.pub. Get a new certificate:\n  scripts/refresh_step_auth.py"
-    )
+    assert "scripts/refresh_step_auth.py" not in text
 
 
 @pytest.mark.parametrize(

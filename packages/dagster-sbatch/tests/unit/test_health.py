@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.auth import AccessError, BootstrapError, check_health, clock, ensure_certificate, refresh
-from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Secret
+from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Secret, Source
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.auth.key_files import certificate_path
 from dagster_sbatch.auth.refresh_failures import RefreshFailures
+from dagster_sbatch.auth.ways import read_access
 from support import access
 
 HOUR = 3600.0
@@ -123,6 +124,22 @@ def test_secrets_that_are_not_replaced_do_not_keep_from_a_certificate(variables:
     assert health.summary.endswith("authentik is away\nA certificate can be requested all the same")
     RefreshFailures(file.path).add("certificate", AccessError("the authority is away"))
     assert check_health(settings).verdict == "broken"
+
+
+def test_what_to_do_after_both_secrets_were_deleted_at_authentik_is_said_once(variables: dict[str, str]) -> None:
+    """The certificate and the secrets fail for the same reason."""
+    file, settings = file_of(variables), access.settings_of(variables)
+    file.write(PAIR)
+    certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
+    refusals: dict[Source, str] = {"stored": "authentik refused it"}
+    failures = RefreshFailures(file.path)
+    failures.add("rotation", read_access(settings).explain_rotation(refusals))
+    failures.add("certificate", read_access(settings).explain(refusals))
+    summary = check_health(settings).summary
+    assert summary.startswith("the certificate could not be renewed since ")
+    assert "\nthe stored secrets could not be renewed since " in summary
+    assert summary.endswith("): see above")
+    assert summary.count("read -rs ASC_AUTHENTIK_API_TOKEN && ") == 1
 
 
 def test_what_has_expired_is_told_with_its_end(variables: dict[str, str]) -> None:

@@ -87,10 +87,12 @@ class Certificate:
         """Return a warning if it is not for the login name; empty if it is."""
         if settings.edge_node_user in self.principals:
             return ""
+        by_email = settings.oidc_username is not None
+        other = "ask the centre to correct your email at authentik" if by_email else "get one for that name"
         return (
             f"The certificate is for the login names {', '.join(self.principals) or '(none)'}, not for "
             f"SLURM_EDGE_NODE_USER={settings.edge_node_user}. The login node may refuse it. Set SLURM_EDGE_NODE_USER "
-            "to one of those, or ask the centre to correct your email at authentik"
+            f"to one of those, or {other}"
         )
 
     def check_own_clock(self) -> None:

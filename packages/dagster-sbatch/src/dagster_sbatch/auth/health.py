@@ -95,14 +95,20 @@ def _judge(access: AccessState, next_refresh: datetime | None) -> tuple[Verdict,
 
 def _problem(access: AccessState) -> str:
     """Return what is wrong; empty if nothing is."""
-    if access.renewable or access.plain_key:
+    if access.plain_key:
+        return ""
+    if access.renewable:
         names: dict[Part, str] = {"certificate": "the certificate", "rotation": "the stored secrets"}
-        return "\n".join(
-            f"{names[part]} could not be renewed since {clock.written(found.since)} "
-            f"(tried {'once' if found.count == 1 else f'{found.count} times'}, last at {clock.written(found.last)}): "
-            f"{found.error}"
-            for part, found in sorted(access.failing.items())
-        )
+        text = ""
+        for part, found in sorted(access.failing.items()):
+            tried = "once" if found.count == 1 else f"{found.count} times"
+            *_, advice = found.error.split("\n")
+            error = "see above" if advice in text else found.error
+            text += (
+                f"\n{names[part]} could not be renewed since {clock.written(found.since)} "
+                f"(tried {tried}, last at {clock.written(found.last)}): {error}"
+            )
+        return text.lstrip()
     if access.valid_certificate is None:
         return str(access.explain({}))
     if access.file_exists:
@@ -129,7 +135,8 @@ def _not_self_renewing(access: AccessState) -> str:
 def _items(access: AccessState) -> tuple[HealthItem, ...]:
     """Return the certificate and both secrets; for a secret that is not stored, the variable that holds one."""
     settings, stored, found, now = access.settings, access.stored, access.certificate, access.now
-    state, until, renew = "not used" if access.plain_key else "missing", None, now if access.renewable else None
+    missing = "not used" if access.plain_key else "missing"
+    state, until, renew = missing, None, now if access.renewable else None
     if isinstance(found, Certificate):
         state = "not yet valid" if now < found.valid_after else "expired" if now >= found.valid_before else "valid"
         until, renew = found.valid_before, found.renew_at(settings.step_refresh_skew) if access.renewable else None
@@ -145,6 +152,6 @@ def _items(access: AccessState) -> tuple[HealthItem, ...]:
         elif direct:
             where, state = variable, "end not known"
         else:
-            state = "not usable" if access.file_problem else "missing"
+            state = "not usable" if access.file_problem else missing
         items.append(HealthItem(name, where, until, renew if access.rotatable else None, state))
     return tuple(items)

@@ -54,7 +54,7 @@ def read_private_key(key: Path) -> "serialization.SSHPrivateKeyTypes":
     except TypeError:  # cryptography's way to say that a passphrase is missing
         raise KeyFileError(
             f"The private key {key} has a passphrase, and nobody is there to type it. Use a separate key without one, "
-            f"whose certificate lives for hours only; or remove the passphrase:\n  ssh-keygen -p -N '' -f {name}"
+            f"for this purpose only; or remove the passphrase:\n  ssh-keygen -p -N '' -f {name}"
         ) from None
     except (ValueError, UnsupportedAlgorithm):
         raise KeyFileError(f"{key} is not a private SSH key (RSA, ECDSA or Ed25519), or it is damaged") from None

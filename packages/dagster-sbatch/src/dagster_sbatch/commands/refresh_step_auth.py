@@ -128,7 +128,7 @@ def show(health: AccessHealth, settings: Settings) -> None:
 def next_action(item: HealthItem, health: AccessHealth) -> str:
     """Return when an item is replaced."""
     if item.renew_at is None:
-        return "see below" if item.valid_until is None else "never, it ends"
+        return "" if item.state == "not used" else "see below" if item.valid_until is None else "never, it ends"
     return f"{item.renew_at:%Y-%m-%d %H:%M}" if item.renew_at > health.now else "the next refresh"
 
 

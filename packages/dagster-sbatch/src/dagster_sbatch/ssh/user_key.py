@@ -15,6 +15,7 @@ from dagster_sbatch.auth.key_files import (
     CertificateError,
     KeyFileError,
     certificate_path,
+    public_path,
     read_certificate,
     read_private_key,
 )
@@ -69,7 +70,7 @@ class UserKey:
             return AuthenticationError(
                 f"{hop} has accepted the key {self.path} of {hop.user!r} and requires a second factor: "
                 f"{', '.join(methods)}. That is for people, and nobody is there to answer. "
-                "Ask your computing centre for a way to log in with the certificate alone."
+                "Ask your computing centre for a way to log in without it."
             )
         public = fingerprint(self.private.asbytes())
         lines = [
@@ -84,14 +85,17 @@ class UserKey:
         if _KEYBOARD_INTERACTIVE in methods:
             lines.append(
                 f"{_KEYBOARD_INTERACTIVE} is the login for people: a link to open in a browser, or a password. "
-                "This program does not use it and needs a valid certificate."
+                "This program does not use it."
             )
         return AuthenticationError("\n".join([*lines, self._advice(hop)]))
 
     def _advice(self, hop: Hop) -> str:
         certificate = self.certificate
         if certificate is None:
-            return f"Many centres accept certificates only, and there is no {self.path}-cert.pub. {_RENEW}"
+            return (
+                f"If the site accepts plain keys, give it {public_path(self.path)}, for {hop.user!r}. If it accepts "
+                "certificates only, get one: `scripts/docs credentials` says how."
+            )
         if problem := certificate.validity_problem(clock.now()):
             return f"The certificate {problem}. {_RENEW}"
         if hop.user not in certificate.principals:

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
 from dagster_sbatch.inspect.diagnosis.survey import Room, parse_room, take_survey
-from dagster_sbatch.ssh import SshError, connect
+from dagster_sbatch.ssh import connect
 
 LEAST_FREE_KIB, LEAST_FREE_FILES = 1 << 20, 10_000
 OLDEST_PYTHON = (3, 6)  # needed by what the client runs on the login node; workloads have their own environment
@@ -23,8 +23,6 @@ def check_login(facts: Facts) -> Verdict:
         with here or connect(settings, ensure_certificate, site.host_authorities) as connection:
             base = str(settings.deployment_base_path)
             facts.survey = take_survey(connection, base, site.python_candidates, site.setup_commands)
-    except SshError as error:
-        return broken(str(error), "do what the error says; scripts/refresh_step_auth.py --status shows the certificate")
     except OSError as error:
         return broken(str(error), "try again; check what your login shell does on the login node")
     return ok("this machine" if here else f"{settings.edge_node_user} at {settings.edge_node_host}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from dagster_sbatch.auth import AccessError, check_health, clock, ensure_certificate
+from dagster_sbatch.auth import check_health, clock, ensure_certificate
 from dagster_sbatch.auth.certificate import fingerprint
 from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.errors import ConfigurationError
@@ -58,16 +58,13 @@ def check_credentials(facts: Facts) -> Verdict:
     if health.verdict == "broken":
         return broken("there is no access", health.summary)
     if health.verdict == "failing":
-        return warning(health.summary, "scripts/refresh_step_auth.py --status")
+        return warning(health.summary, "do what it says; if it says nothing to do, wait: it is tried again")
     return ok(health.summary)
 
 
 def check_certificate(facts: Facts) -> Verdict:
     """Get a valid certificate, renewed if that is due."""
-    try:
-        certificate = ensure_certificate(facts.settings)
-    except AccessError as error:
-        return broken(str(error), "do what the error says, then run scripts/refresh_step_auth.py")
+    certificate = ensure_certificate(facts.settings)
     if certificate is None:
         return ok("none: a plain key")
     return ok(f"for {', '.join(certificate.principals)}, until {clock.written(certificate.valid_before)}")
@@ -96,7 +93,7 @@ def check_port(facts: Facts) -> Verdict:
     except TimeoutError:
         return broken(
             f"{hop} does not answer within {TCP_SECONDS:.0f} s: this network does not reach it",
-            "connect from the network of a partner university, or start the centre's VPN; "
+            "connect from a network that the centre lets in, such as your university's, or start the centre's VPN; "
             f"if you have done so, {maintenance}",
         )
     except OSError as error:
