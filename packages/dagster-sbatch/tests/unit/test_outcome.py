@@ -60,16 +60,14 @@ LOST = "Ray: lost the node n4002: health check failed"
             JobEnd(None, "FAILED", exit="2:0"),
             Outcome(
                 "the job could not start in its run directory (Slurm: FAILED 2:0). Its compute node does not see that "
-                "folder, or cannot write to it. Set SLURM_DEPLOYMENT_BASE_PATH to a folder that every node sees, "
-                "such as $DATA/dagster-slurm"
+                "folder, or cannot write to it. Set SLURM_DEPLOYMENT_BASE_PATH to a folder that every node sees"
             ),
         ),
         (
             JobEnd(None, "FAILED", exit="0:53"),
             Outcome(
                 "the job could not start in its run directory (Slurm: FAILED 0:53). Its compute node does not see that "
-                "folder, or cannot write to it. Set SLURM_DEPLOYMENT_BASE_PATH to a folder that every node sees, "
-                "such as $DATA/dagster-slurm"
+                "folder, or cannot write to it. Set SLURM_DEPLOYMENT_BASE_PATH to a folder that every node sees"
             ),
         ),
         (
@@ -190,7 +188,7 @@ ROWS = [["p1", "p1", "q,idle_q"], ["p1", "p2", "idle_q"]]
             "'p9' is not a project of yours. Name one of yours (p1, p2) in SLURM_ACCOUNT, or in",
         ),
         (BAD_ACCOUNT, None, ROWS, "p8", "'p8' is not a project of yours. Name one of yours (p1, p2)"),
-        (BAD_QOS, "p2", ROWS, "p8", "Project p2 may not use QoS q, only idle_q. A project that has used up its budget"),
+        (BAD_QOS, "p2", ROWS, "p8", "Project p2 may not use QoS q, only idle_q (a project that has used up its budget"),
         (
             BAD_QOS,
             "p2",
@@ -199,7 +197,8 @@ ROWS = [["p1", "p1", "q,idle_q"], ["p1", "p2", "idle_q"]]
             "Set SLURM_QOS to one of these, or name another project (p1) in SLURM_ACCOUNT, or in",
         ),
         (BAD_QOS, None, [["p2", "p2", "idle_q"]], "p2", "Set SLURM_QOS to one of these"),
-        (BAD_QOS, None, [["p2", "p2", "idle_q"]], "p2", "Project p2 may not use QoS q, only idle_q."),
+        (BAD_QOS, None, [["p2", "p2", "r,s"]], "p2", "only r, s. Set"),
+        (BAD_QOS, None, [["p2", "p2", ""]], "p2", "would be charged to project p2. You have no other project"),
         (
             BAD_QOS,
             None,

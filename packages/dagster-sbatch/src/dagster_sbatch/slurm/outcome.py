@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from dagster_sbatch.slurm.accounting import explain_idle_end
@@ -156,13 +156,20 @@ def explain_refusal(text: str, request: SlurmRequest, ask: Callable[[], Projects
     if charged not in projects.qos:
         return f"{text}\n{charged!r} is not a project of yours. Name one of yours ({others}) in {another}"
     allowed = projects.qos[charged]
-    if request.qos and request.qos not in allowed:
+    if allowed and request.qos and request.qos not in allowed:
+        only = f"{', '.join(sorted(allowed))}{idle_only(allowed)}"
         return (
-            f"{text}\nProject {charged} may not use QoS {request.qos}, only {', '.join(sorted(allowed))}. "
-            "A project that has used up its budget may use the idle_ ones only. "
+            f"{text}\nProject {charged} may not use QoS {request.qos}, only {only}. "
             f"Set SLURM_QOS to one of these{f', or name another project ({others}) in {another}' if others else ''}"
         )
-    return f"{text}\nThe job would be charged to project {charged}. Others of yours: {others or 'none'}; {elsewhere}"
+    more = f"Others of yours: {others}; {elsewhere}" if others else "You have no other project"
+    return f"{text}\nThe job would be charged to project {charged}. {more}"
+
+
+def idle_only(allowed: Collection[str]) -> str:
+    """Return why a project may use idle_ QoS only, to be added to their list; empty if it may use others."""
+    spent = all(qos.startswith("idle_") for qos in allowed)
+    return " (a project that has used up its budget may use the idle_ ones only)" if spent else ""
 
 
 def _explain_state(end: JobEnd, request: SlurmRequest) -> Outcome:
@@ -180,8 +187,7 @@ def _explain_cut_short(end: JobEnd) -> Outcome:
     if end.state == "FAILED" and end.exit in NOT_STARTED:
         return Outcome(
             f"the job could not start in its run directory (Slurm: {end.state} {end.exit}). Its compute node does not "
-            "see that folder, or cannot write to it. Set SLURM_DEPLOYMENT_BASE_PATH to a folder that every node sees, "
-            "such as $DATA/dagster-slurm"
+            "see that folder, or cannot write to it. Set SLURM_DEPLOYMENT_BASE_PATH to a folder that every node sees"
         )
     slurms = f"Slurm reports {end.state} {end.exit}" if end.state else "Slurm does not know it any more"
     return Outcome(

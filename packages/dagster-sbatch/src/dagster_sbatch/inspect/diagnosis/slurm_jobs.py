@@ -12,6 +12,7 @@ from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok,
 from dagster_sbatch.inspect.dry_run import ask_usage, try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.slurm.gateway import charged_project
+from dagster_sbatch.slurm.outcome import idle_only
 
 SECONDS = 240.0  # for the agent to answer all requests; Slurm takes some seconds for each job script
 LOCK_SECONDS = 60.0
@@ -31,13 +32,11 @@ def check_projects(facts: Facts) -> Verdict:
     source = "SLURM_ACCOUNT" if settings.account else "SBATCH_ACCOUNT there" if projects.exported else "your default"
     found = f"{', '.join(sorted(projects.qos))}; jobs are charged to {charged} ({source})"
     if charged not in projects.qos:
-        return broken(f"{charged} ({source}) is not a project of yours", f"yours are {', '.join(sorted(projects.qos))}")
+        fix = f"set SLURM_ACCOUNT to one of {', '.join(sorted(projects.qos))}"
+        return broken(f"{charged} ({source}) is not a project of yours", fix)
     mine = projects.qos[charged]
     if settings.qos and mine and settings.qos not in mine:
-        fix = (
-            f"set SLURM_QOS to one of {', '.join(sorted(mine))}, or SLURM_ACCOUNT to another project; "
-            "one whose budget is used up may use the idle_ ones only"
-        )
+        fix = f"set SLURM_QOS to one of {', '.join(sorted(mine))}{idle_only(mine)}, or SLURM_ACCOUNT to another project"
         return broken(f"project {charged} may not use SLURM_QOS={settings.qos}", fix)
     wanted = {qos for partition in facts.site.partitions.values() for qos in partition.qos}
     lacking = sorted(wanted - mine) if mine else []
