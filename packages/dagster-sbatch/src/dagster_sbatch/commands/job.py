@@ -30,9 +30,9 @@ from dagster_sbatch.upkeep.ownership import left_jobs
 
 DESCRIPTION = """\
 List the jobs that Dagster runs have submitted, show their logs, fetch their files, or cancel them. RUN_OR_JOB is a
-Slurm job id, a task of an array job (1184_17), the first six or more characters of a Dagster run's id, or a submission
-key (the job's name). Without arguments the command prints a table of all jobs, and below it the jobs that no run
-follows: a re-execution can attach to them.
+Slurm job id, a task of an array job (1184_17), the first six or more characters of a Dagster run's id, or the name of a
+run directory. Without arguments the command prints a table of all jobs, and below it the jobs that no run follows: a
+re-execution can attach to them.
 """
 EPILOG = """\
 examples:

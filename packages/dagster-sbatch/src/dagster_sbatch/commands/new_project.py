@@ -37,7 +37,9 @@ template's, and with one small asset, its workload and its tests in place of the
 vendor/, the dependencies are locked, and a git history begins. No network is needed.
 
 NAME may be a dot, in a clone of the repository that a forge has made for you from this template: then the clone itself
-becomes the project, in one commit. After a failure or Ctrl-C, nothing of the new project remains.
+becomes the project, in one commit. After a failure or Ctrl-C, nothing of the new project remains. If the command is
+killed (kill -9), a hidden folder .NAME.PID remains beside the project's place, or one in the temporary folder: remove
+it.
 """
 EPILOG = """\
 examples:

@@ -73,7 +73,7 @@ class Runs:
         if not found:
             raise ConfigurationError(
                 f"No run in {self.folder} is called {name!r}. Name a Slurm job id, {SHORTEST_ID} or more characters of "
-                "a Dagster run's id, or a job's name. To list all runs:\n  scripts/job"
+                "a Dagster run's id, or the name of a run directory. To list all runs:\n  scripts/job"
             )
         return found
 
