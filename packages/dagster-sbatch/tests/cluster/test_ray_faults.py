@@ -38,6 +38,7 @@ LISTENER = "python3 -m http.server 19761 >/dev/null 2>&1"
 LISTENS = "until (: </dev/tcp/127.0.0.1/19761) 2>/dev/null; do sleep 0.1; done"
 HEAD, BOTH = 1, 2
 GPU_IS_BROKEN = "a GPU is broken"
+# By name: fields of the launcher, how many nodes of the pair the job has, and what its failure says.
 BAD_STARTS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
     "a node does not join in time": (
         {"startup_time_limit": 60, "pre_start_commands": [f"{ON_THE_SECOND}{{ echo dawdling; sleep 300; }}"]},
@@ -103,9 +104,6 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
          "GPU 1 has fallen off the bus. Exclude this node"],
     ),
 }  # fmt: skip
-
-
-"""By name: fields of the launcher, how many nodes of the pair the job has, and what its failure says."""
 
 
 def start_badly(name: str, site: SimulatedSite, folder: Path, nodes: tuple[str, ...]) -> None:
