@@ -17,7 +17,7 @@ _VARIABLE = re.compile(r"(?:^|/)\$\{?(\w+)")
 def check_remote_path(text: str) -> str:
     """Return a path on the supercomputer as it was written, without slashes at its end.
 
-    Raises ValueError: it has none of FORMS; the text names them, and the variable that may have been meant.
+    Raises ValueError: it has none of FORMS; the text names them, or the variable that may have been meant.
     """
     _check_variables(text)
     if not text.startswith("/") and not _START.match(text):

@@ -330,8 +330,8 @@ def test_any_other_path_there_is_refused(
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("$HOM/id_musica", "$HOM is unknown. " + FORMS + "; did you mean '$HOME'?"),
-        ("/home/$USER/id_musica", "$USER is unknown. "),
+        ("$HOM/id_musica", "$HOM is unknown; did you mean '$HOME'?"),
+        ("/home/$USER/id_musica", "$USER is unknown; "),
         ("$SCRATCH/id_musica", "begins with $SCRATCH, which is not set on this machine"),
         ("id_musica", "is not an absolute path. " + FORMS),
         ("~no-such-user/id_musica", "there is no such user on this machine"),
