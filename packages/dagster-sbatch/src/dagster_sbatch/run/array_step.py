@@ -24,7 +24,7 @@ from dagster_sbatch.run.past_use import proposal_metadata, uses_of
 from dagster_sbatch.run.pipes import open_session
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import add_metadata, partitions_of
+from dagster_sbatch.run.results import add_metadata, note_missing_checks, partitions_of
 from dagster_sbatch.run.task_contexts import TaskContexts
 from dagster_sbatch.run.task_failures import FailedTask, TaskFailures
 from dagster_sbatch.run.task_output import TaskReader, Warnings
@@ -228,6 +228,7 @@ class ArrayStep:
             for (partition, key), each in found.items():
                 add_metadata(context, key, partition, each)
         checks = combine_checks(context.selected_asset_check_keys, results, self._earlier_checks())
+        note_missing_checks(context, checks)
         metadata, proposal = {**self.where, **attempts_metadata(self.attempts)}, self._propose(results)
         if not any(task.partitions for task in self.tasks):
             metadata |= {**summarize(results), **proposal}

@@ -207,6 +207,19 @@ def _typed(value: Any) -> Any:
     return value if typed else {"raw_value": value, "type": PIPES_METADATA_TYPE_INFER}
 
 
+def note_missing_checks(context: dg.OpExecutionContext, reported: Iterable[object]) -> None:
+    """Log which asset checks of the step have no result: Dagster fails the step then, and does not say why."""
+    results = [each for each in reported if isinstance(each, dg.AssetCheckResult)]
+    known = {(each.asset_key, each.check_name) for each in results}
+    missing = [each for each in sorted(context.selected_asset_check_keys) if (each.asset_key, each.name) not in known]
+    if missing:
+        names = ", ".join(f"{each.name} of {each.asset_key.to_user_string()}" for each in missing)
+        StepLog(context).info(
+            f"The workload has not reported these asset checks: {names}. If the function that calls compute.run does "
+            "not return their results, the step fails. Report them: pipes.report_asset_check(...)."
+        )
+
+
 def complete(
     context: dg.OpExecutionContext, session: dg.PipesSession, where: Mapping[str, Any], costs: Mapping[str, Any]
 ) -> dg.PipesClientCompletedInvocation:
@@ -215,9 +228,9 @@ def complete(
     `where`: metadata for all results. `costs`: metadata of the whole job, for the first partition of the first asset
     only, so that sums are right.
     """
-    reported = [
-        result.asset_key for result in session.get_reported_results() if isinstance(result, dg.MaterializeResult)
-    ]
+    results = session.get_reported_results()
+    note_missing_checks(context, results)
+    reported = [each.asset_key for each in results if isinstance(each, dg.MaterializeResult)]
     keys = sorted(key for key in reported if key) or sorted(context.selected_asset_keys)
     if not keys:  # an op, or the function of an asset check: there is no other place for them
         return dg.PipesClientCompletedInvocation(session, metadata={**where, **costs})

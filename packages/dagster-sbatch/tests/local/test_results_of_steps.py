@@ -1,0 +1,79 @@
+"""What a step returns: checks that its workload does not report, and values beside what it reports."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from dagster_sbatch import JobArray, ScriptLauncher
+from dagster_sbatch.run.compute import ComputeResource
+from resources import PROJECT
+from support.workload_asset import PIPES
+
+pytestmark = pytest.mark.local
+
+COMPUTE = {"compute": ComputeResource.of(PROJECT)}
+KEYS = dg.StaticPartitionsDefinition(["a"])
+MISSING = "The workload has not reported these asset checks: new of probe. "
+
+
+def run(asset: dg.AssetsDefinition) -> tuple[bool, list[str]]:
+    """Materialize the asset; return whether that succeeded, and the lines of the log."""
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([asset], resources=COMPUTE, partition_key="a", raise_on_error=False, instance=instance)
+        return result.success, [entry.user_message for entry in instance.all_logs(result.run_id)]
+
+
+@pytest.mark.parametrize("array", [None, JobArray()])
+@pytest.mark.parametrize("reports", [True, False])
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_declared_check_that_is_not_reported_is_named(
+    *, array: JobArray | None, reports: bool, returns: bool, tmp_path: Path
+) -> None:
+    """Dagster stores the asset, fails the step, and says that it has not returned what it has returned."""
+    workload = tmp_path / "probe.py"
+    report = "pipes.report_asset_check('new', passed=True)" if reports else "pass"
+    workload.write_text(f"{PIPES}    pipes.report_asset_check('old', passed=True)\n    {report}\n")
+    checks = [dg.AssetCheckSpec(name, asset="probe") for name in ("old", "new")]
+
+    @dg.asset(check_specs=checks, partitions_def=KEYS)
+    def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> Iterator[Any]:
+        done = compute.run(context, workload=workload, launcher=ScriptLauncher(), array=array)
+        yield done.get_materialize_result()
+        if returns:
+            yield dg.AssetCheckResult(check_name="new", passed=True)
+
+    success, log = run(probe)
+    assert success is (reports is not returns)
+    assert any(line.startswith(MISSING) for line in log) is not reports
+
+
+def test_a_value_for_the_io_manager_beside_what_the_workload_reports(tmp_path: Path) -> None:
+    """As docs/assets.md has it, in an asset and in an op of a graph."""
+    workload = tmp_path / "probe.py"
+    workload.write_text(
+        f"{PIPES}    pipes.report_custom_message(42)\n    pipes.report_asset_materialization(metadata={{'rows': 3}})\n"
+    )
+
+    @dg.asset
+    def answer(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult[int]:
+        done = compute.run(context, workload=workload, launcher=ScriptLauncher())
+        value, metadata = done.get_custom_messages()[0], done.get_materialize_result().metadata
+        return dg.MaterializeResult(value=value, metadata=metadata)
+
+    @dg.op
+    def half(context: dg.OpExecutionContext, compute: ComputeResource, whole: int) -> dg.Output[int]:
+        compute.run(context, workload=workload, launcher=ScriptLauncher())
+        return dg.Output(whole // 2)
+
+    @dg.graph_asset
+    def halved(answer: int) -> int:
+        return half(answer)  # type: ignore[no-any-return]
+
+    result = dg.materialize([answer, halved], resources=COMPUTE)
+    assert result.output_for_node("answer") == 42
+    assert result.output_for_node("halved.half") == 21
+    (event,) = result.asset_materializations_for_node("answer")
+    assert event.metadata["rows"] == dg.IntMetadataValue(3)
