@@ -353,9 +353,10 @@ def test_cancelled_by_an_administrator(site: SimulatedSite, workloads: Path) -> 
     ],
 )
 def test_what_slurm_refuses_is_told_in_its_words(
-    request_: SlurmRequest, text: str, site: SimulatedSite, workloads: Path
+    request_: SlurmRequest, text: str, site: SimulatedSite, workloads: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     outcome = materialize(REPORTS, workloads, request=request_)
+    assert "[pipes]" not in capfd.readouterr().err  # Dagster's words: no process was to send messages
     assert "refused on the supercomputer" in outcome.error
     assert "Run directory" not in outcome.error  # no job has written into it
     assert text in outcome.error
