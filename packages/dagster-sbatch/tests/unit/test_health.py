@@ -77,6 +77,7 @@ def test_a_file_that_has_lost_its_secrets_is_told_while_access_works(variables: 
     assert health.verdict == "failing"
     lost = f"nothing can be renewed: {file.path}: it has no API token and it has no app password\nAccess works until "
     assert health.summary.startswith(lost)
+    assert health.notes == ()  # when access ends is said
 
 
 def test_secrets_in_variables_are_shown_with_the_variable(variables: dict[str, str]) -> None:

@@ -51,8 +51,9 @@ def check_health(settings: Settings) -> AccessHealth:
     next_refresh = _next_refresh(access)
     verdict, summary = _judge(access, next_refresh)
     certificate = access.valid_certificate
+    end_is_known = access.rotatable or (verdict == "failing" and not access.renewable)  # the summary has it
     notes = (
-        "" if access.rotatable else _not_self_renewing(access),
+        "" if end_is_known else _not_self_renewing(access),
         certificate.principals_problem(settings) if certificate else "",
     )
     shown = tuple(note for note in notes if note and note != summary)
