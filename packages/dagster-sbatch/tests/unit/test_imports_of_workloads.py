@@ -1,6 +1,9 @@
 """Imports that cannot work, on the supercomputer or everywhere."""
 
+import gc
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,31 @@ def test_any_other_import_is_not(text: str, tmp_path: Path) -> None:
     for name in ("helper.py", "package/__init__.py", "package/other.py", "package/sub/__init__.py"):
         (tmp_path / name).write_text("")
     assert missing(tmp_path, text) == []
+
+
+def test_calls_in_threads_parse_programs_one_at_a_time(tmp_path: Path) -> None:
+    """In Python 3.11, `ast.parse` collects garbage, whose finalizers let another thread run (SystemError)."""
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            time.sleep(0.0001)
+
+    def look(_: int) -> list[str]:
+        Garbage()
+        return find_missing(read_workload(program, [], tmp_path), PROJECT, None)
+
+    program = tmp_path / "prog.py"
+    program.write_text("if x:\n    pass\n" + "elif x:\n    pass\n" * 100)
+    before = gc.get_threshold()
+    gc.set_threshold(50)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(look, range(40))) == [[]] * 40
+    finally:
+        gc.set_threshold(*before)
 
 
 @pytest.mark.parametrize("module", [".helper", ".", "....................................."])

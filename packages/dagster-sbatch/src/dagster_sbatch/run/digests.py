@@ -13,7 +13,10 @@ def check_json(name: str, value: Any) -> None:
     try:
         json.dumps(value, sort_keys=True)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} cannot be sent to the workload as JSON: {error}") from None
+        reason = f"{error}. Convert it to numbers, strings, lists and dictionaries"
+        if "'<' not supported" in str(error):  # the keys cannot be sorted
+            reason = "a dictionary in it has keys of several types. Use strings"
+        raise ValueError(f"{name} cannot be sent to the workload as JSON: {reason}") from None
 
 
 def digest_of(value: Any, length: int = 16) -> str:

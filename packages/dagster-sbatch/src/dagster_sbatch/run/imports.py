@@ -14,7 +14,7 @@ from dagster_sbatch.environments.code import ask_git
 from dagster_sbatch.environments.lockfile import read_lock
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
-from dagster_sbatch.run.workload import Workload
+from dagster_sbatch.run.workload import Workload, parse
 
 _ENGINE = __name__.partition(".")[0]
 _installed = cache(packages_distributions)  # names of distributions by module, on this machine
@@ -43,7 +43,7 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
             continue
         seen.add(file)
         with suppress(SyntaxError, ValueError, IndexError, RecursionError):  # nobody may ever import this module
-            for line, level, module, names in _imports(ast.parse(file.read_bytes())):
+            for line, level, module, names in _imports(parse(file)):
                 top = module.partition(".")[0]
                 if level and file == workload.path and not workload.module:
                     found["."] = (
