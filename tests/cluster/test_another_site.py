@@ -137,11 +137,11 @@ def test_a_plain_key_is_all_that_is_needed(project: Path, site: SimulatedSite) -
 def test_a_key_that_is_missing_is_asked_for_and_not_a_token(project: Path, site: SimulatedSite) -> None:
     (project.parent / "home" / ".ssh" / "id_borealis").unlink()
     found = look(project, site)
-    name, state, _, fix = found["links"][-1]
+    name, state, problem, _ = found["links"][-1]
     assert (name, state) == ("credentials", "broken")
-    assert "id_borealis does not exist" in fix
-    assert "plain key" in fix
-    assert "ssh-keygen -t ed25519 -N '' -f " in fix
+    assert "id_borealis does not exist" in problem
+    assert "plain key" in problem
+    assert "ssh-keygen -t ed25519 -N '' -f " in problem
     assert found["health"][0] == "broken"
     assert found["tick"] == found["health"][1]
     assert found["job"] is False

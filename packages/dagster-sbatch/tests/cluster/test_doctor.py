@@ -89,7 +89,7 @@ def test_a_shell_of_another_kind_is_no_hindrance(site: SimulatedSite, set_variab
 
 def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ASC_AUTHENTIK_API_TOKEN")
-    assert "One of these is enough" in broken("credentials").fix
+    assert "One of these is enough" in broken("credentials").found
 
 
 def test_no_certificate(site: SimulatedSite) -> None:

@@ -71,6 +71,13 @@ def short_patience(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
+def test_that_there_is_no_access_is_said_once(tmp_path: Path) -> None:
+    state, found, fix = this_machine.check_credentials(facts_of(("login.example", 22), tmp_path))
+    assert state == "broken"
+    assert found.startswith("No access to login.example. One of these is enough, and none of them works:\n  1. a valid")
+    assert "access" not in fix
+
+
 @pytest.mark.usefixtures("short_patience")
 def test_a_network_from_which_port_22_times_out(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=0) as server, ExitStack() as stack:

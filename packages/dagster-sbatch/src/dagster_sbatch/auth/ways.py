@@ -160,7 +160,8 @@ class AccessState:
             )
         elif self.missing_settings:
             names = ", ".join(self.missing_settings)
-            lines.append(f"All but a certificate also need settings that are not set: {names} (scripts/docs settings)")
+            they = "They" if valid else "All but a certificate"
+            lines.append(f"{they} also need settings that are not set: {names} (scripts/docs settings)")
         return BootstrapError("\n".join(lines))
 
     def _ways(self, refusals: Mapping[Source, str]) -> list[tuple[str, str, str, str]]:

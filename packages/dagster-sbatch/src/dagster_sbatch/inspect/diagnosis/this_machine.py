@@ -55,10 +55,9 @@ def check_dagster_home(facts: Facts) -> Verdict:
 def check_credentials(facts: Facts) -> Verdict:
     """Check what this machine has to get a certificate with, without asking a server."""
     health = check_health(facts.settings)
-    if health.verdict == "broken":
-        return broken("there is no access", health.summary)
-    if health.verdict == "failing":
-        return warning(health.summary, "do what it says; if it says nothing to do, wait: it is tried again")
+    if health.verdict in ("broken", "failing"):
+        verdict = broken if health.verdict == "broken" else warning
+        return verdict(health.summary, "do what it says; if it says nothing to do, wait: it is tried again")
     return ok(health.summary)
 
 
