@@ -92,7 +92,7 @@ _parsing = threading.Lock()
 
 
 def parse(program: Path) -> ast.Module:
-    """Parse a Python program, one at a time: in Python 3.11, threads that parse at once make each other fail now and then.
+    """Parse a Python program; one thread at a time, because in Python 3.11 they make each other fail now and then.
 
     Raises SyntaxError or another error of `ast.parse`.
     """
