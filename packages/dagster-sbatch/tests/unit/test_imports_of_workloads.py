@@ -5,6 +5,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,15 +78,13 @@ def test_any_other_import_is_not(text: str, tmp_path: Path) -> None:
 def test_calls_in_threads_parse_programs_one_at_a_time(tmp_path: Path) -> None:
     """In Python 3.11, `ast.parse` collects garbage, whose finalizers let another thread run (SystemError)."""
 
-    class Garbage:
-        def __init__(self) -> None:
-            self.itself = self
-
+    class Garbage(list[Any]):
         def __del__(self) -> None:
             time.sleep(0.0001)
 
     def look(_: int) -> list[str]:
-        Garbage()
+        itself = Garbage()
+        itself.append(itself)
         return find_missing(read_workload(program, [], tmp_path), PROJECT, None)
 
     program = tmp_path / "prog.py"
