@@ -53,8 +53,6 @@ class Case:
 
 RAY_CASES = (
     Case({"gpus_per_node": 1}, 44, 180),
-    Case({"gpus_per_node": 2}, 88, 360),
-    Case({"gpus_per_node": 4}, 176, 720),
     Case({"gpus_per_node": 4, "nodes": 2}, 176, 720),
     Case({"gpus_per_node": 4, "exclusive": True}, 176),
     Case({"cpus_per_task": 3, "mem_per_cpu": "1G"}, 3, 3),

@@ -50,14 +50,14 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         ],
     ),
     "the environment is missing on a node": (
-        {"pre_start_commands": [f"{ON_THE_SECOND}export PYTHON=/nowhere/python"]},
-        BOTH,
-        ["Ray on {second}: there is no /nowhere/python"],
+        {"pre_start_commands": ["export PYTHON=/nowhere/python"]},
+        HEAD,
+        ["Ray on {head}: there is no /nowhere/python"],
     ),
     "Ray is missing on a node": (
-        {"pre_start_commands": [f"{ON_THE_SECOND}export PYTHON=/usr/bin/python3"]},
-        BOTH,
-        ["Ray on {second}: there is no Ray in the environment of /usr/bin/python3"],
+        {"pre_start_commands": ["export PYTHON=/usr/bin/python3"]},
+        HEAD,
+        ["Ray on {head}: there is no Ray in the environment of /usr/bin/python3"],
     ),
     "another Ray on a node": (
         {"pre_start_commands": [f'{ON_THE_SECOND}{{ {OTHER_RAY}; export PYTHONPATH="$d"; }}']},
@@ -65,12 +65,9 @@ BAD_STARTS: dict[str, tuple[dict[str, Any], int, list[str]]] = {
         ["Ray on {second}: Ray 2.53.0 (", "on the head, {head}"],
     ),
     "a port is taken": (
-        {
-            "ray_start_args": ["--node-manager-port=19761"],
-            "pre_start_commands": [f"{ON_THE_SECOND}{{ {LISTENER} & {LISTENS}; }}"],
-        },
-        BOTH,
-        ["Ray on {second}: cannot use the port of --node-manager-port=19761: Address already in use"],
+        {"ray_start_args": ["--node-manager-port=19761"], "pre_start_commands": [f"{LISTENER} & {LISTENS}"]},
+        HEAD,
+        ["Ray on {head}: cannot use the port of --node-manager-port=19761: Address already in use"],
     ),
     "Ray does not know an argument": (
         {"ray_start_args": ["--bogus=1"]},

@@ -1,4 +1,4 @@
-"""Nodes that are lost under a Ray job, while it starts and in mid-run: another try follows, and nothing is left."""
+"""Nodes that are lost under a Ray job, while it starts and in mid-run: the cause, another try, and nothing is left."""
 
 import json
 from functools import partial
@@ -9,10 +9,11 @@ import pytest
 
 from dagster_sbatch.launchers import RayLauncher
 from dagster_sbatch.run import remote_job
+from dagster_sbatch.slurm import Retries
 from slurm_in_a_box import SimulatedSite, wait_until
 from slurm_in_a_box.faults import Fault
 from support.background import attempts_of
-from support.ray_run import HANG, ON_THE_SECOND, RayRun, nothing_is_left, place, share_out
+from support.ray_run import HANG, ON_THE_SECOND, RayRun, cause_of, nothing_is_left, place, share_out
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
 BY_SLURM = "a node failed (Slurm: NODE_FAIL)"
@@ -26,9 +27,10 @@ def make_fault(site: SimulatedSite, kind: str, node: str) -> Fault:
     return {"off": site.faults.node_off, "cut": site.faults.node_cut}[kind](node)
 
 
-def start(site: SimulatedSite, folder: Path, name: str, nodes: tuple[str, ...], before: str) -> RayRun:
+def start(site: SimulatedSite, folder: Path, name: str, nodes: tuple[str, ...], before: str, tries: int = 2) -> RayRun:
     launcher = RayLauncher(pre_start_commands=[before], ray_start_args=["--include-dashboard=false"])
-    return RayRun(site, folder, HANG, name=name, launcher=launcher, options=["--no-requeue"], **place(nodes))
+    request = {"options": ["--no-requeue"], "retries": Retries(max_retries=tries - 1), **place(nodes)}
+    return RayRun(site, folder, HANG, name=name, launcher=launcher, **request)
 
 
 def another_try_succeeds(site: SimulatedSite, run: RayRun, nodes: tuple[str, ...]) -> str:
@@ -57,11 +59,11 @@ def lose_at_the_start(site: SimulatedSite, folder: Path, nodes: tuple[str, ...])
 WATCHFUL = "export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=1000"
 """Then Ray misses a node well before Slurm does."""
 LOST = {
-    "the head is switched off": ("off", 0, ":", [BY_SLURM]),
-    "a worker is switched off, and Ray notices": ("off", 1, WATCHFUL, [BY_RAY]),
-    "a worker is cut off, and whoever notices": ("cut", 1, ":", [BY_RAY, BY_SLURM]),
+    "the head is switched off": ("off", 0, ":", [BY_SLURM], 1),
+    "a worker is switched off, and Ray notices": ("off", 1, WATCHFUL, [BY_RAY], 2),
+    "a worker is cut off, and whoever notices": ("cut", 1, ":", [BY_RAY, BY_SLURM], 1),
 }
-
+"""By name: the fault, which node of the pair, its command before Ray, the possible causes, and the tries."""
 
 RAY_MIB = 150
 """Its processes on a node have more."""
@@ -76,8 +78,8 @@ def usage_of(home: Path, job: int) -> dict[str, Any] | None:
 
 
 def lose_in_mid_run(name: str, site: SimulatedSite, folder: Path, nodes: tuple[str, ...]) -> None:
-    kind, which, before, causes = LOST[name]
-    run = start(site, folder, name.replace(" ", "-"), nodes, before)
+    kind, which, before, causes, tries = LOST[name]
+    run = start(site, folder, name.replace(" ", "-"), nodes, before, tries)
     run.wait_until_ready()
     job = run.job
     if kind == "cut":
@@ -86,7 +88,11 @@ def lose_in_mid_run(name: str, site: SimulatedSite, folder: Path, nodes: tuple[s
     with make_fault(site, kind, nodes[which]):
         site.wait_for_job(job, "FAILED", "NODE_FAIL", timeout=90)
         nothing_is_left(site, nodes[1 - which])
-    cause = another_try_succeeds(site, run, nodes)
+    if tries == 1:
+        cause = cause_of(run.finish().error)
+        nothing_is_left(site, *nodes, seconds=REGISTERED)
+    else:
+        cause = another_try_succeeds(site, run, nodes)
     assert any(known.format(second=nodes[1]) in cause for known in causes), cause
     usage = usage_of(run.home, job)
     assert not (usage and which == 0)  # the batch script has died with the head
