@@ -1,4 +1,4 @@
-"""The example's months as an array, from the UI: one fails, and after the correction one task runs."""
+"""Some of the example's months as an array, from the UI: one fails, and after the correction one task runs."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from support.dagster_dev import DagsterDev
 from flight_delays import source, storage
 
 pytestmark = pytest.mark.cluster
-MONTHS = list(months.get_partition_keys())
+MONTHS = list(months.get_partition_keys())[4:8]
 BROKEN = "2013-07"
 ROWS = 500
 
@@ -80,13 +80,13 @@ def test_one_month_fails_and_after_the_correction_one_task_runs(
         page.goto("about:blank")  # an open page of the UI asks for news all the time
         first = dagster_dev.backfill("delay_features", MONTHS)
         assert dagster_dev.wait(first, 300) == "FAILURE"
-        expect_partitions(page, "delay_features", BROKEN, failed=1, materialized=11)
+        expect_partitions(page, "delay_features", BROKEN, failed=1, materialized=3)
         expect(page.get_by_text("failed, and did not materialize this asset.")).to_be_visible()
         failure = open_failure(page, first)
-        expect(failure.get_by_text("1 of 12 tasks failed. The other tasks have materialized 11")).to_be_visible()
+        expect(failure.get_by_text("1 of 4 tasks failed. The other tasks have materialized 3")).to_be_visible()
         expect(failure.get_by_text(f"materialise the partition {BROKEN} of flights first").first).to_be_visible()
-        tasks = ended_tasks(site, before, 12)
-        assert sorted(tasks.values()) == ["COMPLETED"] * 11 + ["FAILED"]
+        tasks = ended_tasks(site, before, 4)
+        assert sorted(tasks.values()) == ["COMPLETED"] * 3 + ["FAILED"]
         assert len({task.partition("_")[0] for task in tasks}) == 1
 
         (data / "kept.parquet").rename(data / "flights" / f"{BROKEN}.parquet")
@@ -94,7 +94,7 @@ def test_one_month_fails_and_after_the_correction_one_task_runs(
         second = dagster_dev.re_execute_from_failure(first)
         assert dagster_dev.wait(second, 300) == "SUCCESS"
         assert list(ended_tasks(site, {**before, **tasks}, 1).values()) == ["COMPLETED"]
-        expect_partitions(page, "delay_features", BROKEN, failed=0, materialized=12)
+        expect_partitions(page, "delay_features", BROKEN, failed=0, materialized=4)
         expect(page.get_by_text("late_share", exact=True)).to_be_visible()
     events = dagster_dev.materializations("delay_features")
     assert sorted(event["partition"] for event in events if event["runId"] == second) == MONTHS

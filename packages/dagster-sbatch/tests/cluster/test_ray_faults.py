@@ -221,9 +221,9 @@ FAILING = {
         "Ray on {second}: raylet was killed by signal 9", victims="pgrep -x raylet", second=True
     ),
     "the control service of the head is killed": Failing(
-        "Ray on {head}: gcs_server was killed by signal 9", victims="pgrep -x gcs_server"
+        "Ray on {head}: gcs_server was killed by signal 9", nodes=HEAD, victims="pgrep -x gcs_server"
     ),
-    "the batch shell is killed": Failing("and Slurm reports FAILED 0:9", victims="pgrep -f [s]lurm_script"),
+    "the batch shell is killed": Failing("and Slurm reports FAILED 0:9", nodes=HEAD, victims="pgrep -f [s]lurm_script"),
     "exits 7": Failing("probe workload.py ended with exit code 7", f"{CONNECT}    os._exit(7)", HEAD),
     "raises": Failing("probe workload.py raised KeyError: 'why'", f"{CONNECT}    raise KeyError('why')", HEAD),
     "raises in a task": Failing(
