@@ -93,7 +93,7 @@ def test_calls_in_threads_parse_programs_one_at_a_time(tmp_path: Path) -> None:
     gc.set_threshold(50)
     try:
         with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(look, range(40))) == [[]] * 40
+            assert list(pool.map(look, range(200))) == [[]] * 200
     finally:
         gc.set_threshold(*before)
 
