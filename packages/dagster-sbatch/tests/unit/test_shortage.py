@@ -83,6 +83,12 @@ def test_a_refusal_advises_what_helps(used: int, running: int, queue: list[Queue
     assert str(find(found, time_limit="10:00:00")[0]).endswith(f"so nothing is submitted. {advice}")
 
 
+@pytest.mark.parametrize(("used", "advice"), [(420, "Request less"), (900, "Ask the centre for more")])
+def test_the_only_project_of_a_user_has_no_other_beside_it(used: int, advice: str) -> None:
+    found = usage(projects=["p1"], shares=[replace(GPUS, used=used, running=0)], queue=[])
+    assert str(find(found, time_limit="10:00:00")[0]).endswith(f"so nothing is submitted. {advice}")
+
+
 def test_the_owner_of_a_budget_can_raise_it() -> None:
     settings = Settings.model_validate({"SLURM_BUDGET_GPU_HOURS": 1, "SLURM_BUDGET_START": "2026-11-01"})
     hours: dict[str, Any] = {"seconds": 3600, "tres": {"gres/gpu": 1}, "partition": "gpu", "name": "", "comment": ""}

@@ -214,28 +214,33 @@ def find_shortage(
         notes.append(f"{SETTING}: the limits of {of} are not known{why}. The job is submitted.")
     for each in budgets:
         if each.free is not None and round(hours[each.tres] - each.free, MOST_DIGITS) > 0:
-            unseen = "" if sees_all(usage, each) else f" ({UNSEEN})"
-            return _explain(allocation, tasks, each, hours[each.tres], unseen), notes
+            return _explain(allocation, tasks, usage, each, hours[each.tres]), notes
     return None, notes
 
 
-def _explain(allocation: Allocation, tasks: int, budget: Budget, hours: float, unseen: str) -> str:
+def _explain(allocation: Allocation, tasks: int, usage: Usage, budget: Budget, hours: float) -> str:
+    unseen = "" if sees_all(usage, budget) else f" ({UNSEEN})"
+    others = {*usage.projects} != {budget.project}  # none: they are not known
     free, used = max(budget.free or 0.0, 0.0), show_hours(budget.used, beside=[budget.limit])
     return (
         f"{describe_cost(allocation, tasks, free, gpus=budget.tres == GPU)}. Project {budget.project} has "
         f"{show_hours(free, beside=[hours])} free: of {show_hours(budget.limit, budget.unit, beside=[budget.used])} "
         f"({budget.source}), {used} are used, running jobs may use {show_hours(budget.running)} more, and waiting "
-        f"jobs {show_hours(budget.queued)}{unseen}. {SETTING} is set, so nothing is submitted. {_advise(budget)}"
+        f"jobs {show_hours(budget.queued)}{unseen}. {SETTING} is set, so nothing is submitted. "
+        f"{_advise(budget, others=others)}"
     )
 
 
-def _advise(budget: Budget) -> str:
-    """Return what helps: not to wait where no job runs or waits, or where the budget is used up."""
+def _advise(budget: Budget, *, others: bool) -> str:
+    """Return what helps: not to wait where no job runs or waits, or where the budget is used up.
+
+    `others`: whether the user may have another project.
+    """
     free, left = budget.free or 0.0, budget.left or 0.0
     ways = ["request less"] if free > 0 else []
     ways += ["wait until other jobs have ended"] if left > max(free, 0) else []
-    ways.append("charge another project (SLURM_ACCOUNT, or account=... of the request)")
+    ways += ["charge another project (SLURM_ACCOUNT, or account=... of the request)"] if others else []
     if left <= 0:
         ways.append(f"raise {OWNERS}" if budget.source == OWNERS else "ask the centre for more")
-    text = f"{', '.join(ways[:-1])}, or {ways[-1]}"
+    text = ", or ".join(filter(None, (", ".join(ways[:-1]), ways[-1])))
     return text[0].upper() + text[1:]
