@@ -82,7 +82,7 @@ def test_a_certificate_that_is_of_no_use_is_named(settings: Settings, key: Path)
 def test_a_certificate_from_elsewhere_for_another_user(variables: dict[str, str], key: Path) -> None:
     access.certify(key, 3600.0)
     (note,) = check_health(access.settings_of({**variables, "SLURM_EDGE_NODE_USER": "jane"})).notes
-    assert note.endswith("Set SLURM_EDGE_NODE_USER to one of those, or get one for that name")
+    assert note.endswith("Set SLURM_EDGE_NODE_USER to one of those, or get a certificate for that name")
 
 
 def test_a_site_that_asks_for_certificates_is_told_nothing_of_plain_keys(variables: dict[str, str]) -> None:

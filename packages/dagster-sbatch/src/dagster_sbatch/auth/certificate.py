@@ -88,7 +88,7 @@ class Certificate:
         if settings.edge_node_user in self.principals:
             return ""
         by_email = settings.oidc_username is not None
-        other = "ask the centre to correct your email at authentik" if by_email else "get one for that name"
+        other = "ask the centre to correct your email at authentik" if by_email else "get a certificate for that name"
         return (
             f"The certificate is for the login names {', '.join(self.principals) or '(none)'}, not for "
             f"SLURM_EDGE_NODE_USER={settings.edge_node_user}. The login node may refuse it. Set SLURM_EDGE_NODE_USER "
