@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch import Project
-from dagster_sbatch.commands.new_project import find_problems, main
+from dagster_sbatch.commands.new_project import find_problems, main, site_problems
 from dagster_sbatch.commands.project_copy import OLD_PACKAGE, OLD_PROJECT
 from resources import PROJECT
 from support import ROOT
@@ -241,6 +241,17 @@ def test_in_place_the_folder_has_to_be_renamed() -> None:
     problems = find_problems(Project(ROOT, {"musica": {}}), "My Project", ROOT, "musica", in_place=True)
     assert problems[0].endswith("for instance my-project")
     assert problems[1:] == [f"a project that is made in place has the name of its folder: rename {ROOT}"]
+
+
+def test_git_has_the_example_of_the_sites_dotenv_file(tmp_path: Path) -> None:
+    project, example = Project(tmp_path, {"borealis": {}}), tmp_path / "envs" / ".env.borealis.example"
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    assert "write one" in site_problems(project, "borealis")[0]
+    example.parent.mkdir()
+    example.touch()
+    assert site_problems(project, "borealis")[0].endswith("Add it:\n  git add envs/.env.borealis.example")
+    subprocess.run(["git", "-C", tmp_path, "add", example], check=True)
+    assert site_problems(project, "borealis") == []
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:

@@ -178,6 +178,9 @@ def site_problems(project: Project, site: str) -> list[str]:
     if site not in project.site_overrides:
         known = nearest(site, project.site_overrides)
         return [f"--site {site!r} is not a known site{known}\n  `scripts/docs another-site` shows how to add one"]
-    if not (project.root / "envs" / f".env.{site}.example").is_file():
-        return [f"there is no envs/.env.{site}.example to begin envs/.env.{site} with: write one"]
+    example = f"envs/.env.{site}.example"
+    if not (project.root / example).is_file():
+        return [f"there is no {example} to begin envs/.env.{site} with: write one"]
+    if not git_problems(project.root) and not ask_git(project.root, "ls-files", example):
+        return [f"git does not track {example}, so the project would not have it. Add it:\n  git add {example}"]
     return []
