@@ -79,9 +79,9 @@ def inputs(project: Project, environment: str | None, **settings: Any) -> dict[s
 @pytest.mark.parametrize(
     ("environment", "text"),
     [
-        ("torhc", "environment='torhc' is not an environment of this project; did you mean 'torch'?"),
-        ("cuda", "; valid are empty, new, torch. Each one is a dependency group"),
-        ("", "; valid are empty, new, torch."),
+        ("torhc", r"environment='torhc' is not an environment of this project; did you mean 'torch'\?\nEach one is a"),
+        ("cuda", "; valid are empty, new, torch\nEach one is a dependency group"),
+        ("", "; valid are empty, new, torch\n"),
         ("docs", "is not an environment of this project"),
         ("new", "requirements/cluster-new.txt does not exist. .*\nscripts/lock$"),
         (["torch"], r"environment=\['torch'\] is not a string"),
@@ -99,7 +99,7 @@ def test_what_cannot_be_an_environment_is_refused_everywhere(
 
 
 def test_a_project_without_groups_says_so() -> None:
-    with pytest.raises(ConfigurationError, match=r"is not an environment of this project; it has none. Each one is"):
+    with pytest.raises(ConfigurationError, match=r"is not an environment of this project; it has none\nEach one is"):
         make_plan(STAGING, PROJECT, "flights.py", ScriptLauncher(), SlurmRequest(), environment="torch")
 
 

@@ -60,9 +60,9 @@ def check_environment(environment: object, project: Project) -> None:
     if environment not in groups:
         hint = nearest(environment, groups)
         raise ConfigurationError(
-            f"environment={environment!r} is not an environment of this project{hint}. Each one is a dependency group "
-            "of pyproject.toml, such as `cluster-torch` for 'torch', which scripts/lock locks. To use an interpreter "
-            "that exists on the supercomputer, write its absolute path."
+            f"environment={environment!r} is not an environment of this project{hint}\n"
+            "Each one is a dependency group of pyproject.toml, such as `cluster-torch` for 'torch', which scripts/lock "
+            "locks. To use an interpreter that exists on the supercomputer, write its absolute path."
         )
     read_group(project, environment)
 
