@@ -37,6 +37,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; valid are {', '.join(names)}" if names else "; it has none"
 
 
+def describe_instance_error(error: Exception) -> str:
+    """Return why Dagster's instance cannot be opened, without the types of the fields and the stack in its text.
+
+    `error`: of `DagsterInstance.get`.
+    """
+    text = str(error).partition("\n\nStack Trace:")[0]
+    return text.rpartition("PostProcessingError: ")[2]
+
+
 def describe_at(
     error: ValidationError,
     name: Callable[[Place], str],

@@ -133,4 +133,20 @@ def test_a_dagster_yaml_that_cannot_be_used_is_named(
     assert "What earlier runs have used is not known. Dagster's history cannot be opened" in capsys.readouterr().err
     with ExitStack() as stack:
         state, _, fix = check_dagster_home(Facts(Project(root), dg.DagsterInstance.get, stack))
-    assert (state, fix) == ("broken", f"correct {root}/dagster.yaml")
+    assert (state, fix) == ("broken", f"correct {root}/dagster.yaml, or what it names")
+
+
+def test_a_variable_that_dagster_yaml_names_and_that_is_not_set_is_named_without_a_stack(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for the commands of a person whose Dagster runs as a service, with the address of its database."""
+    (root / "dagster.yaml").write_text("storage: {sqlite: {base_dir: {env: NOT_SET}}}\n")
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("DAGSTER_HOME", str(root))
+    text = 'You have attempted to fetch the environment variable "NOT_SET" which is not set'
+    with pytest.raises(ConfigurationError, match=rf"^Dagster's history cannot be opened: {text}[^\n]*\nCorrect [^\n]*$"):
+        job.show_left(Project(root), cast(Runs, None))
+    with ExitStack() as stack:
+        _, found, _ = check_dagster_home(Facts(Project(root), dg.DagsterInstance.get, stack))
+    assert found.startswith(f"DAGSTER_HOME={root} cannot be used: {text}")
+    assert "\n" not in found

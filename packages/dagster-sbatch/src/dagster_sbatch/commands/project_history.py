@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import dagster as dg
 
-from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.errors import ConfigurationError, describe_instance_error
 from dagster_sbatch.project import Project
 
 HISTORY = ".dagster"  # folder of the project's Dagster instance, as dagster.yaml names it; the first run makes it
@@ -32,8 +32,10 @@ def open_instance(project: Project) -> Iterator[dg.DagsterInstance]:
             instance.fetch_materializations(dg.AssetKey("any"), limit=1)
         except Exception as error:  # noqa: BLE001 - of whatever file and database it is
             file = f"{os.environ['DAGSTER_HOME']}/dagster.yaml"
-            text = f"Dagster's history cannot be opened: {error}\nCorrect {file}, or what it names."
-            raise ConfigurationError(text) from None
+            raise ConfigurationError(
+                f"Dagster's history cannot be opened: {describe_instance_error(error)}\n"
+                f"Correct {file}, or what it names."
+            ) from None
         yield instance
 
 

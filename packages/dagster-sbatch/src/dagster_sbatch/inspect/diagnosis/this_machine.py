@@ -9,7 +9,7 @@ import dagster as dg
 from dagster_sbatch.auth import check_health, clock, ensure_certificate
 from dagster_sbatch.auth.certificate import fingerprint
 from dagster_sbatch.configuration import check_configuration
-from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.errors import ConfigurationError, describe_instance_error
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
 from dagster_sbatch.ssh.client_config import Hop, read_route
 from dagster_sbatch.ssh.host_key import trusted_entries
@@ -38,7 +38,8 @@ def check_dagster_home(facts: Facts) -> Verdict:
     try:
         facts.instance = instance = facts.until_the_end.enter_context(facts.open_instance())
     except Exception as error:  # noqa: BLE001 - of whatever file and database it is
-        return broken(f"DAGSTER_HOME={home} cannot be used: {error}", f"correct {own}" if is_own else fix)
+        found = f"DAGSTER_HOME={home} cannot be used: {describe_instance_error(error)}"
+        return broken(found, f"correct {own}, or what it names" if is_own else fix)
     if is_own:
         return ok(str(facts.project.root))
     settings = {
