@@ -77,3 +77,63 @@ def test_a_value_for_the_io_manager_beside_what_the_workload_reports(tmp_path: P
     assert result.output_for_node("halved.half") == 21
     (event,) = result.asset_materializations_for_node("answer")
     assert event.metadata["rows"] == dg.IntMetadataValue(3)
+
+
+def test_a_report_on_an_asset_of_another_step_stores_nothing(tmp_path: Path) -> None:
+    """The Pipes clients of other languages do not compare the key with those of the step."""
+    workload = tmp_path / "probe.py"
+    params: dict[str, Any] = {"asset_key": "other", "metadata": {}, "data_version": None}
+    message = {"__dagster_pipes_version": "0.1", "method": "report_asset_materialization", "params": params}
+    body = f"""
+    import json, os
+    from dagster_pipes import decode_param
+    pipes.report_asset_materialization(asset_key="one")
+    with open(decode_param(os.environ["DAGSTER_PIPES_MESSAGES"])["path"], "a") as file:
+        file.write(json.dumps({message!r}) + "\\n")
+    """
+    workload.write_text(PIPES + body)
+
+    @dg.multi_asset(specs=[dg.AssetSpec("one"), dg.AssetSpec("two")])
+    def both(context: dg.AssetExecutionContext, compute: ComputeResource) -> Iterator[Any]:
+        yield from compute.run(context, workload=workload, launcher=ScriptLauncher()).get_results()
+
+    result = dg.materialize([both], resources=COMPUTE, raise_on_error=False)
+    (failure,) = result.get_step_failure_events()
+    assert (
+        "probe.py reported cannot be used: a report on the asset 'other'; the assets of this run are one, two"
+        in str(failure.step_failure_data.user_failure_data)
+    )
+    assert result.get_asset_materialization_events() == []
+
+
+def test_only_the_op_that_makes_an_asset_of_a_graph_can_report_on_it(tmp_path: Path) -> None:
+    """Dagster drops the reports of the others without a word; their step needs no result of the asset's checks."""
+    workload = tmp_path / "probe.py"
+    reports = [{"musica.partition": {"partition": "a", "metadata": {"rows": 3}}}] * 2
+    lines = [f"pipes.report_custom_message({each})" for each in reports]
+    workload.write_text(PIPES + "".join(f"    {line}\n" for line in [*lines, "pipes.report_asset_materialization()"]))
+
+    @dg.op
+    def first(context: dg.OpExecutionContext, compute: ComputeResource) -> dg.Output[int]:
+        compute.run(context, workload=workload, launcher=ScriptLauncher())
+        return dg.Output(1)
+
+    @dg.op(out={"result": dg.Out(), "probe_new": dg.Out()})
+    def last(context: dg.OpExecutionContext, compute: ComputeResource, start: int) -> Iterator[Any]:
+        compute.run(context, workload=workload, launcher=ScriptLauncher())
+        yield dg.Output(start, "result")
+        yield dg.Output(dg.AssetCheckResult(passed=True), "probe_new")
+
+    @dg.graph_asset(partitions_def=KEYS, check_specs=[dg.AssetCheckSpec("new", asset="probe")])
+    def probe() -> Any:
+        result, check = last(first())
+        return {"result": result, "probe_new": check}
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([probe], resources=COMPUTE, partition_key="a", instance=instance)
+        found = [(each.step_key, each.user_message) for each in instance.all_logs(result.run_id)]
+    (warned,) = [step for step, text in found if "another op makes this asset: Dagster drops the report" in text]
+    (missing,) = [step for step, text in found if text.startswith(MISSING)]
+    assert (warned, missing) == ("probe.first", "probe.last")
+    (event,) = result.asset_materializations_for_node("probe.last")
+    assert event.metadata["rows"] == dg.IntMetadataValue(3)

@@ -51,31 +51,6 @@ def declared_checks(context: dg.OpExecutionContext) -> dict[str, list[str]]:
     return found
 
 
-def _check_report(context: dg.OpExecutionContext, message: PipesMessage) -> None:
-    """Refuse the result of an asset check that the step does not declare; warn of metadata under one of OWN_NAMES.
-
-    Dagster would refuse the check when it has stored the materializations of the step already.
-    Raises ValueError: it names the checks that the step declares.
-    """
-    params = message["params"] or {}
-    names = ", ".join(sorted(OWN_NAMES.intersection(params.get("metadata") or ())))
-    if names and calls_of(context).claim_once(f"metadata: {names}"):
-        StepLog(context).warning(
-            f"The workload reports metadata that the engine adds, too, under the same name: {names}. Dagster stores "
-            "only one value of each name. Use another name in the workload."
-        )
-    if message["method"] != "report_asset_check":
-        return
-    asset, name = params["asset_key"], params["check_name"]
-    known = declared_checks(context)
-    if name not in known.get(asset, ()):
-        listed = ", ".join(f"{each} of {key}" for key, names in known.items() for each in names)
-        raise ValueError(
-            f"{asset} does not declare the check {name!r}. The checks of this step are: {listed or 'none'}. "
-            f"Correct the name, or declare the check: check_specs=[AssetCheckSpec({name!r}, asset=...)]"
-        )
-
-
 def hand_over(
     context: dg.OpExecutionContext,
     message: PipesMessage,
@@ -91,6 +66,59 @@ def hand_over(
         handle(message)
     except Exception as error:
         raise ValueError(_find_unreadable(context, message, reader) or str(error)) from error
+
+
+def _check_report(context: dg.OpExecutionContext, message: PipesMessage) -> None:
+    """Refuse a report on what is not of this step; warn of what Dagster does not store.
+
+    Raises ValueError: it names what the step has.
+    """
+    params = message["params"] or {}
+    names = ", ".join(sorted(OWN_NAMES.intersection(params.get("metadata") or ())))
+    if names and calls_of(context).claim_once(f"metadata: {names}"):
+        StepLog(context).warning(
+            f"The workload reports metadata that the engine adds, too, under the same name: {names}. Dagster stores "
+            "only one value of each name. Use another name in the workload."
+        )
+    if message["method"] == "report_asset_materialization":
+        _check_asset(context, params.get("asset_key"))
+    elif message["method"] == "report_asset_check":
+        _check_declared(context, params["asset_key"], params["check_name"])
+
+
+def _check_asset(context: dg.OpExecutionContext, asset: str | None) -> None:
+    """Refuse an asset that is not of the step: Dagster would when it has stored the others. Warn of one of another op.
+
+    `asset`: the key as Pipes writes it.
+    """
+    keys = [key.to_escaped_user_string() for key in sorted(context.selected_asset_keys)]
+    if asset not in keys:
+        raise ValueError(f"a report on the asset {asset!r}; the assets of this run are {', '.join(keys) or 'none'}")
+    own = {key.to_escaped_user_string() for key in _made_by(context) if isinstance(key, dg.AssetKey)}
+    if asset not in own and calls_of(context).claim_once(f"another op makes {asset}"):
+        StepLog(context).warning(
+            f"The workload reports on {asset}, and another op makes this asset: Dagster drops the report. Let the "
+            "workload of that op report it."
+        )
+
+
+def _made_by(context: dg.OpExecutionContext) -> set[dg.AssetKey | dg.AssetCheckKey]:
+    """Return the assets and checks that the op of the step makes: of a graph asset, a later op may make them."""
+    step = context.get_step_execution_context()
+    find = step.job_def.asset_layer.get_entity_key_for_node_output
+    found = (find(step.node_handle, each.name) for each in step.op_def.output_defs)
+    return {key for key in found if key is not None}
+
+
+def _check_declared(context: dg.OpExecutionContext, asset: str, name: str) -> None:
+    """Refuse a check that the step does not declare: Dagster would when it has stored the materializations."""
+    known = declared_checks(context)
+    if name not in known.get(asset, ()):
+        listed = ", ".join(f"{each} of {key}" for key, names in known.items() for each in names)
+        raise ValueError(
+            f"{asset} does not declare the check {name!r}. The checks of this step are: {listed or 'none'}. "
+            f"Correct the name, or declare the check: check_specs=[AssetCheckSpec({name!r}, asset=...)]"
+        )
 
 
 def _find_unreadable(
@@ -211,7 +239,8 @@ def note_missing_checks(context: dg.OpExecutionContext, reported: Iterable[objec
     """Log which asset checks of the step have no result: Dagster fails the step then, and does not say why."""
     results = [each for each in reported if isinstance(each, dg.AssetCheckResult)]
     known = {(each.asset_key, each.check_name) for each in results}
-    missing = [each for each in sorted(context.selected_asset_check_keys) if (each.asset_key, each.name) not in known]
+    own = context.selected_asset_check_keys & _made_by(context)
+    missing = [each for each in sorted(own) if (each.asset_key, each.name) not in known]
     if missing:
         names = ", ".join(f"{each.name} of {each.asset_key.to_user_string()}" for each in missing)
         StepLog(context).info(

@@ -74,8 +74,8 @@ def read_result(
     """Read what a task has reported.
 
     `messages`: of the task, after the last byte.
-    Raises ValueError: it reported a partition of another task, or an asset or a check that is not of this step.
-    Raises Exception: of Dagster, about a report that it cannot read.
+    Raises ValueError: it reported a partition of another task, an asset or a check that is not of this step, or what
+    Dagster cannot read.
     """
     result = TaskResult(task, where, costs)
     handler = dg.PipesMessageHandler(context, reader)
@@ -88,20 +88,12 @@ def read_result(
             assert each.check_name is not None
             result.checks[dg.AssetCheckKey(each.asset_key, each.check_name)] = each
             continue
-        key = _known_asset(context, each.asset_key)
+        assert each.asset_key is not None
         result.reports += [report_on(each, partition) for partition in task.partitions]
-        prefix = f"{key.to_user_string()}: " if len(context.selected_asset_keys) > 1 else ""
+        prefix = f"{each.asset_key.to_user_string()}: " if len(context.selected_asset_keys) > 1 else ""
         result.metadata |= {f"{prefix}{name}": value for name, value in (each.metadata or {}).items()}
     if messages.partitions:
         own = task.partitions or partitions_of(context)
         whose = "task" if task.partitions else "run"
         result.reports += read_partitions(context, reader, messages.partitions, own, whose=whose)
     return result
-
-
-def _known_asset(context: dg.OpExecutionContext, key: dg.AssetKey | None) -> dg.AssetKey:
-    if key not in context.selected_asset_keys:
-        names = ", ".join(sorted(each.to_user_string() for each in context.selected_asset_keys))
-        raise ValueError(f"a report on the asset {key and key.to_user_string()!r}; the assets of this run are {names}")
-    assert key is not None
-    return key
