@@ -179,9 +179,10 @@ def test_which_project_is_charged(
         return project
 
     assert charged(SHORT) == ACCOUNT
-    for name in (".profile", ".bash_profile", ".bashrc"):
-        with (home / name).open("a") as file:
-            file.write(f"export SBATCH_ACCOUNT={SECOND_ACCOUNT}\n")
+    there = [name for name in (".bash_profile", ".bash_login", ".profile") if (home / name).exists()]
+    profile = [*there, ".bash_profile"][0]
+    with (home / profile).open("a") as file:  # the shell that starts the agent does not read it
+        file.write(f"export SBATCH_ACCOUNT={SECOND_ACCOUNT}\n")
     assert charged(SHORT) == SECOND_ACCOUNT
     monkeypatch.setenv("SLURM_ACCOUNT", ACCOUNT)
     assert charged(SHORT) == ACCOUNT

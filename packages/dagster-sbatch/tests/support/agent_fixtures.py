@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,6 +35,8 @@ os.open, os.symlink, os.mkdir = open_, lambda _, path: full(path), lambda path, 
 """
 SETTINGS = Settings.model_validate({"SLURM_EDGE_NODE_HOST": "localhost"})
 Prepare = Callable[..., Gateway]
+WITHOUT_PROFILE = SimpleNamespace(profile=SimpleNamespace(charge=lambda: None))
+"""An agent of a user whose login profile names no project."""
 
 
 @pytest.fixture

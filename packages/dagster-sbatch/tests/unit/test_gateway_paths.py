@@ -10,6 +10,8 @@ import pytest
 
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Gateway, Questions, RefusedError, choose_channel
+from support.agent_fixtures import put
+from support.submission import submit_run
 
 PROFILE = """\
 read -r line && export DATA=$line
@@ -119,3 +121,24 @@ def test_environments_get_absolute_paths(home: Home, open_gateway: Callable[[], 
     found = open_gateway().ask(do="releases.environment", verb="find", folder=folder, **ask, **python)["environment"]
     assert (found["asked"], found["python"]) == ("$DATA/python", f"{home.folder}/data/python")
     assert found["workloads"] == f"{home.folder}/data/environments/{found['name']}/workloads"
+
+
+def test_the_login_profile_names_the_project(
+    home: Home, open_gateway: Callable[[], Gateway], slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell that reads no profile started the agent; the user's own sbatch charges that project."""
+    put(slurm, "sbatch", 'echo "${SBATCH_ACCOUNT:-none}" >&2; [ "$1" = --test-only ]')
+    with home.profile.open("a") as file:
+        file.write("export SBATCH_ACCOUNT=p9\n")
+    gateway = open_gateway()
+    assert (gateway.test("#!/bin/sh\n"), gateway.projects().default) == ((True, "p9"), "p9")
+    with pytest.raises(RefusedError, match="p9"):
+        submit_run(open_gateway(), f"{home.folder}/runs/KEY", {"job.sh": "#!/bin/sh\n"})
+    assert home.times_read == 1
+    monkeypatch.setenv("SBATCH_ACCOUNT", "p2")
+    assert open_gateway().test("#!/bin/sh\n") == (True, "p2")
+    monkeypatch.delenv("SBATCH_ACCOUNT")
+    home.profile.write_text(f"echo >>{home.folder}/read; exit 3\n")
+    gateway = open_gateway()
+    assert [gateway.test("#!/bin/sh\n") for _ in range(2)] == [(True, "none")] * 2
+    assert home.times_read == 2

@@ -27,6 +27,7 @@ from dagster_sbatch.slurm.gateway.agent import (
 )
 from slurm_in_a_box import wait_until
 from support import ROOT
+from support.agent_fixtures import WITHOUT_PROFILE
 
 Say = Callable[[str, str], None]
 RUNNING = "JobId=17 JobName=KEY Account=p1 JobState=RUNNING ExitCode=0:0 SubmitTime=100 StartTime=110 EndTime=Unknown"
@@ -261,7 +262,7 @@ def test_what_a_shell_exports_for_slurm(
         monkeypatch.setenv(name, value)
     say("sbatch", SHOW_VARIABLES)
     if way == "test":
-        assert slurm_commands.test(None, {"script": script}, None)["code"] == 0
+        assert slurm_commands.test(WITHOUT_PROFILE, {"script": script}, None)["code"] == 0
     else:
         (tmp_path / "tried").touch()
         (tmp_path / "job.sh").write_text(script)
@@ -284,7 +285,7 @@ def test_the_projects_of_a_user(
 ) -> None:
     monkeypatch.setenv("SBATCH_ACCOUNT", exported)
     say("sacctmgr", sacctmgr)
-    known = slurm_commands.projects(None, {}, None)
+    known = slurm_commands.projects(WITHOUT_PROFILE, {}, None)
     assert known == {"rows": rows, "default": default, "exported": bool(exported)}
 
 

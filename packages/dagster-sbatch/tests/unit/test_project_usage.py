@@ -15,7 +15,7 @@ from dagster_sbatch.setting_files import load_settings
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway import Usage
 from dagster_sbatch.slurm.gateway.agent import usage as agent
-from support.agent_fixtures import put
+from support.agent_fixtures import WITHOUT_PROFILE, put
 
 START = 1795751857
 SINCE = datetime.fromtimestamp(START - 3600, UTC)
@@ -63,7 +63,7 @@ def ask(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
         spoken = {name: f"cat <<'END'\n{text}\nEND" for name, text in printed.items()}
         for name, script in ({"sacctmgr": ASSOCIATIONS} | spoken | scripts).items():
             put(slurm, name, script)
-        said = agent.usage(None, {"since": since and since.timestamp()}, None)
+        said = agent.usage(WITHOUT_PROFILE, {"since": since and since.timestamp()}, None)
         return Usage.parse({**said, "now": float(START + 1800)}, since)
 
     return make

@@ -11,7 +11,16 @@ from .follower import Follower
 from .location import Location, RemovedError, give_up, inodes_above
 from .paths import login_environment
 from .run_directories import digest, has, job_of, lay_out, locate, mark, note_follower, settle
-from .slurm_commands import SBATCH_PATIENCE, await_end, environment, find_by_folder, for_sbatch, not_started, scancel
+from .slurm_commands import (
+    ACCOUNT,
+    SBATCH_PATIENCE,
+    await_end,
+    environment,
+    find_by_folder,
+    for_sbatch,
+    not_started,
+    scancel,
+)
 from .tasks import Tasks, is_array
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
@@ -200,6 +209,9 @@ def run(agent, ask, say):
     known: the answer in which this client has already got the job; None: it has not
     """
     path, _ = locate(ask)
+    files = ask.get("files")
+    if files and not ACCOUNT.search(files.get("job.sh", "")):
+        agent.profile.charge()
     agent.followers[path] = me = object()
 
     def current():

@@ -8,12 +8,13 @@ from .slurm_commands import ask_slurm, configuration, fields_of, here, listed, p
 MOST_TASKS = re.compile(r"\bmax_array_tasks=(\d+)")
 
 
-def limits(_, ask, __):
+def limits(agent, ask, _):
     """Return the most tasks of an array job, and the most jobs that may be in the queue at once; None: not known.
 
     partition, qos: of the jobs; empty: not known
     account: that the job script names; empty: it names none
     """
+    agent.profile.charge()
     settings = configuration()
     most = [settings.get("MaxArraySize", "")] + MOST_TASKS.findall(settings.get("SchedulerParameters", ""))
     account = ask["account"] or projects_here(settings)["default"]

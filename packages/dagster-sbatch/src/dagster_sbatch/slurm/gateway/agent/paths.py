@@ -1,7 +1,7 @@
 """What the login profile sets; paths as users write them: absolute, or after `~`, `$HOME`, `$DATA` or `$SCRATCH`.
 
-The login profile sets the last two, and the shell that starts the agent may not have read it. Reading it takes up to a
-second on some machines, so the agent remembers their values for a while.
+The login profile sets the last two, and perhaps the project of the user's jobs. The shell that starts the agent may not
+have read it. Reading it takes up to a second on some machines, so the agent remembers their values for a while.
 """
 
 import os
@@ -14,6 +14,7 @@ import time
 from .disk import RequestError, load, stamp_of, store
 from .slurm_commands import RUNNING, user
 
+PROJECT = "SBATCH_ACCOUNT"
 START = re.compile(r"(?:~|\$(HOME|DATA|SCRATCH))(?=/|\Z)")
 FIELDS = ("data_root", "folder", "path", "python", "run", "runs")  # of requests, that are paths
 MARK = b"\x1e\0"  # a profile prints before the first one
@@ -56,14 +57,26 @@ class Profile:
         self.lock = threading.Lock()
 
     def value(self, name):
-        """Return the value of a variable; empty if the profile does not set it."""
+        """Return the value of a variable; empty if the profile does not set it. A path that is none is read again."""
         with self.lock:
             self.values = self.values or recall()
-            if not self.values.get(name, "").startswith("/"):
+            known = self.values.get(name)
+            if known is None or not (known.startswith("/") or name == PROJECT):
                 before = stamps()  # a profile that changes while it is read is read again
                 self.values = read_profile()
                 remember(self.values, before)
             return self.values[name]
+
+    def charge(self):
+        """Let jobs that name no project have that of the login profile, unless this shell has one already."""
+        if os.environ.get(PROJECT):
+            return
+        try:
+            project = self.value(PROJECT)
+        except RequestError:  # it cannot be read, nor by each later request: the user's default counts
+            self.values[PROJECT] = project = ""
+        if project:
+            os.environ[PROJECT] = project
 
 
 def recall():
@@ -89,9 +102,9 @@ def stamps():
 
 
 def read_profile():
-    """Return DATA and SCRATCH as a login shell has them."""
-    data, scratch = ask_login_shell('printf "%s\\0" "$DATA" "$SCRATCH"')
-    return {"DATA": data, "SCRATCH": scratch}
+    """Return DATA, SCRATCH and the project as a login shell has them."""
+    data, scratch, project = ask_login_shell('printf "%%s\\0" "$DATA" "$SCRATCH" "$%s"' % PROJECT)
+    return {"DATA": data, "SCRATCH": scratch, PROJECT: project}
 
 
 def login_environment():

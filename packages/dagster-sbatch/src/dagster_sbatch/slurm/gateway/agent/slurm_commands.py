@@ -233,14 +233,16 @@ def account(job, fields, ran, tasks=None):
 # Requests
 
 
-def test(_, ask, __):
+def test(agent, ask, _):
     """Ask Slurm about a script, without submitting it: when it could start, or why it would be refused."""
+    agent.profile.charge()
     done = call("sbatch", "--test-only", script=ask["script"])
     return {"code": done.returncode, "text": (done.stdout + done.stderr).decode(errors="replace").strip()}
 
 
-def projects(*_):
+def projects(agent, *_):
     """Return what `projects_here` does."""
+    agent.profile.charge()
     try:
         return projects_here(configuration())
     except RequestError:

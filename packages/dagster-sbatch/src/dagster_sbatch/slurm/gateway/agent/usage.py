@@ -27,6 +27,7 @@ def usage(agent, ask, _):
     private: names of what Slurm hides from users
     """
     trouble = []
+    agent.profile.charge()
     if ask.get("runs"):
         agent.turn.take(ask["runs"])
 
