@@ -59,7 +59,10 @@ def test_a_dotenv_file_is_not_sent_though_git_tracks_it(repository: Path) -> Non
     for name in (".env", ".env.musica", "musica-auth.env"):
         (repository / name).write_text("SECRET=1\n")
     git(repository, "add", "--force", ".")
-    assert not any("env" in name for name in read_code(repository).files)
+    code = read_code(repository)
+    assert not any("env" in name for name in code.files)
+    (note,) = code.notes
+    assert "are not sent, because dotenv files may hold secrets: .env, .env.musica, musica-auth.env. Rename" in note
 
 
 def test_a_file_that_was_deleted_is_not_sent(repository: Path) -> None:
@@ -85,7 +88,12 @@ def test_without_a_repository_all_but_hidden_files_and_caches(tmp_path: Path) ->
     for name in ("main.py", "a/b.py", ".env", ".hidden/c.py", "a/__pycache__/b.pyc", "notes.env"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    assert sorted(read_code(tmp_path).files) == ["a/b.py", "main.py"]
+    code = read_code(tmp_path)
+    assert sorted(code.files) == ["a/b.py", "main.py"]
+    assert [note.rpartition(": ")[2] for note in code.notes] == [
+        "a/b.py, main.py",
+        "notes.env. Rename one that the workloads read",
+    ]
 
 
 def test_without_git_as_without_a_repository(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +199,9 @@ def test_a_link_to_a_dotenv_file_is_not_sent(folder: Path) -> None:
     (folder / ".env").write_text("SECRET=1")
     (folder / "settings").symlink_to(".env")
     add(folder)
-    assert "settings" not in read_code(folder).files
+    code = read_code(folder)
+    assert "settings" not in code.files
+    assert "settings. Rename one" in code.notes[-1]
 
 
 def test_a_folder_on_the_way_that_became_a_link_is_refused(repository: Path) -> None:

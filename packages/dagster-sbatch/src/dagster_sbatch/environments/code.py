@@ -6,7 +6,7 @@ import os
 import shlex
 import stat
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ class Code:
     files: Mapping[str, bytes]  # content by path below the folder
     executable: frozenset[str] = frozenset()  # paths of the files that their owner may execute
     left_out: tuple[str, ...] = ()  # files that git neither tracks nor ignores. They are not sent
+    dotenv: tuple[str, ...] = ()  # dotenv files, which are not sent: they may hold secrets
     in_git: bool = True  # False if the folder is in no git repository; then all its files are sent
 
     @property
@@ -46,12 +47,15 @@ class Code:
     @property
     def notes(self) -> list[str]:
         """Sentences for the user: files that are not sent, and files that are sent because there is no git."""
-        names = sorted(self.left_out if self.in_git else self.files)
-        listed = _shown(list_names(names, MOST_NAMES))
-        if not self.in_git:
-            number = count_of(len(names), "file")
-            return [f"{self.folder} is in no git repository, so everything in it is sent ({number}): {listed}"]
-        return [f"git does not track these files in {self.folder}, so they are not sent: {listed}"] if names else []
+        left_out, dotenv, sent = (_list(names) for names in (self.left_out, self.dotenv, self.files))
+        number = count_of(len(self.files), "file")
+        notes = {
+            f"{self.folder} is in no git repository, so everything in it is sent ({number}): {sent}": not self.in_git,
+            f"git does not track these files in {self.folder}, so they are not sent: {left_out}": left_out,
+            f"These files in {self.folder} are not sent, because dotenv files may hold secrets: {dotenv}. "
+            "Rename one that the workloads read": dotenv,
+        }
+        return [note for note, applies in notes.items() if applies]
 
 
 def read_code(folder: Path) -> Code:
@@ -66,10 +70,13 @@ def read_code(folder: Path) -> Code:
     names, left_out = (sorted(_walk(folder)), []) if listed is None else listed
     files: dict[str, bytes] = {}
     executable: set[str] = set()
+    dotenv: list[str] = []
     size = 0
     for name in _follow_links(folder, names):
         path = folder / name
-        if path.is_file() and not _is_dotenv(path.name) and not _is_dotenv(path.resolve().name):
+        if path.is_file() and (_is_dotenv(path.name) or _is_dotenv(path.resolve().name)):
+            dotenv.append(name)
+        elif path.is_file():
             about = path.stat()  # git tracks a file that was deleted, too
             size += about.st_size
             if size > MOST_BYTES:
@@ -82,7 +89,7 @@ def read_code(folder: Path) -> Code:
             files[name] = path.read_bytes()
             if about.st_mode & stat.S_IXUSR:
                 executable.add(name)
-    return Code(folder, files, frozenset(executable), tuple(left_out), in_git=listed is not None)
+    return Code(folder, files, frozenset(executable), tuple(left_out), tuple(dotenv), in_git=listed is not None)
 
 
 def revision_of(folder: Path) -> str:
@@ -130,6 +137,10 @@ def _walk(folder: Path) -> Iterator[str]:
         for name in (*files, *linked):
             if not name.startswith("."):
                 yield (Path(path) / name).relative_to(folder).as_posix()
+
+
+def _list(names: Iterable[str]) -> str:
+    return _shown(list_names(sorted(names), MOST_NAMES))
 
 
 def _shown(name: str) -> str:
