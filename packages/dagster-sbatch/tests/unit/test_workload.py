@@ -8,7 +8,7 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.launchers import ScriptLauncher
+from dagster_sbatch.launchers import ScriptLauncher, SrunLauncher
 from dagster_sbatch.run.plan import Plan, complete_extras, make_plan
 from dagster_sbatch.run.workload import read_workload
 from dagster_sbatch.settings import Settings
@@ -139,6 +139,8 @@ def test_arguments_are_a_list_of_texts(args: Any, text: str, folder: Path) -> No
         ({"PYTHON": "python3"}, "the deployment sets this variable."),
         ({"PYTHONPATH": "/pp"}, "Put modules into the code root"),
         ({"PYTHONHOME": "/pp"}, "the deployment sets this variable."),
+        ({"PYTHONSAFEPATH": "1"}, "the deployment sets this variable."),
+        ({"PYTHONPLATLIBDIR": "lib64"}, "the deployment sets this variable."),
         ({"DATA_ROOT": "/d"}, "a setting of the deployment"),
         ({"DAGSTER_PIPES_CONTEXT": ""}, "the deployment sets this variable."),
         ({"SLURM_JOB_ID": "1"}, "the deployment sets this variable."),
@@ -163,3 +165,11 @@ def test_the_name_of_the_partitions_is_no_name_of_an_extra(value: Any, partition
 def test_ordinary_variables_stay_as_they_are(folder: Path) -> None:
     env = {"OMP_NUM_THREADS": "4", "LD_LIBRARY_PATH": "/x", "_a1": "", "TEXT": "a'b $HOME\n\u00e9"}
     assert plan(folder, env=env).env == env
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_what_a_launcher_sets_for_each_process_is_refused(name: str, folder: Path) -> None:
+    """In a job, that of the asset counted for all processes, and in `development` that of the launcher."""
+    with pytest.raises(ConfigurationError, match=rf"env\['{name}'\]: SrunLauncher sets this variable for each process"):
+        plan(folder, env={name: "1"}, launcher=SrunLauncher())
+    assert plan(folder, env={name: "1"}).env == {name: "1"}

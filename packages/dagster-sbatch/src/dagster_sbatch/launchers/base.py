@@ -30,6 +30,8 @@ class Launcher(CheckedModel, ABC):
     """Why it does not work in the tasks of a job array, and what to do instead; empty if it does."""
     runs_python: ClassVar[bool] = True
     """Whether its workloads are Python programs; then their syntax and their imports are checked before a run."""
+    own_variables: ClassVar[frozenset[str]] = frozenset()
+    """Variables that it sets for the workload; an asset cannot set them."""
 
     pre_start_commands: tuple[str, ...] = Field(
         (), description="Shell commands that every node of the job runs first; a failing one is reported and skipped."

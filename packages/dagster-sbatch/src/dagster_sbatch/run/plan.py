@@ -24,6 +24,8 @@ _RESERVED = {
     "PATH": "Extend it in the workload, or call programs by their full path.",
     "PYTHONPATH": "Put modules into the code root, beside the workload.",
     "PYTHONHOME": "",
+    "PYTHONPLATLIBDIR": "",
+    "PYTHONSAFEPATH": "",
     "PYTHON": "",
     "DATA_ROOT": "It is a setting of the deployment.",
     "RAY_ADDRESS": "",
@@ -77,7 +79,7 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
     site = project.load_site(name) if name else Site()
     launcher = launcher.with_site(site.launchers)
     _check_environment(environment, project, launcher)
-    _check_variables(env or {})
+    _check_variables(env or {}, launcher)
     program = read_workload(Path(workload), args, project.workloads, python=launcher.runs_python)
     launcher.check_program(program.path)
     request, notes = launcher.complete_request(program.path, request)
@@ -207,7 +209,7 @@ def complete_extras(extras: Mapping[str, Any] | None, partitions: Sequence[str])
     return {**values, PARTITION_KEYS: list(partitions)} if partitions else values
 
 
-def _check_variables(env: Mapping[str, str]) -> None:
+def _check_variables(env: Mapping[str, str], launcher: Launcher) -> None:
     """Refuse variables that cannot be set everywhere."""
     if not isinstance(env, Mapping):
         raise ConfigurationError(f"env={env!r} is not a dictionary. Write for instance env={{'OMP_NUM_THREADS': '1'}}")
@@ -218,6 +220,8 @@ def _check_variables(env: Mapping[str, str]) -> None:
             raise ConfigurationError(
                 f"env[{name!r}]: the deployment sets this variable. {_RESERVED.get(name, '')}".rstrip()
             )
+        if name in launcher.own_variables:
+            raise ConfigurationError(f"env[{name!r}]: {type(launcher).__name__} sets this variable for each process.")
         if type(value) is not str:  # Dagster's EnvVar is one, and would be its name
             raise ConfigurationError(
                 f"env[{name!r}] is not a string but {value!r} ({type(value).__name__}). Write a string."

@@ -40,6 +40,7 @@ class SrunLauncher(Launcher):
     """
 
     key: ClassVar[str] = "srun"
+    own_variables: ClassVar[frozenset[str]] = frozenset("RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split())
 
     mpi: Annotated[str, _MPI] | None = Field(
         None, description="srun's --mpi: a type that `srun --mpi=list` prints, for instance pmix; default: the site's."
