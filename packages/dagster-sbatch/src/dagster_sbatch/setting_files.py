@@ -149,6 +149,11 @@ def _missing(settings: Settings, file: Path) -> list[str]:
         "A deployment on a supercomputer needs more variables. They are not set, neither in the environment nor in "
         f"{file}. For example:"
     )
+    if settings.edge_node_host == "localhost" and not settings.on_login_node:
+        head = (
+            "SLURM_EDGE_NODE_HOST=localhost, and there is no sbatch on the PATH of this process, so Dagster would log "
+            f"in by SSH. On a login node, load what has Slurm's commands before you start it, or extend PATH. {head}"
+        )
     return [head, *examples] if lacking else []
 
 

@@ -153,6 +153,20 @@ def test_all_that_is_missing_is_told_at_once(root: Path, monkeypatch: pytest.Mon
     assert ".env.musica" in text
 
 
+def test_a_login_node_whose_slurm_is_not_on_the_path(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service does not read the login profile that sets PATH."""
+    for name, value in (("DAGSTER_DEPLOYMENT", "staging_supercomputer"), ("SLURM_SUPERCOMPUTER_SITE", "musica")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_EDGE_NODE_HOST", "localhost")
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with pytest.raises(ConfigurationError, match=r"no sbatch on the PATH .*extend PATH\. (.|\n)*SLURM_EDGE_NODE_USER="):
+        load_settings(SITES, root)
+    monkeypatch.setenv("SLURM_EDGE_NODE_HOST", "login.example.org")
+    with pytest.raises(ConfigurationError) as other:
+        load_settings(SITES, root)
+    assert "sbatch" not in str(other.value)
+
+
 def test_all_that_is_wrong_is_told_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAGSTER_DEPLOYMENT", "production_supercomputer")
     monkeypatch.setenv("SLURM_EDGE_NODE_PORT", "ssh")
