@@ -97,7 +97,7 @@ def runs_with(**published: str) -> Any:
 
 
 def head(address: tuple[str, int] | None) -> str:
-    return json.dumps({"dashboard_address": address})
+    return json.dumps({"dashboard_address": address}) + "\n"
 
 
 def test_on_the_login_node_the_dashboard_is_reached_without_ssh(far_end: socket.socket) -> None:
@@ -184,6 +184,7 @@ def test_a_connection_that_is_lost_while_a_page_is_opened(
     [
         (RUN, {}, "key has no Ray cluster, or it has not started yet"),
         (RUN, {"head.json": ""}, "has not started yet. Try again"),
+        (RUN, {"head.json": head(None)[:9]}, "has not started yet. Try again"),  # it is being written
         (RUN, {"head.json": head(None)}, "has no dashboard"),
         (RUN, {"head.json": head(("127.0.0.1", 1))}, "cannot connect to the Ray dashboard of job 7: .*refused"),
         (ENDED, {"head.json": head(("127.0.0.1", 1))}, "Job 7 has ended"),

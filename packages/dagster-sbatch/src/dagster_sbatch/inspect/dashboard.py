@@ -79,7 +79,7 @@ def open_dashboard(settings: Settings, site: Site, runs: Runs, run: RunRecord) -
     if run.end:
         raise ConfigurationError(f"Job {run.job} has ended, and its Ray cluster with it.")
     text = _fetch(runs, run, "head.json")
-    if not text:
+    if not text.endswith("\n"):  # empty, or half of it is written
         raise ConfigurationError(f"The Ray cluster of {run.key} has not started yet. Try again in some seconds.")
     address = json.loads(text)["dashboard_address"]
     if not address:
