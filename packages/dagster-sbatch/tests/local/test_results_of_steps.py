@@ -1,5 +1,6 @@
 """What a step returns: checks that its workload does not report, and values beside what it reports."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from dagster_sbatch import JobArray, ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from resources import PROJECT
-from support.workload_asset import PIPES
+from support.workload_asset import PIPES, materialize
 
 pytestmark = pytest.mark.local
 
@@ -77,6 +78,24 @@ def test_a_value_for_the_io_manager_beside_what_the_workload_reports(tmp_path: P
     assert result.output_for_node("halved.half") == 21
     (event,) = result.asset_materializations_for_node("answer")
     assert event.metadata["rows"] == dg.IntMetadataValue(3)
+
+
+def test_a_table_with_a_loss_that_is_no_number_is_shown_whole(tmp_path: Path) -> None:
+    """The UI reads each row, and JSON, as JSON, which knows neither NaN nor Infinity."""
+    workload = (
+        PIPES
+        + """
+    from math import inf, nan
+    table = {"schema": [{"name": "loss", "type": "float"}], "records": [{"loss": 0.5}, {"loss": nan}]}
+    best = {"raw_value": {"best": [inf, 1]}, "type": "json"}
+    metadata = {"table": {"raw_value": table, "type": "table"}, "best": best, "losses": [nan], "loss": nan}
+    pipes.report_asset_materialization(metadata=metadata)
+    """
+    )
+    (found,) = materialize(workload, tmp_path).materializations[None]
+    assert [record.data for record in found["table"].records] == [{"loss": 0.5}, {"loss": "nan"}]
+    assert (found["best"], found["losses"]) == ({"best": ["inf", 1]}, ["nan"])
+    assert math.isnan(found["loss"])  # a number still, which the plot leaves out
 
 
 def test_a_report_on_an_asset_of_another_step_stores_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """What an array as a whole has come to: one result for each asset and check, and the results of single tasks."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.run.attempts import ATTEMPTS
+from dagster_sbatch.run.results import in_json
 from dagster_sbatch.run.task_results import CHECK, CHECK_DETAILS, MOST_ROWS, TaskResult, shorten_metadata
 
 _SUMS = ("node_hours", "cpu_hours", "gpu_hours", "workload_seconds")  # numbers of jobs that can be added
@@ -115,7 +115,7 @@ def _combine(check: dg.AssetCheckKey, outcomes: Sequence[CheckOutcome]) -> dg.As
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
     """Return the first MOST_ROWS rows as metadata; finite numbers stay numbers, and what a row lacks is None."""
     columns: dict[str, str] = {}
-    rows = [{name: _in_json(value) for name, value in row.items()} for row in rows]
+    rows = [{name: in_json(value) for name, value in row.items()} for row in rows]
     for row in rows:
         for name, value in row.items():
             kind = "int" if type(value) is int else "float" if type(value) is float else "string"
@@ -129,11 +129,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
 def attempts_metadata(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the attempts at jobs as metadata; nothing without rows, which `rows_of` returns."""
     return {ATTEMPTS: table(rows)} if rows else {}
-
-
-def _in_json(value: Any) -> Any:
-    """Return a value as the UI can read it: JSON has no number for a loss that is not finite."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summarize(results: Sequence[TaskResult]) -> dict[str, Any]:

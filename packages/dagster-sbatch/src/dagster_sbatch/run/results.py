@@ -1,5 +1,6 @@
 """What a step adds to the events of its assets: metadata of single partitions, and the costs of its job."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ def hand_over(
     """
     _check_report(context, message)
     try:
-        handle(message)
+        handle(_without_infinity(message))
     except Exception as error:
         raise ValueError(_find_unreadable(context, message, reader) or str(error)) from error
 
@@ -119,6 +120,29 @@ def _check_declared(context: dg.OpExecutionContext, asset: str, name: str) -> No
             f"{asset} does not declare the check {name!r}. The checks of this step are: {listed or 'none'}. "
             f"Correct the name, or declare the check: check_specs=[AssetCheckSpec({name!r}, asset=...)]"
         )
+
+
+def _without_infinity(message: PipesMessage) -> PipesMessage:
+    """Return a report whose tables and JSON the UI can read; a number of its own that is not finite is blank there."""
+    params = message["params"] or {}
+    metadata = params.get("metadata")
+    if not isinstance(metadata, Mapping):
+        return message
+    nested = {
+        name: in_json(value)
+        for name, value in metadata.items()
+        if isinstance(value, dict) and isinstance(value.get("raw_value"), dict | list)
+    }
+    return make_message(message["method"], {**params, "metadata": {**metadata, **nested}})
+
+
+def in_json(value: Any) -> Any:
+    """Return a value as the UI can read it: JSON has no number for a loss that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {name: in_json(each) for name, each in value.items()}
+    return [in_json(each) for each in value] if isinstance(value, list) else value
 
 
 def _find_unreadable(
