@@ -119,4 +119,5 @@ def check_job_script(facts: Facts, definitions: dg.Definitions, asset: str, part
     )
     if all(accepted for accepted, _ in answers):
         return ok(found)
-    return broken(found, f"correct the asset; {command} --test-only")
+    other = "if all assets are refused, the settings or SUPERCOMPUTER_SITE_OVERRIDES"
+    return broken(found, f"correct the asset; {other}: {command} --test-only")
