@@ -1,5 +1,6 @@
 """A machine whose locale is not UTF-8: paths, files and output are, as on every other machine."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch import children
+from dagster_sbatch.launchers import SrunLauncher
+from dagster_sbatch.slurm import SlurmRequest
 from support.agent_fixtures import HURRIED, Prepare
 from support.played_slurm import PlayedSlurm
 from support.workload_asset import PIPES, materialize
@@ -40,6 +43,16 @@ def test_paths_and_output_are_utf_8_on_the_supercomputer(
     outcome = materialize(PRINTS, tmp_path)
     assert (outcome.error, outcome.materializations[None][0]["rows"]) == ("", 7)
     assert capfd.readouterr().out.endswith("fertig ✓\n")
+
+
+def test_the_cause_of_a_failed_rank_is_utf_8(locale: dict[str, str], tmp_path: Path) -> None:
+    """The program that starts the ranks reads none of Python's variables, so PYTHONUTF8 does not count."""
+    program = r"import os; os.write(2, 'St\u00f6rung \u2717\n'.encode()); raise SystemExit(75)"
+    command = SrunLauncher().local_command(SlurmRequest(), ["-c", program])
+    environment = {**os.environ, **locale}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, start_new_session=True, timeout=60, check=False)
+    assert done.returncode == os.EX_TEMPFAIL
+    assert (tmp_path / "cause").read_text().endswith("\nStörung ✗")
 
 
 def test_commands_write_utf_8(locale: dict[str, str], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from dagster_sbatch.slurm.request import SlurmRequest, word
 
 _FOLDER = Path(__file__).parent / "job"
 _PROGRAM = "ranks.py"
-_PYTHON_OPTIONS = ("-B", "-E", "-s", "-S")  # only Python's own modules, and those beside the program
+_PYTHON_OPTIONS = ("-B", "-E", "-s", "-S", "-X", "utf8")  # only Python's own modules, and those beside the program
 _GPUS_PER_TASK = re.compile(r"per_task:(\d+)")
 
 
