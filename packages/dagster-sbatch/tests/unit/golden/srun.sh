@@ -138,7 +138,7 @@ pre_start() {
 eval 'ulimit -n 65536' || { ulimit -n hard; echo 'ulimit -n 65536: failed on' "$HOSTNAME; the job continues" >&2; }
 }
 export -f pre_start
-"$PYTHON" -B -E -s -S "$run_directory/srun/ranks.py" job --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=44 --gres=gpu:4 --gpu-bind=per_task:1 --cpu-bind=cores --mpi=pmix --wait=600 'work load.py'
+"$PYTHON" -B -E -s -S -X utf8 "$run_directory/srun/ranks.py" job --nodes=2 --ntasks=8 --ntasks-per-node=4 --cpus-per-task=44 --gres=gpu:4 --gpu-bind=per_task:1 --cpu-bind=cores --mpi=pmix --wait=600 'work load.py'
 ) &
 body=$!
 # Measures what the job uses. A shorter job starts no program for it. It ends with its standard input, when this shell
