@@ -1,6 +1,7 @@
 """What a step adds to the events of its assets: metadata of single partitions, and the costs of its job."""
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ OWN_NAMES = frozenset(
     """.split()
 )
 """Names of the metadata that the engine itself adds, on one deployment or another; see docs/assets.md."""
+_adding = threading.Lock()  # Dagster loses metadata that threads add at the same time
 _SHOWN = 200  # characters of a wrong value
 _FIELDS = ("partition", "metadata", "asset_key", "data_version")
 
@@ -234,7 +236,8 @@ def add_metadata(
     context: dg.OpExecutionContext, asset: dg.AssetKey, partition: str | None, metadata: Mapping[str, Any]
 ) -> None:
     """Add metadata to the materialization of an asset, or of one of its partitions, that Dagster makes at the end."""
-    dg.AssetExecutionContext(context).add_asset_metadata(metadata, asset_key=asset, partition_key=partition)
+    with _adding:
+        dg.AssetExecutionContext(context).add_asset_metadata(metadata, asset_key=asset, partition_key=partition)
 
 
 def _find_asset(context: dg.OpExecutionContext, report: Any) -> dg.AssetKey:
