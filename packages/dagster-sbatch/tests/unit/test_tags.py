@@ -1,5 +1,6 @@
 """The tags by which the UI finds a run."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dagster as dg
@@ -32,6 +33,22 @@ def test_a_run_has_its_deployment_and_jobs(tmp_path: Path) -> None:
         ):
             (run,) = instance.get_runs(dg.RunsFilter(tags=tags))
             assert run.run_id == result.run_id
+
+
+def test_calls_in_threads_lose_no_tag_of_each_other(tmp_path: Path) -> None:
+    @dg.asset
+    def probe(context: dg.AssetExecutionContext) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda call: tag_job(context.op_execution_context, str(100 + call), call), range(20)))
+
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        result = dg.materialize([probe], instance=instance)
+        run = instance.get_run_by_id(result.run_id)
+    assert run
+    assert {tag for tag in run.tags if tag.startswith("slurm_job/")} == {
+        "slurm_job/probe",
+        *(f"slurm_job/probe.{call + 1}" for call in range(1, 20)),
+    }
 
 
 def test_an_asset_that_is_called_directly_has_no_run() -> None:

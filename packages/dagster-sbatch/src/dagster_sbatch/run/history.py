@@ -1,6 +1,7 @@
 """What Dagster has recorded of steps: their ends, and tags with their Slurm jobs."""
 
 import re
+import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from math import inf
 
@@ -18,6 +19,7 @@ _CODE_VERSION = "dagster/code_version"
 MOST_PARTITIONS = 10_000  # that Dagster's storage is asked for at once
 _MOST_OBSERVATIONS = 100  # the latest ones, among which one with a data version is searched
 _PLANNED = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
+_tagging = threading.Lock()  # Dagster reads all tags of a run and writes them again
 _LONGEST_TAG = 63  # characters of each half of a tag's key, for Dagster
 
 
@@ -214,6 +216,7 @@ def _tag(context: dg.OpExecutionContext, tags: dict[str, str]) -> None:
     run = context.run_id
     try:
         if context.instance.has_run(run):  # an asset that is called directly has none
-            context.instance.add_run_tags(run, tags)
+            with _tagging:
+                context.instance.add_run_tags(run, tags)
     except Exception as error:  # noqa: BLE001 - of whatever database it is; a job must not be lost for a tag
         StepLog(context).warning(f"The run could not be tagged with {tags}: {error}")
