@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Annotated
 
-from pydantic import AfterValidator, PlainSerializer, PlainValidator
+from pydantic import BeforeValidator, PlainSerializer, PlainValidator
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<rest>\d+(?::\d+){0,2})")
 _DURATION = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
@@ -109,10 +109,13 @@ def _time(value: object) -> timedelta:
     )
 
 
-def _memory(text: str) -> str:
-    parse_memory(text)
-    return text
+def _memory(value: object) -> object:
+    """Check a memory size. A number is none: in quotes alone, as pydantic would say, it means so many MB."""
+    if isinstance(value, str):
+        parse_memory(value)
+        return value
+    raise ValueError(f"{value!r} is not a Slurm memory size: write a text with a unit (K, M, G or T), as in '64G'")
 
 
 Time = Annotated[timedelta, PlainValidator(_time), PlainSerializer(format_time)]
-Memory = Annotated[str, AfterValidator(_memory)]
+Memory = Annotated[str, BeforeValidator(_memory)]
