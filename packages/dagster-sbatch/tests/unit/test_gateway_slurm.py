@@ -67,6 +67,7 @@ def say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Say:
         (INVALID, "echo 'CANCELLED by 0|0:15|100|110|120|p1|KEY|17'", ("CANCELLED", "0:15", [100, 110, 120], "p1")),
         (INVALID, "echo 'COMPLETED+|0:0|100|Unknown|120|p1|KEY|17'", ("COMPLETED", "0:0", [100, None, 120], "p1")),
         (INVALID, "echo 'TIMEOUT|0:0|100|1|120|p1|mine|17|/my base/KEY'", ("TIMEOUT", "0:0", [100, 1, 120], "p1")),
+        (INVALID, "echo '|0:0|100|110|120|p1|KEY|17'", ("", "", [None] * 3, "")),
         (AWAY, f"echo 'FAILED|3:0|100|110|{LATER}|p1|KEY|17'", ("FAILED", "3:0", [100, 110, LATER], "p1")),
         (AWAY, f"echo 'CANCELLED|0:0|100|None|{LATER}|p1|KEY|17'", ("CANCELLED", "0:0", [100, None, LATER], "p1")),
         (AWAY, "echo 'RUNNING|0:0|100|110|Unknown|p1|KEY|17'", None),

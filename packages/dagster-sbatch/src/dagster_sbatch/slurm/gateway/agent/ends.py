@@ -154,6 +154,6 @@ def state_of(record):
 
 def over(row, project):
     """Return state, exit code, times and account of what is over, None of what is not."""
-    state = row[0].split()[0].rstrip("+")  # "CANCELLED by 123", "COMPLETED+"
+    state = row[0].partition(" ")[0].rstrip("+")  # "CANCELLED by 123", "COMPLETED+"
     times = [int(text) if text.isdigit() else None for text in row[2:5]]
     return {"state": state, "exit": row[1], "times": times, "account": project} if state in OVER else None
