@@ -183,3 +183,12 @@ def test_a_group_that_has_ended_is_not_an_error(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "killpg", refuse)
     process.terminate()
     assert process.end().exit_code == 0
+
+
+def test_a_long_cause_is_cut(tmp_path: Path) -> None:
+    """A rank may have written megabytes without a line end."""
+    code = "open('cause', 'w').write('why: ' + 'x' * (1 << 20)); raise SystemExit(3)"
+    ended = LocalProcess([sys.executable, "-c", code], os.environ, tmp_path, {}).run(threading.Event())
+    assert ended.cause.startswith("why: xxx")
+    assert ended.cause.endswith("xxx\n[... 1038581 characters left out ...]")
+    assert len(ended.cause) < 11_000

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.run import supervisor
-from dagster_sbatch.slurm.gateway.agent.job_record import CAUSE
+from dagster_sbatch.slurm.gateway.agent.job_record import cause_of
 from dagster_sbatch.slurm.gateway.agent.streams import last_of, read_on
 
 POLL_SECONDS = 0.05
@@ -131,6 +131,5 @@ class LocalProcess:
             code, _, seconds = report.read().partition(b" ")
         if not seconds:
             return Ended(self._process.returncode, 0.0)
-        cause = self._folder / CAUSE
-        known = int(code) and cause.exists()
-        return Ended(int(code), float(seconds), cause.read_text(errors="replace").strip() if known else "")
+        cause: str = cause_of(str(self._folder)) if int(code) else ""
+        return Ended(int(code), float(seconds), cause)

@@ -8,6 +8,7 @@ from .disk import parse, read
 MESSAGES = "messages.jsonl"
 STREAMS = (MESSAGES, "stdout", "stderr")
 EVENTS, CAUSE = "events", "cause"
+LONGEST_CAUSE = 10000  # characters: Dagster stores it with several events
 HALF = re.compile(rb'.+(?=\{"(?:started|code|idle)": )', re.S)
 """Half a record, as a full disk or a node without power leaves it: the next record follows in the same line."""
 
@@ -41,5 +42,7 @@ def cut_short(events):
 
 
 def cause_of(folder):
-    """Return why the job failed, as something in it has recorded; empty if nothing has."""
-    return read(os.path.join(folder, CAUSE)).decode(errors="replace").strip()
+    """Return why the job failed, as something in it has recorded; empty if nothing has. A long text is cut."""
+    text = read(os.path.join(folder, CAUSE)).decode(errors="replace").strip()
+    more = len(text) - LONGEST_CAUSE
+    return text if more <= 0 else "%s\n[... %d characters left out ...]" % (text[:LONGEST_CAUSE], more)
