@@ -75,6 +75,21 @@ def test_any_other_import_is_not(text: str, tmp_path: Path) -> None:
     assert missing(tmp_path, text) == []
 
 
+def test_a_program_that_is_a_link_imports_what_is_beside_its_target(tmp_path: Path) -> None:
+    for folder in ("own", "other"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "other" / "prog.py").write_text("import beside\n")
+    (tmp_path / "same.py").write_text("")
+    for link, target in (("own/prog.py", "../other/prog.py"), ("link.py", "same.py"), ("folder", "other")):
+        (tmp_path / link).symlink_to(target)
+    programs = {
+        name: read_workload(tmp_path / name, [], tmp_path) for name in ("own/prog.py", "link.py", "folder/prog.py")
+    }
+    (note,) = find_missing(programs.pop("own/prog.py"), PROJECT, None)
+    assert f"{tmp_path}/own/prog.py is a link to {tmp_path}/other/prog.py. Here, it imports modules beside that" in note
+    assert [find_missing(each, PROJECT, None) for each in programs.values()] == [[], []]
+
+
 def test_calls_in_threads_parse_programs_one_at_a_time(tmp_path: Path) -> None:
     """In Python 3.11, `ast.parse` collects garbage, whose finalizers let another thread run (SystemError)."""
 

@@ -28,7 +28,8 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
     """Return the imports of a workload, and of the modules in its code root that it imports, which fail there.
 
     Imports that the code expects to fail (`try: ... except ImportError`) and those for type checkers are not included.
-    Modules in the code root that git ignores are, and relative imports of a program, which fail everywhere.
+    Modules in the code root that git ignores are, relative imports of a program, which fail everywhere, and a program
+    that is a link, which imports other modules there.
 
     `lock`: the lock file of the packages there; None: they are not known (an image, a named interpreter).
     Returns for each: where it is, why it fails, and what to do.
@@ -57,6 +58,12 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
                     found[top] = (
                         f"{file}, line {line}: `import {top}` works here and not on the supercomputer: {reason}"
                     )
+    target = workload.path.resolve()
+    if not workload.module and target.parent != workload.path.parent.resolve():
+        found[""] = (
+            f"{workload.path} is a link to {target}. Here, it imports modules beside that file, and on the "
+            "supercomputer those beside the link. Name that file as the workload."
+        )
     ignored = ask_git(workload.root, "check-ignore", *map(str, sorted(seen))).splitlines()
     return [*found.values(), *(f"{each} works here and not on the supercomputer: {_IGNORED}" for each in ignored)]
 
