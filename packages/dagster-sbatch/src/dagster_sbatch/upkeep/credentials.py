@@ -1,12 +1,13 @@
 """Access to the supercomputer renews itself: a job, the sensor that requests it, and what the UI shows."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 import dagster as dg
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from dagster_sbatch.auth import AccessError, AccessHealth, Report, check_health, clock, refresh
 from dagster_sbatch.auth.refresh_failures import pause_end
@@ -142,7 +143,9 @@ def _tick(project: Project, context: dg.SensorEvaluationContext) -> dg.SensorRes
     Raises ConfigurationError: the settings are wrong, and the tick fails.
     """
     health = check_health(project.load_settings(supercomputer=True))
-    before = _CURSOR.validate_json(context.cursor or "{}")
+    before = _Cursor()
+    with suppress(ValidationError):  # another version has written it, or a person
+        before = _CURSOR.validate_json(context.cursor or "{}")
     shown = "ok" if _passed(health) else health.verdict
     after, requests, reason = _decide(context.instance, health, before)
     return dg.SensorResult(
