@@ -44,30 +44,28 @@ def line(method: str, text: str = "") -> bytes:
 
 
 def test_only_the_last_life_of_a_requeued_job_counts(messages: Messages, handler: Handler) -> None:
-    first = STARTED + line("opened") + line("report_asset_materialization", "old") + line("closed")
-    messages.feed(first + STARTED + line("opened") + line("report_asset_materialization", "new") + line("closed"))
+    first = STARTED + line("opened") + line("report_custom_message", "old") + line("closed")
+    messages.feed(first + STARTED + line("opened") + line("report_custom_message", "new") + line("closed"))
     messages.finish(CONTEXT)
-    assert handler.taken == ["opened", "opened", "report_asset_materialization new", "closed"]
+    assert handler.taken == ["opened", "opened", "report_custom_message new", "closed"]
     assert (messages.error, messages.open) == (None, 0)
 
 
 def test_a_line_that_the_end_of_an_earlier_life_has_cut_off_does_no_harm(messages: Messages, handler: Handler) -> None:
-    messages.feed(STARTED + line("opened") + line("report_asset_materialization", "old") + b'{"method": "clo\0\0')
+    messages.feed(STARTED + line("opened") + line("report_custom_message", "old") + b'{"method": "clo\0\0')
     assert messages.open == 1
-    messages.feed(STARTED + line("opened") + line("report_asset_materialization", "new") + line("closed"))
+    messages.feed(STARTED + line("opened") + line("report_custom_message", "new") + line("closed"))
     messages.finish(CONTEXT)
-    assert handler.taken == ["opened", "opened", "report_asset_materialization new", "closed"]
+    assert handler.taken == ["opened", "opened", "report_custom_message new", "closed"]
     assert messages.error is None
 
 
 def test_a_session_opened_by_a_child_discards_nothing(messages: Messages, handler: Handler) -> None:
-    messages.feed(
-        STARTED + line("opened") + line("report_asset_materialization", "first") + line("opened") + line("closed")
-    )
+    messages.feed(STARTED + line("opened") + line("report_custom_message", "first") + line("opened") + line("closed"))
     assert messages.open == 1
-    messages.feed(line("report_asset_materialization", "second") + line("closed"))
+    messages.feed(line("report_custom_message", "second") + line("closed"))
     messages.finish(CONTEXT)
-    assert handler.taken[2:] == ["report_asset_materialization first", "report_asset_materialization second", "closed"]
+    assert handler.taken[2:] == ["report_custom_message first", "report_custom_message second", "closed"]
     assert messages.open == 0
 
 
@@ -91,33 +89,31 @@ def test_a_session_that_is_never_opened_or_closed_gets_no_advice_from_dagster(sa
 
 
 def test_messages_may_be_cut_anywhere(messages: Messages, handler: Handler) -> None:
-    for byte in STARTED + line("opened") + line("report_asset_materialization", "\u00e9") + line("closed"):
+    for byte in STARTED + line("opened") + line("report_custom_message", "\u00e9") + line("closed"):
         messages.feed(bytes([byte]))
     messages.finish(CONTEXT)
-    assert handler.taken == ["opened", "report_asset_materialization \u00e9", "closed"]
+    assert handler.taken == ["opened", "report_custom_message \u00e9", "closed"]
 
 
 @pytest.mark.parametrize("text", ["caf\udce9", "\ud83d"])
 def test_what_is_not_unicode_is_replaced(text: str, messages: Messages, handler: Handler) -> None:
     """Dagster would store half of a surrogate pair, and its web server could not show the run any more."""
-    messages.feed(
-        STARTED + line("opened") + line("log", text) + line("report_asset_materialization", text) + line("closed")
-    )
-    messages.feed(b'{"method": "report_asset_materialization", "params": {"text": "\xed\xb3\xa9"}}\n')
+    messages.feed(STARTED + line("opened") + line("log", text) + line("report_custom_message", text) + line("closed"))
+    messages.feed(b'{"method": "report_custom_message", "params": {"text": "\xed\xb3\xa9"}}\n')
     messages.finish(CONTEXT)
     shown = text[:-1] + "\ufffd"
     assert handler.taken[1:4] == [
         f"log {shown}",
-        f"report_asset_materialization {shown}",
-        "report_asset_materialization \ufffd",
+        f"report_custom_message {shown}",
+        "report_custom_message \ufffd",
     ]
 
 
 def test_a_last_line_without_a_newline_counts(messages: Messages, handler: Handler) -> None:
     """Programs in other languages write messages, too; the exit code of theirs may decide."""
-    messages.feed(STARTED + line("opened") + line("closed") + line("report_asset_materialization", "last")[:-1])
+    messages.feed(STARTED + line("opened") + line("closed") + line("report_custom_message", "last")[:-1])
     messages.finish(CONTEXT)
-    assert (handler.taken[1:], messages.error) == (["report_asset_materialization last", "closed"], None)
+    assert (handler.taken[1:], messages.error) == (["report_custom_message last", "closed"], None)
 
 
 def test_a_line_of_the_log_with_a_level_of_its_own_is_not_lost() -> None:
@@ -141,7 +137,7 @@ def test_a_line_of_the_log_with_a_level_of_its_own_is_not_lost() -> None:
 
 def test_half_a_last_line_is_kept_as_the_error(messages: Messages, handler: Handler) -> None:
     """The disk was full, and the program did not notice: its exit code is 0."""
-    messages.feed(STARTED + line("opened") + line("closed") + line("report_asset_materialization", "last")[:-9])
+    messages.feed(STARTED + line("opened") + line("closed") + line("report_custom_message", "last")[:-9])
     messages.finish(CONTEXT)
     assert "not a Dagster Pipes message" in str(messages.error)
 
