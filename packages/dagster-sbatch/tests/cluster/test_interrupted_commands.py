@@ -1,8 +1,12 @@
-"""Ctrl-C at a terminal in which a command runs an asset: no daemon would retry that run, so its job is cancelled."""
+"""Ctrl-C at a terminal in which a command runs an asset, and the terminal's end.
+
+No daemon would retry that run, so its job is cancelled.
+"""
 
 import itertools
 import os
 import re
+import select
 import subprocess
 import sys
 import threading
@@ -63,18 +67,27 @@ class Terminal:
         )
         os.close(slave)
         self.shown = ""
+        self._closed = False
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     def _read(self) -> None:
-        while True:
+        while not self._closed:
             try:
-                self.shown += os.read(self._master, 65536).decode(errors="replace")
+                if select.select([self._master], [], [], 0.2)[0]:
+                    self.shown += os.read(self._master, 65536).decode(errors="replace")
             except OSError:  # nobody has the terminal any more
                 return
 
     def press_ctrl_c(self) -> None:
         os.write(self._master, b"\x03")
+
+    def close(self) -> None:
+        """Close the window, as a lost SSH connection does."""
+        self._closed = True
+        self._reader.join(60)
+        os.close(self._master)
+        self._process.wait(120)
 
     def wait(self) -> int:
         code = self._process.wait(120)
@@ -111,3 +124,15 @@ def test_ctrl_c_cancels_the_job_or_says_how_to(
     assert f"Slurm job {job} could not be cancelled, and may still be running." in terminal.shown
     assert f"scripts/job {job} cancel" in terminal.shown
     assert running() == [job]
+
+
+@pytest.mark.parametrize("executor", ["in_process_executor", "multiprocess_executor"])
+def test_closing_the_terminal_cancels_the_job(
+    executor: str, site: SimulatedSite, tmp_path: Path, on_supercomputer: dict[str, str]
+) -> None:
+    variables = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **on_supercomputer}
+    terminal = Terminal(tmp_path / "project", variables, "asset materialize", executor)
+    wait_until(lambda: "RUNNING" in terminal.shown, "the job runs", 240)
+    (job,) = re.findall(r"job (\d+): RUNNING", terminal.shown)
+    terminal.close()
+    wait_until(lambda: site.job_state(int(job)) == "CANCELLED", "the job is cancelled", 60)

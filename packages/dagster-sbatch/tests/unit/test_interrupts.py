@@ -65,6 +65,29 @@ def test_a_second_interrupt_does_not_break_off_the_clean_up() -> None:
         assert cleaned.is_set(), f"round {number}: the clean-up was broken off"
 
 
+def hang_up(stop: threading.Event) -> bool:
+    os.kill(os.getpid(), signal.SIGHUP)
+    return stop.wait(1)
+
+
+def test_a_closed_terminal_interrupts_as_ctrl_c_does() -> None:
+    """The signal would end the process, and with it nobody would cancel the job."""
+    handler = signal.getsignal(signal.SIGHUP)
+    cleaned = []
+    with pytest.raises(KeyboardInterrupt):
+        run_interruptibly(lambda stop: cleaned.append(hang_up(stop)))
+    assert cleaned == [True]
+    assert signal.getsignal(signal.SIGHUP) is handler
+
+
+def test_a_closed_terminal_interrupts_nothing_that_nohup_has_started() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_interruptibly(hang_up) is False
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def in_a_step(look: Callable[[dg.OpExecutionContext], object]) -> object:
     """Call a function inside an op of a run that was started from Python, and return its result."""
     seen = []

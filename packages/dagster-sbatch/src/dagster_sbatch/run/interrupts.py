@@ -12,6 +12,7 @@ import dagster as dg
 
 T = TypeVar("T")
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last one: the terminal of this process was closed
 SIGNAL_SECONDS = 0.1  # between two times at which the main thread checks for signals
 LIFE_SECONDS = 10.0  # between two questions whether Dagster still counts this run as running
 DATABASE_SECONDS = 20.0  # for Dagster's database to say why a step is interrupted: it may be locked, or away
@@ -22,8 +23,8 @@ def run_interruptibly(work: Callable[[threading.Event], T]) -> T:
     """Run `work(stop)` in a thread of its own and return its result.
 
     Dagster's signal handlers raise in the main thread, at any line and more than once: a clean-up in an `except` block
-    there is lost. So while `work` runs, SIGINT and SIGTERM are only recorded. The first one sets `stop`, `work` cleans
-    up and returns, and then the handler from before gets the signal.
+    there is lost. So while `work` runs, STOPS are only recorded. The first one sets `stop`, `work` cleans up and
+    returns, and then the handler from before gets the signal; that of SIGINT gets SIGHUP, which would end the process.
 
     `work`: checks `stop` often; when it is set, ends what it started, then returns or raises.
     Raises BaseException: what the earlier handler raises for a signal (DagsterExecutionInterruptedError in a step),
@@ -43,20 +44,20 @@ def run_interruptibly(work: Callable[[threading.Event], T]) -> T:
             if received:  # not in the handler: a second signal during `set` would wait for its lock for ever
                 stop.set()
     if received:
-        signal.raise_signal(received[0])
+        signal.raise_signal(signal.SIGINT if received[0] == signal.SIGHUP else received[0])
     return done.result()
 
 
 @contextmanager
 def _recorded_signals() -> Iterator[list[int]]:
-    """Append SIGINT and SIGTERM to the list instead of handling them; ignored ones stay ignored.
+    """Append STOPS to the list instead of handling them; ignored ones stay ignored, as SIGHUP by `nohup`.
 
     Python handles signals in the main thread only, so in other threads there is nothing to record.
     """
     received: list[int] = []
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
