@@ -20,7 +20,7 @@ def no_namespaces(tmp_path: Path) -> str:
 @pytest.fixture
 def same_handlers() -> Iterator[None]:
     """The command handles signals; pytest does so again afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

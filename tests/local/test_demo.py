@@ -50,12 +50,17 @@ def test_it_shows_why_an_asset_failed(copy: Path, workload: Path) -> None:
     assert "supercomputer" not in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_leaves_nothing_running(copy: Path, workload: Path, number: int) -> None:
     asleep = copy / ".dagster" / f"asleep-{number}"
     workload.write_text(f"import pathlib, time\npathlib.Path({str(asleep)!r}).touch()\ntime.sleep(600)\n")
     process = subprocess.Popen(
-        [sys.executable, "scripts/demo"], cwd=copy, env=plain_environment(), stdout=subprocess.PIPE, text=True
+        [sys.executable, "scripts/demo"],
+        cwd=copy,
+        env=plain_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509 - not as under `nohup`
     )
     try:
         wait_until(asleep.exists, "the workload runs")

@@ -269,7 +269,8 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
-def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupt_leaves_nothing(tmp_path: Path, number: int) -> None:
     """It comes while git works: here, for as long as it takes."""
     tools, folder = tmp_path / "bin", tmp_path / "projects"
     for each in (tools, folder):
@@ -283,11 +284,12 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509 - not as under `nohup`
     )
     assert process.stderr
     assert any("building" in line for line in iter(process.stderr.readline, ""))
     assert [path.name for path in folder.iterdir()] == [f".{NAME}.{process.pid}"]
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does; and a person who is in a hurry
+    os.killpg(process.pid, number)  # as Ctrl-C and the end of the terminal do; and a person who is in a hurry
     os.killpg(process.pid, signal.SIGINT)
     assert "Interrupted; nothing was made." in process.communicate(timeout=60)[1]
     assert process.returncode == 130

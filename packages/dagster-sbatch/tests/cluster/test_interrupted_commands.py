@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -64,6 +65,7 @@ class Terminal:
             stdin=slave,
             stdout=slave,
             stderr=slave,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509 - not as under `nohup`
         )
         os.close(slave)
         self.shown = ""

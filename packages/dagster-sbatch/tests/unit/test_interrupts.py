@@ -70,22 +70,29 @@ def hang_up(stop: threading.Event) -> bool:
     return stop.wait(1)
 
 
-def test_a_closed_terminal_interrupts_as_ctrl_c_does() -> None:
+@pytest.fixture
+def hangup() -> Iterator[Callable[[signal.Handlers], object]]:
+    """Sets what SIGHUP does, until the end of the test."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda handler: signal.signal(signal.SIGHUP, handler)
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_interrupts_as_ctrl_c_does(hangup: Callable[[signal.Handlers], object]) -> None:
     """The signal would end the process, and with it nobody would cancel the job."""
-    handler = signal.getsignal(signal.SIGHUP)
-    cleaned = []
+    hangup(signal.SIG_DFL)
+    stopped = []
     with pytest.raises(KeyboardInterrupt):
-        run_interruptibly(lambda stop: cleaned.append(hang_up(stop)))
-    assert cleaned == [True]
-    assert signal.getsignal(signal.SIGHUP) is handler
+        run_interruptibly(lambda stop: stopped.append(hang_up(stop)))
+    assert stopped == [True]
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
 
-def test_a_closed_terminal_interrupts_nothing_that_nohup_has_started() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert run_interruptibly(hang_up) is False
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_a_closed_terminal_interrupts_nothing_that_nohup_has_started(
+    hangup: Callable[[signal.Handlers], object],
+) -> None:
+    hangup(signal.SIG_IGN)
+    assert run_interruptibly(hang_up) is False
 
 
 def in_a_step(look: Callable[[dg.OpExecutionContext], object]) -> object:

@@ -22,6 +22,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 
 from dagster_sbatch.commands.command_line import ends_with_reader
+from dagster_sbatch.commands.signals import STOPS
 from dagster_sbatch.inspect.asset_preview import RANGE_TAGS
 
 FAILED_LINES = 40
@@ -182,14 +183,14 @@ def _follow(
 
 @contextmanager
 def _interrupts_for(child: "subprocess.Popen[str]") -> Iterator[list[int]]:
-    """While this context lasts, interrupt a child on Ctrl-C and SIGTERM; the list has an entry for each."""
+    """While this context lasts, interrupt a child at each of STOPS; the list has an entry for each."""
     interrupts: list[int] = []
 
     def interrupt(number: int, _: object) -> None:
         interrupts.append(number)
         child.send_signal(signal.SIGINT)
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in STOPS}
     try:
         yield interrupts
     finally:

@@ -1,8 +1,10 @@
-"""Ctrl-C and SIGTERM in commands that change files: one interrupt, and a clean-up that is not interrupted itself."""
+"""What stops commands that change files: one interrupt, and a clean-up that is not interrupted itself."""
 
 import signal
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
+HANGUP = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+STOPS = (signal.SIGINT, signal.SIGTERM, *HANGUP)
+"""Ctrl-C, `kill`, and the end of the terminal, unless `nohup` has started this process."""
 
 
 def interrupt_once() -> None:
