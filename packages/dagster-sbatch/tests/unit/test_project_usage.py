@@ -90,6 +90,15 @@ def test_lives_of_jobs_are_read(ask: Ask) -> None:
     assert (jobs[3].end, jobs[3].seconds) == (None, 1800)
 
 
+@pytest.mark.parametrize("elapsed", ["", "INVALID", "-3"])
+def test_a_run_time_that_is_no_number_is_no_error(elapsed: str, ask: Ask) -> None:
+    """A run with SLURM_KEEP_WITHIN_BUDGET asks for these numbers before it submits its job."""
+    odd = SACCT.replace("|900|", f"|{elapsed}|").replace("|1800|", f"|{elapsed}|")
+    jobs = ask(sacct=f"cat <<'END'\n{odd}\nEND").jobs
+    assert jobs is not None
+    assert [job.seconds for job in jobs] == ([0, 0, 3600, 0] if elapsed == "-3" else [1800, 900, 3600, 0])
+
+
 def test_limits_of_slurm_are_budgets(ask: Ask) -> None:
     """A task that waits counts as often as there are such; a limit of the user counts the user's jobs only."""
     assert budgets_of(ask(), OWNERS)[:3] == [

@@ -134,6 +134,8 @@ class Usage:
 
 def _life(row: Sequence[str], tracked: Sequence[str]) -> JobLife:
     job, _, user, project, start, end, seconds, text, partition, name, comment = row
+    if not seconds.lstrip("-").isdigit():  # a damaged row of the accounting: it ran for all of that time
+        seconds = str(int(end) - int(start)) if end.isdigit() else "0"
     return JobLife(
         job=job,
         user=user,
