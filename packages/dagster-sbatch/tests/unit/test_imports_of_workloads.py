@@ -159,6 +159,23 @@ def test_a_module_that_git_ignores_is_named(tmp_path: Path) -> None:
     assert missing(tmp_path, "from package import _version") == []
 
 
+def test_a_file_that_git_ignores_is_named(tmp_path: Path) -> None:
+    """In development the workload reads it."""
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    (tmp_path / ".gitignore").write_text("*.csv\ntables/\n")
+    (tmp_path / "tables").mkdir()
+    for name in ("grüße.csv", "other.csv", "kept.txt"):
+        (tmp_path / name).touch()
+    reads = "from pathlib import Path\nhere = Path(__file__).parent\n"
+    (note,) = missing(tmp_path, f"{reads}text = (here / 'grüße.csv').read_text()")
+    assert note.startswith(
+        f"{tmp_path}/prog.py names the file {tmp_path}/grüße.csv, which is not there on the supercomputer: git ignores"
+    )
+    assert len(missing(tmp_path, f"{reads}found = (here / 'tables' / 'a.txt').read_text()")) == 1
+    others = ["'kept.txt'", "'absent.csv'", "'/other.csv'", "''", "'.'", "'..'", "'other.csv\\0'", f"'{'a' * 5000}'"]
+    assert missing(tmp_path, "\n".join(others)) == []
+
+
 def test_packages_of_slurm_python_are_not_known(tmp_path: Path) -> None:
     assert missing(tmp_path, "import dagster", own_packages=True) == []
     assert len(missing(tmp_path, "import resources", own_packages=True)) == 1

@@ -74,7 +74,7 @@ def read_code(folder: Path) -> Code:
     size = 0
     for name in _follow_links(folder, names):
         path = folder / name
-        if path.is_file() and (_is_dotenv(path.name) or _is_dotenv(path.resolve().name)):
+        if path.is_file() and (is_dotenv(path.name) or is_dotenv(path.resolve().name)):
             dotenv.append(name)
         elif path.is_file():
             about = path.stat()  # git tracks a file that was deleted, too
@@ -148,7 +148,8 @@ def _shown(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def _is_dotenv(name: str) -> bool:
+def is_dotenv(name: str) -> bool:
+    """Return whether a file of this name is a dotenv file."""
     return name == ".env" or name.startswith(".env.") or name.endswith(".env")
 
 

@@ -1,8 +1,8 @@
-"""Imports of a workload that fail, on the supercomputer or everywhere, found without running it."""
+"""Imports and files of a workload that are missing, on the supercomputer or everywhere, found without running it."""
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import packages_distributions
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from dagster_sbatch.environments.code import ask_git
+from dagster_sbatch.environments.code import ask_git, is_dotenv
 from dagster_sbatch.environments.lockfile import read_lock
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
@@ -18,7 +18,7 @@ from dagster_sbatch.run.workload import Workload, parse
 
 _ENGINE = __name__.partition(".")[0]
 _installed = cache(packages_distributions)  # names of distributions by module, on this machine
-_IGNORED = "git ignores it, and only what git tracks is sent. Add it with `git add --force`, or import another module."
+_IGNORED = "git ignores it, and only what git tracks is sent. Add it with `git add --force`, or "
 _HIDEABLE = {*sys.stdlib_module_names, "dagster_pipes"} - {*sys.builtin_module_names, "test"}
 """Modules that programs and packages import, and that a file of the same name in the code root takes the place of."""
 _CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
@@ -27,6 +27,7 @@ _CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 def find_missing(workload: Workload, project: Project, lock: Path | None) -> list[str]:
     """Return the imports of a workload, and of the modules in its code root that it imports, which fail there.
 
+    Files beside these that git ignores are included, if a text in the code is the name of one.
     Imports that the code expects to fail (`try: ... except ImportError`) and those for type checkers are not included.
     Modules in the code root that git ignores are, relative imports of a program, which fail everywhere, and a program
     that is a link, which imports other modules there.
@@ -37,6 +38,7 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
     roots = [workload.root] if workload.module else [workload.path.parent, workload.root]
     found: dict[str, str] = {}
     seen: set[Path] = set()
+    named: dict[str, Path] = {}  # by path of a file: the program that names it
     waiting = [workload.path]
     while waiting:
         file = waiting.pop()
@@ -44,7 +46,9 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
             continue
         seen.add(file)
         with suppress(SyntaxError, ValueError, IndexError, RecursionError):  # nobody may ever import this module
-            for line, level, module, names in _imports(parse(file)):
+            tree = parse(file)
+            named.update((str(each), file) for each in _named_files(tree, file.parent))
+            for line, level, module, names in _imports(tree):
                 top = module.partition(".")[0]
                 if level and file == workload.path and not workload.module:
                     found["."] = (
@@ -64,8 +68,16 @@ def find_missing(workload: Workload, project: Project, lock: Path | None) -> lis
             f"{workload.path} is a link to {target}. Here, it imports modules beside that file, and on the "
             "supercomputer those beside the link. Name that file as the workload."
         )
-    ignored = ask_git(workload.root, "check-ignore", *map(str, sorted(seen))).splitlines()
-    return [*found.values(), *(f"{each} works here and not on the supercomputer: {_IGNORED}" for each in ignored)]
+    advice = f"works here and not on the supercomputer: {_IGNORED}import another module."
+    return [
+        *found.values(),
+        *(f"{each} {advice}" for each in _ignored(workload.root, map(str, seen))),
+        *(
+            f"{named[each]} names the file {each}, which is not there on the supercomputer: {_IGNORED}"
+            "keep it elsewhere, for instance below DATA_ROOT."
+            for each in _ignored(workload.root, named)
+        ),
+    ]
 
 
 def find_hidden(workload: Workload) -> list[str]:
@@ -103,6 +115,21 @@ def _imports(tree: ast.AST) -> Iterator[tuple[int, int, str, list[str]]]:
                 yield from _imports(ast.Module([part], []))
         elif isinstance(node, ast.stmt | ast.excepthandler | ast.match_case):  # an expression imports nothing
             yield from _imports(node)
+
+
+def _named_files(tree: ast.AST, folder: Path) -> Iterator[Path]:
+    """Yield the files and folders below a folder whose names are texts in the code; dotenv files are never sent."""
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and text.isprintable() and text.strip("./") and ".." not in text and text[0] != "/":
+            with suppress(OSError):  # too long for a name
+                if (folder / text).exists() and not is_dotenv(Path(text).name):
+                    yield folder / text
+
+
+def _ignored(folder: Path, paths: Iterable[str]) -> list[str]:
+    """Return those paths that git ignores."""
+    return ask_git(folder, "-c", "core.quotePath=false", "check-ignore", *sorted(paths)).splitlines()
 
 
 def _catches(errors: ast.expr | None) -> bool:
