@@ -1,5 +1,7 @@
 """The tags by which the UI finds a run."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,6 +51,47 @@ def test_calls_in_threads_lose_no_tag_of_each_other(tmp_path: Path) -> None:
         "slurm_job/probe",
         *(f"slurm_job/probe.{call + 1}" for call in range(1, 20)),
     }
+
+
+ADDS = """\
+import sys
+import dagster as dg
+from dagster_sbatch.run.history import add_tags
+folder, run, step = sys.argv[1:]
+with dg.DagsterInstance.local_temp(folder) as instance:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for call in range(20):
+        add_tags(instance, run, {f"{step}/{call}": "1"})
+"""
+
+
+def test_steps_in_parallel_lose_no_tag_of_each_other(tmp_path: Path) -> None:
+    """Each step is a process of its own."""
+
+    @dg.job
+    def empty() -> None:
+        pass
+
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        run = instance.create_run_for_job(dg.Definitions(jobs=[empty]).resolve_job_def("empty")).run_id
+        steps = [
+            subprocess.Popen(
+                [sys.executable, "-c", ADDS, str(tmp_path), run, name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for name in ("one", "other")
+        ]
+        for step in steps:
+            assert step.stdout
+            assert step.stdout.readline() == "ready\n"
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda step: step.communicate("go\n", timeout=60), steps))
+        found = instance.get_run_by_id(run)
+    assert found
+    assert {f"{name}/{call}" for name in ("one", "other") for call in range(20)} <= set(found.tags)
 
 
 def test_an_asset_that_is_called_directly_has_no_run() -> None:

@@ -1,9 +1,10 @@
 """What Dagster has recorded of steps: their ends, and tags with their Slurm jobs."""
 
 import re
-import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from math import inf
+from pathlib import Path
 
 import dagster as dg
 
@@ -19,7 +20,7 @@ _CODE_VERSION = "dagster/code_version"
 MOST_PARTITIONS = 10_000  # that Dagster's storage is asked for at once
 _MOST_OBSERVATIONS = 100  # the latest ones, among which one with a data version is searched
 _PLANNED = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
-_tagging = threading.Lock()  # Dagster reads all tags of a run and writes them again
+_LOCK_SECONDS = 10.0  # for others to add their tags
 _LONGEST_TAG = 63  # characters of each half of a tag's key, for Dagster
 
 
@@ -216,7 +217,17 @@ def _tag(context: dg.OpExecutionContext, tags: dict[str, str]) -> None:
     run = context.run_id
     try:
         if context.instance.has_run(run):  # an asset that is called directly has none
-            with _tagging:
-                context.instance.add_run_tags(run, tags)
+            add_tags(context.instance, run, tags)
     except Exception as error:  # noqa: BLE001 - of whatever database it is; a job must not be lost for a tag
         StepLog(context).warning(f"The run could not be tagged with {tags}: {error}")
+
+
+def add_tags(instance: dg.DagsterInstance, run: str, tags: dict[str, str]) -> None:
+    """Add tags to a run, and lose none that another step adds: Dagster reads all of them, and writes them again."""
+    from filelock import FileLock
+
+    path = Path(instance.root_directory, "run-tags.lock")
+    with ExitStack() as held:
+        with suppress(OSError, NotImplementedError):  # it takes too long, or the folder's disk has no locks
+            held.enter_context(FileLock(path, timeout=_LOCK_SECONDS, poll_interval=0.01, fallback_to_soft=False))
+        instance.add_run_tags(run, tags)
