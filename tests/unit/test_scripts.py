@@ -52,7 +52,7 @@ def test_the_tests_run_in_parallel_unless_the_options_say_otherwise(
     (tmp_path / "pytest" / "__main__.py").write_text("import json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     command = [sys.executable, str(ROOT / "scripts" / "test"), *words]
     done = run(command, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    workers = str(min(3 * (os.cpu_count() or 1), 8))
+    workers = str(min(2 * (os.cpu_count() or 1), 8))
     assert json.loads(done.stdout) == [workers if word == "WORKERS" else word for word in expected]
 
 

@@ -227,7 +227,7 @@ FAILING = {
     "exits 7": Failing("probe workload.py ended with exit code 7", f"{CONNECT}    os._exit(7)", HEAD),
     "raises": Failing("probe workload.py raised KeyError: 'why'", f"{CONNECT}    raise KeyError('why')", HEAD),
     "raises in a task": Failing(
-        "probe workload.py raised RayTaskError(ZeroDivisionError): ",
+        "probe workload.py raised ray.exceptions.RayTaskError(ZeroDivisionError): ",
         f"{CONNECT}    ray.get(ray.remote(lambda: 1 // 0).remote())",
         HEAD,
     ),

@@ -135,10 +135,13 @@ def test_the_login_profile_names_the_project(
     with pytest.raises(RefusedError, match="p9"):
         submit_run(open_gateway(), f"{home.folder}/runs/KEY", {"job.sh": "#!/bin/sh\n"})
     assert home.times_read == 1
+    with pytest.raises(RefusedError, match="p9"):
+        submit_run(open_gateway(), f"{home.folder}/runs/ARRAY", {"job.sh": "#!/bin/sh\n", "tasks.jsonl": "{}\n"})
+    assert home.times_read == 2, "for the environment of the tasks"
     monkeypatch.setenv("SBATCH_ACCOUNT", "p2")
     assert open_gateway().test("#!/bin/sh\n") == (True, "p2")
     monkeypatch.delenv("SBATCH_ACCOUNT")
     home.profile.write_text(f"echo >>{home.folder}/read; exit 3\n")
     gateway = open_gateway()
     assert [gateway.test("#!/bin/sh\n") for _ in range(2)] == [(True, "none")] * 2
-    assert home.times_read == 2
+    assert home.times_read == 3

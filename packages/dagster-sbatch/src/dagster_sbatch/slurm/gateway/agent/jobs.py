@@ -21,7 +21,7 @@ from .slurm_commands import (
     not_started,
     scancel,
 )
-from .tasks import Tasks, is_array
+from .tasks import CONTENTS, Tasks, is_array
 
 JOB_ID = re.compile(r"^(\d+)(?:;\S+)?\s*$", re.M)
 LATE = 20.0  # seconds after which the job of a submission that got no answer can no longer appear in the queue
@@ -210,8 +210,8 @@ def run(agent, ask, say):
     """
     path, _ = locate(ask)
     files = ask.get("files")
-    if files and not ACCOUNT.search(files.get("job.sh", "")):
-        agent.profile.charge()
+    if files and CONTENTS not in files and not ACCOUNT.search(files.get("job.sh", "")):
+        agent.profile.charge()  # the variables of an array are all those of the profile
     agent.followers[path] = me = object()
 
     def current():

@@ -12,9 +12,8 @@ import threading
 import time
 
 from .disk import RequestError, load, stamp_of, store
-from .slurm_commands import RUNNING, user
+from .slurm_commands import PROJECT, RUNNING, user
 
-PROJECT = "SBATCH_ACCOUNT"
 START = re.compile(r"(?:~|\$(HOME|DATA|SCRATCH))(?=/|\Z)")
 FIELDS = ("data_root", "folder", "path", "python", "run", "runs")  # of requests, that are paths
 MARK = b"\x1e\0"  # a profile prints before the first one

@@ -10,7 +10,8 @@ import time
 from .disk import RequestError, kind_of
 from .task_states import indices
 
-KEPT = frozenset("SLURM_CONF SLURM_CONF_SERVER SLURM_JWT SBATCH_ACCOUNT".split())
+PROJECT = "SBATCH_ACCOUNT"
+KEPT = frozenset(("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", PROJECT))
 """The variables that Slurm's commands keep: how to reach Slurm, and the project that the user has chosen."""
 OTHERS = ("SACCT_", "SBATCH_", "SCANCEL_", "SCONTROL_", "SQUEUE_", "SLURM_")
 ACCOUNT = re.compile(r"^#SBATCH --account=", re.M)
@@ -38,12 +39,12 @@ def environment(script=""):
 def for_sbatch(variables, script):
     """Return those of some variables with which sbatch does what the script says, and the agent's own of KEPT.
 
-    If the script names an account, SBATCH_ACCOUNT is left out, which sbatch would prefer.
+    If the script names an account, PROJECT is left out, which sbatch would prefer.
     """
-    kept = {name: value for name, value in variables.items() if not name.startswith(OTHERS)}
+    kept = {name: value for name, value in variables.items() if name == PROJECT or not name.startswith(OTHERS)}
     kept.update((name, os.environ[name]) for name in KEPT if name in os.environ)
     if ACCOUNT.search(script):
-        kept.pop("SBATCH_ACCOUNT", None)
+        kept.pop(PROJECT, None)
     return kept
 
 
@@ -253,9 +254,8 @@ def projects_here(settings):
     """Return rows of the user's default project, a project and its QoS; none if Slurm does not answer.
 
     default: the project of a job whose script names none; empty if Slurm does not answer
-    exported: whether that is SBATCH_ACCOUNT, which sbatch prefers
+    exported: whether PROJECT says so, which sbatch prefers
     """
     rows = listed("user", user(), "withassoc", *here(settings), "format=DefaultAccount,Account,QOS")
-    exported = "SBATCH_ACCOUNT"
-    default = os.environ.get(exported) or (rows[0][0] if rows else "")
-    return {"rows": rows, "default": default, "exported": bool(os.environ.get(exported))}
+    exported = os.environ.get(PROJECT)
+    return {"rows": rows, "default": exported or (rows[0][0] if rows else ""), "exported": bool(exported)}
