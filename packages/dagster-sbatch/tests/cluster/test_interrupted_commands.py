@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from slurm_in_a_box import SimulatedSite, wait_until
@@ -91,6 +93,15 @@ class Terminal:
         os.close(self._master)
         self._process.wait(120)
 
+    def has_ended(self) -> bool:
+        """Whether all its processes have: a step may outlive its command, and would use the next test's access."""
+        return not any(self._lives(each) for each in psutil.process_iter())
+
+    def _lives(self, process: psutil.Process) -> bool:
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            return os.getsid(process.pid) == self._process.pid and process.status() != psutil.STATUS_ZOMBIE
+        return False
+
     def wait(self) -> int:
         code = self._process.wait(120)
         self._reader.join(60)
@@ -138,3 +149,4 @@ def test_closing_the_terminal_cancels_the_job(
     (job,) = re.findall(r"job (\d+): RUNNING", terminal.shown)
     terminal.close()
     wait_until(lambda: site.job_state(int(job)) == "CANCELLED", "the job is cancelled", 60)
+    wait_until(terminal.has_ended, "the step has ended", 60)
