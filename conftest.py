@@ -34,6 +34,13 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
             monkeypatch.delenv(name)
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Generator[None, None, None]:
+    """A command that a test calls in this process ignores signals at its end; what the next test starts would, too."""
+    yield
+    pytest_configure()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mix the files of unit, local and cluster tests: on several workers, some wait while others compute.
 
