@@ -17,7 +17,12 @@ PREFIXES = ("DAGSTER_", "SLURM_", "SBATCH_", "ASC_", "RAY_")
 
 
 def pytest_configure() -> None:
-    """SIGINT and SIGTERM have their default actions however pytest was started: processes of tests inherit them."""
+    """Begin with the default actions of signals, however pytest was started."""
+    reset_signals()
+
+
+def reset_signals() -> None:
+    """Give SIGINT and SIGTERM their default actions: processes that tests start inherit what is ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -36,9 +41,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 
 @pytest.fixture(autouse=True)
 def signals_as_before() -> Generator[None, None, None]:
-    """A command that a test calls in this process ignores signals at its end; what the next test starts would, too."""
+    """A command that a test calls in this process leaves handlers of its own."""
     yield
-    pytest_configure()
+    reset_signals()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
