@@ -58,7 +58,7 @@ def check_credentials(facts: Facts) -> Verdict:
     health = check_health(facts.settings)
     if health.verdict in ("broken", "failing"):
         verdict = broken if health.verdict == "broken" else warning
-        return verdict(health.summary, "do what it says; if it says nothing to do, wait: it is tried again")
+        return verdict(health.summary, "do what these lines advise; if they advise nothing, wait: the refresh is tried again by itself")
     return ok(health.summary)
 
 
