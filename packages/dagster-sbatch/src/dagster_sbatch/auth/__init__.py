@@ -16,20 +16,3 @@ from dagster_sbatch.auth.access_errors import (
 from dagster_sbatch.auth.health import AccessHealth, HealthItem, check_health
 from dagster_sbatch.auth.refresher import Report
 from dagster_sbatch.auth.renew import ensure_certificate, refresh, replace_refused_certificate
-
-__all__ = [
-    "AccessError",
-    "AccessHealth",
-    "BootstrapError",
-    "ClockError",
-    "HealthItem",
-    "MisconfiguredError",
-    "RejectedError",
-    "Report",
-    "UnavailableError",
-    "UnsafeFileError",
-    "check_health",
-    "ensure_certificate",
-    "refresh",
-    "replace_refused_certificate",
-]

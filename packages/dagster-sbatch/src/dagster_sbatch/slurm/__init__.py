@@ -5,17 +5,3 @@ from dagster_sbatch.slurm.job_script import ArrayShape, render_job_script, rende
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.retries import Retries
 from dagster_sbatch.slurm.site import ContainerRuntime, Site, load_site
-
-__all__ = [
-    "Allocation",
-    "ArrayShape",
-    "ContainerRuntime",
-    "Retries",
-    "Site",
-    "SlurmRequest",
-    "allocate",
-    "load_site",
-    "render_job_script",
-    "render_start",
-    "sampler_files",
-]
