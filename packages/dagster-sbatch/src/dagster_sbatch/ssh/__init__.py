@@ -7,12 +7,25 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.ssh.ssh_errors import AuthenticationError, HostKeyError, SshError, UnreachableError
 
 if TYPE_CHECKING:
     import fabric
 
-__all__ = ["AuthenticationError", "HostKeyError", "SshError", "UnreachableError", "connect"]
+
+class SshError(Exception):
+    """There is no connection. The text is meant for the user; it holds no secret."""
+
+
+class HostKeyError(SshError):
+    """The machine that answers is not trusted. A retry does not help."""
+
+
+class AuthenticationError(SshError):
+    """The private key cannot be used, or the server does not accept it or its certificate."""
+
+
+class UnreachableError(SshError):
+    """No answer, or the connection was lost. A retry may help."""
 
 
 def connect(

@@ -11,10 +11,9 @@ import fabric
 import paramiko
 from paramiko.ssh_exception import PartialAuthentication
 
-from dagster_sbatch.ssh import host_key
+from dagster_sbatch.ssh import HostKeyError, SshError, UnreachableError, host_key
 from dagster_sbatch.ssh.client_config import Hop
 from dagster_sbatch.ssh.known_hosts import KnownHosts
-from dagster_sbatch.ssh.ssh_errors import HostKeyError, SshError, UnreachableError
 from dagster_sbatch.ssh.user_key import UserKey
 
 CONNECT_SECONDS = 10.0

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.certificate import Certificate, fingerprint
+from dagster_sbatch.ssh import HostKeyError
 from dagster_sbatch.ssh.known_hosts import CERT_AUTHORITY, REVOKED, Entry, KnownHosts, names_of
-from dagster_sbatch.ssh.ssh_errors import HostKeyError
 
 CERTIFICATE_SUFFIX = "-cert-v01@openssh.com"
 

@@ -19,8 +19,8 @@ from dagster_sbatch.auth.key_files import (
     read_certificate,
     read_private_key,
 )
+from dagster_sbatch.ssh import AuthenticationError
 from dagster_sbatch.ssh.client_config import Hop
-from dagster_sbatch.ssh.ssh_errors import AuthenticationError
 
 _KEYBOARD_INTERACTIVE = "keyboard-interactive"
 _RENEW = "Get a new certificate:\n  scripts/refresh_step_auth.py"
