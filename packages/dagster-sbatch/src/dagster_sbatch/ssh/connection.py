@@ -30,7 +30,7 @@ logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 
 class Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
-    """A transport that asks for host keys that can be checked, and keeps the one that was shown.
+    """A transport that asks for host keys that can be checked, and checks the one that is shown.
 
     `preferred_keys` and `_verify_key` are internals of paramiko; tests/unit/test_ssh_connection.py holds them.
     """
@@ -38,7 +38,7 @@ class Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no ty
     def __init__(self, hop: Hop, known: KnownHosts, sock: Any, **options: Any) -> None:
         self._hop = hop
         self._known = known
-        self.host_key_blob = b""
+        self._shown = b""
         super().__init__(sock, **options)
 
     @property
@@ -51,24 +51,14 @@ class Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no ty
             super()._verify_key(blob, signature)
         except paramiko.SSHException as error:
             raise HostKeyError(f"{self._hop} has not proved that it holds the host key it shows: {error}") from error
-        self.host_key_blob = blob
+        self._shown = blob
 
     def start_client(self, event: threading.Event | None = None, timeout: float | None = None) -> None:
-        """Exchange keys; unlike paramiko's own, it fails when time (in seconds) is up."""
+        """Exchange keys, and check the host key; unlike paramiko's own, it fails when time (in seconds) is up."""
         super().start_client(event, timeout)
         if not self.initial_kex_done:
             raise paramiko.SSHException(f"no key exchange within {timeout} s")
-
-
-class _CheckHostKey(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
-    """Checks every host key: paramiko calls it for unknown keys, and its own list stays empty."""
-
-    def __init__(self, hop: Hop, known: KnownHosts) -> None:
-        self._hop = hop
-        self._known = known
-
-    def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:  # noqa: ARG002
-        host_key.check(client.get_transport().host_key_blob, self._hop.host, self._hop.port, self._known)
+        host_key.check(self._shown, self._hop.host, self._hop.port, self._known)
 
 
 class _ShowUserKey(paramiko.AuthStrategy):  # type: ignore[misc]
@@ -138,7 +128,8 @@ class Connection(fabric.Connection):  # type: ignore[misc]  # fabric has no type
         hop: Hop = self._hop
         key = UserKey.load(hop.key)
         known = KnownHosts.read(hop.known_hosts, self._host_authorities)
-        self.client.set_missing_host_key_policy(_CheckHostKey(hop, known))
+        # Its own list of known keys stays empty: the transport has checked the key.
+        self.client.set_missing_host_key_policy(paramiko.MissingHostKeyPolicy())
         self.connect_kwargs = {
             "transport_factory": partial(Transport, hop, known),
             "auth_strategy": _ShowUserKey(hop, key),
