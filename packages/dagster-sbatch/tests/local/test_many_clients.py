@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 
 from dagster_sbatch.auth import AccessError, check_health, ensure_certificate
-from dagster_sbatch.auth.network import public_trust
+from dagster_sbatch.auth.http import public_trust
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, Disturbance
 from support import access

@@ -22,8 +22,7 @@ from dagster_sbatch.auth import (
     refresh,
 )
 from dagster_sbatch.auth.authentik import request_oidc_token
-from dagster_sbatch.auth.http import Http, HttpAnswer
-from dagster_sbatch.auth.network import public_trust
+from dagster_sbatch.auth.http import Http, HttpAnswer, public_trust
 from dagster_sbatch.auth.refresh_failures import RefreshFailures
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance, wait_until

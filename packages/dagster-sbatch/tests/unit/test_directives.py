@@ -6,8 +6,7 @@ import pytest
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm import SlurmRequest
-from dagster_sbatch.slurm.directives import read_directives
-from dagster_sbatch.slurm.script_request import complete_request
+from dagster_sbatch.slurm.script_request import complete_request, read_directives
 
 BIND = "--gpu-bind=per_task"
 ONE_EACH = {"options": [f"{BIND}:1"]}

@@ -15,8 +15,7 @@ import pytest
 
 from dagster_sbatch.auth import AccessError, MisconfiguredError, UnavailableError, ensure_certificate
 from dagster_sbatch.auth.authentik import request_oidc_token
-from dagster_sbatch.auth.http import Http, HttpAnswer
-from dagster_sbatch.auth.network import proxy_for
+from dagster_sbatch.auth.http import Http, HttpAnswer, proxy_for
 from dagster_sbatch.slurm.gateway.channel import Channel
 from dagster_sbatch.slurm.gateway.link import Link
 from support import access
