@@ -42,6 +42,7 @@ SLURM_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 LocalPath = Annotated[Path, AfterValidator(read_local_path)]
 RemotePath = Annotated[str, AfterValidator(check_remote_path)]
 Url = Annotated[str, AfterValidator(_https)]
+Hours = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _variable(name: str, description: str, example: str, default: Any = None, **limits: Any) -> Any:
@@ -109,24 +110,20 @@ class Settings(BaseSettings):
         "course_2026",
         pattern=SLURM_NAME,
     )
-    most_gpu_hours_per_run: float | None = _variable(
+    most_gpu_hours_per_run: Hours | None = _variable(
         "SLURM_MOST_GPU_HOURS_PER_RUN",
         "GPU-hours that one call of compute.run may cost; a call that could cost more submits nothing. "
         "An asset may name its own limit.",
         "64",
-        ge=0,
-        allow_inf_nan=False,
     )
-    most_node_hours_per_run: float | None = _variable(
-        "SLURM_MOST_NODE_HOURS_PER_RUN", "The same for node-hours.", "100", ge=0, allow_inf_nan=False
+    most_node_hours_per_run: Hours | None = _variable(
+        "SLURM_MOST_NODE_HOURS_PER_RUN", "The same for node-hours.", "100"
     )
-    budget_gpu_hours: float | None = _variable(
+    budget_gpu_hours: Hours | None = _variable(
         "SLURM_BUDGET_GPU_HOURS",
         "GPU-hours that the project of your jobs may use from SLURM_BUDGET_START on. "
         "Not used where Slurm itself limits what the project may use.",
         "5000",
-        ge=0,
-        allow_inf_nan=False,
     )
     budget_start: date | None = _variable(
         "SLURM_BUDGET_START", "First day (UTC) of SLURM_BUDGET_GPU_HOURS.", "2026-10-01"

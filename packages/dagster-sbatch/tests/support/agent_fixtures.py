@@ -17,7 +17,7 @@ def hurry():
         "slurm_commands": dict(COMMAND_PATIENCE=3),
         "jobs": dict(FIRST_PAUSE=0.1, ROOM_PAUSE=0.5),
         "follower": dict(SQUEUE_EVERY=0.5, UNSEEN=1, LAG=0.5, COMMAND_PATIENCE=3),
-        "streams": dict(HOLE=0.5, BEHIND=0.5),
+        "job_record": dict(HOLE=0.5, BEHIND=0.5),
     }.items():
         vars(sys.modules["agent." + name]).update(values)
     slurm = sys.modules["agent.slurm_commands"]

@@ -361,7 +361,7 @@ def test_a_refusal_over_a_new_connection_costs_no_job(
 
 IN_SMALL_PIECES = """
 def spoil():
-    for name in ("streams", "follower"):
+    for name in ("job_record", "follower"):
         vars(sys.modules["agent." + name]).update(CHUNK=1000, MOST_CHUNKS=1)
     sys.modules["agent.follower"].COMMAND_PATIENCE = 0.5
 """

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.slurm.gateway.agent import streams
-from dagster_sbatch.slurm.gateway.agent.streams import Stream
+from dagster_sbatch.slurm.gateway.agent import job_record
+from dagster_sbatch.slurm.gateway.agent.job_record import Stream
 from support.agent_fixtures import HURRIED, Prepare, put
 from support.array_site import Follow, Site, record, wait_for_ends
 
@@ -109,10 +109,10 @@ def test_a_shorter_file_than_before_the_connection_was_lost_is_awaited(seen: int
     (tmp_path / "stdout").write_bytes(WHOLE[:seen])
     stream = Stream(tmp_path / "stdout", "stdout", 200, last)
     assert send_all(stream) == b""
-    assert streams.short_of([stream], {}) == ({"stdout": 200} if last else {})
+    assert job_record.short_of([stream], {}) == ({"stdout": 200} if last else {})
     (tmp_path / "stdout").write_bytes(WHOLE)
     assert send_all(stream) == WHOLE[200:]
-    assert streams.short_of([stream], {}) == {}
+    assert job_record.short_of([stream], {}) == {}
 
 
 @pytest.mark.parametrize(("name", "again"), [("stdout", WHOLE[:150]), ("messages.jsonl", b"")])
@@ -120,20 +120,20 @@ def test_a_file_that_stays_shorter_counts_as_emptied_but_no_message_is_sent_twic
     name: str, again: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The step fails if messages do not come."""
-    monkeypatch.setattr(streams, "BEHIND", 0)
+    monkeypatch.setattr(job_record, "BEHIND", 0)
     (tmp_path / name).write_bytes(WHOLE[:150])
     stream = Stream(tmp_path / name, name, 200, WHOLE[136:200].decode())
     assert send_all(stream) == again
-    assert streams.short_of([stream], {}) == ({} if again else {name: 200})
+    assert job_record.short_of([stream], {}) == ({} if again else {name: 200})
     (tmp_path / name).unlink()
     assert send_all(stream) == b""
-    assert streams.short_of([stream], {}) == {}
+    assert job_record.short_of([stream], {}) == {}
 
 
 def test_a_hole_that_is_filled_after_it_was_sent_doubles_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "HOLE", 0)
+    monkeypatch.setattr(job_record, "HOLE", 0)
     (tmp_path / "stdout").write_bytes(HOLE)
     stream = Stream(tmp_path / "stdout", "stdout", 0)
     assert send_all(stream) == HOLE

@@ -60,15 +60,12 @@ class Authentik:
             raise MisconfiguredError(
                 f"authentik does not allow this user to make tokens ({answer.reason}). Ask the centre to allow it"
             )
-        if answer.status not in (200, 201):
-            raise MisconfiguredError(f"authentik did not make a token {identifier!r} ({answer.reason}). {_ADDRESS}")
         try:
             written = answer.data["expires"]
             return datetime.fromisoformat(written).astimezone(UTC) if written else NEVER
         except (TypeError, KeyError, ValueError):
-            raise MisconfiguredError(
-                f"authentik did not say when {identifier!r} expires ({answer.reason}). {_ADDRESS}"
-            ) from None
+            text = f"authentik did not make a token {identifier!r}, or did not say when it expires ({answer.reason})"
+            raise MisconfiguredError(f"{text}. {_ADDRESS}") from None
 
     def view_key(self, identifier: str) -> str:
         """Return the secret of a token of one's own.

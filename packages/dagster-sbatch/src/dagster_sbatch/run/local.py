@@ -12,8 +12,7 @@ from pathlib import Path
 
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.run import supervisor
-from dagster_sbatch.slurm.gateway.agent.job_record import cause_of
-from dagster_sbatch.slurm.gateway.agent.streams import last_of, read_on
+from dagster_sbatch.slurm.gateway.agent.job_record import cause_of, last_of, read_on
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL, when a run is terminated

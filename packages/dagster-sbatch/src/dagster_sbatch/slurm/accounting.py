@@ -75,7 +75,7 @@ def plot(usage: Mapping[str, Any], request: SlurmRequest) -> str:
     """
     series = usage.get("series")
     columns = zip(*series, strict=True) if isinstance(series, list) and series else ()
-    gpus, cpus, memory = [_known(column) for column in columns] or [[], [], []]
+    gpus, cpus, memory = [[each for each in column if each is not None] for column in columns] or [[], [], []]
     parts = []
     if gpus:
         parts.append(f"GPU {_bars(gpus, 100)} {min(gpus):.0f} to {max(gpus):.0f} %")
@@ -84,10 +84,6 @@ def plot(usage: Mapping[str, Any], request: SlurmRequest) -> str:
     if memory:
         parts.append(f"memory {_bars(memory, max(memory))} at most {max(memory) / 1024:.2f} GiB")
     return " · ".join(parts)
-
-
-def _known(column: Sequence[float | None]) -> list[float]:
-    return [value for value in column if value is not None]
 
 
 def _bars(values: Sequence[float], full: float) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from dagster_sbatch.errors import CheckedModel, nearest
+from dagster_sbatch.settings import Hours
 from dagster_sbatch.slurm.modules import Modules
 from dagster_sbatch.slurm.retries import Retries
 from dagster_sbatch.slurm.units import Memory, Time, format_time, parse_memory
@@ -25,22 +26,24 @@ them, nor those that the job script sets itself (job-name, output, signal, expor
 COST_LIMITS = ("most_gpu_hours", "most_node_hours")  # fields that limit the cost of a call; Slurm does not see them
 
 
-def word(pattern: str, hint: str) -> AfterValidator:
-    """Accept a value that needs no quotes in a shell: no space, no quote, no newline."""
+def word(pattern: str, what: str) -> AfterValidator:
+    """Accept a text of this form; the error says what any other text is."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
-            raise ValueError(f"{text!r} is not valid here: {hint}")
+            raise ValueError(f"{text!r} is {what}")
         return text
 
     return AfterValidator(check)
 
 
-Name = Annotated[str, word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "an example is 'zen4_0768'")]
-NodeList = Annotated[str, word(r"[A-Za-z0-9_.,\[\]-]+", "an example is 'n[4001-4003],n4007'")]
-Constraint = Annotated[str, word(r"[A-Za-z0-9_.,&|*()\[\]-]+", "an example is 'hdr&nvme'")]
+# These need no quotes in a shell: no space, no quote, no newline.
+Name = Annotated[str, word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "not valid here: an example is 'zen4_0768'")]
+NodeList = Annotated[str, word(r"[A-Za-z0-9_.,\[\]-]+", "not valid here: an example is 'n[4001-4003],n4007'")]
+Constraint = Annotated[str, word(r"[A-Za-z0-9_.,&|*()\[\]-]+", "not valid here: an example is 'hdr&nvme'")]
 Dependency = Annotated[
-    str, word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)?)*)*", "an example is 'afterok:123:124'")
+    str,
+    word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)?)*)*", "not valid here: an example is 'afterok:123:124'"),
 ]
 
 
@@ -87,17 +90,11 @@ class SlurmRequest(CheckedModel):
         description="Modules (Lmod) that the job loads before the workload, in this order, for instance "
         "['GCC/14.3.0', 'OpenMPI']. They replace the site's; [] loads none.",
     )
-    most_gpu_hours: float | None = Field(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description="GPU-hours that one call of compute.run may cost; replaces SLURM_MOST_GPU_HOURS_PER_RUN.",
+    most_gpu_hours: Hours | None = Field(
+        None, description="GPU-hours that one call of compute.run may cost; replaces SLURM_MOST_GPU_HOURS_PER_RUN."
     )
-    most_node_hours: float | None = Field(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description="Node-hours that it may cost; replaces SLURM_MOST_NODE_HOURS_PER_RUN.",
+    most_node_hours: Hours | None = Field(
+        None, description="Node-hours that it may cost; replaces SLURM_MOST_NODE_HOURS_PER_RUN."
     )
     gpu_idle_limit: Time | None = Field(
         None, description="End the job when all its GPUs have been idle for this long, for instance '00:20:00'."

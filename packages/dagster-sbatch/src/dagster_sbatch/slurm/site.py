@@ -1,6 +1,5 @@
 """The facts about a supercomputer that the client needs: partitions, QoS, commands to run before Python."""
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -9,23 +8,23 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from dagster_sbatch.errors import ConfigurationError, Place, describe_at, nearest
 from dagster_sbatch.sites import SITES
 from dagster_sbatch.slurm.modules import Modules
+from dagster_sbatch.slurm.request import word
 from dagster_sbatch.slurm.units import Memory, Time
 from dagster_sbatch.ssh.known_hosts import parse_authority
 
-
-def _comment(text: str) -> str:
-    if not text.startswith("#") or text.splitlines() != [text]:
-        raise ValueError(f"{text!r} is not a comment: write one line that begins with #; commands go to setup_commands")
-    return text
-
-
-def _interpreter(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.+-]+|/\S+", text):
-        raise ValueError(
-            f"{text!r} is neither the name of a program nor an absolute path without spaces. Nothing replaces ~ or a "
-            "variable in it; the interpreter of one user is SLURM_PYTHON"
-        )
-    return text
+_Comment = Annotated[
+    str,
+    word(r"#[^\r\n]*", "not a comment: write one line that begins with #; commands go to setup_commands"),
+]
+_Interpreter = Annotated[
+    str,
+    word(
+        r"[A-Za-z0-9_.+-]+|/\S+",
+        "neither the name of a program nor an absolute path without spaces. Nothing replaces ~ or a variable in it; "
+        "the interpreter of one user is SLURM_PYTHON",
+    ),
+]
+_Authority = Annotated[str, AfterValidator(lambda line: parse_authority(line) and line)]
 
 
 class _Part(BaseModel):
@@ -71,11 +70,6 @@ class ContainerRuntime(_Part):
     gpu_options: tuple[str, ...] = Field(("--nv",), description="Options for jobs that request GPUs.")
 
 
-def _authority(line: str) -> str:
-    parse_authority(line)
-    return line
-
-
 class Site(_Part):
     """A supercomputer: its entry in SUPERCOMPUTER_SITE_OVERRIDES, merged over the facts that this package has."""
 
@@ -83,7 +77,7 @@ class Site(_Part):
     launchers: dict[str, dict[str, Any]] = Field(
         {}, description="Fields of launchers by their keys: script, srun, command, batch_script, ray."
     )
-    script_header: tuple[Annotated[str, AfterValidator(_comment)], ...] = Field(
+    script_header: tuple[_Comment, ...] = Field(
         (), description="Comment lines for the site's submit plugin, before the #SBATCH lines of the job script."
     )
     threads_per_core: Literal[1, 2, 4, 8] | None = Field(
@@ -95,7 +89,7 @@ class Site(_Part):
         (), description="Shell commands that run first, on the login node and in each job (module load ...)."
     )
     modules: Modules = Field((), description="Modules (Lmod) that jobs load whose request has no `modules` of its own.")
-    host_authorities: tuple[Annotated[str, AfterValidator(_authority)], ...] = Field(
+    host_authorities: tuple[_Authority, ...] = Field(
         (), description="Lines `@cert-authority ...` for hosts that are not in the user's known_hosts."
     )
     container_runtime: ContainerRuntime = Field(ContainerRuntime(), description="The program that runs containers.")
@@ -105,7 +99,7 @@ class Site(_Part):
         pattern=r"^/[A-Za-z0-9._/-]{1,24}$",
         description="Folder on each node's own disk for temporary files; jobs that cannot write to it use /tmp.",
     )
-    python_candidates: tuple[Annotated[str, AfterValidator(_interpreter)], ...] = Field(
+    python_candidates: tuple[_Interpreter, ...] = Field(
         ("python3",), description="Python interpreters to try, the best first."
     )
 

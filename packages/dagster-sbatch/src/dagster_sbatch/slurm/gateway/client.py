@@ -107,7 +107,7 @@ class Gateway(Link):
 
     def limits(self, partition: str, qos: str = "", account: str = "") -> Limits:
         """Return how many tasks and jobs Slurm accepts; `qos`, `account`: of the jobs, empty if they name none."""
-        said = self.ask(do="limits.limits", partition=partition, qos=qos, account=account)
+        said = self.ask(do="usage.limits", partition=partition, qos=qos, account=account)
         return Limits(said["array"], said["submit"])
 
     def test(self, script: str) -> tuple[bool, str]:

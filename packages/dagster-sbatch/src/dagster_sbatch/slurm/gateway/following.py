@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dagster_sbatch.slurm.gateway.agent.streams import last_of
+from dagster_sbatch.slurm.gateway.agent.job_record import last_of
 from dagster_sbatch.slurm.gateway.answers import (
     ACCOUNTED,
     JobEnd,

@@ -4,6 +4,7 @@ A number that the node does not show is None.
 """
 
 import os
+import subprocess
 
 CGROUPS, PROC = "/sys/fs/cgroup", "/proc"
 MEBIBYTE = float(1 << 20)
@@ -147,8 +148,6 @@ class Gpus:
 
     def start(self):
         """Start nvidia-smi; do nothing without GPUs, or on a node that does not have it."""
-        import subprocess
-
         if self.count:
             try:
                 command = QUERY + ["--loop=%d" % SAMPLE_SECONDS]

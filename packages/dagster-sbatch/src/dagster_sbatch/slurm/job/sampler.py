@@ -15,6 +15,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 
@@ -110,8 +111,6 @@ class FirstNode(Sampler):
 
     def start_others(self):
         """Start this program on the other nodes: a step that shares the job's resources with its other steps."""
-        import subprocess
-
         count = self.usage.nodes - 1
         step = ["--overlap", "--relative=1", "--nodes=%d" % count, "--ntasks=%d" % count, "--ntasks-per-node=1"]
         step += ["--cpus-per-task=1", "--mem=0", "--mpi=none", "--export=ALL", "--kill-on-bad-exit=0", "--quiet"]
@@ -152,8 +151,6 @@ class FirstNode(Sampler):
 
     def end_job(self):
         """Cancel this job, or this task of an array job."""
-        import subprocess
-
         array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
         job = "%s_%s" % (array, task) if array and task else os.environ["SLURM_JOB_ID"]
         try:

@@ -5,11 +5,10 @@ import os
 import time
 from functools import partial
 
-from .job_record import events_of
+from .job_record import MOST_CHUNKS, events_of, pause_after, short_of
 from .run_directories import locate
 from .shared_queue import SQUEUE_EVERY
 from .slurm_commands import COMMAND_PATIENCE, LAG, UNSEEN, account
-from .streams import MOST_CHUNKS, pause_after, short_of
 from .task_states import OVER
 from .tasks import Tasks
 
@@ -181,7 +180,8 @@ class Follower:
         early = (index for index in self.pending & started if self.active[index].heard == self.begun)
         if self.viewed < self.begun and next(early, None) is not None:  # it is not known whether these wait again
             return
-        self.requeued = {index for index in self.pending & started if self.waits_again(index)}
+        again = self.pending & started - set(self.over)  # if they had started before squeue showed them as waiting
+        self.requeued = {index for index in again if self.active[index].heard < self.viewed}
         running = started - self.recorded - self.requeued - set(self.over)
         waiting = self.left - started - set(self.over)
         shown, reason, start, project = self.queue.row(self.job, self.key) or ("", "None", "", "")
@@ -190,11 +190,6 @@ class Follower:
         if (state, project) != self.reported:
             self.reported, self.reported_at = (state, project), now
             self.say(state=dict(state, account=project))
-
-    def waits_again(self, index):
-        """Return whether a task had started before squeue showed it as waiting."""
-        task = self.active[index]
-        return index not in self.over and task.heard < self.viewed
 
     def all_recorded(self):
         if len(self.recorded) + len(self.over) < len(self.left):

@@ -107,15 +107,13 @@ def submit_once(run, key, ask):
             raise RequestError("refused", "there is no run %s" % run)
         own(os.path.dirname(run))
         lay_out(run, ask["files"])
-    if has(run, "cancelled") and not job_of(run):
-        raise RequestError("refused", "%s was cancelled before it was submitted" % run)
-    if ask["files"] is not None and read(os.path.join(run, "digest")) != digest(ask["files"]):
-        raise RequestError("refused", "%s exists already, with other content" % run)
     with locked(run) as lock:
         job, how = find_job(run, key)
+        if not job and has(run, "cancelled"):
+            raise RequestError("refused", "%s was cancelled before it was submitted" % run)
+        if ask["files"] is not None and read(os.path.join(run, "digest")) != digest(ask["files"]):
+            raise RequestError("refused", "%s exists already, with other content" % run)
         if not job:
-            if has(run, "cancelled"):
-                raise RequestError("refused", "%s was cancelled before it was submitted" % run)
             variables = environment_of(run)
             end_earlier_attempt(run)
             mark(run, "tried")

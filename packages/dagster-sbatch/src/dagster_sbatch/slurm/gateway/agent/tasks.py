@@ -14,8 +14,7 @@ import os
 
 from .disk import inode_of, load, lock, read, store
 from .ends import SINGLE, end_in, is_final, verdicts
-from .job_record import MESSAGES, STREAMS, events_of
-from .streams import Stream
+from .job_record import MESSAGES, STREAMS, Stream, events_of
 
 CONTENTS, FOLDER, ENDS, LOCK, END = "tasks.jsonl", "tasks", "ends.json", "ends.lock", "end"
 STARTED = ".started"

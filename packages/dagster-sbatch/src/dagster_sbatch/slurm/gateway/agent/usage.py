@@ -1,15 +1,28 @@
-"""What the projects of the user have used, what waits and runs in them, and how much Slurm lets them use."""
+"""What the projects of the user have used, what waits and runs in them, and how much Slurm lets them use and submit."""
 
+import re
 import time
 from collections import Counter
 
 from .disk import RequestError
-from .slurm_commands import SETTING, ask_slurm, configuration, here, period, projects_here, rows_of, user
+from .slurm_commands import (
+    SETTING,
+    ask_slurm,
+    configuration,
+    fields_of,
+    here,
+    listed,
+    period,
+    projects_here,
+    rows_of,
+    user,
+)
 
 ALLOCATION = "JobID,State,User,Account,Start,End,ElapsedRaw,AllocTRES,Partition,JobName,Comment".split(",")
 # Fields of squeue, and the widths of their columns.
 QUEUED = (("State", 30), ("UserName", 64), ("Account", 64), ("TimeLeft", 30), ("TimeLimit", 30), ("tres-alloc", 512))
 SHARE = "Account,User,GrpTRESMins,GrpTRESRaw,TRESRunMins"
+MOST_TASKS = re.compile(r"\bmax_array_tasks=(\d+)")
 PATIENCE = 120.0  # a database may have to read the jobs of a year
 
 
@@ -108,3 +121,35 @@ def private():
     said = ask_slurm("sacctmgr", "show", "configuration")  # of slurmctld and of slurmdbd
     hidden = [text for name, text in SETTING.findall(said) if name == "PrivateData"]
     return sorted(set(",".join(hidden).split(",")) - {"none", ""})
+
+
+def limits(agent, ask, _):
+    """Return the most tasks of an array job, and the most jobs that may be in the queue at once; None: not known.
+
+    partition, qos: of the jobs; empty: not known
+    account: that the job script names; empty: it names none
+    """
+    agent.profile.charge()
+    settings = configuration()
+    most = [settings.get("MaxArraySize", "")] + MOST_TASKS.findall(settings.get("SchedulerParameters", ""))
+    account = ask["account"] or projects_here(settings)["default"]
+    chosen = here(settings) + (["account=" + account] if account else [])
+    associations = listed("assoc", "user=" + user(), *chosen, "format=Partition,MaxSubmitJobs,GrpSubmitJobs")
+    submit = [text for partition, *texts in associations if partition in ("", ask["partition"]) for text in texts]
+    for qos in {ask["qos"], qos_of(ask["partition"])} - {""}:
+        for _, *texts in listed("qos", qos, "format=Name,MaxSubmitPU,MaxSubmitPA,GrpSubmit"):
+            submit += texts
+    return {"array": fewest(most), "submit": fewest(submit)}
+
+
+def fewest(texts):
+    return min((int(text) for text in texts if text.isdigit()), default=None)
+
+
+def qos_of(partition):
+    """Return the name of a partition's own QoS; empty if it has none, or Slurm does not answer."""
+    try:
+        name = fields_of(ask_slurm("scontrol", "-a", "-o", "show", "partition", partition)).get("QoS", "N/A")
+    except RequestError:
+        return ""
+    return "" if name == "N/A" else name
