@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.slurm.gateway import Attempt, JobToFollow, follow_jobs
-from dagster_sbatch.slurm.gateway.agent import disk, ends, run_directories, task_states, tasks
+from dagster_sbatch.slurm.gateway.agent import disk, ends, run_directories, shared_queue, slurm_commands, tasks
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, Prepare, put
 from support.array_run import Recorder
@@ -35,8 +35,8 @@ def row(index: str, state: str, start: str = "110", key: str = KEY) -> str:
     ],
 )
 def test_indices_as_slurm_writes_them(text: str, expected: set[int]) -> None:
-    assert task_states.indices(text) == expected
-    assert task_states.indices(task_states.ranges(expected)) == expected
+    assert slurm_commands.indices(text) == expected
+    assert slurm_commands.indices(slurm_commands.ranges(expected)) == expected
 
 
 def test_an_array_job_is_one_row_of_the_queue() -> None:
@@ -50,7 +50,7 @@ def test_an_array_job_is_one_row_of_the_queue() -> None:
         ["19_[0]", "PENDING", "Priority", "N/A", "third-1", "p1"],
         ["20_0", "FAILED", "None", "8", "fourth-1", "p1"],
     ]
-    assert task_states.by_job(rows) == {
+    assert shared_queue.by_job(rows) == {
         "17": ["RUNNING", "JobArrayTaskLimit", "N/A", KEY, "p1", {"PENDING": "4-9", "RUNNING": "2-3"}],
         "18": ["PENDING", "Priority", "N/A", "other-1", "p1"],
         "19": ["PENDING", "Priority", "N/A", "third-1", "p1", {"PENDING": "0"}],

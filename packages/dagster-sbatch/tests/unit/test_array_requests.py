@@ -110,7 +110,7 @@ def test_a_task_that_was_cut_short_waits_to_run_again(prepare: Prepare, slurm: P
     put(slurm, "scontrol", f"echo '{waits}'")
     known = gateway.attempt(str(run))
     assert (known.started, known.requeued, known.ends) == (frozenset({0, 1}), frozenset({0}), {})
-    counts = gateway.ask(do="task_records.task_counts", paths=[str(run)])["counts"][str(run)]
+    counts = gateway.ask(do="run_directories.task_counts", paths=[str(run)])["counts"][str(run)]
     assert counts == {"done": 0, "running": 1, "waiting": 2, "failed": 0}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.slurm import SlurmRequest, allocate, load_site, render_job_script
-from dagster_sbatch.slurm.gateway import MESSAGES, Gateway, choose_channel, fetch_file, link, send_file, transfers
+from dagster_sbatch.slurm.gateway import MESSAGES, Gateway, choose_channel, client, fetch_file, link, send_file
 from dagster_sbatch.slurm.gateway.channel import Channel
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, SETTINGS, Prepare, put
@@ -149,7 +149,7 @@ def test_an_array_job(seed: int, cut: MakeCut, slurm: Path, tmp_path: Path, foll
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_file(seed: int, cut: MakeCut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfers, "PIECE", 20_000)
+    monkeypatch.setattr(client, "PIECE", 20_000)
     local, there, back = (tmp_path / name for name in ("local", "there/there", "back"))
     local.write_bytes(random.Random(seed).randbytes(200_000))
     gateway = cut(seed)

@@ -24,6 +24,7 @@ from dagster_sbatch.slurm.gateway.agent import (
     shared_queue,
     slurm_commands,
     tasks,
+    usage,
 )
 from slurm_in_a_box import wait_until
 from support import ROOT
@@ -286,7 +287,7 @@ def test_the_projects_of_a_user(
 ) -> None:
     monkeypatch.setenv("SBATCH_ACCOUNT", exported)
     say("sacctmgr", sacctmgr)
-    known = slurm_commands.projects(WITHOUT_PROFILE, {}, None)
+    known = usage.projects(WITHOUT_PROFILE, {}, None)
     assert known == {"rows": rows, "default": default, "exported": bool(exported)}
 
 

@@ -15,7 +15,7 @@ from dagster_sbatch.slurm.outcome import (
     judge,
     judge_stderr,
 )
-from dagster_sbatch.slurm.retries import Fault, Retries
+from dagster_sbatch.slurm.request import Fault, Retries
 
 REQUEST = SlurmRequest(mem="8G", time_limit="01:00:00")
 CANCELLED = Outcome(

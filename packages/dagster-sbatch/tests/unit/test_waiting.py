@@ -7,7 +7,7 @@ import pytest
 
 from dagster_sbatch.run.remote_job import RemoteJob
 from dagster_sbatch.slurm.gateway import JobState
-from dagster_sbatch.slurm.waiting import advise
+from dagster_sbatch.slurm.outcome import advise
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class TaskList:
         if indices is None:
             return [self._record(index, {}) for index in range(len(self))]
         wanted = list(indices)
-        said = self._runs.gateway.ask(do="task_records.task_records", run=self.run.path, tasks=wanted, tail=tail)
+        said = self._runs.gateway.ask(do="run_directories.task_records", run=self.run.path, tasks=wanted, tail=tail)
         return [self._record(index, said["records"][str(index)]) for index in wanted]
 
     def one(self, index: int) -> TaskRecord:

@@ -80,7 +80,7 @@ class Runs:
     def task_counts(self, found: Iterable[RunRecord]) -> dict[str, Mapping[str, int]]:
         """Return the numbers of tasks (`done`, `running`, `waiting`, `failed`) of array jobs, by run directory."""
         paths = [run.path for run in found]
-        counts: dict[str, Mapping[str, int]] = self.gateway.ask(do="task_records.task_counts", paths=paths)["counts"]
+        counts: dict[str, Mapping[str, int]] = self.gateway.ask(do="run_directories.task_counts", paths=paths)["counts"]
         return counts
 
     def remove(self, found: Iterable[RunRecord]) -> list[str]:

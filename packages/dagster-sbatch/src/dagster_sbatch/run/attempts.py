@@ -14,8 +14,7 @@ from dagster_sbatch.slurm import Allocation, SlurmRequest, accounting
 from dagster_sbatch.slurm.gateway import JobEnd
 from dagster_sbatch.slurm.next_request import RETRIED_FIELDS, Next, next_request
 from dagster_sbatch.slurm.outcome import Outcome, find_fault, judge
-from dagster_sbatch.slurm.request import COST_LIMITS
-from dagster_sbatch.slurm.retries import Fault
+from dagster_sbatch.slurm.request import COST_LIMITS, Fault
 
 ATTEMPTS = "attempts"  # key of a record, and name of the metadata
 CHANGED = "changed_request"  # key of a record

@@ -22,9 +22,9 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import ArrayShape, SlurmRequest, accounting
 from dagster_sbatch.slurm.gateway import JobEnd, Limits, RefusedError, Sinks, Submitted, TaskStates
 from dagster_sbatch.slurm.gateway.following import JobHandler, JobToFollow, follow_jobs
-from dagster_sbatch.slurm.retries import Fault
+from dagster_sbatch.slurm.outcome import advise
+from dagster_sbatch.slurm.request import Fault
 from dagster_sbatch.slurm.units import count_of
-from dagster_sbatch.slurm.waiting import advise
 
 MOST_REPEATED = 8
 """Array jobs at once whose tasks are repeated with a changed request: tasks that fail meanwhile share the next one."""

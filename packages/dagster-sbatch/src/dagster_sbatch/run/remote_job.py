@@ -21,9 +21,8 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, accounting
 from dagster_sbatch.slurm.gateway import JobEnd, JobState, RefusedError, StoppedError, Submitted
 from dagster_sbatch.slurm.next_request import Next
-from dagster_sbatch.slurm.outcome import CAUSES, Outcome, explain_stderr
-from dagster_sbatch.slurm.retries import Fault
-from dagster_sbatch.slurm.waiting import advise
+from dagster_sbatch.slurm.outcome import CAUSES, Outcome, advise, explain_stderr
+from dagster_sbatch.slurm.request import Fault
 
 RETRY_SECONDS = 10.0  # before the same request is submitted again
 

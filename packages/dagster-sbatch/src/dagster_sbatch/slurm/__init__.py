@@ -2,6 +2,5 @@
 
 from dagster_sbatch.slurm.allocation import Allocation, allocate
 from dagster_sbatch.slurm.job_script import ArrayShape, render_job_script, render_start, sampler_files
-from dagster_sbatch.slurm.request import SlurmRequest
-from dagster_sbatch.slurm.retries import Retries
+from dagster_sbatch.slurm.request import Retries, SlurmRequest
 from dagster_sbatch.slurm.site import ContainerRuntime, Site, load_site

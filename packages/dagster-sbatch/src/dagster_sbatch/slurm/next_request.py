@@ -6,8 +6,7 @@ from datetime import timedelta
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm.allocation import Allocation, cpus_with_memory
-from dagster_sbatch.slurm.request import SlurmRequest
-from dagster_sbatch.slurm.retries import Fault
+from dagster_sbatch.slurm.request import Fault, SlurmRequest
 from dagster_sbatch.slurm.units import format_memory, format_time, parse_memory, show_value
 
 RETRIED_FIELDS = ("mem", "mem_per_cpu", "time_limit", "exclude")

@@ -1,8 +1,7 @@
 """The gateway: requests to an agent on the login node, which submits, follows, cancels and accounts for jobs.
 
-client.Gateway     the requests
+client.Gateway     the requests; files: sent and fetched
 following          jobs: submitted, and followed to the end of their tasks; a single job has one task
-transfers          files: sent and fetched
 link.Link          repeats a request until it is answered, over a new connection if one is lost
 channel            requests and answers over SSH, or to a subprocess on the login node itself
 programs           the agent's source, and the command lines that start it
@@ -27,7 +26,7 @@ from dagster_sbatch.slurm.gateway.answers import (
     TaskStates,
 )
 from dagster_sbatch.slurm.gateway.channel import OpenChannel, choose_channel
-from dagster_sbatch.slurm.gateway.client import Gateway, make_gateway
+from dagster_sbatch.slurm.gateway.client import Gateway, fetch_file, make_gateway, send_file
 from dagster_sbatch.slurm.gateway.following import JobHandler, JobToFollow, Sinks, follow_jobs
 from dagster_sbatch.slurm.gateway.project_usage import (
     GPU,
@@ -39,4 +38,3 @@ from dagster_sbatch.slurm.gateway.project_usage import (
     Usage,
     charged_project,
 )
-from dagster_sbatch.slurm.gateway.transfers import fetch_file, send_file

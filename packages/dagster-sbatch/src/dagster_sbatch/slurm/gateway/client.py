@@ -4,12 +4,15 @@ A lost connection says nothing about a job: every request is repeated until it i
 from the byte where the connection broke.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from dagster_sbatch.atomic_write import replacing
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm.gateway.answers import (
@@ -24,12 +27,13 @@ from dagster_sbatch.slurm.gateway.answers import (
 )
 from dagster_sbatch.slurm.gateway.channel import choose_channel
 from dagster_sbatch.slurm.gateway.following import Files, JobToFollow, SingleTask, Sinks, follow_jobs
-from dagster_sbatch.slurm.gateway.link import Link
+from dagster_sbatch.slurm.gateway.link import AgainError, Link
 from dagster_sbatch.slurm.gateway.project_usage import Limits, Projects, Usage
 from dagster_sbatch.slurm.modules import explain_modules
 from dagster_sbatch.slurm.site import Site
 
 NONE = Questions()
+PIECE = 1 << 20  # of a file that is sent
 
 
 class Gateway(Link):
@@ -88,7 +92,7 @@ class Gateway(Link):
 
         A task that is not over after a minute is missing in the answer.
         """
-        ends = self.ask(do="task_records.cancel_tasks", run=run, tasks=sorted(tasks))["ends"]
+        ends = self.ask(do="run_directories.cancel_tasks", run=run, tasks=sorted(tasks))["ends"]
         return {int(index): JobEnd.parse(end) for index, end in ends.items()}
 
     def state(self, run: str) -> tuple[JobState | None, JobEnd | None]:
@@ -130,7 +134,7 @@ class Gateway(Link):
 
     def projects(self) -> Projects:
         """Return the projects that the user may charge jobs to."""
-        return Projects.parse(self.ask(do="slurm_commands.projects"))
+        return Projects.parse(self.ask(do="usage.projects"))
 
     def usage(self, since: datetime | None) -> Usage:
         """Return what the user's projects have used, what waits and runs in them, and their limits.
@@ -235,3 +239,51 @@ def make_gateway(
         settings, site.python_candidates, ensure_certificate, site.host_authorities, site.setup_commands
     )
     return Gateway(channel, stop, on_trouble, on_recovered)
+
+
+def send_file(link: Link, local: Path, path: str, on_progress: Callable[[int, int], None] = lambda *_: None) -> int:
+    """Send a file, from where an earlier try stopped; it appears under its name when it is whole.
+
+    `on_progress`: gets the number of bytes sent so far, by earlier tries too, and the size of the file.
+    Returns the number of bytes that this call has sent.
+    """
+    with local.open("rb") as file:
+        whole, size = hashlib.file_digest(file, "sha256").hexdigest(), local.stat().st_size
+        about = {"path": path, "sha256": whole, "bytes": size}
+        sent = 0
+
+        def go_on() -> int:
+            nonlocal sent
+            at = next(link.exchange([{"do": "transfer.put", **about}]))[1]["at"]
+            file.seek(at)
+            while at < size:
+                data = file.read(PIECE)
+                at = next(link.exchange([{"do": "transfer.put", **about, "at": at}], data=data))[1]["at"]
+                sent += len(data)
+                on_progress(at, size)
+            return sent
+
+        return link.patiently(go_on)
+
+
+def fetch_file(link: Link, path: str, local: Path, on_progress: Callable[[int], None] = lambda _: None) -> None:
+    """Fetch a file, from where a lost connection stopped; it appears under its name when it is whole.
+
+    Raises RefusedError: it cannot be read.
+    """
+    with replacing(local) as file:
+
+        def go_on() -> None:
+            for _, head, data in link.exchange([{"do": "transfer.get", "path": path, "at": file.tell()}]):
+                if "file" in head:
+                    file.write(data)
+                    on_progress(file.tell())
+                    continue
+                file.seek(0)
+                if hashlib.file_digest(file, "sha256").hexdigest() == head["sha256"]:
+                    return
+                file.seek(0)
+                file.truncate()
+                raise AgainError(f"{path} arrived damaged")
+
+        link.patiently(go_on)

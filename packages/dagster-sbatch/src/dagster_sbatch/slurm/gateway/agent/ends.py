@@ -9,8 +9,7 @@ import time
 
 from .disk import RequestError, inode_of, write
 from .job_record import cause_of, events_of, node_of
-from .slurm_commands import FORGOTTEN, ask_slurm, fields_of, is_of, rows_of
-from .task_states import OVER, indices
+from .slurm_commands import FORGOTTEN, OVER, ask_slurm, fields_of, indices, is_of, rows_of
 
 ENDED = "State,ExitCode,Submit,Start,End,Account,JobName,JobID,WorkDir"
 TASK_ID = re.compile(r" ArrayTaskId=(\S+)")

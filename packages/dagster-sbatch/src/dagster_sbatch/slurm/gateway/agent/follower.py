@@ -8,8 +8,7 @@ from functools import partial
 from .job_record import MOST_CHUNKS, events_of, pause_after, short_of
 from .run_directories import locate
 from .shared_queue import SQUEUE_EVERY
-from .slurm_commands import COMMAND_PATIENCE, LAG, UNSEEN, account
-from .task_states import OVER
+from .slurm_commands import COMMAND_PATIENCE, LAG, OVER, UNSEEN, account
 from .tasks import Tasks
 
 READS_PER_SECOND = 100.0  # of tasks, however many run; each opens four files

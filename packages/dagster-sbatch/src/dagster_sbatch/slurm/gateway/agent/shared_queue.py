@@ -5,11 +5,37 @@ import threading
 import time
 
 from .disk import RequestError, load, lock, own, store
-from .slurm_commands import rows_of, user
-from .task_states import OVER, by_job, indices
+from .slurm_commands import OVER, indices, ranges, rows_of, user
 
 SQUEUE_EVERY = 15.0
 UNSHARED_EVERY = 60.0  # seconds between two calls of squeue by an agent that asks for itself
+
+
+def by_job(rows):
+    """Return squeue's rows (id, state, reason, start, key of the run, account) by job, without the id.
+
+    The rows of an array job become one: its state is RUNNING as long as a task runs, its reason that of the waiting
+    tasks. It ends with the indices of the tasks that are not over, by state.
+    """
+    jobs, arrays = {}, {}
+    for name, *row in rows:
+        job, array, text = name.partition("_")
+        if array:
+            arrays.setdefault(job, []).append((indices(text), row))
+        else:
+            jobs[job] = row
+    for job, tasks in arrays.items():
+        active = {}
+        for numbers, row in tasks:
+            if row[0] not in OVER:
+                active.setdefault(row[0], set()).update(numbers)
+        waiting = [row for _, row in tasks if row[0] == "PENDING"]
+        running = [row for _, row in tasks if row[0] not in OVER and row[0] != "PENDING"]
+        state, reason, start, *rest = (running or waiting or [tasks[-1][1]])[0]
+        if waiting:
+            reason, start = waiting[0][1:3]
+        jobs[job] = [state, reason, start] + rest + [{name: ranges(numbers) for name, numbers in active.items()}]
+    return jobs
 
 
 def asked(view):

@@ -8,7 +8,6 @@ import subprocess
 import time
 
 from .disk import RequestError, kind_of
-from .task_states import indices
 
 PROJECT = "SBATCH_ACCOUNT"
 KEPT = frozenset(("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", PROJECT))
@@ -25,6 +24,10 @@ UNFINISHED = ("PENDING", "RUNNING", "COMPLETING")
 ACCOUNTING_TAKES = 0.1  # seconds: sacct asks a database
 RUNNING = set()  # the commands and login shells that end with the agent
 FORGOTTEN = 240.0  # seconds after which squeue alone proves nothing: it forgets ended jobs after MinJobAge (300)
+OVER = frozenset(
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
+)
+RANGE = re.compile(r"(\d+)(?:-(\d+)(?::(\d+))?)?")
 
 
 def environment(script=""):
@@ -185,6 +188,27 @@ def is_of(record, key):
     return key in keys_of(record)
 
 
+def indices(text):
+    """Return the indices in a text of Slurm, such as `3`, `[2-9,12%4]` or `0-8:2`."""
+    found = set()
+    for first, last, step in RANGE.findall(text.partition("%")[0]):
+        found.update(range(int(first), int(last or first) + 1, int(step or 1)))
+    return found
+
+
+def ranges(found):
+    """Return indices as such a text."""
+    parts, first, last = [], None, None
+    for index in sorted(found) + [None]:
+        if first is not None and index == last + 1:
+            last = index
+            continue
+        if first is not None:
+            parts.append(str(first) if first == last else "%d-%d" % (first, last))
+        first = last = index
+    return ",".join(parts)
+
+
 def scancel(job, key, *tasks):
     """Cancel a run's job, or tasks of it: by the run's name, or by the id if the user has renamed the job."""
     try:
@@ -239,23 +263,3 @@ def test(agent, ask, _):
     agent.profile.charge()
     done = call("sbatch", "--test-only", script=ask["script"])
     return {"code": done.returncode, "text": (done.stdout + done.stderr).decode(errors="replace").strip()}
-
-
-def projects(agent, *_):
-    """Return what `projects_here` does."""
-    agent.profile.charge()
-    try:
-        return projects_here(configuration())
-    except RequestError:
-        return projects_here({})
-
-
-def projects_here(settings):
-    """Return rows of the user's default project, a project and its QoS; none if Slurm does not answer.
-
-    default: the project of a job whose script names none; empty if Slurm does not answer
-    exported: whether PROJECT says so, which sbatch prefers
-    """
-    rows = listed("user", user(), "withassoc", *here(settings), "format=DefaultAccount,Account,QOS")
-    exported = os.environ.get(PROJECT)
-    return {"rows": rows, "default": exported or (rows[0][0] if rows else ""), "exported": bool(exported)}

@@ -1,22 +1,12 @@
 """What the projects of the user have used, what waits and runs in them, and how much Slurm lets them use and submit."""
 
+import os
 import re
 import time
 from collections import Counter
 
 from .disk import RequestError
-from .slurm_commands import (
-    SETTING,
-    ask_slurm,
-    configuration,
-    fields_of,
-    here,
-    listed,
-    period,
-    projects_here,
-    rows_of,
-    user,
-)
+from .slurm_commands import PROJECT, SETTING, ask_slurm, configuration, fields_of, here, listed, period, rows_of, user
 
 ALLOCATION = "JobID,State,User,Account,Start,End,ElapsedRaw,AllocTRES,Partition,JobName,Comment".split(",")
 # Fields of squeue, and the widths of their columns.
@@ -153,3 +143,23 @@ def qos_of(partition):
     except RequestError:
         return ""
     return "" if name == "N/A" else name
+
+
+def projects(agent, *_):
+    """Return what `projects_here` does."""
+    agent.profile.charge()
+    try:
+        return projects_here(configuration())
+    except RequestError:
+        return projects_here({})
+
+
+def projects_here(settings):
+    """Return rows of the user's default project, a project and its QoS; none if Slurm does not answer.
+
+    default: the project of a job whose script names none; empty if Slurm does not answer
+    exported: whether PROJECT says so, which sbatch prefers
+    """
+    rows = listed("user", user(), "withassoc", *here(settings), "format=DefaultAccount,Account,QOS")
+    exported = os.environ.get(PROJECT)
+    return {"rows": rows, "default": exported or (rows[0][0] if rows else ""), "exported": bool(exported)}
