@@ -155,24 +155,6 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
         ) from None
 
 
-def refused_password(settings: Settings) -> str:
-    """Return the reasons why authentik may refuse an app password; it does not tell them apart."""
-    return (
-        "It is wrong, expired, deleted or of another user; or the user is not active, or not allowed to use the "
-        f"application of ASC_OIDC_CLIENT_ID={settings.oidc_client_id} (has the project ended?)"
-    )
-
-
-def not_allowed(settings: Settings, error: RejectedError) -> MisconfiguredError:
-    """Return the error of a rotation whose new secrets do not work: they are right, so the reason is another one."""
-    return MisconfiguredError(
-        f"authentik refuses a secret that it has just made, which was deleted again: {error}. The user "
-        f"{settings.oidc_username} is not allowed to use the application of ASC_OIDC_CLIENT_ID="
-        f"{settings.oidc_client_id} (has the project ended?), or that application is missing, or the user is not "
-        "active. Ask the centre"
-    )
-
-
 def _parse_token(value: str) -> OidcToken:
     """Read what a JWT says of itself. Its signature is for the certificate authority to check."""
     parts = value.split(".")

@@ -11,6 +11,7 @@ import re
 import ssl
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -216,10 +217,8 @@ def _receive(response: "httpx.Response", proxy: Proxy | None) -> HttpAnswer:
 def _document(body: bytes, place: str, status: int) -> Any:
     if not body.strip():
         return None
-    try:
+    with suppress(ValueError):
         return json.loads(body)
-    except ValueError:
-        pass
     if status < 400:
         raise MisconfiguredError(f"{place} answered, but not as expected (no JSON): is the address right?")
     raise UnavailableError(

@@ -35,7 +35,10 @@ def issue_certificate(settings: Settings, http: Http, public_key: str, token: Oi
     if answer.status == 401:
         _compare_clocks(token, answer.date)
         raise RejectedError(
-            f"the certificate authority refused the OIDC token ({answer.reason}). {_refused_token(settings, token)}"
+            f"the certificate authority refused the OIDC token ({answer.reason}). The token's issuer (iss) is "
+            f"{token.issuer}, its audience (aud) {token.audience}, and the authority knows one of each. authentik "
+            f"takes the issuer from the host name in ASC_OIDC_TOKEN_URL={settings.oidc_token_url}, the audience is "
+            "ASC_OIDC_CLIENT_ID: compare both with the centre's documentation"
         )
     if answer.status == 403:
         raise RejectedError(
@@ -57,19 +60,13 @@ def issue_certificate(settings: Settings, http: Http, public_key: str, token: Oi
     return f"{certificate[4 : 4 + length].decode(errors='replace')} {answer.data['crt']} {token.email}"
 
 
-def _refused_token(settings: Settings, token: OidcToken) -> str:
-    """Return what the authority compares with its own configuration."""
-    return (
-        f"The token's issuer (iss) is {token.issuer}, its audience (aud) {token.audience}, and the authority knows one "
-        f"of each. authentik takes the issuer from the host name in ASC_OIDC_TOKEN_URL={settings.oidc_token_url}, the "
-        "audience is ASC_OIDC_CLIENT_ID: compare both with the centre's documentation"
-    )
-
-
 def _fetch_root(settings: Settings, http: Http) -> str:
     """Return the CA's root certificate, as PEM; it is trusted since its SHA-256 is ASC_STEP_FINGERPRINT."""
     fingerprint = (settings.step_fingerprint or "").lower()
-    answer = http.call("GET", f"{_base(settings)}/root/{fingerprint}", trust=_unverified())
+    anybody = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # for an answer that is checked by its fingerprint
+    anybody.check_hostname = False
+    anybody.verify_mode = ssl.CERT_NONE
+    answer = http.call("GET", f"{_base(settings)}/root/{fingerprint}", trust=anybody)
     try:
         pem = str(answer.data["ca"])
         found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(pem)).hexdigest()
@@ -84,14 +81,6 @@ def _fetch_root(settings: Settings, http: Http) -> str:
             f"{fingerprint}: it is another one, or somebody is between you and it. Ask the centre before changing it"
         )
     return pem
-
-
-def _unverified() -> ssl.SSLContext:
-    """Return a context that trusts everybody, for an answer that is checked by its fingerprint."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def _base(settings: Settings) -> str:

@@ -102,21 +102,15 @@ def ensure_key(key: Path) -> str:
     Raises UnsafeFileError: the key is a symbolic link to nowhere.
     Raises OSError: the files cannot be written.
     """
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    if not key.exists():
-        if key.is_symlink():
-            raise UnsafeFileError(f"{key} is a symbolic link to nowhere. Remove it:\n  rm {shlex.quote(str(key))}")
-        if public_path(key).exists():
-            raise MisconfiguredError(f"{public_path(key)} is there without its private key {key}. Move it away")
-        return _make_key(key)
-    return read_private_key(key).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
-
-
-def _make_key(key: Path) -> str:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+    if key.exists():
+        return read_private_key(key).public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()
+    if key.is_symlink():
+        raise UnsafeFileError(f"{key} is a symbolic link to nowhere. Remove it:\n  rm {shlex.quote(str(key))}")
+    if public_path(key).exists():
+        raise MisconfiguredError(f"{public_path(key)} is there without its private key {key}. Move it away")
     private = Ed25519PrivateKey.generate()
     public = private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() + " musica-pipelines"
     replace_file(key, private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()).decode())

@@ -10,7 +10,7 @@ from typing import Literal
 from dagster_sbatch.atomic_write import remove_half_written
 from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.access_errors import AccessError, RejectedError, UnavailableError
-from dagster_sbatch.auth.authentik import APP_BUTTON, Authentik, OidcToken, refused_password, request_oidc_token
+from dagster_sbatch.auth.authentik import APP_BUTTON, Authentik, OidcToken, request_oidc_token
 from dagster_sbatch.auth.certificate import Certificate
 from dagster_sbatch.auth.credentials_file import CredentialsFile, Source, explained
 from dagster_sbatch.auth.http import Http
@@ -210,4 +210,7 @@ class Refresher:
                     "it is an API token, and an app password is needed: put it into ASC_AUTHENTIK_API_TOKEN instead, "
                     f"or make an app password with {APP_BUTTON}"
                 )
-        return f"{error}. {refused_password(self._settings)}"
+        return (
+            f"{error}. It is wrong, expired, deleted or of another user; or the user is not active, or not allowed to "
+            f"use the application of ASC_OIDC_CLIENT_ID={self._settings.oidc_client_id} (has the project ended?)"
+        )

@@ -23,7 +23,7 @@ from dagster_sbatch.settings import Settings
 
 LOCK_SECONDS = 150.0
 """Longer than a refresh can take: all calls together 60 s (`http.BUDGET_SECONDS`), the last one a little more."""
-LOCK_SECONDS_WITH_CERTIFICATE = 5.0
+LOCK_SECONDS_WITH_CERTIFICATE, POLL_SECONDS = 5.0, 0.05
 REFUSED_AGE = timedelta(minutes=15)
 """A younger certificate that is refused is not replaced: the next one would be refused, too."""
 
@@ -112,9 +112,6 @@ def refresh(
         if needed:
             raise
         return Report(access.valid_certificate, warnings=[f"{error}. The certificate is still valid"])
-
-
-POLL_SECONDS = 0.05
 
 
 @contextmanager

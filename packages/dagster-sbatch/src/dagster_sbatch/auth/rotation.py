@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 
 from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, RejectedError, UnavailableError
-from dagster_sbatch.auth.authentik import API_BUTTON, APP_BUTTON, Authentik, Intent, not_allowed, request_oidc_token
+from dagster_sbatch.auth.authentik import API_BUTTON, APP_BUTTON, Authentik, Intent, request_oidc_token
 from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Secret, Source
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.settings import Settings
@@ -37,7 +37,7 @@ class Rotator:
 
     def __init__(self, settings: Settings, file: CredentialsFile, http: Http) -> None:
         """`settings`: with those of authentik and OIDC."""
-        self._settings = settings
+        self._settings, self._prefix = settings, settings.authentik_token_identifier
         self._file = file
         self._http = http
 
@@ -149,7 +149,12 @@ class Rotator:
             self._authentik(api_token.value).user()
             request_oidc_token(self._settings, app_password.value, self._http)
         except RejectedError as error:
-            raise not_allowed(self._settings, error) from None
+            raise MisconfiguredError(
+                f"authentik refuses a secret that it has just made, which was deleted again: {error}. The user "
+                f"{self._settings.oidc_username} is not allowed to use the application of ASC_OIDC_CLIENT_ID="
+                f"{self._settings.oidc_client_id} (has the project ended?), or that application is missing, or the "
+                "user is not active. Ask the centre"
+            ) from None
 
     def _delete_unused(self, authentik: Authentik, current: Credentials) -> tuple[Credentials, dict[str, AccessError]]:
         """Delete the tokens in our record that bear our prefix and are not in use.
@@ -182,10 +187,6 @@ class Rotator:
 
     def _authentik(self, api_token: str) -> Authentik:
         return Authentik(self._settings.authentik_api_base or "", api_token, self._http)
-
-    @property
-    def _prefix(self) -> str:
-        return self._settings.authentik_token_identifier
 
     def _new_name(self, intent: Intent) -> str:
         """Return a name with the time, and random, since two machines may make one in the same second."""

@@ -276,6 +276,8 @@ def render_job_script(  # noqa: PLR0913 - the parts of a script
     """
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     modules = request.modules or ()
+    idle = [int(request.gpu_idle_limit.total_seconds())] if request.gpu_idle_limit else []
+    numbers = " ".join(map(str, [request.nodes, request.gpus_per_node, *idle]))
     commands = ["job_folder=$PWD", *site.setup_commands, 'cd "$job_folder" || exit 1'] if site.setup_commands else []
     return _SCRIPT.substitute(
         header="\n".join([*site.script_header, *directives(request, site, job_name, about, array)]),
@@ -291,12 +293,5 @@ def render_job_script(  # noqa: PLR0913 - the parts of a script
         lead=warning_lead(request),
         seconds=request.seconds,
         body=body.rstrip(),
-        sampler=_render_sampler(request, in_array=array is not None),
+        sampler=_SAMPLER.format(delay=_SAMPLER_DELAY_OF_TASKS if array else _SAMPLER_DELAY, numbers=numbers).rstrip(),
     )
-
-
-def _render_sampler(request: SlurmRequest, *, in_array: bool) -> str:
-    """Return the commands that start the sampler."""
-    idle = [int(request.gpu_idle_limit.total_seconds())] if request.gpu_idle_limit else []
-    numbers = " ".join(map(str, [request.nodes, request.gpus_per_node, *idle]))
-    return _SAMPLER.format(delay=_SAMPLER_DELAY_OF_TASKS if in_array else _SAMPLER_DELAY, numbers=numbers).rstrip()

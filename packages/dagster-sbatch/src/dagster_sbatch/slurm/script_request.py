@@ -116,7 +116,8 @@ def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[Slu
         raise ConfigurationError(f"{name}: its #SBATCH lines cannot be used. {error}") from None
     closed = {*mine, *(_MEMORY if _MEMORY & mine.keys() else ())} - {"options"}
     filled = {field: getattr(theirs, field) for field in fields if field not in closed}
-    options = _merge_options(request.options, theirs.options)
+    own = {each.partition("=")[0] for each in request.options}
+    options = (*(each for each in theirs.options if each.partition("=")[0] not in own), *request.options)
     notes = [
         f"{name}, line {each.line}: {each} does not apply. The asset requests {_shown(mine, field)}."
         for each in directives
@@ -154,11 +155,6 @@ def _shown(mine: Mapping[str, Any], field: str) -> str:
     """Return the asset's own value of a field; of the two fields for memory, the asset may set the other one."""
     name = field if field in mine else next(iter(_MEMORY & mine.keys()))
     return f"{name}={show_value(mine[name])}"
-
-
-def _merge_options(mine: Sequence[str], theirs: Sequence[str]) -> tuple[str, ...]:
-    names = {each.partition("=")[0] for each in mine}
-    return (*(each for each in theirs if each.partition("=")[0] not in names), *mine)
 
 
 def _fields_of(directives: Sequence[Directive], mine: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,12 +27,9 @@ def parse_time(text: str) -> timedelta:
             "days-hours as in '1-12', or minutes as in '90'"
         )
     numbers = [int(part) for part in match["rest"].split(":")]
-    if match["days"] is not None:
-        hours, minutes, seconds = (*numbers, 0, 0)[:3]
-    elif len(numbers) == 3:
-        hours, minutes, seconds = numbers
-    else:
-        hours, (minutes, seconds) = 0, (*numbers, 0)[:2]
+    if match["days"] is None and len(numbers) < 3:
+        numbers = [0, *numbers]
+    hours, minutes, seconds = (*numbers, 0, 0)[:3]
     try:
         total = timedelta(int(match["days"] or 0), hours=hours, minutes=minutes, seconds=seconds)
     except OverflowError:

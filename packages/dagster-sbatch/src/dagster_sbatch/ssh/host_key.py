@@ -68,7 +68,8 @@ def check(blob: bytes, host: str, port: int, known: KnownHosts) -> None:
     except ValueError as error:
         raise HostKeyError(f"{where} has shown a damaged host key: {error}") from None
     names = names_of(host, port)
-    if revoked := _revoked(shown, names, known):
+    shown_keys = (shown.key, shown.certificate.authority) if shown.certificate else (shown.key,)
+    if revoked := [entry for entry in _matching(known, names, REVOKED) if entry.key in shown_keys]:
         raise HostKeyError(_text(where, "its key is revoked", shown, revoked, known, _REVOKED))
 
     entries = trusted_entries(known, host, port)
@@ -130,11 +131,6 @@ def _matching(known: KnownHosts, names: list[str], marker: str) -> list[Entry]:
 
 def _site_authorities(known: KnownHosts, names: list[str]) -> list[Entry]:
     return [entry for entry in known.site_authorities if any(entry.matches(name) for name in names)]
-
-
-def _revoked(shown: HostKey, names: list[str], known: KnownHosts) -> list[Entry]:
-    keys = {shown.key, shown.certificate.authority} if shown.certificate else {shown.key}
-    return [entry for entry in _matching(known, names, REVOKED) if entry.key in keys]
 
 
 def _certificate_problem(certificate: Certificate, host: str, authorities: list[Entry]) -> str:

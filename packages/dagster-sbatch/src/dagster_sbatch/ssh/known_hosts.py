@@ -15,7 +15,6 @@ from dagster_sbatch.auth.certificate import fingerprint
 
 CERT_AUTHORITY = "@cert-authority"
 REVOKED = "@revoked"
-_MARKERS = (CERT_AUTHORITY, REVOKED)
 _log = logging.getLogger("dagster_sbatch.ssh")
 
 
@@ -106,7 +105,7 @@ def _read_file(file: Path) -> list[Entry]:
 
 def _parse(place: str, words: list[str]) -> Entry:
     marker = words.pop(0) if words[0].startswith("@") else ""
-    if marker and marker not in _MARKERS:
+    if marker not in (CERT_AUTHORITY, REVOKED, ""):
         raise ValueError(f"unknown marker {marker}")
     if len(words) < 3:
         raise ValueError("it needs names, the key's type and the key")
@@ -149,12 +148,9 @@ def _matches_patterns(patterns: str, name: str) -> bool:
     """Return whether a name matches a list of patterns with `*`, `?` and `!`, as in ssh_config(5) under PATTERNS."""
     found = False
     for pattern in patterns.lower().split(","):
-        if re.fullmatch(_as_regex(pattern.removeprefix("!")), name):
+        text = re.escape(pattern.removeprefix("!")).replace(r"\*", ".*").replace(r"\?", ".")
+        if re.fullmatch(text, name):
             if pattern.startswith("!"):
                 return False
             found = True
     return found
-
-
-def _as_regex(pattern: str) -> str:
-    return "".join({"*": ".*", "?": "."}.get(character, re.escape(character)) for character in pattern)
