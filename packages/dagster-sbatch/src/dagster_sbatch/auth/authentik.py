@@ -97,7 +97,7 @@ class Authentik:
         """
         if not self._usable:
             raise RejectedError("it has characters that no token has, perhaps because it was not pasted whole")
-        answer = self._http.call(method, self._base + path, headers=self._headers, json_body=body, tries=tries)
+        answer = self._http.call(method, self._base + path, headers=self._headers, json=body, tries=tries)
         if answer.status in (401, 403) and path == _ME:
             raise RejectedError(f"authentik refused it ({answer.reason})")
         if answer.status in (401, 403):
@@ -132,7 +132,7 @@ def request_oidc_token(settings: Settings, app_password: str, http: Http) -> Oid
         "password": app_password,
         "scope": SCOPE,
     }
-    answer = http.call("POST", settings.oidc_token_url, form=form)
+    answer = http.call("POST", settings.oidc_token_url, data=form)
     error = answer.data.get("error") if isinstance(answer.data, dict) else None
     if error == "invalid_grant":
         raise RejectedError(f"authentik refused it for ASC_OIDC_USERNAME={settings.oidc_username} ({error})")

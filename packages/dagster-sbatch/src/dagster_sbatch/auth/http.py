@@ -10,7 +10,7 @@ import random
 import re
 import ssl
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -136,20 +136,12 @@ class Http:
         return self._ends - time.monotonic()
 
     def call(
-        self,
-        method: str,
-        url: str,
-        *,
-        headers: Mapping[str, str] | None = None,
-        json_body: Any = None,
-        form: Mapping[str, str] | None = None,
-        trust: ssl.SSLContext | None = None,
-        tries: int = TRIES,
+        self, method: str, url: str, *, trust: ssl.SSLContext | None = None, tries: int = TRIES, **content: Any
     ) -> HttpAnswer:
         """Send a request, up to `tries` times while the server does not answer, or says that it cannot answer now.
 
         `url`: where to; a redirection is not followed. `trust`: for https; by default what the environment says, else
-        the public authorities. `tries`: 1 where the body serves once only.
+        the public authorities. `tries`: 1 where the body serves once only. `content`: what httpx calls so.
         Raises UnavailableError: no usable answer in time, HTTP 5xx, or an error page that is not the server's own.
         Raises MisconfiguredError: another server than was meant (a wrong certificate, a redirection, no JSON), or
         variables of the environment that cannot be used (certificates, proxies).
@@ -159,7 +151,7 @@ class Http:
             if self.remaining() <= 0:
                 raise UnavailableError(f"{url}: no time left for another try")
             try:
-                return self._send(trust, method, url, headers=headers, json=json_body, data=form)
+                return self._send(trust, method, url, **content)
             except UnavailableError:
                 failures += 1
                 pause = random.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**failures))  # noqa: S311 (jitter)
@@ -168,7 +160,7 @@ class Http:
                 time.sleep(pause)
 
     def _send(self, trust: ssl.SSLContext | None, method: str, url: str, **content: Any) -> HttpAnswer:
-        """Send a request once; `content` is what httpx calls so."""
+        """Send a request once."""
         import httpx
 
         try:

@@ -31,7 +31,7 @@ def issue_certificate(settings: Settings, http: Http, public_key: str, token: Oi
     kind, blob = public_key.split()[:2]
     # No principals: the CA derives them from the token's email, and refuses a request for others.
     body = {"publicKey": blob, "ott": token.value, "certType": "user", "keyID": token.email}
-    answer = http.call("POST", f"{_base(settings)}/1.0/ssh/sign", json_body=body, trust=trust, tries=1)
+    answer = http.call("POST", f"{_base(settings)}/1.0/ssh/sign", json=body, trust=trust, tries=1)
     if answer.status == 401:
         _compare_clocks(token, answer.date)
         raise RejectedError(

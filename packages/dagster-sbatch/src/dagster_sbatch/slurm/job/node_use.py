@@ -5,6 +5,7 @@ A number that the node does not show is None.
 
 import os
 import subprocess
+from contextlib import suppress
 
 CGROUPS, PROC = "/sys/fs/cgroup", "/proc"
 MEBIBYTE = float(1 << 20)
@@ -149,11 +150,9 @@ class Gpus:
     def start(self):
         """Start nvidia-smi; do nothing without GPUs, or on a node that does not have it."""
         if self.count:
-            try:
+            with suppress(OSError):
                 command = QUERY + ["--loop=%d" % SAMPLE_SECONDS]
                 self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            except OSError:
-                pass
 
     def feed(self, data):
         """Read what nvidia-smi has printed."""

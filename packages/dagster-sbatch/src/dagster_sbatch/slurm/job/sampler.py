@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 from job_use import Usage
 from node_use import SAMPLE_SECONDS, Gpus, Node
@@ -136,14 +137,8 @@ class FirstNode(Sampler):
 
     def record(self, event):
         """Append a line to the job's own record; do nothing if the disk is full."""
-        try:
-            descriptor = os.open("events", os.O_WRONLY | os.O_APPEND)
-            try:
-                os.write(descriptor, json.dumps(event).encode() + b"\n")
-            finally:
-                os.close(descriptor)
-        except OSError:
-            pass
+        with suppress(OSError), open(os.open("events", os.O_WRONLY | os.O_APPEND), "wb", buffering=0) as file:
+            file.write(json.dumps(event).encode() + b"\n")
 
     def cancelled(self):
         """Return whether this program has cancelled the job, or is doing so; False after a scancel that failed."""
@@ -153,10 +148,8 @@ class FirstNode(Sampler):
         """Cancel this job, or this task of an array job."""
         array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
         job = "%s_%s" % (array, task) if array and task else os.environ["SLURM_JOB_ID"]
-        try:
+        with suppress(OSError):
             self.scancel = subprocess.Popen(["scancel", job], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        except OSError:
-            pass
 
     def end(self):
         """End what this program has started, also on the other nodes."""

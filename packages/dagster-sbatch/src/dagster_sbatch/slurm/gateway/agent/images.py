@@ -14,6 +14,7 @@ import re
 import stat
 import struct
 import sys
+from contextlib import suppress
 
 HEAD = 2048  # bytes, which apptainer reads as well to recognize an image
 SIF, SQUASHFS, EXT3 = (32, b"SIF_MAGIC\0"), (0, b"hsqs"), (1080, b"\x53\xef")  # offset, bytes there
@@ -146,10 +147,7 @@ if __name__ == "__main__":
         cause = text % (error.filename or sys.argv[2], os.uname()[1], error.strerror)
     if cause:
         print(cause, file=sys.stderr)
-    try:
-        with open("cause", "w") as file:
-            file.write(cause)
-    except OSError:  # the disk is full; the exit code counts all the same
-        pass
+    with suppress(OSError), open("cause", "w") as file:  # the disk is full; the exit code counts all the same
+        file.write(cause)
     if cause:
         sys.exit(code)

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from .disk import RequestError, inode_of, kind_of, lock, own, read
 from .follower import Follower
@@ -276,8 +276,6 @@ def end_job(run, key, job):
     end = Tasks(run).conclude(job)[0]
     if not end or not inode_of(run):  # of an array job whose run directory was removed, one task is known
         scancel(job, key)
-    try:
+    with suppress(OSError):  # the disk is full; a run that has a job is not submitted again
         mark(run, "cancelled")
-    except OSError:  # the disk is full; a run that has a job is not submitted again
-        pass
     return end or await_end(lambda: Tasks(run).conclude(job)[0], bool)

@@ -10,6 +10,7 @@ import select
 import subprocess
 import threading
 import time
+from contextlib import suppress
 
 from .disk import RequestError, load, stamp_of, store
 from .slurm_commands import PROJECT, RUNNING, user
@@ -62,7 +63,8 @@ class Profile:
             known = self.values.get(name)
             if known is None or not (known.startswith("/") or name == PROJECT):
                 before = stamps()  # a profile that changes while it is read is read again
-                self.values = read_profile()
+                script = 'printf "%%s\\0" "$DATA" "$SCRATCH" "$%s"' % PROJECT
+                self.values["DATA"], self.values["SCRATCH"], self.values[PROJECT] = ask_login_shell(script)
                 remember(self.values, before)
             return self.values[name]
 
@@ -88,22 +90,14 @@ def recall():
 def remember(values, when):
     """Remember the values that the login profile set when its files had last changed at those times."""
     path = os.path.expanduser(REMEMBERED) % os.uname()[1]
-    try:
+    with suppress(OSError):  # the disk is full: the next agent reads the profile again
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         store(path, {"values": values, "stamps": when, "at": time.time()})
-    except OSError:  # the disk is full: the next agent reads the profile again
-        pass
 
 
 def stamps():
     """Return when each file of the profile has last changed."""
     return [stamp_of(os.path.expanduser(path), "st_mtime") for path in PROFILES]
-
-
-def read_profile():
-    """Return DATA, SCRATCH and the project as a login shell has them."""
-    data, scratch, project = ask_login_shell('printf "%%s\\0" "$DATA" "$SCRATCH" "$%s"' % PROJECT)
-    return {"DATA": data, "SCRATCH": scratch, PROJECT: project}
 
 
 def login_environment():

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 
 from .disk import RequestError, inode_of, kind_of, load, names_in, remove_tree, unique, write
 from .ends import SINGLE, may_be_success
@@ -145,10 +146,8 @@ def record_of(run):
 
 def note_follower(run, follower):
     """Record a Dagster run that follows the job. If the disk is full, a result may be offered a second time."""
-    try:
+    with suppress(OSError):
         mark(run, FOLLOWER + checked(follower))
-    except OSError:
-        pass
 
 
 def followers_of(run):

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 from .disk import RequestError, kind_of
 
@@ -90,19 +91,15 @@ def kill(child):
     os.killpg(child.pid, signal.SIGKILL)
     for pipe in (child.stdin, child.stdout, child.stderr):
         pipe.close()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         child.wait(1)
-    except subprocess.TimeoutExpired:
-        pass
 
 
 def kill_running():
     """Kill the commands that have not ended: nobody waits for their answers any more."""
     for child in list(RUNNING):
-        try:
+        with suppress(OSError):  # it has ended meanwhile
             os.killpg(child.pid, signal.SIGKILL)
-        except OSError:  # it has ended meanwhile
-            pass
 
 
 def ask_slurm(*command, patience=COMMAND_PATIENCE):

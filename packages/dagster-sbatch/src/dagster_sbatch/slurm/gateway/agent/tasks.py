@@ -11,6 +11,7 @@ KEY/                of an array job; that of a single job has what a task's fold
 """
 
 import os
+from contextlib import suppress
 
 from .disk import inode_of, load, lock, read, store
 from .ends import SINGLE, end_in, is_final, verdicts
@@ -97,7 +98,7 @@ class Tasks:
         """
         self.ends.update((index, {name: end[name] for name in RECORDED if name in end}) for index, end in ends.items())
         path = os.path.join(self.run, ENDS)
-        try:
+        with suppress(OSError):
             if self.array:
                 with open(os.path.join(self.run, LOCK), "w") as file:
                     lock(file, path)
@@ -105,8 +106,6 @@ class Tasks:
                     store(path, {"tasks": {str(index): end for index, end in self.ends.items()}})
             if not self.missing():
                 store(os.path.join(self.run, END), whole(self.ends))
-        except OSError:
-            pass
 
     def all_ends(self, job):
         """Return the ends of all tasks that are over, by index, and the error that leaves others undecided.
