@@ -157,7 +157,7 @@ def test_whoever_only_reads_the_output_of_a_run_does_not_submit_it(
     files = files_of(PROJECT.load_site("musica"), "KEY-1", "true", 3) if array else {"job.sh": "#!/bin/sh\n"}
     run_directories.lay_out(str(run), files)
     put(slurm, "sbatch", f"touch {tmp_path}/submitted; echo 17")
-    gateway.host()  # it is connected
+    gateway.ping()  # it is connected
     threading.Timer(0.3, gateway.stop.set).start()
     with pytest.raises(StoppedError):
         if array:

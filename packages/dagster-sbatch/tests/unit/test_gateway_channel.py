@@ -113,7 +113,7 @@ def test_a_login_profile_that_hangs_is_waited_for_over_one_connection(
     with server(as_server(forge, hanging)) as port:  # it accepts one connection
         (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")
         gateway = Gateway(choose_channel(settings(forge, port), ("python3",), lambda _: None), on_trouble=hear)
-        assert gateway.host() == "login01"
+        assert gateway.ping() == "login01"
         gateway.close()
     assert len(told) == 3
 
@@ -246,7 +246,7 @@ def test_a_slow_disk_does_not_end_an_upload(prepare: Prepare, tmp_path: Path, mo
 @pytest.mark.usefixtures("slurm")
 def test_an_agent_starts_however_much_the_setup_commands_complain() -> None:
     gateway = Gateway(choose_channel(SETTINGS, (), lambda _: None, setup=["head -c 300000 /dev/zero >&2"]))
-    assert gateway.host()
+    assert gateway.ping()
     gateway.close()
 
 

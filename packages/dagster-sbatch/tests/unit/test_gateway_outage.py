@@ -291,7 +291,7 @@ def test_no_command_of_slurm_stays_when_its_client_is_gone(slurm: Path, prepare:
     pid = tmp_path / "pid"
     put(slurm / "bin", "squeue", f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600")
     gateway = prepare()
-    gateway.host()
+    gateway.ping()
     gateway.notify(do="usage.usage", since=None)
     wait_until(pid.exists, "squeue runs")
     gateway.close()
@@ -302,7 +302,7 @@ def test_no_login_profile_stays_when_its_client_is_gone(prepare: Prepare, tmp_pa
     """One that waits for a file system may wait for hours."""
     pid = tmp_path / "pid"
     gateway = prepare()
-    gateway.host()
+    gateway.ping()
     (tmp_path / ".bash_profile").write_text(f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600\n")
     gateway.notify(do="run_directories.runs", runs="$DATA/runs")
     wait_until(pid.exists, "the profile is read")

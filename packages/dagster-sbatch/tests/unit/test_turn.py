@@ -59,7 +59,7 @@ def test_each_call_sees_the_jobs_of_those_before_it(prepare: Prepare, runs: str,
 
     def call(number: int) -> int:
         gateway = gateways[number]
-        gateway.host()  # it is connected
+        gateway.ping()  # it is connected
         together.wait(ENOUGH)
         seen = waiting(gateway, runs)
         if seen < 2:
@@ -79,8 +79,8 @@ def test_a_call_that_neither_submits_nor_ends_keeps_others_for_a_while_only(
 ) -> None:
     """Either its turn ends, or the others wait no more."""
     first, second = (prepare(HURRY.format(f"{limit}=0.2")) for _ in range(2))
-    first.host()
-    second.host()
+    first.ping()
+    second.ping()
     assert (waiting(first, runs), waiting(second, runs)) == (0, 0)
     assert waiting(first, runs) == 0  # a further attempt of the step takes a turn of its own
 
@@ -88,5 +88,5 @@ def test_a_call_that_neither_submits_nor_ends_keeps_others_for_a_while_only(
 def test_without_a_place_for_the_lock_the_answer_comes_all_the_same(prepare: Prepare, runs: str) -> None:
     Path(runs).touch()  # it is no folder
     gateway = prepare()
-    gateway.host()
+    gateway.ping()
     assert waiting(gateway, runs) == 0

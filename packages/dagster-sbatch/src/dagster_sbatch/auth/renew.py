@@ -1,8 +1,4 @@
-"""Renew access when that is due, or asked for.
-
-`ensure_certificate` is called before each connect. `refresh` is the same with options and a report, for the job and
-the command. Both take the same lock, and read the files again once they hold it.
-"""
+"""Renew access when that is due, or asked for: under a lock, after the files were read again."""
 
 import logging
 import os

@@ -34,7 +34,7 @@ class Wheel:
         return f"{self.digest[:16]}/{self.path.name}"
 
 
-def gather_wheels(lock: LockFile, interpreter: Interpreter, folder: Path, alive: Callable[[], None]) -> list[Wheel]:
+def gather_wheels(lock: LockFile, interpreter: Interpreter, folder: Path, alive: Callable[[], object]) -> list[Wheel]:
     """Download every wheel of a lock file that an interpreter needs; build those that exist as source only.
 
     pip's own configuration decides about indices, proxies, credentials and the cache. pip and the build code of
@@ -68,7 +68,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _pip(command: list[str], lock: LockFile, folder: Path, alive: Callable[[], None]) -> None:
+def _pip(command: list[str], lock: LockFile, folder: Path, alive: Callable[[], object]) -> None:
     """Run pip, whose temporary files are in a folder. No process of it outlives an exception.
 
     Raises ConfigurationError: pip failed; the text has its last lines.

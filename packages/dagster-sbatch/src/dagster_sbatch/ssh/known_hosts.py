@@ -121,16 +121,13 @@ def _parse(place: str, words: list[str]) -> Entry:
 
 def _strings(key: bytes) -> list[bytes]:
     """Return the strings of a public key, each of which follows its length in four bytes."""
-    parts = []
-    rest = key
-    while len(rest) >= 4:
-        end = 4 + int.from_bytes(rest[:4], "big")
-        if end > len(rest):
-            break
-        parts.append(rest[4:end])
-        rest = rest[end:]
-    if rest or len(parts) < 2:
-        raise ValueError("the key is cut short or damaged")
+    parts: list[bytes] = []
+    while key or len(parts) < 2:
+        end = 4 + int.from_bytes(key[:4], "big")
+        if end > len(key):
+            raise ValueError("the key is cut short or damaged")
+        parts.append(key[4:end])
+        key = key[end:]
     return parts
 
 

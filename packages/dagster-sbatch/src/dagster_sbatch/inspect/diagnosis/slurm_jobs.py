@@ -48,13 +48,13 @@ def check_locks(facts: Facts) -> Verdict:
     with open_runs(facts.settings, facts.project, LOCK_SECONDS) as runs:
         if runs.gateway.claim(runs.folder, LOCK_FAMILY, uuid.uuid4().hex, "scripts/doctor").held_by:
             return ok("another doctor holds the lock")
-        return _try_to_lock(facts, runs.gateway.host())
+        return _try_to_lock(facts, runs.gateway.ping())
 
 
 def _try_to_lock(facts: Facts, holder: str) -> Verdict:
     for _ in range(LOCK_TRIES):
         with open_runs(facts.settings, facts.project, LOCK_SECONDS) as runs:
-            host = runs.gateway.host()
+            host = runs.gateway.ping()
             if runs.gateway.claim(runs.folder, LOCK_FAMILY, uuid.uuid4().hex, "scripts/doctor").held_by is None:
                 return warning(
                     f"a lock that {holder} holds is not seen on {host}: two Dagsters could act on the same run, or "

@@ -1,8 +1,4 @@
-"""What the client can request on the login node.
-
-A lost connection says nothing about a job: every request is repeated until it is answered, and a run is followed on
-from the byte where the connection broke.
-"""
+"""What the client can request on the login node."""
 
 import hashlib
 import threading
@@ -178,13 +174,12 @@ class Gateway(Link):
         cleaned: list[str] = self.ask(do="claims.clean", runs=runs, names=list(names))["cleaned"]
         return cleaned
 
-    def host(self) -> str:
-        """Return the name of the login node."""
-        return str(self.ask(do="server.ping")["host"])
+    def ping(self) -> str:
+        """Return the name of the login node; keep the connection alive while other work takes long.
 
-    def ping(self) -> None:
-        """Keep the connection alive while other work takes long; raises StoppedError if `stop` was set meanwhile."""
-        self.ask(do="server.ping")
+        Raises StoppedError: `stop` was set meanwhile.
+        """
+        return str(self.ask(do="server.ping")["host"])
 
     def run(
         self,

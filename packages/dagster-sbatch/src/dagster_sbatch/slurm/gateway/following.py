@@ -1,7 +1,4 @@
-"""Jobs as a client follows them: several at once, over one channel, each task from the byte where it broke.
-
-A single job has one task, an array job several.
-"""
+"""Jobs as a client follows them: several at once, over one channel, each task from the byte where it broke."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

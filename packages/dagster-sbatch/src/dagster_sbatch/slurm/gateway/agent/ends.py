@@ -1,7 +1,4 @@
-"""How jobs, and tasks of array jobs, have ended: by their own records and by what Slurm says.
-
-A single job counts as a task with the index 0.
-"""
+"""How jobs, and tasks of array jobs, have ended: by their own records and by what Slurm says."""
 
 import os
 import re

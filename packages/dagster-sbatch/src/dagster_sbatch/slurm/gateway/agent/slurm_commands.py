@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from itertools import groupby
 
 from .disk import RequestError, kind_of
 
@@ -195,14 +196,10 @@ def indices(text):
 
 def ranges(found):
     """Return indices as such a text."""
-    parts, first, last = [], None, None
-    for index in sorted(found) + [None]:
-        if first is not None and index == last + 1:
-            last = index
-            continue
-        if first is not None:
-            parts.append(str(first) if first == last else "%d-%d" % (first, last))
-        first = last = index
+    parts = []
+    for _, group in groupby(enumerate(sorted(found)), lambda pair: pair[1] - pair[0]):
+        row = [index for _, index in group]  # of indices without a gap
+        parts.append("%d-%d" % (row[0], row[-1]) if len(row) > 1 else str(row[0]))
     return ",".join(parts)
 
 
