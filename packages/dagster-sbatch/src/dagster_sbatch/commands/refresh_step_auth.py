@@ -14,7 +14,7 @@ from dagster_sbatch.auth import (
     clock,
     refresh,
 )
-from dagster_sbatch.auth.key_files import certificate_path
+from dagster_sbatch.auth.certificate import certificate_path
 from dagster_sbatch.auth.ways import read_access
 from dagster_sbatch.commands.command_line import ends_with_reader, make_parser, print_table
 from dagster_sbatch.errors import ConfigurationError

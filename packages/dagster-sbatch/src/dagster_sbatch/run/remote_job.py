@@ -19,8 +19,8 @@ from dagster_sbatch.run.remote_step import RemoteStep
 from dagster_sbatch.run.results import complete, partitions_of
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest, accounting
+from dagster_sbatch.slurm.allocation import Next
 from dagster_sbatch.slurm.gateway import JobEnd, JobState, RefusedError, StoppedError, Submitted
-from dagster_sbatch.slurm.next_request import Next
 from dagster_sbatch.slurm.outcome import CAUSES, Outcome, advise, explain_stderr
 from dagster_sbatch.slurm.request import Fault
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from dagster_sbatch.slurm.accounting import explain_idle_end
+from dagster_sbatch.slurm.allocation import suggest
 from dagster_sbatch.slurm.gateway import MESSAGES, JobEnd, Projects, charged_project
-from dagster_sbatch.slurm.next_request import suggest
 from dagster_sbatch.slurm.request import Fault, SlurmRequest
 
 _RAN_OUT_OF_MEMORY = "ran out of memory"

@@ -10,11 +10,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.certificate import Certificate, fingerprint
-from dagster_sbatch.auth.key_files import (
+from dagster_sbatch.auth.certificate import (
+    Certificate,
     CertificateError,
     KeyFileError,
     certificate_path,
+    fingerprint,
     public_path,
     read_certificate,
     read_private_key,
@@ -46,7 +47,7 @@ class UserKey:
     def load(cls, path: Path) -> "UserKey":
         """Read a private key without passphrase, and the certificate beside it if there is one.
 
-        Raises AuthenticationError: the key or its certificate cannot be used (`dagster_sbatch.auth.key_files`).
+        Raises AuthenticationError: the key or its certificate cannot be used (`dagster_sbatch.auth.certificate`).
         """
         beside = certificate_path(path)
         try:
