@@ -186,22 +186,18 @@ def read_private(path: Path) -> str | None:
             ) from None
         raise
     try:
-        _check_private(path, os.fstat(descriptor))
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnsafeFileError(f"{path} is not a plain file. Move it away")
+        if status.st_uid != os.geteuid():
+            raise UnsafeFileError(
+                f"{path} belongs to another user (uid {status.st_uid}), who could read and change it. "
+                f"Move it away, and a new one is made:\n  mv {name} {shlex.quote(str(path) + '.foreign')}"
+            )
+        if status.st_mode & 0o077:
+            mode = stat.S_IMODE(status.st_mode)
+            raise UnsafeFileError(f"{path} can be read by others (mode {mode:04o}). Close it:\n  chmod 600 {name}")
         with os.fdopen(os.dup(descriptor), encoding="utf-8", errors="replace") as file:
             return file.read()
     finally:
         os.close(descriptor)
-
-
-def _check_private(path: Path, status: os.stat_result) -> None:
-    name = shlex.quote(str(path))
-    if not stat.S_ISREG(status.st_mode):
-        raise UnsafeFileError(f"{path} is not a plain file. Move it away")
-    if status.st_uid != os.geteuid():
-        raise UnsafeFileError(
-            f"{path} belongs to another user (uid {status.st_uid}), who could read and change it. "
-            f"Move it away, and a new one is made:\n  mv {name} {shlex.quote(str(path) + '.foreign')}"
-        )
-    if status.st_mode & 0o077:
-        mode = stat.S_IMODE(status.st_mode)
-        raise UnsafeFileError(f"{path} can be read by others (mode {mode:04o}). Close it:\n  chmod 600 {name}")

@@ -203,7 +203,10 @@ def _receive(response: "httpx.Response", proxy: Proxy | None) -> HttpAnswer:
         raise _refused_by(proxy, response.request.url, "HTTP 407: it asks for a user name and a password")
     if status in _TEMPORARY:
         raise UnavailableError(f"{place}: HTTP {status}, it cannot answer now")
-    return HttpAnswer(status, _document(bytes(received), place, status), _date(response.headers.get("Date")))
+    date = None
+    with suppress(ValueError):
+        date = parsedate_to_datetime(response.headers.get("Date", ""))
+    return HttpAnswer(status, _document(bytes(received), place, status), date)
 
 
 def _document(body: bytes, place: str, status: int) -> Any:
@@ -217,13 +220,6 @@ def _document(body: bytes, place: str, status: int) -> Any:
         f"{place} answered with an error page that is not its own (HTTP {status}, no JSON). A proxy in front of it "
         "does so while the server restarts. The request is retried; if this repeats, check the address in the settings"
     )
-
-
-def _date(header: str | None) -> datetime | None:
-    try:
-        return parsedate_to_datetime(header or "")
-    except ValueError:
-        return None
 
 
 def _place(url: "httpx.URL") -> str:

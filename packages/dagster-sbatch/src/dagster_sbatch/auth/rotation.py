@@ -65,8 +65,15 @@ class Rotator:
         authentik, used = self._choose(stored)
         stored, failures = self._delete_unused(authentik, stored)
         if len(failures) >= MOST_LEFT:
-            raise _too_many_left(failures)
-        names: dict[Intent, str] = {intent: self._new_name(intent) for intent in ("api", "app_password")}
+            *_, last = failures.values()
+            raise (UnavailableError if last.temporary else MisconfiguredError)(
+                f"{len(failures)} tokens that were made before could not be deleted at authentik ({last}), so no more "
+                f"are made. If that lasts, delete them there, in Tokens and App passwords: {', '.join(failures)}"
+            )
+        # With the time, and random, since two machines may make one in the same second.
+        kinds: dict[Intent, str] = {"api": "api", "app_password": "app"}
+        now = f"{clock.now():{_TIME}}"
+        names = {intent: f"{self._prefix}-{kind}-{now}-{secrets.token_hex(8)}" for intent, kind in kinds.items()}
         known = [each.identifier for each in (stored.api_token, stored.app_password) if each and each.identifier]
         record = tuple(dict.fromkeys([*stored.record, *known, *names.values()]))
         stored = replace(stored, record=record)
@@ -188,23 +195,9 @@ class Rotator:
     def _authentik(self, api_token: str) -> Authentik:
         return Authentik(self._settings.authentik_api_base or "", api_token, self._http)
 
-    def _new_name(self, intent: Intent) -> str:
-        """Return a name with the time, and random, since two machines may make one in the same second."""
-        kind = "api" if intent == "api" else "app"
-        return f"{self._prefix}-{kind}-{clock.now().astimezone(UTC):{_TIME}}-{secrets.token_hex(8)}"
-
     def _may_be_made_yet(self, name: str) -> bool:
         try:
             made = datetime.strptime(name.removeprefix(f"{self._prefix}-").split("-")[1], _TIME).replace(tzinfo=UTC)
         except (IndexError, ValueError):
             return False  # a person has chosen it
         return abs(clock.now() - made) < LATE_REQUEST
-
-
-def _too_many_left(failures: Mapping[str, AccessError]) -> AccessError:
-    *_, last = failures.values()
-    kind = UnavailableError if last.temporary else MisconfiguredError
-    return kind(
-        f"{len(failures)} tokens that were made before could not be deleted at authentik ({last}), so no more are "
-        f"made. If that lasts, delete them there, in Tokens and App passwords: {', '.join(failures)}"
-    )

@@ -21,7 +21,6 @@ CAUSES = {
     "CANCELLED": "it was cancelled on the cluster, by scancel or by its administrators",
     "REVOKED": "it was taken over by another cluster",
 }
-_ADVICE = {"CANCELLED": ". To submit it again, re-execute the run"}
 _FAULTS = {
     "NODE_FAIL": Fault.NODE,
     "BOOT_FAIL": Fault.NODE,
@@ -178,7 +177,8 @@ def _explain_state(end: JobEnd, request: SlurmRequest) -> Outcome:
     cause = f"{CAUSES[end.state]} (Slurm: {end.state})"
     if end.state == "NODE_FAIL" and end.cause:
         cause += f"; {end.cause}"  # it may name the node
-    return Outcome(cause, fault_of(end), _ADVICE.get(end.state) or suggest(fault_of(end), request))
+    again = ". To submit it again, re-execute the run" if end.state == "CANCELLED" else ""
+    return Outcome(cause, fault_of(end), again or suggest(fault_of(end), request))
 
 
 def _explain_cut_short(end: JobEnd) -> Outcome:

@@ -141,14 +141,12 @@ class Connection(fabric.Connection):  # type: ignore[misc]  # fabric has no type
             if self.gateway is None:
                 self.connect_kwargs["sock"] = _connect_tcp(hop)
             super().open()
-        except paramiko.IncompatiblePeer as error:
+        except BaseException as error:
             self.close()
-            raise SshError(f"{hop} and this program have no SSH algorithm in common: {error}") from error
-        except (OSError, EOFError, paramiko.SSHException) as error:
-            self.close()
-            raise UnreachableError(_describe(error, hop, self.gateway)) from error
-        except BaseException:
-            self.close()
+            if isinstance(error, paramiko.IncompatiblePeer):
+                raise SshError(f"{hop} and this program have no SSH algorithm in common: {error}") from error
+            if isinstance(error, OSError | EOFError | paramiko.SSHException):
+                raise UnreachableError(_describe(error, hop, self.gateway)) from error
             raise
         self.transport.set_keepalive(KEEPALIVE_SECONDS)
 

@@ -56,14 +56,10 @@ class Node:
 
     def memory(self):
         """Return MiB in use without the cache of files, which gives way; None if that is not known."""
-        if "2" in self.cgroups:
-            found = fields(read(self.cgroups["2"] + "/memory.stat"))
-            if "anon" in found:
-                return (found["anon"] + found.get("shmem", 0)) / MEBIBYTE
-        if "memory" in self.cgroups:
-            found = fields(read(self.cgroups["memory"] + "/memory.stat"))
-            if "total_rss" in found:
-                return (found["total_rss"] + found.get("total_shmem", 0)) / MEBIBYTE
+        for controller, own, shared in (("2", "anon", "shmem"), ("memory", "total_rss", "total_shmem")):
+            found = fields(read(self.cgroups[controller] + "/memory.stat")) if controller in self.cgroups else {}
+            if own in found:
+                return (found[own] + found.get(shared, 0)) / MEBIBYTE
         return self.processes and self.processes.memory / MEBIBYTE
 
     def cpu(self):

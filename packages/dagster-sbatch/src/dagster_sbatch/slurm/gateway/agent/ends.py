@@ -5,7 +5,7 @@ import re
 import time
 
 from .disk import RequestError, inode_of, write
-from .job_record import cause_of, events_of, node_of
+from .job_record import cause_of, events_of
 from .slurm_commands import FORGOTTEN, OVER, ask_slurm, fields_of, indices, is_of, rows_of
 
 ENDED = "State,ExitCode,Submit,Start,End,Account,JobName,JobID,WorkDir"
@@ -33,7 +33,8 @@ def end_in(folder, found, index):
     old = own.get("code") is not None and time.time() - own["time"] > FORGOTTEN
     if index not in found and not old:
         return None
-    return dict(own, cause=cause_of(folder), node=node_of(events), **found.get(index, UNKNOWN))
+    node = events.get("started", {}).get("started", "")  # the first one of the latest start
+    return dict(own, cause=cause_of(folder), node=node, **found.get(index, UNKNOWN))
 
 
 def is_final(end, started, run):

@@ -38,11 +38,6 @@ def events_of(folder):
     return events
 
 
-def node_of(events):
-    """Return the first node of the latest start; empty if there was none."""
-    return events.get("started", {}).get("started", "")
-
-
 def cut_short(events):
     """Return whether a job has recorded that it was cut short: Slurm ends it, or runs it again."""
     return "end" in events and events["end"]["code"] is None
