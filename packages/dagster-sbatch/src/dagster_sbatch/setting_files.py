@@ -54,8 +54,15 @@ def load_settings(sites: Collection[str], root: Path, supercomputer: bool = Fals
     site = settings.supercomputer_site
     if site and site not in sites:
         problems.append(f"SLURM_SUPERCOMPUTER_SITE={site!r} is not a known site{nearest(site, sites)}")
-    problems.extend(_data_root_problems(settings))
-    problems.extend(_budget_problems(settings))
+    if settings.data_root is not None:  # a path on this machine in `development`
+        try:
+            (check_remote_path if settings.on_supercomputer else expand_here)(settings.data_root)
+        except ValueError as error:
+            problems.append(f"DATA_ROOT: {error}")
+    unset = [name for name in ("budget_gpu_hours", "budget_start") if getattr(settings, name) is None]
+    if len(unset) == 1:
+        name = _alias(Settings.model_fields[unset[0]])
+        problems.append(f"{name} is not set: a budget has an amount and a first day. {_advice((name,))}")
     if settings.on_supercomputer or supercomputer:
         problems.extend(_missing(settings, file))
     if problems:
@@ -118,27 +125,6 @@ def _problems(path: Path) -> list[str]:
                 f"{path}: {name}: {found[0]} would be replaced by this machine's variable. Write ${found[1]}"
             )
     return problems
-
-
-def _data_root_problems(settings: Settings) -> list[str]:
-    """Return the problem of DATA_ROOT, which is a path on this machine in `development`."""
-    if settings.data_root is None:
-        return []
-    try:
-        (check_remote_path if settings.on_supercomputer else expand_here)(settings.data_root)
-    except ValueError as error:
-        return [f"DATA_ROOT: {error}"]
-    return []
-
-
-def _budget_problems(settings: Settings) -> list[str]:
-    """Return the problem of a budget that is set by half."""
-    names = ("budget_gpu_hours", "budget_start")
-    missing = [name for name in names if getattr(settings, name) is None]
-    if len(missing) != 1:
-        return []
-    field = Settings.model_fields[missing[0]]
-    return [f"{_alias(field)} is not set: a budget has an amount and a first day. {_advice((_alias(field),))}"]
 
 
 def _missing(settings: Settings, file: Path) -> list[str]:
