@@ -27,23 +27,23 @@ COST_LIMITS = ("most_gpu_hours", "most_node_hours")  # fields that limit the cos
 
 
 def word(pattern: str, what: str) -> AfterValidator:
-    """Accept a text of this form; the error says what any other text is."""
+    """Accept a text of this form; the error says of any other text what it is."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
-            raise ValueError(f"{text!r} is {what}")
+            raise ValueError(f"{text!r} {what}")
         return text
 
     return AfterValidator(check)
 
 
 # These need no quotes in a shell: no space, no quote, no newline.
-Name = Annotated[str, word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "not valid here: an example is 'zen4_0768'")]
-NodeList = Annotated[str, word(r"[A-Za-z0-9_.,\[\]-]+", "not valid here: an example is 'n[4001-4003],n4007'")]
-Constraint = Annotated[str, word(r"[A-Za-z0-9_.,&|*()\[\]-]+", "not valid here: an example is 'hdr&nvme'")]
+Name = Annotated[str, word(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", "is not valid here: an example is 'zen4_0768'")]
+NodeList = Annotated[str, word(r"[A-Za-z0-9_.,\[\]-]+", "is not valid here: an example is 'n[4001-4003],n4007'")]
+Constraint = Annotated[str, word(r"[A-Za-z0-9_.,&|*()\[\]-]+", "is not valid here: an example is 'hdr&nvme'")]
 Dependency = Annotated[
     str,
-    word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)?)*)*", "not valid here: an example is 'afterok:123:124'"),
+    word(r"[a-z]+(:\d+(\+\d+)?)*([,?][a-z]+(:\d+(\+\d+)?)*)*", "is not valid here: an example is 'afterok:123:124'"),
 ]
 
 

@@ -14,13 +14,13 @@ from dagster_sbatch.ssh.known_hosts import parse_authority
 
 _Comment = Annotated[
     str,
-    word(r"#[^\r\n]*", "not a comment: write one line that begins with #; commands go to setup_commands"),
+    word(r"#[^\r\n]*", "is not a comment: write one line that begins with #; commands go to setup_commands"),
 ]
 _Interpreter = Annotated[
     str,
     word(
         r"[A-Za-z0-9_.+-]+|/\S+",
-        "neither the name of a program nor an absolute path without spaces. Nothing replaces ~ or a variable in it; "
+        "is neither the name of a program nor an absolute path without spaces. Nothing replaces ~ or a variable in it; "
         "the interpreter of one user is SLURM_PYTHON",
     ),
 ]
