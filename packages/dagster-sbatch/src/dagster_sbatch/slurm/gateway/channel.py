@@ -241,8 +241,7 @@ class _LocalChannel(Channel):
             stderr=self._stderr,
             start_new_session=True,  # Ctrl-C is for Dagster, which ends the agent itself
         )
-        assert self._process.stdin
-        assert self._process.stdout
+        assert self._process.stdin and self._process.stdout
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
         os.set_blocking(self._stdin.fileno(), False)
         self._write(programs.SOURCE)

@@ -5,6 +5,7 @@ three kinds: `refused` is permanent; `temporary` is repeated over the same conne
 error of the agent itself, is repeated a few times only.
 """
 
+import math
 import random
 import threading
 from collections import deque
@@ -108,15 +109,16 @@ class Link:
         return self.patiently(step)
 
     def exchange(
-        self, requests: Sequence[Mapping[str, Any]], data: bytes = b""
+        self, requests: Sequence[Mapping[str, Any]], data: bytes = b"", until: float = math.inf
     ) -> Iterator[tuple[int, Mapping[str, Any], bytes]]:
         """Generate the answers to some requests, as they come, each with the index of its request.
 
-        Requests that the caller adds meanwhile are sent, too. `data` is sent behind the first request.
+        Requests that the caller adds meanwhile are sent, too. `data` is sent behind the first request. `until`: when to
+        wait no longer, by `monotonic`.
         """
         try:
             channel, idents = self._connect(), list[int]()
-            while True:
+            while monotonic() <= until:
                 if self.stop.is_set():
                     raise StoppedError
                 for request in requests[len(idents) :]:
@@ -160,17 +162,12 @@ class Link:
 
         It is sent over the connection that there is, and never repeated.
         """
-        channel, until = self._channel, monotonic() + seconds
         try:
-            ident = channel.send(**request) if channel else None
-            while channel and monotonic() <= until:
-                if self.stop.is_set():
-                    raise StoppedError
-                frame = self._receive(channel)
-                if frame and frame[0]["id"] == ident:
-                    return None if "error" in frame[0] else frame[0]
-        except (OSError, EOFError, UnreachableError):
-            self.close()
+            if self._channel:
+                return next((head for _, head, _ in self.exchange([request], until=monotonic() + seconds)), None)
+        except (AgainError, RefusedError) as error:
+            if not isinstance(error, _TemporaryError | RefusedError):
+                self.close()
         return None
 
     # Repeat
