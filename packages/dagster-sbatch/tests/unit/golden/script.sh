@@ -17,6 +17,7 @@
 #SBATCH --export=NONE
 #SBATCH --signal=B:USR1@60
 # Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
+# shellcheck disable=SC2317  # traps and the launcher's commands call the functions
 umask 077
 cd . || exit 1 # a login profile may have gone elsewhere
 run_directory=$PWD
@@ -35,9 +36,7 @@ ln -s "$SLURM_JOB_ID" job 2>/dev/null || [ "$(readlink job)" = "$SLURM_JOB_ID" ]
 # makes the trap and the rest of the command fail ("unexpected EOF while looking for matching").
 code=null reading='' terminated=''
 # A node may stand still: then a time limit passes with it. A second read has its own, and may find the end of a line.
-# shellcheck disable=SC2317  # finish calls it
 read_usage() { IFS= read -rt 2 usage <&"${SAMPLER[0]-}" && [[ $usage == "{"*"}" ]]; }
-# shellcheck disable=SC2317  # the trap calls it
 finish() {
   local usage=null
   trap '' PIPE # the sampler may have ended
@@ -59,7 +58,6 @@ finish() {
   )
 }
 # Waits at most 2 s for the end of the sampler: if Slurm finds a process when this script has ended, it sleeps for 1 s.
-# shellcheck disable=SC2317  # the trap calls it
 end_sampler() {
   local hold=${SAMPLER[1]-} heard=${SAMPLER[0]-}
   trap : TERM USR1 # all is recorded
@@ -93,13 +91,10 @@ export DATA_ROOT=/d
 export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$((${EPOCHSECONDS:-$(date +%s)} + 600))}
 
 # Becomes Python with the variables of the asset; the script itself does not have them.
-# shellcheck disable=SC2317  # the launcher's commands call it
 run_python() { exec "$PYTHON" -u "$@"; }
 export -f run_python
 # Starts the workload and records its process. If it handles SIGUSR1, it gets that signal when the time limit is near.
-# shellcheck disable=SC2317  # the launcher's commands call it
 run_workload() { ( echo "$BASHPID" >workload.pid; run_python "$@" ) }
-# shellcheck disable=SC2317  # the trap calls it
 warn() {
   warned=1
   echo "time limit: 60 s left" >&2
@@ -116,7 +111,6 @@ trap warn USR1
 # At a cancellation or the time limit, Slurm sends SIGTERM, and SIGKILL some seconds later. Meanwhile the workload may
 # save its state: this shell and the one below outlive it. Its exit code does not count. Where Slurm finds the processes
 # of a job by their cgroup (of version 1: the freezer), only this shell gets SIGTERM: it passes it on to the workload.
-# shellcheck disable=SC2317  # the trap calls it
 pass_on() {
   kill "$body" 2>/dev/null # it starts nothing more
   (
