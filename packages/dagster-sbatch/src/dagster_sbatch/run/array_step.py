@@ -11,9 +11,11 @@ from dagster_sbatch.run.array_progress import ArrayProgress
 from dagster_sbatch.run.array_results import (
     CheckOutcome,
     CompletedArray,
+    TaskResult,
     attempts_metadata,
     combine_checks,
     read_outcome,
+    read_result,
     summarize,
 )
 from dagster_sbatch.run.calls import calls_of
@@ -28,7 +30,6 @@ from dagster_sbatch.run.results import add_metadata, note_missing_checks, partit
 from dagster_sbatch.run.task_contexts import TaskContexts
 from dagster_sbatch.run.task_failures import FailedTask, TaskFailures
 from dagster_sbatch.run.task_output import TaskReader, Warnings
-from dagster_sbatch.run.task_results import TaskResult, read_result
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.outcome import explain_stderr
 from dagster_sbatch.slurm.units import count_of

@@ -6,9 +6,9 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.costs.proposal import Use, propose, split_text
+from dagster_sbatch.run.array_results import MOST_ROWS
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.task_results import MOST_ROWS
 
 MOST_RESULTS = 100  # materializations of an asset that are read, the latest ones
 SHORTEST_JOB = 10  # seconds; reading past uses takes some 15 ms, a thousandth of that
