@@ -8,12 +8,12 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch import ConfigurationError, JobArray, RayLauncher, ScriptLauncher, SlurmRequest
-from dagster_sbatch.run import array_progress
+from dagster_sbatch.run import task_output
 from dagster_sbatch.run.array import Task, make_tasks
-from dagster_sbatch.run.array_progress import ArrayProgress
 from dagster_sbatch.run.plan import Plan, make_plan
 from dagster_sbatch.run.task_contexts import TaskContexts
 from dagster_sbatch.run.task_failures import FailedTask, TaskFailures
+from dagster_sbatch.run.task_output import ArrayProgress
 from dagster_sbatch.settings import Settings
 from resources import PROJECT
 from slurm_in_a_box import wait_until
@@ -188,8 +188,8 @@ def test_a_thousand_causes_are_not_all_described() -> None:
 
 
 def test_progress_is_logged_when_it_changes_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(array_progress, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(array_progress, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(task_output, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(task_output, "LONGEST_PAUSE", 0.01)
     lines: list[str] = []
     progress = ArrayProgress(3, 1, lines.append)
     with progress.shown():

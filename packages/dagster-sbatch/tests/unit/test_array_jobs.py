@@ -12,8 +12,7 @@ import pytest
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run import family as family_module
 from dagster_sbatch.run.adoption import choose
-from dagster_sbatch.run.array import Task
-from dagster_sbatch.run.array_batches import Batches
+from dagster_sbatch.run.array import Batches, Task
 from dagster_sbatch.run.calls import StepCalls
 from dagster_sbatch.run.family import Family
 from dagster_sbatch.slurm import Retries, SlurmRequest

@@ -20,8 +20,7 @@ from dagster_sbatch.environments.deployed import (
     EnvironmentSpec,
     Published,
 )
-from dagster_sbatch.environments.interpreter import NEWEST, OLDEST, Interpreter
-from dagster_sbatch.environments.lockfile import read_lock
+from dagster_sbatch.environments.lockfile import NEWEST, OLDEST, Interpreter, read_lock
 from dagster_sbatch.environments.progress import LoggedProgress
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers import ScriptLauncher

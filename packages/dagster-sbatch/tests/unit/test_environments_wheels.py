@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.environments.interpreter import Interpreter
-from dagster_sbatch.environments.lockfile import read_lock
+from dagster_sbatch.environments.lockfile import Interpreter, read_lock
 from dagster_sbatch.environments.wheels import Wheel, gather_wheels
 from dagster_sbatch.errors import ConfigurationError
 from slurm_in_a_box import wait_until

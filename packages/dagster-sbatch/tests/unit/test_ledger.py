@@ -11,10 +11,10 @@ import pytest
 from dagster_sbatch.costs.budget import PACE_DAYS, Budget, days_left, describe, pace_of
 from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, find_asset, make_ledger, sum_by, total
 from dagster_sbatch.inspect.asset_preview import preview_asset
-from dagster_sbatch.inspect.job_assets import recorded_assets
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.run.directory import RunInfo, render_job
+from dagster_sbatch.run.history import recorded_assets
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import JobLife, Usage
 from resources import PROJECT

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.commands import lock, lock_entries
+from dagster_sbatch.commands import lock
 from dagster_sbatch.environments.groups import read_group
 from dagster_sbatch.project import Project
 from support import ROOT
@@ -97,5 +97,5 @@ def test_what_cannot_be_resolved_is_reported_in_uvs_words(
 def test_a_copy_has_the_lock_file_that_uv_would_write(name: str) -> None:
     """Uv names the project before the packages that require something, wherever its name is in the alphabet."""
     text, _, _ = (ROOT / "requirements" / "dev.txt").read_text().partition("\n# The following packages were excluded")
-    rendered = lock_entries.render(lock_entries.parse(text), "musica-pipelines", name)
+    rendered = lock.render(lock.parse(text), "musica-pipelines", name)
     assert rendered == text.replace("musica-pipelines", name)

@@ -14,7 +14,7 @@ import pytest
 from dagster_sbatch import ConfigurationError, JobArray, Retries, ScriptLauncher, SlurmRequest
 from dagster_sbatch.run import remote_job
 from dagster_sbatch.run.adoption import Choice, choose
-from dagster_sbatch.run.array_batches import Batches
+from dagster_sbatch.run.array import Batches
 from dagster_sbatch.run.attempts import load_request, store_request
 from dagster_sbatch.run.plan import make_plan
 from dagster_sbatch.run.remote_array import RemoteArray

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.run.cancelling import cancel_jobs
+from dagster_sbatch.run.interrupts import cancel_jobs
 from dagster_sbatch.slurm.gateway import Gateway, RemovedError, follow_jobs
 from dagster_sbatch.slurm.gateway.agent import run_directories
 from slurm_in_a_box import wait_until

@@ -16,9 +16,9 @@ from dagster_sbatch.commands.project_history import open_history
 from dagster_sbatch.costs.budget import PACE_DAYS, budget_start, budgets_of, describe
 from dagster_sbatch.costs.hours import show_hours
 from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, Dimension, Entry, make_ledger, sum_by, total
-from dagster_sbatch.inspect.job_assets import recorded_assets
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
+from dagster_sbatch.run.history import recorded_assets
 from dagster_sbatch.run.past_use import last_proposals
 
 WEEKS = 8

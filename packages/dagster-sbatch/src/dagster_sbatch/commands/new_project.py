@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dagster_sbatch.commands import lock_entries
+from dagster_sbatch.commands import lock
 from dagster_sbatch.commands.command_line import make_parser
 from dagster_sbatch.commands.project_copy import (
     OLD_PACKAGE,
@@ -127,10 +127,10 @@ def name_problems(root: Path, name: str, *, in_place: bool) -> list[str]:
 
 def names_in_use(root: Path) -> set[str]:
     """Return the names that a project cannot have: of folders, of modules and of locked packages."""
-    locks, workloads = (root / "requirements").glob("*.txt"), root / SKELETON / OLD_PACKAGE / "workloads"
+    files, workloads = (root / "requirements").glob("*.txt"), root / SKELETON / OLD_PACKAGE / "workloads"
     folders = {path.name for path in root.iterdir()} | {"vendor"}
     modules = {path.stem for path in workloads.iterdir()} | set(importlib.metadata.packages_distributions())
-    locked = {entry.name for lock in locks for entry in lock_entries.parse(read_text(lock))}
+    locked = {entry.name for file in files for entry in lock.parse(read_text(file))}
     return folders | modules | locked | set(PACKAGES)
 
 

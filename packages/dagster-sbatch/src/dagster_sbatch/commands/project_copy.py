@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dagster_sbatch.children import child_environment
-from dagster_sbatch.commands import lock, lock_entries
+from dagster_sbatch.commands import lock
 from dagster_sbatch.commands.signals import ignore_interrupts
 from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, build_wheel, rename_wheels
 from dagster_sbatch.environments.code import ask_git
@@ -201,10 +201,10 @@ def _write_locks(root: Path, folder: Path, names: Names, wheels: Mapping[str, Wh
     (folder / "requirements").mkdir(exist_ok=True)
     required = {name: wheel.requirement for name, wheel in wheels.items()}
     for name in lock.locked_files(folder):
-        entries = lock_entries.parse(read_text(root / "requirements" / name))
+        entries = lock.parse(read_text(root / "requirements" / name))
         if name == "dev.txt":
-            entries = lock_entries.with_wheels(entries, required, OLD_PROJECT)
-        text = lock_entries.render(lock_entries.without(entries, gone), OLD_PROJECT, names.project)
+            entries = lock.with_wheels(entries, required, OLD_PROJECT)
+        text = lock.render(lock.without(entries, gone), OLD_PROJECT, names.project)
         write_text(folder / "requirements" / name, text)
 
 

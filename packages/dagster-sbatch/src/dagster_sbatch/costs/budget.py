@@ -7,9 +7,10 @@ from datetime import UTC, datetime, time, timedelta
 
 from dagster_sbatch.costs.cost import describe_cost, highest_cost
 from dagster_sbatch.costs.hours import MOST_DIGITS, add, hours_at_most, hours_used, show_hours
+from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation
-from dagster_sbatch.slurm.gateway import GPU, JobLife, Queued, Share, Usage, charged_project
+from dagster_sbatch.slurm.gateway import GPU, Gateway, JobLife, Queued, Share, Usage, charged_project
 from dagster_sbatch.slurm.units import count_of
 
 UNITS = {GPU: "GPU-hours", "node": "node-hours", "cpu": "CPU-hours"}
@@ -187,6 +188,31 @@ def _queue_at_most(usage: Usage, tres: str, counts: Callable[[Queued], bool]) ->
 
 
 SETTING = "SLURM_KEEP_WITHIN_BUDGET"
+ANSWER_SECONDS = 40.0
+"""Time to ask what the project has left: 10 s for Slurm, after up to 30 s for calls that are submitted first."""
+
+
+def check_budget(
+    gateway: Gateway, allocation: Allocation, settings: Settings, warn: Callable[[str], None], tasks: int
+) -> None:
+    """Refuse new jobs that could cost more than the project has left; what is not known refuses nothing.
+
+    Call it when nothing else has to be done before they are submitted: other calls of the user wait until then.
+
+    `gateway`: its agent asks Slurm what is left, if the deployment keeps within that.
+    Raises ConfigurationError: they could.
+    """
+    if not settings.keep_within_budget or not tasks:
+        return
+    usage = gateway.usage_before_submitting(settings.runs_folder, budget_start(settings), ANSWER_SECONDS)
+    if usage is None:
+        warn(f"{SETTING}: the supercomputer did not say in time what is left. The job is submitted.")
+        return
+    shortage, notes = find_shortage(allocation, tasks, usage, settings)
+    for note in notes:
+        warn(note)
+    if shortage:
+        raise ConfigurationError(shortage)
 
 
 def find_shortage(

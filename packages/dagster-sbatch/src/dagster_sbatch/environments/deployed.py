@@ -9,8 +9,7 @@ from typing import Any
 
 from dagster_sbatch.environments.code import Code, read_code
 from dagster_sbatch.environments.groups import DEFAULT, find_groups, read_group
-from dagster_sbatch.environments.interpreter import NEWEST, OLDEST, Interpreter
-from dagster_sbatch.environments.lockfile import VERIFIED, LockFile
+from dagster_sbatch.environments.lockfile import NEWEST, OLDEST, VERIFIED, Interpreter, LockFile
 from dagster_sbatch.environments.progress import Progress
 from dagster_sbatch.environments.wheels import Wheel, gather_wheels
 from dagster_sbatch.project import Project

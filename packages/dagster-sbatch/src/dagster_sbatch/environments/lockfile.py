@@ -1,4 +1,4 @@
-"""The lock file of the packages on the supercomputer: exact versions with hashes, for every platform at once."""
+"""The packages on the supercomputer: a lock file for every platform at once, and the interpreter that they are for."""
 
 import hashlib
 import json
@@ -9,12 +9,57 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from dagster_sbatch.environments.interpreter import Interpreter
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.text_file import read_text
 
 VERIFIED = {"dagster-pipes": "dagster_pipes", "ray": "ray"}
 """Modules that a new environment must be able to import, by the distribution that has them."""
+OLDEST, NEWEST = (3, 11), (3, 13)  # versions that the lock file is resolved for: `requires-python` of pyproject.toml
+OLDEST_MANYLINUX = 17
+"""Minor version of the oldest glibc whose wheels are named `manylinux_2_N`; pip knows the names of older ones."""
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """A CPython on the supercomputer, as it described itself on the login node."""
+
+    executable: str  # absolute path, with links resolved
+    version: str  # such as `3.11.9`
+    machine: str  # such as `x86_64`
+    glibc: str  # such as `2.28`
+
+    @property
+    def minor(self) -> str:
+        """Such as `3.11`."""
+        return ".".join(self.version.split(".")[:2])
+
+    @property
+    def pip_options(self) -> list[str]:
+        """Options with which `pip download` selects wheels for this interpreter.
+
+        The platforms are those of PEP 600, the newest glibc first. `linux_...` is not among them: such a wheel may need
+        libraries of the machine that it was built on.
+        """
+        glibc = int(self.glibc.split(".")[1])
+        platforms = [f"manylinux_2_{minor}" for minor in range(glibc, OLDEST_MANYLINUX - 1, -1)] + ["manylinux2014"]
+        options = [f"--platform={each}_{self.machine}" for each in platforms]
+        abi = f"cp{self.minor.replace('.', '')}"
+        return ["--python-version", self.minor, "--implementation", "cp", "--abi", abi, *options]
+
+    @property
+    def markers(self) -> dict[str, str]:
+        """Values of the environment markers (PEP 508)."""
+        return {
+            "python_version": self.minor,
+            "python_full_version": self.version,
+            "implementation_version": self.version,
+            "implementation_name": "cpython",
+            "platform_python_implementation": "CPython",
+            "os_name": "posix",
+            "sys_platform": "linux",
+            "platform_system": "Linux",
+            "platform_machine": self.machine,
+        }
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from pathlib import Path
 import psutil
 
 from dagster_sbatch.children import NETWORK, child_environment
-from dagster_sbatch.environments.interpreter import Interpreter
-from dagster_sbatch.environments.lockfile import LockFile
+from dagster_sbatch.environments.lockfile import Interpreter, LockFile
 from dagster_sbatch.errors import ConfigurationError
 
 POLL_SECONDS = 5.0  # between two calls of `alive` while pip works

@@ -4,7 +4,7 @@ from dagster_sbatch.costs.cost import highest_cost
 from dagster_sbatch.costs.hours import show_hours
 from dagster_sbatch.costs.proposal import MARGINS, Proposal
 from dagster_sbatch.environments.groups import is_path, lock_path
-from dagster_sbatch.run.array_batches import USUAL_LIMIT, Batches
+from dagster_sbatch.run.array import USUAL_LIMIT, Batches
 from dagster_sbatch.run.directory import RunPaths
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.settings import Settings

@@ -7,7 +7,6 @@ from typing import Any
 
 import dagster as dg
 
-from dagster_sbatch.run.array_progress import ArrayProgress
 from dagster_sbatch.run.array_results import (
     CheckOutcome,
     CompletedArray,
@@ -29,7 +28,7 @@ from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import add_metadata, note_missing_checks, partitions_of
 from dagster_sbatch.run.task_contexts import TaskContexts
 from dagster_sbatch.run.task_failures import FailedTask, TaskFailures
-from dagster_sbatch.run.task_output import TaskReader, Warnings
+from dagster_sbatch.run.task_output import ArrayProgress, TaskReader, Warnings
 from dagster_sbatch.slurm import SlurmRequest
 from dagster_sbatch.slurm.outcome import explain_stderr
 from dagster_sbatch.slurm.units import count_of

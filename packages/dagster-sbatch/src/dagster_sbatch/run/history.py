@@ -1,17 +1,20 @@
 """What Dagster has recorded of steps: their ends, and tags with their Slurm jobs."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from datetime import datetime, timedelta
 from math import inf
 from pathlib import Path
 
 import dagster as dg
 
+from dagster_sbatch.costs.ledger import AssetOf, needs_record
 from dagster_sbatch.run.calls import StepName
 from dagster_sbatch.run.reports import StepLog
+from dagster_sbatch.slurm.gateway import JobLife, Usage
 
-JOB_TAG = "slurm_job"
+_JOB_TAG = "slurm_job"
 _RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
 """Tags that Dagster sets to "true" in a re-execution from failure, also in one that Dagster itself requests."""
 _DATA_VERSION, _IS_REPORTED = "dagster/data_version", "dagster/data_version_is_user_provided"
@@ -22,6 +25,8 @@ _MOST_OBSERVATIONS = 100  # the latest ones, among which one with a data version
 _PLANNED = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
 _LOCK_SECONDS = 10.0  # for others to add their tags
 _LONGEST_TAG = 63  # characters of each half of a tag's key, for Dagster
+_LONGEST_WAIT = timedelta(days=60)  # between the creation of a run and the end of its job
+_CLOCKS = timedelta(hours=6)  # by which the clocks of this machine and of the supercomputer may differ
 
 
 def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName, before: float = inf) -> bool:
@@ -190,7 +195,7 @@ def _deployment(run: dg.DagsterRun) -> list[str | None]:
 
 def tag_job(context: dg.OpExecutionContext, job: str, call: int) -> None:
     """Tag the run of a step with a Slurm job id, under the step's name; `call`: how many calls the step made before."""
-    _tag(context, {job_tag(StepName.of(context).key + (f".{call + 1}" if call else "")): job})
+    _tag(context, {_job_tag(StepName.of(context).key + (f".{call + 1}" if call else "")): job})
 
 
 def earlier_job(step: dg.OpExecutionContext) -> tuple[str | None, bool]:
@@ -202,15 +207,15 @@ def earlier_job(step: dg.OpExecutionContext) -> tuple[str | None, bool]:
     ends = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
     while parent and (run := step.instance.get_run_by_id(parent)):
         interrupted = interrupted and not _events_of(step.instance, parent, name, ends)
-        if job := run.tags.get(job_tag(key_in(step.instance, parent, name))):
+        if job := run.tags.get(_job_tag(key_in(step.instance, parent, name))):
             return job, interrupted
         parent = run.parent_run_id
     return None, False
 
 
-def job_tag(step: str) -> str:
+def _job_tag(step: str) -> str:
     """Return the key of the tag with the Slurm jobs of a step; `.2` follows it for the step's second call."""
-    return f"{JOB_TAG}/{re.sub(r'[^A-Za-z0-9_.-]', '_', step)[-_LONGEST_TAG:]}"
+    return f"{_JOB_TAG}/{re.sub(r'[^A-Za-z0-9_.-]', '_', step)[-_LONGEST_TAG:]}"
 
 
 def _tag(context: dg.OpExecutionContext, tags: dict[str, str]) -> None:
@@ -231,3 +236,41 @@ def add_tags(instance: dg.DagsterInstance, run: str, tags: dict[str, str]) -> No
         with suppress(OSError, NotImplementedError):  # it takes too long, or the folder's disk has no locks
             held.enter_context(FileLock(path, timeout=_LOCK_SECONDS, poll_interval=0.01, fallback_to_soft=False))
         instance.add_run_tags(run, tags)
+
+
+def recorded_assets(instance: dg.DagsterInstance, usage: Usage) -> AssetOf:
+    """Return the function that names the assets of a job; it asks Dagster's database once, if a job needs that."""
+    jobs = [job for job in usage.jobs or () if needs_record(job)]
+    if not jobs:
+        return lambda _: None
+    first = min(job.start for job in jobs) - _LONGEST_WAIT
+    found: dict[str, list[tuple[datetime, str]]] = {}
+    for record in instance.get_run_records(dg.RunsFilter(created_after=first), ascending=True):
+        for job, assets in _jobs_of(instance, record.dagster_run):
+            found.setdefault(job, []).append((record.create_timestamp, assets))
+
+    def find(job: JobLife) -> str | None:
+        """Return the assets of the latest run that can have submitted it: Slurm uses ids again."""
+        runs = found.get(job.job.partition("_")[0], ())
+        fitting = [assets for created, assets in runs if job.start - _LONGEST_WAIT < created < job.start + _CLOCKS]
+        return fitting[-1] if fitting else None
+
+    return find
+
+
+def _jobs_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> Iterator[tuple[str, str]]:
+    """Return the Slurm jobs of a run, each with the keys of the assets of its step."""
+    tags = {tag: jobs for tag, jobs in run.tags.items() if tag.startswith(f"{_JOB_TAG}/")}
+    if not tags:
+        return
+    steps: dict[str, list[str]] = {}
+    for record in instance.get_records_for_run(run.run_id, of_type=_PLANNED).records:
+        event = record.event_log_entry.get_dagster_event()
+        if event.step_key and event.asset_key:
+            steps.setdefault(_job_tag(event.step_key), []).append(event.asset_key.to_user_string())
+    for tag, jobs in tags.items():
+        # The tag of a step's second call ends with `.2`.
+        assets = steps.get(tag) or steps.get(re.sub(r"\.\d+$", "", tag))
+        for job in jobs.split(", "):
+            if assets:
+                yield job, ", ".join(sorted(set(assets)))

@@ -11,8 +11,7 @@ from dagster_sbatch.auth.clock import written
 from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.adoption import Choice
-from dagster_sbatch.run.array import Task
-from dagster_sbatch.run.array_batches import Batches
+from dagster_sbatch.run.array import Batches, Task
 from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.attempts import rows_of, store_attempts
 from dagster_sbatch.run.directory import contexts_of_tasks

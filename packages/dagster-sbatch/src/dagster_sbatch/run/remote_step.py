@@ -12,6 +12,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.auth import AccessError
+from dagster_sbatch.costs.budget import check_budget
 from dagster_sbatch.costs.cost import explain_excess
 from dagster_sbatch.environments.deployed import Environment
 from dagster_sbatch.errors import ConfigurationError
@@ -19,14 +20,18 @@ from dagster_sbatch.run.adoption import Choice, inputs_of, is_left_out
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.attempts import AttemptSeries, store_change
 from dagster_sbatch.run.calls import StepName, calls_of, step_prefix
-from dagster_sbatch.run.cancelling import cancel_jobs, describe_left
 from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.directory import CHECKS, RunInfo, RunPaths, files_of_commands, render_job
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.family import Family
-from dagster_sbatch.run.guard import check_budget
 from dagster_sbatch.run.history import earlier_job, key_in, tag_job
-from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
+from dagster_sbatch.run.interrupts import (
+    cancel_jobs,
+    describe_left,
+    read_interruption,
+    run_interruptibly,
+    stopped_with_run,
+)
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_terminal
 from dagster_sbatch.run.results import declared_checks, partitions_of
@@ -191,7 +196,7 @@ class RemoteStep(ABC):
         Raises ConfigurationError: there is none, or the project has not enough left.
         """
         found = self._environment.find(self._log.info, answer)
-        check_budget(self._gateway, self._allocation, self._settings, self._log, tasks)
+        check_budget(self._gateway, self._allocation, self._settings, self._log.warning, tasks)
         return found
 
     @property

@@ -11,10 +11,10 @@ import dagster as dg
 
 from dagster_sbatch.costs.budget import PACE_DAYS, Budget, budget_start, budgets_of, days_left, describe, pace_of
 from dagster_sbatch.costs.ledger import Dimension, Entry, make_ledger, sum_by
-from dagster_sbatch.inspect.job_assets import recorded_assets
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.array_results import table
+from dagster_sbatch.run.history import recorded_assets
 from dagster_sbatch.run.reports import markdown
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Usage

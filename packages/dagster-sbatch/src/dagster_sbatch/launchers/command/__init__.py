@@ -1,4 +1,4 @@
-"""Run a program of any language: a binary, or a script whose first line names its interpreter."""
+"""Run a program of any language: a binary, a script whose first line names its interpreter, or a batch script."""
 
 import codecs
 import os
@@ -13,10 +13,11 @@ from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers.base import Launcher
 from dagster_sbatch.launchers.command.job.run_program import FOREIGN
 from dagster_sbatch.slurm.request import SlurmRequest
+from dagster_sbatch.slurm.script_request import complete_request
 
 _BINARIES = (b"\x7fELF", *FOREIGN)
 """First bytes of programs, those for other systems included: the job says which one it was built for."""
-FIRST_LINE = re.compile(rb"#![ \t]*/")
+_FIRST_LINE = re.compile(rb"#![ \t]*/")
 _FOLDER = Path(__file__).parent / "job"
 _PROGRAMS = ("run_program.py", "pipes_command.py")
 _THERE = "program"  # folder of these programs in the run directory
@@ -39,7 +40,7 @@ class CommandLauncher(Launcher):
     """Options of run_program.py."""
 
     def check_program(self, program: Path) -> None:  # noqa: D102 - see Launcher
-        check_text(program)
+        _check_text(program)
         if not os.access(program, os.X_OK):
             raise ConfigurationError(
                 f"{program} is not executable. Permit it, and let git record that:\n"
@@ -47,7 +48,7 @@ class CommandLauncher(Launcher):
             )
         with program.open("rb") as file:
             head = file.read(1024)
-        if head.startswith(_BINARIES) or FIRST_LINE.match(head):
+        if head.startswith(_BINARIES) or _FIRST_LINE.match(head):
             return
         if b"\0" in head or not head:
             raise ConfigurationError(
@@ -75,7 +76,34 @@ class CommandLauncher(Launcher):
         return "\n".join(filter(None, lines))
 
 
-def check_text(script: Path) -> None:
+class BatchScriptLauncher(CommandLauncher):
+    """Runs the workload as the batch script that it is, unchanged.
+
+    Its #SBATCH lines apply where the asset's request says nothing; the run's log names those that do not apply. The
+    exit code of the script decides about success, and it may report by the command `pipes`, as with CommandLauncher. It
+    runs in a folder of the run that has links to the files beside the script; SLURM_SUBMIT_DIR is that folder. With a
+    container, all of it runs in the image, which has neither srun nor module.
+
+    Example:
+        compute.run(context, workload=WORKLOADS / "relax.sbatch", launcher=BatchScriptLauncher())
+    """
+
+    key: ClassVar[str] = "batch_script"
+    options: ClassVar[tuple[str, ...]] = ("--batch-script",)
+
+    def check_program(self, program: Path) -> None:  # noqa: D102 - see Launcher
+        _check_text(program)
+        if not _FIRST_LINE.match(program.read_bytes()):
+            raise ConfigurationError(
+                f"{program} does not begin with #! and the path of an interpreter, so sbatch would refuse it. "
+                "Begin it with a line such as #!/bin/bash"
+            )
+
+    def complete_request(self, program: Path, request: SlurmRequest) -> tuple[SlurmRequest, list[str]]:  # noqa: D102 - see Launcher
+        return complete_request(request, program.read_text(errors="replace"), program.name)
+
+
+def _check_text(script: Path) -> None:
     """Refuse a script as editors of Windows save it: with CRLF, or with a byte order mark."""
     content = script.read_bytes()
     if content.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
