@@ -82,7 +82,7 @@ def pace_of(usage: Usage, budget: Budget) -> float | None:
         return None
     jobs = [each for each in usage.jobs if budget.limited in _chain(usage, each.project)]
     jobs = [job for job in jobs if budget.user in ("", job.user)]
-    used = add(hours_used(job, budget.tres, since, None, usage.now) for job in jobs)
+    used = add(hours_used(job, budget.tres, since, usage.now) for job in jobs)
     return None if used is None else used / PACE_DAYS
 
 
@@ -180,7 +180,7 @@ def _owners(usage: Usage, project: str, limit: float, since: datetime) -> Budget
 def _used_since(usage: Usage, since: datetime, counts: Callable[[JobLife], bool]) -> float | None:
     if usage.jobs is None or usage.since is None or usage.since > since:
         return None
-    return add(hours_used(job, GPU, since, None, usage.now) for job in usage.jobs if counts(job))
+    return add(hours_used(job, GPU, since, usage.now) for job in usage.jobs if counts(job))
 
 
 def _queue_at_most(usage: Usage, tres: str, counts: Callable[[Queued], bool]) -> float | None:

@@ -1,7 +1,7 @@
 """Hours of Slurm's resources that jobs have used, or may still use. What is not known is None."""
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from dagster_sbatch.slurm.gateway import JobLife, Queued
 
@@ -16,21 +16,15 @@ def end_of(job: JobLife, now: datetime) -> datetime:
     return job.end or max(now, job.start + timedelta(seconds=job.seconds))
 
 
-def hours_ran(job: JobLife, since: datetime, until: datetime | None, now: datetime) -> float:
-    """Return for how many hours a job ran within a period; a suspension is spread evenly over its life.
-
-    `since`, `until`: of the period; until None: the period has no end.
-    """
-    end = end_of(job, now)
+def hours_used(
+    job: JobLife, tres: str, since: datetime, now: datetime, until: datetime = datetime.max.replace(tzinfo=UTC)
+) -> float | None:
+    """Return the hours of a resource that a job has used within a period; its suspensions are spread evenly."""
+    count, end = job.tres.get(tres), end_of(job, now)
     whole = (end - job.start).total_seconds()
-    within = (min(end, until or end) - max(job.start, since)).total_seconds()
-    return job.seconds / 3600 * max(within, 0.0) / whole if whole > 0 else 0.0
-
-
-def hours_used(job: JobLife, tres: str, since: datetime, until: datetime | None, now: datetime) -> float | None:
-    """Return the hours of a resource that a job has used within a period; see `hours_ran`."""
-    count = job.tres.get(tres)
-    return None if count is None else count * hours_ran(job, since, until, now)
+    within = (min(end, until) - max(job.start, since)).total_seconds()
+    share = max(within, 0.0) / whole if whole > 0 else 0.0
+    return None if count is None else count * job.seconds / 3600 * share
 
 
 def hours_at_most(jobs: Queued, tres: str) -> float | None:

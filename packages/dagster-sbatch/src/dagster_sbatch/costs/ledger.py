@@ -66,13 +66,14 @@ def make_ledger(usage: Usage, site: Site, recorded: AssetOf, since: datetime) ->
 
     `recorded`: see `find_asset`.
     """
-    parts: dict[tuple[str, str, str, str], list[_Part]] = defaultdict(list)
+    parts: dict[tuple[str, str, str, str], list[Sum]] = defaultdict(list)
     for job in usage.jobs or ():
         asset = find_asset(job, recorded)
         for week, begin, end in _weeks(job, since, usage.now):
-            parts[week, asset, job.project, job.user].append(_part(job, site, begin, end, usage.now))
+            nodes, gpus = (hours_used(job, tres, begin, usage.now, end) for tres in ("node", GPU))
+            parts[week, asset, job.project, job.user].append(Sum(1, nodes, gpus, _tokens(job, site, nodes, gpus)))
     return [
-        Entry(asset, week, project, user, Sum(len(lives), *map(add, zip(*lives, strict=True))))
+        Entry(asset, week, project, user, _add_up(lives))
         for (week, asset, project, user), lives in sorted(parts.items())
     ]
 
@@ -87,22 +88,12 @@ def sum_by(entries: Iterable[Entry], dimensions: Sequence[Dimension]) -> list[tu
 
 def total(entries: Sequence[Entry]) -> Sum:
     """Return the sum of some entries; of none, 0."""
-    used = [entry.used for entry in entries]
-    return Sum(
-        jobs=sum(each.jobs for each in used),
-        node_hours=add(each.node_hours for each in used),
-        gpu_hours=add(each.gpu_hours for each in used),
-        tokens=add(each.tokens for each in used),
-    )
+    return _add_up([entry.used for entry in entries])
 
 
-_Part = tuple[float | None, float | None, float | None]
-"""Node-hours, GPU-hours and tokens of a life of a job within a week."""
-
-
-def _part(job: JobLife, site: Site, since: datetime, until: datetime, now: datetime) -> _Part:
-    nodes, gpus = (hours_used(job, tres, since, until, now) for tres in ("node", GPU))
-    return nodes, gpus, _tokens(job, site, nodes, gpus)
+def _add_up(used: Sequence[Sum]) -> Sum:
+    hours = (add(getattr(each, name) for each in used) for name in ("node_hours", "gpu_hours", "tokens"))
+    return Sum(sum(each.jobs for each in used), *hours)
 
 
 def _tokens(job: JobLife, site: Site, nodes: float | None, gpus: float | None) -> float | None:
