@@ -10,8 +10,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_sbatch.inspect.array_tasks import TaskList
-from dagster_sbatch.inspect.remote_runs import RunRecord
+from dagster_sbatch.inspect.remote_runs import RunRecord, TaskList
 from dagster_sbatch.run.array import Task, name_range
 from dagster_sbatch.run.directory import RunInfo
 from dagster_sbatch.slurm.gateway import Attempt, JobEnd
@@ -116,7 +115,8 @@ def test_the_end_of_an_old_job_that_nobody_has_asked_for_is_asked_for(
         RunRecord("/runs/single-1", "3", about, None, old, ("r",)),
     ]
     asked: list[str] = []
-    runs = SimpleNamespace(all=lambda: records, remove=list, state=lambda run: asked.append(run.path))
+    gateway = SimpleNamespace(clean=lambda _, keys: keys, state=asked.append)
+    runs = SimpleNamespace(all=lambda: records, folder="/runs", gateway=gateway)
     monkeypatch.setattr(cleaning, "open_runs", lambda *_: nullcontext(runs))
     monkeypatch.setattr(cleaning, "wait_for_access", lambda _: "")
     with dg.DagsterInstance.ephemeral() as instance:

@@ -21,7 +21,7 @@ from dagster_sbatch.environments.deployed import (
     Published,
 )
 from dagster_sbatch.environments.lockfile import NEWEST, OLDEST, Interpreter, read_lock
-from dagster_sbatch.environments.progress import LoggedProgress
+from dagster_sbatch.environments.progress import Progress
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.plan import make_plan
@@ -197,7 +197,7 @@ def test_the_log_shows_percent_and_rate_every_ten_seconds(monkeypatch: pytest.Mo
     now = [100.0]
     monkeypatch.setattr("dagster_sbatch.environments.progress.time.monotonic", lambda: now[0])
     lines: list[str] = []
-    progress = LoggedProgress(lines.append)
+    progress = Progress(lines.append)
     progress.step("installing")
     for second in range(26):
         now[0] = 100.0 + second

@@ -44,7 +44,8 @@ class Supercomputer:
         self.records: list[RunRecord] = []
         self.errors: dict[str, Exception] = {}
         self.down = False
-        self.gateway = SimpleNamespace(cancel_all=self.cancel_all)
+        self.folder, self.holders = "/runs", dict[str, str]()  # holders of claims, by family
+        self.gateway = SimpleNamespace(cancel_all=self.cancel_all, state=self.state, claim=self.claim)
         self.cancelled: list[list[str]] = []
 
     @contextmanager
@@ -60,8 +61,8 @@ class Supercomputer:
     def all(self) -> list[RunRecord]:
         return self.records
 
-    def claim(self, run: RunRecord, _: str) -> None:
-        """Nobody else holds a claim."""
+    def claim(self, _: str, family: str, *__: str) -> SimpleNamespace:
+        return SimpleNamespace(held_by=self.holders.get(family))
 
     def cancel_all(self, paths: list[str], report: Callable[[str, JobEnd | RefusedError], None]) -> None:
         self.cancelled.append(paths)
@@ -72,8 +73,8 @@ class Supercomputer:
             except RefusedError as error:
                 report(path, error)
 
-    def state(self, run: RunRecord) -> tuple[JobState, None]:
-        self.refuse(run.path)
+    def state(self, path: str) -> tuple[JobState, None]:
+        self.refuse(path)
         return JobState("RUNNING", "None", None), None
 
     def refuse(self, path: str) -> None:
@@ -138,16 +139,16 @@ def test_a_job_that_is_refused_does_not_stop_the_others(
 
 
 def test_the_jobs_of_a_family_that_another_client_claims_are_left_to_it(
-    instance: dg.DagsterInstance, supercomputer: Supercomputer, monkeypatch: pytest.MonkeyPatch
+    instance: dg.DagsterInstance, supercomputer: Supercomputer
 ) -> None:
     run = failed(instance, terminated=True)
     for family, job in (("work", "1"), ("more", "2"), ("work", "3"), ("more", "4")):
         supercomputer.add(run, job, family)
-    monkeypatch.setattr(supercomputer, "claim", lambda record, _: "run 17" if record.family == "work" else None)
+    supercomputer.holders["work"] = "run 17"
     tick = Tick(instance)
     assert tick.logged[:2] == [f"{name(run, job)}: run 17 acts on it" for job in ("1", "3")]
     assert supercomputer.cancelled == [["/runs/more-2", "/runs/more-4"]]
-    monkeypatch.setattr(supercomputer, "claim", lambda *_: None)
+    supercomputer.holders.clear()
     Tick(instance, tick.cursor)
     assert supercomputer.cancelled[1] == ["/runs/work-1", "/runs/work-3"]
 

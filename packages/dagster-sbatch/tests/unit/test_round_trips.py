@@ -10,7 +10,7 @@ import pytest
 from dagster_sbatch.environments.code import read_code
 from dagster_sbatch.environments.deployed import Environments, EnvironmentSpec
 from dagster_sbatch.environments.lockfile import read_lock
-from dagster_sbatch.environments.progress import LoggedProgress
+from dagster_sbatch.environments.progress import Progress
 from dagster_sbatch.slurm.gateway import Gateway, Questions, make_gateway
 from dagster_sbatch.slurm.gateway.channel import Channel, Frame
 from resources import PROJECT
@@ -95,7 +95,7 @@ def test_a_run_whose_environment_exists_waits_twice(
     workload = f"{PIPES}    pipes.report_asset_materialization(metadata={{'rows': 7}})\n"
     (workloads / "probe workload.py").write_text(workload)
     environments = environments_of(gateway)
-    environments.publish({"": environments.ensure(spec_of(workloads), LoggedProgress(lambda _: None))}, "")
+    environments.publish({"": environments.ensure(spec_of(workloads), Progress(lambda _: None))}, "")
     exchanges.clear()
     outcome = materialize(workload, workloads)
     assert outcome.error == ""

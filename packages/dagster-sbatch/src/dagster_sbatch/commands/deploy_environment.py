@@ -21,10 +21,9 @@ from dagster_sbatch.commands.command_line import (
 from dagster_sbatch.environments.code import revision_of
 from dagster_sbatch.environments.deployed import EnvironmentListing, Environments, EnvironmentSpec, read_specs
 from dagster_sbatch.environments.groups import DEFAULT
-from dagster_sbatch.environments.progress import LoggedProgress, Progress
-from dagster_sbatch.inspect.remote_runs import Runs
+from dagster_sbatch.environments.progress import Progress
+from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
-from dagster_sbatch.slurm.gateway import make_gateway
 from dagster_sbatch.slurm.units import count_of
 
 DESCRIPTION = """\
@@ -61,22 +60,18 @@ def main(project: Project) -> int:
 def act(project: Project, options: argparse.Namespace) -> int:
     settings = project.load_settings(supercomputer=True)
     site = project.load_site(settings.supercomputer_site)
-    gateway = make_gateway(settings, site, on_trouble=make_trouble_printer())
-    environments = Environments(gateway, str(settings.deployment_base_path), site)
-    try:
+    with open_runs(settings, project, on_trouble=make_trouble_printer()) as runs:
+        environments = Environments(runs.gateway, str(settings.deployment_base_path), site)
         if options.rollback:
             return roll_back(environments)
         if options.list:
             return show(environments)
         if options.remove:
-            used = Runs(gateway, settings).environments_in_use()
-            return remove(environments, used, options.keep, options.older_than)
+            return remove(environments, runs.environments_in_use(), options.keep, options.older_than)
         specs = read_specs(project, settings)
         for note in specs[DEFAULT].code.notes:
             print(f"warning: {note}", file=sys.stderr)
         return check(environments, specs) if options.check else publish(environments, specs)
-    finally:
-        gateway.close()
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -185,19 +180,17 @@ def choose_for_removal(
     ]
 
 
-class BarProgress:
+class BarProgress(Progress):
     """Progress on a terminal: a bar with percent, size, speed and time left."""
 
     def __init__(self, bar: bars.Progress) -> None:
         self._bar = bar
         self._task = bar.add_task("sending", visible=False)
 
-    def step(self, text: str) -> None:
-        """Print a line above the bar."""
+    def step(self, text: str) -> None:  # noqa: D102 - see Progress
         self._bar.console.print(text, markup=False, highlight=False)
 
-    def sent(self, done: int, total: int) -> None:
-        """Move the bar; it appears with the first bytes."""
+    def sent(self, done: int, total: int) -> None:  # noqa: D102 - see Progress
         self._bar.update(self._task, completed=done, total=total, visible=True)
 
 
@@ -205,7 +198,7 @@ class BarProgress:
 def _progress_on(console: Console) -> Iterator[Progress]:
     """Show a bar on a terminal, lines anywhere else."""
     if not console.is_terminal:
-        yield LoggedProgress(print)
+        yield Progress(print)
         return
     numbers = (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
     with bars.Progress(bars.TaskProgressColumn(), bars.BarColumn(), *numbers, console=console) as bar:

@@ -19,9 +19,8 @@ from dagster_sbatch.commands.command_line import (
 from dagster_sbatch.commands.job_tasks import find_task, show_array, show_array_logs, show_tasks, split_task
 from dagster_sbatch.commands.project_history import open_instance
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.array_tasks import TaskList, TaskRecord, count_tasks
 from dagster_sbatch.inspect.dashboard import open_dashboard
-from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, open_runs
+from dagster_sbatch.inspect.remote_runs import RunRecord, Runs, TaskList, TaskRecord, count_tasks, open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
@@ -232,7 +231,7 @@ def show_left(project: Project, runs: Runs) -> None:
 
 
 def state(run: RunRecord, runs: Runs, now: bool) -> str:
-    state, end = runs.state(run) if now else (None, run.end)
+    state, end = runs.gateway.state(run.path) if now else (None, run.end)
     if end:
         return f"{end.state or 'ended'} {end.exit}".strip()
     if state is None:

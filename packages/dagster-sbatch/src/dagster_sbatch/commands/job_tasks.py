@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from dagster_sbatch.commands.command_line import print_table
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.array_tasks import ORDER, TaskList, TaskRecord, count_tasks
-from dagster_sbatch.inspect.remote_runs import RunRecord, Runs
+from dagster_sbatch.inspect.remote_runs import ORDER, RunRecord, Runs, TaskList, TaskRecord, count_tasks
 from dagster_sbatch.slurm.units import count_of
 
 MOST_ROWS = 30

@@ -1,7 +1,7 @@
 """Hours of Slurm's resources that jobs have used, or may still use. What is not known is None."""
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from dagster_sbatch.slurm.gateway import JobLife, Queued
 
@@ -16,13 +16,11 @@ def end_of(job: JobLife, now: datetime) -> datetime:
     return job.end or max(now, job.start + timedelta(seconds=job.seconds))
 
 
-def hours_used(
-    job: JobLife, tres: str, since: datetime, now: datetime, until: datetime = datetime.max.replace(tzinfo=UTC)
-) -> float | None:
+def hours_used(job: JobLife, tres: str, since: datetime, now: datetime, until: datetime | None = None) -> float | None:
     """Return the hours of a resource that a job has used within a period; its suspensions are spread evenly."""
     count, end = job.tres.get(tres), end_of(job, now)
     whole = (end - job.start).total_seconds()
-    within = (min(end, until) - max(job.start, since)).total_seconds()
+    within = (min(end, until or end) - max(job.start, since)).total_seconds()
     share = max(within, 0.0) / whole if whole > 0 else 0.0
     return None if count is None else count * job.seconds / 3600 * share
 

@@ -2,33 +2,24 @@
 
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 LOG_SECONDS = 10.0  # between two lines about bytes that were sent
 
 
-class Progress(Protocol):
-    """Shows the user how far it is."""
-
-    def step(self, text: str) -> None:
-        """Show what is done now."""
-
-    def sent(self, done: int, total: int) -> None:
-        """Show how many bytes of how many are on the supercomputer."""
-
-
-class LoggedProgress:
-    """Progress as lines of a log: each step, and every ten seconds how much was sent."""
+class Progress:
+    """Shows the user how far it is: here, as lines of a log."""
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self._log = log
         self._first: tuple[float, int] | None = None
         self._logged = 0.0
 
-    def step(self, text: str) -> None:  # noqa: D102 - see Progress
+    def step(self, text: str) -> None:
+        """Show what is done now."""
         self._log(f"environment: {text}")
 
-    def sent(self, done: int, total: int) -> None:  # noqa: D102 - see Progress
+    def sent(self, done: int, total: int) -> None:
+        """Show how many bytes of how many are on the supercomputer; as a line at most every ten seconds."""
         now = time.monotonic()
         if self._first is None:
             self._first, self._logged = (now, done), now

@@ -8,7 +8,7 @@ from typing import Any
 from dagster_sbatch.environments.code import read_code
 from dagster_sbatch.environments.deployed import Environment, Environments, EnvironmentSpec, Published, make_spec
 from dagster_sbatch.environments.groups import DEFAULT, is_path
-from dagster_sbatch.environments.progress import LoggedProgress
+from dagster_sbatch.environments.progress import Progress
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.settings import Settings
@@ -60,7 +60,7 @@ class RunEnvironment:
             log(f"environment: {note}")
         deployment, environment = self._settings.deployment, self._plan.environment
         if deployment != "production_supercomputer":
-            return self._environments.ensure(self._spec, LoggedProgress(log), answer)
+            return self._environments.ensure(self._spec, Progress(log), answer)
         published = self._find_published(answer)
         differences = self._spec.differences_from(published.environment)
         if differences:
@@ -74,7 +74,7 @@ class RunEnvironment:
                 f"{f' (revision {published.revision})' if published.revision else ''}:{listed}\n{todo}"
             )
         if is_path(environment):
-            return self._environments.ensure(self._spec, LoggedProgress(log))
+            return self._environments.ensure(self._spec, Progress(log))
         return published.environment
 
     def check(self) -> None:

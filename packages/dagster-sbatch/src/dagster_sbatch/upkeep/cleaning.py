@@ -6,8 +6,7 @@ from functools import partial
 
 import dagster as dg
 
-from dagster_sbatch.inspect.array_tasks import TaskList
-from dagster_sbatch.inspect.remote_runs import RunRecord, open_runs
+from dagster_sbatch.inspect.remote_runs import RunRecord, TaskList, open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.history import is_stored, stored_before
 from dagster_sbatch.upkeep import running_on_supercomputer, wait_for_access
@@ -38,10 +37,10 @@ def make_cleaning_sensor(project: Project) -> dg.SensorDefinition:
             with open_runs(settings, project, TICK_SECONDS) as runs:
                 found, list_tasks = runs.all(), partial(TaskList, runs)
                 old = (run for run in found if is_obsolete(context.instance, run, now - run.heard, list_tasks))
-                removed = runs.remove(old)
+                removed = runs.gateway.clean(runs.folder, [run.key for run in old])
                 for run in found:
                     if run.end is None and now - run.heard > timedelta(days=KEEP_DAYS):
-                        runs.state(run)  # it records an end that nobody has asked for, for the next tick
+                        runs.gateway.state(run.path)  # it records an end that nobody has asked for, for the next tick
         except NO_ACCESS as error:
             return dg.SkipReason(str(error))
         return dg.SkipReason(f"removed {', '.join(removed)}" if removed else "nothing is old enough")

@@ -1,5 +1,7 @@
 """Slurm jobs that no run follows: a sensor cancels those that nobody can adopt, and lists the others in a check."""
 
+import uuid
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -114,21 +116,9 @@ def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.Sens
     ended, since = _find_ended(instance, cursor.since, now)
     states = {root: group_state(instance, root, now) for root in sorted({*cursor.groups, *ended})}
     groups = {root: _Group() for root, state in states.items() if state not in ("over", "unknown")}
-    said: list[str] = []
-
-    def say(text: str) -> None:
-        said.append(text)
-        context.log.info(text)
-
+    said = [f"run {root}: {states[root]}" for root in groups]
     found: list[_Finding] = []
-
-    def register(finding: _Finding) -> None:
-        found.append(finding)
-        if finding.kind != "left":
-            say(finding.text)
-
-    for root in groups:
-        say(f"run {root}: {states[root]}")
+    trouble: list[str] = []
     repeat_failures(instance, [root for root in groups if states[root] == "retry missed"])
     over = {root: cursor.groups.get(root, _Group()) for root, state in states.items() if state == "over"}
     recently = (now - LEFT_PAUSE).timestamp()
@@ -137,14 +127,17 @@ def _make_tick(project: Project, context: dg.SensorEvaluationContext) -> dg.Sens
     if due:
         try:
             with open_runs(settings, project, TICK_SECONDS) as runs:
-                _settle(instance, runs, due, register)
+                _settle(instance, runs, due, found)
         except NO_ACCESS as error:
             cancelled = {each.run.key for each in found if each.kind == "cancelled"}
             for root in due:
                 groups[root] = _Group(jobs={key: job for key, job in over[root].jobs.items() if key not in cancelled})
-            say(str(error))
+            trouble = [str(error)]
         else:
             groups |= _group(found, over, now)
+    said += [*(each.text for each in found if each.kind != "left"), *trouble]
+    for text in said:
+        context.log.info(text)
     jobs = [job for group in groups.values() for job in group.jobs.values()]
     report: str | None = "\n".join(jobs)
     if cursor.report is None and not jobs and any(not groups[root].asked for root in due & groups.keys()):
@@ -189,37 +182,26 @@ def _group(found: list[_Finding], before: Mapping[str, _Group], now: datetime) -
     return groups
 
 
-def _settle(instance: dg.DagsterInstance, runs: Runs, over: set[str], report: Callable[[_Finding], None]) -> None:
-    """Cancel or report the jobs of groups that are over. One that is refused does not stop the others."""
-    families: dict[str, dict[str, str]] = {}
-    found = {run.path: run for run in runs.all() if run.about.root in over and run.end is None}
-    for run in found.values():
-        families.setdefault(run.family, {})[run.path] = reason_to_cancel(instance, run)
-    for reasons in families.values():
-        doomed = {path: reason for path, reason in reasons.items() if reason}
-        if doomed:
-            _cancel(instance, runs, [(found[path], reason) for path, reason in doomed.items()], report)
-        for path, reason in reasons.items():
-            if not reason:
-                _report_left(runs, found[path], report)
-
-
-def _report_left(runs: Runs, run: RunRecord, report: Callable[[_Finding], None]) -> None:
-    """Report the job of a run if it is not over."""
-    try:
-        state = runs.state(run)[0]
-    except RefusedError as error:
-        report(_later(run, error))
-        return
-    if state:
-        report(_Finding(run, describe_left(run, state.state), "left"))
+def _settle(instance: dg.DagsterInstance, runs: Runs, over: set[str], found: list[_Finding]) -> None:
+    """Cancel the jobs of groups that are over, or find that they are left; one that is refused stops no other."""
+    families = defaultdict[str, list[tuple[RunRecord, str]]](list)
+    for run in runs.all():
+        if run.about.root in over and run.end is None:
+            families[run.family].append((run, reason_to_cancel(instance, run)))
+    for family in families.values():
+        if doomed := [(run, reason) for run, reason in family if reason]:
+            _cancel(instance, runs, doomed, found)
+        for run in (run for run, reason in family if not reason):
+            try:
+                state = runs.gateway.state(run.path)[0]
+            except RefusedError as error:
+                found.append(_later(run, error))
+            else:
+                found += [_Finding(run, describe_left(run, state.state), "left")] if state else []
 
 
 def _cancel(
-    instance: dg.DagsterInstance,
-    runs: Runs,
-    family: Sequence[tuple[RunRecord, str]],
-    report: Callable[[_Finding], None],
+    instance: dg.DagsterInstance, runs: Runs, family: Sequence[tuple[RunRecord, str]], found: list[_Finding]
 ) -> None:
     """Cancel the jobs of a family at the same time: a step has several if it is an array.
 
@@ -229,26 +211,24 @@ def _cancel(
     """
     by_path = {run.path: (run, reason) for run, reason in family}
 
-    def report_outcome(path: str, outcome: JobEnd | RefusedError | None) -> None:
+    def report(path: str, outcome: JobEnd | RefusedError | None) -> None:
         run, reason = by_path[path]
-        if isinstance(outcome, RefusedError):
-            report(_later(run, outcome))
-            return
-        how = outcome.state if outcome else "was never submitted"
-        report(_Finding(run, f"{_name(run)}: {how}, since {reason}", "cancelled"))
+        how = outcome.state if isinstance(outcome, JobEnd) else "was never submitted"
+        cancelled = _Finding(run, f"{_name(run)}: {how}, since {reason}", "cancelled")
+        found.append(_later(run, outcome) if isinstance(outcome, RefusedError) else cancelled)
 
     why_later = _claim(instance, runs, family[0][0])
-    if not why_later:
-        runs.gateway.cancel_all(list(by_path), report_outcome)
-        return
-    for run, _ in family:
-        report(_later(run, why_later))
+    if why_later:
+        found += [_later(run, why_later) for run, _ in family]
+    else:
+        runs.gateway.cancel_all(list(by_path), report)
 
 
 def _claim(instance: dg.DagsterInstance, runs: Runs, run: RunRecord) -> str:
     """Claim the family of a run; return why its jobs cannot be cancelled now, empty if they can."""
+    who = "the sensor cancel_orphaned_jobs"
     try:
-        holder = runs.claim(run, "the sensor cancel_orphaned_jobs")
+        holder = runs.gateway.claim(runs.folder, run.family, uuid.uuid4().hex, who).held_by
     except RefusedError as error:
         return str(error)
     if holder:

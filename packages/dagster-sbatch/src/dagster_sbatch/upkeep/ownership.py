@@ -91,6 +91,6 @@ def left_jobs(instance: dg.DagsterInstance, runs: Runs) -> Iterator[str]:
     for run in runs.all():
         if not run.job or run.end or group_state(instance, run.about.root, now) not in ("over", "just ended"):
             continue
-        state = None if reason_to_cancel(instance, run) else runs.state(run)[0]
+        state = None if reason_to_cancel(instance, run) else runs.gateway.state(run.path)[0]
         if state:
             yield describe_left(run, state.state)

@@ -69,7 +69,7 @@ def _try_to_lock(facts: Facts, holder: str) -> Verdict:
 
 def check_jobs(facts: Facts) -> Verdict:
     """Check for jobs of runs that this Dagster does not know."""
-    waiting = [run for run in facts.runs.all() if run.job and not run.end and facts.runs.state(run)[0]]
+    waiting = [run for run in facts.runs.all() if run.job and not run.end and facts.runs.gateway.state(run.path)[0]]
     strange = [f"{run.job} ({run.about.asset})" for run in waiting if not facts.instance.has_run(run.about.run)]
     if strange:
         fix = "leave them to the other Dagster that submitted them; if there is none: scripts/job JOB cancel"
