@@ -60,9 +60,9 @@ def test_commands_write_utf_8(locale: dict[str, str], tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from dagster_sbatch.commands.command_line import ends_with_reader
+from dagster_sbatch.commands.command_line import entry_point
 from dagster_sbatch.text_file import write_text
-@ends_with_reader
+@entry_point()
 def main():
     write_text(Path("file"), "fertig \\u2713")
     print(sys.flags.utf8_mode, "fertig \\u2713")

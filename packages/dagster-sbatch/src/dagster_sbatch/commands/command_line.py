@@ -1,4 +1,4 @@
-"""What the commands share: a parser that shows examples, errors as text and exit code, and output to a closed pipe."""
+"""What the commands share: a parser that shows examples, errors as text and exit code, tables."""
 
 import argparse
 import os
@@ -28,26 +28,6 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(name, description=description, epilog=examples, formatter_class=form)
 
 
-def exit_code_of(command: Callable[[], int], *, wrong: int = 1, refused: int = 1) -> int:
-    """Run a command and return its exit code.
-
-    An error is printed to stderr: exit code `wrong` if something is to be corrected, `refused` if the supercomputer
-    refused; 3 if the supercomputer cannot be reached; 130 after Ctrl-C.
-    """
-    try:
-        return command()
-    except ConfigurationError as error:
-        problem, code = str(error), wrong
-    except RefusedError as error:
-        problem, code = str(error), refused
-    except (AccessError, SshError) as error:
-        problem, code = str(error), 3
-    except KeyboardInterrupt:
-        return 130
-    print(problem, file=sys.stderr)
-    return code
-
-
 def make_trouble_printer() -> Callable[[str], None]:
     """Return a function that prints an error after which a request is repeated, unless it was the last one, too."""
     last = ""
@@ -61,28 +41,39 @@ def make_trouble_printer() -> Callable[[str], None]:
     return report
 
 
-def ends_with_reader(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorate a command's `main`: it writes UTF-8, and ends with 1 and no traceback without a reader (`| head`).
+def entry_point(*, wrong: int = 1, refused: int = 1) -> Callable[[Callable[P, int]], Callable[P, int]]:
+    """Return a decorator for the `main` of a command, which returns the exit code.
 
-    Other errors of this machine's files, such as a full disk, are printed to stderr.
+    The command writes UTF-8, and ends with 1 and no traceback without a reader (`| head`). An error is printed to
+    stderr: exit code `wrong` if something is to be corrected, `refused` if the supercomputer refused; 3 if the
+    supercomputer cannot be reached; 130 after Ctrl-C; 1 after others of this machine's files, such as a full disk.
     """
 
-    @wraps(main)
-    def run(*args: P.args, **kwargs: P.kwargs) -> int:
-        if isinstance(sys.stdout, TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # in any locale, as the output of a step
-        try:
+    def decorate(main: Callable[P, int]) -> Callable[P, int]:
+        @wraps(main)
+        def run(*args: P.args, **kwargs: P.kwargs) -> int:
+            if isinstance(sys.stdout, TextIOWrapper):
+                sys.stdout.reconfigure(encoding="utf-8")  # in any locale, as the output of a step
             try:
-                return main(*args, **kwargs)
-            finally:
-                print(end="", flush=True)  # here, because Python's own flush at exit would print the error
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if not isinstance(error, BrokenPipeError):
-                print(error, file=sys.stderr)
-            return 1
+                try:
+                    return main(*args, **kwargs)
+                except (ConfigurationError, RefusedError, AccessError, SshError) as error:
+                    print(error, file=sys.stderr)
+                    known = {ConfigurationError: wrong, RefusedError: refused}
+                    return next((code for kind, code in known.items() if isinstance(error, kind)), 3)
+                except KeyboardInterrupt:
+                    return 130
+                finally:
+                    print(end="", flush=True)  # here, because Python's own flush at exit would print the error
+            except OSError as error:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                if not isinstance(error, BrokenPipeError):
+                    print(error, file=sys.stderr)
+                return 1
 
-    return run
+        return run
+
+    return decorate
 
 
 def print_table(

@@ -6,8 +6,7 @@ from datetime import UTC, datetime, time, timedelta
 from typing import get_args
 
 from dagster_sbatch.commands.command_line import (
-    ends_with_reader,
-    exit_code_of,
+    entry_point,
     make_parser,
     make_trouble_printer,
     print_table,
@@ -43,7 +42,7 @@ exit codes: 0 done, 1 Slurm's accounting did not answer, or a setting is wrong, 
 """
 
 
-@ends_with_reader
+@entry_point()
 def main(project: Project) -> int:
     parser = make_parser(DESCRIPTION, EPILOG)
     dimensions = ", ".join(get_args(Dimension))
@@ -54,7 +53,7 @@ def main(project: Project) -> int:
         "--since", type=parse_day, metavar="YYYY-MM-DD", help=f"first day, in UTC (default: {WEEKS} weeks ago)"
     )
     asked = parser.parse_args()
-    return exit_code_of(lambda: show(project, asked.by, asked.since))
+    return show(project, asked.by, asked.since)
 
 
 def parse_dimensions(text: str) -> list[Dimension]:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dagster_sbatch.commands.command_line import ends_with_reader
+from dagster_sbatch.commands.command_line import entry_point
 from dagster_sbatch.commands.signals import STOPS
 from dagster_sbatch.inspect.asset_preview import RANGE_TAGS
 
@@ -95,7 +95,7 @@ def execute(
         )
 
 
-@ends_with_reader
+@entry_point()
 def materialise(
     location: str,
     runs: Sequence[Run] | str,

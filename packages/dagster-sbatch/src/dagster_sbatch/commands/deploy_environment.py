@@ -12,8 +12,7 @@ from rich import progress as bars
 from rich.console import Console
 
 from dagster_sbatch.commands.command_line import (
-    ends_with_reader,
-    exit_code_of,
+    entry_point,
     make_parser,
     make_trouble_printer,
     print_table,
@@ -51,13 +50,9 @@ exit codes:
 """
 
 
-@ends_with_reader
+@entry_point(wrong=2, refused=3)
 def main(project: Project) -> int:
     options = _parse_arguments()
-    return exit_code_of(lambda: act(project, options), wrong=2, refused=3)
-
-
-def act(project: Project, options: argparse.Namespace) -> int:
     settings = project.load_settings(supercomputer=True)
     site = project.load_site(settings.supercomputer_site)
     with open_runs(settings, project, on_trouble=make_trouble_printer()) as runs:

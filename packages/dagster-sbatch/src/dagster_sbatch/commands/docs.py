@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import dagster_sbatch
-from dagster_sbatch.commands.command_line import ends_with_reader, make_parser
+from dagster_sbatch.commands.command_line import entry_point, make_parser
 from dagster_sbatch.errors import nearest
 
 DESCRIPTION = """\
@@ -29,7 +29,7 @@ def docs_folder() -> Path:
     return next(path for path in (package / "docs", package.parent.parent / "docs") if path.is_dir())
 
 
-@ends_with_reader
+@entry_point()
 def main() -> int:
     """Run the command."""
     parser = make_parser(DESCRIPTION, EPILOG)

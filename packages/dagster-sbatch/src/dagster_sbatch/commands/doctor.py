@@ -8,7 +8,7 @@ import dagster as dg
 from rich.console import Console
 from rich.markup import escape
 
-from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
+from dagster_sbatch.commands.command_line import entry_point, make_parser
 from dagster_sbatch.commands.project_history import choose_instance
 from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.inspect.diagnosis import Finding, examine
@@ -39,7 +39,7 @@ INDENT = 9 + NAMES
 MARKS = {"ok": "[green]ok     [/green]", "warning": "[yellow]warning[/yellow]", "broken": "[red]broken [/red]"}
 
 
-@ends_with_reader
+@entry_point()
 def main(project: Project, definitions: dg.Definitions) -> int:
     parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument(
@@ -50,9 +50,9 @@ def main(project: Project, definitions: dg.Definitions) -> int:
     parser.add_argument("--json", action="store_true", help="for programs: a list of name, state, found, fix")
     asked = parser.parse_args()
     if asked.settings:
-        return exit_code_of(lambda: check_settings(project))
+        return check_settings(project)
     choose_instance(project)
-    return exit_code_of(lambda: diagnose(project, definitions, as_json=asked.json))
+    return diagnose(project, definitions, as_json=asked.json)
 
 
 def check_settings(project: Project) -> int:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dagster_sbatch.commands.command_line import (
-    ends_with_reader,
-    exit_code_of,
+    entry_point,
     make_parser,
     make_trouble_printer,
     print_table,
@@ -53,7 +52,7 @@ STREAMS = {"stdout": sys.stdout, "stderr": sys.stderr}
 PATIENCE = 90.0  # seconds for the supercomputer to answer
 
 
-@ends_with_reader
+@entry_point()
 def main(project: Project) -> int:
     parser = make_parser(DESCRIPTION, EPILOG)
     parser.set_defaults(follow=False)
@@ -71,15 +70,11 @@ def main(project: Project) -> int:
     if words and words[0] in actions.choices:
         parser.error(f"name a job before the action, for example: scripts/job 1184 {words[0]}")
     asked = parser.parse_args(add_action(words))
-
-    def command() -> int:
-        settings = project.load_settings(supercomputer=True)
-        endless = asked.follow or asked.action in ("fetch", "dashboard")
-        with open_runs(settings, project, None if endless else PATIENCE, make_trouble_printer()) as runs:
-            act(asked, project, runs, settings)
-        return 0
-
-    return exit_code_of(command)
+    settings = project.load_settings(supercomputer=True)
+    endless = asked.follow or asked.action in ("fetch", "dashboard")
+    with open_runs(settings, project, None if endless else PATIENCE, make_trouble_printer()) as runs:
+        act(asked, project, runs, settings)
+    return 0
 
 
 def add_action(words: list[str]) -> list[str]:

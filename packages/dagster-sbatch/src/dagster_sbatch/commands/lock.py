@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dagster_sbatch.children import NETWORK, child_environment
-from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser
+from dagster_sbatch.commands.command_line import entry_point, make_parser
 from dagster_sbatch.commands.vendored import PACKAGES
 from dagster_sbatch.environments.groups import GROUP, PREFIX, find_groups
 from dagster_sbatch.errors import ConfigurationError
@@ -37,20 +37,16 @@ OPTIONS = """
 DIRECT = "(pyproject.toml"  # uv writes this behind a project's name where the project itself requires a package
 
 
-@ends_with_reader
+@entry_point()
 def main(project: Project) -> int:
     parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument("--upgrade", action="store_true", help="use the newest versions that pyproject.toml allows")
     parser.add_argument("--check", action="store_true", help="change nothing; print what is not up to date")
     options = parser.parse_args()
-
-    def command() -> int:
-        if options.check:
-            return check(project.root)
-        resolve(project.root, project.root / "requirements", upgrade=options.upgrade)
-        return 0
-
-    return exit_code_of(command)
+    if options.check:
+        return check(project.root)
+    resolve(project.root, project.root / "requirements", upgrade=options.upgrade)
+    return 0
 
 
 def check(root: Path) -> int:
@@ -83,9 +79,9 @@ def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
     # A package in the project's own repository is installed from there, where a hash means nothing.
     own = [word for name in PACKAGES if _is_source(root / "packages" / name) for word in ("--no-emit-package", name)]
     for name, source in locked_files(root).items():
-        command = [*source, *OPTIONS, *own, *(["--upgrade"] if upgrade else []), "--output-file", str(folder / name)]
+        words = [*source, *OPTIONS, *own, *(["--upgrade"] if upgrade else []), "--output-file", str(folder / name)]
         done = subprocess.run(
-            [sys.executable, "-m", "uv", "pip", "compile", *command],
+            [sys.executable, "-m", "uv", "pip", "compile", *words],
             cwd=root,
             env=child_environment("UV_", *NETWORK, UV_SYSTEM_CERTS="1"),  # trust what the system trusts
             capture_output=True,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from dagster_sbatch.commands.command_line import ends_with_reader, exit_code_of, make_parser, make_trouble_printer
+from dagster_sbatch.commands.command_line import entry_point, make_parser, make_trouble_printer
 from dagster_sbatch.commands.project_history import open_history
 from dagster_sbatch.errors import ConfigurationError, NoSettingsFileError
 from dagster_sbatch.inspect.asset_preview import Preview, find_submitting, preview_asset, supercomputer_deployment
@@ -39,7 +39,7 @@ exit codes: 0 done, 1 the asset could not run like this (the reason is printed),
 PATIENCE = 60.0  # seconds for the supercomputer to answer
 
 
-@ends_with_reader
+@entry_point()
 def main(project: Project, definitions: dg.Definitions) -> int:
     parser = make_parser(DESCRIPTION, f"{examples(definitions)}\n\n{EXIT_CODES}")
     parser.add_argument("asset", help="asset key; or ASSET:CHECK for an asset check that calls compute.run")
@@ -57,32 +57,27 @@ def main(project: Project, definitions: dg.Definitions) -> int:
     )
     parser.add_argument("--config-json", metavar="JSON", type=run_config, help="run config, as in Dagster's launchpad")
     asked = parser.parse_args()
-
-    def command() -> int:
-        first, last = asked.partition_range or (asked.partition, None)
-
-        try:
-            settings = project.load_settings(supercomputer=True)
-        except NoSettingsFileError:
-            if asked.test_only:
-                raise
-            settings = None
-        try:
-            with supercomputer_deployment(settings) if settings else nullcontext(), open_history(project) as history:
-                previews = preview_asset(definitions, asked.asset, first, asked.config_json, last=last, history=history)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{asked.asset}: {error}") from None
-        if settings and asked.test_only:
-            return test(project, settings, previews)
-        for preview in previews:
-            print(preview.script, end="")
-            if not asked.script:
-                show(preview)
-        if refusals := [f"{preview.step}: {preview.refusal}" for preview in previews if preview.refusal]:
-            raise ConfigurationError("\n".join(refusals))
-        return 0
-
-    return exit_code_of(command)
+    first, last = asked.partition_range or (asked.partition, None)
+    try:
+        settings = project.load_settings(supercomputer=True)
+    except NoSettingsFileError:
+        if asked.test_only:
+            raise
+        settings = None
+    try:
+        with supercomputer_deployment(settings) if settings else nullcontext(), open_history(project) as history:
+            previews = preview_asset(definitions, asked.asset, first, asked.config_json, last=last, history=history)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{asked.asset}: {error}") from None
+    if settings and asked.test_only:
+        return test(project, settings, previews)
+    for preview in previews:
+        print(preview.script, end="")
+        if not asked.script:
+            show(preview)
+    if refusals := [f"{preview.step}: {preview.refusal}" for preview in previews if preview.refusal]:
+        raise ConfigurationError("\n".join(refusals))
+    return 0
 
 
 def examples(definitions: dg.Definitions) -> str:

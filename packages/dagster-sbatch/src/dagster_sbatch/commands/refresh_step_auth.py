@@ -16,8 +16,7 @@ from dagster_sbatch.auth import (
 )
 from dagster_sbatch.auth.certificate import certificate_path
 from dagster_sbatch.auth.ways import read_access
-from dagster_sbatch.commands.command_line import ends_with_reader, make_parser, print_table
-from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.commands.command_line import entry_point, make_parser, print_table
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
 
@@ -46,7 +45,7 @@ exit codes:
 """
 
 
-@ends_with_reader
+@entry_point(wrong=2)
 def main(project: Project) -> int:
     parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument("--rotate-credentials", action="store_true", help="create or replace both stored secrets")
@@ -60,11 +59,7 @@ def main(project: Project) -> int:
         parser.error("--status changes nothing: use it without --rotate-credentials")
     if asked.json and not asked.status:
         parser.error("--json needs --status")
-    try:
-        settings = project.load_settings(supercomputer=True)
-    except ConfigurationError as error:
-        print(error, file=sys.stderr)
-        return 2
+    settings = project.load_settings(supercomputer=True)
     if asked.status:
         health = check_health(settings)
         show_json(health) if asked.json else show(health, settings)

@@ -14,7 +14,7 @@ from packaging.version import InvalidVersion, Version
 from dagster_sbatch.atomic_write import replacing
 from dagster_sbatch.children import NETWORK, child_environment
 from dagster_sbatch.commands import lock
-from dagster_sbatch.commands.command_line import ends_with_reader, make_parser
+from dagster_sbatch.commands.command_line import entry_point, make_parser
 from dagster_sbatch.commands.own_scripts import run_script
 from dagster_sbatch.commands.signals import ignore_interrupts, interrupt_once
 from dagster_sbatch.commands.vendored import (
@@ -56,7 +56,7 @@ LOCKS = "requirements/"  # folder of the lock files. An upgrade replaces these a
 KEPT = "vendor/previous.zip"  # what an upgrade has replaced: SOURCES, lock files and wheels
 
 
-@ends_with_reader
+@entry_point()
 def main(root: Path) -> int:
     """Run the command for the project in a folder."""
     parser = make_parser(DESCRIPTION, EPILOG)
