@@ -163,7 +163,8 @@ def test_a_launch_that_breaks_off_has_started_nothing(runs: Runs) -> None:
     runs.wait(runs.launch("reporting"))
     run_id = runs.new("reporting")
     reports = len(list(runs.reports.glob("*.json")))
-    with ForkServers(runs.base).fork(sys.executable, run_id, "{}") as forked:
+    forked = ForkServers(runs.base).fork(sys.executable, run_id, "{}")
+    with forked.connection:
         assert forked.process.alive
     wait_for(lambda: not forked.process.alive, 60, "the process has ended")
     assert len(list(runs.reports.glob("*.json"))) == reports
@@ -222,7 +223,8 @@ def test_a_server_ends_when_nobody_needs_it(runs: Runs) -> None:
 import sys
 from pathlib import Path
 from dagster_sbatch.run_launcher.fork_client import ForkServers
-with ForkServers(Path(sys.argv[1])).fork(sys.executable, "a-run", "{}") as forked:
+forked = ForkServers(Path(sys.argv[1])).fork(sys.executable, "a-run", "{}")
+with forked.connection:
     print(forked.process.pid)
 """
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", script, str(runs.base)]

@@ -82,7 +82,8 @@ def test_a_run_that_dies_while_it_is_canceled_is_not_retried(runs: Runs) -> None
 
 
 def test_an_end_that_cannot_be_reported_is_in_the_log(runs: Runs) -> None:
-    with ForkServers(runs.base).fork(sys.executable, "a-run", "{}") as forked:
+    forked = ForkServers(runs.base).fork(sys.executable, "a-run", "{}")
+    with forked.connection:
         os.kill(forked.process.pid, signal.SIGKILL)
         text = f"run a-run: the end of process {forked.process.pid} cannot be reported: "
         wait_for(lambda: text in runs.log, 60, f"the log has the error; {runs.log}")

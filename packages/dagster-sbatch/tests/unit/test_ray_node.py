@@ -21,7 +21,6 @@ from slurm_in_a_box import wait_until
 import checks
 import folder
 import job_cluster
-import ports
 import processes
 
 JOB = Path(node.__file__).parent
@@ -39,14 +38,14 @@ def bind(port: int, uid: int) -> subprocess.Popen[str]:
 
 
 def test_claimed_ports_are_free_and_kept_from_others_and_ray_can_have_them() -> None:
-    (first, second), claims = ports.claim_ports(2)
+    (first, second), claims = checks.claim_ports(2)
     assert first != second
     for port in (first, second):
         with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
             other.bind(("", port))  # what another launcher does
-        assert not ports.is_ours(port)
+        assert not checks.is_ours(port)
         with socket.create_server(("", port)):  # what Ray does: with SO_REUSEADDR
-            assert ports.is_ours(port)
+            assert checks.is_ours(port)
     for claim in claims:
         claim.close()
 
@@ -54,13 +53,13 @@ def test_claimed_ports_are_free_and_kept_from_others_and_ray_can_have_them() -> 
 def test_ports_that_are_taken_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("", 0)) as server:
         taken = server.getsockname()[1]
-        monkeypatch.setattr(ports, "PORTS", range(taken, taken + 1))
+        monkeypatch.setattr(checks, "PORTS", range(taken, taken + 1))
         with pytest.raises(job_cluster.NodeError, match="no 1 free ports"):
-            ports.claim_ports(1)
+            checks.claim_ports(1)
 
 
 def test_a_claim_does_not_show_which_port_it_holds() -> None:
-    _, (claim,) = ports.claim_ports(1)
+    _, (claim,) = checks.claim_ports(1)
     listed = [line for name in ("tcp", "tcp6", "unix") for line in Path("/proc/net", name).read_text().splitlines()]
     inode = str(os.fstat(claim.fileno()).st_ino)
     assert [line for line in listed if inode in line.split()] == []
@@ -80,7 +79,7 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> node.Node:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
 def test_a_head_whose_port_another_user_has_taken_is_never_published(head: node.Node) -> None:
     """The other nodes would send the token of the cluster there."""
-    (port, dashboard), claims = ports.claim_ports(2)
+    (port, dashboard), claims = checks.claim_ports(2)
     with bind(port, 12345) as thief:
         assert thief.stdout
         assert thief.stdout.readline() == "listens\n"
@@ -95,7 +94,7 @@ def test_a_head_whose_port_another_user_has_taken_is_never_published(head: node.
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
 def test_a_dashboard_whose_port_another_user_has_taken_is_not_published(head: node.Node) -> None:
     """A browser would send the token of the cluster there."""
-    (dashboard,), (claim,) = ports.claim_ports(1)
+    (dashboard,), (claim,) = checks.claim_ports(1)
     with bind(dashboard, 12345) as thief, socket.create_server(("", 0)) as server:
         assert thief.stdout
         assert thief.stdout.readline() == "listens\n"
@@ -182,9 +181,9 @@ def test_a_port_that_was_chosen_and_is_taken_is_named() -> None:
         with pytest.raises(
             job_cluster.NodeError, match=f"cannot use the port of --metrics-export-port={taken}: Address already in use"
         ):
-            ports.check_ports(["--verbose", "--node-manager-port=0", f"--metrics-export-port={taken}"])
-        ports.check_ports([f"--min-worker-port={taken}", "--node-manager-port=0", "--verbose"])
-    ports.check_ports([f"--metrics-export-port={taken}"])
+            checks.check_ports(["--verbose", "--node-manager-port=0", f"--metrics-export-port={taken}"])
+        checks.check_ports([f"--min-worker-port={taken}", "--node-manager-port=0", "--verbose"])
+    checks.check_ports([f"--metrics-export-port={taken}"])
 
 
 @pytest.mark.parametrize(
@@ -351,7 +350,6 @@ import ctypes, os, subprocess, sys, time
 sys.path.insert(0, {str(JOB)!r})
 import job_cluster
 import node
-import ports
 ctypes.CDLL(None).prctl(node.PR_SET_CHILD_SUBREAPER, 1)
 subprocess.run(["setsid", "--fork", "sh", "-c", "echo $$ >pid; exec sleep 600"])
 while not os.path.exists("pid") or not open("pid").read().strip():

@@ -1,7 +1,7 @@
 """The run directory on the supercomputer: the files that a step sends. Pure, and the same for a preview."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -84,16 +84,3 @@ def files_of_commands(plan: Plan) -> dict[str, str]:
     container = plan.launcher.container
     own = plan.launcher.files(plan.allocation.request)
     return {**sampler_files(), **own, **(container.files(plan.env) if container else {})}
-
-
-def contexts_of_tasks(run: str, head: str, tails: Sequence[str]) -> dict[str, str]:
-    """Return the files with the Pipes contexts of an array job.
-
-    `head`: what the contexts of all tasks begin with. `tails`: the rest of each.
-    """
-    pipes = [" ".join(pipes_variables(f"{run}/tasks/{index}").values()) for index in range(len(tails))]
-    return {
-        "context.head": head,
-        "tasks.jsonl": "".join(f"{tail}\n" for tail in tails),
-        "tasks.pipes": "".join(f"{each}\n" for each in pipes),
-    }

@@ -219,10 +219,8 @@ def _job_tag(step: str) -> str:
 
 
 def _tag(context: dg.OpExecutionContext, tags: dict[str, str]) -> None:
-    run = context.run_id
     try:
-        if context.instance.has_run(run):  # an asset that is called directly has none
-            add_tags(context.instance, run, tags)
+        add_tags(context.instance, context.run_id, tags)
     except Exception as error:  # noqa: BLE001 - of whatever database it is; a job must not be lost for a tag
         StepLog(context).warning(f"The run could not be tagged with {tags}: {error}")
 

@@ -14,7 +14,6 @@ from dagster_sbatch.run.adoption import Choice
 from dagster_sbatch.run.array import Batches, Task
 from dagster_sbatch.run.array_step import ArrayStep
 from dagster_sbatch.run.attempts import rows_of, store_attempts
-from dagster_sbatch.run.directory import contexts_of_tasks
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.remote_step import RemoteStep
 from dagster_sbatch.settings import Settings
@@ -155,15 +154,14 @@ class RemoteArray(RemoteStep, JobHandler):
 
     def _files_of_array(self, run: str, indices: Sequence[int], max_running: int | None) -> dict[str, str]:
         assert self._found
-        tasks, contexts = [self._array.tasks[index] for index in indices], self._array.contexts
+        tasks = [self._array.tasks[index] for index in indices]
         attempts = [store_attempts(self._series[index].ended) for index in indices]
         record = {
             "max_running_tasks": max_running,
             "tasks": [{**task.record, **each} for task, each in zip(tasks, attempts, strict=True)],
         }
-        files = contexts_of_tasks(run, contexts.head, [contexts.tail(task) for task in tasks])
         request, shape = self._series[indices[0]].request, ArrayShape(len(tasks), max_running)
-        return self._files(run, self._found, request, files, record, shape)
+        return self._files(run, self._found, request, self._array.contexts.files(run, tasks), record, shape)
 
     def submitted(self, run: str, submitted: Submitted) -> None:  # noqa: D102 - see JobHandler
         if self._submitting == run:

@@ -219,7 +219,7 @@ class RemoteStep(ABC):
     ) -> dict[str, str]:
         """Return all files of a new run directory by name.
 
-        `contexts`: the file with the Pipes context, or those of the tasks of an array; see `contexts_of_tasks`.
+        `contexts`: the file with the Pipes context, or those of the tasks of an array; see `TaskContexts`.
         `record`: what a later attempt reads of this one, beside what decides the result.
         """
         self._info = replace(self._info, environment=found.name)

@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 
 from dagster_sbatch.run.array import PARTITION_KEYS, Task
+from dagster_sbatch.run.pipes import pipes_variables
 
 
 class TaskContexts:
@@ -37,6 +38,15 @@ class TaskContexts:
         own = json.dumps(extras)[1:]
         fields = self._fields(task) if task.partitions else self._partition
         return f"{self._comma if extras else ''}{own}, {json.dumps(fields)[1:]}"
+
+    def files(self, run: str, tasks: Sequence[Task]) -> dict[str, str]:
+        """Return the files with the contexts of an array job; `run`: its run directory, `tasks`: those in it."""
+        pipes = [" ".join(pipes_variables(f"{run}/tasks/{index}").values()) for index in range(len(tasks))]
+        return {
+            "context.head": self.head,
+            "tasks.jsonl": "".join(f"{self.tail(task)}\n" for task in tasks),
+            "tasks.pipes": "".join(f"{each}\n" for each in pipes),
+        }
 
     def _fields(self, task: Task) -> dict[str, Any]:
         first, last = task.partitions[0], task.partitions[-1]

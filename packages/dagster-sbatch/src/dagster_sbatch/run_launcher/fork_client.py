@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from dagster_sbatch.run_launcher import fork_server
@@ -27,22 +28,17 @@ class ForkServerUnavailableError(Exception):
     """No fork server has answered; the text says where its log is."""
 
 
+@dataclass(frozen=True)
 class ForkedProcess:
-    """A run's process that waits; if this connection is closed before `begin`, it ends without having done anything."""
+    """A run's process that waits; if its connection is closed before `begin`, it ends without having done anything."""
 
-    def __init__(self, connection: socket.socket, process: RunProcess) -> None:
-        self._connection, self.process = connection, process
+    connection: socket.socket
+    process: RunProcess
 
     def begin(self) -> None:
         """Let it execute the run. If it has ended by now, the fork server or Dagster's run monitoring reports that."""
         with suppress(ConnectionError):
-            self._connection.sendall(fork_server.BEGIN)
-
-    def __enter__(self) -> "ForkedProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
+            self.connection.sendall(fork_server.BEGIN)
 
 
 class ForkServers:

@@ -26,6 +26,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import time
@@ -182,6 +183,8 @@ class Server:
         """Answer a client by a new process; return the request there, None in the server."""
         connection, _ = listener.accept()
         try:
+            if _user_of(connection) != os.geteuid():
+                return None
             connection.settimeout(REQUEST_SECONDS)
             request: dict[str, str] = json.loads(read_line(connection))
             fresh = not self._versions
@@ -345,6 +348,12 @@ def _version(file: bytes) -> "tuple[int, int, int] | None":
     except OSError:
         return None
     return about.st_mtime_ns, about.st_size, about.st_ino
+
+
+def _user_of(connection: socket.socket) -> int:
+    """Return the user id of the process on the other side."""
+    about = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", about)[1])
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ class ForkingRunLauncher(dg.DefaultRunLauncher):
             self._instance.report_engine_event(text, run, cls=type(self))
             super().launch_run(context)
             return
-        with forked:
+        with forked.connection:
             self._instance.add_run_tags(run.run_id, forked.process.tags(run.run_id))
             now = self._instance.get_run_by_id(run.run_id)
             if now and now.status == dg.DagsterRunStatus.STARTING:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 import dagster as dg
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dagster_sbatch.auth import AccessError, AccessHealth, Report, check_health, clock, refresh
 from dagster_sbatch.auth.refresh_failures import pause_end
@@ -124,17 +124,13 @@ def _refresh(project: Project, context: dg.OpExecutionContext) -> None:
         raise dg.Failure(str(failure), metadata=numbers, allow_retries=False)
 
 
-@dataclass(frozen=True)
-class _Cursor:
+class _Cursor(BaseModel):
     """What the sensor remembers."""
 
     # When it made the latest request for a need that still exists; None if there is no such need
     at: datetime | None = None
     count: int = 0  # how many requests it made for that need
     shown: str = ""  # the state that it last recorded at `musica_access`; empty before the first tick
-
-
-_CURSOR = TypeAdapter(_Cursor)
 
 
 def _tick(project: Project, context: dg.SensorEvaluationContext) -> dg.SensorResult:
@@ -145,13 +141,13 @@ def _tick(project: Project, context: dg.SensorEvaluationContext) -> dg.SensorRes
     health = check_health(project.load_settings(supercomputer=True))
     before = _Cursor()
     with suppress(ValidationError):  # another version has written it, or a person
-        before = _CURSOR.validate_json(context.cursor or "{}")
+        before = _Cursor.model_validate_json(context.cursor or "{}")
     shown = "ok" if _passed(health) else health.verdict
     after, requests, reason = _decide(context.instance, health, before)
     return dg.SensorResult(
         run_requests=requests,
         skip_reason=reason,
-        cursor=_CURSOR.dump_json(replace(after, shown=shown)).decode(),
+        cursor=after.model_copy(update={"shown": shown}).model_dump_json(),
         asset_events=[] if before.shown == shown else _events(health, _numbers(health)),
     )
 
@@ -174,7 +170,7 @@ def _decide(
     if running:
         return cursor, [], f"a refresh is due, and run {running} does it"
     request = dg.RunRequest(run_key=f"requested at {health.now.isoformat()}")
-    return _Cursor(health.now, cursor.count + 1), [request], None
+    return _Cursor(at=health.now, count=cursor.count + 1), [request], None
 
 
 def _running(instance: dg.DagsterInstance, now: datetime) -> str | None:

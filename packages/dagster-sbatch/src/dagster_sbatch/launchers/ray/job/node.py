@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from checks import check_gpus, memory_arguments, own_address, versions
+from checks import check_gpus, check_ports, claim_ports, is_ours, memory_arguments, own_address, versions
 from folder import keep_logs, make_folder
 from job_cluster import (
     HEAD_FILE,
@@ -39,7 +39,6 @@ from job_cluster import (
     state,
     tail,
 )
-from ports import check_ports, claim_ports, is_ours
 from processes import children, describe_death, end_descendants, kill_descendants, process_name, reap
 
 AGENT_PORTS = ("runtime-env-agent", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export")
