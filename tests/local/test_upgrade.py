@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.commands.upgrade import find_wheels, upgrade
+from dagster_sbatch.commands.upgrade import upgrade
+from dagster_sbatch.commands.vendored import find_wheels
 from dagster_sbatch.errors import ConfigurationError
 from support import ROOT
 from support.new_project import CHANGE, PACKAGE, made_in, newer_engine, run_in

@@ -181,7 +181,7 @@ def test_a_group_that_has_ended_is_not_an_error(tmp_path: Path, monkeypatch: pyt
         raise PermissionError
 
     monkeypatch.setattr(os, "killpg", refuse)
-    process.terminate()
+    process.send(signal.SIGTERM)
     assert process.end().exit_code == 0
 
 

@@ -1,5 +1,6 @@
 """SrunLauncher's fields, and the parts of its program that need no ranks."""
 
+import json
 import os
 import socket
 import subprocess
@@ -127,10 +128,14 @@ def test_the_exception_is_found_between_lines_of_pytorch() -> None:
     assert cause.startswith("rank 3 on n4002 ended with exit code 1: [rank3]: ValueError: boom\n")
 
 
-def test_the_first_failure_is_recorded_whole(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for rank in (1, 2):
-        one_rank.record_failure(tmp_path / "failure", {"rank": rank})
-    assert (tmp_path / "failure").read_text() == '{"rank": 1}'
+def test_the_first_failure_is_recorded_whole(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    for code in (1, 2):
+        one_rank.record_failure(tmp_path / "failure", code, [])
+    record = json.loads((tmp_path / "failure").read_text())
+    assert (record["rank"], record["code"]) == ("3", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["failure"]
-    one_rank.record_failure(tmp_path / "none" / "failure", {"rank": 3})
+    one_rank.record_failure(tmp_path / "none" / "failure", 3, [])
     assert "The failure of this rank cannot be recorded" in capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -9,20 +10,19 @@ import zipfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from dagster_sbatch.atomic_write import replacing
 from dagster_sbatch.children import NETWORK, child_environment
 from dagster_sbatch.commands import lock
 from dagster_sbatch.commands.command_line import entry_point, make_parser
-from dagster_sbatch.commands.own_scripts import run_script
 from dagster_sbatch.commands.signals import ignore_interrupts, interrupt_once
 from dagster_sbatch.commands.vendored import (
     DAMAGED,
-    PACKAGES,
+    ENGINE,
     SOURCES,
     Wheel,
-    build_wheel,
+    find_wheels,
     rename_wheels,
     wheels_in,
     wheels_named,
@@ -51,7 +51,6 @@ The certificate store of the system decides which servers are trusted.
 exit codes: 0 upgraded and tested, 1 nothing was changed, 2 wrong usage, 3 upgraded, but a test fails or none
 can run, 130 interrupted (nothing was changed, or upgraded but not tested)
 """
-ENGINE = PACKAGES[0]
 LOCKS = "requirements/"  # folder of the lock files. An upgrade replaces these and SOURCES, beside wheels
 KEPT = "vendor/previous.zip"  # what an upgrade has replaced: SOURCES, lock files and wheels
 
@@ -111,6 +110,26 @@ def _test(root: Path, *, kept: bool) -> int:
         return 3
     print("\nAll tests pass. Commit the change:\n  git add --all && git commit")
     return 0
+
+
+def run_script(root: Path, name: str, *options: str) -> int:
+    """Run a script of a project, which installs the engine first; return its exit code. With options, only errors show.
+
+    pixi has to install that engine itself: within its environment a script does not set anything up.
+    """
+    command = [sys.executable, str(root / "scripts" / name)]
+    if (root / ".pixi" / "envs").resolve() in Path(sys.prefix).resolve().parents:
+        command = ["pixi", "run", "--manifest-path", str(root / "pixi.toml"), "python", command[1]]
+    environment = child_environment("UV_", "PIP_", "CI", "PYTEST_ADDOPTS", *NETWORK)
+    output = subprocess.DEVNULL if options else None
+    with subprocess.Popen([*command, *options], cwd=root, env=environment, stdout=output) as script:
+        try:
+            return script.wait()
+        except KeyboardInterrupt as interrupt:
+            if interrupt.args == (signal.SIGTERM,):
+                script.terminate()  # the terminal sends Ctrl-C to the script, too
+            script.wait()
+            raise
 
 
 def upgrade(root: Path, source: str, folder: Path) -> tuple[str, str, str, bool]:
@@ -178,22 +197,6 @@ def go_back(root: Path) -> tuple[str, str, str, bool]:
     return old[ENGINE].version, new[ENGINE].version, changes, False
 
 
-def find_wheels(source: str, folder: Path) -> dict[str, Wheel]:
-    """Return the wheels that a source has, by package; they are built or downloaded into a folder."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        sources = {name: path / "packages" / name for name in PACKAGES}
-        found = {name: source for name, source in sources.items() if (source / "pyproject.toml").is_file()}
-        if ENGINE not in found:
-            raise ConfigurationError(f"{path} is not a clone of the template: it has no packages/{ENGINE}.")
-        return {name: build_wheel(source, folder) for name, source in found.items()}
-    if path.is_file():
-        wheel = Wheel(path)
-        return {wheel.package: wheel}
-    _download(source if source.startswith("https://") else f"{ENGINE}=={_version(source)}", folder)
-    return wheels_in(folder)
-
-
 def restoring(root: Path, options: str = "") -> str:
     """Return the command that restores what an upgrade replaces. git restores nothing if it does not know a name."""
     names = " ".join(name for name in SOURCES if (root / name).exists())
@@ -211,24 +214,6 @@ def changes_between(one: Wheel, other: Wheel) -> str:
         if own and low < Version(version.split()[0]) <= high:
             found.append(f"{version}\n{own[1].strip()}")
     return "\n\n".join(found)
-
-
-def _version(text: str) -> Version:
-    try:
-        return Version(text)
-    except InvalidVersion:
-        raise ConfigurationError(f"{text} is not a file, a folder, an address with https:// or a version.") from None
-
-
-def _download(wanted: str, folder: Path) -> None:
-    """Let pip download a wheel: it reads the user's configuration of package indexes, and trusts the system's store."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), wanted]
-    environment = child_environment("PIP_", *NETWORK)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        advice = "" if "://" in wanted else "\nOnly pip's own index is asked, not that of uv. Name the wheel instead."
-        raise ConfigurationError(f"{wanted} cannot be downloaded.\n{done.stderr.strip()}{advice}")
 
 
 def _wheels_of(root: Path) -> dict[str, Wheel]:

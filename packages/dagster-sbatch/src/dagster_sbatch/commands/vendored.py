@@ -1,4 +1,4 @@
-"""The wheels in a project's `vendor/` folder: how they are built, named in the project's files, and read."""
+"""The wheels in a project's `vendor/` folder: how they are got, named in the project's files, and read."""
 
 import hashlib
 import re
@@ -11,11 +11,14 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from dagster_sbatch.children import child_environment
+from packaging.version import InvalidVersion, Version
+
+from dagster_sbatch.children import NETWORK, child_environment
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.text_file import read_text
 
 PACKAGES = ("dagster-sbatch", "slurm-in-a-box")  # what a project takes from this repository; each lies in `packages/`
+ENGINE = PACKAGES[0]
 SOURCES = ("pyproject.toml", "pixi.toml")  # the files of a project that name its wheels by path
 NAME_OF_WHEEL = re.compile(
     rf"\./vendor/((?:{'|'.join(name.replace('-', '_') for name in PACKAGES)})-[^-/\s\"']+-py3-none-any\.whl)"
@@ -91,6 +94,26 @@ def build_wheel(source: Path, folder: Path) -> Wheel:
         return Wheel(Path(shutil.copy(path, folder)))
 
 
+def find_wheels(source: str, folder: Path) -> dict[str, Wheel]:
+    """Return the wheels that a source has, by package; they are built or downloaded into a folder."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        sources = {name: path / "packages" / name for name in PACKAGES}
+        found = {name: source for name, source in sources.items() if (source / "pyproject.toml").is_file()}
+        if ENGINE not in found:
+            raise ConfigurationError(f"{path} is not a clone of the template: it has no packages/{ENGINE}.")
+        return {name: build_wheel(source, folder) for name, source in found.items()}
+    if path.is_file():
+        wheel = Wheel(path)
+        return {wheel.package: wheel}
+    try:
+        _download(source if source.startswith("https://") else f"{ENGINE}=={Version(source)}", folder)
+    except InvalidVersion:
+        text = f"{source} is not a file, a folder, an address with https:// or a version."
+        raise ConfigurationError(text) from None
+    return wheels_in(folder)
+
+
 def wheels_in(folder: Path) -> dict[str, Wheel]:
     """Return the wheels in a folder, by package; none if there is no such folder."""
     return {wheel.package: wheel for wheel in map(Wheel, sorted(folder.glob("*.whl")))}
@@ -110,3 +133,14 @@ def rename_wheels(text: str, wheels: dict[str, Wheel]) -> str:
         return wheel.source if wheel else found[0]
 
     return NAME_OF_WHEEL.sub(rename, text)
+
+
+def _download(wanted: str, folder: Path) -> None:
+    """Let pip download a wheel: it reads the user's configuration of package indexes, and trusts the system's store."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), wanted]
+    environment = child_environment("PIP_", *NETWORK)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        advice = "" if "://" in wanted else "\nOnly pip's own index is asked, not that of uv. Name the wheel instead."
+        raise ConfigurationError(f"{wanted} cannot be downloaded.\n{done.stderr.strip()}{advice}")

@@ -1,7 +1,7 @@
 """What projects have left: by Slurm's limits, or by the budget that the owner of the deployment has set."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 
@@ -66,7 +66,12 @@ def budgets_of(usage: Usage, settings: Settings) -> list[Budget]:
 
     `usage`: with the jobs since `budget_start`, or the owner's budget has no `used`.
     """
-    found = [budget for project in usage.projects for budget in _limits_of(usage, project)]
+    found = [
+        _limit(usage, project, share)
+        for project in usage.projects
+        for share in usage.shares or ()
+        if share.project in _chain(usage, project) and share.user in ("", usage.user)
+    ]
     charged = charged_project(settings.account, usage.default)
     known = charged in usage.projects or not usage.projects
     since = budget_start(settings)
@@ -77,13 +82,12 @@ def budgets_of(usage: Usage, settings: Settings) -> list[Budget]:
 
 def pace_of(usage: Usage, budget: Budget) -> float | None:
     """Return what was used per day of the last PACE_DAYS days, in the unit of the budget; None if that is not known."""
-    since = usage.now - timedelta(days=PACE_DAYS)
-    if usage.jobs is None or usage.since is None or usage.since > since or not sees_all(usage, budget):
-        return None
-    jobs = [each for each in usage.jobs if budget.limited in _chain(usage, each.project)]
-    jobs = [job for job in jobs if budget.user in ("", job.user)]
-    used = add(hours_used(job, budget.tres, since, usage.now) for job in jobs)
-    return None if used is None else used / PACE_DAYS
+
+    def counts(job: JobLife) -> bool:
+        return budget.limited in _chain(usage, job.project) and budget.user in ("", job.user)
+
+    used = _used_since(usage, usage.now - timedelta(days=PACE_DAYS), budget.tres, counts)
+    return None if used is None or not sees_all(usage, budget) else used / PACE_DAYS
 
 
 def sees_all(usage: Usage, budget: Budget) -> bool:
@@ -127,12 +131,6 @@ def describe(usage: Usage, budget: Budget) -> str:
     )
 
 
-def _limits_of(usage: Usage, project: str) -> Iterator[Budget]:
-    for share in usage.shares or ():
-        if share.project in _chain(usage, project) and share.user in ("", usage.user):
-            yield _limit(usage, project, share)
-
-
 def _chain(usage: Usage, project: str) -> list[str]:
     """Return a project and those above it."""
     chain = [project]
@@ -171,16 +169,16 @@ def _owners(usage: Usage, project: str, limit: float, since: datetime) -> Budget
         user=user,
         source=OWNERS,
         limit=limit,
-        used=_used_since(usage, since, counts),
+        used=_used_since(usage, since, GPU, counts),
         running=_queue_at_most(usage, GPU, lambda jobs: jobs.running and counts(jobs)),
         queued=_queue_at_most(usage, GPU, lambda jobs: not jobs.running and counts(jobs)),
     )
 
 
-def _used_since(usage: Usage, since: datetime, counts: Callable[[JobLife], bool]) -> float | None:
+def _used_since(usage: Usage, since: datetime, tres: str, counts: Callable[[JobLife], bool]) -> float | None:
     if usage.jobs is None or usage.since is None or usage.since > since:
         return None
-    return add(hours_used(job, GPU, since, usage.now) for job in usage.jobs if counts(job))
+    return add(hours_used(job, tres, since, usage.now) for job in usage.jobs if counts(job))
 
 
 def _queue_at_most(usage: Usage, tres: str, counts: Callable[[Queued], bool]) -> float | None:

@@ -31,11 +31,14 @@ def place_run(settings: Settings, run: str, environment: str | None = None) -> R
 def summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
     """Return for people what a step asks for, by heading."""
     request, place = plan.allocation.request, place_run(settings, "", plan.environment)
-    site = settings.supercomputer_site or plan.project.only_site
+    site, container = settings.supercomputer_site or plan.project.only_site, plan.launcher.container
+    image = container.remote_image(place.data_root) if container else ""
+    group = None if is_path(plan.environment) else plan.environment
+    lock = lock_path(plan.project, group).relative_to(plan.project.root)
     return {
         "step": step,
         "how": f"{plan.workload.name} with {type(plan.launcher).__name__}",
-        **_summarise_container(plan, place),
+        **({"container": f"{image} (--test-only asks whether it is there)"} if image else {}),
         "where": f"{site}: partition {request.partition}, QoS {request.qos or 'of the partition'}"
         if request.partition
         else "no site is chosen, so partition and limits are not known: set SLURM_SUPERCOMPUTER_SITE",
@@ -47,24 +50,9 @@ def summarise(step: str, plan: Plan, settings: Settings) -> dict[str, str]:
         "cost": _summarise_cost(plan),
         **_summarise_retries(request.retries),
         "files": f"job.sh, {'tasks.jsonl' if plan.array else 'context.json'}, ... in {place.run}",
-        "python": container.python + " of the image" if (container := plan.launcher.container) else place.python,
-        **_summarise_packages(plan),
+        "python": f"{container.python} of the image" if container else place.python,
+        **({"packages": f"{group}: {lock}"} if group else {}),
         **({"modules": f"{', '.join(request.modules)} (with Lmod, in the job)"} if request.modules else {}),
-    }
-
-
-def _summarise_container(plan: Plan, place: RunPaths) -> dict[str, str]:
-    container = plan.launcher.container
-    image = container.remote_image(place.data_root) if container else ""
-    return {"container": f"{image} (--test-only asks whether it is there)"} if container else {}
-
-
-def _summarise_packages(plan: Plan) -> dict[str, str]:
-    """Return the lock file of the packages, if the asset names a group."""
-    if plan.environment is None or is_path(plan.environment):
-        return {}
-    return {
-        "packages": f"{plan.environment}: {lock_path(plan.project, plan.environment).relative_to(plan.project.root)}"
     }
 
 

@@ -73,7 +73,7 @@ class LocalProcess:
             while self.follow() and not stop.is_set():
                 stop.wait(POLL_SECONDS)
             if stop.is_set():
-                self.terminate()
+                self.send(signal.SIGTERM)
                 self.wait(GRACE_SECONDS)
         finally:
             ended = self.end()
@@ -98,11 +98,8 @@ class LocalProcess:
             self._sinks[name](data)
         return bool(data)
 
-    def terminate(self) -> None:
-        """Send SIGTERM to its process group."""
-        self._send(signal.SIGTERM)
-
-    def _send(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to its process group."""
         with suppress(ProcessLookupError, PermissionError):  # macOS: all of the group have ended (kill(2), EPERM)
             os.killpg(self._process.pid, number)
 
@@ -120,7 +117,7 @@ class LocalProcess:
         """Kill whatever is left, and return how the workload ended."""
         self.release()
         self.wait(KILL_SECONDS)
-        self._send(signal.SIGKILL)
+        self.send(signal.SIGKILL)
         self._process.wait()
         for name in self._sinks:
             while self._pass_on(name):

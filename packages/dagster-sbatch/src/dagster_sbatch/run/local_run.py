@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -172,7 +173,11 @@ class _LocalTasks:
                 self._judge(index, self._end(index))
             if not ended:
                 stop.wait(POLL_SECONDS)
-        self._terminate()
+        until = time.monotonic() + GRACE_SECONDS
+        for process in self._processes.values():
+            process.send(signal.SIGTERM)
+        for process in self._processes.values():
+            process.wait(max(0.0, until - time.monotonic()))
         self._step.store_completed()
 
     def _start(self, index: int) -> None:
@@ -194,14 +199,6 @@ class _LocalTasks:
             self._step.failed(index, ended.cause, logs)
         else:
             self._step.ended(index, ended.exit_code, {}, {"workload_seconds": round(ended.seconds, 3)}, logs)
-
-    def _terminate(self) -> None:
-        """End all processes together."""
-        until = time.monotonic() + GRACE_SECONDS
-        for process in self._processes.values():
-            process.terminate()
-        for process in self._processes.values():
-            process.wait(max(0.0, until - time.monotonic()))
 
 
 @contextmanager

@@ -23,22 +23,17 @@ def inputs_of_step(step: dg.OpExecutionContext, *, by_partition: bool = False) -
     each task reads its own; see `with_versions`.
     """
     assets, checks = sorted(step.selected_asset_keys), declared_checks(step)
-    versions = step.assets_def.code_versions_by_key if step.has_assets_def else {}
+    versions, partitions = step.assets_def.code_versions_by_key if step.has_assets_def else {}, partitions_of(step)
+    # The keys of partitions stay the same if their hour or their time zone changes
+    window = time_window(step.assets_def.partitions_def if partitions and step.has_assets_def else None, partitions)
     return {
         "assets": sorted(key.to_user_string() for key in assets),
         **({"checks": checks} if checks else {}),
         **{f"code_version of {key.to_user_string()}": versions[key] for key in assets if versions.get(key)},
-        **_window(step, partitions_of(step)),
+        **({"time window of the partitions": [each.isoformat() for each in window]} if window else {}),
         **{f"upstream step {key}": run for key, run in _upstream_runs(step).items()},
         **_upstream_versions(step, by_partition=by_partition),
     }
-
-
-def _window(step: dg.OpExecutionContext, partitions: Sequence[str]) -> dict[str, Sequence[str]]:
-    """Return the time of the partitions: their keys stay the same if their hour or their time zone changes."""
-    definition = step.assets_def.partitions_def if partitions and step.has_assets_def else None
-    window = time_window(definition, partitions)
-    return {"time window of the partitions": [each.isoformat() for each in window]} if window else {}
 
 
 def _upstream_runs(step: dg.OpExecutionContext) -> Mapping[str, str]:

@@ -6,15 +6,13 @@ If the workload raises, mpi4py ends all ranks (MPI_Abort). That kills the proces
 which may not have read why: so the failure is recorded here.
 """
 
-import os
-import socket
 import sys
 import traceback
 from pathlib import Path
 
 from mpi4py import run
 
-from one_rank import TAIL_LINES, record_failure
+from one_rank import record_failure
 
 
 def main() -> None:
@@ -26,18 +24,12 @@ def main() -> None:
         run.set_abort_status(exit_)
         code = exit_.code if isinstance(exit_.code, int) else 1
         if exit_.code not in (None, 0):
-            record(Path(failure), code, "" if code == exit_.code else str(exit_.code))
+            record_failure(Path(failure), code, [] if code == exit_.code else str(exit_.code).splitlines())
         raise
     except BaseException:
         run.set_abort_status(1)
-        record(Path(failure), 1, traceback.format_exc())
+        record_failure(Path(failure), 1, traceback.format_exc().splitlines())
         raise
-
-
-def record(failure: Path, code: int, text: str) -> None:
-    """Record how this rank has failed; `text`: for its stderr."""
-    lines = text.splitlines()[-TAIL_LINES:]
-    record_failure(failure, {"rank": os.environ["RANK"], "host": socket.gethostname(), "code": code, "stderr": lines})
 
 
 if __name__ == "__main__":

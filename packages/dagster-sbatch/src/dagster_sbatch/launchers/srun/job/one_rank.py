@@ -18,7 +18,7 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -70,8 +70,7 @@ def run_rank(failure: Path, command: Sequence[str]) -> int:
     for output in outputs:
         output.drain()
     if code:
-        tail = list(outputs[0].lines)[-TAIL_LINES:]
-        record_failure(failure, {"rank": rank, "host": socket.gethostname(), "code": code, "stderr": tail})
+        record_failure(failure, code, outputs[0].lines)
     return shell_code(code)
 
 
@@ -80,9 +79,14 @@ def mpi4py(failure: str) -> list[str]:
     return [str(_MPI_RANK), failure] if importlib.util.find_spec("mpi4py") else []
 
 
-def record_failure(path: Path, record: Mapping[str, object]) -> None:
-    """Write a failure, all of it or nothing, unless another rank has written one."""
-    part = path.with_name(f"{path.name}-{socket.gethostname()}-{os.getpid()}")
+def record_failure(path: Path, code: int, stderr: Iterable[str]) -> None:
+    """Record how this rank has failed, with its last lines of stderr, unless another rank has recorded a failure.
+
+    The file is there with all of it, or not at all.
+    """
+    host = socket.gethostname()
+    record = {"rank": os.environ["RANK"], "host": host, "code": code, "stderr": list(stderr)[-TAIL_LINES:]}
+    part = path.with_name(f"{path.name}-{host}-{os.getpid()}")
     try:
         part.write_text(json.dumps(record))
         with suppress(FileExistsError):
