@@ -68,10 +68,7 @@ def _digest(path: Path) -> str:
 
 
 def _pip(command: list[str], lock: LockFile, folder: Path, alive: Callable[[], object]) -> None:
-    """Run pip, whose temporary files are in a folder. No process of it outlives an exception.
-
-    Raises ConfigurationError: pip failed; the text has its last lines.
-    """
+    """Run pip, whose temporary files are in a folder. No process of it outlives an exception."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet", *command],
         env=child_environment("PIP_", *NETWORK, TMPDIR=str(folder), **_REPRODUCIBLE),

@@ -75,15 +75,12 @@ class JobArray(CheckedModel):
                     f"tasks: the name {name[:LONGEST_NAME]!r} is empty, longer than {LONGEST_NAME} characters, or has "
                     "characters that cannot be printed. Use another name"
                 )
-            _check_values(name, values)
+            if PARTITION_KEYS in values:
+                reason = f"{PARTITION_KEYS!r} holds the partitions of the run. Use another name"
+                raise ValueError(f"tasks[{name!r}]: {reason}")
+            for key, value in values.items():
+                check_json(f"tasks[{name!r}][{key!r}]", value)
         return self
-
-
-def _check_values(name: str, values: Mapping[str, Any]) -> None:
-    if PARTITION_KEYS in values:
-        raise ValueError(f"tasks[{name!r}]: {PARTITION_KEYS!r} holds the partitions of the run. Use another name")
-    for key, value in values.items():
-        check_json(f"tasks[{name!r}][{key!r}]", value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,10 +129,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
 
 
 def _step_of(context: object) -> dg.OpExecutionContext:
-    """Return the context of the step that runs.
-
-    Raises Failure: it is the context of something else, or of an asset or op that is called outside a run.
-    """
+    """Return the context of the step that runs; refuse that of something else, or of a call outside a run."""
     if not isinstance(context, dg.AssetExecutionContext | dg.OpExecutionContext | dg.AssetCheckExecutionContext):
         raise failure(
             "compute.run",

@@ -105,10 +105,7 @@ def make_plan(  # noqa: PLR0913 - what an asset passes
 
 
 def _allocate(plan: Plan, settings: Settings) -> Plan:
-    """Return the plan with what its site adds: the rest of the request, and notes.
-
-    Raises ConfigurationError: the site does not allow it.
-    """
+    """Return the plan with what its site adds: the rest of the request, and notes."""
     plan = with_request(plan, plan.request, settings)
     request = plan.allocation.request
     check_retries(request)

@@ -128,10 +128,7 @@ class RemoteStep(ABC):
             gateway.close()
 
     def _register(self) -> Family:
-        """Register this call, and compute digests of everything that decides its result.
-
-        Raises ConfigurationError: the container of its job has no image.
-        """
+        """Register this call, and compute digests of everything that decides its result."""
         root, step, calls = self._info.root, self._info.step, calls_of(self._context)
         data_root, runs, environment = self._settings.data_folder, self._settings.runs_folder, self._environment
         with calls.preparing():

@@ -60,21 +60,10 @@ def hand_over(
     handle: Callable[[PipesMessage], None],
     reader: dg.PipesMessageReader,
 ) -> None:
-    """Check a report and hand it to Dagster; `handle`: of Dagster's handler.
+    """Check a report and hand it to Dagster; `handle`: of Dagster's handler. Warn of what Dagster does not store.
 
-    Raises ValueError: see `_check_report`; or Dagster cannot read it. The text names the metadata with which it cannot.
-    """
-    _check_report(context, message)
-    try:
-        handle(_without_infinity(message))
-    except Exception as error:
-        raise ValueError(_find_unreadable(context, message, reader) or str(error)) from error
-
-
-def _check_report(context: dg.OpExecutionContext, message: PipesMessage) -> None:
-    """Refuse a report on what is not of this step; warn of what Dagster does not store.
-
-    Raises ValueError: it names what the step has.
+    Raises ValueError: it is on what is not of this step; the text names what the step has. Or Dagster cannot read it;
+    the text names the metadata with which it cannot.
     """
     params = message["params"] or {}
     names = ", ".join(sorted(OWN_NAMES.intersection(params.get("metadata") or ())))
@@ -87,6 +76,10 @@ def _check_report(context: dg.OpExecutionContext, message: PipesMessage) -> None
         _check_asset(context, params.get("asset_key"))
     elif message["method"] == "report_asset_check":
         _check_declared(context, params["asset_key"], params["check_name"])
+    try:
+        handle(_without_infinity(message))
+    except Exception as error:
+        raise ValueError(_find_unreadable(context, message, reader) or str(error)) from error
 
 
 def _check_asset(context: dg.OpExecutionContext, asset: str | None) -> None:
@@ -196,18 +189,11 @@ def read_partitions(
         if key in unpartitioned_assets(context):
             raise ValueError(f"a report on a partition of {key.to_user_string()}, which has none")
         metadata = {name: _typed(value) for name, value in (report.get("metadata") or {}).items()}
-        params = {
-            "asset_key": key.to_escaped_user_string(),
-            "metadata": metadata,
-            "data_version": report.get("data_version"),
-        }
-        message = make_message("report_asset_materialization", params)
-        hand_over(context, message, handler.handle_message, reader)
-    found = []
-    for report, result in zip(reports, handler.get_reported_results(), strict=True):
-        assert isinstance(result, dg.MaterializeResult)
-        found.append(report_on(result, report["partition"]))
-    return found
+        version = report.get("data_version")
+        params = {"asset_key": key.to_escaped_user_string(), "metadata": metadata, "data_version": version}
+        hand_over(context, make_message("report_asset_materialization", params), handler.handle_message, reader)
+    results = zip(reports, handler.get_reported_results(), strict=True)
+    return [report_on(each, report["partition"]) for report, each in results if isinstance(each, dg.MaterializeResult)]
 
 
 def report_on(result: dg.MaterializeResult[Any], partition: str) -> PartitionReport:

@@ -95,10 +95,7 @@ class RunEnvironment:
         return DEFAULT if environment is None or is_path(environment) else environment
 
     def _find_published(self, answer: Mapping[str, Any] | None = None) -> Published:
-        """Return what production runs for the group of the asset; `answer`: see `find`.
-
-        Raises ConfigurationError: nothing was published for it.
-        """
+        """Return what production runs for the group of the asset, which must be published; `answer`: see `find`."""
         deployment, group = self._settings.deployment, self._group
         published = self._environments.published(group, answer)
         if published is None:

@@ -111,10 +111,7 @@ class ForkServers:
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
-        """Yield a descriptor of the folder; it is made if it is missing.
-
-        Raises PermissionError: another user can enter it, or owns it.
-        """
+        """Yield a descriptor of the folder, made if it is missing; refuse one that another user can enter or owns."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import dagster as dg
 
@@ -14,7 +15,18 @@ from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Projects, Usage
 
-Verdict = tuple[Literal["ok", "warning", "broken"], str, str]  # the last three fields of a Finding
+
+class Verdict(NamedTuple):
+    """What a check returns: the last three fields of a Finding."""
+
+    state: Literal["ok", "warning", "broken"]
+    found: str
+    fix: str = ""
+
+
+ok = partial(Verdict, "ok")
+warning = partial(Verdict, "warning")
+broken = partial(Verdict, "broken")
 
 
 @dataclass(frozen=True)
@@ -42,18 +54,3 @@ class Facts:
     runs: Runs = field(init=False)
     projects: Projects = field(init=False)
     usage: Usage | None = field(init=False)
-
-
-def ok(found: str) -> Verdict:
-    """Return the verdict of a check that found nothing wrong."""
-    return "ok", found, ""
-
-
-def warning(found: str, fix: str) -> Verdict:
-    """Return the verdict for a fault that does not keep jobs from running."""
-    return "warning", found, fix
-
-
-def broken(found: str, fix: str) -> Verdict:
-    """Return the verdict for a fault that keeps jobs from running."""
-    return "broken", found, fix

@@ -143,10 +143,7 @@ class Node:
             )
 
     def _await_head(self, mine: Mapping[str, str]) -> dict[str, Any]:
-        """Return what the head has published.
-
-        Raises NodeError: this node has another Ray or Python than the head.
-        """
+        """Return what the head has published; refuse a node that has another Ray or Python than the head."""
         waited = 0.0
         while not (head := read_published(HEAD_FILE)):
             pause = min(max(POLL_SECONDS, waited / 50), LONGEST_POLL)
@@ -263,10 +260,7 @@ def main() -> None:
 
 
 def _await(child: int) -> NoReturn:
-    """Wait for the child, and end with its exit code.
-
-    Raises NodeError: it was killed.
-    """
+    """Wait for the child, and end with its exit code; it is a NodeError if it was killed."""
 
     def pass_on(*_: object) -> None:
         with suppress(ProcessLookupError):
