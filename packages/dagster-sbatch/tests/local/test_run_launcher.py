@@ -13,9 +13,8 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.run_launcher import fork_client, fork_server, launcher
-from dagster_sbatch.run_launcher.fork_client import ForkServers
+from dagster_sbatch.run_launcher.fork_client import ForkServers, RunProcess
 from dagster_sbatch.run_launcher.fork_server import LOG
-from dagster_sbatch.run_launcher.run_process import RunProcess
 from support.dagster_dev import gone, wait_for
 from support.forked_runs import JOBS, Runs
 

@@ -16,9 +16,8 @@ import pytest
 from dagster_sbatch.auth import ensure_certificate
 from dagster_sbatch.environments import deployed, groups
 from dagster_sbatch.environments.code import read_code
-from dagster_sbatch.environments.deployed import Comparison, Environment, Environments, EnvironmentSpec
+from dagster_sbatch.environments.deployed import Comparison, Environment, Environments, EnvironmentSpec, Progress
 from dagster_sbatch.environments.lockfile import Interpreter, read_lock
-from dagster_sbatch.environments.progress import Progress
 from dagster_sbatch.environments.wheels import Wheel, gather_wheels
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.project import Project

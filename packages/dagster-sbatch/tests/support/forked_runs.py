@@ -11,8 +11,8 @@ import dagster as dg
 import psutil
 import pytest
 
+from dagster_sbatch.run_launcher.fork_client import RunProcess
 from dagster_sbatch.run_launcher.fork_server import LOG
-from dagster_sbatch.run_launcher.run_process import RunProcess
 from local import forked_jobs
 from support.dagster_dev import gone, wait_for
 

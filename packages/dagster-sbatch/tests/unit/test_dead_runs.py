@@ -12,7 +12,7 @@ import pytest
 from dagster._core.code_pointer import ModuleCodePointer
 from dagster._core.origin import JobPythonOrigin, RepositoryPythonOrigin
 
-from dagster_sbatch.run_launcher.run_process import RunProcess
+from dagster_sbatch.run_launcher.fork_client import RunProcess
 
 SLEEP = "import time; time.sleep(600)"
 POINTER = ModuleCodePointer(__name__, "nothing", None)

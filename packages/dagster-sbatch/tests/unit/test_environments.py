@@ -18,10 +18,10 @@ from dagster_sbatch.environments.deployed import (
     EnvironmentListing,
     Environments,
     EnvironmentSpec,
+    Progress,
     Published,
 )
 from dagster_sbatch.environments.lockfile import NEWEST, OLDEST, Interpreter, read_lock
-from dagster_sbatch.environments.progress import Progress
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.plan import make_plan
@@ -195,7 +195,7 @@ def test_old_environments_go_but_none_that_is_needed(used: tuple[str], limits: d
 
 def test_the_log_shows_percent_and_rate_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("dagster_sbatch.environments.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("dagster_sbatch.environments.deployed.time.monotonic", lambda: now[0])
     lines: list[str] = []
     progress = Progress(lines.append)
     progress.step("installing")

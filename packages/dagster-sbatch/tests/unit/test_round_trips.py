@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from dagster_sbatch.environments.code import read_code
-from dagster_sbatch.environments.deployed import Environments, EnvironmentSpec
+from dagster_sbatch.environments.deployed import Environments, EnvironmentSpec, Progress
 from dagster_sbatch.environments.lockfile import read_lock
-from dagster_sbatch.environments.progress import Progress
 from dagster_sbatch.slurm.gateway import Gateway, Questions, make_gateway
 from dagster_sbatch.slurm.gateway.channel import Channel, Frame
 from resources import PROJECT

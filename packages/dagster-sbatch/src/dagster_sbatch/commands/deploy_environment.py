@@ -18,9 +18,8 @@ from dagster_sbatch.commands.command_line import (
     print_table,
 )
 from dagster_sbatch.environments.code import revision_of
-from dagster_sbatch.environments.deployed import EnvironmentListing, Environments, EnvironmentSpec, read_specs
+from dagster_sbatch.environments.deployed import EnvironmentListing, Environments, EnvironmentSpec, Progress, read_specs
 from dagster_sbatch.environments.groups import DEFAULT
-from dagster_sbatch.environments.progress import Progress
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
 from dagster_sbatch.slurm.units import count_of

@@ -1,6 +1,7 @@
 """The environments on the supercomputer: which exist, which one production runs; make, publish and remove them."""
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,7 +11,6 @@ from typing import Any
 from dagster_sbatch.environments.code import Code, read_code
 from dagster_sbatch.environments.groups import DEFAULT, find_groups, read_group
 from dagster_sbatch.environments.lockfile import NEWEST, OLDEST, VERIFIED, Interpreter, LockFile
-from dagster_sbatch.environments.progress import Progress
 from dagster_sbatch.environments.wheels import Wheel, gather_wheels
 from dagster_sbatch.project import Project
 from dagster_sbatch.settings import Settings
@@ -19,6 +19,7 @@ from dagster_sbatch.slurm.gateway import Gateway, send_file
 from dagster_sbatch.slurm.units import count_of
 
 MOST_NAMES = 5  # files that a refusal lists by name
+LOG_SECONDS = 10.0  # between two lines about bytes that were sent
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,31 @@ def make_spec(project: Project, settings: Settings, code: Code, group: str | Non
     """Return what the environment of a group consists of; see `read_group`."""
     python = None if group else settings.python
     return EnvironmentSpec(code, read_group(project, group, python), python)
+
+
+class Progress:
+    """Shows the user how far it is: here, as lines of a log."""
+
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
+        self._first: tuple[float, int] | None = None
+        self._logged = 0.0
+
+    def step(self, text: str) -> None:
+        """Show what is done now."""
+        self._log(f"environment: {text}")
+
+    def sent(self, done: int, total: int) -> None:
+        """Show how many bytes of how many are on the supercomputer; as a line at most every ten seconds."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._logged = (now, done), now
+        if done < total and now - self._logged < LOG_SECONDS:
+            return
+        self._logged = now
+        since, before = self._first
+        rate = (done - before) / max(now - since, 1e-3)
+        self._log(f"environment: sent {100 * done // total} % of {total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s")
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,15 @@ from functools import cached_property
 from typing import Any
 
 from dagster_sbatch.environments.code import read_code
-from dagster_sbatch.environments.deployed import Environment, Environments, EnvironmentSpec, Published, make_spec
+from dagster_sbatch.environments.deployed import (
+    Environment,
+    Environments,
+    EnvironmentSpec,
+    Progress,
+    Published,
+    make_spec,
+)
 from dagster_sbatch.environments.groups import DEFAULT, is_path
-from dagster_sbatch.environments.progress import Progress
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.settings import Settings

@@ -18,8 +18,7 @@ from dagster._grpc.types import ExecuteRunArgs
 from dagster._serdes import serialize_value
 from dagster._serdes.config_class import ConfigurableClassData
 
-from dagster_sbatch.run_launcher.fork_client import ForkServers, ForkServerUnavailableError
-from dagster_sbatch.run_launcher.run_process import RunProcess
+from dagster_sbatch.run_launcher.fork_client import ForkServers, ForkServerUnavailableError, RunProcess
 
 CAN_FORK = sys.platform == "linux"
 """Elsewhere runs are started as Dagster does by default: macOS's libraries do not survive a fork, Windows has none."""
