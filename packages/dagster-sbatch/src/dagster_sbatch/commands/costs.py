@@ -5,12 +5,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, time, timedelta
 from typing import get_args
 
-from dagster_sbatch.commands.command_line import (
-    entry_point,
-    make_parser,
-    make_trouble_printer,
-    print_table,
-)
+from dagster_sbatch.commands.command_line import entry_point, make_parser, make_trouble_printer, print_table
 from dagster_sbatch.commands.project_history import open_history
 from dagster_sbatch.costs.budget import PACE_DAYS, budget_start, budgets_of, describe
 from dagster_sbatch.costs.hours import show_hours

@@ -11,12 +11,7 @@ from pathlib import Path
 from rich import progress as bars
 from rich.console import Console
 
-from dagster_sbatch.commands.command_line import (
-    entry_point,
-    make_parser,
-    make_trouble_printer,
-    print_table,
-)
+from dagster_sbatch.commands.command_line import entry_point, make_parser, make_trouble_printer, print_table
 from dagster_sbatch.environments.code import revision_of
 from dagster_sbatch.environments.deployed import EnvironmentListing, Environments, EnvironmentSpec, Progress, read_specs
 from dagster_sbatch.environments.groups import DEFAULT

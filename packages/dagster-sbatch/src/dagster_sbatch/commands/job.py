@@ -9,12 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from dagster_sbatch.commands.command_line import (
-    entry_point,
-    make_parser,
-    make_trouble_printer,
-    print_table,
-)
+from dagster_sbatch.commands.command_line import entry_point, make_parser, make_trouble_printer, print_table
 from dagster_sbatch.commands.job_tasks import find_task, show_array, show_array_logs, show_tasks, split_task
 from dagster_sbatch.commands.project_history import open_instance
 from dagster_sbatch.errors import ConfigurationError

@@ -35,12 +35,9 @@ def hours_at_most(jobs: Queued, tres: str) -> float | None:
 
 def add(hours: Iterable[float | None]) -> float | None:
     """Return a sum; None if one of its parts is not known."""
-    total = 0.0
-    for each in hours:
-        if each is None:
-            return None
-        total += each
-    return total
+    parts = list(hours)
+    known = [each for each in parts if each is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 def show_hours(hours: float | None, unit: str = "", *, beside: Sequence[float | None] = ()) -> str:

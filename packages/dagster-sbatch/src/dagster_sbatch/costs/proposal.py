@@ -245,11 +245,7 @@ def _describe(request: SlurmRequest, planned: SlurmRequest, uses: Sequence[Use])
     of = f" of {has / GIB:.1f}" if has else ""
     parts = [
         _part(uses, lambda use: use.seconds, lambda most: f"{format_time(timedelta(seconds=round(most)))} of {limit}"),
-        _part(
-            uses,
-            lambda use: use.memory_per_node(planned),
-            lambda most: f"{most / GIB:.1f}{of} GiB per node",
-        ),
+        _part(uses, lambda use: use.memory_per_node(planned), lambda most: f"{most / GIB:.1f}{of} GiB per node"),
         _part(uses, lambda use: use.cpu_efficiency, lambda most: f"{most:.0%} of {count_of(planned.cpus, 'CPU')}"),
         _part(uses, lambda use: use.gpu_utilization, lambda most: f"{most:.0%} of {count_of(planned.gpus, 'GPU')}"),
         _part(uses, lambda use: use.gpu_memory, lambda most: f"{most / 1024:.1f} GiB of a GPU's memory"),
