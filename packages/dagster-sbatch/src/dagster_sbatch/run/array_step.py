@@ -18,6 +18,7 @@ from dagster_sbatch.run.array_results import (
     summarize,
 )
 from dagster_sbatch.run.calls import calls_of
+from dagster_sbatch.run.completed import CompletedPartitions
 from dagster_sbatch.run.failures import failure, shorten
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.past_use import proposal_metadata, uses_of
@@ -25,7 +26,6 @@ from dagster_sbatch.run.pipes import open_session
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import add_metadata, note_missing_checks, partitions_of
-from dagster_sbatch.run.step_inputs import CompletedPartitions
 from dagster_sbatch.run.task_contexts import TaskContexts
 from dagster_sbatch.run.task_failures import FailedTask, TaskFailures
 from dagster_sbatch.run.task_output import ArrayProgress, TaskReader, Warnings

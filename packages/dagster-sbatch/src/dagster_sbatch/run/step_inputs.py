@@ -1,26 +1,15 @@
-"""What decides the result of a step beside what its asset passes to `compute.run`, and which partitions have one."""
+"""What decides the result of a step beside what its asset passes to `compute.run`: as Dagster knows it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import dagster as dg
 
 from dagster_sbatch.run.array import Task
-from dagster_sbatch.run.digests import digest_of
-from dagster_sbatch.run.history import (
-    MOST_PARTITIONS,
-    find_data_version,
-    find_data_versions,
-    find_successes,
-    stored_partitions,
-)
+from dagster_sbatch.run.history import MOST_PARTITIONS, find_data_version, find_data_versions, find_successes
 from dagster_sbatch.run.results import declared_checks, partitions_of
 from dagster_sbatch.run.task_contexts import time_window
-from dagster_sbatch.slurm.units import count_of
-
-INPUTS_TAG = "dagster_sbatch/inputs"
-"""Tag of a materialization that is stored before the end of its step: a digest of what has decided its data."""
 
 
 def inputs_of_step(step: dg.OpExecutionContext, *, by_partition: bool = False) -> dict[str, Any]:
@@ -126,42 +115,3 @@ def _silent_inputs(step: dg.OpExecutionContext) -> dict[str, dg.AssetKey | None]
     names = [each.name for each in execution.op_def.input_defs if each.dagster_type.is_nothing]
     find = execution.job_def.asset_layer.get_asset_key_for_node_input
     return {name: find(execution.node_handle, name) for name in names}
-
-
-class CompletedPartitions:
-    """What is stored of the tasks' partitions, and was computed from the data that a task would read now.
-
-    The end of the step stores them once more, and for Dagster they are made of the newest data then.
-    """
-
-    def __init__(self, step: dg.OpExecutionContext, tasks: Sequence[Task]) -> None:
-        """Ask Dagster what it has stored; nothing counts of tasks without partitions."""
-        self.tasks, by_partition = with_versions(step, tasks), any(task.partitions for task in tasks)
-        self._inputs = digest_of(inputs_of_step(step, by_partition=True)) if by_partition else ""
-        found = stored_partitions(step) if by_partition else {}
-        known = [(task, key) for task in self.tasks for key in task.partitions if key in found]
-        current = {key for task, key in known if self._is_current(task, key, found[key])}
-        self._outdated = len(known) - len(current)
-        complete = {
-            index for index, task in enumerate(self.tasks) if task.partitions and current.issuperset(task.partitions)
-        }
-        # The materializations of the partitions of complete tasks, by asset; and the indices of the other tasks
-        self.stored = {key: found[key] for index in complete for key in self.tasks[index].partitions}
-        self.left = [index for index in range(len(self.tasks)) if index not in complete]
-
-    def _is_current(self, task: Task, partition: str, stored: Mapping[dg.AssetKey, dg.AssetMaterialization]) -> bool:
-        """Return whether the inputs of a partition are the same, or not known: the end of a step has stored it."""
-        tags = self.tags(task, partition)
-        return all({**tags, **(each.tags or {})}.items() >= tags.items() for each in stored.values())
-
-    def tags(self, task: Task, partition: str) -> dict[str, str]:
-        """Return the tags of the materialization of a partition, by which a later run knows its inputs."""
-        return {INPUTS_TAG: digest_of([self._inputs, list(task.reads.get(partition, ()))])}
-
-    def report(self, log: Callable[[str], None]) -> None:
-        """Log how many partitions are skipped, and how many are not although they are stored."""
-        if self.stored:
-            log(f"This run skips {count_of(len(self.stored), 'partition')} that earlier runs have completed.")
-        if self._outdated:
-            again = count_of(self._outdated, "partition")
-            log(f"This run computes {again} again: there is newer data to read, or code_version has changed.")

@@ -58,7 +58,8 @@ def check_credentials(facts: Facts) -> Verdict:
     health = check_health(facts.settings)
     if health.verdict in ("broken", "failing"):
         verdict = broken if health.verdict == "broken" else warning
-        return verdict(health.summary, "do what these lines advise; if they advise nothing, wait: the refresh is tried again by itself")
+        advice = "do what these lines advise; if they advise nothing, wait: the refresh is tried again by itself"
+        return verdict(health.summary, advice)
     return ok(health.summary)
 
 
