@@ -8,8 +8,7 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.commands import preview as preview_command
-from dagster_sbatch.costs.cost import Cost, explain_excess, highest_cost
-from dagster_sbatch.costs.hours import show_hours
+from dagster_sbatch.costs.cost import Cost, explain_excess, highest_cost, show_hours
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import preview_asset
 from dagster_sbatch.inspect.dry_run import try_script

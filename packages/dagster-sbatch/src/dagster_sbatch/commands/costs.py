@@ -8,7 +8,7 @@ from typing import get_args
 from dagster_sbatch.commands.command_line import entry_point, make_parser, make_trouble_printer, print_table
 from dagster_sbatch.commands.project_history import open_history
 from dagster_sbatch.costs.budget import PACE_DAYS, budget_start, budgets_of, describe
-from dagster_sbatch.costs.hours import show_hours
+from dagster_sbatch.costs.cost import show_hours
 from dagster_sbatch.costs.ledger import OTHER, UNKNOWN, Dimension, Entry, make_ledger, sum_by, total
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project

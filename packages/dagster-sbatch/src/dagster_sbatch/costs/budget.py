@@ -5,8 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 
-from dagster_sbatch.costs.cost import describe_cost, highest_cost
-from dagster_sbatch.costs.hours import MOST_DIGITS, add, hours_at_most, hours_used, show_hours
+from dagster_sbatch.costs.cost import (
+    MOST_DIGITS,
+    add,
+    describe_cost,
+    highest_cost,
+    hours_at_most,
+    hours_used,
+    show_hours,
+)
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Allocation

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Literal
 
-from dagster_sbatch.costs.hours import add, end_of, hours_used
+from dagster_sbatch.costs.cost import add, end_of, hours_used
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import GPU, JobLife, Usage
 

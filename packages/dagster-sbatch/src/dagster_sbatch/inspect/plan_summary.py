@@ -1,7 +1,6 @@
 """What a plan asks for, as text: the place, the request, the tasks of an array and the highest possible cost."""
 
-from dagster_sbatch.costs.cost import highest_cost
-from dagster_sbatch.costs.hours import show_hours
+from dagster_sbatch.costs.cost import highest_cost, show_hours
 from dagster_sbatch.costs.proposal import MARGINS, Proposal
 from dagster_sbatch.environments.groups import is_path, lock_path
 from dagster_sbatch.run.array import USUAL_LIMIT, Batches

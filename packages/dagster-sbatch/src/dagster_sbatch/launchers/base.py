@@ -1,4 +1,4 @@
-"""The interface of all launchers."""
+"""The interface of all launchers, and the plainest of them."""
 
 import shlex
 import sys
@@ -150,3 +150,17 @@ class Launcher(CheckedModel, ABC):
             report = f'echo {shlex.quote(f"{command}: failed on")} "$HOSTNAME; the job continues" >&2'
             lines.append(f"eval {shlex.quote(command)} || {{ {fallback}{report}; }}")
         return "\n".join(lines)
+
+
+class ScriptLauncher(Launcher):
+    """Runs the workload as one process on the first node of the allocation.
+
+    OMP_NUM_THREADS is the number of CPUs per task, unless the asset's `env` or the login shell sets it. Without it,
+    libraries start one thread per hardware thread of the node.
+    """
+
+    key: ClassVar[str] = "script"
+
+    def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
+        lines = [self.render_threads(request), self.render_pre_start(), f"run_workload {shlex.join(command)}"]
+        return "\n".join(filter(None, lines))
