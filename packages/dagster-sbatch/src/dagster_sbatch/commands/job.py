@@ -64,17 +64,13 @@ def main(project: Project) -> int:
     words = sys.argv[1:]
     if words and words[0] in actions.choices:
         parser.error(f"name a job before the action, for example: scripts/job 1184 {words[0]}")
-    asked = parser.parse_args(add_action(words))
+    alone = len(words) == 1 and not words[0].startswith("-")  # argparse would take the job for an action
+    asked = parser.parse_args([*words, "state"] if alone else words)
     settings = project.load_settings(supercomputer=True)
     endless = asked.follow or asked.action in ("fetch", "dashboard")
     with open_runs(settings, project, None if endless else PATIENCE, make_trouble_printer()) as runs:
         act(asked, project, runs, settings)
     return 0
-
-
-def add_action(words: list[str]) -> list[str]:
-    """Add the action `state` to a job that is named alone: argparse would take the job for an action."""
-    return [*words, "state"] if len(words) == 1 and not words[0].startswith("-") else words
 
 
 def act(asked: argparse.Namespace, project: Project, runs: Runs, settings: Settings) -> None:

@@ -6,7 +6,7 @@ import os
 import shlex
 import stat
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,8 @@ class Code:
     @property
     def notes(self) -> list[str]:
         """Sentences for the user: files that are not sent, and files that are sent because there is no git."""
-        left_out, dotenv, sent = (_list(names) for names in (self.left_out, self.dotenv, self.files))
+        lists = (list_names(sorted(names), MOST_NAMES) for names in (self.left_out, self.dotenv, self.files))
+        left_out, dotenv, sent = map(_shown, lists)
         number = count_of(len(self.files), "file")
         notes = {
             f"{self.folder} is in no git repository, so everything in it is sent ({number}): {sent}": not self.in_git,
@@ -137,10 +138,6 @@ def _walk(folder: Path) -> Iterator[str]:
         for name in (*files, *linked):
             if not name.startswith("."):
                 yield (Path(path) / name).relative_to(folder).as_posix()
-
-
-def _list(names: Iterable[str]) -> str:
-    return _shown(list_names(sorted(names), MOST_NAMES))
 
 
 def _shown(name: str) -> str:

@@ -140,12 +140,9 @@ def name_differences(mine: Mapping[str, str], record: Mapping[str, Any] | None) 
     if record is None:
         return NO_RECORD
     theirs = record.get("inputs", {})
+    how = dict.fromkeys(mine.keys() - theirs, " (new)") | dict.fromkeys(theirs.keys() - mine, " (gone)")
     names = [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
-    return list_names([f"{name}{_how(name, mine, theirs)}" for name in names], MOST_NAMES)
-
-
-def _how(name: str, mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    return " (new)" if name not in theirs else " (gone)" if name not in mine else ""
+    return list_names([f"{name}{how.get(name, '')}" for name in names], MOST_NAMES)
 
 
 def name_request_changes(mine: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:

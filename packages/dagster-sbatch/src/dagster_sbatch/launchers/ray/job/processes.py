@@ -71,11 +71,7 @@ def describe_death(dead: Mapping[str, int], logs: Path) -> str:
     ends = [f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}" for code in dead.values()]
     text = ", ".join(f"{name} {end}" for name, end in zip(dead, ends, strict=True))
     for path in (logs / f"{name}.{kind}" for name in dead for kind in ("err", "out")):
-        if path.exists() and (last := tail(_without_state_dumps(path))):
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else ()
+        if last := tail("\n".join(line for line in lines if "[state-dump]" not in line)):
             text += f"\nThe last lines of {path.name}:\n{last}"
     return text
-
-
-def _without_state_dumps(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    return "\n".join(line for line in lines if "[state-dump]" not in line)

@@ -170,7 +170,10 @@ def run_here(options: Mapping[str, str], failure: Path, command: Sequence[str]) 
             os.environ.setdefault(name, value)
         return await_starter([mpiexec, "-n", str(count), *rank], failure, options["wait"])
     gpus = [] if options["gpu-bind"] == "none" else local_gpus()
-    ranks = [subprocess.Popen(rank, env={**os.environ, **local_variables(number, gpus)}) for number in range(count)]
+    ranks = []
+    for number in range(count):
+        own = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}  # else what this machine has
+        ranks.append(subprocess.Popen(rank, env={**os.environ, "RANK": str(number), **own}))
     late, failed = await_ranks(ranks, float(options["wait"]))
     record = read_failure(failure)  # before others fail as a result
     if late or failed:
@@ -183,12 +186,6 @@ def run_here(options: Mapping[str, str], failure: Path, command: Sequence[str]) 
         number, code = failed
         return shell_code(code), f"the process that started rank {number} {name_exit(code)}; its output may say why"
     return 0, ""
-
-
-def local_variables(rank: int, gpus: Sequence[str]) -> dict[str, str]:
-    """Return the variables of a rank that has one of these GPUs; without any, it has what this machine has."""
-    own = {"CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]} if gpus else {}
-    return {"RANK": str(rank), **own}
 
 
 def local_gpus() -> list[str]:
