@@ -150,7 +150,7 @@ class Comparison:
 
 
 class Environments:
-    """All environments of a deployment; methods raise what `Gateway` raises."""
+    """All environments of a deployment; methods raise what `Gateway` and `gather_wheels` raise."""
 
     def __init__(self, gateway: Gateway, base: str, site: Site) -> None:
         """`base`: SLURM_DEPLOYMENT_BASE_PATH."""
@@ -174,7 +174,6 @@ class Environments:
         """Find out whether an environment exists; if not, gather its wheels in an empty folder.
 
         `answer`: to `request_find`, if the login node has already answered that.
-        Raises ConfigurationError: see `gather_wheels`.
         """
         answer = answer or self._gateway.ask(**self.request_find(spec))
         environment = Environment.parse(answer["environment"])
@@ -191,10 +190,7 @@ class Environments:
         )
 
     def ensure(self, spec: EnvironmentSpec, progress: Progress, answer: Mapping[str, Any] | None = None) -> Environment:
-        """Make an environment, unless it exists. Only wheels that are missing there are sent. `answer`: see `compare`.
-
-        Raises ConfigurationError: see `gather_wheels`.
-        """
+        """Make an environment, unless it exists. Only wheels that are missing there are sent. `answer`: see `compare`."""
         with tempfile.TemporaryDirectory(prefix="wheels-") as folder:
             found = self.compare(spec, Path(folder), progress, answer)
             if found.ready:

@@ -24,7 +24,10 @@ COMMAND = "scripts/deploy_environment.py"
 
 
 class RunEnvironment:
-    """Finds or makes the environment of a new job. A step that adopts an existing job does not need it."""
+    """Finds or makes the environment of a new job. A step that adopts an existing job does not need it.
+
+    All but `check` raises ConfigurationError if git does not track the workload.
+    """
 
     def __init__(self, gateway: Gateway, settings: Settings, plan: Plan) -> None:
         self._environments = Environments(gateway, str(settings.deployment_base_path), plan.site)
@@ -32,10 +35,7 @@ class RunEnvironment:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Digests of the code and the packages that a job would get, by name.
-
-        Raises ConfigurationError: git does not track the workload.
-        """
+        """Digests of the code and the packages that a job would get, by name."""
         spec = self._spec
         code = {f"code {name}": digest for name, digest in spec.code.digests.items()}
         if spec.lock is None:
@@ -44,10 +44,7 @@ class RunEnvironment:
 
     @property
     def request(self) -> Mapping[str, Any]:
-        """The first request of `find`: which environment production runs; in staging, whether the environment exists.
-
-        Raises ConfigurationError: git does not track the workload.
-        """
+        """The first request of `find`: which environment production runs; in staging, whether it exists."""
         if self._settings.deployment == "production_supercomputer":
             return self._environments.request_published(self._group)
         return self._environments.request_find(self._spec)
@@ -60,7 +57,7 @@ class RunEnvironment:
 
         `log`: called with what takes long, and with which files are not sent. `answer`: to `request`, if the login node
         has already answered that.
-        Raises ConfigurationError: git does not track the workload; or in production: it is not what was published.
+        Raises ConfigurationError: in production: it is not what was published.
         """
         for note in self._spec.code.notes:
             log(f"environment: {note}")
