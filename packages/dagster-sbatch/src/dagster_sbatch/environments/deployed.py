@@ -190,7 +190,7 @@ class Environments:
         )
 
     def ensure(self, spec: EnvironmentSpec, progress: Progress, answer: Mapping[str, Any] | None = None) -> Environment:
-        """Make an environment, unless it exists. Only wheels that are missing there are sent. `answer`: see `compare`."""
+        """Make an environment, unless it exists; send only wheels that are missing there. `answer`: see `compare`."""
         with tempfile.TemporaryDirectory(prefix="wheels-") as folder:
             found = self.compare(spec, Path(folder), progress, answer)
             if found.ready:
