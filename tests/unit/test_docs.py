@@ -11,7 +11,7 @@ import pytest
 from dagster_sbatch.auth.certificate import fingerprint
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.sites.musica import MUSICA
-from dagster_sbatch.ssh.known_hosts import parse_authority
+from dagster_sbatch.ssh.host_key import parse_authority
 from support import ENGINE, ROOT
 
 ENGINE_DOCS = ROOT / "packages" / "dagster-sbatch" / "docs"

@@ -16,7 +16,7 @@ import pytest
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.ssh import AuthenticationError, HostKeyError, UnreachableError, connect
 from dagster_sbatch.ssh import connection as module
-from dagster_sbatch.ssh.known_hosts import warn_once
+from dagster_sbatch.ssh.host_key import warn_once
 from slurm_in_a_box import CERTIFICATE_USER, PLAIN_KEY_USER, TCSH_USER, SimulatedSite, User, wait_until
 from slurm_in_a_box.keys import make_key
 

@@ -13,7 +13,7 @@ import pytest
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.ssh.client_config import SYSTEM_KNOWN_HOSTS, Hop, read_route
-from dagster_sbatch.ssh.known_hosts import warn_once
+from dagster_sbatch.ssh.host_key import warn_once
 
 
 @pytest.fixture(autouse=True)

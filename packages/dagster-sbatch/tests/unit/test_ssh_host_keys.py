@@ -8,8 +8,7 @@ import pytest
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.slurm import load_site
 from dagster_sbatch.ssh import HostKeyError
-from dagster_sbatch.ssh.host_key import check
-from dagster_sbatch.ssh.known_hosts import KnownHosts
+from dagster_sbatch.ssh.host_key import KnownHosts, check
 from unit.ssh_forge import Forge, needs_sshd, openssh_trusts, our_error
 
 pytestmark = needs_sshd

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.auth.certificate import fingerprint
-from dagster_sbatch.ssh.known_hosts import CERT_AUTHORITY, REVOKED, KnownHosts, names_of, warn_once
+from dagster_sbatch.ssh.host_key import CERT_AUTHORITY, REVOKED, KnownHosts, names_of, warn_once
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGGmRHV2v1x5rpIjXHqDvnVBGWgXqwWRV6tAAjuULVsD"
 OTHER = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIB5YptTHqfRr2Xw7sL0iQ8g7gS9nN1kHk1uJ5qMXH7rH"
@@ -29,7 +29,7 @@ def nothing_reported_yet() -> None:
 def found_by_us(file: Path, name: str) -> set[int]:
     """The numbers of the lines for a name, whatever they say of it."""
     known = KnownHosts.read([file])
-    entries = [entry for marker in ("", CERT_AUTHORITY, REVOKED) for entry in known.matching(name, marker)]
+    entries = [entry for marker in ("", CERT_AUTHORITY, REVOKED) for entry in known.matching([name], marker)]
     return {int(entry.place.rsplit(":", 1)[1]) for entry in entries}
 
 
@@ -116,7 +116,7 @@ def test_fingerprint_is_the_one_of_ssh_keygen(file: Path) -> None:
 def test_broken_lines_are_reported_once_and_the_others_are_used(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     file.write_text(LINES)
     for _ in range(2):
-        assert len(KnownHosts.read([file]).matching("a.example", "")) == 2
+        assert len(KnownHosts.read([file]).matching(["a.example"], "")) == 2
     broken = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [message.split(" is not")[0] for message in broken] == [f"{file}:{number}" for number in range(22, 27)]
     assert "base64" in broken[1]
@@ -130,6 +130,6 @@ def test_missing_and_unreadable_files(tmp_path: Path, file: Path, caplog: pytest
     folder.mkdir()
     file.write_bytes(b"caf\xe9.example broken\n" + f"plain.example {KEY}\r\n".encode())
     known = KnownHosts.read([tmp_path / "missing", folder, file])
-    assert len(known.matching("plain.example", "")) == 1
+    assert len(known.matching(["plain.example"], "")) == 1
     assert caplog.messages[0] == f"{folder} cannot be read and is skipped: Is a directory"
     assert len(caplog.messages) == 2

@@ -10,7 +10,7 @@ from dagster_sbatch.sites import SITES
 from dagster_sbatch.slurm.modules import Modules
 from dagster_sbatch.slurm.request import word
 from dagster_sbatch.slurm.units import Memory, Time
-from dagster_sbatch.ssh.known_hosts import parse_authority
+from dagster_sbatch.ssh.host_key import parse_authority
 
 _Comment = Annotated[
     str,

@@ -13,7 +13,7 @@ from paramiko.ssh_exception import ConfigParseError
 
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.settings import Settings
-from dagster_sbatch.ssh.known_hosts import warn_once
+from dagster_sbatch.ssh.host_key import warn_once
 
 SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 

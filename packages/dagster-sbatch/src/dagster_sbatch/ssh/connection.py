@@ -13,7 +13,7 @@ from paramiko.ssh_exception import PartialAuthentication
 
 from dagster_sbatch.ssh import HostKeyError, SshError, UnreachableError, host_key
 from dagster_sbatch.ssh.client_config import Hop
-from dagster_sbatch.ssh.known_hosts import KnownHosts
+from dagster_sbatch.ssh.host_key import KnownHosts
 from dagster_sbatch.ssh.user_key import UserKey
 
 CONNECT_SECONDS = 10.0

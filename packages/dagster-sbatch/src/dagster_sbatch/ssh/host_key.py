@@ -1,13 +1,23 @@
 """Decide whether a host key is trusted, by OpenSSH's rules for StrictHostKeyChecking=yes, and explain a refusal."""
 
 import base64
+import binascii
+import functools
+import hashlib
+import hmac
+import logging
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.certificate import Certificate, fingerprint
 from dagster_sbatch.ssh import HostKeyError
-from dagster_sbatch.ssh.known_hosts import CERT_AUTHORITY, REVOKED, Entry, KnownHosts, names_of
 
+CERT_AUTHORITY = "@cert-authority"
+REVOKED = "@revoked"
+_log = logging.getLogger("dagster_sbatch.ssh")
 CERTIFICATE_SUFFIX = "-cert-v01@openssh.com"
 
 _UNKNOWN_AUTHORITY = """\
@@ -26,6 +36,142 @@ _UNUSED = """
 SUPERCOMPUTER_SITE_OVERRIDES names an authority for it, {authorities}, which counts once the lines above are removed."""
 _REVOKED = "Do not connect. The key was revoked, since somebody else may have it. Ask your computing centre."
 _BAD_CERTIFICATE = "Only your computing centre can correct that. Tell it."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a known_hosts file."""
+
+    place: str  # `file:line`
+    marker: str  # CERT_AUTHORITY, REVOKED, or empty for an ordinary host key
+    hosts: str  # patterns, or one hashed name
+    key_type: str  # for example `ssh-ed25519`
+    key: bytes  # the public key as it is sent over the wire (RFC 4253, section 6.6)
+
+    def matches(self, name: str) -> bool:
+        """Return whether the line is for a name: a host in lower case, or `[host]:port`."""
+        return _is_hash_of(self.hosts, name) if self.hosts.startswith("|") else _matches_patterns(self.hosts, name)
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.marker} {self.key_type} {fingerprint(self.key)}".replace(":  ", ": ")
+
+
+@dataclass(frozen=True)
+class KnownHosts:
+    """The lines of all known_hosts files, as sshd(8) describes them, and the authorities of the site's entry."""
+
+    files: tuple[Path, ...]  # those that were read, including missing ones
+    entries: tuple[Entry, ...]
+    site_authorities: tuple[Entry, ...] = ()
+
+    @classmethod
+    def read(cls, files: Iterable[Path], site_authorities: Iterable[str] = ()) -> "KnownHosts":
+        """Read the files that exist; lines and files that cannot be read are reported and skipped.
+
+        `files`: the user's first. `site_authorities`: lines that `parse_authority` accepts.
+        """
+        files = tuple(files)
+        entries = tuple(entry for file in files for entry in _read_file(file))
+        return cls(files, entries, tuple(map(parse_authority, site_authorities)))
+
+    def matching(self, names: Sequence[str], marker: str) -> list[Entry]:
+        """Return the files' entries of that kind for some names, in their order."""
+        entries = [entry for entry in self.entries if entry.marker == marker]
+        return list(dict.fromkeys(entry for name in names for entry in entries if entry.matches(name)))
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a warning, once per process."""
+    _log.warning(text)
+
+
+def names_of(host: str, port: int) -> list[str]:
+    """Return the names to search known_hosts for, in order: the first one that is known counts, as in ssh(1)."""
+    host = host.lower()
+    return [host] if port == 22 else [f"[{host}]:{port}", host]
+
+
+def parse_authority(line: str) -> Entry:
+    """Parse a `@cert-authority` line of a site's entry.
+
+    Raises ValueError: it is no such line; the text says why.
+    """
+    words = line.split()
+    if not words or words[0] != CERT_AUTHORITY:
+        raise ValueError(f"the line does not begin with {CERT_AUTHORITY}")
+    return _parse("SUPERCOMPUTER_SITE_OVERRIDES", words)
+
+
+def _read_file(file: Path) -> list[Entry]:
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        warn_once(f"{file} cannot be read and is skipped: {error.strerror}")
+        return []
+    entries = []
+    for number, line in enumerate(text.split("\n"), 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        place = f"{file}:{number}"
+        try:
+            entries.append(_parse(place, words))
+        except ValueError as error:
+            warn_once(f"{place} is not a line of a known_hosts file and is skipped: {error}")
+    return entries
+
+
+def _parse(place: str, words: list[str]) -> Entry:
+    marker = words.pop(0) if words[0].startswith("@") else ""
+    if marker not in (CERT_AUTHORITY, REVOKED, ""):
+        raise ValueError(f"unknown marker {marker}")
+    if len(words) < 3:
+        raise ValueError("it needs names, the key's type and the key")
+    hosts, key_type, encoded = words[:3]
+    try:
+        key = base64.b64decode(encoded, validate=True)
+    except binascii.Error:
+        raise ValueError("the key is not base64") from None
+    if _strings(key)[0] != key_type.encode():
+        raise ValueError(f"the key is not of the type {key_type}")
+    return Entry(place, marker, hosts, key_type, key)
+
+
+def _strings(key: bytes) -> list[bytes]:
+    """Return the strings of a public key, each of which follows its length in four bytes."""
+    parts: list[bytes] = []
+    while key or len(parts) < 2:
+        end = 4 + int.from_bytes(key[:4], "big")
+        if end > len(key):
+            raise ValueError("the key is cut short or damaged")
+        parts.append(key[4:end])
+        key = key[end:]
+    return parts
+
+
+def _is_hash_of(hashed: str, name: str) -> bool:
+    """Return whether `|1|salt|hash` (HashKnownHosts) is the hash of a name."""
+    try:
+        version, salt, digest = hashed[1:].split("|")
+        expected = hmac.new(base64.b64decode(salt), name.encode(), hashlib.sha1).digest()
+        return version == "1" and hmac.compare_digest(base64.b64decode(digest), expected)
+    except ValueError:
+        return False
+
+
+def _matches_patterns(patterns: str, name: str) -> bool:
+    """Return whether a name matches a list of patterns with `*`, `?` and `!`, as in ssh_config(5) under PATTERNS."""
+    found = False
+    for pattern in patterns.lower().split(","):
+        text = re.escape(pattern.removeprefix("!")).replace(r"\*", ".*").replace(r"\?", ".")
+        if re.fullmatch(text, name):
+            if pattern.startswith("!"):
+                return False
+            found = True
+    return found
 
 
 @dataclass(frozen=True)
@@ -69,7 +215,7 @@ def check(blob: bytes, host: str, port: int, known: KnownHosts) -> None:
         raise HostKeyError(f"{where} has shown a damaged host key: {error}") from None
     names = names_of(host, port)
     shown_keys = (shown.key, shown.certificate.authority) if shown.certificate else (shown.key,)
-    if revoked := [entry for entry in _matching(known, names, REVOKED) if entry.key in shown_keys]:
+    if revoked := [entry for entry in known.matching(names, REVOKED) if entry.key in shown_keys]:
         raise HostKeyError(_text(where, "its key is revoked", shown, revoked, known, _REVOKED))
 
     entries = trusted_entries(known, host, port)
@@ -97,8 +243,8 @@ def trusted_entries(known: KnownHosts, host: str, port: int) -> list[Entry]:
     Those of the files, as ssh(1) reads them; the site's authorities where the files have none of both.
     """
     names = names_of(host, port)
-    keys = next(filter(None, (known.matching(name, "") for name in names)), [])
-    own = [*_matching(known, names, CERT_AUTHORITY), *keys]
+    keys = next(filter(None, (known.matching([name], "") for name in names)), [])
+    own = [*known.matching(names, CERT_AUTHORITY), *keys]
     return own or _site_authorities(known, names)
 
 
@@ -109,7 +255,7 @@ def preferred_algorithms(available: tuple[str, ...], host: str, port: int, known
     without an authority, since the error can say more about one; then the rest.
     """
     by_authority = any(entry.marker == CERT_AUTHORITY for entry in trusted_entries(known, host, port))
-    types = {entry.key_type for entry in _matching(known, names_of(host, port), "")}
+    types = {entry.key_type for entry in known.matching(names_of(host, port), "")}
 
     def rank(algorithm: str) -> int:
         if algorithm.endswith(CERTIFICATE_SUFFIX):
@@ -122,11 +268,6 @@ def preferred_algorithms(available: tuple[str, ...], host: str, port: int, known
 
 def _type_of(blob: bytes) -> bytes:
     return blob[4 : 4 + int.from_bytes(blob[:4], "big")]
-
-
-def _matching(known: KnownHosts, names: list[str], marker: str) -> list[Entry]:
-    entries = [entry for name in names for entry in known.matching(name, marker)]
-    return list(dict.fromkeys(entries))
 
 
 def _site_authorities(known: KnownHosts, names: list[str]) -> list[Entry]:

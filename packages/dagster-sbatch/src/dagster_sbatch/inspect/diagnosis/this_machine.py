@@ -12,8 +12,7 @@ from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.errors import ConfigurationError, describe_instance_error
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
 from dagster_sbatch.ssh.client_config import Hop, read_route
-from dagster_sbatch.ssh.host_key import trusted_entries
-from dagster_sbatch.ssh.known_hosts import CERT_AUTHORITY, KnownHosts
+from dagster_sbatch.ssh.host_key import CERT_AUTHORITY, KnownHosts, trusted_entries
 
 TCP_SECONDS = 10.0
 

@@ -52,11 +52,10 @@ class Gateway(Link):
 
         Raises RefusedError: its job is not over after a minute.
         """
-        outcomes: list[JobEnd | RefusedError | None] = []
-        self.cancel_all([run], lambda _, outcome: outcomes.append(outcome))
-        if isinstance(outcomes[0], RefusedError):
-            raise outcomes[0]
-        return outcomes[0]
+        outcome = _outcome_of_cancel(self.ask(do="jobs.cancel", run=run))
+        if isinstance(outcome, RefusedError):
+            raise outcome
+        return outcome
 
     def cancel_all(
         self,
