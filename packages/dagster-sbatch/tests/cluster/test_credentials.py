@@ -15,7 +15,7 @@ from dagster_sbatch.auth import (
     refresh,
 )
 from dagster_sbatch.auth.certificate import certificate_path, public_path
-from dagster_sbatch.auth.credentials_file import CredentialsFile
+from dagster_sbatch.auth.credentials_file import Credentials
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.setting_files import load_settings
 from dagster_sbatch.ssh import AuthenticationError, connect
@@ -183,7 +183,7 @@ def test_a_plain_key_needs_nothing(site: SimulatedSite, without_secret: dict[str
 def test_a_stored_app_password_that_was_deleted_is_replaced(variables: dict[str, str], site: SimulatedSite) -> None:
     settings = access.settings_of(variables)
     refresh(settings)
-    stored = CredentialsFile(settings.credentials_file).read()
+    stored = Credentials.read(settings.credentials_file)
     assert stored
     assert stored.app_password
     access.delete_token(settings, stored, stored.app_password.identifier)

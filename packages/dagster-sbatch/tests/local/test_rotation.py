@@ -20,7 +20,7 @@ from dagster_sbatch.auth import (
     refresh,
 )
 from dagster_sbatch.auth.authentik import Authentik, Intent
-from dagster_sbatch.auth.credentials_file import CredentialsFile, Secret
+from dagster_sbatch.auth.credentials_file import Secret
 from dagster_sbatch.auth.http import Http, HttpAnswer
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance
@@ -237,8 +237,8 @@ def test_files_of_dagster_slurm_are_kept_going(variables: dict[str, str], contro
 def test_tokens_that_are_not_ours_are_left_alone(later: Settings, control: AuthentikControl) -> None:
     control.create_token(access.USER, "api", "dagster-slurm-api-of-another-machine")  # our prefix, not in our record
     control.create_token(access.USER, "api", "by-hand")
-    file = CredentialsFile(later.credentials_file)
-    file.write(replace(stored(later), record=(*stored(later).record, "by-hand")))  # in our record, not our prefix
+    marked = replace(stored(later), record=(*stored(later).record, "by-hand"))  # in our record, not our prefix
+    marked.write(later.credentials_file)
     refresh(later, rotation="now", certificate="no")
     left = {token.identifier for token in control.tokens(access.USER)}
     assert {"dagster-slurm-api-of-another-machine", "by-hand"} <= left

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.auth import clock, refresh
-from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile
+from dagster_sbatch.auth.credentials_file import Credentials
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer
 from support import access
@@ -41,7 +41,7 @@ def wind(monkeypatch: pytest.MonkeyPatch) -> Wind:
 
 
 def stored(settings: Settings) -> Credentials:
-    credentials = CredentialsFile(settings.credentials_file).read()
+    credentials = Credentials.read(settings.credentials_file)
     assert credentials is not None
     return credentials
 

@@ -12,7 +12,7 @@ import pytest
 from dotenv import dotenv_values
 
 from dagster_sbatch.auth import MisconfiguredError, UnsafeFileError
-from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Secret
+from dagster_sbatch.auth.credentials_file import Credentials, Secret
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 PAIR = Credentials(
@@ -27,20 +27,19 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "config" / "auth.env"
 
 
-def write(path: Path, text: str, mode: int = 0o600) -> CredentialsFile:
+def write(path: Path, text: str, mode: int = 0o600) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.touch()
     path.chmod(mode)
     path.write_text(text)
-    return CredentialsFile(path)
+    return path
 
 
 def test_what_is_written_is_read(path: Path) -> None:
-    file = CredentialsFile(path)
-    assert file.read() is None
+    assert Credentials.read(path) is None
     for credentials in (PAIR, Credentials(), Credentials(api_token=PAIR.api_token, others="X='1 2'\n")):
-        file.write(credentials)
-        assert file.read() == credentials
+        credentials.write(path)
+        assert Credentials.read(path) == credentials
 
 
 def test_it_is_private_from_its_first_byte(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +53,7 @@ def test_it_is_private_from_its_first_byte(path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "fsync", look)
     before = os.umask(0)
     try:
-        CredentialsFile(path).write(PAIR)
+        PAIR.write(path)
     finally:
         os.umask(before)
     assert modes == [0o600, 0o700]  # the file before it has its name, then its folder
@@ -62,7 +61,7 @@ def test_it_is_private_from_its_first_byte(path: Path, monkeypatch: pytest.Monke
 
 
 def test_dotenv_and_the_shell_read_it_alike(path: Path) -> None:
-    CredentialsFile(path).write(PAIR)
+    PAIR.write(path)
     values = dotenv_values(path)
     assert values["ASC_AUTHENTIK_API_TOKEN"] == "test-api-token"
     assert values["ASC_OIDC_APP_PASSWORD_EXPIRES_AT"] == "2026-12-24T12:00:00+00:00"
@@ -84,7 +83,7 @@ def test_secrets_are_in_no_representation() -> None:
 )
 def test_times_are_utc(path: Path, written: str) -> None:
     text = f'ASC_OIDC_APP_PASSWORD=x\nASC_OIDC_APP_PASSWORD_EXPIRES_AT="{written}"\n'
-    found = write(path, text).read()
+    found = Credentials.read(write(path, text))
     assert found
     assert found.app_password
     assert found.app_password.expires == NOON + timedelta(days=30)
@@ -109,7 +108,7 @@ def test_times_are_utc(path: Path, written: str) -> None:
 def test_what_can_be_understood_of_a_broken_file_is_read(
     path: Path, text: str, api: str | None, app: str | None
 ) -> None:
-    found = write(path, text).read()
+    found = Credentials.read(write(path, text))
     assert found
     assert (found.api_token and found.api_token.value, found.app_password and found.app_password.value) == (api, app)
     assert found.renew_at(None, NOON) == NOON  # incomplete: at once
@@ -117,12 +116,12 @@ def test_what_can_be_understood_of_a_broken_file_is_read(
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o660, 0o604, 0o620])
 def test_a_file_that_others_can_read_or_write_is_refused_with_the_command_that_fixes_it(path: Path, mode: int) -> None:
-    file = write(path, "ASC_OIDC_APP_PASSWORD=test-app-password\n", mode)
+    write(path, "ASC_OIDC_APP_PASSWORD=test-app-password\n", mode)
     with pytest.raises(UnsafeFileError, match=rf"mode {mode:04o}\). Close it:\n  chmod 600 ") as error:
-        file.read()
+        Credentials.read(path)
     assert "test-app-password" not in str(error.value)
     run_last_line(error.value)
-    assert file.read()
+    assert Credentials.read(path)
 
 
 def run_last_line(error: Exception) -> None:
@@ -132,53 +131,52 @@ def run_last_line(error: Exception) -> None:
 
 def test_a_symbolic_link_is_refused_with_the_command_that_fixes_it(path: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "it's elsewhere"
-    write(path, "").write(PAIR)
+    PAIR.write(write(path, ""))
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
     with pytest.raises(UnsafeFileError, match="is a symbolic link to") as error:
-        CredentialsFile(path).read()
+        Credentials.read(path)
     run_last_line(error.value)
-    assert CredentialsFile(path).read() == PAIR
+    assert Credentials.read(path) == PAIR
     assert not elsewhere.exists()
 
 
 def test_a_file_of_another_user_is_refused_with_the_command_that_fixes_it(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = write(path, "ASC_OIDC_APP_PASSWORD=test\n")
+    write(path, "ASC_OIDC_APP_PASSWORD=test\n")
     if os.geteuid() == 0:
         os.chown(path, 12345, 12345)
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)  # only root can give files away
     with pytest.raises(UnsafeFileError, match=r"belongs to another user \(uid \d+\)") as error:
-        file.read()
+        Credentials.read(path)
     run_last_line(error.value)
-    assert file.read() is None
+    assert Credentials.read(path) is None
 
 
 def test_a_folder_or_a_pipe_in_its_place_is_refused(path: Path) -> None:
     path.mkdir(parents=True)
     with pytest.raises(UnsafeFileError, match="is not a plain file"):
-        CredentialsFile(path).read()
+        Credentials.read(path)
     path.rmdir()
     os.mkfifo(path, 0o600)
     with pytest.raises(UnsafeFileError, match="is not a plain file"):
-        CredentialsFile(path).read()
+        Credentials.read(path)
 
 
 def test_a_value_that_the_shell_would_change_is_not_kept(path: Path) -> None:
-    file = CredentialsFile(path)
-    file.write(PAIR)
+    PAIR.write(path)
     with pytest.raises(MisconfiguredError, match="ASC_AUTHENTIK_API_TOKEN has characters") as error:
-        file.write(Credentials(api_token=Secret("a$(rm)b")))
+        Credentials(api_token=Secret("a$(rm)b")).write(path)
     assert "rm" not in str(error.value)
-    assert file.read() == PAIR
+    assert Credentials.read(path) == PAIR
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UnsafeFileError, match=r"/file: File exists\. Check its folder"):
-        CredentialsFile(tmp_path / "file" / "auth.env").write(PAIR)
+        PAIR.write(tmp_path / "file" / "auth.env")
 
 
 @pytest.mark.parametrize(

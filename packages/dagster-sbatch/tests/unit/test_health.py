@@ -9,7 +9,7 @@ import pytest
 
 from dagster_sbatch.auth import AccessError, BootstrapError, check_health, clock, ensure_certificate, refresh
 from dagster_sbatch.auth.certificate import certificate_path
-from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Secret, Source
+from dagster_sbatch.auth.credentials_file import Credentials, Secret, Source
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.auth.refresh_failures import RefreshFailures
 from dagster_sbatch.auth.ways import read_access
@@ -34,8 +34,8 @@ def variables(tmp_path: Path) -> dict[str, str]:
     return found
 
 
-def file_of(variables: dict[str, str]) -> CredentialsFile:
-    return CredentialsFile(access.settings_of(variables).credentials_file)
+def file_of(variables: dict[str, str]) -> Path:
+    return access.settings_of(variables).credentials_file
 
 
 def test_on_the_login_node_nothing_is_needed(
@@ -71,11 +71,11 @@ def test_a_certificate_that_nothing_renews_works_until_its_end(variables: dict[s
 @pytest.mark.parametrize("left", ["", "OTHER=1\n", "ASC_AUTHENTIK_API_TOKEN=\nASC_AUTHENTIK_TOKEN_RECORD='x y'\n"])
 def test_a_file_that_has_lost_its_secrets_is_told_while_access_works(variables: dict[str, str], left: str) -> None:
     file = file_of(variables)
-    file.write(PAIR)
-    file.path.write_text(left)
+    PAIR.write(file)
+    file.write_text(left)
     health = check_health(access.settings_of(variables))
     assert health.verdict == "failing"
-    lost = f"nothing can be renewed: {file.path}: it has no API token and it has no app password\nAccess works until "
+    lost = f"nothing can be renewed: {file}: it has no API token and it has no app password\nAccess works until "
     assert health.summary.startswith(lost)
     assert health.notes == ()  # when access ends is said
 
@@ -88,7 +88,7 @@ def test_secrets_in_variables_are_shown_with_the_variable(variables: dict[str, s
     }
     items = check_health(access.settings_of({**variables, **PASSWORD, **token})).items
     assert {item.name: (item.where, item.state) for item in items[1:]} == expected
-    file_of(variables).write(PAIR)  # what is stored comes first
+    PAIR.write(file_of(variables))  # what is stored comes first
     items = check_health(access.settings_of({**variables, **PASSWORD, **token})).items
     assert {item.state for item in items[1:]} == {"valid"}
     assert {item.where for item in items[1:]} == {variables["ASC_AUTHENTIK_CREDENTIALS_FILE"]}
@@ -96,14 +96,13 @@ def test_secrets_in_variables_are_shown_with_the_variable(variables: dict[str, s
 
 def test_a_file_that_others_can_read_is_told_with_the_one_command_that_fixes_it(variables: dict[str, str]) -> None:
     file = file_of(variables)
-    file.write(PAIR)
-    file.path.chmod(0o644)
+    PAIR.write(file)
+    file.chmod(0o644)
     settings = access.settings_of(variables)
     health = check_health(settings)
     assert health.verdict == "failing"
     assert (
-        f"nothing can be renewed: {file.path} can be read by others (mode 0644). Close it:\n  chmod 600 "
-        in health.summary
+        f"nothing can be renewed: {file} can be read by others (mode 0644). Close it:\n  chmod 600 " in health.summary
     )
     assert [item.state for item in health.items] == ["valid", "not usable", "not usable"]
     certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
@@ -115,25 +114,25 @@ def test_a_file_that_others_can_read_is_told_with_the_one_command_that_fixes_it(
 
 def test_secrets_that_are_not_replaced_do_not_keep_from_a_certificate(variables: dict[str, str]) -> None:
     file = file_of(variables)
-    file.write(PAIR)
-    RefreshFailures(file.path).add("rotation", AccessError("authentik is away"))
+    PAIR.write(file)
+    RefreshFailures(file).add("rotation", AccessError("authentik is away"))
     settings = access.settings_of(variables)
     assert "Access works until" in check_health(settings).summary
     certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
     health = check_health(settings)
     assert health.verdict == "failing"
     assert health.summary.endswith("authentik is away\nA certificate can be requested all the same")
-    RefreshFailures(file.path).add("certificate", AccessError("the authority is away"))
+    RefreshFailures(file).add("certificate", AccessError("the authority is away"))
     assert check_health(settings).verdict == "broken"
 
 
 def test_what_to_do_after_both_secrets_were_deleted_at_authentik_is_said_once(variables: dict[str, str]) -> None:
     """The certificate and the secrets fail for the same reason."""
     file, settings = file_of(variables), access.settings_of(variables)
-    file.write(PAIR)
+    PAIR.write(file)
     certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
     refusals: dict[Source, str] = {"stored": "authentik refused it"}
-    failures = RefreshFailures(file.path)
+    failures = RefreshFailures(file)
     failures.add("rotation", read_access(settings).explain_rotation(refusals))
     failures.add("certificate", read_access(settings).explain(refusals))
     summary = check_health(settings).summary
@@ -147,7 +146,7 @@ def test_what_has_expired_is_told_with_its_end(variables: dict[str, str]) -> Non
     certificate_path(Path(variables["SLURM_EDGE_NODE_KEY_PATH"])).unlink()
     assert PAIR.api_token
     expired = replace(PAIR.api_token, expires=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
-    file_of(variables).write(replace(PAIR, api_token=expired, app_password=None))
+    replace(PAIR, api_token=expired, app_password=None).write(file_of(variables))
     health = check_health(access.settings_of(variables))
     assert health.verdict == "broken"
     assert "its API token expired at 2026-01-02 03:04:05 UTC and it has no app password" in health.summary
@@ -160,7 +159,7 @@ def test_without_any_way_the_four_are_named_with_their_variables(
     key, file = variables["SLURM_EDGE_NODE_KEY_PATH"], file_of(variables)
     assert PAIR.api_token
     expired = replace(PAIR.api_token, expires=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC))
-    file.write(Credentials(api_token=expired))
+    Credentials(api_token=expired).write(file)
     later = datetime.now(UTC) + timedelta(hours=2)
     monkeypatch.setattr(clock, "now", lambda: later)  # the certificate has expired
     for function in (ensure_certificate, refresh):
@@ -170,8 +169,8 @@ def test_without_any_way_the_four_are_named_with_their_variables(
         for words in (
             f"  1. a valid certificate beside the key: SLURM_EDGE_NODE_KEY_PATH={key}\n     status: expired at 20",
             f"       step ssh certificate 'your.email@example.com' {key} ",
-            f"  2. stored credentials: ASC_AUTHENTIK_CREDENTIALS_FILE={file.path}\n"
-            f"     status: {file.path}: its API token expired at 2026-01-02 03:04:05 UTC and it has no app password",
+            f"  2. stored credentials: ASC_AUTHENTIK_CREDENTIALS_FILE={file}\n"
+            f"     status: {file}: its API token expired at 2026-01-02 03:04:05 UTC and it has no app password",
             "  3. an API token: ASC_AUTHENTIK_API_TOKEN\n     status: not set",
             "       read -rs ASC_AUTHENTIK_API_TOKEN && export ASC_AUTHENTIK_API_TOKEN && "
             "scripts/refresh_step_auth.py --rotate-credentials --refresh-step-after-rotate\n",

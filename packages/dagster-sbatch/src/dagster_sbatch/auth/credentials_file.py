@@ -68,7 +68,7 @@ class Secret:
 
 @dataclass(frozen=True)
 class Credentials:
-    """What the credentials file holds."""
+    """What the credentials file holds; writers hold the lock (`renew.refresh_lock`)."""
 
     api_token: Secret | None = None  # makes tokens and app passwords
     app_password: Secret | None = None  # is exchanged for OIDC tokens
@@ -80,25 +80,18 @@ class Credentials:
         """Return when the pair should be replaced: the earlier of both; `now` for an incomplete pair."""
         return min(each.renew_at(skew_days) or now if each else now for each in (self.api_token, self.app_password))
 
-
-class CredentialsFile:
-    """Reads and writes the credentials file; writers hold the lock (`renew.refresh_lock`)."""
-
-    def __init__(self, path: Path) -> None:
-        """`path`: ASC_AUTHENTIK_CREDENTIALS_FILE; it need not exist."""
-        self.path = path
-
-    def read(self) -> Credentials | None:
-        """Return what it holds, as far as it can be parsed; None where there is no file.
+    @classmethod
+    def read(cls, path: Path) -> "Credentials | None":
+        """Return what the file holds, as far as it can be parsed; None where there is no file.
 
         Raises UnsafeFileError: others can read it, or could have written it; or it cannot be read.
         """
         with explained():
-            text = read_private(self.path)
+            text = read_private(path)
         if text is None:
             return None
         values = dotenv_values(stream=StringIO(text), interpolate=False)
-        return Credentials(
+        return cls(
             **{attribute: _parse_secret(name, values) for attribute, name in _VARIABLES.items()},
             user=values.get(_USER) or "",
             record=tuple((values.get(_RECORD) or "").split()),
@@ -109,15 +102,15 @@ class CredentialsFile:
             ),
         )
 
-    def write(self, credentials: Credentials) -> None:
+    def write(self, path: Path) -> None:
         """Replace the file, mode 0600.
 
         Raises UnsafeFileError: it cannot be written; the old file stays.
         Raises MisconfiguredError: a value has characters that not all readers of dotenv files understand alike.
         """
-        lines = {_USER: credentials.user, _RECORD: " ".join(credentials.record)}
+        lines = {_USER: self.user, _RECORD: " ".join(self.record)}
         for attribute, name in _VARIABLES.items():
-            lines |= _render_secret(name, getattr(credentials, attribute))
+            lines |= _render_secret(name, getattr(self, attribute))
         for name, value in lines.items():
             if not _PLAIN.fullmatch(value):
                 raise MisconfiguredError(
@@ -125,7 +118,7 @@ class CredentialsFile:
                 )
         text = "".join(f"{name}={json.dumps(value)}\n" for name, value in lines.items())
         with explained():
-            replace_file(self.path, _HEADER + text + credentials.others)
+            replace_file(path, _HEADER + text + self.others)
 
 
 def _parse_secret(name: str, values: dict[str, str | None]) -> Secret | None:

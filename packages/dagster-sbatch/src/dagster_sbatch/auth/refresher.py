@@ -12,7 +12,7 @@ from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.access_errors import AccessError, RejectedError, UnavailableError
 from dagster_sbatch.auth.authentik import APP_BUTTON, Authentik, OidcToken, request_oidc_token
 from dagster_sbatch.auth.certificate import Certificate, certificate_path, ensure_key, public_path, write_certificate
-from dagster_sbatch.auth.credentials_file import CredentialsFile, Source, explained
+from dagster_sbatch.auth.credentials_file import Source, explained
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.auth.issuer import issue_certificate
 from dagster_sbatch.auth.refresh_failures import Part, RefreshFailures
@@ -44,8 +44,7 @@ class Refresher:
         self._settings = settings
         self._access = read_access(settings)  # again: another process may have refreshed it meanwhile
         self._http = Http()
-        self._file = CredentialsFile(settings.credentials_file)
-        self._rotator = Rotator(settings, self._file, self._http)
+        self._rotator = Rotator(settings, self._http)
         self._failures = RefreshFailures(settings.credentials_file)
         self._report = Report()
         self._refusals: dict[Source, list[str]] = {}
@@ -58,7 +57,7 @@ class Refresher:
         """
         key = self._settings.edge_node_key_path
         assert key
-        for path in (self._file.path, key, public_path(key), certificate_path(key)):
+        for path in (self._settings.credentials_file, key, public_path(key), certificate_path(key)):
             remove_half_written(path)
         if rotation == "now" and not self._access.rotatable:
             raise self._access.explain_rotation({})

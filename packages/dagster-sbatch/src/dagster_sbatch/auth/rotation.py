@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, RejectedError, UnavailableError
 from dagster_sbatch.auth.authentik import API_BUTTON, APP_BUTTON, Authentik, Intent, request_oidc_token
-from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Secret, Source
+from dagster_sbatch.auth.credentials_file import Credentials, Secret, Source
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.settings import Settings
 
@@ -35,10 +35,10 @@ class NoTokenError(RejectedError):
 class Rotator:
     """Rotates the credentials in one file; its caller holds the lock."""
 
-    def __init__(self, settings: Settings, file: CredentialsFile, http: Http) -> None:
+    def __init__(self, settings: Settings, http: Http) -> None:
         """`settings`: with those of authentik and OIDC."""
         self._settings, self._prefix = settings, settings.authentik_token_identifier
-        self._file = file
+        self._path = settings.credentials_file
         self._http = http
 
     def check(self, stored: Credentials) -> None:
@@ -77,15 +77,15 @@ class Rotator:
         known = [each.identifier for each in (stored.api_token, stored.app_password) if each and each.identifier]
         record = tuple(dict.fromkeys([*stored.record, *known, *names.values()]))
         stored = replace(stored, record=record)
-        self._file.write(stored)
+        stored.write(self._path)
         try:
             api_token, app_password = self._make(authentik, names)
             self._prove(api_token, app_password)
             user = self._settings.oidc_username or ""
             new = replace(stored, api_token=api_token, app_password=app_password, user=user)
-            self._file.write(new)
+            new.write(self._path)
         except AccessError:
-            if self._file.read() == stored:  # else the file holds the new pair, although an error followed
+            if Credentials.read(self._path) == stored:  # else the file holds the new pair, although an error followed
                 self._delete_unused(authentik, stored)
             raise
         return used, self.clean(new)
@@ -126,7 +126,7 @@ class Rotator:
                 refusals[source] = self._explain_refusal(value, error, source)
                 continue
             if user != self._settings.oidc_username:
-                name = f"The API token in {self._file.path}" if source == "stored" else "ASC_AUTHENTIK_API_TOKEN"
+                name = f"The API token in {self._path}" if source == "stored" else "ASC_AUTHENTIK_API_TOKEN"
                 raise MisconfiguredError(
                     f"{name} belongs to {user!r}, not to ASC_OIDC_USERNAME={self._settings.oidc_username}. "
                     "Correct ASC_OIDC_USERNAME, or use a token of that user, or set ASC_AUTHENTIK_CREDENTIALS_FILE to "
@@ -140,9 +140,7 @@ class Rotator:
         try:
             request_oidc_token(self._settings, value, self._http)
         except AccessError:
-            copy = (
-                f". Or {self._file.path} is a copy of another machine's file, and that machine has replaced the secrets"
-            )
+            copy = f". Or {self._path} is a copy of another machine's file, and that machine has replaced the secrets"
             reason = f"{error}. It is wrong, expired or deleted, or its user is not active"
             return reason + (copy if source == "stored" else "")
         return (
@@ -189,7 +187,7 @@ class Rotator:
         if record == current.record:
             return current, failures
         cleaned = replace(current, record=record)
-        self._file.write(cleaned)
+        cleaned.write(self._path)
         return cleaned, failures
 
     def _authentik(self, api_token: str) -> Authentik:

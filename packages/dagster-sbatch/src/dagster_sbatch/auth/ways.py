@@ -9,7 +9,7 @@ from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.access_errors import AccessError, BootstrapError, RejectedError, UnsafeFileError
 from dagster_sbatch.auth.authentik import API_BUTTON, APP_BUTTON
 from dagster_sbatch.auth.certificate import Certificate, certificate_path, read_certificate
-from dagster_sbatch.auth.credentials_file import Credentials, CredentialsFile, Source
+from dagster_sbatch.auth.credentials_file import Credentials, Source
 from dagster_sbatch.auth.refresh_failures import Failing, Part, RefreshFailures
 from dagster_sbatch.settings import Settings
 
@@ -201,17 +201,14 @@ class AccessState:
             ),
         ]
         if self.no_asc_settings:
-            beside = certificate_path(key)
-            status, advice, command = (
-                (f"{beside} lies beside it", "if the certificate is of no use:", f"rm {shlex.quote(str(beside))}")
-                if key.is_file()
-                else (
-                    f"{key} does not exist",
-                    f"make one, and give the site {key.name}.pub:",
-                    f"ssh-keygen -t ed25519 -N '' -f {name}",
-                )
-            )
             plain = f"a plain key, where the site accepts one: SLURM_EDGE_NODE_KEY_PATH={key}"
+            if key.is_file():
+                beside = certificate_path(key)
+                status, advice = f"{beside} lies beside it", "if the certificate is of no use:"
+                command = f"rm {shlex.quote(str(beside))}"
+            else:
+                status, advice = f"{key} does not exist", f"make one, and give the site {key.name}.pub:"
+                command = f"ssh-keygen -t ed25519 -N '' -f {name}"
             return [ways[0], (plain, status, advice, command)]
         return ways
 
@@ -226,7 +223,7 @@ def read_access(settings: Settings) -> AccessState:
     except AccessError as error:
         certificate = error
     try:
-        stored = CredentialsFile(file).read()
+        stored = Credentials.read(file)
         exists = stored is not None
     except UnsafeFileError as error:
         stored, exists, problem = None, True, str(error)
