@@ -9,6 +9,7 @@ from rich.markdown import Markdown
 import dagster_sbatch
 from dagster_sbatch.commands.command_line import entry_point, make_parser
 from dagster_sbatch.errors import nearest
+from dagster_sbatch.text_file import read_text
 
 DESCRIPTION = """\
 List the pages of the engine's documentation, or show one. The pages belong to the installed version.
@@ -39,14 +40,13 @@ def main() -> int:
     if asked.page is None:
         width = max(map(len, pages))
         for name, path in pages.items():
-            print(f"{name:<{width}}  {path.read_text().splitlines()[0].removeprefix('# ')}")
+            print(f"{name:<{width}}  {read_text(path).splitlines()[0].removeprefix('# ')}")
         print(f"\nThe files are in {docs_folder()}")
         return 0
-    page = pages.get(Path(asked.page).stem)
-    if page is None:
+    if not (page := pages.get(Path(asked.page).stem)):
         print(f"There is no page {asked.page!r}{nearest(asked.page, pages)}", file=sys.stderr)
         print("To list the pages:\n  scripts/docs", file=sys.stderr)
         return 1
-    text = page.read_text()
+    text = read_text(page)
     Console().print(Markdown(text)) if sys.stdout.isatty() else print(text, end="")
     return 0
