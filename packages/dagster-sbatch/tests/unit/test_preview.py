@@ -12,7 +12,7 @@ import pytest
 
 from dagster_sbatch.commands.preview import examples
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.inspect.asset_preview import Preview, preview_asset
+from dagster_sbatch.inspect.asset_preview import NotPreviewedError, Preview, preview_asset
 from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.slurm import Retries, SlurmRequest
@@ -279,6 +279,13 @@ def test_what_cannot_be_shown_says_why_and_what_to_do(asset: str, partition: str
         previews(asset, partition)
     for text in texts:
         assert text in str(error.value)
+
+
+def test_a_request_that_no_run_could_make_is_an_error_of_the_asset() -> None:
+    """For the doctor: it is not `ready` then."""
+    with pytest.raises(ConfigurationError) as error:
+        previews("breaks", None)
+    assert not isinstance(error.value, NotPreviewedError)
 
 
 def test_after_a_preview_runs_are_runs_again(tmp_path: Path) -> None:

@@ -277,6 +277,5 @@ def _explain(result: dg.ExecuteInProcessResult, asset: str) -> ConfigurationErro
         )
     if kind == "DagsterResourceFunctionError":
         return NotPreviewedError(f"a resource that it needs cannot be made here. Set what that resource reads.\n{why}")
-    return NotPreviewedError(
-        f"its own code failed before it called compute.run; preview runs that code. Correct it.\n{why}"
-    )
+    refused = ConfigurationError if root and root.cls_name == "ConfigurationError" else NotPreviewedError
+    return refused(f"its own code failed before it called compute.run; preview runs that code. Correct it.\n{why}")
