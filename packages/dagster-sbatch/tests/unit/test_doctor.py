@@ -1,5 +1,6 @@
 """How the doctor reads a login node's answers, whatever its commands print."""
 
+import errno
 import socket
 import subprocess
 import threading
@@ -90,6 +91,16 @@ def test_a_network_from_which_port_22_times_out(tmp_path: Path) -> None:
     assert found.endswith("does not answer within 0 s: this network does not reach it")
     assert "network that the centre lets in" in fix
     assert "VPN" in fix
+
+
+def test_a_machine_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_route(*_: object) -> None:
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", no_route)
+    state, found, fix = this_machine.check_port(facts_of(("127.0.0.1", 22), tmp_path))
+    assert (state, found) == ("broken", "127.0.0.1 (port 22): Network is unreachable")
+    assert "this machine's network" in fix
 
 
 @pytest.mark.usefixtures("short_patience")

@@ -80,8 +80,7 @@ def check_name(facts: Facts) -> Verdict:
         found = socket.getaddrinfo(hop.host, hop.port, type=socket.SOCK_STREAM)
     except OSError as error:
         return broken(f"{hop.host}: {error.strerror}", "check SLURM_EDGE_NODE_HOST, and this machine's network")
-    addresses = sorted({str(address[4][0]) for address in found})
-    return ok(f"{hop.host} is {', '.join(addresses)}")
+    return ok(f"{hop.host} is {', '.join(sorted({str(address[4][0]) for address in found}))}")
 
 
 def check_port(facts: Facts) -> Verdict:
@@ -97,7 +96,8 @@ def check_port(facts: Facts) -> Verdict:
             f"if you have done so, {maintenance}",
         )
     except OSError as error:
-        return broken(f"{hop}: {error.strerror or error}", f"check SLURM_EDGE_NODE_PORT, and {maintenance}")
+        fix = f"check this machine's network and SLURM_EDGE_NODE_PORT; {maintenance}"
+        return broken(f"{hop}: {error.strerror or error}", fix)
     try:
         with connection:
             greeting = connection.recv(64).decode(errors="replace").strip()
