@@ -218,10 +218,7 @@ BAD_WORKLOADS = {
         ["raised ValueError: too late"],
     ),
     "says what is wrong and exits": (PIPES + "    raise SystemExit('no data for 2013-01')", ["no data for 2013-01"]),
-    "never opens Pipes": (
-        "print('done')",
-        ["without opening a Dagster Pipes session", "open_dagster_pipes()", "CommandLauncher()"],
-    ),
+    "never opens Pipes": ("print('done')", ["without opening a Dagster Pipes session", "open_dagster_pipes()"]),
     "never closes": (
         "from dagster_pipes import open_dagster_pipes\nopen_dagster_pipes().report_asset_materialization()",
         ["without closing its Dagster Pipes session", "or its work is not inside `with open_dagster_pipes()`"],

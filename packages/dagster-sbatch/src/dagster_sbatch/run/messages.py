@@ -140,8 +140,7 @@ def explain_failure(messages: MessageParser, exit_code: int, workload: str) -> s
 def _explain_session(messages: MessageParser, workload: str) -> str | None:
     """Return what is wrong with the Pipes sessions of a workload that ended with 0 and without an exception."""
     if not messages.opened:
-        way = "wrap its work in `with open_dagster_pipes():`, or use launcher=CommandLauncher(), which needs none"
-        return f"{workload} ended without opening a Dagster Pipes session: {way}"
+        return f"{workload} ended without opening a Dagster Pipes session: wrap its work in `with open_dagster_pipes()`"
     if messages.open > 0:
         return (
             f"{workload} ended without closing its Dagster Pipes session: something ended it in mid-work, or its work "
