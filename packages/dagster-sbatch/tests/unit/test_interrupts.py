@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import create_autospec
 
 import dagster as dg
 import pytest
 
 from dagster_sbatch.run import interrupts
-from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly, stopped_with_run
+from dagster_sbatch.run.interrupts import read_interruption, run_interruptibly
 from slurm_in_a_box import wait_until
 
 ROUNDS = 200 if os.environ.get("STRESS") == "1" else 10
@@ -33,14 +34,21 @@ def dagster_signal() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+def interruptibly(work: Callable[[threading.Event], Any]) -> Any:
+    """Run the work for a step whose database does not answer."""
+    context = create_autospec(dg.OpExecutionContext)
+    context.instance.get_run_by_id.side_effect = OSError
+    return run_interruptibly(context, work)
+
+
 def test_the_result_and_the_error_of_the_work_come_back() -> None:
-    assert run_interruptibly(lambda stop: 42) == 42
+    assert interruptibly(lambda stop: 42) == 42
 
     def fail(stop: threading.Event) -> None:
         raise ValueError("why")
 
     with pytest.raises(ValueError, match="why"):
-        run_interruptibly(fail)
+        interruptibly(fail)
 
 
 def test_a_second_interrupt_does_not_break_off_the_clean_up() -> None:
@@ -60,7 +68,7 @@ def test_a_second_interrupt_does_not_break_off_the_clean_up() -> None:
 
         handler = signal.getsignal(signal.SIGTERM)
         with pytest.raises(dg.DagsterExecutionInterruptedError):
-            run_interruptibly(work)
+            interruptibly(work)
         assert signal.getsignal(signal.SIGTERM) is handler
         assert cleaned.is_set(), f"round {number}: the clean-up was broken off"
 
@@ -83,7 +91,7 @@ def test_a_closed_terminal_interrupts_as_ctrl_c_does(hangup: Callable[[signal.Ha
     hangup(signal.SIG_DFL)
     stopped = []
     with pytest.raises(KeyboardInterrupt):
-        run_interruptibly(lambda stop: stopped.append(hang_up(stop)))
+        interruptibly(lambda stop: stopped.append(hang_up(stop)))
     assert stopped == [True]
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
 
@@ -92,7 +100,7 @@ def test_a_closed_terminal_interrupts_nothing_that_nohup_has_started(
     hangup: Callable[[signal.Handlers], object],
 ) -> None:
     hangup(signal.SIG_IGN)
-    assert run_interruptibly(hang_up) is False
+    assert interruptibly(hang_up) is False
 
 
 def in_a_step(look: Callable[[dg.OpExecutionContext], object]) -> object:
@@ -171,19 +179,29 @@ def test_a_step_is_interrupted_while_the_database_is_away(
     assert in_a_step(look) == interruption
 
 
+def is_stopped(context: dg.OpExecutionContext, happens: Callable[[dg.OpExecutionContext], object]) -> bool:
+    """Return whether what happens to the run stops a call, which then has no result: it may have done a part."""
+    stopped = []
+
+    def work(stop: threading.Event) -> None:
+        happens(context)
+        stopped.append(stop.wait(60))
+
+    with pytest.raises(dg.DagsterExecutionInterruptedError):
+        run_interruptibly(context, work)
+    return stopped == [True]
+
+
 def test_a_run_is_terminated_after_the_database_was_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "LIFE_SECONDS", 0.01)
     away = Away(monkeypatch)
 
-    def look(context: dg.OpExecutionContext) -> bool:
-        stop = threading.Event()
+    def happens(context: dg.OpExecutionContext) -> None:
         away.times = 3
-        with stopped_with_run(context, stop):
-            wait_until(lambda: away.times == 0, "it was asked", 60)
-            cancel(context)
-            return stop.wait(60)
+        wait_until(lambda: away.times == 0, "it was asked", 60)
+        cancel(context)
 
-    assert in_a_step(look) is True
+    assert in_a_step(lambda context: is_stopped(context, happens)) is True
 
 
 @pytest.mark.parametrize("happens", [cancel, delete, fail])
@@ -192,12 +210,15 @@ def test_a_run_that_is_terminated_stops_every_call(
 ) -> None:
     """No signal reaches a call in a thread of its own."""
     monkeypatch.setattr(interrupts, "LIFE_SECONDS", 0.01)
+    assert in_a_step(lambda context: is_stopped(context, happens)) is True
+
+
+def test_a_call_that_begins_after_the_termination_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool of threads begins the next call when it has ended one: that must not submit a job."""
+    monkeypatch.setattr(interrupts, "LIFE_SECONDS", 600)
 
     def look(context: dg.OpExecutionContext) -> bool:
-        stop = threading.Event()
-        with stopped_with_run(context, stop):
-            assert not stop.wait(0.2)
-            happens(context)
-            return stop.wait(60)
+        cancel(context)
+        return is_stopped(context, lambda _: None)
 
     assert in_a_step(look) is True

@@ -24,33 +24,43 @@ DATABASE_SECONDS = 20.0  # for Dagster's database to say why a step is interrupt
 _TERMINATED = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 
-def run_interruptibly(work: Callable[[threading.Event], T]) -> T:
+def run_interruptibly(context: dg.OpExecutionContext, work: Callable[[threading.Event], T]) -> T:
     """Run `work(stop)` in a thread of its own and return its result.
 
     Dagster's signal handlers raise in the main thread, at any line and more than once: a clean-up in an `except` block
     there is lost. So while `work` runs, STOPS are only recorded. The first one sets `stop`, `work` cleans up and
     returns, and then the handler from before gets the signal; that of SIGINT gets SIGHUP, which would end the process.
+    `stop` is also set when Dagster counts the run as terminated or ended, while the step is alive.
 
     `work`: checks `stop` often; when it is set, ends what it started, then returns or raises.
     Raises BaseException: what the earlier handler raises for a signal (DagsterExecutionInterruptedError in a step),
-    after the clean-up; else what `work` raised.
+    after the clean-up; else what `work` raised; else, if it was stopped, DagsterExecutionInterruptedError.
     """
     stop, done = threading.Event(), Future[T]()
 
     def target() -> None:
         try:
+            _check_run(context, stop)  # a pool of threads begins calls after a termination, too
             done.set_result(work(stop))
         except BaseException as error:  # noqa: BLE001 - raised in the calling thread below
             done.set_exception(error)
 
+    def watch() -> None:
+        while not wait([done], LIFE_SECONDS).done:
+            _check_run(context, stop)
+
     with _recorded_signals() as received:
-        threading.Thread(target=target, name="workload", daemon=True).start()
+        for each in (target, watch):
+            threading.Thread(target=each, name="workload", daemon=True).start()
         while not wait([done], SIGNAL_SECONDS).done:
             if received:  # not in the handler: a second signal during `set` would wait for its lock for ever
                 stop.set()
     if received:
         signal.raise_signal(signal.SIGINT if received[0] == signal.SIGHUP else received[0])
-    return done.result()
+    result = done.result()
+    if stop.is_set():
+        raise dg.DagsterExecutionInterruptedError
+    return result
 
 
 @contextmanager
@@ -72,29 +82,12 @@ def _recorded_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def stopped_with_run(context: dg.OpExecutionContext, stop: threading.Event) -> Iterator[None]:
-    """Set `stop` when Dagster counts the run as terminated or ended, though the step is alive.
-
-    Only the main thread gets signals: calls in other threads of the step learn of a termination here.
-    """
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(LIFE_SECONDS):
-            with suppress(Exception):  # of whatever database it is; it is asked again
-                run = context.instance.get_run_by_id(context.run_id)
-                if run is None or run.is_finished or run.status in _TERMINATED:
-                    stop.set()
-                    return
-
-    watcher = threading.Thread(target=watch, name="run watcher", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
+def _check_run(context: dg.OpExecutionContext, stop: threading.Event) -> None:
+    """Set `stop` if Dagster counts the run as terminated or ended. Other threads than the main one get no signal."""
+    with suppress(Exception):  # of whatever database it is; it is asked again
+        run = context.instance.get_run_by_id(context.run_id)
+        if run is None or run.is_finished or run.status in _TERMINATED:
+            stop.set()
 
 
 def read_interruption(context: dg.OpExecutionContext) -> Literal["terminated", "command", "stopped"]:

@@ -46,7 +46,7 @@ def run_here(
                 process = machine.start(Path(path), session.context, session.sinks)
             return process.run(stop)
 
-        ended = run_interruptibly(run)
+        ended = run_interruptibly(context, run)
         session.messages.finish(context)
     cause = ended.cause or explain_failure(session.messages, ended.exit_code, plan.workload.name)
     if cause:
@@ -131,7 +131,8 @@ def run_array_here(
     step, machine = ArrayStep(context, name, plan), _Machine(context, name, settings, plan)
     step.where = machine.where
     with step.open():
-        run_interruptibly(_LocalTasks(step, machine, plan.array.max_running_tasks or os.cpu_count() or 1).run)
+        most = plan.array.max_running_tasks or os.cpu_count() or 1
+        run_interruptibly(context, _LocalTasks(step, machine, most).run)
     return step.complete()
 
 

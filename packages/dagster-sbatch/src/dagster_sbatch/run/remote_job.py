@@ -56,9 +56,6 @@ class RemoteJob(RemoteStep):
                 raise self._end_attempts(error) from None
             self._run = self._begin_attempt()
 
-    def _keep_completed(self) -> None:
-        """Nothing is complete before the job is over."""
-
     def _end_attempts(self, error: ConfigurationError | RefusedError) -> dg.Failure:
         """Return the step's failure: the next attempt cannot be submitted. A re-execution begins with the first one."""
         self._gateway.reject(self._run)

@@ -25,13 +25,7 @@ from dagster_sbatch.run.directory import CHECKS, RunInfo, RunPaths, files_of_com
 from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.family import Family
 from dagster_sbatch.run.history import earlier_job, key_in, tag_job
-from dagster_sbatch.run.interrupts import (
-    cancel_jobs,
-    describe_left,
-    read_interruption,
-    run_interruptibly,
-    stopped_with_run,
-)
+from dagster_sbatch.run.interrupts import cancel_jobs, describe_left, read_interruption, run_interruptibly
 from dagster_sbatch.run.plan import Plan
 from dagster_sbatch.run.reports import StepLog, report_reachable, show_on_terminal
 from dagster_sbatch.run.results import declared_checks, partitions_of
@@ -89,14 +83,13 @@ class RemoteStep(ABC):
 
     def run(self) -> dg.PipesClientCompletedInvocation:
         """Run it to its end; see `ComputeResource.run`."""
-        return run_interruptibly(self._work)
+        return run_interruptibly(self._context, self._work)
 
     @abstractmethod
     def _execute(self) -> dg.PipesClientCompletedInvocation:
         """Submit or adopt, follow to the end, and return the results."""
 
-    @abstractmethod
-    def _keep_completed(self) -> None:
+    def _keep_completed(self) -> None:  # noqa: B027 - of a single job, nothing is complete before it is over
         """Store what is complete: its jobs are cancelled, or their run directory is gone. It must not take long."""
 
     def _work(self, stop: threading.Event) -> dg.PipesClientCompletedInvocation:
@@ -107,8 +100,7 @@ class RemoteStep(ABC):
         self._environment = RunEnvironment(gateway, settings, self._plan)
         try:
             self._family = self._register()
-            with stopped_with_run(self._context, stop):
-                return self._execute()
+            return self._execute()
         except StoppedError:
             raise self._end() from None
         except LostClaimError as error:
