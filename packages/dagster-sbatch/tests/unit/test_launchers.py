@@ -7,8 +7,8 @@ import pytest
 
 from dagster_sbatch import launchers
 from dagster_sbatch.errors import ConfigurationError
-from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
-from dagster_sbatch.slurm import SlurmRequest
+from dagster_sbatch.launchers import CommandLauncher, Container, Launcher, RayLauncher, ScriptLauncher, SrunLauncher
+from dagster_sbatch.slurm import SAMPLER_FILES, SlurmRequest
 
 SITE = {"ray": {"pre_start_commands": ["ulimit -n 65536"], "ray_start_args": ["--include-dashboard=false"]}}
 
@@ -72,3 +72,14 @@ def test_the_page_has_each_launcher_in_its_table_and_an_example(name: str) -> No
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert f"| `{name}()` |" in page
     assert any("compute.run(" in block and f"launcher={name}()" in block for block in blocks)
+
+
+@pytest.mark.parametrize("launcher", [CommandLauncher(), RayLauncher(), ScriptLauncher(), SrunLauncher()])
+def test_a_run_sends_the_programs_of_its_own_version_after_an_upgrade(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next attempt at a job is submitted by the code in memory, and the files of the package are others now."""
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "of another version")
+    files = {**SAMPLER_FILES, **launcher.files(SlurmRequest()), **Container.files({})}
+    assert "of another version" not in files.values()
+    assert "sampler/sampler.py" in files

@@ -8,7 +8,7 @@ from typing import Any
 from dagster_sbatch.run.calls import StepName
 from dagster_sbatch.run.pipes import pipes_variables
 from dagster_sbatch.run.plan import Plan
-from dagster_sbatch.slurm import ArrayShape, render_job_script, render_start, sampler_files
+from dagster_sbatch.slurm import SAMPLER_FILES, ArrayShape, render_job_script, render_start
 from dagster_sbatch.slurm.gateway.agent.disk import FORMAT
 
 CHECKS = "checks.json"  # name of a file in it
@@ -83,4 +83,4 @@ def files_of_commands(plan: Plan) -> dict[str, str]:
     """Return the files that the job script and the commands of the launcher and its container need."""
     container = plan.launcher.container
     own = plan.launcher.files(plan.allocation.request)
-    return {**sampler_files(), **own, **(container.files(plan.env) if container else {})}
+    return {**SAMPLER_FILES, **own, **(container.files(plan.env) if container else {})}

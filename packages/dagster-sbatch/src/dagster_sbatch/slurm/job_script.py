@@ -187,6 +187,9 @@ _THREADS = ("--threads-per-core", "--hint")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_./+-]")
 
 LONGEST_LEAD = 300
+SAMPLER_FILES = {f"sampler/{path.name}": path.read_text() for path in sorted(Path(__file__).parent.glob("job/*.py"))}
+"""The program that measures what a job uses: its files by name in the run directory. As all programs of a job, it is
+read at the import: an upgrade of the engine may replace it while a run continues."""
 
 
 @dataclass(frozen=True)
@@ -231,11 +234,6 @@ def directives(
     return [f"#SBATCH {option}" for option in (*options, *request.options, *own)]
 
 
-def sampler_files() -> dict[str, str]:
-    """Return the program that measures what the job uses: its files by name in the run directory."""
-    return {f"sampler/{path.name}": path.read_text() for path in sorted((Path(__file__).parent / "job").glob("*.py"))}
-
-
 def render_start(variables: Mapping[str, str]) -> str:
     """Return the functions of bash with which launchers start a workload (`Launcher.render`).
 
@@ -261,7 +259,7 @@ def render_job_script(  # noqa: PLR0913 - the parts of a script
 
     In an array job, it reads `context.head`, `tasks.jsonl` and `tasks.pipes` in the run directory. Task `index` writes
     `context.head` and line `index` (from 0) of `tasks.jsonl` to its `context.json`; its line of `tasks.pipes` has the
-    values of DAGSTER_PIPES_CONTEXT and DAGSTER_PIPES_MESSAGES, separated by a space. Every job needs `sampler_files`.
+    values of DAGSTER_PIPES_CONTEXT and DAGSTER_PIPES_MESSAGES, separated by a space. Every job needs `SAMPLER_FILES`.
 
     `body`: the launcher's commands (`Launcher.render`). `start`: functions of bash that start the workload:
     `render_start`, or those of a container. `run`: the run directory; default: where Slurm starts the script.

@@ -21,6 +21,7 @@ _FIRST_LINE = re.compile(rb"#![ \t]*/")
 _FOLDER = Path(__file__).parent / "job"
 _PROGRAMS = ("run_program.py", "pipes_command.py")
 _THERE = "program"  # folder of these programs in the run directory
+_FILES = {f"{_THERE}/{name}": (_FOLDER / name).read_text() for name in _PROGRAMS}
 
 
 class CommandLauncher(Launcher):
@@ -64,7 +65,7 @@ class CommandLauncher(Launcher):
         return [sys.executable, str(_FOLDER / _PROGRAMS[0]), *self.options, *command]
 
     def files(self, request: SlurmRequest) -> dict[str, str]:  # noqa: ARG002, D102 - see Launcher
-        return {f"{_THERE}/{name}": (_FOLDER / name).read_text() for name in _PROGRAMS}
+        return dict(_FILES)
 
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
         start = shlex.join([*self.options, *command])

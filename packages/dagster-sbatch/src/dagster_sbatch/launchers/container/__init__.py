@@ -17,6 +17,12 @@ from dagster_sbatch.slurm.site import ContainerRuntime
 
 FOLDER = "container"  # in the run directory
 _START = Path(__file__).parent / "job" / "start.sh"
+_PIPES = Path(dagster_pipes.__file__).parent
+_FILES = {
+    f"{FOLDER}/{_START.name}": _START.read_text(),
+    f"{FOLDER}/images.py": Path(images.__file__).read_text(),
+    **{f"{FOLDER}/{_PIPES.name}/{path.name}": path.read_text() for path in sorted(_PIPES.glob("*.py"))},
+}
 _GPU_OPTIONS = frozenset({"--nv", "--nvccli", "--rocm"})
 _NOT_OPTIONS = {
     "--bind": "Use binds=.",
@@ -214,14 +220,8 @@ run_workload() {{
 
         `env`: variables for the workload alone. All users of a node can read the arguments of apptainer.
         """
-        package = Path(dagster_pipes.__file__).parent
         variables = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
-        return {
-            f"{FOLDER}/variables.sh": variables,
-            f"{FOLDER}/{_START.name}": _START.read_text(),
-            f"{FOLDER}/images.py": Path(images.__file__).read_text(),
-            **{f"{FOLDER}/{package.name}/{path.name}": path.read_text() for path in sorted(package.glob("*.py"))},
-        }
+        return {f"{FOLDER}/variables.sh": variables, **_FILES}
 
     def _options(self, request: SlurmRequest, runtime: ContainerRuntime) -> list[str]:
         gpus = runtime.gpu_options if request.gpus_per_node else ()

@@ -14,7 +14,7 @@ from dagster_sbatch.launchers.base import Launcher
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.units import Memory, parse_memory
 
-_FOLDER = Path(__file__).parent / "job"
+_FILES = {f"ray/{path.name}": path.read_text() for path in sorted(Path(__file__).parent.glob("job/*.*"))}
 _NO_DASHBOARD = "--include-dashboard=false"
 _OWN_ARGUMENTS = frozenset(
     """
@@ -116,8 +116,7 @@ class RayLauncher(Launcher):
             "temp_dir": self.temp_dir,
             "collect_logs": self.collect_logs,
         }
-        programs = {f"ray/{path.name}": path.read_text() for path in sorted(_FOLDER.glob("*.*"))}
-        return {**programs, "ray/settings.json": json.dumps(settings, indent=1)}
+        return {**_FILES, "ray/settings.json": json.dumps(settings, indent=1)}
 
     def hints(self, job: str) -> dict[str, str]:  # noqa: D102 - see Launcher
         return {} if _NO_DASHBOARD in self.ray_start_args else {"dashboard": f"scripts/job {job} dashboard"}

@@ -14,6 +14,7 @@ from dagster_sbatch.launchers.base import Launcher
 from dagster_sbatch.slurm.request import SlurmRequest, word
 
 _FOLDER = Path(__file__).parent / "job"
+_FILES = {f"srun/{path.name}": path.read_text() for path in sorted(_FOLDER.glob("*.py"))}
 _PROGRAM = "ranks.py"
 _PYTHON_OPTIONS = ("-B", "-E", "-s", "-S", "-X", "utf8")  # only Python's own modules, and those beside the program
 _GPUS_PER_TASK = re.compile(r"per_task:(\d+)")
@@ -72,7 +73,7 @@ class SrunLauncher(Launcher):
             )
 
     def files(self, request: SlurmRequest) -> dict[str, str]:  # noqa: ARG002, D102 - see Launcher
-        return {f"srun/{path.name}": path.read_text() for path in sorted(_FOLDER.glob("*.py"))}
+        return dict(_FILES)
 
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:  # noqa: D102 - see Launcher
         gpus, step = request.gpus_per_node, self.step_options(request)
