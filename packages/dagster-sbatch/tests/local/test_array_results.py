@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch import ComputeResource, JobArray, ScriptLauncher
-from dagster_sbatch.run import local_run
+from dagster_sbatch.run import interrupts, local_run
 from dagster_sbatch.run.local import Ended, LocalProcess
 from resources import PROJECT
-from support.array_asset import ArrayAsset
+from slurm_in_a_box import wait_until
+from support.array_asset import DAYS, ArrayAsset
+from support.dagster_dev import gone
 from support.workload_asset import PIPES
 
 pytestmark = pytest.mark.local
@@ -107,6 +110,41 @@ def test_a_re_execution_from_failure_leaves_out_what_is_stored_now(tmp_path: Pat
     assert ran(data_root, again.run_id) == KEYS
 
 
+def test_what_another_run_has_stored_since_is_computed_again_if_there_is_newer_data(
+    tmp_path: Path, data_root: Path
+) -> None:
+    """The end of that run's step has stored it, and with it no digest of its inputs."""
+    asset = ArrayAsset(tmp_path, LAST_FAILS, JobArray())
+    first = asset.run(FIRST, LAST)
+    (data_root / "fixed").touch()
+
+    def report_readings() -> None:
+        with dg.DagsterInstance.from_config(str(tmp_path / "dagster")) as instance:
+            instance.report_runless_asset_event(dg.AssetMaterialization("readings", partition=FIRST))
+
+    report_readings()
+    assert asset.run(FIRST).success
+    resumed = asset.run(FIRST, LAST, of=first.run_id, from_failure=True)
+    assert ran(data_root, resumed.run_id) == [LAST]
+    assert asset.run(FIRST).success
+    report_readings()
+    again = asset.run(FIRST, LAST, of=first.run_id, from_failure=True)
+    assert ran(data_root, again.run_id) == [FIRST, LAST]
+
+
+def test_what_another_run_has_stored_since_by_another_code_version_is_computed_again(
+    tmp_path: Path, data_root: Path
+) -> None:
+    asset = ArrayAsset(tmp_path, LAST_FAILS, JobArray(), code_version="1")
+    first = asset.run(FIRST, LAST)
+    (data_root / "fixed").touch()
+    assert asset.run(FIRST).success
+    resumed = ArrayAsset(tmp_path, LAST_FAILS, JobArray(), code_version="2").run(
+        FIRST, LAST, of=first.run_id, from_failure=True
+    )
+    assert ran(data_root, resumed.run_id) == KEYS
+
+
 def stored(folder: Path, run_id: str) -> dict[str | None, dg.AssetMaterialization]:
     """What a run has stored, by partition."""
     with dg.DagsterInstance.from_config(str(folder / "dagster")) as instance:
@@ -162,6 +200,39 @@ def test_partitions_are_stored_whatever_ends_the_step(tmp_path: Path, monkeypatc
     assert list(outcome.once) == [FIRST]
 
 
+ENDS_WELL_WHEN_TERMINATED = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+(pathlib.Path(os.environ["DATA_ROOT"]) / f"pid-{os.getpid()}").touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("array", [None, JobArray(max_running_tasks=2)])
+def test_a_run_that_was_marked_as_terminated_has_no_result(
+    array: JobArray | None, tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the UI does without a signal; nor does a signal reach a call in a thread of its own."""
+    monkeypatch.setattr(interrupts, "LIFE_SECONDS", 0.1)
+    asset, number = ArrayAsset(tmp_path, ENDS_WELL_WHEN_TERMINATED, array), 2 if array else 1
+
+    def mark() -> None:
+        wait_until(lambda: len([*data_root.glob("pid-*")]) == number, "the workload sleeps", 60)
+        with dg.DagsterInstance.from_config(str(tmp_path / "dagster")) as instance:
+            (run,) = instance.get_runs()
+            instance.report_run_canceled(run)
+
+    thread = threading.Thread(target=mark)
+    thread.start()
+    outcome = asset.run(FIRST, LAST)
+    thread.join()
+    assert "DagsterExecutionInterruptedError" in outcome.error
+    assert outcome.metadata == {}
+    pids = [int(path.name[4:]) for path in data_root.glob("pid-*")]
+    assert len(pids) == number
+    wait_until(lambda: all(map(gone, pids)), "no process is left")
+
+
 def test_partitions_of_an_asset_that_later_ops_make_are_not_stored_before_these_have_run(workload: Path) -> None:
     workload.write_text(f"{PIPES}\n    assert pipes.partition_key != 'c'\n")
 
@@ -213,6 +284,33 @@ def test_a_multi_asset_of_which_one_has_no_partitions(workload: Path, array: Job
     found = {event.asset_key: event.materialization for event in result.get_asset_materialization_events()}
     assert bool(found) is not bool(errors)
     assert errors or "workload_seconds" in found[dg.AssetKey("all")].metadata
+
+
+@pytest.mark.parametrize(
+    ("offset", "last", "refused"),
+    [(-1, "2013-01-03", True), (-1, "2013-01-01", False), (-3, "2013-01-03", False), (0, "2013-01-03", False)],
+)
+@pytest.mark.parametrize("before", ["later", "earlier"])
+def test_partitions_that_depend_on_each_other_are_no_tasks(
+    offset: int, last: str, before: str, *, refused: bool, workload: Path
+) -> None:
+    """Tasks run at the same time: one would read what another has not written yet, and all would succeed."""
+    workload.write_text(f"{PIPES}\n    pass\n")
+    mapping = dg.TimeWindowPartitionMapping(start_offset=offset, end_offset=offset)
+    deps = [dg.AssetDep(before, partition_mapping=mapping)] if offset or before == "earlier" else []
+    specs = [dg.AssetSpec("earlier", partitions_def=DAYS), dg.AssetSpec("later", deps=deps, partitions_def=DAYS)]
+
+    @dg.multi_asset(specs=specs, backfill_policy=dg.BackfillPolicy.single_run())
+    def both(context: dg.AssetExecutionContext, compute: ComputeResource) -> Iterator[Any]:
+        done = compute.run(context, workload=workload, launcher=ScriptLauncher(), array=JobArray())
+        yield from sorted(done.get_results(), key=lambda each: each.asset_key)  # as Dagster wants them
+
+    days = {"dagster/asset_partition_range_start": FIRST, "dagster/asset_partition_range_end": last}
+    resources = {"compute": ComputeResource.of(PROJECT)}
+    result = dg.materialize([both], resources=resources, tags=days, raise_on_error=False)
+    failures = [event.step_failure_data.user_failure_data for event in result.all_events if event.is_step_failure]
+    assert result.success is not refused
+    assert [f"and these of {before} depend on each other" in str(each) for each in failures] == [True] * refused
 
 
 def test_the_tasks_of_a_check_without_its_asset(workload: Path) -> None:

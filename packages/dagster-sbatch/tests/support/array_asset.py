@@ -60,8 +60,10 @@ class ArrayAsset:
         partitions: dg.PartitionsDefinition | None = DAYS,
         checks: tuple[str, ...] = (),
         retry_policy: dg.RetryPolicy | None = None,
+        code_version: str | None = None,
         **call: Any,
     ) -> None:
+        self._code_version = code_version
         self._folder, self.array, self.partitions, self._checks = folder, array, partitions, checks
         self._retry_policy, self.call = retry_policy, {"launcher": ScriptLauncher(), "request": SlurmRequest(), **call}
         self.completed: list[Any] = []
@@ -87,6 +89,7 @@ class ArrayAsset:
             backfill_policy=dg.BackfillPolicy.single_run() if self.partitions else None,
             check_specs=[dg.AssetCheckSpec(name, asset="probe") for name in self._checks],
             retry_policy=self._retry_policy,
+            code_version=self._code_version,
         )
         def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
             workload = self._folder / "workloads" / "workload.py"

@@ -202,7 +202,9 @@ class ArrayStep:
 
     def complete(self) -> dg.PipesClientCompletedInvocation:
         """Return the results, or raise the step's failure; results that Dagster refuses are stored by partition."""
-        self._log_repeated()
+        if repeated := sorted(self._warnings.repeated.items(), key=lambda item: -item[1]):
+            lines = [f"{count_of(count, 'more time')}: {text}" for text, count in repeated[:MOST_REPEATED]]
+            self._log.warning("Warnings that several tasks have written are shown once:\n" + "\n".join(lines))
         if self._failures:
             raise self._failure()
         try:
@@ -264,9 +266,3 @@ class ArrayStep:
             **self._failures.metadata(),
             **attempts_metadata(self.attempts),
         )
-
-    def _log_repeated(self) -> None:
-        repeated = sorted(self._warnings.repeated.items(), key=lambda item: -item[1])
-        if repeated:
-            lines = [f"{count_of(count, 'more time')}: {text}" for text, count in repeated[:MOST_REPEATED]]
-            self._log.warning("Warnings that several tasks have written are shown once:\n" + "\n".join(lines))

@@ -6,8 +6,8 @@ import dagster as dg
 
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.digests import digest_of
-from dagster_sbatch.run.history import stored_partitions
-from dagster_sbatch.run.step_inputs import inputs_of_step, with_versions
+from dagster_sbatch.run.history import CODE_VERSION, Stored, stored_partitions
+from dagster_sbatch.run.step_inputs import inputs_of_step, newest_reads, with_versions
 from dagster_sbatch.slurm.units import count_of
 
 INPUTS_TAG = "dagster_sbatch/inputs"
@@ -25,6 +25,8 @@ class CompletedPartitions:
         self.tasks, by_partition = with_versions(step, tasks), any(task.partitions for task in tasks)
         self._inputs = digest_of(inputs_of_step(step, by_partition=True)) if by_partition else ""
         found = stored_partitions(step) if by_partition else {}
+        self._newest_reads = newest_reads(step, list(found)) if found else {}
+        self._code_versions = step.assets_def.code_versions_by_key if found else {}
         known = [(task, key) for task in self.tasks for key in task.partitions if key in found]
         current = {key for task, key in known if self._is_current(task, key, found[key])}
         self._outdated = len(known) - len(current)
@@ -32,13 +34,23 @@ class CompletedPartitions:
             index for index, task in enumerate(self.tasks) if task.partitions and current.issuperset(task.partitions)
         }
         # The materializations of the partitions of complete tasks, by asset; and the indices of the other tasks
-        self.stored = {key: found[key] for index in complete for key in self.tasks[index].partitions}
+        done = {key: found[key] for index in complete for key in self.tasks[index].partitions}
+        self.stored = {key: {asset: each for asset, (_, each) in assets.items()} for key, assets in done.items()}
         self.left = [index for index in range(len(self.tasks)) if index not in complete]
 
-    def _is_current(self, task: Task, partition: str, stored: Mapping[dg.AssetKey, dg.AssetMaterialization]) -> bool:
-        """Return whether the inputs of a partition are the same, or not known: the end of a step has stored it."""
-        tags = self.tags(task, partition)
-        return all({**tags, **(each.tags or {})}.items() >= tags.items() for each in stored.values())
+    def _is_current(self, task: Task, partition: str, stored: Mapping[dg.AssetKey, Stored]) -> bool:
+        """Return whether the inputs of a partition are the same as when it was made.
+
+        The end of a step stores no digest of them: then the data have to be older, and `code_version` the same.
+        """
+        digest = self.tags(task, partition)[INPUTS_TAG]
+        for asset, (number, materialization) in stored.items():
+            tags = materialization.tags or {}
+            same_code = self._code_versions.get(asset) in (None, tags.get(CODE_VERSION))
+            without = digest if same_code and number > self._newest_reads[partition] else ""
+            if tags.get(INPUTS_TAG, without) != digest:
+                return False
+        return True
 
     def tags(self, task: Task, partition: str) -> dict[str, str]:
         """Return the tags of the materialization of a partition, by which a later run knows its inputs."""

@@ -20,6 +20,7 @@ from dagster_sbatch.run.remote_array import RemoteArray
 from dagster_sbatch.run.remote_job import RemoteJob
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import partitions_of, unpartitioned_assets
+from dagster_sbatch.run.step_inputs import chained_assets
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest
 
@@ -100,12 +101,7 @@ class ComputeResource(dg.ConfigurableResource[Any]):
                 array=array,
                 environment=environment,
             )
-            without = ", ".join(key.to_user_string() for key in unpartitioned_assets(step))
-            if without and any(task.partitions for task in plan.tasks):
-                raise ConfigurationError(
-                    f"array={array!r} divides the partitions of the run among its tasks, and {without} has none. "
-                    "Compute it in a step of its own."
-                )
+            _check_partitions(step, plan)
         except ConfigurationError as error:
             raise failure(name, str(error), final=True) from None
         return self._execute(step, name, settings, plan)
@@ -126,6 +122,21 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         if plan.array:
             return run_array_here(context, name, settings, plan)
         return run_here(context, name, settings, plan)
+
+
+def _check_partitions(step: dg.OpExecutionContext, plan: Plan) -> None:
+    """Refuse an array that cannot compute the partitions of the run in its tasks."""
+    if not any(task.partitions for task in plan.tasks):
+        return
+    head = f"array={plan.array!r} divides the partitions of the run among its tasks, and"
+    if without := ", ".join(key.to_user_string() for key in unpartitioned_assets(step)):
+        raise ConfigurationError(f"{head} {without} has none. Compute it in a step of its own.")
+    if len(plan.tasks) > 1 and (chained := ", ".join(key.to_user_string() for key in chained_assets(step))):
+        raise ConfigurationError(
+            f"{head} these of {chained} depend on each other. Tasks run at the same time. Without array=, the workload "
+            "can compute its partition_keys one after another; without backfill_policy=, Dagster executes one run per "
+            "partition, one after another."
+        )
 
 
 def _step_of(context: object) -> dg.OpExecutionContext:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime, timedelta
 from math import inf
+from operator import attrgetter
 from pathlib import Path
 
 import dagster as dg
@@ -18,15 +19,17 @@ _JOB_TAG = "slurm_job"
 _RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
 """Tags that Dagster sets to "true" in a re-execution from failure, also in one that Dagster itself requests."""
 _DATA_VERSION, _IS_REPORTED = "dagster/data_version", "dagster/data_version_is_user_provided"
-_CODE_VERSION = "dagster/code_version"
+CODE_VERSION = "dagster/code_version"
 """Tags of a materialization; the last one, if the end of a step has made it."""
 MOST_PARTITIONS = 10_000  # that Dagster's storage is asked for at once
 _MOST_OBSERVATIONS = 100  # the latest ones, among which one with a data version is searched
+Stored = tuple[int, dg.AssetMaterialization]  # a materialization, and before it the storage id of its event
 _PLANNED = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
 _LOCK_SECONDS = 10.0  # for others to add their tags
 _LONGEST_TAG = 63  # characters of each half of a tag's key, for Dagster
 _LONGEST_WAIT = timedelta(days=60)  # between the creation of a run and the end of its job
 _CLOCKS = timedelta(hours=6)  # by which the clocks of this machine and of the supercomputer may differ
+_age = attrgetter("storage_id")  # of a record
 
 
 def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName, before: float = inf) -> bool:
@@ -83,12 +86,14 @@ def find_data_version(instance: dg.DagsterInstance, asset: dg.AssetKey, *, parti
     return _data_version(newest) if newest.partition_key is None else None
 
 
-def find_data_versions(instance: dg.DagsterInstance, asset: dg.AssetKey, partitions: Sequence[str]) -> dict[str, str]:
-    """Return the version of the newest data of each partition that was materialized, or observed with a version."""
+def find_data_versions(
+    instance: dg.DagsterInstance, asset: dg.AssetKey, partitions: Sequence[str]
+) -> dict[str, tuple[int, str]]:
+    """Return storage id and version of the newest data of each partition: materialized, or observed with a version."""
     newest = _newest(instance.fetch_materializations, asset, partitions)
     for key, record in _newest(instance.fetch_observations, asset, partitions).items():
         newest[key] = max(newest.get(key, record), record, key=_age)
-    return {key: str(_data_version(record)) for key, record in sorted(newest.items())}
+    return {key: (record.storage_id, str(_data_version(record))) for key, record in sorted(newest.items())}
 
 
 def _newest(
@@ -105,10 +110,6 @@ def _newest(
     return newest
 
 
-def _age(record: dg.EventLogRecord) -> int:
-    return record.storage_id
-
-
 def _data_version(record: dg.EventLogRecord) -> str | None:
     """Return the version of the data that was materialized or observed; None for an observation without one.
 
@@ -117,7 +118,7 @@ def _data_version(record: dg.EventLogRecord) -> str | None:
     """
     event = record.asset_materialization or record.asset_observation
     tags = (event and event.tags) or {}
-    computed = _CODE_VERSION in tags and _IS_REPORTED not in tags
+    computed = CODE_VERSION in tags and _IS_REPORTED not in tags
     without = str(record.storage_id) if record.asset_materialization else None
     return without if computed else tags.get(_DATA_VERSION, without)
 
@@ -137,8 +138,8 @@ def _events_of(
     return [event for event in found if event.step_key == key]
 
 
-def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey, dg.AssetMaterialization]]:
-    """Return the partitions that need not be computed again, if their inputs are the same; by asset.
+def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey, Stored]]:
+    """Return the partitions that need not be computed again, if their inputs are the same; by asset, with storage ids.
 
     They are those that this run, or the runs of which it is a re-execution from failure, have stored in this step. A
     run that was requested to execute everything again begins anew, and so does a step that has succeeded before or ran
@@ -158,11 +159,11 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
         if run and (is_stored(step.instance, [run.run_id], name) or _deployment(run) != deployment):
             break
     complete = [partition for partition, each in found.items() if len(each) == len(assets)]
-    newest: dict[str, dict[dg.AssetKey, dg.AssetMaterialization]] = {}
+    newest: dict[str, dict[dg.AssetKey, Stored]] = {}
     for asset in assets:
         for partition, record in _newest(step.instance.fetch_materializations, asset, complete).items():
             if record.asset_materialization:
-                newest.setdefault(partition, {})[asset] = record.asset_materialization
+                newest.setdefault(partition, {})[asset] = record.storage_id, record.asset_materialization
     return {partition: each for partition, each in newest.items() if len(each) == len(assets)}
 
 

@@ -11,6 +11,9 @@ from dagster_sbatch.run.history import MOST_PARTITIONS, find_data_version, find_
 from dagster_sbatch.run.results import declared_checks, partitions_of
 from dagster_sbatch.run.task_contexts import time_window
 
+_SAME = (None, dg.IdentityPartitionMapping(), dg.TimeWindowPartitionMapping())
+"""Mappings of a partition to the one with the same key, where both assets have the same partitions."""
+
 
 def inputs_of_step(step: dg.OpExecutionContext, *, by_partition: bool = False) -> dict[str, Any]:
     """Return the step's inputs by name; JSON.
@@ -38,7 +41,7 @@ def inputs_of_step(step: dg.OpExecutionContext, *, by_partition: bool = False) -
 
 def _upstream_runs(step: dg.OpExecutionContext) -> Mapping[str, str]:
     """Return the runs of ops. For an asset, its data version counts and not its run, whatever the run selects."""
-    inputs, silent = step.get_step_execution_context().step.step_inputs, _silent_inputs(step)
+    inputs, silent = step.get_step_execution_context().step.step_inputs, _inputs(step, silent=True)
     ops = {name for name, asset in silent.items() if asset is None}
     keys = {key for each in inputs if each.name in ops for key in each.dependency_keys}
     return find_successes(step.instance, step.run_id, keys) if keys else {}
@@ -56,7 +59,7 @@ def _upstream_versions(step: dg.OpExecutionContext, *, by_partition: bool) -> di
             own = set(partitions_of(step)) if asset in step.selected_asset_keys else set()
             partitions = [key for key in subset.get_partition_keys() if key not in own]
             if len(partitions) <= MOST_PARTITIONS:
-                version = find_data_versions(step.instance, asset, partitions)
+                version = {key: each for key, (_, each) in find_data_versions(step.instance, asset, partitions).items()}
             else:
                 version = find_data_version(step.instance, asset, partitioned=True)
         else:
@@ -79,9 +82,31 @@ def with_versions(step: dg.OpExecutionContext, tasks: Sequence[Task]) -> tuple[T
     keys = [key for task in tasks for key in task.partitions]
     for name, asset in _assets_read(step).items() if keys else ():
         if _has_own_partitions(step, name, asset):
-            for key, version in find_data_versions(step.instance, asset, keys).items():
+            for key, (_, version) in find_data_versions(step.instance, asset, keys).items():
                 read.setdefault(key, []).append(f"{asset.to_user_string()} {version}")
     return tuple(replace(task, reads={key: read[key] for key in task.partitions if key in read}) for task in tasks)
+
+
+def newest_reads(step: dg.OpExecutionContext, partitions: Sequence[str]) -> dict[str, int]:
+    """Return the storage id of the newest data that each of some partitions reads; 0 if there is none."""
+    newest = dict.fromkeys(partitions, 0)
+    for name, asset in _assets_read(step).items():
+        if _has_own_partitions(step, name, asset):
+            found = find_data_versions(step.instance, asset, partitions)
+        else:
+            found = dict.fromkeys(partitions, (int(find_data_version(step.instance, asset, partitioned=True) or 0), ""))
+        newest |= {key: max(newest[key], number) for key, (number, _) in found.items()}
+    return newest
+
+
+def chained_assets(step: dg.OpExecutionContext) -> list[dg.AssetKey]:
+    """Return the assets of the step on whose partitions in this run other partitions in this run depend."""
+    partitions, execution, found = set(partitions_of(step)), step.get_step_execution_context(), []
+    for name, asset in _inputs(step, silent=False).items():
+        if asset and asset in step.selected_asset_keys and step.assets_def.get_partition_mapping(asset) not in _SAME:
+            read = execution.asset_partitions_subset_for_input(name, require_valid_partitions=False)
+            found += [] if partitions.isdisjoint(read.get_partition_keys()) else [asset]
+    return found
 
 
 def _has_own_partitions(step: dg.OpExecutionContext, name: str, asset: dg.AssetKey) -> bool:
@@ -99,7 +124,7 @@ def _assets_read(step: dg.OpExecutionContext) -> dict[str, dg.AssetKey]:
     Of a step that computes some of its assets, those that these depend on. What the step computes itself is none of
     them, unless its partitions depend on other ones.
     """
-    own, silent = step.selected_asset_keys, _silent_inputs(step)
+    own, silent = step.selected_asset_keys, _inputs(step, silent=True)
     found = {name: asset for name, asset in sorted(silent.items()) if asset is not None}
     if not own:
         return found
@@ -109,9 +134,9 @@ def _assets_read(step: dg.OpExecutionContext) -> dict[str, dg.AssetKey]:
     return {name: asset for name, asset in found.items() if asset in needed}
 
 
-def _silent_inputs(step: dg.OpExecutionContext) -> dict[str, dg.AssetKey | None]:
-    """Return the inputs by which a step waits for others without getting a value: the asset of each, None for an op."""
+def _inputs(step: dg.OpExecutionContext, *, silent: bool) -> dict[str, dg.AssetKey | None]:
+    """Return the asset of each input of a step, None for an op; `silent`: only those that have no value."""
     execution = step.get_step_execution_context()
-    names = [each.name for each in execution.op_def.input_defs if each.dagster_type.is_nothing]
+    names = [each.name for each in execution.op_def.input_defs if each.dagster_type.is_nothing or not silent]
     find = execution.job_def.asset_layer.get_asset_key_for_node_input
     return {name: find(execution.node_handle, name) for name in names}
