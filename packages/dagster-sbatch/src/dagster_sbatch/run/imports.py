@@ -161,7 +161,9 @@ def _reason(module: str, project: Project, lock: Path | None) -> str | None:
         return "it runs beside Dagster, and is not sent. A workload needs dagster_pipes only."
     if (project.root / module).is_dir() or (project.root / f"{module}.py").is_file():
         return "it is a part of this project outside the code root, and only that is sent. Move it into the code root."
-    locked = _locked(lock) if lock else set()
+    locked = set()
+    with suppress(ConfigurationError):
+        locked = {str(pin.name) for pin in read_lock(lock).pins} if lock else set()
     if not lock or not locked or canonicalize_name(module) in locked:
         return None
     bringing = [canonicalize_name(name) for name in _installed().get(module, [])]
@@ -171,9 +173,3 @@ def _reason(module: str, project: Project, lock: Path | None) -> str | None:
         f"the package {bringing[0]} is not in {lock.name}. "
         f"Add it to the `{lock.stem}` group of pyproject.toml and run scripts/lock."
     )
-
-
-def _locked(lock: Path) -> set[str]:
-    with suppress(ConfigurationError):
-        return {str(pin.name) for pin in read_lock(lock).pins}
-    return set()

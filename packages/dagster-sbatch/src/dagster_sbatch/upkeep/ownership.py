@@ -28,10 +28,11 @@ def group_state(instance: dg.DagsterInstance, root: str, now: datetime) -> Group
     if not all(record.dagster_run.is_finished for record in records):
         return "alive"
     newest = _newest(records)
-    if _is_to_be_retried(newest.dagster_run):
+    tags, failed = newest.dagster_run.tags, newest.dagster_run.status == dg.DagsterRunStatus.FAILURE
+    if failed and tags.get("dagster/will_retry") == "true" and "dagster/auto_retry_run_id" not in tags:
         if _has_ended_within(RETRY_PATIENCE, newest, now):
             return "retry due"
-        if newest.dagster_run.tags.get(REPEATED) != newest.dagster_run.run_id:
+        if tags.get(REPEATED) != newest.dagster_run.run_id:
             return "retry missed"
     return "just ended" if any(_has_ended_within(GRACE, record, now) for record in records) else "over"
 
@@ -53,12 +54,6 @@ def _newest(records: Iterable[dg.RunRecord]) -> dg.RunRecord:
 def _has_ended_within(span: timedelta, record: dg.RunRecord, now: datetime) -> bool:
     ended = record.end_time or record.update_timestamp.timestamp()
     return abs(now.timestamp() - ended) < span.total_seconds()  # one that ended later than now: a clock was ahead
-
-
-def _is_to_be_retried(run: dg.DagsterRun) -> bool:
-    """Return whether Dagster has promised to retry a run and has not done so."""
-    promised = run.status == dg.DagsterRunStatus.FAILURE and run.tags.get("dagster/will_retry") == "true"
-    return promised and "dagster/auto_retry_run_id" not in run.tags
 
 
 def reason_to_cancel(instance: dg.DagsterInstance, run: RunRecord) -> str:
