@@ -303,7 +303,7 @@ def test_partitions_that_depend_on_each_other_are_no_tasks(
     @dg.multi_asset(specs=specs, backfill_policy=dg.BackfillPolicy.single_run())
     def both(context: dg.AssetExecutionContext, compute: ComputeResource) -> Iterator[Any]:
         done = compute.run(context, workload=workload, launcher=ScriptLauncher(), array=JobArray())
-        yield from sorted(done.get_results(), key=lambda each: each.asset_key)  # as Dagster wants them
+        yield from sorted(done.get_results(), key=lambda each: str(each.asset_key))  # as Dagster wants
 
     days = {"dagster/asset_partition_range_start": FIRST, "dagster/asset_partition_range_end": last}
     resources = {"compute": ComputeResource.of(PROJECT)}
