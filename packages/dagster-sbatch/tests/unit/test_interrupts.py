@@ -36,9 +36,8 @@ def dagster_signal() -> Iterator[None]:
 
 def interruptibly(work: Callable[[threading.Event], Any]) -> Any:
     """Run the work for a step whose database does not answer."""
-    context = create_autospec(dg.OpExecutionContext)
-    context.instance.get_run_by_id.side_effect = OSError
-    return run_interruptibly(context, work)
+    database = {"instance.get_run_by_id.side_effect": OSError}
+    return run_interruptibly(create_autospec(dg.OpExecutionContext, **database), work)
 
 
 def test_the_result_and_the_error_of_the_work_come_back() -> None:
