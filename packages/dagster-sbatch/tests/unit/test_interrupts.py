@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import create_autospec
+from unittest.mock import Mock
 
 import dagster as dg
 import pytest
@@ -36,8 +36,8 @@ def dagster_signal() -> Iterator[None]:
 
 def interruptibly(work: Callable[[threading.Event], Any]) -> Any:
     """Run the work for a step whose database does not answer."""
-    database = {"instance.get_run_by_id.side_effect": OSError}
-    return run_interruptibly(create_autospec(dg.OpExecutionContext, **database), work)
+    context: Any = Mock(**{"instance.get_run_by_id.side_effect": OSError})
+    return run_interruptibly(context, work)
 
 
 def test_the_result_and_the_error_of_the_work_come_back() -> None:
