@@ -288,8 +288,8 @@ def test_what_people_can_do_without_ssh(
     listed = job().stdout
     assert max(map(len, listed.splitlines())) <= 80
     assert "probe" in listed and ours.run_id[:8] in listed and "COMPLETED 0:0" in listed
-    said = job(ours.run_id[:8], "logs")
-    assert (said.stdout, said.stderr, said.returncode) == ("quick\n", "a word\n", 0)
+    logs = job(ours.run_id[:8], "logs")
+    assert (logs.stdout, logs.stderr, logs.returncode) == ("quick\n", "a word\n", 0)
     assert job(mine.key, "logs", "--follow").stdout == "quick\n"
     assert "COMPLETED 0:0" in job(str(mine.job), "state").stdout
     assert job(str(mine.job)).stdout == job(str(mine.job), "state").stdout
@@ -298,6 +298,12 @@ def test_what_people_can_do_without_ssh(
     assert f"key={mine.key}" in target.read_text()
     missing = job(str(mine.job), "fetch", "no such file", "--to", str(target))
     assert (missing.returncode, "No such file" in missing.stderr) == (1, True)
+    nowhere = job(str(mine.job), "fetch", "job.sh", "--to", str(tmp_path / "no such folder" / "it"))
+    said = f"{tmp_path}/no such folder/it cannot be written: No such file or directory. Name another place with --to.\n"
+    assert (nowhere.returncode, nowhere.stderr) == (1, said)
+    for code in (0, 1):  # the second time, it is there
+        assert job(str(mine.job), "fetch", "job.sh", "--to", str(tmp_path)).returncode == code
+    assert (tmp_path / "job.sh").read_text() == target.read_text()
     kept = job(str(mine.job), "fetch", "README.md")
     assert (kept.returncode, "does not overwrite it" in kept.stderr) == (1, True)
     unknown = job("424242", "logs")

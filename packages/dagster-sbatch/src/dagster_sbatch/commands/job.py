@@ -57,7 +57,7 @@ def main(project: Project) -> int:
     logs.add_argument("--follow", action="store_true", help="and what it writes until it ends")
     fetch = actions.add_parser("fetch", help="copy a file of its run directory to this machine")
     fetch.add_argument("path", help="below the run directory, or absolute")
-    fetch.add_argument("--to", type=Path, metavar="FILE", help="default: its name in this folder")
+    fetch.add_argument("--to", type=Path, metavar="FILE", help="file or folder; default: its name in this folder")
     actions.add_parser("state", help="ask Slurm for the job's state")
     actions.add_parser("cancel", help="cancel the job, and wait until it is gone")
     actions.add_parser("dashboard", help="forward a local port to its Ray dashboard, until Ctrl-C or the job ends")
@@ -149,13 +149,20 @@ def act_on_task(asked: argparse.Namespace, runs: Runs, tasks: TaskList, task: Ta
 
 def fetch(runs: Runs, path: str, asked: argparse.Namespace) -> None:
     """Copy a file of the supercomputer to this machine."""
-    target = asked.to or Path(Path(path).name)
-    if asked.to is None and target.exists():
+    target = asked.to or Path()
+    if target.is_dir():
+        target /= Path(path).name
+    if asked.to != target and target.exists():
         raise ConfigurationError(
-            f"{target} is in this folder already. The command does not overwrite it. Name another file:\n"
+            f"{target} is there already. The command does not overwrite it. Name another file:\n"
             f"  scripts/job {asked.run} fetch {asked.path} --to FILE"
         )
-    fetch_file(runs.gateway, path, target)
+    try:
+        fetch_file(runs.gateway, path, target)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{target} cannot be written: {error.strerror}. Name another place with --to."
+        ) from None
     print(f"{target}: {target.stat().st_size} bytes")
 
 
