@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_sbatch import JobArray, ScriptLauncher
+from dagster_sbatch import FakeCompute, JobArray, ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from resources import PROJECT
 from support.workload_asset import PIPES, materialize
@@ -49,6 +49,28 @@ def test_a_declared_check_that_is_not_reported_is_named(
     success, log = run(probe)
     assert success is (reports is not returns)
     assert any(line.startswith(MISSING) for line in log) is not reports
+
+
+@pytest.mark.parametrize("compute", [COMPUTE["compute"], FakeCompute()], ids=["real", "fake"])
+@pytest.mark.parametrize("array", [None, JobArray()])
+@pytest.mark.parametrize("reports", [True, False])
+def test_assets_come_after_those_that_they_depend_on(
+    *, compute: ComputeResource, array: JobArray | None, reports: bool, tmp_path: Path
+) -> None:
+    """In whatever order a workload reports them; Dagster refuses any other order, after the job."""
+    names = "fedcba"
+    workload = tmp_path / "probe.py"
+    lines = [f"    pipes.report_asset_materialization(asset_key={name!r})\n" for name in names if reports]
+    workload.write_text("".join([PIPES, *lines, "    pass\n"]))
+    specs = [dg.AssetSpec(name, deps=[*below]) for name, below in zip(names, [*names[1:], ""], strict=True)]
+
+    @dg.multi_asset(specs=specs, partitions_def=KEYS)
+    def chain(context: dg.AssetExecutionContext, compute: ComputeResource) -> Iterator[Any]:
+        yield from compute.run(context, workload=workload, launcher=ScriptLauncher(), array=array).get_results()
+
+    result = dg.materialize([chain], resources={"compute": compute}, partition_key="a")
+    stored = [event.asset_key for event in result.get_asset_materialization_events()]
+    assert [key and key.to_user_string() for key in stored] == sorted(names)
 
 
 def test_a_value_for_the_io_manager_beside_what_the_workload_reports(tmp_path: Path) -> None:

@@ -9,7 +9,15 @@ import dagster as dg
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.attempts import ATTEMPTS
 from dagster_sbatch.run.messages import MessageParser
-from dagster_sbatch.run.results import PartitionReport, hand_over, in_json, partitions_of, read_partitions, report_on
+from dagster_sbatch.run.results import (
+    Completed,
+    PartitionReport,
+    hand_over,
+    in_json,
+    partitions_of,
+    read_partitions,
+    report_on,
+)
 
 _SUMS = ("node_hours", "cpu_hours", "gpu_hours", "workload_seconds")  # numbers of jobs that can be added
 MOST_ROWS = 200  # of a table in the metadata: Dagster stores it with the event
@@ -110,7 +118,7 @@ class TaskReports:
     messages: Sequence[Any]  # its custom messages
 
 
-class CompletedArray(dg.PipesClientCompletedInvocation):
+class CompletedArray(Completed):
     """The results of an array; an asset uses them like the result of a single workload.
 
     Attributes:
@@ -119,12 +127,13 @@ class CompletedArray(dg.PipesClientCompletedInvocation):
 
     def __init__(
         self,
+        context: dg.OpExecutionContext,
         session: dg.PipesSession,
         metadata: Mapping[str, Any],
         results: Sequence[TaskResult],
         checks: Sequence[dg.AssetCheckResult],
     ) -> None:
-        super().__init__(session, dict(metadata))
+        super().__init__(context, session, metadata)
         self._checks = checks
         self.tasks = {each.task.name: TaskReports(each.metadata, each.messages) for each in results}
 

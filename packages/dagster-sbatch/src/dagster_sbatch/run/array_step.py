@@ -236,7 +236,7 @@ class ArrayStep:
             metadata |= {**summarize(results), **proposal}
         elif results and context.selected_asset_keys:
             add_metadata(context, min(context.selected_asset_keys), results[0].task.partitions[0], proposal)
-        return CompletedArray(self._session.pipes, metadata, results, checks)
+        return CompletedArray(context, self._session.pipes, metadata, results, checks)
 
     def _propose(self, results: Sequence[TaskResult]) -> dict[str, Any]:
         place = self.where.get("partition")

@@ -16,7 +16,7 @@ from dagster_sbatch.run.failures import failure
 from dagster_sbatch.run.messages import explain_failure
 from dagster_sbatch.run.pipes import open_session
 from dagster_sbatch.run.plan import Plan
-from dagster_sbatch.run.results import make_message
+from dagster_sbatch.run.results import Completed, make_message
 from dagster_sbatch.settings import Settings
 
 
@@ -79,7 +79,7 @@ class FakeCompute(ComputeResource):
         cause = explain_failure(session.messages, 0, plan.workload.name)
         if cause:
             raise failure(name, cause)
-        return dg.PipesClientCompletedInvocation(session.pipes)
+        return Completed(context, session.pipes, {})
 
     def _execute_array(self, array: ArrayStep, context: dg.OpExecutionContext) -> dg.PipesClientCompletedInvocation:
         with array.open():

@@ -4,6 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from typing import Any
 
 import dagster as dg
@@ -262,9 +263,24 @@ def note_missing_checks(context: dg.OpExecutionContext, reported: Iterable[objec
         )
 
 
+class Completed(dg.PipesClientCompletedInvocation):
+    """The results of a workload in an order that Dagster accepts: each asset after those that it depends on."""
+
+    def __init__(self, context: dg.OpExecutionContext, session: dg.PipesSession, metadata: Mapping[str, Any]) -> None:
+        super().__init__(session, dict(metadata))
+        specs = context.assets_def.specs if context.has_assets_def else ()
+        above = {spec.key: {each.asset_key for each in spec.deps} - {spec.key} for spec in specs}
+        self._order = list(TopologicalSorter(above).static_order())
+
+    def get_results(self, *, implicit_materializations: bool = True) -> Sequence[Any]:
+        """Return what the workload reported, and a result for each asset that it did not report."""
+        found = super().get_results(implicit_materializations=implicit_materializations)
+        return sorted(found, key=lambda each: self._order.index(each.asset_key) if each.asset_key in self._order else 0)
+
+
 def complete(
     context: dg.OpExecutionContext, session: dg.PipesSession, where: Mapping[str, Any], costs: Mapping[str, Any]
-) -> dg.PipesClientCompletedInvocation:
+) -> Completed:
     """Return the completed invocation; Dagster shows the costs once.
 
     `where`: metadata for all results. `costs`: metadata of the whole job, for the first partition of the first asset
@@ -275,7 +291,7 @@ def complete(
     reported = [each.asset_key for each in results if isinstance(each, dg.MaterializeResult)]
     keys = sorted(key for key in reported if key) or sorted(context.selected_asset_keys)
     if not keys:  # an op, or the function of an asset check: there is no other place for them
-        return dg.PipesClientCompletedInvocation(session, metadata={**where, **costs})
+        return Completed(context, session, {**where, **costs})
     partitions = [] if keys[0] in unpartitioned_assets(context) else partitions_of(context)
     add_metadata(context, keys[0], next(iter(partitions), None), costs)
-    return dg.PipesClientCompletedInvocation(session, metadata=dict(where))
+    return Completed(context, session, where)
