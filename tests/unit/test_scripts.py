@@ -1,6 +1,9 @@
 """The commands for people: each explains itself and finds the project's environment; the pixi tasks call them."""
 
+import ast
+import contextlib
 import fcntl
+import importlib
 import json
 import os
 import shutil
@@ -61,6 +64,34 @@ def test_what_is_no_test_is_named() -> None:
     done = run([sys.executable, str(ROOT / "scripts" / "test"), "unti", "-x"])
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr == "scripts/test: 'unti' is neither unit nor smoke, nor a file or folder of tests\n"
+
+
+OF_COPIES = {
+    "dagster_sbatch.commands": "costs demo deploy_environment dev docs doctor job lock preview "
+    "refresh_step_auth upgrade",
+    "dagster_sbatch.commands.signals": "interrupt_once",
+    "slurm_in_a_box.command_line": "main",
+}
+"""What scripts and tests import beside the public API."""
+
+
+def test_what_copies_import_of_the_engine_stays() -> None:
+    """A copy keeps its scripts and tests after an upgrade: they need each name that a template has ever imported."""
+    skeleton = ROOT / "scripts" / "_skeleton"
+    files = [*SCRIPTS, *(path for path in skeleton.rglob("*") if path.is_file() and path.parent.name != "__pycache__")]
+    imported: dict[str, set[str]] = {}
+    for path in (path for path in files if path.suffix in ("", ".py") and path != ROOT / "scripts" / "new_project"):
+        with contextlib.suppress(SyntaxError):  # no Python
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[2]:
+                    imported.setdefault(node.module, set()).update(each.name for each in node.names)
+    engine = {
+        name: names for name, names in imported.items() if name.startswith(("dagster_sbatch.", "slurm_in_a_box."))
+    }
+    assert engine == {name: set(names.split()) for name, names in OF_COPIES.items()}
+    for module, names in OF_COPIES.items():
+        for name in names.split():
+            assert hasattr(importlib.import_module(module), name) or importlib.import_module(f"{module}.{name}")
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.commands import lock
-from dagster_sbatch.commands.command_line import STOPS
+from dagster_sbatch.commands.signals import STOPS
 from dagster_sbatch.commands.upgrade import KEPT, changes_between, go_back, main, upgrade
 from dagster_sbatch.commands.vendored import wheels_in, wheels_named
 from dagster_sbatch.errors import ConfigurationError

@@ -1,8 +1,7 @@
-"""What the commands share: a parser that shows examples, errors as text and exit code, tables, signals."""
+"""What the commands share: a parser that shows examples, errors as text and exit code, tables."""
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
@@ -21,9 +20,6 @@ from dagster_sbatch.ssh import SshError
 P = ParamSpec("P")
 LEAST_WIDTH = 80  # of a table on a terminal. A narrower one wraps the lines itself: no job id is cut off
 WIDEST = 10_000
-HANGUP = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
-STOPS = (signal.SIGINT, signal.SIGTERM, *HANGUP)
-"""Ctrl-C, `kill`, and the end of the terminal, unless `nohup` has started this process."""
 
 
 def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -96,20 +92,3 @@ def print_table(
         table.add_row(*row)
     console.width = max(console.width, LEAST_WIDTH) if sys.stdout.isatty() else WIDEST
     console.print(table)
-
-
-def interrupt_once() -> None:
-    """Let the first of STOPS raise KeyboardInterrupt with its number, and ignore later ones, from now on."""
-    for number in STOPS:
-        signal.signal(number, _interrupt)
-
-
-def ignore_interrupts() -> None:
-    """Ignore STOPS from now on: what follows is short, and must not be done by half."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _interrupt(number: int, _: object) -> None:
-    ignore_interrupts()
-    raise KeyboardInterrupt(number)

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dagster_sbatch.commands.command_line import STOPS, entry_point
+from dagster_sbatch.commands.command_line import entry_point
+from dagster_sbatch.commands.signals import STOPS
 from dagster_sbatch.inspect.asset_preview import RANGE_TAGS
 
 FAILED_LINES = 40

@@ -14,8 +14,9 @@ from pathlib import Path
 from rich.console import Console
 
 from dagster_sbatch.commands import lock
-from dagster_sbatch.commands.command_line import interrupt_once, make_parser
+from dagster_sbatch.commands.command_line import make_parser
 from dagster_sbatch.commands.project_copy import OLD_PACKAGE, OLD_PROJECT, SKELETON, Names, Template, convert, make_copy
+from dagster_sbatch.commands.signals import interrupt_once
 from dagster_sbatch.commands.vendored import PACKAGES
 from dagster_sbatch.environments.code import ask_git
 from dagster_sbatch.errors import ConfigurationError, nearest

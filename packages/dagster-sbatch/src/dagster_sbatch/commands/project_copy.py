@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dagster_sbatch.children import child_environment
 from dagster_sbatch.commands import lock
-from dagster_sbatch.commands.command_line import ignore_interrupts
+from dagster_sbatch.commands.signals import ignore_interrupts
 from dagster_sbatch.commands.vendored import PACKAGES, SOURCES, Wheel, build_wheel, rename_wheels
 from dagster_sbatch.environments.code import ask_git
 from dagster_sbatch.environments.groups import find_requirements

@@ -15,7 +15,8 @@ from packaging.version import Version
 from dagster_sbatch.atomic_write import replacing
 from dagster_sbatch.children import NETWORK, child_environment
 from dagster_sbatch.commands import lock
-from dagster_sbatch.commands.command_line import entry_point, ignore_interrupts, interrupt_once, make_parser
+from dagster_sbatch.commands.command_line import entry_point, make_parser
+from dagster_sbatch.commands.signals import ignore_interrupts, interrupt_once
 from dagster_sbatch.commands.vendored import (
     DAMAGED,
     ENGINE,
