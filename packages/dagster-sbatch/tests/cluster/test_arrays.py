@@ -16,6 +16,7 @@ from slurm_in_a_box import CERTIFICATE_USER, CPU_PARTITION, SimulatedSite, wait_
 from support.array_asset import DAYS, ArrayAsset
 from support.array_process import ArrayProcess
 from support.background import STRESS, go_on, nobody_left, runs_there
+from support.forked import Forked
 from support.step import kill
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("on_supercomputer")]
@@ -258,16 +259,18 @@ pipes.report_asset_materialization(metadata={"again": again})
     for qos, request in requests.items():
         assets[qos] = ArrayProcess(tmp_path / qos, variables, workload, FIRST, "2013-01-04")
         assets[qos].request = request
-    processes = {qos: asset.start() for qos, asset in assets.items()}
+    processes: dict[str, Forked] = {}
 
     def active() -> dict[str, list[str]]:
         """Job and node of the only task of each asset that is not over."""
         rows = site.squeue("--noheader", "--array", "--states=R,CF,CG,PD", "--format=%q %A %N").splitlines()
-        return {row.split()[0]: row.split()[1:] for row in rows} if len(rows) == len(assets) else {}
+        return {row.split()[0]: row.split()[1:] for row in rows} if len(rows) == len(processes) else {}
 
     begun = "ls begun-*-2013-01-02 | wc -l"
-    wait_until(lambda: site.run_on_login(CERTIFICATE_USER, begun).stdout.strip() == "2", "they have begun", 90)
-    wait_until(active, "the others are over", 60)
+    for qos, asset in assets.items():  # one after the other: tasks of the first would preempt those of the second
+        processes[qos] = asset.start()
+        wait_until(lambda: int(site.run_on_login(CERTIFICATE_USER, begun).stdout) == len(processes), "it has begun", 90)
+        wait_until(active, "the others are over", 60)
     tasks = active()
     with site.faults.preemption(int(tasks[idle][0])), site.faults.node_down(tasks[CPU_PARTITION][1]):
         outcomes = {qos: asset.outcome(processes[qos]) for qos, asset in assets.items()}
