@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -108,13 +109,34 @@ class Terminal:
         os.close(self._master)
         return code
 
+    def kill(self) -> None:
+        """End all its processes, whatever the test has come to."""
+        self._closed = True
+        for process in filter(self._lives, psutil.process_iter()):
+            process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def open_terminal(tmp_path: Path, on_supercomputer: dict[str, str]) -> Iterator[Callable[[str, str], Terminal]]:
+    """Makes terminals for a command and an executor; nothing of them is left after the test."""
+    variables = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **on_supercomputer}
+    opened: list[Terminal] = []
+
+    def open_one(command: str, executor: str) -> Terminal:
+        opened.append(Terminal(tmp_path / str(len(opened)), variables, command, executor))
+        return opened[-1]
+
+    yield open_one
+    for each in opened:
+        each.kill()
+
 
 def test_ctrl_c_cancels_the_job_or_says_how_to(
-    site: SimulatedSite, tmp_path: Path, on_supercomputer: dict[str, str]
+    site: SimulatedSite, open_terminal: Callable[[str, str], Terminal]
 ) -> None:
-    variables = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **on_supercomputer}
     kinds = itertools.product(COMMANDS, ("in_process_executor", "multiprocess_executor"))
-    terminals = [Terminal(tmp_path / str(number), variables, *kind) for number, kind in enumerate(kinds)]
+    terminals = [open_terminal(*kind) for kind in kinds]
 
     def running() -> list[str]:
         return [job for job, state in rows_of(site, "%i %T") if state == "RUNNING"]
@@ -141,12 +163,11 @@ def test_ctrl_c_cancels_the_job_or_says_how_to(
 
 @pytest.mark.parametrize("executor", ["in_process_executor", "multiprocess_executor"])
 def test_closing_the_terminal_cancels_the_job(
-    executor: str, site: SimulatedSite, tmp_path: Path, on_supercomputer: dict[str, str]
+    executor: str, site: SimulatedSite, open_terminal: Callable[[str, str], Terminal]
 ) -> None:
-    variables = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **on_supercomputer}
-    terminal = Terminal(tmp_path / "project", variables, "asset materialize", executor)
+    terminal = open_terminal("asset materialize", executor)
     wait_until(lambda: "RUNNING" in terminal.shown, "the job runs", 240)
-    (job,) = re.findall(r"job (\d+): RUNNING", terminal.shown)
+    job = re.findall(r"job (\d+): RUNNING", terminal.shown)[0]  # a second line follows if Slurm tells the node later
     terminal.close()
     wait_until(lambda: site.job_state(int(job)) == "CANCELLED", "the job is cancelled", 60)
     wait_until(terminal.has_ended, "the step has ended", 60)
