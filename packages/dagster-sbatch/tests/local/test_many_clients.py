@@ -2,30 +2,21 @@
 
 import threading
 from datetime import timedelta
-from functools import cache
 
 import pytest
 
 from dagster_sbatch.auth import AccessError, check_health, ensure_certificate
-from dagster_sbatch.auth.http import public_trust
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, Disturbance
 from support import access
 from support.rotation import Wind
 from support.rotation import later as later
+from support.rotation import quick as quick
 from support.rotation import settings as settings
 from support.rotation import variables as variables
 from support.rotation import wind as wind
 
-pytestmark = pytest.mark.local
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pauses between the tries of one refresh, no waiting for the disk, and the authorities are read once."""
-    monkeypatch.setattr("os.fsync", lambda _: None)
-    monkeypatch.setattr("dagster_sbatch.auth.http.public_trust", cache(public_trust))
-    monkeypatch.setattr("dagster_sbatch.auth.http.FIRST_PAUSE", 0.0)
+pytestmark = [pytest.mark.local, pytest.mark.usefixtures("quick")]
 
 
 @pytest.mark.parametrize("status", [400, 503])

@@ -18,8 +18,9 @@ from jobs.credentials import access_health, musica_access, refresh_credentials_j
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance
 from support import access
 from support.own_files import run_program
+from support.rotation import quick as quick
 
-pytestmark = pytest.mark.local
+pytestmark = [pytest.mark.local, pytest.mark.usefixtures("quick")]
 
 
 @pytest.fixture

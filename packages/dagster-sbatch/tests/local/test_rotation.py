@@ -27,10 +27,11 @@ from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance
 from support import access
 from support.rotation import check_one_working_pair, stored
 from support.rotation import later as later
+from support.rotation import quick as quick
 from support.rotation import settings as settings
 from support.rotation import variables as variables
 
-pytestmark = pytest.mark.local
+pytestmark = [pytest.mark.local, pytest.mark.usefixtures("quick")]
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,13 @@ from dagster_sbatch.auth import (
     refresh,
 )
 from dagster_sbatch.auth.authentik import request_oidc_token
-from dagster_sbatch.auth.http import Http, HttpAnswer, public_trust
+from dagster_sbatch.auth.http import Http, HttpAnswer
 from dagster_sbatch.auth.refresh_failures import RefreshFailures
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance, wait_until
 from support import access
 from support.rotation import Wind, stored
+from support.rotation import quick as quick
 from support.rotation import variables as variables
 from support.rotation import wind as wind
 
@@ -37,11 +37,8 @@ TO_DO = "read -rs ASC_AUTHENTIK_API_TOKEN && export ASC_AUTHENTIK_API_TOKEN && s
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pauses between the tries of one refresh, no waiting for the disk, and the authorities are read once."""
-    monkeypatch.setattr("os.fsync", lambda _: None)
-    monkeypatch.setattr("dagster_sbatch.auth.http.public_trust", cache(public_trust))
-    monkeypatch.setattr("dagster_sbatch.auth.http.FIRST_PAUSE", 0.0)
+def one_try(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certificate is requested once."""
     monkeypatch.setattr("dagster_sbatch.auth.refresher.ISSUE_TRIES", 1)
 
 

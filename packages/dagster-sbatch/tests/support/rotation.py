@@ -2,17 +2,27 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from dagster_sbatch.auth import clock, refresh
 from dagster_sbatch.auth.credentials_file import Credentials
+from dagster_sbatch.auth.http import public_trust
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import AuthentikControl, AuthentikServer
 from support import access
 
 Wind = Callable[[timedelta], None]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pauses between the tries of one refresh, no waiting for the disk, and the authorities are read once."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    monkeypatch.setattr("dagster_sbatch.auth.http.public_trust", cache(public_trust))
+    monkeypatch.setattr("dagster_sbatch.auth.http.FIRST_PAUSE", 0.0)
 
 
 @pytest.fixture
