@@ -163,6 +163,17 @@ def test_a_partition_that_is_stored_before_the_step_ends_has_its_data_version(tm
     }
 
 
+@pytest.mark.parametrize("versions", [["1"], ["1", "1"], ["1", "2"]])
+def test_the_data_version_that_parameter_sets_report(tmp_path: Path, versions: list[str]) -> None:
+    """Other data of one of them are another version of the asset's data."""
+    tasks = {str(number): {"version": version} for number, version in enumerate(versions)}
+    workload = "pipes.report_asset_materialization(data_version=pipes.extras['version'])"
+    asset = ArrayAsset(tmp_path, workload, JobArray(tasks=tasks), partitions=None)
+    first, again = ((stored(tmp_path, asset.run().run_id)[None].tags or {})["dagster/data_version"] for _ in range(2))
+    assert first == again
+    assert (first == "1") is (len(set(versions)) == 1)
+
+
 def test_a_process_that_cannot_be_started_is_the_failure_of_its_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

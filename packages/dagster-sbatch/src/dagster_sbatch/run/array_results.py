@@ -8,6 +8,7 @@ import dagster as dg
 
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.attempts import ATTEMPTS
+from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.results import (
     Completed,
@@ -18,6 +19,7 @@ from dagster_sbatch.run.results import (
     read_partitions,
     report_on,
 )
+from dagster_sbatch.slurm.units import count_of
 
 _SUMS = ("node_hours", "cpu_hours", "gpu_hours", "workload_seconds")  # numbers of jobs that can be added
 MOST_ROWS = 200  # of a table in the metadata: Dagster stores it with the event
@@ -36,6 +38,7 @@ class TaskResult:
     costs: dict[str, Any]  # numbers of its job
     reports: list[PartitionReport] = field(default_factory=list)  # on its partitions, by asset
     metadata: dict[str, Any] = field(default_factory=dict)  # what it reported of its assets as a whole
+    versions: dict[dg.AssetKey, str] = field(default_factory=dict)  # of data of the assets as a whole, too
     # The outcome of each asset check that it reported
     checks: dict[dg.AssetCheckKey, "dg.AssetCheckResult"] = field(default_factory=dict)
     messages: list[Any] = field(default_factory=list)  # its own custom messages
@@ -100,12 +103,15 @@ def read_result(
             continue
         assert each.asset_key is not None
         result.reports += [report_on(each, partition) for partition in task.partitions]
+        if each.data_version:
+            result.versions[each.asset_key] = each.data_version.value
         prefix = f"{each.asset_key.to_user_string()}: " if len(context.selected_asset_keys) > 1 else ""
         result.metadata |= {f"{prefix}{name}": value for name, value in (each.metadata or {}).items()}
     if messages.partitions:
         own = task.partitions or partitions_of(context)
         whose = "task" if task.partitions else "run"
-        result.reports += read_partitions(context, reader, messages.partitions, own, whose=whose)
+        result.reports += (found := read_partitions(context, reader, messages.partitions, own, whose=whose))
+        result.versions |= {each.asset: each.data_version for each in found if each.data_version and len(own) == 1}
     return result
 
 
@@ -119,11 +125,7 @@ class TaskReports:
 
 
 class CompletedArray(Completed):
-    """The results of an array; an asset uses them like the result of a single workload.
-
-    Attributes:
-        tasks: what each task reported, by the task's name.
-    """
+    """The results of an array; an asset uses them like the result of a single workload."""
 
     def __init__(
         self,
@@ -132,10 +134,27 @@ class CompletedArray(Completed):
         metadata: Mapping[str, Any],
         results: Sequence[TaskResult],
         checks: Sequence[dg.AssetCheckResult],
+        skipped: int,
     ) -> None:
+        """`skipped`: number of partitions that earlier runs have completed; nobody knows what their tasks reported."""
         super().__init__(context, session, metadata)
-        self._checks = checks
-        self.tasks = {each.task.name: TaskReports(each.metadata, each.messages) for each in results}
+        self._checks, self._skipped = checks, skipped
+        self._tasks = {each.task.name: TaskReports(each.metadata, each.messages) for each in results}
+
+    @property
+    def tasks(self) -> dict[str, TaskReports]:
+        """What each task reported, by the task's name.
+
+        Raises Failure: this run has skipped partitions that earlier runs have completed.
+        """
+        if self._skipped:
+            text = (
+                f"Earlier runs have completed {count_of(self._skipped, 'partition')} of this run, and what their tasks "
+                "reported is not kept, but the asset reads it. Re-execute all of this run. If the asset makes a value "
+                "of it, declare its type, `-> dg.MaterializeResult[dict]`: then this run skips no partition."
+            )
+            raise dg.Failure(text, allow_retries=False)
+        return self._tasks
 
     def get_results(self, *, implicit_materializations: bool = True) -> Sequence[Any]:
         """Return a result for each asset, and for each check that a task has reported."""
@@ -226,6 +245,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
 def attempts_metadata(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the attempts at jobs as metadata; nothing without rows, which `rows_of` returns."""
     return {ATTEMPTS: table(rows)} if rows else {}
+
+
+def data_versions(results: Sequence[TaskResult]) -> dict[dg.AssetKey, dg.DataVersion]:
+    """Return the versions of the assets' data that tasks have reported; of different ones, one that is made of them."""
+    found: dict[dg.AssetKey, list[str]] = {}
+    for each in results:
+        for asset, version in each.versions.items():
+            found.setdefault(asset, []).append(version)
+    return {key: dg.DataVersion(own[0] if len({*own}) == 1 else digest_of(own)) for key, own in found.items()}
 
 
 def summarize(results: Sequence[TaskResult]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dagster_sbatch.run.array_results import (
     TaskResult,
     attempts_metadata,
     combine_checks,
+    data_versions,
     read_outcome,
     read_result,
     summarize,
@@ -67,7 +68,6 @@ class ArrayStep:
         self._reported_by: dict[tuple[str, dg.AssetKey], str] = {}
         self._failures, self._warnings = TaskFailures(), Warnings()
         self._storer: ThreadPoolExecutor | None = None
-        self._stores_early = context.has_assets_def and isinstance(context.assets_def.node_def, dg.OpDefinition)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -169,10 +169,9 @@ class ArrayStep:
         """Materialize the partitions of tasks when they have succeeded: the step itself will not.
 
         A thread of its own does it: Dagster takes so long for a thousand events that the agent would leave meanwhile,
-        and jobs would be cancelled too late. Nothing is stored if later ops make the asset (`dg.graph_asset`): they
-        have not run.
+        and jobs would be cancelled too late. Nothing is stored if a partition needs more than its task.
         """
-        if self._stores_early and self._storer is None:
+        if self._completed.stores_early and self._storer is None:
             self._storer = ThreadPoolExecutor(1, "materializations")
             for result in self._results.values():
                 self._storer.submit(self._materialize, result)
@@ -221,22 +220,21 @@ class ArrayStep:
         for partition, assets in self._completed.stored.items():
             for key, stored in assets.items():
                 add_metadata(context, key, partition, stored.metadata)
-        single = len(partitions_of(context)) == 1
+        single, by_partition = len(partitions_of(context)) == 1, any(task.partitions for task in self.tasks)
+        for asset, version in data_versions(results).items() if single or not by_partition else ():
+            context.set_data_version(asset, version)
         for result in results:
-            for report in result.reports:
-                if single and report.data_version:
-                    context.set_data_version(report.asset, dg.DataVersion(report.data_version))
             found = result.of_partitions(context.selected_asset_keys, versions=not single)
             for (partition, key), each in found.items():
                 add_metadata(context, key, partition, each)
         checks = combine_checks(context.selected_asset_check_keys, results, self._earlier_checks())
         note_missing_checks(context, checks)
         metadata, proposal = {**self.where, **attempts_metadata(self.attempts)}, self._propose(results)
-        if not any(task.partitions for task in self.tasks):
+        if not by_partition:
             metadata |= {**summarize(results), **proposal}
         elif results and context.selected_asset_keys:
             add_metadata(context, min(context.selected_asset_keys), results[0].task.partitions[0], proposal)
-        return CompletedArray(context, self._session.pipes, metadata, results, checks)
+        return CompletedArray(context, self._session.pipes, metadata, results, checks, len(self._completed.stored))
 
     def _propose(self, results: Sequence[TaskResult]) -> dict[str, Any]:
         place = self.where.get("partition")
@@ -257,7 +255,7 @@ class ArrayStep:
         number, total = len(self._failures), len(self.tasks)
         kept = [self.tasks[index] for index in self._results if self.tasks[index].partitions]
         head = f"{number} of {count_of(total, 'task')} failed."
-        if self._stores_early and (kept or self._completed.stored):
+        if self._completed.stores_early and (kept or self._completed.stored):
             stored = sum(len(task.partitions) for task in kept) + len(self._completed.stored)
             head += f" The other tasks have materialized {count_of(stored, 'partition')}.{_AGAIN}"
         return failure(

@@ -24,19 +24,18 @@ class CompletedPartitions:
         """Ask Dagster what it has stored; nothing counts of tasks without partitions."""
         self.tasks, by_partition = with_versions(step, tasks), any(task.partitions for task in tasks)
         self._inputs = digest_of(inputs_of_step(step, by_partition=True)) if by_partition else ""
-        found = stored_partitions(step) if by_partition else {}
+        self.stores_early = step.has_assets_def and _needs_no_more(step.assets_def.node_def)
+        found = stored_partitions(step) if by_partition and self.stores_early else {}
         self._newest_reads = newest_reads(step, list(found)) if found else {}
         self._code_versions = step.assets_def.code_versions_by_key if found else {}
-        known = [(task, key) for task in self.tasks for key in task.partitions if key in found]
-        current = {key for task, key in known if self._is_current(task, key, found[key])}
+        known = {key: task for task in self.tasks for key in task.partitions if key in found}
+        current = {key for key, task in known.items() if self._is_current(task, key, found[key])}
         self._outdated = len(known) - len(current)
-        complete = {
-            index for index, task in enumerate(self.tasks) if task.partitions and current.issuperset(task.partitions)
-        }
+        done = [bool(task.partitions) and current.issuperset(task.partitions) for task in self.tasks]
         # The materializations of the partitions of complete tasks, by asset; and the indices of the other tasks
-        done = {key: found[key] for index in complete for key in self.tasks[index].partitions}
-        self.stored = {key: {asset: each for asset, (_, each) in assets.items()} for key, assets in done.items()}
-        self.left = [index for index in range(len(self.tasks)) if index not in complete]
+        keys = [key for task, is_done in zip(self.tasks, done, strict=True) if is_done for key in task.partitions]
+        self.stored = {key: {asset: each for asset, (_, each) in found[key].items()} for key in keys}
+        self.left = [index for index, is_done in enumerate(done) if not is_done]
 
     def _is_current(self, task: Task, partition: str, stored: Mapping[dg.AssetKey, Stored]) -> bool:
         """Return whether the inputs of a partition are the same as when it was made.
@@ -63,3 +62,12 @@ class CompletedPartitions:
         if self._outdated:
             again = count_of(self._outdated, "partition")
             log(f"This run computes {again} again: there is newer data to read, or code_version has changed.")
+
+
+def _needs_no_more(node: object) -> bool:
+    """Return whether a partition is complete when its task is, and may be stored before the end of the step.
+
+    Of a graph asset, later ops make it. If its function is declared to return a value, an IO manager stores that.
+    """
+    outputs = node.output_defs if isinstance(node, dg.OpDefinition) else None
+    return outputs is not None and all(each.dagster_type.is_nothing or each.dagster_type.is_any for each in outputs)

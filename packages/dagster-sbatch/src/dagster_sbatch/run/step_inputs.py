@@ -22,8 +22,9 @@ def inputs_of_step(step: dg.OpExecutionContext, *, by_partition: bool = False) -
     without getting a value, because it reads what that has written: the data version of each asset, and the run in
     which each op has succeeded. A value counts as far as the asset passes it on.
 
-    `by_partition`: for an array whose tasks compute partitions. Assets before it with the same partitions are left out:
-    each task reads its own; see `with_versions`.
+    `by_partition`: for an array whose tasks compute partitions. The versions of assets that pass values are among them:
+    a partition may be stored already. Assets before it with the same partitions are left out: each task reads its own;
+    see `with_versions`.
     """
     assets, checks = sorted(step.selected_asset_keys), declared_checks(step)
     versions, partitions = step.assets_def.code_versions_by_key if step.has_assets_def else {}, partitions_of(step)
@@ -50,7 +51,7 @@ def _upstream_runs(step: dg.OpExecutionContext) -> Mapping[str, str]:
 def _upstream_versions(step: dg.OpExecutionContext, *, by_partition: bool) -> dict[str, Any]:
     """Return the data version of each asset that the step reads: another run may have materialized it again."""
     execution, found = step.get_step_execution_context(), {}
-    for name, asset in _assets_read(step).items():
+    for name, asset in _assets_read(step, values=by_partition).items():
         if by_partition and _has_own_partitions(step, name, asset):
             continue
         version: Any = None
@@ -80,7 +81,7 @@ def with_versions(step: dg.OpExecutionContext, tasks: Sequence[Task]) -> tuple[T
     """
     read: dict[str, list[str]] = {}
     keys = [key for task in tasks for key in task.partitions]
-    for name, asset in _assets_read(step).items() if keys else ():
+    for name, asset in _assets_read(step, values=True).items() if keys else ():
         if _has_own_partitions(step, name, asset):
             for key, (_, version) in find_data_versions(step.instance, asset, keys).items():
                 read.setdefault(key, []).append(f"{asset.to_user_string()} {version}")
@@ -90,7 +91,7 @@ def with_versions(step: dg.OpExecutionContext, tasks: Sequence[Task]) -> tuple[T
 def newest_reads(step: dg.OpExecutionContext, partitions: Sequence[str]) -> dict[str, int]:
     """Return the storage id of the newest data that each of some partitions reads; 0 if there is none."""
     newest = dict.fromkeys(partitions, 0)
-    for name, asset in _assets_read(step).items():
+    for name, asset in _assets_read(step, values=True).items():
         if _has_own_partitions(step, name, asset):
             found = find_data_versions(step.instance, asset, partitions)
         else:
@@ -118,14 +119,14 @@ def _has_own_partitions(step: dg.OpExecutionContext, name: str, asset: dg.AssetK
     return partitioned and step.asset_partitions_def_for_input(name) == own
 
 
-def _assets_read(step: dg.OpExecutionContext) -> dict[str, dg.AssetKey]:
-    """Return the assets that the step reads without getting a value, by the name of the input.
+def _assets_read(step: dg.OpExecutionContext, *, values: bool = False) -> dict[str, dg.AssetKey]:
+    """Return the assets that the step reads, by the name of the input; `values`: also those of which it gets a value.
 
     Of a step that computes some of its assets, those that these depend on. What the step computes itself is none of
     them, unless its partitions depend on other ones.
     """
-    own, silent = step.selected_asset_keys, _inputs(step, silent=True)
-    found = {name: asset for name, asset in sorted(silent.items()) if asset is not None}
+    own, inputs = step.selected_asset_keys, _inputs(step, silent=not values)
+    found = {name: asset for name, asset in sorted(inputs.items()) if asset is not None}
     if not own:
         return found
     definition = step.assets_def
