@@ -93,6 +93,31 @@ def test_what_another_deployment_has_stored_is_computed_again(tmp_path: Path, da
     assert ran(data_root, resumed.run_id) == KEYS
 
 
+def test_partitions_with_a_blocking_check_that_failed_are_computed_again(tmp_path: Path, data_root: Path) -> None:
+    """Otherwise the same outcome would fail each re-execution from failure."""
+    workload = "import os, pathlib\npassed = pathlib.Path(os.environ['DATA_ROOT'], 'fixed').exists()"
+    workload += "\npipes.report_asset_check('good', passed=passed)"
+    asset = ArrayAsset(tmp_path, workload, JobArray(), checks=("good",), blocking=True)
+    first = asset.run(FIRST, LAST)
+    assert "1 blocking asset check failed" in first.error
+    (data_root / "fixed").touch()
+    assert asset.run(FIRST, LAST, of=first.run_id, from_failure=True).success
+
+
+def test_what_was_stored_with_another_data_root_is_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data are in another folder, and the other assets do not find them."""
+    asset = ArrayAsset(tmp_path, LAST_FAILS, JobArray())
+    first = asset.run(FIRST, LAST)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "fixed").touch()
+    monkeypatch.setenv("DATA_ROOT", str(other))
+    resumed = asset.run(FIRST, LAST, of=first.run_id, from_failure=True)
+    assert ran(other, resumed.run_id) == KEYS
+
+
 def test_a_re_execution_from_failure_leaves_out_what_is_stored_now(tmp_path: Path, data_root: Path) -> None:
     """Another run may have materialized a partition since, or a person may have wiped it."""
     asset = ArrayAsset(tmp_path, LAST_FAILS, JobArray())

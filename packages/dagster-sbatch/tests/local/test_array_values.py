@@ -53,7 +53,11 @@ class ValueAsset(ArrayAsset):
 
         policy = dg.BackfillPolicy.single_run()
 
-        @dg.asset(partitions_def=DAYS, backfill_policy=policy, dagster_type=dict if self.declared else None)
+        @dg.asset(
+            partitions_def=DAYS,
+            backfill_policy=policy,
+            dagster_type=dg.PythonObjectDagsterType(dict) if self.declared else None,
+        )
         def probe(context: dg.AssetExecutionContext, compute: ComputeResource, factor: int) -> Any:
             workload = self._folder / "workloads" / "workload.py"
             done = compute.run(context, workload=workload, array=self.array, extras={"factor": factor}, **self.call)

@@ -59,11 +59,12 @@ class ArrayAsset:
         *,
         partitions: dg.PartitionsDefinition | None = DAYS,
         checks: tuple[str, ...] = (),
+        blocking: bool = False,
         retry_policy: dg.RetryPolicy | None = None,
         code_version: str | None = None,
         **call: Any,
     ) -> None:
-        self._code_version = code_version
+        self._code_version, self._blocking = code_version, blocking
         self._folder, self.array, self.partitions, self._checks = folder, array, partitions, checks
         self._retry_policy, self.call = retry_policy, {"launcher": ScriptLauncher(), "request": SlurmRequest(), **call}
         self.completed: list[Any] = []
@@ -87,7 +88,7 @@ class ArrayAsset:
             deps=[readings],
             partitions_def=self.partitions,
             backfill_policy=dg.BackfillPolicy.single_run() if self.partitions else None,
-            check_specs=[dg.AssetCheckSpec(name, asset="probe") for name in self._checks],
+            check_specs=[dg.AssetCheckSpec(name, asset="probe", blocking=self._blocking) for name in self._checks],
             retry_policy=self._retry_policy,
             code_version=self._code_version,
         )

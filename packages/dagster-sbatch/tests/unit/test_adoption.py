@@ -228,6 +228,20 @@ def test_steps_of_a_graph_have_keys_and_success_is_read_by_them() -> None:
         assert begun is not None
         assert not is_stored(instance, [result.run_id], seen[0], before=begun)
         assert is_stored(instance, [result.run_id], seen[0], before=begun + 60)
+
+
+def test_what_a_blocking_check_has_failed_is_stored() -> None:
+    """A re-execution that adopts its job would end like that for ever."""
+    spec = dg.AssetCheckSpec("good", asset="probe", blocking=True)
+
+    @dg.asset(check_specs=[spec])
+    def probe() -> dg.MaterializeResult:
+        return dg.MaterializeResult(check_results=[dg.AssetCheckResult(passed=False, check_name="good")])
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = dg.materialize([probe], instance=instance, raise_on_error=False)
+        assert not result.success
+        assert is_stored(instance, [result.run_id], StepName("probe", {"probe"}))
         assert requested_at(instance, "unknown") == math.inf
 
 

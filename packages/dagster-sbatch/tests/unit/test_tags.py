@@ -96,7 +96,7 @@ def test_steps_in_parallel_lose_no_tag_of_each_other(tmp_path: Path) -> None:
 
 def test_an_asset_that_is_called_directly_has_no_run() -> None:
     with dg.build_asset_context() as context:
-        tag_deployment(context.op_execution_context, "development", None)
+        tag_deployment(context.op_execution_context, "development", None, "data")
         assert context.instance.get_runs() == []
 
 
@@ -106,4 +106,4 @@ def test_a_database_that_takes_no_tag_does_not_end_the_step(monkeypatch: pytest.
 
     with dg.build_asset_context() as context:
         monkeypatch.setattr(context.instance, "has_run", fail)
-        tag_deployment(context.op_execution_context, "development", None)
+        tag_deployment(context.op_execution_context, "development", None, "data")

@@ -114,7 +114,9 @@ class ComputeResource(dg.ConfigurableResource[Any]):
     ) -> dg.PipesClientCompletedInvocation:
         if _intercept:
             _intercept(name, settings, plan)
-        tag_deployment(context, settings.deployment, settings.supercomputer_site if settings.on_supercomputer else None)
+        site = settings.supercomputer_site if settings.on_supercomputer else None
+        data_root = settings.data_folder if site else str(plan.project.local_data_root(settings))
+        tag_deployment(context, settings.deployment, site, data_root)
         for note in plan.notes:
             StepLog(context).warning(note)
         if settings.on_supercomputer:

@@ -21,6 +21,7 @@ _RESUMED = ("dagster/is_resume_retry", "dagster/is_asset_resume_retry")
 _DATA_VERSION, _IS_REPORTED = "dagster/data_version", "dagster/data_version_is_user_provided"
 CODE_VERSION = "dagster/code_version"
 """Tags of a materialization; the last one, if the end of a step has made it."""
+_CHECKED = "DagsterAssetCheckFailedError"  # that ends a step if a blocking check has failed; all is stored by then
 MOST_PARTITIONS = 10_000  # that Dagster's storage is asked for at once
 _MOST_OBSERVATIONS = 100  # the latest ones, among which one with a data version is searched
 Stored = tuple[int, dg.AssetMaterialization]  # a materialization, and before it the storage id of its event
@@ -33,13 +34,19 @@ _age = attrgetter("storage_id")  # of a record
 
 
 def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName, before: float = inf) -> bool:
-    """Return whether Dagster has stored the result of a step in one of some runs.
+    """Return whether Dagster has stored the result of a step in one of some runs: also one that a blocking check fails.
 
     A run that was deleted has stored nothing. `before`: only results that were stored by then count, in seconds since
     1970.
     """
-    ends = (end for run in runs for end in _events_of(instance, run, step, {dg.DagsterEventType.STEP_SUCCESS}))
-    return any(end.timestamp <= before for end in ends)
+    kinds = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
+    ends = (end for run in runs for end in _events_of(instance, run, step, kinds) if end.timestamp <= before)
+    return any(_is_complete(end.get_dagster_event()) for end in ends)
+
+
+def _is_complete(end: dg.DagsterEvent) -> bool:
+    error = end.step_failure_data.error if end.is_step_failure else None
+    return not end.is_step_failure or (error is not None and error.cls_name == _CHECKED)
 
 
 def group_of(instance: dg.DagsterInstance, root: str) -> dict[str, dg.RunRecord]:
@@ -142,9 +149,9 @@ def stored_partitions(step: dg.OpExecutionContext) -> dict[str, dict[dg.AssetKey
     """Return the partitions that need not be computed again, if their inputs are the same; by asset, with storage ids.
 
     They are those that this run, or the runs of which it is a re-execution from failure, have stored in this step. A
-    run that was requested to execute everything again begins anew, and so does a step that has succeeded before or ran
-    on another deployment. Their materializations are the newest ones: another run may have made them, and what a
-    person has wiped has none.
+    run that was requested to execute everything again begins anew, and so does a step that has come to its end before,
+    or ran on another deployment or with another DATA_ROOT. Their materializations are the newest ones: another run may
+    have made them, and what a person has wiped has none.
     """
     name, run, assets = StepName.of(step), step.instance.get_run_by_id(step.run_id), sorted(step.selected_asset_keys)
     found: dict[str, set[dg.AssetKey]] = {}
@@ -185,13 +192,13 @@ def requested_at(instance: dg.DagsterInstance, run_id: str) -> float:
     return records[0].event_log_entry.timestamp if records else inf
 
 
-def tag_deployment(context: dg.OpExecutionContext, deployment: str, site: str | None) -> None:
-    """Tag the run of a step with DAGSTER_DEPLOYMENT and, on a supercomputer, the site."""
-    _tag(context, {"deployment": deployment, **({"site": site} if site else {})})
+def tag_deployment(context: dg.OpExecutionContext, deployment: str, site: str | None, data_root: str) -> None:
+    """Tag the run of a step with DAGSTER_DEPLOYMENT, DATA_ROOT and, on a supercomputer, the site."""
+    _tag(context, {"deployment": deployment, "data_root": data_root, **({"site": site} if site else {})})
 
 
 def _deployment(run: dg.DagsterRun) -> list[str | None]:
-    return [run.tags.get(name) for name in ("deployment", "site")]
+    return [run.tags.get(name) for name in ("deployment", "site", "data_root")]
 
 
 def tag_job(context: dg.OpExecutionContext, job: str, call: int) -> None:
