@@ -77,7 +77,9 @@ def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
     Raises ConfigurationError: uv found no solution, or no index; the text is uv's.
     """
     # A package in the project's own repository is installed from there, where a hash means nothing.
-    own = [word for name in PACKAGES if _is_source(root / "packages" / name) for word in ("--no-emit-package", name)]
+    # Git may leave a folder that has only ignored files
+    sources = [name for name in PACKAGES if (root / "packages" / name / "pyproject.toml").is_file()]
+    own = [word for name in sources for word in ("--no-emit-package", name)]
     for name, source in locked_files(root).items():
         words = [*source, *OPTIONS, *own, *(["--upgrade"] if upgrade else []), "--output-file", str(folder / name)]
         done = subprocess.run(
@@ -90,11 +92,6 @@ def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
         )
         if done.returncode:
             raise ConfigurationError(f"{name} could not be resolved. uv says:\n{done.stderr.strip()}")
-
-
-def _is_source(package: Path) -> bool:
-    """Return whether a folder has a package: git may leave a folder that has only ignored files."""
-    return (package / "pyproject.toml").is_file()
 
 
 def _compare(old: Path, new: Path) -> list[str]:
@@ -145,15 +142,6 @@ def without(entries: Iterable[Entry], names: set[str]) -> list[Entry]:
         if fewer == kept:
             return kept
         kept = fewer
-
-
-def with_wheels(entries: Iterable[Entry], requirements: dict[str, str], project: str) -> list[Entry]:
-    """Return the entries with those of wheels in vendor/, which the project requires itself.
-
-    `requirements`: by package, the lines of its wheel.
-    """
-    wheels = [Entry(name, f"{lines}\n", (f"{project} {DIRECT})",)) for name, lines in requirements.items()]
-    return sorted([*entries, *wheels], key=lambda each: each.name)
 
 
 def render(entries: Iterable[Entry], old: str, new: str) -> str:

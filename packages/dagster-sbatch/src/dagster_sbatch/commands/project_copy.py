@@ -199,11 +199,12 @@ def _write_locks(root: Path, folder: Path, names: Names, wheels: Mapping[str, Wh
     """Lock the versions of the template, less those that only its other requirements need."""
     gone = find_requirements(root) - find_requirements(folder)
     (folder / "requirements").mkdir(exist_ok=True)
-    required = {name: wheel.requirement for name, wheel in wheels.items()}
     for name in lock.locked_files(folder):
         entries = lock.parse(read_text(root / "requirements" / name))
-        if name == "dev.txt":
-            entries = lock.with_wheels(entries, required, OLD_PROJECT)
+        if name == "dev.txt":  # with those of wheels in vendor/, which the project requires itself
+            by = (f"{OLD_PROJECT} {lock.DIRECT})",)
+            entries += [lock.Entry(each, f"{wheel.requirement}\n", by) for each, wheel in wheels.items()]
+            entries.sort(key=lambda each: each.name)
         text = lock.render(lock.without(entries, gone), OLD_PROJECT, names.project)
         write_text(folder / "requirements" / name, text)
 

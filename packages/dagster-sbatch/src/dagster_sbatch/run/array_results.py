@@ -8,7 +8,6 @@ import dagster as dg
 
 from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.attempts import ATTEMPTS
-from dagster_sbatch.run.digests import digest_of
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.results import (
     Completed,
@@ -38,7 +37,6 @@ class TaskResult:
     costs: dict[str, Any]  # numbers of its job
     reports: list[PartitionReport] = field(default_factory=list)  # on its partitions, by asset
     metadata: dict[str, Any] = field(default_factory=dict)  # what it reported of its assets as a whole
-    versions: dict[dg.AssetKey, str] = field(default_factory=dict)  # of data of the assets as a whole, too
     # The outcome of each asset check that it reported
     checks: dict[dg.AssetCheckKey, "dg.AssetCheckResult"] = field(default_factory=dict)
     messages: list[Any] = field(default_factory=list)  # its own custom messages
@@ -103,15 +101,14 @@ def read_result(
             continue
         assert each.asset_key is not None
         result.reports += [report_on(each, partition) for partition in task.partitions]
-        if each.data_version:
-            result.versions[each.asset_key] = each.data_version.value
         prefix = f"{each.asset_key.to_user_string()}: " if len(context.selected_asset_keys) > 1 else ""
         result.metadata |= {f"{prefix}{name}": value for name, value in (each.metadata or {}).items()}
+        if each.data_version:  # Dagster stores one per asset and step
+            result.metadata[f"{prefix}data_version"] = dg.MetadataValue.text(each.data_version.value)
     if messages.partitions:
         own = task.partitions or partitions_of(context)
         whose = "task" if task.partitions else "run"
-        result.reports += (found := read_partitions(context, reader, messages.partitions, own, whose=whose))
-        result.versions |= {each.asset: each.data_version for each in found if each.data_version and len(own) == 1}
+        result.reports += read_partitions(context, reader, messages.partitions, own, whose=whose)
     return result
 
 
@@ -245,15 +242,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
 def attempts_metadata(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the attempts at jobs as metadata; nothing without rows, which `rows_of` returns."""
     return {ATTEMPTS: table(rows)} if rows else {}
-
-
-def data_versions(results: Sequence[TaskResult]) -> dict[dg.AssetKey, dg.DataVersion]:
-    """Return the versions of the assets' data that tasks have reported; of different ones, one that is made of them."""
-    found: dict[dg.AssetKey, list[str]] = {}
-    for each in results:
-        for asset, version in each.versions.items():
-            found.setdefault(asset, []).append(version)
-    return {key: dg.DataVersion(own[0] if len({*own}) == 1 else digest_of(own)) for key, own in found.items()}
 
 
 def summarize(results: Sequence[TaskResult]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from dagster_sbatch.run.array_results import (
     TaskResult,
     attempts_metadata,
     combine_checks,
-    data_versions,
     read_outcome,
     read_result,
     summarize,
@@ -220,17 +219,18 @@ class ArrayStep:
         for partition, assets in self._completed.stored.items():
             for key, stored in assets.items():
                 add_metadata(context, key, partition, stored.metadata)
-        single, by_partition = len(partitions_of(context)) == 1, any(task.partitions for task in self.tasks)
-        for asset, version in data_versions(results).items() if single or not by_partition else ():
-            context.set_data_version(asset, version)
+        single = len(partitions_of(context)) == 1
         for result in results:
+            for report in result.reports:
+                if single and report.data_version:
+                    context.set_data_version(report.asset, dg.DataVersion(report.data_version))
             found = result.of_partitions(context.selected_asset_keys, versions=not single)
             for (partition, key), each in found.items():
                 add_metadata(context, key, partition, each)
         checks = combine_checks(context.selected_asset_check_keys, results, self._earlier_checks())
         note_missing_checks(context, checks)
         metadata, proposal = {**self.where, **attempts_metadata(self.attempts)}, self._propose(results)
-        if not by_partition:
+        if not any(task.partitions for task in self.tasks):
             metadata |= {**summarize(results), **proposal}
         elif results and context.selected_asset_keys:
             add_metadata(context, min(context.selected_asset_keys), results[0].task.partitions[0], proposal)

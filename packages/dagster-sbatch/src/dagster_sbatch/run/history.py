@@ -25,6 +25,7 @@ _CHECKED = "DagsterAssetCheckFailedError"  # that ends a step if a blocking chec
 MOST_PARTITIONS = 10_000  # that Dagster's storage is asked for at once
 _MOST_OBSERVATIONS = 100  # the latest ones, among which one with a data version is searched
 Stored = tuple[int, dg.AssetMaterialization]  # a materialization, and before it the storage id of its event
+_ENDS = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
 _PLANNED = dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED
 _LOCK_SECONDS = 10.0  # for others to add their tags
 _LONGEST_TAG = 63  # characters of each half of a tag's key, for Dagster
@@ -39,14 +40,11 @@ def is_stored(instance: dg.DagsterInstance, runs: Iterable[str], step: StepName,
     A run that was deleted has stored nothing. `before`: only results that were stored by then count, in seconds since
     1970.
     """
-    kinds = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
-    ends = (end for run in runs for end in _events_of(instance, run, step, kinds) if end.timestamp <= before)
-    return any(_is_complete(end.get_dagster_event()) for end in ends)
-
-
-def _is_complete(end: dg.DagsterEvent) -> bool:
-    error = end.step_failure_data.error if end.is_step_failure else None
-    return not end.is_step_failure or (error is not None and error.cls_name == _CHECKED)
+    ends = (end for run in runs for end in _events_of(instance, run, step, _ENDS) if end.timestamp <= before)
+    found = (end.get_dagster_event() for end in ends)
+    return any(
+        not each.is_step_failure or getattr(each.step_failure_data.error, "cls_name", "") == _CHECKED for each in found
+    )
 
 
 def group_of(instance: dg.DagsterInstance, root: str) -> dict[str, dg.RunRecord]:
@@ -212,9 +210,8 @@ def earlier_job(step: dg.OpExecutionContext) -> tuple[str | None, bool]:
     Also returns whether the step was interrupted then: it has not ended in that run or a later one.
     """
     name, parent, interrupted = StepName.of(step), step.run.parent_run_id, True
-    ends = {dg.DagsterEventType.STEP_SUCCESS, dg.DagsterEventType.STEP_FAILURE}
     while parent and (run := step.instance.get_run_by_id(parent)):
-        interrupted = interrupted and not _events_of(step.instance, parent, name, ends)
+        interrupted = interrupted and not _events_of(step.instance, parent, name, _ENDS)
         if job := run.tags.get(_job_tag(key_in(step.instance, parent, name))):
             return job, interrupted
         parent = run.parent_run_id

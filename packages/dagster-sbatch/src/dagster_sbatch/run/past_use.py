@@ -13,6 +13,7 @@ from dagster_sbatch.run.reports import StepLog
 MOST_RESULTS = 100  # materializations of an asset that are read, the latest ones
 SHORTEST_JOB = 10  # seconds; reading past uses takes some 15 ms, a thousandth of that
 PROPOSAL = "proposal"  # name of the metadata
+_STORED = dg.DagsterEventType.ASSET_MATERIALIZATION
 
 
 def uses_of(metadata: Mapping[str, Any], partitions: Sequence[str], slurm_partition: str | None) -> Iterator[Use]:
@@ -83,19 +84,11 @@ def last_proposals(instance: dg.DagsterInstance, assets: Iterable[str]) -> dict[
     for name in sorted(set(assets)):
         key = dg.AssetKey.from_user_string(name)
         for record in instance.fetch_materializations(key, limit=1).records:
-            for event in _materializations_of_run(instance, record):
-                value = event.metadata.get(PROPOSAL) if event.asset_key == key else None
+            # All of its run: the first partition of an array has the proposal
+            of_run = record.run_id and instance.get_records_for_run(record.run_id, of_type=_STORED).records
+            for each in of_run or (record,):
+                event = each.asset_materialization
+                value = event.metadata.get(PROPOSAL) if event and event.asset_key == key else None
                 if isinstance(value, dg.MarkdownMetadataValue) and value.value and split_text(value.value)[1]:
                     found[name] = split_text(value.value)
     return found
-
-
-def _materializations_of_run(
-    instance: dg.DagsterInstance, record: dg.EventLogRecord
-) -> Iterator[dg.AssetMaterialization]:
-    """Return the materializations of the run that has made one: the first partition of an array has the proposal."""
-    of_type = {dg.DagsterEventType.ASSET_MATERIALIZATION}
-    of_run = instance.get_records_for_run(record.run_id, of_type=of_type).records if record.run_id else ()
-    for each in of_run or (record,):
-        if each.asset_materialization:
-            yield each.asset_materialization

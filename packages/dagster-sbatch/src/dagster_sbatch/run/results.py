@@ -25,6 +25,7 @@ OWN_NAMES = frozenset(
 """Names of the metadata that the engine itself adds, on one deployment or another; see docs/assets.md."""
 _adding = threading.Lock()  # Dagster loses metadata that threads add at the same time
 _SHOWN = 200  # characters of a wrong value
+_INFERRED = {"raw_value": None, "type": PIPES_METADATA_TYPE_INFER}  # metadata as Pipes sends it
 _FIELDS = ("partition", "metadata", "asset_key", "data_version")
 
 
@@ -76,7 +77,7 @@ def hand_over(
     if message["method"] == "report_asset_materialization":
         _check_asset(context, params.get("asset_key"))
     elif message["method"] == "report_asset_check":
-        _check_declared(context, params["asset_key"], params["check_name"])
+        _check_declared(context, params.get("asset_key"), params.get("check_name"))
     try:
         handle(_without_infinity(message))
     except Exception as error:
@@ -107,10 +108,10 @@ def _made_by(context: dg.OpExecutionContext) -> set[dg.AssetKey | dg.AssetCheckK
     return {key for key in found if key is not None}
 
 
-def _check_declared(context: dg.OpExecutionContext, asset: str, name: str) -> None:
+def _check_declared(context: dg.OpExecutionContext, asset: str | None, name: str | None) -> None:
     """Refuse a check that the step does not declare: Dagster would when it has stored the materializations."""
     known = declared_checks(context)
-    if name not in known.get(asset, ()):
+    if name not in known.get(asset or "", ()):
         listed = ", ".join(f"{each} of {key}" for key, names in known.items() for each in names)
         raise ValueError(
             f"{asset} does not declare the check {name!r}. The checks of this step are: {listed or 'none'}. "
@@ -189,7 +190,10 @@ def read_partitions(
             raise ValueError(f"the partition {report['partition']!r} is not of this {whose}")
         if key in unpartitioned_assets(context):
             raise ValueError(f"a report on a partition of {key.to_user_string()}, which has none")
-        metadata = {name: _typed(value) for name, value in (report.get("metadata") or {}).items()}
+        metadata = {
+            name: each if isinstance(each, dict) and each.keys() == {*_INFERRED} else {**_INFERRED, "raw_value": each}
+            for name, each in (report.get("metadata") or {}).items()
+        }
         version = report.get("data_version")
         params = {"asset_key": key.to_escaped_user_string(), "metadata": metadata, "data_version": version}
         hand_over(context, make_message("report_asset_materialization", params), handler.handle_message, reader)
@@ -241,12 +245,6 @@ def _find_asset(context: dg.OpExecutionContext, report: Any) -> dg.AssetKey:
         said = "without an asset_key" if name is None else f"for the asset {name!r}"
         raise ValueError(f"a report on a partition {said}; the assets of this run are {', '.join(keys) or 'none'}")
     return keys[name]
-
-
-def _typed(value: Any) -> Any:
-    """Return a metadata value as Pipes sends it; a plain one gets the type that Dagster infers."""
-    typed = isinstance(value, dict) and value.keys() == {"raw_value", "type"}
-    return value if typed else {"raw_value": value, "type": PIPES_METADATA_TYPE_INFER}
 
 
 def note_missing_checks(context: dg.OpExecutionContext, reported: Iterable[object]) -> None:
