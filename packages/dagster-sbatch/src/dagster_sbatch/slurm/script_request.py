@@ -119,11 +119,11 @@ def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[Slu
     own = {each.partition("=")[0] for each in request.options}
     options = (*(each for each in theirs.options if each.partition("=")[0] not in own), *request.options)
     notes = [
-        f"{name}, line {each.line}: {each} does not apply. The asset requests {own_field}={show_value(mine[own_field])}."
+        f"{name}, line {each.line}: {each} does not apply. The asset requests {set_as}={show_value(mine[set_as])}."
         for each in directives
         for field in [_FIELDS.get(each.name, "options")]
         if field in closed and getattr(theirs, field) != mine.get(field)
-        for own_field in [field if field in mine else next(iter(_MEMORY & mine.keys()))]  # memory has two
+        for set_as in [field if field in mine else next(iter(_MEMORY & mine.keys()))]  # memory has two
     ]
     notes += [f"{name}, line {line}: {text}" for line, text in _explain(script, directives, options)]
     without = [each for each in directives if each.name in _DAGSTERS]
