@@ -192,7 +192,7 @@ def test_the_data_versions_that_parameter_sets_report(tmp_path: Path) -> None:
     workload = "pipes.report_asset_materialization(data_version=pipes.extras['version'])"
     array = JobArray(tasks={"one": {"version": "1"}, "two": {"version": "2"}})
     asset = ArrayAsset(tmp_path, workload, array, partitions=None)
-    rows = [record.data for record in asset.run().once[None]["tasks"]]
+    rows = [record.data for record in asset.run().once[None]["tasks"].records]
     assert [(row["task"], row["data_version"]) for row in rows] == [("one", "1"), ("two", "2")]
     assert asset.completed[0].tasks["two"].metadata["data_version"].value == "2"
 
