@@ -193,10 +193,9 @@ def test_the_skeleton_agrees_with_the_template() -> None:
                 "words, for instance climate-runs"
             ],
         ),
-        (["./2climate"], ["for instance climate"]),
-        (["./climate-"], ["for instance climate"]),
-        (["./Klima-Läufe"], ["for instance klima-laufe"]),
-        (["./--"], ["between words\n"]),
+        (["./2climate"], ["cannot be used"]),
+        (["./climate-"], ["cannot be used"]),
+        (["./Klima-Läufe"], ["cannot be used"]),
         (["./" + "c" * 33], ["cannot be used"]),
         (["./class"], ["is a keyword or a module of Python"]),
         (["./json"], ["is a keyword or a module of Python"]),
@@ -239,7 +238,7 @@ def test_all_that_is_wrong_is_told_and_nothing_is_made(
 def test_in_place_the_folder_has_to_be_renamed() -> None:
     """A forge takes any name for the repository, and git makes a folder with it."""
     problems = find_problems(Project(ROOT, {"musica": {}}), "My Project", ROOT, "musica", in_place=True)
-    assert problems[0].endswith("for instance my-project")
+    assert problems[0].endswith("for instance climate-runs")
     assert problems[1:] == [f"a project that is made in place has the name of its folder: rename {ROOT}"]
 
 

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import sys
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,7 +105,7 @@ def name_problems(root: Path, name: str, *, in_place: bool) -> list[str]:
     if len(name) > LONGEST_NAME or not NAME.fullmatch(name):
         return [
             f"the name {name!r} cannot be used. Use up to {LONGEST_NAME} small letters and digits, a letter first, "
-            f"with - or _ between words{similar(name)}"
+            "with - or _ between words, for instance climate-runs"
         ]
     package = name.replace("-", "_")
     if keyword.iskeyword(package) or package in MODULES:
@@ -132,14 +131,6 @@ def ignored_problems(root: Path, name: str) -> list[str]:
     rule = ask_git(root, "check-ignore", "--verbose", "--no-index", f"{package}/").split("\t")[0]
     text = f"the name {name!r} cannot be used: git ignores a folder {package} ({rule}). Choose another name"
     return [text] if rule else []
-
-
-def similar(name: str) -> str:
-    """Return a valid name that is similar, as the end of a sentence; empty without one."""
-    ascii_only = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()  # letters without accents
-    words = re.findall(r"[a-z0-9]+", ascii_only.lower())
-    found = "-".join(words).lstrip("0123456789-")[:LONGEST_NAME].rstrip("-")
-    return f", for instance {found}" if NAME.fullmatch(found) else ""
 
 
 def git_problems(root: Path) -> list[str]:
