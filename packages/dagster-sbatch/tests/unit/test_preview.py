@@ -10,7 +10,6 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from dagster_sbatch.commands.preview import examples
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import NotPreviewedError, Preview, preview_asset
 from dagster_sbatch.launchers import RayLauncher, ScriptLauncher
@@ -368,16 +367,3 @@ def test_a_cpu_asset_leaves_the_gpu_partition_that_the_environment_names(monkeyp
     monkeypatch.setenv("SLURM_QOS", f"dev_{GPU}")
     request = preview("counts", "2013-01").plan.allocation.request
     assert (request.partition, request.qos) == (CPU, f"dev_{CPU}")
-
-
-def test_the_examples_of_the_help_are_assets_of_the_project() -> None:
-    own = dg.Definitions(assets=[counts, sweep], resources={"compute": ComputeResource.of(PROJECT)})
-    shown = [line.removeprefix("  scripts/preview ") for line in examples(own).splitlines()]
-    assert shown[:5] == [
-        "examples:",
-        "sweep",
-        "counts --partition 2013-12",
-        "sweep --script > job.sh",
-        "sweep --test-only",
-    ]
-    assert "scripts/preview my_asset\n" in examples(dg.Definitions())

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from dagster_sbatch.commands.command_line import entry_point, make_parser, make_trouble_printer
 from dagster_sbatch.commands.project_history import open_history
 from dagster_sbatch.errors import ConfigurationError, NoSettingsFileError
-from dagster_sbatch.inspect.asset_preview import Preview, find_submitting, preview_asset, supercomputer_deployment
+from dagster_sbatch.inspect.asset_preview import Preview, preview_asset, supercomputer_deployment
 from dagster_sbatch.inspect.dry_run import ask_usage, try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.project import Project
@@ -32,7 +32,13 @@ another step.
 It reads the settings of the supercomputer (scripts/docs settings), also if DAGSTER_DEPLOYMENT is not set. As long as
 envs/ has no file for one, it shows <NAME> in place of a variable that is not set.
 """
-EXIT_CODES = """\
+EPILOG = """\
+examples:
+  scripts/preview my_asset
+  scripts/preview my_asset --partition 2013-01 --script > job.sh
+  scripts/preview my_asset --test-only
+  scripts/preview my_asset --config-json '{"ops": {"my_asset": {"config": {"trials": 3}}}}'
+
 exit codes: 0 done, 1 the asset could not run like this (the reason is printed), 2 wrong usage,
 3 the supercomputer cannot be reached
 """
@@ -41,7 +47,7 @@ PATIENCE = 60.0  # seconds for the supercomputer to answer
 
 @entry_point()
 def main(project: Project, definitions: dg.Definitions) -> int:
-    parser = make_parser(DESCRIPTION, f"{examples(definitions)}\n\n{EXIT_CODES}")
+    parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument("asset", help="asset key; or ASSET:CHECK for an asset check that calls compute.run")
     partitions = parser.add_mutually_exclusive_group()
     partitions.add_argument("--partition", metavar="KEY", help="partition key")
@@ -78,18 +84,6 @@ def main(project: Project, definitions: dg.Definitions) -> int:
     if refusals := [f"{preview.step}: {preview.refusal}" for preview in previews if preview.refusal]:
         raise ConfigurationError("\n".join(refusals))
     return 0
-
-
-def examples(definitions: dg.Definitions) -> str:
-    """Return the examples of --help, with assets of this project if it has some that submit jobs."""
-    with dg.DagsterInstance.ephemeral() as instance:
-        found = find_submitting(definitions, instance)
-    plain = [asset for asset, key in found if key is None]
-    partitioned = [f"{asset} --partition {key}" for asset, key in found if key]
-    first, *more = [*plain[:1], *partitioned[:1]] or ["my_asset"]
-    config = """--config-json '{"ops": {"my_asset": {"config": {"trials": 3}}}}'"""
-    lines = [first, *more, f"{first} --script > job.sh", f"{first} --test-only", f"my_asset {config}"]
-    return "\n".join(["examples:", *(f"  scripts/preview {line}" for line in lines)])
 
 
 def partition_range(text: str) -> tuple[str, str]:
