@@ -13,7 +13,8 @@ from dagster_sbatch.setting_files import load_settings
 from slurm_in_a_box import SimulatedSite
 
 SITE = "slurm-in-a-box"
-PREFIXES = ("DAGSTER_", "SLURM_", "SBATCH_", "ASC_", "RAY_")
+PREFIXES = ("DAGSTER_", "SLURM_", "SBATCH_", "ASC_", "RAY_", "GIT_", "PYTHONWARNINGS", "DATA_ROOT")
+"""Beginnings of the names of variables. A hook of git has GIT_..., which name the repository of its user."""
 
 
 def pytest_configure() -> None:
@@ -29,14 +30,16 @@ def reset_signals() -> None:
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Settings of the person who runs the tests reach no test, by variables or by dotenv files."""
+    """Settings of the person who runs the tests reach no test: variables, dotenv files, git's configuration."""
     empty = tmp_path_factory.getbasetemp() / "no-dotenv-files"
     monkeypatch.setattr(
         project, "load_settings", lambda sites, _, supercomputer=False: load_settings(sites, empty, supercomputer)
     )
     for name in list(os.environ):
-        if name.startswith(PREFIXES) or name == "DATA_ROOT":
+        if name.startswith(PREFIXES):
             monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
 
 
 @pytest.fixture(autouse=True)
