@@ -25,7 +25,6 @@ OWN_NAMES = frozenset(
 """Names of the metadata that the engine itself adds, on one deployment or another; see docs/assets.md."""
 _adding = threading.Lock()  # Dagster loses metadata that threads add at the same time
 _SHOWN = 200  # characters of a wrong value
-_INFERRED = {"raw_value": None, "type": PIPES_METADATA_TYPE_INFER}  # metadata as Pipes sends it
 _FIELDS = ("partition", "metadata", "asset_key", "data_version")
 
 
@@ -190,10 +189,7 @@ def read_partitions(
             raise ValueError(f"the partition {report['partition']!r} is not of this {whose}")
         if key in unpartitioned_assets(context):
             raise ValueError(f"a report on a partition of {key.to_user_string()}, which has none")
-        metadata = {
-            name: each if isinstance(each, dict) and each.keys() == {*_INFERRED} else {**_INFERRED, "raw_value": each}
-            for name, each in (report.get("metadata") or {}).items()
-        }
+        metadata = {name: _typed(value) for name, value in (report.get("metadata") or {}).items()}
         version = report.get("data_version")
         params = {"asset_key": key.to_escaped_user_string(), "metadata": metadata, "data_version": version}
         hand_over(context, make_message("report_asset_materialization", params), handler.handle_message, reader)
@@ -245,6 +241,12 @@ def _find_asset(context: dg.OpExecutionContext, report: Any) -> dg.AssetKey:
         said = "without an asset_key" if name is None else f"for the asset {name!r}"
         raise ValueError(f"a report on a partition {said}; the assets of this run are {', '.join(keys) or 'none'}")
     return keys[name]
+
+
+def _typed(value: Any) -> Any:
+    """Return a metadata value as Pipes sends it; a plain one gets the type that Dagster infers."""
+    typed = isinstance(value, dict) and value.keys() == {"raw_value", "type"}
+    return value if typed else {"raw_value": value, "type": PIPES_METADATA_TYPE_INFER}
 
 
 def note_missing_checks(context: dg.OpExecutionContext, reported: Iterable[object]) -> None:

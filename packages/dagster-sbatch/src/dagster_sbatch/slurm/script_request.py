@@ -119,11 +119,10 @@ def complete_request(request: SlurmRequest, script: str, name: str) -> tuple[Slu
     own = {each.partition("=")[0] for each in request.options}
     options = (*(each for each in theirs.options if each.partition("=")[0] not in own), *request.options)
     notes = [
-        f"{name}, line {each.line}: {each} does not apply. The asset requests {set_as}={show_value(mine[set_as])}."
+        f"{name}, line {each.line}: {each} does not apply. The asset requests {_shown(mine, field)}."
         for each in directives
         for field in [_FIELDS.get(each.name, "options")]
         if field in closed and getattr(theirs, field) != mine.get(field)
-        for set_as in [field if field in mine else next(iter(_MEMORY & mine.keys()))]  # memory has two
     ]
     notes += [f"{name}, line {line}: {text}" for line, text in _explain(script, directives, options)]
     without = [each for each in directives if each.name in _DAGSTERS]
@@ -150,6 +149,12 @@ def _explain(script: str, directives: Sequence[Directive], options: Sequence[str
     for line, text in _comments(script):
         if re.match(r"#(PBS|BSUB)\s", text):  # for PBS or LSF; sbatch translates some of their options
             yield line, f"{text.strip()} does not apply. Write what it requests as an #SBATCH line."
+
+
+def _shown(mine: Mapping[str, Any], field: str) -> str:
+    """Return the asset's own value of a field; of the two fields for memory, the asset may set the other one."""
+    name = field if field in mine else next(iter(_MEMORY & mine.keys()))
+    return f"{name}={show_value(mine[name])}"
 
 
 def _fields_of(directives: Sequence[Directive], mine: Mapping[str, Any]) -> dict[str, Any]:
