@@ -83,6 +83,18 @@ class ArrayProcess:
         with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
             return bool(instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.STEP_SUCCESS).records)
 
+    def half_stored(self, run_id: str | None) -> int:
+        """Return how many partitions are stored in a run's own file only, and not in that of all runs.
+
+        A kill may come between the two. Such a partition looks like one that a person has wiped: its task runs again.
+        """
+        if run_id is None:
+            return 0
+        with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
+            events = instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
+            stored = {event.asset_materialization.partition for event in events if event.asset_materialization}
+            return len(stored - instance.get_materialized_partitions(dg.AssetKey("probe")))
+
     def runs(self) -> list[str]:
         """Ids of all runs, the latest first."""
         with dg.DagsterInstance.from_config(str(self._folder / "dagster")) as instance:
