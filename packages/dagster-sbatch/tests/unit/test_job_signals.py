@@ -17,6 +17,7 @@ import pytest
 from dagster_sbatch.launchers import ray
 from dagster_sbatch.slurm import SlurmRequest, allocate, load_site, render_job_script
 from slurm_in_a_box import wait_until
+from support.background import STRESS
 from support.dagster_dev import gone
 from support.programs import make
 
@@ -97,16 +98,17 @@ def test_a_workload_that_is_terminated_may_save_its_state(tmp_path: Path) -> Non
     assert [event["code"] for event in read_events(tmp_path)[1:]] == [None, None]
 
 
-@pytest.mark.parametrize("seed", range(200 if os.environ.get("STRESS") else 5))
+@pytest.mark.parametrize("seed", range(200 if STRESS else 5))
 def test_signals_that_come_close_together_do_not_end_the_job_script(tmp_path: Path, seed: int) -> None:
     """The controller repeats its request to a node that is slow to answer, and the warning may come with it.
 
-    A signal may come while bash reads `$(...)`. Handlers nest: bash itself ends after some 2,500 of them.
+    A signal may come while bash reads `$(...)`. Handlers nest: bash itself ends after some 2,500 of them. There is no
+    warning after the first SIGTERM.
     """
     chance = random.Random(seed)
     saves = "echo $$ >workload.pid; touch begun; until [ -e go ]; do sleep 0.02; done; touch saved"
     with start_in_group(tmp_path, f"bash -c 'trap \"\" TERM USR1; {saves}'") as job:
-        for _ in range(400):
+        for _ in range(400 if STRESS else 100):
             job.send_signal(chance.choice([signal.SIGTERM, signal.SIGUSR1]))
             time.sleep(chance.uniform(0, 0.0002))
         (tmp_path / "go").touch()
@@ -114,7 +116,7 @@ def test_signals_that_come_close_together_do_not_end_the_job_script(tmp_path: Pa
     assert (tmp_path / "saved").exists()
     assert {event.get("code") for event in read_events(tmp_path)} == {None}
     assert len(read_events(tmp_path)) >= 2
-    assert set((tmp_path / "stderr").read_text().splitlines()) == {"time limit: 300 s left"}
+    assert set((tmp_path / "stderr").read_text().splitlines()) <= {"time limit: 300 s left"}
 
 
 @pytest.mark.parametrize(("cgroups", "of_workload", "gets_it"), CGROUPS.values(), ids=CGROUPS)
