@@ -19,7 +19,7 @@ from support.array_asset import DAYS, ArrayAsset
 from support.dagster_dev import gone
 from support.workload_asset import PIPES
 
-pytestmark = pytest.mark.local
+pytestmark = [pytest.mark.local, pytest.mark.usefixtures("data_root")]
 
 FIRST, LAST = "2013-01-01", "2013-01-03"
 KEYS = [FIRST, "2013-01-02", LAST]
@@ -33,14 +33,6 @@ if key == "2013-01-03" and not (folder / "fixed").exists():
 RANGE = {"dagster/asset_partition_range_start": "a", "dagster/asset_partition_range_end": "c"}
 LETTERS = dg.StaticPartitionsDefinition(["a", "b", "c"])
 PARTITION_OF_ALL = "report_custom_message({'musica.partition': {'partition': 'a', 'asset_key': 'all'}})"
-
-
-@pytest.fixture(autouse=True)
-def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    monkeypatch.setenv("DATA_ROOT", str(folder))
-    return folder
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from dagster_sbatch import ComputeResource, JobArray
 from resources import PROJECT
 from support.array_asset import DAYS, ArrayAsset
 
-pytestmark = pytest.mark.local
+pytestmark = [pytest.mark.local, pytest.mark.usefixtures("data_root")]
 
 FIRST, LAST = "2013-01-01", "2013-01-03"
 KEYS = [FIRST, "2013-01-02", LAST]
@@ -22,14 +22,6 @@ if key == "2013-01-03" and not pathlib.Path(os.environ["DATA_ROOT"], "fixed").ex
 pipes.report_custom_message({key: factor})
 pipes.report_asset_materialization({"factor": factor})
 """
-
-
-@pytest.fixture(autouse=True)
-def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    monkeypatch.setenv("DATA_ROOT", str(folder))
-    return folder
 
 
 class ValueAsset(ArrayAsset):

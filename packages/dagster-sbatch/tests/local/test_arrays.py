@@ -14,7 +14,7 @@ from resources import PROJECT
 from slurm_in_a_box import wait_until
 from support.array_asset import DAYS, ArrayAsset, ArrayOutcome
 
-pytestmark = pytest.mark.local
+pytestmark = [pytest.mark.local, pytest.mark.usefixtures("data_root")]
 
 FIRST, LAST = "2013-01-01", "2013-01-12"
 KEYS = DAYS.get_partition_keys()
@@ -33,14 +33,6 @@ if key == "2013-01-07" and not pathlib.Path(os.environ["DATA_ROOT"], "fixed").ex
     raise ValueError(f"no weather on {key}")
 pipes.report_asset_materialization(metadata={"day": key})
 """
-
-
-@pytest.fixture(autouse=True)
-def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    monkeypatch.setenv("DATA_ROOT", str(folder))
-    return folder
 
 
 def sorted_keys(outcome: ArrayOutcome) -> list[str]:

@@ -121,3 +121,12 @@ def authentik(tmp_path: Path) -> Iterator[AuthentikServer]:
 @pytest.fixture
 def control(authentik: AuthentikServer) -> AuthentikControl:
     return authentik.control
+
+
+@pytest.fixture
+def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """DATA_ROOT of the workloads: an empty folder."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    monkeypatch.setenv("DATA_ROOT", str(folder))
+    return folder

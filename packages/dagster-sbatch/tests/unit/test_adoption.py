@@ -228,6 +228,7 @@ def test_steps_of_a_graph_have_keys_and_success_is_read_by_them() -> None:
         assert begun is not None
         assert not is_stored(instance, [result.run_id], seen[0], before=begun)
         assert is_stored(instance, [result.run_id], seen[0], before=begun + 60)
+        assert requested_at(instance, "unknown") == math.inf
 
 
 def test_what_a_blocking_check_has_failed_is_stored() -> None:
@@ -242,7 +243,6 @@ def test_what_a_blocking_check_has_failed_is_stored() -> None:
         result = dg.materialize([probe], instance=instance, raise_on_error=False)
         assert not result.success
         assert is_stored(instance, [result.run_id], StepName("probe", {"probe"}))
-        assert requested_at(instance, "unknown") == math.inf
 
 
 def test_a_container_and_the_program_that_runs_it_are_inputs() -> None:

@@ -24,11 +24,7 @@ class CompletedPartitions:
         """Ask Dagster what it has stored; nothing counts of tasks without partitions."""
         self.tasks, by_partition = with_versions(step, tasks), any(task.partitions for task in tasks)
         self._inputs = digest_of(inputs_of_step(step, by_partition=True)) if by_partition else ""
-        # Whether a partition is complete with its task: not that of a graph asset, which later ops make, nor one whose
-        # function is declared to return a value, which an IO manager stores
-        made_by = step.assets_def.node_def if step.has_assets_def else None
-        types = [each.dagster_type for each in made_by.output_defs] if isinstance(made_by, dg.OpDefinition) else []
-        self.stores_early = bool(types) and all(each.is_nothing or each.is_any for each in types)
+        self.stores_early = _stores_early(step)  # whether a partition is stored as soon as its task has succeeded
         found = stored_partitions(step) if by_partition and self.stores_early else {}
         self._newest_reads = newest_reads(step, list(found)) if found else {}
         self._code_versions = step.assets_def.code_versions_by_key if found else {}
@@ -66,3 +62,14 @@ class CompletedPartitions:
         if self._outdated:
             again = count_of(self._outdated, "partition")
             log(f"This run computes {again} again: there is newer data to read, or code_version has changed.")
+
+
+def _stores_early(step: dg.OpExecutionContext) -> bool:
+    """Return whether nothing is missing of a partition when its task has succeeded.
+
+    Later ops make the partitions of a graph asset. If a function is declared to return a value, an IO manager stores
+    that at the end of the step.
+    """
+    made_by = step.assets_def.node_def if step.has_assets_def else None
+    types = [each.dagster_type for each in made_by.output_defs] if isinstance(made_by, dg.OpDefinition) else []
+    return bool(types) and all(each.is_nothing or each.is_any for each in types)
