@@ -141,7 +141,8 @@ while :; do
   warned=
   wait "$body"
   status=$?
-  [ "$warned" ] || break
+  # A signal ends `wait`. If several come close together, bash may end the next one as well, without a trap.
+  [ "$warned" ] || kill -0 "$body" 2>/dev/null || break
 done
 # Slurm signals one process after another: SIGTERM may have ended the workload before it reaches this shell.
 [ "$terminated" ] || [ "$status" != 143 ] || ( read -rt 1 <> <(:) )
