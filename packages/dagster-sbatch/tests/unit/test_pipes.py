@@ -34,9 +34,7 @@ def handler() -> Handler:
 
 @pytest.fixture
 def messages(handler: Handler) -> Messages:
-    reader = Messages("/run")
-    with reader.read_messages(cast(dg.PipesMessageHandler, handler)):
-        return reader
+    return Messages("/run/messages.jsonl", cast(dg.PipesMessageHandler, handler).handle_message)
 
 
 def line(method: str, text: str = "") -> bytes:
@@ -122,11 +120,10 @@ def test_a_line_of_the_log_with_a_level_of_its_own_is_not_lost() -> None:
 
     @dg.op
     def log(context: dg.OpExecutionContext) -> None:
-        reader = Messages("/run")
-        with reader.read_messages(dg.PipesMessageHandler(context, reader)):
+        with open_session(context, {}) as session:
             for level in levels:
                 params = {"message": f"with {level}", "level": level}
-                reader.feed(json.dumps({"method": "log", "params": params}).encode() + b"\n")
+                session.messages.feed(json.dumps({"method": "log", "params": params}).encode() + b"\n")
 
     with dg.DagsterInstance.ephemeral() as instance:
         result = dg.GraphDefinition(name="logs", node_defs=[log]).to_job().execute_in_process(instance=instance)

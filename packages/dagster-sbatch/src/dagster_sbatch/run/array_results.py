@@ -10,6 +10,7 @@ from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.attempts import ATTEMPTS
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.results import (
+    UNREAD,
     Completed,
     PartitionReport,
     hand_over,
@@ -76,7 +77,6 @@ def shorten_metadata(result: dg.AssetCheckResult) -> str:
 
 def read_result(
     context: dg.OpExecutionContext,
-    reader: dg.PipesMessageReader,
     task: Task,
     messages: MessageParser,
     where: dict[str, Any],
@@ -89,9 +89,9 @@ def read_result(
     Dagster cannot read.
     """
     result = TaskResult(task, where, costs)
-    handler = dg.PipesMessageHandler(context, reader)
+    handler = dg.PipesMessageHandler(context, UNREAD)
     for message in messages.results:
-        hand_over(context, message, handler.handle_message, reader)
+        hand_over(context, message, handler.handle_message)
     result.messages.extend(handler.get_custom_messages())
     for each in handler.get_reported_results():
         if isinstance(each, dg.AssetCheckResult):
@@ -108,7 +108,7 @@ def read_result(
     if messages.partitions:
         own = task.partitions or partitions_of(context)
         whose = "task" if task.partitions else "run"
-        result.reports += read_partitions(context, reader, messages.partitions, own, whose=whose)
+        result.reports += read_partitions(context, messages.partitions, own, whose=whose)
     return result
 
 

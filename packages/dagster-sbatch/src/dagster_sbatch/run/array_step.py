@@ -111,7 +111,7 @@ class ArrayStep:
             cause = explain_stderr(cause, reader.stderr.tail, request or self._plan.allocation.request) + limit
         if cause is None:
             try:
-                result = read_result(self._context, self._session.messages, task, messages, dict(where), dict(costs))
+                result = read_result(self._context, task, messages, dict(where), dict(costs))
                 self._check_partitions(result)
             except Exception as error:  # noqa: BLE001 - Dagster raises its own for each kind of wrong report
                 cause = f"what {self._plan.workload.name} reported cannot be used: {shorten(str(error))}"

@@ -14,17 +14,11 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 import dagster as dg
-from dagster_pipes import (
-    DAGSTER_PIPES_CONTEXT_ENV_VAR,
-    DAGSTER_PIPES_MESSAGES_ENV_VAR,
-    PipesContextData,
-    PipesMessage,
-    encode_param,
-)
+from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, DAGSTER_PIPES_MESSAGES_ENV_VAR, encode_param
 
 from dagster_sbatch.run.messages import MessageParser
 from dagster_sbatch.run.reports import StepLog
-from dagster_sbatch.run.results import attach, hand_over, partitions_of, read_partitions
+from dagster_sbatch.run.results import UNREAD, attach, hand_over, partitions_of, read_partitions
 from dagster_sbatch.slurm.gateway import MESSAGES
 
 CONTEXT = "context.json"  # name of the file with the Pipes context in a run directory, beside MESSAGES
@@ -32,58 +26,21 @@ TAIL_LINES = 30  # lines of stderr that a failure shows
 TAIL_CHARACTERS = 2000  # of each of them: a progress bar may well write megabytes without a newline
 
 
-class ContextDocument(dg.PipesContextInjector):
-    """Keeps the Pipes context as text, to be written into the run directory, where the workload reads it.
-
-    It is a file because an environment variable has 128 KiB at most.
-    """
-
-    def __init__(self, folder: str) -> None:
-        """`folder`: the run directory."""
-        self.path = f"{folder}/{CONTEXT}"
-        self.text = ""
-
-    @contextmanager
-    def inject_context(self, context: PipesContextData) -> Iterator[dict[str, Any]]:  # noqa: D102 - Dagster's
-        self.text = json.dumps(context)
-        yield {"path": self.path}
-
-    def no_messages_debug_text(self) -> str:  # noqa: D102 - Dagster's, for a warning that is left out
-        return ""
-
-
-class Messages(MessageParser, dg.PipesMessageReader):
+class Messages(MessageParser):
     """Reads the messages of a step's workload; results wait until `finish`."""
-
-    def __init__(self, folder: str) -> None:
-        """`folder`: the run directory, where the workload will write its messages."""
-        super().__init__(f"{folder}/{MESSAGES}", _refuse)
-
-    @contextmanager
-    def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[dict[str, Any]]:  # noqa: D102 - Dagster's
-        self.deliver = handler.handle_message
-        yield {"path": self.path, "include_stdio_in_messages": False}
 
     def finish(self, context: dg.OpExecutionContext) -> None:
         """Hand the results to Dagster, after the last byte, and the last message that closed a session."""
         self.read_last_line()
         with self.error_kept():
             for message in self.results:
-                hand_over(context, message, self.deliver, self)
+                hand_over(context, message, self.deliver)
             if self.partitions:
                 own = partitions_of(context)
-                attach(context, read_partitions(context, self, self.partitions, own, whose="run"))
+                attach(context, read_partitions(context, self.partitions, own, whose="run"))
         if self.closed:  # after all others: Dagster warns of what follows
             with self.error_kept():
                 self.deliver(self.closed)
-
-    def no_messages_debug_text(self) -> str:  # noqa: D102 - Dagster's, for a warning that is left out
-        return ""
-
-
-def _refuse(_: PipesMessage) -> None:
-    """Take the place of Dagster's handler until it opens the session."""
-    raise RuntimeError("the Pipes session is not open")
 
 
 class Lines(ABC):
@@ -173,7 +130,10 @@ class Streams:
 
 @dataclass
 class Session(Streams):
-    """A Pipes session with its streams; `context` is the document that the workload reads."""
+    """A Pipes session with its streams.
+
+    `context` is the document that the workload reads. It is a file because an environment variable has 128 KiB at most.
+    """
 
     pipes: dg.PipesSession
     context: str
@@ -193,11 +153,11 @@ def open_session(context: dg.OpExecutionContext, extras: Mapping[str, Any], fold
 
         return Output(target, warn)
 
-    document, messages = ContextDocument(folder), Messages(folder)
-    opened = dg.open_pipes_session(context, document, messages, extras=dict(extras))
+    opened = dg.open_pipes_session(context, dg.PipesEnvContextInjector(), UNREAD, extras=dict(extras))
     with _without_advice(context.log), opened as pipes:
+        messages = Messages(f"{folder}/{MESSAGES}", pipes.message_handler.handle_message)
         output = write_to(sys.stdout, "stdout"), write_to(sys.stderr, "stderr")
-        yield Session(pipes, document.text, messages, *output)
+        yield Session(pipes, json.dumps(pipes.context_data), messages, *output)
 
 
 @contextmanager

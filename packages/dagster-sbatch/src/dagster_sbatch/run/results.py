@@ -2,7 +2,8 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from typing import Any
@@ -55,12 +56,21 @@ def declared_checks(context: dg.OpExecutionContext) -> dict[str, list[str]]:
     return found
 
 
-def hand_over(
-    context: dg.OpExecutionContext,
-    message: PipesMessage,
-    handle: Callable[[PipesMessage], None],
-    reader: dg.PipesMessageReader,
-) -> None:
+class _Unread(dg.PipesMessageReader):
+    """In place of a reader of Dagster's: the step itself follows the file with the messages, and hands them over."""
+
+    @contextmanager
+    def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[dict[str, Any]]:  # noqa: ARG002
+        yield {}
+
+    def no_messages_debug_text(self) -> str:
+        return ""
+
+
+UNREAD = _Unread()
+
+
+def hand_over(context: dg.OpExecutionContext, message: PipesMessage, handle: Callable[[PipesMessage], None]) -> None:
     """Check a report and hand it to Dagster; `handle`: of Dagster's handler. Warn of what Dagster does not store.
 
     Raises ValueError: it is on what is not of this step; the text names what the step has. Or Dagster cannot read it;
@@ -80,7 +90,7 @@ def hand_over(
     try:
         handle(_without_infinity(message))
     except Exception as error:
-        raise ValueError(_find_unreadable(context, message, reader) or str(error)) from error
+        raise ValueError(_find_unreadable(context, message) or str(error)) from error
 
 
 def _check_asset(context: dg.OpExecutionContext, asset: str | None) -> None:
@@ -141,16 +151,14 @@ def in_json(value: Any) -> Any:
     return [in_json(each) for each in value] if isinstance(value, list) else value
 
 
-def _find_unreadable(
-    context: dg.OpExecutionContext, message: PipesMessage, reader: dg.PipesMessageReader
-) -> str | None:
+def _find_unreadable(context: dg.OpExecutionContext, message: PipesMessage) -> str | None:
     """Return which metadata of a report Dagster cannot read, and why; None if it can read all."""
     params = message["params"] or {}
     metadata = params.get("metadata")
     for name, value in metadata.items() if isinstance(metadata, Mapping) else ():
         alone = make_message(message["method"], {**params, "metadata": {name: value}})
         try:
-            dg.PipesMessageHandler(context, reader).handle_message(alone)
+            dg.PipesMessageHandler(context, UNREAD).handle_message(alone)
         except Exception as error:  # noqa: BLE001 - Dagster raises its own for each kind of wrong metadata
             reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             return f"the metadata {name!r}, {str(value)[:_SHOWN]}: {reason}"
@@ -168,12 +176,7 @@ class PartitionReport:
 
 
 def read_partitions(
-    context: dg.OpExecutionContext,
-    reader: dg.PipesMessageReader,
-    reports: Sequence[Any],
-    partitions: Iterable[str],
-    *,
-    whose: str,
+    context: dg.OpExecutionContext, reports: Sequence[Any], partitions: Iterable[str], *, whose: str
 ) -> list[PartitionReport]:
     """Read the workload's reports on single partitions.
 
@@ -182,7 +185,7 @@ def read_partitions(
     not.
     """
     known = dict.fromkeys(partitions)
-    handler = dg.PipesMessageHandler(context, reader)  # reads metadata of all types
+    handler = dg.PipesMessageHandler(context, UNREAD)  # reads metadata of all types
     for report in reports:
         key = _find_asset(context, report)
         if report["partition"] not in known:
@@ -192,7 +195,7 @@ def read_partitions(
         metadata = {name: _typed(value) for name, value in (report.get("metadata") or {}).items()}
         version = report.get("data_version")
         params = {"asset_key": key.to_escaped_user_string(), "metadata": metadata, "data_version": version}
-        hand_over(context, make_message("report_asset_materialization", params), handler.handle_message, reader)
+        hand_over(context, make_message("report_asset_materialization", params), handler.handle_message)
     results = zip(reports, handler.get_reported_results(), strict=True)
     return [report_on(each, report["partition"]) for report, each in results if isinstance(each, dg.MaterializeResult)]
 
