@@ -36,6 +36,10 @@ Values come from the process environment, else from `.env` at the root of the re
 your home. A file that holds a secret must be yours alone (`chmod 600`). An unknown variable in these files is an error
 if it begins with `SLURM_`, `ASC_` or `DAGSTER_DEPLOYMENT`. This table is made from `dagster_sbatch.settings`.
 
+Dagster's own commands, and so its services and their runs, put the variables of `.env` over those of the process
+environment. `scripts/dev` does not start if the two differ. Before you call `dagster` yourself, or use the units of
+[long-running](long-running.md), remove from `.env` what is set there, such as `DAGSTER_DEPLOYMENT` and `DAGSTER_HOME`.
+
 The deployment is `development` unless `DAGSTER_DEPLOYMENT` names another in the process environment or in `.env`. That
 line in `.env.<SLURM_SUPERCOMPUTER_SITE>` counts only where `SLURM_SUPERCOMPUTER_SITE` is set in one of these two and
 `DAGSTER_DEPLOYMENT` is not, and in commands that always concern the supercomputer, such as `scripts/doctor` and

@@ -1,5 +1,6 @@
 """A wrong setting is seen before a run meets it: scripts/dev does not start, and scripts/doctor --settings fails."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from dagster_sbatch.commands import dev
 from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.errors import ConfigurationError
 from resources import PROJECT
 from support import ROOT, access
+from support.own_files import run_program
 
 
 @pytest.fixture
@@ -82,6 +85,65 @@ def test_dev_does_not_start() -> None:
 
 
 @pytest.mark.usefixtures("variables")
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("DAGSTER_DEPLOYMENT=development", "DAGSTER_DEPLOYMENT"),
+        ("DAGSTER_DEPLOYMENT=", "DAGSTER_DEPLOYMENT"),
+        ("DAGSTER_HOME=/elsewhere", "DAGSTER_HOME"),
+        ("DAGSTER_DEPLOYMENT=production_supercomputer", None),
+        ("SLURM_ACCOUNT=p70000", None),
+        ("EDITOR=vi", None),
+        ("SLURM_QOS", None),
+    ],
+)
+def test_dev_does_not_start_where_dagster_would_use_other_values(
+    line: str, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dagster's commands put `.env` over their environment."""
+    started: list[object] = []
+    monkeypatch.setattr(os, "execv", lambda *_: started.append(1))
+    monkeypatch.setattr(sys, "argv", ["dev"])
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setenv("EDITOR", "ed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text(f"{line}\n")
+    if name is None:
+        dev.main(replace(PROJECT, root=tmp_path))
+        assert started
+        return
+    with pytest.raises(SystemExit, match=f"have different values of {name}"):
+        dev.main(replace(PROJECT, root=tmp_path))
+    assert not started
+
+
+@pytest.mark.usefixtures("variables")
+@pytest.mark.parametrize("daemon", [["-m", "dagster._daemon", "run"], ["bin/dagster-daemon", "run"]])
+def test_dev_does_not_start_beside_another_daemon(
+    daemon: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both would start some of the runs."""
+    waits = "import sys\nsys.stdin.read()\n"
+    for folder, name in (("dagster", "_daemon.py"), ("bin", "dagster-daemon"), ("dagster", "__init__.py")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_text(waits if name != "__init__.py" else "")
+    project = replace(PROJECT, root=tmp_path)
+    started: list[object] = []
+    monkeypatch.setattr(os, "execv", lambda *_: started.append(1))
+    monkeypatch.setattr(sys, "argv", ["dev"])
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with (
+        subprocess.Popen([sys.executable, *daemon], stdin=subprocess.PIPE, cwd=tmp_path) as running,
+        pytest.raises(SystemExit, match=f"process {running.pid} is a Dagster daemon of this project"),
+    ):
+        dev.main(project)
+    assert not started
+    dev.main(project)
+    assert started
+
+
+@pytest.mark.usefixtures("variables")
 def test_the_command_for_ci() -> None:
     done = run("doctor", "--settings")
     assert (done.returncode, done.stdout) == (0, "the settings are right: production_supercomputer, musica\n")
@@ -105,3 +167,43 @@ def test_the_ui_is_not_opened_to_the_users_of_a_login_node(
     assert "Every user of this node could open it" in done.stderr
     accepted = run("dev", "--no-such-option", "--anyone-on-this-machine", **here)
     assert "No such option" in accepted.stderr, "it comes as far as Dagster"
+
+
+STATUS = """\
+import json
+from musica_pipelines.definitions import defs
+import dagster as dg
+from dagster_sbatch.errors import ConfigurationError
+found = {}
+for name in ("refresh_credentials_when_due", "cancel_orphaned_jobs", "clean_run_directories", "observe_budget"):
+    sensor = defs.get_sensor_def(name)
+    with dg.build_sensor_context(instance=dg.DagsterInstance.ephemeral()) as context:
+        try:
+            sensor.evaluate_tick(context)
+            found[name] = sensor.default_status.value, ""
+        except ConfigurationError as error:
+            found[name] = sensor.default_status.value, str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "error"),
+    [
+        ({}, "RUNNING", ""),
+        ({"DAGSTER_DEPLOYMENT": "staging_supercomputer"}, "RUNNING", ""),
+        ({"DAGSTER_DEPLOYMENT": "development"}, "STOPPED", ""),
+        ({"SLURM_EDGE_NODE_USER": ""}, "RUNNING", "SLURM_EDGE_NODE_USER="),
+        ({"SLURM_SUPERCOMPUTER_SITE": "musika"}, "RUNNING", "did you mean 'musica'"),
+    ],
+)
+def test_the_location_loads_and_the_sensors_run_where_they_are_needed(
+    variables: dict[str, str], changes: dict[str, str], status: str, error: str, tmp_path: Path
+) -> None:
+    """With wrong settings their ticks fail; a skipped tick looks healthy in the UI."""
+    (tmp_path / "status.py").write_text(STATUS)
+    done = run_program(tmp_path / "status.py", files=tmp_path, variables={**variables, **changes})
+    assert done.returncode == 0, done.stderr
+    for found, said in json.loads(done.stdout.splitlines()[-1]).values():
+        assert found == status
+        assert (error in said) if error else said == ""

@@ -107,6 +107,13 @@ def _values(path: Path) -> dict[str, str]:
     return _not_blank(dotenv_values(stream=io.StringIO(read_text(path)))) if path.is_file() else {}
 
 
+def find_overridden(root: Path) -> list[str]:
+    """Return the variables of this process that `.env` sets to other values: Dagster's commands would use those."""
+    read = {"DAGSTER_HOME", *map(_alias, Settings.model_fields.values())}
+    found = {name: value for name, value in dotenv_values(root / ".env").items() if value is not None}
+    return sorted(name for name in read & found.keys() if (os.environ.get(name) or found[name]) != found[name])
+
+
 def _problems(path: Path) -> list[str]:
     """Return the problems of a dotenv file: unknown lines and variables, open secrets, variables in braces."""
     values = _values(path)

@@ -7,8 +7,9 @@ instance, with another port:
 
     scripts/dev --port 3001
 
-It does not start with wrong settings, and on a login node only with --anyone-on-this-machine: the UI asks for no
-password, and every user of that node can open it and start jobs in your name.
+It does not start with wrong settings, if `.env` and the environment give a variable different values, or beside another
+Dagster daemon of the project. On a login node it needs --anyone-on-this-machine: the UI asks for no password, and every
+user of that node can open it and start jobs in your name.
 
 It sets DAGSTER_HOME to the project's folder, where dagster.yaml and the history are. SIGTERM stops it, too, even if it
 was started in the background (`nohup scripts/dev &`).
@@ -20,9 +21,12 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
+
 from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
+from dagster_sbatch.setting_files import find_overridden
 
 ANYONE = "--anyone-on-this-machine"
 SUPERSEDED = "Function `dev_command` is superseded"
@@ -32,12 +36,19 @@ Dagster is not started: this machine is the login node (SLURM_EDGE_NODE_HOST=loc
 Its UI asks for no password. Every user of this node could open it, and start jobs in your name.
 Run Dagster on a machine of your own. If nobody else can log in here:
   scripts/dev {ANYONE}"""
+OVERRIDDEN = """\
+Dagster is not started: {file} and the environment of this command have different values of {names}.
+Dagster would use those of the file. Remove them there, or from the environment."""
+SECOND = """\
+Dagster is not started: process {pid} is a Dagster daemon of this project, and two would start the same runs.
+Stop the other Dagster first, with Ctrl-C in its terminal or with
+  kill {pid}"""
 
 
 def main(project: Project) -> None:
     """Replace this process by `dagster dev`.
 
-    Raises SystemExit: the settings are wrong, or this is a login node; the text says what to do.
+    Raises SystemExit: it is not started; the text says why, and what to do.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
@@ -49,9 +60,20 @@ def main(project: Project) -> None:
         raise SystemExit(f"Dagster is not started, because the settings are wrong.\n{error}") from None
     if settings.on_login_node and not accepted:
         raise SystemExit(REFUSED)
+    if pid := _find_daemon(project.root):
+        raise SystemExit(SECOND.format(pid=pid))
     os.chdir(project.root)
     home = os.environ.get("DAGSTER_HOME")
     if home and Path(home).resolve() != project.root:
         print(f"DAGSTER_HOME={home} is not used: dagster.yaml and the history are in {project.root}", file=sys.stderr)
     os.environ["DAGSTER_HOME"] = str(project.root)
+    if found := ", ".join(find_overridden(project.root)):
+        raise SystemExit(OVERRIDDEN.format(file=project.root / ".env", names=found))
     os.execv(sys.executable, [sys.executable, "-W", f"ignore:{SUPERSEDED}", "-m", "dagster", "dev", *options])
+
+
+def _find_daemon(root: Path) -> int | None:
+    """Return a process that is a Dagster daemon and was started in a folder; None if there is none."""
+    names, folder = ("dagster._daemon", "dagster-daemon"), str(root.resolve())
+    here = (each for each in psutil.process_iter(["cmdline", "cwd"]) if each.info["cwd"] == folder)
+    return next((each.pid for each in here if any(word.endswith(names) for word in each.info["cmdline"] or ())), None)
