@@ -12,6 +12,7 @@ from dagster_sbatch.launchers import ScriptLauncher
 from dagster_sbatch.run.compute import ComputeResource
 from dagster_sbatch.run.history import tag_deployment, tag_job
 from resources import build_resources
+from support.array_asset import ArrayAsset
 
 WORKLOAD = "from dagster_pipes import open_dagster_pipes\nwith open_dagster_pipes(): pass\n"
 
@@ -35,6 +36,46 @@ def test_a_run_has_its_deployment_and_jobs(tmp_path: Path) -> None:
         ):
             (run,) = instance.get_runs(dg.RunsFilter(tags=tags))
             assert run.run_id == result.run_id
+
+
+class Retried(ArrayAsset):
+    """An asset that is retried as by Dagster itself if `by_dagster` is set: the former run then names the new one."""
+
+    by_dagster = False
+
+    def definitions(self) -> dg.Definitions:
+        @dg.asset
+        def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+            if self.by_dagster:
+                context.instance.add_run_tags(context.run.parent_run_id, {"dagster/auto_retry_run_id": context.run_id})
+            workload = self._folder / "workloads" / "workload.py"
+            return compute.run(context, workload=workload, launcher=ScriptLauncher()).get_materialize_result()
+
+        job = dg.define_asset_job("all", selection="probe", executor_def=dg.in_process_executor)
+        return dg.Definitions(assets=[probe], jobs=[job], resources=build_resources())
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {"deployment": "production_supercomputer", "site": "musica"},
+        {"deployment": "development", "data_root": "/elsewhere"},
+    ],
+    ids=["deployment", "DATA_ROOT"],
+)
+def test_dagster_itself_retries_no_run_in_another_place(tmp_path: Path, tags: dict[str, str]) -> None:
+    """It does when it is started with other settings: the data and the job of the interrupted run are not there."""
+    asset = Retried(tmp_path, "pass", None, partitions=None)
+    first = asset.run().run_id
+    asset.by_dagster = True
+    assert asset.run(of=first, from_failure=True).success
+    with dg.DagsterInstance.from_config(str(tmp_path / "dagster")) as instance:
+        instance.add_run_tags(first, tags)
+    retry = asset.run(of=first, from_failure=True)
+    assert f"one that was interrupted on {tags['deployment']}" in retry.error
+    assert not retry.success
+    asset.by_dagster = False
+    assert asset.run(of=retry.run_id, from_failure=True).success, "a person has re-executed it"
 
 
 def test_calls_in_threads_lose_no_tag_of_each_other(tmp_path: Path) -> None:

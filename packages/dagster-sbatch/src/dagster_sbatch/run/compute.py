@@ -13,7 +13,7 @@ from dagster_sbatch.launchers import Launcher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.array import JobArray
 from dagster_sbatch.run.failures import failure
-from dagster_sbatch.run.history import tag_deployment
+from dagster_sbatch.run.history import retried_elsewhere, tag_deployment
 from dagster_sbatch.run.local_run import run_array_here, run_here
 from dagster_sbatch.run.plan import Plan, complete_extras, make_plan
 from dagster_sbatch.run.remote_array import RemoteArray
@@ -23,6 +23,12 @@ from dagster_sbatch.run.results import partitions_of, unpartitioned_assets
 from dagster_sbatch.run.step_inputs import chained_assets
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest
+
+ELSEWHERE = """\
+this run is Dagster's own retry of one that was interrupted on {before}. \
+Dagster now runs on {now} with DATA_ROOT={root}, where the data and the Slurm jobs of that run are not.
+Start Dagster with the former settings and re-execute this run: it attaches to a job that is still running. \
+Or re-execute all of it with the present settings."""
 
 
 class ComputeResource(dg.ConfigurableResource[Any]):
@@ -116,6 +122,8 @@ class ComputeResource(dg.ConfigurableResource[Any]):
             _intercept(name, settings, plan)
         site = settings.supercomputer_site if settings.on_supercomputer else None
         data_root = settings.data_folder if site else str(plan.project.local_data_root(settings))
+        if before := retried_elsewhere(context, site, data_root):
+            raise failure(name, ELSEWHERE.format(before=before, now=settings.deployment, root=data_root), final=True)
         tag_deployment(context, settings.deployment, site, data_root)
         for note in plan.notes:
             StepLog(context).warning(note)

@@ -195,6 +195,16 @@ def tag_deployment(context: dg.OpExecutionContext, deployment: str, site: str | 
     _tag(context, {"deployment": deployment, "data_root": data_root, **({"site": site} if site else {})})
 
 
+def retried_elsewhere(step: dg.OpExecutionContext, site: str | None, data_root: str) -> str:
+    """Return where a run was interrupted that Dagster itself retries by this one; empty if it still works there."""
+    before = step.instance.get_run_by_id(step.run.parent_run_id) if step.run.parent_run_id else None
+    if before is None or before.tags.get("dagster/auto_retry_run_id") != step.run_id:
+        return ""  # a person who re-executes a run elsewhere wants that
+    deployment, former_site, former_root = _deployment(before)
+    same = deployment is None or (former_site == site and former_root in (None, data_root))
+    return "" if same else f"{deployment} with DATA_ROOT={former_root}"
+
+
 def _deployment(run: dg.DagsterRun) -> list[str | None]:
     return [run.tags.get(name) for name in ("deployment", "site", "data_root")]
 
