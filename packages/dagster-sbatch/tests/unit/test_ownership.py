@@ -1,12 +1,12 @@
 """Whose a job is that no run follows: cancelled only if a person terminated its run, or nobody can want it."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
 from dagster_sbatch.inspect.remote_runs import RunRecord
 from dagster_sbatch.run.directory import RunInfo
-from dagster_sbatch.upkeep.ownership import describe_left, reason_to_cancel
+from dagster_sbatch.upkeep.ownership import describe_left, group_state, reason_to_cancel
 
 TERMINATED, SUCCEEDED = "its run was terminated", "its step has succeeded with another job"
 
@@ -89,6 +89,17 @@ def test_a_success_before_the_job_does_not_count(instance: dg.DagsterInstance) -
 
 def test_a_job_of_runs_that_nobody_knows_is_kept(instance: dg.DagsterInstance) -> None:
     assert reason_to_cancel(instance, record("unknown", "unknown")) == ""
+
+
+def test_a_retry_is_known_after_its_first_run_was_deleted(instance: dg.DagsterInstance) -> None:
+    """Otherwise its job would never be listed, or cancelled if a person had terminated the retry."""
+    later = datetime.now(UTC) + timedelta(days=1)
+    root = execute(instance, work=False, other=True)
+    retry = execute(instance, root, work=False, other=True)
+    instance.delete_run(root)
+    assert group_state(instance, root, later) == "over"
+    instance.delete_run(retry)
+    assert group_state(instance, root, later) == "unknown"
 
 
 def test_what_is_said_of_a_job_that_is_left() -> None:

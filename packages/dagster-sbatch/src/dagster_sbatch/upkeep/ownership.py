@@ -20,10 +20,9 @@ GroupState = Literal["alive", "retry due", "retry missed", "just ended", "over",
 
 
 def group_state(instance: dg.DagsterInstance, root: str, now: datetime) -> GroupState:
-    """Return the state of a group: the run `root` with its retries and re-executions; unknown if it was deleted."""
-    group = group_of(instance, root)
-    records = group.values()
-    if root not in group:
+    """Return the state of a group: the run `root` with its retries and re-executions; unknown if all were deleted."""
+    records = group_of(instance, root).values()
+    if not records:
         return "unknown"
     if not all(record.dagster_run.is_finished for record in records):
         return "alive"
