@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -14,6 +14,7 @@ from dagster_sbatch.auth.refresh_failures import pause_end
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.reports import ACCESS, markdown
+from dagster_sbatch.slurm.units import count_of
 from dagster_sbatch.upkeep import running_on_supercomputer
 
 LONGEST_RUN = timedelta(minutes=15)
@@ -117,7 +118,7 @@ def _refresh(project: Project, context: dg.OpExecutionContext) -> None:
         context.log.warning(warning)
     sources = {"secrets_replaced_with": report.rotated_with, "certificate_issued_with": report.issued_with}
     numbers = _numbers(health) | {name: f"the {source} credential" for name, source in sources.items() if source}
-    for event in _events(health, numbers):
+    for event in _events(health, numbers) if health.verdict != "due" else ():  # it has failed; the sensor reports that
         context.log_event(event)  # type: ignore[arg-type]  # accepts a check's evaluation, against its annotation
     context.add_output_metadata(numbers)
     if failure is not None:
@@ -142,8 +143,11 @@ def _tick(project: Project, context: dg.SensorEvaluationContext) -> dg.SensorRes
     before = _Cursor()
     with suppress(ValidationError):  # another version has written it, or a person
         before = _Cursor.model_validate_json(context.cursor or "{}")
-    shown = "ok" if _passed(health) else health.verdict
     after, requests, reason = _decide(context.instance, health, before)
+    if health.verdict == "due" and after.count > 1:  # a refresh that cannot write, as on a full disk, records nothing
+        runs = f"{count_of(after.count - 1, 'run')} of {JOB} {'has' if after.count == 2 else 'have'}"
+        health = replace(health, verdict="failing", summary=f"{health.summary}\n{runs} not changed that: see the log")
+    shown = "ok" if _passed(health) else health.verdict
     return dg.SensorResult(
         run_requests=requests,
         skip_reason=reason,
