@@ -5,6 +5,7 @@ import socket
 import subprocess
 import threading
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,8 @@ from dagster_sbatch.commands import doctor
 from dagster_sbatch.inspect.diagnosis import examine, login_node, make, slurm_jobs, this_machine
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Finding
 from dagster_sbatch.inspect.diagnosis.survey import Output, Room, parse, parse_room, render, take_survey
+from dagster_sbatch.inspect.remote_runs import RunRecord
+from dagster_sbatch.run.directory import RunInfo
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import StoppedError
@@ -121,6 +124,18 @@ def test_an_agent_that_stops_answering_is_no_traceback(tmp_path: Path) -> None:
     facts.runs = Silent()  # type: ignore[assignment]
     state, found, _ = make(slurm_jobs.check_jobs, facts)
     assert (state, found) == ("broken", "the login node has not answered everything within 240 s")
+
+
+@pytest.mark.parametrize(("known", "state"), [("retry", "ok"), ("other", "warning")])
+def test_a_job_is_strange_if_none_of_its_runs_is_known(known: str, state: str, tmp_path: Path) -> None:
+    """A person may have deleted the run that has submitted it, and a retry has adopted it."""
+    about = RunInfo(run="deleted", root="deleted", asset="a", partitions="", step="a")
+    job = RunRecord("/runs/a-1", "7", about, None, datetime.now(UTC), ("deleted", "retry"))
+    facts = facts_of(("login.example", 22), tmp_path)
+    running = SimpleNamespace(state=lambda _: ("RUNNING", None))
+    facts.runs = SimpleNamespace(all=lambda: [job], gateway=running)  # type: ignore[assignment]
+    facts.instance = SimpleNamespace(has_run=lambda run: run == known)  # type: ignore[assignment]
+    assert make(slurm_jobs.check_jobs, facts).state == state
 
 
 def survey(folder: Path, df: str, **variables: str) -> dict[str, Output]:

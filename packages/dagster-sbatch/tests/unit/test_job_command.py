@@ -70,15 +70,30 @@ def test_jobs_are_compared_with_the_history_of_the_project(tmp_path: Path, monke
     assert not [*elsewhere.iterdir()]
 
 
-def test_a_job_id_is_not_the_beginning_of_a_run_id() -> None:
-    """Or `scripts/job 123456 cancel` would cancel the jobs of that run, too."""
+def runs_of(*jobs: tuple[str, str, str, list[str]]) -> Runs:
+    """Each with its key, its job, the run that submitted it, and its followers."""
     rows: list[dict[str, Any]] = [
-        {"run": f"/runs/{key}", "job": number, "at": 1.0, "end": None, "array": False, "followers": [],
+        {"run": f"/runs/{key}", "job": number, "at": 1.0, "end": None, "array": False, "followers": followers,
          "about": {"run": run, "root": run, "asset": "a", "partitions": ""}}
-        for key, number, run in (("a-1", "123456", "f0f0f0f0"), ("b-1", "123457", "12345678"))
+        for key, number, run, followers in jobs
     ]  # fmt: skip
     gateway: Any = SimpleNamespace(runs=lambda _: rows)
-    runs = Runs(gateway, Settings())
+    return Runs(gateway, Settings())
+
+
+def test_the_run_that_has_adopted_a_job_names_it_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """The UI shows the id of the retry, and the run that it retries may have been deleted."""
+    runs = runs_of(("a-1", "17", "f0f0f0f0", ["f0f0f0f0", "cafe0000"]), ("b-1", "18", "beef0000", []))
+    for name in ("f0f0f0", "cafe00"):
+        assert [run.key for run in runs.find(name)] == ["a-1"]
+    no_arrays: Any = SimpleNamespace(task_counts=lambda _: {})
+    job.show_table(runs.all(), no_arrays, now=False)
+    assert [line.split()[-3] for line in capsys.readouterr().out.splitlines()[1:]] == ["cafe0000", "beef0000"]
+
+
+def test_a_job_id_is_not_the_beginning_of_a_run_id() -> None:
+    """Or `scripts/job 123456 cancel` would cancel the jobs of that run, too."""
+    runs = runs_of(("a-1", "123456", "f0f0f0f0", []), ("b-1", "123457", "12345678", []))
     assert [run.key for run in runs.find("123456")] == ["a-1"]
     assert [run.key for run in runs.find("1234567")] == ["b-1"]
 

@@ -207,7 +207,7 @@ def show_table(found: list[RunRecord], runs: Runs, now: bool) -> None:
         asset = f"{run.about.asset} {run.about.partitions}".strip()
         count = counts.get(run.path)
         shown = count_tasks(count) if count and run.job and not now else state(run, runs, now)
-        rows.append((run.job or "-", shown, asset, run.about.run[:8], heard))
+        rows.append((run.job or "-", shown, asset, run.followers[-1][:8], heard))
     if found:
         print_table(("job", "state", "asset", "Dagster run", "last change"), rows, folded=("state", "asset"))
     else:

@@ -71,7 +71,7 @@ class Runs:
         runs = self.all()
         found = [run for run in runs if name in (run.job, run.key)]
         if not found and len(name) >= SHORTEST_ID:
-            found = [run for run in runs if run.about.run.startswith(name)]
+            found = [run for run in runs if any(each.startswith(name) for each in run.followers)]
         if not found:
             raise ConfigurationError(
                 f"No run in {self.folder} is called {name!r}. Name a Slurm job id, {SHORTEST_ID} or more characters of "

@@ -70,10 +70,11 @@ def _try_to_lock(facts: Facts, holder: str) -> Verdict:
 def check_jobs(facts: Facts) -> Verdict:
     """Check for jobs of runs that this Dagster does not know."""
     waiting = [run for run in facts.runs.all() if run.job and not run.end and facts.runs.gateway.state(run.path)[0]]
-    strange = [f"{run.job} ({run.about.asset})" for run in waiting if not facts.instance.has_run(run.about.run)]
+    strange = [run for run in waiting if not any(map(facts.instance.has_run, run.followers))]
     if strange:
+        jobs = ", ".join(f"{run.job} ({run.about.asset})" for run in strange)
         fix = "leave them to the other Dagster that submitted them; if there is none: scripts/job JOB cancel"
-        return warning(f"of runs that this Dagster does not know: {', '.join(strange)}", fix)
+        return warning(f"of runs that this Dagster does not know: {jobs}", fix)
     return ok(f"{len(waiting)} waiting or running")
 
 
