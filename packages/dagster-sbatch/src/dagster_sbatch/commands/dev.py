@@ -41,8 +41,7 @@ Dagster is not started: {file} and the environment of this command have differen
 Dagster would use those of the file. Remove them there, or from the environment."""
 SECOND = """\
 Dagster is not started: process {pid} is a Dagster daemon of this project, and two would start the same runs.
-Stop the other Dagster first, with Ctrl-C in its terminal or with
-  kill {pid}"""
+Stop the other Dagster first, with Ctrl-C in its terminal, or with `kill {pid}`."""
 
 
 def main(project: Project) -> None:

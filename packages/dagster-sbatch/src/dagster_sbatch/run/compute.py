@@ -27,8 +27,8 @@ from dagster_sbatch.slurm import SlurmRequest
 ELSEWHERE = """\
 this run is Dagster's own retry of one that was interrupted on {before}. \
 Dagster now runs on {now} with DATA_ROOT={root}, where the data and the Slurm jobs of that run are not.
-Start Dagster with the former settings and re-execute this run: it attaches to a job that is still running. \
-Or re-execute all of it with the present settings."""
+To attach to a job that is still running, start Dagster with the former settings and re-execute this run. \
+To compute everything with the present settings, re-execute all of it."""
 
 
 class ComputeResource(dg.ConfigurableResource[Any]):
