@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch import project
+from dagster_sbatch.commands.dev import find_daemon
 from dagster_sbatch.setting_files import load_settings
 from slurm_in_a_box import SimulatedSite
 
@@ -40,6 +41,13 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
             monkeypatch.delenv(name)
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+
+
+@pytest.fixture
+def no_other_daemon() -> None:
+    """For tests of this repository's scripts/dev, which does not start beside a Dagster that a person has started."""
+    if pid := find_daemon(Path(__file__).parent):
+        pytest.skip(f"a Dagster daemon of this repository runs: process {pid}")
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from resources import PROJECT
 from support import ROOT
 
 
+@pytest.mark.usefixtures("no_other_daemon")
 def test_dev_uses_the_projects_own(tmp_path: Path) -> None:
     (tmp_path / "dagster").mkdir()
     (tmp_path / "dagster" / "__init__.py").touch()

@@ -53,6 +53,7 @@ def test_the_program_tells_what_is_ignored(program: Path) -> None:
     assert ignored_in(done.stdout) == ["SIGINT", "SIGTERM"]
 
 
+@pytest.mark.usefixtures("no_other_daemon")
 def test_dev(program: Path) -> None:
     script = str(ROOT / "scripts" / "dev")
     done = run_with_ignored_signals([sys.executable, script], PYTHONPATH=str(program.parent.parent))

@@ -14,6 +14,7 @@ import pytest
 from dagster_sbatch.commands import dev
 from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.errors import ConfigurationError
+from dagster_sbatch.setting_files import load_settings
 from resources import PROJECT
 from support import ROOT, access
 from support.own_files import run_program
@@ -72,6 +73,13 @@ def test_so_is_a_mistake_in_the_entry_of_any_site(key: str, value: Any, text: st
 @pytest.mark.usefixtures("variables")
 def test_a_site_that_the_package_knows_needs_no_entry() -> None:
     assert check_configuration(replace(PROJECT, site_overrides={})).supercomputer_site == "musica"
+
+
+def test_a_variable_in_lower_case_is_unknown(tmp_path: Path) -> None:
+    """Its value would have no effect: jobs would be charged to another project."""
+    (tmp_path / ".env").write_text("slurm_account=p70000\n")
+    with pytest.raises(ConfigurationError, match="unknown variable slurm_account; did you mean 'SLURM_ACCOUNT'"):
+        load_settings(["musica"], tmp_path)
 
 
 @pytest.mark.usefixtures("variables")
@@ -155,6 +163,7 @@ def test_the_command_for_ci() -> None:
     assert text in done.stderr
 
 
+@pytest.mark.usefixtures("no_other_daemon")
 def test_the_ui_is_not_opened_to_the_users_of_a_login_node(
     variables: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

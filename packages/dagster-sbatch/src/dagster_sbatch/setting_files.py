@@ -118,10 +118,10 @@ def _problems(path: Path) -> list[str]:
     """Return the problems of a dotenv file: unknown lines and variables, open secrets, variables in braces."""
     values = _values(path)
     fields = {_alias(field): field for field in Settings.model_fields.values()}
-    unknown = [name for name in values if name not in fields and name.startswith(_OWN_PREFIXES)]
+    unknown = [name for name in values if name not in fields and name.upper().startswith(_OWN_PREFIXES)]
     lines = parse_stream(io.StringIO(read_text(path) if path.is_file() else ""))
     problems = [f"{path}, line {line.original.line}: this is not NAME=value" for line in lines if line.error]
-    problems += [f"{path}: unknown variable {name}{nearest(name, fields)}" for name in unknown]
+    problems += [f"{path}: unknown variable {name}{nearest(name.upper(), fields)}" for name in unknown]
     secrets = [name for name in values if name in fields and fields[name].annotation == (SecretStr | None)]
     if secrets and stat.S_IMODE(path.stat().st_mode) & 0o077:
         problems.append(f"{path} holds {', '.join(secrets)} and others can read it: chmod 600 {shlex.quote(str(path))}")

@@ -59,7 +59,7 @@ def main(project: Project) -> None:
         raise SystemExit(f"Dagster is not started, because the settings are wrong.\n{error}") from None
     if settings.on_login_node and not accepted:
         raise SystemExit(REFUSED)
-    if pid := _find_daemon(project.root):
+    if pid := find_daemon(project.root):
         raise SystemExit(SECOND.format(pid=pid))
     os.chdir(project.root)
     home = os.environ.get("DAGSTER_HOME")
@@ -71,7 +71,7 @@ def main(project: Project) -> None:
     os.execv(sys.executable, [sys.executable, "-W", f"ignore:{SUPERSEDED}", "-m", "dagster", "dev", *options])
 
 
-def _find_daemon(root: Path) -> int | None:
+def find_daemon(root: Path) -> int | None:
     """Return a process that is a Dagster daemon and was started in a folder; None if there is none."""
     names, folder = ("dagster._daemon", "dagster-daemon"), str(root.resolve())
     here = (each for each in psutil.process_iter(["cmdline", "cwd"]) if each.info["cwd"] == folder)
