@@ -28,9 +28,9 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "KEY-1"
 
 
-def start(run: Path, index: int, job: int = 100) -> int:
+def start(run: Path, index: int, job: int = 100, **variables: str) -> int:
     """Run a task as Slurm would; return its exit code."""
-    environment = {"PATH": os.environ["PATH"], "HOME": str(run), "SLURM_JOB_ID": str(job + index + 1)}
+    environment = {"PATH": os.environ["PATH"], "HOME": str(run), "SLURM_JOB_ID": str(job + index + 1), **variables}
     environment |= {"SLURM_ARRAY_JOB_ID": str(job), "SLURM_ARRAY_TASK_ID": str(index)}
     with (run / f"tasks/{index}.stdout").open("ab") as stdout, (run / f"tasks/{index}.stderr").open("ab") as stderr:
         return subprocess.run(
@@ -58,6 +58,21 @@ def test_a_task_has_its_own_context_and_its_own_record(run: Path, index: int) ->
     sizes = {"messages.jsonl": len((task / "messages.jsonl").read_bytes()), "stdout": len(shown), "stderr": 0}
     assert (ended["code"], ended["job"], ended["sizes"]) == (3, str(101 + index), sizes)
     assert (task / "cause").read_text() == ""
+
+
+@pytest.mark.parametrize("options", ["errexit", "noclobber", "xtrace"])
+def test_what_a_login_profile_sets_for_a_person_does_not_matter(options: str, run: Path, tmp_path: Path) -> None:
+    """Where `cd` looks first, and options of bash, which come with SHELLOPTS as well as from a login shell."""
+    elsewhere = tmp_path / "elsewhere/tasks/7"
+    elsewhere.mkdir(parents=True)
+    (run / "tasks/7/context.json").write_text("of a former start")
+    variables = {"CDPATH": str(elsewhere.parents[1]), "SHELLOPTS": options}
+    assert start(run, 7, **variables) == 3
+    assert list(elsewhere.iterdir()) == []
+    shown = '{"common": 1, "task": 7}\ncontext7 messages7\n'
+    assert (run / "tasks/7.stdout").read_text() == shown
+    assert (run / "tasks/7.stderr").read_text() in ("", "+ set +euxC\n")
+    assert json.loads((run / "tasks/7/events").read_text().splitlines()[-1])["code"] == 3
 
 
 def test_a_task_may_remove_its_own_output(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ _SCRIPT = Template(
 $header
 # Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 # shellcheck disable=SC2317  # traps and the launcher's commands call the functions
+set +euxC # a login profile may have set these
 umask 077
 cd $run || exit 1 # a login profile may have gone elsewhere
 run_directory=$$PWD
@@ -169,7 +170,7 @@ if ! [ -e "tasks/$index.started" ]; then
 fi
 mapfile -t -s "$index" -n 1 pipes <tasks.pipes
 export DAGSTER_PIPES_CONTEXT="${pipes[0]%% *}" DAGSTER_PIPES_MESSAGES="${pipes[0]#* }"
-cd "tasks/$index" || exit 1"""
+cd "./tasks/$index" || exit 1 # not one below CDPATH"""
 
 _SAMPLER = """\
 # Measures what the job uses. A shorter job starts no program for it. It ends with its standard input, when this shell

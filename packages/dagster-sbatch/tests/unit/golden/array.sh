@@ -17,6 +17,7 @@
 #SBATCH --array=0-999%50
 # Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 # shellcheck disable=SC2317  # traps and the launcher's commands call the functions
+set +euxC # a login profile may have set these
 umask 077
 cd . || exit 1 # a login profile may have gone elsewhere
 run_directory=$PWD
@@ -45,7 +46,7 @@ if ! [ -e "tasks/$index.started" ]; then
 fi
 mapfile -t -s "$index" -n 1 pipes <tasks.pipes
 export DAGSTER_PIPES_CONTEXT="${pipes[0]%% *}" DAGSTER_PIPES_MESSAGES="${pipes[0]#* }"
-cd "tasks/$index" || exit 1
+cd "./tasks/$index" || exit 1 # not one below CDPATH
 
 # The job's own record: a line at its start, a line at its end. The code is null if it was cut short; Slurm knows why.
 # Where traps are set, $(...) and <(...) stand in subshells, which have none: a signal while bash reads one of them

@@ -18,6 +18,7 @@
 #SBATCH --signal=B:USR1@300
 # Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 # shellcheck disable=SC2317  # traps and the launcher's commands call the functions
+set +euxC # a login profile may have set these
 umask 077
 cd '<SLURM_DEPLOYMENT_BASE_PATH>/runs/preview-probe' || exit 1 # a login profile may have gone elsewhere
 run_directory=$PWD
