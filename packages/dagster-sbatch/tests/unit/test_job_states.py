@@ -16,6 +16,7 @@ STARTED = {"started": "n1", "temporary": "/tmp"}
 WAITS = ("PENDING", "BeginTime", "")
 
 
+@pytest.mark.parametrize("shown", ["PENDING", "SPECIAL_EXIT"])  # the latter by RequeueExitHold of a site, or a person
 @pytest.mark.parametrize(
     "own",
     [
@@ -26,14 +27,14 @@ WAITS = ("PENDING", "BeginTime", "")
     ],
 )
 def test_a_job_that_waits_to_run_again_is_shown_as_waiting(
-    own: list[dict[str, object]], prepare: Prepare, slurm: Path, tmp_path: Path
+    own: list[dict[str, object]], shown: str, prepare: Prepare, slurm: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "KEY"
     run.mkdir(parents=True, mode=0o700)
     (run / "job").symlink_to("17")
     (run / "events").write_text("".join(f"{json.dumps(event)}\n" for event in own))
-    put(slurm, "squeue", "echo '17|PENDING|BeginTime|N/A|KEY|p1'")
-    put(slurm, "scontrol", "echo 'JobName=KEY JobState=PENDING ExitCode=0:0 SubmitTime=1 StartTime=2 EndTime=3'")
+    put(slurm, "squeue", f"echo '17|{shown}|BeginTime|N/A|KEY|p1'")
+    put(slurm, "scontrol", f"echo 'JobName=KEY JobState={shown} ExitCode=0:0 SubmitTime=1 StartTime=2 EndTime=3'")
     gateway = prepare(HURRIED)
     known = gateway.state(str(run))[0]
     assert known is not None
@@ -92,6 +93,29 @@ def test_a_job_that_starts_while_it_is_followed_is_shown_as_running(
         gateway.run(str(run), None, {}, "", on_state=report)
     limit.cancel()
     assert states == [("PENDING", ""), ("RUNNING", "n1")]
+
+
+def test_a_job_that_slurm_does_not_let_end_is_shown_as_such(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:
+    """Its script is over. An epilog takes long, or a process that hangs in the kernel cannot be killed."""
+    run = tmp_path / "runs" / "KEY"
+    run.mkdir(parents=True, mode=0o700)
+    (run / "job").symlink_to("17")
+    own = [{**STARTED, "time": 100}, {"code": 0, "time": 200, "sizes": {}}]
+    (run / "events").write_text("".join(f"{json.dumps(event)}\n" for event in own))
+    put(slurm, "squeue", "echo '17|COMPLETING|None|N/A|KEY|p1'")
+    put(slurm, "scontrol", "echo 'JobName=KEY JobState=COMPLETING ExitCode=0:0 SubmitTime=1 StartTime=2 EndTime=3'")
+    gateway, states = prepare(HURRIED), list[tuple[str, str]]()
+
+    def report(state: JobState) -> None:
+        states.append((state.state, state.node))
+        gateway.stop.set()
+
+    limit = threading.Timer(20, gateway.stop.set)
+    limit.start()
+    with suppress(StoppedError):
+        gateway.run(str(run), None, {}, "", on_state=report)
+    limit.cancel()
+    assert states == [("COMPLETING", "n1")]
 
 
 def test_a_task_whose_gpus_are_idle_is_followed_to_its_end(

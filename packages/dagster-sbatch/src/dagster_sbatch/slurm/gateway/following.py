@@ -227,10 +227,11 @@ class SingleTask(JobHandler):
         self._on_trouble(f"you have as many jobs as Slurm allows you; this step waits until others have ended. {text}")
 
     def state(self, run: str, state: TaskStates) -> None:  # noqa: ARG002, D102 - see JobHandler
+        on_node = state.running or state.shown == "COMPLETING"  # its script is over, and Slurm or its node still busy
         if state.running and state.shown in ("", "PENDING"):  # squeue has not been asked since it has started
             self._report(state="RUNNING", reason="None", start=None, account=state.account)
-        elif state.shown and (state.running or state.waiting or state.requeued):
-            nowhere = {} if state.running else {"node": "", "temporary": "", "idle": None}
+        elif state.shown and (on_node or state.waiting or state.requeued):
+            nowhere = {} if on_node else {"node": "", "temporary": "", "idle": None}
             self._report(state=state.shown, reason=state.reason, start=state.start, account=state.account, **nowhere)
 
     def started(self, run: str, task: int, node: str, temporary: str) -> None:  # noqa: ARG002, D102 - see JobHandler

@@ -9,6 +9,7 @@ from .slurm_commands import OVER, indices, ranges, rows_of, user
 
 SQUEUE_EVERY = 15.0
 UNSHARED_EVERY = 60.0  # seconds between two calls of squeue by an agent that asks for itself
+WAITS = ("REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")  # states that are PENDING to whoever waits for a job
 
 
 def by_job(rows):
@@ -18,7 +19,8 @@ def by_job(rows):
     tasks. It ends with the indices of the tasks that are not over, by state.
     """
     jobs, arrays = {}, {}
-    for name, *row in rows:
+    for name, state, *rest in rows:
+        row = ["PENDING" if state in WAITS else state] + rest
         job, array, text = name.partition("_")
         if array:
             arrays.setdefault(job, []).append((indices(text), row))
