@@ -153,10 +153,11 @@ TASK = Task("x", values={"n": 1})
 def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bool) -> None:
     """Of an array job that is followed, only those; a refusal is no reason to fail."""
     record = {"tasks": [{"name": name} for name in ("x", "y", "z")]}
-    first, second = (
+    attempts = [
         replace(array(1, "abc", {}), record=record, tasks=[TASK.id, "b", "c"]),
         replace(array(2, "d", {}), record=record),
-    )
+        replace(array(3, "e", {}), record=None, tasks=[""]),  # it cannot be read
+    ]
     done: list[tuple[str, Sequence[int] | None]] = []
 
     def cancel(run: str, tasks: Sequence[int] | None = None) -> None:
@@ -165,7 +166,7 @@ def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bo
             raise RefusedError("it is not over after a minute")
 
     def claim(*_: object) -> Claim:
-        return Claim(None, attempts=[first, second])
+        return Claim(None, attempts=attempts)
 
     warnings: list[str] = []
     log = SimpleNamespace(info=lambda _: None, warning=warnings.append, error=None)
@@ -180,11 +181,12 @@ def test_outdated_tasks_are_cancelled_before_others_are_submitted(*, refused: bo
         )
         gateway: Any = SimpleNamespace(claim=claim, cancel=cancel, cancel_tasks=cancel)
         call = StepCalls().begin("r", "step", "digest")
-        attempts = Family(context, gateway, "/base/runs", call, {}, SlurmRequest(), questions=Questions())
-        attempts.choose({0: TASK})
-    assert done == [("runs/f-1", [1, 2]), ("runs/f-2", None)]
+        family = Family(context, gateway, "/base/runs", call, {}, SlurmRequest(), questions=Questions())
+        family.choose({0: TASK})
+    assert done == [("runs/f-1", [1, 2]), ("runs/f-2", None), ("runs/f-3", None)]
     assert "newer data (y, z). They are cancelled" in warnings[0]
-    assert len(warnings) == (4 if refused else 2)
+    assert "newer data (no record of what it was submitted with). They" in warnings[-2 if refused else -1]
+    assert len(warnings) == (6 if refused else 3)
 
 
 def test_all_array_jobs_with_other_inputs_are_cancelled_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dagster_sbatch.run.adoption import choose
+from dagster_sbatch.slurm import Retries
 from dagster_sbatch.slurm.gateway import Gateway, JobToFollow, Limits, StoppedError, follow_jobs
 from dagster_sbatch.slurm.gateway.agent import ends, run_directories
 from resources import PROJECT
@@ -112,6 +114,22 @@ def test_a_task_that_was_cut_short_waits_to_run_again(prepare: Prepare, slurm: P
     assert (known.started, known.requeued, known.ends) == (frozenset({0, 1}), frozenset({0}), {})
     counts = gateway.ask(do="run_directories.task_counts", paths=[str(run)])["counts"][str(run)]
     assert counts == {"done": 0, "running": 1, "waiting": 2, "failed": 0}
+
+
+@pytest.mark.parametrize("left", ["", "{}"])
+def test_no_task_is_submitted_beside_an_array_job_whose_record_is_gone(
+    left: str, prepare: Prepare, slurm: Path, tmp_path: Path
+) -> None:
+    """The site has removed old files. It is not known which tasks the job has: all that are not over are cancelled."""
+    run = tmp_path / "runs" / "KEY-1"
+    run.parent.mkdir(mode=0o700)
+    run_directories.lay_out(str(run), files_of(PROJECT.load_site("musica"), "KEY-1", "true", 3))
+    (run / "job").symlink_to("17")
+    (run / "submitted_with.json").write_text(left)
+    put(slurm, "scontrol", f"echo '{record('0', 'COMPLETED')}'; echo '{record('1-2', 'PENDING', 'Unknown')}'")
+    attempt = prepare().attempt(str(run))
+    choice = choose([attempt], {0: "i0", 1: "i1", 2: "i2"}, lambda *_: False, Retries())
+    assert (choice.follow, list(choice.new), choice.outdated) == ({}, [0, 1, 2], {str(run): [1, 2]})
 
 
 def test_some_tasks_are_cancelled_by_one_command(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:

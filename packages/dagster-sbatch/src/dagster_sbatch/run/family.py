@@ -10,6 +10,7 @@ import dagster as dg
 
 from dagster_sbatch.run.adoption import (
     MOST_NAMES,
+    NO_RECORD,
     Choice,
     choose,
     describe_adoption,
@@ -108,8 +109,8 @@ class Family:
 
     def _cancel_tasks(self, array: Attempt, outdated: Sequence[int], *, followed: bool) -> None:
         """Cancel tasks of an array job that this step does not need; the whole job if it follows none of the others."""
-        names = [task["name"] for task in (array.record or {})["tasks"]]
-        shown = list_names([names[index] for index in outdated], MOST_NAMES)
+        tasks = (array.record or {}).get("tasks")
+        shown = list_names([tasks[index]["name"] for index in outdated], MOST_NAMES) if tasks else NO_RECORD
         job = f"Slurm job {array.job}" if array.job else f"The Slurm job of {array.run}"
         self._log.warning(
             f"{job} of an earlier run of this step has tasks that this run does not need, or needs with other values "
