@@ -78,8 +78,9 @@ class Settings(BaseSettings):
     )
     deployment_base_path: RemotePath | None = _variable(
         "SLURM_DEPLOYMENT_BASE_PATH",
-        "Folder on the supercomputer for runs, environments and data; every node must see it.",
+        "Folder on the supercomputer for runs, environments and data; every node must see it. No %, backslash or | in it.",
         "$DATA/dagster-slurm",
+        pattern=r"^[^%\\|\r\n]*$",  # Slurm replaces %j and \j in paths of output
     )
     python: RemotePath | None = _variable(
         "SLURM_PYTHON",

@@ -253,11 +253,12 @@ def test_files_never_reach_the_process_environment(root: Path, monkeypatch: pyte
     assert "ASC_OIDC_APP_PASSWORD" not in os.environ
 
 
-@pytest.mark.parametrize("name", ["SLURM_ACCOUNT", "SLURM_RESERVATION"])
-def test_a_name_that_goes_into_the_job_script_is_one_word(
-    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("value", ["p1\n#SBATCH --uid=0", "/a%j", "/a\\j", "/a|j"])
+@pytest.mark.parametrize("name", ["SLURM_ACCOUNT", "SLURM_RESERVATION", "SLURM_DEPLOYMENT_BASE_PATH"])
+def test_what_slurm_would_read_as_something_else_is_refused(
+    name: str, value: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(name, "p1\n#SBATCH --uid=0")
+    monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=f"{name}: .* Example: "):
         load_settings(SITES, root)
 
