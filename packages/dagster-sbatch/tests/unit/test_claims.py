@@ -133,10 +133,10 @@ def test_a_run_that_was_cancelled_before_it_had_a_job_is_over(
 
 
 def test_nothing_is_submitted_beside_a_job_that_its_user_has_renamed(slurm: Path, tmp_path: Path) -> None:
-    """And whose run directory is not there."""
+    """And whose run directory is not there: it was removed, or SLURM_DEPLOYMENT_BASE_PATH was another."""
     times = "SubmitTime=100 StartTime=110 EndTime=Unknown"
     put(slurm, "scontrol", f"echo 'JobName=mine JobState=RUNNING ExitCode=0:0 WorkDir=/my runs/family-1 {times}'")
-    with pytest.raises(disk.RequestError, match=f"^Slurm job 17 .* is not there: {tmp_path}/family-1\n"):
+    with pytest.raises(disk.RequestError, match=f"^Slurm job 17 .* is not in {tmp_path}: /my runs/family-1\n"):
         claims.refuse_beside_lost(str(tmp_path), "family", ["17"])
 
 

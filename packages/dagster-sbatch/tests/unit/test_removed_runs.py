@@ -267,9 +267,9 @@ def test_a_step_is_executed_again_whose_run_directory_was_removed(played_slurm: 
     success, error, _ = step.result(step.start(again=True))
     assert not success
     assert (
-        f"Slurm job 17 of an earlier run of this step is RUNNING, and its run directory is not there: "
-        f"{played_slurm.runs}/{name}\nA new job would run beside it. Cancel it on {os.uname()[1]}, then "
-        "re-execute this run:\n  scancel 17"
+        f"Slurm job 17 of an earlier run of this step is RUNNING, and its run directory is not in {played_slurm.runs}: "
+        f"{name}\nA new job would run beside it. If that directory exists, set SLURM_DEPLOYMENT_BASE_PATH as it was "
+        f"then, or else cancel the job on {os.uname()[1]}; then re-execute this run:\n  scancel 17"
     ) in error
     assert played_slurm.names() == [name]
     subprocess.run(["scancel", "17"], check=True)

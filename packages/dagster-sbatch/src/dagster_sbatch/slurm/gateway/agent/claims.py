@@ -102,9 +102,11 @@ def refuse_beside_lost(folder, beginning, jobs):
         for record in records:
             key = next((each for each in keys_of(record) if each.startswith(beginning)), None)
             if key and not state_of(record):
-                text = "Slurm job %s of an earlier run of this step is %s, and its run directory is not there: %s\n"
-                text += "A new job would run beside it. Cancel it on %s, then re-execute this run:\n  scancel %s"
-                values = (job, record["JobState"], os.path.join(folder, key), os.uname()[1], job)
+                text = "Slurm job %s of an earlier run of this step is %s, and its run directory is not in %s: %s\n"
+                text += "A new job would run beside it. If that directory exists, set SLURM_DEPLOYMENT_BASE_PATH as it "
+                text += "was then, or else cancel the job on %s; then re-execute this run:\n  scancel %s"
+                path = record.get("WorkDir", key)
+                values = (job, record["JobState"], folder, path, os.uname()[1], job)
                 raise RequestError("refused", text % values)
 
 
