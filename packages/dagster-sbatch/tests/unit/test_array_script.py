@@ -144,6 +144,15 @@ def test_a_task_that_cannot_make_its_folder_fails(run: Path) -> None:
     assert not (run / "tasks/6.started").exists()
 
 
+@pytest.mark.parametrize("name", ["tasks.jsonl", "tasks.pipes"])
+def test_a_task_whose_context_was_removed_fails(name: str, run: Path) -> None:
+    """The site has removed old files while it waited: it says which, and does not begin with an empty context."""
+    (run / name).unlink()
+    assert start(run, 6) == 1
+    assert f"{name}: No such file" in (run / "tasks/6.stderr").read_text()
+    assert (run / "tasks/6.stdout").read_text() == ""
+
+
 def test_a_program_of_any_language_runs_as_a_task(tmp_path: Path) -> None:
     """The launcher's files lie in the run directory, above the task's folder; `pipes` writes the task's messages."""
     run, launcher, request = tmp_path / "KEY-1", CommandLauncher(), SlurmRequest()

@@ -164,11 +164,11 @@ index=$SLURM_ARRAY_TASK_ID
 if ! [ -e "tasks/$index.started" ]; then
   for name in messages.jsonl events cause; do : >>"tasks/$index/$name" || exit 1; done
   IFS= read -r -d '' head <context.head
-  mapfile -t -s "$index" -n 1 rest <tasks.jsonl
+  mapfile -t -s "$index" -n 1 rest <tasks.jsonl || exit 1
   printf '%s%s\\n' "$head" "${rest[0]}" >"tasks/$index/context.json" || exit 1
   : >"tasks/$index.started" || exit 1
 fi
-mapfile -t -s "$index" -n 1 pipes <tasks.pipes
+mapfile -t -s "$index" -n 1 pipes <tasks.pipes || exit 1
 export DAGSTER_PIPES_CONTEXT="${pipes[0]%% *}" DAGSTER_PIPES_MESSAGES="${pipes[0]#* }"
 cd "./tasks/$index" || exit 1 # not one below CDPATH"""
 
