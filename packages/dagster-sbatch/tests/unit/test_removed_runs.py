@@ -162,12 +162,16 @@ def test_whoever_only_reads_cancels_nothing(job: Job, begin: Begin, slurm: Path)
     assert not (slurm / "cancelled").exists()
 
 
-def test_a_run_directory_that_is_put_back(job: Job, begin: Begin) -> None:
+@pytest.mark.parametrize("what", ["the run directory", "the base path"])
+def test_a_run_directory_that_is_put_back(what: str, job: Job, begin: Begin, tmp_path: Path) -> None:
+    """Or a link to where it is now: the agent makes nothing in its place meanwhile."""
     told: list[str] = []
     end = begin(600, [], told)
-    job.run.rename(job.base / "moved")
+    place = {"the run directory": job.run, "the base path": job.base}[what]
+    place.rename(tmp_path / "moved")
     wait_until(lambda: any("was removed" in text for text in told), "that is reported", 60)
-    (job.base / "moved").rename(job.run)
+    job.wait_for_squeue(2)
+    place.symlink_to(tmp_path / "moved")
     finish(job)
     assert (end.result(60), job.text) == (0, "first\nlast\n")
 

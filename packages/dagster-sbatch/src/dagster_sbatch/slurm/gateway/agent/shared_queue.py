@@ -4,7 +4,7 @@ import os
 import threading
 import time
 
-from .disk import RequestError, load, lock, own, store
+from .disk import RequestError, check, load, lock, own, store
 from .slurm_commands import OVER, indices, ranges, rows_of, user
 
 SQUEUE_EVERY = 15.0
@@ -65,7 +65,7 @@ class Queue:
         """Bring the view up to date; `anew`: even if it is fresh."""
         path = os.path.join(folder, ".queue-%s.json" % os.uname()[1])
         try:
-            own(folder)
+            (check if self.wanted.is_set() else own)(folder)  # while a job is followed, its user may be moving it
             with open(path + ".lock", "w") as file:
                 lock(file, path)
                 shared = load(path, *self.view) or self.view
