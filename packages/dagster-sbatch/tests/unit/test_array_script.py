@@ -66,8 +66,7 @@ def test_what_a_login_profile_sets_for_a_person_does_not_matter(options: str, ru
     elsewhere = tmp_path / "elsewhere/tasks/7"
     elsewhere.mkdir(parents=True)
     (run / "tasks/7/context.json").write_text("of a former start")
-    variables = {"CDPATH": str(elsewhere.parents[1]), "SHELLOPTS": options}
-    assert start(run, 7, **variables) == 3
+    assert start(run, 7, CDPATH=str(elsewhere.parents[1]), SHELLOPTS=options) == 3
     assert list(elsewhere.iterdir()) == []
     shown = '{"common": 1, "task": 7}\ncontext7 messages7\n'
     assert (run / "tasks/7.stdout").read_text() == shown

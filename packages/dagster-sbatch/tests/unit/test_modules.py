@@ -107,11 +107,11 @@ def run_with(folder: Path, module: str, setup: tuple[str, ...] = (), body: str =
 
 def test_they_are_loaded_together_after_the_setup_commands(tmp_path: Path) -> None:
     """The files of a site may read unset variables. What a module prints is on stderr. PYTHONHOME goes no further."""
-    module = 'set -u; module() { echo greetings of $USER_OF_NOTHING >&2; export PYTHONHOME=/m; export SEEN="$STACK $*"; }\n'
+    module = 'set -u; module() { echo hi $USER_OF_NOTHING >&2; export PYTHONHOME=/m; export SEEN="$STACK $*"; }\n'
     out, err, code, cause = run_with(tmp_path, module, ("export STACK=2026",))
     assert "SEEN=2026 load GCC/14.3.0 Nosuch/9\n" in out
     assert "\nPYTHONHOME=" not in out
-    assert (err, code, cause) == ("greetings of\n", 0, "")
+    assert (err, code, cause) == ("hi\n", 0, "")
 
 
 def test_a_missing_module_ends_the_job_before_the_workload(tmp_path: Path) -> None:

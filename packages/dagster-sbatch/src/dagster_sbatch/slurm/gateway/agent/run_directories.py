@@ -123,7 +123,7 @@ def attempt_of(run, certain=False):
             raise trouble
     record, started, number = record_of(run), tasks.started(), run.rpartition("-")[2]
     unknown = [{"id": ""}] * tasks.count  # a task of an array, too, if its record cannot be read
-    ids = [task["id"] for task in (tasks.array and record or {}).get("tasks", unknown)]
+    ids = [task["id"] for task in ((tasks.array and record) or {}).get("tasks", unknown)]
     judged = started.union(ends) if tasks.array else SINGLE  # one that Slurm refuses is rejected without a start
     return {
         "run": run,
