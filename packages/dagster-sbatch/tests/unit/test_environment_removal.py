@@ -10,7 +10,7 @@ import pytest
 
 from dagster_sbatch.slurm.gateway.agent import releases
 from dagster_sbatch.slurm.gateway.agent.building import HERE
-from dagster_sbatch.slurm.gateway.agent.disk import store
+from dagster_sbatch.slurm.gateway.agent.disk import RequestError, store
 
 LONG_AGO = 1_000_000_000.0
 WHEEL = "0123/tiny-1.0-py3-none-any.whl"
@@ -53,6 +53,43 @@ def remains(folder: Path, name: str = "old") -> list[str]:
     """Remove an environment, and what only it needs; return what is left."""
     assert ask(folder, "remove", names=[name])["removed"] == [name]
     return [name for name in ("packages", "wheels") if any((folder / name).iterdir())]
+
+
+def remove_old_files(folder: Path) -> None:
+    """As a site does it on a file system that is not for keeping files: the folders stay."""
+    for path, _, names in os.walk(folder):
+        Path(path).chmod(0o700)
+        for name in names:
+            Path(path, name).unlink()
+
+
+def test_an_environment_whose_old_files_were_removed_is_made_again(tmp_path: Path) -> None:
+    python = {"asked": sys.executable, "python": sys.executable, "asked_by": "SLURM_PYTHON", "candidates": []}
+    content = {"lock": None, "modules": [], "setup": [], "code": {"a/main.py": "digest"}}
+    fields = {**python, **content, "oldest": [3, 11], "newest": [3, 99]}
+    folder = tmp_path / "environments"
+    for _ in range(2):
+        assert not ask(folder, "find", **fields)["ready"]
+        made = ask(folder, "build", **fields, wheels={}, files={"a/main.py": "cHJpbnQoKQ=="})["environment"]
+        assert ask(folder, "find", **fields)["ready"]
+        assert Path(made["workloads"], "a/main.py").read_text() == "print()"
+        remove_old_files(folder / made["name"])
+    assert [path.name for path in folder.iterdir() if not path.name.startswith(".")] == [made["name"]]
+
+
+def test_packages_whose_old_files_were_removed_are_not_used(folder: Path) -> None:
+    """Production says so, since it runs only what was published."""
+    layer = wanted(folder)["environment"]["layer"]
+    store(
+        str(folder / "old" / HERE), {**dict.fromkeys(releases.NEEDED), "name": "old", "layer": layer, "python": "/bin"}
+    )
+    ask(folder, "publish", groups={"": "old"}, about={})
+    assert ask(folder, "published", group="")["environment"]["name"] == "old"
+    assert wanted(folder)["installed"]
+    remove_old_files(folder / "packages")
+    assert not wanted(folder)["installed"]
+    with pytest.raises(RequestError, match=r"not whole any more.* Publish again:\nscripts/deploy_environment.py$"):
+        ask(folder, "published", group="")
 
 
 def test_what_nobody_needs_is_removed_with_the_last_environment(folder: Path) -> None:

@@ -272,8 +272,8 @@ def test_a_step_is_executed_again_whose_run_directory_was_removed(played_slurm: 
     assert not success
     assert (
         f"Slurm job 17 of an earlier run of this step is RUNNING, and its run directory is not in {played_slurm.runs}: "
-        f"{name}\nA new job would run beside it. If that directory exists, set SLURM_DEPLOYMENT_BASE_PATH as it was "
-        f"then, or else cancel the job on {os.uname()[1]}; then re-execute this run:\n  scancel 17"
+        f"{name}\nA new job would run beside it. Set SLURM_DEPLOYMENT_BASE_PATH as it was then, if you have changed "
+        f"it, or cancel the job on {os.uname()[1]}; then re-execute this run:\n  scancel 17"
     ) in error
     assert played_slurm.names() == [name]
     subprocess.run(["scancel", "17"], check=True)

@@ -57,7 +57,7 @@ def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (images.identity_of, ["stale"]),
         (images.problem_here, ["sh", "image.sif", "data", ["stale"]]),  # Container(binds=...) would be wrong
         (interpreters.choose, [{"python": "stale"}]),  # the folder would be started as an interpreter
-        (building.install, [{"folder": "stale"}, {"layer": "packages"}, None]),  # they would be installed again
+        (building.is_whole, ["stale", "packages.json"]),  # they would be installed again
         (transfer.put, [None, {"path": "./stale", "sha256": "0" * 64, "bytes": 1}, None]),  # it would be sent again
     ],
 )

@@ -20,7 +20,7 @@ import time
 from .disk import RequestError, inode_of, lock, names_in, own, remove_tree, store, unique
 from .interpreters import check_version, choose, dotted, in_setup, run, skeleton
 
-HERE = "environment.json"
+HERE, PACKAGES = "environment.json", "packages.json"  # whether they are there tells whether a folder is whole
 FORMAT = 1  # part of every name: a new way of building makes new environments
 COMPILERS = 4  # processes, on a machine that is shared
 EXECUTABLE = " x"  # end of the digest of an executable file
@@ -67,6 +67,8 @@ def making(path):
         yield new
         for folder, _, _ in os.walk(new):
             os.chmod(folder, 0o500)
+        if inode_of(path):  # what the site has left of it
+            drop(path)
         os.rename(new, path)
     except BaseException:
         remove_sealed(new)
@@ -80,6 +82,17 @@ def touch(path):
     except FileNotFoundError:
         return False
     return True
+
+
+def is_whole(path, mark):
+    """Touch an environment or packages; return whether they exist and have their mark: a site may remove old files."""
+    return bool(inode_of(os.path.join(path, mark))) and touch(path)
+
+
+def drop(path):
+    old = unique(path) + ".old"
+    os.rename(path, old)
+    remove_sealed(old)
 
 
 def hash_parts(*parts):
@@ -103,11 +116,8 @@ def describe(ask):
 
 
 def install(ask, content, say):
-    """Install wheels into a folder of packages, unless it exists."""
-    path = os.path.join(ask["folder"], "packages", content["layer"])
-    if inode_of(path):
-        return
-    with making(path) as new:
+    """Install wheels into a folder of packages."""
+    with making(os.path.join(ask["folder"], "packages", content["layer"])) as new:
         python = skeleton(new, content["interpreter"])
         library = os.path.join(new, "lib", "python" + dotted(content["interpreter"]["version"].split(".")[:2]))
         os.makedirs(os.path.join(library, "site-packages"))
@@ -118,7 +128,7 @@ def install(ask, content, say):
         in_setup(ask, 'exec "$@"', *compiler)  # it fails for a file that is only a template of a module
         remove_sealed(os.path.join(new, "bin"))  # its commands name this folder; programs start by `python -m`
         os.unlink(os.path.join(new, "pyvenv.cfg"))
-        store(os.path.join(new, "packages.json"), {"wheels": sorted(ask["wheels"])})
+        store(os.path.join(new, PACKAGES), {"wheels": sorted(ask["wheels"])})
 
 
 def unpack(ask, python, listed, say):
@@ -143,7 +153,7 @@ def assemble(ask, content, new):
         skeleton(new, content["interpreter"])
         packages = os.path.join("..", "packages", content["layer"])
         for name in os.listdir(os.path.join(new, packages)):
-            if name not in ("packages.json", "requirements.txt"):
+            if name not in (PACKAGES, "requirements.txt"):
                 os.symlink(os.path.join(packages, name), os.path.join(new, name))
     for name, text in ask["files"].items():
         path = os.path.join(new, "workloads", name)
@@ -183,9 +193,9 @@ def check_interpreter(ask, _):
 def find(ask, _):
     """Return the environment of a request, whether it is ready, and whether its packages are installed."""
     content = describe(ask)
-    ready = touch(os.path.join(ask["folder"], content["name"]))
     layer = content["layer"]
-    installed = ready or not layer or touch(os.path.join(ask["folder"], "packages", layer))
+    installed = not layer or is_whole(os.path.join(ask["folder"], "packages", layer), PACKAGES)
+    ready = installed and is_whole(os.path.join(ask["folder"], content["name"]), HERE)
     return {"environment": content, "ready": ready, "installed": installed}
 
 
@@ -198,12 +208,12 @@ def missing(ask, _):
 def build(ask, say):
     """Build an environment, unless it exists. It has to import what every workload needs."""
     with locked(ask["folder"], say):
-        content = describe(ask)
-        path = os.path.join(ask["folder"], content["name"])
-        if not touch(path):
-            if content["layer"]:
+        found = find(ask, None)
+        content = found["environment"]
+        if not found["ready"]:
+            if not found["installed"]:
                 install(ask, content, say)
-            with making(path) as new:
+            with making(os.path.join(ask["folder"], content["name"])) as new:
                 assemble(ask, content, new)
                 say(progress="verifying")
                 verify(ask, content, os.path.join(new, "bin", "python") if content["layer"] else content["python"])

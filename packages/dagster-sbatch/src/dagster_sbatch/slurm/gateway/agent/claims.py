@@ -9,7 +9,7 @@ import threading
 import time
 from contextlib import suppress
 
-from .disk import RequestError, names_in, open_locked, own, parse, read, remove_tree, status_of, unique
+from .disk import RequestError, load, names_in, open_locked, own, read, remove_tree, status_of, unique
 from .ends import UNKNOWN_JOB, state_of
 from .paths import with_paths
 from .run_directories import DAY, attempt_of, checked, has, job_of, may_have_job, record_of
@@ -37,16 +37,11 @@ def take(held, path, holder):
     return True
 
 
-def holder_of(path):
-    """Return the holder, as far as it is written yet."""
-    return parse(read(path), "token", "who") or {}
-
-
 def inherit(agent, path, mine, say):
     """Wait until this client's previous agent releases the lock, then take it; leave if that is not possible."""
     try:
         while not take(agent.held, path, mine):
-            there = holder_of(path)
+            there = load(path, "token", "who")
             if there and there["token"] != mine["token"]:
                 say(held=there["who"])
                 agent.leave()
@@ -103,10 +98,9 @@ def refuse_beside_lost(folder, beginning, jobs):
             key = next((each for each in keys_of(record) if each.startswith(beginning)), None)
             if key and not state_of(record):
                 text = "Slurm job %s of an earlier run of this step is %s, and its run directory is not in %s: %s\n"
-                text += "A new job would run beside it. If that directory exists, set SLURM_DEPLOYMENT_BASE_PATH as it "
-                text += "was then, or else cancel the job on %s; then re-execute this run:\n  scancel %s"
-                path = record.get("WorkDir", key)
-                values = (job, record["JobState"], folder, path, os.uname()[1], job)
+                text += "A new job would run beside it. Set SLURM_DEPLOYMENT_BASE_PATH as it was then, if you have "
+                text += "changed it, or cancel the job on %s; then re-execute this run:\n  scancel %s"
+                values = (job, record["JobState"], folder, record.get("WorkDir", key), os.uname()[1], job)
                 raise RequestError("refused", text % values)
 
 
@@ -142,7 +136,7 @@ def hold(agent, ask, say):
     path, mine = os.path.join(folder, family + ".holder"), {"token": ask["token"], "who": ask["who"]}
     if path in agent.held or take(agent.held, path, mine):
         return {}
-    there = holder_of(path)
+    there = load(path, "token", "who") or {}  # it may not be written yet
     if there.get("token") != mine["token"]:
         return {"held": there.get("who", "somebody")}
     threading.Thread(target=inherit, args=(agent, path, mine, say), daemon=True).start()

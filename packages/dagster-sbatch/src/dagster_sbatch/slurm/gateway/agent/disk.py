@@ -42,7 +42,7 @@ def read(path):
     try:
         with open(path, "rb") as file:
             return file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return b""
 
 
@@ -126,10 +126,7 @@ def parse(data, *names):
 
 def load(path, *names):
     """Return the document in a file; None if there is none that can be read and has these names."""
-    try:
-        return parse(read(path), *names)
-    except NotADirectoryError:
-        return None
+    return parse(read(path), *names)
 
 
 def lock(file, path, wait=True):

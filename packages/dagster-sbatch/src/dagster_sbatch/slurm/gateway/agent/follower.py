@@ -253,8 +253,7 @@ class Follower:
                 self.schedule(index, now + pause_after(now - since))
                 continue
             self.say(task=index, end=end, short=short)
-            for known in (self.over, self.active):
-                del known[index]
+            del self.over[index], self.active[index]
             for known in (self.left, self.recorded, self.gone):
                 known.discard(index)
 

@@ -4,8 +4,8 @@ import json
 import os
 import time
 
-from .building import HERE, build, check_interpreter, find, locked, missing, remove_sealed, touch
-from .disk import RequestError, check, inode_of, load, names_in, read, status_of, store, unique
+from .building import HERE, PACKAGES, build, check_interpreter, drop, find, is_whole, locked, missing, remove_sealed
+from .disk import RequestError, check, inode_of, load, names_in, read, status_of, store
 
 PUBLISHED = "published.json"
 NEEDED = ("name", "kind", "python", "workloads", "asked", "lock", "code", "interpreter", "layer")  # of HERE
@@ -26,7 +26,7 @@ def history(folder):
 def refuse_lost(folder, names):
     """Refuse a request that needs environments of which one does not exist any more."""
     for name in names:
-        if not touch(os.path.join(folder, name)):
+        if not is_whole(os.path.join(folder, name), HERE):
             raise RequestError("refused", "environment %s does not exist, or not any more" % name)
 
 
@@ -41,12 +41,6 @@ def environments(folder):
         status = status_of(os.path.join(folder, name)) if content else None
         if status:
             yield content, status.st_mtime
-
-
-def drop(path):
-    old = unique(path) + ".old"
-    os.rename(path, old)
-    remove_sealed(old)
 
 
 def idle(folder):
@@ -65,7 +59,7 @@ def remove_unused(folder):
             drop(os.path.join(packages, layer))
     needed = set()
     for layer in filter(None, layers):
-        listed = load(os.path.join(packages, layer, "packages.json"), "wheels") or {"wheels": []}
+        listed = load(os.path.join(packages, layer, PACKAGES), "wheels") or {"wheels": []}
         needed.update(place.split("/")[0] for place in listed["wheels"])
     for name in idle(wheels):
         if name not in needed:
@@ -83,9 +77,11 @@ def published(ask, _):
         return {"environment": None}
     path = os.path.join(ask["folder"], name)
     content = load(os.path.join(path, HERE), *NEEDED)
-    if not touch(path) or not content:
-        text = "%s was published and does not exist any more, or its %s cannot be read"
-        raise RequestError("refused", text % (path, HERE))
+    layer = content and content["layer"]
+    packages = os.path.join(ask["folder"], "packages", layer or "")
+    if not content or not is_whole(path, HERE) or (layer and not is_whole(packages, PACKAGES)):
+        text = "%s was published and is not whole any more: it, %s or its packages were removed. Publish again:\n%s"
+        raise RequestError("refused", text % (path, HERE, "scripts/deploy_environment.py"))
     if not inode_of(content["python"]):
         text = "%s leads to a Python that was removed from %s. Publish again:\nscripts/deploy_environment.py"
         raise RequestError("refused", text % (content["python"], os.uname()[1]))

@@ -109,8 +109,9 @@ def settle(run, job):
 
 
 def attempt_of(run, certain=False):
-    """Return what is known of a run and its tasks; `over`: whether all of them are. A single job is a task without id.
+    """Return what is known of a run and its tasks; `over`: whether all of them are.
 
+    A single job is a task without id; so are the tasks of an array whose record cannot be read.
     certain: a task that Slurm calls complete is not over while its own record may still appear (NFS shows it later)
     RequestError: Slurm does not answer, and some task's end is not recorded.
     """
@@ -122,8 +123,7 @@ def attempt_of(run, certain=False):
         if trouble and len(ends) < tasks.count:
             raise trouble
     record, started, number = record_of(run), tasks.started(), run.rpartition("-")[2]
-    unknown = [{"id": ""}] * tasks.count  # a task of an array, too, if its record cannot be read
-    ids = [task["id"] for task in ((tasks.array and record) or {}).get("tasks", unknown)]
+    ids = [task["id"] for task in ((tasks.array and record) or {}).get("tasks", [{"id": ""}] * tasks.count)]
     judged = started.union(ends) if tasks.array else SINGLE  # one that Slurm refuses is rejected without a start
     return {
         "run": run,

@@ -9,7 +9,7 @@ from .slurm_commands import OVER, indices, ranges, rows_of, user
 
 SQUEUE_EVERY = 15.0
 UNSHARED_EVERY = 60.0  # seconds between two calls of squeue by an agent that asks for itself
-WAITS = ("REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")  # states that are PENDING to whoever waits for a job
+WAITS = ("REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")  # PENDING, to whoever waits for a job
 
 
 def by_job(rows):
@@ -40,10 +40,6 @@ def by_job(rows):
     return jobs
 
 
-def asked(view):
-    return max(view["at"], view["asked"])
-
-
 class Queue:
     """The view, refreshed every SQUEUE_EVERY by the first agent on this machine that needs it.
 
@@ -69,7 +65,7 @@ class Queue:
             with open(path + ".lock", "w") as file:
                 lock(file, path)
                 shared = load(path, *self.view) or self.view
-                if asked(shared) > asked(self.view):
+                if shared["asked"] > self.view["asked"]:
                     self.view, self.every = shared, SQUEUE_EVERY
                 if anew or not self.fresh():
                     self.view = self.ask()
@@ -84,7 +80,7 @@ class Queue:
                 self.view["trouble"] = text % (error.filename or path, error.strerror)
 
     def fresh(self):
-        return 0 <= time.time() - asked(self.view) < self.every
+        return 0 <= time.time() - self.view["asked"] < self.every
 
     def ask(self):
         """Return squeue's answer as a view; without an answer, the former view with its age."""
@@ -105,7 +101,7 @@ class Queue:
                 self.refresh(self.folder)
             except Exception as error:  # the thread is needed for as long as the agent lives
                 self.view = dict(self.view, trouble=repr(error), asked=time.time())
-            due = SQUEUE_EVERY - (time.time() - asked(self.view))
+            due = SQUEUE_EVERY - (time.time() - self.view["asked"])
             # Not all agents at once: 0.2 to 2 s late.
             time.sleep(min(max(due, 0), SQUEUE_EVERY) + 0.2 + 1.8 * os.urandom(1)[0] / 255)
 
