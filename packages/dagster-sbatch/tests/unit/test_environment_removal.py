@@ -65,7 +65,7 @@ def remove_old_files(folder: Path) -> None:
 
 def test_an_environment_whose_old_files_were_removed_is_made_again(tmp_path: Path) -> None:
     python = {"asked": sys.executable, "python": sys.executable, "asked_by": "SLURM_PYTHON", "candidates": []}
-    content = {"lock": None, "modules": [], "setup": [], "code": {"a/main.py": "digest"}}
+    content: dict[str, Any] = {"lock": None, "modules": [], "setup": [], "code": {"a/main.py": "digest"}}
     fields = {**python, **content, "oldest": [3, 11], "newest": [3, 99]}
     folder = tmp_path / "environments"
     for _ in range(2):

@@ -193,8 +193,7 @@ def check_interpreter(ask, _):
 def find(ask, _):
     """Return the environment of a request, whether it is ready, and whether its packages are installed."""
     content = describe(ask)
-    layer = content["layer"]
-    installed = not layer or is_whole(os.path.join(ask["folder"], "packages", layer), PACKAGES)
+    installed = not content["layer"] or is_whole(os.path.join(ask["folder"], "packages", content["layer"]), PACKAGES)
     ready = installed and is_whole(os.path.join(ask["folder"], content["name"]), HERE)
     return {"environment": content, "ready": ready, "installed": installed}
 
