@@ -36,6 +36,8 @@ from support.programs import make
 
 GOLDEN = Path(__file__).parent / "golden" / "container.sh"
 AWKWARD = """a'; echo "foo" $HOME `id` \\ é"""
+ENV = {"COLOUR": AWKWARD, "UID": "7", "OPTIND": "first", "image": "a", "workload": "", "said": "b"}
+"""With names that a shell, or the script that starts Python in the container, could have itself."""
 
 
 def preview(launcher: Launcher, program: Path, request: SlurmRequest) -> Preview:
@@ -100,6 +102,7 @@ def test_gpus_need_an_option() -> None:
         ({"image": "a.sif", "options": ["--cleanenv"]}, "--cleanenv cannot be an option here. Without the variables"),
         ({"image": "a.sif", "options": ["--compat"]}, "--compat cannot be an option here. Without the variables"),
         ({"image": "a.sif", "options": ["--bind=/a"]}, "--bind cannot be an option here. Use binds="),
+        ({"image": "a.sif", "python": "/a=b/python"}, "is not a program"),
         ({"image": "a.sif", "python": "python3 -u"}, "is not a program. Write the name or the absolute path"),
         ({"image": "a.sif", "gpu": True}, "gpu: unknown field"),
     ],
@@ -217,7 +220,7 @@ def run_script(folder: Path, text: str, **variables: str) -> "subprocess.Complet
     """Run a job as Slurm would, with a program `apptainer`; the run directory has the container's files."""
     image = folder / "data" / "an image.sif"
     inputs = {INPUT: identity_of(str(image))} if image.exists() else {}  # type: ignore[no-untyped-call]
-    files = {RECORD: json.dumps({"inputs": inputs}), **Container.files({"COLOUR": AWKWARD})}
+    files = {RECORD: json.dumps({"inputs": inputs}), **Container.files(ENV)}
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
@@ -241,6 +244,7 @@ def folder(tmp_path: Path) -> Path:
         "import dagster_pipes, os, sys\nfrom pathlib import Path\n"
         "print(Path(dagster_pipes.__file__).parents[1].name, os.environ['COLOUR'], sys.argv[1])\n"
         "print(os.environ['DATA_ROOT'], os.environ['TMPDIR'], sys.path[1:3])\n"
+        f"assert {{name: os.environ[name] for name in {list(ENV)}}} == {ENV}\n"
         "print(Path('workload.pid').read_text() == f'{os.getpid()}\\n', Path.cwd().name)\nsys.exit(3)\n"
     )
     return path

@@ -80,7 +80,7 @@ def _option(text: str) -> str:
 
 
 def _python(text: str) -> str:
-    if not re.fullmatch(r"/[^\0\n]+|[A-Za-z0-9_./+-]+", text):
+    if not re.fullmatch(r"/[^\0\n=]+|[A-Za-z0-9_./+-]+", text):
         raise ValueError(f"{text!r} is not a program. Write the name or the absolute path of a Python, without options")
     return text
 
@@ -220,8 +220,8 @@ run_workload() {{
 
         `env`: variables for the workload alone. All users of a node can read the arguments of apptainer.
         """
-        variables = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in env.items())
-        return {f"{FOLDER}/variables.sh": variables, **_FILES}
+        words = shlex.join(["exec", "env", *(f"{name}={value}" for name, value in env.items())])
+        return {f"{FOLDER}/variables.sh": f'with_variables() {{ {words} "$@"; }}\n', **_FILES}
 
     def _options(self, request: SlurmRequest, runtime: ContainerRuntime) -> list[str]:
         gpus = runtime.gpu_options if request.gpus_per_node else ()

@@ -2,27 +2,27 @@
 # Becomes the Python of the image, with the variables of the asset.
 # usage: start.sh [--workload] CODE PYTHON ARGUMENT...   (in the container, in the run directory or in that of a task)
 # With --workload it records its process, which gets the warning before the time limit: the container's runtime is
-# another process, outside, and handles all signals. CODE is the code root: it comes first on the path of Python, even if
-# the image sets PYTHONPATH. The folder of this file has dagster_pipes, and the variables.
+# another process, outside, and handles all signals. CODE is the code root: first on Python's path, even if the image
+# sets PYTHONPATH. The folder of this file has dagster_pipes, and the variables: this shell may have some of the names.
 refuse() {
   echo "$1" >cause
   echo "container: $1" >&2
   exit 127
 }
-image=${APPTAINER_CONTAINER:-$SINGULARITY_CONTAINER}
-[ "$1" = --workload ] && workload=1 && shift
+_image=${APPTAINER_CONTAINER:-$SINGULARITY_CONTAINER} _workload=
+[ "$1" = --workload ] && _workload=1 && shift
 case $PYTHONPATH: in "$1":*) ;; *) PYTHONPATH=$1${PYTHONPATH:+:$PYTHONPATH} ;; esac
 shift
 # shellcheck source=/dev/null
 . "${0%/*}/variables.sh"
-command -v "$1" >/dev/null || refuse "The image $image has no $1, and a Python of the image starts every workload. Name \
-it with Container(python=...), or use an image that has Python 3.10 or newer."
-said=$("$1" -I -S -V 2>&1) || refuse "$1 in the image $image does not run: $said. Name another Python with \
-Container(python=...), or build the image again."
-"$1" -I -S -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-  refuse "$1 in the image $image is $said, and Dagster Pipes needs Python 3.10 or newer. Name another one with \
+command -v "$1" >/dev/null || refuse "The image $_image has no $1, and a Python of the image starts every workload. \
+Name it with Container(python=...), or use an image that has Python 3.10 or newer."
+_said=$(with_variables "$1" -I -S -V 2>&1) || refuse "$1 in the image $_image does not run: $_said. Name another \
+Python with Container(python=...), or build the image again."
+(with_variables "$1" -I -S -c 'import sys; sys.exit(sys.version_info < (3, 10))') ||
+  refuse "$1 in the image $_image is $_said, and Dagster Pipes needs Python 3.10 or newer. Name another one with \
 Container(python=...), or use a newer image."
 PYTHON=$(command -v "$1")
 export PYTHON PYTHONPATH="$PYTHONPATH:${0%/*}"
-[ -z "$workload" ] || echo "$$" >workload.pid
-exec "$@"
+[ -z "$_workload" ] || echo "$$" >workload.pid
+with_variables "$@"
