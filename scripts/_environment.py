@@ -50,6 +50,7 @@ def activate() -> None:
     # The imports that follow take seconds: Ctrl-C ends them without a traceback.
     sys.excepthook = lambda kind, *more: None if kind is KeyboardInterrupt else sys.__excepthook__(kind, *more)
     _open_streams()
+    _refuse_syntax()
     prefix = Path(sys.prefix).resolve()  # links, such as to a disk with more room, count as what they point to
     if (ROOT / ".pixi" / "envs").resolve() in prefix.parents or (prefix == VENV.resolve() and _is_current()):
         return
@@ -120,6 +121,19 @@ def _lock(file: "IO[str]") -> None:
     except BlockingIOError:
         print(f"Another script is setting up {VENV}. Waiting for it ...", file=sys.stderr, flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _refuse_syntax() -> None:
+    """Refuse a path of the project that is syntax elsewhere: in PATH, in addresses of SQLite, in alembic's settings.
+
+    Dagster takes it for a pattern, too: with a `[` it would not find dagster.yaml, and its history would be elsewhere.
+
+    Raises:
+        SystemExit: it has such a character.
+    """
+    found = re.search(r"[*:?%[\n]", str(ROOT))
+    if found:
+        raise SystemExit(f"{ROOT} has a {found[0]!r}, with which Dagster or PATH cannot use it. Rename that folder.")
 
 
 def _refuse_foreign_folder() -> None:

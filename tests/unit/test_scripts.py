@@ -270,6 +270,15 @@ def test_a_folder_that_cannot_be_written_to_is_named(copy: Path) -> None:
     assert done.stderr.startswith(f"Setting up {copy}/.venv failed: [Errno 21] Is a directory: '{copy}/.venv.lock'.\n")
 
 
+@pytest.mark.parametrize("character", [":", "?", "%", "[", "*", "\n"])
+def test_a_path_that_dagster_or_a_shell_would_misread_is_refused(character: str, copy: Path) -> None:
+    odd = copy / f"a{character}b"
+    shutil.copytree(copy / "scripts", odd / "scripts")
+    done = run([sys.executable, "scripts/show"], cwd=odd, env={"PATH": str(copy)})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"{odd} has a {character!r}, with which Dagster or PATH cannot use it. Rename that folder.\n"
+
+
 def test_a_script_says_that_it_waits_for_another(ready: Path) -> None:
     (ready / "requirements" / "dev.txt").write_text("# changed\n")
     said = ready / "said"
