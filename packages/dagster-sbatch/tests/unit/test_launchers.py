@@ -41,7 +41,8 @@ def test_an_unknown_field_in_the_site_is_an_error_too() -> None:
     [
         ({"startup_time_limit": 0}, "startup_time_limit"),
         ({"object_store_memory": "lots"}, "64G"),
-        ({"temp_dir": "/local/a/long/way/down/to/it"}, "at most 25 characters"),
+        ({"temp_dir": "/local/a/long/way/down/to/it"}, "at most 25 bytes"),
+        ({"temp_dir": "/" + "ü" * 13}, "at most 25 bytes"),
         ({"temp_dir": "tmp"}, "not an absolute path"),
         ({"ray_start_args": ["--num-gpus=8"]}, "RayLauncher sets --num-gpus itself"),
         ({"ray_start_args": ["verbose"]}, "write --name=value"),

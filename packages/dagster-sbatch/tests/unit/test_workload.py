@@ -144,6 +144,8 @@ def test_arguments_are_a_list_of_texts(args: Any, text: str, folder: Path) -> No
         ({"DATA_ROOT": "/d"}, "a setting of the deployment"),
         ({"DAGSTER_PIPES_CONTEXT": ""}, "the deployment sets this variable."),
         ({"SLURM_JOB_ID": "1"}, "the deployment sets this variable."),
+        ({"SLURMD_NODENAME": "n1"}, "the deployment sets this variable."),
+        ({"JOB_TMPDIR": "/tmp"}, "the deployment sets this variable."),
         ({"RAY_ADDRESS": "auto"}, "the deployment sets this variable."),
         ({"RAY_AUTH_TOKEN": "a"}, "the deployment sets this variable."),
     ],

@@ -30,7 +30,7 @@ _RESERVED = {
     "DATA_ROOT": "It is a setting of the deployment.",
     "RAY_ADDRESS": "",
 }
-_RESERVED_PREFIXES = ("DAGSTER_PIPES_", "SLURM_", "RAY_AUTH_", "RAY_JOB_")
+_RESERVED_PREFIXES = ("DAGSTER_PIPES_", "SLURM", "RAY_AUTH_", "RAY_JOB_", "JOB_TMPDIR")
 
 
 @dataclass(frozen=True)

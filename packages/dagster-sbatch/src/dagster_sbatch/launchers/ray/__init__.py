@@ -23,7 +23,7 @@ _OWN_ARGUMENTS = frozenset(
     """.split()
 )
 LONGEST_TEMP_DIR = 40
-"""Characters in the path of Ray's folder: a Unix socket's path has 107 at most, and Ray appends up to 66."""
+"""Bytes in the path of Ray's folder: a Unix socket's path has 107 at most, and Ray appends up to 66."""
 _JOB_FOLDER = "/r-abcd1234/ray"
 
 
@@ -38,10 +38,8 @@ def _argument(text: str) -> str:
 
 def _temp_dir(text: str) -> str:
     longest = LONGEST_TEMP_DIR - len(_JOB_FOLDER)
-    if not text.startswith("/") or len(text) > longest:
-        raise ValueError(
-            f"{text!r} is not an absolute path of at most {longest} characters: Ray keeps sockets below it"
-        )
+    if not text.startswith("/") or len(text.encode()) > longest:
+        raise ValueError(f"{text!r} is not an absolute path of at most {longest} bytes: Ray keeps sockets below it")
     return text
 
 

@@ -69,7 +69,7 @@ def check_gpus(wanted: int) -> None:
         now = "is not set" if visible is None else f"is {visible!r}"
         raise NodeError(
             f"programs may use {given} of the {wanted} GPUs that the job requested here: CUDA_VISIBLE_DEVICES {now}. "
-            "Slurm sets this variable, so Slurm allocated fewer GPUs, or a command in the job has changed it. Check "
+            "Slurm sets it, so Slurm allocated fewer GPUs, or it was changed in the job. Check env of the asset, "
             f"pre_start_commands of the launcher and setup_commands of the site. If they are correct: {EXCLUDE_NODE}"
         )
     if shutil.which("nvidia-smi"):
