@@ -183,6 +183,15 @@ def test_a_second_report_counts_again_after_a_new_start_of_the_job(tmp_path: Pat
     assert pipes(tmp_path, job, *report).returncode == 0
 
 
+@pytest.mark.parametrize("rubbish", ["7", "[1]", '"text"', "{", "null"])
+def test_a_line_that_is_no_message_does_not_stop_a_report(rubbish: str, tmp_path: Path, job: dict[str, str]) -> None:
+    """The step says what is wrong with it."""
+    with (tmp_path / "messages.jsonl").open("a") as messages:
+        messages.write(f"{rubbish}\n")
+    done = pipes(tmp_path, job, "materialize", "--asset", "a")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_second_result_of_a_check_is_refused(tmp_path: Path, job: dict[str, str]) -> None:
     result = ("check", "fine", "--passed", "--asset", "a")
     assert pipes(tmp_path, job, *result).returncode == 0

@@ -88,8 +88,8 @@ class _Channel(PipesMessageWriterChannel):
         asset, check = params["asset_key"], params.get("check_name")
         for line in reversed(file.readall().splitlines()):
             found = {}
-            with suppress(ValueError):  # a program that uses dagster_pipes is writing it just now
-                found = json.loads(line)
+            with suppress(ValueError, TypeError):  # rubbish, or dagster_pipes is writing it just now
+                found = dict(json.loads(line))
             if found.get("method") == "job_started":
                 return  # before that, the job was requeued
             if found.get("method") != message["method"]:
