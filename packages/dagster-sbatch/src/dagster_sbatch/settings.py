@@ -78,7 +78,7 @@ class Settings(BaseSettings):
     )
     deployment_base_path: RemotePath | None = _variable(
         "SLURM_DEPLOYMENT_BASE_PATH",
-        "Folder on the supercomputer for runs, environments and data; every node must see it, without %, \\ or bars.",
+        "Folder on the supercomputer for runs, environments and data; every node must see it. No %, \\ or bar in it.",
         "$DATA/dagster-slurm",
         pattern=r"^[^%\\|\r\n]*$",  # Slurm replaces %j and \j in paths of output
     )
