@@ -247,7 +247,8 @@ def test_going_back_resolves_only_if_the_requirements_have_changed(
     upgrade(project, newer, project.parent)
     with (project / "pyproject.toml").open("a") as file:
         file.write('polars = "*"\n')
-    monkeypatch.setattr(lock, "resolve", lambda _, folder: (folder / "dev.txt").write_text("with polars"))
+    (project.parent / "beside").write_text("with polars")  # as a requirement's path may lead to
+    monkeypatch.setattr(lock, "resolve", lambda root, folder: shutil.copy(root / "../beside", folder / "dev.txt"))
     go_back(project)
     assert (project / "requirements" / "dev.txt").read_text() == "with polars"
     assert (project / "pyproject.toml").read_text() == before["pyproject.toml"].decode() + 'polars = "*"\n'

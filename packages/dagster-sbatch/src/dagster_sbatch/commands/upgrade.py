@@ -1,5 +1,6 @@
 """Replace the engine of a project: the wheels in its `vendor/` folder."""
 
+import os
 import re
 import shutil
 import signal
@@ -248,7 +249,8 @@ def _refuse_other_texts(root: Path, texts: dict[str, str]) -> None:
 
 def _resolved(root: Path, wheels: dict[str, Wheel], files: dict[str, str]) -> dict[str, str]:
     """Resolve the dependencies with these wheels and files, in a copy of the project; return their texts there."""
-    with tempfile.TemporaryDirectory() as temporary:
+    beside = root.parent if os.access(root.parent, os.W_OK) else None  # from there, `../wheels` is the same folder
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=beside) as temporary:
         copy = Path(temporary)
         for path in root.iterdir():
             if path.name not in {"vendor", "requirements", *SOURCES}:
