@@ -78,9 +78,9 @@ class Settings(BaseSettings):
     )
     deployment_base_path: RemotePath | None = _variable(
         "SLURM_DEPLOYMENT_BASE_PATH",
-        "Folder on the supercomputer for runs, environments and data; every node must see it. No %, \\ or bar in it.",
+        "Folder on the supercomputer for runs, environments and data; every node must see it. No % : = \\ or bar.",
         "$DATA/dagster-slurm",
-        pattern=r"^[^%\\|\r\n]*$",  # Slurm replaces %j and \j in paths of output
+        pattern=r"^[^%:=\\|\r\n]*$",  # Slurm replaces %j and \j; `:` divides PYTHONPATH; env takes A=b for a variable
     )
     python: RemotePath | None = _variable(
         "SLURM_PYTHON",

@@ -253,7 +253,7 @@ def test_files_never_reach_the_process_environment(root: Path, monkeypatch: pyte
     assert "ASC_OIDC_APP_PASSWORD" not in os.environ
 
 
-@pytest.mark.parametrize("value", ["p1\n#SBATCH --uid=0", "/a%j", "/a\\j", "/a|j"])
+@pytest.mark.parametrize("value", ["p1\n#SBATCH --uid=0", "/a%j", "/a\\j", "/a|j", "/a:j", "/a=j"])
 @pytest.mark.parametrize("name", ["SLURM_ACCOUNT", "SLURM_RESERVATION", "SLURM_DEPLOYMENT_BASE_PATH"])
 def test_what_slurm_would_read_as_something_else_is_refused(
     name: str, value: str, root: Path, monkeypatch: pytest.MonkeyPatch
