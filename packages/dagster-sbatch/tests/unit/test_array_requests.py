@@ -132,6 +132,30 @@ def test_no_task_is_submitted_beside_an_array_job_whose_record_is_gone(
     assert (choice.follow, list(choice.new), choice.outdated) == ({}, [0, 1, 2], {str(run): [1, 2]})
 
 
+def test_an_array_job_is_one_whatever_becomes_of_the_list_of_its_tasks(
+    prepare: Prepare, slurm: Path, tmp_path: Path
+) -> None:
+    """The site has removed it, as the oldest file. The workload of a single job has made one of that name."""
+    array, single, gateway = tmp_path / "runs" / "KEY-1", tmp_path / "runs" / "KEY-2", prepare()
+    array.parent.mkdir(mode=0o700)
+    files = files_of(PROJECT.load_site("musica"), "KEY-1", "true", 3)
+    run_directories.lay_out(str(array), files)
+    del files["tasks.jsonl"]
+    run_directories.lay_out(str(single), files)
+    for run, change in ((array, Path.unlink), (single, Path.touch)):
+        (run / "job").symlink_to("17")
+        change(run / "tasks.jsonl")
+    put(slurm, "scontrol", f"echo '{record('0', 'COMPLETED')}'; echo '{record('1-2', 'PENDING', 'Unknown')}'")
+    known = gateway.attempt(str(array))
+    assert (set(known.ends), len(known.tasks), known.over) == ({0}, 3, False)
+    runs = "JobId=17 JobName=KEY-2 JobState=RUNNING ExitCode=0:0 SubmitTime=1 StartTime=2 EndTime=3"
+    put(slurm, "scontrol", f"echo '{runs}'")
+    known = gateway.attempt(str(single))
+    assert (list(known.tasks), known.over) == ([""], False)
+    paths = [str(array), str(single)]
+    assert gateway.ask(do="run_directories.task_counts", paths=paths)["counts"].keys() == {str(array)}
+
+
 def test_some_tasks_are_cancelled_by_one_command(prepare: Prepare, slurm: Path, tmp_path: Path) -> None:
     run, record = tmp_path / "runs" / "KEY-1", "JobId=17 ArrayTaskId={} JobName=KEY-1 JobState={} ExitCode=0:0"
     run.parent.mkdir(mode=0o700)

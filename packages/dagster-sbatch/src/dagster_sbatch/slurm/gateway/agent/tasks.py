@@ -1,7 +1,7 @@
 """The tasks of a job, and how each has ended, by its own record and Slurm's. A single job is one task, with index 0.
 
 KEY/                of an array job; that of a single job has what a task's folder has
-  tasks.jsonl       a line per task: what its Pipes context has beyond context.head. It makes the run an array job
+  tasks.jsonl       a line per task: what its Pipes context has beyond context.head
   tasks.pipes       a line per task: the values of its variables for Pipes
   tasks/17.stdout   and 17.stderr, opened by Slurm
   tasks/17/         empty until the task starts; then what a run directory has of a single job
@@ -13,7 +13,7 @@ KEY/                of an array job; that of a single job has what a task's fold
 import os
 from contextlib import suppress
 
-from .disk import inode_of, load, lock, read, store
+from .disk import inode_of, load, lock, names_in, read, store
 from .ends import SINGLE, end_in, is_final, verdicts
 from .job_record import MESSAGES, STREAMS, Stream, events_of
 
@@ -25,7 +25,14 @@ WORST = "NODE_FAIL BOOT_FAIL OUT_OF_MEMORY TIMEOUT DEADLINE FAILED PREEMPTED REV
 
 
 def is_array(run):
-    return bool(inode_of(os.path.join(run, CONTENTS)))
+    """Return whether a run is an array job: also if the site has removed files, or a workload has made one of them."""
+    folder = os.path.join(run, FOLDER)
+    return bool(inode_of(folder) and (inode_of(os.path.join(folder, "0")) or inode_of(os.path.join(run, CONTENTS))))
+
+
+def count_tasks(run):
+    listed, folders = read(os.path.join(run, CONTENTS)).splitlines(), names_in(os.path.join(run, FOLDER))
+    return max(len(listed), sum(map(str.isdigit, folders)))
 
 
 def task_folder(run, index):
@@ -43,7 +50,7 @@ class Tasks:
 
     def __init__(self, run):
         self.run, self.array = run, is_array(run)
-        self.count = len(read(os.path.join(run, CONTENTS)).splitlines()) if self.array else 1
+        self.count = count_tasks(run) if self.array else 1
         self.ends = self.recorded()
 
     def recorded(self):
