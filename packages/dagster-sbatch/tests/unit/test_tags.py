@@ -78,6 +78,40 @@ def test_dagster_itself_retries_no_run_in_another_place(tmp_path: Path, tags: di
     assert asset.run(of=retry.run_id, from_failure=True).success, "a person has re-executed it"
 
 
+@pytest.mark.parametrize(
+    ("tags", "place"),
+    [
+        ({}, None),
+        ({"deployment": "production_supercomputer", "site": "musica", "data_root": "/d"}, "/d"),
+        ({"data_root": "/elsewhere"}, "/elsewhere"),
+    ],
+    ids=["here", "deployment", "DATA_ROOT"],
+)
+def test_data_of_another_place_are_mentioned(tmp_path: Path, tags: dict[str, str], place: str | None) -> None:
+    """Dagster shows one state of an asset, and From failure skips what has succeeded in another place."""
+    (tmp_path / "nothing.py").write_text(WORKLOAD)
+
+    def make(name: str, *deps: str) -> dg.AssetsDefinition:
+        @dg.asset(name=name, deps=deps)
+        def asset(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.MaterializeResult:
+            done = compute.run(context, workload=tmp_path / "nothing.py", launcher=ScriptLauncher())
+            return done.get_materialize_result()
+
+        return asset
+
+    assets, resources = [make("early"), make("late", "early")], build_resources()
+    with dg.DagsterInstance.ephemeral() as instance:
+        first = dg.materialize(assets, resources=resources, instance=instance)
+        instance.add_run_tags(first.run_id, tags)
+        later = dg.materialize(assets, resources=resources, instance=instance, selection="late")
+        found = [
+            [log.user_message for log in instance.all_logs(run.run_id) if "early was last" in log.user_message]
+            for run in (first, later)
+        ]
+    named = [f"DATA_ROOT={place}. " in text for text in found[1]]
+    assert (found[0], named) == ([], [True] if place else [])
+
+
 def test_calls_in_threads_lose_no_tag_of_each_other(tmp_path: Path) -> None:
     @dg.asset
     def probe(context: dg.AssetExecutionContext) -> None:

@@ -13,14 +13,14 @@ from dagster_sbatch.launchers import Launcher
 from dagster_sbatch.project import Project
 from dagster_sbatch.run.array import JobArray
 from dagster_sbatch.run.failures import failure
-from dagster_sbatch.run.history import retried_elsewhere, tag_deployment
+from dagster_sbatch.run.history import made_elsewhere, retried_elsewhere, tag_deployment
 from dagster_sbatch.run.local_run import run_array_here, run_here
 from dagster_sbatch.run.plan import Plan, complete_extras, make_plan
 from dagster_sbatch.run.remote_array import RemoteArray
 from dagster_sbatch.run.remote_job import RemoteJob
 from dagster_sbatch.run.reports import StepLog
 from dagster_sbatch.run.results import partitions_of, unpartitioned_assets
-from dagster_sbatch.run.step_inputs import chained_assets
+from dagster_sbatch.run.step_inputs import assets_read, chained_assets
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.slurm import SlurmRequest
 
@@ -29,6 +29,9 @@ this run is Dagster's own retry of one that was interrupted on {before}. \
 Dagster now runs on {now} with DATA_ROOT={root}, where the data and the Slurm jobs of that run are not.
 To attach to a job that is still running, start Dagster with the former settings and re-execute this run. \
 To compute everything with the present settings, re-execute all of it."""
+OTHER_DATA = """\
+{asset} was last materialized on {place}. This run reads what is here, with DATA_ROOT={root}. \
+If that is missing or older, copy it, or materialize {asset} here first."""
 
 
 class ComputeResource(dg.ConfigurableResource[Any]):
@@ -125,7 +128,8 @@ class ComputeResource(dg.ConfigurableResource[Any]):
         if before := retried_elsewhere(context, site, data_root):
             raise failure(name, ELSEWHERE.format(before=before, now=settings.deployment, root=data_root), final=True)
         tag_deployment(context, settings.deployment, site, data_root)
-        for note in plan.notes:
+        others = made_elsewhere(context.instance, set(assets_read(context).values()), site, data_root)
+        for note in (*plan.notes, *(OTHER_DATA.format(asset=a, place=p, root=data_root) for a, p in others.items())):
             StepLog(context).warning(note)
         if settings.on_supercomputer:
             return (RemoteArray if plan.array else RemoteJob)(context, name, settings, plan).run()

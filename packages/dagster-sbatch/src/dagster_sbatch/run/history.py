@@ -200,7 +200,22 @@ def retried_elsewhere(step: dg.OpExecutionContext, site: str | None, data_root: 
     before = step.instance.get_run_by_id(step.run.parent_run_id) if step.run.parent_run_id else None
     if before is None or before.tags.get("dagster/auto_retry_run_id") != step.run_id:
         return ""  # a person who re-executes a run elsewhere wants that
-    deployment, former_site, former_root = _deployment(before)
+    return _other_place(before, site, data_root)
+
+
+def made_elsewhere(
+    instance: dg.DagsterInstance, assets: Iterable[dg.AssetKey], site: str | None, data_root: str
+) -> dict[str, str]:
+    """Return those of some assets whose newest data another deployment has made, with its name and DATA_ROOT."""
+    newest = {asset: instance.fetch_materializations(asset, limit=1).records for asset in assets}
+    made_by = {asset: instance.get_run_by_id(each.run_id) for asset, records in newest.items() for each in records}
+    places = {asset.to_user_string(): run and _other_place(run, site, data_root) for asset, run in made_by.items()}
+    return {asset: place for asset, place in sorted(places.items()) if place}
+
+
+def _other_place(run: dg.DagsterRun, site: str | None, data_root: str) -> str:
+    """Return the deployment and the DATA_ROOT of a run; empty if its data are on this site and in this DATA_ROOT."""
+    deployment, former_site, former_root = _deployment(run)
     same = deployment is None or (former_site == site and former_root in (None, data_root))
     return "" if same else f"{deployment} with DATA_ROOT={former_root}"
 

@@ -51,7 +51,7 @@ def _upstream_runs(step: dg.OpExecutionContext) -> Mapping[str, str]:
 def _upstream_versions(step: dg.OpExecutionContext, *, by_partition: bool) -> dict[str, Any]:
     """Return the data version of each asset that the step reads: another run may have materialized it again."""
     execution, found = step.get_step_execution_context(), {}
-    for name, asset in _assets_read(step, values=by_partition).items():
+    for name, asset in assets_read(step, values=by_partition).items():
         if by_partition and _has_own_partitions(step, name, asset):
             continue
         version: Any = None
@@ -68,7 +68,7 @@ def _upstream_versions(step: dg.OpExecutionContext, *, by_partition: bool) -> di
         if version:
             found[f"data version of {asset.to_user_string()}"] = version
     checked = {check.asset_key for check in step.selected_asset_check_keys} - step.selected_asset_keys
-    for asset in sorted(checked - {*_assets_read(step).values()}):  # of a multi-asset that computes only its checks
+    for asset in sorted(checked - {*assets_read(step).values()}):  # of a multi-asset that computes only its checks
         if version := find_data_version(step.instance, asset, partitioned=True):
             found[f"data version of {asset.to_user_string()}"] = version
     return found
@@ -81,7 +81,7 @@ def with_versions(step: dg.OpExecutionContext, tasks: Sequence[Task]) -> tuple[T
     """
     read: dict[str, list[str]] = {}
     keys = [key for task in tasks for key in task.partitions]
-    for name, asset in _assets_read(step, values=True).items() if keys else ():
+    for name, asset in assets_read(step, values=True).items() if keys else ():
         if _has_own_partitions(step, name, asset):
             for key, (_, version) in find_data_versions(step.instance, asset, keys).items():
                 read.setdefault(key, []).append(f"{asset.to_user_string()} {version}")
@@ -91,7 +91,7 @@ def with_versions(step: dg.OpExecutionContext, tasks: Sequence[Task]) -> tuple[T
 def newest_reads(step: dg.OpExecutionContext, partitions: Sequence[str]) -> dict[str, int]:
     """Return the storage id of the newest data that each of some partitions reads; 0 if there is none."""
     newest = dict.fromkeys(partitions, 0)
-    for name, asset in _assets_read(step, values=True).items():
+    for name, asset in assets_read(step, values=True).items():
         if _has_own_partitions(step, name, asset):
             found = find_data_versions(step.instance, asset, partitions)
         else:
@@ -119,7 +119,7 @@ def _has_own_partitions(step: dg.OpExecutionContext, name: str, asset: dg.AssetK
     return partitioned and step.asset_partitions_def_for_input(name) == own
 
 
-def _assets_read(step: dg.OpExecutionContext, *, values: bool = False) -> dict[str, dg.AssetKey]:
+def assets_read(step: dg.OpExecutionContext, *, values: bool = False) -> dict[str, dg.AssetKey]:
     """Return the assets that the step reads, by the name of the input; `values`: also those of which it gets a value.
 
     Of a step that computes some of its assets, those that these depend on. What the step computes itself is none of
