@@ -70,7 +70,7 @@ def test_the_tasks_of_an_array_job_one_by_one(runs: Runs, tmp_path: Path) -> Non
 
     listed = job().stdout
     (row,) = [line.split() for line in listed.splitlines() if line.startswith(array.job)]
-    assert " ".join(row).startswith(f"{array.job} 1 done, 1 running, 1 waiting, 1 failed a r ")
+    assert " ".join(row).startswith(f"{array.job} 1 done, 1 running, 1 waiting, 1 failed a a-run ")
     assert max(map(len, listed.splitlines())) <= 80
     done = job(array.job)
     assert done.returncode == 0, done.stdout + done.stderr
