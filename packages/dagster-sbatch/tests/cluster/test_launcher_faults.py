@@ -78,7 +78,7 @@ PROGRAMS: dict[str, tuple[str, list[str]]] = {
     ),
     "script-with-more-time": (  # its first attempt reaches the time limit
         f"{PIPES}    import pathlib, time\n"
-        "    time.sleep(600 if pathlib.Path.cwd().name.endswith('-1') else 0)\n"
+        "    time.sleep(600 if pathlib.Path.cwd().parent.name.endswith('-1') else 0)\n"
         "    pipes.report_asset_materialization(metadata=dict(rows=7))\n",
         [],
     ),

@@ -22,7 +22,7 @@ from support.workload_asset import EATS, PIPES, materialize
 pytestmark = pytest.mark.cluster
 
 GROWS: dict[str, Any] = {"mem": "200M", "retries": {"max_mem": "1G", "factor": 4}}
-BEGIN = PIPES + "    import os, pathlib, sys, time\n    first = pathlib.Path.cwd().name.endswith('-1')\n"
+BEGIN = PIPES + "    import os, pathlib, sys, time\n    first = pathlib.Path.cwd().parent.name.endswith('-1')\n"
 REPORT = "    pipes.report_asset_materialization(metadata={'node': os.uname().nodename})\n"
 BROKEN = "    if first: raise RuntimeError('CUDA error: uncorrectable ECC error encountered')\n"
 PROGRAMS: dict[str, tuple[str, dict[str, Any]]] = {

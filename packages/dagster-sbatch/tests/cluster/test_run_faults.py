@@ -90,8 +90,8 @@ FIRST_SLEEPS = (
     PIPES
     + """
     import os, pathlib, time
-    print(f"life {os.environ.get('SLURM_RESTART_COUNT', 0)} of {pathlib.Path.cwd().name[-1]}", flush=True)
-    again = os.environ.get("SLURM_RESTART_COUNT") or not pathlib.Path.cwd().name.endswith("-1")
+    print(f"life {os.environ.get('SLURM_RESTART_COUNT', 0)} of {pathlib.Path.cwd().parent.name[-1]}", flush=True)
+    again = os.environ.get("SLURM_RESTART_COUNT") or not pathlib.Path.cwd().parent.name.endswith("-1")
     pipes.report_asset_materialization(metadata={"rows": 7 if again else 6})
     time.sleep(0 if again else 600)
     """

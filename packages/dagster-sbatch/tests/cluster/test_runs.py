@@ -134,7 +134,7 @@ def test_a_retry_policy_starts_another_job(site: SimulatedSite, workloads: Path)
         PIPES
         + """
     import pathlib
-    attempt = pathlib.Path.cwd().name.rpartition("-")[2]
+    attempt = pathlib.Path.cwd().parent.name.rpartition("-")[2]
     assert attempt == "2", f"attempt {attempt}"
     pipes.report_asset_materialization(metadata={"attempt": attempt})
     """

@@ -36,7 +36,7 @@ def test_a_program_in_a_subfolder_and_a_package(
 
 def test_the_working_directory_is_the_run_directory(root: Path) -> None:
     text = "import os, pathlib\nfrom dagster_pipes import open_dagster_pipes\nwith open_dagster_pipes() as pipes:\n"
-    text += "    assert (pathlib.Path.cwd() / 'context.json').exists(), os.listdir()\n"
+    text += "    assert (pathlib.Path.cwd().parent / 'context.json').exists(), os.listdir()\n"
     assert materialize(text, root).error == ""
 
 

@@ -108,6 +108,7 @@ def test_a_rank(name: str, tmp_path: Path) -> None:
 
 def test_a_rank_whose_output_is_read_late_loses_none_of_it(tmp_path: Path) -> None:
     workload = tmp_path / "w.py"
+    (tmp_path / "work").mkdir()
     workload.write_text("for number in range(3_000): print('a line with the number', number)\n")
     command = [sys.executable, "-I", str(one_rank.__file__), str(tmp_path / "failure"), str(workload)]
     variables = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
@@ -154,7 +155,8 @@ def test_mpiexec_starts_an_mpi_program(tmp_path: Path) -> None:
 def test_a_machine_without_mpiexec(tmp_path: Path) -> None:
     command = SrunLauncher(mpi="pmix").local_command(FOUR, ["w.py"])
     command[0] = f"{sys.base_prefix}/bin/python3"  # the MPI of the tests is in their environment
-    done = subprocess.run(command, cwd=tmp_path, env={"PATH": str(tmp_path)}, check=False)
+    (tmp_path / "work").mkdir()
+    done = subprocess.run(command, cwd=tmp_path / "work", env={"PATH": str(tmp_path)}, check=False)
     assert done.returncode == 1
     assert "Install an MPI:\npip install mpich" in (tmp_path / "cause").read_text()
 
@@ -166,7 +168,9 @@ def test_open_mpi_may_start_more_ranks_than_there_are_cores(tmp_path: Path) -> N
     mpiexec.chmod(0o755)
     command = SrunLauncher(mpi="pmix").local_command(FOUR, ["w.py"])
     command[0] = f"{sys.base_prefix}/bin/python3"
-    subprocess.run(command, cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin", own: "core"}, check=True)
+    (tmp_path / "work").mkdir()
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", own: "core"}
+    subprocess.run(command, cwd=tmp_path / "work", env=variables, check=True)
     found = sorted((tmp_path / "variables").read_text().splitlines())
     assert found == ["OMPI_MCA_rmaps_base_oversubscribe=true", f"{own}=core"]
 
@@ -182,8 +186,8 @@ def test_ranks_that_are_terminated_save_their_state_and_are_gone(tmp_path: Path)
         "path.with_suffix('.part').write_text(f'{os.getpid()} {child.pid}'); path.with_suffix('.part').rename(path)\n"
         "while True: time.sleep(0.1)\n"
     )
-    stop, directory = threading.Event(), tmp_path / "run"
-    directory.mkdir()
+    stop, run, directory = threading.Event(), tmp_path / "run", tmp_path / "run" / "work"
+    run.mkdir()
 
     def terminate() -> None:
         wait_until(lambda: all((directory / f"pids-{n}").exists() for n in range(4)), "the ranks run", 60)
@@ -191,7 +195,7 @@ def test_ranks_that_are_terminated_save_their_state_and_are_gone(tmp_path: Path)
 
     threading.Thread(target=terminate).start()
     command = SrunLauncher().local_command(FOUR, [str(workload)])
-    ended = LocalProcess(command, os.environ, directory, {}).run(stop)
+    ended = LocalProcess(command, os.environ, run, {}).run(stop)
     assert ended.exit_code == 3
     assert all((directory / f"saved-{n}").exists() for n in range(4))
     pids = [int(pid) for n in range(4) for pid in (directory / f"pids-{n}").read_text().split()]

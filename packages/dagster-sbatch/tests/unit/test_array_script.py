@@ -155,7 +155,7 @@ def test_a_task_whose_context_was_removed_fails(name: str, run: Path) -> None:
 def test_a_program_of_any_language_runs_as_a_task(tmp_path: Path) -> None:
     """The launcher's files lie in the run directory, above the task's folder; `pipes` writes the task's messages."""
     run, launcher, request = tmp_path / "KEY-1", CommandLauncher(), SlurmRequest()
-    program = make(tmp_path, '#!/bin/sh\npipes log "of task $(basename "$PWD") $1"\n')
+    program = make(tmp_path, '#!/bin/sh\npipes log "of task $(basename "${PWD%/work}") $1"\n')
     body = f"PYTHON={shlex.quote(sys.executable)}\n{launcher.render(request, [str(program), 'a b'])}"
     files = {**files_of(SITE, "KEY-1", body, 2), **launcher.files(request)}
     context: dict[str, object] = {"asset_keys": [], "extras": {}, "run_id": "r", "job_name": "j", "retry_number": 0}

@@ -245,7 +245,7 @@ def folder(tmp_path: Path) -> Path:
         "print(Path(dagster_pipes.__file__).parents[1].name, os.environ['COLOUR'], sys.argv[1])\n"
         "print(os.environ['DATA_ROOT'], os.environ['TMPDIR'], sys.path[1:3])\n"
         f"assert {{name: os.environ[name] for name in {list(ENV)}}} == {ENV}\n"
-        "print(Path('workload.pid').read_text() == f'{os.getpid()}\\n', Path.cwd().name)\nsys.exit(3)\n"
+        "print(Path('../workload.pid').read_text() == f'{os.getpid()}\\n', Path.cwd().parent.name)\nsys.exit(3)\n"
     )
     return path
 

@@ -19,7 +19,8 @@ from support.agent_fixtures import HURRIED, NO_INODES, Prepare, put
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run directory, in which neither the cause nor the workload's process can be written."""
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
     for name in ("cause", "workload.pid"):
         (tmp_path / name).symlink_to("/dev/full")
     (tmp_path / "context.json").write_text(json.dumps({"asset_keys": ["a"], "run_id": "", "extras": {}}))

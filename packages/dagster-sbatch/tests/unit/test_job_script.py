@@ -99,6 +99,12 @@ def test_the_script_is_clean(name: str, shellcheck: str, tmp_path: Path) -> None
     assert done.returncode == 0
 
 
+def program(folder: Path, name: str = "work load.py") -> Path:
+    """Return the path of a workload whose command is its name alone: it lies in the folder in which it runs."""
+    (folder / "work").mkdir()
+    return folder / "work" / name
+
+
 def run_as_slurm_would(folder: Path, text: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     (folder / "job.sh").write_text(text)
     (folder / "job.sh").chmod(0o755)
@@ -122,7 +128,7 @@ def read_events(folder: Path) -> list[dict[str, object]]:
 
 def test_the_script_runs_the_workload_and_records_its_end(tmp_path: Path) -> None:
     text = "import os, sys\nprint(os.environ['DATA_ROOT'])\nsys.exit(3)\n"
-    (tmp_path / "work load.py").write_text(text)
+    program(tmp_path).write_text(text)
     done = run_as_slurm_would(tmp_path, render(*CASES["script"], data=AWKWARD))
     assert done.returncode == 3
     assert done.stdout == AWKWARD + "\n"
@@ -139,7 +145,7 @@ def test_the_script_runs_the_workload_and_records_its_end(tmp_path: Path) -> Non
     "removed", [["stdout"], ["stderr"], ["messages.jsonl"], ["messages.jsonl", "stdout", "stderr"]]
 )
 def test_a_workload_may_remove_its_own_output(removed: list[str], tmp_path: Path) -> None:
-    (tmp_path / "work load.py").write_text(f"import os, sys\nfor each in {removed}: os.remove(each)\nsys.exit(3)\n")
+    program(tmp_path).write_text(f"import os, sys\nfor each in {removed}: os.remove('../' + each)\nsys.exit(3)\n")
     run_as_slurm_would(tmp_path, render(*CASES["script"]))
     sizes = {"messages.jsonl": len('\n{"method": "job_started"}\n'), "stdout": 0, "stderr": 0}
     ended = read_events(tmp_path)[-1]
@@ -155,7 +161,7 @@ def test_a_workload_may_remove_its_own_output(removed: list[str], tmp_path: Path
     ],
 )
 def test_times_are_told_with_any_bash_and_locale(bash: str, told: float | None, tmp_path: Path) -> None:
-    (tmp_path / "work load.py").write_text("import os\nprint(os.environ['SLURM_JOB_END_TIME'])\n")
+    program(tmp_path).write_text("import os\nprint(os.environ['SLURM_JOB_END_TIME'])\n")
     (tmp_path / "bash").write_text(bash)
     before = time.time()
     done = run_as_slurm_would(tmp_path, render(*CASES["script"]), BASH_ENV=str(tmp_path / "bash"))
@@ -168,7 +174,7 @@ def test_times_are_told_with_any_bash_and_locale(bash: str, told: float | None, 
 @pytest.mark.parametrize("mark", ["end", "failed", "cancelled"])
 def test_a_job_that_is_requeued_when_no_step_follows_it_ends_at_once(mark: str, tmp_path: Path) -> None:
     """By an administrator: the step has another attempt, or is over. Before that, Slurm may start it again."""
-    (tmp_path / "work load.py").write_text("print('works')\n")
+    program(tmp_path).write_text("print('works')\n")
     text = render(*CASES["script"])
     assert [run_as_slurm_would(tmp_path, text).stdout for _ in range(2)] == ["works\n", "works\n"]
     before = read_events(tmp_path)
@@ -188,8 +194,8 @@ def test_a_job_that_appears_after_its_cancellation_does_nothing(tmp_path: Path) 
 
 def test_variables_and_arguments_reach_the_workload_and_not_the_script(tmp_path: Path) -> None:
     """As nobody should name them, but a script must bear it."""
-    program = "import json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
-    (tmp_path / "work load.py").write_text(program)
+    text = "import json, os, sys\nprint(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
+    program(tmp_path).write_text(text)
     variables = {"BASH_ENV": "/none", "IFS": "a", "RANDOM": "r", "UID": "u", "code": "7", "now": "then", "X": AWKWARD}
     variables["LONG"] = "y" * (LONGEST - len(render_start(variables).encode()) - len(" LONG=") - 1)
     assert fits(render_start(variables))
@@ -205,20 +211,14 @@ def test_variables_and_arguments_reach_the_workload_and_not_the_script(tmp_path:
 
 def test_a_workload_that_calls_exit_cannot_skip_the_record(tmp_path: Path) -> None:
     site = load_site({}, "musica")
-    text = render_job_script(
-        allocate(SlurmRequest(), site).request,
-        site,
-        job_name="k",
-        about={},
-        environment={},
-        body="exit 5",
-    )
+    request = allocate(SlurmRequest(), site).request
+    text = render_job_script(request, site, job_name="k", about={}, environment={}, body="exit 5")
     assert run_as_slurm_would(tmp_path, text).returncode == 5
     assert read_events(tmp_path)[-1]["code"] == 5
 
 
 def test_a_second_job_of_the_same_run_steps_back(tmp_path: Path) -> None:
-    (tmp_path / "work load.py").write_text("print('ran')\n")
+    program(tmp_path).write_text("print('ran')\n")
     (tmp_path / "job").symlink_to("16")
     done = run_as_slurm_would(tmp_path, render(*CASES["script"]))
     assert (done.returncode, done.stdout) == (0, "")
@@ -228,7 +228,7 @@ def test_a_second_job_of_the_same_run_steps_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["job", "messages.jsonl"])
 def test_a_job_that_can_neither_claim_its_run_nor_say_that_it_starts_fails(name: str, tmp_path: Path) -> None:
     """The disk is full, say: it must not end as if another job had its work, nor count reports of an earlier start."""
-    (tmp_path / "work load.py").write_text("print('works')\n")
+    program(tmp_path).write_text("print('works')\n")
     (tmp_path / "messages.jsonl").symlink_to("/dev/full")
     (tmp_path / name).touch()
     done = run_as_slurm_would(tmp_path, render(*CASES["script"]))
@@ -237,7 +237,7 @@ def test_a_job_that_can_neither_claim_its_run_nor_say_that_it_starts_fails(name:
 
 @pytest.mark.parametrize("limit", ["64", "99999999"])
 def test_a_pre_start_command_that_fails_is_reported_and_skipped(tmp_path: Path, limit: str) -> None:
-    (tmp_path / "w.py").write_text("import resource\nprint(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n")
+    program(tmp_path, "w.py").write_text("import resource\nprint(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n")
     launcher = ScriptLauncher(pre_start_commands=[f"ulimit -n {limit}"])
     script = "ulimit -n 128\n" + render(launcher, SlurmRequest(), command=["w.py"])
     done = run_as_slurm_would(tmp_path, script)
@@ -274,10 +274,10 @@ def test_setup_commands_of_the_site_come_before_python_in_a_login_shell(tmp_path
     folder.mkdir()
     (folder / ".bash_profile").write_text("cd /\nprovide() { export MODULE=$1; }\n")
     site = load_site({"musica": {"setup_commands": ["provide loaded", "cd /usr"]}}, "musica")
-    (folder / "w.py").write_text("import os\nprint(os.environ['MODULE'], os.getcwd())\n")
+    program(folder, "w.py").write_text("import os\nprint(os.environ['MODULE'], os.getcwd())\n")
     text = render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"], run=str(folder))
     done = run_as_slurm_would(folder, text)
-    assert (done.stdout, done.returncode) == (f"loaded {folder}\n", 0), done.stderr
+    assert (done.stdout, done.returncode) == (f"loaded {folder}/work\n", 0), done.stderr
     assert read_events(folder)[-1]["code"] == 0
 
 
@@ -289,7 +289,7 @@ def test_nothing_of_the_home_or_of_a_module_shadows_the_packages_of_the_environm
     (shadow / "a_module.py").write_text("raise SystemExit('shadow')\n")
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "a_module.py").write_text("WORD = 'right'\n")
-    (tmp_path / "w.py").write_text(
+    program(tmp_path, "w.py").write_text(
         f"import subprocess, sys\nsys.path.append({str(tmp_path / 'packages')!r})\nimport a_module\n"
         "print(a_module.WORD, subprocess.run([sys.executable, '-c', 'import a_module']).returncode)\n"
     )
@@ -309,7 +309,7 @@ def test_temporary_files_lie_on_the_disk_of_the_node_if_it_can_be_written_to(tmp
     elif disk != "missing":
         path.mkdir(0o555 if disk == "read-only" else 0o777)
     site = SITE.model_copy(update={"local_disk": str(path)})
-    (tmp_path / "w.py").write_text("import tempfile\nprint(tempfile.gettempdir())\n")
+    program(tmp_path, "w.py").write_text("import tempfile\nprint(tempfile.gettempdir())\n")
     done = run_as_slurm_would(
         tmp_path, render(ScriptLauncher(), SlurmRequest(), site, command=["w.py"]), TMPDIR="/of/a/profile"
     )
@@ -384,7 +384,7 @@ def test_a_warning_reaches_a_workload_that_handles_it_itself_and_no_other(
     runtime: str, trap: str, heard: bool, tmp_path: Path
 ) -> None:
     shutil.copy("/bin/bash", tmp_path / runtime)
-    (tmp_path / "work load.py").write_text(f"{trap}\necho ready\nuntil [ -e go ]; do sleep 0.02; done\nexit 7\n")
+    program(tmp_path).write_text(f"{trap}\necho ready\nuntil [ -e ../go ]; do sleep 0.02; done\nexit 7\n")
     (tmp_path / "job.sh").write_text(render(*CASES["script"]).replace(sys.executable, str(tmp_path / runtime)))
     environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "17", "HOME": str(tmp_path)}
     with (tmp_path / "stdout").open("w") as out, (tmp_path / "stderr").open("w") as err:

@@ -97,7 +97,7 @@ def test_the_run_directory_goes_though_the_workload_writes_into_it(tmp_path: Pat
 CHATTER = """
 import os, time
 until = time.monotonic() + 20
-open("pid", "w").write(str(os.getpid()))
+open("../pid", "w").write(str(os.getpid()))
 while time.monotonic() < until:
     print(".", end="", flush=True)
 """
@@ -121,11 +121,11 @@ def test_a_workload_that_writes_faster_than_its_output_is_stored_can_be_terminat
 
 BACKLOG = f"""
 import os, time
-with open("pid", "w") as file:
+with open("../pid", "w") as file:
     file.write(str(os.getpid()))
-with open("written", "wb") as file:
+with open("../written", "wb") as file:
     file.write(bytes({3 * CHUNK}))
-os.rename("written", "messages")
+os.rename("../written", "../messages")
 time.sleep(600)
 """
 """A workload that has written much more than was stored."""
@@ -145,7 +145,7 @@ def test_a_workload_is_terminated_before_all_that_it_has_written_is_stored(tmp_p
 
 EMPTIES = """\
 echo 'a first line' >&2
-until [ -e read ]; do sleep 0.01; done
+until [ -e ../read ]; do sleep 0.01; done
 echo 'a second line' >/dev/stderr
 """
 """A workload whose shell empties the file."""
@@ -162,7 +162,9 @@ def test_what_a_workload_writes_after_it_has_emptied_its_output_comes(tmp_path: 
     assert come.decode() == "a first line\na second line\n"
 
 
-@pytest.mark.parametrize("last", ["shutil.rmtree(os.getcwd())", "os.mkdir('end')", "sys.exit(3)", "os.abort()"])
+@pytest.mark.parametrize(
+    "last", ["shutil.rmtree(os.path.dirname(os.getcwd()))", "os.mkdir('end')", "sys.exit(3)", "os.abort()"]
+)
 def test_how_a_workload_has_ended_does_not_depend_on_its_run_directory(last: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -187,7 +189,7 @@ def test_a_group_that_has_ended_is_not_an_error(tmp_path: Path, monkeypatch: pyt
 
 def test_a_long_cause_is_cut(tmp_path: Path) -> None:
     """A rank may have written megabytes without a line end."""
-    code = "open('cause', 'w').write('why: ' + 'x' * (1 << 20)); raise SystemExit(3)"
+    code = "open('../cause', 'w').write('why: ' + 'x' * (1 << 20)); raise SystemExit(3)"
     ended = LocalProcess([sys.executable, "-c", code], os.environ, tmp_path, {}).run(threading.Event())
     assert ended.cause.startswith("why: xxx")
     assert ended.cause.endswith("xxx\n[... 1038581 characters left out ...]")

@@ -49,8 +49,9 @@ def test_the_cause_of_a_failed_rank_is_utf_8(locale: dict[str, str], tmp_path: P
     """The program that starts the ranks reads none of Python's variables, so PYTHONUTF8 does not count."""
     program = r"import os; os.write(2, 'St\u00f6rung \u2717\n'.encode()); raise SystemExit(75)"
     command = SrunLauncher().local_command(SlurmRequest(), ["-c", program])
-    environment = {**os.environ, **locale}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, start_new_session=True, timeout=60, check=False)
+    environment, folder = {**os.environ, **locale}, tmp_path / "work"
+    folder.mkdir()
+    done = subprocess.run(command, cwd=folder, env=environment, start_new_session=True, timeout=60, check=False)
     assert done.returncode == os.EX_TEMPFAIL
     assert (tmp_path / "cause").read_text().endswith("\nStörung ✗")
 

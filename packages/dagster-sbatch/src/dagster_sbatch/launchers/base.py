@@ -73,7 +73,7 @@ class Launcher(CheckedModel, ABC):
         return {}
 
     def local_command(self, request: SlurmRequest, command: Sequence[str]) -> list[str]:  # noqa: ARG002
-        """Return the command that runs the workload on this machine, in its run directory.
+        """Return the command that runs the workload on this machine, in the folder `work` of its run directory.
 
         Args:
             request: after `allocate`, if a site is known.
@@ -107,9 +107,9 @@ class Launcher(CheckedModel, ABC):
     def render(self, request: SlurmRequest, command: Sequence[str]) -> str:
         """Return the shell commands that run the workload inside the job.
 
-        They can use two functions: `run_workload COMMAND...` starts the environment's Python as the workload, and
-        `run_python COMMAND...` replaces its shell with another Python. Both set the variables of the asset's `env`.
-        With a container, both run the Python of the image in it.
+        They can use two functions: `run_workload COMMAND...` starts the environment's Python as the workload, in a
+        folder of its own, and `run_python COMMAND...` replaces its shell with another Python. Both set the variables of
+        the asset's `env`. With a container, both run the Python of the image in it.
         `$run_directory` has what `files` returns; the task of an array runs in a folder below it.
 
         Args:

@@ -17,6 +17,7 @@ from dagster_sbatch.slurm.gateway.agent.job_record import cause_of, last_of, rea
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL, when a run is terminated
 KILL_SECONDS = 5.0  # for the supervisor to kill what is left
+WORK = "work"  # folder of the run directory in which the workload runs, as in a job
 
 _MACHINE = ("VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
@@ -40,7 +41,7 @@ class Ended:
 
 
 class LocalProcess:
-    """A workload that runs in its run directory, and the files that it writes."""
+    """A workload that runs in the folder WORK of its run directory, and the files that it writes beside that."""
 
     def __init__(
         self,
@@ -55,12 +56,13 @@ class LocalProcess:
         by name.
         """
         self._folder, self._sinks = folder, sinks
+        (folder / WORK).mkdir()
         self._read = dict.fromkeys(sinks, (0, b""))  # of each file: how many bytes are passed on, and the last of them
         with (folder / "stderr").open("ab") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(supervisor.__file__), str(folder / "stdout"), *command],
                 env=dict(environment),
-                cwd=folder,
+                cwd=folder / WORK,
                 stdin=subprocess.PIPE,  # never written to: the supervisor reads its end when this process ends
                 stdout=subprocess.PIPE,  # of the supervisor, which writes how the workload has ended
                 stderr=stderr,

@@ -137,8 +137,9 @@ _START = """\
 # Becomes Python with the variables of the asset; the script itself does not have them.
 run_python() {{ exec {env}"$PYTHON" -u "$@"; }}
 export -f run_python
-# Starts the workload and records its process. If it handles SIGUSR1, it gets that signal when the time limit is near.
-run_workload() {{ ( echo "$BASHPID" >workload.pid; run_python "$@" ) }}"""
+# Starts the workload in the folder `work`, where no file of its own is taken for one of the run directory, and records
+# its process. If it handles SIGUSR1, it gets that signal when the time limit is near.
+run_workload() {{ ( echo "$BASHPID" >workload.pid; mkdir -p work && cd ./work && run_python "$@" ) }}"""
 
 _CLAIM = """\
 # One job per run: the first job to make this link is the run's job; any other ends. Slurm may start the same job again.

@@ -110,8 +110,9 @@ export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$((${EPOCHSECONDS:-$(date +%s)} 
 # Becomes Python with the variables of the asset; the script itself does not have them.
 run_python() { exec "$PYTHON" -u "$@"; }
 export -f run_python
-# Starts the workload and records its process. If it handles SIGUSR1, it gets that signal when the time limit is near.
-run_workload() { ( echo "$BASHPID" >workload.pid; run_python "$@" ) }
+# Starts the workload in the folder `work`, where no file of its own is taken for one of the run directory, and records
+# its process. If it handles SIGUSR1, it gets that signal when the time limit is near.
+run_workload() { ( echo "$BASHPID" >workload.pid; mkdir -p work && cd ./work && run_python "$@" ) }
 warn() {
   warned=1
   echo "time limit: 60 s left" >&2

@@ -27,8 +27,8 @@ _GPU_OPTIONS = frozenset({"--nv", "--nvccli", "--rocm"})
 _NOT_OPTIONS = {
     "--bind": "Use binds=.",
     "--mount": "Use binds=.",
-    "--pwd": "A workload runs in its run directory.",
-    "--cwd": "A workload runs in its run directory.",
+    "--pwd": "A workload runs in a folder of its run directory.",
+    "--cwd": "A workload runs in a folder of its run directory.",
     "--cleanenv": "Without the variables of the job, the workload cannot report.",
     "--containall": "Without the variables of the job, the workload cannot report.",
     "--compat": "Without the variables of the job, the workload cannot report.",
@@ -211,7 +211,8 @@ run_workload() {{
         binds = [f"--bind={each}" for each in (run, *folders, *(self._local_bind(bind) for bind in self.binds))]
         options = [*self._options(request, runtime), f"--pwd={run}", *binds]
         data_root, code, *_ = folders
-        start = ["env", f"DATA_ROOT={data_root}", "sh", str(run / FOLDER / _START.name), str(code), self.python]
+        program = ["sh", str(run / FOLDER / _START.name), "--workload", str(code), self.python]
+        start = ["env", f"DATA_ROOT={data_root}", *program]
         return [runtime.command, "exec", *options, str(image), *start, *command[1:]]
 
     @staticmethod

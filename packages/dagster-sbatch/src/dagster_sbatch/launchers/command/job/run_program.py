@@ -1,10 +1,10 @@
 """Become a program of any language, which may report to Dagster by the command `pipes`.
 
-usage: run_program.py [--batch-script] PROGRAM [ARGUMENT...]   (started in the run directory, or in that of a task)
+usage: run_program.py [--batch-script] PROGRAM [ARGUMENT...]   (started in the folder `work` of a run directory)
 
 It opens and closes a Dagster Pipes session, and says that the exit code of the program decides about success.
-`bin/pipes` in the working directory is first on the PATH. With --batch-script, the program needs no execute permission,
-and it runs in the folder `work`, which has links to the files beside the script.
+`bin/pipes` in the run directory is first on the PATH. With --batch-script, the program needs no execute permission, and
+the folder gets links to the files beside the script.
 
 Exit codes: those of the program; 126 it cannot be executed, 127 it or the program of its first line does not exist.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 import dagster_pipes
 from dagster_pipes import DAGSTER_PIPES_MESSAGES_ENV_VAR, decode_param, open_dagster_pipes
 
-COMMAND, WORK, CAUSE = "bin/pipes", "work", "cause"
+COMMAND, CAUSE = "bin/pipes", "cause"
 """Names in the run directory. The step shows the cause, if the exit code is not 0."""
 EXIT_CODE_DECIDES = "exit_code_decides"
 """Method of the line in the messages file by which a launcher says that no Pipes session is needed for success."""
@@ -58,7 +58,7 @@ def main() -> int:
     """Prepare everything and become the program; return only if that fails."""
     batch = sys.argv[1] == "--batch-script"
     program, *arguments = sys.argv[2 if batch else 1 :]
-    folder = Path.cwd()
+    folder = Path.cwd().parent
     with open_dagster_pipes():  # Dagster warns of a process that opens none
         prepare_environment(folder)
     with Path(decode_param(os.environ[DAGSTER_PIPES_MESSAGES_ENV_VAR])["path"]).open("a") as file:
@@ -66,7 +66,7 @@ def main() -> int:
     command = [program, *arguments]
     try:
         if batch:
-            enter_work_folder(Path(program).parent)
+            link_files(Path(program).parent)
         refuse_missing_program(Path(program))
         first_line = read_first_line(Path(program))
         if LOGIN_SHELL.fullmatch(" ".join(first_line)):
@@ -103,15 +103,12 @@ def prepare_environment(folder: Path) -> None:
         os.environ.pop(name, None)
 
 
-def enter_work_folder(beside: Path) -> None:
-    """Go to the folder in which a batch script runs: it may write there, and finds what is beside it."""
-    work = Path.cwd() / WORK
-    work.mkdir(exist_ok=True)
+def link_files(beside: Path) -> None:
+    """Let a batch script find what is beside it in its working directory, where it may write."""
     for path in beside.iterdir():
         with suppress(FileExistsError):  # the job was requeued
-            (work / path.name).symlink_to(path)
-    os.chdir(work)
-    os.environ["SLURM_SUBMIT_DIR"] = str(work)
+            Path(path.name).symlink_to(path)
+    os.environ["SLURM_SUBMIT_DIR"] = str(Path.cwd())
 
 
 def read_first_line(program: Path) -> list[str]:

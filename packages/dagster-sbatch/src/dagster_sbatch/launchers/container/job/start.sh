@@ -1,8 +1,8 @@
 #!/bin/sh
 # Becomes the Python of the image, with the variables of the asset.
 # usage: start.sh [--workload] CODE PYTHON ARGUMENT...   (in the container, in the run directory or in that of a task)
-# With --workload it records its process, which gets the warning before the time limit: the container's runtime is
-# another process, outside, and handles all signals. CODE is the code root: first on Python's path, even if the image
+# With --workload it goes to the folder `work`, and records its process, which gets the warning before the time limit: the
+# container's runtime is another process, outside, and handles all signals. CODE is the code root: first on Python's path, even if the image
 # sets PYTHONPATH. The folder of this file has dagster_pipes, and the variables: this shell may have some of the names.
 refuse() {
   echo "$1" >cause
@@ -24,5 +24,8 @@ Python with Container(python=...), or build the image again."
 Container(python=...), or use a newer image."
 PYTHON=$(command -v "$1")
 export PYTHON PYTHONPATH="$PYTHONPATH:${0%/*}"
-[ -z "$_workload" ] || echo "$$" >workload.pid
+if [ "$_workload" ]; then
+  echo "$$" >workload.pid
+  mkdir -p work && cd ./work || exit
+fi
 with_variables "$@"

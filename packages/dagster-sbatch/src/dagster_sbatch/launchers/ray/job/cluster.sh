@@ -63,7 +63,7 @@ nodes=$! hold=${NODES[1]-} # bash forgets NODES as soon as srun ends
 # At SIGTERM the workload may save its state, while the cluster ends: the shell around it and this one outlive it.
 (
   trap : TERM
-  run_workload ray/driver.py "${workload[@]}"
+  run_workload "$PWD/ray/driver.py" "${workload[@]}"
 ) &
 driver=$!
 # A second SIGTERM, from the job script, may end a `wait`.

@@ -1,6 +1,6 @@
 """Wait until all nodes have joined the job's Ray cluster, then become the workload, in the same process.
 
-usage: driver.py PROGRAM [ARGUMENT...], or driver.py -m PACKAGE [ARGUMENT...]; in the run directory
+usage: driver.py PROGRAM [ARGUMENT...], or driver.py -m PACKAGE [ARGUMENT...]; in any folder
 
 Ray is imported while the nodes start, once for this program and the workload. If a node is missing at the end of
 startup_time_limit, the workload does not run, and the cause names the node with the end of its log.

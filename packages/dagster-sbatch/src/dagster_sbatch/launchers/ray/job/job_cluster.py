@@ -27,7 +27,7 @@ def end_with_parent() -> None:
 
 def read_settings() -> dict[str, Any]:
     """Return the launcher's fields, with the nodes, CPUs and GPUs of the request."""
-    settings: dict[str, Any] = json.loads(Path("ray/settings.json").read_text())
+    settings: dict[str, Any] = json.loads((state().parent / "settings.json").read_text())
     return settings
 
 

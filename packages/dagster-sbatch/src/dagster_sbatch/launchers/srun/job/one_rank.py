@@ -1,6 +1,6 @@
 """Run the workload as one rank: label its output, and record its failure.
 
-usage: one_rank.py [--mpi] FAILURE COMMAND...
+usage: one_rank.py [--mpi] FAILURE COMMAND...   (in the run directory)
 
 COMMAND contains Python's arguments. A rank that fails writes the file FAILURE, unless another one was earlier: others
 fail as a result. With --mpi, a rank that raises ends all others, if mpi4py is installed (mpi_rank.py).
@@ -25,6 +25,7 @@ from typing import IO
 
 _MPI_RANK = Path(__file__).with_name("mpi_rank.py")
 STDOUT, STDERR = 1, 2
+WORK = "work"  # folder of the run directory in which the workload runs
 KEPT_LINES, TAIL_LINES = 200, 20
 """Last lines of a rank's stderr: how many are searched for the cause, and how many are shown with it."""
 LONGEST_LINE = 1 << 16  # bytes of a line that are labelled at once
@@ -53,6 +54,7 @@ def run_rank(failure: Path, command: Sequence[str]) -> int:
         os.environ["DAGSTER_PIPES_MESSAGES"] = encode_param({"path": os.devnull, "include_stdio_in_messages": False})
     workload = subprocess.Popen(
         [sys.executable, *command],
+        cwd=WORK,
         stdin=subprocess.DEVNULL,
         stdout=None if first else subprocess.PIPE,
         stderr=subprocess.PIPE,

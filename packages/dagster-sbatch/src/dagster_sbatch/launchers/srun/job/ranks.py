@@ -3,8 +3,9 @@
 usage: ranks.py job OPTIONS COMMAND...     on the first node of a job: start the ranks with srun and these options of it
        ranks.py local OPTIONS COMMAND...   on a laptop: start them as processes of this machine
 
-Runs in the run directory, with the folder of this file on Python's path. It claims MASTER_PORT, starts one_rank.py once
-per rank, and writes the file `cause` if a rank fails. COMMAND contains Python's arguments.
+Starts in the run directory, on a laptop in the folder `work` of it, with the folder of this file on Python's path. It
+claims MASTER_PORT, starts one_rank.py once per rank, and writes the file `cause` if a rank fails. COMMAND contains
+Python's arguments.
 """
 
 import json
@@ -23,7 +24,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from one_rank import STDERR, Output, leave_signals_to_the_workload, shell_code
+from one_rank import STDERR, WORK, Output, leave_signals_to_the_workload, shell_code
 
 _RANK = Path(__file__).with_name("one_rank.py")
 PORTS = range(20000, 32768)  # below the ports that Linux uses for outgoing connections (ip_local_port_range)
@@ -58,6 +59,9 @@ def main() -> int:
     role, *words = sys.argv[1:]
     options = dict(word[2:].split("=", 1) for word in takewhile(lambda word: word.startswith("--"), words))
     command = words[len(options) :]
+    if role == "local":
+        os.chdir("..")
+    Path(WORK).mkdir(exist_ok=True)
     failure = Path(f"rank-failure-{os.environ.get('SLURM_RESTART_COUNT', '0')}").absolute()
     with claimed_port() as port:
         os.environ["MASTER_PORT"] = str(port)
