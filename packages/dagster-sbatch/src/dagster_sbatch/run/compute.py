@@ -31,7 +31,7 @@ To attach to a job that is still running, start Dagster with the former settings
 To compute everything with the present settings, re-execute all of it."""
 OTHER_DATA = """\
 {asset} was last materialized on {place}. This run reads what is here, with DATA_ROOT={root}. \
-If that is missing or older, copy it, or materialize {asset} here first."""
+If files are missing or older here, copy them, or materialize {asset} here first."""
 
 
 class ComputeResource(dg.ConfigurableResource[Any]):
