@@ -12,6 +12,7 @@ KEY/            0700; its name is the submission key, and the job's name
   forgotten     since the time of this file, it is known to be over, and Slurm has no time of its end
   failed        a step rejected its result, or the next attempt was submitted
   follower-ID   a Dagster run that submitted or adopted it
+  work/         the workload's working directory: what it writes there means nothing here
 """
 
 import errno
