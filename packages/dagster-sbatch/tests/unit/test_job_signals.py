@@ -174,11 +174,11 @@ import pathlib, signal, sys, time
 from job_cluster import end_with_parent
 def save(*_):
     time.sleep(0.5)
-    pathlib.Path("saved").touch()
+    pathlib.Path("../saved").touch()
     sys.exit()
 end_with_parent()
 signal.signal(signal.SIGTERM, save)
-pathlib.Path("begun").touch()
+pathlib.Path("../begun").touch()
 while True: signal.pause()
 """
 

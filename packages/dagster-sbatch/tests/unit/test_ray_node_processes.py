@@ -90,7 +90,7 @@ class Started:
     @property
     def failure(self) -> str:
         with suppress(FileNotFoundError):
-            return (self.folder / "state/failed").read_text()
+            return (self.folder / "ray/state/failed").read_text()
         return ""
 
     def is_clean(self) -> bool:
@@ -107,17 +107,17 @@ def is_running(pid: int) -> bool:
 def started(tmp_path: Path) -> Iterator[Started]:
     (tmp_path / "sham_ray.py").write_text(SHAM_RAY)
     facts = tmp_path / "ray-2.60.0.dist-info"
-    for folder in ("ray", "state", "disk", facts.name):
+    for folder in ("ray", "ray/state", "disk", facts.name):
         (tmp_path / folder).mkdir()
     (facts / "METADATA").write_text("Name: ray\nVersion: 2.60.0\n")
     (facts / "entry_points.txt").write_text("[console_scripts]\nray = sham_ray:main\n")
     (tmp_path / "ray/settings.json").write_text(json.dumps(SETTINGS))
-    joined = tmp_path / "state/joined-n1.json"
-    for path in (tmp_path / "state/head.json", joined):
+    joined = tmp_path / "ray/state/joined-n1.json"
+    for path in (tmp_path / "ray/state/head.json", joined):
         path.touch()
     environment = {
         "PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "SLURMD_NODENAME": "n1", "SLURM_PROCID": "0",
-        "SLURM_JOB_ID": "7", "RAY_JOB_STATE": str(tmp_path / "state"), "JOB_TMPDIR": str(tmp_path / "disk"),
+        "SLURM_JOB_ID": "7", "RAY_JOB_STATE": str(tmp_path / "ray/state"), "JOB_TMPDIR": str(tmp_path / "disk"),
     }  # fmt: skip
     command = ["bash", "-c", 'sleep 600 & echo $! >background; exec "$@"', "bash", sys.executable, str(PROGRAM)]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=subprocess.PIPE) as shell:

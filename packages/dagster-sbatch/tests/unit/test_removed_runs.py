@@ -237,7 +237,8 @@ def test_a_person_terminates_an_array_whose_directory_was_removed(
 def test_what_the_step_reports(prepare: Prepare, played_slurm: PlayedSlurm, tmp_path: Path) -> None:
     """Its workload removes the run directory."""
     prepare(HURRIED + AGENT.format(pid=f"{tmp_path}/pid", patience=0.5, above=[]))
-    outcome = materialize("import os, shutil, time; shutil.rmtree(os.getcwd()); time.sleep(600)", tmp_path)
+    removes = "import os, shutil, time; shutil.rmtree(os.path.dirname(os.getcwd())); time.sleep(600)"
+    outcome = materialize(removes, tmp_path)
     (name,) = played_slurm.names()
     assert (
         f"the run directory of Slurm job 17 was removed while the job was followed: {played_slurm.runs}/{name}\n"
