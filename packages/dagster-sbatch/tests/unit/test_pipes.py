@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -112,6 +113,17 @@ def test_a_last_line_without_a_newline_counts(messages: Messages, handler: Handl
     messages.feed(STARTED + line("opened") + line("closed") + line("report_custom_message", "last")[:-1])
     messages.finish(CONTEXT)
     assert (handler.taken[1:], messages.error) == (["report_custom_message last", "closed"], None)
+
+
+def test_a_session_warns_of_nothing_that_is_a_preview() -> None:
+    @dg.op
+    def opens(context: dg.OpExecutionContext) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", dg.PreviewWarning)
+            with open_session(context, {}):
+                pass
+
+    assert dg.GraphDefinition(name="opens", node_defs=[opens]).to_job().execute_in_process().success
 
 
 def test_a_line_of_the_log_with_a_level_of_its_own_is_not_lost() -> None:

@@ -63,6 +63,10 @@ class _Unread(dg.PipesMessageReader):
     def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[dict[str, Any]]:  # noqa: ARG002
         yield {}
 
+    @property
+    def expected_writer_count(self) -> int:
+        return 1  # as by default, where Dagster warns each run that this is a preview
+
     def no_messages_debug_text(self) -> str:
         return ""
 
