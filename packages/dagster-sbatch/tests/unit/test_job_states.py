@@ -2,12 +2,13 @@
 
 import json
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.slurm.gateway import JobState, StoppedError
+from dagster_sbatch.slurm.gateway import Gateway, JobState, StoppedError
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, Prepare, put
 from support.array_site import Follow, Site, record, wait_for_ends
@@ -69,6 +70,15 @@ def test_a_job_that_has_started_since_the_last_look_at_the_queue_is_shown_as_run
     assert known.state == "RUNNING"
 
 
+def follow_until_stopped(gateway: Gateway, run: Path, on_state: Callable[[JobState], None]) -> None:
+    """Follow a job until `on_state` sets the gateway's `stop`, for at most 20 s."""
+    limit = threading.Timer(20, gateway.stop.set)
+    limit.start()
+    with suppress(StoppedError):
+        gateway.run(str(run), None, {}, "", on_state=on_state)
+    limit.cancel()
+
+
 def test_a_job_that_starts_while_it_is_followed_is_shown_as_running(
     prepare: Prepare, slurm: Path, tmp_path: Path
 ) -> None:
@@ -87,11 +97,7 @@ def test_a_job_that_starts_while_it_is_followed_is_shown_as_running(
         if state.state == "RUNNING":
             gateway.stop.set()
 
-    limit = threading.Timer(20, gateway.stop.set)
-    limit.start()
-    with suppress(StoppedError):
-        gateway.run(str(run), None, {}, "", on_state=report)
-    limit.cancel()
+    follow_until_stopped(gateway, run, report)
     assert states == [("PENDING", ""), ("RUNNING", "n1")]
 
 
@@ -110,11 +116,7 @@ def test_a_job_that_slurm_does_not_let_end_is_shown_as_such(prepare: Prepare, sl
         states.append((state.state, state.node))
         gateway.stop.set()
 
-    limit = threading.Timer(20, gateway.stop.set)
-    limit.start()
-    with suppress(StoppedError):
-        gateway.run(str(run), None, {}, "", on_state=report)
-    limit.cancel()
+    follow_until_stopped(gateway, run, report)
     assert states == [("COMPLETING", "n1")]
 
 

@@ -1,9 +1,10 @@
 #!/bin/sh
 # Becomes the Python of the image, with the variables of the asset.
 # usage: start.sh [--workload] CODE PYTHON ARGUMENT...   (in the container, in the run directory or in that of a task)
-# With --workload it goes to the folder `work`, and records its process, which gets the warning before the time limit: the
-# container's runtime is another process, outside, and handles all signals. CODE is the code root: first on Python's path, even if the image
-# sets PYTHONPATH. The folder of this file has dagster_pipes, and the variables: this shell may have some of the names.
+# With --workload it records its process, and goes to the folder `work`. The process gets the warning before the time
+# limit: the container's runtime is another one, outside, and handles all signals. CODE is the code root: first on
+# Python's path, even if the image sets PYTHONPATH. The folder of this file has dagster_pipes, and the variables of the
+# asset, which this shell does not set: some may have names that mean something to it.
 refuse() {
   echo "$1" >cause
   echo "container: $1" >&2
