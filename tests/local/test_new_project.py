@@ -17,6 +17,7 @@ import pytest
 from dagster_sbatch import Project
 from dagster_sbatch.commands.new_project import find_problems, main, site_problems
 from dagster_sbatch.commands.project_copy import OLD_PACKAGE, OLD_PROJECT
+from dagster_sbatch.errors import ConfigurationError
 from resources import PROJECT
 from support import ROOT
 from support.dagster_dev import DagsterDev
@@ -89,6 +90,20 @@ def test_its_git_ignores_links_to_other_disks_and_never_a_wheel(copy: Path, tmp_
     run_in(tmp_path, "git", "init", "--quiet")
     ignored = run_in(tmp_path, "git", "-c", "core.excludesFile=ignore", "check-ignore", *paths).stdout
     assert ignored.split() == paths[:-1]
+
+
+def test_line_ends_stay_whatever_the_user_has_configured(copy: Path, tmp_path: Path) -> None:
+    """A script whose first line ends with a carriage return does not start."""
+    for source, name in ((copy, "of-a-copy"), (ROOT, "of-the-template")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dev").write_bytes(b"#!/usr/bin/env python3\n")
+        shutil.copy(source / ".gitattributes", tmp_path / name)
+        run_in(tmp_path / name, "git", "init", "--quiet")
+        run_in(tmp_path / name, "git", "config", "core.autocrlf", "true")
+        run_in(tmp_path / name, "git", "add", "--all")
+        (tmp_path / name / "dev").unlink()
+        run_in(tmp_path / name, "git", "checkout", "dev")
+        assert (tmp_path / name / "dev").read_bytes() == b"#!/usr/bin/env python3\n"
 
 
 def test_its_history_begins(copy: Path) -> None:
@@ -251,6 +266,9 @@ def test_git_has_the_example_of_the_sites_dotenv_file(tmp_path: Path) -> None:
     assert site_problems(project, "borealis")[0].endswith("Add it:\n  git add envs/.env.borealis.example")
     subprocess.run(["git", "-C", tmp_path, "add", example], check=True)
     assert site_problems(project, "borealis") == []
+    (tmp_path / ".git" / "config").write_text("[broken")  # as with a folder that belongs to another user
+    with pytest.raises(ConfigurationError, match="bad config line"):
+        site_problems(project, "borealis")
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:

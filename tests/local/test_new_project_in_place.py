@@ -77,8 +77,9 @@ def test_hooks_and_signatures_do_not_break_it_off(small_clone: Path) -> None:
     """A file that is new meanwhile stays, and is in no commit."""
     for name, value in {"commit.gpgsign": "true", "gpg.program": "false"}.items():
         run_in(small_clone, "git", "config", name, value)
-    (small_clone / ".git" / "hooks" / "pre-commit").write_text("#!/bin/sh\nexit 1\n")
-    (small_clone / ".git" / "hooks" / "pre-commit").chmod(0o755)
+    for name in ("pre-commit", "reference-transaction"):
+        (small_clone / ".git" / "hooks" / name).write_text("#!/bin/sh\nexit 1\n")
+        (small_clone / ".git" / "hooks" / name).chmod(0o755)
     (small_clone / "person").write_text("echo mine > notes.txt; touch -d 2020-01-01 README.md\n")
     become_a_project(small_clone)
     assert (small_clone / "README.md").read_text() == "project\n"
@@ -107,10 +108,9 @@ def test_a_full_disk_leaves_the_clone_as_it_was(small_clone: Path, monkeypatch: 
 
 
 def test_a_branch_that_cannot_move_leaves_the_files_as_they_were(small_clone: Path) -> None:
-    hook = small_clone / ".git" / "hooks" / "reference-transaction"
-    hook.write_text("#!/bin/sh\necho not this branch >&2; exit 1\n")
-    hook.chmod(0o755)
-    with pytest.raises(ConfigurationError, match="not this branch"):
+    branch = run_in(small_clone, "git", "symbolic-ref", "HEAD").stdout.strip()
+    (small_clone / ".git" / f"{branch}.lock").touch()  # of another git
+    with pytest.raises(ConfigurationError, match=f"{branch}.lock': File exists"):
         become_a_project(small_clone)
     assert run_in(small_clone, "git", "status", "--porcelain").stdout == ""
     assert (small_clone / "old.txt").exists()

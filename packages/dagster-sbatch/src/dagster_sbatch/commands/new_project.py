@@ -12,9 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dagster_sbatch.commands import lock
+from dagster_sbatch.commands import lock, project_copy
 from dagster_sbatch.commands.command_line import make_parser
-from dagster_sbatch.commands.project_copy import OLD_PACKAGE, OLD_PROJECT, SKELETON, Names, Template, convert, make_copy
 from dagster_sbatch.commands.signals import interrupt_once
 from dagster_sbatch.commands.vendored import PACKAGES
 from dagster_sbatch.environments.code import ask_git
@@ -63,16 +62,17 @@ def main(project: Project, left_out: Sequence[str]) -> int:
     name = root.name if in_place else path.name
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     interrupt_once()
-    template, names = Template(root, left_out), Names(name.replace("-", "_"), name.replace("_", "-"))
+    template = project_copy.Template(root, left_out)
+    names = project_copy.Names(name.replace("-", "_"), name.replace("_", "-"))
     try:
         problems = find_problems(project, name, target, asked.site, in_place=in_place)
         if problems:
             console.print("\n".join(f"- {problem}" for problem in problems))
             return 1
         if in_place:
-            convert(template, names, asked.site, lambda text: console.print(f"{text} ..."))
+            project_copy.convert(template, names, asked.site, lambda text: console.print(f"{text} ..."))
         else:
-            make_copy(template, target, names, asked.site, lambda text: console.print(f"{text} ..."))
+            project_copy.make_copy(template, target, names, asked.site, lambda text: console.print(f"{text} ..."))
     except ConfigurationError as error:
         console.print(f"{error}\nNothing was made.")
         return 1
@@ -96,8 +96,7 @@ def find_problems(project: Project, name: str, target: Path, site: str, *, in_pl
     if named and in_place:
         named.append(f"a project that is made in place has the name of its folder: rename {project.root}")
     history = git_problems(project.root) or ([] if named else ignored_problems(project.root, name))
-    places = [] if in_place else place_problems(project.root, target)
-    return [*named, *history, *places, *site_problems(project, site)]
+    return named + history + ([] if in_place else place_problems(project.root, target)) + site_problems(project, site)
 
 
 def name_problems(root: Path, name: str, *, in_place: bool) -> list[str]:
@@ -110,7 +109,7 @@ def name_problems(root: Path, name: str, *, in_place: bool) -> list[str]:
     package = name.replace("-", "_")
     if keyword.iskeyword(package) or package in MODULES:
         return [f"the name {name!r} is a keyword or a module of Python. Choose another name"]
-    taken = names_in_use(root) - ({OLD_PACKAGE, OLD_PROJECT} if in_place else set())
+    taken = names_in_use(root) - ({project_copy.OLD_PACKAGE, project_copy.OLD_PROJECT} if in_place else set())
     if {package, name, name.replace("_", "-")} & taken:
         return [f"the name {name!r} is that of a folder or a package that the project uses. Choose another name"]
     return []
@@ -118,10 +117,10 @@ def name_problems(root: Path, name: str, *, in_place: bool) -> list[str]:
 
 def names_in_use(root: Path) -> set[str]:
     """Return the names that a project cannot have: of folders, of modules and of locked packages."""
-    files, workloads = (root / "requirements").glob("*.txt"), root / SKELETON / OLD_PACKAGE / "workloads"
+    workloads = root / project_copy.SKELETON / project_copy.OLD_PACKAGE / "workloads"
     folders = {path.name for path in root.iterdir()} | {"vendor"}
     modules = {path.stem for path in workloads.iterdir()} | set(importlib.metadata.packages_distributions())
-    locked = {entry.name for file in files for entry in lock.parse(read_text(file))}
+    locked = {entry.name for file in (root / "requirements").glob("*.txt") for entry in lock.parse(read_text(file))}
     return folders | modules | locked | set(PACKAGES)
 
 
@@ -164,6 +163,6 @@ def site_problems(project: Project, site: str) -> list[str]:
     example = f"envs/.env.{site}.example"
     if not (project.root / example).is_file():
         return [f"there is no {example} to begin envs/.env.{site} with: write one"]
-    if not git_problems(project.root) and not ask_git(project.root, "ls-files", example):
+    if not git_problems(project.root) and not project_copy.git(project.root, "ls-files", example):
         return [f"git does not track {example}, so the project would not have it. Add it:\n  git add {example}"]
     return []

@@ -43,12 +43,12 @@ class Names:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Run git in a folder, whatever repository this process was started in; return what it printed.
+    """Run git in a folder, without hooks, whatever repository this process was started in; return what it printed.
 
     git does not get the Ctrl-C of the terminal, which could end it between two of its files.
     Raises ConfigurationError: it failed.
     """
-    command = ["git", "-C", str(folder), *arguments]
+    command = ["git", "-C", str(folder), "-c", "core.hooksPath=/dev/null", *arguments]
     done = subprocess.run(
         command, env=child_environment(), capture_output=True, text=True, check=False, start_new_session=True
     )
