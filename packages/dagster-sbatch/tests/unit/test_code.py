@@ -27,6 +27,15 @@ def git(folder: Path, *command: str) -> None:
     subprocess.run(["git", "-C", str(folder), *command], check=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_with_sudo_the_repository_is_that_of_the_user(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """git itself asks who has called sudo."""
+    for path in (repository.parent, repository.parent / ".git", repository):
+        os.chown(path, 12345, 12345)
+    monkeypatch.setenv("SUDO_UID", "12345")
+    assert sorted(read_code(repository).files) == ["helpers/deep/tool.py", "main.py"]
+
+
 def test_a_line_in_a_nested_package_makes_another_digest(repository: Path) -> None:
     before = read_code(repository)
     assert sorted(before.files) == ["helpers/deep/tool.py", "main.py"]
