@@ -168,6 +168,8 @@ def test_without_any_way_the_four_are_named_with_their_variables(
         text = str(error.value)
         for words in (
             f"  1. a valid certificate beside the key: SLURM_EDGE_NODE_KEY_PATH={key}\n     status: expired at 20",
+            "     to do: log in with a browser (the first time, `step ca bootstrap` comes before: "
+            "scripts/docs credentials):\n"
             f"       step ssh certificate 'your.email@example.com' {key} ",
             f"  2. stored credentials: ASC_AUTHENTIK_CREDENTIALS_FILE={file}\n"
             f"     status: {file}: its API token expired at 2026-01-02 03:04:05 UTC and it has no app password",

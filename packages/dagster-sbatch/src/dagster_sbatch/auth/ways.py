@@ -178,7 +178,7 @@ class AccessState:
             (
                 f"a valid certificate beside the key: SLURM_EDGE_NODE_KEY_PATH={key}",
                 invalid,
-                "log in with a browser:",
+                "log in with a browser (the first time, `step ca bootstrap` comes before: scripts/docs credentials):",
                 f"step ssh certificate 'your.email@example.com' {name} --no-password --insecure --force",
             ),
             (
