@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 REQUIREMENTS = ROOT / "requirements" / "dev.txt"
+LOCK = ROOT / ".venv.lock"  # whoever makes .venv holds it alone; who runs long in it, with others
 STAMP = VENV / "installed.sha256"  # written last: a set-up that was cut short is seen and done again
 OWNER = VENV / "project"  # names the project that the environment was made for
 EDITABLE = (*(str(path.parent) for path in sorted((ROOT / "packages").glob("*/pyproject.toml"))), ".")
@@ -78,6 +80,26 @@ def restore_signals() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def keep() -> None:
+    """Let no other script replace .venv while this process runs, also as another program (exec).
+
+    For programs that import modules late, or start others: Dagster and tests.
+
+    Raises:
+        SystemExit: Dagster's history is another user's; Dagster itself would show SQLite's error.
+    """
+    history = ROOT / ".dagster"
+    if history.exists() and not os.access(str(history), os.W_OK):
+        raise SystemExit(
+            f"{history} cannot be written to. If a command was run as root, make its files yours again:\n"
+            f"  sudo chown -R $(id -u) {shlex.quote(str(ROOT))}"
+        )
+    if Path(sys.prefix).resolve() == VENV.resolve() and LOCK.is_file():
+        lock = os.open(str(LOCK), os.O_RDONLY)
+        _lock(lock, fcntl.LOCK_SH)
+        fcntl.fcntl(lock, fcntl.F_SETFD, 0)  # not closed by exec
+
+
 def _open_streams() -> None:
     """Open /dev/null in place of standard streams that the caller has closed: Python has None for these."""
     null = fcntl.fcntl(os.open(os.devnull, os.O_RDWR), fcntl.F_DUPFD_CLOEXEC, 3)
@@ -90,11 +112,14 @@ def _open_streams() -> None:
 def _wanted() -> str:
     # The scripts in .venv/bin carry the folder: a moved one needs new ones. Another Python does not find the packages.
     places = os.fsencode(f"{ROOT}{os.path.realpath(str(PYTHON))}")
-    return hashlib.sha256(REQUIREMENTS.read_bytes() + places).hexdigest()
+    try:
+        return hashlib.sha256(REQUIREMENTS.read_bytes() + places).hexdigest()
+    except OSError as error:
+        raise SystemExit(f"{REQUIREMENTS}: {error.strerror}. Restore it:\n  git restore requirements") from None
 
 
 def _is_current() -> bool:
-    return PYTHON.exists() and STAMP.is_file() and STAMP.read_text() == _wanted()
+    return os.access(str(PYTHON), os.X_OK) and STAMP.is_file() and STAMP.read_text() == _wanted()
 
 
 def _set_up() -> None:
@@ -104,8 +129,8 @@ def _set_up() -> None:
         SystemExit: it cannot be made.
     """
     try:
-        with (ROOT / ".venv.lock").open("w") as lock:
-            _lock(lock)
+        with LOCK.open("w") as lock:
+            _lock(lock.fileno(), fcntl.LOCK_EX)
             if not _is_current():
                 _refuse_foreign_folder()
                 _install(lock)
@@ -115,12 +140,12 @@ def _set_up() -> None:
         ) from None
 
 
-def _lock(file: "IO[str]") -> None:
+def _lock(file: int, kind: int) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"Another script is setting up {VENV}. Waiting for it ...", file=sys.stderr, flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        print(f"Another script is setting up {VENV}, or uses it. Waiting for it ...", file=sys.stderr, flush=True)
+        fcntl.flock(file, kind)
 
 
 def _refuse_syntax() -> None:
