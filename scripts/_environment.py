@@ -144,7 +144,8 @@ def _lock(file: int, kind: int) -> None:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"Another script is setting up {VENV}, or uses it. Waiting for it ...", file=sys.stderr, flush=True)
+        text = f"Another script is setting up {VENV}, or uses it, such as scripts/dev. Waiting for its end ..."
+        print(text, file=sys.stderr, flush=True)
         fcntl.flock(file, kind)
 
 

@@ -206,7 +206,9 @@ def test_a_script_says_that_it_waits_for_another(ready: Path) -> None:
                 wait_until(said.read_text, "the script says something")
             finally:
                 fcntl.flock(lock, fcntl.LOCK_UN)
-    assert said.read_text().startswith(f"Another script is setting up {ready}/.venv, or uses it. Waiting for it ...\n")
+    assert said.read_text().startswith(
+        f"Another script is setting up {ready}/.venv, or uses it, such as scripts/dev. Waiting for its end ...\n"
+    )
     assert (it.returncode, "(exit code 3)" in said.read_text()) == (1, True)
 
 
@@ -227,7 +229,9 @@ def test_an_environment_in_use_is_not_replaced(ready: Path) -> None:
         finally:
             user.kill()
     assert it.wait() == 1
-    assert said.read_text().startswith(f"Another script is setting up {ready}/.venv, or uses it. Waiting for it ...\n")
+    assert said.read_text().startswith(
+        f"Another script is setting up {ready}/.venv, or uses it, such as scripts/dev. Waiting for its end ...\n"
+    )
 
 
 def test_a_history_of_root_is_named_before_dagster_is_started(ready: Path) -> None:

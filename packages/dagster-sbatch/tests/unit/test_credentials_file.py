@@ -1,5 +1,7 @@
 """The credentials file: what is read, what is refused, and that a replacement is whole."""
 
+import errno
+import fcntl
 import os
 import shlex
 import stat
@@ -11,8 +13,9 @@ from pathlib import Path
 import pytest
 from dotenv import dotenv_values
 
-from dagster_sbatch.auth import MisconfiguredError, UnsafeFileError
+from dagster_sbatch.auth import MisconfiguredError, UnsafeFileError, refresh
 from dagster_sbatch.auth.credentials_file import Credentials, Secret
+from support import access
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 PAIR = Credentials(
@@ -177,6 +180,18 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UnsafeFileError, match=r"/file: File exists\. Check its folder"):
         PAIR.write(tmp_path / "file" / "auth.env")
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some homes on NFS."""
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    settings = access.settings_of(access.environment("https://127.0.0.1:1", tmp_path) | {"ASC_OIDC_APP_PASSWORD": "x"})
+    with pytest.raises(UnsafeFileError, match=f"{settings.credentials_file}: No locks available"):
+        refresh(settings)
 
 
 @pytest.mark.parametrize(

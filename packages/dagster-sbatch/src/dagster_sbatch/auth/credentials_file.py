@@ -147,12 +147,12 @@ def _render_secret(name: str, secret: Secret | None) -> dict[str, str]:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Turn an OSError into an AccessError: whoever connects would take it for a lost connection, and retry."""
+def explained(file: Path | str = "") -> Iterator[None]:
+    """Turn an OSError into an AccessError, which names its file or else this one: a run would connect anew after it."""
     try:
         yield
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
+        place = f"{error.filename or file}: " if error.filename or file else ""
         raise UnsafeFileError(
             f"A file that access needs cannot be used: {place}{error.strerror or error}. Check its folder, its "
             "permissions and the space on that disk"

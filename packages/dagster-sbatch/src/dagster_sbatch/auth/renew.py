@@ -102,7 +102,7 @@ def refresh(
         raise access.explain({})
     try:
         seconds = LOCK_SECONDS if needed else LOCK_SECONDS_WITH_CERTIFICATE
-        with explained(), refresh_lock(settings.credentials_file, seconds):
+        with explained(settings.credentials_file), refresh_lock(settings.credentials_file, seconds):
             return Refresher(settings).run(rotation, certificate, refused, access.now if patient else None)
     except AccessError as error:  # of the lock, or of a file
         if needed:
