@@ -114,6 +114,19 @@ def test_they_are_loaded_together_after_the_setup_commands(tmp_path: Path) -> No
     assert (err, code, cause) == ("hi\n", 0, "")
 
 
+def test_commands_of_a_login_profile_do_not_replace_those_of_the_script(tmp_path: Path) -> None:
+    """A `cd` that lists the folder and fails where there is nothing to activate, an alias, and a trap."""
+    profile = """\
+cd() { builtin cd "$@" && ls && [ -e .venv ]; }
+shopt -s expand_aliases
+alias mkdir='mkdir -v'
+set -E
+trap 'exit 9' ERR
+module() { :; }
+"""
+    assert run_with(tmp_path, profile, body="mkdir made; false; exit 3") == ("", "", 3, "")
+
+
 def test_a_missing_module_ends_the_job_before_the_workload(tmp_path: Path) -> None:
     module = f"module() {{ echo before >&2; cat >&2 <<'END'\n{UNKNOWN}END\nfalse; }}\n"
     out, err, code, cause = run_with(tmp_path, module, body="echo ran")

@@ -18,7 +18,9 @@
 #SBATCH --signal=B:USR1@60
 # Written by dagster-sbatch. It runs in the run directory, beside the workload and its Pipes context.
 # shellcheck disable=SC2317  # traps and the launcher's commands call the functions
-set +euxC # a login profile may have set these
+# A login profile may have set these options and traps, and have aliases and functions in place of these commands.
+set +euxC; unalias -a; trap - DEBUG ERR
+unset -f cat cd date echo head kill ln mkdir od printf read readlink rm scontrol sed sleep stat tail tee timeout tr
 umask 077
 cd . || exit 1 # a login profile may have gone elsewhere
 run_directory=$PWD
