@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.slurm.gateway import Gateway, JobState, StoppedError
+from dagster_sbatch.slurm.gateway.agent import ends
 from slurm_in_a_box import wait_until
 from support.agent_fixtures import HURRIED, Prepare, put
-from support.array_site import Follow, Site, record, wait_for_ends
+from support.array_site import NO_ACCOUNTING, Follow, Site, record, wait_for_ends
 
 STARTED = {"started": "n1", "temporary": "/tmp"}
 WAITS = ("PENDING", "BeginTime", "")
@@ -134,3 +135,31 @@ def test_a_task_whose_gpus_are_idle_is_followed_to_its_end(
     site.say(record("0", "COMPLETED"))
     wait_for_ends(seen, 1)
     assert (seen.outcomes, troubles) == ({0: ("COMPLETED", 0)}, [])
+
+
+@pytest.mark.parametrize("answer", ["", "printf 'JobId=17 JobName=KE'"])
+def test_an_answer_of_slurm_that_is_empty_or_ends_within_a_line_says_nothing(answer: str, slurm: Path) -> None:
+    """Slurm says with an error that it does not know a job."""
+    put(slurm, "scontrol", answer)
+    put(slurm, "sacct", NO_ACCOUNTING)
+    found, trouble = ends.verdicts("17", "KEY", 1, ends.SINGLE, ends.SINGLE)
+    assert (found, trouble.kind) == ({}, "temporary")
+
+
+def test_errors_of_two_commands_are_reported_once_each(
+    prepare: Prepare, slurm: Path, tmp_path: Path, follow: Follow
+) -> None:
+    """A task has ended, and the controller does not answer: the follower asks it as long as that lasts."""
+    site, troubles = Site(slurm, tmp_path, 1), list[str]()
+    put(slurm, "squeue", "echo 'squeue: no answer' >&2; exit 1")
+    seen = follow(site, prepare(HURRIED, troubles))
+    site.start(0)
+    put(slurm, "scontrol", f"echo >>{site.asked}; echo 'scontrol: no answer' >&2; exit 1")
+    site.end(0)
+    wait_until(lambda: site.asked.exists() and site.asked.stat().st_size > 9, "scontrol is asked again and again", 30)
+    site.say(record("0", "COMPLETED"))
+    wait_for_ends(seen, 1)
+    assert sorted(troubles) == [
+        "squeue: squeue: no answer",
+        "waiting for Slurm to confirm the end: scontrol: scontrol: no answer",
+    ]

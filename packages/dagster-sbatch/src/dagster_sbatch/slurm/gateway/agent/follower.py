@@ -83,7 +83,7 @@ class Follower:
         now = self.begun = self.asked = self.news = self.filled = time.time()
         self.listed = self.reported_at = self.seen = self.viewed = 0.0
         self.allowance, self.pause, self.took = READS_PER_SECOND / 10, 0, 0.0
-        self.reported, self.trouble = None, None
+        self.reported, self.troubles = None, set()
         for index in self.left & set(self.tasks.ends):  # only its output is missing
             self.over[index] = (self.tasks.ends[index], now)
         for index in () if self.tasks.array else self.left:  # its files are there before it starts
@@ -164,9 +164,7 @@ class Follower:
     def look_at_queue(self):
         """Report how many tasks wait and run; note those that squeue shows no more."""
         view, now = self.queue.view, time.time()
-        if view["trouble"] and view["trouble"] != self.trouble:
-            self.trouble = view["trouble"]
-            self.say(trouble=self.trouble)
+        self.complain(view["trouble"])
         if view["at"] != self.seen and view["at"] > self.begun + 5:  # an older view may be older than the job
             self.seen = view["at"]
             shown = set().union(*self.queue.tasks(self.job, self.key).values())
@@ -222,9 +220,7 @@ class Follower:
         ends, certain, trouble = self.tasks.find_ends(self.job)
         self.asked = now = time.time()
         self.took = now - begun
-        if trouble and str(trouble) != self.trouble:
-            self.trouble = str(trouble)
-            self.say(trouble="waiting for Slurm to confirm the end: %s" % trouble)
+        self.complain(trouble and "waiting for Slurm to confirm the end: %s" % trouble)
         doubtful = set(ends) & self.left - certain
         self.silent = {index: self.silent.get(index, now) for index in doubtful}
         certain |= {index for index in doubtful if now - self.silent[index] > LAG}
@@ -236,6 +232,12 @@ class Follower:
         for index in self.recorded - set(self.over):  # it may have been put back in the queue
             if now - self.active[index].moved > SQUEUE_EVERY:
                 self.schedule(index, now)
+
+    def complain(self, text):
+        """Report an error that may pass by itself, once; None: there is none. Several may come by turns."""
+        if text and text not in self.troubles:
+            self.troubles.add(text)
+            self.say(trouble=text)
 
     # Report ends
 
