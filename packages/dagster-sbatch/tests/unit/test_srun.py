@@ -88,6 +88,8 @@ def test_a_failure_that_cannot_be_read_leaves_the_words_of_srun(text: str, tmp_p
     failure.write_text(text)
     command = ["sh", "-c", "echo 'srun: error: node lost' >&2; exit 3"]
     assert ranks.await_starter(command, failure, "600") == (3, "sh ended with exit code 3: srun: error: node lost")
+    code, cause = ranks.await_starter(["sh", "-c", "kill -KILL $$"], failure, "600")
+    assert (code, cause.partition(" (")[0]) == (137, "sh was killed by SIGKILL")
 
 
 @pytest.mark.parametrize(

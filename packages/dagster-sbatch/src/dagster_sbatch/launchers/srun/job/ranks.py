@@ -135,7 +135,8 @@ def await_starter(command: Sequence[str], failure: Path, limit: str) -> tuple[in
     words = [line for line in output.lines if _EXCEPTION.match(line)][:1]
     words = words or [line for line in output.lines if line.startswith(NO_CONTAINER)][:1]
     words = words or [line for line in output.lines if line.startswith(("srun:", "slurmstepd:"))]
-    return code, f"{Path(command[0]).name} ended with exit code {code}: " + ("\n".join(words) or "its output says why")
+    said = "\n".join(words) or "its output may say why"
+    return shell_code(code), f"{Path(command[0]).name} {name_exit(code)}: {said}"
 
 
 def missing_mpi(mpi: "str | None") -> str:
