@@ -195,8 +195,8 @@ def test_a_full_disk_at_the_submission(site: SimulatedSite, workloads: Path) -> 
     before = rows_of(site, "%i")
     with site.faults.disk_full():
         outcome = materialize(REPORTS, workloads, request=REQUEST)
-    assert "refused on the supercomputer" in outcome.error
-    assert "No space left on device" in outcome.error
+    runs = f"{CERTIFICATE_USER.home}/dagster-slurm/runs"
+    assert f"refused on the supercomputer: {runs}: No space left on device" in outcome.error
     assert [row for row in rows_of(site, "%i") if row not in before] == []  # the controller may have forgotten others
     nobody_left(site)
 

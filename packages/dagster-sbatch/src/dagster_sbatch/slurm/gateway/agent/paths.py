@@ -16,7 +16,7 @@ from .disk import RequestError, load, stamp_of, store
 from .slurm_commands import PROJECT, RUNNING, user
 
 START = re.compile(r"(?:~|\$(HOME|DATA|SCRATCH))(?=/|\Z)")
-FIELDS = ("data_root", "folder", "path", "python", "run", "runs")  # of requests, that are paths
+FIELDS = ("run", "runs", "folder", "path", "python", "data_root")  # of requests, that are paths
 MARK = b"\x1e\0"  # a profile prints before the first one
 ASK = r"printf '\036\0'; %s; printf '\036\0'"
 LOGIN_PATH = "/usr/local/bin:/usr/bin:/bin"  # which most profiles replace

@@ -10,7 +10,7 @@ from functools import partial
 from importlib import import_module
 
 from .disk import RequestError, kind_of
-from .paths import Profile, with_paths
+from .paths import FIELDS, Profile, with_paths
 from .shared_queue import Queue
 from .slurm_commands import SBATCH_PATIENCE, kill_running
 from .transfer import CHUNK
@@ -85,7 +85,8 @@ class Agent:
         except RequestError as error:
             answer = {"error": error.kind, "text": str(error)}
         except OSError as error:
-            answer = {"error": kind_of(error), "text": "%s: %s" % (error.filename or ask["do"], error.strerror)}
+            place = error.filename or next(filter(None, map(ask.get, FIELDS)), ask["do"])
+            answer = {"error": kind_of(error), "text": "%s: %s" % (place, error.strerror)}
         except Exception:  # whatever it is, the client reports it
             import traceback  # loading it takes longer than most agents have a use for it
 
