@@ -82,6 +82,14 @@ def test_mpi_types_of_srun(version: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert ". Set SrunLauncher(mpi=...) to one of these." in ranks.missing_mpi("openmpi")
 
 
+def test_a_rank_that_srun_has_ended_is_not_the_cause(tmp_path: Path) -> None:
+    """The one that was killed has recorded nothing."""
+    (tmp_path / "failure").write_text('{"rank": "0", "host": "n1", "code": -15, "stderr": []}')
+    command = ["sh", "-c", "echo 'srun: error: n2: task 1: Killed' >&2; exit 137"]
+    found = ranks.await_starter(command, tmp_path / "failure", "600")
+    assert found == (137, "sh ended with exit code 137: srun: error: n2: task 1: Killed")
+
+
 @pytest.mark.parametrize("text", ["", '{"rank": '])
 def test_a_failure_that_cannot_be_read_leaves_the_words_of_srun(text: str, tmp_path: Path) -> None:
     failure = tmp_path / "failure"

@@ -125,9 +125,9 @@ def await_starter(command: Sequence[str], failure: Path, limit: str) -> tuple[in
     output.drain()
     if code == 0:
         return 0, ""
-    record = read_failure(failure)
-    if record:
-        return explain(record, out_of_memory=any("Out Of Memory" in line for line in output.lines))
+    record, said = read_failure(failure), "\n".join(output.lines)
+    if record and (record["code"] != -signal.SIGTERM or ": Killed" not in said):  # else srun has ended that one
+        return explain(record, out_of_memory="Out Of Memory" in said)
     late = next(filter(None, map(_STILL_RUNNING.search, output.lines)), None)
     if late:
         return 1, explain_late(late[1], limit)
