@@ -63,11 +63,11 @@ def test_a_task_has_its_own_context_and_its_own_record(run: Path, index: int) ->
 @pytest.mark.parametrize("options", ["errexit", "noclobber", "xtrace"])
 def test_what_a_login_profile_sets_for_a_person_does_not_matter(options: str, run: Path, tmp_path: Path) -> None:
     """Where `cd` looks first, another `cd`, and options, which come with SHELLOPTS as well as from a login shell."""
-    function = {"BASH_FUNC_cd%%": '() {  builtin cd "$@" && ls\n}'}
+    profile = {"SHELLOPTS": options, "BASH_FUNC_cd%%": '() {  builtin cd "$@" && ls\n}'}
     elsewhere = tmp_path / "elsewhere/tasks/7"
     elsewhere.mkdir(parents=True)
     (run / "tasks/7/context.json").write_text("of a former start")
-    assert start(run, 7, CDPATH=str(elsewhere.parents[1]), SHELLOPTS=options, **function) == 3
+    assert start(run, 7, 100, CDPATH=str(elsewhere.parents[1]), **profile) == 3
     assert list(elsewhere.iterdir()) == []
     shown = '{"common": 1, "task": 7}\ncontext7 messages7\n'
     assert (run / "tasks/7.stdout").read_text() == shown

@@ -137,7 +137,8 @@ def test_the_news_of_a_login_profile_are_no_part_of_an_error(
     with pytest.raises(RequestError, match=r"does not run on [^:]*: bash: line \d: /none/python: No such file"):
         choose(missing)
     profile.write_text("echo the disk is full; exit 1\n")
-    assert in_setup({"setup": []}, "echo said") == (1, "the disk is full\n")
+    with pytest.raises(RequestError, match=r"ended the shell, as `exit` and `exec zsh` do(.|\n)*\nthe disk is full\n"):
+        choose(missing)
 
 
 @pytest.mark.timeout(60)

@@ -80,7 +80,7 @@ def test_functions_of_the_profile_are_exported(run: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("profile", "kind", "text"),
     [
-        ("exit 3", "refused", "ended the shell. Try it there:\n  bash -lc true"),
+        ("exit 3", "refused", "ended the shell, as `exit` and `exec zsh` do"),
         ("exec sleep 60", "temporary", "did not end within 0 s. See there what it waits for:\n  bash -lc true"),
     ],
 )

@@ -13,7 +13,7 @@ from .disk import RequestError, load, names_in, open_locked, own, read, remove_t
 from .ends import UNKNOWN_JOB, state_of
 from .paths import with_paths
 from .run_directories import DAY, attempt_of, checked, has, job_of, may_have_job, record_of
-from .slurm_commands import fields_of, keys_of, lines_about
+from .slurm_commands import ask_slurm, fields_of, keys_of
 from .tasks import is_array
 
 INHERIT_EVERY = 0.5  # seconds between two tries to take the lock of this client's previous agent
@@ -89,7 +89,7 @@ def refuse_beside_lost(folder, beginning, jobs):
         if job in known:
             continue
         try:
-            records = [fields_of(line) for line in lines_about(job)]
+            records = [fields_of(line) for line in ask_slurm("scontrol", "-o", "show", "job", job).splitlines()]
         except RequestError as error:
             if UNKNOWN_JOB in str(error):
                 continue

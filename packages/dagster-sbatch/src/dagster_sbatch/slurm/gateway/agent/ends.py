@@ -6,7 +6,7 @@ import time
 
 from .disk import RequestError, inode_of, write
 from .job_record import cause_of, events_of
-from .slurm_commands import FORGOTTEN, OVER, fields_of, indices, is_of, lines_about, rows_of
+from .slurm_commands import FORGOTTEN, OVER, ask_slurm, fields_of, indices, is_of, rows_of
 
 ENDED = "State,ExitCode,Submit,Start,End,Account,JobName,JobID,WorkDir"
 TASK_ID = re.compile(r" ArrayTaskId=(\S+)")
@@ -106,7 +106,7 @@ def verdicts(job, key, count, wanted, started):
 def ask_controller(job, key, count, wanted):
     """Return ends by index, the end of the waiting tasks if all were cancelled, and whether Slurm knows the job."""
     found, rest, known = {}, None, False
-    for line in lines_about(job):
+    for line in ask_slurm("scontrol", "-o", "show", "job", job).splitlines():
         text = TASK_ID.search(line)
         numbers = indices(text.group(1)) if text else SINGLE
         remains = bool(numbers) and min(numbers) >= count  # of the waiting tasks, when all of them are cancelled

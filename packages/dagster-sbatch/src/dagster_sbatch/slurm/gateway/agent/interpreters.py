@@ -9,6 +9,7 @@ import threading
 import time
 
 from .disk import RequestError, inode_of, load, stamp_of, store
+from .paths import PROFILE_ENDS
 from .slurm_commands import environment
 
 LAST_WORDS = 5.0  # seconds for the output of a command that has ended, if another process has its pipe, too
@@ -56,7 +57,9 @@ def in_setup(ask, script, *arguments):
     reader.join(LAST_WORDS)  # what the profile has left in the background was killed, unless it has left the group
     printed = b"".join(said).decode(errors="replace")
     banner, mark, text = printed.partition(MARK + "\n")  # the login profile prints news
-    return process.returncode, text if mark else banner
+    if not mark:
+        raise RequestError("refused", "%s\n%s" % (PROFILE_ENDS % os.uname()[1], banner[-500:]))
+    return process.returncode, text
 
 
 def load_modules(_, ask, __):

@@ -22,6 +22,8 @@ ASK = r"printf '\036\0'; %s; printf '\036\0'"
 LOGIN_PATH = "/usr/local/bin:/usr/bin:/bin"  # which most profiles replace
 ITS_OWN = ("HOSTNAME", "PWD", "OLDPWD", "SHLVL", "_")  # of each shell
 PROFILE_PATIENCE = 30.0  # seconds, less than the client waits for a sign of life
+PROFILE_ENDS = "the login profile on %s ended the shell, as `exit` and `exec zsh` do. Let it do that in interactive shells "
+PROFILE_ENDS += "only, after [[ $- == *i* ]] &&. Try it there:\n  bash -lc 'echo it works'"
 REMEMBERED = "~/.cache/musica-pipelines/login-profile-%s.json"
 REMEMBERED_FOR = 3600.0  # seconds; a file of the profile that changes ends it sooner
 PROFILES = ("/etc/profile", "/etc/profile.d", "/etc/bash.bashrc")
@@ -131,9 +133,7 @@ def ask_login_shell(script):
                 raise RequestError("temporary", text + ". See there what it waits for:\n  bash -lc true")
             more = os.read(child.stdout.fileno(), 65536)
             if not more:
-                raise RequestError(
-                    "refused", "the login profile on %s ended the shell. Try it there:\n  bash -lc true" % os.uname()[1]
-                )
+                raise RequestError("refused", PROFILE_ENDS % os.uname()[1])
             said += more
     finally:
         RUNNING.discard(child)

@@ -107,7 +107,7 @@ def ask_slurm(*command, patience=COMMAND_PATIENCE):
     """Run a query and return its stdout; raise `temporary` if it fails, or ends within a line."""
     done = call(*command, patience=patience)
     text = done.stdout.decode(errors="replace")
-    if done.returncode or text[-1:] not in ("", "\n"):
+    if done.returncode or not (text.endswith("\n") or (text == "" and command[0] != "scontrol")):
         said = done.stderr.decode(errors="replace").strip() or "exit code %d, no whole answer" % done.returncode
         raise RequestError("temporary", "%s: %s" % (command[0], said))
     return text
@@ -183,14 +183,6 @@ def keys_of(record):
     return record.get("JobName", ""), os.path.basename(record.get("WorkDir", ""))
 
 
-def lines_about(job):
-    """Return what scontrol says of a job: a line, for each task of an array one; raise `temporary` if there is none."""
-    lines = ask_slurm("scontrol", "-o", "show", "job", job).splitlines()
-    if not lines:
-        raise RequestError("temporary", "scontrol: no answer about job %s" % job)
-    return lines
-
-
 def is_of(record, key):
     """Return whether a record of scontrol is of a run's job: ids are used again."""
     return key in keys_of(record)
@@ -216,7 +208,7 @@ def ranges(found):
 def scancel(job, key, *tasks):
     """Cancel a run's job, or tasks of it: by the run's name, or by the id if the user has renamed the job."""
     try:
-        record = fields_of(lines_about(job)[0])
+        record = fields_of(ask_slurm("scontrol", "-o", "show", "job", job))
     except RequestError:
         record = {}
     renamed = is_of(record, key) and record["JobName"] != key
