@@ -148,11 +148,8 @@ def missing_mpi(mpi: "str | None") -> str:
     words = text.replace("specific pmix plugin versions available:", "").replace(",", " ").split()
     if mpi in words:
         return ""
-    where = socket.gethostname()
-    return (
-        f"srun has no MPI type {mpi!r} on {where}. It has {', '.join(words)}. "
-        "Set SrunLauncher(mpi=...) to one of these."
-    )
+    found = f"srun has no MPI type {mpi!r} on {socket.gethostname()}. It has {', '.join(words)}."
+    return f"{found} Set SrunLauncher(mpi=...) to one of these."
 
 
 # On a laptop
@@ -257,10 +254,8 @@ def explain(record: Mapping[str, Any], *, out_of_memory: bool = False) -> tuple[
 
 def explain_late(ranks: str, seconds: str) -> str:
     """Return the cause of a job that was ended because ranks still ran end_time_limit after another had ended."""
-    return (
-        f"rank {ranks} still ran {seconds} s after another rank had ended, so all were ended. Let all ranks end "
-        "together, or raise SrunLauncher(end_time_limit=...)."
-    )
+    late = f"rank {ranks} still ran {seconds} s after another rank had ended, so all were ended."
+    return f"{late} Let all ranks end together, or raise SrunLauncher(end_time_limit=...)."
 
 
 def name_exit(code: int) -> str:

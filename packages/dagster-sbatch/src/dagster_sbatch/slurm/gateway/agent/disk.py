@@ -140,12 +140,10 @@ def lock(file, path, wait=True):
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        text = (
-            "this file system has no file locks (flock: %s). Without them, two Dagsters could act on the same run. "
-            "Set SLURM_DEPLOYMENT_BASE_PATH to a folder on another file system, such as your home, or ask the centre "
-            "to switch on locks (for Lustre: the mount option `flock`)" % error.strerror
-        )
-        raise OSError(error.errno, text, path)
+        text = "this file system has no file locks (flock: %s). Without them, two Dagsters could act on the same run. "
+        text += "Set SLURM_DEPLOYMENT_BASE_PATH to a folder on another file system, such as your home, or ask the "
+        text += "centre to switch on locks (for Lustre: the mount option `flock`)"
+        raise OSError(error.errno, text % error.strerror, path)
 
 
 def open_locked(path, flags=0, wait=True):

@@ -76,9 +76,7 @@ def verdicts(job, key, count, wanted, started):
     """
     found, known, trouble = {}, False, None
     try:
-        found, rest, known = ask_controller(job, key, count, wanted)
-        if rest:
-            found.update(dict.fromkeys(wanted - set(found) - started, rest))
+        found, known = ask_controller(job, key, count, wanted, started)
     except RequestError as error:
         trouble = None if UNKNOWN_JOB in str(error) else error
     left = wanted - set(found)
@@ -103,8 +101,8 @@ def verdicts(job, key, count, wanted, started):
     return found, None
 
 
-def ask_controller(job, key, count, wanted):
-    """Return ends by index, the end of the waiting tasks if all were cancelled, and whether Slurm knows the job."""
+def ask_controller(job, key, count, wanted, started):
+    """Return ends by index, those of waiting tasks included if all were cancelled, and whether Slurm knows the job."""
     found, rest, known = {}, None, False
     for line in ask_slurm("scontrol", "-o", "show", "job", job).splitlines():
         text = TASK_ID.search(line)
@@ -119,7 +117,7 @@ def ask_controller(job, key, count, wanted):
         if remains and said:
             rest = dict(said, times=[said["times"][0], None, said["times"][2]])
         found.update(dict.fromkeys(numbers & wanted, said))
-    return found, rest, known
+    return {**dict.fromkeys(wanted - started if rest else (), rest), **found}, known
 
 
 def ask_accounting(job, key, wanted):

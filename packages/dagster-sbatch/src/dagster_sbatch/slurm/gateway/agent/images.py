@@ -88,10 +88,8 @@ def unbindable(paths):
     """Return why a container cannot have some paths; empty if it can."""
     for path in paths:
         if UNBINDABLE.search(path):
-            return (
-                "A container cannot have %r: apptainer reads commas, colons, ^ and backslashes in the path of a "
-                "folder as syntax, and drops spaces at its ends. Use another folder." % path
-            )
+            text = "A container cannot have %r: apptainer reads commas, colons, ^ and backslashes in the path of a "
+            return (text + "folder as syntax, and drops spaces at its ends. Use another folder.") % path
     return ""
 
 

@@ -118,11 +118,9 @@ def probe(ask):
         text += "\nName a Python interpreter, or the folder that has its bin/python, which all nodes can see and run."
         raise RequestError("refused", text)
     seen = ", ".join("%s is %s" % (each["given"], each["version"]) for each in found) or "none of them is there"
-    text = (
-        "no Python %s to %s on %s: of %s, %s. Name another one in python_candidates of SUPERCOMPUTER_SITE_OVERRIDES, "
-        "load one in its setup_commands (module load ...), or make an environment there by other means and set "
-        "SLURM_PYTHON to its interpreter"
-    )
+    text = "no Python %s to %s on %s: of %s, %s. Name another one in python_candidates of "
+    text += "SUPERCOMPUTER_SITE_OVERRIDES, load one in its setup_commands (module load ...), or make an environment "
+    text += "there by other means and set SLURM_PYTHON to its interpreter"
     raise RequestError("refused", text % (dotted(ask["oldest"]), dotted(ask["newest"]), host, ", ".join(names), seen))
 
 

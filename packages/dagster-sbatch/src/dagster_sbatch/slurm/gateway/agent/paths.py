@@ -22,8 +22,8 @@ ASK = r"printf '\036\0'; %s; printf '\036\0'"
 LOGIN_PATH = "/usr/local/bin:/usr/bin:/bin"  # which most profiles replace
 ITS_OWN = ("HOSTNAME", "PWD", "OLDPWD", "SHLVL", "_")  # of each shell
 PROFILE_PATIENCE = 30.0  # seconds, less than the client waits for a sign of life
-PROFILE_ENDS = "the login profile on %s ended the shell, as `exit` and `exec zsh` do. Let it do that in interactive shells "
-PROFILE_ENDS += "only, after [[ $- == *i* ]] &&. Try it there:\n  bash -lc 'echo it works'"
+PROFILE_ENDS = "the login profile on %s ended the shell, as `exit` and `exec zsh` do. Let it do that in interactive "
+PROFILE_ENDS += "shells only, after [[ $- == *i* ]] &&. Try it there:\n  bash -lc 'echo it works'"
 REMEMBERED = "~/.cache/musica-pipelines/login-profile-%s.json"
 REMEMBERED_FOR = 3600.0  # seconds; a file of the profile that changes ends it sooner
 PROFILES = ("/etc/profile", "/etc/profile.d", "/etc/bash.bashrc")
