@@ -156,6 +156,16 @@ class NoSessions(SilentShell):
         return int(paramiko.common.OPEN_FAILED_RESOURCE_SHORTAGE)
 
 
+@pytest.mark.usefixtures("slurm")
+def test_a_login_profile_that_ends_the_shell_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".bash_profile").write_text("echo news; exec true\n")
+    opened = choose_channel(SETTINGS, (), lambda _: None, setup=("true",))()
+    with pytest.raises(EOFError, match=r"no agent: news\n(.|\n)*does the login profile there exit, or"):
+        while opened.receive() is None:
+            pass
+    opened.close()
+
+
 def test_a_login_node_that_opens_no_session(forge: Forge) -> None:
     with server(as_server(forge, NoSessions())) as port:
         (forge.folder / ".ssh/known_hosts").write_text(f"[127.0.0.1]:{port} {forge.public('ed25519')}\n")

@@ -31,10 +31,10 @@ PING_SECONDS = 15.0  # between two pings: the agent leaves a client that is sile
 DEAD_SECONDS = 45.0  # a connection over which nothing comes for this long is given up
 # Seconds to wait for a login shell whose profile hangs: such a shell stays on the login node, and each try adds one.
 SHELL_SECONDS = 600.0
-HANGS = (
-    "The login node answers, but its login shell has not started the agent yet. Find out what its profile waits for:\n"
-    "  bash -lc true"
-)
+HANGS = "The login node answers, but its login shell has not started the agent yet. Find out what its profile waits "
+HANGS += "for:\n  bash -lc true"
+ENDS = "If that does not say why: does the login profile there exit, or run another shell, as by `exec zsh`? Try it:\n"
+ENDS += "  bash -lc 'echo it works'"
 READ_SECONDS = 0.5  # the longest wait for bytes, before `stop` is checked again
 Frame = tuple[Mapping[str, Any], bytes]
 
@@ -95,7 +95,7 @@ class Channel(ABC):
             return
         if not data:
             closed = "the connection was closed"
-            raise EOFError(closed if self._greeted else f"no agent: {self._no_agent() or closed}")
+            raise EOFError(closed if self._greeted else f"no agent: {self._no_agent() or closed}\n{ENDS}")
         self._heard = now
         self._buffer += data
 
