@@ -88,12 +88,7 @@ def keep() -> None:
     Raises:
         SystemExit: Dagster's history is another user's; Dagster itself would show SQLite's error.
     """
-    history = ROOT / ".dagster"
-    if history.exists() and not os.access(str(history), os.W_OK):
-        raise SystemExit(
-            f"{history} cannot be written to. If a command was run as root, make its files yours again:\n"
-            f"  sudo chown -R $(id -u) {shlex.quote(str(ROOT))}"
-        )
+    _refuse_files_of_root(ROOT / ".dagster")
     if Path(sys.prefix).resolve() == VENV.resolve() and LOCK.is_file():
         lock = os.open(str(LOCK), os.O_RDONLY)
         _lock(lock, fcntl.LOCK_SH)
@@ -133,6 +128,7 @@ def _set_up() -> None:
             _lock(lock.fileno(), fcntl.LOCK_EX)
             if not _is_current():
                 _refuse_foreign_folder()
+                _refuse_files_of_root(VENV)
                 _install(lock)
     except OSError as error:
         raise SystemExit(
@@ -160,6 +156,14 @@ def _refuse_syntax() -> None:
     found = re.search(r"[*:?%[\n]", str(ROOT))
     if found:
         raise SystemExit(f"{ROOT} has a {found[0]!r}, with which Dagster or PATH cannot use it. Rename that folder.")
+
+
+def _refuse_files_of_root(folder: Path) -> None:
+    if folder.exists() and not os.access(str(folder), os.W_OK):
+        raise SystemExit(
+            f"{folder} cannot be written to. If a command was run as root, make its files yours again:\n"
+            f"  sudo chown -R $(id -u) {shlex.quote(str(ROOT))}"
+        )
 
 
 def _refuse_foreign_folder() -> None:

@@ -234,13 +234,18 @@ def test_an_environment_in_use_is_not_replaced(ready: Path) -> None:
     )
 
 
-def test_a_history_of_root_is_named_before_dagster_is_started(ready: Path) -> None:
-    (ready / ".dagster").mkdir(mode=0o555)
+@pytest.mark.parametrize("folder", [".dagster", ".venv"])
+def test_files_of_root_are_named(folder: str, ready: Path) -> None:
+    """Before Dagster is started, and before an environment is made again."""
+    (ready / ".dagster").mkdir()
+    (ready / folder).chmod(0o555)
+    if folder == ".venv":
+        (ready / "requirements" / "dev.txt").write_text("# changed\n")
     with (ready / "scripts" / "show").open("a") as script:
         script.write("_environment.keep()\n")
     done = run([*WITHOUT_PRIVILEGES, sys.executable, "scripts/show"], cwd=ready)
     assert done.returncode == 1
-    assert f"{ready}/.dagster cannot be written to" in done.stderr
+    assert f"{ready}/{folder} cannot be written to" in done.stderr
     assert f"sudo chown -R $(id -u) {ready}\n" in done.stderr
 
 

@@ -83,14 +83,17 @@ def test_uv_trusts_what_the_system_trusts(project: Project, monkeypatch: pytest.
     assert run(project, monkeypatch) == 0
 
 
-def test_what_cannot_be_resolved_is_reported_in_uvs_words(
+def test_what_cannot_be_resolved_is_reported_in_uvs_words_and_changes_nothing(
     project: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    need(project.root, dev='"tiny>1"')
+    assert run(project, monkeypatch) == 0
+    before = {path: path.read_text() for path in (project.root / "requirements").iterdir()}
+    need(project.root, dev='"tiny"', cluster='"tiny>1"')
     assert run(project, monkeypatch) == 1
     error = capfd.readouterr().err
-    assert error.startswith("dev.txt could not be resolved. uv says:\n")
+    assert error.startswith("cluster.txt could not be resolved. uv says:\n")
     assert "tiny" in error
+    assert {path: path.read_text() for path in (project.root / "requirements").iterdir()} == before
 
 
 @pytest.mark.parametrize("name", ["alps", "musica-pipelines", "zermatt"])

@@ -40,10 +40,9 @@ def test_what_changed_between_two_versions(one: str, other: str, changes: str, t
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What an upgrade reads and writes of a project; its dependencies are resolved without uv."""
 
-    def resolve(root: Path, folder: Path) -> None:
+    def resolve(root: Path) -> dict[Path, str]:
         (wheel,) = wheels_named(root, "pyproject.toml").values()
-        for name in ("dev.txt", "cluster-extra.txt"):
-            (folder / name).write_text(wheel.requirement)
+        return {root / "requirements" / name: wheel.requirement for name in ("dev.txt", "cluster-extra.txt")}
 
     monkeypatch.setattr(lock, "resolve", resolve)
     handlers = {number: signal.signal(number, signal.default_int_handler) for number in STOPS}
@@ -94,9 +93,9 @@ def test_an_interrupted_upgrade_leaves_the_project_as_it_was(
     """Whoever presses Ctrl-C presses it again."""
     seen = []
 
-    def interrupt(root: Path, folder: Path) -> None:
+    def interrupt(root: Path) -> None:
         seen.append((root / "pixi.toml").read_text())
-        (folder / "dev.txt").write_text("half a fi")
+        (root / "requirements" / "dev.txt").write_text("half a fi")
         try:
             signal.raise_signal(signal.SIGINT)
         finally:
@@ -206,10 +205,10 @@ def test_a_read_only_folder_is_named_by_its_path_in_the_project(
     (project / "requirements" / "dev.txt").chmod(0o444)
     write = lock.resolve
 
-    def resolve(root: Path, folder: Path) -> None:
-        paths = (root / "vendor", folder, folder / "dev.txt")
+    def resolve(root: Path) -> dict[Path, str]:
+        paths = (root / "vendor", root / "requirements", root / "requirements" / "dev.txt")
         assert [path.name for path in paths if not path.stat().st_mode & stat.S_IWUSR] == []
-        write(root, folder)
+        return write(root)
 
     monkeypatch.setattr(lock, "resolve", resolve)
     with nullcontext() if os.geteuid() == 0 else pytest.raises(PermissionError, match=str(project / name)):
@@ -237,10 +236,10 @@ def test_an_engine_of_a_package_index_is_not_replaced(
 def test_going_back_resolves_only_if_the_requirements_have_changed(
     project: Path, newer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, folders = state(project), []
+    before, folders = state(project), list[Path]()
     upgrade(project, newer, project.parent)
     with monkeypatch.context() as patched:
-        patched.setattr(lock, "resolve", lambda root, _: folders.append(root))
+        patched.setattr(lock, "resolve", folders.append)
         go_back(project)
     assert state(project) == before
     assert folders == []
@@ -248,7 +247,7 @@ def test_going_back_resolves_only_if_the_requirements_have_changed(
     with (project / "pyproject.toml").open("a") as file:
         file.write('polars = "*"\n')
     (project.parent / "beside").write_text("with polars")  # as a requirement's path may lead to
-    monkeypatch.setattr(lock, "resolve", lambda root, folder: shutil.copy(root / "../beside", folder / "dev.txt"))
+    monkeypatch.setattr(lock, "resolve", lambda root: {Path("dev.txt"): (root / "../beside").read_text()})
     go_back(project)
     assert (project / "requirements" / "dev.txt").read_text() == "with polars"
     assert (project / "pyproject.toml").read_text() == before["pyproject.toml"].decode() + 'polars = "*"\n'
@@ -294,7 +293,7 @@ def test_what_a_person_writes_meanwhile_is_kept(
         with (project / "pyproject.toml").open("a") as file:
             file.write("a = 1\n")
     pixi = project / "pixi.toml"
-    monkeypatch.setattr(lock, "resolve", lambda *_: pixi.write_text(f"{pixi.read_text()}numpy = '*'\n"))
+    monkeypatch.setattr(lock, "resolve", lambda _: pixi.write_text(f"{pixi.read_text()}numpy = '*'\n") and {})
     with pytest.raises(ConfigurationError, match=r"^pixi\.toml changed while this command ran\. Run it again\.$"):
         go_back(project) if back else upgrade(project, newer, project.parent)
     assert pixi.read_text().endswith("numpy = '*'\n")

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dagster_sbatch.atomic_write import replace_file
 from dagster_sbatch.children import NETWORK, child_environment
 from dagster_sbatch.commands.command_line import entry_point, make_parser
 from dagster_sbatch.commands.vendored import PACKAGES
@@ -45,17 +46,14 @@ def main(project: Project) -> int:
     options = parser.parse_args()
     if options.check:
         return check(project.root)
-    resolve(project.root, project.root / "requirements", upgrade=options.upgrade)
+    for path, text in resolve(project.root, upgrade=options.upgrade).items():
+        replace_file(path, text, mode=0o666)
     return 0
 
 
 def check(root: Path) -> int:
     """Print the lines of the lock files that `scripts/lock` would change."""
-    folder = root / "requirements"
-    with tempfile.TemporaryDirectory() as copy:
-        shutil.copytree(folder, copy, dirs_exist_ok=True)
-        resolve(root, Path(copy))
-        changes = [line for name in locked_files(root) for line in _compare(folder / name, Path(copy) / name)]
+    changes = [line for path, text in resolve(root).items() for line in _compare(path, text)]
     if changes:
         print("\n".join([*changes, "requirements/ is not what pyproject.toml asks for. Update it:\nscripts/lock"]))
     return int(bool(changes))
@@ -70,34 +68,35 @@ def locked_files(root: Path) -> dict[str, list[str]]:
     return {"dev.txt": ["pyproject.toml", "--extra", "dev"], **{f"{each}.txt": ["--group", each] for each in groups}}
 
 
-def resolve(root: Path, folder: Path, *, upgrade: bool = False) -> None:
-    """Write each of a project's lock files into a folder; versions that are in it already are kept.
+def resolve(root: Path, *, upgrade: bool = False) -> dict[Path, str]:
+    """Return the new texts of all lock files of a project, by path; versions that are in the old ones are kept.
 
     `upgrade`: use the newest versions instead.
     Raises ConfigurationError: uv found no solution, or no index; the text is uv's.
     """
     # A package in the project's own repository is installed from there, where a hash means nothing.
     # Git may leave a folder that has only ignored files
-    sources = [name for name in PACKAGES if (root / "packages" / name / "pyproject.toml").is_file()]
-    own = [word for name in sources for word in ("--no-emit-package", name)]
-    for name, source in locked_files(root).items():
-        words = [*source, *OPTIONS, *own, *(["--upgrade"] if upgrade else []), "--output-file", str(folder / name)]
-        done = subprocess.run(
-            [sys.executable, "-m", "uv", "pip", "compile", *words],
-            cwd=root,
-            env=child_environment("UV_", *NETWORK, UV_SYSTEM_CERTS="1"),  # trust what the system trusts
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise ConfigurationError(f"{name} could not be resolved. uv says:\n{done.stderr.strip()}")
+    own = [f"--no-emit-package={each}" for each in PACKAGES if (root / "packages" / each / "pyproject.toml").is_file()]
+    environment = child_environment("UV_", *NETWORK, UV_SYSTEM_CERTS="1")  # trust what the system trusts
+    texts = {}
+    with tempfile.TemporaryDirectory() as copy:
+        for name, source in locked_files(root).items():
+            old, new = root / "requirements" / name, Path(copy, name)
+            if old.exists():
+                shutil.copyfile(old, new)
+            words = [*source, *OPTIONS, *own, *(["--upgrade"] if upgrade else []), "--output-file", str(new)]
+            command = [sys.executable, "-m", "uv", "pip", "compile", *words]
+            done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise ConfigurationError(f"{name} could not be resolved. uv says:\n{done.stderr.strip()}")
+            texts[old] = read_text(new)
+    return texts
 
 
-def _compare(old: Path, new: Path) -> list[str]:
-    """Return the lines in which two files differ."""
+def _compare(old: Path, new: str) -> list[str]:
+    """Return the lines in which a file differs from a text."""
     before = read_text(old).splitlines() if old.exists() else []
-    return list(difflib.unified_diff(before, read_text(new).splitlines(), str(old), "up to date", n=0, lineterm=""))
+    return list(difflib.unified_diff(before, new.splitlines(), str(old), "up to date", n=0, lineterm=""))
 
 
 @dataclass(frozen=True)

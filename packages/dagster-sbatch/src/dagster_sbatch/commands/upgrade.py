@@ -262,8 +262,7 @@ def _resolved(root: Path, wheels: dict[str, Wheel], files: dict[str, str]) -> di
             shutil.copyfile(wheel.path, copy / "vendor" / wheel.path.name)
         for name, text in files.items():
             write_text(copy / name, text if name.startswith(LOCKS) else rename_wheels(text, wheels))
-        lock.resolve(copy, copy / "requirements")
-        return _texts(copy)
+        return _texts(copy) | {f"{LOCKS}{path.name}": text for path, text in lock.resolve(copy).items()}
 
 
 def _replace(root: Path, wheels: dict[str, Wheel], files: dict[str, str], kept: dict[str, Wheel] | None) -> None:
