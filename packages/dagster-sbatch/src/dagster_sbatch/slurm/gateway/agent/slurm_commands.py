@@ -108,7 +108,8 @@ def ask_slurm(*command, patience=COMMAND_PATIENCE):
     done = call(*command, patience=patience)
     text = done.stdout.decode(errors="replace")
     if done.returncode or not (text.endswith("\n") or (text == "" and command[0] != "scontrol")):
-        said = done.stderr.decode(errors="replace").strip() or "exit code %d, no whole answer" % done.returncode
+        said = done.stderr.decode(errors="replace").strip()
+        said = said or "exit code %d; its answer is empty or cut off" % done.returncode
         raise RequestError("temporary", "%s: %s" % (command[0], said))
     return text
 
