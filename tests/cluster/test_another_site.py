@@ -40,7 +40,7 @@ def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.Mat
 
 settings = PROJECT.load_settings(supercomputer=True)
 looked = examine(PROJECT, open_instance=dg.DagsterInstance.ephemeral)
-found = {"links": [[link.name, link.state, link.found, link.fix] for link in looked]}
+found = {"links": [[name, *link] for name, link in looked]}
 health = check_health(settings)
 found["health"] = [health.verdict, health.summary, list(health.notes)]
 with dg.DagsterInstance.ephemeral() as instance:

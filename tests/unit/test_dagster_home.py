@@ -10,7 +10,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict
+from dagster_sbatch.inspect.diagnosis.finding import Facts, Finding
 from dagster_sbatch.inspect.diagnosis.this_machine import check_dagster_home
 from resources import PROJECT
 from support import ROOT
@@ -30,7 +30,7 @@ def test_dev_uses_the_projects_own(tmp_path: Path) -> None:
     assert f"DAGSTER_HOME={tmp_path} is not used: dagster.yaml and the history are in {ROOT}" in done.stderr
 
 
-def checked(home: Path, monkeypatch: pytest.MonkeyPatch) -> Verdict:
+def checked(home: Path, monkeypatch: pytest.MonkeyPatch) -> Finding:
     monkeypatch.setenv("DAGSTER_HOME", str(home))
     with ExitStack() as stack:
         return check_dagster_home(Facts(PROJECT, dg.DagsterInstance.get, stack))

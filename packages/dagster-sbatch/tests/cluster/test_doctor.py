@@ -41,33 +41,29 @@ def in_order(site: SimulatedSite, set_variables: Set, client_home: Path) -> None
     set_variables(**site.environment(), HOME=str(client_home))
 
 
-def examined(overrides: dict[str, Any] | None = None) -> list[Finding]:
-    return list(
-        examine(
-            replace(PROJECT, site_overrides=overrides or PROJECT.site_overrides),
-            open_instance=dg.DagsterInstance.ephemeral,
-        )
-    )
+def examined(overrides: dict[str, Any] | None = None) -> dict[str, Finding]:
+    project = replace(PROJECT, site_overrides=overrides or PROJECT.site_overrides)
+    return dict(examine(project, open_instance=dg.DagsterInstance.ephemeral))
 
 
 def broken(name: str, overrides: dict[str, Any] | None = None) -> Finding:
     """What is broken, which is found last and has that name."""
     findings = examined(overrides)
-    assert [each.name for each in findings if each.state == "broken"] == [name] == [findings[-1].name], findings
-    assert findings[-1].fix
-    return findings[-1]
+    assert [each for each, found in findings.items() if found.state == "broken"] == [name] == list(findings)[-1:]
+    assert findings[name].fix
+    return findings[name]
 
 
 @pytest.mark.smoke
 def test_all_is_in_order(site: SimulatedSite) -> None:
     findings = examined()
-    assert [finding.name for finding in findings] == CHAIN
-    assert {finding.name: finding.state for finding in findings if finding.state != "ok"} == {"open files": "warning"}
-    (storage,) = (finding.found for finding in findings if finding.name == "storage")
+    assert list(findings) == CHAIN
+    others = {name: finding.state for name, finding in findings.items() if finding.state != "ok"}
+    assert others == {"open files": "warning"}
+    storage = findings["storage"].found
     for name in ("HOME", "DATA", "SCRATCH"):
         assert re.search(rf"\${name} /\S+: [\d.,]+ GB and [\d,]+ files free", storage), storage
-    (projects,) = (finding.found for finding in findings if finding.name == "projects")
-    assert projects.endswith(f"jobs are charged to {ACCOUNT} (your default)")
+    assert findings["projects"].found.endswith(f"jobs are charged to {ACCOUNT} (your default)")
     assert ".doctor" not in site.run_on_login(CERTIFICATE_USER, "find ~").stdout
     assert not site.squeue("--noheader")
 
@@ -84,7 +80,7 @@ def test_a_shell_of_another_kind_is_no_hindrance(site: SimulatedSite, set_variab
         SLURM_EDGE_NODE_KEY_PATH=str(tmp_path / "id_tcsh"),
         SLURM_DEPLOYMENT_BASE_PATH=f"{TCSH_USER.home}/with spaces, 'quotes' and $HOME",
     )
-    assert [finding.name for finding in examined()] == CHAIN
+    assert list(examined()) == CHAIN
 
 
 def test_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +120,7 @@ def test_the_authority_of_the_sites_entry(site: SimulatedSite, client_home: Path
     key = " ".join(line.split()[2:4])
     known_hosts.unlink()
     overrides: dict[str, Any] = {"musica": {"host_authorities": [*SITES["musica"]["host_authorities"], line]}}
-    findings = {finding.name: finding for finding in examined(overrides)}
+    findings = examined(overrides)
     assert list(findings) == CHAIN
     shown = subprocess.run(["ssh-keygen", "-lf", "-"], input=key, capture_output=True, text=True, check=True).stdout
     assert shown.split()[1] in findings["host authority"].found
@@ -183,13 +179,13 @@ def test_a_project_that_is_not_the_users(set_variables: Set) -> None:
 
 def test_slurm_takes_a_project_in_capital_letters(set_variables: Set) -> None:
     set_variables(SLURM_ACCOUNT=ACCOUNT.upper())
-    (finding,) = (finding for finding in examined() if finding.name == "projects")
+    finding = examined()["projects"]
     assert finding.found.endswith(f"jobs are charged to {ACCOUNT} (SLURM_ACCOUNT)")
 
 
 def test_a_project_without_budget(site: SimulatedSite, set_variables: Set) -> None:
     set_variables(SLURM_ACCOUNT=SPENT_ACCOUNT, SLURM_QOS="")
-    (finding,) = (finding for finding in examined() if finding.name == "projects")
+    finding = examined()["projects"]
     assert finding.state == "warning"
     assert f"{SECOND_ACCOUNT}; jobs are charged to {SPENT_ACCOUNT} (SLURM_ACCOUNT), without QoS" in finding.found
     set_variables(SLURM_QOS=CPU_PARTITION)
@@ -198,7 +194,7 @@ def test_a_project_without_budget(site: SimulatedSite, set_variables: Set) -> No
 
 def test_accounting_that_does_not_answer(site: SimulatedSite) -> None:
     with site.faults.accounting_off():
-        findings = {finding.name: finding for finding in examined()}
+        findings = examined()
     assert findings["projects"].state == "warning", findings["projects"]
     assert "accounting does not answer" in findings["projects"].found
     assert "environment" in findings
@@ -217,8 +213,8 @@ def test_a_full_disk(site: SimulatedSite) -> None:
 def test_what_slurm_says_to_the_assets_job_scripts(set_variables: Set) -> None:
     def tried() -> dict[str, Finding]:
         findings = list(examine(PROJECT, defs, dg.DagsterInstance.ephemeral))
-        assert [finding.name for finding in findings[: len(CHAIN)]] == CHAIN
-        return {finding.name: finding for finding in findings[len(CHAIN) :]}
+        assert [name for name, _ in findings[: len(CHAIN)]] == CHAIN
+        return dict(findings[len(CHAIN) :])
 
     with dg.DagsterInstance.ephemeral() as instance:
         submitting = find_submitting(defs, instance)

@@ -71,7 +71,7 @@ def test_a_job_in_a_hidden_partition_is_seen(site: SimulatedSite, runs: Runs) ->
     assert found.how == "found"
     assert site.squeue("--noheader", "--format=%i").split() == [found.job]
     assert found.job in runs.gateway.queue(runs.folder)["jobs"]
-    findings = {finding.name: finding for finding in examine(PROJECT, open_instance=dg.DagsterInstance.ephemeral)}
+    findings = dict(examine(PROJECT, open_instance=dg.DagsterInstance.ephemeral))
     assert findings["partitions"].found == f"{CPU_PARTITION}, {GPU_PARTITION}"
 
 
@@ -94,5 +94,5 @@ def test_variables_of_the_login_shell_do_not_keep_a_job_from_being_cancelled(sit
     end = runs.gateway.cancel(path)
     assert end is not None
     assert end.state == "CANCELLED"
-    findings = {finding.name: finding for finding in examine(PROJECT, open_instance=dg.DagsterInstance.ephemeral)}
+    findings = dict(examine(PROJECT, open_instance=dg.DagsterInstance.ephemeral))
     assert findings["partitions"].found == f"{CPU_PARTITION}, {GPU_PARTITION}"

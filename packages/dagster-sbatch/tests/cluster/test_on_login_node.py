@@ -34,8 +34,8 @@ def probe(context: dg.AssetExecutionContext, compute: ComputeResource) -> dg.Mat
 for sensor in make_credential_refresh(PROJECT).sensor, make_cleaning_sensor(PROJECT), make_budget_sensor(PROJECT):
     with dg.build_sensor_context(instance=dg.DagsterInstance.ephemeral()) as context:
         print(f"{sensor.name}: {sensor.evaluate_tick(context).skip_message}")
-for found in examine(PROJECT, open_instance=dg.DagsterInstance.ephemeral):
-    print(f"{found.name}: {found.state} {found.found}")
+for name, found in examine(PROJECT, open_instance=dg.DagsterInstance.ephemeral):
+    print(f"{name}: {found.state} {found.found}")
 result = dg.materialize([probe], resources=build_resources())
 (event,) = result.asset_materializations_for_node("probe")
 print(json.dumps({name: value.value for name, value in event.metadata.items()}))

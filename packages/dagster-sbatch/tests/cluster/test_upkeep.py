@@ -233,7 +233,7 @@ def test_a_job_whose_step_failed_is_kept_listed_and_attached_to(
 
     # What another Dagster has submitted is left alone, and reported by the doctor.
     assert site.job_state(int(theirs.job or 0)) == "RUNNING"
-    findings = {finding.name: finding for finding in examine(PROJECT, open_instance=lambda: ours.instance)}
+    findings = dict(examine(PROJECT, open_instance=lambda: ours.instance))
     assert findings["jobs"].found == f"of runs that this Dagster does not know: {theirs.job} (probe)"
     assert job(str(theirs.job), "cancel").stdout == f"job {theirs.job}: CANCELLED\n"
     assert site.job_state(int(theirs.job or 0)) == "CANCELLED"

@@ -192,8 +192,8 @@ def test_a_port_that_is_not_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_doctor_stops_at_wrong_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_SUPERCOMPUTER_SITE", "musica")
     monkeypatch.setenv("SLURM_EDGE_NODE_PORT", "ssh")
-    (finding,) = examine(PROJECT, open_instance=lambda: pytest.fail("the doctor continues"))
-    assert (finding.name, finding.state, "SLURM_EDGE_NODE_PORT" in finding.found) == ("settings", "broken", True)
+    ((name, finding),) = examine(PROJECT, open_instance=lambda: pytest.fail("the doctor continues"))
+    assert (name, finding.state, "SLURM_EDGE_NODE_PORT" in finding.found) == ("settings", "broken", True)
 
 
 def test_no_python_that_the_agent_can_use(tmp_path: Path) -> None:
@@ -252,5 +252,5 @@ def test_a_long_temporary_folder(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_found_is_in_one_column(name: str, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
-    doctor.show(Finding(name, "ok", "job 7", "wait"))
+    doctor.show(name, Finding("ok", "job 7", "wait"))
     assert capsys.readouterr().out == shown

@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from dataclasses import asdict
+from collections.abc import Mapping
 
 import dagster as dg
 from rich.console import Console
@@ -65,26 +65,27 @@ def check_settings(project: Project) -> int:
 
 def diagnose(project: Project, definitions: dg.Definitions, *, as_json: bool) -> int:
     """Make all checks and print what they find."""
-    findings = []
-    for finding in examine(project, definitions):
-        findings.append(finding)
+    findings = {}
+    for name, finding in examine(project, definitions):
+        findings[name] = finding
         if not as_json:
-            show(finding)
-    print(json.dumps([asdict(finding) for finding in findings], indent=2) if as_json else conclusion(findings))
-    return int(any(finding.state == "broken" for finding in findings))
+            show(name, finding)
+    document = [{"name": name, **finding._asdict()} for name, finding in findings.items()]
+    print(json.dumps(document, indent=2) if as_json else conclusion(findings))
+    return int(any(finding.state == "broken" for finding in findings.values()))
 
 
-def show(finding: Finding) -> None:
-    """Print a finding, wrapped beside its name."""
+def show(name: str, finding: Finding) -> None:
+    """Print the result of a check, wrapped beside its name."""
     console = Console(highlight=False, soft_wrap=True, emoji=False)
     width = max(console.width, 60) - INDENT
     text = f"{finding.found}\n-> {finding.fix}" if finding.fix else finding.found
     first, *more = [piece for line in text.splitlines() for piece in wrap(line, width)]
-    name = f"{MARKS[finding.state]} [bold]{finding.name:{NAMES}}[/bold]"
-    if len(finding.name) > NAMES:
-        console.print(name)
-        name = " " * (INDENT - 1)
-    console.print(f"{name} {escape(first)}")
+    head = f"{MARKS[finding.state]} [bold]{name:{NAMES}}[/bold]"
+    if len(name) > NAMES:
+        console.print(head)
+        head = " " * (INDENT - 1)
+    console.print(f"{head} {escape(first)}")
     for piece in more:
         console.print(f"{' ' * INDENT}{piece}", markup=False)
 
@@ -96,10 +97,10 @@ def wrap(line: str, width: int) -> "list[str]":
     return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
-def conclusion(findings: list[Finding]) -> str:
+def conclusion(findings: Mapping[str, Finding]) -> str:
     """Say "ready", or name the first thing to fix."""
-    first = next((finding for finding in findings if finding.state == "broken"), None)
-    if first:
-        return f"first thing to fix: {first.name}"
-    warnings = sum(finding.state == "warning" for finding in findings)
+    for name, finding in findings.items():
+        if finding.state == "broken":
+            return f"first thing to fix: {name}"
+    warnings = sum(finding.state == "warning" for finding in findings.values())
     return f"ready, with {count_of(warnings, 'warning')}" if warnings else "ready"

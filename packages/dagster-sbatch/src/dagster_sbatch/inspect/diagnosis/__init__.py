@@ -9,14 +9,14 @@ import dagster as dg
 from dagster_sbatch.auth import AccessError
 from dagster_sbatch.inspect.asset_preview import find_submitting
 from dagster_sbatch.inspect.diagnosis import login_node, slurm_jobs, this_machine
-from dagster_sbatch.inspect.diagnosis.finding import Facts, Finding, Verdict, broken
+from dagster_sbatch.inspect.diagnosis.finding import Facts, Finding, broken
 from dagster_sbatch.project import Project
 from dagster_sbatch.slurm.gateway import RefusedError, StoppedError
 from dagster_sbatch.ssh import SshError
 
 __all__ = ["CHECKS", "Finding", "examine"]
 
-CHECKS: dict[str, Callable[[Facts], Verdict]] = {
+CHECKS: dict[str, Callable[[Facts], Finding]] = {
     "settings": this_machine.check_settings,
     "Dagster's home": this_machine.check_dagster_home,
     "credentials": this_machine.check_credentials,
@@ -46,8 +46,8 @@ def examine(
     project: Project,
     definitions: dg.Definitions | None = None,
     open_instance: Callable[[], dg.DagsterInstance] = dg.DagsterInstance.get,
-) -> Iterator[Finding]:
-    """Make one check after the other, and stop after the first one that is broken.
+) -> Iterator[tuple[str, Finding]]:
+    """Make one check after the other, and stop after the first one that is broken. Yield name and result of each.
 
     The last checks ask Slurm about the job scripts of the assets; none of these stops the others.
 
@@ -59,17 +59,17 @@ def examine(
         for name, check in CHECKS.items():
             if name in OVER_SSH and facts.settings.on_login_node:
                 continue
-            finding = Finding(name, *make(check, facts))
-            yield finding
+            finding = make(check, facts)
+            yield name, finding
             if finding.state == "broken":
                 return
         definitions = definitions or dg.Definitions()
         for asset, partition in find_submitting(definitions, facts.instance):
-            yield Finding(f"asset {asset}", *make(slurm_jobs.check_job_script, facts, definitions, asset, partition))
+            yield f"asset {asset}", make(slurm_jobs.check_job_script, facts, definitions, asset, partition)
 
 
-def make(check: Callable[..., Verdict], *arguments: Any) -> Verdict:
-    """Return the verdict of a check; `broken` if the login node cannot be reached or refuses the request."""
+def make(check: Callable[..., Finding], *arguments: Any) -> Finding:
+    """Return what a check finds; `broken` if the login node cannot be reached or refuses the request."""
     try:
         return check(*arguments)
     except (AccessError, SshError, RefusedError, StoppedError) as error:

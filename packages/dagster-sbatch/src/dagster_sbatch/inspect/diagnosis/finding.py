@@ -16,28 +16,18 @@ from dagster_sbatch.slurm import Site
 from dagster_sbatch.slurm.gateway import Projects, Usage
 
 
-class Verdict(NamedTuple):
-    """What a check returns: the last three fields of a Finding."""
-
-    state: Literal["ok", "warning", "broken"]
-    found: str
-    fix: str = ""
-
-
-ok = partial(Verdict, "ok")
-warning = partial(Verdict, "warning")
-broken = partial(Verdict, "broken")
-
-
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """The result of a check."""
 
-    name: str
-    # `ok`; `warning`: jobs run all the same; `broken`: the doctor has stopped here
+    # `ok`; `warning`: jobs run all the same; `broken`: the doctor stops here
     state: Literal["ok", "warning", "broken"]
     found: str  # in words
     fix: str = ""  # what to do; empty if the state is ok
+
+
+ok = partial(Finding, "ok")
+warning = partial(Finding, "warning")
+broken = partial(Finding, "broken")
 
 
 @dataclass

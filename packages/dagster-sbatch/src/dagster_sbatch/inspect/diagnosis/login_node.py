@@ -4,7 +4,7 @@ import re
 from contextlib import nullcontext
 
 from dagster_sbatch.auth import ensure_certificate
-from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
+from dagster_sbatch.inspect.diagnosis.finding import Facts, Finding, broken, ok, warning
 from dagster_sbatch.inspect.diagnosis.survey import Room, parse_room, take_survey
 from dagster_sbatch.ssh import connect
 
@@ -15,7 +15,7 @@ WANTED_FILES = 65536
 _VERSION = re.compile(r"\b(\d+)\.(\d+)\Z")
 
 
-def check_login(facts: Facts) -> Verdict:
+def check_login(facts: Facts) -> Finding:
     """Log in, and take the survey that the checks below read."""
     settings, site = facts.settings, facts.site
     here = nullcontext() if settings.on_login_node else None
@@ -28,7 +28,7 @@ def check_login(facts: Facts) -> Verdict:
     return ok("this machine" if here else f"{settings.edge_node_user} at {settings.edge_node_host}")
 
 
-def check_slurm(facts: Facts) -> Verdict:
+def check_slurm(facts: Facts) -> Finding:
     """Check that Slurm's commands are there and that its controller answers."""
     missing = facts.survey["commands"].text.split()
     if missing:
@@ -40,7 +40,7 @@ def check_slurm(facts: Facts) -> Verdict:
     return ok(controller.text.splitlines()[0])
 
 
-def check_partitions(facts: Facts) -> Verdict:
+def check_partitions(facts: Facts) -> Finding:
     """Compare the facts about the site with Slurm's partitions."""
     code, text = facts.survey["partitions"]
     if code:
@@ -62,7 +62,7 @@ def check_partitions(facts: Facts) -> Verdict:
     return ok(", ".join(facts.site.partitions))
 
 
-def check_storage(facts: Facts) -> Verdict:
+def check_storage(facts: Facts) -> Finding:
     """Check the room in the user's own folders."""
     folders = [name for name in ("HOME", "DATA", "SCRATCH") if f"path {name}" in facts.survey]
     rooms = {name: _room(facts, f"room {name}") for name in folders}
@@ -73,7 +73,7 @@ def check_storage(facts: Facts) -> Verdict:
     return ok(found)
 
 
-def check_folder(facts: Facts) -> Verdict:
+def check_folder(facts: Facts) -> Finding:
     """Check that SLURM_DEPLOYMENT_BASE_PATH can be written to and has room."""
     base, above, write = (facts.survey[name] for name in ("base", "folder", "write"))
     if write.code:
@@ -96,7 +96,7 @@ def _is_short(room: Room) -> bool:
     )
 
 
-def check_python(facts: Facts) -> Verdict:
+def check_python(facts: Facts) -> Finding:
     """Check that the login node has an interpreter for the agent."""
     for candidate in facts.site.python_candidates:
         code, text = facts.survey[f"python {candidate}"]
@@ -109,7 +109,7 @@ def check_python(facts: Facts) -> Verdict:
     return broken(f"none of {candidates} is Python {oldest} or newer on the login node", fix)
 
 
-def check_temporary_folder(facts: Facts) -> Verdict:
+def check_temporary_folder(facts: Facts) -> Finding:
     """Check the length of TMPDIR."""
     path = facts.survey["temporary"].text
     if len(path) > LONGEST_TEMPORARY:
@@ -118,7 +118,7 @@ def check_temporary_folder(facts: Facts) -> Verdict:
     return ok(path)
 
 
-def check_open_files(facts: Facts) -> Verdict:
+def check_open_files(facts: Facts) -> Finding:
     """Check the hard limit on open files."""
     limit = facts.survey["files"].text
     if limit.isdecimal() and int(limit) < WANTED_FILES:

@@ -8,7 +8,7 @@ from dagster_sbatch.environments.deployed import Environments, read_specs
 from dagster_sbatch.environments.groups import DEFAULT
 from dagster_sbatch.errors import ConfigurationError
 from dagster_sbatch.inspect.asset_preview import NotPreviewedError, preview_asset, supercomputer_deployment
-from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
+from dagster_sbatch.inspect.diagnosis.finding import Facts, Finding, broken, ok, warning
 from dagster_sbatch.inspect.dry_run import ask_usage, try_script
 from dagster_sbatch.inspect.remote_runs import open_runs
 from dagster_sbatch.slurm.gateway import charged_project
@@ -20,7 +20,7 @@ LOCK_TRIES = 6  # connections to open: each may reach the login node that holds 
 LOCK_FAMILY = "lock-test"
 
 
-def check_projects(facts: Facts) -> Verdict:
+def check_projects(facts: Facts) -> Finding:
     """Open the connection; check the user's projects, and which of them is charged."""
     settings = facts.settings
     facts.runs = facts.until_the_end.enter_context(open_runs(settings, facts.project, SECONDS))
@@ -43,7 +43,7 @@ def check_projects(facts: Facts) -> Verdict:
     return warning(f"{found}, without QoS {', '.join(lacking)}", "assets cannot use those") if lacking else ok(found)
 
 
-def check_locks(facts: Facts) -> Verdict:
+def check_locks(facts: Facts) -> Finding:
     """Check that a lock on one login node is seen on another: two Dagsters must not act on the same run."""
     with open_runs(facts.settings, facts.project, LOCK_SECONDS) as runs:
         if runs.gateway.claim(runs.folder, LOCK_FAMILY, uuid.uuid4().hex, "scripts/doctor").held_by:
@@ -51,7 +51,7 @@ def check_locks(facts: Facts) -> Verdict:
         return _try_to_lock(facts, runs.gateway.ping())
 
 
-def _try_to_lock(facts: Facts, holder: str) -> Verdict:
+def _try_to_lock(facts: Facts, holder: str) -> Finding:
     for _ in range(LOCK_TRIES):
         with open_runs(facts.settings, facts.project, LOCK_SECONDS) as runs:
             host = runs.gateway.ping()
@@ -67,7 +67,7 @@ def _try_to_lock(facts: Facts, holder: str) -> Verdict:
     return ok(f"a lock of one process on {holder} holds for others there; no other login node was reached")
 
 
-def check_jobs(facts: Facts) -> Verdict:
+def check_jobs(facts: Facts) -> Finding:
     """Check for jobs of runs that this Dagster does not know."""
     waiting = [run for run in facts.runs.all() if run.job and not run.end and facts.runs.gateway.state(run.path)[0]]
     strange = [run for run in waiting if not any(map(facts.instance.has_run, run.followers))]
@@ -78,7 +78,7 @@ def check_jobs(facts: Facts) -> Verdict:
     return ok(f"{len(waiting)} waiting or running")
 
 
-def check_environment(facts: Facts) -> Verdict:
+def check_environment(facts: Facts) -> Finding:
     """Check that the environment of each group can be made or, in production, that what is here is published."""
     settings, publish = facts.settings, "scripts/deploy_environment.py"
     try:
@@ -103,7 +103,7 @@ def check_environment(facts: Facts) -> Verdict:
     return ok(f"published at {current.at:%Y-%m-%d %H:%M} UTC{revision}")
 
 
-def check_job_script(facts: Facts, definitions: dg.Definitions, asset: str, partition: str | None) -> Verdict:
+def check_job_script(facts: Facts, definitions: dg.Definitions, asset: str, partition: str | None) -> Finding:
     """Ask Slurm about the job scripts of an asset with `sbatch --test-only`."""
     command = f"scripts/preview {asset}" + (f" --partition '{partition}'" if partition else "")
     try:

@@ -10,14 +10,14 @@ from dagster_sbatch.auth import check_health, clock, ensure_certificate
 from dagster_sbatch.auth.certificate import fingerprint
 from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.errors import ConfigurationError, describe_instance_error
-from dagster_sbatch.inspect.diagnosis.finding import Facts, Verdict, broken, ok, warning
+from dagster_sbatch.inspect.diagnosis.finding import Facts, Finding, broken, ok, warning
 from dagster_sbatch.ssh.client_config import Hop, read_route
 from dagster_sbatch.ssh.host_key import CERT_AUTHORITY, KnownHosts, trusted_entries
 
 TCP_SECONDS = 10.0
 
 
-def check_settings(facts: Facts) -> Verdict:
+def check_settings(facts: Facts) -> Finding:
     """Check the settings, and the sites in SUPERCOMPUTER_SITE_OVERRIDES."""
     try:
         facts.settings = settings = check_configuration(facts.project, supercomputer=True)
@@ -28,7 +28,7 @@ def check_settings(facts: Facts) -> Verdict:
     return ok(", ".join(filter(None, found)))
 
 
-def check_dagster_home(facts: Facts) -> Verdict:
+def check_dagster_home(facts: Facts) -> Finding:
     """Open Dagster's instance; a dagster.yaml elsewhere must retry and monitor runs as the project's own does."""
     home = os.environ.get("DAGSTER_HOME", "")
     own = facts.project.root / "dagster.yaml"
@@ -52,17 +52,17 @@ def check_dagster_home(facts: Facts) -> Verdict:
     return ok(home)
 
 
-def check_credentials(facts: Facts) -> Verdict:
+def check_credentials(facts: Facts) -> Finding:
     """Check what this machine has to get a certificate with, without asking a server."""
     health = check_health(facts.settings)
     if health.verdict in ("broken", "failing"):
-        verdict = broken if health.verdict == "broken" else warning
+        make = broken if health.verdict == "broken" else warning
         advice = "do what these lines advise; if they advise nothing, wait: the refresh is tried again by itself"
-        return verdict(health.summary, advice)
+        return make(health.summary, advice)
     return ok(health.summary)
 
 
-def check_certificate(facts: Facts) -> Verdict:
+def check_certificate(facts: Facts) -> Finding:
     """Get a valid certificate, renewed if that is due."""
     certificate = ensure_certificate(facts.settings)
     if certificate is None:
@@ -70,7 +70,7 @@ def check_certificate(facts: Facts) -> Verdict:
     return ok(f"for {', '.join(certificate.principals)}, until {clock.written(certificate.valid_before)}")
 
 
-def check_name(facts: Facts) -> Verdict:
+def check_name(facts: Facts) -> Finding:
     """Resolve the name of the jump host, or of the login node if there is none."""
     try:
         hop = _first_hop(facts)
@@ -83,7 +83,7 @@ def check_name(facts: Facts) -> Verdict:
     return ok(f"{hop.host} is {', '.join(sorted({str(address[4][0]) for address in found}))}")
 
 
-def check_port(facts: Facts) -> Verdict:
+def check_port(facts: Facts) -> Finding:
     """Connect to the jump host or login node, and read its greeting."""
     hop = _first_hop(facts)
     maintenance = "check whether the centre announces a maintenance"
@@ -108,7 +108,7 @@ def check_port(facts: Facts) -> Verdict:
     return ok(f"{hop} answers: {greeting}")
 
 
-def check_host_authority(facts: Facts) -> Verdict:
+def check_host_authority(facts: Facts) -> Finding:
     """Show which authority or key the login node's key must match, and where to compare it."""
     login, _ = read_route(facts.settings)
     known = KnownHosts.read(login.known_hosts, facts.site.host_authorities)
