@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +21,8 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.table import Table
 
 from dagster_sbatch.commands.command_line import entry_point
-from dagster_sbatch.commands.signals import STOPS
 from dagster_sbatch.inspect.asset_preview import RANGE_TAGS
+from dagster_sbatch.run.interrupts import handled_stops
 
 FAILED_LINES = 40
 REASONS = "These assets were not materialised:"
@@ -155,8 +154,14 @@ def _follow(
         errors="replace",
         start_new_session=True,
     )
+    interrupts: list[int] = []
+
+    def interrupt(number: int) -> None:
+        interrupts.append(number)
+        child.send_signal(signal.SIGINT)
+
     with (
-        _interrupts_for(child) as interrupts,
+        handled_stops(interrupt),
         Progress(*columns, console=console) as progress,
         log.open("w", encoding="utf-8") as file,
     ):
@@ -179,23 +184,6 @@ def _follow(
         console.print(f"[red]Not all assets were materialised.[/red] The whole log is {log}", soft_wrap=True)
         return 1, seconds
     return 0, seconds
-
-
-@contextmanager
-def _interrupts_for(child: "subprocess.Popen[str]") -> Iterator[list[int]]:
-    """While this context lasts, interrupt a child at each of STOPS; the list has an entry for each."""
-    interrupts: list[int] = []
-
-    def interrupt(number: int, _: object) -> None:
-        interrupts.append(number)
-        child.send_signal(signal.SIGINT)
-
-    before = {number: signal.signal(number, interrupt) for number in STOPS}
-    try:
-        yield interrupts
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _show(progress: Progress, tasks: Mapping[str, TaskID], event: "re.Match[str] | None") -> None:

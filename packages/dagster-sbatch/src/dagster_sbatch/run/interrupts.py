@@ -49,7 +49,8 @@ def run_interruptibly(context: dg.OpExecutionContext, work: Callable[[threading.
         while not wait([done], LIFE_SECONDS).done:
             _check_run(context, stop)
 
-    with _recorded_signals() as received:
+    received: list[int] = []
+    with handled_stops(received.append):
         for each in (target, watch):
             threading.Thread(target=each, name="workload", daemon=True).start()
         while not wait([done], SIGNAL_SECONDS).done:
@@ -64,19 +65,18 @@ def run_interruptibly(context: dg.OpExecutionContext, work: Callable[[threading.
 
 
 @contextmanager
-def _recorded_signals() -> Iterator[list[int]]:
-    """Append STOPS to the list instead of handling them; ignored ones stay ignored, as SIGHUP by `nohup`.
+def handled_stops(handle: Callable[[int], None]) -> Iterator[None]:
+    """Call `handle` for each of STOPS that comes in this context. Ignored ones stay ignored, as SIGHUP by `nohup`.
 
-    Python handles signals in the main thread only, so in other threads there is nothing to record.
+    Python handles signals in the main thread only: in another thread, this does nothing.
     """
-    received: list[int] = []
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in STOPS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, lambda number, _: received.append(number))
+                before[number] = signal.signal(number, lambda number, _: handle(number))
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
