@@ -21,6 +21,7 @@ from slurm_in_a_box import wait_until
 import checks
 import folder
 import job_cluster
+import ports
 import processes
 
 JOB = Path(node.__file__).parent
@@ -38,28 +39,28 @@ def bind(port: int, uid: int) -> subprocess.Popen[str]:
 
 
 def test_claimed_ports_are_free_and_kept_from_others_and_ray_can_have_them() -> None:
-    (first, second), claims = checks.claim_ports(2)
-    assert first != second
-    for port in (first, second):
+    claims = ports.claim_ports(2)
+    assert len(claims) == 2
+    for port in claims:
         with socket.socket() as other, pytest.raises(OSError, match="Address already in use"):
             other.bind(("", port))  # what another launcher does
         assert not checks.is_ours(port)
         with socket.create_server(("", port)):  # what Ray does: with SO_REUSEADDR
             assert checks.is_ours(port)
-    for claim in claims:
+    for claim in claims.values():
         claim.close()
 
 
 def test_ports_that_are_taken_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("", 0)) as server:
         taken = server.getsockname()[1]
-        monkeypatch.setattr(checks, "PORTS", range(taken, taken + 1))
-        with pytest.raises(job_cluster.NodeError, match="no 1 free ports"):
-            checks.claim_ports(1)
+        monkeypatch.setattr(ports, "PORTS", range(taken, taken + 1))
+        with pytest.raises(OSError, match="fewer than 1 free port"):
+            ports.claim_ports(1)
 
 
 def test_a_claim_does_not_show_which_port_it_holds() -> None:
-    _, (claim,) = checks.claim_ports(1)
+    (claim,) = ports.claim_ports(1).values()
     listed = [line for name in ("tcp", "tcp6", "unix") for line in Path("/proc/net", name).read_text().splitlines()]
     inode = str(os.fstat(claim.fileno()).st_ino)
     assert [line for line in listed if inode in line.split()] == []
@@ -79,7 +80,8 @@ def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> node.Node:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
 def test_a_head_whose_port_another_user_has_taken_is_never_published(head: node.Node) -> None:
     """The other nodes would send the token of the cluster there."""
-    (port, dashboard), claims = checks.claim_ports(2)
+    claims = ports.claim_ports(2)
+    port, dashboard = claims
     with bind(port, 12345) as thief:
         assert thief.stdout
         assert thief.stdout.readline() == "listens\n"
@@ -87,14 +89,14 @@ def test_a_head_whose_port_another_user_has_taken_is_never_published(head: node.
             head._publish_head("10.0.0.1", port, dashboard, {})
         thief.communicate()
     assert job_cluster.read_published("head.json") is None
-    for claim in claims:
+    for claim in claims.values():
         claim.close()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
 def test_a_dashboard_whose_port_another_user_has_taken_is_not_published(head: node.Node) -> None:
     """A browser would send the token of the cluster there."""
-    (dashboard,), (claim,) = checks.claim_ports(1)
+    ((dashboard, claim),) = ports.claim_ports(1).items()
     with bind(dashboard, 12345) as thief, socket.create_server(("", 0)) as server:
         assert thief.stdout
         assert thief.stdout.readline() == "listens\n"
@@ -347,7 +349,7 @@ assert list(processes.reap()) == []
 def test_a_daemon_that_went_its_own_way_is_ended_too(tmp_path: Path) -> None:
     program = f"""
 import ctypes, os, subprocess, sys, time
-sys.path.insert(0, {str(JOB)!r})
+sys.path[:0] = [{str(JOB)!r}, {str(Path(ports.__file__).parent)!r}]
 import job_cluster
 import node
 ctypes.CDLL(None).prctl(node.PR_SET_CHILD_SUBREAPER, 1)

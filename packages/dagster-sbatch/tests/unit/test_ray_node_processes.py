@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 
 import node
+from dagster_sbatch.launchers import RayLauncher
+from dagster_sbatch.slurm import SlurmRequest
 from slurm_in_a_box import wait_until
 
 import processes
 
-PROGRAM = Path(node.__file__)
 SHAM_RAY = """
 import atexit, os, subprocess, sys
 DAEMON = '''
@@ -76,9 +77,7 @@ class Started:
     def watcher(self) -> int:
         """The one of the node's two processes that watches Ray."""
         (found,) = (
-            pid
-            for pid in processes.children()[self.shell.pid]
-            if PROGRAM.name in Path(f"/proc/{pid}/cmdline").read_text()
+            pid for pid in processes.children()[self.shell.pid] if "node.py" in Path(f"/proc/{pid}/cmdline").read_text()
         )
         return found
 
@@ -111,6 +110,8 @@ def started(tmp_path: Path) -> Iterator[Started]:
         (tmp_path / folder).mkdir()
     (facts / "METADATA").write_text("Name: ray\nVersion: 2.60.0\n")
     (facts / "entry_points.txt").write_text("[console_scripts]\nray = sham_ray:main\n")
+    for name, text in RayLauncher().files(SlurmRequest()).items():
+        (tmp_path / name).write_text(text)
     (tmp_path / "ray/settings.json").write_text(json.dumps(SETTINGS))
     joined = tmp_path / "ray/state/joined-n1.json"
     for path in (tmp_path / "ray/state/head.json", joined):
@@ -119,7 +120,7 @@ def started(tmp_path: Path) -> Iterator[Started]:
         "PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path), "SLURMD_NODENAME": "n1", "SLURM_PROCID": "0",
         "SLURM_JOB_ID": "7", "RAY_JOB_STATE": str(tmp_path / "ray/state"), "JOB_TMPDIR": str(tmp_path / "disk"),
     }  # fmt: skip
-    command = ["bash", "-c", 'sleep 600 & echo $! >background; exec "$@"', "bash", sys.executable, str(PROGRAM)]
+    command = ["bash", "-c", 'sleep 600 & echo $! >background; exec "$@"', "bash", sys.executable, "ray/node.py"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=subprocess.PIPE) as shell:
         made = Started(tmp_path, shell)
         try:
@@ -166,7 +167,7 @@ def test_a_process_that_does_not_end_when_it_is_asked_to_is_killed() -> None:
         "processes.end_descendants(0.3)\n"
         "assert not processes.children().get(processes.os.getpid())\n"
     )
-    subprocess.run([sys.executable, "-c", program], cwd=PROGRAM.parent, check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", program], cwd=Path(node.__file__).parent, check=True, timeout=20)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from dagster_sbatch.launchers.base import Launcher
 from dagster_sbatch.slurm.request import SlurmRequest
 from dagster_sbatch.slurm.units import Memory, parse_memory
 
-_FILES = {f"ray/{path.name}": path.read_text() for path in sorted(Path(__file__).parent.glob("job/*.*"))}
+_PROGRAMS = [*Path(__file__).parent.glob("job/*.*"), Path(__file__).parents[1] / "srun" / "job" / "ports.py"]
+_FILES = {f"ray/{path.name}": path.read_text() for path in sorted(_PROGRAMS)}
 _NO_DASHBOARD = "--include-dashboard=false"
 _OWN_ARGUMENTS = frozenset(
     """

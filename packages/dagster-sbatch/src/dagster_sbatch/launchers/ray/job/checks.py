@@ -5,7 +5,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import secrets
 import shutil
 import socket
 import struct
@@ -23,7 +22,6 @@ OBJECT_STORE_SHARE, SHARED_MEMORY_SHARE = 0.3, 0.9
 """The object store's share of the job's memory (Ray's default, of the node's), and of what is free in /dev/shm."""
 EXCLUDE_NODE = "Exclude this node (SlurmRequest(exclude=...)), and tell the centre its name"
 NAME_INTERFACE = "Set network_interface of the launcher to the interface that other nodes reach"
-PORTS = range(20000, 32768)  # below the ports that Linux uses for outgoing connections (ip_local_port_range)
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LISTENING = "0A"
 
@@ -136,33 +134,6 @@ def versions() -> dict[str, str]:
             f"programs in your name. Install Ray {oldest} or later"
         )
     return {"Ray": ray, "Python": platform.python_version()}
-
-
-def claim_ports(count: int) -> tuple[list[int], list[socket.socket]]:
-    """Reserve free ports for processes that are about to start; begin at a random port.
-
-    A socket that is bound and does not listen keeps its port from every process that binds without SO_REUSEADDR, as
-    this function does. Ray's processes bind with it, so they get the port.
-    Returns the ports, and the sockets that reserve them: keep these open as long as the ports are used.
-    Raises NodeError: there are fewer free ports.
-    """
-    ports: list[int] = []
-    claims: list[socket.socket] = []
-    first = secrets.randbelow(len(PORTS))
-    for step in range(len(PORTS)):
-        port = PORTS[(first + step) % len(PORTS)]
-        claim = socket.socket()
-        try:
-            claim.bind(("", port))
-        except OSError:
-            claim.close()
-            continue
-        claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        ports.append(port)
-        claims.append(claim)
-        if len(ports) == count:
-            return ports, claims
-    raise NodeError(f"no {count} free ports from {PORTS.start} to {PORTS.stop - 1}")
 
 
 def is_ours(port: int) -> bool:

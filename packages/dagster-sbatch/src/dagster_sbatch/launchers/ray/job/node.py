@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from checks import check_gpus, check_ports, claim_ports, is_ours, memory_arguments, own_address, versions
+from checks import check_gpus, check_ports, is_ours, memory_arguments, own_address, versions
 from folder import keep_logs, make_folder
 from job_cluster import (
     HEAD_FILE,
@@ -39,6 +39,7 @@ from job_cluster import (
     state,
     tail,
 )
+from ports import claim_ports
 from processes import children, describe_death, end_descendants, kill_descendants, process_name, reap
 
 AGENT_PORTS = ("runtime-env-agent", "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export")
@@ -67,7 +68,7 @@ class Node:
         self._name = os.environ["SLURMD_NODENAME"]
         self._is_head = os.environ["SLURM_PROCID"] == "0"
         self._folder: Path | None = None
-        self._claims: list[socket.socket] = []
+        self._claims: dict[int, socket.socket] = {}
 
     def make_folder(self) -> None:
         """Make the private folder of this node.
@@ -107,8 +108,8 @@ class Node:
         settings = self._settings
         further = settings["ray_start_args"]
         check_ports(further)
-        ports, self._claims = claim_ports(len(AGENT_PORTS) + 3)
-        gcs, dashboard, client, *agents = ports
+        self._claims = claim_ports(len(AGENT_PORTS) + 3)
+        gcs, dashboard, client, *agents = self._claims
         arguments = [
             "--log-color=false",
             "--disable-usage-stats",

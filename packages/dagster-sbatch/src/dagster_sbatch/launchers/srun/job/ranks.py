@@ -11,23 +11,22 @@ Python's arguments.
 import json
 import os
 import re
-import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from one_rank import STDERR, WORK, Output, leave_signals_to_the_workload, shell_code
+from ports import claim_ports
 
 _RANK = Path(__file__).with_name("one_rank.py")
-PORTS = range(20000, 32768)  # below the ports that Linux uses for outgoing connections (ip_local_port_range)
 GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL for local ranks
 POLL_SECONDS = 0.05
 NO_CONTAINER = ("container: ", "FATAL: ")
@@ -63,7 +62,8 @@ def main() -> int:
         os.chdir("..")
     Path(WORK).mkdir(exist_ok=True)
     failure = Path(f"rank-failure-{os.environ.get('SLURM_RESTART_COUNT', '0')}").absolute()
-    with claimed_port() as port:
+    ((port, claim),) = claim_ports(1).items()
+    with claim:
         os.environ["MASTER_PORT"] = str(port)
         code, cause = run_job(options, failure, command) if role == "job" else run_here(options, failure, command)
     if cause:
@@ -72,28 +72,6 @@ def main() -> int:
         except OSError as error:  # the exit code counts all the same
             print(f"{cause}\nThis cause cannot be recorded: {error}", file=sys.stderr)
     return code
-
-
-@contextmanager
-def claimed_port() -> Iterator[int]:
-    """Reserve a free port of this machine for rank 0.
-
-    A socket that is bound and does not listen keeps its port from every process that binds without SO_REUSEADDR, as
-    this function does. PyTorch binds with it, so rank 0 gets the port.
-    Raises SystemExit: there is none.
-    """
-    first = secrets.randbelow(len(PORTS))
-    for step in range(len(PORTS)):
-        with socket.socket() as claim:
-            port = PORTS[(first + step) % len(PORTS)]
-            try:
-                claim.bind(("", port))
-            except OSError:
-                continue
-            claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            yield port
-            return
-    raise SystemExit(f"no free port from {PORTS.start} to {PORTS.stop - 1} on {socket.gethostname()}")
 
 
 def rank_command(options: Mapping[str, str], failure: Path, command: Sequence[str]) -> list[str]:
