@@ -152,7 +152,8 @@ def test_sums_by_project_and_user() -> None:
         (["p1", "xy"], 4, 16),
         (["p2", "ab"], 1, None),
     ]
-    assert (total(made).jobs, total(made).node_hours, total(made).gpu_hours) == (3, 5, None)
+    all_of_them = total([each.used for each in made])
+    assert (all_of_them.jobs, all_of_them.node_hours, all_of_them.gpu_hours) == (3, 5, None)
     assert (total([]).jobs, total([]).node_hours, total([]).gpu_hours) == (0, 0, 0)
 
 

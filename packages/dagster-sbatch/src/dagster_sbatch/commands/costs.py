@@ -102,7 +102,7 @@ def show_ledger(entries: Sequence[Entry], by: Sequence[Dimension]) -> None:
     known = {head: name for head, name in names.items() if any(getattr(used, name) is not None for _, used in rows)}
     cells = [
         [*values, str(used.jobs), *(show_hours(getattr(used, name)) for name in known.values())]
-        for values, used in [*rows, (["all", *[""] * (len(by) - 1)], total(entries))]
+        for values, used in [*rows, (["all", *[""] * (len(by) - 1)], total([entry.used for entry in entries]))]
     ]
     print_table([*by, "jobs", *known], cells, folded=by, numbers=1 + len(known))
 

@@ -73,25 +73,21 @@ def make_ledger(usage: Usage, site: Site, recorded: AssetOf, since: datetime) ->
             nodes, gpus = (hours_used(job, tres, begin, usage.now, end) for tres in ("node", GPU))
             parts[week, asset, job.project, job.user].append(Sum(1, nodes, gpus, _tokens(job, site, nodes, gpus)))
     return [
-        Entry(asset, week, project, user, _add_up(lives))
+        Entry(asset, week, project, user, total(lives))
         for (week, asset, project, user), lives in sorted(parts.items())
     ]
 
 
 def sum_by(entries: Iterable[Entry], dimensions: Sequence[Dimension]) -> list[tuple[list[str], Sum]]:
     """Return the values of entries in some dimensions, in their order, with the sum of all entries that have them."""
-    groups: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[Sum]] = defaultdict(list)
     for entry in entries:
-        groups[tuple(getattr(entry, dimension) for dimension in dimensions)].append(entry)
+        groups[tuple(getattr(entry, dimension) for dimension in dimensions)].append(entry.used)
     return [(list(values), total(group)) for values, group in sorted(groups.items())]
 
 
-def total(entries: Sequence[Entry]) -> Sum:
-    """Return the sum of some entries; of none, 0."""
-    return _add_up([entry.used for entry in entries])
-
-
-def _add_up(used: Sequence[Sum]) -> Sum:
+def total(used: Sequence[Sum]) -> Sum:
+    """Return the sum of what some jobs have used; of none, 0."""
     hours = (add(getattr(each, name) for each in used) for name in ("node_hours", "gpu_hours", "tokens"))
     return Sum(sum(each.jobs for each in used), *hours)
 
