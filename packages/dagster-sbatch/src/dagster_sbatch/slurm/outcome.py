@@ -12,29 +12,18 @@ from dagster_sbatch.slurm.request import Fault, SlurmRequest
 
 _RAN_OUT_OF_MEMORY = "ran out of memory"
 CAUSES = {
-    "NODE_FAIL": "a node failed",
-    "BOOT_FAIL": "a node did not start",
-    "PREEMPTED": "it was preempted by another job",
-    "OUT_OF_MEMORY": f"it {_RAN_OUT_OF_MEMORY}",
-    "TIMEOUT": "it reached its time limit",
-    "DEADLINE": "it reached the deadline that its options set",
-    "CANCELLED": "it was cancelled on the cluster, by scancel or by its administrators",
-    "REVOKED": "it was taken over by another cluster",
+    "NODE_FAIL": ("a node failed", Fault.NODE),
+    "BOOT_FAIL": ("a node did not start", Fault.NODE),
+    "PREEMPTED": ("it was preempted by another job", Fault.AGAIN),
+    "OUT_OF_MEMORY": (f"it {_RAN_OUT_OF_MEMORY}", Fault.MEMORY),
+    "TIMEOUT": ("it reached its time limit", Fault.TIME),
+    "DEADLINE": ("it reached the deadline that its options set", None),
+    "CANCELLED": ("it was cancelled on the cluster, by scancel or by its administrators", None),
+    "REVOKED": ("it was taken over by another cluster", None),
 }
-_FAULTS = {
-    "NODE_FAIL": Fault.NODE,
-    "BOOT_FAIL": Fault.NODE,
-    "PREEMPTED": Fault.AGAIN,
-    "OUT_OF_MEMORY": Fault.MEMORY,
-    "TIMEOUT": Fault.TIME,
-}
-"""By Slurm's state."""
-
-
+"""Why a job failed, in words, and the fault if another attempt may succeed, by Slurm's state of the job."""
 TRY_AGAIN = os.EX_TEMPFAIL
 """Exit code (75, of sysexits.h) by which a workload, or a Ray cluster that has lost a node, requests a retry."""
-
-
 NOT_STARTED = ("0:53", "2:0")
 """Exit code and signal of a job whose output files slurmd could not open, by Slurm 22.05 and 24.11."""
 
@@ -56,7 +45,7 @@ class Outcome:
 def fault_of(end: JobEnd) -> Fault | None:
     """Return why a job failed, if another attempt may succeed; its output is not considered."""
     if end.state in CAUSES:
-        return _FAULTS.get(end.state)
+        return CAUSES[end.state][1]
     return Fault.AGAIN if end.code == TRY_AGAIN else None
 
 
@@ -174,11 +163,12 @@ def _explain_state(end: JobEnd, request: SlurmRequest) -> Outcome:
     """Return the outcome of a job whose state at Slurm is one of CAUSES."""
     if end.state == "CANCELLED" and (idle := explain_idle_end(end.usage, request)):
         return Outcome(idle)
-    cause = f"{CAUSES[end.state]} (Slurm: {end.state})"
+    words, fault = CAUSES[end.state]
+    cause = f"{words} (Slurm: {end.state})"
     if end.state == "NODE_FAIL" and end.cause:
         cause += f"; {end.cause}"  # it may name the node
     again = ". To submit it again, re-execute the run" if end.state == "CANCELLED" else ""
-    return Outcome(cause, fault_of(end), again or suggest(fault_of(end), request))
+    return Outcome(cause, fault, again or suggest(fault, request))
 
 
 def _explain_cut_short(end: JobEnd) -> Outcome:
