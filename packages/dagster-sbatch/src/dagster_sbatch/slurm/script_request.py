@@ -44,6 +44,7 @@ _FIELDS = {
 """Field of SlurmRequest by option."""
 _MEMORY = {"mem", "mem_per_cpu"}
 _MEMORY_OPTIONS = ("mem", "mem-per-cpu", "mem-per-gpu")
+_GPU_OPTIONS = ("gres", "gpus-per-node", "gpus", "gpus-per-task")
 
 
 @dataclass(frozen=True)
@@ -229,15 +230,11 @@ def _gpus_per_node(values: Mapping[str, str], nodes: int, tasks: int, *, decided
 
     `decided`: whether the asset's number applies.
     """
-    counts: dict[str, int] = {}
-    if "gres" in values:
-        counts["gres"] = _gpus("gres", _gres(values["gres"]))
-    if "gpus-per-node" in values:
-        counts["gpus-per-node"] = _gpus("gpus-per-node", values["gpus-per-node"])
-    if "gpus" in values:
-        counts["gpus"] = _divide("gpus", _gpus("gpus", values["gpus"]), nodes)
-    if "gpus-per-task" in values:
-        counts["gpus-per-task"] = _gpus("gpus-per-task", values["gpus-per-task"]) * tasks
+    counts = {name: _gpus(name, values[name]) for name in _GPU_OPTIONS if name in values}
+    if "gpus" in counts:
+        counts["gpus"] = _divide("gpus", counts["gpus"], nodes)
+    if "gpus-per-task" in counts:
+        counts["gpus-per-task"] *= tasks
     if len(set(counts.values())) > 1 and not decided:
         listed = " and ".join(f"--{name}={values[name]}" for name in counts)
         raise ConfigurationError(f"{listed} request different numbers of GPUs per node. Keep one of them")
@@ -258,15 +255,13 @@ def _divide(name: str, total: int, nodes: int) -> int:
     return total // nodes
 
 
-def _gres(value: str) -> str:
-    kind, _, number = value.removeprefix("gres/").partition(":")
-    if kind != "gpu" or "," in value:
-        raise ConfigurationError(f"--gres={value}: an asset's job can request GPUs only, as in --gres=gpu:2")
-    return number or "1"
-
-
 def _gpus(name: str, value: str) -> int:
     """Read a number of GPUs; the type before it (`h100:2`), or alone (`h100`: one), is that of the partition."""
+    if name == "gres":
+        kind, _, number = value.removeprefix("gres/").partition(":")
+        if kind != "gpu" or "," in value:
+            raise ConfigurationError(f"--gres={value}: an asset's job can request GPUs only, as in --gres=gpu:2")
+        value = number or "1"
     found = re.fullmatch(r"(?:[A-Za-z]\w*:)?(\d+)|[A-Za-z]\w*", value)
     if not found:
         raise ConfigurationError(f"--{name}={value} is not a number of GPUs")
