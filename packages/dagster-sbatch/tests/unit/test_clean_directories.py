@@ -11,7 +11,7 @@ import dagster as dg
 import pytest
 
 from dagster_sbatch.inspect.remote_runs import RunRecord, TaskList
-from dagster_sbatch.run.array import Task, name_range
+from dagster_sbatch.run.array import Task
 from dagster_sbatch.run.directory import RunInfo
 from dagster_sbatch.slurm.gateway import Attempt, JobEnd
 from dagster_sbatch.upkeep import cleaning
@@ -88,7 +88,7 @@ def test_an_array_job_goes_when_the_results_of_its_tasks_are_stored(
     tasks: list[str], ends: list[JobEnd], stored: list[str], goes: bool
 ) -> None:
     """Each task is written as its partitions."""
-    made = [Task(name_range(each) if (each := keys.split()) else "p", each) for keys in tasks]
+    made = [Task(keys, keys.split()) for keys in tasks]
     record = {"tasks": [task.record for task in made]}
     known = dict(enumerate(ends))
     job = Attempt("/runs/a-1", 1, "17", bool(ends), (), known, record=record)

@@ -138,7 +138,7 @@ def _name_chunks(chunks: Sequence[Sequence[str]]) -> Iterator[str]:
     """Return a name for each chunk; a name that is taken gets a number: `a..b` may be a partition, too."""
     names: set[str] = set()
     for chunk in chunks:
-        name = name_range(chunk)
+        name = chunk[0] if len(chunk) == 1 else f"{chunk[0]}..{chunk[-1]}"
         numbered = (f"{name} ({number})" for number in count(2))
         while name in names:
             name = next(numbered)
@@ -149,11 +149,6 @@ def _name_chunks(chunks: Sequence[Sequence[str]]) -> Iterator[str]:
 def _check_number(number: int, advice: str) -> None:
     if number > MOST_TASKS:
         raise ConfigurationError(f"{number} tasks are more than the {MOST_TASKS} that a run may have. {advice}")
-
-
-def name_range(partitions: Sequence[str]) -> str:
-    """Return a short name for some partitions, of which there is at least one."""
-    return partitions[0] if len(partitions) == 1 else f"{partitions[0]}..{partitions[-1]}"
 
 
 class Batches:
