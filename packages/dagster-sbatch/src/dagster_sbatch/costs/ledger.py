@@ -73,8 +73,7 @@ def make_ledger(usage: Usage, site: Site, recorded: AssetOf, since: datetime) ->
             nodes, gpus = (hours_used(job, tres, begin, usage.now, end) for tres in ("node", GPU))
             parts[week, asset, job.project, job.user].append(Sum(1, nodes, gpus, _tokens(job, site, nodes, gpus)))
     return [
-        Entry(asset, week, project, user, total(lives))
-        for (week, asset, project, user), lives in sorted(parts.items())
+        Entry(asset, week, project, user, total(lives)) for (week, asset, project, user), lives in sorted(parts.items())
     ]
 
 

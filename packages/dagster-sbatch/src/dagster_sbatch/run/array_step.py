@@ -185,18 +185,15 @@ class ArrayStep:
         if not result.task.partitions:
             return
         try:
-            self._store(result)
+            versions = {(each.partition, each.asset): each.data_version for each in result.reports if each.data_version}
+            found = result.of_partitions(self._context.selected_asset_keys, versions=True)
+            for (partition, key), metadata in found.items():
+                version = versions.get((partition, key))
+                tags = self._completed.tags(result.task, partition) | ({DATA_VERSION_TAG: version} if version else {})
+                stored = {**self.where, **metadata}
+                self._context.log_event(dg.AssetMaterialization(key, metadata=stored, partition=partition, tags=tags))
         except Exception as error:  # noqa: BLE001 - of whatever database it is
             self._log.error(f"Dagster could not store the result of task {result.task.label}: {error}")
-
-    def _store(self, result: TaskResult) -> None:
-        versions = {(each.partition, each.asset): each.data_version for each in result.reports if each.data_version}
-        found = result.of_partitions(self._context.selected_asset_keys, versions=True)
-        for (partition, key), metadata in found.items():
-            version = versions.get((partition, key))
-            tags = self._completed.tags(result.task, partition) | ({DATA_VERSION_TAG: version} if version else {})
-            stored = {**self.where, **metadata}
-            self._context.log_event(dg.AssetMaterialization(key, metadata=stored, partition=partition, tags=tags))
 
     def complete(self) -> dg.PipesClientCompletedInvocation:
         """Return the results, or raise the step's failure; results that Dagster refuses are stored by partition."""

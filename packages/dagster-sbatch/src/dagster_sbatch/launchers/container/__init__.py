@@ -57,9 +57,8 @@ def _path(text: str) -> str:
 def _bind(text: str) -> str:
     source, *target = text.split(":")
     _path(source)
-    parts = text.split(":")
     if (
-        any(map(images.UNBINDABLE.search, parts))
+        any(map(images.UNBINDABLE.search, [source, *target]))
         or (target and not target[0].startswith("/"))
         or target[1:] not in ([], ["ro"], ["rw"])
     ):
