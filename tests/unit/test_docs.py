@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dagster_sbatch.auth.certificate import fingerprint
+from dagster_sbatch.auth.keys import fingerprint
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.sites.musica import MUSICA
 from dagster_sbatch.ssh.host_key import parse_authority

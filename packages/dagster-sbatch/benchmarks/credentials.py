@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dagster_sbatch.auth import check_health, ensure_certificate, refresh
-from dagster_sbatch.auth.certificate import certificate_path
+from dagster_sbatch.auth.keys import certificate_path
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.ssh import connect
 from jobs.credentials import refresh_credentials_sensor

@@ -14,9 +14,9 @@ from dagster_sbatch.auth import (
     ensure_certificate,
     refresh,
 )
-from dagster_sbatch.auth.certificate import certificate_path, public_path
 from dagster_sbatch.auth.credentials_file import Credentials
 from dagster_sbatch.auth.http import Http
+from dagster_sbatch.auth.keys import certificate_path, public_path
 from dagster_sbatch.setting_files import load_settings
 from dagster_sbatch.ssh import AuthenticationError, connect
 from resources import PROJECT

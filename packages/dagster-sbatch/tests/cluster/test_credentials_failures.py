@@ -24,7 +24,7 @@ from dagster_sbatch.auth import (
     ensure_certificate,
     refresh,
 )
-from dagster_sbatch.auth.certificate import certificate_path
+from dagster_sbatch.auth.keys import certificate_path
 from slurm_in_a_box import Disturbance, SimulatedSite
 from support import access
 

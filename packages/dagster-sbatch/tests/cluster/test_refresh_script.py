@@ -12,7 +12,7 @@ import pytest
 from dagster_sbatch.auth import (
     refresh,
 )
-from dagster_sbatch.auth.certificate import certificate_path
+from dagster_sbatch.auth.keys import certificate_path
 from slurm_in_a_box import SimulatedSite
 from support import ROOT, access
 

@@ -13,7 +13,7 @@ from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobO
 from dagster._core.test_utils import freeze_time
 
 from dagster_sbatch.auth import check_health, clock
-from dagster_sbatch.auth.certificate import certificate_path
+from dagster_sbatch.auth.keys import certificate_path
 from jobs.credentials import access_health, musica_access, refresh_credentials_job, refresh_credentials_sensor
 from slurm_in_a_box import AuthentikControl, AuthentikServer, Disturbance
 from support import access

@@ -15,8 +15,8 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import SSHCertificateBuilder, SSHCertificateType, load_ssh_private_key
 
-from dagster_sbatch.auth.certificate import certificate_path, ensure_key
 from dagster_sbatch.auth.credentials_file import Credentials
+from dagster_sbatch.auth.keys import certificate_path, ensure_key
 from dagster_sbatch.settings import Settings
 from slurm_in_a_box import CERTIFICATE_USER, AuthentikControl, SimulatedSite
 from support import ROOT

@@ -24,7 +24,7 @@ from dagster_sbatch.auth import (
     ensure_certificate,
     replace_refused_certificate,
 )
-from dagster_sbatch.auth.certificate import (
+from dagster_sbatch.auth.keys import (
     CertificateError,
     KeyFileError,
     certificate_path,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from dagster_sbatch.auth import AccessError, BootstrapError, check_health, clock, ensure_certificate, refresh
-from dagster_sbatch.auth.certificate import certificate_path
 from dagster_sbatch.auth.credentials_file import Credentials, Secret, Source
 from dagster_sbatch.auth.http import Http
+from dagster_sbatch.auth.keys import certificate_path
 from dagster_sbatch.auth.refresh_failures import RefreshFailures
 from dagster_sbatch.auth.ways import read_access
 from support import access

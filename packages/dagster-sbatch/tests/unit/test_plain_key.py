@@ -14,7 +14,7 @@ from dagster_sbatch.auth import (
     ensure_certificate,
     refresh,
 )
-from dagster_sbatch.auth.certificate import certificate_path, ensure_key
+from dagster_sbatch.auth.keys import certificate_path, ensure_key
 from dagster_sbatch.auth.refresh_failures import RefreshFailures
 from dagster_sbatch.settings import Settings
 from dagster_sbatch.ssh.client_config import Hop

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dagster_sbatch.auth.certificate import fingerprint
+from dagster_sbatch.auth.keys import fingerprint
 from dagster_sbatch.ssh.host_key import CERT_AUTHORITY, REVOKED, KnownHosts, names_of, warn_once
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGGmRHV2v1x5rpIjXHqDvnVBGWgXqwWRV6tAAjuULVsD"

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.certificate import Certificate
+from dagster_sbatch.auth.keys import Certificate
 from dagster_sbatch.auth.refresh_failures import Failing, Part
 from dagster_sbatch.auth.ways import AccessState, read_access
 from dagster_sbatch.settings import Settings

@@ -11,10 +11,10 @@ from dagster_sbatch.atomic_write import remove_half_written
 from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.access_errors import AccessError, RejectedError, UnavailableError
 from dagster_sbatch.auth.authentik import APP_BUTTON, Authentik, OidcToken, request_oidc_token
-from dagster_sbatch.auth.certificate import Certificate, certificate_path, ensure_key, public_path, write_certificate
 from dagster_sbatch.auth.credentials_file import Source, explained
 from dagster_sbatch.auth.http import Http
 from dagster_sbatch.auth.issuer import issue_certificate
+from dagster_sbatch.auth.keys import Certificate, certificate_path, ensure_key, public_path, write_certificate
 from dagster_sbatch.auth.refresh_failures import Part, RefreshFailures
 from dagster_sbatch.auth.rotation import NoTokenError, Rotator
 from dagster_sbatch.auth.ways import read_access

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.access_errors import AccessError, MisconfiguredError, UnavailableError
-from dagster_sbatch.auth.certificate import Certificate
 from dagster_sbatch.auth.credentials_file import explained
+from dagster_sbatch.auth.keys import Certificate
 from dagster_sbatch.auth.refresher import Refresher, Report, When
 from dagster_sbatch.auth.ways import read_access
 from dagster_sbatch.settings import Settings

@@ -8,8 +8,8 @@ from datetime import datetime
 from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.access_errors import AccessError, BootstrapError, RejectedError, UnsafeFileError
 from dagster_sbatch.auth.authentik import API_BUTTON, APP_BUTTON
-from dagster_sbatch.auth.certificate import Certificate, certificate_path, read_certificate
 from dagster_sbatch.auth.credentials_file import Credentials, Source
+from dagster_sbatch.auth.keys import Certificate, certificate_path, read_certificate
 from dagster_sbatch.auth.refresh_failures import Failing, Part, RefreshFailures
 from dagster_sbatch.settings import Settings
 

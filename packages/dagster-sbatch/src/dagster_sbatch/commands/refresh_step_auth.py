@@ -14,7 +14,7 @@ from dagster_sbatch.auth import (
     clock,
     refresh,
 )
-from dagster_sbatch.auth.certificate import certificate_path
+from dagster_sbatch.auth.keys import certificate_path
 from dagster_sbatch.auth.ways import read_access
 from dagster_sbatch.commands.command_line import entry_point, make_parser, print_table
 from dagster_sbatch.project import Project

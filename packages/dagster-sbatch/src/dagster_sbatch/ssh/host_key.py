@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.certificate import Certificate, fingerprint
+from dagster_sbatch.auth.keys import Certificate, fingerprint
 from dagster_sbatch.ssh import HostKeyError
 
 CERT_AUTHORITY = "@cert-authority"

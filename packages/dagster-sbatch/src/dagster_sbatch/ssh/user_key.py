@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.certificate import (
+from dagster_sbatch.auth.keys import (
     Certificate,
     CertificateError,
     KeyFileError,
@@ -47,7 +47,7 @@ class UserKey:
     def load(cls, path: Path) -> "UserKey":
         """Read a private key without passphrase, and the certificate beside it if there is one.
 
-        Raises AuthenticationError: the key or its certificate cannot be used (`dagster_sbatch.auth.certificate`).
+        Raises AuthenticationError: the key or its certificate cannot be used (`dagster_sbatch.auth.keys`).
         """
         beside = certificate_path(path)
         try:

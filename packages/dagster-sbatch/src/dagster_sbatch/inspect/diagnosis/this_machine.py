@@ -7,7 +7,7 @@ from pathlib import Path
 import dagster as dg
 
 from dagster_sbatch.auth import check_health, clock, ensure_certificate
-from dagster_sbatch.auth.certificate import fingerprint
+from dagster_sbatch.auth.keys import fingerprint
 from dagster_sbatch.configuration import check_configuration
 from dagster_sbatch.errors import ConfigurationError, describe_instance_error
 from dagster_sbatch.inspect.diagnosis.finding import Facts, Finding, broken, ok, warning

@@ -1,4 +1,4 @@
-"""OpenSSH's certificates, of users and of hosts (PROTOCOL.certkeys); the user's private key, and the one beside it."""
+"""The user's private key and the certificate beside it; OpenSSH certificates of users and hosts (PROTOCOL.certkeys)."""
 
 import base64
 import hashlib
