@@ -5,13 +5,3 @@ from dagster_sbatch.launchers.command import BatchScriptLauncher, CommandLaunche
 from dagster_sbatch.launchers.container import Container
 from dagster_sbatch.launchers.ray import RayLauncher
 from dagster_sbatch.launchers.srun import SrunLauncher
-
-__all__ = [
-    "BatchScriptLauncher",
-    "CommandLauncher",
-    "Container",
-    "Launcher",
-    "RayLauncher",
-    "ScriptLauncher",
-    "SrunLauncher",
-]

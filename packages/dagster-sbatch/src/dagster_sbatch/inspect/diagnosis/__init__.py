@@ -14,8 +14,6 @@ from dagster_sbatch.project import Project
 from dagster_sbatch.slurm.gateway import RefusedError, StoppedError
 from dagster_sbatch.ssh import SshError
 
-__all__ = ["CHECKS", "Finding", "examine"]
-
 CHECKS: dict[str, Callable[[Facts], Finding]] = {
     "settings": this_machine.check_settings,
     "Dagster's home": this_machine.check_dagster_home,
