@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from dagster_sbatch.auth import clock
-from dagster_sbatch.auth.keys import Certificate
+from dagster_sbatch.auth.keys import Certificate, certificate_path
 from dagster_sbatch.auth.refresh_failures import Failing, Part
 from dagster_sbatch.auth.ways import AccessState, read_access
 from dagster_sbatch.settings import Settings
@@ -87,7 +87,7 @@ def _judge(access: AccessState, next_refresh: datetime | None) -> tuple[Verdict,
     if problem:
         return "broken", problem
     if next_refresh is None:
-        return "ok", _not_self_renewing(access) or f"a plain key, {access.settings.edge_node_key_path}: nothing expires"
+        return "ok", _not_self_renewing(access) or f"a plain key, {access.key}: nothing expires"
     if next_refresh <= access.now:
         return "due", f"a refresh is due since {clock.written(next_refresh)}"
     wait = clock.duration((next_refresh - access.now).total_seconds())
@@ -141,7 +141,7 @@ def _items(access: AccessState) -> tuple[HealthItem, ...]:
     if isinstance(found, Certificate):
         state = "not yet valid" if now < found.valid_after else "expired" if now >= found.valid_before else "valid"
         until, renew = found.valid_before, found.renew_at(settings.step_refresh_skew) if access.renewable else None
-    items = [HealthItem("certificate", f"{settings.edge_node_key_path}-cert.pub", until, renew, state)]
+    items = [HealthItem("certificate", str(certificate_path(access.key)), until, renew, state)]
     for name, secret, variable, direct in (
         ("API token", stored.api_token, "ASC_AUTHENTIK_API_TOKEN", settings.authentik_api_token),
         ("app password", stored.app_password, "ASC_OIDC_APP_PASSWORD", settings.oidc_app_password),

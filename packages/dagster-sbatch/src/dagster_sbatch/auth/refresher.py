@@ -55,8 +55,7 @@ class Refresher:
 
         `called`: when a patient caller began to wait for the lock; None for another one.
         """
-        key = self._settings.edge_node_key_path
-        assert key
+        key = self._access.key
         for path in (self._settings.credentials_file, key, public_path(key), certificate_path(key)):
             remove_half_written(path)
         if rotation == "now" and not self._access.rotatable:
@@ -132,9 +131,7 @@ class Refresher:
 
     def _request_certificate(self, *, forced: bool) -> Certificate:
         """Request a certificate, each time with a fresh token: the CA accepts each once, also when it fails then."""
-        key = self._settings.edge_node_key_path
-        assert key
-        public = ensure_key(key)
+        public = ensure_key(self._access.key)
         for left in reversed(range(ISSUE_TRIES)):
             token, source = self._oidc_token(forced=forced)
             try:
@@ -144,7 +141,7 @@ class Refresher:
                 if not left or self._http.remaining() <= 0:
                     raise
                 time.sleep(random.uniform(0.2, 1.0) * (ISSUE_TRIES - left))  # noqa: S311 (jitter)
-        certificate = write_certificate(key, line)
+        certificate = write_certificate(self._access.key, line)
         self._report.issued_with = source
         certificate.check_own_clock()
         return certificate

@@ -95,8 +95,7 @@ def refresh(
     needed = access.valid_certificate in (None, refused) or "now" in (rotation, certificate)
     if access.plain_key:
         if rotation == "now":
-            key = settings.edge_node_key_path
-            raise MisconfiguredError(f"{key} is a plain key and no ASC_ variable is set: there are no secrets")
+            raise MisconfiguredError(f"{access.key} is a plain key and no ASC_ variable is set: there are no secrets")
         return Report()
     if not access.renewable and (access.valid_certificate in (None, refused) or certificate == "now"):
         raise access.explain({})

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from dagster_sbatch.auth import clock
 from dagster_sbatch.auth.access_errors import AccessError, BootstrapError, RejectedError, UnsafeFileError
@@ -26,6 +27,7 @@ class AccessState:
     """The files and settings on this machine that decide about access."""
 
     settings: Settings  # say where the files are
+    key: Path  # the private key, SLURM_EDGE_NODE_KEY_PATH
     now: datetime  # when the files were read
     certificate: Certificate | AccessError  # beside the key, valid or not; or why there is none
     # What the credentials file holds; empty where there is no such file, or where it must not be used
@@ -82,9 +84,7 @@ class AccessState:
     @property
     def plain_key(self) -> bool:
         """Whether the site accepts plain keys: there is a key without a certificate, and no ASC_ variable is set."""
-        key = self.settings.edge_node_key_path
-        assert key
-        return self.no_asc_settings and key.is_file() and not certificate_path(key).exists()
+        return self.no_asc_settings and self.key.is_file() and not certificate_path(self.key).exists()
 
     @property
     def rotatable(self) -> bool:
@@ -168,9 +168,8 @@ class AccessState:
 
         Without ASC_ variables these are the two that need only the key.
         """
-        settings, key = self.settings, self.settings.edge_node_key_path
-        assert key
-        name, certificate = shlex.quote(str(key)), self.certificate
+        settings, key, certificate = self.settings, self.key, self.certificate
+        name = shlex.quote(str(key))
         missing = f"{', '.join(self.missing_settings)} not set" if self.missing_settings else ""
         once = "not set; it is needed only once: from then on, Dagster makes its own"
         invalid = str(certificate) if isinstance(certificate, AccessError) else certificate.validity_problem(self.now)
@@ -215,11 +214,11 @@ class AccessState:
 
 def read_access(settings: Settings) -> AccessState:
     """Read the files. No network, no lock."""
-    assert settings.edge_node_key_path
-    file, problem = settings.credentials_file, ""
+    key, file, problem = settings.edge_node_key_path, settings.credentials_file, ""
+    assert key
     certificate: Certificate | AccessError
     try:
-        certificate = read_certificate(settings.edge_node_key_path)
+        certificate = read_certificate(key)
     except AccessError as error:
         certificate = error
     try:
@@ -235,4 +234,4 @@ def read_access(settings: Settings) -> AccessState:
         )
         stored = None
     failing = RefreshFailures(file).read()
-    return AccessState(settings, clock.now(), certificate, stored or Credentials(), exists, problem, failing)
+    return AccessState(settings, key, clock.now(), certificate, stored or Credentials(), exists, problem, failing)
